@@ -1,0 +1,51 @@
+"""Tokens, the log of their revocations, failed logins, and marks."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    """Create the first schema."""
+    op.create_table(
+        "tokens",
+        sa.Column("digest", sa.LargeBinary(32), primary_key=True),
+        sa.Column("username", sa.String, nullable=False),
+        sa.Column("credential", sa.String, nullable=False),
+        sa.Column("issued_at", sa.Float, nullable=False),
+        sa.Column("expires_at", sa.BigInteger, nullable=False),
+        sa.Column("address", sa.String, nullable=False),
+        sa.Column("user_agent", sa.String, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("tokens_by_user", "tokens", ["username", "issued_at", "expires_at"])
+    op.create_index("tokens_by_expiry", "tokens", ["expires_at"])
+    op.create_table(
+        "revocations",
+        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        sa.Column("at", sa.Float, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "failures",
+        sa.Column("key", sa.LargeBinary(16), primary_key=True),
+        sa.Column("count", sa.Integer, nullable=False),
+        sa.Column("last_at", sa.Float, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("failures_by_age", "failures", ["last_at"])
+    op.create_table(
+        "marks",
+        sa.Column("name", sa.String, primary_key=True),
+        sa.Column("at", sa.Float, nullable=False),
+        sqlite_with_rowid=False,
+    )
+
+
+def downgrade() -> None:
+    """Drop everything."""
+    for table in ("tokens", "revocations", "failures", "marks"):
+        op.drop_table(table)

@@ -1,0 +1,50 @@
+"""A worker as `tokenauth serve` runs it, but with a clock from a file: `python -m tests.worker CONFIG CLOCK`."""
+
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from tests.servers import HandClock
+from tokenauth import configfile, logs
+from tokenauth.app import create_app
+from tokenauth.logs import log
+
+
+class Worker(uvicorn.Server):
+    """Says where it listens."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then log the port."""
+        await super().startup(None)
+        if self.started:
+            log.info("test_worker_ready", port=self.servers[0].sockets[0].getsockname()[1])
+
+
+def main(config_file: str, clock_file: str) -> None:
+    """Serve until SIGTERM."""
+    logs.configure()
+    settings = configfile.load(Path(config_file))
+    if clock_file == "-":
+        app = create_app(settings)
+    else:
+        app = create_app(settings, clock=HandClock(Path(clock_file)), ticks=lambda: 0.0)
+    options = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+    )
+    Worker(options).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

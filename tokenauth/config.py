@@ -1,0 +1,173 @@
+"""The configuration as frozen records. Every default lives here, and only here."""
+
+import ipaddress
+import os
+import re
+import unicodedata
+from collections.abc import Mapping
+from functools import cached_property
+
+import msgspec
+
+from tokenauth.models import User
+
+MAX_NAME = 256
+"""Characters that a user name may have."""
+
+
+def _between(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{key}: must be from {low:g} to {high:g}, and is {value:g}")
+
+
+class Duration(float):
+    """Seconds, written as a number or as "30s", "5m", "24h", "7d"."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """What every table of the file has in common: it cannot be changed, and knows its keys."""
+
+
+class Server(Section, frozen=True):
+    """Where the service listens, and whom it believes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    cors_origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+    accept_risks: tuple[str, ...] = ()
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        _between("port", self.port, 0, 65535)
+        _between("workers", self.workers, 1, 64)
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(f"cors_origins: {origin!r} is not an origin such as 'https://app.example.com'")
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(f"trusted_proxies: takes addresses and networks; {error}") from None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class Database(Section, frozen=True):
+    """Where tokens are kept."""
+
+    url: str = "sqlite+aiosqlite:///tokenauth.db"
+
+
+class Tokens(Section, frozen=True):
+    """The terms on which tokens are issued."""
+
+    ttl: Duration = Duration(24 * 3600)
+    per_user: int = 1000
+    cache_size: int = 100_000
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        _between("ttl", self.ttl, 1, 10 * 365 * 86400)
+        _between("per_user", self.per_user, 0, 1_000_000)
+        _between("cache_size", self.cache_size, 1, 100_000_000)
+
+
+class Passwords(Section, frozen=True):
+    """What one password hash costs, and how many may be computed at once."""
+
+    memory_kib: int = 19 * 1024
+    time_cost: int = 2
+    parallelism: int = 1
+    threads: int = 0
+    queue: int = 64
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        _between("parallelism", self.parallelism, 1, 64)
+        _between("memory_kib", self.memory_kib, 8 * self.parallelism, 1 << 20)
+        _between("time_cost", self.time_cost, 1, 100)
+        _between("threads", self.threads, 0, 256)
+        _between("queue", self.queue, 1, 10_000)
+
+    @property
+    def lanes(self) -> int:
+        """Threads that hash: as many as cores, when the file says 0."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+class Throttle(Section, frozen=True):
+    """How many logins may fail, and how long the next one then has to wait."""
+
+    free: int = 5
+    network_free: int = 100
+    delay: Duration = Duration(1)
+    max_delay: Duration = Duration(15 * 60)
+    forget: Duration = Duration(3600)
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        _between("free", self.free, 1, 1_000_000)
+        _between("network_free", self.network_free, 1, 1_000_000)
+        _between("delay", self.delay, 1, 3600)
+        _between("max_delay", self.max_delay, self.delay, 86400)
+        _between("forget", self.forget, self.max_delay, 30 * 86400)
+
+
+class UserEntry(Section, frozen=True):
+    """A user as the file has it."""
+
+    username: str
+    password: str
+    scopes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        if not self.username or len(self.username) > MAX_NAME or self.username != self.username.strip():
+            raise ValueError(f"username: takes 1 to {MAX_NAME} characters, with no blank at either end")
+        if any(unicodedata.category(letter) in {"Cc", "Cf", "Cs"} for letter in self.username):
+            raise ValueError("username: takes no control characters and no invisible ones")
+        for scope in self.scopes:
+            if not re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", scope):  # RFC 6749 section 3.3
+                raise ValueError(f"scopes: {scope!r} is not printable ASCII with no blank, quote or backslash")
+
+
+class Config(Section, frozen=True):
+    """All that the file says."""
+
+    server: Server = Server()
+    database: Database = Database()
+    tokens: Tokens = Tokens()
+    passwords: Passwords = Passwords()
+    throttle: Throttle = Throttle()
+    users: tuple[UserEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse two entries for one name."""
+        seen: set[str] = set()
+        for entry in self.users:
+            if canonical(entry.username) in seen:
+                raise ValueError(f"users: has {entry.username!r} twice (capitals do not tell names apart)")
+            seen.add(canonical(entry.username))
+
+    @cached_property
+    def directory(self) -> Mapping[str, User]:
+        """The users by canonical name."""
+        return {
+            name: User(name, entry.password, entry.scopes)
+            for entry in self.users
+            for name in [canonical(entry.username)]
+        }
+
+
+def canonical(username: str) -> str:
+    """Write a user name in the one form in which names are compared, counted and stored."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())

@@ -1,0 +1,117 @@
+"""What tokenauth refuses, and why: one class a reason, one sentence each."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. The text names the key path and says what to do."""
+
+
+class StartError(Exception):
+    """The service cannot start. The text says why and what to do."""
+
+
+class Refusal(Exception):
+    """A request that is not granted. `code` is for programs, the text for people.
+
+    Neither ever holds a token, a password or anything else that the client sent in confidence.
+    """
+
+    code = "refused"
+    description = "The request was refused."
+
+    def __init__(self, description: str | None = None) -> None:
+        super().__init__(description or self.description)
+
+
+class InvalidRequest(Refusal):
+    """The request cannot be understood."""
+
+    code = "invalid_request"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body is longer than the service reads."""
+
+    description = "The body is larger than 16 KiB."
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body is in a form that the service does not read."""
+
+    description = "The body must be JSON in UTF-8: send Content-Type: application/json and no Content-Encoding."
+
+
+class InvalidCredentials(Refusal):
+    """The name or the password is wrong; which one is not said."""
+
+    code = "invalid_credentials"
+    description = "invalid credentials"
+
+
+class TokenRequired(Refusal):
+    """The route is guarded and no token was sent."""
+
+    code = "token_required"
+    description = "Send a token in the X-Token or the Authorization: Bearer header."
+
+
+class InvalidToken(Refusal):
+    """A token was sent and it is not valid; why is not said."""
+
+    code = "invalid_token"
+    description = "The token is not valid: it is unknown, expired or revoked. Log in again."
+
+
+class InsufficientScope(Refusal):
+    """The token is valid, and its user may not do this."""
+
+    code = "insufficient_scope"
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"This needs the scope {scope!r}.")
+        self.scope = scope
+
+
+class NotFound(Refusal):
+    """There is nothing at this address."""
+
+    code = "not_found"
+    description = "There is nothing at this address."
+
+
+class MethodNotAllowed(Refusal):
+    """The address does not take this method."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        super().__init__(f"This address takes {', '.join(allowed)}.")
+        self.allowed = allowed
+
+
+class RetryLater(Refusal):
+    """The request may be granted after `retry_after` whole seconds."""
+
+    def __init__(self, description: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(description)
+        self.retry_after = retry_after
+
+
+class TooManyAttempts(RetryLater):
+    """Too many logins failed for this name from this network, or from this network at all."""
+
+    code = "too_many_attempts"
+    description = "Too many failed logins. Wait as long as Retry-After says."
+
+
+class Overloaded(RetryLater):
+    """More work waits than the service takes on."""
+
+    code = "overloaded"
+    description = "The server has more work than it can take on. Try again shortly."
+
+
+class StoreUnavailable(RetryLater):
+    """The store cannot be read or written: nothing is known about any token at this moment."""
+
+    code = "store_unavailable"
+    description = "The token store cannot be reached at the moment. Nothing is said about any token."

@@ -1,0 +1,34 @@
+"""Token values: strings that mean nothing, cannot be guessed, and are looked up by their digest."""
+
+import re
+import secrets
+from hashlib import sha256
+
+LENGTH = 64
+ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+# A random byte maps to a letter without bias only below the largest multiple of 62.
+_UNBIASED = len(ALPHABET) * (256 // len(ALPHABET))
+_LETTER = bytes(ALPHABET[byte % len(ALPHABET)] for byte in range(256))
+_BIASED = bytes(range(_UNBIASED, 256))
+_EMBEDDED = re.compile(rb"(?<![A-Za-z0-9])[A-Za-z0-9]{%d}(?![A-Za-z0-9])" % LENGTH)
+
+
+def new_value() -> str:
+    """Make a value of 64 characters of A-Z a-z 0-9: 381 bits from the operating system."""
+    letters = b""
+    while len(letters) < LENGTH:
+        letters += secrets.token_bytes(96).translate(_LETTER, _BIASED)
+    return letters[:LENGTH].decode()
+
+
+def digest(value: bytes) -> bytes | None:
+    """Hash a value (32 bytes, SHA-256) for looking it up; None when no token can look like this."""
+    if len(value) == LENGTH and value.isalnum():
+        return sha256(value).digest()
+    return None
+
+
+def find_values(text: bytes) -> list[bytes]:
+    """Find everything in `text` that looks like a value, whatever stands around it."""
+    return list(dict.fromkeys(_EMBEDDED.findall(text)))

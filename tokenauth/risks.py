@@ -1,0 +1,58 @@
+"""What is fine on a laptop and wrong in public."""
+
+from typing import NamedTuple
+
+from tokenauth.config import Config
+from tokenauth.errors import ConfigError
+from tokenauth.logs import log
+from tokenauth.passwords import Passwords
+
+SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
+"""The hash of the password that config.toml is shipped with; a test holds the two together."""
+
+
+class Risk(NamedTuple):
+    """Something that the configuration allows and an attacker would like."""
+
+    name: str
+    text: str
+
+
+def find_risks(config: Config, passwords: Passwords) -> list[Risk]:
+    """List what is risky about a configuration, whoever can reach the service."""
+    risks = []
+    for user in config.directory.values():
+        mend = f"run `tokenauth user passwd {user.username}`"
+        if user.password_hash == SHIPPED_HASH:
+            text = f"{user.username!r} has the password that tokenauth is shipped with; {mend}"
+            risks.append(Risk("shipped_password", text))
+        elif passwords.weak(user):
+            text = f"the password hash of {user.username!r} costs less than [passwords] asks for; {mend}"
+            risks.append(Risk("weak_hash", text))
+    for proxy in config.server.trusted_proxies:
+        if proxy.endswith("/0"):
+            text = (
+                f"server.trusted_proxies has {proxy!r}: anybody may claim any client address, which undoes the throttle"
+            )
+            risks.append(Risk("trusts_everybody", text))
+    return risks
+
+
+def unacceptable(config: Config, risks: list[Risk]) -> str | None:
+    """Say why the service may not start: others can reach it, and a risk has not been accepted."""
+    if config.server.loopback:
+        return None
+    for risk in risks:
+        if risk.name not in config.server.accept_risks:
+            reach = f"server.host: {config.server.host!r} can be reached by others"
+            return f"{reach}, and {risk.text} (or add {risk.name!r} to server.accept_risks)"
+    return None
+
+
+def judge(config: Config, risks: list[Risk]) -> None:
+    """Log the risks; raise ConfigError for one that is not acceptable."""
+    for risk in risks:
+        log.warning("configuration_risk", risk=risk.name, detail=risk.text)
+    error = unacceptable(config, risks)
+    if error is not None:
+        raise ConfigError(error)

@@ -1,0 +1,1 @@
+"""Routes translate: HTTP in, one service call, HTTP out."""

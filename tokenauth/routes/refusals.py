@@ -1,0 +1,78 @@
+"""Answers: the one form that they have, and the one table from a refusal to its answer."""
+
+import msgspec
+from starlette.types import Send
+
+from tokenauth.errors import (
+    BodyTooLarge,
+    InsufficientScope,
+    InvalidCredentials,
+    InvalidRequest,
+    InvalidToken,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    Refusal,
+    RetryLater,
+    StoreUnavailable,
+    TokenRequired,
+    TooManyAttempts,
+    UnsupportedMediaType,
+)
+
+Headers = list[tuple[bytes, bytes]]
+
+JSON = (b"content-type", b"application/json")
+NO_STORE = (b"cache-control", b"no-store")
+_TEXT = (b"content-type", b"text/plain; charset=utf-8")
+
+_STATUS: dict[type[Refusal], int] = {
+    InvalidRequest: 400,
+    InvalidCredentials: 401,
+    TokenRequired: 401,
+    InvalidToken: 401,
+    InsufficientScope: 403,
+    NotFound: 404,
+    MethodNotAllowed: 405,
+    BodyTooLarge: 413,
+    UnsupportedMediaType: 415,
+    TooManyAttempts: 429,
+    Overloaded: 503,
+    StoreUnavailable: 503,
+}
+
+
+async def answer(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    """Send a whole answer; none of ours may be stored by a cache on the way."""
+    about = [NO_STORE, *headers]
+    if status != 204:  # RFC 9110 section 8.6: it has no content, and no length of it either
+        about.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": about})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def answer_json(send: Send, document: object, status: int = 200) -> None:
+    """Send a JSON document."""
+    await answer(send, status, msgspec.json.encode(document), JSON)
+
+
+async def refuse(send: Send, refusal: Refusal, realm: str = "tokenauth") -> None:
+    """Send a refusal in the native form, with the headers that its kind asks for (RFC 6750 section 3)."""
+    status = _STATUS[type(refusal)]
+    if isinstance(refusal, InvalidCredentials):  # the wire contract has this one in plain text
+        await answer(send, status, b"invalid credentials", _TEXT)
+        return
+    headers: Headers = [JSON]
+    if isinstance(refusal, TokenRequired):
+        headers.append((b"www-authenticate", b'Bearer realm="%s"' % realm.encode()))
+    elif isinstance(refusal, InvalidToken):
+        headers.append((b"www-authenticate", b'Bearer realm="%s", error="invalid_token"' % realm.encode()))
+    elif isinstance(refusal, InsufficientScope):
+        challenge = b'Bearer realm="%s", error="insufficient_scope", scope="%s"'
+        headers.append((b"www-authenticate", challenge % (realm.encode(), refusal.scope.encode())))
+    elif isinstance(refusal, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(refusal.allowed).encode()))
+    elif isinstance(refusal, RetryLater):
+        headers.append((b"retry-after", b"%d" % refusal.retry_after))
+    document = {"error": refusal.code, "error_description": str(refusal)}
+    await answer(send, status, msgspec.json.encode(document), *headers)

@@ -1,0 +1,123 @@
+"""Reading a request: tokens, bodies and queries, and what is wrong with them."""
+
+from typing import TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from starlette.types import Receive, Scope
+
+from tokenauth.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+
+T = TypeVar("T")
+
+MAX_BODY = 16 * 1024
+"""Bytes of a body that are read; the rest is cut off while it streams in."""
+
+MAX_QUERY = 8 * 1024
+"""Bytes of a query that are read."""
+
+MAX_USER_AGENT = 256
+"""Characters of a User-Agent that are kept."""
+
+
+def bearer(scope: Scope) -> bytes | None:
+    """Return the token of the X-Token or the Authorization: Bearer header (RFC 6750 section 2.1).
+
+    Raises InvalidRequest when two headers hold different ones.
+    """
+    found = None
+    for name, value in scope["headers"]:
+        if name == b"x-token":
+            token = value.strip()
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            token = value[7:].strip()
+        else:
+            continue
+        if found is not None and token != found:
+            raise InvalidRequest("Two different tokens were sent; send one, in X-Token or in Authorization: Bearer.")
+        found = token
+    return found
+
+
+def query_values(scope: Scope, name: str) -> list[str]:
+    """Return the values that the query gives a name. Raises InvalidRequest when it is too long to read."""
+    query: bytes = scope["query_string"]
+    if len(query) > MAX_QUERY:
+        raise InvalidRequest("The query is longer than 8 KiB.")
+    try:
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
+    except ValueError:
+        raise InvalidRequest("The query has more than 100 fields.") from None
+    return [value for key, value in pairs if key == name]
+
+
+def query_value(scope: Scope, name: str) -> str | None:
+    """Return the one value that the query gives a name. Raises InvalidRequest when it gives several."""
+    values = set(query_values(scope, name))
+    if len(values) > 1:
+        raise InvalidRequest(f"The query has several different values of {name!r}.")
+    return next(iter(values), None)
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """Return the first header of this name."""
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+async def body(receive: Receive) -> tuple[bytes, bool]:
+    """Read at most MAX_BODY bytes; the flag says whether that was all."""
+    message = await receive()
+    data: bytes = message.get("body", b"")
+    while message.get("more_body", False) and len(data) <= MAX_BODY:
+        message = await receive()
+        data += message.get("body", b"")
+    return data[:MAX_BODY], len(data) <= MAX_BODY
+
+
+async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[T]) -> T:
+    """Read a JSON body as the decoder's type.
+
+    Raises UnsupportedMediaType, BodyTooLarge or InvalidRequest, which names the fault.
+    """
+    if header(scope, b"content-encoding") is not None or not _says_json(header(scope, b"content-type")):
+        raise UnsupportedMediaType
+    data, complete = await body(receive)
+    if not complete:
+        raise BodyTooLarge
+    if not data:
+        raise InvalidRequest("The body is empty; send a JSON object.")
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The body is not what it should be: {_in_words(error)}.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest("The body is not JSON in UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deep.") from None
+
+
+def client_address(scope: Scope) -> str:
+    """Return the address of the client: the peer's, or what a trusted proxy says it is."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def user_agent(scope: Scope) -> str:
+    """Return how the client calls itself, cut to a sensible length."""
+    return (header(scope, b"user-agent") or b"")[:MAX_USER_AGENT].decode("latin-1")
+
+
+def _says_json(content_type: bytes | None) -> bool:
+    if content_type is None:
+        return True
+    kind, _, parameters = content_type.lower().partition(b";")
+    kind = kind.strip()
+    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        return False
+    charset = parameters.replace(b'"', b"").replace(b" ", b"")
+    return b"charset=" not in charset or b"charset=utf-8" in charset
+
+
+def _in_words(error: msgspec.ValidationError) -> str:
+    problem, _, path = str(error).partition(" - at ")
+    return f"{problem[0].lower()}{problem[1:]}{' at ' + path.strip('`').removeprefix('$.') if path else ''}"

@@ -1,0 +1,1 @@
+"""Stores answer: what they are asked, and nothing about what it means."""

@@ -1,0 +1,232 @@
+"""SQLite: one file, one writer thread for each process, readers that never wait."""
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+from tokenauth.errors import StartError, StoreUnavailable
+from tokenauth.logs import log
+from tokenauth.models import Failures, Instant, Token
+from tokenauth.stores import schema, verbs
+from tokenauth.stores.cached import CachedTokenStore
+from tokenauth.stores.reader import Reader
+from tokenauth.stores.sql import SqlFailureStore, SqlTokenStore
+from tokenauth.stores.writer import Answers, Batch, Verb, Writer
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT = 5000
+"""Milliseconds that a write waits for another process's."""
+
+
+class Database:
+    """The file: queries go to the async driver, changes to the one writer."""
+
+    def __init__(self, url: URL) -> None:
+        """Take `sqlite+aiosqlite:///PATH`."""
+        self.path = os.path.abspath(url.database or "")
+        self._readers = _read_engine(url)
+        self._engine = _write_engine(url)
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._writer = Writer(self._transact)
+        self._trouble: str | None = None
+        self.lost = False
+
+    async def start(self) -> None:
+        """Create the file if it is not there, and bring its schema up to date.
+
+        Any number of processes may do so at once. Raises StartError.
+        """
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._prepare)
+        except (OSError, DBAPIError) as error:
+            raise StartError(f"the database {self.path} cannot be used: {_reason(error)}") from None
+
+    async def stop(self) -> None:
+        """Finish what waits to be written, and disconnect."""
+        await self._writer.finish()
+        await self._readers.dispose()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown()
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run a query off the event loop. Raises StoreUnavailable."""
+        if self.lost:
+            raise StoreUnavailable
+        try:
+            async with self._readers.connect() as db:
+                return await db.run_sync(query)
+        except DBAPIError as error:
+            raise StoreUnavailable from error
+
+    def write(self, verb: Verb, wish: Any, now: Instant) -> Awaitable[Any]:
+        """Have a change made and committed together with whatever else waits."""
+        return self._writer.write(verb, wish, now)
+
+    async def _transact(self, batch: Batch, now: Instant) -> Answers:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, batch, now)
+
+    def _apply(self, batch: Batch, now: Instant) -> Answers:
+        """Make all changes of a batch in one transaction, on the writer's thread."""
+        if self.lost:
+            raise StoreUnavailable
+        try:
+            with self._engine.begin() as db:
+                answers = [verb(db, wishes) for verb, wishes in batch.items()]
+                verbs.remember(db, now)
+        except OperationalError as error:  # locked, full, read-only, broken: nothing a caller did
+            self._note(_reason(error))
+            raise StoreUnavailable from error
+        self._note(None)
+        return answers
+
+    def _note(self, trouble: str | None) -> None:
+        """Say once when writing stops working, and once when it works again."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            if trouble is None:
+                log.info("store_writable_again")
+            else:
+                log.error("store_not_writable", reason=trouble)
+
+    def _prepare(self) -> None:
+        directory = os.path.dirname(self.path)
+        lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite's own locks cannot cover the change to WAL mode
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            with self._engine.begin() as db:
+                had = schema.upgrade(db)
+            if had != schema.HEAD:
+                log.info("schema_upgraded", before=had, after=schema.HEAD)
+        finally:
+            os.close(lock)
+
+
+class SqliteTokenStore(SqlTokenStore):
+    """TokenStore whose look-ups by digest go through the plain reader."""
+
+    def __init__(self, database: Database, reader: Reader) -> None:
+        super().__init__(database)
+        self._reader = reader
+
+    async def get(self, digest: bytes) -> Token | None:
+        """Return the token with this digest."""
+        return self._reader.token(digest)
+
+
+class SqliteFailureStore(SqlFailureStore):
+    """FailureStore that is read through the plain reader."""
+
+    def __init__(self, database: Database, reader: Reader) -> None:
+        super().__init__(database)
+        self._reader = reader
+
+    async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
+        """Return what is counted under these keys."""
+        return self._reader.failures(keys)
+
+
+class SqliteStore:
+    """Everything that tokenauth keeps, in one SQLite file."""
+
+    tokens: CachedTokenStore
+    failures: SqliteFailureStore
+
+    def __init__(self, url: URL, cache_size: int) -> None:
+        """Take `sqlite+aiosqlite:///PATH` and how many tokens each worker remembers."""
+        self._database = Database(url)
+        self._cache_size = cache_size
+
+    async def start(self) -> Instant:
+        """Bring the schema up to date and connect."""
+        await self._database.start()
+        self._reader = reader = Reader(self._database.path)
+        self._watch()
+        self.tokens = CachedTokenStore(SqliteTokenStore(self._database, reader), reader, self._cache_size)
+        self.failures = SqliteFailureStore(self._database, reader)
+        return reader.mark(verbs.CLOCK)
+
+    async def stop(self, now: Instant) -> None:
+        """Finish what is being written, remember `now`, and disconnect."""
+        self._watcher.cancel()
+        with suppress(StoreUnavailable):
+            await self._database.write(verbs.remember_now, None, now)
+        await self._database.stop()
+        self._reader.close()
+
+    async def ready(self) -> str | None:
+        """Say what keeps the store from serving, if anything does."""
+        if self._database.lost:
+            return "the database file was moved, deleted or replaced; restart tokenauth"
+        try:
+            version = await self._database.read(schema.version)
+        except StoreUnavailable:
+            return "store unreachable"
+        return None if version == schema.HEAD else f"schema is {version}, this release needs {schema.HEAD}"
+
+    async def claim(self, duty: str, now: Instant, until: Instant) -> bool:
+        """Take on a duty until an instant, unless somebody has it."""
+        return bool(await self._database.write(verbs.claim, verbs.Claim(duty, now, until), now))
+
+    async def purge_log(self, before: Instant, limit: int) -> int:
+        """Delete old entries of the revocation log."""
+        return int(await self._database.write(verbs.purge_revocations, verbs.Purge(before, limit), before))
+
+    def _watch(self) -> None:
+        """Look every second whether the file is still the one at its path.
+
+        If not, what is written would be acknowledged and gone: nothing is read or written any more.
+        """
+        if not self._database.lost and self._reader.replaced():
+            log.error("store_file_replaced", action="restart tokenauth")
+            self._database.lost = True
+            self._reader.close()
+        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+
+
+def _read_engine(url: URL) -> AsyncEngine:
+    engine = create_async_engine(url, hide_parameters=True)
+    _on_connect(engine.sync_engine, "PRAGMA query_only = ON")
+    return engine
+
+
+def _write_engine(url: URL) -> Engine:
+    """Connect with the plain driver: a whole batch then costs one hop to the writer's thread."""
+    engine = create_engine(
+        url.set(drivername="sqlite+pysqlite"),
+        poolclass=StaticPool,
+        connect_args={"isolation_level": None, "check_same_thread": False},
+        hide_parameters=True,
+    )
+    _on_connect(
+        engine,
+        f"PRAGMA busy_timeout = {BUSY_TIMEOUT}",
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA synchronous = FULL",
+    )
+    event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
+    return engine
+
+
+def _on_connect(engine: Engine, *pragmas: str) -> None:
+    def prepare(connection: sqlite3.Connection, _: object) -> None:
+        for pragma in pragmas:
+            connection.execute(pragma).close()
+
+    event.listen(engine, "connect", prepare)
+
+
+def _reason(error: Exception) -> str:
+    """Say what SQLite says is wrong, without the statement or anything in it."""
+    return str(error.orig) if isinstance(error, DBAPIError) else str(error)

@@ -1,0 +1,48 @@
+"""The schema, as SQLAlchemy knows it; `migrations` builds it step by step."""
+
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+
+metadata = MetaData()
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("username", String, nullable=False),
+    Column("credential", String, nullable=False),
+    Column("issued_at", Float, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("address", String, nullable=False),
+    Column("user_agent", String, nullable=False),
+    # expires_at stands in it so that counting a user's live tokens reads the index alone
+    Index("tokens_by_user", "username", "issued_at", "expires_at"),
+    Index("tokens_by_expiry", "expires_at"),
+    sqlite_with_rowid=False,
+)
+
+revocations = Table(
+    "revocations",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("at", Float, nullable=False),
+    sqlite_autoincrement=True,  # a number is never used again, so that a gap shows
+)
+
+failures = Table(
+    "failures",
+    metadata,
+    Column("key", LargeBinary(16), primary_key=True),
+    Column("count", Integer, nullable=False),
+    Column("last_at", Float, nullable=False),
+    Index("failures_by_age", "last_at"),
+    sqlite_with_rowid=False,
+)
+
+marks = Table(
+    "marks",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("at", Float, nullable=False),
+    sqlite_with_rowid=False,
+)

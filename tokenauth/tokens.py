@@ -1,0 +1,165 @@
+"""Tokens: issue, validate, revoke, and list them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from tokenauth import config, opaque
+from tokenauth.config import MAX_NAME, canonical
+from tokenauth.errors import InvalidCredentials, InvalidRequest, NotFound, RetryLater
+from tokenauth.logs import log
+from tokenauth.models import Clock, Issued, Token, User, public_id
+from tokenauth.passwords import MAX_LENGTH, Passwords
+from tokenauth.stores.base import Store
+from tokenauth.throttle import Throttle, network
+
+LIST_LIMIT = 1000
+"""Tokens that one listing shows at the most."""
+
+_RETRY = 1.0
+"""Seconds between two tries to write the revocations that the store would not take."""
+
+_MAX_WITHHELD = 100_000
+"""Revocations that are held in memory at the most."""
+
+
+class Tokens:
+    """The logins of the users that stand in the configuration."""
+
+    def __init__(
+        self,
+        terms: config.Tokens,
+        users: Mapping[str, User],
+        store: Store,
+        passwords: Passwords,
+        throttle: Throttle,
+        clock: Clock,
+    ) -> None:
+        self._terms = terms
+        self._users = users
+        self._store = store
+        self._passwords = passwords
+        self._throttle = throttle
+        self._clock = clock
+        self._withheld: set[bytes] = set()
+        self._settling: asyncio.Task[None] | None = None
+
+    async def issue(self, username: str, password: str, address: str, user_agent: str) -> Issued:
+        """Log in: exchange a name and a password for a new token.
+
+        Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded or StoreUnavailable.
+        """
+        if len(username) > MAX_NAME:
+            raise InvalidRequest(f"username: longer than {MAX_NAME} characters")
+        if len(password) > MAX_LENGTH:
+            raise InvalidRequest(f"password: longer than {MAX_LENGTH} characters")
+        name = canonical(username)
+        user = self._users.get(name)
+        # A name that nobody has may be a password that went into the wrong field: it is not logged.
+        shown = "(unknown)" if user is None else name
+        try:
+            async with self._throttle.attempt(name, address):
+                user = await self._passwords.verify(password, user)
+        except InvalidCredentials:
+            log.warning("login_failed", user=shown, network=network(address))
+            raise
+        except RetryLater as refusal:
+            log.warning("login_refused", user=shown, network=network(address), reason=refusal.code)
+            raise
+        now = self._clock()
+        value = opaque.new_value()
+        digest = opaque.digest(value.encode())
+        assert digest is not None
+        expires_at = int(now) + int(self._terms.ttl)
+        token = Token(digest, user.username, user.credential, now, expires_at, address, user_agent)
+        await self._store.tokens.add(token, self._terms.per_user, now)
+        log.info("token_issued", user=user.username, id=token.id, network=network(address))
+        return Issued(value, token)
+
+    async def validate(self, value: bytes) -> Token | None:
+        """Return the token of this value if it is valid now. Raises StoreUnavailable when that cannot be known."""
+        digest = opaque.digest(value)
+        if digest is None:
+            return None
+        token = await self._store.tokens.get(digest)
+        if token is None or token.expired(self._clock()) or digest in self._withheld:
+            return None
+        return token if self._stands(token) else None
+
+    def owner(self, token: Token) -> User:
+        """Return the user of a valid token: scopes are as the configuration has them now."""
+        return self._users[token.username]
+
+    async def revoke(self, value: bytes) -> None:
+        """End a token, whatever it is. When this has returned, no worker takes it any more.
+
+        Raises StoreUnavailable when it could not be written.
+        """
+        digest = opaque.digest(value)
+        if digest is None or digest in self._withheld:
+            return
+        token = await self._store.tokens.get(digest)
+        if token is not None and await self._store.tokens.remove(digest, self._clock()):
+            log.info("token_revoked", user=token.username, id=token.id)
+
+    async def withhold(self, value: bytes) -> None:
+        """End a token even while the store cannot be written: it is refused here until it is ended there.
+
+        Raises StoreUnavailable only when too many tokens wait for that already.
+        """
+        try:
+            await self.revoke(value)
+        except RetryLater:
+            digest = opaque.digest(value)
+            if digest is None or len(self._withheld) >= _MAX_WITHHELD:
+                raise
+            self._withheld.add(digest)
+            log.error("revocation_held_in_memory", id=public_id(digest), held=len(self._withheld))
+            if self._settling is None:
+                self._settling = asyncio.create_task(self._settle())
+
+    async def revoke_id(self, id: str, username: str | None) -> None:
+        """End the token with this public id, of this user or of anybody. Raises NotFound."""
+        token = await self._store.tokens.find(id)
+        if token is None or username not in {None, token.username}:
+            raise NotFound(f"There is no token with the id {id!r}." if id.isalnum() else None)
+        if await self._store.tokens.remove(token.digest, self._clock()):
+            log.info("token_revoked", user=token.username, id=token.id)
+
+    async def revoke_all(self, username: str | None, keep: Token | None = None) -> int:
+        """End all tokens of a user, or of everybody, but one; say how many."""
+        count = await self._store.tokens.remove_all(username, self._clock(), keep.digest if keep else None)
+        log.info("tokens_revoked", user=username or "(all)", count=count)
+        return count
+
+    async def live(self, username: str | None) -> Sequence[Token]:
+        """List the live tokens of a user, or of everybody, newest first, at most LIST_LIMIT."""
+        listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
+        return [token for token in listed if self._stands(token)]
+
+    async def close(self) -> None:
+        """Try a last time to write what is held in memory."""
+        if self._settling is not None:
+            self._settling.cancel()
+        await self._write_withheld()
+        for digest in self._withheld:
+            log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
+
+    def _stands(self, token: Token) -> bool:
+        """Whether the user still stands in the configuration, with the password of that login."""
+        user = self._users.get(token.username)
+        return user is not None and user.credential == token.credential
+
+    async def _settle(self) -> None:
+        while self._withheld:
+            await asyncio.sleep(_RETRY)
+            await self._write_withheld()
+        self._settling = None
+
+    async def _write_withheld(self) -> None:
+        for digest in list(self._withheld):
+            try:
+                await self._store.tokens.remove(digest, self._clock())
+            except RetryLater:
+                return
+            self._withheld.discard(digest)
+            log.info("token_revoked", id=public_id(digest), late=True)
