@@ -174,9 +174,9 @@ def probe(client: httpx.Client, token: str) -> bool:
     return bool(answer.json()["valid"])
 
 
-def exchange(port: int, request: bytes) -> tuple[int, dict[str, str], bytes]:
+def exchange(port: int, request: bytes, timeout: float = 30) -> tuple[int, dict[str, str], bytes]:
     """Send raw bytes and read one answer: status, headers (lower case), body."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
         connection.sendall(request)
         data = b""
         while b"\r\n\r\n" not in data:

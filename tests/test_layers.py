@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "errors", "opaque", "logs"},
-    {"config", "stores.tables", "stores.base"},
+    {"models", "errors", "opaque", "logs", "protocol"},
+    {"config", "lane", "stores.tables", "stores.base"},
     {"passwords", "configfile", "stores.writer", "stores.reader", "stores.cached", "stores.verbs", "stores.schema"},
     {"risks", "users", "throttle", "stores.sql"},
     {"tokens", "sweeper", "stores.sqlite"},
@@ -28,7 +28,7 @@ HOMES = {
     "sqlite3": {"stores"},
     "passlib": {"passwords"},
     "starlette": {"routes", "dialects", "middleware", "access", "app", "server"},
-    "uvicorn": {"app", "server"},
+    "uvicorn": {"app", "server", "protocol"},
     "click": {"cli"},
     "rich": {"cli"},
     "tomlkit": {"users"},

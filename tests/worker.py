@@ -10,6 +10,7 @@ from tests.servers import HandClock
 from tokenauth import configfile, logs
 from tokenauth.app import create_app
 from tokenauth.logs import log
+from tokenauth.protocol import BoundedProtocol
 
 
 class Worker(uvicorn.Server):
@@ -35,7 +36,7 @@ def main(config_file: str, clock_file: str) -> None:
         host="127.0.0.1",
         port=0,
         loop="uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -1,6 +1,7 @@
 """The application: the only module that sees everything, and wires it together."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -85,7 +86,7 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
         app = CORSMiddleware(
             app,
             allow_origins=config.server.cors_origins,
-            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("X-Token", "Authorization", "Content-Type"),
             expose_headers=("WWW-Authenticate", "Retry-After"),
         )
@@ -114,6 +115,8 @@ async def _live(service: Service) -> AsyncIterator[None]:
     async with service.running():
         sweeper = Sweeper(service.store, service.clock, service.config.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
+        gc.collect()
+        gc.freeze()
         log.info("started", version=__version__, users=len(service.config.directory))
         try:
             yield

@@ -71,7 +71,7 @@ class Tokens(Section, frozen=True):
     """The terms on which tokens are issued."""
 
     ttl: Duration = Duration(24 * 3600)
-    per_user: int = 1000
+    per_user: int = 100
     cache_size: int = 100_000
 
     def __post_init__(self) -> None:

@@ -49,10 +49,6 @@ class Token:
         """The public name of this token: it identifies, and proves nothing."""
         return public_id(self.digest)
 
-    def expired(self, now: Instant) -> bool:
-        """Whether the token has ended by itself; the boundary belongs to the end."""
-        return now >= self.expires_at
-
 
 def public_id(digest: bytes) -> str:
     """Name a token by the beginning of its digest: 24 hexadecimal digits."""

@@ -1,17 +1,13 @@
-"""Passwords: the only module that knows passlib, and the lane that hashing runs in."""
+"""Passwords: the only module that knows passlib; hashing runs in a lane of its own."""
 
-import asyncio
-import os
-import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 from passlib.context import CryptContext
 from passlib.exc import UnknownHashError
 
 from tokenauth import config
-from tokenauth.errors import ConfigError, InvalidCredentials, Overloaded
+from tokenauth.errors import ConfigError, InvalidCredentials
+from tokenauth.lane import Lane
 from tokenauth.models import User
 
 MIN_LENGTH = 8
@@ -19,8 +15,6 @@ MIN_LENGTH = 8
 
 MAX_LENGTH = 1024
 """Characters of a password; a longer one is refused before any work."""
-
-_LOW_PRIORITY = 10
 
 
 class Passwords:
@@ -34,8 +28,7 @@ class Passwords:
             argon2__time_cost=terms.time_cost,
             argon2__parallelism=terms.parallelism,
         )
-        self._lane = ThreadPoolExecutor(terms.lanes, "password", initializer=_give_way)
-        self._room = terms.lanes + terms.queue
+        self._lane = Lane(self._verify, terms.lanes, terms.queue)
         self._dummy = self.hash("nobody has this password")
 
     def hash(self, password: str) -> str:
@@ -64,38 +57,18 @@ class Passwords:
 
         Raises InvalidCredentials, or Overloaded when more passwords wait than `queue` allows.
         """
-        if self._room <= 0:
-            raise Overloaded
-        self._room -= 1
-        loop = asyncio.get_running_loop()
-        job = self._lane.submit(self._verify, password, self._dummy if user is None else user.password_hash)
-        job.add_done_callback(lambda _: self._make_room(loop))
-        right = await asyncio.wrap_future(job)
+        hashed = self._dummy if user is None else user.password_hash
+        right = await self._lane.run((password, hashed))
         if user is None or not right:
             raise InvalidCredentials
         return user
 
     def close(self) -> None:
         """Let the threads go."""
-        self._lane.shutdown(wait=False, cancel_futures=True)
+        self._lane.close()
 
-    def _verify(self, password: str, hashed: str) -> bool:
+    def _verify(self, job: tuple[str, str]) -> bool:
         try:
-            return bool(self._context.verify(password, hashed))
-        except ValueError:  # what a scheme cannot hash (NUL or over 72 bytes in bcrypt) nobody has set
+            return bool(self._context.verify(*job))
+        except (ValueError, TypeError):  # what a scheme cannot hash (NUL, over 72 bytes in bcrypt) nobody has set
             return False
-
-    def _make_room(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Count a job as done when its thread is free, not when whoever asked has gone."""
-
-        def count() -> None:
-            self._room += 1
-
-        with suppress(RuntimeError):  # the loop has closed
-            loop.call_soon_threadsafe(count)
-
-
-def _give_way() -> None:
-    """Lower the priority of the calling thread, so that answering comes before hashing."""
-    with suppress(OSError, AttributeError):  # where threads have no priority of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)

@@ -1,6 +1,7 @@
 """The processes: a supervisor that holds the socket, and the workers that serve."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from msgspec.structs import replace
 from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
-from tokenauth import configfile, logs
+from tokenauth import config, configfile, logs
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
+from tokenauth.protocol import BoundedProtocol
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than the 60 of nginx, so that it is nginx who closes."""
@@ -38,14 +40,24 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
     Returns the exit code. Raises ConfigError before anything listens.
     """
     settings = read(path, host, port, workers)
-    options = uvicorn.Config(
-        partial(work, path, host, port, workers),
+    options = uvicorn_options(partial(work, path, host, port, workers), settings.server)
+    socket = options.bind_socket()
+    supervisor = Multiprocess(options, sockets=[socket])
+    log.info("listening", host=settings.server.host, port=socket.getsockname()[1], workers=settings.server.workers)
+    supervisor.run()
+    return max((process.exitcode or 0 for process in supervisor.processes), default=0)
+
+
+def uvicorn_options(app: Callable[[], ASGIApp], terms: config.Server) -> uvicorn.Config:
+    """Set up the HTTP server under the application; the benchmark's yardstick runs on the same."""
+    return uvicorn.Config(
+        app,
         factory=True,
-        host=settings.server.host,
-        port=settings.server.port,
-        workers=settings.server.workers,
+        host=terms.host,
+        port=terms.port,
+        workers=terms.workers,
         loop="uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -55,11 +67,6 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
-    socket = options.bind_socket()
-    supervisor = Multiprocess(options, sockets=[socket])
-    log.info("listening", host=settings.server.host, port=socket.getsockname()[1], workers=settings.server.workers)
-    supervisor.run()
-    return max((process.exitcode or 0 for process in supervisor.processes), default=0)
 
 
 def work(path: Path, host: str | None, port: int | None, workers: int | None) -> ASGIApp:

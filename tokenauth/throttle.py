@@ -5,8 +5,8 @@ held up, so nobody can lock a user out; a token that was issued is never touched
 
 What is counted is failures in the store, which all workers share, and tries that are under way in this one:
 a try counts before its password is hashed. No more are let through at once than may still fail; the others wait
-for their outcome. Each of several workers lets through its share, and at least one: so tries at the same
-moment may pass the limit by one less than there are workers.
+for their outcome. Each of several workers lets through its share of `free`, and at least one: so of tries at the
+same moment, one worker lets `free` fail, and each further one at most its share more.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 
 from tokenauth import config
@@ -52,7 +53,7 @@ class Throttle:
         Raises TooManyAttempts when it must wait longer than for the tries under way.
         """
         place = network(address)
-        key, wide = _key(name, place), _key("", place)
+        key, wide = _key("name", name, place), _key("network", place)
         async with self._pass(key, self._terms.free) as failed_before, self._pass(wide, self._terms.network_free):
             try:
                 yield
@@ -113,6 +114,7 @@ class Throttle:
         return float(min(self._terms.delay * 2**doublings, self._terms.max_delay))
 
 
+@lru_cache(maxsize=4096)
 def network(address: str) -> str:
     """Name the network of a client address: /24 of IPv4, /64 of IPv6; all unreadable ones are one network."""
     try:
@@ -125,6 +127,6 @@ def network(address: str) -> str:
     return str(ipaddress.ip_network((parsed, prefix), strict=False))
 
 
-def _key(name: str, place: str) -> bytes:
-    """Hide a name and a network: people type passwords into the name field."""
-    return sha256(f"{name}\0{place}".encode(errors="surrogatepass")).digest()[:16]
+def _key(*parts: str) -> bytes:
+    """Hide what is counted: people type passwords into the name field."""
+    return sha256("\0".join(parts).encode()).digest()[:16]

@@ -48,10 +48,8 @@ class Tokens:
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded or StoreUnavailable.
         """
-        if len(username) > MAX_NAME:
-            raise InvalidRequest(f"username: longer than {MAX_NAME} characters")
-        if len(password) > MAX_LENGTH:
-            raise InvalidRequest(f"password: longer than {MAX_LENGTH} characters")
+        _check("username", username, MAX_NAME)
+        _check("password", password, MAX_LENGTH)
         name = canonical(username)
         user = self._users.get(name)
         # A name that nobody has may be a password that went into the wrong field: it is not logged.
@@ -81,9 +79,10 @@ class Tokens:
         if digest is None:
             return None
         token = await self._store.tokens.get(digest)
-        if token is None or token.expired(self._clock()) or digest in self._withheld:
+        if token is None or self._clock() >= token.expires_at or digest in self._withheld:
             return None
-        return token if self._stands(token) else None
+        user = self._users.get(token.username)
+        return token if user is not None and user.credential == token.credential else None
 
     def owner(self, token: Token) -> User:
         """Return the user of a valid token: scopes are as the configuration has them now."""
@@ -134,7 +133,8 @@ class Tokens:
     async def live(self, username: str | None) -> Sequence[Token]:
         """List the live tokens of a user, or of everybody, newest first, at most LIST_LIMIT."""
         listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
-        return [token for token in listed if self._stands(token)]
+        credentials = {user.username: user.credential for user in self._users.values()}
+        return [token for token in listed if credentials.get(token.username) == token.credential]
 
     async def close(self) -> None:
         """Try a last time to write what is held in memory."""
@@ -143,11 +143,6 @@ class Tokens:
         await self._write_withheld()
         for digest in self._withheld:
             log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
-
-    def _stands(self, token: Token) -> bool:
-        """Whether the user still stands in the configuration, with the password of that login."""
-        user = self._users.get(token.username)
-        return user is not None and user.credential == token.credential
 
     async def _settle(self) -> None:
         while self._withheld:
@@ -163,3 +158,10 @@ class Tokens:
                 return
             self._withheld.discard(digest)
             log.info("token_revoked", id=public_id(digest), late=True)
+
+
+def _check(field: str, text: str, longest: int) -> None:
+    if len(text) > longest:
+        raise InvalidRequest(f"{field}: longer than {longest} characters")
+    if "\0" in text:
+        raise InvalidRequest(f"{field}: has a NUL character")

@@ -11,16 +11,17 @@ def upgrade() -> None:
     """Create the first schema."""
     op.create_table(
         "tokens",
-        sa.Column("digest", sa.LargeBinary(32), primary_key=True),
+        sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
         sa.Column("username", sa.String, nullable=False),
         sa.Column("credential", sa.String, nullable=False),
         sa.Column("issued_at", sa.Float, nullable=False),
         sa.Column("expires_at", sa.BigInteger, nullable=False),
         sa.Column("address", sa.String, nullable=False),
         sa.Column("user_agent", sa.String, nullable=False),
-        sqlite_with_rowid=False,
     )
-    op.create_index("tokens_by_user", "tokens", ["username", "issued_at", "expires_at"])
+    op.create_index("tokens_by_digest", "tokens", ["digest"], unique=True)
+    op.create_index("tokens_by_user", "tokens", ["username", "number", "expires_at"])
     op.create_index("tokens_by_expiry", "tokens", ["expires_at"])
     op.create_table(
         "revocations",

@@ -72,6 +72,8 @@ async def refuse(send: Send, refusal: Refusal, realm: str = "tokenauth") -> None
         headers.append((b"www-authenticate", challenge % (realm.encode(), refusal.scope.encode())))
     elif isinstance(refusal, MethodNotAllowed):
         headers.append((b"allow", ", ".join(refusal.allowed).encode()))
+    elif isinstance(refusal, BodyTooLarge):
+        headers.append((b"connection", b"close"))  # rather than read the rest
     elif isinstance(refusal, RetryLater):
         headers.append((b"retry-after", b"%d" % refusal.retry_after))
     document = {"error": refusal.code, "error_description": str(refusal)}

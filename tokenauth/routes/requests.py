@@ -1,5 +1,8 @@
 """Reading a request: tokens, bodies and queries, and what is wrong with them."""
 
+import json
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
@@ -8,10 +11,13 @@ from starlette.types import Receive, Scope
 
 from tokenauth.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_BODY = 16 * 1024
 """Bytes of a body that are read; the rest is cut off while it streams in."""
+
+MAX_SEARCHED = 64 * 1024
+"""Bytes of a body that are searched for a token to be ended; no more than a part of them is kept."""
 
 MAX_QUERY = 8 * 1024
 """Bytes of a query that are read."""
@@ -29,6 +35,8 @@ def bearer(scope: Scope) -> bytes | None:
     for name, value in scope["headers"]:
         if name == b"x-token":
             token = value.strip()
+            if not token:  # sent, and empty: as good as not sent
+                continue
         elif name == b"authorization" and value[:7].lower() == b"bearer ":
             token = value[7:].strip()
         else:
@@ -74,6 +82,18 @@ async def body(receive: Receive) -> tuple[bytes, bool]:
     return data[:MAX_BODY], len(data) <= MAX_BODY
 
 
+async def body_parts(receive: Receive, overlap: int) -> AsyncIterator[bytes]:
+    """Go through the first MAX_SEARCHED bytes of a body without keeping it; each part repeats the end of the last."""
+    seen, tail, more = 0, b"", True
+    while more and seen < MAX_SEARCHED:
+        message = await receive()
+        part = tail + message.get("body", b"")
+        seen += len(part) - len(tail)
+        tail = part[-overlap:]
+        more = message.get("more_body", False)
+        yield part
+
+
 async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[T]) -> T:
     """Read a JSON body as the decoder's type.
 
@@ -87,13 +107,18 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
     if not data:
         raise InvalidRequest("The body is empty; send a JSON object.")
     try:
-        return decoder.decode(data)
+        text = data.decode()  # all of it: msgspec does not look into strings that it skips
+        found = decoder.decode(text)
+        for field in found.__struct_fields__:
+            if text.count(f'"{field}"') > 1:
+                json.loads(text, object_pairs_hook=partial(_refuse_twice, field))
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"The body is not what it should be: {_in_words(error)}.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, ValueError):
         raise InvalidRequest("The body is not JSON in UTF-8.") from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deep.") from None
+    return found
 
 
 def client_address(scope: Scope) -> str:
@@ -114,8 +139,13 @@ def _says_json(content_type: bytes | None) -> bool:
     kind = kind.strip()
     if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
         return False
-    charset = parameters.replace(b'"', b"").replace(b" ", b"")
-    return b"charset=" not in charset or b"charset=utf-8" in charset
+    settings = (parameter.strip().partition(b"=") for parameter in parameters.split(b";"))
+    return all(value.strip(b'"') == b"utf-8" for name, _, value in settings if name == b"charset")
+
+
+def _refuse_twice(field: str, pairs: list[tuple[str, object]]) -> None:
+    if [name for name, _ in pairs].count(field) > 1:
+        raise InvalidRequest(f"The body has {field!r} twice.")
 
 
 def _in_words(error: msgspec.ValidationError) -> str:

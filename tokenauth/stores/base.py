@@ -31,7 +31,7 @@ class TokenStore(Protocol):
         """End one token; False if there was none. Once this has returned, no `get` returns it."""
 
     async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
-        """End all tokens of a user, or of everybody, but the one with the digest `keep`; say how many."""
+        """End all live tokens of a user, or of everybody, but the one with the digest `keep`; say how many."""
 
     async def list(self, username: str | None, now: Instant, limit: int) -> Sequence[Token]:
         """Return the live tokens of a user, or of everybody, newest first, `limit` at the most."""

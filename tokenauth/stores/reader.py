@@ -15,7 +15,7 @@ from sqlalchemy.dialects import sqlite
 
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Failures, Token
-from tokenauth.stores.tables import failures, marks, revocations, tokens
+from tokenauth.stores.tables import failures, marks, revocations, token_columns, tokens
 
 _PATIENCE = 0.05
 """Seconds to wait where even SQLite's readers must: while a crashed process's log is recovered."""
@@ -26,7 +26,7 @@ def _sql(statement: Select[Any]) -> str:
     return str(statement.compile(dialect=sqlite.dialect(paramstyle="qmark")))
 
 
-_TOKEN = _sql(select(tokens).where(tokens.c.digest == ""))
+_TOKEN = _sql(select(*token_columns).where(tokens.c.digest == ""))
 _FAILURES = _sql(select(failures).where(failures.c.key == ""))
 _REMOVED = _sql(
     select(revocations.c.seq, revocations.c.digest).where(revocations.c.seq > 0).order_by(revocations.c.seq)

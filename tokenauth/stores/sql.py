@@ -7,7 +7,7 @@ from sqlalchemy import Connection, select
 
 from tokenauth.models import ID_BYTES, Failures, Instant, Token
 from tokenauth.stores import verbs
-from tokenauth.stores.tables import failures, tokens
+from tokenauth.stores.tables import failures, token_columns, tokens
 from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
@@ -35,7 +35,8 @@ class SqlTokenStore:
 
     async def get(self, digest: bytes) -> Token | None:
         """Return the token with this digest."""
-        row = await self._database.read(lambda db: db.execute(select(tokens).where(tokens.c.digest == digest)).first())
+        query = select(*token_columns).where(tokens.c.digest == digest)
+        row = await self._database.read(lambda db: db.execute(query).first())
         return None if row is None else Token(*row)
 
     async def find(self, id: str) -> Token | None:
@@ -47,7 +48,7 @@ class SqlTokenStore:
         if len(low) != ID_BYTES:
             return None
         match = tokens.c.digest.between(low, low + b"\xff" * (32 - ID_BYTES))
-        row = await self._database.read(lambda db: db.execute(select(tokens).where(match)).first())
+        row = await self._database.read(lambda db: db.execute(select(*token_columns).where(match)).first())
         return None if row is None else Token(*row)
 
     async def remove(self, digest: bytes, now: Instant) -> bool:
@@ -60,7 +61,7 @@ class SqlTokenStore:
 
     async def list(self, username: str | None, now: Instant, limit: int) -> Sequence[Token]:
         """Return the live tokens of a user, or of everybody, newest first."""
-        query = select(tokens).where(tokens.c.expires_at > now).order_by(tokens.c.issued_at.desc()).limit(limit)
+        query = select(*token_columns).where(tokens.c.expires_at > now).order_by(tokens.c.number.desc()).limit(limit)
         if username is not None:
             query = query.where(tokens.c.username == username)
         rows = await self._database.read(lambda db: db.execute(query).all())

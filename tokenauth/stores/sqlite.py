@@ -212,6 +212,7 @@ def _write_engine(url: URL) -> Engine:
     _on_connect(
         engine,
         f"PRAGMA busy_timeout = {BUSY_TIMEOUT}",
+        "PRAGMA page_size = 2048",  # of a new file; a random insert writes whole pages to the log
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = FULL",
     )

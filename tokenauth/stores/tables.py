@@ -7,18 +7,24 @@ metadata = MetaData()
 tokens = Table(
     "tokens",
     metadata,
-    Column("digest", LargeBinary(32), primary_key=True),
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("digest", LargeBinary(32), nullable=False),
     Column("username", String, nullable=False),
     Column("credential", String, nullable=False),
     Column("issued_at", Float, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     Column("address", String, nullable=False),
     Column("user_agent", String, nullable=False),
+    # On SQLite a small numbered row and a dense index of digests cost a random insert a third less than
+    # rows ordered by digest. Numbers are the order of issue.
+    Index("tokens_by_digest", "digest", unique=True),
     # expires_at stands in it so that counting a user's live tokens reads the index alone
-    Index("tokens_by_user", "username", "issued_at", "expires_at"),
+    Index("tokens_by_user", "username", "number", "expires_at"),
     Index("tokens_by_expiry", "expires_at"),
-    sqlite_with_rowid=False,
 )
+
+token_columns = [column for column in tokens.c if column is not tokens.c.number]
+"""The columns that are fields of a `Token`, in its order."""
 
 revocations = Table(
     "revocations",

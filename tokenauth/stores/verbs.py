@@ -3,16 +3,54 @@
 A verb takes what its callers wish and returns an answer to each. All verbs of one commit share a transaction.
 """
 
+import json
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
-from sqlalchemy import Column, ColumnElement, Connection, Float, Table, bindparam, case, delete, func, insert, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Float,
+    Select,
+    Table,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tokenauth.models import Instant, Token
-from tokenauth.stores.tables import failures, marks, revocations, tokens
+from tokenauth.stores.tables import failures, marks, revocations, token_columns, tokens
 
-_TOKEN = tokens.c.keys()
+_FIELDS = [column.name for column in token_columns]
+_values = attrgetter(*_FIELDS)
+
+_INSERT = insert(tokens)
+
+
+def _too_many() -> Select[bytes]:
+    """Find the tokens that users have beyond `per_user` live ones.
+
+    For each user it steps along the index to the first token too many, newest first, and no further.
+    """
+    names = func.json_each(bindparam("names")).table_valued("value", name="names")
+    live = tokens.alias("live")
+    of_user = select(live.c.number).where(live.c.username == names.c.value, live.c.expires_at > bindparam("now"))
+    first = of_user.order_by(live.c.number.desc()).limit(1).offset(bindparam("per_user")).scalar_subquery()
+    edges = select(names.c.value.label("username"), first.label("number")).subquery("edges")
+    return (
+        select(tokens.c.digest)
+        .join_from(edges, tokens, (tokens.c.username == edges.c.username) & (tokens.c.number <= edges.c.number))
+        .where(tokens.c.expires_at > bindparam("now"))
+    )
+
+
+_TOO_MANY = _too_many()
 
 CLOCK = "clock"
 """The mark that remembers the latest `now` that was written."""
@@ -66,22 +104,15 @@ class Claim(NamedTuple):
 
 def add_tokens(db: Connection, wishes: Sequence[Add]) -> Sequence[None]:
     """Insert tokens; then end the oldest of each user that has too many."""
-    db.execute(
-        insert(tokens),
-        [{name: getattr(wish.token, name) for name in _TOKEN} for wish in wishes],
-    )
+    db.execute(_INSERT, [dict(zip(_FIELDS, _values(wish.token), strict=True)) for wish in wishes])
     limited: dict[int, set[str]] = {}
     for wish in wishes:
         if wish.per_user:
             limited.setdefault(wish.per_user, set()).add(wish.token.username)
     now = max(wish.now for wish in wishes)
-    new = [wish.token.digest for wish in wishes]
     for per_user, names in limited.items():
-        newest = (tokens.c.issued_at.desc(), tokens.c.digest.in_(new).desc())  # of two as old, the new one stays
-        rank = func.row_number().over(partition_by=tokens.c.username, order_by=newest).label("rank")
-        live = select(tokens.c.digest, rank).where(tokens.c.username.in_(names), tokens.c.expires_at > now).subquery()
-        too_many = select(live.c.digest).where(live.c.rank > per_user)
-        _end(db, list(db.execute(too_many).scalars()), now)
+        wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
+        _end(db, db.execute(_TOO_MANY, wanted).scalars().all(), now)
     return [None] * len(wishes)
 
 
@@ -96,10 +127,10 @@ def remove_tokens(db: Connection, wishes: Sequence[Remove]) -> Sequence[bool]:
 
 
 def remove_all_tokens(db: Connection, wishes: Sequence[RemoveAll]) -> Sequence[int]:
-    """End all tokens of a user, or of everybody, but one."""
+    """End all live tokens of a user, or of everybody, but one."""
     answers = []
     for wish in wishes:
-        chosen = select(tokens.c.digest)
+        chosen = select(tokens.c.digest).where(tokens.c.expires_at > wish.now)
         if wish.username is not None:
             chosen = chosen.where(tokens.c.username == wish.username)
         if wish.keep is not None:

@@ -1,0 +1,119 @@
+"""Raw keep-alive connections: they never retry, and know what was sent and what was answered."""
+
+import select
+import socket
+from typing import Any, NamedTuple
+
+import msgspec
+
+LOGIN = {"username": "admin", "password": "admin"}
+
+
+class Refused(Exception):
+    """No connection was made: nothing was sent."""
+
+
+class Closed(Exception):
+    """The server had closed the connection, or said that it would, before anything was sent."""
+
+
+class NoAnswer(Exception):
+    """A request was sent, and no whole answer came."""
+
+
+class Answer(NamedTuple):
+    """What came back; the head as it was sent, for comparing bytes."""
+
+    status: int
+    head: bytes
+    body: bytes
+
+    def json(self) -> Any:
+        """Decode the body."""
+        return msgspec.json.decode(self.body)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers, names in lower case."""
+        lines = self.head.decode("latin-1").split("\r\n")[1:]
+        return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+
+
+class Connection:
+    """One keep-alive connection without a client library: it never retries, and knows what it has sent."""
+
+    def __init__(self, port: int, timeout: float = 30) -> None:
+        """Connect. Raises Refused."""
+        try:
+            self._socket = socket.create_connection(("127.0.0.1", port), timeout)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            raise Refused from error
+        self._ended = False
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._socket.close()
+
+    def ask(self, method: str, target: str, document: object = None, **headers: str) -> Answer:
+        """Send a request and read its answer. Raises Closed or NoAnswer."""
+        body = b"" if document is None else msgspec.json.encode(document)
+        lines = [f"{method} {target} HTTP/1.1", "Host: test", f"Content-Length: {len(body)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        return self.send("\r\n".join([*lines, "", ""]).encode() + body)
+
+    def send(self, request: bytes) -> Answer:
+        """Send raw bytes and read one answer. Raises Closed or NoAnswer."""
+        readable, _, _ = select.select([self._socket], [], [], 0)
+        if readable or self._ended:
+            raise Closed
+        try:
+            self._socket.sendall(request)
+            data = self._more(b"")
+            while b"\r\n\r\n" not in data:
+                data = self._more(data)
+            head, _, body = data.partition(b"\r\n\r\n")
+            answer = Answer(int(head[9:12]), head, b"")
+            while len(body) < int(answer.headers.get("content-length", 0)):
+                body = self._more(body)
+        except (OSError, EOFError) as error:
+            raise NoAnswer from error
+        self._ended = answer.headers.get("connection", "").lower() == "close"
+        return answer._replace(body=body)
+
+    def _more(self, data: bytes) -> bytes:
+        more = self._socket.recv(65536)
+        if not more:
+            raise EOFError
+        return data + more
+
+    def log_in(self, username: str = "admin", password: str = "admin") -> str:
+        """Log in and return the token's value."""
+        answer = self.ask("POST", "/api/token", {"username": username, "password": password})
+        assert answer.status == 200, answer
+        return str(answer.json()["token"])
+
+    def valid(self, token: str) -> bool:
+        """Probe a token; anything but an answer to that is a failure."""
+        answer = self.ask("GET", f"/api/token?token={token}")
+        assert answer.status == 200, answer
+        return bool(answer.json()["valid"])
+
+    def log_out(self, token: str) -> None:
+        """End a token."""
+        assert self.ask("DELETE", "/api/token", {"token": token}).status == 200
+
+
+def takes_connections(port: int) -> bool:
+    """Whether a server answers there."""
+    try:
+        with Connection(port) as connection:
+            return connection.ask("GET", "/healthz").status == 200
+    except Refused:
+        return False

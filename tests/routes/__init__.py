@@ -1,0 +1,1 @@
+"""The routes, asked over real sockets."""

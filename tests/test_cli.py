@@ -1,0 +1,279 @@
+"""The command line, run as an operator runs it: a process of its own for every command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from passlib.hash import argon2
+
+from tests.servers import USERS, Server, log_in, probe, serve, write_config
+from tokenauth import __version__, configfile
+
+TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+COMMANDS = [
+    "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
+    "tokens list", "tokens revoke",
+]  # fmt: skip
+WORD = "a long password\n"
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
+    """Run a command in a directory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENAUTH_CONFIG"} | env
+    return subprocess.run(
+        [TOKENAUTH, *arguments],
+        cwd=directory,
+        env={**environment, "PYTHONUTF8": "1"},
+        input=stdin,
+        encoding="utf-8",
+        errors="surrogateescape",
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def well(done: Done) -> str:
+    """Return what a command that went well has printed."""
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def mistake(done: Done) -> str:
+    """Return the one line that a command says about a mistake."""
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Make a directory with a configuration that nothing is wrong with."""
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) -> None:
+    text = " ".join(well(run(tmp_path, *command.split(), "--help")).split())
+    assert f"Usage: tokenauth {command} [OPTIONS]" in text
+    assert "Example" in text
+    assert f": tokenauth {command}" in text or f"| tokenauth {command}" in text
+    assert "--config FILE" in text
+
+
+def test_the_help_lists_the_commands(tmp_path: Path) -> None:
+    text = well(run(tmp_path, "-h"))
+    assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
+    assert well(run(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
+
+
+def test_check_says_that_all_is_well(home: Path) -> None:
+    assert well(run(home, "check")) == "config.toml: ok, 3 users, 0 risks\n"
+    assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
+    assert os.listdir(home) == ["config.toml"], "it only looks"
+
+
+def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Path) -> None:
+    text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
+    write_config(home, users=text)
+    *risks, summary = well(run(home, "check")).splitlines()
+    assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"] * 3
+    assert summary == "config.toml: ok, 3 users, 3 risks"
+    write_config(home, '[server]\nhost = "0.0.0.0"', text)
+    done = run(home, "check", "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert (told["ok"], [risk["name"] for risk in told["risks"]]) == (False, ["weak_hash"] * 3)
+    assert told["error"] in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_configuration_is_found_by_option_then_variable_then_in_the_working_directory(home: Path) -> None:
+    (home / "other.toml").write_text("users = []")
+    assert "config.toml: ok, 3" in well(run(home, "check"))
+    assert "other.toml: ok, 0" in well(run(home, "check", TOKENAUTH_CONFIG="other.toml"))
+    assert "config.toml: ok, 3" in well(run(home, "check", "--config", "config.toml", TOKENAUTH_CONFIG="other.toml"))
+
+
+def test_a_password_is_hashed_at_the_configured_cost(home: Path) -> None:
+    hashed = well(run(home, "hash-password", "--password-stdin", stdin=WORD)).rstrip("\n")
+    assert hashed.startswith("$argon2id$v=19$m=8,t=1,p=1$")
+    assert argon2.verify(WORD.rstrip("\n"), hashed)
+
+
+def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_path: Path) -> None:
+    done = run(tmp_path, "hash-password", "--password-stdin", stdin="жанна жанна\r\nmore")
+    assert well(done).startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    assert argon2.verify("жанна жанна", done.stdout.rstrip("\n"))
+
+
+def test_users_come_change_and_go(home: Path) -> None:
+    path = home / "config.toml"
+    added = well(run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD))
+    assert added == "added 'Eve' to config.toml; a running server takes it up at SIGHUP\n"
+    before = configfile.load(path).directory["eve"]
+    assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
+    well(run(home, "user", "passwd", "eve", "--password-stdin", stdin="another password\n"))
+    after = configfile.load(path).directory["eve"]
+    assert argon2.verify("another password", after.password_hash)
+    assert after.credential != before.credential
+    assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(well(run(home, "user", "list", "--json")))
+    shown = [line.split() for line in well(run(home, "user", "list")).splitlines()]
+    assert shown == [["username", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
+    well(run(home, "user", "remove", "EVE"))
+    assert "ok, 3 users" in well(run(home, "check"))
+
+
+def test_migrate_makes_the_database_and_may_be_repeated(home: Path) -> None:
+    for _ in range(2):
+        done = run(home, "migrate")
+        assert (done.returncode, done.stdout) == (0, "schema: 0001\n")
+    assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
+    assert json.loads(well(run(home, "tokens", "list", "--json"))) == []
+    assert well(run(home, "tokens", "list")).split() == ["nothing"]
+
+
+USER_ADD = ["user", "add", "eve", "--password-stdin"]
+
+MISTAKES: dict[str, tuple[list[str], str, str]] = {
+    "no such file": (["check", "--config", "no.toml"], "", "no.toml: no such file; name one with --config or"),
+    "a key": (["check", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key; did you mean port?"),
+    "a hash": (["check", "--config", "hash.toml"], "", "users: the password of 'ann' is not a hash that can be read"),
+    "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is no store of tokenauth"),
+    "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
+    "an option, served": (["serve", "--port", "65536"], "", "--port: must be from 0 to 65535"),
+    "no directory": (["migrate", "--config", "nowhere.toml"], "", "the database /no/such/place.db cannot be used: "),
+    "not a database": (["tokens", "list", "--config", "text.toml"], "", "cannot be used: file is not a database"),
+    "a short password": (USER_ADD, "short\n", "a password has 8 to 1024 characters"),
+    "a long password": (["hash-password", "--password-stdin"], "x" * 1025, "a password has 8 to 1024 characters"),
+    "bytes for a password": (["hash-password", "--password-stdin"], "\udcff" * 9, ""),
+    "bytes for a name": ([*USER_ADD[:2], "\udcff", USER_ADD[3]], WORD, "users[3].username: takes no control"),
+    "a bad scope": ([*USER_ADD, "--scope", "a b"], WORD, "users[3].scopes: 'a b' is not printable ASCII"),
+    "no such token": (["tokens", "revoke", "--id", "0" * 24], "", f"There is no token with the id '{'0' * 24}'."),
+    "no such id": (["tokens", "revoke", "--id", "\udcff"], "", "There is no"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_no_traceback(home: Path, name: str) -> None:
+    for file, text in {
+        "key": "[server]\nprot = 1",
+        "hash": "[[users]]\nusername = 'ann'\npassword = 'hers'",
+        "store": "[database]\nurl = 'mysql://x'",
+        "nowhere": "[database]\nurl = 'sqlite+aiosqlite:////no/such/place.db'",
+        "text": "[database]\nurl = 'sqlite+aiosqlite:///text.toml'" + "\n# no database" * 100,
+    }.items():
+        (home / f"{file}.toml").write_text(text)
+    before = (home / "config.toml").read_text()
+    arguments, stdin, expected = MISTAKES[name]
+    assert expected in mistake(run(home, *arguments, stdin=stdin))
+    assert (home / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["tokens", "revoke"], ["tokens", "revoke", "--all", "--user", "ann"], ["serve", "--port", "x"], ["user", "add"],
+     ["no-such-command"], ["check", "--no-such-option"]],
+)  # fmt: skip
+def test_a_command_that_is_not_understood_is_told_how_it_is_used(home: Path, arguments: list[str]) -> None:
+    done = run(home, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: tokenauth ")
+    assert "Error: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["list", "revoke"])
+def test_a_name_that_nobody_can_have_has_no_tokens(home: Path, command: str) -> None:
+    done = run(home, "tokens", command, "--user", "\udcff")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run two workers as an operator does."""
+    with serve(write_config(tmp_path_factory.mktemp("served")), "--workers", "2") as running:
+        yield running
+
+
+def issue(server: Server, *names: str) -> list[str]:
+    """Log in once under each name, on connections of their own."""
+    with server.client() as client:
+        return [log_in(client, name, "admin" if name == "admin" else f"{name}-secret") for name in names]
+
+
+def valid(server: Server, values: list[str]) -> list[bool]:
+    """Ask about tokens on several connections, so that both workers are asked; they must agree."""
+    answers = set()
+    for _ in range(4):
+        with server.client() as client:
+            answers.add(tuple(probe(client, value) for value in values))
+    assert len(answers) == 1, "the workers disagree"
+    return list(answers.pop())
+
+
+def listed(server: Server, *arguments: str) -> list[dict[str, Any]]:
+    """List tokens as JSON."""
+    rows: list[dict[str, Any]] = json.loads(well(run(server.log.parent, "tokens", "list", "--json", *arguments)))
+    return rows
+
+
+def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
+    values = issue(served, "ann", "bob")
+    rows = listed(served, "--user", "ANN")
+    assert [set(row) for row in rows] == [
+        {"id", "username", "issued_at", "expiry_time", "address", "user_agent"} for _ in rows
+    ]
+    assert {row["username"] for row in rows} == {"ann"}
+    assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
+    assert rows[0]["expiry_time"] - rows[0]["issued_at"] == 24 * 3600
+    assert rows[0]["address"] == "127.0.0.1"
+    table = well(run(served.log.parent, "tokens", "list"))
+    assert rows[0]["id"] in table
+    for value in values:
+        assert value not in table + str(rows)
+
+
+def test_workers_refuse_what_the_command_line_has_revoked_at_the_next_request(served: Server) -> None:
+    home = served.log.parent
+    values = issue(served, "ann", "ann", "bob", "admin")
+    assert valid(served, values) == [True] * 4
+    newest = next(row["id"] for row in listed(served, "--user", "bob"))
+    assert well(run(home, "tokens", "revoke", "--id", newest)) == "revoked 1 token\n"
+    assert valid(served, values) == [True, True, False, True]
+    assert re.fullmatch(r"revoked [2-9] tokens\n", well(run(home, "tokens", "revoke", "--user", "Ann")))
+    assert valid(served, values) == [False, False, False, True]
+    assert re.fullmatch(r"revoked [1-9] tokens\n", well(run(home, "tokens", "revoke", "--all")))
+    assert valid(served, values) == [False] * 4
+    assert listed(served) == []
+
+
+def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:
+    done = run(home, "serve", "--port", str(served.port))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
+    assert str(served.port) in done.stderr
+    assert not (home / "tokenauth.db").exists(), "nothing has been touched"
+
+
+def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
+    write_config(home, '[server]\nhost = "0.0.0.0"\nport = 0', USERS.replace("memory_kib = 8\n", "memory_kib = 16\n"))
+    done = run(home, "serve")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "weak_hash" in done.stderr
+    assert '"started"' not in done.stderr

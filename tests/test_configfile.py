@@ -1,0 +1,164 @@
+"""The configuration file: every mistake is one line with its key path, and the environment fills in what is asked."""
+
+from pathlib import Path
+
+import pytest
+
+from tokenauth import configfile
+from tokenauth.config import Config
+from tokenauth.errors import ConfigError
+
+USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
+
+MISTAKES = {
+    "[sever]": "sever: there is no such key; did you mean server?",
+    "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
+    "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, workers, cors_origins,"
+    " trusted_proxies, accept_risks, access_log",
+    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, users",
+    "[[user]]": "user: there is no such key; did you mean users?",
+    USER + 'scope = ["x"]': "users[0].scope: there is no such key; did you mean scopes?",
+    USER
+    + USER.replace("ann", "bob")
+    + "x = 1": "users[1].x: there is no such key; known are username, password, scopes",
+    '[server]\nport = "80"': "server.port: expected `int`, got `str`",
+    "[server]\nport = 1.5": "server.port: expected `int`, got `float`",
+    "[server]\nport = true": "server.port: expected `int`, got `bool`",
+    "[server]\nport = 2020-01-01": "server.port: expected `int`, got `date`",
+    "[server]\nhost = 1": "server.host: expected `str`, got `int`",
+    "[server]\naccess_log = 1": "server.access_log: expected `bool`, got `int`",
+    '[server]\ncors_origins = "x"': "server.cors_origins: expected `array`, got `str`",
+    "[server]\ncors_origins = [1]": "server.cors_origins[0]: expected `str`, got `int`",
+    "server = 1": "server: expected `object`, got `int`",
+    "[[server]]": "server: expected `object`, got `array`",
+    "[users]": "users: expected `array`, got `object`",
+    "[[users]]": "users[0].username: is missing",
+    '[[users]]\nusername = "ann"': "users[0].password: is missing",
+    USER + 'scopes = "admin"': "users[0].scopes: expected `array`, got `str`",
+    USER + "scopes = [1]": "users[0].scopes[0]: expected `str`, got `int`",
+    USER + USER: "users: has 'ann' twice (capitals do not tell names apart)",
+    "[server]\nport = 65536": "server.port: must be from 0 to 65535, and is 65536",
+    '[tokens]\nttl = "soon"': "tokens.ttl: 'soon' is not a duration such as '24h', '5m', '30s' or a number of seconds",
+    "[server]\nhost = '${NO}'": "server.host: the environment has no NO; set it, or write ${NO:-default}",
+    USER + "scopes = ['a', '${NO}']": "users[0].scopes[1]: the environment has no NO; set it, or write ${NO:-default}",
+    "[server]\nport = '${WORD}'": "server.port: expected `int`, got `str`",
+    "[server]\nport = '${REAL}'": "server.port: expected `int`, got `float`",
+    "[server]\nport = '${BIG}'": "server.port: must be from 0 to 65535, and is 70000",
+    "[server]\naccess_log = '${WORD}'": "server.access_log: expected `bool`, got `str`",
+    "[tokens]\nttl = '${WORD}'": "tokens.ttl: 'word'"
+    " is not a duration such as '24h', '5m', '30s' or a number of seconds",
+}
+
+ENVIRON = {"WORD": "word", "BIG": "70000", "REAL": "1.5", "ONE": "1", "YES": "true", "NO_": "false", "EMPTY": ""}
+
+
+def mistake(text: str) -> str:
+    """Return what is said about a text."""
+    with pytest.raises(ConfigError) as refusal:
+        configfile.parse(text, ENVIRON)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_line_with_its_key_path(text: str) -> None:
+    assert mistake(text) == MISTAKES[text]
+
+
+@pytest.mark.parametrize(
+    "text", ["port", "[server", "a = ", "a = 1\na = 2", "\x00", "a = '\x01'", "[a]\n[a]", "\ufeff"]
+)
+def test_what_is_not_toml_is_said_to_be_not_toml(text: str) -> None:
+    assert mistake(text).startswith("not TOML: ")
+    assert "\n" not in mistake(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("server.port = 1" + "0" * 5000, id="a number of 5,000 digits"),
+        pytest.param("tokens.ttl = 1" + "0" * 400, id="a duration of 400 digits"),
+        pytest.param("a = " + "[" * 5000, id="5,000 brackets"),
+        pytest.param("a" + ".a" * 5000 + " = 1", id="5,000 dots"),
+        pytest.param('"a\\nb" = 1', id="a key of two lines"),
+        pytest.param("users = [" * 30 + "]" * 30, id="lists in lists"),
+    ],
+)
+def test_a_hostile_file_is_one_line_too(text: str) -> None:
+    assert "\n" not in mistake(text)
+
+
+def test_a_mistake_shows_no_password() -> None:
+    for text in ('password = ["secret"]', 'password = {secret = "secret"}', 'username = ["secret"]\npassword = "x"'):
+        assert "secret" not in mistake(f"[[users]]\n{text}")
+
+
+def test_strings_take_what_they_ask_for_from_the_environment() -> None:
+    text = '[server]\nhost = "a${ONE}b${EMPTY}c${NONE:-x y}d${NONE:-}"\naccept_risks = ["${WORD}", "$WORD", "${-}"]'
+    server = configfile.parse(text, ENVIRON).server
+    assert server.host == "a1bcx yd"
+    assert server.accept_risks == ("word", "$WORD", "${-}")
+
+
+def test_a_variable_that_is_set_wins_over_the_default() -> None:
+    assert configfile.parse("server.host = '${WORD:-other}'", ENVIRON).server.host == "word"
+    assert configfile.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == ""
+
+
+def test_what_comes_from_the_environment_is_not_expanded_again() -> None:
+    assert configfile.parse("server.host = '${A}'", {"A": "${A}${B}"}).server.host == "${A}${B}"
+
+
+def test_numbers_and_truth_values_may_come_from_the_environment() -> None:
+    text = """
+    server = {port = "${PORT}", workers = "${NONE:-3}", access_log = "${LOG}"}
+    tokens = {ttl = "${TTL}", per_user = "1${ZERO}"}
+    throttle.delay = "${DELAY}"
+    """
+    settings = configfile.parse(text, {"PORT": "8001", "LOG": "true", "TTL": "5m", "ZERO": "0", "DELAY": "2.5"})
+    assert (settings.server.port, settings.server.workers, settings.server.access_log) == (8001, 3, True)
+    assert (float(settings.tokens.ttl), settings.tokens.per_user, float(settings.throttle.delay)) == (300, 10, 2.5)
+
+
+def test_what_looks_like_a_number_stays_text_where_text_is_asked_for() -> None:
+    text = "[[users]]\nusername = '${ONE}'\npassword = '${YES}'\nscopes = ['${ONE}']"
+    assert configfile.parse(text, ENVIRON).users[0].username == "1"
+    assert configfile.parse(text, ENVIRON).users[0].password == "true"
+
+
+def test_bytes_in_the_environment_that_are_no_text_are_a_mistake() -> None:
+    """Python shows such bytes as lone surrogates, which neither hash nor print."""
+    text = "[[users]]\nusername = 'ann'\npassword = '${HASH}'"
+    with pytest.raises(ConfigError, match=r"^users\[0\]\.password: "):
+        assert configfile.parse(text, {"HASH": "\udcff"}).directory
+
+
+def test_the_file_is_found_by_option_then_variable_then_in_the_working_directory() -> None:
+    named = {"TOKENAUTH_CONFIG": "/etc/tokenauth.toml"}
+    assert configfile.find("mine.toml", named) == Path("mine.toml")
+    assert configfile.find(None, named) == Path("/etc/tokenauth.toml")
+    assert configfile.find(None, {"TOKENAUTH_CONFIG": ""}) == Path("config.toml")
+    assert configfile.find(None, {}) == Path("config.toml")
+
+
+def test_a_file_is_read_as_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(USER.replace("ann", "жанна"), encoding="utf-8")
+    assert list(configfile.load(path, {}).directory) == ["жанна"]
+    path.write_bytes(b"# nothing\r\n")
+    assert configfile.load(path, {}) == Config()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"[server]\nport = 0x", b"port = 1"])
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "config.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        configfile.load(path, {})
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_directory_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        configfile.load(tmp_path, {})

@@ -1,0 +1,126 @@
+"""Web pages of the configured origins may call the service from a browser, and those of no others."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import HandClock, Server, log_in, worker, write_config
+
+ORIGINS = ["https://app.example.com", "http://localhost:5173"]
+STRANGERS = [
+    "https://evil.example",
+    "https://app.example.com.evil.example",
+    "https://evil.app.example.com",
+    "https://app.example.com:8443",
+    "http://app.example.com",
+    "https://app.example.comx",
+    "https://app.example.com/",
+    "http://localhost:5174",
+    "null",
+    "*",
+]
+REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
+    ("GET", "/api/token", {"params": {"token": "x"}}, 200),
+    ("POST", "/api/token", {"json": {"username": "admin", "password": "admin"}}, 200),
+    ("POST", "/api/token", {"content": b"{"}, 400),
+    ("DELETE", "/api/token", {}, 200),
+    ("GET", "/api/me", {}, 401),
+    ("GET", "/nothing", {}, 404),
+    ("PUT", "/api/token", {}, 405),
+]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return f"[server]\ncors_origins = {ORIGINS}"
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def closed(directory: Path, clock: HandClock) -> Iterator[httpx.Client]:
+    """Connect to a worker whose configuration names no origin."""
+    elsewhere = directory / "closed"
+    elsewhere.mkdir()
+    with worker(write_config(elsewhere), clock) as running, running.client() as connected:
+        yield connected
+
+
+def preflight(client: httpx.Client, origin: str, method: str = "POST", headers: str = "x-token") -> httpx.Response:
+    """Ask as a browser asks before it sends what a page wants."""
+    asked = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+    return client.options("/api/token", headers=asked)
+
+
+def granted(answer: httpx.Response) -> dict[str, str]:
+    """Return what an answer allows to pages of other origins."""
+    return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_by_default_no_origin_is_allowed_anything(closed: httpx.Client, origin: str) -> None:
+    for method, path, options, status in REQUESTS:
+        answer = closed.request(method, path, headers={"Origin": origin}, **options)
+        assert (answer.status_code, granted(answer)) == (status, {})
+    answer = preflight(closed, origin)
+    assert (answer.status_code, granted(answer)) == (405, {})
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize(("method", "path", "options", "status"), REQUESTS)
+def test_a_configured_origin_may_read_every_answer(
+    client: httpx.Client, origin: str, method: str, path: str, options: dict[str, Any], status: int
+) -> None:
+    answer = client.request(method, path, headers={"Origin": origin}, **options)
+    assert answer.status_code == status
+    assert answer.headers.get_list("access-control-allow-origin") == [origin]
+    assert "origin" in answer.headers["vary"].lower()
+    assert set(answer.headers["access-control-expose-headers"].split(", ")) == {"WWW-Authenticate", "Retry-After"}
+    assert "access-control-allow-credentials" not in answer.headers
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, origin: str, method: str) -> None:
+    answer = preflight(client, origin, method, "authorization,content-type,x-token")
+    assert answer.status_code in {200, 204}
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert method in answer.headers["access-control-allow-methods"].split(", ")
+    allowed = {name.lower() for name in answer.headers["access-control-allow-headers"].split(", ")}
+    assert {"authorization", "content-type", "x-token"} <= allowed
+    assert "origin" in answer.headers["vary"].lower()
+    assert "access-control-allow-credentials" not in answer.headers
+    assert not any("*" in value for value in granted(answer).values())
+
+
+@pytest.mark.parametrize(("method", "headers"), [("PATCH", "x-token"), ("TRACE", "x-token"), ("POST", "x-other")])
+def test_a_preflight_refuses_what_the_service_has_no_use_for(client: httpx.Client, method: str, headers: str) -> None:
+    assert preflight(client, ORIGINS[0], method, headers).status_code == 400
+
+
+@pytest.mark.parametrize("origin", STRANGERS)
+def test_another_origin_is_not_allowed(client: httpx.Client, origin: str) -> None:
+    for method, path, options, status in REQUESTS:
+        answer = client.request(method, path, headers={"Origin": origin}, **options)
+        assert answer.status_code == status
+        assert "access-control-allow-origin" not in answer.headers
+    answer = preflight(client, origin)
+    assert answer.status_code == 400
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_page_logs_in_asks_and_logs_out(client: httpx.Client) -> None:
+    origin = {"Origin": ORIGINS[0]}
+    token = log_in(client, headers=origin)
+    for method, path, status in [("GET", "/api/me", 200), ("DELETE", "/api/token", 200), ("GET", "/api/me", 401)]:
+        answer = client.request(method, path, headers={**origin, "X-Token": token})
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == ORIGINS[0]

@@ -1,0 +1,123 @@
+"""The records' arithmetic, and the clock that never goes back."""
+
+from hashlib import sha256
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenauth.models import ForwardClock, Issued, Token, User, public_id
+
+DIGEST = bytes(range(32))
+TOKEN = Token(DIGEST, "ann", "fingerprint", 1_000.5, 2_000)
+
+
+class Hand:
+    """A clock that is set by hand."""
+
+    def __init__(self, now: float = 0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """Read it."""
+        return self.now
+
+
+def test_a_credential_tells_passwords_apart_and_names_alike() -> None:
+    assert User("ann", "hash-1").credential == User("bob", "hash-1").credential
+    assert User("ann", "hash-1").credential != User("ann", "hash-2").credential
+
+
+def test_a_credential_is_short_and_does_not_give_the_hash_away() -> None:
+    user = User("ann", "$argon2id$secret")
+    assert user.credential == sha256(b"$argon2id$secret").hexdigest()[:16]
+    assert "secret" not in repr(user)
+    assert user.credential not in repr(user)
+
+
+def test_the_same_user_is_an_equal_record() -> None:
+    assert User("ann", "hash", ("read",)) == User("ann", "hash", ("read",))
+    assert User("ann", "hash", ("read",)) != User("ann", "hash", ())
+
+
+def test_an_id_is_24_hexadecimal_digits_of_the_digest() -> None:
+    assert TOKEN.id == public_id(DIGEST) == "000102030405060708090a0b"
+
+
+def test_a_token_that_is_printed_shows_no_secret() -> None:
+    shown = repr(Issued("the-value", TOKEN))
+    assert "ann" in shown
+    for secret in ("the-value", "fingerprint", DIGEST.hex(), repr(DIGEST), TOKEN.id):
+        assert secret not in shown
+
+
+def test_records_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        TOKEN.expires_at = 3_000  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        User("ann", "hash").scopes = ("admin",)  # type: ignore[misc]
+
+
+def test_a_clock_that_is_set_forward_is_believed() -> None:
+    wall, ticks = Hand(1_000), Hand(50)
+    clock = ForwardClock(wall, ticks)
+    assert clock() == 1_000
+    wall.now = 5_000
+    assert clock() == 5_000
+
+
+def test_a_clock_that_is_set_back_goes_on_at_the_pace_of_ticks() -> None:
+    wall, ticks = Hand(1_000), Hand(50)
+    clock = ForwardClock(wall, ticks)
+    wall.now, ticks.now = 10, 53
+    assert clock() == 1_003
+    wall.now, ticks.now = 11, 60.5
+    assert clock() == 1_010.5
+    wall.now, ticks.now = 1_011, 60.5
+    assert clock() == 1_011, "once it has caught up it is believed again"
+
+
+def test_a_clock_that_is_slower_than_ticks_goes_on_at_the_pace_of_ticks() -> None:
+    wall, ticks = Hand(1_000), Hand(0)
+    clock = ForwardClock(wall, ticks)
+    wall.now, ticks.now = 1_001, 2
+    assert clock() == 1_002
+
+
+def test_a_clock_is_advanced_to_an_instant_and_goes_on_from_there() -> None:
+    wall, ticks = Hand(1_000), Hand(0)
+    clock = ForwardClock(wall, ticks)
+    assert clock.advance(1_060) == 60
+    assert clock() == 1_060
+    wall.now, ticks.now = 1_010, 10
+    assert clock() == 1_070
+    wall.now, ticks.now = 1_500, 20
+    assert clock() == 1_500
+
+
+@pytest.mark.parametrize("past", [0, 999.5, 1_000])
+def test_advancing_to_the_past_changes_nothing(past: float) -> None:
+    clock = ForwardClock(Hand(1_000), Hand(0))
+    assert clock.advance(past) == 0
+    assert clock() == 1_000
+
+
+steps = st.tuples(st.integers(-10_000, 10_000), st.integers(0, 100), st.integers(-10_000, 10_000))
+
+
+@given(st.lists(steps, max_size=50))
+def test_time_never_decreases_and_never_lags_behind_wall_or_ticks(moves: list[tuple[int, int, int]]) -> None:
+    wall, ticks = Hand(1_000_000), Hand(0)
+    clock = ForwardClock(wall, ticks)
+    before = clock()
+    for jump, pause, advance in moves:
+        wall.now += jump
+        ticks.now += pause
+        now = clock()
+        assert now >= before + pause
+        assert now >= wall()
+        assert now in {wall(), before + pause}
+        behind = clock.advance(now + advance)
+        assert behind == max(advance, 0)
+        before = clock()
+        assert before == now + max(advance, 0)

@@ -1,0 +1,226 @@
+"""Passwords: what verifies, what costs as much as verifying, and what happens when too many ask at once."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import pytest
+from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
+
+from tokenauth import config
+from tokenauth.errors import ConfigError, InvalidCredentials, Overloaded
+from tokenauth.models import User
+from tokenauth.passwords import Passwords
+
+CHEAP = config.Passwords(memory_kib=64, time_cost=2, threads=1, queue=2)
+WORD = "correct horse battery staple"
+
+HASHES = {
+    "argon2id": argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash(WORD),
+    "argon2id-lanes": argon2.using(type="ID", memory_cost=64, time_cost=1, parallelism=4).hash(WORD),
+    "argon2i": argon2.using(type="I", memory_cost=64, time_cost=2, parallelism=1).hash(WORD),
+    "bcrypt": bcrypt.using(rounds=4).hash(WORD),
+    "bcrypt-2a": bcrypt.using(rounds=4, ident="2a").hash(WORD),
+    "scrypt": scrypt.using(rounds=4).hash(WORD),
+    "pbkdf2_sha256": pbkdf2_sha256.using(rounds=1000).hash(WORD),
+}
+
+ODD_PASSWORDS = {
+    "NUL": "correct\x00horse",
+    "only NUL": "\x00",
+    "73 bytes": "x" * 73,
+    "1,024 characters": "é" * 1024,
+    "lone surrogate": "\ud800",
+    "empty": "",
+}
+
+
+@pytest.fixture
+def passwords() -> Iterator[Passwords]:
+    """Make passwords at the lowest useful cost, one thread and a queue of two."""
+    made = Passwords(CHEAP)
+    yield made
+    made.close()
+
+
+async def right(passwords: Passwords, word: str, hashed: str) -> bool:
+    """Say whether a word is the password of a hash."""
+    try:
+        await passwords.verify(word, User("ann", hashed))
+    except InvalidCredentials:
+        return False
+    return True
+
+
+def test_a_hash_is_argon2id_at_the_configured_cost(passwords: Passwords) -> None:
+    assert passwords.hash(WORD).startswith("$argon2id$v=19$m=64,t=2,p=1$")
+    assert passwords.hash(WORD) != passwords.hash(WORD), "each has its own salt"
+
+
+@pytest.mark.parametrize("scheme", HASHES)
+async def test_every_scheme_tells_the_right_password_from_others(passwords: Passwords, scheme: str) -> None:
+    user = User("ann", HASHES[scheme])
+    assert await passwords.verify(WORD, user) is user
+    for wrong in (WORD + " ", WORD.upper(), WORD[:-1], f" {WORD}"):
+        assert not await right(passwords, wrong, user.password_hash)
+
+
+@pytest.mark.parametrize("scheme", HASHES)
+@pytest.mark.parametrize("odd", ODD_PASSWORDS)
+async def test_what_a_scheme_cannot_hash_is_just_wrong(passwords: Passwords, scheme: str, odd: str) -> None:
+    assert not await right(passwords, ODD_PASSWORDS[odd], HASHES[scheme])
+    assert await right(passwords, WORD, HASHES[scheme]), "and the lane still works"
+
+
+async def test_bcrypt_does_not_take_the_first_72_bytes_for_the_whole(passwords: Passwords) -> None:
+    hashed = bcrypt.using(rounds=4).hash("x" * 72)
+    assert await right(passwords, "x" * 72, hashed)
+    assert not await right(passwords, "x" * 73, hashed)
+
+
+@pytest.mark.parametrize("word", ["p\u00e4ssw\u00f6rt", "\U0001f511" * 20, "é" * 1024, " blanks at both ends "])
+async def test_a_password_is_taken_as_it_was_given(passwords: Passwords, word: str) -> None:
+    assert await right(passwords, word, passwords.hash(word))
+    assert not await right(passwords, word.strip() + "x", passwords.hash(word))
+
+
+async def test_nobody_has_a_password(passwords: Passwords) -> None:
+    for word in (WORD, "", "nobody has this password"):
+        with pytest.raises(InvalidCredentials):
+            await passwords.verify(word, None)
+
+
+async def test_an_unknown_name_costs_a_real_verification() -> None:
+    """Tries are interleaved, so that whatever else this machine does falls on both alike."""
+    passwords = Passwords(config.Passwords(memory_kib=4096, time_cost=2, threads=1))
+    user = User("ann", passwords.hash(WORD))
+    costs: dict[User | None, list[float]] = {None: [], user: []}
+    for _ in range(15):
+        for whose, spent in costs.items():
+            before = time.perf_counter()
+            with pytest.raises(InvalidCredentials):
+                await passwords.verify("wrong", whose)
+            spent.append(time.perf_counter() - before)
+    passwords.close()
+    unknown, wrong = (median(spent) for spent in costs.values())
+    assert 0.5 < unknown / wrong < 2
+
+
+async def test_no_more_wait_than_the_queue_has_room_for(passwords: Passwords) -> None:
+    user = User("ann", HASHES["argon2id"])
+    for _ in range(3):  # and the room comes back
+        answers = await asyncio.gather(*(passwords.verify(WORD, user) for _ in range(8)), return_exceptions=True)
+        assert answers[:3] == [user] * 3, "one in the thread and two in the queue"
+        assert [type(answer) for answer in answers[3:]] == [Overloaded] * 5
+
+
+async def test_wrong_passwords_and_unknown_names_give_their_room_back(passwords: Passwords) -> None:
+    for whose in (User("ann", HASHES["bcrypt"]), None, User("ann", "not a hash")):
+        for word in ("wrong", "\x00", "\ud800"):
+            answers = await asyncio.gather(*(passwords.verify(word, whose) for _ in range(3)), return_exceptions=True)
+            assert [type(answer) for answer in answers] == [InvalidCredentials] * 3
+
+
+async def test_the_room_of_a_caller_who_has_gone_comes_back_when_the_work_is_done() -> None:
+    """Not before: else whoever hangs up could pile up work without bound."""
+    passwords = Passwords(config.Passwords(memory_kib=32768, time_cost=3, threads=1, queue=2))
+    tasks = [asyncio.create_task(passwords.verify(WORD, None)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    assert all(
+        isinstance(ended, asyncio.CancelledError) for ended in await asyncio.gather(*tasks, return_exceptions=True)
+    )
+    with pytest.raises(Overloaded):
+        await passwords.verify(WORD, None)
+    deadline = time.monotonic() + 20
+    free = 0
+    while free < 3:
+        assert time.monotonic() < deadline, "the room has not come back"
+        await asyncio.sleep(0.01)
+        answers = await asyncio.gather(*(passwords.verify(WORD, None) for _ in range(3)), return_exceptions=True)
+        free = [type(answer) for answer in answers].count(InvalidCredentials)
+    passwords.close()
+
+
+async def test_the_event_loop_turns_while_passwords_are_hashed() -> None:
+    passwords = Passwords(config.Passwords(memory_kib=32768, time_cost=3, threads=1))
+    task = asyncio.create_task(passwords.verify(WORD, None))
+    turns = 0
+    while not task.done():
+        turns += 1
+        await asyncio.sleep(0)
+    passwords.close()
+    assert turns > 20
+    assert isinstance(task.exception(), InvalidCredentials)
+
+
+@pytest.mark.parametrize("scheme", HASHES)
+def test_every_schemes_hash_can_be_read(passwords: Passwords, scheme: str) -> None:
+    passwords.check([User("ann", HASHES[scheme])])
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        "",
+        "admin",
+        "x" * 10_000,
+        hashlib.sha256(b"admin").hexdigest(),
+        "$argon2id$",
+        "$argon2id$v=19$m=8",
+        HASHES["argon2id"][:-1] + "!",
+        "$2b$12$short",
+        HASHES["bcrypt"][:-1],
+        HASHES["bcrypt"].replace("$04$", "$99$"),
+        "$scrypt$ln=4",
+        "$pbkdf2-sha256$x$y$z",
+        "$1$salt$qJH7.N4xYta3aEG/dfqo/0",
+        "\u00e4\u00f6\u00fc",
+        f"{HASHES['argon2id']}\n",
+    ],
+    ids=range(15),
+)
+def test_an_unreadable_hash_is_a_mistake_in_the_configuration(passwords: Passwords, unreadable: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        passwords.check([User("bob", HASHES["scrypt"]), User("ann", unreadable)])
+    assert str(refusal.value).startswith("users: the password of 'ann' is not a hash that can be read")
+    assert "\n" not in str(refusal.value)
+    if len(unreadable) > 7:
+        assert unreadable not in str(refusal.value)
+
+
+def argon(memory: int, rounds: int, lanes: int = 1, type: str = "ID") -> str:
+    """Make a hash of some cost."""
+    return str(argon2.using(type=type, memory_cost=memory, time_cost=rounds, parallelism=lanes).hash(WORD))
+
+
+@pytest.mark.parametrize(
+    ("hashed", "weak"),
+    [
+        pytest.param(argon(64, 2), False, id="as configured"),
+        pytest.param(argon(32, 2), True, id="less memory"),
+        pytest.param(argon(64, 1), True, id="less time"),
+        pytest.param(argon(128, 2), False, id="more memory"),
+        pytest.param(argon(64, 3), False, id="more time"),
+        pytest.param(argon(128, 3, lanes=4), False, id="more of everything"),
+        pytest.param(argon(64, 2, type="I"), True, id="another argon2"),
+        pytest.param(bcrypt.using(rounds=4).hash(WORD), True, id="16 rounds of bcrypt"),
+        pytest.param(bcrypt.using(rounds=12).hash(WORD), False, id="4,096 rounds of bcrypt"),
+        pytest.param(scrypt.using(rounds=4).hash(WORD), True, id="16 rounds of scrypt"),
+        pytest.param(pbkdf2_sha256.using(rounds=10).hash(WORD), True, id="10 rounds of pbkdf2"),
+    ],
+)
+def test_a_hash_is_weak_when_it_costs_an_attacker_less(passwords: Passwords, hashed: str, weak: bool) -> None:
+    assert passwords.weak(User("ann", hashed)) is weak
+
+
+async def test_a_hash_that_needs_more_memory_than_there_is_fails_alone(passwords: Passwords) -> None:
+    """Whatever becomes of that login, it is answered, and the lane goes on."""
+    hungry = HASHES["argon2id"].replace("m=64", "m=4294967295")
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(passwords.verify(WORD, User("ann", hungry)), return_exceptions=True)
+        assert isinstance(answers[0], Exception)
+        assert await right(passwords, WORD, HASHES["argon2id"])

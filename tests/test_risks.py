@@ -1,0 +1,102 @@
+"""Risks: fine on a laptop, named by `check`, and refused where others can reach the service."""
+
+from collections.abc import Iterator
+
+import pytest
+from passlib.hash import argon2
+
+from tests.servers import ROOT
+from tokenauth import config, configfile
+from tokenauth.config import Config
+from tokenauth.errors import ConfigError
+from tokenauth.passwords import Passwords
+from tokenauth.risks import SHIPPED_HASH, find_risks, judge, unacceptable
+
+STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
+WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("a long password")
+
+
+@pytest.fixture(scope="module")
+def passwords() -> Iterator[Passwords]:
+    """Make passwords to which STRONG is strong enough and WEAK is not."""
+    made = Passwords(config.Passwords(memory_kib=64, time_cost=2, threads=1))
+    yield made
+    made.close()
+
+
+def configured(server: str = "", password: str = STRONG) -> Config:
+    """Make a configuration of one user."""
+    return configfile.parse(f'[server]\n{server}\n[[users]]\nusername = "ann"\npassword = "{password}"', {})
+
+
+def names(settings: Config, passwords: Passwords) -> list[str]:
+    """Name the risks of a configuration."""
+    return [risk.name for risk in find_risks(settings, passwords)]
+
+
+def test_the_shipped_hash_is_that_of_the_shipped_file_and_of_the_word_admin() -> None:
+    shipped = configfile.load(ROOT / "config.toml", {}).directory["admin"]
+    assert shipped.password_hash == SHIPPED_HASH
+    assert argon2.verify("admin", SHIPPED_HASH)
+
+
+def test_a_strong_password_on_this_machine_is_no_risk(passwords: Passwords) -> None:
+    assert names(configured(), passwords) == []
+
+
+@pytest.mark.parametrize(
+    ("server", "password", "risk"),
+    [
+        ("", SHIPPED_HASH, "shipped_password"),
+        ("", WEAK, "weak_hash"),
+        ('trusted_proxies = ["0.0.0.0/0"]', STRONG, "trusts_everybody"),
+        ('trusted_proxies = ["10.0.0.0/8", "::/0"]', STRONG, "trusts_everybody"),
+    ],
+)
+def test_a_risk_is_named_and_accepted_on_a_loopback_address_only(
+    passwords: Passwords, server: str, password: str, risk: str
+) -> None:
+    at_home = configured(server, password)
+    risks = find_risks(at_home, passwords)
+    assert [each.name for each in risks] == [risk]
+    assert "\n" not in risks[0].text
+    assert password not in risks[0].text
+    assert unacceptable(at_home, risks) is None
+    judge(at_home, risks)
+    for host in ("0.0.0.0", "::", "192.168.1.4", "example.com"):
+        public = configured(f'{server}\nhost = "{host}"', password)
+        with pytest.raises(ConfigError) as refusal:
+            judge(public, find_risks(public, passwords))
+        assert str(refusal.value).startswith(f"server.host: '{host}' can be reached by others, and ")
+        assert f"(or add {risk!r} to server.accept_risks)" in str(refusal.value)
+        judge(configured(f'{server}\nhost = "{host}"\naccept_risks = ["{risk}"]', password), risks)
+
+
+def test_accepting_one_risk_does_not_accept_another(passwords: Passwords) -> None:
+    public = configured('host = "0.0.0.0"\naccept_risks = ["weak_hash", "shipped", "*"]', SHIPPED_HASH)
+    with pytest.raises(ConfigError, match="shipped_password"):
+        judge(public, find_risks(public, passwords))
+
+
+def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> None:
+    users = "\n".join(
+        f'[[users]]\nusername = "{name}"\npassword = "{password}"'
+        for name, password in {"a": SHIPPED_HASH, "b": WEAK, "c": STRONG}.items()
+    )
+    server = """[server]
+    host = "0.0.0.0"
+    trusted_proxies = ["0.0.0.0/0"]
+    accept_risks = ["shipped_password", "weak_hash"]
+    """
+    public = configfile.parse(server + users, {})
+    risks = find_risks(public, passwords)
+    assert [risk.name for risk in risks] == ["shipped_password", "weak_hash", "trusts_everybody"]
+    assert [risk.text.count("'a'") + 2 * risk.text.count("'b'") for risk in risks] == [1, 2, 0]
+    assert "trusts_everybody" in str(unacceptable(public, risks))
+
+
+def test_the_shipped_configuration_has_that_one_risk() -> None:
+    shipped = configfile.load(ROOT / "config.toml", {})
+    made = Passwords(shipped.passwords)
+    assert names(shipped, made) == ["shipped_password"]
+    made.close()

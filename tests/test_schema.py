@@ -1,0 +1,172 @@
+"""The schema: what the migrations build, who may upgrade it, and how durable what stands in it is."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from tests.servers import ROOT, START
+from tokenauth.errors import StartError
+from tokenauth.models import Token
+from tokenauth.stores import schema
+from tokenauth.stores.open import open_store
+from tokenauth.stores.sqlite import SqliteStore
+from tokenauth.stores.tables import metadata
+
+ONE_OF_TEN = """
+import asyncio, sys
+from hashlib import sha256
+from tokenauth.models import Token
+from tokenauth.stores.open import open_store
+
+async def main(path, number):
+    store = open_store(f"sqlite+aiosqlite:///{path}", 10)
+    await store.start()
+    assert await store.ready() is None
+    await store.tokens.add(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 100), 0, 1.0)
+    await store.stop(1.0)
+
+sys.stdin.read()
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@contextmanager
+def connected(file: Path | str) -> Iterator[Connection]:
+    """Connect with SQLAlchemy, in a transaction that the driver does not meddle with."""
+    engine = create_engine(f"sqlite:///{file}", poolclass=NullPool, connect_args={"isolation_level": None})
+    event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
+    with engine.begin() as db:
+        yield db
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Connection]:
+    """Connect to an empty file."""
+    with connected(tmp_path / "tokens.db") as db:
+        yield db
+
+
+@pytest.fixture
+def wanted() -> Iterator[Connection]:
+    """Connect to a database that was made of the tables and not by the migrations."""
+    with connected("") as db:
+        metadata.create_all(db)
+        yield db
+
+
+def statements(db: Connection) -> dict[str, str]:
+    """Return how each table and index was made, in SQLite's own words."""
+    query = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'"
+    return {name: " ".join(sql.split()) for name, sql in db.execute(text(query))}
+
+
+def test_the_revision_that_is_needed_is_the_newest_migration() -> None:
+    scripts = ScriptDirectory.from_config(schema.migrations())
+    assert scripts.get_heads() == [schema.HEAD]
+    assert scripts.get_bases() == [next(reversed(list(scripts.walk_revisions()))).revision], "one line, no branches"
+
+
+def test_the_migrations_build_what_the_tables_say(db: Connection, wanted: Connection) -> None:
+    assert schema.upgrade(db) is None
+    options = {"compare_type": True, "compare_server_default": True}
+    assert compare_metadata(MigrationContext.configure(db, opts=options), metadata) == []
+    assert statements(db) == statements(wanted)
+
+
+def test_an_upgrade_says_which_revision_there_was(db: Connection) -> None:
+    assert schema.version(db) is None
+    assert schema.upgrade(db) is None
+    assert schema.version(db) == schema.HEAD
+    assert schema.upgrade(db) == schema.HEAD
+
+
+def test_a_schema_of_a_newer_release_is_left_alone(db: Connection) -> None:
+    schema.upgrade(db)
+    db.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StartError) as refusal:
+        schema.upgrade(db)
+    assert "has schema 9999" in str(refusal.value)
+    assert "a newer tokenauth has used it" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert schema.version(db) == "9999"
+
+
+def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One transaction: a table that is in the way takes the others back with it."""
+    path = tmp_path / "tokens.db"
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE failures (mine)")
+    with pytest.raises(OperationalError, match="table failures already exists"), connected(path) as db:
+        schema.upgrade(db)
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("failures",)]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no file", "an empty file"])
+async def test_a_store_makes_its_schema_in(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "tokens.db"
+    if there:
+        path.touch(0o640)
+    store = open_store(f"sqlite+aiosqlite:///{path}", 10)
+    assert await store.start() == 0
+    assert await store.ready() is None
+    await store.stop(START)
+    assert path.stat().st_mode & 0o777 == (0o640 if there else 0o600)
+
+
+async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.db"
+    store = open_store(f"sqlite+aiosqlite:///{path}", 10)
+    await store.start()
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert await store.ready() == f"schema is 9999, this release needs {schema.HEAD}"
+    await store.stop(START)
+
+
+async def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
+    """WAL alone would lose the last commits with the power: synchronous must be FULL (2)."""
+    store = open_store(f"sqlite+aiosqlite:///{tmp_path}/tokens.db", 10)
+    assert isinstance(store, SqliteStore)
+    await store.start()
+    await store.tokens.add(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
+    with store._database._engine.connect() as writer:
+        pragmas = {name: writer.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2}
+    assert (tmp_path / "tokens.db-wal").stat().st_size > 0
+    await store.stop(START)
+
+
+def test_ten_processes_that_start_at_once_on_an_empty_database_all_end_well(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.db"
+    command = [sys.executable, "-W", "error", "-c", ONE_OF_TEN, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [*command, str(number)], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for number in range(10)
+    ]
+    for process in started:  # all have begun: now each may go on
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    ends = [(process.communicate(timeout=60)[1], process.returncode) for process in started]
+    assert [code for _, code in ends] == [0] * 10, "\n".join(trouble for trouble, _ in ends)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM tokens").fetchone() == (10,)
+        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.HEAD,)]
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
