@@ -150,6 +150,31 @@ async def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
     await store.stop(START)
 
 
+def count_elsewhere(path: Path) -> int:
+    """Have another process count the tokens in a file, and close it."""
+    script = (
+        "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM tokens').fetchone())"
+    )
+    return int(subprocess.run([sys.executable, "-c", script, path], capture_output=True, check=True).stdout)
+
+
+async def test_a_second_store_of_a_process_does_not_cost_the_first_its_writes(tmp_path: Path) -> None:
+    """Closing any descriptor of a file gives up all POSIX locks that the process has on it.
+
+    Without its lock the next process to close the file takes itself for the last, and deletes the log in use
+    (https://sqlite.org/howtocorrupt.html, section 2.2).
+    """
+    path = tmp_path / "tokens.db"
+    stores = [open_store(f"sqlite+aiosqlite:///{path}", 10) for _ in range(2)]
+    for store in stores:
+        await store.start()
+    for count in range(1, 4):
+        await stores[0].tokens.add(Token(sha256(b"%d" % count).digest(), "ann", "", START, int(START) + 1), 0, START)
+        assert count_elsewhere(path) == count, "what was acknowledged is not there"
+    for store in stores:
+        await store.stop(START)
+
+
 def test_ten_processes_that_start_at_once_on_an_empty_database_all_end_well(tmp_path: Path) -> None:
     path = tmp_path / "tokens.db"
     command = [sys.executable, "-W", "error", "-c", ONE_OF_TEN, str(path)]

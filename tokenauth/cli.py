@@ -28,6 +28,8 @@ class Lines(click.Group):
             return super().invoke(ctx)
         except (ConfigError, StartError, Refusal) as error:
             raise click.ClickException(str(error)) from None
+        except UnicodeError:
+            raise click.ClickException("what was typed or piped in is not UTF-8") from None
 
 
 config_option = click.option(
@@ -177,7 +179,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
     """List live tokens, newest first, at most 1,000. Their values are not known to anybody."""
     from tokenauth.config import canonical
 
-    name = None if username is None else canonical(username)
+    name = None if username is None else canonical(_text(username))
     found = _with_service(config_file, lambda service: service.tokens.live(name))
     rows: list[dict[str, Any]] = [
         {
@@ -209,7 +211,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
         _with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
         click.echo("revoked 1 token")
         return
-    name = None if username is None else canonical(username)
+    name = None if username is None else canonical(_text(username))
     count = _with_service(config_file, lambda service: service.tokens.revoke_all(name))
     click.echo(f"revoked {count} tokens")
 
@@ -245,6 +247,7 @@ def _hash(config_file: str | None, password_stdin: bool) -> str:
         password = sys.stdin.readline().rstrip("\r\n")
     else:
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    password.encode()  # a lone surrogate stands for a byte that is not UTF-8
     if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
         raise click.ClickException(f"a password has {MIN_LENGTH} to {MAX_LENGTH} characters")
     return Passwords(terms).hash(password)
@@ -258,13 +261,23 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool, instants: tuple[str, ..
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*(rows[0] if rows else ("nothing",)), box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for key in rows[0] if rows else ("nothing",):
+        table.add_column(key, no_wrap=key == "id", overflow="fold")
     for row in rows:
         shown = {key: f"{datetime.fromtimestamp(row[key], UTC):%Y-%m-%d %H:%M:%S}Z" for key in instants}
         cells = {**row, **shown}.values()
         table.add_row(*(" ".join(cell) if isinstance(cell, list) else str(cell) for cell in cells))
     console = Console(highlight=False, markup=False)
-    console.print(table, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = 1000  # who pipes wants whole lines
+    console.print(table)
+
+
+def _text(argument: str) -> str:
+    """Return an argument. Raises UnicodeEncodeError if it was not UTF-8."""
+    argument.encode()
+    return argument
 
 
 def _print_json(document: object) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,9 +38,11 @@ def parse(text: str, environ: Mapping[str, str] = os.environ) -> Config:
     """Make records of TOML text; a mistake in it raises ConfigError, one line with the key path."""
     try:
         tree = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        from_environment = _expand(tree, environ)
+    except RecursionError:
+        raise ConfigError("not TOML: nested too deep") from None
+    except ValueError as error:
         raise ConfigError(f"not TOML: {error}") from None
-    from_environment = _expand(tree, environ)
     while True:
         try:
             return msgspec.convert(tree, Config, dec_hook=_decode)
@@ -61,8 +64,9 @@ def _decode(kind: type, value: object) -> object:
         if match is not None:
             return Duration(float(match[1]) * _UNITS[match[2]])
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        return Duration(value)
-    raise ValueError(f"{value!r} is not a duration such as '24h', '5m', '30s' or a number of seconds")
+        with suppress(OverflowError):
+            return Duration(value)
+    raise ValueError(f"{str(value)[:80]!r} is not a duration such as '24h', '5m', '30s' or a number of seconds")
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -83,6 +87,8 @@ def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Spot]
                 raise ConfigError(
                     f"{path}: the environment has no {match[1]}; set it, or write ${{{match[1]}:-default}}"
                 )
+            if not found.isprintable():
+                raise ConfigError(f"{path}: what the environment has as {match[1]} is not printable text")
             return found
 
         holder[key] = _VARIABLE.sub(value, text)
@@ -113,13 +119,14 @@ def _reread(holder: Any, key: str | int) -> bool:
 def _explain(problem: str, path: str) -> str:
     if problem.partition(":")[0] in _keys(path):
         return f"{path}.{problem}".lstrip(".")
-    unknown = re.search(r"unknown field `(.*)`", problem)
+    unknown = re.search(r"unknown field `(.*)`", problem, re.DOTALL)
     if unknown is None:
         missing = re.search(r"missing required field `(.*)`", problem)
         if missing is not None:
             return f"{path}.{missing[1]}: is missing"
         return f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
-    key = f"{path}.{unknown[1]}".lstrip(".")
+    name = unknown[1] if unknown[1].isprintable() else repr(unknown[1])
+    key = f"{path}.{name}".lstrip(".")
     known = _keys(path)
     close = difflib.get_close_matches(unknown[1], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

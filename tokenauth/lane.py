@@ -24,12 +24,12 @@ class Lane(Generic[Job, Result]):
     """Runs one function in threads at low priority, for a bounded number of callers."""
 
     def __init__(self, function: Callable[[Job], Result], threads: int, queue: int) -> None:
-        """Run `function` in so many threads; `queue` more callers may wait. It must not raise."""
+        """Run `function` in so many threads; `queue` more callers may wait."""
         self._function = function
         self._threads = threads
         self._room = threads + queue
         self._jobs: SimpleQueue[tuple[Job, asyncio.Future[Result]] | None] = SimpleQueue()
-        self._done: deque[tuple[asyncio.Future[Result], Result]] = deque()
+        self._done: deque[tuple[asyncio.Future[Result], Result | Exception]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told = False
 
@@ -61,12 +61,18 @@ class Lane(Generic[Job, Result]):
         _give_way()
         while (item := self._jobs.get()) is not None:
             job, future = item
-            self._done.append((future, self._function(job)))
+            self._done.append((future, self._try(job)))
             if not self._told:
                 self._told = True
                 assert self._loop is not None
                 with suppress(RuntimeError):  # the loop has closed, and nobody waits any more
                     self._loop.call_soon_threadsafe(self._deliver)
+
+    def _try(self, job: Job) -> Result | Exception:
+        try:
+            return self._function(job)
+        except Exception as error:
+            return error
 
     def _deliver(self) -> None:
         """Hand out what is ready, on the event loop."""
@@ -74,7 +80,11 @@ class Lane(Generic[Job, Result]):
         while self._done:
             future, result = self._done.popleft()
             self._room += 1
-            if not future.done():
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
                 future.set_result(result)
 
 

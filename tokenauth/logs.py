@@ -1,7 +1,10 @@
 """The log: one line for each event on standard error, JSON unless a person is watching."""
 
+import json
 import logging
+import re
 import sys
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -12,7 +15,23 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
 def _json(event: Any, **_: Any) -> bytes:
-    return msgspec.json.encode(event)
+    try:
+        return msgspec.json.encode(event)
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can only spell out
+        return json.dumps(event, default=repr).encode()
+
+
+class _Sink:
+    """Standard error; a log that cannot be written must not keep anybody from being answered."""
+
+    def write(self, line: bytes | str) -> None:
+        """Write a line, or do without."""
+        data = line.encode(errors="backslashreplace") if isinstance(line, str) else line
+        with suppress(OSError, ValueError):
+            sys.stderr.buffer.write(data + b"\n")
+            sys.stderr.buffer.flush()
+
+    msg = debug = info = warning = error = critical = write
 
 
 def configure(quiet: bool = False) -> None:
@@ -32,9 +51,7 @@ def configure(quiet: bool = False) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=(
-            structlog.PrintLoggerFactory(sys.stderr) if person else structlog.BytesLoggerFactory(sys.stderr.buffer)
-        ),
+        logger_factory=_Sink,
         cache_logger_on_first_use=not quiet,
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -48,6 +65,7 @@ def configure(quiet: bool = False) -> None:
             ],
         )
     )
+    logging.raiseExceptions = False
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for chatty in ("alembic", "aiosqlite", "sqlalchemy", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -65,6 +83,8 @@ def _text(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
 
 def _without_exception_text(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Keep where an exception came from and drop what it says: that may hold what a client sent."""
+    if event["_record"].name == "asyncio":  # quotes tasks, futures and what they hold
+        event["event"] = re.split(r"[(<\n]", str(event["event"]))[0].strip()
     trouble = event.pop("exc_info", None)
     if trouble and trouble[1] is not None:
         event["at"] = whereabouts(trouble[1])

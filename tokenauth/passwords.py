@@ -1,6 +1,8 @@
 """Passwords: the only module that knows passlib; hashing runs in a lane of its own."""
 
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from passlib.context import CryptContext
 from passlib.exc import UnknownHashError
@@ -17,6 +19,10 @@ MAX_LENGTH = 1024
 """Characters of a password; a longer one is refused before any work."""
 
 
+_LEAST_ROUNDS = {"bcrypt": 10, "scrypt": 14, "pbkdf2_sha256": 100_000}
+"""Costs below which a hash is weak; those of bcrypt and scrypt are powers of two."""
+
+
 class Passwords:
     """Verifies passwords a few at a time, in threads that give way to everything else."""
 
@@ -29,6 +35,7 @@ class Passwords:
             argon2__parallelism=terms.parallelism,
         )
         self._lane = Lane(self._verify, terms.lanes, terms.queue)
+        self._terms = terms
         self._dummy = self.hash("nobody has this password")
 
     def hash(self, password: str) -> str:
@@ -39,9 +46,7 @@ class Passwords:
         """Raise ConfigError unless every user's hash is one that `verify` can read."""
         for user in users:
             try:
-                self._context.handler(self._context.identify(user.password_hash, required=True)).from_string(
-                    user.password_hash
-                )
+                self._read(user.password_hash)
             except (ValueError, TypeError, UnknownHashError):
                 raise ConfigError(
                     f"users: the password of {user.username!r} is not a hash that can be read"
@@ -49,8 +54,12 @@ class Passwords:
                 ) from None
 
     def weak(self, user: User) -> bool:
-        """Whether a hash costs an attacker less than the configuration asks for."""
-        return bool(self._context.needs_update(user.password_hash))
+        """Whether a hash costs an attacker less than the configuration asks for, or than is usual for its scheme."""
+        scheme, cost = self._read(user.password_hash)
+        if scheme != "argon2":
+            return int(cost.rounds) < _LEAST_ROUNDS[scheme]
+        less = cost.memory_cost < self._terms.memory_kib or cost.rounds < self._terms.time_cost
+        return bool(less) or cost.type != "ID"
 
     async def verify(self, password: str, user: User | None) -> User:
         """Return the user if this is his password; for nobody it takes as long to say that it is not.
@@ -66,6 +75,13 @@ class Passwords:
     def close(self) -> None:
         """Let the threads go."""
         self._lane.close()
+
+    def _read(self, hashed: str) -> tuple[str, Any]:
+        """Take a hash apart: its scheme, and passlib's record of what it costs. Raises ValueError or TypeError."""
+        if not re.fullmatch(r"[\x21-\x7e]+", hashed):
+            raise ValueError("a hash is printable ASCII without blanks")
+        scheme: str = self._context.identify(hashed, required=True)
+        return scheme, self._context.handler(scheme).from_string(hashed)
 
     def _verify(self, job: tuple[str, str]) -> bool:
         try:

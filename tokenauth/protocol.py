@@ -1,9 +1,14 @@
-"""The HTTP parser of uvicorn, with the bound on request heads that it lacks."""
+"""The HTTP protocol of uvicorn, with what it lacks: a bound on request heads, and a patient end of connections."""
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line and its headers; more are answered 431."""
+
+DRAIN = 1.0
+"""Seconds that an idle connection stays open at shutdown: a request may be on its way."""
+
+_CLOSE = (b"connection", b"close")
 
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
@@ -12,7 +17,11 @@ _TOO_LARGE = (
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Refuses heads that are too long before they are kept: uvicorn would keep whatever comes."""
+    """Refuses heads that are too long before they are kept, and loses no request at shutdown.
+
+    uvicorn keeps whatever comes, and closes idle connections at once: a request that was sent at that moment
+    would never be answered. Here it is, and told that the connection closes.
+    """
 
     _head = 0
 
@@ -29,6 +38,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head += len(data)
         if self._head > MAX_HEAD:
             self._refuse()
+
+    def shutdown(self) -> None:
+        """Close the connection after the next answer, or when none is asked for."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+            return
+        state = self.server_state
+        if _CLOSE not in state.default_headers:
+            state.default_headers = [*state.default_headers, _CLOSE]
+        self.loop.call_later(DRAIN, super().shutdown)
 
     def _head_begins(self) -> bool:
         """Whether no body is being received."""

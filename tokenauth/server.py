@@ -1,7 +1,11 @@
 """The processes: a supervisor that holds the socket, and the workers that serve."""
 
+import ctypes
+import signal
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from uvicorn.supervisors import Multiprocess
 
 from tokenauth import config, configfile, logs
 from tokenauth.config import Config
-from tokenauth.errors import ConfigError
+from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import log
 from tokenauth.protocol import BoundedProtocol
 
@@ -37,15 +41,37 @@ def read(path: Path, host: str | None, port: int | None, workers: int | None) ->
 def serve(path: Path, host: str | None, port: int | None, workers: int | None) -> int:
     """Serve until SIGTERM or SIGINT; at SIGHUP, replace the workers one by one by such as read the file anew.
 
-    Returns the exit code. Raises ConfigError before anything listens.
+    Returns the exit code. Raises ConfigError or StartError before anything listens.
     """
     settings = read(path, host, port, workers)
     options = uvicorn_options(partial(work, path, host, port, workers), settings.server)
-    socket = options.bind_socket()
-    supervisor = Multiprocess(options, sockets=[socket])
-    log.info("listening", host=settings.server.host, port=socket.getsockname()[1], workers=settings.server.workers)
+    listener = _listen(settings.server)
+    supervisor = Supervisor(options, sockets=[listener])
+    log.info("listening", host=settings.server.host, port=listener.getsockname()[1], workers=settings.server.workers)
     supervisor.run()
-    return max((process.exitcode or 0 for process in supervisor.processes), default=0)
+    ends = [process.exitcode or 0 for process in supervisor.processes]
+    return max((abs(end) for end in ends if end != -signal.SIGTERM), default=0)  # uvicorn raises it again at its end
+
+
+class Supervisor(Multiprocess):
+    """uvicorn's supervisor, which stops listening before its workers do."""
+
+    def terminate_all(self) -> None:
+        """Take no new connections, then end the workers."""
+        for listener in self.sockets:
+            listener.close()
+        super().terminate_all()
+
+
+def _listen(terms: config.Server) -> socket.socket:
+    """Listen from now on: who connects while the workers start has to wait, and is not refused."""
+    family = socket.AF_INET6 if ":" in terms.host else socket.AF_INET
+    try:
+        listener = socket.create_server((terms.host, terms.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(f"cannot listen on server.host {terms.host!r}, server.port {terms.port}: {error}") from None
+    listener.set_inheritable(True)
+    return listener
 
 
 def uvicorn_options(app: Callable[[], ASGIApp], terms: config.Server) -> uvicorn.Config:
@@ -66,11 +92,13 @@ def uvicorn_options(app: Callable[[], ASGIApp], terms: config.Server) -> uvicorn
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
+        timeout_worker_healthcheck=GRACE,
     )
 
 
 def work(path: Path, host: str | None, port: int | None, workers: int | None) -> ASGIApp:
     """Build the app in a worker; it reads the file itself, so that a replaced worker sees what changed."""
+    _end_with_parent()
     logs.configure()
     from tokenauth.app import create_app  # the supervisor has no need of it
 
@@ -79,3 +107,12 @@ def work(path: Path, host: str | None, port: int | None, workers: int | None) ->
     except ConfigError as error:
         log.error("configuration_refused", detail=str(error))
         sys.exit(uvicorn.config.STARTUP_FAILURE)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM to this worker when its supervisor has been killed; elsewhere it would live on."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1

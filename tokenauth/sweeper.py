@@ -43,21 +43,23 @@ class Sweeper:
     async def sweep(self) -> int:
         """Delete all that is due, unless another worker does so; say how many rows that was."""
         now = self._clock()
-        if not await self._store.claim("sweep", now, now + INTERVAL / 2):
+        until = now + INTERVAL / 2
+        if not await self._store.claim("sweep", now, until):
             return 0
-        count = await self._drain(self._store.tokens.purge, now)
-        count += await self._drain(self._store.purge_log, now - LOG_AGE)
-        count += await self._drain(self._store.failures.purge_failures, now - self._forget)
+        count = await self._drain(self._store.tokens.purge, now, until)
+        count += await self._drain(self._store.purge_log, now - LOG_AGE, until)
+        count += await self._drain(self._store.failures.purge_failures, now - self._forget, until)
         if count:
             log.info("swept", rows=count)
         return count
 
-    async def _drain(self, purge: Purge, before: Instant) -> int:
+    async def _drain(self, purge: Purge, before: Instant, until: Instant) -> int:
+        """Delete batch by batch, for as long as the duty was claimed; the next round goes on from there."""
         total = 0
-        while True:
+        while self._clock() < until:
             count = await purge(before, BATCH)
             total += count
             if count < BATCH:
-                return total
-            await self._store.claim("sweep", self._clock(), self._clock() + INTERVAL / 2)
+                break
             await asyncio.sleep(PAUSE)
+        return total

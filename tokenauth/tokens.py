@@ -120,14 +120,15 @@ class Tokens:
         """End the token with this public id, of this user or of anybody. Raises NotFound."""
         token = await self._store.tokens.find(id)
         if token is None or username not in {None, token.username}:
-            raise NotFound(f"There is no token with the id {id!r}." if id.isalnum() else None)
+            raise NotFound("There is no token with this id.")
         if await self._store.tokens.remove(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
     async def revoke_all(self, username: str | None, keep: Token | None = None) -> int:
         """End all tokens of a user, or of everybody, but one; say how many."""
         count = await self._store.tokens.remove_all(username, self._clock(), keep.digest if keep else None)
-        log.info("tokens_revoked", user=username or "(all)", count=count)
+        whose = "(all)" if username is None else username if username in self._users else "(unknown)"
+        log.info("tokens_revoked", user=whose, count=count)
         return count
 
     async def live(self, username: str | None) -> Sequence[Token]:
@@ -145,10 +146,12 @@ class Tokens:
             log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
 
     async def _settle(self) -> None:
-        while self._withheld:
-            await asyncio.sleep(_RETRY)
-            await self._write_withheld()
-        self._settling = None
+        try:
+            while self._withheld:
+                await asyncio.sleep(_RETRY)
+                await self._write_withheld()
+        finally:
+            self._settling = None
 
     async def _write_withheld(self) -> None:
         for digest in list(self._withheld):

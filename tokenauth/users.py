@@ -1,8 +1,10 @@
 """The users in config.toml, edited where they stand: comments and order stay."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import tomlkit
@@ -12,6 +14,10 @@ from tomlkit.items import AoT, Table
 from tokenauth import configfile
 from tokenauth.config import canonical
 from tokenauth.errors import ConfigError
+
+_USER = re.compile(r"\s*\[\[\s*users\s*\]\]")
+_TABLE = re.compile(r"\s*\[")
+_ASIDE = re.compile(r"\s*(#|$)")
 
 
 class UserFile:
@@ -41,17 +47,28 @@ class UserFile:
         if scopes:
             entry["scopes"] = list(scopes)
         self._users.append(entry)
-        self._save()
+        self._save(tomlkit.dumps(self._document))
 
     def change_password(self, name: str, password_hash: Callable[[], str]) -> None:
         """Change a user's password. Raises ConfigError if there is none of that name."""
-        self._get(name)["password"] = password_hash()
-        self._save()
+        entry = self._get(name)
+        entry["password"] = password_hash()
+        self._save(tomlkit.dumps(self._document))
 
     def remove(self, name: str) -> None:
-        """Take a user out. Raises ConfigError if there is none of that name."""
-        self._users.remove(self._get(name))
-        self._save()
+        """Take a user out, with the comment right above. Raises ConfigError if there is none of that name.
+
+        It is lines that are taken out: a TOML document has the comment above one table in the table before it.
+        """
+        number = list(self._users).index(self._get(name))
+        lines = tomlkit.dumps(self._document).splitlines(keepends=True)
+        begin = [at for at, line in enumerate(lines) if _USER.match(line)][number]
+        end = next((at for at in range(begin + 1, len(lines)) if _TABLE.match(lines[at])), len(lines))
+        while _ASIDE.match(lines[end - 1]):  # belongs to the next table
+            end -= 1
+        while begin and lines[begin - 1].lstrip().startswith("#"):
+            begin -= 1
+        self._save("".join(lines[:begin] + lines[end:]))
 
     def _find(self, name: str) -> Table | None:
         return next((user for user in self._users if canonical(str(user.get("username", ""))) == canonical(name)), None)
@@ -62,9 +79,8 @@ class UserFile:
             raise ConfigError(f"{self.path}: there is no user {name!r}")
         return user
 
-    def _save(self) -> None:
+    def _save(self, text: str) -> None:
         """Put the new text in place of the old in one step, if it makes a configuration."""
-        text = tomlkit.dumps(self._document)
         try:
             configfile.parse(text)
         except ConfigError as error:
@@ -72,7 +88,10 @@ class UserFile:
         target = self.path.resolve()
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+            was = target.stat()
+            os.fchmod(file.fileno(), was.st_mode & 0o777)
+            with suppress(PermissionError):  # only root may give a file away
+                os.fchown(file.fileno(), was.st_uid, was.st_gid)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

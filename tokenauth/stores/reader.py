@@ -89,7 +89,7 @@ class Reader:
         return [digest for _, digest in rows] if complete else None
 
     def replaced(self) -> bool:
-        """Whether the path now leads to another file than the one that is open, or to none."""
+        """Whether the path now leads to another file than the one that is open, to an empty one or to none."""
         return _identity(self._path) != self._file
 
     def close(self) -> None:
@@ -112,4 +112,4 @@ def _identity(path: str) -> tuple[int, int] | None:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return (status.st_dev, status.st_ino) if status.st_size else None

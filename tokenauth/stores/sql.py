@@ -45,7 +45,7 @@ class SqlTokenStore:
             low = bytes.fromhex(id)
         except ValueError:
             return None
-        if len(low) != ID_BYTES:
+        if len(low) != ID_BYTES or low.hex() != id:
             return None
         match = tokens.c.digest.between(low, low + b"\xff" * (32 - ID_BYTES))
         row = await self._database.read(lambda db: db.execute(select(*token_columns).where(match)).first())
@@ -94,4 +94,4 @@ class SqlFailureStore:
 
     async def purge_failures(self, before: Instant, limit: int) -> int:
         """Delete keys whose last failure is long past."""
-        return int(await self._database.write(verbs.purge_failures, verbs.Purge(before, limit), before))
+        return int(await self._database.write(verbs.purge_failures, verbs.Purge(before, limit), 0))

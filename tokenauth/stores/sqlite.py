@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
@@ -39,7 +39,7 @@ class Database:
         self._engine = _write_engine(url)
         self._thread = ThreadPoolExecutor(1, "writer")
         self._writer = Writer(self._transact)
-        self._trouble: str | None = None
+        self.trouble: str | None = None
         self.lost = False
 
     async def start(self) -> None:
@@ -84,7 +84,10 @@ class Database:
             with self._engine.begin() as db:
                 answers = [verb(db, wishes) for verb, wishes in batch.items()]
                 verbs.remember(db, now)
-        except OperationalError as error:  # locked, full, read-only, broken: nothing a caller did
+        except DatabaseError as error:
+            if isinstance(error, IntegrityError | DataError | ProgrammingError):
+                raise
+            # locked, full, read-only, broken: nothing that a caller did
             self._note(_reason(error))
             raise StoreUnavailable from error
         self._note(None)
@@ -92,8 +95,8 @@ class Database:
 
     def _note(self, trouble: str | None) -> None:
         """Say once when writing stops working, and once when it works again."""
-        if trouble != self._trouble:
-            self._trouble = trouble
+        if trouble != self.trouble:
+            self.trouble = trouble
             if trouble is None:
                 log.info("store_writable_again")
             else:
@@ -104,7 +107,8 @@ class Database:
         lock = os.open(directory, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite's own locks cannot cover the change to WAL mode
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            with suppress(FileExistsError):  # and not opened: closing it would drop this process's SQLite locks on it
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             with self._engine.begin() as db:
                 had = schema.upgrade(db)
             if had != schema.HEAD:
@@ -169,7 +173,10 @@ class SqliteStore:
         """Say what keeps the store from serving, if anything does."""
         if self._database.lost:
             return "the database file was moved, deleted or replaced; restart tokenauth"
+        if self._database.trouble is not None:
+            return f"store not writable: {self._database.trouble}"
         try:
+            self._reader.mark(verbs.CLOCK)
             version = await self._database.read(schema.version)
         except StoreUnavailable:
             return "store unreachable"
@@ -181,7 +188,7 @@ class SqliteStore:
 
     async def purge_log(self, before: Instant, limit: int) -> int:
         """Delete old entries of the revocation log."""
-        return int(await self._database.write(verbs.purge_revocations, verbs.Purge(before, limit), before))
+        return int(await self._database.write(verbs.purge_revocations, verbs.Purge(before, limit), 0))
 
     def _watch(self) -> None:
         """Look every second whether the file is still the one at its path.

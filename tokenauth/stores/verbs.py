@@ -6,7 +6,7 @@ A verb takes what its callers wish and returns an answer to each. All verbs of o
 import json
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Column,
@@ -14,23 +14,43 @@ from sqlalchemy import (
     Connection,
     Float,
     Select,
-    Table,
     bindparam,
-    case,
     delete,
     func,
     insert,
     select,
+    text,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tokenauth.models import Instant, Token
-from tokenauth.stores.tables import failures, marks, revocations, token_columns, tokens
+from tokenauth.stores.tables import failures, revocations, token_columns, tokens
+
+CLOCK = "clock"
+"""The mark that remembers the latest `now` that was written."""
+
+_SLICE = 10_000
+"""Values in one statement: SQLite takes 32,766."""
 
 _FIELDS = [column.name for column in token_columns]
 _values = attrgetter(*_FIELDS)
 
+# Statements are made once: making one costs more than running it.
 _INSERT = insert(tokens)
+_DELETE = delete(tokens).where(tokens.c.digest.in_(bindparam("digests", expanding=True))).returning(tokens.c.digest)
+_LOG = insert(revocations)
+_REMEMBER = text("""
+    INSERT INTO marks (name, at) VALUES (:name, :now)
+    ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at < excluded.at
+""")
+_CLAIM = text("""
+    INSERT INTO marks (name, at) VALUES (:duty, :until)
+    ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at <= :now
+""")
+_FAIL = text("""
+    INSERT INTO failures (key, count, last_at) VALUES (:key, 1, :now)
+    ON CONFLICT (key) DO UPDATE SET
+        count = CASE WHEN failures.last_at <= :known THEN 1 ELSE failures.count + 1 END, last_at = excluded.last_at
+""")
 
 
 def _too_many() -> Select[bytes]:
@@ -51,9 +71,6 @@ def _too_many() -> Select[bytes]:
 
 
 _TOO_MANY = _too_many()
-
-CLOCK = "clock"
-"""The mark that remembers the latest `now` that was written."""
 
 
 class Add(NamedTuple):
@@ -143,12 +160,17 @@ def remove_all_tokens(db: Connection, wishes: Sequence[RemoveAll]) -> Sequence[i
 
 def purge_tokens(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
     """Delete tokens that have expired; no cache need hear of it."""
-    return [_purge(db, tokens, tokens.c.digest, tokens.c.expires_at, wish) for wish in wishes]
+    return [
+        _purge(db, tokens.c.number, tokens.c.expires_at, tokens.c.expires_at <= wish.before, wish.limit)
+        for wish in wishes
+    ]
 
 
 def purge_failures(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
     """Delete keys whose last failure is long past."""
-    return [_purge(db, failures, failures.c.key, failures.c.last_at, wish) for wish in wishes]
+    return [
+        _purge(db, failures.c.key, failures.c.last_at, failures.c.last_at < wish.before, wish.limit) for wish in wishes
+    ]
 
 
 def purge_revocations(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
@@ -157,7 +179,7 @@ def purge_revocations(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
     for wish in wishes:
         last = select(func.max(revocations.c.seq)).scalar_subquery()
         oldest = select(revocations).order_by(revocations.c.seq).limit(wish.limit).subquery()
-        old = select(oldest.c.seq).where(oldest.c.at <= wish.before, oldest.c.seq < last)
+        old = select(oldest.c.seq).where(oldest.c.at < wish.before, oldest.c.seq < last)
         answers.append(db.execute(delete(revocations).where(revocations.c.seq.in_(old))).rowcount)
     return answers
 
@@ -165,10 +187,8 @@ def purge_revocations(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
 def count_failures(db: Connection, wishes: Sequence[Fail]) -> Sequence[None]:
     """Count one more failure under each key; after a long quiet time counting starts anew."""
     for wish in wishes:
-        first = _insert(db, failures).values([{"key": key, "count": 1, "last_at": wish.now} for key in wish.keys])
-        forgotten = failures.c.last_at <= wish.now - wish.forget
-        more = {"count": case((forgotten, 1), else_=failures.c.count + 1), "last_at": first.excluded.last_at}
-        db.execute(first.on_conflict_do_update(index_elements=[failures.c.key], set_=more))
+        known = wish.now - wish.forget
+        db.execute(_FAIL, [{"key": key, "now": wish.now, "known": known} for key in wish.keys])
     return [None] * len(wishes)
 
 
@@ -180,14 +200,7 @@ def clear_failures(db: Connection, wishes: Sequence[bytes]) -> Sequence[None]:
 
 def claim(db: Connection, wishes: Sequence[Claim]) -> Sequence[bool]:
     """Take on a duty, unless somebody has it."""
-    answers = []
-    for wish in wishes:
-        mine = _insert(db, marks).values(name=wish.duty, at=wish.until)
-        free = mine.on_conflict_do_update(
-            index_elements=[marks.c.name], set_={"at": wish.until}, where=marks.c.at <= wish.now
-        )
-        answers.append(db.execute(free).rowcount == 1)
-    return answers
+    return [db.execute(_CLAIM, wish._asdict()).rowcount == 1 for wish in wishes]
 
 
 def remember_now(_: Connection, wishes: Sequence[None]) -> Sequence[None]:
@@ -197,25 +210,20 @@ def remember_now(_: Connection, wishes: Sequence[None]) -> Sequence[None]:
 
 def remember(db: Connection, now: Instant) -> None:
     """Write down that it has been `now`, so that no restart believes an earlier clock."""
-    mark = _insert(db, marks).values(name=CLOCK, at=now)
-    db.execute(mark.on_conflict_do_update(index_elements=[marks.c.name], set_={"at": now}, where=marks.c.at < now))
+    db.execute(_REMEMBER, {"name": CLOCK, "now": now})
 
 
 def _end(db: Connection, digests: Sequence[bytes], now: Instant) -> set[bytes]:
     """Delete tokens and log it for every cache to read; say which there were."""
-    if not digests:
-        return set()
-    gone = set(db.execute(delete(tokens).where(tokens.c.digest.in_(digests)).returning(tokens.c.digest)).scalars())
+    gone: set[bytes] = set()
+    for start in range(0, len(digests), _SLICE):
+        gone.update(db.execute(_DELETE, {"digests": digests[start : start + _SLICE]}).scalars())
     if gone:
-        db.execute(insert(revocations), [{"digest": digest, "at": now} for digest in gone])
+        db.execute(_LOG, [{"digest": digest, "at": now} for digest in gone])
     return gone
 
 
-def _purge(db: Connection, table: Table, key: Column[bytes], age: ColumnElement[float], wish: Purge) -> int:
-    old = select(key).where(age <= wish.before).order_by(age).limit(wish.limit)
-    return db.execute(delete(table).where(key.in_(old))).rowcount
-
-
-def _insert(db: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    """Insert with ON CONFLICT, which the two engines write alike and SQLAlchemy keeps apart."""
-    return postgresql.insert(table) if db.dialect.name == "postgresql" else sqlite.insert(table)
+def _purge(db: Connection, key: Column[Any], age: Column[Any], old: ColumnElement[bool], limit: int) -> int:
+    """Delete the rows of the key's table that are old, the oldest first."""
+    chosen = select(key).where(old).order_by(age).limit(limit)
+    return db.execute(delete(key.table).where(key.in_(chosen))).rowcount

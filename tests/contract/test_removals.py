@@ -1,0 +1,193 @@
+"""TokenStore: a removal through one process is the truth in every other at its next turn, cached or not."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.contract.conftest import RACING, Place, Places, token
+from tests.servers import START
+from tokenauth.models import Token
+from tokenauth.stores.base import TokenStore
+from tokenauth.stores.cached import CachedTokenStore
+from tokenauth.stores.sql import SqlTokenStore
+from tokenauth.stores.sqlite import SqliteStore
+
+pytestmark = pytest.mark.parametrize("places", RACING, indirect=True)
+
+
+async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:
+    """Add tokens, as many as a test has rounds."""
+    added = [token(n, "ann" if one_user else f"user{n}", age=number - n) for n in range(number)]
+    await asyncio.gather(*(place.tokens.add(one, 0, START) for one in added))
+    return added
+
+
+async def warm(tokens: TokenStore, known: Sequence[Token]) -> None:
+    """Get tokens, so that a cache has them."""
+    for one in known:
+        assert await tokens.get(one.digest) == one
+
+
+@asynccontextmanager
+async def busy(place: Place, tokens: Sequence[Token]) -> AsyncIterator[None]:
+    """Have somebody else get tokens in every turn of the event loop meanwhile: the cache is always hot."""
+
+    async def read() -> None:
+        while True:
+            for one in tokens:
+                await place.tokens.get(one.digest)
+                await asyncio.sleep(0)
+
+    reader = asyncio.create_task(read())
+    yield
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+
+
+async def test_a_removal_is_seen_by_the_other_process_at_its_next_turn(place: Place, other: Place) -> None:
+    added = await fill(place, place.rounds)
+    await warm(other.tokens, added)
+    async with busy(other, added[-5:]):
+        for one in added:
+            assert await other.tokens.get(one.digest) == one
+            assert await place.tokens.remove(one.digest, START)
+            assert await other.tokens.get(one.digest) is None
+            assert await place.tokens.get(one.digest) is None
+
+
+async def test_the_end_of_all_of_a_users_is_seen_by_the_other_process_at_its_next_turn(
+    place: Place, other: Place
+) -> None:
+    added = await fill(place, place.rounds)
+    await warm(other.tokens, added)
+    async with busy(other, added[-5:]):
+        for one in added:
+            assert await place.tokens.remove_all(one.username, START) == 1
+            assert await other.tokens.get(one.digest) is None
+
+
+async def test_an_eviction_is_seen_by_the_other_process_at_its_next_turn(place: Place, other: Place) -> None:
+    previous = token(0, age=1)
+    await place.tokens.add(previous, 1, START)
+    async with busy(other, [previous]):
+        for number in range(1, place.rounds + 1):
+            one = token(number, age=-number)
+            assert await other.tokens.get(previous.digest) == previous
+            await place.tokens.add(one, 1, START)
+            assert await other.tokens.get(previous.digest) is None
+            assert await other.tokens.get(one.digest) == one
+            previous = one
+
+
+async def test_all_that_one_commit_removes_is_seen_by_the_other_process(place: Place, other: Place) -> None:
+    added = await fill(place, 100, one_user=True)
+    await warm(other.tokens, added)
+    kept = added[17]
+    assert await place.tokens.remove_all("ann", START, kept.digest) == 99
+    assert [one for one in added if await other.tokens.get(one.digest)] == [kept]
+    assert await place.tokens.remove_all(None, START) == 1
+    assert await other.tokens.get(kept.digest) is None
+
+
+async def test_a_removal_is_seen_in_the_very_turn_in_which_it_is_answered(place: Place, other: Place) -> None:
+    """Whoever is answered first may ask before the loop turns again."""
+    added = await fill(place, 100)
+    await warm(place.tokens, added)
+    await warm(other.tokens, added)
+
+    async def end(one: Token) -> list[Token | None]:
+        await place.tokens.remove(one.digest, START)
+        return [await each.tokens.get(one.digest) for each in (place, other)]
+
+    assert await asyncio.gather(*(end(one) for one in added)) == [[None, None]] * 100
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 1000])
+async def test_news_that_was_trimmed_from_the_log_is_not_missed(place: Place, other: Place, limit: int) -> None:
+    added = await fill(place, 20)
+    await warm(other.tokens, added)
+    for one in added[:10]:
+        await place.tokens.remove(one.digest, START)
+    assert await place.store.purge_log(START + 1, limit) == min(limit, 9), "the last entry shows what was missed"
+    assert [one for one in added if await other.tokens.get(one.digest)] == added[10:]
+    await place.tokens.remove(added[10].digest, START)
+    assert [one for one in added if await other.tokens.get(one.digest)] == added[11:]
+
+
+async def test_a_log_that_was_trimmed_and_grew_again_is_not_taken_for_complete(place: Place, other: Place) -> None:
+    added = await fill(place, 20)
+    await warm(other.tokens, added)
+    for one in added[:15]:
+        await place.tokens.remove(one.digest, START)
+        await place.store.purge_log(START + 1, 1000)
+    assert [one for one in added if await other.tokens.get(one.digest)] == added[15:]
+
+
+async def test_a_trimmed_log_is_right_for_whoever_starts_later(places: Places, place: Place) -> None:
+    added = await fill(place, 4)
+    for one in added[:2]:
+        await place.tokens.remove(one.digest, START)
+    await place.store.purge_log(START + 1, 1000)
+    late = await places.open()
+    await warm(late.tokens, added[2:])
+    await place.tokens.remove(added[2].digest, START)
+    assert [one for one in added if await late.tokens.get(one.digest)] == added[3:]
+
+
+class Counted(SqlTokenStore):
+    """A token store that counts how often it is asked."""
+
+    asked = 0
+
+    async def get(self, digest: bytes) -> Token | None:
+        """Count, then look it up."""
+        self.asked += 1
+        return await super().get(digest)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Place, size: int) -> None:
+    assert isinstance(place.store, SqliteStore)
+    counted = Counted(place.store._database)
+    cache = CachedTokenStore(counted, place.store._reader, size)
+    added = await fill(place, 10)
+    dice = random.Random(size)
+    known: list[Token] = []
+    for _ in range(60):
+        one = dice.choice(added)
+        before = counted.asked
+        assert await cache.get(one.digest) == one
+        assert counted.asked - before == (one not in known)
+        if one not in known:
+            known = [*known, one][-size:]
+
+
+async def test_a_cache_does_not_remember_what_is_not_there(place: Place) -> None:
+    assert isinstance(place.store, SqliteStore)
+    counted = Counted(place.store._database)
+    cache = CachedTokenStore(counted, place.store._reader, 10)
+    for _ in range(3):
+        assert await cache.get(token().digest) is None
+    assert counted.asked == 3
+    await place.tokens.add(token(), 0, START)
+    assert await cache.get(token().digest) == token()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+async def test_a_small_cache_is_right_while_tokens_come_and_go(places: Places, size: int) -> None:
+    place, other = await places.open(size), await places.open(size)
+    dice = random.Random(size)
+    live: dict[bytes, Token] = {}
+    for number in range(25):
+        one = token(number, age=-number)
+        live[one.digest] = one
+        await place.tokens.add(one, 0, START)
+        if dice.random() < 0.6:
+            gone = dice.choice(list(live))
+            await dice.choice([place, other]).tokens.remove(gone, START)
+            del live[gone]
+        for n in dice.sample(range(number + 1), min(number + 1, 6)):
+            assert await dice.choice([place, other]).tokens.get(token(n).digest) == live.get(token(n).digest)

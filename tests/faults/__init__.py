@@ -1,0 +1,1 @@
+"""Long fault runs (`make faults`); their short forms are in `tests/promises`."""

@@ -1,0 +1,148 @@
+"""Promise 10: a request that was accepted is answered, also during SIGTERM."""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.connections import LOGIN, Closed, Connection, NoAnswer, Refused
+from tests.journal import Client, Journal, background, check_file, run_clients, serving, until
+from tests.servers import Server, worker, write_config
+
+
+@contextmanager
+def under_load(server: Server, clients: int = 6) -> Iterator[Counter[str]]:
+    """Have clients ask as fast as they can, each over a connection that it keeps; count how it goes for them.
+
+    A client that is told to close, or whose connection is closed between two requests, has lost nothing: it ends.
+    """
+    seen: Counter[str] = Counter()
+    connections = [Connection(server.port) for _ in range(clients)]
+    token = connections[0].log_in()
+
+    def ask() -> None:
+        connection = connections.pop()
+        ended = False
+        try:
+            while not ended:
+                if seen["answered"] % 20:
+                    answer = connection.ask("GET", f"/api/token?token={token}")
+                else:
+                    answer = connection.ask("POST", "/api/token", LOGIN)
+                assert answer.status == 200, answer
+                seen["answered"] += 1
+                ended = answer.headers.get("connection") == "close"
+        except Closed:
+            pass
+        except NoAnswer:
+            seen["sent, no answer"] += 1
+        finally:
+            connection.close()
+            done.append(1)
+        while not stopped:
+            time.sleep(0.01)
+
+    done: list[int] = []
+    stopped: list[int] = []
+    with background(ask, clients):
+        try:
+            until(lambda: seen["answered"] >= 200, "the load is on")
+            yield seen
+            until(lambda: len(done) == clients, "every client was told to go")
+        finally:
+            stopped.append(1)
+
+
+def test_sigterm_under_load_answers_every_request_that_was_sent_over_a_kept_connection(
+    tmp_path: Path,
+) -> None:
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    with serving(config, "--workers", "2") as server:
+        with under_load(server) as seen:
+            server.process.send_signal(signal.SIGTERM)
+        server.process.wait(30)
+    assert seen["sent, no answer"] == 0, seen
+
+
+def test_sigterm_ends_with_exit_code_0(tmp_path: Path) -> None:
+    with serving(write_config(tmp_path)) as server:
+        assert server.stop() == 0
+        assert server.events("stopped")
+
+
+def test_whoever_connects_during_sigterm_is_answered_or_refused_and_never_left_waiting(tmp_path: Path) -> None:
+    """A connection that nobody accepts any more is refused at once, not when the last process has gone."""
+    lost = []
+    with serving(write_config(tmp_path)) as server:
+        with Connection(server.port) as connection:
+            token = connection.log_in()
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                with Connection(server.port) as connection:
+                    began = time.monotonic()
+                    answer = connection.ask("GET", f"/api/token?token={token}", Connection="close")
+                    assert answer.json()["valid"] is True
+            except Refused:
+                break
+            except Closed:
+                lost.append(0.0)
+            except NoAnswer:
+                lost.append(time.monotonic() - began)
+        server.process.wait(30)
+    assert not [wait for wait in lost if wait > 0.05], "it connected, sent a request, and waited in vain"
+
+
+def test_a_login_that_waits_for_the_disk_is_answered_during_sigterm(tmp_path: Path) -> None:
+    """A request that takes longer than the others is waited for, and what it was told is true."""
+    config = write_config(tmp_path, "[passwords]\nmemory_kib = 8\ntime_cost = 1\nthreads = 1\n", users=SLOW_USER)
+    with worker(config) as server, Connection(server.port) as connection:
+        answers: list[str] = []
+
+        def log_in() -> None:
+            if not answers:
+                answers.append(connection.log_in("slow", "admin"))
+
+        with background(log_in):
+            until(lambda: busy(server.process.pid), "the password is being hashed")
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: bool(answers), "the login is answered")
+        server.process.wait(30)
+    with worker(config) as server, Connection(server.port) as connection:
+        assert connection.valid(answers[0])
+
+
+# admin's password again, at a cost of about half a second
+SLOW_USER = """
+[[users]]
+username = "slow"
+password = "$argon2id$v=19$m=65536,t=12,p=1$hseKy6u/muQ5aIsVjar/Ng$Q3KiURnWY5IKjU+pvkwS9JTnObt8X/b7q2PChJWcYWs"
+"""
+
+
+def busy(process: int) -> bool:
+    """Whether the thread that hashes passwords is running."""
+    for task in Path(f"/proc/{process}/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        if int(fields[16]) == 10 and int(fields[11]) > 0:  # nice; ticks of user time
+            return True
+    return False
+
+
+def test_nothing_that_was_acknowledged_before_sigterm_is_lost(tmp_path: Path) -> None:
+    """Journalled clients log in and out until the end; the next server agrees with every answer."""
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    journals = [Journal() for _ in range(4)]
+    with serving(config, "--workers", "2") as server:
+        clients: list[Client] = run_clients([server.port], journals, seed=7)
+        until(lambda: sum(len(one.issued) for one in journals) >= 100, "the clients got tokens")
+        server.stop()
+        for client in clients:
+            client.finish()
+    with worker(config) as server, Connection(server.port) as connection:
+        for journal in journals:
+            journal.check(connection.valid)
+    check_file(tmp_path / "tokenauth.db", journals)

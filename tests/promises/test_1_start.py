@@ -1,0 +1,10 @@
+"""Before any promise: however many processes start at once on an empty database, all of them serve."""
+
+from pathlib import Path
+
+from tests.journal import start_together
+from tests.servers import write_config
+
+
+def test_ten_processes_that_start_at_once_on_an_empty_database_all_serve(tmp_path: Path) -> None:
+    start_together(write_config(tmp_path, "[tokens]\nper_user = 0"), 10)

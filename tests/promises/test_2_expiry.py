@@ -1,0 +1,99 @@
+"""Promise 2: expired is never accepted, also from the cache, also after the clock was set back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.connections import Connection
+from tests.servers import HandClock, Server, worker, write_config
+
+TTL = 100
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Let tokens live shortly."""
+    return f"[tokens]\nttl = {TTL}"
+
+
+@pytest.fixture
+def here(server: Server) -> Iterator[Connection]:
+    """Connect to one worker."""
+    with Connection(server.port) as connection:
+        yield connection
+
+
+@pytest.fixture
+def there(sibling: Server) -> Iterator[Connection]:
+    """Connect to another."""
+    with Connection(sibling.port) as connection:
+        yield connection
+
+
+def welcome(connection: Connection, token: str) -> bool:
+    """Whether a guarded route lets the token in."""
+    return connection.ask("GET", "/api/me", X_Token=token).status == 200
+
+
+def test_expired_is_never_accepted_also_from_the_cache(here: Connection, there: Connection, clock: HandClock) -> None:
+    """The boundary belongs to the end, in the worker that issued the token and in one that has cached it."""
+    token = here.log_in()
+    expires_at = here.ask("GET", f"/api/token?token={token}").json()["expiry_time"]
+    clock.set(expires_at - 0.001)
+    assert here.valid(token)
+    assert there.valid(token)
+    assert welcome(there, token)
+    clock.set(expires_at)
+    assert not here.valid(token)
+    assert not there.valid(token)
+    assert not welcome(there, token)
+
+
+def test_a_clock_that_is_set_back_revives_nothing(here: Connection, there: Connection, clock: HandClock) -> None:
+    """Neither from the cache nor, for a token that was never looked up before, from the store."""
+    began = clock()
+    cached, unseen = here.log_in(), here.log_in()
+    assert here.valid(cached)
+    assert there.valid(cached)
+    clock.advance(TTL + 1)
+    assert not here.valid(cached)
+    assert not there.valid(cached)
+    clock.set(began)
+    for connection in (here, there):
+        assert not connection.valid(cached)
+        assert not connection.valid(unseen)
+        assert not welcome(connection, cached)
+    clock.set(began + TTL + 2)
+
+
+def test_a_clock_that_is_set_back_lengthens_no_life(here: Connection, clock: HandClock) -> None:
+    """A token that is issued while the clock is wrong ends as if it had never been set back."""
+    began = clock()
+    assert here.valid(here.log_in())
+    clock.set(began - 3600)
+    answer = here.ask("POST", "/api/token", {"username": "ann", "password": "ann-secret"}).json()
+    assert answer["expiry_time"] == int(began) + TTL
+    clock.set(began + TTL)
+    assert not here.valid(answer["token"])
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "kill -9"])
+def test_expired_is_refused_after_a_restart_with_the_clock_set_back(tmp_path: Path, end: str) -> None:
+    """A clean stop remembers the time; a killed worker remembers that of the last thing that was written."""
+    config = write_config(tmp_path, f"[tokens]\nttl = {TTL}")
+    clock = HandClock(tmp_path / "clock", create=True)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        token = connection.log_in()
+        clock.advance(TTL)
+        assert not connection.valid(token)
+        if end == "SIGTERM":
+            server.stop()
+        else:
+            connection.log_in()
+            server.kill()
+    clock.advance(-TTL / 2)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        assert not connection.valid(token)
+        assert not welcome(connection, token)
+        assert connection.valid(connection.log_in())

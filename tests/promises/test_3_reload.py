@@ -1,0 +1,79 @@
+"""Promise 3, for users: SIGHUP to `tokenauth serve` ends the tokens of who was removed, and refuses no request."""
+
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.connections import Closed, Connection
+from tests.journal import background, serving, until
+from tests.servers import USERS, Server, write_config
+
+# "new-secret" at the lowest cost
+NEW_HASH = "$argon2id$v=19$m=8,t=1,p=1$wGUxeHZ3w8d0lR7hClnfsA$VurG/lrlBjogxg+ODKprhNbfa2EsqFDYIF2zU+ELTbQ"
+
+
+def reload(server: Server, workers: int) -> None:
+    """Send SIGHUP and wait until each worker has been replaced."""
+    until(lambda: len(server.events("started")) >= workers, "every worker serves")
+    before = len(server.events("stopped"))
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: len(server.events("stopped")) == before + workers, f"{workers} workers replaced")
+
+
+def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sighup(tmp_path: Path) -> None:
+    """While that happens, every request is answered, over kept connections and over new ones."""
+    config = write_config(tmp_path)
+    with ExitStack() as stack, serving(config, "--workers", "2") as server:
+        with Connection(server.port) as connection:
+            admin = connection.log_in()
+            ann = connection.log_in("ann", "ann-secret")
+            bob = connection.log_in("bob", "bob-secret")
+        kept = [stack.enter_context(Connection(server.port)) for _ in range(1)]
+
+        def probe_over_a_kept_connection(number: int) -> None:
+            try:
+                assert kept[number].valid(admin)
+            except Closed:  # it was told so before it sent anything: nothing is lost
+                kept[number] = stack.enter_context(Connection(server.port))
+
+        def probe_over_a_new_connection() -> None:
+            with Connection(server.port) as connection:
+                assert connection.ask("GET", f"/api/token?token={admin}", Connection="close").json()["valid"]
+
+        without_bob = USERS[: USERS.rindex("[[users]]")]
+        start = without_bob.index("$argon2id", without_bob.index('"ann"'))
+        new = without_bob[:start] + NEW_HASH + without_bob[without_bob.index('"', start) :]
+        write_config(tmp_path, users=new)
+        with (
+            background(lambda: probe_over_a_kept_connection(0)),
+            background(probe_over_a_new_connection),
+        ):
+            reload(server, 2)
+        for _ in range(10):  # whichever worker answers
+            with Connection(server.port) as connection:
+                assert connection.valid(admin)
+                assert not connection.valid(ann)
+                assert not connection.valid(bob)
+                assert connection.ask("GET", "/api/me", X_Token=bob).status == 401
+        with Connection(server.port) as connection:
+            for name, password, status in [
+                ("ann", "ann-secret", 401),
+                ("ann", "new-secret", 200),
+                ("bob", "bob-secret", 401),
+            ]:
+                login = {"username": name, "password": password}
+                assert connection.ask("POST", "/api/token", login).status == status
+
+
+def test_a_mistake_in_the_file_at_sighup_changes_nothing_and_is_logged(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    with serving(config) as server:
+        with Connection(server.port) as connection:
+            token = connection.log_in()
+        write_config(tmp_path, '[tokens]\nttl = "soon"\n')
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: bool(server.events("configuration_refused")), "the mistake in the log")
+        until(lambda: "aborting the restart" in server.log.read_text(), "the reload given up")
+        with Connection(server.port) as connection:
+            assert connection.valid(token)
+            assert connection.valid(connection.log_in())

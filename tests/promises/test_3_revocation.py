@@ -1,0 +1,100 @@
+"""Promise 3: revoked is refused, by every worker of the machine at once."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.connections import Connection
+from tests.servers import HandClock, Server
+
+TIMES = 1000
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Let a user have five tokens, so that one more evicts one."""
+    return "[tokens]\nper_user = 5"
+
+
+@pytest.fixture
+def here(server: Server) -> Iterator[Connection]:
+    """Connect to the worker that revokes."""
+    with Connection(server.port) as connection:
+        yield connection
+
+
+@pytest.fixture
+def there(sibling: Server) -> Iterator[Connection]:
+    """Connect to the worker that must know of it."""
+    with Connection(sibling.port) as connection:
+        yield connection
+
+
+def test_a_revocation_is_seen_by_the_other_worker_on_its_very_next_request_1000_times(
+    here: Connection, there: Connection
+) -> None:
+    """The other worker has the token in its cache. With more workers, under load: `tests/faults`."""
+    for number in range(TIMES):
+        token = here.log_in()
+        assert there.valid(token), f"round {number}"
+        here.log_out(token)
+        assert not there.valid(token), f"accepted in round {number} after its revocation was answered"
+
+
+def _all(here: Connection, tokens: list[str], config: Path) -> None:
+    assert here.ask("DELETE", "/api/tokens", X_Token=tokens[0]).json() == {"revoked": len(tokens)}
+
+
+def _all_but_one(here: Connection, tokens: list[str], config: Path) -> None:
+    assert here.ask("DELETE", "/api/tokens?keep=current", X_Token=tokens[0]).status == 200
+    tokens.pop(0)
+
+
+def _by_id(here: Connection, tokens: list[str], config: Path) -> None:
+    listed = here.ask("GET", "/api/tokens", X_Token=tokens[0]).json()["tokens"]
+    for row in sorted(listed, key=lambda row: bool(row["current"])):
+        assert here.ask("DELETE", f"/api/tokens/{row['id']}", X_Token=tokens[0]).status == 204
+
+
+def _by_an_admin(here: Connection, tokens: list[str], config: Path) -> None:
+    assert here.ask("DELETE", "/api/tokens?user=bob", X_Token=here.log_in()).json() == {"revoked": len(tokens)}
+
+
+def _by_evicting(here: Connection, tokens: list[str], config: Path) -> None:
+    HandClock(config.with_name("clock")).advance(1)
+    for _ in range(5):
+        here.log_in("bob", "bob-secret")
+
+
+def _by_command(here: Connection, tokens: list[str], config: Path) -> None:
+    tool = Path(sys.executable).with_name("tokenauth")
+    subprocess.run([tool, "tokens", "revoke", "--config", config, "--user", "bob"], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("end", [_all, _all_but_one, _by_id, _by_an_admin, _by_evicting, _by_command])
+def test_however_tokens_are_ended_every_worker_refuses_them_at_once(
+    here: Connection, there: Connection, config_file: Path, end: Callable[[Connection, list[str], Path], None]
+) -> None:
+    """Both workers have all of the user's tokens in their caches; other users' tokens stay."""
+    other = here.log_in("ann", "ann-secret")
+    here.ask("DELETE", "/api/tokens", X_Token=here.log_in("bob", "bob-secret"))
+    tokens = [here.log_in("bob", "bob-secret") for _ in range(3)]
+    assert all(connection.valid(token) for connection in (here, there) for token in tokens)
+    end(here, tokens, config_file)
+    assert not [token for token in tokens if there.valid(token)]
+    assert not [token for token in tokens if here.valid(token)]
+    assert there.ask("GET", "/api/me", X_Token=tokens[-1]).status == 401
+    assert there.valid(other)
+
+
+def test_of_more_tokens_than_a_user_may_have_the_oldest_end(
+    here: Connection, there: Connection, clock: HandClock
+) -> None:
+    tokens = []
+    for _ in range(9):
+        clock.advance(1)
+        tokens.append(here.log_in("ann", "ann-secret"))
+    assert [there.valid(token) for token in tokens] == [False] * 4 + [True] * 5

@@ -1,0 +1,225 @@
+"""Promise 4: "the store is down" is never said as "invalid": it is 503 with Retry-After."""
+
+import os
+import resource
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.connections import LOGIN, Answer, Connection, takes_connections
+from tests.journal import locked, until, workers
+from tests.servers import worker, write_config
+
+
+def is_outage(answer: Answer) -> bool:
+    """Whether an answer says that the store is down, in the form that promise 4 gives it."""
+    if answer.status != 503:
+        return False
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"] == "store_unavailable"
+    return True
+
+
+@pytest.mark.faults  # it lasts as long as a writer waits for the lock
+def test_a_store_that_another_program_has_locked_refuses_no_valid_token(tmp_path: Path) -> None:
+    """While it lasts, validation goes on, a login waits and gets 503, and a log-out is held and written later."""
+    config = write_config(tmp_path)
+    with (
+        workers(config, None, 2) as servers,
+        Connection(servers[0].port) as here,
+        Connection(servers[1].port) as there,
+        ThreadPoolExecutor(2) as others,
+    ):
+        kept, ended = here.log_in(), here.log_in()
+        with locked(tmp_path / "tokenauth.db"), Connection(servers[0].port) as one, Connection(servers[1].port) as two:
+            login = others.submit(one.ask, "POST", "/api/token", LOGIN)
+            logout = others.submit(two.ask, "DELETE", "/api/token", {"token": ended})
+            slowest = 0.0
+            while not (login.done() and logout.done()):
+                began = time.monotonic()
+                assert here.valid(kept)
+                assert there.valid(kept)
+                slowest = max(slowest, time.monotonic() - began)
+            assert is_outage(login.result())
+            assert logout.result().status == 200
+            assert logout.result().json() == {"valid": False, "expiry_time": None}
+            assert not there.valid(ended)
+            assert slowest < 1
+        assert servers[1].events("revocation_held_in_memory")
+        until(lambda: not here.valid(ended), "the other worker refuses what was revoked meanwhile")
+        assert not there.valid(ended)
+        assert here.valid(kept)
+        assert there.valid(here.log_in())
+
+
+def test_a_full_disk_refuses_no_valid_token_and_forgets_no_revocation(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; the log has room below it."""
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    with worker(config) as server, Connection(server.port) as connection:
+        tokens = [connection.log_in() for _ in range(50)]
+        room = (tmp_path / "tokenauth.db-wal").stat().st_size
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        for _ in range(5000):
+            answer = connection.ask("POST", "/api/token", LOGIN)
+            if answer.status != 200:
+                break
+            tokens.append(answer.json()["token"])
+        assert is_outage(answer)
+        connection.log_out(tokens[0])
+        assert not connection.valid(tokens[0])
+        assert all(connection.valid(token) for token in tokens[1:])
+        assert is_outage(connection.ask("DELETE", "/api/tokens", X_Token=tokens[1]))
+        assert server.events("revocation_held_in_memory")
+        assert server.events("store_not_writable")
+
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        until(lambda: bool(server.events("token_revoked")), "the revocation is written once there is room")
+        server.kill()
+    with worker(config) as server, Connection(server.port) as connection:
+        assert not connection.valid(tokens[0])
+        assert all(connection.valid(token) for token in tokens[1:])
+
+
+def test_readyz_says_so_while_the_store_cannot_be_written(tmp_path: Path) -> None:
+    """Logins fail then: whoever asks is told, and why; and told when it is over."""
+    with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
+        connection.log_in()
+        room = (tmp_path / "tokenauth.db-wal").stat().st_size
+        assert connection.ask("GET", "/readyz").status == 200
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        for _ in range(5000):
+            if is_outage(connection.ask("POST", "/api/token", LOGIN)):
+                break
+        answer = connection.ask("GET", "/readyz")
+        assert (answer.status, answer.json()["status"]) == (503, "not ready")
+        assert answer.json()["reason"]
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        connection.log_in()
+        assert connection.ask("GET", "/readyz").status == 200
+
+
+def _delete(database: Path) -> None:
+    for name in ("", "-wal", "-shm"):
+        database.with_name(database.name + name).unlink(missing_ok=True)
+
+
+def _replace(database: Path) -> None:
+    with sqlite3.connect(database) as db, sqlite3.connect(database.with_name("other.db")) as other:
+        db.backup(other)
+        other.execute("DELETE FROM tokens")
+    db.close()
+    other.close()
+    os.replace(database.with_name("other.db"), database)
+
+
+def _checkpoint(database: Path) -> None:
+    with sqlite3.connect(database) as db:
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+    db.close()
+
+
+def _truncate(database: Path) -> None:
+    _checkpoint(database)
+    os.truncate(database, 0)
+
+
+def _truncate_before_a_checkpoint(database: Path) -> None:
+    os.truncate(database, 0)
+
+
+def _overwrite(database: Path) -> None:
+    _checkpoint(database)
+    with database.open("r+b") as file:
+        file.write(b"garbage!" * (database.stat().st_size // 8))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _delete,
+        pytest.param(_replace, marks=pytest.mark.faults),
+        _truncate_before_a_checkpoint,
+        pytest.param(_truncate, marks=pytest.mark.faults),
+        pytest.param(_overwrite, marks=pytest.mark.faults),
+    ],
+)
+def test_a_store_that_is_harmed_while_it_runs_is_down_and_says_nothing_about_any_token(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """Within 2 seconds. Until it is noticed answers may be right; wrong they never are."""
+    with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
+        tokens = [connection.log_in() for _ in range(50)]
+        assert connection.valid(tokens[0])
+        assert connection.ask("GET", "/readyz").status == 200
+        harm(tmp_path / "tokenauth.db")
+
+        def down() -> bool:
+            answers = [connection.ask("GET", f"/api/token?token={token}") for token in tokens[:10]]
+            assert all(is_outage(answer) or answer.json()["valid"] is True for answer in answers), answers
+            answers.append(connection.ask("GET", "/api/me", X_Token=tokens[1]))
+            assert is_outage(answers[-1]) or answers[-1].status == 200
+            answers.append(connection.ask("POST", "/api/token", LOGIN))
+            assert is_outage(answers[-1]) or answers[-1].status == 200
+            return all(map(is_outage, answers))
+
+        until(down, "every answer is 503", seconds=2)
+        for path in ("/api/me", "/api/tokens"):
+            assert is_outage(connection.ask("GET", path, X_Token=tokens[1]))
+        assert is_outage(connection.ask("DELETE", "/api/tokens", X_Token=tokens[1]))
+        connection.log_out(tokens[2])
+        assert server.events("revocation_held_in_memory")
+        assert is_outage(connection.ask("GET", f"/api/token?token={tokens[2]}")), "not known to be valid, nor invalid"
+        ready = connection.ask("GET", "/readyz")
+        assert (ready.status, ready.json()["status"]) == (503, "not ready")
+        assert ready.json()["reason"]
+        assert connection.ask("GET", "/healthz").status == 200
+        assert server.process.poll() is None
+
+
+def test_a_file_that_is_not_a_database_is_left_alone_at_the_start(tmp_path: Path) -> None:
+    """One clear line, and no empty database in its place."""
+    config = write_config(tmp_path)
+    (tmp_path / "tokenauth.db").write_bytes(b"garbage!" * 1024)
+    tool = Path(sys.executable).with_name("tokenauth")
+    done = subprocess.run(
+        [tool, "serve", "--config", config, "--port", "0"], check=False, capture_output=True, timeout=30
+    )
+    assert done.returncode not in {0, -6, -9, -11}
+    assert b"tokenauth.db cannot be used" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (tmp_path / "tokenauth.db").read_bytes() == b"garbage!" * 1024
+
+
+def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
+    """It often lies on the same full disk."""
+    config = write_config(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("tokenauth"),
+        "serve",
+        "--config",
+        config,
+        "--port",
+        str(port),
+    ]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(command, stdout=full, stderr=full)
+    try:
+        until(lambda: takes_connections(port), "the server answers", seconds=5)
+        with Connection(port) as connection:
+            token = connection.log_in()
+            assert connection.valid(token)
+            connection.log_out(token)
+            assert not connection.valid(token)
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,0 +1,71 @@
+"""Promise 5: validation never writes, and never waits for a writer."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.connections import LOGIN, Connection
+from tests.journal import locked, until
+from tests.servers import Server, worker, write_config
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Let a user have any number of tokens."""
+    return "[tokens]\nper_user = 0"
+
+
+def content(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Read what the database's files hold and when they were written; -shm is memory that readers share."""
+    files = (directory / "tokenauth.db", directory / "tokenauth.db-wal")
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_validation_never_writes(server: Server, directory: Path) -> None:
+    """Neither for a valid token nor for an unknown one, also when it was not in the cache."""
+    with Connection(server.port) as connection:
+        tokens = [connection.log_in() for _ in range(20)]
+        connection.log_out(tokens.pop())
+        before = content(directory)
+        for token in tokens * 10:
+            assert connection.valid(token)
+            assert not connection.valid(token[::-1])
+            assert connection.ask("GET", "/api/me", X_Token=token).status == 200
+            assert connection.ask("GET", "/api/me", X_Token=token[::-1]).status == 401
+        assert connection.ask("GET", "/readyz").status == 200
+        assert content(directory) == before
+
+
+@pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
+def test_validation_never_waits_for_a_writer(server: Server, directory: Path, lock: str) -> None:
+    """Another process holds the write lock, and a login in this one waits for it all the while."""
+    with Connection(server.port) as connection, Connection(server.port) as waiting, ThreadPoolExecutor(1) as other:
+        tokens = [connection.log_in() for _ in range(50)]
+        assert connection.valid(tokens[0])
+        with locked(directory / "tokenauth.db", lock):
+            login = other.submit(waiting.ask, "POST", "/api/token", LOGIN)
+            times = []
+            for token in tokens * 8:
+                began = time.perf_counter()
+                assert connection.valid(token)
+                assert connection.ask("GET", "/api/me", X_Token=token).status == 200
+                assert not connection.valid(token[::-1])
+                times.append(time.perf_counter() - began)
+            assert not login.done()
+        assert login.result().status == 200, "it gets its turn when the lock is free"
+    assert sorted(times)[len(times) // 2] < 0.05
+    assert max(times) < 1
+
+
+def test_a_worker_serves_while_another_program_reads_for_long(tmp_path: Path) -> None:
+    """A backup that keeps a snapshot open holds up neither logins nor probes."""
+    with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
+        first = connection.log_in()
+        with locked(tmp_path / "tokenauth.db", "DEFERRED") as backup:
+            assert backup.execute("SELECT count(*) FROM tokens").fetchone() == (1,)
+            later = connection.log_in()
+            connection.log_out(first)
+            until(lambda: connection.valid(later) and not connection.valid(first), "its own writes are seen", 1)
+            assert backup.execute("SELECT count(*) FROM tokens").fetchone() == (1,)

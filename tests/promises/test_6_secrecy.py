@@ -1,0 +1,179 @@
+"""Promise 6: no token and no password stands in the database, a log, a metric or an error."""
+
+import base64
+import json
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import pytest
+from passlib.hash import argon2
+
+from tests.connections import Answer, Connection
+from tests.journal import serving
+from tests.servers import Server, write_config
+
+TOKENS = 40
+# What people type, with all that encodings write differently.
+PASSWORD = 'c4nary "p\u00e4ss/w\u00f6rd" +1 <&\\>'
+WRONG = 'wr0ng "p\u00e4ss/w\u00f6rd" +2 <&\\>'
+AS_NAME = 'typed "\u00efn/the" name f\u00efeld <&\\>'
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+
+
+def forms(secret: str) -> set[bytes]:
+    """Write a secret in each way in which it could stand somewhere."""
+    raw = secret.encode()
+    texts = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), raw.hex(), raw.decode("latin-1")}
+    texts |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1]}
+    found = {text.encode() for text in texts} | {secret.encode("utf-16-le"), repr(raw)[2:-1].encode()}
+    for shift in range(3):  # base64 of anything that the secret stands in
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            found.add(encode(b"\0" * shift + raw)[4:-4])
+    return found
+
+
+def requests_with(token: str) -> Iterator[bytes]:
+    """Write requests that carry a token in every place, to every address, right and wrong."""
+    for target in ("/api/token", "/api/me", "/api/tokens", f"/api/tokens/{token}", "/healthz", "/readyz", f"/{token}"):
+        for method in METHODS:
+            for query in ("", f"?token={token}", f"?token={token}&token=x", f"?keep={token}", f"?user={token}"):
+                ends = target == "/api/token" or (target == "/api/tokens" and query[:5] in {"", "?toke"})
+                if method == "DELETE" and ends:
+                    continue  # the token would be of no use for what follows
+                yield f"{method} {target}{query} HTTP/1.1\r\nHost: x\r\nX-Token: {token}\r\n\r\n".encode()
+        for header in (
+            f"Authorization: Bearer {token}",
+            f"X-Token: {token}\r\nAuthorization: Bearer {token[::-1]}",
+            f"Authorization: Basic {token}",
+            f"Cookie: token={token}",
+            f"X-Request-Id: {token}\r\nUser-Agent: {token[:20]}",
+        ):
+            yield f"GET {target} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode()
+    for body in (f'{{"token": "{token}",}}', f'{{"username": "{token}"}}', f'{{"username": 1, "password": "{token}"}}'):
+        for kind in ("application/json", "text/plain", "application/json; charset=utf-16"):
+            head = f"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+            yield (head + body).encode()
+
+
+def broken_requests_with(token: str) -> Iterator[bytes]:
+    """Write requests that are not HTTP, or are cut off in the middle."""
+    yield f"GET /api/token?token={token} HTTP/9.9\r\n\r\n".encode()
+    yield f"{token} / HTTP/1.1\r\n\r\n".encode()
+    yield f"GET /api/token?token={token} HTTP/1.1\r\nX-Token {token}\r\n\r\n".encode()
+    yield f"GET /{token * 200} HTTP/1.1\r\nX-Token: {token * 2000}\r\n\r\n".encode()
+    yield f"POST /api/token HTTP/1.1\r\nContent-Length: 500\r\n\r\n{token}".encode()
+    yield f"DELETE /api/token HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{token}\r\n".encode()
+
+
+def provoke(server: Server, tokens: list[str]) -> list[Answer]:
+    """Use the tokens in every way; return all answers."""
+    answers = []
+    connection = Connection(server.port)
+    for request in requests_with(tokens[0]):
+        if request.startswith(b"HEAD"):
+            continue  # its answers have a length and no body: read by none of our clients
+        answers.append(connection.send(request))
+    for request in broken_requests_with(tokens[1]):
+        with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
+            raw.sendall(request)
+            raw.shutdown(socket.SHUT_WR)
+            answers.append(Answer(0, raw.recv(65536), b""))
+    for name, password in [
+        ("ann", PASSWORD + "x"),
+        ("ann", WRONG),
+        ("nobody", WRONG),
+        (AS_NAME, WRONG),
+        (AS_NAME, ""),
+        ("ann", WRONG * 40),
+        (AS_NAME * 20, WRONG),
+    ] * 3:
+        answers.append(connection.ask("POST", "/api/token", {"username": name, "password": password}))
+    answers.append(connection.ask("GET", "/api/tokens", X_Token=tokens[2]))
+    for token in tokens[3:6]:
+        answers.append(connection.ask("DELETE", "/api/token", {"token": token}))
+    connection.close()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def aftermath(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[Answer]]:
+    """Do everything that could leave a trace, the last of it with the database gone; then end with kill -9."""
+    directory = tmp_path_factory.mktemp("canaries")
+    cheap = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(PASSWORD)
+    users = "[passwords]\nmemory_kib = 8\ntime_cost = 1\n"
+    users += "".join(f'[[users]]\nusername = "{name}"\npassword = "{cheap}"\n' for name in ("ann", "ben"))
+    config = write_config(directory, "[server]\naccess_log = true", users)
+    answers: list[Answer] = []
+    tokens: list[str] = []
+    for harmed in (False, True):
+        with serving(config, "--workers", "2") as server:
+            with Connection(server.port) as connection:
+                mine = [connection.log_in("ben" if harmed else "ann", PASSWORD) for _ in range(TOKENS)]
+            tokens += mine
+            if harmed:
+                database = directory / "tokenauth.db"
+                with sqlite3.connect(database) as db:
+                    db.execute("ALTER TABLE tokens RENAME TO broken")
+                db.close()
+            answers += provoke(server, mine)
+            server.kill()
+    return directory, tokens, answers
+
+
+def test_no_token_and_no_password_stands_in_a_file_or_a_log(
+    aftermath: tuple[Path, list[str], list[Answer]],
+) -> None:
+    """Database, write-ahead log, logs of all processes: no canary in any form."""
+    directory, tokens, _ = aftermath
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert {"tokenauth.db", "tokenauth.db-wal", "server-0.log", "server-1.log"} <= {path.name for path in files}
+    log = (directory / "server-0.log").read_text() + (directory / "server-1.log").read_text()
+    for event in ("request", "login_failed", "token_issued", "token_revoked", "login_refused"):
+        assert f'"event":"{event}"' in log, "the canaries have been where they could have been logged"
+    for secret in (*tokens, PASSWORD, WRONG, AS_NAME):
+        for form in forms(secret):
+            assert not [path.name for path in files if form in path.read_bytes()], form
+
+
+def test_no_answer_after_the_issue_repeats_a_token_or_a_password(
+    aftermath: tuple[Path, list[str], list[Answer]],
+) -> None:
+    """Whatever was wrong with the request, from 400 to 503."""
+    _, tokens, answers = aftermath
+    assert {answer.status for answer in answers} >= {200, 400, 401, 403, 404, 405, 415, 429, 503}
+    everything = b"\n".join(answer.head + answer.body for answer in answers)
+    for secret in (*tokens, PASSWORD, WRONG, AS_NAME):
+        for form in forms(secret):
+            assert form not in everything, form
+
+
+def test_a_database_that_leaks_gives_nobody_a_login(tmp_path: Path) -> None:
+    """What stands in it for a token is a hash of its value, and is no token itself."""
+    config = write_config(tmp_path)
+    with serving(config) as server, Connection(server.port) as connection:
+        token = connection.log_in()
+        with sqlite3.connect(tmp_path / "tokenauth.db") as db:
+            (row,) = db.execute("SELECT * FROM tokens").fetchall()
+        db.close()
+        assert sha256(token.encode()).digest() in row
+        for value in row:
+            for text in {str(value), value.hex() if isinstance(value, bytes) else ""} - {""}:
+                assert not connection.valid(quote(text))
+                assert connection.ask("GET", "/api/me", X_Token=text.encode("ascii", "ignore").decode()).status != 200
+
+
+def test_the_database_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    mask = os.umask(0)
+    try:
+        with serving(config) as server, Connection(server.port) as connection:
+            connection.log_in()
+            for path in tmp_path.glob("tokenauth.db*"):
+                assert path.stat().st_mode & 0o077 == 0, path.name
+    finally:
+        os.umask(mask)
