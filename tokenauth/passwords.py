@@ -59,7 +59,7 @@ class Passwords:
         if scheme != "argon2":
             return int(cost.rounds) < _LEAST_ROUNDS[scheme]
         less = cost.memory_cost < self._terms.memory_kib or cost.rounds < self._terms.time_cost
-        return bool(less) or cost.type != "ID"
+        return bool(less) or cost.type != "id"
 
     async def verify(self, password: str, user: User | None) -> User:
         """Return the user if this is his password; for nobody it takes as long to say that it is not.
