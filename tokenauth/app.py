@@ -16,16 +16,16 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from tokenauth import __version__
 from tokenauth.access import AccessLog
 from tokenauth.config import Config
-from tokenauth.errors import NotFound, Refusal, StartError
-from tokenauth.logs import log, whereabouts
+from tokenauth.errors import NotFound, StartError
+from tokenauth.logs import log
 from tokenauth.middleware import TokenMiddleware
 from tokenauth.models import Clock, ForwardClock
 from tokenauth.passwords import Passwords
 from tokenauth.risks import find_risks, judge
 from tokenauth.routes.account import OneTokenEndpoint, TokensEndpoint, me
 from tokenauth.routes.health import ReadyEndpoint, healthz
-from tokenauth.routes.refusals import answer_json, refuse
-from tokenauth.routes.token import TokenEndpoint
+from tokenauth.routes.refusals import refuse
+from tokenauth.routes.token import PATH, Probe, TokenEndpoint
 from tokenauth.stores.base import Store
 from tokenauth.stores.open import open_store
 from tokenauth.sweeper import Sweeper
@@ -79,7 +79,7 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
     service = create_service(config, clock, ticks)
     judge(config, find_risks(config, service.passwords))
     exact, patterns = _routes(service)
-    app: ASGIApp = Application(exact, patterns, partial(_live, service))
+    app: ASGIApp = Probe(service.tokens, Application(exact, patterns, partial(_live, service)))
     if config.server.access_log:
         app = AccessLog(app, exact)
     if config.server.cors_origins:
@@ -100,7 +100,7 @@ def _routes(service: Service) -> tuple[dict[str, ASGIApp], list[BaseRoute]]:
     """List the addresses: those without parameters, and those with."""
     tokens = service.tokens
     exact: dict[str, ASGIApp] = {
-        "/api/token": TokenEndpoint(tokens),
+        PATH: TokenEndpoint(tokens),
         "/api/me": TokenMiddleware(me, tokens),
         "/api/tokens": TokenMiddleware(TokensEndpoint(tokens), tokens),
         "/healthz": healthz,
@@ -116,7 +116,7 @@ async def _live(service: Service) -> AsyncIterator[None]:
         sweeper = Sweeper(service.store, service.clock, service.config.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # what stands from the start to the end need not be looked through again and again
         log.info("started", version=__version__, users=len(service.config.directory))
         try:
             yield
@@ -149,12 +149,8 @@ class Application:
                 await endpoint(scope, receive, send)
             else:
                 await self._router(scope, receive, send)
-        except Refusal as refusal:
-            await refuse(send, refusal)
         except Exception as error:
-            log.error("unexpected", at=whereabouts(error))
-            trouble = "Something went wrong here. The log says where."
-            await answer_json(send, {"error": "internal_error", "error_description": trouble}, 500)
+            await refuse(send, error)
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

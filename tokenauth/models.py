@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import NamedTuple
 
 Instant = float
 """Unix seconds."""
@@ -29,16 +30,16 @@ class User:
         object.__setattr__(self, "credential", fingerprint)
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A login that can be proved. Its value is known to whoever logged in, and to nobody else.
 
     `expires_at` is a whole second, so that the number which clients are shown is the number that is enforced.
+    A tuple, because one is made for each look-up, and a row of a database is one already.
     """
 
-    digest: bytes = field(repr=False)
+    digest: bytes
     username: str
-    credential: str = field(repr=False)
+    credential: str
     issued_at: Instant
     expires_at: int
     address: str = ""
@@ -48,6 +49,10 @@ class Token:
     def id(self) -> str:
         """The public name of this token: it identifies, and proves nothing."""
         return public_id(self.digest)
+
+    def __repr__(self) -> str:
+        """Show what may stand in a log."""
+        return f"Token(id={self.id!r}, username={self.username!r}, expires_at={self.expires_at!r})"
 
 
 def public_id(digest: bytes) -> str:

@@ -30,14 +30,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(data) > MAX_HEAD and self._head_begins() and data.find(b"\r\n\r\n", 0, MAX_HEAD) < 0:
             self._refuse()
             return
-        super().data_received(data)
-        scope = self.scope
-        if scope is None or "method" in scope:
+        HttpToolsProtocol.data_received(self, data)
+        if self.scope is not None and "method" not in self.scope:
+            self._head += len(data)
+            if self._head > MAX_HEAD:
+                self._refuse()
+        elif self._head:
             self._head = 0
-            return
-        self._head += len(data)
-        if self._head > MAX_HEAD:
-            self._refuse()
 
     def shutdown(self) -> None:
         """Close the connection after the next answer, or when none is asked for."""

@@ -20,15 +20,21 @@ class Risk(NamedTuple):
 
 def find_risks(config: Config, passwords: Passwords) -> list[Risk]:
     """List what is risky about a configuration, whoever can reach the service."""
-    risks = []
+    shipped, weak = [], []
     for user in config.directory.values():
-        mend = f"run `tokenauth user passwd {user.username}`"
         if user.password_hash == SHIPPED_HASH:
-            text = f"{user.username!r} has the password that tokenauth is shipped with; {mend}"
-            risks.append(Risk("shipped_password", text))
+            shipped.append(user.username)
         elif passwords.weak(user):
-            text = f"the password hash of {user.username!r} costs less than [passwords] asks for; {mend}"
-            risks.append(Risk("weak_hash", text))
+            weak.append(user.username)
+    risks = []
+    mend = "run `tokenauth user passwd NAME`"
+    if shipped:
+        risks.append(
+            Risk("shipped_password", f"{_some(shipped)} has the password that tokenauth is shipped with; {mend}")
+        )
+    if weak:
+        text = f"the password hash of {_some(weak)} costs an attacker less than [passwords] asks for; {mend}"
+        risks.append(Risk("weak_hash", text))
     for proxy in config.server.trusted_proxies:
         if proxy.endswith("/0"):
             text = (
@@ -56,3 +62,9 @@ def judge(config: Config, risks: list[Risk]) -> None:
     error = unacceptable(config, risks)
     if error is not None:
         raise ConfigError(error)
+
+
+def _some(names: list[str]) -> str:
+    """Name a few, and count the others."""
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} others"

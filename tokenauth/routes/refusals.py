@@ -19,6 +19,7 @@ from tokenauth.errors import (
     TooManyAttempts,
     UnsupportedMediaType,
 )
+from tokenauth.logs import log, whereabouts
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -56,8 +57,18 @@ async def answer_json(send: Send, document: object, status: int = 200) -> None:
     await answer(send, status, msgspec.json.encode(document), JSON)
 
 
-async def refuse(send: Send, refusal: Refusal, realm: str = "tokenauth") -> None:
-    """Send a refusal in the native form, with the headers that its kind asks for (RFC 6750 section 3)."""
+async def refuse(send: Send, error: Exception, realm: str = "tokenauth") -> None:
+    """Answer what an endpoint raised: a refusal in the native form, anything else as the fault of this server."""
+    if isinstance(error, Refusal):
+        await _refuse(send, error, realm)
+        return
+    log.error("unexpected", at=whereabouts(error))
+    trouble = "Something went wrong here. The log says where."
+    await answer_json(send, {"error": "internal_error", "error_description": trouble}, 500)
+
+
+async def _refuse(send: Send, refusal: Refusal, realm: str) -> None:
+    """Send a refusal, with the headers that its kind asks for (RFC 6750 section 3)."""
     status = _STATUS[type(refusal)]
     if isinstance(refusal, InvalidCredentials):  # the wire contract has this one in plain text
         await answer(send, status, b"invalid credentials", _TEXT)

@@ -55,9 +55,8 @@ class Reader:
             return None
         digest, username, credential, issued_at, expires_at, address, user_agent = row
         # Thousands of tokens share these: the cache keeps one copy of each.
-        return Token(
-            digest, intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent)
-        )
+        shared = (intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent))
+        return Token(digest, *shared)
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts of failed logins. Raises StoreUnavailable."""

@@ -5,7 +5,6 @@ A verb takes what its callers wish and returns an answer to each. All verbs of o
 
 import json
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -23,7 +22,7 @@ from sqlalchemy import (
 )
 
 from tokenauth.models import Instant, Token
-from tokenauth.stores.tables import failures, revocations, token_columns, tokens
+from tokenauth.stores.tables import failures, revocations, tokens
 
 CLOCK = "clock"
 """The mark that remembers the latest `now` that was written."""
@@ -31,8 +30,6 @@ CLOCK = "clock"
 _SLICE = 10_000
 """Values in one statement: SQLite takes 32,766."""
 
-_FIELDS = [column.name for column in token_columns]
-_values = attrgetter(*_FIELDS)
 
 # Statements are made once: making one costs more than running it.
 _INSERT = insert(tokens)
@@ -121,7 +118,7 @@ class Claim(NamedTuple):
 
 def add_tokens(db: Connection, wishes: Sequence[Add]) -> Sequence[None]:
     """Insert tokens; then end the oldest of each user that has too many."""
-    db.execute(_INSERT, [dict(zip(_FIELDS, _values(wish.token), strict=True)) for wish in wishes])
+    db.execute(_INSERT, [wish.token._asdict() for wish in wishes])
     limited: dict[int, set[str]] = {}
     for wish in wishes:
         if wish.per_user:
