@@ -21,7 +21,7 @@ from hashlib import sha256
 
 from tokenauth import config
 from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
-from tokenauth.models import Clock, Failures
+from tokenauth.models import Clock
 from tokenauth.stores.base import Store
 
 _MAX_WAITING = 1000
@@ -30,10 +30,26 @@ _MAX_WAITING = 1000
 
 @dataclass(slots=True)
 class _Gate:
-    """The tries for one key that are under way, and those that wait for them."""
+    """The tries for one key: how many are under way, and those that wait for one of them to be over."""
 
     running: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+    async def wait(self) -> None:
+        """Wait to be woken. Raises Overloaded when too many do."""
+        if len(self.waiting) >= _MAX_WAITING:
+            raise Overloaded
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append(turn)
+        await turn
+
+    def wake(self) -> None:
+        """Have the next one look whether it may go."""
+        while self.waiting:
+            turn = self.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
 
 
 class Throttle:
@@ -53,60 +69,73 @@ class Throttle:
         Raises TooManyAttempts when it must wait longer than for the tries under way.
         """
         place = network(address)
-        key, wide = _key("name", name, place), _key("network", place)
-        async with self._pass(key, self._terms.free) as failed_before, self._pass(wide, self._terms.network_free):
-            try:
-                yield
-            except InvalidCredentials:
-                await self._store.failures.fail([key, wide], self._clock(), self._terms.forget)
-                raise
+        wide, narrow = _key("network", place), _key("name", name, place)
+        failed_before = await self._enter(wide, narrow)
+        try:
+            yield
             if failed_before:
-                await self._store.failures.clear(key, self._clock())
+                await self._store.failures.clear(narrow, self._clock())
+        except InvalidCredentials:
+            await self._store.failures.fail([wide, narrow], self._clock(), self._terms.forget)
+            raise
+        finally:
+            self._leave(wide)
+            self._leave(narrow)
 
-    @asynccontextmanager
-    async def _pass(self, key: bytes, free: int) -> AsyncIterator[bool]:
-        """Wait for this key's turn; the value says whether failures are counted for it."""
-        gate = self._gates.setdefault(key, _Gate())
+    async def _enter(self, wide: bytes, narrow: bytes) -> int:
+        """Wait until a try may go; the answer is how many failures the name has."""
+        waited = None
         try:
             while True:
-                failures = await self._standing(key)
-                self._hold_up(failures, free)
-                count = failures.count if failures else 0
-                if gate.running < max(1, (free - count) // self._workers):
+                of_network = await self._failed(wide, self._terms.network_free)
+                # Each failure counts for both: without one of the network there is none of the name.
+                of_name = await self._failed(narrow, self._terms.free) if of_network else 0
+                full = self._full(narrow, self._terms.free - of_name)
+                full = full or self._full(wide, self._terms.network_free - of_network)
+                if full is None:
                     break
-                if len(gate.waiting) >= _MAX_WAITING:
-                    raise Overloaded
-                turn = asyncio.get_running_loop().create_future()
-                gate.waiting.append(turn)
-                await turn
-            gate.running += 1
-            try:
-                yield failures is not None
-            finally:
-                gate.running -= 1
+                waited = full
+                await full.wait()
         finally:
-            while gate.waiting and gate.waiting[0].done():
-                gate.waiting.popleft()
-            if gate.waiting:
-                gate.waiting.popleft().set_result(None)
-            elif gate.running == 0:
-                self._gates.pop(key, None)
+            if waited is not None:
+                waited.wake()
+                self._tidy(wide)
+                self._tidy(narrow)
+        for key in (wide, narrow):
+            self._gates.setdefault(key, _Gate()).running += 1
+        return of_name
 
-    async def _standing(self, key: bytes) -> Failures | None:
-        """Read what is counted for a key and not yet forgotten."""
+    def _full(self, key: bytes, left: int) -> _Gate | None:
+        """Return the gate of a key if as many tries are under way here as this worker's share of those left."""
+        gate = self._gates.get(key)
+        return gate if gate is not None and gate.running >= max(1, left // self._workers) else None
+
+    def _leave(self, key: bytes) -> None:
+        gate = self._gates[key]
+        gate.running -= 1
+        gate.wake()
+        self._tidy(key)
+
+    def _tidy(self, key: bytes) -> None:
+        """Drop a gate that nobody uses. Whoever was woken and finds it gone makes a new one."""
+        gate = self._gates.get(key)
+        if gate is not None and not gate.running and not gate.waiting:
+            del self._gates[key]
+
+    async def _failed(self, key: bytes, free: int) -> int:
+        """Return how many failures count for a key. Raises TooManyAttempts while they hold it up."""
         failures = (await self._store.failures.failures([key])).get(key)
-        if failures is None or self._clock() >= failures.last_at + self._terms.forget:
-            return None
-        return failures
-
-    def _hold_up(self, failures: Failures | None, free: int) -> None:
         if failures is None:
-            return
-        wait = failures.last_at + self.delay(failures.count, free) - self._clock()
+            return 0
+        now = self._clock()
+        if now >= failures.last_at + self._terms.forget:
+            return 0
+        wait = failures.last_at + self._delay(failures.count, free) - now
         if wait > 0:
             raise TooManyAttempts(retry_after=math.ceil(wait))
+        return failures.count
 
-    def delay(self, count: int, free: int) -> float:
+    def _delay(self, count: int, free: int) -> float:
         """Seconds that the next try has to wait after so many failures in a row."""
         if count < free:
             return 0.0

@@ -99,8 +99,9 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
 
     Raises UnsupportedMediaType, BodyTooLarge or InvalidRequest, which names the fault.
     """
-    if header(scope, b"content-encoding") is not None or not _says_json(header(scope, b"content-type")):
-        raise UnsupportedMediaType
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" or (name == b"content-type" and not _says_json(value)):
+            raise UnsupportedMediaType
     data, complete = await body(receive)
     if not complete:
         raise BodyTooLarge
@@ -132,8 +133,8 @@ def user_agent(scope: Scope) -> str:
     return (header(scope, b"user-agent") or b"")[:MAX_USER_AGENT].decode("latin-1")
 
 
-def _says_json(content_type: bytes | None) -> bool:
-    if content_type is None:
+def _says_json(content_type: bytes) -> bool:
+    if content_type == b"application/json":
         return True
     kind, _, parameters = content_type.lower().partition(b";")
     kind = kind.strip()

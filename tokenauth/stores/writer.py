@@ -23,6 +23,9 @@ Waiting = dict[Verb, list[tuple[Any, asyncio.Future[Any]]]]
 LIMIT = 10_000
 """Changes that may wait; one more is refused."""
 
+GATHER = 0.001
+"""Seconds that a commit is put off when several wait for it: more are on their way, and then share it."""
+
 
 class Writer:
     """Takes all that waits, applies it in one transaction, commits once, then answers everybody."""
@@ -58,6 +61,8 @@ class Writer:
     async def _work(self) -> None:
         try:
             while self._waiting:
+                if self._count > 1:
+                    await asyncio.sleep(GATHER)
                 waiting, self._waiting, self._count = self._waiting, {}, 0
                 await self._commit(waiting)
         finally:
