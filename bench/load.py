@@ -2,13 +2,20 @@
 
 import os
 import re
-import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.machine import LOAD_CORE
+
 SCRIPT = Path(__file__).with_name("load.lua")
+
+CONNECTIONS = 64
+"""Connections of a load that takes all that the server can give."""
+
+_RESULT = re.compile(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+)")
 
 
 class Result(NamedTuple):
@@ -17,7 +24,7 @@ class Result(NamedTuple):
     requests: int
     seconds: float
     p99_ms: float
-    errors: int
+    overloaded: int
 
     @property
     def rate(self) -> float:
@@ -25,35 +32,37 @@ class Result(NamedTuple):
         return self.requests / self.seconds
 
 
-def require() -> None:
-    """Exit, naming the packages, when what the benchmark needs is not installed."""
-    missing = [package for program, package in (("wrk", "wrk"), ("taskset", "util-linux")) if not shutil.which(program)]
-    if missing:
-        sys.exit(f"make bench needs {' and '.join(missing)}: apt-get install {' '.join(missing)}")
+def run(port: int, kind: str, seconds: int, connections: int = CONNECTIONS, offset: int = 0) -> Result:
+    """Send one kind of request of load.lua for so long. Raises RuntimeError if it was not answered as it should be."""
+    return _finish(kind, _start(port, kind, seconds, connections, offset))
 
 
-def start(
-    port: int, kind: str, seconds: float, connections: int, core: str, offset: int = 0
-) -> "subprocess.Popen[str]":
-    """Start wrk with one kind of request of load.lua."""
-    command = ["taskset", "-c", core, "wrk", "-t1", f"-c{connections}", f"-d{round(seconds)}s", "-s", str(SCRIPT)]
+@contextmanager
+def beside(port: int, kind: str, seconds: int, connections: int) -> Iterator[list[Result]]:
+    """Send one kind of request while something else goes on; the list has the result at the end."""
+    results: list[Result] = []
+    running = _start(port, kind, seconds, connections)
+    try:
+        yield results
+        results.append(_finish(kind, running))
+    finally:
+        running.kill()
+        running.wait()
+
+
+def _start(port: int, kind: str, seconds: int, connections: int, offset: int = 0) -> "subprocess.Popen[str]":
+    pinned = ["taskset", "-c", str(LOAD_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout=10s"]
     environment = {**os.environ, "KIND": kind, "OFFSET": str(offset)}
-    return subprocess.Popen([*command, f"http://127.0.0.1:{port}"], env=environment, stdout=subprocess.PIPE, text=True)
+    command = [*pinned, "-s", str(SCRIPT), f"http://127.0.0.1:{port}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(running: "subprocess.Popen[str]") -> Result:
-    """Wait for wrk and read what it saw."""
+def _finish(kind: str, running: "subprocess.Popen[str]") -> Result:
     output, _ = running.communicate()
-    match = re.search(r"RESULT (\d+) (\d+) (\d+) (\d+)", output)
+    match = _RESULT.search(output)
     if match is None:
-        raise RuntimeError(f"wrk said:\n{output}")
-    requests, microseconds, p99, errors = map(int, match.groups())
-    return Result(requests, microseconds / 1e6, p99 / 1000, errors)
-
-
-def run(port: int, kind: str, seconds: float, connections: int = 64, core: str = "1", offset: int = 0) -> Result:
-    """Run wrk to its end. Raises RuntimeError if anything but 2xx was answered."""
-    result = finish(start(port, kind, seconds, connections, core, offset))
-    if result.errors:
-        raise RuntimeError(f"{kind}: {result.errors} of {result.requests} requests failed")
-    return result
+        raise RuntimeError(f"{kind}: wrk said: {output.strip()}")
+    requests, microseconds, p99, errors, overloaded = map(int, match.groups())
+    if errors or not requests:
+        raise RuntimeError(f"{kind}: of {requests} requests {errors} failed or were answered as none should be")
+    return Result(requests, microseconds / 1e6, p99 / 1000, overloaded)

@@ -14,15 +14,16 @@ from pathlib import Path
 import httpx
 from passlib.hash import pbkdf2_sha256
 
+from bench.machine import SERVER_CORE
 from tokenauth import configfile
-from tokenauth.app import create_service
-from tokenauth.configfile import load
 
 ROOT = Path(__file__).parents[1]
 MILLION = 1_000_000
-HOT = 500
 USERS = 500
-SERVER_CORE, LOAD_CORE = "0", "1"
+NEGLIGIBLE = pbkdf2_sha256.using(rounds=1).hash("secret")
+
+_TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+_PATIENCE = 60
 
 
 def value(number: int) -> str:
@@ -30,22 +31,26 @@ def value(number: int) -> str:
     return f"{number:064d}"
 
 
-def write_config(directory: Path, more: str = "", password: str | None = None) -> Path:
-    """Write a configuration with 500 users whose password hash is `password`, by default a negligible one."""
-    hashed = password or pbkdf2_sha256.using(rounds=1).hash("secret")
-    users = "".join(f'[[users]]\nusername = "user{number}"\npassword = "{hashed}"\n' for number in range(USERS))
+def write_config(directory: Path, server: str = "", password: str = NEGLIGIBLE) -> Path:
+    """Write a configuration with 500 users whose hash of "secret" is `password`."""
+    directory.mkdir(exist_ok=True)
+    users = "".join(f'[[users]]\nusername = "user{number}"\npassword = "{password}"\n' for number in range(USERS))
     path = directory / "config.toml"
-    url = f"sqlite+aiosqlite:///{directory}/tokenauth.db"
-    path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{more}\n{users}')
+    url = f"sqlite+aiosqlite:///{database(path)}"
+    path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{server}\n{users}')
     return path
 
 
-async def fill(config: Path, count: int = MILLION) -> None:
-    """Put so many live tokens into a database, in the order that is quickest to write."""
-    service = create_service(load(config))
-    async with service.running():
-        pass
-    users = [service.config.directory[f"user{number}"] for number in range(USERS)]
+def database(config: Path) -> Path:
+    """Return where the database of a configuration is."""
+    return config.with_name("tokenauth.db")
+
+
+def fill(config: Path, count: int) -> None:
+    """Put so many live tokens into a new database, in the order that is quickest to write."""
+    subprocess.run([_TOKENAUTH, "migrate", "--config", str(config)], check=True, capture_output=True)
+    directory = configfile.load(config).directory
+    users = [directory[f"user{number}"] for number in range(USERS)]
     now = time.time()
     rows = []
     for number in range(count):
@@ -54,81 +59,100 @@ async def fill(config: Path, count: int = MILLION) -> None:
         origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")
         rows.append((digest, user.username, user.credential, now, int(now) + 86400, *origin))
     rows.sort()
-    path = configfile.load(config).database.url.partition("///")[2]
-    with closing(sqlite3.connect(path)) as db, db:
+    with closing(sqlite3.connect(database(config))) as db, db:
         db.execute("PRAGMA synchronous = OFF")
         db.executemany("INSERT INTO tokens VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    os.sync()  # now, and not while something is measured
+
+
+def counts(config: Path) -> tuple[int, int]:
+    """Count the tokens in a database, and those that were ended."""
+    with closing(sqlite3.connect(f"file:{database(config)}?mode=ro", uri=True)) as db:
+        tokens, ended = db.execute(
+            "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM revocations)"
+        ).fetchone()
+    return tokens, ended
 
 
 class Running:
     """A server under measurement."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, seconds: float) -> None:
-        self.process = process
-        self.port = port
-        self.start_seconds = seconds
+    def __init__(self, process: "subprocess.Popen[bytes]", client: httpx.Client, start_seconds: float) -> None:
+        self._process = process
+        self.client = client
+        self.port = client.base_url.port or 0
+        self.start_seconds = start_seconds
 
-    def memory(self) -> int:
-        """Resident bytes of the worker, which is the only child of the supervisor that has a store."""
-        pids = [self.process.pid, *_children(self.process.pid)]
-        return max(_resident(pid) for pid in pids)
-
-    def workers(self) -> list[int]:
-        """Process ids of the supervisor's children."""
-        return _children(self.process.pid)
+    def memory(self) -> dict[str, float]:
+        """Say how many MB the worker has resident, its proportional share of that, and the other processes' share."""
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        worker, *others = sorted(map(_rollup, [str(pid), *children]), key=lambda sizes: sizes["Rss"], reverse=True)
+        return {"rss": worker["Rss"], "pss": worker["Pss"], "others": sum(sizes["Pss"] for sizes in others)}
 
 
 @contextmanager
-def tokenauth(config: Path, core: str | None = SERVER_CORE) -> Iterator[Running]:
+def tokenauth(config: Path, core: int | None = SERVER_CORE) -> Iterator[Running]:
     """Run `tokenauth serve`, on one core or on all."""
-    program = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config)]
-    with _run(program, config.parent, "/readyz", core) as running:
+    port = _free_port()
+    command = [_TOKENAUTH, "serve", "--config", str(config), "--port", str(port)]
+    with _run(command, config.parent, port, "/readyz", core) as running:
         yield running
 
 
 @contextmanager
 def bare(directory: Path) -> Iterator[Running]:
     """Run the yardstick."""
-    with _run([sys.executable, "-m", "bench.bare"], directory, "/", SERVER_CORE) as running:
+    port = _free_port()
+    with _run([sys.executable, "-m", "bench.bare", str(port)], directory, port, "/", SERVER_CORE) as running:
         yield running
 
 
 @contextmanager
-def _run(program: list[str], directory: Path, path: str, core: str | None) -> Iterator[Running]:
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port = probe.getsockname()[1]
-    pin = ["taskset", "-c", core] if core else []
-    arguments = ["--port", str(port)] if "serve" in program else [str(port)]
-    began = time.perf_counter()
-    with (directory / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*pin, *program, *arguments], cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=log
-        )
-    try:
-        seconds = _wait(f"http://127.0.0.1:{port}{path}", process) - began
-        yield Running(process, port, seconds)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _wait(url: str, process: subprocess.Popen[bytes]) -> float:
-    while process.poll() is None:
+def _run(command: list[str], directory: Path, port: int, path: str, core: int | None) -> Iterator[Running]:
+    pin = [] if core is None else ["taskset", "-c", str(core)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = directory / "server.log"
+    with (
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=_PATIENCE) as client,
+        log.open("wb") as output,
+    ):
+        began = time.perf_counter()
+        process = subprocess.Popen([*pin, *command], cwd=directory, env=environment, stdout=output, stderr=output)
         try:
-            if httpx.get(url).status_code == 200:
-                return time.perf_counter()
+            if not _answers(client, path, process):
+                raise RuntimeError(f"{' '.join(command)} does not serve: {log.read_text()[-500:].strip()}")
+            yield Running(process, client, time.perf_counter() - began)
+        finally:
+            client.close()  # or the server would wait for a last request
+            process.terminate()
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _answers(client: httpx.Client, path: str, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait until the server answers 200."""
+    deadline = time.monotonic() + _PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if client.get(path).status_code == 200:
+                return True
         except httpx.TransportError:
-            time.sleep(0.005)
-    raise RuntimeError(f"the server ended with {process.returncode}")
+            pass
+        time.sleep(0.005)
+    return False
 
 
-def _children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed]
+def _free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        return int(probe.getsockname()[1])
 
 
-def _resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _rollup(pid: str) -> dict[str, float]:
+    """Read the sizes of a process in MB."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return {name.rstrip(":"): int(kib) * 1024 / 1e6 for name, kib, *_ in lines}

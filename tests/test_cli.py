@@ -89,7 +89,7 @@ def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Pat
     text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
     write_config(home, users=text)
     *risks, summary = well(run(home, "check")).splitlines()
-    assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"] * 3
+        assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"]
     assert summary == "config.toml: ok, 3 users, 3 risks"
     write_config(home, '[server]\nhost = "0.0.0.0"', text)
     done = run(home, "check", "--json")
