@@ -1,0 +1,91 @@
+"""Measures the figures that are promised, and prints them as one table."""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench import chart, machine, report, world
+from bench.figures import Figure, Row, Sample
+from bench.limit import BareServer
+from bench.rows import Rows
+
+_NAMES = ("hot", "me", "million", "issue", "revoke", "login", "flood", "start", "memory")
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit code says only whether it could be measured."""
+    options = _parser().parse_args()
+    machine.require(Path(tempfile.gettempdir()))
+    try:
+        with tempfile.TemporaryDirectory(prefix="tokenauth-bench-") as directory:
+            _run(Path(directory), options)
+    except RuntimeError as error:
+        sys.stderr.write(f"bench: {error}\n")
+        return 1
+    return 0
+
+
+def _run(directory: Path, options: argparse.Namespace) -> None:
+    with world.bare(directory) as server:
+        bare = BareServer(server.port, 1)
+        figures = Rows(directory, bare, options.seconds).figures()
+        chosen = [figure for figure in figures if figure.name in options.only]
+        rows = measure(chosen, options.rounds)
+    facts = machine.facts(directory)
+    print(report.table(facts, bare.rates, rows))
+    if options.json:
+        options.json.write_text(json.dumps(report.document(facts, bare.rates, rows), indent=2) + "\n", encoding="utf-8")
+    if options.chart:
+        chart.draw(rows, options.chart)
+
+
+def measure(figures: Sequence[Figure], rounds: int) -> Sequence[Row]:
+    """Measure in rounds, each figure once in each round; afterwards those that want to be alone."""
+    found: dict[str, list[Sample]] = {figure.name: [] for figure in figures}
+    together = [figure for figure in figures if figure.times is None]
+    with ExitStack() as stack:
+        _say("preparing")
+        samplers = [(figure, stack.enter_context(figure.prepare())) for figure in together]
+        for number in range(rounds if together else 0):
+            for figure, sample in samplers:
+                _say(f"round {number + 1} of {rounds}: {figure.name}")
+                found[figure.name].append(sample())
+    for figure in figures:
+        if figure.times is not None:
+            _say(figure.name)
+            with figure.prepare() as sample:
+                found[figure.name] = [sample() for _ in range(figure.times)]
+    return [Row(figure, found[figure.name]) for figure in figures]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=_positive, default=5, help="how often each figure is measured (default: 5)")
+    parser.add_argument("--seconds", type=_positive, default=3, help="how long each time (default: 3)")
+    parser.add_argument("--only", nargs="+", choices=_NAMES, default=_NAMES, metavar="NAME", help=", ".join(_NAMES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found, too")
+    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw the ratios, too")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+_began = time.monotonic()
+
+
+def _say(what: str) -> None:
+    """Tell whoever waits how far it is."""
+    sys.stderr.write(f"[{time.monotonic() - _began:5.0f} s] {what}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

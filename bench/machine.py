@@ -1,0 +1,52 @@
+"""The machine: what it has to have, and what it is."""
+
+import os
+import platform
+import shutil
+import sqlite3
+import sys
+from pathlib import Path
+
+import uvicorn
+
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
+
+_PACKAGES = {"wrk": "wrk", "taskset": "util-linux"}
+_ROOM = 2_000_000_000
+
+
+def require(directory: Path) -> None:
+    """Exit with one clear line when what the benchmark needs is not there."""
+    missing = [package for program, package in _PACKAGES.items() if shutil.which(program) is None]
+    if missing:
+        sys.exit(f"make bench needs {' and '.join(missing)}: apt-get install {' '.join(missing)}")
+    if len(CORES) < 2:
+        sys.exit("make bench needs two cores: one for the server, one for the load")
+    if shutil.disk_usage(directory).free < _ROOM:
+        sys.exit(f"make bench needs 2 GB for its databases in {directory}: name another directory with TMPDIR")
+
+
+def facts(directory: Path) -> dict[str, str | int]:
+    """Describe the machine and what runs on it."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(CORES),
+        "python": platform.python_version(),
+        "uvicorn": uvicorn.__version__,
+        "sqlite": sqlite3.sqlite_version,
+        "filesystem": _filesystem(directory),
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _filesystem(directory: Path) -> str:
+    """Name the kind of file system: on one in memory, what is called durable costs nothing."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    under = [(point, kind) for point, kind in mounts if directory.resolve().is_relative_to(point)]
+    return max(under, key=lambda mount: len(mount[0]))[1]

@@ -1,0 +1,222 @@
+"""How each figure of the table is measured."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from bench import load, world
+from bench.figures import Figure, Sample, Sampler
+from bench.limit import HASH, BareServer, Beside, bare_argon2
+from bench.load import CONNECTIONS
+from bench.machine import CORES
+from bench.world import MILLION, Running, value
+
+_SWEPT = 110_000
+"""Tokens that are probed to fill a cache: more than it holds by default."""
+
+_FEW = 4
+"""Connections of probes that come at a calm pace."""
+
+_LOGINS = 16
+"""Connections of logins: enough to keep all cores busy, and fewer than may wait for them."""
+
+_FLOOD = 128 * len(CORES)
+"""Connections of wrong logins: each asks about once a second, and one core hashes some 60 in a second."""
+
+_WARM = 2
+"""Seconds of load before the first round."""
+
+
+class Rows:
+    """The measurements, and what they have in common: a directory, a database, a yardstick."""
+
+    def __init__(self, directory: Path, bare: BareServer, seconds: int) -> None:
+        self._directory = directory
+        self._bare = bare
+        self._seconds = seconds
+        self._full: Path | None = None
+
+    def figures(self) -> Sequence[Figure]:
+        """List the figures of the table."""
+        durable = "durable, 64 connections"
+        return (
+            Figure("hot", "GET /api/token, 500 hot tokens", 0.80, 0.90, "", partial(self._probes, "hot")),
+            Figure("me", "GET /api/me", 0.50, 0.70, "", partial(self._probes, "me")),
+            Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, 0.60, "", partial(self._probes, "million")),
+            Figure("issue", f"POST /api/token, {durable}", 0.20, 0.30, "", self._issue),
+            Figure("revoke", f"DELETE /api/token, {durable}", 0.20, 0.30, "", self._revoke),
+            Figure("login", "logins, default hash, of bare argon2", 0.90, 0.98, "", self._login),
+            Figure("flood", "p99 under wrong logins, of idle p99", 4, 2, "x", self._flood),
+            Figure("start", "start with 1,000,000 tokens", 2, 0.5, "s", self._start, times=3),
+            Figure("memory", "memory of a worker, full cache", 150, 100, "MB", self._memory, times=1),
+        )
+
+    @contextmanager
+    def _probes(self, kind: str) -> Iterator[Sampler]:
+        """Ask about tokens that are all valid."""
+        with world.tokenauth(self._million()) as server:
+            _check_probe(server, value(0))
+            _check_probe(server, value(MILLION - 1))
+            me = server.client.get("/api/me", headers={"X-Token": value(7)}).json()
+            _demand(me["username"] == "user7", f"/api/me answered {me}")
+            load.run(server.port, kind, _WARM)
+            yield lambda: _ratio(self._beside(server, kind))
+
+    @contextmanager
+    def _issue(self) -> Iterator[Sampler]:
+        """Log in with a password that costs nothing, into a database that is new in each round."""
+
+        def sample() -> Sample:
+            with self._scratch() as directory:
+                config = world.write_config(directory)
+                with world.tokenauth(config) as server:
+                    _check_login(server)
+                    found = self._beside(server, "issue")
+                issued = sum(world.counts(config)) - 1  # those beyond `per_user` have been ended
+            _demand_written(found, issued)
+            return _ratio(found)
+
+        yield sample
+
+    @contextmanager
+    def _revoke(self) -> Iterator[Sampler]:
+        """End one token after the other, of a million in a database of its own."""
+        with self._scratch() as directory:
+            config = world.write_config(directory)
+            shutil.copyfile(world.database(self._million()), world.database(config))
+            os.sync()
+            with world.tokenauth(config) as server:
+                last = value(MILLION - 1)
+                _check_probe(server, last)
+                server.client.request("DELETE", "/api/token", json={"token": last}).raise_for_status()
+                _check_probe(server, last, valid=False)
+                offset = 0
+
+                def sample() -> Sample:
+                    nonlocal offset
+                    before, _ = world.counts(config)
+                    found = self._beside(server, "revoke", offset)
+                    after, _ = world.counts(config)
+                    _demand_written(found, before - after)
+                    offset += found.result.requests + 2 * CONNECTIONS  # some were sent, and not waited for
+                    return _ratio(found)
+
+                yield sample
+
+    @contextmanager
+    def _login(self) -> Iterator[Sampler]:
+        """Log in with the default hash on all cores, beside nothing but argon2 on all cores."""
+        with self._scratch() as directory, world.tokenauth(world.write_config(directory, "", HASH), None) as server:
+            _check_login(server)
+
+            def sample() -> Sample:
+                bare = bare_argon2(self._seconds)
+                result = load.run(server.port, "issue", self._seconds, _LOGINS)
+                _quiet(server)
+                return Sample(result.rate / bare, result.rate, result.p99_ms, f"bare argon2 {bare:.0f}/s")
+
+            yield sample
+
+    @contextmanager
+    def _flood(self) -> Iterator[Sampler]:
+        """Probe at a calm pace, first alone, then beside more wrong logins than can be hashed."""
+        with self._scratch() as directory:
+            config = world.write_config(directory, 'trusted_proxies = ["127.0.0.1/32"]', HASH)
+            world.fill(config, world.USERS)
+            with world.tokenauth(config, None) as server:
+                _check_probe(server, value(0))
+                wrong = server.client.post("/api/token", json={"username": "user0", "password": "wrong"})
+                _demand(wrong.status_code == 401, f"a wrong login was answered {wrong.status_code}")
+                yield partial(self._flooded, server)
+
+    def _flooded(self, server: Running) -> Sample:
+        idle = load.run(server.port, "calm", self._seconds, _FEW)
+        with load.beside(server.port, "wrong", self._seconds + 1, _FLOOD) as floods:
+            time.sleep(1)  # until all places in the queue are taken
+            calm = load.run(server.port, "calm", self._seconds, _FEW)
+        _quiet(server)
+        flood = floods[0]
+        refused = f"{flood.rate:.0f} wrong logins/s, {flood.overloaded / flood.requests:.0%} of them 503"
+        return Sample(calm.p99_ms / idle.p99_ms, calm.rate, calm.p99_ms, f"idle p99 {idle.p99_ms:.2f} ms; {refused}")
+
+    @contextmanager
+    def _start(self) -> Iterator[Sampler]:
+        """Start on a file with a million tokens: from exec until /readyz answers 200."""
+        config = self._million()
+
+        def sample() -> Sample:
+            with world.tokenauth(config) as server:
+                return Sample(server.start_seconds)
+
+        yield sample
+
+    @contextmanager
+    def _memory(self) -> Iterator[Sampler]:
+        """Probe more tokens than the cache holds, then look how large the worker is."""
+        with world.tokenauth(self._million()) as server:
+            _check_probe(server, value(0))
+
+            def sample() -> Sample:
+                probed = 0
+                while probed < _SWEPT:
+                    probed += load.run(server.port, "sweep", self._seconds, offset=probed).requests
+                sizes = server.memory()
+                shares = f"PSS {sizes['pss']:.0f} MB, supervisor and its helper {sizes['others']:.0f} MB more"
+                return Sample(sizes["rss"], note=f"RSS after {probed:,} tokens; {shares}")
+
+            yield sample
+
+    def _beside(self, server: Running, kind: str, offset: int = 0) -> Beside:
+        return self._bare.around(lambda: load.run(server.port, kind, self._seconds, offset=offset))
+
+    def _million(self) -> Path:
+        """Return the configuration whose database has a million tokens; it is filled when first asked for."""
+        if self._full is None:
+            self._full = world.write_config(self._directory / "million")
+            world.fill(self._full, MILLION)
+        return self._full
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """Make a directory for a database of its own."""
+        with tempfile.TemporaryDirectory(dir=self._directory) as directory:
+            yield Path(directory)
+
+
+def _ratio(found: Beside) -> Sample:
+    return Sample(found.ratio, found.result.rate, found.result.p99_ms)
+
+
+def _check_probe(server: Running, token: str, valid: bool = True) -> None:
+    answer = server.client.get("/api/token", params={"token": token}).json()
+    _demand(answer["valid"] is valid, f"GET /api/token answered {answer}")
+
+
+def _check_login(server: Running) -> None:
+    answer = server.client.post("/api/token", json={"username": "user0", "password": "secret"}).raise_for_status()
+    _check_probe(server, answer.json()["token"])
+
+
+def _quiet(server: Running) -> None:
+    """Wait until what was left in the queue has been hashed, or it would slow down what is measured next."""
+    login = {"username": "user0", "password": "secret"}
+    deadline = time.monotonic() + 30
+    while server.client.post("/api/token", json=login).status_code != 200:
+        _demand(time.monotonic() < deadline, "after logins from everywhere no login came through for 30 s")
+        time.sleep(0.1)
+
+
+def _demand_written(found: Beside, count: int) -> None:
+    """Compare what was answered with what the database has; at the end wrk does not wait for its last requests."""
+    answered = found.result.requests
+    _demand(answered <= count <= answered + CONNECTIONS, f"{answered} were answered, the database shows {count}")
+
+
+def _demand(right: bool, problem: str) -> None:
+    if not right:
+        raise RuntimeError(problem)
