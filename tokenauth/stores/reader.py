@@ -45,6 +45,7 @@ class Reader:
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
+        self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens
         self._version = self._data_version()
         self._seq: int = self._cursor.execute(_LAST_SEQ).fetchone()[0] or 0
 
