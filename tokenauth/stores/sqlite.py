@@ -222,7 +222,7 @@ def _write_engine(url: URL) -> Engine:
         "PRAGMA page_size = 2048",  # of a new file; a random insert writes whole pages to the log
         "PRAGMA journal_mode = WAL",
         "PRAGMA cache_size = -16000",  # KiB
-        "PRAGMA wal_autocheckpoint = 8000",  # 16 MiB: each checkpoint holds up the commits for some milliseconds
+        "PRAGMA wal_autocheckpoint = 4000",  # 8 MiB: each checkpoint holds up the commits for some milliseconds
         "PRAGMA synchronous = FULL",
     )
     event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
