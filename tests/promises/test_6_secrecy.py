@@ -6,8 +6,8 @@ import os
 import socket
 import sqlite3
 from collections.abc import Iterator
-from hashlib import sha256
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
