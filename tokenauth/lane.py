@@ -17,7 +17,7 @@ from tokenauth.errors import Overloaded
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_LOW_PRIORITY = 10
+_LOW_PRIORITY = 19
 
 
 class Lane(Generic[Job, Result]):
