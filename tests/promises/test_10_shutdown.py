@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.connections import LOGIN, Closed, Connection, NoAnswer, Refused
 from tests.journal import Client, Journal, background, check_file, run_clients, serving, until
 from tests.servers import Server, worker, write_config
+from tokenauth.lane import LOW_PRIORITY
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def busy(process: int) -> bool:
     """Whether the thread that hashes passwords is running."""
     for task in Path(f"/proc/{process}/task").iterdir():
         fields = (task / "stat").read_text().rpartition(")")[2].split()
-        if int(fields[16]) == 10 and int(fields[11]) > 0:  # nice; ticks of user time
+        if int(fields[16]) == LOW_PRIORITY and int(fields[11]) > 0:  # nice; ticks of user time
             return True
     return False
 
