@@ -1,12 +1,11 @@
 """Promise 2: expired is never accepted, also from the cache, also after the clock was set back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.connections import Connection
-from tests.servers import HandClock, Server, worker, write_config
+from tests.servers import HandClock, worker, write_config
 
 TTL = 100
 
@@ -15,20 +14,6 @@ TTL = 100
 def settings() -> str:
     """Let tokens live shortly."""
     return f"[tokens]\nttl = {TTL}"
-
-
-@pytest.fixture
-def here(server: Server) -> Iterator[Connection]:
-    """Connect to one worker."""
-    with Connection(server.port) as connection:
-        yield connection
-
-
-@pytest.fixture
-def there(sibling: Server) -> Iterator[Connection]:
-    """Connect to another."""
-    with Connection(sibling.port) as connection:
-        yield connection
 
 
 def welcome(connection: Connection, token: str) -> bool:

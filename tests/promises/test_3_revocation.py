@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.connections import Connection
-from tests.servers import HandClock, Server
+from tests.servers import HandClock
 
 TIMES = 1000
 
@@ -17,20 +17,6 @@ TIMES = 1000
 def settings() -> str:
     """Let a user have five tokens, so that one more evicts one."""
     return "[tokens]\nper_user = 5"
-
-
-@pytest.fixture
-def here(server: Server) -> Iterator[Connection]:
-    """Connect to the worker that revokes."""
-    with Connection(server.port) as connection:
-        yield connection
-
-
-@pytest.fixture
-def there(sibling: Server) -> Iterator[Connection]:
-    """Connect to the worker that must know of it."""
-    with Connection(sibling.port) as connection:
-        yield connection
 
 
 def test_a_revocation_is_seen_by_the_other_worker_on_its_very_next_request_1000_times(

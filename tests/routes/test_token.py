@@ -1,7 +1,9 @@
 """Every row and every sentence of wire/token-api.md holds over real sockets, on two workers that share a database."""
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,9 @@ LOGOUTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "a form": lambda token: {"data": {"token": token}},
     "a form of JSON": lambda token: {"data": {f'{{"token": "{token}",}}': ""}},
     "a multipart form": lambda token: {"files": {"token": (None, token)}},
+    "gzip": lambda token: {"content": gzip.compress(token.encode()), "headers": {"Content-Encoding": "gzip"}},
+    "deflate": lambda token: {"content": zlib.compress(token.encode()), "headers": {"Content-Encoding": "deflate"}},
+    "called gzip and plain": lambda token: {"json": {"token": token}, "headers": {"Content-Encoding": "gzip"}},
     "the bare token": lambda token: {"content": token},
     "the query": lambda token: {"params": {"token": token}},
     "X-Token": lambda token: {"headers": {"X-Token": token}},

@@ -1,7 +1,8 @@
 """Reading a request: tokens, bodies and queries, and what is wrong with them."""
 
 import json
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -82,12 +83,16 @@ async def body(receive: Receive) -> tuple[bytes, bool]:
     return data[:MAX_BODY], len(data) <= MAX_BODY
 
 
-async def body_parts(receive: Receive, overlap: int) -> AsyncIterator[bytes]:
-    """Go through the first MAX_SEARCHED bytes of a body without keeping it; each part repeats the end of the last."""
+async def body_parts(scope: Scope, receive: Receive, overlap: int) -> AsyncIterator[bytes]:
+    """Go through the first MAX_SEARCHED bytes of a body without keeping it; each part repeats the end of the last.
+
+    A body that is said to be compressed is unpacked (gzip, deflate), if it can be.
+    """
+    unpack = _unpack(header(scope, b"content-encoding") is not None)
     seen, tail, more = 0, b"", True
     while more and seen < MAX_SEARCHED:
         message = await receive()
-        part = tail + message.get("body", b"")
+        part = tail + unpack(message.get("body", b""))
         seen += len(part) - len(tail)
         tail = part[-overlap:]
         more = message.get("more_body", False)
@@ -120,6 +125,21 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
     except RecursionError:
         raise InvalidRequest("The body is nested too deep.") from None
     return found
+
+
+def _unpack(packed: bool) -> Callable[[bytes], bytes]:
+    """Make what reads a body: as it is, or unpacked to no more than MAX_SEARCHED bytes of each part."""
+    if not packed:
+        return bytes
+    engine = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip and zlib apart by itself
+
+    def unpack(data: bytes) -> bytes:
+        try:
+            return engine.decompress(data, MAX_SEARCHED)
+        except zlib.error:
+            return data
+
+    return unpack
 
 
 def client_address(scope: Scope) -> str:

@@ -105,10 +105,11 @@ def _presented(scope: Scope) -> bytes:
 async def _named(scope: Scope, receive: Receive) -> list[bytes]:
     """Find the tokens that a log-out names, in whatever form: nobody may believe in vain that he has logged out.
 
-    They are looked for in the body (JSON, almost JSON, a form, UTF-16) and in the query; else in the headers.
+    They are looked for in the body (JSON, almost JSON, a form, UTF-16, any of it compressed) and in the query;
+    else in the headers.
     """
     values = opaque.find_values(scope["query_string"])
-    async for part in requests.body_parts(receive, overlap=opaque.LONGEST_SPELLING):
+    async for part in requests.body_parts(scope, receive, overlap=opaque.LONGEST_SPELLING):
         values += opaque.find_values(part)
     if not values:
         headers = (held for name, held in scope["headers"] if name in _CARRIERS)
