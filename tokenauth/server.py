@@ -54,7 +54,22 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
 
 
 class Supervisor(Multiprocess):
-    """uvicorn's supervisor, which stops listening before its workers do."""
+    """uvicorn's supervisor, which stops listening before its workers do, and sees at once when one has ended."""
+
+    def init_processes(self) -> None:
+        """Start the workers."""
+        super().init_processes()
+        self._let_go()
+
+    def keep_subprocess_alive(self) -> None:
+        """Look after the workers."""
+        super().keep_subprocess_alive()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close this process's copies of the workers' ends: a pipe to nobody says so, one to oneself is waited for."""
+        for process in self.processes:
+            process.child_conn.close()
 
     def terminate_all(self) -> None:
         """Take no new connections, then end the workers."""
