@@ -1,6 +1,10 @@
 """The HTTP protocol of uvicorn, with what it lacks: a bound on request heads, and a patient end of connections."""
 
+import asyncio
+
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tokenauth.transport import one_piece
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line and its headers; more are answered 431."""
@@ -24,6 +28,10 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     _head = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin a connection."""
+        super().connection_made(one_piece(transport, self.loop))
 
     def data_received(self, data: bytes) -> None:
         """Take what has arrived. Nearly always that is a whole request, for which this costs a look."""
