@@ -16,7 +16,7 @@ serve: install
 	$(BIN)/tokenauth serve --config config.toml
 
 test: install
-	$(BIN)/pytest -m "not faults"
+	$(BIN)/pytest -m "not faults" -n 3 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
