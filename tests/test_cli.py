@@ -18,7 +18,7 @@ from tokenauth import __version__, configfile
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 COMMANDS = [
     "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
-    "tokens list", "tokens revoke",
+    "tokens list", "tokens revoke", "pool list", "pool show", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
 WORD = "a long password\n"
 
@@ -80,7 +80,7 @@ def test_the_help_lists_the_commands(tmp_path: Path) -> None:
 
 
 def test_check_says_that_all_is_well(home: Path) -> None:
-    assert well(run(home, "check")) == "config.toml: ok, 3 users, 0 risks\n"
+    assert well(run(home, "check")) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
     assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
     assert os.listdir(home) == ["config.toml"], "it only looks"
 
@@ -90,7 +90,7 @@ def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Pat
     write_config(home, users=text)
     *risks, summary = well(run(home, "check")).splitlines()
     assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"]
-    assert summary == "config.toml: ok, 3 users, 1 risks"
+    assert summary == "config.toml: ok, 3 users, 0 pools, 1 risks"
     write_config(home, '[server]\nhost = "0.0.0.0"', text)
     done = run(home, "check", "--json")
     told = json.loads(done.stdout)
@@ -138,7 +138,7 @@ def test_users_come_change_and_go(home: Path) -> None:
 def test_migrate_makes_the_database_and_may_be_repeated(home: Path) -> None:
     for _ in range(2):
         done = run(home, "migrate")
-        assert (done.returncode, done.stdout) == (0, "schema: 0001\n")
+        assert (done.returncode, done.stdout) == (0, "schema: 0002\n")
     assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
     assert well(run(home, "tokens", "list")).split() == ["nothing"]
 

@@ -1,5 +1,7 @@
 """The configuration's records: their defaults, their ranges, and the shipped file that shows them."""
 
+import math
+import re
 import tomllib
 from typing import Any
 
@@ -8,17 +10,41 @@ import pytest
 
 from tests.servers import ROOT
 from tokenauth import configfile
-from tokenauth.config import Config, Duration, Passwords, Section, UserEntry, canonical
+from tokenauth.config import (
+    Config,
+    Dialect,
+    Dialects,
+    Duration,
+    PasswordDialect,
+    Passwords,
+    PoolEntry,
+    Section,
+    UserEntry,
+    canonical,
+)
 from tokenauth.errors import ConfigError
 
 SHIPPED = ROOT / "config.toml"
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
-SECTIONS = [field.name for field in msgspec.structs.fields(Config) if field.name != "users"]
+TABLES = [field.name for field in msgspec.structs.fields(Config)]
+SECTIONS = [name for name in TABLES if name not in {"users", "pools", "dialects"}]
+DIALECTS = ["simple-token-implement", "token-pool", "random-token-generator", "token-management-service"]
 
 
 def parsed(text: str) -> Config:
     """Read a text that takes nothing from the environment."""
     return configfile.parse(text, {})
+
+
+def keys(record: type[Section]) -> list[str]:
+    """List the keys that a table of the file may have."""
+    return [field.encode_name for field in msgspec.structs.fields(record)]
+
+
+def explained(first: str, last: str) -> list[str]:
+    """List the keys that the comments of the shipped file explain, between two of its lines."""
+    part = SHIPPED.read_text().partition(first)[2].partition(last)[0]
+    return re.findall(r"(?:^#|;) (\w+): ", part, re.MULTILINE)
 
 
 def test_a_file_that_has_only_users_works() -> None:
@@ -45,14 +71,60 @@ def test_the_defaults_are_safe() -> None:
 def test_the_shipped_file_names_every_key_with_its_default(section: str) -> None:
     written = tomllib.loads(SHIPPED.read_text())[section]
     record: Section = getattr(Config(), section)
-    assert list(written) == [field.encode_name for field in msgspec.structs.fields(record)]
+    assert list(written) == keys(type(record))
     assert getattr(parsed(SHIPPED.read_text()), section) == record
 
 
 def test_the_shipped_file_has_no_other_section_and_one_user() -> None:
     tree = tomllib.loads(SHIPPED.read_text())
-    assert list(tree) == [*SECTIONS, "users"]
+    assert list(tree) == TABLES
     assert [user["username"] for user in tree["users"]] == ["admin"]
+
+
+def test_the_shipped_file_explains_every_key_of_a_pool_with_its_default() -> None:
+    assert explained("[[users]]", "[pools.") == keys(PoolEntry)
+    text = re.sub(r"\n# ?", " ", SHIPPED.read_text())
+    assert re.search(r"capacity: [^;]*\(else any number\)", text)
+    assert re.search(r"token_ttl: [^;]*\(else for ever\)", text)
+    said = re.search(r'lease_ttl: [^;]*\("(\w+)" if it is not said\)', text)
+    assert said is not None
+    assert parsed(f'[pools.p]\nlease_ttl = "{said[1]}"') == parsed("[pools.p]")
+    assert parsed("[pools.p]").pools["p"] == PoolEntry(
+        capacity=None, token_ttl=None, lease_ttl=Duration(60), prefill=False, scope=None
+    )
+
+
+def test_the_shipped_file_explains_every_key_of_a_dialect() -> None:
+    assert explained("[pools.owned]", "[dialects.") == ["prefix", "require_token"]
+    written = tomllib.loads(SHIPPED.read_text())["dialects"]
+    assert list(written) == DIALECTS == keys(Dialects)
+    for name, table in written.items():
+        assert list(table) == keys(PasswordDialect if "password" in table else Dialect)
+        assert table["require_token"] is Dialect(pool="p").require_token
+        assert table["prefix"] == f"/{name}"
+    assert Dialect(pool="p") == Dialect(pool="p", prefix="", require_token=False)
+
+
+def test_the_shipped_file_has_a_pool_for_each_dialect_on_the_terms_of_the_original() -> None:
+    settings = parsed(SHIPPED.read_text())
+    chosen = settings.dialects.chosen()
+    assert [dialect.pool for dialect in chosen.values()] == list(settings.pools)
+    terms = {name: settings.terms[dialect.pool] for name, dialect in chosen.items()}
+    assert {name: (pool.capacity, pool.token_ttl, pool.lease_ttl, pool.prefill) for name, pool in terms.items()} == {
+        "simple-token-implement": (1, math.inf, 1800, True),
+        "token-pool": (None, 300, 60, False),
+        "random-token-generator": (5, 300, 60, False),
+        "token-management-service": (10, 300, 60, False),
+    }
+
+
+def test_the_shipped_file_honours_the_variables_of_the_originals() -> None:
+    environ = {"TOTAL_TOKENS": "7", "TIMER_DURATION": "90", "API_PASSWORD": "1234"}
+    settings = configfile.parse(SHIPPED.read_text(), environ)
+    assert settings.pools["permits"] == PoolEntry(capacity=7, lease_ttl=Duration(90), prefill=True)
+    served = settings.dialects.simple_token_implement
+    assert served is not None
+    assert served.password == "1234"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +267,16 @@ def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
         parsed(f'server.trusted_proxies = ["{proxy}"]')
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_record_cannot_be_changed(section: str) -> None:
-    record = getattr(Config(), section)
+RECORDS = [
+    Config(),
+    *(getattr(Config(), section) for section in [*SECTIONS, "dialects"]),
+    PoolEntry(),
+    Dialect(pool="p"),
+    PasswordDialect(pool="p", password="x"),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_cannot_be_changed(record: Section) -> None:
     with pytest.raises(AttributeError):
         setattr(record, msgspec.structs.fields(record)[0].name, None)

@@ -15,7 +15,8 @@ MISTAKES = {
     "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
     "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, workers, cors_origins,"
     " trusted_proxies, accept_risks, access_log",
-    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, users",
+    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, users, pools,"
+    " dialects",
     "[[user]]": "user: there is no such key; did you mean users?",
     USER + 'scope = ["x"]': "users[0].scope: there is no such key; did you mean scopes?",
     USER
@@ -47,6 +48,32 @@ MISTAKES = {
     "[server]\naccess_log = '${WORD}'": "server.access_log: expected `bool`, got `str`",
     "[tokens]\nttl = '${WORD}'": "tokens.ttl: 'word'"
     " is not a duration such as '24h', '5m', '30s' or a number of seconds",
+    "[pools.a]\ncapacity = -1": "pools.a.capacity: must be from 0 to 1e+08, and is -1",
+    "[pools.a]\n[pools.b]\ncapacity = 1.5\n[pools.c]\nx = 1": "pools.b.capacity: expected `int | null`, got `float`",
+    '[pools."v1.2"]\ncapacity = "1"': 'pools."v1.2".capacity: expected `int | null`, got `str`',
+    '[pools."v1.2"]\ncapacty = 1': 'pools."v1.2".capacty: there is no such key; did you mean capacity?',
+    '[pools."v1.2"]\nlease_ttl = "soon"': "pools.\"v1.2\".lease_ttl: 'soon'"
+    " is not a duration such as '24h', '5m', '30s' or a number of seconds",
+    '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: must be from 0 to 1e+08, and is -1',
+    '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: expected `int | null`, got `array`',
+    "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, prefill, scope",
+    "[pools]\na = 1": "pools.a: expected `object`, got `int`",
+    "[[pools]]": "pools: expected `object`, got `array`",
+    "[pool.a]": "pool: there is no such key; did you mean pools?",
+    "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: expected `int | null`, got `str`",
+    "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: expected `bool`, got `str`',
+    "[pools.'a.b']\ncapacity = '${NO}'": 'pools."a.b".capacity: the environment has no NO;'
+    " set it, or write ${NO:-default}",
+    "[dialects.token-poll]": "dialects.token-poll: there is no such key; did you mean token-pool?",
+    "[dialects.token_pool]": "dialects.token_pool: there is no such key; did you mean token-pool?",
+    "[dialects.zzz]": "dialects.zzz: there is no such key; known are simple-token-implement, token-pool,"
+    " random-token-generator, token-management-service",
+    "[dialects.token-pool]": "dialects.token-pool.pool: is missing",
+    "[dialects.token-pool]\npool = 'p'\nrequire_tokens = 1": "dialects.token-pool.require_tokens: there is no such key;"
+    " did you mean require_token?",
+    "[dialects.token-pool]\npool = 'p'\npassword = 'x'": "dialects.token-pool.password: there is no such key;"
+    " known are pool, prefix, require_token",
+    "[dialects.simple-token-implement]\npool = 'p'": "dialects.simple-token-implement.password: is missing",
 }
 
 ENVIRON = {"WORD": "word", "BIG": "70000", "REAL": "1.5", "ONE": "1", "YES": "true", "NO_": "false", "EMPTY": ""}
@@ -90,6 +117,8 @@ def test_a_hostile_file_is_one_line_too(text: str) -> None:
 def test_a_mistake_shows_no_password() -> None:
     for text in ('password = ["secret"]', 'password = {secret = "secret"}', 'username = ["secret"]\npassword = "x"'):
         assert "secret" not in mistake(f"[[users]]\n{text}")
+    for password in ('["secret"]', '"my secret"', '"${WORD} secret"'):
+        assert "secret" not in mistake(f"[dialects.simple-token-implement]\npool = 'p'\npassword = {password}")
 
 
 def test_strings_take_what_they_ask_for_from_the_environment() -> None:
@@ -117,6 +146,21 @@ def test_numbers_and_truth_values_may_come_from_the_environment() -> None:
     settings = configfile.parse(text, {"PORT": "8001", "LOG": "true", "TTL": "5m", "ZERO": "0", "DELAY": "2.5"})
     assert (settings.server.port, settings.server.workers, settings.server.access_log) == (8001, 3, True)
     assert (float(settings.tokens.ttl), settings.tokens.per_user, float(settings.throttle.delay)) == (300, 10, 2.5)
+
+
+def test_pools_and_dialects_take_theirs_from_the_environment_also_with_dots_in_a_name() -> None:
+    text = """
+    pools.a = {capacity = "${ONE}"}
+    pools.'b.c' = {capacity = "${BIG}", prefill = "${YES}", lease_ttl = "${NONE:-1800}", scope = "${ONE}"}
+    dialects.simple-token-implement = {pool = "b.c", password = "${ONE}", require_token = "${YES}"}
+    """
+    settings = configfile.parse(text, ENVIRON)
+    assert settings.pools["a"].capacity == 1
+    pool = settings.pools["b.c"]
+    assert (pool.capacity, pool.prefill, float(pool.lease_ttl), pool.scope) == (70_000, True, 1800, "1")
+    served = settings.dialects.simple_token_implement
+    assert served is not None
+    assert (served.password, served.require_token) == ("1", True)
 
 
 def test_what_looks_like_a_number_stays_text_where_text_is_asked_for() -> None:

@@ -88,7 +88,7 @@ def test_a_configured_origin_may_read_every_answer(
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
 def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, origin: str, method: str) -> None:
     answer = preflight(client, origin, method, "authorization,content-type,x-token")
     assert answer.status_code in {200, 204}

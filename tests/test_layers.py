@@ -8,17 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "errors", "opaque", "logs", "protocol"},
-    {"config", "lane", "stores.tables", "stores.base"},
-    {"passwords", "configfile", "stores.writer", "stores.reader", "stores.cached", "stores.verbs", "stores.schema"},
-    {"risks", "users", "throttle", "stores.sql"},
-    {"tokens", "sweeper", "stores.sqlite"},
-    {"routes.requests", "routes.refusals", "stores.open", "access"},
-    {"routes.token", "routes.health", "middleware"},
-    {"routes.account"},
+    {"models", "errors", "opaque", "logs", "transport"},
+    {"config", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction"},
+    {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"},
+    {"risks", "users", "throttle", "stores.pool_verbs"},
+    {"stores.sql", "stores.reader"},
+    {"tokens", "pools", "sweeper", "stores.sqlite"},
+    {"routes.requests", "routes.refusals", "routes.table", "stores.open"},
+    {"routes.token", "routes.account", "routes.pools", "routes.health", "dialects", "middleware", "access", "service"},
     {"app"},
     {"server"},
-    {"cli"},
+    {"cli.base"},
+    {"cli.users", "cli.tokens", "cli.pools"},
+    {"cli.main"},
 ]
 
 HOMES = {
@@ -55,7 +57,9 @@ def imports(path: Path) -> set[str]:
 
 def layer(module: str) -> int:
     """Say in which layer a module is."""
-    found = [number for number, modules in enumerate(LAYERS) if module in modules]
+    found = [
+        number for number, modules in enumerate(LAYERS) if {module, module.partition("dialects.")[1][:-1]} & modules
+    ]
     assert len(found) == 1, f"{module} belongs into exactly one layer of tests/test_layers.py"
     return found[0]
 
@@ -73,12 +77,12 @@ def test_third_party_names_stay_home(module: str) -> None:
         assert module.partition(".")[0] in HOMES[name], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("routes.")])
-def test_routes_do_not_know_stores(module: str) -> None:
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(("routes.", "dialects."))])
+def test_routes_and_dialects_do_not_know_stores(module: str) -> None:
     assert not [name for name in imports(MODULES[module]) if name.startswith("tokenauth.stores")]
 
 
-@pytest.mark.parametrize("module", ["tokens", "throttle", "sweeper"])
+@pytest.mark.parametrize("module", ["tokens", "pools", "throttle", "sweeper"])
 def test_services_know_only_the_contract_of_stores(module: str) -> None:
     known = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.stores")}
     assert {name.split(".")[2] for name in known} <= {"base"}

@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tests.servers import write_config
-from tokenauth.app import Service, create_service
 from tokenauth.configfile import load
 from tokenauth.middleware import TokenMiddleware
+from tokenauth.service import Service, create_service
 
 
 async def whoami(request: Request) -> JSONResponse:

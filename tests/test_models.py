@@ -1,15 +1,20 @@
 """The records' arithmetic, and the clock that never goes back."""
 
+import math
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenauth.models import ForwardClock, Issued, Token, User, public_id
+from tokenauth.models import ANY_LEASE, Claim, ForwardClock, Issued, Lease, Pool, PoolToken, Token, User, public_id
 
 DIGEST = bytes(range(32))
 TOKEN = Token(DIGEST, "ann", "fingerprint", 1_000.5, 2_000)
+POOL = Pool("p", lease_ttl=60, token_ttl=240)
+PERMIT = PoolToken("p", "permit", free_at=1_000, holder="ann", fence=3)
+"""Lent to ann until 1,000, and free from then on."""
 
 
 class Hand:
@@ -56,6 +61,65 @@ def test_records_cannot_be_changed() -> None:
         TOKEN.expires_at = 3_000  # type: ignore[misc]
     with pytest.raises(AttributeError):
         User("ann", "hash").scopes = ("admin",)  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        POOL.capacity = 9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("now", "lease"), [(0, Lease("ann", 1_000)), (999.9, Lease("ann", 1_000)), (1_000, None)])
+def test_a_lease_is_over_at_the_moment_its_time_is_up(now: float, lease: Lease | None) -> None:
+    assert PERMIT.lease(now) == lease
+    assert Claim("ann", 3).holds(PERMIT, now) is (lease is not None)
+
+
+@pytest.mark.parametrize("retired", [False, True])
+@pytest.mark.parametrize(
+    ("now", "lent", "alive"), [(999, True, True), (1_000, False, True), (1_239.9, False, True), (1_240, False, False)]
+)
+def test_a_token_lives_while_it_is_lent_and_for_token_ttl_after_that(
+    now: float, lent: bool, alive: bool, retired: bool
+) -> None:
+    """A retired one only while it is lent."""
+    assert POOL.lives(PERMIT._replace(retired=retired), now) is (lent if retired else alive)
+
+
+@pytest.mark.parametrize(
+    ("pool", "retired", "gone"),
+    [(POOL, False, 1_240), (POOL, True, 1_000), (replace(POOL, token_ttl=math.inf), False, None)],
+)
+def test_a_token_is_gone_at_the_instant_that_is_shown(pool: Pool, retired: bool, gone: float | None) -> None:
+    token = PERMIT._replace(retired=retired)
+    assert pool.expires_at(token) == gone
+    if gone is None:
+        assert pool.lives(token, 1e300)
+        assert pool.floor(1e300) == -math.inf
+    else:
+        assert pool.lives(token, gone - 0.1)
+        assert not pool.lives(token, gone)
+
+
+def test_lending_extending_and_releasing_change_what_they_must_and_nothing_else() -> None:
+    free = PERMIT._replace(free_at=900, holder=None)
+    lent = POOL.lent(free, "bob", 1_000)
+    assert lent == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4)
+    assert POOL.extended(lent, 1_050) == lent._replace(free_at=1_110)
+    assert POOL.released(lent, 1_050) == lent._replace(free_at=1_050, holder=None)
+    retired = lent._replace(retired=True)
+    assert POOL.extended(retired, 1_050).retired
+    assert POOL.released(retired, 1_050).retired
+
+
+@pytest.mark.parametrize("holder", [None, "ann", "bob", "", "Ann"])
+@pytest.mark.parametrize("fence", [None, 3, 2, 4, 0])
+def test_a_claim_holds_when_all_that_it_names_is_right(holder: str | None, fence: int | None) -> None:
+    right = holder in {None, "ann"} and fence in {None, 3}
+    assert Claim(holder, fence).holds(PERMIT, 999) is right
+    assert ANY_LEASE.holds(PERMIT, 999)
+    assert not Claim(holder, fence).holds(PERMIT, 1_000)
+
+
+def test_a_permit_that_is_printed_does_not_show_what_it_permits_with() -> None:
+    assert "ann" in repr(PERMIT)
+    assert "permit" not in repr(PERMIT)
 
 
 def test_a_clock_that_is_set_forward_is_believed() -> None:

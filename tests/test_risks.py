@@ -7,10 +7,11 @@ from passlib.hash import argon2
 
 from tests.servers import ROOT
 from tokenauth import config, configfile
+from tokenauth.app import create_app
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.passwords import Passwords
-from tokenauth.risks import SHIPPED_HASH, find_risks, judge, unacceptable
+from tokenauth.risks import SHIPPED_API_PASSWORD, SHIPPED_HASH, find_risks, judge, unacceptable
 
 STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
 WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("a long password")
@@ -52,6 +53,7 @@ def test_a_strong_password_on_this_machine_is_no_risk(passwords: Passwords) -> N
         ('trusted_proxies = ["0.0.0.0/0"]', STRONG, "trusts_everybody"),
         ('trusted_proxies = ["10.0.0.0/8", "::/0"]', STRONG, "trusts_everybody"),
     ],
+    ids=["shipped", "weak", "ipv4", "ipv6"],
 )
 def test_a_risk_is_named_and_accepted_on_a_loopback_address_only(
     passwords: Passwords, server: str, password: str, risk: str
@@ -95,8 +97,71 @@ def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> 
     assert "trusts_everybody" in str(unacceptable(public, risks))
 
 
-def test_the_shipped_configuration_has_that_one_risk() -> None:
+PERMITS = """
+[pools.permits]
+capacity = 1
+prefill = true
+[dialects.simple-token-implement]
+pool = "permits"
+"""
+OPEN = ["token-pool", "random-token-generator", "token-management-service"]
+
+
+def served(name: str, more: str = "", server: str = "") -> Config:
+    """Make a configuration that serves a dialect over a pool of its own."""
+    return configfile.parse(f'[server]\n{server}\n[pools.p]\n[dialects.{name}]\npool = "p"\n{more}', {})
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_dialect_that_asks_nobody_for_a_token_is_a_risk(passwords: Passwords, name: str) -> None:
+    (risk,) = find_risks(served(name), passwords)
+    assert risk == ("open_dialect", f"dialects.{name} asks nobody for a token; set its require_token to true")
+    judge(served(name), [risk])
+    public = 'host = "0.0.0.0"\n'
+    refused = unacceptable(served(name, server=public), [risk])
+    assert refused == (
+        f"server.host: '0.0.0.0' can be reached by others, and {risk.text}"
+        " (or add 'open_dialect' to server.accept_risks)"
+    )
+    with pytest.raises(ConfigError) as refusal:
+        create_app(served(name, server=public))
+    assert str(refusal.value) == refused, "so it is refused at the start"
+    assert unacceptable(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk]) is None
+    assert find_risks(served(name, "require_token = true", public), passwords) == []
+
+
+@pytest.mark.parametrize("more", ["", "require_token = true"])
+def test_the_password_that_everybody_knows_is_a_risk_of_the_dialect_that_has_one(
+    passwords: Passwords, more: str
+) -> None:
+    """Of its own it asks for a password, and so is not open; another password is no risk."""
+    (risk,) = find_risks(configfile.parse(f'{PERMITS}{more}\npassword = "change-me"', {}), passwords)
+    assert risk.name == "shipped_password"
+    assert risk.text.startswith("dialects.simple-token-implement.password is the one that tokenauth is shipped with")
+    assert names(configfile.parse(f'{PERMITS}{more}\npassword = "change-me-not"', {}), passwords) == []
+
+
+def test_accepting_the_risk_of_one_dialect_accepts_that_of_all_and_no_other(passwords: Passwords) -> None:
+    text = (ROOT / "config.toml").read_text().replace('host = "127.0.0.1"', 'host = "0.0.0.0"')
+    public = configfile.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect"]'), {})
+    assert "'shipped_password' to server" in str(unacceptable(public, find_risks(public, passwords)))
+    public = configfile.parse(
+        text.replace("accept_risks = []", 'accept_risks = ["open_dialect", "shipped_password"]'), {}
+    )
+    assert unacceptable(public, find_risks(public, passwords)) is None
+
+
+def test_the_shipped_configuration_has_its_passwords_and_its_open_dialects_for_risks() -> None:
     shipped = configfile.load(ROOT / "config.toml", {})
     made = Passwords(shipped.passwords)
-    assert names(shipped, made) == ["shipped_password"]
+    assert names(shipped, made) == ["shipped_password", "shipped_password", *["open_dialect"] * len(OPEN)]
+    assert names(configfile.load(ROOT / "config.toml", {"API_PASSWORD": "x"}), made)[1:] == ["open_dialect"] * len(OPEN)
+    for risk, name in zip(find_risks(shipped, made)[2:], OPEN, strict=True):
+        assert f"dialects.{name} " in risk.text
     made.close()
+
+
+def test_the_shipped_api_password_is_that_of_the_shipped_file() -> None:
+    terms = configfile.load(ROOT / "config.toml", {}).dialects.simple_token_implement
+    assert terms is not None
+    assert terms.password == SHIPPED_API_PASSWORD

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -19,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.servers import ROOT, START
 from tokenauth.errors import StartError
-from tokenauth.models import Token
+from tokenauth.models import Pool, PoolCounts, Token
 from tokenauth.stores import schema
 from tokenauth.stores.open import open_store
 from tokenauth.stores.sqlite import SqliteStore
@@ -93,6 +94,43 @@ def test_an_upgrade_says_which_revision_there_was(db: Connection) -> None:
     assert schema.upgrade(db) == schema.HEAD
 
 
+def upgrade_to(db: Connection, revision: str) -> None:
+    """Bring a database to what an earlier release needed."""
+    settings = schema.migrations()
+    settings.attributes["connection"] = db
+    command.upgrade(settings, revision)
+
+
+async def test_what_the_first_release_kept_is_still_there_and_pools_are_new(tmp_path: Path) -> None:
+    """The rows are written as 0001 had them, whatever the tables are today."""
+    path, token = (
+        tmp_path / "tokens.db",
+        Token(sha256(b"1").digest(), "ann", "c", START, int(START) + 100, "::1", "curl"),
+    )
+    with connected(path) as db:
+        upgrade_to(db, "0001")
+        before = statements(db)
+        db.exec_driver_sql("INSERT INTO tokens VALUES (7, ?, ?, ?, ?, ?, ?, ?)", tuple(token))
+        db.exec_driver_sql("INSERT INTO revocations VALUES (3, ?, ?)", (sha256(b"2").digest(), START))
+        db.exec_driver_sql("INSERT INTO failures VALUES (?, 5, ?)", (bytes(16), START))
+        db.exec_driver_sql("INSERT INTO marks VALUES ('clock', ?)", (START + 0.5,))
+    store = open_store(f"sqlite+aiosqlite:///{path}", 10)
+    assert await store.start() == START + 0.5
+    assert await store.ready() is None
+    assert await store.tokens.get(token.digest) == token
+    assert await store.tokens.list("ann", START, 10) == [token]
+    assert (await store.failures.failures([bytes(16)]))[bytes(16)].count == 5
+    pool = Pool("p", lease_ttl=60)
+    assert await store.pools.count(pool, START) == PoolCounts(0, 0)
+    assert await store.pools.add(pool, ["t1"], START)
+    assert await store.tokens.remove(token.digest, START)
+    await store.stop(START)
+    with connected(path) as db:
+        assert schema.version(db) == schema.HEAD
+        assert {name: sql for name, sql in statements(db).items() if name in before} == before
+        assert db.exec_driver_sql("SELECT seq FROM revocations").scalars().all() == [3, 4]
+
+
 def test_a_schema_of_a_newer_release_is_left_alone(db: Connection) -> None:
     schema.upgrade(db)
     db.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -143,8 +181,8 @@ async def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
     assert isinstance(store, SqliteStore)
     await store.start()
     await store.tokens.add(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
-    with store._database._engine.connect() as writer:
-        pragmas = {name: writer.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")}
+    writer = store._database._connection
+    pragmas = {name: writer.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
     assert pragmas == {"journal_mode": "wal", "synchronous": 2}
     assert (tmp_path / "tokens.db-wal").stat().st_size > 0
     await store.stop(START)

@@ -1,20 +1,19 @@
 """The access log: one line for each request, without a query, a header, or any part of a path that we did not name."""
 
 import time
-from collections.abc import Container
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
+from tokenauth.routes.table import Routes
 
 
 class AccessLog:
     """Logs method, route, status, client address and milliseconds of each request."""
 
-    def __init__(self, app: ASGIApp, known: Container[str]) -> None:
-        """Wrap an app; of the paths that have no route pattern only the `known` ones are written."""
+    def __init__(self, app: ASGIApp, routes: Routes) -> None:
         self._app = app
-        self._known = known
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, and log it."""
@@ -44,6 +43,5 @@ class AccessLog:
 
     def _route(self, scope: Scope) -> str:
         """Name the route, never the path: a path may hold a token, if only by mistake."""
-        if scope["path"] in self._known:
-            return str(scope["path"])
-        return getattr(scope.get("route"), "path", "(none)")
+        found = self._routes.find(scope["path"])
+        return "(none)" if found is None else found[0].template

@@ -3,71 +3,54 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Protocol, cast
 
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tokenauth import __version__
 from tokenauth.access import AccessLog
 from tokenauth.config import Config
+from tokenauth.dialects.random_token_generator import RandomTokenGenerator
+from tokenauth.dialects.simple_token_implement import SimpleTokenImplement
+from tokenauth.dialects.token_management_service import TokenManagementService
+from tokenauth.dialects.token_pool import TokenPool
 from tokenauth.errors import NotFound, StartError
 from tokenauth.logs import log
 from tokenauth.middleware import TokenMiddleware
-from tokenauth.models import Clock, ForwardClock
-from tokenauth.passwords import Passwords
+from tokenauth.models import Clock
+from tokenauth.pools import Pools
 from tokenauth.risks import find_risks, judge
-from tokenauth.routes.account import OneTokenEndpoint, TokensEndpoint, me
-from tokenauth.routes.health import ReadyEndpoint, healthz
+from tokenauth.routes.account import AccountRoutes
+from tokenauth.routes.health import HealthRoutes
+from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
-from tokenauth.routes.token import PATH, Probe, TokenEndpoint
-from tokenauth.stores.base import Store
-from tokenauth.stores.open import open_store
+from tokenauth.routes.table import Handlers, Routes
+from tokenauth.routes.token import Probe, TokenRoutes
+from tokenauth.service import Service, create_service
 from tokenauth.sweeper import Sweeper
-from tokenauth.throttle import Throttle
-from tokenauth.tokens import Tokens
 
 Life = Callable[[], AbstractAsyncContextManager[None]]
 """What the service does from its start to its stop."""
 
 
-class Service(NamedTuple):
-    """Everything below HTTP, wired together."""
+class Dialect(Protocol):
+    """What serves the HTTP of another service."""
 
-    config: Config
-    clock: ForwardClock
-    store: Store
-    passwords: Passwords
-    tokens: Tokens
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Open the store and bring its schema up to date; close it at the end. Raises StartError."""
-        behind = self.clock.advance(await self.store.start())
-        if behind > 1:
-            log.warning("clock_is_behind", seconds=round(behind), action="time goes on from where it was")
-        try:
-            yield
-        finally:
-            await self.tokens.close()
-            await self.store.stop(self.clock())
-            self.passwords.close()
+    def routes(self) -> Mapping[str, Handlers]:
+        """List the addresses, below the prefix that the configuration gives it."""
 
 
-def create_service(config: Config, clock: Clock = time.time, ticks: Clock = time.monotonic) -> Service:
-    """Wire up what a configuration describes, without HTTP. Raises ConfigError."""
-    passwords = Passwords(config.passwords)
-    passwords.check(config.directory.values())
-    now = ForwardClock(clock, ticks)
-    store = open_store(config.database.url, config.tokens.cache_size)
-    throttle = Throttle(config.throttle, config.server.workers, store, now)
-    tokens = Tokens(config.tokens, config.directory, store, passwords, throttle, now)
-    return Service(config, now, store, passwords, tokens)
+_DIALECTS: Mapping[str, Callable[[Service, Any], Dialect]] = {
+    "simple-token-implement": lambda service, terms: SimpleTokenImplement(service.pools, terms, service.throttle),
+    "token-pool": lambda service, terms: TokenPool(service.pools, terms),
+    "random-token-generator": lambda service, terms: RandomTokenGenerator(service.pools, terms),
+    "token-management-service": lambda service, terms: TokenManagementService(service.pools, terms),
+}
 
 
 def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.monotonic) -> ASGIApp:
@@ -78,15 +61,15 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
     """
     service = create_service(config, clock, ticks)
     judge(config, find_risks(config, service.passwords))
-    exact, patterns = _routes(service)
-    app: ASGIApp = Probe(service.tokens, Application(exact, patterns, partial(_live, service)))
+    routes = find_routes(service)
+    app: ASGIApp = Probe(service.tokens, Application(routes, partial(_live, service)))
     if config.server.access_log:
-        app = AccessLog(app, exact)
+        app = AccessLog(app, routes)
     if config.server.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=config.server.cors_origins,
-            allow_methods=("GET", "POST", "DELETE"),
+            allow_methods=("GET", "POST", "PUT", "DELETE"),
             allow_headers=("X-Token", "Authorization", "Content-Type"),
             expose_headers=("WWW-Authenticate", "Retry-After"),
         )
@@ -96,24 +79,44 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
     return app
 
 
-def _routes(service: Service) -> tuple[dict[str, ASGIApp], list[BaseRoute]]:
-    """List the addresses: those without parameters, and those with."""
-    tokens = service.tokens
-    exact: dict[str, ASGIApp] = {
-        PATH: TokenEndpoint(tokens),
-        "/api/me": TokenMiddleware(me, tokens),
-        "/api/tokens": TokenMiddleware(TokensEndpoint(tokens), tokens),
-        "/healthz": healthz,
-        "/readyz": ReadyEndpoint(service.store.ready),
-    }
-    return exact, [Route("/api/tokens/{id}", TokenMiddleware(OneTokenEndpoint(tokens), tokens))]
+def find_routes(service: Service) -> Routes:
+    """List the addresses that a service answers at. Raises ConfigError when two of them are one."""
+    guard = partial(TokenMiddleware, tokens=service.tokens)
+    routes = Routes()
+    routes.add(HealthRoutes(service.store.ready).routes())
+    routes.add(TokenRoutes(service.tokens).routes())
+    routes.add(AccountRoutes(service.tokens).routes(), guard)
+    routes.add(PoolRoutes(service.pools).routes(), guard)
+    for name, terms in service.config.dialects.chosen().items():
+        asks = partial(_asks, service, terms.pool) if terms.require_token else None
+        routes.add(_DIALECTS[name](service, terms).routes(), asks, f"dialects.{name}", terms.prefix)
+    return routes
+
+
+def _asks(service: Service, pool: str, app: ASGIApp) -> ASGIApp:
+    """Guard a dialect with a token, whose user may use its pool."""
+    return TokenMiddleware(PoolGuard(app, service.pools, pool), service.tokens)
+
+
+class PoolGuard:
+    """Lets through whoever may use a pool; TokenMiddleware has found out who it is."""
+
+    def __init__(self, app: ASGIApp, pools: Pools, pool: str) -> None:
+        self._app = app
+        self._pools = pools
+        self._pool = pool
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guard one request."""
+        self._pools.find(self._pool, scope["user"])
+        await self._app(scope, receive, send)
 
 
 @asynccontextmanager
 async def _live(service: Service) -> AsyncIterator[None]:
     """Run the service, and its sweeper beside it."""
     async with service.running():
-        sweeper = Sweeper(service.store, service.clock, service.config.throttle.forget)
+        sweeper = Sweeper(service.store, service.config.terms.values(), service.clock, service.config.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()
         gc.freeze()  # what stands from the start to the end need not be looked through again and again
@@ -128,35 +131,31 @@ async def _live(service: Service) -> AsyncIterator[None]:
 
 
 class Application:
-    """Finds the endpoint of an address, and turns whatever it raises into an answer.
+    """Finds what answers a request, and turns whatever that raises into an answer."""
 
-    Addresses without parameters are found with one look-up, before Starlette's router is asked.
-    """
-
-    def __init__(self, exact: Mapping[str, ASGIApp], patterns: Sequence[BaseRoute], life: Life) -> None:
-        self._exact = exact
-        self._router = Router(patterns, redirect_slashes=False, default=_nothing_here)
+    def __init__(self, routes: Routes, life: Life) -> None:
+        self._routes = routes
         self._life = life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or live through one lifespan."""
-        if scope["type"] != "http":
-            await self._other(scope, receive, send)
-            return
-        endpoint = self._exact.get(scope["path"])
-        try:
-            if endpoint is not None:
-                await endpoint(scope, receive, send)
-            else:
-                await self._router(scope, receive, send)
-        except Exception as error:
-            await refuse(send, error)
-
-    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] == "http":
+            try:
+                await self._endpoint(scope)(scope, receive, send)
+            except Exception as error:
+                await refuse(send, error)
+        elif scope["type"] == "lifespan":
             await self._live(receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+    def _endpoint(self, scope: Scope) -> ASGIApp:
+        """Return what answers at an address. Raises NotFound."""
+        found = self._routes.find(scope["path"])
+        if found is None:
+            raise NotFound
+        route, scope["path_params"] = found
+        return route.endpoint
 
     async def _live(self, receive: Receive, send: Send) -> None:
         """Start and stop, and say in one line what prevented it (ASGI lifespan)."""
@@ -170,7 +169,3 @@ class Application:
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
-    raise NotFound

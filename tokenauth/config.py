@@ -1,6 +1,7 @@
 """The configuration as frozen records. Every default lives here, and only here."""
 
 import ipaddress
+import math
 import os
 import re
 import unicodedata
@@ -9,7 +10,7 @@ from functools import cached_property
 
 import msgspec
 
-from tokenauth.models import User
+from tokenauth.models import Pool, User
 
 MAX_NAME = 256
 """Characters that a user name may have."""
@@ -18,6 +19,11 @@ MAX_NAME = 256
 def _between(key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{key}: must be from {low:g} to {high:g}, and is {value:g}")
+
+
+def _check_scope(key: str, scope: str) -> None:
+    if not re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", scope):  # RFC 6749 section 3.3
+        raise ValueError(f"{key}: {scope!r} is not printable ASCII with no blank, quote or backslash")
 
 
 class Duration(float):
@@ -136,8 +142,72 @@ class UserEntry(Section, frozen=True):
         if any(unicodedata.category(letter) in {"Cc", "Cf", "Cs"} for letter in self.username):
             raise ValueError("username: takes no control characters and no invisible ones")
         for scope in self.scopes:
-            if not re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", scope):  # RFC 6749 section 3.3
-                raise ValueError(f"scopes: {scope!r} is not printable ASCII with no blank, quote or backslash")
+            _check_scope("scopes", scope)
+
+
+class PoolEntry(Section, frozen=True):
+    """A pool as the file has it."""
+
+    capacity: int | None = None
+    token_ttl: Duration | None = None
+    lease_ttl: Duration = Duration(60)
+    prefill: bool = False
+    scope: str | None = None
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        if self.capacity is not None:
+            _between("capacity", self.capacity, 0, 100_000_000)
+        if self.token_ttl is not None:
+            _between("token_ttl", self.token_ttl, 1, 10 * 365 * 86400)
+        _between("lease_ttl", self.lease_ttl, 1, 10 * 365 * 86400)
+        if self.prefill and self.capacity is None:
+            raise ValueError("prefill: keeps `capacity` tokens in being; say how many that are")
+        if self.prefill and self.token_ttl is not None:
+            raise ValueError("token_ttl: does not go with prefill, whose tokens wait for ever")
+        if self.scope is not None:
+            _check_scope("scope", self.scope)
+
+
+class Dialect(Section, frozen=True):
+    """The HTTP of another service, served over one pool."""
+
+    pool: str
+    prefix: str = ""
+    require_token: bool = False
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*", self.prefix):
+            raise ValueError(
+                f"prefix: {self.prefix!r} is neither empty nor a path such as '/pool', with no slash at its end"
+            )
+
+
+class PasswordDialect(Dialect, frozen=True, kw_only=True):
+    """One whose every request has the same password."""
+
+    password: str
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        super().__post_init__()
+        if not re.fullmatch(r"[\x21-\x7e]{1,1024}", self.password):
+            raise ValueError("password: is sent in a header, and so takes 1 to 1024 characters of ASCII, with no blank")
+
+
+class Dialects(Section, frozen=True, rename="kebab"):
+    """The services whose HTTP is served; one that is not named is not."""
+
+    simple_token_implement: PasswordDialect | None = None
+    token_pool: Dialect | None = None
+    random_token_generator: Dialect | None = None
+    token_management_service: Dialect | None = None
+
+    def chosen(self) -> Mapping[str, Dialect]:
+        """Return those that are served, by name."""
+        fields = msgspec.structs.fields(self)
+        return {field.encode_name: found for field in fields if (found := getattr(self, field.name)) is not None}
 
 
 class Config(Section, frozen=True):
@@ -149,14 +219,54 @@ class Config(Section, frozen=True):
     passwords: Passwords = Passwords()
     throttle: Throttle = Throttle()
     users: tuple[UserEntry, ...] = ()
+    pools: dict[str, PoolEntry] = {}
+    dialects: Dialects = Dialects()
 
     def __post_init__(self) -> None:
-        """Refuse two entries for one name."""
+        """Refuse what is right by itself and wrong together."""
+        self._check_users()
+        self._check_pools()
+
+    def _check_users(self) -> None:
         seen: set[str] = set()
         for entry in self.users:
             if canonical(entry.username) in seen:
                 raise ValueError(f"users: has {entry.username!r} twice (capitals do not tell names apart)")
             seen.add(canonical(entry.username))
+
+    def _check_pools(self) -> None:
+        for name in self.pools:
+            if not re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}", name):
+                raise ValueError(
+                    f"pools: {name!r} is not a name of 1 to 64 letters, digits, dots, dashes and underscores"
+                )
+        for name, dialect in self.dialects.chosen().items():
+            pool = self.pools.get(dialect.pool)
+            if pool is None:
+                known = ", ".join(self.pools) or "none"
+                raise ValueError(f"dialects.{name}.pool: there is no [pools.{dialect.pool}]; known are: {known}")
+            if pool.scope is not None and not dialect.require_token:
+                raise ValueError(
+                    f"dialects.{name}.require_token: must be true, since [pools.{dialect.pool}] needs a scope"
+                )
+            if isinstance(dialect, PasswordDialect) and not pool.prefill:
+                raise ValueError(f"dialects.{name}.pool: [pools.{dialect.pool}] must have prefill = true")
+
+    @cached_property
+    def terms(self) -> Mapping[str, Pool]:
+        """The pools by name."""
+        return {
+            name: Pool(
+                name,
+                lease_ttl=entry.lease_ttl,
+                token_ttl=math.inf if entry.token_ttl is None else entry.token_ttl,
+                capacity=entry.capacity,
+                prefill=entry.prefill,
+                scope=entry.scope,
+                ages_while_lent=self.dialects.token_pool is not None and self.dialects.token_pool.pool == name,
+            )
+            for name, entry in self.pools.items()
+        }
 
     @cached_property
     def directory(self) -> Mapping[str, User]:

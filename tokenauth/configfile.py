@@ -1,13 +1,15 @@
 """The configuration file: TOML and the environment in, records out, and one clear line for each mistake."""
 
 import difflib
+import json
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import msgspec
 
@@ -48,7 +50,7 @@ def parse(text: str, environ: Mapping[str, str] = os.environ) -> Config:
             return msgspec.convert(tree, Config, dec_hook=_decode)
         except msgspec.ValidationError as error:
             problem, _, at = str(error).partition(" - at `$")
-            path = at.rstrip("`").lstrip(".")
+            path = _whole(at.rstrip("`").lstrip("."), tree)
             spot = from_environment.pop(path, None)
             if spot is None or not _reread(*spot):
                 raise ConfigError(_explain(problem, path)) from None
@@ -100,7 +102,7 @@ def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Spot]
 def _strings(node: Any, path: str) -> Iterator[tuple[str, Spot]]:
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in items:
-        here = f"{path}[{key}]" if isinstance(node, list) else f"{path}.{key}".lstrip(".")
+        here = f"{path}[{key}]" if isinstance(node, list) else _key(path, str(key))
         if isinstance(value, str):
             yield here, (node, key)
         elif isinstance(value, dict | list):
@@ -116,6 +118,46 @@ def _reread(holder: Any, key: str | int) -> bool:
     return True
 
 
+def _key(path: str, name: str) -> str:
+    """Write the path of a key as TOML has it."""
+    bare = name if re.fullmatch(r"[\w-]+", name) else json.dumps(name, ensure_ascii=not name.isprintable())
+    return f"{path}.{bare}".lstrip(".")
+
+
+def _whole(path: str, tree: dict[str, Any]) -> str:
+    """Put the name into a path where msgspec has none: it says `pools[...]` of any pool."""
+    head, unnamed, tail = path.partition("[...]")
+    if not unnamed:
+        return path
+    for name, table in tree[head].items():
+        try:
+            msgspec.convert(table, _kind(_key(head, name)), dec_hook=_decode)
+        except msgspec.ValidationError:
+            return _key(head, name) + tail
+    return head
+
+
+def _kind(path: str) -> Any:
+    """Return the type of what stands at `path`."""
+    kind: Any = Config
+    for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^.\[\]]+', path):
+        if get_origin(kind) in {dict, tuple}:
+            kind = next(one for one in reversed(get_args(kind)) if one is not Ellipsis)
+        else:
+            kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == part)
+            if get_origin(kind) is UnionType:
+                kind = get_args(kind)[0]
+    return kind
+
+
+def _keys(path: str) -> list[str]:
+    """List the keys that may stand in the table at `path`."""
+    kind = _kind(path)
+    if not isinstance(kind, type) or not issubclass(kind, Section):
+        return []
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
 def _explain(problem: str, path: str) -> str:
     if problem.partition(":")[0] in _keys(path):
         return f"{path}.{problem}".lstrip(".")
@@ -125,21 +167,7 @@ def _explain(problem: str, path: str) -> str:
         if missing is not None:
             return f"{path}.{missing[1]}: is missing"
         return f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
-    name = unknown[1] if unknown[1].isprintable() else repr(unknown[1])
-    key = f"{path}.{name}".lstrip(".")
     known = _keys(path)
     close = difflib.get_close_matches(unknown[1], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    return f"{key}: there is no such key; {hint}"
-
-
-def _keys(path: str) -> list[str]:
-    """List the keys that may stand in the table at `path`."""
-    kind: Any = Config
-    for part in re.findall(r"\w+", path):
-        if not part.isdigit():
-            kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == part)
-            kind = next(iter(get_args(kind)), kind)
-    if not issubclass(kind, Section):
-        return []
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
+    return f"{_key(path, unknown[1])}: there is no such key; {hint}"

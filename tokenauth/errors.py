@@ -78,6 +78,44 @@ class NotFound(Refusal):
     description = "There is nothing at this address."
 
 
+class UnknownPool(NotFound):
+    """The configuration has no pool of this name."""
+
+    code = "unknown_pool"
+    description = "There is no pool of this name."
+
+
+class UnknownToken(NotFound):
+    """The pool has no token of this value: it never had, it was deleted, or it has expired."""
+
+    description = "The pool has no such token."
+
+
+class PoolFull(Refusal):
+    """More tokens were asked for than the pool has room for; none was made."""
+
+    code = "pool_full"
+    description = "The pool has no room for so many tokens. None was made."
+
+
+class NoFreeToken(Refusal):
+    """All tokens are lent, or there are none; `retry_after` is when the next lease ends, in whole seconds."""
+
+    code = "no_free_token"
+    description = "The pool has no free token."
+
+    def __init__(self, retry_after: int | None = None) -> None:
+        super().__init__()
+        self.retry_after = retry_after
+
+
+class LeaseLost(Refusal):
+    """The lease is over, or it is another holder's or a later one by now."""
+
+    code = "lease_lost"
+    description = "The token is not lent to you any more: stop using what it guards."
+
+
 class MethodNotAllowed(Refusal):
     """The address does not take this method."""
 

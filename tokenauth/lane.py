@@ -1,4 +1,4 @@
-"""A lane of its own for work that would hold up the event loop: a few threads that give way to everything else.
+"""A lane of its own for work that would hold up the event loop: a few threads, which may give way to everything else.
 
 Results come back in bundles: one wake-up of the event loop serves all that are ready.
 """
@@ -22,13 +22,16 @@ LOW_PRIORITY = 19
 
 
 class Lane(Generic[Job, Result]):
-    """Runs one function in threads at low priority, for a bounded number of callers."""
+    """Runs one function in threads, for a bounded number of callers."""
 
-    def __init__(self, function: Callable[[Job], Result], threads: int, queue: int) -> None:
-        """Run `function` in so many threads; `queue` more callers may wait."""
+    def __init__(
+        self, function: Callable[[Job], Result], threads: int, queue: int = 1, gives_way: bool = False
+    ) -> None:
+        """Run `function` in so many threads; `queue` more callers may wait. `gives_way`: at low priority."""
         self._function = function
         self._threads = threads
         self._room = threads + queue
+        self._gives_way = gives_way
         self._jobs: SimpleQueue[tuple[Job, asyncio.Future[Result]] | None] = SimpleQueue()
         self._done: deque[tuple[asyncio.Future[Result], Result | Exception]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -59,7 +62,8 @@ class Lane(Generic[Job, Result]):
             threading.Thread(target=self._work, name=f"lane-{number}", daemon=True).start()
 
     def _work(self) -> None:
-        _give_way()
+        if self._gives_way:
+            _give_way()
         while (item := self._jobs.get()) is not None:
             job, future = item
             self._done.append((future, self._try(job)))

@@ -1,5 +1,6 @@
 """The nouns of the service and their arithmetic: no input, no output."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -66,6 +67,114 @@ class Issued:
 
     value: str = field(repr=False)
     token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The terms on which tokens are lent; they stand in the configuration, and hold as they are now.
+
+    A token waits for at most `token_ttl` seconds until somebody takes it, and is lent for `lease_ttl` seconds.
+    `capacity` is how many tokens may be in being, free and lent; with `prefill` always so many are.
+    `ages_while_lent`: the time for which a token was lent, and not given back, counts as time that it has waited.
+    """
+
+    name: str
+    lease_ttl: float
+    token_ttl: float = math.inf
+    capacity: int | None = None
+    prefill: bool = False
+    scope: str | None = None
+    ages_while_lent: bool = False
+
+    def floor(self, now: Instant) -> Instant:
+        """Say since when a token may have been free, at the latest, to have expired `now`."""
+        return now - self.token_ttl
+
+    def lapsed_floor(self, now: Instant) -> Instant:
+        """Say the same of a token that was not given back: its lease lapsed."""
+        return self.floor(now) + (self.lease_ttl if self.ages_while_lent else 0)
+
+    def lives(self, token: "PoolToken", now: Instant) -> bool:
+        """Whether a token is in being: lent, or free and not yet expired."""
+        if now < token.free_at:
+            return True
+        floor = self.floor(now) if token.holder is None else self.lapsed_floor(now)
+        return not token.retired and floor < token.free_at
+
+    def lent(self, token: "PoolToken", holder: str, now: Instant) -> "PoolToken":
+        """Return the token as it is lent to somebody `now`."""
+        return token._replace(free_at=now + self.lease_ttl, holder=holder, fence=token.fence + 1)
+
+    def extended(self, token: "PoolToken", now: Instant) -> "PoolToken":
+        """Return a token that is lent, with its lease running anew."""
+        return token._replace(free_at=now + self.lease_ttl)
+
+    def released(self, token: "PoolToken", now: Instant) -> "PoolToken":
+        """Return a token that is free from `now` on."""
+        return token._replace(free_at=now, holder=None)
+
+    def expires_at(self, token: "PoolToken") -> Instant | None:
+        """Say when a token is gone unless somebody touches it before; None: never."""
+        if token.retired:
+            return token.free_at
+        if math.isinf(self.token_ttl):
+            return None
+        aged = self.lease_ttl if self.ages_while_lent and token.holder is not None else 0
+        return token.free_at + self.token_ttl - aged
+
+
+class PoolToken(NamedTuple):
+    """A permit that waits in a pool, or is lent.
+
+    `free_at` is when it became free, or will: a lease is over the moment its time is up, and a token that has
+    been free for too long has expired. Nothing has to notice: the same row simply reads so from then on.
+    `fence` counts its leases. A `retired` token is not lent again.
+    """
+
+    pool: str
+    value: str
+    free_at: Instant
+    holder: str | None = None
+    fence: int = 0
+    retired: bool = False
+
+    def lease(self, now: Instant) -> "Lease | None":
+        """Return the claim that somebody has on it, if anybody does."""
+        return Lease(self.holder or "", self.free_at) if now < self.free_at else None
+
+    def __repr__(self) -> str:
+        """Show what may stand in a log: a permit must not leak through one."""
+        return f"PoolToken(pool={self.pool!r}, free_at={self.free_at!r}, holder={self.holder!r}, fence={self.fence!r})"
+
+
+class Lease(NamedTuple):
+    """One holder's claim on a token, until an instant."""
+
+    holder: str
+    until: Instant
+
+
+class Claim(NamedTuple):
+    """What somebody knows of the lease that he says he has; what he leaves out is not compared."""
+
+    holder: str | None = None
+    fence: int | None = None
+
+    def holds(self, token: PoolToken, now: Instant) -> bool:
+        """Whether this is the lease that the token is under."""
+        lease = token.lease(now)
+        return lease is not None and self.holder in {None, lease.holder} and self.fence in {None, token.fence}
+
+
+ANY_LEASE = Claim()
+"""The claim of somebody who does not say which lease he has."""
+
+
+class PoolCounts(NamedTuple):
+    """How many tokens of a pool can be lent, and how many are."""
+
+    available: int
+    leased: int
 
 
 @dataclass(frozen=True, slots=True)

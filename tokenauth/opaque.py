@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import uuid
 from hashlib import sha256
 from urllib.parse import unquote_to_bytes
 
@@ -25,6 +26,16 @@ def new_value() -> str:
     while len(letters) < LENGTH:
         letters += secrets.token_bytes(96).translate(_LETTER, _BIASED)
     return letters[:LENGTH].decode()
+
+
+def new_uuid() -> str:
+    """Make a random UUID (RFC 9562 section 5.4): 122 bits from the operating system."""
+    return str(uuid.uuid4())
+
+
+def new_prefixed() -> str:
+    """Make a value that says what it is: `token_` and a value of 64 characters."""
+    return f"token_{new_value()}"
 
 
 def digest(value: bytes) -> bytes | None:

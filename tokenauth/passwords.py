@@ -34,7 +34,7 @@ class Passwords:
             argon2__time_cost=terms.time_cost,
             argon2__parallelism=terms.parallelism,
         )
-        self._lane = Lane(self._verify, terms.lanes, terms.queue)
+        self._lane = Lane(self._verify, terms.lanes, terms.queue, gives_way=True)
         self._terms = terms
         self._dummy = self.hash("nobody has this password")
 

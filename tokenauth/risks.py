@@ -1,14 +1,18 @@
 """What is fine on a laptop and wrong in public."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from tokenauth.config import Config
+from tokenauth.config import Config, PasswordDialect
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
 from tokenauth.passwords import Passwords
 
 SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
 """The hash of the password that config.toml is shipped with; a test holds the two together."""
+
+SHIPPED_API_PASSWORD = "change-me"  # noqa: S105  (known to everybody, which is the point)
+"""The password of simple-token-implement that config.toml is shipped with."""
 
 
 class Risk(NamedTuple):
@@ -41,7 +45,18 @@ def find_risks(config: Config, passwords: Passwords) -> list[Risk]:
                 f"server.trusted_proxies has {proxy!r}: anybody may claim any client address, which undoes the throttle"
             )
             risks.append(Risk("trusts_everybody", text))
-    return risks
+    return [*risks, *_of_dialects(config)]
+
+
+def _of_dialects(config: Config) -> Iterator[Risk]:
+    for name, dialect in config.dialects.chosen().items():
+        if isinstance(dialect, PasswordDialect):
+            if dialect.password == SHIPPED_API_PASSWORD:
+                text = f"dialects.{name}.password is the one that tokenauth is shipped with; set another"
+                yield Risk("shipped_password", text)
+        elif not dialect.require_token:
+            text = f"dialects.{name} asks nobody for a token; set its require_token to true"
+            yield Risk("open_dialect", text)
 
 
 def unacceptable(config: Config, risks: list[Risk]) -> str | None:

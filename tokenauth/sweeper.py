@@ -1,11 +1,12 @@
 """Deletes what has expired, in small steps. Nothing depends on it: it only frees disk."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 from tokenauth.errors import RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, Instant
+from tokenauth.models import Clock, Instant, Pool
 from tokenauth.stores.base import Store
 
 INTERVAL = 60.0
@@ -26,8 +27,9 @@ Purge = Callable[[Instant, int], Awaitable[int]]
 class Sweeper:
     """One worker at a time deletes expired tokens, old revocations and forgotten failures."""
 
-    def __init__(self, store: Store, clock: Clock, forget: float) -> None:
+    def __init__(self, store: Store, pools: Iterable[Pool], clock: Clock, forget: float) -> None:
         self._store = store
+        self._pools = pools
         self._clock = clock
         self._forget = forget
 
@@ -47,6 +49,8 @@ class Sweeper:
         if not await self._store.claim("sweep", now, until):
             return 0
         count = await self._drain(self._store.tokens.purge, now, until)
+        for pool in self._pools:
+            count += await self._drain(partial(self._store.pools.purge, pool), now, until)
         count += await self._drain(self._store.purge_log, now - LOG_AGE, until)
         count += await self._drain(self._store.failures.purge_failures, now - self._forget, until)
         if count:

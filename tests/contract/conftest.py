@@ -13,10 +13,10 @@ import pytest
 
 from tests.servers import START
 from tokenauth.models import Instant, Token
-from tokenauth.stores.base import FailureStore, Store, TokenStore
+from tokenauth.stores.base import FailureStore, PoolStore, Store, TokenStore
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.open import open_store
-from tokenauth.stores.sql import SqlFailureStore, SqlTokenStore
+from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
 from tokenauth.stores.sqlite import SqliteStore, SqliteTokenStore
 
 
@@ -26,6 +26,7 @@ class Place:
 
     store: Store
     tokens: TokenStore
+    pools: PoolStore
     failures: FailureStore
     started: Instant
     commits: Callable[[], int]
@@ -38,7 +39,7 @@ async def cached_sqlite(directory: Path, size: int) -> Place:
     file = directory / "tokens.db"
     store = open_store(f"sqlite+aiosqlite:///{file}", size)
     started = await store.start()
-    return Place(store, store.tokens, store.failures, started, lambda: wal_commits(file), rounds=1000)
+    return Place(store, store.tokens, store.pools, store.failures, started, lambda: wal_commits(file), rounds=1000)
 
 
 async def plain_sqlite(directory: Path, size: int) -> Place:
@@ -53,7 +54,8 @@ async def generic_sql(directory: Path, size: int) -> Place:
     place = await cached_sqlite(directory, size)
     assert isinstance(place.store, SqliteStore)
     database = place.store._database
-    return replace(place, tokens=SqlTokenStore(database), failures=SqlFailureStore(database), rounds=25)
+    tokens, pools, failures = SqlTokenStore(database), SqlPoolStore(database), SqlFailureStore(database)
+    return replace(place, tokens=tokens, pools=pools, failures=failures, rounds=25)
 
 
 async def cached_sql(directory: Path, size: int) -> Place:
@@ -114,16 +116,17 @@ class Places:
             await self.close(self._open[-1])
 
 
+async def build(opener: Opener, directory: Path) -> None:
+    """Build an empty store."""
+    places = Places(opener, directory)
+    await places.open()
+    await places.close_all()
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> dict[Opener, Path]:
     """Build the empty databases once: a migration costs more than most tests."""
     made: dict[Opener, Path] = {}
-
-    async def build(opener: Opener, directory: Path) -> None:
-        places = Places(opener, directory)
-        await places.open()
-        await places.close_all()
-
     for name, opener in RACING.items():
         made[opener] = tmp_path_factory.mktemp(name)
         asyncio.run(build(opener, made[opener]))
@@ -155,6 +158,12 @@ async def other(places: Places, place: Place) -> Place:
 def tokens(place: Place) -> TokenStore:
     """Take the tokens of the first store."""
     return place.tokens
+
+
+@pytest.fixture
+def pools(place: Place) -> PoolStore:
+    """Take the pools of the first store."""
+    return place.pools
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ from statistics import median
 from typing import TypeVar
 
 import pytest
-from sqlalchemy import Connection as Database
-from sqlalchemy import create_engine, event
 
 from tests.connections import Connection
 from tests.journal import fill
 from tests.servers import START, HandClock, worker, write_config
 from tokenauth.models import Token
 from tokenauth.stores import verbs
+from tokenauth.stores.transaction import PlainTransaction
 
 T = TypeVar("T")
 FEW, MANY = 200, 20_000
@@ -61,26 +60,16 @@ WISHES: dict[Callable[..., object], object] = {
 
 
 @contextmanager
-def explained(database: Database) -> Iterator[dict[str, list[str]]]:
-    """Explain each statement that is run, before it is run."""
+def explained(database: sqlite3.Connection) -> Iterator[dict[str, list[str]]]:
+    """Explain each statement that is run, with the values that it is run with."""
     plans: dict[str, list[str]] = {}
-    busy = False
-
-    def explain(db: Database, _: object, statement: str, parameters: object, *__: object) -> None:
-        nonlocal busy
-        if busy or statement.split(maxsplit=1)[0].upper() not in {"SELECT", "INSERT", "UPDATE", "DELETE", "WITH"}:
-            return
-        busy = True
-        first = parameters[0] if isinstance(parameters, list) else parameters
-        rows = db.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", first)  # type: ignore[arg-type]
-        plans[statement] = [row[3] for row in rows]
-        busy = False
-
-    event.listen(database, "before_cursor_execute", explain)
-    try:
-        yield plans
-    finally:
-        event.remove(database, "before_cursor_execute", explain)
+    seen: list[str] = []
+    database.set_trace_callback(seen.append)
+    yield plans
+    database.set_trace_callback(None)
+    for statement in seen:
+        if statement.split(maxsplit=1)[0].upper() in {"SELECT", "INSERT", "UPDATE", "DELETE", "WITH"}:
+            plans[statement] = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {statement}")]
 
 
 @pytest.mark.parametrize("verb", WISHES, ids=lambda verb: verb.__name__)
@@ -88,12 +77,13 @@ def test_every_change_finds_its_rows_through_an_index(
     small_and_large: dict[int, Path], verb: Callable[..., object]
 ) -> None:
     path = small_and_large[MANY].with_name("tokenauth.db")
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as db, explained(db) as plans:
-        verb(db, [WISHES[verb]])
-        verbs.remember(db, START)
-        db.rollback()
-    engine.dispose()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN")
+        with explained(db) as plans:
+            transaction = PlainTransaction(db)
+            verb(transaction, [WISHES[verb]])
+            verbs.remember(transaction, START)
+        db.execute("ROLLBACK")
     assert len(plans) >= 2, "the change itself, and the time of it"
     for statement, plan in plans.items():
         for step in plan:

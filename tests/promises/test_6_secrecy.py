@@ -1,4 +1,7 @@
-"""Promise 6: no token and no password stands in the database, a log, a metric or an error."""
+"""Promise 6: no token and no password stands in the database, a log, a metric or an error.
+
+The tokens of pools are lent again, and so do stand in the database; in a log or an error they do not.
+"""
 
 import base64
 import json
@@ -9,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -40,7 +44,10 @@ def forms(secret: str) -> set[bytes]:
 
 def requests_with(token: str) -> Iterator[bytes]:
     """Write requests that carry a token in every place, to every address, right and wrong."""
-    for target in ("/api/token", "/api/me", "/api/tokens", f"/api/tokens/{token}", "/healthz", "/readyz", f"/{token}"):
+    for target in (
+        "/api/token", "/api/me", "/api/tokens", f"/api/tokens/{token}", "/healthz", "/readyz", f"/{token}",
+        f"/api/pools/{token}", f"/api/pools/canaries/leases/{token}",
+    ):  # fmt: skip
         for method in METHODS:
             for query in ("", f"?token={token}", f"?token={token}&token=x", f"?keep={token}", f"?user={token}"):
                 ends = target == "/api/token" or (target == "/api/tokens" and query[:5] in {"", "?toke"})
@@ -102,36 +109,91 @@ def provoke(server: Server, tokens: list[str]) -> list[Answer]:
     return answers
 
 
+def requests_for(token: str) -> Iterator[tuple[str, str, object]]:
+    """Write requests that have a pool's token in every place, right and wrong."""
+    pool = "/api/pools/canaries"
+    for spelt in (token, token[:-1], "".join(f"%{ord(letter):02x}" for letter in token), f"{token}/{token}", token * 5):
+        for target in (f"{pool}/leases/{spelt}", f"{pool}/tokens/{spelt}", f"{pool}/{spelt}", f"/api/pools/{spelt}"):
+            for method in ("GET", "POST", "PUT", "PATCH"):
+                yield method, target, {"holder": token} if method == "PUT" else None
+    for body in ({"fence": token}, {"holder": [token]}, {"count": token}, token, [token], {token: token}):
+        for method, target in (
+            ("PUT", f"{pool}/leases/{token}"),
+            ("POST", f"{pool}/leases"),
+            ("POST", f"{pool}/tokens"),
+        ):
+            yield method, target, body
+    for query in (f"after={token}", f"after={token}&after=x", f"limit={token}", f"{token}&{'x' * 9000}"):
+        yield "GET", f"{pool}?{query}", None
+        yield "GET", f"/api/pools?{query}", None
+    yield "PUT", f"{pool}/leases/{token}", {"holder": "ci-7"}
+    yield "GET", f"{pool}/tokens/{token}", None
+    yield "DELETE", f"{pool}/leases/{token}", {"holder": "another"}
+    yield "DELETE", f"{pool}/leases/{token}", None
+    yield "DELETE", f"{pool}/leases/{token}", None
+    yield "DELETE", f"{pool}/tokens/{token[::-1]}", None
+
+
+def lend(server: Server, session: str, tokens: list[str], database: Path | None) -> list[Answer]:
+    """Use a pool in every way, and add its tokens to `tokens`; in the end, perhaps, with its table gone."""
+    answers = []
+    with Connection(server.port) as connection:
+        answers.append(connection.ask("POST", "/api/pools/canaries/tokens", {"count": 20}, X_Token=session))
+        tokens += answers[-1].json()["tokens"]
+        for _ in range(10):
+            answers.append(connection.ask("POST", "/api/pools/canaries/leases", {"holder": "ci-7"}, X_Token=session))
+        lent = answers[-1].json()["token"]
+        answers.append(connection.ask("DELETE", f"/api/pools/canaries/tokens/{tokens[-1]}", X_Token=session))
+        if database is not None:
+            with sqlite3.connect(database) as db:
+                db.execute("ALTER TABLE pool_tokens RENAME TO broken_too")
+            db.close()
+        for method, target, body in requests_for(lent):
+            answers.append(connection.ask(method, target, body, X_Token=session, X_Request_Id=lent, User_Agent=lent))
+    with Connection(server.port) as connection:
+        request = f"PUT /api/pools/canaries/leases/{lent} HTTP/9.9\r\nX-Token: {lent}\r\n\r\n"
+        answers.append(connection.send(request.encode()))
+    return answers
+
+
+class Aftermath(NamedTuple):
+    """What is left: files, the tokens of users and of a pool, and all answers."""
+
+    directory: Path
+    tokens: list[str]
+    answers: list[Answer]
+    lent: list[str]
+    of_lending: list[Answer]
+
+
 @pytest.fixture(scope="module")
-def aftermath(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[Answer]]:
+def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
     """Do everything that could leave a trace, the last of it with the database gone; then end with kill -9."""
     directory = tmp_path_factory.mktemp("canaries")
     cheap = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(PASSWORD)
     users = "[passwords]\nmemory_kib = 8\ntime_cost = 1\n"
     users += "".join(f'[[users]]\nusername = "{name}"\npassword = "{cheap}"\n' for name in ("ann", "ben"))
-    config = write_config(directory, "[server]\naccess_log = true", users)
-    answers: list[Answer] = []
-    tokens: list[str] = []
+    config = write_config(directory, "[server]\naccess_log = true\n[pools.canaries]", users)
+    done = Aftermath(directory, [], [], [], [])
     for harmed in (False, True):
         with serving(config, "--workers", "2") as server:
             with Connection(server.port) as connection:
                 mine = [connection.log_in("ben" if harmed else "ann", PASSWORD) for _ in range(TOKENS)]
-            tokens += mine
+            done.tokens.extend(mine)
+            database = directory / "tokenauth.db"
+            done.of_lending.extend(lend(server, mine[0], done.lent, database if harmed else None))
             if harmed:
-                database = directory / "tokenauth.db"
                 with sqlite3.connect(database) as db:
                     db.execute("ALTER TABLE tokens RENAME TO broken")
                 db.close()
-            answers += provoke(server, mine)
+            done.answers.extend(provoke(server, mine))
             server.kill()
-    return directory, tokens, answers
+    return done
 
 
-def test_no_token_and_no_password_stands_in_a_file_or_a_log(
-    aftermath: tuple[Path, list[str], list[Answer]],
-) -> None:
+def test_no_token_and_no_password_stands_in_a_file_or_a_log(aftermath: Aftermath) -> None:
     """Database, write-ahead log, logs of all processes: no canary in any form."""
-    directory, tokens, _ = aftermath
+    directory, tokens, *_ = aftermath
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert {"tokenauth.db", "tokenauth.db-wal", "server-0.log", "server-1.log"} <= {path.name for path in files}
     log = (directory / "server-0.log").read_text() + (directory / "server-1.log").read_text()
@@ -142,11 +204,34 @@ def test_no_token_and_no_password_stands_in_a_file_or_a_log(
             assert not [path.name for path in files if form in path.read_bytes()], form
 
 
-def test_no_answer_after_the_issue_repeats_a_token_or_a_password(
-    aftermath: tuple[Path, list[str], list[Answer]],
-) -> None:
+def test_no_token_of_a_pool_stands_in_a_log_or_an_error(aftermath: Aftermath) -> None:
+    """In the database they stand as they are: they must be lent again."""
+    directory, _, _, lent, of_lending = aftermath
+    logs = b"".join(path.read_bytes() for path in directory.glob("server-*.log"))
+    for route in (
+        "",
+        "/{pool}",
+        "/{pool}/leases",
+        "/{pool}/tokens",
+        "/{pool}/leases/{token}",
+        "/{pool}/tokens/{token}",
+    ):
+        assert f'"route":"/api/pools{route}"'.encode() in logs
+    assert b'"event":"store_not_writable"' in logs, "the canaries have been where they could have been logged"
+    assert {answer.status for answer in of_lending} >= {200, 201, 204, 400, 404, 405, 409, 503}
+    errors = b"\n".join(answer.head + answer.body for answer in of_lending if answer.status >= 400)
+    database = b"".join(path.read_bytes() for path in directory.glob("tokenauth.db*"))
+    assert len(lent) == 40
+    assert lent[0].encode() in database
+    for token in lent:
+        for form in forms(token):
+            assert form not in logs, form
+            assert form not in errors, form
+
+
+def test_no_answer_after_the_issue_repeats_a_token_or_a_password(aftermath: Aftermath) -> None:
     """Whatever was wrong with the request, from 400 to 503."""
-    _, tokens, answers = aftermath
+    _, tokens, answers, *_ = aftermath
     assert {answer.status for answer in answers} >= {200, 400, 401, 403, 404, 405, 415, 429, 503}
     everything = b"\n".join(answer.head + answer.body for answer in answers)
     for secret in (*tokens, PASSWORD, WRONG, AS_NAME):

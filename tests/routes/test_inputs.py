@@ -27,7 +27,7 @@ password = "$2b$04$vzBnxZ6ElN8eTQOKNG8uRuSwRMLK9A9/Ua6BvU94kRMClFIrWaP3W"
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    return CAROL
+    return f"[pools.p]\n{CAROL}"
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +242,8 @@ def test_what_a_header_says_is_not_taken_for_a_line_of_the_answer_or_of_the_log(
     assert probe(client, token)
 
 
-ROUTES = ["/api/token", "/api/me", "/api/tokens", f"/api/tokens/{'0' * 24}", "/healthz", "/readyz", "/", "*"]
+POOLS = ["/api/pools", "/api/pools/p", "/api/pools/p/tokens", "/api/pools/p/leases", "/api/pools/p/leases/t"]
+ROUTES = ["/api/token", "/api/me", "/api/tokens", f"/api/tokens/{'0' * 24}", *POOLS, "/healthz", "/readyz", "/", "*"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 HEADERS = [
     "X-Token",
@@ -283,7 +284,7 @@ def test_no_bytes_make_a_5xx_or_open_a_guarded_route(
     sent = b"%s %s?%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" % (method.encode(), route.encode(), query)
     status = first_status(server.port, sent + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     assert 200 <= status < 500
-    assert not (route.startswith(("/api/me", "/api/tokens")) and status < 300)
+    assert not (route.startswith(("/api/me", "/api/tokens", "/api/pools")) and status < 300)
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

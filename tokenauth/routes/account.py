@@ -4,10 +4,11 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.config import canonical
-from tokenauth.errors import InsufficientScope, InvalidRequest, MethodNotAllowed
+from tokenauth.errors import InsufficientScope, InvalidRequest
 from tokenauth.models import Token, User
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer, answer_json
+from tokenauth.routes.table import Handlers
 from tokenauth.tokens import Tokens
 
 ADMIN = "admin"
@@ -29,46 +30,40 @@ class _Listed(msgspec.Struct):
     current: bool
 
 
-async def me(scope: Scope, receive: Receive, send: Send) -> None:
-    """GET /api/me: say whose token this is."""
-    if scope["method"] not in {"GET", "HEAD"}:
-        raise MethodNotAllowed(("GET", "HEAD"))
-    user: User = scope["user"]
-    await answer_json(send, _Me(user.username, user.scopes, scope["token"].expires_at))
-
-
-class TokensEndpoint:
-    """ASGI app of /api/tokens: GET lists, DELETE ends all, or with `?keep=current` all but this one."""
+class AccountRoutes:
+    """The handlers, and the addresses that they answer at."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        current: Token = scope["token"]
-        if scope["method"] in {"GET", "HEAD"}:
-            listed = await self._tokens.live(_whose(scope))
-            await answer_json(send, {"tokens": [_show(token, current) for token in listed]})
-        elif scope["method"] == "DELETE":
-            keep = requests.query_value(scope, "keep")
-            if keep not in {None, "current"}:
-                raise InvalidRequest("keep: may only be 'current'.")
-            revoked = await self._tokens.revoke_all(_whose(scope), current if keep else None)
-            await answer_json(send, {"revoked": revoked})
-        else:
-            raise MethodNotAllowed(("GET", "HEAD", "DELETE"))
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses."""
+        return {
+            "/api/me": {"GET": self.me},
+            "/api/tokens": {"GET": self.list, "DELETE": self.end_all},
+            "/api/tokens/{id}": {"DELETE": self.end},
+        }
 
+    async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say whose token this is."""
+        user: User = scope["user"]
+        await answer_json(send, _Me(user.username, user.scopes, scope["token"].expires_at))
 
-class OneTokenEndpoint:
-    """ASGI app of /api/tokens/{id}: DELETE ends that one."""
+    async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """List the tokens of a user."""
+        listed = await self._tokens.live(_whose(scope))
+        await answer_json(send, {"tokens": [_show(token, scope["token"]) for token in listed]})
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    async def end_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """End all tokens of a user, or with `?keep=current` all but this one."""
+        keep = requests.query_value(scope, "keep")
+        if keep not in {None, "current"}:
+            raise InvalidRequest("keep: may only be 'current'.")
+        revoked = await self._tokens.revoke_all(_whose(scope), scope["token"] if keep else None)
+        await answer_json(send, {"revoked": revoked})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["method"] != "DELETE":
-            raise MethodNotAllowed(("DELETE",))
+    async def end(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """End one token."""
         await self._tokens.revoke_id(scope["path_params"]["id"], _whose(scope))
         await answer(send, 204, b"")
 

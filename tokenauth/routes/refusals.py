@@ -9,14 +9,19 @@ from tokenauth.errors import (
     InvalidCredentials,
     InvalidRequest,
     InvalidToken,
+    LeaseLost,
     MethodNotAllowed,
+    NoFreeToken,
     NotFound,
     Overloaded,
+    PoolFull,
     Refusal,
     RetryLater,
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
+    UnknownPool,
+    UnknownToken,
     UnsupportedMediaType,
 )
 from tokenauth.logs import log, whereabouts
@@ -34,7 +39,12 @@ _STATUS: dict[type[Refusal], int] = {
     InvalidToken: 401,
     InsufficientScope: 403,
     NotFound: 404,
+    UnknownPool: 404,
+    UnknownToken: 404,
     MethodNotAllowed: 405,
+    PoolFull: 409,
+    NoFreeToken: 409,
+    LeaseLost: 409,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     TooManyAttempts: 429,
@@ -85,7 +95,7 @@ async def _refuse(send: Send, refusal: Refusal, realm: str) -> None:
         headers.append((b"allow", ", ".join(refusal.allowed).encode()))
     elif isinstance(refusal, BodyTooLarge):
         headers.append((b"connection", b"close"))  # rather than read the rest
-    elif isinstance(refusal, RetryLater):
+    elif isinstance(refusal, RetryLater | NoFreeToken) and refusal.retry_after is not None:
         headers.append((b"retry-after", b"%d" % refusal.retry_after))
     document = {"error": refusal.code, "error_description": str(refusal)}
     await answer(send, status, msgspec.json.encode(document), *headers)

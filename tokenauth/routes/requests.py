@@ -11,6 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope
 
 from tokenauth.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from tokenauth.models import User
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -68,6 +69,16 @@ def query_value(scope: Scope, name: str) -> str | None:
     return next(iter(values), None)
 
 
+def query_number(scope: Scope, name: str, default: int, low: int, high: int) -> int:
+    """Return the whole number that the query gives a name. Raises InvalidRequest."""
+    text = query_value(scope, name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and low <= int(text) <= high):
+        raise InvalidRequest(f"{name}: must be a whole number from {low} to {high}.")
+    return int(text)
+
+
 def header(scope: Scope, name: bytes) -> bytes | None:
     """Return the first header of this name."""
     return next((value for key, value in scope["headers"] if key == name), None)
@@ -99,15 +110,22 @@ async def body_parts(scope: Scope, receive: Receive, overlap: int) -> AsyncItera
         yield part
 
 
-async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[T]) -> T:
-    """Read a JSON body as the decoder's type.
+async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[T], empty: T | None = None) -> T:
+    """Read a JSON body as the decoder's type; no body at all stands for `empty`, where there is that.
 
     Raises UnsupportedMediaType, BodyTooLarge or InvalidRequest, which names the fault.
     """
+    readable = True
     for name, value in scope["headers"]:
         if name == b"content-encoding" or (name == b"content-type" and not _says_json(value)):
-            raise UnsupportedMediaType
+            readable = False
+    if not readable and empty is None:
+        raise UnsupportedMediaType
     data, complete = await body(receive)
+    if not data and empty is not None:
+        return empty
+    if not readable:
+        raise UnsupportedMediaType
     if not complete:
         raise BodyTooLarge
     if not data:
@@ -140,6 +158,12 @@ def _unpack(packed: bool) -> Callable[[bytes], bytes]:
             return data
 
     return unpack
+
+
+def caller(scope: Scope, otherwise: str) -> str:
+    """Name whoever calls: the user, where a token was asked for."""
+    user: User | None = scope.get("user")
+    return otherwise if user is None else user.username
 
 
 def client_address(scope: Scope) -> str:

@@ -7,9 +7,10 @@ import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth import opaque
-from tokenauth.errors import InvalidRequest, MethodNotAllowed
+from tokenauth.errors import InvalidRequest
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import JSON, NO_STORE, answer, answer_json, refuse
+from tokenauth.routes.table import Handlers, nothing_here
 from tokenauth.tokens import Tokens
 
 PATH = "/api/token"
@@ -36,7 +37,7 @@ class Probe:
     It stands in front of all the others and in one piece: here each call counts (see `make bench`).
     """
 
-    def __init__(self, tokens: Tokens, rest: ASGIApp) -> None:
+    def __init__(self, tokens: Tokens, rest: ASGIApp = nothing_here) -> None:
         self._tokens = tokens
         self._rest = rest
 
@@ -57,29 +58,26 @@ class Probe:
         await send({"type": "http.response.body", "body": body})
 
 
-class TokenEndpoint:
-    """ASGI app of the other methods: POST logs in, DELETE logs out."""
+class TokenRoutes:
+    """The handlers, and the address that they answer at."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["method"] == "POST":
-            await self._log_in(scope, receive, send)
-        elif scope["method"] == "DELETE":
-            await self._log_out(scope, receive, send)
-        else:
-            raise MethodNotAllowed(("GET", "HEAD", "POST", "DELETE"))
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses."""
+        return {PATH: {"GET": Probe(self._tokens), "POST": self.log_in, "DELETE": self.log_out}}
 
-    async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Exchange a name and a password for a token."""
         wanted = await requests.json_body(scope, receive, _credentials)
         issued = await self._tokens.issue(
             wanted.username, wanted.password, requests.client_address(scope), requests.user_agent(scope)
         )
         await answer_json(send, _Issued(issued.value, issued.token.expires_at))
 
-    async def _log_out(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def log_out(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """End the tokens that are named."""
         for value in await _named(scope, receive):
             await self._tokens.withhold(value)
         await answer(send, 200, _INVALID, JSON)

@@ -7,9 +7,9 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from tokenauth.models import Failures, Instant, Token
+from tokenauth.models import ANY_LEASE, Claim, Failures, Instant, Pool, PoolCounts, PoolToken, Token
 
 
 class TokenStore(Protocol):
@@ -50,6 +50,76 @@ class Feed(Protocol):
         """
 
 
+class Lent(NamedTuple):
+    """What came of asking for a token: the token, or when the next lease ends, if one does.
+
+    `left` is how many more can be lent, for who asked for that.
+    """
+
+    token: PoolToken | None
+    next_end: Instant | None = None
+    left: int | None = None
+
+
+class Touched(NamedTuple):
+    """The token that was named, as it is now, and whether what was asked for has been done to it."""
+
+    token: PoolToken
+    done: bool
+
+
+class PoolStore(Protocol):
+    """Keeps the tokens that are lent, by pool and value. What has expired is absent, also while its row is there.
+
+    Values and names of holders are printable text, and no value is ever used twice.
+    """
+
+    async def add(self, pool: Pool, values: Sequence[str], now: Instant) -> bool:
+        """Add free tokens; False, and none is added, when the pool would have more than its capacity."""
+
+    async def fit(self, pool: Pool, values: Sequence[str], now: Instant) -> int:
+        """Bring a pool with `prefill` closer to its capacity; say how many values it still lacks.
+
+        Free tokens that are too many go. Of lent ones the leases go on: so many as are too many are retired, and
+        until they have ended as many free ones stay behind. Values are taken from `values` as far as they are needed.
+        """
+
+    async def lease(self, pool: Pool, holder: str, now: Instant, counted: bool = False) -> Lent:
+        """Lend the token that has been free longest; `counted`: and say how many are left after this one."""
+
+    async def extend(
+        self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE, free_too: bool = False
+    ) -> Touched | None:
+        """Let a lease run for its full time from now, if the claim holds; None if there is no such token.
+
+        `free_too`: a token that is not lent waits for its full time from now.
+        """
+
+    async def extend_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
+        """Let free tokens wait for their full time from now: at most `limit` of those free since before an instant."""
+
+    async def release(self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE) -> Touched | None:
+        """End a lease, if the claim holds; the token is free from now on. None if there is no such token."""
+
+    async def release_next(self, pool: Pool, now: Instant) -> tuple[bool, int]:
+        """End the lease that would end first; False if none is lent. The number is how many can be lent then."""
+
+    async def remove(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
+        """Delete a token, free or lent; False if there was none. A `successor` takes its place, free from now on."""
+
+    async def get(self, pool: Pool, value: str, now: Instant) -> PoolToken | None:
+        """Return the token of this value."""
+
+    async def count(self, pool: Pool, now: Instant) -> PoolCounts:
+        """Say how many tokens can be lent, and how many are."""
+
+    async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
+        """Return tokens ordered by value, at most `limit`, from the first whose value comes after `after`."""
+
+    async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
+        """Delete at most `limit` tokens that have expired, oldest first; say how many there were."""
+
+
 class FailureStore(Protocol):
     """Counts failed logins by key; who is behind a key cannot be read from it."""
 
@@ -72,6 +142,10 @@ class Store(Protocol):
     @property
     def tokens(self) -> TokenStore:
         """The tokens."""
+
+    @property
+    def pools(self) -> PoolStore:
+        """The tokens that are lent."""
 
     @property
     def failures(self) -> FailureStore:

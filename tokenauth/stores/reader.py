@@ -14,8 +14,10 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.dialects import sqlite
 
 from tokenauth.errors import StoreUnavailable
-from tokenauth.models import Failures, Token
-from tokenauth.stores.tables import failures, marks, revocations, token_columns, tokens
+from tokenauth.models import Failures, Pool, PoolCounts, PoolToken, Token
+from tokenauth.stores import pool_rows
+from tokenauth.stores.tables import failures, marks, pool_token_columns, pool_tokens, revocations, token_columns, tokens
+from tokenauth.stores.transaction import PlainTransaction
 
 _PATIENCE = 0.05
 """Seconds to wait where even SQLite's readers must: while a crashed process's log is recovered."""
@@ -27,6 +29,7 @@ def _sql(statement: Select[Any]) -> str:
 
 
 _TOKEN = _sql(select(*token_columns).where(tokens.c.digest == ""))
+_POOL_TOKEN = _sql(select(*pool_token_columns).where(pool_tokens.c.pool == "", pool_tokens.c.value == ""))
 _FAILURES = _sql(select(failures).where(failures.c.key == ""))
 _REMOVED = _sql(
     select(revocations.c.seq, revocations.c.digest).where(revocations.c.seq > 0).order_by(revocations.c.seq)
@@ -46,6 +49,7 @@ class Reader:
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
         self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens
+        self._plain = PlainTransaction(self._db)
         self._version = self._data_version()
         self._seq: int = self._cursor.execute(_LAST_SEQ).fetchone()[0] or 0
 
@@ -58,6 +62,21 @@ class Reader:
         # Thousands of tokens share these: the cache keeps one copy of each.
         shared = (intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent))
         return Token(digest, *shared)
+
+    def pool_token(self, pool: str, value: str) -> PoolToken | None:
+        """Look up a token of a pool, live or expired. Raises StoreUnavailable."""
+        row = self._one(_POOL_TOKEN, pool, value)
+        if row is None:
+            return None
+        pool, value, free_at, holder, fence, retired = row
+        return PoolToken(pool, value, free_at, holder, fence, bool(retired))
+
+    def pool_counts(self, pool: Pool, now: float) -> PoolCounts:
+        """Count the tokens of a pool: 40 nanoseconds for each. Raises StoreUnavailable."""
+        try:
+            return pool_rows.counts(*self._plain.rows(pool_rows.COUNT, pool_rows.terms(pool, now))[0])
+        except sqlite3.Error as error:
+            raise StoreUnavailable from error
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts of failed logins. Raises StoreUnavailable."""
@@ -99,9 +118,9 @@ class Reader:
     def _data_version(self) -> int:
         return int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
 
-    def _one(self, sql: str, key: bytes | str) -> tuple[Any, ...] | None:
+    def _one(self, sql: str, *key: bytes | str) -> tuple[Any, ...] | None:
         try:
-            row: tuple[Any, ...] | None = self._cursor.execute(sql, (key,)).fetchone()
+            row: tuple[Any, ...] | None = self._cursor.execute(sql, key).fetchone()
         except sqlite3.Error as error:
             raise StoreUnavailable from error
         return row

@@ -10,7 +10,7 @@ from tokenauth.errors import StartError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision that this release needs; the newest in `migrations/versions`."""
 
 

@@ -1,13 +1,14 @@
-"""Tokens and failed logins in SQL, over whatever database SQLAlchemy speaks to."""
+"""Tokens, pools and failed logins in SQL, over whatever database SQLAlchemy speaks to."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, select
 
-from tokenauth.models import ID_BYTES, Failures, Instant, Token
-from tokenauth.stores import verbs
-from tokenauth.stores.tables import failures, token_columns, tokens
+from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Failures, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.stores import pool_rows, pool_verbs, verbs
+from tokenauth.stores.base import Lent, Touched
+from tokenauth.stores.tables import failures, pool_token_columns, pool_tokens, token_columns, tokens
 from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
@@ -70,6 +71,79 @@ class SqlTokenStore:
     async def purge(self, now: Instant, limit: int) -> int:
         """Delete tokens that have expired."""
         return int(await self._database.write(verbs.purge_tokens, verbs.Purge(now, limit), now))
+
+
+class SqlPoolStore:
+    """PoolStore over a database that SQLAlchemy speaks to."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, pool: Pool, values: Sequence[str], now: Instant) -> bool:
+        """Add free tokens, if there is room."""
+        return bool(await self._database.write(pool_verbs.add_tokens, pool_verbs.Add(pool, values, now), now))
+
+    async def fit(self, pool: Pool, values: Sequence[str], now: Instant) -> int:
+        """Bring a pool closer to its capacity; say how many values it still lacks."""
+        return int(await self._database.write(pool_verbs.fit_pool, pool_verbs.Add(pool, values, now), now))
+
+    async def lease(self, pool: Pool, holder: str, now: Instant, counted: bool = False) -> Lent:
+        """Lend the token that has been free longest."""
+        wish = pool_verbs.Lease(pool, holder, counted, now)
+        lent: Lent = await self._database.write(pool_verbs.lease_tokens, wish, now)
+        return lent
+
+    async def extend(
+        self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE, free_too: bool = False
+    ) -> Touched | None:
+        """Let a lease run for its full time from now, if the claim holds."""
+        wish = pool_verbs.Change(pool, value, claim, free_too, now)
+        touched: Touched | None = await self._database.write(pool_verbs.extend_leases, wish, now)
+        return touched
+
+    async def extend_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
+        """Let free tokens wait for their full time from now."""
+        return int(await self._database.write(pool_verbs.extend_free, pool_verbs.Some(pool, limit, now, before), now))
+
+    async def release(self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE) -> Touched | None:
+        """End a lease, if the claim holds."""
+        wish = pool_verbs.Change(pool, value, claim, False, now)
+        touched: Touched | None = await self._database.write(pool_verbs.release_leases, wish, now)
+        return touched
+
+    async def release_next(self, pool: Pool, now: Instant) -> tuple[bool, int]:
+        """End the lease that would end first; say how many tokens can be lent then."""
+        wish = pool_verbs.Some(pool, 1, now)
+        released: tuple[bool, int] = await self._database.write(pool_verbs.release_next, wish, now)
+        return released
+
+    async def remove(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
+        """Delete a token, or have another take its place."""
+        wish = pool_verbs.Remove(pool, value, successor, now)
+        return bool(await self._database.write(pool_verbs.remove_tokens, wish, now))
+
+    async def get(self, pool: Pool, value: str, now: Instant) -> PoolToken | None:
+        """Return the token of this value."""
+        query = select(*pool_token_columns).where(pool_tokens.c.pool == pool.name, pool_tokens.c.value == value)
+        row = await self._database.read(lambda db: db.execute(query).first())
+        token = None if row is None else PoolToken(*row)
+        return token if token is not None and pool.lives(token, now) else None
+
+    async def count(self, pool: Pool, now: Instant) -> PoolCounts:
+        """Say how many tokens can be lent, and how many are."""
+        values = pool_rows.terms(pool, now)
+        row = await self._database.read(lambda db: db.execute(pool_rows.COUNT, values).one())
+        return pool_rows.counts(*row)
+
+    async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
+        """Return tokens ordered by value."""
+        values = {**pool_rows.terms(pool, now), "after": after, "limit": limit}
+        rows = await self._database.read(lambda db: db.execute(pool_rows.MEMBERS, values).all())
+        return [PoolToken(*row) for row in rows]
+
+    async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
+        """Delete tokens that have expired."""
+        return int(await self._database.write(pool_verbs.purge_pool, pool_verbs.Some(pool, limit, now), now))
 
 
 class SqlFailureStore:

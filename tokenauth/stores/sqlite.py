@@ -5,28 +5,34 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy import URL, Connection, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from tokenauth.errors import StartError, StoreUnavailable
+from tokenauth.lane import Lane
 from tokenauth.logs import log
-from tokenauth.models import Failures, Instant, Token
+from tokenauth.models import Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import schema, verbs
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.reader import Reader
-from tokenauth.stores.sql import SqlFailureStore, SqlTokenStore
+from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
+from tokenauth.stores.transaction import PlainTransaction
 from tokenauth.stores.writer import Answers, Batch, Verb, Writer
 
 T = TypeVar("T")
 
 BUSY_TIMEOUT = 5000
 """Milliseconds that a write waits for another process's."""
+
+
+_FEW = 2000
+"""Tokens that are counted on the event loop: that takes less time than a thread to be woken."""
 
 
 class Database:
@@ -36,8 +42,7 @@ class Database:
         """Take `sqlite+aiosqlite:///PATH`."""
         self.path = os.path.abspath(url.database or "")
         self._readers = _read_engine(url)
-        self._engine = _write_engine(url)
-        self._thread = ThreadPoolExecutor(1, "writer")
+        self._thread: Lane[Callable[[], Any], Any] = Lane(lambda job: job(), threads=1)
         self._writer = Writer(self._transact)
         self.trouble: str | None = None
         self.lost = False
@@ -48,16 +53,16 @@ class Database:
         Any number of processes may do so at once. Raises StartError.
         """
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._prepare)
-        except (OSError, DBAPIError) as error:
+            await self._thread.run(self._prepare)
+        except (OSError, sqlite3.Error, DBAPIError) as error:
             raise StartError(f"the database {self.path} cannot be used: {_reason(error)}") from None
 
     async def stop(self) -> None:
         """Finish what waits to be written, and disconnect."""
         await self._writer.finish()
         await self._readers.dispose()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
-        self._thread.shutdown()
+        await self._thread.run(self._connection.close)
+        self._thread.close()
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Run a query off the event loop. Raises StoreUnavailable."""
@@ -74,22 +79,27 @@ class Database:
         return self._writer.write(verb, wish, now)
 
     async def _transact(self, batch: Batch, now: Instant) -> Answers:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, batch, now)
+        answers: Answers = await self._thread.run(partial(self._apply, batch, now))
+        return answers
 
     def _apply(self, batch: Batch, now: Instant) -> Answers:
         """Make all changes of a batch in one transaction, on the writer's thread."""
         if self.lost:
             raise StoreUnavailable
         try:
-            with self._engine.begin() as db:
-                answers = [verb(db, wishes) for verb, wishes in batch.items()]
-                verbs.remember(db, now)
-        except DatabaseError as error:
-            if isinstance(error, IntegrityError | DataError | ProgrammingError):
+            self._connection.execute("BEGIN IMMEDIATE")
+            answers = [verb(self._transaction, wishes) for verb, wishes in batch.items()]
+            verbs.remember(self._transaction, now)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if isinstance(error, _CALLERS_FAULT):
                 raise
             # locked, full, read-only, broken: nothing that a caller did
-            self._note(_reason(error))
+            self._note(str(error))
             raise StoreUnavailable from error
+        finally:
+            if self._connection.in_transaction:
+                self._connection.rollback()
         self._note(None)
         return answers
 
@@ -109,12 +119,22 @@ class Database:
             fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite's own locks cannot cover the change to WAL mode
             with suppress(FileExistsError):  # and not opened: closing it would drop this process's SQLite locks on it
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            with self._engine.begin() as db:
-                had = schema.upgrade(db)
+            self._connection = _connect(self.path)
+            self._transaction = PlainTransaction(self._connection)
+            had = self._upgrade()
             if had != schema.HEAD:
                 log.info("schema_upgraded", before=had, after=schema.HEAD)
         finally:
             os.close(lock)
+
+    def _upgrade(self) -> str | None:
+        """Bring the schema up to date; the answer is the revision that it had."""
+        engine = create_engine(
+            "sqlite://", creator=lambda: self._connection, poolclass=StaticPool, hide_parameters=True
+        )
+        event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
+        with engine.begin() as db:
+            return schema.upgrade(db)
 
 
 class SqliteTokenStore(SqlTokenStore):
@@ -127,6 +147,25 @@ class SqliteTokenStore(SqlTokenStore):
     async def get(self, digest: bytes) -> Token | None:
         """Return the token with this digest."""
         return self._reader.token(digest)
+
+
+class SqlitePoolStore(SqlPoolStore):
+    """PoolStore whose look-ups go through the plain reader."""
+
+    def __init__(self, database: Database, reader: Reader) -> None:
+        super().__init__(database)
+        self._reader = reader
+
+    async def get(self, pool: Pool, value: str, now: Instant) -> PoolToken | None:
+        """Return the token of this value."""
+        token = self._reader.pool_token(pool.name, value)
+        return token if token is not None and pool.lives(token, now) else None
+
+    async def count(self, pool: Pool, now: Instant) -> PoolCounts:
+        """Say how many tokens can be lent, and how many are; of a large pool, without holding up the others."""
+        if pool.capacity is not None and pool.capacity <= _FEW:
+            return self._reader.pool_counts(pool, now)
+        return await super().count(pool, now)
 
 
 class SqliteFailureStore(SqlFailureStore):
@@ -145,6 +184,7 @@ class SqliteStore:
     """Everything that tokenauth keeps, in one SQLite file."""
 
     tokens: CachedTokenStore
+    pools: SqlitePoolStore
     failures: SqliteFailureStore
 
     def __init__(self, url: URL, cache_size: int) -> None:
@@ -158,6 +198,7 @@ class SqliteStore:
         self._reader = reader = Reader(self._database.path)
         self._watch()
         self.tokens = CachedTokenStore(SqliteTokenStore(self._database, reader), reader, self._cache_size)
+        self.pools = SqlitePoolStore(self._database, reader)
         self.failures = SqliteFailureStore(self._database, reader)
         return reader.mark(verbs.CLOCK)
 
@@ -204,37 +245,29 @@ class SqliteStore:
 
 def _read_engine(url: URL) -> AsyncEngine:
     engine = create_async_engine(url, hide_parameters=True)
-    _on_connect(engine.sync_engine, "PRAGMA query_only = ON")
+    event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
     return engine
 
 
-def _write_engine(url: URL) -> Engine:
-    """Connect with the plain driver: a whole batch then costs one hop to the writer's thread."""
-    engine = create_engine(
-        url.set(drivername="sqlite+pysqlite"),
-        poolclass=StaticPool,
-        connect_args={"isolation_level": None, "check_same_thread": False},
-        hide_parameters=True,
-    )
-    _on_connect(
-        engine,
-        f"PRAGMA busy_timeout = {BUSY_TIMEOUT}",
-        "PRAGMA page_size = 2048",  # of a new file; a random insert writes whole pages to the log
-        "PRAGMA journal_mode = WAL",
-        "PRAGMA cache_size = -16000",  # KiB
-        "PRAGMA wal_autocheckpoint = 4000",  # 8 MiB: each checkpoint holds up the commits for some milliseconds
-        "PRAGMA synchronous = FULL",
-    )
-    event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
-    return engine
+def _connect(path: str) -> sqlite3.Connection:
+    """Open the connection that writes; it is used by one thread."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    for pragma in _WRITING:
+        connection.execute(f"PRAGMA {pragma}").close()
+    return connection
 
 
-def _on_connect(engine: Engine, *pragmas: str) -> None:
-    def prepare(connection: sqlite3.Connection, _: object) -> None:
-        for pragma in pragmas:
-            connection.execute(pragma).close()
+_WRITING = (
+    f"busy_timeout = {BUSY_TIMEOUT}",
+    "page_size = 2048",  # of a new file; a random insert writes whole pages to the log
+    "journal_mode = WAL",
+    "cache_size = -16000",  # KiB
+    "wal_autocheckpoint = 4000",  # 8 MiB: each checkpoint holds up the commits for some milliseconds
+    "synchronous = FULL",
+)
 
-    event.listen(engine, "connect", prepare)
+_CALLERS_FAULT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+"""What SQLite raises for one bad wish, and not because the machine is broken."""
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The schema, as SQLAlchemy knows it; `migrations` builds it step by step."""
 
-from sqlalchemy import BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
 
 metadata = MetaData()
 
@@ -34,6 +34,24 @@ revocations = Table(
     Column("at", Float, nullable=False),
     sqlite_autoincrement=True,  # a number is never used again, so that a gap shows
 )
+
+pool_tokens = Table(
+    "pool_tokens",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("pool", String, nullable=False),
+    Column("value", String, nullable=False),
+    Column("free_at", Float, nullable=False),
+    Column("holder", String),
+    Column("fence", BigInteger, nullable=False),
+    Column("retired", Boolean, nullable=False),
+    Index("pool_tokens_by_value", "pool", "value", unique=True),
+    # Every question about a pool is a range of this index: which is free longest, how many are lent, what has expired.
+    Index("pool_tokens_by_turn", "pool", "retired", "free_at", "number"),
+)
+
+pool_token_columns = [column for column in pool_tokens.c if column is not pool_tokens.c.number]
+"""The columns that are fields of a `PoolToken`, in its order."""
 
 failures = Table(
     "failures",

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     Column,
     ColumnElement,
-    Connection,
+    Delete,
     Float,
+    Insert,
     Select,
     bindparam,
     delete,
@@ -23,17 +24,14 @@ from sqlalchemy import (
 
 from tokenauth.models import Instant, Token
 from tokenauth.stores.tables import failures, revocations, tokens
+from tokenauth.stores.transaction import Transaction
 
 CLOCK = "clock"
 """The mark that remembers the latest `now` that was written."""
 
-_SLICE = 10_000
-"""Values in one statement: SQLite takes 32,766."""
-
-
 # Statements are made once: making one costs more than running it.
 _INSERT = insert(tokens)
-_DELETE = delete(tokens).where(tokens.c.digest.in_(bindparam("digests", expanding=True))).returning(tokens.c.digest)
+_DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest"))
 _LOG = insert(revocations)
 _REMEMBER = text("""
     INSERT INTO marks (name, at) VALUES (:name, :now)
@@ -68,6 +66,47 @@ def _too_many() -> Select[bytes]:
 
 
 _TOO_MANY = _too_many()
+
+
+def _live(of_user: bool, but_one: bool) -> Select[bytes]:
+    """Find the live tokens of a user, or of everybody, or all of them but one."""
+    chosen = select(tokens.c.digest).where(tokens.c.expires_at > bindparam("now"))
+    if of_user:
+        chosen = chosen.where(tokens.c.username == bindparam("username"))
+    if but_one:
+        chosen = chosen.where(tokens.c.digest != bindparam("keep"))
+    return chosen
+
+
+def _log_of(chosen: Select[bytes]) -> Insert:
+    named = select(chosen.subquery().c.digest, bindparam("now", type_=Float()))
+    return insert(revocations).from_select(["digest", "at"], named)
+
+
+_LIVE = {(of_user, but_one): _live(of_user, but_one) for of_user in (False, True) for but_one in (False, True)}
+_LOG_ALL = {which: _log_of(chosen) for which, chosen in _LIVE.items()}
+_DELETE_ALL = {which: delete(tokens).where(tokens.c.digest.in_(chosen)) for which, chosen in _LIVE.items()}
+
+
+def _oldest(key: Column[Any], age: Column[Any], old: ColumnElement[bool]) -> Delete:
+    """Delete the rows of the key's table that are old, the oldest first."""
+    return delete(key.table).where(key.in_(select(key).where(old).order_by(age).limit(bindparam("limit"))))
+
+
+_PURGE_TOKENS = _oldest(tokens.c.number, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
+_PURGE_FAILURES = _oldest(failures.c.key, failures.c.last_at, failures.c.last_at < bindparam("before"))
+
+
+def _purge_revocations() -> Delete:
+    """Delete old entries of the log, but never the last: its number shows what was missed."""
+    last = select(func.max(revocations.c.seq)).scalar_subquery()
+    oldest = select(revocations).order_by(revocations.c.seq).limit(bindparam("limit")).subquery()
+    old = select(oldest.c.seq).where(oldest.c.at < bindparam("before"), oldest.c.seq < last)
+    return delete(revocations).where(revocations.c.seq.in_(old))
+
+
+_PURGE_REVOCATIONS = _purge_revocations()
+_CLEAR = delete(failures).where(failures.c.key == bindparam("key"))
 
 
 class Add(NamedTuple):
@@ -116,9 +155,9 @@ class Claim(NamedTuple):
     until: Instant
 
 
-def add_tokens(db: Connection, wishes: Sequence[Add]) -> Sequence[None]:
+def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[None]:
     """Insert tokens; then end the oldest of each user that has too many."""
-    db.execute(_INSERT, [wish.token._asdict() for wish in wishes])
+    db.change_each(_INSERT, [wish.token._asdict() for wish in wishes])
     limited: dict[int, set[str]] = {}
     for wish in wishes:
         if wish.per_user:
@@ -126,101 +165,72 @@ def add_tokens(db: Connection, wishes: Sequence[Add]) -> Sequence[None]:
     now = max(wish.now for wish in wishes)
     for per_user, names in limited.items():
         wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-        _end(db, db.execute(_TOO_MANY, wanted).scalars().all(), now)
+        _end(db, [digest for (digest,) in db.rows(_TOO_MANY, wanted)], now)
     return [None] * len(wishes)
 
 
-def remove_tokens(db: Connection, wishes: Sequence[Remove]) -> Sequence[bool]:
+def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
     """End single tokens."""
-    gone = _end(db, [wish.digest for wish in wishes], max(wish.now for wish in wishes))
-    answers = []
-    for wish in wishes:
-        answers.append(wish.digest in gone)
-        gone.discard(wish.digest)
-    return answers
+    return _end(db, [wish.digest for wish in wishes], max(wish.now for wish in wishes))
 
 
-def remove_all_tokens(db: Connection, wishes: Sequence[RemoveAll]) -> Sequence[int]:
+def remove_all_tokens(db: Transaction, wishes: Sequence[RemoveAll]) -> Sequence[int]:
     """End all live tokens of a user, or of everybody, but one."""
     answers = []
     for wish in wishes:
-        chosen = select(tokens.c.digest).where(tokens.c.expires_at > wish.now)
-        if wish.username is not None:
-            chosen = chosen.where(tokens.c.username == wish.username)
-        if wish.keep is not None:
-            chosen = chosen.where(tokens.c.digest != wish.keep)
-        log = select(chosen.subquery().c.digest, bindparam("now", wish.now, Float()))
-        db.execute(insert(revocations).from_select(["digest", "at"], log))
-        answers.append(db.execute(delete(tokens).where(tokens.c.digest.in_(chosen))).rowcount)
+        which = (wish.username is not None, wish.keep is not None)
+        values = {"now": wish.now, "username": wish.username, "keep": wish.keep}
+        db.change(_LOG_ALL[which], values)
+        answers.append(db.change(_DELETE_ALL[which], values))
     return answers
 
 
-def purge_tokens(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
+def purge_tokens(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
     """Delete tokens that have expired; no cache need hear of it."""
-    return [
-        _purge(db, tokens.c.number, tokens.c.expires_at, tokens.c.expires_at <= wish.before, wish.limit)
-        for wish in wishes
-    ]
+    return [db.change(_PURGE_TOKENS, wish._asdict()) for wish in wishes]
 
 
-def purge_failures(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
+def purge_failures(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
     """Delete keys whose last failure is long past."""
-    return [
-        _purge(db, failures.c.key, failures.c.last_at, failures.c.last_at < wish.before, wish.limit) for wish in wishes
-    ]
+    return [db.change(_PURGE_FAILURES, wish._asdict()) for wish in wishes]
 
 
-def purge_revocations(db: Connection, wishes: Sequence[Purge]) -> Sequence[int]:
-    """Delete old entries of the revocation log, but never the last: its number shows what was missed."""
-    answers = []
-    for wish in wishes:
-        last = select(func.max(revocations.c.seq)).scalar_subquery()
-        oldest = select(revocations).order_by(revocations.c.seq).limit(wish.limit).subquery()
-        old = select(oldest.c.seq).where(oldest.c.at < wish.before, oldest.c.seq < last)
-        answers.append(db.execute(delete(revocations).where(revocations.c.seq.in_(old))).rowcount)
-    return answers
+def purge_revocations(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
+    """Delete old entries of the revocation log, but never the last."""
+    return [db.change(_PURGE_REVOCATIONS, wish._asdict()) for wish in wishes]
 
 
-def count_failures(db: Connection, wishes: Sequence[Fail]) -> Sequence[None]:
+def count_failures(db: Transaction, wishes: Sequence[Fail]) -> Sequence[None]:
     """Count one more failure under each key; after a long quiet time counting starts anew."""
     for wish in wishes:
         known = wish.now - wish.forget
-        db.execute(_FAIL, [{"key": key, "now": wish.now, "known": known} for key in wish.keys])
+        db.change_each(_FAIL, [{"key": key, "now": wish.now, "known": known} for key in wish.keys])
     return [None] * len(wishes)
 
 
-def clear_failures(db: Connection, wishes: Sequence[bytes]) -> Sequence[None]:
+def clear_failures(db: Transaction, wishes: Sequence[bytes]) -> Sequence[None]:
     """Count nothing under these keys any more."""
-    db.execute(delete(failures).where(failures.c.key.in_(wishes)))
+    db.change_each(_CLEAR, [{"key": key} for key in wishes])
     return [None] * len(wishes)
 
 
-def claim(db: Connection, wishes: Sequence[Claim]) -> Sequence[bool]:
+def claim(db: Transaction, wishes: Sequence[Claim]) -> Sequence[bool]:
     """Take on a duty, unless somebody has it."""
-    return [db.execute(_CLAIM, wish._asdict()).rowcount == 1 for wish in wishes]
+    return [db.change(_CLAIM, wish._asdict()) == 1 for wish in wishes]
 
 
-def remember_now(_: Connection, wishes: Sequence[None]) -> Sequence[None]:
+def remember_now(_: Transaction, wishes: Sequence[None]) -> Sequence[None]:
     """Change nothing: every commit writes down the time."""
     return [None] * len(wishes)
 
 
-def remember(db: Connection, now: Instant) -> None:
+def remember(db: Transaction, now: Instant) -> None:
     """Write down that it has been `now`, so that no restart believes an earlier clock."""
-    db.execute(_REMEMBER, {"name": CLOCK, "now": now})
+    db.change(_REMEMBER, {"name": CLOCK, "now": now})
 
 
-def _end(db: Connection, digests: Sequence[bytes], now: Instant) -> set[bytes]:
-    """Delete tokens and log it for every cache to read; say which there were."""
-    gone: set[bytes] = set()
-    for start in range(0, len(digests), _SLICE):
-        gone.update(db.execute(_DELETE, {"digests": digests[start : start + _SLICE]}).scalars())
-    if gone:
-        db.execute(_LOG, [{"digest": digest, "at": now} for digest in gone])
-    return gone
-
-
-def _purge(db: Connection, key: Column[Any], age: Column[Any], old: ColumnElement[bool], limit: int) -> int:
-    """Delete the rows of the key's table that are old, the oldest first."""
-    chosen = select(key).where(old).order_by(age).limit(limit)
-    return db.execute(delete(key.table).where(key.in_(chosen))).rowcount
+def _end(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
+    """Delete tokens and log it for every cache to read; say of each whether it was there."""
+    ended = [db.change(_DELETE, {"digest": digest}) == 1 for digest in digests]
+    db.change_each(_LOG, [{"digest": digest, "at": now} for digest, was in zip(digests, ended, strict=True) if was])
+    return ended

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from time import monotonic
 from typing import Any
-
-from sqlalchemy import Connection
 
 from tokenauth.errors import Overloaded, StoreUnavailable
 from tokenauth.models import Instant
+from tokenauth.stores.transaction import Transaction
 
-Verb = Callable[[Connection, Sequence[Any]], Sequence[Any]]
+Verb = Callable[[Transaction, Sequence[Any]], Sequence[Any]]
 """A change, written once for many callers: takes what each of them asks for, returns an answer to each."""
 
 Batch = Mapping[Verb, Sequence[Any]]
@@ -23,8 +23,11 @@ Waiting = dict[Verb, list[tuple[Any, asyncio.Future[Any]]]]
 LIMIT = 10_000
 """Changes that may wait; one more is refused."""
 
+QUIET = 12
+"""Turns of the event loop in a row in which nobody came, after which a commit waits for nobody more."""
+
 GATHER = 0.001
-"""Seconds that a commit is put off when several wait for it: more are on their way, and then share it."""
+"""Seconds that a commit is put off at the most."""
 
 
 class Writer:
@@ -61,12 +64,19 @@ class Writer:
     async def _work(self) -> None:
         try:
             while self._waiting:
-                if self._count > 1:
-                    await asyncio.sleep(GATHER)
+                await self._gather()
                 waiting, self._waiting, self._count = self._waiting, {}, 0
                 await self._commit(waiting)
         finally:
             self._task = None
+
+    async def _gather(self) -> None:
+        """When several wait, let those come who are on their way: they then share the commit."""
+        quiet, count, deadline = 0, self._count, monotonic() + GATHER
+        while count > 1 and quiet < QUIET and monotonic() < deadline:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if count == self._count else 0
+            count = self._count
 
     async def _commit(self, waiting: Waiting) -> None:
         batch = {verb: [wish for wish, _ in wishes] for verb, wishes in waiting.items()}

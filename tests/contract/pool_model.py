@@ -1,0 +1,100 @@
+"""What a pool must be, kept in a dict by rules of its own: nothing here asks `Pool` for its arithmetic."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from tests.servers import START
+from tokenauth.models import Claim, Pool, PoolToken
+
+
+@dataclass
+class Model:
+    """The tokens by value, also those that have expired, and what time it is."""
+
+    pool: Pool
+    now: float = START
+    made: list[str] = field(default_factory=list)
+    there: dict[str, PoolToken] = field(default_factory=dict)
+
+    def new_values(self, count: int) -> list[str]:
+        """Make values that say nothing about their order."""
+        start = len(self.made)
+        self.made += [sha256(b"%d" % number).hexdigest()[:6] for number in range(start, start + count)]
+        return self.made[start:]
+
+    def end(self, one: PoolToken) -> float:
+        """Say when a token expires if nobody touches it."""
+        aged = self.pool.lease_ttl if self.pool.ages_while_lent and one.holder is not None else 0
+        return one.free_at + self.pool.token_ttl - aged
+
+    def lent(self) -> list[PoolToken]:
+        """List what somebody has, whose lease ends first first."""
+        return sorted((one for one in self.there.values() if self.now < one.free_at), key=lambda one: one.free_at)
+
+    def free(self) -> list[PoolToken]:
+        """List what nobody has, what has been free longest first."""
+        free = (one for one in self.there.values() if one.free_at <= self.now < self.end(one))
+        return sorted((one for one in free if not one.retired), key=lambda one: one.free_at)
+
+    def retired(self) -> list[PoolToken]:
+        """List what goes when its lease ends."""
+        return [one for one in self.lent() if one.retired]
+
+    def live(self) -> list[PoolToken]:
+        """List what is in being, by value."""
+        return sorted(self.lent() + self.free(), key=lambda one: one.value)
+
+    def available(self) -> int:
+        """Say how many can be lent."""
+        return max(0, len(self.free()) - len(self.retired()))
+
+    def lendable(self, count: int) -> list[float]:
+        """Say since when those have been free that are lent next, to so many."""
+        return [one.free_at for one in self.free()[: min(count, self.available())]]
+
+    def pick(self, number: int) -> str:
+        """Choose a token: with numbers from 7 on one that may be gone, or may never have been."""
+        live = [one.value for one in self.live()]
+        return live[number % len(live)] if live and number < 7 else self.made[-number % len(self.made)]
+
+    def find(self, value: str) -> PoolToken | None:
+        """Find what is in being."""
+        return next((one for one in self.live() if one.value == value), None)
+
+    def holds(self, one: PoolToken, claim: Claim) -> bool:
+        """Whether this is the lease that a token is under."""
+        return self.now < one.free_at and claim.holder in {None, one.holder} and claim.fence in {None, one.fence}
+
+    def put(self, *changed: PoolToken) -> None:
+        """Keep what has become of tokens."""
+        self.there.update((one.value, one) for one in changed)
+
+    def add(self, values: Sequence[str]) -> None:
+        """Keep new tokens."""
+        self.put(*(PoolToken(self.pool.name, value, self.now) for value in values))
+
+    def freed(self, one: PoolToken) -> PoolToken:
+        """Return a token as it is when it is given up."""
+        return one._replace(free_at=self.now, holder=None)
+
+    def lend(self, got: PoolToken, holder: str, lendable: list[float]) -> None:
+        """Lend what somebody got, if it may be lent to him."""
+        one = self.there[got.value]
+        assert one in self.free(), f"somebody has it: {one}"
+        assert one.free_at in lendable, f"another has been free longer: {one}"
+        assert got == one._replace(free_at=self.now + self.pool.lease_ttl, holder=holder, fence=one.fence + 1)
+        self.put(got)
+        assert self.pool.capacity is None or len(self.lent()) <= self.pool.capacity, "more are lent than there may be"
+
+    def forget(self, count: int) -> None:
+        """Forget so many that have expired."""
+        dead = self.there.keys() - {one.value for one in self.live()}
+        for value in sorted(dead, key=lambda value: self.there[value].free_at)[:count]:
+            del self.there[value]
+
+    def edges(self) -> list[float]:
+        """Say when something ends by itself."""
+        ends = [at for one in self.there.values() for at in (one.free_at, self.end(one))]
+        return sorted(end for end in ends if self.now < end < math.inf)

@@ -1,0 +1,78 @@
+"""PoolStore under many who ask at once, of one process and of two: everybody is served as if he had asked alone."""
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+from tests.contract.conftest import Place
+from tests.contract.test_leases import holders
+from tests.contract.test_pools import POOL, lease
+from tests.servers import START
+from tokenauth.models import Claim, PoolCounts, PoolToken
+from tokenauth.stores.base import PoolStore
+
+
+async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(place: Place, other: Place) -> None:
+    await place.pools.add(POOL, [f"t{number}" for number in range(100)], START)
+    asked = [(place, other)[number % 2].pools.lease(POOL, f"h{number}", START) for number in range(200)]
+    lent = await asyncio.gather(*asked)
+    taken = {each.token.value: each.token for each in lent if each.token is not None}
+    assert Counter(each.token is None for each in lent) == {True: 100, False: 100}
+    assert len(taken) == 100
+    assert {token.fence for token in taken.values()} == {1}
+    assert await holders(other.pools, START) == {value: token.holder for value, token in taken.items()}
+    assert [each.token.holder for each in lent if each.token] == [f"h{n}" for n in range(200) if lent[n].token], (
+        "everybody got the answer to his own question"
+    )
+
+
+async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> None:
+    await place.pools.add(POOL, ["t1"], START)
+    for fence in range(1, 11):
+        await lease(place.pools)
+        releases = [each.pools.release(POOL, "t1", START, Claim("ann", fence)) for each in (place, other, place)]
+        released = await asyncio.gather(*releases)
+        assert sorted(touched is not None and touched.done for touched in released) == [False, False, True]
+
+
+async def test_of_releases_of_the_next_at_once_each_ends_another_lease(place: Place, other: Place) -> None:
+    await place.pools.add(POOL, [f"t{number}" for number in range(10)], START)
+    for _ in range(10):
+        await lease(place.pools)
+    answers = await asyncio.gather(
+        *((place, other)[number % 2].pools.release_next(POOL, START) for number in range(14))
+    )
+    assert sorted(answers) == [(False, 10)] * 4 + [(True, count) for count in range(1, 11)]
+    assert await place.pools.count(POOL, START) == PoolCounts(10, 0)
+
+
+async def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place) -> None:
+    """Within one process it shares a commit; each still sees what the one before it did."""
+    await place.pools.add(POOL, ["t1", "t2"], START)
+    await lease(place.pools)
+    now = START + 1
+    lost, released, again, extended, removed, removed_again = await asyncio.gather(
+        place.pools.release(POOL, "t1", now, Claim("bob")),
+        place.pools.release(POOL, "t1", now, Claim("ann")),
+        place.pools.release(POOL, "t1", now, Claim("ann")),
+        place.pools.extend(POOL, "t1", now, Claim("ann")),
+        place.pools.remove(POOL, "t2", now),
+        place.pools.remove(POOL, "t2", now),
+    )
+    done = [touched is not None and touched.done for touched in (lost, released, again, extended)]
+    assert done == [False, True, False, False]
+    assert (removed, removed_again) == (True, False)
+    assert await place.pools.members(POOL, now, "", 9) == [PoolToken("p", "t1", now, None, 1)]
+
+
+async def test_who_asks_another_pool_at_the_same_time_is_served_from_it(pools: PoolStore) -> None:
+    terms = [replace(POOL, name=name, lease_ttl=ttl) for ttl, name in enumerate("xyzx", 60)]
+    for pool in terms[:3]:
+        await pools.add(pool, [f"{pool.name}{number}" for number in range(2)], START)
+    lent = await asyncio.gather(
+        *(pools.lease(pool, pool.name, START) for pool in (*terms, terms[1], terms[2], terms[0]))
+    )
+    assert [each.token and each.token.value for each in lent] == ["x0", "y0", "z0", "x1", "y1", "z1", None]
+    assert all(each.token.pool == each.token.holder for each in lent if each.token)
+    released = await asyncio.gather(*(pools.release(pool, f"{pool.name}1", START) for pool in terms[:3]))
+    assert [touched and touched.token.value for touched in released] == ["x1", "y1", "z1"]

@@ -1,0 +1,148 @@
+"""PoolStore on SQLite: what a pool's size and its leases cost. Machine steps are counted, so that nothing is timed."""
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.pool import StaticPool
+
+from tests.servers import START
+from tokenauth.models import Claim, Pool
+from tokenauth.stores import schema
+from tokenauth.stores.base import PoolStore
+from tokenauth.stores.sql import SqlPoolStore
+from tokenauth.stores.transaction import PlainTransaction
+from tokenauth.stores.writer import Verb
+
+T = TypeVar("T")
+FEW, MANY = 400, 20_000
+MOST_LENT = Pool("most lent", lease_ttl=60, token_ttl=240)
+ALL_LENT, MOST_FREE = replace(MOST_LENT, name="all lent"), replace(MOST_LENT, name="most free")
+AGEING = replace(MOST_LENT, name="most lapsed and expired", ages_while_lent=True)
+LENT = {MOST_LENT: 0.98, ALL_LENT: 1.0, MOST_FREE: 0.02, AGEING: 0.98}
+PREFILLED, BOUNDED = replace(MOST_LENT, capacity=MANY, prefill=True), replace(MOST_LENT, capacity=2 * MANY)
+INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired) VALUES (?, ?, ?, ?, 1, 0)"
+
+
+class Direct:
+    """A database whose reads and writes are made at once, on one connection, and never committed."""
+
+    def __init__(self) -> None:
+        self.connection = sqlite3.connect(":memory:", isolation_level=None)
+        self._engine = create_engine("sqlite://", creator=lambda: self.connection, poolclass=StaticPool)
+        with self._engine.connect() as db:
+            schema.upgrade(db)
+            db.commit()
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run a query."""
+        with self._engine.connect() as db:
+            return query(db)
+
+    async def write(self, verb: Verb, wish: Any, now: float) -> Any:
+        """Make a change."""
+        self.connection.execute("BEGIN")
+        try:
+            return verb(PlainTransaction(self.connection), [wish])[0]
+        finally:
+            self.connection.rollback()
+
+
+Ask = Callable[[PoolStore], Awaitable[object]]
+
+CHEAP: dict[str, Ask] = {
+    "lease": lambda pools: pools.lease(MOST_LENT, "ann", START),
+    "lease, and most are free": lambda pools: pools.lease(MOST_FREE, "ann", START),
+    "lease, and none is free": lambda pools: pools.lease(ALL_LENT, "ann", START),
+    "lease, and most have expired": lambda pools: pools.lease(AGEING, "ann", START),
+    "lease with prefill": lambda pools: pools.lease(PREFILLED, "ann", START),
+    "extend": lambda pools: pools.extend(MOST_LENT, "t300", START, Claim("ann", 1)),
+    "extend a free one": lambda pools: pools.extend(MOST_FREE, "t101", START, free_too=True),
+    "release": lambda pools: pools.release(MOST_LENT, "t300", START),
+    "an unknown token": lambda pools: pools.release(MOST_LENT, "t", START),
+    "remove": lambda pools: pools.remove(MOST_LENT, "t300", START),
+    "remove for a successor": lambda pools: pools.remove(MOST_LENT, "t300", START, "x"),
+    "add": lambda pools: pools.add(MOST_LENT, ["x"], START),
+    "extend_free": lambda pools: pools.extend_free(MOST_FREE, START, START, 5),
+    "purge": lambda pools: pools.purge(MOST_FREE, START, 5),
+    "get": lambda pools: pools.get(MOST_LENT, "t300", START),
+    "members": lambda pools: pools.members(MOST_LENT, START, "t300", 5),
+}
+
+COUNTING: dict[str, Ask] = {
+    "a counted lease": lambda pools: pools.lease(PREFILLED, "ann", START, counted=True),
+    "release_next": lambda pools: pools.release_next(PREFILLED, START),
+    "add where there is a capacity": lambda pools: pools.add(BOUNDED, ["x"], START),
+    "count": lambda pools: pools.count(BOUNDED, START),
+}
+"""These need to know how many tokens there are, and count them along an index: a step or two for each."""
+
+
+def rows(pool: Pool, lent: float, count: int) -> Iterator[tuple[str, str, float, str | None]]:
+    """Make tokens of which a part is lent and some have expired."""
+    for number in range(count):
+        if number * 7919 % 100 < lent * 100:
+            since = -239 if pool is AGEING else 1
+            yield pool.name, f"t{number}", START + since + number % 59, "ann"
+        else:
+            yield pool.name, f"t{number}", START - (300 if number % 20 == 0 else number % 200), None
+
+
+@pytest.fixture(scope="module")
+def small_and_large() -> Iterator[tuple[Direct, Direct]]:
+    """Make two databases of very different size."""
+    few, many = Direct(), Direct()
+    with closing(few.connection), closing(many.connection):
+        for database, count in ((few, FEW), (many, MANY)):
+            for pool, lent in LENT.items():
+                database.connection.executemany(INSERT, rows(pool, lent, count))
+        yield few, many
+
+
+async def answer(ask: Ask, database: Direct) -> object:
+    """Ask the store."""
+    return await ask(SqlPoolStore(database))
+
+
+def steps(database: Direct, ask: Ask) -> int:
+    """Count the steps that SQLite's machine takes for something."""
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    database.connection.set_progress_handler(step, 1)
+    asyncio.run(answer(ask, database))
+    database.connection.set_progress_handler(None, 1)
+    return count
+
+
+@pytest.mark.parametrize("what", CHEAP)
+def test_it_takes_as_many_steps_among_many_tokens_as_among_few(
+    small_and_large: tuple[Direct, Direct], what: str
+) -> None:
+    few, many = (steps(database, CHEAP[what]) for database in small_and_large)
+    assert 0 < many <= few + 20, f"{few} steps among {FEW} tokens, {many} among {MANY}"
+
+
+@pytest.mark.parametrize("what", CHEAP | COUNTING)
+def test_it_finds_its_rows_through_an_index(small_and_large: tuple[Direct, Direct], what: str) -> None:
+    """Neither a whole table is read, nor is anything sorted."""
+    connection = small_and_large[1].connection
+    statements: list[str] = []
+    connection.set_trace_callback(statements.append)
+    asyncio.run(answer((CHEAP | COUNTING)[what], small_and_large[1]))
+    connection.set_trace_callback(None)
+    asked = [statement for statement in statements if "pool_tokens" in statement]
+    assert asked
+    for statement in asked:
+        for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {statement}"):
+            assert not step.startswith("SCAN pool_tokens"), f"{step}: {statement}"
+            assert "TEMP B-TREE" not in step, f"{step}: {statement}"

@@ -1,0 +1,278 @@
+"""PoolStore against a model: whatever happens in whichever order, what is promised of pools holds after each step.
+
+Holders crash whenever nothing more is heard of them, and nobody sweeps what has lapsed or expired.
+"""
+
+import asyncio
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.contract.conftest import STORES, Opener, Place, Places
+from tests.contract.pool_model import Model
+from tokenauth.models import Claim, Pool, PoolCounts, PoolToken
+from tokenauth.stores.base import PoolStore, Touched
+
+BOUNDED = Pool("bounded", lease_ttl=8, token_ttl=20, capacity=5)
+UNBOUNDED = replace(BOUNDED, name="unbounded", capacity=None)
+PREFILLED = Pool("prefilled", lease_ttl=30, capacity=5, prefill=True)
+FOR_EVER = [replace(pool, token_ttl=math.inf) for pool in (BOUNDED, UNBOUNDED)]
+AGEING = replace(BOUNDED, name="ageing", ages_while_lent=True)
+TERMS = [PREFILLED, BOUNDED, UNBOUNDED, *FOR_EVER, AGEING, PREFILLED]
+
+OFTEN = {"assign": 3, "release": 3, "keep_alive": 2, "fit": 2, "delete": 2}
+ONCE = ["assign_at_once", "release_next", "generate", "refresh_free", "purge", "later", "edge", "restart"]
+KINDS = [*(kind for kind, weight in OFTEN.items() for _ in range(weight)), *ONCE]
+
+
+class Step(NamedTuple):
+    """What is done, through which of two processes, and what there is to choose by."""
+
+    kind: str
+    process: int
+    pause: float
+    """How many seconds have passed before it."""
+    number: int
+    amount: int
+    holder: str
+    said: tuple[bool, int | None]
+    """Whether the holder is named, and by how much the fence is wrong, if that is named."""
+
+
+step = st.builds(
+    Step,
+    st.sampled_from(KINDS),
+    st.integers(0, 1),
+    st.sampled_from([0.25, 0, 0.5, 1]),
+    st.integers(0, 9),
+    st.integers(0, 7),
+    st.sampled_from(["ann", "bob"]),
+    st.tuples(st.booleans(), st.sampled_from([None, 0, 0, -1, 1])),
+)
+
+
+FILL = Step("fit", 0, 0, 5, 7, "", (False, None))
+
+
+class Lending:
+    """Two processes that lend from one pool, and the model of it."""
+
+    def __init__(self, places: Places, both: list[Place], pool: Pool) -> None:
+        self.model = Model(pool)
+        self._places = places
+        self._both = both
+        self._written = 0.0
+        self._fences: dict[str, int] = {}
+
+    @property
+    def pool(self) -> Pool:
+        """The terms, as they are now."""
+        return self.model.pool
+
+    async def act(self, step: Step) -> None:
+        """Do one thing in the store and in the model, and compare what they say."""
+        self.model.now += step.pause
+        if step.kind not in {"later", "edge", "restart"}:
+            self._written = self.model.now
+        await getattr(self, step.kind)(self._both[step.process].pools, step)
+
+    async def members(self, store: PoolStore) -> dict[str, PoolToken]:
+        """Return all tokens."""
+        return {one.value: one for one in await store.members(self.pool, self.model.now, "", 1000)}
+
+    async def generate(self, store: PoolStore, step: Step) -> None:
+        """Add tokens, all or none."""
+        values, capacity = self.model.new_values(1 + step.amount // 2), self.pool.capacity
+        room = capacity is None or len(self.model.live()) + len(values) <= capacity
+        assert await store.add(self.pool, values, self.model.now) is room
+        if room:
+            self.model.add(values)
+
+    async def assign(self, store: PoolStore, step: Step) -> None:
+        """Lend the token that has been free longest."""
+        ends, lendable, counted = [one.free_at for one in self.model.lent()], self.model.lendable(1), step.amount > 3
+        lent = await store.lease(self.pool, step.holder, self.model.now, counted)
+        if lent.token is None:
+            assert not lendable
+            assert lent.next_end == min(ends, default=None)
+        else:
+            self.model.lend(lent.token, step.holder, lendable)
+        assert not counted or lent.left == self.model.available()
+
+    async def assign_at_once(self, _: PoolStore, step: Step) -> None:
+        """Lend to many who ask both processes at the same time."""
+        holders = [f"{step.holder}{number}" for number in range(1 + step.amount)]
+        lendable = self.model.lendable(len(holders))
+        stores = [self._both[number % 2].pools for number in range(len(holders))]
+        answers = await asyncio.gather(
+            *(each.lease(self.pool, name, self.model.now) for each, name in zip(stores, holders, strict=True))
+        )
+        lent = [(each.token, name) for each, name in zip(answers, holders, strict=True) if each.token is not None]
+        assert sorted(self.model.there[one.value].free_at for one, _ in lent) == lendable
+        for one, name in lent:
+            self.model.lend(one, name, lendable)
+
+    async def keep_alive(self, store: PoolStore, step: Step) -> None:
+        """Let a lease, or a free token, run for its full time from now."""
+        value, now, free_too = self.model.pick(step.number), self.model.now, step.amount > 3
+        one, claim = self._claim(value, step)
+        touched = await store.extend(self.pool, value, now, claim, free_too)
+        after = None
+        if one is not None and self.model.holds(one, claim):
+            after = one._replace(free_at=now + self.pool.lease_ttl)
+        elif one is not None and free_too and one.free_at <= now:
+            after = self.model.freed(one)
+        self._compare(touched, one, after)
+
+    async def release(self, store: PoolStore, step: Step) -> None:
+        """End a lease."""
+        value = self.model.pick(step.number)
+        one, claim = self._claim(value, step)
+        touched = await store.release(self.pool, value, self.model.now, claim)
+        held = one is not None and self.model.holds(one, claim)
+        self._compare(touched, one, self.model.freed(one) if one is not None and held else None)
+
+    def _claim(self, value: str, step: Step) -> tuple[PoolToken | None, Claim]:
+        one, (named, error) = self.model.find(value), step.said
+        fence = None if error is None else (one.fence if one else 0) + error
+        return one, Claim(step.holder if named else None, fence)
+
+    def _compare(self, touched: Touched | None, one: PoolToken | None, after: PoolToken | None) -> None:
+        if one is None:
+            assert touched is None
+        else:
+            assert touched == Touched(after or one, after is not None)
+            self.model.put(after or one)
+
+    async def release_next(self, store: PoolStore, _: Step) -> None:
+        """End the lease that would end first."""
+        lent = self.model.lent()
+        done, available = await store.release_next(self.pool, self.model.now)
+        assert done is bool(lent)
+        if lent:
+            there = await self.members(store)
+            (released,) = [one for one in lent if there.get(one.value) != one]
+            assert released.free_at == lent[0].free_at
+            self.model.put(self.model.freed(released))
+        assert available == self.model.available()
+
+    async def refresh_free(self, store: PoolStore, step: Step) -> None:
+        """Let free tokens wait for their full time from now."""
+        now, before = self.model.now, self.model.now - step.amount // 6
+        waiting = [one for one in self.model.free() if one.free_at < before]
+        count = await store.extend_free(self.pool, before, now, step.number)
+        assert count == min(step.number, len(waiting))
+        there = await self.members(store)
+        refreshed = [one for one in waiting if there.get(one.value) != one]
+        assert len(refreshed) == count
+        self.model.put(*map(self.model.freed, refreshed))
+
+    async def delete(self, store: PoolStore, step: Step) -> None:
+        """Delete a token; where there is `prefill`, a new one takes its place."""
+        value = self.model.pick(step.number)
+        one = self.model.find(value)
+        successor = self.model.new_values(1) if self.pool.prefill else []
+        assert await store.remove(self.pool, value, self.model.now, *successor) is (one is not None)
+        if one is not None:
+            del self.model.there[value]
+            self.model.add([] if one.retired else successor)
+
+    async def purge(self, store: PoolStore, step: Step) -> None:
+        """Delete what has expired, and nobody can tell."""
+        dead = len(self.model.there) - len(self.model.live())
+        count = await store.purge(self.pool, self.model.now, step.number)
+        assert count <= min(step.number, dead), "a pool with a capacity gives up expired ones for new ones"
+        if self.pool.capacity is None:
+            assert count == min(step.number, dead)
+            self.model.forget(count)
+
+    async def fit(self, store: PoolStore, step: Step) -> None:
+        """Bring a pool with `prefill` to another capacity, more or less than are lent; no lease ends by it."""
+        if not self.pool.prefill:
+            await self.generate(store, step)
+            return
+        model, offered = self.model, step.number
+        free, lent, retired = model.free(), model.lent(), len(model.retired())
+        capacity = max(0, len(lent) + step.amount - 3)
+        model.pool = replace(self.pool, capacity=capacity)
+        surplus = len(free) + len(lent) - retired - capacity
+        wanted, values = max(0, -surplus - retired), model.new_values(offered)
+        assert await store.fit(self.pool, values, model.now) == max(0, wanted - offered)
+        there = await self.members(store)
+        after = [there.pop(one.value) for one in lent]
+        assert [one._replace(retired=False) for one in after] == [one._replace(retired=False) for one in lent]
+        assert sum(one.retired for one in after) == max(0, retired + max(surplus - len(free), min(surplus, 0)))
+        model.put(*after)
+        model.add(values[:wanted])
+        gone = [one for one in free if one.value not in there]
+        assert len(gone) == min(max(surplus, 0), len(free))
+        for one in gone:
+            del model.there[one.value]
+
+    async def later(self, _: PoolStore, step: Step) -> None:
+        """Let time pass."""
+        self.model.now += step.amount / 2
+
+    async def edge(self, _: PoolStore, step: Step) -> None:
+        """Let time pass until one of the next leases is over or tokens expire, or to just before that."""
+        edges = self.model.edges()[: 1 + step.number // 4]
+        early = 2**-10 if step.amount > 4 else 0
+        self.model.now = max(self.model.now, max(edges, default=0) - early)
+
+    async def restart(self, store: PoolStore, step: Step) -> None:
+        """Close a process and start it again: it knows what time it has been."""
+        await self._places.close(self._both[step.process])
+        self._both[step.process] = await self._places.open()
+        assert self._both[step.process].started == self._written
+
+    async def check(self, step: Step) -> None:
+        """Hold what the other process says against the model, and the model against what is promised."""
+        store, live = self._both[1 - step.process].pools, self.model.live()
+        assert list((await self.members(store)).values()) == live
+        counts = PoolCounts(self.model.available(), len(self.model.lent()))
+        assert await store.count(self.pool, self.model.now) == counts
+        value = self.model.pick(step.number)
+        assert await store.get(self.pool, value, self.model.now) == self.model.find(value)
+        if self.pool.capacity is not None:
+            assert sum(not one.retired for one in live) <= self.pool.capacity
+        for one in live:
+            assert one.fence >= self._fences.get(one.value, 0), "a fence went back"
+            self._fences[one.value] = one.fence
+
+
+async def live_through(opener: Opener, directory: Path, pool: Pool, script: Sequence[Step]) -> None:
+    """Do everything, and check after each step."""
+    places = Places(opener, directory)
+    try:
+        lending = Lending(places, [await places.open() for _ in range(2)], pool)
+        for step in (FILL, *script):
+            await lending.act(step)
+            await lending.check(step)
+    finally:
+        await places.close_all()
+
+
+def hold_to_the_model(opener: Opener, template: Path, examples: int, length: int) -> None:
+    """Live through so many scripts."""
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(TERMS), st.lists(step, min_size=length // 2, max_size=length))
+    def holds(pool: Pool, script: list[Step]) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(shutil.copytree(template, Path(scratch) / "store"))
+            asyncio.run(live_through(opener, directory, pool, script))
+
+    holds()
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_what_is_promised_of_pools_holds_after_each_step(template: dict[Opener, Path], name: str) -> None:
+    hold_to_the_model(STORES[name], template[STORES[name]], examples=12, length=50)

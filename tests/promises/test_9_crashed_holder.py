@@ -1,0 +1,101 @@
+"""Promise 9: a crashed holder's token is free again when its lease ends, with no process having to notice."""
+
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connections import Connection
+from tests.journal import until
+from tests.lending import Borrower, Lease, refusal
+from tests.servers import ROOT, HandClock, Server, worker, write_config
+
+LEASE_TTL = 60
+MOMENT = 1 / 1024
+
+HOLDER = """
+import sys, time
+from tests.connections import Connection
+from tests.lending import Borrower
+print(Borrower(Connection(int(sys.argv[1])), "bob").assign("any").token, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Have a pool."""
+    return f"[pools.any]\nlease_ttl = {LEASE_TTL}"
+
+
+@pytest.fixture
+def ann(there: Connection) -> Borrower:
+    """Be a user of one worker who finds a pool with one token in it."""
+    user = Borrower(there, "ann")
+    user.empty("any")
+    user.generate("any")
+    return user
+
+
+def row(directory: Path) -> tuple[Any, ...]:
+    """Read the one token that lies in the database."""
+    with closing(sqlite3.connect(directory / "tokenauth.db")) as db:
+        (found,) = db.execute("SELECT * FROM pool_tokens")
+    return tuple(found)
+
+
+def test_the_token_of_a_holder_that_was_killed_is_free_when_its_lease_ends(
+    server: Server, ann: Borrower, clock: HandClock, directory: Path
+) -> None:
+    """Nothing is written when it ends: the same row reads as free from then on."""
+    began = int(clock())
+    command = [sys.executable, "-c", HOLDER, str(server.port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        token = holder.stdout.readline().strip()
+        holder.send_signal(signal.SIGKILL)
+    lent = row(directory)
+    clock.set(began + LEASE_TTL - MOMENT)
+    assert ann.hears("POST", "/any/leases") == refusal("no_free_token")
+    clock.set(began + LEASE_TTL)
+    assert ann.counts("any") == (1, 0)
+    assert row(directory) == lent
+    assert ann.assign("any") == Lease(token, "ann", 2, began + 2 * LEASE_TTL, LEASE_TTL)
+    assert ann.keep_alive("any", token, holder="bob") == refusal("lease_lost")
+
+
+def test_a_token_whose_holder_was_gone_before_the_answer_came_is_free_when_its_lease_ends(
+    server: Server, ann: Borrower, clock: HandClock
+) -> None:
+    """Nobody knows that he has it; the connection is reset while the request is on its way."""
+    request = f"POST /api/pools/any/leases HTTP/1.1\r\nHost: x\r\nX-Token: {ann.token}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(request)
+        until(lambda: ann.counts("any") == (0, 1), "the token is lent")
+    clock.advance(LEASE_TTL - MOMENT)
+    assert ann.hears("POST", "/any/leases") == refusal("no_free_token")
+    clock.advance(MOMENT)
+    assert ann.assign("any").fence == 2
+
+
+def test_it_is_free_also_if_no_process_was_there_when_its_lease_ended(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "[pools.any]")
+    clock = HandClock(tmp_path / "clock", create=True)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        user = Borrower(connection)
+        user.generate("any")
+        lease = user.assign("any", "ci-7")
+        server.kill()
+    clock.advance(LEASE_TTL)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        user = Borrower(connection)
+        assert user.keep_alive("any", lease.token, holder="ci-7", fence=1) == refusal("lease_lost")
+        assert user.assign("any", "ci-8").fence == 2

@@ -1,0 +1,121 @@
+"""The sweeper deletes pool tokens that have expired, in steps, and no others; what is lent or waits is left alone."""
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.connections import Connection
+from tests.lending import Borrower
+from tests.servers import HandClock, worker, write_config
+from tokenauth import configfile
+from tokenauth.service import Service, create_service
+from tokenauth.sweeper import BATCH, INTERVAL, Sweeper
+
+TOKEN_TTL = 300
+POOLS = f"""
+[pools.waiting]
+token_ttl = {TOKEN_TTL}
+[pools.bounded]
+capacity = 5
+token_ttl = {TOKEN_TTL}
+lease_ttl = 1000
+[pools.for_ever]
+[pools.permits]
+capacity = 3
+prefill = true
+"""
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> HandClock:
+    """Keep the time of one test."""
+    return HandClock(tmp_path / "clock", create=True)
+
+
+@pytest.fixture
+async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
+    """Run a service without a sweeper."""
+    service = create_service(configfile.load(write_config(tmp_path, POOLS)), clock, ticks=lambda: 0.0)
+    async with service.running():
+        yield service
+
+
+@pytest.fixture
+def sweeper(service: Service) -> Sweeper:
+    """Make a sweeper that is told when to sweep."""
+    return Sweeper(service.store, service.config.terms.values(), service.clock, forget=3600)
+
+
+def rows(directory: Path) -> dict[str, int]:
+    """Count what lies in the database, by pool."""
+    with closing(sqlite3.connect(directory / "tokenauth.db")) as db:
+        return dict(db.execute("SELECT pool, count(*) FROM pool_tokens GROUP BY pool"))
+
+
+async def test_expired_tokens_of_every_pool_are_deleted_in_steps(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
+) -> None:
+    pools = service.pools
+    for count in (BATCH, BATCH, 7):
+        await pools.generate(pools.find("waiting"), count)
+    await pools.generate(pools.find("bounded"), 2)
+    await pools.generate(pools.find("for_ever"), 4)
+    clock.advance(TOKEN_TTL - 1)
+    (late,) = await pools.generate(pools.find("waiting"), 1)
+    assert await sweeper.sweep() == 0
+    clock.advance(INTERVAL)
+    assert await sweeper.sweep() == 2 * BATCH + 7 + 2
+    assert rows(tmp_path) == {"waiting": 1, "for_ever": 4, "permits": 3}
+    assert (await pools.get(pools.find("waiting"), late)).value == late
+
+
+async def test_what_is_lent_is_deleted_only_when_it_has_waited_after_its_lease(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
+) -> None:
+    pools = service.pools
+    bounded = pools.find("bounded")
+    await pools.generate(bounded, 2)
+    lent = await pools.assign(bounded, "ci")
+    clock.advance(1000)
+    assert await sweeper.sweep() == 1, "the one that nobody took"
+    assert await pools.count(bounded) == (1, 0)
+    clock.advance(TOKEN_TTL - 1)
+    assert await sweeper.sweep() == 0
+    clock.advance(INTERVAL)
+    assert await sweeper.sweep() == 1
+    assert "bounded" not in rows(tmp_path)
+    assert await pools.count(bounded) == (0, 0)
+    assert lent.fence == 1
+
+
+async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_lease_is_over(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
+) -> None:
+    pools = service.pools
+    for _ in range(3):
+        await pools.assign(pools.find("permits"), "ci")
+    fewer = configfile.load(write_config(tmp_path, POOLS.replace("capacity = 3", "capacity = 1")))
+    shrunk = create_service(fewer, clock, ticks=lambda: 0.0)
+    async with shrunk.running():
+        clock.advance(59)
+        assert await sweeper.sweep() == 0
+        clock.advance(INTERVAL)
+        assert await sweeper.sweep() == 2
+        assert rows(tmp_path) == {"permits": 1}
+        assert await shrunk.pools.count(shrunk.pools.find("permits")) == (1, 0)
+
+
+def test_a_worker_sweeps_the_pools_of_its_configuration(tmp_path: Path, clock: HandClock) -> None:
+    config = write_config(tmp_path, POOLS)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        admin = Borrower(connection)
+        admin.generate("waiting", 5)
+        admin.generate("for_ever", 1)
+        server.kill()
+    clock.advance(TOKEN_TTL)
+    with worker(config, clock) as server:
+        assert server.wait("swept")["rows"] == 5
+        assert rows(tmp_path) == {"for_ever": 1, "permits": 3}

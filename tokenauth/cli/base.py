@@ -1,0 +1,124 @@
+"""What the commands share: options, one-line failures, the service, and how things are printed."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tokenauth.errors import ConfigError, Refusal, StartError
+
+if TYPE_CHECKING:
+    from tokenauth.service import Service
+
+T = TypeVar("T")
+
+
+class Lines(click.Group):
+    """A group of commands whose failures are one line each, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit with 1 for what the operator can mend."""
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, StartError, Refusal) as error:
+            raise click.ClickException(str(error)) from None
+        except UnicodeError:
+            raise click.ClickException("what was typed or piped in is not UTF-8") from None
+
+
+config_option = click.option(
+    "--config", "config_file", metavar="FILE", help="The configuration. Else $TOKENAUTH_CONFIG, else ./config.toml."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+password_option = click.option(
+    "--password-stdin", is_flag=True, help="Read the password from the first line of standard input."
+)
+
+
+def with_service(config_file: str | None, use: Callable[["Service"], Coroutine[Any, Any, T]]) -> T:
+    """Open the store that the configuration names, use it, and close it."""
+    from tokenauth import configfile
+    from tokenauth.service import create_service
+
+    async def run() -> T:
+        service = create_service(configfile.load(configfile.find(config_file)))
+        async with service.running():
+            return await use(service)
+
+    return asyncio.run(run())
+
+
+def config_path(config_file: str | None) -> Path:
+    """Say which configuration is meant."""
+    from tokenauth import configfile
+
+    return configfile.find(config_file)
+
+
+def new_hash(config_file: str | None, password_stdin: bool) -> str:
+    """Ask for a password and hash it; without a configuration, at the cost that is the default."""
+    from tokenauth import configfile
+    from tokenauth.config import Config
+    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, Passwords
+
+    path = configfile.find(config_file)
+    terms = configfile.load(path).passwords if config_file or path.exists() else Config().passwords
+    if password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    password.encode()  # a lone surrogate stands for a byte that is not UTF-8
+    if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
+        raise click.ClickException(f"a password has {MIN_LENGTH} to {MAX_LENGTH} characters")
+    return Passwords(terms).hash(password)
+
+
+def show(rows: Sequence[dict[str, Any]], as_json: bool, instants: tuple[str, ...] = ()) -> None:
+    """Print rows: as JSON, or as a table in which instants are dates."""
+    if as_json:
+        print_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for key in rows[0] if rows else ("nothing",):
+        table.add_column(key, no_wrap=key == "id", overflow="fold")
+    for row in rows:
+        shown = {key: _date(row[key]) for key in instants}
+        table.add_row(*map(_cell, {**row, **shown}.values()))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 1000  # who pipes wants whole lines
+    console.print(table)
+
+
+def text(argument: str) -> str:
+    """Return an argument. Raises UnicodeEncodeError if it was not UTF-8."""
+    argument.encode()
+    return argument
+
+
+def print_json(document: object) -> None:
+    """Print a document for programs."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def whole(instant: float | None) -> int | None:
+    """Return the whole seconds of an instant, if there is one."""
+    return None if instant is None else int(instant)
+
+
+def _date(instant: int | None) -> str | None:
+    return None if instant is None else f"{datetime.fromtimestamp(instant, UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _cell(content: object) -> str:
+    if content is None:
+        return ""
+    return " ".join(content) if isinstance(content, list) else str(content)

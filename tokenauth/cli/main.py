@@ -1,0 +1,93 @@
+"""The `tokenauth` command: serve, check, migrate, hash a password; users, tokens, pools."""
+
+import sys
+from typing import Any
+
+import click
+
+from tokenauth import __version__, logs
+from tokenauth.cli.base import (
+    Lines,
+    config_option,
+    json_option,
+    new_hash,
+    password_option,
+    print_json,
+    with_service,
+)
+from tokenauth.cli.pools import pool
+from tokenauth.cli.tokens import tokens
+from tokenauth.cli.users import user
+from tokenauth.errors import ConfigError
+
+
+@click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tokenauth")
+def main() -> None:
+    """Issue bearer tokens, say whether they are valid, and end them at once."""
+    logs.configure(quiet=True)
+
+
+for group in (user, tokens, pool):
+    main.add_command(group)
+
+
+@main.command(epilog="Example: tokenauth serve --config /etc/tokenauth/config.toml --workers 2")
+@config_option
+@click.option("--host", metavar="H", help="Listen here instead of server.host.")
+@click.option("--port", metavar="P", type=int, help="Listen there instead of server.port; 0 takes a free one.")
+@click.option("--workers", metavar="N", type=int, help="Run so many processes instead of server.workers.")
+def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
+    """Serve until SIGTERM. SIGHUP takes up a changed configuration without refusing a request."""
+    from tokenauth import configfile, server
+
+    logs.configure()
+    sys.exit(server.serve(configfile.find(config_file), host, port, workers))
+
+
+@main.command(epilog="Example: tokenauth check && systemctl reload tokenauth")
+@config_option
+@json_option
+def check(config_file: str | None, as_json: bool) -> None:
+    """Say what is wrong or risky about the configuration; exit with 1 if it cannot be served."""
+    from tokenauth import configfile
+    from tokenauth.app import find_routes
+    from tokenauth.risks import find_risks, unacceptable
+    from tokenauth.service import create_service
+
+    path = configfile.find(config_file)
+    settings = configfile.load(path)
+    service = create_service(settings)
+    find_routes(service)
+    risks = find_risks(settings, service.passwords)
+    error = unacceptable(settings, risks)
+    if as_json:
+        print_json({"ok": error is None, "error": error, "risks": [risk._asdict() for risk in risks]})
+    else:
+        for risk in risks:
+            click.echo(f"risk: {risk.name}: {risk.text}")
+        if error is None:
+            click.echo(f"{path}: ok, {len(settings.directory)} users, {len(settings.pools)} pools, {len(risks)} risks")
+    if error is not None:
+        raise ConfigError(f"{path}: {error}")
+
+
+@main.command(epilog="Example: tokenauth migrate --config /etc/tokenauth/config.toml")
+@config_option
+def migrate(config_file: str | None) -> None:
+    """Bring the database's schema up to date, as `serve` does too. Safe while servers run."""
+    from tokenauth.stores.schema import HEAD
+
+    async def nothing(_: Any) -> None:
+        return None
+
+    with_service(config_file, nothing)
+    click.echo(f"schema: {HEAD}")
+
+
+@main.command("hash-password", epilog="Example: echo 'a long password' | tokenauth hash-password --password-stdin")
+@config_option
+@password_option
+def hash_password(config_file: str | None, password_stdin: bool) -> None:
+    """Print the hash of a password for config.toml, at the configured cost."""
+    click.echo(new_hash(config_file, password_stdin))

@@ -1,0 +1,57 @@
+"""See and end the tokens in the database."""
+
+from typing import Any
+
+import click
+
+from tokenauth.cli.base import Lines, config_option, json_option, show, text, with_service
+
+
+@click.group(cls=Lines)
+def tokens() -> None:
+    """See and end the tokens in the database. Running servers refuse an ended token at once."""
+
+
+@tokens.command("list", epilog="Example: tokenauth tokens list --user ann --json")
+@config_option
+@json_option
+@click.option("--user", "username", metavar="NAME", help="Only this user's.")
+def tokens_list(config_file: str | None, as_json: bool, username: str | None) -> None:
+    """List live tokens, newest first, at most 1,000. Their values are not known to anybody."""
+    from tokenauth.config import canonical
+
+    name = None if username is None else canonical(text(username))
+    found = with_service(config_file, lambda service: service.tokens.live(name))
+    rows: list[dict[str, Any]] = [
+        {
+            "id": token.id,
+            "username": token.username,
+            "issued_at": int(token.issued_at),
+            "expiry_time": token.expires_at,
+            "address": token.address,
+            "user_agent": token.user_agent,
+        }
+        for token in found
+    ]
+    show(rows, as_json, instants=("issued_at", "expiry_time"))
+
+
+@tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann; tokenauth tokens revoke --all")
+@config_option
+@click.option("--user", "username", metavar="NAME", help="All of this user's.")
+@click.option("--id", "id_", metavar="ID", help="The one with this id.")
+@click.option("--all", "everybody", is_flag=True, help="Everybody's.")
+def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everybody: bool) -> None:
+    """End tokens, of a user, by id, or all."""
+    from tokenauth.config import canonical
+
+    if sum([username is not None, id_ is not None, everybody]) != 1:
+        raise click.UsageError("Say exactly one of --user NAME, --id ID and --all.")
+    if id_ is not None:
+        wanted = id_
+        with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
+        click.echo("revoked 1 token")
+        return
+    name = None if username is None else canonical(text(username))
+    count = with_service(config_file, lambda service: service.tokens.revoke_all(name))
+    click.echo(f"revoked {count} tokens")

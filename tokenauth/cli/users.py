@@ -1,0 +1,61 @@
+"""Edit the users in config.toml."""
+
+import click
+
+from tokenauth.cli.base import Lines, config_option, config_path, json_option, new_hash, password_option, show
+
+
+@click.group(cls=Lines)
+def user() -> None:
+    """Edit the users in config.toml; its comments stay. A running server takes it up at SIGHUP."""
+
+
+@user.command("add", epilog="Example: tokenauth user add ann --scope reports --scope admin")
+@config_option
+@password_option
+@click.argument("name")
+@click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user; may be repeated.")
+def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: tuple[str, ...]) -> None:
+    """Let NAME log in."""
+    from tokenauth.users import UserFile
+
+    file = UserFile(config_path(config_file))
+    file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
+    click.echo(f"added {name!r} to {file.path}; a running server takes it up at SIGHUP")
+
+
+@user.command("passwd", epilog="Example: tokenauth user passwd admin")
+@config_option
+@password_option
+@click.argument("name")
+def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> None:
+    """Give NAME a new password. The tokens issued for the old one end with it."""
+    from tokenauth.users import UserFile
+
+    file = UserFile(config_path(config_file))
+    file.change_password(name, lambda: new_hash(config_file, password_stdin))
+    click.echo(f"changed the password of {name!r} in {file.path}; a running server takes it up at SIGHUP")
+
+
+@user.command("remove", epilog="Example: tokenauth user remove ann")
+@config_option
+@click.argument("name")
+def user_remove(config_file: str | None, name: str) -> None:
+    """Take NAME out. The user's tokens end with it."""
+    from tokenauth.users import UserFile
+
+    file = UserFile(config_path(config_file))
+    file.remove(name)
+    click.echo(f"removed {name!r} from {file.path}; a running server takes it up at SIGHUP")
+
+
+@user.command("list", epilog="Example: tokenauth user list --json")
+@config_option
+@json_option
+def user_list(config_file: str | None, as_json: bool) -> None:
+    """List who may log in."""
+    from tokenauth import configfile
+
+    users = configfile.load(configfile.find(config_file)).directory.values()
+    rows = [{"username": one.username, "scopes": list(one.scopes)} for one in users]
+    show(rows, as_json)

@@ -1,0 +1,1 @@
+"""Dialects translate: the HTTP of another service in, one call of `Pools`, that service's HTTP out."""

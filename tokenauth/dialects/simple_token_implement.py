@@ -1,0 +1,81 @@
+"""The HTTP of simple-token-implement: N permits without names, behind one password."""
+
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tokenauth.config import PasswordDialect
+from tokenauth.errors import InvalidCredentials
+from tokenauth.pools import Pools
+from tokenauth.routes import requests
+from tokenauth.routes.refusals import answer_json
+from tokenauth.routes.table import Handlers
+from tokenauth.throttle import Throttle
+
+NAME = "simple-token-implement"
+
+
+class SimpleTokenImplement:
+    """The handlers, and the addresses that they answer at."""
+
+    def __init__(self, pools: Pools, terms: PasswordDialect, throttle: Throttle) -> None:
+        self._pools = pools
+        self._pool = pools.find(terms.pool)
+        self._password = terms.password.encode()
+        self._throttle = throttle
+
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses: all take POST too, since a GET with an effect is unsafe behind caches."""
+        addresses = {"/issue_token": self.issue, "/recycle_token": self.recycle, "/tokens": self.count}
+        return {path: dict.fromkeys(("GET", "POST"), self._guard(handler)) for path, handler in addresses.items()}
+
+    async def issue(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lend a permit."""
+        info = _info(scope)
+        taken, left = await self._pools.take(self._pool, requests.caller(scope, NAME))
+        if taken:
+            await answer_json(send, _say("Token issued successfully.", left, info))
+        else:
+            await answer_json(send, _say("No tokens available.", 0, info), 429)
+
+    async def recycle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Free the permit that was issued longest ago."""
+        info = _info(scope)
+        freed, left = await self._pools.give_back(self._pool)
+        if freed:
+            await answer_json(send, _say("Token recycled successfully.", left, info))
+        else:
+            await answer_json(send, _say("All tokens are already available.", left, info), 400)
+
+    async def count(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say how many permits are free."""
+        available, _ = await self._pools.count(self._pool)
+        await answer_json(send, {"available_tokens": available})
+
+    def _guard(self, handler: ASGIApp) -> ASGIApp:
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await self._check(scope)
+            except InvalidCredentials:
+                await answer_json(send, {"error": "Unauthorized"}, 401)
+            else:
+                await handler(scope, receive, send)
+
+        return guarded
+
+    async def _check(self, scope: Scope) -> None:
+        """Compare the password; a wrong one counts as a failed login. Raises InvalidCredentials, TooManyAttempts."""
+        sent = requests.header(scope, b"x-api-password")
+        if sent is None:
+            raise InvalidCredentials
+        async with self._throttle.attempt(NAME, requests.client_address(scope)):
+            if not hmac.compare_digest(sent, self._password):
+                raise InvalidCredentials
+
+
+def _info(scope: Scope) -> str:
+    return next(iter(requests.query_values(scope, "info")), "No info provided")
+
+
+def _say(message: str, available: int, info: str) -> dict[str, object]:
+    return {"message": message, "available_tokens": available, "info": info}

@@ -1,0 +1,109 @@
+"""The HTTP of token-management-service: a bounded pool whose tokens have owners."""
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenauth.config import Dialect
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
+from tokenauth.models import Claim
+from tokenauth.pools import Pools, named_holder
+from tokenauth.routes import requests
+from tokenauth.routes.refusals import answer_json
+from tokenauth.routes.table import Handlers
+
+NAME = "token-management-service"
+
+
+class _Body(msgspec.Struct):
+    token: str | None = None
+    client_id: str | None = None
+
+
+_body = msgspec.json.Decoder(_Body)
+
+
+class TokenManagementService:
+    """The handlers, and the addresses that they answer at."""
+
+    def __init__(self, pools: Pools, terms: Dialect) -> None:
+        self._pools = pools
+        self._pool = pools.find(terms.pool)
+
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses."""
+        return {
+            "/generate-token": {"POST": self.generate},
+            "/assign-token": {"POST": self.assign},
+            "/keep-alive": {"POST": self.keep_alive},
+            "/unblock-token": {"POST": self.unblock},
+            "/delete-token": {"POST": self.delete, "DELETE": self.delete},
+        }
+
+    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make one token."""
+        try:
+            [token] = await self._pools.generate(self._pool, 1)
+        except PoolFull:
+            await _say(send, "Token pool size limit reached", 403)
+        else:
+            await answer_json(send, {"token": token}, 201)
+
+    async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lend a token to a client."""
+        body = await _read(scope, receive)
+        if not body.client_id:
+            await _say(send, "client_id is required", 400)
+            return
+        try:
+            token = await self._pools.assign(self._pool, named_holder(body.client_id))
+        except NoFreeToken:
+            await _say(send, "No free token available", 404)
+        else:
+            await answer_json(send, {"token": token.value})
+
+    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a lease run for its full time from now, if it is this client's."""
+        body = await _read(scope, receive)
+        if not body.token:
+            await _say(send, "token is required", 400)
+            return
+        try:
+            await self._pools.keep_alive(self._pool, body.token, Claim(body.client_id))
+        except (UnknownToken, LeaseLost):
+            await _say(send, "Token does not belong to this client", 403)
+        else:
+            await _say(send, "Token keep-alive refreshed")
+
+    async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """End a lease."""
+        body = await _read(scope, receive)
+        if not body.token:
+            await _say(send, "token is required", 400)
+            return
+        try:
+            await self._pools.release(self._pool, body.token)
+        except (UnknownToken, LeaseLost):
+            await _say(send, "Token not assigned to any client", 403)
+        else:
+            await _say(send, "Token unblocked")
+
+    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Delete a token, free or lent."""
+        body = await _read(scope, receive)
+        if not body.token:
+            await _say(send, "token is required", 400)
+            return
+        try:
+            await self._pools.delete(self._pool, body.token)
+        except UnknownToken:
+            await _say(send, "Token not found", 404)
+        else:
+            await _say(send, "Token deleted successfully!")
+
+
+async def _read(scope: Scope, receive: Receive) -> _Body:
+    return await requests.json_body(scope, receive, _body, empty=_Body())
+
+
+async def _say(send: Send, message: str, status: int = 200) -> None:
+    await answer_json(send, {"message": message}, status)

@@ -1,0 +1,89 @@
+"""The HTTP of token-pool: a pool of UUIDs that may be blocked for a while."""
+
+import re
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenauth.config import Dialect
+from tokenauth.errors import NoFreeToken, NotFound, UnknownToken
+from tokenauth.pools import Pools
+from tokenauth.routes import requests
+from tokenauth.routes.refusals import answer_json
+from tokenauth.routes.table import Handlers
+
+NAME = "token-pool"
+
+_UNKNOWN = ["Invalid token id"]
+
+
+class _Named(msgspec.Struct):
+    token: object = None
+    token_uuid: object = None
+
+
+_named = msgspec.json.Decoder(_Named)
+
+
+class TokenPool:
+    """The handlers, and the addresses that they answer at."""
+
+    def __init__(self, pools: Pools, terms: Dialect) -> None:
+        self._pools = pools
+        self._pool = pools.find(terms.pool)
+
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses: each with and without its trailing slash."""
+        addresses: dict[str, Handlers] = {
+            "/api/token_pool": {"POST": self.generate, "DELETE": self.delete},
+            "/api/block_token": {"POST": self.block},
+            "/api/keep_alive/{token}": {"POST": self.keep_alive},
+        }
+        return addresses | {f"{path}/": handlers for path, handlers in addresses.items()}
+
+    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make one token."""
+        [token] = await self._pools.generate(self._pool, 1)
+        await answer_json(send, {"token": token})
+
+    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Delete a token."""
+        named = await requests.json_body(scope, receive, _named, empty=_Named())
+        try:
+            await self._pools.delete(self._pool, _uuid(named.token or named.token_uuid))
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 400)
+        else:
+            await answer_json(send, {"response": "Token deleted successfully"})
+
+    async def block(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lend a token."""
+        try:
+            token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
+        except NoFreeToken:
+            await answer_json(send, {"error": "No free tokens"}, 404)
+        else:
+            await answer_json(send, {"blocked_token": token.value})
+
+    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a token live, and stay blocked if it is, for its full time."""
+        try:
+            value = _uuid(scope["path_params"]["token"])
+        except UnknownToken:
+            raise NotFound from None
+        try:
+            await self._pools.refresh(self._pool, value)
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 400)
+        else:
+            await answer_json(send, {"response": "Token refreshed successfully"})
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+
+
+def _uuid(named: object) -> str:
+    """Write a UUID as tokens are written. Raises UnknownToken for what is none."""
+    if not isinstance(named, str) or _UUID.fullmatch(named) is None:
+        raise UnknownToken
+    return named.lower()

@@ -1,0 +1,76 @@
+"""Everything below HTTP, wired together: what the server runs, and what the command line uses."""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from tokenauth import opaque
+from tokenauth.config import Config
+from tokenauth.errors import ConfigError
+from tokenauth.logs import log
+from tokenauth.models import Clock, ForwardClock
+from tokenauth.passwords import Passwords
+from tokenauth.pools import NewValue, Pools
+from tokenauth.stores.base import Store
+from tokenauth.stores.open import open_store
+from tokenauth.throttle import Throttle
+from tokenauth.tokens import Tokens
+
+_MAKERS: Mapping[str, NewValue] = {
+    "token-pool": opaque.new_uuid,
+    "random-token-generator": opaque.new_uuid,
+    "token-management-service": opaque.new_prefixed,
+}
+"""What makes tokens that look as the clients of a dialect expect."""
+
+
+class Service(NamedTuple):
+    """The parts, and their life."""
+
+    config: Config
+    clock: ForwardClock
+    store: Store
+    passwords: Passwords
+    throttle: Throttle
+    tokens: Tokens
+    pools: Pools
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Open the store and bring its schema up to date; close it at the end. Raises StartError."""
+        behind = self.clock.advance(await self.store.start())
+        if behind > 1:
+            log.warning("clock_is_behind", seconds=round(behind), action="time goes on from where it was")
+        try:
+            await self.pools.prefill()
+            yield
+        finally:
+            await self.tokens.close()
+            await self.store.stop(self.clock())
+            self.passwords.close()
+
+
+def create_service(config: Config, clock: Clock = time.time, ticks: Clock = time.monotonic) -> Service:
+    """Wire up what a configuration describes, without HTTP. Raises ConfigError."""
+    passwords = Passwords(config.passwords)
+    passwords.check(config.directory.values())
+    now = ForwardClock(clock, ticks)
+    store = open_store(config.database.url, config.tokens.cache_size)
+    throttle = Throttle(config.throttle, config.server.workers, store, now)
+    tokens = Tokens(config.tokens, config.directory, store, passwords, throttle, now)
+    pools = Pools(config.terms, store, now, _makers(config))
+    return Service(config, now, store, passwords, throttle, tokens, pools)
+
+
+def _makers(config: Config) -> Mapping[str, NewValue]:
+    """Say which pools' tokens look as a dialect has them. Raises ConfigError for a pool in which two looks meet."""
+    makers: dict[str, NewValue] = {}
+    for name, terms in config.dialects.chosen().items():
+        make = _MAKERS.get(name)
+        if make is not None and makers.setdefault(terms.pool, make) is not make:
+            raise ConfigError(
+                f"dialects.{name}.pool: the tokens in [pools.{terms.pool}] look as another dialect has them;"
+                " give each dialect a pool of its own"
+            )
+    return makers

@@ -1,0 +1,171 @@
+"""The rows of one pool at one moment: what they can be asked, and told, within a transaction."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import ScalarSelect, and_, bindparam, delete, false, func, insert, not_, or_, select, text, true, update
+
+from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
+from tokenauth.stores.tables import pool_token_columns, pool_tokens
+from tokenauth.stores.transaction import Transaction
+
+_number, _at = pool_tokens.c.number, pool_tokens.c.free_at
+_pool = pool_tokens.c.pool == bindparam("name")
+_regular, _retired = (_pool, pool_tokens.c.retired == false()), (_pool, pool_tokens.c.retired == true())
+_lent = _at > bindparam("now")
+_given_back = pool_tokens.c.holder.is_(None)
+_waiting = and_(_at > bindparam("floor"), or_(_at > bindparam("lapsed_floor"), _given_back))
+_free = (*_regular, _waiting, _at <= bindparam("now"))
+_expired = (*_regular, _at <= bindparam("lapsed_floor"), or_(_at <= bindparam("floor"), not_(_given_back)))
+_rows = select(_number, *pool_token_columns).order_by(_at, _number).limit(bindparam("limit"))
+
+
+def _number_of(*conditions: Any) -> ScalarSelect[int]:
+    return select(func.count()).select_from(pool_tokens).where(*conditions).scalar_subquery()
+
+
+def _first_of(*conditions: Any) -> ScalarSelect[float]:
+    return select(func.min(_at)).where(*conditions).scalar_subquery()
+
+
+def _oldest(*conditions: Any) -> Any:
+    return _number.in_(select(_number).where(*conditions).order_by(_at, _number).limit(bindparam("limit")))
+
+
+# Statements are made once: making one costs more than running it.
+COUNT = select(_number_of(*_free), _number_of(*_regular, _lent), _number_of(*_retired, _lent))
+MEMBERS = (
+    select(*pool_token_columns)
+    .where(
+        _pool, pool_tokens.c.value > bindparam("after"), or_(_lent, and_(pool_tokens.c.retired == false(), _waiting))
+    )
+    .order_by(pool_tokens.c.value)
+    .limit(bindparam("limit"))
+)
+_COUNT_RETIRED = select(_number_of(*_retired, _lent))
+_NEXT_END = select(_first_of(*_regular, _lent), _first_of(*_retired, _lent))
+_FREE = _rows.where(*_free)
+_LENT = _rows.where(*_regular, _lent)
+_LENT_AND_RETIRED = _rows.where(*_retired, _lent)
+_values = func.json_each(bindparam("values")).table_valued("value")
+_NAMED = select(_number, *pool_token_columns).where(_pool, pool_tokens.c.value.in_(select(_values.c.value)))
+_INSERT = insert(pool_tokens)
+_PUT = text("UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence WHERE number = :number")
+_SUCCEED = text(
+    "UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0 WHERE number = :number"
+)
+_DELETE = text("DELETE FROM pool_tokens WHERE number = :number")
+_EXTEND_FREE = update(pool_tokens).where(_oldest(*_free, _at < bindparam("before"))).values(free_at=bindparam("now"))
+_RETIRE = update(pool_tokens).where(_oldest(*_regular, _lent)).values(retired=True)
+_REINSTATE = update(pool_tokens).where(_oldest(*_retired, _lent)).values(retired=False)
+_DELETE_FREE = delete(pool_tokens).where(_oldest(*_free))
+_DELETE_EXPIRED = delete(pool_tokens).where(_oldest(*_expired))
+_DELETE_RETIRED = delete(pool_tokens).where(_oldest(*_retired, _at <= bindparam("now")))
+
+
+def counts(free: int, lent: int, retired: int) -> PoolCounts:
+    """Make of what COUNT found how many tokens can be lent, and how many are."""
+    return PoolCounts(max(0, free - retired), lent + retired)
+
+
+def terms(pool: Pool, now: Instant) -> dict[str, Any]:
+    """Say what statements about a pool need to know of it."""
+    return {"name": pool.name, "now": now, "floor": pool.floor(now), "lapsed_floor": pool.lapsed_floor(now)}
+
+
+class PoolRows:
+    """The rows of a pool as they stand `now`: free, lent, expired, and the retired ones that are still lent."""
+
+    def __init__(self, db: Transaction, pool: Pool, now: Instant) -> None:
+        self.pool = pool
+        self.now = now
+        self._db = db
+        self._terms = terms(pool, now)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Count the free, the lent, and the retired tokens that are still lent."""
+        free, lent, retired = self._db.rows(COUNT, self._terms)[0]
+        return free, lent, retired
+
+    def retired(self) -> int:
+        """Count the retired tokens that are still lent."""
+        return int(self._db.rows(_COUNT_RETIRED, self._terms)[0][0])
+
+    def next_end(self) -> Instant | None:
+        """Say when the next lease ends."""
+        return min((end for end in self._db.rows(_NEXT_END, self._terms)[0] if end is not None), default=None)
+
+    def free(self, limit: int) -> list[tuple[int, PoolToken]]:
+        """Look up the tokens that have been free longest, with their numbers."""
+        return self._found(_FREE, limit=limit)
+
+    def lent(self, limit: int) -> list[tuple[int, PoolToken]]:
+        """Look up the tokens whose leases end first, with their numbers; without the retired ones."""
+        return self._found(_LENT, limit=limit)
+
+    def lent_and_retired(self, limit: int) -> list[tuple[int, PoolToken]]:
+        """Look up the retired tokens whose leases end first, with their numbers."""
+        return self._found(_LENT_AND_RETIRED, limit=limit)
+
+    def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
+        """Look up the tokens of these values that are in being, with their numbers."""
+        found = self._found(_NAMED, values=json.dumps(list(values)))
+        return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
+
+    def insert(self, values: Iterable[str]) -> None:
+        """Add free tokens."""
+        self._db.change_each(_INSERT, [PoolToken(self.pool.name, value, self.now)._asdict() for value in values])
+
+    def put(self, changed: Mapping[int, PoolToken]) -> None:
+        """Write what has become of leases, by number."""
+        self._db.change_each(
+            _PUT,
+            [
+                {"number": number, "free_at": token.free_at, "holder": token.holder, "fence": token.fence}
+                for number, token in changed.items()
+            ],
+        )
+
+    def succeed(self, number: int, value: str) -> None:
+        """Put a new free token in the place of one."""
+        self._db.change(_SUCCEED, {"number": number, "value": value, "now": self.now})
+
+    def delete(self, number: int) -> None:
+        """Delete one token."""
+        self._db.change(_DELETE, {"number": number})
+
+    def extend_free(self, before: Instant, limit: int) -> int:
+        """Let tokens that are free since before an instant be free since now."""
+        return self._some(_EXTEND_FREE, limit, before=before)
+
+    def retire(self, limit: int) -> int:
+        """Retire lent tokens."""
+        return self._some(_RETIRE, limit)
+
+    def reinstate(self, limit: int) -> int:
+        """Take back that lent tokens were retired."""
+        return self._some(_REINSTATE, limit)
+
+    def delete_free(self, limit: int) -> int:
+        """Delete free tokens."""
+        return self._some(_DELETE_FREE, limit)
+
+    def delete_expired(self, limit: int) -> int:
+        """Delete tokens that have been free for too long."""
+        return self._some(_DELETE_EXPIRED, limit)
+
+    def delete_retired(self, limit: int = 2**31) -> int:
+        """Delete retired tokens whose lease is over."""
+        return self._some(_DELETE_RETIRED, limit)
+
+    def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
+        rows = self._db.rows(statement, {**self._terms, **more})
+        return [
+            (number, PoolToken(pool, value, free_at, holder, fence, bool(retired)))
+            for number, pool, value, free_at, holder, fence, retired in rows
+        ]
+
+    def _some(self, statement: Any, limit: int, **more: Any) -> int:
+        """Run a change of at most `limit` rows, the oldest first; say how many they were."""
+        return self._db.change(statement, {**self._terms, "limit": limit, **more}) if limit > 0 else 0
