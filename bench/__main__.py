@@ -11,10 +11,13 @@ from pathlib import Path
 
 from bench import chart, machine, report, world
 from bench.figures import Figure, Row, Sample
+from bench.lending import LendingRows
 from bench.limit import BareServer
 from bench.rows import Rows
 
-_NAMES = ("hot", "me", "million", "issue", "revoke", "login", "flood", "start", "memory")
+_TOKENS = ("hot", "me", "million", "issue", "revoke", "login", "flood", "start", "memory")
+_LENDING = ("assign", "keep", "release", "large", "permits", "uuids", "bounded", "owned")
+_NAMES = (*_TOKENS, *_LENDING)
 
 
 def main() -> int:
@@ -33,7 +36,10 @@ def main() -> int:
 def _run(directory: Path, options: argparse.Namespace) -> None:
     with world.bare(directory) as server:
         bare = BareServer(server.port, 1)
-        figures = Rows(directory, bare, options.seconds).figures()
+        figures = [
+            *Rows(directory, bare, options.seconds).figures(),
+            *LendingRows(directory, bare, options.seconds).figures(),
+        ]
         chosen = [figure for figure in figures if figure.name in options.only]
         rows = measure(chosen, options.rounds)
     facts = machine.facts(directory)

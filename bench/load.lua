@@ -13,7 +13,98 @@ local function login(password, headers)
   return wrk.format("POST", "/api/token", headers, body)
 end
 
+-- Lending: tokens that were answered are kept, and used in later requests.
+local key = {["X-Token"] = value(0), ["Content-Type"] = "application/json"}
+local held, freed, first = {}, {}, 1
+local SPARE = 64 -- so many are kept back, so that no two requests under way are about the same token
+
+local function named(token) return '{"token": "' .. token .. '"}' end
+
+local function assign(pool) return wrk.format("POST", "/api/pools/" .. pool .. "/leases", key) end
+
+local function give_back(pool, token) return wrk.format("DELETE", "/api/pools/" .. pool .. "/leases/" .. token, key) end
+
+local function pairs_in(pool)
+  return function()
+    local token = table.remove(held)
+    return token and give_back(pool, token) or assign(pool)
+  end
+end
+
+-- The operations of a dialect, one after the other: make a token, take one, keep one, give one back, delete one.
+local function in_turn(service)
+  return function()
+    count = count + 1
+    local step = count % 5
+    if step == 0 then return service.make() end
+    if step == 1 or #held < SPARE then return service.take() end
+    if step == 2 then return service.keep(held[1]) end
+    if step == 3 and service.free then
+      local token = table.remove(held)
+      freed[#freed + 1] = token
+      return service.free(token)
+    end
+    if service.free then
+      if #freed - first < SPARE then return service.keep(held[1]) end
+      first = first + 1
+      return service.delete(freed[first - 1])
+    end
+    return service.delete(table.remove(held))
+  end
+end
+
+local function post(path, body) return wrk.format("POST", path, json, body) end
+
+local password = {["X-API-PASSWORD"] = "secret"}
+local services = {
+  permits = {
+    make = function() return wrk.format("GET", "/permits/tokens", password) end,
+    take = function() return wrk.format("GET", "/permits/issue_token?info=" .. count, password) end,
+    free = function() return wrk.format("GET", "/permits/recycle_token?info=" .. count, password) end,
+  },
+  uuids = {
+    make = function() return wrk.format("POST", "/uuids/api/token_pool/") end,
+    take = function() return wrk.format("POST", "/uuids/api/block_token/") end,
+    keep = function(token) return wrk.format("POST", "/uuids/api/keep_alive/" .. token) end,
+    delete = function(token) return wrk.format("DELETE", "/uuids/api/token_pool/", json, named(token)) end,
+  },
+  bounded = {
+    make = function() return post("/bounded/generate", '{"count": 1}') end,
+    take = function() return wrk.format("POST", "/bounded/assign") end,
+    keep = function(token) return post("/bounded/keep-alive", named(token)) end,
+    free = function(token) return post("/bounded/unblock", named(token)) end,
+    delete = function(token) return wrk.format("DELETE", "/bounded/delete", json, named(token)) end,
+  },
+  owned = {
+    make = function() return post("/owned/generate-token") end,
+    take = function() return post("/owned/assign-token", '{"client_id": "worker-7"}') end,
+    keep = function(token) return post("/owned/keep-alive", '{"client_id": "worker-7", "token": "' .. token .. '"}') end,
+    free = function(token) return post("/owned/unblock-token", named(token)) end,
+    delete = function(token) return post("/owned/delete-token", named(token)) end,
+  },
+}
+
+local function permits_in_turn()
+  count = count + 1
+  local service = services.permits
+  if count <= SPARE then return service.take() end
+  if count % 5 == 0 then return service.make() end
+  return count % 2 == 0 and service.take() or service.free()
+end
+
 local requests = {
+  assign = function() return assign("large") end,
+  keep = function() return wrk.format("PUT", "/api/pools/lent/leases/" .. value(math.random(0, 9999)), key) end,
+  release = function()
+    count = count + 1
+    return give_back("lent", value(9999 + offset + count))
+  end,
+  pairs_large = pairs_in("large"),
+  pairs_small = pairs_in("small"),
+  permits = permits_in_turn,
+  uuids = in_turn(services.uuids),
+  bounded = in_turn(services.bounded),
+  owned = in_turn(services.owned),
   hot = function() return probe(math.random(0, 499)) end,
   me = function() return wrk.format("GET", "/api/me", {["X-Token"] = value(math.random(0, 499))}) end,
   million = function() return probe(math.random(0, 999999)) end,
@@ -51,6 +142,24 @@ if kind == "wrong" then
       overloaded = overloaded + 1
     elseif status ~= 401 and status ~= 429 then
       unexpected = unexpected + 1
+    end
+  end
+end
+
+-- What was lent: 201 with the token natively, 200 in the dialects.
+local lent = {
+  pairs_large = {201, '"token":"([^"]+)'},
+  pairs_small = {201, '"token":"([^"]+)'},
+  uuids = {200, '"blocked_token":"([^"]+)'},
+  bounded = {200, '{"token":"([^"]+)'},
+  owned = {200, '"token":"([^"]+)'},
+}
+if lent[kind] then
+  local expected, pattern = lent[kind][1], lent[kind][2]
+  function response(status, _, body)
+    if status == expected then
+      local token = body:match(pattern)
+      if token then held[#held + 1] = token end
     end
   end
 end

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -31,13 +31,13 @@ def value(number: int) -> str:
     return f"{number:064d}"
 
 
-def write_config(directory: Path, server: str = "", password: str = NEGLIGIBLE) -> Path:
-    """Write a configuration with 500 users whose hash of "secret" is `password`."""
+def write_config(directory: Path, server: str = "", password: str = NEGLIGIBLE, tables: str = "") -> Path:
+    """Write a configuration with 500 users whose hash of "secret" is `password`, and with more `tables`."""
     directory.mkdir(exist_ok=True)
     users = "".join(f'[[users]]\nusername = "user{number}"\npassword = "{password}"\n' for number in range(USERS))
     path = directory / "config.toml"
     url = f"sqlite+aiosqlite:///{database(path)}"
-    path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{server}\n{users}')
+    path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{server}\n{tables}\n{users}')
     return path
 
 
@@ -65,6 +65,26 @@ def fill(config: Path, count: int) -> None:
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.sync()  # now, and not while something is measured
+
+
+def fill_pool(config: Path, pool: str, values: Iterable[str], lent: bool = False) -> None:
+    """Put tokens into a pool of a database that is there: free, or lent for a day."""
+    now = time.time()
+    row = (now + 86400, "worker-7", 1) if lent else (now, None, 0)
+    with closing(sqlite3.connect(database(config))) as db, db:
+        db.execute("PRAGMA synchronous = OFF")
+        rows = ((pool, value, *row) for value in values)
+        db.executemany("INSERT INTO pool_tokens VALUES (NULL, ?, ?, ?, ?, ?, 0)", rows)
+        db.commit()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    os.sync()
+
+
+def lent(config: Path, pool: str) -> int:
+    """Count the tokens of a pool that are lent."""
+    with closing(sqlite3.connect(f"file:{database(config)}?mode=ro", uri=True)) as db:
+        query = "SELECT count(*) FROM pool_tokens WHERE pool = ? AND free_at > ?"
+        return int(db.execute(query, (pool, time.time())).fetchone()[0])
 
 
 def counts(config: Path) -> tuple[int, int]:

@@ -1,0 +1,173 @@
+"""How each figure about pools and dialects is measured."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from bench import load, world
+from bench.figures import Figure, Sample, Sampler
+from bench.limit import BareServer, Beside
+from bench.world import MILLION, Running, value
+
+CONNECTIONS = 32
+"""Connections of clients that lend."""
+
+_KEPT, _RELEASED = 10_000, 600_000
+"""Tokens that are lent, and kept alive over and over, or released once each."""
+
+_SPARE = 10_000
+"""Tokens that wait in the pool of each dialect."""
+
+_TABLES = """
+[pools.large]
+lease_ttl = "1h"
+[pools.small]
+lease_ttl = "1h"
+[pools.lent]
+lease_ttl = "1h"
+[pools.permits]
+capacity = 1000
+lease_ttl = "1h"
+prefill = true
+[pools.uuids]
+token_ttl = "1h"
+lease_ttl = "1h"
+[pools.bounded]
+capacity = 20000
+token_ttl = "1h"
+lease_ttl = "1h"
+[pools.owned]
+capacity = 20000
+token_ttl = "1h"
+lease_ttl = "1h"
+[dialects.simple-token-implement]
+pool = "permits"
+prefix = "/permits"
+password = "secret"
+[dialects.token-pool]
+pool = "uuids"
+prefix = "/uuids"
+[dialects.random-token-generator]
+pool = "bounded"
+prefix = "/bounded"
+[dialects.token-management-service]
+pool = "owned"
+prefix = "/owned"
+"""
+
+
+class LendingRows:
+    """The measurements, and the one server that they share."""
+
+    def __init__(self, directory: Path, bare: BareServer, seconds: int) -> None:
+        self._directory = directory
+        self._bare = bare
+        self._seconds = seconds
+        self._released = 0
+        self._config: Path | None = None
+
+    def figures(self) -> Sequence[Figure]:
+        """List the figures of the table."""
+        much = "durable, 32 connections"
+        return (
+            Figure("assign", f"assign from 1,000,000, {much}", 0.22, 0.40, "", self._assign),
+            Figure("keep", f"keep alive, {much}", 0.22, 0.45, "", partial(self._plain, "keep")),
+            Figure("release", f"release, {much}", 0.22, 0.45, "", self._release),
+            Figure("large", "assign and release, 1,000,000, of 1,000", 0.90, 1.0, "", self._large),
+            *(
+                Figure(kind, f"{name}, its operations in turn", 0.22, 0.40, "", partial(self._plain, kind))
+                for kind, name in _DIALECTS.items()
+            ),
+        )
+
+    @contextmanager
+    def _server(self) -> Iterator[Running]:
+        if self._config is None:
+            self._config = self._fill()
+        with world.tokenauth(self._config) as server:
+            yield server
+
+    @contextmanager
+    def _assign(self) -> Iterator[Sampler]:
+        """Lend tokens that nobody gives back, and count them afterwards."""
+        with self._server() as server:
+            assert self._config is not None
+            config = self._config
+
+            def sample() -> Sample:
+                before = world.lent(config, "large")
+                found = self._beside(server, "assign")
+                _demand_changed(found, world.lent(config, "large") - before)
+                return _ratio(found)
+
+            yield sample
+
+    @contextmanager
+    def _release(self) -> Iterator[Sampler]:
+        """End one lease after the other, and count them afterwards."""
+        with self._server() as server:
+            assert self._config is not None
+            config = self._config
+
+            def sample() -> Sample:
+                before = world.lent(config, "lent")
+                found = self._beside(server, "release", self._released)
+                _demand_changed(found, before - world.lent(config, "lent"))
+                self._released += found.result.requests + 2 * CONNECTIONS  # some were sent, and not waited for
+                return _ratio(found)
+
+            yield sample
+
+    @contextmanager
+    def _large(self) -> Iterator[Sampler]:
+        """Lend and give back, in a pool of a million tokens and, just before and after, in one of a thousand."""
+        with self._server() as server:
+
+            def rate(kind: str) -> float:
+                return load.run(server.port, kind, self._seconds, CONNECTIONS).rate
+
+            def sample() -> Sample:
+                before, large, after = rate("pairs_small"), rate("pairs_large"), rate("pairs_small")
+                return Sample(large / ((before + after) / 2), large)
+
+            yield sample
+
+    @contextmanager
+    def _plain(self, kind: str) -> Iterator[Sampler]:
+        """Send requests that are all answered as they should be, which wrk sees."""
+        with self._server() as server:
+            yield lambda: _ratio(self._beside(server, kind))
+
+    def _beside(self, server: Running, kind: str, offset: int = 0) -> Beside:
+        return self._bare.around(lambda: load.run(server.port, kind, self._seconds, CONNECTIONS, offset))
+
+    def _fill(self) -> Path:
+        config = world.write_config(self._directory / "lending", tables=_TABLES)
+        world.fill(config, 1)
+        world.fill_pool(config, "large", (str(uuid.uuid4()) for _ in range(MILLION)))
+        world.fill_pool(config, "small", (str(uuid.uuid4()) for _ in range(1000)))
+        world.fill_pool(config, "lent", map(value, range(_KEPT + _RELEASED)), lent=True)
+        for pool in ("uuids", "bounded", "owned"):
+            world.fill_pool(config, pool, (str(uuid.uuid4()) for _ in range(_SPARE)))
+        return config
+
+
+_DIALECTS = {
+    "permits": "simple-token-implement",
+    "uuids": "token-pool",
+    "bounded": "random-token-generator",
+    "owned": "token-management-service",
+}
+
+
+def _ratio(found: Beside) -> Sample:
+    return Sample(found.ratio, found.result.rate, found.result.p99_ms)
+
+
+def _demand_changed(found: Beside, count: int) -> None:
+    """Compare what was answered with what the database has; at the end wrk does not wait for its last requests."""
+    answered = found.result.requests
+    if not answered <= count <= answered + CONNECTIONS:
+        raise RuntimeError(f"{answered} were answered, the database shows {count}")
