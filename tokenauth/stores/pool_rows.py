@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import ScalarSelect, and_, bindparam, delete, false, func, insert, not_, or_, select, text, true, update
+from sqlalchemy import ScalarSelect, and_, bindparam, delete, false, func, insert, not_, null, or_, select, text, true, update
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.tables import pool_token_columns, pool_tokens
@@ -56,7 +56,11 @@ _SUCCEED = text(
     "UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0 WHERE number = :number"
 )
 _DELETE = text("DELETE FROM pool_tokens WHERE number = :number")
-_EXTEND_FREE = update(pool_tokens).where(_oldest(*_free, _at < bindparam("before"))).values(free_at=bindparam("now"))
+_EXTEND_FREE = (
+    update(pool_tokens)
+    .where(_oldest(*_free, _at < bindparam("before")))
+    .values(free_at=bindparam("now"), holder=null())
+)
 _RETIRE = update(pool_tokens).where(_oldest(*_regular, _lent)).values(retired=True)
 _REINSTATE = update(pool_tokens).where(_oldest(*_retired, _lent)).values(retired=False)
 _DELETE_FREE = delete(pool_tokens).where(_oldest(*_free))
