@@ -71,7 +71,7 @@ def measure(figures: Sequence[Figure], rounds: int) -> Sequence[Row]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=_positive, default=5, help="how often each figure is measured (default: 5)")
+    parser.add_argument("--rounds", type=_positive, default=3, help="how often each figure is measured (default: 3)")
     parser.add_argument("--seconds", type=_positive, default=3, help="how long each time (default: 3)")
     parser.add_argument("--only", nargs="+", choices=_NAMES, default=_NAMES, metavar="NAME", help=", ".join(_NAMES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found, too")

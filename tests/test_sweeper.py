@@ -46,7 +46,7 @@ async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
 @pytest.fixture
 def sweeper(service: Service) -> Sweeper:
     """Make a sweeper that is told when to sweep."""
-    return Sweeper(service.store, service.config.terms.values(), service.clock, forget=3600)
+    return Sweeper(service.store, service.pools, service.clock, forget=3600)
 
 
 def rows(directory: Path) -> dict[str, int]:
@@ -106,6 +106,22 @@ async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_
         assert await sweeper.sweep() == 2
         assert rows(tmp_path) == {"permits": 1}
         assert await shrunk.pools.count(shrunk.pools.find("permits")) == (1, 0)
+
+
+@pytest.mark.faults  # it lasts as long as a writer waits for the lock
+async def test_a_pool_that_could_not_be_filled_at_the_start_is_filled_later(tmp_path: Path, clock: HandClock) -> None:
+    """Another process holds the lock for longer than a start waits."""
+    fuller = POOLS.replace("capacity = 3", "capacity = 5")
+    service = create_service(configfile.load(write_config(tmp_path, fuller)), clock, ticks=lambda: 0.0)
+    await service.store.start()
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        await service.pools.prefill()
+        db.execute("ROLLBACK")
+    assert rows(tmp_path) == {}
+    await Sweeper(service.store, service.pools, service.clock, forget=3600).sweep()
+    assert rows(tmp_path) == {"permits": 5}
+    await service.store.stop(clock())
 
 
 def test_a_worker_sweeps_the_pools_of_its_configuration(tmp_path: Path, clock: HandClock) -> None:

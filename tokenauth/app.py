@@ -116,7 +116,7 @@ class PoolGuard:
 async def _live(service: Service) -> AsyncIterator[None]:
     """Run the service, and its sweeper beside it."""
     async with service.running():
-        sweeper = Sweeper(service.store, service.config.terms.values(), service.clock, service.config.throttle.forget)
+        sweeper = Sweeper(service.store, service.pools, service.clock, service.config.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()
         gc.freeze()  # what stands from the start to the end need not be looked through again and again

@@ -11,6 +11,7 @@ from tokenauth.errors import (
     LeaseLost,
     NoFreeToken,
     PoolFull,
+    RetryLater,
     UnknownPool,
     UnknownToken,
 )
@@ -45,6 +46,7 @@ class Pools:
         self._store = store
         self._clock = clock
         self._makers = makers or {}
+        self._unfit = [pool for pool in terms.values() if pool.prefill]
 
     def find(self, name: str, user: User | None = None) -> Pool:
         """Return the terms of a pool. Raises UnknownPool, or InsufficientScope if they are not for this user."""
@@ -138,16 +140,28 @@ class Pools:
         return self._clock()
 
     async def prefill(self) -> None:
-        """Bring the pools with `prefill` to their capacity. No lease ends by it."""
-        for pool in self._terms.values():
-            if pool.prefill:
-                lacking, before = await self._store.pools.fit(pool, (), self._clock()), 0
-                while lacking:
-                    before = lacking
-                    values = self._new_values(pool, min(lacking, _FILL))
-                    lacking = await self._store.pools.fit(pool, values, self._clock())
-                if before:
-                    log.info("pool_filled", pool=pool.name, capacity=pool.capacity)
+        """Bring each pool with `prefill` to its capacity, once. No lease ends by it.
+
+        One that cannot be written is left for the next call: whoever only validates tokens must not suffer for it.
+        """
+        for pool in list(self._unfit):
+            try:
+                await self._fill(pool)
+                self._unfit.remove(pool)
+            except RetryLater as refusal:
+                log.warning("pool_not_filled", pool=pool.name, reason=refusal.code)
+
+    async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
+        """Delete at most `limit` tokens of a pool that have expired; say how many there were."""
+        return await self._store.pools.purge(pool, now, limit)
+
+    async def _fill(self, pool: Pool) -> None:
+        found = lacking = await self._store.pools.fit(pool, (), self._clock())
+        while lacking:
+            values = self._new_values(pool, min(lacking, _FILL))
+            lacking = await self._store.pools.fit(pool, values, self._clock())
+        if found:
+            log.info("pool_filled", pool=pool.name, capacity=pool.capacity)
 
     def _new_values(self, pool: Pool, count: int) -> list[str]:
         make = self._makers.get(pool.name, opaque.new_value)

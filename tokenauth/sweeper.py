@@ -1,12 +1,13 @@
 """Deletes what has expired, in small steps. Nothing depends on it: it only frees disk."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from tokenauth.errors import RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, Instant, Pool
+from tokenauth.models import Clock, Instant
+from tokenauth.pools import Pools
 from tokenauth.stores.base import Store
 
 INTERVAL = 60.0
@@ -27,7 +28,7 @@ Purge = Callable[[Instant, int], Awaitable[int]]
 class Sweeper:
     """One worker at a time deletes expired tokens, old revocations and forgotten failures."""
 
-    def __init__(self, store: Store, pools: Iterable[Pool], clock: Clock, forget: float) -> None:
+    def __init__(self, store: Store, pools: Pools, clock: Clock, forget: float) -> None:
         self._store = store
         self._pools = pools
         self._clock = clock
@@ -43,14 +44,18 @@ class Sweeper:
             await asyncio.sleep(INTERVAL)
 
     async def sweep(self) -> int:
-        """Delete all that is due, unless another worker does so; say how many rows that was."""
+        """Delete all that is due, unless another worker does so; say how many rows that was.
+
+        Pools that could not be filled at the start are tried again.
+        """
+        await self._pools.prefill()
         now = self._clock()
         until = now + INTERVAL / 2
         if not await self._store.claim("sweep", now, until):
             return 0
         count = await self._drain(self._store.tokens.purge, now, until)
-        for pool in self._pools:
-            count += await self._drain(partial(self._store.pools.purge, pool), now, until)
+        for pool in self._pools.open_to():
+            count += await self._drain(partial(self._pools.purge, pool), now, until)
         count += await self._drain(self._store.purge_log, now - LOG_AGE, until)
         count += await self._drain(self._store.failures.purge_failures, now - self._forget, until)
         if count:

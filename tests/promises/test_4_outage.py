@@ -15,7 +15,9 @@ import pytest
 
 from tests.connections import LOGIN, Answer, Connection, takes_connections
 from tests.journal import locked, until, workers
-from tests.servers import worker, write_config
+from tests.servers import spawn, worker, write_config
+
+PERMITS = "[pools.permits]\ncapacity = {}\nprefill = true"
 
 
 def is_outage(answer: Answer) -> bool:
@@ -103,6 +105,23 @@ def test_readyz_says_so_while_the_store_cannot_be_written(tmp_path: Path) -> Non
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         connection.log_in()
         assert connection.ask("GET", "/readyz").status == 200
+
+
+def test_a_worker_that_cannot_fill_its_pool_serves_all_the_same(tmp_path: Path) -> None:
+    """And lends nothing: that would have to be written."""
+    config = write_config(tmp_path, PERMITS.format(1))
+    with worker(config) as first, Connection(first.port) as here:
+        token = here.log_in()
+        write_config(tmp_path, PERMITS.format(50))
+        room = (tmp_path / "tokenauth.db-wal").stat().st_size
+        command = ["prlimit", f"--fsize={room}", sys.executable, "-m", "tests.worker", str(config), "-"]
+        with spawn(command, tmp_path) as second:
+            second.port = second.wait("test_worker_ready")["port"]
+            assert {event["pool"] for event in second.events("pool_not_filled")} == {"permits"}
+            with Connection(second.port) as there:
+                assert there.valid(token)
+                assert is_outage(there.ask("POST", "/api/pools/permits/leases", X_Token=token))
+        assert here.ask("POST", "/api/pools/permits/leases", X_Token=token).status == 201
 
 
 def _delete(database: Path) -> None:

@@ -4,7 +4,22 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import ScalarSelect, and_, bindparam, delete, false, func, insert, not_, null, or_, select, text, true, update
+from sqlalchemy import (
+    ScalarSelect,
+    and_,
+    bindparam,
+    delete,
+    false,
+    func,
+    insert,
+    not_,
+    null,
+    or_,
+    select,
+    text,
+    true,
+    update,
+)
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.tables import pool_token_columns, pool_tokens

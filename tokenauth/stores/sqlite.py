@@ -91,15 +91,14 @@ class Database:
             answers = [verb(self._transaction, wishes) for verb, wishes in batch.items()]
             verbs.remember(self._transaction, now)
             self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            if isinstance(error, _CALLERS_FAULT):
+        except Exception as error:
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
+            if not isinstance(error, sqlite3.Error) or isinstance(error, _CALLERS_FAULT):
                 raise
             # locked, full, read-only, broken: nothing that a caller did
             self._note(str(error))
             raise StoreUnavailable from error
-        finally:
-            if self._connection.in_transaction:
-                self._connection.rollback()
         self._note(None)
         return answers
 
