@@ -18,9 +18,10 @@ def upgrade() -> None:
         sa.Column("holder", sa.String),
         sa.Column("fence", sa.BigInteger, nullable=False),
         sa.Column("retired", sa.Boolean, nullable=False),
+        sa.Column("idle", sa.Boolean, sa.Computed("holder IS NULL", persisted=True), nullable=False),
     )
     op.create_index("pool_tokens_by_value", "pool_tokens", ["pool", "value"], unique=True)
-    op.create_index("pool_tokens_by_turn", "pool_tokens", ["pool", "retired", "free_at", "number"])
+    op.create_index("pool_tokens_by_turn", "pool_tokens", ["pool", "retired", "idle", "free_at", "number"])
 
 
 def downgrade() -> None:

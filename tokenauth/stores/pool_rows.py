@@ -5,19 +5,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
     ScalarSelect,
+    SelectBase,
     and_,
     bindparam,
     delete,
     false,
     func,
     insert,
-    not_,
-    null,
     or_,
     select,
     text,
     true,
+    union_all,
     update,
 )
 
@@ -26,43 +28,56 @@ from tokenauth.stores.tables import pool_token_columns, pool_tokens
 from tokenauth.stores.transaction import Transaction
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
+_limit: BindParameter[int] = bindparam("limit")
 _pool = pool_tokens.c.pool == bindparam("name")
-_regular, _retired = (_pool, pool_tokens.c.retired == false()), (_pool, pool_tokens.c.retired == true())
 _lent = _at > bindparam("now")
-_given_back = pool_tokens.c.holder.is_(None)
-_waiting = and_(_at > bindparam("floor"), or_(_at > bindparam("lapsed_floor"), _given_back))
-_free = (*_regular, _waiting, _at <= bindparam("now"))
-_expired = (*_regular, _at <= bindparam("lapsed_floor"), or_(_at <= bindparam("floor"), not_(_given_back)))
-_rows = select(_number, *pool_token_columns).order_by(_at, _number).limit(bindparam("limit"))
+
+# The ranges of the index `pool_tokens_by_turn`. What was lent and not given back may expire earlier than the idle.
+_idle = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == true())
+_taken = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == false())
+_retired = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == false())
+_given_back = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == true())
+_waiting = (*_idle, _at > bindparam("floor"), _at <= bindparam("now"))
+_lapsed = (*_taken, _at > bindparam("lapsed_floor"), _at <= bindparam("now"))
+_expired = ((*_idle, _at <= bindparam("floor")), (*_taken, _at <= bindparam("lapsed_floor")))
+
+Range = tuple[ColumnElement[bool], ...]
 
 
-def _number_of(*conditions: Any) -> ScalarSelect[int]:
+def _number_of(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
     return select(func.count()).select_from(pool_tokens).where(*conditions).scalar_subquery()
 
 
-def _first_of(*conditions: Any) -> ScalarSelect[float]:
+def _first_of(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
     return select(func.min(_at)).where(*conditions).scalar_subquery()
 
 
-def _oldest(*conditions: Any) -> Any:
-    return _number.in_(select(_number).where(*conditions).order_by(_at, _number).limit(bindparam("limit")))
+def _rows(*ranges: Range) -> SelectBase:
+    """Look up the rows with the least `free_at` in some ranges, which are read side by side and no further than that."""
+    each = [select(_number, *pool_token_columns).where(*one) for one in ranges]
+    if len(each) == 1:
+        return each[0].order_by(_at, _number).limit(_limit)
+    return union_all(*each).order_by("free_at", "number").limit(_limit)
+
+
+def _oldest(*ranges: Range) -> ColumnElement[bool]:
+    return _number.in_(select(_rows(*ranges).subquery().c.number))
 
 
 # Statements are made once: making one costs more than running it.
-COUNT = select(_number_of(*_free), _number_of(*_regular, _lent), _number_of(*_retired, _lent))
+COUNT = select(_number_of(*_waiting) + _number_of(*_lapsed), _number_of(*_taken, _lent), _number_of(*_retired, _lent))
 MEMBERS = (
     select(*pool_token_columns)
-    .where(
-        _pool, pool_tokens.c.value > bindparam("after"), or_(_lent, and_(pool_tokens.c.retired == false(), _waiting))
-    )
+    .where(_pool, pool_tokens.c.value > bindparam("after"))
+    .where(or_(_lent, and_(*_waiting), and_(*_lapsed)))
     .order_by(pool_tokens.c.value)
-    .limit(bindparam("limit"))
+    .limit(_limit)
 )
 _COUNT_RETIRED = select(_number_of(*_retired, _lent))
-_NEXT_END = select(_first_of(*_regular, _lent), _first_of(*_retired, _lent))
-_FREE = _rows.where(*_free)
-_LENT = _rows.where(*_regular, _lent)
-_LENT_AND_RETIRED = _rows.where(*_retired, _lent)
+_NEXT_END = select(_first_of(*_taken, _lent), _first_of(*_retired, _lent))
+_FREE = _rows(_waiting, _lapsed)
+_LENT = _rows((*_taken, _lent))
+_LENT_AND_RETIRED = _rows((*_retired, _lent))
 _values = func.json_each(bindparam("values")).table_valued("value")
 _NAMED = select(_number, *pool_token_columns).where(_pool, pool_tokens.c.value.in_(select(_values.c.value)))
 _INSERT = insert(pool_tokens)
@@ -71,16 +86,17 @@ _SUCCEED = text(
     "UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0 WHERE number = :number"
 )
 _DELETE = text("DELETE FROM pool_tokens WHERE number = :number")
+_earlier = _at < bindparam("before")
 _EXTEND_FREE = (
     update(pool_tokens)
-    .where(_oldest(*_free, _at < bindparam("before")))
-    .values(free_at=bindparam("now"), holder=null())
+    .where(_oldest((*_waiting, _earlier), (*_lapsed, _earlier)))
+    .values(free_at=bindparam("now"), holder=None)
 )
-_RETIRE = update(pool_tokens).where(_oldest(*_regular, _lent)).values(retired=True)
-_REINSTATE = update(pool_tokens).where(_oldest(*_retired, _lent)).values(retired=False)
-_DELETE_FREE = delete(pool_tokens).where(_oldest(*_free))
+_RETIRE = update(pool_tokens).where(_oldest((*_taken, _lent))).values(retired=True)
+_REINSTATE = update(pool_tokens).where(_oldest((*_retired, _lent))).values(retired=False)
+_DELETE_FREE = delete(pool_tokens).where(_oldest(_waiting, _lapsed))
 _DELETE_EXPIRED = delete(pool_tokens).where(_oldest(*_expired))
-_DELETE_RETIRED = delete(pool_tokens).where(_oldest(*_retired, _at <= bindparam("now")))
+_DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _at <= bindparam("now")), _given_back))
 
 
 def counts(free: int, lent: int, retired: int) -> PoolCounts:

@@ -1,6 +1,18 @@
 """The schema, as SQLAlchemy knows it; `migrations` builds it step by step."""
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Computed,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+)
 
 metadata = MetaData()
 
@@ -45,12 +57,13 @@ pool_tokens = Table(
     Column("holder", String),
     Column("fence", BigInteger, nullable=False),
     Column("retired", Boolean, nullable=False),
+    Column("idle", Boolean, Computed("holder IS NULL", persisted=True), nullable=False),  # neither lent nor lapsed
     Index("pool_tokens_by_value", "pool", "value", unique=True),
     # Every question about a pool is a range of this index: which is free longest, how many are lent, what has expired.
-    Index("pool_tokens_by_turn", "pool", "retired", "free_at", "number"),
+    Index("pool_tokens_by_turn", "pool", "retired", "idle", "free_at", "number"),
 )
 
-pool_token_columns = [column for column in pool_tokens.c if column is not pool_tokens.c.number]
+pool_token_columns = [column for column in pool_tokens.c if column.name not in {"number", "idle"}]
 """The columns that are fields of a `PoolToken`, in its order."""
 
 failures = Table(

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import ClauseElement, Insert
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.sql.compiler import SQLCompiler
 
 Values = Mapping[str, Any]
 """What the named parameters of a statement are."""
@@ -53,7 +54,8 @@ class PlainTransaction:
         if written is None:
             columns = list(values) if isinstance(statement, Insert) and statement.select is None else None
             compiled = statement.compile(dialect=_DIALECT, column_keys=columns)
-            own = {name: value for name, value in (compiled.params or {}).items() if value is not None}
+            assert isinstance(compiled, SQLCompiler)
+            own = {name: bound.value for name, bound in compiled.binds.items() if not bound.required}
             written = self._written[statement] = (str(compiled), own)
         return written
 
