@@ -17,7 +17,7 @@ CONNECTIONS = 32
 _KEPT, _RELEASED = 10_000, 600_000
 """Tokens that are lent, and kept alive over and over, or released once each."""
 
-_SPARE = 10_000
+_SPARE = 500
 """Tokens that wait in the pool of each dialect."""
 
 _TABLES = """
@@ -28,18 +28,18 @@ lease_ttl = "1h"
 [pools.lent]
 lease_ttl = "1h"
 [pools.permits]
-capacity = 1000
+capacity = 500
 lease_ttl = "1h"
 prefill = true
 [pools.uuids]
 token_ttl = "1h"
 lease_ttl = "1h"
 [pools.bounded]
-capacity = 20000
+capacity = 1000
 token_ttl = "1h"
 lease_ttl = "1h"
 [pools.owned]
-capacity = 20000
+capacity = 1000
 token_ttl = "1h"
 lease_ttl = "1h"
 [dialects.simple-token-implement]

@@ -39,6 +39,7 @@ local function in_turn(service)
     if step == 0 then return service.make() end
     if step == 1 or #held < SPARE then return service.take() end
     if step == 2 then return service.keep(held[1]) end
+    if step == 4 and not service.free then return service.make() end
     if step == 3 and service.free then
       local token = table.remove(held)
       freed[#freed + 1] = token
@@ -87,7 +88,7 @@ local services = {
 local function permits_in_turn()
   count = count + 1
   local service = services.permits
-  if count <= SPARE then return service.take() end
+  if count <= SPARE / 4 then return service.take() end
   if count % 5 == 0 then return service.make() end
   return count % 2 == 0 and service.take() or service.free()
 end

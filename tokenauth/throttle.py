@@ -61,6 +61,7 @@ class Throttle:
         self._store = store
         self._clock = clock
         self._gates: dict[bytes, _Gate] = {}
+        self._clean: set[bytes] = set()
 
     @asynccontextmanager
     async def attempt(self, name: str, address: str) -> AsyncIterator[None]:
@@ -81,6 +82,18 @@ class Throttle:
         finally:
             self._leave(wide)
             self._leave(narrow)
+
+    async def suspects(self, address: str) -> bool:
+        """Whether a failure counts for the network of this address. It is looked up once in a turn of the event loop."""
+        key = _key("network", network(address))
+        if key in self._clean:
+            return False
+        if await self._failed(key, self._terms.network_free):
+            return True
+        if not self._clean:
+            asyncio.get_running_loop().call_soon(self._clean.clear)
+        self._clean.add(key)
+        return False
 
     async def _enter(self, wide: bytes, narrow: bytes) -> int:
         """Wait until a try may go; the answer is how many failures the name has."""
@@ -156,6 +169,7 @@ def network(address: str) -> str:
     return str(ipaddress.ip_network((parsed, prefix), strict=False))
 
 
+@lru_cache(maxsize=4096)
 def _key(*parts: str) -> bytes:
     """Hide what is counted: people type passwords into the name field."""
     return sha256("\0".join(parts).encode()).digest()[:16]

@@ -68,8 +68,11 @@ class SimpleTokenImplement:
         sent = requests.header(scope, b"x-api-password")
         if sent is None:
             raise InvalidCredentials
-        async with self._throttle.attempt(NAME, requests.client_address(scope)):
-            if not hmac.compare_digest(sent, self._password):
+        right, address = hmac.compare_digest(sent, self._password), requests.client_address(scope)
+        if right and not await self._throttle.suspects(address):
+            return
+        async with self._throttle.attempt(NAME, address):
+            if not right:
                 raise InvalidCredentials
 
 

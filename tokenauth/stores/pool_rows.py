@@ -53,7 +53,7 @@ def _first_of(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
 
 
 def _rows(*ranges: Range) -> SelectBase:
-    """Look up the rows with the least `free_at` in some ranges, which are read side by side and no further than that."""
+    """Look up the rows with the least `free_at` in some ranges, which are read side by side, and no further."""
     each = [select(_number, *pool_token_columns).where(*one) for one in ranges]
     if len(each) == 1:
         return each[0].order_by(_at, _number).limit(_limit)
