@@ -88,7 +88,7 @@ local services = {
 local function permits_in_turn()
   count = count + 1
   local service = services.permits
-  if count <= SPARE / 4 then return service.take() end
+  if count <= SPARE / 2 then return service.take() end
   if count % 5 == 0 then return service.make() end
   return count % 2 == 0 and service.take() or service.free()
 end

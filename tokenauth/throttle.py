@@ -84,7 +84,7 @@ class Throttle:
             self._leave(narrow)
 
     async def suspects(self, address: str) -> bool:
-        """Whether a failure counts for the network of this address. It is looked up once in a turn of the event loop."""
+        """Whether a failure counts for the network of this address: looked up once in a turn of the event loop."""
         key = _key("network", network(address))
         if key in self._clean:
             return False
