@@ -84,16 +84,8 @@ class Throttle:
             self._leave(narrow)
 
     async def suspects(self, address: str) -> bool:
-        """Whether a failure counts for the network of this address: looked up once in a turn of the event loop."""
-        key = _key("network", network(address))
-        if key in self._clean:
-            return False
-        if await self._failed(key, self._terms.network_free):
-            return True
-        if not self._clean:
-            asyncio.get_running_loop().call_soon(self._clean.clear)
-        self._clean.add(key)
-        return False
+        """Whether a failure counts for the network of this address."""
+        return await self._failed(_key("network", network(address)), self._terms.network_free) > 0
 
     async def _enter(self, wide: bytes, narrow: bytes) -> int:
         """Wait until a try may go; the answer is how many failures the name has."""
@@ -136,9 +128,17 @@ class Throttle:
             del self._gates[key]
 
     async def _failed(self, key: bytes, free: int) -> int:
-        """Return how many failures count for a key. Raises TooManyAttempts while they hold it up."""
+        """Return how many failures count for a key. Raises TooManyAttempts while they hold it up.
+
+        That there is none is looked up once in a turn of the event loop.
+        """
+        if key in self._clean:
+            return 0
         failures = (await self._store.failures.failures([key])).get(key)
         if failures is None:
+            if not self._clean:
+                asyncio.get_running_loop().call_soon(self._clean.clear)
+            self._clean.add(key)
             return 0
         now = self._clock()
         if now >= failures.last_at + self._terms.forget:
