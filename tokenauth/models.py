@@ -96,7 +96,7 @@ class Pool:
 
     def lives(self, token: "PoolToken", now: Instant) -> bool:
         """Whether a token is in being: lent, or free and not yet expired."""
-        if now < token.free_at:
+        if token.lease(now) is not None:
             return True
         floor = self.floor(now) if token.holder is None else self.lapsed_floor(now)
         return not token.retired and floor < token.free_at
@@ -106,8 +106,8 @@ class Pool:
         return token._replace(free_at=now + self.lease_ttl, holder=holder, fence=token.fence + 1)
 
     def extended(self, token: "PoolToken", now: Instant) -> "PoolToken":
-        """Return a token that is lent, with its lease running anew."""
-        return token._replace(free_at=now + self.lease_ttl)
+        """Return a token that is lent, with its lease running anew; it never ends earlier than it was to."""
+        return token._replace(free_at=max(token.free_at, now + self.lease_ttl))
 
     def released(self, token: "PoolToken", now: Instant) -> "PoolToken":
         """Return a token that is free from `now` on."""
@@ -140,7 +140,7 @@ class PoolToken(NamedTuple):
 
     def lease(self, now: Instant) -> "Lease | None":
         """Return the claim that somebody has on it, if anybody does."""
-        return Lease(self.holder or "", self.free_at) if now < self.free_at else None
+        return Lease(self.holder, self.free_at) if self.holder is not None and now < self.free_at else None
 
     def __repr__(self) -> str:
         """Show what may stand in a log: a permit must not leak through one."""

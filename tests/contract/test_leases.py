@@ -177,12 +177,29 @@ async def test_a_lease_that_is_extended_in_its_last_moment_runs_for_its_full_tim
     assert await members(pools, now=now + 300) == []
 
 
-async def test_a_lease_runs_for_the_time_that_the_terms_have_now(pools: PoolStore) -> None:
+async def test_a_lease_runs_for_the_time_that_the_terms_have_now_and_is_never_cut(pools: PoolStore) -> None:
     await pools.add(POOL, ["t1"], START)
     await lease(pools)
-    extended = await pools.extend(replace(POOL, lease_ttl=5), "t1", START + 1)
-    assert extended is not None
-    assert extended.token.free_at == START + 6
+    for lease_ttl, until in ((5, START + 60), (90, START + 91)):
+        extended = await pools.extend(replace(POOL, lease_ttl=lease_ttl), "t1", START + 1)
+        assert extended is not None
+        assert extended.token.free_at == until
+
+
+async def test_who_read_the_clock_a_moment_before_a_release_finds_the_token_free(pools: PoolStore) -> None:
+    """Two processes read the clock one after the other, and commit the other way round."""
+    one = replace(POOL, capacity=1)
+    await pools.add(one, ["t1"], START)
+    await pools.lease(one, "ann", START)
+    await pools.release(one, "t1", START + 1)
+    assert await pools.count(one, START + 0.5) == (1, 0)
+    assert not await pools.add(one, ["t2"], START + 0.5)
+    found = await pools.get(one, "t1", START + 0.5)
+    assert found is not None
+    assert found.lease(START + 0.5) is None
+    lent = await pools.lease(one, "bob", START + 0.5)
+    assert lent.token is not None
+    assert lent.token.holder == "bob"
 
 
 @pytest.mark.parametrize("lapsed", [False, True])

@@ -37,7 +37,7 @@ _idle = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == true())
 _taken = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == false())
 _retired = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == false())
 _given_back = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == true())
-_waiting = (*_idle, _at > bindparam("floor"), _at <= bindparam("now"))
+_waiting = (*_idle, _at > bindparam("floor"))
 _lapsed = (*_taken, _at > bindparam("lapsed_floor"), _at <= bindparam("now"))
 _expired = ((*_idle, _at <= bindparam("floor")), (*_taken, _at <= bindparam("lapsed_floor")))
 
