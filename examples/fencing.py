@@ -52,8 +52,10 @@ class Permit:
 
     def __init__(self, pool: httpx.Client, holder: str) -> None:
         """Borrow it."""
-        answer = pool.post("leases", json={"holder": holder}).raise_for_status()
-        self.lease: dict[str, Any] = answer.json()
+        answer = pool.post("leases", json={"holder": holder})
+        if answer.status_code == 409:
+            raise SystemExit("Somebody has it: `tokenauth pool show` says who, `tokenauth pool release` takes it back.")
+        self.lease: dict[str, Any] = answer.raise_for_status().json()
         self.fence: int = self.lease["fence"]
         self._pool = pool
 
