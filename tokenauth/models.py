@@ -91,8 +91,8 @@ class Pool:
         return now - self.token_ttl
 
     def lapsed_floor(self, now: Instant) -> Instant:
-        """Say the same of a token that was not given back: its lease lapsed."""
-        return self.floor(now) + (self.lease_ttl if self.ages_while_lent else 0)
+        """Say the same of a token that was not given back: its lease lapsed. While it is lent it does not expire."""
+        return min(now, self.floor(now) + (self.lease_ttl if self.ages_while_lent else 0))
 
     def lives(self, token: "PoolToken", now: Instant) -> bool:
         """Whether a token is in being: lent, or free and not yet expired."""
@@ -120,7 +120,7 @@ class Pool:
         if math.isinf(self.token_ttl):
             return None
         aged = self.lease_ttl if self.ages_while_lent and token.holder is not None else 0
-        return token.free_at + self.token_ttl - aged
+        return token.free_at + max(0, self.token_ttl - aged)
 
 
 class PoolToken(NamedTuple):

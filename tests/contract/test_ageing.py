@@ -30,7 +30,10 @@ async def test_what_is_lent_does_not_expire_however_short_its_time_is(pools: Poo
     short = replace(AGEING, token_ttl=30)
     await pools.add(short, ["t1"], START)
     await lease(pools, short)
+    assert await pools.purge(short, START + 60 - JUST, 10) == 0
     assert await pools.count(short, START + 60 - JUST) == PoolCounts(0, 1)
+    [lent] = await pools.members(short, START + 60 - JUST, "", 10)
+    assert short.expires_at(lent) == START + 60
     assert await pools.extend(short, "t1", START + 60 - JUST) is not None
     assert await members(pools, short, START + 120 - 2 * JUST) == ["t1"]
     assert await members(pools, short, START + 120 - JUST) == []

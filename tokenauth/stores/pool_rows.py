@@ -69,7 +69,7 @@ COUNT = select(_number_of(*_waiting) + _number_of(*_lapsed), _number_of(*_taken,
 MEMBERS = (
     select(*pool_token_columns)
     .where(_pool, pool_tokens.c.value > bindparam("after"))
-    .where(or_(_lent, and_(*_waiting), and_(*_lapsed)))
+    .where(or_(and_(pool_tokens.c.idle == false(), _lent), and_(*_waiting), and_(*_lapsed)))
     .order_by(pool_tokens.c.value)
     .limit(_limit)
 )
