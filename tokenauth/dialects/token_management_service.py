@@ -11,8 +11,6 @@ from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer_json
 from tokenauth.routes.table import Handlers
 
-NAME = "token-management-service"
-
 
 class _Body(msgspec.Struct):
     token: str | None = None
