@@ -26,6 +26,7 @@ from tokenauth.models import Clock
 from tokenauth.pools import Pools
 from tokenauth.risks import find_risks, judge
 from tokenauth.routes.account import AccountRoutes
+from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
@@ -62,7 +63,8 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
     service = create_service(config, clock, ticks)
     judge(config, find_risks(config, service.passwords))
     routes = find_routes(service)
-    app: ASGIApp = Probe(service.tokens, Application(routes, partial(_live, service)))
+    app: ASGIApp = Application(routes, partial(_live, service))
+    app = Probe(service.tokens, ForwardAuth(service.tokens, app))
     if config.server.access_log:
         app = AccessLog(app, routes)
     if config.server.cors_origins:
@@ -85,6 +87,7 @@ def find_routes(service: Service) -> Routes:
     routes = Routes()
     routes.add(HealthRoutes(service.store.ready).routes())
     routes.add(TokenRoutes(service.tokens).routes())
+    routes.add(ForwardAuth(service.tokens).routes())
     routes.add(AccountRoutes(service.tokens).routes(), guard)
     routes.add(PoolRoutes(service.pools).routes(), guard)
     for name, terms in service.config.dialects.chosen().items():

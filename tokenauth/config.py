@@ -10,7 +10,7 @@ from functools import cached_property
 
 import msgspec
 
-from tokenauth.models import Pool, User
+from tokenauth.models import Pool, User, is_scope
 
 MAX_NAME = 256
 """Characters that a user name may have."""
@@ -22,7 +22,7 @@ def _between(key: str, value: float, low: float, high: float) -> None:
 
 
 def _check_scope(key: str, scope: str) -> None:
-    if not re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", scope):  # RFC 6749 section 3.3
+    if not is_scope(scope):
         raise ValueError(f"{key}: {scope!r} is not printable ASCII with no blank, quote or backslash")
 
 

@@ -66,9 +66,36 @@ class InsufficientScope(Refusal):
 
     code = "insufficient_scope"
 
-    def __init__(self, scope: str) -> None:
-        super().__init__(f"This needs the scope {scope!r}.")
-        self.scope = scope
+    def __init__(self, *scopes: str) -> None:
+        super().__init__(f"This needs {'the scope' if len(scopes) == 1 else 'all scopes of'} {' '.join(scopes)!r}.")
+        self.scope = " ".join(scopes)
+
+
+class Forbidden(Refusal):
+    """A reverse proxy asks for something that cannot be told, so nobody passes."""
+
+    code = "forbidden"
+
+
+class InvalidClient(Refusal):
+    """A client of OAuth did not authenticate, or not rightly (RFC 6749 section 5.2)."""
+
+    code = "invalid_client"
+    description = "Name and secret of the client are missing or wrong: send them by HTTP Basic or in the form."
+
+
+class InvalidScope(Refusal):
+    """The client asks for a scope that it does not have (RFC 6749 section 5.2)."""
+
+    code = "invalid_scope"
+    description = "The client does not have every scope that it asks for."
+
+
+class UnsupportedGrantType(Refusal):
+    """The client asks for a token in a way that is not offered (RFC 6749 section 5.2)."""
+
+    code = "unsupported_grant_type"
+    description = "Only the grant type client_credentials is offered here."
 
 
 class NotFound(Refusal):
@@ -126,6 +153,13 @@ class MethodNotAllowed(Refusal):
         self.allowed = allowed
 
 
+class InternalError(Refusal):
+    """Something broke that nobody has thought of."""
+
+    code = "internal_error"
+    description = "Something went wrong here. The log says where."
+
+
 class RetryLater(Refusal):
     """The request may be granted after `retry_after` whole seconds."""
 
@@ -146,6 +180,20 @@ class Overloaded(RetryLater):
 
     code = "overloaded"
     description = "The server has more work than it can take on. Try again shortly."
+
+
+class IssuerUnavailable(RetryLater):
+    """Whoever issues the tokens cannot be reached, or does not answer as tokenauth does."""
+
+    code = "issuer_unavailable"
+    description = "The issuer of tokens cannot be asked at the moment. Nothing is said about any token."
+
+
+class Unsure(RetryLater):
+    """Something broke that nobody has thought of, where nothing but "not now" may be said of that."""
+
+    code = "internal_error"
+    description = InternalError.description
 
 
 class StoreUnavailable(RetryLater):

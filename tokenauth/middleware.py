@@ -1,45 +1,90 @@
 """TokenMiddleware: lets through whoever sends a valid token, in this app and in anybody's ASGI app."""
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from collections.abc import Iterable
 
-from tokenauth.errors import InvalidToken, TokenRequired
-from tokenauth.models import Token
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenauth.errors import InsufficientScope, InvalidToken, Refusal, TokenRequired
+from tokenauth.models import NOBODY, Login, Validator
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.requests import bearer
-from tokenauth.tokens import Tokens
+
+_DENIAL = "websocket.http.response"
+_NOWHERE = frozenset({"", ".", ".."})
 
 
 class TokenMiddleware:
     """Reads X-Token or Authorization: Bearer, and puts the token and its user into the scope.
 
-    The guarded app finds them as `scope["token"]` and `scope["user"]`. Whoever sends no valid token is answered
-    400, 401 or 503 in place of it, a websocket is closed; whatever goes wrong here, the app is not reached.
+    The guarded app finds them as `scope["token"]`, `scope["user"]` and `scope["auth"]`. Whoever sends no valid token
+    is answered 400, 401 or 503 in place of it, whoever lacks one of `scopes` 403; so is a websocket, or else it is
+    closed with 1008. Whatever goes wrong here, the app is not reached.
+
+    `exempt` are paths that need no token, such as "/healthz", or "/public/*" for all that is below.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+    def __init__(
+        self, app: ASGIApp, tokens: Validator, *, scopes: Iterable[str] = (), exempt: Iterable[str] = ()
+    ) -> None:
         self._app = app
         self._tokens = tokens
+        self._scopes = frozenset(_listed("scopes", scopes))
+        paths = _listed("exempt", exempt)
+        self._exempt = frozenset(path for path in paths if not path.endswith("/*"))
+        self._exempt_below = tuple(path[:-1] for path in paths if path.endswith("/*"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one request."""
         if scope["type"] != "lifespan":
-            try:
-                token = await self._token(scope)
-            except Exception as error:
-                if scope["type"] == "http":
-                    await refuse(send, error)
-                else:
-                    await send({"type": "websocket.close", "code": 1008})
-                return
-            scope["token"] = token
-            scope["user"] = self._tokens.owner(token)
+            if self._is_exempt(scope):
+                scope["user"] = scope["auth"] = NOBODY
+            else:
+                try:
+                    user, scope["token"] = await self._login(scope)
+                except Refusal as refusal:
+                    await _turn_away(scope, send, refusal)
+                    return
+                scope["user"] = scope["auth"] = user
         await self._app(scope, receive, send)
 
-    async def _token(self, scope: Scope) -> Token:
+    async def _login(self, scope: Scope) -> Login:
         value = bearer(scope)
         if value is None:
             raise TokenRequired
-        token = await self._tokens.validate(value)
-        if token is None:
+        login = await self._tokens.identify(value)
+        if login is None:
             raise InvalidToken
-        return token
+        if not self._scopes.issubset(login.user.scopes):
+            raise InsufficientScope(*sorted(self._scopes))
+        return login
+
+    def _is_exempt(self, scope: Scope) -> bool:
+        """Whether a path, as the app itself has it, needs no token. What leads out of where it seems to be, does."""
+        if not self._exempt and not self._exempt_below:
+            return False
+        path: str = scope["path"]
+        root: str = scope.get("root_path", "")
+        if root and (path == root or path.startswith(f"{root}/")):
+            path = path[len(root) :]
+        if path in self._exempt:
+            return True
+        return path.startswith(self._exempt_below) and _NOWHERE.isdisjoint(path[1:].removesuffix("/").split("/"))
+
+
+async def _turn_away(scope: Scope, send: Send, refusal: Refusal) -> None:
+    if scope["type"] == "http":
+        await refuse(send, refusal)
+    elif _DENIAL in scope.get("extensions", {}):
+
+        async def deny(message: Message) -> None:
+            await send({**message, "type": f"websocket.{message['type']}"})
+
+        await refuse(deny, refusal)
+    else:
+        await send({"type": "websocket.close", "code": 1008})
+
+
+def _listed(what: str, words: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(words, str):
+        raise TypeError(f"{what}: takes a list of strings, not one string")
+    return tuple(words)

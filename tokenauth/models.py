@@ -1,10 +1,11 @@
 """The nouns of the service and their arithmetic: no input, no output."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 Instant = float
 """Unix seconds."""
@@ -16,6 +17,41 @@ ID_BYTES = 12
 """So many leading bytes of a token's digest are its public id."""
 
 
+def is_scope(word: str) -> bool:
+    """Whether a word can be a scope: printable ASCII with no blank, quote or backslash (RFC 6749 section 3.3)."""
+    return re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", word) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who sent a request, as a guarded app sees it: nobody has an empty name.
+
+    Starlette's `request.user` and `request.auth`, and so its `@requires`, take it for theirs.
+    """
+
+    username: str
+    scopes: tuple[str, ...] = ()
+
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether this is anybody."""
+        return self.username != ""
+
+    @property
+    def display_name(self) -> str:
+        """The name, to be shown."""
+        return self.username
+
+    @property
+    def identity(self) -> str:
+        """The name, to be compared."""
+        return self.username
+
+
+NOBODY = Identity("")
+"""Who sends a request that no token is asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """A name that may log in; it stands in the configuration."""
@@ -24,11 +60,13 @@ class User:
     password_hash: str = field(repr=False)
     scopes: tuple[str, ...] = ()
     credential: str = field(init=False, repr=False)
+    identity: Identity = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Derive the fingerprint by which a token remembers this password."""
+        """Derive the fingerprint by which a token remembers this password, and what others see of the user."""
         fingerprint = sha256(self.password_hash.encode()).hexdigest()[:16]
         object.__setattr__(self, "credential", fingerprint)
+        object.__setattr__(self, "identity", Identity(self.username, self.scopes))
 
 
 class Token(NamedTuple):
@@ -54,6 +92,20 @@ class Token(NamedTuple):
     def __repr__(self) -> str:
         """Show what may stand in a log."""
         return f"Token(id={self.id!r}, username={self.username!r}, expires_at={self.expires_at!r})"
+
+
+class Login(NamedTuple):
+    """A token that is valid, and whose it is."""
+
+    user: Identity
+    token: Token
+
+
+class Validator(Protocol):
+    """Whoever can say whether a token is valid: the service itself, or a client that asks it."""
+
+    async def identify(self, value: bytes) -> Login | None:
+        """Return whose token this is; None for one that is not valid. Raises Refusal when that cannot be known."""
 
 
 def public_id(digest: bytes) -> str:

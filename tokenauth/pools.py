@@ -16,7 +16,7 @@ from tokenauth.errors import (
     UnknownToken,
 )
 from tokenauth.logs import log
-from tokenauth.models import ANY_LEASE, Claim, Clock, Instant, Pool, PoolCounts, PoolToken, User
+from tokenauth.models import ANY_LEASE, Claim, Clock, Identity, Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.base import Lent, Store, Touched
 
 MAX_COUNT = 1000
@@ -48,7 +48,7 @@ class Pools:
         self._makers = makers or {}
         self._unfit = [pool for pool in terms.values() if pool.prefill]
 
-    def find(self, name: str, user: User | None = None) -> Pool:
+    def find(self, name: str, user: Identity | None = None) -> Pool:
         """Return the terms of a pool. Raises UnknownPool, or InsufficientScope if they are not for this user."""
         pool = self._terms.get(name)
         if pool is None:
@@ -57,7 +57,7 @@ class Pools:
             raise InsufficientScope(pool.scope)
         return pool
 
-    def open_to(self, user: User | None = None) -> Sequence[Pool]:
+    def open_to(self, user: Identity | None = None) -> Sequence[Pool]:
         """List the pools that a user may use, or all."""
         return [
             pool for pool in self._terms.values() if user is None or pool.scope is None or pool.scope in user.scopes

@@ -14,9 +14,15 @@ DRAIN = 1.0
 
 _CLOSE = (b"connection", b"close")
 
-_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
-    b"content-length: 43\r\n\r\nThe request headers are larger than 16 KiB."
+
+def _last_words(status: str, why: str) -> bytes:
+    head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    return f"{head}content-length: {len(why)}\r\n\r\n{why}".encode()
+
+
+_TOO_LARGE = _last_words("431 Request Header Fields Too Large", "The request headers are larger than 16 KiB.")
+_NOBODY = _last_words(
+    '401 Unauthorized\r\nwww-authenticate: Bearer realm="tokenauth"', "The request headers are too large or broken."
 )
 
 
@@ -28,6 +34,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     _head = 0
+    url = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
@@ -36,15 +43,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take what has arrived. Nearly always that is a whole request, for which this costs a look."""
         if len(data) > MAX_HEAD and self._head_begins() and data.find(b"\r\n\r\n", 0, MAX_HEAD) < 0:
-            self._refuse()
+            self._refuse(self.url if self._head else data.partition(b" ")[2].partition(b" ")[0])
             return
         HttpToolsProtocol.data_received(self, data)
         if self.scope is not None and "method" not in self.scope:
             self._head += len(data)
             if self._head > MAX_HEAD:
-                self._refuse()
+                self._refuse(self.url)
         elif self._head:
             self._head = 0
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        if _is_forward_auth(self.url):
+            self._refuse(self.url)
+        else:
+            super().send_400_response(msg)
 
     def shutdown(self) -> None:
         """Close the connection after the next answer, or when none is asked for."""
@@ -60,7 +74,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether no body is being received."""
         return self.cycle is None or not self.cycle.more_body
 
-    def _refuse(self) -> None:
+    def _refuse(self, target: bytes) -> None:
         if not self.transport.is_closing():
-            self.transport.write(_TOO_LARGE)
+            self.transport.write(_NOBODY if _is_forward_auth(target) else _TOO_LARGE)
             self.transport.close()
+
+
+def _is_forward_auth(target: bytes) -> bool:
+    """Whether a reverse proxy asks, with the headers of its client: it is to hear 401 whatever they hold."""
+    return target == b"/auth" or target.startswith(b"/auth?")

@@ -7,7 +7,7 @@ from tokenauth import config, opaque
 from tokenauth.config import MAX_NAME, canonical
 from tokenauth.errors import InvalidCredentials, InvalidRequest, NotFound, RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, Issued, Token, User, public_id
+from tokenauth.models import Clock, Issued, Login, Token, User, public_id
 from tokenauth.passwords import MAX_LENGTH, Passwords
 from tokenauth.stores.base import Store
 from tokenauth.throttle import Throttle, network
@@ -84,9 +84,13 @@ class Tokens:
         user = self._users.get(token.username)
         return token if user is not None and user.credential == token.credential else None
 
-    def owner(self, token: Token) -> User:
-        """Return the user of a valid token: scopes are as the configuration has them now."""
-        return self._users[token.username]
+    async def identify(self, value: bytes) -> Login | None:
+        """Return whose token this is if it is valid now: the scopes are as the configuration has them.
+
+        Raises StoreUnavailable when that cannot be known.
+        """
+        token = await self.validate(value)
+        return None if token is None else Login(self._users[token.username].identity, token)
 
     async def revoke(self, value: bytes) -> None:
         """End a token, whatever it is. When this has returned, no worker takes it any more.

@@ -1,6 +1,7 @@
 """A user sees and ends his own logins, an admin those of others, and the guard tells nobody why a token is bad."""
 
 import re
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -62,7 +63,14 @@ def test_me_says_whose_token_it_is(
     for headers in (holding(token), {"Authorization": f"Bearer {token}"}):
         answer = client.get("/api/me", headers=headers)
         assert answer.status_code == 200
-        assert answer.json() == {"username": username, "scopes": scopes, "expiry_time": int(clock()) + DAY}
+        me = answer.json()
+        assert me.pop("id") == sha256(token.encode()).hexdigest()[:24]
+        assert me == {
+            "username": username,
+            "scopes": scopes,
+            "issued_at": int(clock()),
+            "expiry_time": int(clock()) + DAY,
+        }
         assert answer.headers["cache-control"] == "no-store"
 
 

@@ -5,7 +5,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.config import canonical
 from tokenauth.errors import InsufficientScope, InvalidRequest
-from tokenauth.models import Token, User
+from tokenauth.models import Identity, Token
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer, answer_json
 from tokenauth.routes.table import Handlers
@@ -18,6 +18,8 @@ ADMIN = "admin"
 class _Me(msgspec.Struct):
     username: str
     scopes: tuple[str, ...]
+    id: str
+    issued_at: int
     expiry_time: int
 
 
@@ -46,8 +48,9 @@ class AccountRoutes:
 
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say whose token this is."""
-        user: User = scope["user"]
-        await answer_json(send, _Me(user.username, user.scopes, scope["token"].expires_at))
+        user: Identity = scope["user"]
+        token: Token = scope["token"]
+        await answer_json(send, _Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
 
     async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """List the tokens of a user."""
@@ -70,7 +73,7 @@ class AccountRoutes:
 
 def _whose(scope: Scope) -> str:
     """Return the user whose tokens are meant: oneself, or for an admin whoever `?user=` names."""
-    user: User = scope["user"]
+    user: Identity = scope["user"]
     named = requests.query_value(scope, "user")
     if named is None or canonical(named) == user.username:
         return user.username

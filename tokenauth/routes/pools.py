@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.models import Claim, Pool, PoolToken, User
+from tokenauth.models import Claim, Identity, Pool, PoolToken
 from tokenauth.pools import MAX_COUNT, Pools, named_holder
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer, answer_json
@@ -113,7 +113,7 @@ class PoolRoutes:
         """Lend a token."""
         pool = self._pool(scope)
         wanted = await requests.json_body(scope, receive, _holder, empty=_Holder())
-        user: User = scope["user"]
+        user: Identity = scope["user"]
         holder = user.username if wanted.holder is None else named_holder(wanted.holder)
         token = await self._pools.assign(pool, holder)
         await answer_json(send, _lease(pool, token), 201)

@@ -5,10 +5,15 @@ from starlette.types import Send
 
 from tokenauth.errors import (
     BodyTooLarge,
+    Forbidden,
     InsufficientScope,
+    InternalError,
+    InvalidClient,
     InvalidCredentials,
     InvalidRequest,
+    InvalidScope,
     InvalidToken,
+    IssuerUnavailable,
     LeaseLost,
     MethodNotAllowed,
     NoFreeToken,
@@ -22,7 +27,9 @@ from tokenauth.errors import (
     TooManyAttempts,
     UnknownPool,
     UnknownToken,
+    UnsupportedGrantType,
     UnsupportedMediaType,
+    Unsure,
 )
 from tokenauth.logs import log, whereabouts
 
@@ -32,11 +39,15 @@ JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
 
-_STATUS: dict[type[Refusal], int] = {
+STATUS: dict[type[Refusal], int] = {
     InvalidRequest: 400,
+    InvalidScope: 400,
+    UnsupportedGrantType: 400,
+    InvalidClient: 401,
     InvalidCredentials: 401,
     TokenRequired: 401,
     InvalidToken: 401,
+    Forbidden: 403,
     InsufficientScope: 403,
     NotFound: 404,
     UnknownPool: 404,
@@ -48,8 +59,11 @@ _STATUS: dict[type[Refusal], int] = {
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     TooManyAttempts: 429,
+    InternalError: 500,
     Overloaded: 503,
+    IssuerUnavailable: 503,
     StoreUnavailable: 503,
+    Unsure: 503,
 }
 
 
@@ -67,30 +81,30 @@ async def answer_json(send: Send, document: object, status: int = 200) -> None:
     await answer(send, status, msgspec.json.encode(document), JSON)
 
 
-async def refuse(send: Send, error: Exception, realm: str = "tokenauth") -> None:
+async def refuse(send: Send, error: Exception) -> None:
     """Answer what an endpoint raised: a refusal in the native form, anything else as the fault of this server."""
-    if isinstance(error, Refusal):
-        await _refuse(send, error, realm)
-        return
-    log.error("unexpected", at=whereabouts(error))
-    trouble = "Something went wrong here. The log says where."
-    await answer_json(send, {"error": "internal_error", "error_description": trouble}, 500)
+    if not isinstance(error, Refusal):
+        log.error("unexpected", at=whereabouts(error))
+        error = InternalError()
+    await _refuse(send, error)
 
 
-async def _refuse(send: Send, refusal: Refusal, realm: str) -> None:
-    """Send a refusal, with the headers that its kind asks for (RFC 6750 section 3)."""
-    status = _STATUS[type(refusal)]
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    """Send a refusal, with the headers that its kind asks for (RFC 6749 section 5.2, RFC 6750 section 3)."""
+    status = STATUS[type(refusal)]
     if isinstance(refusal, InvalidCredentials):  # the wire contract has this one in plain text
         await answer(send, status, b"invalid credentials", _TEXT)
         return
     headers: Headers = [JSON]
     if isinstance(refusal, TokenRequired):
-        headers.append((b"www-authenticate", b'Bearer realm="%s"' % realm.encode()))
+        headers.append((b"www-authenticate", b'Bearer realm="tokenauth"'))
     elif isinstance(refusal, InvalidToken):
-        headers.append((b"www-authenticate", b'Bearer realm="%s", error="invalid_token"' % realm.encode()))
+        headers.append((b"www-authenticate", b'Bearer realm="tokenauth", error="invalid_token"'))
     elif isinstance(refusal, InsufficientScope):
-        challenge = b'Bearer realm="%s", error="insufficient_scope", scope="%s"'
-        headers.append((b"www-authenticate", challenge % (realm.encode(), refusal.scope.encode())))
+        challenge = b'Bearer realm="tokenauth", error="insufficient_scope", scope="%s"'
+        headers.append((b"www-authenticate", challenge % refusal.scope.encode()))
+    elif isinstance(refusal, InvalidClient):
+        headers.append((b"www-authenticate", b'Basic realm="tokenauth", charset="UTF-8"'))
     elif isinstance(refusal, MethodNotAllowed):
         headers.append((b"allow", ", ".join(refusal.allowed).encode()))
     elif isinstance(refusal, BodyTooLarge):

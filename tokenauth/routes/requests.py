@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope
 
 from tokenauth.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from tokenauth.models import User
+from tokenauth.models import Identity
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -162,7 +162,7 @@ def _unpack(packed: bool) -> Callable[[bytes], bytes]:
 
 def caller(scope: Scope, otherwise: str) -> str:
     """Name whoever calls: the user, where a token was asked for."""
-    user: User | None = scope.get("user")
+    user: Identity | None = scope.get("user")
     return otherwise if user is None else user.username
 
 
