@@ -10,19 +10,10 @@ import pytest
 
 from tests.servers import ROOT
 from tokenauth import configfile
-from tokenauth.config import (
-    Config,
-    Dialect,
-    Dialects,
-    Duration,
-    PasswordDialect,
-    Passwords,
-    PoolEntry,
-    Section,
-    UserEntry,
-    canonical,
-)
+from tokenauth.config import Config, Passwords, UserEntry, canonical
 from tokenauth.errors import ConfigError
+from tokenauth.lending import Dialect, Dialects, PasswordDialect, PoolEntry
+from tokenauth.section import Duration, Section
 
 SHIPPED = ROOT / "config.toml"
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'

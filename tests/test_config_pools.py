@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from tokenauth import configfile
-from tokenauth.config import Config, Dialect, Duration
+from tokenauth.config import Config
 from tokenauth.errors import ConfigError
+from tokenauth.lending import Dialect
 from tokenauth.models import Pool
+from tokenauth.section import Duration
 
 YEARS = 10 * 365 * 86400
 PERMITS = "[pools.p]\ncapacity = 1\nprefill = true\n"

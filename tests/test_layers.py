@@ -9,13 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "errors", "opaque", "logs", "transport"},
-    {"config", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction"},
+    {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction"},
+    {"lending"},
+    {"config"},
     {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"},
     {"risks", "users", "throttle", "stores.pool_verbs"},
-    {"stores.sql", "stores.reader"},
+    {"stores.sql", "stores.reader", "credentials"},
     {"tokens", "pools", "stores.sqlite"},
     {"routes.requests", "routes.refusals", "routes.table", "stores.open", "sweeper"},
-    {"routes.token", "routes.account", "routes.pools", "routes.health", "dialects", "middleware", "access", "service"},
+    {"routes.token", "routes.account", "routes.pools", "routes.health", "routes.forward_auth", "routes.oauth"}
+    | {"dialects", "middleware", "access", "service"},
     {"app"},
     {"server"},
     {"cli.base"},

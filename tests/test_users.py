@@ -7,8 +7,8 @@ import pytest
 
 from tests.servers import ROOT
 from tokenauth import configfile
-from tokenauth.config import Duration
 from tokenauth.errors import ConfigError
+from tokenauth.section import Duration
 from tokenauth.users import UserFile
 
 FILE = """# The head of the file.

@@ -28,6 +28,7 @@ from tokenauth.risks import find_risks, judge
 from tokenauth.routes.account import AccountRoutes
 from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
+from tokenauth.routes.oauth import OAuthRoutes
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.table import Handlers, Routes
@@ -88,6 +89,7 @@ def find_routes(service: Service) -> Routes:
     routes.add(HealthRoutes(service.store.ready).routes())
     routes.add(TokenRoutes(service.tokens).routes())
     routes.add(ForwardAuth(service.tokens).routes())
+    routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes())
     routes.add(AccountRoutes(service.tokens).routes(), guard)
     routes.add(PoolRoutes(service.pools).routes(), guard)
     for name, terms in service.config.dialects.chosen().items():

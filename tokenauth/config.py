@@ -10,28 +10,12 @@ from functools import cached_property
 
 import msgspec
 
-from tokenauth.models import Pool, User, is_scope
+from tokenauth.lending import Dialects, PasswordDialect, PoolEntry
+from tokenauth.models import Pool, User
+from tokenauth.section import Duration, Section, check_between, check_scope
 
 MAX_NAME = 256
 """Characters that a user name may have."""
-
-
-def _between(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{key}: must be from {low:g} to {high:g}, and is {value:g}")
-
-
-def _check_scope(key: str, scope: str) -> None:
-    if not is_scope(scope):
-        raise ValueError(f"{key}: {scope!r} is not printable ASCII with no blank, quote or backslash")
-
-
-class Duration(float):
-    """Seconds, written as a number or as "30s", "5m", "24h", "7d"."""
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
-    """What every table of the file has in common: it cannot be changed, and knows its keys."""
 
 
 class Server(Section, frozen=True):
@@ -44,11 +28,12 @@ class Server(Section, frozen=True):
     trusted_proxies: tuple[str, ...] = ()
     accept_risks: tuple[str, ...] = ()
     access_log: bool = False
+    docs: bool = True
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
-        _between("port", self.port, 0, 65535)
-        _between("workers", self.workers, 1, 64)
+        check_between("port", self.port, 0, 65535)
+        check_between("workers", self.workers, 1, 64)
         for origin in self.cors_origins:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise ValueError(f"cors_origins: {origin!r} is not an origin such as 'https://app.example.com'")
@@ -82,9 +67,9 @@ class Tokens(Section, frozen=True):
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
-        _between("ttl", self.ttl, 1, 10 * 365 * 86400)
-        _between("per_user", self.per_user, 0, 1_000_000)
-        _between("cache_size", self.cache_size, 1, 100_000_000)
+        check_between("ttl", self.ttl, 1, 10 * 365 * 86400)
+        check_between("per_user", self.per_user, 0, 1_000_000)
+        check_between("cache_size", self.cache_size, 1, 100_000_000)
 
 
 class Passwords(Section, frozen=True):
@@ -98,11 +83,11 @@ class Passwords(Section, frozen=True):
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
-        _between("parallelism", self.parallelism, 1, 64)
-        _between("memory_kib", self.memory_kib, 8 * self.parallelism, 1 << 20)
-        _between("time_cost", self.time_cost, 1, 100)
-        _between("threads", self.threads, 0, 256)
-        _between("queue", self.queue, 1, 10_000)
+        check_between("parallelism", self.parallelism, 1, 64)
+        check_between("memory_kib", self.memory_kib, 8 * self.parallelism, 1 << 20)
+        check_between("time_cost", self.time_cost, 1, 100)
+        check_between("threads", self.threads, 0, 256)
+        check_between("queue", self.queue, 1, 10_000)
 
     @property
     def lanes(self) -> int:
@@ -121,11 +106,11 @@ class Throttle(Section, frozen=True):
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
-        _between("free", self.free, 1, 1_000_000)
-        _between("network_free", self.network_free, 1, 1_000_000)
-        _between("delay", self.delay, 1, 3600)
-        _between("max_delay", self.max_delay, self.delay, 86400)
-        _between("forget", self.forget, self.max_delay, 30 * 86400)
+        check_between("free", self.free, 1, 1_000_000)
+        check_between("network_free", self.network_free, 1, 1_000_000)
+        check_between("delay", self.delay, 1, 3600)
+        check_between("max_delay", self.max_delay, self.delay, 86400)
+        check_between("forget", self.forget, self.max_delay, 30 * 86400)
 
 
 class UserEntry(Section, frozen=True):
@@ -142,72 +127,24 @@ class UserEntry(Section, frozen=True):
         if any(unicodedata.category(letter) in {"Cc", "Cf", "Cs"} for letter in self.username):
             raise ValueError("username: takes no control characters and no invisible ones")
         for scope in self.scopes:
-            _check_scope("scopes", scope)
+            check_scope("scopes", scope)
 
 
-class PoolEntry(Section, frozen=True):
-    """A pool as the file has it."""
-
-    capacity: int | None = None
-    token_ttl: Duration | None = None
-    lease_ttl: Duration = Duration(60)
-    prefill: bool = False
-    scope: str | None = None
-
-    def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        if self.capacity is not None:
-            _between("capacity", self.capacity, 0, 100_000_000)
-        if self.token_ttl is not None:
-            _between("token_ttl", self.token_ttl, 1, 10 * 365 * 86400)
-        _between("lease_ttl", self.lease_ttl, 1, 10 * 365 * 86400)
-        if self.prefill and self.capacity is None:
-            raise ValueError("prefill: keeps `capacity` tokens in being; say how many that are")
-        if self.prefill and self.token_ttl is not None:
-            raise ValueError("token_ttl: does not go with prefill, whose tokens wait for ever")
-        if self.scope is not None:
-            _check_scope("scope", self.scope)
+_ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\]+)*")
 
 
-class Dialect(Section, frozen=True):
-    """The HTTP of another service, served over one pool."""
+class OAuth(Section, frozen=True):
+    """How the service calls itself in its metadata (RFC 8414)."""
 
-    pool: str
-    prefix: str = ""
-    require_token: bool = False
+    issuer: str = ""
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
-        if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*", self.prefix):
+        if self.issuer and not _ISSUER.fullmatch(self.issuer):
             raise ValueError(
-                f"prefix: {self.prefix!r} is neither empty nor a path such as '/pool', with no slash at its end"
+                f"issuer: {self.issuer!r} is not a URL such as 'https://auth.example.com', with no query and no slash"
+                " at its end; http goes with this machine only"
             )
-
-
-class PasswordDialect(Dialect, frozen=True, kw_only=True):
-    """One whose every request has the same password."""
-
-    password: str
-
-    def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        super().__post_init__()
-        if not re.fullmatch(r"[\x21-\x7e]{1,1024}", self.password):
-            raise ValueError("password: is sent in a header, and so takes 1 to 1024 characters of ASCII, with no blank")
-
-
-class Dialects(Section, frozen=True, rename="kebab"):
-    """The services whose HTTP is served; one that is not named is not."""
-
-    simple_token_implement: PasswordDialect | None = None
-    token_pool: Dialect | None = None
-    random_token_generator: Dialect | None = None
-    token_management_service: Dialect | None = None
-
-    def chosen(self) -> Mapping[str, Dialect]:
-        """Return those that are served, by name."""
-        fields = msgspec.structs.fields(self)
-        return {field.encode_name: found for field in fields if (found := getattr(self, field.name)) is not None}
 
 
 class Config(Section, frozen=True):
@@ -218,8 +155,9 @@ class Config(Section, frozen=True):
     tokens: Tokens = Tokens()
     passwords: Passwords = Passwords()
     throttle: Throttle = Throttle()
+    oauth: OAuth = OAuth()
     users: tuple[UserEntry, ...] = ()
-    pools: dict[str, PoolEntry] = {}
+    pools: dict[str, PoolEntry] = msgspec.field(default_factory=dict)
     dialects: Dialects = Dialects()
 
     def __post_init__(self) -> None:

@@ -13,8 +13,9 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 
-from tokenauth.config import Config, Duration, Section
+from tokenauth.config import Config
 from tokenauth.errors import ConfigError
+from tokenauth.section import Duration, Section
 
 
 def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:

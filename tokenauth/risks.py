@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tokenauth.config import Config, PasswordDialect
+from tokenauth.config import Config
 from tokenauth.errors import ConfigError
+from tokenauth.lending import PasswordDialect
 from tokenauth.logs import log
 from tokenauth.passwords import Passwords
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tokenauth import opaque
 from tokenauth.config import Config
+from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
 from tokenauth.models import Clock, ForwardClock
@@ -33,6 +34,7 @@ class Service(NamedTuple):
     store: Store
     passwords: Passwords
     throttle: Throttle
+    credentials: Credentials
     tokens: Tokens
     pools: Pools
 
@@ -58,9 +60,10 @@ def create_service(config: Config, clock: Clock = time.time, ticks: Clock = time
     now = ForwardClock(clock, ticks)
     store = open_store(config.database.url, config.tokens.cache_size)
     throttle = Throttle(config.throttle, config.server.workers, store, now)
-    tokens = Tokens(config.tokens, config.directory, store, passwords, throttle, now)
+    credentials = Credentials(config.directory, passwords, throttle, now)
+    tokens = Tokens(config.tokens, config.directory, store, credentials, now)
     pools = Pools(config.terms, store, now, _makers(config))
-    return Service(config, now, store, passwords, throttle, tokens, pools)
+    return Service(config, now, store, passwords, throttle, credentials, tokens, pools)
 
 
 def _makers(config: Config) -> Mapping[str, NewValue]:

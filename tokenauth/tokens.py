@@ -4,13 +4,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from tokenauth import config, opaque
-from tokenauth.config import MAX_NAME, canonical
-from tokenauth.errors import InvalidCredentials, InvalidRequest, NotFound, RetryLater
+from tokenauth.credentials import Claimed, Credentials
+from tokenauth.errors import NotFound, RetryLater
 from tokenauth.logs import log
 from tokenauth.models import Clock, Issued, Login, Token, User, public_id
-from tokenauth.passwords import MAX_LENGTH, Passwords
 from tokenauth.stores.base import Store
-from tokenauth.throttle import Throttle, network
+from tokenauth.throttle import network
 
 LIST_LIMIT = 1000
 """Tokens that one listing shows at the most."""
@@ -30,15 +29,13 @@ class Tokens:
         terms: config.Tokens,
         users: Mapping[str, User],
         store: Store,
-        passwords: Passwords,
-        throttle: Throttle,
+        credentials: Credentials,
         clock: Clock,
     ) -> None:
         self._terms = terms
         self._users = users
         self._store = store
-        self._passwords = passwords
-        self._throttle = throttle
+        self._credentials = credentials
         self._clock = clock
         self._withheld: set[bytes] = set()
         self._settling: asyncio.Task[None] | None = None
@@ -48,21 +45,11 @@ class Tokens:
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded or StoreUnavailable.
         """
-        _check("username", username, MAX_NAME)
-        _check("password", password, MAX_LENGTH)
-        name = canonical(username)
-        user = self._users.get(name)
-        # A name that nobody has may be a password that went into the wrong field: it is not logged.
-        shown = "(unknown)" if user is None else name
-        try:
-            async with self._throttle.attempt(name, address):
-                user = await self._passwords.verify(password, user)
-        except InvalidCredentials:
-            log.warning("login_failed", user=shown, network=network(address))
-            raise
-        except RetryLater as refusal:
-            log.warning("login_refused", user=shown, network=network(address), reason=refusal.code)
-            raise
+        user = await self._credentials.verify(Claimed(username, password), address)
+        return await self.grant(user, address, user_agent)
+
+    async def grant(self, user: User, address: str, user_agent: str) -> Issued:
+        """Issue a token to a user who has shown that he is it. Raises StoreUnavailable."""
         now = self._clock()
         value = opaque.new_value()
         digest = opaque.digest(value.encode())
@@ -98,7 +85,7 @@ class Tokens:
         Raises StoreUnavailable when it could not be written.
         """
         digest = opaque.digest(value)
-        if digest is None or digest in self._withheld:
+        if digest is None:
             return
         token = await self._store.tokens.get(digest)
         if token is not None and await self._store.tokens.remove(digest, self._clock()):
@@ -109,11 +96,13 @@ class Tokens:
 
         Raises StoreUnavailable only when too many tokens wait for that already.
         """
+        digest = opaque.digest(value)
+        if digest is None or digest in self._withheld:
+            return
         try:
             await self.revoke(value)
         except RetryLater:
-            digest = opaque.digest(value)
-            if digest is None or len(self._withheld) >= _MAX_WITHHELD:
+            if len(self._withheld) >= _MAX_WITHHELD:
                 raise
             self._withheld.add(digest)
             log.error("revocation_held_in_memory", id=public_id(digest), held=len(self._withheld))
@@ -165,10 +154,3 @@ class Tokens:
                 return
             self._withheld.discard(digest)
             log.info("token_revoked", id=public_id(digest), late=True)
-
-
-def _check(field: str, text: str, longest: int) -> None:
-    if len(text) > longest:
-        raise InvalidRequest(f"{field}: longer than {longest} characters")
-    if "\0" in text:
-        raise InvalidRequest(f"{field}: has a NUL character")

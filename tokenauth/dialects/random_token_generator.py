@@ -3,8 +3,8 @@
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.config import Dialect
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
+from tokenauth.lending import Dialect
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer_json

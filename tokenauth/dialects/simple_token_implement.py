@@ -4,8 +4,8 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.config import PasswordDialect
 from tokenauth.errors import InvalidCredentials
+from tokenauth.lending import PasswordDialect
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer_json

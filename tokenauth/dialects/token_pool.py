@@ -5,8 +5,8 @@ import re
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.config import Dialect
 from tokenauth.errors import NoFreeToken, NotFound, UnknownToken
+from tokenauth.lending import Dialect
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
 from tokenauth.routes.refusals import answer_json

@@ -1,5 +1,6 @@
 """Reading a request: tokens, bodies and queries, and what is wrong with them."""
 
+import base64
 import json
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -143,6 +144,50 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
     except RecursionError:
         raise InvalidRequest("The body is nested too deep.") from None
     return found
+
+
+async def form_body(scope: Scope, receive: Receive) -> dict[str, str]:
+    """Read a form in UTF-8 (application/x-www-form-urlencoded); an empty value is none (RFC 6749 section 3.2).
+
+    Raises BodyTooLarge or InvalidRequest, which names the fault.
+    """
+    readable = False
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            readable = value.partition(b";")[0].strip().lower() == b"application/x-www-form-urlencoded"
+        elif name == b"content-encoding":
+            raise InvalidRequest("The body must not have a Content-Encoding.")
+    if not readable:
+        raise InvalidRequest("The body must be a form: send Content-Type: application/x-www-form-urlencoded.")
+    data, complete = await body(receive)
+    if not complete:
+        raise BodyTooLarge
+    try:
+        pairs = parse_qsl(data.decode(), errors="strict", max_num_fields=100)
+    except ValueError:
+        raise InvalidRequest("The form is not UTF-8, or has more than 100 fields.") from None
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise InvalidRequest("The form has a field twice.")
+    return fields
+
+
+def basic(scope: Scope) -> bytes | None:
+    """Return the name and the password of the Authorization: Basic header, `name:password` (RFC 7617).
+
+    Raises InvalidRequest when there are several, or it cannot be read.
+    """
+    found = [value for name, value in scope["headers"] if name == b"authorization" and value[:6].lower() == b"basic "]
+    if not found:
+        return None
+    try:
+        [encoded] = found
+        plain = base64.b64decode(encoded[6:].strip(), validate=True)
+        if b":" in plain:
+            return plain
+    except ValueError:
+        pass
+    raise InvalidRequest("The header Authorization: Basic must be there once, with name:secret in Base64.")
 
 
 def _unpack(packed: bool) -> Callable[[bytes], bytes]:

@@ -1,0 +1,25 @@
+"""What all tables of the configuration have in common."""
+
+import msgspec
+
+from tokenauth.models import is_scope
+
+
+class Duration(float):
+    """Seconds, written as a number or as "30s", "5m", "24h", "7d"."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """A table of the file: it cannot be changed, and knows its keys."""
+
+
+def check_between(key: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless a number is in its range."""
+    if not low <= value <= high:
+        raise ValueError(f"{key}: must be from {low:g} to {high:g}, and is {value:g}")
+
+
+def check_scope(key: str, scope: str) -> None:
+    """Raise ValueError unless a word can be a scope."""
+    if not is_scope(scope):
+        raise ValueError(f"{key}: {scope!r} is not printable ASCII with no blank, quote or backslash")
