@@ -15,8 +15,8 @@ MISTAKES = {
     "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
     "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, workers, cors_origins,"
     " trusted_proxies, accept_risks, access_log, docs",
-    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, users, pools,"
-    " dialects",
+    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, users,"
+    " pools, dialects",
     "[[user]]": "user: there is no such key; did you mean users?",
     USER + 'scope = ["x"]': "users[0].scope: there is no such key; did you mean scopes?",
     USER
