@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.servers import HandClock, Server, worker, write_config
@@ -50,3 +51,17 @@ def sibling(config_file: Path, clock: HandClock, server: Server) -> Iterator[Ser
     """Run another worker on the same database."""
     with worker(config_file, clock) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    """Connect to the worker."""
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def sibling_client(sibling: Server) -> Iterator[httpx.Client]:
+    """Connect to the other worker on the same database."""
+    with sibling.client() as connected:
+        yield connected

@@ -2,7 +2,6 @@
 
 import random
 import sqlite3
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -11,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tests.connections import Closed, Connection, NoAnswer, Refused, takes_connections
-from tests.servers import HandClock, Server, serve, spawn
+from tests.servers import HandClock, Server, serve, starting
 
 
 @dataclass
@@ -95,9 +94,8 @@ def run_clients(ports: Sequence[int], journals: Sequence[Journal], seed: int) ->
 @contextmanager
 def workers(config: Path, clock: HandClock | None, count: int) -> Iterator[list[Server]]:
     """Start several workers at once on one database."""
-    command = [sys.executable, "-m", "tests.worker", str(config), str(clock.path) if clock else "-"]
     with ExitStack() as stack:
-        servers = [stack.enter_context(spawn(command, config.parent)) for _ in range(count)]
+        servers = [stack.enter_context(starting(config, clock)) for _ in range(count)]
         for server in servers:
             server.port = server.wait("test_worker_ready", 60)["port"]
         yield servers

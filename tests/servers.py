@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from tests.processes import Forked, Process
+
 ROOT = Path(__file__).parents[1]
 
 START = 1_800_000_000.0
@@ -70,7 +72,7 @@ class HandClock:
 class Server:
     """One server process and how to speak to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: Process, log: Path) -> None:
         self.process = process
         self.log = log
         self.port = 0
@@ -94,7 +96,7 @@ class Server:
                 return found[0]
             if self.process.poll() is not None:
                 break
-            time.sleep(0.02)
+            time.sleep(0.005)
         raise AssertionError(f"no {event!r} in the log (exit code {self.process.poll()}):\n{self.log.read_text()}")
 
     def client(self, **options: Any) -> httpx.Client:
@@ -110,18 +112,30 @@ class Server:
     def kill(self) -> None:
         """End with SIGKILL, with every process that it has started."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # a forked one that has no session yet
+                self.process.send_signal(signal.SIGKILL)
         self.process.wait(60)
 
 
 @contextmanager
-def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
-    """Run one worker on a port of its own; several on one database are what `serve --workers N` runs.
+def starting(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
+    """Start one worker on a port of its own; several on one database are what `serve --workers N` runs.
 
     With a clock, time is what the test says; it stands still otherwise than by hand.
     """
-    command = [sys.executable, "-m", "tests.worker", str(config), str(clock.path) if clock else "-"]
-    with spawn(command, config.parent) as server:
+    log = _new_log(config.parent)
+    command = ["worker", str(config), str(clock.path) if clock else "-"]
+    process = Forked("tests.worker", command, config.parent, [Path(os.devnull), log, log], os.environ)
+    with _ended(Server(process, log)) as server:
+        yield server
+
+
+@contextmanager
+def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
+    """Run one worker."""
+    with starting(config, clock) as server:
         server.port = server.wait("test_worker_ready")["port"]
         yield server
 
@@ -139,14 +153,25 @@ def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> I
 @contextmanager
 def spawn(command: Sequence[str], directory: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
     """Start a process whose log goes to a file in the directory; kill it and its children at the end."""
-    count = len(list(directory.glob("server-*.log")))
-    log = directory / f"server-{count}.log"
+    log = _new_log(directory)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command, cwd=directory, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
-    server = Server(process, log)
+    with _ended(Server(process, log)) as server:
+        yield server
+
+
+def _new_log(directory: Path) -> Path:
+    log = directory / f"server-{len(list(directory.glob('server-*.log')))}.log"
+    log.touch()
+    return log
+
+
+@contextmanager
+def _ended(server: Server) -> Iterator[Server]:
+    """Kill a server and its children at the end."""
     try:
         yield server
     finally:

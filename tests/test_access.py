@@ -2,7 +2,6 @@
 
 import base64
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ SECRETS = ["admin-mistyped-password", "wrong-secret"]
 @pytest.fixture(scope="module")
 def settings() -> str:
     return "[server]\naccess_log = true"
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as connected:
-        yield connected
 
 
 def logged(server: Server, since: int, wanted: int) -> list[dict[str, Any]]:

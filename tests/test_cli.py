@@ -1,44 +1,70 @@
-"""The command line, run as an operator runs it: a process of its own for every command."""
+"""The command line: a process of its own for every command, some of them started as an operator starts them."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
 
 import pytest
 from passlib.hash import argon2
 
+from tests.processes import Forked
 from tests.servers import USERS, Server, log_in, probe, serve, write_config
 from tokenauth import __version__, configfile
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+
+
+class Encoding(TypedDict):
+    """How text is written and read: bytes that are no text stay what they are."""
+
+    encoding: str
+    errors: str
+
+
 COMMANDS = [
     "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
     "tokens list", "tokens revoke", "pool list", "pool show", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
 WORD = "a long password\n"
 
+TEXT: Encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
 Done = subprocess.CompletedProcess[str]
 
 
 def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
-    """Run a command in a directory."""
-    environment = {name: value for name, value in os.environ.items() if name != "TOKENAUTH_CONFIG"} | env
+    """Run a command in a directory, in a process that has already imported what it needs."""
+    with TemporaryDirectory() as scratch:
+        streams = [Path(scratch) / name for name in ("in", "out", "err")]
+        streams[0].write_text(stdin, **TEXT)
+        process = Forked("tokenauth.cli.main", ["tokenauth", *arguments], directory, streams, environment(env))
+        code = process.wait(60)
+        out, err = (path.read_text(**TEXT) for path in streams[1:])
+    return Done(arguments, code, out, err)
+
+
+def script(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
+    """Run a command in a directory as an operator does, with an interpreter of its own."""
     return subprocess.run(
         [TOKENAUTH, *arguments],
         cwd=directory,
-        env={**environment, "PYTHONUTF8": "1"},
+        env={**environment(env), "PYTHONUTF8": "1"},
         input=stdin,
-        encoding="utf-8",
-        errors="surrogateescape",
         capture_output=True,
         check=False,
         timeout=60,
+        **TEXT,
     )
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Add to the variables of this process, of which none names a configuration."""
+    return {name: value for name, value in os.environ.items() if name != "TOKENAUTH_CONFIG"} | dict(more)
 
 
 def well(done: Done) -> str:
@@ -74,13 +100,13 @@ def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) 
 
 
 def test_the_help_lists_the_commands(tmp_path: Path) -> None:
-    text = well(run(tmp_path, "-h"))
+    text = well(script(tmp_path, "-h"))
     assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
-    assert well(run(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
+    assert well(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
 
 
 def test_check_says_that_all_is_well(home: Path) -> None:
-    assert well(run(home, "check")) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
+    assert well(script(home, "check")) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
     assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
     assert os.listdir(home) == ["config.toml"], "it only looks"
 
@@ -113,14 +139,14 @@ def test_a_password_is_hashed_at_the_configured_cost(home: Path) -> None:
 
 
 def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_path: Path) -> None:
-    done = run(tmp_path, "hash-password", "--password-stdin", stdin="жанна жанна\r\nmore")
+    done = script(tmp_path, "hash-password", "--password-stdin", stdin="жанна жанна\r\nmore")
     assert well(done).startswith("$argon2id$v=19$m=19456,t=2,p=1$")
     assert argon2.verify("жанна жанна", done.stdout.rstrip("\n"))
 
 
 def test_users_come_change_and_go(home: Path) -> None:
     path = home / "config.toml"
-    added = well(run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD))
+    added = well(script(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD))
     assert added == "added 'Eve' to config.toml; a running server takes it up at SIGHUP\n"
     before = configfile.load(path).directory["eve"]
     assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
@@ -235,7 +261,7 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
     assert rows[0]["expiry_time"] - rows[0]["issued_at"] == 24 * 3600
     assert rows[0]["address"] == "127.0.0.1"
-    table = well(run(served.log.parent, "tokens", "list"))
+    table = well(script(served.log.parent, "tokens", "list"))
     assert rows[0]["id"] in table
     for value in values:
         assert value not in table + str(rows)
@@ -256,7 +282,7 @@ def test_workers_refuse_what_the_command_line_has_revoked_at_the_next_request(se
 
 
 def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:
-    done = run(home, "serve", "--port", str(served.port))
+    done = script(home, "serve", "--port", str(served.port))
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
@@ -267,7 +293,7 @@ def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None
 
 def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
     write_config(home, '[server]\nhost = "0.0.0.0"\nport = 0', USERS.replace("memory_kib = 8\n", "memory_kib = 16\n"))
-    done = run(home, "serve")
+    done = script(home, "serve")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "weak_hash" in done.stderr

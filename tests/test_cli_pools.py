@@ -7,8 +7,8 @@ import pytest
 
 from tests.connections import Connection
 from tests.lending import Borrower
-from tests.servers import serve, write_config
-from tests.test_cli import mistake, run, well
+from tests.servers import worker, write_config
+from tests.test_cli import mistake, run, script, well
 
 POOLS = """
 [pools.licences]
@@ -30,7 +30,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_tokens_are_made_lent_released_and_deleted_while_a_server_runs(home: Path) -> None:
-    with serve(home / "config.toml") as server, Connection(server.port) as connection:
+    with worker(home / "config.toml") as server, Connection(server.port) as connection:
         ann = Borrower(connection, "ann")
         made = well(run(home, "pool", "generate", "licences", "--count", "2")).split()
         assert len(set(made)) == 2
@@ -62,7 +62,7 @@ def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
         {"name": "waiting", "capacity": None, "available": 1, "leased": 0},
         {"name": "permits", "capacity": 1, "available": 1, "leased": 0},
     ]
-    head, *rows = well(run(home, "pool", "list")).splitlines()
+    head, *rows = well(script(home, "pool", "list")).splitlines()
     assert head.split() == ["name", "capacity", "available", "leased"]
     assert [row.split() for row in rows] == [
         ["licences", "3", "0", "0"],

@@ -1,5 +1,6 @@
 """The schema: what the migrations build, who may upgrade it, and how durable what stands in it is."""
 
+import fcntl
 import os
 import sqlite3
 import subprocess
@@ -18,30 +19,14 @@ from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from tests.servers import ROOT, START
+from tests.processes import Forked
+from tests.servers import START
 from tokenauth.errors import StartError
 from tokenauth.models import Pool, PoolCounts, Token
 from tokenauth.stores import schema
 from tokenauth.stores.open import open_store
 from tokenauth.stores.sqlite import SqliteStore
 from tokenauth.stores.tables import metadata
-
-ONE_OF_TEN = """
-import asyncio, sys
-from hashlib import sha256
-from tokenauth.models import Token
-from tokenauth.stores.open import open_store
-
-async def main(path, number):
-    store = open_store(f"sqlite+aiosqlite:///{path}", 10)
-    await store.start()
-    assert await store.ready() is None
-    await store.tokens.add(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 100), 0, 1.0)
-    await store.stop(1.0)
-
-sys.stdin.read()
-asyncio.run(main(*sys.argv[1:]))
-"""
 
 
 @contextmanager
@@ -214,21 +199,15 @@ async def test_a_second_store_of_a_process_does_not_cost_the_first_its_writes(tm
 
 
 def test_ten_processes_that_start_at_once_on_an_empty_database_all_end_well(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.db"
-    command = [sys.executable, "-W", "error", "-c", ONE_OF_TEN, str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [*command, str(number)], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for number in range(10)
-    ]
-    for process in started:  # all have begun: now each may go on
-        assert process.stdin is not None
-        process.stdin.close()
-        process.stdin = None
-    ends = [(process.communicate(timeout=60)[1], process.returncode) for process in started]
-    assert [code for _, code in ends] == [0] * 10, "\n".join(trouble for trouble, _ in ends)
+    path, line, log = (tmp_path / name for name in ("tokens.db", "line", "log"))
+    streams = [Path(os.devnull), log, log]
+    with line.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        started = [
+            Forked("tests.opener", ["opener", str(line), str(path), str(number)], tmp_path, streams, os.environ)
+            for number in range(10)
+        ]
+    assert [process.wait(60) for process in started] == [0] * 10, log.read_text()
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM tokens").fetchone() == (10,)
         assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.HEAD,)]

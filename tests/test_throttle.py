@@ -42,19 +42,6 @@ def proxy(directory: Path, clock: HandClock) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as connected:
-        yield connected
-
-
-@pytest.fixture(scope="module")
-def other(sibling: Server) -> Iterator[httpx.Client]:
-    """Connect to the other worker on the same database."""
-    with sibling.client() as connected:
-        yield connected
-
-
-@pytest.fixture(scope="module")
 def proxied(proxy: Server) -> Iterator[httpx.Client]:
     with proxy.client() as connected:
         yield connected
@@ -168,21 +155,21 @@ def test_variants_of_a_name_are_one_user_and_counted_as_one(
     assert client.get("/api/me", headers={"X-Token": token}).json()["username"] == "admin"
 
 
-def test_a_token_that_was_issued_is_never_touched(client: httpx.Client, other: httpx.Client) -> None:
+def test_a_token_that_was_issued_is_never_touched(client: httpx.Client, sibling_client: httpx.Client) -> None:
     token = log_in(client, "ann", "ann-secret")
     assert statuses(client, FREE + 1)[-1] == 429
-    for asked in (client, other):
+    for asked in (client, sibling_client):
         assert probe(asked, token)
         assert asked.get("/api/me", headers={"X-Token": token}).status_code == 200
     client.request("DELETE", "/api/token", json={"token": token})
-    assert not probe(other, token)
+    assert not probe(sibling_client, token)
 
 
-def test_workers_of_one_database_count_together(client: httpx.Client, other: httpx.Client) -> None:
+def test_workers_of_one_database_count_together(client: httpx.Client, sibling_client: httpx.Client) -> None:
     assert statuses(client, 3) == [401] * 3
-    assert statuses(other, 3) == [401, 401, 429]
+    assert statuses(sibling_client, 3) == [401, 401, 429]
     assert attempt(client).status_code == 429
-    log_in(other, "bob", "bob-secret")
+    log_in(sibling_client, "bob", "bob-secret")
 
 
 def test_what_was_counted_survives_a_restart(tmp_path: Path, clock: HandClock) -> None:

@@ -23,8 +23,9 @@ class Worker(uvicorn.Server):
             log.info("test_worker_ready", port=self.servers[0].sockets[0].getsockname()[1])
 
 
-def main(config_file: str, clock_file: str) -> None:
+def main() -> None:
     """Serve until SIGTERM."""
+    config_file, clock_file = sys.argv[1:]
     logs.configure()
     settings = configfile.load(Path(config_file))
     if clock_file == "-":
@@ -48,4 +49,4 @@ def main(config_file: str, clock_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -39,7 +39,7 @@ async def cached_sqlite(directory: Path, size: int) -> Place:
     file = directory / "tokens.db"
     store = open_store(f"sqlite+aiosqlite:///{file}", size)
     started = await store.start()
-    return Place(store, store.tokens, store.pools, store.failures, started, lambda: wal_commits(file), rounds=1000)
+    return Place(store, store.tokens, store.pools, store.failures, started, lambda: wal_commits(file), rounds=300)
 
 
 async def plain_sqlite(directory: Path, size: int) -> Place:

@@ -1,25 +1,19 @@
 """PoolStore on SQLite: what a pool's size and its leases cost. Machine steps are counted, so that nothing is timed."""
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
 
 import pytest
-from sqlalchemy import Connection, create_engine
-from sqlalchemy.pool import StaticPool
 
 from tests.servers import START
+from tests.steps import Direct, answer, steps
 from tokenauth.models import Claim, Pool
-from tokenauth.stores import schema
 from tokenauth.stores.base import PoolStore
 from tokenauth.stores.sql import SqlPoolStore
-from tokenauth.stores.transaction import PlainTransaction
-from tokenauth.stores.writer import Verb
 
-T = TypeVar("T")
 FEW, MANY = 400, 20_000
 MOST_LENT = Pool("most lent", lease_ttl=60, token_ttl=240)
 ALL_LENT, MOST_FREE = replace(MOST_LENT, name="all lent"), replace(MOST_LENT, name="most free")
@@ -27,30 +21,6 @@ AGEING = replace(MOST_LENT, name="most lapsed and expired", ages_while_lent=True
 LENT = {MOST_LENT: 0.98, ALL_LENT: 1.0, MOST_FREE: 0.02, AGEING: 0.98}
 PREFILLED, BOUNDED = replace(MOST_LENT, capacity=MANY, prefill=True), replace(MOST_LENT, capacity=2 * MANY)
 INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired) VALUES (?, ?, ?, ?, 1, 0)"
-
-
-class Direct:
-    """A database whose reads and writes are made at once, on one connection, and never committed."""
-
-    def __init__(self) -> None:
-        self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        self._engine = create_engine("sqlite://", creator=lambda: self.connection, poolclass=StaticPool)
-        with self._engine.connect() as db:
-            schema.upgrade(db)
-            db.commit()
-
-    async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run a query."""
-        with self._engine.connect() as db:
-            return query(db)
-
-    async def write(self, verb: Verb, wish: Any, now: float) -> Any:
-        """Make a change."""
-        self.connection.execute("BEGIN")
-        try:
-            return verb(PlainTransaction(self.connection), [wish])[0]
-        finally:
-            self.connection.rollback()
 
 
 Ask = Callable[[PoolStore], Awaitable[object]]
@@ -104,31 +74,13 @@ def small_and_large() -> Iterator[tuple[Direct, Direct]]:
         yield few, many
 
 
-async def answer(ask: Ask, database: Direct) -> object:
-    """Ask the store."""
-    return await ask(SqlPoolStore(database))
-
-
-def steps(database: Direct, ask: Ask) -> int:
-    """Count the steps that SQLite's machine takes for something."""
-    count = 0
-
-    def step() -> int:
-        nonlocal count
-        count += 1
-        return 0
-
-    database.connection.set_progress_handler(step, 1)
-    asyncio.run(answer(ask, database))
-    database.connection.set_progress_handler(None, 1)
-    return count
-
-
 @pytest.mark.parametrize("what", CHEAP)
 def test_it_takes_as_many_steps_among_many_tokens_as_among_few(
     small_and_large: tuple[Direct, Direct], what: str
 ) -> None:
-    few, many = (steps(database, CHEAP[what]) for database in small_and_large)
+    few, many = (
+        steps(partial(CHEAP[what], SqlPoolStore(database)), database.connection)[0] for database in small_and_large
+    )
     assert 0 < many <= few + 20, f"{few} steps among {FEW} tokens, {many} among {MANY}"
 
 
@@ -138,7 +90,7 @@ def test_it_finds_its_rows_through_an_index(small_and_large: tuple[Direct, Direc
     connection = small_and_large[1].connection
     statements: list[str] = []
     connection.set_trace_callback(statements.append)
-    asyncio.run(answer((CHEAP | COUNTING)[what], small_and_large[1]))
+    asyncio.run(answer((CHEAP | COUNTING)[what](SqlPoolStore(small_and_large[1]))))
     connection.set_trace_callback(None)
     asked = [statement for statement in statements if "pool_tokens" in statement]
     assert asked

@@ -5,7 +5,6 @@ import json
 import math
 import secrets
 import sqlite3
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from tests import journal
 from tests.connections import Answer, Connection
-from tests.servers import HandClock, Server, spawn, write_config
+from tests.servers import HandClock, Server, write_config
 
 API_PASSWORD = "open-sesame"
 
@@ -178,11 +178,7 @@ def at(clock: HandClock) -> Callable[[float], None]:
 
 def start(stack: ExitStack, config: Path, clock: HandClock) -> Sequence[Server]:
     """Start two workers on one database at the same moment; `stack` ends them."""
-    command = [sys.executable, "-m", "tests.worker", str(config), str(clock.path)]
-    servers = [stack.enter_context(spawn(command, config.parent)) for _ in range(2)]
-    for server in servers:
-        server.port = server.wait("test_worker_ready")["port"]
-    return servers
+    return stack.enter_context(journal.workers(config, clock, 2))
 
 
 def connect(stack: ExitStack, servers: Iterable[Server]) -> Sequence[httpx.Client]:

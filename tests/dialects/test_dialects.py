@@ -249,6 +249,7 @@ def names_both(line: str) -> bool:
 
 def test_the_shipped_configuration_serves_all_four_on_the_terms_of_the_environment(tmp_path: Path) -> None:
     shutil.copy(ROOT / "config.toml", tmp_path)
+    started = time.time()
     env = {"TOTAL_TOKENS": "2", "TIMER_DURATION": "90", "API_PASSWORD": "of-the-environment"}
     with serve(tmp_path / "config.toml", "--workers", "2", env=env) as server, server.client() as client:
         simple, pool, generator, service = (
@@ -257,8 +258,7 @@ def test_the_shipped_configuration_serves_all_four_on_the_terms_of_the_environme
         )
         assert simple.ask("GET", "/tokens", headers={"X-API-PASSWORD": "change-me"}).status == 401
         assert [simple.ask("GET", "/issue_token").status for _ in range(3)] == [200, 200, 429]
-        began, ends = rows(tmp_path / "config.toml", "permits")[0][3] - 90, time.time()
-        assert ends - 30 < began <= ends
+        assert started <= rows(tmp_path / "config.toml", "permits")[0][3] - 90 <= time.time()
         token = pool.post("/api/token_pool/").document["token"]
         assert pool.post("/api/block_token/") == said(200, {"blocked_token": token})
         assert generator.post("/generate", {"count": 6}).status == 400

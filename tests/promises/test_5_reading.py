@@ -1,6 +1,5 @@
 """Promise 5: validation never writes, and never waits for a writer."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,17 +45,12 @@ def test_validation_never_waits_for_a_writer(server: Server, directory: Path, lo
         assert connection.valid(tokens[0])
         with locked(directory / "tokenauth.db", lock):
             login = other.submit(waiting.ask, "POST", "/api/token", LOGIN)
-            times = []
-            for token in tokens * 8:
-                began = time.perf_counter()
+            for token in tokens:
                 assert connection.valid(token)
                 assert connection.ask("GET", "/api/me", X_Token=token).status == 200
                 assert not connection.valid(token[::-1])
-                times.append(time.perf_counter() - began)
-            assert not login.done()
+            assert not login.done(), "whatever waits for the lock is still waiting"
         assert login.result().status == 200, "it gets its turn when the lock is free"
-    assert sorted(times)[len(times) // 2] < 0.05
-    assert max(times) < 1
 
 
 def test_a_worker_serves_while_another_program_reads_for_long(tmp_path: Path) -> None:
@@ -67,5 +61,5 @@ def test_a_worker_serves_while_another_program_reads_for_long(tmp_path: Path) ->
             assert backup.execute("SELECT count(*) FROM tokens").fetchone() == (1,)
             later = connection.log_in()
             connection.log_out(first)
-            until(lambda: connection.valid(later) and not connection.valid(first), "its own writes are seen", 1)
+            until(lambda: connection.valid(later) and not connection.valid(first), "its own writes are seen")
             assert backup.execute("SELECT count(*) FROM tokens").fetchone() == (1,)

@@ -20,7 +20,7 @@ from passlib.hash import argon2
 
 from tests.connections import Answer, Connection
 from tests.journal import serving
-from tests.servers import Server, write_config
+from tests.servers import Server, worker, write_config
 
 TOKENS = 40
 # What people type, with all that encodings write differently.
@@ -241,8 +241,7 @@ def test_no_answer_after_the_issue_repeats_a_token_or_a_password(aftermath: Afte
 
 def test_a_database_that_leaks_gives_nobody_a_login(tmp_path: Path) -> None:
     """What stands in it for a token is a hash of its value, and is no token itself."""
-    config = write_config(tmp_path)
-    with serving(config) as server, Connection(server.port) as connection:
+    with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         token = connection.log_in()
         with sqlite3.connect(tmp_path / "tokenauth.db") as db:
             (row,) = db.execute("SELECT * FROM tokens").fetchall()

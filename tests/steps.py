@@ -1,0 +1,95 @@
+"""What something costs, counted and not timed: the steps of SQLite's machine, and the calls that threads make."""
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.pool import StaticPool
+
+from tokenauth.stores import schema
+from tokenauth.stores.transaction import PlainTransaction
+from tokenauth.stores.writer import Verb
+
+T = TypeVar("T")
+
+
+class Direct:
+    """A database whose reads and writes are made at once, on one connection, and never committed."""
+
+    def __init__(self, path: str = ":memory:") -> None:
+        """Make it, empty."""
+        self.connection = sqlite3.connect(path, isolation_level=None)
+        self._engine = create_engine("sqlite://", creator=lambda: self.connection, poolclass=StaticPool)
+        with self._engine.connect() as db:
+            schema.upgrade(db)
+            db.commit()
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run a query."""
+        with self._engine.connect() as db:
+            return query(db)
+
+    async def write(self, verb: Verb, wish: Any, now: float) -> Any:
+        """Make a change."""
+        self.connection.execute("BEGIN")
+        try:
+            return verb(PlainTransaction(self.connection), [wish])[0]
+        finally:
+            self.connection.rollback()
+
+
+async def answer(asked: Awaitable[T]) -> T:
+    """Wait for an answer; `asyncio.run` takes nothing less than a coroutine."""
+    return await asked
+
+
+def steps(ask: Callable[[], Awaitable[T]], *connections: sqlite3.Connection) -> tuple[int, T]:
+    """Count the steps that SQLite's machine takes for something; return what came of it too."""
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    for connection in connections:
+        connection.set_progress_handler(step, 1)
+    try:
+        answered = asyncio.run(answer(ask()))
+    finally:
+        for connection in connections:
+            connection.set_progress_handler(None, 1)
+    return count, answered
+
+
+Call = tuple[str, dict[str, Any]]
+"""What was called, with what its caller has in its variables at that moment."""
+
+
+@contextmanager
+def calls_of_threads() -> Iterator[list[Call]]:
+    """Write down what is called in the threads that begin meanwhile, by Python or out of Python."""
+    calls: list[Call] = []
+
+    def note(frame: FrameType, event: str, called: Any) -> None:
+        if event == "call":
+            calls.append((frame.f_code.co_qualname, {}))
+        elif event == "c_call":
+            calls.append((getattr(called, "__name__", ""), dict(frame.f_locals)))
+
+    threading.setprofile(note)
+    try:
+        yield calls
+    finally:
+        threading.setprofile(None)
+
+
+def hashes(calls: list[Call]) -> list[str]:
+    """Say at which costs argon2 was asked to verify a password: `$argon2id$v=19$m=8,t=1,p=1`."""
+    asked = [variables["hash"] for name, variables in calls if name == "argon2_verify"]
+    return [bytes(hashed).decode().rpartition("$")[0].rpartition("$")[0] for hashed in asked]
