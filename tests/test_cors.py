@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import HandClock, Server, log_in, worker, write_config
+from tests.servers import HandClock, log_in, worker, write_config
 
 ORIGINS = ["https://app.example.com", "http://localhost:5173"]
 STRANGERS = [
@@ -25,7 +25,7 @@ STRANGERS = [
 REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
     ("GET", "/api/token", {"params": {"token": "x"}}, 200),
     ("POST", "/api/token", {"json": {"username": "admin", "password": "admin"}}, 200),
-    ("POST", "/api/token", {"content": b"{"}, 400),
+    ("POST", "/api/token", {"content": b"{"}, 415),
     ("DELETE", "/api/token", {}, 200),
     ("GET", "/api/me", {}, 401),
     ("GET", "/nothing", {}, 404),
@@ -36,12 +36,6 @@ REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
 @pytest.fixture(scope="module")
 def settings() -> str:
     return f"[server]\ncors_origins = {ORIGINS}"
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as connected:
-        yield connected
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "errors", "opaque", "logs", "transport"},
-    {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction"},
-    {"lending"},
+    {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction", "client.issuer"},
+    {"lending", "client.auth", "client.remote", "client.pools"},
     {"config"},
     {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"},
     {"risks", "users", "throttle", "stores.pool_verbs"},
     {"stores.sql", "stores.reader", "credentials"},
     {"tokens", "pools", "stores.sqlite"},
     {"routes.requests", "routes.refusals", "routes.table", "stores.open", "sweeper"},
+    {"routes.operations"},
+    {"routes.openapi"},
+    {"routes.docs"},
     {"routes.token", "routes.account", "routes.pools", "routes.health", "routes.forward_auth", "routes.oauth"}
     | {"dialects", "middleware", "access", "service"},
     {"app"},
@@ -27,6 +30,7 @@ LAYERS = [
 ]
 
 HOMES = {
+    "httpx": {"client"},
     "sqlalchemy": {"stores"},
     "aiosqlite": {"stores"},
     "alembic": {"stores"},
@@ -89,6 +93,14 @@ def test_routes_and_dialects_do_not_know_stores(module: str) -> None:
 def test_services_know_only_the_contract_of_stores(module: str) -> None:
     known = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.stores")}
     assert {name.split(".")[2] for name in known} <= {"base"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("client.")])
+def test_clients_know_nothing_of_the_server(module: str) -> None:
+    own = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.")} & {
+        f"tokenauth.{other}" for other in MODULES
+    }
+    assert {name.split(".")[1] for name in own} <= {"models", "errors", "opaque", "client"}
 
 
 @pytest.mark.parametrize("module", MODULES)

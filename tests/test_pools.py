@@ -18,7 +18,7 @@ from tokenauth.errors import (
     UnknownPool,
     UnknownToken,
 )
-from tokenauth.models import Claim, Pool, PoolCounts, PoolToken, User
+from tokenauth.models import Claim, Identity, Pool, PoolCounts, PoolToken
 from tokenauth.pools import MAX_COUNT, Pools, named_holder
 from tokenauth.stores.base import Store
 from tokenauth.stores.open import open_store
@@ -28,7 +28,7 @@ ROOMY = Pool("roomy", lease_ttl=60, token_ttl=240)
 PERMITS = Pool("permits", lease_ttl=60, capacity=3, prefill=True)
 SECRET = Pool("secret", lease_ttl=60, scope="ops")
 TERMS = {pool.name: pool for pool in (POOL, ROOMY, PERMITS, SECRET)}
-ANN, OPS = User("ann", "hash"), User("ops", "hash", ("ops",))
+ANN, OPS = Identity("ann"), Identity("ops", ("ops",))
 IMPOSSIBLE = ["x" * 257, "a\x00b", "a\nb", "\ud800", "a\u200bb", "\x7f"]
 
 

@@ -19,19 +19,28 @@ from tokenauth.dialects.random_token_generator import RandomTokenGenerator
 from tokenauth.dialects.simple_token_implement import SimpleTokenImplement
 from tokenauth.dialects.token_management_service import TokenManagementService
 from tokenauth.dialects.token_pool import TokenPool
-from tokenauth.errors import NotFound, StartError
+from tokenauth.errors import (
+    InsufficientScope,
+    InvalidRequest,
+    InvalidToken,
+    NotFound,
+    StartError,
+    StoreUnavailable,
+    TokenRequired,
+)
 from tokenauth.logs import log
 from tokenauth.middleware import TokenMiddleware
 from tokenauth.models import Clock
 from tokenauth.pools import Pools
 from tokenauth.risks import find_risks, judge
 from tokenauth.routes.account import AccountRoutes
+from tokenauth.routes.docs import DocsRoutes
 from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.oauth import OAuthRoutes
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
-from tokenauth.routes.table import Handlers, Routes
+from tokenauth.routes.table import Guard, Handlers, Routes
 from tokenauth.routes.token import Probe, TokenRoutes
 from tokenauth.service import Service, create_service
 from tokenauth.sweeper import Sweeper
@@ -82,9 +91,13 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
     return app
 
 
+_ASKING = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
+"""What is refused wherever a token is asked for."""
+
+
 def find_routes(service: Service) -> Routes:
     """List the addresses that a service answers at. Raises ConfigError when two of them are one."""
-    guard = partial(TokenMiddleware, tokens=service.tokens)
+    guard = Guard(partial(TokenMiddleware, tokens=service.tokens), _ASKING)
     routes = Routes()
     routes.add(HealthRoutes(service.store.ready).routes())
     routes.add(TokenRoutes(service.tokens).routes())
@@ -92,9 +105,12 @@ def find_routes(service: Service) -> Routes:
     routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes())
     routes.add(AccountRoutes(service.tokens).routes(), guard)
     routes.add(PoolRoutes(service.pools).routes(), guard)
+    if service.config.server.docs:
+        routes.add(DocsRoutes(routes, service.config.oauth.issuer).routes())
     for name, terms in service.config.dialects.chosen().items():
-        asks = partial(_asks, service, terms.pool) if terms.require_token else None
-        routes.add(_DIALECTS[name](service, terms).routes(), asks, f"dialects.{name}", terms.prefix)
+        asks = Guard(partial(_asks, service, terms.pool), (*_ASKING, InsufficientScope))
+        dialect = _DIALECTS[name](service, terms).routes()
+        routes.add(dialect, asks if terms.require_token else None, f"dialects.{name}", terms.prefix)
     return routes
 
 

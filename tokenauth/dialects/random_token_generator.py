@@ -1,31 +1,66 @@
 """The HTTP of random-token-generator: a bounded pool of UUIDs."""
 
+from typing import Annotated
+
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
-from tokenauth.pools import Pools
+from tokenauth.pools import MAX_COUNT, Pools
 from tokenauth.routes import requests
+from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.routes.refusals import answer_json
 from tokenauth.routes.table import Handlers
 
 NAME = "random-token-generator"
 
-_UNKNOWN = {"error": "Token not found"}
-_REQUIRED = {"message": "Token is a required field"}
+
+class HowMany(msgspec.Struct):
+    """How many tokens are to be made."""
+
+    count: Annotated[int, said(minimum=1, maximum=MAX_COUNT)] = 1
 
 
-class _Wanted(msgspec.Struct):
-    count: int = 1
+class NamedToken(msgspec.Struct):
+    """Which token is meant."""
 
-
-class _Named(msgspec.Struct):
     token: str | None = None
 
 
-_wanted = msgspec.json.Decoder(_Wanted)
-_named = msgspec.json.Decoder(_Named)
+class MadeTokens(msgspec.Struct):
+    """The tokens that were made."""
+
+    tokens: list[str]
+
+
+class Assigned(msgspec.Struct):
+    """The token that was lent."""
+
+    token: str
+
+
+class Message(msgspec.Struct):
+    """What was done, or is missing."""
+
+    message: str
+
+
+class Failure(msgspec.Struct):
+    """What is in the way."""
+
+    error: str
+
+
+_wanted = msgspec.json.Decoder(HowMany)
+_named = msgspec.json.Decoder(NamedToken)
+
+_UNKNOWN = Failure("Token not found")
+_REQUIRED = Message("Token is a required field")
+
+_BODY: Refusals = (*JSON_BODY, StoreUnavailable)
+_MISSING = Answer(400, Message)
+_FAILED = Answer(404, Failure)
 
 
 class RandomTokenGenerator:
@@ -45,25 +80,28 @@ class RandomTokenGenerator:
             "/keep-alive": {"POST": self.keep_alive},
         }
 
+    @operation(Answer(200, MadeTokens), Answer(400, Failure), body=HowMany, empty=True, refuses=_BODY)
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make tokens."""
-        wanted = await requests.json_body(scope, receive, _wanted, empty=_Wanted())
+        wanted = await requests.json_body(scope, receive, _wanted, empty=HowMany())
         try:
             tokens = await self._pools.generate(self._pool, wanted.count)
         except PoolFull:
-            await answer_json(send, {"error": "Pool max size exceeded"}, 400)
+            await answer_json(send, Failure("Pool max size exceeded"), 400)
         else:
-            await answer_json(send, {"tokens": tokens})
+            await answer_json(send, MadeTokens(list(tokens)))
 
+    @operation(Answer(200, Assigned), _FAILED, refuses=(StoreUnavailable,))
     async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
         try:
             token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
         except NoFreeToken:
-            await answer_json(send, {"error": "No free token available or token TTL expired"}, 404)
+            await answer_json(send, Failure("No free token available or token TTL expired"), 404)
         else:
-            await answer_json(send, {"token": token.value})
+            await answer_json(send, Assigned(token.value))
 
+    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedToken, refuses=_BODY)
     async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
         token = await _token(scope, receive)
@@ -75,10 +113,11 @@ class RandomTokenGenerator:
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         except LeaseLost:
-            await answer_json(send, {"error": "Token not assigned"}, 404)
+            await answer_json(send, Failure("Token not assigned"), 404)
         else:
-            await answer_json(send, {"message": f"Token {token} unblocked successfully"})
+            await answer_json(send, Message(f"Token {token} unblocked successfully"))
 
+    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedToken, refuses=_BODY)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token, free or lent."""
         token = await _token(scope, receive)
@@ -90,14 +129,15 @@ class RandomTokenGenerator:
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         else:
-            await answer_json(send, {"message": f"Token {token} deleted successfully"})
+            await answer_json(send, Message(f"Token {token} deleted successfully"))
 
+    @operation(Answer(200, Message), _FAILED, body=NamedToken, empty=True, refuses=_BODY)
     async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one token, or all free ones, live for their full time from now."""
         token = await _token(scope, receive)
         if not token:
             count = await self._pools.refresh_free(self._pool)
-            await answer_json(send, {"message": f"TTL extended successfully for {count} tokens"})
+            await answer_json(send, Message(f"TTL extended successfully for {count} tokens"))
             return
         try:
             _, lent = await self._pools.refresh(self._pool, token)
@@ -105,9 +145,9 @@ class RandomTokenGenerator:
             await answer_json(send, _UNKNOWN, 404)
         else:
             subject = f"Assigned token {token}" if lent else f"Token {token}"
-            await answer_json(send, {"message": f"{subject} TTL extended successfully"})
+            await answer_json(send, Message(f"{subject} TTL extended successfully"))
 
 
 async def _token(scope: Scope, receive: Receive) -> str | None:
-    named = await requests.json_body(scope, receive, _named, empty=_Named())
+    named = await requests.json_body(scope, receive, _named, empty=NamedToken())
     return named.token

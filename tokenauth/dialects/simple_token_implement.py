@@ -1,18 +1,48 @@
 """The HTTP of simple-token-implement: N permits without names, behind one password."""
 
 import hmac
+from functools import wraps
+from typing import Literal
 
+import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import InvalidCredentials
+from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, StoreUnavailable, TooManyAttempts
 from tokenauth.lending import PasswordDialect
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
+from tokenauth.routes.operations import Answer, Refusals, operation
 from tokenauth.routes.refusals import answer_json
 from tokenauth.routes.table import Handlers
 from tokenauth.throttle import Throttle
 
 NAME = "simple-token-implement"
+
+
+class Said(msgspec.Struct):
+    """What was done, how many permits are free, and the `info` that was sent."""
+
+    message: str
+    available_tokens: int
+    info: str
+
+
+class Available(msgspec.Struct):
+    """How many permits are free."""
+
+    available_tokens: int
+
+
+class Unauthorized(msgspec.Struct):
+    """The password is missing or wrong."""
+
+    error: Literal["Unauthorized"] = "Unauthorized"
+
+
+_SCHEMES = ("X-API-PASSWORD",)
+_DENIED = Answer(401, Unauthorized)
+_LATER: Refusals = (TooManyAttempts, Overloaded, StoreUnavailable)
+_SAYS: Refusals = (*_LATER, InvalidRequest)
 
 
 class SimpleTokenImplement:
@@ -29,35 +59,39 @@ class SimpleTokenImplement:
         addresses = {"/issue_token": self.issue, "/recycle_token": self.recycle, "/tokens": self.count}
         return {path: dict.fromkeys(("GET", "POST"), self._guard(handler)) for path, handler in addresses.items()}
 
+    @operation(Answer(200, Said), _DENIED, Answer(429, Said), refuses=_SAYS, query={"info": str}, schemes=_SCHEMES)
     async def issue(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a permit."""
         info = _info(scope)
         taken, left = await self._pools.take(self._pool, requests.caller(scope, NAME))
         if taken:
-            await answer_json(send, _say("Token issued successfully.", left, info))
+            await answer_json(send, Said("Token issued successfully.", left, info))
         else:
-            await answer_json(send, _say("No tokens available.", 0, info), 429)
+            await answer_json(send, Said("No tokens available.", 0, info), 429)
 
+    @operation(Answer(200, Said), _DENIED, Answer(400, Said), refuses=_SAYS, query={"info": str}, schemes=_SCHEMES)
     async def recycle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Free the permit that was issued longest ago."""
         info = _info(scope)
         freed, left = await self._pools.give_back(self._pool)
         if freed:
-            await answer_json(send, _say("Token recycled successfully.", left, info))
+            await answer_json(send, Said("Token recycled successfully.", left, info))
         else:
-            await answer_json(send, _say("All tokens are already available.", left, info), 400)
+            await answer_json(send, Said("All tokens are already available.", left, info), 400)
 
+    @operation(Answer(200, Available), _DENIED, refuses=_LATER, schemes=_SCHEMES)
     async def count(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say how many permits are free."""
         available, _ = await self._pools.count(self._pool)
-        await answer_json(send, {"available_tokens": available})
+        await answer_json(send, Available(available))
 
     def _guard(self, handler: ASGIApp) -> ASGIApp:
+        @wraps(handler)
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await self._check(scope)
             except InvalidCredentials:
-                await answer_json(send, {"error": "Unauthorized"}, 401)
+                await answer_json(send, Unauthorized(), 401)
             else:
                 await handler(scope, receive, send)
 
@@ -78,7 +112,3 @@ class SimpleTokenImplement:
 
 def _info(scope: Scope) -> str:
     return next(iter(requests.query_values(scope, "info")), "No info provided")
-
-
-def _say(message: str, available: int, info: str) -> dict[str, object]:
-    return {"message": message, "available_tokens": available, "info": info}

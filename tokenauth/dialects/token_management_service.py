@@ -3,21 +3,41 @@
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
 from tokenauth.models import Claim
 from tokenauth.pools import Pools, named_holder
 from tokenauth.routes import requests
+from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation
 from tokenauth.routes.refusals import answer_json
 from tokenauth.routes.table import Handlers
 
 
-class _Body(msgspec.Struct):
+class Asked(msgspec.Struct):
+    """Which token, and for whom."""
+
     token: str | None = None
     client_id: str | None = None
 
 
-_body = msgspec.json.Decoder(_Body)
+class Token(msgspec.Struct):
+    """The token that was made or lent."""
+
+    token: str
+
+
+class Outcome(msgspec.Struct):
+    """What was done, or is in the way."""
+
+    message: str
+
+
+_body = msgspec.json.Decoder(Asked)
+
+_BODY: Refusals = (*JSON_BODY, StoreUnavailable)
+_MISSING = Answer(400, Outcome)
+_DENIED = Answer(403, Outcome)
+_NONE = Answer(404, Outcome)
 
 
 class TokenManagementService:
@@ -37,6 +57,7 @@ class TokenManagementService:
             "/delete-token": {"POST": self.delete, "DELETE": self.delete},
         }
 
+    @operation(Answer(201, Token), _DENIED, refuses=(StoreUnavailable,))
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make one token."""
         try:
@@ -44,8 +65,9 @@ class TokenManagementService:
         except PoolFull:
             await _say(send, "Token pool size limit reached", 403)
         else:
-            await answer_json(send, {"token": token}, 201)
+            await answer_json(send, Token(token), 201)
 
+    @operation(Answer(200, Token), _MISSING, _NONE, body=Asked, refuses=_BODY)
     async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token to a client."""
         body = await _read(scope, receive)
@@ -57,8 +79,9 @@ class TokenManagementService:
         except NoFreeToken:
             await _say(send, "No free token available", 404)
         else:
-            await answer_json(send, {"token": token.value})
+            await answer_json(send, Token(token.value))
 
+    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=Asked, refuses=_BODY)
     async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a lease run for its full time from now, if it is this client's."""
         body = await _read(scope, receive)
@@ -72,6 +95,7 @@ class TokenManagementService:
         else:
             await _say(send, "Token keep-alive refreshed")
 
+    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=Asked, refuses=_BODY)
     async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
         body = await _read(scope, receive)
@@ -85,6 +109,7 @@ class TokenManagementService:
         else:
             await _say(send, "Token unblocked")
 
+    @operation(Answer(200, Outcome), _MISSING, _NONE, body=Asked, refuses=_BODY)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token, free or lent."""
         body = await _read(scope, receive)
@@ -99,9 +124,9 @@ class TokenManagementService:
             await _say(send, "Token deleted successfully!")
 
 
-async def _read(scope: Scope, receive: Receive) -> _Body:
-    return await requests.json_body(scope, receive, _body, empty=_Body())
+async def _read(scope: Scope, receive: Receive) -> Asked:
+    return await requests.json_body(scope, receive, _body, empty=Asked())
 
 
 async def _say(send: Send, message: str, status: int = 200) -> None:
-    await answer_json(send, {"message": message}, status)
+    await answer_json(send, Outcome(message), status)

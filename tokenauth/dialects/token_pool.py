@@ -1,14 +1,16 @@
 """The HTTP of token-pool: a pool of UUIDs that may be blocked for a while."""
 
 import re
+from typing import Any, Literal
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.errors import NoFreeToken, NotFound, UnknownToken
+from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
+from tokenauth.routes.operations import JSON_BODY, Answer, operation
 from tokenauth.routes.refusals import answer_json
 from tokenauth.routes.table import Handlers
 
@@ -17,12 +19,39 @@ NAME = "token-pool"
 _UNKNOWN = ["Invalid token id"]
 
 
-class _Named(msgspec.Struct):
-    token: object = None
-    token_uuid: object = None
+class NamedUuid(msgspec.Struct):
+    """Which token is meant, under either name."""
+
+    token: Any = None
+    token_uuid: Any = None
 
 
-_named = msgspec.json.Decoder(_Named)
+class Made(msgspec.Struct):
+    """The token that was made."""
+
+    token: str
+
+
+class Done(msgspec.Struct):
+    """What was done."""
+
+    response: str
+
+
+class Blocked(msgspec.Struct):
+    """The token that was lent."""
+
+    blocked_token: str
+
+
+class NoneFree(msgspec.Struct):
+    """No token can be lent."""
+
+    error: Literal["No free tokens"] = "No free tokens"
+
+
+_named = msgspec.json.Decoder(NamedUuid)
+_NO_SUCH = Answer(400, tuple[Literal["Invalid token id"]], "There is no such token.")
 
 
 class TokenPool:
@@ -41,30 +70,34 @@ class TokenPool:
         }
         return addresses | {f"{path}/": handlers for path, handlers in addresses.items()}
 
+    @operation(Answer(200, Made), refuses=(PoolFull, StoreUnavailable))
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make one token."""
         [token] = await self._pools.generate(self._pool, 1)
-        await answer_json(send, {"token": token})
+        await answer_json(send, Made(token))
 
+    @operation(Answer(200, Done), _NO_SUCH, body=NamedUuid, empty=True, refuses=(*JSON_BODY, StoreUnavailable))
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token."""
-        named = await requests.json_body(scope, receive, _named, empty=_Named())
+        named = await requests.json_body(scope, receive, _named, empty=NamedUuid())
         try:
             await self._pools.delete(self._pool, _uuid(named.token or named.token_uuid))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 400)
         else:
-            await answer_json(send, {"response": "Token deleted successfully"})
+            await answer_json(send, Done("Token deleted successfully"))
 
+    @operation(Answer(200, Blocked), Answer(404, NoneFree), refuses=(StoreUnavailable,))
     async def block(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
         try:
             token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
         except NoFreeToken:
-            await answer_json(send, {"error": "No free tokens"}, 404)
+            await answer_json(send, NoneFree(), 404)
         else:
-            await answer_json(send, {"blocked_token": token.value})
+            await answer_json(send, Blocked(token.value))
 
+    @operation(Answer(200, Done), _NO_SUCH, refuses=(NotFound, StoreUnavailable))
     async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a token live, and stay blocked if it is, for its full time."""
         try:
@@ -76,7 +109,7 @@ class TokenPool:
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 400)
         else:
-            await answer_json(send, {"response": "Token refreshed successfully"})
+            await answer_json(send, Done("Token refreshed successfully"))
 
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)

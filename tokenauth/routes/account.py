@@ -1,12 +1,15 @@
 """My logins: who am I, where am I logged in, end one, end all. All behind TokenMiddleware."""
 
+from typing import Literal
+
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.config import canonical
-from tokenauth.errors import InsufficientScope, InvalidRequest
+from tokenauth.errors import InsufficientScope, InvalidRequest, NotFound
 from tokenauth.models import Identity, Token
 from tokenauth.routes import requests
+from tokenauth.routes.operations import Answer, operation
 from tokenauth.routes.refusals import answer, answer_json
 from tokenauth.routes.table import Handlers
 from tokenauth.tokens import Tokens
@@ -15,7 +18,13 @@ ADMIN = "admin"
 """The scope that may act for other users."""
 
 
-class _Me(msgspec.Struct):
+_USER = {"user": str}
+_KEEP = {"keep": Literal["current"]}
+
+
+class Me(msgspec.Struct):
+    """Whose token this is; `id` names it and proves nothing. Times are Unix seconds."""
+
     username: str
     scopes: tuple[str, ...]
     id: str
@@ -23,13 +32,27 @@ class _Me(msgspec.Struct):
     expiry_time: int
 
 
-class _Listed(msgspec.Struct):
+class Login(msgspec.Struct):
+    """A live token: since when, until when, and who asked for it."""
+
     id: str
     issued_at: int
     expiry_time: int
     address: str
     user_agent: str
     current: bool
+
+
+class Logins(msgspec.Struct):
+    """Live tokens, newest first."""
+
+    tokens: list[Login]
+
+
+class Revoked(msgspec.Struct):
+    """How many tokens have ended."""
+
+    revoked: int
 
 
 class AccountRoutes:
@@ -46,25 +69,29 @@ class AccountRoutes:
             "/api/tokens/{id}": {"DELETE": self.end},
         }
 
+    @operation(Answer(200, Me))
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say whose token this is."""
         user: Identity = scope["user"]
         token: Token = scope["token"]
-        await answer_json(send, _Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
+        await answer_json(send, Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
 
+    @operation(Answer(200, Logins), refuses=(InsufficientScope,), query=_USER)
     async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """List the tokens of a user."""
         listed = await self._tokens.live(_whose(scope))
-        await answer_json(send, {"tokens": [_show(token, scope["token"]) for token in listed]})
+        await answer_json(send, Logins([_show(token, scope["token"]) for token in listed]))
 
+    @operation(Answer(200, Revoked), refuses=(InsufficientScope,), query=_KEEP | _USER)
     async def end_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End all tokens of a user, or with `?keep=current` all but this one."""
         keep = requests.query_value(scope, "keep")
         if keep not in {None, "current"}:
             raise InvalidRequest("keep: may only be 'current'.")
         revoked = await self._tokens.revoke_all(_whose(scope), scope["token"] if keep else None)
-        await answer_json(send, {"revoked": revoked})
+        await answer_json(send, Revoked(revoked))
 
+    @operation(Answer(204), refuses=(InsufficientScope, NotFound), query=_USER)
     async def end(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End one token."""
         await self._tokens.revoke_id(scope["path_params"]["id"], _whose(scope))
@@ -82,8 +109,8 @@ def _whose(scope: Scope) -> str:
     return canonical(named)
 
 
-def _show(token: Token, current: Token) -> _Listed:
-    return _Listed(
+def _show(token: Token, current: Token) -> Login:
+    return Login(
         id=token.id,
         issued_at=int(token.issued_at),
         expiry_time=token.expires_at,

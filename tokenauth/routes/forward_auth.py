@@ -6,10 +6,20 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, InvalidToken, Refusal, TokenRequired, Unsure
+from tokenauth.errors import (
+    Forbidden,
+    InsufficientScope,
+    InvalidRequest,
+    InvalidToken,
+    Refusal,
+    StoreUnavailable,
+    TokenRequired,
+    Unsure,
+)
 from tokenauth.logs import log, whereabouts
 from tokenauth.models import Identity, Login, is_scope
 from tokenauth.routes import requests
+from tokenauth.routes.operations import Answer, operation
 from tokenauth.routes.refusals import NO_STORE, Headers, refuse
 from tokenauth.routes.table import Handlers, nothing_here
 from tokenauth.tokens import Tokens
@@ -17,6 +27,13 @@ from tokenauth.tokens import Tokens
 PATH = "/auth"
 
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+_IDENTITY = {
+    "X-Auth-User": "The user's name, percent-encoded where it is not printable ASCII.",
+    "X-Auth-Scopes": "His scopes, with blanks between them.",
+    "X-Auth-Expires": "The Unix second at which his token expires.",
+}
 
 
 class ForwardAuth:
@@ -32,10 +49,16 @@ class ForwardAuth:
 
     def routes(self) -> dict[str, Handlers]:
         """List the address."""
-        return {PATH: {"GET": self}}
+        return {PATH: {"GET": self.__call__}}
 
+    @operation(
+        Answer(200, says="The request may pass.", headers=_IDENTITY),
+        refuses=(TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, Unsure),
+        query={"scope": str},
+        schemes=("X-Token", "Bearer"),
+    )
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or let the others do so."""
+        """Say to a reverse proxy whether a request may pass, and who sent it; any method will do."""
         if scope["type"] != "http" or scope["path"] != PATH:
             await self._rest(scope, receive, send)
             return

@@ -4,6 +4,7 @@ The clients are the users of the configuration; so `client_id` is a user name, a
 """
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 from urllib.parse import unquote_plus, urlsplit
 
 import msgspec
@@ -11,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import (
+    BodyTooLarge,
     InsufficientScope,
     InvalidClient,
     InvalidCredentials,
@@ -18,10 +20,14 @@ from tokenauth.errors import (
     InvalidScope,
     InvalidToken,
     NotFound,
+    Overloaded,
+    StoreUnavailable,
+    TooManyAttempts,
     UnsupportedGrantType,
 )
 from tokenauth.models import Identity, User
 from tokenauth.routes import requests
+from tokenauth.routes.operations import Answer, Refusals, operation, said
 from tokenauth.routes.refusals import JSON, answer, answer_json
 from tokenauth.routes.table import Handlers
 from tokenauth.tokens import Tokens
@@ -57,8 +63,40 @@ class Introspection(msgspec.Struct):
     iat: int
     exp: int
     jti: str
-    active: bool = True
+    active: Literal[True] = True
     token_type: str = _BEARER
+
+
+class Inactive(msgspec.Struct):
+    """All that is said of a token that is not valid, whatever is wrong with it."""
+
+    active: Literal[False] = False
+
+
+class ClientForm(msgspec.Struct):
+    """Who the client is, unless it says so by HTTP Basic."""
+
+    client_id: str | msgspec.UnsetType = msgspec.UNSET
+    client_secret: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class TokenForm(ClientForm, kw_only=True):
+    """What sort of token the client wants, and for which scopes."""
+
+    grant_type: Literal["client_credentials"]
+    scope: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class AboutForm(ClientForm, kw_only=True):
+    """Which token is meant; what sort it is need not be said."""
+
+    token: Annotated[str, said(minLength=1)]
+    token_type_hint: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_FORM: Refusals = (InvalidRequest, BodyTooLarge)
+_CLIENT: Refusals = (*_FORM, InvalidClient, TooManyAttempts, Overloaded, StoreUnavailable)
+_BY_FORM = ("", "Basic")
 
 
 class Metadata(msgspec.Struct):
@@ -94,6 +132,9 @@ class OAuthRoutes:
             METADATA + urlsplit(self._issuer).path: metadata,
         }
 
+    @operation(
+        Answer(200, Granted), form=TokenForm, refuses=(*_CLIENT, InvalidScope, UnsupportedGrantType), schemes=_BY_FORM
+    )
     async def token(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Issue a token to a client."""
         form = await requests.form_body(scope, receive)
@@ -108,6 +149,12 @@ class OAuthRoutes:
         granted = Granted(issued.value, lifetime, " ".join(user.scopes))
         await answer(send, 200, msgspec.json.encode(granted), JSON, (b"pragma", b"no-cache"))
 
+    @operation(
+        Answer(200, (Introspection, Inactive), "What is to be said of the token."),
+        form=AboutForm,
+        refuses=(*_CLIENT, InvalidToken, InsufficientScope),
+        schemes=(*_BY_FORM, "X-Token", "Bearer"),
+    )
     async def introspect(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say whether a token is valid, and whose it is."""
         form = await requests.form_body(scope, receive)
@@ -123,6 +170,7 @@ class OAuthRoutes:
         found = Introspection(name, name, name, scopes, int(token.issued_at), token.expires_at, token.id)
         await answer_json(send, found)
 
+    @operation(Answer(200), form=AboutForm, refuses=_CLIENT, schemes=_BY_FORM)
     async def revoke(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a token; the answer is the same for one that is not valid (RFC 7009 section 2.2)."""
         form = await requests.form_body(scope, receive)
@@ -130,6 +178,7 @@ class OAuthRoutes:
         await self._tokens.revoke(_field(form, "token").encode())
         await answer(send, 200, b"")
 
+    @operation(Answer(200, Metadata), refuses=(NotFound,))
     async def metadata(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say where what is."""
         at = self._issuer

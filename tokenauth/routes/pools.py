@@ -5,9 +5,11 @@ from typing import Annotated
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from tokenauth.errors import InsufficientScope, LeaseLost, NoFreeToken, PoolFull, UnknownPool, UnknownToken
 from tokenauth.models import Claim, Identity, Pool, PoolToken
-from tokenauth.pools import MAX_COUNT, Pools, named_holder
+from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, named_holder
 from tokenauth.routes import requests
+from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.routes.refusals import answer, answer_json
 from tokenauth.routes.table import Handlers
 
@@ -15,27 +17,37 @@ PAGE = 100
 """Tokens on a page, unless `?limit=` says otherwise."""
 
 
-class _Wanted(msgspec.Struct):
+class Wanted(msgspec.Struct):
+    """How many tokens are to be made."""
+
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)] = 1
 
 
-class _Holder(msgspec.Struct):
-    holder: str | None = None
+class Borrower(msgspec.Struct):
+    """Who is to have the token; the user, if it is not said."""
+
+    holder: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
 
 
-class _Claimed(msgspec.Struct):
+class Claimed(msgspec.Struct):
+    """What the caller knows of the lease that it says it has; what is left out is not compared."""
+
     holder: str | None = None
     fence: int | None = None
 
 
-class _Counted(msgspec.Struct):
+class Counted(msgspec.Struct):
+    """How many tokens of a pool can be lent, and how many are; no capacity is any number."""
+
     name: str
     capacity: int | None
     available: int
     leased: int
 
 
-class _Member(msgspec.Struct, omit_defaults=True):
+class Member(msgspec.Struct, omit_defaults=True):
+    """A token of a pool, and whoever has it. Times are Unix seconds; no expiry is never."""
+
     token: str
     expiry_time: int | None
     holder: str | msgspec.UnsetType = msgspec.UNSET
@@ -43,7 +55,9 @@ class _Member(msgspec.Struct, omit_defaults=True):
     lease_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
 
 
-class _Lease(msgspec.Struct):
+class Leased(msgspec.Struct):
+    """A token that is lent: until when, and for how many seconds from now; `fence` grows with each lease of it."""
+
     token: str
     holder: str
     fence: int
@@ -51,9 +65,34 @@ class _Lease(msgspec.Struct):
     expires_in: int
 
 
-_wanted = msgspec.json.Decoder(_Wanted)
-_holder = msgspec.json.Decoder(_Holder)
-_claimed = msgspec.json.Decoder(_Claimed)
+class Listing(msgspec.Struct):
+    """All pools that the user may use."""
+
+    pools: list[Counted]
+
+
+class Page(Counted):
+    """A pool, and some of its tokens; the next page begins `?after=` the last of them, if `next` is one."""
+
+    tokens: list[Member]
+    next: str | None
+
+
+class Generated(msgspec.Struct):
+    """Tokens that were made."""
+
+    tokens: list[str]
+
+
+_wanted = msgspec.json.Decoder(Wanted)
+_holder = msgspec.json.Decoder(Borrower)
+_claimed = msgspec.json.Decoder(Claimed)
+
+
+_Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
+_POOL: Refusals = (UnknownPool, InsufficientScope)
+_TOKEN: Refusals = (*_POOL, UnknownToken)
+_LEASE: Refusals = (*_TOKEN, *JSON_BODY, LeaseLost)
 
 
 class PoolRoutes:
@@ -74,11 +113,13 @@ class PoolRoutes:
             f"{one}/leases/{{token}}": {"PUT": self.keep_alive, "DELETE": self.release},
         }
 
+    @operation(Answer(200, Listing))
     async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say how many tokens each pool has."""
         counted = [await self._counted(pool) for pool in self._pools.open_to(scope["user"])]
-        await answer_json(send, {"pools": counted})
+        await answer_json(send, Listing(counted))
 
+    @operation(Answer(200, Page), refuses=_POOL, query={"after": str, "limit": _Limit})
     async def show(self, scope: Scope, receive: Receive, send: Send) -> None:
         """List the tokens of a pool, page by page."""
         pool = self._pool(scope)
@@ -87,15 +128,18 @@ class PoolRoutes:
         found = await self._pools.members(pool, after, limit + 1)
         page = found[:limit]
         following = page[-1].value if len(found) > limit else None
-        counted = msgspec.structs.asdict(await self._counted(pool))
-        await answer_json(send, {**counted, "tokens": [self._member(pool, token) for token in page], "next": following})
+        available, leased = await self._pools.count(pool)
+        members = [self._member(pool, token) for token in page]
+        await answer_json(send, Page(pool.name, pool.capacity, available, leased, members, following))
 
+    @operation(Answer(201, Generated), body=Wanted, empty=True, refuses=(*_POOL, *JSON_BODY, PoolFull))
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Add tokens."""
         pool = self._pool(scope)
-        wanted = await requests.json_body(scope, receive, _wanted, empty=_Wanted())
-        await answer_json(send, {"tokens": await self._pools.generate(pool, wanted.count)}, 201)
+        wanted = await requests.json_body(scope, receive, _wanted, empty=Wanted())
+        await answer_json(send, Generated(list(await self._pools.generate(pool, wanted.count))), 201)
 
+    @operation(Answer(200, Member), refuses=_TOKEN)
     async def show_token(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Show one token, with the number of its latest lease, also when that is over."""
         pool = self._pool(scope)
@@ -104,20 +148,23 @@ class PoolRoutes:
         shown.fence = token.fence
         await answer_json(send, shown)
 
+    @operation(Answer(204), refuses=_TOKEN)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token."""
         await self._pools.delete(self._pool(scope), scope["path_params"]["token"])
         await answer(send, 204, b"")
 
+    @operation(Answer(201, Leased), body=Borrower, empty=True, refuses=(*_POOL, *JSON_BODY, NoFreeToken))
     async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
         pool = self._pool(scope)
-        wanted = await requests.json_body(scope, receive, _holder, empty=_Holder())
+        wanted = await requests.json_body(scope, receive, _holder, empty=Borrower())
         user: Identity = scope["user"]
         holder = user.username if wanted.holder is None else named_holder(wanted.holder)
         token = await self._pools.assign(pool, holder)
         await answer_json(send, _lease(pool, token), 201)
 
+    @operation(Answer(200, Leased), body=Claimed, empty=True, refuses=_LEASE)
     async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a lease run for its full time from now."""
         pool = self._pool(scope)
@@ -125,6 +172,7 @@ class PoolRoutes:
         token = await self._pools.keep_alive(pool, scope["path_params"]["token"], claim)
         await answer_json(send, _lease(pool, token))
 
+    @operation(Answer(204), body=Claimed, empty=True, refuses=_LEASE)
     async def release(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
         pool = self._pool(scope)
@@ -134,13 +182,13 @@ class PoolRoutes:
     def _pool(self, scope: Scope) -> Pool:
         return self._pools.find(scope["path_params"]["pool"], scope["user"])
 
-    async def _counted(self, pool: Pool) -> _Counted:
+    async def _counted(self, pool: Pool) -> Counted:
         available, leased = await self._pools.count(pool)
-        return _Counted(pool.name, pool.capacity, available, leased)
+        return Counted(pool.name, pool.capacity, available, leased)
 
-    def _member(self, pool: Pool, token: PoolToken) -> _Member:
+    def _member(self, pool: Pool, token: PoolToken) -> Member:
         expires_at = pool.expires_at(token)
-        shown = _Member(token.value, None if expires_at is None else int(expires_at))
+        shown = Member(token.value, None if expires_at is None else int(expires_at))
         lease = token.lease(self._pools.now())
         if lease is not None:
             shown.holder, shown.fence, shown.lease_expiry_time = lease.holder, token.fence, int(lease.until)
@@ -148,10 +196,10 @@ class PoolRoutes:
 
 
 async def _claim(scope: Scope, receive: Receive) -> Claim:
-    claimed = await requests.json_body(scope, receive, _claimed, empty=_Claimed())
+    claimed = await requests.json_body(scope, receive, _claimed, empty=Claimed())
     return Claim(claimed.holder, claimed.fence)
 
 
-def _lease(pool: Pool, token: PoolToken) -> _Lease:
+def _lease(pool: Pool, token: PoolToken) -> Leased:
     """Show a lease that has begun anew: `expires_in` is its full time, for a clock of the client's own."""
-    return _Lease(token.value, token.holder or "", token.fence, int(token.free_at), int(pool.lease_ttl))
+    return Leased(token.value, token.holder or "", token.fence, int(token.free_at), int(pool.lease_ttl))

@@ -116,10 +116,7 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
 
     Raises UnsupportedMediaType, BodyTooLarge or InvalidRequest, which names the fault.
     """
-    readable = True
-    for name, value in scope["headers"]:
-        if name == b"content-encoding" or (name == b"content-type" and not _says_json(value)):
-            readable = False
+    readable = _is_json(scope)
     if not readable and empty is None:
         raise UnsupportedMediaType
     data, complete = await body(receive)
@@ -220,6 +217,22 @@ def client_address(scope: Scope) -> str:
 def user_agent(scope: Scope) -> str:
     """Return how the client calls itself, cut to a sensible length."""
     return (header(scope, b"user-agent") or b"")[:MAX_USER_AGENT].decode("latin-1")
+
+
+def _is_json(scope: Scope) -> bool:
+    """Whether a body may be read as JSON. Programs need not say that it is; a web page must.
+
+    What a page sends without a type, its browser sends for pages of any origin, without asking first.
+    """
+    typed, from_page, encoded = None, False, False
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            typed = typed is not False and _says_json(value)
+        elif name == b"origin":
+            from_page = True
+        elif name == b"content-encoding":
+            encoded = True
+    return not encoded and (not from_page if typed is None else typed)
 
 
 def _says_json(content_type: bytes) -> bool:

@@ -1,12 +1,12 @@
 """The table of addresses: which handler answers which method of which path."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import ConfigError, MethodNotAllowed, NotFound
+from tokenauth.errors import ConfigError, MethodNotAllowed, NotFound, Refusal
 
 Handlers = Mapping[str, ASGIApp]
 """The methods that an address takes, and what answers each of them."""
@@ -33,8 +33,11 @@ class Methods:
         await handler(scope, receive, send)
 
 
-Guard = Callable[[ASGIApp], ASGIApp]
-"""Wraps an ASGI app so that not everybody reaches it."""
+class Guard(NamedTuple):
+    """What wraps an ASGI app so that not everybody reaches it, and what it refuses."""
+
+    wrap: Callable[[ASGIApp], ASGIApp]
+    refuses: tuple[type[Refusal], ...]
 
 
 class Route(NamedTuple):
@@ -43,6 +46,8 @@ class Route(NamedTuple):
     template: str
     endpoint: ASGIApp
     owner: str
+    handlers: Handlers
+    guard: Guard | None
 
 
 class Routes:
@@ -63,7 +68,8 @@ class Routes:
         """Add addresses, behind a guard or not. Raises ConfigError when a path would have two routes."""
         for path, handlers in routes.items():
             methods = Methods(handlers)
-            route = Route(prefix + path, methods if guard is None else guard(methods), owner)
+            endpoint = methods if guard is None else guard.wrap(methods)
+            route = Route(prefix + path, endpoint, owner, handlers, guard)
             for other in self._all:
                 if _meet(route.template, other.template):
                     raise ConfigError(
@@ -81,6 +87,10 @@ class Routes:
                 literals = map(re.escape, _PARAMETER.split(route.template)[::2])
                 patterns.append("([^/]+)".join(literals))
         self._pattern = re.compile("|".join(patterns) or r"(?!)")
+
+    def __iter__(self) -> Iterator[Route]:
+        """Go through all routes, in the order in which they were added."""
+        return iter(self._all)
 
     def find(self, path: str) -> tuple[Route, dict[str, str]] | None:
         """Return the route of a path, and the values of its parameters."""

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Annotated
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth import opaque
-from tokenauth.errors import InvalidRequest
+from tokenauth.config import MAX_NAME
+from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, StoreUnavailable, TooManyAttempts
+from tokenauth.passwords import MAX_LENGTH
 from tokenauth.routes import requests
+from tokenauth.routes.operations import JSON_BODY, NO_NUL, Answer, operation, said
 from tokenauth.routes.refusals import JSON, NO_STORE, answer, answer_json, refuse
 from tokenauth.routes.table import Handlers, nothing_here
 from tokenauth.tokens import Tokens
@@ -18,17 +22,37 @@ PATH = "/api/token"
 _INVALID = b'{"valid":false,"expiry_time":null}'
 
 
-class _Credentials(msgspec.Struct):
-    username: str
-    password: str
+class Credentials(msgspec.Struct):
+    """The name and the password of a user."""
+
+    username: Annotated[str, said(maxLength=MAX_NAME, pattern=NO_NUL)]
+    password: Annotated[str, said(maxLength=MAX_LENGTH, pattern=NO_NUL)]
 
 
-class _Issued(msgspec.Struct):
+class Issued(msgspec.Struct):
+    """A new token, and the Unix second at which it expires."""
+
     token: str
     expiry_time: int
 
 
-_credentials = msgspec.json.Decoder(_Credentials)
+class Validity(msgspec.Struct):
+    """Whether a token is valid, and if so the Unix second at which it expires."""
+
+    valid: bool
+    expiry_time: int | None
+
+
+class Named(msgspec.Struct):
+    """The token that is to be ended."""
+
+    token: str
+
+
+_credentials = msgspec.json.Decoder(Credentials)
+
+
+_ANY = ("", "X-Token", "Bearer")
 
 
 class Probe:
@@ -41,8 +65,14 @@ class Probe:
         self._tokens = tokens
         self._rest = rest
 
+    @operation(
+        Answer(200, Validity),
+        refuses=(InvalidRequest, StoreUnavailable),
+        query={"token": str},
+        schemes=_ANY,
+    )
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or let the others do so."""
+        """Say whether a token is valid: the one in the query, or else in a header."""
         if scope["type"] != "http" or scope["path"] != PATH or scope["method"] not in {"GET", "HEAD"}:
             await self._rest(scope, receive, send)
             return
@@ -66,16 +96,22 @@ class TokenRoutes:
 
     def routes(self) -> dict[str, Handlers]:
         """List the addresses."""
-        return {PATH: {"GET": Probe(self._tokens), "POST": self.log_in, "DELETE": self.log_out}}
+        return {PATH: {"GET": Probe(self._tokens).__call__, "POST": self.log_in, "DELETE": self.log_out}}
 
+    @operation(
+        Answer(200, Issued),
+        body=Credentials,
+        refuses=(*JSON_BODY, InvalidCredentials, TooManyAttempts, Overloaded, StoreUnavailable),
+    )
     async def log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Exchange a name and a password for a token."""
         wanted = await requests.json_body(scope, receive, _credentials)
         issued = await self._tokens.issue(
             wanted.username, wanted.password, requests.client_address(scope), requests.user_agent(scope)
         )
-        await answer_json(send, _Issued(issued.value, issued.token.expires_at))
+        await answer_json(send, Issued(issued.value, issued.token.expires_at))
 
+    @operation(Answer(200, Validity), body=Named, empty=True, refuses=(StoreUnavailable,), schemes=_ANY)
     async def log_out(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End the tokens that are named."""
         for value in await _named(scope, receive):

@@ -1,0 +1,1 @@
+"""Web pages that call the service, in a real Chromium."""

@@ -1,0 +1,70 @@
+"""What the handlers take and answer, said beside each of them; the description of the HTTP is made of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from tokenauth.errors import BodyTooLarge, InvalidRequest, Refusal, UnsupportedMediaType
+
+H = TypeVar("H", bound=Callable[..., Any])
+
+Refusals = Sequence[type[Refusal]]
+
+JSON_BODY: Refusals = (InvalidRequest, BodyTooLarge, UnsupportedMediaType)
+"""What is refused wherever a JSON body is read."""
+
+NO_NUL = r"^[^\0]*$"
+"""A pattern for texts that are refused with a NUL character."""
+
+
+def said(**schema: Any) -> msgspec.Meta:
+    """Say in the schema of a type what is checked elsewhere."""
+    return msgspec.Meta(extra_json_schema=schema)
+
+
+class Answer(NamedTuple):
+    """An answer that is no refusal: its status, the type of its JSON (or several), what it says in words, its headers.
+
+    What is not JSON has a media type only.
+    """
+
+    status: int
+    type: Any = None
+    says: str = ""
+    headers: Mapping[str, str] = {}
+    media: str = "application/json"
+
+
+class Operation(NamedTuple):
+    """What a handler takes and answers.
+
+    `body` is the type of a JSON body, `form` that of a form; with `empty` no body will do, too. `query` has the types
+    of the parameters. `schemes` are the ways in which it asks who calls, each of which is enough; "" is none.
+    """
+
+    answers: Sequence[Answer]
+    refuses: Refusals
+    body: Any = None
+    form: Any = None
+    empty: bool = False
+    query: Mapping[str, Any] = {}
+    schemes: Sequence[str] = ()
+
+
+def operation(
+    *answers: Answer,
+    refuses: Refusals = (),
+    body: Any = None,
+    form: Any = None,
+    empty: bool = False,
+    query: Mapping[str, Any] | None = None,
+    schemes: Sequence[str] = (),
+) -> Callable[[H], H]:
+    """Say of a handler what it takes and answers, in the words of Operation; its docstring says what it does."""
+
+    def attach(handler: H) -> H:
+        handler.operation = Operation(answers, refuses, body, form, empty, query or {}, schemes)  # type: ignore[attr-defined]
+        return handler
+
+    return attach
