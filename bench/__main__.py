@@ -15,7 +15,7 @@ from bench.lending import LendingRows
 from bench.limit import BareServer
 from bench.rows import Rows
 
-_TOKENS = ("hot", "me", "million", "issue", "revoke", "login", "flood", "start", "memory")
+_TOKENS = ("hot", "me", "auth", "introspect", "million", "issue", "revoke", "login", "flood", "start", "memory")
 _LENDING = ("assign", "keep", "release", "large", "permits", "uuids", "bounded", "owned")
 _NAMES = (*_TOKENS, *_LENDING)
 

@@ -6,6 +6,9 @@ local json = {["Content-Type"] = "application/json"}
 
 local function value(number) return string.format("%064d", number) end
 
+-- user0:secret
+local client = {["Content-Type"] = "application/x-www-form-urlencoded", ["Authorization"] = "Basic dXNlcjA6c2VjcmV0"}
+
 local function probe(number) return wrk.format("GET", "/api/token?token=" .. value(number)) end
 
 local function login(password, headers)
@@ -108,6 +111,8 @@ local requests = {
   owned = in_turn(services.owned),
   hot = function() return probe(math.random(0, 499)) end,
   me = function() return wrk.format("GET", "/api/me", {["X-Token"] = value(math.random(0, 499))}) end,
+  auth = function() return wrk.format("GET", "/auth?scope=introspect", {["X-Token"] = value(math.random(0, 499))}) end,
+  introspect = function() return wrk.format("POST", "/oauth/introspect", client, "token=" .. value(math.random(0, 499))) end,
   million = function() return probe(math.random(0, 999999)) end,
   sweep = function()
     count = count + 1

@@ -47,6 +47,8 @@ class Rows:
         return (
             Figure("hot", "GET /api/token, 500 hot tokens", 0.80, 0.90, "", partial(self._probes, "hot")),
             Figure("me", "GET /api/me", 0.50, 0.70, "", partial(self._probes, "me")),
+            Figure("auth", "GET /auth, forward-auth", 0.75, 0.85, "", partial(self._probes, "auth")),
+            Figure("introspect", "POST /oauth/introspect", 0.35, 0.50, "", partial(self._probes, "introspect")),
             Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, 0.60, "", partial(self._probes, "million")),
             Figure("issue", f"POST /api/token, {durable}", 0.20, 0.30, "", self._issue),
             Figure("revoke", f"DELETE /api/token, {durable}", 0.20, 0.30, "", self._revoke),
@@ -64,6 +66,10 @@ class Rows:
             _check_probe(server, value(MILLION - 1))
             me = server.client.get("/api/me", headers={"X-Token": value(7)}).json()
             _demand(me["username"] == "user7", f"/api/me answered {me}")
+            found = server.client.post("/oauth/introspect", data={"token": value(7)}, auth=("user0", "secret")).json()
+            _demand(found["active"] and found["username"] == "user7", f"/oauth/introspect answered {found}")
+            passed = server.client.get("/auth", params={"scope": "introspect"}, headers={"X-Token": value(7)})
+            _demand(passed.headers.get("x-auth-user") == "user7", f"/auth answered {passed.status_code}")
             load.run(server.port, kind, _WARM)
             yield lambda: _ratio(self._beside(server, kind))
 

@@ -22,6 +22,7 @@ MILLION = 1_000_000
 USERS = 500
 NEGLIGIBLE = pbkdf2_sha256.using(rounds=1).hash("secret")
 
+_SCOPES = 'scopes = ["introspect"]'
 _TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 _PATIENCE = 60
 
@@ -34,7 +35,9 @@ def value(number: int) -> str:
 def write_config(directory: Path, server: str = "", password: str = NEGLIGIBLE, tables: str = "") -> Path:
     """Write a configuration with 500 users whose hash of "secret" is `password`, and with more `tables`."""
     directory.mkdir(exist_ok=True)
-    users = "".join(f'[[users]]\nusername = "user{number}"\npassword = "{password}"\n' for number in range(USERS))
+    users = "".join(
+        f'[[users]]\nusername = "user{number}"\npassword = "{password}"\n{_SCOPES}\n' for number in range(USERS)
+    )
     path = directory / "config.toml"
     url = f"sqlite+aiosqlite:///{database(path)}"
     path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{server}\n{tables}\n{users}')

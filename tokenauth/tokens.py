@@ -7,7 +7,7 @@ from tokenauth import config, opaque
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import NotFound, RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, Issued, Login, Token, User, public_id
+from tokenauth.models import Clock, Identity, Issued, Login, Token, User, public_id
 from tokenauth.stores.base import Store
 from tokenauth.throttle import network
 
@@ -72,12 +72,13 @@ class Tokens:
         return token if user is not None and user.credential == token.credential else None
 
     async def identify(self, value: bytes) -> Login | None:
-        """Return whose token this is if it is valid now: the scopes are as the configuration has them.
-
-        Raises StoreUnavailable when that cannot be known.
-        """
+        """Return whose token this is if it is valid now. Raises StoreUnavailable when that cannot be known."""
         token = await self.validate(value)
-        return None if token is None else Login(self._users[token.username].identity, token)
+        return None if token is None else Login(self.owner(token), token)
+
+    def owner(self, token: Token) -> Identity:
+        """Return whose a valid token is: the scopes are as the configuration has them."""
+        return self._users[token.username].identity
 
     async def revoke(self, value: bytes) -> None:
         """End a token, whatever it is. When this has returned, no worker takes it any more.

@@ -17,10 +17,10 @@ from tokenauth.errors import (
     Unsure,
 )
 from tokenauth.logs import log, whereabouts
-from tokenauth.models import Identity, Login, is_scope
+from tokenauth.models import Identity, Token, is_scope
 from tokenauth.routes import requests
 from tokenauth.routes.operations import Answer, operation
-from tokenauth.routes.refusals import NO_STORE, Headers, refuse
+from tokenauth.routes.refusals import NO_STORE, refuse
 from tokenauth.routes.table import Handlers, nothing_here
 from tokenauth.tokens import Tokens
 
@@ -46,6 +46,7 @@ class ForwardAuth:
     def __init__(self, tokens: Tokens, rest: ASGIApp = nothing_here) -> None:
         self._tokens = tokens
         self._rest = rest
+        self._identities: dict[str, Sequence[tuple[bytes, bytes]]] = {}  # one for each user, at the most
 
     def routes(self) -> dict[str, Handlers]:
         """List the address."""
@@ -63,9 +64,10 @@ class ForwardAuth:
             await self._rest(scope, receive, send)
             return
         try:
-            user, token = await self._judge(scope)
-            expires = (b"x-auth-expires", b"%d" % token.expires_at)
-            headers: Headers = [*_names(user), expires, NO_STORE, (b"content-length", b"0")]
+            user, expires_at = self._owner(await self._tokens.validate(_sent(scope)))
+            if scope["query_string"]:
+                _judge(user, scope["query_string"])
+            named = self._identities.get(user.username) or self._introduce(user)
         except Refusal as refusal:
             await refuse(send, refusal)
             return
@@ -73,33 +75,39 @@ class ForwardAuth:
             log.error("unexpected", at=whereabouts(error))
             await refuse(send, Unsure())
             return
+        headers = (*named, (b"x-auth-expires", b"%d" % expires_at))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _judge(self, scope: Scope) -> Login:
-        """Return who may pass. Raises TokenRequired, InvalidToken, InsufficientScope, Forbidden, or a RetryLater."""
-        try:
-            value = requests.bearer(scope)
-        except InvalidRequest:  # two different tokens: neither counts
-            raise InvalidToken from None
-        if value is None:
-            raise TokenRequired
-        login = await self._tokens.identify(value)
-        if login is None:
+    def _owner(self, token: Token | None) -> tuple[Identity, int]:
+        """Return who may pass, and until when. Raises InvalidToken."""
+        if token is None:
             raise InvalidToken
-        query = scope["query_string"]
-        if query:
-            wanted = _wanted(query)
-            if not wanted.issubset(login.user.scopes):
-                raise InsufficientScope(*sorted(wanted))
-        return login
+        return self._tokens.owner(token), token.expires_at
+
+    def _introduce(self, user: Identity) -> Sequence[tuple[bytes, bytes]]:
+        """Write a user into headers: his name percent-encoded where it is not printable ASCII."""
+        name, scopes = quote(user.username, safe=_PLAIN).encode(), " ".join(user.scopes).encode()
+        headers = ((b"content-length", b"0"), NO_STORE, (b"x-auth-user", name), (b"x-auth-scopes", scopes))
+        return self._identities.setdefault(user.username, headers)
 
 
-@lru_cache(maxsize=256)
-def _names(user: Identity) -> Sequence[tuple[bytes, bytes]]:
-    """Write a user into headers: his name percent-encoded where it is not printable ASCII, his scopes with blanks."""
-    name = quote(user.username, safe=_PLAIN).encode()
-    return ((b"x-auth-user", name), (b"x-auth-scopes", " ".join(user.scopes).encode()))
+def _sent(scope: Scope) -> bytes:
+    """Return the token that was sent. Raises TokenRequired, or InvalidToken when two were: then neither counts."""
+    try:
+        value = requests.bearer(scope)
+    except InvalidRequest:
+        raise InvalidToken from None
+    if value is None:
+        raise TokenRequired
+    return value
+
+
+def _judge(user: Identity, query: bytes) -> None:
+    """Raise InsufficientScope unless the user has the scopes that a query asks for."""
+    wanted = _wanted(query)
+    if not wanted.issubset(user.scopes):
+        raise InsufficientScope(*sorted(wanted))
 
 
 @lru_cache(maxsize=256)
