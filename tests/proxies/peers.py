@@ -1,0 +1,244 @@
+"""What stands on both sides of a proxy: a client, an upstream that keeps what arrives, and a line to the issuer."""
+
+import asyncio
+import contextlib
+import http.client
+import socket
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+HANG = b""
+"""What a line says that accepts and never answers."""
+
+
+class Arrived(NamedTuple):
+    """One request as it came, names and values byte for byte."""
+
+    method: bytes
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    def values(self, *names: str) -> list[bytes]:
+        """Return what stands under names, in whatever case."""
+        wanted = {name.lower().encode() for name in names}
+        return [value for name, value in self.headers if name.lower() in wanted]
+
+
+class Reply(NamedTuple):
+    """What a client got back."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class Peer:
+    """A server on a port of its own, in a thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._speaking = set[asyncio.Task[None] | None]()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+        self.connections = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def start(self) -> None:
+        """Listen, at the same port as before if there was one."""
+
+        async def listen() -> None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+        self._do(listen())
+
+    def stop(self) -> None:
+        """Listen no more, and end what is open."""
+
+        async def end() -> None:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+            await self._hang_up()
+
+        self._do(end())
+
+    def hang_up(self) -> None:
+        """End what is open."""
+        self._do(self._hang_up())
+
+    async def _hang_up(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._speaking.add(task := asyncio.current_task())  # asyncio itself would forget one that waits for ever
+        try:
+            await self.speak(reader, writer)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            self._speaking.discard(task)
+            writer.transport.abort()
+
+    async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        raise NotImplementedError
+
+
+class Upstream(Peer):
+    """The application: it lets everybody in, and keeps what arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arrived: list[Arrived] = []
+
+    def take(self) -> list[Arrived]:
+        """Return what has arrived since the last time."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer each request with 200."""
+        while True:
+            request = await read_request(reader)
+            self._arrived.append(request)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nin")
+            await writer.drain()
+
+
+class Line(Peer):
+    """The line from a proxy to the issuer: it may be cut, go silent, or say something else."""
+
+    def __init__(self, issuer: int) -> None:
+        super().__init__()
+        self._issuer = issuer
+        self._instead: bytes | None = None
+        self._sent = bytearray()
+        self._ends = False
+
+    def take(self) -> bytes:
+        """Return what the proxy has sent since the last time."""
+        sent, self._sent = bytes(self._sent), bytearray()
+        return sent
+
+    def end_at_next_request(self) -> None:
+        """End the connection on which the next request comes, without an answer."""
+        self._ends = True
+
+    @contextlib.contextmanager
+    def saying(self, instead: bytes) -> Iterator[None]:
+        """For a while answer this in the issuer's stead, or HANG."""
+        self.hang_up()
+        self._instead = instead
+        try:
+            yield
+        finally:
+            self._instead = None
+            self.hang_up()
+
+    @contextlib.contextmanager
+    def leading_to(self, issuer: int) -> Iterator[None]:
+        """For a while lead to another issuer."""
+        before = self._issuer
+        self.hang_up()
+        self._issuer = issuer
+        try:
+            yield
+        finally:
+            self._issuer = before
+            self.hang_up()
+
+    async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on what is said, in both directions."""
+        if self._instead is not None:
+            if self._instead == HANG:
+                await asyncio.Event().wait()
+            await read_request(reader)
+            writer.write(self._instead)
+            await writer.drain()
+            return
+        answers, questions = await asyncio.open_connection("127.0.0.1", self._issuer)
+        try:
+            await asyncio.wait(
+                [
+                    asyncio.ensure_future(self._pump(reader, questions, keep=True)),
+                    asyncio.ensure_future(self._pump(answers, writer, keep=False)),
+                ],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            questions.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keep: bool) -> None:
+        while data := await reader.read(65536):
+            if keep and self._ends:
+                self._ends = False
+                return
+            if keep:
+                self._sent += data
+            writer.write(data)
+            await writer.drain()
+
+
+async def read_request(reader: asyncio.StreamReader) -> Arrived:
+    """Read one request, its body by length or in chunks."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = head[:-4].split(b"\r\n")
+    method, target, _ = first.split(b" ")
+    headers = [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+    known = {name.lower(): value for name, value in headers}
+    body = b""
+    if b"chunked" in known.get(b"transfer-encoding", b""):
+        while size := int(await reader.readline(), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readline()
+    else:
+        body = await reader.readexactly(int(known.get(b"content-length", 0)))
+    return Arrived(method, target, headers, body)
+
+
+def ask(
+    port: int,
+    target: str = "/",
+    headers: Sequence[tuple[str, str]] = (),
+    method: str = "GET",
+    body: bytes = b"",
+) -> Reply:
+    """Send a request as it stands, on a connection of its own; status 0 is a connection that was closed."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: app.example.com"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    names = {name for name, _ in headers}
+    if "Connection" not in names:
+        lines.append("Connection: close")
+    if body and "Transfer-Encoding" not in names:
+        lines.append(f"Content-Length: {len(body)}")
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        answer = http.client.HTTPResponse(connection, method=method)
+        try:
+            answer.begin()
+            return Reply(answer.status, answer.headers, answer.read())
+        except (ConnectionError, http.client.HTTPException):
+            return Reply(0, http.client.HTTPMessage(), b"")
+        finally:
+            answer.close()
