@@ -10,10 +10,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from tests.servers import write_config
+from tests.servers import START, write_config
 from tokenauth.configfile import load
 from tokenauth.middleware import TokenMiddleware
+from tokenauth.models import NOBODY, Identity, Login, Token
 from tokenauth.service import Service, create_service
 
 
@@ -77,3 +79,172 @@ async def test_a_broken_store_lets_nobody_through(service: Service, client: http
     answer = await client.get("/", headers={"X-Token": issued.value})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
+
+
+class Book:
+    """A validator that has everybody's login written down, and fails if it is told to."""
+
+    def __init__(self, *scopes: str, error: Exception | None = None) -> None:
+        token = Token(b"digest", "ann", "", START, int(START) + 60)
+        self.logins = {b"anns": Login(Identity("ann", scopes), token)}
+        self.error = error
+
+    async def identify(self, value: bytes) -> Login | None:
+        """Look a token up."""
+        if self.error is not None:
+            raise self.error
+        return self.logins.get(value)
+
+
+class Reached:
+    """An app that keeps the scopes that reach it."""
+
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with nothing."""
+        self.scopes.append(scope)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def ask(app: TokenMiddleware, scope: dict[str, Any], token: bytes | None = None) -> list[dict[str, Any]]:
+    """Send a request as it is, and return what is answered."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("the request was read")
+
+    headers = [] if token is None else [(b"x-token", token)]
+    await app({"type": "http", "method": "GET", "path": "/", "headers": headers, **scope}, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("needed", "owned", "status"),
+    [
+        ((), (), 204),
+        (("read",), ("read",), 204),
+        (("read", "write"), ("write", "other", "read"), 204),
+        (("read", "write"), ("read",), 403),
+        (("read",), (), 403),
+        (("read",), ("reader", "READ", "rea", ""), 403),
+    ],
+)
+async def test_whoever_lacks_one_of_the_scopes_is_refused(
+    needed: tuple[str, ...], owned: tuple[str, ...], status: int
+) -> None:
+    app = Reached()
+    guarded = TokenMiddleware(app, Book(*owned), scopes=needed)
+    answer = await ask(guarded, {}, b"anns")
+    assert answer[0]["status"] == status
+    assert len(app.scopes) == (status == 204)
+    if status == 403:
+        challenge = f'Bearer realm="tokenauth", error="insufficient_scope", scope="{" ".join(sorted(needed))}"'
+        assert (b"www-authenticate", challenge.encode()) in answer[0]["headers"]
+    assert (await ask(guarded, {}, b"other"))[0]["status"] == 401
+
+
+@pytest.mark.parametrize("what", ["scopes", "exempt"])
+def test_one_string_is_no_list(what: str) -> None:
+    with pytest.raises(TypeError, match=what):
+        TokenMiddleware(Reached(), Book(), **{what: "read"})  # type: ignore[arg-type]
+
+
+EXEMPT = ["/healthz", "/public/*"]
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path"),
+    [
+        ("/healthz", ""),
+        ("/public/", ""),
+        ("/public/a", ""),
+        ("/public/a/b", ""),
+        ("/public/a/", ""),
+        ("/public/..a", ""),
+        ("/public/a..b/...", ""),
+        ("/app/healthz", "/app"),
+        ("/app/public/a", "/app"),
+        ("/healthz", "/app"),
+    ],
+)
+async def test_an_exempt_path_is_nobodys_and_asks_nobody(path: str, root_path: str) -> None:
+    app = Reached()
+    guarded = TokenMiddleware(app, Book(error=AssertionError("it was asked")), scopes=["read"], exempt=EXEMPT)
+    await ask(guarded, {"path": path, "root_path": root_path}, b"anns")
+    (scope,) = app.scopes
+    assert scope["user"] is scope["auth"] is NOBODY
+    assert not scope["user"].is_authenticated
+    assert "token" not in scope
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path"),
+    [
+        ("/", ""),
+        ("", ""),
+        ("/Healthz", ""),
+        ("/healthz/", ""),
+        ("/healthz/a", ""),
+        ("//healthz", ""),
+        ("/healthz\\..", ""),
+        ("/public", ""),
+        ("/publica", ""),
+        ("/secret/public/a", ""),
+        ("//public/a", ""),
+        ("/public//a", ""),
+        ("/public//", ""),
+        ("/public/../secret", ""),
+        ("/public/a/../../secret", ""),
+        ("/public/..", ""),
+        ("/public/../", ""),
+        ("/public/.", ""),
+        ("/public/./a", ""),
+        ("/public/a/..", ""),
+        ("/app/healthz", ""),
+        ("/app/secret", "/app"),
+        ("/application/healthz", "/app"),
+        ("/public/secret", "/public"),
+        ("/healthz", "/healthz"),
+        ("/app/public/../secret", "/app"),
+    ],
+)
+async def test_a_path_that_only_looks_exempt_needs_a_token(path: str, root_path: str) -> None:
+    app = Reached()
+    guarded = TokenMiddleware(app, Book(), exempt=EXEMPT)
+    assert (await ask(guarded, {"path": path, "root_path": root_path}))[0]["status"] == 401
+    assert app.scopes == []
+    await ask(guarded, {"path": path, "root_path": root_path}, b"anns")
+    assert [scope["user"].username for scope in app.scopes] == ["ann"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/secret"])
+async def test_nobody_says_himself_who_he_is(path: str) -> None:
+    """Whatever an outer app has left in the scope, what is there afterwards is what the token says."""
+    app = Reached()
+    forged = {"user": Identity("root", ("admin",)), "auth": Identity("root", ("admin",))}
+    await ask(TokenMiddleware(app, Book("read"), exempt=EXEMPT), {"path": path, **forged}, b"anns")
+    (scope,) = app.scopes
+    assert scope["user"] == scope["auth"] == (NOBODY if path == "/healthz" else Identity("ann", ("read",)))
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x"), KeyError("x"), TimeoutError()], ids=lambda error: str(type(error))
+)
+async def test_a_validator_that_breaks_keeps_everybody_out(kind: str, error: Exception) -> None:
+    app = Reached()
+    with pytest.raises(type(error)):
+        await ask(TokenMiddleware(app, Book(error=error)), {"type": kind}, b"anns")
+    assert app.scopes == []
+
+
+async def test_a_lifespan_passes_through() -> None:
+    app = Reached()
+    await ask(TokenMiddleware(app, Book()), {"type": "lifespan"})
+    assert [scope["type"] for scope in app.scopes] == ["lifespan"]

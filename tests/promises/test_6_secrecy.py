@@ -46,6 +46,7 @@ def requests_with(token: str) -> Iterator[bytes]:
     """Write requests that carry a token in every place, to every address, right and wrong."""
     for target in (
         "/api/token", "/api/me", "/api/tokens", f"/api/tokens/{token}", "/healthz", "/readyz", f"/{token}",
+        "/auth", f"/auth/{token}", f"/docs/{token}", "/oauth/introspect", "/oauth/token", f"/oauth/{token}",
         f"/api/pools/{token}", f"/api/pools/canaries/leases/{token}",
     ):  # fmt: skip
         for method in METHODS:
@@ -62,6 +63,12 @@ def requests_with(token: str) -> Iterator[bytes]:
             f"X-Request-Id: {token}\r\nUser-Agent: {token[:20]}",
         ):
             yield f"GET {target} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode()
+    basic = base64.b64encode(f"ann:{token}".encode()).decode()
+    for path in ("introspect", "revoke", "token"):
+        for body in (f"token={token}", f"token={token}&token=x", f"client_id=ann&client_secret={token}", f"{token}=1"):
+            for sent in (f"Authorization: Basic {basic}", f"Authorization: Bearer {token}", f"X-Token: {token}"):
+                head = f"POST /oauth/{path} HTTP/1.1\r\nHost: x\r\n{sent}\r\nContent-Length: {len(body)}\r\n"
+                yield f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\n{body}".encode()
     for body in (f'{{"token": "{token}",}}', f'{{"username": "{token}"}}', f'{{"username": 1, "password": "{token}"}}'):
         for kind in ("application/json", "text/plain", "application/json; charset=utf-16"):
             head = f"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
