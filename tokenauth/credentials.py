@@ -83,9 +83,7 @@ class Credentials:
 
     async def _verify(self, readings: Sequence[Claimed], address: str) -> tuple[User, str]:
         """Return the user, and which password it was."""
-        for reading in readings:
-            _check("username", reading.username, MAX_NAME)
-            _check("password", reading.password, MAX_LENGTH)
+        readings = _possible(readings)
         names = [canonical(reading.username) for reading in readings]
         name = next((name for name in names if name in self._users), names[0])
         user = self._users.get(name)
@@ -114,8 +112,19 @@ class Credentials:
         return hmac.digest(self._key, f"{user.username}\0{user.credential}\0{password}".encode(), "sha256")
 
 
-def _check(field: str, text: str, longest: int) -> None:
-    if len(text) > longest:
-        raise InvalidRequest(f"{field}: longer than {longest} characters")
-    if "\0" in text:
-        raise InvalidRequest(f"{field}: has a NUL character")
+def _possible(readings: Sequence[Claimed]) -> Sequence[Claimed]:
+    """Return the readings that somebody's name and password may be. Raises InvalidRequest when there is none."""
+    possible = [reading for reading in readings if _trouble(reading) is None]
+    if not possible:
+        raise InvalidRequest(_trouble(readings[0]))
+    return possible
+
+
+def _trouble(claimed: Claimed) -> str | None:
+    """Say why nobody can have this name and this password."""
+    for field, text, longest in zip(("username", "password"), claimed, (MAX_NAME, MAX_LENGTH), strict=True):
+        if len(text) > longest:
+            return f"{field}: longer than {longest} characters"
+        if "\0" in text:
+            return f"{field}: has a NUL character"
+    return None

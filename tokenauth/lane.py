@@ -67,6 +67,7 @@ class Lane(Generic[Job, Result]):
         while (item := self._jobs.get()) is not None:
             job, future = item
             self._done.append((future, self._try(job)))
+            del item, job  # it may be a password, and the next one may be long in coming
             if not self._told:
                 self._told = True
                 assert self._loop is not None

@@ -107,7 +107,7 @@ class Metadata(msgspec.Struct):
     introspection_endpoint: str
     revocation_endpoint: str
     grant_types_supported: tuple[str, ...] = ("client_credentials",)
-    response_types_supported: tuple[str, ...] = ()
+    response_types_supported: tuple[str, ...] = ("none",)  # there must be one, and there is no authorization endpoint
     token_endpoint_auth_methods_supported: tuple[str, ...] = _METHODS
     introspection_endpoint_auth_methods_supported: tuple[str, ...] = _METHODS
     revocation_endpoint_auth_methods_supported: tuple[str, ...] = _METHODS

@@ -1,0 +1,261 @@
+"""Credentials: a secret that was right is not hashed again for a minute, a wrong one always is; nothing reveals it."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from passlib.hash import argon2
+
+from tests.servers import START
+from tests.steps import Call, calls_of_threads, hashes
+from tokenauth import config
+from tokenauth.credentials import REMEMBERED, Claimed, Credentials
+from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
+from tokenauth.models import User
+from tokenauth.passwords import Passwords
+from tokenauth.stores.base import Store
+from tokenauth.stores.open import open_store
+from tokenauth.throttle import Throttle
+
+HOME = "203.0.113.7"
+WORD = "correct horse battery staple"
+OTHER = "another horse"
+
+ANN = Claimed("ann", WORD)
+WRONG = Claimed("ann", "wrong")
+
+
+def user(name: str, word: str) -> User:
+    """Make a user whose hash costs next to nothing."""
+    return User(name, argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(word))
+
+
+class Keeper(NamedTuple):
+    """Credentials, the time and the users that they go by, and the calls that their threads have made."""
+
+    credentials: Credentials
+    time: list[float]
+    users: dict[str, User]
+    calls: list[Call]
+
+    async def hashed(self, *readings: Claimed, address: str = HOME) -> int:
+        """Recall, rightly or not; say how many hashes it took."""
+        self.calls.clear()
+        with suppress(InvalidCredentials):
+            await self.credentials.recall(readings, address)
+        return len(hashes(self.calls))
+
+    async def right(self, *readings: Claimed, address: str = HOME) -> bool:
+        """Say whether somebody is recalled."""
+        try:
+            await self.credentials.recall(readings, address)
+        except InvalidCredentials:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def users() -> dict[str, User]:
+    """Make the users once; each test has a copy."""
+    return {"ann": user("ann", WORD), "bob": user("bob", WORD), "a b": user("a b", "p q")}
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    """Open a store, which counts what has failed."""
+    opened = open_store(f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db", 10)
+    await opened.start()
+    yield opened
+    await opened.stop(START)
+
+
+@pytest.fixture
+def passwords() -> Iterator[Passwords]:
+    """Hash in one thread, for which one more may wait."""
+    made = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def keeper(store: Store, passwords: Passwords, users: dict[str, User]) -> Iterator[Keeper]:
+    """Make credentials whose hashes are counted, as the thread makes them, and whose time is moved by hand."""
+    time, known = [START], dict(users)
+    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0])
+    with calls_of_threads() as calls:
+        yield Keeper(Credentials(known, passwords, throttle, lambda: time[0]), time, known, calls)
+
+
+async def test_a_right_secret_is_hashed_once_a_minute(keeper: Keeper) -> None:
+    assert await keeper.hashed(ANN) == 1
+    for step in (0.0, 30.0, REMEMBERED - 30.001):
+        keeper.time[0] += step
+        assert await keeper.hashed(ANN) == 0
+        assert await keeper.credentials.recall([ANN], HOME) is keeper.users["ann"]
+    keeper.time[0] = START + REMEMBERED
+    assert await keeper.hashed(ANN) == 1, "from when it was hashed, however often it was asked since"
+    assert await keeper.hashed(ANN) == 0
+
+
+async def test_it_is_remembered_for_any_address_and_any_letters_of_the_name(keeper: Keeper) -> None:
+    assert await keeper.hashed(ANN) == 1
+    assert await keeper.hashed(Claimed("ANN", WORD), address="198.51.100.7") == 0
+
+
+async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    for _ in range(config.Throttle().free):
+        assert await keeper.hashed(WRONG) == 1
+    keeper.calls.clear()
+    with pytest.raises(TooManyAttempts):
+        await keeper.credentials.recall([WRONG], HOME)
+    assert not hashes(keeper.calls)
+    assert await keeper.right(ANN), "whoever is remembered is not held up"
+    with pytest.raises(TooManyAttempts):
+        await keeper.credentials.verify(ANN, HOME)
+
+
+async def test_a_login_is_hashed_each_time_and_is_not_remembered(keeper: Keeper) -> None:
+    for _ in range(2):
+        await keeper.credentials.verify(ANN, HOME)
+    assert len(hashes(keeper.calls)) == 2
+    assert await keeper.hashed(ANN) == 1
+    keeper.calls.clear()
+    await keeper.credentials.verify(ANN, HOME)
+    assert len(hashes(keeper.calls)) == 1
+
+
+async def test_another_secret_does_not_profit_and_does_no_harm(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    for wrong in (OTHER, WORD[:-1], WORD + " ", "", f"{WORD}\0"[:-1].upper()):
+        assert await keeper.hashed(Claimed("ann", wrong)) == 1
+        assert await keeper.hashed(ANN) == 0
+
+
+async def test_another_user_with_the_same_secret_does_not_profit(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    assert await keeper.hashed(Claimed("bob", WORD)) == 1
+    assert await keeper.hashed(Claimed("nobody", WORD)) == 1
+    assert not await keeper.right(Claimed("a b", WORD))
+    assert await keeper.hashed(ANN) == 0
+
+
+async def test_a_new_hash_of_the_user_is_a_new_start(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    keeper.users["ann"] = user("ann", WORD)
+    assert await keeper.hashed(ANN) == 1, "even if it is of the same secret"
+    keeper.users["ann"] = user("ann", OTHER)
+    assert not await keeper.right(ANN)
+    del keeper.users["ann"]
+    assert not await keeper.right(ANN)
+
+
+async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, passwords: Passwords) -> None:
+    assert await keeper.right(ANN)
+    throttle = Throttle(config.Throttle(), 1, store, lambda: START)
+    anew = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
+    assert await anew.hashed(ANN) == 1
+    changed = {**keeper.users, "ann": user("ann", OTHER)}
+    anew = keeper._replace(credentials=Credentials(changed, passwords, throttle, lambda: START))
+    assert not await anew.right(ANN)
+    assert await anew.right(ANN._replace(password=OTHER))
+
+
+async def test_calls_at_the_same_time_share_one_hash_and_none_is_turned_away(keeper: Keeper) -> None:
+    """There is room for two hashes at a time."""
+    found = await asyncio.gather(*(keeper.credentials.recall([ANN], HOME) for _ in range(200)))
+    assert all(each is keeper.users["ann"] for each in found)
+    assert len(hashes(keeper.calls)) == 1
+
+
+async def test_a_caller_who_goes_takes_the_hash_from_nobody(keeper: Keeper) -> None:
+    calls = [asyncio.ensure_future(keeper.credentials.recall([ANN], HOME)) for _ in range(3)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(ended[0], asyncio.CancelledError)
+    assert ended[1:] == [keeper.users["ann"]] * 2
+    assert len(hashes(keeper.calls)) == 1
+
+
+async def test_different_guesses_at_the_same_time_are_hashed_each(keeper: Keeper) -> None:
+    """And turned away when too many wait, which is not counted as a failure."""
+    guesses = [Claimed("ann", f"wrong-{number}") for number in range(5)]
+    ended = await asyncio.gather(
+        *(keeper.credentials.recall([guess], HOME) for guess in guesses), return_exceptions=True
+    )
+    assert [type(each) for each in ended] == [InvalidCredentials] * 2 + [Overloaded] * 3
+    assert len(hashes(keeper.calls)) == 2
+
+
+TWO = {
+    "a wrong secret": ((Claimed("ann", "p q"), Claimed("ann", "p+q")), 2),
+    "a wrong secret of nobody": ((Claimed("nobody", "p q"), Claimed("nobody", "p+q")), 2),
+    "an odd name": ((Claimed("a b", "x"), Claimed("a+b", "x")), 1),
+    "an odd name of nobody": ((Claimed("c d", "x"), Claimed("c+d", "x")), 1),
+    "an odd name and a wrong secret": ((Claimed("a b", "x y"), Claimed("a+b", "x+y")), 1),
+    "an odd name of nobody and a secret": ((Claimed("c d", "x y"), Claimed("c+d", "x+y")), 1),
+    "one reading": ((Claimed("ann", "x"),), 1),
+    "one reading of nobody": ((Claimed("nobody", "x"),), 1),
+}
+
+
+@pytest.mark.parametrize("sent", TWO)
+async def test_a_name_that_nobody_has_costs_as_many_hashes_as_one_that_somebody_has(keeper: Keeper, sent: str) -> None:
+    readings, expected = TWO[sent]
+    assert await keeper.hashed(*readings) == expected
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_either_reading_may_be_the_right_one(keeper: Keeper, order: int) -> None:
+    for readings in (
+        [Claimed("ann", WORD), Claimed("ann", "x")],
+        [Claimed("a b", "p q"), Claimed("a+b", "p+q")],
+    ):
+        assert await keeper.right(*readings[::order])
+        assert await keeper.hashed(*readings[::order]) == 0
+        assert await keeper.hashed(*readings[:1]) == 0, "what is remembered is the one that was right"
+
+
+async def test_nothing_that_is_kept_holds_the_secret(keeper: Keeper) -> None:
+    for claimed in (ANN, WRONG, Claimed("nobody", OTHER)):
+        asked = asyncio.ensure_future(keeper.credentials.recall([claimed], HOME))
+        await asyncio.sleep(0)
+        assert claimed.password in list(held(keeper.credentials)), "it is found while it is needed"
+        await asyncio.gather(asked, return_exceptions=True)
+        kept = [each if isinstance(each, str) else each.decode("latin-1") for each in held(keeper.credentials)]
+        assert keeper.users["ann"].password_hash in kept
+        for secret in (WORD, WRONG.password, OTHER):
+            assert not [text for text in kept if secret in text]
+
+
+def held(start: object) -> Iterator[str | bytes]:
+    """Go through everything that an object holds, and what that holds, for text and bytes."""
+    seen: set[int] = set()
+    waiting: list[Any] = [start]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or isinstance(found, type | ModuleType | FunctionType | asyncio.AbstractEventLoop):
+            continue
+        seen.add(id(found))
+        if isinstance(found, str | bytes):
+            yield found
+        else:
+            waiting.extend(gc.get_referents(found))
+
+
+async def test_what_is_kept_of_a_secret_is_another_in_each_process(keeper: Keeper, passwords: Passwords) -> None:
+    """So nobody can look it up by what he has computed, or seen elsewhere."""
+    throttle = keeper.credentials._throttle
+    found = []
+    for _ in range(2):
+        credentials = Credentials(keeper.users, passwords, throttle, lambda: START)
+        await credentials.recall([ANN], HOME)
+        found.append({each for each in held(credentials) if isinstance(each, bytes) and len(each) == 32})
+    assert len(found[0]) == len(found[1]) == 2, "a key and a fingerprint"
+    assert not found[0] & found[1]
