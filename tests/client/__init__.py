@@ -1,0 +1,1 @@
+"""The clients: what a downstream service imports."""
