@@ -1,0 +1,1 @@
+"""PoolClient and AsyncPoolClient, against real workers."""
