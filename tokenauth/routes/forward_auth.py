@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,6 +37,13 @@ _IDENTITY = {
 }
 
 
+class _Known(NamedTuple):
+    """A user as an answer names him."""
+
+    scopes: frozenset[str]
+    headers: Sequence[tuple[bytes, bytes]]
+
+
 class ForwardAuth:
     """ASGI app that answers /auth, whatever the method, and passes everything else on.
 
@@ -46,7 +54,7 @@ class ForwardAuth:
     def __init__(self, tokens: Tokens, rest: ASGIApp = nothing_here) -> None:
         self._tokens = tokens
         self._rest = rest
-        self._identities: dict[str, Sequence[tuple[bytes, bytes]]] = {}  # one for each user, at the most
+        self._known: dict[str, _Known] = {}  # one for each user, at the most
 
     def routes(self) -> dict[str, Handlers]:
         """List the address."""
@@ -64,10 +72,7 @@ class ForwardAuth:
             await self._rest(scope, receive, send)
             return
         try:
-            user, expires_at = self._owner(await self._tokens.validate(_sent(scope)))
-            if scope["query_string"]:
-                _judge(user, scope["query_string"])
-            named = self._identities.get(user.username) or self._introduce(user)
+            headers = self._judge(await self._tokens.validate(_sent(scope)), scope["query_string"])
         except Refusal as refusal:
             await refuse(send, refusal)
             return
@@ -75,21 +80,23 @@ class ForwardAuth:
             log.error("unexpected", at=whereabouts(error))
             await refuse(send, Unsure())
             return
-        headers = (*named, (b"x-auth-expires", b"%d" % expires_at))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
-    def _owner(self, token: Token | None) -> tuple[Identity, int]:
-        """Return who may pass, and until when. Raises InvalidToken."""
+    def _judge(self, token: Token | None, query: bytes) -> Sequence[tuple[bytes, bytes]]:
+        """Say who may pass. Raises InvalidToken, InsufficientScope or Forbidden."""
         if token is None:
             raise InvalidToken
-        return self._tokens.owner(token), token.expires_at
+        known = self._known.get(token.username) or self._introduce(self._tokens.owner(token))
+        if query and not (wanted := _wanted(query)) <= known.scopes:
+            raise InsufficientScope(*sorted(wanted))
+        return (*known.headers, (b"x-auth-expires", b"%d" % token.expires_at))
 
-    def _introduce(self, user: Identity) -> Sequence[tuple[bytes, bytes]]:
+    def _introduce(self, user: Identity) -> _Known:
         """Write a user into headers: his name percent-encoded where it is not printable ASCII."""
         name, scopes = quote(user.username, safe=_PLAIN).encode(), " ".join(user.scopes).encode()
         headers = ((b"content-length", b"0"), NO_STORE, (b"x-auth-user", name), (b"x-auth-scopes", scopes))
-        return self._identities.setdefault(user.username, headers)
+        return self._known.setdefault(user.username, _Known(frozenset(user.scopes), headers))
 
 
 def _sent(scope: Scope) -> bytes:
@@ -101,13 +108,6 @@ def _sent(scope: Scope) -> bytes:
     if value is None:
         raise TokenRequired
     return value
-
-
-def _judge(user: Identity, query: bytes) -> None:
-    """Raise InsufficientScope unless the user has the scopes that a query asks for."""
-    wanted = _wanted(query)
-    if not wanted.issubset(user.scopes):
-        raise InsufficientScope(*sorted(wanted))
 
 
 @lru_cache(maxsize=256)
