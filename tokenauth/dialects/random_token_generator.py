@@ -28,6 +28,12 @@ class NamedToken(msgspec.Struct):
     token: str | None = None
 
 
+class NamedFor(msgspec.Struct):
+    """Which token is meant; it must be said."""
+
+    token: Annotated[str, said(minLength=1)]
+
+
 class MadeTokens(msgspec.Struct):
     """The tokens that were made."""
 
@@ -101,7 +107,7 @@ class RandomTokenGenerator:
         else:
             await answer_json(send, Assigned(token.value))
 
-    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedToken, refuses=_BODY)
+    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedFor, refuses=_BODY)
     async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
         token = await _token(scope, receive)
@@ -117,7 +123,7 @@ class RandomTokenGenerator:
         else:
             await answer_json(send, Message(f"Token {token} unblocked successfully"))
 
-    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedToken, refuses=_BODY)
+    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedFor, refuses=_BODY)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token, free or lent."""
         token = await _token(scope, receive)

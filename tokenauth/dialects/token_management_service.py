@@ -1,14 +1,16 @@
 """The HTTP of token-management-service: a bounded pool whose tokens have owners."""
 
+from typing import Annotated
+
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
 from tokenauth.models import Claim
-from tokenauth.pools import Pools, named_holder
+from tokenauth.pools import MAX_TEXT, Pools, named_holder
 from tokenauth.routes import requests
-from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation
+from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.routes.refusals import answer_json
 from tokenauth.routes.table import Handlers
 
@@ -17,6 +19,19 @@ class Asked(msgspec.Struct):
     """Which token, and for whom."""
 
     token: str | None = None
+    client_id: str | None = None
+
+
+class AskedFor(msgspec.Struct):
+    """For whom a token is to be; it must be said."""
+
+    client_id: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")]
+
+
+class AskedAbout(msgspec.Struct):
+    """Which token is meant; it must be said. Whose it is, is compared where it matters."""
+
+    token: Annotated[str, said(minLength=1)]
     client_id: str | None = None
 
 
@@ -67,7 +82,7 @@ class TokenManagementService:
         else:
             await answer_json(send, Token(token), 201)
 
-    @operation(Answer(200, Token), _MISSING, _NONE, body=Asked, refuses=_BODY)
+    @operation(Answer(200, Token), _MISSING, _NONE, body=AskedFor, refuses=_BODY)
     async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token to a client."""
         body = await _read(scope, receive)
@@ -81,7 +96,7 @@ class TokenManagementService:
         else:
             await answer_json(send, Token(token.value))
 
-    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=Asked, refuses=_BODY)
+    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=AskedAbout, refuses=_BODY)
     async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a lease run for its full time from now, if it is this client's."""
         body = await _read(scope, receive)
@@ -95,7 +110,7 @@ class TokenManagementService:
         else:
             await _say(send, "Token keep-alive refreshed")
 
-    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=Asked, refuses=_BODY)
+    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=AskedAbout, refuses=_BODY)
     async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
         body = await _read(scope, receive)
@@ -109,7 +124,7 @@ class TokenManagementService:
         else:
             await _say(send, "Token unblocked")
 
-    @operation(Answer(200, Outcome), _MISSING, _NONE, body=Asked, refuses=_BODY)
+    @operation(Answer(200, Outcome), _MISSING, _NONE, body=AskedAbout, refuses=_BODY)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token, free or lent."""
         body = await _read(scope, receive)

@@ -51,7 +51,7 @@ class NoneFree(msgspec.Struct):
 
 
 _named = msgspec.json.Decoder(NamedUuid)
-_NO_SUCH = Answer(400, tuple[Literal["Invalid token id"]], "There is no such token.")
+_NO_SUCH = Answer(400, list[Literal["Invalid token id"]], "There is no such token.")
 
 
 class TokenPool:

@@ -10,6 +10,7 @@ from urllib.parse import unquote_plus, urlsplit
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from tokenauth.config import MAX_NAME
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import (
     BodyTooLarge,
@@ -26,8 +27,9 @@ from tokenauth.errors import (
     UnsupportedGrantType,
 )
 from tokenauth.models import Identity, User
+from tokenauth.passwords import MAX_LENGTH
 from tokenauth.routes import requests
-from tokenauth.routes.operations import Answer, Refusals, operation, said
+from tokenauth.routes.operations import NO_NUL, Answer, Refusals, operation, said
 from tokenauth.routes.refusals import JSON, answer, answer_json
 from tokenauth.routes.table import Handlers
 from tokenauth.tokens import Tokens
@@ -76,8 +78,8 @@ class Inactive(msgspec.Struct):
 class ClientForm(msgspec.Struct):
     """Who the client is, unless it says so by HTTP Basic."""
 
-    client_id: str | msgspec.UnsetType = msgspec.UNSET
-    client_secret: str | msgspec.UnsetType = msgspec.UNSET
+    client_id: Annotated[str, said(maxLength=MAX_NAME, pattern=NO_NUL)] | msgspec.UnsetType = msgspec.UNSET
+    client_secret: Annotated[str, said(maxLength=MAX_LENGTH, pattern=NO_NUL)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TokenForm(ClientForm, kw_only=True):

@@ -3,13 +3,13 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import msgspec
 
 from tokenauth import __version__
-from tokenauth.errors import InvalidCredentials, NoFreeToken, Refusal, RetryLater
+from tokenauth.errors import InsufficientScope, InvalidCredentials, NoFreeToken, Refusal, RetryLater
 from tokenauth.routes.operations import Answer, Operation
 from tokenauth.routes.refusals import STATUS
 from tokenauth.routes.table import Route
@@ -48,14 +48,15 @@ def describe(routes: Iterable[Route], issuer: str) -> Document:
         for route in routes
         for method, handler in route.handlers.items()
     ]
-    schemas = _Schemas(each for *_, operation in found for each in _types(operation))
+    operations = [operation for *_, operation in found]
+    schemas = _Schemas(map(_asked, operations), map(_answered, operations))
     paths: dict[str, Document] = {}
     tags: dict[str, str] = {}
     for route, method, handler, operation in found:
         tag = handler.__module__.rpartition(".")[2]
         tags[tag] = _sentence(sys.modules[handler.__module__].__doc__)
         summary = _sentence(handler.__doc__).rstrip(".")
-        described = {"operationId": _id(method, route.template), "tags": [tag], "summary": summary}
+        described = {"operationId": f"{method.lower()} {route.template}", "tags": [tag], "summary": summary}
         paths.setdefault(route.template, {})[method.lower()] = described | _describe(route, operation, schemas)
     return {
         "openapi": "3.1.0",
@@ -70,12 +71,19 @@ def describe(routes: Iterable[Route], issuer: str) -> Document:
 class _Schemas:
     """The schemas of all message types, and references to them."""
 
-    def __init__(self, types: Iterable[Any]) -> None:
-        self._types = list({repr(each): each for each in (*types, Refused)}.values())
-        schemas, self.components = msgspec.json.schema_components(
-            self._types, ref_template="#/components/schemas/{name}"
-        )
-        self._schemas = dict(zip(map(repr, self._types), schemas, strict=True))
+    def __init__(self, asked: Iterable[Iterable[Any]], answered: Iterable[Iterable[Any]]) -> None:
+        answers = [*chain.from_iterable(answered), Refused]
+        types = list({repr(each): each for each in (*chain.from_iterable(asked), *answers)}.values())
+        schemas, self.components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+        self._schemas = dict(zip(map(repr, types), schemas, strict=True))
+        for struct in answers:
+            if (
+                isinstance(struct, type)
+                and issubclass(struct, msgspec.Struct)
+                and not struct.__struct_config__.omit_defaults
+            ):
+                component = self.components[struct.__name__]
+                component["required"] = list(component["properties"])  # what has a default is sent, too
 
     def of(self, type: Any) -> Document:
         """Return the schema of one of the types, or of several of which it is one."""
@@ -84,14 +92,15 @@ class _Schemas:
         return self._schemas[repr(type)]
 
 
-def _types(operation: Operation) -> Iterator[Any]:
-    for each in (
-        *(answer.type for answer in operation.answers),
-        *operation.query.values(),
-        operation.body,
-        operation.form,
-    ):
-        yield from each if isinstance(each, tuple) else [] if each is None else [each]
+def _asked(operation: Operation) -> Iterator[Any]:
+    yield from operation.query.values()
+    yield from (each for each in (operation.body, operation.form) if each is not None)
+
+
+def _answered(operation: Operation) -> Iterator[Any]:
+    for answer in operation.answers:
+        if answer.type is not None:
+            yield from answer.type if isinstance(answer.type, tuple) else [answer.type]
 
 
 def _describe(route: Route, operation: Operation, schemas: _Schemas) -> Document:
@@ -108,9 +117,14 @@ def _describe(route: Route, operation: Operation, schemas: _Schemas) -> Document
     if parameters:
         described["parameters"] = parameters
     if operation.body is not None or operation.form is not None:
-        media = "application/json" if operation.form is None else "application/x-www-form-urlencoded"
-        schema = schemas.of(operation.body if operation.form is None else operation.form)
-        described["requestBody"] = {"required": not operation.empty, "content": {media: {"schema": schema}}}
+        if operation.form is None:
+            content = {"application/json": {"schema": schemas.of(operation.body)}}
+        else:
+            schema = schemas.of(operation.form) | {
+                "additionalProperties": {"type": "string"}
+            }  # none stands there twice
+            content = {"application/x-www-form-urlencoded": {"schema": schema}}
+        described["requestBody"] = {"required": not operation.empty, "content": content}
     if schemes:
         described["security"] = [{name: [] for name in scheme.split()} for scheme in schemes]
     return described
@@ -149,7 +163,7 @@ def _refusal(kinds: Sequence[type[Refusal]], schemas: _Schemas) -> Document:
     status = STATUS[kinds[0]]
     if any(issubclass(kind, RetryLater | NoFreeToken) for kind in kinds):
         described["headers"] = {"Retry-After": _SECONDS}
-    elif status == 401 and InvalidCredentials not in kinds:
+    elif InsufficientScope in kinds or (status == 401 and InvalidCredentials not in kinds):
         described["headers"] = {"WWW-Authenticate": _CHALLENGE}
     return described
 
@@ -165,10 +179,6 @@ def _either(one: Document, other: Document) -> Document:
 def _parameter(name: str, where: str, schema: Document, text: str = "") -> Document:
     described = {"name": name, "in": where, "required": where == "path", "schema": schema}
     return described | ({"description": text} if text else {})
-
-
-def _id(method: str, template: str) -> str:
-    return f"{method.lower()}{re.sub('[^A-Za-z0-9]', '_', template)}"
 
 
 def _sentence(text: str | None) -> str:

@@ -14,7 +14,7 @@ Refusals = Sequence[type[Refusal]]
 JSON_BODY: Refusals = (InvalidRequest, BodyTooLarge, UnsupportedMediaType)
 """What is refused wherever a JSON body is read."""
 
-NO_NUL = r"^[^\0]*$"
+NO_NUL = r"^[^\u0000]*$"
 """A pattern for texts that are refused with a NUL character."""
 
 

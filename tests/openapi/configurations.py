@@ -1,0 +1,45 @@
+"""Configurations whose HTTP is described."""
+
+API_PASSWORD = "open-sesame"
+
+POOLS = """
+[pools.permits]
+capacity = 3
+prefill = true
+
+[pools.uuids]
+capacity = 1000000
+
+[pools.random]
+
+[pools.owned]
+
+[pools.small]
+capacity = 1
+
+[pools.restricted]
+scope = "write"
+"""
+
+_DIALECTS = {
+    "simple-token-implement": f'pool = "permits"\npassword = "{API_PASSWORD}"',
+    "token-pool": 'pool = "uuids"',
+    "random-token-generator": 'pool = "random"',
+    "token-management-service": 'pool = "owned"',
+}
+
+
+def speaking(more: str = "", pools: str = POOLS, **prefixes: str) -> str:
+    """Write pools, and the dialects that are given a prefix; `more` stands in the table of each of them."""
+    chosen = {name.replace("_", "-"): prefix for name, prefix in prefixes.items()}
+    tables = (f'[dialects.{name}]\n{_DIALECTS[name]}\nprefix = "{prefix}"\n{more}\n' for name, prefix in chosen.items())
+    return pools + "\n".join(tables)
+
+
+APART = {
+    "simple_token_implement": "/simple",
+    "token_pool": "/pool",
+    "random_token_generator": "/random",
+    "token_management_service": "/managed",
+}
+"""All four dialects, each below a prefix of its own."""

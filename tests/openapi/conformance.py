@@ -1,0 +1,81 @@
+"""Checks answers against the document that describes them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import httpx
+import jsonschema_rs
+
+_TOLD = ("www-authenticate", "retry-after", "allow", "x-auth-user", "x-auth-scopes", "x-auth-expires")
+"""Headers that say something which a client acts upon: none of them may come as a surprise."""
+
+
+class Operation(NamedTuple):
+    """A method of a path, and how the document describes it."""
+
+    method: str
+    path: str
+    described: Mapping[str, Any]
+
+    @property
+    def body(self) -> str | None:
+        """The media type of the body that it takes, if it takes any."""
+        return next(iter(self.described.get("requestBody", {}).get("content", ())), None)
+
+    @property
+    def schemes(self) -> list[set[str]]:
+        """The ways to say who calls; an empty one is that nobody need say it."""
+        return [set(scheme) for scheme in self.described.get("security", [{}])]
+
+
+class Documented:
+    """A document, and whether answers are as it says."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.document = document
+
+    def __iter__(self) -> Iterator[Operation]:
+        """Go through all operations."""
+        for path, methods in self.document["paths"].items():
+            for method, described in methods.items():
+                yield Operation(method.upper(), path, described)
+
+    def find(self, method: str, path: str) -> Operation:
+        """Return the one operation that a request is meant for."""
+        (found,) = (each for each in self if each.method == method and _pattern(each.path).fullmatch(path))
+        return found
+
+    def check(self, answer: httpx.Response) -> None:
+        """Fail unless the document has this status, this media type, these headers and this body."""
+        operation = self.find(answer.request.method, answer.request.url.path)
+        what = f"{operation.method} {operation.path} answered {answer.status_code}"
+        described = operation.described["responses"].get(str(answer.status_code))
+        assert described is not None, f"{what}, which is not documented: {answer.text}"
+        self._check_headers(what, answer, described.get("headers", {}))
+        content = described.get("content", {})
+        media = answer.headers.get("content-type", "").partition(";")[0]
+        if not content:
+            assert (media, answer.content) == ("", b""), f"{what} with a body that is not documented"
+        elif "*/*" not in content:
+            assert media in content, f"{what} as {media!r}, and not as {list(content)}"
+            if content[media]:
+                body = answer.json() if media == "application/json" else answer.text
+                faults = [str(fault) for fault in self._validator(content[media]["schema"]).iter_errors(body)]
+                assert not faults, f"{what} with {body!r}: {faults}"
+
+    def _check_headers(self, what: str, answer: httpx.Response, headers: Mapping[str, Any]) -> None:
+        schemas = {name.lower(): header["schema"] for name, header in headers.items()}
+        for name in _TOLD:
+            assert name in schemas or name not in answer.headers, f"{what} with {name}, which is not documented"
+        for name, schema in schemas.items():
+            if name in answer.headers:
+                value = answer.headers[name]
+                assert self._validator(schema).is_valid(int(value) if schema["type"] == "integer" else value)
+
+    def _validator(self, schema: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
+        return jsonschema_rs.Draft202012Validator({**schema, "components": self.document["components"]})
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile("[^/]+".join(map(re.escape, re.split(r"\{\w+\}", template))))
