@@ -282,4 +282,4 @@ def hold_to_the_model(opener: Opener, template: Path, examples: int, length: int
 
 @pytest.mark.parametrize("name", STORES)
 def test_what_is_promised_of_pools_holds_after_each_step(template: dict[Opener, Path], name: str) -> None:
-    hold_to_the_model(STORES[name], template[STORES[name]], examples=12, length=50)
+    hold_to_the_model(STORES[name], template[STORES[name]], examples=8, length=50)

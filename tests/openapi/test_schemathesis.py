@@ -82,10 +82,10 @@ _SMALL = """
 deterministic = true
 
 [phases.fuzzing.generation]
-max-examples = 5
+max-examples = 3
 
 [phases.stateful.generation]
-max-examples = 20
+max-examples = 8
 """
 
 _LARGE = """
@@ -100,13 +100,13 @@ _STRANGER = ("--exclude-checks", "positive_data_acceptance")
 def test_an_admin_finds_no_fault(server: Server, tmp_path: Path) -> None:
     report = ask(server, tmp_path, "admin", _SMALL)
     hold(report, server)
-    assert report["test_cases"]["generated"] > 1000
+    assert report["test_cases"]["generated"] > 800
 
 
 def test_a_stranger_finds_no_fault(server: Server, tmp_path: Path) -> None:
     """What only looks like a token is never taken for one."""
     report = ask(server, tmp_path, "", _SMALL, "--phases", "fuzzing", *_STRANGER)
-    assert report["test_cases"]["generated"] > 200
+    assert report["test_cases"]["generated"] > 150
 
 
 @pytest.mark.faults

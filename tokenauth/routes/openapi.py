@@ -77,19 +77,21 @@ class _Schemas:
         schemas, self.components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
         self._schemas = dict(zip(map(repr, types), schemas, strict=True))
         for struct in answers:
-            if (
-                isinstance(struct, type)
-                and issubclass(struct, msgspec.Struct)
-                and not struct.__struct_config__.omit_defaults
-            ):
+            if _sends_defaults(struct):
                 component = self.components[struct.__name__]
-                component["required"] = list(component["properties"])  # what has a default is sent, too
+                component["required"] = list(component["properties"])
 
     def of(self, type: Any) -> Document:
         """Return the schema of one of the types, or of several of which it is one."""
         if isinstance(type, tuple):
             return {"anyOf": [self.of(each) for each in type]}
         return self._schemas[repr(type)]
+
+
+def _sends_defaults(kind: Any) -> bool:
+    """Whether messages of a type always have all fields."""
+    is_struct = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    return is_struct and not kind.__struct_config__.omit_defaults
 
 
 def _asked(operation: Operation) -> Iterator[Any]:
@@ -120,9 +122,8 @@ def _describe(route: Route, operation: Operation, schemas: _Schemas) -> Document
         if operation.form is None:
             content = {"application/json": {"schema": schemas.of(operation.body)}}
         else:
-            schema = schemas.of(operation.form) | {
-                "additionalProperties": {"type": "string"}
-            }  # none stands there twice
+            once = {"additionalProperties": {"type": "string"}}  # a field that stands there twice reads as a list
+            schema = schemas.of(operation.form) | once
             content = {"application/x-www-form-urlencoded": {"schema": schema}}
         described["requestBody"] = {"required": not operation.empty, "content": content}
     if schemes:
