@@ -74,7 +74,7 @@ def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.mon
     judge(config, find_risks(config, service.passwords))
     routes = find_routes(service)
     app: ASGIApp = Application(routes, partial(_live, service))
-    app = Probe(service.tokens, ForwardAuth(service.tokens, app))
+    app = ForwardAuth(service.tokens, Probe(service.tokens, app))
     if config.server.access_log:
         app = AccessLog(app, routes)
     if config.server.cors_origins:

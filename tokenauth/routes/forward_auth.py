@@ -72,7 +72,12 @@ class ForwardAuth:
             await self._rest(scope, receive, send)
             return
         try:
-            headers = self._judge(await self._tokens.validate(_sent(scope)), scope["query_string"])
+            value = requests.bearer(scope)
+            token = None if value is None else await self._tokens.validate(value)
+            headers = self._judge(value, token, scope["query_string"])
+        except InvalidRequest:  # two tokens were sent: then neither counts
+            await refuse(send, InvalidToken())
+            return
         except Refusal as refusal:
             await refuse(send, refusal)
             return
@@ -83,10 +88,10 @@ class ForwardAuth:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
-    def _judge(self, token: Token | None, query: bytes) -> Sequence[tuple[bytes, bytes]]:
-        """Say who may pass. Raises InvalidToken, InsufficientScope or Forbidden."""
+    def _judge(self, value: bytes | None, token: Token | None, query: bytes) -> Sequence[tuple[bytes, bytes]]:
+        """Say who may pass. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""
         if token is None:
-            raise InvalidToken
+            raise TokenRequired if value is None else InvalidToken
         known = self._known.get(token.username) or self._introduce(self._tokens.owner(token))
         if query and not (wanted := _wanted(query)) <= known.scopes:
             raise InsufficientScope(*sorted(wanted))
@@ -97,17 +102,6 @@ class ForwardAuth:
         name, scopes = quote(user.username, safe=_PLAIN).encode(), " ".join(user.scopes).encode()
         headers = ((b"content-length", b"0"), NO_STORE, (b"x-auth-user", name), (b"x-auth-scopes", scopes))
         return self._known.setdefault(user.username, _Known(frozenset(user.scopes), headers))
-
-
-def _sent(scope: Scope) -> bytes:
-    """Return the token that was sent. Raises TokenRequired, or InvalidToken when two were: then neither counts."""
-    try:
-        value = requests.bearer(scope)
-    except InvalidRequest:
-        raise InvalidToken from None
-    if value is None:
-        raise TokenRequired
-    return value
 
 
 @lru_cache(maxsize=256)

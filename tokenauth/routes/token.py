@@ -58,7 +58,7 @@ _ANY = ("", "X-Token", "Bearer")
 class Probe:
     """ASGI app that answers GET /api/token, and passes everything else on.
 
-    It stands in front of all the others and in one piece: here each call counts (see `make bench`).
+    It stands in front of all but forward-auth, and in one piece: here each call counts (see `make bench`).
     """
 
     def __init__(self, tokens: Tokens, rest: ASGIApp = nothing_here) -> None:
