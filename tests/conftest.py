@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.postgres import database, postgres  # noqa: F401 - fixtures, for every test
 from tests.servers import HandClock, Server, worker, write_config
 
 

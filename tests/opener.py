@@ -6,13 +6,14 @@ import sys
 import warnings
 from hashlib import sha256
 
+from tokenauth.config import Database
 from tokenauth.models import Token
 from tokenauth.stores.open import open_store
 
 
 async def add(path: str, number: str) -> None:
     """Add one token."""
-    store = open_store(f"sqlite+aiosqlite:///{path}", 10)
+    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
     await store.start()
     assert await store.ready() is None
     await store.tokens.add(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 100), 0, 1.0)

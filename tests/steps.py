@@ -12,7 +12,7 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import StaticPool
 
 from tokenauth.stores import schema
-from tokenauth.stores.transaction import PlainTransaction
+from tokenauth.stores.transaction import SqliteTransaction
 from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Direct:
         """Make a change."""
         self.connection.execute("BEGIN")
         try:
-            return verb(PlainTransaction(self.connection), [wish])[0]
+            return verb(SqliteTransaction(self.connection), [wish])[0]
         finally:
             self.connection.rollback()
 

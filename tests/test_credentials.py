@@ -14,6 +14,7 @@ from passlib.hash import argon2
 from tests.servers import START
 from tests.steps import Call, calls_of_threads, hashes
 from tokenauth import config
+from tokenauth.config import Database
 from tokenauth.credentials import REMEMBERED, Claimed, Credentials
 from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
 from tokenauth.models import User
@@ -68,7 +69,7 @@ def users() -> dict[str, User]:
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     """Open a store, which counts what has failed."""
-    opened = open_store(f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db", 10)
+    opened = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db"), 10)
     await opened.start()
     yield opened
     await opened.stop(START)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.servers import START
 from tokenauth import opaque
+from tokenauth.config import Database
 from tokenauth.errors import (
     InsufficientScope,
     InvalidRequest,
@@ -54,7 +55,7 @@ def clock() -> Hand:
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     """Open a store on an empty file."""
-    opened = open_store(f"sqlite+aiosqlite:///{tmp_path}/tokens.db", 10)
+    opened = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     await opened.start()
     yield opened
     await opened.stop(START)

@@ -36,7 +36,7 @@ def test_the_wheel_has_the_package_and_the_migrations_and_nothing_else(wheel: Pa
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tokenauth").rglob("*.py")}
     migrations = {f"tokenauth/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "migrations").rglob("*.py")}
     assert package | migrations <= names
-    assert {f"tokenauth/migrations/versions/{name}.py" for name in ("0001_tokens", "0002_pools")} <= names
+    assert {f"tokenauth/migrations/versions/{name}.py" for name in ("1_1_tokens", "1_2_pools")} <= names
     assert {name.partition("/")[0] for name in names} == {"tokenauth"}
     assert not [name for name in names if name.endswith((".pyc", ".db", ".toml"))]
 
@@ -59,5 +59,5 @@ def test_the_installed_wheel_migrates_and_checks_away_from_the_checkout(wheel: P
     assert Path(found).is_relative_to(library)
     command = tmp_path / "venv/bin/tokenauth"
     assert run(command, "check", cwd=home) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
-    assert run(command, "migrate", cwd=home) == "schema: 0002\n"
+    assert run(command, "migrate", cwd=home) == "schema: 1.2\n"
     assert run(command, "tokens", "list", "--json", cwd=home) == "[]\n"

@@ -64,11 +64,11 @@ _DIALECTS: Mapping[str, Callable[[Service, Any], Dialect]] = {
 }
 
 
-def create_app(config: Config, clock: Clock = time.time, ticks: Clock = time.monotonic) -> ASGIApp:
+def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> ASGIApp:
     """Build the ASGI app that a configuration describes.
 
-    `clock` says what time it is; `ticks` is the pace at which time goes on when `clock` is set back.
-    Raises ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
+    `clock` says what time it is, instead of the store; `ticks` is the pace at which time goes on when a clock is set
+    back. Raises ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
     """
     service = create_service(config, clock, ticks)
     judge(config, find_risks(config, service.passwords))

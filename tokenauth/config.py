@@ -56,6 +56,11 @@ class Database(Section, frozen=True):
     """Where tokens are kept."""
 
     url: str = "sqlite+aiosqlite:///tokenauth.db"
+    connections: int = 8
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        check_between("connections", self.connections, 1, 1000)
 
 
 class Tokens(Section, frozen=True):

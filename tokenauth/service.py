@@ -53,12 +53,12 @@ class Service(NamedTuple):
             self.passwords.close()
 
 
-def create_service(config: Config, clock: Clock = time.time, ticks: Clock = time.monotonic) -> Service:
-    """Wire up what a configuration describes, without HTTP. Raises ConfigError."""
+def create_service(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> Service:
+    """Wire up what a configuration describes, without HTTP. Without a `clock` it is the store's. Raises ConfigError."""
     passwords = Passwords(config.passwords)
     passwords.check(config.directory.values())
-    now = ForwardClock(clock, ticks)
-    store = open_store(config.database.url, config.tokens.cache_size)
+    store = open_store(config.database, config.tokens.cache_size, clock)
+    now = ForwardClock(store.clock, ticks)
     throttle = Throttle(config.throttle, config.server.workers, store, now)
     credentials = Credentials(config.directory, passwords, throttle, now)
     tokens = Tokens(config.tokens, config.directory, store, credentials, now)

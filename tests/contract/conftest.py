@@ -3,21 +3,30 @@
 import asyncio
 import shutil
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import asyncpg
 import pytest
 
+from tests.postgres import Cluster
 from tests.servers import START
+from tokenauth import config
 from tokenauth.models import Instant, Token
-from tokenauth.stores.base import FailureStore, PoolStore, Store, TokenStore
+from tokenauth.stores.base import FailureStore, Feed, PoolStore, Store, TokenStore
 from tokenauth.stores.cached import CachedTokenStore
+from tokenauth.stores.listener import Listener
 from tokenauth.stores.open import open_store
-from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
+from tokenauth.stores.postgres import PostgresStore, PostgresTokenStore
+from tokenauth.stores.sql import Database, SqlFailureStore, SqlPoolStore, SqlTokenStore
 from tokenauth.stores.sqlite import SqliteStore, SqliteTokenStore
+from tokenauth.stores.tables import metadata
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,16 +39,22 @@ class Place:
     failures: FailureStore
     started: Instant
     commits: Callable[[], int]
+    database: Database
+    feed: Feed
     rounds: int = 25
     """How often to try what a cache could get wrong."""
+    behind: float = 0
+    """By how many seconds a start may not know what time it has been: then the store has a clock that it trusts."""
 
 
 async def cached_sqlite(directory: Path, size: int) -> Place:
     """Open what `serve` runs."""
     file = directory / "tokens.db"
-    store = open_store(f"sqlite+aiosqlite:///{file}", size)
+    store = open_store(config.Database(f"sqlite+aiosqlite:///{file}"), size)
+    assert isinstance(store, SqliteStore)
     started = await store.start()
-    return Place(store, store.tokens, store.pools, store.failures, started, lambda: wal_commits(file), rounds=300)
+    parts = (store, store.tokens, store.pools, store.failures)
+    return Place(*parts, started, lambda: wal_commits(file), store._database, store._reader, rounds=300)
 
 
 async def plain_sqlite(directory: Path, size: int) -> Place:
@@ -52,8 +67,7 @@ async def plain_sqlite(directory: Path, size: int) -> Place:
 async def generic_sql(directory: Path, size: int) -> Place:
     """Open what any database gets that SQLAlchemy speaks to."""
     place = await cached_sqlite(directory, size)
-    assert isinstance(place.store, SqliteStore)
-    database = place.store._database
+    database = place.database
     tokens, pools, failures = SqlTokenStore(database), SqlPoolStore(database), SqlFailureStore(database)
     return replace(place, tokens=tokens, pools=pools, failures=failures, rounds=25)
 
@@ -61,8 +75,30 @@ async def generic_sql(directory: Path, size: int) -> Place:
 async def cached_sql(directory: Path, size: int) -> Place:
     """Open a cache over look-ups that wait, so that other things happen in the middle of them."""
     place = await generic_sql(directory, size)
-    assert isinstance(place.store, SqliteStore)
-    return replace(place, tokens=CachedTokenStore(place.tokens, place.store._reader, size), rounds=100)
+    return replace(place, tokens=CachedTokenStore(place.tokens, place.feed, size), rounds=100)
+
+
+class Attentive(CachedTokenStore):
+    """The cache of a process that has heard of all removals when it is asked: PostgreSQL's news take a moment."""
+
+    async def get(self, digest: bytes) -> Token | None:
+        """Hear all news, then return the token with this digest."""
+        assert isinstance(self._feed, Listener)
+        self._feed.doubt()
+        while not self._feed.sure():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        return await super().get(digest)
+
+
+async def postgres(directory: Path, size: int) -> Place:
+    """Open what several machines share."""
+    url = (directory / "url").read_text()
+    store = open_store(config.Database(url, connections=4), size, clock=lambda: START)
+    assert isinstance(store, PostgresStore)
+    started = await store.start()
+    database, listener = store._database, store._listener
+    tokens = Attentive(PostgresTokenStore(database, listener), listener, size)
+    return Place(store, tokens, store.pools, store.failures, started, lambda: xids(url), database, listener, behind=1)
 
 
 Opener = Callable[[Path, int], Awaitable[Place]]
@@ -71,10 +107,35 @@ STORES: dict[str, Opener] = {
     "plain-sqlite": plain_sqlite,
     "generic-sql": generic_sql,
     "cached-sqlite": cached_sqlite,
+    "postgres": postgres,
 }
 
 RACING: dict[str, Opener] = {**STORES, "cached-sql": cached_sql}
 """The same for tests of what goes on at once: this cache is over look-ups that take their time."""
+
+
+def fetch(url: str, sql: str) -> list[Any]:
+    """Run one statement in a PostgreSQL database."""
+
+    async def run() -> list[Any]:
+        connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+        try:
+            return list(await connection.fetch(sql))
+        finally:
+            await connection.close()
+
+    return apart(run())
+
+
+def apart(work: Coroutine[Any, Any, T]) -> T:
+    """Run something in a thread with a loop of its own: a test may have one that is running."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def xids(url: str) -> int:
+    """Count the transactions that have written something to a PostgreSQL server."""
+    return int(fetch(url, "SELECT pg_snapshot_xmax(pg_current_snapshot())::text")[0][0])
 
 
 def wal_commits(file: Path) -> int:
@@ -123,21 +184,37 @@ async def build(opener: Opener, directory: Path) -> None:
     await places.close_all()
 
 
+class Templates:
+    """Makes empty stores. Each is built once, and then copied or emptied: a migration costs more than most tests."""
+
+    def __init__(self, postgres: Callable[[], Cluster], factory: pytest.TempPathFactory) -> None:
+        self._postgres = postgres
+        self._factory = factory
+        self._built: dict[str, Path] = {}
+
+    def fresh(self, name: str, directory: Path) -> Path:
+        """Make an empty store for one of RACING; a PostgreSQL database is the one that the last test had."""
+        built = self._built.get(name)
+        if built is None:
+            built = self._built[name] = self._factory.mktemp(name)
+            if name == "postgres":
+                (built / "url").write_text(self._postgres().create("contract"))
+            apart(build(RACING[name], built))
+        if name == "postgres":
+            fetch((built / "url").read_text(), f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
+        return Path(shutil.copytree(built, directory))
+
+
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> dict[Opener, Path]:
-    """Build the empty databases once: a migration costs more than most tests."""
-    made: dict[Opener, Path] = {}
-    for name, opener in RACING.items():
-        made[opener] = tmp_path_factory.mktemp(name)
-        asyncio.run(build(opener, made[opener]))
-    return made
+def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Templates:
+    """Make empty stores; PostgreSQL is started for the first that needs it."""
+    return Templates(lambda: request.getfixturevalue("postgres"), tmp_path_factory)
 
 
 @pytest.fixture(params=STORES)
-async def places(request: pytest.FixtureRequest, template: dict[Opener, Path], tmp_path: Path) -> AsyncIterator[Places]:
+async def places(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> AsyncIterator[Places]:
     """Open stores on one empty database."""
-    opener = RACING[request.param]
-    opened = Places(opener, Path(shutil.copytree(template[opener], tmp_path / "store")))
+    opened = Places(RACING[request.param], templates.fresh(request.param, tmp_path / "store"))
     yield opened
     await opened.close_all()
 

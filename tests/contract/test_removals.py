@@ -13,7 +13,6 @@ from tokenauth.models import Token
 from tokenauth.stores.base import TokenStore
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.sql import SqlTokenStore
-from tokenauth.stores.sqlite import SqliteStore
 
 pytestmark = pytest.mark.parametrize("places", RACING, indirect=True)
 
@@ -150,9 +149,8 @@ class Counted(SqlTokenStore):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Place, size: int) -> None:
-    assert isinstance(place.store, SqliteStore)
-    counted = Counted(place.store._database)
-    cache = CachedTokenStore(counted, place.store._reader, size)
+    counted = Counted(place.database)
+    cache = CachedTokenStore(counted, place.feed, size)
     added = await fill(place, 10)
     dice = random.Random(size)
     known: list[Token] = []
@@ -166,9 +164,8 @@ async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Pl
 
 
 async def test_a_cache_does_not_remember_what_is_not_there(place: Place) -> None:
-    assert isinstance(place.store, SqliteStore)
-    counted = Counted(place.store._database)
-    cache = CachedTokenStore(counted, place.store._reader, 10)
+    counted = Counted(place.database)
+    cache = CachedTokenStore(counted, place.feed, 10)
     for _ in range(3):
         assert await cache.get(token().digest) is None
     assert counted.asked == 3

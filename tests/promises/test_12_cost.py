@@ -17,7 +17,7 @@ from tokenauth.models import Token, public_id
 from tokenauth.stores import verbs
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlFailureStore, SqlTokenStore
-from tokenauth.stores.transaction import PlainTransaction
+from tokenauth.stores.transaction import SqliteTransaction
 
 FEW, MANY = 200, 20_000
 EACH = 10
@@ -131,7 +131,7 @@ def test_every_change_finds_its_rows_through_an_index(
     db = small_and_large[1].database.connection
     db.execute("BEGIN")
     with explained(db) as plans:
-        transaction = PlainTransaction(db)
+        transaction = SqliteTransaction(db)
         verb(transaction, [WISHES[verb]])
         verbs.remember(transaction, START)
     db.execute("ROLLBACK")
@@ -164,7 +164,7 @@ def test_every_change_takes_as_many_steps_among_a_hundred_times_as_many_tokens(
 def with_the_time(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Make a change as the service does: the time is written down with it."""
 
-    def change(db: PlainTransaction, wishes: list[object]) -> Any:
+    def change(db: SqliteTransaction, wishes: list[object]) -> Any:
         answers = verb(db, wishes)
         verbs.remember(db, START)
         return answers

@@ -3,13 +3,14 @@
 - Each method is one atomic step.
 - Absence is an answer (None, False, 0, an empty list). StoreUnavailable means that the machine is broken.
 - A method that wrote and returned has been made durable.
-- A store owns no clock: what depends on time takes `now`, in Unix seconds.
+- No text that is kept has a NUL character in it.
+- What depends on time takes `now`, in Unix seconds. A store that several machines write to may know better.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from tokenauth.models import ANY_LEASE, Claim, Failures, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import ANY_LEASE, Claim, Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
 
 
 class TokenStore(Protocol):
@@ -42,6 +43,9 @@ class TokenStore(Protocol):
 
 class Feed(Protocol):
     """Says which tokens were removed, by whomever."""
+
+    def sure(self) -> bool:
+        """Say whether all news have come that must have come by now; while not, only the store is to be believed."""
 
     def news(self) -> Collection[bytes] | None:
         """Return the digests removed since this was last asked; None if some may have been missed.
@@ -140,6 +144,10 @@ class Store(Protocol):
     """A place that keeps everything, and how to begin and end with it."""
 
     @property
+    def clock(self) -> Clock:
+        """What all who use this store agree is the time."""
+
+    @property
     def tokens(self) -> TokenStore:
         """The tokens."""
 
@@ -152,7 +160,7 @@ class Store(Protocol):
         """The failed logins."""
 
     async def start(self) -> Instant:
-        """Bring the schema up to date and connect; the answer is the latest `now` that was ever written.
+        """Bring the schema up to date and connect; the answer is the latest `now` that is known to have been.
 
         Raises StartError when the schema is newer than this release or the store cannot be used.
         """

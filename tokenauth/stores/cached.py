@@ -7,6 +7,8 @@ from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Instant, Token
 from tokenauth.stores.base import Feed, TokenStore
 
+_NOTHING: dict[bytes, Token] = {}
+
 
 class CachedTokenStore:
     """TokenStore that remembers `size` tokens, and forgets each as soon as anybody has removed it.
@@ -14,6 +16,8 @@ class CachedTokenStore:
     The feed is asked at most once in a turn of the event loop, before the first answer of that turn. Whoever
     could have seen a removal answered sends his next request after it; that request is read from the socket
     in a later turn than any that began before the removal, and so after the news of it.
+
+    A feed that is not sure of its news makes the cache step aside: each token is looked up in the store.
 
     What has expired is remembered too: whoever judges a token compares its time at each use.
     """
@@ -23,6 +27,7 @@ class CachedTokenStore:
         self._feed = feed
         self._size = size
         self._known: dict[bytes, Token] = {}
+        self._believed = self._known
         self._ring: list[bytes] = []  # what was remembered longest is overwritten first
         self._next = 0
         self._editions = 0
@@ -32,11 +37,11 @@ class CachedTokenStore:
         """Return the token with this digest."""
         if not self._current:
             self._catch_up()
-        token = self._known.get(digest)
+        token = self._believed.get(digest)
         if token is None:
             edition = self._editions
             token = await self._store.get(digest)
-            if token is not None and edition == self._editions:
+            if token is not None and edition == self._editions and self._believed is self._known:
                 self._remember(token)
         return token
 
@@ -66,6 +71,16 @@ class CachedTokenStore:
 
     def _catch_up(self) -> None:
         """Forget what was removed since the last turn, and everything if that is not known."""
+        if self._feed.sure():
+            self._believed = self._known
+            self._hear()
+        else:
+            self._believed = _NOTHING
+            self._editions += 1
+        self._current = True
+        asyncio.get_running_loop().call_soon(self._turn_over)
+
+    def _hear(self) -> None:
         try:
             removed = self._feed.news()
         except StoreUnavailable:
@@ -77,8 +92,6 @@ class CachedTokenStore:
             self._editions += 1
             for digest in removed:
                 self._known.pop(digest, None)
-        self._current = True
-        asyncio.get_running_loop().call_soon(self._turn_over)
 
     def _turn_over(self) -> None:
         self._current = False

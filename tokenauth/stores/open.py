@@ -1,23 +1,52 @@
 """The only switch on a database URL."""
 
-from sqlalchemy import make_url
+import time
+
+from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from tokenauth.config import Database
 from tokenauth.errors import ConfigError
+from tokenauth.models import Clock
 from tokenauth.stores.base import Store
 from tokenauth.stores.sqlite import SqliteStore
 
 
-def open_store(url: str, cache_size: int) -> Store:
-    """Make the store that a URL names, not yet started. Raises ConfigError."""
+def open_store(settings: Database, cache_size: int, clock: Clock | None = None) -> Store:
+    """Make the store that a URL names, not yet started. Raises ConfigError.
+
+    Without a `clock` it has its own: this machine's, or PostgreSQL's.
+    """
     try:
-        parsed = make_url(url)
-    except ArgumentError:
+        url = make_url(settings.url)
+    except (ArgumentError, ValueError):
         raise ConfigError("database.url: not a URL such as 'sqlite+aiosqlite:///tokenauth.db'") from None
-    if parsed.drivername != "sqlite+aiosqlite":
-        raise ConfigError(f"database.url: {parsed.drivername!r} is no store of tokenauth; use sqlite+aiosqlite")
-    if parsed.database in {None, "", ":memory:"}:
+    if url.drivername == "sqlite+aiosqlite":
+        return _open_sqlite(url, cache_size, clock or time.time)
+    if url.drivername == "postgresql+asyncpg":
+        return _open_postgres(url, cache_size, settings.connections, clock)
+    raise ConfigError(
+        f"database.url: {url.drivername!r} is no store of tokenauth; use sqlite+aiosqlite or postgresql+asyncpg"
+    )
+
+
+def _open_sqlite(url: URL, cache_size: int, clock: Clock) -> Store:
+    if url.database in {None, "", ":memory:"}:
         raise ConfigError(
             "database.url: names no file; write three slashes and a path, as in 'sqlite+aiosqlite:///tokenauth.db'"
         )
-    return SqliteStore(parsed, cache_size)
+    return SqliteStore(url, cache_size, clock)
+
+
+def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | None) -> Store:
+    if not url.database:
+        raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
+    try:
+        from tokenauth.stores.postgres import PostgresStore
+    except ModuleNotFoundError as error:
+        if error.name != "asyncpg":
+            raise
+        raise ConfigError(
+            "database.url: PostgreSQL needs one more package: pip install 'tokenauth[postgres]'"
+        ) from None
+    return PostgresStore(url, cache_size, connections, clock)

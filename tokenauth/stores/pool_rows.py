@@ -25,9 +25,10 @@ from sqlalchemy import (
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.tables import pool_token_columns, pool_tokens
-from tokenauth.stores.transaction import Transaction
+from tokenauth.stores.transaction import Transaction, elements
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
+_row = (_number, *pool_token_columns)
 _limit: BindParameter[int] = bindparam("limit")
 _pool = pool_tokens.c.pool == bindparam("name")
 _lent = _at > bindparam("now")
@@ -43,6 +44,9 @@ _expired = ((*_idle, _at <= bindparam("floor")), (*_taken, _at <= bindparam("lap
 
 Range = tuple[ColumnElement[bool], ...]
 
+_BESIDE = 100
+"""Tokens that others may be taking at the same moment, without a second look being needed."""
+
 
 def _number_of(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
     return select(func.count()).select_from(pool_tokens).where(*conditions).scalar_subquery()
@@ -54,7 +58,7 @@ def _first_of(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
 
 def _rows(*ranges: Range) -> SelectBase:
     """Look up the rows with the least `free_at` in some ranges, which are read side by side, and no further."""
-    each = [select(_number, *pool_token_columns).where(*one) for one in ranges]
+    each = [select(*_row).where(*one) for one in ranges]
     if len(each) == 1:
         return each[0].order_by(_at, _number).limit(_limit)
     return union_all(*each).order_by("free_at", "number").limit(_limit)
@@ -76,16 +80,27 @@ MEMBERS = (
 _COUNT_RETIRED = select(_number_of(*_retired, _lent))
 _NEXT_END = select(_first_of(*_taken, _lent), _first_of(*_retired, _lent))
 _FREE = _rows(_waiting, _lapsed)
+_FREE_TO_TAKE = (
+    select(*_row)
+    .where(_oldest(_waiting, _lapsed), or_(and_(*_waiting), and_(*_lapsed)))
+    .order_by(_at, _number)
+    .limit(bindparam("wanted"))
+    .with_for_update(skip_locked=True)
+)
+_COUNT_FREE = select(func.count()).select_from(_FREE.subquery())
 _LENT = _rows((*_taken, _lent))
 _LENT_AND_RETIRED = _rows((*_retired, _lent))
-_values = func.json_each(bindparam("values")).table_valued("value")
-_NAMED = select(_number, *pool_token_columns).where(_pool, pool_tokens.c.value.in_(select(_values.c.value)))
-_INSERT = insert(pool_tokens)
-_PUT = text("UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence WHERE number = :number")
-_SUCCEED = text(
-    "UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0 WHERE number = :number"
-)
-_DELETE = text("DELETE FROM pool_tokens WHERE number = :number")
+_NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(select(elements(bindparam("values"), "named").c.value)))
+_NAMED_TO_CHANGE = _NAMED.order_by(_number).with_for_update()
+_INSERT = insert(pool_tokens).inline()
+_PUT = text("""
+    UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence WHERE number = :number AND pool = :name
+""")
+_SUCCEED = text("""
+    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0
+    WHERE number = :number AND pool = :name
+""")
+_DELETE = text("DELETE FROM pool_tokens WHERE number = :number AND pool = :name")
 _earlier = _at < bindparam("before")
 _EXTEND_FREE = (
     update(pool_tokens)
@@ -118,6 +133,10 @@ class PoolRows:
         self._db = db
         self._terms = terms(pool, now)
 
+    def take_turns(self) -> None:
+        """Hold off all others, until the end, who say the same."""
+        self._db.hold(f"turn {self.pool.name}")
+
     def counts(self) -> tuple[int, int, int]:
         """Count the free, the lent, and the retired tokens that are still lent."""
         free, lent, retired = self._db.rows(COUNT, self._terms)[0]
@@ -132,8 +151,15 @@ class PoolRows:
         return min((end for end in self._db.rows(_NEXT_END, self._terms)[0] if end is not None), default=None)
 
     def free(self, limit: int) -> list[tuple[int, PoolToken]]:
-        """Look up the tokens that have been free longest, with their numbers."""
-        return self._found(_FREE, limit=limit)
+        """Look up the tokens that have been free longest, with their numbers; without those that others now take."""
+        if self._db.alone:
+            return self._found(_FREE, limit=limit)
+        breadth = limit + _BESIDE
+        while True:
+            found = self._found(_FREE_TO_TAKE, wanted=limit, limit=breadth)
+            if len(found) == limit or self._db.rows(_COUNT_FREE, {**self._terms, "limit": breadth})[0][0] < breadth:
+                return found
+            breadth *= 8
 
     def lent(self, limit: int) -> list[tuple[int, PoolToken]]:
         """Look up the tokens whose leases end first, with their numbers; without the retired ones."""
@@ -145,7 +171,7 @@ class PoolRows:
 
     def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Look up the tokens of these values that are in being, with their numbers."""
-        found = self._found(_NAMED, values=json.dumps(list(values)))
+        found = self._found(_NAMED if self._db.alone else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
         return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:
@@ -157,18 +183,24 @@ class PoolRows:
         self._db.change_each(
             _PUT,
             [
-                {"number": number, "free_at": token.free_at, "holder": token.holder, "fence": token.fence}
+                {
+                    "name": self.pool.name,
+                    "number": number,
+                    "free_at": token.free_at,
+                    "holder": token.holder,
+                    "fence": token.fence,
+                }
                 for number, token in changed.items()
             ],
         )
 
     def succeed(self, number: int, value: str) -> None:
         """Put a new free token in the place of one."""
-        self._db.change(_SUCCEED, {"number": number, "value": value, "now": self.now})
+        self._db.change(_SUCCEED, {**self._terms, "number": number, "value": value})
 
     def delete(self, number: int) -> None:
         """Delete one token."""
-        self._db.change(_DELETE, {"number": number})
+        self._db.change(_DELETE, {**self._terms, "number": number})
 
     def extend_free(self, before: Instant, limit: int) -> int:
         """Let tokens that are free since before an instant be free since now."""
@@ -190,7 +222,7 @@ class PoolRows:
         """Delete tokens that have been free for too long."""
         return self._some(_DELETE_EXPIRED, limit)
 
-    def delete_retired(self, limit: int = 2**31) -> int:
+    def delete_retired(self, limit: int = 2**31 - 1) -> int:
         """Delete retired tokens whose lease is over."""
         return self._some(_DELETE_RETIRED, limit)
 

@@ -1,7 +1,7 @@
 """The changes that pools of tokens can be asked for, each written once for many callers at a time.
 
 Callers who wait together are served at one moment, the latest that any of them has read, in the order in which they
-came. Whoever runs a verb holds the database's write lock: what it has read is still so when it writes.
+came. What a verb has read is still so when it writes: it holds the pool, or the rows.
 """
 
 import math
@@ -67,27 +67,40 @@ W = TypeVar("W", Add, Lease, Change, Remove, Some)
 A = TypeVar("A")
 
 
-def _verb(serve: Callable[[PoolRows, Sequence[W]], Sequence[A]]) -> Callable[..., Sequence[A]]:
-    """Make a verb of what serves the callers of one pool."""
-
-    def verb(db: Transaction, wishes: Sequence[W]) -> Sequence[A]:
-        now = max(wish.now for wish in wishes)
-        pool = wishes[0].pool
-        if all(wish.pool is pool for wish in wishes):  # as it nearly always is
-            return serve(PoolRows(db, pool, now), wishes)
-        groups: dict[str, list[int]] = {}
-        for position, wish in enumerate(wishes):
-            groups.setdefault(wish.pool.name, []).append(position)
-        answers: dict[int, A] = {}
-        for positions in groups.values():
-            group = [wishes[position] for position in positions]
-            answers.update(zip(positions, serve(PoolRows(db, group[0].pool, now), group), strict=True))
-        return [answers[position] for position in range(len(wishes))]
-
-    return verb
+Serve = Callable[[PoolRows, Sequence[W]], Sequence[A]]
 
 
-@_verb
+def _verb(shared: bool) -> Callable[[Serve[W, A]], Callable[..., Sequence[A]]]:
+    """Make a verb of what serves the callers of one pool; `shared`: while others do the like.
+
+    What counts tokens must not be: nobody may add any, or change how many are too many, at the same time.
+    """
+
+    def make(serve: Serve[W, A]) -> Callable[..., Sequence[A]]:
+        def serve_pool(db: Transaction, wishes: Sequence[W]) -> Sequence[A]:
+            pool = wishes[0].pool
+            db.hold(f"pool {pool.name}", shared=shared)
+            return serve(PoolRows(db, pool, db.moment(max(wish.now for wish in wishes))), wishes)
+
+        def verb(db: Transaction, wishes: Sequence[W]) -> Sequence[A]:
+            pool = wishes[0].pool
+            if all(wish.pool is pool for wish in wishes):  # as it nearly always is
+                return serve_pool(db, wishes)
+            groups: dict[str, list[int]] = {}
+            for position, wish in enumerate(wishes):
+                groups.setdefault(wish.pool.name, []).append(position)
+            answers: dict[int, A] = {}
+            for _, positions in sorted(groups.items()):
+                group = [wishes[position] for position in positions]
+                answers.update(zip(positions, serve_pool(db, group), strict=True))
+            return [answers[position] for position in range(len(wishes))]
+
+        return verb
+
+    return make
+
+
+@_verb(shared=False)
 def add_tokens(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[bool]:
     """Add free tokens for everybody whose tokens have room."""
     capacity, room = rows.pool.capacity, math.inf
@@ -107,7 +120,7 @@ def add_tokens(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[bool]:
     return answers
 
 
-@_verb
+@_verb(shared=False)
 def fit_pool(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[int]:
     """Bring a pool closer to its capacity."""
     answers = []
@@ -125,10 +138,13 @@ def fit_pool(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[int]:
     return answers
 
 
-@_verb
+@_verb(shared=True)
 def lease_tokens(rows: PoolRows, wishes: Sequence[Lease]) -> Sequence[Lent]:
     """Lend the tokens that have been free longest. Each retired one that is still out keeps a free one back."""
     kept, left = rows.retired(), None
+    if kept:  # who keeps tokens back must not do so at the same time as another
+        rows.take_turns()
+        kept = rows.retired()
     if any(wish.counted for wish in wishes):
         left = max(0, rows.counts()[0] - kept)
     found = rows.free(len(wishes) + kept)
@@ -143,7 +159,7 @@ def lease_tokens(rows: PoolRows, wishes: Sequence[Lease]) -> Sequence[Lent]:
     return answers
 
 
-@_verb
+@_verb(shared=True)
 def extend_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched | None]:
     """Let leases, and free tokens where that is meant too, run for their full time from now."""
 
@@ -155,7 +171,7 @@ def extend_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched 
     return _change(rows, wishes, extended)
 
 
-@_verb
+@_verb(shared=True)
 def release_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched | None]:
     """End leases."""
 
@@ -165,7 +181,7 @@ def release_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched
     return _change(rows, wishes, released)
 
 
-@_verb
+@_verb(shared=False)
 def release_next(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[tuple[bool, int]]:
     """End the leases that would end first."""
     free, _, retired = rows.counts()
@@ -180,7 +196,7 @@ def release_next(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[tuple[bool,
     return answers + [(False, max(0, free - retired))] * (len(wishes) - len(answers))
 
 
-@_verb
+@_verb(shared=True)
 def remove_tokens(rows: PoolRows, wishes: Sequence[Remove]) -> Sequence[bool]:
     """Delete tokens, or replace them."""
     found = rows.named(wish.value for wish in wishes)
@@ -196,13 +212,13 @@ def remove_tokens(rows: PoolRows, wishes: Sequence[Remove]) -> Sequence[bool]:
     return answers
 
 
-@_verb
+@_verb(shared=False)
 def extend_free(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[int]:
     """Let free tokens wait for their full time from now."""
     return [rows.extend_free(wish.before, wish.limit) for wish in wishes]
 
 
-@_verb
+@_verb(shared=False)
 def purge_pool(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[int]:
     """Delete tokens that have expired, and retired ones whose lease is over."""
     answers = []

@@ -7,7 +7,6 @@ a reader never waits for a writer.
 import os
 import sqlite3
 from collections.abc import Collection, Mapping, Sequence
-from sys import intern
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -16,8 +15,17 @@ from sqlalchemy.dialects import sqlite
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Failures, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows
-from tokenauth.stores.tables import failures, marks, pool_token_columns, pool_tokens, revocations, token_columns, tokens
-from tokenauth.stores.transaction import PlainTransaction
+from tokenauth.stores.tables import (
+    as_token,
+    failures,
+    marks,
+    pool_token_columns,
+    pool_tokens,
+    revocations,
+    token_columns,
+    tokens,
+)
+from tokenauth.stores.transaction import SqliteTransaction
 
 _PATIENCE = 0.05
 """Seconds to wait where even SQLite's readers must: while a crashed process's log is recovered."""
@@ -49,19 +57,14 @@ class Reader:
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
         self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens
-        self._plain = PlainTransaction(self._db)
+        self._plain = SqliteTransaction(self._db)
         self._version = self._data_version()
         self._seq: int = self._cursor.execute(_LAST_SEQ).fetchone()[0] or 0
 
     def token(self, digest: bytes) -> Token | None:
         """Look up a token. Raises StoreUnavailable."""
         row = self._one(_TOKEN, digest)
-        if row is None:
-            return None
-        digest, username, credential, issued_at, expires_at, address, user_agent = row
-        # Thousands of tokens share these: the cache keeps one copy of each.
-        shared = (intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent))
-        return Token(digest, *shared)
+        return None if row is None else as_token(row)
 
     def pool_token(self, pool: str, value: str) -> PoolToken | None:
         """Look up a token of a pool, live or expired. Raises StoreUnavailable."""
@@ -106,6 +109,10 @@ class Reader:
         complete = rows[0][0] == self._seq + 1
         self._seq = rows[-1][0]
         return [digest for _, digest in rows] if complete else None
+
+    def sure(self) -> bool:
+        """Say that the file tells everything."""
+        return True
 
     def replaced(self) -> bool:
         """Whether the path now leads to another file than the one that is open, to an empty one or to none."""

@@ -10,8 +10,20 @@ from tokenauth.errors import StartError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0002"
-"""The revision that this release needs; the newest in `migrations/versions`."""
+HEAD = "1.2"
+"""The revision that this release needs; the newest in `migrations/versions`.
+
+It is GENERATION.STEP. A step only adds what earlier releases of its generation need not know, and they go on
+serving beside it; what they could not bear begins a new generation.
+"""
+
+
+def serves(version: str | None) -> bool:
+    """Say whether this release can serve with a revision: its own, or a later one of its generation."""
+    if version is None:
+        return False
+    (generation, _, step), (own, _, needed) = version.partition("."), HEAD.partition(".")
+    return generation == own and step.isdecimal() and int(step) >= int(needed)
 
 
 def version(db: Connection) -> str | None:
@@ -27,7 +39,7 @@ def upgrade(db: Connection) -> str | None:
     The caller holds a lock that no other upgrade can hold. Raises StartError when a newer release has been here.
     """
     had = version(db)
-    if had == HEAD:
+    if serves(had):
         return had
     from alembic import command  # only an upgrade needs it, and it costs every start 100 ms
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, select
 from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows, pool_verbs, verbs
 from tokenauth.stores.base import Lent, Touched
-from tokenauth.stores.tables import failures, pool_token_columns, pool_tokens, token_columns, tokens
+from tokenauth.stores.tables import as_token, failures, pool_token_columns, pool_tokens, token_columns, tokens
 from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class SqlTokenStore:
         """Return the token with this digest."""
         query = select(*token_columns).where(tokens.c.digest == digest)
         row = await self._database.read(lambda db: db.execute(query).first())
-        return None if row is None else Token(*row)
+        return None if row is None else as_token(row)
 
     async def find(self, id: str) -> Token | None:
         """Return the token with this public id."""
@@ -50,7 +50,7 @@ class SqlTokenStore:
             return None
         match = tokens.c.digest.between(low, low + b"\xff" * (32 - ID_BYTES))
         row = await self._database.read(lambda db: db.execute(select(*token_columns).where(match)).first())
-        return None if row is None else Token(*row)
+        return None if row is None else as_token(row)
 
     async def remove(self, digest: bytes, now: Instant) -> bool:
         """End one token."""
@@ -66,7 +66,7 @@ class SqlTokenStore:
         if username is not None:
             query = query.where(tokens.c.username == username)
         rows = await self._database.read(lambda db: db.execute(query).all())
-        return [Token(*row) for row in rows]
+        return [as_token(row) for row in rows]
 
     async def purge(self, now: Instant, limit: int) -> int:
         """Delete tokens that have expired."""

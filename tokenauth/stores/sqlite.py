@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,12 +18,12 @@ from sqlalchemy.pool import StaticPool
 from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.lane import Lane
 from tokenauth.logs import log
-from tokenauth.models import Failures, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import schema, verbs
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
-from tokenauth.stores.transaction import PlainTransaction
+from tokenauth.stores.transaction import SqliteTransaction
 from tokenauth.stores.writer import Answers, Batch, Verb, Writer
 
 T = TypeVar("T")
@@ -119,9 +120,9 @@ class Database:
             with suppress(FileExistsError):  # and not opened: closing it would drop this process's SQLite locks on it
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._connection = _connect(self.path)
-            self._transaction = PlainTransaction(self._connection)
+            self._transaction = SqliteTransaction(self._connection)
             had = self._upgrade()
-            if had != schema.HEAD:
+            if not schema.serves(had):
                 log.info("schema_upgraded", before=had, after=schema.HEAD)
         finally:
             os.close(lock)
@@ -186,10 +187,11 @@ class SqliteStore:
     pools: SqlitePoolStore
     failures: SqliteFailureStore
 
-    def __init__(self, url: URL, cache_size: int) -> None:
-        """Take `sqlite+aiosqlite:///PATH` and how many tokens each worker remembers."""
+    def __init__(self, url: URL, cache_size: int, clock: Clock = time.time) -> None:
+        """Take `sqlite+aiosqlite:///PATH`, how many tokens each worker remembers, and the machine's clock."""
         self._database = Database(url)
         self._cache_size = cache_size
+        self.clock = clock
 
     async def start(self) -> Instant:
         """Bring the schema up to date and connect."""
@@ -220,7 +222,7 @@ class SqliteStore:
             version = await self._database.read(schema.version)
         except StoreUnavailable:
             return "store unreachable"
-        return None if version == schema.HEAD else f"schema is {version}, this release needs {schema.HEAD}"
+        return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def claim(self, duty: str, now: Instant, until: Instant) -> bool:
         """Take on a duty until an instant, unless somebody has it."""

@@ -1,4 +1,12 @@
-"""The schema, as SQLAlchemy knows it; `migrations` builds it step by step."""
+"""The schema, as SQLAlchemy knows it; `migrations` builds it step by step.
+
+PostgreSQL has other primary keys: those that spread, the digest of a token, the pool and the number of one that is
+lent. And there the number of a token is the microsecond in which it was added, for which nobody has to queue.
+"""
+
+from collections.abc import Sequence
+from sys import intern
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -13,6 +21,8 @@ from sqlalchemy import (
     String,
     Table,
 )
+
+from tokenauth.models import Token
 
 metadata = MetaData()
 
@@ -37,6 +47,14 @@ tokens = Table(
 
 token_columns = [column for column in tokens.c if column is not tokens.c.number]
 """The columns that are fields of a `Token`, in its order."""
+
+
+def as_token(row: Sequence[Any]) -> Token:
+    """Make a token of a row. Thousands of tokens share their texts: a cache keeps one copy of each."""
+    digest, username, credential, issued_at, expires_at, address, user_agent = row
+    shared = (intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent))
+    return Token(digest, *shared)
+
 
 revocations = Table(
     "revocations",

@@ -5,6 +5,7 @@ A verb takes what its callers wish and returns an answer to each. All verbs of o
 
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -24,15 +25,20 @@ from sqlalchemy import (
 
 from tokenauth.models import Instant, Token
 from tokenauth.stores.tables import failures, revocations, tokens
-from tokenauth.stores.transaction import Transaction
+from tokenauth.stores.transaction import Transaction, elements
 
 CLOCK = "clock"
 """The mark that remembers the latest `now` that was written."""
 
+_REVOKING = "revocations"
+"""What whoever revokes holds: so revocations are committed in the order of their numbers."""
+
+_now = bindparam("now", type_=Float())
+
 # Statements are made once: making one costs more than running it.
-_INSERT = insert(tokens)
-_DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest"))
-_LOG = insert(revocations)
+_INSERT = insert(tokens).inline()
+_DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning(tokens.c.digest)
+_LOG = insert(revocations).inline()
 _REMEMBER = text("""
     INSERT INTO marks (name, at) VALUES (:name, :now)
     ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at < excluded.at
@@ -53,15 +59,15 @@ def _too_many() -> Select[bytes]:
 
     For each user it steps along the index to the first token too many, newest first, and no further.
     """
-    names = func.json_each(bindparam("names")).table_valued("value", name="names")
+    names = elements(bindparam("names"), "names")
     live = tokens.alias("live")
-    of_user = select(live.c.number).where(live.c.username == names.c.value, live.c.expires_at > bindparam("now"))
+    of_user = select(live.c.number).where(live.c.username == names.c.value, live.c.expires_at > _now)
     first = of_user.order_by(live.c.number.desc()).limit(1).offset(bindparam("per_user")).scalar_subquery()
     edges = select(names.c.value.label("username"), first.label("number")).subquery("edges")
     return (
         select(tokens.c.digest)
         .join_from(edges, tokens, (tokens.c.username == edges.c.username) & (tokens.c.number <= edges.c.number))
-        .where(tokens.c.expires_at > bindparam("now"))
+        .where(tokens.c.expires_at > _now)
     )
 
 
@@ -70,7 +76,7 @@ _TOO_MANY = _too_many()
 
 def _live(of_user: bool, but_one: bool) -> Select[bytes]:
     """Find the live tokens of a user, or of everybody, or all of them but one."""
-    chosen = select(tokens.c.digest).where(tokens.c.expires_at > bindparam("now"))
+    chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now)
     if of_user:
         chosen = chosen.where(tokens.c.username == bindparam("username"))
     if but_one:
@@ -79,21 +85,25 @@ def _live(of_user: bool, but_one: bool) -> Select[bytes]:
 
 
 def _log_of(chosen: Select[bytes]) -> Insert:
-    named = select(chosen.subquery().c.digest, bindparam("now", type_=Float()))
+    named = select(chosen.subquery().c.digest, _now)
     return insert(revocations).from_select(["digest", "at"], named)
 
 
 _LIVE = {(of_user, but_one): _live(of_user, but_one) for of_user in (False, True) for but_one in (False, True)}
 _LOG_ALL = {which: _log_of(chosen) for which, chosen in _LIVE.items()}
-_DELETE_ALL = {which: delete(tokens).where(tokens.c.digest.in_(chosen)) for which, chosen in _LIVE.items()}
+_LAST = select(func.max(revocations.c.seq))
+_DELETE_LOGGED = delete(tokens).where(
+    tokens.c.digest.in_(select(revocations.c.digest).where(revocations.c.seq > bindparam("last")))
+)
 
 
 def _oldest(key: Column[Any], age: Column[Any], old: ColumnElement[bool]) -> Delete:
     """Delete the rows of the key's table that are old, the oldest first."""
-    return delete(key.table).where(key.in_(select(key).where(old).order_by(age).limit(bindparam("limit"))))
+    oldest = select(key).where(old).order_by(age).limit(bindparam("limit")).with_for_update(skip_locked=True)
+    return delete(key.table).where(key.in_(oldest))
 
 
-_PURGE_TOKENS = _oldest(tokens.c.number, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
+_PURGE_TOKENS = _oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before", type_=Float()))
 _PURGE_FAILURES = _oldest(failures.c.key, failures.c.last_at, failures.c.last_at < bindparam("before"))
 
 
@@ -155,18 +165,21 @@ class Claim(NamedTuple):
     until: Instant
 
 
-def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[None]:
-    """Insert tokens; then end the oldest of each user that has too many."""
-    db.change_each(_INSERT, [wish.token._asdict() for wish in wishes])
+def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[bool]:
+    """Insert tokens; then end the oldest of each user that has too many, and say whether any did end."""
     limited: dict[int, set[str]] = {}
     for wish in wishes:
         if wish.per_user:
             limited.setdefault(wish.per_user, set()).add(wish.token.username)
+    if limited:
+        db.hold(*(f"user {name}" for name in set().union(*limited.values())))
+    db.change_each(_INSERT, [wish.token._asdict() for wish in wishes])
     now = max(wish.now for wish in wishes)
+    ended: list[bool] = []
     for per_user, names in limited.items():
         wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-        _end(db, [digest for (digest,) in db.rows(_TOO_MANY, wanted)], now)
-    return [None] * len(wishes)
+        ended += _end(db, [digest for (digest,) in db.rows(_TOO_MANY, wanted)], now)
+    return [any(ended)] * len(wishes)
 
 
 def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
@@ -176,12 +189,14 @@ def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
 
 def remove_all_tokens(db: Transaction, wishes: Sequence[RemoveAll]) -> Sequence[int]:
     """End all live tokens of a user, or of everybody, but one."""
+    db.hold(_REVOKING)
     answers = []
     for wish in wishes:
         which = (wish.username is not None, wish.keep is not None)
-        values = {"now": wish.now, "username": wish.username, "keep": wish.keep}
-        db.change(_LOG_ALL[which], values)
-        answers.append(db.change(_DELETE_ALL[which], values))
+        last = db.rows(_LAST, {})[0][0] or 0
+        db.change(_LOG_ALL[which], {"now": wish.now, "username": wish.username, "keep": wish.keep})
+        answers.append(db.change(_DELETE_LOGGED, {"last": last}))
+    db.announce()
     return answers
 
 
@@ -202,15 +217,14 @@ def purge_revocations(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]
 
 def count_failures(db: Transaction, wishes: Sequence[Fail]) -> Sequence[None]:
     """Count one more failure under each key; after a long quiet time counting starts anew."""
-    for wish in wishes:
-        known = wish.now - wish.forget
-        db.change_each(_FAIL, [{"key": key, "now": wish.now, "known": known} for key in wish.keys])
+    each = [{"key": key, "now": wish.now, "known": wish.now - wish.forget} for wish in wishes for key in wish.keys]
+    db.change_each(_FAIL, sorted(each, key=itemgetter("key")))
     return [None] * len(wishes)
 
 
 def clear_failures(db: Transaction, wishes: Sequence[bytes]) -> Sequence[None]:
     """Count nothing under these keys any more."""
-    db.change_each(_CLEAR, [{"key": key} for key in wishes])
+    db.change_each(_CLEAR, [{"key": key} for key in sorted(wishes)])
     return [None] * len(wishes)
 
 
@@ -231,6 +245,12 @@ def remember(db: Transaction, now: Instant) -> None:
 
 def _end(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
     """Delete tokens and log it for every cache to read; say of each whether it was there."""
-    ended = [db.change(_DELETE, {"digest": digest}) == 1 for digest in digests]
-    db.change_each(_LOG, [{"digest": digest, "at": now} for digest, was in zip(digests, ended, strict=True) if was])
-    return ended
+    if not digests:
+        return []
+    db.hold(_REVOKING)
+    gone = [digest for (digest,) in db.rows_each(_DELETE, [{"digest": digest} for digest in digests])]
+    if gone:
+        db.change_each(_LOG, [{"digest": digest, "at": now} for digest in gone])
+        db.announce()
+    left = dict.fromkeys(gone, True)
+    return [left.pop(digest, False) for digest in digests]

@@ -3,16 +3,25 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001"
+revision = "1.1"
 down_revision = None
+
+
+MICROSECOND = sa.text("(extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 
 
 def upgrade() -> None:
     """Create the first schema."""
+    postgres = op.get_context().dialect.name == "postgresql"
+    number = (
+        sa.Column("number", sa.BigInteger, nullable=False, server_default=MICROSECOND)
+        if postgres
+        else sa.Column("number", sa.Integer, primary_key=True)
+    )
     op.create_table(
         "tokens",
-        sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        number,
+        sa.Column("digest", sa.LargeBinary(32), primary_key=postgres, nullable=False),
         sa.Column("username", sa.String, nullable=False),
         sa.Column("credential", sa.String, nullable=False),
         sa.Column("issued_at", sa.Float, nullable=False),
@@ -20,7 +29,8 @@ def upgrade() -> None:
         sa.Column("address", sa.String, nullable=False),
         sa.Column("user_agent", sa.String, nullable=False),
     )
-    op.create_index("tokens_by_digest", "tokens", ["digest"], unique=True)
+    if not postgres:
+        op.create_index("tokens_by_digest", "tokens", ["digest"], unique=True)
     op.create_index("tokens_by_user", "tokens", ["username", "number", "expires_at"])
     op.create_index("tokens_by_expiry", "tokens", ["expires_at"])
     op.create_table(

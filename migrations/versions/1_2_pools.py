@@ -3,17 +3,20 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "1.2"
+down_revision = "1.1"
 
 
 def upgrade() -> None:
     """Create the table."""
+    postgres = op.get_context().dialect.name == "postgresql"
+    number = (sa.BigInteger(), sa.Identity()) if postgres else (sa.Integer(),)
+    value = sa.String(collation="C") if postgres else sa.String()  # everywhere in the order of their characters
     op.create_table(
         "pool_tokens",
-        sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-        sa.Column("pool", sa.String, nullable=False),
-        sa.Column("value", sa.String, nullable=False),
+        sa.Column("number", *number, primary_key=True),
+        sa.Column("pool", sa.String, primary_key=postgres, nullable=False),
+        sa.Column("value", value, nullable=False),
         sa.Column("free_at", sa.Float, nullable=False),
         sa.Column("holder", sa.String),
         sa.Column("fence", sa.BigInteger, nullable=False),

@@ -1,0 +1,1 @@
+"""PostgreSQL, and what its tests stand on."""

@@ -1,0 +1,202 @@
+"""The connections to PostgreSQL: what is asked and changed over them, and what it means when they break."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import asyncpg
+from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from tokenauth.errors import StoreUnavailable
+from tokenauth.logs import log
+from tokenauth.models import Instant
+from tokenauth.stores import schema, verbs
+from tokenauth.stores.transaction import PostgresTransaction
+from tokenauth.stores.writer import Answers, Batch, Verb, Writer
+
+T = TypeVar("T")
+
+PATIENCE = 5.0
+"""Seconds that a statement may take, waiting for locks included; the server gives it up a little earlier."""
+
+CONNECT_PATIENCE = 2.0
+"""Seconds that it may take to connect, and to wait for a connection that others use."""
+
+_SETTINGS = {
+    "application_name": "tokenauth",
+    "statement_timeout": "4500",  # milliseconds
+    "idle_in_transaction_session_timeout": "4500",  # a process that was stopped in the middle must not hold its locks
+    "tcp_keepalives_idle": "5",  # seconds; nor one whose machine has gone
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "jit": "off",
+}
+
+_REMEMBERING = 1.0
+"""Seconds between two times that a process writes down what time it is."""
+
+
+class Database:
+    """The connections: those for queries and changes, and how one is made to listen on."""
+
+    def __init__(self, url: URL, connections: int, timed: bool) -> None:
+        """Take `postgresql+asyncpg://...`. `timed`: whoever writes says what time it is, and not the database."""
+        self.name = f"{url.database} at {url.host or 'its socket'}"
+        arguments = {
+            "timeout": CONNECT_PATIENCE,
+            "command_timeout": PATIENCE,
+            "target_session_attrs": "primary",  # a standby does not know of the latest removals
+            "server_settings": _SETTINGS,
+        }
+        self._engine = create_async_engine(
+            url,
+            pool_size=connections,
+            max_overflow=0,
+            pool_timeout=CONNECT_PATIENCE,
+            pool_reset_on_return=None,
+            isolation_level="AUTOCOMMIT",
+            hide_parameters=True,
+            connect_args=arguments,
+        )
+        event.listen(self._engine.sync_engine, "checkout", _demand_open)
+        self._single = create_async_engine(
+            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True, connect_args=arguments
+        )
+        self._timed = timed
+        self._writers: dict[Verb, Writer] = {}
+        self._latest: Instant = 0
+        self._remembered: Instant = 0
+        self.trouble: str | None = None
+
+    async def upgrade(self) -> None:
+        """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise."""
+        async with self._single.connect() as db:
+            await db.execution_options(isolation_level="READ COMMITTED")
+            async with db.begin():
+                await db.execute(text("SET LOCAL statement_timeout = 0"))
+                await db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+                await db.run_sync(lambda held: PostgresTransaction(driver(held), True).hold("schema"))
+                had = await db.run_sync(schema.upgrade)
+        if not schema.serves(had):
+            log.info("schema_upgraded", before=had, after=schema.HEAD)
+
+    async def stop(self, now: Instant = 0) -> None:
+        """Finish what waits to be written, write down what time it is, and disconnect."""
+        with suppress(StoreUnavailable):
+            await self.write(verbs.remember_now, None, max(now, self._latest))
+        for writer in self._writers.values():
+            await writer.finish()
+        await self.discard()
+
+    async def discard(self) -> None:
+        """Disconnect."""
+        await self._engine.dispose()
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run a query; again if the connection broke in the middle of it. Raises StoreUnavailable."""
+        try:
+            return await self._read(query)
+        except UNAVAILABLE as error:
+            if isinstance(error, _CALLERS_FAULT):
+                raise
+            if isinstance(error, _TOO_SLOW):
+                raise StoreUnavailable from error
+        try:
+            return await self._read(query)
+        except UNAVAILABLE as error:
+            raise StoreUnavailable from error
+
+    async def _read(self, query: Callable[[Connection], T]) -> T:
+        async with self._engine.connect() as db:
+            return await db.run_sync(query)
+
+    def write(self, verb: Verb, wish: Any, now: Instant) -> Awaitable[Any]:
+        """Have a change made and committed together with the others of its kind that wait."""
+        writer = self._writers.get(verb)
+        if writer is None:
+            writer = self._writers[verb] = Writer(self._transact)
+        return writer.write(verb, wish, now)
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[asyncpg.Connection]:
+        """Connect once more, for one use."""
+        async with self._single.connect() as db:
+            connection = (await db.get_raw_connection()).driver_connection
+            assert isinstance(connection, asyncpg.Connection)
+            try:
+                yield connection
+            finally:
+                connection.terminate()  # to take leave could take for ever
+
+    async def _transact(self, batch: Batch, now: Instant) -> Answers:
+        try:
+            async with self._engine.connect() as db:
+                answers = await db.run_sync(self._apply, batch, now)
+        except UNAVAILABLE as error:
+            if isinstance(error, _CALLERS_FAULT):
+                raise
+            self._note(reason(error))
+            raise StoreUnavailable from error
+        self._note(None)
+        return answers
+
+    def _apply(self, db: Connection, batch: Batch, now: Instant) -> Answers:
+        """Make the changes of one kind in one transaction."""
+        plain = driver(db)
+        transaction = PostgresTransaction(plain, self._timed)
+        try:
+            plain.run_async(lambda connection: connection.execute("BEGIN"))
+            answers = [verb(transaction, wishes) for verb, wishes in batch.items()]
+            self._latest = max(self._latest, now)
+            if now > self._remembered + _REMEMBERING or verbs.remember_now in batch:
+                verbs.remember(transaction, self._latest)
+                self._remembered = now
+            plain.run_async(lambda connection: connection.execute("COMMIT"))
+        except _CALLERS_FAULT:
+            plain.run_async(lambda connection: connection.execute("ROLLBACK"))
+            raise
+        except BaseException:  # who knows how far it came
+            db.invalidate()
+            raise
+        return answers
+
+    def _note(self, trouble: str | None) -> None:
+        """Say once when writing stops working, and once when it works again."""
+        if (trouble is None) != (self.trouble is None):
+            if trouble is None:
+                log.info("store_writable_again")
+            else:
+                log.error("store_not_writable", reason=trouble)
+        self.trouble = trouble
+
+
+def driver(db: Connection) -> AdaptedConnection:
+    """Return asyncpg's connection, as SQLAlchemy's `run_sync` takes it."""
+    connection = db.connection.dbapi_connection
+    assert isinstance(connection, AdaptedConnection)
+    return connection
+
+
+def _demand_open(connection: AdaptedConnection, *_: object) -> None:
+    """Have a connection replaced that the server has closed meanwhile."""
+    if connection.driver_connection.is_closed():
+        raise exc.DisconnectionError
+
+
+_CALLERS_FAULT = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+"""What is raised for one bad wish, and not because the machine is broken."""
+
+_TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
+
+UNAVAILABLE = (exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""What is raised when the database cannot do something: whatever the reason, nothing is known then."""
+
+
+def reason(error: BaseException) -> str:
+    """Say what PostgreSQL says is wrong, without the statement or anything in it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = str(error.args[0]) if error.args else ""
+    return f"{type(error).__name__}: {words.splitlines()[0][:200]}" if words else type(error).__name__

@@ -1,0 +1,163 @@
+"""What a process hears from PostgreSQL: which tokens were removed, and what time it is there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from time import monotonic
+
+import asyncpg
+
+from tokenauth.logs import log
+from tokenauth.models import Instant
+from tokenauth.stores.transaction import CHANNEL
+
+BOUND = 1.0
+"""Seconds after which a removal that was not heard of is found all the same: the cache is not believed for longer."""
+
+HEARTBEAT = BOUND / 4
+"""Seconds between two looks at the log when no notification comes."""
+
+_RETRY = 0.1
+"""Seconds until a lost connection is made anew."""
+
+_MANY = 10_000
+"""Removals that are read at once; when there are more, the cache forgets everything instead."""
+
+_READ = """
+    SELECT extract(epoch FROM clock_timestamp())::float8, seq, digest
+    FROM (SELECT 1) AS one LEFT JOIN revocations ON seq >= $1 ORDER BY seq LIMIT $2
+"""
+_LAST = "SELECT seq, digest FROM revocations ORDER BY seq DESC LIMIT 1"
+
+Connect = Callable[[], AbstractAsyncContextManager[asyncpg.Connection]]
+
+
+class DatabaseClock:
+    """The database's clock, as far as a process can know it: what it was last heard to say, and the time since.
+
+    It is never ahead of the database's, and behind by no more than an answer takes to come. The machine's own
+    clock, which may say anything, is not asked.
+    """
+
+    def __init__(self) -> None:
+        self._offset = 0.0
+
+    def __call__(self) -> Instant:
+        """Read the time, in Unix seconds."""
+        return monotonic() + self._offset
+
+    def hear(self, said: Instant, asked_at: float) -> None:
+        """Take in what the database has said just now, when it was asked at `asked_at` of the monotonic clock."""
+        least, most = said - monotonic(), said - asked_at
+        self._offset = min(max(self._offset, least), most)
+
+
+class Listener:
+    """Feed that reads the log of revocations whenever PostgreSQL notifies, and four times a second.
+
+    Each reading shows all removals that were committed before it was asked for. So what is remembered may be
+    believed for BOUND seconds from that moment, whatever becomes of the network, and no longer.
+    """
+
+    def __init__(self, connect: Connect, clock: DatabaseClock) -> None:
+        """Listen on a connection of its own, which `connect` makes."""
+        self._connect = connect
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._pending: set[bytes] = set()
+        self._missed = False
+        self._last: tuple[int, bytes | None] = (0, None)
+        self._read_at = self._doubted_at = 0.0
+        self._connected = True
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the log for the first time. Raises what the driver raises."""
+        self._read_at = 0.0
+        async with self._connect() as db:
+            await self._skip(db)
+            await self._read(db)
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    def sure(self) -> bool:
+        """Say whether the log was read within the last BOUND seconds, and since it was last doubted."""
+        return monotonic() - BOUND < self._read_at >= self._doubted_at
+
+    def news(self) -> Collection[bytes] | None:
+        """Return the digests removed since this was last asked; None if some may have been missed."""
+        missed, self._missed = self._missed, False
+        pending, self._pending = self._pending, set()
+        return None if missed else pending
+
+    def tell(self, digest: bytes) -> None:
+        """Take in that this process has removed a token."""
+        self._pending.add(digest)
+
+    def doubt(self) -> None:
+        """Be sure of nothing until the log has been read again, which is at once: who knows what was removed."""
+        self._doubted_at = monotonic()
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with self._connect() as db:
+                    await self._listen(db)
+            except Exception as error:  # whatever it is: nothing is believed meanwhile
+                if self._connected:
+                    log.error("revocation_feed_lost", reason=type(error).__name__, action="every token is looked up")
+                self._connected = False
+            await asyncio.sleep(_RETRY)
+
+    async def _listen(self, db: asyncpg.Connection) -> None:
+        async with _notified(db, self._wake):
+            while True:
+                self._wake.clear()
+                await self._read(db)
+                if not self._connected:
+                    log.info("revocation_feed_back")
+                    self._connected = True
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(HEARTBEAT):
+                        await self._wake.wait()
+
+    async def _read(self, db: asyncpg.Connection) -> None:
+        """Read the log from the last entry that is known, which must still be there: else some were missed."""
+        asked_at = monotonic()
+        seq = self._last[0]
+        rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
+        self._clock.hear(rows[0][0], asked_at)
+        entries = [(row[1], row[2]) for row in rows if row[1] is not None]
+        complete = len(entries) < _MANY and (
+            entries[:1] == [self._last] if seq else (not entries or entries[0][0] == 1)
+        )
+        if complete:
+            self._pending.update(digest for _, digest in entries)
+        else:
+            await self._skip(db)
+            self._missed = True
+        if complete and entries:
+            self._last = entries[-1]
+        self._read_at = asked_at
+
+    async def _skip(self, db: asyncpg.Connection) -> None:
+        """Go to the end of the log."""
+        row = await db.fetchrow(_LAST, timeout=BOUND)
+        self._last = (0, None) if row is None else (row[0], row[1])
+
+
+@asynccontextmanager
+async def _notified(db: asyncpg.Connection, wake: asyncio.Event) -> AsyncIterator[None]:
+    """Have notifications set an event. Where there are none, the log is still read at every heartbeat."""
+    try:
+        await db.add_listener(CHANNEL, lambda *_: wake.set())
+    except asyncpg.PostgresError as error:
+        log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
+    yield
