@@ -137,7 +137,8 @@ class SqlPoolStore:
 
     async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
         """Return tokens ordered by value."""
-        values = {**pool_rows.terms(pool, now), "after": after, "limit": limit}
+        behind = after.partition("\0")[0]  # no value has a NUL: whatever comes after one, none comes in between
+        values = {**pool_rows.terms(pool, now), "after": behind, "limit": limit}
         rows = await self._database.read(lambda db: db.execute(pool_rows.MEMBERS, values).all())
         return [PoolToken(*row) for row in rows]
 
