@@ -12,10 +12,10 @@ LAYERS = [
     {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction", "client.issuer"},
     {"lending", "client.auth", "client.remote", "client.pools"},
     {"config"},
-    {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"}
-    | {"stores.listener"},
+    {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"},
     {"risks", "users", "throttle", "stores.pool_verbs"},
     {"stores.sql", "stores.reader", "stores.connections", "credentials"},
+    {"stores.listener"},
     {"tokens", "pools", "stores.sqlite", "stores.postgres"},
     {"routes.requests", "routes.refusals", "routes.table", "stores.open", "sweeper"},
     {"routes.operations"},

@@ -4,6 +4,8 @@ import asyncio
 from collections import Counter
 from dataclasses import replace
 
+import pytest
+
 from tests.contract.conftest import Place
 from tests.contract.test_leases import holders
 from tests.contract.test_pools import POOL, lease
@@ -24,6 +26,41 @@ async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(pla
     assert [each.token.holder for each in lent if each.token] == [f"h{n}" for n in range(200) if lent[n].token], (
         "everybody got the answer to his own question"
     )
+
+
+async def test_as_many_callers_as_there_are_free_tokens_all_get_one(place: Place, other: Place) -> None:
+    await place.pools.add(POOL, [f"t{number}" for number in range(60)], START)
+    for fence in range(1, 6):
+        now = START + 60 * fence
+        asked = ((place, other)[number % 2].pools.lease(POOL, f"h{number}", now) for number in range(60))
+        lent = [each.token for each in await asyncio.gather(*asked)]
+        assert None not in lent
+        assert len({token.value for token in lent if token}) == 60
+
+
+@pytest.mark.parametrize("verb", ["stale extend", "stale release", "keep free", "replace"])
+async def test_a_token_that_others_touch_while_it_is_free_can_be_had(place: Place, other: Place, verb: str) -> None:
+    """Whichever of the two comes first, there is a free token all the time."""
+    await place.pools.add(POOL, ["t0"], START)
+    refused = 0
+
+    async def touch(number: int) -> None:
+        pools, value = other.pools, f"t{number}"
+        if verb == "stale extend":
+            await pools.extend(POOL, value, START, Claim("nobody"))
+        elif verb == "stale release":
+            await pools.release(POOL, value, START, Claim("nobody"))
+        elif verb == "keep free":
+            await pools.extend(POOL, value, START, free_too=True)
+        else:
+            await pools.remove(POOL, value, START, f"t{number + 1}")
+
+    for number in range(40):
+        place_in_line = number if verb == "replace" else 0
+        lent, *_ = await asyncio.gather(place.pools.lease(POOL, "ann", START), touch(place_in_line))
+        refused += lent.token is None
+        await place.pools.release_next(POOL, START)
+    assert refused == 0, f"{refused} times the only token was free, and nobody got it"
 
 
 async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> None:

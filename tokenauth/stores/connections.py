@@ -1,5 +1,6 @@
 """The connections to PostgreSQL: what is asked and changed over them, and what it means when they break."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -34,6 +35,9 @@ _SETTINGS = {
     "jit": "off",
 }
 
+_OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
+"""What the query of a URL may have, as SQLAlchemy and asyncpg take it."""
+
 _REMEMBERING = 1.0
 """Seconds between two times that a process writes down what time it is."""
 
@@ -43,8 +47,10 @@ class Database:
 
     def __init__(self, url: URL, connections: int, timed: bool) -> None:
         """Take `postgresql+asyncpg://...`. `timed`: whoever writes says what time it is, and not the database."""
-        self.name = f"{url.database} at {url.host or 'its socket'}"
+        self.name = f"{url.database} at {_hosts(url)}"
+        self.notifies = True
         arguments = {
+            "async_creator_fn": _connect,
             "timeout": CONNECT_PATIENCE,
             "command_timeout": PATIENCE,
             "target_session_attrs": "primary",  # a standby does not know of the latest removals
@@ -77,7 +83,7 @@ class Database:
             async with db.begin():
                 await db.execute(text("SET LOCAL statement_timeout = 0"))
                 await db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
-                await db.run_sync(lambda held: PostgresTransaction(driver(held), True).hold("schema"))
+                await db.run_sync(lambda held: PostgresTransaction(driver(held)).hold("schema"))
                 had = await db.run_sync(schema.upgrade)
         if not schema.serves(had):
             log.info("schema_upgraded", before=had, after=schema.HEAD)
@@ -137,6 +143,7 @@ class Database:
         except UNAVAILABLE as error:
             if isinstance(error, _CALLERS_FAULT):
                 raise
+            self._remembered = 0  # the next one writes something in any case: it too must reach who is to have a copy
             self._note(reason(error))
             raise StoreUnavailable from error
         self._note(None)
@@ -145,7 +152,7 @@ class Database:
     def _apply(self, db: Connection, batch: Batch, now: Instant) -> Answers:
         """Make the changes of one kind in one transaction."""
         plain = driver(db)
-        transaction = PostgresTransaction(plain, self._timed)
+        transaction = PostgresTransaction(plain, self._timed, self.notifies)
         try:
             plain.run_async(lambda connection: connection.execute("BEGIN"))
             answers = [verb(transaction, wishes) for verb, wishes in batch.items()]
@@ -170,6 +177,43 @@ class Database:
             else:
                 log.error("store_not_writable", reason=trouble)
         self.trouble = trouble
+
+
+def check(url: URL) -> None:
+    """Raise ValueError for a URL with an option that would be passed on to nobody who knows it."""
+    unknown = sorted(url.query.keys() - _OPTIONS)
+    if unknown:
+        raise ValueError(f"has no option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
+
+
+def _hosts(url: URL) -> str:
+    several = url.query.get("host", ())
+    return url.host or (several if isinstance(several, str) else ", ".join(several)) or "its socket"
+
+
+async def _connect(**arguments: Any) -> asyncpg.Connection:
+    """Connect to that of the hosts which is the primary. All are tried at once: none can hold up the others."""
+    if not isinstance(arguments.get("host"), list):
+        return await asyncpg.connect(**arguments)
+    each = zip(arguments["host"], arguments["port"], strict=True)
+    tries = [asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each]
+    connected: asyncpg.Connection | None = None
+    trouble: Exception = OSError("no host")
+    try:
+        for done in asyncio.as_completed(tries):
+            try:
+                connected = await done
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+                trouble = error
+            else:
+                return connected
+        raise trouble
+    finally:
+        for each_try in tries:
+            each_try.cancel()
+        for late in await asyncio.gather(*tries, return_exceptions=True):
+            if isinstance(late, asyncpg.Connection) and late is not connected:
+                late.terminate()
 
 
 def driver(db: Connection) -> AdaptedConnection:

@@ -1,14 +1,15 @@
 """What a process hears from PostgreSQL: which tokens were removed, and what time it is there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from time import monotonic
 
 import asyncpg
 
 from tokenauth.logs import log
 from tokenauth.models import Instant
+from tokenauth.stores.connections import Database
 from tokenauth.stores.transaction import CHANNEL
 
 BOUND = 1.0
@@ -28,8 +29,6 @@ _READ = """
     FROM (SELECT 1) AS one LEFT JOIN revocations ON seq >= $1 ORDER BY seq LIMIT $2
 """
 _LAST = "SELECT seq, digest FROM revocations ORDER BY seq DESC LIMIT 1"
-
-Connect = Callable[[], AbstractAsyncContextManager[asyncpg.Connection]]
 
 
 class DatabaseClock:
@@ -59,9 +58,9 @@ class Listener:
     believed for BOUND seconds from that moment, whatever becomes of the network, and no longer.
     """
 
-    def __init__(self, connect: Connect, clock: DatabaseClock) -> None:
-        """Listen on a connection of its own, which `connect` makes."""
-        self._connect = connect
+    def __init__(self, database: Database, clock: DatabaseClock) -> None:
+        """Listen on a connection of its own."""
+        self._database = database
         self._clock = clock
         self._wake = asyncio.Event()
         self._pending: set[bytes] = set()
@@ -74,7 +73,8 @@ class Listener:
     async def start(self) -> None:
         """Read the log for the first time. Raises what the driver raises."""
         self._read_at = 0.0
-        async with self._connect() as db:
+        async with self._database.listening() as db:
+            await self._subscribe(db)
             await self._skip(db)
             await self._read(db)
         self._task = asyncio.create_task(self._run())
@@ -108,7 +108,7 @@ class Listener:
     async def _run(self) -> None:
         while True:
             try:
-                async with self._connect() as db:
+                async with self._database.listening() as db:
                     await self._listen(db)
             except Exception as error:  # whatever it is: nothing is believed meanwhile
                 if self._connected:
@@ -117,16 +117,28 @@ class Listener:
             await asyncio.sleep(_RETRY)
 
     async def _listen(self, db: asyncpg.Connection) -> None:
-        async with _notified(db, self._wake):
-            while True:
-                self._wake.clear()
-                await self._read(db)
-                if not self._connected:
-                    log.info("revocation_feed_back")
-                    self._connected = True
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(HEARTBEAT):
-                        await self._wake.wait()
+        await self._subscribe(db)
+        while True:
+            self._wake.clear()
+            await self._read(db)
+            if not self._connected:
+                log.info("revocation_feed_back")
+                self._connected = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT):
+                    await self._wake.wait()
+
+    async def _subscribe(self, db: asyncpg.Connection) -> None:
+        """Be woken by notifications. Where there are none, the log is still read at every heartbeat."""
+        if not self._database.notifies:
+            return
+        try:
+            await db.add_listener(CHANNEL, lambda *_: self._wake.set())
+        except asyncpg.PostgresError as error:
+            if isinstance(error, asyncpg.OperatorInterventionError):
+                raise
+            self._database.notifies = False
+            log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
 
     async def _read(self, db: asyncpg.Connection) -> None:
         """Read the log from the last entry that is known, which must still be there: else some were missed."""
@@ -151,13 +163,3 @@ class Listener:
         """Go to the end of the log."""
         row = await db.fetchrow(_LAST, timeout=BOUND)
         self._last = (0, None) if row is None else (row[0], row[1])
-
-
-@asynccontextmanager
-async def _notified(db: asyncpg.Connection, wake: asyncio.Event) -> AsyncIterator[None]:
-    """Have notifications set an event. Where there are none, the log is still read at every heartbeat."""
-    try:
-        await db.add_listener(CHANNEL, lambda *_: wake.set())
-    except asyncpg.PostgresError as error:
-        log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
-    yield

@@ -42,6 +42,7 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
     if not url.database:
         raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
     try:
+        from tokenauth.stores.connections import check
         from tokenauth.stores.postgres import PostgresStore
     except ModuleNotFoundError as error:
         if error.name != "asyncpg":
@@ -49,4 +50,8 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
         raise ConfigError(
             "database.url: PostgreSQL needs one more package: pip install 'tokenauth[postgres]'"
         ) from None
+    try:
+        check(url)
+    except ValueError as error:
+        raise ConfigError(f"database.url: {error}") from None
     return PostgresStore(url, cache_size, connections, clock)

@@ -1,7 +1,7 @@
 """The rows of one pool at one moment: what they can be asked, and told, within a transaction."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -169,10 +169,17 @@ class PoolRows:
         """Look up the retired tokens whose leases end first, with their numbers."""
         return self._found(_LENT_AND_RETIRED, limit=limit)
 
-    def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
-        """Look up the tokens of these values that are in being, with their numbers."""
-        found = self._found(_NAMED if self._db.alone else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
-        return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
+    def named(self, values: Iterable[str], to_change: Callable[[PoolToken], bool]) -> dict[str, tuple[int, PoolToken]]:
+        """Look up the tokens of these values that are in being, with their numbers.
+
+        Nobody else changes those that are `to_change`. Others are not held: somebody may be about to lend them.
+        """
+        found = self._named(_NAMED, values)
+        if self._db.alone:
+            return found
+        held = [value for value, (_, token) in found.items() if to_change(token)]
+        rest = {value: row for value, row in found.items() if value not in held}
+        return {**rest, **self._named(_NAMED_TO_CHANGE, held)} if held else found
 
     def insert(self, values: Iterable[str]) -> None:
         """Add free tokens."""
@@ -225,6 +232,10 @@ class PoolRows:
     def delete_retired(self, limit: int = 2**31 - 1) -> int:
         """Delete retired tokens whose lease is over."""
         return self._some(_DELETE_RETIRED, limit)
+
+    def _named(self, statement: Any, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
+        found = self._found(statement, values=json.dumps(list(values)))
+        return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
 
     def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
         rows = self._db.rows(statement, {**self._terms, **more})

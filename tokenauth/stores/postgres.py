@@ -67,7 +67,7 @@ class PostgresStore:
         self._cache_size = cache_size
         self._heard = DatabaseClock()
         self.clock: Clock = clock or self._heard
-        self._listener = Listener(self._database.listening, self._heard)
+        self._listener = Listener(self._database, self._heard)
 
     async def start(self) -> Instant:
         """Bring the schema up to date and connect."""
@@ -110,4 +110,4 @@ class PostgresStore:
 
 
 def _find(digest: bytes, db: Connection) -> Sequence[Any]:
-    return PostgresTransaction(driver(db), timed=True).rows(_TOKEN, {"digest": digest})
+    return PostgresTransaction(driver(db)).rows(_TOKEN, {"digest": digest})

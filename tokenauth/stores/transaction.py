@@ -151,9 +151,13 @@ class PostgresTransaction:
 
     alone = False
 
-    def __init__(self, connection: AdaptedConnection, timed: bool) -> None:
-        """Run on a connection; whoever made it begins and commits. `timed`: the callers say what time it is."""
+    def __init__(self, connection: AdaptedConnection, timed: bool = True, notifies: bool = False) -> None:
+        """Run on a connection; whoever made it begins and commits.
+
+        `timed`: the callers say what time it is. `notifies`: the database can.
+        """
         self._connection = connection
+        self._notifies = notifies
         self._timed = timed
         self._held_at: Instant | None = None
 
@@ -194,7 +198,8 @@ class PostgresTransaction:
 
     def announce(self) -> None:
         """Have the database notify whoever listens, when this is committed."""
-        self._run(lambda db: db.execute(_NOTIFY))
+        if self._notifies:
+            self._run(lambda db: db.execute(_NOTIFY))
 
     def _each(self, how: Callable[[Any], Callable[..., Any]], statement: ClauseElement, each: Sequence[Values]) -> Any:
         text, names, own = _postgres(statement, each[0])

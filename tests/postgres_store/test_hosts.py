@@ -1,0 +1,70 @@
+"""The URL of a database: several hosts of which one is the primary, and options that nobody knows."""
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.postgres import Cluster
+from tests.servers import START
+from tests.tcp_proxy import Proxy
+from tokenauth import config
+from tokenauth.errors import ConfigError, StartError
+from tokenauth.stores.open import open_store
+from tokenauth.stores.postgres import PostgresStore
+
+
+def several(database: str, *ports: int) -> str:
+    """Name several hosts in place of the one of a URL."""
+    url = make_url(database)
+    hosts = "&".join(f"host=127.0.0.1:{port}" for port in ports)
+    return f"postgresql+asyncpg://{url.username}@/{url.database}?{hosts}"
+
+
+@pytest.mark.parametrize("first", ["silent", "refusing"])
+@pytest.mark.parametrize("place", [0, 1])
+async def test_a_host_that_does_not_answer_holds_up_nobody(
+    postgres: Cluster, database: str, first: str, place: int
+) -> None:
+    with Proxy(postgres.port) as proxy:
+        proxy.freeze() if first == "silent" else proxy.cut()
+        ports = [proxy.port, postgres.port] if place == 0 else [postgres.port, proxy.port]
+        store = open_store(config.Database(several(database, *ports)), 10)
+        await store.start()
+        assert await store.ready() is None
+        await store.stop(START)
+
+
+async def test_where_no_host_answers_all_are_named_and_the_start_fails(postgres: Cluster, database: str) -> None:
+    with Proxy(postgres.port) as proxy, Proxy(postgres.port) as other:
+        proxy.cut()
+        other.cut()
+        store = open_store(config.Database(several(database, proxy.port, other.port)), 10)
+        with pytest.raises(StartError, match=rf"127.0.0.1:{proxy.port}, 127.0.0.1:{other.port} cannot be used"):
+            await store.start()
+
+
+@pytest.mark.parametrize("option", ["sslmode=verify-full", "sslrootcert=x", "nonsense=1", "timeout=1"])
+def test_an_option_that_is_not_known_is_refused_by_name(option: str) -> None:
+    url = f"postgresql+asyncpg://ann:secret@db.example.com/tokenauth?{option}"
+    with pytest.raises(ConfigError, match=f"database.url: has no option '{option.partition('=')[0]}'") as refused:
+        open_store(config.Database(url), 10)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql+asyncpg://ann:secret@db.example.com", "names no database"),
+        ("postgresql://ann:secret@db.example.com/tokenauth", "'postgresql' is no store"),
+        ("postgresql+psycopg://ann:secret@db.example.com/tokenauth", "'postgresql\\+psycopg' is no store"),
+        ("postgresql+asyncpg://ann:secret@db.example.com:port/tokenauth", "not a URL"),
+    ],
+)
+def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"database.url: {says}") as refused:
+        open_store(config.Database(url), 10)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_url_with_the_options_that_are_known_is_taken() -> None:
+    url = "postgresql+asyncpg://ann@db.example.com/tokenauth?ssl=require&prepared_statement_cache_size=50"
+    assert isinstance(open_store(config.Database(url), 10), PostgresStore)
