@@ -18,7 +18,7 @@ from urllib.parse import quote
 import httpx
 
 from tokenauth import errors
-from tokenauth.models import Clock
+from tokenauth.models import Clock, steady
 
 Event = TypeVar("Event", threading.Event, asyncio.Event)
 
@@ -30,13 +30,6 @@ Grant = tuple[str, str, int, int]
 
 _KINDS = (errors.LeaseLost, errors.NotFound, errors.UnknownPool, errors.InvalidToken, errors.TokenRequired)
 _PLAIN = {kind.code: kind for kind in _KINDS}
-
-
-def steady() -> float:
-    """Read a clock that nobody sets, and that goes on while the machine sleeps: Linux's time.monotonic does not."""
-    if hasattr(time, "clock_gettime"):
-        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-    return time.monotonic()
 
 
 class Lease(Generic[Event]):

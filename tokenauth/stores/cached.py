@@ -41,7 +41,9 @@ class CachedTokenStore:
         if token is None:
             edition = self._editions
             token = await self._store.get(digest)
-            if token is not None and edition == self._editions and self._believed is self._known:
+            if token is None:
+                self._gone(digest)
+            elif edition == self._editions and self._believed is self._known:
                 self._remember(token)
         return token
 
@@ -92,6 +94,11 @@ class CachedTokenStore:
             self._editions += 1
             for digest in removed:
                 self._known.pop(digest, None)
+
+    def _gone(self, digest: bytes) -> None:
+        """Forget what the store has not, whose news may still be on their way: what was refused is not taken again."""
+        if self._known.pop(digest, None) is not None or self._believed is not self._known:
+            self._editions += 1
 
     def _turn_over(self) -> None:
         self._current = False

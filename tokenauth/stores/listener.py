@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import Collection
 from contextlib import suppress
-from time import monotonic
 
 import asyncpg
 
 from tokenauth.logs import log
-from tokenauth.models import Instant
+from tokenauth.models import Instant, steady
 from tokenauth.stores.connections import Database
 from tokenauth.stores.transaction import CHANNEL
 
@@ -28,14 +27,15 @@ _READ = """
     SELECT extract(epoch FROM clock_timestamp())::float8, seq, digest
     FROM (SELECT 1) AS one LEFT JOIN revocations ON seq >= $1 ORDER BY seq LIMIT $2
 """
+_SERVER = "SELECT pg_postmaster_start_time()"
 _LAST = "SELECT seq, digest FROM revocations ORDER BY seq DESC LIMIT 1"
 
 
 class DatabaseClock:
     """The database's clock, as far as a process can know it: what it was last heard to say, and the time since.
 
-    It is never ahead of the database's, and behind by no more than an answer takes to come. The machine's own
-    clock, which may say anything, is not asked.
+    While that clock keeps its pace it is never ahead of it, and behind by no more than an answer takes to come. The
+    machine's own clock, which may say anything, is not asked.
     """
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class DatabaseClock:
 
     def __call__(self) -> Instant:
         """Read the time, in Unix seconds."""
-        return monotonic() + self._offset
+        return steady() + self._offset
 
     def hear(self, said: Instant, asked_at: float) -> None:
-        """Take in what the database has said just now, when it was asked at `asked_at` of the monotonic clock."""
-        least, most = said - monotonic(), said - asked_at
+        """Take in what the database has said just now, when it was asked at `asked_at` of the steady clock."""
+        least, most = said - steady(), said - asked_at
         self._offset = min(max(self._offset, least), most)
 
 
@@ -67,6 +67,7 @@ class Listener:
         self._missed = False
         self._last: tuple[int, bytes | None] = (0, None)
         self._read_at = self._doubted_at = 0.0
+        self._server: object = None
         self._connected = True
         self._task: asyncio.Task[None] | None = None
 
@@ -75,7 +76,7 @@ class Listener:
         self._read_at = 0.0
         async with self._database.listening() as db:
             await self._subscribe(db)
-            await self._skip(db)
+            await self._recognise(db)
             await self._read(db)
         self._task = asyncio.create_task(self._run())
 
@@ -88,7 +89,7 @@ class Listener:
 
     def sure(self) -> bool:
         """Say whether the log was read within the last BOUND seconds, and since it was last doubted."""
-        return monotonic() - BOUND < self._read_at >= self._doubted_at
+        return steady() - BOUND < self._read_at >= self._doubted_at
 
     def news(self) -> Collection[bytes] | None:
         """Return the digests removed since this was last asked; None if some may have been missed."""
@@ -102,7 +103,7 @@ class Listener:
 
     def doubt(self) -> None:
         """Be sure of nothing until the log has been read again, which is at once: who knows what was removed."""
-        self._doubted_at = monotonic()
+        self._doubted_at = steady()
         self._wake.set()
 
     async def _run(self) -> None:
@@ -118,6 +119,7 @@ class Listener:
 
     async def _listen(self, db: asyncpg.Connection) -> None:
         await self._subscribe(db)
+        await self._recognise(db)
         while True:
             self._wake.clear()
             await self._read(db)
@@ -135,14 +137,14 @@ class Listener:
         try:
             await db.add_listener(CHANNEL, lambda *_: self._wake.set())
         except asyncpg.PostgresError as error:
-            if isinstance(error, asyncpg.OperatorInterventionError):
+            if db.is_closed() or isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
                 raise
             self._database.notifies = False
             log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
 
     async def _read(self, db: asyncpg.Connection) -> None:
         """Read the log from the last entry that is known, which must still be there: else some were missed."""
-        asked_at = monotonic()
+        asked_at = steady()
         seq = self._last[0]
         rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
         self._clock.hear(rows[0][0], asked_at)
@@ -151,13 +153,24 @@ class Listener:
             entries[:1] == [self._last] if seq else (not entries or entries[0][0] == 1)
         )
         if complete:
-            self._pending.update(digest for _, digest in entries)
+            self._pending.update(digest for _, digest in entries[1 if seq else 0 :])
+            if len(self._pending) > _MANY:  # nobody has asked for long
+                self._pending.clear()
+                self._missed = True
         else:
             await self._skip(db)
             self._missed = True
         if complete and entries:
             self._last = entries[-1]
         self._read_at = asked_at
+
+    async def _recognise(self, db: asyncpg.Connection) -> None:
+        """Believe nothing of another server, or of one that has started anew: it may lack what the last one had."""
+        server = await db.fetchval(_SERVER, timeout=BOUND)
+        if server != self._server:
+            await self._skip(db)
+            self._missed = True
+            self._server = server
 
     async def _skip(self, db: asyncpg.Connection) -> None:
         """Go to the end of the log."""

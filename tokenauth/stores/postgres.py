@@ -29,8 +29,8 @@ class PostgresTokenStore(SqlTokenStore):
 
     async def add(self, token: Token, per_user: int, now: Instant) -> None:
         """Keep a token; the oldest of its user end if they are more than `per_user`."""
-        if await self._database.write(verbs.add_tokens, verbs.Add(token, per_user, now), now):
-            self._listener.doubt()
+        for ended in await self._database.write(verbs.add_tokens, verbs.Add(token, per_user, now), now):
+            self._listener.tell(ended)
 
     async def get(self, digest: bytes) -> Token | None:
         """Return the token with this digest."""

@@ -165,8 +165,8 @@ class Claim(NamedTuple):
     until: Instant
 
 
-def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[bool]:
-    """Insert tokens; then end the oldest of each user that has too many, and say whether any did end."""
+def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[Sequence[bytes]]:
+    """Insert tokens; then end the oldest of each user that has too many, and say which those are."""
     limited: dict[int, set[str]] = {}
     for wish in wishes:
         if wish.per_user:
@@ -175,11 +175,13 @@ def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[bool]:
         db.hold(*(f"user {name}" for name in set().union(*limited.values())))
     db.change_each(_INSERT, [wish.token._asdict() for wish in wishes])
     now = max(wish.now for wish in wishes)
-    ended: list[bool] = []
+    ended: list[bytes] = []
     for per_user, names in limited.items():
         wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-        ended += _end(db, [digest for (digest,) in db.rows(_TOO_MANY, wanted)], now)
-    return [any(ended)] * len(wishes)
+        too_many = [digest for (digest,) in db.rows(_TOO_MANY, wanted)]
+        _end(db, too_many, now)
+        ended += too_many
+    return [ended] * len(wishes)
 
 
 def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
