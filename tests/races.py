@@ -109,13 +109,22 @@ class Holder:
 class Sockets:
     """The HTTP of tokenauth: each request goes to one worker or another, and some hang up before the answer."""
 
-    def __init__(self, ports: Sequence[int], login: str, pool: str, chance: Random, haste: float = HASTE) -> None:
-        """Connect when needed; `ports` may change meanwhile."""
+    def __init__(
+        self,
+        ports: Sequence[int],
+        login: str,
+        pool: str,
+        chance: Random,
+        haste: float = HASTE,
+        outages: bool = False,
+    ) -> None:
+        """Connect when needed; `ports` may change meanwhile. `outages`: the store may be down now and then."""
         self._ports = ports
         self._login = login
         self._path = f"/api/pools/{pool}"
         self._chance = chance
         self._haste = haste
+        self._outages = outages
         self._connections: dict[int, _Connection] = {}
 
     def assign(self, holder: str) -> Grant | None:
@@ -177,6 +186,9 @@ class Sockets:
                     raise
         if answer.status < 300:
             return answer
+        if answer.status == 503 and self._outages:  # it may have been done or not
+            assert (answer.headers["retry-after"], answer.json()["error"]) == ("1", "store_unavailable"), answer
+            raise NoAnswer
         assert refusals.get(answer.status) == answer.json()["error"], (method, path, answer)
         return None
 
@@ -223,12 +235,16 @@ lease_ttl = %(lease_ttl)s
 class Race:
     """Twenty holders in a pool of permits, and ten in a pool whose tokens are made and deleted meanwhile."""
 
-    def __init__(self, ports: Sequence[int], time: Time, lease_ttl: float, seed: int) -> None:
-        """Enter the pools of POOLS, which nobody has used before; `ports` may change meanwhile."""
+    def __init__(self, ports: Sequence[int], time: Time, lease_ttl: float, seed: int, outages: bool = False) -> None:
+        """Enter the pools of POOLS, which nobody has used before; `ports` may change meanwhile.
+
+        `outages`: the store may be down now and then.
+        """
         self.histories = {pool: History(time) for pool in CAPACITIES}
         self._lease_ttl = lease_ttl
         self._ports = ports
         self._seed = seed
+        self._outages = outages
         self._made: list[str] = []
         with Connection(ports[0]) as connection:
             self._login = connection.log_in()
@@ -273,7 +289,7 @@ class Race:
     def _run(self, pool: str, number: int, more: Callable[[], bool], between: Callable[[], object]) -> None:
         chance = Random(f"{self._seed} {number}")
         made = self._made if pool == "bounded" else None
-        with closing(Sockets(self._ports, self._login, pool, chance)) as lender:
+        with closing(Sockets(self._ports, self._login, pool, chance, outages=self._outages)) as lender:
             holder = Holder(f"client {number}", lender, self.histories[pool], chance, made)
             while more():
                 holder.step()
@@ -301,6 +317,7 @@ def check_eventful(history: History, capacity: int) -> None:
         assert history.count(verb, Outcome.DONE), f"{verb} was never done"
         assert history.count(verb, Outcome.REFUSED), f"{verb} was never refused"
     assert any(event.outcome is Outcome.UNKNOWN for event in history.events), "all requests were answered"
-    ended = [event for event in history.events if event.verb in {"release", "delete"}]
-    lapsed = history.count("assign") - sum(event.outcome is not Outcome.REFUSED for event in ended) - capacity
+    asked = [event for event in history.events if event.outcome is not Outcome.REFUSED]
+    ended = {(event.verb, event.lease or event.token) for event in asked if event.verb in {"release", "delete"}}
+    lapsed = history.count("assign") - len(ended) - capacity
     assert lapsed > capacity, f"only {lapsed} leases lapsed"

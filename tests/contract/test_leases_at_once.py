@@ -56,8 +56,8 @@ async def test_a_token_that_others_touch_while_it_is_free_can_be_had(place: Plac
             await pools.remove(POOL, value, START, f"t{number + 1}")
 
     for number in range(40):
-        place_in_line = number if verb == "replace" else 0
-        lent, *_ = await asyncio.gather(place.pools.lease(POOL, "ann", START), touch(place_in_line))
+        touched = touch(number if verb == "replace" else 0)
+        lent, _ = await asyncio.gather(place.pools.lease(POOL, "ann", START), touched)
         refused += lent.token is None
         await place.pools.release_next(POOL, START)
     assert refused == 0, f"{refused} times the only token was free, and nobody got it"

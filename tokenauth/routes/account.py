@@ -1,6 +1,6 @@
 """My logins: who am I, where am I logged in, end one, end all. All behind TokenMiddleware."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -9,7 +9,7 @@ from tokenauth.config import canonical
 from tokenauth.errors import InsufficientScope, InvalidRequest, NotFound
 from tokenauth.models import Identity, Token
 from tokenauth.routes import requests
-from tokenauth.routes.operations import Answer, operation
+from tokenauth.routes.operations import NO_NUL, Answer, operation, said
 from tokenauth.routes.refusals import answer, answer_json
 from tokenauth.routes.table import Handlers
 from tokenauth.tokens import Tokens
@@ -18,7 +18,7 @@ ADMIN = "admin"
 """The scope that may act for other users."""
 
 
-_USER = {"user": str}
+_USER = {"user": Annotated[str, said(pattern=NO_NUL)]}
 _KEEP = {"keep": Literal["current"]}
 
 
@@ -106,6 +106,8 @@ def _whose(scope: Scope) -> str:
         return user.username
     if ADMIN not in user.scopes:
         raise InsufficientScope(ADMIN)
+    if "\0" in named:
+        raise InvalidRequest("user: has a NUL character.")
     return canonical(named)
 
 

@@ -14,7 +14,7 @@ from tokenauth.errors import StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores import schema, verbs
-from tokenauth.stores.transaction import PostgresTransaction
+from tokenauth.stores.transaction import Disturbed, PostgresTransaction
 from tokenauth.stores.writer import Answers, Batch, Verb, Writer
 
 T = TypeVar("T")
@@ -37,6 +37,9 @@ _SETTINGS = {
 
 _OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
 """What the query of a URL may have, as SQLAlchemy and asyncpg take it."""
+
+_UPGRADE_PAUSE = 1.0
+"""Seconds until an upgrade is tried again that others were in the way of."""
 
 _REMEMBERING = 1.0
 """Seconds between two times that a process writes down what time it is."""
@@ -67,9 +70,12 @@ class Database:
             connect_args=arguments,
         )
         event.listen(self._engine.sync_engine, "checkout", _demand_open)
+        event.listen(self._engine.sync_engine, "close", _hang_up)
         self._single = create_async_engine(
             url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True, connect_args=arguments
         )
+        patient = {**arguments, "command_timeout": None}
+        self._patient = create_async_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=patient)
         self._timed = timed
         self._writers: dict[Verb, Writer] = {}
         self._latest: Instant = 0
@@ -77,14 +83,30 @@ class Database:
         self.trouble: str | None = None
 
     async def upgrade(self) -> None:
-        """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise."""
-        async with self._single.connect() as db:
-            await db.execution_options(isolation_level="READ COMMITTED")
-            async with db.begin():
-                await db.execute(text("SET LOCAL statement_timeout = 0"))
-                await db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
-                await db.run_sync(lambda held: PostgresTransaction(driver(held)).hold("schema"))
-                had = await db.run_sync(schema.upgrade)
+        """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise.
+
+        Whoever waits to change a table stands before all who only use it: so an upgrade does not wait long, but
+        begins again, for as long as others are in its way (a backup reads all tables in one transaction).
+        """
+        waited = False
+        while True:
+            try:
+                return await self._upgrade()
+            except exc.DBAPIError as error:
+                if not isinstance(error.__cause__ and error.__cause__.__cause__, asyncpg.LockNotAvailableError):
+                    raise
+            if not waited:
+                log.warning("schema_upgrade_waits", reason="others use the tables", action="tried again until it works")
+            waited = True
+            await asyncio.sleep(_UPGRADE_PAUSE)
+
+    async def _upgrade(self) -> None:
+        async with self._patient.begin() as db:
+            await db.execute(text("SET LOCAL statement_timeout = 0"))
+            await db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            await db.run_sync(lambda held: PostgresTransaction(driver(held)).hold("schema"))
+            await db.execute(text("SET LOCAL lock_timeout = '500ms'"))
+            had = await db.run_sync(schema.upgrade)
         if not schema.serves(had):
             log.info("schema_upgraded", before=had, after=schema.HEAD)
 
@@ -107,7 +129,7 @@ class Database:
         except UNAVAILABLE as error:
             if isinstance(error, _CALLERS_FAULT):
                 raise
-            if isinstance(error, _TOO_SLOW):
+            if _is_slow(error):
                 raise StoreUnavailable from error
         try:
             return await self._read(query)
@@ -151,8 +173,14 @@ class Database:
 
     def _apply(self, db: Connection, batch: Batch, now: Instant) -> Answers:
         """Make the changes of one kind in one transaction."""
+        try:
+            return self._attempt(db, batch, now)
+        except Disturbed:
+            return self._attempt(db, batch, now, undisturbed=True)
+
+    def _attempt(self, db: Connection, batch: Batch, now: Instant, undisturbed: bool = False) -> Answers:
         plain = driver(db)
-        transaction = PostgresTransaction(plain, self._timed, self.notifies)
+        transaction = PostgresTransaction(plain, self._timed, self.notifies, undisturbed)
         try:
             plain.run_async(lambda connection: connection.execute("BEGIN"))
             answers = [verb(transaction, wishes) for verb, wishes in batch.items()]
@@ -161,8 +189,8 @@ class Database:
                 verbs.remember(transaction, self._latest)
                 self._remembered = now
             plain.run_async(lambda connection: connection.execute("COMMIT"))
-        except _CALLERS_FAULT:
-            plain.run_async(lambda connection: connection.execute("ROLLBACK"))
+        except (*_CALLERS_FAULT, Disturbed):
+            _roll_back(db)
             raise
         except BaseException:  # who knows how far it came
             db.invalidate()
@@ -223,6 +251,19 @@ def driver(db: Connection) -> AdaptedConnection:
     return connection
 
 
+def _roll_back(db: Connection) -> None:
+    try:
+        driver(db).run_async(lambda connection: connection.execute("ROLLBACK"))
+    except BaseException:
+        db.invalidate()
+        raise
+
+
+def _hang_up(connection: AdaptedConnection, *_: object) -> None:
+    """End a connection without taking leave, which could take for ever."""
+    connection.driver_connection.terminate()
+
+
 def _demand_open(connection: AdaptedConnection, *_: object) -> None:
     """Have a connection replaced that the server has closed meanwhile."""
     if connection.driver_connection.is_closed():
@@ -234,13 +275,18 @@ _CALLERS_FAULT = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.
 
 _TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
 
+
+def _is_slow(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, _TOO_SLOW) or _is_slow(error.__cause__))
+
+
 UNAVAILABLE = (exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 """What is raised when the database cannot do something: whatever the reason, nothing is known then."""
 
 
 def reason(error: BaseException) -> str:
     """Say what PostgreSQL says is wrong, without the statement or anything in it."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, OSError):
         error = error.__cause__
-    words = str(error.args[0]) if error.args else ""
+    words = (isinstance(error, OSError) and error.strerror) or (str(error.args[0]) if error.args else "")
     return f"{type(error).__name__}: {words.splitlines()[0][:200]}" if words else type(error).__name__

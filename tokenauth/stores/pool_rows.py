@@ -1,7 +1,7 @@
 """The rows of one pool at one moment: what they can be asked, and told, within a transaction."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.tables import pool_token_columns, pool_tokens
-from tokenauth.stores.transaction import Transaction, elements
+from tokenauth.stores.transaction import Disturbed, Transaction, elements
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
 _row = (_number, *pool_token_columns)
@@ -157,7 +157,12 @@ class PoolRows:
         breadth = limit + _BESIDE
         while True:
             found = self._found(_FREE_TO_TAKE, wanted=limit, limit=breadth)
-            if len(found) == limit or self._db.rows(_COUNT_FREE, {**self._terms, "limit": breadth})[0][0] < breadth:
+            if len(found) == limit:
+                return found
+            count = self._db.rows(_COUNT_FREE, {**self._terms, "limit": breadth})[0][0]
+            if count < breadth:
+                if count > len(found) and not self._db.undisturbed:
+                    raise Disturbed  # some others may only look at, or have just given back
                 return found
             breadth *= 8
 
@@ -169,17 +174,10 @@ class PoolRows:
         """Look up the retired tokens whose leases end first, with their numbers."""
         return self._found(_LENT_AND_RETIRED, limit=limit)
 
-    def named(self, values: Iterable[str], to_change: Callable[[PoolToken], bool]) -> dict[str, tuple[int, PoolToken]]:
-        """Look up the tokens of these values that are in being, with their numbers.
-
-        Nobody else changes those that are `to_change`. Others are not held: somebody may be about to lend them.
-        """
-        found = self._named(_NAMED, values)
-        if self._db.alone:
-            return found
-        held = [value for value, (_, token) in found.items() if to_change(token)]
-        rest = {value: row for value, row in found.items() if value not in held}
-        return {**rest, **self._named(_NAMED_TO_CHANGE, held)} if held else found
+    def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
+        """Look up the tokens of these values that are in being, with their numbers, and hold them."""
+        found = self._found(_NAMED if self._db.alone else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
+        return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:
         """Add free tokens."""
@@ -232,10 +230,6 @@ class PoolRows:
     def delete_retired(self, limit: int = 2**31 - 1) -> int:
         """Delete retired tokens whose lease is over."""
         return self._some(_DELETE_RETIRED, limit)
-
-    def _named(self, statement: Any, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
-        found = self._found(statement, values=json.dumps(list(values)))
-        return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
 
     def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
         rows = self._db.rows(statement, {**self._terms, **more})

@@ -199,7 +199,7 @@ def release_next(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[tuple[bool,
 @_verb(shared=True)
 def remove_tokens(rows: PoolRows, wishes: Sequence[Remove]) -> Sequence[bool]:
     """Delete tokens, or replace them."""
-    found = rows.named((wish.value for wish in wishes), lambda _: True)
+    found = rows.named(wish.value for wish in wishes)
     answers = []
     for wish in wishes:
         number, token = found.pop(wish.value, (0, None))
@@ -232,10 +232,7 @@ def _change(
     rows: PoolRows, wishes: Sequence[Change], change: Callable[[PoolToken, Change], PoolToken | None]
 ) -> Sequence[Touched | None]:
     """Change tokens one after the other, as far as `change` lets them be."""
-    asked: dict[str, list[Change]] = {}
-    for wish in wishes:
-        asked.setdefault(wish.value, []).append(wish)
-    found = rows.named(asked, lambda token: any(change(token, wish) is not None for wish in asked[token.value]))
+    found = rows.named(wish.value for wish in wishes)
     changed: dict[int, PoolToken] = {}
     answers: list[Touched | None] = []
     for wish in wishes:

@@ -75,8 +75,11 @@ class PostgresStore:
             await self._database.upgrade()
             await self._listener.start()
             row = await self._database.read(lambda db: db.execute(_CLOCK).first())
-        except (*UNAVAILABLE, StoreUnavailable) as error:
+        except BaseException as error:
+            await self._listener.stop()
             await self._database.discard()
+            if not isinstance(error, (*UNAVAILABLE, StoreUnavailable, ValueError)):
+                raise
             raise StartError(f"the database {self._database.name} cannot be used: {reason(error)}") from None
         self.tokens = CachedTokenStore(
             PostgresTokenStore(self._database, self._listener), self._listener, self._cache_size
@@ -96,8 +99,9 @@ class PostgresStore:
             if self._database.trouble is not None:
                 await self._database.write(verbs.remember_now, None, self.clock())
             version = await self._database.read(schema.version)
-        except RetryLater:
-            return f"store not writable: {self._database.trouble}" if self._database.trouble else "store unreachable"
+        except RetryLater as refusal:
+            trouble = self._database.trouble
+            return f"store not writable: {trouble}" if trouble else f"store unreachable: {reason(refusal)}"
         return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def claim(self, duty: str, now: Instant, until: Instant) -> bool:

@@ -22,11 +22,18 @@ Values = Mapping[str, Any]
 Rows = Sequence[Any]
 
 
+class Disturbed(Exception):
+    """Others were at work on what was asked for: it must be asked again, while they are held off."""
+
+
 class Transaction(Protocol):
     """Runs statements, none of which is committed before the others. A statement is made once, and is a constant."""
 
     alone: bool
     """Whether nobody else writes to this database at the same time."""
+
+    undisturbed: bool
+    """Whether what is held is held alone, also where `shared` would do."""
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query, or a change that returns something; the answer is the rows."""
@@ -78,7 +85,7 @@ class SqliteTransaction:
     Whoever writes has locked the whole database, and the time is what the callers have read.
     """
 
-    alone = True
+    alone = undisturbed = True
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         """Run on a connection; whoever made it begins and commits."""
@@ -151,12 +158,15 @@ class PostgresTransaction:
 
     alone = False
 
-    def __init__(self, connection: AdaptedConnection, timed: bool = True, notifies: bool = False) -> None:
+    def __init__(
+        self, connection: AdaptedConnection, timed: bool = True, notifies: bool = False, undisturbed: bool = False
+    ) -> None:
         """Run on a connection; whoever made it begins and commits.
 
-        `timed`: the callers say what time it is. `notifies`: the database can.
+        `timed`: the callers say what time it is. `notifies`: the database can. `undisturbed`: hold nothing shared.
         """
         self._connection = connection
+        self.undisturbed = undisturbed
         self._notifies = notifies
         self._timed = timed
         self._held_at: Instant | None = None
@@ -185,7 +195,7 @@ class PostgresTransaction:
     def hold(self, *names: str, shared: bool = False) -> None:
         """Wait for advisory locks, always in the same order."""
         keys = sorted(int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), signed=True) for name in names)
-        rows = self._run(lambda db: db.fetch(_HOLD_SHARED if shared else _HOLD_ALONE, keys))
+        rows = self._run(lambda db: db.fetch(_HOLD_SHARED if shared and not self.undisturbed else _HOLD_ALONE, keys))
         self._held_at = rows[-1][1]
 
     def moment(self, read: Instant) -> Instant:

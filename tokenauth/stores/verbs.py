@@ -214,6 +214,7 @@ def purge_failures(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
 
 def purge_revocations(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
     """Delete old entries of the revocation log, but never the last."""
+    db.hold("log")
     return [db.change(_PURGE_REVOCATIONS, wish._asdict()) for wish in wishes]
 
 

@@ -1,0 +1,50 @@
+"""Releases to come: migrations that they bring, and what they do to a database when they start."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from alembic.config import Config
+
+from tokenauth.stores import schema
+
+_STEP = '''"""A step of a release to come."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "{revision}"
+down_revision = "{before}"
+
+
+def upgrade() -> None:
+    """Change the schema."""
+    {changes}
+'''
+
+COLUMNS = (
+    'op.add_column("tokens", sa.Column("device", sa.String))',
+    'op.add_column("pool_tokens", sa.Column("note", sa.String))',
+)
+"""What later steps of a generation may do."""
+
+
+@contextmanager
+def newer_release(directory: Path, revision: str, *changes: str) -> Iterator[None]:
+    """Have this process be a release that brings one migration more than it had."""
+    migrations = directory / f"migrations_{revision}"
+    shutil.copytree(str(schema.migrations().get_main_option("script_location")), migrations)
+    step = _STEP.format(revision=revision, before=schema.HEAD, changes="\n    ".join(changes))
+    (migrations / "versions" / f"{revision}.py").write_text(step)
+
+    def settings() -> Config:
+        made = Config()
+        made.set_main_option("script_location", str(migrations))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "HEAD", revision)
+        patch.setattr(schema, "migrations", settings)
+        yield
