@@ -15,7 +15,7 @@ LAYERS = [
     {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"},
     {"risks", "users", "throttle", "stores.pool_verbs"},
     {"stores.sql", "stores.reader", "stores.connections", "credentials"},
-    {"stores.listener"},
+    {"stores.listener", "stores.lookup"},
     {"tokens", "pools", "stores.sqlite", "stores.postgres"},
     {"routes.requests", "routes.refusals", "routes.table", "stores.open", "sweeper"},
     {"routes.operations"},

@@ -33,6 +33,9 @@ _SETTINGS = {
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
     "jit": "off",
+    # A plan that is made for the values is as good as the statistics, and these do not know a pool that is new.
+    "plan_cache_mode": "force_generic_plan",
+    "max_parallel_workers_per_gather": "0",
 }
 
 _OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}

@@ -10,7 +10,9 @@ from sqlalchemy import (
     ScalarSelect,
     SelectBase,
     and_,
+    any_,
     bindparam,
+    case,
     delete,
     false,
     func,
@@ -64,6 +66,12 @@ def _rows(*ranges: Range) -> SelectBase:
     return union_all(*each).order_by("free_at", "number").limit(_limit)
 
 
+def _rows_in_turn(*ranges: Range) -> SelectBase:
+    """Look up the same rows; PostgreSQL sorts whole ranges unless it is told that each is wanted in order."""
+    each = [_rows(one).subquery() for one in ranges]
+    return union_all(*map(select, each)).order_by("free_at", "number").limit(_limit)
+
+
 def _oldest(*ranges: Range) -> ColumnElement[bool]:
     return _number.in_(select(_rows(*ranges).subquery().c.number))
 
@@ -80,14 +88,16 @@ MEMBERS = (
 _COUNT_RETIRED = select(_number_of(*_retired, _lent))
 _NEXT_END = select(_first_of(*_taken, _lent), _first_of(*_retired, _lent))
 _FREE = _rows(_waiting, _lapsed)
+# The rows are known by their numbers, and no plan may look for them in another way; what holds of them must still.
 _FREE_TO_TAKE = (
     select(*_row)
-    .where(_oldest(_waiting, _lapsed), or_(and_(*_waiting), and_(*_lapsed)))
+    .where(_number == any_(func.array(select(_rows_in_turn(_waiting, _lapsed).subquery().c.number).scalar_subquery())))
+    .where(case((or_(and_(*_waiting), and_(*_lapsed)), true()), else_=false()))
     .order_by(_at, _number)
     .limit(bindparam("wanted"))
     .with_for_update(skip_locked=True)
 )
-_COUNT_FREE = select(func.count()).select_from(_FREE.subquery())
+_COUNT_FREE = select(func.count()).select_from(_rows_in_turn(_waiting, _lapsed).subquery())
 _LENT = _rows((*_taken, _lent))
 _LENT_AND_RETIRED = _rows((*_retired, _lent))
 _NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(select(elements(bindparam("values"), "named").c.value)))

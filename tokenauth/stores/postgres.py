@@ -1,22 +1,26 @@
 """PostgreSQL: any number of machines on one database, each with a cache that hears of every removal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sqlalchemy import URL, Connection, bindparam, select
+from sqlalchemy import URL, Connection, LargeBinary, Select, any_, bindparam, select
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from tokenauth.errors import RetryLater, StartError, StoreUnavailable
-from tokenauth.models import Clock, Instant, Token
+from tokenauth.models import Clock, Failures, Instant, Token
 from tokenauth.stores import schema, verbs
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.connections import UNAVAILABLE, Database, driver, reason
 from tokenauth.stores.listener import DatabaseClock, Listener
+from tokenauth.stores.lookup import Found, Lookup
 from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
-from tokenauth.stores.tables import as_token, marks, token_columns, tokens
+from tokenauth.stores.tables import as_token, failures, marks, token_columns, tokens
 from tokenauth.stores.transaction import PostgresTransaction
 
-_TOKEN = select(*token_columns).where(tokens.c.digest == bindparam("digest"))
+_keys = any_(bindparam("keys", type_=ARRAY(LargeBinary)))
+_TOKENS = select(*token_columns).where(tokens.c.digest == _keys)
+_FAILURES = select(failures.c.key, failures.c.count, failures.c.last_at).where(failures.c.key == _keys)
 _CLOCK = select(marks.c.at).where(marks.c.name == verbs.CLOCK)
 
 
@@ -26,6 +30,7 @@ class PostgresTokenStore(SqlTokenStore):
     def __init__(self, database: Database, listener: Listener) -> None:
         super().__init__(database)
         self._listener = listener
+        self._tokens = _lookup(database, _TOKENS, as_token)
 
     async def add(self, token: Token, per_user: int, now: Instant) -> None:
         """Keep a token; the oldest of its user end if they are more than `per_user`."""
@@ -34,8 +39,7 @@ class PostgresTokenStore(SqlTokenStore):
 
     async def get(self, digest: bytes) -> Token | None:
         """Return the token with this digest."""
-        rows = await self._database.read(partial(_find, digest))
-        return as_token(rows[0]) if rows else None
+        return (await self._tokens.find(digest)).get(digest)
 
     async def remove(self, digest: bytes, now: Instant) -> bool:
         """End one token."""
@@ -49,6 +53,19 @@ class PostgresTokenStore(SqlTokenStore):
             return await super().remove_all(username, now, keep)
         finally:
             self._listener.doubt()
+
+
+class PostgresFailureStore(SqlFailureStore):
+    """FailureStore that looks up what several wish to know at once."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._failures = _lookup(database, _FAILURES, lambda row: Failures(row[1], row[2]))
+
+    async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
+        """Return what is counted under these keys."""
+        found = await self._failures.find(*keys)
+        return {key: found[key] for key in keys if key in found}
 
 
 class PostgresStore:
@@ -85,7 +102,7 @@ class PostgresStore:
             PostgresTokenStore(self._database, self._listener), self._listener, self._cache_size
         )
         self.pools = SqlPoolStore(self._database)
-        self.failures = SqlFailureStore(self._database)
+        self.failures = PostgresFailureStore(self._database)
         return 0.0 if row is None else float(row[0])
 
     async def stop(self, now: Instant) -> None:
@@ -113,5 +130,11 @@ class PostgresStore:
         return int(await self._database.write(verbs.purge_revocations, verbs.Purge(before, limit), 0))
 
 
-def _find(digest: bytes, db: Connection) -> Sequence[Any]:
-    return PostgresTransaction(driver(db)).rows(_TOKEN, {"digest": digest})
+def _lookup(database: Database, statement: Select[Any], made: Callable[[Sequence[Any]], Any]) -> Lookup:
+    """Look up what is made of the rows of a statement that selects them by `keys`, the first column."""
+
+    def find(keys: Sequence[bytes], db: Connection) -> Found:
+        rows = PostgresTransaction(driver(db)).rows(statement, {"keys": keys})
+        return {row[0]: made(row) for row in rows}
+
+    return Lookup(lambda keys: database.read(partial(find, keys)))
