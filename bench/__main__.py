@@ -13,11 +13,13 @@ from bench import chart, machine, report, world
 from bench.figures import Figure, Row, Sample
 from bench.lending import LendingRows
 from bench.limit import BareServer
+from bench.postgres import PostgresRows, missing
 from bench.rows import Rows
 
 _TOKENS = ("hot", "me", "auth", "introspect", "million", "issue", "revoke", "login", "flood", "start", "memory")
 _LENDING = ("assign", "keep", "release", "large", "permits", "uuids", "bounded", "owned")
-_NAMES = (*_TOKENS, *_LENDING)
+_POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-news")
+_NAMES = (*_TOKENS, *_LENDING, *_POSTGRES)
 
 
 def main() -> int:
@@ -34,15 +36,24 @@ def main() -> int:
 
 
 def _run(directory: Path, options: argparse.Namespace) -> None:
+    names = set(options.only)
+    lacking = missing() if names.intersection(_POSTGRES) else None
+    if lacking:
+        _say(f"without the rows of PostgreSQL: {lacking}")
+        names.difference_update(_POSTGRES)
     with world.bare(directory) as server:
         bare = BareServer(server.port, 1)
+        postgres = PostgresRows(directory, bare, options.seconds)
         figures = [
             *Rows(directory, bare, options.seconds).figures(),
             *LendingRows(directory, bare, options.seconds).figures(),
+            *postgres.figures(),
         ]
-        chosen = [figure for figure in figures if figure.name in options.only]
-        rows = measure(chosen, options.rounds)
-    facts = machine.facts(directory)
+        chosen = [figure for figure in figures if figure.name in names]
+        with postgres:
+            rows = measure(chosen, options.rounds)
+            version = postgres.version
+    facts = machine.facts(directory) | ({} if version is None else {"postgres": version})
     print(report.table(facts, bare.rates, rows))
     if options.json:
         options.json.write_text(json.dumps(report.document(facts, bare.rates, rows), indent=2) + "\n", encoding="utf-8")

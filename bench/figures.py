@@ -26,8 +26,9 @@ class Figure(NamedTuple):
 
     name: str
     title: str
-    at_least: float
-    aim: float
+    at_least: float | None
+    aim: float | None
+    """What is wanted; of some nothing is."""
     unit: str
     prepare: Callable[[], AbstractContextManager[Sampler]]
     times: int | None = None
@@ -36,12 +37,12 @@ class Figure(NamedTuple):
     @property
     def smaller_is_better(self) -> bool:
         """Whether `at_least` is really an "at most"."""
-        return self.aim < self.at_least
+        return self.at_least is not None and self.aim is not None and self.aim < self.at_least
 
     def show(self, value: float) -> str:
         """Write a value of this figure."""
-        digits = 0 if self.unit == "MB" else 2
-        return f"{value:.{digits}f} {self.unit}".strip()
+        digits = 0 if self.unit in {"MB", "/s"} else 2
+        return f"{value:,.{digits}f} {self.unit}".strip()
 
 
 class Row(NamedTuple):
@@ -81,6 +82,8 @@ class Row(NamedTuple):
         """Whether the aim is reached, or at least what must be."""
         sign = -1 if self.figure.smaller_is_better else 1
         value = self.measured * sign
+        if self.figure.at_least is None or self.figure.aim is None:
+            return ""
         if value >= self.figure.aim * sign:
             return "aim"
         return "ok" if value >= self.figure.at_least * sign else "below"

@@ -5,6 +5,8 @@ import platform
 import shutil
 import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +27,17 @@ def require(directory: Path) -> None:
         sys.exit("make bench needs two cores: one for the server, one for the load")
     if shutil.disk_usage(directory).free < _ROOM:
         sys.exit(f"make bench needs 2 GB for its databases in {directory}: name another directory with TMPDIR")
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """Start processes on one core for as long as this lasts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def facts(directory: Path) -> dict[str, str | int]:

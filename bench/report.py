@@ -14,7 +14,8 @@ _HEADS = ("what", "measured", "at least", "aim", "verdict", "rounds", "per secon
 def table(facts: Facts, bare_rates: Sequence[float], rows: Sequence[Row]) -> str:
     """Write everything as text."""
     head = [
-        "{cpu}, {cores} cores; Python {python}, uvicorn {uvicorn}, SQLite {sqlite}, on {filesystem}".format(**facts),
+        "{cpu}, {cores} cores; Python {python}, uvicorn {uvicorn}, SQLite {sqlite}, on {filesystem}".format(**facts)
+        + (f", PostgreSQL {facts['postgres']}" if "postgres" in facts else ""),
     ]
     if bare_rates:
         head.append(
@@ -65,8 +66,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _bound(figure: Figure, value: float) -> str:
-    return f"{'<=' if figure.smaller_is_better else '>='} {figure.show(value)}"
+def _bound(figure: Figure, value: float | None) -> str:
+    return "" if value is None else f"{'<=' if figure.smaller_is_better else '>='} {figure.show(value)}"
 
 
 def _align(line: Sequence[str], widths: Sequence[int]) -> list[str]:

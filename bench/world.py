@@ -32,14 +32,19 @@ def value(number: int) -> str:
     return f"{number:064d}"
 
 
-def write_config(directory: Path, server: str = "", password: str = NEGLIGIBLE, tables: str = "") -> Path:
-    """Write a configuration with 500 users whose hash of "secret" is `password`, and with more `tables`."""
+def write_config(
+    directory: Path, server: str = "", password: str = NEGLIGIBLE, tables: str = "", url: str = ""
+) -> Path:
+    """Write a configuration with 500 users whose hash of "secret" is `password`, and with more `tables`.
+
+    Without the `url` of another database it has a file of its own.
+    """
     directory.mkdir(exist_ok=True)
     users = "".join(
         f'[[users]]\nusername = "user{number}"\npassword = "{password}"\n{_SCOPES}\n' for number in range(USERS)
     )
     path = directory / "config.toml"
-    url = f"sqlite+aiosqlite:///{database(path)}"
+    url = url or f"sqlite+aiosqlite:///{database(path)}"
     path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{server}\n{tables}\n{users}')
     return path
 
@@ -49,9 +54,14 @@ def database(config: Path) -> Path:
     return config.with_name("tokenauth.db")
 
 
+def migrate(config: Path) -> None:
+    """Bring the schema of a database up to date."""
+    subprocess.run([_TOKENAUTH, "migrate", "--config", str(config)], check=True, capture_output=True)
+
+
 def fill(config: Path, count: int) -> None:
     """Put so many live tokens into a new database, in the order that is quickest to write."""
-    subprocess.run([_TOKENAUTH, "migrate", "--config", str(config)], check=True, capture_output=True)
+    migrate(config)
     directory = configfile.load(config).directory
     users = [directory[f"user{number}"] for number in range(USERS)]
     now = time.time()

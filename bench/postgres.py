@@ -1,0 +1,257 @@
+"""How each figure about PostgreSQL is measured: one durable server, on the core that the load has."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from bench import load, world
+from bench.figures import Figure, Sample, Sampler
+from bench.lending import CONNECTIONS as LENDERS
+from bench.limit import BareServer
+from bench.load import CONNECTIONS, Result
+from bench.machine import LOAD_CORE, on_core
+from bench.news import measure_news
+from bench.world import MILLION, Running, value
+from tests.postgres import Cluster, cluster
+from tests.postgres_programs import programs
+from tokenauth import configfile
+
+_DATABASE = "bench"
+
+_REVOKED, _TOLD = 100_000, 50_000
+"""Live tokens beyond the million: those that are ended, and those of whose end another node hears."""
+
+_POOL, _KEPT, _RELEASED = 100_000, 10_000, 200_000
+"""Tokens that are free at the beginning of each round, kept alive over and over, and released once each."""
+
+_CHUNK = 100_000
+"""Rows that are written by one statement."""
+
+_WARM = 2
+"""Seconds of load before the first round."""
+
+_TABLES = """
+[pools.large]
+lease_ttl = "1h"
+[pools.lent]
+lease_ttl = "1h"
+"""
+
+_FILL_TOKENS = """
+    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
+    SELECT sha256(lpad(n::text, 64, '0')::bytea), 'user' || n % {users}, ('{{{credentials}}}'::text[])[n % {users} + 1],
+           extract(epoch FROM now()), extract(epoch FROM now())::bigint + 86400,
+           '10.0.' || n % 256 || '.' || n % 199, 'Browser/' || n % 40
+    FROM generate_series({first}, {last}) AS n
+    ORDER BY 1
+"""
+_FILL_LENT = """
+    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired)
+    SELECT 'lent', lpad(n::text, 64, '0'), extract(epoch FROM now()) + 86400, 'worker-7', 1, false
+    FROM generate_series({first}, {last}) AS n
+"""
+_FILL_FREE = """
+    INSERT INTO pool_tokens (pool, value, free_at, fence, retired)
+    SELECT 'large', gen_random_uuid(), extract(epoch FROM now()), 0, false
+    FROM generate_series(1, {lacking})
+"""
+_COUNT_LENT = "SELECT count(*) FROM pool_tokens WHERE pool = '{}' AND free_at > extract(epoch FROM now())"
+_COUNT_FREE = "SELECT count(*) FROM pool_tokens WHERE pool = 'large' AND holder IS NULL"
+_COUNT_ENDED = "SELECT count(*) FROM revocations"
+_COUNT_ISSUED = "SELECT (SELECT count(*) FROM tokens) + (SELECT count(*) FROM revocations)"
+
+
+class PostgresRows:
+    """The measurements, and the PostgreSQL that they share; it is made when first asked for, and ends with this."""
+
+    def __init__(self, directory: Path, bare: BareServer, seconds: int) -> None:
+        self._directory = directory
+        self._bare = bare
+        self._seconds = seconds
+        self._offsets = {"revoke": MILLION, "release": 0}
+        self._names = map("issue_{}".format, count())
+        self._stack = ExitStack()
+        self._cluster: Cluster | None = None
+        self._config: Path | None = None
+        self._server: Running | None = None
+
+    def __enter__(self) -> "PostgresRows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def version(self) -> int | None:
+        """The major version of the server, if it was needed."""
+        return None if self._cluster is None else self._cluster.version
+
+    def figures(self) -> Sequence[Figure]:
+        """List the figures of the table."""
+        tokens, pools = f"{CONNECTIONS} connections", f"{LENDERS} connections"
+        return (
+            Figure("pg-hot", "PostgreSQL: GET /api/token, 500 hot tokens", 0.75, 0.90, "", self._hot),
+            Figure("pg-million", "PostgreSQL: GET /api/token, 1,000,000 tokens", None, None, "/s", self._million),
+            Figure("pg-issue", f"PostgreSQL: POST /api/token, {tokens}", 2000, 3000, "/s", self._issue),
+            Figure("pg-revoke", f"PostgreSQL: DELETE /api/token, {tokens}", None, None, "/s", self._revoke),
+            Figure("pg-assign", f"PostgreSQL: assign from 100,000, {pools}", 1500, 3000, "/s", self._assign),
+            Figure("pg-keep", f"PostgreSQL: keep alive, {pools}", None, None, "/s", self._keep),
+            Figure("pg-release", f"PostgreSQL: release, {pools}", None, None, "/s", self._release),
+            Figure("pg-news", "PostgreSQL: until another node refuses", 10, 5, "ms", self._news),
+        )
+
+    @contextmanager
+    def _hot(self) -> Iterator[Sampler]:
+        """Ask about few tokens, all of which are remembered."""
+        server = self._serve()
+        load.run(server.port, "hot", _WARM)
+
+        def sample() -> Sample:
+            found = self._bare.around(lambda: load.run(server.port, "hot", self._seconds))
+            return Sample(found.ratio, found.result.rate, found.result.p99_ms)
+
+        yield sample
+
+    @contextmanager
+    def _million(self) -> Iterator[Sampler]:
+        """Ask about so many tokens that few are remembered."""
+        server = self._serve()
+        load.run(server.port, "million", _WARM)
+        yield lambda: self._beside(server, "million", CONNECTIONS)
+
+    @contextmanager
+    def _issue(self) -> Iterator[Sampler]:
+        """Log in with a password that costs nothing, into a database that is new in each round."""
+
+        def sample() -> Sample:
+            name = next(self._names)
+            config = world.write_config(self._directory / name, url=self._running().create(name))
+            with world.tokenauth(config) as server:
+                login = {"username": "user0", "password": "secret"}
+                token = server.client.post("/api/token", json=login).raise_for_status().json()["token"]
+                _demand_valid(server, token)
+                found = self._changing("issue", CONNECTIONS, partial(self._count, _COUNT_ISSUED, name), 0, server)
+            self._running().drop(name)
+            return found
+
+        yield sample
+
+    @contextmanager
+    def _revoke(self) -> Iterator[Sampler]:
+        """End one token after the other."""
+        _demand_valid(self._serve(), value(MILLION))
+        yield lambda: self._changing("revoke", CONNECTIONS, partial(self._count, _COUNT_ENDED), self._offsets["revoke"])
+
+    @contextmanager
+    def _assign(self) -> Iterator[Sampler]:
+        """Lend tokens that nobody gives back, from a pool that is new to PostgreSQL's statistics."""
+        self._serve()
+
+        def sample() -> Sample:
+            lacking = _POOL - self._count(_COUNT_FREE)
+            self._running().execute(_FILL_FREE.format(lacking=lacking), _DATABASE)
+            return self._changing("assign", LENDERS, partial(self._count, _COUNT_LENT.format("large")), 0)
+
+        yield sample
+
+    @contextmanager
+    def _keep(self) -> Iterator[Sampler]:
+        """Extend leases."""
+        server = self._serve()
+        yield lambda: self._beside(server, "keep", LENDERS)
+
+    @contextmanager
+    def _release(self) -> Iterator[Sampler]:
+        """End one lease after the other."""
+        self._serve()
+        lent = _COUNT_LENT.format("lent")
+        yield lambda: self._changing("release", LENDERS, lambda: -self._count(lent), self._offsets["release"])
+
+    @contextmanager
+    def _news(self) -> Iterator[Sampler]:
+        """End tokens on one node, and ask another node about each until it refuses."""
+        first = self._serve()
+        assert self._config is not None
+        tokens = map(value, range(MILLION + _REVOKED, MILLION + _REVOKED + _TOLD))
+        with world.tokenauth(self._config, None) as second:
+            yield lambda: measure_news(first.port, second.port, tokens, self._seconds)
+
+    def _changing(
+        self, kind: str, connections: int, counted: Callable[[], int], offset: int, server: Running | None = None
+    ) -> Sample:
+        """Send changes, and compare what was answered with what the database has then."""
+        before = counted()
+        results: list[Result] = []
+        sample = self._beside(server or self._serve(), kind, connections, offset, results)
+        answered, changed = results[0].requests, counted() - before
+        if not answered <= changed <= answered + connections:  # at the end wrk does not wait for its last requests
+            raise RuntimeError(f"{kind}: {answered} were answered, the database shows {changed}")
+        if kind in self._offsets:
+            self._offsets[kind] += answered + 2 * connections
+        return sample
+
+    def _beside(
+        self, server: Running, kind: str, connections: int, offset: int = 0, results: list[Result] | None = None
+    ) -> Sample:
+        found = self._bare.around(lambda: load.run(server.port, kind, self._seconds, connections, offset))
+        if results is not None:
+            results.append(found.result)
+        result = found.result
+        return Sample(result.rate, result.rate, result.p99_ms, f"{found.ratio:.2f} of the bare server's rate")
+
+    def _count(self, query: str, database: str = _DATABASE) -> int:
+        return int(self._running().execute(query, database)[0][0])
+
+    def _running(self) -> Cluster:
+        """Return the PostgreSQL server."""
+        if self._cluster is None:
+            with on_core(LOAD_CORE):  # which the server takes over
+                self._cluster = self._stack.enter_context(cluster())
+        return self._cluster
+
+    def _serve(self) -> Running:
+        """Return the service that all share but those who need a new database."""
+        if self._server is None:
+            self._config = world.write_config(
+                self._directory / "postgres", tables=_TABLES, url=self._running().create(_DATABASE)
+            )
+            self._fill(self._config)
+            self._server = self._stack.enter_context(world.tokenauth(self._config))
+            for token in (value(0), value(MILLION - 1)):
+                _demand_valid(self._server, token)
+        return self._server
+
+    def _fill(self, config: Path) -> None:
+        """Put tokens into a new database."""
+        world.migrate(config)
+        users = configfile.load(config).directory
+        credentials = ",".join(f'"{users[f"user{number}"].credential}"' for number in range(world.USERS))
+        for statement, total in ((_FILL_TOKENS, MILLION + _REVOKED + _TOLD), (_FILL_LENT, _KEPT + _RELEASED)):
+            for first in range(0, total, _CHUNK):
+                last = min(total, first + _CHUNK) - 1
+                self._running().execute(
+                    statement.format(first=first, last=last, users=world.USERS, credentials=credentials), _DATABASE
+                )
+        for statement in ("VACUUM ANALYZE", "CHECKPOINT"):  # now, and not while something is measured
+            self._running().execute(statement, _DATABASE)
+        os.sync()
+
+
+def missing() -> str | None:
+    """Say what PostgreSQL's rows lack, if anything."""
+    try:
+        programs()
+    except pytest.skip.Exception as lacking:
+        return str(lacking)
+    return None
+
+
+def _demand_valid(server: Running, token: str) -> None:
+    answer = server.client.get("/api/token", params={"token": token}).json()
+    if answer["valid"] is not True:
+        raise RuntimeError(f"GET /api/token answered {answer}")
