@@ -12,7 +12,18 @@ from typing import Protocol
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["__main__", "tests.worker", "tests.opener", "tokenauth.cli.main", "alembic.command", "rich.table"]
+    [
+        "__main__",
+        "tests.worker",
+        "tests.opener",
+        "tokenauth.cli.main",
+        # what they import once they know what they are to do
+        *("aiosqlite", "alembic.command", "alembic.config", "concurrent.futures.thread", "encodings.idna"),
+        *("rich._emoji_codes", "rich.table"),
+        *(f"passlib.handlers.{name}" for name in ("argon2", "bcrypt", "pbkdf2", "scrypt")),
+        *("tokenauth.stores.postgres", "uvicorn.lifespan.on", "uvicorn.loops.uvloop"),
+        "tests.frozen",
+    ]
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from tests.browser.sites import Site, put, running, shown
 from tests.servers import HandClock, Server
@@ -52,11 +52,11 @@ def browser() -> Iterator[Browser]:
         yield chromium
 
 
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """Open a page of a visitor who has never been here."""
-    with browser.new_context() as context:
-        yield context.new_page()
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """Have one visitor for all tests of a module: another costs as much as most of them."""
+    with browser.new_context() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import ConsoleMessage, ElementHandle, Error, Page, Route, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, ElementHandle, Error, Page, Route, expect
 
 from tests.browser.conftest import Sites
 from tests.openapi.configurations import APART, speaking
@@ -71,11 +71,20 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def visit(page: Page, server: Server) -> Visit:
-    """Open the page, and see what there is."""
+def page(context: BrowserContext) -> Iterator[Page]:
+    """Open a page that is listened to."""
+    with context.new_page() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def visit(context: BrowserContext, server: Server) -> Visit:
+    """Open the page, once because it takes long, and all that it folds."""
+    page = context.new_page()
     visit = Visit(page, server)
     page.goto(f"{server.url}/docs")
     expect(page.locator(".opblock-tag-section").first).to_be_visible()
+    page.evaluate("document.querySelectorAll('.opblock-tag[data-is-open=false]').forEach((tag) => tag.click())")
     return visit
 
 
@@ -84,7 +93,6 @@ def test_the_page_shows_every_operation_and_asks_nobody_else(
 ) -> None:
     document = client.get("/openapi.json").json()
     tags = [tag["name"] for tag in document["tags"]]
-    visit.page.evaluate("document.querySelectorAll('.opblock-tag[data-is-open=false]').forEach((tag) => tag.click())")
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     expect(visit.page.locator(_HEADING)).to_have_count(len(described))
     shown = visit.page.locator(_HEADING).evaluate_all(
@@ -105,7 +113,6 @@ def test_a_token_that_is_entered_is_tried_against_the_service(visit: Visit, clie
     entry.locator("input").fill(token)
     entry.locator("button.authorize").click()
     page.locator(".btn-done").first.click()
-    page.locator('.opblock-tag[data-tag="token"]').click()
     probe = page.locator(".opblock-get", has_text="/api/token").first
     probe.locator(_HEADING).click()
     probe.locator(".try-out__btn").click()

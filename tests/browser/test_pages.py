@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import ConsoleMessage, Error, Frame, Page
+from playwright.sync_api import BrowserContext, ConsoleMessage, Error, Frame, Page
 
 from tests.browser.conftest import Sites
 from tests.browser.sites import REFUSED, ask
@@ -35,6 +35,19 @@ _SUBMIT = """([name, value]) => {
   document.body.append(form);
   form.submit();
 }"""
+
+
+@pytest.fixture(scope="module")
+def tab(context: BrowserContext) -> Page:
+    """Open one page for all tests: they only go elsewhere with it."""
+    return context.new_page()
+
+
+@pytest.fixture
+def page(tab: Page) -> Page:
+    """Take the page, of a visitor who has no cookie."""
+    tab.context.clear_cookies()
+    return tab
 
 
 @pytest.fixture(params=["by_address", "by_name"])

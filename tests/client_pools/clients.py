@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from anyio import move_on_after
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from tests.servers import NO_TLS
 from tokenauth.client.pools import AsyncPoolClient, Lease, PoolClient
 
 KINDS = ["threads", "asyncio"]
@@ -71,6 +72,7 @@ def connecting(kind: str) -> Iterator[Connect]:
         portal = stack.enter_context(start_blocking_portal()) if kind == "asyncio" else None
 
         def connect(url: str, **options: Any) -> Client:
+            options = {"verify": NO_TLS, **options}
             if portal is None:
                 return stack.enter_context(PoolClient(url, **options))
             return _Client(

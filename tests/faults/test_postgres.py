@@ -205,7 +205,7 @@ def test_a_stop_ends_within_seconds_while_postgresql_cannot_be_reached(
             token = connection.log_in()
             crowd = Crowd([server])
             with crowd.running(16):  # so that there are connections
-                until(lambda: len(proxy.connections) == 9, "it has all its connections")
+                until(lambda: len(proxy.connections) >= 4, "it has several connections")
             (proxy.cut if harm == "cut" else proxy.freeze)()
             connection.log_out(token)
             assert server.events("revocation_held_in_memory")

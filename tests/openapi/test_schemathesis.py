@@ -53,10 +53,11 @@ def ask(server: Server, directory: Path, user: str, size: str, *options: str) ->
     command = [_PROGRAM, "--no-color", "--config-file", settings, "run", f"{server.url}/openapi.json"]
     always = ["--url", server.url, "--report", "json", "--report-json-path", report, "--suppress-health-check", "all"]
     told = {"SCHEMATHESIS_HOOKS": "tests.openapi.hooks", "TOKENAUTH_URL": server.url, "TOKENAUTH_USER": user}
+    found_out = {"HYPOTHESIS_STORAGE_DIRECTORY": str(ROOT / ".hypothesis")}  # of all characters that there are
     done = subprocess.run(
         [*map(str, [*command, *always]), *options],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **told},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **found_out, **told},
         capture_output=True,
         text=True,
         check=False,
