@@ -1,13 +1,39 @@
 """What most tests need: a configuration, a clock, and workers."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 from tests.postgres import database, postgres  # noqa: F401 - fixtures, for every test
 from tests.servers import HandClock, Server, worker, write_config
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for garbage in what is imported and collected neither meanwhile, where it takes half the time, nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+class _ByFile(LoadFileScheduling):  # type: ignore[misc]
+    """Gives each file to one process, and both that need a browser to the same one: it takes long to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "tests/browser" if file.startswith("tests/browser/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFile:
+    """Say who is given which tests."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

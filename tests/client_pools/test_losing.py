@@ -117,7 +117,6 @@ def test_a_holder_who_slept_has_lost_his_lease(client: Client, desk: Borrower, w
 def test_a_lease_is_counted_from_before_it_was_asked_for(client: Client, line: Line, pass_time: PassTime) -> None:
     def hold() -> bool:
         with client.lease("permit") as lease:
-            line.replace(b"")
             lease.check()
             pass_time(1)
             return lease.lost.wait(20)
@@ -127,6 +126,7 @@ def test_a_lease_is_counted_from_before_it_was_asked_for(client: Client, line: L
         lost = threads.submit(hold)
         line.wait_for_answer()
         pass_time(TTL - 1)
+        line.replace(b"")  # it would be kept alive at once
         line.free()
         assert lost.result()
 

@@ -34,6 +34,8 @@ with cluster(fsync=False) as running:
     sys.stdin.read()
 """
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def private() -> Iterator[Cluster]:

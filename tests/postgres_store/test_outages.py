@@ -110,6 +110,7 @@ def test_a_database_that_cannot_be_used_is_named_in_one_line_without_the_passwor
         assert not lines[0].rpartition(": ")[2].lstrip("-").isdecimal(), "a number says nothing to a person"
 
 
+@pytest.mark.faults
 def test_a_statement_that_hangs_on_the_only_connection_is_503_and_leaves_nothing_behind(
     postgres: Cluster, database: str, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_statement_that_hangs_on_the_only_connection_is_503_and_leaves_nothing
             end.close()
 
 
+@pytest.mark.faults
 def test_connections_that_are_ended_under_load_lose_nothing(postgres: Cluster, database: str, tmp_path: Path) -> None:
     with two_workers(postgres_config(tmp_path, database, POOL, connections=3)) as servers:
         crowd = Crowd(servers)
@@ -192,6 +194,7 @@ def test_a_name_that_postgresql_cannot_hold_is_no_fault_of_the_server(database: 
         check_log(server)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("committed", [True, False], ids=["cut", "terminated"])
 def test_a_connection_that_breaks_while_it_commits_is_503_whatever_came_of_it(
     postgres: Cluster, database: str, tmp_path: Path, committed: bool

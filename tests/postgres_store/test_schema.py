@@ -132,8 +132,8 @@ def start_together(url: str, count: int, directory: Path) -> None:
     assert events == ["schema_upgraded"], "one made it, and nobody had any trouble"
 
 
-def test_six_nodes_that_start_at_once_on_an_empty_database_all_end_well(database: str, tmp_path: Path) -> None:
-    start_together(database, 6, tmp_path)
+def test_three_nodes_that_start_at_once_on_an_empty_database_all_end_well(database: str, tmp_path: Path) -> None:
+    start_together(database, 3, tmp_path)
 
 
 async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_on_it(url: str, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from tests.postgres import Cluster
 from tests.postgres_store.test_cluster import BROKEN
 from tests.tcp_proxy import Proxy, every, listener
 
+pytestmark = pytest.mark.faults
+
 HOUR = 3600
 
 
