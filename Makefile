@@ -16,7 +16,7 @@ serve: install
 	$(BIN)/tokenauth serve --config config.toml
 
 test: install
-	$(BIN)/pytest -m "not faults" -n 3 --dist loadfile
+	$(BIN)/pytest -m "not faults" -n 3 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check .

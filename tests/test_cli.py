@@ -106,7 +106,7 @@ def test_the_help_lists_the_commands(tmp_path: Path) -> None:
 
 
 def test_check_says_that_all_is_well(home: Path) -> None:
-    assert well(script(home, "check")) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
+    assert well(run(home, "check")) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
     assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
     assert os.listdir(home) == ["config.toml"], "it only looks"
 
@@ -146,7 +146,7 @@ def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_pa
 
 def test_users_come_change_and_go(home: Path) -> None:
     path = home / "config.toml"
-    added = well(script(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD))
+    added = well(run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD))
     assert added == "added 'Eve' to config.toml; a running server takes it up at SIGHUP\n"
     before = configfile.load(path).directory["eve"]
     assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
@@ -293,7 +293,7 @@ def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None
 
 def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
     write_config(home, '[server]\nhost = "0.0.0.0"\nport = 0', USERS.replace("memory_kib = 8\n", "memory_kib = 16\n"))
-    done = script(home, "serve")
+    done = run(home, "serve")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "weak_hash" in done.stderr

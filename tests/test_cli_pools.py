@@ -8,7 +8,7 @@ import pytest
 from tests.connections import Connection
 from tests.lending import Borrower
 from tests.servers import worker, write_config
-from tests.test_cli import mistake, run, script, well
+from tests.test_cli import mistake, run, well
 
 POOLS = """
 [pools.licences]
@@ -62,7 +62,7 @@ def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
         {"name": "waiting", "capacity": None, "available": 1, "leased": 0},
         {"name": "permits", "capacity": 1, "available": 1, "leased": 0},
     ]
-    head, *rows = well(script(home, "pool", "list")).splitlines()
+    head, *rows = well(run(home, "pool", "list")).splitlines()
     assert head.split() == ["name", "capacity", "available", "leased"]
     assert [row.split() for row in rows] == [
         ["licences", "3", "0", "0"],

@@ -282,4 +282,4 @@ def hold_to_the_model(templates: Templates, name: str, examples: int, length: in
 
 @pytest.mark.parametrize("name", STORES)
 def test_what_is_promised_of_pools_holds_after_each_step(templates: Templates, name: str) -> None:
-    hold_to_the_model(templates, name, examples=8, length=50)
+    hold_to_the_model(templates, name, examples=5, length=50)

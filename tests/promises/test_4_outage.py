@@ -16,6 +16,7 @@ import pytest
 from tests.connections import LOGIN, Answer, Connection, takes_connections
 from tests.journal import locked, until, workers
 from tests.servers import spawn, worker, write_config
+from tests.test_cli import run
 
 PERMITS = "[pools.permits]\ncapacity = {}\nprefill = true"
 
@@ -204,15 +205,12 @@ def test_a_store_that_is_harmed_while_it_runs_is_down_and_says_nothing_about_any
 
 def test_a_file_that_is_not_a_database_is_left_alone_at_the_start(tmp_path: Path) -> None:
     """One clear line, and no empty database in its place."""
-    config = write_config(tmp_path)
+    write_config(tmp_path)
     (tmp_path / "tokenauth.db").write_bytes(b"garbage!" * 1024)
-    tool = Path(sys.executable).with_name("tokenauth")
-    done = subprocess.run(
-        [tool, "serve", "--config", config, "--port", "0"], check=False, capture_output=True, timeout=30
-    )
+    done = run(tmp_path, "serve", "--port", "0")
     assert done.returncode not in {0, -6, -9, -11}
-    assert b"tokenauth.db cannot be used" in done.stderr
-    assert b"Traceback" not in done.stderr
+    assert "tokenauth.db cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "tokenauth.db").read_bytes() == b"garbage!" * 1024
 
 
