@@ -5,7 +5,7 @@ import shutil
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,8 @@ from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.listener import Listener
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres import PostgresStore, PostgresTokenStore
-from tokenauth.stores.sql import Database, SqlFailureStore, SqlPoolStore, SqlTokenStore
-from tokenauth.stores.sqlite import SqliteStore, SqliteTokenStore
+from tokenauth.stores.sql import Database
+from tokenauth.stores.sqlite import SqliteStore
 from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Place:
     """A store as one process has it open; two places on one directory are two processes."""
 
     store: Store
-    tokens: TokenStore
+    tokens: CachedTokenStore
     pools: PoolStore
     failures: FailureStore
     started: Instant
@@ -47,35 +47,14 @@ class Place:
     """By how many seconds a start may not know what time it has been: then the store has a clock that it trusts."""
 
 
-async def cached_sqlite(directory: Path, size: int) -> Place:
-    """Open what `serve` runs."""
+async def sqlite(directory: Path, size: int) -> Place:
+    """Open what one machine has."""
     file = directory / "tokens.db"
     store = open_store(config.Database(f"sqlite+aiosqlite:///{file}"), size)
     assert isinstance(store, SqliteStore)
     started = await store.start()
     parts = (store, store.tokens, store.pools, store.failures)
     return Place(*parts, started, lambda: wal_commits(file), store._database, store._reader, rounds=300)
-
-
-async def plain_sqlite(directory: Path, size: int) -> Place:
-    """Open what the cache stands on."""
-    place = await cached_sqlite(directory, size)
-    assert isinstance(place.store, SqliteStore)
-    return replace(place, tokens=SqliteTokenStore(place.store._database, place.store._reader), rounds=25)
-
-
-async def generic_sql(directory: Path, size: int) -> Place:
-    """Open what any database gets that SQLAlchemy speaks to."""
-    place = await cached_sqlite(directory, size)
-    database = place.database
-    tokens, pools, failures = SqlTokenStore(database), SqlPoolStore(database), SqlFailureStore(database)
-    return replace(place, tokens=tokens, pools=pools, failures=failures, rounds=25)
-
-
-async def cached_sql(directory: Path, size: int) -> Place:
-    """Open a cache over look-ups that wait, so that other things happen in the middle of them."""
-    place = await generic_sql(directory, size)
-    return replace(place, tokens=CachedTokenStore(place.tokens, place.feed, size), rounds=100)
 
 
 class Attentive(CachedTokenStore):
@@ -104,14 +83,9 @@ async def postgres(directory: Path, size: int) -> Place:
 Opener = Callable[[Path, int], Awaitable[Place]]
 
 STORES: dict[str, Opener] = {
-    "plain-sqlite": plain_sqlite,
-    "generic-sql": generic_sql,
-    "cached-sqlite": cached_sqlite,
+    "sqlite": sqlite,
     "postgres": postgres,
 }
-
-RACING: dict[str, Opener] = {**STORES, "cached-sql": cached_sql}
-"""The same for tests of what goes on at once: this cache is over look-ups that take their time."""
 
 
 def fetch(url: str, sql: str) -> list[Any]:
@@ -193,13 +167,13 @@ class Templates:
         self._built: dict[str, Path] = {}
 
     def fresh(self, name: str, directory: Path) -> Path:
-        """Make an empty store for one of RACING; a PostgreSQL database is the one that the last test had."""
+        """Make an empty store for one of STORES; a PostgreSQL database is the one that the last test had."""
         built = self._built.get(name)
         if built is None:
             built = self._built[name] = self._factory.mktemp(name)
             if name == "postgres":
                 (built / "url").write_text(self._postgres().create("contract"))
-            apart(build(RACING[name], built))
+            apart(build(STORES[name], built))
         if name == "postgres":
             fetch((built / "url").read_text(), f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
         return Path(shutil.copytree(built, directory))
@@ -214,7 +188,7 @@ def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(params=STORES)
 async def places(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> AsyncIterator[Places]:
     """Open stores on one empty database."""
-    opened = Places(RACING[request.param], templates.fresh(request.param, tmp_path / "store"))
+    opened = Places(STORES[request.param], templates.fresh(request.param, tmp_path / "store"))
     yield opened
     await opened.close_all()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.contract.conftest import RACING, Opener, Place, Places, Templates, token
+from tests.contract.conftest import STORES, Opener, Place, Places, Templates, token
 from tests.servers import START
 from tokenauth.models import Token
 
@@ -108,13 +108,13 @@ async def live_through(opener: Opener, directory: Path, size: int, script: list[
         await places.close_all()
 
 
-@pytest.mark.parametrize("name", RACING)
+@pytest.mark.parametrize("name", STORES)
 def test_what_was_removed_is_never_returned(templates: Templates, name: str) -> None:
     @settings(max_examples=8, deadline=None, database=None)
     @given(st.lists(step, min_size=15, max_size=60), st.integers(1, 4))
     def holds(script: list[Step], size: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             directory = templates.fresh(name, Path(scratch) / "store")
-            asyncio.run(live_through(RACING[name], directory, size, script))
+            asyncio.run(live_through(STORES[name], directory, size, script))
 
     holds()

@@ -7,14 +7,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.contract.conftest import RACING, Place, Places, token
+from tests.contract.conftest import Place, Places, token
 from tests.servers import START
 from tokenauth.models import Token
-from tokenauth.stores.base import TokenStore
+from tokenauth.stores.base import Feed, TokenStore
 from tokenauth.stores.cached import CachedTokenStore
-from tokenauth.stores.sql import SqlTokenStore
-
-pytestmark = pytest.mark.parametrize("places", RACING, indirect=True)
 
 
 async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:
@@ -136,20 +133,64 @@ async def test_a_trimmed_log_is_right_for_whoever_starts_later(places: Places, p
     assert [one for one in added if await late.tokens.get(one.digest)] == added[3:]
 
 
-class Counted(SqlTokenStore):
-    """A token store that counts how often it is asked."""
+class Counted(CachedTokenStore):
+    """A token store that counts how often it is asked, and passes everything on."""
 
     asked = 0
 
     async def get(self, digest: bytes) -> Token | None:
         """Count, then look it up."""
         self.asked += 1
-        return await super().get(digest)
+        return await self._store.get(digest)
+
+
+def under_the_cache_of(place: Place) -> TokenStore:
+    """Give the store that a cache asks."""
+    return place.tokens._store
+
+
+def counted_in(place: Place) -> Counted:
+    """Count how often the store under a cache is asked."""
+    return Counted(under_the_cache_of(place), place.feed, 0)
+
+
+class Held(CachedTokenStore):
+    """A token store that has looked one token up, and keeps it to itself until it may tell."""
+
+    def __init__(self, store: TokenStore, feed: Feed, slow: bytes) -> None:
+        super().__init__(store, feed, 0)
+        self._slow = slow
+        self.looked, self.may_tell = asyncio.Event(), asyncio.Event()
+
+    async def get(self, digest: bytes) -> Token | None:
+        """Look it up, and wait."""
+        found = await self._store.get(digest)
+        if digest == self._slow:
+            self.looked.set()
+            await self.may_tell.wait()
+        return found
+
+
+@pytest.mark.parametrize("heard", [True, False])
+async def test_what_is_removed_while_it_is_looked_up_is_not_remembered(place: Place, other: Place, heard: bool) -> None:
+    """The token was there when the store was asked, and `heard` the news of its end before the store answered."""
+    gone, kept = await fill(place, 2)
+    held = Held(under_the_cache_of(other), other.feed, gone.digest)
+    cache = type(other.tokens)(held, other.feed, 10)
+    looking = asyncio.create_task(cache.get(gone.digest))
+    await held.looked.wait()
+    assert await place.tokens.remove(gone.digest, START)
+    if heard:
+        assert await cache.get(kept.digest) == kept
+    held.may_tell.set()
+    assert await looking in {gone, None}
+    assert await cache.get(gone.digest) is None
+    assert await cache.get(kept.digest) == kept
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Place, size: int) -> None:
-    counted = Counted(place.database)
+    counted = counted_in(place)
     cache = CachedTokenStore(counted, place.feed, size)
     added = await fill(place, 10)
     dice = random.Random(size)
@@ -164,7 +205,7 @@ async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Pl
 
 
 async def test_a_cache_does_not_remember_what_is_not_there(place: Place) -> None:
-    counted = Counted(place.database)
+    counted = counted_in(place)
     cache = CachedTokenStore(counted, place.feed, 10)
     for _ in range(3):
         assert await cache.get(token().digest) is None

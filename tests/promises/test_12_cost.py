@@ -16,7 +16,7 @@ from tests.steps import Direct, steps
 from tokenauth.models import Token, public_id
 from tokenauth.stores import verbs
 from tokenauth.stores.reader import Reader
-from tokenauth.stores.sql import SqlFailureStore, SqlTokenStore
+from tokenauth.stores.sql import SqlTokenStore
 from tokenauth.stores.transaction import SqliteTransaction
 
 FEW, MANY = 200, 20_000
@@ -35,11 +35,6 @@ class Opened(NamedTuple):
     def tokens(self) -> SqlTokenStore:
         """Read tokens."""
         return SqlTokenStore(self.database)
-
-    @property
-    def failures(self) -> SqlFailureStore:
-        """Read counts of failed logins."""
-        return SqlFailureStore(self.database)
 
 
 def digest(number: int) -> bytes:
@@ -102,11 +97,9 @@ READS: dict[str, Ask] = {
     "the mark of the clock": lambda opened: look(opened.reader.mark(verbs.CLOCK) == 0),
     "the throttle": lambda opened: look(opened.reader.failures([digest(3)[:16], b"?" * 16])),
     "news of revocations": lambda opened: look(opened.reader.news()),
-    "a token, in SQL": lambda opened: opened.tokens.get(digest(13)),
     "a token by its id": lambda opened: opened.tokens.find(public_id(digest(13))),
     "mine": lambda opened: opened.tokens.list("user13", START, 1000),
     "everybody's newest": lambda opened: opened.tokens.list(None, START, 5),
-    "the throttle, in SQL": lambda opened: opened.failures.failures([digest(3)[:16], b"?" * 16]),
 }
 """Everything that is read while the service runs."""
 

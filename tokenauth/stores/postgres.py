@@ -73,7 +73,7 @@ class PostgresStore:
 
     tokens: CachedTokenStore
     pools: SqlPoolStore
-    failures: SqlFailureStore
+    failures: PostgresFailureStore
 
     def __init__(self, url: URL, cache_size: int, connections: int, clock: Clock | None = None) -> None:
         """Take `postgresql+asyncpg://...`, how many tokens each process remembers, and its connections.

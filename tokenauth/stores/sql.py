@@ -1,14 +1,14 @@
-"""Tokens, pools and failed logins in SQL, over whatever database SQLAlchemy speaks to."""
+"""What tokens, pools and failed logins are in whatever database: all but the hottest look-ups."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, select
 
-from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Failures, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows, pool_verbs, verbs
 from tokenauth.stores.base import Lent, Touched
-from tokenauth.stores.tables import as_token, failures, pool_token_columns, pool_tokens, token_columns, tokens
+from tokenauth.stores.tables import as_token, pool_token_columns, pool_tokens, token_columns, tokens
 from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Database(Protocol):
 
 
 class SqlTokenStore:
-    """TokenStore over a database that SQLAlchemy speaks to."""
+    """TokenStore, but for the look-up by digest."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -33,12 +33,6 @@ class SqlTokenStore:
     async def add(self, token: Token, per_user: int, now: Instant) -> None:
         """Keep a token; the oldest of its user end if they are more than `per_user`."""
         await self._database.write(verbs.add_tokens, verbs.Add(token, per_user, now), now)
-
-    async def get(self, digest: bytes) -> Token | None:
-        """Return the token with this digest."""
-        query = select(*token_columns).where(tokens.c.digest == digest)
-        row = await self._database.read(lambda db: db.execute(query).first())
-        return None if row is None else as_token(row)
 
     async def find(self, id: str) -> Token | None:
         """Return the token with this public id."""
@@ -74,7 +68,7 @@ class SqlTokenStore:
 
 
 class SqlPoolStore:
-    """PoolStore over a database that SQLAlchemy speaks to."""
+    """PoolStore."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -148,16 +142,10 @@ class SqlPoolStore:
 
 
 class SqlFailureStore:
-    """FailureStore over a database that SQLAlchemy speaks to."""
+    """FailureStore, but for the look-up by key."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-
-    async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
-        """Return what is counted under these keys."""
-        query = select(failures).where(failures.c.key.in_(keys))
-        rows = await self._database.read(lambda db: db.execute(query).all())
-        return {key: Failures(count, last_at) for key, count, last_at in rows}
 
     async def fail(self, keys: Sequence[bytes], now: Instant, forget: float) -> None:
         """Count one more failure under each key."""
