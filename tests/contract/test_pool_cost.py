@@ -86,7 +86,7 @@ def test_it_takes_as_many_steps_among_many_tokens_as_among_few(
 
 @pytest.mark.parametrize("what", CHEAP | COUNTING)
 def test_it_finds_its_rows_through_an_index(small_and_large: tuple[Direct, Direct], what: str) -> None:
-    """Neither a whole table is read, nor is anything sorted."""
+    """Neither a whole table is read, nor is anything sorted but the first few of two ranges."""
     connection = small_and_large[1].connection
     statements: list[str] = []
     connection.set_trace_callback(statements.append)
@@ -97,4 +97,5 @@ def test_it_finds_its_rows_through_an_index(small_and_large: tuple[Direct, Direc
     for statement in asked:
         for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {statement}"):
             assert not step.startswith("SCAN pool_tokens"), f"{step}: {statement}"
-            assert "TEMP B-TREE" not in step, f"{step}: {statement}"
+            few = statement.count("LIMIT") > 2
+            assert few or "TEMP B-TREE" not in step, f"{step}: {statement}"

@@ -73,7 +73,7 @@ def _rows_in_turn(*ranges: Range) -> SelectBase:
 
 
 def _oldest(*ranges: Range) -> ColumnElement[bool]:
-    return _number.in_(select(_rows(*ranges).subquery().c.number))
+    return _number.in_(select(_rows_in_turn(*ranges).subquery().c.number))
 
 
 # Statements are made once: making one costs more than running it.
@@ -100,8 +100,14 @@ _FREE_TO_TAKE = (
 _COUNT_FREE = select(func.count()).select_from(_rows_in_turn(_waiting, _lapsed).subquery())
 _LENT = _rows((*_taken, _lent))
 _LENT_AND_RETIRED = _rows((*_retired, _lent))
-_NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(select(elements(bindparam("values"), "named").c.value)))
-_NAMED_TO_CHANGE = _NAMED.order_by(_number).with_for_update()
+_values = select(elements(bindparam("values"), "named").c.value)
+_NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
+_NAMED_TO_CHANGE = (
+    select(*_row)
+    .where(_pool, pool_tokens.c.value == any_(func.array(_values.scalar_subquery())))
+    .order_by(_number)
+    .with_for_update()
+)
 _INSERT = insert(pool_tokens).inline()
 _PUT = text("""
     UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence WHERE number = :number AND pool = :name
