@@ -51,7 +51,7 @@ def _run(directory: Path, options: argparse.Namespace) -> None:
         ]
         chosen = [figure for figure in figures if figure.name in names]
         with postgres:
-            rows = measure(chosen, options.rounds)
+            rows = measure(chosen, options.rounds, directory)
             version = postgres.version
     facts = machine.facts(directory) | ({} if version is None else {"postgres": version})
     print(report.table(facts, bare.rates, rows))
@@ -61,8 +61,12 @@ def _run(directory: Path, options: argparse.Namespace) -> None:
         chart.draw(rows, options.chart)
 
 
-def measure(figures: Sequence[Figure], rounds: int) -> Sequence[Row]:
-    """Measure in rounds, each figure once in each round; afterwards those that want to be alone."""
+def measure(figures: Sequence[Figure], rounds: int, directory: Path) -> Sequence[Row]:
+    """Measure in rounds, each figure once in each round; afterwards those that want to be alone.
+
+    Before each the databases in the directory are read once: those of the other figures have had none to read them
+    meanwhile, and a host that pages out what is idle would be measured with them.
+    """
     found: dict[str, list[Sample]] = {figure.name: [] for figure in figures}
     together = [figure for figure in figures if figure.times is None]
     with ExitStack() as stack:
@@ -71,12 +75,15 @@ def measure(figures: Sequence[Figure], rounds: int) -> Sequence[Row]:
         for number in range(rounds if together else 0):
             for figure, sample in samplers:
                 _say(f"round {number + 1} of {rounds}: {figure.name}")
+                machine.page_in(directory)
                 found[figure.name].append(sample())
     for figure in figures:
         if figure.times is not None:
             _say(figure.name)
             with figure.prepare() as sample:
-                found[figure.name] = [sample() for _ in range(figure.times)]
+                for _ in range(figure.times):
+                    machine.page_in(directory)
+                    found[figure.name].append(sample())
     return [Row(figure, found[figure.name]) for figure in figures]
 
 

@@ -63,3 +63,11 @@ def _filesystem(directory: Path) -> str:
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     under = [(point, kind) for point, kind in mounts if directory.resolve().is_relative_to(point)]
     return max(under, key=lambda mount: len(mount[0]))[1]
+
+
+def page_in(directory: Path) -> None:
+    """Read all databases in a directory, so that the system has them in memory."""
+    for database in directory.rglob("*.db"):
+        with database.open("rb", buffering=0) as opened:
+            while opened.read(2**20):
+                pass
