@@ -34,6 +34,7 @@ def main() -> None:
         app = create_app(settings, clock=HandClock(Path(clock_file)), ticks=lambda: 0.0)
     options = uvicorn.Config(
         app,
+        interface="asgi3",
         host="127.0.0.1",
         port=0,
         loop="uvloop",

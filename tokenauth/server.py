@@ -94,6 +94,7 @@ def uvicorn_options(app: Callable[[], ASGIApp], terms: config.Server) -> uvicorn
     return uvicorn.Config(
         app,
         factory=True,
+        interface="asgi3",  # uvicorn would not see it: what answers at once is no coroutine function
         host=terms.host,
         port=terms.port,
         workers=terms.workers,

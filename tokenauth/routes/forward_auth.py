@@ -1,6 +1,6 @@
 """/auth: a reverse proxy asks here whether it may let a request through (docs/forward-auth.md)."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote
@@ -58,7 +58,13 @@ class ForwardAuth:
 
     def routes(self) -> dict[str, Handlers]:
         """List the address."""
-        return {PATH: {"GET": self.__call__}}
+        return {PATH: {"GET": self.judge}}
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer, or have it answered: without a coroutine in between, since here each call counts."""
+        if scope["type"] == "http" and scope["path"] == PATH:
+            return self.judge(scope, receive, send)
+        return self._rest(scope, receive, send)
 
     @operation(
         Answer(200, says="The request may pass.", headers=_IDENTITY),
@@ -66,11 +72,8 @@ class ForwardAuth:
         query={"scope": str},
         schemes=("X-Token", "Bearer"),
     )
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def judge(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say to a reverse proxy whether a request may pass, and who sent it; any method will do."""
-        if scope["type"] != "http" or scope["path"] != PATH:
-            await self._rest(scope, receive, send)
-            return
         try:
             value = requests.bearer(scope)
             token = None if value is None else await self._tokens.validate(value)
