@@ -1,6 +1,6 @@
 """/openapi.json describes the HTTP, and /docs shows it with Swagger UI, from files that are shipped in `pages/`."""
 
-import gzip
+from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib.resources import files
 
@@ -70,12 +70,15 @@ class DocsRoutes:
 async def _answer_file(send: Send, name: str) -> None:
     if name not in _FILES:
         raise NotFound
-    await answer(send, 200, _packed(name), (b"content-type", _FILES[name]), (b"content-encoding", b"gzip"), *_HEADERS)
+    content, encoding = _read(name)
+    await answer(send, 200, content, (b"content-type", _FILES[name]), *encoding, *_HEADERS)
 
 
 @cache
-def _packed(name: str) -> bytes:
-    """Read a file, compressed; the large ones are shipped so."""
+def _read(name: str) -> tuple[bytes, Sequence[tuple[bytes, bytes]]]:
+    """Read a file, and the header that says so where it is shipped compressed, as the large ones are."""
     folder = files("tokenauth") / "pages"
     shipped = folder / f"{name}.gz"
-    return shipped.read_bytes() if shipped.is_file() else gzip.compress((folder / name).read_bytes())
+    if shipped.is_file():
+        return shipped.read_bytes(), [(b"content-encoding", b"gzip")]
+    return (folder / name).read_bytes(), []
