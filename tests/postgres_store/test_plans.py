@@ -3,7 +3,7 @@
 Nothing is timed: the rows are counted that a change or a query looks at.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from tests.postgres_store.nodes import fresh
 from tests.promises.test_12_cost import EACH, WISHES, digest
 from tests.servers import START
 from tokenauth.models import public_id
+from tokenauth.stores import verbs
 from tokenauth.stores.base import PoolStore
 from tokenauth.stores.connections import Database, driver
 from tokenauth.stores.postgres import PostgresFailureStore
@@ -131,9 +132,13 @@ READS: dict[str, Ask] = {
     "the throttle": lambda direct: PostgresFailureStore(direct).failures(KEYS),  # type: ignore[arg-type]
 }
 
+LONG_AGO = verbs.Purge(START - 10**6, 5)
+PURGES: Sequence[Verb] = (verbs.purge_tokens, verbs.purge_failures, verbs.purge_revocations)
+
 ASKED: dict[str, Ask] = {
     **{name: partial(pooled, ask) for name, ask in CHEAP.items()},
     **{verb.__name__: partial(changed, verb, wish) for verb, wish in WISHES.items()},
+    **{f"{verb.__name__}, and nothing is old": partial(changed, verb, LONG_AGO) for verb in PURGES},
     **READS,
 }
 
