@@ -7,8 +7,6 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import pytest
-
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
 from bench.lending import CONNECTIONS as LENDERS
@@ -17,8 +15,8 @@ from bench.load import CONNECTIONS, Result
 from bench.machine import LOAD_CORE, on_core
 from bench.news import measure_news
 from bench.world import MILLION, Running, value
+from tests import postgres_programs
 from tests.postgres import Cluster, cluster
-from tests.postgres_programs import programs
 from tokenauth import configfile
 
 _DATABASE = "bench"
@@ -244,11 +242,7 @@ class PostgresRows:
 
 def missing() -> str | None:
     """Say what PostgreSQL's rows lack, if anything."""
-    try:
-        programs()
-    except pytest.skip.Exception as lacking:
-        return str(lacking)
-    return None
+    return None if postgres_programs.find() else postgres_programs.REMEDY
 
 
 def _demand_valid(server: Running, token: str) -> None:

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
+from tests.history import HandTime, History
 from tests.postgres import database, postgres  # noqa: F401 - fixtures, for every test
 from tests.servers import HandClock, Server, worker, write_config
 
@@ -92,3 +93,15 @@ def sibling_client(sibling: Server) -> Iterator[httpx.Client]:
     """Connect to the other worker on the same database."""
     with sibling.client() as connected:
         yield connected
+
+
+@pytest.fixture
+def time(tmp_path: Path) -> HandTime:
+    """Move the time by hand."""
+    return HandTime(HandClock(tmp_path / "clock", create=True))
+
+
+@pytest.fixture
+def history(time: HandTime) -> History:
+    """Record."""
+    return History(time)

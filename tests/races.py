@@ -9,7 +9,7 @@ from random import Random
 from typing import Protocol
 
 from tests.connections import Answer, Closed, Connection, NoAnswer, Refused
-from tests.history import Grant, History, Outcome, Time, Verb
+from tests.history import Grant, HandTime, History, Outcome, Time, Verb
 from tests.journal import until
 
 HASTE = 0.03
@@ -321,3 +321,16 @@ def check_eventful(history: History, capacity: int) -> None:
     ended = {(event.verb, event.lease or event.token) for event in asked if event.verb in {"release", "delete"}}
     lapsed = history.count("assign") - len(ended) - capacity
     assert lapsed > capacity, f"only {lapsed} leases lapsed"
+
+
+def run_race(ports: Sequence[int], time: HandTime, lease_ttl: float, requests: int) -> None:
+    """Race for so many requests. Time jumps while they are under way, often to just before a lease ends."""
+    race, chance = Race(ports, time, lease_ttl, seed=8), Random(8)
+
+    def jump() -> None:
+        if chance.random() < 0.02:
+            time.advance(chance.choice([0.5, lease_ttl / 2, lease_ttl - 0.5]))
+
+    with race.running(lambda: race.length < requests, jump):
+        pass
+    race.finish(lambda: time.advance(lease_ttl))

@@ -1,13 +1,11 @@
 """The judge of histories reports what cannot have been, and nothing else: histories written by hand."""
 
 import math
-from pathlib import Path
 
 import pytest
 
 from tests.connections import NoAnswer
 from tests.history import Event, Grant, HandTime, History, Outcome, RealTime, violations
-from tests.servers import HandClock
 
 TTL, CAPACITY = 10.0, 2
 DONE, REFUSED, UNKNOWN = Outcome
@@ -137,12 +135,6 @@ def test_what_cannot_have_been_is_reported_in_one_sentence_each(name: str) -> No
     found = violations([generate("t"), generate("u"), *events], TTL, CAPACITY)
     assert len(found) == len(expected), found
     assert all(part in sentence for part, sentence in zip(expected, found, strict=True)), found
-
-
-@pytest.fixture
-def time(tmp_path: Path) -> HandTime:
-    """Move the time by hand."""
-    return HandTime(HandClock(tmp_path / "clock", create=True))
 
 
 @pytest.mark.parametrize(("passed", "faults"), [(TTL - 0.001, 1), (TTL, 0)])

@@ -13,7 +13,6 @@ import pytest
 
 from tests.history import Grant, HandTime, History
 from tests.races import Holder
-from tests.servers import HandClock
 
 TTL, CAPACITY = 10.0, 2
 
@@ -115,18 +114,6 @@ class TinyPool:
 
 
 SOUND = Faults()
-
-
-@pytest.fixture
-def time(tmp_path: Path) -> HandTime:
-    """Move the time by hand."""
-    return HandTime(HandClock(tmp_path / "clock", create=True))
-
-
-@pytest.fixture
-def history(time: HandTime) -> History:
-    """Record."""
-    return History(time)
 
 
 Opener = Callable[..., TinyPool]

@@ -1,6 +1,5 @@
 """A real browser, a service, and two sites whose pages call it."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from tests.browser.sites import Site, put, running, shown
+from tests.lacking import lack
 from tests.servers import HandClock, Server
 
 # Without these it talks to its maker; playwright gives it a new profile each time.
@@ -46,8 +46,7 @@ def browser() -> Iterator[Browser]:
     """Run one Chromium for all tests of this package."""
     path = shutil.which("chromium")
     if path is None:
-        assert os.environ.get("TOKENAUTH_TEST_ALL") != "1", "chromium is missing: apt-get install chromium"
-        pytest.skip("needs chromium: apt-get install chromium")
+        lack("chromium", "apt-get install chromium")
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=_FLAGS) as chromium:
         yield chromium
 

@@ -1,6 +1,5 @@
 """Promise 1, below the file system: nothing is acknowledged before it is on the disk, also when the disk fails."""
 
-import os
 import re
 import shutil
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.connections import LOGIN, Connection
+from tests.lacking import lack
 from tests.servers import Server, spawn, worker, write_config
 
 pytestmark = pytest.mark.faults
@@ -21,8 +21,7 @@ WAL = "tokenauth.db-wal"
 @pytest.fixture(autouse=True)
 def _strace() -> None:
     if shutil.which("strace") is None:
-        assert os.environ.get("TOKENAUTH_TEST_ALL") != "1", "strace is missing: apt-get install strace"
-        pytest.skip("needs strace: apt-get install strace")
+        lack("strace", "apt-get install strace")
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from tokenauth.models import Clock
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres import PostgresStore
 
+Nodes = Sequence[PostgresStore]
+
 _names = (f"node_{number}" for number in count())
 _TEMPLATE = "node_template"
 
@@ -52,7 +54,7 @@ async def _migrate(url: str) -> None:
 @asynccontextmanager
 async def nodes(
     url: str, number: int = 1, clock: Clock | None = stand_still, connections: int = 4
-) -> AsyncIterator[Sequence[PostgresStore]]:
+) -> AsyncIterator[Nodes]:
     """Open a database several times. Without a clock it is the database that says what time it is."""
     opened: list[PostgresStore] = []
     try:

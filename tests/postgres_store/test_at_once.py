@@ -3,19 +3,17 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
 import pytest
 
 from tests.postgres import Cluster
-from tests.postgres_store.nodes import busy, connected, fetch, fresh, nodes
+from tests.postgres_store.nodes import Nodes, busy, connected, fetch, fresh
 from tests.servers import START
 from tokenauth.models import Claim, Pool, Token
 from tokenauth.stores.postgres import PostgresStore
-
-Nodes = Sequence[PostgresStore]
 
 POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
 _FILL = "INSERT INTO revocations (digest, at) SELECT sha256(n::text::bytea), $1 FROM generate_series(1, 3000) AS n"
@@ -28,13 +26,6 @@ def url(postgres: Cluster) -> Iterator[str]:
     """Make a database; PostgreSQL must not have had to break a deadlock in it."""
     with fresh(postgres) as made, no_deadlock(postgres):
         yield made
-
-
-@pytest.fixture
-async def three(url: str) -> AsyncIterator[Nodes]:
-    """Open it three times."""
-    async with nodes(url, 3) as opened:
-        yield opened
 
 
 @contextmanager

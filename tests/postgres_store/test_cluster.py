@@ -5,8 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
@@ -14,6 +13,7 @@ import pytest
 
 from tests.postgres import Cluster, cluster
 from tests.postgres_programs import programs
+from tests.postgres_store.nodes import connected
 from tests.servers import ROOT
 
 BROKEN = (
@@ -45,16 +45,6 @@ def private() -> Iterator[Cluster]:
         running.execute("CREATE TABLE notes (text text)", "kept")
         running.execute("GRANT ALL ON notes TO tokenauth", "kept")
         yield running
-
-
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
-    """Connect as the service does."""
-    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
-    try:
-        yield connection
-    finally:
-        await connection.close(timeout=10)
 
 
 def databases(running: Cluster) -> set[str]:

@@ -2,35 +2,18 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
-from tests.postgres import Cluster
-from tests.postgres_store.nodes import connected, fresh, nodes
+from tests.postgres_store.nodes import Nodes, connected
 from tests.servers import START
 from tokenauth.models import Claim, Pool, PoolCounts, PoolToken
 from tokenauth.stores.postgres import PostgresStore
 
 POOL = Pool("p", lease_ttl=60)
-
-Nodes = Sequence[PostgresStore]
-
-
-@pytest.fixture
-def url(postgres: Cluster) -> Iterator[str]:
-    """Make a database."""
-    with fresh(postgres) as made:
-        yield made
-
-
-@pytest.fixture
-async def three(url: str) -> AsyncIterator[Nodes]:
-    """Open it three times."""
-    async with nodes(url, 3) as opened:
-        yield opened
 
 
 @asynccontextmanager

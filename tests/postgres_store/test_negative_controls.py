@@ -5,7 +5,6 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, closing, suppress
-from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
@@ -15,7 +14,6 @@ from tests.history import Grant, HandTime, History
 from tests.postgres import Cluster
 from tests.postgres_store.nodes import fresh
 from tests.races import Holder
-from tests.servers import HandClock
 from tests.test_negative_controls import amid, assert_like
 from tokenauth.config import Database
 from tokenauth.models import Claim, Pool, PoolToken
@@ -102,18 +100,6 @@ class StorePool:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
-
-
-@pytest.fixture
-def time(tmp_path: Path) -> HandTime:
-    """Move the time by hand."""
-    return HandTime(HandClock(tmp_path / "clock", create=True))
-
-
-@pytest.fixture
-def history(time: HandTime) -> History:
-    """Record."""
-    return History(time)
 
 
 Opener = Callable[..., StorePool]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from random import Random
 
 import asyncpg
 import pytest
@@ -15,8 +14,8 @@ from tests.connections import LOGIN, Connection
 from tests.history import HandTime
 from tests.journal import until
 from tests.postgres import Cluster
-from tests.postgres_store.crowd import POOL, Crowd, check_log, is_outage, postgres_config, two_workers
-from tests.races import POOLS, Race
+from tests.postgres_store.crowd import POOL, check_log, is_outage, postgres_config, two_workers
+from tests.races import POOLS, run_race
 from tests.servers import HandClock, starting, worker
 from tests.tcp_proxy import Proxy
 
@@ -140,18 +139,6 @@ def test_a_statement_that_hangs_on_the_only_connection_is_503_and_leaves_nothing
             end.close()
 
 
-@pytest.mark.faults
-def test_connections_that_are_ended_under_load_lose_nothing(postgres: Cluster, database: str, tmp_path: Path) -> None:
-    with two_workers(postgres_config(tmp_path, database, POOL, connections=3)) as servers:
-        crowd = Crowd(servers)
-        with crowd.running(6):
-            for _ in range(5):
-                crowd.busy(30)
-                postgres.terminate_all(name_of(database))
-            crowd.busy(40)
-        crowd.judge()
-
-
 def test_a_database_that_became_read_only_refuses_writes_and_no_valid_token(
     postgres: Cluster, database: str, tmp_path: Path
 ) -> None:
@@ -233,14 +220,5 @@ def test_thirty_racing_holders_on_two_workers_break_no_promise(
 ) -> None:
     """As on SQLite: time jumps while requests are under way, often to just before a lease ends."""
     clock = HandClock(tmp_path / "clock", create=True)
-    time, chance = HandTime(clock), Random(8)
     with two_workers(postgres_config(tmp_path, database, POOLS % {"lease_ttl": LEASE_TTL}), clock) as servers:
-        race = Race([server.port for server in servers], time, LEASE_TTL, seed=8)
-
-        def jump() -> None:
-            if chance.random() < 0.02:
-                time.advance(chance.choice([0.5, LEASE_TTL / 2, LEASE_TTL - 0.5]))
-
-        with race.running(lambda: race.length < REQUESTS, jump):
-            pass
-        race.finish(lambda: time.advance(LEASE_TTL))
+        run_race([server.port for server in servers], HandTime(clock), LEASE_TTL, REQUESTS)

@@ -3,7 +3,7 @@
 Nothing is timed: the rows are counted that a change or a query looks at.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,8 +13,6 @@ from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.contract.test_pool_cost import CHEAP, FEW, LENT, rows
-from tests.postgres import Cluster
-from tests.postgres_store.nodes import fresh
 from tests.promises.test_12_cost import EACH, WISHES, digest
 from tests.servers import START
 from tokenauth.models import public_id
@@ -90,13 +88,6 @@ class Direct:
     async def _count(self) -> int:
         found: int = await self.read(lambda db: db.execute(text(_LOOKED_AT)).scalar_one())
         return int(found)
-
-
-@pytest.fixture
-def url(postgres: Cluster) -> Iterator[str]:
-    """Make a database in which nobody gathers statistics."""
-    with fresh(postgres) as made:
-        yield made
 
 
 @pytest.fixture

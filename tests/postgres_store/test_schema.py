@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tests.postgres import Cluster
-from tests.postgres_store.nodes import fetch, fresh, nodes
+from tests.postgres_store.nodes import fetch, nodes
 from tests.postgres_store.upgrades import COLUMNS, newer_release
 from tests.processes import Forked
 from tests.servers import START
@@ -37,13 +36,6 @@ KEYS = """
     WHERE contype = 'p' AND connamespace = 'public'::regnamespace
 """
 SEQUENCES = "SELECT sequencename, last_value FROM pg_sequences"
-
-
-@pytest.fixture
-def url(postgres: Cluster) -> Iterator[str]:
-    """Make a database that has the schema."""
-    with fresh(postgres) as made:
-        yield made
 
 
 async def on(url: str, work: Callable[[Connection], T]) -> T:

@@ -1,11 +1,9 @@
 """Promise 8: no two live leases of one token, never more than `capacity`, and fences only grow; nothing is lost."""
 
-from random import Random
-
 import pytest
 
 from tests.history import HandTime
-from tests.races import POOLS, Race
+from tests.races import POOLS, run_race
 from tests.servers import HandClock, Server
 
 LEASE_TTL = 30.0
@@ -22,13 +20,4 @@ def test_thirty_racing_holders_on_two_workers_break_no_promise_and_lose_no_token
     server: Server, sibling: Server, clock: HandClock
 ) -> None:
     """The short form of `make faults`: time jumps while requests are under way, often to just before a lease ends."""
-    time, chance = HandTime(clock), Random(8)
-    race = Race([server.port, sibling.port], time, LEASE_TTL, seed=8)
-
-    def jump() -> None:
-        if chance.random() < 0.02:
-            time.advance(chance.choice([0.5, LEASE_TTL / 2, LEASE_TTL - 0.5]))
-
-    with race.running(lambda: race.length < REQUESTS, jump):
-        pass
-    race.finish(lambda: time.advance(LEASE_TTL))
+    run_race([server.port, sibling.port], HandTime(clock), LEASE_TTL, REQUESTS)

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -34,7 +35,7 @@ class Reply(NamedTuple):
     body: bytes
 
 
-class Peer:
+class Peer(ABC):
     """A server on a port of its own, in a thread."""
 
     def __init__(self) -> None:
@@ -100,9 +101,9 @@ class Peer:
             self._speaking.discard(task)
             writer.transport.abort()
 
+    @abstractmethod
     async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
-        raise NotImplementedError
 
 
 class Upstream(Peer):

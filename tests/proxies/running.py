@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
+from tests.lacking import lack
 from tests.proxies.peers import Arrived, Line, Reply, Upstream, ask
 from tests.servers import ROOT
 
@@ -131,8 +130,7 @@ def program(name: str) -> str:
     """Find a proxy's program; without it, skip, or fail where everything must run."""
     found = find(name)
     if found is None:
-        assert os.environ.get("TOKENAUTH_TEST_ALL") != "1", f"{name} is missing: {PRODUCTS[name].package}"
-        pytest.skip(f"needs {name}: {PRODUCTS[name].package}")
+        lack(name, PRODUCTS[name].package)
     return found
 
 
