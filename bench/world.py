@@ -1,7 +1,6 @@
 """What is measured on: databases full of tokens, configurations, and server processes pinned to a core."""
 
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import httpx
 from passlib.hash import pbkdf2_sha256
 
 from bench.machine import SERVER_CORE
+from tests.ports import free_port
 from tokenauth import configfile
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ class Running:
 @contextmanager
 def tokenauth(config: Path, core: int | None = SERVER_CORE) -> Iterator[Running]:
     """Run `tokenauth serve`, on one core or on all."""
-    port = _free_port()
+    port = free_port()
     command = [_TOKENAUTH, "serve", "--config", str(config), "--port", str(port)]
     with _run(command, config.parent, port, "/readyz", core) as running:
         yield running
@@ -138,7 +138,7 @@ def tokenauth(config: Path, core: int | None = SERVER_CORE) -> Iterator[Running]
 @contextmanager
 def bare(directory: Path) -> Iterator[Running]:
     """Run the yardstick."""
-    port = _free_port()
+    port = free_port()
     with _run([sys.executable, "-m", "bench.bare", str(port)], directory, port, "/", SERVER_CORE) as running:
         yield running
 
@@ -178,11 +178,6 @@ def _answers(client: httpx.Client, path: str, process: "subprocess.Popen[bytes]"
             pass
         time.sleep(0.005)
     return False
-
-
-def _free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return int(probe.getsockname()[1])
 
 
 def _rollup(pid: str) -> dict[str, float]:

@@ -1,16 +1,14 @@
 """A real PostgreSQL for tests: clusters of their own, on free ports, that end with the tests."""
 
 import asyncio
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import asyncpg
 import pytest
 
+from tests.ports import free_port
 from tests.postgres_programs import give, identity, programs, watch
 
 Mode = Literal["smart", "fast", "immediate"]
@@ -29,15 +28,6 @@ _SIGNALS: Mapping[Mode, signal.Signals] = {
 }
 
 _names = (f"test_{number}" for number in count())
-
-
-def free_port() -> int:
-    """Choose a port that no outgoing connection takes while a server is down: they are given higher ones."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _directory(in_memory: bool) -> Path:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from threading import Thread
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from tests.postgres import free_port
+from tests.ports import free_port
 
 # Not UNLISTEN, which a pool says of every connection that it takes back.
 _LISTEN = re.compile(rb"(?<!UN)LISTEN\s")

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from tests.connections import LOGIN, Answer, Connection, takes_connections
 from tests.journal import locked, until, workers
+from tests.ports import free_port
 from tests.servers import spawn, worker, write_config
 from tests.test_cli import run
 
@@ -217,9 +217,7 @@ def test_a_file_that_is_not_a_database_is_left_alone_at_the_start(tmp_path: Path
 def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
     """It often lies on the same full disk."""
     config = write_config(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command: list[str | Path] = [
         Path(sys.executable).with_name("tokenauth"),
         "serve",

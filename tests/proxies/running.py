@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.lacking import lack
+from tests.ports import free_port
 from tests.proxies.peers import Arrived, Line, Reply, Upstream, ask
 from tests.servers import ROOT
 
@@ -210,13 +210,6 @@ def write_files(product: Product, directory: Path, values: Mapping[str, object])
                 text = text.replace(old, new.format(**values))
         (directory / Path(path).name).write_text(text)
     assert not missing, f"no longer in the document: {missing}"
-
-
-def free_port() -> int:
-    """Find a port where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def await_refusal(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
