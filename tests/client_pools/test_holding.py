@@ -1,5 +1,6 @@
 """Leases as they should be: taken, kept alive, given back."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -51,6 +52,20 @@ def test_no_lease_shows_its_token(client: Client) -> None:
     with client.lease("permit", holder="ci-7") as lease:
         assert lease.token not in repr(lease)
         assert "ci-7" in repr(lease)
+
+
+def test_no_log_shows_the_token_of_a_lease(
+    client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither that of a keep-alive nor that of a release, whatever is logged."""
+    caplog.set_level(logging.DEBUG)
+    with client.lease("permit") as lease:
+        pass_time(TTL / 3)
+        until(lambda: ends(desk) == [clock() + TTL], "the lease was kept alive")
+    told = [record.getMessage() for record in caplog.records if record.name == "httpx"]
+    for method in ("PUT", "DELETE"):
+        assert any(f"{method} " in line and "/api/pools/permit/leases/(token)" in line for line in told)
+    assert lease.token not in caplog.text
 
 
 def test_a_lease_is_kept_alive_for_as_long_as_the_block_takes(

@@ -18,7 +18,10 @@ from urllib.parse import quote
 import httpx
 
 from tokenauth import errors
+from tokenauth.client import redaction
 from tokenauth.models import Clock, steady
+
+redaction.install()
 
 Event = TypeVar("Event", threading.Event, asyncio.Event)
 
