@@ -82,7 +82,7 @@ def test_a_configured_origin_may_read_every_answer(
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE"])
 def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, origin: str, method: str) -> None:
     answer = preflight(client, origin, method, "authorization,content-type,x-token")
     assert answer.status_code in {200, 204}
@@ -98,6 +98,14 @@ def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, orig
 @pytest.mark.parametrize(("method", "headers"), [("PATCH", "x-token"), ("TRACE", "x-token"), ("POST", "x-other")])
 def test_a_preflight_refuses_what_the_service_has_no_use_for(client: httpx.Client, method: str, headers: str) -> None:
     assert preflight(client, ORIGINS[0], method, headers).status_code == 400
+
+
+@pytest.mark.parametrize("origin", [*ORIGINS, *STRANGERS])
+def test_a_preflight_that_a_proxy_asks_about_is_a_request_like_any_other(client: httpx.Client, origin: str) -> None:
+    """It is answered by the app behind the proxy, if that is meant to see it; here it has no token."""
+    asked = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+    assert client.options("/auth?scope=read", headers=asked).status_code == 401
+    assert client.options("/auth", headers={**asked, "X-Token": log_in(client)}).status_code == 200
 
 
 @pytest.mark.parametrize("origin", STRANGERS)

@@ -223,6 +223,41 @@ async def test_a_path_that_only_looks_exempt_needs_a_token(path: str, root_path:
     assert [scope["user"].username for scope in app.scopes] == ["ann"]
 
 
+@pytest.mark.parametrize(
+    ("sent", "path", "root_path"),
+    [
+        ("/admin/public/a", "/public/a", ""),
+        ("/admin/healthz", "/healthz", ""),
+        ("/app/app/public/a", "/public/a", "/app"),
+        ("/public/%2e%2e/secret", "/public/secret", ""),
+        ("/secret", "/healthz", ""),
+    ],
+)
+async def test_what_a_router_has_cut_off_or_changed_counts(sent: str, path: str, root_path: str) -> None:
+    app = Reached()
+    guarded = TokenMiddleware(app, Book(), exempt=EXEMPT)
+    scope = {"path": path, "root_path": root_path, "raw_path": sent.encode()}
+    assert (await ask(guarded, scope))[0]["status"] == 401
+    assert app.scopes == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "path", "root_path"),
+    [
+        ("/healthz", "/healthz", ""),
+        ("/%68ealthz", "/healthz", ""),
+        ("/public/a%20b", "/public/a b", ""),
+        ("/app/public/a", "/app/public/a", "/app"),
+        ("/public/%C3%BC", "/public/\u00fc", ""),
+    ],
+)
+async def test_what_was_sent_may_be_encoded(sent: str, path: str, root_path: str) -> None:
+    app = Reached()
+    guarded = TokenMiddleware(app, Book(error=AssertionError("it was asked")), exempt=EXEMPT)
+    await ask(guarded, {"path": path, "root_path": root_path, "raw_path": sent.encode()})
+    assert len(app.scopes) == 1
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/secret"])
 async def test_nobody_says_himself_who_he_is(path: str) -> None:
     """Whatever an outer app has left in the scope, what is there afterwards is what the token says."""

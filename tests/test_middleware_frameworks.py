@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.servers import HandClock, Server, log_in, worker, write_config
 from tokenauth.client import RemoteTokens
@@ -116,6 +116,19 @@ def wrapped_litestar_app(tokens: Validator) -> ASGIApp:
     """Make the same with the middleware around it."""
     inner = litestar_app(tokens)
     return TokenMiddleware(inner, tokens, exempt=["/open/*"])
+
+
+async def test_a_mounted_app_is_not_exempt_for_what_litestar_leaves_of_its_path(tokens: Validator) -> None:
+    @litestar.asgi("/admin", is_mount=True, copy_scope=True)
+    async def admin(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"reached"})
+
+    guard = litestar.middleware.DefineMiddleware(cast(Any, TokenMiddleware), tokens=tokens, exempt=["/open/*"])
+    app = litestar.Litestar([admin], middleware=[guard], openapi_config=None)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(cast(Any, app)), base_url="http://app") as client:
+        assert (await client.get("/admin/open/me")).status_code == 401
+        assert (await client.get("/admin/me")).status_code == 401
 
 
 @pytest.fixture(params=[starlette_app, fastapi_app, litestar_app, wrapped_litestar_app])

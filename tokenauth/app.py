@@ -74,17 +74,18 @@ def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.m
     judge(config, find_risks(config, service.passwords))
     routes = find_routes(service)
     app: ASGIApp = Application(routes, partial(_live, service))
-    app = ForwardAuth(service.tokens, Probe(service.tokens, app))
-    if config.server.access_log:
-        app = AccessLog(app, routes)
+    app = Probe(service.tokens, app)
     if config.server.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=config.server.cors_origins,
-            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
             allow_headers=("X-Token", "Authorization", "Content-Type"),
             expose_headers=("WWW-Authenticate", "Retry-After"),
         )
+    app = ForwardAuth(service.tokens, app)  # outside of all that answers by itself: a preflight there is a request
+    if config.server.access_log:
+        app = AccessLog(app, routes)
     if config.server.trusted_proxies:
         # the same middleware that uvicorn has built in, whose own default is to trust this machine
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), list(config.server.trusted_proxies)))

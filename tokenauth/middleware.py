@@ -1,6 +1,7 @@
 """TokenMiddleware: lets through whoever sends a valid token, in this app and in anybody's ASGI app."""
 
 from collections.abc import Iterable
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -59,11 +60,18 @@ class TokenMiddleware:
         return login
 
     def _is_exempt(self, scope: Scope) -> bool:
-        """Whether a path, as the app itself has it, needs no token. What leads out of where it seems to be, does."""
+        """Whether a path, as the app itself has it, needs no token. What leads out of where it seems to be, does.
+
+        Some routers cut off what they have matched before they ask (Litestar's): what was sent must be exempt, too.
+        """
         if not self._exempt and not self._exempt_below:
             return False
-        path: str = scope["path"]
         root: str = scope.get("root_path", "")
+        raw: bytes | None = scope.get("raw_path")
+        sent = raw and unquote(raw.partition(b"?")[0].decode("latin-1"))
+        return self._lists(scope["path"], root) and (not sent or self._lists(sent, root))
+
+    def _lists(self, path: str, root: str) -> bool:
         if root and (path == root or path.startswith(f"{root}/")):
             path = path[len(root) :]
         if path in self._exempt:

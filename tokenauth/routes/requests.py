@@ -86,28 +86,35 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 async def body(receive: Receive) -> tuple[bytes, bool]:
-    """Read at most MAX_BODY bytes; the flag says whether that was all."""
-    message = await receive()
-    data: bytes = message.get("body", b"")
-    while message.get("more_body", False) and len(data) <= MAX_BODY:
-        message = await receive()
-        data += message.get("body", b"")
+    """Read at most MAX_BODY bytes; the flag says whether that was all. Raises InvalidRequest when it is cut off."""
+    data, more = await _part(receive)
+    while more and len(data) <= MAX_BODY:
+        part, more = await _part(receive)
+        data += part
     return data[:MAX_BODY], len(data) <= MAX_BODY
+
+
+async def _part(receive: Receive) -> tuple[bytes, bool]:
+    """Wait for more of a body. Raises InvalidRequest when the client has gone: half a request is none."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise InvalidRequest("The connection was closed before all of the body had come.")
+    return message.get("body", b""), message.get("more_body", False)
 
 
 async def body_parts(scope: Scope, receive: Receive, overlap: int) -> AsyncIterator[bytes]:
     """Go through the first MAX_SEARCHED bytes of a body without keeping it; each part repeats the end of the last.
 
-    A body that is said to be compressed is unpacked (gzip, deflate), if it can be.
+    A body that is said to be compressed is unpacked (gzip, deflate), if it can be. Raises InvalidRequest when it is cut
+    off.
     """
     unpack = _unpack(header(scope, b"content-encoding") is not None)
     seen, tail, more = 0, b"", True
     while more and seen < MAX_SEARCHED:
-        message = await receive()
-        part = tail + unpack(message.get("body", b""))
+        packed, more = await _part(receive)
+        part = tail + unpack(packed)
         seen += len(part) - len(tail)
         tail = part[-overlap:]
-        more = message.get("more_body", False)
         yield part
 
 

@@ -1,0 +1,201 @@
+"""What HTTP/1.1 makes possible around a request: trailers, pipelines, upgrades, and connections that break."""
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.connections import Connection
+from tests.journal import until
+from tests.lending import Borrower
+from tests.oauth.forms import CLIENTS, GATEWAY, UNKNOWN, basic
+from tests.servers import Server, exchange, log_in, probe, write_config
+
+KIB = 1024
+
+SETTINGS = """
+[server]
+access_log = true
+[pools.permits]
+capacity = 1
+prefill = true
+lease_ttl = "1h"
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(directory: Path) -> Path:
+    return write_config(directory, SETTINGS, CLIENTS)
+
+
+@pytest.fixture
+def borrower(server: Server) -> Iterator[Borrower]:
+    with Connection(server.port) as connection:
+        yield Borrower(connection)
+
+
+def request(line: str, *headers: str, body: bytes = b"") -> bytes:
+    """Write a request as it goes over the wire; of a chunked one the body is what comes after the head."""
+    measured = [] if "Transfer-Encoding: chunked" in headers else [f"Content-Length: {len(body)}"]
+    return "\r\n".join([f"{line} HTTP/1.1", "Host: x", *measured, *headers, "", ""]).encode() + body
+
+
+def chunks(*parts: bytes, trailers: bytes = b"") -> bytes:
+    """Write a body in chunks, and what comes after it."""
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n" + trailers + b"\r\n"
+
+
+def converse(port: int, *sent: bytes) -> list[int]:
+    """Send something and read until the server closes the connection; return the statuses of all answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        for data in sent:
+            connection.sendall(data)
+        heard = b""
+        while more := connection.recv(65536):
+            heard += more
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", heard)]
+
+
+INTROSPECT = ["POST /oauth/introspect", "Content-Type: application/x-www-form-urlencoded", "Transfer-Encoding: chunked"]
+
+
+@pytest.mark.parametrize("kind", ["client", "token"])
+def test_nobody_proves_in_a_trailer_who_he_is(server: Server, client: httpx.Client, kind: str) -> None:
+    """A proxy that judges, strips or adds headers does not see it (RFC 9110 section 6.5.1)."""
+    token = log_in(client, *GATEWAY)
+    proof = f"Authorization: {basic(':'.join(GATEWAY))}" if kind == "client" else f"X-Token: {token}"
+    late = chunks(b"token=" + UNKNOWN.encode(), trailers=f"{proof}\r\n".encode())
+    assert exchange(server.port, request(*INTROSPECT, proof, body=late))[0] == 200
+    assert exchange(server.port, request(*INTROSPECT, body=late))[0] == 401
+
+
+def test_trailers_are_taken_and_mean_nothing(server: Server) -> None:
+    login = chunks(b'{"username": "admin"', b', "password": "admin"}', trailers=b"Content-Type: text/plain\r\nX: y\r\n")
+    sent = request("POST /api/token", "Content-Type: application/json", "Transfer-Encoding: chunked", body=login)
+    with Connection(server.port) as connection:
+        assert [connection.send(sent).status for _ in range(3)] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("target", ["/auth", "/api/token", "/nowhere"])
+@pytest.mark.parametrize("trailer", [b"a: " + b"b" * 100 + b"\r\n", b"b" * 103], ids=["fields", "one value"])
+def test_trailers_without_an_end_are_cut_off(server: Server, target: str, trailer: bytes) -> None:
+    """Whether or not the request has been answered; what has been is not answered again."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request(f"POST {target}", "Transfer-Encoding: chunked", body=b"0\r\na: "))
+        sent, heard = 0, b""
+        try:
+            while sent < 10 * KIB * KIB:
+                connection.sendall(trailer * 10)
+                sent += len(trailer) * 10
+            while more := connection.recv(65536):
+                heard += more
+        except OSError:  # it is closed, and what is still under way goes nowhere
+            pass
+    assert sent < 10 * KIB * KIB
+    assert heard.count(b"HTTP/1.1 ") <= 1
+
+
+LONG = "X-Junk: " + "x" * 60 * KIB
+
+
+@pytest.mark.parametrize("first", [17 * KIB, 10 * KIB, 1], ids=lambda size: f"after {size} bytes")
+def test_a_long_head_behind_another_request_is_refused(server: Server, first: int) -> None:
+    body = b" " * first
+    sent = request("POST /api/token", body=body) + request("GET /healthz", LONG)
+    assert converse(server.port, sent) in ([413], [413, 431], [400], [400, 431])
+
+
+def test_many_requests_at_once_are_all_answered_in_turn(server: Server) -> None:
+    """More than a head may be long, so that the last of a piece is not all there."""
+    many = [request("GET /healthz", "X-Junk: " + "x" * 1000)] * 99 + [request("GET /healthz", "Connection: close")]
+    assert converse(server.port, b"".join(many)) == [200] * 100
+
+
+BROKEN = {
+    "a broken head": request("GET /auth", "no colon"),
+    "a long head": request("GET /auth", LONG),
+    "an unknown method": request("BREW /auth"),
+    "a broken chunk": request("POST /auth", "Transfer-Encoding: chunked", body=b"zz\r\n"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_was_asked_first_is_answered_first(server: Server, what: str) -> None:
+    """A login takes a while; whatever comes behind it, its answer is the first, and no other is taken for it."""
+    login = request("POST /api/token", body=b'{"username": "admin", "password": "admin"}')
+    statuses = converse(server.port, login + BROKEN[what])
+    assert statuses[0] == 200
+    assert set(statuses[1:]) <= {401}
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket", "TLS/1.2"])
+def test_an_upgrade_is_not_taken_up_and_nothing_behind_it_is_lost(server: Server, protocol: str) -> None:
+    upgrade = request("GET /healthz", f"Upgrade: {protocol}", "Connection: Upgrade")
+    warned = len(server.events("Unsupported upgrade request."))
+    assert converse(server.port, upgrade * 3 + request("GET /healthz", "Connection: close")) == [200] * 4
+    assert len(server.events("Unsupported upgrade request.")) == warned
+
+
+TARGETS = ["/auth", "/auth?scope=read", "http://issuer/auth", "/%61uth", "/auth#x"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("method", "headers", "pieces"),
+    [
+        ("GET", ["no colon"], 1),
+        ("GET", [LONG], 1),
+        ("GET", [LONG], 2),
+        ("BREW", [], 1),
+        ("get", [], 1),
+    ],
+    ids=["a broken header", "a long head", "a long head in pieces", "an unknown method", "small letters"],
+)
+def test_at_auth_there_is_no_other_refusal(
+    server: Server, target: str, method: str, headers: list[str], pieces: int
+) -> None:
+    sent = request(f"{method} {target}", *headers)
+    cut = len(method) + 3
+    assert converse(server.port, *((sent,) if pieces == 1 else (sent[:cut], sent[cut:]))) == [401]
+
+
+def test_bytes_that_are_no_text_in_the_query_of_auth_are_refused_alike(server: Server) -> None:
+    assert converse(server.port, request("GET /auth?x").replace(b"?x", b"?scope=\xff\xfe")) == [401]
+
+
+def cut_off(server: Server, sent: bytes) -> None:
+    """Send a part of a request and go; wait until that has been noticed."""
+    known = len(server.events("request"))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(sent)
+    until(lambda: len(server.events("request")) > known, "the server has done with it")
+    assert server.events("request")[-1]["status"] == 400
+
+
+@pytest.mark.parametrize("body", [b"", b'{"holder": "some'], ids=["before the body", "in the body"])
+def test_a_request_that_is_cut_off_changes_no_lease(server: Server, borrower: Borrower, body: bytes) -> None:
+    """It is not the same as one without a body: what would have come may have made all the difference."""
+    lease = borrower.assign("permits", "ci-7")
+    headers = [f"X-Token: {borrower.token}", "Content-Type: application/json"]
+    sent = request(f"DELETE /api/pools/permits/leases/{lease.token}", *headers, body=b"x" * 28)[:-28]
+    cut_off(server, sent + body)
+    assert borrower.counts("permits") == (0, 1)
+    assert borrower.release("permits", lease.token, holder="ci-7", fence=lease.fence) == (204, None)
+    cut_off(server, request("POST /api/pools/permits/leases", *headers, body=b"x" * 28)[:-28] + body)
+    assert borrower.counts("permits") == (1, 0)
+
+
+def test_a_log_out_that_is_cut_off_ends_what_it_has_named_and_nothing_else(
+    server: Server, client: httpx.Client
+) -> None:
+    tokens = [log_in(client) for _ in range(2)]
+    head = request("DELETE /api/token", f"X-Token: {tokens[0]}", body=b"x" * 200)[:-200]
+    known = len(server.events("request"))
+    for body in (b'{"token": "', b'{"token": "%s"' % tokens[1].encode()):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(head + body)
+    until(lambda: len(server.events("request")) >= known + 2, "the server has done with both")
+    assert [probe(client, token) for token in tokens] == [True, False]
