@@ -242,17 +242,23 @@ class Failures:
     last_at: Instant
 
 
+LEAP = 1.0
+"""Seconds by which a clock must have run ahead for others to be told."""
+
+
 class ForwardClock:
     """A clock that never goes back.
 
     When `wall` is set back, time goes on from where it was at the pace of `ticks`, a clock that nobody
     can set, so that nothing which had expired is valid again and nothing lives longer than it should.
+    What `wall` leaps ahead is told to `leapt`: others who share a store must not be behind.
     """
 
     def __init__(self, wall: Clock, ticks: Clock) -> None:
         self._wall = wall
         self._ticks = ticks
         self._offset = wall() - ticks()
+        self.leapt: Callable[[Instant], object] | None = None
 
     def __call__(self) -> Instant:
         """Read the time, in Unix seconds; never less than any time that was read before."""
@@ -261,6 +267,8 @@ class ForwardClock:
         if now < floor:
             return floor
         self._offset += now - floor
+        if now - floor > LEAP and self.leapt is not None:
+            self.leapt(now)
         return now
 
     def advance(self, instant: Instant) -> float:

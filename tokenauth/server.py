@@ -4,6 +4,7 @@ import ctypes
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -13,6 +14,7 @@ import uvicorn
 from msgspec.structs import replace
 from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
 
 from tokenauth import config, configfile, logs
 from tokenauth.config import Config
@@ -22,6 +24,9 @@ from tokenauth.protocol import BoundedProtocol
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than the 60 of nginx, so that it is nginx who closes."""
+
+_PAUSE = 1.0
+"""Seconds until a worker that could not start is started again."""
 
 GRACE = 30
 """Seconds that requests under way are given at SIGTERM."""
@@ -54,7 +59,13 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
 
 
 class Supervisor(Multiprocess):
-    """uvicorn's supervisor, which stops listening before its workers do, and sees at once when one has ended."""
+    """uvicorn's supervisor, which stops listening before its workers do, and sees at once when one has ended.
+
+    A first start that fails ends it. Once it has served, a worker that cannot start is started again until it can:
+    the others go on meanwhile, and so does the service when the store is back.
+    """
+
+    _served = False
 
     def init_processes(self) -> None:
         """Start the workers."""
@@ -62,8 +73,21 @@ class Supervisor(Multiprocess):
         self._let_go()
 
     def keep_subprocess_alive(self) -> None:
-        """Look after the workers."""
-        super().keep_subprocess_alive()
+        """Replace the workers that have ended, or do not answer."""
+        for place, process in enumerate(self.processes):
+            if process.is_alive(timeout=self.config.timeout_worker_healthcheck):
+                self._served = self._served or process.is_ready()
+                continue
+            process.kill()
+            process.join()
+            if process.exitcode == uvicorn.config.STARTUP_FAILURE and not self._served:
+                self.should_exit.set()
+                return
+            log.error("worker_replaced", exit_code=process.exitcode)
+            if process.exitcode == uvicorn.config.STARTUP_FAILURE:
+                time.sleep(_PAUSE)
+            self.processes[place] = Process(self.config, self.sockets)
+            self.processes[place].start()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -72,10 +96,14 @@ class Supervisor(Multiprocess):
             process.child_conn.close()
 
     def terminate_all(self) -> None:
-        """Take no new connections, then end the workers."""
+        """Take no new connections, then end the workers; those that have not begun to serve need not be asked."""
         for listener in self.sockets:
             listener.close()
-        super().terminate_all()
+        for process in self.processes:
+            if process.is_ready():
+                process.terminate()
+            else:
+                process.kill()
 
 
 def _listen(terms: config.Server) -> socket.socket:

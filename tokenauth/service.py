@@ -1,16 +1,17 @@
 """Everything below HTTP, wired together: what the server runs, and what the command line uses."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from tokenauth import opaque
 from tokenauth.config import Config
 from tokenauth.credentials import Credentials
-from tokenauth.errors import ConfigError
+from tokenauth.errors import ConfigError, RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, ForwardClock
+from tokenauth.models import Clock, ForwardClock, Instant
 from tokenauth.passwords import Passwords
 from tokenauth.pools import NewValue, Pools
 from tokenauth.stores.base import Store
@@ -41,16 +42,30 @@ class Service(NamedTuple):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Open the store and bring its schema up to date; close it at the end. Raises StartError."""
-        behind = self.clock.advance(await self.store.start())
+        behind = self.clock.advance(await self.store.start(self.clock.advance))
         if behind > 1:
             log.warning("clock_is_behind", seconds=round(behind), action="time goes on from where it was")
+        telling: set[asyncio.Task[None]] = set()
+
+        def tell(now: Instant) -> None:
+            task = asyncio.create_task(self._remember(now))
+            telling.add(task)
+            task.add_done_callback(telling.discard)
+
+        self.clock.leapt = tell
         try:
             await self.pools.prefill()
             yield
         finally:
+            self.clock.leapt = None
+            await asyncio.gather(*telling)
             await self.tokens.close()
             await self.store.stop(self.clock())
             self.passwords.close()
+
+    async def _remember(self, now: Instant) -> None:
+        with suppress(RetryLater):  # then it is written down with whatever is written next
+            await self.store.remember(now)
 
 
 def create_service(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> Service:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from tokenauth import config, opaque
 from tokenauth.credentials import Claimed, Credentials
@@ -16,6 +17,12 @@ LIST_LIMIT = 1000
 
 _RETRY = 1.0
 """Seconds between two tries to write the revocations that the store would not take."""
+
+_TOGETHER = 1000
+"""Of these, how many are written at a time."""
+
+_LAST_CHANCE = 10.0
+"""Seconds in which they are still written when the worker stops."""
 
 _MAX_WITHHELD = 100_000
 """Revocations that are held in memory at the most."""
@@ -135,7 +142,9 @@ class Tokens:
         """Try a last time to write what is held in memory."""
         if self._settling is not None:
             self._settling.cancel()
-        await self._write_withheld()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_CHANCE):
+                await self._write_withheld()
         for digest in self._withheld:
             log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
 
@@ -148,10 +157,18 @@ class Tokens:
             self._settling = None
 
     async def _write_withheld(self) -> None:
-        for digest in list(self._withheld):
-            try:
-                await self._store.tokens.remove(digest, self._clock())
-            except RetryLater:
+        """Write what is held: many at a time, which share a commit, until something cannot be written."""
+        held = list(self._withheld)
+        for start in range(0, len(held), _TOGETHER):
+            written = await asyncio.gather(*map(self._write_one, held[start : start + _TOGETHER]))
+            if not all(written):
                 return
-            self._withheld.discard(digest)
-            log.info("token_revoked", id=public_id(digest), late=True)
+
+    async def _write_one(self, digest: bytes) -> bool:
+        try:
+            await self._store.tokens.remove(digest, self._clock())
+        except RetryLater:
+            return False
+        self._withheld.discard(digest)
+        log.info("token_revoked", id=public_id(digest), late=True)
+        return True

@@ -8,6 +8,7 @@ from tests.contract.conftest import Place, token
 from tests.servers import START
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Token
+from tokenauth.stores import sql
 from tokenauth.stores.base import TokenStore
 
 ODD_TEXTS = ["", "Ann O'Neill; DROP TABLE tokens --", "%", "_", "жанна", "\U0001f511", "x" * 256]
@@ -120,6 +121,20 @@ async def test_remove_all_ends_all_of_a_user_or_of_everybody_but_one(
     assert await tokens.remove_all(username, START, kept) == len(ended)
     assert await left(tokens, list(added.values())) == [one for number, one in added.items() if number not in ended]
     assert await tokens.remove_all(username, START, kept) == 0
+
+
+async def test_remove_all_ends_as_many_as_there_are_in_steps(
+    tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million no transaction may take longer than a statement may."""
+    monkeypatch.setattr(sql, "_STEP", 3)
+    added = [token(number) for number in range(10)]
+    for one in added:
+        await tokens.add(one, 0, START)
+    await tokens.add(token(10, "bob"), 0, START)
+    assert await tokens.remove_all("ann", START, added[4].digest) == 9
+    assert await left(tokens, added) == [added[4]]
+    assert await tokens.remove_all(None, START) == 2
 
 
 async def test_remove_all_counts_the_live_tokens_that_it_ended(tokens: TokenStore) -> None:

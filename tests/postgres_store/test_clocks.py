@@ -1,5 +1,6 @@
 """Leases and logins end by the database's clock, whatever the machines' own clocks say, and it may be set back."""
 
+import asyncio
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -71,6 +72,41 @@ async def test_what_the_database_says_of_the_time_can_be_moved(moved: ShiftedDat
 def test_the_machines_clocks_are_two_hours_apart(connections: list[Connection]) -> None:
     dates = [parsedate_to_datetime(each.ask("GET", "/healthz").headers["date"]) for each in connections]
     assert abs((dates[0] - dates[1]).total_seconds() - 2 * HOUR) < MARGIN
+
+
+def test_nodes_agree_after_the_database_s_clock_was_ahead_for_a_moment(
+    moved: ShiftedDatabase, connections: list[Connection]
+) -> None:
+    """One of them noticed; the other did nothing meanwhile. Time goes on from there for both."""
+    busy, idle = (Borrower(each) for each in connections)
+    moved.move(HOUR)
+    until(lambda: busy.ask("GET", "/p").status == 200 and _latest(moved) > 0, "it has noticed")
+    moved.move(-HOUR)
+    lease = idle.assign("p")
+    for _ in range(3):
+        assert busy.hears("POST", "/p/leases") == refusal("no_free_token"), "it is lent"
+    assert busy.ask("PUT", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 200
+    assert idle.ask("DELETE", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 204
+
+
+def _latest(moved: ShiftedDatabase) -> float:
+    """Say by how many seconds the time that is written down is ahead, to the hour."""
+    sql = "SELECT at - extract(epoch FROM pg_catalog.clock_timestamp()) FROM marks WHERE name = 'clock'"
+    ((ahead,),) = asyncio.run(fetch(moved.url, sql))
+    return round(float(ahead) / HOUR)
+
+
+def test_after_a_clock_was_set_back_a_login_still_ends_the_oldest_of_too_many(
+    moved: ShiftedDatabase, tmp_path: Path
+) -> None:
+    """And not itself: it would be answered as a success."""
+    config = write_config_for(moved.url, tmp_path, "[tokens]\nper_user = 2")
+    with worker(config) as running, Connection(running.port) as connection:
+        tokens = [connection.log_in() for _ in range(2)]
+        moved.move(-HOUR)
+        for _ in range(3):
+            tokens.append(connection.log_in())
+            assert [connection.valid(token) for token in tokens[-3:]] == [False, True, True]
 
 
 def test_nodes_whose_clocks_are_wrong_end_leases_and_logins_by_the_database_s(

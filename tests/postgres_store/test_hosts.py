@@ -65,6 +65,48 @@ def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "tokenauth:hunter@2secret@db.example.com/a",
+        "tokenauth:hunter@2/secret@db.example.com/a",
+        "tokenauth:secret@er2/w:rd@db.example.com/a",
+        "token/auth:secret@db.example.com/a",
+        "tokenauth:sec/ret@db.example.com",
+    ],
+)
+def test_a_password_that_is_not_encoded_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^database.url: ") as refused:
+        open_store(config.Database(f"postgresql+asyncpg://{url}"), 10)
+    assert not any(part in str(refused.value) for part in ("hunter", "secret", "ret@", "er2", "w:rd"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["host=a&host=b", "host=a:5432&host=b", "host=a,b&port=5432", "port=x", "prepared_statement_cache_size=x"],
+)
+def test_options_that_do_not_fit_together_are_refused_in_one_line(options: str) -> None:
+    with pytest.raises(ConfigError, match=r"^database.url: has options that do not fit together"):
+        open_store(config.Database(f"postgresql+asyncpg://ann@/tokenauth?{options}"), 10)
+
+
+async def test_a_port_that_is_none_is_one_line() -> None:
+    store = open_store(config.Database("postgresql+asyncpg://ann@127.0.0.1:99999/tokenauth"), 10)
+    with pytest.raises(StartError, match=r"tokenauth at 127.0.0.1 cannot be used: OverflowError"):
+        await store.start()
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_that_cannot_keep_all_names_is_refused(postgres: Cluster, encoding: str) -> None:
+    postgres.execute(f"CREATE DATABASE narrow OWNER tokenauth ENCODING '{encoding}' TEMPLATE template0")
+    try:
+        store = open_store(config.Database(postgres.url("narrow")), 10)
+        with pytest.raises(StartError, match=f"keeps text as {encoding}; create it with ENCODING 'UTF8'"):
+            await store.start()
+    finally:
+        postgres.drop("narrow")
+
+
 def test_a_url_with_the_options_that_are_known_is_taken() -> None:
     url = "postgresql+asyncpg://ann@db.example.com/tokenauth?ssl=require&prepared_statement_cache_size=50"
     assert isinstance(open_store(config.Database(url), 10), PostgresStore)

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -17,10 +19,10 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tests.postgres_store.nodes import fetch, nodes
+from tests.postgres_store.nodes import connected, fetch, nodes, write_config_for
 from tests.postgres_store.upgrades import COLUMNS, newer_release
 from tests.processes import Forked
-from tests.servers import START
+from tests.servers import START, spawn
 from tokenauth.config import Database
 from tokenauth.errors import StartError
 from tokenauth.models import Pool, Token
@@ -126,6 +128,27 @@ def start_together(url: str, count: int, directory: Path) -> None:
 
 def test_three_nodes_that_start_at_once_on_an_empty_database_all_end_well(database: str, tmp_path: Path) -> None:
     start_together(database, 3, tmp_path)
+
+
+_OTHERS_UPGRADE = "SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))"
+
+
+async def test_a_start_that_has_nothing_to_upgrade_waits_for_nobody(url: str) -> None:
+    async with connected(url) as other, other.transaction():
+        await other.execute(_OTHERS_UPGRADE)
+        async with asyncio.timeout(10), nodes(url) as (node,):
+            assert await node.ready() is None
+
+
+async def test_a_start_that_waits_for_an_upgrade_says_so_and_ends_when_told_to(database: str, tmp_path: Path) -> None:
+    config = write_config_for(database, tmp_path)
+    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
+    async with connected(database) as other, other.transaction():
+        await other.execute(_OTHERS_UPGRADE)
+        with spawn(command, tmp_path) as server:
+            await asyncio.to_thread(server.wait, "schema_upgrade_waits", 60)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(server.process.wait, 10)
 
 
 async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_on_it(url: str, tmp_path: Path) -> None:

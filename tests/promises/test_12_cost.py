@@ -72,7 +72,7 @@ def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
 WISHES: dict[Callable[..., Any], object] = {
     verbs.add_tokens: verbs.Add(Token(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, START),
     verbs.remove_tokens: verbs.Remove(digest(13), START),
-    verbs.remove_all_tokens: verbs.RemoveAll("user18", None, START),
+    verbs.remove_all_tokens: verbs.RemoveAll("user18", None, 100, START),
     verbs.purge_tokens: verbs.Purge(START, 5),
     verbs.purge_failures: verbs.Purge(START - 1, 5),
     verbs.purge_revocations: verbs.Purge(START - 1, 5),

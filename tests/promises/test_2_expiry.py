@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.connections import Connection
+from tests.journal import until
 from tests.servers import HandClock, worker, write_config
 
 TTL = 100
@@ -49,6 +50,24 @@ def test_a_clock_that_is_set_back_revives_nothing(here: Connection, there: Conne
         assert not connection.valid(cached)
         assert not connection.valid(unseen)
         assert not welcome(connection, cached)
+    clock.set(began + TTL + 2)
+
+
+def test_workers_agree_after_the_clock_was_ahead_for_a_moment(
+    here: Connection, there: Connection, clock: HandClock
+) -> None:
+    """One answered a request meanwhile, and the other nothing: what the one took for expired is so for both."""
+    began = clock()
+    tokens = [here.log_in() for _ in range(3)]
+    assert there.valid(tokens[0])
+    clock.advance(TTL + 1)
+    assert not here.valid(tokens[0])
+    clock.set(began)
+    until(lambda: not there.valid(tokens[0]), "the other one has heard of it")
+    for connection in (here, there):
+        assert not any(connection.valid(token) for token in tokens)
+    fresh = there.log_in()
+    assert here.valid(fresh)
     clock.set(began + TTL + 2)
 
 

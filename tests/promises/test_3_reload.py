@@ -1,5 +1,6 @@
 """Promise 3, for users: SIGHUP to `tokenauth serve` ends the tokens of who was removed, and refuses no request."""
 
+import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,6 +64,26 @@ def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sigh
             ]:
                 login = {"username": name, "password": password}
                 assert connection.ask("POST", "/api/token", login).status == status
+
+
+def test_a_worker_that_cannot_be_replaced_for_a_while_takes_no_other_with_it(tmp_path: Path) -> None:
+    """Here because of a mistake in the file; the store may be as little there when a worker has died."""
+    config = write_config(tmp_path)
+    good = config.read_text()
+    with serving(config, "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both serve")
+        with Connection(server.port) as connection:
+            token = connection.log_in()
+        pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        config.write_text(good.replace("[database]", "[tokens]\nttl = 'soon'\n[database]"))
+        workers = [pid for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+        until(lambda: len(server.events("configuration_refused")) >= 2, "it is tried again")
+        with Connection(server.port) as connection:
+            assert connection.valid(token)
+        config.write_text(good)
+        until(lambda: len(server.events("started")) == 3, "the worker was replaced")
+        assert {event["exit_code"] for event in server.events("worker_replaced")} == {-signal.SIGKILL, 3}
 
 
 def test_a_mistake_in_the_file_at_sighup_changes_nothing_and_is_logged(tmp_path: Path) -> None:

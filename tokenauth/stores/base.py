@@ -7,7 +7,7 @@
 - What depends on time takes `now`, in Unix seconds. A store that several machines write to may know better.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from tokenauth.models import ANY_LEASE, Claim, Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
@@ -140,6 +140,14 @@ class FailureStore(Protocol):
         """Delete at most `limit` keys whose last failure was before an instant; say how many there were."""
 
 
+Hear = Callable[[Instant], object]
+"""Is told what time it has been."""
+
+
+def unheard(_: Instant) -> None:
+    """Hear nothing."""
+
+
 class Store(Protocol):
     """A place that keeps everything, and how to begin and end with it."""
 
@@ -159,14 +167,18 @@ class Store(Protocol):
     def failures(self) -> FailureStore:
         """The failed logins."""
 
-    async def start(self) -> Instant:
+    async def start(self, hear: Hear = unheard) -> Instant:
         """Bring the schema up to date and connect; the answer is the latest `now` that is known to have been.
 
-        Raises StartError when the schema is newer than this release or the store cannot be used.
+        From then on `hear` is told of later ones that others have remembered, soon after they have. Raises StartError
+        when the schema is newer than this release or the store cannot be used.
         """
 
     async def stop(self, now: Instant) -> None:
         """Finish what is being written, remember `now`, and disconnect."""
+
+    async def remember(self, now: Instant) -> None:
+        """Let it be known that it has been `now`, to all who use this store."""
 
     async def ready(self) -> str | None:
         """Say what keeps the store from serving, if anything does."""

@@ -10,10 +10,10 @@ from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tokenauth.errors import StoreUnavailable
+from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
-from tokenauth.stores import schema, verbs
+from tokenauth.stores import hosts, schema, verbs
 from tokenauth.stores.transaction import Disturbed, PostgresTransaction
 from tokenauth.stores.writer import Answers, Batch, Verb, Writer
 
@@ -43,11 +43,16 @@ _SETTINGS = {
     "max_parallel_workers_per_gather": "0",
 }
 
-_OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
-"""What the query of a URL may have, as SQLAlchemy and asyncpg take it."""
-
 _UPGRADE_PAUSE = 1.0
 """Seconds until an upgrade is tried again that others were in the way of."""
+
+_UPGRADE_PATIENCE = 3600.0
+"""Seconds that a step of an upgrade may take: it may read a large table."""
+
+_HOLD_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))")
+
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+"""What others have committed while a lock was waited for must be seen, whatever the database's default is."""
 
 _REMEMBERING = 1.0
 """Seconds between two times that a process writes down what time it is."""
@@ -58,10 +63,9 @@ class Database:
 
     def __init__(self, url: URL, connections: int, timed: bool) -> None:
         """Take `postgresql+asyncpg://...`. `timed`: whoever writes says what time it is, and not the database."""
-        self.name = f"{url.database} at {_hosts(url)}"
+        self.name = hosts.name(url)
         self.notifies = True
         arguments = {
-            "async_creator_fn": _connect,
             "timeout": CONNECT_PATIENCE,
             "command_timeout": PATIENCE,
             "target_session_attrs": "primary",  # a standby does not know of the latest removals
@@ -75,14 +79,12 @@ class Database:
             pool_reset_on_return=None,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,
-            connect_args=arguments,
+            connect_args={**arguments, "async_creator_fn": hosts.connect},
         )
         event.listen(self._engine.sync_engine, "checkout", _demand_open)
         event.listen(self._engine.sync_engine, "close", _hang_up)
-        self._single = create_async_engine(
-            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True, connect_args=arguments
-        )
-        patient = {**arguments, "command_timeout": None}
+        self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
+        patient = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_PATIENCE}
         self._patient = create_async_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=patient)
         self._timed = timed
         self._writers: dict[Verb, Writer] = {}
@@ -90,30 +92,40 @@ class Database:
         self._remembered: Instant = 0
         self.trouble: str | None = None
 
+    async def demand_utf8(self) -> None:
+        """Raise StartError for a database that cannot keep all names, or takes bytes for characters."""
+        async with self.listening() as db:
+            encoding = db.get_settings().server_encoding
+        if encoding != "UTF8":
+            raise StartError(
+                f"the database {self.name} keeps text as {encoding}; create it with ENCODING 'UTF8' TEMPLATE template0"
+            )
+
     async def upgrade(self) -> None:
         """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise.
 
         Whoever waits to change a table stands before all who only use it: so an upgrade does not wait long, but
-        begins again, for as long as others are in its way (a backup reads all tables in one transaction).
+        begins again, for as long as others are in its way (a backup reads all tables in one transaction, another
+        machine upgrades). Where nothing is to be done, nobody is waited for.
         """
         waited = False
-        while True:
+        while not schema.serves(await self.read(schema.version)):
             try:
-                return await self._upgrade()
+                await self._upgrade()
             except exc.DBAPIError as error:
                 if not isinstance(error.__cause__ and error.__cause__.__cause__, asyncpg.LockNotAvailableError):
                     raise
-            if not waited:
-                log.warning("schema_upgrade_waits", reason="others use the tables", action="tried again until it works")
-            waited = True
-            await asyncio.sleep(_UPGRADE_PAUSE)
+                if not waited:
+                    log.warning("schema_upgrade_waits", reason="others use the tables", action="tried until it works")
+                waited = True
+                await asyncio.sleep(_UPGRADE_PAUSE)
 
     async def _upgrade(self) -> None:
         async with self._patient.begin() as db:
-            await db.execute(text("SET LOCAL statement_timeout = 0"))
-            await db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
-            await db.run_sync(lambda held: PostgresTransaction(driver(held)).hold("schema"))
+            await db.execute(text("SET LOCAL lock_timeout = '4s'"))
+            await db.execute(_HOLD_SCHEMA)
             await db.execute(text("SET LOCAL lock_timeout = '500ms'"))
+            await db.execute(text("SET LOCAL statement_timeout = 0"))
             had = await db.run_sync(schema.upgrade)
         if not schema.serves(had):
             log.info("schema_upgraded", before=had, after=schema.HEAD)
@@ -158,13 +170,11 @@ class Database:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[asyncpg.Connection]:
         """Connect once more, for one use."""
-        async with self._single.connect() as db:
-            connection = (await db.get_raw_connection()).driver_connection
-            assert isinstance(connection, asyncpg.Connection)
-            try:
-                yield connection
-            finally:
-                connection.terminate()  # to take leave could take for ever
+        connection = await hosts.connect(**self._arguments)
+        try:
+            yield connection
+        finally:
+            connection.terminate()  # to take leave could take for ever
 
     async def _transact(self, batch: Batch, now: Instant) -> Answers:
         try:
@@ -190,7 +200,7 @@ class Database:
         plain = driver(db)
         transaction = PostgresTransaction(plain, self._timed, self.notifies, undisturbed)
         try:
-            plain.run_async(lambda connection: connection.execute("BEGIN"))
+            plain.run_async(lambda connection: connection.execute(_BEGIN))
             answers = [verb(transaction, wishes) for verb, wishes in batch.items()]
             self._latest = max(self._latest, now)
             if now > self._remembered + _REMEMBERING or verbs.remember_now in batch:
@@ -213,43 +223,6 @@ class Database:
             else:
                 log.error("store_not_writable", reason=trouble)
         self.trouble = trouble
-
-
-def check(url: URL) -> None:
-    """Raise ValueError for a URL with an option that would be passed on to nobody who knows it."""
-    unknown = sorted(url.query.keys() - _OPTIONS)
-    if unknown:
-        raise ValueError(f"has no option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
-
-
-def _hosts(url: URL) -> str:
-    several = url.query.get("host", ())
-    return url.host or (several if isinstance(several, str) else ", ".join(several)) or "its socket"
-
-
-async def _connect(**arguments: Any) -> asyncpg.Connection:
-    """Connect to that of the hosts which is the primary. All are tried at once: none can hold up the others."""
-    if not isinstance(arguments.get("host"), list):
-        return await asyncpg.connect(**arguments)
-    each = zip(arguments["host"], arguments["port"], strict=True)
-    tries = [asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each]
-    connected: asyncpg.Connection | None = None
-    trouble: Exception = OSError("no host")
-    try:
-        for done in asyncio.as_completed(tries):
-            try:
-                connected = await done
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-                trouble = error
-            else:
-                return connected
-        raise trouble
-    finally:
-        for each_try in tries:
-            each_try.cancel()
-        for late in await asyncio.gather(*tries, return_exceptions=True):
-            if isinstance(late, asyncpg.Connection) and late is not connected:
-                late.terminate()
 
 
 def driver(db: Connection) -> AdaptedConnection:

@@ -8,6 +8,7 @@ import asyncpg
 
 from tokenauth.logs import log
 from tokenauth.models import Instant, steady
+from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.connections import Database
 from tokenauth.stores.transaction import CHANNEL
 
@@ -24,10 +25,12 @@ _MANY = 10_000
 """Removals that are read at once; when there are more, the cache forgets everything instead."""
 
 _READ = """
-    SELECT extract(epoch FROM clock_timestamp())::float8, seq, digest
+    SELECT
+        extract(epoch FROM clock_timestamp())::float8 AS now,
+        (SELECT at FROM marks WHERE name = 'clock') AS latest, seq, digest
     FROM (SELECT 1) AS one LEFT JOIN revocations ON seq >= $1 ORDER BY seq LIMIT $2
 """
-_SERVER = "SELECT pg_postmaster_start_time()"
+_SERVER = "SELECT pg_postmaster_start_time(), oid FROM pg_database WHERE datname = current_database()"
 _LAST = "SELECT seq, digest FROM revocations ORDER BY seq DESC LIMIT 1"
 
 
@@ -70,10 +73,15 @@ class Listener:
         self._server: object = None
         self._connected = True
         self._task: asyncio.Task[None] | None = None
+        self._hear: Hear = unheard
 
-    async def start(self) -> None:
-        """Read the log for the first time. Raises what the driver raises."""
+    async def start(self, hear: Hear) -> None:
+        """Read the log for the first time; `hear` is told of the time that others have written down.
+
+        Raises what the driver raises.
+        """
         self._read_at = 0.0
+        self._hear = hear
         async with self._database.listening() as db:
             await self._subscribe(db)
             await self._recognise(db)
@@ -147,8 +155,9 @@ class Listener:
         asked_at = steady()
         seq = self._last[0]
         rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
-        self._clock.hear(rows[0][0], asked_at)
-        entries = [(row[1], row[2]) for row in rows if row[1] is not None]
+        self._clock.hear(rows[0]["now"], asked_at)
+        self._hear(rows[0]["latest"] or 0.0)
+        entries = [(row["seq"], row["digest"]) for row in rows if row["seq"] is not None]
         complete = len(entries) < _MANY and (
             entries[:1] == [self._last] if seq else (not entries or entries[0][0] == 1)
         )
@@ -165,8 +174,8 @@ class Listener:
         self._read_at = asked_at
 
     async def _recognise(self, db: asyncpg.Connection) -> None:
-        """Believe nothing of another server, or of one that has started anew: it may lack what the last one had."""
-        server = await db.fetchval(_SERVER, timeout=BOUND)
+        """Believe nothing of another server or database, or of one that has started anew: it may lack what this had."""
+        server = await db.fetchrow(_SERVER, timeout=BOUND)
         if server != self._server:
             await self._skip(db)
             self._missed = True

@@ -42,7 +42,7 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
     if not url.database:
         raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
     try:
-        from tokenauth.stores.connections import check
+        from tokenauth.stores import hosts
         from tokenauth.stores.postgres import PostgresStore
     except ModuleNotFoundError as error:
         if error.name != "asyncpg":
@@ -51,7 +51,12 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
             "database.url: PostgreSQL needs one more package: pip install 'tokenauth[postgres]'"
         ) from None
     try:
-        check(url)
+        hosts.check(url)
     except ValueError as error:
         raise ConfigError(f"database.url: {error}") from None
-    return PostgresStore(url, cache_size, connections, clock)
+    try:
+        return PostgresStore(url, cache_size, connections, clock)
+    except (ArgumentError, ValueError):
+        raise ConfigError(
+            "database.url: has options that do not fit together; each host needs a port, as in ?host=a:5432&host=b:5432"
+        ) from None

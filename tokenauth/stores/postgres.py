@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from tokenauth.errors import RetryLater, StartError, StoreUnavailable
 from tokenauth.models import Clock, Failures, Instant, Token
 from tokenauth.stores import schema, verbs
+from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.connections import UNAVAILABLE, Database, driver, reason
 from tokenauth.stores.listener import DatabaseClock, Listener
@@ -86,16 +87,17 @@ class PostgresStore:
         self.clock: Clock = clock or self._heard
         self._listener = Listener(self._database, self._heard)
 
-    async def start(self) -> Instant:
+    async def start(self, hear: Hear = unheard) -> Instant:
         """Bring the schema up to date and connect."""
         try:
+            await self._database.demand_utf8()
             await self._database.upgrade()
-            await self._listener.start()
+            await self._listener.start(hear)
             row = await self._database.read(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:
             await self._listener.stop()
             await self._database.discard()
-            if not isinstance(error, (*UNAVAILABLE, StoreUnavailable, ValueError)):
+            if not isinstance(error, (*UNAVAILABLE, StoreUnavailable, ValueError, OverflowError)):
                 raise
             raise StartError(f"the database {self._database.name} cannot be used: {reason(error)}") from None
         self.tokens = CachedTokenStore(
@@ -110,11 +112,15 @@ class PostgresStore:
         await self._listener.stop()
         await self._database.stop(now)
 
+    async def remember(self, now: Instant) -> None:
+        """Let it be known that it has been `now`."""
+        await self._database.write(verbs.remember_now, None, now)
+
     async def ready(self) -> str | None:
         """Say what keeps the store from serving, if anything does."""
         try:
             if self._database.trouble is not None:
-                await self._database.write(verbs.remember_now, None, self.clock())
+                await self.remember(self.clock())
             version = await self._database.read(schema.version)
         except RetryLater as refusal:
             trouble = self._database.trouble

@@ -14,7 +14,8 @@ from sqlalchemy.dialects import sqlite
 
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Failures, Pool, PoolCounts, PoolToken, Token
-from tokenauth.stores import pool_rows
+from tokenauth.stores import pool_rows, verbs
+from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.tables import (
     as_token,
     failures,
@@ -49,9 +50,10 @@ _MARK = _sql(select(marks.c.at).where(marks.c.name == ""))
 class Reader:
     """One worker's read connection, and its feed of revocations."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, hear: Hear = unheard) -> None:
         """Open the file; it must be there, with the schema that this release needs."""
         self._path = path
+        self._hear = hear
         self._file = _identity(path)
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
         self._cursor = self._db.cursor()
@@ -101,6 +103,7 @@ class Reader:
             if version == self._version:
                 return ()
             rows = self._cursor.execute(_REMOVED, (self._seq,)).fetchall()
+            self.listen()
         except sqlite3.Error as error:
             raise StoreUnavailable from error
         self._version = version
@@ -109,6 +112,10 @@ class Reader:
         complete = rows[0][0] == self._seq + 1
         self._seq = rows[-1][0]
         return [digest for _, digest in rows] if complete else None
+
+    def listen(self) -> None:
+        """Hear what the latest time is that any worker has written down. Raises StoreUnavailable."""
+        self._hear(self.mark(verbs.CLOCK))
 
     def sure(self) -> bool:
         """Say that the file tells everything."""

@@ -13,6 +13,9 @@ from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
 
+_STEP = 10_000
+"""Tokens that are ended in one transaction at the most."""
+
 
 class Database(Protocol):
     """Something to read from and to write to."""
@@ -51,8 +54,13 @@ class SqlTokenStore:
         return bool(await self._database.write(verbs.remove_tokens, verbs.Remove(digest, now), now))
 
     async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
-        """End all tokens of a user, or of everybody, but one."""
-        return int(await self._database.write(verbs.remove_all_tokens, verbs.RemoveAll(username, keep, now), now))
+        """End all tokens of a user, or of everybody, but one: step by step, between which others write."""
+        total, ended = 0, _STEP
+        wish = verbs.RemoveAll(username, keep, _STEP, now)
+        while ended == _STEP:
+            ended = int(await self._database.write(verbs.remove_all_tokens, wish, now))
+            total += ended
+        return total
 
     async def list(self, username: str | None, now: Instant, limit: int) -> Sequence[Token]:
         """Return the live tokens of a user, or of everybody, newest first."""

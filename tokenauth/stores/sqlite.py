@@ -20,6 +20,7 @@ from tokenauth.lane import Lane
 from tokenauth.logs import log
 from tokenauth.models import Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import schema, verbs
+from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
@@ -193,10 +194,10 @@ class SqliteStore:
         self._cache_size = cache_size
         self.clock = clock
 
-    async def start(self) -> Instant:
+    async def start(self, hear: Hear = unheard) -> Instant:
         """Bring the schema up to date and connect."""
         await self._database.start()
-        self._reader = reader = Reader(self._database.path)
+        self._reader = reader = Reader(self._database.path, hear)
         self._watch()
         self.tokens = CachedTokenStore(SqliteTokenStore(self._database, reader), reader, self._cache_size)
         self.pools = SqlitePoolStore(self._database, reader)
@@ -207,9 +208,13 @@ class SqliteStore:
         """Finish what is being written, remember `now`, and disconnect."""
         self._watcher.cancel()
         with suppress(StoreUnavailable):
-            await self._database.write(verbs.remember_now, None, now)
+            await self.remember(now)
         await self._database.stop()
         self._reader.close()
+
+    async def remember(self, now: Instant) -> None:
+        """Let it be known that it has been `now`."""
+        await self._database.write(verbs.remember_now, None, now)
 
     async def ready(self) -> str | None:
         """Say what keeps the store from serving, if anything does."""
@@ -233,7 +238,7 @@ class SqliteStore:
         return int(await self._database.write(verbs.purge_revocations, verbs.Purge(before, limit), 0))
 
     def _watch(self) -> None:
-        """Look every second whether the file is still the one at its path.
+        """Look every second whether the file is still the one at its path, and what time others say it has been.
 
         If not, what is written would be acknowledged and gone: nothing is read or written any more.
         """
@@ -241,6 +246,9 @@ class SqliteStore:
             log.error("store_file_replaced", action="restart tokenauth")
             self._database.lost = True
             self._reader.close()
+        elif not self._database.lost:
+            with suppress(StoreUnavailable):
+                self._reader.listen()
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
 

@@ -141,9 +141,12 @@ def elements(strings: BindParameter[str], name: str) -> TableValuedAlias:
 CHANNEL = "tokenauth_revocations"
 """Where PostgreSQL tells of revocations."""
 
-_HOLD = "SELECT pg_advisory_xact_lock%s(key), extract(epoch FROM clock_timestamp())::float8 FROM unnest($1::int8[]) key"
+NOW = "greatest(extract(epoch FROM clock_timestamp())::float8, (SELECT at FROM marks WHERE name = 'clock'))"
+"""The time in PostgreSQL, which no clock that is set back takes back: as late as any that was written down."""
+
+_HOLD = f"SELECT pg_advisory_xact_lock%s(key), {NOW} FROM unnest($1::int8[]) key"  # noqa: S608
 _HOLD_ALONE, _HOLD_SHARED = _HOLD % "", _HOLD % "_shared"
-_TIME = "SELECT extract(epoch FROM clock_timestamp())::float8"
+_TIME = f"SELECT {NOW}"
 _NOTIFY = f"SELECT pg_notify('{CHANNEL}', '')"
 
 _postgres = _Written(postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]

@@ -30,6 +30,9 @@ from tokenauth.stores.transaction import Transaction, elements
 CLOCK = "clock"
 """The mark that remembers the latest `now` that was written."""
 
+_MANY = 1000
+"""Tokens that one login ends at the most."""
+
 _REVOKING = "revocations"
 """What whoever revokes holds: so revocations are committed in the order of their numbers."""
 
@@ -37,6 +40,17 @@ _now = bindparam("now", type_=Float())
 
 # Statements are made once: making one costs more than running it.
 _INSERT = insert(tokens).inline()
+# Where others add at the same time, numbers are times, but those of a user go up also when the clock is set back.
+_INSERT_IN_TURN = text("""
+    INSERT INTO tokens (number, digest, username, credential, issued_at, expires_at, address, user_agent)
+    VALUES (
+        greatest(
+            CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint),
+            (SELECT max(number) + 1 FROM tokens WHERE username = :username)
+        ),
+        :digest, :username, :credential, :issued_at, :expires_at, :address, :user_agent
+    )
+""")
 _DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning(tokens.c.digest)
 _LOG = insert(revocations).inline()
 _REMEMBER = text("""
@@ -57,7 +71,8 @@ _FAIL = text("""
 def _too_many() -> Select[bytes]:
     """Find the tokens that users have beyond `per_user` live ones.
 
-    For each user it steps along the index to the first token too many, newest first, and no further.
+    For each user it steps along the index to the first token too many, newest first, and no further. It finds only so
+    many as can be ended in a short time; who has more of them, since `per_user` has become less, ends others later.
     """
     names = elements(bindparam("names"), "names")
     live = tokens.alias("live")
@@ -68,6 +83,7 @@ def _too_many() -> Select[bytes]:
         select(tokens.c.digest)
         .join_from(edges, tokens, (tokens.c.username == edges.c.username) & (tokens.c.number <= edges.c.number))
         .where(tokens.c.expires_at > _now)
+        .limit(_MANY)
     )
 
 
@@ -75,8 +91,8 @@ _TOO_MANY = _too_many()
 
 
 def _live(of_user: bool, but_one: bool) -> Select[bytes]:
-    """Find the live tokens of a user, or of everybody, or all of them but one."""
-    chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now)
+    """Find live tokens of a user, or of everybody, or of all of them but one."""
+    chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now).limit(bindparam("limit"))
     if of_user:
         chosen = chosen.where(tokens.c.username == bindparam("username"))
     if but_one:
@@ -135,10 +151,11 @@ class Remove(NamedTuple):
 
 
 class RemoveAll(NamedTuple):
-    """End all tokens of a user, or of everybody, but one."""
+    """End the tokens of a user, or of everybody, but one; at most `limit` of them."""
 
     username: str | None
     keep: bytes | None
+    limit: int
     now: Instant
 
 
@@ -173,7 +190,7 @@ def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[Sequence[byte
             limited.setdefault(wish.per_user, set()).add(wish.token.username)
     if limited:
         db.hold(*(f"user {name}" for name in set().union(*limited.values())))
-    db.change_each(_INSERT, [wish.token._asdict() for wish in wishes])
+    db.change_each(_INSERT if db.alone else _INSERT_IN_TURN, [wish.token._asdict() for wish in wishes])
     now = max(wish.now for wish in wishes)
     ended: list[bytes] = []
     for per_user, names in limited.items():
@@ -190,13 +207,13 @@ def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
 
 
 def remove_all_tokens(db: Transaction, wishes: Sequence[RemoveAll]) -> Sequence[int]:
-    """End all live tokens of a user, or of everybody, but one."""
+    """End live tokens of a user, or of everybody, but one."""
     db.hold(_REVOKING)
     answers = []
     for wish in wishes:
         which = (wish.username is not None, wish.keep is not None)
         last = db.rows(_LAST, {})[0][0] or 0
-        db.change(_LOG_ALL[which], {"now": wish.now, "username": wish.username, "keep": wish.keep})
+        db.change(_LOG_ALL[which], wish._asdict())
         answers.append(db.change(_DELETE_LOGGED, {"last": last}))
     db.announce()
     return answers

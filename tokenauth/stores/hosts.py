@@ -1,0 +1,57 @@
+"""Where PostgreSQL is: what a URL may say of that, and which of its hosts is the primary."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+from sqlalchemy import URL
+
+_OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
+"""What the query of a URL may have, as SQLAlchemy and asyncpg take it."""
+
+
+def check(url: URL) -> None:
+    """Raise ValueError, which quotes no part of a password, for a URL that does not say what it was meant to say."""
+    unknown = sorted(url.query.keys() - _OPTIONS)
+    if unknown:
+        raise ValueError(f"has no option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
+    if "@" in (url.host or "") or not set("@/:").isdisjoint(url.database or ""):
+        raise ValueError("has more of @, / and : than it should; in a name or a password write %40, %2F and %3A")
+
+
+def name(url: URL) -> str:
+    """Name a database, without whoever uses it."""
+    several = url.query.get("host", ())
+    hosts = url.host or (several if isinstance(several, str) else ", ".join(several)) or "its socket"
+    return f"{url.database} at {hosts}"
+
+
+async def connect(**arguments: Any) -> asyncpg.Connection:
+    """Connect to that of the hosts which is the primary. All are tried at once: none can hold up the others."""
+    arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
+    if not isinstance(arguments.get("host"), list):
+        return await asyncpg.connect(**arguments)
+    each = zip(arguments["host"], arguments["port"], strict=True)
+    tries = {asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each}
+    waiting: set[asyncio.Task[asyncpg.Connection]] = tries
+    chosen: asyncio.Task[asyncpg.Connection] | None = None
+    trouble: BaseException | None = None
+    try:
+        while chosen is None and waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                trouble = one.exception()
+                chosen = one if trouble is None else chosen
+    finally:
+        for one in tries - {chosen}:
+            one.cancel()
+            one.add_done_callback(_hang_up)
+    if chosen is None:
+        raise trouble or OSError("no host")
+    return chosen.result()
+
+
+def _hang_up(late: "asyncio.Task[asyncpg.Connection]") -> None:
+    """End a connection that is not needed any more."""
+    if not late.cancelled() and late.exception() is None:
+        late.result().terminate()
