@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts"},
-    {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction", "client.issuer"},
+    {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction"}
+    | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},
     {"config"},
     {"passwords", "configfile", "stores.writer", "stores.cached", "stores.verbs", "stores.schema", "stores.pool_rows"},

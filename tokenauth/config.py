@@ -135,7 +135,7 @@ class UserEntry(Section, frozen=True):
             check_scope("scopes", scope)
 
 
-_ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\]+)*")
+_ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\{}]+)*")
 
 
 class OAuth(Section, frozen=True):

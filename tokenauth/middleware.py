@@ -39,6 +39,7 @@ class TokenMiddleware:
         if scope["type"] != "lifespan":
             if self._is_exempt(scope):
                 scope["user"] = scope["auth"] = NOBODY
+                scope.pop("token", None)
             else:
                 try:
                     user, scope["token"] = await self._login(scope)

@@ -1,9 +1,11 @@
 """TokenAuth: when it logs in, what it repeats, and what a login that fails means to whom."""
 
 import asyncio
+import pickle
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -209,6 +211,95 @@ async def test_when_the_task_that_logs_in_is_cancelled_another_takes_over(
         issuer.gate.set()
         assert [(await other).status_code for other in others] == [200] * 3
     assert issuer.logins == 2
+
+
+async def test_a_login_that_is_cancelled_in_the_middle_of_its_answer_holds_up_nobody(wall: Hand) -> None:
+    """Also if somebody keeps what was raised, and with it all that stood on the stack."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"ann-secret")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    asked = asyncio.Event()
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        auth = TokenAuth(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "ann", "ann-secret", clock=wall)
+        async with httpx.AsyncClient(auth=auth, **OPTIONS) as client:
+            kept: list[Any] = []
+            for _ in range(2):
+                asked.clear()
+                task = asyncio.create_task(client.get(f"{auth._url.copy_with(path='/x')}"))
+                async with asyncio.timeout(20):
+                    await asked.wait()  # whoever comes second logs in, too
+                task.cancel()
+                kept += await asyncio.gather(task, return_exceptions=True)
+            assert [type(error) for error in kept] == [asyncio.CancelledError] * 2
+
+
+def test_the_answer_keeps_neither_the_password_nor_the_token(kind: Kind, home: Site, auth: TokenAuth) -> None:
+    """The login is in its history."""
+    answer = kind.send(auth, "GET", f"{home.url}/x")
+    assert [b.request.url.path for b in answer.history] == ["/api/token"]
+    assert b"ann-secret" not in pickle.dumps(answer)
+    assert b"1".zfill(64) not in pickle.dumps(answer.history)
+
+
+def raise_for_status(kind: Kind, auth: TokenAuth, url: str) -> httpx.Response:
+    """Send a request with a client whose hook raises for what is not granted."""
+    if kind.name == "threads":
+        with httpx.Client(auth=auth, event_hooks={"response": [httpx.Response.raise_for_status]}, **OPTIONS) as sync:
+            return sync.get(url)
+
+    async def check(response: httpx.Response) -> None:
+        await response.aread()
+        response.raise_for_status()
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(auth=auth, event_hooks={"response": [check]}, **OPTIONS) as client:
+            return await client.get(url)
+
+    return asyncio.run(run())
+
+
+def test_a_hook_that_raises_costs_the_repetition_and_no_more(
+    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
+) -> None:
+    assert raise_for_status(kind, auth, f"{home.url}/x").status_code == 200
+    issuer.valid.clear()
+    with pytest.raises(httpx.HTTPStatusError):
+        raise_for_status(kind, auth, f"{home.url}/x")
+    assert raise_for_status(kind, auth, f"{home.url}/x").status_code == 200
+    assert issuer.logins == 2
+
+
+def test_a_401_behind_a_redirect_is_not_about_the_token(
+    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
+) -> None:
+    """X-Token is not taken along: to log in again would change nothing, each time."""
+
+    def answer(request: Any) -> Answer:
+        return (307, {"Location": "/y"}, b"") if request.path == "/x" else issuer(request)
+
+    home.answer = answer
+    for _ in range(3):
+        assert kind.send(auth, "GET", f"{home.url}/x", follow_redirects=True).status_code == 401
+    assert issuer.logins == 1
+
+
+def test_who_waits_for_another_s_login_does_not_wait_longer_than_for_his_own_answer(
+    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
+) -> None:
+    issuer.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(kind.send, auth, "GET", f"{home.url}/x", timeout=None)
+        issuer.asked.wait()
+        with pytest.raises(IssuerUnavailable):
+            kind.send(auth, "GET", f"{home.url}/x", timeout=httpx.Timeout(5, read=0.05))
+        issuer.gate.set()
+        assert first.result().status_code == 200
+    assert issuer.logins == 1
 
 
 async def test_whoever_is_cancelled_while_he_waits_leaves_the_login_to_the_others(

@@ -164,6 +164,13 @@ async def test_an_outage_is_logged_once_and_without_a_token(
     assert VALUE.decode() not in caplog.text
 
 
+async def test_a_client_that_was_closed_keeps_everybody_out(connect: Connect) -> None:
+    tokens = connect()
+    await tokens._client.aclose()
+    with pytest.raises(IssuerUnavailable):
+        await tokens.identify(VALUE)
+
+
 async def test_neither_the_error_nor_what_led_to_it_knows_the_token() -> None:
     async with RemoteTokens("http://127.0.0.1:1") as tokens:
         with pytest.raises(IssuerUnavailable) as caught:

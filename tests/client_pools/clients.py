@@ -9,7 +9,8 @@ from anyio import move_on_after
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from tests.servers import NO_TLS
-from tokenauth.client.pools import AsyncPoolClient, Lease, PoolClient
+from tokenauth.client.lease import Lease
+from tokenauth.client.pools import AsyncPoolClient, PoolClient
 
 KINDS = ["threads", "asyncio"]
 

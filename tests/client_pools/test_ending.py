@@ -108,6 +108,27 @@ async def test_a_cancelled_task_gives_the_token_back_and_leaves_no_task(server: 
         assert desk.counts("permit") == (1, 0)
 
 
+async def test_a_token_that_comes_after_the_task_was_cancelled_is_given_back(
+    login: dict[str, str], desk: Borrower, line: Line
+) -> None:
+    """The issuer has lent it, and its answer is on the way."""
+
+    async def hold() -> None:
+        async with pools.lease("permit"):
+            raise AssertionError("it was cancelled")
+
+    async with AsyncPoolClient(line.url, headers=login) as pools:
+        line.hold()
+        task = asyncio.create_task(hold())
+        await asyncio.to_thread(line.wait_for_answer)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert desk.counts("permit") == (0, 1)
+        line.free()
+    assert desk.counts("permit") == (1, 0)
+
+
 async def test_a_task_that_is_cancelled_twice_gives_the_token_back(
     login: dict[str, str], desk: Borrower, line: Line
 ) -> None:

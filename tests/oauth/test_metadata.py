@@ -11,6 +11,7 @@ from tests.oauth.forms import refusal
 from tests.servers import HandClock, Server, exchange, worker, write_config
 
 WELL_KNOWN = "/.well-known/oauth-authorization-server"
+ENCODED = "https://example.com/a%20b"
 PLAIN, WITH_PATH, LOCAL = "https://auth.example.com", "https://example.com:8443/auth/one", "http://127.0.0.1:8000"
 METHODS = ["client_secret_basic", "client_secret_post"]
 
@@ -20,7 +21,7 @@ def issuers(directory: Path, clock: HandClock) -> Iterator[dict[str, Server]]:
     """Run a worker for each issuer; the first has none."""
     with ExitStack() as stack:
         running = {}
-        for number, issuer in enumerate(("", PLAIN, WITH_PATH, LOCAL)):
+        for number, issuer in enumerate(("", PLAIN, WITH_PATH, LOCAL, ENCODED)):
             (directory / str(number)).mkdir()
             settings = f'[oauth]\nissuer = "{issuer}"' if issuer else ""
             if issuer == PLAIN:
@@ -53,6 +54,11 @@ def test_the_metadata_name_the_issuer_and_what_stands_below_it(issuers: dict[str
         "introspection_endpoint_auth_methods_supported": METHODS,
         "revocation_endpoint_auth_methods_supported": METHODS,
     }
+
+
+def test_an_issuer_s_path_may_be_percent_encoded(issuers: dict[str, Server]) -> None:
+    assert get(issuers[ENCODED], f"{WELL_KNOWN}/a%20b").json()["issuer"] == ENCODED
+    assert get(issuers[ENCODED], f"{WELL_KNOWN}/a%2520b").status_code == 404
 
 
 def test_an_issuer_with_a_path_has_two_addresses(issuers: dict[str, Server]) -> None:

@@ -9,7 +9,7 @@ from asyncio import wrap_future
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_in_thread
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TypeAlias
 
 import httpx
@@ -33,7 +33,8 @@ class TokenAuth(httpx.Auth):
     The first request logs in, and so does the next one after the token has expired. A request that is answered 401
     logs in again and is repeated, once; one whose body cannot be sent twice is not: the next request logs in. However
     many requests wait for a token, one of them logs in, and if that fails, it fails for all of them: they raise
-    InvalidCredentials, TooManyAttempts or IssuerUnavailable. One TokenAuth may serve many clients, threads and tasks.
+    InvalidCredentials, TooManyAttempts or IssuerUnavailable, which is also raised when it takes longer than a request
+    may wait for its own answer. One TokenAuth may serve many clients, threads and tasks.
 
     The token goes to the origins in `origins` and to the issuer's; without that, to the issuer's and to the one
     that is asked first. For any other, ValueError is raised and nothing is sent. It goes as X-Token, which no redirect
@@ -69,45 +70,45 @@ class TokenAuth(httpx.Auth):
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Send one request, for httpx.Client."""
-        steps = self._steps(request, "threads")
-        step = next(steps)
-        while step is not None:
-            reply: _Reply = None
-            if isinstance(step, Future):
-                wait_in_thread([step])
-            else:
-                try:
-                    reply = yield step
-                    if step is not request:
-                        reply.read()
-                except GeneratorExit as left:  # there is no answer; why, is what httpx is about to raise
-                    reply = left
-                except httpx.HTTPError as error:
-                    reply = error
-                if isinstance(reply, GeneratorExit):
-                    reply = sys.exception() or reply
-            step = steps.send(reply)
+        with closing(self._steps(request, "threads")) as steps:  # whatever happens, nobody waits for ever
+            step = next(steps)
+            while step is not None:
+                reply: _Reply = None
+                if isinstance(step, Future):
+                    wait_in_thread([step], _patience(request))
+                else:
+                    try:
+                        reply = yield step
+                        if step is not request:
+                            reply.read()
+                    except GeneratorExit as left:  # there is no answer; why, is what httpx is about to raise
+                        reply = left
+                    except httpx.HTTPError as error:
+                        reply = error
+                    if isinstance(reply, GeneratorExit):
+                        reply = sys.exception() or reply
+                step = steps.send(reply)
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """Send one request, for httpx.AsyncClient."""
-        steps = self._steps(request, "tasks")
-        step = next(steps)
-        while step is not None:
-            reply: _Reply = None
-            if isinstance(step, Future):
-                await wait_in_task([wrap_future(step)])
-            else:
-                try:
-                    reply = yield step
-                    if step is not request:
-                        await reply.aread()
-                except GeneratorExit as left:
-                    reply = left
-                except httpx.HTTPError as error:
-                    reply = error
-                if isinstance(reply, GeneratorExit):
-                    reply = sys.exception() or reply
-            step = steps.send(reply)
+        with closing(self._steps(request, "tasks")) as steps:
+            step = next(steps)
+            while step is not None:
+                reply: _Reply = None
+                if isinstance(step, Future):
+                    await wait_in_task([wrap_future(step)], timeout=_patience(request))
+                else:
+                    try:
+                        reply = yield step
+                        if step is not request:
+                            await reply.aread()
+                    except GeneratorExit as left:
+                        reply = left
+                    except httpx.HTTPError as error:
+                        reply = error
+                    if isinstance(reply, GeneratorExit):
+                        reply = sys.exception() or reply
+                step = steps.send(reply)
 
     def _steps(self, request: httpx.Request, kind: str) -> Generator[_Step, _Reply, None]:
         """Say step by step what is to be sent or awaited, whatever kind of client it is for."""
@@ -115,9 +116,12 @@ class TokenAuth(httpx.Auth):
         refused = None
         while (token := (yield from self._obtain(request, kind, refused))) is not None:
             reply = yield self._sign(request, token)
-            if refused is not None or not isinstance(reply, httpx.Response) or reply.status_code != 401:
+            answer = reply.response if isinstance(reply, httpx.HTTPStatusError) else reply
+            if refused is not None or not isinstance(answer, httpx.Response) or answer.status_code != 401:
                 break
-            if not isinstance(request.stream, httpx.ByteStream):
+            if answer.request is not request and not self._bearer:
+                break  # a redirect was followed, and the token was not taken along
+            if answer is not reply or not isinstance(request.stream, httpx.ByteStream):
                 self._drop(token)
                 break
             refused = token
@@ -138,6 +142,8 @@ class TokenAuth(httpx.Auth):
                 yield from self._log_in(request, kind, login)
             else:
                 yield login
+                if not login.done():
+                    raise IssuerUnavailable
             outcome = login.result()
             if isinstance(outcome, issuer.Grant):
                 return outcome.token
@@ -151,7 +157,9 @@ class TokenAuth(httpx.Auth):
         outcome = None
         try:
             question = self._question(request)
-            outcome = _judge(question, (yield question))
+            reply = yield question
+            outcome = _judge(question, reply)
+            _forget(question, reply)
         finally:
             with self._lock:
                 if isinstance(outcome, issuer.Grant):
@@ -222,8 +230,23 @@ class _Sealed(httpx.Headers):
         return [*super().raw, (b"X-Token", self._token)]
 
 
+def _patience(request: httpx.Request) -> float | None:
+    """Say for how many seconds a request may wait for somebody else's login: for as long as for its own answer."""
+    seconds: float | None = request.extensions.get("timeout", {}).get("read")
+    return seconds
+
+
+def _forget(question: httpx.Request, reply: _Reply) -> None:
+    """Take the password and the token out of what httpx keeps in the history of the answer."""
+    question._content = b""
+    if isinstance(reply, httpx.Response):
+        reply._content = b""
+
+
 def _judge(question: httpx.Request, reply: _Reply) -> _Outcome:
     """Say how a login ended."""
+    if isinstance(reply, httpx.HTTPStatusError):  # a hook of the client's has raised it
+        reply = reply.response
     if isinstance(reply, httpx.HTTPError | httpx.StreamError):
         return IssuerUnavailable()
     if not isinstance(reply, httpx.Response):
@@ -237,8 +260,10 @@ def _read(response: httpx.Response) -> issuer.Grant | Refusal:
     if response.status_code == 200:
         with suppress(ValueError):
             return issuer.read(response, issuer.Grant)
-    if response.status_code == 401 and response.content == InvalidCredentials.description.encode():
-        return InvalidCredentials()
+    if response.status_code == 401:
+        with suppress(httpx.StreamError):  # it was not read
+            if response.content == InvalidCredentials.description.encode():
+                return InvalidCredentials()
     if response.status_code == 429:
         return TooManyAttempts(retry_after=issuer.retry_after(response))
     return IssuerUnavailable(retry_after=issuer.retry_after(response))

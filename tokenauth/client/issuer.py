@@ -55,7 +55,10 @@ class Error(msgspec.Struct):
 
 def address(url: str) -> str:
     """Return the address of an issuer without the slash at its end. Raises ValueError, which does not quote it."""
-    parsed = httpx.URL(url)
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
     if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.userinfo or parsed.query or parsed.fragment:
         raise ValueError("url: must be http:// or https:// and a host, perhaps with a port and a path, and no more")
     return str(parsed).rstrip("/")

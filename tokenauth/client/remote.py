@@ -13,7 +13,7 @@ import httpx
 from tokenauth import opaque
 from tokenauth.client import issuer
 from tokenauth.errors import InvalidToken, IssuerUnavailable
-from tokenauth.models import Clock, Login
+from tokenauth.models import Clock, Login, steady
 
 Entry = TypeVar("Entry")
 
@@ -86,7 +86,7 @@ class RemoteTokens:
         timeout: float = 2.0,
         client: httpx.AsyncClient | None = None,
         clock: Clock = time.time,
-        ticks: Clock = time.monotonic,
+        ticks: Clock = steady,
     ) -> None:
         """Ask the issuer at `url`. Raises ValueError for what makes no sense."""
         if not (max_age >= 0 and stale_grace >= 0 and size >= 1 and timeout > 0):
@@ -175,12 +175,12 @@ class RemoteTokens:
         trouble = ""
         try:
             login = await self._fetch(digest, value)
-        except (httpx.HTTPError, TimeoutError) as error:
-            trouble = type(error).__name__
         except ValueError:
             trouble = "its answer is not one of tokenauth's"
         except _Unexpected as error:
             trouble = str(error)
+        except Exception as error:
+            trouble = type(error).__name__
         if trouble:  # told outside of the handlers: their exceptions know the request, and so the token
             return self._do_without(digest, trouble)
         self._reachable = True

@@ -5,7 +5,7 @@ The clients are the users of the configuration; so `client_id` is a user name, a
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -131,7 +131,7 @@ class OAuthRoutes:
             "/oauth/introspect": {"POST": self.introspect},
             "/oauth/revoke": {"POST": self.revoke},
             METADATA: metadata,
-            METADATA + urlsplit(self._issuer).path: metadata,
+            METADATA + unquote(urlsplit(self._issuer).path): metadata,
         }
 
     @operation(
