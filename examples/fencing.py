@@ -54,7 +54,7 @@ class Permit:
         """Borrow it."""
         answer = pool.post("leases", json={"holder": holder})
         if answer.status_code == 409:
-            raise SystemExit("Somebody has it: `tokenauth pool show` says who, `tokenauth pool release` takes it back.")
+            raise SystemExit("Somebody has it: see `tokenauth pool show NAME` and `tokenauth pool release`.")
         self.lease: dict[str, Any] = answer.raise_for_status().json()
         self.fence: int = self.lease["fence"]
         self._pool = pool

@@ -24,9 +24,9 @@ prefill = true
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Make a directory with a configuration that has three pools."""
-    write_config(tmp_path, POOLS)
-    return tmp_path
+    """Make a directory with a configuration that has three pools, and has been served."""
+    with worker(write_config(tmp_path, POOLS)):
+        return tmp_path
 
 
 def test_tokens_are_made_lent_released_and_deleted_while_a_server_runs(home: Path) -> None:
@@ -69,6 +69,16 @@ def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
         ["waiting", "1", "0"],
         ["permits", "1", "1", "0"],
     ]
+
+
+@pytest.mark.parametrize("capacity", [1, 9])
+def test_no_command_resizes_the_pool_of_a_server_that_has_not_taken_up_the_file(tmp_path: Path, capacity: int) -> None:
+    terms = "[pools.permits]\ncapacity = {}\nprefill = true\n"
+    with worker(write_config(tmp_path, terms.format(3))) as server, Connection(server.port) as connection:
+        write_config(tmp_path, terms.format(capacity))
+        for command in (["pool", "list"], ["pool", "show", "permits"], ["tokens", "list"], ["migrate"], ["check"]):
+            well(run(tmp_path, *command))
+        assert Borrower(connection).counts("permits") == (3, 0)
 
 
 def test_a_listing_goes_on_after_a_token_and_shows_instants_as_dates(home: Path) -> None:

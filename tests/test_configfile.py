@@ -42,26 +42,27 @@ MISTAKES = {
     '[tokens]\nttl = "soon"': "tokens.ttl: 'soon' is not a duration such as '24h', '5m', '30s' or a number of seconds",
     "[server]\nhost = '${NO}'": "server.host: the environment has no NO; set it, or write ${NO:-default}",
     USER + "scopes = ['a', '${NO}']": "users[0].scopes[1]: the environment has no NO; set it, or write ${NO:-default}",
-    "[server]\nport = '${WORD}'": "server.port: expected `int`, got `str`",
+    "[server]\nport = '${WORD}'": "server.port: expected `int`, got `str`, from ${WORD}",
     "[server]\nport = '${REAL}'": "server.port: expected `int`, got `float`",
     "[server]\nport = '${BIG}'": "server.port: must be from 0 to 65535, and is 70000",
-    "[server]\naccess_log = '${WORD}'": "server.access_log: expected `bool`, got `str`",
+    "[server]\naccess_log = '${WORD}'": "server.access_log: expected `bool`, got `str`, from ${WORD}",
     "[tokens]\nttl = '${WORD}'": "tokens.ttl: 'word'"
-    " is not a duration such as '24h', '5m', '30s' or a number of seconds",
-    "[pools.a]\ncapacity = -1": "pools.a.capacity: must be from 0 to 1e+08, and is -1",
+    " is not a duration such as '24h', '5m', '30s' or a number of seconds, from ${WORD}",
+    "[pools.a]\ncapacity = -1": "pools.a.capacity: must be from 0 to 100000000, and is -1",
     "[pools.a]\n[pools.b]\ncapacity = 1.5\n[pools.c]\nx = 1": "pools.b.capacity: expected `int | null`, got `float`",
     '[pools."v1.2"]\ncapacity = "1"': 'pools."v1.2".capacity: expected `int | null`, got `str`',
     '[pools."v1.2"]\ncapacty = 1': 'pools."v1.2".capacty: there is no such key; did you mean capacity?',
     '[pools."v1.2"]\nlease_ttl = "soon"': "pools.\"v1.2\".lease_ttl: 'soon'"
     " is not a duration such as '24h', '5m', '30s' or a number of seconds",
-    '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: must be from 0 to 1e+08, and is -1',
+    '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: must be from 0 to 100000000, and is -1',
     '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: expected `int | null`, got `array`',
     "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, prefill, scope",
     "[pools]\na = 1": "pools.a: expected `object`, got `int`",
     "[[pools]]": "pools: expected `object`, got `array`",
     "[pool.a]": "pool: there is no such key; did you mean pools?",
-    "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: expected `int | null`, got `str`",
-    "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: expected `bool`, got `str`',
+    "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: expected `int | null`, got `str`, from ${WORD}",
+    "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: expected `bool`, got `str`,'
+    " from ${WORD}",
     "[pools.'a.b']\ncapacity = '${NO}'": 'pools."a.b".capacity: the environment has no NO;'
     " set it, or write ${NO:-default}",
     "[dialects.token-poll]": "dialects.token-poll: there is no such key; did you mean token-pool?",
@@ -122,15 +123,43 @@ def test_a_mistake_shows_no_password() -> None:
 
 
 def test_strings_take_what_they_ask_for_from_the_environment() -> None:
-    text = '[server]\nhost = "a${ONE}b${EMPTY}c${NONE:-x y}d${NONE:-}"\naccept_risks = ["${WORD}", "$WORD", "${-}"]'
+    text = (
+        '[server]\nhost = "a${ONE}b${EMPTY}c${NONE:-x y}d${NONE:-}"\ncors_origins = ["http://${WORD}", "http://$WORD"]'
+    )
     server = configfile.parse(text, ENVIRON).server
     assert server.host == "a1bcx yd"
-    assert server.accept_risks == ("word", "$WORD", "${-}")
+    assert server.cors_origins == ("http://word", "http://$WORD")
 
 
-def test_a_variable_that_is_set_wins_over_the_default() -> None:
+def test_a_variable_that_is_set_wins_over_the_default_unless_it_is_empty() -> None:
+    """As in shells: an orchestrator that passes on what it has not got passes on nothing."""
     assert configfile.parse("server.host = '${WORD:-other}'", ENVIRON).server.host == "word"
-    assert configfile.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == ""
+    assert configfile.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == "other"
+    assert configfile.parse("server.host = '${EMPTY}'", ENVIRON).server.host == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${API_PASSWORD", "${API_PASSWORD-s3cret}", "${API-PASSWORD}", "${API_PASSWORD:?no}", "${A:-${B}}", "x${}"],
+)
+def test_what_only_looks_like_a_variable_is_refused_and_not_shown(value: str) -> None:
+    """Taken as it stands it would be the password, and written down in the file."""
+    text = f"[pools.p]\n[dialects.simple-token-implement]\npool = 'p'\npassword = '{value}'"
+    found = mistake(text)
+    assert found == (
+        "dialects.simple-token-implement.password: has a '${' that begins neither ${NAME} nor ${NAME:-default}"
+    )
+
+
+def test_a_mistake_in_what_the_environment_has_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match=r"^server.port: .*, from \$\{WORD\}$"):
+        configfile.parse("server.port = '${WORD}'", ENVIRON)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[server]\nport = 1\n", encoding="utf-8-sig")
+    assert configfile.load(path).server.port == 1
 
 
 def test_what_comes_from_the_environment_is_not_expanded_again() -> None:

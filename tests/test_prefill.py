@@ -38,6 +38,7 @@ class Home:
         settings = configfile.load(write_config(self._directory, terms))
         service = create_service(settings, self.clock, ticks=lambda: 0.0)
         async with service.running():
+            await service.pools.prefill()
             yield service.pools
 
 

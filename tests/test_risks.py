@@ -11,7 +11,7 @@ from tokenauth.app import create_app
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.passwords import Passwords
-from tokenauth.risks import SHIPPED_API_PASSWORD, SHIPPED_HASH, find_risks, judge, unacceptable
+from tokenauth.risks import SHIPPED_API_PASSWORD, SHIPPED_HASH, demand_acceptable, find_risks, judge
 
 STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
 WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("a long password")
@@ -63,7 +63,7 @@ def test_a_risk_is_named_and_accepted_on_a_loopback_address_only(
     assert [each.name for each in risks] == [risk]
     assert "\n" not in risks[0].text
     assert password not in risks[0].text
-    assert unacceptable(at_home, risks) is None
+    demand_acceptable(at_home, risks)
     judge(at_home, risks)
     for host in ("0.0.0.0", "::", "192.168.1.4", "example.com"):
         public = configured(f'{server}\nhost = "{host}"', password)
@@ -75,9 +75,15 @@ def test_a_risk_is_named_and_accepted_on_a_loopback_address_only(
 
 
 def test_accepting_one_risk_does_not_accept_another(passwords: Passwords) -> None:
-    public = configured('host = "0.0.0.0"\naccept_risks = ["weak_hash", "shipped", "*"]', SHIPPED_HASH)
+    public = configured('host = "0.0.0.0"\naccept_risks = ["weak_hash", "open_dialect"]', SHIPPED_HASH)
     with pytest.raises(ConfigError, match="shipped_password"):
         judge(public, find_risks(public, passwords))
+
+
+@pytest.mark.parametrize("name", ["shipped", "*", "open_dialekt", ""])
+def test_a_risk_that_there_is_not_cannot_be_accepted(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"server.accept_risks: there is no risk"):
+        configured(f'accept_risks = ["{name}"]', STRONG)
 
 
 def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> None:
@@ -94,7 +100,8 @@ def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> 
     risks = find_risks(public, passwords)
     assert [risk.name for risk in risks] == ["shipped_password", "weak_hash", "trusts_everybody"]
     assert [risk.text.count("'a'") + 2 * risk.text.count("'b'") for risk in risks] == [1, 2, 0]
-    assert "trusts_everybody" in str(unacceptable(public, risks))
+    with pytest.raises(ConfigError, match="trusts_everybody"):
+        demand_acceptable(public, risks)
 
 
 PERMITS = """
@@ -118,15 +125,13 @@ def test_a_dialect_that_asks_nobody_for_a_token_is_a_risk(passwords: Passwords, 
     assert risk == ("open_dialect", f"dialects.{name} asks nobody for a token; set its require_token to true")
     judge(served(name), [risk])
     public = 'host = "0.0.0.0"\n'
-    refused = unacceptable(served(name, server=public), [risk])
-    assert refused == (
+    with pytest.raises(ConfigError) as refusal:
+        create_app(served(name, server=public))
+    assert str(refusal.value) == (
         f"server.host: '0.0.0.0' can be reached by others, and {risk.text}"
         " (or add 'open_dialect' to server.accept_risks)"
     )
-    with pytest.raises(ConfigError) as refusal:
-        create_app(served(name, server=public))
-    assert str(refusal.value) == refused, "so it is refused at the start"
-    assert unacceptable(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk]) is None
+    demand_acceptable(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk])
     assert find_risks(served(name, "require_token = true", public), passwords) == []
 
 
@@ -144,11 +149,12 @@ def test_the_password_that_everybody_knows_is_a_risk_of_the_dialect_that_has_one
 def test_accepting_the_risk_of_one_dialect_accepts_that_of_all_and_no_other(passwords: Passwords) -> None:
     text = (ROOT / "config.toml").read_text().replace('host = "127.0.0.1"', 'host = "0.0.0.0"')
     public = configfile.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect"]'), {})
-    assert "'shipped_password' to server" in str(unacceptable(public, find_risks(public, passwords)))
+    with pytest.raises(ConfigError, match="'shipped_password' to server"):
+        demand_acceptable(public, find_risks(public, passwords))
     public = configfile.parse(
         text.replace("accept_risks = []", 'accept_risks = ["open_dialect", "shipped_password"]'), {}
     )
-    assert unacceptable(public, find_risks(public, passwords)) is None
+    demand_acceptable(public, find_risks(public, passwords))
 
 
 def test_the_shipped_configuration_has_its_passwords_and_its_open_dialects_for_risks() -> None:

@@ -40,6 +40,7 @@ async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
     """Run a service without a sweeper."""
     service = create_service(configfile.load(write_config(tmp_path, POOLS)), clock, ticks=lambda: 0.0)
     async with service.running():
+        await service.pools.prefill()
         yield service
 
 
@@ -100,6 +101,7 @@ async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_
     fewer = configfile.load(write_config(tmp_path, POOLS.replace("capacity = 3", "capacity = 1")))
     shrunk = create_service(fewer, clock, ticks=lambda: 0.0)
     async with shrunk.running():
+        await shrunk.pools.prefill()
         clock.advance(59)
         assert await sweeper.sweep() == 0
         clock.advance(INTERVAL)

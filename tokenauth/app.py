@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, cast
@@ -80,7 +80,7 @@ def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.m
             app,
             allow_origins=config.server.cors_origins,
             allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
-            allow_headers=("X-Token", "Authorization", "Content-Type"),
+            allow_headers=_headers_of_pages(config),
             expose_headers=("WWW-Authenticate", "Retry-After"),
         )
     app = ForwardAuth(service.tokens, app)  # outside of all that answers by itself: a preflight there is a request
@@ -90,6 +90,12 @@ def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.m
         # the same middleware that uvicorn has built in, whose own default is to trust this machine
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), list(config.server.trusted_proxies)))
     return app
+
+
+def _headers_of_pages(config: Config) -> Sequence[str]:
+    """List what a page of another origin may send beside what every page may."""
+    usual = ("X-Token", "Authorization", "Content-Type")
+    return (*usual, "X-API-PASSWORD") if "simple-token-implement" in config.dialects.chosen() else usual
 
 
 _ASKING = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
@@ -138,6 +144,7 @@ class PoolGuard:
 async def _live(service: Service) -> AsyncIterator[None]:
     """Run the service, and its sweeper beside it."""
     async with service.running():
+        await service.pools.prefill()
         sweeper = Sweeper(service.store, service.pools, service.clock, service.config.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()

@@ -18,6 +18,10 @@ MAX_NAME = 256
 """Characters that a user name may have."""
 
 
+RISKS = ("shipped_password", "weak_hash", "trusts_everybody", "open_dialect")
+"""What `accept_risks` may name; `tokenauth.risks` finds them."""
+
+
 class Server(Section, frozen=True):
     """Where the service listens, and whom it believes."""
 
@@ -34,6 +38,9 @@ class Server(Section, frozen=True):
         """Hold the values to what can work."""
         check_between("port", self.port, 0, 65535)
         check_between("workers", self.workers, 1, 64)
+        for risk in self.accept_risks:
+            if risk not in RISKS:
+                raise ValueError(f"accept_risks: there is no risk {risk!r}; there are {', '.join(RISKS)}")
         for origin in self.cors_origins:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise ValueError(f"cors_origins: {origin!r} is not an origin such as 'https://app.example.com'")

@@ -6,10 +6,10 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import msgspec
 
@@ -26,13 +26,20 @@ def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     """Read the file; a mistake in it raises ConfigError, one line with the key path."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one with --config or TOKENAUTH_CONFIG") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
+    with naming(path):
         return parse(text, environ)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have a ConfigError name the file in which the mistake is."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -53,8 +60,10 @@ def parse(text: str, environ: Mapping[str, str] = os.environ) -> Config:
             problem, _, at = str(error).partition(" - at `$")
             path = _whole(at.rstrip("`").lstrip("."), tree)
             spot = from_environment.pop(path, None)
-            if spot is None or not _reread(*spot):
+            if spot is None:
                 raise ConfigError(_explain(problem, path)) from None
+            if not _reread(spot.holder, spot.key):
+                raise ConfigError(f"{_explain(problem, path)}, from {spot.text}") from None
 
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -78,14 +87,25 @@ Spot = tuple[Any, str | int]
 """A table or an array, and the key or the index in it."""
 
 
-def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Spot]:
+class _Filled(NamedTuple):
+    """A string into which the environment's values were put: where it stands, and what the file has there."""
+
+    holder: Any
+    key: str | int
+    text: str
+
+
+def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, _Filled]:
     """Put the environment's values into the strings that ask for them; say where that was, by key path."""
     changed = {}
     for path, (holder, key) in list(_strings(tree, "")):
         text = holder[key]
 
+        if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
+            raise ConfigError(f"{path}: has a '${{' that begins neither ${{NAME}} nor ${{NAME:-default}}")
+
         def value(match: re.Match[str], path: str = path) -> str:
-            found = environ.get(match[1], match[2])
+            found = environ.get(match[1]) or (environ.get(match[1]) if match[2] is None else match[2])
             if found is None:
                 raise ConfigError(
                     f"{path}: the environment has no {match[1]}; set it, or write ${{{match[1]}:-default}}"
@@ -96,7 +116,7 @@ def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Spot]
 
         holder[key] = _VARIABLE.sub(value, text)
         if holder[key] != text:
-            changed[path] = (holder, key)
+            changed[path] = _Filled(holder, key, text)
     return changed
 
 

@@ -158,9 +158,10 @@ class Pools:
     async def _fill(self, pool: Pool) -> None:
         found = lacking = await self._store.pools.fit(pool, (), self._clock())
         while lacking:
-            values = self._new_values(pool, min(lacking, _FILL))
+            await asyncio.sleep(_PAUSE)
+            values = self._new_values(pool, max(0, min(lacking, _FILL)))
             lacking = await self._store.pools.fit(pool, values, self._clock())
-        if found:
+        if found > 0:
             log.info("pool_filled", pool=pool.name, capacity=pool.capacity)
 
     def _new_values(self, pool: Pool, count: int) -> list[str]:
@@ -168,12 +169,12 @@ class Pools:
         return [make() for _ in range(count)]
 
 
-def named_holder(name: str) -> str:
-    """Return the name that a holder gives himself. Raises InvalidRequest if it cannot be stored and shown."""
+def named_holder(name: str, field: str = "holder") -> str:
+    """Return the name that a holder gives himself. Raises InvalidRequest, which names the field, for what is none."""
     if not 1 <= len(name) <= MAX_TEXT:
-        raise InvalidRequest(f"holder: must have 1 to {MAX_TEXT} characters.")
+        raise InvalidRequest(f"{field}: must have 1 to {MAX_TEXT} characters.")
     if not name.isprintable():
-        raise InvalidRequest("holder: has a character that cannot be printed.")
+        raise InvalidRequest(f"{field}: has a character that cannot be printed.")
     return name
 
 

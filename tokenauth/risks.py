@@ -60,24 +60,19 @@ def _of_dialects(config: Config) -> Iterator[Risk]:
             yield Risk("open_dialect", text)
 
 
-def unacceptable(config: Config, risks: list[Risk]) -> str | None:
-    """Say why the service may not start: others can reach it, and a risk has not been accepted."""
-    if config.server.loopback:
-        return None
+def demand_acceptable(config: Config, risks: list[Risk]) -> None:
+    """Raise ConfigError when the service may not start: others can reach it, and a risk has not been accepted."""
     for risk in risks:
-        if risk.name not in config.server.accept_risks:
+        if not config.server.loopback and risk.name not in config.server.accept_risks:
             reach = f"server.host: {config.server.host!r} can be reached by others"
-            return f"{reach}, and {risk.text} (or add {risk.name!r} to server.accept_risks)"
-    return None
+            raise ConfigError(f"{reach}, and {risk.text} (or add {risk.name!r} to server.accept_risks)")
 
 
 def judge(config: Config, risks: list[Risk]) -> None:
-    """Log the risks; raise ConfigError for one that is not acceptable."""
+    """Log the risks. Raises ConfigError for one that is not acceptable."""
     for risk in risks:
         log.warning("configuration_risk", risk=risk.name, detail=risk.text)
-    error = unacceptable(config, risks)
-    if error is not None:
-        raise ConfigError(error)
+    demand_acceptable(config, risks)
 
 
 def _some(names: list[str]) -> str:

@@ -16,7 +16,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 def check_between(key: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless a number is in its range."""
     if not low <= value <= high:
-        raise ValueError(f"{key}: must be from {low:g} to {high:g}, and is {value:g}")
+        raise ValueError(f"{key}: must be from {low:.15g} to {high:.15g}, and is {value:.15g}")
 
 
 def check_scope(key: str, scope: str) -> None:

@@ -54,7 +54,6 @@ class Service(NamedTuple):
 
         self.clock.leapt = tell
         try:
-            await self.pools.prefill()
             yield
         finally:
             self.clock.leapt = None

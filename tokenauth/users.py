@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,9 +30,7 @@ class UserFile:
             self._document = tomlkit.parse(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, TOMLKitError) as error:
             raise ConfigError(f"{path}: cannot be edited: {error}") from None
-        users = self._document.get("users")
-        if users is None:
-            users = self._document["users"] = tomlkit.aot()
+        users = self._document.get("users", tomlkit.aot())
         if not isinstance(users, AoT):
             raise ConfigError(f"{path}: users: write each user as a [[users]] table to edit them here")
         self._users = users
@@ -41,13 +39,13 @@ class UserFile:
         """Add a user. Raises ConfigError if there is one of that name."""
         if self._find(name) is not None:
             raise ConfigError(f"{self.path}: there is a user {name!r} already")
-        entry = tomlkit.table()
-        entry["username"] = name
-        entry["password"] = password_hash()
-        if scopes:
-            entry["scopes"] = list(scopes)
-        self._users.append(entry)
-        self._save(tomlkit.dumps(self._document))
+        entry = {"username": name, "password": password_hash()} | ({"scopes": list(scopes)} if scopes else {})
+        lines = self._lines()
+        begins = _begins(lines)
+        end = _end(lines, begins[-1]) if begins else len(lines)
+        before, after = "".join(lines[:end]).rstrip("\n"), "".join(lines[end:]).lstrip("\n")
+        parts = (before, tomlkit.dumps({"users": [entry]}).rstrip("\n"), after)
+        self._save("\n\n".join(part for part in parts if part).rstrip("\n") + "\n")
 
     def change_password(self, name: str, password_hash: Callable[[], str]) -> None:
         """Change a user's password. Raises ConfigError if there is none of that name."""
@@ -61,14 +59,15 @@ class UserFile:
         It is lines that are taken out: a TOML document has the comment above one table in the table before it.
         """
         number = list(self._users).index(self._get(name))
-        lines = tomlkit.dumps(self._document).splitlines(keepends=True)
-        begin = [at for at, line in enumerate(lines) if _USER.match(line)][number]
-        end = next((at for at in range(begin + 1, len(lines)) if _TABLE.match(lines[at])), len(lines))
-        while _ASIDE.match(lines[end - 1]):  # belongs to the next table
-            end -= 1
+        lines = self._lines()
+        begin = _begins(lines)[number]
+        end = _end(lines, begin)
         while begin and lines[begin - 1].lstrip().startswith("#"):
             begin -= 1
         self._save("".join(lines[:begin] + lines[end:]))
+
+    def _lines(self) -> list[str]:
+        return tomlkit.dumps(self._document).splitlines(keepends=True)
 
     def _find(self, name: str) -> Table | None:
         return next((user for user in self._users if canonical(str(user.get("username", ""))) == canonical(name)), None)
@@ -96,3 +95,16 @@ class UserFile:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+
+
+def _begins(lines: Sequence[str]) -> list[int]:
+    """List the lines in which users begin."""
+    return [at for at, line in enumerate(lines) if _USER.match(line)]
+
+
+def _end(lines: Sequence[str], begin: int) -> int:
+    """Say in which line a table has ended that begins in another; what stands right above the next belongs to that."""
+    end = next((at for at in range(begin + 1, len(lines)) if _TABLE.match(lines[at])), len(lines))
+    while _ASIDE.match(lines[end - 1]):
+        end -= 1
+    return end

@@ -10,6 +10,7 @@ from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, lease, members
 from tests.servers import START
 from tokenauth.models import Pool, PoolCounts, PoolToken
+from tokenauth.stores import pool_verbs
 from tokenauth.stores.base import PoolStore, Touched
 
 PERMITS = Pool("permits", lease_ttl=60, capacity=5, prefill=True)
@@ -43,6 +44,22 @@ async def test_an_empty_pool_lacks_its_capacity_and_is_filled_step_by_step(pools
     added = dict(zip("abcde", [1, 1, 2, 3, 3], strict=True))
     wanted = [PoolToken("permits", value, START + seconds) for value, seconds in added.items()]
     assert await pools.members(PERMITS, START + 3, "", 10) == wanted
+
+
+async def test_a_pool_that_has_far_too_many_tokens_is_rid_of_them_step_by_step(
+    pools: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others write between two steps. Free ones go first; of lent ones those whose leases end first are retired."""
+    monkeypatch.setattr(pool_verbs, "_STEP", 3)
+    await lend(pools, lent=5, free=5)
+    small = of(2)
+    assert await pools.fit(small, (), START) == -5
+    assert await pools.count(small, START) == (2, 5)
+    assert await pools.fit(small, ["x"], START) == -2
+    assert await pools.fit(small, (), START) == 0
+    assert await pools.count(small, START) == (0, 5)
+    assert await pools.fit(small, (), START + 10_000) == 0
+    assert await pools.count(small, START + 10_000) == (2, 0)
 
 
 async def test_a_pool_that_has_its_capacity_is_left_as_it_is(pools: PoolStore) -> None:

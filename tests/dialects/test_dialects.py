@@ -269,6 +269,6 @@ def test_the_shipped_configuration_serves_all_four_on_the_terms_of_the_environme
 
 @pytest.mark.parametrize(("name", "key"), [("TOTAL_TOKENS", "capacity"), ("TIMER_DURATION", "lease_ttl")])
 def test_what_the_environment_says_wrong_is_named(name: str, key: str) -> None:
-    for value in ("many", "", "-1", "1e999", "[]"):
+    for value in ("many", "-1", "1e999", "[]"):
         with pytest.raises(ConfigError, match=rf"pools\.permits\.{key}: "):
             configfile.load(ROOT / "config.toml", {name: value})

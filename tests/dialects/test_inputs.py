@@ -179,3 +179,10 @@ def test_a_body_of_almost_16_kib_is_read(wire: Wire) -> None:
         "DELETE", "/random-token-generator/delete", content=json.dumps({"token": "x", "padding": padding})
     )
     assert (answer.status, answer.document) == (404, {"error": "Token not found"})
+
+
+@pytest.mark.parametrize("client", ["\0", "x" * 257])
+def test_a_client_s_name_that_cannot_be_kept_is_refused_by_its_name(wire: Wire, client: str) -> None:
+    answer = wire.post("/token-management-service/assign-token", {"client_id": client})
+    assert explained(answer, 400, "client_id")
+    assert "holder" not in answer.document["error_description"]

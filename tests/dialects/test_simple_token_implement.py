@@ -8,7 +8,7 @@ import pytest
 
 from tests.connections import Answer, Connection
 from tests.dialects.conftest import API_PASSWORD, Said, Wire, at_once, rows, said
-from tests.servers import HandClock
+from tests.servers import HandClock, Server
 
 PREFIX = "/simple-token-implement"
 PATHS = ["/issue_token", "/recycle_token", "/tokens"]
@@ -61,6 +61,14 @@ def test_without_the_right_password_nothing_is_done(wire: Wire, stranger: Wire, 
         for method in ("GET", "POST"):
             assert stranger.ask(method, f"{path}?info=I", headers=headers) == UNAUTHORIZED
         assert wire.ask("GET", "/tokens") == available(2), "which also ends the count of wrong ones"
+
+
+@pytest.mark.parametrize("blanks", [b" %s", b"%s ", b"\t%s \t"])
+def test_blanks_around_the_password_are_none_of_it(server: Server, blanks: bytes) -> None:
+    """RFC 9110 section 5.5."""
+    head = f"GET {PREFIX}/tokens HTTP/1.1\r\nHost: x\r\nX-API-PASSWORD:".encode()
+    with Connection(server.port) as connection:
+        assert connection.send(head + blanks % API_PASSWORD.encode() + b"\r\n\r\n").status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -129,6 +129,9 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
     "UTF-16 without a BOM": (login(RIGHT_TEXT.encode("utf-16-le")), 400, "UTF-8"),
     "UTF-32": (login(RIGHT_TEXT.encode("utf-32-be")), 400, "UTF-8"),
     "a key twice": (login(b'{"username": "admin", "password": "x", "password": "admin"}'), 400, "password"),
+    "a key twice, once escaped": (
+        login(rb'{"username": "bob", "\u0075sername": "admin", "password": "admin"}'), 400, "twice",
+    ),
     "more after the end": (login(RIGHT + RIGHT), 400, "not JSON"),
     "a comment": (login(b"/**/" + RIGHT), 400, "not JSON"),
     # B39: text

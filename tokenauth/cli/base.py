@@ -27,6 +27,8 @@ class Lines(click.Group):
             return super().invoke(ctx)
         except (ConfigError, StartError, Refusal) as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            raise click.ClickException(f"what should be printed cannot be written: {error.strerror}") from None
         except UnicodeError:
             raise click.ClickException("what was typed or piped in is not UTF-8") from None
 
@@ -46,7 +48,10 @@ def with_service(config_file: str | None, use: Callable[["Service"], Coroutine[A
     from tokenauth.service import create_service
 
     async def run() -> T:
-        service = create_service(configfile.load(configfile.find(config_file)))
+        path = configfile.find(config_file)
+        settings = configfile.load(path)
+        with configfile.naming(path):
+            service = create_service(settings)
         async with service.running():
             return await use(service)
 

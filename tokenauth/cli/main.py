@@ -52,24 +52,31 @@ def check(config_file: str | None, as_json: bool) -> None:
     """Say what is wrong or risky about the configuration; exit with 1 if it cannot be served."""
     from tokenauth import configfile
     from tokenauth.app import find_routes
-    from tokenauth.risks import find_risks, unacceptable
+    from tokenauth.risks import Risk, demand_acceptable, find_risks
     from tokenauth.service import create_service
 
     path = configfile.find(config_file)
-    settings = configfile.load(path)
-    service = create_service(settings)
-    find_routes(service)
-    risks = find_risks(settings, service.passwords)
-    error = unacceptable(settings, risks)
+    risks: list[Risk] = []
+    mistake = None
+    try:
+        settings = configfile.load(path)
+        with configfile.naming(path):
+            service = create_service(settings)
+            find_routes(service)
+            risks = find_risks(settings, service.passwords)
+            demand_acceptable(settings, risks)
+    except ConfigError as error:
+        mistake = error
     if as_json:
-        print_json({"ok": error is None, "error": error, "risks": [risk._asdict() for risk in risks]})
+        found = [risk._asdict() for risk in risks]
+        print_json({"ok": mistake is None, "error": None if mistake is None else str(mistake), "risks": found})
     else:
         for risk in risks:
             click.echo(f"risk: {risk.name}: {risk.text}")
-        if error is None:
-            click.echo(f"{path}: ok, {len(settings.directory)} users, {len(settings.pools)} pools, {len(risks)} risks")
-    if error is not None:
-        raise ConfigError(f"{path}: {error}")
+    if mistake is not None:
+        raise mistake
+    if not as_json:
+        click.echo(f"{path}: ok, {len(settings.directory)} users, {len(settings.pools)} pools, {len(risks)} risks")
 
 
 @main.command(epilog="Example: tokenauth migrate --config /etc/tokenauth/config.toml")

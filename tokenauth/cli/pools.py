@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from tokenauth.cli.base import Lines, config_option, json_option, print_json, show, text, whole, with_service
+from tokenauth.errors import LeaseLost
 
 
 @click.group(cls=Lines)
@@ -49,7 +50,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
     show(with_service(config_file, members), as_json, instants=("expiry_time", "lease_expiry_time"))
 
 
-@pool.command("generate", epilog="Example: tokenauth pool generate licences --count 10")
+@pool.command("generate", epilog="Example: tokenauth pool generate vouchers --count 10")
 @config_option
 @json_option
 @click.argument("name")
@@ -69,7 +70,10 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
 @click.argument("token")
 def pool_release(config_file: str | None, name: str, token: str) -> None:
     """End the lease of TOKEN in the pool NAME, whoever holds it: it can be lent anew at once."""
-    with_service(config_file, lambda service: service.pools.release(service.pools.find(name), text(token)))
+    try:
+        with_service(config_file, lambda service: service.pools.release(service.pools.find(name), text(token)))
+    except LeaseLost:
+        raise click.ClickException("The token is not lent.") from None
     click.echo("released 1 token")
 
 

@@ -102,7 +102,7 @@ class SimpleTokenImplement:
         sent = requests.header(scope, b"x-api-password")
         if sent is None:
             raise InvalidCredentials
-        right, address = hmac.compare_digest(sent, self._password), requests.client_address(scope)
+        right, address = hmac.compare_digest(sent.strip(b" \t"), self._password), requests.client_address(scope)
         if right and not await self._throttle.suspects(address):
             return
         async with self._throttle.attempt(NAME, address):

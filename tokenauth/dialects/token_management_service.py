@@ -90,7 +90,7 @@ class TokenManagementService:
             await _say(send, "client_id is required", 400)
             return
         try:
-            token = await self._pools.assign(self._pool, named_holder(body.client_id))
+            token = await self._pools.assign(self._pool, named_holder(body.client_id, "client_id"))
         except NoFreeToken:
             await _say(send, "No free token available", 404)
         else:

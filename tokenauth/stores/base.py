@@ -82,10 +82,11 @@ class PoolStore(Protocol):
         """Add free tokens; False, and none is added, when the pool would have more than its capacity."""
 
     async def fit(self, pool: Pool, values: Sequence[str], now: Instant) -> int:
-        """Bring a pool with `prefill` closer to its capacity; say how many values it still lacks.
+        """Bring a pool with `prefill` closer to its capacity; say how many values it still lacks, or 0.
 
-        Free tokens that are too many go. Of lent ones the leases go on: so many as are too many are retired, and
-        until they have ended as many free ones stay behind. Values are taken from `values` as far as they are needed.
+        It is below 0 when there are so many tokens too many that they have not all been seen to yet. Free tokens that
+        are too many go. Of lent ones the leases go on: so many as are too many are retired, and until they have ended
+        as many free ones stay behind. Values are taken from `values` as far as they are needed.
         """
 
     async def lease(self, pool: Pool, holder: str, now: Instant, counted: bool = False) -> Lent:

@@ -18,6 +18,10 @@ _SPARE = 1000
 """Expired tokens that a pool with a capacity gives up for new ones, beside as many as there are new ones."""
 
 
+_STEP = 10_000
+"""Tokens that are too many, of which one transaction rids a pool at the most."""
+
+
 class Add(NamedTuple):
     """Add free tokens, all or none; or, with `prefill`, as many as are lacking."""
 
@@ -128,13 +132,14 @@ def fit_pool(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[int]:
         rows.delete_retired()
         free, lent, _ = rows.counts()
         surplus = free + lent - (rows.pool.capacity or 0)
-        lacking = 0
         if surplus > 0:
-            rows.retire(surplus - rows.delete_free(surplus))
+            step = min(surplus, _STEP)
+            rows.retire(step - rows.delete_free(step))
+            answers.append(step - surplus)
         else:
             lacking = -surplus - rows.reinstate(-surplus)
-        rows.insert(wish.values[:lacking])
-        answers.append(max(0, lacking - len(wish.values)))
+            rows.insert(wish.values[:lacking])
+            answers.append(max(0, lacking - len(wish.values)))
     return answers
 
 
