@@ -94,8 +94,7 @@ class Database:
 
     async def demand_utf8(self) -> None:
         """Raise StartError for a database that cannot keep all names, or takes bytes for characters."""
-        async with self.listening() as db:
-            encoding = db.get_settings().server_encoding
+        encoding = await self.read(lambda db: driver(db).driver_connection.get_settings().server_encoding)
         if encoding != "UTF8":
             raise StartError(
                 f"the database {self.name} keeps text as {encoding}; create it with ENCODING 'UTF8' TEMPLATE template0"
