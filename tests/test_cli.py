@@ -111,6 +111,36 @@ def test_check_says_that_all_is_well(home: Path) -> None:
     assert os.listdir(home) == ["config.toml"], "it only looks"
 
 
+def test_output_that_cannot_be_written_is_one_line(home: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [str(TOKENAUTH), "tokens", "list", "--json", "--config", str(home / "config.toml")],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[sever]", "config.toml: sever: there is no such key; did you mean server?"),
+        ("database.url = 'mysql://x/y'", "config.toml: database.url: 'mysql' is no store of tokenauth"),
+    ],
+)
+def test_check_names_a_mistake_also_for_programs(home: Path, text: str, says: str) -> None:
+    (home / "config.toml").write_text(text)
+    done = run(home, "check", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["ok"], told["risks"]) == (1, False, [])
+    assert told["error"].startswith(says)
+    assert told["error"] in done.stderr
+
+
 def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Path) -> None:
     text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
     write_config(home, users=text)

@@ -100,7 +100,7 @@ class Supervisor(Multiprocess):
         for listener in self.sockets:
             listener.close()
         for process in self.processes:
-            if process.is_ready():
+            if process.is_ready(GRACE):
                 process.terminate()
             else:
                 process.kill()
@@ -147,7 +147,9 @@ def work(path: Path, host: str | None, port: int | None, workers: int | None) ->
     from tokenauth.app import create_app  # the supervisor has no need of it
 
     try:
-        return create_app(read(path, host, port, workers))
+        settings = read(path, host, port, workers)
+        with configfile.naming(path):
+            return create_app(settings)
     except ConfigError as error:
         log.error("configuration_refused", detail=str(error))
         sys.exit(uvicorn.config.STARTUP_FAILURE)

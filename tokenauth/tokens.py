@@ -21,7 +21,7 @@ _RETRY = 1.0
 _TOGETHER = 1000
 """Of these, how many are written at a time."""
 
-_LAST_CHANCE = 10.0
+_LAST_CHANCE = 5.0
 """Seconds in which they are still written when the worker stops."""
 
 _MAX_WITHHELD = 100_000

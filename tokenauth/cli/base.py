@@ -1,6 +1,7 @@
 """What the commands share: options, one-line failures, the service, and how things are printed."""
 
 import asyncio
+import errno
 import json
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -28,7 +29,9 @@ class Lines(click.Group):
         except (ConfigError, StartError, Refusal) as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
-            raise click.ClickException(f"what should be printed cannot be written: {error.strerror}") from None
+            if error.errno == errno.EPIPE:  # whoever reads has enough, which click knows
+                raise
+            raise click.ClickException(str(error)) from None
         except UnicodeError:
             raise click.ClickException("what was typed or piped in is not UTF-8") from None
 
