@@ -1,7 +1,8 @@
 """The schema, as SQLAlchemy knows it; `migrations` builds it step by step.
 
 PostgreSQL has other primary keys: those that spread, the digest of a token, the pool and the number of one that is
-lent. And there the number of a token is the microsecond in which it was added, for which nobody has to queue.
+lent. And there the number of a token is the microsecond in which it was added, for which nobody has to queue, or one
+more than the last of its user has.
 """
 
 from collections.abc import Sequence
