@@ -99,11 +99,13 @@ class Supervisor(Multiprocess):
         """Take no new connections, then end the workers; those that have not begun to serve need not be asked."""
         for listener in self.sockets:
             listener.close()
-        for process in self.processes:
+        for process in tuple(self.processes):
             if process.is_ready(GRACE):
                 process.terminate()
-            else:
+            elif process.exitcode is None:
                 process.kill()
+                process.join()
+                self.processes.remove(process)
 
 
 def _listen(terms: config.Server) -> socket.socket:

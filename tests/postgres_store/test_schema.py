@@ -148,7 +148,7 @@ async def test_a_start_that_waits_for_an_upgrade_says_so_and_ends_when_told_to(d
         with spawn(command, tmp_path) as server:
             await asyncio.to_thread(server.wait, "schema_upgrade_waits", 60)
             server.process.send_signal(signal.SIGTERM)
-            await asyncio.to_thread(server.process.wait, 10)
+            assert await asyncio.to_thread(server.process.wait, 20) == 0
 
 
 async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_on_it(url: str, tmp_path: Path) -> None:
