@@ -229,6 +229,10 @@ class _Sealed(httpx.Headers):
         """List what is sent."""
         return [*super().raw, (b"X-Token", self._token)]
 
+    def __reduce__(self) -> tuple[type[httpx.Headers], tuple[list[tuple[bytes, bytes]]]]:
+        """Leave it out of what is pickled or copied, too."""
+        return httpx.Headers, (super().raw,)
+
 
 def _patience(request: httpx.Request) -> float | None:
     """Say for how many seconds a request may wait for somebody else's login: for as long as for its own answer."""
