@@ -19,6 +19,15 @@ async def test_the_oldest_end_when_a_user_has_too_many(tokens: TokenStore, limit
         assert await tokens.get(gone.digest) is None
 
 
+async def test_one_login_ends_no_more_than_can_be_ended_in_a_short_time(tokens: TokenStore) -> None:
+    """`per_user` has become less: the others end with the next one, and the new ones always stay."""
+    await asyncio.gather(*(tokens.add(token(number), 0, START) for number in range(1010)))
+    for number, left in ((2000, 11), (2001, 2)):
+        await tokens.add(token(number), 2, START)
+        assert len(await tokens.list("ann", START, 2000)) == left
+        assert await tokens.get(token(number).digest) == token(number)
+
+
 async def test_of_equal_issued_at_the_new_one_stays(tokens: TokenStore) -> None:
     """Two logins in one instant of a coarse clock: whoever logs in can use what he got."""
     for number in range(12):
