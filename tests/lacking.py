@@ -1,4 +1,4 @@
-"""What tests do without a program that only they need."""
+"""What tests do without a program, or a right, that only they need."""
 
 import os
 from typing import NoReturn

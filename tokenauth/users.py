@@ -27,7 +27,7 @@ class UserFile:
         """Read the file. Raises ConfigError."""
         self.path = path
         try:
-            self._document = tomlkit.parse(path.read_text(encoding="utf-8"))
+            self._document = tomlkit.parse(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, TOMLKitError) as error:
             raise ConfigError(f"{path}: cannot be edited: {error}") from None
         users = self._document.get("users", tomlkit.aot())

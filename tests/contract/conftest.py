@@ -38,6 +38,7 @@ class Place:
     pools: PoolStore
     failures: FailureStore
     started: Instant
+    heard: list[Instant]
     commits: Callable[[], int]
     database: Database
     feed: Feed
@@ -52,9 +53,10 @@ async def sqlite(directory: Path, size: int) -> Place:
     file = directory / "tokens.db"
     store = open_store(config.Database(f"sqlite+aiosqlite:///{file}"), size)
     assert isinstance(store, SqliteStore)
-    started = await store.start()
+    heard: list[Instant] = []
+    started = await store.start(heard.append)
     parts = (store, store.tokens, store.pools, store.failures)
-    return Place(*parts, started, lambda: wal_commits(file), store._database, store._reader, rounds=300)
+    return Place(*parts, started, heard, lambda: wal_commits(file), store._database, store._reader, rounds=300)
 
 
 class Attentive(CachedTokenStore):
@@ -74,10 +76,12 @@ async def postgres(directory: Path, size: int) -> Place:
     url = (directory / "url").read_text()
     store = open_store(config.Database(url, connections=4), size, clock=lambda: START)
     assert isinstance(store, PostgresStore)
-    started = await store.start()
+    heard: list[Instant] = []
+    started = await store.start(heard.append)
     database, listener = store._database, store._listener
     tokens = Attentive(PostgresTokenStore(database, listener), listener, size)
-    return Place(store, tokens, store.pools, store.failures, started, lambda: xids(url), database, listener, behind=1)
+    parts = (store, tokens, store.pools, store.failures)
+    return Place(*parts, started, heard, lambda: xids(url), database, listener, behind=1)
 
 
 Opener = Callable[[Path, int], Awaitable[Place]]

@@ -35,6 +35,13 @@ async def test_starting_says_the_latest_time_that_was_written(places: Places, wr
     assert (await places.open()).started == START + 7.25
 
 
+async def test_a_time_that_another_has_remembered_is_heard_also_by_who_does_nothing(place: Place, other: Place) -> None:
+    await other.store.remember(START + 3600)
+    async with asyncio.timeout(20):
+        while START + 3600 not in place.heard:  # noqa: ASYNC110 - that is what is shown
+            await asyncio.sleep(0.01)
+
+
 async def test_an_earlier_time_does_not_replace_the_latest(places: Places) -> None:
     place = await places.open()
     await place.tokens.add(token(1), 0, START + 10)

@@ -1,5 +1,6 @@
 """Promise 4: "the store is down" is never said as "invalid": it is 503 with Retry-After."""
 
+import asyncio
 import os
 import resource
 import sqlite3
@@ -11,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.connections import LOGIN, Answer, Connection, takes_connections
 from tests.journal import locked, until, workers
 from tests.ports import free_port
 from tests.servers import spawn, worker, write_config
 from tests.test_cli import run
+from tokenauth import configfile
+from tokenauth.service import create_service
 
 PERMITS = "[pools.permits]\ncapacity = {}\nprefill = true"
 
@@ -212,6 +216,22 @@ def test_a_file_that_is_not_a_database_is_left_alone_at_the_start(tmp_path: Path
     assert "tokenauth.db cannot be used" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "tokenauth.db").read_bytes() == b"garbage!" * 1024
+
+
+async def test_a_stop_tries_for_a_bounded_time_to_write_what_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says what is lost. Here a writer waits for the lock for longer than that."""
+    monkeypatch.setattr("tokenauth.tokens._LAST_CHANCE", 0.05)
+    service = create_service(configfile.load(write_config(tmp_path)))
+    async with service.running():
+        service.tokens._withheld.add(bytes(32))
+        with locked(tmp_path / "tokenauth.db"), structlog.testing.capture_logs() as logs:
+            async with asyncio.timeout(2):
+                await service.tokens.close()
+        service.tokens._withheld.clear()
+    assert [entry["event"] for entry in logs] == ["revocation_lost"]
+    assert logs[0]["id"] == bytes(12).hex()
 
 
 def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tokenauth.logs import log
 from tokenauth.models import Instant, steady
 from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.connections import Database
-from tokenauth.stores.transaction import CHANNEL
+from tokenauth.stores.transaction import CHANNEL, CLOCK_SAYS, WRITTEN_DOWN
 
 BOUND = 1.0
 """Seconds after which a removal that was not heard of is found all the same: the cache is not believed for longer."""
@@ -24,12 +24,10 @@ _RETRY = 0.1
 _MANY = 10_000
 """Removals that are read at once; when there are more, the cache forgets everything instead."""
 
-_READ = """
-    SELECT
-        extract(epoch FROM clock_timestamp())::float8 AS now,
-        (SELECT at FROM marks WHERE name = 'clock') AS latest, seq, digest
+_READ = f"""
+    SELECT {CLOCK_SAYS} AS now, {WRITTEN_DOWN} AS latest, seq, digest
     FROM (SELECT 1) AS one LEFT JOIN revocations ON seq >= $1 ORDER BY seq LIMIT $2
-"""
+"""  # noqa: S608 - constants
 _SERVER = "SELECT pg_postmaster_start_time(), oid FROM pg_database WHERE datname = current_database()"
 _LAST = "SELECT seq, digest FROM revocations ORDER BY seq DESC LIMIT 1"
 

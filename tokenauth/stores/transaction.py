@@ -141,12 +141,16 @@ def elements(strings: BindParameter[str], name: str) -> TableValuedAlias:
 CHANNEL = "tokenauth_revocations"
 """Where PostgreSQL tells of revocations."""
 
-NOW = "greatest(extract(epoch FROM clock_timestamp())::float8, (SELECT at FROM marks WHERE name = 'clock'))"
-"""The time in PostgreSQL, which no clock that is set back takes back: as late as any that was written down."""
+CLOCK_SAYS = "extract(epoch FROM clock_timestamp())::float8"
+"""What time it is by PostgreSQL's clock, which can be set back."""
 
-_HOLD = f"SELECT pg_advisory_xact_lock%s(key), {NOW} FROM unnest($1::int8[]) key"  # noqa: S608
+WRITTEN_DOWN = "(SELECT at FROM marks WHERE name = 'clock')"
+"""The latest time that any process has written down, or NULL."""
+
+_NOW = f"greatest({CLOCK_SAYS}, {WRITTEN_DOWN})"
+_HOLD = f"SELECT pg_advisory_xact_lock%s(key), {_NOW} FROM unnest($1::int8[]) key"  # noqa: S608
 _HOLD_ALONE, _HOLD_SHARED = _HOLD % "", _HOLD % "_shared"
-_TIME = f"SELECT {NOW}"
+_TIME = f"SELECT {_NOW}"
 _NOTIFY = f"SELECT pg_notify('{CHANNEL}', '')"
 
 _postgres = _Written(postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
