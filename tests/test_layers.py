@@ -104,8 +104,3 @@ def test_clients_know_nothing_of_the_server(module: str) -> None:
         f"tokenauth.{other}" for other in MODULES
     }
     assert {name.split(".")[1] for name in own} <= {"models", "errors", "opaque", "client"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_is_one_noun(module: str) -> None:
-    assert len(MODULES[module].read_text().splitlines()) <= 300
