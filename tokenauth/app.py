@@ -106,7 +106,7 @@ def find_routes(service: Service) -> Routes:
     """List the addresses that a service answers at. Raises ConfigError when two of them are one."""
     guard = Guard(partial(TokenMiddleware, tokens=service.tokens), _ASKING)
     routes = Routes()
-    routes.add(HealthRoutes(service.store.ready).routes())
+    routes.add(HealthRoutes(service.ready).routes())
     routes.add(TokenRoutes(service.tokens).routes())
     routes.add(ForwardAuth(service.tokens).routes())
     routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes())

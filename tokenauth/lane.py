@@ -1,6 +1,7 @@
-"""A lane of its own for work that would hold up the event loop: a few threads, which may give way to everything else.
+"""An executor for work that would block the event loop: a few threads, which may run at low priority.
 
-Results come back in bundles: one wake-up of the event loop serves all that are ready.
+Results come back in batches: one wake-up of the event loop delivers all that are ready. A thread that cannot be started
+(no memory, no process left) fails the jobs that need it, and is tried again at the next one.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from tokenauth.errors import Overloaded
+from tokenauth.logs import log
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -27,39 +29,57 @@ class Lane(Generic[Job, Result]):
     def __init__(
         self, function: Callable[[Job], Result], threads: int, queue: int = 1, gives_way: bool = False
     ) -> None:
-        """Run `function` in so many threads; `queue` more callers may wait. `gives_way`: at low priority."""
+        """Run `function` in up to `threads` threads; `queue` more callers may wait. `gives_way`: at low priority."""
         self._function = function
         self._threads = threads
+        self._started = 0
         self._room = threads + queue
         self._gives_way = gives_way
         self._jobs: SimpleQueue[tuple[Job, asyncio.Future[Result]] | None] = SimpleQueue()
         self._done: deque[tuple[asyncio.Future[Result], Result | Exception]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told = False
+        self._start_failed = False
 
     async def run(self, job: Job) -> Result:
-        """Have a job done and return its result. Raises Overloaded when too many wait.
+        """Run a job and return its result. Raises Overloaded when too many wait, or no thread can be started.
 
-        A job that was begun keeps its place until it is done, even if its caller has gone.
+        A job that has begun keeps its place until it is done, even if its caller has gone.
         """
         if self._room <= 0:
             raise Overloaded
+        if self._started < self._threads and not self._start():
+            raise Overloaded("The server cannot start a thread. Try again shortly.")
         self._room -= 1
-        if self._loop is None:
-            self._open()
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._jobs.put((job, future))
         return await future
 
+    def trouble(self) -> str | None:
+        """Return why no job can be done, after trying again; call it on the event loop."""
+        return "a thread cannot be started" if self._start_failed and not self._start() else None
+
     def close(self) -> None:
         """Let the threads end after what they have begun."""
-        for _ in range(self._threads):
+        for _ in range(self._started):
             self._jobs.put(None)
 
-    def _open(self) -> None:
+    def _start(self) -> bool:
+        """Start the threads that do not run yet; return whether any runs. Some are enough to go on with."""
         self._loop = asyncio.get_running_loop()
-        for number in range(self._threads):
-            threading.Thread(target=self._work, name=f"lane-{number}", daemon=True).start()
+        try:
+            while self._started < self._threads:
+                threading.Thread(target=self._work, name=f"lane-{self._started}", daemon=True).start()
+                self._started += 1
+        except (RuntimeError, MemoryError) as error:
+            if not self._start_failed:
+                log.error("thread_not_started", reason=str(error), running=self._started, wanted=self._threads)
+            self._start_failed = True
+            return self._started > 0
+        if self._start_failed:
+            log.info("thread_started_again", running=self._started)
+        self._start_failed = False
+        return True
 
     def _work(self) -> None:
         if self._gives_way:

@@ -72,6 +72,11 @@ class Passwords:
             raise InvalidCredentials
         return user
 
+    async def ready(self) -> str | None:
+        """Say what keeps passwords from being verified, if anything does."""
+        trouble = self._lane.trouble()
+        return None if trouble is None else f"passwords cannot be verified: {trouble}"
+
     def close(self) -> None:
         """Let the threads go."""
         self._lane.close()

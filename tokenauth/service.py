@@ -62,6 +62,14 @@ class Service(NamedTuple):
             await self.store.stop(self.clock())
             self.passwords.close()
 
+    async def ready(self) -> str | None:
+        """Return what keeps this process from serving, if anything does: the first that its parts report."""
+        for part in (self.passwords.ready, self.store.ready):
+            trouble = await part()
+            if trouble is not None:
+                return trouble
+        return None
+
     async def _remember(self, now: Instant) -> None:
         with suppress(RetryLater):  # then it is written down with whatever is written next
             await self.store.remember(now)

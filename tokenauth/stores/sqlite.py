@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from tokenauth.errors import StartError, StoreUnavailable
+from tokenauth.errors import Overloaded, StartError, StoreUnavailable
 from tokenauth.lane import Lane
 from tokenauth.logs import log
 from tokenauth.models import Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
@@ -56,7 +56,7 @@ class Database:
         """
         try:
             await self._thread.run(self._prepare)
-        except (OSError, sqlite3.Error, DBAPIError) as error:
+        except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
             raise StartError(f"the database {self.path} cannot be used: {_reason(error)}") from None
 
     async def stop(self) -> None:
@@ -71,17 +71,25 @@ class Database:
         if self.lost:
             raise StoreUnavailable
         try:
-            async with self._readers.connect() as db:
-                return await db.run_sync(query)
+            db = await self._readers.connect()
+        except (DBAPIError, RuntimeError) as error:  # RuntimeError: the thread of a new connection cannot be started
+            raise StoreUnavailable from error
+        try:
+            return await db.run_sync(query)
         except DBAPIError as error:
             raise StoreUnavailable from error
+        finally:
+            await db.close()
 
     def write(self, verb: Verb, wish: Any, now: Instant) -> Awaitable[Any]:
         """Have a change made and committed together with whatever else waits."""
         return self._writer.write(verb, wish, now)
 
     async def _transact(self, batch: Batch, now: Instant) -> Answers:
-        answers: Answers = await self._thread.run(partial(self._apply, batch, now))
+        try:
+            answers: Answers = await self._thread.run(partial(self._apply, batch, now))
+        except Overloaded as error:  # its thread could not be started
+            raise StoreUnavailable from error
         return answers
 
     def _apply(self, batch: Batch, now: Instant) -> Answers:
