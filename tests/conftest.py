@@ -32,6 +32,7 @@ class _ByFile(LoadFileScheduling):  # type: ignore[misc]
         return "tests/browser" if file.startswith("tests/browser/") else file
 
 
+@pytest.hookimpl(optionalhook=True)  # also without xdist: `-p no:xdist`
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFile:
     """Say who is given which tests."""
     return _ByFile(config, log)
