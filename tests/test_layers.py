@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts"},
+    {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts", "stores.files"},
     {"section", "lane", "protocol", "stores.tables", "stores.base", "stores.transaction"}
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},

@@ -39,6 +39,8 @@ class Place:
     failures: FailureStore
     started: Instant
     heard: list[Instant]
+    heard_at_start: list[Instant]
+    url: str
     commits: Callable[[], int]
     database: Database
     feed: Feed
@@ -51,12 +53,14 @@ class Place:
 async def sqlite(directory: Path, size: int) -> Place:
     """Open what one machine has."""
     file = directory / "tokens.db"
-    store = open_store(config.Database(f"sqlite+aiosqlite:///{file}"), size)
+    url = f"sqlite+aiosqlite:///{file}"
+    store = open_store(config.Database(url), size)
     assert isinstance(store, SqliteStore)
     heard: list[Instant] = []
     started = await store.start(heard.append)
     parts = (store, store.tokens, store.pools, store.failures)
-    return Place(*parts, started, heard, lambda: wal_commits(file), store._database, store._reader, rounds=300)
+    times = (started, heard, list(heard))
+    return Place(*parts, *times, url, lambda: wal_commits(file), store._database, store._reader, rounds=300)
 
 
 class Attentive(CachedTokenStore):
@@ -81,7 +85,8 @@ async def postgres(directory: Path, size: int) -> Place:
     database, listener = store._database, store._listener
     tokens = Attentive(PostgresTokenStore(database, listener), listener, size)
     parts = (store, tokens, store.pools, store.failures)
-    return Place(*parts, started, heard, lambda: xids(url), database, listener, behind=1)
+    times = (started, heard, list(heard))
+    return Place(*parts, *times, url, lambda: xids(url), database, listener, behind=1)
 
 
 Opener = Callable[[Path, int], Awaitable[Place]]

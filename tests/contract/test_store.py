@@ -5,9 +5,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
+import structlog
 
 from tests.contract.conftest import Place, Places, token
 from tests.servers import START
+from tokenauth import config
+from tokenauth.service import create_service
 
 KEY = bytes(16)
 
@@ -24,6 +27,26 @@ WRITES: dict[str, Callable[[Place, float], Awaitable[object]]] = {
 
 async def test_a_new_store_has_never_been_written(place: Place) -> None:
     assert place.started == 0
+
+
+async def test_a_start_tells_the_time_by_its_answer_alone(places: Places) -> None:
+    """Whoever hears of it before cannot say by how much its own clock was behind."""
+    await (await places.open()).store.remember(START + 500)
+    again = await places.open()
+    assert (again.started, again.heard_at_start) == (START + 500, [])
+
+
+@pytest.mark.parametrize("behind", [0.0, 0.5, 3600.0])
+async def test_a_clock_that_is_behind_is_logged_at_the_start(places: Places, behind: float) -> None:
+    """By how much, compared with the latest time that was written."""
+    place = await places.open()
+    await place.store.remember(START + behind)
+    service = create_service(config.Config(database=config.Database(place.url)), lambda: START, lambda: 0.0)
+    with structlog.testing.capture_logs() as logs:
+        async with service.running():
+            assert service.clock() == START + behind
+    found = [entry["seconds"] for entry in logs if entry["event"] == "clock_is_behind"]
+    assert found == ([behind] if behind > 1 else [])
 
 
 @pytest.mark.parametrize("write", WRITES)

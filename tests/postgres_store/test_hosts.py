@@ -42,9 +42,10 @@ async def test_where_no_host_answers_all_are_named_and_the_start_fails(postgres:
             await store.start()
 
 
-@pytest.mark.parametrize("option", ["sslmode=verify-full", "sslrootcert=x", "nonsense=1", "timeout=1"])
-def test_an_option_that_is_not_known_is_refused_by_name(option: str) -> None:
-    url = f"postgresql+asyncpg://ann:secret@db.example.com/tokenauth?{option}"
+@pytest.mark.parametrize("url", ["postgresql+asyncpg://ann:secret@db/tokenauth", "sqlite+aiosqlite:///tokenauth.db"])
+@pytest.mark.parametrize("option", ["sslmode=verify-full", "nonsense=secret", "timeout=1", "mode=ro", "cache=shared"])
+def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -> None:
+    url = f"{url}?{option}"
     with pytest.raises(ConfigError, match=f"database.url: has no option '{option.partition('=')[0]}'") as refused:
         open_store(config.Database(url), 10)
     assert "secret" not in str(refused.value)
@@ -57,6 +58,14 @@ def test_an_option_that_is_not_known_is_refused_by_name(option: str) -> None:
         ("postgresql://ann:secret@db.example.com/tokenauth", "'postgresql' is no store"),
         ("postgresql+psycopg://ann:secret@db.example.com/tokenauth", "'postgresql\\+psycopg' is no store"),
         ("postgresql+asyncpg://ann:secret@db.example.com:port/tokenauth", "not a URL"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=requier", "has an ssl that is not one of disable, allow"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=", "has an option without a value"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?sslmode", "has an option without a value"),
+        ("sqlite+aiosqlite:///tokenauth.db?mode", "has an option without a value"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=require&ssl=disable", "has an ssl that is not one of"),
+        ("sqlite+aiosqlite://ann:secret@/tokenauth.db", "names a host or a user"),
+        ("sqlite+aiosqlite://db.example.com/tokenauth.db", "names a host or a user"),
+        ("sqlite+aiosqlite://", "names no file"),
     ],
 )
 def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:

@@ -171,7 +171,8 @@ class Store(Protocol):
     async def start(self, hear: Hear = unheard) -> Instant:
         """Bring the schema up to date and connect; the answer is the latest `now` that is known to have been.
 
-        From then on `hear` is told of later ones that others have remembered, soon after they have. Raises StartError
+        From then on, and not before, `hear` is told of later ones that others have remembered, soon after they have,
+        so that the caller can compare its own clock with the answer. Raises StartError
         when the schema is newer than this release or the store cannot be used.
         """
 

@@ -9,12 +9,17 @@ from sqlalchemy import URL
 _OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
 """What the query of a URL may have, as SQLAlchemy and asyncpg take it."""
 
+_SSL = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+"""The values of `ssl`."""
+
 
 def check(url: URL) -> None:
     """Raise ValueError, which quotes no part of a password, for a URL that does not say what it was meant to say."""
     unknown = sorted(url.query.keys() - _OPTIONS)
     if unknown:
         raise ValueError(f"has no option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
+    if url.query.get("ssl", "prefer") not in _SSL:
+        raise ValueError(f"has an ssl that is not one of {', '.join(_SSL)}")
     if "@" in (url.host or "") or not set("@/:").isdisjoint(url.database or ""):
         raise ValueError("has more of @, / and : than it should; in a name or a password write %40, %2F and %3A")
 

@@ -71,15 +71,12 @@ class Listener:
         self._server: object = None
         self._connected = True
         self._task: asyncio.Task[None] | None = None
-        self._hear: Hear = unheard
+        self.hear: Hear = unheard
+        """Is called with the time that others have written down."""
 
-    async def start(self, hear: Hear) -> None:
-        """Read the log for the first time; `hear` is told of the time that others have written down.
-
-        Raises what the driver raises.
-        """
+    async def start(self) -> None:
+        """Read the log for the first time. Raises what the driver raises."""
         self._read_at = 0.0
-        self._hear = hear
         async with self._database.listening() as db:
             await self._subscribe(db)
             await self._recognise(db)
@@ -154,7 +151,7 @@ class Listener:
         seq = self._last[0]
         rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
         self._clock.hear(rows[0]["now"], asked_at)
-        self._hear(rows[0]["latest"] or 0.0)
+        self.hear(rows[0]["latest"] or 0.0)
         entries = [(row["seq"], row["digest"]) for row in rows if row["seq"] is not None]
         complete = len(entries) < _MANY and (
             entries[:1] == [self._last] if seq else (not entries or entries[0][0] == 1)

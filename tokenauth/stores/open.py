@@ -1,6 +1,7 @@
 """The only switch on a database URL."""
 
 import time
+from urllib.parse import parse_qsl
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -21,6 +22,9 @@ def open_store(settings: Database, cache_size: int, clock: Clock | None = None) 
         url = make_url(settings.url)
     except (ArgumentError, ValueError):
         raise ConfigError("database.url: not a URL such as 'sqlite+aiosqlite:///tokenauth.db'") from None
+    options = settings.url.rpartition("?")[2] if "?" in settings.url else ""
+    if not all(value for _, value in parse_qsl(options, keep_blank_values=True)):
+        raise ConfigError("database.url: has an option without a value")  # SQLAlchemy would leave it out
     if url.drivername == "sqlite+aiosqlite":
         return _open_sqlite(url, cache_size, clock or time.time)
     if url.drivername == "postgresql+asyncpg":
@@ -35,6 +39,13 @@ def _open_sqlite(url: URL, cache_size: int, clock: Clock) -> Store:
         raise ConfigError(
             "database.url: names no file; write three slashes and a path, as in 'sqlite+aiosqlite:///tokenauth.db'"
         )
+    if url.host or url.username or url.password or url.port:
+        raise ConfigError(
+            "database.url: names a host or a user, and SQLite has only a path: 'sqlite+aiosqlite:///tokenauth.db',"
+            " or with four slashes '/var/lib/tokenauth/tokenauth.db'"
+        )
+    if url.query:
+        raise ConfigError(f"database.url: has no option {min(url.query)!r}; SQLite takes a path and no options")
     return SqliteStore(url, cache_size, clock)
 
 

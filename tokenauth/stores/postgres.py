@@ -92,7 +92,7 @@ class PostgresStore:
         try:
             await self._database.demand_utf8()
             await self._database.upgrade()
-            await self._listener.start(hear)
+            await self._listener.start()
             row = await self._database.read(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:
             await self._listener.stop()
@@ -105,6 +105,7 @@ class PostgresStore:
         )
         self.pools = SqlPoolStore(self._database)
         self.failures = PostgresFailureStore(self._database)
+        self._listener.hear = hear  # not before: the caller compares its clock with what this returns
         return 0.0 if row is None else float(row[0])
 
     async def stop(self, now: Instant) -> None:

@@ -127,7 +127,9 @@ class Database:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite's own locks cannot cover the change to WAL mode
             with suppress(FileExistsError):  # and not opened: closing it would drop this process's SQLite locks on it
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                new = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+                os.fchmod(new, 0o600)  # whatever the umask; SQLite gives -wal and -shm the mode of this one
+                os.close(new)
             self._connection = _connect(self.path)
             self._transaction = SqliteTransaction(self._connection)
             had = self._upgrade()
@@ -206,7 +208,7 @@ class SqliteStore:
         """Bring the schema up to date and connect."""
         await self._database.start()
         self._reader = reader = Reader(self._database.path, hear)
-        self._watch()
+        self._watch_later()
         self.tokens = CachedTokenStore(SqliteTokenStore(self._database, reader), reader, self._cache_size)
         self.pools = SqlitePoolStore(self._database, reader)
         self.failures = SqliteFailureStore(self._database, reader)
@@ -257,6 +259,9 @@ class SqliteStore:
         elif not self._database.lost:
             with suppress(StoreUnavailable):
                 self._reader.listen()
+        self._watch_later()
+
+    def _watch_later(self) -> None:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
 

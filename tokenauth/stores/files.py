@@ -1,0 +1,45 @@
+"""The files of a SQLite database, and which of them others than their owner could read or change."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+TURNS = "-turns"
+"""What is added to a database's name for the file by which writers take turns."""
+
+_SUFFIXES = ("", "-wal", "-shm", "-journal", TURNS)
+
+
+def exposed(url: str) -> Sequence[str]:
+    """Name the database files that other users of this machine could read or change, and why; no file is created.
+
+    Empty for a database that is not a file, or that does not exist yet: new ones are readable by their owner only.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return []
+    if parsed.get_backend_name() != "sqlite" or parsed.database in {None, "", ":memory:"}:
+        return []
+    return list(_exposed(os.path.abspath(parsed.database or "")))
+
+
+def _exposed(path: str) -> Iterator[str]:
+    for name in (path + suffix for suffix in _SUFFIXES):
+        mode = _mode(name)
+        if mode is not None and (mode & (stat.S_IRWXO | stat.S_IWGRP)):
+            yield f"{name} has mode {stat.S_IMODE(mode):04o}: other users can read or change it; run `chmod 600 {name}`"
+    directory = os.path.dirname(path)
+    mode = _mode(directory)
+    if mode is not None and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        yield f"{directory} has mode {stat.S_IMODE(mode):04o}: other users can replace the database in it"
+
+
+def _mode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return None
