@@ -2,10 +2,16 @@
 
 import json
 import os
+import pwd
 import re
+import sqlite3
 import subprocess
 import sys
+import time
+import unicodedata
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -14,7 +20,7 @@ import pytest
 from passlib.hash import argon2
 
 from tests.processes import Forked
-from tests.servers import USERS, Server, log_in, probe, serve, write_config
+from tests.servers import USERS, Server, log_in, probe, serve, worker, write_config
 from tokenauth import __version__, configfile
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
@@ -69,8 +75,21 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def well(done: Done) -> str:
     """Return what a command that went well has printed."""
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done
+    recorded(done)
     return done.stdout
+
+
+def recorded(done: Done) -> list[dict[str, Any]]:
+    """Return what a command has logged, which is all that it may write to standard error."""
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    for event in events:
+        assert (event["by"], event["level"]) == (
+            os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name,
+            "info",
+        )
+        assert event["timestamp"].endswith("Z")
+    return [{key: event[key] for key in event if key not in {"by", "level", "timestamp"}} for event in events]
 
 
 def mistake(done: Done) -> str:
@@ -176,18 +195,24 @@ def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_pa
 
 def test_users_come_change_and_go(home: Path) -> None:
     path = home / "config.toml"
-    added = well(run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD))
-    assert added == "added 'Eve' to config.toml; a running server takes it up at SIGHUP\n"
+    added = run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD)
+    reload = "`systemctl reload tokenauth` or `kill -HUP PID`."
+    assert well(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
+    assert recorded(added) == [{"event": "user_added", "user": "Eve", "scopes": ["a", "b"]}]
     before = configfile.load(path).directory["eve"]
     assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
-    well(run(home, "user", "passwd", "eve", "--password-stdin", stdin="another password\n"))
+    changed = run(home, "user", "passwd", "eve", "--password-stdin", stdin="another password\n")
+    assert well(changed) == f"Saved. Existing logins stay valid until you reload: {reload}\n"
+    assert recorded(changed) == [{"event": "user_password_changed", "user": "eve"}]
     after = configfile.load(path).directory["eve"]
     assert argon2.verify("another password", after.password_hash)
     assert after.credential != before.credential
     assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(well(run(home, "user", "list", "--json")))
     shown = [line.split() for line in well(run(home, "user", "list")).splitlines()]
     assert shown == [["username", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
-    well(run(home, "user", "remove", "EVE"))
+    removed = run(home, "user", "remove", "EVE")
+    assert well(removed) == well(changed)
+    assert recorded(removed) == [{"event": "user_removed", "user": "EVE"}]
     assert "ok, 3 users" in well(run(home, "check"))
 
 
@@ -285,7 +310,7 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     values = issue(served, "ann", "bob")
     rows = listed(served, "--user", "ANN")
     assert [set(row) for row in rows] == [
-        {"id", "username", "issued_at", "expiry_time", "address", "user_agent"} for _ in rows
+        {"id", "username", "issued_at", "expiry_time", "address", "user_agent", "status"} for _ in rows
     ]
     assert {row["username"] for row in rows} == {"ann"}
     assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
@@ -302,13 +327,83 @@ def test_workers_refuse_what_the_command_line_has_revoked_at_the_next_request(se
     values = issue(served, "ann", "ann", "bob", "admin")
     assert valid(served, values) == [True] * 4
     newest = next(row["id"] for row in listed(served, "--user", "bob"))
-    assert well(run(home, "tokens", "revoke", "--id", newest)) == "revoked 1 token\n"
+    revoked = run(home, "tokens", "revoke", "--id", newest)
+    assert well(revoked) == "revoked 1 token\n"
+    assert recorded(revoked) == [{"event": "token_revoked", "id": newest}]
     assert valid(served, values) == [True, True, False, True]
-    assert re.fullmatch(r"revoked [2-9] tokens\n", well(run(home, "tokens", "revoke", "--user", "Ann")))
+    revoked = run(home, "tokens", "revoke", "--user", "Ann")
+    assert re.fullmatch(r"revoked [2-9] tokens\n", well(revoked))
+    [event] = recorded(revoked)
+    assert (event["event"], event["user"]) == ("tokens_revoked", "ann")
+    assert event["count"] > 1
     assert valid(served, values) == [False, False, False, True]
-    assert re.fullmatch(r"revoked [1-9] tokens\n", well(run(home, "tokens", "revoke", "--all")))
+    assert re.fullmatch(r"revoked [1-9] tokens?\n", well(run(home, "tokens", "revoke", "--all")))
     assert valid(served, values) == [False] * 4
     assert listed(served) == []
+
+
+def test_tokens_that_end_at_the_next_reload_are_listed_and_marked(tmp_path: Path) -> None:
+    with worker(write_config(tmp_path)) as server:
+        values = issue(server, "ann", "bob", "admin")
+        well(run(tmp_path, "user", "remove", "ann"))
+        well(run(tmp_path, "user", "passwd", "bob", "--password-stdin", stdin=WORD))
+        rows = {row["username"]: row["status"] for row in listed(server)}
+        assert rows == {"ann": "user_removed", "bob": "password_changed", "admin": "valid"}
+        assert valid(server, values) == [True] * 3, "as the list says: nobody has reloaded"
+        assert [row["status"] for row in listed(server, "--user", "ann")] == ["user_removed"]
+        well(run(tmp_path, "tokens", "revoke", "--user", "ann"))
+        assert valid(server, values) == [False, True, True]
+        assert listed(server, "--user", "ann") == []
+
+
+def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
+    add = [["user", "add", f"u{number}", "--password-stdin"] for number in range(4)]
+    commands = [*add, ["user", "remove", "ann"], ["user", "passwd", "bob", "--password-stdin"]]
+    before = configfile.load(home / "config.toml").directory
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for done in pool.map(lambda command: run(home, *command, stdin=WORD), commands):
+            well(done)
+    after = configfile.load(home / "config.toml").directory
+    assert set(after) == {"admin", "bob", "u0", "u1", "u2", "u3"}
+    assert after["bob"].credential != before["bob"].credential
+    assert sorted(os.listdir(home)) == ["config.toml"]
+
+
+UNSAFE = [
+    chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in {"Cc", "Cf", "Zl", "Zp"}
+]
+"""Every character that a terminal obeys, or that shows a line otherwise than it is."""
+
+
+@pytest.mark.parametrize("command", [["tokens", "list"], ["pool", "show", "p"]], ids=" ".join)
+@pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["table", "json"])
+def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: list[str], json_too: list[str]) -> None:
+    write_config(tmp_path, "[pools.p]")
+    well(run(tmp_path, "pool", "generate", "p"))
+    sent = "".join(UNSAFE)
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as database, database:
+        now = int(time.time())
+        row = (b"d" * 32, "ann", "c", now, now + 1000, sent, sent)
+        database.execute(
+            "INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            row,
+        )
+        database.execute("UPDATE pool_tokens SET holder = ?, free_at = ?", (sent, now + 1000))
+    shown = well(run(tmp_path, *command, *json_too))
+    assert [letter for letter in shown if letter in UNSAFE and letter != "\n"] == []
+    spelt = [r"\u009b" if json_too else r"\x9b", r"\u202e", r"\u001b" if json_too else r"\x1b"]
+    assert [escape for escape in spelt if escape not in shown] == [], "they are shown as what they are"
+
+
+@pytest.mark.parametrize("letter", ["\x1b", "\x7f", "\x9b", "\u202e", "\u2028", "\n"], ids=ascii)
+def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: str) -> None:
+    for command in (
+        ["check", "--config", f"no{letter}.toml"],
+        ["user", "remove", f"a{letter}"],
+        ["pool", "show", letter],
+    ):
+        assert mistake(run(home, *command)).isprintable()
 
 
 def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.connections import Connection
 from tests.lending import Borrower
 from tests.servers import worker, write_config
-from tests.test_cli import mistake, run, well
+from tests.test_cli import mistake, recorded, run, well
 
 POOLS = """
 [pools.licences]
@@ -32,7 +32,9 @@ def home(tmp_path: Path) -> Path:
 def test_tokens_are_made_lent_released_and_deleted_while_a_server_runs(home: Path) -> None:
     with worker(home / "config.toml") as server, Connection(server.port) as connection:
         ann = Borrower(connection, "ann")
-        made = well(run(home, "pool", "generate", "licences", "--count", "2")).split()
+        generated = run(home, "pool", "generate", "licences", "--count", "2")
+        assert recorded(generated) == [{"event": "pool_tokens_generated", "pool": "licences", "count": 2}]
+        made = well(generated).split()
         assert len(set(made)) == 2
         assert {len(token) for token in made} == {64}
         lease = ann.ask("POST", "/licences/leases").json()
@@ -47,10 +49,14 @@ def test_tokens_are_made_lent_released_and_deleted_while_a_server_runs(home: Pat
             "holder": "ann",
             "lease_expiry_time": lease["expiry_time"],
         }
-        assert well(run(home, "pool", "release", "licences", lease["token"])) == "released 1 token\n"
+        released = run(home, "pool", "release", "licences", lease["token"])
+        assert well(released) == "released 1 token\n"
+        assert recorded(released) == [{"event": "pool_lease_released", "pool": "licences"}]
         assert ann.ask("PUT", f"/licences/leases/{lease['token']}").status == 409
         assert mistake(run(home, "pool", "release", "licences", lease["token"])).startswith("The token is not lent")
-        assert well(run(home, "pool", "delete", "licences", lease["token"])) == "deleted 1 token\n"
+        deleted = run(home, "pool", "delete", "licences", lease["token"])
+        assert well(deleted) == "deleted 1 token\n"
+        assert recorded(deleted) == [{"event": "pool_token_deleted", "pool": "licences"}]
         assert ann.ask("GET", f"/licences/tokens/{lease['token']}").status == 404
         assert mistake(run(home, "pool", "delete", "licences", lease["token"])) == "The pool has no such token."
 

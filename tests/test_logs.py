@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -176,3 +178,33 @@ def test_whereabouts_name_the_lines_and_nothing_else(logged: Logged) -> None:
     (event,) = events(logged["whereabouts"])
     assert event["at"].startswith("ValueError at <module>:")
     assert CANARY not in str(event)
+
+
+EVERY_LETTER = """
+import sys
+from tokenauth import logs
+logs.configure()
+for plane in (range(0xD800), range(0xE000, 0x11000), range(0x1D100, 0x1D200), range(0xE0000, 0xE0200)):
+    text = "".join(map(chr, plane))
+    logs.log.info("seen", value=text)
+    logs.logging.getLogger("other").warning("%s", text)
+    logs.log.info("a\x9bb", **{"key": text[:200]})
+"""
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["json", "terminal"])
+def test_no_letter_of_a_value_controls_a_terminal(watched: bool) -> None:
+    """Nor does it later, when somebody looks at the file."""
+    here, there = os.openpty() if watched else os.pipe()
+    with subprocess.Popen([sys.executable, "-c", EVERY_LETTER], stderr=there):
+        os.close(there)
+        written = b""
+        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while part := os.read(here, 1 << 16):
+                written += part
+    os.close(here)
+    text = written.decode().replace("\r\n", "\n")
+    if watched:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colours
+    assert text.count("\n") == 12
+    assert [letter for letter in text if not letter.isprintable() and letter != "\n"] == []

@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
+import pwd
 import re
 import sys
+import syslog
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -14,11 +18,54 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 """Everything that tokenauth has to say goes through here: `log.info("token_issued", user=...)`."""
 
 
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: what is not printable is written as an escape.
+
+    That is every control, format (such as those that turn the direction of writing) and unassigned character.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def _json(event: Any, **_: Any) -> bytes:
     try:
-        return msgspec.json.encode(event)
+        line = msgspec.json.encode(event)
     except UnicodeEncodeError:  # a lone surrogate, which JSON can only spell out
         return json.dumps(event, default=repr).encode()
+    if (line.isascii() and b"\x7f" not in line) or line.decode().isprintable():
+        return line
+    return json_text(json.loads(line)).encode()
+
+
+def json_text(document: object, indent: int | None = None) -> str:
+    """Return JSON in printable ASCII: somebody may look at it in a terminal."""
+    return json.dumps(document, indent=indent).replace("\x7f", "\\u007f")
+
+
+def _printable(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {key: printable(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def record(event: str, **facts: object) -> None:
+    """Log what an operator has done with a command, and who did it: to the system's log, where there is one.
+
+    It goes to standard error, too, unless a person reads that, who is told in words.
+    """
+    by = os.environ.get("SUDO_USER") or _name_of(os.getuid())
+    timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    line = _json({"event": event, **facts, "by": by, "level": "info", "timestamp": timestamp})
+    syslog.openlog("tokenauth", syslog.LOG_PID, syslog.LOG_AUTHPRIV)
+    syslog.syslog(syslog.LOG_INFO, line.decode())
+    if not sys.stderr.isatty():
+        _Sink().write(line)
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 class _Sink:
@@ -48,6 +95,8 @@ def configure(quiet: bool = False) -> None:
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if person else structlog.processors.JSONRenderer(serializer=_json)
     )
+    if person:
+        shared.append(_printable)
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),

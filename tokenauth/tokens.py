@@ -138,6 +138,21 @@ class Tokens:
         credentials = {user.username: user.credential for user in self._users.values()}
         return [token for token in listed if credentials.get(token.username) == token.credential]
 
+    async def unexpired(self, username: str | None) -> Sequence[tuple[Token, str]]:
+        """List the tokens of a user, or of everybody, that the store has, newest first, at most LIST_LIMIT.
+
+        Each comes with "valid", or why this configuration refuses it: "user_removed" or "password_changed". A server
+        that still runs with an older configuration may accept it.
+        """
+        listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
+        return [(token, self._status(token)) for token in listed]
+
+    def _status(self, token: Token) -> str:
+        user = self._users.get(token.username)
+        if user is None:
+            return "user_removed"
+        return "valid" if user.credential == token.credential else "password_changed"
+
     async def close(self) -> None:
         """Try a last time to write what is held in memory."""
         if self._settling is not None:

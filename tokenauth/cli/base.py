@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import json
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tokenauth.errors import ConfigError, Refusal, StartError
+from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
     from tokenauth.service import Service
@@ -27,11 +27,11 @@ class Lines(click.Group):
         try:
             return super().invoke(ctx)
         except (ConfigError, StartError, Refusal) as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(printable(str(error))) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever reads has enough, which click knows
                 raise
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(printable(str(error))) from None
         except UnicodeError:
             raise click.ClickException("what was typed or piped in is not UTF-8") from None
 
@@ -100,7 +100,7 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, instants: tuple[str, ...
     for row in rows:
         shown = {key: _date(row[key]) for key in instants}
         table.add_row(*map(_cell, {**row, **shown}.values()))
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 1000  # who pipes wants whole lines
     console.print(table)
@@ -114,7 +114,7 @@ def text(argument: str) -> str:
 
 def print_json(document: object) -> None:
     """Print a document for programs."""
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json_text(document, indent=2))
 
 
 def whole(instant: float | None) -> int | None:
@@ -129,4 +129,4 @@ def _date(instant: int | None) -> str | None:
 def _cell(content: object) -> str:
     if content is None:
         return ""
-    return " ".join(content) if isinstance(content, list) else str(content)
+    return printable(" ".join(content) if isinstance(content, list) else str(content))

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from tokenauth.cli.base import Lines, config_option, json_option, show, text, with_service
+from tokenauth.logs import record
 
 
 @click.group(cls=Lines)
@@ -17,11 +18,14 @@ def tokens() -> None:
 @json_option
 @click.option("--user", "username", metavar="NAME", help="Only this user's.")
 def tokens_list(config_file: str | None, as_json: bool, username: str | None) -> None:
-    """List live tokens, newest first, at most 1,000. Their values are not known to anybody."""
+    """List tokens that have not expired, newest first, at most 1,000. Nobody knows their values.
+
+    A server that has not been reloaded since accepts those with the status user_removed or password_changed, too.
+    """
     from tokenauth.config import canonical
 
     name = None if username is None else canonical(text(username))
-    found = with_service(config_file, lambda service: service.tokens.live(name))
+    found = with_service(config_file, lambda service: service.tokens.unexpired(name))
     rows: list[dict[str, Any]] = [
         {
             "id": token.id,
@@ -30,8 +34,9 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
             "expiry_time": token.expires_at,
             "address": token.address,
             "user_agent": token.user_agent,
+            "status": status,
         }
-        for token in found
+        for token, status in found
     ]
     show(rows, as_json, instants=("issued_at", "expiry_time"))
 
@@ -50,8 +55,10 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     if id_ is not None:
         wanted = id_
         with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
+        record("token_revoked", id=wanted)
         click.echo("revoked 1 token")
         return
     name = None if username is None else canonical(text(username))
     count = with_service(config_file, lambda service: service.tokens.revoke_all(name))
-    click.echo(f"revoked {count} tokens")
+    record("tokens_revoked", user="(all)" if name is None else name, count=count)
+    click.echo(f"revoked {count} {'token' if count == 1 else 'tokens'}")

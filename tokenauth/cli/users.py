@@ -3,11 +3,15 @@
 import click
 
 from tokenauth.cli.base import Lines, config_option, config_path, json_option, new_hash, password_option, show
+from tokenauth.logs import record
+
+_RELOAD = "`systemctl reload tokenauth` or `kill -HUP PID`"
+_SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}."
 
 
 @click.group(cls=Lines)
 def user() -> None:
-    """Edit the users in config.toml; its comments stay. A running server takes it up at SIGHUP."""
+    """Edit the users in config.toml; its comments stay. A running server applies the change when you reload it."""
 
 
 @user.command("add", epilog="Example: tokenauth user add ann --scope reports --scope admin")
@@ -21,7 +25,8 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
 
     file = UserFile(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
-    click.echo(f"added {name!r} to {file.path}; a running server takes it up at SIGHUP")
+    record("user_added", user=name, scopes=scopes)
+    click.echo(f"Saved. {name!r} can log in once you reload: {_RELOAD}.")
 
 
 @user.command("passwd", epilog="Example: tokenauth user passwd admin")
@@ -29,24 +34,26 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
 @password_option
 @click.argument("name")
 def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> None:
-    """Give NAME a new password. The tokens issued for the old one end with it."""
+    """Give NAME a new password. At the next reload, the tokens issued for the old one end."""
     from tokenauth.users import UserFile
 
     file = UserFile(config_path(config_file))
     file.change_password(name, lambda: new_hash(config_file, password_stdin))
-    click.echo(f"changed the password of {name!r} in {file.path}; a running server takes it up at SIGHUP")
+    record("user_password_changed", user=name)
+    click.echo(_SAVED)
 
 
 @user.command("remove", epilog="Example: tokenauth user remove ann")
 @config_option
 @click.argument("name")
 def user_remove(config_file: str | None, name: str) -> None:
-    """Take NAME out. The user's tokens end with it."""
+    """Remove NAME. At the next reload, the user's tokens end; `tokenauth tokens revoke --user NAME` ends them now."""
     from tokenauth.users import UserFile
 
     file = UserFile(config_path(config_file))
     file.remove(name)
-    click.echo(f"removed {name!r} from {file.path}; a running server takes it up at SIGHUP")
+    record("user_removed", user=name)
+    click.echo(_SAVED)
 
 
 @user.command("list", epilog="Example: tokenauth user list --json")
