@@ -14,7 +14,7 @@ from passlib.hash import argon2
 from tests.servers import START
 from tests.steps import Call, calls_of_threads, hashes
 from tokenauth import config
-from tokenauth.config import Database
+from tokenauth.config import Database, canonical
 from tokenauth.credentials import REMEMBERED, Claimed, Credentials
 from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
 from tokenauth.models import User
@@ -76,17 +76,23 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-def passwords() -> Iterator[Passwords]:
+def known(users: dict[str, User]) -> dict[str, User]:
+    """Copy the users, to be changed."""
+    return dict(users)
+
+
+@pytest.fixture
+def passwords(known: dict[str, User]) -> Iterator[Passwords]:
     """Hash in one thread, for which one more may wait."""
-    made = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1))
+    made = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1), known)
     yield made
     made.close()
 
 
 @pytest.fixture
-def keeper(store: Store, passwords: Passwords, users: dict[str, User]) -> Iterator[Keeper]:
+def keeper(store: Store, passwords: Passwords, known: dict[str, User]) -> Iterator[Keeper]:
     """Make credentials whose hashes are counted, as the thread makes them, and whose time is moved by hand."""
-    time, known = [START], dict(users)
+    time = [START]
     throttle = Throttle(config.Throttle(), 1, store, lambda: time[0])
     with calls_of_threads() as calls:
         yield Keeper(Credentials(known, passwords, throttle, lambda: time[0]), time, known, calls)
@@ -162,9 +168,11 @@ async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, pa
     anew = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
     assert await anew.hashed(ANN) == 1
     changed = {**keeper.users, "ann": user("ann", OTHER)}
+    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1), changed)
     anew = keeper._replace(credentials=Credentials(changed, passwords, throttle, lambda: START))
     assert not await anew.right(ANN)
     assert await anew.right(ANN._replace(password=OTHER))
+    passwords.close()
 
 
 async def test_calls_at_the_same_time_share_one_hash_and_none_is_turned_away(keeper: Keeper) -> None:
@@ -195,21 +203,55 @@ async def test_different_guesses_at_the_same_time_are_hashed_each(keeper: Keeper
 
 
 TWO = {
-    "a wrong secret": ((Claimed("ann", "p q"), Claimed("ann", "p+q")), 2),
-    "a wrong secret of nobody": ((Claimed("nobody", "p q"), Claimed("nobody", "p+q")), 2),
-    "an odd name": ((Claimed("a b", "x"), Claimed("a+b", "x")), 1),
-    "an odd name of nobody": ((Claimed("c d", "x"), Claimed("c+d", "x")), 1),
-    "an odd name and a wrong secret": ((Claimed("a b", "x y"), Claimed("a+b", "x+y")), 1),
-    "an odd name of nobody and a secret": ((Claimed("c d", "x y"), Claimed("c+d", "x+y")), 1),
-    "one reading": ((Claimed("ann", "x"),), 1),
-    "one reading of nobody": ((Claimed("nobody", "x"),), 1),
+    "a wrong secret": (Claimed("ann", "p q"), Claimed("ann", "p+q")),
+    "a wrong secret of nobody": (Claimed("nobody", "p q"), Claimed("nobody", "p+q")),
+    "an odd name": (Claimed("a b", "x"), Claimed("a+b", "x")),
+    "an odd name of nobody": (Claimed("c d", "x"), Claimed("c+d", "x")),
+    "an odd name and a wrong secret": (Claimed("a b", "x y"), Claimed("a+b", "x+y")),
+    "an odd name and a right secret": (Claimed("a b", "p q"), Claimed("a+b", "p+q")),
+    "an odd name of nobody and a secret": (Claimed("c d", "x y"), Claimed("c+d", "x+y")),
+    "one reading": (Claimed("ann", "x"),),
+    "one reading in two forms": (Claimed("ann", "x"), Claimed("ANN", "x")),
+    "one reading of nobody": (Claimed("nobody", "x"),),
+    "one of two that can be": (Claimed("nobody", "x\0"), Claimed("nobody", "x%00")),
 }
 
 
 @pytest.mark.parametrize("sent", TWO)
-async def test_a_name_that_nobody_has_costs_as_many_hashes_as_one_that_somebody_has(keeper: Keeper, sent: str) -> None:
-    readings, expected = TWO[sent]
+async def test_each_reading_costs_one_hash_whoever_exists(keeper: Keeper, sent: str) -> None:
+    readings = TWO[sent]
+    expected = len({(canonical(name), password) for name, password in readings if "\0" not in password})
     assert await keeper.hashed(*readings) == expected
+
+
+@pytest.mark.parametrize("name", ["a b", "a+b", "c d", "c+d"])
+async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name: str) -> None:
+    """Whether a user has that name or not: else who asks by HTTP Basic and by JSON in turn would be told."""
+    both = [Claimed(name.replace("+", " "), "x"), Claimed(name.replace(" ", "+"), "x")]
+    for _ in range(config.Throttle().free):
+        assert not await keeper.right(*both)
+    for one in both:
+        with pytest.raises(TooManyAttempts):
+            await keeper.credentials.verify(one, HOME)
+
+
+async def test_a_success_clears_only_the_name_that_it_was_for(keeper: Keeper, known: dict[str, User]) -> None:
+    """Else the user `a b` could clear what was counted for guesses at the secret of `a+b`."""
+    known["a+b"] = user("a+b", "plus")
+    both = [Claimed("a b", "p q"), Claimed("a+b", "p+q")]
+    for _ in range(config.Throttle().free - 1):
+        assert not await keeper.right(Claimed("a+b", "guess"))
+    assert await keeper.right(*both)
+    assert not await keeper.right(Claimed("a+b", "guess"))
+    with pytest.raises(TooManyAttempts):
+        await keeper.credentials.verify(Claimed("a+b", "plus"), HOME)
+
+
+async def test_both_users_of_a_header_can_authenticate(keeper: Keeper, known: dict[str, User]) -> None:
+    known["a+b"] = user("a+b", "plus+secret")
+    assert (await keeper.credentials.recall([Claimed("a b", "p q"), Claimed("a+b", "p+q")], HOME)).username == "a b"
+    readings = [Claimed("a b", "plus secret"), Claimed("a+b", "plus+secret")]
+    assert (await keeper.credentials.recall(readings, HOME)).username == "a+b"
 
 
 @pytest.mark.parametrize("order", [1, -1])

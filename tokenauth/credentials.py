@@ -3,15 +3,14 @@
 import asyncio
 import hmac
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tokenauth.config import MAX_NAME, canonical
-from tokenauth.errors import InvalidCredentials, InvalidRequest, RetryLater
+from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
 from tokenauth.logs import log
 from tokenauth.models import Clock, Instant, User
-from tokenauth.passwords import MAX_LENGTH, Passwords
+from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
 from tokenauth.throttle import Throttle, network
 
 REMEMBERED = 60.0
@@ -83,29 +82,25 @@ class Credentials:
 
     async def _verify(self, readings: Sequence[Claimed], address: str) -> tuple[User, str]:
         """Return the user, and which password it was."""
-        readings = _possible(readings)
-        names = [canonical(reading.username) for reading in readings]
-        name = next((name for name in names if name in self._users), names[0])
-        user = self._users.get(name)
-        # A name that nobody has may be a password that went into the wrong field: it is not logged.
-        shown = "(unknown)" if user is None else name
-        passwords = dict.fromkeys(reading.password for reading in readings if canonical(reading.username) == name)
+        claims = [Claimed(canonical(name), password) for name, password in _possible(readings)]
+        names = list(dict.fromkeys(name for name, _ in claims))
+        # A name that no user has may be a password in the wrong field: it is not logged.
+        shown = " or ".join(name for name in names if name in self._users) or "(unknown)"
         try:
-            async with self._throttle.attempt(name, address):
-                return await self._match(passwords, user)
+            # Counted under every name that is tried, whether a user has it or not: else the count would tell.
+            async with self._throttle.attempt(names, address) as attempt:
+                user, password = await self._passwords.verify(list(dict.fromkeys(claims)))
+                attempt.name = user.username
+                return user, password
         except InvalidCredentials:
             log.warning("login_failed", user=shown, network=network(address))
             raise
+        except CannotHash as error:
+            log.error("login_not_checked", user=shown, network=network(address), cost=str(error))
+            raise Overloaded("The server cannot check a password at the moment. Try again shortly.") from None
         except RetryLater as refusal:
             log.warning("login_refused", user=shown, network=network(address), reason=refusal.code)
             raise
-
-    async def _match(self, passwords: Iterable[str], user: User | None) -> tuple[User, str]:
-        """Find the password that is right. Raises InvalidCredentials."""
-        for password in passwords:
-            with suppress(InvalidCredentials):
-                return await self._passwords.verify(password, user), password
-        raise InvalidCredentials
 
     def _fingerprint(self, user: User, password: str) -> bytes:
         """Hide a password; a new hash in the configuration makes another fingerprint of it."""
@@ -122,9 +117,10 @@ def _possible(readings: Sequence[Claimed]) -> Sequence[Claimed]:
 
 def _trouble(claimed: Claimed) -> str | None:
     """Say why nobody can have this name and this password."""
-    for field, text, longest in zip(("username", "password"), claimed, (MAX_NAME, MAX_LENGTH), strict=True):
-        if len(text) > longest:
-            return f"{field}: longer than {longest} characters"
-        if "\0" in text:
-            return f"{field}: has a NUL character"
-    return None
+    if len(claimed.username) > MAX_NAME:
+        return f"username: longer than {MAX_NAME} characters"
+    if "\0" in claimed.username:
+        return "username: has a NUL character"
+    if not is_text(claimed.username):
+        return "username: is not Unicode text"
+    return impossible(claimed.password)

@@ -77,8 +77,7 @@ class Service(NamedTuple):
 
 def create_service(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> Service:
     """Wire up what a configuration describes, without HTTP. Without a `clock` it is the store's. Raises ConfigError."""
-    passwords = Passwords(config.passwords)
-    passwords.check(config.directory.values())
+    passwords = Passwords(config.passwords, config.directory)
     store = open_store(config.database, config.tokens.cache_size, clock)
     now = ForwardClock(store.clock, ticks)
     throttle = Throttle(config.throttle, config.server.workers, store, now)

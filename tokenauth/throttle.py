@@ -13,7 +13,7 @@ import asyncio
 import ipaddress
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -52,6 +52,13 @@ class _Gate:
                 return
 
 
+@dataclass(slots=True)
+class Attempt:
+    """A try that is under way; `name` is whose failures are cleared if it succeeds."""
+
+    name: str
+
+
 class Throttle:
     """Holds up logins that follow on too many failed ones."""
 
@@ -64,39 +71,41 @@ class Throttle:
         self._clean: set[bytes] = set()
 
     @asynccontextmanager
-    async def attempt(self, name: str, address: str) -> AsyncIterator[None]:
-        """Let a try through, and count it if it ends with InvalidCredentials.
+    async def attempt(self, names: Sequence[str], address: str) -> AsyncIterator[Attempt]:
+        """Let a try through, and count it if it ends with InvalidCredentials: once for the network and for each name.
 
         Raises TooManyAttempts when it must wait longer than for the tries under way.
         """
         place = network(address)
-        wide, narrow = _key("network", place), _key("name", name, place)
-        failed_before = await self._enter(wide, narrow)
+        wide, narrow = _key("network", place), {name: _key("name", name, place) for name in names}
+        failed_before = await self._enter(wide, list(narrow.values()))
+        attempt = Attempt(names[0])
         try:
-            yield
-            if failed_before:
-                await self._store.failures.clear(narrow, self._clock())
+            yield attempt
+            if failed_before[narrow[attempt.name]]:
+                await self._store.failures.clear(narrow[attempt.name], self._clock())
         except InvalidCredentials:
-            await self._store.failures.fail([wide, narrow], self._clock(), self._terms.forget)
+            await self._store.failures.fail([wide, *narrow.values()], self._clock(), self._terms.forget)
             raise
         finally:
-            self._leave(wide)
-            self._leave(narrow)
+            for key in (wide, *narrow.values()):
+                self._leave(key)
 
     async def suspects(self, address: str) -> bool:
         """Whether a failure counts for the network of this address."""
         return await self._failed(_key("network", network(address)), self._terms.network_free) > 0
 
-    async def _enter(self, wide: bytes, narrow: bytes) -> int:
-        """Wait until a try may go; the answer is how many failures the name has."""
+    async def _enter(self, wide: bytes, narrow: Sequence[bytes]) -> dict[bytes, int]:
+        """Wait until a try may go; the answer is how many failures each name has."""
         waited = None
         try:
             while True:
                 of_network = await self._failed(wide, self._terms.network_free)
-                # Each failure counts for both: without one of the network there is none of the name.
-                of_name = await self._failed(narrow, self._terms.free) if of_network else 0
-                full = self._full(narrow, self._terms.free - of_name)
-                full = full or self._full(wide, self._terms.network_free - of_network)
+                # Each failure counts for both: without one of the network there is none of a name.
+                of_names = {key: await self._failed(key, self._terms.free) if of_network else 0 for key in narrow}
+                full = self._full(wide, self._terms.network_free - of_network)
+                for key in narrow:
+                    full = self._full(key, self._terms.free - of_names[key]) or full
                 if full is None:
                     break
                 waited = full
@@ -104,11 +113,11 @@ class Throttle:
         finally:
             if waited is not None:
                 waited.wake()
-                self._tidy(wide)
-                self._tidy(narrow)
-        for key in (wide, narrow):
+                for key in (wide, *narrow):
+                    self._tidy(key)
+        for key in (wide, *narrow):
             self._gates.setdefault(key, _Gate()).running += 1
-        return of_name
+        return of_names
 
     def _full(self, key: bytes, left: int) -> _Gate | None:
         """Return the gate of a key if as many tries are under way here as this worker's share of those left."""

@@ -72,7 +72,7 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
     """Ask for a password and hash it; without a configuration, at the cost that is the default."""
     from tokenauth import configfile
     from tokenauth.config import Config
-    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, Passwords
+    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, impossible
 
     path = configfile.find(config_file)
     terms = configfile.load(path).passwords if config_file or path.exists() else Config().passwords
@@ -83,7 +83,13 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
     password.encode()  # a lone surrogate stands for a byte that is not UTF-8
     if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
         raise click.ClickException(f"a password has {MIN_LENGTH} to {MAX_LENGTH} characters")
-    return Passwords(terms).hash(password)
+    trouble = impossible(password)
+    if trouble is not None:
+        raise click.ClickException(trouble)
+    try:
+        return Passwords(terms).hash(password)
+    except CannotHash as error:
+        raise click.ClickException(f"this machine cannot compute the hash now: {error}") from None
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool, instants: tuple[str, ...] = ()) -> None:

@@ -105,7 +105,7 @@ class SimpleTokenImplement:
         right, address = hmac.compare_digest(sent.strip(b" \t"), self._password), requests.client_address(scope)
         if right and not await self._throttle.suspects(address):
             return
-        async with self._throttle.attempt(NAME, address):
+        async with self._throttle.attempt([NAME], address):
             if not right:
                 raise InvalidCredentials
 
