@@ -155,6 +155,29 @@ def test_one_string_is_no_list(what: str) -> None:
         TokenMiddleware(Reached(), Book(), **{what: "read"})
 
 
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ({"scopes": b"read"}, TypeError),
+        ({"scopes": None}, TypeError),
+        ({"scopes": [None]}, TypeError),
+        ({"scopes": ["read", 1]}, TypeError),
+        ({"scopes": [("read",)]}, TypeError),
+        ({"scopes": ["read write"]}, ValueError),
+        ({"scopes": [""]}, ValueError),
+        ({"scopes": ['re"ad']}, ValueError),
+        ({"exempt": [b"/healthz"]}, TypeError),
+        ({"exempt": ["healthz"]}, ValueError),
+        ({"exempt": ["*"]}, ValueError),
+        ({"exempt": [""]}, ValueError),
+    ],
+    ids=str,
+)
+def test_what_is_no_scope_or_path_fails_at_the_start(what: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match="|".join(what) + "|iterable"):
+        TokenMiddleware(Reached(), Book(), **what)
+
+
 EXEMPT = ["/healthz", "/public/*"]
 
 

@@ -38,6 +38,7 @@ from tokenauth.routes.docs import DocsRoutes
 from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.oauth import OAuthRoutes
+from tokenauth.routes.operations import exact
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.table import Guard, Handlers, Routes
@@ -110,8 +111,8 @@ def find_routes(service: Service) -> Routes:
     routes.add(TokenRoutes(service.tokens).routes())
     routes.add(ForwardAuth(service.tokens).routes())
     routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes())
-    routes.add(AccountRoutes(service.tokens).routes(), guard)
-    routes.add(PoolRoutes(service.pools).routes(), guard)
+    routes.add(exact(AccountRoutes(service.tokens).routes()), guard)
+    routes.add(exact(PoolRoutes(service.pools).routes()), guard)
     if service.config.server.docs:
         routes.add(DocsRoutes(routes, service.config.oauth.issuer).routes())
     for name, terms in service.config.dialects.chosen().items():

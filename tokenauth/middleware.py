@@ -1,12 +1,12 @@
 """TokenMiddleware: lets through whoever sends a valid token, in this app and in anybody's ASGI app."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.errors import InsufficientScope, InvalidToken, Refusal, TokenRequired
-from tokenauth.models import NOBODY, Login, Validator
+from tokenauth.models import NOBODY, Login, Validator, is_scope
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.requests import bearer
 
@@ -22,6 +22,8 @@ class TokenMiddleware:
     closed with 1008. Whatever goes wrong here, the app is not reached.
 
     `exempt` are paths that need no token, such as "/healthz", or "/public/*" for all that is below.
+
+    Raises TypeError or ValueError for `scopes` and `exempt` that are not what they should be.
     """
 
     def __init__(
@@ -29,8 +31,8 @@ class TokenMiddleware:
     ) -> None:
         self._app = app
         self._tokens = tokens
-        self._scopes = frozenset(_listed("scopes", scopes))
-        paths = _listed("exempt", exempt)
+        self._scopes = frozenset(_listed("scopes", scopes, is_scope, "is no scope"))
+        paths = _listed("exempt", exempt, _is_path, "must begin with a slash")
         self._exempt = frozenset(path for path in paths if not path.endswith("/*"))
         self._exempt_below = tuple(path[:-1] for path in paths if path.endswith("/*"))
 
@@ -93,7 +95,17 @@ async def _turn_away(scope: Scope, send: Send, refusal: Refusal) -> None:
         await send({"type": "websocket.close", "code": 1008})
 
 
-def _listed(what: str, words: Iterable[str]) -> tuple[str, ...]:
+def _listed(what: str, words: Iterable[str], fits: Callable[[str], bool], fault: str) -> tuple[str, ...]:
     if isinstance(words, str):
         raise TypeError(f"{what}: takes a list of strings, not one string")
-    return tuple(words)
+    listed = tuple(words)
+    for word in listed:
+        if not isinstance(word, str):
+            raise TypeError(f"{what}: takes a list of strings, and {word!r} is none")
+        if not fits(word):
+            raise ValueError(f"{what}: {word!r} {fault}")
+    return listed
+
+
+def _is_path(word: str) -> bool:
+    return word.startswith("/")

@@ -121,7 +121,7 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
     "true": (with_password("true"), 400, "password"),
     "100,000 levels": (login(b"[" * 100_000), 413, "16 KiB"),
     "100,000 levels in chunks": (chunked(*[b'{"x":' * 200] * 100), 413, "16 KiB"),
-    "16,000 levels": (login(b"[" * 16_000), 400, "array"),
+    "16,000 levels": (login(b"[" * 16_000), 400, "deep"),
     "levels beside what is asked for": (login(b'{"x": ' + b"[" * 8000 + b"]" * 8000 + b"}"), 400, "deep"),
     "levels of objects": (login(b'{"x":' * 3000), 400, "deep"),
     "a BOM": (login(b"\xef\xbb\xbf" + RIGHT), 400, "UTF-8"),

@@ -71,7 +71,7 @@ def third_lease(user: Borrower) -> Lease:
 
 @pytest.mark.parametrize(
     "claim",
-    [{}, {"holder": "ci-7"}, {"fence": 3}, {"holder": "ci-7", "fence": 3}, {"holder": None, "fence": None}, {"x": []}],
+    [{}, {"holder": "ci-7"}, {"fence": 3}, {"holder": "ci-7", "fence": 3}, {"holder": None, "fence": None}],
     ids=str,
 )
 def test_whoever_claims_the_lease_that_it_is_may_touch_it(

@@ -52,7 +52,7 @@ def test_a_page_has_a_hundred_tokens_unless_it_is_said_otherwise(admin: Borrower
     assert page(ann, "?limit=1000") == (tokens, None)
     assert page(ann, f"?limit={COUNT}") == (tokens, None), "there is a next page only where there is something on it"
     assert page(ann, f"?limit={COUNT - 1}") == (tokens[:-1], tokens[-2])
-    assert page(admin, "?limit=007&x=1") == (tokens[:7], tokens[6])
+    assert page(admin, "?limit=007") == (tokens[:7], tokens[6])
 
 
 @pytest.mark.parametrize("limit", [1, 7, 34])
@@ -84,7 +84,7 @@ def test_a_page_may_begin_after_anything(admin: Borrower, after: str) -> None:
     assert page(admin, f"?after={quote(after)}") == ([token for token in tokens if token > after], None)
 
 
-@pytest.mark.parametrize("query", ["after=%ff", "after=%ed%a0%80", "after", "after=x&after=x", "AFTER=~", "x=after"])
+@pytest.mark.parametrize("query", ["after=%ff", "after=%ed%a0%80", "after", "after=x&after=x"])
 def test_a_query_that_is_unusual_is_answered(admin: Borrower, query: str) -> None:
     assert admin.hears("GET", f"/p?{query}")[0] == 200
 

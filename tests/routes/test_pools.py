@@ -149,7 +149,7 @@ def test_a_token_is_of_one_pool_and_gone_when_deleted(admin: Borrower, ann: Borr
 
 @pytest.mark.parametrize(
     ("document", "count"),
-    [(None, 1), ({}, 1), ({"count": 1}, 1), ({"count": 3, "more": [1]}, 3), ({"count": 1000}, 1000)],
+    [(None, 1), ({}, 1), ({"count": 1}, 1), ({"count": 3}, 3), ({"count": 1000}, 1000)],
 )
 def test_tokens_are_generated_one_unless_more_are_asked_for(
     admin: Borrower, ann: Borrower, document: object, count: int
@@ -198,7 +198,7 @@ def test_a_borrower_is_told_what_he_has_and_for_how_long(admin: Borrower, ann: B
     assert ann.assign("v1.2_a-b") == Lease(token, "ann", 1, now + 2, 1), "never longer than it is"
 
 
-@pytest.mark.parametrize("document", [None, {}, {"holder": None}, {"other": 1}])
+@pytest.mark.parametrize("document", [None, {}, {"holder": None}])
 def test_whoever_names_no_holder_is_the_holder_himself(admin: Borrower, ann: Borrower, document: object) -> None:
     (token,) = admin.generate("any")
     assert ann.hears("POST", "/any/leases", document)[1]["holder"] == "ann"

@@ -1,5 +1,6 @@
 """/auth: a reverse proxy asks here whether it may let a request through (docs/forward-auth.md)."""
 
+import re
 from collections.abc import Awaitable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from tokenauth.tokens import Tokens
 
 PATH = "/auth"
 
+_ALMOST_SCOPE = re.compile(r"[\W_]*scopes?[\W_]*\Z", re.IGNORECASE)
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
@@ -69,7 +71,7 @@ class ForwardAuth:
     @operation(
         Answer(200, says="The request may pass.", headers=_IDENTITY),
         refuses=(TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, Unsure),
-        query={"scope": str},
+        query={"scope": str, "path": str},
         schemes=("X-Token", "Bearer"),
     )
     async def judge(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,12 +113,21 @@ class ForwardAuth:
 def _wanted(query: bytes) -> frozenset[str]:
     """Read the scopes that a query asks for; several parameters add up, so that more of them never mean less.
 
-    Raises Forbidden for what is none, such as the nothing of an unset variable in the proxy's configuration.
+    Raises Forbidden for what is none, such as the nothing of an unset variable in the proxy's configuration, and for
+    any other parameter: it may be a mistyped `scope`. Only `path`, and what comes after it, is the client's.
     """
     try:
-        values = requests.query_values({"query_string": query}, "scope")
+        pairs = requests.query_pairs(query)
     except InvalidRequest as error:
         raise Forbidden(str(error)) from None
+    values, of_client = [], False
+    for name, value in pairs:
+        if name == "scope":
+            values.append(value)
+        elif name == "path":
+            of_client = True
+        elif not of_client or _ALMOST_SCOPE.match(name):
+            raise Forbidden("The query has an unknown parameter: only 'scope' is known, and 'path' at its end.")
     scopes = frozenset(word for value in values for word in value.split(" "))
     if not all(map(is_scope, scopes)):
         raise Forbidden("scope: is empty or no scope. Leave it out, or name the scopes that are needed.")

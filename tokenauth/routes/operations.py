@@ -1,11 +1,15 @@
 """What the handlers take and answer, said beside each of them; the description of the HTTP is made of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.errors import BodyTooLarge, InvalidRequest, Refusal, UnsupportedMediaType
+from tokenauth.routes.requests import check_query
+from tokenauth.routes.table import Handlers
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -68,3 +72,25 @@ def operation(
         return handler
 
     return attach
+
+
+def exact(routes: Mapping[str, Handlers]) -> Mapping[str, Handlers]:
+    """Have queries refused that have other parameters than the operations name.
+
+    A parameter that is mistyped, or that belongs into the body, would be left out of what is asked for.
+    """
+    return {
+        path: {method: _exact(handler) for method, handler in handlers.items()} for path, handlers in routes.items()
+    }
+
+
+def _exact(handler: ASGIApp) -> ASGIApp:
+    known: Mapping[str, Any] = handler.operation.query  # type: ignore[attr-defined]
+
+    @wraps(handler)
+    def checked(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["query_string"]:
+            check_query(scope, known)
+        return handler(scope, receive, send)
+
+    return checked

@@ -17,19 +17,19 @@ PAGE = 100
 """Tokens on a page, unless `?limit=` says otherwise."""
 
 
-class Wanted(msgspec.Struct):
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
     """How many tokens are to be made."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)] = 1
 
 
-class Borrower(msgspec.Struct):
+class Borrower(msgspec.Struct, forbid_unknown_fields=True):
     """Who is to have the token; the user, if it is not said."""
 
     holder: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
 
 
-class Claimed(msgspec.Struct):
+class Claimed(msgspec.Struct, forbid_unknown_fields=True):
     """What the caller knows of the lease that it says it has; what is left out is not compared."""
 
     holder: str | None = None

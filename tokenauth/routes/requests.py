@@ -2,8 +2,10 @@
 
 import base64
 import json
+import re
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -25,8 +27,18 @@ MAX_SEARCHED = 64 * 1024
 MAX_QUERY = 8 * 1024
 """Bytes of a query that are read."""
 
+MAX_FIELDS = 100
+"""Fields of a query or of a form that are read."""
+
+MAX_NESTED = 32
+"""Arrays and objects in a JSON body that are read. Every body here is one flat object."""
+
 MAX_USER_AGENT = 256
 """Characters of a User-Agent that are kept."""
+
+# A string that is not closed goes on to the end: so the work is linear, whatever is sent.
+_JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+_NAMEABLE = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
 
 
 def bearer(scope: Scope) -> bytes | None:
@@ -50,16 +62,26 @@ def bearer(scope: Scope) -> bytes | None:
     return found
 
 
-def query_values(scope: Scope, name: str) -> list[str]:
-    """Return the values that the query gives a name. Raises InvalidRequest when it is too long to read."""
-    query: bytes = scope["query_string"]
+def query_pairs(query: bytes) -> Sequence[tuple[str, str]]:
+    """Return the names and values of a query, in order. Raises InvalidRequest when it is too long to read."""
     if len(query) > MAX_QUERY:
         raise InvalidRequest("The query is longer than 8 KiB.")
     try:
-        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
+        return parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:
-        raise InvalidRequest("The query has more than 100 fields.") from None
-    return [value for key, value in pairs if key == name]
+        raise InvalidRequest(f"The query has more than {MAX_FIELDS} fields.") from None
+
+
+def check_query(scope: Scope, known: Collection[str]) -> None:
+    """Raise InvalidRequest if the query has a parameter that is not one of `known`."""
+    for name, _ in query_pairs(scope["query_string"]):
+        if name not in known:
+            raise InvalidRequest(f"The query has an unknown parameter{_hint(name, known)}")
+
+
+def query_values(scope: Scope, name: str) -> list[str]:
+    """Return the values that the query gives a name. Raises InvalidRequest when it is too long to read."""
+    return [value for key, value in query_pairs(scope["query_string"]) if key == name]
 
 
 def query_value(scope: Scope, name: str) -> str | None:
@@ -137,16 +159,15 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
         raise InvalidRequest("The body is empty; send a JSON object.")
     try:
         text = data.decode()  # all of it: msgspec does not look into strings that it skips
+        _check_nesting(text)
         found = decoder.decode(text)
-        for field in found.__struct_fields__:
-            if text.count(f'"{field}"') > 1 or "\\u" in text:  # an escaped key may be the same one
-                json.loads(text, object_pairs_hook=partial(_refuse_twice, field))
+        fields = found.__struct_fields__
+        if "\\u" in text or any(text.count(f'"{field}"') > 1 for field in fields):  # an escaped key may be the same one
+            json.loads(text, object_pairs_hook=partial(_refuse_twice, fields))
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"The body is not what it should be: {_in_words(error)}.") from None
+        raise InvalidRequest(_in_words(error, decoder.type.__struct_fields__)) from None
     except (msgspec.DecodeError, ValueError):
         raise InvalidRequest("The body is not JSON in UTF-8.") from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deep.") from None
     return found
 
 
@@ -167,9 +188,9 @@ async def form_body(scope: Scope, receive: Receive) -> dict[str, str]:
     if not complete:
         raise BodyTooLarge
     try:
-        pairs = parse_qsl(data.decode(), errors="strict", max_num_fields=100)
+        pairs = parse_qsl(data.decode(), errors="strict", max_num_fields=MAX_FIELDS)
     except ValueError:
-        raise InvalidRequest("The form is not UTF-8, or has more than 100 fields.") from None
+        raise InvalidRequest(f"The form is not UTF-8, or has more than {MAX_FIELDS} fields.") from None
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise InvalidRequest("The form has a field twice.")
@@ -253,11 +274,36 @@ def _says_json(content_type: bytes) -> bool:
     return all(value.strip(b'"') == b"utf-8" for name, _, value in settings if name == b"charset")
 
 
-def _refuse_twice(field: str, pairs: list[tuple[str, object]]) -> None:
-    if [name for name, _ in pairs].count(field) > 1:
-        raise InvalidRequest(f"The body has {field!r} twice.")
+def _check_nesting(text: str) -> None:
+    """Raise InvalidRequest for JSON with too many arrays and objects, so that no decoder has to recurse into them."""
+    if _opened(text) > MAX_NESTED and _opened(_JSON_STRING.sub("", text)) > MAX_NESTED:
+        raise InvalidRequest(f"The body is nested too deep: it has more than {MAX_NESTED} arrays and objects.")
 
 
-def _in_words(error: msgspec.ValidationError) -> str:
+def _opened(text: str) -> int:
+    return text.count("[") + text.count("{")
+
+
+def _refuse_twice(fields: Collection[str], pairs: list[tuple[str, object]]) -> None:
+    names = [name for name, _ in pairs]
+    for field in fields:
+        if names.count(field) > 1:
+            raise InvalidRequest(f"The body has {field!r} twice.")
+
+
+def _in_words(error: msgspec.ValidationError, known: Collection[str]) -> str:
     problem, _, path = str(error).partition(" - at ")
-    return f"{problem[0].lower()}{problem[1:]}{' at ' + path.strip('`').removeprefix('$.') if path else ''}"
+    unknown = str(error).removeprefix("Object contains unknown field `")
+    if unknown != str(error):
+        return f"The body has an unknown field{_hint(unknown.removesuffix('`'), known)}"
+    where = f" at {path.strip('`').removeprefix('$.')}" if path else ""
+    return f"The body is not what it should be: {problem[0].lower()}{problem[1:]}{where}."
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    """Say which name is unknown, and which may be meant. A long or odd name is not repeated: it may be a secret."""
+    shown = f" {name!r}" if _NAMEABLE.fullmatch(name) else ""
+    close = get_close_matches(name.lower(), known, 1) if shown else []
+    if close:
+        return f"{shown}: did you mean {close[0]!r}?"
+    return f"{shown}: known are {', '.join(map(repr, known))}." if known else f"{shown}: none is known here."

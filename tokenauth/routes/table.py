@@ -16,13 +16,16 @@ _PARAMETER = re.compile(r"\{(\w+)\}")
 
 
 class Methods:
-    """ASGI app that has each method answered by its handler; what answers GET answers HEAD."""
+    """ASGI app that has each method answered by its handler; what answers GET answers HEAD.
+
+    Where GET does what POST does it has an effect, which HEAD must not have (RFC 9110 section 9.2.1): it is refused.
+    """
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers: dict[str, ASGIApp] = {}
         for method, handler in handlers.items():
             self._handlers[method] = handler
-            if method == "GET":
+            if method == "GET" and handlers.get("POST") != handler:
                 self._handlers["HEAD"] = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
