@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any, cast
 
-from tokenauth.transport import one_piece
+from tokenauth.transport import OnePiece
 
 
 class Line(asyncio.Transport):
@@ -34,7 +34,7 @@ async def turn() -> None:
 
 async def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
     line = Line()
-    transport = one_piece(line, asyncio.get_running_loop())
+    transport = OnePiece(line, asyncio.get_running_loop())
     transport.write(b"head ")
     transport.write(b"body")
     assert line.sent == []
@@ -47,7 +47,7 @@ async def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
 
 async def test_what_is_held_back_is_sent_before_the_close() -> None:
     line = Line()
-    transport = one_piece(line, asyncio.get_running_loop())
+    transport = OnePiece(line, asyncio.get_running_loop())
     transport.write(b"last")
     assert not transport.is_closing()
     transport.close()
@@ -58,7 +58,7 @@ async def test_what_is_held_back_is_sent_before_the_close() -> None:
 
 async def test_no_more_is_held_back_than_64_kib() -> None:
     line = Line()
-    transport = one_piece(line, asyncio.get_running_loop())
+    transport = OnePiece(line, asyncio.get_running_loop())
     parts = [bytes([number]) * 30_000 for number in range(5)]
     for part in parts:
         transport.write(part)
@@ -68,6 +68,6 @@ async def test_no_more_is_held_back_than_64_kib() -> None:
 
 
 async def test_everything_else_is_left_to_the_transport() -> None:
-    transport = one_piece(Line(), asyncio.get_running_loop())
+    transport = OnePiece(Line(), asyncio.get_running_loop())
     assert transport.get_extra_info("peername") == ("10.0.0.1", 5)
     assert isinstance(cast(Any, transport).sent, list)

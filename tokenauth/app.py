@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from starlette.middleware.cors import CORSMiddleware
@@ -32,9 +33,11 @@ from tokenauth.logs import log
 from tokenauth.middleware import TokenMiddleware
 from tokenauth.models import Clock
 from tokenauth.pools import Pools
+from tokenauth.protocol import REFUSAL_RULES, RefusalRules
 from tokenauth.risks import find_risks, judge
 from tokenauth.routes.account import AccountRoutes
 from tokenauth.routes.docs import DocsRoutes
+from tokenauth.routes.forward_auth import PATH as FORWARD_AUTH_PATH
 from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.oauth import OAuthRoutes
@@ -74,7 +77,8 @@ def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.m
     service = create_service(config, clock, ticks)
     judge(config, find_risks(config, service.passwords))
     routes = find_routes(service)
-    app: ASGIApp = Application(routes, partial(_live, service))
+    rules = RefusalRules(frozenset(config.server.cors_origins), frozenset({FORWARD_AUTH_PATH}))
+    app: ASGIApp = Application(routes, partial(_live, service), {REFUSAL_RULES: rules})
     app = Probe(service.tokens, app)
     if config.server.cors_origins:
         app = CORSMiddleware(
@@ -95,7 +99,7 @@ def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.m
 
 def _headers_of_pages(config: Config) -> Sequence[str]:
     """List what a page of another origin may send beside what every page may."""
-    usual = ("X-Token", "Authorization", "Content-Type")
+    usual = ("X-Token", "Authorization", "Content-Type", "traceparent", "tracestate")
     return (*usual, "X-API-PASSWORD") if "simple-token-implement" in config.dialects.chosen() else usual
 
 
@@ -163,9 +167,11 @@ async def _live(service: Service) -> AsyncIterator[None]:
 class Application:
     """Finds what answers a request, and turns whatever that raises into an answer."""
 
-    def __init__(self, routes: Routes, life: Life) -> None:
+    def __init__(self, routes: Routes, life: Life, state: Mapping[str, object] = MappingProxyType({})) -> None:
+        """Serve routes while `life` lasts; `state` is what the server gets to know when it starts."""
         self._routes = routes
         self._life = life
+        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or live through one lifespan."""
@@ -175,6 +181,7 @@ class Application:
             except Exception as error:
                 await refuse(send, error)
         elif scope["type"] == "lifespan":
+            scope.get("state", {}).update(self._state)
             await self._live(receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})

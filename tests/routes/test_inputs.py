@@ -177,7 +177,7 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
     "bytes that are no text in a path": (request("GET", "/%ff%fe%c0%ae"), 404, "nothing at this address"),
     "TRACE": (request("TRACE", "/api/token"), 405, "takes GET"),
     "CONNECT": (request("CONNECT", "example.com:443"), 400, GARBLED),
-    "CONNECT to a route": (request("CONNECT", "/api/token", measured=False), 405, "takes GET"),
+    "CONNECT to a route": (request("CONNECT", "/api/token", measured=False), 400, GARBLED),
     "an unknown method": (request("BREW", "/api/token"), 400, GARBLED),
     "a method in small letters": (request("get", "/api/token"), 400, GARBLED),
     "an upgrade": (guarded(b"Upgrade: websocket\r\nConnection: Upgrade\r\n"), 401, "token_required"),
