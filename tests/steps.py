@@ -90,6 +90,22 @@ def calls_of_threads() -> Iterator[list[Call]]:
 
 
 def hashes(calls: list[Call]) -> list[str]:
-    """Say at which costs argon2 was asked to verify a password: `$argon2id$v=19$m=8,t=1,p=1`."""
-    asked = [variables["hash"] for name, variables in calls if name == "argon2_verify"]
-    return [bytes(hashed).decode().rpartition("$")[0].rpartition("$")[0] for hashed in asked]
+    """Say which hashes were computed: the scheme, and all that decides how much work it is."""
+    return [_WORK[name](variables) for name, variables in calls if variables and name in _WORK]
+
+
+_WORK: dict[str, Callable[[dict[str, Any]], str]] = {
+    # argon2 is given the whole hash: the work is all but what salt and digest say, and their lengths
+    "argon2_verify": lambda given: without_values(bytes(given["hash"]).decode()),
+    "hashpw": lambda given: given["config"].decode()[:-22],
+    "scrypt": lambda given: "scrypt n={n} r={r} p={p} keylen={keylen} salt=".format(**given) + str(len(given["salt"])),
+    "pbkdf2_hmac": lambda given: (
+        "pbkdf2 rounds={rounds} keylen={keylen} salt=".format(**given) + str(len(given["salt"]))
+    ),
+}
+
+
+def without_values(hashed: str) -> str:
+    """Write what decides how much work an argon2 hash is."""
+    head, salt, digest = hashed.rsplit("$", 2)
+    return f"{head} salt={len(salt)} digest={len(digest)}"

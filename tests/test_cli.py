@@ -228,7 +228,11 @@ USER_ADD = ["user", "add", "eve", "--password-stdin"]
 
 MISTAKES: dict[str, tuple[list[str], str, str]] = {
     "no such file": (["check", "--config", "no.toml"], "", "no.toml: no such file; name one with --config or"),
-    "a hash": (["check", "--config", "hash.toml"], "", "users: the password of 'ann' is not a hash that can be verified"),
+    "a hash": (
+        ["check", "--config", "hash.toml"],
+        "",
+        "users: the password of 'ann' is not a hash that",
+    ),
     "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is no store of tokenauth"),
     "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
     "no directory": (["migrate", "--config", "nowhere.toml"], "", "the database /no/such/place.db cannot be used: "),

@@ -7,11 +7,13 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from passlib.context import CryptContext
 from passlib.exc import PasslibHashWarning
+from passlib.hash import argon2
 
 from tokenauth import config
 from tokenauth.errors import ConfigError, InvalidCredentials
@@ -23,6 +25,8 @@ MIN_LENGTH = 8
 
 MAX_LENGTH = 1024
 """Characters of a password; a longer one is refused before any work."""
+
+_SCHEMES = CryptContext(["argon2", "bcrypt", "scrypt", "pbkdf2_sha256"])
 
 _LEAST_ROUNDS = {"bcrypt": 10, "scrypt": 14, "pbkdf2_sha256": 100_000}
 """Costs below which a hash is weak; those of bcrypt and scrypt are powers of two."""
@@ -38,6 +42,9 @@ _MAX_PARALLELISM = 64
 
 _SCRYPT_KIB = int((2**31 - 1) / 1.05 / 1024)
 """Memory that Python lets scrypt use (`maxmem` is a C int), with the reserve that passlib adds."""
+
+_GROUPS = 64
+"""Groups of users of one cost, so that a choice among them is as fast for any number of users."""
 
 _BCRYPT_BYTES = 72
 """Bytes of a password that bcrypt reads."""
@@ -69,7 +76,7 @@ class _Hash(NamedTuple):
 
 
 class _StandIn(NamedTuple):
-    """A hash that no password matches, for as many users as have hashes of exactly this cost."""
+    """A hash that no password matches, for a group of users whose hashes have exactly this cost."""
 
     text: str
     key: bytes
@@ -86,18 +93,17 @@ class Passwords:
 
     def __init__(self, settings: config.Passwords, users: Mapping[str, User] | None = None) -> None:
         """Read the hashes of the users. Raises ConfigError for one that this machine can never verify."""
-        self._context = CryptContext(
-            schemes=["argon2", "bcrypt", "scrypt", "pbkdf2_sha256"],
-            argon2__type="ID",
-            argon2__memory_cost=settings.memory_kib,
-            argon2__time_cost=settings.time_cost,
-            argon2__parallelism=settings.parallelism,
+        self._argon2id = argon2.using(
+            type="ID",
+            memory_cost=settings.memory_kib,
+            time_cost=settings.time_cost,
+            parallelism=settings.parallelism,
         )
         self._lane = Lane(self._verify, settings.lanes, settings.queue, gives_way=True)
         self._settings = settings
         self._users = {} if users is None else users
         self._memory_kib = machine_memory_kib()
-        new = self._read(
+        new = _read(
             f"$argon2id$v=19$m={settings.memory_kib},t={settings.time_cost},p={settings.parallelism}"
             f"${'A' * 22}${'A' * 43}"
         )
@@ -109,6 +115,7 @@ class Passwords:
         self._texts: dict[str, str] = {}
         self._costs = {new.text: self.new_cost}
         self._stand_ins = self._make_stand_ins() or [_StandIn(new.text, b"", 1)]
+        self._alike = len({each.text for each in self._stand_ins}) == 1
 
     def hash(self, password: str) -> str:
         """Hash a password for the configuration: argon2id at the configured cost, PHC string format.
@@ -116,7 +123,7 @@ class Passwords:
         Raises CannotHash.
         """
         try:
-            return str(self._context.hash(password))
+            return str(self._argon2id.hash(password))
         except Exception:
             raise CannotHash(str(self.new_cost)) from None
 
@@ -134,7 +141,7 @@ class Passwords:
 
     def weak(self, user: User) -> bool:
         """Whether a hash costs an attacker less than the configuration asks for, or than is usual for its scheme."""
-        _, scheme, record = self._read(user.password_hash)
+        _, scheme, record = _read(user.password_hash)
         if scheme != "argon2":
             return int(record.rounds) < _LEAST_ROUNDS[scheme]
         less = record.memory_cost < self._settings.memory_kib or record.rounds < self._settings.time_cost
@@ -171,10 +178,10 @@ class Passwords:
 
     def _make_stand_ins(self) -> list[_StandIn]:
         """Make a hash without a password for each cost that users have. Raises ConfigError."""
-        hashes: dict[str, list[str]] = {}
+        hashes: dict[tuple[str, int], list[str]] = {}
         for user in self._users.values():
             try:
-                read = self._read(user.password_hash)
+                read = _read(user.password_hash)
             except ValueError:
                 raise ConfigError(
                     f"users: the password of {user.username!r} is not a hash that can be verified"
@@ -187,9 +194,13 @@ class Passwords:
                 raise ConfigError(f"users: the password hash of {user.username!r} {trouble}; {mend}")
             like = _without_password(read)
             self._costs[like] = self._costs[read.text]
-            hashes.setdefault(like, []).append(user.password_hash)
+            group = sha256(user.username.encode(errors="surrogatepass")).digest()[0] % _GROUPS
+            hashes.setdefault((like, group), []).append(user.password_hash)
         # The least of the hashes is a secret that all workers and nodes have, and that few edits change.
-        return [_StandIn(text, min(secrets).encode(), len(secrets)) for text, secrets in hashes.items()]
+        return [
+            _StandIn(text, f"{group} {min(secrets)}".encode(), len(secrets))
+            for (text, group), secrets in hashes.items()
+        ]
 
     def _stand_in(self, name: str) -> str:
         """Choose the hash that is computed for a name that no user has.
@@ -197,7 +208,7 @@ class Passwords:
         It is always the same for a name, its costs are distributed as the users' are, and nobody can foretell it
         without the users' hashes. A change of one user changes it for as few names as possible.
         """
-        if len(self._stand_ins) == 1:
+        if self._alike:
             return self._stand_ins[0].text
         return max(self._stand_ins, key=lambda each: each.score(name)).text
 
@@ -212,25 +223,6 @@ class Passwords:
             return f"takes {cost.threads} threads to check, and {_MAX_PARALLELISM} are the most"
         return None
 
-    def _read(self, hashed: str) -> _Hash:
-        """Take a hash apart. Raises ValueError for one that no password can be verified against.
-
-        passlib parses more than can be verified, so what it has parsed must come out as it went in.
-        """
-        if not re.fullmatch(r"[\x21-\x7e]+", hashed):
-            raise ValueError("a hash is printable ASCII without blanks")
-        try:
-            scheme: str = self._context.identify(hashed, required=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PasslibHashWarning)  # of the bits that are repaired
-                record = self._context.handler(scheme).from_string(hashed)
-            text = str(record.to_string())
-        except Exception:  # whatever passlib raises for what it cannot read: asserts and lookups among them
-            raise ValueError("passlib cannot read it") from None
-        if not _same(scheme, hashed, text) or not _possible(scheme, record):
-            raise ValueError("no password can be verified against it")
-        return _Hash(text, scheme, record)
-
     def _verify(self, jobs: Sequence[tuple[str, str]]) -> list[bool]:
         """Compute all hashes, in a thread, and say which passwords are right. Raises CannotHash."""
         return [self._matches(*job) for job in jobs]
@@ -240,7 +232,7 @@ class Passwords:
         if hashed.startswith("$2"):  # bcrypt cannot hash these: they are wrong, and must cost what others do
             secret = sent.replace(b"\0", b"?")[:_BCRYPT_BYTES]
         try:
-            return bool(self._context.verify(secret, hashed)) and secret == sent
+            return bool(_SCHEMES.verify(secret, hashed)) and secret == sent
         except Exception:  # the hash was read before, so it is not at fault
             raise CannotHash(str(self._costs.get(hashed, "unknown"))) from None
 
@@ -266,6 +258,26 @@ def machine_memory_kib() -> int:
         group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
         found.append(int((Path("/sys/fs/cgroup") / group / "memory.max").read_text()))  # or "max"
     return min(found) // 1024
+
+
+def _read(hashed: str) -> _Hash:
+    """Take a hash apart. Raises ValueError for one that no password can be verified against.
+
+    passlib parses more than can be verified, so what it has parsed must come out as it went in.
+    """
+    if not re.fullmatch(r"[\x21-\x7e]+", hashed):
+        raise ValueError("a hash is printable ASCII without blanks")
+    try:
+        scheme: str = _SCHEMES.identify(hashed, required=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PasslibHashWarning)  # of the bits that are repaired
+            record = _SCHEMES.handler(scheme).from_string(hashed)
+        text = str(record.to_string())
+    except Exception:  # whatever passlib raises for what it cannot read: asserts and lookups among them
+        raise ValueError("passlib cannot read it") from None
+    if not _same(scheme, hashed, text) or not _possible(scheme, record):
+        raise ValueError("no password can be verified against it")
+    return _Hash(text, scheme, record)
 
 
 def _same(scheme: str, hashed: str, text: str) -> bool:

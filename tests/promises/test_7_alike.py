@@ -8,7 +8,7 @@ import pytest
 
 from tests.connections import Answer, Connection
 from tests.servers import ROOT, HandClock, Server, write_config
-from tests.steps import calls_of_threads, hashes
+from tests.steps import calls_of_threads, hashes, without_values
 from tokenauth import configfile
 from tokenauth.errors import InvalidCredentials
 from tokenauth.service import create_service
@@ -72,7 +72,7 @@ async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) 
                 with pytest.raises(InvalidCredentials):
                     await service.tokens.issue(name, "not the password", "10.0.0.1", "")
                 costs.append(hashes(calls))
-    assert costs == [[hashed.rpartition("$")[0].rpartition("$")[0]]] * 4
+    assert costs == [[without_values(hashed)]] * 4
 
 
 def test_throttling_treats_known_and_unknown_names_alike(server: Server, clock: HandClock) -> None:
