@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,24 @@ def _ended(server: Server) -> Iterator[Server]:
         server.kill()
 
 
+@cache
+def shipped() -> str:
+    """Return `config.toml` as it is shipped, also when it has been edited in the checkout, as people are told to do."""
+    done = subprocess.run(["git", "show", ":config.toml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else (ROOT / "config.toml").read_text()
+
+
+def shipped_with_dialects() -> str:
+    """Return the same with its dialects switched on, by removing the "# " in front of their lines."""
+    before, first, dialects = shipped().partition("# [dialects.")
+    return before + re.sub(r"^# ", "", first + dialects, flags=re.MULTILINE)
+
+
 def write_config(directory: Path, more: str = "", users: str = USERS) -> Path:
     """Write a configuration whose database lies beside it; `more` are further tables, placed before the users."""
     path = directory / "config.toml"
     path.write_text(f"""[database]\nurl = "sqlite+aiosqlite:///{directory}/tokenauth.db"\n{more}\n{users}""")
+    path.chmod(0o600)
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.lacking import lack
-from tests.servers import ROOT
+from tests.servers import shipped
 from tokenauth import configfile
 from tokenauth.errors import ConfigError
 from tokenauth.section import Duration
@@ -221,15 +221,13 @@ def test_references_to_the_environment_stay_references(path: Path, monkeypatch: 
 
 
 def test_the_shipped_file_can_be_edited(path: Path) -> None:
-    path.write_text((ROOT / "config.toml").read_text())
+    path.write_text(shipped())
     UserFile(path).add("bob", hashed, ("read",))
     UserFile(path).change_password("admin", hashed)
     edited = configfile.load(path, {})
     assert {name: user.password_hash for name, user in edited.directory.items()} == dict.fromkeys(
         ("admin", "bob"), "new-hash"
     )
-    assert edited.server == configfile.load(ROOT / "config.toml", {}).server
-    comments = [
-        line for line in (ROOT / "config.toml").read_text().splitlines() if "#" in line and "password" not in line
-    ]
+    assert edited.server == configfile.parse(shipped(), {}).server
+    comments = [line for line in shipped().splitlines() if "#" in line and "password" not in line]
     assert [line for line in comments if line not in path.read_text().splitlines()] == []

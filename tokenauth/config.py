@@ -18,7 +18,15 @@ MAX_NAME = 256
 """Characters that a user name may have."""
 
 
-RISKS = ("shipped_password", "weak_hash", "trusts_everybody", "open_dialect")
+RISKS = (
+    "shipped_password",
+    "weak_hash",
+    "trusts_everybody",
+    "open_dialect",
+    "readable_config",
+    "writable_config",
+    "exposed_database",
+)
 """What `accept_risks` may name; `tokenauth.risks` finds them."""
 
 
@@ -36,6 +44,10 @@ class Server(Section, frozen=True):
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
+        if not re.fullmatch(r"[\x21-\x7e]+", self.host):
+            raise ValueError(
+                f"host: {self.host!r} is no address; say '127.0.0.1' for this machine only, '0.0.0.0' for all of IPv4"
+            )
         check_between("port", self.port, 0, 65535)
         check_between("workers", self.workers, 1, 64)
         for risk in self.accept_risks:
@@ -201,6 +213,20 @@ class Config(Section, frozen=True):
                 )
             if isinstance(dialect, PasswordDialect) and not pool.prefill:
                 raise ValueError(f"dialects.{name}.pool: [pools.{dialect.pool}] must have prefill = true")
+
+    @cached_property
+    def reach(self) -> str | None:
+        """Say how others than the users of this machine can reach the service; None if they cannot.
+
+        A loopback address is no protection where a reverse proxy passes on what comes from outside.
+        """
+        if not self.server.loopback:
+            return f"server.host: {self.server.host!r} can be reached by others"
+        if self.server.trusted_proxies:
+            return "server.trusted_proxies: names a proxy, through which others can reach the service"
+        if self.oauth.issuer.startswith("https:"):
+            return f"oauth.issuer: {self.oauth.issuer!r} says that others can reach the service"
+        return None
 
     @cached_property
     def terms(self) -> Mapping[str, Pool]:

@@ -1,13 +1,20 @@
 """What is fine on a laptop and wrong in public."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.lending import PasswordDialect
 from tokenauth.logs import log
 from tokenauth.passwords import Passwords
+from tokenauth.stores.files import exposed
 
 SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
 """The hash of the password that config.toml is shipped with; a test holds the two together."""
@@ -23,8 +30,8 @@ class Risk(NamedTuple):
     text: str
 
 
-def find_risks(config: Config, passwords: Passwords) -> list[Risk]:
-    """List what is risky about a configuration, whoever can reach the service."""
+def find_risks(config: Config, passwords: Passwords, path: Path | None = None) -> list[Risk]:
+    """List what is risky about a configuration, and about its file at `path`, whoever can reach the service."""
     shipped, weak = [], []
     for user in config.directory.values():
         if user.password_hash == SHIPPED_HASH:
@@ -40,13 +47,32 @@ def find_risks(config: Config, passwords: Passwords) -> list[Risk]:
     if weak:
         text = f"the password hash of {_some(weak)} costs an attacker less than [passwords] asks for; {mend}"
         risks.append(Risk("weak_hash", text))
-    for proxy in config.server.trusted_proxies:
-        if proxy.endswith("/0"):
-            text = (
-                f"server.trusted_proxies has {proxy!r}: anybody may claim any client address, which undoes the throttle"
-            )
-            risks.append(Risk("trusts_everybody", text))
-    return [*risks, *_of_dialects(config)]
+    if trusts_everybody(config.server.trusted_proxies):
+        text = (
+            "server.trusted_proxies has most addresses that there are: anybody may claim any client address,"
+            " which undoes the throttle; name your proxies only"
+        )
+        risks.append(Risk("trusts_everybody", text))
+    return [*risks, *_of_dialects(config), *_of_files(config, path)]
+
+
+def trusts_everybody(proxies: Iterable[str]) -> bool:
+    """Whether networks have, together, more than half of all IPv4 addresses, or of the IPv6 addresses in public use."""
+    networks = [ip_network(proxy) for proxy in proxies]
+    four = [network for network in networks if isinstance(network, IPv4Network)]
+    six = [network for network in networks if isinstance(network, IPv6Network)]
+    return _share(four, IPv4Network("0.0.0.0/0")) or any(
+        _share(six, IPv6Network(space)) for space in ("2000::/3", "::ffff:0:0/96")
+    )
+
+
+N = TypeVar("N", IPv4Network, IPv6Network)
+
+
+def _share(networks: Sequence[N], space: N) -> bool:
+    """Whether networks have more than half of the addresses of another."""
+    inside = [space if network.supernet_of(space) else network for network in networks if network.overlaps(space)]
+    return sum(network.num_addresses for network in collapse_addresses(inside)) > space.num_addresses // 2
 
 
 def _of_dialects(config: Config) -> Iterator[Risk]:
@@ -60,12 +86,43 @@ def _of_dialects(config: Config) -> Iterator[Risk]:
             yield Risk("open_dialect", text)
 
 
+def _of_files(config: Config, path: Path | None) -> Iterator[Risk]:
+    """Find the files that other users of this machine can read or change."""
+    if path is not None and path.is_file():  # what comes through a pipe is nobody's to read
+        if path.stat().st_mode & stat.S_IROTH:
+            text = f"{path} has the password hashes, and every user of this machine can read it; run `chmod o-r {path}`"
+            yield Risk("readable_config", text)
+        for changeable in _changeable(path):
+            text = f"others can change {changeable}, and so who may log in; run `chmod go-w {changeable}`"
+            yield Risk("writable_config", text)
+    for text in exposed(config.database.url):
+        yield Risk("exposed_database", text)
+
+
+def _changeable(path: Path) -> Iterator[Path]:
+    """List what somebody else can write of a file, what it is a link to, and the directories that lead there."""
+    target = path.resolve()
+    for place in dict.fromkeys([target, *path.absolute().parents, *target.parents]):
+        found = place.stat()
+        if found.st_mode & stat.S_ISVTX and place != target:  # in such a directory nobody replaces what is another's
+            continue
+        if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private(found)):
+            yield place
+
+
+def _private(found: os.stat_result) -> bool:
+    """Whether the group of a file is its owner's own, as most systems give each user one of the same name."""
+    try:
+        return grp.getgrgid(found.st_gid).gr_name == pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        return False
+
+
 def demand_acceptable(config: Config, risks: list[Risk]) -> None:
     """Raise ConfigError when the service may not start: others can reach it, and a risk has not been accepted."""
     for risk in risks:
-        if not config.server.loopback and risk.name not in config.server.accept_risks:
-            reach = f"server.host: {config.server.host!r} can be reached by others"
-            raise ConfigError(f"{reach}, and {risk.text} (or add {risk.name!r} to server.accept_risks)")
+        if config.reach is not None and risk.name not in config.server.accept_risks:
+            raise ConfigError(f"{config.reach}, and {risk.text} (or add {risk.name!r} to server.accept_risks)")
 
 
 def judge(config: Config, risks: list[Risk]) -> None:

@@ -1,6 +1,5 @@
 """What the configuration says of dialects: where they are, whom they ask for a token, and what cannot be together."""
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ import pytest
 
 from tests.dialects.conftest import API_PASSWORD, Wire, connect, rows, said, start
 from tests.journal import until
-from tests.servers import ROOT, HandClock, log_in, serve, spawn, write_config
+from tests.servers import HandClock, log_in, serve, shipped, shipped_with_dialects, spawn, write_config
 from tests.test_cli import TOKENAUTH, mistake, run
 from tokenauth import configfile
 from tokenauth.app import create_app
@@ -247,8 +246,8 @@ def names_both(line: str) -> bool:
     return all(name in line for name in named)
 
 
-def test_the_shipped_configuration_serves_all_four_on_the_terms_of_the_environment(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "config.toml", tmp_path)
+def test_the_shipped_dialects_serve_on_the_terms_of_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(shipped_with_dialects())
     started = time.time()
     env = {"TOTAL_TOKENS": "2", "TIMER_DURATION": "90", "API_PASSWORD": "of-the-environment"}
     with serve(tmp_path / "config.toml", "--workers", "2", env=env) as server, server.client() as client:
@@ -271,4 +270,4 @@ def test_the_shipped_configuration_serves_all_four_on_the_terms_of_the_environme
 def test_what_the_environment_says_wrong_is_named(name: str, key: str) -> None:
     for value in ("many", "-1", "1e999", "[]"):
         with pytest.raises(ConfigError, match=rf"pools\.permits\.{key}: "):
-            configfile.load(ROOT / "config.toml", {name: value})
+            configfile.parse(shipped(), {name: value})

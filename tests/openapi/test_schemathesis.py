@@ -27,6 +27,9 @@ require_token = true
 [oauth]
 issuer = "https://auth.example.com"
 
+[server]
+accept_risks = ["open_dialect"]
+
 [tokens]  # logins must not end each other
 per_user = 0
 

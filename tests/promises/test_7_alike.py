@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import servers
 from tests.connections import Answer, Connection
-from tests.servers import ROOT, HandClock, Server, write_config
+from tests.servers import HandClock, Server, write_config
 from tests.steps import calls_of_threads, hashes, without_values
 from tokenauth import configfile
 from tokenauth.errors import InvalidCredentials
@@ -30,14 +31,15 @@ def _next_day(clock: HandClock) -> None:
 
 def shipped() -> tuple[str, str]:
     """Return the user with whom tokenauth is shipped: his name, and the hash of his password."""
-    user = tomllib.loads((ROOT / "config.toml").read_text())["users"][0]
+    user = tomllib.loads(servers.shipped())["users"][0]
     return user["username"], user["password"]
 
 
 def with_default_cost(directory: Path) -> Path:
     """Write a configuration that hashes passwords at the cost that tokenauth is shipped with."""
     name, hashed = shipped()
-    return write_config(directory, PROXIED, f'[[users]]\nusername = "{name}"\npassword = "{hashed}"\n')
+    risk = 'accept_risks = ["shipped_password"]'
+    return write_config(directory, f"{PROXIED}\n{risk}", f'[[users]]\nusername = "{name}"\npassword = "{hashed}"\n')
 
 
 def attempt(connection: Connection, username: str, network: int) -> Answer:

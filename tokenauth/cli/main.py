@@ -63,7 +63,7 @@ def check(config_file: str | None, as_json: bool) -> None:
         with configfile.naming(path):
             service = create_service(settings)
             find_routes(service)
-            risks = find_risks(settings, service.passwords)
+            risks = find_risks(settings, service.passwords, path)
             demand_acceptable(settings, risks)
     except ConfigError as error:
         mistake = error

@@ -4,12 +4,10 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
-
 TURNS = "-turns"
 """What is added to a database's name for the file by which writers take turns."""
 
+_SQLITE = "sqlite+aiosqlite:///"
 _SUFFIXES = ("", "-wal", "-shm", "-journal", TURNS)
 
 
@@ -18,13 +16,10 @@ def exposed(url: str) -> Sequence[str]:
 
     Empty for a database that is not a file, or that does not exist yet: new ones are readable by their owner only.
     """
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
+    path = url.removeprefix(_SQLITE).partition("?")[0]
+    if not url.startswith(_SQLITE) or path in {"", ":memory:"}:
         return []
-    if parsed.get_backend_name() != "sqlite" or parsed.database in {None, "", ":memory:"}:
-        return []
-    return list(_exposed(os.path.abspath(parsed.database or "")))
+    return list(_exposed(os.path.abspath(path)))
 
 
 def _exposed(path: str) -> Iterator[str]:
