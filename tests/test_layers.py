@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts", "stores.files"},
+    {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts", "stores.files", "channel"},
     {"section", "lane", "protocol", "textfile", "stores.tables", "stores.base", "stores.transaction"}
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},
@@ -25,6 +25,8 @@ LAYERS = [
     {"routes.token", "routes.account", "routes.pools", "routes.health", "routes.forward_auth", "routes.oauth"}
     | {"dialects", "middleware", "access", "service"},
     {"app"},
+    {"worker"},
+    {"supervisor"},
     {"server"},
     {"cli.base"},
     {"cli.users", "cli.tokens", "cli.pools"},
@@ -39,8 +41,8 @@ HOMES = {
     "alembic": {"stores"},
     "sqlite3": {"stores"},
     "passlib": {"passwords"},
-    "starlette": {"routes", "dialects", "middleware", "access", "app", "server"},
-    "uvicorn": {"app", "server", "protocol"},
+    "starlette": {"routes", "dialects", "middleware", "access", "app", "worker"},
+    "uvicorn": {"app", "worker", "protocol"},
     "click": {"cli"},
     "rich": {"cli"},
     "tomlkit": {"users"},

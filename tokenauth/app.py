@@ -29,12 +29,12 @@ from tokenauth.errors import (
     StoreUnavailable,
     TokenRequired,
 )
-from tokenauth.logs import log
+from tokenauth.logs import describe, log
 from tokenauth.middleware import TokenMiddleware
 from tokenauth.models import Clock
 from tokenauth.pools import Pools
 from tokenauth.protocol import REFUSAL_RULES, RefusalRules
-from tokenauth.risks import find_risks, judge
+from tokenauth.risks import demand_acceptable, find_risks
 from tokenauth.routes.account import AccountRoutes
 from tokenauth.routes.docs import DocsRoutes
 from tokenauth.routes.forward_auth import PATH as FORWARD_AUTH_PATH
@@ -75,7 +75,13 @@ def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.m
     back. Raises ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
     """
     service = create_service(config, clock, ticks)
-    judge(config, find_risks(config, service.passwords))
+    demand_acceptable(config, find_risks(config, service.passwords))
+    return build_app(service)
+
+
+def build_app(service: Service) -> ASGIApp:
+    """Build the ASGI app of a service. Raises ConfigError when two routes are the same."""
+    config = service.config
     routes = find_routes(service)
     rules = RefusalRules(frozenset(config.server.cors_origins), frozenset({FORWARD_AUTH_PATH}))
     app: ASGIApp = Application(routes, partial(_live, service), {REFUSAL_RULES: rules})
@@ -200,8 +206,9 @@ class Application:
         async with AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(self._life())
-            except StartError as error:
-                await send({"type": "lifespan.startup.failed", "message": str(error)})
+            except Exception as error:
+                reason = str(error) if isinstance(error, StartError) else describe(error)
+                await send({"type": "lifespan.startup.failed", "message": reason})
                 return
             await send({"type": "lifespan.startup.complete"})
             await receive()

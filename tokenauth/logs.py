@@ -140,6 +140,12 @@ def _without_exception_text(_: Any, __: str, event: structlog.typing.EventDict) 
     return event
 
 
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong in this process itself, where no client's words can be in what it says."""
+    at = whereabouts(error)
+    return f"{error}; {at}".replace("\n", " ") if isinstance(error, OSError | ImportError) else at
+
+
 def whereabouts(error: BaseException) -> str:
     """Name an exception and the lines that it passed through, without its text or any value."""
     frames = []

@@ -4,6 +4,7 @@ import hmac
 import math
 import os
 import re
+import resource
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -114,7 +115,12 @@ class Passwords:
             raise ConfigError(f"passwords: a hash of this memory_kib and time_cost {trouble}: lower them")
         self._texts: dict[str, str] = {}
         self._costs = {new.text: self.new_cost}
-        self._stand_ins = self._make_stand_ins() or [_StandIn(new.text, b"", 1)]
+        self._new = _StandIn(new.text, b"", 1)
+        self.read_users()
+
+    def read_users(self) -> None:
+        """Read the hashes of the users; again after they have changed. Raises ConfigError as above."""
+        self._stand_ins = self._make_stand_ins() or [self._new]
         self._alike = len({each.text for each in self._stand_ins}) == 1
 
     def hash(self, password: str) -> str:
@@ -252,8 +258,9 @@ def is_text(text: str) -> bool:
 
 
 def machine_memory_kib() -> int:
-    """Return the memory that this process can have at the most: the machine's, or what its control group has."""
+    """Return the memory that this process can have at the most: the machine's, its control group's, or its limit."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    found += [limit for limit, _ in map(resource.getrlimit, (resource.RLIMIT_AS, resource.RLIMIT_DATA)) if limit >= 0]
     with suppress(OSError, ValueError):
         group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
         found.append(int((Path("/sys/fs/cgroup") / group / "memory.max").read_text()))  # or "max"

@@ -11,7 +11,7 @@ from tokenauth.config import Config
 from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError, RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, ForwardClock, Instant
+from tokenauth.models import Clock, ForwardClock, Instant, User
 from tokenauth.passwords import Passwords
 from tokenauth.pools import NewValue, Pools
 from tokenauth.stores.base import Store
@@ -31,6 +31,7 @@ class Service(NamedTuple):
     """The parts, and their life."""
 
     config: Config
+    users: dict[str, User]
     clock: ForwardClock
     store: Store
     passwords: Passwords
@@ -70,6 +71,12 @@ class Service(NamedTuple):
                 return trouble
         return None
 
+    def take_users(self, users: Mapping[str, User]) -> None:
+        """Go on with other users, in place of those of the configuration: one who is gone is refused from now on."""
+        self.users.clear()
+        self.users.update(users)
+        self.passwords.read_users()
+
     async def _remember(self, now: Instant) -> None:
         with suppress(RetryLater):  # then it is written down with whatever is written next
             await self.store.remember(now)
@@ -77,14 +84,15 @@ class Service(NamedTuple):
 
 def create_service(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> Service:
     """Wire up what a configuration describes, without HTTP. Without a `clock` it is the store's. Raises ConfigError."""
-    passwords = Passwords(config.passwords, config.directory)
+    users = dict(config.directory)
+    passwords = Passwords(config.passwords, users)
     store = open_store(config.database, config.tokens.cache_size, clock)
     now = ForwardClock(store.clock, ticks)
     throttle = Throttle(config.throttle, config.server.workers, store, now)
-    credentials = Credentials(config.directory, passwords, throttle, now)
-    tokens = Tokens(config.tokens, config.directory, store, credentials, now)
+    credentials = Credentials(users, passwords, throttle, now)
+    tokens = Tokens(config.tokens, users, store, credentials, now)
     pools = Pools(config.terms, store, now, _makers(config))
-    return Service(config, now, store, passwords, throttle, credentials, tokens, pools)
+    return Service(config, users, now, store, passwords, throttle, credentials, tokens, pools)
 
 
 def _makers(config: Config) -> Mapping[str, NewValue]:

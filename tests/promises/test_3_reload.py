@@ -4,6 +4,9 @@ import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.connections import Closed, Connection
 from tests.journal import background, serving, until
@@ -19,6 +22,12 @@ def reload(server: Server, workers: int) -> None:
     before = len(server.events("stopped"))
     server.process.send_signal(signal.SIGHUP)
     until(lambda: len(server.events("stopped")) == before + workers, f"{workers} workers replaced")
+
+
+def workers_of(server: Server) -> list[int]:
+    """List the processes of the workers."""
+    pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sighup(tmp_path: Path) -> None:
@@ -66,35 +75,57 @@ def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sigh
                 assert connection.ask("POST", "/api/token", login).status == status
 
 
-def test_a_worker_that_cannot_be_replaced_for_a_while_takes_no_other_with_it(tmp_path: Path) -> None:
-    """Here because of a mistake in the file; the store may be as little there when a worker has died."""
+def test_a_replaced_worker_serves_what_was_loaded_and_not_a_later_edit(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     good = config.read_text()
     with serving(config, "--workers", "2") as server:
         until(lambda: len(server.events("started")) == 2, "both serve")
-        with Connection(server.port) as connection:
-            token = connection.log_in()
-        pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        config.write_text(good.replace("[database]", "[tokens]\nttl = 'soon'\n[database]"))
-        workers = [pid for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(int(workers[0]), signal.SIGKILL)
-        until(lambda: len(server.events("configuration_refused")) >= 2, "it is tried again")
-        with Connection(server.port) as connection:
-            assert connection.valid(token)
-        config.write_text(good)
+        config.write_text(good.replace('"bob"', '"eve"').replace("[database]", "[tokens]\nttl = 'soon'\n[database]"))
+        os.kill(workers_of(server)[0], signal.SIGKILL)
         until(lambda: len(server.events("started")) == 3, "the worker was replaced")
-        assert {event["exit_code"] for event in server.events("worker_replaced")} == {-signal.SIGKILL, 3}
+        (death,) = server.events("worker_replaced")
+        assert (death["exit_code"], death["reason"]) == (-signal.SIGKILL, "ended by SIGKILL")
+        for _ in range(10):  # whichever worker answers
+            with Connection(server.port) as connection:
+                assert connection.valid(connection.log_in("bob", "bob-secret"))
 
 
-def test_a_mistake_in_the_file_at_sighup_changes_nothing_and_is_logged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tables", "users", "why"),
+    [
+        ('[tokens]\nttl = "soon"\n', USERS, "tokens.ttl"),
+        ("", USERS.replace("$argon2id$v=19$m=8", "$argon2id$v=19$m=0"), "is not a hash that"),
+        ('[database]\nurl = "sqlite+aiosqlite:////nowhere/t.db"', USERS, "nowhere"),
+    ],
+    ids=["unreadable", "refused", "cannot start"],
+)
+def test_a_reload_that_fails_changes_nothing_and_is_logged(tmp_path: Path, tables: str, users: str, why: str) -> None:
     config = write_config(tmp_path)
     with serving(config) as server:
         with Connection(server.port) as connection:
             token = connection.log_in()
-        write_config(tmp_path, '[tokens]\nttl = "soon"\n')
+        users = users.replace('"bob"', '"eve"')
+        if "[database]" in tables:
+            config.write_text(tables + users)
+        else:
+            write_config(tmp_path, tables, users=users)
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: bool(server.events("configuration_refused")), "the mistake in the log")
-        until(lambda: "aborting the restart" in server.log.read_text(), "the reload given up")
+        until(lambda: failures(server) != [], "the reason in the log")
+        assert why in failures(server)[0]["detail"]
         with Connection(server.port) as connection:
             assert connection.valid(token)
-            assert connection.valid(connection.log_in())
+            until(lambda: can_log_in(server, "bob"), "the old users")
+        assert server.events("configuration_reloaded") == []
+        assert len(server.events("started")) == 1
+
+
+def failures(server: Server) -> list[dict[str, Any]]:
+    """Return the log lines about reloads that failed."""
+    return [*server.events("configuration_refused"), *server.events("reload_failed")]
+
+
+def can_log_in(server: Server, username: str) -> bool:
+    """Whether a user's password is right."""
+    with Connection(server.port) as connection:
+        login = {"username": username, "password": f"{username}-secret"}
+        return connection.ask("POST", "/api/token", login).status == 200

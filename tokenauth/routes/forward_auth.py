@@ -40,8 +40,9 @@ _IDENTITY = {
 
 
 class _Known(NamedTuple):
-    """A user as an answer names him."""
+    """A user as an answer names it."""
 
+    user: Identity
     scopes: frozenset[str]
     headers: Sequence[tuple[bytes, bytes]]
 
@@ -97,7 +98,10 @@ class ForwardAuth:
         """Say who may pass. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""
         if token is None:
             raise TokenRequired if value is None else InvalidToken
-        known = self._known.get(token.username) or self._introduce(self._tokens.owner(token))
+        user = self._tokens.owner(token)
+        known = self._known.get(token.username)
+        if known is None or known.user is not user:
+            known = self._introduce(user)
         if query and not (wanted := _wanted(query)) <= known.scopes:
             raise InsufficientScope(*sorted(wanted))
         return (*known.headers, (b"x-auth-expires", b"%d" % token.expires_at))
@@ -106,7 +110,8 @@ class ForwardAuth:
         """Write a user into headers: his name percent-encoded where it is not printable ASCII."""
         name, scopes = quote(user.username, safe=_PLAIN).encode(), " ".join(user.scopes).encode()
         headers = ((b"content-length", b"0"), NO_STORE, (b"x-auth-user", name), (b"x-auth-scopes", scopes))
-        return self._known.setdefault(user.username, _Known(frozenset(user.scopes), headers))
+        known = self._known[user.username] = _Known(user, frozenset(user.scopes), headers)
+        return known
 
 
 @lru_cache(maxsize=256)

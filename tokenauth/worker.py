@@ -1,0 +1,201 @@
+"""A worker process: serves the configuration that the main process hands to it, until it is told to stop."""
+
+import asyncio
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
+
+from tokenauth import config, configfile, logs
+from tokenauth.channel import Channel
+from tokenauth.config import Config
+from tokenauth.errors import ConfigError, StartError
+from tokenauth.models import User
+from tokenauth.protocol import BoundedProtocol
+
+if TYPE_CHECKING:
+    from tokenauth.service import Service
+
+KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept: longer than the 60 of nginx, so that nginx closes it."""
+
+GRACE = 30
+"""Seconds that requests under way are given when a worker stops."""
+
+BEAT = 1.0
+"""Seconds between two signs of life of a worker."""
+
+
+class Serve(NamedTuple):
+    """The first message to a worker: serve this configuration, which was read from `path`."""
+
+    path: Path
+    settings: Config
+
+
+class TakeUsers(NamedTuple):
+    """A message to a worker that will be replaced: from now on only these users exist."""
+
+    users: Mapping[str, User]
+
+
+class Stop(NamedTuple):
+    """The last message to a worker: take no more connections, answer what was accepted, and end."""
+
+
+Order = Serve | TakeUsers | Stop
+
+
+class Report(msgspec.Struct, omit_defaults=True):
+    """What a worker says of itself, and why it failed."""
+
+    state: Literal["alive", "ready", "failed"]
+    reason: str = ""
+    configuration: bool = False
+    """Whether the configuration is the reason."""
+
+
+def encode(order: Order) -> bytes:
+    """Write an order for a worker, which is as trusted as the main process itself."""
+    return pickle.dumps(order)
+
+
+def uvicorn_options(app: Callable[[], ASGIApp], settings: config.Server) -> uvicorn.Config:
+    """Set up the HTTP server under the application; the benchmark's yardstick runs on the same."""
+    return uvicorn.Config(
+        app,
+        factory=True,
+        interface="asgi3",  # uvicorn would not see it: what answers at once is no coroutine function
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACE,
+    )
+
+
+def spawn_main(channel_fd: int, listener_fd: int, log_fd: int) -> None:
+    """Run a worker: the main process starts a Python that calls this.
+
+    Until here, standard error is a pipe to the main process, so that a Python that cannot even start is one line in
+    the log as well.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a closed terminal concern the main process
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+    channel = Channel(socket.socket(fileno=channel_fd))
+    try:
+        os.dup2(log_fd, 2)
+        os.close(log_fd)
+        logs.configure()
+        _work(channel, socket.socket(fileno=listener_fd))
+    except EOFError:  # the main process has ended before it said what to serve
+        return
+    except (ConfigError, StartError) as error:
+        _report(channel, Report("failed", str(error), isinstance(error, ConfigError)))
+        sys.exit(uvicorn.config.STARTUP_FAILURE)
+    except Exception as error:
+        _report(channel, Report("failed", logs.describe(error)))
+        sys.exit(1)
+
+
+def _work(channel: Channel, listener: socket.socket) -> None:
+    first, *others = channel.wait()
+    order = pickle.loads(first)  # noqa: S301  (from the main process, over a socket that only the two have)
+    from tokenauth.app import build_app  # the main process has no need of it
+    from tokenauth.service import create_service
+
+    with configfile.naming(order.path):
+        service = create_service(order.settings)
+        app = build_app(service)
+    server = Server(uvicorn_options(lambda: app, order.settings.server), channel, service)
+    server.obey(others)
+    server.run(sockets=[listener])
+
+
+def _report(channel: Channel, report: Report) -> None:
+    channel.send(msgspec.json.encode(report))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which obeys the main process, and stops when that is gone."""
+
+    def __init__(self, options: uvicorn.Config, channel: Channel, service: "Service") -> None:
+        super().__init__(options)
+        options.load()
+        options.lifespan_class = _Lifespan
+        self._channel = channel
+        self._service = service
+        self._beating: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so. Raises StartError."""
+        asyncio.get_running_loop().add_reader(self._channel.fileno(), self._hear)
+        self._beating = asyncio.create_task(self._beat())
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            reason = self.lifespan.failure if isinstance(self.lifespan, _Lifespan) else ""
+            raise StartError(reason or "the application did not start") from None
+        _report(self._channel, Report("ready"))
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at SIGTERM, as after `Stop`; the main process hears of all other signals."""
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        yield
+
+    def obey(self, orders: list[bytes]) -> None:
+        """Do what the main process says."""
+        for encoded in orders:
+            order: Order = pickle.loads(encoded)  # noqa: S301  (as above)
+            if isinstance(order, TakeUsers):
+                self._service.take_users(order.users)
+            elif isinstance(order, Stop):
+                self.should_exit = True
+
+    def _hear(self) -> None:
+        try:
+            self.obey(self._channel.receive())
+        except EOFError:
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            if not self.started:  # a start may take long, and nothing was accepted yet
+                os._exit(1)
+            self.should_exit = True
+
+    async def _beat(self) -> None:
+        while True:
+            if self._channel.pending:  # the main process does not read: one sign of life is enough
+                self._channel.flush()
+            else:
+                _report(self._channel, Report("alive"))
+            await asyncio.sleep(BEAT)
+
+
+class _Lifespan(LifespanOn):
+    """Keeps the reason for which the application did not start, instead of logging it: the main process does."""
+
+    failure = ""
+
+    async def send(self, message: LifespanSendMessage) -> None:
+        """Take a message of the application."""
+        if message["type"] == "lifespan.startup.failed":
+            self.failure, message["message"] = message.get("message", ""), ""
+        await super().send(message)
