@@ -26,8 +26,6 @@ _HEADERS = (
         b"default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline';"
         b" img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
 )
 
 
