@@ -427,3 +427,26 @@ def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "weak_hash" in done.stderr
     assert '"started"' not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize(
+    ("name", "mode", "risk"), [("config.toml", 0o644, "readable_config"), ("tokenauth.db", 0o644, "exposed_database")]
+)
+def test_a_file_that_others_can_read_is_not_served_behind_a_proxy(
+    home: Path, command: str, name: str, mode: int, risk: str
+) -> None:
+    write_config(home, '[server]\nport = 0\ntrusted_proxies = ["127.0.0.1"]')
+    (home / name).touch()
+    (home / name).chmod(mode)
+    done = run(home, command)
+    assert done.returncode != 0
+    assert f"(or add '{risk}' to server.accept_risks)" in done.stderr.splitlines()[-1]
+    assert '"listening"' not in done.stderr
+
+
+def test_a_file_that_others_can_read_is_a_warning_at_home(home: Path) -> None:
+    (home / "config.toml").chmod(0o644)
+    assert well(run(home, "check")).startswith(
+        "risk: readable_config: config.toml has the password hashes, and every user"
+    )

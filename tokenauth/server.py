@@ -57,7 +57,7 @@ def _override(file: Config, host: str | None, port: int | None, workers: int | N
 def _judge(path: Path, settings: Config) -> None:
     """Log the risks. Raises ConfigError for what cannot be served, or must not be at this address."""
     with configfile.naming(path):
-        judge(settings, find_risks(settings, Passwords(settings.passwords, settings.directory)))
+        judge(settings, find_risks(settings, Passwords(settings.passwords, settings.directory), path))
 
 
 def _reread(path: Path, first: Config, served: Config, workers: int | None) -> Config:
