@@ -17,6 +17,7 @@ LAYERS = [
     {"risks", "users", "throttle", "stores.pool_verbs"},
     {"stores.sql", "stores.reader", "stores.connections", "credentials"},
     {"stores.listener", "stores.lookup"},
+    {"revocation_queue"},
     {"tokens", "pools", "stores.sqlite", "stores.postgres"},
     {"routes.requests", "routes.refusals", "routes.table", "stores.open", "sweeper"},
     {"routes.operations"},

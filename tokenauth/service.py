@@ -65,7 +65,7 @@ class Service(NamedTuple):
 
     async def ready(self) -> str | None:
         """Return what keeps this process from serving, if anything does: the first that its parts report."""
-        for part in (self.passwords.ready, self.store.ready):
+        for part in (self.tokens.ready, self.passwords.ready, self.store.ready):
             trouble = await part()
             if trouble is not None:
                 return trouble

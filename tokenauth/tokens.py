@@ -1,31 +1,19 @@
 """Tokens: issue, validate, revoke, and list them."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenauth import config, opaque
 from tokenauth.credentials import Claimed, Credentials
-from tokenauth.errors import NotFound, RetryLater
-from tokenauth.logs import log
-from tokenauth.models import Clock, Identity, Issued, Login, Token, User, public_id
+from tokenauth.errors import NotFound, RetryLater, StoreUnavailable
+from tokenauth.logs import log, whereabouts
+from tokenauth.models import Clock, Identity, Issued, Login, Token, User
+from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.stores.base import Store
 from tokenauth.throttle import network
 
 LIST_LIMIT = 1000
 """Tokens that one listing shows at the most."""
-
-_RETRY = 1.0
-"""Seconds between two tries to write the revocations that the store would not take."""
-
-_TOGETHER = 1000
-"""Of these, how many are written at a time."""
-
-_LAST_CHANCE = 5.0
-"""Seconds in which they are still written when the worker stops."""
-
-_MAX_WITHHELD = 100_000
-"""Revocations that are held in memory at the most."""
 
 
 class Tokens:
@@ -44,8 +32,8 @@ class Tokens:
         self._store = store
         self._credentials = credentials
         self._clock = clock
-        self._withheld: set[bytes] = set()
-        self._settling: asyncio.Task[None] | None = None
+        self._queue = RevocationQueue(store, clock)
+        self._held = self._queue.held
 
     async def issue(self, username: str, password: str, address: str, user_agent: str) -> Issued:
         """Log in: exchange a name and a password for a new token.
@@ -57,6 +45,8 @@ class Tokens:
 
     async def grant(self, user: User, address: str, user_agent: str) -> Issued:
         """Issue a token to a user who has shown that he is it. Raises StoreUnavailable."""
+        if self._queue.trouble is not None:  # a new token would end with all others
+            raise StoreUnavailable
         now = self._clock()
         value = opaque.new_value()
         digest = opaque.digest(value.encode())
@@ -73,7 +63,9 @@ class Tokens:
         if digest is None:
             return None
         token = await self._store.tokens.get(digest)
-        if token is None or self._clock() >= token.expires_at or digest in self._withheld:
+        if token is None or self._clock() >= token.expires_at:
+            return None
+        if self._held and self._queue.refuses(digest):
             return None
         user = self._users.get(token.username)
         return token if user is not None and user.credential == token.credential else None
@@ -93,29 +85,31 @@ class Tokens:
         Raises StoreUnavailable when it could not be written.
         """
         digest = opaque.digest(value)
-        if digest is None:
+        if digest is not None:
+            await self._revoke(digest)
+
+    async def log_out(self, values: Iterable[bytes]) -> None:
+        """End tokens, whatever happens: what the store cannot take is refused here until it is written.
+
+        When no more can be held, no token is accepted at all.
+        """
+        digests = {digest for value in values if (digest := opaque.digest(value)) is not None}
+        await asyncio.gather(*map(self._log_out, digests))
+
+    async def _log_out(self, digest: bytes) -> None:
+        if digest in self._held:
             return
+        try:
+            await self._revoke(digest)
+        except Exception as error:
+            if not isinstance(error, RetryLater):
+                log.error("unexpected", at=whereabouts(error))
+            self._queue.add(digest)
+
+    async def _revoke(self, digest: bytes) -> None:
         token = await self._store.tokens.get(digest)
         if token is not None and await self._store.tokens.remove(digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
-
-    async def withhold(self, value: bytes) -> None:
-        """End a token even while the store cannot be written: it is refused here until it is ended there.
-
-        Raises StoreUnavailable only when too many tokens wait for that already.
-        """
-        digest = opaque.digest(value)
-        if digest is None or digest in self._withheld:
-            return
-        try:
-            await self.revoke(value)
-        except RetryLater:
-            if len(self._withheld) >= _MAX_WITHHELD:
-                raise
-            self._withheld.add(digest)
-            log.error("revocation_held_in_memory", id=public_id(digest), held=len(self._withheld))
-            if self._settling is None:
-                self._settling = asyncio.create_task(self._settle())
 
     async def revoke_id(self, id: str, username: str | None) -> None:
         """End the token with this public id, of this user or of anybody. Raises NotFound."""
@@ -136,7 +130,16 @@ class Tokens:
         """List the live tokens of a user, or of everybody, newest first, at most LIST_LIMIT."""
         listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
         credentials = {user.username: user.credential for user in self._users.values()}
-        return [token for token in listed if credentials.get(token.username) == token.credential]
+        return [
+            token
+            for token in listed
+            if credentials.get(token.username) == token.credential
+            and not (self._held and self._queue.refuses(token.digest))
+        ]
+
+    async def ready(self) -> str | None:
+        """Say why no token can be accepted, if none can."""
+        return self._queue.trouble
 
     async def unexpired(self, username: str | None) -> Sequence[tuple[Token, str]]:
         """List the tokens of a user, or of everybody, that the store has, newest first, at most LIST_LIMIT.
@@ -155,35 +158,4 @@ class Tokens:
 
     async def close(self) -> None:
         """Try a last time to write what is held in memory."""
-        if self._settling is not None:
-            self._settling.cancel()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_CHANCE):
-                await self._write_withheld()
-        for digest in self._withheld:
-            log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
-
-    async def _settle(self) -> None:
-        try:
-            while self._withheld:
-                await asyncio.sleep(_RETRY)
-                await self._write_withheld()
-        finally:
-            self._settling = None
-
-    async def _write_withheld(self) -> None:
-        """Write what is held: many at a time, which share a commit, until something cannot be written."""
-        held = list(self._withheld)
-        for start in range(0, len(held), _TOGETHER):
-            written = await asyncio.gather(*map(self._write_one, held[start : start + _TOGETHER]))
-            if not all(written):
-                return
-
-    async def _write_one(self, digest: bytes) -> bool:
-        try:
-            await self._store.tokens.remove(digest, self._clock())
-        except RetryLater:
-            return False
-        self._withheld.discard(digest)
-        log.info("token_revoked", id=public_id(digest), late=True)
-        return True
+        await self._queue.close()

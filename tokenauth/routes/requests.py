@@ -4,7 +4,8 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from typing import TypeVar
@@ -22,7 +23,16 @@ MAX_BODY = 16 * 1024
 """Bytes of a body that are read; the rest is cut off while it streams in."""
 
 MAX_SEARCHED = 64 * 1024
-"""Bytes of a body that are searched for a token to be ended; no more than a part of them is kept."""
+"""Bytes of a body that are searched for a token to be ended."""
+
+MAX_INFLATED = 16 * 1024
+"""Bytes that such a body is unpacked to, if it is compressed, in all of its layers."""
+
+MAX_LAYERS = 3
+"""Encodings one within the other that are unpacked."""
+
+MAX_MEMBERS = 8
+"""Members of a gzip file that are unpacked (RFC 1952 section 2.2)."""
 
 MAX_QUERY = 8 * 1024
 """Bytes of a query that are read."""
@@ -38,6 +48,8 @@ MAX_USER_AGENT = 256
 
 # A string that is not closed goes on to the end: so the work is linear, whatever is sent.
 _JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+_GZIP = b"\x1f\x8b"
+_ZLIB_OR_GZIP = zlib.MAX_WBITS | 32  # it tells them apart by itself
 _NAMEABLE = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
 
 
@@ -124,20 +136,59 @@ async def _part(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-async def body_parts(scope: Scope, receive: Receive, overlap: int) -> AsyncIterator[bytes]:
-    """Go through the first MAX_SEARCHED bytes of a body without keeping it; each part repeats the end of the last.
+async def any_body(receive: Receive) -> tuple[bytes, bool]:
+    """Read at most MAX_SEARCHED bytes, whatever they are; the flag says whether the client was there to the end."""
+    data, more = b"", True
+    try:
+        while more and len(data) < MAX_SEARCHED:
+            part, more = await _part(receive)
+            data += part
+    except InvalidRequest:
+        return data, False
+    return data[:MAX_SEARCHED], True
 
-    A body that is said to be compressed is unpacked (gzip, deflate), if it can be. Raises InvalidRequest when it is cut
-    off.
+
+def unpack(scope: Scope, data: bytes) -> Sequence[bytes]:
+    """Return a body, and then what is in it if it is compressed: gzip or deflate, with or without the zlib header.
+
+    What is not, or cannot be unpacked, is the body alone. Neither the header nor a checksum has to be right.
     """
-    unpack = _unpack(header(scope, b"content-encoding") is not None)
-    seen, tail, more = 0, b"", True
-    while more and seen < MAX_SEARCHED:
-        packed, more = await _part(receive)
-        part = tail + unpack(packed)
-        seen += len(part) - len(tail)
-        tail = part[-overlap:]
-        yield part
+    encodings = [value for name, value in scope["headers"] if name == b"content-encoding"]
+    said = sum(word.strip().lower() not in {b"", b"identity"} for word in b",".join(encodings).split(b",", MAX_LAYERS))
+    readings, left = [data], MAX_INFLATED
+    for layer in range(MAX_LAYERS):
+        if left == 0 or not (layer < said or data.startswith(_GZIP)):
+            break
+        data = _inflate(data, left)
+        if not data:
+            break
+        readings.append(data)
+        left -= len(data)
+    return readings
+
+
+def _inflate(data: bytes, limit: int) -> bytes:
+    """Return the beginning of what is compressed; nothing if it is not."""
+    return _inflate_as(_ZLIB_OR_GZIP, data, limit) or _inflate_as(-zlib.MAX_WBITS, data, limit)
+
+
+def _inflate_as(wbits: int, data: bytes, limit: int) -> bytes:
+    found = b""
+    for _ in range(MAX_MEMBERS):
+        engine = zlib.decompressobj(wbits)
+        with suppress(zlib.error):
+            # Checksums come last, 8 bytes or 4: a wrong one takes nothing away from what was found before it.
+            for part in (data[:-8], data[-8:-4], data[-4:]):
+                if engine.eof:
+                    data += part
+                else:
+                    found += engine.decompress(engine.unconsumed_tail + part, limit - len(found))
+                    data = engine.unused_data
+                if len(found) >= limit:
+                    return found
+        if not engine.eof:
+            break
+    return found
 
 
 async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[T], empty: T | None = None) -> T:
@@ -213,21 +264,6 @@ def basic(scope: Scope) -> bytes | None:
     except ValueError:
         pass
     raise InvalidRequest("The header Authorization: Basic must be there once, with name:secret in Base64.")
-
-
-def _unpack(packed: bool) -> Callable[[bytes], bytes]:
-    """Make what reads a body: as it is, or unpacked to no more than MAX_SEARCHED bytes of each part."""
-    if not packed:
-        return bytes
-    engine = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip and zlib apart by itself
-
-    def unpack(data: bytes) -> bytes:
-        try:
-            return engine.decompress(data, MAX_SEARCHED)
-        except zlib.error:
-            return data
-
-    return unpack
 
 
 def caller(scope: Scope, otherwise: str) -> str:

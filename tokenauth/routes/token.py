@@ -1,6 +1,7 @@
 """/api/token: probe, log in, log out. The probe is the hot path: plain ASGI, no router, no request object."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Annotated
 
@@ -18,6 +19,12 @@ from tokenauth.routes.table import Handlers, nothing_here
 from tokenauth.tokens import Tokens
 
 PATH = "/api/token"
+
+MAX_ENDED = 32
+"""Tokens that one log-out ends at the most."""
+
+_SLICE = 16 * 1024
+"""Bytes that are searched in one turn of the event loop: for less than a millisecond."""
 
 _INVALID = b'{"valid":false,"expiry_time":null}'
 
@@ -111,11 +118,10 @@ class TokenRoutes:
         )
         await answer_json(send, Issued(issued.value, issued.token.expires_at))
 
-    @operation(Answer(200, Validity), body=Named, empty=True, refuses=(StoreUnavailable,), schemes=_ANY)
+    @operation(Answer(200, Validity), body=Named, empty=True, schemes=_ANY)
     async def log_out(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End the tokens that are named."""
-        for value in await _named(scope, receive):
-            await self._tokens.withhold(value)
+        await self._tokens.log_out(await _named(scope, receive))
         await answer(send, 200, _INVALID, JSON)
 
 
@@ -136,22 +142,37 @@ def _presented(scope: Scope) -> bytes:
     return token
 
 
-async def _named(scope: Scope, receive: Receive) -> list[bytes]:
-    """Find the tokens that a log-out names, in whatever form: nobody may believe in vain that he has logged out.
+async def _named(scope: Scope, receive: Receive) -> Iterable[bytes]:
+    """Find the tokens that a log-out names, in whatever form: an answer that they are not valid must be true.
 
-    They are looked for in the body (JSON, almost JSON, a form, UTF-16, any of it compressed) and in the query;
-    else in the headers.
+    They are looked for in the query and in the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed),
+    and in the headers, unless query or body say that it is their token which is meant.
     """
-    values = opaque.find_values(scope["query_string"])
-    try:
-        async for part in requests.body_parts(scope, receive, overlap=opaque.LONGEST_SPELLING):
-            values += opaque.find_values(part)
-    except InvalidRequest:  # cut off: what has come is meant, and who knows what would have come instead of a header
-        return list(dict.fromkeys(values))
-    if not values:
-        headers = (held for name, held in scope["headers"] if name in _CARRIERS)
-        values = [value for held in headers for value in opaque.find_values(held)]
-    return list(dict.fromkeys(values))
+    data, complete = await requests.any_body(receive)
+    found: dict[bytes, None] = {}
+    said = False
+    for text in (scope["query_string"], *requests.unpack(scope, data)):
+        for start in range(0, len(text), _SLICE):
+            if start:
+                await asyncio.sleep(0)  # others have their turn
+            part = text[max(0, start - opaque.LONGEST_SPELLING) : start + _SLICE]
+            values = opaque.find_values(part)
+            found.update(dict.fromkeys(values))
+            said = said or (values != [] and _says_token(part))
+    if complete and not said:  # of a request that is cut off, who knows what else would have come
+        for name, held in scope["headers"]:
+            if name in _CARRIERS:
+                found.update(dict.fromkeys(opaque.find_values(held)))
+    return list(found)[:MAX_ENDED]
 
+
+def _says_token(text: bytes) -> bool:
+    """Whether what looks like a token in a text is called one, or is all that there is."""
+    plain = text.replace(b"\0", b"")
+    return b"token" in plain.lower() or len(plain.strip(_AROUND)) == opaque.LENGTH
+
+
+_AROUND = b" \t\r\n\"'\xff\xfe\xef\xbb\xbf"
+"""What a token has around it where there is nothing else: blanks, quotes, byte order marks."""
 
 _CARRIERS = frozenset({b"x-token", b"authorization"})
