@@ -4,6 +4,7 @@ Nothing that happens here ends it but a signal, or a first start that fails. It 
 event, so that signals are obeyed at once, whatever else goes on.
 """
 
+import math
 import os
 import selectors
 import signal
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -74,7 +75,7 @@ class Signals:
         with suppress(BlockingIOError):
             while self._here.recv(4096):
                 pass
-        caught, self._caught[:] = self._caught[:], []
+        caught, self._caught = self._caught, []  # a signal in between is in one of them
         return caught
 
     def _remember(self, number: int, _: FrameType | None) -> None:
@@ -86,7 +87,9 @@ class _Worker:
 
     def __init__(self, listener: socket.socket, log_fd: int) -> None:
         """Start it; it waits for its first order. Raises OSError."""
+        self.starting = False
         self.ready = False
+        self.kill_at = math.inf
         self.silent = 0
         self.began = time.monotonic()
         self.failure: Report | None = None
@@ -224,9 +227,9 @@ class Supervisor:
         self._selector.register(signals, selectors.EVENT_READ)
         self._places = [_Place() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
-        self._retiring: dict[_Worker, float] = {}
+        self._retiring: set[_Worker] = set()
         self._served = False
-        self._stop_by: float | None = None
+        self._stopping = False
         self._exit_code = 0
         self._ticked = time.monotonic()
         self._troubled = False
@@ -238,7 +241,7 @@ class Supervisor:
         Each step goes on without the others: whatever fails in one of them, signals are obeyed and ends are seen.
         """
         steps = (self._obey, self._hear, self._tick, self._bury, self._start, self._switch, self._enforce)
-        while self._stop_by is None or any(True for _ in self._workers()):
+        while not self._stopping or any(True for _ in self._workers()):
             for step in (self._wait, *steps):
                 try:
                     step()
@@ -269,7 +272,7 @@ class Supervisor:
 
     def _vacant(self) -> list[_Place]:
         """List the places that need a worker."""
-        if self._stop_by is not None:
+        if self._stopping:
             return []
         places = [*self._places, *(self._reload.places if self._reload is not None else [])]
         return [place for place in places if place.worker is None]
@@ -277,11 +280,11 @@ class Supervisor:
     def _obey(self) -> None:
         for number in self._signals.take():
             if number in {signal.SIGTERM, signal.SIGINT}:
-                if self._stop_by is None:
+                if not self._stopping:
                     self._stop(number.name)
-                else:  # once more: at once
-                    self._kill_all(f"a second {number.name}")
-            elif number == signal.SIGHUP and self._stop_by is None:
+                else:
+                    self._kill(self._workers(), f"a second signal: {number.name}")
+            elif number == signal.SIGHUP and not self._stopping:
                 self._begin_reload()
 
     def _hear(self) -> None:
@@ -306,12 +309,15 @@ class Supervisor:
             self._selector.unregister(worker.channel)
             return
         worker.silent = 0
+        worker.starting = True
         for report in reports:
             if report.state == "failed":
                 worker.failure = report
             elif report.state == "ready":
                 worker.ready = True
                 worker.began = time.monotonic()
+                if worker.kill_at < math.inf:
+                    worker.kill_at = worker.began + GRACE + _MARGIN
                 self._served = True
 
     def _watch(self, worker: _Worker) -> None:
@@ -363,21 +369,22 @@ class Supervisor:
 
     def _ended(self, worker: _Worker, code: int) -> None:
         served = time.monotonic() - worker.began if worker.ready else 0.0
+        ending = self._stopping or worker in self._retiring
+        if ending and code and (worker.failure is not None or not worker.killed):
+            log.error("worker_failed", exit_code=code, reason=worker.why())
         if worker in self._retiring:
-            del self._retiring[worker]
-            if code and (worker.ready or worker.failure is not None):
-                log.error("worker_failed", exit_code=code, reason=worker.why())
+            self._retiring.discard(worker)
             return
         if self._reload is not None:
             for place in self._reload.places:
                 if place.worker is worker:
                     place.worker = None
-                    if self._stop_by is None:
+                    if not self._stopping:
                         self._abort_reload(worker.why(), worker.failure)
                     return
         for place in self._places:
             if place.worker is worker:
-                if self._stop_by is not None:
+                if self._stopping:
                     place.worker = None
                 elif not self._served:
                     place.worker = None
@@ -406,11 +413,17 @@ class Supervisor:
         if self._reload is not None:
             users = self._reload.settings.users
             settings = replace(settings, users=users) if current else self._reload.settings
+        order = encode(Serve(self._path, settings))
         worker = _Worker(self._listener, self._log_fd)
-        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
-        self._selector.register(worker.said, selectors.EVENT_READ, worker)
-        worker.channel.send(encode(Serve(self._path, settings)))
-        self._watch(worker)
+        try:
+            self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+            self._selector.register(worker.said, selectors.EVENT_READ, worker)
+            worker.channel.send(order)
+            self._watch(worker)
+        except BaseException:
+            worker.kill()
+            self._forget(worker)
+            raise
         return worker
 
     def _give_up(self, reason: str, failure: Report | None = None) -> None:
@@ -459,7 +472,7 @@ class Supervisor:
     def _switch(self) -> None:
         """Replace the present workers when all those of a new configuration are ready."""
         reload = self._reload
-        if reload is None or self._stop_by is not None:
+        if reload is None or self._stopping:
             return
         if all(place.worker is not None and place.worker.ready for place in reload.places):
             past, self._places = self._places, reload.places
@@ -473,45 +486,44 @@ class Supervisor:
             self._abort_reload(f"the new workers were not ready within {_PATIENCE} seconds")
 
     def _retire(self, worker: _Worker) -> None:
-        """Have a worker take no more connections, answer, and end; one that does not serve yet is killed."""
-        if worker not in self._retiring:
-            self._retiring[worker] = time.monotonic() + GRACE + _MARGIN
-        if worker.ready:
-            worker.channel.send(encode(Stop()))
-            self._watch(worker)
-        else:
-            worker.kill()
+        """Have a worker end that was replaced."""
+        self._retiring.add(worker)
+        self._end(worker)
 
     def _stop(self, signal_name: str | None) -> None:
         """Stop listening, and end the workers."""
-        self._stop_by = time.monotonic() + GRACE + _MARGIN
+        self._stopping = True
         if signal_name is not None:
             log.info("stopping", signal=signal_name)
         self._listener.close()
         for worker in list(self._workers()):
-            if worker.ready:
-                worker.channel.send(encode(Stop()))
-                self._watch(worker)
-            else:
-                worker.kill()
+            self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        """Have a worker take no more connections, answer what it has accepted, and end; kill it if it does not.
+
+        One that does not serve yet ends at once. It may have begun to since it last reported, so it is asked.
+        """
+        if not worker.starting:
+            worker.kill()
+            return
+        worker.kill_at = time.monotonic() + (GRACE + _MARGIN if worker.ready else _TICK)
+        worker.channel.send(encode(Stop()))
+        self._watch(worker)
 
     def _enforce(self) -> None:
         """Kill the workers that should have ended by now."""
-        now = time.monotonic()
-        for worker, end in self._retiring.items():
-            if end < now and not worker.killed:
-                worker.failure = Report("failed", "did not end in time")
-                worker.kill()
-        if self._stop_by is not None and self._stop_by < now:
-            self._kill_all("they did not end in time")
+        late = [worker for worker in self._workers() if worker.kill_at < time.monotonic()]
+        if late:
+            self._kill(late, "did not end in time")
 
-    def _kill_all(self, reason: str) -> None:
-        workers = [worker for worker in self._workers() if not worker.killed]
-        if workers:
-            log.warning("workers_killed", count=len(workers), reason=reason)
-            self._exit_code = self._exit_code or 1
-        for worker in workers:
+    def _kill(self, workers: Iterable[_Worker], reason: str) -> None:
+        killed = [worker for worker in workers if not worker.killed]
+        for worker in killed:
             worker.kill()
+        if any(worker.ready for worker in killed):
+            log.warning("workers_killed", count=len(killed), reason=reason)
+            self._exit_code = self._exit_code or 1
 
 
 def _wait_for(signals: Signals, seconds: float) -> None:

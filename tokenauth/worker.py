@@ -169,16 +169,19 @@ class Server(uvicorn.Server):
             if isinstance(order, TakeUsers):
                 self._service.take_users(order.users)
             elif isinstance(order, Stop):
-                self.should_exit = True
+                self._stop()
 
     def _hear(self) -> None:
         try:
             self.obey(self._channel.receive())
         except EOFError:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
-            if not self.started:  # a start may take long, and nothing was accepted yet
-                os._exit(1)
-            self.should_exit = True
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self.started:  # a start may take long, and nothing was accepted yet
+            os._exit(0)
+        self.should_exit = True
 
     async def _beat(self) -> None:
         while True:
