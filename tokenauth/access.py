@@ -5,6 +5,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
+from tokenauth.routes import requests
 from tokenauth.routes.table import Routes
 
 
@@ -37,7 +38,7 @@ class AccessLog:
                 method=scope["method"],
                 route=self._route(scope),
                 status=status,
-                client=scope["client"][0] if scope.get("client") else "",
+                client=requests.client_address(scope),
                 ms=round((time.perf_counter() - began) * 1000, 2),
             )
 

@@ -35,6 +35,7 @@ from tokenauth.models import Clock
 from tokenauth.pools import Pools
 from tokenauth.protocol import REFUSAL_RULES, RefusalRules
 from tokenauth.risks import demand_acceptable, find_risks
+from tokenauth.routes import requests
 from tokenauth.routes.account import AccountRoutes
 from tokenauth.routes.docs import DocsRoutes
 from tokenauth.routes.forward_auth import PATH as FORWARD_AUTH_PATH
@@ -185,12 +186,20 @@ class Application:
             try:
                 await self._endpoint(scope)(scope, receive, send)
             except Exception as error:
+                if isinstance(error, InsufficientScope):
+                    self._note_denied(scope, error)
                 await refuse(send, error)
         elif scope["type"] == "lifespan":
             scope.get("state", {}).update(self._state)
             await self._live(receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+    def _note_denied(self, scope: Scope, error: InsufficientScope) -> None:
+        """Log who lacks which scope, with the route: a path may hold a token."""
+        found = self._routes.find(scope["path"])
+        route = "(none)" if found is None else found[0].template
+        log.warning("access_denied", user=requests.caller(scope, "(unknown)"), route=route, scope=error.scope)
 
     def _endpoint(self, scope: Scope) -> ASGIApp:
         """Return what answers at an address. Raises NotFound."""

@@ -79,6 +79,10 @@ class Tokens:
         """Return whose a valid token is: the scopes are as the configuration has them."""
         return self._users[token.username].identity
 
+    def knows_scope(self, scope: str) -> bool:
+        """Return whether any user has this scope."""
+        return any(scope in user.scopes for user in self._users.values())
+
     async def revoke(self, value: bytes) -> None:
         """End a token, whatever it is. When this has returned, no worker takes it any more.
 

@@ -77,6 +77,7 @@ class ForwardAuth:
     )
     async def judge(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say to a reverse proxy whether a request may pass, and who sent it; any method will do."""
+        token = None
         try:
             value = requests.bearer(scope)
             token = None if value is None else await self._tokens.validate(value)
@@ -85,6 +86,8 @@ class ForwardAuth:
             await refuse(send, InvalidToken())
             return
         except Refusal as refusal:
+            if token is not None:
+                self._note_denied(token, refusal)
             await refuse(send, refusal)
             return
         except Exception as error:
@@ -105,6 +108,12 @@ class ForwardAuth:
         if query and not (wanted := _wanted(query)) <= known.scopes:
             raise InsufficientScope(*sorted(wanted))
         return (*known.headers, (b"x-auth-expires", b"%d" % token.expires_at))
+
+    def _note_denied(self, token: Token, refusal: Refusal) -> None:
+        """Log who may not pass. Of the scopes that were asked for only known ones are named: others may be anything."""
+        lacking = refusal.scope.split(" ") if isinstance(refusal, InsufficientScope) else []
+        named = " ".join(scope if self._tokens.knows_scope(scope) else "(unknown)" for scope in lacking)
+        log.warning("access_denied", user=token.username, route=PATH, scope=named, reason=refusal.code)
 
     def _introduce(self, user: Identity) -> _Known:
         """Write a user into headers: his name percent-encoded where it is not printable ASCII."""

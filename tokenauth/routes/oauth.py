@@ -161,6 +161,7 @@ class OAuthRoutes:
         """Say whether a token is valid, and whose it is."""
         form = await requests.form_body(scope, receive)
         caller = await self._caller(scope, form)
+        scope["user"] = caller  # who is named in the log if it is refused
         if INTROSPECT not in caller.scopes:
             raise InsufficientScope(INTROSPECT)
         login = await self._tokens.identify(_field(form, "token").encode())

@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
+from ipaddress import ip_address
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
@@ -51,6 +52,10 @@ _JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
 _GZIP = b"\x1f\x8b"
 _ZLIB_OR_GZIP = zlib.MAX_WBITS | 32  # it tells them apart by itself
 _NAMEABLE = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
+
+
+MAX_ADDRESS = 64
+"""Characters of a client's address that are looked at; the longest one of IPv6 has 45, and then may name a zone."""
 
 
 def bearer(scope: Scope) -> bytes | None:
@@ -273,9 +278,18 @@ def caller(scope: Scope, otherwise: str) -> str:
 
 
 def client_address(scope: Scope) -> str:
-    """Return the address of the client: the peer's, or what a trusted proxy says it is."""
+    """Return the address of the client: the peer's, or what a trusted proxy says it is; "unknown" if that is none."""
     client = scope.get("client")
-    return str(client[0]) if client else ""
+    return _address(str(client[0])[:MAX_ADDRESS]) if client else ""
+
+
+@lru_cache(maxsize=4096)
+def _address(text: str) -> str:
+    """Return an address in its usual spelling, without the zone, which can be of any length."""
+    try:
+        return str(ip_address(text.partition("%")[0]))
+    except ValueError:
+        return "unknown"
 
 
 def user_agent(scope: Scope) -> str:
