@@ -17,6 +17,7 @@ from tokenauth import config
 from tokenauth.config import Database, canonical
 from tokenauth.credentials import REMEMBERED, Claimed, Credentials
 from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
+from tokenauth.login_queue import LoginQueue
 from tokenauth.models import User
 from tokenauth.passwords import Passwords
 from tokenauth.stores.base import Store
@@ -93,7 +94,7 @@ def passwords(known: dict[str, User]) -> Iterator[Passwords]:
 def keeper(store: Store, passwords: Passwords, known: dict[str, User]) -> Iterator[Keeper]:
     """Make credentials whose hashes are counted, as the thread makes them, and whose time is moved by hand."""
     time = [START]
-    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0])
+    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
     with calls_of_threads() as calls:
         yield Keeper(Credentials(known, passwords, throttle, lambda: time[0]), time, known, calls)
 
@@ -109,9 +110,12 @@ async def test_a_right_secret_is_hashed_once_a_minute(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 0
 
 
-async def test_it_is_remembered_for_any_address_and_any_letters_of_the_name(keeper: Keeper) -> None:
+async def test_it_is_remembered_for_one_place_and_any_letters_of_the_name(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 1
-    assert await keeper.hashed(Claimed("ANN", WORD), address="198.51.100.7") == 0
+    assert await keeper.hashed(Claimed("ANN", WORD)) == 0
+    assert await keeper.hashed(ANN, address="203.0.113.8") == 1
+    assert await keeper.hashed(ANN, address="2001:db8::1") == 1
+    assert await keeper.hashed(ANN, address="2001:db8::2") == 0, "an IPv6 /64 is one place"
 
 
 async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) -> None:
@@ -122,9 +126,11 @@ async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) ->
     with pytest.raises(TooManyAttempts):
         await keeper.credentials.recall([WRONG], HOME)
     assert not hashes(keeper.calls)
-    assert await keeper.right(ANN), "whoever is remembered is not held up"
-    with pytest.raises(TooManyAttempts):
-        await keeper.credentials.verify(ANN, HOME)
+    for ask in (keeper.credentials.recall([ANN], HOME), keeper.credentials.verify(ANN, HOME)):
+        with pytest.raises(TooManyAttempts):
+            await ask
+    assert not hashes(keeper.calls)
+    assert await keeper.right(ANN, address="203.0.113.8"), "another place, in the same network, is not held up"
 
 
 async def test_a_login_is_hashed_each_time_and_is_not_remembered(keeper: Keeper) -> None:
@@ -141,6 +147,7 @@ async def test_another_secret_does_not_profit_and_does_no_harm(keeper: Keeper) -
     assert await keeper.right(ANN)
     for wrong in (OTHER, WORD[:-1], WORD + " ", "", f"{WORD}\0"[:-1].upper()):
         assert await keeper.hashed(Claimed("ann", wrong)) == 1
+        assert await keeper.hashed(ANN) == 1, "after a failure it is hashed once more"
         assert await keeper.hashed(ANN) == 0
 
 
@@ -164,7 +171,7 @@ async def test_a_new_hash_of_the_user_is_a_new_start(keeper: Keeper) -> None:
 
 async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, passwords: Passwords) -> None:
     assert await keeper.right(ANN)
-    throttle = Throttle(config.Throttle(), 1, store, lambda: START)
+    throttle = Throttle(config.Throttle(), 1, store, lambda: START, LoginQueue(1, 1))
     anew = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
     assert await anew.hashed(ANN) == 1
     changed = {**keeper.users, "ann": user("ann", OTHER)}

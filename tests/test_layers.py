@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts", "stores.files", "channel"},
-    {"section", "lane", "protocol", "textfile", "stores.tables", "stores.base", "stores.transaction"}
+    {"section", "lane", "login_queue", "protocol", "textfile", "stores.tables", "stores.base", "stores.transaction"}
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},
     {"config"},

@@ -3,18 +3,23 @@
 import asyncio
 import hmac
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from tokenauth.config import MAX_NAME, canonical
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
+from tokenauth.login_queue import Gone, here
 from tokenauth.logs import log
 from tokenauth.models import Clock, Instant, User
 from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
-from tokenauth.throttle import Throttle, network
+from tokenauth.throttle import Throttle, network, place
 
 REMEMBERED = 60.0
 """Seconds for which `recall` remembers a password that was right."""
+
+_MAX_REMEMBERED = 10_000
+"""Passwords that are remembered at the same time."""
 
 
 class Claimed(NamedTuple):
@@ -31,6 +36,23 @@ class _Remembered(NamedTuple):
     until: Instant
 
 
+class _Trial:
+    """A password that is being checked, and who waits for that."""
+
+    def __init__(self, trial: Callable[[Gone], Coroutine[Any, Any, tuple[User, str]]]) -> None:
+        self._waiting: list[Gone] = []
+        self.task = asyncio.ensure_future(trial(self._gone))
+
+    def join(self, gone: Gone) -> Awaitable[tuple[User, str]]:
+        """Wait for it, too."""
+        self._waiting.append(gone)
+        return asyncio.shield(self.task)
+
+    def _gone(self) -> bool:
+        """Whether all who wait have gone."""
+        return all(gone() for gone in self._waiting)
+
+
 class Credentials:
     """The names and passwords of the users that stand in the configuration."""
 
@@ -40,47 +62,61 @@ class Credentials:
         self._throttle = throttle
         self._clock = clock
         self._key = secrets.token_bytes(32)
-        self._remembered: dict[str, _Remembered] = {}
-        self._trials: dict[tuple[object, ...], asyncio.Future[tuple[User, str]]] = {}
+        self._remembered: dict[tuple[str, str], _Remembered] = {}
+        self._trials: dict[tuple[object, ...], _Trial] = {}
 
-    async def verify(self, claimed: Claimed, address: str) -> User:
+    async def verify(self, claimed: Claimed, address: str, gone: Gone = here) -> User:
         """Return the user whose name and password these are.
 
-        Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded or StoreUnavailable.
+        Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
-        user, _ = await self._verify([claimed], address)
+        user, _ = await self._verify([claimed], address, gone)
         return user
 
-    async def recall(self, readings: Sequence[Claimed], address: str) -> User:
+    async def recall(self, readings: Sequence[Claimed], address: str, gone: Gone = here) -> User:
         """Verify, in a way for callers who come all day: a password that was right is not hashed again for a while.
 
-        For REMEMBERED seconds its HMAC under a key of this process is held in memory, one for each user; calls that
-        come while it is hashed wait for the same hash. `readings` are what the same bytes may mean; together they are
-        one try. Raises what `verify` does.
+        For REMEMBERED seconds its HMAC under a key of this process is held in memory, for each user and place; calls
+        that come while it is hashed wait for the same hash. A wrong password ends that, wherever in this process it
+        was sent. `readings` are what the same bytes may mean; together they are one try. Raises what `verify` does.
         """
         now = self._clock()
-        known = self._recollect(readings, now)
+        known = await self._recollect(readings, address, now)
         if known is not None:
             return known
         sent = (*readings, address)
         trial = self._trials.get(sent)
         if trial is None:
-            trial = self._trials[sent] = asyncio.ensure_future(self._verify(readings, address))
-            trial.add_done_callback(lambda _: self._trials.pop(sent))
-        user, password = await asyncio.shield(trial)
-        self._remembered[user.username] = _Remembered(self._fingerprint(user, password), now + REMEMBERED)
+            trial = self._trials[sent] = _Trial(partial(self._verify, readings, address))
+            trial.task.add_done_callback(lambda _: self._trials.pop(sent))
+        user, password = await trial.join(gone)
+        self._remember(user, password, address, now)
         return user
 
-    def _recollect(self, readings: Sequence[Claimed], now: Instant) -> User | None:
-        for username, password in readings:
-            user = self._users.get(canonical(username))
-            if user is not None and user.username in self._remembered:
-                fingerprint, until = self._remembered[user.username]
-                if now < until and hmac.compare_digest(fingerprint, self._fingerprint(user, password)):
-                    return user
+    async def _recollect(self, readings: Sequence[Claimed], address: str, now: Instant) -> User | None:
+        """Return the user whose password was right here before, if the throttle allows the comparison."""
+        claims = [(canonical(name), password) for name, password in readings]
+        for name in dict(claims):
+            remembered, user = self._remembered.get((name, place(address))), self._users.get(name)
+            if remembered is None or user is None or now >= remembered.until:
+                continue
+            seen = await self._throttle.take_proof(name, address)
+            if seen is None:
+                continue
+            made = [self._fingerprint(user, password) for claimed, password in claims if claimed == name]
+            if any(hmac.compare_digest(remembered.fingerprint, fingerprint) for fingerprint in made):
+                self._throttle.give_back(name, address, seen)
+                return user
         return None
 
-    async def _verify(self, readings: Sequence[Claimed], address: str) -> tuple[User, str]:
+    def _remember(self, user: User, password: str, address: str, now: Instant) -> None:
+        key = user.username, place(address)
+        self._remembered.pop(key, None)
+        self._remembered[key] = _Remembered(self._fingerprint(user, password), now + REMEMBERED)
+        while len(self._remembered) > _MAX_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+
+    async def _verify(self, readings: Sequence[Claimed], address: str, gone: Gone) -> tuple[User, str]:
         """Return the user, and which password it was."""
         claims = [Claimed(canonical(name), password) for name, password in _possible(readings)]
         names = list(dict.fromkeys(name for name, _ in claims))
@@ -88,9 +124,10 @@ class Credentials:
         shown = " or ".join(name for name in names if name in self._users) or "(unknown)"
         try:
             # Counted under every name that is tried, whether a user has it or not: else the count would tell.
-            async with self._throttle.attempt(names, address) as attempt:
+            async with self._throttle.attempt(names, address, gone) as attempt:
                 user, password = await self._passwords.verify(list(dict.fromkeys(claims)))
-                attempt.name = user.username
+                # a reading that is no user's name fails each time and means nothing
+                attempt.forgiven = [name for name in names if name == user.username or name not in self._users]
                 return user, password
         except InvalidCredentials:
             log.warning("login_failed", user=shown, network=network(address))

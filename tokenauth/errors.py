@@ -169,7 +169,7 @@ class RetryLater(Refusal):
 
 
 class TooManyAttempts(RetryLater):
-    """Too many logins failed for this name from this network, or from this network at all."""
+    """Too many logins failed for this name, or from this network."""
 
     code = "too_many_attempts"
     description = "Too many failed logins. Wait as long as Retry-After says."
@@ -180,6 +180,13 @@ class Overloaded(RetryLater):
 
     code = "overloaded"
     description = "The server has more work than it can take on. Try again shortly."
+
+
+class ClientGone(RetryLater):
+    """The client closed its connection before it could be answered, so nothing was done for it."""
+
+    code = "client_gone"
+    description = "The connection was closed before the request could be answered. Nothing was done."
 
 
 class IssuerUnavailable(RetryLater):

@@ -236,7 +236,10 @@ class PoolCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """Logins that failed in a row for one key, and when the last of them did."""
+    """What is kept of past logins under one key: logins that failed in a row, and when the last of them did.
+
+    Or, under other keys, no count and an instant until which something holds (see `tokenauth.throttle`).
+    """
 
     count: int
     last_at: Instant

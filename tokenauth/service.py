@@ -10,6 +10,7 @@ from tokenauth import opaque
 from tokenauth.config import Config
 from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError, RetryLater
+from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
 from tokenauth.models import Clock, ForwardClock, Instant, User
 from tokenauth.passwords import Passwords
@@ -59,6 +60,7 @@ class Service(NamedTuple):
         finally:
             self.clock.leapt = None
             await asyncio.gather(*telling)
+            await self.throttle.close()
             await self.tokens.close()
             await self.store.stop(self.clock())
             self.passwords.close()
@@ -88,7 +90,8 @@ def create_service(config: Config, clock: Clock | None = None, ticks: Clock = ti
     passwords = Passwords(config.passwords, users)
     store = open_store(config.database, config.tokens.cache_size, clock)
     now = ForwardClock(store.clock, ticks)
-    throttle = Throttle(config.throttle, config.server.workers, store, now)
+    queue = LoginQueue(config.passwords.lanes, config.passwords.queue)
+    throttle = Throttle(config.throttle, config.server.workers, store, now, queue)
     credentials = Credentials(users, passwords, throttle, now)
     tokens = Tokens(config.tokens, users, store, credentials, now)
     pools = Pools(config.terms, store, now, _makers(config))

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tokenauth import config, opaque
 from tokenauth.credentials import Claimed, Credentials
-from tokenauth.errors import NotFound, RetryLater, StoreUnavailable
+from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
+from tokenauth.login_queue import Gone, here
 from tokenauth.logs import log, whereabouts
 from tokenauth.models import Clock, Identity, Issued, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
@@ -35,18 +36,25 @@ class Tokens:
         self._queue = RevocationQueue(store, clock)
         self._held = self._queue.held
 
-    async def issue(self, username: str, password: str, address: str, user_agent: str) -> Issued:
+    async def issue(self, username: str, password: str, address: str, user_agent: str, gone: Gone = here) -> Issued:
         """Log in: exchange a name and a password for a new token.
 
-        Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded or StoreUnavailable.
+        Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
-        user = await self._credentials.verify(Claimed(username, password), address)
-        return await self.grant(user, address, user_agent)
+        user = await self._credentials.verify(Claimed(username, password), address, gone)
+        return await self.grant(user, address, user_agent, gone)
 
+<<<<<<< HEAD
     async def grant(self, user: User, address: str, user_agent: str) -> Issued:
         """Issue a token to a user who has shown that he is it. Raises StoreUnavailable."""
         if self._queue.trouble is not None:  # a new token would end with all others
             raise StoreUnavailable
+=======
+    async def grant(self, user: User, address: str, user_agent: str, gone: Gone = here) -> Issued:
+        """Issue a token to a user who has authenticated. Raises ClientGone or StoreUnavailable."""
+        if gone():
+            raise ClientGone
+>>>>>>> 938aa08 (Count each try before it is compared, judge networks by failures in excess of successes, and let logins wait in one fair queue)
         now = self._clock()
         value = opaque.new_value()
         digest = opaque.digest(value.encode())

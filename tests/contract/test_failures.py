@@ -1,4 +1,4 @@
-"""FailureStore: failed logins are counted by key, until they are forgotten, cleared or purged."""
+"""FailureStore: what is kept of past logins, by key: a count, and an instant, until they are purged."""
 
 import asyncio
 
@@ -7,23 +7,28 @@ import pytest
 from tests.contract.conftest import Place
 from tests.servers import START
 from tokenauth.models import Failures
-from tokenauth.stores.base import FailureStore
+from tokenauth.stores.base import FailureStore, Note
 
 FORGET = 60.0
 ANN, BOB, NET = (bytes([number]) * 16 for number in range(3))
 
 
-async def test_what_never_failed_is_left_out(failures: FailureStore) -> None:
+def failed(*keys: bytes, now: float = START) -> list[Note]:
+    """Count a failure under each key, from one again if the last is long past."""
+    return [Note(key, 1, expired=now - FORGET, at=now) for key in keys]
+
+
+async def test_what_was_never_noted_is_left_out(failures: FailureStore) -> None:
     assert dict(await failures.failures([ANN, BOB])) == {}
     assert dict(await failures.failures([])) == {}
-    await failures.fail([BOB], START, FORGET)
+    await failures.note(failed(BOB), START)
     assert dict(await failures.failures([ANN, BOB])) == {BOB: Failures(1, START)}
 
 
-async def test_each_failure_counts_one_under_each_key(failures: FailureStore) -> None:
-    await failures.fail([ANN, NET], START, FORGET)
-    await failures.fail([BOB, NET], START + 1, FORGET)
-    await failures.fail([ANN, NET], START + 2, FORGET)
+async def test_each_key_is_counted_by_itself(failures: FailureStore) -> None:
+    await failures.note(failed(ANN, NET), START)
+    await failures.note(failed(BOB, NET, now=START + 1), START + 1)
+    await failures.note(failed(ANN, NET, now=START + 2), START + 2)
     assert dict(await failures.failures([ANN, BOB, NET])) == {
         ANN: Failures(2, START + 2),
         BOB: Failures(1, START + 1),
@@ -32,52 +37,67 @@ async def test_each_failure_counts_one_under_each_key(failures: FailureStore) ->
     assert dict(await failures.failures([NET])) == {NET: Failures(3, START + 2)}
 
 
-async def test_counting_starts_from_one_again_when_the_last_failure_is_long_past(failures: FailureStore) -> None:
-    await failures.fail([ANN], START, FORGET)
-    await failures.fail([ANN], START + 59.9, FORGET)
+async def test_counting_starts_from_one_when_the_last_is_long_past(failures: FailureStore) -> None:
+    await failures.note(failed(ANN), START)
+    await failures.note(failed(ANN, now=START + 59.9), START)
     assert (await failures.failures([ANN]))[ANN] == Failures(2, START + 59.9)
-    await failures.fail([ANN], START + 59.9 + 60, FORGET)
+    await failures.note(failed(ANN, now=START + 59.9 + 60), START)
     assert (await failures.failures([ANN]))[ANN] == Failures(1, START + 119.9)
 
 
-async def test_each_key_is_forgotten_by_its_own_last_failure(failures: FailureStore) -> None:
-    await failures.fail([ANN, NET], START, FORGET)
-    await failures.fail([NET], START + 50, FORGET)
-    await failures.fail([ANN, NET], START + 70, FORGET)
+async def test_each_key_is_forgotten_by_its_own_instant(failures: FailureStore) -> None:
+    await failures.note(failed(ANN, NET), START)
+    await failures.note(failed(NET, now=START + 50), START)
+    await failures.note(failed(ANN, NET, now=START + 70), START)
     assert {key: found.count for key, found in (await failures.failures([ANN, NET])).items()} == {ANN: 1, NET: 3}
 
 
-async def test_concurrent_failures_are_all_counted(place: Place, other: Place) -> None:
+async def test_what_is_taken_back_never_makes_less_than_nothing(failures: FailureStore) -> None:
+    await failures.note([Note(BOB, -3)], START)
+    await failures.note(failed(ANN) + failed(BOB), START)
+    await failures.note(failed(ANN), START)
+    await failures.note([Note(ANN, -1), Note(BOB, -5)], START + 1)
+    assert dict(await failures.failures([ANN, BOB])) == {ANN: Failures(1, START), BOB: Failures(0, START)}
+    await failures.note(failed(BOB), START)
+    assert (await failures.failures([BOB]))[BOB] == Failures(1, START)
+
+
+async def test_an_instant_is_moved_from_now_or_from_where_it_was(failures: FailureStore) -> None:
+    for seconds, expected in ((0.0, 36.0), (0.0, 72.0), (10.0, 108.0), (200.0, 236.0)):
+        await failures.note([Note(NET, at=START + seconds, later=36.0)], START)
+        assert (await failures.failures([NET]))[NET] == Failures(0, START + expected)
+    await failures.note([Note(NET, later=-100.0)], START)
+    assert (await failures.failures([NET]))[NET] == Failures(0, START + 136.0)
+
+
+async def test_an_instant_that_is_kept_never_becomes_earlier(failures: FailureStore) -> None:
+    for at in (START + 100, START + 50):
+        await failures.note([Note(ANN, at=at)], START)
+        assert (await failures.failures([ANN]))[ANN] == Failures(0, START + 100)
+
+
+async def test_concurrent_notes_are_all_made(place: Place, other: Place) -> None:
     both = [place.failures, other.failures]
-    await asyncio.gather(*(both[number % 2].fail([ANN, NET], START, FORGET) for number in range(100)))
+    ahead = Note(BOB, at=START, later=1.0)
+    await asyncio.gather(*(both[number % 2].note([*failed(ANN, NET), ahead], START) for number in range(100)))
     for each in both:
-        assert dict(await each.failures([ANN, NET])) == {ANN: Failures(100, START), NET: Failures(100, START)}
+        assert dict(await each.failures([ANN, BOB, NET])) == {
+            ANN: Failures(100, START),
+            BOB: Failures(0, START + 100),
+            NET: Failures(100, START),
+        }
 
 
 async def test_a_failure_is_seen_by_every_process_at_once(place: Place, other: Place) -> None:
     for count in range(1, 20):
-        await place.failures.fail([ANN], START, FORGET)
+        await place.failures.note(failed(ANN), START)
         assert (await other.failures.failures([ANN]))[ANN].count == count
-
-
-async def test_a_cleared_key_counts_nothing(place: Place, other: Place) -> None:
-    await place.failures.fail([ANN, NET], START, FORGET)
-    await place.failures.clear(ANN, START)
-    for each in (place, other):
-        assert set(await each.failures.failures([ANN, NET])) == {NET}
-    await place.failures.fail([ANN], START, FORGET)
-    assert (await place.failures.failures([ANN]))[ANN].count == 1
-
-
-async def test_clearing_a_key_that_counts_nothing_is_nothing(failures: FailureStore) -> None:
-    await failures.clear(ANN, START)
-    assert dict(await failures.failures([ANN])) == {}
 
 
 async def test_a_purge_deletes_no_more_than_its_limit(failures: FailureStore) -> None:
     keys = [bytes([number]) * 16 for number in range(10)]
     for number, key in enumerate(keys):
-        await failures.fail([key], START + number, FORGET)
+        await failures.note(failed(key, now=START + number), START)
     assert await failures.purge_failures(START + 6.5, 0) == 0
     assert await failures.purge_failures(START + 6.5, 3) == 3
     assert await failures.purge_failures(START + 6.5, 100) == 4
@@ -86,9 +106,9 @@ async def test_a_purge_deletes_no_more_than_its_limit(failures: FailureStore) ->
 
 
 @pytest.mark.parametrize(("before", "purged"), [(START - 1, 0), (START, 0), (START + 0.001, 1)])
-async def test_a_purge_deletes_what_failed_before_an_instant_and_not_at_it(
+async def test_a_purge_deletes_what_is_before_an_instant_and_not_at_it(
     failures: FailureStore, before: float, purged: int
 ) -> None:
-    await failures.fail([ANN], START - 5, FORGET)
-    await failures.fail([ANN], START, FORGET)
+    await failures.note(failed(ANN, now=START - 5), START)
+    await failures.note(failed(ANN), START)
     assert await failures.purge_failures(before, 100) == purged

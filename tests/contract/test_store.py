@@ -11,6 +11,7 @@ from tests.contract.conftest import Place, Places, token
 from tests.servers import START
 from tokenauth import config
 from tokenauth.service import create_service
+from tokenauth.stores.base import Note
 
 KEY = bytes(16)
 
@@ -19,8 +20,7 @@ WRITES: dict[str, Callable[[Place, float], Awaitable[object]]] = {
     "remove": lambda place, now: place.tokens.remove(token().digest, now),
     "remove_all": lambda place, now: place.tokens.remove_all("nobody", now),
     "purge": lambda place, now: place.tokens.purge(now, 10),
-    "fail": lambda place, now: place.failures.fail([KEY], now, 60),
-    "clear": lambda place, now: place.failures.clear(KEY, now),
+    "note": lambda place, now: place.failures.note([Note(KEY, 1, at=now)], now),
     "claim": lambda place, now: place.store.claim("sweep", now, now + 30),
 }
 
@@ -81,7 +81,7 @@ async def test_stopping_remembers_the_time(places: Places) -> None:
 @pytest.mark.parametrize("purge", ["purge_failures", "purge_log"])
 async def test_the_age_that_a_purge_asks_for_is_not_the_time(places: Places, purge: str) -> None:
     place = await places.open()
-    await place.failures.fail([KEY], START, 60)
+    await place.failures.note([Note(KEY, 1, at=START)], START)
     if purge == "purge_log":
         await place.store.purge_log(START + 1000, 10)
     else:
@@ -94,7 +94,7 @@ async def test_everything_is_still_there_after_a_restart(places: Places) -> None
     await place.tokens.add(token(1), 0, START)
     await place.tokens.add(token(2), 0, START)
     await place.tokens.remove(token(2).digest, START)
-    await place.failures.fail([KEY], START, 60)
+    await place.failures.note([Note(KEY, 1, at=START)], START)
     await places.close(place, START)
     again = await places.open()
     assert await again.tokens.get(token(1).digest) == token(1)

@@ -13,6 +13,7 @@ from tests.postgres import Cluster
 from tests.postgres_store.nodes import Nodes, busy, connected, fetch, fresh, nodes
 from tests.servers import START
 from tokenauth.models import Claim, Pool, Token
+from tokenauth.stores.base import Note
 from tokenauth.stores.postgres import PostgresStore
 
 POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
@@ -113,8 +114,10 @@ async def test_tokens_that_are_ended_in_every_way_at_once_are_ended_once_and_log
         work += [node.tokens.remove_all(user, START) for user in chance.sample(USERS, 3)]
         work += [purge(node, 7), purge(node, 99), node.purge_log(0, 99)]
         keys = [sha256(b"%d" % key).digest()[:16] for key in range(20)]
-        work += [node.failures.fail(chance.sample(keys, 2), START, 60) for _ in range(30)]
-        work += [node.failures.clear(key, START) for key in chance.sample(keys, 20)]
+        work += [
+            node.failures.note([Note(key, 1, at=START) for key in chance.sample(keys, 2)], START) for _ in range(30)
+        ]
+        work += [node.failures.note([Note(key, -1)], START) for key in chance.sample(keys, 20)]
         work += [node.failures.purge_failures(START + 1, 9)]
     await at_once(chance, work)
     assert max(ended.values()) == 1, "two were told that they had ended the same"
@@ -162,7 +165,8 @@ async def test_failed_logins_that_are_counted_in_opposite_orders_all_count(three
     chance = random.Random(1)
     keys = [sha256(b"%d" % key).digest()[:16] for key in range(60)]
     for number in range(1, 16):
-        await asyncio.gather(*(node.failures.fail(chance.sample(keys, 60), START, 60) for node in three))
+        notes = [Note(key, 1, at=START) for key in keys]
+        await asyncio.gather(*(node.failures.note(chance.sample(notes, 60), START) for node in three))
         assert {one.count for one in (await three[0].failures.failures(keys)).values()} == {3 * number}
 
 

@@ -27,6 +27,7 @@ from tokenauth.config import Database
 from tokenauth.errors import StartError
 from tokenauth.models import Pool, Token
 from tokenauth.stores import schema
+from tokenauth.stores.base import Note
 from tokenauth.stores.open import open_store
 from tokenauth.stores.tables import metadata
 
@@ -94,7 +95,7 @@ async def test_no_sequence_is_asked_when_tokens_are_issued_or_lent(url: str) -> 
         assert before == {"revocations_seq_seq": None, "pool_tokens_number_seq": 1}
         await asyncio.gather(*(store.tokens.add(token(number), 100, START) for number in range(50)))
         await store.pools.lease(Pool("p", 60), "ann", START)
-        await store.failures.fail([bytes(16)], START, 60)
+        await store.failures.note([Note(bytes(16), 1, at=START)], START)
         assert dict(await fetch(url, SEQUENCES)) == before
         listed = await store.tokens.list("ann", START, 99)
         assert len(listed) == 50

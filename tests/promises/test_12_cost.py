@@ -15,6 +15,7 @@ from tests.servers import START
 from tests.steps import Direct, steps
 from tokenauth.models import Token, public_id
 from tokenauth.stores import verbs
+from tokenauth.stores.base import Note
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlTokenStore
 from tokenauth.stores.transaction import SqliteTransaction
@@ -76,8 +77,7 @@ WISHES: dict[Callable[..., Any], object] = {
     verbs.purge_tokens: verbs.Purge(START, 5),
     verbs.purge_failures: verbs.Purge(START - 1, 5),
     verbs.purge_revocations: verbs.Purge(START - 1, 5),
-    verbs.count_failures: verbs.Fail([digest(3)[:16], b"w" * 16], START, 3600),
-    verbs.clear_failures: digest(3)[:16],
+    verbs.note_logins: [Note(digest(3)[:16], 1, START - 3600, START, 36.0), Note(b"w" * 16, 1, at=START)],
     verbs.claim: verbs.Claim("sweep", START, START + 30),
     verbs.remember_now: None,
 }

@@ -98,16 +98,21 @@ class SimpleTokenImplement:
         return guarded
 
     async def _check(self, scope: Scope) -> None:
-        """Compare the password; a wrong one counts as a failed login. Raises InvalidCredentials, TooManyAttempts."""
+        """Count a try as a login, then compare the password. Raises InvalidCredentials or a RetryLater."""
         sent = requests.header(scope, b"x-api-password")
         if sent is None:
             raise InvalidCredentials
-        right, address = hmac.compare_digest(sent.strip(b" \t"), self._password), requests.client_address(scope)
-        if right and not await self._throttle.suspects(address):
+        address = requests.client_address(scope)
+        seen = await self._throttle.take_proof(NAME, address)
+        if seen is not None and self._right(sent):
+            self._throttle.give_back(NAME, address, seen)
             return
-        async with self._throttle.attempt([NAME], address):
-            if not right:
+        async with self._throttle.attempt([NAME], address, hashes=False):
+            if not self._right(sent):
                 raise InvalidCredentials
+
+    def _right(self, sent: bytes) -> bool:
+        return hmac.compare_digest(sent.strip(b" \t"), self._password)
 
 
 def _info(scope: Scope) -> str:

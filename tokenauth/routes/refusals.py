@@ -5,6 +5,7 @@ from starlette.types import Send
 
 from tokenauth.errors import (
     BodyTooLarge,
+    ClientGone,
     Forbidden,
     InsufficientScope,
     InternalError,
@@ -60,6 +61,7 @@ STATUS: dict[type[Refusal], int] = {
     UnsupportedMediaType: 415,
     TooManyAttempts: 429,
     InternalError: 500,
+    ClientGone: 503,
     Overloaded: 503,
     IssuerUnavailable: 503,
     StoreUnavailable: 503,

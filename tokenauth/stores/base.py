@@ -125,20 +125,31 @@ class PoolStore(Protocol):
         """Delete at most `limit` tokens that have expired, oldest first; say how many there were."""
 
 
+class Note(NamedTuple):
+    """A change of what is kept of past logins under one key: of a count, and of the instant that goes with it."""
+
+    key: bytes
+    plus: int = 0
+    """Added to the count, which never falls below 0."""
+    expired: Instant = 0.0
+    """What was last changed at or before this instant counts as 0."""
+    at: Instant = 0.0
+    """The instant becomes at least this ..."""
+    later: float = 0.0
+    """... and then so many seconds later, or earlier."""
+
+
 class FailureStore(Protocol):
-    """Counts failed logins by key; who is behind a key cannot be read from it."""
+    """Keeps what is remembered of past logins, by key; who is behind a key cannot be read from it."""
 
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
-        """Return what is counted under these keys; a key that counts nothing is left out."""
+        """Return what is kept under these keys; a key with nothing is left out."""
 
-    async def fail(self, keys: Sequence[bytes], now: Instant, forget: float) -> None:
-        """Count one more failure under each key, from one again if the last is `forget` seconds past."""
-
-    async def clear(self, key: bytes, now: Instant) -> None:
-        """Count nothing under this key any more."""
+    async def note(self, notes: Sequence[Note], now: Instant) -> None:
+        """Make all of these changes, in one step. Each key is named once."""
 
     async def purge_failures(self, before: Instant, limit: int) -> int:
-        """Delete at most `limit` keys whose last failure was before an instant; say how many there were."""
+        """Delete at most `limit` keys whose instant is before this one; say how many there were."""
 
 
 Hear = Callable[[Instant], object]

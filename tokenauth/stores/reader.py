@@ -18,7 +18,6 @@ from tokenauth.stores import pool_rows, verbs
 from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.tables import (
     as_token,
-    failures,
     marks,
     pool_token_columns,
     pool_tokens,
@@ -39,7 +38,7 @@ def _sql(statement: Select[Any]) -> str:
 
 _TOKEN = _sql(select(*token_columns).where(tokens.c.digest == ""))
 _POOL_TOKEN = _sql(select(*pool_token_columns).where(pool_tokens.c.pool == "", pool_tokens.c.value == ""))
-_FAILURES = _sql(select(failures).where(failures.c.key == ""))
+_FAILURES = "SELECT key, count, last_at FROM failures WHERE key IN (%s)"
 _REMOVED = _sql(
     select(revocations.c.seq, revocations.c.digest).where(revocations.c.seq > 0).order_by(revocations.c.seq)
 )
@@ -84,9 +83,12 @@ class Reader:
             raise StoreUnavailable from error
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
-        """Look up counts of failed logins. Raises StoreUnavailable."""
-        rows = [self._one(_FAILURES, key) for key in keys]
-        return {row[0]: Failures(row[1], row[2]) for row in rows if row is not None}
+        """Look up what is kept of past logins, with one statement. Raises StoreUnavailable."""
+        try:
+            rows = self._cursor.execute(_FAILURES % ",".join("?" * len(keys)), keys).fetchall()
+        except sqlite3.Error as error:
+            raise StoreUnavailable from error
+        return {key: Failures(count, last_at) for key, count, last_at in rows}
 
     def mark(self, name: str) -> float:
         """Look up a mark; 0 if it was never set. Raises StoreUnavailable."""

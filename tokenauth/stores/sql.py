@@ -7,7 +7,7 @@ from sqlalchemy import Connection, select
 
 from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows, pool_verbs, verbs
-from tokenauth.stores.base import Lent, Touched
+from tokenauth.stores.base import Lent, Note, Touched
 from tokenauth.stores.tables import as_token, pool_token_columns, pool_tokens, token_columns, tokens
 from tokenauth.stores.writer import Verb
 
@@ -155,14 +155,10 @@ class SqlFailureStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def fail(self, keys: Sequence[bytes], now: Instant, forget: float) -> None:
-        """Count one more failure under each key."""
-        await self._database.write(verbs.count_failures, verbs.Fail(keys, now, forget), now)
-
-    async def clear(self, key: bytes, now: Instant) -> None:
-        """Count nothing under this key any more."""
-        await self._database.write(verbs.clear_failures, key, now)
+    async def note(self, notes: Sequence[Note], now: Instant) -> None:
+        """Make all of these changes, in one step."""
+        await self._database.write(verbs.note_logins, notes, now)
 
     async def purge_failures(self, before: Instant, limit: int) -> int:
-        """Delete keys whose last failure is long past."""
+        """Delete keys whose instant is long past."""
         return int(await self._database.write(verbs.purge_failures, verbs.Purge(before, limit), 0))

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Delete,
     Float,
     Insert,
+    Integer,
     Select,
     bindparam,
     delete,
@@ -24,6 +25,7 @@ from sqlalchemy import (
 )
 
 from tokenauth.models import Instant, Token
+from tokenauth.stores.base import Note
 from tokenauth.stores.tables import failures, revocations, tokens
 from tokenauth.stores.transaction import Transaction, elements
 
@@ -61,11 +63,22 @@ _CLAIM = text("""
     INSERT INTO marks (name, at) VALUES (:duty, :until)
     ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at <= :now
 """)
-_FAIL = text("""
-    INSERT INTO failures (key, count, last_at) VALUES (:key, 1, :now)
+_NOTE = text("""
+    INSERT INTO failures (key, count, last_at)
+    VALUES (:key, CASE WHEN :plus > 0 THEN :plus ELSE 0 END, :at + :later)
     ON CONFLICT (key) DO UPDATE SET
-        count = CASE WHEN failures.last_at <= :known THEN 1 ELSE failures.count + 1 END, last_at = excluded.last_at
-""")
+        count = CASE
+            WHEN failures.last_at <= :expired THEN excluded.count
+            WHEN failures.count + :plus < 0 THEN 0
+            ELSE failures.count + :plus
+        END,
+        last_at = CASE WHEN failures.last_at > :at THEN failures.last_at ELSE :at END + :later
+""").bindparams(
+    bindparam("plus", type_=Integer),
+    bindparam("at", type_=Float),
+    bindparam("later", type_=Float),
+    bindparam("expired", type_=Float),
+)
 
 
 def _too_many() -> Select[bytes]:
@@ -132,7 +145,6 @@ def _purge_revocations() -> Delete:
 
 
 _PURGE_REVOCATIONS = _purge_revocations()
-_CLEAR = delete(failures).where(failures.c.key == bindparam("key"))
 
 
 class Add(NamedTuple):
@@ -164,14 +176,6 @@ class Purge(NamedTuple):
 
     before: Instant
     limit: int
-
-
-class Fail(NamedTuple):
-    """Count one more failure under each key."""
-
-    keys: Sequence[bytes]
-    now: Instant
-    forget: float
 
 
 class Claim(NamedTuple):
@@ -226,7 +230,7 @@ def purge_tokens(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
 
 
 def purge_failures(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
-    """Delete keys whose last failure is long past."""
+    """Delete keys whose instant is long past."""
     return [db.change(_PURGE_FAILURES, wish._asdict()) for wish in wishes]
 
 
@@ -236,16 +240,10 @@ def purge_revocations(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]
     return [db.change(_PURGE_REVOCATIONS, wish._asdict()) for wish in wishes]
 
 
-def count_failures(db: Transaction, wishes: Sequence[Fail]) -> Sequence[None]:
-    """Count one more failure under each key; after a long quiet time counting starts anew."""
-    each = [{"key": key, "now": wish.now, "known": wish.now - wish.forget} for wish in wishes for key in wish.keys]
-    db.change_each(_FAIL, sorted(each, key=itemgetter("key")))
-    return [None] * len(wishes)
-
-
-def clear_failures(db: Transaction, wishes: Sequence[bytes]) -> Sequence[None]:
-    """Count nothing under these keys any more."""
-    db.change_each(_CLEAR, [{"key": key} for key in sorted(wishes)])
+def note_logins(db: Transaction, wishes: Sequence[Sequence[Note]]) -> Sequence[None]:
+    """Change what is kept of past logins."""
+    each = [note._asdict() for notes in wishes for note in notes]
+    db.change_each(_NOTE, sorted(each, key=itemgetter("key")))
     return [None] * len(wishes)
 
 
