@@ -11,6 +11,7 @@ from tests.openapi.conformance import Documented, Operation
 from tests.servers import HandClock
 from tokenauth.errors import (
     BodyTooLarge,
+    ClientGone,
     Forbidden,
     InsufficientScope,
     InternalError,
@@ -112,8 +113,8 @@ REFUSED: dict[type[Refusal], list[Ask]] = {
 ELSEWHERE = {TokenRequired, InvalidToken, BodyTooLarge, LeaseLost, TooManyAttempts, Overloaded, StoreUnavailable}
 """What the tests further down ask for."""
 
-NOWHERE = {MethodNotAllowed, InternalError, IssuerUnavailable, Unsure}
-"""What no operation can promise or be asked for: another method, an unknown fault, or somebody else's server."""
+NOWHERE = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, Unsure}
+"""What no operation can promise or be asked for: another method, an unknown fault, or an answer that nobody reads."""
 
 
 def test_every_kind_of_refusal_is_asked_for() -> None:

@@ -90,6 +90,7 @@ class RandomTokenGenerator:
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make tokens."""
         wanted = await requests.json_body(scope, receive, _wanted, empty=HowMany())
+        requests.refuse_gone(scope)
         try:
             tokens = await self._pools.generate(self._pool, wanted.count)
         except PoolFull:
@@ -100,6 +101,7 @@ class RandomTokenGenerator:
     @operation(Answer(200, Assigned), _FAILED, refuses=(StoreUnavailable,))
     async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
+        requests.refuse_gone(scope)
         try:
             token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
         except NoFreeToken:

@@ -63,6 +63,7 @@ class SimpleTokenImplement:
     async def issue(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a permit."""
         info = _info(scope)
+        requests.refuse_gone(scope)
         taken, left = await self._pools.take(self._pool, requests.caller(scope, NAME))
         if taken:
             await answer_json(send, Said("Token issued successfully.", left, info))
@@ -107,7 +108,7 @@ class SimpleTokenImplement:
         if seen is not None and self._right(sent):
             self._throttle.give_back(NAME, address, seen)
             return
-        async with self._throttle.attempt([NAME], address, hashes=False):
+        async with self._throttle.attempt([NAME], address, requests.gone(scope), hashes=False):
             if not self._right(sent):
                 raise InvalidCredentials
 

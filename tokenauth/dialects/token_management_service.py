@@ -75,6 +75,7 @@ class TokenManagementService:
     @operation(Answer(201, Token), _DENIED, refuses=(StoreUnavailable,))
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make one token."""
+        requests.refuse_gone(scope)
         try:
             [token] = await self._pools.generate(self._pool, 1)
         except PoolFull:
@@ -89,6 +90,7 @@ class TokenManagementService:
         if not body.client_id:
             await _say(send, "client_id is required", 400)
             return
+        requests.refuse_gone(scope)
         try:
             token = await self._pools.assign(self._pool, named_holder(body.client_id, "client_id"))
         except NoFreeToken:

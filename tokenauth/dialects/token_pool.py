@@ -73,6 +73,7 @@ class TokenPool:
     @operation(Answer(200, Made), refuses=(PoolFull, StoreUnavailable))
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make one token."""
+        requests.refuse_gone(scope)
         [token] = await self._pools.generate(self._pool, 1)
         await answer_json(send, Made(token))
 
@@ -90,6 +91,7 @@ class TokenPool:
     @operation(Answer(200, Blocked), Answer(404, NoneFree), refuses=(StoreUnavailable,))
     async def block(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
+        requests.refuse_gone(scope)
         try:
             token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
         except NoFreeToken:

@@ -146,7 +146,8 @@ class OAuthRoutes:
             raise UnsupportedGrantType
         if not set(form.get("scope", "").split(" ")) <= {*user.scopes, ""}:
             raise InvalidScope
-        issued = await self._tokens.grant(user, requests.client_address(scope), requests.user_agent(scope))
+        address, agent = requests.client_address(scope), requests.user_agent(scope)
+        issued = await self._tokens.grant(user, address, agent, requests.gone(scope))
         lifetime = issued.token.expires_at - int(issued.token.issued_at)
         granted = Granted(issued.value, lifetime, " ".join(user.scopes))
         await answer(send, 200, msgspec.json.encode(granted), JSON, (b"pragma", b"no-cache"))
@@ -205,7 +206,8 @@ class OAuthRoutes:
     async def _client(self, scope: Scope, form: Form) -> User:
         """Return the client that has authenticated. Raises InvalidClient, InvalidRequest or a RetryLater."""
         try:
-            return await self._credentials.recall(_claimed(scope, form), requests.client_address(scope))
+            address, gone = requests.client_address(scope), requests.gone(scope)
+            return await self._credentials.recall(_claimed(scope, form), address, gone)
         except InvalidCredentials:
             raise InvalidClient from None
 

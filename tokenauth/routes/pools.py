@@ -137,6 +137,7 @@ class PoolRoutes:
         """Add tokens."""
         pool = self._pool(scope)
         wanted = await requests.json_body(scope, receive, _wanted, empty=Wanted())
+        requests.refuse_gone(scope)
         await answer_json(send, Generated(list(await self._pools.generate(pool, wanted.count))), 201)
 
     @operation(Answer(200, Member), refuses=_TOKEN)
@@ -161,6 +162,7 @@ class PoolRoutes:
         wanted = await requests.json_body(scope, receive, _holder, empty=Borrower())
         user: Identity = scope["user"]
         holder = user.username if wanted.holder is None else named_holder(wanted.holder)
+        requests.refuse_gone(scope)
         token = await self._pools.assign(pool, holder)
         await answer_json(send, _lease(pool, token), 201)
 

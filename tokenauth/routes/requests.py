@@ -15,8 +15,10 @@ from urllib.parse import parse_qsl
 import msgspec
 from starlette.types import Receive, Scope
 
-from tokenauth.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
+from tokenauth.login_queue import Gone
 from tokenauth.models import Identity
+from tokenauth.protocol import client_gone
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -275,6 +277,17 @@ def caller(scope: Scope, otherwise: str) -> str:
     """Name whoever calls: the user, where a token was asked for."""
     user: Identity | None = scope.get("user")
     return otherwise if user is None else user.username
+
+
+def gone(scope: Scope) -> Gone:
+    """Return what says whether the client of this request has closed its connection."""
+    return partial(client_gone, scope)
+
+
+def refuse_gone(scope: Scope) -> None:
+    """Raise ClientGone if nobody waits for the answer: nothing may be issued that nobody receives."""
+    if client_gone(scope):
+        raise ClientGone
 
 
 def client_address(scope: Scope) -> str:

@@ -114,7 +114,11 @@ class TokenRoutes:
         """Exchange a name and a password for a token."""
         wanted = await requests.json_body(scope, receive, _credentials)
         issued = await self._tokens.issue(
-            wanted.username, wanted.password, requests.client_address(scope), requests.user_agent(scope)
+            wanted.username,
+            wanted.password,
+            requests.client_address(scope),
+            requests.user_agent(scope),
+            requests.gone(scope),
         )
         await answer_json(send, Issued(issued.value, issued.token.expires_at))
 
