@@ -44,17 +44,12 @@ class Tokens:
         user = await self._credentials.verify(Claimed(username, password), address, gone)
         return await self.grant(user, address, user_agent, gone)
 
-<<<<<<< HEAD
-    async def grant(self, user: User, address: str, user_agent: str) -> Issued:
-        """Issue a token to a user who has shown that he is it. Raises StoreUnavailable."""
-        if self._queue.trouble is not None:  # a new token would end with all others
-            raise StoreUnavailable
-=======
     async def grant(self, user: User, address: str, user_agent: str, gone: Gone = here) -> Issued:
         """Issue a token to a user who has authenticated. Raises ClientGone or StoreUnavailable."""
+        if self._queue.trouble is not None:  # a new token would end with all others
+            raise StoreUnavailable
         if gone():
             raise ClientGone
->>>>>>> 938aa08 (Count each try before it is compared, judge networks by failures in excess of successes, and let logins wait in one fair queue)
         now = self._clock()
         value = opaque.new_value()
         digest = opaque.digest(value.encode())
