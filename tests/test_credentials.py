@@ -2,14 +2,17 @@
 
 import asyncio
 import gc
+import os
+import resource
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from passlib.hash import argon2
+import structlog
+from passlib.hash import argon2, scrypt
 
 from tests.servers import START
 from tests.steps import Call, calls_of_threads, hashes
@@ -309,3 +312,54 @@ async def test_what_is_kept_of_a_secret_is_another_in_each_process(keeper: Keepe
         found.append({each for each in held(credentials) if isinstance(each, bytes) and len(each) == 32})
     assert len(found[0]) == len(found[1]) == 2, "a key and a fingerprint"
     assert not found[0] & found[1]
+
+
+class Hungry(NamedTuple):
+    """A user whose hash takes much memory, and how to take that memory away."""
+
+    keeper: Keeper
+    user: User
+
+    @contextmanager
+    def starved(self) -> Iterator[None]:
+        """Leave this process next to no memory that it does not have already."""
+        was = resource.getrlimit(resource.RLIMIT_AS)
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (has + (16 << 20), was[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, was)
+
+
+HUNGRY = {
+    "argon2": argon2.using(type="ID", memory_cost=64 << 10, time_cost=1, parallelism=1),
+    "argon2, four lanes": argon2.using(type="ID", memory_cost=64 << 10, time_cost=1, parallelism=4),
+    "scrypt": scrypt.using(rounds=16, block_size=8),
+}
+
+
+@pytest.fixture(params=HUNGRY)
+async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[Hungry]:
+    """Make credentials of one user, whose hash was computed once: so the thread and its stack exist."""
+    only = User("ann", HUNGRY[request.param].hash(WORD))
+    time, users = [START], {"ann": only, "bob": user("bob", WORD)}
+    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1), users)
+    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0])
+    keeper = Keeper(Credentials(users, passwords, throttle, lambda: time[0]), time, users, [])
+    assert await keeper.right(Claimed("bob", WORD))
+    yield Hungry(keeper, only)
+    passwords.close()
+
+
+async def test_without_memory_no_password_is_judged(hungry: Hungry) -> None:
+    """Neither right nor wrong, nor counted: when there is memory again, the right password is taken."""
+    with hungry.starved(), structlog.testing.capture_logs() as logs:
+        for number in range(2 * config.Throttle().free):
+            with pytest.raises(Overloaded) as refusal:
+                await hungry.keeper.credentials.verify(WRONG if number % 2 else ANN, HOME)
+            assert "memory" not in str(refusal.value), "what a hash costs is not said to clients"
+    assert {line["event"] for line in logs} == {"login_not_checked"}
+    assert len(logs) == 2 * config.Throttle().free
+    assert all(line["user"] == "ann" and "64 MiB for about" in line["cost"] for line in logs)
+    assert await hungry.keeper.credentials.verify(ANN, HOME) is hungry.user

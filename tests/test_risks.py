@@ -19,7 +19,7 @@ from tokenauth import config, configfile
 from tokenauth.app import create_app
 from tokenauth.config import RISKS, Config
 from tokenauth.errors import ConfigError
-from tokenauth.passwords import Passwords
+from tokenauth.passwords import Passwords, machine_memory_kib
 from tokenauth.risks import (
     SHIPPED_API_PASSWORD,
     SHIPPED_HASH,
@@ -128,6 +128,44 @@ def test_networks_are_too_many_when_together_they_have_most_addresses(
     order.shuffle(listed)
     assume(share != 0.5 or not proxies)  # which would add to it, or not
     assert trusts_everybody(listed) == (share > 0.5)
+
+
+SLOW_HASHES = {
+    "a second and more of bcrypt": "$2b$15$" + "." * 53,
+    "a second and more of argon2": f"$argon2id$v=19$m=65536,t=20,p=1${'A' * 22}${'A' * 43}",
+    "a second and more of scrypt": f"$scrypt$ln=19,r=8,p=1${'A' * 22}${'A' * 43}",
+    "a second and more of pbkdf2": f"$pbkdf2-sha256$10000000${'A' * 22}${'A' * 43}",
+}
+
+
+@pytest.mark.parametrize("hashed", SLOW_HASHES)
+def test_a_hash_that_stops_all_logins_is_a_risk(passwords: Passwords, hashed: str) -> None:
+    risks = find_risks(configured("", SLOW_HASHES[hashed]), passwords)
+    assert [risk.name for risk in risks if risk.name != "weak_hash"] == ["costly_hash"]
+    text = "the password hash of 'ann' takes more than a second to check; run `tokenauth user passwd NAME`"
+    assert risks[-1].text == text
+    with pytest.raises(ConfigError, match="costly_hash"):
+        demand_acceptable(configured('host = "0.0.0.0"\naccept_risks = ["weak_hash"]'), risks)
+
+
+def test_settings_that_make_each_login_slow_are_a_risk() -> None:
+    slow = Passwords(config.Passwords(memory_kib=65536, time_cost=20, threads=1))
+    (risk,) = find_risks(configfile.parse("", {}), slow)
+    assert risk.name == "costly_hash"
+    assert risk.text == "passwords: memory_kib and time_cost make each login take about 1.3 seconds; lower them"
+
+
+def test_more_memory_at_once_than_half_of_the_machine_is_a_risk() -> None:
+    """Of one hash as often as there are threads in all workers: by the settings, and by a user's hash."""
+    half = machine_memory_kib() // 2
+    passwords = Passwords(config.Passwords(memory_kib=1 << 19, time_cost=1, threads=256))
+    (risk,) = find_risks(configfile.parse("[server]\nworkers = 64", {}), passwords)
+    assert risk.name == "costly_hash"
+    assert risk.text.startswith("passwords: memory_kib, threads and server.workers can take more than half")
+    large = f"$argon2id$v=19$m={half // 3},t=1,p=1${'A' * 22}${'A' * 43}"
+    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=4))
+    found = find_risks(configured("", large), passwords)
+    assert [risk.name for risk in found if "memory" in risk.text] == ["costly_hash"]
 
 
 def test_accepting_one_risk_does_not_accept_another(passwords: Passwords) -> None:

@@ -21,6 +21,7 @@ MAX_NAME = 256
 RISKS = (
     "shipped_password",
     "weak_hash",
+    "costly_hash",
     "trusts_everybody",
     "open_dialect",
     "readable_config",

@@ -135,7 +135,7 @@ class Passwords:
 
     def cost(self, user: User) -> Cost:
         """Say what it takes to check a password of this user."""
-        return self._costs[self._texts[user.password_hash]]
+        return _cost(_read(user.password_hash))
 
     def slow(self, cost: Cost) -> bool:
         """Whether a hash takes so long that a few logins at once stop all others."""

@@ -4,7 +4,7 @@ import grp
 import os
 import pwd
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,7 +13,7 @@ from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.lending import PasswordDialect
 from tokenauth.logs import log
-from tokenauth.passwords import Passwords
+from tokenauth.passwords import Cost, Passwords
 from tokenauth.stores.files import exposed
 
 SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
@@ -33,7 +33,9 @@ class Risk(NamedTuple):
 def find_risks(config: Config, passwords: Passwords, path: Path | None = None) -> list[Risk]:
     """List what is risky about a configuration, and about its file at `path`, whoever can reach the service."""
     shipped, weak = [], []
+    costs = {}
     for user in config.directory.values():
+        costs[user.username] = passwords.cost(user)
         if user.password_hash == SHIPPED_HASH:
             shipped.append(user.username)
         elif passwords.weak(user):
@@ -47,6 +49,7 @@ def find_risks(config: Config, passwords: Passwords, path: Path | None = None) -
     if weak:
         text = f"the password hash of {_some(weak)} costs an attacker less than [passwords] asks for; {mend}"
         risks.append(Risk("weak_hash", text))
+    risks += _of_costs(passwords, config.server.workers, costs)
     if trusts_everybody(config.server.trusted_proxies):
         text = (
             "server.trusted_proxies has most addresses that there are: anybody may claim any client address,"
@@ -54,6 +57,24 @@ def find_risks(config: Config, passwords: Passwords, path: Path | None = None) -
         )
         risks.append(Risk("trusts_everybody", text))
     return [*risks, *_of_dialects(config), *_of_files(config, path)]
+
+
+def _of_costs(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> Iterator[Risk]:
+    """Find what lets one client stop the logins of all, with a few wrong passwords at the same time."""
+    new = passwords.new_cost
+    if passwords.slow(new):
+        text = f"passwords: memory_kib and time_cost make each login take about {new.seconds:.1f} seconds; lower them"
+        yield Risk("costly_hash", text)
+    if passwords.crowds(new, workers):
+        text = "passwords: memory_kib, threads and server.workers can take more than half of this machine's memory"
+        yield Risk("costly_hash", f"{text}; lower one of them")
+    mend = "run `tokenauth user passwd NAME`"
+    if slow := [name for name, cost in costs.items() if passwords.slow(cost)]:
+        yield Risk("costly_hash", f"the password hash of {_some(slow)} takes more than a second to check; {mend}")
+    larger = [name for name, cost in costs.items() if cost.memory_kib > new.memory_kib]
+    if large := [name for name in larger if passwords.crowds(costs[name], workers)]:
+        text = "takes more than half of this machine's memory, as often as it can be checked at once"
+        yield Risk("costly_hash", f"the password hash of {_some(large)} {text}; {mend}, or lower passwords.threads")
 
 
 def trusts_everybody(proxies: Iterable[str]) -> bool:
