@@ -345,7 +345,7 @@ async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[
     only = User("ann", HUNGRY[request.param].hash(WORD))
     time, users = [START], {"ann": only, "bob": user("bob", WORD)}
     passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1), users)
-    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0])
+    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
     keeper = Keeper(Credentials(users, passwords, throttle, lambda: time[0]), time, users, [])
     assert await keeper.right(Claimed("bob", WORD))
     yield Hungry(keeper, only)
