@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "errors", "opaque", "logs", "transport", "client.redaction", "stores.hosts", "stores.files", "channel"},
+    {"models", "errors", "opaque", "percent", "logs", "transport", "client.redaction", "channel"}
+    | {"stores.hosts", "stores.files"},
     {"section", "lane", "login_queue", "protocol", "textfile", "stores.tables", "stores.base", "stores.transaction"}
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},

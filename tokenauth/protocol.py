@@ -20,6 +20,7 @@ from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from tokenauth import percent
 from tokenauth.transport import OnePiece
 
 MAX_HEAD = 16 * 1024
@@ -359,8 +360,10 @@ class BoundedProtocol(HttpToolsProtocol):
         url = httptools.parse_url(self.url)
         raw_path = url.path or b"/"
         path = raw_path.decode("ascii")
+        if "%" in path:
+            path = percent.decode(raw_path).decode(errors="replace")
         scope["method"] = parser.get_method().decode("ascii")
-        scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
+        scope["path"] = self.root_path + path
         scope["raw_path"] = self.root_path.encode("ascii") + raw_path
         scope["query_string"] = url.query or b""
         waits = self.cycle is not None and not self.cycle.response_complete

@@ -5,11 +5,12 @@ The clients are the users of the configuration; so `client_id` is a user name, a
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
-from urllib.parse import unquote, unquote_plus, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from tokenauth import percent
 from tokenauth.config import MAX_NAME
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import (
@@ -225,7 +226,7 @@ def _claimed(scope: Scope, form: Form) -> Sequence[Claimed]:
     if "client_secret" in form:
         raise InvalidRequest("Authenticate in one way: by HTTP Basic, or in the form.")
     name, _, secret = _decode(sent).partition(":")
-    readings = list(dict.fromkeys((Claimed(unquote_plus(name), unquote_plus(secret)), Claimed(name, secret))))
+    readings = list(dict.fromkeys((Claimed(_unescaped(name), _unescaped(secret)), Claimed(name, secret))))
     if "client_id" in form and all(form["client_id"] != reading.username for reading in readings):
         raise InvalidRequest("client_id: is not the one of Authorization: Basic.")
     return readings
@@ -236,6 +237,10 @@ def _decode(sent: bytes) -> str:
         return sent.decode()
     except UnicodeDecodeError:
         return sent.decode("latin-1")  # as some clients write it
+
+
+def _unescaped(text: str) -> str:
+    return percent.decode_form(text.encode()).decode(errors="replace")
 
 
 def _field(form: Form, name: str) -> str:

@@ -4,17 +4,17 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from typing import TypeVar
-from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import Receive, Scope
 
+from tokenauth import percent
 from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
 from tokenauth.login_queue import Gone
 from tokenauth.models import Identity
@@ -85,10 +85,17 @@ def query_pairs(query: bytes) -> Sequence[tuple[str, str]]:
     """Return the names and values of a query, in order. Raises InvalidRequest when it is too long to read."""
     if len(query) > MAX_QUERY:
         raise InvalidRequest("The query is longer than 8 KiB.")
-    try:
-        return parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError:
-        raise InvalidRequest(f"The query has more than {MAX_FIELDS} fields.") from None
+    if query.count(b"&") >= MAX_FIELDS:
+        raise InvalidRequest(f"The query has more than {MAX_FIELDS} fields.")
+    return [(name.decode(errors="replace"), value.decode(errors="replace")) for name, value in _fields(query)]
+
+
+def _fields(text: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Go through the names and values of a query or a form."""
+    for field in text.split(b"&"):
+        if field:
+            name, _, value = field.partition(b"=")
+            yield percent.decode_form(name), percent.decode_form(value)
 
 
 def check_query(scope: Scope, known: Collection[str]) -> None:
@@ -245,10 +252,12 @@ async def form_body(scope: Scope, receive: Receive) -> dict[str, str]:
     data, complete = await body(receive)
     if not complete:
         raise BodyTooLarge
+    if data.count(b"&") >= MAX_FIELDS:
+        raise InvalidRequest(f"The form has more than {MAX_FIELDS} fields.")
     try:
-        pairs = parse_qsl(data.decode(), errors="strict", max_num_fields=MAX_FIELDS)
+        pairs = [(name.decode(), value.decode()) for name, value in _fields(data) if value]
     except ValueError:
-        raise InvalidRequest(f"The form is not UTF-8, or has more than {MAX_FIELDS} fields.") from None
+        raise InvalidRequest("The form is not UTF-8.") from None
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise InvalidRequest("The form has a field twice.")
