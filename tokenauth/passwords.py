@@ -1,6 +1,5 @@
 """Passwords: the only module that knows passlib; hashing runs in a lane of its own."""
 
-import hmac
 import math
 import os
 import re
@@ -8,7 +7,7 @@ import resource
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ _MAX_PARALLELISM = 64
 _SCRYPT_KIB = int((2**31 - 1) / 1.05 / 1024)
 """Memory that Python lets scrypt use (`maxmem` is a C int), with the reserve that passlib adds."""
 
-_GROUPS = 64
+_GROUPS = 8
 """Groups of users of one cost, so that a choice among them is as fast for any number of users."""
 
 _BCRYPT_BYTES = 72
@@ -85,7 +84,7 @@ class _StandIn(NamedTuple):
 
     def score(self, name: str) -> float:
         """Say how much a name belongs here (rendezvous hashing, weighted by the users)."""
-        drawn = int.from_bytes(hmac.digest(self.key, name.encode(errors="surrogatepass"), "sha256")[:8])
+        drawn = int.from_bytes(blake2b(name.encode(errors="surrogatepass"), key=self.key, digest_size=8).digest())
         return math.log((drawn + 0.5) / 2**64) / self.users
 
 
@@ -204,7 +203,7 @@ class Passwords:
             hashes.setdefault((like, group), []).append(user.password_hash)
         # The least of the hashes is a secret that all workers and nodes have, and that few edits change.
         return [
-            _StandIn(text, f"{group} {min(secrets)}".encode(), len(secrets))
+            _StandIn(text, sha256(f"{group} {min(secrets)}".encode()).digest(), len(secrets))
             for (text, group), secrets in hashes.items()
         ]
 
