@@ -1,18 +1,24 @@
-# Everything runs in .venv, which is made from requirements.lock: exact versions, with hashes.
+# Everything runs in .venv, which is made from lock files: exact versions, with hashes. requirements-serve.lock has what
+# serving takes (also on PostgreSQL) and building the wheel; requirements.lock has what the tests and checks take, too.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: install serve test check bench faults lock swagger-ui wheel clean
 
 install: .venv/.installed
 
-.venv/.installed: requirements.lock pyproject.toml
+.venv/.serves: requirements-serve.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP) --require-hashes -r requirements-serve.lock
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
-serve: install
+.venv/.installed: .venv/.serves requirements.lock
+	$(PIP) --require-hashes -r requirements.lock
+	touch $@
+
+serve: .venv/.serves
 	$(BIN)/tokenauth serve --config config.toml
 
 test: install
@@ -29,13 +35,15 @@ bench: install
 faults: install
 	$(BIN)/pytest -m faults
 
-wheel: install
+wheel: .venv/.serves
 	$(BIN)/python -m hatchling build -t wheel
 
+COMPILE := $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 lock:
-	$(BIN)/python -m pip install --quiet pip-tools
-	$(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --generate-hashes --extra dev \
-		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	$(PIP) pip-tools
+	$(COMPILE) --extra dev --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra build,postgres --constraint requirements.lock --output-file requirements-serve.lock pyproject.toml
 
 # The page at /docs: two files of npm's swagger-ui-dist, as they are, compressed.
 SWAGGER_UI := 5.35.0
