@@ -1,5 +1,6 @@
 """What HTTP/1.1 makes possible around a request: trailers, pipelines, upgrades, and connections that break."""
 
+import http.client
 import re
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import httpx
 import pytest
 
 from tests.connections import Connection
+from tests.hosting import read_all
 from tests.journal import until
 from tests.lending import Borrower
 from tests.oauth.forms import CLIENTS, GATEWAY, UNKNOWN, basic
@@ -137,6 +139,131 @@ def test_an_upgrade_is_not_taken_up_and_nothing_behind_it_is_lost(server: Server
     warned = len(server.events("Unsupported upgrade request."))
     assert converse(server.port, upgrade * 3 + request("GET /healthz", "Connection: close")) == [200] * 4
     assert len(server.events("Unsupported upgrade request.")) == warned
+
+
+INNER = b"GET /healthz?inner HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADES = ["Connection: Upgrade", "Upgrade: websocket"]
+LAST = b"GET /healthz?last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def framed(method: str, framing: str, *headers: str) -> bytes:
+    """Write a request whose body holds another one, measured in one of four ways."""
+    measures = {
+        "length": [f"Content-Length: {len(INNER)}"],
+        "chunks": ["Transfer-Encoding: chunked"],
+        "both": [f"Content-Length: {len(INNER)}", "Transfer-Encoding: chunked"],
+        "neither": [],
+    }
+    body = {"length": INNER, "neither": b""}.get(framing, chunks(INNER))
+    return "\r\n".join([f"{method} /healthz HTTP/1.1", "Host: x", *measures[framing], *headers, "", ""]).encode() + body
+
+
+def cut(sent: bytes, how: str) -> list[bytes]:
+    """Cut what is sent into segments."""
+    if how == "byte by byte":
+        return [sent[at : at + 1] for at in range(len(sent))]
+    head = sent.index(b"\r\n\r\n") + 4
+    return [sent] if how == "in one" else [sent[:head], sent[head:]]
+
+
+@pytest.mark.parametrize("how", ["in one", "in two", "byte by byte"])
+@pytest.mark.parametrize("framing", ["length", "chunks", "both", "neither"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "CONNECT"])
+def test_no_body_is_taken_for_a_request(server: Server, method: str, framing: str, how: str) -> None:
+    """What asks for another protocol has a body like all others (RFC 9110 section 7.8); CONNECT is refused."""
+    usual = {"GET": 200, "POST": 405, "OPTIONS": 405, "CONNECT": 400}[method]
+    for headers in ([], UPGRADES):
+        statuses = converse(server.port, *cut(framed(method, framing, *headers), how), LAST)
+        if method == "CONNECT" or framing == "both":
+            assert statuses == [400]
+        else:  # an answer that is given before the body has come closes the connection
+            assert statuses in ([usual], [usual, 200]), headers
+        if framing == "neither" and method != "CONNECT":
+            assert statuses == [usual, 200], headers
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /healthz", 200),
+        ("GET /auth", 401),
+        ("GET /nowhere", 404),
+        ("PUT /api/token", 405),
+        ("POST /api/token", 415),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["Expect: 100-continue"]], ids=["", "expecting 100"])
+def test_an_answer_before_the_body_closes_the_connection(
+    server: Server, request_line: str, status: int, more: list[str]
+) -> None:
+    """Else the next request would be taken for the body."""
+    sent = request(request_line, "Content-Type: text/plain", *more, body=b"x" * 77)[:-77]
+    for late in (LAST, b"x" * 77 + LAST):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(sent)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, answer.headers["Connection"]) == (status, "close")
+            answer.read()
+            connection.sendall(late)
+            assert connection.recv(1) == b""
+
+
+def test_an_early_answer_reaches_a_client_that_still_sends(server: Server) -> None:
+    """To close at once would reset the connection, and the answer would be lost."""
+    size = 2_000_000
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request("PUT /api/token", body=b" " * size))
+        assert read_all(connection).startswith(b"HTTP/1.1 405 ")
+
+
+UNFRAMED = {
+    "no Host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "two Hosts": request("GET /healthz", "Host: x"),
+    "two Hosts in HTTP/1.0": b"GET /healthz HTTP/1.0\r\nHost: x\r\nHost: x\r\n\r\n",
+    "a Host that is none": b"GET /healthz HTTP/1.1\r\nHost: x/y\r\n\r\n",
+    "HTTP/0.9": b"GET /healthz HTTP/0.9\r\nHost: x\r\n\r\n",
+    "HTTP/2.0": b"GET /healthz HTTP/2.0\r\nHost: x\r\n\r\n",
+    "no version": b"GET /healthz\r\n\r\n",
+    "chunks in HTTP/1.0": b"POST /healthz HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "two lengths": request("POST /healthz", "Content-Length: 0"),
+    "another coding": request("POST /healthz", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip"),
+    "a coding before chunks": request("POST /healthz", "X: y", body=b"").replace(
+        b"Content-Length: 0", b"Transfer-Encoding: gzip, chunked"
+    ),
+    "a folded line": request("GET /healthz", "A: b\r\n c"),
+    "a blank before the colon": request("GET /healthz", "A : b"),
+    "a line feed alone": request("GET /healthz", "A: b\nContent-Length: 3"),
+    "a carriage return alone": request("GET /healthz", "A: b\rContent-Length: 3"),
+    "a NUL": request("GET /healthz", "A: b\0"),
+    "CONNECT": request("CONNECT example.com:443"),
+    "the start of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", UNFRAMED)
+def test_what_cannot_be_framed_is_refused_and_the_connection_closed(server: Server, what: str) -> None:
+    assert converse(server.port, UNFRAMED[what] + LAST) == [400]
+
+
+@pytest.mark.parametrize("target", ["http://x/healthz", "http://x/healthz?a#b", "/healthz#a", "/%68ealthz"])
+def test_other_forms_of_a_target_are_taken(server: Server, target: str) -> None:
+    assert converse(server.port, request(f"GET {target}") + LAST) == [200, 200]
+
+
+def test_a_request_without_a_host_is_fine_in_http_1_0(server: Server) -> None:
+    assert converse(server.port, b"GET /healthz HTTP/1.0\r\n\r\n") == [200]
+
+
+def test_close_in_a_trailer_is_heard(server: Server) -> None:
+    """The parser takes no request after it: who is not told would wait for an answer to the next one."""
+    login = request(
+        "POST /api/token",
+        "Content-Type: application/json",
+        "Transfer-Encoding: chunked",
+        body=chunks(b'{"username": "admin", "password": "admin"}', trailers=b"Connection: close\r\n"),
+    )
+    assert converse(server.port, login + LAST) == [200]
 
 
 TARGETS = ["/auth", "/auth?scope=read", "http://issuer/auth", "/%61uth", "/auth#x"]
