@@ -49,8 +49,8 @@ _FILL_TOKENS = """
     ORDER BY 1
 """
 _FILL_LENT = """
-    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired)
-    SELECT 'lent', lpad(n::text, 64, '0'), extract(epoch FROM now()) + 86400, 'worker-7', 1, false
+    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired)
+    SELECT 'lent', lpad(n::text, 64, '0'), extract(epoch FROM now()) + 86400, 'worker-7', 1, 'user0', false
     FROM generate_series({first}, {last}) AS n
 """
 _FILL_FREE = """

@@ -80,14 +80,19 @@ def fill(config: Path, count: int) -> None:
     os.sync()  # now, and not while something is measured
 
 
+_INSERT = """
+    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired) VALUES (?, ?, ?, ?, ?, ?, 0)
+"""
+
+
 def fill_pool(config: Path, pool: str, values: Iterable[str], lent: bool = False) -> None:
     """Put tokens into a pool of a database that is there: free, or lent for a day."""
     now = time.time()
-    row = (now + 86400, "worker-7", 1) if lent else (now, None, 0)
+    row = (now + 86400, "worker-7", 1, "user0") if lent else (now, None, 0, None)
     with closing(sqlite3.connect(database(config))) as db, db:
         db.execute("PRAGMA synchronous = OFF")
         rows = ((pool, value, *row) for value in values)
-        db.executemany("INSERT INTO pool_tokens VALUES (NULL, ?, ?, ?, ?, ?, 0)", rows)
+        db.executemany(_INSERT, rows)
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.sync()

@@ -10,6 +10,8 @@ REFUSALS = {
     "token_required": (401, "Send a token in the X-Token or the Authorization: Bearer header."),
     "invalid_token": (401, "The token is not valid: it is unknown, expired or revoked. Log in again."),
     "unknown_pool": (404, "There is no pool of this name."),
+    "forbidden": (403, "The lease belongs to another user."),
+    "insufficient_scope": (403, "This needs the scope 'admin'."),
     "not_found": (404, "The pool has no such token."),
     "pool_full": (409, "The pool has no room for so many tokens. None was made."),
     "no_free_token": (409, "The pool has no free token."),

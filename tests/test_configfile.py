@@ -56,7 +56,8 @@ MISTAKES = {
     " is not a duration such as '24h', '5m', '30s' or a number of seconds",
     '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: must be from 0 to 100000000, and is -1',
     '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: expected `int | null`, got `array`',
-    "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, prefill, scope",
+    "[pools.a.b]": "pools.a.b: there is no such key; known are"
+    " capacity, token_ttl, lease_ttl, prefill, scope, manage_scope",
     "[pools]\na = 1": "pools.a: expected `object`, got `int`",
     "[[pools]]": "pools: expected `object`, got `array`",
     "[pool.a]": "pool: there is no such key; did you mean pools?",

@@ -99,10 +99,10 @@ def test_a_token_is_gone_at_the_instant_that_is_shown(pool: Pool, retired: bool,
 
 def test_lending_extending_and_releasing_change_what_they_must_and_nothing_else() -> None:
     free = PERMIT._replace(free_at=900, holder=None)
-    lent = POOL.lent(free, "bob", 1_000)
-    assert lent == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4)
+    lent = POOL.leased(free, "bob", "ann", 1_000)
+    assert lent == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4, username="ann")
     assert POOL.extended(lent, 1_050) == lent._replace(free_at=1_110)
-    assert POOL.released(lent, 1_050) == lent._replace(free_at=1_050, holder=None)
+    assert POOL.released(lent, 1_050) == lent._replace(free_at=1_050, holder=None, username=None)
     retired = lent._replace(retired=True)
     assert POOL.extended(retired, 1_050).retired
     assert POOL.released(retired, 1_050).retired
@@ -115,6 +115,18 @@ def test_a_claim_holds_when_all_that_it_names_is_right(holder: str | None, fence
     assert Claim(holder, fence).holds(PERMIT, 999) is right
     assert ANY_LEASE.holds(PERMIT, 999)
     assert not Claim(holder, fence).holds(PERMIT, 1_000)
+
+
+@pytest.mark.parametrize(
+    ("lessee", "user", "right"), [("ann", "ann", True), ("ann", "bob", False), (None, "ann", False)]
+)
+def test_only_its_user_owns_a_lease_and_anyone_may_where_no_user_is_named(
+    lessee: str | None, user: str, right: int
+) -> None:
+    token = PERMIT._replace(username=lessee)
+    assert Claim(username=user).owns(token) is bool(right)
+    assert Claim("ann", 3, user).holds(token, 999) is bool(right)
+    assert ANY_LEASE.holds(token, 999)
 
 
 def test_a_permit_that_is_printed_does_not_show_what_it_permits_with() -> None:

@@ -199,7 +199,7 @@ class Application:
         """Log who lacks which scope, with the route: a path may hold a token."""
         found = self._routes.find(scope["path"])
         route = "(none)" if found is None else found[0].template
-        log.warning("access_denied", user=requests.caller(scope, "(unknown)"), route=route, scope=error.scope)
+        log.warning("access_denied", user=requests.username(scope) or "(unknown)", route=route, scope=error.scope)
 
     def _endpoint(self, scope: Scope) -> ASGIApp:
         """Return what answers at an address. Raises NotFound."""

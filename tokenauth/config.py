@@ -240,6 +240,7 @@ class Config(Section, frozen=True):
                 capacity=entry.capacity,
                 prefill=entry.prefill,
                 scope=entry.scope,
+                manage_scope=entry.manage_scope,
                 ages_while_lent=self.dialects.token_pool is not None and self.dialects.token_pool.pool == name,
             )
             for name, entry in self.pools.items()

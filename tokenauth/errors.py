@@ -72,7 +72,7 @@ class InsufficientScope(Refusal):
 
 
 class Forbidden(Refusal):
-    """A reverse proxy asks for something that cannot be told, so nobody passes."""
+    """The request is understood and refused, whoever sends it; the message says why."""
 
     code = "forbidden"
 
@@ -134,6 +134,12 @@ class NoFreeToken(Refusal):
     def __init__(self, retry_after: int | None = None) -> None:
         super().__init__()
         self.retry_after = retry_after
+
+
+class NotYourLease(Forbidden):
+    """The lease belongs to another user; only that user keeps it alive or releases it."""
+
+    description = "The lease belongs to another user."
 
 
 class LeaseLost(Refusal):

@@ -16,6 +16,7 @@ class PoolEntry(Section, frozen=True):
     lease_ttl: Duration = Duration(60)
     prefill: bool = False
     scope: str | None = None
+    manage_scope: str = "admin"
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
@@ -30,6 +31,7 @@ class PoolEntry(Section, frozen=True):
             raise ValueError("token_ttl: does not go with prefill, whose tokens wait for ever")
         if self.scope is not None:
             check_scope("scope", self.scope)
+        check_scope("manage_scope", self.manage_scope)
 
 
 class Dialect(Section, frozen=True):

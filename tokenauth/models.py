@@ -132,6 +132,7 @@ class Pool:
 
     A token waits for at most `token_ttl` seconds until somebody takes it, and is lent for `lease_ttl` seconds.
     `capacity` is how many tokens may be in being, free and lent; with `prefill` always so many are.
+    Users with `manage_scope` see and change what is others'.
     `ages_while_lent`: the time for which a token was lent, and not given back, counts as time that it has waited.
     """
 
@@ -141,7 +142,12 @@ class Pool:
     capacity: int | None = None
     prefill: bool = False
     scope: str | None = None
+    manage_scope: str = "admin"
     ages_while_lent: bool = False
+
+    def managed_by(self, user: Identity) -> bool:
+        """Whether the user may generate, delete and see all tokens, and end leases of others."""
+        return self.manage_scope in user.scopes
 
     def floor(self, now: Instant) -> Instant:
         """Say since when a token may have been free, at the latest, to have expired `now`."""
@@ -158,9 +164,9 @@ class Pool:
         floor = self.floor(now) if token.holder is None else self.lapsed_floor(now)
         return not token.retired and floor < token.free_at
 
-    def lent(self, token: "PoolToken", holder: str, now: Instant) -> "PoolToken":
-        """Return the token as it is lent to somebody `now`."""
-        return token._replace(free_at=now + self.lease_ttl, holder=holder, fence=token.fence + 1)
+    def leased(self, token: "PoolToken", holder: str, username: str | None, now: Instant) -> "PoolToken":
+        """Return the token as it is leased from `now` on."""
+        return token._replace(free_at=now + self.lease_ttl, holder=holder, fence=token.fence + 1, username=username)
 
     def extended(self, token: "PoolToken", now: Instant) -> "PoolToken":
         """Return a token that is lent, with its lease running anew; it never ends earlier than it was to."""
@@ -168,7 +174,7 @@ class Pool:
 
     def released(self, token: "PoolToken", now: Instant) -> "PoolToken":
         """Return a token that is free from `now` on."""
-        return token._replace(free_at=now, holder=None)
+        return token._replace(free_at=now, holder=None, username=None)
 
     def expires_at(self, token: "PoolToken") -> Instant | None:
         """Say when a token is gone unless somebody touches it before; None: never."""
@@ -185,7 +191,8 @@ class PoolToken(NamedTuple):
 
     `free_at` is when it became free, or will: a lease is over the moment its time is up, and a token that has
     been free for too long has expired. Nothing has to notice: the same row simply reads so from then on.
-    `fence` counts its leases. A `retired` token is not lent again.
+    `fence` counts its leases. A `retired` token is not lent again. `username` is whose the latest lease is; None: the
+    lease was granted without a login, by a dialect.
     """
 
     pool: str
@@ -194,6 +201,7 @@ class PoolToken(NamedTuple):
     holder: str | None = None
     fence: int = 0
     retired: bool = False
+    username: str | None = None
 
     def lease(self, now: Instant) -> "Lease | None":
         """Return the claim that somebody has on it, if anybody does."""
@@ -211,16 +219,33 @@ class Lease(NamedTuple):
     until: Instant
 
 
+Place = tuple[Instant, int]
+"""Where a lease is in the list of leases: when it ends, and the number of its row."""
+
+FIRST: Place = (0.0, 0)
+"""The place before all leases."""
+
+
 class Claim(NamedTuple):
-    """What somebody knows of the lease that he says he has; what he leaves out is not compared."""
+    """What a caller knows of its lease, and the user that it is logged in as; what is None is not compared."""
 
     holder: str | None = None
     fence: int | None = None
+    username: str | None = None
 
     def holds(self, token: PoolToken, now: Instant) -> bool:
         """Whether this is the lease that the token is under."""
         lease = token.lease(now)
-        return lease is not None and self.holder in {None, lease.holder} and self.fence in {None, token.fence}
+        return (
+            lease is not None
+            and self.owns(token)
+            and self.holder in {None, lease.holder}
+            and self.fence in {None, token.fence}
+        )
+
+    def owns(self, token: PoolToken) -> bool:
+        """Whether the token's latest lease is this user's."""
+        return self.username in {None, token.username}
 
 
 ANY_LEASE = Claim()

@@ -10,13 +10,14 @@ from tokenauth.errors import (
     InvalidRequest,
     LeaseLost,
     NoFreeToken,
+    NotYourLease,
     PoolFull,
     RetryLater,
     UnknownPool,
     UnknownToken,
 )
 from tokenauth.logs import log
-from tokenauth.models import ANY_LEASE, Claim, Clock, Identity, Instant, Pool, PoolCounts, PoolToken
+from tokenauth.models import ANY_LEASE, Claim, Clock, Identity, Instant, Place, Pool, PoolCounts, PoolToken
 from tokenauth.stores.base import Lent, Store, Touched
 
 MAX_COUNT = 1000
@@ -57,6 +58,13 @@ class Pools:
             raise InsufficientScope(pool.scope)
         return pool
 
+    def find_managed(self, name: str, user: Identity | None) -> Pool:
+        """Return the terms of a pool that this user manages. Raises UnknownPool, InsufficientScope."""
+        pool = self.find(name, user)
+        if user is not None and not pool.managed_by(user):
+            raise InsufficientScope(pool.manage_scope)
+        return pool
+
     def open_to(self, user: Identity | None = None) -> Sequence[Pool]:
         """List the pools that a user may use, or all."""
         return [
@@ -74,17 +82,17 @@ class Pools:
             raise PoolFull
         return values
 
-    async def assign(self, pool: Pool, holder: str) -> PoolToken:
-        """Lend the token that has been free longest. Raises NoFreeToken."""
+    async def assign(self, pool: Pool, holder: str, username: str | None = None) -> PoolToken:
+        """Lease the token that has been free longest to a user; None: to whoever asks. Raises NoFreeToken."""
         now = self._clock()
-        lent = await self._store.pools.lease(pool, holder, now)
+        lent = await self._store.pools.lease(pool, holder, now, username)
         if lent.token is None:
             raise NoFreeToken(None if lent.next_end is None else max(1, math.ceil(lent.next_end - now)))
         return lent.token
 
-    async def take(self, pool: Pool, holder: str) -> tuple[bool, int]:
+    async def take(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
         """Lend any token, as a counting semaphore is acquired; say whether there was one, and how many are left."""
-        lent: Lent = await self._store.pools.lease(pool, holder, self._clock(), counted=True)
+        lent: Lent = await self._store.pools.lease(pool, holder, self._clock(), username, counted=True)
         return lent.token is not None, lent.left or 0
 
     async def give_back(self, pool: Pool) -> tuple[bool, int]:
@@ -92,12 +100,17 @@ class Pools:
         return await self._store.pools.release_next(pool, self._clock())
 
     async def keep_alive(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> PoolToken:
-        """Let a lease run for its full time from now. Raises UnknownToken, LeaseLost."""
-        return _done(await self._store.pools.extend(pool, _named(value), self._clock(), claim))
+        """Let a lease run for its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
+        now = self._clock()
+        return _done(await self._store.pools.extend(pool, _named(value), now, claim), claim, now)
 
-    async def refresh(self, pool: Pool, value: str) -> tuple[PoolToken, bool]:
-        """Let a token, lent or free, stay so for its full time; say whether it is lent. Raises UnknownToken."""
-        token = _done(await self._store.pools.extend(pool, _named(value), self._clock(), free_too=True))
+    async def refresh(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> tuple[PoolToken, bool]:
+        """Let a token, lent or free, stay so for its full time; say whether it is lent.
+
+        Raises UnknownToken, NotYourLease.
+        """
+        now = self._clock()
+        token = _done(await self._store.pools.extend(pool, _named(value), now, claim, free_too=True), claim, now)
         return token, token.holder is not None
 
     async def refresh_free(self, pool: Pool) -> int:
@@ -111,8 +124,18 @@ class Pools:
         return found.available
 
     async def release(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> None:
-        """End a lease: the token is free. Raises UnknownToken, LeaseLost."""
-        _done(await self._store.pools.release(pool, _named(value), self._clock(), claim))
+        """End a lease: the token is free. Raises UnknownToken, LeaseLost, NotYourLease."""
+        now = self._clock()
+        _done(await self._store.pools.release(pool, _named(value), now, claim), claim, now)
+
+    async def release_by_force(self, pool: Pool, value: str, by: str, reason: str) -> None:
+        """End a lease, whoever has it, and log who did that and why. Raises UnknownToken, LeaseLost."""
+        now = self._clock()
+        held = await self.get(pool, value)
+        claim = Claim(fence=held.fence)  # the lease that ends is the one that is logged
+        _done(await self._store.pools.release(pool, value, now, claim), claim, now)
+        about = {"user": held.username, "holder": held.holder, "fence": held.fence}
+        log.warning("lease_forced", pool=pool.name, **about, by=by, reason=reason)
 
     async def delete(self, pool: Pool, value: str) -> None:
         """Delete a token, free or lent; where there is `prefill`, a new one takes its place. Raises UnknownToken."""
@@ -134,6 +157,10 @@ class Pools:
     async def members(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
         """List tokens ordered by value, from the first one after `after`."""
         return await self._store.pools.members(pool, self._clock(), after, limit)
+
+    async def leases(self, pool: Pool, after: Place, limit: int) -> Sequence[tuple[Place, PoolToken]]:
+        """List the leased tokens with their places, in the order in which the leases end."""
+        return await self._store.pools.leases(pool, self._clock(), after, limit)
 
     def now(self) -> Instant:
         """Read the clock that leases are judged by."""
@@ -178,12 +205,14 @@ def named_holder(name: str, field: str = "holder") -> str:
     return name
 
 
-def _done(touched: Touched | None) -> PoolToken:
+def _done(touched: Touched | None, claim: Claim, now: Instant) -> PoolToken:
     if touched is None:
         raise UnknownToken
-    if not touched.done:
-        raise LeaseLost
-    return touched.token
+    if touched.done:
+        return touched.token
+    if touched.token.lease(now) is not None and not claim.owns(touched.token):
+        raise NotYourLease
+    raise LeaseLost
 
 
 def _named(value: str) -> str:

@@ -65,7 +65,9 @@ class Model:
 
     def holds(self, one: PoolToken, claim: Claim) -> bool:
         """Whether this is the lease that a token is under."""
-        return self.now < one.free_at and claim.holder in {None, one.holder} and claim.fence in {None, one.fence}
+        named = {"holder": claim.holder, "fence": claim.fence, "username": claim.username}
+        wrong = [key for key, value in named.items() if value not in {None, getattr(one, key)}]
+        return self.now < one.free_at and not wrong
 
     def put(self, *changed: PoolToken) -> None:
         """Keep what has become of tokens."""
@@ -77,14 +79,16 @@ class Model:
 
     def freed(self, one: PoolToken) -> PoolToken:
         """Return a token as it is when it is given up."""
-        return one._replace(free_at=self.now, holder=None)
+        return one._replace(free_at=self.now, holder=None, username=None)
 
-    def lend(self, got: PoolToken, holder: str, lendable: list[float]) -> None:
+    def lend(self, got: PoolToken, holder: str, lendable: list[float], user: str | None = None) -> None:
         """Lend what somebody got, if it may be lent to him."""
         one = self.there[got.value]
         assert one in self.free(), f"somebody has it: {one}"
         assert one.free_at in lendable, f"another has been free longer: {one}"
-        assert got == one._replace(free_at=self.now + self.pool.lease_ttl, holder=holder, fence=one.fence + 1)
+        assert got == one._replace(
+            free_at=self.now + self.pool.lease_ttl, holder=holder, fence=one.fence + 1, username=user
+        )
         self.put(got)
         assert self.pool.capacity is None or len(self.lent()) <= self.pool.capacity, "more are lent than there may be"
 

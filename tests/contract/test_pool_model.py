@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.contract.conftest import STORES, Opener, Place, Places, Templates
 from tests.contract.pool_model import Model
-from tokenauth.models import Claim, Pool, PoolCounts, PoolToken
+from tokenauth.models import FIRST, Claim, Pool, PoolCounts, PoolToken
 from tokenauth.stores.base import PoolStore, Touched
 
 BOUNDED = Pool("bounded", lease_ttl=8, token_ttl=20, capacity=5)
@@ -42,6 +42,7 @@ class Step(NamedTuple):
     number: int
     amount: int
     holder: str
+    user: str | None
     said: tuple[bool, int | None]
     """Whether the holder is named, and by how much the fence is wrong, if that is named."""
 
@@ -54,11 +55,12 @@ step = st.builds(
     st.integers(0, 9),
     st.integers(0, 7),
     st.sampled_from(["ann", "bob"]),
+    st.sampled_from([None, "kim", "lee"]),
     st.tuples(st.booleans(), st.sampled_from([None, 0, 0, -1, 1])),
 )
 
 
-FILL = Step("fit", 0, 0, 5, 7, "", (False, None))
+FILL = Step("fit", 0, 0, 5, 7, "", None, (False, None))
 
 
 class Lending:
@@ -87,6 +89,16 @@ class Lending:
         """Return all tokens."""
         return {one.value: one for one in await store.members(self.pool, self.model.now, "", 1000)}
 
+    async def leases(self, store: PoolStore, limit: int) -> list[PoolToken]:
+        """Return all leased tokens, read page by page, by value."""
+        found, place = [], FIRST
+        while page := await store.leases(self.pool, self.model.now, place, limit):
+            assert all(place < here for here, _ in page)
+            found += [one for _, one in page]
+            place = page[-1][0]
+        assert [one.free_at for one in found] == sorted(one.free_at for one in found)
+        return sorted(found, key=lambda one: one.value)
+
     async def generate(self, store: PoolStore, step: Step) -> None:
         """Add tokens, all or none."""
         values, capacity = self.model.new_values(1 + step.amount // 2), self.pool.capacity
@@ -98,12 +110,12 @@ class Lending:
     async def assign(self, store: PoolStore, step: Step) -> None:
         """Lend the token that has been free longest."""
         ends, lendable, counted = [one.free_at for one in self.model.lent()], self.model.lendable(1), step.amount > 3
-        lent = await store.lease(self.pool, step.holder, self.model.now, counted)
+        lent = await store.lease(self.pool, step.holder, self.model.now, step.user, counted)
         if lent.token is None:
             assert not lendable
             assert lent.next_end == min(ends, default=None)
         else:
-            self.model.lend(lent.token, step.holder, lendable)
+            self.model.lend(lent.token, step.holder, lendable, step.user)
         assert not counted or lent.left == self.model.available()
 
     async def assign_at_once(self, _: PoolStore, step: Step) -> None:
@@ -142,7 +154,7 @@ class Lending:
     def _claim(self, value: str, step: Step) -> tuple[PoolToken | None, Claim]:
         one, (named, error) = self.model.find(value), step.said
         fence = None if error is None else (one.fence if one else 0) + error
-        return one, Claim(step.holder if named else None, fence)
+        return one, Claim(step.holder if named else None, fence, step.user)
 
     def _compare(self, touched: Touched | None, one: PoolToken | None, after: PoolToken | None) -> None:
         if one is None:
@@ -237,6 +249,7 @@ class Lending:
         """Hold what the other process says against the model, and the model against what is promised."""
         store, live = self._both[1 - step.process].pools, self.model.live()
         assert list((await self.members(store)).values()) == live
+        assert await self.leases(store, 1 + step.amount) == sorted(self.model.lent(), key=lambda one: one.value)
         counts = PoolCounts(self.model.available(), len(self.model.lent()))
         assert await store.count(self.pool, self.model.now) == counts
         value = self.model.pick(step.number)

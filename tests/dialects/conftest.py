@@ -202,7 +202,7 @@ def fill(config: Path, pool: str, count: int, now: float) -> list[str]:
     values = [f"{secrets.token_hex(8)}-{number}" for number in range(count)]
     with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
         lines = ((pool, value, now) for value in values)
-        db.executemany("INSERT INTO pool_tokens VALUES (NULL, ?, ?, ?, NULL, 0, 0)", lines)
+        db.executemany("INSERT INTO pool_tokens (pool, value, free_at, fence, retired) VALUES (?, ?, ?, 0, 0)", lines)
     return values
 
 

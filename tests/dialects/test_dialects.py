@@ -23,8 +23,10 @@ prefill = true
 scope = "read"
 [pools.uuids]
 scope = "read"
+manage_scope = "read"
 [pools.owned]
 scope = "read"
+manage_scope = "read"
 [dialects.simple-token-implement]
 pool = "permits"
 password = "{API_PASSWORD}"

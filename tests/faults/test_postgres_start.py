@@ -16,8 +16,9 @@ from tests.lending import Borrower
 from tests.postgres import Cluster
 from tests.postgres_store.nodes import connected, fetch, fresh, nodes, write_config_for
 from tests.postgres_store.test_schema import start, start_together, token
-from tests.postgres_store.upgrades import COLUMNS, newer_release
+from tests.postgres_store.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, NEXT_STEPS, newer_release
 from tests.servers import START, Server, starting, worker
+from tokenauth.stores import schema
 
 pytestmark = pytest.mark.faults
 
@@ -92,9 +93,9 @@ def test_a_column_is_added_while_two_old_workers_serve_load_and_nobody_notices(u
         with background(load, 6):
             goes_on()
             with ExitStack() as releases:
-                for number in range(3, 8):
+                for number, revision in enumerate(NEXT_STEPS):
                     changes = [change.replace('", sa.String', f'_{number}", sa.String') for change in COLUMNS]
-                    releases.enter_context(newer_release(tmp_path, f"1.{number}", *changes))
+                    releases.enter_context(newer_release(tmp_path, revision, *changes))
                     assert asyncio.run(start(url)) is None
                     goes_on()
         assert set(load.answers) == WELL, load.answers
@@ -106,9 +107,9 @@ def test_a_column_is_added_while_two_old_workers_serve_load_and_nobody_notices(u
 
 
 async def test_a_migration_may_take_longer_than_a_request_and_so_may_waiting_for_one(url: str, tmp_path: Path) -> None:
-    with newer_release(tmp_path, "1.3", 'op.execute("SELECT pg_sleep(7)")'):
+    with newer_release(tmp_path, NEXT_STEP, 'op.execute("SELECT pg_sleep(7)")'):
         assert set(await asyncio.gather(start(url), start(url))) == {None}
-    assert await fetch(url, "SELECT version_num FROM alembic_version") == [("1.3",)]
+    assert await fetch(url, "SELECT version_num FROM alembic_version") == [(NEXT_STEP,)]
 
 
 async def test_an_upgrade_that_has_to_wait_for_a_long_query_does_not_make_everybody_wait(
@@ -116,7 +117,7 @@ async def test_an_upgrade_that_has_to_wait_for_a_long_query_does_not_make_everyb
 ) -> None:
     """A backup reads all tables in one transaction. Whoever waits to change one stands before all who only use it."""
     async with nodes(url) as (old,):
-        with newer_release(tmp_path, "1.3", *COLUMNS):
+        with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
             async with connected(url) as backup, backup.transaction():
                 await backup.execute("SELECT FROM tokens")
                 upgrade = asyncio.create_task(start(url))
@@ -134,13 +135,13 @@ async def test_an_upgrade_that_has_to_wait_for_a_long_query_does_not_make_everyb
 def test_a_newer_generation_makes_old_workers_unready_and_keeps_them_from_starting(url: str, tmp_path: Path) -> None:
     config = write_config_for(url, tmp_path, POOLS)
     with worker(config) as old, Connection(old.port) as connection:
-        with newer_release(tmp_path, "2.1", *COLUMNS):
+        with newer_release(tmp_path, NEXT_GENERATION, *COLUMNS):
             assert asyncio.run(start(url)) is None
         answer = connection.ask("GET", "/readyz")
         assert answer.status == 503
-        assert b"schema is 2.1, this release needs 1.2" in answer.body
+        assert f"schema is {NEXT_GENERATION}, this release needs {schema.HEAD}".encode() in answer.body
         with starting(config) as refused:
             assert refused.process.wait(60) != 0
             said = refused.log.read_text()
-        assert "the database has schema 2.1, which this release does not know" in said
+        assert f"the database has schema {NEXT_GENERATION}, which this release does not know" in said
         assert "Traceback" not in said

@@ -9,16 +9,21 @@ prefill = true
 
 [pools.uuids]
 capacity = 1000000
+manage_scope = "read"
 
 [pools.random]
+manage_scope = "read"
 
 [pools.owned]
+manage_scope = "read"
 
 [pools.small]
 capacity = 1
+manage_scope = "read"
 
 [pools.restricted]
 scope = "write"
+manage_scope = "write"
 """
 
 _DIALECTS = {

@@ -25,6 +25,7 @@ from tokenauth.errors import (
     MethodNotAllowed,
     NoFreeToken,
     NotFound,
+    NotYourLease,
     Overloaded,
     PoolFull,
     Refusal,
@@ -110,7 +111,16 @@ REFUSED: dict[type[Refusal], list[Ask]] = {
 }
 """Requests that are refused whatever was asked before; tests of their own have what needs more."""
 
-ELSEWHERE = {TokenRequired, InvalidToken, BodyTooLarge, LeaseLost, TooManyAttempts, Overloaded, StoreUnavailable}
+ELSEWHERE = {
+    TokenRequired,
+    InvalidToken,
+    BodyTooLarge,
+    LeaseLost,
+    NotYourLease,
+    TooManyAttempts,
+    Overloaded,
+    StoreUnavailable,
+}
 """What the tests further down ask for."""
 
 NOWHERE = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, Unsure}
@@ -209,6 +219,15 @@ def test_a_lease_that_is_lost_is_refused_as_documented(asker: Asker) -> None:
     for method in ("PUT", "DELETE"):
         answer = asker.ask(method, f"/api/pools/uuids/leases/{token}", "ann")
         assert (answer.status_code, answer.json()["error"]) == (409, "lease_lost")
+
+
+def test_a_lease_of_another_user_is_refused_as_documented(asker: Asker) -> None:
+    asker.ask("POST", "/api/pools/uuids/tokens", "ann")
+    token = asker.ask("POST", "/api/pools/uuids/leases", "ann").json()["token"]
+    for method in ("PUT", "DELETE"):
+        answer = asker.ask(method, f"/api/pools/uuids/leases/{token}", "bob")
+        assert (answer.status_code, answer.json()["error"]) == (403, "forbidden")
+    assert asker.ask("DELETE", f"/api/pools/uuids/tokens/{token}", "ann").status_code == 204
 
 
 def test_a_full_pool_that_is_all_lent_says_when_to_come_back_as_documented(asker: Asker, clock: HandClock) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tests.postgres_store.nodes import connected, fetch, nodes, write_config_for
-from tests.postgres_store.upgrades import COLUMNS, newer_release
+from tests.postgres_store.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, newer_release
 from tests.processes import Forked
 from tests.servers import START, spawn
 from tokenauth.config import Database
@@ -155,7 +155,7 @@ async def test_a_start_that_waits_for_an_upgrade_says_so_and_ends_when_told_to(d
 async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_on_it(url: str, tmp_path: Path) -> None:
     async with nodes(url) as (old,):
         await old.tokens.add(token(1), 0, START)
-        with newer_release(tmp_path, "1.3", *COLUMNS):
+        with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
             assert await start(url) is None
         assert {("tokens", "device"), ("pool_tokens", "note")} <= set(await fetch(url, COLUMNS_OF))
         assert await old.ready() is None
@@ -163,7 +163,7 @@ async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_
         async with nodes(url) as (again,):
             assert await again.ready() is None
             await serve(again)
-    assert await fetch(url, "SELECT version_num FROM alembic_version") == [("1.3",)]
+    assert await fetch(url, "SELECT version_num FROM alembic_version") == [(NEXT_STEP,)]
 
 
 async def serve(store: Any) -> None:
@@ -180,11 +180,14 @@ async def serve(store: Any) -> None:
 
 async def test_a_newer_generation_is_refused_and_whoever_runs_says_that_it_came(url: str, tmp_path: Path) -> None:
     async with nodes(url) as (old,):
-        with newer_release(tmp_path, "2.1", *COLUMNS):
+        with newer_release(tmp_path, NEXT_GENERATION, *COLUMNS):
             assert await start(url) is None
-        assert await old.ready() == f"schema is 2.1, this release needs {schema.HEAD}"
-        with pytest.raises(StartError, match=r"has schema 2\.1, which this release does not know") as refusal:
+        assert await old.ready() == f"schema is {NEXT_GENERATION}, this release needs {schema.HEAD}"
+        with pytest.raises(
+            StartError, match=rf"has schema {re.escape(NEXT_GENERATION)}, which this release does not know"
+        ) as refusal:
             await start(url)
+        assert f"has schema {NEXT_GENERATION}" in str(refusal.value)
         assert "a newer tokenauth has used it; install that release" in str(refusal.value)
 
 
@@ -195,7 +198,7 @@ async def test_a_migration_that_fails_half_way_leaves_the_schema_as_it_was(
     url: str, tmp_path: Path, failure: str
 ) -> None:
     before = await fetch(url, COLUMNS_OF)
-    with newer_release(tmp_path, "1.3", COLUMNS[0], failure), pytest.raises((StartError, RuntimeError)):
+    with newer_release(tmp_path, NEXT_STEP, COLUMNS[0], failure), pytest.raises((StartError, RuntimeError)):
         await start(url)
     assert await fetch(url, COLUMNS_OF) == before
     assert await fetch(url, "SELECT version_num FROM alembic_version") == [(schema.HEAD,)]
@@ -223,7 +226,7 @@ async def test_sqlite_has_the_same_rule(tmp_path: Path) -> None:
 
     old = await began()
     await old.tokens.add(token(1), 0, START)
-    await upgraded("1.3")
+    await upgraded(NEXT_STEP)
     again = await began()
     for store in (old, again):
         assert await store.ready() is None

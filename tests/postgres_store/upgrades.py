@@ -31,6 +31,17 @@ COLUMNS = (
 """What later steps of a generation may do."""
 
 
+_GENERATION, _NUMBER = map(int, schema.HEAD.split("."))
+
+NEXT_STEPS = [f"{_GENERATION}.{_NUMBER + more}" for more in range(1, 6)]
+"""Revisions that this release can serve beside."""
+
+NEXT_STEP = NEXT_STEPS[0]
+
+NEXT_GENERATION = f"{_GENERATION + 1}.1"
+"""A revision that this release cannot serve with."""
+
+
 @contextmanager
 def newer_release(directory: Path, revision: str, *changes: str) -> Iterator[None]:
     """Have this process be a release that brings one migration more than it had."""

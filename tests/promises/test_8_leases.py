@@ -89,7 +89,7 @@ def test_a_fence_only_grows_whatever_ends_the_lease_and_the_workers(tmp_path: Pa
     fences: list[int] = []
     for _ in range(2):
         with worker(config, clock) as server, Connection(server.port) as connection:
-            one, other = Borrower(connection), Borrower(connection, "ann")
+            one, other = Borrower(connection), Borrower(connection)
             if not fences:
                 one.generate("any")
             for user in (one, other, one):

@@ -24,7 +24,7 @@ HOLDER = """
 import sys, time
 from tests.connections import Connection
 from tests.lending import Borrower
-print(Borrower(Connection(int(sys.argv[1])), "bob").assign("any").token, flush=True)
+print(Borrower(Connection(int(sys.argv[1])), "ann").assign("any").token, flush=True)
 time.sleep(600)
 """
 
@@ -32,7 +32,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def settings() -> str:
     """Have a pool."""
-    return f"[pools.any]\nlease_ttl = {LEASE_TTL}"
+    return f"[pools.any]\nlease_ttl = {LEASE_TTL}\nmanage_scope = 'write'"
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_token_of_a_holder_that_was_killed_is_free_when_its_lease_ends(
     assert ann.counts("any") == (1, 0)
     assert row(directory) == lent
     assert ann.assign("any") == Lease(token, "ann", 2, began + 2 * LEASE_TTL, LEASE_TTL)
-    assert ann.keep_alive("any", token, holder="bob") == refusal("lease_lost")
+    assert ann.keep_alive("any", token, fence=1) == refusal("lease_lost")
 
 
 def test_a_token_whose_holder_was_gone_before_the_answer_came_is_free_when_its_lease_ends(

@@ -48,16 +48,16 @@ def admin(server: Server, now: int) -> Iterator[Borrower]:
 
 
 @pytest.fixture
-def ann(sibling: Server, now: int) -> Iterator[Borrower]:
-    """Be a user at the other worker."""
+def there(sibling: Server, now: int) -> Iterator[Borrower]:
+    """Be the same admin at the other worker."""
     with Connection(sibling.port) as connection:
-        yield Borrower(connection, "ann")
+        yield Borrower(connection)
 
 
 @pytest.fixture(params=["keep-alive", "release"])
-def touch(request: pytest.FixtureRequest, ann: Borrower) -> Touch:
+def touch(request: pytest.FixtureRequest, there: Borrower) -> Touch:
     """Touch a lease in either way: both need the same claim."""
-    return ann.keep_alive if request.param == "keep-alive" else ann.release
+    return there.keep_alive if request.param == "keep-alive" else there.release
 
 
 def third_lease(user: Borrower) -> Lease:
@@ -106,30 +106,30 @@ def test_whoever_claims_another_has_lost_his_and_changes_nothing(
 
 
 def test_a_lease_lapses_at_its_end_by_the_clock_alone(
-    admin: Borrower, ann: Borrower, clock: HandClock, now: int
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any")
     clock.set(now + LEASE_TTL - MOMENT)
-    assert ann.hears("POST", "/any/leases") == refusal("no_free_token")
-    assert ann.counts("any") == (0, 1)
+    assert there.hears("POST", "/any/leases") == refusal("no_free_token")
+    assert there.counts("any") == (0, 1)
     clock.set(now + LEASE_TTL)
-    assert admin.counts("any") == ann.counts("any") == (1, 0)
-    assert ann.assign("any") == Lease(token, "ann", 2, now + 2 * LEASE_TTL, LEASE_TTL)
+    assert admin.counts("any") == there.counts("any") == (1, 0)
+    assert there.assign("any") == Lease(token, "admin", 2, now + 2 * LEASE_TTL, LEASE_TTL)
 
 
 def test_a_lease_is_kept_alive_until_its_last_moment_again_and_again(
-    admin: Borrower, ann: Borrower, clock: HandClock, now: int
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     admin.generate("any")
-    lease = ann.assign("any")
+    lease = there.assign("any")
     for _ in range(3):
         clock.advance(LEASE_TTL - MOMENT)
         kept = lease._replace(expiry_time=int(clock() + LEASE_TTL))
         assert admin.keep_alive("any", lease.token) == (200, kept._asdict())
     assert list(admin.keep_alive("any", lease.token)[1]) == list(Lease._fields)
     clock.advance(LEASE_TTL)
-    assert ann.counts("any") == (1, 0)
+    assert there.counts("any") == (1, 0)
 
 
 def test_a_lapsed_lease_cannot_be_touched_even_if_nobody_else_has_taken_the_token(
@@ -168,68 +168,68 @@ def test_a_token_that_is_free_cannot_be_touched(admin: Borrower, touch: Touch) -
     assert touch("any", token) == touch("any", token, holder="admin", fence=1) == refusal("lease_lost")
 
 
-def test_a_released_token_can_be_lent_by_the_other_worker_at_once(admin: Borrower, ann: Borrower) -> None:
+def test_a_released_token_can_be_lent_by_the_other_worker_at_once(admin: Borrower, there: Borrower) -> None:
     (token,) = admin.generate("any")
     for fence in range(1, 20, 2):
         assert admin.assign("any").fence == fence
-        assert ann.release("any", token, holder="admin", fence=fence) == (204, None)
-        assert ann.assign("any").fence == fence + 1
+        assert there.release("any", token, holder="admin", fence=fence) == (204, None)
+        assert there.assign("any").fence == fence + 1
         assert admin.release("any", token, fence=fence + 1) == (204, None)
 
 
 def test_a_token_shows_who_has_it_and_its_highest_fence_also_after_the_lease(
-    admin: Borrower, ann: Borrower, clock: HandClock, now: int
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("waiting")
     free = {"token": token, "expiry_time": now + TOKEN_TTL}
-    lent = {"token": token, "expiry_time": now + LEASE_TTL + TOKEN_TTL, "holder": "ci-7", "fence": 1}
-    lent["lease_expiry_time"] = now + LEASE_TTL
+    lent = {"token": token, "expiry_time": now + LEASE_TTL + TOKEN_TTL, "user": "admin", "holder": "ci-7"}
+    lent |= {"fence": 1, "lease_expiry_time": now + LEASE_TTL}
 
     def shown(expected: dict[str, Any], fence: int) -> None:
-        for user in (admin, ann):
+        for user in (admin, there):
             assert user.hears("GET", f"/waiting/tokens/{token}") == (200, {**expected, "fence": fence})
             assert user.members("waiting") == [expected], "in a list only a lease has its fence"
 
     shown(free, 0)
-    ann.assign("waiting", "ci-7")
+    there.assign("waiting", "ci-7")
     shown(lent, 1)
     clock.set(now + LEASE_TTL)
     shown({**free, "expiry_time": now + LEASE_TTL + TOKEN_TTL}, 1)
     admin.assign("waiting")
     clock.advance(10)
-    assert ann.release("waiting", token) == (204, None)
+    assert there.release("waiting", token) == (204, None)
     shown({**free, "expiry_time": now + LEASE_TTL + 10 + TOKEN_TTL}, 2)
 
 
 def test_a_free_token_waits_for_its_time_and_is_gone_and_a_lent_one_only_after_its_lease(
-    admin: Borrower, ann: Borrower, clock: HandClock, now: int
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     lent, free = admin.generate("waiting", 2)
-    ann.assign("waiting")
+    there.assign("waiting")
     clock.set(now + TOKEN_TTL - MOMENT)
     assert admin.counts("waiting") == (2, 0)
     clock.set(now + TOKEN_TTL)
-    assert ann.hears("GET", f"/waiting/tokens/{free}") == refusal("not_found")
+    assert there.hears("GET", f"/waiting/tokens/{free}") == refusal("not_found")
     assert admin.delete("waiting", free) == refusal("not_found")
     assert [member["token"] for member in admin.members("waiting")] == [lent]
     clock.set(now + LEASE_TTL + TOKEN_TTL - MOMENT)
     assert admin.assign("waiting").token == lent
     clock.advance(LEASE_TTL + TOKEN_TTL)
-    assert ann.keep_alive("waiting", lent) == refusal("not_found")
-    assert ann.hears("POST", "/waiting/leases") == refusal("no_free_token")
-    assert ann.counts("waiting") == (0, 0)
+    assert there.keep_alive("waiting", lent) == refusal("not_found")
+    assert there.hears("POST", "/waiting/leases") == refusal("no_free_token")
+    assert there.counts("waiting") == (0, 0)
 
 
 def test_a_clock_that_is_set_back_revives_no_lease_and_no_token(
-    admin: Borrower, ann: Borrower, clock: HandClock, now: int
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     (expired,) = admin.generate("waiting")
-    lease = ann.assign("any")
+    lease = there.assign("any")
     clock.advance(TOKEN_TTL)
-    assert admin.counts("waiting") == ann.counts("waiting") == (0, 0)
+    assert admin.counts("waiting") == there.counts("waiting") == (0, 0)
     clock.set(now)
-    for user in (admin, ann):
+    for user in (admin, there):
         assert user.keep_alive("any", token, fence=lease.fence) == refusal("lease_lost")
         assert user.hears("GET", f"/waiting/tokens/{expired}") == refusal("not_found")
     assert admin.assign("any") == Lease(token, "admin", 2, now + TOKEN_TTL + LEASE_TTL, LEASE_TTL)
@@ -279,7 +279,7 @@ def test_a_restart_keeps_tokens_leases_and_fences(tmp_path: Path) -> None:
         before = user.members("any")
         server.kill()
     with worker(config, clock) as server, Connection(server.port) as connection:
-        user = Borrower(connection, "ann")
+        user = Borrower(connection)
         assert user.members("any") == before
         assert user.members("waiting") == []
         assert user.keep_alive("any", lease.token, holder="ci-8", fence=2)[0] == 200

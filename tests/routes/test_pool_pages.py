@@ -25,10 +25,10 @@ def admin(server: Server) -> Iterator[Borrower]:
 
 
 @pytest.fixture
-def ann(sibling: Server) -> Iterator[Borrower]:
-    """Be a user at the other worker."""
+def there(sibling: Server) -> Iterator[Borrower]:
+    """Be the same admin at the other worker."""
     with Connection(sibling.port) as connection:
-        yield Borrower(connection, "ann")
+        yield Borrower(connection)
 
 
 def page(user: Borrower, query: str) -> tuple[list[str], str | None]:
@@ -45,22 +45,22 @@ def test_an_empty_pool_has_one_page(admin: Borrower) -> None:
         assert admin.hears("GET", f"/p{query}") == (200, document)
 
 
-def test_a_page_has_a_hundred_tokens_unless_it_is_said_otherwise(admin: Borrower, ann: Borrower) -> None:
+def test_a_page_has_a_hundred_tokens_unless_it_is_said_otherwise(admin: Borrower, there: Borrower) -> None:
     tokens = sorted(admin.generate("p", COUNT))
-    assert page(ann, "") == (tokens[:100], tokens[99])
-    assert page(ann, f"?after={tokens[99]}") == (tokens[100:], None)
-    assert page(ann, "?limit=1000") == (tokens, None)
-    assert page(ann, f"?limit={COUNT}") == (tokens, None), "there is a next page only where there is something on it"
-    assert page(ann, f"?limit={COUNT - 1}") == (tokens[:-1], tokens[-2])
+    assert page(there, "") == (tokens[:100], tokens[99])
+    assert page(there, f"?after={tokens[99]}") == (tokens[100:], None)
+    assert page(there, "?limit=1000") == (tokens, None)
+    assert page(there, f"?limit={COUNT}") == (tokens, None), "there is a next page only where there is something on it"
+    assert page(there, f"?limit={COUNT - 1}") == (tokens[:-1], tokens[-2])
     assert page(admin, "?limit=007") == (tokens[:7], tokens[6])
 
 
 @pytest.mark.parametrize("limit", [1, 7, 34])
-def test_walking_from_page_to_page_meets_every_token_once(admin: Borrower, ann: Borrower, limit: int) -> None:
+def test_walking_from_page_to_page_meets_every_token_once(admin: Borrower, there: Borrower, limit: int) -> None:
     tokens, met = sorted(admin.generate("p", COUNT)), list[str]()
     following: str | None = ""
     while following is not None:
-        some, following = page(ann if len(met) % 2 else admin, f"?limit={limit}&after={following}")
+        some, following = page(there if len(met) % 2 else admin, f"?limit={limit}&after={following}")
         assert len(some) == limit or following is None
         met += some
     assert met == tokens

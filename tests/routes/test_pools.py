@@ -36,6 +36,7 @@ def settings() -> str:
     lease_ttl = 1.5
     [pools.guarded]
     scope = "write"
+    manage_scope = "read"
     """
 
 
@@ -62,6 +63,12 @@ def ann(connections: tuple[Connection, Connection]) -> Borrower:
 
 
 @pytest.fixture
+def there(connections: tuple[Connection, Connection]) -> Borrower:
+    """Be the same admin at the other worker."""
+    return Borrower(connections[1])
+
+
+@pytest.fixture
 def bob(connections: tuple[Connection, Connection]) -> Borrower:
     """Be a user at the first worker, without scopes."""
     return Borrower(connections[0], "bob")
@@ -72,10 +79,10 @@ def row(name: str, capacity: int | None = None, available: int = 0, leased: int 
     return {"name": name, "capacity": capacity, "available": available, "leased": leased}
 
 
-def test_pools_are_listed_with_how_many_tokens_they_have(admin: Borrower, ann: Borrower) -> None:
+def test_pools_are_listed_with_how_many_tokens_they_have(admin: Borrower, there: Borrower, ann: Borrower) -> None:
     admin.generate("any", 3)
     admin.generate("three", 2)
-    ann.assign("three")
+    there.assign("three")
     open_to_all = [row("any", None, 3, 0), row("three", 3, 1, 1), row("waiting"), row("v1.2_a-b")]
     assert admin.hears("GET") == (200, {"pools": open_to_all})
     assert ann.hears("GET") == (200, {"pools": [*open_to_all, row("guarded")]})
@@ -120,11 +127,11 @@ def test_a_pool_that_is_not_configured_is_unknown(admin: Borrower, name: str) ->
         assert admin.hears(method, path.replace("POOL", name)) == refusal("unknown_pool")
 
 
-def test_a_name_may_be_percent_encoded(admin: Borrower, ann: Borrower) -> None:
+def test_a_name_may_be_percent_encoded(admin: Borrower, there: Borrower) -> None:
     (token,) = admin.generate("%76%31%2E2_a%2Db")
-    assert ann.assign("v1.2_a-b").token == token
+    assert there.assign("v1.2_a-b").token == token
     encoded = "".join(f"%{ord(letter):02X}" for letter in token)
-    assert ann.release("v1%2e2_a-b", encoded) == (204, None)
+    assert there.release("v1%2e2_a-b", encoded) == (204, None)
     assert admin.hears("GET", f"/v1.2_a-b/tokens/{encoded}")[0] == 200
 
 
@@ -138,13 +145,13 @@ def test_a_token_that_the_pool_does_not_have_is_not_found(admin: Borrower, token
         assert admin.hears(method, f"{path[:-1].replace('POOL', 'any')}{token}") == refusal("not_found")
 
 
-def test_a_token_is_of_one_pool_and_gone_when_deleted(admin: Borrower, ann: Borrower) -> None:
+def test_a_token_is_of_one_pool_and_gone_when_deleted(admin: Borrower, there: Borrower) -> None:
     token, deleted = admin.generate("any", 2)
-    assert ann.delete("any", deleted) == (204, None)
+    assert there.delete("any", deleted) == (204, None)
     for pool, absent in [("three", token), ("any", deleted)]:
         for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
             assert admin.hears(method, f"{path[:-1].replace('POOL', pool)}{absent}") == refusal("not_found")
-    assert [member["token"] for member in ann.members("any")] == [token]
+    assert [member["token"] for member in there.members("any")] == [token]
 
 
 @pytest.mark.parametrize(
@@ -152,77 +159,77 @@ def test_a_token_is_of_one_pool_and_gone_when_deleted(admin: Borrower, ann: Borr
     [(None, 1), ({}, 1), ({"count": 1}, 1), ({"count": 3}, 3), ({"count": 1000}, 1000)],
 )
 def test_tokens_are_generated_one_unless_more_are_asked_for(
-    admin: Borrower, ann: Borrower, document: object, count: int
+    admin: Borrower, there: Borrower, document: object, count: int
 ) -> None:
     status, answered = admin.hears("POST", "/waiting/tokens", document)
     assert (status, list(answered)) == (201, ["tokens"])
     assert len(set(answered["tokens"])) == len(answered["tokens"]) == count
     assert all(re.fullmatch("[A-Za-z0-9]{64}", token) for token in answered["tokens"])
-    assert ann.counts("waiting") == (count, 0)
-    assert [member["token"] for member in ann.members("waiting")] == sorted(answered["tokens"])
+    assert there.counts("waiting") == (count, 0)
+    assert [member["token"] for member in there.members("waiting")] == sorted(answered["tokens"])
 
 
-def test_more_than_fit_are_refused_and_none_is_made(admin: Borrower, ann: Borrower) -> None:
+def test_more_than_fit_are_refused_and_none_is_made(admin: Borrower, there: Borrower) -> None:
     assert admin.hears("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
-    assert ann.counts("three") == (0, 0)
+    assert there.counts("three") == (0, 0)
     admin.generate("three", 2)
-    ann.assign("three")
-    assert ann.hears("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
+    there.assign("three")
+    assert there.hears("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
     assert admin.counts("three") == (1, 1)
-    (last,) = ann.generate("three")
+    (last,) = there.generate("three")
     assert admin.hears("POST", "/three/tokens") == refusal("pool_full")
-    assert ann.delete("three", last) == (204, None)
+    assert there.delete("three", last) == (204, None)
     assert len(admin.generate("three")) == 1
 
 
-def test_a_token_is_deleted_free_or_lent_and_every_worker_sees_it_at_once(admin: Borrower, ann: Borrower) -> None:
+def test_a_token_is_deleted_free_or_lent_and_every_worker_sees_it_at_once(admin: Borrower, there: Borrower) -> None:
     admin.generate("any", 2)
-    lent = ann.assign("any")
-    (free,) = {member["token"] for member in ann.members("any")} - {lent.token}
+    lent = there.assign("any")
+    (free,) = {member["token"] for member in there.members("any")} - {lent.token}
     for token in (free, lent.token):
         assert admin.delete("any", token) == (204, None)
-        assert ann.delete("any", token) == refusal("not_found")
-    assert ann.keep_alive("any", lent.token) == refusal("not_found")
-    assert ann.counts("any") == (0, 0)
+        assert there.delete("any", token) == refusal("not_found")
+    assert there.keep_alive("any", lent.token) == refusal("not_found")
+    assert there.counts("any") == (0, 0)
 
 
-def test_a_borrower_is_told_what_he_has_and_for_how_long(admin: Borrower, ann: Borrower, clock: HandClock) -> None:
+def test_a_borrower_is_told_what_he_has_and_for_how_long(admin: Borrower, there: Borrower, clock: HandClock) -> None:
     tokens = admin.generate("any", 2)
     now = int(clock())
-    assert ann.assign("any", "ci-7") == Lease(tokens[0], "ci-7", 1, now + 60, 60)
+    assert there.assign("any", "ci-7") == Lease(tokens[0], "ci-7", 1, now + 60, 60)
     assert admin.assign("any") == Lease(tokens[1], "admin", 1, now + 60, 60)
     (token,) = admin.generate("waiting")
-    assert ann.assign("waiting") == Lease(token, "ann", 1, now + 90, 90)
+    assert there.assign("waiting") == Lease(token, "admin", 1, now + 90, 90)
     clock.advance(0.75)
     (token,) = admin.generate("v1.2_a-b")
-    assert ann.assign("v1.2_a-b") == Lease(token, "ann", 1, now + 2, 1), "never longer than it is"
+    assert there.assign("v1.2_a-b") == Lease(token, "admin", 1, now + 2, 1), "never longer than it is"
 
 
 @pytest.mark.parametrize("document", [None, {}, {"holder": None}])
-def test_whoever_names_no_holder_is_the_holder_himself(admin: Borrower, ann: Borrower, document: object) -> None:
+def test_whoever_names_no_holder_is_the_holder_himself(admin: Borrower, there: Borrower, document: object) -> None:
     (token,) = admin.generate("any")
-    assert ann.hears("POST", "/any/leases", document)[1]["holder"] == "ann"
-    assert admin.hears("GET", f"/any/tokens/{token}")[1]["holder"] == "ann"
+    assert there.hears("POST", "/any/leases", document)[1]["holder"] == "admin"
+    assert admin.hears("GET", f"/any/tokens/{token}")[1]["holder"] == "admin"
 
 
-def test_the_token_that_has_been_free_longest_is_lent_first(admin: Borrower, ann: Borrower, clock: HandClock) -> None:
+def test_the_token_that_has_been_free_longest_is_lent_first(admin: Borrower, there: Borrower, clock: HandClock) -> None:
     first, second = admin.generate("any", 2)
     clock.advance(1)
-    (third,) = ann.generate("any")
-    assert [user.assign("any").token for user in (ann, admin)] == [first, second]
+    (third,) = there.generate("any")
+    assert [user.assign("any").token for user in (there, admin)] == [first, second]
     clock.advance(10)
     assert admin.release("any", second) == (204, None)
     clock.advance(50)  # the first one's lease lapses after the second was released
-    assert [user.assign("any").token for user in (ann, admin, ann)] == [third, second, first]
+    assert [user.assign("any").token for user in (there, admin, there)] == [third, second, first]
 
 
 def test_where_none_is_free_the_refusal_says_when_the_next_lease_ends(
-    admin: Borrower, ann: Borrower, clock: HandClock
+    admin: Borrower, there: Borrower, clock: HandClock
 ) -> None:
     clock.set(int(clock()) + 1)
     tokens = admin.generate("any", 2)
     for _ in tokens:
-        ann.assign("any")
+        there.assign("any")
         clock.advance(10)
 
     def retry_after(user: Borrower) -> str:
@@ -230,11 +237,11 @@ def test_where_none_is_free_the_refusal_says_when_the_next_lease_ends(
         assert (answer.status, answer.json()) == refusal("no_free_token")
         return answer.headers["retry-after"]
 
-    assert retry_after(admin) == retry_after(ann) == "40"
+    assert retry_after(admin) == retry_after(there) == "40"
     clock.advance(0.25)
     assert retry_after(admin) == "40"
-    assert ann.keep_alive("any", tokens[0])[0] == 200
-    assert retry_after(ann) == "50"
+    assert there.keep_alive("any", tokens[0])[0] == 200
+    assert retry_after(there) == "50"
     clock.advance(49.749)
     assert retry_after(admin) == "1"
     clock.advance(0.001)

@@ -26,7 +26,8 @@ Question = dict[str, Any]
 Grant = tuple[str, str, int, int]
 """Token, holder, fence, and for how many seconds."""
 
-_KINDS = (errors.LeaseLost, errors.NotFound, errors.UnknownPool, errors.InvalidToken, errors.TokenRequired)
+_LOST = (errors.LeaseLost, errors.NotYourLease, errors.NotFound)
+_KINDS = (*_LOST, errors.UnknownPool, errors.InvalidToken, errors.TokenRequired)
 _PLAIN = {kind.code: kind for kind in _KINDS}
 
 
@@ -100,7 +101,7 @@ class Lease(Generic[Event]):
         self._due = self._ticks() + min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311
         try:
             grant = _read(answer) if answer is not None else None
-        except (errors.LeaseLost, errors.NotFound):
+        except _LOST:
             self._returned = True
             self._lose()
         except errors.Refusal:

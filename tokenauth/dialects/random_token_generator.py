@@ -7,6 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
+from tokenauth.models import Claim
 from tokenauth.pools import MAX_COUNT, Pools
 from tokenauth.routes import requests
 from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation, said
@@ -89,10 +90,11 @@ class RandomTokenGenerator:
     @operation(Answer(200, MadeTokens), Answer(400, Failure), body=HowMany, empty=True, refuses=_BODY)
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make tokens."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
         wanted = await requests.json_body(scope, receive, _wanted, empty=HowMany())
         requests.refuse_gone(scope)
         try:
-            tokens = await self._pools.generate(self._pool, wanted.count)
+            tokens = await self._pools.generate(pool, wanted.count)
         except PoolFull:
             await answer_json(send, Failure("Pool max size exceeded"), 400)
         else:
@@ -102,8 +104,9 @@ class RandomTokenGenerator:
     async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
         requests.refuse_gone(scope)
+        user = requests.username(scope)
         try:
-            token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
+            token = await self._pools.assign(self._pool, user or NAME, user)
         except NoFreeToken:
             await answer_json(send, Failure("No free token available or token TTL expired"), 404)
         else:
@@ -117,7 +120,7 @@ class RandomTokenGenerator:
             await answer_json(send, _REQUIRED, 400)
             return
         try:
-            await self._pools.release(self._pool, token)
+            await self._pools.release(self._pool, token, Claim(username=requests.username(scope)))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         except LeaseLost:
@@ -128,12 +131,13 @@ class RandomTokenGenerator:
     @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedFor, refuses=_BODY)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token, free or lent."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
         token = await _token(scope, receive)
         if not token:
             await answer_json(send, _REQUIRED, 400)
             return
         try:
-            await self._pools.delete(self._pool, token)
+            await self._pools.delete(pool, token)
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         else:
@@ -148,7 +152,7 @@ class RandomTokenGenerator:
             await answer_json(send, Message(f"TTL extended successfully for {count} tokens"))
             return
         try:
-            _, lent = await self._pools.refresh(self._pool, token)
+            _, lent = await self._pools.refresh(self._pool, token, Claim(username=requests.username(scope)))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         else:

@@ -64,7 +64,8 @@ class SimpleTokenImplement:
         """Lend a permit."""
         info = _info(scope)
         requests.refuse_gone(scope)
-        taken, left = await self._pools.take(self._pool, requests.caller(scope, NAME))
+        user = requests.username(scope)
+        taken, left = await self._pools.take(self._pool, user or NAME, user)
         if taken:
             await answer_json(send, Said("Token issued successfully.", left, info))
         else:

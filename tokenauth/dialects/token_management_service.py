@@ -76,8 +76,9 @@ class TokenManagementService:
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make one token."""
         requests.refuse_gone(scope)
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
         try:
-            [token] = await self._pools.generate(self._pool, 1)
+            [token] = await self._pools.generate(pool, 1)
         except PoolFull:
             await _say(send, "Token pool size limit reached", 403)
         else:
@@ -92,7 +93,9 @@ class TokenManagementService:
             return
         requests.refuse_gone(scope)
         try:
-            token = await self._pools.assign(self._pool, named_holder(body.client_id, "client_id"))
+            token = await self._pools.assign(
+                self._pool, named_holder(body.client_id, "client_id"), requests.username(scope)
+            )
         except NoFreeToken:
             await _say(send, "No free token available", 404)
         else:
@@ -106,7 +109,9 @@ class TokenManagementService:
             await _say(send, "token is required", 400)
             return
         try:
-            await self._pools.keep_alive(self._pool, body.token, Claim(body.client_id))
+            await self._pools.keep_alive(
+                self._pool, body.token, Claim(body.client_id, username=requests.username(scope))
+            )
         except (UnknownToken, LeaseLost):
             await _say(send, "Token does not belong to this client", 403)
         else:
@@ -120,7 +125,7 @@ class TokenManagementService:
             await _say(send, "token is required", 400)
             return
         try:
-            await self._pools.release(self._pool, body.token)
+            await self._pools.release(self._pool, body.token, Claim(username=requests.username(scope)))
         except (UnknownToken, LeaseLost):
             await _say(send, "Token not assigned to any client", 403)
         else:
@@ -129,12 +134,13 @@ class TokenManagementService:
     @operation(Answer(200, Outcome), _MISSING, _NONE, body=AskedAbout, refuses=_BODY)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token, free or lent."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
         body = await _read(scope, receive)
         if not body.token:
             await _say(send, "token is required", 400)
             return
         try:
-            await self._pools.delete(self._pool, body.token)
+            await self._pools.delete(pool, body.token)
         except UnknownToken:
             await _say(send, "Token not found", 404)
         else:

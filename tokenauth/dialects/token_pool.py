@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
+from tokenauth.models import Claim
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
 from tokenauth.routes.operations import JSON_BODY, Answer, operation
@@ -74,15 +75,17 @@ class TokenPool:
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make one token."""
         requests.refuse_gone(scope)
-        [token] = await self._pools.generate(self._pool, 1)
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
+        [token] = await self._pools.generate(pool, 1)
         await answer_json(send, Made(token))
 
     @operation(Answer(200, Done), _NO_SUCH, body=NamedUuid, empty=True, refuses=(*JSON_BODY, StoreUnavailable))
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
         named = await requests.json_body(scope, receive, _named, empty=NamedUuid())
         try:
-            await self._pools.delete(self._pool, _uuid(named.token or named.token_uuid))
+            await self._pools.delete(pool, _uuid(named.token or named.token_uuid))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 400)
         else:
@@ -92,8 +95,9 @@ class TokenPool:
     async def block(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lend a token."""
         requests.refuse_gone(scope)
+        user = requests.username(scope)
         try:
-            token = await self._pools.assign(self._pool, requests.caller(scope, NAME))
+            token = await self._pools.assign(self._pool, user or NAME, user)
         except NoFreeToken:
             await answer_json(send, NoneFree(), 404)
         else:
@@ -107,7 +111,7 @@ class TokenPool:
         except UnknownToken:
             raise NotFound from None
         try:
-            await self._pools.refresh(self._pool, value)
+            await self._pools.refresh(self._pool, value, Claim(username=requests.username(scope)))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 400)
         else:

@@ -1,12 +1,23 @@
 """/api/pools: generate, assign, keep alive, release, delete, and what there is. All behind TokenMiddleware."""
 
+import re
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.errors import InsufficientScope, LeaseLost, NoFreeToken, PoolFull, UnknownPool, UnknownToken
-from tokenauth.models import Claim, Identity, Pool, PoolToken
+from tokenauth.errors import (
+    InsufficientScope,
+    InvalidRequest,
+    LeaseLost,
+    NoFreeToken,
+    NotYourLease,
+    PoolFull,
+    UnknownPool,
+    UnknownToken,
+)
+from tokenauth.models import FIRST, Claim, Identity, Place, Pool, PoolToken
 from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, named_holder
 from tokenauth.routes import requests
 from tokenauth.routes.operations import JSON_BODY, Answer, Refusals, operation, said
@@ -36,6 +47,12 @@ class Claimed(msgspec.Struct, forbid_unknown_fields=True):
     fence: int | None = None
 
 
+class Forced(msgspec.Struct, forbid_unknown_fields=True):
+    """Why a lease is ended that belongs to another user; it is logged."""
+
+    reason: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] = ""
+
+
 class Counted(msgspec.Struct):
     """How many tokens of a pool can be lent, and how many are; no capacity is any number."""
 
@@ -46,10 +63,11 @@ class Counted(msgspec.Struct):
 
 
 class Member(msgspec.Struct, omit_defaults=True):
-    """A token of a pool, and whoever has it. Times are Unix seconds; no expiry is never."""
+    """A token of a pool, and its lease. `token` is left out of other users' leases. Times are Unix seconds."""
 
-    token: str
+    token: str | msgspec.UnsetType
     expiry_time: int | None
+    user: str | msgspec.UnsetType | None = msgspec.UNSET
     holder: str | msgspec.UnsetType = msgspec.UNSET
     fence: int | msgspec.UnsetType = msgspec.UNSET
     lease_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
@@ -87,12 +105,14 @@ class Generated(msgspec.Struct):
 _wanted = msgspec.json.Decoder(Wanted)
 _holder = msgspec.json.Decoder(Borrower)
 _claimed = msgspec.json.Decoder(Claimed)
+_forced = msgspec.json.Decoder(Forced)
 
 
+_PLACE = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
 _Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 _POOL: Refusals = (UnknownPool, InsufficientScope)
 _TOKEN: Refusals = (*_POOL, UnknownToken)
-_LEASE: Refusals = (*_TOKEN, *JSON_BODY, LeaseLost)
+_LEASE: Refusals = (*_TOKEN, *JSON_BODY, LeaseLost, NotYourLease)
 
 
 class PoolRoutes:
@@ -121,21 +141,19 @@ class PoolRoutes:
 
     @operation(Answer(200, Page), refuses=_POOL, query={"after": str, "limit": _Limit})
     async def show(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """List the tokens of a pool, page by page."""
-        pool = self._pool(scope)
+        """List the tokens of a pool, page by page: all of them to who manages it, the leased ones to others."""
+        pool, user = self._pool(scope), scope["user"]
         limit = requests.query_number(scope, "limit", PAGE, 1, MAX_COUNT)
         after = requests.query_value(scope, "after") or ""
-        found = await self._pools.members(pool, after, limit + 1)
-        page = found[:limit]
-        following = page[-1].value if len(found) > limit else None
+        page, following = await (self._all if pool.managed_by(user) else self._leases)(pool, after, limit)
         available, leased = await self._pools.count(pool)
-        members = [self._member(pool, token) for token in page]
+        members = [self._member(pool, token, user) for token in page]
         await answer_json(send, Page(pool.name, pool.capacity, available, leased, members, following))
 
     @operation(Answer(201, Generated), body=Wanted, empty=True, refuses=(*_POOL, *JSON_BODY, PoolFull))
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Add tokens."""
-        pool = self._pool(scope)
+        pool = self._managed(scope)
         wanted = await requests.json_body(scope, receive, _wanted, empty=Wanted())
         requests.refuse_gone(scope)
         await answer_json(send, Generated(list(await self._pools.generate(pool, wanted.count))), 201)
@@ -145,14 +163,14 @@ class PoolRoutes:
         """Show one token, with the number of its latest lease, also when that is over."""
         pool = self._pool(scope)
         token = await self._pools.get(pool, scope["path_params"]["token"])
-        shown = self._member(pool, token)
-        shown.fence = token.fence
+        shown = self._member(pool, token, scope["user"])
+        shown.token, shown.fence = token.value, token.fence  # the caller knows the value
         await answer_json(send, shown)
 
     @operation(Answer(204), refuses=_TOKEN)
     async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Delete a token."""
-        await self._pools.delete(self._pool(scope), scope["path_params"]["token"])
+        await self._pools.delete(self._managed(scope), scope["path_params"]["token"])
         await answer(send, 204, b"")
 
     @operation(Answer(201, Leased), body=Borrower, empty=True, refuses=(*_POOL, *JSON_BODY, NoFreeToken))
@@ -163,7 +181,7 @@ class PoolRoutes:
         user: Identity = scope["user"]
         holder = user.username if wanted.holder is None else named_holder(wanted.holder)
         requests.refuse_gone(scope)
-        token = await self._pools.assign(pool, holder)
+        token = await self._pools.assign(pool, holder, user.username)
         await answer_json(send, _lease(pool, token), 201)
 
     @operation(Answer(200, Leased), body=Claimed, empty=True, refuses=_LEASE)
@@ -174,32 +192,63 @@ class PoolRoutes:
         token = await self._pools.keep_alive(pool, scope["path_params"]["token"], claim)
         await answer_json(send, _lease(pool, token))
 
-    @operation(Answer(204), body=Claimed, empty=True, refuses=_LEASE)
+    @operation(Answer(204), body=Claimed, empty=True, refuses=_LEASE, query={"force": bool})
     async def release(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
-        pool = self._pool(scope)
-        await self._pools.release(pool, scope["path_params"]["token"], await _claim(scope, receive))
+        pool, token = self._pool(scope), scope["path_params"]["token"]
+        if requests.query_flag(scope, "force"):
+            self._managed(scope)
+            why = await requests.json_body(scope, receive, _forced, empty=Forced())
+            await self._pools.release_by_force(pool, token, scope["user"].username, named_holder(why.reason, "reason"))
+        else:
+            await self._pools.release(pool, token, await _claim(scope, receive))
         await answer(send, 204, b"")
 
     def _pool(self, scope: Scope) -> Pool:
         return self._pools.find(scope["path_params"]["pool"], scope["user"])
 
+    def _managed(self, scope: Scope) -> Pool:
+        return self._pools.find_managed(scope["path_params"]["pool"], scope["user"])
+
+    async def _all(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
+        """Return a page of all tokens, ordered by value, and where the next page begins."""
+        found = await self._pools.members(pool, after, limit + 1)
+        return found[:limit], found[limit - 1].value if len(found) > limit else None
+
+    async def _leases(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
+        """Return a page of the leased tokens, and where the next page begins: no value is told by that."""
+        found = await self._pools.leases(pool, _place(after), limit + 1)
+        following = "{!r}-{}".format(*found[limit - 1][0]) if len(found) > limit else None
+        return [token for _, token in found[:limit]], following
+
     async def _counted(self, pool: Pool) -> Counted:
         available, leased = await self._pools.count(pool)
         return Counted(pool.name, pool.capacity, available, leased)
 
-    def _member(self, pool: Pool, token: PoolToken) -> Member:
+    def _member(self, pool: Pool, token: PoolToken, user: Identity) -> Member:
         expires_at = pool.expires_at(token)
-        shown = Member(token.value, None if expires_at is None else int(expires_at))
+        own = token.username == user.username or pool.managed_by(user)
+        shown = Member(token.value if own else msgspec.UNSET, None if expires_at is None else int(expires_at))
         lease = token.lease(self._pools.now())
         if lease is not None:
-            shown.holder, shown.fence, shown.lease_expiry_time = lease.holder, token.fence, int(lease.until)
+            shown.user, shown.holder, shown.lease_expiry_time = token.username, lease.holder, int(lease.until)
+            shown.fence = token.fence
         return shown
 
 
 async def _claim(scope: Scope, receive: Receive) -> Claim:
     claimed = await requests.json_body(scope, receive, _claimed, empty=Claimed())
-    return Claim(claimed.holder, claimed.fence)
+    return Claim(claimed.holder, claimed.fence, scope["user"].username)
+
+
+def _place(after: str) -> Place:
+    """Read where a page of leases begins. Raises InvalidRequest."""
+    if not after:
+        return FIRST
+    place = _PLACE.fullmatch(after)
+    if place is None:
+        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    return float(place[1]), int(place[2])
 
 
 def _lease(pool: Pool, token: PoolToken) -> Leased:

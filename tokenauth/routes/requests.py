@@ -128,6 +128,14 @@ def query_number(scope: Scope, name: str, default: int, low: int, high: int) -> 
     return int(text)
 
 
+def query_flag(scope: Scope, name: str) -> bool:
+    """Return whether the query says `name=true`. Raises InvalidRequest."""
+    text = query_value(scope, name) if scope["query_string"] else None
+    if text not in {None, "true", "false"}:
+        raise InvalidRequest(f"{name}: must be true or false.")
+    return text == "true"
+
+
 def header(scope: Scope, name: bytes) -> bytes | None:
     """Return the first header of this name."""
     return next((value for key, value in scope["headers"] if key == name), None)
@@ -282,10 +290,16 @@ def basic(scope: Scope) -> bytes | None:
     raise InvalidRequest("The header Authorization: Basic must be there once, with name:secret in Base64.")
 
 
-def caller(scope: Scope, otherwise: str) -> str:
-    """Name whoever calls: the user, where a token was asked for."""
-    user: Identity | None = scope.get("user")
-    return otherwise if user is None else user.username
+def user(scope: Scope) -> Identity | None:
+    """Return the user of the request; None where no token is required."""
+    found: Identity | None = scope.get("user")
+    return found
+
+
+def username(scope: Scope) -> str | None:
+    """Return the name of the user of the request; None where no token is required."""
+    found = user(scope)
+    return None if found is None else found.username
 
 
 def gone(scope: Scope) -> Gone:

@@ -10,7 +10,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from tokenauth.models import ANY_LEASE, Claim, Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import ANY_LEASE, Claim, Clock, Failures, Instant, Place, Pool, PoolCounts, PoolToken, Token
 
 
 class TokenStore(Protocol):
@@ -89,8 +89,10 @@ class PoolStore(Protocol):
         as many free ones stay behind. Values are taken from `values` as far as they are needed.
         """
 
-    async def lease(self, pool: Pool, holder: str, now: Instant, counted: bool = False) -> Lent:
-        """Lend the token that has been free longest; `counted`: and say how many are left after this one."""
+    async def lease(
+        self, pool: Pool, holder: str, now: Instant, username: str | None = None, counted: bool = False
+    ) -> Lent:
+        """Lease the token that has been free longest to a user; `counted`: and say how many are left after this one."""
 
     async def extend(
         self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE, free_too: bool = False
@@ -120,6 +122,9 @@ class PoolStore(Protocol):
 
     async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
         """Return tokens ordered by value, at most `limit`, from the first whose value comes after `after`."""
+
+    async def leases(self, pool: Pool, now: Instant, after: Place, limit: int) -> Sequence[tuple[Place, PoolToken]]:
+        """Return at most `limit` leased tokens after a place, with their places, ordered by the end of their leases."""
 
     async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
         """Delete at most `limit` tokens that have expired, oldest first; say how many there were."""

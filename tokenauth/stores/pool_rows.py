@@ -7,8 +7,9 @@ from typing import Any
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
+    CompoundSelect,
     ScalarSelect,
-    SelectBase,
+    Select,
     and_,
     any_,
     bindparam,
@@ -58,7 +59,7 @@ def _first_of(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
     return select(func.min(_at)).where(*conditions).scalar_subquery()
 
 
-def _rows(*ranges: Range) -> SelectBase:
+def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
     """Look up the rows with the least `free_at` in some ranges, which are read side by side, and no further."""
     each = [select(*_row).where(*one) for one in ranges]
     if len(each) == 1:
@@ -66,7 +67,7 @@ def _rows(*ranges: Range) -> SelectBase:
     return union_all(*each).order_by("free_at", "number").limit(_limit)
 
 
-def _rows_in_turn(*ranges: Range) -> SelectBase:
+def _rows_in_turn(*ranges: Range) -> CompoundSelect[Any]:
     """Look up the same rows; PostgreSQL sorts whole ranges unless it is told that each is wanted in order."""
     each = [_rows(one).subquery() for one in ranges]
     return union_all(*map(select, each)).order_by("free_at", "number").limit(_limit)
@@ -85,6 +86,8 @@ MEMBERS = (
     .order_by(pool_tokens.c.value)
     .limit(_limit)
 )
+_behind = (_lent, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
+LEASES = _rows((*_taken, *_behind), (*_retired, *_behind))
 _COUNT_RETIRED = select(_number_of(*_retired, _lent))
 _NEXT_END = select(_first_of(*_taken, _lent), _first_of(*_retired, _lent))
 _FREE = _rows(_waiting, _lapsed)
@@ -110,10 +113,11 @@ _NAMED_TO_CHANGE = (
 )
 _INSERT = insert(pool_tokens).inline()
 _PUT = text("""
-    UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence WHERE number = :number AND pool = :name
+    UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username
+    WHERE number = :number AND pool = :name
 """)
 _SUCCEED = text("""
-    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0
+    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0, username = NULL
     WHERE number = :number AND pool = :name
 """)
 _DELETE = text("DELETE FROM pool_tokens WHERE number = :number AND pool = :name")
@@ -121,7 +125,7 @@ _earlier = _at < bindparam("before")
 _EXTEND_FREE = (
     update(pool_tokens)
     .where(_oldest((*_waiting, _earlier), (*_lapsed, _earlier)))
-    .values(free_at=bindparam("now"), holder=None)
+    .values(free_at=bindparam("now"), holder=None, username=None)
 )
 _RETIRE = update(pool_tokens).where(_oldest((*_taken, _lent))).values(retired=True)
 _REINSTATE = update(pool_tokens).where(_oldest((*_retired, _lent))).values(retired=False)
@@ -210,6 +214,7 @@ class PoolRows:
                     "free_at": token.free_at,
                     "holder": token.holder,
                     "fence": token.fence,
+                    "username": token.username,
                 }
                 for number, token in changed.items()
             ],
@@ -250,8 +255,8 @@ class PoolRows:
     def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
         rows = self._db.rows(statement, {**self._terms, **more})
         return [
-            (number, PoolToken(pool, value, free_at, holder, fence, bool(retired)))
-            for number, pool, value, free_at, holder, fence, retired in rows
+            (number, PoolToken(pool, value, free_at, holder, fence, bool(retired), username))
+            for number, pool, value, free_at, holder, fence, retired, username in rows
         ]
 
     def _some(self, statement: Any, limit: int, **more: Any) -> int:

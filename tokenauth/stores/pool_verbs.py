@@ -35,6 +35,7 @@ class Lease(NamedTuple):
 
     pool: Pool
     holder: str
+    username: str | None
     counted: bool
     now: Instant
 
@@ -154,7 +155,7 @@ def lease_tokens(rows: PoolRows, wishes: Sequence[Lease]) -> Sequence[Lent]:
         left = max(0, rows.counts()[0] - kept)
     found = rows.free(len(wishes) + kept)
     pairs = zip(islice(found, max(0, len(found) - kept)), wishes, strict=False)
-    lent = {number: rows.pool.lent(token, wish.holder, rows.now) for (number, token), wish in pairs}
+    lent = {number: rows.pool.leased(token, wish.holder, wish.username, rows.now) for (number, token), wish in pairs}
     rows.put(lent)
     answers = [
         Lent(token, None, None if left is None else left - place) for place, token in enumerate(lent.values(), 1)

@@ -72,8 +72,8 @@ class Reader:
         row = self._one(_POOL_TOKEN, pool, value)
         if row is None:
             return None
-        pool, value, free_at, holder, fence, retired = row
-        return PoolToken(pool, value, free_at, holder, fence, bool(retired))
+        pool, value, free_at, holder, fence, retired, username = row
+        return PoolToken(pool, value, free_at, holder, fence, bool(retired), username)
 
     def pool_counts(self, pool: Pool, now: float) -> PoolCounts:
         """Count the tokens of a pool: 0.1 microseconds for each. Raises StoreUnavailable."""

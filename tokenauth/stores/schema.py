@@ -10,7 +10,7 @@ from tokenauth.errors import StartError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "1.2"
+HEAD = "2.1"
 """The revision that this release needs; the newest in `migrations/versions`.
 
 It is GENERATION.STEP. A step only adds what earlier releases of its generation need not know, and they go on

@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, select
 
-from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Place, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows, pool_verbs, verbs
 from tokenauth.stores.base import Lent, Note, Touched
 from tokenauth.stores.tables import as_token, pool_token_columns, pool_tokens, token_columns, tokens
@@ -89,9 +89,11 @@ class SqlPoolStore:
         """Bring a pool closer to its capacity; say how many values it still lacks."""
         return int(await self._database.write(pool_verbs.fit_pool, pool_verbs.Add(pool, values, now), now))
 
-    async def lease(self, pool: Pool, holder: str, now: Instant, counted: bool = False) -> Lent:
-        """Lend the token that has been free longest."""
-        wish = pool_verbs.Lease(pool, holder, counted, now)
+    async def lease(
+        self, pool: Pool, holder: str, now: Instant, username: str | None = None, counted: bool = False
+    ) -> Lent:
+        """Lease the token that has been free longest."""
+        wish = pool_verbs.Lease(pool, holder, username, counted, now)
         lent: Lent = await self._database.write(pool_verbs.lease_tokens, wish, now)
         return lent
 
@@ -143,6 +145,13 @@ class SqlPoolStore:
         values = {**pool_rows.terms(pool, now), "after": behind, "limit": limit}
         rows = await self._database.read(lambda db: db.execute(pool_rows.MEMBERS, values).all())
         return [PoolToken(*row) for row in rows]
+
+    async def leases(self, pool: Pool, now: Instant, after: Place, limit: int) -> Sequence[tuple[Place, PoolToken]]:
+        """Return the leased tokens in the order in which their leases end."""
+        end, number = after
+        values = {**pool_rows.terms(pool, now), "end": end, "number": number, "limit": limit}
+        rows = await self._database.read(lambda db: db.execute(pool_rows.LEASES, values).all())
+        return [((token.free_at, number), token) for number, *fields in rows for token in [PoolToken(*fields)]]
 
     async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
         """Delete tokens that have expired."""

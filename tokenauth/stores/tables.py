@@ -77,6 +77,7 @@ pool_tokens = Table(
     Column("fence", BigInteger, nullable=False),
     Column("retired", Boolean, nullable=False),
     Column("idle", Boolean, Computed("holder IS NULL", persisted=True), nullable=False),  # neither lent nor lapsed
+    Column("username", String),
     Index("pool_tokens_by_value", "pool", "value", unique=True),
     # Every question about a pool is a range of this index: which is free longest, how many are lent, what has expired.
     Index("pool_tokens_by_turn", "pool", "retired", "idle", "free_at", "number"),
