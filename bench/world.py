@@ -46,6 +46,7 @@ def write_config(
     path = directory / "config.toml"
     url = url or f"sqlite+aiosqlite:///{database(path)}"
     path.write_text(f'[database]\nurl = "{url}"\n[server]\nworkers = 1\n{server}\n{tables}\n{users}')
+    path.chmod(0o600)
     return path
 
 
