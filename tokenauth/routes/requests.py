@@ -263,6 +263,7 @@ async def form_body(scope: Scope, receive: Receive) -> dict[str, str]:
     if data.count(b"&") >= MAX_FIELDS:
         raise InvalidRequest(f"The form has more than {MAX_FIELDS} fields.")
     try:
+        data.decode()  # all of it, also what is left out
         pairs = [(name.decode(), value.decode()) for name, value in _fields(data) if value]
     except ValueError:
         raise InvalidRequest("The form is not UTF-8.") from None
