@@ -411,6 +411,9 @@ def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: st
         ["pool", "show", letter],
     ):
         assert mistake(run(home, *command)).isprintable()
+    (home / f"{letter}.toml").write_text((home / "config.toml").read_text())
+    first, last = well(run(home, "check", "--config", f"{letter}.toml")).splitlines()
+    assert (first + last).isprintable()
 
 
 def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:

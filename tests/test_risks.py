@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from passlib.hash import argon2
 
@@ -120,14 +120,13 @@ def parts(version: str, chosen: Sequence[bool], depth: int) -> tuple[list[str], 
     st.lists(st.sampled_from(["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "2001:db8::/32", "fe80::1"])),
     st.randoms(use_true_random=False),
 )
-def test_networks_are_too_many_when_together_they_have_most_addresses(
+def test_networks_are_too_many_when_together_they_have_an_eighth_of_all(
     space: str, chosen: list[bool], proxies: list[str], order: Random
 ) -> None:
     networks, share = parts(space, chosen, len(chosen).bit_length() - 1)
     listed = [*networks, *proxies]
     order.shuffle(listed)
-    assume(share != 0.5 or not proxies)  # which would add to it, or not
-    assert trusts_everybody(listed) == (share > 0.5)
+    assert trusts_everybody(listed) == (share >= 1 / 8)
 
 
 SLOW_HASHES = {

@@ -52,7 +52,7 @@ def find_risks(config: Config, passwords: Passwords, path: Path | None = None) -
     risks += _of_costs(passwords, config.server.workers, costs)
     if trusts_everybody(config.server.trusted_proxies):
         text = (
-            "server.trusted_proxies has most addresses that there are: anybody may claim any client address,"
+            "server.trusted_proxies has a large part of all addresses: clients in it may claim any address,"
             " which undoes the throttle; name your proxies only"
         )
         risks.append(Risk("trusts_everybody", text))
@@ -78,22 +78,22 @@ def _of_costs(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> 
 
 
 def trusts_everybody(proxies: Iterable[str]) -> bool:
-    """Whether networks have, together, more than half of all IPv4 addresses, or of the IPv6 addresses in public use."""
+    """Whether networks have, together, an eighth of all IPv4 addresses, or of the IPv6 addresses in public use."""
     networks = [ip_network(proxy) for proxy in proxies]
     four = [network for network in networks if isinstance(network, IPv4Network)]
     six = [network for network in networks if isinstance(network, IPv6Network)]
-    return _share(four, IPv4Network("0.0.0.0/0")) or any(
-        _share(six, IPv6Network(space)) for space in ("2000::/3", "::ffff:0:0/96")
+    return _has_many(four, IPv4Network("0.0.0.0/0")) or any(
+        _has_many(six, IPv6Network(space)) for space in ("2000::/3", "::ffff:0:0/96")
     )
 
 
 N = TypeVar("N", IPv4Network, IPv6Network)
 
 
-def _share(networks: Sequence[N], space: N) -> bool:
-    """Whether networks have more than half of the addresses of another."""
+def _has_many(networks: Sequence[N], space: N) -> bool:
+    """Whether networks have an eighth of the addresses of another, or more: no proxies are so many."""
     inside = [space if network.supernet_of(space) else network for network in networks if network.overlaps(space)]
-    return sum(network.num_addresses for network in collapse_addresses(inside)) > space.num_addresses // 2
+    return sum(network.num_addresses for network in collapse_addresses(inside)) >= space.num_addresses // 8
 
 
 def _of_dialects(config: Config) -> Iterator[Risk]:

@@ -102,7 +102,7 @@ class TextFile:
         deadline = time.monotonic() + _PATIENCE
         while True:
             target = _target(self.path)
-            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _open(target)
             try:
                 while not _lock(descriptor):
                     if time.monotonic() > deadline:
@@ -130,6 +130,16 @@ def _target(path: Path) -> Path:
     if not stat.S_ISREG(target.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
     return target
+
+
+def _open(target: Path) -> int:
+    """Open a file for reading and locking; NFS locks only what is open for writing, too."""
+    try:
+        return os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _NOT_BY_RENAME:
+            raise
+        return os.open(target, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _decode(data: bytes) -> str:

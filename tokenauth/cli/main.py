@@ -19,6 +19,7 @@ from tokenauth.cli.pools import pool
 from tokenauth.cli.tokens import tokens
 from tokenauth.cli.users import user
 from tokenauth.errors import ConfigError
+from tokenauth.logs import printable
 
 
 @click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,11 +73,12 @@ def check(config_file: str | None, as_json: bool) -> None:
         print_json({"ok": mistake is None, "error": None if mistake is None else str(mistake), "risks": found})
     else:
         for risk in risks:
-            click.echo(f"risk: {risk.name}: {risk.text}")
+            click.echo(printable(f"risk: {risk.name}: {risk.text}"))
     if mistake is not None:
         raise mistake
     if not as_json:
-        click.echo(f"{path}: ok, {len(settings.directory)} users, {len(settings.pools)} pools, {len(risks)} risks")
+        counts = f"{len(settings.directory)} users, {len(settings.pools)} pools, {len(risks)} risks"
+        click.echo(printable(f"{path}: ok, {counts}"))
 
 
 @main.command(epilog="Example: tokenauth migrate --config /etc/tokenauth/config.toml")
