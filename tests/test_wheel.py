@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ROOT, write_config
+from tokenauth.stores.schema import HEAD
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -59,5 +60,5 @@ def test_the_installed_wheel_migrates_and_checks_away_from_the_checkout(wheel: P
     assert Path(found).is_relative_to(library)
     command = tmp_path / "venv/bin/tokenauth"
     assert run(command, "check", cwd=home) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
-    assert run(command, "migrate", cwd=home) == "schema: 1.2\n"
+    assert run(command, "migrate", cwd=home) == f"schema: {HEAD}\n"
     assert run(command, "tokens", "list", "--json", cwd=home) == "[]\n"
