@@ -1,16 +1,18 @@
 """TokenMiddleware: lets through whoever sends a valid token, in this app and in anybody's ASGI app."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from typing import Any, cast
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenauth.errors import InsufficientScope, InvalidToken, Refusal, TokenRequired
-from tokenauth.models import NOBODY, Login, Validator, is_scope
+from tokenauth.errors import InsufficientScope, InvalidToken, Overloaded, Refusal, TokenRequired
+from tokenauth.models import NOBODY, Identity, Login, Validator, is_scope
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.requests import bearer
 
 _DENIAL = "websocket.http.response"
+_WITHOUT_BODY = frozenset({"GET", "HEAD", None})
 _NOWHERE = frozenset({"", ".", ".."})
 
 
@@ -49,7 +51,32 @@ class TokenMiddleware:
                     await _turn_away(scope, send, refusal)
                     return
                 scope["user"] = scope["auth"] = user
+                if scope.get("method") not in _WITHOUT_BODY:
+                    await self._with_body(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request that may have a body, which may be long in coming."""
+        body = _Body(scope, receive, send, self._check_again)
+        try:
+            await self._app(scope, body.receive, body.send)
+        except Exception:
+            if body.refusal is None:
+                raise
+        if body.refusal is not None and not body.answered:
+            await refuse(send, body.refusal)
+
+    async def _check_again(self, scope: Scope) -> Refusal | None:
+        """Say why a request that was let through may not go on, if it may not: what holds can change meanwhile."""
+        user: Identity = scope["user"]
+        try:
+            login = await self._login(scope)
+        except Refusal as refusal:
+            return refusal
+        if not set(user.scopes).issubset(login.user.scopes):  # the app may have looked at them already
+            return Overloaded("The user's scopes changed while the request was sent. Send it again.")
+        return None
 
     async def _login(self, scope: Scope) -> Login:
         value = bearer(scope)
@@ -80,6 +107,86 @@ class TokenMiddleware:
         if path in self._exempt:
             return True
         return path.startswith(self._exempt_below) and _NOWHERE.isdisjoint(path[1:].removesuffix("/").split("/"))
+
+
+class _Body:
+    """The body of a request as the guarded app receives it.
+
+    When it did not come at once, the request is authorized again as soon as it is complete. If it is refused then, the
+    app sees a client that has gone, and nothing that the app still answers is sent.
+    """
+
+    __slots__ = ("_check", "_late", "_receive", "_scope", "_send", "answered", "refusal")
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, check: Callable[[Scope], Awaitable[Refusal | None]]
+    ) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._check = check
+        self._late = False
+        self.refusal: Refusal | None = None
+        self.answered = False
+
+    async def receive(self) -> Message:
+        """Receive a part of the body."""
+        if self.refusal is not None:
+            return {"type": "http.disconnect"}
+        part = _Watched(self._receive())
+        message: Message = await part
+        if message["type"] == "http.request":
+            self._late = self._late or part.waited
+            if message.get("more_body"):
+                self._late = True
+            elif self._late:
+                self._late = False
+                self.refusal = await self._check(self._scope)
+                if self.refusal is not None:
+                    return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer."""
+        if self.refusal is None or self.answered:
+            self.answered = True
+            await self._send(message)
+
+
+class _Watched:
+    """Awaits something, and notices whether that had to wait."""
+
+    __slots__ = ("_awaited", "waited")
+
+    def __init__(self, awaitable: Awaitable[Message]) -> None:
+        self._awaited: Any = awaitable.__await__()
+        self.waited = False
+
+    def __await__(self) -> Generator[Any, Any, Message]:
+        return cast(Generator[Any, Any, Message], self)
+
+    def __iter__(self) -> "_Watched":
+        return self
+
+    def __next__(self) -> object:
+        return self.send(None)
+
+    def send(self, value: object) -> object:
+        """Go on until it waits or ends (PEP 342)."""
+        if value is None:
+            found: object = next(self._awaited)
+        else:
+            found = self._awaited.send(value)
+        self.waited = True
+        return found
+
+    def throw(self, *error: Any) -> object:
+        """Raise where it waits."""
+        return self._awaited.throw(*error)
+
+    def close(self) -> None:
+        """Give it up."""
+        self._awaited.close()
 
 
 async def _turn_away(scope: Scope, send: Send, refusal: Refusal) -> None:

@@ -167,9 +167,10 @@ class Passwords:
                 hashed = self._texts.get(user.password_hash, user.password_hash)
             jobs.append((password, hashed))
         matches = await self._lane.run(jobs)
-        for user, (_, password), matched in zip(users, claims, matches, strict=True):
-            if user is not None and matched:
-                return user, password
+        for user, (name, password), matched in zip(users, claims, matches, strict=True):
+            now = self._users.get(name)  # the users may have changed meanwhile
+            if user is not None and matched and now is not None and now.credential == user.credential:
+                return now, password
         raise InvalidCredentials
 
     async def ready(self) -> str | None:

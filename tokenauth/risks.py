@@ -140,10 +140,16 @@ def _private(found: os.stat_result) -> bool:
 
 
 def demand_acceptable(config: Config, risks: list[Risk]) -> None:
-    """Raise ConfigError when the service may not start: others can reach it, and a risk has not been accepted."""
-    for risk in risks:
-        if config.reach is not None and risk.name not in config.server.accept_risks:
-            raise ConfigError(f"{config.reach}, and {risk.text} (or add {risk.name!r} to server.accept_risks)")
+    """Raise ConfigError when the service may not start: others can reach it, and risks have not been accepted."""
+    if config.reach is None:
+        return
+    refused = [
+        f"{risk.text} (or add {risk.name!r} to server.accept_risks)"
+        for risk in risks
+        if risk.name not in config.server.accept_risks
+    ]
+    if refused:
+        raise ConfigError(f"{config.reach}, and {'; and '.join(refused)}")
 
 
 def judge(config: Config, risks: list[Risk]) -> None:
