@@ -156,13 +156,20 @@ def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> I
 
 
 @contextmanager
-def spawn(command: Sequence[str], directory: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+def spawn(
+    command: Sequence[str], directory: Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[Server]:
     """Start a process whose log goes to a file in the directory; kill it and its children at the end."""
     log = _new_log(directory)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=cwd or directory,
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     with _ended(Server(process, log)) as server:
         yield server

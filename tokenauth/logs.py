@@ -7,6 +7,7 @@ import pwd
 import re
 import sys
 import syslog
+import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -118,6 +119,18 @@ def configure(quiet: bool = False) -> None:
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for chatty in ("alembic", "aiosqlite", "sqlalchemy", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    if not quiet:
+        _log_what_python_prints()
+
+
+def _log_what_python_prints() -> None:
+    """Have what Python prints by itself (uncaught exceptions, also in threads, and warnings) come as lines, too."""
+    logging.captureWarnings(True)
+    sys.excepthook = lambda _, error, __: log.critical("unexpected", at=whereabouts(error))
+    sys.unraisablehook = lambda found: log.error("unexpected", at=found.exc_value and whereabouts(found.exc_value))
+    threading.excepthook = lambda found: log.error(
+        "unexpected", thread=found.thread and found.thread.name, at=found.exc_value and whereabouts(found.exc_value)
+    )
 
 
 def _text(renderer: structlog.typing.Processor) -> structlog.typing.Processor:

@@ -369,7 +369,7 @@ class Supervisor:
 
     def _ended(self, worker: _Worker, code: int) -> None:
         served = time.monotonic() - worker.began if worker.ready else 0.0
-        ending = self._stopping or worker in self._retiring
+        ending = (self._stopping and self._exit_code != START_FAILED) or worker in self._retiring
         if ending and code and (worker.failure is not None or not worker.killed):
             log.error("worker_failed", exit_code=code, reason=worker.why())
         if worker in self._retiring:

@@ -2,7 +2,9 @@
 
 import os
 import signal
-from contextlib import ExitStack
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from tests.connections import Closed, Connection
 from tests.journal import background, serving, until
+from tests.main_process import workers_of
 from tests.servers import USERS, Server, write_config
 
 # "new-secret" at the lowest cost
@@ -24,20 +27,16 @@ def reload(server: Server, workers: int) -> None:
     until(lambda: len(server.events("stopped")) == before + workers, f"{workers} workers replaced")
 
 
-def workers_of(server: Server) -> list[int]:
-    """List the processes of the workers."""
-    pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
 def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sighup(tmp_path: Path) -> None:
     """While that happens, every request is answered, over kept connections and over new ones."""
-    config = write_config(tmp_path)
+    pool = "[pools.p]\ncapacity = 9\nprefill = true\n"
+    config = write_config(tmp_path, pool)
     with ExitStack() as stack, serving(config, "--workers", "2") as server:
         with Connection(server.port) as connection:
             admin = connection.log_in()
             ann = connection.log_in("ann", "ann-secret")
             bob = connection.log_in("bob", "bob-secret")
+        slow = {token: stack.enter_context(half_a_lease(server, token)) for token in (admin, ann, bob)}
         kept = [stack.enter_context(Connection(server.port)) for _ in range(1)]
 
         def probe_over_a_kept_connection(number: int) -> None:
@@ -53,12 +52,18 @@ def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sigh
         without_bob = USERS[: USERS.rindex("[[users]]")]
         start = without_bob.index("$argon2id", without_bob.index('"ann"'))
         new = without_bob[:start] + NEW_HASH + without_bob[without_bob.index('"', start) :]
-        write_config(tmp_path, users=new)
+        write_config(tmp_path, pool, users=new)
         with (
             background(lambda: probe_over_a_kept_connection(0)),
             background(probe_over_a_new_connection),
         ):
-            reload(server, 2)
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: not any(valid_somewhere(server, token) for token in (ann, bob)), "they are refused", 2)
+            until(lambda: len(server.events("configuration_reloaded")) == 1, "the new workers serve")
+        assert server.events("stopped") == [], "the old workers wait for slow requests"
+        for token, code in [(admin, b"201"), (ann, b"401"), (bob, b"401")]:
+            slow[token].sendall(b"}")
+            assert slow[token].recv(65536)[9:12] == code
         for _ in range(10):  # whichever worker answers
             with Connection(server.port) as connection:
                 assert connection.valid(admin)
@@ -73,6 +78,25 @@ def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sigh
             ]:
                 login = {"username": name, "password": password}
                 assert connection.ask("POST", "/api/token", login).status == status
+
+
+@contextmanager
+def half_a_lease(server: Server, token: str) -> Iterator[socket.socket]:
+    """Have the server wait for the rest of a request, whose token it has found valid."""
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        head = f"POST /api/pools/p/leases HTTP/1.1\r\nHost: x\r\nX-Token: {token}\r\nContent-Length: 2\r\n"
+        connection.sendall(f"{head}Expect: 100-continue\r\n\r\n{{".encode())
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        yield connection
+
+
+def valid_somewhere(server: Server, token: str) -> bool:
+    """Whether any of the workers that take new connections takes a token."""
+    for _ in range(4):
+        with Connection(server.port) as connection:
+            if connection.ask("GET", f"/api/token?token={token}", Connection="close").json()["valid"]:
+                return True
+    return False
 
 
 def test_a_replaced_worker_serves_what_was_loaded_and_not_a_later_edit(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ for group in (user, tokens, pool):
 @click.option("--workers", metavar="N", type=int, help="Run so many processes instead of server.workers.")
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Serve until SIGTERM. SIGHUP takes up a changed configuration without refusing a request."""
-    from tokenauth import configfile, server
-
     logs.configure()
+    try:
+        from tokenauth import configfile, server
+    except ImportError as error:
+        logs.log.critical("start_failed", detail=logs.describe(error))
+        sys.exit(3)
     sys.exit(server.serve(configfile.find(config_file), host, port, workers))
 
 

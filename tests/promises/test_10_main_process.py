@@ -1,0 +1,137 @@
+"""Promise 10, for the main process: nothing but a signal ends it, and signals are obeyed whatever else goes on."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connections import Connection
+from tests.journal import serving, until
+from tests.main_process import BREAKAGES, breakable, kill_a_worker, session_of, traceback_lines
+from tests.promises.test_10_shutdown import half_a_login, refuses
+from tests.servers import USERS, Server, spawn, write_config
+from tokenauth.risks import SHIPPED_HASH
+
+
+def test_workers_are_replaced_when_they_can_be_again(tmp_path: Path) -> None:
+    survives_breakage(tmp_path, "no descriptors")
+
+
+def survives_breakage(directory: Path, kind: str) -> None:
+    """Have workers unable to start for a while: the others go on, signals are obeyed, and all is well afterwards."""
+    breakage = BREAKAGES[kind]
+    with breakable(write_config(directory), "--workers", "2") as broken:
+        server = broken.server
+        broken.ready(2)
+        breakage.begin(broken)
+        kill_a_worker(server)
+        until(lambda: len(failures(server)) >= 3, "it was tried again")
+        _, *failed = failures(server)
+        assert all(breakage.said in event["reason"] for event in failed), failed
+        assert [event["again_in"] for event in failed] == [1.0, 1.5]
+        with Connection(server.port) as connection:
+            assert connection.ask("GET", "/healthz").status == 200
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: len(failures(server)) >= 4, "SIGHUP is obeyed")
+        breakage.end(broken)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: len(server.events("configuration_reloaded")) == 1, "the workers were replaced", 30)
+        assert server.stop() == 0
+        assert traceback_lines(server) == []
+
+
+def failures(server: Server) -> list[dict[str, Any]]:
+    """Return what the log says of workers that ended or could not start, in order."""
+    names = {"worker_replaced", "worker_not_started", "reload_failed", "configuration_refused"}
+    return [event for event in server.events() if event["event"] in names]
+
+
+def test_a_first_start_that_fails_says_why_and_ends(tmp_path: Path) -> None:
+    fails_at_first(tmp_path, "no worker")
+
+
+def fails_at_first(directory: Path, kind: str) -> None:
+    """Have the first start fail: one line says why, no port stays open, and the exit code is 3."""
+    breakage = BREAKAGES[kind]
+    with breakable(write_config(directory), "--workers", "2", patch=WAITS) as broken:
+        until((broken.here / "waits").exists, "the main process is about to listen")
+        breakage.begin(broken)
+        (broken.here / "go").touch()
+        assert broken.server.process.wait(30) == 3
+        (failure,) = broken.server.events("start_failed")
+        assert breakage.said in failure["detail"]
+        assert traceback_lines(broken.server) == []
+        assert session_of(broken.server.process.pid) == []
+
+
+WAITS = (
+    "import time, pathlib, tokenauth.server as server; listen = server._listen; "
+    "go = lambda: pathlib.Path('waits').touch() or pathlib.Path('go').exists(); "
+    "server._listen = lambda s: [time.sleep(0.01) for _ in iter(go, True)] and None or listen(s)"
+)
+"""Has the main process wait, when it has imported all that it needs, until the test has broken something."""
+
+
+def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> None:
+    """Ctrl-C once waits for the old worker's request, also after a reload; twice does not."""
+    with serving(write_config(tmp_path)) as server, half_a_login(server):
+        os.killpg(server.process.pid, signal.SIGHUP)
+        until(lambda: len(server.events("configuration_reloaded")) == 1, "the new worker serves")
+        os.killpg(server.process.pid, signal.SIGINT)
+        until(lambda: refuses(server), "nobody listens any more", 5)
+        assert server.process.poll() is None, "it waits for the old worker's request"
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.process.wait(5) == 1
+        assert session_of(server.process.pid) == []
+        assert server.events("worker_replaced") == []
+        assert len(server.events("started")) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it_at_once(tmp_path: Path, number: int) -> None:
+    with breakable(write_config(tmp_path), "--workers", "2") as broken:
+        broken.server.wait("listening")
+        os.killpg(broken.server.process.pid, number)  # as a terminal does
+        assert broken.server.process.wait(5) == 0
+        assert broken.server.events("worker_replaced") == []
+        assert traceback_lines(broken.server) == []
+        assert session_of(broken.server.process.pid) == []
+
+
+def test_no_worker_outlives_the_main_process(tmp_path: Path) -> None:
+    with breakable(write_config(tmp_path), "--workers", "2") as broken:
+        leader = broken.server.process.pid
+        until(lambda: len(session_of(leader)) > 1, "a worker starts")
+        os.kill(leader, signal.SIGKILL)
+        until(lambda: session_of(leader) == [], "the workers end", 10)
+
+
+def test_a_configuration_from_a_pipe_is_read_once(tmp_path: Path) -> None:
+    text = write_config(tmp_path).read_text()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=[text], daemon=True)
+    writer.start()
+    with serving(pipe) as server:
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.events("configuration_refused") != [], "it says that it cannot reload")
+        assert "cannot be read again" in server.events("configuration_refused")[0]["detail"]
+        with Connection(server.port) as connection:
+            assert connection.valid(connection.log_in("bob", "bob-secret"))
+
+
+def test_all_risks_are_named_before_anything_listens(tmp_path: Path) -> None:
+    users = f'{USERS}\n[[users]]\nusername = "shipped"\npassword = "{SHIPPED_HASH}"'
+    tables = '[server]\nhost = "0.0.0.0"\ntrusted_proxies = ["0.0.0.0/0"]\n[pools.p]\n[dialects.token-pool]\npool = "p"'
+    config = write_config(tmp_path, tables, users=users)
+    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
+    with spawn(command, tmp_path) as server:
+        assert server.process.wait(30) == 3
+        (refusal,) = server.events("configuration_refused")
+        assert server.events("listening") == []
+    for risk in ("shipped_password", "trusts_everybody", "open_dialect"):
+        assert f"add {risk!r}" in refusal["detail"]
