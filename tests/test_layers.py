@@ -8,9 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "errors", "opaque", "percent", "logs", "transport", "client.redaction", "channel"}
+    {"models", "errors", "opaque", "percent", "logs", "transport", "client.redaction", "channel", "descriptors"}
     | {"stores.hosts", "stores.files"},
-    {"section", "lane", "login_queue", "protocol", "textfile", "stores.tables", "stores.base", "stores.transaction"}
+    {
+        "section",
+        "lane",
+        "login_queue",
+        "protocol",
+        "acceptor",
+        "textfile",
+        "stores.tables",
+        "stores.base",
+        "stores.transaction",
+    }
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},
     {"config"},
@@ -44,7 +54,7 @@ HOMES = {
     "sqlite3": {"stores"},
     "passlib": {"passwords"},
     "starlette": {"routes", "dialects", "middleware", "access", "app", "worker"},
-    "uvicorn": {"app", "worker", "protocol"},
+    "uvicorn": {"app", "worker", "protocol", "acceptor"},
     "click": {"cli"},
     "rich": {"cli"},
     "tomlkit": {"users"},

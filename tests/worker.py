@@ -2,25 +2,27 @@
 
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
 
 from tests.servers import HandClock
 from tokenauth import configfile, logs
+from tokenauth.acceptor import AcceptingServer
 from tokenauth.app import create_app
 from tokenauth.logs import log
 from tokenauth.protocol import BoundedProtocol
 
 
-class Worker(uvicorn.Server):
+class Worker(AcceptingServer):
     """Says where it listens."""
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Start, then log the port."""
-        await super().startup(None)
-        if self.started:
-            log.info("test_worker_ready", port=self.servers[0].sockets[0].getsockname()[1])
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        await super().startup([listener])
+        log.info("test_worker_ready", port=listener.getsockname()[1])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from tokenauth import config, configfile
+from tokenauth import config, configfile, descriptors
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
@@ -24,6 +24,7 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
 
     Returns the exit code. Raises ConfigError or StartError before anything listens.
     """
+    descriptors.raise_limit()
     signals = Signals()
     signals.catch(signal.SIGHUP, signal.SIGCHLD)  # SIGINT and SIGTERM may still end what may wait: reading the file
     file = configfile.load(path)

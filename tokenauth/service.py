@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from tokenauth import opaque
+from tokenauth import descriptors, opaque
 from tokenauth.config import Config
 from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError, RetryLater
@@ -67,7 +67,7 @@ class Service(NamedTuple):
 
     async def ready(self) -> str | None:
         """Return what keeps this process from serving, if anything does: the first that its parts report."""
-        for part in (self.tokens.ready, self.passwords.ready, self.store.ready):
+        for part in (descriptors.ready, self.tokens.ready, self.passwords.ready, self.store.ready):
             trouble = await part()
             if trouble is not None:
                 return trouble

@@ -21,6 +21,7 @@ import msgspec
 from msgspec.structs import replace
 
 from tokenauth import logs
+from tokenauth.acceptor import stop_handshakes
 from tokenauth.channel import Channel
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
@@ -495,6 +496,7 @@ class Supervisor:
         self._stopping = True
         if signal_name is not None:
             log.info("stopping", signal=signal_name)
+        stop_handshakes(self._listener)  # or some would enter the queue after the last worker has looked
         self._listener.close()
         for worker in list(self._workers()):
             self._end(worker)

@@ -6,7 +6,7 @@ import pickle
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 
 from tokenauth import config, configfile, logs
+from tokenauth.acceptor import AcceptingServer
 from tokenauth.channel import Channel
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError, StartError
@@ -134,7 +135,7 @@ def _report(channel: Channel, report: Report) -> None:
     channel.send(msgspec.json.encode(report))
 
 
-class Server(uvicorn.Server):
+class Server(AcceptingServer):
     """uvicorn's server, which obeys the main process, and stops when that is gone."""
 
     def __init__(self, options: uvicorn.Config, channel: Channel, service: "Service") -> None:
@@ -145,7 +146,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._beating: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Start, and say so. Raises StartError."""
         asyncio.get_running_loop().add_reader(self._channel.fileno(), self._hear)
         self._beating = asyncio.create_task(self._beat())
