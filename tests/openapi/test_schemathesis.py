@@ -43,7 +43,7 @@ network_free = 1000000
 def server(tmp_path: Path) -> Iterator[Server]:
     """Run a server of its own for each run: all dialects, one of them guarded, and an admin who may do everything."""
     others = {name: prefix for name, prefix in APART.items() if name != "token_pool"}
-    users = USERS.replace('["admin"]', '["admin", "introspect", "write"]')
+    users = USERS.replace('["admin"]', '["admin", "introspect", "read", "write"]')
     config = write_config(tmp_path, speaking(**others) + _MORE, users)
     with worker(config, HandClock(tmp_path / "clock", create=True)) as running:
         yield running
