@@ -77,7 +77,8 @@ def _in_pool() -> dict[str, Any]:
 
 
 def _leased() -> dict[str, Any]:
-    lease = _ask("POST", "/api/pools/uuids/leases", _in_pool())
+    _in_pool()
+    lease = _ask("POST", "/api/pools/uuids/leases")
     return {"pool": "uuids", **lease}
 
 
