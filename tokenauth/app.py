@@ -21,6 +21,7 @@ from tokenauth.dialects.simple_token_implement import SimpleTokenImplement
 from tokenauth.dialects.token_management_service import TokenManagementService
 from tokenauth.dialects.token_pool import TokenPool
 from tokenauth.errors import (
+    Forbidden,
     InsufficientScope,
     InvalidRequest,
     InvalidToken,
@@ -186,7 +187,7 @@ class Application:
             try:
                 await self._endpoint(scope)(scope, receive, send)
             except Exception as error:
-                if isinstance(error, InsufficientScope):
+                if isinstance(error, InsufficientScope | Forbidden):
                     self._note_denied(scope, error)
                 await refuse(send, error)
         elif scope["type"] == "lifespan":
@@ -195,11 +196,12 @@ class Application:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _note_denied(self, scope: Scope, error: InsufficientScope) -> None:
-        """Log who lacks which scope, with the route: a path may hold a token."""
+    def _note_denied(self, scope: Scope, error: InsufficientScope | Forbidden) -> None:
+        """Log who may not do what, with the route: a path may hold a token."""
         found = self._routes.find(scope["path"])
         route = "(none)" if found is None else found[0].template
-        log.warning("access_denied", user=requests.username(scope) or "(unknown)", route=route, scope=error.scope)
+        user, lacking = requests.username(scope) or "(unknown)", getattr(error, "scope", "")
+        log.warning("access_denied", user=user, route=route, scope=lacking, reason=error.code)
 
     def _endpoint(self, scope: Scope) -> ASGIApp:
         """Return what answers at an address. Raises NotFound."""

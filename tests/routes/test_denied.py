@@ -8,6 +8,9 @@ from tests.servers import Server, log_in
 SETTINGS = """
 [pools.restricted]
 scope = "write"
+[pools.open]
+capacity = 1
+prefill = true
 [dialects.token-pool]
 pool = "restricted"
 prefix = "/pool"
@@ -46,6 +49,18 @@ def test_who_lacks_a_scope_is_named_in_the_log(
     assert (event["user"], event["route"], event["level"]) == ("bob", route, "warning")
     assert event["scope"] in scope if isinstance(scope, tuple) else event["scope"] == scope
     assert token not in server.log.read_text()
+
+
+def test_who_touches_the_lease_of_another_user_is_named(server: Server, client: httpx.Client) -> None:
+    ann, bob = log_in(client, "ann", "ann-secret"), log_in(client, "bob", "bob-secret")
+    lent = client.post("/api/pools/open/leases", headers={"X-Token": ann}).json()["token"]
+    before = len(server.events("access_denied"))
+    assert client.delete(f"/api/pools/open/leases/{lent}", headers={"X-Token": bob}).status_code == 403
+    [event] = server.events("access_denied")[before:]
+    route = "/api/pools/{pool}/leases/{token}"
+    assert (event["user"], event["route"], event["scope"]) == ("bob", route, "")
+    assert event["reason"] not in {"", "insufficient_scope"}
+    assert lent not in server.log.read_text()
 
 
 def test_a_question_of_a_proxy_that_is_wrong_is_named_too(server: Server, client: httpx.Client) -> None:
