@@ -120,7 +120,7 @@ _send = FunctionType(
     RequestResponseCycle.send.__code__,
     {**vars(httptools_impl), "STATUS_LINE": {status: line + ALWAYS for status, line in STATUS_LINE.items()}},
 )
-"""uvicorn's `send` with ALWAYS behind each status line: as headers, each answer would take almost 1 microsecond more."""
+"""uvicorn's `send` with ALWAYS behind each status line: as headers, each answer would take 1 microsecond more."""
 
 
 class _Cycle(RequestResponseCycle):
