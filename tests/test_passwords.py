@@ -235,6 +235,8 @@ def argon(memory: int, rounds: int, lanes: int = 1, type: str = "ID") -> str:
         pytest.param(bcrypt.using(rounds=4).hash(WORD), True, id="16 rounds of bcrypt"),
         pytest.param(bcrypt.using(rounds=12).hash(WORD), False, id="4,096 rounds of bcrypt"),
         pytest.param(scrypt.using(rounds=4).hash(WORD), True, id="16 rounds of scrypt"),
+        pytest.param("$scrypt$ln=14,r=8,p=1$c2FsdA$" + "A" * 43, False, id="16 MiB of scrypt"),
+        pytest.param("$scrypt$ln=14,r=1,p=1$c2FsdA$" + "A" * 43, True, id="2 MiB of scrypt"),
         pytest.param(pbkdf2_sha256.using(rounds=10).hash(WORD), True, id="10 rounds of pbkdf2"),
     ],
 )

@@ -28,8 +28,8 @@ MAX_LENGTH = 1024
 
 _SCHEMES = CryptContext(["argon2", "bcrypt", "scrypt", "pbkdf2_sha256"])
 
-_LEAST_ROUNDS = {"bcrypt": 10, "scrypt": 14, "pbkdf2_sha256": 100_000}
-"""Costs below which a hash is weak; those of bcrypt and scrypt are powers of two."""
+_LEAST_WORK = {"bcrypt": 2**10, "scrypt": 2**14 * 8, "pbkdf2_sha256": 100_000}
+"""Work below which a hash is weak: rounds, and for scrypt the blocks of memory, N * r."""
 
 _SLOW = 1.0
 """Seconds: a hash that takes longer lets a few logins stop all others."""
@@ -148,7 +148,8 @@ class Passwords:
         """Whether a hash costs an attacker less than the configuration asks for, or than is usual for its scheme."""
         _, scheme, record = _read(user.password_hash)
         if scheme != "argon2":
-            return int(record.rounds) < _LEAST_ROUNDS[scheme]
+            work = record.rounds if scheme == "pbkdf2_sha256" else 2**record.rounds
+            return bool(work * (record.block_size if scheme == "scrypt" else 1) < _LEAST_WORK[scheme])
         less = record.memory_cost < self._settings.memory_kib or record.rounds < self._settings.time_cost
         return bool(less) or record.type != "id" or record.version != 19
 
