@@ -47,7 +47,7 @@ _SEARCH = 1.0
 _MAX_ORIGIN = 512
 """Bytes of a line that names an Origin; a host name has 253 at the most."""
 
-_LOOKED_AT = frozenset({b"host", b"expect", b"transfer-encoding"})
+_LOOKED_AT = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
 _CLIENT = "tokenauth.client"
 REFUSAL_RULES = "tokenauth.refusal_rules"
@@ -123,8 +123,8 @@ _send = FunctionType(
 """uvicorn's `send` with ALWAYS behind each status line: as headers, each answer would take 1 microsecond more."""
 
 
-class _Cycle(RequestResponseCycle):
-    """One request and its answer. An answer that is given before the body has come closes the connection."""
+class _CycleWithBody(RequestResponseCycle):
+    """A request with a body, and its answer. If that is given before the body has come, the connection closes."""
 
     transport: OnePiece  # type: ignore[assignment]
 
@@ -145,7 +145,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     transport: OnePiece  # type: ignore[assignment]
     flow: _Flow
-    cycle: _Cycle
     url = b""
     _rules = RefusalRules()
     _begun: HTTPScope | None = None
@@ -154,6 +153,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _ended = False
     _upgrades = False
     _faulty = False
+    _has_body = False
     _chunked = False
     _refused = False
     _host: bytes | None = None
@@ -309,7 +309,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         self.url = b""
-        self.expect_100_continue = self._faulty = self._chunked = self._upgrades = False
+        self.expect_100_continue = self._faulty = self._has_body = self._chunked = self._upgrades = False
         self._host = None
         self.headers = []
         self.scope = {  # type: ignore[typeddict-item]
@@ -335,10 +335,12 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._host = value
             elif name == b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
+            elif name == b"content-length":
+                self._has_body = True
             elif value.strip().lower() != b"chunked":
                 self._faulty = True  # what is under another coding, nobody here can read
             else:
-                self._chunked = True
+                self._has_body = self._chunked = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -367,7 +369,7 @@ class BoundedProtocol(HttpToolsProtocol):
         scope["raw_path"] = self.root_path.encode("ascii") + raw_path
         scope["query_string"] = url.query or b""
         waits = self.cycle is not None and not self.cycle.response_complete
-        self.cycle = _Cycle(
+        self.cycle = (_CycleWithBody if self._has_body else RequestResponseCycle)(
             scope=scope,
             transport=cast(asyncio.Transport, self.transport),
             flow=self.flow,

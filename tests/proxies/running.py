@@ -171,14 +171,21 @@ class Proxy:
 
 
 @contextmanager
-def running(name: str, directory: Path, issuer: int) -> Iterator[Proxy]:
-    """Run one proxy from the document, on free ports and with its files in a directory of the test."""
+def running(
+    name: str, directory: Path, issuer: int, files: Mapping[str, str] | None = None, ready: tuple[str, int] = ("/", 401)
+) -> Iterator[Proxy]:
+    """Run one proxy, on free ports and with its files in a directory of the test.
+
+    The files are those of the document, unless others are given, by their paths. It works when it answers one target
+    without a token with one status: `ready`.
+    """
     product, command = PRODUCTS[name], program(name)
     directory.mkdir()
     with Line(issuer) as line, Upstream() as upstream:
         port = free_port()
         values = {"listens": port, "issuer": line.port, "app": upstream.port, "inside": free_port()}
-        write_files(product, directory, {**values, "directory": directory})
+        written = write_files(product, directory, {**values, "directory": directory}, files or documented())
+        assert files or not written, f"no longer in the document: {written}"
         with (directory / "output.log").open("wb") as sink:
             process = subprocess.Popen(
                 [command, *product.arguments(directory)],
@@ -190,7 +197,7 @@ def running(name: str, directory: Path, issuer: int) -> Iterator[Proxy]:
                 start_new_session=True,
             )
         try:
-            await_refusal(port, process, directory / "output.log")
+            await_answer(*ready, port, process, directory / "output.log")
             yield Proxy(name, port, line, upstream, process)
         finally:
             if process.poll() is None:
@@ -198,26 +205,25 @@ def running(name: str, directory: Path, issuer: int) -> Iterator[Proxy]:
             process.wait(20)
 
 
-def write_files(product: Product, directory: Path, values: Mapping[str, object]) -> None:
-    """Write a proxy's files as the document shows them, but for addresses and paths; each of these must occur."""
-    shown = documented()
+def write_files(product: Product, directory: Path, values: Mapping[str, object], files: Mapping[str, str]) -> set[str]:
+    """Write a proxy's files, but for addresses and paths; return those of them that did not occur."""
     missing = set(product.replaced)
     for path in product.files:
-        text = shown[path]
+        text = files.get(path, "")
         for old, new in product.replaced.items():
             if old in text:
                 missing.discard(old)
                 text = text.replace(old, new.format(**values))
         (directory / Path(path).name).write_text(text)
-    assert not missing, f"no longer in the document: {missing}"
+    return missing
 
 
-def await_refusal(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a proxy refuses who has no token; fail with what it wrote if it ends or takes too long."""
+def await_answer(target: str, status: int, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a proxy gives an answer; fail with what it wrote if it ends or takes too long."""
     deadline = time.monotonic() + 20
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(ConnectionError):
-            if ask(port).status == 401:
+            if ask(port, target).status == status:
                 return
         time.sleep(0.01)
     raise AssertionError(f"it does not work (exit code {process.poll()}):\n{log.read_text()}")
