@@ -18,7 +18,7 @@ from tests.connections import Answer, Closed, Connection
 from tests.openapi.asking import FORM, JSON
 from tests.openapi.configurations import APART, API_PASSWORD, speaking
 from tests.openapi.conformance import Documented, Operation
-from tests.servers import Server, worker, write_config
+from tests.servers import USERS, Server, log_in, worker, write_config
 
 KIB = 1024
 SHARE = 13
@@ -78,6 +78,10 @@ TEXTS += [b"x" * 2000, "\U0001f511".encode() * 300, b"{pool}", b"[]", b"\\", b"\
 LOGIN = b'POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Length: 39\r\n\r\n{"username":"admin","password":"admin"}'
 
 
+ALMIGHTY = USERS.replace('["admin"]', '["admin", "read", "write", "introspect"]')
+"""Users of whom the admin may do everything: so every request gets as far as it can."""
+
+
 class Sent(NamedTuple):
     """A request that is not as it should be."""
 
@@ -90,7 +94,7 @@ class Sent(NamedTuple):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     limits = "[throttle]\nfree = 1000000\nnetwork_free = 1000000\n[tokens]\nper_user = 0\n"
-    config: Path = write_config(tmp_path_factory.mktemp("hostile"), limits + speaking(**APART))
+    config: Path = write_config(tmp_path_factory.mktemp("hostile"), limits + speaking(**APART), ALMIGHTY)
     with worker(config) as running:
         yield running
 
@@ -207,3 +211,26 @@ def test_no_input_to_any_route_makes_a_5xx(server: Server) -> None:
 @pytest.mark.faults
 def test_none_of_all_inputs_to_any_route_makes_a_5xx(server: Server) -> None:
     check(server, everything(server))
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE"])
+def test_no_safe_method_changes_anything(server: Server, method: str) -> None:
+    """RFC 9110 section 9.2.1, of all addresses: also of those whose original acts on a GET."""
+    with server.client() as client:
+        headers = {"X-Token": log_in(client), "X-API-PASSWORD": API_PASSWORD}
+        client.headers.update(headers)
+        lease = client.post("/api/pools/random/tokens").json()["tokens"][0]
+        assert client.post("/simple/issue_token").status_code in {200, 429}
+        operations = list(Documented(client.get("/openapi.json").json()))
+
+        def state() -> list[Any]:
+            pools = [pool["name"] for pool in client.get("/api/pools").json()["pools"]]
+            return [client.get(f"/api/pools/{pool}?limit=1000").json() for pool in pools] + [
+                client.get("/api/tokens").json()
+            ]
+
+        before = state()
+        for path in {operation.path for operation in operations}:
+            answer = client.request(method, _path(path.replace("{pool}", "random"), lease))
+            assert answer.status_code < 500
+        assert state() == before
