@@ -113,6 +113,7 @@ class Passwords:
         if trouble is not None:
             raise ConfigError(f"passwords: a hash of this memory_kib and time_cost {trouble}: lower them")
         self._texts: dict[str, str] = {}
+        self._likes: dict[str, str] = {}
         self._costs = {new.text: self.new_cost}
         self._new = _StandIn(new.text, b"", 1)
         self.read_users()
@@ -187,20 +188,7 @@ class Passwords:
         """Make a hash without a password for each cost that users have. Raises ConfigError."""
         hashes: dict[tuple[str, int], list[str]] = {}
         for user in self._users.values():
-            try:
-                read = _read(user.password_hash)
-            except ValueError:
-                raise ConfigError(
-                    f"users: the password of {user.username!r} is not a hash that can be verified"
-                    " (argon2, bcrypt, scrypt, pbkdf2_sha256); make one with `tokenauth hash-password`"
-                ) from None
-            self._texts[user.password_hash], self._costs[read.text] = read.text, _cost(read)
-            trouble = self._too_costly(self._costs[read.text])
-            if trouble is not None:
-                mend = f"run `tokenauth user passwd {user.username}`"
-                raise ConfigError(f"users: the password hash of {user.username!r} {trouble}; {mend}")
-            like = _without_password(read)
-            self._costs[like] = self._costs[read.text]
+            like = self._likes.get(user.password_hash) or self._like(user)
             group = sha256(user.username.encode(errors="surrogatepass")).digest()[0] % _GROUPS
             hashes.setdefault((like, group), []).append(user.password_hash)
         # The least of the hashes is a secret that all workers and nodes have, and that few edits change.
@@ -208,6 +196,24 @@ class Passwords:
             _StandIn(text, sha256(f"{group} {min(secrets)}".encode()).digest(), len(secrets))
             for (text, group), secrets in hashes.items()
         ]
+
+    def _like(self, user: User) -> str:
+        """Read a user's hash, and return one of exactly its cost that no password matches. Raises ConfigError."""
+        try:
+            read = _read(user.password_hash)
+        except ValueError:
+            raise ConfigError(
+                f"users: the password of {user.username!r} is not a hash that can be verified"
+                " (argon2, bcrypt, scrypt, pbkdf2_sha256); make one with `tokenauth hash-password`"
+            ) from None
+        self._texts[user.password_hash], self._costs[read.text] = read.text, _cost(read)
+        trouble = self._too_costly(self._costs[read.text])
+        if trouble is not None:
+            mend = f"run `tokenauth user passwd {user.username}`"
+            raise ConfigError(f"users: the password hash of {user.username!r} {trouble}; {mend}")
+        like = self._likes[user.password_hash] = _without_password(read)
+        self._costs[like] = self._costs[read.text]
+        return like
 
     def _stand_in(self, name: str) -> str:
         """Choose the hash that is computed for a name that no user has.

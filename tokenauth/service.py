@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
@@ -73,10 +73,11 @@ class Service(NamedTuple):
                 return trouble
         return None
 
-    def take_users(self, users: Mapping[str, User]) -> None:
-        """Go on with other users, in place of those of the configuration: one who is gone is refused from now on."""
-        self.users.clear()
-        self.users.update(users)
+    def change_users(self, removed: Iterable[str], changed: Mapping[str, User]) -> None:
+        """Go on with other users than those of the configuration: one who is removed is refused from now on."""
+        for name in removed:
+            self.users.pop(name, None)
+        self.users.update(changed)
         self.passwords.read_users()
 
     async def _remember(self, now: Instant) -> None:

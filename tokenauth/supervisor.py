@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +26,7 @@ from tokenauth.channel import Channel
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
-from tokenauth.worker import BEAT, GRACE, Report, Serve, Stop, TakeUsers, encode
+from tokenauth.worker import BEAT, GRACE, ChangeUsers, Report, Serve, Stop, encode
 
 START_FAILED = 3
 """The exit code when the first start fails."""
@@ -52,11 +52,16 @@ _MAX_SAID = 8192
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
+class Interrupted(BaseException):
+    """A signal has come that is not to wait for what goes on."""
+
+
 class Signals:
     """Collects signals, and wakes up whoever waits for `fileno` to be readable."""
 
     def __init__(self) -> None:
         self._caught: list[signal.Signals] = []
+        self._interrupting: frozenset[signal.Signals] = frozenset()
         self._here, self._wake = socket.socketpair()
         self._here.setblocking(False)
         self._wake.setblocking(False)
@@ -79,8 +84,21 @@ class Signals:
         caught, self._caught = self._caught, []  # a signal in between is in one of them
         return caught
 
+    @contextmanager
+    def interrupting(self, *numbers: signal.Signals) -> Iterator[None]:
+        """Have these signals raise Interrupted, besides being collected, in what may take long."""
+        self._interrupting = frozenset(numbers)
+        try:
+            yield
+        finally:
+            self._interrupting = frozenset()
+
     def _remember(self, number: int, _: FrameType | None) -> None:
-        self._caught.append(signal.Signals(number))
+        found = signal.Signals(number)
+        self._caught.append(found)
+        if found in self._interrupting:
+            self._interrupting = frozenset()
+            raise Interrupted
 
 
 class _Worker:
@@ -220,6 +238,7 @@ class Supervisor:
         """
         self._path = path
         self._settings = settings
+        self._users = settings.directory
         self._reread = reread
         self._listener = listener
         self._signals = signals
@@ -437,7 +456,10 @@ class Supervisor:
     def _begin_reload(self) -> None:
         """Read the configuration, and start workers for it beside the present ones, which get its users at once."""
         try:
-            settings = self._reread()
+            with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
+                settings = self._reread()
+        except Interrupted:
+            return
         except ConfigError as error:
             log.error("configuration_refused", detail=str(error))
             return
@@ -449,8 +471,11 @@ class Supervisor:
         self._tell_users(settings)
 
     def _tell_users(self, settings: Config) -> None:
-        """Have the present workers, and those that end, go on with these users."""
-        order = encode(TakeUsers(dict(settings.directory)))
+        """Have the present workers, and those that end, go on with the users of this configuration."""
+        before, users = self._users, settings.directory
+        changed = {name: user for name, user in users.items() if before.get(name) != user}
+        order = encode(ChangeUsers([name for name in before if name not in users], changed))
+        self._users = users
         present = [place.worker for place in self._places if place.worker is not None]
         for worker in (*present, *self._retiring):
             worker.channel.send(order)

@@ -44,17 +44,18 @@ class Serve(NamedTuple):
     settings: Config
 
 
-class TakeUsers(NamedTuple):
-    """A message to a worker that will be replaced: from now on only these users exist."""
+class ChangeUsers(NamedTuple):
+    """A message to a worker that will be replaced: what a new configuration has other than the users so far."""
 
-    users: Mapping[str, User]
+    removed: Sequence[str]
+    changed: Mapping[str, User]
 
 
 class Stop(NamedTuple):
     """The last message to a worker: take no more connections, answer what was accepted, and end."""
 
 
-Order = Serve | TakeUsers | Stop
+Order = Serve | ChangeUsers | Stop
 
 
 class Report(msgspec.Struct, omit_defaults=True):
@@ -167,8 +168,8 @@ class Server(AcceptingServer):
         """Do what the main process says."""
         for encoded in orders:
             order: Order = pickle.loads(encoded)  # noqa: S301  (as above)
-            if isinstance(order, TakeUsers):
-                self._service.take_users(order.users)
+            if isinstance(order, ChangeUsers):
+                self._service.change_users(order.removed, order.changed)
             elif isinstance(order, Stop):
                 self._stop()
 
