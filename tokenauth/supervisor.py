@@ -84,6 +84,11 @@ class Signals:
         caught, self._caught = self._caught, []  # a signal in between is in one of them
         return caught
 
+    def close(self) -> None:
+        """Wake up nobody any more."""
+        self._here.close()
+        self._wake.close()
+
     @contextmanager
     def interrupting(self, *numbers: signal.Signals) -> Iterator[None]:
         """Have these signals raise Interrupted, besides being collected, in what may take long."""
