@@ -64,6 +64,7 @@ def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sigh
         for token, code in [(admin, b"201"), (ann, b"401"), (bob, b"401")]:
             slow[token].sendall(b"}")
             assert slow[token].recv(65536)[9:12] == code
+        until(lambda: len(server.events("stopped")) == 2, "the old workers ended")
         for _ in range(10):  # whichever worker answers
             with Connection(server.port) as connection:
                 assert connection.valid(admin)
