@@ -20,6 +20,8 @@ LAYERS = [
         "stores.tables",
         "stores.base",
         "stores.transaction",
+        "stores.circuit",
+        "stores.turns",
     }
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},

@@ -1,5 +1,6 @@
 """The sweeper deletes pool tokens that have expired, in steps, and no others; what is lent or waits is left alone."""
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -121,6 +122,9 @@ async def test_a_pool_that_could_not_be_filled_at_the_start_is_filled_later(tmp_
         await service.pools.prefill()
         db.execute("ROLLBACK")
     assert rows(tmp_path) == {}
+    async with asyncio.timeout(20):
+        while await service.store.ready() is not None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.05)
     await Sweeper(service.store, service.pools, service.clock, forget=3600).sweep()
     assert rows(tmp_path) == {"permits": 5}
     await service.store.stop(clock())

@@ -3,18 +3,21 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores import hosts, schema, verbs
-from tokenauth.stores.transaction import Disturbed, PostgresTransaction
+from tokenauth.stores.circuit import Circuit
+from tokenauth.stores.tables import metadata
+from tokenauth.stores.transaction import Disturbed, PostgresTransaction, advisory_key
 from tokenauth.stores.writer import Answers, Batch, Verb, Writer
 
 T = TypeVar("T")
@@ -54,6 +57,18 @@ _HOLD_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth sc
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 """What others have committed while a lock was waited for must be seen, whatever the database's default is."""
 
+_PROBE_READING = f"""
+    SET lock_timeout = '500ms';
+    SELECT {", ".join(f"(SELECT 1 FROM {name} LIMIT 1)" for name in metadata.tables)}
+"""  # noqa: S608 - constants
+_PROBE_WRITING = f"""
+    BEGIN; SET LOCAL lock_timeout = '500ms';
+    LOCK TABLE {", ".join(metadata.tables)} IN ROW EXCLUSIVE MODE;
+    SELECT pg_advisory_xact_lock({advisory_key(verbs.REVOKING)});
+    {verbs.PROBE}; COMMIT
+"""
+"""Needs what queries and changes need, so that it fails when those would hang."""
+
 _REMEMBERING = 1.0
 """Seconds between two times that a process writes down what time it is."""
 
@@ -81,7 +96,7 @@ class Database:
             hide_parameters=True,
             connect_args={**arguments, "async_creator_fn": hosts.connect},
         )
-        event.listen(self._engine.sync_engine, "checkout", _demand_open)
+        event.listen(self._engine.sync_engine, "checkout", self._demand_open)
         event.listen(self._engine.sync_engine, "close", _hang_up)
         self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
         patient = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_PATIENCE}
@@ -90,11 +105,37 @@ class Database:
         self._writers: dict[Verb, Writer] = {}
         self._latest: Instant = 0
         self._remembered: Instant = 0
-        self.trouble: str | None = None
+        self._reading = Circuit(
+            partial(self._probe, _PROBE_READING),
+            "store_unreachable",
+            "store_reachable_again",
+            probe_failed=self._lose_reach,
+        )
+        self._writing = Circuit(
+            partial(self._probe, _PROBE_WRITING),
+            "store_not_writable",
+            "store_writable_again",
+            opened=self._refuse_waiting,
+            probe_failed=self._give_up_writing,
+        )
+        self.suspect = self._reading.suspect
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps the database from being read or written, if anything is known to."""
+        if self._reading.trouble is not None:
+            return f"store unreachable: {self._reading.trouble}"
+        return None if self._writing.trouble is None else f"store not writable: {self._writing.trouble}"
+
+    async def verdict(self) -> str | None:
+        """Return what keeps the database from being read or written; if it is being probed, when that is known."""
+        await self._reading.verdict()
+        await self._writing.verdict()
+        return self.trouble
 
     async def demand_utf8(self) -> None:
         """Raise StartError for a database that cannot keep all names, or takes bytes for characters."""
-        encoding = await self.read(lambda db: driver(db).driver_connection.get_settings().server_encoding)
+        encoding = await self.read_once(lambda db: driver(db).driver_connection.get_settings().server_encoding)
         if encoding != "UTF8":
             raise StartError(
                 f"the database {self.name} keeps text as {encoding}; create it with ENCODING 'UTF8' TEMPLATE template0"
@@ -108,7 +149,7 @@ class Database:
         machine upgrades). Where nothing is to be done, nobody is waited for.
         """
         waited = False
-        while not schema.serves(await self.read(schema.version)):
+        while not schema.serves(await self.read_once(schema.version)):
             try:
                 await self._upgrade()
             except exc.DBAPIError as error:
@@ -139,28 +180,38 @@ class Database:
 
     async def discard(self) -> None:
         """Disconnect."""
+        await self._reading.stop()
+        await self._writing.stop()
         await self._engine.dispose()
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Run a query; again if the connection broke in the middle of it. Raises StoreUnavailable."""
-        try:
-            return await self._read(query)
-        except UNAVAILABLE as error:
-            if isinstance(error, _CALLERS_FAULT):
-                raise
-            if _is_slow(error):
+        async with self._reading.attempt() as began:
+            try:
+                return await self.read_once(query)
+            except UNAVAILABLE as error:
+                if isinstance(error, _CALLERS_FAULT):
+                    raise
+                if _is_slow(error):
+                    self._reading.suspect()
+                    raise StoreUnavailable from error
+            try:
+                return await self.read_once(query)
+            except UNAVAILABLE as error:
+                if _is_slow(error):
+                    self._reading.suspect()
+                else:
+                    self._reading.failed(reason(error), began)
                 raise StoreUnavailable from error
-        try:
-            return await self._read(query)
-        except UNAVAILABLE as error:
-            raise StoreUnavailable from error
 
-    async def _read(self, query: Callable[[Connection], T]) -> T:
+    async def read_once(self, query: Callable[[Connection], T]) -> T:
+        """Run a query while it is not known whether the database works. Raises what the drivers raise."""
         async with self._engine.connect() as db:
             return await db.run_sync(query)
 
     def write(self, verb: Verb, wish: Any, now: Instant) -> Awaitable[Any]:
         """Have a change made and committed together with the others of its kind that wait."""
+        self._writing.demand()
         writer = self._writers.get(verb)
         if writer is None:
             writer = self._writers[verb] = Writer(self._transact)
@@ -177,16 +228,51 @@ class Database:
 
     async def _transact(self, batch: Batch, now: Instant) -> Answers:
         try:
-            async with self._engine.connect() as db:
-                answers = await db.run_sync(self._apply, batch, now)
+            async with self._writing.attempt() as began, self._engine.connect() as db:
+                answers: Answers = await db.run_sync(self._apply, batch, now)
         except UNAVAILABLE as error:
             if isinstance(error, _CALLERS_FAULT):
                 raise
             self._remembered = 0  # the next one writes something in any case: it too must reach who is to have a copy
-            self._note(reason(error))
+            if _is_slow(error):
+                self._writing.suspect()
+            else:
+                self._writing.failed(reason(error), began)
             raise StoreUnavailable from error
-        self._note(None)
+        except StoreUnavailable:
+            self._remembered = 0
+            raise
         return answers
+
+    async def _probe(self, statements: str) -> str | None:
+        """Run some statements on a connection of their own; return what is wrong, if anything is."""
+        try:
+            async with self.listening() as db:
+                await db.execute(statements)
+        except (asyncpg.TooManyConnectionsError, asyncpg.FeatureNotSupportedError):
+            return None  # it answers: whether the others can go on is for them to find out
+        except UNAVAILABLE as error:
+            return reason(error)
+        return None
+
+    def _lose_reach(self) -> None:
+        """Refuse to write, too, and end what is under way: nothing of it will be answered soon."""
+        self._writing.open(self._reading.trouble or "")
+        self._reading.give_up()
+        self._writing.give_up()
+
+    def _give_up_writing(self) -> None:
+        self._writing.give_up()
+
+    def _refuse_waiting(self) -> None:
+        for writer in self._writers.values():
+            writer.refuse_waiting()
+
+    def _demand_open(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
+        """Have a connection replaced that the server has closed meanwhile, or that was made before reach was lost."""
+        openings = self._reading.openings
+        if connection.driver_connection.is_closed() or record.info.setdefault("openings", openings) != openings:
+            raise exc.DisconnectionError
 
     def _apply(self, db: Connection, batch: Batch, now: Instant) -> Answers:
         """Make the changes of one kind in one transaction."""
@@ -214,15 +300,6 @@ class Database:
             raise
         return answers
 
-    def _note(self, trouble: str | None) -> None:
-        """Say once when writing stops working, and once when it works again."""
-        if (trouble is None) != (self.trouble is None):
-            if trouble is None:
-                log.info("store_writable_again")
-            else:
-                log.error("store_not_writable", reason=trouble)
-        self.trouble = trouble
-
 
 def driver(db: Connection) -> AdaptedConnection:
     """Return asyncpg's connection, as SQLAlchemy's `run_sync` takes it."""
@@ -244,13 +321,9 @@ def _hang_up(connection: AdaptedConnection, *_: object) -> None:
     connection.driver_connection.terminate()
 
 
-def _demand_open(connection: AdaptedConnection, *_: object) -> None:
-    """Have a connection replaced that the server has closed meanwhile."""
-    if connection.driver_connection.is_closed():
-        raise exc.DisconnectionError
-
-
 _CALLERS_FAULT = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+
+
 """What is raised for one bad wish, and not because the machine is broken."""
 
 _TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)

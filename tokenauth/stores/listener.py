@@ -118,6 +118,7 @@ class Listener:
                 if self._connected:
                     log.error("revocation_feed_lost", reason=type(error).__name__, action="every token is looked up")
                 self._connected = False
+                self._database.suspect()
             await asyncio.sleep(_RETRY)
 
     async def _listen(self, db: asyncpg.Connection) -> None:
@@ -149,7 +150,11 @@ class Listener:
         """Read the log from the last entry that is known, which must still be there: else some were missed."""
         asked_at = steady()
         seq = self._last[0]
-        rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
+        late = asyncio.get_running_loop().call_later(HEARTBEAT, self._database.suspect)
+        try:
+            rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
+        finally:
+            late.cancel()
         self._clock.hear(rows[0]["now"], asked_at)
         self.hear(rows[0]["latest"] or 0.0)
         entries = [(row["seq"], row["digest"]) for row in rows if row["seq"] is not None]

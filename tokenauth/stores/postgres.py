@@ -93,7 +93,7 @@ class PostgresStore:
             await self._database.demand_utf8()
             await self._database.upgrade()
             await self._listener.start()
-            row = await self._database.read(lambda db: db.execute(_CLOCK).first())
+            row = await self._database.read_once(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:
             await self._listener.stop()
             await self._database.discard()
@@ -119,13 +119,13 @@ class PostgresStore:
 
     async def ready(self) -> str | None:
         """Say what keeps the store from serving, if anything does."""
+        trouble = await self._database.verdict()
+        if trouble is not None:
+            return trouble
         try:
-            if self._database.trouble is not None:
-                await self.remember(self.clock())
             version = await self._database.read(schema.version)
         except RetryLater as refusal:
-            trouble = self._database.trouble
-            return f"store not writable: {trouble}" if trouble else f"store unreachable: {reason(refusal)}"
+            return await self._database.verdict() or f"store unreachable: {reason(refusal)}"
         return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def claim(self, duty: str, now: Instant, until: Instant) -> bool:

@@ -4,34 +4,52 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from tokenauth.errors import Overloaded, StartError, StoreUnavailable
+from tokenauth.errors import Overloaded, RetryLater, StartError, StoreUnavailable
 from tokenauth.lane import Lane
 from tokenauth.logs import log
 from tokenauth.models import Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import schema, verbs
 from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.cached import CachedTokenStore
+from tokenauth.stores.circuit import PROBE_PATIENCE, Circuit
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
 from tokenauth.stores.transaction import SqliteTransaction
+from tokenauth.stores.turns import TURN_PATIENCE, Turn, Turns
 from tokenauth.stores.writer import Answers, Batch, Verb, Writer
 
 T = TypeVar("T")
 
-BUSY_TIMEOUT = 5000
+BUSY_TIMEOUT = 3000
 """Milliseconds that a write waits for another process's."""
 
+_PROBE_TIMEOUT = 500
+"""Milliseconds that a probe waits for another process's write."""
+
+_READ_TIMEOUT = 0.25
+"""Seconds that a query waits where even SQLite's readers must: while a crashed process's log is recovered."""
+
+CHECKPOINT_INTERVAL = 10.0
+"""Seconds between two checks that the log of writes (-wal) can be copied into the database."""
+
+_WAL_LIMIT = 16 * 2**20
+"""Bytes of the log of writes that stay on the disk, after a long reader has let it grow: twice what is usual."""
+
+_READ_PATIENCE = 2.0
+"""Seconds that a query waits for a connection that others use."""
 
 _FEW = 2000
 """Tokens that are counted on the event loop: that takes less time than a thread to be woken."""
@@ -44,10 +62,27 @@ class Database:
         """Take `sqlite+aiosqlite:///PATH`."""
         self.path = os.path.abspath(url.database or "")
         self._readers = _read_engine(url)
-        self._thread: Lane[Callable[[], Any], Any] = Lane(lambda job: job(), threads=1)
+        # A second thread, for when the first one waits in vain for its turn. They never use the connection together.
+        self._thread: Lane[Callable[[], Any], Any] = Lane(lambda job: job(), threads=2, queue=4)
+        self._using = threading.Lock()
         self._writer = Writer(self._transact)
-        self.trouble: str | None = None
+        self._turns = Turns(self.path)
+        self._circuit = Circuit(
+            self._probe, "store_not_writable", "store_writable_again", opened=self._writer.refuse_waiting
+        )
+        self._probing: asyncio.Future[str | None] | None = None
+        self._checkpoint_trouble: str | None = None
+        self._written = False
         self.lost = False
+
+    async def verdict(self) -> str | None:
+        """Return what keeps the file from being written; if it is being probed, when that is known."""
+        await self._circuit.verdict()
+        if self._circuit.trouble is not None:
+            return f"store not writable: {self._circuit.trouble}"
+        if self._checkpoint_trouble is not None:
+            return f"the database's -wal file cannot be copied into it, and grows: {self._checkpoint_trouble}"
+        return None
 
     async def start(self) -> None:
         """Create the file if it is not there, and bring its schema up to date.
@@ -62,8 +97,11 @@ class Database:
     async def stop(self) -> None:
         """Finish what waits to be written, and disconnect."""
         await self._writer.finish()
+        await self._circuit.stop()
         await self._readers.dispose()
-        await self._thread.run(self._connection.close)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if self._circuit.trouble is None else 1):  # its thread may hang for ever
+                await self._thread.run(self._close)
         self._thread.close()
 
     async def read(self, query: Callable[[Connection], T]) -> T:
@@ -72,7 +110,10 @@ class Database:
             raise StoreUnavailable
         try:
             db = await self._readers.connect()
-        except (DBAPIError, RuntimeError) as error:  # RuntimeError: the thread of a new connection cannot be started
+        except (
+            SQLAlchemyError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the thread of a new connection cannot be started
             raise StoreUnavailable from error
         try:
             return await db.run_sync(query)
@@ -83,43 +124,124 @@ class Database:
 
     def write(self, verb: Verb, wish: Any, now: Instant) -> Awaitable[Any]:
         """Have a change made and committed together with whatever else waits."""
+        self._circuit.demand()
         return self._writer.write(verb, wish, now)
 
+    async def check(self) -> None:
+        """Look whether the log of writes can be copied into the database. SQLite itself does so, and says nothing."""
+        if not self._written or self.lost or self._circuit.trouble is not None:
+            return
+        self._written = False
+        trouble = await self._thread.run(self._checkpoint)
+        if trouble != self._checkpoint_trouble:
+            if trouble is None:
+                log.info("checkpoint_works_again")
+            else:
+                log.error("checkpoint_failed", reason=trouble, action="the -wal file grows until this works")
+        self._checkpoint_trouble = trouble
+        self._written = self._written or trouble is not None
+
+    def refresh_turns(self) -> None:
+        """Use the file by which others take turns, if it was deleted or replaced."""
+        if self._turns.replaced():
+            self._turns.open()
+
     async def _transact(self, batch: Batch, now: Instant) -> Answers:
-        try:
-            answers: Answers = await self._thread.run(partial(self._apply, batch, now))
-        except Overloaded as error:  # its thread could not be started
-            raise StoreUnavailable from error
+        async with self._circuit.attempt() as began:
+            turn = self._turns.next()
+            given_up = threading.Event()
+            work = asyncio.ensure_future(self._thread.run(partial(self._apply, batch, now, given_up, turn)))
+            try:
+                if turn is not None:
+                    done, _ = await asyncio.wait({work}, timeout=TURN_PATIENCE)
+                    if not done and turn.give_up():
+                        self._turns.gave_up(turn)
+                        work = asyncio.ensure_future(self._thread.run(partial(self._apply, batch, now, given_up)))
+                answers: Answers = await work
+            except sqlite3.Error as error:
+                if isinstance(error, _CALLERS_FAULT):
+                    raise
+                # locked, full, read-only, broken: nothing that a caller did
+                self._circuit.failed(str(error), began)
+                raise StoreUnavailable from error
+            except Overloaded as error:  # its thread could not be started
+                self._circuit.failed(str(error), began)
+                raise StoreUnavailable from error
+            finally:
+                given_up.set()
+                work.cancel()
         return answers
 
-    def _apply(self, batch: Batch, now: Instant) -> Answers:
-        """Make all changes of a batch in one transaction, on the writer's thread."""
+    def _apply(self, batch: Batch, now: Instant, given_up: threading.Event, turn: Turn | None = None) -> Answers:
+        """Make all changes of a batch in one transaction, on the writer's thread; none if nobody waits any more."""
+        if turn is None:
+            return self._apply_now(batch, now, given_up)
+        if not turn.begin():
+            self._turns.ended(turn)
+            return ()
+        try:
+            return self._apply_now(batch, now, given_up)
+        finally:
+            turn.end()
+
+    def _apply_now(self, batch: Batch, now: Instant, given_up: threading.Event) -> Answers:
         if self.lost:
             raise StoreUnavailable
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            answers = [verb(self._transaction, wishes) for verb, wishes in batch.items()]
-            verbs.remember(self._transaction, now)
-            self._connection.execute("COMMIT")
-        except Exception as error:
-            with suppress(sqlite3.Error):
-                self._connection.rollback()
-            if not isinstance(error, sqlite3.Error) or isinstance(error, _CALLERS_FAULT):
+        with self._using:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                if given_up.is_set():  # while it waited for the lock
+                    raise StoreUnavailable  # noqa: TRY301 - and the transaction is rolled back
+                answers = [verb(self._transaction, wishes) for verb, wishes in batch.items()]
+                verbs.remember(self._transaction, now)
+                self._connection.execute("COMMIT")
+            except Exception:
+                with suppress(sqlite3.Error):
+                    self._connection.rollback()
                 raise
-            # locked, full, read-only, broken: nothing that a caller did
-            self._note(str(error))
-            raise StoreUnavailable from error
-        self._note(None)
+        self._written = True
         return answers
 
-    def _note(self, trouble: str | None) -> None:
-        """Say once when writing stops working, and once when it works again."""
-        if trouble != self.trouble:
-            self.trouble = trouble
-            if trouble is None:
-                log.info("store_writable_again")
-            else:
-                log.error("store_not_writable", reason=trouble)
+    async def _probe(self) -> str | None:
+        """Write something; return what is wrong, if anything is. One that hangs is waited for, not repeated."""
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.ensure_future(self._thread.run(self._probe_now))
+        try:
+            return await asyncio.shield(self._probing)
+        except Overloaded as error:
+            return str(error)
+
+    def _probe_now(self) -> str | None:
+        if self.lost:
+            return "the database file was replaced"
+        with self._using:
+            began = monotonic()
+            try:
+                self._connection.execute(f"PRAGMA busy_timeout = {_PROBE_TIMEOUT}")
+                self._connection.execute("BEGIN IMMEDIATE")
+                verbs.probe(self._transaction)
+                self._connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                with suppress(sqlite3.Error):
+                    self._connection.rollback()
+                return str(error)
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+            seconds = monotonic() - began
+        return None if seconds < PROBE_PATIENCE else f"a commit took {seconds:.1f} s"
+
+    def _checkpoint(self) -> str | None:
+        with self._using:
+            try:
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except sqlite3.Error as error:
+                return str(error)
+        return None
+
+    def _close(self) -> None:
+        with self._using:
+            self._connection.close()
+            self._turns.close()
 
     def _prepare(self) -> None:
         directory = os.path.dirname(self.path)
@@ -130,6 +252,7 @@ class Database:
                 new = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
                 os.fchmod(new, 0o600)  # whatever the umask; SQLite gives -wal and -shm the mode of this one
                 os.close(new)
+            self._turns.open()
             self._connection = _connect(self.path)
             self._transaction = SqliteTransaction(self._connection)
             had = self._upgrade()
@@ -209,6 +332,7 @@ class SqliteStore:
         await self._database.start()
         self._reader = reader = Reader(self._database.path, hear)
         self._watch_later()
+        self._checking = asyncio.create_task(self._check())
         self.tokens = CachedTokenStore(SqliteTokenStore(self._database, reader), reader, self._cache_size)
         self.pools = SqlitePoolStore(self._database, reader)
         self.failures = SqliteFailureStore(self._database, reader)
@@ -217,6 +341,7 @@ class SqliteStore:
     async def stop(self, now: Instant) -> None:
         """Finish what is being written, remember `now`, and disconnect."""
         self._watcher.cancel()
+        self._checking.cancel()
         with suppress(StoreUnavailable):
             await self.remember(now)
         await self._database.stop()
@@ -230,8 +355,9 @@ class SqliteStore:
         """Say what keeps the store from serving, if anything does."""
         if self._database.lost:
             return "the database file was moved, deleted or replaced; restart tokenauth"
-        if self._database.trouble is not None:
-            return f"store not writable: {self._database.trouble}"
+        trouble = await self._database.verdict()
+        if trouble is not None:
+            return trouble
         try:
             self._reader.mark(verbs.CLOCK)
             version = await self._database.read(schema.version)
@@ -259,14 +385,23 @@ class SqliteStore:
         elif not self._database.lost:
             with suppress(StoreUnavailable):
                 self._reader.listen()
+            self._database.refresh_turns()
         self._watch_later()
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(CHECKPOINT_INTERVAL)
+            with suppress(RetryLater):
+                await self._database.check()
 
     def _watch_later(self) -> None:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
 
 def _read_engine(url: URL) -> AsyncEngine:
-    engine = create_async_engine(url, hide_parameters=True)
+    engine = create_async_engine(
+        url, hide_parameters=True, pool_timeout=_READ_PATIENCE, connect_args={"timeout": _READ_TIMEOUT}
+    )
     event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
     return engine
 
@@ -285,6 +420,7 @@ _WRITING = (
     "journal_mode = WAL",
     "cache_size = -16000",  # KiB
     "wal_autocheckpoint = 4000",  # 8 MiB: each checkpoint holds up the commits for some milliseconds
+    f"journal_size_limit = {_WAL_LIMIT}",
     "synchronous = FULL",
 )
 

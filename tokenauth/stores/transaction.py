@@ -156,6 +156,11 @@ _NOTIFY = f"SELECT pg_notify('{CHANNEL}', '')"
 _postgres = _Written(postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
 
 
+def advisory_key(name: str) -> int:
+    """Return the number of the advisory lock with this name."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), signed=True)
+
+
 class PostgresTransaction:
     """Transaction of asyncpg, inside of SQLAlchemy's `run_sync`. Names are advisory locks; the time is the database's.
 
@@ -201,7 +206,7 @@ class PostgresTransaction:
 
     def hold(self, *names: str, shared: bool = False) -> None:
         """Wait for advisory locks, always in the same order."""
-        keys = sorted(int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), signed=True) for name in names)
+        keys = sorted(map(advisory_key, names))
         rows = self._run(lambda db: db.fetch(_HOLD_SHARED if shared and not self.undisturbed else _HOLD_ALONE, keys))
         self._held_at = rows[-1][1]
 

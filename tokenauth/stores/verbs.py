@@ -35,7 +35,7 @@ CLOCK = "clock"
 _MANY = 1000
 """Tokens that one login ends at the most."""
 
-_REVOKING = "revocations"
+REVOKING = "revocations"
 """What whoever revokes holds: so revocations are committed in the order of their numbers."""
 
 _now = bindparam("now", type_=Float())
@@ -59,6 +59,12 @@ _REMEMBER = text("""
     INSERT INTO marks (name, at) VALUES (:name, :now)
     ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at < excluded.at
 """)
+PROBE = """
+    INSERT INTO marks (name, at) VALUES ('probe', 0) ON CONFLICT (name) DO UPDATE SET at = excluded.at
+"""
+"""Writes something in any case."""
+
+_PROBE = text(PROBE)
 _CLAIM = text("""
     INSERT INTO marks (name, at) VALUES (:duty, :until)
     ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at <= :now
@@ -212,7 +218,7 @@ def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
 
 def remove_all_tokens(db: Transaction, wishes: Sequence[RemoveAll]) -> Sequence[int]:
     """End live tokens of a user, or of everybody, but one."""
-    db.hold(_REVOKING)
+    db.hold(REVOKING)
     answers = []
     for wish in wishes:
         which = (wish.username is not None, wish.keep is not None)
@@ -262,11 +268,16 @@ def remember(db: Transaction, now: Instant) -> None:
     db.change(_REMEMBER, {"name": CLOCK, "now": now})
 
 
+def probe(db: Transaction) -> None:
+    """Write something that means nothing, to find out whether anything can be written."""
+    db.change(_PROBE, {})
+
+
 def _end(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
     """Delete tokens and log it for every cache to read; say of each whether it was there."""
     if not digests:
         return []
-    db.hold(_REVOKING)
+    db.hold(REVOKING)
     gone = [digest for (digest,) in db.rows_each(_DELETE, [{"digest": digest} for digest in digests])]
     if gone:
         db.change_each(_LOG, [{"digest": digest, "at": now} for digest in gone])

@@ -56,6 +56,11 @@ class Writer:
             self._task = asyncio.create_task(self._work())
         return await future
 
+    def refuse_waiting(self) -> None:
+        """Fail what waits with StoreUnavailable, but for the batch that is being written."""
+        waiting, self._waiting, self._count = self._waiting, {}, 0
+        _fail(waiting, StoreUnavailable())
+
     async def finish(self) -> None:
         """Wait until everything that was asked for has been written."""
         if self._task is not None:

@@ -1,0 +1,338 @@
+"""While a database does not answer, each operation is refused at once, until a probe of it succeeds."""
+
+import asyncio
+import os
+import resource
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
+from dataclasses import replace
+from time import monotonic
+
+import asyncpg
+import pytest
+import structlog
+from sqlalchemy import make_url
+
+from tests.contract.conftest import Place, Places, token
+from tests.servers import START
+from tests.tcp_proxy import Proxy
+from tokenauth.errors import StoreUnavailable
+from tokenauth.models import Pool
+from tokenauth.stores import circuit, sqlite
+from tokenauth.stores.base import Note
+
+POOL = Pool("p", lease_ttl=60)
+AT_ONCE = 0.05
+"""Seconds within which a refusal comes."""
+
+Operation = Callable[[Place], Awaitable[object]]
+
+WRITES: Mapping[str, Operation] = {
+    "tokens.add": lambda place: place.tokens.add(token(2), 5, START),
+    "tokens.remove": lambda place: place.tokens.remove(token(1).digest, START),
+    "tokens.remove_all": lambda place: place.tokens.remove_all("ann", START),
+    "tokens.purge": lambda place: place.tokens.purge(START, 10),
+    "pools.add": lambda place: place.pools.add(POOL, ["c"], START),
+    "pools.fit": lambda place: place.pools.fit(replace(POOL, capacity=5), ["d"], START),
+    "pools.lease": lambda place: place.pools.lease(POOL, "ann", START),
+    "pools.extend": lambda place: place.pools.extend(POOL, "a", START),
+    "pools.extend_free": lambda place: place.pools.extend_free(POOL, START, START, 10),
+    "pools.release": lambda place: place.pools.release(POOL, "a", START),
+    "pools.release_next": lambda place: place.pools.release_next(POOL, START),
+    "pools.remove": lambda place: place.pools.remove(POOL, "a", START),
+    "pools.purge": lambda place: place.pools.purge(POOL, START, 10),
+    "failures.note": lambda place: place.failures.note([Note(bytes(16), 1, at=START)], START),
+    "failures.purge": lambda place: place.failures.purge_failures(START, 10),
+    "remember": lambda place: place.store.remember(START),
+    "claim": lambda place: place.store.claim("sweep", START, START + 1),
+    "purge_log": lambda place: place.store.purge_log(START, 10),
+}
+READS: Mapping[str, Operation] = {
+    "tokens.get": lambda place: place.store.tokens.get(token(7).digest),
+    "tokens.find": lambda place: place.tokens.find(token(1).id),
+    "tokens.list": lambda place: place.tokens.list("ann", START, 10),
+    "pools.get": lambda place: place.pools.get(POOL, "a", START),
+    "pools.count": lambda place: place.pools.count(POOL, START),
+    "pools.members": lambda place: place.pools.members(POOL, START, "", 10),
+    "failures.failures": lambda place: place.failures.failures([bytes(16)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lose patience sooner, so that the tests do."""
+    for name, seconds in {"SLOW": 0.1, "PATIENCE": 2.0, "PROBE_PATIENCE": 0.5, "PAUSE": 0.05}.items():
+        monkeypatch.setattr(circuit, name, seconds)
+    monkeypatch.setattr(sqlite, "_PROBE_TIMEOUT", 50)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 300)
+    monkeypatch.setattr(sqlite, "_WRITING", ("busy_timeout = 300", *sqlite._WRITING[1:]))
+
+
+@pytest.fixture
+async def filled(place: Place) -> Place:
+    """Have something to change."""
+    await place.tokens.add(token(1), 0, START)
+    await place.pools.add(POOL, ["a", "b"], START)
+    return place
+
+
+async def refused(place: Place, operation: Operation) -> float:
+    """Hold an operation to be refused; return after how many seconds it was."""
+    began = monotonic()
+    with pytest.raises(StoreUnavailable):
+        await operation(place)
+    return monotonic() - began
+
+
+async def ready_again(place: Place) -> None:
+    """Wait until the store is ready, though nobody writes."""
+    async with asyncio.timeout(20):
+        while await place.store.ready() is not None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def locked(place: Place) -> AsyncIterator[None]:
+    """Hold the locks that every write needs, as another program can."""
+    if place.url.startswith("sqlite"):
+        with closing(sqlite3.connect(make_url(place.url).database or "", isolation_level=None)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            yield
+            file.execute("ROLLBACK")
+        return
+    db = await asyncpg.connect(place.url.replace("+asyncpg", ""))
+    try:
+        async with db.transaction():
+            await db.execute("LOCK TABLE tokens, pool_tokens, failures, marks, revocations IN SHARE MODE")
+            yield
+    finally:
+        await db.close()
+
+
+@asynccontextmanager
+async def full(place: Place) -> AsyncIterator[None]:
+    """Let no file grow, which stands for a full disk; PostgreSQL becomes read-only, as it is after some such faults."""
+    if place.url.startswith("sqlite"):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = os.stat(f"{make_url(place.url).database}-wal").st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return
+    name = make_url(place.url).database
+    await _alter(place.url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    try:
+        yield
+    finally:
+        await _alter(place.url, f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+
+
+async def _alter(url: str, statement: str) -> None:
+    """Change a setting of a database, and end the connections that have the old one."""
+    db = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        await db.execute("SET default_transaction_read_only = off")
+        await db.execute(statement)
+        await db.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+    finally:
+        await db.close()
+
+
+HARMS: Mapping[str, Callable[[Place], AbstractAsyncContextManager[None]]] = {"locked": locked, "full": full}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+async def test_after_the_first_failure_each_write_is_refused_at_once(filled: Place, harm: str) -> None:
+    """And reads go on; and all is well again soon after, also when nobody has written."""
+    with structlog.testing.capture_logs() as logs:
+        async with HARMS[harm](filled):
+            await refused(filled, WRITES["tokens.add"])
+            assert await filled.store.ready() is not None
+            slowest = {name: await refused(filled, operation) for name, operation in WRITES.items()}
+            assert max(slowest.values()) < AT_ONCE, slowest
+            for operation in READS.values():
+                await operation(filled)
+        await ready_again(filled)
+        for operation in WRITES.values():
+            await operation(filled)
+    assert [entry["event"] for entry in logs if "_writable" in entry["event"]] == [
+        "store_not_writable",
+        "store_writable_again",
+    ]
+
+
+async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> None:
+    """Hundreds at the same time wait no longer than one."""
+    async with locked(filled):
+        began = monotonic()
+        waiting = [asyncio.ensure_future(refused(filled, WRITES["remember"])) for _ in range(200)]
+        await asyncio.sleep(0.05)
+        waiting += [asyncio.ensure_future(refused(filled, operation)) for operation in WRITES.values()]
+        await asyncio.gather(*waiting)
+        assert monotonic() - began < circuit.PATIENCE + 0.5
+    await ready_again(filled)
+
+
+async def test_one_probe_at_a_time_is_made_however_many_ask(filled: Place) -> None:
+    """A refused request costs the database nothing."""
+    async with locked(filled):
+        await refused(filled, WRITES["remember"])
+        for _ in range(300):
+            await asyncio.gather(*(refused(filled, WRITES["remember"]) for _ in range(10)))
+            assert await filled.store.ready() is not None
+        assert sum("_probe_until_it_works" in str(task.get_coro()) for task in asyncio.all_tasks()) <= 2
+    await ready_again(filled)
+
+
+async def test_a_failure_that_one_operation_has_alone_stops_no_other(filled: Place) -> None:
+    """Here one table is missing, and no probe needs it more than others do."""
+    rename = 'ALTER TABLE failures RENAME TO "gone"', 'ALTER TABLE "gone" RENAME TO failures'
+    if not filled.url.startswith("sqlite"):
+        pytest.skip("a probe of PostgreSQL needs every table")
+    with closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db:
+        db.execute(rename[0])
+        for _ in range(20):
+            await refused(filled, WRITES["failures.note"])
+            await WRITES["remember"](filled)
+            assert await filled.store.ready() is None
+        db.execute(rename[1])
+    await WRITES["failures.note"](filled)
+
+
+@contextmanager
+def cut_off(places: Places) -> Iterator[Proxy]:
+    """Have a network between this node and PostgreSQL, which can go silent."""
+    url = (places.directory / "url").read_text()
+    parsed = make_url(url)
+    with Proxy(parsed.port or 5432) as proxy:
+        (places.directory / "url").write_text(parsed.set(port=proxy.port).render_as_string(hide_password=False))
+        yield proxy
+
+
+@pytest.mark.parametrize("places", ["postgres"], indirect=True)
+@pytest.mark.parametrize("how", ["freeze", "cut"])
+async def test_a_node_that_is_cut_off_refuses_at_once_after_a_second(places: Places, how: str) -> None:
+    """Reads as well as writes; what was under way ends then, too; and it is back when the network is."""
+    with cut_off(places) as proxy:
+        place = await places.open()
+        await place.tokens.add(token(1), 0, START)
+        await place.pools.add(POOL, ["a", "b"], START)
+        getattr(proxy, how)()
+        began = monotonic()
+        under_way = [asyncio.ensure_future(refused(place, READS["tokens.list"])) for _ in range(20)]
+        under_way += [asyncio.ensure_future(refused(place, WRITES["pools.lease"])) for _ in range(20)]
+        await asyncio.gather(*under_way)
+        assert monotonic() - began < 1.5
+        assert await place.store.ready() is not None
+        everything = {**READS, **WRITES}
+        slowest = {name: await refused(place, operation) for name, operation in everything.items()}
+        assert max(slowest.values()) < AT_ONCE, slowest
+        proxy.heal()
+        await ready_again(place)
+        for operation in everything.values():
+            await operation(place)
+        await places.close(place)
+
+
+@pytest.mark.parametrize("places", ["postgres"], indirect=True)
+async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
+    """The database answers: tokens are looked up there meanwhile."""
+    place = await places.open()
+    await place.tokens.add(token(1), 0, START)
+    for _ in range(5):
+        await _alter(place.url, "SELECT 1")
+        for name in ("pools.lease", "remember", "failures.note", "purge_log", *READS):
+            await {**READS, **WRITES}[name](place)
+        assert await place.store.ready() is None
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_what_was_refused_while_it_waited_is_not_written_later(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller has been told that it was not done; here it waits for the lock for longer than for an answer."""
+    monkeypatch.setattr(circuit, "PATIENCE", 0.15)
+    place = await places.open()
+    async with locked(place):
+        await refused(place, WRITES["tokens.add"])
+    await ready_again(place)
+    assert await place.tokens.list("ann", START, 10) == []
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -> None:
+    """As an fsync of 8 seconds does; here a change waits in the writer's thread. Its caller learns that it is late."""
+    read, write = os.pipe()
+    place = await places.open()
+    with structlog.testing.capture_logs() as logs:
+
+        def hang(_: object, wishes: object) -> list[None]:
+            os.read(read, 1)
+            return [None]
+
+        stuck = asyncio.ensure_future(refused(place, lambda place: place.database.write(hang, None, START)))
+        await asyncio.sleep(0.05)
+        behind = [asyncio.ensure_future(refused(place, WRITES["remember"])) for _ in range(20)]
+        assert max(await asyncio.gather(*behind)) < 1
+        assert "did not answer" in (await place.store.ready() or "")
+        assert max([await refused(place, operation) for operation in WRITES.values()]) < AT_ONCE
+        for operation in READS.values():
+            await operation(place)
+        assert await stuck == pytest.approx(circuit.PATIENCE, abs=0.5)
+        os.write(write, b"x")
+        await ready_again(place)
+    os.close(read)
+    os.close(write)
+    await place.store.remember(START)
+    assert [entry["event"] for entry in logs] == ["store_not_writable", "store_writable_again"]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_checkpoint_that_fails_is_said(places: Places) -> None:
+    """SQLite says nothing of it, and the log of writes grows until the disk is full."""
+    place = await places.open()
+    assert isinstance(place.store, sqlite.SqliteStore)
+    database = place.store._database
+    await place.pools.add(POOL, [f"{number:0200}" for number in range(3000)], START)
+    file = make_url(place.url).database or ""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with structlog.testing.capture_logs() as logs:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(file).st_size, before[1]))
+        try:
+            await database.check()
+            assert "cannot be copied" in (await place.store.ready() or "")
+            await database.check()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        await database.check()
+        assert await place.store.ready() is None
+    assert [entry["event"] for entry in logs] == ["checkpoint_failed", "checkpoint_works_again"]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_the_log_of_writes_shrinks_after_a_long_reader(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as somebody reads what was, it has to grow."""
+    monkeypatch.setattr(sqlite, "_WRITING", tuple(map(_smaller, sqlite._WRITING)))
+    place = await places.open()
+    file = make_url(place.url).database or ""
+    with closing(sqlite3.connect(file, isolation_level=None)) as reader:
+        reader.execute("BEGIN").execute("SELECT count(*) FROM marks").fetchall()
+        for number in range(5):
+            await place.pools.add(POOL, [f"{number}-{each:0200}" for each in range(500)], START)
+        assert os.stat(f"{file}-wal").st_size > 300_000
+    for number in range(3):
+        await place.store.remember(START + number)
+    assert os.stat(f"{file}-wal").st_size <= 110_000
+
+
+def _smaller(pragma: str) -> str:
+    name = pragma.partition(" ")[0]
+    return {"journal_size_limit": "journal_size_limit = 100000", "wal_autocheckpoint": "wal_autocheckpoint = 20"}.get(
+        name, pragma
+    )
