@@ -40,7 +40,7 @@ _FIELD = re.compile(rb"(%b):[ \t]*((?:[!-~\x80-\xff](?:[ \t]*[!-~\x80-\xff])*)?)
 _METHODS = [b"GET", b"POST", b"OPTIONS", b"DELETE", b"PUT", b"HEAD"]
 _TARGET = re.compile(rb"/[!-~]*|[a-zA-Z][a-zA-Z0-9+.-]*://[!-~]+|\*")
 _HOST = re.compile(rb"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(?::[0-9]*)?")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~]*)?")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 

@@ -21,6 +21,21 @@ class Line(asyncio.Transport):
         """Keep that it was closed."""
         self.sent.append("closed")
 
+    def can_write_eof(self) -> bool:
+        """Return True."""
+        return True
+
+    def write_eof(self) -> None:
+        """Keep that this side was ended."""
+        self.sent.append("ended")
+
+    def resume_reading(self) -> None:
+        """Go on reading, as it does anyway."""
+
+    def get_write_buffer_size(self) -> int:
+        """Return 0: all is sent at once."""
+        return 0
+
     def is_closing(self) -> bool:
         """Whether it was closed."""
         return "closed" in self.sent
@@ -54,6 +69,20 @@ async def test_what_is_held_back_is_sent_before_the_close() -> None:
     assert transport.is_closing()
     await turn()
     assert line.sent == [b"last", "closed"]
+
+
+async def test_where_the_client_may_still_send_only_this_side_is_ended() -> None:
+    """The transport counts as closed all the same, and takes nothing more."""
+    line = Line()
+    transport = OnePiece(line, asyncio.get_running_loop())
+    transport.lingers = True
+    transport.write(b"last")
+    transport.close()
+    transport.close()
+    assert transport.is_closing()
+    transport.write(b"more")
+    await turn()
+    assert line.sent == [b"last", "ended"]
 
 
 async def test_no_more_is_held_back_than_64_kib() -> None:
