@@ -152,3 +152,29 @@ async def test_an_answer_that_was_begun_before_the_body_goes_on() -> None:
         await send({"type": "http.response.body", "body": b"end"})
 
     assert await ask(TokenMiddleware(early, tokens), ARRIVALS["in parts"], tokens.revoke) == (200, b"end")
+
+
+class Cycle:
+    """A request of uvicorn, as far as `receive` tells."""
+
+    def __init__(self, more_body: bool) -> None:
+        self.more_body = more_body
+
+    async def receive(self) -> Message:
+        """Receive all of the body."""
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+
+@pytest.mark.parametrize("more_body", [False, True])
+async def test_only_a_request_that_has_not_come_yet_is_wrapped(more_body: bool) -> None:
+    receive, reached = Cycle(more_body).receive, list[Receive]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(receive)
+
+    async def send(_: Message) -> None:
+        pass
+
+    scope = {"type": "http", "method": "PUT", "path": "/", "headers": [(b"x-token", b"anns")]}
+    await TokenMiddleware(app, Book())(scope, receive, send)
+    assert (reached == [receive]) is not more_body
