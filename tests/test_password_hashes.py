@@ -1,6 +1,7 @@
 """Hashes in the configuration: each is refused when it is read, or a password can be verified against it."""
 
 import asyncio
+import os
 import random
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
 from tokenauth import config
 from tokenauth.errors import ConfigError, InvalidCredentials
 from tokenauth.models import User
-from tokenauth.passwords import Passwords
+from tokenauth.passwords import Passwords, machine_memory_kib
 
 WORD = "correct horse battery staple"
 CHEAP = config.Passwords(memory_kib=8, time_cost=1, threads=1)
@@ -197,6 +198,10 @@ def test_a_hash_that_costs_too_much_is_refused(name: str) -> None:
 def test_settings_that_cost_too_much_are_refused(memory_kib: int, time_cost: int) -> None:
     with pytest.raises(ConfigError, match=r"^passwords: a hash of this memory_kib and time_cost takes about"):
         Passwords(config.Passwords(memory_kib=memory_kib, time_cost=time_cost))
+
+
+def test_the_memory_of_this_process_is_known() -> None:
+    assert 64 * 1024 < machine_memory_kib() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 def test_the_default_cost_is_far_from_too_much() -> None:

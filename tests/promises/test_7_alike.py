@@ -5,12 +5,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from passlib.hash import argon2, bcrypt, scrypt
 
 from tests import servers
 from tests.connections import Answer, Connection
 from tests.servers import HandClock, Server, write_config
 from tests.steps import calls_of_threads, hashes, without_values
 from tokenauth import configfile
+from tokenauth.credentials import Claimed
 from tokenauth.errors import InvalidCredentials
 from tokenauth.service import create_service
 
@@ -75,6 +77,30 @@ async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) 
                     await service.tokens.issue(name, "not the password", "10.0.0.1", "")
                 costs.append(hashes(calls))
     assert costs == [[without_values(hashed)]] * 4
+
+
+async def test_unknown_names_cost_what_users_do_whatever_their_schemes(tmp_path: Path) -> None:
+    """Also of a client whose header has two readings. Each scheme and cost: `tests/test_password_work.py`."""
+    cheap = [bcrypt.using(rounds=4), scrypt.using(rounds=4), argon2.using(memory_cost=8, time_cost=1, parallelism=1)]
+    users = "".join(
+        f'[[users]]\nusername = "user {number}"\npassword = "{each.hash("x")}"\n' for number, each in enumerate(cheap)
+    )
+    service = create_service(configfile.load(write_config(tmp_path, PROXIED, users)))
+    known: list[list[str]] = []
+    unknown: list[list[str]] = []
+    with calls_of_threads() as calls:
+        async with service.running():
+            for number in range(20):
+                for names, seen in ((["user {}", "user+{}"], known), (["nobody {}", "nobody+{}"], unknown)):
+                    claims = [Claimed(name.format(number % 3 if seen is known else number), "wrong") for name in names]
+                    calls.clear()
+                    with pytest.raises(InvalidCredentials):
+                        await service.credentials.recall(claims, f"10.0.{number}.1")
+                    seen.append(hashes(calls))
+    assert {len(works) for works in (*known, *unknown)} == {2}
+    costs = {works[0] for works in known}
+    assert len(costs) == 3
+    assert {cost for works in unknown for cost in works} == costs
 
 
 def test_throttling_treats_known_and_unknown_names_alike(server: Server, clock: HandClock) -> None:
