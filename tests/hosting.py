@@ -11,7 +11,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.journal import until
-from tokenauth.protocol import BoundedProtocol, client_gone
+from tokenauth.protocol import BoundedProtocol
+from tokenauth.transport import client_gone
 
 
 @contextmanager

@@ -7,10 +7,10 @@ framed for certain is refused, and the connection closed: nothing that follows i
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -21,7 +21,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tokenauth import percent
-from tokenauth.transport import OnePiece
+from tokenauth.transport import CLIENT, OnePiece
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line and its headers, and of what comes after a body; more are answered 431."""
@@ -49,7 +49,6 @@ _MAX_ORIGIN = 512
 
 _LOOKED_AT = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
-_CLIENT = "tokenauth.client"
 REFUSAL_RULES = "tokenauth.refusal_rules"
 """The key of the lifespan state under which the app leaves them."""
 
@@ -60,16 +59,6 @@ class RefusalRules(NamedTuple):
     cors_origins: Collection[str] = ()
     unauthorized: Collection[str] = ()
     """Paths where every refusal is 401, since a reverse proxy asks there whether a request may pass."""
-
-
-def client_gone(scope: Mapping[str, Any]) -> bool:
-    """Return whether nobody waits for the answer any more; costs next to nothing.
-
-    That is so when the connection is lost, and when the client has closed its side more than HALF_CLOSE after its last
-    byte. A client that closes its side together with its request (`nc -N`) still reads. Under another server than
-    BoundedProtocol it is False. In a test, close with SO_LINGER (1, 0) to be gone at once.
-    """
-    return bool(scope.get("extensions", {}).get(_CLIENT, {}).get("gone"))
 
 
 class _Refused(Exception):
@@ -174,7 +163,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.flow = _Flow(cast(asyncio.Transport, wrapped))
         self._rules = self.app_state.get(REFUSAL_RULES, RefusalRules())
         self._client = {"gone": False}
-        self._extensions = {_CLIENT: self._client}
+        self._extensions = {CLIENT: self._client}
         self._idle_since = self.loop.time()
         self._timer = self.loop.call_later(self.timeout_keep_alive, self._look_at_idleness)
 

@@ -18,7 +18,7 @@ from tokenauth import percent
 from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
 from tokenauth.login_queue import Gone
 from tokenauth.models import Identity
-from tokenauth.protocol import client_gone
+from tokenauth.transport import client_gone
 
 T = TypeVar("T", bound=msgspec.Struct)
 
