@@ -179,7 +179,9 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
     directory = tmp_path_factory.mktemp("canaries")
     cheap = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(PASSWORD)
     users = "[passwords]\nmemory_kib = 8\ntime_cost = 1\n"
-    users += "".join(f'[[users]]\nusername = "{name}"\npassword = "{cheap}"\n' for name in ("ann", "ben"))
+    users += "".join(
+        f'[[users]]\nusername = "{name}"\npassword = "{cheap}"\nscopes = ["admin"]\n' for name in ("ann", "ben")
+    )
     config = write_config(directory, "[server]\naccess_log = true\n[pools.canaries]", users)
     done = Aftermath(directory, [], [], [], [])
     for harmed in (False, True):
