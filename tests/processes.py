@@ -10,6 +10,8 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Protocol
 
+from tokenauth import logs
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -93,4 +95,7 @@ def _enter(module: str, command: Sequence[str], directory: Path, streams: Sequen
     sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.argv = list(command)
-    import_module(module).main()
+    try:
+        import_module(module).main()
+    finally:
+        logs.flush()  # a forked process ends without what is to be done at an exit

@@ -1,25 +1,14 @@
 """The executor: a thread that cannot be started costs the jobs that need it, and nothing after it can be."""
 
 import asyncio
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import structlog
 
+from tests.threads import no_new_threads
 from tokenauth.errors import Overloaded
 from tokenauth.lane import Lane
-
-
-@contextmanager
-def no_new_threads() -> Iterator[None]:
-    """Have every start of a thread fail, as it does without memory: nobody has room for such a stack."""
-    threading.stack_size(1 << 46)
-    try:
-        yield
-    finally:
-        threading.stack_size(0)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ for name, script in json.load(sys.stdin).items():
         exec(script)
     except Exception as error:
         sys.stderr.write(f"the log raised {type(error).__name__}\\n")
+    logs.flush()
 """
 
 FORGERIES = ["two\nlines", '{"event": "forged"}', "\x1b[2J", "\x00\u2028\u202e", "a\udcffb"]

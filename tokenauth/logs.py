@@ -1,15 +1,20 @@
 """The log: one line for each event on standard error, JSON unless a person is watching."""
 
+import atexit
 import json
 import logging
 import os
 import pwd
 import re
+import select
 import sys
 import syslog
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import msgspec
@@ -70,23 +75,185 @@ def _name_of(uid: int) -> str:
 
 
 class _Sink:
-    """Standard error; a log that cannot be written must not keep anybody from being answered."""
+    """Standard error, as a command writes to it: at once."""
 
     def write(self, line: bytes | str) -> None:
-        """Write a line, or do without."""
-        data = line.encode(errors="backslashreplace") if isinstance(line, str) else line
+        """Write a line, or do without: a log that cannot be written stops nothing else."""
         with suppress(OSError, ValueError):
-            sys.stderr.buffer.write(data + b"\n")
+            sys.stderr.buffer.write(_encode(line) + b"\n")
             sys.stderr.buffer.flush()
 
     msg = debug = info = warning = error = critical = write
 
 
-def configure(quiet: bool = False) -> None:
+CAPACITY = 4 << 20
+"""Bytes of lines that wait to be written; while there are more, lines are dropped and counted."""
+
+FLUSH_PATIENCE = 1.0
+"""Seconds that a process which ends waits for its last lines to be written."""
+
+_GATHER = 0.005
+"""Seconds in which lines come together, to be written by one system call."""
+
+
+class Writer:
+    """Standard error, as a server writes to it: from a thread, so that a log that nobody reads stops nothing.
+
+    A full pipe, a stopped terminal or a slow disk blocks that thread only. Lines keep their order. Those that there is
+    no room for are dropped, and a line says how many when there is room again.
+    """
+
+    def __init__(self, descriptor: int, capacity: int = CAPACITY) -> None:
+        """Write to a descriptor. It stays in blocking mode, which it has in common with other processes."""
+        self._descriptor = descriptor
+        self._capacity = capacity
+        self.say_dropped: Callable[[int], bytes | str] = "{} lines dropped".format
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin from the beginning, as in a process that was just forked and has no thread yet."""
+        self._lock = threading.RLock()  # a destructor may log in the middle of another line
+        self._idle = threading.Condition(self._lock)
+        self._wakeups: SimpleQueue[None] = SimpleQueue()
+        self._hurry = threading.Event()
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._dropped = 0
+        self._lost = 0
+        self._writing = False
+        self._started = False
+
+    def write(self, line: bytes | str) -> None:
+        """Have a line written soon. Never blocks."""
+        data = _encode(line) + b"\n"
+        with self._lock:
+            if self._size + len(data) > self._capacity:
+                self._dropped += 1
+                return
+            self._lines.append(data)
+            self._size += len(data)
+            if len(self._lines) == 1:
+                self._wakeups.put(None)
+        if not self._started:
+            self._start()
+
+    msg = debug = info = warning = error = critical = write
+
+    def flush(self, patience: float = FLUSH_PATIENCE) -> None:
+        """Wait until everything is written, but no longer than that."""
+        if not self._started:
+            self._write_waiting(patience)
+            return
+        self._hurry.set()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._lines and not self._writing, patience)
+        self._hurry.clear()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._started:
+                return
+            try:
+                threading.Thread(target=self._run, name="log", daemon=True).start()
+                self._started = True
+            except (RuntimeError, MemoryError):  # it is tried again at the next line
+                self._write_waiting(0)
+
+    def _run(self) -> None:
+        while True:
+            self._wakeups.get()
+            self._hurry.wait(_GATHER)
+            with suppress(Exception):
+                self._write_waiting(None)
+
+    def _write_waiting(self, patience: float | None) -> None:
+        """Write what waits; with a `patience`, only what can be written without blocking for longer."""
+        with self._lock:
+            lines, self._lines, self._size = self._lines, [], 0
+            lost, dropped, self._lost, self._dropped = self._lost, self._dropped, 0, 0
+            self._writing = True
+        try:
+            if lost and self._write_chunk(self._dropped_line(lost), patience):
+                lost = 0
+            lost += sum(count for chunk, count in _chunks(lines) if not self._write_chunk(chunk, patience))
+            if dropped and not self._write_chunk(self._dropped_line(dropped), patience):
+                lost += dropped
+        finally:
+            with self._idle:
+                self._writing = False
+                self._idle.notify_all()
+        self._lost = lost
+
+    def _dropped_line(self, count: int) -> bytes:
+        return _encode(self.say_dropped(count)) + b"\n"
+
+    def _write_chunk(self, chunk: bytes, patience: float | None) -> bool:
+        left = memoryview(chunk)
+        while left:
+            try:
+                if patience is not None and not self._writable(patience):
+                    return False
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:  # another process has made it so
+                self._writable(1.0)
+            except OSError:
+                return False
+        return True
+
+    def _writable(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        return bool(poll.poll(seconds * 1000))
+
+
+def _encode(line: bytes | str) -> bytes:
+    return line.encode(errors="backslashreplace") if isinstance(line, str) else line
+
+
+def _chunks(lines: list[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Join lines into what a pipe takes in one piece, so that those of several processes do not mix; count them."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        if chunk and size + len(line) > select.PIPE_BUF:
+            yield b"".join(chunk), len(chunk)
+            chunk, size = [], 0
+        chunk.append(line)
+        size += len(line)
+    if chunk:
+        yield b"".join(chunk), len(chunk)
+
+
+_writer = Writer(2)
+os.register_at_fork(after_in_child=_writer.reset)
+atexit.register(_writer.flush)
+
+
+def flush() -> None:
+    """Write the last lines of this process, if that takes no more than a second. It happens at a normal end anyway."""
+    _writer.flush()
+
+
+class _Handler(logging.Handler):
+    """Brings the lines of other libraries into the log."""
+
+    def __init__(self, sink: _Sink | Writer) -> None:
+        super().__init__()
+        self._sink = sink
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one."""
+        with suppress(Exception):  # as with logging.raiseExceptions = False
+            self._sink.write(self.format(record))
+
+
+def configure(quiet: bool = False, at_once: bool = False) -> None:
     """Send this process's events, and those of uvicorn and the other libraries, to standard error.
 
-    `quiet` leaves out what is only information.
+    `quiet`, for commands, leaves out what is only information. Commands write `at_once`, and wait for whoever reads;
+    servers must not.
     """
+    sink = _Sink() if quiet or at_once else _writer
     level = logging.WARNING if quiet else logging.INFO
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -101,10 +268,11 @@ def configure(quiet: bool = False) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=_Sink,
+        logger_factory=lambda *_: sink,
         cache_logger_on_first_use=not quiet,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    _writer.say_dropped = partial(_say_dropped, [*shared, renderer])
+    handler = _Handler(sink)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -131,6 +299,14 @@ def _log_what_python_prints() -> None:
     threading.excepthook = lambda found: log.error(
         "unexpected", thread=found.thread and found.thread.name, at=found.exc_value and whereabouts(found.exc_value)
     )
+
+
+def _say_dropped(processors: list[structlog.typing.Processor], count: int) -> bytes | str:
+    event: Any = {"event": "log_lines_dropped", "count": count}
+    for process in processors:
+        event = process(None, "warning", event)
+    line: bytes | str = event
+    return line
 
 
 def _text(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
