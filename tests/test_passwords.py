@@ -118,6 +118,25 @@ async def test_of_several_claims_the_right_one_is_found(passwords: Passwords) ->
     assert [type(answer) for answer in answers] == [tuple] * 3 + [Overloaded]
 
 
+@pytest.mark.parametrize("change", ["removed", "another password", "other scopes"])
+async def test_a_user_who_changes_meanwhile_counts_as_it_is_now(change: str) -> None:
+    """While the hash is computed."""
+    was = User("ann", HASHES["argon2id"])
+    now = {"removed": {}, "another password": {"ann": User("ann", HASHES["bcrypt"])}}
+    now["other scopes"] = {"ann": User("ann", was.password_hash, ("read",))}
+    users = {"ann": was}
+    with passwords_of(users) as passwords:
+        asked = asyncio.ensure_future(passwords.verify([("ann", WORD)]))
+        await asyncio.sleep(0)
+        users.clear()
+        users.update(now[change])
+        (found,) = await asyncio.gather(asked, return_exceptions=True)
+    if change == "other scopes":
+        assert found == (users["ann"], WORD)
+    else:
+        assert isinstance(found, InvalidCredentials)
+
+
 async def test_no_more_wait_than_the_queue_has_room_for(passwords: Passwords) -> None:
     asked = [("argon2id", WORD)]
     for _ in range(3):  # and the room comes back
