@@ -128,13 +128,14 @@ class Pools:
         now = self._clock()
         _done(await self._store.pools.release(pool, _named(value), now, claim), claim, now)
 
-    async def release_by_force(self, pool: Pool, value: str, by: str, reason: str) -> None:
-        """End a lease, whoever has it, and log who did that and why. Raises UnknownToken, LeaseLost."""
+    async def release_by_force(self, pool: Pool, value: str, claim: Claim, by: str, reason: str | None) -> None:
+        """End any user's lease, and log whose it was, who did that and why. Raises UnknownToken, LeaseLost."""
         now = self._clock()
         held = await self.get(pool, value)
-        claim = Claim(fence=held.fence)  # the lease that ends is the one that is logged
+        if claim.fence is None:
+            claim = claim._replace(fence=held.fence)  # the lease that ends is the one that is logged
         _done(await self._store.pools.release(pool, value, now, claim), claim, now)
-        about = {"user": held.username, "holder": held.holder, "fence": held.fence}
+        about = {"user": held.username, "holder": held.holder, "fence": claim.fence}
         log.warning("lease_forced", pool=pool.name, **about, by=by, reason=reason)
 
     async def delete(self, pool: Pool, value: str) -> None:

@@ -136,11 +136,13 @@ def test_managers_release_by_force_and_say_why(admin: Borrower, ann: Borrower, b
     lease = ann.assign("p", "ci")
     forced = f"/p/leases/{lease.token}?force=true"
     assert bob.hears("DELETE", forced, {"reason": "x"}) == refusal("insufficient_scope")
-    for wrong in ({}, {"reason": ""}, {"reason": 1}, {"reason": "a\nb"}, {"reason": "x" * 257}, {"raeson": "x"}):
+    for wrong in ({"reason": ""}, {"reason": 1}, {"reason": "a\nb"}, {"reason": "x" * 257}, {"raeson": "x"}):
         assert admin.hears("DELETE", forced, wrong)[0] == 400
     assert admin.hears("DELETE", f"/p/leases/{lease.token}?force=yes", {"reason": "x"})[0] == 400
+    for other in ({"fence": 2}, {"holder": "cd"}):
+        assert admin.hears("DELETE", forced, other) == refusal("lease_lost")
     assert ann.keep_alive("p", lease.token)[0] == 200
-    assert admin.hears("DELETE", forced, {"reason": "device is stuck"}) == (204, None)
+    assert admin.hears("DELETE", forced, {"reason": "device is stuck", "fence": 1}) == (204, None)
     assert ann.keep_alive("p", lease.token) == refusal("lease_lost")
     assert admin.hears("DELETE", forced, {"reason": "again"}) == refusal("lease_lost")
 

@@ -47,10 +47,10 @@ class Claimed(msgspec.Struct, forbid_unknown_fields=True):
     fence: int | None = None
 
 
-class Forced(msgspec.Struct, forbid_unknown_fields=True):
-    """Why a lease is ended that belongs to another user; it is logged."""
+class Ended(Claimed):
+    """What the caller knows of the lease that it ends, and why a manager ends another user's: that is logged."""
 
-    reason: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] = ""
+    reason: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
 
 
 class Counted(msgspec.Struct):
@@ -105,7 +105,7 @@ class Generated(msgspec.Struct):
 _wanted = msgspec.json.Decoder(Wanted)
 _holder = msgspec.json.Decoder(Borrower)
 _claimed = msgspec.json.Decoder(Claimed)
-_forced = msgspec.json.Decoder(Forced)
+_ended = msgspec.json.Decoder(Ended)
 
 
 _PLACE = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
@@ -192,16 +192,20 @@ class PoolRoutes:
         token = await self._pools.keep_alive(pool, scope["path_params"]["token"], claim)
         await answer_json(send, _lease(pool, token))
 
-    @operation(Answer(204), body=Claimed, empty=True, refuses=_LEASE, query={"force": bool})
+    @operation(Answer(204), body=Ended, empty=True, refuses=_LEASE, query={"force": bool})
     async def release(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End a lease."""
         pool, token = self._pool(scope), scope["path_params"]["token"]
-        if requests.query_flag(scope, "force"):
+        user: Identity = scope["user"]
+        if force := requests.query_flag(scope, "force"):
             self._managed(scope)
-            why = await requests.json_body(scope, receive, _forced, empty=Forced())
-            await self._pools.release_by_force(pool, token, scope["user"].username, named_holder(why.reason, "reason"))
+        ended = await requests.json_body(scope, receive, _ended, empty=Ended())
+        claim = Claim(ended.holder, ended.fence, None if force else user.username)
+        if force:
+            reason = None if ended.reason is None else named_holder(ended.reason, "reason")
+            await self._pools.release_by_force(pool, token, claim, user.username, reason)
         else:
-            await self._pools.release(pool, token, await _claim(scope, receive))
+            await self._pools.release(pool, token, claim)
         await answer(send, 204, b"")
 
     def _pool(self, scope: Scope) -> Pool:
