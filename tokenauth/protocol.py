@@ -112,6 +112,12 @@ _send = FunctionType(
 """uvicorn's `send` with ALWAYS behind each status line: as headers, each answer would take 1 microsecond more."""
 
 
+class _Cycle(RequestResponseCycle):
+    """A request without a body, and its answer."""
+
+    send = _send
+
+
 class _CycleWithBody(RequestResponseCycle):
     """A request with a body, and its answer. If that is given before the body has come, the connection closes."""
 
@@ -358,7 +364,7 @@ class BoundedProtocol(HttpToolsProtocol):
         scope["raw_path"] = self.root_path.encode("ascii") + raw_path
         scope["query_string"] = url.query or b""
         waits = self.cycle is not None and not self.cycle.response_complete
-        self.cycle = (_CycleWithBody if self._has_body else RequestResponseCycle)(
+        self.cycle = (_CycleWithBody if self._has_body else _Cycle)(
             scope=scope,
             transport=cast(asyncio.Transport, self.transport),
             flow=self.flow,
