@@ -36,7 +36,15 @@ LAYERS = [
     {"routes.operations"},
     {"routes.openapi"},
     {"routes.docs"},
-    {"routes.token", "routes.account", "routes.pools", "routes.health", "routes.forward_auth", "routes.oauth"}
+    {
+        "routes.token",
+        "routes.account",
+        "routes.pages",
+        "routes.pools",
+        "routes.health",
+        "routes.forward_auth",
+        "routes.oauth",
+    }
     | {"dialects", "middleware", "access", "service"},
     {"app"},
     {"worker"},

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.servers import HandClock, Server, exchange, log_in, probe, worker, write_config
+from tokenauth.routes import requests
 
 FREE = 5
 NETWORK_FREE = 100
@@ -237,7 +238,7 @@ def test_a_mapped_address_is_the_ipv4_address_that_it_maps(proxied: httpx.Client
     assert attempt(proxied, "ann", "wrong", home).status_code == 429
 
 
-def test_a_forwarded_address_is_not_believed_by_default(client: httpx.Client) -> None:
+def test_a_forwarded_address_is_not_believed_by_default(server: Server, client: httpx.Client) -> None:
     answers = []
     for number in range(FREE + 1):
         spoofed = f"198.51.{number}.7"
@@ -245,6 +246,9 @@ def test_a_forwarded_address_is_not_believed_by_default(client: httpx.Client) ->
         credentials = {"username": "ann", "password": "wrong"}
         answers.append(client.post("/api/token", json=credentials, headers=headers).status_code)
     assert answers == [401] * FREE + [429]
+    (noticed,) = server.events("forwarded_for_ignored")
+    assert noticed["peer"] == "127.0.0.0/24"
+    assert "trusted_proxies" in noticed["action"]
     token = log_in(client, "bob", "bob-secret", headers={"X-Forwarded-For": "198.51.100.7"})
     assert client.get("/api/tokens", headers={"X-Token": token}).json()["tokens"][0]["address"] == "127.0.0.1"
 
@@ -395,3 +399,22 @@ def test_no_name_stops_the_logins_of_its_network(
     clock.advance(36)
     for name, status in [(nobody, 401), ("ann", 429)]:
         assert exchange(proxied.base_url.port or 0, login_bytes(name, "wrong", home), timeout=3)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("client", "forwarded", "noticed"),
+    [
+        ("127.0.0.1", ["198.51.100.7"], True),
+        ("127.0.0.1", ["198.51.100.7", "10.0.0.1"], True),
+        ("198.51.100.7", ["198.51.100.7"], False),
+        ("198.51.100.7", ["junk", "198.51.100.7:4711, 10.0.0.1"], False),
+        ("::ffff:198.51.100.7", ["::ffff:198.51.100.7"], False),
+        ("127.0.0.1", [], False),
+    ],
+)
+def test_only_a_proxy_that_is_not_trusted_is_noticed(client: str, forwarded: list[str], noticed: bool) -> None:
+    headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
+    requests.noticed.clear()
+    for _ in range(2):
+        requests.client_address({"type": "http", "client": (client, 4711), "headers": headers})
+    assert requests.noticed == [client] * noticed

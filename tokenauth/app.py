@@ -22,6 +22,7 @@ from tokenauth.dialects.token_management_service import TokenManagementService
 from tokenauth.dialects.token_pool import TokenPool
 from tokenauth.errors import (
     Forbidden,
+    ForeignPage,
     InsufficientScope,
     InvalidRequest,
     InvalidToken,
@@ -44,6 +45,7 @@ from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.oauth import OAuthRoutes
 from tokenauth.routes.operations import exact
+from tokenauth.routes.pages import PageGuard
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.table import Guard, Handlers, Routes
@@ -122,15 +124,19 @@ def find_routes(service: Service) -> Routes:
     routes.add(HealthRoutes(service.ready).routes())
     routes.add(TokenRoutes(service.tokens).routes())
     routes.add(ForwardAuth(service.tokens).routes())
-    routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes())
+    origins = service.config.server.cors_origins
+    pages = Guard(partial(PageGuard, origins=origins, safe=True), (ForeignPage,), asks_token=False)
+    routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes(), pages)
     routes.add(exact(AccountRoutes(service.tokens).routes()), guard)
     routes.add(exact(PoolRoutes(service.pools).routes()), guard)
     if service.config.server.docs:
         routes.add(DocsRoutes(routes, service.config.oauth.issuer).routes())
     for name, terms in service.config.dialects.chosen().items():
         asks = Guard(partial(_asks, service, terms.pool), (*_ASKING, InsufficientScope))
+        # A page cannot send a token unless it is listed, so a dialect that asks for one needs no other guard.
+        pages = Guard(partial(PageGuard, origins=origins), (ForeignPage,), asks_token=False)
         dialect = _DIALECTS[name](service, terms).routes()
-        routes.add(dialect, asks if terms.require_token else None, f"dialects.{name}", terms.prefix)
+        routes.add(dialect, asks if terms.require_token else pages, f"dialects.{name}", terms.prefix)
     return routes
 
 

@@ -77,6 +77,15 @@ class Forbidden(Refusal):
     code = "forbidden"
 
 
+class ForeignPage(Refusal):
+    """A web page of an origin that is not listed made the browser send this."""
+
+    code = "foreign_origin"
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"Pages of {origin[:200]!r} may not call this: list their origin in server.cors_origins.")
+
+
 class InvalidClient(Refusal):
     """A client of OAuth did not authenticate, or not rightly (RFC 6749 section 5.2)."""
 

@@ -13,6 +13,7 @@ from tokenauth.errors import (
     BodyTooLarge,
     ClientGone,
     Forbidden,
+    ForeignPage,
     InsufficientScope,
     InternalError,
     InvalidClient,
@@ -69,6 +70,14 @@ REFUSED: dict[type[Refusal], list[Ask]] = {
     ],
     InvalidCredentials: [Ask("POST", "/api/token", "", login("wrong"))],
     Forbidden: [Ask("GET", "/auth?scope=", "ann")],
+    ForeignPage: [
+        Ask(method, path, "", {"headers": {"Origin": "https://foreign.example"}})
+        for method, path in [
+            *(("POST", f"/oauth/{endpoint}") for endpoint in ("token", "introspect", "revoke")),
+            ("POST", "/random/generate"),
+            ("POST", "/managed/assign-token"),
+        ]
+    ],
     InsufficientScope: [
         Ask("GET", "/auth?scope=admin", "ann"),
         Ask("GET", "/api/tokens?user=ann", "bob"),

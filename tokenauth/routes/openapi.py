@@ -112,7 +112,7 @@ def _describe(route: Route, operation: Operation, schemas: _Schemas) -> Document
     parameters = [_parameter(name, "path", {"type": "string", "minLength": 1}, _PARAMETERS[name]) for name in named]
     parameters += [_parameter(name, "query", schemas.of(type)) for name, type in operation.query.items()]
     schemes = list(operation.schemes)
-    if guard is not None:
+    if guard is not None and guard.asks_token:
         schemes = [f"{outer} {inner}".strip() for outer in ("X-Token", "Bearer") for inner in schemes or [""]]
     refused = [*operation.refuses, *(guard.refuses if guard else ())]
     described: Document = {"responses": _answers(operation.answers, refused, schemas)}

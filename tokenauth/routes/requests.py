@@ -17,7 +17,9 @@ from starlette.types import Receive, Scope
 from tokenauth import percent
 from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
 from tokenauth.login_queue import Gone
+from tokenauth.logs import log
 from tokenauth.models import Identity
+from tokenauth.throttle import network
 from tokenauth.transport import client_gone
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -317,7 +319,29 @@ def refuse_gone(scope: Scope) -> None:
 def client_address(scope: Scope) -> str:
     """Return the address of the client: the peer's, or what a trusted proxy says it is; "unknown" if that is none."""
     client = scope.get("client")
-    return _address(str(client[0])[:MAX_ADDRESS]) if client else ""
+    if not client:
+        return ""
+    address = _address(str(client[0])[:MAX_ADDRESS])
+    if not noticed:
+        forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        named = str(client[0]).encode("latin-1", "replace")  # by a proxy, if it is trusted
+        if forwarded and not any(named in value for value in forwarded):
+            _notice(address)
+    return address
+
+
+def _notice(peer: str) -> None:
+    """Log, once, that a peer may be a proxy that is not trusted: behind it, all clients are taken for one."""
+    noticed.append(peer)
+    log.warning(
+        "forwarded_for_ignored",
+        peer=network(peer),
+        action="if this is your proxy, list it in server.trusted_proxies: without it, its clients are throttled as one",
+    )
+
+
+noticed: list[str] = []
+"""The peer that this was logged of."""
 
 
 @lru_cache(maxsize=4096)

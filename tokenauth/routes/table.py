@@ -41,6 +41,7 @@ class Guard(NamedTuple):
 
     wrap: Callable[[ASGIApp], ASGIApp]
     refuses: tuple[type[Refusal], ...]
+    asks_token: bool = True
 
 
 class Route(NamedTuple):
