@@ -3,8 +3,10 @@
 import asyncio
 import itertools
 import os
+import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any, cast
 import pytest
 from uvicorn.server import ServerState
 
-from tests.servers import Server, worker, write_config
+from tests.journal import until
+from tests.servers import Server, spawn, worker, write_config
 from tokenauth.acceptor import SHARE, Acceptor, stop_handshakes
 
 WAITING = 100
@@ -106,6 +109,45 @@ def test_what_waits_at_sigterm_is_answered(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         os.kill(server.process.pid, signal.SIGCONT)
         assert answers(clients) == [200] * WAITING
+
+
+def test_no_worker_lets_a_queue_die_at_sigterm(tmp_path: Path) -> None:
+    """Each worker and the main process have the socket, and the last to close it must have looked."""
+    with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:
+        server.process.send_signal(signal.SIGTERM)
+        server.wait("stopping")
+        for process in workers:
+            os.kill(process, signal.SIGCONT)
+        assert answers(clients) == [200] * WAITING
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.faults
+def test_a_reload_loses_nothing_of_the_queue(tmp_path: Path) -> None:
+    with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:
+        server.process.send_signal(signal.SIGHUP)
+        assert answers(clients) == [200] * WAITING, "by the new workers: the old ones are still stopped"
+        for process in workers:
+            os.kill(process, signal.SIGCONT)
+        server.wait("configuration_reloaded")
+        assert server.stop() == 0
+
+
+@contextmanager
+def two_workers(directory: Path) -> Iterator[tuple[Server, list[int]]]:
+    """Run `tokenauth serve` where it is allowed more descriptors than it is given."""
+    program = Path(sys.executable).with_name("tokenauth")
+    config = write_config(directory)
+    command = ["prlimit", "--nofile=256:2048", str(program), "serve", "--config", str(config), "--port", "0"]
+    with spawn([*command, "--workers", "2"], directory) as server:
+        server.port = server.wait("listening")["port"]
+        until(lambda: len(server.events("started")) == 2, "both serve")
+        main = server.process.pid
+        workers = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+        assert len(workers) == 2
+        for process in workers:
+            assert resource.prlimit(process, resource.RLIMIT_NOFILE) == (2048, 2048), "it has raised its limit"
+        yield server, workers
 
 
 @contextmanager
