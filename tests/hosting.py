@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,11 +17,25 @@ from tokenauth.transport import client_gone
 
 
 @contextmanager
-def hosted(app: ASGIApp, http: type[asyncio.Protocol] | str = BoundedProtocol) -> Iterator[int]:
+def hosted(
+    app: ASGIApp,
+    http: type[asyncio.Protocol] | Literal["h11", "httptools"] = BoundedProtocol,
+    keep_alive: float = 30,
+) -> Iterator[int]:
     """Serve an app; the value is the port."""
     listener = socket.create_server(("127.0.0.1", 0))
+    for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # so that the system holds little for a server that waits
+        listener.setsockopt(socket.SOL_SOCKET, direction, 64 * 1024)
     options = uvicorn.Config(
-        app, interface="asgi3", loop="uvloop", http=http, ws="none", lifespan="off", log_config=None, access_log=False
+        app,
+        interface="asgi3",
+        loop="uvloop",
+        http=http,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
     )
     server = uvicorn.Server(options)
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import HandClock, log_in, worker, write_config
+from tests.servers import HandClock, Server, exchange, log_in, worker, write_config
 
 ORIGINS = ["https://app.example.com", "http://localhost:5173"]
 STRANGERS = [
@@ -126,3 +126,39 @@ def test_a_page_logs_in_asks_and_logs_out(client: httpx.Client) -> None:
         answer = client.request(method, path, headers={**origin, "X-Token": token})
         assert answer.status_code == status
         assert answer.headers["access-control-allow-origin"] == ORIGINS[0]
+
+
+REFUSED_HEADS = {
+    "a head that is too long": (["X-Junk: " + "x" * 60_000], 431),
+    "a long head whose Origin comes late": (["X-Token: " + "x" * 20_000, "A: b", "X-Junk: " + "x" * 20_000], 431),
+    "a line without a colon": (["no colon"], 400),
+    "two Hosts": (["Host: x"], 400),
+}
+
+
+@pytest.mark.parametrize("origin", [ORIGINS[0], STRANGERS[0]])
+@pytest.mark.parametrize("before", [True, False], ids=["Origin first", "Origin last"])
+@pytest.mark.parametrize("what", REFUSED_HEADS)
+def test_a_refusal_of_a_head_can_be_read_by_a_configured_origin(
+    server: Server, what: str, before: bool, origin: str
+) -> None:
+    """The server refuses it before the app sees it; a page would only learn of a failure of the network."""
+    lines, status = REFUSED_HEADS[what]
+    named = [f"Origin: {origin}"]
+    lines = ["GET /api/token HTTP/1.1", "Host: x", *(named + lines if before else lines + named), "", ""]
+    answered, headers, _ = exchange(server.port, "\r\n".join(lines).encode())
+    assert (answered, headers["connection"]) == (status, "close")
+    assert headers.get("access-control-allow-origin") == (origin if origin in ORIGINS else None)
+
+
+def test_a_long_head_without_an_origin_is_refused_all_the_same(server: Server) -> None:
+    head = "GET /api/token HTTP/1.1\r\nHost: x\r\nX-Junk: " + "x" * 60_000
+    for end in ("\r\n\r\n", ""):  # with the end of the head, and without
+        answered, headers, _ = exchange(server.port, (head + end).encode())
+        assert answered == 431
+        assert "access-control-allow-origin" not in headers
+
+
+def test_a_page_may_send_what_traces_a_request(client: httpx.Client) -> None:
+    answer = preflight(client, ORIGINS[0], "GET", "traceparent,tracestate,x-token")
+    assert answer.status_code == 200
