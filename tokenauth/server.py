@@ -42,7 +42,12 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
         signal.signal(number, signal.SIG_IGN)
     listener = _listen(settings.server)
     log.info("listening", host=settings.server.host, port=listener.getsockname()[1], workers=settings.server.workers)
-    return Supervisor(path, settings, partial(_reread, path, file, settings, workers), listener, signals).run()
+    try:
+        supervisor = Supervisor(path, settings, partial(_reread, path, file, settings, workers), listener, signals)
+    except OSError as error:
+        log.critical("start_failed", detail=describe(error))
+        return START_FAILED
+    return supervisor.run()
 
 
 def _override(file: Config, host: str | None, port: int | None, workers: int | None) -> Config:

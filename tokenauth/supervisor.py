@@ -4,6 +4,7 @@ Nothing that happens here ends it but a signal, or a first start that fails. It 
 event, so that signals are obeyed at once, whatever else goes on.
 """
 
+import errno
 import math
 import os
 import selectors
@@ -161,9 +162,10 @@ class _Worker:
             self.said = -1
 
     def last_words(self) -> str:
-        """Return the last line that it has written before its log was set up."""
-        lines = self._said.decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+        """Return the last line that it wrote before its log was set up; one about an error, if there is one."""
+        lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        return (errors or lines or [""])[-1]
 
     def why(self) -> str:
         """Say why it ended."""
@@ -333,7 +335,11 @@ class Supervisor:
         except EOFError:  # it is about to end
             self._selector.unregister(worker.channel)
             return
+        if not reports:
+            return
         worker.silent = 0
+        if not worker.starting and worker.last_words() and reports[0].state != "failed":
+            log.warning("worker_said", pid=worker.pid, detail=worker.last_words())
         worker.starting = True
         for report in reports:
             if report.state == "failed":
@@ -357,8 +363,6 @@ class Supervisor:
             with suppress(KeyError):
                 self._selector.unregister(worker.said)
             worker.close_said()
-            if worker.exit_code() is None and worker.last_words():
-                log.warning("worker_said", pid=worker.pid, detail=worker.last_words())
 
     def _tick(self) -> None:
         """Count the seconds of this process, not the clock's: nobody is blamed for a machine that was suspended."""
@@ -565,8 +569,10 @@ def _wait_for(signals: Signals, seconds: float) -> None:
 
 
 def _duplicate_of_standard_error() -> int:
-    """Return a descriptor of the log for the workers; of nothing, where standard error is closed."""
+    """Return a descriptor of the log for the workers; of nothing, where standard error is closed. Raises OSError."""
     try:
         return os.dup(2)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
         return os.open(os.devnull, os.O_WRONLY)

@@ -58,7 +58,7 @@ def fails_at_first(directory: Path, kind: str) -> None:
     """Have the first start fail: one line says why, no port stays open, and the exit code is 3."""
     breakage = BREAKAGES[kind]
     with breakable(write_config(directory), "--workers", "2", patch=WAITS) as broken:
-        until((broken.here / "waits").exists, "the main process is about to listen")
+        until((broken.here / "waits").exists, "the main process listens")
         breakage.begin(broken)
         (broken.here / "go").touch()
         assert broken.server.process.wait(30) == 3
@@ -71,9 +71,9 @@ def fails_at_first(directory: Path, kind: str) -> None:
 WAITS = (
     "import time, pathlib, tokenauth.server as server; listen = server._listen; "
     "go = lambda: pathlib.Path('waits').touch() or pathlib.Path('go').exists(); "
-    "server._listen = lambda s: [time.sleep(0.01) for _ in iter(go, True)] and None or listen(s)"
+    "server._listen = lambda s: (listen(s), [time.sleep(0.01) for _ in iter(go, True)])[0]"
 )
-"""Has the main process wait, when it has imported all that it needs, until the test has broken something."""
+"""Has the main process wait, when it has begun to listen, until the test has broken something."""
 
 
 def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> None:
