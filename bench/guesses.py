@@ -1,0 +1,155 @@
+"""What the throttle lets attackers and users do in a day: the real Throttle and SQLite store, a hand-moved clock.
+
+`python -m bench.guesses` prints the table of docs/throttle.md. No passwords are hashed.
+"""
+
+import asyncio
+import heapq
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from tokenauth import config
+from tokenauth.errors import InvalidCredentials, TooManyAttempts
+from tokenauth.login_queue import LoginQueue
+from tokenauth.stores.open import open_store
+from tokenauth.throttle import Throttle
+
+DAY = 86400.0
+START = 1_800_000_000.0
+OFFICE = "203.0.113.7"
+NEIGHBOUR = "203.0.113.200"
+
+
+class Outcome(NamedTuple):
+    """How many guesses were compared, and how many right logins were refused, of how many."""
+
+    guesses: int
+    refused: int
+    logins: int
+
+
+def _judge(right: bool) -> None:
+    if not right:
+        raise InvalidCredentials
+
+
+class World:
+    """A throttle, and what is tried against it."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        self._throttle = throttle
+        self.guesses = self.refused = self.logins = 0
+
+    async def log_in(self, name: str, address: str, right: bool) -> float:
+        """Try once; return how long the next try must wait: 0 after a failure, below 0 after a success."""
+        try:
+            async with self._throttle.attempt([name], address, hashes=False):
+                _judge(right)
+        except InvalidCredentials:
+            return 0.0
+        except TooManyAttempts as refusal:
+            return float(refusal.retry_after)
+        return -1.0
+
+    async def user(self, name: str, address: str, typo: bool) -> None:
+        """Log in, after a typo perhaps: refused is whoever must wait for more than a minute in all."""
+        waited = 0.0
+        if typo:
+            await self.log_in(name, address, False)
+        self.logins += 1
+        while (wait := await self.log_in(name, address, True)) >= 0:
+            waited += wait
+            if waited > 60:
+                self.refused += 1
+                return
+
+    async def guess(self, name: str, address: str) -> float:
+        """Guess once; return when the next guess may be tried."""
+        wait = await self.log_in(name, address, False)
+        self.guesses += wait == 0.0
+        return wait
+
+
+@asynccontextmanager
+async def world(directory: Path) -> AsyncIterator[tuple[World, list[float]]]:
+    """Open an empty store."""
+    now = [START]
+    store = open_store(config.Database(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10)
+    await store.start()
+    throttle = Throttle(config.Throttle(), 1, store, lambda: now[0], LoginQueue(1, 64))
+    yield World(throttle), now
+    await throttle.close()
+    await store.stop(now[0])
+
+
+Guess = Callable[[int], tuple[str, str]]
+"""Which name is guessed at, and from where, the next time."""
+
+ATTACKS: dict[str, tuple[int, Guess | None]] = {
+    "no attack": (0, None),
+    "1 address, 1 name": (1, lambda number: ("user0", "198.51.100.1")),
+    "1 IPv6 /48, 1 name": (1000, lambda number: ("user0", f"2001:db8:1:{number % 1000:x}::1")),
+    "botnet of 10 networks, 1 name": (10, lambda number: ("user0", f"{number % 10 + 1}.1.1.1")),
+    "botnet of 1,000 networks, 1 name": (
+        1000,
+        lambda number: ("user0", f"{number % 200 + 1}.{number % 1000 // 200}.1.1"),
+    ),
+    "1 address, any names": (1, lambda number: (f"name{number}", "198.51.100.1")),
+    "neighbour in the /24, any names": (1, lambda number: (f"name{number}", NEIGHBOUR)),
+    "neighbour in the /24, names of users": (1, lambda number: (f"user{number % 500}", NEIGHBOUR)),
+    "same address, made-up names": (1, lambda number: (f"name{number}", OFFICE)),
+}
+"""For each attack, from how many networks it comes, and what is guessed."""
+
+
+async def simulate(
+    directory: Path, attack: str, users: int = 500, days: int = 1, typos: float = 0.03, known: bool = True
+) -> Outcome:
+    """Let an office log in each morning hour, 3 % of it after a typo, while somebody guesses all day.
+
+    `known`: the users have logged in from there on the day before.
+    """
+    chance = Random(7)
+    async with world(directory) as (tried, now):
+        if known:
+            for number in range(users):
+                await tried.user(f"user{number}", OFFICE, False)
+            now[0] += DAY
+            tried.logins = 0
+        begin = now[0]
+        due: list[tuple[float, int, str, int]] = []
+        order = count()
+        for day in range(days):
+            for number in range(users):
+                at = begin + day * DAY + 9 * 3600 + chance.random() * 3600
+                heapq.heappush(due, (at, next(order), "user", number))
+        networks, guess = ATTACKS[attack]
+        for number in range(networks):
+            heapq.heappush(due, (begin + number * 0.001, next(order), "guess", number))
+        while due and due[0][0] < begin + days * DAY:
+            at, _, what, number = heapq.heappop(due)
+            now[0] = max(now[0], at)
+            if what == "user":
+                await tried.user(f"user{number}", OFFICE, chance.random() < typos)
+                continue
+            assert guess is not None
+            wait = await tried.guess(*guess(number))
+            # the same source tries on as soon as it may, with its next name
+            heapq.heappush(due, (now[0] + max(wait, 0.01), next(order), "guess", number + networks))
+        return Outcome(tried.guesses, tried.refused, tried.logins)
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """Write a row of the table in docs/throttle.md."""
+    return f"| {name} | {outcome.guesses:,} | {outcome.refused} of {outcome.logins} |"
+
+
+if __name__ == "__main__":
+    for name in ATTACKS:
+        with tempfile.TemporaryDirectory() as directory:
+            print(row(name, asyncio.run(simulate(Path(directory), name))), flush=True)

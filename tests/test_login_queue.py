@@ -1,0 +1,154 @@
+"""The login queue: fair between networks and users, first come first served within a user, bounded, and in time."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenauth import login_queue
+from tokenauth.errors import ClientGone, Overloaded
+from tokenauth.login_queue import LoginQueue, Turn
+
+
+async def begin(queue: LoginQueue, turns: Sequence[Turn]) -> list["asyncio.Task[bool]"]:
+    """Have turns enter, one after the other."""
+    tasks = []
+    for turn in turns:
+        tasks.append(asyncio.ensure_future(queue.enter(turn)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def served(queue: LoginQueue, holder: Turn, turns: Sequence[Turn]) -> list[Turn]:
+    """Let the holder of the only slot leave, then each whose turn it is; return the order."""
+    order: list[Turn] = []
+    await begin(queue, turns)
+    running = holder
+    while True:
+        queue.leave(running)
+        following = [turn for turn in turns if turn.begun]
+        if not following:
+            return order
+        (running,) = following
+        order.append(running)
+
+
+def turn(network: str, user: str, limits: dict[bytes, int] | None = None) -> Turn:
+    return Turn(network, user, limits or {})
+
+
+async def test_networks_take_turns_and_so_do_users_of_one() -> None:
+    queue, holder = LoginQueue(1, 64), turn("x", "x")
+    await queue.enter(holder)
+    crowd = [turn("a", "ann") for _ in range(3)] + [turn("a", "bob")]
+    others = [turn("b", "cid"), turn("c", "dan")]
+    order = await served(queue, holder, crowd + others)
+    assert order == [crowd[0], others[0], others[1], crowd[3], crowd[1], crowd[2]]
+
+
+async def test_the_longest_line_loses_its_newest_when_all_is_full() -> None:
+    queue, holder = LoginQueue(1, 3), turn("x", "x")
+    await queue.enter(holder)
+    crowd = [turn("a", "ann") for _ in range(3)]
+    tasks = await begin(queue, crowd)
+    with pytest.raises(Overloaded):
+        await queue.enter(turn("a", "ann"))
+    late = await begin(queue, [turn("b", "bob")])
+    with pytest.raises(Overloaded):
+        await tasks[2]
+    with pytest.raises(Overloaded):
+        await queue.enter(turn("b", "bob"))
+    assert not late[0].done()
+
+
+async def test_who_has_gone_makes_room_and_gets_no_turn() -> None:
+    queue, holder = LoginQueue(1, 2), turn("x", "x")
+    await queue.enter(holder)
+    gone = [Turn("a", "ann", {}, gone=lambda: True) for _ in range(2)]
+    tasks = await begin(queue, gone)
+    (late,) = await begin(queue, [turn("a", "ann")])
+    for task in tasks:
+        with pytest.raises(ClientGone):
+            await task
+    queue.leave(holder)
+    assert await late
+
+
+async def test_nobody_waits_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(login_queue, "PATIENCE", 0.01)
+    queue = LoginQueue(1, 2)
+    await queue.enter(turn("x", "x"))
+    with pytest.raises(Overloaded) as refusal:
+        await queue.enter(turn("a", "ann"))
+    assert refusal.value.retry_after >= 1
+
+
+async def test_no_more_are_in_flight_than_a_key_allows() -> None:
+    queue = LoginQueue(10, 64)
+    turns = [turn("a", "ann", {b"k": 2}) for _ in range(4)]
+    await begin(queue, turns)
+    assert [each.begun for each in turns] == [True, True, False, False]
+    assert not queue.goes_on(turns[0], {b"k": 1}), "of which one has to wait when fewer may go"
+    queue.leave(turns[1])
+    assert queue.goes_on(turns[0], {b"k": 2})
+    assert turns[2].begun
+
+
+async def test_a_login_that_is_cancelled_gives_up_its_place_or_its_turn() -> None:
+    queue, holder = LoginQueue(1, 64), turn("x", "x")
+    await queue.enter(holder)
+    turns = [turn("a", name) for name in "abc"]
+    tasks = await begin(queue, turns)
+    tasks[0].cancel()
+    await asyncio.sleep(0)
+    queue.leave(holder)
+    tasks[1].cancel()  # its turn has come, and it has not seen that yet
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert [each.begun for each in turns] == [False, False, True]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.integers(0, 2), st.booleans()), max_size=40),
+    st.integers(1, 3),
+    st.integers(1, 6),
+)
+def test_whatever_comes_all_are_served_or_refused_in_order(
+    coming: list[tuple[str, str, int, bool]], slots: int, room: int
+) -> None:
+    """After each step no more run than may, nobody passes within a line, and in the end nothing is left."""
+
+    async def run() -> None:
+        queue = LoginQueue(slots, room)
+        running: list[Turn] = []
+        begun: list[Turn] = []
+        turns, tasks = [], []
+        for network, user, key, leaves in coming:
+            new = turn(network, user, {bytes([key]): 2})
+            turns.append(new)
+            tasks += await begin(queue, [new])
+            if leaves and running:
+                queue.leave(running.pop(0))
+                await asyncio.sleep(0)
+            fresh = [each for each in turns if each.begun and each not in begun]
+            running += fresh
+            begun += fresh
+            assert sum(each.begun for each in turns) <= slots
+            for one in range(3):
+                assert sum(each.begun and bytes([one]) in each.limits for each in turns) <= 2
+        while running:
+            queue.leave(running.pop(0))
+            await asyncio.sleep(0)
+            fresh = [each for each in turns if each.begun and each not in begun]
+            running += fresh
+            begun += fresh
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(each) for each in ended} <= {bool, Overloaded}
+        for line in {(each.network, each.user) for each in turns}:
+            places = [turns.index(each) for each in begun if (each.network, each.user) == line]
+            assert places == sorted(places)
+
+    asyncio.run(run())
