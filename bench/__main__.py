@@ -17,7 +17,7 @@ from bench.postgres import PostgresRows, missing
 from bench.rows import Rows
 
 _TOKENS = ("hot", "me", "auth", "introspect", "million", "issue", "revoke", "login", "flood", "start", "memory")
-_LENDING = ("assign", "keep", "release", "large", "permits", "uuids", "bounded", "owned")
+_LENDING = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")
 _POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-news")
 _NAMES = (*_TOKENS, *_LENDING, *_POSTGRES)
 

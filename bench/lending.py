@@ -9,6 +9,7 @@ from pathlib import Path
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
 from bench.limit import BareServer, Beside
+from bench.machine import SERVER_CORE
 from bench.world import MILLION, Running, value
 
 CONNECTIONS = 32
@@ -77,16 +78,24 @@ class LendingRows:
             Figure("release", f"release, {much}", 0.22, 0.45, "", self._release),
             Figure("large", "assign and release, 1,000,000, of 1,000", 0.90, 1.0, "", self._large),
             *(
+                Figure(f"workers-{count}", f"assign and release, {count} workers, of 1", 1.0, 1.2, "", several)
+                for count, several in ((count, partial(self._several, count)) for count in (2, 8))
+            ),
+            *(
                 Figure(kind, f"{name}, its operations in turn", 0.22, 0.40, "", partial(self._plain, kind))
                 for kind, name in _DIALECTS.items()
             ),
         )
 
     @contextmanager
-    def _server(self) -> Iterator[Running]:
+    def _server(self, workers: int = 1, core: int | None = SERVER_CORE) -> Iterator[Running]:
         if self._config is None:
             self._config = self._fill()
-        with world.tokenauth(self._config) as server:
+        config = self._config
+        if workers > 1:
+            config = config.with_name(f"workers-{workers}.toml")
+            config.write_text(self._config.read_text().replace("workers = 1\n", f"workers = {workers}\n"))
+        with world.tokenauth(config, core) as server:
             yield server
 
     @contextmanager
@@ -131,6 +140,20 @@ class LendingRows:
             def sample() -> Sample:
                 before, large, after = rate("pairs_small"), rate("pairs_large"), rate("pairs_small")
                 return Sample(large / ((before + after) / 2), large)
+
+            yield sample
+
+    @contextmanager
+    def _several(self, count: int) -> Iterator[Sampler]:
+        """Lend and give back with several workers and, just before and after, with one; all of them on all cores."""
+        with self._server(core=None) as alone, self._server(count, core=None) as several:
+
+            def run(server: Running) -> load.Result:
+                return load.run(server.port, "pairs_small", self._seconds, CONNECTIONS)
+
+            def sample() -> Sample:
+                before, found, after = run(alone), run(several), run(alone)
+                return Sample(found.rate / ((before.rate + after.rate) / 2), found.rate, found.p99_ms)
 
             yield sample
 
