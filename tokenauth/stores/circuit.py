@@ -60,7 +60,8 @@ class Circuit:
         self._works = works
         self._opened = opened
         self._probe_failed = probe_failed
-        self._under_way: set[asyncio.Timeout] = set()
+        self._under_way: dict[asyncio.Timeout, float] = {}
+        self._watching = False
         self._probing: asyncio.Task[None] | None = None
         self._known = asyncio.Event()
         self._known.set()
@@ -80,20 +81,22 @@ class Circuit:
         """
         self.demand()
         loop = asyncio.get_running_loop()
-        slow = loop.call_later(SLOW, self.suspect)
-        limit = asyncio.timeout(PATIENCE)
+        began = loop.time()
+        limit = asyncio.timeout(None)  # `_watch` ends it: a timer for each operation would cost more than the rest
+        self._under_way[limit] = began
+        if not self._watching:
+            self._watching = True
+            loop.call_later(SLOW, self._watch)
         try:
             async with limit:
-                self._under_way.add(limit)
-                yield loop.time()
+                yield began
         except TimeoutError as error:
             if not limit.expired():
                 raise
             self.suspect()
             raise StoreUnavailable from error
         finally:
-            slow.cancel()
-            self._under_way.discard(limit)
+            del self._under_way[limit]
 
     def failed(self, reason: str, began: float) -> None:
         """Take in that an operation has failed: open if others had to wait for it, else probe first."""
@@ -125,10 +128,8 @@ class Circuit:
 
     def give_up(self) -> None:
         """End the operations that are under way: nothing that they wait for will come soon."""
-        now = asyncio.get_running_loop().time()
         for limit in self._under_way:
-            if not limit.expired():
-                limit.reschedule(now)
+            _end(limit)
 
     async def stop(self) -> None:
         """Probe no more."""
@@ -136,6 +137,23 @@ class Circuit:
             self._probing.cancel()
             with suppress(asyncio.CancelledError):
                 await self._probing
+
+    def _watch(self) -> None:
+        """Look for operations that are slow, or take too long, for as long as any are under way."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        due = math.inf
+        for limit, began in self._under_way.items():
+            if now >= began + PATIENCE:
+                _end(limit)
+            elif now >= began + SLOW:
+                self.suspect()
+                due = min(due, began + PATIENCE)
+            else:
+                due = min(due, began + min(SLOW, PATIENCE))
+        self._watching = due < math.inf
+        if self._watching:
+            loop.call_at(due, self._watch)
 
     async def _probe_until_it_works(self) -> None:
         try:
@@ -169,3 +187,8 @@ class Circuit:
             self._logged = True
             self._last_logged = (reason, now)
             log.error(self._fails, reason=reason)
+
+
+def _end(limit: asyncio.Timeout) -> None:
+    if not limit.expired():
+        limit.reschedule(asyncio.get_running_loop().time())
