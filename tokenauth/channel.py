@@ -6,7 +6,7 @@ import struct
 from contextlib import suppress
 
 _LENGTH = struct.Struct("!I")
-_READ = 1 << 20
+_READ = 16 * 1024
 
 
 class Channel:

@@ -387,10 +387,12 @@ class Supervisor:
 
     def _forget(self, worker: _Worker) -> None:
         """Read the last words of a worker that has ended, and let go of its descriptors."""
-        with suppress(KeyError, EOFError):
+        with suppress(
+            Exception
+        ):  # words that cannot be read, for lack of memory perhaps, keep nobody from being buried
             self._take_reports(worker)
-        if worker.said >= 0:
-            worker.read_said()
+            if worker.said >= 0:
+                worker.read_said()
         self._hang_up(worker)
         with suppress(KeyError):
             self._selector.unregister(worker.channel)
