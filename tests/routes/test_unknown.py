@@ -16,7 +16,7 @@ BODIES = {
     ("POST", "/api/pools/p/tokens"): ["count"],
     ("POST", "/api/pools/p/leases"): ["holder"],
     ("PUT", "/api/pools/p/leases/LENT"): ["holder", "fence"],
-    ("DELETE", "/api/pools/p/leases/LENT"): ["holder", "fence"],
+    ("DELETE", "/api/pools/p/leases/LENT"): ["holder", "fence", "reason"],
 }
 QUERIES = {
     ("GET", "/api/me"): [],
@@ -130,7 +130,7 @@ def _refused(answer: Answer, what: str, name: str, slip: str) -> None:
     ],
 )
 def test_the_refusal_says_which_field_may_be_meant(scene: Scene, sent: dict[str, Any], said: str) -> None:
-    answer = scene.ask("DELETE", "/api/pools/p/leases/LENT", sent)
+    answer = scene.ask("PUT", "/api/pools/p/leases/LENT", sent)
     assert answer.json()["error_description"] == f"The body has an {said}"
 
 
