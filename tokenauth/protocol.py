@@ -436,10 +436,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         if self.pipeline or self._ended:
             return
-        self._heard_at = self._idle_since  # only now it can be heard whether the client has ended its side
-        self.flow.release()
-        if self._rest:
-            self._feed_rest()
+        if self.flow.read_paused:
+            self._heard_at = self._idle_since  # only now it can be heard whether the client has ended its side
+            self.flow.release()
+            if self._rest:
+                self._feed_rest()
 
     def _refuse(self, words: tuple[bytes, bytes], target: bytes, data: bytes) -> None:
         """Read no more requests, and say why to the client if it waits for an answer to what is refused."""

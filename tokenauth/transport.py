@@ -89,5 +89,5 @@ class OnePiece:
     def _flush(self) -> None:
         if self._held:
             held, self._held, self._size = self._held, [], 0
-            if not self.is_closing():
+            if not self._closing:
                 self._transport.write(b"".join(held))
