@@ -387,9 +387,7 @@ class Supervisor:
 
     def _forget(self, worker: _Worker) -> None:
         """Read the last words of a worker that has ended, and let go of its descriptors."""
-        with suppress(
-            Exception
-        ):  # words that cannot be read, for lack of memory perhaps, keep nobody from being buried
+        with suppress(Exception):  # without memory they cannot be read, and the worker has ended all the same
             self._take_reports(worker)
             if worker.said >= 0:
                 worker.read_said()
