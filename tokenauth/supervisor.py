@@ -316,7 +316,8 @@ class Supervisor:
 
     def _hear(self) -> None:
         """Read what the workers say, and write what they have not had room for."""
-        for key, events in self._ready:
+        ready, self._ready = self._ready, []  # what is left of a wait that failed is out of date
+        for key, events in ready:
             if isinstance(key.data, _Worker):
                 worker = key.data
                 if key.fileobj is not worker.channel:
