@@ -245,12 +245,12 @@ def test_over_sockets_permits_are_lent_and_survive_the_worker(tmp_path: Path) ->
     config = write_config(tmp_path, permits(2))
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as here:
-        admin, ann = Borrower(here), Borrower(here, "ann")
+        admin = Borrower(here)
         assert admin.counts("permits") == (2, 0)
-        assert ann.hears("POST", "/permits/tokens") == refusal("pool_full")
-        leases = [admin.assign("permits"), ann.assign("permits")]
+        assert admin.hears("POST", "/permits/tokens") == refusal("pool_full")
+        leases = [admin.assign("permits"), admin.assign("permits")]
         assert len({lease.token for lease in leases}) == 2
-        assert {member["expiry_time"] for member in ann.members("permits")} == {None}
+        assert {member["expiry_time"] for member in admin.members("permits")} == {None}
         server.kill()
     with worker(write_config(tmp_path, permits(1)), clock) as server, Connection(server.port) as here:
         admin = Borrower(here)

@@ -21,7 +21,7 @@ ZONES = st.builds("{}%{}".format, st.ip_addresses(v=6), st.text(min_size=1))
 @example("fe80::1%" + "x" * 5000)
 @example("1.2.3.4\x9b31m")
 def test_an_address_is_one_or_unknown(sent: str) -> None:
-    kept = client_address({"client": (sent, 0)})
+    kept = client_address({"client": (sent, 0), "headers": []})
     assert kept == "unknown" or ip_address(kept)
     assert len(kept) <= 45
     assert "%" not in kept
@@ -29,7 +29,7 @@ def test_an_address_is_one_or_unknown(sent: str) -> None:
 
 @given(st.ip_addresses())
 def test_a_real_address_is_kept(sent: object) -> None:
-    assert client_address({"client": (str(sent), 0)}) == str(sent)
+    assert client_address({"client": (str(sent), 0), "headers": []}) == str(sent)
     assert client_address({}) == ""
 
 
