@@ -16,7 +16,7 @@ from passlib.hash import argon2, scrypt
 
 from tests.servers import START
 from tests.steps import Call, calls_of_threads, hashes
-from tokenauth import config
+from tokenauth import config, login_queue
 from tokenauth.config import Database, canonical
 from tokenauth.credentials import REMEMBERED, Claimed, Credentials
 from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
@@ -202,8 +202,11 @@ async def test_a_caller_who_goes_takes_the_hash_from_nobody(keeper: Keeper) -> N
     assert len(hashes(keeper.calls)) == 1
 
 
-async def test_different_guesses_at_the_same_time_are_hashed_each(keeper: Keeper) -> None:
+async def test_different_guesses_at_the_same_time_are_hashed_each(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And turned away when too many wait, which is not counted as a failure."""
+    monkeypatch.setattr(login_queue, "HOLD", 0.01)
     guesses = [Claimed("ann", f"wrong-{number}") for number in range(5)]
     ended = await asyncio.gather(
         *(keeper.credentials.recall([guess], HOME) for guess in guesses), return_exceptions=True

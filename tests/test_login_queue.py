@@ -12,6 +12,12 @@ from tokenauth.errors import ClientGone, Overloaded
 from tokenauth.login_queue import LoginQueue, Turn
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold refused logins back for a moment only."""
+    monkeypatch.setattr(login_queue, "HOLD", 0.01)
+
+
 async def begin(queue: LoginQueue, turns: Sequence[Turn]) -> list["asyncio.Task[bool]"]:
     """Have turns enter, one after the other."""
     tasks = []
@@ -83,6 +89,19 @@ async def test_nobody_waits_longer_than_the_deadline(monkeypatch: pytest.MonkeyP
     with pytest.raises(Overloaded) as refusal:
         await queue.enter(turn("a", "ann"))
     assert refusal.value.retry_after >= 1
+
+
+async def test_a_refusal_is_held_back_but_not_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that are refused at once come back at once, and leave hashing no CPU."""
+    monkeypatch.setattr(login_queue, "MAX_HELD", 3)
+    queue = LoginQueue(1, 1)
+    await queue.enter(turn("x", "x"))
+    await begin(queue, [turn("a", "ann")])
+    held = await begin(queue, [turn("a", "ann") for _ in range(5)])
+    assert [task.done() for task in held] == [False, False, False, True, True]
+    assert {type(each) for each in await asyncio.gather(*held, return_exceptions=True)} == {Overloaded}
+    (late,) = await begin(queue, [turn("a", "ann")])
+    assert not late.done()
 
 
 async def test_no_more_are_in_flight_than_a_key_allows() -> None:

@@ -15,6 +15,12 @@ from tokenauth.errors import ClientGone, Overloaded
 PATIENCE = 5.0
 """Seconds that a login waits at most: HTTP clients commonly give up after that (httpx by default)."""
 
+HOLD = 2.0
+"""Seconds after which a login that finds the queue full is refused: less than clients commonly wait."""
+
+MAX_HELD = 2000
+"""Logins that wait to be refused; one more is refused at once."""
+
 Gone = Callable[[], bool]
 """Says whether the client has closed its connection, so that nobody would receive the answer."""
 
@@ -52,6 +58,7 @@ class LoginQueue:
         self._running: dict[bytes, int] = {}
         self._lines: dict[str, dict[str, deque[Turn]]] = {}
         self._waiting = 0
+        self._held = 0
 
     async def enter(self, turn: Turn) -> bool:
         """Wait for the turn; the answer is whether it had to wait. Raises Overloaded or ClientGone."""
@@ -59,7 +66,7 @@ class LoginQueue:
             self._begin(turn)
             return False
         if self._waiting >= self._room:
-            self._make_room(turn)
+            await self._make_room(turn)
         self._append(turn)
         await self._wait(turn)
         return True
@@ -171,7 +178,7 @@ class LoginQueue:
                 turn.future.set_exception(ClientGone())
         return gone
 
-    def _make_room(self, turn: Turn) -> None:
+    async def _make_room(self, turn: Turn) -> None:
         """Have the longest line lose its newest turn. Raises Overloaded when that is the one that asks."""
         for waiting in list(self._all()):
             self._forget_gone(waiting)
@@ -185,8 +192,18 @@ class LoginQueue:
         else:
             mine, longest = self._length(turn.network), self._length(network)
         if mine + 1 >= longest:
+            await self._hold_back()
             raise Overloaded
         self._refuse(users[user][-1])
+
+    async def _hold_back(self) -> None:
+        """Let a refused login wait: one that is answered at once comes back at once, and takes the CPU of hashing."""
+        if self._held < MAX_HELD:
+            self._held += 1
+            try:
+                await asyncio.sleep(HOLD)
+            finally:
+                self._held -= 1
 
     def _length(self, network: str) -> int:
         return sum(map(len, self._lines.get(network, {}).values()))
