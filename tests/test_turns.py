@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -66,6 +67,25 @@ async def test_a_write_waits_for_its_turn_and_no_longer(store: SqliteStore, tmp_
         assert not (await asyncio.wait({writing}, timeout=0.2))[0]
         end()
         assert 0.2 <= await writing < turns.TURN_PATIENCE
+
+
+async def test_a_write_wakes_one_thread(store: SqliteStore) -> None:
+    """The one for writes beside a turn that does not come sleeps: to be woken costs more than a small write."""
+
+    def woken() -> dict[int, int]:
+        """Count how often each executor's thread waited."""
+        threads = [thread.native_id or 0 for thread in threading.enumerate() if thread.name.startswith("lane-")]
+        status = {thread: Path(f"/proc/self/task/{thread}/status").read_text() for thread in threads}
+        return {
+            thread: int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for thread, text in status.items()
+        }
+
+    before = woken()
+    for _ in range(100):
+        await store.remember(START)
+    after = woken()
+    assert len(before) >= 2
+    assert sum(after[thread] > before[thread] + 10 for thread in before) == 1
 
 
 async def test_a_turn_that_does_not_end_holds_up_one_write(

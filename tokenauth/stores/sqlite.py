@@ -62,8 +62,8 @@ class Database:
         """Take `sqlite+aiosqlite:///PATH`."""
         self.path = os.path.abspath(url.database or "")
         self._readers = _read_engine(url)
-        # A second thread, for when the first one waits in vain for its turn. They never use the connection together.
-        self._thread: Lane[Callable[[], Any], Any] = Lane(lambda job: job(), threads=2, queue=4)
+        self._thread = _executor()
+        self._spare = _executor()  # for when the first one waits in vain for its turn; they do not share the connection
         self._using = threading.Lock()
         self._writer = Writer(self._transact)
         self._turns = Turns(self.path)
@@ -91,6 +91,7 @@ class Database:
         """
         try:
             await self._thread.run(self._prepare)
+            await self._spare.run(lambda: None)  # its thread, too, is started now, and not when there may be none
         except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
             raise StartError(f"the database {self.path} cannot be used: {_reason(error)}") from None
 
@@ -101,8 +102,9 @@ class Database:
         await self._readers.dispose()
         with suppress(TimeoutError):
             async with asyncio.timeout(None if self._circuit.trouble is None else 1):  # its thread may hang for ever
-                await self._thread.run(self._close)
+                await self._submit(self._close)
         self._thread.close()
+        self._spare.close()
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Run a query off the event loop. Raises StoreUnavailable."""
@@ -132,7 +134,7 @@ class Database:
         if not self._written or self.lost or self._circuit.trouble is not None:
             return
         self._written = False
-        trouble = await self._thread.run(self._checkpoint)
+        trouble = await self._submit(self._checkpoint)
         if trouble != self._checkpoint_trouble:
             if trouble is None:
                 log.info("checkpoint_works_again")
@@ -146,18 +148,23 @@ class Database:
         if self._turns.replaced():
             self._turns.open()
 
+    def _submit(self, job: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Have something done on the thread that is not blocked."""
+        return (self._spare if self._turns.blocked else self._thread).submit(job)
+
     async def _transact(self, batch: Batch, now: Instant) -> Answers:
+        given_up = threading.Event()
+        work = waiting = None
         async with self._circuit.attempt() as began:
-            turn = self._turns.next()
-            given_up = threading.Event()
-            work = asyncio.ensure_future(self._thread.run(partial(self._apply, batch, now, given_up, turn)))
             try:
+                turn = self._turns.next()
+                work = self._submit(partial(self._apply, batch, now, given_up, turn))
                 if turn is not None:
-                    done, _ = await asyncio.wait({work}, timeout=TURN_PATIENCE)
-                    if not done and turn.give_up():
-                        self._turns.gave_up(turn)
-                        work = asyncio.ensure_future(self._thread.run(partial(self._apply, batch, now, given_up)))
-                answers: Answers = await work
+                    waiting = asyncio.get_running_loop().call_later(TURN_PATIENCE, self._give_up, turn, work)
+                answers: Answers | None = await work
+                if answers is None:  # it goes without a turn
+                    work = self._submit(partial(self._apply, batch, now, given_up))
+                    answers = await work
             except sqlite3.Error as error:
                 if isinstance(error, _CALLERS_FAULT):
                     raise
@@ -169,8 +176,17 @@ class Database:
                 raise StoreUnavailable from error
             finally:
                 given_up.set()
-                work.cancel()
+                if waiting is not None:
+                    waiting.cancel()
+                if work is not None:
+                    work.cancel()
         return answers
+
+    def _give_up(self, turn: Turn, work: asyncio.Future[Answers | None]) -> None:
+        """Wait no more for a turn that does not come; the thread may wait on."""
+        if not work.done() and turn.give_up():
+            self._turns.gave_up(turn)
+            work.set_result(None)
 
     def _apply(self, batch: Batch, now: Instant, given_up: threading.Event, turn: Turn | None = None) -> Answers:
         """Make all changes of a batch in one transaction, on the writer's thread; none if nobody waits any more."""
@@ -204,9 +220,9 @@ class Database:
 
     async def _probe(self) -> str | None:
         """Write something; return what is wrong, if anything is. One that hangs is waited for, not repeated."""
-        if self._probing is None or self._probing.done():
-            self._probing = asyncio.ensure_future(self._thread.run(self._probe_now))
         try:
+            if self._probing is None or self._probing.done():
+                self._probing = self._submit(self._probe_now)
             return await asyncio.shield(self._probing)
         except Overloaded as error:
             return str(error)
@@ -396,6 +412,10 @@ class SqliteStore:
 
     def _watch_later(self) -> None:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+
+
+def _executor() -> Lane[Callable[[], Any], Any]:
+    return Lane(lambda job: job(), threads=1, queue=4)
 
 
 def _read_engine(url: URL) -> AsyncEngine:

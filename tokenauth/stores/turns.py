@@ -51,6 +51,11 @@ class Turns:
         self._file: int | None = None
         self._waiting: Turn | None = None
 
+    @property
+    def blocked(self) -> bool:
+        """Whether a wait that was given up still blocks its thread."""
+        return self._waiting is not None
+
     def open(self) -> None:
         """Open or create the file, for those who may use the database; if it cannot be done, go without turns."""
         try:
