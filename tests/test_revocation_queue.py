@@ -108,7 +108,7 @@ class Scene:
 
 @pytest.fixture
 async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
-    monkeypatch.setattr(revocation_queue, "_RETRY", 0.01)
+    monkeypatch.setattr(revocation_queue, "RETRY", 0.01)
     monkeypatch.setattr(revocation_queue, "_LAST_CHANCE", 0.1)
     monkeypatch.setattr(revocation_queue, "MAX_HELD", 3)
     config = write_config(tmp_path).read_text().replace('["admin"]', '["admin", "introspect"]')
@@ -194,6 +194,25 @@ async def test_when_no_more_can_be_held_no_token_is_accepted(scene: Scene) -> No
         assert await scene.statuses(token) == REFUSED
     assert (await scene.client.get("/readyz")).status_code == 200
     assert await scene.statuses(await scene.log_in()) == ALIVE
+
+
+async def test_one_network_fills_no_queue_and_then_waits(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger with made-up tokens must not bring it about that everybody has to log in again."""
+    monkeypatch.setattr(revocation_queue, "MAX_OF_NETWORK", 2)
+    token, other = await scene.log_in(), await scene.log_in()
+    scene.store.reading = scene.store.writing = StoreUnavailable()
+    for number in range(2):
+        await scene.log_out(f"{number}" * 64)
+    waiting = asyncio.ensure_future(scene.log_out(token))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    assert len(scene.queue.held) == 2
+    assert await scene.service.tokens.ready() is None
+    scene.store.reading = scene.store.writing = None
+    await waiting
+    await scene.written()
+    assert await scene.statuses(token) == REFUSED
+    assert await scene.statuses(other) == ALIVE
 
 
 async def test_one_that_cannot_be_written_keeps_no_other_waiting(scene: Scene) -> None:

@@ -1,6 +1,7 @@
 """Revocations that the store could not take yet: held in memory, and written as soon as it can."""
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
 
 from tokenauth.errors import RetryLater, StoreUnavailable
@@ -11,7 +12,10 @@ from tokenauth.stores.base import Store
 MAX_HELD = 100_000
 """Revocations that are held at the most: about 15 MB."""
 
-_RETRY = 1.0
+MAX_OF_NETWORK = 1_000
+"""Of these, how many one network may have: a stranger who sends made-up tokens must not fill the queue."""
+
+RETRY = 1.0
 """Seconds between two attempts to write them."""
 
 _TOGETHER = 100
@@ -29,7 +33,8 @@ class RevocationQueue:
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
-        self.held: dict[bytes, None] = {}
+        self.held: dict[bytes, str] = {}
+        self._of_network = Counter[str]()
         self._store = store
         self._clock = clock
         self._dropped = 0
@@ -46,19 +51,23 @@ class RevocationQueue:
             raise StoreUnavailable
         return digest in self.held
 
-    def add(self, digest: bytes) -> None:
-        """Take a revocation that could not be written."""
+    def add(self, digest: bytes, network: str) -> bool:
+        """Take a revocation that could not be written; return False if the network has its share of the queue."""
         if digest in self.held:
-            return
+            return True
+        if self._of_network[network] >= MAX_OF_NETWORK:
+            return False
         if self._dropped or len(self.held) >= MAX_HELD:
             if not self._dropped:
                 log.error("revocation_queue_full", held=len(self.held), action="all tokens end when the store is back")
             self._dropped += 1
         else:
-            self.held[digest] = None
+            self.held[digest] = network
             log.error("revocation_held_in_memory", id=public_id(digest), held=len(self.held))
+        self._of_network[network] += 1
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_later())
+        return True
 
     async def close(self) -> None:
         """Try a last time to write what is held, and log what is lost."""
@@ -75,7 +84,7 @@ class RevocationQueue:
     async def _write_later(self) -> None:
         try:
             while self.held:
-                await asyncio.sleep(_RETRY)
+                await asyncio.sleep(RETRY)
                 await self._write()
         finally:
             self._writing = None
@@ -102,6 +111,7 @@ class RevocationQueue:
         log.warning("tokens_revoked", user="(all)", count=count, reason="revocation_queue_full")
         if dropped == self._dropped:  # none came while that was done
             self.held.clear()
+            self._of_network.clear()
             self._dropped = 0
 
     async def _write_one(self, digest: bytes) -> bool:
@@ -110,10 +120,12 @@ class RevocationQueue:
         except Exception as error:
             _note(error)
             if digest in self.held:  # to the end with it: one that cannot be written must not keep the others waiting
-                del self.held[digest]
-                self.held[digest] = None
+                self.held[digest] = self.held.pop(digest)
             return False
-        self.held.pop(digest, None)
+        network = self.held.pop(digest, None)
+        if network is not None:
+            self._of_network[network] -= 1
+            self._of_network += Counter()  # without those that have none left
         log.info("token_revoked", id=public_id(digest), late=True)
         return True
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
-from tokenauth import config, opaque
+from tokenauth import config, opaque, revocation_queue
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
 from tokenauth.login_queue import Gone, here
@@ -95,23 +95,32 @@ class Tokens:
         if digest is not None:
             await self._revoke(digest)
 
-    async def log_out(self, values: Iterable[bytes]) -> None:
+    async def log_out(self, values: Iterable[bytes], address: str, gone: Gone = here) -> None:
         """End tokens, whatever happens: what the store cannot take is refused here until it is written.
 
-        When no more can be held, no token is accepted at all.
+        When no more can be held, no token is accepted at all. What one network may have held is bounded: its further
+        log-outs wait for the store. Raises ClientGone if the client does not wait with them.
         """
         digests = {digest for value in values if (digest := opaque.digest(value)) is not None}
-        await asyncio.gather(*map(self._log_out, digests))
+        await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in digests))
 
-    async def _log_out(self, digest: bytes) -> None:
-        if digest in self._held:
-            return
+    async def _log_out(self, digest: bytes, source: str, gone: Gone) -> None:
+        while digest not in self._held:
+            if await self._revoked(digest) or self._queue.add(digest, source):
+                return
+            await asyncio.sleep(revocation_queue.RETRY)
+            if gone():
+                raise ClientGone
+
+    async def _revoked(self, digest: bytes) -> bool:
+        """Revoke a token if the store can take that; return whether it could."""
         try:
             await self._revoke(digest)
         except Exception as error:
             if not isinstance(error, RetryLater):
                 log.error("unexpected", at=whereabouts(error))
-            self._queue.add(digest)
+            return False
+        return True
 
     async def _revoke(self, digest: bytes) -> None:
         token = await self._store.tokens.get(digest)

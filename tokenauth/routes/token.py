@@ -125,7 +125,8 @@ class TokenRoutes:
     @operation(Answer(200, Validity), body=Named, empty=True, schemes=_ANY)
     async def log_out(self, scope: Scope, receive: Receive, send: Send) -> None:
         """End the tokens that are named."""
-        await self._tokens.log_out(await _named(scope, receive))
+        named = await _named(scope, receive)
+        await self._tokens.log_out(named, requests.client_address(scope), requests.gone(scope))
         await answer(send, 200, _INVALID, JSON)
 
 
