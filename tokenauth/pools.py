@@ -211,7 +211,7 @@ def _done(touched: Touched | None, claim: Claim, now: Instant) -> PoolToken:
         raise UnknownToken
     if touched.done:
         return touched.token
-    if touched.token.lease(now) is not None and not claim.owns(touched.token):
+    if touched.token.is_leased(now) and not claim.owns(touched.token):
         raise NotYourLease
     raise LeaseLost
 

@@ -220,14 +220,14 @@ async def json_body(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
 
     Raises UnsupportedMediaType, BodyTooLarge or InvalidRequest, which names the fault.
     """
-    readable = _is_json(scope)
-    if not readable and empty is None:
+    if empty is None and not _is_json(scope):
         raise UnsupportedMediaType
     data, complete = await body(receive)
-    if not data and empty is not None:
-        return empty
-    if not readable:
-        raise UnsupportedMediaType
+    if empty is not None:
+        if not data:
+            return empty
+        if not _is_json(scope):
+            raise UnsupportedMediaType
     if not complete:
         raise BodyTooLarge
     if not data:

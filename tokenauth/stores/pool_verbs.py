@@ -172,7 +172,7 @@ def extend_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched 
     def extended(token: PoolToken, wish: Change) -> PoolToken | None:
         if wish.claim.holds(token, rows.now):
             return rows.pool.extended(token, rows.now)
-        return rows.pool.released(token, rows.now) if wish.free_too and token.lease(rows.now) is None else None
+        return rows.pool.released(token, rows.now) if wish.free_too and not token.is_leased(rows.now) else None
 
     return _change(rows, wishes, extended)
 

@@ -41,10 +41,10 @@ class Writer:
         self._now: Instant = 0
         self._task: asyncio.Task[None] | None = None
 
-    async def write(self, verb: Verb, wish: Any, now: Instant) -> Any:
-        """Have a change made and committed; the answer is the verb's.
+    def write(self, verb: Verb, wish: Any, now: Instant) -> asyncio.Future[Any]:
+        """Have a change made and committed; the future has the verb's answer, or StoreUnavailable if it was not made.
 
-        Raises StoreUnavailable when it was not made, Overloaded when too many wait.
+        Raises Overloaded when too many wait.
         """
         if self._count >= LIMIT:
             raise Overloaded
@@ -54,7 +54,7 @@ class Writer:
         self._now = max(self._now, now)
         if self._task is None:
             self._task = asyncio.create_task(self._work())
-        return await future
+        return future
 
     def refuse_waiting(self) -> None:
         """Fail what waits with StoreUnavailable, but for the batch that is being written."""
