@@ -179,7 +179,7 @@ def written(endpoint: str, kind: str, authorization: str | None, body: bytes) ->
     return f"{head}\r\n".encode("latin-1") + body
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=120, deadline=None)
 @given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, authorization=headers, body=bodies)
 def test_whoever_is_no_client_is_granted_nothing_and_told_so_in_the_form_of_errors(
     kept: Kept, endpoint: str, kind: str, authorization: str | None, body: bytes
@@ -191,7 +191,7 @@ def test_whoever_is_no_client_is_granted_nothing_and_told_so_in_the_form_of_erro
     assert answer.headers["cache-control"] == "no-store"
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=80, deadline=None)
 @given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, in_form=st.booleans(), form=fields, junk=st.binary(max_size=20))
 def test_a_client_that_sends_anything_is_granted_no_more_than_it_asked_for(
     kept: Kept, endpoint: str, kind: str, in_form: bool, form: dict[str, str], junk: bytes

@@ -21,7 +21,7 @@ from tests.openapi.conformance import Documented, Operation
 from tests.servers import USERS, Server, log_in, worker, write_config
 
 KIB = 1024
-SHARE = 13
+SHARE = 41
 """Of so many requests the fast tests send one."""
 
 VALUES = [

@@ -272,7 +272,7 @@ queries = (
 )
 
 
-@hypothesis_settings(max_examples=120, deadline=None)
+@hypothesis_settings(max_examples=60, deadline=None)
 @given(
     method=st.sampled_from(METHODS),
     route=st.sampled_from(ROUTES),

@@ -91,7 +91,7 @@ def test_a_field_that_is_unknown_is_400_and_changes_nothing(scene: Scene) -> Non
 
 
 def test_a_parameter_that_is_unknown_is_400_and_changes_nothing(scene: Scene) -> None:
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=50, deadline=None, derandomize=True)
     @given(st.sampled_from(list(QUERIES)).flatmap(lambda route: st.tuples(st.just(route), _slip(QUERIES[route]))))
     def check(found: tuple[tuple[str, str], tuple[str, str]]) -> None:
         (method, path), (name, slip) = found
