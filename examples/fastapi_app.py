@@ -1,8 +1,8 @@
 """A FastAPI service that leaves logins to tokenauth, and calls another service with a login of its own.
 
-In one terminal:
+In one terminal (`make install` brings what the examples need):
 
-    make serve
+    make install serve
 
 In two more (the second one is what this one calls):
 

@@ -1,13 +1,13 @@
 """Why a lease alone is not mutual exclusion, and what its fence adds.
 
-Ann borrows the only permit to write into a notebook, and falls asleep over it. Her lease lapses, Bob borrows the
-permit and writes; then Ann wakes up and goes on where she was. No lock service can stop her: any process may be
-stopped for any time between its last look at the clock and its next write. The notebook can, because each lease of a
-token has a higher number than the one before, its fence, and every write says under which fence it comes.
+Ann leases the only permit to write into a notebook, then her program is paused. Her lease lapses, Bob leases the
+permit and writes; then Ann's program resumes and writes, too. No lock service can stop it: any process may be paused
+between its last look at the clock and its next write. The notebook can, because each lease of a token has a higher
+number than the one before, its fence, and every write says under which fence it comes.
 
-In one terminal, with leases of two seconds:
+In one terminal, with leases of two seconds (`make install` brings what the example needs):
 
-    TIMER_DURATION=2 make serve
+    TIMER_DURATION=2 make install serve
 
 In another:
 
@@ -80,7 +80,7 @@ def run(notebook: Notebook, pool: httpx.Client, sleep: Callable[[float], object]
     notebook.write(bob.fence, "Bob: I take out 100. The balance is 0.")
 
     taken = notebook.write(ann.fence, "Ann: I take out 100. The balance is 0.")
-    assert not ann.keep_alive(), "had she asked, she would know; but she may fall asleep after asking, too"
+    assert not ann.keep_alive(), "a keep-alive would have told her; but she may be paused after it, too"
     bob.release()
     return taken
 

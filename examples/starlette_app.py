@@ -1,8 +1,8 @@
 """A Starlette service that leaves logins to tokenauth: every page needs a token, one page a scope, one page neither.
 
-In one terminal:
+In one terminal (`make install` brings what the examples need):
 
-    make serve
+    make install serve
 
 In another:
 

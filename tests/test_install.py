@@ -45,9 +45,9 @@ def test_the_documented_install_takes_nothing_without_a_hash() -> None:
     installs = re.findall(r"^sudo /opt/tokenauth/bin/pip install (.*)$", README, re.MULTILINE)
     assert installs == [
         "--require-hashes -r requirements-serve.lock",
-        "--no-deps dist/tokenauth-*.whl",
+        "--no-deps dist/tokenauth_server-*.whl",
         "--require-hashes -r requirements-serve.lock",
-        "--force-reinstall --no-deps dist/tokenauth-*.whl",
+        "--force-reinstall --no-deps dist/tokenauth_server-*.whl",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a service needs that leaves logins to tokenauth: `pip install 'tokenauth[client]'`."""
+"""For services that leave logins to tokenauth. Needs the extra `client` of the distribution tokenauth-server."""
 
 from tokenauth.client.auth import TokenAuth
 from tokenauth.client.pools import AsyncPoolClient, PoolClient

@@ -43,7 +43,7 @@ class HealthRoutes:
 
     @operation(Answer(200, Alive))
     async def alive(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer: that says it."""
+        """Tell that the process is running."""
         await answer_json(send, Alive())
 
     @operation(Answer(200, Ready), Answer(503, NotReady))

@@ -185,7 +185,7 @@ class OAuthRoutes:
 
     @operation(Answer(200, Metadata), refuses=(NotFound,))
     async def metadata(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Say where what is."""
+        """Return the authorization server metadata (RFC 8414)."""
         at = self._issuer
         if not at:
             raise NotFound("The metadata need to know the public URL of this service: set oauth.issuer.")

@@ -1,4 +1,4 @@
-"""/api/token: probe, log in, log out. The probe is the hot path: plain ASGI, no router, no request object."""
+"""Log in, check a token, log out."""
 
 import asyncio
 from collections.abc import Iterable, Sequence

@@ -59,7 +59,7 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
         if error.name != "asyncpg":
             raise
         raise ConfigError(
-            "database.url: PostgreSQL needs one more package: pip install 'tokenauth[postgres]'"
+            "database.url: PostgreSQL needs one more package: pip install asyncpg"
         ) from None
     try:
         hosts.check(url)
