@@ -58,9 +58,7 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
     except ModuleNotFoundError as error:
         if error.name != "asyncpg":
             raise
-        raise ConfigError(
-            "database.url: PostgreSQL needs one more package: pip install asyncpg"
-        ) from None
+        raise ConfigError("database.url: PostgreSQL needs one more package: pip install asyncpg") from None
     try:
         hosts.check(url)
     except ValueError as error:
