@@ -222,7 +222,54 @@ def test_migrate_makes_the_database_and_may_be_repeated(home: Path) -> None:
         done = run(home, "migrate")
         assert (done.returncode, done.stdout) == (0, f"schema: {HEAD}\n")
     assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
-    assert well(run(home, "tokens", "list")).split() == ["nothing"]
+    assert well(run(home, "tokens", "list")) == "No tokens.\n"
+
+
+NEED_A_DATABASE = [
+    ["tokens", "list"], ["tokens", "revoke", "--user", "ann"], ["tokens", "revoke", "--all"],
+    ["tokens", "revoke", "--id", "0" * 24], ["pool", "list"], ["pool", "show", "p"], ["pool", "generate", "p"],
+    ["pool", "release", "p", "x"], ["pool", "delete", "p", "x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["no file", "empty file"])
+@pytest.mark.parametrize("command", NEED_A_DATABASE, ids=" ".join)
+def test_in_a_wrong_directory_a_command_fails_and_creates_nothing(
+    tmp_path: Path, command: list[str], empty: bool
+) -> None:
+    write_config(tmp_path, "[pools.p]")
+    if empty:
+        (tmp_path / "tokenauth.db").touch()
+    before = sorted(os.listdir(tmp_path))
+    says = mistake(run(tmp_path, *command))
+    assert says == (
+        f"There is no database at {tmp_path / 'tokenauth.db'}."
+        " Run this in the directory of the service, or make database.url absolute."
+    )
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_revoking_tells_a_user_without_tokens_from_an_unknown_one(home: Path) -> None:
+    run(home, "migrate")
+    assert well(run(home, "tokens", "revoke", "--user", "ANN")) == "revoked 0 tokens\n"
+    says = mistake(run(home, "tokens", "revoke", "--user", "anne"))
+    assert says == "There is no user 'anne' in the configuration, and no token of one."
+
+
+READS = [["tokens", "list"], ["pool", "list"], ["pool", "show", "p"]]
+
+
+def test_commands_that_read_work_while_another_program_holds_the_lock(tmp_path: Path) -> None:
+    write_config(tmp_path, "[pools.p]")
+    run(tmp_path, "migrate")
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for command in READS:
+            well(run(tmp_path, *command))
+        done = run(tmp_path, "tokens", "revoke", "--all")
+        assert done.returncode == 1
+        assert "database is locked. Another program holds a lock on" in done.stderr
+        assert f"`fuser -v {tmp_path / 'tokenauth.db'}`" in done.stderr
 
 
 USER_ADD = ["user", "add", "eve", "--password-stdin"]
@@ -262,6 +309,8 @@ def test_a_mistake_is_one_line_and_no_traceback(home: Path, name: str) -> None:
         (home / f"{file}.toml").write_text(text)
     before = (home / "config.toml").read_text()
     arguments, stdin, expected = MISTAKES[name]
+    if "revoke" in arguments:
+        run(home, "migrate")
     assert expected in mistake(run(home, *arguments, stdin=stdin))
     assert (home / "config.toml").read_text() == before
 
@@ -387,6 +436,7 @@ UNSAFE = [
 @pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["table", "json"])
 def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: list[str], json_too: list[str]) -> None:
     write_config(tmp_path, "[pools.p]")
+    run(tmp_path, "migrate")
     well(run(tmp_path, "pool", "generate", "p"))
     sent = "".join(UNSAFE)
     with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as database, database:

@@ -46,6 +46,7 @@ def test_tokens_are_made_lent_released_and_deleted_while_a_server_runs(home: Pat
             "token": lease["token"],
             "expiry_time": None,
             "fence": 1,
+            "user": "ann",
             "holder": "ann",
             "lease_expiry_time": lease["expiry_time"],
         }
@@ -90,7 +91,7 @@ def test_no_command_resizes_the_pool_of_a_server_that_has_not_taken_up_the_file(
 def test_a_listing_goes_on_after_a_token_and_shows_instants_as_dates(home: Path) -> None:
     first, second = sorted(json.loads(well(run(home, "pool", "generate", "waiting", "--count", "2", "--json"))))
     head, row = well(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
-    assert head.split() == ["token", "expiry_time", "fence", "holder", "lease_expiry_time"]
+    assert head.split() == ["token", "expiry_time", "fence", "user", "holder", "lease_expiry_time"]
     token, date, time, fence = row.split()
     assert (token, fence) == (second, "0")
     assert f"{date} {time}".startswith("20")

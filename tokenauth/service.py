@@ -85,11 +85,16 @@ class Service(NamedTuple):
             await self.store.remember(now)
 
 
-def create_service(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> Service:
-    """Wire up what a configuration describes, without HTTP. Without a `clock` it is the store's. Raises ConfigError."""
+def create_service(
+    config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic, serving: bool = True
+) -> Service:
+    """Wire up what a configuration describes, without HTTP. Without a `clock` it is the store's. Raises ConfigError.
+
+    `serving`: create the database if there is none. Commands must not, or a wrong directory would look like success.
+    """
     users = dict(config.directory)
     passwords = Passwords(config.passwords, users)
-    store = open_store(config.database, config.tokens.cache_size, clock)
+    store = open_store(config.database, config.tokens.cache_size, clock, serving)
     now = ForwardClock(store.clock, ticks)
     queue = LoginQueue(config.passwords.lanes, config.passwords.queue)
     throttle = Throttle(config.throttle, config.server.workers, store, now, queue)

@@ -59,6 +59,10 @@ def test_a_store_that_another_program_has_locked_refuses_no_valid_token(tmp_path
             assert logout.result().json() == {"valid": False, "expiry_time": None}
             assert not there.valid(ended)
             assert slowest < 1
+            [event] = servers[0].events("store_not_writable")
+            assert event["reason"].startswith("database is locked. Another program holds a lock on ")
+            assert "`fuser -v " in event["reason"]
+            assert event["reason"] in here.ask("GET", "/readyz").json()["reason"]
         assert servers[1].events("revocation_held_in_memory")
         until(lambda: not here.valid(ended), "the other worker refuses what was revoked meanwhile")
         assert not there.valid(ended)

@@ -45,8 +45,10 @@ password_option = click.option(
 )
 
 
-def with_service(config_file: str | None, use: Callable[["Service"], Coroutine[Any, Any, T]]) -> T:
-    """Open the store that the configuration names, use it, and close it."""
+def with_service(
+    config_file: str | None, use: Callable[["Service"], Coroutine[Any, Any, T]], create: bool = False
+) -> T:
+    """Open the store that the configuration names, use it, and close it. Without `create` the store must exist."""
     from tokenauth import configfile
     from tokenauth.service import create_service
 
@@ -54,7 +56,7 @@ def with_service(config_file: str | None, use: Callable[["Service"], Coroutine[A
         path = configfile.find(config_file)
         settings = configfile.load(path)
         with configfile.naming(path):
-            service = create_service(settings)
+            service = create_service(settings, serving=create)
         async with service.running():
             return await use(service)
 
@@ -92,16 +94,19 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
         raise click.ClickException(f"this machine cannot compute the hash now: {error}") from None
 
 
-def show(rows: Sequence[dict[str, Any]], as_json: bool, instants: tuple[str, ...] = ()) -> None:
-    """Print rows: as JSON, or as a table in which instants are dates."""
+def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tuple[str, ...] = ()) -> None:
+    """Print rows of `what`: as JSON, or as a table in which instants are dates."""
     if as_json:
         print_json(rows)
+        return
+    if not rows:
+        click.echo(f"No {what}.")
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for key in rows[0] if rows else ("nothing",):
+    for key in rows[0]:
         table.add_column(key, no_wrap=key == "id", overflow="fold")
     for row in rows:
         shown = {key: _date(row[key]) for key in instants}

@@ -96,7 +96,7 @@ def migrate(config_file: str | None) -> None:
     async def nothing(_: Any) -> None:
         return None
 
-    with_service(config_file, nothing)
+    with_service(config_file, nothing, create=True)
     click.echo(f"schema: {HEAD}")
 
 

@@ -27,7 +27,7 @@ def pool_list(config_file: str | None, as_json: bool) -> None:
             rows.append({"name": one.name, "capacity": one.capacity, "available": available, "leased": leased})
         return rows
 
-    show(with_service(config_file, count), as_json)
+    show(with_service(config_file, count), as_json, "pools")
 
 
 @pool.command("show", epilog="Example: tokenauth pool show licences")
@@ -44,11 +44,12 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
         for token in await service.pools.members(terms, text(after)):
             lease = token.lease(service.clock())
             row = {"token": token.value, "expiry_time": whole(terms.expires_at(token)), "fence": token.fence}
-            row |= {"holder": lease and lease.holder, "lease_expiry_time": lease and int(lease.until)}
+            row |= {"user": lease and token.username, "holder": lease and lease.holder}
+            row |= {"lease_expiry_time": lease and int(lease.until)}
             rows.append(row)
         return rows
 
-    show(with_service(config_file, members), as_json, instants=("expiry_time", "lease_expiry_time"))
+    show(with_service(config_file, members), as_json, "tokens", instants=("expiry_time", "lease_expiry_time"))
 
 
 @pool.command("generate", epilog="Example: tokenauth pool generate vouchers --count 10")

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from tokenauth.cli.base import Lines, config_option, json_option, show, text, with_service
-from tokenauth.logs import record
+from tokenauth.logs import printable, record
 
 
 @click.group(cls=Lines)
@@ -38,7 +38,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
         }
         for token, status in found
     ]
-    show(rows, as_json, instants=("issued_at", "expiry_time"))
+    show(rows, as_json, "tokens", instants=("issued_at", "expiry_time"))
 
 
 @tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann; tokenauth tokens revoke --all")
@@ -47,7 +47,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
 @click.option("--id", "id_", metavar="ID", help="The one with this id.")
 @click.option("--all", "everybody", is_flag=True, help="Everybody's.")
 def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everybody: bool) -> None:
-    """End tokens, of a user, by id, or all."""
+    """End tokens, of a user, by id, or all. A user with no tokens is no error; an unknown user is."""
     from tokenauth.config import canonical
 
     if sum([username is not None, id_ is not None, everybody]) != 1:
@@ -59,6 +59,12 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
         click.echo("revoked 1 token")
         return
     name = None if username is None else canonical(text(username))
-    count = with_service(config_file, lambda service: service.tokens.revoke_all(name))
+
+    async def revoke(service: Any) -> tuple[int, bool]:
+        return await service.tokens.revoke_all(name), name is None or name in service.users
+
+    count, known = with_service(config_file, revoke)
+    if not known and not count:
+        raise click.ClickException(printable(f"There is no user {name!r} in the configuration, and no token of one."))
     record("tokens_revoked", user="(all)" if name is None else name, count=count)
     click.echo(f"revoked {count} {'token' if count == 1 else 'tokens'}")

@@ -65,4 +65,4 @@ def user_list(config_file: str | None, as_json: bool) -> None:
 
     users = configfile.load(configfile.find(config_file)).directory.values()
     rows = [{"username": one.username, "scopes": list(one.scopes)} for one in users]
-    show(rows, as_json)
+    show(rows, as_json, "users")

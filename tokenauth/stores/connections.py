@@ -141,15 +141,21 @@ class Database:
                 f"the database {self.name} keeps text as {encoding}; create it with ENCODING 'UTF8' TEMPLATE template0"
             )
 
-    async def upgrade(self) -> None:
+    async def upgrade(self, create: bool = True) -> None:
         """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise.
 
         Whoever waits to change a table stands before all who only use it: so an upgrade does not wait long, but
         begins again, for as long as others are in its way (a backup reads all tables in one transaction, another
-        machine upgrades). Where nothing is to be done, nobody is waited for.
+        machine upgrades). Where nothing is to be done, nobody is waited for. Raises StartError if there are no tables
+        and it may not `create` them.
         """
         waited = False
-        while not schema.serves(await self.read_once(schema.version)):
+        while not schema.serves(had := await self.read_once(schema.version)):
+            if had is None and not create:
+                raise StartError(
+                    f"The database {self.name} has no tables of tokenauth. Correct database.url,"
+                    " or run `tokenauth migrate`."
+                )
             try:
                 await self._upgrade()
             except exc.DBAPIError as error:
@@ -170,10 +176,11 @@ class Database:
         if not schema.serves(had):
             log.info("schema_upgraded", before=had, after=schema.HEAD)
 
-    async def stop(self, now: Instant = 0) -> None:
-        """Finish what waits to be written, write down what time it is, and disconnect."""
-        with suppress(StoreUnavailable):
-            await self.write(verbs.remember_now, None, max(now, self._latest))
+    async def stop(self, now: Instant | None = 0) -> None:
+        """Finish what waits to be written, write down what time it is unless that is None, and disconnect."""
+        if now is not None:
+            with suppress(StoreUnavailable):
+                await self.write(verbs.remember_now, None, max(now, self._latest))
         for writer in self._writers.values():
             await writer.finish()
         await self.discard()

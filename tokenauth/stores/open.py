@@ -13,10 +13,11 @@ from tokenauth.stores.base import Store
 from tokenauth.stores.sqlite import SqliteStore
 
 
-def open_store(settings: Database, cache_size: int, clock: Clock | None = None) -> Store:
+def open_store(settings: Database, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
     """Make the store that a URL names, not yet started. Raises ConfigError.
 
-    Without a `clock` it has its own: this machine's, or PostgreSQL's.
+    Without a `clock` it has its own: this machine's, or PostgreSQL's. Unless it is for `serving`, it creates no
+    database, and a start that only reads needs no lock.
     """
     try:
         url = make_url(settings.url)
@@ -26,15 +27,15 @@ def open_store(settings: Database, cache_size: int, clock: Clock | None = None) 
     if not all(value for _, value in parse_qsl(options, keep_blank_values=True)):
         raise ConfigError("database.url: has an option without a value")  # SQLAlchemy would leave it out
     if url.drivername == "sqlite+aiosqlite":
-        return _open_sqlite(url, cache_size, clock or time.time)
+        return _open_sqlite(url, cache_size, clock or time.time, serving)
     if url.drivername == "postgresql+asyncpg":
-        return _open_postgres(url, cache_size, settings.connections, clock)
+        return _open_postgres(url, cache_size, settings.connections, clock, serving)
     raise ConfigError(
         f"database.url: {url.drivername!r} is no store of tokenauth; use sqlite+aiosqlite or postgresql+asyncpg"
     )
 
 
-def _open_sqlite(url: URL, cache_size: int, clock: Clock) -> Store:
+def _open_sqlite(url: URL, cache_size: int, clock: Clock, serving: bool) -> Store:
     if url.database in {None, "", ":memory:"}:
         raise ConfigError(
             "database.url: names no file; write three slashes and a path, as in 'sqlite+aiosqlite:///tokenauth.db'"
@@ -46,10 +47,10 @@ def _open_sqlite(url: URL, cache_size: int, clock: Clock) -> Store:
         )
     if url.query:
         raise ConfigError(f"database.url: has no option {min(url.query)!r}; SQLite takes a path and no options")
-    return SqliteStore(url, cache_size, clock)
+    return SqliteStore(url, cache_size, clock, serving)
 
 
-def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | None) -> Store:
+def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | None, serving: bool) -> Store:
     if not url.database:
         raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
     try:
@@ -64,7 +65,7 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
     except ValueError as error:
         raise ConfigError(f"database.url: {error}") from None
     try:
-        return PostgresStore(url, cache_size, connections, clock)
+        return PostgresStore(url, cache_size, connections, clock, serving)
     except (ArgumentError, ValueError):
         raise ConfigError(
             "database.url: has options that do not fit together; each host needs a port, as in ?host=a:5432&host=b:5432"

@@ -76,13 +76,16 @@ class PostgresStore:
     pools: SqlPoolStore
     failures: PostgresFailureStore
 
-    def __init__(self, url: URL, cache_size: int, connections: int, clock: Clock | None = None) -> None:
+    def __init__(
+        self, url: URL, cache_size: int, connections: int, clock: Clock | None = None, serving: bool = True
+    ) -> None:
         """Take `postgresql+asyncpg://...`, how many tokens each process remembers, and its connections.
 
-        Without a `clock` the time is the database's.
+        Without a `clock` the time is the database's. Unless it is for `serving`, no tables are created.
         """
         self._database = Database(url, connections, clock is not None)
         self._cache_size = cache_size
+        self._serving = serving
         self._heard = DatabaseClock()
         self.clock: Clock = clock or self._heard
         self._listener = Listener(self._database, self._heard)
@@ -91,7 +94,7 @@ class PostgresStore:
         """Bring the schema up to date and connect."""
         try:
             await self._database.demand_utf8()
-            await self._database.upgrade()
+            await self._database.upgrade(self._serving)
             await self._listener.start()
             row = await self._database.read_once(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:
@@ -111,7 +114,7 @@ class PostgresStore:
     async def stop(self, now: Instant) -> None:
         """Finish what is being written, remember `now`, and disconnect."""
         await self._listener.stop()
-        await self._database.stop(now)
+        await self._database.stop(now if self._serving else None)
 
     async def remember(self, now: Instant) -> None:
         """Let it be known that it has been `now`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import math
 import os
 import sqlite3
 import threading
@@ -58,8 +59,9 @@ _FEW = 2000
 class Database:
     """The file: queries go to the async driver, changes to the one writer."""
 
-    def __init__(self, url: URL) -> None:
-        """Take `sqlite+aiosqlite:///PATH`."""
+    def __init__(self, url: URL, create: bool = True) -> None:
+        """Take `sqlite+aiosqlite:///PATH`. `create` the file if there is none."""
+        self._create = create
         self.path = os.path.abspath(url.database or "")
         self._readers = _read_engine(url)
         self._thread = _executor()
@@ -73,6 +75,7 @@ class Database:
         self._probing: asyncio.Future[str | None] | None = None
         self._checkpoint_trouble: str | None = None
         self._written = False
+        self._asked_for_lock = math.inf
         self.lost = False
 
     async def verdict(self) -> str | None:
@@ -85,15 +88,16 @@ class Database:
         return None
 
     async def start(self) -> None:
-        """Create the file if it is not there, and bring its schema up to date.
+        """Create the file if that is allowed and it is not there, and bring its schema up to date.
 
-        Any number of processes may do so at once. Raises StartError.
+        Any number of processes may do so at once. Where the schema is up to date, this only reads, so it works while
+        another program holds the lock for writing. Raises StartError.
         """
         try:
             await self._thread.run(self._prepare)
             await self._spare.run(lambda: None)  # its thread, too, is started now, and not when there may be none
         except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
-            raise StartError(f"the database {self.path} cannot be used: {_reason(error)}") from None
+            raise StartError(f"the database {self.path} cannot be used: {self._explain(_reason(error))}") from None
 
     async def stop(self) -> None:
         """Finish what waits to be written, and disconnect."""
@@ -169,7 +173,7 @@ class Database:
                 if isinstance(error, _CALLERS_FAULT):
                     raise
                 # locked, full, read-only, broken: nothing that a caller did
-                self._circuit.failed(str(error), began)
+                self._circuit.failed(self._explain(str(error)), began)
                 raise StoreUnavailable from error
             except Overloaded as error:  # its thread could not be started
                 self._circuit.failed(str(error), began)
@@ -205,13 +209,16 @@ class Database:
             raise StoreUnavailable
         with self._using:
             try:
+                self._asked_for_lock = monotonic()
                 self._connection.execute("BEGIN IMMEDIATE")
+                self._asked_for_lock = math.inf
                 if given_up.is_set():  # while it waited for the lock
                     raise StoreUnavailable  # noqa: TRY301 - and the transaction is rolled back
                 answers = [verb(self._transaction, wishes) for verb, wishes in batch.items()]
                 verbs.remember(self._transaction, now)
                 self._connection.execute("COMMIT")
             except Exception:
+                self._asked_for_lock = math.inf
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
                 raise
@@ -220,6 +227,8 @@ class Database:
 
     async def _probe(self) -> str | None:
         """Write something; return what is wrong, if anything is. One that hangs is waited for, not repeated."""
+        if monotonic() - self._asked_for_lock > PROBE_PATIENCE:  # the thread that probes waits for it
+            return self._explain(_LOCKED)
         try:
             if self._probing is None or self._probing.done():
                 self._probing = self._submit(self._probe_now)
@@ -240,7 +249,7 @@ class Database:
             except sqlite3.Error as error:
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
-                return str(error)
+                return self._explain(str(error))
             finally:
                 self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
             seconds = monotonic() - began
@@ -259,7 +268,15 @@ class Database:
             self._connection.close()
             self._turns.close()
 
+    def _explain(self, trouble: str) -> str:
+        """Add what the operator can do to what SQLite says."""
+        if trouble != _LOCKED:
+            return trouble
+        return f"{_LOCKED}. Another program holds a lock on {self.path}: find it with `fuser -v {self.path}`"
+
     def _prepare(self) -> None:
+        if not self._create and not _has_content(self.path):
+            raise self._none()
         directory = os.path.dirname(self.path)
         lock = os.open(directory, os.O_RDONLY)
         try:
@@ -282,9 +299,21 @@ class Database:
         engine = create_engine(
             "sqlite://", creator=lambda: self._connection, poolclass=StaticPool, hide_parameters=True
         )
+        with engine.connect() as db:
+            had = schema.version(db)
+        if schema.serves(had):
+            return had
+        if had is None and not self._create:
+            raise self._none()
         event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
         with engine.begin() as db:
             return schema.upgrade(db)
+
+    def _none(self) -> StartError:
+        return StartError(
+            f"There is no database at {self.path}."
+            " Run this in the directory of the service, or make database.url absolute."
+        )
 
 
 class SqliteTokenStore(SqlTokenStore):
@@ -337,9 +366,13 @@ class SqliteStore:
     pools: SqlitePoolStore
     failures: SqliteFailureStore
 
-    def __init__(self, url: URL, cache_size: int, clock: Clock = time.time) -> None:
-        """Take `sqlite+aiosqlite:///PATH`, how many tokens each worker remembers, and the machine's clock."""
-        self._database = Database(url)
+    def __init__(self, url: URL, cache_size: int, clock: Clock = time.time, serving: bool = True) -> None:
+        """Take `sqlite+aiosqlite:///PATH`, how many tokens each worker remembers, and the machine's clock.
+
+        Unless it is for `serving`, it creates no file, and writes nothing but what it is told to.
+        """
+        self._database = Database(url, create=serving)
+        self._serving = serving
         self._cache_size = cache_size
         self.clock = clock
 
@@ -358,8 +391,9 @@ class SqliteStore:
         """Finish what is being written, remember `now`, and disconnect."""
         self._watcher.cancel()
         self._checking.cancel()
-        with suppress(StoreUnavailable):
-            await self.remember(now)
+        if self._serving:
+            with suppress(StoreUnavailable):
+                await self.remember(now)
         await self._database.stop()
         self._reader.close()
 
@@ -444,8 +478,18 @@ _WRITING = (
     "synchronous = FULL",
 )
 
+_LOCKED = "database is locked"
+"""What SQLite says when it has waited long enough for another program's lock."""
+
 _CALLERS_FAULT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 """What SQLite raises for one bad wish, and not because the machine is broken."""
+
+
+def _has_content(path: str) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _reason(error: Exception) -> str:
