@@ -20,6 +20,7 @@ class Arrived(NamedTuple):
     target: bytes
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    trailers: list[tuple[bytes, bytes]]
 
     def values(self, *names: str) -> list[bytes]:
         """Return what stands under names, in whatever case."""
@@ -206,16 +207,22 @@ async def read_request(reader: asyncio.StreamReader) -> Arrived:
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head[:-4].split(b"\r\n")
     method, target, _ = first.split(b" ")
-    headers = [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+    headers = [_field(line) for line in lines]
     known = {name.lower(): value for name, value in headers}
-    body = b""
+    body, trailers = b"", []
     if b"chunked" in known.get(b"transfer-encoding", b""):
         while size := int(await reader.readline(), 16):
             body += (await reader.readexactly(size + 2))[:-2]
-        await reader.readline()
+        while (line := await reader.readline()) != b"\r\n":
+            trailers.append(_field(line))
     else:
         body = await reader.readexactly(int(known.get(b"content-length", 0)))
-    return Arrived(method, target, headers, body)
+    return Arrived(method, target, headers, body, trailers)
+
+
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    name, _, value = line.partition(b":")
+    return name, value.strip()
 
 
 def ask(

@@ -126,8 +126,11 @@ def test_a_body_comes_whole_to_the_application_and_not_to_the_issuer(proxy: Prox
     if chunked:
         headers.append(("Transfer-Encoding", "chunked"))
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
-    reply, [request] = proxy.ask("/", ann, method="POST", body=body, headers=headers)
-    assert (reply.status, request.method, request.body) == (200, b"POST", content)
+    reply, arrived = proxy.ask("/", ann, method="POST", body=body, headers=headers)
+    if chunked and proxy.name == "haproxy":  # it would pass on the trailers
+        assert (reply.status, arrived) == (411, [])
+        return
+    assert (reply.status, [(request.method, request.body) for request in arrived]) == (200, [(b"POST", content)])
     asked = proxy.line.take()
     assert ann.encode() in asked
     assert b"body." not in asked

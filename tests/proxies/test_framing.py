@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 
+from tests.proxies import h2
 from tests.proxies.plain import PLAIN
 from tests.proxies.running import PRODUCTS, Proxy, running
 from tests.servers import Server, worker, write_config
@@ -80,6 +81,111 @@ def test_an_application_behind_forward_auth_gets_no_body_as_a_request(proxy: Pro
     assert not arrived
     for request in requests:
         assert (request.values("Upgrade"), request.values("X-Auth-User")) == ([], [b"ann"]), request
+
+
+TARGETS = [
+    *(
+        "/",
+        "/x",
+        "//",
+        "*",
+        "http://a/",
+        "http://a",
+        "http://a:80/",
+        "http://a:80",
+        "https://a:443/x",
+        "http://[::1]:80/",
+    ),
+    *(
+        "http:///",
+        "http://:80/",
+        "http://",
+        "a:80",
+        "a",
+        "a:",
+        "a:443",
+        "127.0.0.1:80",
+        "[::1]:80",
+        "[::1]",
+        ":80",
+        ":",
+    ),
+    *("a:80/", "u@a:80", "u:p@a:80", "//a:80/", "a:80?x", "%61:80", "."),
+]
+
+
+@pytest.mark.parametrize("speaks", ["HTTP/1.1", "HTTP/1.0", "HTTP/2"])
+def test_no_connect_of_any_form_reaches_an_application(proxy: Proxy, ann: str, speaks: str) -> None:
+    """Nor what follows it on the connection, which a tunnel would bring there as it is."""
+    proxy.upstream.take()
+    headers = f"Host: a:80\r\nX-Token: {ann}\r\n"
+
+    def tunnel(target: str) -> bytes:
+        if speaks == "HTTP/2":
+            return open_tunnel_in_h2(proxy.port, target.encode(), ann.encode())
+        return converse_raw(proxy.port, f"CONNECT {target} {speaks}\r\n{headers}\r\n".encode(), INNER)
+
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(tunnel, TARGETS))
+    assert [target for target, heard in zip(TARGETS, answers, strict=True) if heard.startswith(b"HTTP/1.1 2")] == []
+    assert proxy.upstream.take() == []
+
+
+def open_tunnel_in_h2(port: int, target: bytes, token: bytes) -> bytes:
+    """Send CONNECT in all the forms that HTTP/2 has for it, each on a connection of its own."""
+    asked = [(b":method", b"CONNECT"), (b":authority", target)]
+    path, scheme = (b":path", b"/"), (b":scheme", b"http")
+    extended = [(b":protocol", b"websocket"), (b"sec-websocket-version", b"13")]
+    heard = b""
+    for fields in (asked, [*asked, scheme, path], [*asked, (b":path", target)], [*asked, scheme, path, *extended]):
+        pseudo_first = sorted(fields, key=lambda field: not field[0].startswith(b":"))
+        heard += converse_raw(port, h2.request([*pseudo_first, (b"x-token", token)], INNER, end=False), b"")
+    return heard
+
+
+def converse_raw(port: int, first: bytes, second: bytes) -> bytes:
+    """Send something, and something more once it is answered; return all that is heard."""
+    heard = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            connection.sendall(first)
+            heard = connection.recv(65536)
+            connection.sendall(second)
+            connection.shutdown(socket.SHUT_WR)
+            while more := connection.recv(65536):
+                heard += more
+        except TimeoutError:
+            raise
+        except OSError:  # it was refused, and closed before all of this was sent
+            pass
+    return heard
+
+
+@pytest.mark.parametrize("speaks", ["HTTP/1.1", "HTTP/2"])
+@pytest.mark.parametrize("body", [b"abc", b""], ids=["body", "empty"])
+@pytest.mark.parametrize("more", ["", "Trailer", "Content-Length"])
+def test_no_trailer_reaches_an_application(proxy: Proxy, ann: str, speaks: str, body: bytes, more: str) -> None:
+    """Many servers take one for a header."""
+    proxy.upstream.take()
+    spoofed = [(name, b"mallory") for name in (b"x-auth-user", b"x-auth-scopes", b"x_auth_user", b"x-token")]
+    known = {"": [], "Trailer": [(b"trailer", b"x-auth-user")], "Content-Length": [(b"content-length", b"3")]}[more]
+    for method in (b"GET", b"POST", b"PUT"):
+        if speaks == "HTTP/2":
+            asked = [(b":method", method), (b":scheme", b"http"), (b":authority", b"a"), (b":path", b"/")]
+            sent = h2.request([*asked, (b"x-token", ann.encode()), *known], body, spoofed)
+        else:
+            fields = [(b"Host", b"a"), (b"X-Token", ann.encode()), *known, (b"Transfer-Encoding", b"chunked")]
+            head = b"".join(b"%b: %b\r\n" % field for field in fields)
+            chunks = (b"3\r\n%b\r\n" % body if body else b"") + b"0\r\n"
+            trailers = b"".join(b"%b: %b\r\n" % field for field in spoofed)
+            sent = b"%b / HTTP/1.1\r\n%b\r\n%b%b\r\n" % (method, head, chunks, trailers)
+        converse_raw(proxy.port, sent, b"")
+        arrived = proxy.upstream.take()
+        assert arrived or more == "Content-Length" or speaks == "HTTP/2" or proxy.name == "haproxy"
+        for request in arrived:
+            assert (request.trailers, request.values("X-Auth-User")) == ([], [b"ann"])
+            assert b"mallory" not in b"".join(value for _, value in request.headers)
 
 
 @pytest.fixture(scope="module")

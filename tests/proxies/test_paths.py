@@ -1,11 +1,13 @@
 """Whatever an application may read as a path below /reports was asked for with the scope."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from posixpath import normpath
 from urllib.parse import unquote_to_bytes
 
 import pytest
 
+from tests.proxies.peers import ask
 from tests.proxies.running import Proxy
 
 DETOURS = [
@@ -94,6 +96,60 @@ def test_no_detour_leads_to_the_reports(proxy: Proxy, bob: str, target: str) -> 
     assert not [request.target for request in arrived if is_report(request.target)]
     assert reply.status in {400, 403, 404} or arrived
     assert proxy.ask(target)[1] == []
+
+
+ODD = ["%", "%z", "%zz", "%2", "%2g", "%g2", "%%", "%%72", "%2%65", "%e", "%u0072", "% ", "%+1", "%0x", "%00", "%c0%af"]
+DETOUR = [
+    "",
+    "/..",
+    "/../x",
+    "/..;/x",
+    "/.;/",
+    "/;",
+    ";a=b",
+    "\\",
+    "/..\\x",
+    "//",
+    "%2f",
+    "%2e%2e",
+    "/%2e%2e/x",
+    "%5c",
+    "%23",
+]
+FRAMES = [
+    *(
+        "/reports/{odd}{detour}",
+        "/reports{detour}{odd}",
+        "/reports{odd}/",
+        "/{odd}/..{detour}/reports/1",
+        "/reports/{odd}?x",
+    ),
+    *(
+        "/{odd}{detour}/../reports/1",
+        "/x{detour}/../reports/{odd}",
+        "{detour}/reports/{odd}",
+        "//reports{detour}/{odd}",
+    ),
+    *(
+        "/x/../reports/{odd}{detour}",
+        "/%72eports/{odd}{detour}",
+        "/%2e/reports/{odd}{detour}",
+        "/.{detour}/reports/{odd}",
+    ),
+    "http://app.example.com/reports/{odd}{detour}",
+]
+BROKEN = sorted({frame.format(odd=odd, detour=detour) for frame in FRAMES for odd in ODD for detour in DETOUR})
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_no_broken_escape_leads_to_the_reports(proxy: Proxy, bob: str, part: int) -> None:
+    """Whatever cannot be decoded is refused, or asked about with the scope: no rule may be left out for it."""
+    asked = [target for target in BROKEN[part::4] if " " not in target and target.startswith(("/", "http"))]
+    proxy.upstream.take()
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda target: ask(proxy.port, target, [("X-Token", bob)]).status, asked))
+    assert set(answers) <= {200, 400, 403, 404}
+    assert [request.target for request in proxy.upstream.take() if is_report(request.target)] == []
 
 
 @pytest.mark.parametrize("target", ["*", "/", "//", "/?", "/_auth/any", "/_auth/reports", "/auth", "x", "/x\ty"])
