@@ -100,7 +100,11 @@ class Credentials:
             remembered, user = self._remembered.get((name, place(address))), self._users.get(name)
             if remembered is None or user is None or now >= remembered.until:
                 continue
-            seen = await self._throttle.take_proof(name, address)
+            try:
+                seen = await self._throttle.take_proof(name, address)
+            except RetryLater as refusal:
+                log.warning("login_refused", user=name, network=network(address), reason=refusal.code)
+                raise
             if seen is None:
                 continue
             made = [self._fingerprint(user, password) for claimed, password in claims if claimed == name]

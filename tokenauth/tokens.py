@@ -46,6 +46,13 @@ class Tokens:
 
     async def grant(self, user: User, address: str, user_agent: str, gone: Gone = here) -> Issued:
         """Issue a token to a user who has authenticated. Raises ClientGone or StoreUnavailable."""
+        try:
+            return await self._grant(user, address, user_agent, gone)
+        except RetryLater as refusal:
+            log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
+            raise
+
+    async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> Issued:
         if self._queue.trouble is not None:  # a new token would end with all others
             raise StoreUnavailable
         if gone():

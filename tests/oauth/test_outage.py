@@ -34,6 +34,8 @@ def test_a_store_that_cannot_be_written_ends_no_token_and_says_so(tmp_path: Path
         assert active(client, kept)
         limit(server, (tmp_path / "tokenauth.db-wal").stat().st_size)
         until(lambda: is_outage(post(client, "token", ANN, **FULL_FORMS["token"])), "no token is issued")
+        refused = server.events("login_refused")
+        assert {(event["user"], event["reason"]) for event in refused} == {("ann", "store_unavailable")}
 
         assert is_outage(post(client, "revoke", ANN, token=kept))
         assert active(client, kept), "it was not revoked, and is not said to be"

@@ -116,6 +116,27 @@ def test_readyz_says_so_while_the_store_cannot_be_written(tmp_path: Path) -> Non
         connection.log_in()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_disk_with_room_for_a_probe_only_is_full(tmp_path: Path, rows: int) -> None:
+    """One row fits and a login does not: it is not ready then, and nothing says that it can be written again."""
+    with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
+        connection.log_in()
+        room = (tmp_path / "tokenauth.db-wal").stat().st_size + rows * 2200
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        until(lambda: is_outage(connection.ask("POST", "/api/token", LOGIN)), "the room is used up")
+        until(lambda: connection.ask("GET", "/readyz").status == 503, "it is known to be full")
+        for _ in range(20):
+            refused = len(server.events("login_refused"))
+            assert is_outage(connection.ask("POST", "/api/token", LOGIN))
+            until(lambda: len(server.events("login_refused")) == refused + 1, "each login leaves a line")
+            assert connection.ask("GET", "/readyz").status == 503
+        assert len(server.events("store_not_writable")) == 1
+        assert not server.events("store_writable_again")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        until(lambda: connection.ask("GET", "/readyz").status == 200, "there is room again")
+        connection.log_in()
+
+
 def test_a_worker_that_cannot_fill_its_pool_serves_all_the_same(tmp_path: Path) -> None:
     """And lends nothing: that would have to be written."""
     config = write_config(tmp_path, PERMITS.format(1))

@@ -52,6 +52,15 @@ _WAL_LIMIT = 16 * 2**20
 _READ_PATIENCE = 2.0
 """Seconds that a query waits for a connection that others use."""
 
+_ROOM_FOR_A_ROW = 8 * 2**10
+"""Bytes of the log of writes that one changed row takes at the most: a page of the table, and one of each index."""
+
+_MOST_ROOM = 4 * 2**20
+"""Bytes that a probe writes at the most."""
+
+_FILL = "INSERT INTO marks (name, at) VALUES ('probe', zeroblob(?)) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
+"""Takes so many bytes in the log of writes."""
+
 _FEW = 2000
 """Tokens that are counted on the event loop: that takes less time than a thread to be woken."""
 
@@ -76,6 +85,7 @@ class Database:
         self._checkpoint_trouble: str | None = None
         self._written = False
         self._asked_for_lock = math.inf
+        self._lacking = 0
         self.lost = False
 
     async def verdict(self) -> str | None:
@@ -208,6 +218,7 @@ class Database:
         if self.lost:
             raise StoreUnavailable
         with self._using:
+            changed = self._connection.total_changes
             try:
                 self._asked_for_lock = monotonic()
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -217,8 +228,10 @@ class Database:
                 answers = [verb(self._transaction, wishes) for verb, wishes in batch.items()]
                 verbs.remember(self._transaction, now)
                 self._connection.execute("COMMIT")
-            except Exception:
+            except Exception as error:
                 self._asked_for_lock = math.inf
+                if isinstance(error, sqlite3.OperationalError) and str(error) != _LOCKED:
+                    self._lacking = min((self._connection.total_changes - changed + 1) * _ROOM_FOR_A_ROW, _MOST_ROOM)
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
                 raise
@@ -226,7 +239,10 @@ class Database:
         return answers
 
     async def _probe(self) -> str | None:
-        """Write something; return what is wrong, if anything is. One that hangs is waited for, not repeated."""
+        """Write something; return what is wrong, if anything is. One that hangs is waited for, not repeated.
+
+        After a failure it writes as much as what failed: on a disk that is nearly full, less might still fit.
+        """
         if monotonic() - self._asked_for_lock > PROBE_PATIENCE:  # the thread that probes waits for it
             return self._explain(_LOCKED)
         try:
@@ -243,6 +259,8 @@ class Database:
             began = monotonic()
             try:
                 self._connection.execute(f"PRAGMA busy_timeout = {_PROBE_TIMEOUT}")
+                if self._lacking:  # committed, or the log would not have to hold it
+                    self._connection.execute(_FILL, (self._lacking,))
                 self._connection.execute("BEGIN IMMEDIATE")
                 verbs.probe(self._transaction)
                 self._connection.execute("COMMIT")
@@ -252,6 +270,7 @@ class Database:
                 return self._explain(str(error))
             finally:
                 self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+            self._lacking = 0
             seconds = monotonic() - began
         return None if seconds < PROBE_PATIENCE else f"a commit took {seconds:.1f} s"
 
