@@ -199,9 +199,73 @@ async def test_a_failure_that_one_operation_has_alone_stops_no_other(filled: Pla
         for _ in range(20):
             await refused(filled, WRITES["failures.note"])
             await WRITES["remember"](filled)
-            assert await filled.store.ready() is None
+            await READS["tokens.get"](filled)
+            assert "no such table: failures" in (await filled.store.ready() or ""), "no login can be judged"
         db.execute(rename[1])
     await WRITES["failures.note"](filled)
+    assert await filled.store.ready() is None
+
+
+NEEDED = {"tokens": "tokens.get", "failures": "failures.failures", "pool_tokens": "pools.get"}
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("table", [*NEEDED, "revocations"])
+async def test_a_table_that_cannot_be_read_is_logged_once_and_unready(filled: Place, table: str) -> None:
+    """A cached token is answered while the removals can be read; a look-up that fails says why in the log."""
+    await filled.store.tokens.get(token(1).digest)
+    reads = {"revocations": "tokens.get", **NEEDED}
+    with (
+        closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db,
+        structlog.testing.capture_logs() as logs,
+    ):
+        db.execute(f'ALTER TABLE {table} RENAME TO "gone"')
+        await asyncio.sleep(0)
+        for _ in range(20):
+            await refused(filled, READS[reads[table]])
+            assert (await filled.store.ready() or "").startswith(f"store unreachable: no such table: {table}")
+        if table == "revocations":
+            await refused(filled, lambda place: place.store.tokens.get(token(1).digest))
+        else:
+            assert await filled.store.tokens.get(token(1).digest) == token(1)
+        db.execute(f'ALTER TABLE "gone" RENAME TO {table}')
+        await ready_again(filled)
+        await READS[reads[table]](filled)
+        async with asyncio.timeout(20):
+            while len(logs) < 2:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+    assert [(entry["event"], entry.get("reason")) for entry in logs] == [
+        ("store_unreachable", f"no such table: {table}"),
+        ("store_reachable_again", None),
+    ]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_listing_that_cannot_be_read_is_logged(filled: Place) -> None:
+    """It takes another way to the file than look-ups do."""
+    with (
+        closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db,
+        structlog.testing.capture_logs() as logs,
+    ):
+        db.execute('ALTER TABLE tokens RENAME TO "gone"')
+        for _ in range(3):
+            await refused(filled, READS["tokens.list"])
+        db.execute('ALTER TABLE "gone" RENAME TO tokens')
+    assert [(entry["event"], entry["reason"]) for entry in logs] == [("store_unreachable", "no such table: tokens")]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_damaged_value_is_not_quoted_in_the_log(filled: Place) -> None:
+    """The driver's message has the text of the column: here the value of a token of a pool."""
+    with (
+        closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db,
+        structlog.testing.capture_logs() as logs,
+    ):
+        db.execute("UPDATE pool_tokens SET username = CAST(x'53454352455480' AS TEXT) WHERE value = 'a'")
+        await refused(filled, READS["pools.get"])
+        await refused(filled, READS["pools.members"])
+    assert logs[0]["event"] == "store_unreachable"
+    assert "SECRET" not in str(logs)
 
 
 @contextmanager

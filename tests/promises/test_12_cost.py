@@ -15,7 +15,7 @@ from tests.servers import START
 from tests.steps import Direct, steps
 from tokenauth.models import Token, public_id
 from tokenauth.stores import verbs
-from tokenauth.stores.base import Note
+from tokenauth.stores.base import Note, unheard
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlTokenStore
 from tokenauth.stores.transaction import SqliteTransaction
@@ -57,7 +57,7 @@ def build(path: Path, count: int) -> Opened:
     fill(path, count, count // EACH, START - 1, lambda number: int(START) + (-1 if number % 100 < EACH else 86400))
     for numbers, at in ((range(count // 10), START - 1000), (range(count // 10, count), START)):
         log(path, numbers, at)
-    return Opened(path, database, Reader(str(path)))
+    return Opened(path, database, Reader(str(path), unheard, lambda _: None))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ a reader never waits for a writer.
 
 import os
 import sqlite3
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -15,7 +15,7 @@ from sqlalchemy.dialects import sqlite
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Failures, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows, verbs
-from tokenauth.stores.base import Hear, unheard
+from tokenauth.stores.base import Hear
 from tokenauth.stores.tables import (
     as_token,
     marks,
@@ -45,14 +45,25 @@ _REMOVED = _sql(
 _LAST_SEQ = _sql(select(func.max(revocations.c.seq)))
 _MARK = _sql(select(marks.c.at).where(marks.c.name == ""))
 
+ERRORS = (sqlite3.Error, MemoryError)
+"""What SQLite raises; MemoryError is how the driver reports SQLITE_NOMEM."""
+
+
+def reason(error: BaseException) -> str:
+    """Return SQLite's message. The driver's own messages may quote what the database holds: then only the type."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return str(error) if hasattr(error, "sqlite_errorcode") else type(error).__name__
+
 
 class Reader:
     """One worker's read connection, and its feed of revocations."""
 
-    def __init__(self, path: str, hear: Hear = unheard) -> None:
-        """Open the file; it must be there, with the schema that this release needs."""
+    def __init__(self, path: str, hear: Hear, failed: Callable[[str], object]) -> None:
+        """Open the file; it must exist, with the schema that this release needs. `failed` gets why a read failed."""
         self._path = path
         self._hear = hear
+        self._failed = failed
         self._file = _identity(path)
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
         self._cursor = self._db.cursor()
@@ -79,15 +90,15 @@ class Reader:
         """Count the tokens of a pool: 0.1 microseconds for each. Raises StoreUnavailable."""
         try:
             return pool_rows.counts(*self._plain.rows(pool_rows.COUNT, pool_rows.terms(pool, now))[0])
-        except sqlite3.Error as error:
-            raise StoreUnavailable from error
+        except ERRORS as error:
+            raise self._unavailable(error) from error
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up what is kept of past logins, with one statement. Raises StoreUnavailable."""
         try:
             rows = self._cursor.execute(_FAILURES % ",".join("?" * len(keys)), keys).fetchall()
-        except sqlite3.Error as error:
-            raise StoreUnavailable from error
+        except ERRORS as error:
+            raise self._unavailable(error) from error
         return {key: Failures(count, last_at) for key, count, last_at in rows}
 
     def mark(self, name: str) -> float:
@@ -106,8 +117,8 @@ class Reader:
                 return ()
             rows = self._cursor.execute(_REMOVED, (self._seq,)).fetchall()
             self.listen()
-        except sqlite3.Error as error:
-            raise StoreUnavailable from error
+        except ERRORS as error:
+            raise self._unavailable(error) from error
         self._version = version
         if not rows:
             return ()
@@ -118,6 +129,24 @@ class Reader:
     def listen(self) -> None:
         """Hear what the latest time is that any worker has written down. Raises StoreUnavailable."""
         self._hear(self.mark(verbs.CLOCK))
+
+    def trouble(self) -> str | None:
+        """Read what validations and logins read; return what is wrong, if anything is.
+
+        The digest is random, so this fails as often as the look-ups of tokens do.
+        """
+        try:
+            for sql, key in (
+                (_TOKEN, (os.urandom(32),)),
+                (_POOL_TOKEN, ("", "")),
+                (_FAILURES % "?", (b"",)),
+                (_LAST_SEQ, ()),
+                (_MARK, (verbs.CLOCK,)),
+            ):
+                self._cursor.execute(sql, key).fetchone()
+        except ERRORS as error:
+            return reason(error)
+        return None
 
     def sure(self) -> bool:
         """Say that the file tells everything."""
@@ -134,11 +163,15 @@ class Reader:
     def _data_version(self) -> int:
         return int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
 
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        self._failed(reason(error))
+        return StoreUnavailable()
+
     def _one(self, sql: str, *key: bytes | str) -> tuple[Any, ...] | None:
         try:
             row: tuple[Any, ...] | None = self._cursor.execute(sql, key).fetchone()
-        except sqlite3.Error as error:
-            raise StoreUnavailable from error
+        except ERRORS as error:
+            raise self._unavailable(error) from error
         return row
 
 

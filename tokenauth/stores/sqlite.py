@@ -26,7 +26,7 @@ from tokenauth.stores import schema, verbs
 from tokenauth.stores.base import Hear, unheard
 from tokenauth.stores.cached import CachedTokenStore
 from tokenauth.stores.circuit import PROBE_PATIENCE, Circuit
-from tokenauth.stores.reader import Reader
+from tokenauth.stores.reader import ERRORS, Reader, reason
 from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
 from tokenauth.stores.transaction import SqliteTransaction
 from tokenauth.stores.turns import TURN_PATIENCE, Turn, Turns
@@ -82,6 +82,7 @@ class Database:
             self._probe, "store_not_writable", "store_writable_again", opened=self._writer.refuse_waiting
         )
         self._probing: asyncio.Future[str | None] | None = None
+        self._reading = Circuit(self._probe_reading, "store_unreachable", "store_reachable_again")
         self._checkpoint_trouble: str | None = None
         self._written = False
         self._asked_for_lock = math.inf
@@ -109,10 +110,23 @@ class Database:
         except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
             raise StartError(f"the database {self.path} cannot be used: {self._explain(_reason(error))}") from None
 
+    def open_reader(self, hear: Hear) -> Reader:
+        """Open the connection for look-ups on the event loop. Raises what SQLite raises."""
+        self._reader = Reader(self.path, hear, self._read_failed)
+        return self._reader
+
+    def read_trouble(self) -> str | None:
+        """Return what keeps the file from being read; it is logged, and probed until it works again."""
+        trouble = self._reader.trouble()
+        if trouble is not None:
+            self._read_failed(trouble)
+        return trouble
+
     async def stop(self) -> None:
         """Finish what waits to be written, and disconnect."""
         await self._writer.finish()
         await self._circuit.stop()
+        await self._reading.stop()
         await self._readers.dispose()
         with suppress(TimeoutError):
             async with asyncio.timeout(None if self._circuit.trouble is None else 1):  # its thread may hang for ever
@@ -130,10 +144,13 @@ class Database:
             SQLAlchemyError,
             RuntimeError,
         ) as error:  # RuntimeError: the thread of a new connection cannot be started
+            if isinstance(error, DBAPIError | RuntimeError):  # and not a mere wait for a connection
+                self._read_failed(_reason(error))
             raise StoreUnavailable from error
         try:
             return await db.run_sync(query)
         except DBAPIError as error:
+            self._read_failed(_reason(error))
             raise StoreUnavailable from error
         finally:
             await db.close()
@@ -183,7 +200,7 @@ class Database:
                 if isinstance(error, _CALLERS_FAULT):
                     raise
                 # locked, full, read-only, broken: nothing that a caller did
-                self._circuit.failed(self._explain(str(error)), began)
+                self._circuit.failed(self._explain(reason(error)), began)
                 raise StoreUnavailable from error
             except Overloaded as error:  # its thread could not be started
                 self._circuit.failed(str(error), began)
@@ -238,6 +255,14 @@ class Database:
         self._written = True
         return answers
 
+    def _read_failed(self, why: str) -> None:
+        """Log it, unless that was done lately, and probe until reading works again. Refuses nothing by itself."""
+        if not self.lost:
+            self._reading.failed(why, asyncio.get_running_loop().time())
+
+    async def _probe_reading(self) -> str | None:
+        return self._reader.trouble()
+
     async def _probe(self) -> str | None:
         """Write something; return what is wrong, if anything is. One that hangs is waited for, not repeated.
 
@@ -267,7 +292,7 @@ class Database:
             except sqlite3.Error as error:
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
-                return self._explain(str(error))
+                return self._explain(reason(error))
             finally:
                 self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
             self._lacking = 0
@@ -279,7 +304,7 @@ class Database:
             try:
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             except sqlite3.Error as error:
-                return str(error)
+                return reason(error)
         return None
 
     def _close(self) -> None:
@@ -398,7 +423,7 @@ class SqliteStore:
     async def start(self, hear: Hear = unheard) -> Instant:
         """Bring the schema up to date and connect."""
         await self._database.start()
-        self._reader = reader = Reader(self._database.path, hear)
+        self._reader = reader = self._database.open_reader(hear)
         self._watch_later()
         self._checking = asyncio.create_task(self._check())
         self.tokens = CachedTokenStore(SqliteTokenStore(self._database, reader), reader, self._cache_size)
@@ -427,11 +452,13 @@ class SqliteStore:
         trouble = await self._database.verdict()
         if trouble is not None:
             return trouble
+        trouble = self._database.read_trouble()
+        if trouble is not None:
+            return f"store unreachable: {trouble}"
         try:
-            self._reader.mark(verbs.CLOCK)
             version = await self._database.read(schema.version)
-        except StoreUnavailable:
-            return "store unreachable"
+        except StoreUnavailable as error:
+            return f"store unreachable: {_reason(error.__cause__)}"
         return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def claim(self, duty: str, now: Instant, until: Instant) -> bool:
@@ -511,6 +538,10 @@ def _has_content(path: str) -> bool:
         return False
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException | None) -> str:
     """Say what SQLite says is wrong, without the statement or anything in it."""
-    return str(error.orig) if isinstance(error, DBAPIError) else str(error)
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    if isinstance(error, ERRORS):
+        return reason(error)
+    return str(error) if isinstance(error, OSError | RuntimeError | Overloaded) else type(error).__name__
