@@ -16,6 +16,9 @@ from tokenauth.throttle import network
 LIST_LIMIT = 1000
 """Tokens that one listing shows at the most."""
 
+_TOGETHER = 32
+"""Tokens of one log-out that are ended at the same time. More of them would hold up others."""
+
 
 class Tokens:
     """The logins of the users that stand in the configuration."""
@@ -108,8 +111,10 @@ class Tokens:
         When no more can be held, no token is accepted at all. What one network may have held is bounded: its further
         log-outs wait for the store. Raises ClientGone if the client does not wait with them.
         """
-        digests = {digest for value in values if (digest := opaque.digest(value)) is not None}
-        await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in digests))
+        digests = list({digest: None for value in values if (digest := opaque.digest(value)) is not None})
+        for start in range(0, len(digests), _TOGETHER):
+            some = digests[start : start + _TOGETHER]
+            await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in some))
 
     async def _log_out(self, digest: bytes, source: str, gone: Gone) -> None:
         while digest not in self._held:

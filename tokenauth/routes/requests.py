@@ -100,6 +100,36 @@ def _fields(text: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield percent.decode_form(name), percent.decode_form(value)
 
 
+def values_in(text: bytes, name: str) -> list[bytes]:
+    """Return what a body has under a name, if it is a JSON object or a form; nothing if it is too long to be read.
+
+    A comma after the last field is no fault: some documents have shown it so.
+    """
+    if len(text) > MAX_BODY:
+        return []
+    try:
+        plain = text.decode(json.detect_encoding(text)).strip().removeprefix("\ufeff")
+    except ValueError:
+        return []
+    if not plain.startswith("{"):
+        return values_in_form(plain.encode(), name)
+    if _opened(plain) > MAX_NESTED:
+        return []
+    plain = plain.removesuffix("}").rstrip().removesuffix(",") + "}"
+    try:
+        document = json.loads(plain, object_pairs_hook=tuple, strict=False)
+    except ValueError:
+        return []
+    return [value.encode(errors="replace") for key, value in document if key == name and isinstance(value, str)]
+
+
+def values_in_form(text: bytes, name: str) -> list[bytes]:
+    """Return what a query or a form has under a name; nothing if it is too long to be read."""
+    if len(text) > MAX_BODY or text.count(b"&") >= MAX_FIELDS:
+        return []
+    return [value for key, value in _fields(text) if key == name.encode()]
+
+
 def check_query(scope: Scope, known: Collection[str]) -> None:
     """Raise InvalidRequest if the query has a parameter that is not one of `known`."""
     for name, _ in query_pairs(scope["query_string"]):
