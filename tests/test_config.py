@@ -270,3 +270,35 @@ RECORDS = [
 def test_a_record_cannot_be_changed(record: Section) -> None:
     with pytest.raises(AttributeError):
         setattr(record, msgspec.structs.fields(record)[0].name, None)
+
+
+@pytest.mark.parametrize(
+    ("issuer", "hint"),
+    [
+        ("https://ann:very-secret@auth.example.com", "takes no user and no password"),
+        ("https://@auth.example.com", "takes no user and no password"),
+        ("http://ann:very-secret@localhost", "takes no user and no password"),
+        ("https://auth.example.com:99999", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:0", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:port", "is no host"),
+        ("http://localhost:70000", "its port is not from 1 to 65535"),
+        ("https://auth.exämple.com", "write it as 'xn--...'"),
+        ("https://:8443", "is no host"),
+        ("https://[::1", "is no host"),
+        ("https://a%20b", "is no host"),
+        ("https://auth.example.com/", "is not a URL"),
+    ],
+)
+def test_an_issuer_that_no_client_can_ask_is_refused(issuer: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=r"^oauth\.issuer: ") as refusal:
+        parsed(f'oauth.issuer = "{issuer}"')
+    assert hint in str(refusal.value)
+    assert "very-secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "host", ["auth.example.com", "a.b:8443", "xn--auth-4qa.example:65535", "[2001:db8::1]:443", "h/a/b"]
+)
+def test_an_issuer_has_a_host_and_maybe_a_port(host: str) -> None:
+    assert parsed(f'oauth.issuer = "https://{host}"').oauth.issuer == f"https://{host}"

@@ -171,10 +171,13 @@ async def test_a_token_is_refreshed_lent_or_free(pools: Pools, clock: Hand) -> N
     lent = await pools.assign(POOL, "ann")
     (free,) = [token for token in await pools.members(POOL) if token.holder is None]
     clock.now += 30
-    assert await pools.refresh(POOL, lent.value) == (lent._replace(free_at=START + 90), True)
-    assert await pools.refresh(POOL, free.value) == (free._replace(free_at=START + 30), False)
+    assert await pools.refresh(POOL, lent.value)
+    assert await pools.get(POOL, lent.value) == lent._replace(free_at=START + 90)
+    assert not await pools.refresh(POOL, free.value)
+    assert await pools.get(POOL, free.value) == free._replace(free_at=START + 30)
     clock.now += 60
-    assert await pools.refresh(POOL, lent.value) == (PoolToken("p", lent.value, START + 90, None, 1), False)
+    assert not await pools.refresh(POOL, lent.value)
+    assert await pools.get(POOL, lent.value) == PoolToken("p", lent.value, START + 90, None, 1)
 
 
 async def test_all_free_tokens_are_refreshed_however_many_they_are(pools: Pools, clock: Hand) -> None:

@@ -156,6 +156,7 @@ class UserEntry(Section, frozen=True):
 
 
 _ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\{}]+)*")
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
 
 
 class OAuth(Section, frozen=True):
@@ -165,11 +166,19 @@ class OAuth(Section, frozen=True):
 
     def __post_init__(self) -> None:
         """Hold the values to what can work."""
+        authority = self.issuer.partition("//")[2].partition("/")[0]
+        if "@" in authority:  # what is before it is not repeated: it may be a password
+            raise ValueError("issuer: takes no user and no password; leave out all between '//' and '@'")
         if self.issuer and not _ISSUER.fullmatch(self.issuer):
             raise ValueError(
                 f"issuer: {self.issuer!r} is not a URL such as 'https://auth.example.com', with no query and no slash"
                 " at its end; http goes with this machine only"
             )
+        if not authority.isascii():
+            raise ValueError(f"issuer: the host {authority!r} has letters beyond ASCII; write it as 'xn--...'")
+        match = _AUTHORITY.fullmatch(authority)
+        if self.issuer and (match is None or not 1 <= int(match["port"] or 1) <= 65535):
+            raise ValueError(f"issuer: {authority!r} is no host, or its port is not from 1 to 65535")
 
 
 class Config(Section, frozen=True):

@@ -95,26 +95,38 @@ class Pools:
         lent: Lent = await self._store.pools.lease(pool, holder, self._clock(), username, counted=True)
         return lent.token is not None, lent.left or 0
 
-    async def give_back(self, pool: Pool) -> tuple[bool, int]:
-        """End the lease that would end first; say whether there was one, and how many tokens are free then."""
-        return await self._store.pools.release_next(pool, self._clock())
+    async def give_back(self, pool: Pool, username: str | None = None) -> tuple[bool, int]:
+        """End the lease of a user, or without one of anybody, that would end first.
+
+        Say whether there was one, and how many tokens are free then.
+        """
+        return await self._store.pools.release_next(pool, self._clock(), username)
 
     async def keep_alive(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> PoolToken:
         """Let a lease run for its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
         return _done(await self._store.pools.extend(pool, _named(value), now, claim), claim, now)
 
-    async def refresh(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> tuple[PoolToken, bool]:
+    async def refresh(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
         """Let a token, lent or free, stay so for its full time; say whether it is lent.
 
-        Raises UnknownToken, NotYourLease.
+        Free tokens are for those who manage the pool. Raises UnknownToken, NotYourLease, InsufficientScope.
         """
         now = self._clock()
-        token = _done(await self._store.pools.extend(pool, _named(value), now, claim, free_too=True), claim, now)
-        return token, token.holder is not None
+        claim = Claim(username=None if user is None else user.username)
+        managed = user is None or pool.managed_by(user)
+        try:
+            token = _done(await self._store.pools.extend(pool, _named(value), now, claim, managed), claim, now)
+        except LeaseLost:
+            raise InsufficientScope(pool.manage_scope) from None
+        return token.holder is not None
 
-    async def refresh_free(self, pool: Pool) -> int:
-        """Let all free tokens wait for their full time from now, in small steps; say how many they were."""
+    async def refresh_free(self, pool: Pool, user: Identity | None = None) -> int:
+        """Let all free tokens wait for their full time from now, in small steps; say how many they were.
+
+        Raises InsufficientScope unless this user manages the pool.
+        """
+        self.find_managed(pool.name, user)
         before = self._clock()
         found = await self._store.pools.count(pool, before)
         more = found.available > 0

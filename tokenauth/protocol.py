@@ -70,8 +70,9 @@ ALWAYS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
 
 
 def _last_words(status: str, why: str) -> tuple[bytes, bytes]:
-    head = f"HTTP/1.1 {status}\r\n{ALWAYS.decode()}connection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
-    return f"{head}content-length: {len(why)}\r\n".encode(), f"\r\n{why}".encode()
+    head = f"HTTP/1.1 {status}\r\n{ALWAYS.decode()}connection: close\r\ncache-control: no-store\r\n"
+    about = f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(why)}\r\n"
+    return f"{head}{about}".encode(), f"\r\n{why}".encode()
 
 
 _TOO_LARGE = _last_words("431 Request Header Fields Too Large", "The request headers are larger than 16 KiB.")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.contract.conftest import Places
+from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, POOL, lease, members
 from tests.servers import START
 from tokenauth.models import ANY_LEASE, Claim, Pool, PoolCounts, PoolToken
@@ -252,6 +252,37 @@ async def test_the_lease_that_would_end_first_is_released_next(pools: PoolStore)
         gone += before.keys() - (await holders(pools, START + 6)).keys()
     assert gone == ["b", "c", "a"]
     assert await pools.release_next(POOL, START + 6) == (False, 4)
+
+
+async def test_the_next_lease_of_a_user_is_no_other_users(pools: PoolStore) -> None:
+    await pools.add(POOL, [f"t{number}" for number in range(6)], START)
+    for number, user in enumerate(["ann", "bob", None, "ann", "bob"]):
+        await pools.lease(POOL, f"h{number}", START + number, user)
+    ended: list[str] = []
+    for user, answer in (
+        ("kim", (False, 1)), ("bob", (True, 2)), ("ann", (True, 3)), ("bob", (True, 4)), ("bob", (False, 4)),
+        ("ann", (True, 5)), (None, (True, 6)), (None, (False, 6)),
+    ):  # fmt: skip
+        before = await holders(pools, START + 6)
+        assert await pools.release_next(POOL, START + 6, user) == answer
+        ended += set(before.values()) - set((await holders(pools, START + 6)).values())
+    assert ended == ["h1", "h0", "h4", "h3", "h2"]
+
+
+async def test_the_next_leases_of_many_at_once_are_their_own(place: Place, other: Place) -> None:
+    """They share a commit, and each ends another lease."""
+    await place.pools.add(POOL, [f"t{number}" for number in range(12)], START)
+    for number in range(12):
+        await place.pools.lease(POOL, f"h{number}", START + number, ["ann", "bob", "kim"][number % 3])
+    users = ["ann", "bob", "ann", None, "ann", "bob", "eve", "bob"]
+    answers = await asyncio.gather(
+        *((place, place, other)[at % 3].pools.release_next(POOL, START + 12, user) for at, user in enumerate(users))
+    )
+    left = [lease.holder for token in await place.pools.members(POOL, START + 12, "", 99)
+            if (lease := token.lease(START + 12)) is not None]  # fmt: skip
+    assert sum(done for done, _ in answers) == 12 - len(left) == 7
+    assert not answers[6][0], "she has none"
+    assert {"h2", "h5", "h8", "h11"} - set(left) <= {"h2"}, "only who asked for anybody's may have ended one of kim's"
 
 
 async def test_a_lease_that_has_lapsed_is_not_the_next(pools: PoolStore) -> None:

@@ -163,10 +163,10 @@ class Lending:
             assert touched == Touched(after or one, after is not None)
             self.model.put(after or one)
 
-    async def release_next(self, store: PoolStore, _: Step) -> None:
-        """End the lease that would end first."""
-        lent = self.model.lent()
-        done, available = await store.release_next(self.pool, self.model.now)
+    async def release_next(self, store: PoolStore, step: Step) -> None:
+        """End the lease that would end first: a user's, or anybody's."""
+        lent = [one for one in self.model.lent() if step.user in {None, one.username}]
+        done, available = await store.release_next(self.pool, self.model.now, step.user)
         assert done is bool(lent)
         if lent:
             there = await self.members(store)

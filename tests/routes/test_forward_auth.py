@@ -191,6 +191,31 @@ def test_no_query_that_is_mistyped_lets_a_user_without_the_scope_in(connection: 
     check()
 
 
+def letters_like(word: str) -> st.SearchStrategy[str]:
+    """Write a word in letters that are taken for its own: full-width, mathematical, accented, in any case, apart."""
+
+    def spellings(letter: str) -> list[str]:
+        shifted = [chr(start + ord(letter) - ord("a")) for start in (0xFF41, 0x1D41A, 0x24D0)]
+        apart = [f"{letter}\u0301", f"{letter}\u200b", f"_{letter}-"]
+        return [letter, letter.upper(), *shifted, *apart, *(["\u017f"] if letter == "s" else [])]
+
+    return st.tuples(*(st.sampled_from(spellings(letter)) for letter in word)).map("".join)
+
+
+def test_what_reads_as_scope_is_403_behind_a_path_too(connection: Connection, ann: str) -> None:
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(
+        letters_like("scope"), st.sampled_from(["", "s", "[]", "\uff3b\uff3d"]), st.sampled_from(["", "scope=read&"])
+    )
+    def check(name: str, after: str, before: str) -> None:
+        if name + after != "scope":
+            assert ask(connection, f"?{before}path=/x&{quote(name + after)}=admin", X_Token=ann).status == 403
+
+    check()
+    for name in ("s", "cope", "scope_id", "telescope", "periscopes", "\u0441\u043a\u043e\u043f"):
+        assert ask(connection, f"?scope=read&path=/x&{quote(name)}=admin", X_Token=ann).status == 200
+
+
 NAMES = st.sampled_from(["X-Token", "Authorization", "Cookie", "Accept", "X-Forwarded-For", "Content-Type"]) | (
     st.text(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~", min_size=1, max_size=20)
 )

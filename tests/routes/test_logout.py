@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from tests.connections import Connection
 from tests.servers import Server
-from tokenauth.opaque import find_values, new_value
+from tokenauth.opaque import new_value
 from tokenauth.routes import requests
 from tokenauth.routes.token import _named
 

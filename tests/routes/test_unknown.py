@@ -40,7 +40,8 @@ def config_file(directory: Path) -> Path:
 class Scene:
     """An admin with a second login, and a pool with one lent token."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, port: int) -> None:
+        self._port = port
         self.connection = connection
         self.admin = Borrower(connection)
         self.admin.generate("p")
@@ -53,6 +54,17 @@ class Scene:
         path = path.replace("LENT", self._lent) if "LENT" in path else path.replace("ID", self._id)
         return self.connection.ask(method, path, document, X_Token=self.admin.token)
 
+    def send(self, method: str, path: str, body: bytes, chunked: bool) -> Answer:
+        """Ask as the admin, with a body of any kind."""
+        framed = b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        if chunked:
+            parts = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
+            framed = b"Transfer-Encoding: chunked\r\n\r\n" + parts + b"0\r\n\r\n"
+        path = path.replace("LENT", self._lent).replace("ID", self._id)
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-Token: {self.admin.token}\r\n"
+        with Connection(self._port) as fresh:
+            return fresh.send(head.encode() + framed)
+
     def state(self) -> object:
         """Show all that a request might have changed."""
         return self.admin.members("p"), self.ask("GET", "/api/tokens").json()
@@ -61,7 +73,7 @@ class Scene:
 @pytest.fixture
 def scene(server: Server) -> Iterator[Scene]:
     with Connection(server.port) as connection:
-        yield Scene(connection)
+        yield Scene(connection, server.port)
 
 
 def slips(name: str) -> st.SearchStrategy[str]:
@@ -100,6 +112,38 @@ def test_a_parameter_that_is_unknown_is_400_and_changes_nothing(scene: Scene) ->
 
     before = scene.state()
     check()
+    assert scene.state() == before
+
+
+def test_a_body_where_none_is_taken_is_400_and_changes_nothing(scene: Scene) -> None:
+    """Else `{"keep": "current"}` would end all logins, and an admin's `{"user": "bob"}` his own."""
+    bodies = [b'{"keep": "current"}', b'{"user": "bob"}', b"keep=current", b"[]", b"null", b"\0", b"x" * 100_000]
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(st.sampled_from([route for route in QUERIES if route not in BODIES]), st.sampled_from(bodies), st.booleans())
+    def check(route: tuple[str, str], body: bytes, chunked: bool) -> None:
+        answer = scene.send(*route, body, chunked)
+        assert (answer.status, answer.json()["error"]) == (400, "invalid_request")
+        description: str = answer.json()["error_description"]
+        assert description.startswith("The body must be empty")
+        assert [name for name in QUERIES[route] if repr(name) not in description] == []
+
+    before = scene.state()
+    check()
+    assert scene.state() == before
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b" {}\r\n"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_says_nothing_is_as_good_as_none(scene: Scene, body: bytes, chunked: bool) -> None:
+    assert scene.send("GET", "/api/me", body, chunked).status == 200
+    assert scene.send("DELETE", "/api/pools/p/tokens/LENT", body, chunked).status == 204
+
+
+def test_a_reason_without_force_is_400_and_ends_no_lease(scene: Scene) -> None:
+    before = scene.state()
+    answer = scene.ask("DELETE", "/api/pools/p/leases/LENT", {"reason": "device is stuck"})
+    assert (answer.status, answer.json()["error_description"][:8]) == (400, "reason: ")
     assert scene.state() == before
 
 

@@ -73,9 +73,9 @@ class SimpleTokenImplement:
 
     @operation(Answer(200, Said), _DENIED, Answer(400, Said), refuses=_SAYS, query={"info": str}, schemes=_SCHEMES)
     async def recycle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Free the permit that was issued longest ago."""
+        """Free the permit that was issued longest ago: the user's own, where there are users."""
         info = _info(scope)
-        freed, left = await self._pools.give_back(self._pool)
+        freed, left = await self._pools.give_back(self._pool, requests.username(scope))
         if freed:
             await answer_json(send, Said("Token recycled successfully.", left, info))
         else:

@@ -8,7 +8,6 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.lending import Dialect
-from tokenauth.models import Claim
 from tokenauth.pools import Pools
 from tokenauth.routes import requests
 from tokenauth.routes.operations import JSON_BODY, Answer, operation
@@ -111,7 +110,7 @@ class TokenPool:
         except UnknownToken:
             raise NotFound from None
         try:
-            await self._pools.refresh(self._pool, value, Claim(username=requests.username(scope)))
+            await self._pools.refresh(self._pool, value, requests.user(scope))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 400)
         else:

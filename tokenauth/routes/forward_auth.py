@@ -4,6 +4,7 @@ import re
 from collections.abc import Awaitable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
+from unicodedata import normalize
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,7 +29,7 @@ from tokenauth.tokens import Tokens
 
 PATH = "/auth"
 
-_ALMOST_SCOPE = re.compile(r"[\W_]*scopes?[\W_]*\Z", re.IGNORECASE)
+_NO_LETTERS = re.compile(r"[\W_]+")
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
@@ -140,9 +141,15 @@ def _wanted(query: bytes) -> frozenset[str]:
             values.append(value)
         elif name == "path":
             of_client = True
-        elif not of_client or _ALMOST_SCOPE.match(name):
+        elif not of_client or _almost_scope(name):
             raise Forbidden("The query has an unknown parameter: only 'scope' is known, and 'path' at its end.")
     scopes = frozenset(word for value in values for word in value.split(" "))
     if not all(map(is_scope, scopes)):
         raise Forbidden("scope: is empty or no scope. Leave it out, or name the scopes that are needed.")
     return scopes
+
+
+def _almost_scope(name: str) -> bool:
+    """Whether a name reads as `scope`: in other letters of the same meaning, with accents, or with signs in between."""
+    letters = _NO_LETTERS.sub("", normalize("NFKD", normalize("NFKD", name).casefold()))
+    return letters in {"scope", "scopes"}

@@ -8,7 +8,7 @@ import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.errors import BodyTooLarge, InvalidRequest, Refusal, UnsupportedMediaType
-from tokenauth.routes.requests import check_query
+from tokenauth.routes import requests
 from tokenauth.routes.table import Handlers
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -75,9 +75,10 @@ def operation(
 
 
 def exact(routes: Mapping[str, Handlers]) -> Mapping[str, Handlers]:
-    """Have queries refused that have other parameters than the operations name.
+    """Have queries refused that have other parameters than the operations name, and bodies where they take none.
 
-    A parameter that is mistyped, or that belongs into the body, would be left out of what is asked for.
+    A parameter that is mistyped, or that is in the body in place of the query or the other way round, would be left
+    out of what is asked for.
     """
     return {
         path: {method: _exact(handler) for method, handler in handlers.items()} for path, handlers in routes.items()
@@ -85,12 +86,19 @@ def exact(routes: Mapping[str, Handlers]) -> Mapping[str, Handlers]:
 
 
 def _exact(handler: ASGIApp) -> ASGIApp:
-    known: Mapping[str, Any] = handler.operation.query  # type: ignore[attr-defined]
+    described: Operation = handler.operation  # type: ignore[attr-defined]
+    known, takes_body = described.query, described.body is not None
 
     @wraps(handler)
     def checked(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["query_string"]:
-            check_query(scope, known)
+            requests.check_query(scope, known)
+        if not takes_body and requests.has_body(scope):
+            return without_body(scope, receive, send)
         return handler(scope, receive, send)
+
+    async def without_body(scope: Scope, receive: Receive, send: Send) -> None:
+        await requests.refuse_body(receive, known)
+        await handler(scope, receive, send)
 
     return checked

@@ -201,6 +201,8 @@ class PoolRoutes:
             self._managed(scope)
         ended = await requests.json_body(scope, receive, _ended, empty=Ended())
         claim = Claim(ended.holder, ended.fence, None if force else user.username)
+        if ended.reason is not None and not force:
+            raise InvalidRequest("reason: goes with ?force=true only.")
         if force:
             reason = None if ended.reason is None else named_holder(ended.reason, "reason")
             await self._pools.release_by_force(pool, token, claim, user.username, reason)

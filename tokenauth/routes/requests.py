@@ -190,6 +190,22 @@ async def _part(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
+def has_body(scope: Scope) -> bool:
+    """Return whether a request says that it has a body."""
+    for name, value in scope["headers"]:
+        if (name == b"content-length" and value != b"0") or name == b"transfer-encoding":
+            return True
+    return False
+
+
+async def refuse_body(receive: Receive, known: Collection[str]) -> None:
+    """Raise InvalidRequest if there is a body, unless it says nothing; `known` are the parameters of the query."""
+    data, _ = await body(receive)
+    if data.strip() not in {b"", b"{}"}:
+        named = f": put {' and '.join(map(repr, known))} in the query" if known else ""
+        raise InvalidRequest(f"The body must be empty{named}.")
+
+
 async def any_body(receive: Receive) -> tuple[bytes, bool]:
     """Read at most MAX_SEARCHED bytes, whatever they are; the flag says whether the client was there to the end."""
     data, more = b"", True

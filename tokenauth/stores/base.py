@@ -108,8 +108,11 @@ class PoolStore(Protocol):
     async def release(self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE) -> Touched | None:
         """End a lease, if the claim holds; the token is free from now on. None if there is no such token."""
 
-    async def release_next(self, pool: Pool, now: Instant) -> tuple[bool, int]:
-        """End the lease that would end first; False if none is lent. The number is how many can be lent then."""
+    async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
+        """End the lease of a user, or of anybody, that would end first; False if there is none.
+
+        The number is how many tokens can be lent then, to anybody.
+        """
 
     async def remove(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
         """Delete a token, free or lent; False if there was none. A `successor` takes its place, free from now on."""

@@ -103,6 +103,10 @@ _FREE_TO_TAKE = (
 _COUNT_FREE = select(func.count()).select_from(_rows_in_turn(_waiting, _lapsed).subquery())
 _LENT = _rows((*_taken, _lent))
 _LENT_AND_RETIRED = _rows((*_retired, _lent))
+# No index has the users: of a pool that is read in this order, the rows of others are passed over.
+_of_user = pool_tokens.c.username == bindparam("username")
+_LENT_TO = _rows((*_taken, _lent, _of_user))
+_LENT_TO_AND_RETIRED = _rows((*_retired, _lent, _of_user))
 _values = select(elements(bindparam("values"), "named").c.value)
 _NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
 _NAMED_TO_CHANGE = (
@@ -186,13 +190,17 @@ class PoolRows:
                 return found
             breadth *= 8
 
-    def lent(self, limit: int) -> list[tuple[int, PoolToken]]:
-        """Look up the tokens whose leases end first, with their numbers; without the retired ones."""
-        return self._found(_LENT, limit=limit)
+    def lent(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
+        """Look up the tokens, of a user or all, whose leases end first, with their numbers; no retired ones."""
+        if username is None:
+            return self._found(_LENT, limit=limit)
+        return self._found(_LENT_TO, limit=limit, username=username)
 
-    def lent_and_retired(self, limit: int) -> list[tuple[int, PoolToken]]:
-        """Look up the retired tokens whose leases end first, with their numbers."""
-        return self._found(_LENT_AND_RETIRED, limit=limit)
+    def lent_and_retired(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
+        """Look up the retired tokens, of a user or all, whose leases end first, with their numbers."""
+        if username is None:
+            return self._found(_LENT_AND_RETIRED, limit=limit)
+        return self._found(_LENT_TO_AND_RETIRED, limit=limit, username=username)
 
     def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Look up the tokens of these values that are in being, with their numbers, and hold them."""

@@ -5,7 +5,7 @@ came. What a verb has read is still so when it writes: it holds the pool, or the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -50,6 +50,14 @@ class Change(NamedTuple):
     now: Instant
 
 
+class Next(NamedTuple):
+    """Release the lease that would end first: of one user, or of anybody."""
+
+    pool: Pool
+    username: str | None
+    now: Instant
+
+
 class Remove(NamedTuple):
     """Delete one token, or have another take its place."""
 
@@ -68,7 +76,7 @@ class Some(NamedTuple):
     before: Instant = 0
 
 
-W = TypeVar("W", Add, Lease, Change, Remove, Some)
+W = TypeVar("W", Add, Lease, Change, Next, Remove, Some)
 A = TypeVar("A")
 
 
@@ -188,18 +196,25 @@ def release_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched
 
 
 @_verb(shared=False)
-def release_next(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[tuple[bool, int]]:
-    """End the leases that would end first."""
+def release_next(rows: PoolRows, wishes: Sequence[Next]) -> Sequence[tuple[bool, int]]:
+    """End the leases that would end first: each caller's own, or anybody's."""
     free, _, retired = rows.counts()
-    lent = rows.lent(len(wishes))
-    if retired:
-        lent = sorted(lent + rows.lent_and_retired(len(wishes)), key=lambda row: row[1].free_at)[: len(wishes)]
-    rows.put({number: rows.pool.released(token, rows.now) for number, token in lent})
+    lent: dict[str | None, Iterator[tuple[int, PoolToken]]] = {}
+    for username in {wish.username for wish in wishes}:
+        found = rows.lent(len(wishes), username)
+        if retired:
+            found += rows.lent_and_retired(len(wishes), username)
+        lent[username] = iter(sorted(found, key=lambda row: row[1].free_at))
+    released: dict[int, PoolToken] = {}
     answers = []
-    for _, token in lent:
-        free, retired = (free, retired - 1) if token.retired else (free + 1, retired)
-        answers.append((True, max(0, free - retired)))
-    return answers + [(False, max(0, free - retired))] * (len(wishes) - len(answers))
+    for wish in wishes:
+        number, token = next((row for row in lent[wish.username] if row[0] not in released), (0, None))
+        if token is not None:
+            released[number] = rows.pool.released(token, rows.now)
+            free, retired = (free, retired - 1) if token.retired else (free + 1, retired)
+        answers.append((token is not None, max(0, free - retired)))
+    rows.put(released)
+    return answers
 
 
 @_verb(shared=True)

@@ -115,9 +115,9 @@ class SqlPoolStore:
         touched: Touched | None = await self._database.write(pool_verbs.release_leases, wish, now)
         return touched
 
-    async def release_next(self, pool: Pool, now: Instant) -> tuple[bool, int]:
-        """End the lease that would end first; say how many tokens can be lent then."""
-        wish = pool_verbs.Some(pool, 1, now)
+    async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
+        """End the lease of a user, or of anybody, that would end first; say how many tokens can be lent then."""
+        wish = pool_verbs.Next(pool, username, now)
         released: tuple[bool, int] = await self._database.write(pool_verbs.release_next, wish, now)
         return released
 
