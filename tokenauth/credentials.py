@@ -81,20 +81,21 @@ class Credentials:
         was sent. `readings` are what the same bytes may mean; together they are one try. Raises what `verify` does.
         """
         now = self._clock()
-        known = await self._recollect(readings, address, now)
+        known, compared = await self._recollect(readings, address, now)
         if known is not None:
             return known
         sent = (*readings, address)
         trial = self._trials.get(sent)
         if trial is None:
-            trial = self._trials[sent] = _Trial(partial(self._verify, readings, address))
+            trial = self._trials[sent] = _Trial(partial(self._verify, readings, address, compared=compared))
             trial.task.add_done_callback(lambda _: self._trials.pop(sent))
         user, password = await trial.join(gone)
         self._remember(user, password, address, now)
         return user
 
-    async def _recollect(self, readings: Sequence[Claimed], address: str, now: Instant) -> User | None:
-        """Return the user whose password was right here before, if the throttle allows the comparison."""
+    async def _recollect(self, readings: Sequence[Claimed], address: str, now: Instant) -> tuple[User | None, bool]:
+        """Return the user whose password was right here before, and whether the throttle allowed a comparison."""
+        compared = False
         claims = [(canonical(name), password) for name, password in readings]
         for name in dict(claims):
             remembered, user = self._remembered.get((name, place(address))), self._users.get(name)
@@ -107,11 +108,12 @@ class Credentials:
                 raise
             if seen is None:
                 continue
+            compared = True
             made = [self._fingerprint(user, password) for claimed, password in claims if claimed == name]
             if any(hmac.compare_digest(remembered.fingerprint, fingerprint) for fingerprint in made):
                 self._throttle.give_back(name, address, seen)
-                return user
-        return None
+                return user, compared
+        return None, compared
 
     def _remember(self, user: User, password: str, address: str, now: Instant) -> None:
         key = user.username, place(address)
@@ -120,7 +122,9 @@ class Credentials:
         while len(self._remembered) > _MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
-    async def _verify(self, readings: Sequence[Claimed], address: str, gone: Gone) -> tuple[User, str]:
+    async def _verify(
+        self, readings: Sequence[Claimed], address: str, gone: Gone, compared: bool = False
+    ) -> tuple[User, str]:
         """Return the user, and which password it was."""
         claims = [Claimed(canonical(name), password) for name, password in _possible(readings)]
         names = list(dict.fromkeys(name for name, _ in claims))
@@ -128,10 +132,11 @@ class Credentials:
         shown = " or ".join(name for name in names if name in self._users) or "(unknown)"
         try:
             # Counted under every name that is tried, whether a user has it or not: else the count would tell.
-            async with self._throttle.attempt(names, address, gone) as attempt:
-                user, password = await self._passwords.verify(list(dict.fromkeys(claims)))
-                # a reading that is no user's name fails each time and means nothing
-                attempt.forgiven = [name for name in names if name == user.username or name not in self._users]
+            async with self._throttle.attempt(names, address, gone, compared=compared) as attempt:
+                user, password = await self._passwords.verify(
+                    [claim for claim in dict.fromkeys(claims) if claim.username in attempt.names]
+                )
+                attempt.username = user.username
                 return user, password
         except InvalidCredentials:
             log.warning("login_failed", user=shown, network=network(address))

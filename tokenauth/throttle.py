@@ -15,8 +15,13 @@ The rule, with the defaults of `[throttle]` in brackets:
    - failures of all names in the network: `network_free` [100], of which as many an hour are forgotten;
    - failures of all names in the region: 4 x `network_free` [400], of which as many an hour are forgotten.
 
-3. Networks are judged by failures in excess of successes: a success takes back, from every count, the failures of the
-   same name at the same place. It takes back nothing else, so nobody can log in to wash away guesses at other names.
+3. Networks are judged by failures in excess of successes: a success takes back, from the counts of 2., the failures of
+   the same name at the same place. It takes back nothing else, so nobody can log in to wash away guesses at other
+   names. To this end each bucket has a *share* for each name and place: a bucket of its own, filled and emptied at the
+   same rate. As it empties at least as fast as its part of the whole, what is left in it is never more than the whole
+   still holds beside what others filled in; a success moves just that, once.
+4. Failures of one name at one place have a bucket that no success takes back: 20 x `free` [100], of which 2 x `free`
+   an hour are forgotten. So nobody can guess between the logins of a client that logs in all day.
 
 What a login finds depends on what has failed and succeeded, never on whether the name exists: a name without a success
 is treated the same whether a user has it or not.
@@ -30,7 +35,7 @@ fail, and each further worker at most its share more.
 import asyncio
 import ipaddress
 import math
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,10 +43,10 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from tokenauth import config
-from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
+from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import Gone, LoginQueue, Turn, here
 from tokenauth.models import Clock, Failures, Instant
-from tokenauth.stores.base import Note, Store
+from tokenauth.stores.base import Note, Store, TakeBack
 
 KNOWN = 30 * 86400.0
 """Seconds for which a user is known at a place after a login."""
@@ -66,6 +71,8 @@ class _Keys(NamedTuple):
     """Until when the user is known at the place."""
     own: bytes
     """Failures in a row of the name at the place."""
+    at_place: bytes
+    """Failures of the name at the place, which no success takes back."""
     row: bytes
     """Failures in a row of the name in the network."""
     name_in_region: bytes
@@ -84,10 +91,16 @@ class _Bucket(NamedTuple):
     size: int
     each: float
     """Seconds after which one failure is forgotten."""
+    owner: bytes = b""
+    """The name at the place whose failures these are; empty for those of all names."""
 
     def left(self, found: Mapping[bytes, Failures], now: Instant) -> float:
         """Return how many more may fail now."""
         return self.size - max(0.0, found.get(self.key, _NOTHING).last_at - now) / self.each
+
+    def share(self, together: bytes) -> bytes:
+        """Return the key of what one name at one place, or a try's names `together`, have added."""
+        return _key("share", self.key.hex(), (self.owner or together).hex())
 
 
 class _State(NamedTuple):
@@ -102,9 +115,10 @@ class _State(NamedTuple):
 
 @dataclass(slots=True)
 class Attempt:
-    """A try that is under way; `forgiven` are the names whose failures are taken back if it succeeds."""
+    """A try that is under way, under these names; the failures of `username` are taken back if it succeeds."""
 
-    forgiven: Collection[str]
+    names: Sequence[str]
+    username: str
 
 
 class Throttle:
@@ -121,35 +135,44 @@ class Throttle:
 
     @asynccontextmanager
     async def attempt(
-        self, names: Sequence[str], address: str, gone: Gone = here, hashes: bool = True
+        self, names: Sequence[str], address: str, gone: Gone = here, hashes: bool = True, compared: bool = False
     ) -> AsyncIterator[Attempt]:
-        """Let a try through, and count it under each name if it ends with InvalidCredentials.
+        """Let a try through, and count it under each name that is tried if it ends with InvalidCredentials.
 
-        `hashes`: it needs a hashing thread. Raises TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
+        `hashes`: it needs a hashing thread. `compared`: what was sent has been compared with a remembered secret, and
+        was another one; so it counts also when this try is refused.
+
+        Raises TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
         keys = [_keys(name, address) for name in names]
-        states, limits = await self._look(keys)
-        turn = Turn(network(address), f"{place(address)} {names[0]}", limits, hashes, gone)
+        turn = None
         try:
+            states, limits = await self._look(keys)
+            turn = Turn(network(address), f"{place(address)} {names[0]}", limits, hashes, gone)
             waited = await self._queue.enter(turn)
             while waited:  # others have failed meanwhile, perhaps
                 states, limits = await self._look(keys)
                 waited = not self._queue.goes_on(turn, limits)
                 if waited:
                     await self._queue.again(turn)
-            attempt = Attempt(names)
+            tried = [state.keys.username for state in states]
+            attempt = Attempt(tried, tried[0])
             try:
                 yield attempt
             finally:
                 self._queue.release(turn)
-            await self._succeeded(
-                [state for name, state in zip(names, states, strict=True) if name in attempt.forgiven]
-            )
+            await self._succeeded(states, tried.index(attempt.username))
         except InvalidCredentials:
             await self._failed(states)
             raise
+        except (RetryLater, ClientGone):
+            if compared:
+                with suppress(RetryLater):
+                    await self._failed([_State(each, 0.0, True, 0) for each in keys])
+            raise
         finally:
-            self._queue.leave(turn)
+            if turn is not None:
+                self._queue.leave(turn)
 
     async def take_proof(self, name: str, address: str) -> Instant | None:
         """Allow one comparison with a secret that was right here: None, unless it was and nothing has failed since.
@@ -179,7 +202,7 @@ class Throttle:
 
     async def _look(self, names: Sequence[_Keys]) -> tuple[list[_State], Mapping[bytes, int]]:
         """Return what has happened, and how many tries may be in flight for each key. Raises TooManyAttempts."""
-        asked = [key for keys in names for key in (keys.known, keys.own, keys.name, keys.region)]
+        asked = [key for keys in names for key in (keys.known, keys.own, keys.at_place, keys.name, keys.region)]
         found = dict(await self._store.failures.failures(asked))
         now = self._clock()
         states = [self._state(keys, found, now) for keys in names]
@@ -191,21 +214,34 @@ class Throttle:
         if more:
             found |= await self._store.failures.failures(more)
             now = self._clock()
-        waits, left = [0.0], dict[bytes, float]()
-        for state in states:
-            key = state.keys.own if state.known else state.keys.row
-            count = self._in_row(found.get(key), now)
-            if count:
-                waits.append(found[key].last_at + self._delay(count) - now)
-            left[key] = self._terms.free - count
         # A known user is not held up by the network because what was sent may also be read as another name.
         everybody = len(strange) == len(states)
-        for bucket in self._buckets(strange, everybody):
-            left[bucket.key] = bucket.left(found, now)
-            waits.append((1 - left[bucket.key]) * bucket.each - _ROUNDING)
-        if max(waits) > 0:
-            raise TooManyAttempts(retry_after=math.ceil(max(waits)))
+        waits = [self._hold_up(state, everybody, found, now) for state in states]
+        judged = [wait for state, wait in zip(states, waits, strict=True) if everybody or state.known]
+        if max(judged) > 0:
+            raise TooManyAttempts(retry_after=math.ceil(max(judged)))
+        # Nor by what has failed under that other name: then it is not tried.
+        states = [state for state, wait in zip(states, waits, strict=True) if wait <= 0]
+        left = {bucket.key: bucket.left(found, now) for state in states for bucket in self._limiting(state, everybody)}
+        for state in states:
+            left[self._row(state)] = self._terms.free - self._in_row(found.get(self._row(state)), now)
         return states, {key: max(1, int(number) // self._workers) for key, number in left.items()}
+
+    def _hold_up(self, state: _State, everybody: bool, found: Mapping[bytes, Failures], now: Instant) -> float:
+        """Return for how long a try must wait."""
+        waits = [0.0]
+        row = found.get(self._row(state))
+        if row is not None and (count := self._in_row(row, now)):
+            waits.append(row.last_at + self._delay(count) - now)
+        for bucket in self._limiting(state, everybody):
+            waits.append((1 - bucket.left(found, now)) * bucket.each - _ROUNDING)
+        return max(waits)
+
+    def _limiting(self, state: _State, everybody: bool) -> Iterable[_Bucket]:
+        return [self._at_place(state.keys), *([] if state.known else self._buckets([state.keys], everybody))]
+
+    def _row(self, state: _State) -> bytes:
+        return state.keys.own if state.known else state.keys.row
 
     def _state(self, keys: _Keys, found: Mapping[bytes, Failures], now: Instant) -> _State:
         known_until = found.get(keys.known, _NOTHING).last_at
@@ -222,13 +258,17 @@ class Throttle:
         doublings = min(count - self._terms.free, 32)
         return float(min(self._terms.delay * 2**doublings, self._terms.max_delay))
 
+    def _at_place(self, keys: _Keys) -> _Bucket:
+        free = self._terms.free
+        return _Bucket(keys.at_place, 20 * free, self._terms.forget / (2 * free))
+
     def _buckets(self, names: Iterable[_Keys], everybody: bool = True) -> Iterable[_Bucket]:
         """List what strangers' failures fill: of these names, and of everybody in their network and region."""
         free, network_free, forget = self._terms.free, self._terms.network_free, float(self._terms.forget)
         buckets: dict[bytes, _Bucket] = {}
         for keys in names:
-            buckets[keys.name_in_region] = _Bucket(keys.name_in_region, 2 * free, forget / free)
-            buckets[keys.name] = _Bucket(keys.name, 20 * free, forget / (2 * free))
+            buckets[keys.name_in_region] = _Bucket(keys.name_in_region, 2 * free, forget / free, keys.own)
+            buckets[keys.name] = _Bucket(keys.name, 20 * free, forget / (2 * free), keys.own)
             if everybody:
                 buckets[keys.network] = _Bucket(keys.network, network_free, forget / network_free)
                 buckets[keys.region] = _Bucket(keys.region, 4 * network_free, forget / (4 * network_free))
@@ -242,30 +282,30 @@ class Throttle:
         for state in states:
             self._proven.pop(state.keys.own, None)
         notes = [Note(key, 1, expired=now - self._terms.forget, at=now) for key in rows]
-        notes += [Note(bucket.key, at=now, later=bucket.each) for bucket in self._buckets(strange)]
+        filled = [(bucket.key, bucket.each) for bucket in (self._at_place(state.keys) for state in states)]
+        together = _together(states)
+        for bucket in self._buckets(strange):
+            filled += [(bucket.key, bucket.each), (bucket.share(together), bucket.each)]
+        notes += [Note(key, at=now, later=each) for key, each in filled]
         await self._store.failures.note(notes, now)
 
-    async def _succeeded(self, states: Sequence[_State]) -> None:
-        """Take back the failures of each name at this place, and write down that it is known here."""
+    async def _succeeded(self, states: Sequence[_State], which: int) -> None:
+        """Take back the failures of the one who logged in at this place, and write down that it is known here."""
         now = self._clock()
-        notes: dict[bytes, Note] = {}
-        for keys, _, known, failed in states:
-            if failed:
-                notes[keys.own] = Note(keys.own, -failed)
-            if failed and not known:
-                notes[keys.row] = Note(keys.row, -failed)
-                for bucket in self._buckets([keys]):
-                    taken = notes.get(bucket.key, Note(bucket.key)).later - failed * bucket.each
-                    notes[bucket.key] = Note(bucket.key, later=taken)
-            self._proven.pop(keys.own, None)
-            self._proven[keys.own] = now
+        keys, known_until, known, failed = states[which]
+        self._proven.pop(keys.own, None)
+        self._proven[keys.own] = now
         while len(self._proven) > _MAX_PROVEN:
             del self._proven[next(iter(self._proven))]
-        marks = [Note(state.keys.known, at=now + KNOWN) for state in states if now + KNOWN - state.known_until >= _DAY]
-        if notes:
-            await self._store.failures.note([*notes.values(), *marks], now)
-        elif marks:  # nobody waits for that; it shares the commit of the token that is issued next
-            task = asyncio.create_task(self._write(marks, now))
+        if failed:
+            together = _together(states)
+            # nobody counted the failures of a known user anywhere else
+            shares = [] if known else [(bucket.share(together), bucket.key) for bucket in self._buckets([keys])]
+            row = None if known else keys.row
+            await self._store.failures.take_back(TakeBack(keys.own, row, shares, now - self._terms.forget, now))
+        if now + KNOWN - known_until >= _DAY:
+            # nobody waits for that; it shares the commit of the token that is issued next
+            task = asyncio.create_task(self._write([Note(keys.known, at=now + KNOWN)], now))
             self._writing.add(task)
             task.add_done_callback(self._writing.discard)
 
@@ -307,12 +347,18 @@ def _keys(name: str, address: str) -> _Keys:
         name,
         known=_key("known", name, here),
         own=_key("failed at place", name, here),
+        at_place=_key("all of name at place", name, here),
         row=_key("failed in network", name, net),
         name_in_region=_key("name in region", name, region),
         name=_key("name", name),
         network=_key("all in network", net),
         region=_key("all in region", region),
     )
+
+
+def _together(states: Sequence[_State]) -> bytes:
+    """Name what is sent as several names at once: it is one failure of the network, which is taken back only once."""
+    return b"".join(sorted(state.keys.own for state in states))
 
 
 def _key(*parts: str) -> bytes:

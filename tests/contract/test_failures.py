@@ -7,7 +7,7 @@ import pytest
 from tests.contract.conftest import Place
 from tests.servers import START
 from tokenauth.models import Failures
-from tokenauth.stores.base import FailureStore, Note
+from tokenauth.stores.base import FailureStore, Note, TakeBack
 
 FORGET = 60.0
 ANN, BOB, NET = (bytes([number]) * 16 for number in range(3))
@@ -112,3 +112,19 @@ async def test_a_purge_deletes_what_is_before_an_instant_and_not_at_it(
     await failures.note(failed(ANN, now=START - 5), START)
     await failures.note(failed(ANN), START)
     assert await failures.purge_failures(before, 100) == purged
+
+
+async def test_what_is_taken_back_is_what_is_there_and_once(place: Place, other: Place) -> None:
+    """However many ask at the same time; a bucket loses what is left of a share."""
+    share, bucket = bytes([7]) * 16, bytes([8]) * 16
+    filled = [Note(share, at=START, later=30.0), Note(bucket, at=START, later=30.0)]
+    for number in range(1, 4):
+        await place.failures.note([*failed(ANN, BOB), *filled], START)
+        await place.failures.note([*failed(BOB), Note(bucket, at=START, later=50.0)], START)
+        back = TakeBack(ANN, BOB, [(share, bucket)], START - FORGET, START + 10)
+        await asyncio.gather(*(each.failures.take_back(back) for each in (place, other) * 10))
+        found = await other.failures.failures([ANN, BOB, share, bucket])
+        assert found[ANN].count == 0
+        assert found[BOB].count == number
+        assert found[share].last_at == START + 10
+        assert found[bucket].last_at == START + 10 + 50 * number

@@ -15,7 +15,7 @@ from tests.servers import START
 from tests.steps import Direct, steps
 from tokenauth.models import Token, public_id
 from tokenauth.stores import verbs
-from tokenauth.stores.base import Note, unheard
+from tokenauth.stores.base import Note, TakeBack, unheard
 from tokenauth.stores.reader import Reader
 from tokenauth.stores.sql import SqlTokenStore
 from tokenauth.stores.transaction import SqliteTransaction
@@ -78,6 +78,7 @@ WISHES: dict[Callable[..., Any], object] = {
     verbs.purge_failures: verbs.Purge(START - 1, 5),
     verbs.purge_revocations: verbs.Purge(START - 1, 5),
     verbs.note_logins: [Note(digest(3)[:16], 1, START - 3600, START, 36.0), Note(b"w" * 16, 1, at=START)],
+    verbs.take_back: TakeBack(digest(3)[:16], None, [(digest(3)[:16], digest(5)[:16])], 0.0, START - 10**6),
     verbs.claim: verbs.Claim("sweep", START, START + 30),
     verbs.remember_now: None,
 }

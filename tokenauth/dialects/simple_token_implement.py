@@ -109,7 +109,8 @@ class SimpleTokenImplement:
         if seen is not None and self._right(sent):
             self._throttle.give_back(NAME, address, seen)
             return
-        async with self._throttle.attempt([NAME], address, requests.gone(scope), hashes=False):
+        gone = requests.gone(scope)
+        async with self._throttle.attempt([NAME], address, gone, hashes=False, compared=seen is not None):
             if not self._right(sent):
                 raise InvalidCredentials
 

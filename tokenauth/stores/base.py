@@ -147,6 +147,20 @@ class Note(NamedTuple):
     """... and then so many seconds later, or earlier."""
 
 
+class TakeBack(NamedTuple):
+    """Failures that a successful login removes from the counts they were added to."""
+
+    own: bytes
+    """Counts the failures of the user at the place; becomes 0."""
+    row: bytes | None
+    """Loses as many as `own` had."""
+    shares: Sequence[tuple[bytes, bytes]]
+    """Pairs: a share of a bucket, and the bucket. The bucket loses what is left of the share; the share is emptied."""
+    expired: Instant
+    """`own` counts as 0 when it was last changed at or before this instant."""
+    now: Instant
+
+
 class FailureStore(Protocol):
     """Keeps what is remembered of past logins, by key; who is behind a key cannot be read from it."""
 
@@ -155,6 +169,9 @@ class FailureStore(Protocol):
 
     async def note(self, notes: Sequence[Note], now: Instant) -> None:
         """Make all of these changes, in one step. Each key is named once."""
+
+    async def take_back(self, failed: TakeBack) -> None:
+        """Remove failures from the counts. What has been taken back once is not there a second time."""
 
     async def purge_failures(self, before: Instant, limit: int) -> int:
         """Delete at most `limit` keys whose instant is before this one; say how many there were."""

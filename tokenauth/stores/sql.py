@@ -7,7 +7,7 @@ from sqlalchemy import Connection, select
 
 from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Place, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import pool_rows, pool_verbs, verbs
-from tokenauth.stores.base import Lent, Note, Touched
+from tokenauth.stores.base import Lent, Note, TakeBack, Touched
 from tokenauth.stores.tables import as_token, pool_token_columns, pool_tokens, token_columns, tokens
 from tokenauth.stores.writer import Verb
 
@@ -167,6 +167,10 @@ class SqlFailureStore:
     async def note(self, notes: Sequence[Note], now: Instant) -> None:
         """Make all of these changes, in one step."""
         await self._database.write(verbs.note_logins, notes, now)
+
+    async def take_back(self, failed: TakeBack) -> None:
+        """Remove failures from the counts that they were added to."""
+        await self._database.write(verbs.take_back, failed, failed.now)
 
     async def purge_failures(self, before: Instant, limit: int) -> int:
         """Delete keys whose instant is long past."""

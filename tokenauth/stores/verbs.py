@@ -4,6 +4,7 @@ A verb takes what its callers wish and returns an answer to each. All verbs of o
 """
 
 import json
+from collections import ChainMap
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -22,10 +23,11 @@ from sqlalchemy import (
     insert,
     select,
     text,
+    update,
 )
 
-from tokenauth.models import Instant, Token
-from tokenauth.stores.base import Note
+from tokenauth.models import Failures, Instant, Token
+from tokenauth.stores.base import Note, TakeBack
 from tokenauth.stores.tables import failures, revocations, tokens
 from tokenauth.stores.transaction import Transaction, elements
 
@@ -84,6 +86,16 @@ _NOTE = text("""
     bindparam("at", type_=Float),
     bindparam("later", type_=Float),
     bindparam("expired", type_=Float),
+)
+_LOCK_FAILURES = (
+    select(failures.c.key, failures.c.count, failures.c.last_at)
+    .where(failures.c.key == bindparam("wanted"))
+    .with_for_update()
+)
+_SET_FAILURES = (
+    update(failures)
+    .where(failures.c.key == bindparam("wanted"))
+    .values(count=bindparam("number"), last_at=bindparam("until"))
 )
 
 
@@ -250,6 +262,38 @@ def note_logins(db: Transaction, wishes: Sequence[Sequence[Note]]) -> Sequence[N
     """Change what is kept of past logins."""
     each = [note._asdict() for notes in wishes for note in notes]
     db.change_each(_NOTE, sorted(each, key=itemgetter("key")))
+    return [None] * len(wishes)
+
+
+def take_back(db: Transaction, wishes: Sequence[TakeBack]) -> Sequence[None]:
+    """Remove failures from the counts that they were added to: exactly what is there, read under the lock."""
+    wanted: set[bytes] = set()
+    for wish in wishes:
+        wanted.update([wish.own], [] if wish.row is None else [wish.row], *wish.shares)
+    # in the order in which `note_logins` locks them
+    locked = db.rows_each(_LOCK_FAILURES, [{"wanted": key} for key in sorted(wanted)])
+    found = {key: Failures(count, last_at) for key, count, last_at in locked}
+    changed: dict[bytes, Failures] = {}
+    for wish in wishes:
+        kept = ChainMap(changed, found)
+        own = kept.get(wish.own)
+        if own is not None:
+            changed[wish.own] = Failures(0, own.last_at)
+            row = None if wish.row is None or own.last_at <= wish.expired else kept.get(wish.row)
+            if wish.row is not None and row is not None:
+                changed[wish.row] = Failures(max(0, row.count - own.count), row.last_at)
+        for share, bucket in wish.shares:
+            if share not in kept or bucket not in kept:
+                continue
+            left = kept[share].last_at - wish.now
+            full = kept[bucket].last_at - wish.now
+            if left > 0:
+                changed[share] = Failures(kept[share].count, wish.now)
+                changed[bucket] = Failures(kept[bucket].count, wish.now + max(0.0, full - left))
+    db.change_each(
+        _SET_FAILURES,
+        [{"wanted": key, "number": each.count, "until": each.last_at} for key, each in sorted(changed.items())],
+    )
     return [None] * len(wishes)
 
 
