@@ -1,4 +1,4 @@
-"""Where a dialect asks for a token: each user touches his own leases, and only managers touch what is free."""
+"""Where a dialect asks for a token: users touch their own leases only, and only managers touch what is free."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

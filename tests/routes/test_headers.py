@@ -46,6 +46,8 @@ def test_every_answer_forbids_sniffing_and_referrers(client: httpx.Client, addre
     [
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"BREW /auth HTTP/1.1\r\nHost: a\r\n\r\n", 401),
         (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
         (b"GET /auth HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 401),

@@ -116,7 +116,7 @@ def test_a_parameter_that_is_unknown_is_400_and_changes_nothing(scene: Scene) ->
 
 
 def test_a_body_where_none_is_taken_is_400_and_changes_nothing(scene: Scene) -> None:
-    """Else `{"keep": "current"}` would end all logins, and an admin's `{"user": "bob"}` his own."""
+    """Else `{"keep": "current"}` would end all logins, and `{"user": "bob"}` those of the admin."""
     bodies = [b'{"keep": "current"}', b'{"user": "bob"}', b"keep=current", b"[]", b"null", b"\0", b"x" * 100_000]
 
     @settings(max_examples=60, deadline=None, derandomize=True)

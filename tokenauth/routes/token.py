@@ -149,7 +149,7 @@ async def _named(scope: Scope, receive: Receive) -> Iterable[bytes]:
 
     They are looked for in the query and in the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed),
     and in the headers, unless query or body have another value under the name `token`: then the header only says who
-    asks, and an admin who ends a token that has leaked keeps his own. What bounds their number is the bytes.
+    asks, and an admin who ends a token that has leaked stays logged in. The size of a request bounds their number.
     """
     data, complete = await requests.any_body(receive)
     query: bytes = scope["query_string"]
