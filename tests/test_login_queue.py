@@ -42,7 +42,13 @@ async def served(queue: LoginQueue, holder: Turn, turns: Sequence[Turn]) -> list
 
 
 def turn(network: str, user: str, limits: dict[bytes, int] | None = None) -> Turn:
-    return Turn(network, user, limits or {})
+    """Ask as a stranger."""
+    return Turn((f"region of {network}", network, user), limits or {})
+
+
+def known(name: str) -> Turn:
+    """Ask as a known user."""
+    return Turn((name,), {}, known=True)
 
 
 async def test_networks_take_turns_and_so_do_users_of_one() -> None:
@@ -72,7 +78,7 @@ async def test_the_longest_line_loses_its_newest_when_all_is_full() -> None:
 async def test_who_has_gone_makes_room_and_gets_no_turn() -> None:
     queue, holder = LoginQueue(1, 2), turn("x", "x")
     await queue.enter(holder)
-    gone = [Turn("a", "ann", {}, gone=lambda: True) for _ in range(2)]
+    gone = [Turn(("region of a", "a", "ann"), {}, gone=lambda: True) for _ in range(2)]
     tasks = await begin(queue, gone)
     (late,) = await begin(queue, [turn("a", "ann")])
     for task in tasks:
@@ -129,9 +135,62 @@ async def test_a_login_that_is_cancelled_gives_up_its_place_or_its_turn() -> Non
     assert [each.begun for each in turns] == [False, False, True]
 
 
+async def test_strangers_take_no_place_of_a_known_user() -> None:
+    queue, holder = LoginQueue(1, 64), turn("x", "x")
+    await queue.enter(holder)
+    crowd = [turn(f"{number}.1.1.0/24", f"name{number}") for number in range(64)]
+    await begin(queue, crowd)
+    with pytest.raises(Overloaded):
+        await queue.enter(turn("new", "ann"))
+    users = [known(f"user{number}") for number in range(64)]
+    tasks = await begin(queue, users)
+    assert not any(task.done() for task in tasks)
+    queue.leave(holder)
+    assert users[0].begun
+
+
+async def test_one_turn_of_four_is_a_strangers_while_both_wait() -> None:
+    queue, holder = LoginQueue(1, 64), turn("x", "x")
+    await queue.enter(holder)
+    users, crowd = [known(f"user{number}") for number in range(8)], [turn(f"{number}", "ann") for number in range(4)]
+    order = await served(queue, holder, crowd + users)
+    assert [each.known for each in order] == [True, True, True, False] * 2 + [True, True, False, False]
+
+
+async def test_one_account_has_one_share_from_however_many_networks() -> None:
+    queue, holder = LoginQueue(1, 8), turn("x", "x")
+    await queue.enter(holder)
+    flood, ann = [known("eve") for _ in range(8)], known("ann")
+    tasks = await begin(queue, [*flood, ann])
+    await asyncio.sleep(0)
+    assert isinstance(tasks[7].exception(), Overloaded)
+    queue.leave(holder)
+    assert flood[0].begun
+    queue.leave(flood[0])
+    assert ann.begun
+
+
+async def test_many_networks_of_one_region_make_room_for_another() -> None:
+    queue, holder = LoginQueue(1, 8), turn("x", "x")
+    await queue.enter(holder)
+    crowd = [Turn(("2001:db8::/48", f"2001:db8:0:{number}::/64", f"name{number}"), {}) for number in range(8)]
+    tasks = await begin(queue, crowd)
+    newcomer = Turn(("192.0.0.0/16", "192.0.2.0/24", "ann"), {})
+    await begin(queue, [newcomer])
+    await asyncio.sleep(0)
+    assert [type(task.exception()) for task in tasks if task.done()] == [Overloaded]
+    queue.leave(holder)
+    running = next(each for each in crowd if each.begun)
+    queue.leave(running)
+    assert newcomer.begun, "its region has the second turn"
+
+
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.integers(0, 2), st.booleans()), max_size=40),
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", "known"]), st.sampled_from("xyz"), st.integers(0, 2), st.booleans()),
+        max_size=40,
+    ),
     st.integers(1, 3),
     st.integers(1, 6),
 )
@@ -146,7 +205,8 @@ def test_whatever_comes_all_are_served_or_refused_in_order(
         begun: list[Turn] = []
         turns, tasks = [], []
         for network, user, key, leaves in coming:
-            new = turn(network, user, {bytes([key]): 2})
+            path = (user,) if network == "known" else ("region", network, user)
+            new = Turn(path, {bytes([key]): 2}, known=network == "known")
             turns.append(new)
             tasks += await begin(queue, [new])
             if leaves and running:
@@ -166,8 +226,8 @@ def test_whatever_comes_all_are_served_or_refused_in_order(
             begun += fresh
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(each) for each in ended} <= {bool, Overloaded}
-        for line in {(each.network, each.user) for each in turns}:
-            places = [turns.index(each) for each in begun if (each.network, each.user) == line]
+        for line in {(each.known, *each.path) for each in turns}:
+            places = [turns.index(each) for each in begun if (each.known, *each.path) == line]
             assert places == sorted(places)
 
     asyncio.run(run())

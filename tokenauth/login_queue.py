@@ -1,14 +1,20 @@
 """The one queue of logins: who may check a password next.
 
 A login waits here for a free hashing thread, and while as many tries are in flight for its name or network as may
-still fail. Networks take turns, and so do the users of one network; within a user it is first come, first served.
-The queue is bounded: when it is full, whoever has the most logins waiting loses the newest of them. Nobody waits
-longer than PATIENCE, and no work is done for a client that has gone.
+still fail. There are two classes, each with a room of its own: users who are known at their place, and strangers.
+So no number of strangers takes the place of a known user. Known users go first, but while both wait one turn of
+STRANGERS is a stranger's.
+
+Within a class, turns are shared out level by level: between the names of known users, whatever their places, so that
+an attacker with one account and many networks has the share of one; and between the regions of strangers, then their
+networks, then their names. Within one name it is first come, first served. When a class is full, the child with the
+most logins waiting, level by level, loses its newest. Nobody waits longer than PATIENCE, and no work is done for a
+client that has gone.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tokenauth.errors import ClientGone, Overloaded
 
@@ -20,6 +26,9 @@ HOLD = 2.0
 
 MAX_HELD = 2000
 """Logins that wait to be refused; one more is refused at once."""
+
+STRANGERS = 4
+"""Of so many turns in a row one is a stranger's, while known users and strangers wait."""
 
 Gone = Callable[[], bool]
 """Says whether the client has closed its connection, so that nobody would receive the answer."""
@@ -33,12 +42,22 @@ def here() -> bool:
 class Turn:
     """A login's place in the queue, and what it occupies while it is being checked."""
 
-    __slots__ = ("begun", "deadline", "future", "gone", "limits", "network", "slot", "timer", "user")
+    __slots__ = ("begun", "deadline", "future", "gone", "known", "limits", "path", "slot", "timer")
 
-    def __init__(self, network: str, user: str, limits: Mapping[bytes, int], slot: bool = True, gone: Gone = here):
-        """Ask for a turn. `limits`: how many tries may be in flight for each key; `slot`: needs a hashing thread."""
-        self.network = network
-        self.user = user
+    def __init__(
+        self,
+        path: Sequence[str],
+        limits: Mapping[bytes, int],
+        slot: bool = True,
+        gone: Gone = here,
+        known: bool = False,
+    ) -> None:
+        """Ask for a turn. `limits`: how many tries may be in flight for each key; `slot`: needs a hashing thread.
+
+        `path`: between what turns are shared out, level by level; as long as all others of its class.
+        """
+        self.path = path
+        self.known = known
         self.limits = limits
         self.slot = slot
         self.gone = gone
@@ -48,24 +67,107 @@ class Turn:
         self.timer: asyncio.TimerHandle | None = None
 
 
+class _Node:
+    """The turns that wait below one part of a path, in the order of their rotation; a leaf has a line of them."""
+
+    __slots__ = ("children", "line", "size")
+
+    def __init__(self) -> None:
+        self.children: dict[str, _Node] = {}
+        self.line: deque[Turn] = deque()
+        self.size = 0
+
+    def leaf(self, path: Sequence[str]) -> "_Node | None":
+        """Return the node at the end of a path."""
+        node: _Node | None = self
+        for part in path:
+            node = None if node is None else node.children.get(part)
+        return node
+
+    def add(self, turn: Turn, first: bool) -> None:
+        """Have a turn wait, in front of its line or behind it."""
+        node = self
+        node.size += 1
+        for part in turn.path:
+            node = node.children.setdefault(part, _Node())
+            node.size += 1
+        if first:
+            node.line.appendleft(turn)
+        else:
+            node.line.append(turn)
+
+    def remove(self, turn: Turn) -> bool:
+        """Take a turn out; say whether it waited."""
+        leaf = self.leaf(turn.path)
+        if leaf is None or turn not in leaf.line:
+            return False
+        leaf.line.remove(turn)
+        node = self
+        node.size -= 1
+        for part in turn.path:
+            child = node.children[part]
+            child.size -= 1
+            if not child.size:
+                del node.children[part]
+            node = child
+        return True
+
+    def rotate(self, path: Sequence[str]) -> None:
+        """Have what has had a turn wait for all others, at each level."""
+        node = self
+        for part in path:
+            child = node.children.pop(part, None)
+            if child is None:
+                return
+            node.children[part] = child
+            node = child
+
+    def turns(self) -> Iterator[Turn]:
+        """Go through all turns, a line at a time."""
+        yield from self.line
+        for child in self.children.values():
+            yield from child.turns()
+
+    def lines(self) -> Iterator[deque[Turn]]:
+        """Go through the lines in the order of their rotation."""
+        if self.line:
+            yield self.line
+        for child in list(self.children.values()):
+            yield from child.lines()
+
+    def longest(self, path: Sequence[str]) -> Turn | None:
+        """Return the turn that has to make room for a new one with this path; None if that is the new one itself."""
+        node, mine = self, True
+        for part in path:
+            name = max(node.children, key=lambda child: node.children[child].size)
+            if mine and name != part:
+                own = node.children.get(part)
+                if (0 if own is None else own.size) + 1 >= node.children[name].size:
+                    return None
+                mine = False
+            node = node.children[name]
+        return None if mine else node.line[-1]
+
+
 class LoginQueue:
     """Gives turns to logins, fairly."""
 
     def __init__(self, slots: int, room: int) -> None:
-        """Let `slots` passwords be hashed at a time, while at most `room` logins wait."""
+        """Let `slots` passwords be hashed at a time, while at most `room` known users and `room` strangers wait."""
         self._slots = slots
         self._room = room
         self._running: dict[bytes, int] = {}
-        self._lines: dict[str, dict[str, deque[Turn]]] = {}
-        self._waiting = 0
+        self._waiting = {True: _Node(), False: _Node()}
+        self._passed = 0
         self._held = 0
 
     async def enter(self, turn: Turn) -> bool:
         """Wait for the turn; the answer is whether it had to wait. Raises Overloaded or ClientGone."""
-        if not self._line(turn) and self.fits(turn):
+        waiting = self._waiting[turn.known]
+        if waiting.leaf(turn.path) is None and self.fits(turn):
             self._begin(turn)
             return False
-        if self._waiting >= self._room:
+        if waiting.size >= self._room:
             await self._make_room(turn)
         self._append(turn)
         await self._wait(turn)
@@ -124,20 +226,12 @@ class LoginQueue:
             else:
                 del self._running[key]
 
-    def _line(self, turn: Turn) -> deque[Turn] | None:
-        return self._lines.get(turn.network, {}).get(turn.user)
-
     def _append(self, turn: Turn, first: bool = False) -> None:
         loop = asyncio.get_running_loop()
         turn.future = loop.create_future()
         turn.deadline = turn.deadline or loop.time() + PATIENCE
         turn.timer = loop.call_at(turn.deadline, self._refuse, turn)
-        line = self._lines.setdefault(turn.network, {}).setdefault(turn.user, deque())
-        if first:
-            line.appendleft(turn)
-        else:
-            line.append(turn)
-        self._waiting += 1
+        self._waiting[turn.known].add(turn, first)
 
     async def _wait(self, turn: Turn) -> None:
         assert turn.future is not None
@@ -150,18 +244,8 @@ class LoginQueue:
 
     def _remove(self, turn: Turn) -> None:
         """Take a turn out of the queue, if it waits there."""
-        line = self._line(turn)
-        if line is None or turn not in line:
-            return
-        line.remove(turn)
-        self._waiting -= 1
-        if turn.timer is not None:
+        if self._waiting[turn.known].remove(turn) and turn.timer is not None:
             turn.timer.cancel()
-        users = self._lines[turn.network]
-        if not line:
-            del users[turn.user]
-            if not users:
-                del self._lines[turn.network]
 
     def _refuse(self, turn: Turn) -> None:
         """Take a turn out of the queue and tell its login to retry later."""
@@ -179,22 +263,17 @@ class LoginQueue:
         return gone
 
     async def _make_room(self, turn: Turn) -> None:
-        """Have the longest line lose its newest turn. Raises Overloaded when that is the one that asks."""
-        for waiting in list(self._all()):
-            self._forget_gone(waiting)
-        if self._waiting < self._room:
+        """Have the longest line of its class lose its newest turn. Raises Overloaded when that is the one that asks."""
+        waiting = self._waiting[turn.known]
+        for each in list(waiting.turns()):
+            self._forget_gone(each)
+        if waiting.size < self._room:
             return
-        network = max(self._lines, key=self._length)
-        users = self._lines[network]
-        user = max(users, key=lambda name: len(users[name]))
-        if network == turn.network:
-            mine, longest = len(users.get(turn.user, ())), len(users[user])
-        else:
-            mine, longest = self._length(turn.network), self._length(network)
-        if mine + 1 >= longest:
+        loser = waiting.longest(turn.path)
+        if loser is None:
             await self._hold_back()
             raise Overloaded
-        self._refuse(users[user][-1])
+        self._refuse(loser)
 
     async def _hold_back(self) -> None:
         """Let a refused login wait: one that is answered at once comes back at once, and takes the CPU of hashing."""
@@ -205,31 +284,22 @@ class LoginQueue:
             finally:
                 self._held -= 1
 
-    def _length(self, network: str) -> int:
-        return sum(map(len, self._lines.get(network, {}).values()))
-
-    def _all(self) -> Iterator[Turn]:
-        for users in self._lines.values():
-            for line in users.values():
-                yield from line
-
     def _dispatch(self) -> None:
-        """Begin every turn that may: each network in its turn, and each of its users."""
+        """Begin every turn that may, in the order of both rotations."""
         while (turn := self._next()) is not None:
-            line, users = self._lines[turn.network][turn.user], self._lines[turn.network]
+            waiting = self._waiting[turn.known]
             self._remove(turn)
-            if line:  # to the end of the rotation
-                users[turn.user] = users.pop(turn.user)
-            if users:
-                self._lines[turn.network] = self._lines.pop(turn.network)
+            waiting.rotate(turn.path)
+            self._passed = self._passed + 1 if turn.known and self._waiting[False].size else 0
             self._begin(turn)
             assert turn.future is not None
             turn.future.set_result(None)
 
     def _next(self) -> Turn | None:
         """Find the turn that may begin next."""
-        for users in list(self._lines.values()):
-            for line in list(users.values()):
+        strangers_first = self._passed >= STRANGERS - 1
+        for known in (not strangers_first, strangers_first):
+            for line in self._waiting[known].lines():
                 while line and self.fits(line[0]):
                     if not self._forget_gone(line[0]):
                         return line[0]

@@ -148,7 +148,9 @@ class Throttle:
         turn = None
         try:
             states, limits = await self._look(keys)
-            turn = Turn(network(address), f"{place(address)} {names[0]}", limits, hashes, gone)
+            known = next((state.keys.username for state in states if state.known), None)
+            path = (region(address), network(address), names[0]) if known is None else (known,)
+            turn = Turn(path, limits, hashes, gone, known is not None)
             waited = await self._queue.enter(turn)
             while waited:  # others have failed meanwhile, perhaps
                 states, limits = await self._look(keys)
@@ -330,6 +332,12 @@ def place(address: str) -> str:
     return _cut(address, 32, 64)
 
 
+@lru_cache(maxsize=4096)
+def region(address: str) -> str:
+    """Name the region of a client address: /16 of IPv4, /48 of IPv6."""
+    return _cut(address, 16, 48)
+
+
 def _cut(address: str, ipv4: int, ipv6: int) -> str:
     try:
         parsed = ipaddress.ip_address(address)
@@ -342,17 +350,17 @@ def _cut(address: str, ipv4: int, ipv6: int) -> str:
 
 @lru_cache(maxsize=4096)
 def _keys(name: str, address: str) -> _Keys:
-    here, net, region = place(address), network(address), _cut(address, 16, 48)
+    here, net, wide = place(address), network(address), region(address)
     return _Keys(
         name,
         known=_key("known", name, here),
         own=_key("failed at place", name, here),
         at_place=_key("all of name at place", name, here),
         row=_key("failed in network", name, net),
-        name_in_region=_key("name in region", name, region),
+        name_in_region=_key("name in region", name, wide),
         name=_key("name", name),
         network=_key("all in network", net),
-        region=_key("all in region", region),
+        region=_key("all in region", wide),
     )
 
 
