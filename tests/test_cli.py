@@ -38,6 +38,10 @@ COMMANDS = [
     "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
     "tokens list", "tokens revoke", "pool list", "pool show", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
+PRIVATE = (
+    "Only this machine can reach the service."
+    " If a reverse proxy passes requests on to it, set server.trusted_proxies.\n"
+)
 WORD = "a long password\n"
 
 TEXT: Encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
@@ -126,7 +130,7 @@ def test_the_help_lists_the_commands(tmp_path: Path) -> None:
 
 
 def test_check_says_that_all_is_well(home: Path) -> None:
-    assert well(run(home, "check")) == "config.toml: ok, 3 users, 0 pools, 0 risks\n"
+    assert well(run(home, "check")) == PRIVATE + "config.toml: ok, 3 users, 0 pools, 0 risks\n"
     assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
     assert os.listdir(home) == ["config.toml"], "it only looks"
 
@@ -164,9 +168,10 @@ def test_check_names_a_mistake_also_for_programs(home: Path, text: str, says: st
 def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Path) -> None:
     text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
     write_config(home, users=text)
-    *risks, summary = well(run(home, "check")).splitlines()
+    *risks, judgement, summary = well(run(home, "check")).splitlines()
     assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"]
-    assert summary == "config.toml: ok, 3 users, 0 pools, 1 risks"
+    assert summary == "config.toml: ok, 3 users, 0 pools, 1 risk"
+    assert judgement + "\n" == PRIVATE
     write_config(home, '[server]\nhost = "0.0.0.0"', text)
     done = run(home, "check", "--json")
     told = json.loads(done.stdout)
@@ -197,7 +202,7 @@ def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_pa
 def test_users_come_change_and_go(home: Path) -> None:
     path = home / "config.toml"
     added = run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD)
-    reload = "`systemctl reload tokenauth` or `kill -HUP PID`."
+    reload = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
     assert well(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
     assert recorded(added) == [{"event": "user_added", "user": "Eve", "scopes": ["a", "b"]}]
     before = configfile.load(path).directory["eve"]
@@ -463,17 +468,19 @@ def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: st
     ):
         assert mistake(run(home, *command)).isprintable()
     (home / f"{letter}.toml").write_text((home / "config.toml").read_text())
-    first, last = well(run(home, "check", "--config", f"{letter}.toml")).splitlines()
-    assert (first + last).isprintable()
+    lines = well(run(home, "check", "--config", f"{letter}.toml")).splitlines()
+    assert len(lines) == 3
+    assert "".join(lines).isprintable()
 
 
 def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:
     done = script(home, "serve", "--port", str(served.port))
-    assert done.returncode != 0
+    assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
-    assert "in use" in done.stderr
-    assert str(served.port) in done.stderr
+    event = json.loads(done.stderr)
+    detail = f"Port {served.port} is in use: stop the other server or pass --port."
+    assert (event["event"], event["detail"]) == ("start_failed", detail)
     assert not (home / "tokenauth.db").exists(), "nothing has been touched"
 
 
@@ -498,7 +505,7 @@ def test_a_file_that_others_can_read_is_not_served_behind_a_proxy(
     (home / name).chmod(mode)
     done = run(home, command)
     assert done.returncode != 0
-    assert f"(or add '{risk}' to server.accept_risks)" in done.stderr.splitlines()[-1]
+    assert f"this risk is not accepted: '{risk}'; " in done.stderr.splitlines()[-1]
     assert '"listening"' not in done.stderr
 
 

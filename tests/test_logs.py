@@ -103,7 +103,7 @@ SCRIPTS = {
     **{f"forgery {number}": f"log.info('seen', value={text!r})" for number, text in enumerate(FORGERIES)},
     **LEAKS,
     "plain": "log.info('token_issued', user='жанна', count=3, up=True)\nlog.error('broken')",
-    "foreign": "logging.getLogger('uvicorn.error').info('started %d', 3)",
+    "foreign": "logging.getLogger('httptools').info('started %d', 3)",
     "chatty": "".join(f"logging.getLogger({name!r}).{how}('x')\n" for name in CHATTY for how in ("info", "warning")),
     "whereabouts": "try:\n    outer()\nexcept ValueError as e:\n    log.error('unexpected', at=logs.whereabouts(e))",
 }

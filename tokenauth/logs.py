@@ -287,6 +287,7 @@ def configure(quiet: bool = False, at_once: bool = False) -> None:
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for chatty in ("alembic", "aiosqlite", "sqlalchemy", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it names workers, which take no signals, as servers
     if not quiet:
         _log_what_python_prints()
 
@@ -330,9 +331,11 @@ def _without_exception_text(_: Any, __: str, event: structlog.typing.EventDict) 
 
 
 def describe(error: BaseException) -> str:
-    """Say in one line what went wrong in this process itself, where no client's words can be in what it says."""
-    at = whereabouts(error)
-    return f"{error}; {at}".replace("\n", " ") if isinstance(error, OSError | ImportError) else at
+    """Say in one line what went wrong in this process itself, where no client's words can be in what it says.
+
+    Of what nobody has thought of, all that can be said is where it was.
+    """
+    return str(error).replace("\n", " ") if isinstance(error, OSError | ImportError) else whereabouts(error)
 
 
 def whereabouts(error: BaseException) -> str:

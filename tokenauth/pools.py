@@ -146,7 +146,10 @@ class Pools:
         held = await self.get(pool, value)
         if claim.fence is None:
             claim = claim._replace(fence=held.fence)  # the lease that ends is the one that is logged
-        _done(await self._store.pools.release(pool, value, now, claim), claim, now)
+        try:
+            _done(await self._store.pools.release(pool, value, now, claim), claim, now)
+        except LeaseLost:
+            raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.") from None
         about = {"user": held.username, "holder": held.holder, "fence": claim.fence}
         log.warning("lease_forced", pool=pool.name, **about, by=by, reason=reason)
 

@@ -143,13 +143,13 @@ def demand_acceptable(config: Config, risks: list[Risk]) -> None:
     """Raise ConfigError when the service may not start: others can reach it, and risks have not been accepted."""
     if config.reach is None:
         return
-    refused = [
-        f"{risk.text} (or add {risk.name!r} to server.accept_risks)"
-        for risk in risks
-        if risk.name not in config.server.accept_risks
-    ]
+    refused = dict.fromkeys(repr(risk.name) for risk in risks if risk.name not in config.server.accept_risks)
     if refused:
-        raise ConfigError(f"{config.reach}, and {'; and '.join(refused)}")
+        them, fix = ("this risk is", "it") if len(refused) == 1 else ("these risks are", "them")
+        raise ConfigError(
+            f"{config.reach}, and {them} not accepted: {', '.join(refused)}; fix {fix}, or name {fix} in"
+            " server.accept_risks"
+        )
 
 
 def judge(config: Config, risks: list[Risk]) -> None:

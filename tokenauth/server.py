@@ -1,5 +1,7 @@
 """`tokenauth serve`: reads and judges the configuration, listens, and runs the main process."""
 
+import errno
+import os
 import signal
 import socket
 from functools import partial
@@ -22,7 +24,7 @@ _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 def serve(path: Path, host: str | None, port: int | None, workers: int | None) -> int:
     """Serve until SIGTERM or SIGINT; at SIGHUP, read the file again and serve what it says then.
 
-    Returns the exit code. Raises ConfigError or StartError before anything listens.
+    Returns the exit code. Raises ConfigError for a file that cannot be read.
     """
     descriptors.raise_limit()
     signals = Signals()
@@ -40,8 +42,13 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
     signals.catch(signal.SIGINT, signal.SIGTERM)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    listener = _listen(settings.server)
-    log.info("listening", host=settings.server.host, port=listener.getsockname()[1], workers=settings.server.workers)
+    try:
+        listener = _listen(settings.server)
+    except StartError as error:
+        log.critical("start_failed", detail=str(error))
+        return START_FAILED
+    address = {"host": settings.server.host, "port": listener.getsockname()[1]}
+    log.info("listening", **address, workers=settings.server.workers, pid=os.getpid())
     try:
         supervisor = Supervisor(path, settings, partial(_reread, path, file, settings, workers), listener, signals)
     except OSError as error:
@@ -84,6 +91,8 @@ def _listen(settings: config.Server) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"Port {settings.port} is in use: stop the other server or pass --port.") from None
         raise StartError(
             f"cannot listen on server.host {settings.host!r}, server.port {settings.port}: {error}"
         ) from None

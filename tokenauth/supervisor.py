@@ -50,6 +50,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _MAX_SAID = 8192
 """Bytes that are kept of what a Python says that cannot start."""
 
+_ONCE = 1.0
+"""Seconds in which signals to stop count as one: `timeout` and some process managers send it twice."""
+
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
@@ -257,6 +260,7 @@ class Supervisor:
         self._retiring: set[_Worker] = set()
         self._served = False
         self._stopping = False
+        self._told_to_stop = -math.inf
         self._exit_code = 0
         self._ticked = time.monotonic()
         self._troubled = False
@@ -307,9 +311,11 @@ class Supervisor:
     def _obey(self) -> None:
         for number in self._signals.take():
             if number in {signal.SIGTERM, signal.SIGINT}:
+                now = time.monotonic()
                 if not self._stopping:
+                    self._told_to_stop = now
                     self._stop(number.name)
-                else:
+                elif now >= self._told_to_stop + _ONCE:
                     self._kill(self._workers(), f"a second signal: {number.name}")
             elif number == signal.SIGHUP and not self._stopping:
                 self._begin_reload()

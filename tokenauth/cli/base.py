@@ -117,6 +117,11 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tup
     console.print(table)
 
 
+def count(number: int, noun: str) -> str:
+    """Return "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def text(argument: str) -> str:
     """Return an argument. Raises UnicodeEncodeError if it was not UTF-8."""
     argument.encode()

@@ -10,6 +10,7 @@ from tokenauth import __version__, logs
 from tokenauth.cli.base import (
     Lines,
     config_option,
+    count,
     json_option,
     new_hash,
     password_option,
@@ -83,8 +84,14 @@ def check(config_file: str | None, as_json: bool) -> None:
     if mistake is not None:
         raise mistake
     if not as_json:
-        counts = f"{len(settings.directory)} users, {len(settings.pools)} pools, {len(risks)} risks"
-        click.echo(printable(f"{path}: ok, {counts}"))
+        click.echo(printable(_PRIVATE if settings.reach is None else f"{settings.reach}."))
+        counts = (count(len(settings.directory), "user"), count(len(settings.pools), "pool"), count(len(risks), "risk"))
+        click.echo(printable(f"{path}: ok, {', '.join(counts)}"))
+
+
+_PRIVATE = (
+    "Only this machine can reach the service. If a reverse proxy passes requests on to it, set server.trusted_proxies."
+)
 
 
 @main.command(epilog="Example: tokenauth migrate --config /etc/tokenauth/config.toml")

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tokenauth.cli.base import Lines, config_option, json_option, show, text, with_service
+from tokenauth.cli.base import Lines, config_option, count, json_option, show, text, with_service
 from tokenauth.logs import printable, record
 
 
@@ -63,8 +63,8 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     async def revoke(service: Any) -> tuple[int, bool]:
         return await service.tokens.revoke_all(name), name is None or name in service.users
 
-    count, known = with_service(config_file, revoke)
-    if not known and not count:
+    number, known = with_service(config_file, revoke)
+    if not known and not number:
         raise click.ClickException(printable(f"There is no user {name!r} in the configuration, and no token of one."))
-    record("tokens_revoked", user="(all)" if name is None else name, count=count)
-    click.echo(f"revoked {count} {'token' if count == 1 else 'tokens'}")
+    record("tokens_revoked", user="(all)" if name is None else name, count=number)
+    click.echo(f"revoked {count(number, 'token')}")

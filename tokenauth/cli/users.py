@@ -5,8 +5,8 @@ import click
 from tokenauth.cli.base import Lines, config_option, config_path, json_option, new_hash, password_option, show
 from tokenauth.logs import record
 
-_RELOAD = "`systemctl reload tokenauth` or `kill -HUP PID`"
-_SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}."
+_RELOAD = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
+_SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
 
 
 @click.group(cls=Lines)
@@ -26,7 +26,7 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
     file = UserFile(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
     record("user_added", user=name, scopes=scopes)
-    click.echo(f"Saved. {name!r} can log in once you reload: {_RELOAD}.")
+    click.echo(f"Saved. {name!r} can log in once you reload: {_RELOAD}")
 
 
 @user.command("passwd", epilog="Example: tokenauth user passwd admin")
