@@ -134,7 +134,7 @@ class Acceptor:
     async def _begin(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection)
-        except OSError:  # the client has gone again
+        except (OSError, MemoryError):  # the client has gone again, or there is no memory for one more
             connection.close()
 
     def _has_room(self) -> bool:

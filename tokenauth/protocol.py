@@ -6,6 +6,7 @@ framed for certain is refused, and the connection closed: nothing that follows i
 
 import asyncio
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
@@ -77,6 +78,7 @@ def _last_words(status: str, why: str) -> tuple[bytes, bytes]:
 
 _TOO_LARGE = _last_words("431 Request Header Fields Too Large", "The request headers are larger than 16 KiB.")
 _BROKEN = _last_words("400 Bad Request", "Invalid HTTP request received.")
+_SHORT = _last_words("503 Service Unavailable\r\nretry-after: 1", "The server is short of memory. Try again shortly.")
 _UNAUTHORIZED = _last_words(
     '401 Unauthorized\r\nwww-authenticate: Bearer realm="tokenauth"', "The request headers are too large or broken."
 )
@@ -113,16 +115,28 @@ _send = FunctionType(
 """uvicorn's `send` with ALWAYS behind each status line: as headers, each answer would take 1 microsecond more."""
 
 
+async def _send_500_response(cycle: RequestResponseCycle) -> None:
+    """Answer for an app that could not even refuse: 503 if it had no memory for that."""
+    if not isinstance(sys.exception(), MemoryError):
+        await RequestResponseCycle.send_500_response(cycle)
+        return
+    headers = [(b"retry-after", b"1"), (b"content-length", b"0"), _CLOSE]
+    await cycle.send({"type": "http.response.start", "status": 503, "headers": headers})
+    await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 class _Cycle(RequestResponseCycle):
     """A request without a body, and its answer."""
 
     send = _send
+    send_500_response = _send_500_response
 
 
 class _CycleWithBody(RequestResponseCycle):
     """A request with a body, and its answer. If that is given before the body has come, the connection closes."""
 
     transport: OnePiece  # type: ignore[assignment]
+    send_500_response = _send_500_response
 
     async def send(self, message: ASGISendEvent) -> None:
         """Send a part of the answer."""
@@ -275,8 +289,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 except HttpParserUpgrade as upgrade:
                     self._ignore_upgrade()
                     rest = rest[upgrade.args[0] :]
-        except (HttpParserError, _Refused):
-            self._refuse(_BROKEN, self.url or data.partition(b" ")[2].partition(b" ")[0], data)
+        except (HttpParserError, _Refused, MemoryError) as error:
+            # what a callback raises is the context of the parser's own error
+            short = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)
+            target = self.url or data.partition(b" ")[2].partition(b" ")[0]
+            self._refuse(_SHORT if short else _BROKEN, target, data)
             return
         if self._after_chunk or (self.scope is not None and "method" not in self.scope):
             if self.scope is not self._begun:  # what came before it was whole
@@ -461,13 +478,13 @@ class BoundedProtocol(HttpToolsProtocol):
         elif cycle is not None and not cycle.response_complete:
             cycle.keep_alive = False  # it is the next request that is refused; this one is answered first
             return
-        if _path(target) in self._rules.unauthorized:
+        if words is not _SHORT and _path(target) in self._rules.unauthorized:  # 401 would say that a token is invalid
             words = _UNAUTHORIZED
         origin = next((value for name, value in headers or () if name == b"origin"), None)
         match = _ORIGIN.search(self._rest or data)
         if origin is None and match is not None:
             origin = match[1]
-        if origin is None and words is not _BROKEN and self._rules.cors_origins:
+        if origin is None and words not in (_BROKEN, _SHORT) and self._rules.cors_origins:
             answer = partial(self._answer, words)
             self.parser = _Search(self.transport, data, answer)  # type: ignore[assignment]
             self.loop.call_later(_SEARCH, answer, None)

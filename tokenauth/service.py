@@ -67,10 +67,13 @@ class Service(NamedTuple):
 
     async def ready(self) -> str | None:
         """Return what keeps this process from serving, if anything does: the first that its parts report."""
-        for part in (descriptors.ready, self.tokens.ready, self.passwords.ready, self.store.ready):
-            trouble = await part()
-            if trouble is not None:
-                return trouble
+        try:
+            for part in (descriptors.ready, self.tokens.ready, self.passwords.ready, self.store.ready):
+                trouble = await part()
+                if trouble is not None:
+                    return trouble
+        except MemoryError:
+            return "out of memory"
         return None
 
     def change_users(self, removed: Iterable[str], changed: Mapping[str, User]) -> None:

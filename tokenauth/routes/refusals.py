@@ -89,10 +89,19 @@ async def answer_json(send: Send, document: object, status: int = 200) -> None:
 
 async def refuse(send: Send, error: Exception) -> None:
     """Answer what an endpoint raised: a refusal in the native form, anything else as the fault of this server."""
-    if not isinstance(error, Refusal):
+    if isinstance(error, Refusal):
+        await _refuse(send, error)
+    elif lacks_memory(error):
+        await _refuse(send, Overloaded("The server is short of memory. Try again shortly."))
+        log.error("memory_short", at=whereabouts(error))
+    else:
         log.error("unexpected", at=whereabouts(error))
-        error = InternalError()
-    await _refuse(send, error)
+        await _refuse(send, InternalError())
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether the machine had no memory, or no process left for a thread: that may pass."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
 
 
 async def _refuse(send: Send, refusal: Refusal) -> None:

@@ -143,13 +143,14 @@ class Database:
         except (
             SQLAlchemyError,
             RuntimeError,
+            MemoryError,
         ) as error:  # RuntimeError: the thread of a new connection cannot be started
-            if isinstance(error, DBAPIError | RuntimeError):  # and not a mere wait for a connection
+            if not isinstance(error, SQLAlchemyError) or isinstance(error, DBAPIError):  # no mere wait for others
                 self._read_failed(_reason(error))
             raise StoreUnavailable from error
         try:
             return await db.run_sync(query)
-        except DBAPIError as error:
+        except (DBAPIError, MemoryError) as error:
             self._read_failed(_reason(error))
             raise StoreUnavailable from error
         finally:
@@ -196,7 +197,7 @@ class Database:
                 if answers is None:  # it goes without a turn
                     work = self._submit(partial(self._apply, batch, now, given_up))
                     answers = await work
-            except sqlite3.Error as error:
+            except ERRORS as error:
                 if isinstance(error, _CALLERS_FAULT):
                     raise
                 # locked, full, read-only, broken: nothing that a caller did
@@ -249,7 +250,7 @@ class Database:
                 self._asked_for_lock = math.inf
                 if isinstance(error, sqlite3.OperationalError) and str(error) != _LOCKED:
                     self._lacking = min((self._connection.total_changes - changed + 1) * _ROOM_FOR_A_ROW, _MOST_ROOM)
-                with suppress(sqlite3.Error):
+                with suppress(*ERRORS):
                     self._connection.rollback()
                 raise
         self._written = True
@@ -289,8 +290,8 @@ class Database:
                 self._connection.execute("BEGIN IMMEDIATE")
                 verbs.probe(self._transaction)
                 self._connection.execute("COMMIT")
-            except sqlite3.Error as error:
-                with suppress(sqlite3.Error):
+            except ERRORS as error:
+                with suppress(*ERRORS):
                     self._connection.rollback()
                 return self._explain(reason(error))
             finally:
@@ -303,7 +304,7 @@ class Database:
         with self._using:
             try:
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except sqlite3.Error as error:
+            except ERRORS as error:
                 return reason(error)
         return None
 

@@ -1,0 +1,80 @@
+"""Promise 4, without memory: 503 or a closed connection, and never the client's fault or an answer that is wrong."""
+
+import os
+import resource
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from starlette.types import Message
+
+from tests.connections import LOGIN, Closed, Connection, NoAnswer
+from tests.journal import until
+from tests.servers import Server, worker, write_config
+from tokenauth.routes.refusals import refuse
+
+CLIENTS = 12
+SHORTAGES = [MemoryError(), RuntimeError("can't start new thread")]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=str)
+async def test_a_lack_of_memory_is_503_with_retry_after(error: Exception) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await refuse(send, error)
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"1") in sent[0]["headers"]
+
+
+def _virtual(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmSize:")[2].split()[0]) * 1024
+
+
+def _ask(server: Server, tokens: list[str]) -> tuple[Counter[str], set[str]]:
+    """End tokens with bodies of 60 KB, and ask other things; return the statuses, and the tokens that were ended."""
+    statuses: Counter[str] = Counter()
+    ended = set()
+    for token in tokens:
+        try:
+            with Connection(server.port) as connection:
+                answer = connection.ask("DELETE", "/api/token", {"token": token, "more": " " * 60_000})
+                statuses[f"DELETE {answer.status}"] += 1
+                if answer.status == 200:
+                    ended.add(token)
+            with Connection(server.port) as connection:
+                for method, path, document in (
+                    ("POST", "/api/token", LOGIN),
+                    ("GET", f"/api/token?x={'a' * 7000}", None),
+                    ("GET", "/auth", None),
+                    ("GET", "/readyz", None),
+                ):
+                    statuses[f"{path[:5]} {connection.ask(method, path, document, X_Token=token).status}"] += 1
+        except (Closed, NoAnswer):
+            statuses["closed"] += 1
+    return statuses, ended
+
+
+@pytest.mark.faults  # much of it is waiting
+def test_a_worker_without_memory_blames_no_client_and_keeps_its_word(tmp_path: Path) -> None:
+    """Its address space may not grow, while a dozen clients send large bodies."""
+    with worker(write_config(tmp_path, "[tokens]\nper_user = 0")) as server:
+        with Connection(server.port) as connection:
+            tokens = [connection.log_in() for _ in range(4 * CLIENTS)]
+        pid = server.process.pid
+        resource.prlimit(pid, resource.RLIMIT_AS, (_virtual(pid), resource.RLIM_INFINITY))
+        with ThreadPoolExecutor(CLIENTS) as threads:
+            results = list(threads.map(lambda n: _ask(server, tokens[n::CLIENTS]), range(CLIENTS)))
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        statuses = {status for counted, _ in results for status in counted}
+        fine = {f"{what} {status}" for what in ("DELETE", "/api/", "/auth", "/read") for status in (200, 503)}
+        assert statuses <= {*fine, "/auth 401", "closed"}
+        assert os.path.exists(f"/proc/{pid}")
+        with Connection(server.port) as connection:
+            until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready again")
+            for token in set().union(*(ended for _, ended in results)):
+                assert not connection.valid(token)
