@@ -222,4 +222,4 @@ class StoreUnavailable(RetryLater):
     """The store cannot be read or written: nothing is known about any token at this moment."""
 
     code = "store_unavailable"
-    description = "The token store cannot be reached at the moment. Nothing is said about any token."
+    description = "The database cannot be used at the moment, so no token can be judged or changed. Try again."
