@@ -394,6 +394,39 @@ async def test_the_log_of_writes_shrinks_after_a_long_reader(places: Places, mon
     assert os.stat(f"{file}-wal").st_size <= 110_000
 
 
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has gone, the log is cut off, though nobody writes; the service goes on meanwhile."""
+    monkeypatch.setattr(sqlite, "_WAL_LIMIT", 100_000)
+    monkeypatch.setattr(sqlite, "_WAL_ALARM", 300_000)
+    place = await places.open()
+    assert isinstance(place.store, sqlite.SqliteStore)
+    database, file = place.store._database, make_url(place.url).database or ""
+
+    async def grow(times: int) -> None:
+        for _ in range(times):
+            await place.pools.add(POOL, [f"{os.urandom(8).hex()}-{each:0200}" for each in range(500)], START)
+        await database.check()
+
+    with (
+        closing(sqlite3.connect(file, isolation_level=None)) as reader,
+        structlog.testing.capture_logs() as logs,
+    ):
+        reader.execute("BEGIN").execute("SELECT count(*) FROM marks").fetchall()
+        await grow(3)
+        assert logs[0]["event"] == "checkpoint_blocked"
+        assert logs[0]["action"].endswith(f"fuser -v {file}")
+        await database.check()
+        assert len(logs) == 1
+        await grow(8)
+        assert await place.store.ready() is None
+        reader.execute("COMMIT")
+        await database.check()
+        assert os.stat(f"{file}-wal").st_size == 0
+        await database.check()
+    assert [entry["event"] for entry in logs] == ["checkpoint_blocked", "checkpoint_blocked", "checkpoint_works_again"]
+
+
 def _smaller(pragma: str) -> str:
     name = pragma.partition(" ")[0]
     return {"journal_size_limit": "journal_size_limit = 100000", "wal_autocheckpoint": "wal_autocheckpoint = 20"}.get(

@@ -49,6 +49,9 @@ CHECKPOINT_INTERVAL = 10.0
 _WAL_LIMIT = 16 * 2**20
 """Bytes of the log of writes that stay on the disk, after a long reader has let it grow: twice what is usual."""
 
+_WAL_ALARM = 64 * 2**20
+"""Bytes of the log of writes from which on it is logged that a reader keeps it from being copied."""
+
 _READ_PATIENCE = 2.0
 """Seconds that a query waits for a connection that others use."""
 
@@ -84,6 +87,7 @@ class Database:
         self._probing: asyncio.Future[str | None] | None = None
         self._reading = Circuit(self._probe_reading, "store_unreachable", "store_reachable_again")
         self._checkpoint_trouble: str | None = None
+        self._wal_alarm = _WAL_ALARM
         self._written = False
         self._asked_for_lock = math.inf
         self._lacking = 0
@@ -166,14 +170,25 @@ class Database:
         if not self._written or self.lost or self._circuit.trouble is not None:
             return
         self._written = False
-        trouble = await self._submit(self._checkpoint)
+        trouble, size = await self._submit(self._checkpoint)
         if trouble != self._checkpoint_trouble:
             if trouble is None:
                 log.info("checkpoint_works_again")
             else:
                 log.error("checkpoint_failed", reason=trouble, action="the -wal file grows until this works")
         self._checkpoint_trouble = trouble
-        self._written = self._written or trouble is not None
+        self._note_size(size)
+        self._written = self._written or trouble is not None or size > _WAL_LIMIT
+
+    def _note_size(self, size: int) -> None:
+        """Log that a long reader keeps the log of writes from being copied, each time that it has doubled."""
+        if size > self._wal_alarm:
+            action = f"end the program that has been reading the database for long: fuser -v {self.path}"
+            log.warning("checkpoint_blocked", megabytes=size >> 20, action=action)
+            self._wal_alarm = 2 * size
+        elif size <= _WAL_LIMIT and self._wal_alarm > _WAL_ALARM:
+            log.info("checkpoint_works_again")
+            self._wal_alarm = _WAL_ALARM
 
     def refresh_turns(self) -> None:
         """Use the file by which others take turns, if it was deleted or replaced."""
@@ -300,13 +315,24 @@ class Database:
             seconds = monotonic() - began
         return None if seconds < PROBE_PATIENCE else f"a commit took {seconds:.1f} s"
 
-    def _checkpoint(self) -> str | None:
+    def _checkpoint(self) -> tuple[str | None, int]:
+        """Copy the log of writes into the database; return what is wrong, and the bytes that the log has then.
+
+        A log that a long reader has let grow is cut off when all of it is copied; else the next write would do so.
+        """
+        log_of_writes = f"{self.path}-wal"
         with self._using:
             try:
-                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                _, pages, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if pages == copied and _size(log_of_writes) > _WAL_LIMIT:
+                    self._connection.execute("PRAGMA busy_timeout = 0")  # it would wait for readers, and hold up writes
+                    try:
+                        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    finally:
+                        self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
             except ERRORS as error:
-                return reason(error)
-        return None
+                return reason(error), _size(log_of_writes)
+        return None, _size(log_of_writes)
 
     def _close(self) -> None:
         with self._using:
@@ -533,10 +559,14 @@ _CALLERS_FAULT = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.Programming
 
 
 def _has_content(path: str) -> bool:
+    return _size(path) > 0
+
+
+def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size > 0
+        return os.stat(path).st_size
     except FileNotFoundError:
-        return False
+        return 0
 
 
 def _reason(error: BaseException | None) -> str:
