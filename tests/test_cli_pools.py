@@ -112,6 +112,26 @@ def test_a_permit_that_is_deleted_is_replaced(home: Path) -> None:
     assert after["token"] != before["token"]
 
 
+def test_the_commands_for_when_something_happens_work(home: Path) -> None:
+    """Those of README, in its order, but for what is somebody else's program."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.partition("### When something happens")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("tokenauth ")]
+    assert len(lines) >= 7
+    with worker(home / "config.toml") as server, Connection(server.port) as connection:
+        well(run(home, "pool", "generate", "licences"))
+        ann, bob = Borrower(connection, "ann"), Borrower(connection, "bob")
+        value = bob.ask("POST", "/licences/leases").json()["token"]
+        [token] = json.loads(well(run(home, "tokens", "list", "--user", "bob", "--json")))
+        for line in lines:
+            words = line.replace("TOKEN", value).replace("ID", token["id"]).split()[1:]
+            more = ["--password-stdin"] if "passwd" in words else []
+            well(run(home, *words, *more, stdin="a long password\n"))
+        assert ann.ask("GET", "").status == bob.ask("GET", "").status == 401
+        shown = json.loads(well(run(home, "pool", "show", "licences", "--json")))
+        assert [row["user"] for row in shown] == [None]
+
+
 @pytest.mark.parametrize("command", ["show", "generate", "release", "delete"])
 def test_an_unknown_pool_is_one_line(home: Path, command: str) -> None:
     more = ["x"] if command in {"release", "delete"} else []
