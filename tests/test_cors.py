@@ -1,7 +1,9 @@
 """Web pages of the configured origins may call the service from a browser, and those of no others."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import httpx
@@ -65,6 +67,19 @@ def test_by_default_no_origin_is_allowed_anything(closed: httpx.Client, origin: 
         assert (answer.status_code, granted(answer)) == (status, {})
     answer = preflight(closed, origin)
     assert (answer.status_code, granted(answer)) == (405, {})
+
+
+@pytest.mark.parametrize("head", [b"GET /auth HTTP/1.1\r\nno colon", b"GET /nothing HTTP/1.1\r\nno colon"])
+def test_what_is_broken_is_refused_at_once(server: Server, head: bytes) -> None:
+    """Only a head that is too long is searched for its Origin for a while."""
+    took = []
+    for _ in range(5):
+        began = monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(head + b"\r\n")
+            assert b"cache-control: no-store" in connection.recv(65536)
+        took.append(monotonic() - began)
+    assert min(took) < 0.9
 
 
 @pytest.mark.parametrize("origin", ORIGINS)

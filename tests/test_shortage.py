@@ -108,6 +108,11 @@ def test_with_few_descriptors_new_connections_are_answered_once(server: Server) 
             idle = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             idle.sendall(b"GET /healthz HTTP/1.1\r\n")
         assert not new_connection_is_kept(server), "however many have taken a place and ask for nothing"
+        for more in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\na"):
+            for _ in range(50):
+                stuck = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                stuck.sendall(b"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more)
+            assert not new_connection_is_kept(server), "nor however many do not end their request"
         for one in kept[1:]:
             one.close()
         until(lambda: new_connection_is_kept(server), "a new connection is kept again")

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from tokenauth import descriptors
@@ -138,12 +138,12 @@ class Acceptor:
             connection.close()
 
     def _has_room(self) -> bool:
-        """Whether one more can be answered once. Where too many are, the oldest without a request is closed."""
+        """Whether one more can be answered once. Where too many are, the oldest without a whole request is closed."""
         self._once_only = [one for one in self._once_only if one.transport is None or not one.transport.is_closing()]
         if len(self._once_only) < descriptors.reserve() // 4:
             return True
         for one in self._once_only:
-            if one.transport is not None and (one.cycle is None or one.cycle.response_complete):
+            if one.transport is not None and _waits_for_its_client(one.cycle):
                 one.transport.close()
                 return True
         return False
@@ -171,6 +171,11 @@ class Acceptor:
         elif self._short and not short:
             self._short = False
             log.info("file_descriptors_free_again", connections=len(self._state.connections))
+
+
+def _waits_for_its_client(cycle: RequestResponseCycle | None) -> bool:
+    """Whether a connection waits for a request, or for more of it, rather than for the answer."""
+    return cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started)
 
 
 class AcceptingServer(uvicorn.Server):

@@ -44,7 +44,7 @@ from tokenauth.routes.forward_auth import PATH as FORWARD_AUTH_PATH
 from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.oauth import OAuthRoutes
-from tokenauth.routes.operations import exact
+from tokenauth.routes.operations import exact, whole
 from tokenauth.routes.pages import PageGuard
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
@@ -135,7 +135,7 @@ def find_routes(service: Service) -> Routes:
         asks = Guard(partial(_asks, service, terms.pool), (*_ASKING, InsufficientScope))
         # A page cannot send a token unless it is listed, so a dialect that asks for one needs no other guard.
         pages = Guard(partial(PageGuard, origins=origins), (ForeignPage,), asks_token=False)
-        dialect = _DIALECTS[name](service, terms).routes()
+        dialect = {path: whole(handlers) for path, handlers in _DIALECTS[name](service, terms).routes().items()}
         routes.add(dialect, asks if terms.require_token else pages, f"dialects.{name}", terms.prefix)
     return routes
 

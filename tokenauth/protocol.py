@@ -25,7 +25,7 @@ from tokenauth import percent
 from tokenauth.transport import CLIENT, OnePiece
 
 MAX_HEAD = 16 * 1024
-"""Bytes of a request line and its headers, and of what comes after a body; more are answered 431."""
+"""Bytes of a request line and its headers, and of what is between chunks or after a body; more are answered 431."""
 
 DRAIN = 1.0
 """Seconds that an idle connection stays open at shutdown: a request may be on its way."""
@@ -159,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _rules = RefusalRules()
     _begun: HTTPScope | None = None
     _unfinished = 0
-    _after_chunk = False
+    _between_chunks = False
     _ended = False
     _upgrades = False
     _faulty = False
@@ -295,7 +295,7 @@ class BoundedProtocol(HttpToolsProtocol):
             target = self.url or data.partition(b" ")[2].partition(b" ")[0]
             self._refuse(_SHORT if short else _BROKEN, target, data)
             return
-        if self._after_chunk or (self.scope is not None and "method" not in self.scope):
+        if self._between_chunks or (self.scope is not None and "method" not in self.scope):
             if self.scope is not self._begun:  # what came before it was whole
                 self._begun, self._unfinished = self.scope, -data.rfind(b"\r\n\r\n")
             self._unfinished += len(data)
@@ -353,7 +353,7 @@ class BoundedProtocol(HttpToolsProtocol):
             elif value.strip().lower() != b"chunked":
                 self._faulty = True  # what is under another coding, nobody here can read
             else:
-                self._has_body = self._chunked = True
+                self._has_body = self._chunked = self._between_chunks = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -413,7 +413,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body."""
-        self._after_chunk = False
+        self._between_chunks = False
+        self._unfinished = 0
         cycle = self.cycle
         if cycle.response_complete:
             return
@@ -425,11 +426,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         """Take no more headers of this request: what follows the last chunk (RFC 9112 section 7.1.2) is none."""
         self.headers = deque(maxlen=0)  # type: ignore[assignment]
-        self._after_chunk = True
 
     def on_chunk_complete(self) -> None:
         """End a chunk; the last one, after what follows it, where the parser, too, looks for `Connection: close`."""
-        self._after_chunk = False
+        self._between_chunks = True
         if not self.parser.should_keep_alive():
             self.cycle.keep_alive = False
 
@@ -437,6 +437,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """End a request."""
         if self._upgrades:  # it begins again, see _ignore_upgrade
             return
+        self._between_chunks = False
         cycle = self.cycle
         cycle.more_body = False
         cycle.message_event.set()
@@ -478,13 +479,14 @@ class BoundedProtocol(HttpToolsProtocol):
         elif cycle is not None and not cycle.response_complete:
             cycle.keep_alive = False  # it is the next request that is refused; this one is answered first
             return
+        goes_on = words is _TOO_LARGE
         if words is not _SHORT and _path(target) in self._rules.unauthorized:  # 401 would say that a token is invalid
             words = _UNAUTHORIZED
         origin = next((value for name, value in headers or () if name == b"origin"), None)
         match = _ORIGIN.search(self._rest or data)
         if origin is None and match is not None:
             origin = match[1]
-        if origin is None and words not in (_BROKEN, _SHORT) and self._rules.cors_origins:
+        if origin is None and goes_on and self._rules.cors_origins:
             answer = partial(self._answer, words)
             self.parser = _Search(self.transport, data, answer)  # type: ignore[assignment]
             self.loop.call_later(_SEARCH, answer, None)

@@ -81,12 +81,22 @@ def test_trailers_are_taken_and_mean_nothing(server: Server) -> None:
         assert [connection.send(sent).status for _ in range(3)] == [200, 200, 200]
 
 
+ENDLESS = {
+    "trailers": (b"0\r\na: ", b"a: " + b"b" * 100 + b"\r\n"),
+    "a trailer": (b"0\r\na: ", b"b" * 103),
+    "a first extension": (b"5;a=", b"b" * 103),
+    "an extension": (b"2\r\nab\r\n5;a=", b"b" * 103),
+    "a last extension": (b"2\r\nab\r\n0;a=", b";b=c"),
+}
+
+
 @pytest.mark.parametrize("target", ["/auth", "/api/token", "/nowhere"])
-@pytest.mark.parametrize("trailer", [b"a: " + b"b" * 100 + b"\r\n", b"b" * 103], ids=["fields", "one value"])
-def test_trailers_without_an_end_are_cut_off(server: Server, target: str, trailer: bytes) -> None:
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_goes_around_chunks_without_an_end_is_cut_off(server: Server, target: str, what: str) -> None:
     """Whether or not the request has been answered; what has been is not answered again."""
+    begin, trailer = ENDLESS[what]
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(request(f"POST {target}", "Transfer-Encoding: chunked", body=b"0\r\na: "))
+        connection.sendall(request(f"POST {target}", "Transfer-Encoding: chunked", body=begin))
         sent, heard = 0, b""
         try:
             while sent < 10 * KIB * KIB:
@@ -98,6 +108,27 @@ def test_trailers_without_an_end_are_cut_off(server: Server, target: str, traile
             pass
     assert sent < 10 * KIB * KIB
     assert heard.count(b"HTTP/1.1 ") <= 1
+
+
+def test_many_small_chunks_are_as_good_as_a_large_one(server: Server) -> None:
+    """However much the lines between them come to, and wherever the segments end."""
+    with Connection(server.port) as connection:
+        for size in (1, 7, 100):
+            body = chunks(*[b"x" * size] * 6000) if size == 1 else chunks(*[b" " * size] * 400)
+            assert connection.send(request("DELETE /api/token", "Transfer-Encoding: chunked", body=body)).status == 200
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
+def test_a_body_that_is_announced_too_long_is_refused_at_its_head(server: Server, kind: str) -> None:
+    """Before a byte of it has come: the client is not asked to go on (RFC 9110 section 10.1.1)."""
+    path = "/api/token" if kind.endswith("json") else "/oauth/token"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nExpect: 100-continue\r\n"
+    for length, status in ((str(16 * KIB + 1), 413), ("9" * 18, 413), ("000" + str(16 * KIB), 100)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+            heard = connection.recv(65536)
+        assert heard.startswith(f"HTTP/1.1 {status} ".encode())
+        assert (b"connection: close" in heard) == (status == 413)
 
 
 LONG = "X-Junk: " + "x" * 60 * KIB

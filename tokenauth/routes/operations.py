@@ -85,6 +85,25 @@ def exact(routes: Mapping[str, Handlers]) -> Mapping[str, Handlers]:
     }
 
 
+def whole(handlers: Handlers) -> Handlers:
+    """Have handlers that take no body wait for the end of their request: one that is cut off changes nothing."""
+    waiting = {handler: _whole(handler) for handler in set(handlers.values())}  # the same ones are the same afterwards
+    return {method: waiting[handler] for method, handler in handlers.items()}
+
+
+def _whole(handler: ASGIApp) -> ASGIApp:
+    described: Operation = handler.operation  # type: ignore[attr-defined]
+    if described.body is not None or described.form is not None:
+        return handler
+
+    @wraps(handler)
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        await requests.completed(receive)
+        await handler(scope, receive, send)
+
+    return waiting
+
+
 def _exact(handler: ASGIApp) -> ASGIApp:
     described: Operation = handler.operation  # type: ignore[attr-defined]
     known, takes_body = described.query, described.body is not None

@@ -200,8 +200,8 @@ def has_body(scope: Scope) -> bool:
 
 async def refuse_body(receive: Receive, known: Collection[str]) -> None:
     """Raise InvalidRequest if there is a body, unless it says nothing; `known` are the parameters of the query."""
-    data, _ = await body(receive)
-    if data.strip() not in {b"", b"{}"}:
+    data, complete = await body(receive)
+    if not complete or data.strip() not in {b"", b"{}"}:
         named = f": put {' and '.join(map(repr, known))} in the query" if known else ""
         raise InvalidRequest(f"The body must be empty{named}.")
 
@@ -216,6 +216,13 @@ async def any_body(receive: Receive) -> tuple[bytes, bool]:
     except InvalidRequest:
         return data, False
     return data[:MAX_SEARCHED], True
+
+
+async def completed(receive: Receive) -> None:
+    """Wait for the end of a request whose body means nothing. Raises InvalidRequest when it is cut off."""
+    more = True
+    while more:
+        _, more = await _part(receive)
 
 
 def unpack(scope: Scope, data: bytes) -> Sequence[bytes]:
@@ -303,6 +310,8 @@ async def form_body(scope: Scope, receive: Receive) -> dict[str, str]:
             readable = value.partition(b";")[0].strip().lower() == b"application/x-www-form-urlencoded"
         elif name == b"content-encoding":
             raise InvalidRequest("The body must not have a Content-Encoding.")
+        elif name == b"content-length":
+            _check_length(value)
     if not readable:
         raise InvalidRequest("The body must be a form: send Content-Type: application/x-www-form-urlencoded.")
     data, complete = await body(receive)
@@ -392,11 +401,12 @@ noticed: list[str] = []
 
 @lru_cache(maxsize=4096)
 def _address(text: str) -> str:
-    """Return an address in its usual spelling, without the zone, which can be of any length."""
+    """Return an address in its usual spelling: IPv4 as such, and without a zone, which can be of any length."""
     try:
-        return str(ip_address(text.partition("%")[0]))
+        address = ip_address(text.partition("%")[0])
     except ValueError:
         return "unknown"
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def user_agent(scope: Scope) -> str:
@@ -407,17 +417,26 @@ def user_agent(scope: Scope) -> str:
 def _is_json(scope: Scope) -> bool:
     """Whether a body may be read as JSON. Programs need not say that it is; a web page must.
 
-    What a page sends without a type, its browser sends for pages of any origin, without asking first.
+    What a page sends without a type, its browser sends for pages of any origin, without asking first. Raises
+    BodyTooLarge for a body that is announced as such.
     """
     typed, from_page, encoded = None, False, False
     for name, value in scope["headers"]:
         if name == b"content-type":
             typed = typed is not False and _says_json(value)
+        elif name == b"content-length":
+            _check_length(value)
         elif name == b"origin":
             from_page = True
         elif name == b"content-encoding":
             encoded = True
     return not encoded and (not from_page if typed is None else typed)
+
+
+def _check_length(announced: bytes) -> None:
+    """Raise BodyTooLarge for a Content-Length that is too much, before any of that is read."""
+    if len(announced) >= len(str(MAX_BODY)) and announced.isdigit() and int(announced) > MAX_BODY:
+        raise BodyTooLarge
 
 
 def _says_json(content_type: bytes) -> bool:
