@@ -427,6 +427,33 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
     assert [entry["event"] for entry in logs] == ["checkpoint_blocked", "checkpoint_blocked", "checkpoint_works_again"]
 
 
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+async def test_a_file_that_is_deleted_under_the_store_ends_its_use(places: Places, suffix: str) -> None:
+    """Another process would make a new one, and the two would not see each other's writes."""
+    place = await places.open()
+    await place.tokens.add(token(1), 0, START)
+    file = make_url(place.url).database or ""
+    with structlog.testing.capture_logs() as logs:
+        os.unlink(file + suffix)
+        for _ in range(2):
+            assert "restart tokenauth" in (await place.store.ready() or "")
+        for operation in (*READS.values(), *WRITES.values()):
+            await refused(place, operation)
+    replaced = [entry["file"] for entry in logs if entry["event"] == "store_file_replaced"]
+    assert replaced == [os.path.basename(file) + suffix]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_log_of_writes_that_is_cut_off_is_no_other_file(places: Places) -> None:
+    """A backup may do that: it is what SQLite itself does."""
+    place = await places.open()
+    await place.tokens.add(token(1), 0, START)
+    with closing(sqlite3.connect(make_url(place.url).database or "")) as db:
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+    assert await place.store.ready() is None
+
+
 def _smaller(pragma: str) -> str:
     name = pragma.partition(" ")[0]
     return {"journal_size_limit": "journal_size_limit = 100000", "wal_autocheckpoint": "wal_autocheckpoint = 20"}.get(

@@ -188,10 +188,20 @@ def _overwrite(database: Path) -> None:
         file.write(b"garbage!" * (database.stat().st_size // 8))
 
 
+def _delete_log(database: Path) -> None:
+    os.unlink(f"{database}-wal")
+
+
+def _delete_index(database: Path) -> None:
+    os.unlink(f"{database}-shm")
+
+
 @pytest.mark.parametrize(
     "harm",
     [
         _delete,
+        pytest.param(_delete_log, marks=pytest.mark.faults),
+        pytest.param(_delete_index, marks=pytest.mark.faults),
         pytest.param(_replace, marks=pytest.mark.faults),
         _truncate_before_a_checkpoint,
         pytest.param(_truncate, marks=pytest.mark.faults),

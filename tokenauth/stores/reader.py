@@ -45,6 +45,9 @@ _REMOVED = _sql(
 _LAST_SEQ = _sql(select(func.max(revocations.c.seq)))
 _MARK = _sql(select(marks.c.at).where(marks.c.name == ""))
 
+_FILES = ("", "-wal", "-shm")
+"""What is appended to the path for the files that SQLite has open, while any connection is."""
+
 ERRORS = (sqlite3.Error, MemoryError)
 """What SQLite raises; MemoryError is how the driver reports SQLITE_NOMEM."""
 
@@ -64,7 +67,6 @@ class Reader:
         self._path = path
         self._hear = hear
         self._failed = failed
-        self._file = _identity(path)
         self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
@@ -72,6 +74,7 @@ class Reader:
         self._plain = SqliteTransaction(self._db)
         self._version = self._data_version()
         self._seq: int = self._cursor.execute(_LAST_SEQ).fetchone()[0] or 0
+        self._files = {suffix: _identity(path + suffix) for suffix in _FILES}  # this connection has opened them all
 
     def token(self, digest: bytes) -> Token | None:
         """Look up a token. Raises StoreUnavailable."""
@@ -152,9 +155,14 @@ class Reader:
         """Say that the file tells everything."""
         return True
 
-    def replaced(self) -> bool:
-        """Whether the path now leads to another file than the one that is open, to an empty one or to none."""
-        return _identity(self._path) != self._file
+    def replaced(self) -> str | None:
+        """Return which of the open files is no longer at its path, if any: deleted, replaced, or the database empty."""
+        if not _has_content(self._path):
+            return os.path.basename(self._path)
+        for suffix, identity in self._files.items():
+            if _identity(self._path + suffix) != identity:
+                return os.path.basename(self._path) + suffix
+        return None
 
     def close(self) -> None:
         """Disconnect."""
@@ -180,4 +188,11 @@ def _identity(path: str) -> tuple[int, int] | None:
         status = os.stat(path)
     except OSError:
         return None
-    return (status.st_dev, status.st_ino) if status.st_size else None
+    return status.st_dev, status.st_ino
+
+
+def _has_content(path: str) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False

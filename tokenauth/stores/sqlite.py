@@ -474,8 +474,9 @@ class SqliteStore:
 
     async def ready(self) -> str | None:
         """Say what keeps the store from serving, if anything does."""
+        self._look_at_files()
         if self._database.lost:
-            return "the database file was moved, deleted or replaced; restart tokenauth"
+            return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
         trouble = await self._database.verdict()
         if trouble is not None:
             return trouble
@@ -501,15 +502,19 @@ class SqliteStore:
 
         If not, what is written would be acknowledged and gone: nothing is read or written any more.
         """
-        if not self._database.lost and self._reader.replaced():
-            log.error("store_file_replaced", action="restart tokenauth")
-            self._database.lost = True
-            self._reader.close()
-        elif not self._database.lost:
+        self._look_at_files()
+        if not self._database.lost:
             with suppress(StoreUnavailable):
                 self._reader.listen()
             self._database.refresh_turns()
         self._watch_later()
+
+    def _look_at_files(self) -> None:
+        replaced = None if self._database.lost else self._reader.replaced()
+        if replaced is not None:
+            log.error("store_file_replaced", file=replaced, action="restart tokenauth")
+            self._database.lost = True
+            self._reader.close()
 
     async def _check(self) -> None:
         while True:
