@@ -22,6 +22,7 @@ LAYERS = [
         "stores.transaction",
         "stores.circuit",
         "stores.turns",
+        "revocation_ledger",
     }
     | {"client.issuer", "client.lease"},
     {"lending", "client.auth", "client.remote", "client.pools"},

@@ -1,8 +1,11 @@
 """A log-out is 200 and true whatever the store does: it is held, and when no more can be held no token is accepted."""
 
 import asyncio
+import pickle
 import sqlite3
+import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,17 @@ import structlog
 from tests.servers import write_config
 from tokenauth import configfile, revocation_queue
 from tokenauth.app import Application, find_routes
+from tokenauth.config import Config
 from tokenauth.errors import Overloaded, StoreUnavailable
 from tokenauth.models import Instant, Token
 from tokenauth.opaque import digest
+from tokenauth.revocation_ledger import MAX_HELD, News, RevocationLedger
+from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.token import Probe
 from tokenauth.service import Service, create_service
 from tokenauth.stores.base import TokenStore
+from tokenauth.worker import BEAT, Serve, encode
 
 INVALID = {"valid": False, "expiry_time": None}
 ADMIN = {"username": "admin", "password": "admin"}
@@ -69,7 +76,7 @@ class Scene:
         self.service = service
         self.store = store
         self.client = client
-        self.queue = service.tokens._queue
+        self.queue = service.tokens.queue
 
     async def log_in(self) -> str:
         """Return a new token."""
@@ -252,3 +259,131 @@ async def test_what_is_held_is_held_once_and_is_bounded_by_tokens(scene: Scene) 
         await scene.log_out("x")
     assert len(scene.queue.held) == 1
     assert await scene.service.tokens.ready() is None
+
+
+class Machine:
+    """Two workers of one database, and what the main process between them does."""
+
+    def __init__(self, *services: Service) -> None:
+        self.ledger = RevocationLedger()
+        self.services = services
+        self.stores = [Faulty(service.store.tokens) for service in services]
+        self.queues = [service.tokens.queue for service in services]
+        for service, store, queue in zip(services, self.stores, self.queues, strict=True):
+            service.store.tokens = store  # type: ignore[misc]
+            queue.tell = partial(self._share, queue)
+
+    def _share(self, source: RevocationQueue, news: News) -> None:
+        self.ledger.take(news)
+        for queue in self.queues:
+            if queue is not source:
+                queue.take(news)
+
+    def break_down(self, error: Exception | None) -> None:
+        """Let no store be written; with None, let them be written again."""
+        for store in self.stores:
+            store.writing = error
+
+    async def settled(self) -> None:
+        """Wait until nobody holds anything."""
+        for _ in range(500):
+            if not any(queue.busy for queue in self.queues):
+                break
+            await asyncio.sleep(0.01)
+        assert not any(queue.busy for queue in self.queues)
+        assert (len(self.ledger), self.ledger.news().dropped) == (0, 0)
+
+
+@pytest.fixture
+async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
+    monkeypatch.setattr(revocation_queue, "RETRY", 0.01)
+    monkeypatch.setattr(revocation_queue, "_LAST_CHANCE", 0.1)
+    monkeypatch.setattr(revocation_queue, "MAX_HELD", 3)
+    settings = configfile.load(write_config(tmp_path))
+    here, there = create_service(settings), create_service(settings)
+    async with here.running(), there.running():
+        yield (machine := Machine(here, there))
+        machine.break_down(None)
+
+
+async def log_in(service: Service) -> bytes:
+    """Return the value of a new token."""
+    return (await service.tokens.issue("admin", "admin", "192.0.2.1", "test")).value.encode()
+
+
+async def is_valid(service: Service, value: bytes) -> bool | None:
+    """Whether a worker accepts a token; None if it does not know."""
+    try:
+        return await service.tokens.validate(value) is not None
+    except StoreUnavailable:
+        return None
+
+
+async def test_what_one_worker_holds_all_refuse_and_write_and_forget(machine: Machine) -> None:
+    here = machine.services[0]
+    ended, kept = await log_in(here), await log_in(here)
+    machine.break_down(StoreUnavailable())
+    await here.tokens.log_out([ended], "192.0.2.1")
+    assert [await is_valid(service, ended) for service in machine.services] == [False, False]
+    assert list(machine.ledger.news().held) == [digest_of(ended.decode())]
+    machine.stores[1].writing = None  # the other one can write
+    for _ in range(500):
+        if not len(machine.ledger):
+            break
+        await asyncio.sleep(0.01)
+    assert machine.queues[0].busy
+    assert await is_valid(here, ended) is False
+    machine.break_down(None)
+    await machine.settled()
+    assert [await is_valid(service, ended) for service in machine.services] == [False, False]
+    assert [await is_valid(service, kept) for service in machine.services] == [True, True]
+
+
+async def test_a_full_queue_is_every_worker_s_until_all_tokens_ended(machine: Machine) -> None:
+    """Also that of one who comes later; and once they have ended no worker ends them a second time."""
+    here, there = machine.services
+    tokens = [await log_in(here) for _ in range(5)]
+    machine.break_down(StoreUnavailable())
+    for token in tokens[:4]:
+        await here.tokens.log_out([token], "192.0.2.1")
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [None, None]
+    late = RevocationQueue(there.store, there.clock)
+    late.take(machine.ledger.news())
+    assert late.trouble is not None
+    machine.stores[0].writing = None
+    for _ in range(500):
+        if not machine.queues[1].busy:
+            break
+        await asyncio.sleep(0.01)
+    await machine.settled()  # although the other one cannot write
+    machine.break_down(None)
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
+    new = await log_in(there)
+    await asyncio.sleep(0.05)
+    assert [await is_valid(service, new) for service in machine.services] == [True, True]
+
+
+async def test_workers_that_fill_up_together_accept_nothing(machine: Machine) -> None:
+    """Each has room, but both have not."""
+    here, there = machine.services
+    tokens = [await log_in(here) for _ in range(5)]
+    machine.break_down(StoreUnavailable())
+    for token, service in zip(tokens, (here, there, here, there), strict=False):
+        await service.tokens.log_out([token], "192.0.2.1")
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [None, None]
+    machine.break_down(None)
+    await machine.settled()
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
+
+
+def test_a_hundred_thousand_are_handed_to_a_worker_in_one_message() -> None:
+    """It costs less than a beat of the worker, and the main process keeps no more."""
+    ledger = RevocationLedger()
+    digests = [number.to_bytes(32) for number in range(MAX_HELD + 1)]
+    began = time.process_time()
+    ledger.take(News(held=dict.fromkeys(digests, "192.0.2.0/24")))
+    order = pickle.loads(encode(Serve(Path("x"), Config(), ledger.news())))  # noqa: S301  (its own)
+    assert len(order.held.held) == len(ledger) == MAX_HELD
+    assert time.process_time() - began < BEAT
+    ledger.take(News(written=digests))
+    assert len(ledger) == 0

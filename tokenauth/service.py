@@ -47,6 +47,7 @@ class Service(NamedTuple):
         behind = self.clock.advance(await self.store.start(self.clock.advance))
         if behind > 1:
             log.warning("clock_is_behind", seconds=round(behind), action="time goes on from where it was")
+        self.tokens.queue.start()
         telling: set[asyncio.Task[None]] = set()
 
         def tell(now: Instant) -> None:

@@ -27,7 +27,8 @@ from tokenauth.channel import Channel
 from tokenauth.config import Config
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
-from tokenauth.worker import BEAT, GRACE, ChangeUsers, Report, Serve, Stop, encode
+from tokenauth.revocation_ledger import News, RevocationLedger
+from tokenauth.worker import BEAT, GRACE, ChangeUsers, Order, Report, Serve, Stop, encode
 
 START_FAILED = 3
 """The exit code when the first start fails."""
@@ -258,6 +259,7 @@ class Supervisor:
         self._places = [_Place() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
+        self._ledger = RevocationLedger()
         self._served = False
         self._stopping = False
         self._told_to_stop = -math.inf
@@ -280,6 +282,7 @@ class Supervisor:
                     self._troubled = True
                     with suppress(Exception):
                         log.error("main_process_failed", step=step.__name__.strip("_"), reason=logs.describe(error))
+        self._ledger.log_lost()
         return self._exit_code
 
     def _workers(self) -> Iterator[_Worker]:
@@ -338,7 +341,7 @@ class Supervisor:
 
     def _take_reports(self, worker: _Worker) -> None:
         try:
-            reports = [msgspec.json.decode(each, type=Report) for each in worker.channel.receive()]
+            reports = [msgspec.msgpack.decode(each, type=Report) for each in worker.channel.receive()]
         except EOFError:  # it is about to end
             self._selector.unregister(worker.channel)
             return
@@ -357,6 +360,20 @@ class Supervisor:
                 if worker.kill_at < math.inf:
                     worker.kill_at = worker.began + GRACE + _MARGIN
                 self._served = True
+            if report.news is not None:
+                self._share(report.news, worker)
+
+    def _share(self, news: News, source: _Worker) -> None:
+        """Note what a worker says of held revocations, and have all others refuse what it holds."""
+        self._ledger.take(news)
+        if news.held or news.dropped or news.all_ended:
+            self._send([worker for worker in self._workers() if worker is not source], replace(news, written=[]))
+
+    def _send(self, workers: Iterable[_Worker], order: Order) -> None:
+        encoded = encode(order)
+        for worker in workers:
+            worker.channel.send(encoded)
+            self._watch(worker)
 
     def _watch(self, worker: _Worker) -> None:
         """Wait for a worker's channel: always to read from it, to write to it only as long as something is left."""
@@ -449,7 +466,7 @@ class Supervisor:
         if self._reload is not None:
             users = self._reload.settings.users
             settings = replace(settings, users=users) if current else self._reload.settings
-        order = encode(Serve(self._path, settings))
+        order = encode(Serve(self._path, settings, self._ledger.news()))
         worker = _Worker(self._listener, self._log_fd)
         try:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -490,12 +507,10 @@ class Supervisor:
         """Have the present workers, and those that end, go on with the users of this configuration."""
         before, users = self._users, settings.directory
         changed = {name: user for name, user in users.items() if before.get(name) != user}
-        order = encode(ChangeUsers([name for name in before if name not in users], changed))
         self._users = users
         present = [place.worker for place in self._places if place.worker is not None]
-        for worker in (*present, *self._retiring):
-            worker.channel.send(order)
-            self._watch(worker)
+        removed = [name for name in before if name not in users]
+        self._send((*present, *self._retiring), ChangeUsers(removed, changed))
 
     def _drop_reload(self) -> None:
         """Kill the workers that were to come: they may have begun to answer, and go as those that are replaced."""
@@ -523,7 +538,8 @@ class Supervisor:
                 if place.worker is not None:
                     self._retire(place.worker)
             users, pools = len(self._settings.directory), len(self._settings.pools)
-            log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._places))
+            held = {"revocations_held": len(self._ledger)} if len(self._ledger) else {}
+            log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._places), **held)
         elif reload.ticks > _PATIENCE:
             self._abort_reload(f"the new workers were not ready within {_PATIENCE} seconds")
 
@@ -551,8 +567,7 @@ class Supervisor:
             worker.kill()
             return
         worker.kill_at = time.monotonic() + (GRACE + _MARGIN if worker.ready else _TICK)
-        worker.channel.send(encode(Stop()))
-        self._watch(worker)
+        self._send([worker], Stop(replaced=not self._stopping))
 
     def _enforce(self) -> None:
         """Kill the workers that should have ended by now."""

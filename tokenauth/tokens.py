@@ -36,8 +36,7 @@ class Tokens:
         self._store = store
         self._credentials = credentials
         self._clock = clock
-        self._queue = RevocationQueue(store, clock)
-        self._held = self._queue.held
+        self.queue = RevocationQueue(store, clock)
 
     async def issue(self, username: str, password: str, address: str, user_agent: str, gone: Gone = here) -> Issued:
         """Log in: exchange a name and a password for a new token.
@@ -56,7 +55,7 @@ class Tokens:
             raise
 
     async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> Issued:
-        if self._queue.trouble is not None:  # a new token would end with all others
+        if self.queue.trouble is not None:  # a new token would end with all others
             raise StoreUnavailable
         if gone():
             raise ClientGone
@@ -78,7 +77,7 @@ class Tokens:
         token = await self._store.tokens.get(digest)
         if token is None or self._clock() >= token.expires_at:
             return None
-        if self._held and self._queue.refuses(digest):
+        if self.queue.busy and self.queue.refuses(digest):
             return None
         user = self._users.get(token.username)
         return token if user is not None and user.credential == token.credential else None
@@ -106,7 +105,7 @@ class Tokens:
             await self._revoke(digest)
 
     async def log_out(self, values: Iterable[bytes], address: str, gone: Gone = here) -> None:
-        """End tokens, whatever happens: what the store cannot take is refused here until it is written.
+        """End tokens, whatever happens: what the store cannot take is refused by this machine until it is written.
 
         When no more can be held, no token is accepted at all. What one network may have held is bounded: its further
         log-outs wait for the store. Raises ClientGone if the client does not wait with them.
@@ -117,8 +116,11 @@ class Tokens:
             await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in some))
 
     async def _log_out(self, digest: bytes, source: str, gone: Gone) -> None:
-        while digest not in self._held:
-            if await self._revoked(digest) or self._queue.add(digest, source):
+        while digest not in self.queue.held:
+            if await self._revoked(digest):
+                return
+            if self.queue.add(digest, source):
+                await asyncio.sleep(0)  # the main process is told before the client is
                 return
             await asyncio.sleep(revocation_queue.RETRY)
             if gone():
@@ -162,12 +164,12 @@ class Tokens:
             token
             for token in listed
             if credentials.get(token.username) == token.credential
-            and not (self._held and self._queue.refuses(token.digest))
+            and not (self.queue.busy and self.queue.refuses(token.digest))
         ]
 
     async def ready(self) -> str | None:
         """Say why no token can be accepted, if none can."""
-        return self._queue.trouble
+        return self.queue.trouble
 
     async def unexpired(self, username: str | None) -> Sequence[tuple[Token, str]]:
         """List the tokens of a user, or of everybody, that the store has, newest first, at most LIST_LIMIT.
@@ -185,5 +187,5 @@ class Tokens:
         return "valid" if user.credential == token.credential else "password_changed"
 
     async def close(self) -> None:
-        """Try a last time to write what is held in memory."""
-        await self._queue.close()
+        """Write what is held in memory, if that can be done soon."""
+        await self.queue.close()

@@ -23,6 +23,7 @@ from tokenauth.config import Config
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.models import User
 from tokenauth.protocol import BoundedProtocol
+from tokenauth.revocation_ledger import News
 
 if TYPE_CHECKING:
     from tokenauth.service import Service
@@ -36,12 +37,16 @@ GRACE = 30
 BEAT = 1.0
 """Seconds between two signs of life of a worker."""
 
+_PAUSE = 0.01
+"""Seconds between two attempts to send the last that a worker has to say."""
+
 
 class Serve(NamedTuple):
     """The first message to a worker: serve this configuration, which was read from `path`."""
 
     path: Path
     settings: Config
+    held: News
 
 
 class ChangeUsers(NamedTuple):
@@ -54,8 +59,11 @@ class ChangeUsers(NamedTuple):
 class Stop(NamedTuple):
     """The last message to a worker: take no more connections, answer what was accepted, and end."""
 
+    replaced: bool
+    """Whether other workers go on, and with them the attempts to write what is held."""
 
-Order = Serve | ChangeUsers | Stop
+
+Order = Serve | ChangeUsers | News | Stop
 
 
 class Report(msgspec.Struct, omit_defaults=True):
@@ -65,6 +73,7 @@ class Report(msgspec.Struct, omit_defaults=True):
     reason: str = ""
     configuration: bool = False
     """Whether the configuration is the reason."""
+    news: News | None = None
 
 
 def encode(order: Order) -> bytes:
@@ -127,13 +136,14 @@ def _work(channel: Channel, listener: socket.socket) -> None:
     with configfile.naming(order.path):
         service = create_service(order.settings)
         app = build_app(service)
+    service.tokens.queue.take(order.held)
     server = Server(uvicorn_options(lambda: app, order.settings.server), channel, service)
     server.obey(others)
     server.run(sockets=[listener])
 
 
 def _report(channel: Channel, report: Report) -> None:
-    channel.send(msgspec.json.encode(report))
+    channel.send(msgspec.msgpack.encode(report))
 
 
 class Server(AcceptingServer):
@@ -145,6 +155,8 @@ class Server(AcceptingServer):
         options.lifespan_class = _Lifespan
         self._channel = channel
         self._service = service
+        self._queue = service.tokens.queue
+        self._queue.tell = self._tell
         self._beating: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
@@ -158,6 +170,14 @@ class Server(AcceptingServer):
             raise StartError(reason or "the application did not start") from None
         _report(self._channel, Report("ready"))
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, with GRACE for requests and for what is held; what this worker has to say arrives."""
+        self._queue.close_by = asyncio.get_running_loop().time() + GRACE
+        await super().shutdown(sockets)
+        while self._channel.pending:
+            self._channel.flush()
+            await asyncio.sleep(_PAUSE)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop at SIGTERM, as after `Stop`; the main process hears of all other signals."""
@@ -170,7 +190,10 @@ class Server(AcceptingServer):
             order: Order = pickle.loads(encoded)  # noqa: S301  (as above)
             if isinstance(order, ChangeUsers):
                 self._service.change_users(order.removed, order.changed)
+            elif isinstance(order, News):
+                self._queue.take(order)
             elif isinstance(order, Stop):
+                self._queue.handed_over = order.replaced
                 self._stop()
 
     def _hear(self) -> None:
@@ -178,7 +201,11 @@ class Server(AcceptingServer):
             self.obey(self._channel.receive())
         except EOFError:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._queue.tell, self._queue.handed_over = None, False
             self._stop()
+
+    def _tell(self, news: News) -> None:
+        _report(self._channel, Report("alive", news=news))
 
     def _stop(self) -> None:
         if not self.started:  # a start may take long, and nothing was accepted yet

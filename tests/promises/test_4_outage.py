@@ -259,11 +259,11 @@ async def test_a_stop_tries_for_a_bounded_time_to_write_what_is_held(
     monkeypatch.setattr("tokenauth.revocation_queue._LAST_CHANCE", 0.05)
     service = create_service(configfile.load(write_config(tmp_path)))
     async with service.running():
-        service.tokens._held[bytes(32)] = "unknown"
+        service.tokens.queue.add(bytes(32), "unknown")
         with locked(tmp_path / "tokenauth.db"), structlog.testing.capture_logs() as logs:
             async with asyncio.timeout(2):
                 await service.tokens.close()
-        service.tokens._held.clear()
+        service.tokens.queue.held.clear()
     assert [entry["event"] for entry in logs] == ["revocation_lost"]
     assert logs[0]["id"] == bytes(12).hex()
 

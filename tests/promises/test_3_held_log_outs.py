@@ -1,0 +1,139 @@
+"""Promise 3, while the store cannot be written: a held log-out is refused by every worker, whatever becomes of one."""
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.connections import Connection
+from tests.journal import locked, serving, until
+from tests.main_process import workers_of
+from tests.promises.test_10_shutdown import refuses
+from tests.servers import Server, worker, write_config
+
+TABLES = "[tokens]\nper_user = 0"
+
+
+@contextmanager
+def two_workers(directory: Path) -> Iterator[Server]:
+    """Serve with two workers, both of which are there."""
+    with serving(write_config(directory, TABLES), "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both serve")
+        yield server
+
+
+@contextmanager
+def connected(server: Server, pid: int) -> Iterator[Connection]:
+    """Connect to one worker: the others are stopped until it has answered."""
+    others = [other for other in workers_of(server) if other != pid]
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    try:
+        connection = Connection(server.port)
+        assert connection.ask("GET", "/healthz").status == 200
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
+    with connection:
+        yield connection
+
+
+def accepted_by(server: Server, token: str) -> Sequence[int]:
+    """List the workers that accept a token."""
+    found = []
+    for pid in workers_of(server):
+        with connected(server, pid) as connection:
+            if connection.valid(token):
+                found.append(pid)
+    return found
+
+
+def fill_the_disk(server: Server, database: Path) -> None:
+    """Let no file grow: the log of writes is the longest."""
+    limit_files(server, database.with_name(database.name + "-wal").stat().st_size)
+
+
+def limit_files(server: Server, size: int) -> None:
+    """Limit the size of what the server writes."""
+    for pid in (server.process.pid, *workers_of(server)):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def hold_a_log_out(server: Server, directory: Path) -> tuple[str, str, int]:
+    """Fill the disk and log out at one worker; return that token, another one, and the worker."""
+    with Connection(server.port) as connection:
+        ended, kept, *_ = [connection.log_in() for _ in range(30)]
+    holder, other = workers_of(server)
+    with connected(server, holder) as here, connected(server, other) as there:
+        assert here.valid(ended)
+        assert there.valid(ended)
+        fill_the_disk(server, directory / "tokenauth.db")
+        here.log_out(ended)
+        until(lambda: not there.valid(ended), "the other worker refuses it", 1)
+        assert there.valid(kept)
+        assert not here.valid(ended)
+    until(lambda: len(server.events("revocation_held_in_memory")) == 1, "one worker says that it holds it")
+    return ended, kept, holder
+
+
+def is_written(config: Path, tokens: Sequence[str]) -> list[bool]:
+    """Whether each token is refused by a server that knows only what is written."""
+    with worker(config) as server, Connection(server.port) as connection:
+        return [not connection.valid(token) for token in tokens]
+
+
+def test_a_held_log_out_survives_a_killed_worker_a_reload_and_a_stop(tmp_path: Path) -> None:
+    with two_workers(tmp_path) as server:
+        ended, kept, holder = hold_a_log_out(server, tmp_path)
+        os.kill(holder, signal.SIGKILL)
+        until(lambda: len(server.events("started")) == 3, "it is replaced")
+        assert accepted_by(server, ended) == []
+        before = set(workers_of(server))
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.events("configuration_reloaded") != [], "the new workers serve")
+        until(lambda: not before & set(workers_of(server)), "the old workers ended")
+        assert server.events("configuration_reloaded")[0]["revocations_held"] == 1
+        assert accepted_by(server, ended) == []
+        assert sorted(accepted_by(server, kept)) == sorted(workers_of(server))
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: refuses(server), "nobody listens any more")
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(1)
+        limit_files(server, resource.RLIM_INFINITY)
+        assert server.process.wait(20) == 0
+        assert server.events("revocation_lost") == []
+        (written,) = server.events("token_revoked")
+        assert written["late"]
+    assert is_written(tmp_path / "config.toml", [ended, kept]) == [True, False]
+
+
+@pytest.mark.faults  # three processes more; what the log says is in tests/test_revocation_queue.py
+def test_what_no_worker_could_write_is_named_once_at_the_end(tmp_path: Path) -> None:
+    with two_workers(tmp_path) as server:
+        hold_a_log_out(server, tmp_path)
+        (held,) = server.events("revocation_held_in_memory")
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: refuses(server), "nobody listens any more")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 1
+        assert [event["id"] for event in server.events("revocation_lost")] == [held["id"]]
+
+
+@pytest.mark.faults  # it lasts as long as the lock
+def test_sigterm_under_a_lock_of_six_seconds_loses_nothing(tmp_path: Path) -> None:
+    with two_workers(tmp_path) as server, Connection(server.port) as connection:
+        ended, kept = connection.log_in(), connection.log_in()
+        with locked(tmp_path / "tokenauth.db", "IMMEDIATE"):
+            connection.log_out(ended)
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(6)
+        assert server.process.wait(20) == 0
+        assert server.events("revocation_held_in_memory") != []
+        assert server.events("revocation_lost") == []
+    assert is_written(tmp_path / "config.toml", [ended, kept]) == [True, False]
