@@ -260,6 +260,8 @@ def test_a_forwarded_address_is_not_believed_by_default(server: Server, client: 
         ("198.51.{n}.7, {home}, 10.1.2.3",),
         ("198.51.{n}.7, {home}, 127.0.0.1, 10.1.2.{n}",),
         ("198.51.{n}.7", "{home}"),
+        ("198.51.{n}.7, {home}, ::ffff:10.1.2.{n}",),
+        ("198.51.{n}.7, {home}, [::ffff:127.0.0.1]:80{n}, 10.1.2.3",),
         ("junk {n}, {home}:{n}",),
     ],
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -45,7 +46,7 @@ from tokenauth.routes.forward_auth import ForwardAuth
 from tokenauth.routes.health import HealthRoutes
 from tokenauth.routes.oauth import OAuthRoutes
 from tokenauth.routes.operations import exact, whole
-from tokenauth.routes.pages import PageGuard
+from tokenauth.routes.pages import Hosts, PageGuard
 from tokenauth.routes.pools import PoolRoutes
 from tokenauth.routes.refusals import refuse
 from tokenauth.routes.table import Guard, Handlers, Routes
@@ -103,8 +104,23 @@ def build_app(service: Service) -> ASGIApp:
         app = AccessLog(app, routes)
     if config.server.trusted_proxies:
         # the same middleware that uvicorn has built in, whose own default is to trust this machine
-        app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), list(config.server.trusted_proxies)))
+        app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), _both_spellings(config.server.trusted_proxies)))
     return app
+
+
+def _both_spellings(proxies: Sequence[str]) -> list[str]:
+    """List proxies with IPv4 addresses as IPv4-mapped IPv6 addresses, too, and the other way round."""
+    networks = list(map(ipaddress.ip_network, proxies))
+    for network in list(networks):
+        first = network.network_address
+        if isinstance(first, ipaddress.IPv4Address):
+            networks.append(ipaddress.ip_network((_MAPPED | int(first), 96 + network.prefixlen)))
+        elif first.ipv4_mapped is not None and network.prefixlen >= 96:
+            networks.append(ipaddress.ip_network((first.ipv4_mapped, network.prefixlen - 96)))
+    return list(map(str, networks))
+
+
+_MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
 
 
 def _headers_of_pages(config: Config) -> Sequence[str]:
@@ -122,10 +138,11 @@ def find_routes(service: Service) -> Routes:
     guard = Guard(partial(TokenMiddleware, tokens=service.tokens), _ASKING)
     routes = Routes()
     routes.add(HealthRoutes(service.ready).routes())
-    routes.add(TokenRoutes(service.tokens).routes())
+    hosts = Hosts.of(service.config.server, service.config.oauth.issuer)
+    routes.add(TokenRoutes(service.tokens, hosts).routes())
     routes.add(ForwardAuth(service.tokens).routes())
     origins = service.config.server.cors_origins
-    pages = Guard(partial(PageGuard, origins=origins, safe=True), (ForeignPage,), asks_token=False)
+    pages = Guard(partial(PageGuard, origins=origins, hosts=hosts, safe=True), (ForeignPage,), asks_token=False)
     routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes(), pages)
     routes.add(exact(AccountRoutes(service.tokens).routes()), guard)
     routes.add(exact(PoolRoutes(service.pools).routes()), guard)
@@ -134,7 +151,7 @@ def find_routes(service: Service) -> Routes:
     for name, terms in service.config.dialects.chosen().items():
         asks = Guard(partial(_asks, service, terms.pool), (*_ASKING, InsufficientScope))
         # A page cannot send a token unless it is listed, so a dialect that asks for one needs no other guard.
-        pages = Guard(partial(PageGuard, origins=origins), (ForeignPage,), asks_token=False)
+        pages = Guard(partial(PageGuard, origins=origins, hosts=hosts), (ForeignPage,), asks_token=False)
         dialect = {path: whole(handlers) for path, handlers in _DIALECTS[name](service, terms).routes().items()}
         routes.add(dialect, asks if terms.require_token else pages, f"dialects.{name}", terms.prefix)
     return routes

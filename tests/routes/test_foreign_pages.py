@@ -6,6 +6,9 @@ import httpx
 import pytest
 
 from tests.servers import Server
+from tokenauth import config
+from tokenauth.errors import ForeignPage
+from tokenauth.routes.pages import Hosts
 
 LISTED, FOREIGN = "https://app.example.com", "https://foreign.example"
 
@@ -91,3 +94,53 @@ def test_a_foreign_form_spends_no_try(client: httpx.Client) -> None:
 def test_metadata_may_be_read_by_every_page(client: httpx.Client) -> None:
     answer = client.get("/.well-known/oauth-authorization-server", headers={"Origin": FOREIGN})
     assert answer.status_code == 404, "no issuer is configured; it is not refused"
+
+
+@pytest.mark.parametrize("door", [*DOORS, "login"])
+def test_a_page_whose_name_was_bound_to_this_address_is_foreign(client: httpx.Client, door: str) -> None:
+    """DNS rebinding: for the browser it is of the same origin."""
+    method, path = ("POST", "/api/token") if door == "login" else DOORS[door]
+    here = client.base_url.port
+    for page in ({"Origin": f"http://evil.example:{here}"}, {"Sec-Fetch-Site": "same-origin"}):
+        host = f"evil.example:{here}"
+        body = {"username": "ann", "password": "ann-secret"}
+        answer = client.request(method, path, headers={**page, "Host": host}, json=body)
+        assert (answer.status_code, answer.json()["error"]) == (403, "foreign_origin")
+        assert f"'{host}'" in answer.json()["error_description"]
+    program = client.request(method, path, headers={"Host": "evil.example"})
+    assert program.status_code != 403, "a program may call the service what it likes"
+
+
+ISSUER = "https://auth.example.com/at"
+PROXY = ("10.0.0.1",)
+AT: Mapping[str, tuple[config.Server, str, str, bool]] = {
+    "localhost": (config.Server(), "", "localhost:8000", True),
+    "localhost below": (config.Server(), "", "app.localhost:8000", True),
+    "loopback": (config.Server(), "", "127.1.2.3:8000", True),
+    "loopback of IPv6": (config.Server(), "", "[::1]:8000", True),
+    "capitals and a dot": (config.Server(), "", "LOCALHOST.", True),
+    "a name": (config.Server(), "", "evil.example", False),
+    "a name that begins like it": (config.Server(), "", "localhost.evil.example", False),
+    "a name that begins like an address": (config.Server(), "", "127.0.0.1.evil.example", False),
+    "a user": (config.Server(), "", "evil.example:80@x", False),
+    "nothing": (config.Server(), "", "", False),
+    "no host": (config.Server(), "", "[::1", False),
+    "the issuer": (config.Server(), ISSUER, "auth.example.com", True),
+    "not the issuer": (config.Server(host="0.0.0.0"), ISSUER, "evil.example", False),
+    "an address besides the issuer": (config.Server(host="0.0.0.0"), ISSUER, "192.0.2.1:8000", True),
+    "public, no issuer": (config.Server(host="0.0.0.0"), "", "evil.example", True),
+    "behind a proxy, no issuer": (config.Server(trusted_proxies=PROXY), "", "auth.example.com", True),
+    "behind a proxy, not the issuer": (config.Server(trusted_proxies=PROXY), ISSUER, "evil.example", False),
+}
+
+
+@pytest.mark.parametrize("at", AT)
+def test_pages_call_at_the_hosts_of_the_service_only(at: str) -> None:
+    server, issuer, host, allowed = AT[at]
+    scope = {"headers": [(b"host", host.encode()), (b"sec-fetch-site", b"same-origin")]}
+    try:
+        Hosts.of(server, issuer).check(scope)
+    except ForeignPage:
+        assert not allowed
+    else:
+        assert allowed

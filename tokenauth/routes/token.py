@@ -10,10 +10,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth import opaque
 from tokenauth.config import MAX_NAME
-from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, StoreUnavailable, TooManyAttempts
+from tokenauth.errors import (
+    ForeignPage,
+    InvalidCredentials,
+    InvalidRequest,
+    Overloaded,
+    StoreUnavailable,
+    TooManyAttempts,
+)
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.routes import requests
 from tokenauth.routes.operations import JSON_BODY, NO_NUL, Answer, operation, said
+from tokenauth.routes.pages import Hosts
 from tokenauth.routes.refusals import JSON, NO_STORE, answer, answer_json, refuse
 from tokenauth.routes.table import Handlers, nothing_here
 from tokenauth.tokens import Tokens
@@ -95,8 +103,9 @@ class Probe:
 class TokenRoutes:
     """The handlers, and the address that they answer at."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, hosts: Hosts) -> None:
         self._tokens = tokens
+        self._hosts = hosts
 
     def routes(self) -> dict[str, Handlers]:
         """List the addresses."""
@@ -105,10 +114,11 @@ class TokenRoutes:
     @operation(
         Answer(200, Issued),
         body=Credentials,
-        refuses=(*JSON_BODY, InvalidCredentials, TooManyAttempts, Overloaded, StoreUnavailable),
+        refuses=(*JSON_BODY, ForeignPage, InvalidCredentials, TooManyAttempts, Overloaded, StoreUnavailable),
     )
     async def log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Exchange a name and a password for a token."""
+        self._hosts.check(scope)
         wanted = await requests.json_body(scope, receive, _credentials)
         issued = await self._tokens.issue(
             wanted.username,
