@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -115,6 +116,18 @@ def test_a_signal_during_the_start_ends_it_at_once(tmp_path: Path, number: int) 
         assert broken.server.events("worker_replaced") == []
         assert traceback_lines(broken.server) == []
         assert session_of(broken.server.process.pid) == []
+
+
+def test_a_reload_before_all_else_does_not_end_the_start() -> None:
+    """It is ignored before anything is imported that takes long."""
+    script = (
+        "import signal, sys\n"
+        "sys.argv = ['tokenauth', 'serve']\n"
+        "import tokenauth.cli\n"
+        "assert not {'click', 'structlog', 'asyncio'} & sys.modules.keys()\n"
+        "signal.raise_signal(signal.SIGHUP)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_no_worker_outlives_the_main_process(tmp_path: Path) -> None:

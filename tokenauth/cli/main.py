@@ -1,6 +1,5 @@
 """The `tokenauth` command: serve, check, migrate, hash a password; users, tokens, pools."""
 
-import signal
 import sys
 from typing import Any
 
@@ -42,8 +41,6 @@ for group in (user, tokens, pool):
 @click.option("--workers", metavar="N", type=int, help="Run so many processes instead of server.workers.")
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Serve until SIGTERM. SIGHUP takes up a changed configuration without refusing a request."""
-    # Until the main process can obey it, a reload has nothing to do: the file has not been read yet.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure()
     try:
         from tokenauth import configfile, server
