@@ -103,6 +103,7 @@ ATTACKS: dict[str, tuple[int, Guess | None]] = {
     "neighbour in the /24, any names": (1, lambda number: (f"name{number}", NEIGHBOUR)),
     "neighbour in the /24, names of users": (1, lambda number: (f"user{number % 500}", NEIGHBOUR)),
     "same address, made-up names": (1, lambda number: (f"name{number}", OFFICE)),
+    "same address, 10 known users": (10, lambda number: (f"user{number % 10}", OFFICE)),
 }
 """For each attack, from how many networks it comes, and what is guessed."""
 

@@ -514,3 +514,13 @@ def test_a_file_that_others_can_read_is_a_warning_at_home(home: Path) -> None:
     assert well(run(home, "check")).startswith(
         "risk: readable_config: config.toml has the password hashes, and every user"
     )
+
+
+@pytest.mark.parametrize("name", ["${HOME}", "a${b:-c}", "${"])
+def test_a_name_that_would_be_read_as_another_is_refused(home: Path, name: str) -> None:
+    path = home / "config.toml"
+    before = path.read_bytes()
+    refused = run(home, "user", "add", name, "--password-stdin", stdin=WORD)
+    assert refused.returncode == 1
+    assert "cannot have '${' in it" in refused.stderr
+    assert path.read_bytes() == before

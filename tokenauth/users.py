@@ -36,6 +36,8 @@ class UserFile:
 
     def add(self, name: str, password_hash: Callable[[], str], scopes: tuple[str, ...]) -> None:
         """Add a user. Raises ConfigError if there is one of that name."""
+        if "${" in name:  # the file would be read with a value of the environment there
+            raise ConfigError(f"{name!r}: a name that is added here cannot have '${{' in it")
         self._demand_new(name, self._parse(self._file.read()))
         entry = {"username": name, "password": password_hash()} | ({"scopes": list(scopes)} if scopes else {})
 
