@@ -13,11 +13,13 @@ import pytest
 from tests.connections import LOGIN, Connection
 from tests.history import HandTime
 from tests.journal import until
-from tests.postgres import Cluster
+from tests.postgres import Cluster, cluster
 from tests.postgres_store.crowd import POOL, check_log, is_outage, postgres_config, two_workers
 from tests.races import POOLS, run_race
 from tests.servers import HandClock, starting, worker
 from tests.tcp_proxy import Proxy
+from tokenauth import config
+from tokenauth.stores.open import open_store
 
 LEASE_TTL = 30.0
 PASSWORD = "correct-horse-battery"
@@ -107,6 +109,21 @@ def test_a_database_that_cannot_be_used_is_named_in_one_line_without_the_passwor
         assert re.search(said, lines[0]), lines
         assert "cannot be used: " in lines[0]
         assert not lines[0].rpartition(": ")[2].lstrip("-").isdecimal(), "a number says nothing to a person"
+
+
+@pytest.mark.faults
+async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First it refuses connections, then it says that it is starting up: a reload waits for both."""
+    monkeypatch.setattr("tokenauth.stores.postgres._START_PATIENCE", 60.0)
+    with cluster() as private:
+        url = private.create("restarting")
+        private.stop("immediate")
+        store = open_store(config.Database(url), 10)
+        starting_up = asyncio.create_task(store.start())
+        await asyncio.to_thread(private.start)
+        await starting_up
+        assert await store.ready() is None
+        await store.stop(0)
 
 
 @pytest.mark.faults

@@ -1,9 +1,11 @@
 """PostgreSQL: any number of machines on one database, each with a cache that hears of every removal."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import asyncpg
 from sqlalchemy import URL, Connection, LargeBinary, Select, any_, bindparam, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -18,6 +20,12 @@ from tokenauth.stores.lookup import Found, Lookup
 from tokenauth.stores.sql import SqlFailureStore, SqlPoolStore, SqlTokenStore
 from tokenauth.stores.tables import as_token, failures, marks, token_columns, tokens
 from tokenauth.stores.transaction import PostgresTransaction
+
+_START_PATIENCE = 5.0
+"""Seconds that `serve` waits for a server that refuses connections or is starting up: it may be restarting."""
+
+_START_PAUSE = 0.25
+"""Seconds between two attempts to connect at a start."""
 
 _keys = any_(bindparam("keys", type_=ARRAY(LargeBinary)))
 _TOKENS = select(*token_columns).where(tokens.c.digest == _keys)
@@ -93,7 +101,7 @@ class PostgresStore:
     async def start(self, hear: Hear = unheard) -> Instant:
         """Bring the schema up to date and connect."""
         try:
-            await self._database.demand_utf8()
+            await self._connect()
             await self._database.upgrade(self._serving)
             await self._listener.start()
             row = await self._database.read_once(lambda db: db.execute(_CLOCK).first())
@@ -110,6 +118,19 @@ class PostgresStore:
         self.failures = PostgresFailureStore(self._database)
         self._listener.hear = hear  # not before: the caller compares its clock with what this returns
         return 0.0 if row is None else float(row[0])
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (_START_PATIENCE if self._serving else 0)
+        while True:
+            try:
+                await self._database.demand_utf8()
+            except UNAVAILABLE as error:
+                if not _is_restarting(error) or loop.time() >= deadline:
+                    raise
+            else:
+                return
+            await asyncio.sleep(_START_PAUSE)
 
     async def stop(self, now: Instant) -> None:
         """Finish what is being written, remember `now`, and disconnect."""
@@ -138,6 +159,11 @@ class PostgresStore:
     async def purge_log(self, before: Instant, limit: int) -> int:
         """Delete old entries of the revocation log."""
         return int(await self._database.write(verbs.purge_revocations, verbs.Purge(before, limit), 0))
+
+
+def _is_restarting(error: BaseException | None) -> bool:
+    restarting = (asyncpg.CannotConnectNowError, ConnectionRefusedError)
+    return error is not None and (isinstance(error, restarting) or _is_restarting(error.__cause__))
 
 
 def _lookup(database: Database, statement: Select[Any], made: Callable[[Sequence[Any]], Any]) -> Lookup:
