@@ -66,7 +66,10 @@ def test_a_list_that_needs_a_thread_is_503_until_one_starts(server: Server) -> N
         with no_room_for_threads(server.process.pid):
             answer = connection.ask("GET", "/api/tokens", X_Token=token)
             assert (answer.status, answer.json()["error"]) == (503, "store_unavailable")
-            assert readiness(connection) == (503, {"reason": "store unreachable", "status": "not ready"})
+            assert readiness(connection) == (
+                503,
+                {"reason": "store unreachable: can't start new thread", "status": "not ready"},
+            )
             assert connection.valid(token)
         assert readiness(connection) == READY
         assert connection.ask("GET", "/api/tokens", X_Token=token).status == 200
