@@ -38,7 +38,8 @@ class World:
         self.throttle = throttle
         self.store = store
         self.now = now
-        self.home = f"10.{next(_networks)}.1."
+        network = next(_networks)
+        self.home = f"10.{network % 250}.{network // 250 % 250}."
         self.others = 0.0
 
     async def log_in(self, names: Sequence[str], place: int, username: str | None = None) -> None:

@@ -62,7 +62,7 @@ def test_with_the_store_down_every_operation_answers_as_documented(
             if (operation.method, operation.path) == ("GET", "/api/token"):
                 asked["params"] = {"token": "x" * 64}
             answer = asker.ask_for(operation, **asked)
-            if answer.status_code == 503:
+            if answer.status_code == 503 and operation.path != "/readyz":
                 assert answer.json()["error"] == "store_unavailable"
                 assert int(answer.headers["retry-after"]) > 0
             else:

@@ -101,6 +101,7 @@ _STRANGER = ("--exclude-checks", "positive_data_acceptance")
 """Well-formed requests of a stranger need not be accepted."""
 
 
+@pytest.mark.faults  # the fast suite has test_hostile.py
 def test_an_admin_finds_no_fault(server: Server, tmp_path: Path) -> None:
     report = ask(server, tmp_path, "admin", _SMALL)
     hold(report, server)

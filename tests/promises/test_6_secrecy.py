@@ -196,6 +196,8 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
                     db.execute("ALTER TABLE tokens RENAME TO broken")
                 db.close()
             done.answers.extend(provoke(server, mine))
+            if not harmed:
+                server.wait("token_revoked")  # a thread writes the log
             server.kill()
     return done
 
