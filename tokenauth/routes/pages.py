@@ -44,15 +44,7 @@ class Hosts:
         """Raise ForeignPage for a page that calls at another host."""
         if self._names is None:
             return
-        origin = site = None
-        host = b""
-        for name, value in scope["headers"]:
-            if name == b"origin":
-                origin = value
-            elif name == b"sec-fetch-site":
-                site = value
-            elif name == b"host":
-                host = value
+        origin, site, host = _page(scope)
         if (site is None and origin is None) or origin in self._origins:
             return
         if not self._knows(host.decode("latin-1")):
@@ -91,15 +83,7 @@ class PageGuard:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        origin = site = None
-        host = b""
-        for name, value in scope["headers"]:
-            if name == b"origin":
-                origin = value
-            elif name == b"sec-fetch-site":
-                site = value
-            elif name == b"host":
-                host = value
+        origin, site, host = _page(scope)
         if (site is None and origin is None) or site in _OWN or origin in self._origins:
             return
         if site is None and origin is not None and _same_host(origin, host):  # a browser that does not say its site
@@ -114,3 +98,17 @@ def _same_host(origin: bytes, host: bytes) -> bool:
     except ValueError:
         return False
     return bool(found) and found.lower() == host.decode("latin-1").lower()
+
+
+def _page(scope: Scope) -> tuple[bytes | None, bytes | None, bytes]:
+    """Return what a browser says of the page that calls: Origin, Sec-Fetch-Site and Host."""
+    origin = site = None
+    host = b""
+    for name, value in scope["headers"]:
+        if name == b"origin":
+            origin = value
+        elif name == b"sec-fetch-site":
+            site = value
+        elif name == b"host":
+            host = value
+    return origin, site, host
