@@ -4,8 +4,8 @@ import sys
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth import config
-from tokenauth.worker import uvicorn_options
+from tokenauth.server.worker import uvicorn_options
+from tokenauth.settings import model as config
 
 BODY = b'{"valid": true, "expiry_time": 1800000000000}'  # 45 bytes
 HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"45")]

@@ -13,9 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from tokenauth import config
 from tokenauth.errors import InvalidCredentials, TooManyAttempts
 from tokenauth.login_queue import LoginQueue
+from tokenauth.settings import model as config
 from tokenauth.stores.open import open_store
 from tokenauth.throttle import Throttle
 

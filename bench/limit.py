@@ -11,7 +11,7 @@ from argon2.low_level import verify_secret
 from bench import load
 from bench.load import Result
 from bench.machine import CORES
-from tokenauth.config import Passwords
+from tokenauth.settings.model import Passwords
 
 _FRESH = 0.25
 """Seconds for which a measurement of the bare server still tells how the machine is doing."""

@@ -15,9 +15,9 @@ from bench.load import CONNECTIONS, Result
 from bench.machine import LOAD_CORE, on_core
 from bench.news import measure_news
 from bench.world import MILLION, Running, value
-from tests import postgres_programs
-from tests.postgres import Cluster, cluster
-from tokenauth import configfile
+from tests.support import postgres_programs
+from tests.support.postgres import Cluster, cluster
+from tokenauth.settings import loader
 
 _DATABASE = "bench"
 
@@ -227,7 +227,7 @@ class PostgresRows:
     def _fill(self, config: Path) -> None:
         """Put tokens into a new database."""
         world.migrate(config)
-        users = configfile.load(config).directory
+        users = loader.load(config).directory
         credentials = ",".join(f'"{users[f"user{number}"].credential}"' for number in range(world.USERS))
         for statement, total in ((_FILL_TOKENS, MILLION + _REVOKED + _TOLD), (_FILL_LENT, _KEPT + _RELEASED)):
             for first in range(0, total, _CHUNK):

@@ -14,8 +14,8 @@ import httpx
 from passlib.hash import pbkdf2_sha256
 
 from bench.machine import SERVER_CORE
-from tests.ports import free_port
-from tokenauth import configfile
+from tests.support.ports import free_port
+from tokenauth.settings import loader
 
 ROOT = Path(__file__).parents[1]
 MILLION = 1_000_000
@@ -63,7 +63,7 @@ def migrate(config: Path) -> None:
 def fill(config: Path, count: int) -> None:
     """Put so many live tokens into a new database, in the order that is quickest to write."""
     migrate(config)
-    directory = configfile.load(config).directory
+    directory = loader.load(config).directory
     users = [directory[f"user{number}"] for number in range(USERS)]
     now = time.time()
     rows = []

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
-from tests.history import HandTime, History
-from tests.postgres import database, postgres  # noqa: F401 - fixtures, for every test
-from tests.servers import HandClock, Server, worker, write_config
+from tests.support.history import HandTime, History
+from tests.support.postgres import database, postgres  # noqa: F401 - fixtures, for every test
+from tests.support.servers import HandClock, Server, worker, write_config
 
 
 @pytest.hookimpl(wrapper=True)
@@ -29,7 +29,7 @@ class _ByFile(LoadFileScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         file = str(super()._split_scope(nodeid))
-        return "tests/browser" if file.startswith("tests/browser/") else file
+        return "tests/system/browser" if file.startswith("tests/system/browser/") else file
 
 
 @pytest.hookimpl(optionalhook=True)  # also without xdist: `-p no:xdist`

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from tests.servers import ROOT
+from tests.support.servers import ROOT
 
 TEXT = (ROOT / "SECURITY.md").read_text()
 NAMED = re.findall(r"`(tests/[^`]*)`", TEXT)
-FOLDERS = {"tests/faults"}
+FOLDERS = {"tests/system/faults"}
 """What is named as a whole."""
 
 PROMISES = {int(number): rest for number, rest in re.findall(r"^\| (\d+) \|(.*)\|$", TEXT, re.MULTILINE)}

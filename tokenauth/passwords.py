@@ -15,10 +15,10 @@ from passlib.context import CryptContext
 from passlib.exc import PasslibHashWarning
 from passlib.hash import argon2
 
-from tokenauth import config
 from tokenauth.errors import ConfigError, InvalidCredentials
-from tokenauth.lane import Lane
+from tokenauth.executor import Lane
 from tokenauth.models import User
+from tokenauth.settings import model as config
 
 MIN_LENGTH = 8
 """Characters that a password must have when it is set."""

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from tokenauth import opaque
+from tokenauth import values
 from tokenauth.errors import (
     InsufficientScope,
     InvalidRequest,
@@ -18,7 +18,7 @@ from tokenauth.errors import (
 )
 from tokenauth.logs import log
 from tokenauth.models import ANY_LEASE, Claim, Clock, Identity, Instant, Place, Pool, PoolCounts, PoolToken
-from tokenauth.stores.base import Lent, Store, Touched
+from tokenauth.stores.store import Lent, Store, Touched
 
 MAX_COUNT = 1000
 """Tokens that are made at once, listed at once, or changed in one step, at the most."""
@@ -208,7 +208,7 @@ class Pools:
             log.info("pool_filled", pool=pool.name, capacity=pool.capacity)
 
     def _new_values(self, pool: Pool, count: int) -> list[str]:
-        make = self._makers.get(pool.name, opaque.new_value)
+        make = self._makers.get(pool.name, values.new_value)
         return [make() for _ in range(count)]
 
 

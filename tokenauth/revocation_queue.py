@@ -11,7 +11,7 @@ from tokenauth.errors import RetryLater, StoreUnavailable
 from tokenauth.logs import log, whereabouts
 from tokenauth.models import Clock, public_id
 from tokenauth.revocation_ledger import MAX_HELD, News, log_lost
-from tokenauth.stores.base import Store
+from tokenauth.stores.store import Store
 
 MAX_OF_NETWORK = 1_000
 """Held revocations of one network at the most: a stranger who sends made-up tokens must not fill the queue."""

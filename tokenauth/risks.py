@@ -9,12 +9,12 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from tokenauth.config import Config
 from tokenauth.errors import ConfigError
-from tokenauth.lending import PasswordDialect
 from tokenauth.logs import log
 from tokenauth.passwords import Cost, Passwords
-from tokenauth.stores.files import exposed
+from tokenauth.settings.lending import PasswordDialect
+from tokenauth.settings.model import Config
+from tokenauth.stores.sqlite.files import exposed
 
 SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
 """The hash of the password that config.toml is shipped with; a test holds the two together."""

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from tokenauth import descriptors, opaque
-from tokenauth.config import Config
+from tokenauth import values
 from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError, RetryLater
 from tokenauth.login_queue import LoginQueue
@@ -15,15 +14,17 @@ from tokenauth.logs import log
 from tokenauth.models import Clock, ForwardClock, Instant, User
 from tokenauth.passwords import Passwords
 from tokenauth.pools import NewValue, Pools
-from tokenauth.stores.base import Store
+from tokenauth.server import descriptors
+from tokenauth.settings.model import Config
 from tokenauth.stores.open import open_store
+from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
 from tokenauth.tokens import Tokens
 
 _MAKERS: Mapping[str, NewValue] = {
-    "token-pool": opaque.new_uuid,
-    "random-token-generator": opaque.new_uuid,
-    "token-management-service": opaque.new_prefixed,
+    "token-pool": values.new_uuid,
+    "random-token-generator": values.new_uuid,
+    "token-management-service": values.new_prefixed,
 }
 """What makes tokens that look as the clients of a dialect expect."""
 

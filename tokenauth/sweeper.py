@@ -8,7 +8,7 @@ from tokenauth.errors import RetryLater
 from tokenauth.logs import log
 from tokenauth.models import Clock, Instant
 from tokenauth.pools import Pools
-from tokenauth.stores.base import Store
+from tokenauth.stores.store import Store
 
 INTERVAL = 60.0
 """Seconds between two rounds."""

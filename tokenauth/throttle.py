@@ -42,11 +42,11 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from tokenauth import config
 from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import Gone, LoginQueue, Turn, here
 from tokenauth.models import Clock, Failures, Instant
-from tokenauth.stores.base import Note, Store, TakeBack
+from tokenauth.settings import model as config
+from tokenauth.stores.store import Note, Store, TakeBack
 
 KNOWN = 30 * 86400.0
 """Seconds for which a user is known at a place after a login."""

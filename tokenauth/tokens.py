@@ -3,14 +3,15 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
-from tokenauth import config, opaque, revocation_queue
+from tokenauth import revocation_queue, values
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
 from tokenauth.login_queue import Gone, here
 from tokenauth.logs import log, whereabouts
 from tokenauth.models import Clock, Identity, Issued, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
-from tokenauth.stores.base import Store
+from tokenauth.settings import model as config
+from tokenauth.stores.store import Store
 from tokenauth.throttle import network
 
 LIST_LIMIT = 1000
@@ -60,8 +61,8 @@ class Tokens:
         if gone():
             raise ClientGone
         now = self._clock()
-        value = opaque.new_value()
-        digest = opaque.digest(value.encode())
+        value = values.new_value()
+        digest = values.digest(value.encode())
         assert digest is not None
         expires_at = int(now) + int(self._terms.ttl)
         token = Token(digest, user.username, user.credential, now, expires_at, address, user_agent)
@@ -71,7 +72,7 @@ class Tokens:
 
     async def validate(self, value: bytes) -> Token | None:
         """Return the token of this value if it is valid now. Raises StoreUnavailable when that cannot be known."""
-        digest = opaque.digest(value)
+        digest = values.digest(value)
         if digest is None:
             return None
         token = await self._store.tokens.get(digest)
@@ -100,17 +101,17 @@ class Tokens:
 
         Raises StoreUnavailable when it could not be written.
         """
-        digest = opaque.digest(value)
+        digest = values.digest(value)
         if digest is not None:
             await self._revoke(digest)
 
-    async def log_out(self, values: Iterable[bytes], address: str, gone: Gone = here) -> None:
+    async def log_out(self, named: Iterable[bytes], address: str, gone: Gone = here) -> None:
         """End tokens, whatever happens: what the store cannot take is refused by this machine until it is written.
 
         When no more can be held, no token is accepted at all. What one network may have held is bounded: its further
         log-outs wait for the store. Raises ClientGone if the client does not wait with them.
         """
-        digests = list({digest: None for value in values if (digest := opaque.digest(value)) is not None})
+        digests = list({digest: None for value in named if (digest := values.digest(value)) is not None})
         for start in range(0, len(digests), _TOGETHER):
             some = digests[start : start + _TOGETHER]
             await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in some))

@@ -1,1 +1,1 @@
-"""What every store must do: each sentence of `tokenauth/stores/base.py` as tests that run on each store."""
+"""What every store must do: each sentence of `tokenauth/stores/store.py` as tests that run on each store."""

@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 import asyncpg
 import pytest
 
-from tests.postgres import Cluster
-from tests.servers import START
-from tokenauth import config
+from tests.support.postgres import Cluster
+from tests.support.servers import START
 from tokenauth.models import Instant, Token
-from tokenauth.stores.base import FailureStore, Feed, PoolStore, Store, TokenStore
-from tokenauth.stores.cached import CachedTokenStore
-from tokenauth.stores.listener import Listener
+from tokenauth.settings import model as config
+from tokenauth.stores.cache import CachedTokenStore
 from tokenauth.stores.open import open_store
-from tokenauth.stores.postgres import PostgresStore, PostgresTokenStore
+from tokenauth.stores.postgres.listener import Listener
+from tokenauth.stores.postgres.store import PostgresStore, PostgresTokenStore
 from tokenauth.stores.sql import Database
-from tokenauth.stores.sqlite import SqliteStore
+from tokenauth.stores.sqlite.store import SqliteStore
+from tokenauth.stores.store import FailureStore, Feed, PoolStore, Store, TokenStore
 from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import Claim, Pool, PoolToken
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from tests.contract.test_pools import AGEING, END, JUST, PATIENT, lease, members
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import PoolCounts
-from tokenauth.stores.base import PoolStore
+from tokenauth.stores.store import PoolStore
 
 
 async def test_a_token_that_is_given_back_waits_for_its_full_time(pools: PoolStore) -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from tests.contract.conftest import Place
 from tests.contract.test_pools import END, JUST, POOL, lease, members
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import PoolCounts
-from tokenauth.stores.base import PoolStore
+from tokenauth.stores.store import PoolStore
 
 
 async def test_a_pool_with_no_capacity_takes_any_number(pools: PoolStore) -> None:

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from tests.contract.conftest import Place
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import Failures
-from tokenauth.stores.base import FailureStore, Note, TakeBack
+from tokenauth.stores.store import FailureStore, Note, TakeBack
 
 FORGET = 60.0
 ANN, BOB, NET = (bytes([number]) * 16 for number in range(3))

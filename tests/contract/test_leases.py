@@ -7,9 +7,9 @@ import pytest
 
 from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, POOL, lease, members
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import ANY_LEASE, Claim, Pool, PoolCounts, PoolToken
-from tokenauth.stores.base import Lent, PoolStore, Touched
+from tokenauth.stores.store import Lent, PoolStore, Touched
 
 HUGE = [2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, 0, -1, -(10**40)]
 

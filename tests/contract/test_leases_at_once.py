@@ -9,9 +9,9 @@ import pytest
 from tests.contract.conftest import Place
 from tests.contract.test_leases import holders
 from tests.contract.test_pools import POOL, lease
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import Claim, PoolCounts, PoolToken
-from tokenauth.stores.base import PoolStore
+from tokenauth.stores.store import PoolStore
 
 
 async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(place: Place, other: Place) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.contract.conftest import STORES, Opener, Place, Places, Templates, token
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import Token
 
 Step = tuple[str, int, int, int]

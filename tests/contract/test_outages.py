@@ -15,12 +15,13 @@ import structlog
 from sqlalchemy import make_url
 
 from tests.contract.conftest import Place, Places, token
-from tests.servers import START
-from tests.tcp_proxy import Proxy
+from tests.support.servers import START
+from tests.support.tcp_proxy import Proxy
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Pool
-from tokenauth.stores import circuit, sqlite
-from tokenauth.stores.base import Note
+from tokenauth.stores import circuit
+from tokenauth.stores.sqlite import store as sqlite
+from tokenauth.stores.store import Note
 
 POOL = Pool("p", lease_ttl=60)
 AT_ONCE = 0.05

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from tests.contract.conftest import Place, token
-from tests.servers import START
-from tokenauth.stores.base import TokenStore
+from tests.support.servers import START
+from tokenauth.stores.store import TokenStore
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])

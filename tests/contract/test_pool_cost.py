@@ -8,11 +8,11 @@ from functools import partial
 
 import pytest
 
-from tests.servers import START
-from tests.steps import Direct, answer, steps
+from tests.support.servers import START
+from tests.support.steps import Direct, answer, steps
 from tokenauth.models import Claim, Pool
-from tokenauth.stores.base import PoolStore
 from tokenauth.stores.sql import SqlPoolStore
+from tokenauth.stores.store import PoolStore
 
 FEW, MANY = 400, 20_000
 MOST_LENT = Pool("most lent", lease_ttl=60, token_ttl=240)

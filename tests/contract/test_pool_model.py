@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.contract.conftest import STORES, Opener, Place, Places, Templates
 from tests.contract.pool_model import Model
 from tokenauth.models import FIRST, Claim, Pool, PoolCounts, PoolToken
-from tokenauth.stores.base import PoolStore, Touched
+from tokenauth.stores.store import PoolStore, Touched
 
 BOUNDED = Pool("bounded", lease_ttl=8, token_ttl=20, capacity=5)
 UNBOUNDED = replace(BOUNDED, name="unbounded", capacity=None)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from tests.contract.conftest import Place, Places
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Pool, PoolCounts, PoolToken
-from tokenauth.stores.base import PoolStore
+from tokenauth.stores.store import PoolStore
 
 POOL = Pool("p", lease_ttl=60, token_ttl=240)
 OTHER = replace(POOL, name="q")

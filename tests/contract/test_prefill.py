@@ -8,10 +8,10 @@ import pytest
 
 from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, lease, members
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import Pool, PoolCounts, PoolToken
-from tokenauth.stores import pool_verbs
-from tokenauth.stores.base import PoolStore, Touched
+from tokenauth.stores.changes import pools as pool_verbs
+from tokenauth.stores.store import PoolStore, Touched
 
 PERMITS = Pool("permits", lease_ttl=60, capacity=5, prefill=True)
 

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.contract.conftest import Place, Places, token
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.models import Token
-from tokenauth.stores.base import Feed, TokenStore
-from tokenauth.stores.cached import CachedTokenStore
+from tokenauth.stores.cache import CachedTokenStore
+from tokenauth.stores.store import Feed, TokenStore
 
 
 async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:

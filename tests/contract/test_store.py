@@ -8,10 +8,10 @@ import pytest
 import structlog
 
 from tests.contract.conftest import Place, Places, token
-from tests.servers import START
-from tokenauth import config
+from tests.support.servers import START
 from tokenauth.service import create_service
-from tokenauth.stores.base import Note
+from tokenauth.settings import model as config
+from tokenauth.stores.store import Note
 
 KEY = bytes(16)
 

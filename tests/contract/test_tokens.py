@@ -5,11 +5,11 @@ import asyncio
 import pytest
 
 from tests.contract.conftest import Place, token
-from tests.servers import START
+from tests.support.servers import START
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Token
 from tokenauth.stores import sql
-from tokenauth.stores.base import TokenStore
+from tokenauth.stores.store import TokenStore
 
 ODD_TEXTS = ["", "Ann O'Neill; DROP TABLE tokens --", "%", "_", "жанна", "\U0001f511", "x" * 256]
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.connections import Connection
-from tests.servers import Server
+from tests.support.connections import Connection
+from tests.support.servers import Server
 
 
 @pytest.fixture

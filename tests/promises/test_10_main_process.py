@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.connections import Connection
-from tests.journal import serving, until
-from tests.main_process import BREAKAGES, breakable, kill_a_worker, session_of, traceback_lines
 from tests.promises.test_10_shutdown import half_a_login, refuses
-from tests.servers import USERS, Server, spawn, write_config
+from tests.support.connections import Connection
+from tests.support.journal import serving, until
+from tests.support.main_process import BREAKAGES, breakable, kill_a_worker, session_of, traceback_lines
+from tests.support.servers import USERS, Server, spawn, write_config
 from tokenauth.risks import SHIPPED_HASH
 
 

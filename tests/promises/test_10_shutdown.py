@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from tests.connections import LOGIN, Closed, Connection, NoAnswer, Refused
-from tests.journal import Client, Journal, background, check_file, run_clients, serving, until
-from tests.servers import Server, worker, write_config
-from tokenauth.lane import LOW_PRIORITY
+from tests.support.connections import LOGIN, Closed, Connection, NoAnswer, Refused
+from tests.support.journal import Client, Journal, background, check_file, run_clients, serving, until
+from tests.support.servers import Server, worker, write_config
+from tokenauth.executor import LOW_PRIORITY
 
 
 @contextmanager

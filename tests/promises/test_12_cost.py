@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.journal import fill
-from tests.servers import START
-from tests.steps import Direct, steps
+from tests.support.journal import fill
+from tests.support.servers import START
+from tests.support.steps import Direct, steps
 from tokenauth.models import Token, public_id
-from tokenauth.stores import verbs
-from tokenauth.stores.base import Note, TakeBack, unheard
-from tokenauth.stores.reader import Reader
+from tokenauth.stores.changes import tokens as verbs
+from tokenauth.stores.engine import SqliteTransaction
 from tokenauth.stores.sql import SqlTokenStore
-from tokenauth.stores.transaction import SqliteTransaction
+from tokenauth.stores.sqlite.reader import Reader
+from tokenauth.stores.store import Note, TakeBack, unheard
 
 FEW, MANY = 200, 20_000
 EACH = 10

@@ -1,9 +1,9 @@
-"""Promise 1: an answered issue or revocation survives kill -9 (power loss: `tests/faults/test_syscalls.py`)."""
+"""Promise 1: an answered issue or revocation survives kill -9 (power loss: `tests/system/faults/test_syscalls.py`)."""
 
 from pathlib import Path
 
-from tests.journal import kill_in_a_loop
-from tests.servers import write_config
+from tests.support.journal import kill_in_a_loop
+from tests.support.servers import write_config
 
 
 def test_an_answered_issue_or_revocation_survives_kill_9(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.journal import start_together
-from tests.servers import write_config
+from tests.support.journal import start_together
+from tests.support.servers import write_config
 
 
 def test_ten_processes_that_start_at_once_on_an_empty_database_all_serve(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.connections import Connection
-from tests.journal import until
-from tests.servers import HandClock, worker, write_config
+from tests.support.connections import Connection
+from tests.support.journal import until
+from tests.support.servers import HandClock, worker, write_config
 
 TTL = 100
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.connections import Connection
-from tests.journal import locked, serving, until
-from tests.main_process import workers_of
 from tests.promises.test_10_shutdown import refuses
-from tests.servers import Server, worker, write_config
+from tests.support.connections import Connection
+from tests.support.journal import locked, serving, until
+from tests.support.main_process import workers_of
+from tests.support.servers import Server, worker, write_config
 
 TABLES = "[tokens]\nper_user = 0"
 
@@ -112,7 +112,7 @@ def test_a_held_log_out_survives_a_killed_worker_a_reload_and_a_stop(tmp_path: P
     assert is_written(tmp_path / "config.toml", [ended, kept]) == [True, False]
 
 
-@pytest.mark.faults  # three processes more; what the log says is in tests/test_revocation_queue.py
+@pytest.mark.faults  # three processes more; what the log says is in tests/unit/test_revocation_queue.py
 def test_what_no_worker_could_write_is_named_once_at_the_end(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         hold_a_log_out(server, tmp_path)

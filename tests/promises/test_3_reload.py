@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.connections import Closed, Connection
-from tests.journal import background, serving, until
-from tests.main_process import workers_of
-from tests.servers import USERS, Server, write_config
+from tests.support.connections import Closed, Connection
+from tests.support.journal import background, serving, until
+from tests.support.main_process import workers_of
+from tests.support.servers import USERS, Server, write_config
 
 # "new-secret" at the lowest cost
 NEW_HASH = "$argon2id$v=19$m=8,t=1,p=1$wGUxeHZ3w8d0lR7hClnfsA$VurG/lrlBjogxg+ODKprhNbfa2EsqFDYIF2zU+ELTbQ"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.connections import Connection
-from tests.servers import HandClock
-from tests.test_cli import run
+from tests.support.connections import Connection
+from tests.support.servers import HandClock
+from tests.system.test_cli import run
 
 TIMES = 100
 
@@ -19,7 +19,7 @@ def settings() -> str:
 
 
 def test_a_revocation_is_seen_by_the_other_worker_on_its_very_next_request(here: Connection, there: Connection) -> None:
-    """The other worker has the token in its cache, each time. With more workers, under load: `tests/faults`."""
+    """The other worker has the token in its cache, each time. With more workers, under load: `tests/system/faults`."""
     for number in range(TIMES):
         token = here.log_in()
         assert there.valid(token), f"round {number}"

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.connections import Connection
-from tests.servers import HandClock, Server
+from tests.support.connections import Connection
+from tests.support.servers import HandClock, Server
 
 BODY = b'{"holder": "build"}'
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from starlette.types import Message
 
-from tests.connections import LOGIN, Closed, Connection, NoAnswer
-from tests.journal import until
-from tests.servers import Server, worker, write_config
-from tokenauth.routes.refusals import refuse
+from tests.support.connections import LOGIN, Closed, Connection, NoAnswer
+from tests.support.journal import until
+from tests.support.servers import Server, worker, write_config
+from tokenauth.web.responses import refuse
 
 CLIENTS = 12
 SHORTAGES = [MemoryError(), RuntimeError("can't start new thread")]

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import structlog
 
-from tests.connections import LOGIN, Answer, Connection, takes_connections
-from tests.journal import locked, until, workers
-from tests.ports import free_port
-from tests.servers import spawn, worker, write_config
-from tests.test_cli import run
-from tokenauth import configfile
+from tests.support.connections import LOGIN, Answer, Connection, takes_connections
+from tests.support.journal import locked, until, workers
+from tests.support.ports import free_port
+from tests.support.servers import spawn, worker, write_config
+from tests.system.test_cli import run
 from tokenauth.service import create_service
+from tokenauth.settings import loader
 
 PERMITS = "[pools.permits]\ncapacity = {}\nprefill = true"
 
@@ -143,7 +143,7 @@ def test_a_worker_that_cannot_fill_its_pool_serves_all_the_same(tmp_path: Path) 
         token = here.log_in()
         write_config(tmp_path, PERMITS.format(50))
         room = (tmp_path / "tokenauth.db-wal").stat().st_size
-        command = ["prlimit", f"--fsize={room}", sys.executable, "-m", "tests.worker", str(config), "-"]
+        command = ["prlimit", f"--fsize={room}", sys.executable, "-m", "tests.support.worker", str(config), "-"]
         with spawn(command, tmp_path) as second:
             second.port = second.wait("test_worker_ready")["port"]
             assert {event["pool"] for event in second.events("pool_not_filled")} == {"permits"}
@@ -257,7 +257,7 @@ async def test_a_stop_tries_for_a_bounded_time_to_write_what_is_held(
 ) -> None:
     """And says what is lost. Here a writer waits for the lock for longer than that."""
     monkeypatch.setattr("tokenauth.revocation_queue._LAST_CHANCE", 0.05)
-    service = create_service(configfile.load(write_config(tmp_path)))
+    service = create_service(loader.load(write_config(tmp_path)))
     async with service.running():
         service.tokens.queue.add(bytes(32), "unknown")
         with locked(tmp_path / "tokenauth.db"), structlog.testing.capture_logs() as logs:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.connections import LOGIN, Connection
-from tests.journal import locked, until
-from tests.servers import Server, worker, write_config
+from tests.support.connections import LOGIN, Connection
+from tests.support.journal import locked, until
+from tests.support.servers import Server, worker, write_config
 
 
 @pytest.fixture(scope="module")

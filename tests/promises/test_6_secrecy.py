@@ -18,9 +18,9 @@ from urllib.parse import quote, quote_plus
 import pytest
 from passlib.hash import argon2
 
-from tests.connections import Answer, Connection
-from tests.journal import serving
-from tests.servers import Server, worker, write_config
+from tests.support.connections import Answer, Connection
+from tests.support.journal import serving
+from tests.support.servers import Server, worker, write_config
 
 TOKENS = 40
 # What people type, with all that encodings write differently.

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from passlib.hash import argon2, bcrypt, scrypt
 
-from tests import servers
-from tests.connections import Answer, Connection
-from tests.servers import HandClock, Server, write_config
-from tests.steps import calls_of_threads, hashes, without_values
-from tokenauth import configfile
+from tests.support import servers
+from tests.support.connections import Answer, Connection
+from tests.support.servers import HandClock, Server, write_config
+from tests.support.steps import calls_of_threads, hashes, without_values
 from tokenauth.credentials import Claimed
 from tokenauth.errors import InvalidCredentials
 from tokenauth.service import create_service
+from tokenauth.settings import loader
 
 PROXIED = '[server]\ntrusted_proxies = ["127.0.0.1"]'
 
@@ -65,9 +65,9 @@ def test_wrong_name_and_wrong_password_answer_alike_byte_for_byte(server: Server
 
 
 async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) -> None:
-    """One each, at the cost that tokenauth is shipped with. The time that it takes: `tests/faults/test_alike.py`."""
+    """One each, at the cost that tokenauth is shipped with. The time: `tests/system/faults/test_alike.py`."""
     known, hashed = shipped()
-    service = create_service(configfile.load(with_default_cost(tmp_path)))
+    service = create_service(loader.load(with_default_cost(tmp_path)))
     costs = []
     with calls_of_threads() as calls:
         async with service.running():
@@ -80,12 +80,12 @@ async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) 
 
 
 async def test_unknown_names_cost_what_users_do_whatever_their_schemes(tmp_path: Path) -> None:
-    """Also of a client whose header has two readings. Each scheme and cost: `tests/test_password_work.py`."""
+    """Also of a client whose header has two readings. Each scheme and cost: `tests/unit/test_password_work.py`."""
     cheap = [bcrypt.using(rounds=4), scrypt.using(rounds=4), argon2.using(memory_cost=8, time_cost=1, parallelism=1)]
     users = "".join(
         f'[[users]]\nusername = "user {number}"\npassword = "{each.hash("x")}"\n' for number, each in enumerate(cheap)
     )
-    service = create_service(configfile.load(write_config(tmp_path, PROXIED, users)))
+    service = create_service(loader.load(write_config(tmp_path, PROXIED, users)))
     known: list[list[str]] = []
     unknown: list[list[str]] = []
     with calls_of_threads() as calls:

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import pytest
 
-from tests.connections import Connection
-from tests.lending import Borrower, refusal
-from tests.servers import HandClock, Server, worker, write_config
+from tests.support.connections import Connection
+from tests.support.lending import Borrower, refusal
+from tests.support.servers import HandClock, Server, worker, write_config
 
 T = TypeVar("T")
 THREADS = 8

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.history import HandTime
-from tests.races import POOLS, run_race
-from tests.servers import HandClock, Server
+from tests.support.history import HandTime
+from tests.support.races import POOLS, run_race
+from tests.support.servers import HandClock, Server
 
 LEASE_TTL = 30.0
 REQUESTS = 3000

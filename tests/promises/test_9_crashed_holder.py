@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.connections import Connection
-from tests.journal import until
-from tests.lending import Borrower, Lease, refusal
-from tests.servers import ROOT, HandClock, Server, worker, write_config
+from tests.support.connections import Connection
+from tests.support.journal import until
+from tests.support.lending import Borrower, Lease, refusal
+from tests.support.servers import ROOT, HandClock, Server, worker, write_config
 
 LEASE_TTL = 60
 MOMENT = 1 / 1024

@@ -49,13 +49,13 @@ def with_service(
     config_file: str | None, use: Callable[["Service"], Coroutine[Any, Any, T]], create: bool = False
 ) -> T:
     """Open the store that the configuration names, use it, and close it. Without `create` the store must exist."""
-    from tokenauth import configfile
     from tokenauth.service import create_service
+    from tokenauth.settings import loader
 
     async def run() -> T:
-        path = configfile.find(config_file)
-        settings = configfile.load(path)
-        with configfile.naming(path):
+        path = loader.find(config_file)
+        settings = loader.load(path)
+        with loader.naming(path):
             service = create_service(settings, serving=create)
         async with service.running():
             return await use(service)
@@ -65,19 +65,19 @@ def with_service(
 
 def config_path(config_file: str | None) -> Path:
     """Say which configuration is meant."""
-    from tokenauth import configfile
+    from tokenauth.settings import loader
 
-    return configfile.find(config_file)
+    return loader.find(config_file)
 
 
 def new_hash(config_file: str | None, password_stdin: bool) -> str:
     """Ask for a password and hash it; without a configuration, at the cost that is the default."""
-    from tokenauth import configfile
-    from tokenauth.config import Config
     from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, impossible
+    from tokenauth.settings import loader
+    from tokenauth.settings.model import Config
 
-    path = configfile.find(config_file)
-    terms = configfile.load(path).passwords if config_file or path.exists() else Config().passwords
+    path = loader.find(config_file)
+    terms = loader.load(path).passwords if config_file or path.exists() else Config().passwords
     if password_stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     else:

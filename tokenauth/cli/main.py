@@ -43,11 +43,12 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
     """Serve until SIGTERM. SIGHUP takes up a changed configuration without refusing a request."""
     logs.configure()
     try:
-        from tokenauth import configfile, server
+        from tokenauth.server import serve as server
+        from tokenauth.settings import loader
     except ImportError as error:
         logs.log.critical("start_failed", detail=logs.describe(error))
         sys.exit(3)
-    sys.exit(server.serve(configfile.find(config_file), host, port, workers))
+    sys.exit(server.serve(loader.find(config_file), host, port, workers))
 
 
 @main.command(epilog="Example: tokenauth check && systemctl reload tokenauth")
@@ -55,17 +56,17 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
 @json_option
 def check(config_file: str | None, as_json: bool) -> None:
     """Say what is wrong or risky about the configuration; exit with 1 if it cannot be served."""
-    from tokenauth import configfile
-    from tokenauth.app import find_routes
     from tokenauth.risks import Risk, demand_acceptable, find_risks
     from tokenauth.service import create_service
+    from tokenauth.settings import loader
+    from tokenauth.web.app import find_routes
 
-    path = configfile.find(config_file)
+    path = loader.find(config_file)
     risks: list[Risk] = []
     mistake = None
     try:
-        settings = configfile.load(path)
-        with configfile.naming(path):
+        settings = loader.load(path)
+        with loader.naming(path):
             service = create_service(settings)
             find_routes(service)
             risks = find_risks(settings, service.passwords, path)

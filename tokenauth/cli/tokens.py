@@ -22,7 +22,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
 
     A server that has not been reloaded since accepts those with the status user_removed or password_changed, too.
     """
-    from tokenauth.config import canonical
+    from tokenauth.settings.model import canonical
 
     name = None if username is None else canonical(text(username))
     found = with_service(config_file, lambda service: service.tokens.unexpired(name))
@@ -48,7 +48,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
 @click.option("--all", "everybody", is_flag=True, help="Everybody's.")
 def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everybody: bool) -> None:
     """End tokens, of a user, by id, or all. A user with no tokens is no error; an unknown user is."""
-    from tokenauth.config import canonical
+    from tokenauth.settings.model import canonical
 
     if sum([username is not None, id_ is not None, everybody]) != 1:
         raise click.UsageError("Say exactly one of --user NAME, --id ID and --all.")

@@ -21,7 +21,7 @@ def user() -> None:
 @click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user; may be repeated.")
 def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: tuple[str, ...]) -> None:
     """Let NAME log in."""
-    from tokenauth.users import UserFile
+    from tokenauth.settings.user_file import UserFile
 
     file = UserFile(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
@@ -35,7 +35,7 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
 @click.argument("name")
 def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> None:
     """Give NAME a new password. At the next reload, the tokens issued for the old one end."""
-    from tokenauth.users import UserFile
+    from tokenauth.settings.user_file import UserFile
 
     file = UserFile(config_path(config_file))
     file.change_password(name, lambda: new_hash(config_file, password_stdin))
@@ -48,7 +48,7 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
 @click.argument("name")
 def user_remove(config_file: str | None, name: str) -> None:
     """Remove NAME. At the next reload, the user's tokens end; `tokenauth tokens revoke --user NAME` ends them now."""
-    from tokenauth.users import UserFile
+    from tokenauth.settings.user_file import UserFile
 
     file = UserFile(config_path(config_file))
     file.remove(name)
@@ -61,8 +61,8 @@ def user_remove(config_file: str | None, name: str) -> None:
 @json_option
 def user_list(config_file: str | None, as_json: bool) -> None:
     """List who may log in."""
-    from tokenauth import configfile
+    from tokenauth.settings import loader
 
-    users = configfile.load(configfile.find(config_file)).directory.values()
+    users = loader.load(loader.find(config_file)).directory.values()
     rows = [{"username": one.username, "scopes": list(one.scopes)} for one in users]
     show(rows, as_json, "users")

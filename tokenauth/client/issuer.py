@@ -5,7 +5,7 @@ from typing import Annotated, TypeVar
 import httpx
 import msgspec
 
-from tokenauth import opaque
+from tokenauth import values
 from tokenauth.models import Identity, Login, Token, public_id
 
 Form = TypeVar("Form")
@@ -21,7 +21,7 @@ class Grant(msgspec.Struct):
 
     def __post_init__(self) -> None:
         """Refuse what is no token: it is to stand in a header."""
-        if opaque.digest(self.token.encode()) is None:
+        if values.digest(self.token.encode()) is None:
             raise ValueError("this is no token")
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import httpx
 
-from tokenauth import opaque
+from tokenauth import values
 from tokenauth.client import issuer
 from tokenauth.errors import InvalidToken, IssuerUnavailable
 from tokenauth.models import Clock, Login, steady
@@ -128,7 +128,7 @@ class RemoteTokens:
 
         Raises IssuerUnavailable when that cannot be known.
         """
-        digest = opaque.digest(value)
+        digest = values.digest(value)
         if digest is None:
             return None
         arrived = self._ticks()

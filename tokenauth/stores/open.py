@@ -6,11 +6,11 @@ from urllib.parse import parse_qsl
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from tokenauth.config import Database
 from tokenauth.errors import ConfigError
 from tokenauth.models import Clock
-from tokenauth.stores.base import Store
-from tokenauth.stores.sqlite import SqliteStore
+from tokenauth.settings.model import Database
+from tokenauth.stores.sqlite.store import SqliteStore
+from tokenauth.stores.store import Store
 
 
 def open_store(settings: Database, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
@@ -54,8 +54,8 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
     if not url.database:
         raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
     try:
-        from tokenauth.stores import hosts
-        from tokenauth.stores.postgres import PostgresStore
+        from tokenauth.stores.postgres import hosts
+        from tokenauth.stores.postgres.store import PostgresStore
     except ModuleNotFoundError as error:
         if error.name != "asyncpg":
             raise

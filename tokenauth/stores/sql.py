@@ -6,10 +6,12 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import Connection, select
 
 from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Place, Pool, PoolCounts, PoolToken, Token
-from tokenauth.stores import pool_rows, pool_verbs, verbs
-from tokenauth.stores.base import Lent, Note, TakeBack, Touched
+from tokenauth.stores.batching import Verb
+from tokenauth.stores.changes import pool_rows
+from tokenauth.stores.changes import pools as pool_verbs
+from tokenauth.stores.changes import tokens as verbs
+from tokenauth.stores.store import Lent, Note, TakeBack, Touched
 from tokenauth.stores.tables import as_token, pool_token_columns, pool_tokens, token_columns, tokens
-from tokenauth.stores.writer import Verb
 
 T = TypeVar("T")
 

@@ -1,0 +1,92 @@
+"""Serve an ASGI app of a test on the protocol of the server, in a thread of the test's process."""
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tests.support.journal import until
+from tokenauth.server.protocol import BoundedProtocol
+from tokenauth.server.transport import client_gone
+
+
+@contextmanager
+def hosted(
+    app: ASGIApp,
+    http: type[asyncio.Protocol] | Literal["h11", "httptools"] = BoundedProtocol,
+    keep_alive: float = 30,
+) -> Iterator[int]:
+    """Serve an app; the value is the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # so that the system holds little for a server that waits
+        listener.setsockopt(socket.SOL_SOCKET, direction, 64 * 1024)
+    options = uvicorn.Config(
+        app,
+        interface="asgi3",
+        loop="uvloop",
+        http=http,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
+    )
+    server = uvicorn.Server(options)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield int(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Gate:
+    """ASGI app that answers the path of a request when it is opened, and knows who is still there."""
+
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+        self.answered_gone: list[bool] = []
+        """Whether each client had gone when its answer was given."""
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        """Answer all requests from now on."""
+        self._open.set()
+
+    def gone(self) -> list[bool]:
+        """Say of each request that arrived whether its client has gone."""
+        return [client_gone(scope) for scope in self.scopes]
+
+    def await_arrivals(self, count: int) -> None:
+        """Wait until so many requests have arrived."""
+        until(lambda: len(self.scopes) >= count, f"{count} requests arrive")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        self.scopes.append(scope)
+        await asyncio.to_thread(self._open.wait)
+        self.answered_gone.append(client_gone(scope))
+        body = scope["path"].encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+
+def reset(connection: socket.socket) -> None:
+    """Close a connection so that the other side knows at once that nobody reads any more."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Read until the other side closes."""
+    heard = b""
+    while more := connection.recv(65536):
+        heard += more
+    return heard

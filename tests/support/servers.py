@@ -1,0 +1,248 @@
+"""Real servers for tests: processes that listen on a socket, with a clock that the test moves by hand."""
+
+import json
+import mmap
+import os
+import re
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support.processes import Forked, Process
+
+ROOT = Path(__file__).parents[2]
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients that speak to this machine alone: each would read the certificates of all the world's authorities."""
+
+START = 1_800_000_000.0
+"""Where every hand-moved clock begins, in Unix seconds."""
+
+# admin/admin, ann/ann-secret and bob/bob-secret at the lowest cost that argon2 has: tests are not about hashing.
+USERS = """
+[passwords]
+memory_kib = 8
+time_cost = 1
+
+[[users]]
+username = "admin"
+password = "$argon2id$v=19$m=8,t=1,p=1$1DonpNSa8/7/fy9FaA2BEA$vAIIqZ6AM8A9n6vGZ8omLlb9pHWuqR8hKAk3aioWjkI"
+scopes = ["admin"]
+
+[[users]]
+username = "ann"
+password = "$argon2id$v=19$m=8,t=1,p=1$ACCE8N47B2DMOYfw/p/zng$ZwQLf+PKlO3PPaSNi0ba7hmCNp5dHfkyEhJ16bQr+KQ"
+scopes = ["read", "write"]
+
+[[users]]
+username = "bob"
+password = "$argon2id$v=19$m=8,t=1,p=1$LIVwzhljLKW0tvbeW2tNqQ$9JC3XMtZhQy2Oi5GB4ktwLx5ktUmIdEa8FXN6h6E8S4"
+"""
+
+
+class HandClock:
+    """A clock in a file, so that every process of a test reads the same hand-set time."""
+
+    def __init__(self, path: Path, create: bool = False) -> None:
+        if create:
+            path.write_bytes(struct.pack("d", START))
+        self.path = path
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 8)
+
+    def __call__(self) -> float:
+        """Read the time."""
+        return float(struct.unpack_from("d", self._memory)[0])
+
+    def set(self, now: float) -> None:
+        """Set the time, also back."""
+        struct.pack_into("d", self._memory, 0, now)
+
+    def advance(self, seconds: float) -> None:
+        """Move the time."""
+        self.set(self() + seconds)
+
+
+class Server:
+    """One server process and how to speak to it."""
+
+    def __init__(self, process: Process, log: Path) -> None:
+        self.process = process
+        self.log = log
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Return what the server has logged, or only the events of one name."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if name in {None, line["event"]}]
+
+    def wait(self, event: str, seconds: float = 20) -> dict[str, Any]:
+        """Wait until the server has logged an event; fail with its log if it ends or takes too long."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = self.events(event)
+            if found:
+                return found[0]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.005)
+        raise AssertionError(f"no {event!r} in the log (exit code {self.process.poll()}):\n{self.log.read_text()}")
+
+    def client(self, **options: Any) -> httpx.Client:
+        """Open a client with a connection of its own."""
+        return httpx.Client(base_url=self.url, timeout=30, verify=NO_TLS, **options)
+
+    def stop(self) -> int:
+        """End with SIGTERM; return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        """End with SIGKILL, with every process that it has started."""
+        if self.process.poll() is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # a forked one that has no session yet
+                self.process.send_signal(signal.SIGKILL)
+        self.process.wait(60)
+
+
+@contextmanager
+def starting(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
+    """Start one worker on a port of its own; several on one database are what `serve --workers N` runs.
+
+    With a clock, time is what the test says; it stands still otherwise than by hand.
+    """
+    log = _new_log(config.parent)
+    command = ["worker", str(config), str(clock.path) if clock else "-"]
+    process = Forked("tests.support.worker", command, config.parent, [Path(os.devnull), log, log], os.environ)
+    with _ended(Server(process, log)) as server:
+        yield server
+
+
+@contextmanager
+def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
+    """Run one worker."""
+    with starting(config, clock) as server:
+        server.port = server.wait("test_worker_ready")["port"]
+        yield server
+
+
+@contextmanager
+def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Run `tokenauth serve` itself, on a free port, until it answers."""
+    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
+    with spawn([*command, *arguments], config.parent, env) as server:
+        server.wait("started")
+        server.port = server.wait("listening")["port"]
+        yield server
+
+
+@contextmanager
+def spawn(
+    command: Sequence[str], directory: Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[Server]:
+    """Start a process whose log goes to a file in the directory; kill it and its children at the end."""
+    log = _new_log(directory)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd or directory,
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    with _ended(Server(process, log)) as server:
+        yield server
+
+
+def _new_log(directory: Path) -> Path:
+    log = directory / f"server-{len(list(directory.glob('server-*.log')))}.log"
+    log.touch()
+    return log
+
+
+@contextmanager
+def _ended(server: Server) -> Iterator[Server]:
+    """Kill a server and its children at the end."""
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@cache
+def shipped() -> str:
+    """Return `config.toml` as it is shipped, also when it has been edited in the checkout, as people are told to do."""
+    done = subprocess.run(["git", "show", ":config.toml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else (ROOT / "config.toml").read_text()
+
+
+def shipped_with_dialects() -> str:
+    """Return the same with its dialects switched on, by removing the "# " in front of their lines."""
+    before, first, dialects = shipped().partition("# [dialects.")
+    return before + re.sub(r"^# ", "", first + dialects, flags=re.MULTILINE)
+
+
+def write_config(directory: Path, more: str = "", users: str = USERS) -> Path:
+    """Write a configuration whose database lies beside it; `more` are further tables, placed before the users."""
+    path = directory / "config.toml"
+    path.write_text(f"""[database]\nurl = "sqlite+aiosqlite:///{directory}/tokenauth.db"\n{more}\n{users}""")
+    path.chmod(0o600)
+    return path
+
+
+def log_in(client: httpx.Client, username: str = "admin", password: str = "admin", **options: Any) -> str:
+    """Log in and return the token's value."""
+    answer = client.post("/api/token", json={"username": username, "password": password}, **options)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["token"])
+
+
+def probe(client: httpx.Client, token: str) -> bool:
+    """Ask whether a token is valid."""
+    answer = client.get("/api/token", params={"token": token})
+    assert answer.status_code == 200, answer.text
+    return bool(answer.json()["valid"])
+
+
+def exchange(port: int, request: bytes, timeout: float = 30) -> tuple[int, dict[str, str], bytes]:
+    """Send raw bytes and read one answer: status, headers (lower case), body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
+        connection.sendall(request)
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += _more(connection, data)
+        head, _, body = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        while len(body) < int(headers.get("content-length", 0)):
+            body += _more(connection, data)
+    match = re.match(r"HTTP/1\.1 (\d+)", first)
+    assert match is not None, first
+    return int(match[1]), headers, body
+
+
+def _more(connection: socket.socket, so_far: bytes) -> bytes:
+    more = connection.recv(65536)
+    assert more, f"the connection was closed after {so_far!r}"
+    return more

@@ -1,0 +1,211 @@
+"""A network between a service and its database, which a test slows down, cuts and freezes."""
+
+import asyncio
+import re
+import socket
+import struct
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from threading import Thread
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from tests.support.ports import free_port
+
+# Not UNLISTEN, which a pool says of every connection that it takes back.
+_LISTEN = re.compile(rb"(?<!UN)LISTEN\s")
+
+_T = TypeVar("_T")
+_Queue = asyncio.Queue[tuple[float, bytes | None]]
+
+
+class Connection:
+    """One connection through the proxy."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self.client = client
+        self.server: socket.socket | None = None
+        self.server_port = 0
+        """The port that PostgreSQL sees it come from: `client_port` in pg_stat_activity."""
+        self.listens = False
+        """Whether the client has sent LISTEN."""
+        self._tail = b""
+
+    def see(self, data: bytes) -> None:
+        """Look at what the client sends."""
+        self.listens = self.listens or _LISTEN.search(self._tail + data) is not None
+        self._tail = (self._tail + data)[-8:]
+
+    def reset(self) -> None:
+        """Let both ends be told that the connection is broken, when it is closed."""
+        for end in filter(None, (self.client, self.server)):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def close(self) -> None:
+        """Close both ends."""
+        for end in filter(None, (self.client, self.server)):
+            end.close()
+
+
+Only = Callable[[Connection], bool]
+
+
+def every(connection: Connection) -> bool:
+    """Choose all connections."""
+    return True
+
+
+def listener(connection: Connection) -> bool:
+    """Choose the connections on which a LISTEN was sent."""
+    return connection.listens
+
+
+class _Rule(NamedTuple):
+    """What is done to which connections."""
+
+    kind: Literal["pass", "cut", "freeze"]
+    only: Only
+
+
+class Proxy:
+    """Listens on a port of its own and passes all on to another; what a test says is done when the call returns."""
+
+    def __init__(self, target_port: int) -> None:
+        self.port = free_port()
+        self._target = ("127.0.0.1", target_port)
+        self._open: dict[Connection, asyncio.Task[None]] = {}
+        self._rule = _Rule("pass", every)
+        self._delay: tuple[float, Only] = (0, every)
+        self._listening: socket.socket | None = None
+        self._loop = asyncio.new_event_loop()
+        self._changed = asyncio.Event()
+        self._thread = Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> "Proxy":
+        self._thread.start()
+        self.heal()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The connections that are open."""
+        return self._do(self._list())
+
+    def delay(self, seconds: float, only: Only = every) -> None:
+        """Let all bytes arrive this much later, in each direction; they keep their order."""
+        self._do(self._set(self._rule, (seconds, only)))
+
+    def cut(self, only: Only = every) -> None:
+        """Reset connections. Without `only`, refuse new ones; with it, reset each one as soon as it is chosen."""
+        self._do(self._set(_Rule("cut", only), self._delay))
+
+    def freeze(self, only: Only = every) -> None:
+        """Let nothing arrive, not even that an end has closed; new connections are made, and nothing arrives there."""
+        self._do(self._set(_Rule("freeze", only), self._delay))
+
+    def heal(self) -> None:
+        """Let all pass, also what was held back."""
+        self._do(self._set(_Rule("pass", every), (0, every)))
+
+    def _do(self, what: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result(60)
+
+    async def _list(self) -> list[Connection]:
+        return list(self._open)
+
+    async def _set(self, rule: _Rule, delay: tuple[float, Only]) -> None:
+        self._rule, self._delay = rule, delay
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._listen(rule != _Rule("cut", every))
+        ended = [task for connection, task in self._open.items() if self._is("cut", connection)]
+        for task in ended:
+            task.cancel()
+        if ended:
+            await asyncio.wait(ended)
+
+    def _is(self, kind: str, connection: Connection) -> bool:
+        return self._rule.kind == kind and self._rule.only(connection)
+
+    def _listen(self, wanted: bool) -> None:
+        """Take new connections, or refuse them."""
+        if wanted and self._listening is None:
+            self._listening = socket.create_server(("127.0.0.1", self.port), backlog=512)
+            self._listening.setblocking(False)
+            self._loop.add_reader(self._listening, self._accept, self._listening)
+        elif not wanted and self._listening is not None:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
+
+    def _accept(self, listening: socket.socket) -> None:
+        with suppress(OSError):
+            connection = Connection(_quick(listening.accept()[0]))
+            self._open[connection] = self._loop.create_task(self._serve(connection))
+
+    async def _serve(self, connection: Connection) -> None:
+        """Carry both ways until both ends have said all, or one is broken."""
+        try:
+            await self._passage(connection, self._loop.time())
+            connection.server = server = _quick(socket.socket())
+            await self._loop.sock_connect(server, self._target)
+            connection.server_port = server.getsockname()[1]
+            async with asyncio.TaskGroup() as tasks:
+                for source, target in ((connection.client, server), (server, connection.client)):
+                    queue: _Queue = asyncio.Queue()
+                    tasks.create_task(self._read(connection, source, queue))
+                    tasks.create_task(self._write(connection, queue, target))
+        except BaseException as error:
+            connection.reset()
+            if not isinstance(error, OSError | ExceptionGroup):
+                raise
+        finally:
+            connection.close()
+            del self._open[connection]
+
+    async def _read(self, connection: Connection, source: socket.socket, queue: _Queue) -> None:
+        data: bytes | None = b"..."
+        while data:
+            try:
+                data = await self._loop.sock_recv(source, 65536)
+            except OSError:
+                data = None
+            if data and source is connection.client:
+                connection.see(data)
+                if self._is("cut", connection):
+                    raise ConnectionResetError
+            queue.put_nowait((self._loop.time(), data))
+
+    async def _write(self, connection: Connection, queue: _Queue, target: socket.socket) -> None:
+        data: bytes | None = b"..."
+        while data:
+            arrived, data = await queue.get()
+            await self._passage(connection, arrived)
+            if data is None:
+                raise ConnectionResetError
+            if data:
+                await self._loop.sock_sendall(target, data)
+        target.shutdown(socket.SHUT_WR)
+
+    async def _passage(self, connection: Connection, arrived: float) -> None:
+        """Wait for as long as the network holds back what arrived then."""
+        while True:
+            seconds, only = self._delay
+            late = arrived + seconds - self._loop.time() if only(connection) else 0
+            frozen = self._is("freeze", connection)
+            if not frozen and late <= 0:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if frozen else late):
+                    await self._changed.wait()
+
+
+def _quick(end: socket.socket) -> socket.socket:
+    end.setblocking(False)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return end

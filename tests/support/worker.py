@@ -1,0 +1,56 @@
+"""A worker as `tokenauth serve` runs it, but with a clock from a file: `python -m tests.worker CONFIG CLOCK`."""
+
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from tests.support.servers import HandClock
+from tokenauth import logs
+from tokenauth.logs import log
+from tokenauth.server.acceptor import AcceptingServer
+from tokenauth.server.protocol import BoundedProtocol
+from tokenauth.settings import loader
+from tokenauth.web.app import create_app
+
+
+class Worker(AcceptingServer):
+    """Says where it listens."""
+
+    async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
+        """Start, then log the port."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        await super().startup([listener])
+        log.info("test_worker_ready", port=listener.getsockname()[1])
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    config_file, clock_file = sys.argv[1:]
+    logs.configure(at_once=True)  # a test looks into the log as soon as it is answered
+    settings = loader.load(Path(config_file))
+    if clock_file == "-":
+        app = create_app(settings)
+    else:
+        app = create_app(settings, clock=HandClock(Path(clock_file)), ticks=lambda: 0.0)
+    options = uvicorn.Config(
+        app,
+        interface="asgi3",
+        host="127.0.0.1",
+        port=0,
+        loop="uvloop",
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+    )
+    Worker(options).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tests with proxies, browsers, databases and processes."""

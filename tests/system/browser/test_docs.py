@@ -1,0 +1,155 @@
+"""/docs shows the HTTP in a real Chromium, from nowhere else than the service."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import BrowserContext, ConsoleMessage, ElementHandle, Error, Page, Route, expect
+
+from tests.support.servers import Server, log_in
+from tests.system.browser.conftest import Sites
+from tests.wire.openapi.configurations import APART, speaking
+
+_HEADING = ".opblock-summary"
+
+_FRAME = """(url) => new Promise((done) => {
+  const frame = document.createElement("iframe");
+  frame.addEventListener("load", () => done(frame));
+  frame.src = url;
+  document.body.append(frame);
+})"""
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Speak all dialects: their operations are shown, too."""
+    return speaking(**APART)
+
+
+class Visit:
+    """A page, what it asked for, and what its console said."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page = page
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        self._own = urlsplit(server.url).netloc
+        page.route("**/*", self._record)
+        page.on("console", self._hear)
+        page.on("pageerror", self._fail)
+
+    @property
+    def strangers(self) -> list[str]:
+        """What was asked for from any other host."""
+        return [url for url in self.asked if self._is_foreign(url)]
+
+    def _is_foreign(self, url: str) -> bool:
+        parts = urlsplit(url)
+        return parts.scheme != "data" and parts.netloc != self._own
+
+    def _record(self, route: Route) -> None:
+        self.asked.append(route.request.url)
+        if self._is_foreign(route.request.url):
+            route.abort()
+        else:
+            route.continue_()
+
+    def _hear(self, said: ConsoleMessage) -> None:
+        if said.type in {"error", "warning"}:
+            self.complaints.append(said.text)
+
+    def _fail(self, error: Error) -> None:
+        self.complaints.append(error.message)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    """Connect to the service without a browser."""
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """Open a page that is listened to."""
+    with context.new_page() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def visit(context: BrowserContext, server: Server) -> Visit:
+    """Open the page, once because it takes long, and all that it folds."""
+    page = context.new_page()
+    visit = Visit(page, server)
+    page.goto(f"{server.url}/docs")
+    expect(page.locator(".opblock-tag-section").first).to_be_visible()
+    page.evaluate("document.querySelectorAll('.opblock-tag[data-is-open=false]').forEach((tag) => tag.click())")
+    return visit
+
+
+def test_the_page_shows_every_operation_and_asks_nobody_else(
+    visit: Visit, client: httpx.Client, server: Server
+) -> None:
+    document = client.get("/openapi.json").json()
+    tags = [tag["name"] for tag in document["tags"]]
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    expect(visit.page.locator(_HEADING)).to_have_count(len(described))
+    shown = visit.page.locator(_HEADING).evaluate_all(
+        "all => all.map((each) => [each.querySelector('.opblock-summary-method').textContent,"
+        " each.querySelector('.opblock-summary-path').dataset.path])"
+    )
+    assert {(method, path) for method, path in shown} == described
+    assert visit.page.locator(".opblock-tag").evaluate_all("all => all.map((tag) => tag.dataset.tag)") == tags
+    assert visit.strangers == []
+    assert f"{server.url}/openapi.json" in visit.asked
+    assert visit.complaints == []
+
+
+def test_a_token_that_is_entered_is_tried_against_the_service(visit: Visit, client: httpx.Client) -> None:
+    token, page = log_in(client, "ann", "ann-secret"), visit.page
+    page.locator(".btn.authorize").click()
+    entry = page.locator(".auth-container", has_text="X-Token")
+    entry.locator("input").fill(token)
+    entry.locator("button.authorize").click()
+    page.locator(".btn-done").first.click()
+    probe = page.locator(".opblock-get", has_text="/api/token").first
+    probe.locator(_HEADING).click()
+    probe.locator(".try-out__btn").click()
+    with page.expect_response("**/api/token") as answered:
+        probe.locator(".execute").click()
+    assert answered.value.request.headers["x-token"] == token
+    assert answered.value.json()["valid"] is True
+    expect(probe.locator(".live-responses-table .response-col_status").last).to_have_text("200")
+    expect(probe.locator(".live-responses-table .response-col_description").last).to_contain_text('"valid": true')
+    assert visit.strangers == []
+    assert visit.complaints == []
+
+
+def test_a_request_to_another_host_would_be_noticed(page: Page, server: Server) -> None:
+    """The policy of the page and of its files forbids it, and says so; what is no matter of the policy is recorded."""
+    visit = Visit(page, server)
+    page.goto(f"{server.url}/docs/start.js")
+    assert page.evaluate("fetch('http://other.example/').catch((error) => error.name)") == "TypeError"
+    assert any("Content Security Policy" in said for said in visit.complaints)
+    with pytest.raises(Error):
+        page.goto("http://other.example/page")
+    assert visit.strangers == ["http://other.example/page"]
+
+
+def test_no_page_of_another_origin_can_frame_it(page: Page, sites: Sites, server: Server) -> None:
+    """It can frame what does not forbid it."""
+    page.goto(sites.one.origin("127.0.0.1"))
+    frame = page.evaluate_handle(_FRAME, sites.other.origin("127.0.0.1") + "/open").as_element()
+    assert frame is not None
+    assert _text(frame) == "open"
+    with page.expect_console_message(lambda said: "frame-ancestors" in said.text) as said:
+        page.evaluate_handle(_FRAME, f"{server.url}/docs")
+    assert said.value.type == "error"
+    assert page.frames[-1].url.startswith("chrome-error:")
+
+
+def _text(frame: ElementHandle) -> str:
+    content = frame.content_frame()
+    assert content is not None
+    return content.inner_text("body")

@@ -1,0 +1,260 @@
+"""A page of another origin logs in, calls and logs out; one that is not listed reads nothing and does nothing."""
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import BrowserContext, ConsoleMessage, Error, Frame, Page
+
+from tests.support.servers import Server, log_in, probe
+from tests.system.browser.conftest import Sites
+from tests.system.browser.sites import REFUSED, ask
+
+LOG_IN = "([username, password]) => logIn(username, password)"
+WHO_AM_I = "(token) => whoAmI(token)"
+LOG_OUT = "async (token) => { const answer = await logOut(token); return [answer.status, await answer.json()]; }"
+
+LOGIN = '{"username": "admin", "password": "admin"}'
+FORMS = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
+
+_SEND = """async ([text, type]) => {
+  const body = new Blob([text], { type });
+  const answer = await fetch(`${API}/api/token`, { method: "POST", mode: "no-cors", body });
+  return [answer.type, await answer.text()];
+}"""
+
+_SUBMIT = """([name, value]) => {
+  const form = document.createElement("form");
+  Object.assign(form, { method: "POST", action: `${API}/api/token`, enctype: "text/plain" });
+  form.append(Object.assign(document.createElement("input"), { name, value }));
+  document.body.append(form);
+  form.submit();
+}"""
+
+
+@pytest.fixture(scope="module")
+def tab(context: BrowserContext) -> Page:
+    """Open one page for all tests: they only go elsewhere with it."""
+    return context.new_page()
+
+
+@pytest.fixture
+def page(tab: Page) -> Page:
+    """Take the page, of a visitor who has no cookie."""
+    tab.context.clear_cookies()
+    return tab
+
+
+@pytest.fixture(params=["by_address", "by_name"])
+def listed(request: pytest.FixtureRequest, sites: Sites, page: Page) -> Page:
+    """Open the page under each origin that may call."""
+    page.goto(sites.listed[request.param])
+    return page
+
+
+@pytest.fixture
+def guest(sites: Sites, page: Page) -> Page:
+    """Open the page under one origin that may call."""
+    page.goto(sites.listed["by_address"])
+    return page
+
+
+@pytest.fixture(params=["another_name", "another_port", "file", "sandbox"])
+def stranger(request: pytest.FixtureRequest, page: Page, sites: Sites, tmp_path: Path) -> Frame:
+    """Open the page where it is a stranger: at an origin that is not listed, or that is "null"."""
+    if request.param == "sandbox":
+        page.goto(f"{sites.listed['by_address']}/framed")
+        return page.main_frame.child_frames[0]
+    if request.param == "file":
+        path = tmp_path / "page.html"
+        path.write_text(sites.one.page)
+        page.goto(path.as_uri())
+    else:
+        page.goto(sites.strangers[request.param])
+    return page.main_frame
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    """Connect to the service without a browser."""
+    with server.client() as connected:
+        yield connected
+
+
+def message(page: Page, username: object, password: object) -> str:
+    """Log in, and return the message of the error that the script throws."""
+    with pytest.raises(Error) as caught:
+        page.evaluate(LOG_IN, [username, password])
+    found = re.search(r"Error: (.+)", caught.value.message)
+    assert found is not None
+    return found[1]
+
+
+def served(server: Server, client: httpx.Client) -> list[tuple[str, str]]:
+    """List the requests that have been served. The one that is made here sees to it that all others are logged."""
+    assert client.get("/healthz").status_code == 200
+    logged = ((line["method"], line["route"]) for line in server.events("request"))
+    return [line for line in logged if line[1] != "/healthz"]
+
+
+def tries(server: Server) -> int:
+    """Count the logins that have been tried, whatever came of them."""
+    return sum(len(server.events(name)) for name in ("token_issued", "login_failed", "login_refused"))
+
+
+def test_a_page_logs_in_calls_probes_and_logs_out(listed: Page, server: Server) -> None:
+    token = listed.evaluate(LOG_IN, ["ann", "ann-secret"])
+    assert re.fullmatch("[A-Za-z0-9]{64}", token)
+    me = listed.evaluate(WHO_AM_I, token)
+    assert (me["username"], me["scopes"]) == ("ann", ["read", "write"])
+    probed = ask(listed.main_frame, "/api/token", headers={"X-Token": token})
+    assert (probed["status"], probed["body"]) == (200, f'{{"valid":true,"expiry_time":{me["expiry_time"]}}}')
+    with server.client() as client:
+        assert probe(client, token)
+        assert listed.evaluate(LOG_OUT, token) == [200, {"valid": False, "expiry_time": None}]
+        assert not probe(client, token)
+    assert listed.evaluate(WHO_AM_I, token)["error"] == "invalid_token"
+    assert '"valid":false' in ask(listed.main_frame, "/api/token", headers={"X-Token": token})["body"]
+
+
+def test_a_page_borrows_from_a_pool_and_ends_its_logins(guest: Page) -> None:
+    token, another = (guest.evaluate(LOG_IN, ["ann", "ann-secret"]) for _ in range(2))
+    bearer = {"Authorization": f"Bearer {token}"}
+    sending = {**bearer, "Content-Type": "application/json"}
+    lease = ask(guest.main_frame, "/api/pools/permits/leases", method="POST", headers=sending, body='{"holder": "p"}')
+    assert lease["status"] == 201
+    lent = re.findall(r'"token":"(.+?)"', lease["body"])[0]
+    done = [
+        ask(guest.main_frame, path, method=method, headers=headers)["status"]
+        for method, path, headers in [
+            ("PUT", f"/api/pools/permits/leases/{lent}", bearer),
+            ("DELETE", f"/api/pools/permits/leases/{lent}", {"X-Token": token}),
+            ("DELETE", f"/api/pools/permits/leases/{lent}", bearer),
+            ("DELETE", "/api/tokens?keep=current", {"X-Token": token}),
+            ("GET", "/api/me", {"X-Token": another}),
+            ("GET", "/api/me", bearer),
+        ]
+    ]
+    assert done == [200, 204, 409, 200, 401, 200]
+
+
+def test_a_page_tells_of_wrong_passwords_and_then_how_long_to_wait(guest: Page, server: Server) -> None:
+    told = [message(guest, "ann", f"wrong {number}") for number in range(6)]
+    with server.client() as client:
+        refused = client.post("/api/token", json={"username": "ann", "password": "ann-secret"})
+    assert refused.status_code == 429
+    assert "password" in message(guest, "ann", 7), "what the service says of a login that it cannot read"
+    assert told == ["Wrong name or password."] * 5 + [f"Try again in {refused.headers['Retry-After']} seconds."]
+
+
+def test_a_page_tells_how_long_to_wait_while_the_store_is_down(guest: Page, server: Server, directory: Path) -> None:
+    with closing(sqlite3.connect(directory / "tokenauth.db", isolation_level=None)) as database:
+        database.execute("ALTER TABLE tokens RENAME TO elsewhere")
+        try:
+            told = message(guest, "ann", "ann-secret")
+        finally:
+            database.execute("ALTER TABLE elsewhere RENAME TO tokens")
+    assert re.fullmatch(r"Try again in \d+ seconds\.", told)
+
+
+def test_a_page_can_read_why_it_is_refused(guest: Page) -> None:
+    answers = [ask(guest.main_frame, "/api/me", headers=headers) for headers in ({}, {"X-Token": "x" * 64})]
+    assert [answer["status"] for answer in answers] == [401, 401]
+    assert [answer["headers"]["www-authenticate"] for answer in answers] == [
+        'Bearer realm="tokenauth"',
+        'Bearer realm="tokenauth", error="invalid_token"',
+    ]
+
+
+def test_a_page_may_send_nothing_that_the_service_has_no_use_for(guest: Page) -> None:
+    """No cookies, no other header, no other method."""
+    surplus: list[dict[str, Any]] = [{"credentials": "include"}, {"headers": {"X-Other": "x"}}, {"method": "PATCH"}]
+    assert [ask(guest.main_frame, "/api/token?token=x", **init) for init in surplus] == [REFUSED] * 3
+    assert ask(guest.main_frame, "/api/token?token=x")["status"] == 200
+
+
+def test_a_page_behind_the_same_proxy_needs_not_be_listed_and_gets_no_cookie(page: Page, sites: Sites) -> None:
+    """Here the browser would keep one; what a page of another origin is sent it would drop."""
+    page.goto(f"{sites.strangers['another_port']}/behind")
+    token = page.evaluate(LOG_IN, ["ann", "ann-secret"])
+    assert page.evaluate(WHO_AM_I, token)["username"] == "ann"
+    assert page.evaluate(LOG_OUT, token)[0] == 200
+    assert page.evaluate(WHO_AM_I, token)["error"] == "invalid_token"
+    assert message(page, "ann", "wrong") == "Wrong name or password."
+    assert page.context.cookies() == []
+
+
+def refusal(frame: Frame, path: str, **init: Any) -> str:
+    """Have a page fetch what its browser refuses; return what the console says of that."""
+
+    def is_meant(said: ConsoleMessage) -> bool:
+        return said.text.startswith("Access to fetch")
+
+    with frame.page.expect_console_message(is_meant) as said:
+        assert ask(frame, path, **init) == REFUSED, path
+    return said.value.text
+
+
+def test_a_stranger_reads_no_answer(stranger: Frame, sites: Sites, client: httpx.Client) -> None:
+    """It cannot even tell a valid token from another; what says that everybody may read it, it can read."""
+    token = log_in(client)
+    for path in (f"/api/token?token={token}", "/api/token?token=x", "/api/token", "/api/me", "/healthz", "/nothing"):
+        assert "blocked by CORS policy: No 'Access-Control-Allow-Origin' header" in refusal(stranger, path)
+    assert ask(stranger, f"{sites.one.origin('127.0.0.1')}/open")["body"] == "open"
+
+
+def test_what_a_stranger_must_ask_for_first_is_never_sent(
+    stranger: Frame, server: Server, client: httpx.Client
+) -> None:
+    token = log_in(client, "ann", "ann-secret")
+    mine = {"X-Token": token}
+    lease = client.post("/api/pools/permits/leases", headers=mine).json()["token"]
+    before = served(server, client)
+    sent: list[tuple[str, str, dict[str, str], str | None]] = [
+        ("POST", "/api/token", {"Content-Type": "application/json"}, LOGIN),
+        ("GET", "/api/token", mine, None),
+        ("GET", "/api/me", mine, None),
+        ("GET", "/api/me", {"Authorization": f"Bearer {token}"}, None),
+        ("POST", "/api/pools/permits/leases", mine, None),
+        ("PUT", f"/api/pools/permits/leases/{lease}", mine, None),
+        ("DELETE", f"/api/pools/permits/leases/{lease}", mine, None),
+        ("DELETE", "/api/tokens", mine, None),
+        ("DELETE", "/api/token", {}, token),
+        ("DELETE", f"/api/token?token={token}", {}, None),
+    ]
+    for method, path, headers, body in sent:
+        init = {"method": method, "headers": headers} | ({} if body is None else {"body": body})
+        assert "blocked by CORS policy: Response to preflight request" in refusal(stranger, path, **init)
+    after = served(server, client)
+    assert after[: len(before)] == before
+    assert {method for method, _ in after[len(before) :]} == {"OPTIONS"}
+    assert probe(client, token)
+    assert len(client.get("/api/tokens", headers=mine).json()["tokens"]) == 1
+    assert client.delete(f"/api/pools/permits/leases/{lease}", headers=mine).status_code == 204
+
+
+def test_no_login_is_tried_that_a_stranger_sends_without_asking(page: Page, sites: Sites, server: Server) -> None:
+    """A body of these types needs no leave of the service, nor does one of none. The browser drops other types."""
+    page.goto(sites.strangers["another_name"])
+    tried = {}
+    for kind in (*FORMS, "application/json", ""):
+        before = tries(server)
+        assert page.evaluate(_SEND, [LOGIN, kind]) == ["opaque", ""]
+        tried[kind] = tries(server) - before
+    assert tried == dict.fromkeys(tried, 0)
+
+
+def test_no_form_of_a_stranger_logs_in(page: Page, sites: Sites, server: Server) -> None:
+    """A form may be sent to anywhere, and as plain text it can be written so that it is JSON."""
+    page.goto(sites.strangers["another_name"])
+    before = tries(server)
+    with page.expect_navigation() as navigation:
+        page.evaluate(_SUBMIT, [LOGIN[:-1] + ', "more": "', '"}'])
+    assert navigation.value is not None
+    assert (navigation.value.url, navigation.value.status) == (f"{server.url}/api/token", 415)
+    assert tries(server) == before

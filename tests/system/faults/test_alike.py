@@ -1,0 +1,32 @@
+"""Promise 7, timed: a wrong name takes as long as a wrong password."""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.promises.test_7_alike import attempt, shipped, with_default_cost
+from tests.support.connections import Connection
+from tests.support.servers import worker
+
+pytestmark = pytest.mark.faults
+
+TRIES = 30
+ROUNDS = 4
+
+
+def test_wrong_name_and_wrong_password_answer_in_equal_time(tmp_path: Path) -> None:
+    """Interleaved, at the default cost; while medians differ by noise alone, more tries bring them together."""
+    times: dict[str, list[float]] = {shipped()[0]: [], "nobody": []}
+    with worker(with_default_cost(tmp_path)) as server, Connection(server.port) as connection:
+        for number in range(ROUNDS):
+            for network in range(TRIES):
+                for name, taken in times.items():
+                    began = time.perf_counter()
+                    assert attempt(connection, name, number * TRIES + network).status == 401
+                    taken.append(time.perf_counter() - began)
+            known, unknown = (median(taken) for taken in times.values())
+            if 0.7 < known / unknown < 1.4:
+                return
+    raise AssertionError(f"a wrong password takes {known * 1000:.1f} ms, a wrong name {unknown * 1000:.1f} ms")

@@ -1,0 +1,57 @@
+"""Promise 1, at length: kill -9 in a loop loses nothing that was answered, and brings nothing back."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.journal import Journal, judge, kill_in_a_loop, run_clients, serving, until, workers
+from tests.support.servers import write_config
+
+pytestmark = pytest.mark.faults
+
+ROUNDS = 60
+
+
+def test_sixty_kills_with_two_workers_and_eight_clients_lose_nothing(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    journals = kill_in_a_loop(config, ROUNDS, clients=8, seed=42)
+    states = [state for journal in journals for state in journal.issued.values()]
+    assert states.count("live") >= ROUNDS * 8
+    assert states.count("ended") >= ROUNDS * 2
+
+
+def test_a_worker_that_is_killed_is_replaced_and_what_it_answered_stands(tmp_path: Path) -> None:
+    """Ten times over, under `tokenauth serve`, while the other worker goes on."""
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    journals: list[Journal] = []
+    with serving(config, "--workers", "2") as server:
+        for number in range(10):
+            latest = [Journal() for _ in range(4)]
+            clients = run_clients([server.port], latest, number)
+            until(lambda: sum(len(one.issued) for one in latest) >= 40, "the clients got tokens")  # noqa: B023
+            started = len(server.events("started"))
+            os.kill(children(server.process.pid)[number % 2], signal.SIGKILL)
+            until(lambda: len(server.events("started")) > started, "a worker in its place")  # noqa: B023
+            for client in clients:
+                client.finish()
+            journals += latest
+            judge([server], latest)
+        server.kill()
+    with workers(config, None, 1) as servers:
+        judge(servers, journals)
+
+
+def children(process: int) -> list[int]:
+    """List the workers of a supervisor."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+            command = (status.parent / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[1]) == process and b"spawn_main" in command:
+            found.append(int(status.parent.name))
+    return sorted(found)

@@ -1,0 +1,218 @@
+"""PostgreSQL that is restarted, cut off and frozen under load: every answer is right, or 503, and nothing is lost."""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from threading import Event
+from time import monotonic
+
+import pytest
+
+from tests.support.connections import LOGIN, Connection
+from tests.support.history import RealTime
+from tests.support.journal import until
+from tests.support.postgres import Cluster, cluster
+from tests.support.races import CAPACITIES, POOLS, Race, check_eventful
+from tests.support.servers import starting, worker
+from tests.support.tcp_proxy import Proxy
+from tests.system.postgres.crowd import POOL, Crowd, check_log, is_outage, postgres_config, two_workers
+from tokenauth.stores.postgres.connections import PATIENCE
+
+pytestmark = pytest.mark.faults
+
+LEASE_TTL = 1.0
+RESUMED = 2.0
+"""Seconds after PostgreSQL is back within which everything is answered again: this bound is promised."""
+
+
+@pytest.fixture(scope="module")
+def private() -> Iterator[Cluster]:
+    """Run a server that may be stopped, and that keeps what it has acknowledged."""
+    with cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def url(private: Cluster, request: pytest.FixtureRequest) -> str:
+    """Make an empty database."""
+    return private.create(request.node.name[-60:])
+
+
+def name_of(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def eventful(race: Race) -> bool:
+    """Say whether enough has happened in a race."""
+    try:
+        for pool, history in race.histories.items():
+            check_eventful(history, CAPACITIES[pool])
+    except AssertionError:
+        return False
+    return True
+
+
+def test_a_restart_under_load_is_answered_503_and_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
+    """Crashed and started three times, twice for longer than a cache is believed; tokenauth runs on."""
+    resumed = []
+    with two_workers(postgres_config(tmp_path, url, POOL)) as servers:
+        crowd = Crowd(servers)
+        with crowd.running(30):
+            for seconds in (0.0, 1.5, 3.0):
+                crowd.busy(500)
+                outages, down_at = crowd.count(503), monotonic()
+                private.stop("immediate")
+                until(lambda: not seconds or crowd.count(503) > outages + 100, "it is noticed")  # noqa: B023
+                until(lambda: monotonic() >= down_at + seconds, "it lasts")  # noqa: B023
+                private.start()
+                resumed.append(crowd.resumed(monotonic()))
+            crowd.busy(500)
+        assert all(server.process.poll() is None for server in servers)
+        with worker(tmp_path / "config.toml") as fresh:
+            crowd.judge([fresh])
+    assert min(resumed) < RESUMED, resumed
+    assert crowd.count(503) > 200
+
+
+def test_connections_that_are_ended_again_and_again_under_load_lose_nothing(
+    private: Cluster, url: str, tmp_path: Path
+) -> None:
+    with two_workers(postgres_config(tmp_path, url, POOL)) as servers:
+        crowd = Crowd(servers, seed=2)
+        with crowd.running(30):
+            for _ in range(100):
+                crowd.busy(30)
+                private.terminate_all(name_of(url))
+            crowd.busy(500)
+        crowd.judge()
+    reads = [seen.status for seen in crowd.seen if seen.kind == "probe"]
+    assert reads.count(503) < len(reads) / 10, "a query is tried again"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thirty_racing_holders_break_no_promise_while_postgresql_is_restarted(
+    private: Cluster, url: str, tmp_path: Path, seed: int
+) -> None:
+    """Leases are of one second of the database's clock, and no worker is started anew."""
+    chance, over = Random(seed), Event()
+
+    def linger() -> None:
+        """Wait shortly, and now and then for about as long as a lease lasts."""
+        over.wait(chance.expovariate(20) if chance.random() < 0.9 else chance.uniform(0.5, 1.5) * LEASE_TTL)
+
+    with two_workers(postgres_config(tmp_path, url, POOLS % {"lease_ttl": LEASE_TTL})) as servers:
+        race = Race([server.port for server in servers], RealTime(), LEASE_TTL, seed, outages=True)
+        with race.running(lambda: not over.is_set(), linger):
+            try:
+                for _ in range(6):
+                    length, later = race.length, monotonic() + chance.uniform(2, 3) * LEASE_TTL
+                    until(lambda: race.length > length + 200 and monotonic() > later, "the race goes on")  # noqa: B023
+                    private.restart("immediate")
+                until(lambda: eventful(race), "everything happens that a race is about", 60)
+            finally:
+                over.set()
+        race.finish()
+
+
+def test_a_network_that_fails_under_load_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
+    """Cut, and frozen for longer than a statement may take; afterwards all goes on."""
+    with Proxy(private.port) as proxy:
+        config = postgres_config(tmp_path, private.url(name_of(url), proxy.port), POOL)
+        with two_workers(config) as servers:
+            crowd = Crowd(servers, seed=3)
+            with crowd.running(20):
+                for harm in (proxy.cut, proxy.freeze, proxy.cut):
+                    crowd.busy(300)
+                    outages, began = crowd.count(503), monotonic()
+                    harm()
+                    until(lambda: crowd.count(503) > outages + 20 and monotonic() > began + 6, "it lasts", 60)  # noqa: B023
+                    proxy.heal()
+                    crowd.resumed(monotonic())
+            crowd.judge()
+
+
+def test_connections_that_are_silently_lost_are_replaced(private: Cluster, url: str, tmp_path: Path) -> None:
+    """As when a machine has gone and another took its place: nothing ever comes over the old connections again.
+
+    Also when nothing is written, which would find out sooner.
+    """
+    with Proxy(private.port) as proxy, ThreadPoolExecutor(4) as others:
+        more = "[tokens]\nper_user = 0\ncache_size = 1"
+        config = postgres_config(tmp_path, private.url(name_of(url), proxy.port), more, connections=2)
+        with worker(config) as server, Connection(server.port) as connection:
+            tokens = [connection.log_in() for _ in range(40)]
+
+            def judged(number: int) -> bool:
+                """Say whether a quarter of the tokens, none of which is in the cache, are all found valid."""
+                with Connection(server.port, 60) as mine:
+                    answers = [mine.ask("GET", f"/api/token?token={token}") for token in tokens[number::4]]
+                return not any(map(is_outage, answers)) and all(answer.json()["valid"] for answer in answers)
+
+            assert all(others.map(judged, range(4)))
+            lost = set(proxy.connections)
+            assert len(lost) == 3
+            proxy.freeze(only=lambda one: one in lost)
+            began = monotonic()
+            until(lambda: all(others.map(judged, range(4))), "all are judged again", 60)
+            assert monotonic() - began < 40
+            check_log(server)
+
+
+def test_a_standby_in_the_place_of_the_primary_is_refused_until_it_is_one(
+    private: Cluster, url: str, tmp_path: Path
+) -> None:
+    """A standby may not know of the latest removals."""
+    name = name_of(url)
+    with private.standby() as standby, Proxy(private.port) as proxy:
+        config = postgres_config(tmp_path, private.url(name, proxy.port))
+        with worker(config) as server, Connection(server.port) as connection:
+            kept, ended = connection.log_in(), connection.log_in()
+            standby.follow(private)
+            proxy._target = ("127.0.0.1", standby.port)
+            proxy.cut()
+            proxy.heal()
+            until(lambda: is_outage(connection.ask("GET", f"/api/token?token={kept}")), "nothing is known of any token")
+            assert is_outage(connection.ask("POST", "/api/token", LOGIN))
+            ready = connection.ask("GET", "/readyz")
+            assert ready.status == 503
+            assert "TargetServerAttributeNotMatched" in ready.json()["reason"]
+            connection.log_out(ended)
+            with starting(config) as other:
+                assert other.process.wait(30) not in {None, 0}
+                said = other.log.read_text()
+                assert "cannot be used" in said
+                assert "primary" in said or "standby" in said or "read-only" in said or "recovery" in said, said
+                check_log(other)
+            standby.execute("SELECT pg_promote()")
+            until(lambda: connection.ask("POST", "/api/token", LOGIN).status == 200, "it is the primary now")
+            assert connection.valid(kept)
+            until(lambda: bool(server.events("token_revoked")), "what was held in memory is written")
+            assert not connection.valid(ended)
+            assert connection.ask("GET", "/readyz").status == 200
+            check_log(server)
+
+
+@pytest.mark.parametrize("harm", ["cut", "frozen"])
+def test_a_stop_ends_within_seconds_while_postgresql_cannot_be_reached(
+    private: Cluster, url: str, tmp_path: Path, harm: str
+) -> None:
+    """And says which revocations it could not write. Each of two writes may take as long as one is waited for."""
+    with Proxy(private.port) as proxy:
+        config = postgres_config(tmp_path, private.url(name_of(url), proxy.port), POOL)
+        with worker(config) as server, Connection(server.port) as connection:
+            token = connection.log_in()
+            crowd = Crowd([server])
+            with crowd.running(16):  # so that there are connections
+                until(lambda: len(proxy.connections) >= 4, "it has several connections")
+            (proxy.cut if harm == "cut" else proxy.freeze)()
+            connection.log_out(token)
+            assert server.events("revocation_held_in_memory")
+            began = monotonic()
+            assert server.stop() in {0, -signal.SIGTERM}
+            assert monotonic() - began < 2 * PATIENCE + 10
+            assert server.events("revocation_lost")
+            assert server.events("stopped")
+            assert not [event for event in server.events() if "Exception" in event["event"]]
+            check_log(server)

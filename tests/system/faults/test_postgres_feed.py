@@ -1,0 +1,167 @@
+"""The news of removals on PostgreSQL, at length: every kind of broken network, processes that sleep, a failover."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.contract.conftest import token
+from tests.support.connections import Connection
+from tests.support.journal import background
+from tests.support.postgres import Cluster, cluster
+from tests.support.servers import START
+from tests.support.tcp_proxy import Only, Proxy, every, listener
+from tests.system.postgres.feeds import (  # noqa: F401 - some are fixtures
+    LOGS,
+    Node,
+    be_patient,
+    change_the_log,
+    database_of,
+    make_database,
+    open_nodes,
+    opened,
+    run_network,
+)
+from tests.system.postgres.watched import Pair, Watch, hold_to_the_promise, pair, sleep_through
+from tokenauth.stores.postgres.listener import BOUND
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def two(postgres: Cluster, directory: Path) -> Iterator[Pair]:
+    """Run two workers; the second has a network of its own to the database."""
+    with pair(postgres, database_of(postgres).rpartition("/")[2], directory) as running:
+        yield running
+
+
+Break = Callable[[Proxy, Only], None]
+
+BROKEN: dict[str, Break] = {
+    "healthy": lambda network, only: None,
+    "late": lambda network, only: network.delay(0.1, only),
+    "slow": lambda network, only: network.delay(0.3, only),
+    "slower-than-the-bound": lambda network, only: network.delay(0.6, only),
+    "very-slow": lambda network, only: network.delay(3, only),
+    "cut": Proxy.cut,
+    "half-open": Proxy.freeze,
+}
+
+
+@pytest.mark.parametrize("only", [listener, every], ids=["listener", "all"])
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_removal_is_refused_by_the_other_node_within_the_bound(two: Pair, what: str, only: Only) -> None:
+    """Ten tokens end at odd moments; the other node is asked about each all the while, before, in and after it."""
+    chance = random.Random(what)
+    with Connection(two.here.port) as here, Connection(two.there.port) as there:
+        tokens = [here.log_in() for _ in range(12)]
+        good = tokens[:2]
+        assert all(map(there.valid, tokens))
+        ended: dict[str, float] = {}
+        with Watch(two.there, tokens, 1) as watch:
+            BROKEN[what](two.network, only)
+            for value in tokens[2:]:
+                time.sleep(chance.uniform(0, 0.3))  # when it ends is a matter of chance
+                here.log_out(value)
+                ended[value] = time.monotonic()
+            time.sleep(BOUND)
+            two.network.heal()
+            watch.until_asked_after(time.monotonic())
+        hold_to_the_promise(two, watch, ended, good)
+        if only is listener:
+            assert all(None not in watch.seen[value].valid for value in tokens), "the database could be asked"
+        watch.until_valid(good[0])
+        two.until_quiet()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.35, 0.4])
+def test_what_a_node_has_refused_it_does_not_take_again_while_its_feed_comes_and_goes(
+    two: Pair, seconds: float
+) -> None:
+    """The answers come so late that the node is sure of them for a moment only, again and again."""
+    chance = random.Random(seconds)
+    with Connection(two.here.port) as here, Connection(two.there.port) as there:
+        for _ in range(5):
+            tokens = [here.log_in() for _ in range(10)]
+            assert all(map(there.valid, tokens))
+            with Watch(two.there, tokens, 1) as watch:
+                two.network.delay(seconds, listener)
+                time.sleep(chance.uniform(1, 2))
+                for value in tokens:
+                    time.sleep(chance.uniform(0, 0.1))
+                    here.log_out(value)
+                watch.until_asked_after(time.monotonic() + BOUND)
+                two.network.heal()
+            for seen in watch.seen.values():
+                assert seen.last(answer=True) <= seen.first(answer=False), "refused, and then taken again"
+
+
+def test_a_feed_that_is_lost_for_long_is_logged_once_and_so_is_its_return(two: Pair) -> None:
+    before = len(two.there.events("revocation_feed_back"))
+    two.network.freeze(listener)
+    time.sleep(12)  # longer than any of its attempts takes
+    two.network.heal()
+    two.until_quiet()
+    events = [event["event"] for event in two.there.events() if event["event"].startswith("revocation_feed_")]
+    assert events[-2:] == ["revocation_feed_lost", "revocation_feed_back"]
+    assert events.count("revocation_feed_lost") == events.count("revocation_feed_back") == before + 1
+    assert "revocation_feed_polls" not in events
+
+
+def test_a_node_that_was_stopped_does_not_answer_from_what_it_knew(two: Pair) -> None:
+    """Twenty times, at whatever point of its work: it is kept busy."""
+    chance = random.Random(5)
+    with Connection(two.here.port) as here, Connection(two.there.port) as busy:
+        bystander = here.log_in()
+        for _ in range(20):
+            ended, good = here.log_in(), here.log_in()
+            with background(lambda: busy.valid(bystander)):
+                time.sleep(chance.uniform(0, 0.3))
+                changes = [(ended, lambda: here.log_out(ended)), (good, lambda: None)]  # noqa: B023
+                assert sleep_through(two, changes, 30) == [False, True]
+
+
+@pytest.mark.parametrize("more", [1, 3, 5, 8])
+@pytest.mark.parametrize("change", LOGS)
+@pytest.mark.usefixtures("patient")
+async def test_whatever_becomes_of_the_log_no_removal_is_missed(
+    nodes: Sequence[Node], network: Proxy, url: str, change: str, more: int
+) -> None:
+    await change_the_log(nodes, network, url, change, more)
+
+
+@pytest.mark.parametrize("lost", ["removals", "tokens", "both"])
+def test_after_a_failover_that_lost_the_last_commits_a_node_says_what_the_database_has(lost: str) -> None:
+    """The standby lags, the primary is gone, the standby takes its place; a node forgets the first."""
+    with cluster(fsync=False) as primary:
+        url = database_of(primary)
+        with primary.standby() as spare:
+            asyncio.run(_fail_over(primary, spare, url, lost))
+
+
+async def _fail_over(primary: Cluster, spare: Cluster, url: str, lost: str) -> None:
+    kept, ended, added = token(1), token(2, age=-1), token(3, age=-2)
+    async with opened(url) as node:
+        await node.tokens.add(kept, 0, START)
+        await node.tokens.add(ended, 0, START)
+        await node.tokens.add(token(4, age=-3), 0, START)
+        await node.remove(token(4))  # the log is not empty
+        await node.heard()
+        spare.follow(primary)
+        spare.stop()
+        if lost != "tokens":
+            await node.remove(ended)
+        if lost != "removals":
+            await node.tokens.add(added, 0, START)
+        await node.heard()
+        assert await node.valid([kept, ended, added]) == [True, lost == "tokens", lost != "removals"]
+        assert await node.looks_up([kept]) == [False]
+        primary.stop("immediate")
+        spare.port = primary.port
+        spare.start()
+        spare.execute("SELECT pg_promote()")
+        await node.heard()
+        assert await node.valid([kept, ended, added]) == [True, True, False]

@@ -1,0 +1,89 @@
+"""Promise 3, at length: a revocation reaches every worker by its next request, also one that was asleep."""
+
+import os
+import random
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.journal import background, until, workers
+from tests.support.servers import HandClock, worker, write_config
+
+pytestmark = pytest.mark.faults
+
+TIMES = 10_000
+
+
+def test_ten_thousand_revocations_reach_four_workers_by_their_next_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever revokes, the three others refuse on their very next request; two of them are kept busy."""
+    chance = random.Random(3)
+    waits = []
+    with workers(write_config(tmp_path, "[tokens]\nper_user = 0"), None, 4) as servers, ExitStack() as stack:
+        here = [stack.enter_context(Connection(server.port)) for server in servers]
+        busy = [stack.enter_context(Connection(server.port)) for server in servers[:2]]
+        bystander = busy[0].log_in("ann", "ann-secret")
+        with background(lambda: [connection.valid(bystander) for connection in busy]):
+            for number in range(TIMES):
+                chance.shuffle(here)
+                token = here[0].log_in()
+                assert all(connection.valid(token) for connection in here), f"round {number}"
+                here[0].log_out(token)
+                began = time.perf_counter()
+                for connection in here[1:]:
+                    assert not connection.valid(token), f"accepted in round {number} after it was revoked"
+                    waits.append(time.perf_counter() - began)
+                    began = time.perf_counter()
+    with capsys.disabled():
+        print(f"\nrefusals after {TIMES} revocations, every one on the first request; it took (milliseconds):")
+        print(histogram(waits))
+
+
+def histogram(seconds: list[float]) -> str:
+    """Count by powers of two of a quarter of a millisecond."""
+    counts: dict[float, int] = {}
+    for taken in seconds:
+        bound = 0.25
+        while taken * 1000 > bound:
+            bound *= 2
+        counts[bound] = counts.get(bound, 0) + 1
+    return "\n".join(f"  <= {bound:8.2f}  {count:6d}" for bound, count in sorted(counts.items()))
+
+
+def test_a_worker_that_was_stopped_refuses_on_its_next_request_what_was_revoked_meanwhile(tmp_path: Path) -> None:
+    """A hundred times: SIGSTOP, revocations elsewhere, SIGCONT; its cache was full of what is revoked."""
+    chance = random.Random(4)
+    with workers(write_config(tmp_path, "[tokens]\nper_user = 0"), None, 2) as servers, ExitStack() as stack:
+        here, sleeper = (stack.enter_context(Connection(server.port)) for server in servers)
+        for _ in range(100):
+            tokens = [here.log_in() for _ in range(10)]
+            assert all(map(sleeper.valid, tokens))
+            os.kill(servers[1].process.pid, signal.SIGSTOP)
+            ended = chance.sample(tokens, 5)
+            for token in ended:
+                here.log_out(token)
+            os.kill(servers[1].process.pid, signal.SIGCONT)
+            assert [sleeper.valid(token) for token in tokens] == [token not in ended for token in tokens]
+
+
+def test_a_worker_that_slept_for_longer_than_the_log_goes_back_forgets_its_cache(tmp_path: Path) -> None:
+    """The log of revocations is swept after an hour: what it no longer says is read from the store."""
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    clock = HandClock(tmp_path / "clock", create=True)
+    with workers(config, clock, 2) as servers, ExitStack() as stack:
+        here, sleeper = (stack.enter_context(Connection(server.port)) for server in servers)
+        tokens = [here.log_in() for _ in range(20)]
+        assert all(map(sleeper.valid, tokens))
+        os.kill(servers[1].process.pid, signal.SIGSTOP)
+        for token in tokens[:10]:
+            here.log_out(token)
+        clock.advance(2 * 3600)
+        with worker(config, clock) as third:  # sweeps when it starts
+            until(lambda: bool(third.events("swept")), "the log is swept")
+        os.kill(servers[1].process.pid, signal.SIGCONT)
+        assert [sleeper.valid(token) for token in tokens] == [False] * 10 + [True] * 10

@@ -1,0 +1,114 @@
+"""Promise 1, below the file system: nothing is acknowledged before it is on the disk, also when the disk fails."""
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import LOGIN, Connection
+from tests.support.lacking import lack
+from tests.support.servers import Server, spawn, worker, write_config
+
+pytestmark = pytest.mark.faults
+
+WAL = "tokenauth.db-wal"
+
+
+@pytest.fixture(autouse=True)
+def _strace() -> None:
+    if shutil.which("strace") is None:
+        lack("strace", "apt-get install strace")
+
+
+@contextmanager
+def traced(config: Path, *options: str) -> Iterator[Server]:
+    """Run a worker under strace. Its port is 0 if it could not start."""
+    command = ["strace", "-f", "-o", str(config.with_name("trace")), *options]
+    with spawn([*command, sys.executable, "-m", "tests.support.worker", str(config), "-"], config.parent) as server:
+        try:
+            server.port = server.wait("test_worker_ready", 60)["port"]
+        except AssertionError:
+            assert server.process.poll() not in {None, 0}
+        yield server
+
+
+def test_no_answer_leaves_before_what_it_says_is_on_the_disk(tmp_path: Path) -> None:
+    """At each answer to a login or a revocation, the log has been synced since it was last written.
+
+    That, and not kill -9, is what stands between an acknowledgement and a power failure.
+    """
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    calls = "trace=pwrite64,pwritev,fdatasync,fsync,write,writev,sendto,sendmsg"
+    with traced(config, "-y", "-s", "400", "-e", calls) as server, Connection(server.port) as connection:
+        for _ in range(30):
+            token = connection.log_in()
+            listed = connection.ask("GET", "/api/tokens", X_Token=token).json()["tokens"]
+            assert connection.ask("DELETE", f"/api/tokens/{listed[0]['id']}", X_Token=token).status == 204
+            connection.log_out(connection.log_in())
+    dirty, answers = False, 0
+    for line in completed((tmp_path / "trace").read_text(errors="replace")):
+        if WAL in line and re.search(r"\bpwritev?(64)?\(", line):
+            dirty = True
+        elif WAL in line and re.search(r"\bf(data)?sync\(.*= 0", line):
+            dirty = False
+        elif "HTTP/1.1 20" in line:
+            answers += 1
+            assert not dirty or answers < 10, line  # at first the sweeper may be writing too
+    assert answers >= 150
+
+
+def completed(trace: str) -> Iterator[str]:
+    """Put each system call on one line, at the place of its end; a write counts from its beginning."""
+    open_calls: dict[str, str] = {}
+    for line in trace.splitlines():
+        process, _, call = line.partition(" ")
+        if call.rstrip().endswith("<unfinished ...>"):
+            open_calls[process] = call.partition("<unfinished")[0]
+            if "sync(" not in call:
+                yield call
+        elif "resumed>" in call:
+            yield open_calls.pop(process, "") + call.partition("resumed>")[2]
+        else:
+            yield call
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
+@pytest.mark.parametrize("when", ["1+", "3+", "9+", "41+", "2", "7"])
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+def test_what_could_not_be_written_is_not_acknowledged(tmp_path: Path, call: str, when: str, error: str) -> None:
+    """From the n-th call on, or at the n-th alone, the disk fails: logins get 503, probes go on, nothing is lost."""
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    with worker(config) as server, Connection(server.port) as connection:
+        live, ended = [connection.log_in() for _ in range(5)], []
+        server.kill()
+    with traced(config, "-e", f"trace={call}", f"--inject={call}:error={error}:when={when}") as server:
+        if server.port:
+            with Connection(server.port) as connection:
+                failed = 0
+                for number in range(40):
+                    answer = connection.ask("POST", "/api/token", LOGIN)
+                    assert answer.status in {200, 503}, answer
+                    failed += answer.status == 503
+                    if answer.status == 200:
+                        assert not (failed and when.endswith("+")), "acknowledged though nothing can be written"
+                        live.append(answer.json()["token"])
+                    assert connection.valid(live[number % len(live)])
+                    if number % 4 == 0:
+                        listed = connection.ask("GET", "/api/tokens", X_Token=live[0]).json()["tokens"]
+                        one = next(row["id"] for row in listed if not row["current"])
+                        revoked = connection.ask("DELETE", f"/api/tokens/{one}", X_Token=live[0])
+                        assert revoked.status in {204, 503}, revoked
+                        if revoked.status == 204:
+                            ended += [token for token in live if not connection.valid(token)]
+                            live = [token for token in live if token not in ended]
+                assert failed or not when.endswith("+")
+        server.kill()
+    for _ in range(2):
+        with worker(config) as server, Connection(server.port) as connection:
+            assert all(map(connection.valid, live))
+            assert not any(map(connection.valid, ended))
+            server.kill()

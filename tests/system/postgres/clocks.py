@@ -1,0 +1,54 @@
+"""A database whose clock a test moves by hand, and workers on machines whose own clocks are wrong."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.postgres import Cluster
+from tests.support.processes import Forked
+from tests.support.servers import Server
+
+_SHADOW = (
+    "CREATE TABLE public.clock_shift AS SELECT 0::float8 AS seconds",
+    "GRANT SELECT ON public.clock_shift TO tokenauth",
+    """
+    CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE
+    RETURN pg_catalog.clock_timestamp() + make_interval(secs => (SELECT seconds FROM public.clock_shift))
+    """,
+)
+
+
+class ShiftedDatabase:
+    """A database with the schema, whose `clock_timestamp()` is that of the server and some seconds more or less.
+
+    Its own function is found before the one that is built in: what tokenauth asks is unchanged.
+    """
+
+    def __init__(self, cluster: Cluster, url: str) -> None:
+        """Give a database such a clock, for whoever connects from now on."""
+        self._cluster = cluster
+        self.url = url
+        self.name = self.url.rpartition("/")[2]
+        for statement in _SHADOW:
+            cluster.execute(statement, self.name)
+        cluster.execute(f'ALTER DATABASE "{self.name}" SET search_path = public, pg_catalog')
+
+    def move(self, seconds: float) -> None:
+        """Move the clock, also back."""
+        self._cluster.execute(f"UPDATE clock_shift SET seconds = seconds + {seconds}", self.name)  # noqa: S608
+
+
+@contextmanager
+def skewed(config: Path, seconds: int) -> Iterator[Server]:
+    """Run a worker that takes the time of its machine to be so many seconds more than it is."""
+    log = config.parent / f"skewed{seconds:+}.log"
+    log.touch()
+    command = ["skewed", str(config), str(seconds)]
+    streams = [Path(os.devnull), log, log]
+    server = Server(Forked("tests.system.postgres.skewed", command, config.parent, streams, os.environ), log)
+    try:
+        server.port = server.wait("test_worker_ready")["port"]
+        yield server
+    finally:
+        server.kill()

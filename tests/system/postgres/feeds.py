@@ -1,0 +1,206 @@
+"""Two nodes that share a database, one of them behind a network that a test breaks, and what becomes of the log."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+from tests.contract.conftest import apart, token
+from tests.support.postgres import Cluster
+from tests.support.servers import START
+from tests.support.tcp_proxy import Proxy, listener
+from tests.system.postgres.nodes import connected
+from tokenauth.models import Token
+from tokenauth.stores.cache import CachedTokenStore
+from tokenauth.stores.postgres import listener as feed
+from tokenauth.stores.postgres.store import PostgresStore, PostgresTokenStore
+from tokenauth.stores.tables import metadata
+
+HOUR = 3600.0
+
+
+class Counted(PostgresTokenStore):
+    """Counts how often the database is asked for a token."""
+
+    asked = 0
+
+    async def get(self, digest: bytes) -> Token | None:
+        """Count, then look it up."""
+        self.asked += 1
+        return await super().get(digest)
+
+
+class Node:
+    """What one process has of a database, in this one."""
+
+    def __init__(self, store: PostgresStore) -> None:
+        self.store = store
+        self.listener = store._listener
+        self.database = Counted(store._database, store._listener)
+        self.tokens = CachedTokenStore(self.database, self.listener, 1000)
+
+    async def heard(self) -> None:
+        """Wait until the log has been read once more; the connection must not be broken when this begins."""
+        self.listener.doubt()
+        await self.until_sure()
+
+    async def until_sure(self, sure: bool = True) -> None:
+        """Wait until the feed is sure, or is not."""
+        await until(lambda: self.listener.sure() is sure)
+        await asyncio.sleep(0)  # what the cache was told in this turn is past
+
+    async def valid(self, tokens: Sequence[Token]) -> list[bool]:
+        """Say of each token whether this process takes it."""
+        return [await self.tokens.get(one.digest) is not None for one in tokens]
+
+    async def looks_up(self, tokens: Sequence[Token]) -> list[bool]:
+        """Say of each token whether the database is asked for it."""
+        asked = []
+        for one in tokens:
+            before = self.database.asked
+            await self.tokens.get(one.digest)
+            asked.append(self.database.asked > before)
+        return asked
+
+    async def remove(self, *tokens: Token) -> None:
+        """End tokens, one after the other."""
+        for one in tokens:
+            assert await self.tokens.remove(one.digest, START)
+
+
+_names = (f"feed_{number}" for number in count())
+
+
+def database_of(cluster: Cluster) -> str:
+    """Make a database that has the schema; say its URL."""
+    url = cluster.create(next(_names))
+    apart(_upgrade(url))
+    return url
+
+
+async def _upgrade(url: str) -> None:
+    async with opened(url):
+        pass
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Node]:
+    """Open a database once more, as one more process would."""
+    store = PostgresStore(make_url(url), 1000, 2, clock=lambda: START)
+    await store.start()
+    try:
+        yield Node(store)
+    finally:
+        await store.stop(0)
+
+
+TOKENS = [token(number, age=-number) for number in range(12)]
+
+
+@pytest.fixture(scope="module", name="url")
+def make_database(postgres: Cluster) -> Iterator[str]:
+    """Make one database for all tests here."""
+    made = database_of(postgres)
+    yield made
+    postgres.drop(made.rpartition("/")[2])
+
+
+@pytest.fixture(name="network")
+def run_network(postgres: Cluster) -> Iterator[Proxy]:
+    """Run what lies between one node and its database."""
+    with Proxy(postgres.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(name="nodes")
+async def open_nodes(url: str, network: Proxy) -> AsyncIterator[Sequence[Node]]:
+    """Open two nodes on a database that has TOKENS; the second is behind the network and remembers them all."""
+    async with connected(url) as db:
+        await db.execute(f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
+    behind = url.replace(url.rpartition(":")[2].partition("/")[0], str(network.port))
+    async with AsyncExitStack() as stack:
+        here, there = [await stack.enter_async_context(opened(each)) for each in (url, behind)]
+        for one in TOKENS:
+            await here.tokens.add(one, 0, START)
+        assert await there.valid(TOKENS) == [True] * len(TOKENS)
+        yield [here, there]
+
+
+@pytest.fixture(name="patient")
+def be_patient(monkeypatch: pytest.MonkeyPatch, nodes: object) -> None:
+    """Let nothing become doubtful by time: what a test shows then does not hang on how slow the machine is."""
+    monkeypatch.setattr(feed, "BOUND", HOUR)
+
+
+def left(*removed: Token) -> list[bool]:
+    """Say of each of TOKENS whether it is still valid."""
+    return [one not in removed for one in TOKENS]
+
+
+async def lose(node: Node, network: Proxy) -> None:
+    """Break a node's feed, and wait until it has noticed."""
+    network.cut(only=listener)
+    node.listener.doubt()
+    await node.until_sure(False)
+
+
+async def find(node: Node, network: Proxy) -> None:
+    """Let the feed come back, and wait until the log was read."""
+    network.heal()
+    await node.until_sure()
+
+
+async def _lose_the_last(db: asyncpg.Connection, count: int) -> None:
+    """Do what a failover does that comes too early: the last removals have not happened, their numbers are unused."""
+    lost = await db.fetchval("SELECT min(seq) FROM (SELECT seq FROM revocations ORDER BY seq DESC LIMIT $1) x", count)
+    await db.execute("DELETE FROM revocations WHERE seq >= $1", lost)
+    await db.execute("SELECT setval(pg_get_serial_sequence('revocations', 'seq'), $1, false)", lost)
+
+
+async def _roll_back(db: asyncpg.Connection) -> None:
+    """Take numbers that are never used."""
+    for _ in range(5):
+        await db.execute("SELECT nextval(pg_get_serial_sequence('revocations', 'seq'))")
+
+
+Change = Callable[[asyncpg.Connection], Awaitable[object]]
+
+LOGS: Mapping[str, Change] = {
+    "as-it-was": lambda db: db.fetch("SELECT 1"),
+    "gap": _roll_back,
+    "trimmed-to-the-last": lambda db: db.execute(
+        "DELETE FROM revocations WHERE seq < (SELECT max(seq) FROM revocations)"
+    ),
+    "lost-one": lambda db: _lose_the_last(db, 1),
+    "lost-two": lambda db: _lose_the_last(db, 2),
+    "lost-all": lambda db: db.execute("TRUNCATE revocations RESTART IDENTITY"),
+    "emptied": lambda db: db.execute("DELETE FROM revocations"),
+}
+
+
+async def change_the_log(nodes: Sequence[Node], network: Proxy, url: str, change: str, more: int) -> None:
+    """Let a node know three removals; then the log changes and tokens are removed, then the node reads the log."""
+    here, there = nodes
+    await here.remove(*TOKENS[:3])
+    await there.heard()
+    assert await there.valid(TOKENS) == left(*TOKENS[:3])
+    await lose(there, network)
+    async with connected(url) as db:
+        await LOGS[change](db)
+    await here.remove(*TOKENS[3 : 3 + more])
+    await find(there, network)
+    assert await there.valid(TOKENS) == left(*TOKENS[: 3 + more])
+    await here.remove(TOKENS[11])
+    await there.heard()
+    assert await there.valid(TOKENS) == left(*TOKENS[: 3 + more], TOKENS[11])

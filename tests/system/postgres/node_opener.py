@@ -1,0 +1,29 @@
+"""A process that opens a store by its URL, adds a token and ends: it waits until others have begun, too."""
+
+import asyncio
+import fcntl
+import sys
+from hashlib import sha256
+
+from tokenauth import logs
+from tokenauth.models import Token
+from tokenauth.settings.model import Database
+from tokenauth.stores.open import open_store
+
+
+async def add(url: str, number: str) -> None:
+    """Add one token."""
+    store = open_store(Database(url, connections=1), 10)
+    await store.start()
+    assert await store.ready() is None
+    await store.tokens.add(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 2**40), 0, store.clock())
+    await store.stop(store.clock())
+
+
+def main() -> None:
+    """Begin when nobody holds the file of the start line any more."""
+    line, url, number = sys.argv[1:]
+    logs.configure(at_once=True)  # a test looks into the log as soon as it is answered
+    with open(line, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    asyncio.run(add(url, number))

@@ -1,0 +1,103 @@
+"""Stores on one PostgreSQL database, as so many machines have it open, and what a test does beside them."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from tests.support.postgres import Cluster
+from tests.support.servers import START, write_config
+from tokenauth.models import Clock
+from tokenauth.settings.model import Database
+from tokenauth.stores.open import open_store
+from tokenauth.stores.postgres.store import PostgresStore
+
+Nodes = Sequence[PostgresStore]
+
+_names = (f"node_{number}" for number in count())
+_TEMPLATE = "node_template"
+
+
+def stand_still() -> float:
+    """Say the time of tests in which time does not matter."""
+    return START
+
+
+@contextmanager
+def fresh(cluster: Cluster) -> Iterator[str]:
+    """Make a database that has the schema and nothing else; say its URL. A migration costs more than a copy."""
+    if (_TEMPLATE,) not in cluster.execute("SELECT datname FROM pg_database"):
+        cluster.create(_TEMPLATE)
+        asyncio.run(_migrate(cluster.url(_TEMPLATE)))
+    name = next(_names)
+    yield cluster.create(name, _TEMPLATE)
+    cluster.drop(name)
+
+
+def write_config_for(url: str, directory: Path, more: str = "") -> Path:
+    """Write the configuration of a worker on a database."""
+    config = write_config(directory, more)
+    config.write_text(re.sub("^url = .*", f'url = "{url}"', config.read_text(), count=1, flags=re.MULTILINE))
+    return config
+
+
+async def _migrate(url: str) -> None:
+    async with nodes(url):
+        pass
+
+
+@asynccontextmanager
+async def nodes(
+    url: str, number: int = 1, clock: Clock | None = stand_still, connections: int = 4
+) -> AsyncIterator[Nodes]:
+    """Open a database several times. Without a clock it is the database that says what time it is."""
+    opened: list[PostgresStore] = []
+    try:
+        for _ in range(number):
+            store = open_store(Database(url, connections=connections), 1000, clock)
+            assert isinstance(store, PostgresStore)
+            await store.start()
+            opened.append(store)
+        yield opened
+    finally:
+        for store in opened:
+            await store.stop(0)
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Connect to the database as any program does."""
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        yield connection
+    finally:
+        await connection.close(timeout=10)
+
+
+async def fetch(url: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    """Run one statement."""
+    async with connected(url) as connection:
+        return [tuple(row) for row in await connection.fetch(sql, *values)]
+
+
+@asynccontextmanager
+async def busy(*work: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Repeat some work, each in a task of its own, for as long as this lasts; raise what goes wrong in it."""
+    over = False
+
+    async def repeat(one: Callable[[], Awaitable[object]]) -> None:
+        while not over:
+            await one()
+
+    async with asyncio.TaskGroup() as group:
+        for one in work:
+            group.create_task(repeat(one))
+        try:
+            yield
+        finally:
+            over = True

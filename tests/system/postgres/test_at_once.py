@@ -1,0 +1,198 @@
+"""Changes of several machines at once, in whatever order hurts most: no two block each other; all answers are right."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+
+import pytest
+
+from tests.support.postgres import Cluster
+from tests.support.servers import START
+from tests.system.postgres.nodes import Nodes, busy, connected, fetch, fresh, nodes
+from tokenauth.models import Claim, Pool, Token
+from tokenauth.stores.postgres.store import PostgresStore
+from tokenauth.stores.store import Note
+
+POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
+_FILL = "INSERT INTO revocations (digest, at) SELECT sha256(n::text::bytea), $1 FROM generate_series(1, 3000) AS n"
+_WAITING = "SELECT locktype FROM pg_locks WHERE NOT granted"
+USERS = [f"user{number}" for number in range(6)]
+
+
+@pytest.fixture
+def url(postgres: Cluster) -> Iterator[str]:
+    """Make a database; PostgreSQL must not have had to break a deadlock in it."""
+    with fresh(postgres) as made, no_deadlock(postgres):
+        yield made
+
+
+@contextmanager
+def no_deadlock(cluster: Cluster) -> Iterator[None]:
+    """Assert that PostgreSQL has not had to end a transaction for others."""
+    before = cluster.log.read_text().count("deadlock detected")
+    yield
+    assert cluster.log.read_text().count("deadlock detected") == before
+
+
+def token(number: int, life: int = 100) -> Token:
+    """Make a token of one of the users."""
+    return Token(sha256(b"%d" % number).digest(), USERS[number % len(USERS)], "c", START, int(START) + life)
+
+
+async def at_once(chance: random.Random, work: Sequence[Awaitable[object]]) -> None:
+    """Do everything at the same time, begun in an order of chance."""
+    shuffled = list(work)
+    chance.shuffle(shuffled)
+    await asyncio.gather(*shuffled)
+
+
+@pytest.mark.parametrize("seed", [1])
+async def test_leases_that_are_touched_in_opposite_orders_end_once(three: Nodes, seed: int) -> None:
+    chance = random.Random(seed)
+    for pool in POOLS:
+        await three[0].pools.add(pool, [f"t{number}" for number in range(30)], START)
+    ended: Counter[tuple[str, str, int]] = Counter()
+    expected: Counter[tuple[str, str, int]] = Counter()
+
+    async def release(node: PostgresStore, pool: Pool, value: str, fence: int) -> None:
+        touched = await node.pools.release(pool, value, START, Claim("h", fence))
+        assert touched is not None
+        ended[pool.name, value, fence] += touched.done
+
+    async def stay(node: PostgresStore, pool: Pool, value: str, fence: int) -> None:
+        touched = await node.pools.extend(pool, value, START, Claim("h", fence), free_too=chance.random() < 0.5)
+        assert touched is not None
+
+    for _ in range(3):
+        lent = [
+            (pool, granted.token.value, granted.token.fence)
+            for pool in POOLS
+            for granted in await asyncio.gather(
+                *(node.pools.lease(pool, "h", START) for node in (*three, three[0]) * 5)
+            )
+            if granted.token
+        ]
+        assert len(lent) == 40
+        expected.update((pool.name, value, fence) for pool, value, fence in lent)
+        work: list[Awaitable[object]] = []
+        for node in three:
+            order = chance.sample(lent, len(lent))
+            work += [release(node, *lease) for lease in order] + [stay(node, *lease) for lease in order[::-1]]
+            work += [node.pools.extend_free(pool, START, START, 99) for pool in POOLS]
+            work += [node.pools.purge(pool, START, 9) for pool in POOLS]
+        await at_once(chance, work)
+    assert ended == expected, "each lease was ended, and by one of three who said so"
+    for pool in POOLS:
+        assert await three[1].pools.count(pool, START) == (30, 0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_tokens_that_are_ended_in_every_way_at_once_are_ended_once_and_logged_once(
+    url: str, three: Nodes, seed: int
+) -> None:
+    """What had expired may go without being logged; nothing else may, and what is logged is gone."""
+    chance = random.Random(seed)
+    lasting, expired = [token(number) for number in range(90)], [token(number, -1) for number in range(90, 120)]
+    await asyncio.gather(*(three[0].tokens.add(one, 0, START) for one in lasting + expired))
+    later = [token(number) for number in range(200, 290)]
+    ended: Counter[bytes] = Counter()
+
+    async def remove(node: PostgresStore, one: Token) -> None:
+        was = await node.tokens.remove(one.digest, START)
+        ended[one.digest] += was
+
+    async def purge(node: PostgresStore, limit: int) -> None:
+        assert await node.tokens.purge(START, limit) <= limit
+
+    work: list[Awaitable[object]] = []
+    for number, node in enumerate(three):
+        work += [remove(node, one) for one in chance.sample(lasting[:60] + expired, 90)]
+        work += [node.tokens.add(one, 4, START) for one in chance.sample(later[number::3], 30)]
+        work += [node.tokens.remove_all(user, START) for user in chance.sample(USERS, 3)]
+        work += [purge(node, 7), purge(node, 99), node.purge_log(0, 99)]
+        keys = [sha256(b"%d" % key).digest()[:16] for key in range(20)]
+        work += [
+            node.failures.note([Note(key, 1, at=START) for key in chance.sample(keys, 2)], START) for _ in range(30)
+        ]
+        work += [node.failures.note([Note(key, -1)], START) for key in chance.sample(keys, 20)]
+        work += [node.failures.purge_failures(START + 1, 9)]
+    await at_once(chance, work)
+    assert max(ended.values()) == 1, "two were told that they had ended the same"
+    alive = {digest for (digest,) in await fetch(url, "SELECT digest FROM tokens")}
+    logged = Counter(digest for (digest,) in await fetch(url, "SELECT digest FROM revocations"))
+    assert set(logged.values()) == {1}
+    assert not alive & set(logged)
+    assert {one.digest for one in lasting + later} <= alive | set(logged), "ended, and no cache will hear of it"
+    for user in USERS:
+        listed = await three[1].tokens.list(user, START, 999)
+        assert sum(one in later for one in listed) <= 4
+
+
+async def test_a_token_that_is_issued_while_all_are_ended_is_logged_or_lives(url: str, three: Nodes) -> None:
+    issued: list[Token] = []
+
+    async def issue(node: PostgresStore, first: int, per_user: int) -> None:
+        one = token(first + len(issued))
+        issued.append(one)
+        await node.tokens.add(one, per_user, START)
+        await node.tokens.get(one.digest)
+
+    ended = rounds = 0
+    async with busy(
+        lambda: issue(three[0], 0, 0),
+        lambda: issue(three[0], 10**6, 9),
+        lambda: issue(three[1], 2 * 10**6, 0),
+        lambda: issue(three[1], 3 * 10**6, 9),
+        lambda: three[1].tokens.remove_all(USERS[0], START),
+    ):
+        while rounds < 15 or not ended:
+            rounds += 1
+            ended += await three[2].tokens.remove_all(None, START)
+    alive = {digest for (digest,) in await fetch(url, "SELECT digest FROM tokens")}
+    logged = Counter(digest for (digest,) in await fetch(url, "SELECT digest FROM revocations"))
+    assert set(logged.values()) == {1}
+    assert alive | set(logged) == {one.digest for one in issued}
+    assert not alive & set(logged)
+    for one in issued:
+        expected = one if one.digest in alive else None
+        assert await three[0].tokens._store.get(one.digest) == expected
+
+
+async def test_failed_logins_that_are_counted_in_opposite_orders_all_count(three: Nodes) -> None:
+    chance = random.Random(1)
+    keys = [sha256(b"%d" % key).digest()[:16] for key in range(60)]
+    for number in range(1, 16):
+        notes = [Note(key, 1, at=START) for key in keys]
+        await asyncio.gather(*(node.failures.note(chance.sample(notes, 60), START) for node in three))
+        assert {one.count for one in (await three[0].failures.failures(keys)).values()} == {3 * number}
+
+
+async def test_of_two_who_trim_old_news_no_more_than_one_waits_for_rows(url: str, three: Nodes) -> None:
+    """Two who each hold some rows and wait for others can wait for one another: which they meet first is chance.
+
+    Only one has the duty, until a time; one that is slow may still be at it when the next begins.
+    """
+    await fetch(url, _FILL, START - 10)
+    async with connected(url) as other:
+        async with other.transaction():
+            await other.execute("SELECT FROM revocations WHERE seq = 5 FOR UPDATE")
+            trimming = [asyncio.create_task(node.purge_log(START, 1000)) for node in three[:2]]
+            waiting = await other.fetch(_WAITING)
+            while len(waiting) < sum(not one.done() for one in trimming):
+                waiting = await other.fetch(_WAITING)
+        assert sum(kind != "advisory" for (kind,) in waiting) <= 1
+        assert sum(await asyncio.gather(*trimming)) >= 1000
+    assert await fetch(url, "SELECT max(seq) FROM revocations") == [(3000,)], "the last entry stays"
+
+
+async def test_capacity_holds_whatever_isolation_the_database_has_by_default(postgres: Cluster, url: str) -> None:
+    """What others have added while the pool was waited for is seen."""
+    name = url.rpartition("/")[2]
+    postgres.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'")
+    pool = Pool("p", 60, capacity=10)
+    async with nodes(url, 4) as opened:
+        adding = [opened[number % 4].pools.add(pool, [f"t{number}"], START) for number in range(60)]
+        assert sum(await asyncio.gather(*adding)) == 10

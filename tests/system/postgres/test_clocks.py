@@ -1,0 +1,179 @@
+"""Leases and logins end by the database's clock, whatever the machines' own clocks say, and it may be set back."""
+
+import asyncio
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.journal import until
+from tests.support.lending import Borrower, refusal
+from tests.support.postgres import Cluster
+from tests.support.servers import Server, worker
+from tests.system.postgres.clocks import ShiftedDatabase, skewed
+from tests.system.postgres.nodes import fetch, fresh, nodes, write_config_for
+from tokenauth.models import Claim, Pool
+
+HOUR = 3600
+SKEWS = (HOUR, -HOUR)
+LEASE_TTL, TOKEN_TTL = 1000, 5000
+MARGIN = 300
+"""Seconds that a test may take without any harm to what it says."""
+
+POOL = Pool("p", lease_ttl=LEASE_TTL)
+SETTINGS = f"""
+[tokens]
+ttl = {TOKEN_TTL}
+
+[pools.p]
+capacity = 1
+prefill = true
+lease_ttl = {LEASE_TTL}
+"""
+
+
+@pytest.fixture
+def moved(postgres: Cluster) -> Iterator[ShiftedDatabase]:
+    """Make a database whose clock can be moved."""
+    with fresh(postgres) as url:
+        yield ShiftedDatabase(postgres, url)
+
+
+@pytest.fixture
+def config(moved: ShiftedDatabase, tmp_path: Path) -> Path:
+    """Write a configuration."""
+    return write_config_for(moved.url, tmp_path, SETTINGS)
+
+
+@pytest.fixture
+def wrong(config: Path) -> Iterator[list[Server]]:
+    """Run two workers; by their machines' clocks they are two hours apart."""
+    with skewed(config, SKEWS[0]) as fast, skewed(config, SKEWS[1]) as slow:
+        yield [fast, slow]
+
+
+@pytest.fixture
+def connections(wrong: list[Server]) -> Iterator[list[Connection]]:
+    """Connect to both."""
+    with Connection(wrong[0].port) as fast, Connection(wrong[1].port) as slow:
+        yield [fast, slow]
+
+
+async def test_what_the_database_says_of_the_time_can_be_moved(moved: ShiftedDatabase) -> None:
+    """All else here is about nothing if this fails: it asks in the words of the store."""
+    difference = "SELECT extract(epoch FROM clock_timestamp()) - extract(epoch FROM pg_catalog.clock_timestamp())"
+    for seconds, total in ((0, 0), (HOUR, HOUR), (-3 * HOUR, -2 * HOUR)):
+        moved.move(seconds)
+        assert abs(float((await fetch(moved.url, difference))[0][0]) - total) < MARGIN
+
+
+def test_the_machines_clocks_are_two_hours_apart(connections: list[Connection]) -> None:
+    dates = [parsedate_to_datetime(each.ask("GET", "/healthz").headers["date"]) for each in connections]
+    assert abs((dates[0] - dates[1]).total_seconds() - 2 * HOUR) < MARGIN
+
+
+def test_nodes_agree_after_the_database_s_clock_was_ahead_for_a_moment(
+    moved: ShiftedDatabase, connections: list[Connection]
+) -> None:
+    """One of them noticed; the other did nothing meanwhile. Time goes on from there for both."""
+    busy, idle = (Borrower(each) for each in connections)
+    moved.move(HOUR)
+    until(lambda: busy.ask("GET", "/p").status == 200 and _latest(moved) > 0, "it has noticed")
+    moved.move(-HOUR)
+    lease = idle.assign("p")
+    for _ in range(3):
+        assert busy.hears("POST", "/p/leases") == refusal("no_free_token"), "it is lent"
+    assert busy.ask("PUT", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 200
+    assert idle.ask("DELETE", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 204
+
+
+def _latest(moved: ShiftedDatabase) -> float:
+    """Say by how many seconds the time that is written down is ahead, to the hour."""
+    sql = "SELECT at - extract(epoch FROM pg_catalog.clock_timestamp()) FROM marks WHERE name = 'clock'"
+    ((ahead,),) = asyncio.run(fetch(moved.url, sql))
+    return round(float(ahead) / HOUR)
+
+
+def test_after_a_clock_was_set_back_a_login_still_ends_the_oldest_of_too_many(
+    moved: ShiftedDatabase, tmp_path: Path
+) -> None:
+    """And not itself: it would be answered as a success."""
+    config = write_config_for(moved.url, tmp_path, "[tokens]\nper_user = 2")
+    with worker(config) as running, Connection(running.port) as connection:
+        tokens = [connection.log_in() for _ in range(2)]
+        moved.move(-HOUR)
+        for _ in range(3):
+            tokens.append(connection.log_in())
+            assert [connection.valid(token) for token in tokens[-3:]] == [False, True, True]
+
+
+def test_nodes_whose_clocks_are_wrong_end_leases_and_logins_by_the_database_s(
+    moved: ShiftedDatabase, connections: list[Connection]
+) -> None:
+    borrowers = [Borrower(each) for each in connections]
+    for lender, other in (borrowers, borrowers[::-1]):
+        first = lender.assign("p")
+        assert LEASE_TTL - MARGIN < first.expires_in <= LEASE_TTL
+        assert other.hears("POST", "/p/leases") == refusal("no_free_token")
+        moved.move(LEASE_TTL - MARGIN)
+        assert other.hears("POST", "/p/leases") == refusal("no_free_token"), "by the database it is still lent"
+        moved.move(MARGIN + 1)
+        second = other.assign("p")
+        assert (second.token, second.fence) == (first.token, first.fence + 1), "by the database its time is up"
+        assert lender.ask("DELETE", f"/p/leases/{first.token}", {"fence": first.fence}).status == 409
+        assert other.ask("DELETE", f"/p/leases/{first.token}", {"fence": second.fence}).status == 204
+    for each in connections:
+        assert all(each.valid(borrower.token) for borrower in borrowers)
+    moved.move(TOKEN_TTL - 2 * (LEASE_TTL + 1) - MARGIN)
+    for each in connections:
+        assert all(each.valid(borrower.token) for borrower in borrowers), "by the database they have some time left"
+    moved.move(MARGIN + 1)
+    for each in connections:
+        until(lambda: not any(each.valid(one.token) for one in borrowers), "the end is heard of")  # noqa: B023
+
+
+def test_a_clock_that_is_set_back_revives_nothing_and_ends_no_lease_early(
+    moved: ShiftedDatabase, config: Path, connections: list[Connection]
+) -> None:
+    early = Borrower(connections[0])
+    first = early.assign("p")
+    moved.move(TOKEN_TTL + 1)
+    for each in connections:
+        until(lambda: not each.valid(early.token), "the end is heard of")  # noqa: B023
+    late = [Borrower(each) for each in connections]
+    moved.move(-2 * TOKEN_TTL)
+    with worker(config) as started, Connection(started.port) as later:
+        everybody = [*late, Borrower(later)]
+        for each in (*connections, later):
+            assert not each.valid(early.token), "it had expired"
+            assert all(each.valid(one.token) for one in everybody)
+        for one in everybody:
+            assert one.keep_alive("p", first.token, fence=first.fence) == refusal("lease_lost"), "it had lapsed"
+        second = late[0].assign("p")
+        assert (second.token, second.fence) == (first.token, first.fence + 1)
+        for one in everybody:
+            assert one.hears("POST", "/p/leases") == refusal("no_free_token")
+            assert one.release("p", first.token, fence=first.fence) == refusal("lease_lost")
+        moved.move(2 * TOKEN_TTL + LEASE_TTL - MARGIN)
+        for one in everybody:
+            assert one.hears("POST", "/p/leases") == refusal("no_free_token")
+        moved.move(MARGIN + 1)
+        third = everybody[-1].assign("p")
+        assert (third.token, third.fence) == (first.token, second.fence + 1)
+
+
+async def test_the_holder_of_a_lease_keeps_it_through_a_clock_that_is_set_back(moved: ShiftedDatabase) -> None:
+    """A store alone, without the service's clock that never goes back."""
+    async with nodes(moved.url, 2, clock=None) as (one, other):
+        now = one.clock()
+        await one.pools.add(POOL, ["t1"], now)
+        lent = (await one.pools.lease(POOL, "ann", now)).token
+        assert lent is not None
+        moved.move(-HOUR)
+        assert (await other.pools.lease(POOL, "bob", 0)).token is None
+        extended = await other.pools.extend(POOL, "t1", 0, Claim("ann", 1))
+        assert extended is not None
+        assert extended.done
+        assert extended.token.free_at == lent.free_at, "an extension never shortens a lease"

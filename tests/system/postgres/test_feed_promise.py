@@ -1,0 +1,160 @@
+"""A removal is refused by every node within the bound, and what a node has refused it does not take again."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.contract.conftest import token
+from tests.support.connections import Connection
+from tests.support.postgres import Cluster
+from tests.support.servers import START
+from tests.support.tcp_proxy import Only, Proxy, every, listener
+from tests.system.postgres.feeds import HOUR, database_of, opened
+from tests.system.postgres.nodes import connected
+from tests.system.postgres.watched import Pair, Watch, hold_to_the_promise, pair, sleep_through
+from tokenauth.models import ForwardClock
+from tokenauth.stores.postgres import listener as feed
+from tokenauth.stores.postgres.listener import BOUND, DatabaseClock
+
+
+@pytest.fixture(scope="module")
+def two(postgres: Cluster, directory: Path) -> Iterator[Pair]:
+    """Run two workers; the second has a network of its own to the database."""
+    with pair(postgres, database_of(postgres).rpartition("/")[2], directory) as running:
+        yield running
+
+
+Break = Callable[[Proxy, Only], None]
+
+
+@pytest.mark.parametrize(
+    ("what", "only"),
+    [(Proxy.freeze, listener), (Proxy.cut, listener), (Proxy.cut, every)],
+    ids=["half-open", "cut", "all-cut"],
+)
+def test_a_removal_is_refused_by_the_other_node_within_the_bound(two: Pair, what: Break, only: Only) -> None:
+    with Connection(two.here.port) as here, Connection(two.there.port) as there:
+        ended, good = here.log_in(), here.log_in()
+        assert there.valid(ended)
+        assert there.valid(good)
+        what(two.network, only)
+        with Watch(two.there, [ended, good], 1) as watch:
+            here.log_out(ended)
+            ended_at = time.monotonic()
+            watch.until_asked_after(ended_at + BOUND)
+            two.network.heal()
+        hold_to_the_promise(two, watch, {ended: ended_at}, [good])
+        assert (True in watch.seen[good].valid) or only is every
+        watch.until_valid(good)
+
+
+def test_a_node_that_was_stopped_does_not_answer_from_what_it_knew(two: Pair) -> None:
+    """All that was asked meanwhile waits in its sockets, and is answered in its first turns."""
+    with Connection(two.here.port) as here:
+        ended, good = here.log_in(), here.log_in()
+        assert sleep_through(two, [(ended, lambda: here.log_out(ended)), (good, lambda: None)], 20) == [False, True]
+
+
+# What the store has said is not taken back.
+
+_SLOW = """
+    CREATE SCHEMA slow;
+    CREATE FUNCTION slow.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE plpgsql AS $$
+    BEGIN
+        IF EXISTS (SELECT FROM pg_listening_channels()) THEN
+            PERFORM pg_advisory_lock_shared(7);
+            PERFORM pg_advisory_unlock_shared(7);
+        END IF;
+        RETURN pg_catalog.clock_timestamp();
+    END $$;
+"""
+"""Holds up those who read the log, after they have begun, for as long as somebody holds lock 7."""
+
+
+async def test_what_a_node_has_refused_it_does_not_take_again_when_its_feed_becomes_sure(
+    monkeypatch: pytest.MonkeyPatch, postgres: Cluster
+) -> None:
+    """A node in doubt asks for the log. Before the answer comes a token is removed elsewhere, and refused here."""
+    url = database_of(postgres)
+    name = url.rpartition("/")[2]
+    monkeypatch.setattr(feed, "HEARTBEAT", HOUR)
+    monkeypatch.setattr(feed, "BOUND", HOUR)
+    async with connected(url) as db, connected(url) as next_db:
+        await db.execute(_SLOW)
+        await db.execute(f"ALTER DATABASE {name} SET search_path = slow, pg_catalog, public")
+
+        async def waiting() -> int:
+            locks = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory' AND objid = 7"
+            return int(await db.fetchval(locks))
+
+        async with opened(url) as here, opened(url) as there:
+            await here.tokens.add(token(), 0, START)
+            await there.heard()
+            assert await there.valid([token()]) == [True]
+            await db.execute("SELECT pg_advisory_lock(7)")
+            there.listener.doubt()
+            while await waiting() < 1:
+                pass
+            later = asyncio.create_task(next_db.execute("SELECT pg_advisory_lock(7)"))
+            while await waiting() < 2:
+                pass
+            await here.remove(token())
+            refused = await there.valid([token()])
+            await db.execute("SELECT pg_advisory_unlock(7)")
+            await there.until_sure()
+            assert (refused, await there.valid([token()])) == ([False], [False])
+            await later
+            await next_db.execute("SELECT pg_advisory_unlock(7)")
+    postgres.drop(name)
+
+
+# What time it is.
+
+
+@given(
+    start=st.floats(0, 1e6),
+    offset=st.floats(1e9, 2e9),
+    answers=st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 3), min_size=1),
+)
+def test_a_process_is_never_ahead_of_the_databases_clock_and_behind_by_no_more_than_an_answer_took(
+    start: float, offset: float, answers: list[tuple[float, float, float]]
+) -> None:
+    """Each answer: how long until it was asked for, until the database read its clock, and until it was heard."""
+    with pytest.MonkeyPatch.context() as patch:
+        now = start
+        patch.setattr(feed, "steady", lambda: now)
+        clock = DatabaseClock()
+        least = float("inf")
+        for pause, there, back in answers:
+            asked_at = now + pause
+            said = asked_at + there + offset
+            now = asked_at + there + back
+            clock.hear(said, asked_at)
+            least = min(least, back)
+            behind = now + offset - clock()
+            assert -1e-5 <= behind <= least + 1e-5  # what a float of such a size cannot hold
+
+
+def test_when_the_databases_clock_is_set_back_a_process_follows_but_its_time_does_not_go_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(feed, "steady", lambda: now)
+    heard = DatabaseClock()
+    clock = ForwardClock(heard, lambda: now)
+    heard.hear(START, now)
+    assert (heard(), clock()) == (START, START)
+    now += 10
+    heard.hear(START - HOUR, now - 1)
+    assert START - HOUR <= heard() <= START - HOUR + 1
+    assert clock() == START + 10
+    now += HOUR
+    heard.hear(START, now - 1)
+    assert clock() == START + 10 + HOUR
+    heard.hear(START + 2 * HOUR, now)
+    assert clock() == START + 2 * HOUR

@@ -1,0 +1,121 @@
+"""The URL of a database: several hosts of which one is the primary, and options that nobody knows."""
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.support.postgres import Cluster
+from tests.support.servers import START
+from tests.support.tcp_proxy import Proxy
+from tokenauth.errors import ConfigError, StartError
+from tokenauth.settings import model as config
+from tokenauth.stores.open import open_store
+from tokenauth.stores.postgres.store import PostgresStore
+
+
+def several(database: str, *ports: int) -> str:
+    """Name several hosts in place of the one of a URL."""
+    url = make_url(database)
+    hosts = "&".join(f"host=127.0.0.1:{port}" for port in ports)
+    return f"postgresql+asyncpg://{url.username}@/{url.database}?{hosts}"
+
+
+@pytest.mark.parametrize("first", ["silent", "refusing"])
+@pytest.mark.parametrize("place", [0, 1])
+async def test_a_host_that_does_not_answer_holds_up_nobody(
+    postgres: Cluster, database: str, first: str, place: int
+) -> None:
+    with Proxy(postgres.port) as proxy:
+        proxy.freeze() if first == "silent" else proxy.cut()
+        ports = [proxy.port, postgres.port] if place == 0 else [postgres.port, proxy.port]
+        store = open_store(config.Database(several(database, *ports)), 10)
+        await store.start()
+        assert await store.ready() is None
+        await store.stop(START)
+
+
+async def test_where_no_host_answers_all_are_named_and_the_start_fails(postgres: Cluster, database: str) -> None:
+    with Proxy(postgres.port) as proxy, Proxy(postgres.port) as other:
+        proxy.cut()
+        other.cut()
+        store = open_store(config.Database(several(database, proxy.port, other.port)), 10)
+        with pytest.raises(StartError, match=rf"127.0.0.1:{proxy.port}, 127.0.0.1:{other.port} cannot be used"):
+            await store.start()
+
+
+@pytest.mark.parametrize("url", ["postgresql+asyncpg://ann:secret@db/tokenauth", "sqlite+aiosqlite:///tokenauth.db"])
+@pytest.mark.parametrize("option", ["sslmode=verify-full", "nonsense=secret", "timeout=1", "mode=ro", "cache=shared"])
+def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -> None:
+    url = f"{url}?{option}"
+    with pytest.raises(ConfigError, match=f"database.url: has no option '{option.partition('=')[0]}'") as refused:
+        open_store(config.Database(url), 10)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql+asyncpg://ann:secret@db.example.com", "names no database"),
+        ("postgresql://ann:secret@db.example.com/tokenauth", "'postgresql' is no store"),
+        ("postgresql+psycopg://ann:secret@db.example.com/tokenauth", "'postgresql\\+psycopg' is no store"),
+        ("postgresql+asyncpg://ann:secret@db.example.com:port/tokenauth", "not a URL"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=requier", "has an ssl that is not one of disable, allow"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=", "has an option without a value"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?sslmode", "has an option without a value"),
+        ("sqlite+aiosqlite:///tokenauth.db?mode", "has an option without a value"),
+        ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=require&ssl=disable", "has an ssl that is not one of"),
+        ("sqlite+aiosqlite://ann:secret@/tokenauth.db", "names a host or a user"),
+        ("sqlite+aiosqlite://db.example.com/tokenauth.db", "names a host or a user"),
+        ("sqlite+aiosqlite://", "names no file"),
+    ],
+)
+def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"database.url: {says}") as refused:
+        open_store(config.Database(url), 10)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "tokenauth:hunter@2secret@db.example.com/a",
+        "tokenauth:hunter@2/secret@db.example.com/a",
+        "tokenauth:secret@er2/w:rd@db.example.com/a",
+        "token/auth:secret@db.example.com/a",
+        "tokenauth:sec/ret@db.example.com",
+    ],
+)
+def test_a_password_that_is_not_encoded_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^database.url: ") as refused:
+        open_store(config.Database(f"postgresql+asyncpg://{url}"), 10)
+    assert not any(part in str(refused.value) for part in ("hunter", "secret", "ret@", "er2", "w:rd"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["host=a&host=b", "host=a:5432&host=b", "host=a,b&port=5432", "port=x", "prepared_statement_cache_size=x"],
+)
+def test_options_that_do_not_fit_together_are_refused_in_one_line(options: str) -> None:
+    with pytest.raises(ConfigError, match=r"^database.url: has options that do not fit together"):
+        open_store(config.Database(f"postgresql+asyncpg://ann@/tokenauth?{options}"), 10)
+
+
+async def test_a_port_that_is_none_is_one_line() -> None:
+    store = open_store(config.Database("postgresql+asyncpg://ann@127.0.0.1:99999/tokenauth"), 10)
+    with pytest.raises(StartError, match=r"tokenauth at 127.0.0.1 cannot be used: OverflowError"):
+        await store.start()
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_that_cannot_keep_all_names_is_refused(postgres: Cluster, encoding: str) -> None:
+    postgres.execute(f"CREATE DATABASE narrow OWNER tokenauth ENCODING '{encoding}' TEMPLATE template0")
+    try:
+        store = open_store(config.Database(postgres.url("narrow")), 10)
+        with pytest.raises(StartError, match=f"keeps text as {encoding}; create it with ENCODING 'UTF8'"):
+            await store.start()
+    finally:
+        postgres.drop("narrow")
+
+
+def test_a_url_with_the_options_that_are_known_is_taken() -> None:
+    url = "postgresql+asyncpg://ann@db.example.com/tokenauth?ssl=require&prepared_statement_cache_size=50"
+    assert isinstance(open_store(config.Database(url), 10), PostgresStore)

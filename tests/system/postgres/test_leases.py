@@ -1,0 +1,115 @@
+"""Leases of several machines at once: what one has in hand the others leave out, and wait for nobody."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from tests.support.servers import START
+from tests.system.postgres.nodes import Nodes, connected
+from tokenauth.models import Claim, Pool, PoolCounts, PoolToken
+from tokenauth.stores.postgres.store import PostgresStore
+
+POOL = Pool("p", lease_ttl=60)
+
+
+@asynccontextmanager
+async def locking(url: str, number: int) -> AsyncIterator[None]:
+    """Have another program hold the rows of the tokens that have been free longest."""
+    lock = "SELECT FROM pool_tokens WHERE number IN (SELECT number FROM pool_tokens ORDER BY free_at, number LIMIT $1)"
+    async with connected(url) as connection, connection.transaction():
+        await connection.execute(f"{lock} FOR UPDATE", number)
+        yield
+
+
+async def lease(three: Nodes, number: int, now: float = START) -> list[PoolToken | None]:
+    """Have so many callers ask for a token at once."""
+    asked = (three[each % len(three)].pools.lease(POOL, f"h{each}", now) for each in range(number))
+    return [lent.token for lent in await asyncio.gather(*asked)]
+
+
+def values(lent: Sequence[PoolToken | None]) -> set[str]:
+    """Name what was lent, once each."""
+    named = [token.value for token in lent if token]
+    assert len(named) == len(set(named)), "lent twice"
+    return set(named)
+
+
+@pytest.mark.parametrize("locked", [1, 30, 350], ids=["one", "some", "more-than-are-looked-over-at-first"])
+async def test_what_others_have_locked_is_left_out_and_not_waited_for(url: str, three: Nodes, locked: int) -> None:
+    """Whoever waited would be told after some seconds that the store does not answer: nothing unlocks the rows."""
+    names = [f"t{number:03}" for number in range(locked + 40)]
+    await three[0].pools.add(POOL, names, START)
+    async with locking(url, locked):
+        assert values(await lease(three, 40)) == set(names[locked:])
+        assert (await three[0].pools.lease(POOL, "ann", START)).token is None
+        assert await three[0].pools.count(POOL, START) == PoolCounts(locked, 40)
+    again = await lease(three, min(locked, 40))
+    assert values(again) <= set(names[:locked])
+    assert None not in again
+
+
+async def test_three_machines_lend_all_there_is_to_as_many_callers(three: Nodes) -> None:
+    await three[0].pools.add(POOL, [f"t{number}" for number in range(90)], START)
+    for fence in range(1, 4):
+        lent = await lease(three, 90, START + 60 * fence)
+        assert None not in lent
+        assert len(values(lent)) == 90
+        assert {token.fence for token in lent if token} == {fence}
+
+
+async def test_who_gives_back_before_he_takes_always_finds_one_of_as_many_as_there_are_callers(three: Nodes) -> None:
+    await three[0].pools.add(POOL, ["a", "b", "c"], START)
+
+    async def take_turns(node: PostgresStore, holder: str) -> int:
+        refused = 0
+        for _ in range(25):
+            token = (await node.pools.lease(POOL, holder, START)).token
+            if token is None:
+                refused += 1
+                continue
+            released = await node.pools.release(POOL, token.value, START, Claim(holder, token.fence))
+            assert released is not None
+            assert released.done
+        return refused
+
+    assert await asyncio.gather(*(take_turns(node, f"h{number}") for number, node in enumerate(three))) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_pool_made_smaller_never_lends_more_than_its_capacity(three: Nodes, seed: int) -> None:
+    """Twelve are lent when it shrinks to six: six of them end with their leases, and each keeps a free one back."""
+    chance = random.Random(seed)
+    large = replace(POOL, capacity=12, prefill=True)
+    small = replace(large, capacity=6)
+    assert await three[0].pools.fit(large, [f"t{number}" for number in range(12)], START) == 0
+    held = [token for token in await lease(three, 12) if token]
+    assert await three[1].pools.fit(small, (), START) == 0
+    retired = {token.value for token in await three[2].pools.members(small, START, "", 99) if token.retired}
+    assert (len(held), len(retired)) == (12, 6)
+    chance.shuffle(held)
+    count, lent = len(held), 0
+
+    async def release(node: PostgresStore, token: PoolToken) -> None:
+        nonlocal count
+        count -= 1  # from here on it is no longer certain that he has it
+        released = await node.pools.release(small, token.value, START, Claim(token.holder, token.fence))
+        assert released is not None
+        assert released.done
+
+    async def borrow(node: PostgresStore) -> None:
+        nonlocal count, lent
+        token = (await node.pools.lease(small, "new", START)).token
+        if token is not None:
+            count, lent = count + 1, lent + 1
+            assert count <= 6, f"{count} were lent"
+            assert token.value not in retired
+
+    for number, token in enumerate(held):
+        await asyncio.gather(release(three[number % 3], token), *(borrow(node) for node in three))
+    await asyncio.gather(*(borrow(three[number % 3]) for number in range(9)))
+    assert (count, lent) == (6, 6), "as many as may be are lent in the end"
+    assert await three[0].pools.count(small, START) == PoolCounts(0, 6)

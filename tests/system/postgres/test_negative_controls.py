@@ -1,0 +1,162 @@
+"""The judge of histories bites on PostgreSQL, too: the store with a fault is found out, and as it is it is not."""
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, closing, suppress
+from random import Random
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.support.history import Grant, HandTime, History
+from tests.support.postgres import Cluster
+from tests.support.races import Holder
+from tests.system.postgres.nodes import fresh
+from tests.unit.test_negative_controls import amid, assert_like
+from tokenauth.models import Claim, Pool, PoolToken
+from tokenauth.settings.model import Database
+from tokenauth.stores.changes import pool_rows
+from tokenauth.stores.changes import pools as pool_verbs
+from tokenauth.stores.changes.pool_rows import PoolRows
+from tokenauth.stores.open import open_store
+
+T = TypeVar("T")
+
+TTL = 10.0
+POOL = Pool("p", lease_ttl=TTL, capacity=2)
+
+_pauses = threading.local()
+
+
+class Sound(PoolRows):
+    """Rows as they are, but for a pause between what is read and what is written."""
+
+    def free(self, limit: int) -> list[tuple[int, PoolToken]]:
+        """Look up free tokens, then stop for a while where that is wanted."""
+        found = super().free(limit)
+        getattr(_pauses, "pause", lambda: None)()
+        return found
+
+
+class NoLock(Sound):
+    """Rows that are read without a lock: others can come between."""
+
+    def free(self, limit: int) -> list[tuple[int, PoolToken]]:
+        """Look up free tokens, whoever has them in hand."""
+        found = self._found(pool_rows._FREE, limit=limit)
+        getattr(_pauses, "pause", lambda: None)()
+        return found
+
+
+def holds_whoever_asks(claim: Claim, token: PoolToken, now: float) -> bool:
+    """Take any claim for that of the holder."""
+    return token.lease(now) is not None
+
+
+class StorePool:
+    """The store of one machine as one thread uses it: its loop runs for as long as something is asked."""
+
+    def __init__(self, url: str, time: HandTime, pause: Callable[[], object] = lambda: None) -> None:
+        """Stop for `pause` after reading what is free and before lending it."""
+        self._runner = asyncio.Runner()
+        self._time = time
+        self._pause = pause
+        self._store = open_store(Database(url, connections=1), 10, time)
+        self._run(self._store.start())
+
+    def assign(self, holder: str) -> Grant | None:
+        """Take a token."""
+        _pauses.pause = self._pause
+        lent = self._run(self._store.pools.lease(POOL, holder, self._time())).token
+        return lent and Grant(lent.value, lent.fence)
+
+    def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
+        """Ask for more time."""
+        claim = Claim(holder, grant.fence)
+        touched = self._run(self._store.pools.extend(POOL, grant.token, self._time(), claim))
+        return grant if touched is not None and touched.done else None
+
+    def release(self, holder: str, grant: Grant) -> Grant | None:
+        """Give a token back."""
+        claim = Claim(holder, grant.fence)
+        touched = self._run(self._store.pools.release(POOL, grant.token, self._time(), claim))
+        return grant if touched is not None and touched.done else None
+
+    def generate(self) -> Grant | None:
+        """Make a token."""
+        value = secrets.token_hex(8)
+        return Grant(value) if self._run(self._store.pools.add(POOL, [value], self._time())) else None
+
+    def delete(self, token: str) -> Grant | None:
+        """Delete a token."""
+        return Grant(token) if self._run(self._store.pools.remove(POOL, token, self._time())) else None
+
+    def close(self) -> None:
+        """Disconnect."""
+        with suppress(RuntimeError):
+            self._run(self._store.stop(0))
+        self._runner.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+
+Opener = Callable[..., StorePool]
+
+
+@pytest.fixture
+def machine(postgres: Cluster, time: HandTime) -> Iterator[Opener]:
+    """Open the database, as often as is wanted."""
+    with fresh(postgres) as url, ExitStack() as stack:
+        yield lambda *pause: stack.enter_context(closing(StorePool(url, time, *pause)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentences"), [(NoLock, ["certainly held it until", "one and the same fence", "2 leases"]), (Sound, [])]
+)
+def test_a_store_that_selects_without_a_lock_and_then_updates_is_found_out_when_it_lends(
+    history: History, machine: Opener, monkeypatch: pytest.MonkeyPatch, rows: type[PoolRows], sentences: list[str]
+) -> None:
+    monkeypatch.setattr(pool_verbs, "PoolRows", rows)
+    quick = machine()
+    history.record("generate", quick.generate)
+    amid(
+        lambda pause: Holder("slow", machine(pause), history, Random(1)).take(),
+        Holder("quick", quick, history, Random(2)).take,
+    )
+    assert_like(history.violations(TTL, 1), sentences)
+
+
+@pytest.mark.parametrize(
+    ("checks", "sentences"),
+    [
+        (
+            False,
+            ["and b/1 (fence 2) certainly held it", "for a/1 (fence 1) after b/1 (fence 2) had the token", "2 leases"],
+        ),
+        (True, []),
+    ],
+)
+def test_a_store_that_lets_a_stale_holder_release_is_found_out(
+    history: History,
+    time: HandTime,
+    machine: Opener,
+    monkeypatch: pytest.MonkeyPatch,
+    checks: bool,
+    sentences: list[str],
+) -> None:
+    """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
+    if not checks:
+        monkeypatch.setattr(Claim, "holds", holds_whoever_asks)
+    one, other = machine(), machine()
+    history.record("generate", one.generate)
+    stale = Holder("a", one, history, Random(1)).take()
+    assert stale is not None
+    time.advance(TTL)
+    assert Holder("b", other, history, Random(2)).take() is not None
+    history.record("release", lambda: one.release("a", stale), "a/1", *stale)
+    Holder("c", other, history, Random(3)).take()
+    time.advance(TTL)
+    assert_like(history.violations(TTL, 1), sentences)

@@ -1,0 +1,241 @@
+"""Short forms of tests/system/faults/test_postgres.py: what workers say when PostgreSQL misbehaves."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.support.connections import LOGIN, Connection
+from tests.support.history import HandTime
+from tests.support.journal import until
+from tests.support.postgres import Cluster, cluster
+from tests.support.races import POOLS, run_race
+from tests.support.servers import HandClock, starting, worker
+from tests.support.tcp_proxy import Proxy
+from tests.system.postgres.crowd import POOL, check_log, is_outage, postgres_config, two_workers
+from tokenauth.settings import model as config
+from tokenauth.stores.open import open_store
+
+LEASE_TTL = 30.0
+PASSWORD = "correct-horse-battery"
+
+REQUESTS = 900
+
+_HOLD = [
+    "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS"
+    " $$BEGIN PERFORM pg_advisory_xact_lock_shared(42); RETURN NULL; END$$",
+    *(
+        f"CREATE CONSTRAINT TRIGGER hold AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION hold()"
+        for table in ("tokens", "revocations")
+    ),
+]
+"""Has COMMIT wait until nobody else holds a lock."""
+
+
+OURS = "FROM pg_stat_activity WHERE datname = '{}' AND application_name = 'tokenauth'"
+"""The service's connections to a database."""
+
+
+def name_of(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+@contextmanager
+def held(postgres: Cluster, url: str, lock: str) -> Iterator[None]:
+    """Hold a lock, as somebody else at the database could."""
+    with asyncio.Runner() as runner:
+        host, name = str(postgres.directory), name_of(url)
+        connection = runner.run(asyncpg.connect(host=host, port=postgres.port, user="postgres", database=name))
+        runner.run(connection.execute(f"BEGIN; {lock}"))
+        try:
+            yield
+        finally:
+            runner.run(connection.close())
+
+
+def count(postgres: Cluster, url: str, condition: str) -> int:
+    """Count the service's connections of which something is so."""
+    return int(postgres.execute(f"SELECT count(*) {OURS.format(name_of(url))} AND {condition}")[0][0])
+
+
+def rows(postgres: Cluster, url: str, table: str = "tokens") -> int:
+    """Count what is in a table."""
+    return int(postgres.execute(f"SELECT count(*) FROM {table}", name_of(url))[0][0])  # noqa: S608
+
+
+@pytest.fixture(scope="module")
+def locked(postgres: Cluster) -> Iterator[None]:
+    """Have PostgreSQL ask the role `locked` for its password."""
+    file = postgres.directory / "data" / "pg_hba.conf"
+    before = file.read_text()
+    postgres.execute(f"CREATE ROLE locked LOGIN PASSWORD '{PASSWORD}'")
+    file.write_text(f"host all locked 127.0.0.1/32 scram-sha-256\n{before}")
+    postgres.execute("SELECT pg_reload_conf()")
+    yield
+    file.write_text(before)
+    postgres.execute("SELECT pg_reload_conf()")
+    postgres.execute("DROP ROLE locked")
+
+
+STARTS = {
+    "refused": ("tokenauth:{password}@127.0.0.1:1/{name}", "Connection refused|Connect call failed"),
+    "unknown-host": ("tokenauth:{password}@nowhere.invalid:{port}/{name}", "name resolution|not known"),
+    "unknown-database": ("tokenauth:{password}@127.0.0.1:{port}/absent", '"absent" does not exist'),
+    "wrong-password": ("locked:{password}-@127.0.0.1:{port}/{name}", "password authentication failed"),
+    "no-create": ("locked:{password}@127.0.0.1:{port}/{name}", "permission denied for schema public"),
+    "no-host-name": (f"tokenauth:{{password}}@{'a' * 64}.invalid:{{port}}/{{name}}", "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+@pytest.mark.usefixtures("locked")
+def test_a_database_that_cannot_be_used_is_named_in_one_line_without_the_password(
+    postgres: Cluster, database: str, tmp_path: Path, case: str
+) -> None:
+    address, said = STARTS[case]
+    url = address.format(password=PASSWORD, port=postgres.port, name=name_of(database))
+    with starting(postgres_config(tmp_path, f"postgresql+asyncpg://{url}")) as server:
+        assert server.process.wait(30) not in {None, 0}
+        check_log(server)
+        assert PASSWORD not in server.log.read_text()
+        lines = [str(event["event"]) for event in server.events() if event["level"] == "error"]
+        assert lines[1:] == ["Application startup failed. Exiting."]
+        assert re.search(said, lines[0]), lines
+        assert "cannot be used: " in lines[0]
+        assert not lines[0].rpartition(": ")[2].lstrip("-").isdecimal(), "a number says nothing to a person"
+
+
+@pytest.mark.faults
+async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First it refuses connections, then it says that it is starting up: a reload waits for both."""
+    monkeypatch.setattr("tokenauth.stores.postgres.store._START_PATIENCE", 60.0)
+    with cluster() as private:
+        url = private.create("restarting")
+        private.stop("immediate")
+        store = open_store(config.Database(url), 10)
+        starting_up = asyncio.create_task(store.start())
+        await asyncio.to_thread(private.start)
+        await starting_up
+        assert await store.ready() is None
+        await store.stop(0)
+
+
+@pytest.mark.faults
+def test_a_statement_that_hangs_on_the_only_connection_is_503_and_leaves_nothing_behind(
+    postgres: Cluster, database: str, tmp_path: Path
+) -> None:
+    """Who needs the connection meanwhile is refused, too; tokens that are known are judged all the time."""
+    config = postgres_config(tmp_path, database, POOL, connections=1)
+    with worker(config) as server, Connection(server.port) as connection, ThreadPoolExecutor(3) as others:
+        kept = connection.log_in()
+        assert connection.valid(kept)
+        began = rows(postgres, database)
+        with held(postgres, database, "LOCK TABLE tokens IN ACCESS EXCLUSIVE MODE"):
+            ends = [others.submit(Connection, server.port).result() for _ in range(3)]
+            asked = [others.submit(ends[0].ask, "POST", "/api/token", LOGIN)]
+            until(lambda: count(postgres, database, "wait_event_type = 'Lock'") == 1, "it hangs")
+            asked.append(others.submit(ends[1].ask, "POST", "/api/pools/permits/leases", X_Token=kept))
+            asked.append(others.submit(ends[2].ask, "GET", "/readyz"))
+            until(lambda: connection.valid(kept) and all(answer.done() for answer in asked), "all are answered")
+            assert [answer.result().status for answer in asked] == [503, 503, 503]
+            assert is_outage(asked[0].result())
+            assert is_outage(asked[1].result())
+        until(lambda: connection.ask("GET", "/readyz").status == 200, "a probe has succeeded")
+        assert connection.valid(connection.log_in())
+        assert rows(postgres, database) == began + 1, "the login that was refused is not written later"
+        until(lambda: count(postgres, database, "state <> 'idle'") == 0, "nothing goes on")
+        until(lambda: count(postgres, database, "true") <= 2, "one is left, and the listener's")
+        check_log(server)
+        for end in ends:
+            end.close()
+
+
+def test_a_database_that_became_read_only_refuses_writes_and_no_valid_token(
+    postgres: Cluster, database: str, tmp_path: Path
+) -> None:
+    """A log-out is held in memory, and written as soon as that is possible."""
+    name = name_of(database)
+    config = postgres_config(tmp_path, database, POOL)
+    with worker(config) as server, Connection(server.port) as connection:
+        kept, ended, unknown = (connection.log_in() for _ in range(3))
+        postgres.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+        postgres.terminate_all(name)
+        until(lambda: connection.ask("GET", f"/api/token?token={kept}").status == 200, "it is connected again")
+        until(lambda: connection.ask("GET", "/api/tokens", X_Token=kept).status == 200, "it is read from again")
+        assert connection.valid(kept)
+        assert connection.valid(unknown)
+        assert is_outage(connection.ask("POST", "/api/token", LOGIN))
+        assert is_outage(connection.ask("POST", "/api/pools/permits/leases", X_Token=kept))
+        ready = connection.ask("GET", "/readyz")
+        assert ready.status == 503
+        assert "read-only transaction" in ready.json()["reason"]
+        connection.log_out(ended)
+        assert not connection.valid(ended)
+        assert server.events("revocation_held_in_memory")
+        postgres.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+        postgres.terminate_all(name)
+        until(lambda: bool(server.events("token_revoked")), "it is written")
+        assert rows(postgres, database) == 2
+        until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready")
+        assert connection.valid(connection.log_in())
+        assert connection.valid(kept)
+        check_log(server)
+
+
+def test_a_name_that_postgresql_cannot_hold_is_no_fault_of_the_server(database: str, tmp_path: Path) -> None:
+    with worker(postgres_config(tmp_path, database)) as server, Connection(server.port) as connection:
+        token = connection.log_in()
+        for method in ("GET", "DELETE"):
+            answer = connection.ask(method, "/api/tokens?user=a%00b", X_Token=token)
+            assert answer.status in {200, 400}, answer
+        assert connection.valid(token)
+        check_log(server)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("committed", [True, False], ids=["cut", "terminated"])
+def test_a_connection_that_breaks_while_it_commits_is_503_whatever_came_of_it(
+    postgres: Cluster, database: str, tmp_path: Path, committed: bool
+) -> None:
+    """A log-out is answered: it is done again."""
+    name = name_of(database)
+    with Proxy(postgres.port) as proxy, ThreadPoolExecutor(2) as others:
+        config = postgres_config(tmp_path, postgres.url(name, proxy.port))
+        with worker(config) as server, Connection(server.port) as one, Connection(server.port) as other:
+            kept, ended = one.log_in(), one.log_in()
+            for statement in _HOLD:
+                postgres.execute(statement, name)
+            with held(postgres, database, "SELECT pg_advisory_xact_lock(42)"):
+                login = others.submit(one.ask, "POST", "/api/token", LOGIN)
+                logout = others.submit(other.ask, "DELETE", "/api/token", {"token": ended})
+                until(lambda: count(postgres, database, "wait_event_type = 'Lock'") == 2, "both are committing")
+                if committed:
+                    proxy.cut()
+                else:
+                    postgres.execute(f"SELECT pg_terminate_backend(pid) {OURS.format(name)}")
+                assert is_outage(login.result())
+                assert logout.result().status == 200
+                proxy.heal()
+                assert not other.valid(ended)
+            until(lambda: bool(server.events("token_revoked")), "the log-out is written")
+            assert rows(postgres, database) == 1 + committed
+            assert rows(postgres, database, "revocations") == 1
+            assert not other.valid(ended)
+            assert other.valid(kept)
+            assert other.valid(other.log_in())
+            check_log(server)
+
+
+def test_thirty_racing_holders_on_two_workers_break_no_promise(
+    postgres: Cluster, database: str, tmp_path: Path
+) -> None:
+    """As on SQLite: time jumps while requests are under way, often to just before a lease ends."""
+    clock = HandClock(tmp_path / "clock", create=True)
+    with two_workers(postgres_config(tmp_path, database, POOLS % {"lease_ttl": LEASE_TTL}), clock) as servers:
+        run_race([server.port for server in servers], HandTime(clock), LEASE_TTL, REQUESTS)

@@ -1,0 +1,145 @@
+"""PostgreSQL keeps plans. What was planned while the tables were empty costs no more when they have grown.
+
+Nothing is timed: the rows are counted that a change or a query looks at.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import asyncpg
+import pytest
+from sqlalchemy import Connection, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tests.contract.test_pool_cost import CHEAP, FEW, LENT, rows
+from tests.promises.test_12_cost import EACH, WISHES, digest
+from tests.support.servers import START
+from tokenauth.models import public_id
+from tokenauth.stores.batching import Verb
+from tokenauth.stores.changes import tokens as verbs
+from tokenauth.stores.engine import PostgresTransaction
+from tokenauth.stores.postgres.connections import Database, driver
+from tokenauth.stores.postgres.store import PostgresFailureStore
+from tokenauth.stores.sql import SqlPoolStore, SqlTokenStore
+from tokenauth.stores.store import PoolStore
+from tokenauth.stores.tables import metadata
+
+T = TypeVar("T")
+
+MANY = 20_000
+MOST = 5 * FEW
+"""Rows that are looked at for one wish."""
+
+_KEEP = "ALTER TABLE {} SET (autovacuum_enabled = off)"
+_FILL = [
+    """
+    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
+    SELECT sha256(n::text::bytea), 'user' || n % ({many} / {each}), 'c', {start} - 1,
+        {start} + CASE WHEN n % 100 < {each} THEN -1 ELSE 86400 END, '', ''
+    FROM generate_series(0, {many} - 1) AS n
+    """,
+    """
+    INSERT INTO revocations (digest, at)
+    SELECT sha256(n::text::bytea), {start} - CASE WHEN n < {many} / 10 THEN 1000 ELSE 0 END
+    FROM generate_series(0, {many} - 1) AS n
+    """,
+    "INSERT INTO failures (key, count, last_at) SELECT substr(digest, 1, 16), 1, at FROM revocations",
+]
+_LOOKED_AT = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat_xact_user_tables"
+
+
+class Direct:
+    """A database whose reads and writes are made on one connection, as the service has them, and never committed."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run a query."""
+        return await self._connection.run_sync(query)
+
+    async def write(self, verb: Verb, wish: Any, _: float) -> Any:
+        """Make a change."""
+        return await self.read(lambda db: verb(PostgresTransaction(driver(db)), [wish])[0])
+
+    async def looked_at(self, ask: Callable[["Direct"], Awaitable[object]]) -> int:
+        """Count the rows that something looks at."""
+        await self.execute("BEGIN")
+        before = await self._count()
+        await ask(self)
+        after = await self._count()
+        await self.execute("ROLLBACK")
+        return after - before
+
+    async def execute(self, sql: str) -> None:
+        """Run a statement that has no answer."""
+        await self._run(lambda plain: plain.execute(sql))
+
+    async def fill(self, made: Iterable[tuple[object, ...]]) -> None:
+        """Add tokens to pools, as `rows` makes them."""
+        records = [(*row, 1, False) for row in made]
+        columns = ["pool", "value", "free_at", "holder", "fence", "retired"]
+        await self._run(lambda plain: plain.copy_records_to_table("pool_tokens", records=records, columns=columns))
+
+    async def _run(self, what: Callable[[asyncpg.Connection], Awaitable[object]]) -> None:
+        await self.read(lambda db: driver(db).run_async(what))
+
+    async def _count(self) -> int:
+        found: int = await self.read(lambda db: db.execute(text(_LOOKED_AT)).scalar_one())
+        return int(found)
+
+
+@pytest.fixture
+async def direct(url: str) -> AsyncIterator[Direct]:
+    """Connect to it."""
+    database = Database(make_url(url), 1, timed=True)
+    await database.upgrade()
+    async with database._engine.connect() as connection:
+        for table in metadata.tables:
+            await connection.execute(text(_KEEP.format(table)))
+        yield Direct(connection)
+    await database.discard()
+
+
+Ask = Callable[[Direct], Awaitable[object]]
+
+
+def pooled(ask: Callable[[PoolStore], Awaitable[object]], direct: Direct) -> Awaitable[object]:
+    """Ask a pool store."""
+    return ask(SqlPoolStore(direct))
+
+
+def changed(verb: Verb, wish: object, direct: Direct) -> Awaitable[object]:
+    """Ask for a change."""
+    return direct.write(verb, wish, START)
+
+
+KEYS = [digest(3)[:16], b"?" * 16]
+
+READS: dict[str, Ask] = {
+    "a token by its id": lambda direct: SqlTokenStore(direct).find(public_id(digest(13))),
+    "mine": lambda direct: SqlTokenStore(direct).list("user13", START, 1000),
+    "the throttle": lambda direct: PostgresFailureStore(direct).failures(KEYS),  # type: ignore[arg-type]
+}
+
+LONG_AGO = verbs.Purge(START - 10**6, 5)
+PURGES: Sequence[Verb] = (verbs.purge_tokens, verbs.purge_failures, verbs.purge_revocations)
+
+ASKED: dict[str, Ask] = {
+    **{name: partial(pooled, ask) for name, ask in CHEAP.items()},
+    **{verb.__name__: partial(changed, verb, wish) for verb, wish in WISHES.items()},
+    **{f"{verb.__name__}, and nothing is old": partial(changed, verb, LONG_AGO) for verb in PURGES},
+    **READS,
+}
+
+
+async def test_what_is_planned_while_tables_are_empty_costs_no_more_when_they_have_grown(direct: Direct) -> None:
+    for ask in ASKED.values():
+        await direct.looked_at(ask)
+    for statement in _FILL:
+        await direct.execute(statement.format(many=MANY, each=EACH, start=int(START)))
+    await direct.fill((row for pool, lent in LENT.items() for row in rows(pool, lent, MANY)))
+    looked_at = {name: await direct.looked_at(ask) for name, ask in ASKED.items()}
+    assert {name: count for name, count in looked_at.items() if count > MOST} == {}
+    assert sum(looked_at.values()) > len(ASKED), "there is something to be looked at"

@@ -1,0 +1,26 @@
+"""A database that takes another's place under the same name: what was remembered of that one is not believed."""
+
+import asyncio
+from contextlib import suppress
+
+from tests.support.postgres import Cluster
+from tests.support.servers import START
+from tests.system.postgres.feeds import TOKENS, opened
+from tokenauth.errors import StoreUnavailable
+
+
+async def test_a_node_notices_also_when_neither_log_has_an_entry(postgres: Cluster, url: str) -> None:
+    name = url.rpartition("/")[2]
+    async with opened(url) as node:
+        for one in TOKENS:
+            await node.tokens.add(one, 0, START)
+        assert await node.valid(TOKENS) == [True] * len(TOKENS)
+        postgres.drop(name)
+        postgres.create(name, "node_template")
+        found: list[bool] = [True]
+        async with asyncio.timeout(30):
+            while any(found):
+                with suppress(StoreUnavailable):  # as long as it is not there
+                    found = await node.valid(TOKENS)
+                await asyncio.sleep(0.01)
+        assert await node.valid(TOKENS) == [False] * len(TOKENS)

@@ -1,0 +1,234 @@
+"""The schema in PostgreSQL: what the migrations build, who may upgrade it, and who goes on serving beside that."""
+
+import asyncio
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from tests.support.processes import Forked
+from tests.support.servers import START, spawn
+from tests.system.postgres.nodes import connected, fetch, nodes, write_config_for
+from tests.system.postgres.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, newer_release
+from tokenauth.errors import StartError
+from tokenauth.models import Pool, Token
+from tokenauth.settings.model import Database
+from tokenauth.stores import schema
+from tokenauth.stores.open import open_store
+from tokenauth.stores.store import Note
+from tokenauth.stores.tables import metadata
+
+T = TypeVar("T")
+
+COLUMNS_OF = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
+KEYS = """
+    SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint
+    WHERE contype = 'p' AND connamespace = 'public'::regnamespace
+"""
+SEQUENCES = "SELECT sequencename, last_value FROM pg_sequences"
+
+
+async def on(url: str, work: Callable[[Connection], T]) -> T:
+    """Do something over SQLAlchemy, in a transaction."""
+    async with create_async_engine(url, poolclass=NullPool).begin() as db:
+        return await db.run_sync(work)
+
+
+async def start(url: str) -> str | None:
+    """Start a store and stop it; say what keeps it from serving."""
+    async with nodes(url) as (store,):
+        return await store.ready()
+
+
+def token(number: int, user: str = "ann") -> Token:
+    """Make a token that lives long."""
+    return Token(sha256(b"%d" % number).digest(), user, "c", START, int(START) + 100)
+
+
+async def test_the_migrations_build_what_the_tables_say(url: str) -> None:
+    """But for the digest of a token, which is a primary key and so needs no other index."""
+
+    def differences(db: Connection) -> list[Any]:
+        options = {
+            "compare_type": True,
+            "include_object": lambda _, name, kind, *__: (kind, name) != ("index", "tokens_by_digest"),
+        }
+        found: list[Any] = compare_metadata(MigrationContext.configure(db, opts=options), metadata)
+        return found
+
+    assert await on(url, differences) == []
+
+
+async def test_primary_keys_spread(url: str) -> None:
+    assert dict(await fetch(url, KEYS)) == {
+        "alembic_version": "PRIMARY KEY (version_num)",
+        "tokens": "PRIMARY KEY (digest)",
+        "revocations": "PRIMARY KEY (seq)",
+        "failures": "PRIMARY KEY (key)",
+        "marks": "PRIMARY KEY (name)",
+        "pool_tokens": "PRIMARY KEY (number, pool)",
+    }
+
+
+async def test_values_are_in_the_order_of_their_characters_whatever_the_database_s_language(url: str) -> None:
+    columns = "SELECT collation_name FROM information_schema.columns WHERE table_name = 'pool_tokens'"
+    assert await fetch(url, f"{columns} AND column_name = 'value'") == [("C",)]
+
+
+async def test_no_sequence_is_asked_when_tokens_are_issued_or_lent(url: str) -> None:
+    async with nodes(url) as (store,):
+        await store.pools.add(Pool("p", 60), ["t1"], START)
+        before = dict(await fetch(url, SEQUENCES))
+        assert before == {"revocations_seq_seq": None, "pool_tokens_number_seq": 1}
+        await asyncio.gather(*(store.tokens.add(token(number), 100, START) for number in range(50)))
+        await store.pools.lease(Pool("p", 60), "ann", START)
+        await store.failures.note([Note(bytes(16), 1, at=START)], START)
+        assert dict(await fetch(url, SEQUENCES)) == before
+        listed = await store.tokens.list("ann", START, 99)
+        assert len(listed) == 50
+
+
+async def test_numbers_are_the_order_of_issue_on_every_node(url: str) -> None:
+    async with nodes(url, 2) as (one, other):
+        for number in range(10):
+            await (one, other)[number % 2].tokens.add(token(number), 0, START)
+        assert await one.tokens.list("ann", START, 99) == [token(number) for number in range(9, -1, -1)]
+
+
+def start_together(url: str, count: int, directory: Path) -> None:
+    """Start as many processes as wanted at once on an empty database; each adds a token, and one makes the schema."""
+    line, log = directory / "line", directory / "log"
+    streams = [Path(os.devnull), log, log]
+    with line.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        started = [
+            Forked(
+                "tests.system.postgres.node_opener", ["", str(line), url, str(number)], directory, streams, os.environ
+            )
+            for number in range(count)
+        ]
+    assert [process.wait(60) for process in started] == [0] * count, log.read_text()
+    assert asyncio.run(fetch(url, "SELECT count(*) FROM tokens")) == [(count,)]
+    assert asyncio.run(fetch(url, "SELECT version_num FROM alembic_version")) == [(schema.HEAD,)]
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events == ["schema_upgraded"], "one made it, and nobody had any trouble"
+
+
+def test_three_nodes_that_start_at_once_on_an_empty_database_all_end_well(database: str, tmp_path: Path) -> None:
+    start_together(database, 3, tmp_path)
+
+
+_OTHERS_UPGRADE = "SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))"
+
+
+async def test_a_start_that_has_nothing_to_upgrade_waits_for_nobody(url: str) -> None:
+    async with connected(url) as other, other.transaction():
+        await other.execute(_OTHERS_UPGRADE)
+        async with asyncio.timeout(10), nodes(url) as (node,):
+            assert await node.ready() is None
+
+
+async def test_a_start_that_waits_for_an_upgrade_says_so_and_ends_when_told_to(database: str, tmp_path: Path) -> None:
+    config = write_config_for(database, tmp_path)
+    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
+    async with connected(database) as other, other.transaction():
+        await other.execute(_OTHERS_UPGRADE)
+        with spawn(command, tmp_path) as server:
+            await asyncio.to_thread(server.wait, "schema_upgrade_waits", 60)
+            server.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(server.process.wait, 20) == 0
+
+
+async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_on_it(url: str, tmp_path: Path) -> None:
+    async with nodes(url) as (old,):
+        await old.tokens.add(token(1), 0, START)
+        with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
+            assert await start(url) is None
+        assert {("tokens", "device"), ("pool_tokens", "note")} <= set(await fetch(url, COLUMNS_OF))
+        assert await old.ready() is None
+        await serve(old)
+        async with nodes(url) as (again,):
+            assert await again.ready() is None
+            await serve(again)
+    assert await fetch(url, "SELECT version_num FROM alembic_version") == [(NEXT_STEP,)]
+
+
+async def serve(store: Any) -> None:
+    """Do a little of everything."""
+    assert await store.tokens.get(token(1).digest) == token(1)
+    await store.tokens.add(token(2), 100, START)
+    assert token(2) in await store.tokens.list("ann", START, 9)
+    assert await store.tokens.remove(token(2).digest, START)
+    pool = Pool("p", 60)
+    await store.pools.add(pool, ["t1"], START)
+    assert (await store.pools.lease(pool, "ann", START)).token.value == "t1"
+    assert await store.pools.remove(pool, "t1", START)
+
+
+async def test_a_newer_generation_is_refused_and_whoever_runs_says_that_it_came(url: str, tmp_path: Path) -> None:
+    async with nodes(url) as (old,):
+        with newer_release(tmp_path, NEXT_GENERATION, *COLUMNS):
+            assert await start(url) is None
+        assert await old.ready() == f"schema is {NEXT_GENERATION}, this release needs {schema.HEAD}"
+        with pytest.raises(
+            StartError, match=rf"has schema {re.escape(NEXT_GENERATION)}, which this release does not know"
+        ) as refusal:
+            await start(url)
+        assert f"has schema {NEXT_GENERATION}" in str(refusal.value)
+        assert "a newer tokenauth has used it; install that release" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "failure", ["op.drop_column('tokens', 'nothing')", "raise RuntimeError"], ids=["in-the-database", "in-the-program"]
+)
+async def test_a_migration_that_fails_half_way_leaves_the_schema_as_it_was(
+    url: str, tmp_path: Path, failure: str
+) -> None:
+    before = await fetch(url, COLUMNS_OF)
+    with newer_release(tmp_path, NEXT_STEP, COLUMNS[0], failure), pytest.raises((StartError, RuntimeError)):
+        await start(url)
+    assert await fetch(url, COLUMNS_OF) == before
+    assert await fetch(url, "SELECT version_num FROM alembic_version") == [(schema.HEAD,)]
+    assert await start(url) is None, "and no lock is left"
+
+
+async def test_a_first_migration_that_fails_leaves_nothing_behind(database: str) -> None:
+    await fetch(database, "CREATE TABLE failures (mine text)")
+    with pytest.raises(StartError, match=re.escape('relation "failures" already exists')):
+        await start(database)
+    assert await fetch(database, COLUMNS_OF) == [("failures", "mine")]
+
+
+async def test_sqlite_has_the_same_rule(tmp_path: Path) -> None:
+    settings = Database(f"sqlite+aiosqlite:///{tmp_path}/tokens.db")
+
+    async def began() -> Any:
+        store = open_store(settings, 10, lambda: START)
+        await store.start()
+        return store
+
+    async def upgraded(revision: str) -> None:
+        with newer_release(tmp_path, revision, *COLUMNS):
+            await (await began()).stop(START)
+
+    old = await began()
+    await old.tokens.add(token(1), 0, START)
+    await upgraded(NEXT_STEP)
+    again = await began()
+    for store in (old, again):
+        assert await store.ready() is None
+        await serve(store)
+        await store.stop(START)

@@ -1,0 +1,31 @@
+"""What PostgreSQL's own log has of tokens when it is told to log statements."""
+
+import asyncio
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.support.postgres import Cluster
+from tests.support.servers import START
+from tests.system.postgres.nodes import nodes
+from tokenauth.models import Pool
+
+POOL = Pool("permits", lease_ttl=60)
+
+
+@pytest.mark.parametrize(("length", "leaks"), [(0, False), (-1, True)])
+async def test_statements_are_logged_without_values(postgres: Cluster, url: str, length: int, leaks: bool) -> None:
+    """With `log_parameter_max_length = 0`, which is not the default: so the documentation names it."""
+    name = make_url(url).database
+    postgres.execute(f"ALTER DATABASE \"{name}\" SET log_statement = 'all'")
+    postgres.execute(f'ALTER DATABASE "{name}" SET log_parameter_max_length = {length}')
+    value, holder = f"canary-value-{length}", f"canary-holder-{length}"
+    async with nodes(url) as (node,):
+        await node.pools.add(POOL, [value], START)
+        assert (await node.pools.lease(POOL, holder, START)).token is not None
+        assert await node.pools.get(POOL, value, START) is not None
+        await node.pools.release(POOL, value, START)
+        await node.pools.remove(POOL, value, START)
+    text = await asyncio.to_thread(postgres.log.read_text)
+    assert "pool_tokens" in text
+    assert (value in text, holder in text) == (leaks, leaks)

@@ -1,0 +1,41 @@
+"""A PostgreSQL that logs every statement logs no token of a pool and no holder, set as the guide says."""
+
+import re
+
+import pytest
+
+from tests.support.postgres import Cluster
+from tests.support.servers import ROOT
+from tokenauth.models import Pool
+from tokenauth.settings.model import Database
+from tokenauth.stores.open import open_store
+
+NOW = 1_800_000_000.0
+PARAMETERS = "log_parameter_max_length"
+
+
+@pytest.mark.parametrize("quiet", [False, True], ids=["as it is", "as the guide says"])
+async def test_a_log_of_statements_has_no_token_and_no_holder(postgres: Cluster, url: str, quiet: bool) -> None:
+    """As it is, it has: otherwise this test would prove nothing."""
+    name = url.rpartition("/")[2]
+    postgres.execute(f"ALTER DATABASE \"{name}\" SET log_statement = 'all'")
+    if quiet:
+        assert re.search(rf"^\| .*`{PARAMETERS} = 0`", (ROOT / "docs/scaling.md").read_text(), re.MULTILINE)
+        postgres.execute(f'ALTER DATABASE "{name}" SET {PARAMETERS} = 0')
+    began = postgres.log.stat().st_size
+    store = open_store(Database(url=url), 10)
+    await store.start()
+    try:
+        pool = Pool("p", 60)
+        await store.pools.add(pool, ["canary-token"], NOW)
+        await store.pools.lease(pool, "canary-holder", NOW)
+        await store.pools.get(pool, "canary-token", NOW)
+        await store.pools.release(pool, "canary-token", NOW)
+        await store.pools.remove(pool, "canary-token", NOW)
+    finally:
+        await store.stop(NOW)
+    logged = postgres.log.read_bytes()[began:]
+    assert b"pool_tokens" in logged, "statements are logged"
+    assert [word for word in (b"canary-token", b"canary-holder") if word in logged] == (
+        [] if quiet else [b"canary-token", b"canary-holder"]
+    )

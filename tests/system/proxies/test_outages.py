@@ -1,0 +1,123 @@
+"""Without an answer that the issuer gives nobody passes; and no log has a token."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.journal import until
+from tests.support.servers import Server, worker, write_config
+from tests.system.proxies.conftest import Start
+from tests.system.proxies.peers import HANG
+from tests.system.proxies.running import PRODUCTS, Proxy, find, running
+
+ANSWERS = {
+    "500": b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n",
+    "429": b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n",
+    "404": b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+    "302": b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n",
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "half a head": b"HTTP/1.1 200 OK\r\nX-Auth-User: ann\r\n",
+    "too long a head": b"HTTP/1.1 200 OK\r\nX-Auth-User: " + b"a" * 2_000_000 + b"\r\nContent-Length: 0\r\n\r\n",
+}
+
+PASS_ON = {"traefik", "envoy"}
+"""They tell the client what the issuer said, also if it is neither 401 nor 403."""
+
+
+def test_nobody_passes_while_the_issuer_is_stopped(proxy: Proxy, ann: str) -> None:
+    assert proxy.ask("/", ann)[0].status == 200
+    proxy.line.stop()
+    for tokens in ([ann], [], ["x" * 64]):
+        reply, arrived = proxy.ask("/", *tokens)
+        assert (reply.status in range(500, 505), arrived) == (True, [])
+    proxy.line.start()
+    assert proxy.ask("/", ann)[0].status == 200
+
+
+def test_a_connection_that_the_issuer_ends_meanwhile_refuses_nobody(proxy: Proxy, ann: str) -> None:
+    """It ends those that were idle for some seconds, maybe just when the proxy asks again."""
+    for _ in range(5):
+        assert proxy.ask("/", ann)[0].status == 200
+        proxy.line.hang_up()
+        assert proxy.ask("/", ann)[0].status == 200
+        if proxy.name != "envoy":  # it does not ask again, and so must end idle connections first
+            proxy.line.end_at_next_request()
+            assert proxy.ask("/", ann)[0].status == 200
+
+
+@pytest.mark.parametrize("said", ANSWERS)
+def test_nobody_passes_by_an_answer_that_the_issuer_never_gives(proxy: Proxy, ann: str, said: str) -> None:
+    with proxy.line.saying(ANSWERS[said]):
+        reply, arrived = proxy.ask("/", ann)
+    assert not arrived
+    assert reply.status in range(500, 505) or (proxy.name in PASS_ON and str(reply.status) == said)
+    assert proxy.ask("/", ann)[0].status == 200
+
+
+@pytest.mark.parametrize("name", ["X-Auth-User", "X-Auth-Scopes", "X-Auth-Expires"])
+def test_a_name_that_the_issuer_leaves_out_is_not_taken_from_the_client(proxy: Proxy, ann: str, name: str) -> None:
+    with proxy.line.saying(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
+        _, arrived = proxy.ask("/", ann, headers=[(name, "mallory")])
+    assert b"mallory" not in b"".join(value for request in arrived for _, value in request.headers)
+
+
+def test_nobody_waits_long_for_an_issuer_that_hangs(start: Start, ann: str) -> None:
+    """All proxies at once, since each waits for the two seconds that its configuration says."""
+
+    def attempt(name: str) -> None:
+        proxy = start(name)
+        with proxy.line.saying(HANG):
+            reply, arrived = proxy.ask("/", ann)
+        assert (name, reply.status in range(500, 505), arrived) == (name, True, [])
+        assert proxy.ask("/", ann)[0].status == 200
+
+    present = [name for name in PRODUCTS if find(name)]
+    for name in present:
+        start(name)
+    with ThreadPoolExecutor(len(present)) as threads:
+        list(threads.map(attempt, present))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+    """Run an issuer whose database is gone, with a token that it gave out before."""
+    directory = tmp_path_factory.mktemp("broken")
+    with worker(write_config(directory)) as issuer, Connection(issuer.port) as connection:
+        token = connection.log_in()
+        for path in directory.glob("tokenauth.db*"):
+            path.unlink()
+        until(lambda: connection.ask("GET", "/auth", X_Token=token).status == 503, "the issuer has noticed")
+        yield issuer, token
+
+
+def test_a_broken_store_is_no_wrong_token(proxy: Proxy, broken: tuple[Server, str]) -> None:
+    issuer, token = broken
+    with proxy.line.leading_to(issuer.port):
+        reply, arrived = proxy.ask("/", token)
+        assert (reply.status, arrived) == (503, [])
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_no_log_has_a_token(name: str, tmp_path: Path, server: Server, ann: str, bob: str) -> None:
+    """Also not one that stands in a query, whatever goes wrong with the request."""
+    told = [("Referer", f"http://app.example.com/?token={ann}"), ("Authorization", f"Bearer {bob}")]
+    with running(name, tmp_path / name, server.port) as proxy:
+        for target in (f"/some-where?token={ann}", f"/reports/?token={ann}", f"/..;/?token={ann}"):
+            proxy.ask(target, bob)
+            proxy.ask(target, bob, headers=told)
+            proxy.ask(target, headers=told)
+            with proxy.line.saying(b"junk"):
+                proxy.ask(target, bob)
+            proxy.line.stop()
+            proxy.ask(target, bob)
+            proxy.line.start()
+        proxy.upstream.stop()
+        assert proxy.ask(f"/?token={ann}", bob)[0].status in {502, 503}
+        proxy.stop()
+    logs = b"".join(path.read_bytes() for path in (tmp_path / name).glob("*.log"))
+    assert logs.count(b"GET") >= 13
+    assert ann.encode() not in logs
+    assert bob.encode() not in logs

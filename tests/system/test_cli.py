@@ -1,0 +1,527 @@
+"""The command line: a process of its own for every command, some of them started as an operator starts them."""
+
+import json
+import os
+import pwd
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
+
+import pytest
+from passlib.hash import argon2
+
+from tests.support.processes import Forked
+from tests.support.servers import USERS, Server, log_in, probe, serve, worker, write_config
+from tokenauth import __version__
+from tokenauth.settings import loader
+from tokenauth.stores.schema import HEAD
+
+TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+
+
+class Encoding(TypedDict):
+    """How text is written and read: bytes that are no text stay what they are."""
+
+    encoding: str
+    errors: str
+
+
+COMMANDS = [
+    "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
+    "tokens list", "tokens revoke", "pool list", "pool show", "pool generate", "pool release", "pool delete",
+]  # fmt: skip
+PRIVATE = (
+    "Only this machine can reach the service."
+    " If a reverse proxy passes requests on to it, set server.trusted_proxies.\n"
+)
+WORD = "a long password\n"
+
+TEXT: Encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
+Done = subprocess.CompletedProcess[str]
+
+
+def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
+    """Run a command in a directory, in a process that has already imported what it needs."""
+    with TemporaryDirectory() as scratch:
+        streams = [Path(scratch) / name for name in ("in", "out", "err")]
+        streams[0].write_text(stdin, **TEXT)
+        process = Forked("tokenauth.cli.main", ["tokenauth", *arguments], directory, streams, environment(env))
+        code = process.wait(60)
+        out, err = (path.read_text(**TEXT) for path in streams[1:])
+    return Done(arguments, code, out, err)
+
+
+def script(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
+    """Run a command in a directory as an operator does, with an interpreter of its own."""
+    return subprocess.run(
+        [TOKENAUTH, *arguments],
+        cwd=directory,
+        env={**environment(env), "PYTHONUTF8": "1"},
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=60,
+        **TEXT,
+    )
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Add to the variables of this process, of which none names a configuration."""
+    return {name: value for name, value in os.environ.items() if name != "TOKENAUTH_CONFIG"} | dict(more)
+
+
+def well(done: Done) -> str:
+    """Return what a command that went well has printed."""
+    assert done.returncode == 0, done
+    recorded(done)
+    return done.stdout
+
+
+def recorded(done: Done) -> list[dict[str, Any]]:
+    """Return what a command has logged, which is all that it may write to standard error."""
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    for event in events:
+        assert (event["by"], event["level"]) == (
+            os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name,
+            "info",
+        )
+        assert event["timestamp"].endswith("Z")
+    return [{key: event[key] for key in event if key not in {"by", "level", "timestamp"}} for event in events]
+
+
+def mistake(done: Done) -> str:
+    """Return the one line that a command says about a mistake."""
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Make a directory with a configuration that nothing is wrong with."""
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) -> None:
+    text = " ".join(well(run(tmp_path, *command.split(), "--help")).split())
+    assert f"Usage: tokenauth {command} [OPTIONS]" in text
+    assert "Example" in text
+    assert f": tokenauth {command}" in text or f"| tokenauth {command}" in text
+    assert "--config FILE" in text
+
+
+def test_the_help_lists_the_commands(tmp_path: Path) -> None:
+    text = well(script(tmp_path, "-h"))
+    assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
+    assert well(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
+
+
+def test_check_says_that_all_is_well(home: Path) -> None:
+    assert well(run(home, "check")) == PRIVATE + "config.toml: ok, 3 users, 0 pools, 0 risks\n"
+    assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
+    assert os.listdir(home) == ["config.toml"], "it only looks"
+
+
+def test_output_that_cannot_be_written_is_one_line(home: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [str(TOKENAUTH), "tokens", "list", "--json", "--config", str(home / "config.toml")],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[sever]", "config.toml: sever: there is no such key; did you mean server?"),
+        ("database.url = 'mysql://x/y'", "config.toml: database.url: 'mysql' is no store of tokenauth"),
+    ],
+)
+def test_check_names_a_mistake_also_for_programs(home: Path, text: str, says: str) -> None:
+    (home / "config.toml").write_text(text)
+    done = run(home, "check", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["ok"], told["risks"]) == (1, False, [])
+    assert told["error"].startswith(says)
+    assert told["error"] in done.stderr
+
+
+def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Path) -> None:
+    text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
+    write_config(home, users=text)
+    *risks, judgement, summary = well(run(home, "check")).splitlines()
+    assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"]
+    assert summary == "config.toml: ok, 3 users, 0 pools, 1 risk"
+    assert judgement + "\n" == PRIVATE
+    write_config(home, '[server]\nhost = "0.0.0.0"', text)
+    done = run(home, "check", "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert (told["ok"], [risk["name"] for risk in told["risks"]]) == (False, ["weak_hash"])
+    assert told["error"] in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_configuration_is_found_by_option_then_variable_then_in_the_working_directory(home: Path) -> None:
+    (home / "other.toml").write_text("users = []")
+    assert "other.toml: ok, 0" in well(run(home, "check", TOKENAUTH_CONFIG="other.toml"))
+    assert "config.toml: ok, 3" in well(run(home, "check", "--config", "config.toml", TOKENAUTH_CONFIG="other.toml"))
+
+
+def test_a_password_is_hashed_at_the_configured_cost(home: Path) -> None:
+    hashed = well(run(home, "hash-password", "--password-stdin", stdin=WORD)).rstrip("\n")
+    assert hashed.startswith("$argon2id$v=19$m=8,t=1,p=1$")
+    assert argon2.verify(WORD.rstrip("\n"), hashed)
+
+
+def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_path: Path) -> None:
+    done = script(tmp_path, "hash-password", "--password-stdin", stdin="жанна жанна\r\nmore")
+    assert well(done).startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    assert argon2.verify("жанна жанна", done.stdout.rstrip("\n"))
+
+
+def test_users_come_change_and_go(home: Path) -> None:
+    path = home / "config.toml"
+    added = run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD)
+    reload = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
+    assert well(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
+    assert recorded(added) == [{"event": "user_added", "user": "Eve", "scopes": ["a", "b"]}]
+    before = loader.load(path).directory["eve"]
+    assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
+    changed = run(home, "user", "passwd", "eve", "--password-stdin", stdin="another password\n")
+    assert well(changed) == f"Saved. Existing logins stay valid until you reload: {reload}\n"
+    assert recorded(changed) == [{"event": "user_password_changed", "user": "eve"}]
+    after = loader.load(path).directory["eve"]
+    assert argon2.verify("another password", after.password_hash)
+    assert after.credential != before.credential
+    assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(well(run(home, "user", "list", "--json")))
+    shown = [line.split() for line in well(run(home, "user", "list")).splitlines()]
+    assert shown == [["username", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
+    removed = run(home, "user", "remove", "EVE")
+    assert well(removed) == well(changed)
+    assert recorded(removed) == [{"event": "user_removed", "user": "EVE"}]
+    assert "ok, 3 users" in well(run(home, "check"))
+
+
+def test_migrate_makes_the_database_and_may_be_repeated(home: Path) -> None:
+    for _ in range(2):
+        done = run(home, "migrate")
+        assert (done.returncode, done.stdout) == (0, f"schema: {HEAD}\n")
+    assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
+    assert well(run(home, "tokens", "list")) == "No tokens.\n"
+
+
+NEED_A_DATABASE = [
+    ["tokens", "list"], ["tokens", "revoke", "--user", "ann"], ["tokens", "revoke", "--all"],
+    ["tokens", "revoke", "--id", "0" * 24], ["pool", "list"], ["pool", "show", "p"], ["pool", "generate", "p"],
+    ["pool", "release", "p", "x"], ["pool", "delete", "p", "x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["no file", "empty file"])
+@pytest.mark.parametrize("command", NEED_A_DATABASE, ids=" ".join)
+def test_in_a_wrong_directory_a_command_fails_and_creates_nothing(
+    tmp_path: Path, command: list[str], empty: bool
+) -> None:
+    write_config(tmp_path, "[pools.p]")
+    if empty:
+        (tmp_path / "tokenauth.db").touch()
+    before = sorted(os.listdir(tmp_path))
+    says = mistake(run(tmp_path, *command))
+    assert says == (
+        f"There is no database at {tmp_path / 'tokenauth.db'}."
+        " Run this in the directory of the service, or make database.url absolute."
+    )
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_revoking_tells_a_user_without_tokens_from_an_unknown_one(home: Path) -> None:
+    run(home, "migrate")
+    assert well(run(home, "tokens", "revoke", "--user", "ANN")) == "revoked 0 tokens\n"
+    says = mistake(run(home, "tokens", "revoke", "--user", "anne"))
+    assert says == "There is no user 'anne' in the configuration, and no token of one."
+
+
+READS = [["tokens", "list"], ["pool", "list"], ["pool", "show", "p"]]
+
+
+def test_commands_that_read_work_while_another_program_holds_the_lock(tmp_path: Path) -> None:
+    write_config(tmp_path, "[pools.p]")
+    run(tmp_path, "migrate")
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for command in READS:
+            well(run(tmp_path, *command))
+        done = run(tmp_path, "tokens", "revoke", "--all")
+        assert done.returncode == 1
+        assert "database is locked. Another program holds a lock on" in done.stderr
+        assert f"`fuser -v {tmp_path / 'tokenauth.db'}`" in done.stderr
+
+
+USER_ADD = ["user", "add", "eve", "--password-stdin"]
+
+MISTAKES: dict[str, tuple[list[str], str, str]] = {
+    "no such file": (["check", "--config", "no.toml"], "", "no.toml: no such file; name one with --config or"),
+    "a hash": (
+        ["check", "--config", "hash.toml"],
+        "",
+        "users: the password of 'ann' is not a hash that",
+    ),
+    "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is no store of tokenauth"),
+    "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
+    "no directory": (["migrate", "--config", "nowhere.toml"], "", "the database /no/such/place.db cannot be used: "),
+    "not a database": (["tokens", "list", "--config", "text.toml"], "", "cannot be used: file is not a database"),
+    "a short password": (USER_ADD, "short\n", "a password has 8 to 1024 characters"),
+    "a long password": (["hash-password", "--password-stdin"], "x" * 1025, "a password has 8 to 1024 characters"),
+    "a NUL": (USER_ADD, "pass\0word1\n", "password: has a NUL character"),
+    "a NUL, to change": (["user", "passwd", "ann", USER_ADD[-1]], "pass\0word1\n", "password: has a NUL character"),
+    "a NUL, to hash": (["hash-password", "--password-stdin"], "\0" * 9, "password: has a NUL character"),
+    "bytes for a password": (["hash-password", "--password-stdin"], "\udcff" * 9, ""),
+    "bytes for a name": ([*USER_ADD[:2], "\udcff", USER_ADD[3]], WORD, "users[3].username: takes no control"),
+    "no such token": (["tokens", "revoke", "--id", "0" * 24], "", "There is no token with this id."),
+    "no such id": (["tokens", "revoke", "--id", "\udcff"], "", "There is no"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_no_traceback(home: Path, name: str) -> None:
+    for file, text in {
+        "key": "[server]\nprot = 1",
+        "hash": "[[users]]\nusername = 'ann'\npassword = 'hers'",
+        "store": "[database]\nurl = 'mysql://x'",
+        "nowhere": "[database]\nurl = 'sqlite+aiosqlite:////no/such/place.db'",
+        "text": "[database]\nurl = 'sqlite+aiosqlite:///text.toml'" + "\n# no database" * 100,
+    }.items():
+        (home / f"{file}.toml").write_text(text)
+    before = (home / "config.toml").read_text()
+    arguments, stdin, expected = MISTAKES[name]
+    if "revoke" in arguments:
+        run(home, "migrate")
+    assert expected in mistake(run(home, *arguments, stdin=stdin))
+    assert (home / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["tokens", "revoke"], ["tokens", "revoke", "--all", "--user", "ann"], ["serve", "--port", "x"], ["user", "add"],
+     ["no-such-command"], ["check", "--no-such-option"]],
+)  # fmt: skip
+def test_a_command_that_is_not_understood_is_told_how_it_is_used(home: Path, arguments: list[str]) -> None:
+    done = run(home, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: tokenauth ")
+    assert "Error: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["list", "revoke"])
+def test_a_name_that_nobody_can_have_has_no_tokens(home: Path, command: str) -> None:
+    done = run(home, "tokens", command, "--user", "\udcff")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run two workers as an operator does."""
+    with serve(write_config(tmp_path_factory.mktemp("served")), "--workers", "2") as running:
+        yield running
+
+
+def issue(server: Server, *names: str) -> list[str]:
+    """Log in once under each name, on connections of their own."""
+    with server.client() as client:
+        return [log_in(client, name, "admin" if name == "admin" else f"{name}-secret") for name in names]
+
+
+def valid(server: Server, values: list[str]) -> list[bool]:
+    """Ask about tokens on several connections, so that both workers are asked; they must agree."""
+    answers = set()
+    for _ in range(4):
+        with server.client() as client:
+            answers.add(tuple(probe(client, value) for value in values))
+    assert len(answers) == 1, "the workers disagree"
+    return list(answers.pop())
+
+
+def listed(server: Server, *arguments: str) -> list[dict[str, Any]]:
+    """List tokens as JSON."""
+    rows: list[dict[str, Any]] = json.loads(well(run(server.log.parent, "tokens", "list", "--json", *arguments)))
+    return rows
+
+
+def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
+    values = issue(served, "ann", "bob")
+    rows = listed(served, "--user", "ANN")
+    assert [set(row) for row in rows] == [
+        {"id", "username", "issued_at", "expiry_time", "address", "user_agent", "status"} for _ in rows
+    ]
+    assert {row["username"] for row in rows} == {"ann"}
+    assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
+    assert rows[0]["expiry_time"] - rows[0]["issued_at"] == 24 * 3600
+    assert rows[0]["address"] == "127.0.0.1"
+    table = well(script(served.log.parent, "tokens", "list"))
+    assert rows[0]["id"] in table
+    for value in values:
+        assert value not in table + str(rows)
+
+
+def test_workers_refuse_what_the_command_line_has_revoked_at_the_next_request(served: Server) -> None:
+    home = served.log.parent
+    values = issue(served, "ann", "ann", "bob", "admin")
+    assert valid(served, values) == [True] * 4
+    newest = next(row["id"] for row in listed(served, "--user", "bob"))
+    revoked = run(home, "tokens", "revoke", "--id", newest)
+    assert well(revoked) == "revoked 1 token\n"
+    assert recorded(revoked) == [{"event": "token_revoked", "id": newest}]
+    assert valid(served, values) == [True, True, False, True]
+    revoked = run(home, "tokens", "revoke", "--user", "Ann")
+    assert re.fullmatch(r"revoked [2-9] tokens\n", well(revoked))
+    [event] = recorded(revoked)
+    assert (event["event"], event["user"]) == ("tokens_revoked", "ann")
+    assert event["count"] > 1
+    assert valid(served, values) == [False, False, False, True]
+    assert re.fullmatch(r"revoked [1-9] tokens?\n", well(run(home, "tokens", "revoke", "--all")))
+    assert valid(served, values) == [False] * 4
+    assert listed(served) == []
+
+
+def test_tokens_that_end_at_the_next_reload_are_listed_and_marked(tmp_path: Path) -> None:
+    with worker(write_config(tmp_path)) as server:
+        values = issue(server, "ann", "bob", "admin")
+        well(run(tmp_path, "user", "remove", "ann"))
+        well(run(tmp_path, "user", "passwd", "bob", "--password-stdin", stdin=WORD))
+        rows = {row["username"]: row["status"] for row in listed(server)}
+        assert rows == {"ann": "user_removed", "bob": "password_changed", "admin": "valid"}
+        assert valid(server, values) == [True] * 3, "as the list says: nobody has reloaded"
+        assert [row["status"] for row in listed(server, "--user", "ann")] == ["user_removed"]
+        well(run(tmp_path, "tokens", "revoke", "--user", "ann"))
+        assert valid(server, values) == [False, True, True]
+        assert listed(server, "--user", "ann") == []
+
+
+def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
+    add = [["user", "add", f"u{number}", "--password-stdin"] for number in range(4)]
+    commands = [*add, ["user", "remove", "ann"], ["user", "passwd", "bob", "--password-stdin"]]
+    before = loader.load(home / "config.toml").directory
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for done in pool.map(lambda command: run(home, *command, stdin=WORD), commands):
+            well(done)
+    after = loader.load(home / "config.toml").directory
+    assert set(after) == {"admin", "bob", "u0", "u1", "u2", "u3"}
+    assert after["bob"].credential != before["bob"].credential
+    assert sorted(os.listdir(home)) == ["config.toml"]
+
+
+UNSAFE = [
+    chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in {"Cc", "Cf", "Zl", "Zp"}
+]
+"""Every character that a terminal obeys, or that shows a line otherwise than it is."""
+
+
+@pytest.mark.parametrize("command", [["tokens", "list"], ["pool", "show", "p"]], ids=" ".join)
+@pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["table", "json"])
+def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: list[str], json_too: list[str]) -> None:
+    write_config(tmp_path, "[pools.p]")
+    run(tmp_path, "migrate")
+    well(run(tmp_path, "pool", "generate", "p"))
+    sent = "".join(UNSAFE)
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as database, database:
+        now = int(time.time())
+        row = (b"d" * 32, "ann", "c", now, now + 1000, sent, sent)
+        database.execute(
+            "INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            row,
+        )
+        database.execute("UPDATE pool_tokens SET holder = ?, free_at = ?", (sent, now + 1000))
+    shown = well(run(tmp_path, *command, *json_too))
+    assert [letter for letter in shown if letter in UNSAFE and letter != "\n"] == []
+    spelt = [r"\u009b" if json_too else r"\x9b", r"\u202e", r"\u001b" if json_too else r"\x1b"]
+    assert [escape for escape in spelt if escape not in shown] == [], "they are shown as what they are"
+
+
+@pytest.mark.parametrize("letter", ["\x1b", "\x7f", "\x9b", "\u202e", "\u2028", "\n"], ids=ascii)
+def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: str) -> None:
+    for command in (
+        ["check", "--config", f"no{letter}.toml"],
+        ["user", "remove", f"a{letter}"],
+        ["pool", "show", letter],
+    ):
+        assert mistake(run(home, *command)).isprintable()
+    (home / f"{letter}.toml").write_text((home / "config.toml").read_text())
+    lines = well(run(home, "check", "--config", f"{letter}.toml")).splitlines()
+    assert len(lines) == 3
+    assert "".join(lines).isprintable()
+
+
+def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:
+    done = script(home, "serve", "--port", str(served.port))
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    event = json.loads(done.stderr)
+    detail = f"Port {served.port} is in use: stop the other server or pass --port."
+    assert (event["event"], event["detail"]) == ("start_failed", detail)
+    assert not (home / "tokenauth.db").exists(), "nothing has been touched"
+
+
+def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
+    write_config(home, '[server]\nhost = "0.0.0.0"\nport = 0', USERS.replace("memory_kib = 8\n", "memory_kib = 16\n"))
+    done = run(home, "serve")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "weak_hash" in done.stderr
+    assert '"started"' not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize(
+    ("name", "mode", "risk"), [("config.toml", 0o644, "readable_config"), ("tokenauth.db", 0o644, "exposed_database")]
+)
+def test_a_file_that_others_can_read_is_not_served_behind_a_proxy(
+    home: Path, command: str, name: str, mode: int, risk: str
+) -> None:
+    write_config(home, '[server]\nport = 0\ntrusted_proxies = ["127.0.0.1"]')
+    (home / name).touch()
+    (home / name).chmod(mode)
+    done = run(home, command)
+    assert done.returncode != 0
+    assert f"this risk is not accepted: '{risk}'; " in done.stderr.splitlines()[-1]
+    assert '"listening"' not in done.stderr
+
+
+def test_a_file_that_others_can_read_is_a_warning_at_home(home: Path) -> None:
+    (home / "config.toml").chmod(0o644)
+    assert well(run(home, "check")).startswith(
+        "risk: readable_config: config.toml has the password hashes, and every user"
+    )
+
+
+@pytest.mark.parametrize("name", ["${HOME}", "a${b:-c}", "${"])
+def test_a_name_that_would_be_read_as_another_is_refused(home: Path, name: str) -> None:
+    path = home / "config.toml"
+    before = path.read_bytes()
+    refused = run(home, "user", "add", name, "--password-stdin", stdin=WORD)
+    assert refused.returncode == 1
+    assert "cannot have '${' in it" in refused.stderr
+    assert path.read_bytes() == before

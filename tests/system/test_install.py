@@ -1,0 +1,56 @@
+"""The install that the README describes: from lock files with hashes, and with a unit that leaves no core behind."""
+
+import re
+import tomllib
+
+import pytest
+
+from tests.support.servers import ROOT
+
+README = (ROOT / "README.md").read_text()
+LOCKS = ["requirements.lock", "requirements-serve.lock"]
+
+
+def locked(name: str) -> dict[str, tuple[str, int]]:
+    """Return the version of each package of a lock file, and how many hashes it has."""
+    packages = re.split(r"^(?=\S+==)", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
+    heads = (re.match(r"([\w.-]+)==(\S+) \\$", package, re.MULTILINE) for package in packages)
+    return {
+        head[1]: (head[2], package.count("--hash=sha256:"))
+        for head, package in zip(heads, packages, strict=True)
+        if head is not None
+    }
+
+
+def test_what_serves_is_the_same_as_what_is_tested() -> None:
+    everything, serving = map(locked, LOCKS)
+    assert {name: everything[name][0] for name in serving} == {name: version for name, (version, _) in serving.items()}
+    assert len(serving) < len(everything) / 2
+    assert all(hashes for _, hashes in serving.values())
+
+
+def test_what_serves_has_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["postgres"], *extras["build"]]
+    assert {re.split(r"[\[>=;]", one)[0].strip() for one in wanted} <= set(locked("requirements-serve.lock"))
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_no_lock_names_a_host(name: str) -> None:
+    assert re.findall(r"\w+://|--(?:extra-)?index-url|--find-links|--trusted-host", (ROOT / name).read_text()) == []
+
+
+def test_the_documented_install_takes_nothing_without_a_hash() -> None:
+    installs = re.findall(r"^sudo /opt/tokenauth/bin/pip install (.*)$", README, re.MULTILINE)
+    assert installs == [
+        "--require-hashes -r requirements-serve.lock",
+        "--no-deps dist/tokenauth_server-*.whl",
+        "--require-hashes -r requirements-serve.lock",
+        "--force-reinstall --no-deps dist/tokenauth_server-*.whl",
+    ]
+
+
+def test_the_documented_unit_leaves_no_core_behind() -> None:
+    unit = README.partition("```ini\n[Unit]")[2].partition("```")[0].splitlines()
+    assert {"LimitCORE=0", "UMask=0077", "StateDirectoryMode=0700", "NoNewPrivileges=yes"} <= set(unit)

@@ -1,0 +1,133 @@
+"""The access log is off unless asked for, and then has one line a request in which no token can stand."""
+
+import base64
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.servers import HandClock, Server, exchange, log_in, worker, write_config
+
+SECRETS = ["admin-mistyped-password", "wrong-secret"]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return "[server]\naccess_log = true"
+
+
+def logged(server: Server, since: int, wanted: int) -> list[dict[str, Any]]:
+    """Wait until so many requests more than `since` are in the log: a line is written after its answer."""
+    deadline = time.monotonic() + 10
+    while len(server.events("request")) < since + wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return server.events("request")[since:]
+
+
+def misuses(token: str) -> list[bytes]:
+    """List requests that have a token, or a password, where it belongs and where it does not."""
+    targets = [
+        f"GET /api/token?token={token}",
+        f"GET /api/token?x=1&token={token}&token=x",
+        f"GET /api/me?token={token}",
+        f"GET /api/tokens?user={token}",
+        f"DELETE /api/tokens/{token}",
+        f"DELETE /api/tokens/{token[:24]}",
+        f"GET /api/pools/{token}",
+        f"POST /api/pools/p/leases?holder={token}",
+        f"PUT /api/pools/p/leases/{token}",
+        f"DELETE /api/pools/{token}/tokens/{token}",
+        f"GET /api/pools/p/{token}/",
+        f"GET /api/token/{token}",
+        f"GET /api/token/{token}/",
+        f"GET /{token}",
+        f"GET /api/token%3Ftoken={token}",
+        f"GET /api/token;token={token}",
+        f"GET http://{token}/healthz",
+        f"PUT /api/token?{token}",
+        f"OPTIONS /{token}",
+        f"GET /healthz?{token}",
+        f"POST /api/token?password={SECRETS[0]}",
+        f"GET /{''.join(f'%{ord(letter):02x}' for letter in token)}?{'x' * 9000}",
+    ]
+    headers = (
+        f"Host: {token}\r\nX-Token: {token}\r\nCookie: token={token}\r\nUser-Agent: {token}\r\nReferer: /{token}\r\n"
+    )
+    bodies = [
+        ("POST", f'{{"username": "{SECRETS[0]}", "password": "{SECRETS[1]}"}}'),
+        ("POST", f'{{"username": "admin", "password": "{SECRETS[1]}"}}'),
+        ("POST", f'{{"username": ["{token}"], "password": "{SECRETS[1]}"}}'),
+        ("POST", f'{{"{token}": "{SECRETS[1]}"'),
+        ("DELETE", f'{{"token": "{token}",}}'),
+    ]
+    return [
+        *[f"{target} HTTP/1.1\r\n{headers}\r\n".encode() for target in targets],
+        *[
+            f"{method} /api/token HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            for method, body in bodies
+        ],
+        f"{token} / HTTP/1.1\r\n\r\n".encode(),  # what is no HTTP at all has no line in the access log
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route", "status"),
+    [
+        ("GET", "/healthz", "/healthz", 200),
+        ("GET", "/api/token?token=x", "/api/token", 200),
+        ("POST", "/api/token", "/api/token", 400),
+        ("DELETE", "/api/token", "/api/token", 200),
+        ("PUT", "/api/token", "/api/token", 405),
+        ("HEAD", "/api/me", "/api/me", 401),
+        ("GET", "/api/tokens?user=x", "/api/tokens", 401),
+        ("DELETE", f"/api/tokens/{'0' * 24}", "/api/tokens/{id}", 401),
+        ("GET", "/api/pools", "/api/pools", 401),
+        ("POST", "/api/pools/gpus/leases?x=1", "/api/pools/{pool}/leases", 401),
+        ("PUT", "/api/pools/gpus/leases/a-token", "/api/pools/{pool}/leases/{token}", 401),
+        ("DELETE", "/api/pools/gpus/tokens/a-token", "/api/pools/{pool}/tokens/{token}", 401),
+        ("GET", "/api/pools/gpus/a-token", "(none)", 404),
+        ("GET", "/nothing/here?x=1", "(none)", 404),
+        ("GET", "/healthz/", "(none)", 404),
+    ],
+)
+def test_one_line_tells_of_one_request(
+    server: Server, client: httpx.Client, method: str, path: str, route: str, status: int
+) -> None:
+    since = len(server.events("request"))
+    client.request(method, path)
+    client.get("/readyz")
+    line, end = logged(server, since, 2)
+    assert end["route"] == "/readyz"
+    assert 0 <= line.pop("ms") < 10_000
+    assert line.pop("timestamp")
+    assert line == {
+        "event": "request",
+        "level": "info",
+        "method": method,
+        "route": route,
+        "status": status,
+        "client": "127.0.0.1",
+    }
+
+
+@pytest.mark.parametrize(("setting", "on"), [("", False), ("[server]\naccess_log = true", True)])
+def test_no_token_or_password_gets_into_a_log_that_is_off_by_default(
+    tmp_path: Path, clock: HandClock, setting: str, on: bool
+) -> None:
+    with worker(write_config(tmp_path, setting), clock) as running:
+        with running.client() as client:
+            token = log_in(client)
+        sent = misuses(token)
+        for raw in sent:
+            assert exchange(running.port, raw)[0] < 500
+        running.stop()
+        assert len(running.events("request")) == (
+            len(sent) if on else 0
+        )  # the login has a line, the last of `sent` none
+        log = running.log.read_text()
+    assert ("/api/token" in log) is on
+    encoded = base64.b64encode(token.encode()).decode()
+    for secret in [token, token[:24], token[8:], token.lower(), token.upper(), encoded, *SECRETS]:
+        assert secret not in log

@@ -1,0 +1,304 @@
+"""The configuration's records: their defaults, their ranges, and the shipped file that shows them."""
+
+import math
+import re
+import tomllib
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.support.servers import shipped, shipped_with_dialects
+from tokenauth.errors import ConfigError
+from tokenauth.settings import loader
+from tokenauth.settings.lending import Dialect, Dialects, PasswordDialect, PoolEntry
+from tokenauth.settings.model import Config, Passwords, UserEntry, canonical
+from tokenauth.settings.section import Duration, Section
+
+USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
+TABLES = [field.name for field in msgspec.structs.fields(Config)]
+SECTIONS = [name for name in TABLES if name not in {"users", "pools", "dialects"}]
+DIALECTS = ["simple-token-implement", "token-pool", "random-token-generator", "token-management-service"]
+
+
+def parsed(text: str) -> Config:
+    """Read a text that takes nothing from the environment."""
+    return loader.parse(text, {})
+
+
+def keys(record: type[Section]) -> list[str]:
+    """List the keys that a table of the file may have."""
+    return [field.encode_name for field in msgspec.structs.fields(record)]
+
+
+def explained(first: str, last: str) -> list[str]:
+    """List the keys that the comments of the shipped file explain, between two of its lines."""
+    part = shipped().partition(first)[2].partition(last)[0]
+    return re.findall(r"(?:^#|;) (\w+): ", part, re.MULTILINE)
+
+
+def test_a_file_that_has_only_users_works() -> None:
+    settings = parsed(USER)
+    assert settings == Config(users=(UserEntry(username="ann", password="x"),))
+    assert list(settings.directory) == ["ann"]
+
+
+def test_an_empty_file_is_all_defaults() -> None:
+    assert parsed("") == Config()
+
+
+def test_the_defaults_are_safe() -> None:
+    settings = Config()
+    assert settings.server.loopback
+    assert settings.server.trusted_proxies == settings.server.cors_origins == settings.server.accept_risks == ()
+    assert not settings.server.access_log
+    assert settings.passwords == Passwords(memory_kib=19 * 1024, time_cost=2, parallelism=1)
+    assert settings.tokens.ttl == Duration(24 * 3600)
+    assert settings.throttle.max_delay == Duration(15 * 60)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_shipped_file_names_every_key_with_its_default(section: str) -> None:
+    written = tomllib.loads(shipped())[section]
+    record: Section = getattr(Config(), section)
+    assert list(written) == keys(type(record))
+    assert getattr(parsed(shipped()), section) == record
+
+
+def test_the_shipped_file_has_no_other_section_and_one_user() -> None:
+    tree = tomllib.loads(shipped())
+    assert list(tree) == [table for table in TABLES if table != "dialects"]
+    assert [user["username"] for user in tree["users"]] == ["admin"]
+
+
+def test_the_shipped_file_explains_every_key_of_a_pool_with_its_default() -> None:
+    assert explained("[[users]]", "[pools.") == keys(PoolEntry)
+    text = re.sub(r"\n# ?", " ", shipped())
+    assert re.search(r"capacity: [^;]*\(else any number\)", text)
+    assert re.search(r"token_ttl: [^;]*\(else for ever\)", text)
+    said = re.search(r'lease_ttl: [^;]*\("(\w+)" if it is not said\)', text)
+    assert said is not None
+    assert parsed(f'[pools.p]\nlease_ttl = "{said[1]}"') == parsed("[pools.p]")
+    assert parsed("[pools.p]").pools["p"] == PoolEntry(
+        capacity=None, token_ttl=None, lease_ttl=Duration(60), prefill=False, scope=None
+    )
+
+
+def test_the_shipped_file_explains_every_key_of_a_dialect() -> None:
+    assert explained("[pools.owned]", "[dialects.") == ["prefix", "require_token"]
+    written = tomllib.loads(shipped_with_dialects())["dialects"]
+    assert list(written) == DIALECTS == keys(Dialects)
+    for name, table in written.items():
+        assert list(table) == keys(PasswordDialect if "password" in table else Dialect)
+        assert table["require_token"] is Dialect(pool="p").require_token
+        assert table["prefix"] == f"/{name}"
+    assert Dialect(pool="p") == Dialect(pool="p", prefix="", require_token=False)
+
+
+def test_the_shipped_file_has_a_pool_for_each_dialect_on_the_terms_of_the_original() -> None:
+    settings = loader.parse(shipped_with_dialects(), {"API_PASSWORD": "1234"})
+    chosen = settings.dialects.chosen()
+    assert [dialect.pool for dialect in chosen.values()] == list(settings.pools)
+    terms = {name: settings.terms[dialect.pool] for name, dialect in chosen.items()}
+    assert {name: (pool.capacity, pool.token_ttl, pool.lease_ttl, pool.prefill) for name, pool in terms.items()} == {
+        "simple-token-implement": (1, math.inf, 1800, True),
+        "token-pool": (10_000, 300, 60, False),
+        "random-token-generator": (5, 300, 60, False),
+        "token-management-service": (10, 300, 60, False),
+    }
+
+
+def test_the_shipped_file_honours_the_variables_of_the_originals() -> None:
+    environ = {"TOTAL_TOKENS": "7", "TIMER_DURATION": "90", "API_PASSWORD": "1234"}
+    settings = loader.parse(shipped_with_dialects(), environ)
+    assert settings.pools["permits"] == PoolEntry(capacity=7, lease_ttl=Duration(90), prefill=True)
+    served = settings.dialects.simple_token_implement
+    assert served is not None
+    assert served.password == "1234"
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("30", 30), ("1.5", 1.5), ('"30"', 30), ('"30s"', 30), ('"5m"', 300), ('"24h"', 86400), ('"7d"', 604800),
+     ('"1.5h"', 5400), ('"2 h"', 7200)],
+)  # fmt: skip
+def test_a_duration_is_a_number_or_has_a_unit(written: str, seconds: float) -> None:
+    assert parsed(f"tokens.ttl = {written}").tokens.ttl == Duration(seconds)
+
+
+@pytest.mark.parametrize("written", ['""', '"h"', '"5x"', '"-5s"', '"1h30m"', '"1e5"', "true", "[]", '"5M"'])
+def test_anything_else_is_no_duration(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"^tokens\.ttl: .* is not a duration such as '24h'"):
+        parsed(f"tokens.ttl = {written}")
+
+
+RANGES: dict[str, tuple[Any, Any]] = {
+    "server.port": (0, 65535),
+    "server.workers": (1, 64),
+    "tokens.ttl": (1, 10 * 365 * 86400),
+    "tokens.per_user": (0, 1_000_000),
+    "tokens.cache_size": (1, 100_000_000),
+    "passwords.memory_kib": (8, 1 << 20),
+    "passwords.time_cost": (1, 100),
+    "passwords.threads": (0, 256),
+    "passwords.queue": (1, 10_000),
+    "throttle.free": (1, 1_000_000),
+    "throttle.network_free": (1, 1_000_000),
+    "throttle.delay": (1, 900),  # max_delay's default
+    "throttle.forget": (900, 30 * 86400),
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_may_be_at_either_end_of_its_range(key: str) -> None:
+    for number in RANGES[key]:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(parsed(f"{key} = {number}"), section), name) == number
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_beyond_its_range_is_refused_by_name(key: str) -> None:
+    low, high = RANGES[key]
+    for number in (low - 1, high + 1, -(10**30), 10**30, 2**63, 2**64):
+        with pytest.raises(ConfigError, match=rf"^{key.replace('delay', '(max_)?delay')}: "):
+            parsed(f"{key} = {number}")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_duration_is_finite(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"^tokens\.ttl: must be from 1 to "):
+        parsed(f"tokens.ttl = {number}")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("delay = 10, max_delay = 9", "max_delay"), ("max_delay = 1000, forget = 999", "forget")]
+)
+def test_a_delay_ends_before_it_is_forgotten(text: str, key: str) -> None:
+    assert parsed("throttle = {delay = 10, max_delay = 10, forget = 10}")
+    with pytest.raises(ConfigError, match=rf"^throttle\.{key}: must be from "):
+        parsed(f"throttle = {{{text}}}")
+
+
+def test_parallelism_needs_its_memory() -> None:
+    assert parsed("passwords = {parallelism = 64, memory_kib = 512}").passwords.parallelism == 64
+    with pytest.raises(ConfigError, match=r"^passwords\.memory_kib: must be from 512 "):
+        parsed("passwords = {parallelism = 64, memory_kib = 511}")
+
+
+def test_threads_are_as_many_as_cores_unless_the_file_says_so() -> None:
+    assert Passwords().lanes >= 1
+    assert Passwords(threads=3).lanes == 3
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("192.168.1.4", False), ("example.com", False), ("localhost.example.com", False)],
+)  # fmt: skip
+def test_only_loopback_addresses_are_this_machine(host: str, loopback: bool) -> None:
+    assert parsed(f'server.host = "{host}"').server.loopback is loopback
+
+
+@pytest.mark.parametrize(
+    ("one", "another"),
+    [
+        ("ann", "ANN"),
+        ("straße", "STRASSE"),
+        ("ﬁn", "fin"),
+        ("Ann", "\uff21\uff4e\uff4e"),
+        ("e\u0301ve", "éve"),
+        ("ΣΑΣ", "σας"),
+    ],
+)
+def test_names_that_look_alike_are_one(one: str, another: str) -> None:
+    assert canonical(one) == canonical(another)
+    with pytest.raises(ConfigError, match=r"^users: has .* twice"):
+        parsed(USER.replace("ann", one) + USER.replace("ann", another))
+
+
+@pytest.mark.parametrize("name", ["ann", "ßẞ", "ŉ", "ΐ", "İ", "ǰ", "ᾳ", "\u0345", "K", "ﬅ", "Ǆ"])
+def test_a_canonical_name_is_its_own(name: str) -> None:
+    assert canonical(canonical(name)) == canonical(name)
+
+
+def test_users_are_found_by_their_canonical_name() -> None:
+    user = parsed(USER.replace("ann", "Ann") + 'scopes = ["read"]').directory["ann"]
+    assert (user.username, user.password_hash, user.scopes) == ("ann", "x", ("read",))
+
+
+@pytest.mark.parametrize("name", ["", " ann", "ann ", "\\u0000", "a\\nb", "a\\u200bb", "a\\u202eb", "a" * 257])
+def test_a_name_that_cannot_be_told_or_typed_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^users\[0\]\.username: takes "):
+        parsed(f'[[users]]\nusername = "{name}"\npassword = "x"')
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 256, "ann@example.com", "жанна", "Ann O'Neill", "\U0001f511"])
+def test_any_other_name_may_log_in(name: str) -> None:
+    assert len(parsed(USER.replace("ann", name)).directory) == 1
+
+
+@pytest.mark.parametrize("scope", ["", "a b", 'a\\"b', "a\\\\b", "é", "a\\n"])
+def test_a_scope_is_a_word_of_rfc_6749(scope: str) -> None:
+    with pytest.raises(ConfigError, match=r"^users\[0\]\.scopes: "):
+        parsed(f'{USER}scopes = ["read", "{scope}"]')
+
+
+@pytest.mark.parametrize("origin", ["*", "https://*.example.com", "example.com", "https://a.b/", "null", "file://x"])
+def test_an_origin_is_exact(origin: str) -> None:
+    assert parsed('server.cors_origins = ["https://app.example.com", "http://localhost:3000"]')
+    with pytest.raises(ConfigError, match=r"^server\.cors_origins: .* is not an origin"):
+        parsed(f'server.cors_origins = ["{origin}"]')
+
+
+@pytest.mark.parametrize("proxy", ["*", "proxy.local", "10.0.0.0/33", "10.0.0.1/8", ""])
+def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
+    assert parsed('server.trusted_proxies = ["10.0.0.1", "10.0.0.0/8", "fd00::/8"]')
+    with pytest.raises(ConfigError, match=r"^server\.trusted_proxies: takes addresses and networks"):
+        parsed(f'server.trusted_proxies = ["{proxy}"]')
+
+
+RECORDS = [
+    Config(),
+    *(getattr(Config(), section) for section in [*SECTIONS, "dialects"]),
+    PoolEntry(),
+    Dialect(pool="p"),
+    PasswordDialect(pool="p", password="x"),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_cannot_be_changed(record: Section) -> None:
+    with pytest.raises(AttributeError):
+        setattr(record, msgspec.structs.fields(record)[0].name, None)
+
+
+@pytest.mark.parametrize(
+    ("issuer", "hint"),
+    [
+        ("https://ann:very-secret@auth.example.com", "takes no user and no password"),
+        ("https://@auth.example.com", "takes no user and no password"),
+        ("http://ann:very-secret@localhost", "takes no user and no password"),
+        ("https://auth.example.com:99999", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:0", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:port", "is no host"),
+        ("http://localhost:70000", "its port is not from 1 to 65535"),
+        ("https://auth.exämple.com", "write it as 'xn--...'"),
+        ("https://:8443", "is no host"),
+        ("https://[::1", "is no host"),
+        ("https://a%20b", "is no host"),
+        ("https://auth.example.com/", "is not a URL"),
+    ],
+)
+def test_an_issuer_that_no_client_can_ask_is_refused(issuer: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=r"^oauth\.issuer: ") as refusal:
+        parsed(f'oauth.issuer = "{issuer}"')
+    assert hint in str(refusal.value)
+    assert "very-secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "host", ["auth.example.com", "a.b:8443", "xn--auth-4qa.example:65535", "[2001:db8::1]:443", "h/a/b"]
+)
+def test_an_issuer_has_a_host_and_maybe_a_port(host: str) -> None:
+    assert parsed(f'oauth.issuer = "https://{host}"').oauth.issuer == f"https://{host}"

@@ -1,0 +1,146 @@
+"""What may stand in [pools.NAME] and [dialects.NAME], by itself and together."""
+
+import math
+from typing import Any
+
+import pytest
+
+from tokenauth.errors import ConfigError
+from tokenauth.models import Pool
+from tokenauth.settings import loader
+from tokenauth.settings.lending import Dialect
+from tokenauth.settings.model import Config
+from tokenauth.settings.section import Duration
+
+YEARS = 10 * 365 * 86400
+PERMITS = "[pools.p]\ncapacity = 1\nprefill = true\n"
+
+
+def parsed(text: str) -> Config:
+    """Read a text that takes nothing from the environment."""
+    return loader.parse(text, {})
+
+
+def mistake(text: str) -> str:
+    """Return what is said about a text."""
+    with pytest.raises(ConfigError) as refusal:
+        parsed(text)
+    return str(refusal.value)
+
+
+def dialect(more: str = "", name: str = "token-pool", pool: str = "[pools.p]\n") -> str:
+    """Write a dialect over the pool `p`."""
+    return f'{pool}[dialects.{name}]\npool = "p"\n{more}'
+
+
+RANGES: dict[str, tuple[Any, Any]] = {
+    "capacity": (0, 100_000_000),
+    "token_ttl": (1, YEARS),
+    "lease_ttl": (1, YEARS),
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_may_be_at_either_end_of_its_range_and_not_beyond(key: str) -> None:
+    low, high = RANGES[key]
+    for number in (low, high):
+        assert getattr(parsed(f"[pools.p]\n{key} = {number}").pools["p"], key) == number
+    for number in (low - 1, high + 1, 2**63, -(2**63), 10**30):
+        assert mistake(f"[pools.p]\n{key} = {number}").startswith(f"pools.p.{key}: ")
+
+
+@pytest.mark.parametrize("key", ["token_ttl", "lease_ttl"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_time_to_live_is_finite(key: str, number: str) -> None:
+    assert mistake(f"[pools.p]\n{key} = {number}").startswith(f"pools.p.{key}: must be from 1 to ")
+
+
+def test_the_terms_of_a_pool_are_as_the_file_has_them() -> None:
+    settings = parsed("""
+        pools.plain = {}
+        [pools.all]
+        capacity = 3
+        token_ttl = "5m"
+        lease_ttl = 1.5
+        scope = "gpu"
+        [pools.full]
+        capacity = 0
+        prefill = true
+    """)
+    assert settings.terms == {
+        "plain": Pool("plain", lease_ttl=60, token_ttl=math.inf, capacity=None, prefill=False, scope=None),
+        "all": Pool("all", lease_ttl=1.5, token_ttl=300, capacity=3, prefill=False, scope="gpu"),
+        "full": Pool("full", lease_ttl=60, token_ttl=math.inf, capacity=0, prefill=True, scope=None),
+    }
+    assert isinstance(settings.pools["all"].token_ttl, Duration)
+
+
+@pytest.mark.parametrize("name", ["a", "A-1", "a_b", '"v1.2"', '"..."', "1", "a" * 64])
+def test_a_pool_has_a_name_that_stands_in_an_address_as_it_is(name: str) -> None:
+    assert list(parsed(f"[pools.{name}]").terms) == [name.strip('"')]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "a%", "{a}", "a\\n", "a" * 65, "\\u0000", ".", ".."])
+def test_no_other_name_is_one(name: str) -> None:
+    assert " is not a name of 1 to 64 letters, digits, dots, dashes and underscores" in mistake(f'[pools."{name}"]')
+
+
+@pytest.mark.parametrize("scope", ["", "a b", 'a\\"b', "a\\\\b", "é"])
+def test_the_scope_of_a_pool_is_a_word_of_rfc_6749(scope: str) -> None:
+    assert mistake(f'[pools.p]\nscope = "{scope}"').startswith("pools.p.scope: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prefill = true", "pools.p.prefill: keeps `capacity` tokens in being; say how many that are"),
+        ("prefill = true\ncapacity = 1\ntoken_ttl = 9", "pools.p.token_ttl: does not go with prefill, "),
+    ],
+)
+def test_prefill_says_how_many_and_that_they_wait_for_ever(text: str, said: str) -> None:
+    assert mistake(f"[pools.p]\n{text}").startswith(said)
+
+
+@pytest.mark.parametrize("prefix", ["", "/a", "/a/b", "/token-pool", "/v1.2/~x_y"])
+def test_a_prefix_is_empty_or_a_path(prefix: str) -> None:
+    assert parsed(dialect(f'prefix = "{prefix}"')).dialects.token_pool == Dialect(pool="p", prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["/", "a", "/a/", "//a", "/a b", "/é", "/{a}", "/a?b", "/%61", "/a\\n", "/.", "/a/.."]
+)
+def test_nothing_else_is_a_prefix(prefix: str) -> None:
+    assert mistake(dialect(f'prefix = "{prefix}"')).startswith("dialects.token-pool.prefix: ")
+
+
+@pytest.mark.parametrize("password", ["", "a b", "é", "a\\n", "a\\u0000", "x" * 1025])
+def test_the_password_of_a_dialect_is_one_that_a_header_can_carry(password: str) -> None:
+    name = "simple-token-implement"
+    assert parsed(dialect(f'password = "{"x" * 1024}"', name, PERMITS))
+    said = mistake(dialect(f'password = "{password}"', name, PERMITS))
+    assert said.startswith("dialects.simple-token-implement.password: is sent in a header")
+    assert "x" * 20 not in said
+
+
+TOGETHER = {
+    dialect(pool=""): "dialects.token-pool.pool: there is no [pools.p]; known are: none",
+    dialect(pool="[pools.a]\n[pools.b]\n"): "dialects.token-pool.pool: there is no [pools.p]; known are: a, b",
+    dialect(pool='[pools.p]\nscope = "x"\n'): "dialects.token-pool.require_token: must be true, since [pools.p]"
+    " needs a scope",
+    dialect('password = "x"', "simple-token-implement"): "dialects.simple-token-implement.pool: [pools.p] must have"
+    " prefill = true",
+}
+
+
+@pytest.mark.parametrize("text", TOGETHER)
+def test_a_dialect_goes_with_its_pool(text: str) -> None:
+    assert mistake(text) == TOGETHER[text]
+
+
+def test_a_dialect_that_asks_for_a_token_may_be_over_a_pool_that_needs_a_scope() -> None:
+    assert parsed(dialect("require_token = true", pool='[pools.p]\nscope = "x"\n')).terms["p"].scope == "x"
+
+
+def test_only_the_dialects_that_are_named_are_served() -> None:
+    assert parsed("").dialects.chosen() == {}
+    assert list(parsed(dialect()).dialects.chosen()) == ["token-pool"]

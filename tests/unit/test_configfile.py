@@ -1,0 +1,238 @@
+"""The configuration file: every mistake is one line with its key path, and the environment fills in what is asked."""
+
+from pathlib import Path
+
+import pytest
+
+from tokenauth.errors import ConfigError
+from tokenauth.settings import loader
+from tokenauth.settings.model import Config
+
+USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
+
+MISTAKES = {
+    "[sever]": "sever: there is no such key; did you mean server?",
+    "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
+    "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, workers, cors_origins,"
+    " trusted_proxies, accept_risks, access_log, docs",
+    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, users,"
+    " pools, dialects",
+    "[[user]]": "user: there is no such key; did you mean users?",
+    USER + 'scope = ["x"]': "users[0].scope: there is no such key; did you mean scopes?",
+    USER
+    + USER.replace("ann", "bob")
+    + "x = 1": "users[1].x: there is no such key; known are username, password, scopes",
+    '[server]\nport = "80"': "server.port: expected `int`, got `str`",
+    "[server]\nport = 1.5": "server.port: expected `int`, got `float`",
+    "[server]\nport = true": "server.port: expected `int`, got `bool`",
+    "[server]\nport = 2020-01-01": "server.port: expected `int`, got `date`",
+    "[server]\nhost = 1": "server.host: expected `str`, got `int`",
+    "[server]\naccess_log = 1": "server.access_log: expected `bool`, got `int`",
+    '[server]\ncors_origins = "x"': "server.cors_origins: expected `array`, got `str`",
+    "[server]\ncors_origins = [1]": "server.cors_origins[0]: expected `str`, got `int`",
+    "server = 1": "server: expected `object`, got `int`",
+    "[[server]]": "server: expected `object`, got `array`",
+    "[users]": "users: expected `array`, got `object`",
+    "[[users]]": "users[0].username: is missing",
+    '[[users]]\nusername = "ann"': "users[0].password: is missing",
+    USER + 'scopes = "admin"': "users[0].scopes: expected `array`, got `str`",
+    USER + "scopes = [1]": "users[0].scopes[0]: expected `str`, got `int`",
+    USER + USER: "users: has 'ann' twice (capitals do not tell names apart)",
+    "[server]\nport = 65536": "server.port: must be from 0 to 65535, and is 65536",
+    '[tokens]\nttl = "soon"': "tokens.ttl: 'soon' is not a duration such as '24h', '5m', '30s' or a number of seconds",
+    "[server]\nhost = '${NO}'": "server.host: the environment has no NO; set it, or write ${NO:-default}",
+    USER + "scopes = ['a', '${NO}']": "users[0].scopes[1]: the environment has no NO; set it, or write ${NO:-default}",
+    "[server]\nport = '${WORD}'": "server.port: expected `int`, got `str`, from ${WORD}",
+    "[server]\nport = '${REAL}'": "server.port: expected `int`, got `float`",
+    "[server]\nport = '${BIG}'": "server.port: must be from 0 to 65535, and is 70000",
+    "[server]\naccess_log = '${WORD}'": "server.access_log: expected `bool`, got `str`, from ${WORD}",
+    "[tokens]\nttl = '${WORD}'": "tokens.ttl: 'word'"
+    " is not a duration such as '24h', '5m', '30s' or a number of seconds, from ${WORD}",
+    "[pools.a]\ncapacity = -1": "pools.a.capacity: must be from 0 to 100000000, and is -1",
+    "[pools.a]\n[pools.b]\ncapacity = 1.5\n[pools.c]\nx = 1": "pools.b.capacity: expected `int | null`, got `float`",
+    '[pools."v1.2"]\ncapacity = "1"': 'pools."v1.2".capacity: expected `int | null`, got `str`',
+    '[pools."v1.2"]\ncapacty = 1': 'pools."v1.2".capacty: there is no such key; did you mean capacity?',
+    '[pools."v1.2"]\nlease_ttl = "soon"': "pools.\"v1.2\".lease_ttl: 'soon'"
+    " is not a duration such as '24h', '5m', '30s' or a number of seconds",
+    '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: must be from 0 to 100000000, and is -1',
+    '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: expected `int | null`, got `array`',
+    "[pools.a.b]": "pools.a.b: there is no such key; known are"
+    " capacity, token_ttl, lease_ttl, prefill, scope, manage_scope",
+    "[pools]\na = 1": "pools.a: expected `object`, got `int`",
+    "[[pools]]": "pools: expected `object`, got `array`",
+    "[pool.a]": "pool: there is no such key; did you mean pools?",
+    "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: expected `int | null`, got `str`, from ${WORD}",
+    "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: expected `bool`, got `str`,'
+    " from ${WORD}",
+    "[pools.'a.b']\ncapacity = '${NO}'": 'pools."a.b".capacity: the environment has no NO;'
+    " set it, or write ${NO:-default}",
+    "[dialects.token-poll]": "dialects.token-poll: there is no such key; did you mean token-pool?",
+    "[dialects.token_pool]": "dialects.token_pool: there is no such key; did you mean token-pool?",
+    "[dialects.zzz]": "dialects.zzz: there is no such key; known are simple-token-implement, token-pool,"
+    " random-token-generator, token-management-service",
+    "[dialects.token-pool]": "dialects.token-pool.pool: is missing",
+    "[dialects.token-pool]\npool = 'p'\nrequire_tokens = 1": "dialects.token-pool.require_tokens: there is no such key;"
+    " did you mean require_token?",
+    "[dialects.token-pool]\npool = 'p'\npassword = 'x'": "dialects.token-pool.password: there is no such key;"
+    " known are pool, prefix, require_token",
+    "[dialects.simple-token-implement]\npool = 'p'": "dialects.simple-token-implement.password: is missing",
+}
+
+ENVIRON = {"WORD": "word", "BIG": "70000", "REAL": "1.5", "ONE": "1", "YES": "true", "NO_": "false", "EMPTY": ""}
+
+
+def mistake(text: str) -> str:
+    """Return what is said about a text."""
+    with pytest.raises(ConfigError) as refusal:
+        loader.parse(text, ENVIRON)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_line_with_its_key_path(text: str) -> None:
+    assert mistake(text) == MISTAKES[text]
+
+
+@pytest.mark.parametrize(
+    "text", ["port", "[server", "a = ", "a = 1\na = 2", "\x00", "a = '\x01'", "[a]\n[a]", "\ufeff"]
+)
+def test_what_is_not_toml_is_said_to_be_not_toml(text: str) -> None:
+    assert mistake(text).startswith("not TOML: ")
+    assert "\n" not in mistake(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("server.port = 1" + "0" * 5000, id="a number of 5,000 digits"),
+        pytest.param("tokens.ttl = 1" + "0" * 400, id="a duration of 400 digits"),
+        pytest.param("a = " + "[" * 5000, id="5,000 brackets"),
+        pytest.param("a" + ".a" * 5000 + " = 1", id="5,000 dots"),
+        pytest.param('"a\\nb" = 1', id="a key of two lines"),
+        pytest.param("users = [" * 30 + "]" * 30, id="lists in lists"),
+    ],
+)
+def test_a_hostile_file_is_one_line_too(text: str) -> None:
+    assert "\n" not in mistake(text)
+
+
+def test_a_mistake_shows_no_password() -> None:
+    for text in ('password = ["secret"]', 'password = {secret = "secret"}', 'username = ["secret"]\npassword = "x"'):
+        assert "secret" not in mistake(f"[[users]]\n{text}")
+    for password in ('["secret"]', '"my secret"', '"${WORD} secret"'):
+        assert "secret" not in mistake(f"[dialects.simple-token-implement]\npool = 'p'\npassword = {password}")
+
+
+def test_strings_take_what_they_ask_for_from_the_environment() -> None:
+    text = (
+        '[server]\nhost = "a${ONE}b${EMPTY}c${NONE:-x-y}d${NONE:-}"\ncors_origins = ["http://${WORD}", "http://$WORD"]'
+    )
+    server = loader.parse(text, ENVIRON).server
+    assert server.host == "a1bcx-yd"
+    assert server.cors_origins == ("http://word", "http://$WORD")
+
+
+def test_a_variable_that_is_set_wins_over_the_default_unless_it_is_empty() -> None:
+    """As in shells: an orchestrator that passes on what it has not got passes on nothing."""
+    assert loader.parse("server.host = '${WORD:-other}'", ENVIRON).server.host == "word"
+    assert loader.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == "other"
+    assert loader.parse("oauth.issuer = '${EMPTY}'", ENVIRON).oauth.issuer == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${API_PASSWORD", "${API_PASSWORD-s3cret}", "${API-PASSWORD}", "${API_PASSWORD:?no}", "${A:-${B}}", "x${}"],
+)
+def test_what_only_looks_like_a_variable_is_refused_and_not_shown(value: str) -> None:
+    """Taken as it stands it would be the password, and written down in the file."""
+    text = f"[pools.p]\n[dialects.simple-token-implement]\npool = 'p'\npassword = '{value}'"
+    found = mistake(text)
+    assert found == (
+        "dialects.simple-token-implement.password: has a '${' that begins neither ${NAME} nor ${NAME:-default}"
+    )
+
+
+def test_a_mistake_in_what_the_environment_has_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match=r"^server.port: .*, from \$\{WORD\}$"):
+        loader.parse("server.port = '${WORD}'", ENVIRON)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[server]\nport = 1\n", encoding="utf-8-sig")
+    assert loader.load(path).server.port == 1
+
+
+def test_what_comes_from_the_environment_is_not_expanded_again() -> None:
+    assert loader.parse("server.host = '${A}'", {"A": "${A}${B}"}).server.host == "${A}${B}"
+
+
+def test_numbers_and_truth_values_may_come_from_the_environment() -> None:
+    text = """
+    server = {port = "${PORT}", workers = "${NONE:-3}", access_log = "${LOG}"}
+    tokens = {ttl = "${TTL}", per_user = "1${ZERO}"}
+    throttle.delay = "${DELAY}"
+    """
+    settings = loader.parse(text, {"PORT": "8001", "LOG": "true", "TTL": "5m", "ZERO": "0", "DELAY": "2.5"})
+    assert (settings.server.port, settings.server.workers, settings.server.access_log) == (8001, 3, True)
+    assert (float(settings.tokens.ttl), settings.tokens.per_user, float(settings.throttle.delay)) == (300, 10, 2.5)
+
+
+def test_pools_and_dialects_take_theirs_from_the_environment_also_with_dots_in_a_name() -> None:
+    text = """
+    pools.a = {capacity = "${ONE}"}
+    pools.'b.c' = {capacity = "${BIG}", prefill = "${YES}", lease_ttl = "${NONE:-1800}", scope = "${ONE}"}
+    dialects.simple-token-implement = {pool = "b.c", password = "${ONE}", require_token = "${YES}"}
+    """
+    settings = loader.parse(text, ENVIRON)
+    assert settings.pools["a"].capacity == 1
+    pool = settings.pools["b.c"]
+    assert (pool.capacity, pool.prefill, float(pool.lease_ttl), pool.scope) == (70_000, True, 1800, "1")
+    served = settings.dialects.simple_token_implement
+    assert served is not None
+    assert (served.password, served.require_token) == ("1", True)
+
+
+def test_what_looks_like_a_number_stays_text_where_text_is_asked_for() -> None:
+    text = "[[users]]\nusername = '${ONE}'\npassword = '${YES}'\nscopes = ['${ONE}']"
+    assert loader.parse(text, ENVIRON).users[0].username == "1"
+    assert loader.parse(text, ENVIRON).users[0].password == "true"
+
+
+def test_bytes_in_the_environment_that_are_no_text_are_a_mistake() -> None:
+    """Python shows such bytes as lone surrogates, which neither hash nor print."""
+    text = "[[users]]\nusername = 'ann'\npassword = '${HASH}'"
+    with pytest.raises(ConfigError, match=r"^users\[0\]\.password: "):
+        assert loader.parse(text, {"HASH": "\udcff"}).directory
+
+
+def test_the_file_is_found_by_option_then_variable_then_in_the_working_directory() -> None:
+    named = {"TOKENAUTH_CONFIG": "/etc/tokenauth.toml"}
+    assert loader.find("mine.toml", named) == Path("mine.toml")
+    assert loader.find(None, named) == Path("/etc/tokenauth.toml")
+    assert loader.find(None, {"TOKENAUTH_CONFIG": ""}) == Path("config.toml")
+    assert loader.find(None, {}) == Path("config.toml")
+
+
+def test_a_file_is_read_as_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(USER.replace("ann", "жанна"), encoding="utf-8")
+    assert list(loader.load(path, {}).directory) == ["жанна"]
+    path.write_bytes(b"# nothing\r\n")
+    assert loader.load(path, {}) == Config()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"[server]\nport = 0x", b"port = 1"])
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "config.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        loader.load(path, {})
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_directory_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        loader.load(tmp_path, {})

@@ -1,0 +1,369 @@
+"""Credentials: a secret that was right is not hashed again for a minute, a wrong one always is; nothing reveals it."""
+
+import asyncio
+import gc
+import os
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import structlog
+from passlib.hash import argon2, scrypt
+
+from tests.support.servers import START
+from tests.support.steps import Call, calls_of_threads, hashes
+from tokenauth import login_queue
+from tokenauth.credentials import REMEMBERED, Claimed, Credentials
+from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
+from tokenauth.login_queue import LoginQueue
+from tokenauth.models import User
+from tokenauth.passwords import Passwords
+from tokenauth.settings import model as config
+from tokenauth.settings.model import Database, canonical
+from tokenauth.stores.open import open_store
+from tokenauth.stores.store import Store
+from tokenauth.throttle import Throttle
+
+HOME = "203.0.113.7"
+WORD = "correct horse battery staple"
+OTHER = "another horse"
+
+ANN = Claimed("ann", WORD)
+WRONG = Claimed("ann", "wrong")
+
+
+def user(name: str, word: str) -> User:
+    """Make a user whose hash costs next to nothing."""
+    return User(name, argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(word))
+
+
+class Keeper(NamedTuple):
+    """Credentials, the time and the users that they go by, and the calls that their threads have made."""
+
+    credentials: Credentials
+    time: list[float]
+    users: dict[str, User]
+    calls: list[Call]
+
+    async def hashed(self, *readings: Claimed, address: str = HOME) -> int:
+        """Recall, rightly or not; say how many hashes it took."""
+        self.calls.clear()
+        with suppress(InvalidCredentials):
+            await self.credentials.recall(readings, address)
+        return len(hashes(self.calls))
+
+    async def right(self, *readings: Claimed, address: str = HOME) -> bool:
+        """Say whether somebody is recalled."""
+        try:
+            await self.credentials.recall(readings, address)
+        except InvalidCredentials:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def users() -> dict[str, User]:
+    """Make the users once; each test has a copy."""
+    return {"ann": user("ann", WORD), "bob": user("bob", WORD), "a b": user("a b", "p q")}
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    """Open a store, which counts what has failed."""
+    opened = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db"), 10)
+    await opened.start()
+    yield opened
+    await opened.stop(START)
+
+
+@pytest.fixture
+def known(users: dict[str, User]) -> dict[str, User]:
+    """Copy the users, to be changed."""
+    return dict(users)
+
+
+@pytest.fixture
+def passwords(known: dict[str, User]) -> Iterator[Passwords]:
+    """Hash in one thread, for which one more may wait."""
+    made = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1), known)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def keeper(store: Store, passwords: Passwords, known: dict[str, User]) -> Iterator[Keeper]:
+    """Make credentials whose hashes are counted, as the thread makes them, and whose time is moved by hand."""
+    time = [START]
+    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
+    with calls_of_threads() as calls:
+        yield Keeper(Credentials(known, passwords, throttle, lambda: time[0]), time, known, calls)
+
+
+async def test_a_right_secret_is_hashed_once_a_minute(keeper: Keeper) -> None:
+    assert await keeper.hashed(ANN) == 1
+    for step in (0.0, 30.0, REMEMBERED - 30.001):
+        keeper.time[0] += step
+        assert await keeper.hashed(ANN) == 0
+        assert await keeper.credentials.recall([ANN], HOME) is keeper.users["ann"]
+    keeper.time[0] = START + REMEMBERED
+    assert await keeper.hashed(ANN) == 1, "from when it was hashed, however often it was asked since"
+    assert await keeper.hashed(ANN) == 0
+
+
+async def test_it_is_remembered_for_one_place_and_any_letters_of_the_name(keeper: Keeper) -> None:
+    assert await keeper.hashed(ANN) == 1
+    assert await keeper.hashed(Claimed("ANN", WORD)) == 0
+    assert await keeper.hashed(ANN, address="203.0.113.8") == 1
+    assert await keeper.hashed(ANN, address="2001:db8::1") == 1
+    assert await keeper.hashed(ANN, address="2001:db8::2") == 0, "an IPv6 /64 is one place"
+
+
+async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    for _ in range(config.Throttle().free):
+        assert await keeper.hashed(WRONG) == 1
+    keeper.calls.clear()
+    with pytest.raises(TooManyAttempts):
+        await keeper.credentials.recall([WRONG], HOME)
+    assert not hashes(keeper.calls)
+    for ask in (keeper.credentials.recall([ANN], HOME), keeper.credentials.verify(ANN, HOME)):
+        with pytest.raises(TooManyAttempts):
+            await ask
+    assert not hashes(keeper.calls)
+    assert await keeper.right(ANN, address="203.0.113.8"), "another place, in the same network, is not held up"
+
+
+async def test_a_login_is_hashed_each_time_and_is_not_remembered(keeper: Keeper) -> None:
+    for _ in range(2):
+        await keeper.credentials.verify(ANN, HOME)
+    assert len(hashes(keeper.calls)) == 2
+    assert await keeper.hashed(ANN) == 1
+    keeper.calls.clear()
+    await keeper.credentials.verify(ANN, HOME)
+    assert len(hashes(keeper.calls)) == 1
+
+
+async def test_another_secret_does_not_profit_and_does_no_harm(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    for wrong in (OTHER, WORD[:-1], WORD + " ", "", f"{WORD}\0"[:-1].upper()):
+        assert await keeper.hashed(Claimed("ann", wrong)) == 1
+        assert await keeper.hashed(ANN) == 1, "after a failure it is hashed once more"
+        assert await keeper.hashed(ANN) == 0
+
+
+async def test_another_user_with_the_same_secret_does_not_profit(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    assert await keeper.hashed(Claimed("bob", WORD)) == 1
+    assert await keeper.hashed(Claimed("nobody", WORD)) == 1
+    assert not await keeper.right(Claimed("a b", WORD))
+    assert await keeper.hashed(ANN) == 0
+
+
+async def test_a_new_hash_of_the_user_is_a_new_start(keeper: Keeper) -> None:
+    assert await keeper.right(ANN)
+    keeper.users["ann"] = user("ann", WORD)
+    assert await keeper.hashed(ANN) == 1, "even if it is of the same secret"
+    keeper.users["ann"] = user("ann", OTHER)
+    assert not await keeper.right(ANN)
+    del keeper.users["ann"]
+    assert not await keeper.right(ANN)
+
+
+async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, passwords: Passwords) -> None:
+    assert await keeper.right(ANN)
+    throttle = Throttle(config.Throttle(), 1, store, lambda: START, LoginQueue(1, 1))
+    anew = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
+    assert await anew.hashed(ANN) == 1
+    changed = {**keeper.users, "ann": user("ann", OTHER)}
+    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1), changed)
+    anew = keeper._replace(credentials=Credentials(changed, passwords, throttle, lambda: START))
+    assert not await anew.right(ANN)
+    assert await anew.right(ANN._replace(password=OTHER))
+    passwords.close()
+
+
+async def test_calls_at_the_same_time_share_one_hash_and_none_is_turned_away(keeper: Keeper) -> None:
+    """There is room for two hashes at a time."""
+    found = await asyncio.gather(*(keeper.credentials.recall([ANN], HOME) for _ in range(200)))
+    assert all(each is keeper.users["ann"] for each in found)
+    assert len(hashes(keeper.calls)) == 1
+
+
+async def test_a_caller_who_goes_takes_the_hash_from_nobody(keeper: Keeper) -> None:
+    calls = [asyncio.ensure_future(keeper.credentials.recall([ANN], HOME)) for _ in range(3)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(ended[0], asyncio.CancelledError)
+    assert ended[1:] == [keeper.users["ann"]] * 2
+    assert len(hashes(keeper.calls)) == 1
+
+
+async def test_different_guesses_at_the_same_time_are_hashed_each(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And turned away when too many wait, which is not counted as a failure."""
+    monkeypatch.setattr(login_queue, "HOLD", 0.01)
+    guesses = [Claimed("ann", f"wrong-{number}") for number in range(5)]
+    ended = await asyncio.gather(
+        *(keeper.credentials.recall([guess], HOME) for guess in guesses), return_exceptions=True
+    )
+    assert [type(each) for each in ended] == [InvalidCredentials] * 2 + [Overloaded] * 3
+    assert len(hashes(keeper.calls)) == 2
+
+
+TWO = {
+    "a wrong secret": (Claimed("ann", "p q"), Claimed("ann", "p+q")),
+    "a wrong secret of nobody": (Claimed("nobody", "p q"), Claimed("nobody", "p+q")),
+    "an odd name": (Claimed("a b", "x"), Claimed("a+b", "x")),
+    "an odd name of nobody": (Claimed("c d", "x"), Claimed("c+d", "x")),
+    "an odd name and a wrong secret": (Claimed("a b", "x y"), Claimed("a+b", "x+y")),
+    "an odd name and a right secret": (Claimed("a b", "p q"), Claimed("a+b", "p+q")),
+    "an odd name of nobody and a secret": (Claimed("c d", "x y"), Claimed("c+d", "x+y")),
+    "one reading": (Claimed("ann", "x"),),
+    "one reading in two forms": (Claimed("ann", "x"), Claimed("ANN", "x")),
+    "one reading of nobody": (Claimed("nobody", "x"),),
+    "one of two that can be": (Claimed("nobody", "x\0"), Claimed("nobody", "x%00")),
+}
+
+
+@pytest.mark.parametrize("sent", TWO)
+async def test_each_reading_costs_one_hash_whoever_exists(keeper: Keeper, sent: str) -> None:
+    readings = TWO[sent]
+    expected = len({(canonical(name), password) for name, password in readings if "\0" not in password})
+    assert await keeper.hashed(*readings) == expected
+
+
+@pytest.mark.parametrize("name", ["a b", "a+b", "c d", "c+d"])
+async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name: str) -> None:
+    """Whether a user has that name or not: else who asks by HTTP Basic and by JSON in turn would be told."""
+    both = [Claimed(name.replace("+", " "), "x"), Claimed(name.replace(" ", "+"), "x")]
+    for _ in range(config.Throttle().free):
+        assert not await keeper.right(*both)
+    for one in both:
+        with pytest.raises(TooManyAttempts):
+            await keeper.credentials.verify(one, HOME)
+
+
+async def test_a_success_clears_only_the_name_that_it_was_for(keeper: Keeper, known: dict[str, User]) -> None:
+    """Else the user `a b` could clear what was counted for guesses at the secret of `a+b`."""
+    known["a+b"] = user("a+b", "plus")
+    both = [Claimed("a b", "p q"), Claimed("a+b", "p+q")]
+    for _ in range(config.Throttle().free - 1):
+        assert not await keeper.right(Claimed("a+b", "guess"))
+    assert await keeper.right(*both)
+    assert not await keeper.right(Claimed("a+b", "guess"))
+    with pytest.raises(TooManyAttempts):
+        await keeper.credentials.verify(Claimed("a+b", "plus"), HOME)
+
+
+async def test_both_users_of_a_header_can_authenticate(keeper: Keeper, known: dict[str, User]) -> None:
+    known["a+b"] = user("a+b", "plus+secret")
+    assert (await keeper.credentials.recall([Claimed("a b", "p q"), Claimed("a+b", "p+q")], HOME)).username == "a b"
+    readings = [Claimed("a b", "plus secret"), Claimed("a+b", "plus+secret")]
+    assert (await keeper.credentials.recall(readings, HOME)).username == "a+b"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_either_reading_may_be_the_right_one(keeper: Keeper, order: int) -> None:
+    for readings in (
+        [Claimed("ann", WORD), Claimed("ann", "x")],
+        [Claimed("a b", "p q"), Claimed("a+b", "p+q")],
+    ):
+        assert await keeper.right(*readings[::order])
+        assert await keeper.hashed(*readings[::order]) == 0
+        assert await keeper.hashed(*readings[:1]) == 0, "what is remembered is the one that was right"
+
+
+async def test_nothing_that_is_kept_holds_the_secret(keeper: Keeper) -> None:
+    for claimed in (ANN, WRONG, Claimed("nobody", OTHER)):
+        asked = asyncio.ensure_future(keeper.credentials.recall([claimed], HOME))
+        await asyncio.sleep(0)
+        assert claimed.password in list(held(keeper.credentials)), "it is found while it is needed"
+        await asyncio.gather(asked, return_exceptions=True)
+        kept = [each if isinstance(each, str) else each.decode("latin-1") for each in held(keeper.credentials)]
+        assert keeper.users["ann"].password_hash in kept
+        for secret in (WORD, WRONG.password, OTHER):
+            assert not [text for text in kept if secret in text]
+
+
+def held(start: object) -> Iterator[str | bytes]:
+    """Go through everything that an object holds, and what that holds, for text and bytes."""
+    seen: set[int] = set()
+    waiting: list[Any] = [start]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or isinstance(found, type | ModuleType | FunctionType | asyncio.AbstractEventLoop):
+            continue
+        seen.add(id(found))
+        if isinstance(found, str | bytes):
+            yield found
+        else:
+            waiting.extend(gc.get_referents(found))
+
+
+async def test_what_is_kept_of_a_secret_is_another_in_each_process(keeper: Keeper, passwords: Passwords) -> None:
+    """So nobody can look it up by what he has computed, or seen elsewhere."""
+    throttle = keeper.credentials._throttle
+    found = []
+    for _ in range(2):
+        credentials = Credentials(keeper.users, passwords, throttle, lambda: START)
+        await credentials.recall([ANN], HOME)
+        found.append({each for each in held(credentials) if isinstance(each, bytes) and len(each) == 32})
+    assert len(found[0]) == len(found[1]) == 2, "a key and a fingerprint"
+    assert not found[0] & found[1]
+
+
+class Hungry(NamedTuple):
+    """A user whose hash takes much memory, and how to take that memory away."""
+
+    keeper: Keeper
+    user: User
+
+    @contextmanager
+    def starved(self) -> Iterator[None]:
+        """Leave this process next to no memory that it does not have already."""
+        was = resource.getrlimit(resource.RLIMIT_AS)
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (has + (16 << 20), was[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, was)
+
+
+HUNGRY = {
+    "argon2": argon2.using(type="ID", memory_cost=64 << 10, time_cost=1, parallelism=1),
+    "argon2, four lanes": argon2.using(type="ID", memory_cost=64 << 10, time_cost=1, parallelism=4),
+    "scrypt": scrypt.using(rounds=16, block_size=8),
+}
+
+
+@pytest.fixture(params=HUNGRY)
+async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[Hungry]:
+    """Make credentials of one user, whose hash was computed once: so the thread and its stack exist."""
+    only = User("ann", HUNGRY[request.param].hash(WORD))
+    time, users = [START], {"ann": only, "bob": user("bob", WORD)}
+    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1), users)
+    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
+    keeper = Keeper(Credentials(users, passwords, throttle, lambda: time[0]), time, users, [])
+    assert await keeper.right(Claimed("bob", WORD))
+    yield Hungry(keeper, only)
+    passwords.close()
+
+
+async def test_without_memory_no_password_is_judged(hungry: Hungry) -> None:
+    """Neither right nor wrong, nor counted: when there is memory again, the right password is taken."""
+    with hungry.starved(), structlog.testing.capture_logs() as logs:
+        for number in range(2 * config.Throttle().free):
+            with pytest.raises(Overloaded) as refusal:
+                await hungry.keeper.credentials.verify(WRONG if number % 2 else ANN, HOME)
+            assert "memory" not in str(refusal.value), "what a hash costs is not said to clients"
+    assert {line["event"] for line in logs} == {"login_not_checked"}
+    assert len(logs) == 2 * config.Throttle().free
+    assert all(line["user"] == "ann" and "64 MiB for about" in line["cost"] for line in logs)
+    assert await hungry.keeper.credentials.verify(ANN, HOME) is hungry.user

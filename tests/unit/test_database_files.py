@@ -1,0 +1,63 @@
+"""The database's files: new ones are for their owner alone, and those that others can read are named."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import START
+from tokenauth.settings import model as config
+from tokenauth.stores.open import open_store
+from tokenauth.stores.sqlite.files import exposed
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077, 0o377])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def url(directory: Path) -> str:
+    return f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}"
+
+
+def modes(directory: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+
+
+async def test_new_files_are_for_their_owner_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    store = open_store(config.Database(url(tmp_path)), 10)
+    await store.start()
+    await store.remember(START)
+    found = modes(tmp_path)
+    assert {"tokenauth.db", "tokenauth.db-wal", "tokenauth.db-shm"} <= set(found)
+    assert set(found.values()) == {0o600}
+    assert exposed(url(tmp_path)) == []
+    await store.stop(START)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", "-turns"])
+@pytest.mark.parametrize(("mode", "named"), [(0o600, 0), (0o640, 0), (0o644, 1), (0o604, 1), (0o660, 1), (0o602, 1)])
+def test_a_file_that_others_can_read_or_change_is_named(tmp_path: Path, suffix: str, mode: int, named: int) -> None:
+    file = tmp_path / f"tokenauth.db{suffix}"
+    file.touch()
+    file.chmod(mode)
+    found = exposed(url(tmp_path))
+    assert len(found) == named
+    assert all(f"{file} has mode {mode:04o}" in text for text in found)
+
+
+@pytest.mark.parametrize(("mode", "named"), [(0o700, 0), (0o755, 0), (0o770, 0), (0o777, 1), (0o1777, 0)])
+def test_a_directory_in_which_others_can_replace_it_is_named(tmp_path: Path, mode: int, named: int) -> None:
+    directory = tmp_path / "place"
+    directory.mkdir()
+    directory.chmod(mode)
+    assert len(exposed(url(directory))) == named
+
+
+@pytest.mark.parametrize("other", ["postgresql+asyncpg://ann@db/tokenauth", "sqlite+aiosqlite:///:memory:", "nonsense"])
+def test_a_database_that_is_no_file_exposes_none(other: str) -> None:
+    assert exposed(other) == []

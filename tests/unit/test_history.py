@@ -1,0 +1,172 @@
+"""The judge of histories reports what cannot have been, and nothing else: histories written by hand."""
+
+import math
+
+import pytest
+
+from tests.support.connections import NoAnswer
+from tests.support.history import Event, Grant, HandTime, History, Outcome, RealTime, violations
+
+TTL, CAPACITY = 10.0, 2
+DONE, REFUSED, UNKNOWN = Outcome
+
+
+def assign(lease: str, invoked: float, returned: float, fence: int = 1, token: str = "t") -> Event:
+    return Event("assign", DONE, invoked, returned, invoked, lease, token, fence)
+
+
+def keep(lease: str, invoked: float, returned: float, outcome: Outcome = DONE) -> Event:
+    return Event("keep_alive", outcome, invoked, returned, invoked, lease, "t")
+
+
+def release(lease: str, invoked: float, returned: float, outcome: Outcome = DONE) -> Event:
+    return Event("release", outcome, invoked, returned, invoked, lease, "t")
+
+
+def generate(token: str, outcome: Outcome = DONE) -> Event:
+    return Event("generate", outcome, -2, -1, -2, token=token)
+
+
+def delete(token: str, invoked: float, returned: float, outcome: Outcome = DONE) -> Event:
+    return Event("delete", outcome, invoked, returned, invoked, token=token)
+
+
+A = assign("a", 0, 1)
+"""Held from 1 to 10, if nothing else happens."""
+
+POSSIBLE: dict[str, list[Event]] = {
+    "lent again when it was released": [A, release("a", 3, 6), assign("b", 4, 5, 2)],
+    "lent again when it may have been released": [A, release("a", 2, math.inf, UNKNOWN), assign("b", 3, 4, 2)],
+    "lent again when its time was up": [A, assign("b", 9, 10.5, 2)],
+    "lent again when its longer time was up": [A, keep("a", 8, 9), assign("b", 17, 18.5, 2)],
+    "more time was asked for, and not answered": [A, keep("a", 8, math.inf, UNKNOWN), assign("b", 10, 11, 2)],
+    "an answer that came when its lease was long over": [assign("a", 0, 25), assign("b", 11, 12, 2)],
+    "two answers that overtook each other": [assign("a", 0, 12), assign("b", 10, 11, 2), keep("a", 13, 14, REFUSED)],
+    "a stale claim that was refused": [A, release("a", 2, 3), release("a", 4, 5, REFUSED), keep("a", 6, 7, REFUSED)],
+    "refused when its time may have been up": [A, keep("a", 9, 10.5, REFUSED)],
+    "refused when its token was deleted": [A, delete("t", 2, 3), keep("a", 2.5, 4, REFUSED)],
+    "refused when its token may have been deleted": [A, delete("t", 2, math.inf, UNKNOWN), keep("a", 3, 4, REFUSED)],
+    "lent while its deletion was under way": [delete("t", 0, 3), assign("a", 1, 2)],
+    "a deletion that was refused": [delete("t", -4, -3, REFUSED), A],
+    "as many are lent as may be": [A, assign("b", 0, 1, token="u")],
+    "one takes the place of another": [
+        delete("u", 1, 2),
+        Event("generate", DONE, 1, 2, 1, token="v"),
+        A,
+        assign("b", 2, 3, token="v"),
+    ],
+    "nobody knows what was made": [generate("", UNKNOWN), A, assign("b", 0, 1, token="v")],
+}
+
+IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
+    "lent to two": (
+        [A, assign("b", 2, 3, 2)],
+        ["token t: lent to b (fence 2) at 3.000000, and a (fence 1) certainly held it until 10.000000"],
+    ),
+    "lent before its longer time was up": (
+        [A, keep("a", 8, 9), assign("b", 10, 11, 2)],
+        ["certainly held it until 18"],
+    ),
+    "lent to two, one of them no neighbour": (
+        [A, assign("b", 2, 3, 2), release("b", 4, 5), assign("c", 6, 7, 3)],
+        ["lent to b (fence 2) at 3.000000, and a", "lent to c (fence 3) at 7.000000, and a"],
+    ),
+    "lent in spite of a refused release": (
+        [A, release("a", 10, 11, REFUSED), keep("a", 2, 3), assign("b", 4, 5, 2)],
+        [
+            "lent to b",
+            "release was refused to a",
+        ],
+    ),
+    "a fence twice": ([A, release("a", 2, 3), assign("b", 4, 5)], ["a (fence 1) and to b (fence 1), with one and the"]),
+    "a fence that falls": (
+        [assign("a", 0, 1, 2), release("a", 2, 3), assign("b", 4, 5, 1)],
+        ["lent to b (fence 1), who asked for it after a (fence 2) had it"],
+    ),
+    "a fence that falls below one that is no neighbour": (
+        [
+            assign("a", 0, 1, 3),
+            release("a", 2, 3),
+            assign("c", 2.5, 9, 4),
+            release("c", 9.1, 9.2),
+            assign("b", 4, 9.5, 2),
+        ],
+        ["lent to b (fence 2), who asked for it after a (fence 3) had it"],
+    ),
+    "more time was refused": ([A, keep("a", 8, 9, REFUSED)], ["keep_alive was refused to a (fence 1), who certainly"]),
+    "a release was refused": ([A, release("a", 8, 9, REFUSED)], ["release was refused to a (fence 1), who certainly"]),
+    "released twice": (
+        [A, release("a", 2, 3), release("a", 4, 5)],
+        ["release was done for a (fence 1) after it was r"],
+    ),
+    "kept alive after its release": ([A, release("a", 2, 3), keep("a", 4, 5)], ["keep_alive was done for a (fence 1)"]),
+    "released by one who had it before": (
+        [A, assign("b", 11, 12, 2), release("a", 13, 14)],
+        ["release was done for a (fence 1) after b (fence 2) had the token"],
+    ),
+    "kept alive after its deletion": ([A, delete("t", 2, 3), keep("a", 4, 5)], ["for a (fence 1) after its token was"]),
+    "lent after its deletion": (
+        [delete("t", -1, -0.5), A],
+        ["assign was done for a (fence 1) after its token was del"],
+    ),
+    "lent, and nobody had made it": ([assign("a", 0, 1, token="v")], ["token v: lent to a (fence 1), and nobody had"]),
+    "lent before it was made": ([assign("a", -4, -3)], ["token t: lent to a (fence 1), and nobody had made it"]),
+    "more are lent than may be": (
+        [generate("", UNKNOWN), A, assign("b", 0, 2, token="u"), assign("c", 0, 3, token="v")],
+        ["3 leases were certainly held at 3.000000, and the capacity is 2"],
+    ),
+    "more are in being than may be": ([generate("v")], ["3 tokens were certainly in being at -1.000000, and the"]),
+    "more are in being, since a deletion was refused": (
+        [generate("v"), delete("u", -4, -3, REFUSED)],
+        ["3 tokens were certainly in being"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_what_can_have_been_is_not_reported(name: str) -> None:
+    for events in (POSSIBLE[name], POSSIBLE[name][::-1]):  # the order in which it was written down tells nothing
+        assert violations([generate("t"), generate("u"), *events], TTL, CAPACITY) == []
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_cannot_have_been_is_reported_in_one_sentence_each(name: str) -> None:
+    events, expected = IMPOSSIBLE[name]
+    found = violations([generate("t"), generate("u"), *events], TTL, CAPACITY)
+    assert len(found) == len(expected), found
+    assert all(part in sentence for part, sentence in zip(expected, found, strict=True)), found
+
+
+@pytest.mark.parametrize(("passed", "faults"), [(TTL - 0.001, 1), (TTL, 0)])
+def test_with_a_hand_moved_clock_a_lease_is_held_until_the_clock_is_moved_to_its_end(
+    time: HandTime, passed: float, faults: int
+) -> None:
+    history = History(time)
+    history.record("generate", lambda: Grant("t"))
+    time.advance(1)
+    history.record("assign", lambda: Grant("t", 1), "a")
+    time.advance(passed / 2)
+    time.advance(passed / 2)
+    history.record("assign", lambda: Grant("t", 2), "b")
+    time.advance(TTL)
+    assert len(history.violations(TTL, CAPACITY)) == faults
+
+
+@pytest.mark.parametrize(("ttl", "faults"), [(3600, 1), (0, 0)])
+def test_with_the_real_clock_a_lease_is_held_for_its_time(ttl: float, faults: int) -> None:
+    history = History(RealTime())
+    for fence, lease in enumerate("ab", 1):
+        history.record("assign", lambda fence=fence: Grant("t", fence), lease)  # type: ignore[misc]
+    assert len([found for found in history.violations(ttl, CAPACITY) if "certainly held" in found]) == faults
+
+
+def test_a_request_without_an_answer_is_written_down_too(time: HandTime) -> None:
+    history = History(time)
+
+    def hang_up() -> None:
+        raise NoAnswer
+
+    with pytest.raises(NoAnswer):
+        history.record("release", hang_up, "a", "t", 1)
+    [event] = history.events
+    assert (event.outcome, event.returned, event.lease, event.token, event.fence) == (UNKNOWN, math.inf, "a", "t", 1)

@@ -1,0 +1,148 @@
+"""The log of a server: whoever reads it slowly, or not at all, holds up nobody; what is missing is counted."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from tests.support.connections import LOGIN, Connection
+from tests.support.ports import free_port
+from tests.support.servers import write_config
+from tests.support.threads import no_new_threads
+from tokenauth.logs import Writer
+
+CAPACITY = 1 << 16
+
+
+class Pipe:
+    """A pipe with little room, and what is read from it."""
+
+    def __init__(self) -> None:
+        self.here, self.there = os.pipe()
+        fcntl.fcntl(self.there, fcntl.F_SETPIPE_SZ, 4096)
+
+    def read(self) -> list[str]:
+        """Read all lines, up to the one that says "end"."""
+        data = b""
+        while not data.endswith(b"end\n"):
+            data += os.read(self.here, 1 << 16)
+        return data.decode().splitlines()[:-1]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    """Open a pipe; close it when nobody waits to write into it any more."""
+    made = Pipe()
+    yield made
+    os.close(made.here)
+    os.close(made.there)
+
+
+def test_all_lines_come_in_order(pipe: Pipe) -> None:
+    writer = Writer(pipe.there, CAPACITY)
+    lines = [f"{number} {'x' * (number % 700)}" for number in range(100)]
+    for line in [*lines, "end"]:
+        writer.write(line)
+    assert pipe.read() == lines
+
+
+def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
+    writer = Writer(pipe.there, CAPACITY)
+    for number in range(1000):  # nobody reads, and this ends all the same
+        writer.write(f"{number} {'x' * 200}")
+    reader = Thread(target=writer.flush, args=(20,))
+    reader.start()
+    data = b""
+    while b"dropped" not in data:
+        data += os.read(pipe.here, 1 << 16)
+    reader.join()
+    *lines, last = data.decode().splitlines()
+    assert [int(line.split()[0]) for line in lines] == list(range(len(lines))), "none is missing between"
+    assert CAPACITY - 300 < len(data) < 2 * CAPACITY + 8192
+    assert last == f"{1000 - len(lines)} lines dropped"
+    writer.write("end")
+    assert pipe.read() == []
+
+
+def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
+    """Each has a writer of its own, and they have the pipe in common."""
+    writers = [Writer(pipe.there) for _ in range(4)]
+    for number in range(500):
+        for name, writer in enumerate(writers):
+            writer.write(f"{name} {number} {'x' * (number % 300)}")
+    data = b""
+    while data.count(b"\n") < 2000:
+        data += os.read(pipe.here, 1 << 16)
+    seen = []
+    for line in data.decode().splitlines():
+        name, number = (int(part) for part in line.split()[:2])
+        assert line == f"{name} {number} {'x' * (number % 300)}"
+        seen.append((name, number))
+    for name in range(4):
+        assert [number for who, number in seen if who == name] == list(range(500))
+
+
+def test_a_flush_of_what_nobody_reads_is_bounded(pipe: Pipe) -> None:
+    writer = Writer(pipe.there, CAPACITY)
+    for _ in range(100):
+        writer.write("x" * 200)
+    began = time.monotonic()
+    writer.flush(0.1)
+    assert time.monotonic() - began < 5
+    writer.write("end")
+    assert len(pipe.read()) == 100
+
+
+def test_a_pipe_that_others_made_nonblocking_loses_nothing(pipe: Pipe) -> None:
+    os.set_blocking(pipe.there, False)
+    test_all_lines_come_in_order(pipe)
+
+
+def test_without_a_thread_lines_are_written_at_once(pipe: Pipe) -> None:
+    writer = Writer(pipe.there, CAPACITY)
+    with no_new_threads():
+        writer.write("one")
+        assert os.read(pipe.here, 100) == b"one\n"
+        for _ in range(100):  # and where they cannot be, they are dropped
+            writer.write("x" * 200)
+    written = os.read(pipe.here, 1 << 16).splitlines()
+    for line in ("two", "end"):
+        writer.write(line)
+    assert pipe.read() == [f"{100 - len(written)} lines dropped", "two"]
+
+
+def test_a_server_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
+    """Main process and worker: 400 logins filled the pipe, and then nothing was answered."""
+    port = free_port()
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("tokenauth"),
+        "serve",
+        "--config",
+        config,
+        "--port",
+        str(port),
+    ]
+    here, there = os.pipe()
+    fcntl.fcntl(there, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(command, stderr=there) as server, os.fdopen(here) as log:
+        os.close(there)
+        try:
+            while json.loads(log.readline())["event"] != "started":
+                pass
+            with Connection(port) as connection:
+                ids = [connection.ask("POST", "/api/token", LOGIN).json()["token"] for _ in range(100)]
+                assert connection.ask("GET", "/healthz").status == 200
+                assert connection.valid(ids[-1])
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()

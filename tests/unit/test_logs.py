@@ -1,0 +1,211 @@
+"""The log of a process: JSON lines in which no exception's text ever stands, as that may hold what a client sent."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from tests.support.servers import ROOT
+
+CANARY = "canary-4711"
+
+HARNESS = """
+import asyncio, gc, json, logging, os, sys
+from tokenauth import logs
+from tokenauth.logs import log
+
+canary = os.environ["CANARY"]
+
+def inner(value):
+    raise ValueError(value)
+
+def outer():
+    inner(canary)
+
+for name, script in json.load(sys.stdin).items():
+    sys.stderr.write(f"--- {name}\\n")
+    try:
+        exec(script)
+    except Exception as error:
+        sys.stderr.write(f"the log raised {type(error).__name__}\\n")
+    logs.flush()
+"""
+
+FORGERIES = ["two\nlines", '{"event": "forged"}', "\x1b[2J", "\x00\u2028\u202e", "a\udcffb"]
+CHATTY = ["alembic", "alembic.runtime.migration", "aiosqlite", "sqlalchemy.engine", "asyncio"]
+
+LEAKS = {
+    "logger.exception": """
+try:
+    outer()
+except ValueError:
+    logging.getLogger("uvicorn.error").exception("Exception in ASGI application")
+""",
+    "exc_info": """
+try:
+    outer()
+except ValueError as error:
+    logging.getLogger("anything").error("Exception", exc_info=error)
+""",
+    "chained": """
+try:
+    try:
+        outer()
+    except ValueError as cause:
+        raise RuntimeError("other") from cause
+except RuntimeError:
+    logging.getLogger("anything").exception("Exception")
+""",
+    "a task that nobody awaits": """
+async def task():
+    outer()
+
+async def main():
+    asyncio.create_task(task())
+    await asyncio.sleep(0)
+    gc.collect()
+    await asyncio.sleep(0)
+
+globals().update(task=task)
+asyncio.run(main())
+""",
+    "a callback of the event loop": """
+async def main():
+    asyncio.get_running_loop().call_soon(outer)
+    await asyncio.sleep(0)
+
+asyncio.run(main())
+""",
+    "a callback that is given the secret": """
+async def main():
+    asyncio.get_running_loop().call_soon(inner, canary)
+    await asyncio.sleep(0)
+
+asyncio.run(main())
+""",
+    "a future that nobody awaits": """
+async def main():
+    asyncio.get_running_loop().create_future().set_exception(ValueError(canary))
+    gc.collect()
+    await asyncio.sleep(0)
+
+asyncio.run(main())
+""",
+}
+
+SCRIPTS = {
+    "quiet": "logs.configure(quiet=True)\nlog.info('a')\nlog.warning('b')\nlog.error('c')\nlogs.configure()",
+    **{f"forgery {number}": f"log.info('seen', value={text!r})" for number, text in enumerate(FORGERIES)},
+    **LEAKS,
+    "plain": "log.info('token_issued', user='жанна', count=3, up=True)\nlog.error('broken')",
+    "foreign": "logging.getLogger('httptools').info('started %d', 3)",
+    "chatty": "".join(f"logging.getLogger({name!r}).{how}('x')\n" for name in CHATTY for how in ("info", "warning")),
+    "whereabouts": "try:\n    outer()\nexcept ValueError as e:\n    log.error('unexpected', at=logs.whereabouts(e))",
+}
+
+Logged = dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def logged() -> Logged:
+    """Run all scripts in one process and return the lines that each has logged."""
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS],
+        cwd=ROOT,
+        env={**os.environ, "CANARY": CANARY, "PYTHONIOENCODING": "utf-8"},
+        input=json.dumps(SCRIPTS).encode(),
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == b""
+    sections = (section.split("\n") for section in done.stderr.decode().split("--- ")[1:])
+    return {name: lines[:-1] for name, *lines in sections}
+
+
+def events(lines: list[str]) -> list[dict[str, Any]]:
+    """Read lines of JSON."""
+    return [json.loads(line) for line in lines]
+
+
+def test_an_event_is_one_line_of_json_with_time_and_level(logged: Logged) -> None:
+    issued, broken = events(logged["plain"])
+    assert issued.pop("timestamp").endswith("Z")
+    assert issued == {"event": "token_issued", "level": "info", "user": "жанна", "count": 3, "up": True}
+    assert (broken["event"], broken["level"]) == ("broken", "error")
+
+
+@pytest.mark.parametrize("number", range(len(FORGERIES)))
+def test_a_value_can_neither_forge_a_line_nor_cost_one(logged: Logged, number: int) -> None:
+    """Lone surrogates are how Python shows file names and environment variables that are no UTF-8."""
+    (event,) = events(logged[f"forgery {number}"])
+    assert event["event"] == "seen"
+    assert event["value"][0] == FORGERIES[number][0]
+
+
+def test_other_libraries_log_in_the_same_form(logged: Logged) -> None:
+    assert [(event["event"], event["level"]) for event in events(logged["foreign"])] == [("started 3", "info")]
+
+
+def test_chatty_libraries_are_heard_only_when_something_is_wrong(logged: Logged) -> None:
+    assert [event["level"] for event in events(logged["chatty"])] == ["warning"] * len(CHATTY)
+
+
+def test_quiet_leaves_out_what_is_only_information(logged: Logged) -> None:
+    assert [event["event"] for event in events(logged["quiet"])] == ["b", "c"]
+
+
+@pytest.mark.parametrize("way", LEAKS)
+def test_an_exceptions_text_is_not_logged(logged: Logged, way: str) -> None:
+    (event,) = events(logged[way])
+    assert event["level"] == "error"
+    assert CANARY not in str(event)
+
+
+@pytest.mark.parametrize("way", ["logger.exception", "exc_info", "a task that nobody awaits"])
+def test_an_exception_is_named_with_where_it_came_from(logged: Logged, way: str) -> None:
+    (event,) = events(logged[way])
+    assert "ValueError at " in event["at"]
+    assert "outer:" in event["at"]
+    assert event["at"].rpartition(" > ")[2].startswith("inner:")
+
+
+def test_whereabouts_name_the_lines_and_nothing_else(logged: Logged) -> None:
+    (event,) = events(logged["whereabouts"])
+    assert event["at"].startswith("ValueError at <module>:")
+    assert CANARY not in str(event)
+
+
+EVERY_LETTER = """
+import sys
+from tokenauth import logs
+logs.configure()
+for plane in (range(0xD800), range(0xE000, 0x11000), range(0x1D100, 0x1D200), range(0xE0000, 0xE0200)):
+    text = "".join(map(chr, plane))
+    logs.log.info("seen", value=text)
+    logs.logging.getLogger("other").warning("%s", text)
+    logs.log.info("a\x9bb", **{"key": text[:200]})
+"""
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["json", "terminal"])
+def test_no_letter_of_a_value_controls_a_terminal(watched: bool) -> None:
+    """Nor does it later, when somebody looks at the file."""
+    here, there = os.openpty() if watched else os.pipe()
+    with subprocess.Popen([sys.executable, "-c", EVERY_LETTER], stderr=there):
+        os.close(there)
+        written = b""
+        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while part := os.read(here, 1 << 16):
+                written += part
+    os.close(here)
+    text = written.decode().replace("\r\n", "\n")
+    if watched:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colours
+    assert text.count("\n") == 12
+    assert [letter for letter in text if not letter.isprintable() and letter != "\n"] == []

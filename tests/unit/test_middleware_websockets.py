@@ -1,0 +1,113 @@
+"""TokenMiddleware and WebSockets: a real uvicorn, a real client."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from tests.unit.test_middleware import Book
+from tokenauth.errors import IssuerUnavailable
+from tokenauth.web.middleware import TokenMiddleware
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Greet whoever is there, then say back what he says."""
+    if scope["type"] != "websocket":
+        return
+    await receive()
+    await send({"type": "websocket.accept"})
+    await send({"type": "websocket.send", "text": f"hello {scope['user'].username}"})
+    while (message := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "text": message["text"]})
+
+
+@contextmanager
+def serving(app: ASGIApp, protocol: str) -> Iterator[str]:
+    """Serve on a free port; the answer is the address of its WebSockets."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(app, ws=protocol, lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"ws://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def without_denials(app: ASGIApp) -> ASGIApp:
+    """Be a server that does not know the extension for refusing a WebSocket by an HTTP answer."""
+
+    async def older(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "extensions": {}}, receive, send)
+
+    return older
+
+
+@pytest.fixture(scope="module", params=["websockets-sansio"])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Serve an app whose "/open" is for everybody, and the rest for readers."""
+    app = TokenMiddleware(echo, Book("read"), scopes=["read"], exempt=["/open"])
+    with serving(app, request.param) as running:
+        yield running
+
+
+def call(address: str, path: str = "/", **headers: str) -> ClientConnection:
+    """Open a WebSocket."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return connect(f"{address}{path}", additional_headers=named, proxy=None)
+
+
+def refusal(address: str, **headers: str) -> tuple[int, str]:
+    """Say how a WebSocket is refused: the status and the code."""
+    with pytest.raises(InvalidStatus) as caught, call(address, **headers):
+        pass
+    answer = caught.value.response
+    return answer.status_code, json.loads(answer.body)["error"] if answer.body else ""
+
+
+@pytest.mark.parametrize(
+    "headers", [{"X_Token": "anns"}, {"Authorization": "Bearer anns"}], ids=lambda sent: next(iter(sent))
+)
+def test_a_websocket_with_a_token_is_accepted(address: str, headers: dict[str, str]) -> None:
+    with call(address, **headers) as connection:
+        assert connection.recv() == "hello ann"
+        connection.send("and?")
+        assert connection.recv() == "and?"
+
+
+def test_a_websocket_on_an_exempt_path_is_nobodys(address: str) -> None:
+    with call(address, "/open") as connection:
+        assert connection.recv() == "hello "
+
+
+def test_a_websocket_without_a_valid_token_is_refused_as_a_request_is(address: str) -> None:
+    assert refusal(address) == (401, "token_required")
+    assert refusal(address, X_Token="x") == (401, "invalid_token")
+    assert refusal(address, X_Token="x", Authorization="Bearer y") == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "refused"),
+    [(Book(), (403, "insufficient_scope")), (Book("read", error=IssuerUnavailable()), (503, "issuer_unavailable"))],
+    ids=["scope", "issuer"],
+)
+def test_a_websocket_is_refused_for_the_reasons_of_a_request(tokens: Book, refused: tuple[int, str]) -> None:
+    with serving(TokenMiddleware(echo, tokens, scopes=["read"]), "websockets-sansio") as address:
+        assert refusal(address, X_Token="anns") == refused
+
+
+def test_where_a_server_can_only_close_it_closes_before_it_accepts() -> None:
+    """Uvicorn turns a close with 1008 before the handshake into an HTTP 403."""
+    with serving(without_denials(TokenMiddleware(echo, Book())), "websockets-sansio") as address:
+        assert refusal(address) == (403, "")
+        with call(address, X_Token="anns") as connection:
+            assert connection.recv() == "hello ann"

@@ -1,0 +1,231 @@
+"""The judge of histories bites on recorded ones: pools with faults are found out, and the same pool without is not."""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from random import Random
+from threading import Event as Signal
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.support.history import Grant, HandTime, History
+from tests.support.races import Holder
+
+TTL, CAPACITY = 10.0, 2
+
+
+class Faults(NamedTuple):
+    """What a pool can do wrong."""
+
+    no_lock: bool = False
+    """It selects, and then updates: others can come between."""
+    no_owner_check: bool = False
+    """Whoever names a token releases it."""
+    no_new_fence: bool = False
+    """A lease has the number of the one before."""
+    half_the_time: bool = False
+    """A lease ends too early."""
+
+
+class TinyPool:
+    """A pool in a few statements of SQL, over a connection of its own; sound, unless told otherwise."""
+
+    def __init__(
+        self, directory: Path, time: HandTime, faults: Faults, pause: Callable[[], object] = lambda: None
+    ) -> None:
+        """Stop for `pause` after reading and before writing."""
+        self._db = sqlite3.connect(directory / "pool.db", isolation_level=None, check_same_thread=False)
+        self._run("PRAGMA synchronous = OFF")
+        self._run("CREATE TABLE IF NOT EXISTS tokens (value PRIMARY KEY, free_at, holder, fence)")
+        self._time = time
+        self._faults = faults
+        self._pause = pause
+
+    def assign(self, holder: str) -> Grant | None:
+        """Take a token."""
+        now = self._time()
+        with self._transaction():
+            found = self._run("SELECT value FROM tokens WHERE free_at <= :now ORDER BY free_at LIMIT 1", now=now)
+            self._pause()
+            if not found:
+                return None
+            [(value, fence)] = self._run(
+                "UPDATE tokens SET free_at = :until, holder = :holder, fence = fence + :step WHERE value = :value"
+                " RETURNING value, fence",
+                until=now + (TTL / 2 if self._faults.half_the_time else TTL),
+                holder=holder,
+                step=0 if self._faults.no_new_fence else 1,
+                value=found[0][0],
+            )
+            return Grant(value, fence)
+
+    def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
+        """Ask for more time."""
+        now = self._time()
+        done = self._run(
+            "UPDATE tokens SET free_at = :until"
+            " WHERE value = :token AND free_at > :now AND holder = :holder AND fence = :fence RETURNING 1",
+            **{**grant._asdict(), "holder": holder, "now": now, "until": now + TTL},
+        )
+        return grant if done else None
+
+    def release(self, holder: str, grant: Grant) -> Grant | None:
+        """Give a token back."""
+        now = self._time()
+        done = self._run(
+            "UPDATE tokens SET free_at = :now WHERE value = :token AND free_at > :now"
+            " AND (:anybody OR (holder = :holder AND fence = :fence)) RETURNING 1",
+            **{**grant._asdict(), "holder": holder, "now": now, "anybody": self._faults.no_owner_check},
+        )
+        return grant if done else None
+
+    def generate(self) -> Grant | None:
+        """Make a token."""
+        with self._transaction():
+            [(count,)] = self._run("SELECT count(*) FROM tokens")
+            self._pause()
+            if count >= CAPACITY:
+                return None
+            insert = "INSERT INTO tokens VALUES (hex(randomblob(16)), :now, NULL, 0) RETURNING value"
+            [(value,)] = self._run(insert, now=self._time())
+            return Grant(value)
+
+    def delete(self, token: str) -> Grant | None:
+        """Delete a token."""
+        return Grant(token) if self._run("DELETE FROM tokens WHERE value = :token RETURNING 1", token=token) else None
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._db.close()
+
+    def _run(self, statement: str, **values: Any) -> list[Any]:
+        return self._db.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        if not self._faults.no_lock:
+            self._run("BEGIN IMMEDIATE")
+        yield
+        if not self._faults.no_lock:
+            self._run("COMMIT")
+
+
+SOUND = Faults()
+
+
+Opener = Callable[..., TinyPool]
+
+
+@pytest.fixture
+def tiny_pool(tmp_path: Path, time: HandTime) -> Iterator[Opener]:
+    """Open the pool, as often as is wanted."""
+    with ExitStack() as stack:
+        yield lambda *options: stack.enter_context(closing(TinyPool(tmp_path, time, *options)))
+
+
+def amid(slow: Callable[[Callable[[], object]], object], quick: Callable[[], object]) -> None:
+    """Do something, and something else as soon as the first has read, if it lets anything come between."""
+    has_read, done = Signal(), Signal()
+
+    def pause() -> None:
+        has_read.set()
+        done.wait(0.3)  # it is never done if that has to wait for this
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(slow, pause)
+        assert has_read.wait(10)
+        second = threads.submit(quick)
+        second.add_done_callback(lambda _: done.set())
+        first.result()
+        second.result()
+
+
+@pytest.mark.parametrize(
+    ("faults", "sentences"), [(Faults(no_lock=True), ["certainly held it until", "2 leases were"]), (SOUND, [])]
+)
+def test_a_pool_that_selects_and_then_updates_is_found_out_when_it_lends(
+    history: History, tiny_pool: Opener, faults: Faults, sentences: list[str]
+) -> None:
+    quick = tiny_pool(faults)
+    history.record("generate", quick.generate)
+    amid(
+        lambda pause: Holder("slow", tiny_pool(faults, pause), history, Random(1)).take(),
+        Holder("quick", quick, history, Random(2)).take,
+    )
+    assert_like(history.violations(TTL, 1), sentences)
+
+
+@pytest.mark.parametrize(
+    ("faults", "sentences"), [(Faults(no_lock=True), ["3 tokens were certainly in being"]), (SOUND, [])]
+)
+def test_a_pool_that_counts_and_then_inserts_is_found_out_when_it_makes_tokens(
+    history: History, tiny_pool: Opener, faults: Faults, sentences: list[str]
+) -> None:
+    quick = tiny_pool(faults)
+    history.record("generate", quick.generate)
+    amid(
+        lambda pause: history.record("generate", tiny_pool(faults, pause).generate),
+        lambda: history.record("generate", quick.generate),
+    )
+    assert_like(history.violations(TTL, CAPACITY), sentences)
+
+
+@pytest.mark.parametrize(
+    ("faults", "sentences"),
+    [
+        (
+            Faults(no_owner_check=True),
+            ["and b/1 (fence 2) certainly held it", "for a/1 (fence 1) after b/1 (fence 2) had the token", "2 leases"],
+        ),
+        (SOUND, []),
+    ],
+)
+def test_a_pool_that_lets_a_stale_holder_release_is_found_out(
+    history: History, time: HandTime, tiny_pool: Opener, faults: Faults, sentences: list[str]
+) -> None:
+    """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
+    pool = tiny_pool(faults)
+    history.record("generate", pool.generate)
+    stale = Holder("a", pool, history, Random(1)).take()
+    assert stale is not None
+    time.advance(TTL)
+    assert Holder("b", pool, history, Random(2)).take() is not None
+    history.record("release", lambda: pool.release("a", stale), "a/1", *stale)
+    Holder("c", pool, history, Random(3)).take()
+    time.advance(TTL)
+    assert_like(history.violations(TTL, 1), sentences)
+
+
+@pytest.mark.parametrize(
+    ("faults", "part"),
+    [
+        (Faults(no_owner_check=True), "certainly held it until"),
+        (Faults(no_owner_check=True), "release was done for"),
+        (Faults(no_new_fence=True), "with one and the same fence"),
+        (Faults(half_the_time=True), "certainly held it until"),
+        (SOUND, None),
+    ],
+)
+def test_the_holders_of_the_race_find_out_a_pool_with_a_fault(
+    history: History, time: HandTime, tiny_pool: Opener, faults: Faults, part: str | None
+) -> None:
+    """Six of them take turns; so all is the same each time."""
+    pool, chance = tiny_pool(faults), Random(0)
+    made: list[str] = []
+    holders = [Holder(f"client {number}", pool, history, Random(number), made) for number in range(6)]
+    for _ in range(100):
+        for holder in holders:
+            holder.step()
+            if chance.random() < 0.1:
+                time.advance(chance.choice([1, TTL / 2, TTL]))
+    found = history.violations(TTL, CAPACITY)
+    assert any(part in sentence for sentence in found) if part else not found
+
+
+def assert_like(found: list[str], expected: list[str]) -> None:
+    """Assert that there is one sentence for each part, and no other."""
+    assert len(found) == len(expected), found
+    assert all(part in sentence for part, sentence in zip(expected, found, strict=True)), found

@@ -1,0 +1,232 @@
+"""Hashes in the configuration: each is refused when it is read, or a password can be verified against it."""
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from argon2.low_level import Type, hash_secret
+from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
+
+from tokenauth.errors import ConfigError, InvalidCredentials
+from tokenauth.models import User
+from tokenauth.passwords import Passwords, machine_memory_kib
+from tokenauth.settings import model as config
+
+WORD = "correct horse battery staple"
+CHEAP = config.Passwords(memory_kib=8, time_cost=1, threads=1)
+
+
+def argon(lanes: int = 1, kind: str = "ID", **sizes: int) -> str:
+    """Make an argon2 hash at the lowest cost."""
+    made = argon2.using(type=kind, memory_cost=8 * lanes, time_cost=1, parallelism=lanes, **sizes)
+    return str(made.hash(WORD))
+
+
+VALID = {
+    "argon2id": argon(),
+    "argon2i": argon(kind="I"),
+    "argon2d": argon(kind="D"),
+    "argon2id, four lanes": argon(4),
+    "argon2id, short": argon(salt_size=8, digest_size=16),
+    "argon2id, long": argon(salt_size=48, digest_size=64),
+    "argon2i of version 16": hash_secret(WORD.encode(), b"somesalt", 1, 8, 1, 32, Type.I, 16).decode(),
+    "bcrypt": bcrypt.using(rounds=4).hash(WORD),
+    "bcrypt 2a": bcrypt.using(rounds=4, ident="2a").hash(WORD),
+    "bcrypt 2y": bcrypt.using(rounds=4, ident="2y").hash(WORD),
+    "bcrypt 2": bcrypt.using(rounds=4, ident="2").hash(WORD),
+    "scrypt": scrypt.using(rounds=1, block_size=1).hash(WORD),
+    "scrypt 7": scrypt.using(rounds=1, block_size=1, ident="$7$").hash(WORD),
+    "pbkdf2_sha256": pbkdf2_sha256.using(rounds=1).hash(WORD),
+    "pbkdf2_sha256, no salt": pbkdf2_sha256.using(rounds=1, salt=b"").hash(WORD),
+}
+
+OTHER_WAYS_TO_WRITE = {
+    "argon2i of version 16, unsaid": VALID["argon2i of version 16"].replace("$v=16$", "$"),
+    "bcrypt with bits that mean nothing": "$2b$04$abcdefghijklmnopqrstuv" + "A" * 31,
+    "pbkdf2_sha256 in plain Base64": VALID["pbkdf2_sha256"].replace(".", "+"),
+}
+
+PIECES = [
+    *"$,=.+/-_aZ09 \n\t\0",
+    *("$$", "==", "v=16$", "v=18$", "v=20$", "m=8", "t=0", "p=0", "data=AAAA,", ",data=AAAA", ",keyid=AAAA", "$2x$"),
+    *(
+        "-1",
+        "+1",
+        "00",
+        "1_0",
+        "1e3",
+        "4294967296",
+        "9" * 400,
+        "9" * 5000,
+        "\u0661",
+        "\uff11",
+        "\u00e9",
+        "%s",
+    ),
+]
+"""What is put into hashes: what separates their parts, and numbers and letters that not all programs read alike."""
+
+SECONDS = 0.05
+"""A hash that takes longer is not computed here; it is refused only where it takes too long."""
+
+
+def mutations(hashed: str) -> Iterator[str]:
+    """Cut, double, swap and replace parts of a hash, and put pieces into it, everywhere."""
+    for at in range(len(hashed) + 1):
+        head, tail = hashed[:at], hashed[at:]
+        yield head
+        yield tail
+        yield head + tail[1:]
+        yield head + tail[:1] + tail
+        for piece in PIECES:
+            yield head + piece + tail
+            yield head + piece + tail[len(piece) :]
+    parts = hashed.split("$")
+    for one in range(len(parts)):
+        yield "$".join(parts[:one] + parts[one + 1 :])
+        for other in range(len(parts)):
+            swapped = list(parts)
+            swapped[one], swapped[other] = parts[other], parts[one]
+            yield "$".join(swapped)
+            yield "$".join([*parts[:one], parts[other], *parts[one:]])
+            yield "$".join([*parts[:one], "", *parts[other:]])
+
+
+async def verifiable(hashed: str) -> bool:
+    """Say whether a hash is taken. If it is, a password must be right or wrong: no other answer is one."""
+    user = User("ann", hashed)
+    try:
+        passwords = Passwords(CHEAP, {"ann": user})
+    except ConfigError:
+        return False
+    for claim in (("ann", WORD), ("ann", "wrong"), ("nobody", WORD)):
+        if passwords.cost(user).seconds < SECONDS:
+            with suppress(InvalidCredentials):
+                assert await passwords.verify([claim]) == (user, WORD)
+    passwords.close()
+    return True
+
+
+@pytest.mark.parametrize("name", [*VALID, *OTHER_WAYS_TO_WRITE])
+async def test_a_hash_that_can_be_verified_is_taken(name: str) -> None:
+    assert await verifiable((VALID | OTHER_WAYS_TO_WRITE)[name])
+
+
+@pytest.mark.parametrize("name", ["argon2i of version 16, unsaid", "pbkdf2_sha256 in plain Base64", *VALID])
+async def test_a_hash_is_verified_however_it_is_written(name: str) -> None:
+    user = User("ann", (VALID | OTHER_WAYS_TO_WRITE)[name])
+    passwords = Passwords(CHEAP, {"ann": user})
+    assert await passwords.verify([("ann", WORD)]) == (user, WORD)
+    passwords.close()
+
+
+async def check_all(hashes: list[str]) -> None:
+    """Try hashes, and see that some are taken and some are not."""
+    taken = [await verifiable(hashed) for hashed in hashes]
+    assert 0 < sum(taken) < len(taken)
+
+
+@pytest.mark.parametrize("name", VALID)
+async def test_a_changed_hash_is_refused_or_can_be_verified(name: str) -> None:
+    """A sample, another for each name; `make faults` has a larger one."""
+    changed = sorted(set(mutations(VALID[name])))
+    await check_all(random.Random(name).sample(changed, 120))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", VALID)
+async def test_a_hash_changed_twice_is_refused_or_can_be_verified(name: str) -> None:
+    once = sorted(set(mutations(VALID[name])))
+    chance = random.Random(name)
+    await check_all(chance.sample(once, 2000))
+    await check_all([chance.choice(list(mutations(hashed))) for hashed in chance.sample(once, 500)])
+
+
+@pytest.mark.parametrize(
+    "hashed",
+    [
+        VALID["argon2id"].replace("p=1$", "p=1,data=AAAA$"),
+        VALID["argon2id"].replace("p=1$", "p=1,keyid=AAAA$"),
+        *(VALID[name].rpartition("$")[0] for name in VALID if not name.startswith("bcrypt")),
+        *(VALID[name][:-1] for name in VALID),
+        *(VALID[name][:29] for name in VALID if name.startswith("bcrypt ")),
+        VALID["bcrypt"].replace("$2b$", "$2x$"),
+        VALID["argon2id, four lanes"].replace("m=32", "m=31"),
+        VALID["scrypt"].replace("ln=1,r=1", "ln=16,r=1"),
+    ],
+    ids=range(34),
+)
+def test_a_hash_that_can_never_be_verified_is_refused(hashed: str) -> None:
+    with pytest.raises(ConfigError, match=r"^users: the password of 'ann' is not a hash that can be verified"):
+        Passwords(CHEAP, {"ann": User("ann", hashed)})
+
+
+COSTLY = {
+    "64 GiB of argon2": ("$argon2id$v=19$m=67108864,t=1,p=1", "needs 64 GiB of memory"),
+    "a billion passes": ("$argon2id$v=19$m=8,t=1000000000,p=1", "takes about 8,000 seconds"),
+    "a thousand threads": ("$argon2id$v=19$m=8000,t=1,p=1000", "takes 1000 threads"),
+    "31 of bcrypt": ("$2b$31$", "takes about 128,849 seconds"),
+    "18 of bcrypt": ("$2b$18$", "takes about 16 seconds"),
+    "24 of scrypt": ("$scrypt$ln=24,r=8,p=1", "needs 16 GiB of memory"),
+    "many times of scrypt": ("$scrypt$ln=14,r=8,p=1000", "takes about 52 seconds"),
+    "4 billion of pbkdf2": ("$pbkdf2-sha256$4000000000", "takes about 1,200 seconds"),
+}
+
+
+def with_digest(head: str) -> str:
+    """Complete a hash of some cost, without computing it."""
+    if head.startswith("$2b$"):
+        return head + "." * 53
+    return f"{head}${'A' * 22}${'A' * 43}"
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_hash_that_costs_too_much_is_refused(name: str) -> None:
+    head, said = COSTLY[name]
+    hashed = with_digest(head)
+    with pytest.raises(ConfigError) as refusal:
+        Passwords(CHEAP, {"ann": User("ann", hashed)})
+    assert str(refusal.value).startswith(f"users: the password hash of 'ann' {said} to check, and ")
+    assert str(refusal.value).endswith("; run `tokenauth user passwd ann`")
+    assert hashed not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("memory_kib", "time_cost"), [(1 << 20, 100), (1 << 18, 100)])
+def test_settings_that_cost_too_much_are_refused(memory_kib: int, time_cost: int) -> None:
+    with pytest.raises(ConfigError, match=r"^passwords: a hash of this memory_kib and time_cost takes about"):
+        Passwords(config.Passwords(memory_kib=memory_kib, time_cost=time_cost))
+
+
+def test_the_memory_of_this_process_is_known() -> None:
+    assert 64 * 1024 < machine_memory_kib() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def test_the_default_cost_is_far_from_too_much() -> None:
+    cost = Passwords(config.Passwords()).new_cost
+    assert cost.seconds < 0.1
+    assert cost.memory_kib < 32 * 1024
+
+
+async def test_the_estimates_are_of_the_right_order() -> None:
+    """Within twenty times of what a busy machine takes: they only have to tell much from little."""
+    users = {
+        "argon2": User("argon2", with_digest("$argon2id$v=19$m=16384,t=1,p=1")),
+        "argon2, lanes": User("argon2, lanes", with_digest("$argon2id$v=19$m=8192,t=2,p=4")),
+        "bcrypt": User("bcrypt", with_digest("$2b$08$")),
+        "scrypt": User("scrypt", with_digest("$scrypt$ln=12,r=8,p=1")),
+        "pbkdf2_sha256": User("pbkdf2_sha256", with_digest("$pbkdf2-sha256$50000")),
+    }
+    passwords = Passwords(CHEAP, users)
+    clock = asyncio.get_running_loop().time
+    for name, user in users.items():
+        taken = []
+        for _ in range(3):
+            began = clock()
+            with pytest.raises(InvalidCredentials):
+                await passwords.verify([(name, WORD)])
+            taken.append(clock() - began)
+        assert 0.05 < min(taken) / passwords.cost(user).seconds < 20, name
+    passwords.close()

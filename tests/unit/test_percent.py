@@ -1,0 +1,52 @@
+"""Percent-encoding is decoded exactly as the standard library does it, and cheaply whatever is sent."""
+
+from collections.abc import Callable
+from time import process_time
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tokenauth.errors import InvalidRequest
+from tokenauth.web import percent
+from tokenauth.web.requests import MAX_FIELDS, query_pairs
+
+PIECES = st.sampled_from([b"%", b"%4", b"%41", b"%4a", b"%zz", b"=", b"==", b"=41", b"=\n", b"\r\n", b"%0d", b"+"])
+TEXTS = st.binary() | st.lists(PIECES | st.binary(max_size=2)).map(b"".join)
+
+
+@given(TEXTS)
+@example(b"%=\r%\n=%")
+def test_it_is_what_the_standard_library_does(text: bytes) -> None:
+    assert percent.decode(text) == unquote_to_bytes(text)
+    assert percent.decode_form(text) == unquote_to_bytes(text.replace(b"+", b" "))
+
+
+@given(st.lists(PIECES | st.sampled_from([b"&", b";", b"a=b", b"\xc3\xa9", b"%c3%a9", b"%ff"])).map(b"".join))
+def test_queries_are_read_as_the_standard_library_reads_them(query: bytes) -> None:
+    expected = parse_qsl(query.decode(), keep_blank_values=True)
+    assert query_pairs(query) == expected
+
+
+def test_a_query_has_at_most_100_fields() -> None:
+    assert len(query_pairs(b"&".join([b"a=1"] * MAX_FIELDS))) == MAX_FIELDS
+    with pytest.raises(InvalidRequest, match="100 fields"):
+        query_pairs(b"&".join([b"a=1"] * (MAX_FIELDS + 1)))
+
+
+@pytest.mark.parametrize("piece", [b"%41", b"%", b"%zz", b"\xc3%", b"%\xc3\xa9", b"=%3d"])
+def test_hostile_text_costs_far_less_than_the_standard_library(piece: bytes) -> None:
+    """On this machine, by the time of the processor: at the most 1 ms for 16 KiB, where it was 7."""
+    text = piece * (16 * 1024 // len(piece))
+    assert _cost(percent.decode, text) < 0.75 * _cost(unquote_to_bytes, text)
+
+
+def _cost(decode: Callable[[bytes], bytes], text: bytes) -> float:
+    took = []
+    for _ in range(5):
+        began = process_time()
+        for _ in range(5):
+            decode(text)
+        took.append(process_time() - began)
+    return min(took)

@@ -1,0 +1,283 @@
+"""The service Pools over a real SQLite file: what it refuses, what it rounds, and what it asks of the store."""
+
+import math
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import START
+from tokenauth import values
+from tokenauth.errors import (
+    InsufficientScope,
+    InvalidRequest,
+    LeaseLost,
+    NoFreeToken,
+    PoolFull,
+    UnknownPool,
+    UnknownToken,
+)
+from tokenauth.models import Claim, Identity, Pool, PoolCounts, PoolToken
+from tokenauth.pools import MAX_COUNT, Pools, named_holder
+from tokenauth.settings.model import Database
+from tokenauth.stores.open import open_store
+from tokenauth.stores.store import Store
+
+POOL = Pool("p", lease_ttl=60, token_ttl=240, capacity=5)
+ROOMY = Pool("roomy", lease_ttl=60, token_ttl=240)
+PERMITS = Pool("permits", lease_ttl=60, capacity=3, prefill=True)
+SECRET = Pool("secret", lease_ttl=60, scope="ops")
+TERMS = {pool.name: pool for pool in (POOL, ROOMY, PERMITS, SECRET)}
+ANN, OPS = Identity("ann"), Identity("ops", ("ops",))
+IMPOSSIBLE = ["x" * 257, "a\x00b", "a\nb", "\ud800", "a\u200bb", "\x7f"]
+
+
+class Hand:
+    """A clock that is set by hand, and counts how often it is read."""
+
+    def __init__(self) -> None:
+        self.now = START
+        self.reads = 0
+
+    def __call__(self) -> float:
+        """Read it."""
+        self.reads += 1
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Hand:
+    """Begin at START."""
+    return Hand()
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    """Open a store on an empty file."""
+    opened = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
+    await opened.start()
+    yield opened
+    await opened.stop(START)
+
+
+@pytest.fixture
+def pools(store: Store, clock: Hand) -> Pools:
+    """Lend from four pools."""
+    return Pools(TERMS, store, clock, {"roomy": values.new_uuid})
+
+
+async def test_a_pool_is_found_by_its_name_and_for_those_who_may_use_it(pools: Pools) -> None:
+    assert pools.find("p") is pools.find("p", ANN) is POOL
+    assert pools.find("secret") is pools.find("secret", OPS) is SECRET
+    with pytest.raises(InsufficientScope, match="ops"):
+        pools.find("secret", ANN)
+    for name in ("P", "", "other"):
+        with pytest.raises(UnknownPool):
+            pools.find(name, OPS)
+
+
+async def test_the_list_has_the_pools_that_one_may_use(pools: Pools) -> None:
+    assert pools.open_to() == pools.open_to(OPS) == [POOL, ROOMY, PERMITS, SECRET]
+    assert pools.open_to(ANN) == [POOL, ROOMY, PERMITS]
+
+
+async def test_new_tokens_cannot_be_guessed_and_look_as_their_pool_wants_it(pools: Pools) -> None:
+    values = await pools.generate(SECRET, MAX_COUNT)
+    assert len(set(values)) == MAX_COUNT
+    assert all(len(value) == 64 and value.isalnum() and value.isascii() for value in values)
+    assert [token.value for token in await pools.members(SECRET)] == sorted(values)
+    (value,) = await pools.generate(ROOMY, 1)
+    assert str(uuid.UUID(value)) == value
+
+
+@pytest.mark.parametrize("count", [0, -1, MAX_COUNT + 1, 10**30])
+async def test_tokens_are_made_1_to_1000_at_once(pools: Pools, count: int) -> None:
+    with pytest.raises(InvalidRequest, match="count: must be from 1 to 1000"):
+        await pools.generate(ROOMY, count)
+    assert await pools.count(ROOMY) == PoolCounts(0, 0)
+
+
+async def test_of_more_than_fit_none_is_made(pools: Pools) -> None:
+    for count in (6, MAX_COUNT + 1, 10**30):
+        with pytest.raises(PoolFull):
+            await pools.generate(POOL, count)
+    await pools.generate(POOL, 3)
+    with pytest.raises(PoolFull):
+        await pools.generate(POOL, 3)
+    assert await pools.count(POOL) == PoolCounts(3, 0)
+    assert len(await pools.generate(POOL, 2)) == 2
+
+
+@pytest.mark.parametrize(("wait", "shown"), [(0, 60), (0.001, 60), (0.5, 60), (1, 59), (58.75, 2), (59, 1), (59.75, 1)])
+async def test_who_must_wait_is_told_for_how_many_whole_seconds(
+    pools: Pools, clock: Hand, wait: float, shown: int
+) -> None:
+    await pools.generate(POOL, 1)
+    await pools.assign(POOL, "ann")
+    clock.now += wait
+    with pytest.raises(NoFreeToken) as refusal:
+        await pools.assign(POOL, "bob")
+    assert refusal.value.retry_after == shown
+    clock.now += shown
+    assert (await pools.assign(POOL, "bob")).fence == 2
+
+
+async def test_where_nothing_is_lent_nobody_is_told_to_wait(pools: Pools) -> None:
+    with pytest.raises(NoFreeToken) as refusal:
+        await pools.assign(POOL, "ann")
+    assert refusal.value.retry_after is None
+
+
+async def test_a_lease_is_kept_alive_and_released_by_whoever_has_it(pools: Pools, clock: Hand) -> None:
+    (value,) = await pools.generate(POOL, 1)
+    lent = await pools.assign(POOL, "ann")
+    assert lent == PoolToken("p", value, START + 60, "ann", 1)
+    clock.now += 30
+    for claim in (Claim("bob"), Claim("ann", 2)):
+        with pytest.raises(LeaseLost):
+            await pools.keep_alive(POOL, value, claim)
+        with pytest.raises(LeaseLost):
+            await pools.release(POOL, value, claim)
+    assert await pools.keep_alive(POOL, value, Claim("ann", 1)) == lent._replace(free_at=START + 90)
+    await pools.release(POOL, value, Claim("ann", 1))
+    assert await pools.get(POOL, value) == PoolToken("p", value, START + 30, None, 1)
+    for lost in (pools.keep_alive, pools.release):
+        with pytest.raises(LeaseLost):
+            await lost(POOL, value)
+
+
+NAMED: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
+    "keep_alive": lambda pools, value: pools.keep_alive(ROOMY, value),
+    "refresh": lambda pools, value: pools.refresh(ROOMY, value),
+    "release": lambda pools, value: pools.release(ROOMY, value),
+    "delete": lambda pools, value: pools.delete(ROOMY, value),
+    "get": lambda pools, value: pools.get(ROOMY, value),
+}
+
+
+@pytest.mark.parametrize("verb", NAMED)
+async def test_a_token_that_is_not_there_is_unknown(pools: Pools, clock: Hand, verb: str) -> None:
+    (gone,) = await pools.generate(ROOMY, 1)
+    (elsewhere,) = await pools.generate(POOL, 1)
+    clock.now += 240
+    for value in (gone, elsewhere, "", "x", *IMPOSSIBLE):
+        with pytest.raises(UnknownToken):
+            await NAMED[verb](pools, value)
+
+
+async def test_a_token_is_refreshed_lent_or_free(pools: Pools, clock: Hand) -> None:
+    await pools.generate(POOL, 2)
+    lent = await pools.assign(POOL, "ann")
+    (free,) = [token for token in await pools.members(POOL) if token.holder is None]
+    clock.now += 30
+    assert await pools.refresh(POOL, lent.value)
+    assert await pools.get(POOL, lent.value) == lent._replace(free_at=START + 90)
+    assert not await pools.refresh(POOL, free.value)
+    assert await pools.get(POOL, free.value) == free._replace(free_at=START + 30)
+    clock.now += 60
+    assert not await pools.refresh(POOL, lent.value)
+    assert await pools.get(POOL, lent.value) == PoolToken("p", lent.value, START + 90, None, 1)
+
+
+async def test_all_free_tokens_are_refreshed_however_many_they_are(pools: Pools, clock: Hand) -> None:
+    assert await pools.refresh_free(ROOMY) == 0
+    for _ in range(3):
+        await pools.generate(ROOMY, 800)
+    clock.now += 200
+    lent = await pools.assign(ROOMY, "ann")
+    assert await pools.refresh_free(ROOMY) == 2399
+    clock.now += 239
+    assert await pools.count(ROOMY) == PoolCounts(2400, 0)
+    assert await pools.get(ROOMY, lent.value) == lent
+    clock.now += 1
+    assert await pools.count(ROOMY) == PoolCounts(1, 0), "the lent one was not refreshed: its lease ran on"
+
+
+async def test_a_deleted_token_has_a_successor_where_there_is_prefill(pools: Pools) -> None:
+    await pools.prefill()
+    await pools.generate(POOL, 3)
+    for pool, left in ((PERMITS, 3), (POOL, 2)):
+        value = (await pools.assign(pool, "ann")).value
+        await pools.delete(pool, value)
+        assert await pools.count(pool) == PoolCounts(left, 0)
+        with pytest.raises(UnknownToken):
+            await pools.get(pool, value)
+
+
+async def test_only_pools_with_prefill_are_filled_and_that_once(pools: Pools) -> None:
+    await pools.prefill()
+    before = [await pools.members(pool) for pool in TERMS.values()]
+    assert list(map(len, before)) == [0, 0, 3, 0]
+    await pools.prefill()
+    assert [await pools.members(pool) for pool in TERMS.values()] == before
+
+
+async def test_a_pool_is_filled_however_large_it_is(store: Store, clock: Hand) -> None:
+    pool = Pool("large", lease_ttl=60, capacity=10_001, prefill=True)
+    await Pools({"large": pool}, store, clock).prefill()
+    assert await store.pools.count(pool, START) == PoolCounts(10_001, 0)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3, 7])
+async def test_no_lease_ends_when_a_pool_has_another_capacity_at_the_next_start(
+    pools: Pools, store: Store, clock: Hand, capacity: int
+) -> None:
+    await pools.prefill()
+    lent = [await pools.assign(PERMITS, "ann") for _ in range(2)]
+    pool = Pool("permits", lease_ttl=60, capacity=capacity, prefill=True)
+    resized = Pools({"permits": pool}, store, clock)
+    await resized.prefill()
+    assert await resized.count(pool) == PoolCounts(max(0, capacity - 2), 2)
+    for token in lent:
+        assert (await resized.keep_alive(pool, token.value, Claim("ann", 1))).free_at == START + 60
+    clock.now += 60
+    assert await resized.count(pool) == PoolCounts(capacity, 0)
+
+
+async def test_permits_are_taken_and_given_back_by_number(pools: Pools) -> None:
+    await pools.prefill()
+    assert await pools.give_back(PERMITS) == (False, 3)
+    assert [await pools.take(PERMITS, "ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
+    assert [await pools.give_back(PERMITS) for _ in range(4)] == [(True, 1), (True, 2), (True, 3), (False, 3)]
+
+
+@pytest.mark.parametrize("name", ["a", "ci-7", "Ann O'Neill", "жанна", "\U0001f511", "x" * 256])
+def test_a_holder_has_a_name_that_can_be_shown(name: str) -> None:
+    assert named_holder(name) == name
+
+
+@pytest.mark.parametrize("name", ["", *IMPOSSIBLE], ids=ascii)
+def test_a_holders_name_that_cannot_be_shown_is_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^holder: ") as refusal:
+        named_holder(name)
+    assert not name or name not in str(refusal.value)
+
+
+ONCE: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
+    **NAMED,
+    "generate": lambda pools, _: pools.generate(ROOMY, 2),
+    "assign": lambda pools, _: pools.assign(ROOMY, "bob"),
+    "take": lambda pools, _: pools.take(ROOMY, "bob"),
+    "give_back": lambda pools, _: pools.give_back(ROOMY),
+    "count": lambda pools, _: pools.count(ROOMY),
+    "members": lambda pools, _: pools.members(ROOMY),
+}
+
+
+async def test_every_verb_reads_the_clock_once(pools: Pools, clock: Hand) -> None:
+    """So that whatever it decides, it decides for one moment."""
+    for name, verb in ONCE.items():
+        await pools.generate(ROOMY, 1)
+        value = (await pools.assign(ROOMY, "ann")).value
+        await pools.generate(ROOMY, 1)
+        before = clock.reads
+        await verb(pools, value)
+        assert clock.reads == before + 1, name
+
+
+async def test_tokens_with_no_token_ttl_wait_for_ever(pools: Pools, clock: Hand) -> None:
+    (value,) = await pools.generate(SECRET, 1)
+    clock.now += 1e9
+    assert SECRET.token_ttl == math.inf
+    assert (await pools.assign(SECRET, "ops")).value == value

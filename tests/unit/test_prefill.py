@@ -1,0 +1,264 @@
+"""A pool with `prefill` has as many tokens as its capacity says, always: N permits, also after N has changed."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.lending import Borrower, refusal
+from tests.support.servers import HandClock, worker, write_config
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
+from tokenauth.models import Pool
+from tokenauth.pools import Pools
+from tokenauth.service import create_service
+from tokenauth.settings import loader
+
+LEASE_TTL = 60
+
+
+def permits(capacity: int, name: str = "permits", prefill: bool = True) -> str:
+    """Write the terms of a pool."""
+    return f"[pools.{name}]\ncapacity = {capacity}\nlease_ttl = {LEASE_TTL}\nprefill = {str(prefill).lower()}\n"
+
+
+class Home:
+    """A database, and what is started on it on ever new terms."""
+
+    def __init__(self, directory: Path) -> None:
+        self.clock = HandClock(directory / "clock", create=True)
+        self._directory = directory
+
+    @asynccontextmanager
+    async def open(self, terms: str) -> AsyncIterator[Pools]:
+        """Start the service, without HTTP and without its sweeper."""
+        settings = loader.load(write_config(self._directory, terms))
+        service = create_service(settings, self.clock, ticks=lambda: 0.0)
+        async with service.running():
+            await service.pools.prefill()
+            yield service.pools
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """Make a directory for a database."""
+    return Home(tmp_path)
+
+
+async def values(pools: Pools, name: str = "permits") -> set[str]:
+    """Name the tokens of a pool."""
+    return {token.value for token in await pools.members(pools.find(name))}
+
+
+async def lend(pools: Pools, pool: Pool, count: int) -> list[str]:
+    """Lend so many tokens."""
+    return [(await pools.assign(pool, "ci")).value for _ in range(count)]
+
+
+async def check(pools: Pools, pool: Pool, lent: int) -> None:
+    """Hold a pool to its capacity: as many can be lent as are not, and none if more are lent than there may be."""
+    available = max(0, (pool.capacity or 0) - lent)
+    assert await pools.count(pool) == (available, lent)
+    for token in await lend(pools, pool, available):
+        await pools.release(pool, token)
+    taken = await lend(pools, pool, available)
+    with pytest.raises(NoFreeToken):
+        await pools.assign(pool, "one too many")
+    with pytest.raises(PoolFull):
+        await pools.generate(pool, 1)
+    for token in taken:
+        await pools.release(pool, token)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 7])
+async def test_a_pool_is_full_when_the_service_starts_and_the_same_after_a_restart(home: Home, capacity: int) -> None:
+    async with home.open(permits(capacity)) as pools:
+        before = await values(pools)
+        assert len(before) == capacity
+        await check(pools, pools.find("permits"), 0)
+    home.clock.advance(10 * 365 * 86400)
+    async with home.open(permits(capacity)) as pools:
+        assert await values(pools) == before, "they wait for ever"
+
+
+async def test_a_pool_of_more_than_is_made_in_one_step_is_full_too(home: Home) -> None:
+    async with home.open(permits(20_001)) as pools:
+        assert await pools.count(pools.find("permits")) == (20_001, 0)
+
+
+async def test_processes_that_start_at_once_fill_a_pool_once(home: Home) -> None:
+    async with AsyncExitStack() as stack:
+        starts = (stack.enter_async_context(home.open(permits(100))) for _ in range(4))
+        started = await asyncio.gather(*starts)
+        assert {await pools.count(pools.find("permits")) for pools in started} == {(100, 0)}
+
+
+async def test_no_token_can_be_generated_whatever_has_become_of_those_there_are(home: Home) -> None:
+    async with home.open(permits(2)) as pools:
+        pool = pools.find("permits")
+        await lend(pools, pool, 1)
+        await check(pools, pool, 1)
+        home.clock.advance(LEASE_TTL)
+        await check(pools, pool, 0)
+
+
+@pytest.mark.parametrize("lent", [False, True])
+async def test_a_token_that_is_deleted_is_replaced_by_another_that_is_free(home: Home, lent: bool) -> None:
+    async with home.open(permits(3)) as pools:
+        pool = pools.find("permits")
+        before = await values(pools)
+        deleted = (await pools.assign(pool, "ci")).value if lent else min(before)
+        await pools.delete(pool, deleted)
+        (new,) = await values(pools) - before
+        assert await values(pools) == before - {deleted} | {new}
+        for touch in (pools.keep_alive, pools.release, pools.delete, pools.get):
+            with pytest.raises(UnknownToken):
+                await touch(pool, deleted)
+        assert (await pools.get(pool, new)).fence == 0
+        await check(pools, pool, 0)
+
+
+async def test_a_pool_that_has_grown_has_more_to_lend_and_its_leases_go_on(home: Home) -> None:
+    async with home.open(permits(2)) as pools:
+        before = await values(pools)
+        (lent,) = await lend(pools, pools.find("permits"), 1)
+    async with home.open(permits(5)) as pools:
+        pool = pools.find("permits")
+        assert await values(pools) > before
+        await check(pools, pool, 1)
+        assert (await pools.keep_alive(pool, lent)).fence == 1
+
+
+CAPACITY = 4
+CASES = [(lent, shrunk) for lent in range(CAPACITY + 1) for shrunk in range(CAPACITY)]
+
+
+@pytest.mark.parametrize("end", ["released", "lapsed"])
+async def test_a_pool_that_has_shrunk_ends_no_lease_and_lends_none_until_it_has_room(home: Home, end: str) -> None:
+    """From any number of leases to any capacity, whichever of them ends first."""
+    chance = Random(1)
+    out: dict[str, list[str]] = {}
+    async with home.open("".join(permits(CAPACITY, f"p{lent}-{shrunk}") for lent, shrunk in CASES)) as pools:
+        for lent, shrunk in CASES:
+            out[f"p{lent}-{shrunk}"] = await lend(pools, pools.find(f"p{lent}-{shrunk}"), lent)
+    for _ in range(2):  # a restart on the same terms changes nothing more
+        async with home.open("".join(permits(shrunk, f"p{lent}-{shrunk}") for lent, shrunk in CASES)) as pools:
+            for name, leases in out.items():
+                pool = pools.find(name)
+                await check(pools, pool, len(leases))
+                assert [(await pools.keep_alive(pool, value)).fence for value in leases] == [1] * len(leases)
+    async with home.open("".join(permits(shrunk, f"p{lent}-{shrunk}") for lent, shrunk in CASES)) as pools:
+        for _ in range(CAPACITY):
+            home.clock.advance(LEASE_TTL / 2)
+            for name, leases in out.items():
+                pool = pools.find(name)
+                chance.shuffle(leases)
+                if leases and end == "released":
+                    await pools.release(pool, leases.pop())
+                for value in leases:
+                    await pools.keep_alive(pool, value)
+                await check(pools, pool, len(leases))
+        home.clock.advance(LEASE_TTL)
+        for name in out:
+            assert len(await values(pools, name)) == pools.find(name).capacity
+            await check(pools, pools.find(name), 0)
+
+
+async def test_a_token_that_is_one_too_many_is_gone_when_its_lease_ends(home: Home) -> None:
+    async with home.open(permits(2)) as pools:
+        leases = await lend(pools, pools.find("permits"), 2)
+    async with home.open(permits(0)) as pools:
+        pool = pools.find("permits")
+        assert await values(pools) == set(leases)
+        await pools.release(pool, leases[0])
+        home.clock.advance(LEASE_TTL)
+        for value in leases:
+            with pytest.raises(UnknownToken):
+                await pools.keep_alive(pool, value)
+        assert await values(pools) == set()
+    async with home.open(permits(2)) as pools:
+        assert await values(pools) & set(leases) == set()
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 4, 6])
+async def test_a_pool_that_grows_again_takes_back_what_was_one_too_many(home: Home, capacity: int) -> None:
+    async with home.open(permits(4)) as pools:
+        leases = await lend(pools, pools.find("permits"), 4)
+    async with home.open(permits(1)) as pools:
+        pool = pools.find("permits")
+        await check(pools, pool, 4)
+    async with home.open(permits(capacity)) as pools:
+        pool = pools.find("permits")
+        await check(pools, pool, 4)
+        while leases:
+            await pools.release(pool, leases.pop())
+            await check(pools, pool, len(leases))
+        assert len(await values(pools)) == capacity
+
+
+async def test_deleting_while_there_are_too_many_lets_no_more_be_lent(home: Home) -> None:
+    async with home.open(permits(4)) as pools:
+        leases = await lend(pools, pools.find("permits"), 4)
+    async with home.open(permits(2)) as pools:
+        pool = pools.find("permits")
+        while leases:
+            await pools.delete(pool, leases.pop())
+            await check(pools, pool, len(leases))
+        assert len(await values(pools)) == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+async def test_without_prefill_too_what_is_counted_as_available_is_what_can_be_lent(home: Home, turned: bool) -> None:
+    """Also while tokens are out that were too many when it was still on."""
+    async with home.open(permits(4)) as pools:
+        leases = await lend(pools, pools.find("permits"), 4)
+    async with home.open(permits(2)):
+        pass
+    async with home.open(permits(2, prefill=False)) as pools:
+        pool = pools.find("permits")
+        for released, value in enumerate(reversed(leases) if turned else leases, 1):
+            await pools.release(pool, value)
+            available, leased = await pools.count(pool)
+            assert (leased, available) == (4 - released, max(0, released - 2))
+            taken = await lend(pools, pool, available)
+            with pytest.raises(NoFreeToken):
+                await pools.assign(pool, "one too many")
+            for token in taken:
+                await pools.release(pool, token)
+
+
+async def test_a_pool_takes_over_the_tokens_that_it_had_before_it_was_filled(home: Home) -> None:
+    async with home.open(permits(9, prefill=False)) as pools:
+        made = await pools.generate(pools.find("permits"), 3)
+        (lent,) = await lend(pools, pools.find("permits"), 1)
+    async with home.open(permits(5)) as pools:
+        assert await values(pools) > set(made)
+        await check(pools, pools.find("permits"), 1)
+        with pytest.raises(LeaseLost):
+            await pools.release(pools.find("permits"), (set(made) - {lent}).pop())
+
+
+def test_over_sockets_permits_are_lent_and_survive_the_worker(tmp_path: Path) -> None:
+    config = write_config(tmp_path, permits(2))
+    clock = HandClock(tmp_path / "clock", create=True)
+    with worker(config, clock) as server, Connection(server.port) as here:
+        admin = Borrower(here)
+        assert admin.counts("permits") == (2, 0)
+        assert admin.hears("POST", "/permits/tokens") == refusal("pool_full")
+        leases = [admin.assign("permits"), admin.assign("permits")]
+        assert len({lease.token for lease in leases}) == 2
+        assert {member["expiry_time"] for member in admin.members("permits")} == {None}
+        server.kill()
+    with worker(write_config(tmp_path, permits(1)), clock) as server, Connection(server.port) as here:
+        admin = Borrower(here)
+        assert admin.counts("permits") == (0, 2)
+        assert [admin.keep_alive("permits", lease.token, fence=1)[0] for lease in leases] == [200, 200]
+        assert admin.release("permits", leases[0].token) == (204, None)
+        assert admin.hears("POST", "/permits/leases") == refusal("no_free_token")
+        clock.advance(LEASE_TTL)
+        assert admin.counts("permits") == (1, 0)
+        assert admin.assign("permits").holder == "admin"
+        assert admin.hears("POST", "/permits/leases") == refusal("no_free_token")

@@ -1,0 +1,182 @@
+"""What a successful login takes back: its own failures, once, and nothing that others have failed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.servers import START
+from tokenauth.errors import InvalidCredentials, TooManyAttempts
+from tokenauth.login_queue import LoginQueue
+from tokenauth.models import Failures
+from tokenauth.settings import model as config
+from tokenauth.stores.open import open_store
+from tokenauth.stores.store import Note, Store
+from tokenauth.throttle import Throttle, _keys
+
+OWN = ("eve", "john doe", "john+doe")
+"""The users of an attacker. The last two can be meant by one header."""
+
+READINGS = (("eve",), ("eve", "%65ve"), ("john doe",), ("john doe", "john+doe"), ("john+doe", "john doe"))
+EACH = 3600 / 100
+"""Seconds after which the network forgets a failure."""
+
+_networks = count(1)
+_NOTHING = Failures(0, 0.0)
+
+
+class World:
+    """A throttle and its clock; `others` is when the network has forgotten the failures of others, if left alone."""
+
+    def __init__(self, throttle: Throttle, store: Store, now: list[float]) -> None:
+        self.throttle = throttle
+        self.store = store
+        self.now = now
+        network = next(_networks)
+        self.home = f"10.{network % 250}.{network // 250 % 250}."
+        self.others = 0.0
+
+    async def log_in(self, names: Sequence[str], place: int, username: str | None = None) -> None:
+        """Fail, or succeed as `username`."""
+        with suppress(InvalidCredentials):
+            async with self.throttle.attempt(names, f"{self.home}{place}", hashes=False) as attempt:
+                if username is None:
+                    raise InvalidCredentials
+                attempt.username = username
+
+    async def fail_others(self, number: int) -> None:
+        """Guess at the names of others."""
+        for _ in range(number):
+            await self.log_in([f"other{next(_networks)}"], 200)
+            self.others = max(self.others, self.now[0]) + EACH
+
+    async def level(self) -> float:
+        """Seconds until the network has forgotten all failures."""
+        key = _keys("any", f"{self.home}1").network
+        found = await self.store.failures.failures([key])
+        return max(0.0, found.get(key, _NOTHING).last_at - self.now[0])
+
+
+@asynccontextmanager
+async def opened(directory: str | Path, free: int = 5) -> AsyncIterator[World]:
+    """Open a store that a throttle of one worker counts in."""
+    store, now = open_store(config.Database(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10), [START]
+    await store.start()
+    settings = config.Throttle(free=free, network_free=100)
+    throttle = Throttle(settings, 1, store, lambda: now[0], LoginQueue(20, 64))
+    yield World(throttle, store, now)
+    await throttle.close()
+    await store.stop(now[0])
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("others"), st.integers(1, 8), st.just(0)),
+    st.tuples(st.just("fail"), st.integers(0, len(READINGS) - 1), st.integers(1, 3)),
+    st.tuples(st.just("log in"), st.integers(0, len(READINGS) - 1), st.integers(1, 3)),
+    st.tuples(st.just("all log in"), st.integers(0, len(READINGS) - 1), st.integers(1, 3)),
+    st.tuples(st.just("wait"), st.sampled_from([1, 30, 36, 100, 1000, 3500]), st.just(0)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(STEPS, max_size=30))
+def test_no_logins_of_ones_own_hide_failures_of_others(steps: list[tuple[str, int, int]]) -> None:
+    async def run(directory: str) -> None:
+        async with opened(directory, free=1000) as world:
+            for what, number, place in steps:
+                if what == "others":
+                    await world.fail_others(number)
+                elif what == "wait":
+                    world.now[0] += number
+                elif what == "fail":
+                    await world.log_in(READINGS[number], place)
+                else:
+                    names = READINGS[number]
+                    own = [name for name in names if name in OWN] * (1 if what == "log in" else 4)
+                    await asyncio.gather(*(world.log_in(names, place, name) for name in own))
+                assert await world.level() >= world.others - world.now[0] - 0.001
+
+    with TemporaryDirectory() as directory:
+        asyncio.run(run(directory))
+
+
+@pytest.mark.parametrize("names", READINGS)
+async def test_own_failures_are_taken_back_exactly(tmp_path: Path, names: Sequence[str]) -> None:
+    async with opened(tmp_path, free=1000) as world:
+        await world.fail_others(7)
+        for place in range(1, 9):
+            for _ in range(4):
+                await world.log_in(names, place)
+            assert await world.level() == pytest.approx(11 * EACH)
+            await asyncio.gather(*(world.log_in(names, place, names[0]) for _ in range(5)))
+            assert await world.level() == pytest.approx(7 * EACH)
+            world.now[0] += EACH
+            await world.fail_others(1)
+
+
+async def test_no_success_takes_back_a_failure_that_has_been_forgotten(tmp_path: Path) -> None:
+    async with opened(tmp_path) as world:
+        for _ in range(4):
+            await world.log_in(["eve"], 1)
+        world.now[0] += 3 * EACH
+        await world.fail_others(5)
+        await world.log_in(["eve"], 1, "eve")
+        assert await world.level() == pytest.approx(5 * EACH)
+
+
+async def test_a_success_tells_nothing_of_the_other_reading(tmp_path: Path) -> None:
+    """What was counted for a name that is read from the same header stays, whether a user has it or not."""
+    async with opened(tmp_path) as world:
+        for _ in range(4):
+            await world.log_in(["john+doe"], 1)
+        await world.log_in(["john doe", "john+doe"], 1, "john doe")
+        await world.log_in(["john+doe"], 1)
+        with pytest.raises(TooManyAttempts):
+            await world.log_in(["john+doe"], 1)
+
+
+async def test_at_one_place_a_client_that_logs_in_all_day_hides_no_guesses(tmp_path: Path) -> None:
+    """100 guesses are free, then 10 an hour."""
+    async with opened(tmp_path) as world:
+        guesses = 0
+        for _ in range(6 * 120):
+            world.now[0] += 30
+            with suppress(TooManyAttempts):
+                await world.log_in(["eve"], 1, "eve")
+                await world.log_in(["eve"], 1)
+                guesses += 1
+        assert guesses == 100 + 6 * 10 - 1
+
+
+async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> None:
+    """Or a full queue would let guesses at a remembered secret through."""
+    async with opened(tmp_path) as world:
+        await world.log_in(["eve"], 1, "eve")
+        key = _keys("eve", f"{world.home}1").at_place
+        await world.store.failures.note([Note(key, at=START, later=36000.0)], START)
+        for number in range(1, 4):
+            world.throttle.give_back("eve", f"{world.home}1", START)
+            assert await world.throttle.take_proof("eve", f"{world.home}1") is not None
+            with pytest.raises(TooManyAttempts):
+                async with world.throttle.attempt(["eve"], f"{world.home}1", compared=True):
+                    pass
+            assert (await world.store.failures.failures([key]))[key].last_at == START + 36000.0 + number * 360
+            assert await world.throttle.take_proof("eve", f"{world.home}1") is None
+
+
+async def test_a_known_user_is_not_held_up_by_another_reading(tmp_path: Path) -> None:
+    """Whoever guesses at `john%40corp` elsewhere; then that name is not tried, and the user's own is."""
+    async with opened(tmp_path) as world:
+        await world.log_in(["john@corp", "john%40corp"], 1, "john@corp")
+        for _ in range(5):
+            await world.log_in(["john%40corp"], 2)
+        with pytest.raises(TooManyAttempts):
+            await world.log_in(["john%40corp"], 1)
+        async with world.throttle.attempt(["john@corp", "john%40corp"], f"{world.home}1") as attempt:
+            assert attempt.names == ["john@corp"]

@@ -1,0 +1,390 @@
+"""A log-out is 200 and true whatever the store does: it is held, and when no more can be held no token is accepted."""
+
+import asyncio
+import pickle
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from tests.support.servers import write_config
+from tokenauth import revocation_queue
+from tokenauth.errors import Overloaded, StoreUnavailable
+from tokenauth.models import Instant, Token
+from tokenauth.revocation_ledger import MAX_HELD, News, RevocationLedger
+from tokenauth.revocation_queue import RevocationQueue
+from tokenauth.server.worker import BEAT, Serve, encode
+from tokenauth.service import Service, create_service
+from tokenauth.settings import loader
+from tokenauth.settings.model import Config
+from tokenauth.stores.store import TokenStore
+from tokenauth.values import digest
+from tokenauth.web.app import Application, find_routes
+from tokenauth.web.routes.forward_auth import ForwardAuth
+from tokenauth.web.routes.token import Probe
+
+INVALID = {"valid": False, "expiry_time": None}
+ADMIN = {"username": "admin", "password": "admin"}
+
+
+class Faulty:
+    """The tokens of a real store, which raises what it is told to."""
+
+    def __init__(self, tokens: TokenStore) -> None:
+        self._tokens = tokens
+        self.reading: Exception | None = None
+        self.writing: Exception | None = None
+        self.poison: bytes | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokens, name)
+
+    async def get(self, digest: bytes) -> Token | None:
+        """Return a token, or fail."""
+        if self.reading is not None:
+            raise self.reading
+        return await self._tokens.get(digest)
+
+    async def add(self, token: Token, per_user: int, now: Instant) -> None:
+        """Keep a token, or fail."""
+        if self.writing is not None:
+            raise self.writing
+        await self._tokens.add(token, per_user, now)
+
+    async def remove(self, digest: bytes, now: Instant) -> bool:
+        """End a token, or fail."""
+        if self.writing is not None or digest == self.poison:
+            raise self.writing or ZeroDivisionError
+        return await self._tokens.remove(digest, now)
+
+    async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
+        """End all tokens, or fail."""
+        if self.writing is not None:
+            raise self.writing
+        return await self._tokens.remove_all(username, now, keep)
+
+
+class Scene:
+    """A service whose store can be made to fail, and a client of it."""
+
+    def __init__(self, service: Service, store: Faulty, client: httpx.AsyncClient) -> None:
+        self.service = service
+        self.store = store
+        self.client = client
+        self.queue = service.tokens.queue
+
+    async def log_in(self) -> str:
+        """Return a new token."""
+        answer = await self.client.post("/api/token", json=ADMIN)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["token"])
+
+    async def log_out(self, token: str) -> None:
+        """End a token: nothing but 200 is an answer."""
+        answer = await self.client.request("DELETE", "/api/token", json={"token": token})
+        assert (answer.status_code, answer.json()) == (200, INVALID)
+
+    async def statuses(self, token: str) -> list[int]:
+        """Use a token in every way."""
+        sent: dict[str, Any] = {"headers": {"X-Token": token}}
+        form: dict[str, Any] = {"data": {"token": token, "client_id": "admin", "client_secret": "admin"}}
+        answers = [
+            await self.client.get("/api/me", **sent),
+            await self.client.get("/auth", **sent),
+            await self.client.get("/api/tokens", **sent),
+            await self.client.get(f"/api/token?token={token}"),
+            await self.client.post("/oauth/introspect", **form),
+        ]
+        valid = [answer.json().get("valid", answer.json().get("active")) for answer in answers[3:]]
+        return [answer.status_code for answer in answers[:3]] + [
+            answer.status_code if is_valid in {True, None} else 401
+            for answer, is_valid in zip(answers[3:], valid, strict=True)
+        ]
+
+    async def written(self) -> None:
+        """Wait until nothing is held any more."""
+        if self.queue._writing is not None:
+            await asyncio.wait_for(self.queue._writing, 5)
+        assert self.queue.held == {}
+
+
+@pytest.fixture
+async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    monkeypatch.setattr(revocation_queue, "RETRY", 0.01)
+    monkeypatch.setattr(revocation_queue, "_LAST_CHANCE", 0.1)
+    monkeypatch.setattr(revocation_queue, "MAX_HELD", 3)
+    config = write_config(tmp_path).read_text().replace('["admin"]', '["admin", "introspect"]')
+    (tmp_path / "config.toml").write_text(config)
+    service = create_service(loader.load(tmp_path / "config.toml"))
+    async with service.running():
+        store = Faulty(service.store.tokens)
+        service.store.tokens = store  # type: ignore[misc]
+        app = ForwardAuth(service.tokens, Probe(service.tokens, Application(find_routes(service), service.running)))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield Scene(service, store, client)
+        store.reading = store.writing = None
+
+
+ALIVE = [200] * 5
+REFUSED = [401] * 5
+UNKNOWN = [503] * 5
+
+FAULTS = [StoreUnavailable(), Overloaded(), ZeroDivisionError(), OSError(28, "no space"), MemoryError()]
+FAULTS += [sqlite3.OperationalError("locked"), RecursionError(), KeyError("x"), TimeoutError()]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("what", ["reading", "writing"])
+async def test_whatever_the_store_raises_a_log_out_holds(scene: Scene, what: str, fault: Exception) -> None:
+    token, other = await scene.log_in(), await scene.log_in()
+    setattr(scene.store, what, fault)
+    await scene.log_out(token)
+    scene.store.reading = None
+    assert await scene.statuses(token) == REFUSED
+    assert await scene.statuses(other) == ALIVE
+    await scene.queue._write()  # in vain: it goes on trying, whatever it was
+    scene.store.writing = None
+    await scene.written()
+    assert await scene.service.store.tokens.get(digest_of(token)) is None
+    assert await scene.statuses(token) == REFUSED
+    assert await scene.statuses(other) == ALIVE
+
+
+def digest_of(token: str) -> bytes:
+    """Return the digest by which a token is known."""
+    found = digest(token.encode())
+    assert found is not None
+    return found
+
+
+async def test_a_held_log_out_is_not_listed_and_only_it_is_200(scene: Scene) -> None:
+    token, other = await scene.log_in(), await scene.log_in()
+    mine: dict[str, Any] = {"headers": {"X-Token": other}}
+    id = (await scene.client.get("/api/me", headers={"X-Token": token})).json()["id"]
+    scene.store.writing = StoreUnavailable()
+    await scene.log_out(token)
+    listed = (await scene.client.get("/api/tokens", **mine)).json()["tokens"]
+    assert [each["current"] for each in listed] == [True]
+    form = {"token": other, "client_id": "admin", "client_secret": "admin"}
+    assert (await scene.client.post("/oauth/revoke", data=form)).status_code == 503
+    assert (await scene.client.delete(f"/api/tokens/{id}", **mine)).status_code == 503
+    assert (await scene.client.delete("/api/tokens", **mine)).status_code == 503
+    assert await scene.statuses(other) == ALIVE
+    assert await scene.service.tokens.ready() is None
+
+
+async def test_when_no_more_can_be_held_no_token_is_accepted(scene: Scene) -> None:
+    """And none lives on that was logged out meanwhile: which ones were is not known, so all end."""
+    tokens = [await scene.log_in() for _ in range(6)]
+    scene.store.writing = StoreUnavailable()
+    for token in tokens[:3]:
+        await scene.log_out(token)
+    assert await scene.statuses(tokens[5]) == ALIVE
+    with structlog.testing.capture_logs() as logs:
+        for token in tokens[3:5]:
+            await scene.log_out(token)
+    assert [entry["event"] for entry in logs] == ["revocation_queue_full"]
+    for token in tokens:
+        assert await scene.statuses(token) == UNKNOWN
+    ready = await scene.client.get("/readyz")
+    assert (ready.status_code, "revocations" in ready.json()["reason"]) == (503, True)
+    assert (await scene.client.post("/api/token", json=ADMIN)).status_code == 503
+    scene.store.writing = None
+    await scene.written()
+    for token in tokens:
+        assert await scene.statuses(token) == REFUSED
+    assert (await scene.client.get("/readyz")).status_code == 200
+    assert await scene.statuses(await scene.log_in()) == ALIVE
+
+
+async def test_one_network_fills_no_queue_and_then_waits(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger with made-up tokens must not bring it about that everybody has to log in again."""
+    monkeypatch.setattr(revocation_queue, "MAX_OF_NETWORK", 2)
+    token, other = await scene.log_in(), await scene.log_in()
+    scene.store.reading = scene.store.writing = StoreUnavailable()
+    for number in range(2):
+        await scene.log_out(f"{number}" * 64)
+    waiting = asyncio.ensure_future(scene.log_out(token))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    assert len(scene.queue.held) == 2
+    assert await scene.service.tokens.ready() is None
+    scene.store.reading = scene.store.writing = None
+    await waiting
+    await scene.written()
+    assert await scene.statuses(token) == REFUSED
+    assert await scene.statuses(other) == ALIVE
+
+
+async def test_one_that_cannot_be_written_keeps_no_other_waiting(scene: Scene) -> None:
+    tokens = [await scene.log_in() for _ in range(3)]
+    scene.store.writing = StoreUnavailable()
+    for token in tokens:
+        await scene.log_out(token)
+    scene.store.poison = digest_of(tokens[0])
+    scene.store.writing = None
+    for _ in range(2):
+        await scene.queue._write()
+    assert list(scene.queue.held) == [scene.store.poison]
+    assert [await scene.statuses(token) for token in tokens] == [REFUSED] * 3
+    scene.store.poison = None
+    await scene.written()
+
+
+async def test_what_is_lost_by_a_stop_is_said(scene: Scene) -> None:
+    tokens = [await scene.log_in() for _ in range(5)]
+    scene.store.writing = StoreUnavailable()
+    for token in tokens:
+        await scene.log_out(token)
+    with structlog.testing.capture_logs() as logs:
+        await scene.service.tokens.close()
+    assert [entry["event"] for entry in logs] == ["revocation_lost"] * 3 + ["revocations_lost"]
+    scene.queue.held.clear()
+    scene.queue._dropped = 0
+
+
+async def test_what_is_held_is_held_once_and_is_bounded_by_tokens(scene: Scene) -> None:
+    """A log-out that is repeated takes no room, and one of what is no token of this store none while that is known."""
+    token = await scene.log_in()
+    scene.store.writing = StoreUnavailable()
+    for _ in range(5):
+        await scene.log_out(token)
+        await scene.log_out("x" * 64)
+        await scene.log_out("x")
+    assert len(scene.queue.held) == 1
+    assert await scene.service.tokens.ready() is None
+
+
+class Machine:
+    """Two workers of one database, and what the main process between them does."""
+
+    def __init__(self, *services: Service) -> None:
+        self.ledger = RevocationLedger()
+        self.services = services
+        self.stores = [Faulty(service.store.tokens) for service in services]
+        self.queues = [service.tokens.queue for service in services]
+        for service, store, queue in zip(services, self.stores, self.queues, strict=True):
+            service.store.tokens = store  # type: ignore[misc]
+            queue.tell = partial(self._share, queue)
+
+    def _share(self, source: RevocationQueue, news: News) -> None:
+        self.ledger.take(news)
+        for queue in self.queues:
+            if queue is not source:
+                queue.take(news)
+
+    def break_down(self, error: Exception | None) -> None:
+        """Let no store be written; with None, let them be written again."""
+        for store in self.stores:
+            store.writing = error
+
+    async def settled(self) -> None:
+        """Wait until nobody holds anything."""
+        for _ in range(500):
+            if not any(queue.busy for queue in self.queues):
+                break
+            await asyncio.sleep(0.01)
+        assert not any(queue.busy for queue in self.queues)
+        assert (len(self.ledger), self.ledger.news().dropped) == (0, 0)
+
+
+@pytest.fixture
+async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
+    monkeypatch.setattr(revocation_queue, "RETRY", 0.01)
+    monkeypatch.setattr(revocation_queue, "_LAST_CHANCE", 0.1)
+    monkeypatch.setattr(revocation_queue, "MAX_HELD", 3)
+    settings = loader.load(write_config(tmp_path))
+    here, there = create_service(settings), create_service(settings)
+    async with here.running(), there.running():
+        yield (machine := Machine(here, there))
+        machine.break_down(None)
+
+
+async def log_in(service: Service) -> bytes:
+    """Return the value of a new token."""
+    return (await service.tokens.issue("admin", "admin", "192.0.2.1", "test")).value.encode()
+
+
+async def is_valid(service: Service, value: bytes) -> bool | None:
+    """Whether a worker accepts a token; None if it does not know."""
+    try:
+        return await service.tokens.validate(value) is not None
+    except StoreUnavailable:
+        return None
+
+
+async def test_what_one_worker_holds_all_refuse_and_write_and_forget(machine: Machine) -> None:
+    here = machine.services[0]
+    ended, kept = await log_in(here), await log_in(here)
+    machine.break_down(StoreUnavailable())
+    await here.tokens.log_out([ended], "192.0.2.1")
+    assert [await is_valid(service, ended) for service in machine.services] == [False, False]
+    assert list(machine.ledger.news().held) == [digest_of(ended.decode())]
+    machine.stores[1].writing = None  # the other one can write
+    for _ in range(500):
+        if not len(machine.ledger):
+            break
+        await asyncio.sleep(0.01)
+    assert machine.queues[0].busy
+    assert await is_valid(here, ended) is False
+    machine.break_down(None)
+    await machine.settled()
+    assert [await is_valid(service, ended) for service in machine.services] == [False, False]
+    assert [await is_valid(service, kept) for service in machine.services] == [True, True]
+
+
+async def test_a_full_queue_is_every_worker_s_until_all_tokens_ended(machine: Machine) -> None:
+    """Also that of one who comes later; and once they have ended no worker ends them a second time."""
+    here, there = machine.services
+    tokens = [await log_in(here) for _ in range(5)]
+    machine.break_down(StoreUnavailable())
+    for token in tokens[:4]:
+        await here.tokens.log_out([token], "192.0.2.1")
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [None, None]
+    late = RevocationQueue(there.store, there.clock)
+    late.take(machine.ledger.news())
+    assert late.trouble is not None
+    machine.stores[0].writing = None
+    for _ in range(500):
+        if not machine.queues[1].busy:
+            break
+        await asyncio.sleep(0.01)
+    await machine.settled()  # although the other one cannot write
+    machine.break_down(None)
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
+    new = await log_in(there)
+    await asyncio.sleep(0.05)
+    assert [await is_valid(service, new) for service in machine.services] == [True, True]
+
+
+async def test_workers_that_fill_up_together_accept_nothing(machine: Machine) -> None:
+    """Each has room, but both have not."""
+    here, there = machine.services
+    tokens = [await log_in(here) for _ in range(5)]
+    machine.break_down(StoreUnavailable())
+    for token, service in zip(tokens, (here, there, here, there), strict=False):
+        await service.tokens.log_out([token], "192.0.2.1")
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [None, None]
+    machine.break_down(None)
+    await machine.settled()
+    assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
+
+
+def test_a_hundred_thousand_are_handed_to_a_worker_in_one_message() -> None:
+    """It costs less than a beat of the worker, and the main process keeps no more."""
+    ledger = RevocationLedger()
+    digests = [number.to_bytes(32) for number in range(MAX_HELD + 1)]
+    began = time.process_time()
+    ledger.take(News(held=dict.fromkeys(digests, "192.0.2.0/24")))
+    order = pickle.loads(encode(Serve(Path("x"), Config(), ledger.news())))  # noqa: S301  (its own)
+    assert len(order.held.held) == len(ledger) == MAX_HELD
+    assert time.process_time() - began < BEAT
+    ledger.take(News(written=digests))
+    assert len(ledger) == 0

@@ -1,0 +1,358 @@
+"""Risks: fine on a laptop, named by `check`, and refused where others can reach the service."""
+
+import grp
+import json
+import pwd
+import re
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_network
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from passlib.hash import argon2
+
+from tests.support.servers import ROOT, shipped, shipped_with_dialects
+from tokenauth.errors import ConfigError
+from tokenauth.passwords import Passwords, machine_memory_kib
+from tokenauth.risks import (
+    SHIPPED_API_PASSWORD,
+    SHIPPED_HASH,
+    demand_acceptable,
+    find_risks,
+    judge,
+    trusts_everybody,
+)
+from tokenauth.settings import loader
+from tokenauth.settings import model as config
+from tokenauth.settings.model import RISKS, Config
+from tokenauth.web.app import create_app
+
+STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
+WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("a long password")
+
+
+@pytest.fixture(scope="module")
+def passwords() -> Iterator[Passwords]:
+    """Make passwords to which STRONG is strong enough and WEAK is not."""
+    made = Passwords(config.Passwords(memory_kib=64, time_cost=2, threads=1))
+    yield made
+    made.close()
+
+
+def configured(server: str = "", password: str = STRONG) -> Config:
+    """Make a configuration of one user."""
+    return loader.parse(f'[server]\n{server}\n[[users]]\nusername = "ann"\npassword = "{password}"', {})
+
+
+def names(settings: Config, passwords: Passwords) -> list[str]:
+    """Name the risks of a configuration."""
+    return [risk.name for risk in find_risks(settings, passwords)]
+
+
+def test_the_shipped_hash_is_that_of_the_shipped_file_and_of_the_word_admin() -> None:
+    admin = loader.parse(shipped(), {}).directory["admin"]
+    assert admin.password_hash == SHIPPED_HASH
+    assert argon2.verify("admin", SHIPPED_HASH)
+
+
+def test_a_strong_password_on_this_machine_is_no_risk(passwords: Passwords) -> None:
+    assert names(configured(), passwords) == []
+
+
+@pytest.mark.parametrize(
+    ("password", "risk"), [(SHIPPED_HASH, "shipped_password"), (WEAK, "weak_hash")], ids=["shipped", "weak"]
+)
+def test_a_risk_is_named_and_accepted_on_a_loopback_address_only(
+    passwords: Passwords, password: str, risk: str
+) -> None:
+    at_home = configured("", password)
+    risks = find_risks(at_home, passwords)
+    assert [each.name for each in risks] == [risk]
+    assert "\n" not in risks[0].text
+    assert password not in risks[0].text
+    demand_acceptable(at_home, risks)
+    judge(at_home, risks)
+    for host in ("0.0.0.0", "::", "192.168.1.4", "example.com", "127.0.0.1.example.com", "0"):
+        public = configured(f'host = "{host}"', password)
+        with pytest.raises(ConfigError) as refusal:
+            judge(public, find_risks(public, passwords))
+        assert str(refusal.value).startswith(f"server.host: '{host}' can be reached by others, and ")
+        assert f"this risk is not accepted: {risk!r}; " in str(refusal.value)
+        judge(configured(f'host = "{host}"\naccept_risks = ["{risk}"]', password), risks)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+@pytest.mark.parametrize(
+    ("public", "key"),
+    [
+        ('server.trusted_proxies = ["127.0.0.1"]', "server.trusted_proxies: "),
+        ('server.trusted_proxies = ["10.0.0.0/8", "fd00::1"]', "server.trusted_proxies: "),
+        ('oauth.issuer = "https://auth.example.com"', "oauth.issuer: "),
+    ],
+)
+def test_a_loopback_address_behind_a_proxy_is_public(passwords: Passwords, host: str, public: str, key: str) -> None:
+    user = f'[[users]]\nusername = "ann"\npassword = "{WEAK}"'
+    settings = loader.parse(f'server.host = "{host}"\n{public}\n{user}', {})
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}.*others can reach the service, and .*'weak_hash'"):
+        demand_acceptable(settings, find_risks(settings, passwords))
+    at_home = loader.parse(f'server.host = "{host}"\noauth.issuer = "http://localhost:8000"\n{user}', {})
+    demand_acceptable(at_home, find_risks(at_home, passwords))
+
+
+@pytest.mark.parametrize("host", ["", " ", "127.0.0.1 ", "a b", "\x7f"])
+def test_a_host_that_is_no_address_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^server\.host: "):
+        configured(f"host = {json.dumps(host)}")
+
+
+def parts(version: str, chosen: Sequence[bool], depth: int) -> tuple[list[str], float]:
+    """Cut a space of addresses into equal networks; return those that are chosen, and what share of it they have."""
+    networks = list(ip_network(version).subnets(depth))
+    return [str(network) for network, taken in zip(networks, chosen, strict=True) if taken], sum(chosen) / len(networks)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.sampled_from(["0.0.0.0/0", "2000::/3", "::ffff:0:0/96"]),
+    st.integers(0, 4).flatmap(lambda depth: st.lists(st.booleans(), min_size=1 << depth, max_size=1 << depth)),
+    st.lists(st.sampled_from(["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "2001:db8::/32", "fe80::1"])),
+    st.randoms(use_true_random=False),
+)
+def test_networks_are_too_many_when_together_they_have_an_eighth_of_all(
+    space: str, chosen: list[bool], proxies: list[str], order: Random
+) -> None:
+    networks, share = parts(space, chosen, len(chosen).bit_length() - 1)
+    listed = [*networks, *proxies]
+    order.shuffle(listed)
+    assert trusts_everybody(listed) == (share >= 1 / 8)
+
+
+SLOW_HASHES = {
+    "a second and more of bcrypt": "$2b$15$" + "." * 53,
+    "a second and more of argon2": f"$argon2id$v=19$m=65536,t=20,p=1${'A' * 22}${'A' * 43}",
+    "a second and more of scrypt": f"$scrypt$ln=19,r=8,p=1${'A' * 22}${'A' * 43}",
+    "a second and more of pbkdf2": f"$pbkdf2-sha256$10000000${'A' * 22}${'A' * 43}",
+}
+
+
+@pytest.mark.parametrize("hashed", SLOW_HASHES)
+def test_a_hash_that_stops_all_logins_is_a_risk(passwords: Passwords, hashed: str) -> None:
+    risks = find_risks(configured("", SLOW_HASHES[hashed]), passwords)
+    assert [risk.name for risk in risks if risk.name != "weak_hash"] == ["costly_hash"]
+    text = "the password hash of 'ann' takes more than a second to check; run `tokenauth user passwd NAME`"
+    assert risks[-1].text == text
+    with pytest.raises(ConfigError, match="costly_hash"):
+        demand_acceptable(configured('host = "0.0.0.0"\naccept_risks = ["weak_hash"]'), risks)
+
+
+def test_settings_that_make_each_login_slow_are_a_risk() -> None:
+    slow = Passwords(config.Passwords(memory_kib=65536, time_cost=20, threads=1))
+    (risk,) = find_risks(loader.parse("", {}), slow)
+    assert risk.name == "costly_hash"
+    assert risk.text == "passwords: memory_kib and time_cost make each login take about 1.3 seconds; lower them"
+
+
+def test_more_memory_at_once_than_half_of_the_machine_is_a_risk() -> None:
+    """Of one hash as often as there are threads in all workers: by the settings, and by a user's hash."""
+    half = machine_memory_kib() // 2
+    passwords = Passwords(config.Passwords(memory_kib=1 << 19, time_cost=1, threads=256))
+    (risk,) = find_risks(loader.parse("[server]\nworkers = 64", {}), passwords)
+    assert risk.name == "costly_hash"
+    assert risk.text.startswith("passwords: memory_kib, threads and server.workers can take more than half")
+    large = f"$argon2id$v=19$m={half // 3},t=1,p=1${'A' * 22}${'A' * 43}"
+    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=4))
+    found = find_risks(configured("", large), passwords)
+    assert [risk.name for risk in found if "memory" in risk.text] == ["costly_hash"]
+
+
+def test_accepting_one_risk_does_not_accept_another(passwords: Passwords) -> None:
+    public = configured('host = "0.0.0.0"\naccept_risks = ["weak_hash", "open_dialect"]', SHIPPED_HASH)
+    with pytest.raises(ConfigError, match="shipped_password"):
+        judge(public, find_risks(public, passwords))
+
+
+@pytest.mark.parametrize("name", ["shipped", "*", "open_dialekt", ""])
+def test_a_risk_that_there_is_not_cannot_be_accepted(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"server.accept_risks: there is no risk"):
+        configured(f'accept_risks = ["{name}"]', STRONG)
+
+
+def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> None:
+    users = "\n".join(
+        f'[[users]]\nusername = "{name}"\npassword = "{password}"'
+        for name, password in {"a": SHIPPED_HASH, "b": WEAK, "c": STRONG}.items()
+    )
+    server = """[server]
+    host = "0.0.0.0"
+    trusted_proxies = ["0.0.0.0/0"]
+    accept_risks = ["shipped_password", "weak_hash"]
+    """
+    public = loader.parse(server + users, {})
+    risks = find_risks(public, passwords)
+    assert [risk.name for risk in risks] == ["shipped_password", "weak_hash", "trusts_everybody"]
+    assert [risk.text.count("'a'") + 2 * risk.text.count("'b'") for risk in risks] == [1, 2, 0]
+    with pytest.raises(ConfigError, match="trusts_everybody"):
+        demand_acceptable(public, risks)
+
+
+PERMITS = """
+[pools.permits]
+capacity = 1
+prefill = true
+[dialects.simple-token-implement]
+pool = "permits"
+"""
+OPEN = ["token-pool", "random-token-generator", "token-management-service"]
+
+
+def served(name: str, more: str = "", server: str = "") -> Config:
+    """Make a configuration that serves a dialect over a pool of its own."""
+    return loader.parse(f'[server]\n{server}\n[pools.p]\n[dialects.{name}]\npool = "p"\n{more}', {})
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_dialect_that_asks_nobody_for_a_token_is_a_risk(passwords: Passwords, name: str) -> None:
+    (risk,) = find_risks(served(name), passwords)
+    assert risk == ("open_dialect", f"dialects.{name} asks nobody for a token; set its require_token to true")
+    judge(served(name), [risk])
+    public = 'host = "0.0.0.0"\n'
+    with pytest.raises(ConfigError) as refusal:
+        create_app(served(name, server=public))
+    assert str(refusal.value) == (
+        "server.host: '0.0.0.0' can be reached by others, and this risk is not accepted: 'open_dialect'; fix it, or"
+        " name it in server.accept_risks"
+    )
+    demand_acceptable(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk])
+    assert find_risks(served(name, "require_token = true", public), passwords) == []
+
+
+@pytest.mark.parametrize("more", ["", "require_token = true"])
+def test_the_password_that_everybody_knows_is_a_risk_of_the_dialect_that_has_one(
+    passwords: Passwords, more: str
+) -> None:
+    """Of its own it asks for a password, and so is not open; another password is no risk."""
+    (risk,) = find_risks(loader.parse(f'{PERMITS}{more}\npassword = "change-me"', {}), passwords)
+    assert risk.name == "shipped_password"
+    assert risk.text.startswith("dialects.simple-token-implement.password is the one that tokenauth is shipped with")
+    assert names(loader.parse(f'{PERMITS}{more}\npassword = "change-me-not"', {}), passwords) == []
+
+
+def test_accepting_the_risk_of_one_dialect_accepts_that_of_all_and_no_other(passwords: Passwords) -> None:
+    text = shipped_with_dialects().replace('host = "127.0.0.1"', 'host = "0.0.0.0"')
+    text = text.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD)
+    public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect"]'), {})
+    with pytest.raises(ConfigError, match="'shipped_password'; fix it"):
+        demand_acceptable(public, find_risks(public, passwords))
+    public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect", "shipped_password"]'), {})
+    demand_acceptable(public, find_risks(public, passwords))
+
+
+def test_the_shipped_configuration_has_its_password_for_a_risk_and_no_open_dialect() -> None:
+    made = Passwords(config.Passwords())
+    assert names(loader.parse(shipped(), {}), made) == ["shipped_password"]
+    switched_on = loader.parse(shipped_with_dialects(), {"API_PASSWORD": "x"})
+    assert names(switched_on, made) == ["shipped_password", *["open_dialect"] * len(OPEN)]
+    for risk, name in zip(find_risks(switched_on, made)[1:], OPEN, strict=True):
+        assert f"dialects.{name} " in risk.text
+    with pytest.raises(ConfigError, match=r"password: the environment has no API_PASSWORD"):
+        loader.parse(shipped_with_dialects(), {})
+    made.close()
+
+
+def test_what_the_readme_says_to_run_for_real_exposes_nothing_unnoticed(passwords: Passwords) -> None:
+    """A step that is left out, or a dialect that is switched on, is an error once the proxy is named."""
+    text = shipped().replace("trusted_proxies = []", 'trusted_proxies = ["127.0.0.1"]')
+    with pytest.raises(ConfigError, match="'shipped_password'"):
+        demand(text, passwords)
+    text = text.replace(SHIPPED_HASH, STRONG)
+    demand(text, passwords)
+    _, first, dialects = shipped_with_dialects().partition("[dialects.")
+    tables = re.split(r"(?=\[dialects\.)", first + dialects)[1:]
+    assert len(tables) == 4
+    for table in tables:
+        with pytest.raises(ConfigError, match=r"'(open_dialect|shipped_password)'"):
+            demand(text + table.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD), passwords)
+
+
+def demand(text: str, passwords: Passwords) -> None:
+    """Judge a configuration."""
+    settings = loader.parse(text, {})
+    demand_acceptable(settings, find_risks(settings, passwords))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Make a directory in which a configuration and its database are as they should be."""
+    for name, mode in {"config.toml": 0o640, "tokenauth.db": 0o600}.items():
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    tmp_path.chmod(0o750)
+    return tmp_path
+
+
+def of_files(directory: Path, passwords: Passwords, path: Path | None = None) -> list[str]:
+    """Name the risks of the files in a directory."""
+    settings = loader.parse(f'database.url = "sqlite+aiosqlite:///{directory}/tokenauth.db"', {})
+    return [risk.name for risk in find_risks(settings, passwords, path or directory / "config.toml")]
+
+
+@pytest.mark.parametrize("mode", range(0o600, 0o700), ids=oct)
+def test_a_file_that_others_can_read_or_change_is_a_risk(files: Path, passwords: Passwords, mode: int) -> None:
+    """Its own group may read it: the documented install gives it to root and the group of the service."""
+    path = files / "config.toml"
+    own = grp.getgrgid(path.stat().st_gid).gr_name == pwd.getpwuid(path.stat().st_uid).pw_name
+    path.chmod(mode)
+    wanted = ["readable_config"] if mode & 0o004 else []
+    wanted += ["writable_config"] if mode & 0o002 or (mode & 0o020 and not own) else []
+    assert of_files(files, passwords) == wanted
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        (0o750, []),
+        (0o755, []),
+        (0o1777, []),
+        (0o777, ["writable_config", "exposed_database"]),
+        (0o757, ["writable_config", "exposed_database"]),
+    ],
+)
+def test_a_directory_in_which_others_can_replace_it_is_a_risk(
+    files: Path, passwords: Passwords, mode: int, wanted: list[str]
+) -> None:
+    files.chmod(mode)
+    assert of_files(files, passwords) == wanted
+    (files / "below").mkdir()
+    (files / "below/config.toml").symlink_to(files / "config.toml")
+    assert of_files(files, passwords, files / "below/config.toml") == wanted
+
+
+def test_what_is_behind_a_link_counts_and_so_does_the_link(
+    files: Path, passwords: Passwords, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "link.toml").symlink_to(files / "config.toml")
+    assert of_files(files, passwords, elsewhere / "link.toml") == []
+    elsewhere.chmod(0o777)
+    assert of_files(files, passwords, elsewhere / "link.toml") == ["writable_config"]
+    elsewhere.chmod(0o700)
+    (files / "config.toml").chmod(0o644)
+    assert of_files(files, passwords, elsewhere / "link.toml") == ["readable_config"]
+
+
+def test_a_database_that_others_can_read_is_a_risk_and_one_that_is_not_there_is_none(
+    files: Path, passwords: Passwords
+) -> None:
+    (files / "tokenauth.db").chmod(0o644)
+    assert of_files(files, passwords) == ["exposed_database"]
+    (files / "tokenauth.db").unlink()
+    assert of_files(files, passwords) == []
+    assert of_files(files, passwords, Path("/dev/null")) == []
+
+
+def test_the_readme_names_every_risk() -> None:
+    table = (ROOT / "README.md").read_text().partition("### Risks")[2].partition("## Users")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(RISKS)

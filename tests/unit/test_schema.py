@@ -1,0 +1,215 @@
+"""The schema: what the migrations build, who may upgrade it, and how durable what stands in it is."""
+
+import fcntl
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from tests.support.processes import Forked
+from tests.support.servers import START
+from tokenauth.errors import StartError
+from tokenauth.models import Pool, PoolCounts, Token
+from tokenauth.settings.model import Database
+from tokenauth.stores import schema
+from tokenauth.stores.open import open_store
+from tokenauth.stores.sqlite.store import SqliteStore
+from tokenauth.stores.tables import metadata
+
+
+@contextmanager
+def connected(file: Path | str) -> Iterator[Connection]:
+    """Connect with SQLAlchemy, in a transaction that the driver does not meddle with."""
+    engine = create_engine(f"sqlite:///{file}", poolclass=NullPool, connect_args={"isolation_level": None})
+    event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
+    with engine.begin() as db:
+        yield db
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Connection]:
+    """Connect to an empty file."""
+    with connected(tmp_path / "tokens.db") as db:
+        yield db
+
+
+@pytest.fixture
+def wanted() -> Iterator[Connection]:
+    """Connect to a database that was made of the tables and not by the migrations."""
+    with connected("") as db:
+        metadata.create_all(db)
+        yield db
+
+
+def statements(db: Connection) -> dict[str, str]:
+    """Return how each table and index was made, in SQLite's own words."""
+    query = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'"
+    return {name: " ".join(sql.split()) for name, sql in db.execute(text(query))}
+
+
+def test_the_revision_that_is_needed_is_the_newest_migration() -> None:
+    scripts = ScriptDirectory.from_config(schema.migrations())
+    assert scripts.get_heads() == [schema.HEAD]
+    assert scripts.get_bases() == [next(reversed(list(scripts.walk_revisions()))).revision], "one line, no branches"
+
+
+def test_the_migrations_build_what_the_tables_say(db: Connection, wanted: Connection) -> None:
+    assert schema.upgrade(db) is None
+    options = {"compare_type": True, "compare_server_default": True}
+    assert compare_metadata(MigrationContext.configure(db, opts=options), metadata) == []
+    assert statements(db) == statements(wanted)
+
+
+def test_an_upgrade_says_which_revision_there_was(db: Connection) -> None:
+    assert schema.version(db) is None
+    assert schema.upgrade(db) is None
+    assert schema.version(db) == schema.HEAD
+    assert schema.upgrade(db) == schema.HEAD
+
+
+def upgrade_to(db: Connection, revision: str) -> None:
+    """Bring a database to what an earlier release needed."""
+    settings = schema.migrations()
+    settings.attributes["connection"] = db
+    command.upgrade(settings, revision)
+
+
+async def test_what_the_first_release_kept_is_still_there_and_pools_are_new(tmp_path: Path) -> None:
+    """The rows are written as 0001 had them, whatever the tables are today."""
+    path, token = (
+        tmp_path / "tokens.db",
+        Token(sha256(b"1").digest(), "ann", "c", START, int(START) + 100, "::1", "curl"),
+    )
+    with connected(path) as db:
+        upgrade_to(db, "1.1")
+        before = statements(db)
+        db.exec_driver_sql("INSERT INTO tokens VALUES (7, ?, ?, ?, ?, ?, ?, ?)", tuple(token))
+        db.exec_driver_sql("INSERT INTO revocations VALUES (3, ?, ?)", (sha256(b"2").digest(), START))
+        db.exec_driver_sql("INSERT INTO failures VALUES (?, 5, ?)", (bytes(16), START))
+        db.exec_driver_sql("INSERT INTO marks VALUES ('clock', ?)", (START + 0.5,))
+    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
+    assert await store.start() == START + 0.5
+    assert await store.ready() is None
+    assert await store.tokens.get(token.digest) == token
+    assert await store.tokens.list("ann", START, 10) == [token]
+    assert (await store.failures.failures([bytes(16)]))[bytes(16)].count == 5
+    pool = Pool("p", lease_ttl=60)
+    assert await store.pools.count(pool, START) == PoolCounts(0, 0)
+    assert await store.pools.add(pool, ["t1"], START)
+    assert await store.tokens.remove(token.digest, START)
+    await store.stop(START)
+    with connected(path) as db:
+        assert schema.version(db) == schema.HEAD
+        assert {name: sql for name, sql in statements(db).items() if name in before} == before
+        assert db.exec_driver_sql("SELECT seq FROM revocations").scalars().all() == [3, 4]
+
+
+def test_a_schema_of_a_newer_release_is_left_alone(db: Connection) -> None:
+    schema.upgrade(db)
+    db.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StartError) as refusal:
+        schema.upgrade(db)
+    assert "has schema 9999" in str(refusal.value)
+    assert "a newer tokenauth has used it" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert schema.version(db) == "9999"
+
+
+def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One transaction: a table that is in the way takes the others back with it."""
+    path = tmp_path / "tokens.db"
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE failures (mine)")
+    with pytest.raises(OperationalError, match="table failures already exists"), connected(path) as db:
+        schema.upgrade(db)
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("failures",)]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no file", "an empty file"])
+async def test_a_store_makes_its_schema_in(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "tokens.db"
+    if there:
+        path.touch(0o640)
+    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
+    assert await store.start() == 0
+    assert await store.ready() is None
+    await store.stop(START)
+    assert path.stat().st_mode & 0o777 == (0o640 if there else 0o600)
+
+
+async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.db"
+    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
+    await store.start()
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert await store.ready() == f"schema is 9999, this release needs {schema.HEAD}"
+    await store.stop(START)
+
+
+async def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
+    """WAL alone would lose the last commits with the power: synchronous must be FULL (2)."""
+    store = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
+    assert isinstance(store, SqliteStore)
+    await store.start()
+    await store.tokens.add(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
+    writer = store._database._connection
+    pragmas = {name: writer.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2}
+    assert (tmp_path / "tokens.db-wal").stat().st_size > 0
+    await store.stop(START)
+
+
+def count_elsewhere(path: Path) -> int:
+    """Have another process count the tokens in a file, and close it."""
+    script = (
+        "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM tokens').fetchone())"
+    )
+    return int(subprocess.run([sys.executable, "-c", script, path], capture_output=True, check=True).stdout)
+
+
+async def test_a_second_store_of_a_process_does_not_cost_the_first_its_writes(tmp_path: Path) -> None:
+    """Closing any descriptor of a file gives up all POSIX locks that the process has on it.
+
+    Without its lock the next process to close the file takes itself for the last, and deletes the log in use
+    (https://sqlite.org/howtocorrupt.html, section 2.2).
+    """
+    path = tmp_path / "tokens.db"
+    stores = [open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10) for _ in range(2)]
+    for store in stores:
+        await store.start()
+    for count in range(1, 4):
+        await stores[0].tokens.add(Token(sha256(b"%d" % count).digest(), "ann", "", START, int(START) + 1), 0, START)
+        assert count_elsewhere(path) == count, "what was acknowledged is not there"
+    for store in stores:
+        await store.stop(START)
+
+
+def test_ten_processes_that_start_at_once_on_an_empty_database_all_end_well(tmp_path: Path) -> None:
+    path, line, log = (tmp_path / name for name in ("tokens.db", "line", "log"))
+    streams = [Path(os.devnull), log, log]
+    with line.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        started = [
+            Forked("tests.support.opener", ["opener", str(line), str(path), str(number)], tmp_path, streams, os.environ)
+            for number in range(10)
+        ]
+    assert [process.wait(60) for process in started] == [0] * 10, log.read_text()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM tokens").fetchone() == (10,)
+        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.HEAD,)]
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

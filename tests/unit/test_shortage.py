@@ -1,0 +1,140 @@
+"""What a process lacks (threads, memory, file descriptors) is a 503 that says so, and over as soon as it is there."""
+
+import re
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import LOGIN, Connection
+from tests.support.journal import until
+from tests.support.servers import Server, worker, write_config
+
+READY = (200, {"status": "ready"})
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Run a worker in which nobody has logged in yet."""
+    with worker(write_config(tmp_path)) as running:
+        yield running
+
+
+def readiness(connection: Connection) -> tuple[int, object]:
+    """Ask whether the worker can serve; it is alive in any case."""
+    assert connection.ask("GET", "/healthz").status == 200
+    answer = connection.ask("GET", "/readyz")
+    return answer.status, answer.json()
+
+
+@contextmanager
+def no_room_for_threads(process: int) -> Iterator[None]:
+    """Leave a process some memory to go on with, and not enough for the stack of another thread."""
+    status = Path(f"/proc/{process}/status").read_text()
+    match = re.search(r"VmSize:\s+(\d+) kB", status)
+    assert match is not None
+    before = resource.prlimit(process, resource.RLIMIT_AS)
+    resource.prlimit(process, resource.RLIMIT_AS, (int(match[1]) * 1024 + (4 << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_AS, before)
+
+
+def test_a_first_login_without_a_thread_is_503_until_one_starts(server: Server) -> None:
+    with Connection(server.port) as connection:
+        assert readiness(connection) == READY
+        with no_room_for_threads(server.process.pid):
+            for _ in range(100):  # more than may wait: none keeps its place
+                answer = connection.ask("POST", "/api/token", LOGIN)
+                assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+            reason = "passwords cannot be verified: a thread cannot be started"
+            assert readiness(connection) == (503, {"reason": reason, "status": "not ready"})
+        assert readiness(connection) == READY, "without a login that would show it"
+        assert connection.valid(connection.log_in())
+    assert len(server.events("thread_not_started")) == len(server.events("thread_started_again")) == 1
+    assert not server.events("unexpected")
+
+
+def test_a_list_that_needs_a_thread_is_503_until_one_starts(server: Server) -> None:
+    """The reader of lists has threads of its own, which SQLAlchemy's driver starts."""
+    with Connection(server.port) as connection:
+        token = connection.log_in()
+        with no_room_for_threads(server.process.pid):
+            answer = connection.ask("GET", "/api/tokens", X_Token=token)
+            assert (answer.status, answer.json()["error"]) == (503, "store_unavailable")
+            assert readiness(connection) == (
+                503,
+                {"reason": "store unreachable: can't start new thread", "status": "not ready"},
+            )
+            assert connection.valid(token)
+        assert readiness(connection) == READY
+        assert connection.ask("GET", "/api/tokens", X_Token=token).status == 200
+    assert not server.events("unexpected")
+
+
+@contextmanager
+def descriptors_limited(process: int, soft: int) -> Iterator[None]:
+    """Let a process have no more descriptors open than that."""
+    before = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_NOFILE, before)
+
+
+def new_connection_is_kept(server: Server) -> bool:
+    """Open a connection, and ask something over it: it is answered in any case. Close it."""
+    with Connection(server.port) as connection:
+        answer = connection.ask("GET", "/healthz")
+        assert answer.status == 200
+        return answer.headers.get("connection") != "close"
+
+
+def test_with_few_descriptors_new_connections_are_answered_once(server: Server) -> None:
+    with ExitStack() as stack, descriptors_limited(server.process.pid, 96):
+        kept, ended = [], []
+        for _ in range(64):
+            kept.append(stack.enter_context(Connection(server.port)))
+            ended.append(kept[-1].ask("GET", "/healthz").headers.get("connection") == "close")
+        assert ended == sorted(ended), "first come, first kept"
+        assert 20 < ended.index(True) < 64, "and a quarter of all descriptors is the reserve"
+        first = kept[0]
+        assert readiness(first) == (503, {"reason": "out of file descriptors: 96 are allowed", "status": "not ready"})
+        token = first.log_in()
+        assert first.ask("GET", "/api/tokens", X_Token=token).status == 200, "which opens the database once more"
+        for _ in range(50):
+            idle = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            idle.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert not new_connection_is_kept(server), "however many have taken a place and ask for nothing"
+        for more in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\na"):
+            for _ in range(50):
+                stuck = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                stuck.sendall(b"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more)
+            assert not new_connection_is_kept(server), "nor however many do not end their request"
+        for one in kept[1:]:
+            one.close()
+        until(lambda: new_connection_is_kept(server), "a new connection is kept again")
+        assert readiness(first) == READY
+    assert len(server.events("file_descriptors_short")) == len(server.events("file_descriptors_free_again")) == 1
+
+
+def test_without_descriptors_kept_connections_go_on(server: Server) -> None:
+    with Connection(server.port) as kept:
+        token = kept.log_in()
+        with descriptors_limited(server.process.pid, 10):
+            waiting = Connection(server.port)
+            server.wait("file_descriptors_short")
+            reason = "out of file descriptors: Too many open files"
+            assert readiness(kept) == (503, {"reason": reason, "status": "not ready"})
+            assert kept.valid(token)
+            kept.log_out(token)
+        assert readiness(kept) == READY
+        with waiting:
+            assert waiting.ask("GET", "/healthz").status == 200, "it was not shed, as libuv would have done"
+        server.wait("file_descriptors_free_again")
+    assert len(server.events("file_descriptors_short")) == 1, "however often it was tried meanwhile"

@@ -1,0 +1,143 @@
+"""The sweeper deletes pool tokens that have expired, in steps, and no others; what is lent or waits is left alone."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.lending import Borrower
+from tests.support.servers import HandClock, worker, write_config
+from tokenauth.service import Service, create_service
+from tokenauth.settings import loader
+from tokenauth.sweeper import BATCH, INTERVAL, Sweeper
+
+TOKEN_TTL = 300
+POOLS = f"""
+[pools.waiting]
+token_ttl = {TOKEN_TTL}
+[pools.bounded]
+capacity = 5
+token_ttl = {TOKEN_TTL}
+lease_ttl = 1000
+[pools.for_ever]
+[pools.permits]
+capacity = 3
+prefill = true
+"""
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> HandClock:
+    """Keep the time of one test."""
+    return HandClock(tmp_path / "clock", create=True)
+
+
+@pytest.fixture
+async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
+    """Run a service without a sweeper."""
+    service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, ticks=lambda: 0.0)
+    async with service.running():
+        await service.pools.prefill()
+        yield service
+
+
+@pytest.fixture
+def sweeper(service: Service) -> Sweeper:
+    """Make a sweeper that is told when to sweep."""
+    return Sweeper(service.store, service.pools, service.clock, forget=3600)
+
+
+def rows(directory: Path) -> dict[str, int]:
+    """Count what lies in the database, by pool."""
+    with closing(sqlite3.connect(directory / "tokenauth.db")) as db:
+        return dict(db.execute("SELECT pool, count(*) FROM pool_tokens GROUP BY pool"))
+
+
+async def test_expired_tokens_of_every_pool_are_deleted_in_steps(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
+) -> None:
+    pools = service.pools
+    for count in (BATCH, BATCH, 7):
+        await pools.generate(pools.find("waiting"), count)
+    await pools.generate(pools.find("bounded"), 2)
+    await pools.generate(pools.find("for_ever"), 4)
+    clock.advance(TOKEN_TTL - 1)
+    (late,) = await pools.generate(pools.find("waiting"), 1)
+    assert await sweeper.sweep() == 0
+    clock.advance(INTERVAL)
+    assert await sweeper.sweep() == 2 * BATCH + 7 + 2
+    assert rows(tmp_path) == {"waiting": 1, "for_ever": 4, "permits": 3}
+    assert (await pools.get(pools.find("waiting"), late)).value == late
+
+
+async def test_what_is_lent_is_deleted_only_when_it_has_waited_after_its_lease(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
+) -> None:
+    pools = service.pools
+    bounded = pools.find("bounded")
+    await pools.generate(bounded, 2)
+    lent = await pools.assign(bounded, "ci")
+    clock.advance(1000)
+    assert await sweeper.sweep() == 1, "the one that nobody took"
+    assert await pools.count(bounded) == (1, 0)
+    clock.advance(TOKEN_TTL - 1)
+    assert await sweeper.sweep() == 0
+    clock.advance(INTERVAL)
+    assert await sweeper.sweep() == 1
+    assert "bounded" not in rows(tmp_path)
+    assert await pools.count(bounded) == (0, 0)
+    assert lent.fence == 1
+
+
+async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_lease_is_over(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
+) -> None:
+    pools = service.pools
+    for _ in range(3):
+        await pools.assign(pools.find("permits"), "ci")
+    fewer = loader.load(write_config(tmp_path, POOLS.replace("capacity = 3", "capacity = 1")))
+    shrunk = create_service(fewer, clock, ticks=lambda: 0.0)
+    async with shrunk.running():
+        await shrunk.pools.prefill()
+        clock.advance(59)
+        assert await sweeper.sweep() == 0
+        clock.advance(INTERVAL)
+        assert await sweeper.sweep() == 2
+        assert rows(tmp_path) == {"permits": 1}
+        assert await shrunk.pools.count(shrunk.pools.find("permits")) == (1, 0)
+
+
+@pytest.mark.faults  # it lasts as long as a writer waits for the lock
+async def test_a_pool_that_could_not_be_filled_at_the_start_is_filled_later(tmp_path: Path, clock: HandClock) -> None:
+    """Another process holds the lock for longer than a start waits."""
+    fuller = POOLS.replace("capacity = 3", "capacity = 5")
+    service = create_service(loader.load(write_config(tmp_path, fuller)), clock, ticks=lambda: 0.0)
+    await service.store.start()
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        await service.pools.prefill()
+        db.execute("ROLLBACK")
+    assert rows(tmp_path) == {}
+    async with asyncio.timeout(20):
+        while await service.store.ready() is not None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.05)
+    await Sweeper(service.store, service.pools, service.clock, forget=3600).sweep()
+    assert rows(tmp_path) == {"permits": 5}
+    await service.store.stop(clock())
+
+
+def test_a_worker_sweeps_the_pools_of_its_configuration(tmp_path: Path, clock: HandClock) -> None:
+    config = write_config(tmp_path, POOLS)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        admin = Borrower(connection)
+        admin.generate("waiting", 5)
+        admin.generate("for_ever", 1)
+        server.kill()
+    clock.advance(TOKEN_TTL)
+    with worker(config, clock) as server:
+        assert server.wait("swept")["rows"] == 5
+        assert rows(tmp_path) == {"for_ever": 1, "permits": 3}

@@ -1,0 +1,176 @@
+"""Processes that write to one SQLite file take turns, and none waits for long for a turn that does not come."""
+
+import asyncio
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import structlog
+
+from tests.support.servers import START
+from tokenauth.settings import model as config
+from tokenauth.stores.open import open_store
+from tokenauth.stores.sqlite import store as sqlite
+from tokenauth.stores.sqlite import turns
+from tokenauth.stores.sqlite.store import SqliteStore
+
+SOON = 0.5
+"""Seconds that a write may take that waits for nobody, on a busy machine."""
+
+
+@asynccontextmanager
+async def opened(directory: Path) -> AsyncIterator[SqliteStore]:
+    store = open_store(config.Database(f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}"), 10)
+    assert isinstance(store, SqliteStore)
+    await store.start()
+    try:
+        yield store
+    finally:
+        await store.stop(START)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
+    async with opened(tmp_path) as store:
+        yield store
+
+
+@contextmanager
+def turn(directory: Path) -> Iterator[Callable[[], None]]:
+    """Have the turn, as another process; call what this yields to end it."""
+    file = os.open(directory / "tokenauth.db-turns", os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield lambda: fcntl.flock(file, fcntl.LOCK_UN)
+    finally:
+        os.close(file)
+
+
+async def seconds(store: SqliteStore) -> float:
+    """Write something, and return how long that took."""
+    began = monotonic()
+    await store.remember(START)
+    return monotonic() - began
+
+
+async def test_a_write_waits_for_its_turn_and_no_longer(store: SqliteStore, tmp_path: Path) -> None:
+    with turn(tmp_path) as end:
+        writing = asyncio.ensure_future(seconds(store))
+        assert not (await asyncio.wait({writing}, timeout=0.2))[0]
+        end()
+        assert 0.2 <= await writing < turns.TURN_PATIENCE
+
+
+async def test_a_write_wakes_one_thread(store: SqliteStore) -> None:
+    """The one for writes beside a turn that does not come sleeps: to be woken costs more than a small write."""
+
+    def woken() -> dict[int, int]:
+        """Count how often each executor's thread waited."""
+        threads = [thread.native_id or 0 for thread in threading.enumerate() if thread.name.startswith("lane-")]
+        status = {thread: Path(f"/proc/self/task/{thread}/status").read_text() for thread in threads}
+        return {
+            thread: int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for thread, text in status.items()
+        }
+
+    before = woken()
+    for _ in range(100):
+        await store.remember(START)
+    after = woken()
+    assert len(before) >= 2
+    assert sum(after[thread] > before[thread] + 10 for thread in before) == 1
+
+
+async def test_a_turn_that_does_not_end_holds_up_one_write(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has it may have been stopped. SQLite's own lock decides then, and turns are taken again afterwards."""
+    monkeypatch.setattr(sqlite, "TURN_PATIENCE", 0.1)
+    with turn(tmp_path):
+        assert await seconds(store) >= 0.1
+        for _ in range(5):
+            assert await seconds(store) < SOON
+        assert await store.ready() is None
+    async with asyncio.timeout(20):
+        while store._database._turns.next() is None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+    with turn(tmp_path):
+        assert await seconds(store) >= 0.1
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+async def test_the_turn_of_a_process_that_ends_is_over(store: SqliteStore, tmp_path: Path, how: signal.Signals) -> None:
+    code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(  # noqa: ASYNC220 - it says when it has the turn
+        [sys.executable, "-c", code, str(tmp_path / "tokenauth.db-turns")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        writing = asyncio.ensure_future(seconds(store))
+        assert not (await asyncio.wait({writing}, timeout=0.2))[0]
+        holder.send_signal(how)
+        assert await writing < turns.TURN_PATIENCE
+
+
+async def test_a_deleted_file_is_made_again(store: SqliteStore, tmp_path: Path) -> None:
+    """Until then those that have the old one take turns by it, and others by a new one."""
+    file = tmp_path / "tokenauth.db-turns"
+    file.unlink()
+    assert await seconds(store) < SOON
+    store._database.refresh_turns()
+    with turn(tmp_path):
+        writing = asyncio.ensure_future(seconds(store))
+        assert not (await asyncio.wait({writing}, timeout=0.2))[0]
+    await writing
+
+
+@pytest.mark.parametrize("place", ["directory", "link", "nowhere"])
+async def test_where_no_turns_can_be_taken_writes_go_on(tmp_path: Path, place: str) -> None:
+    file = tmp_path / "tokenauth.db-turns"
+    if place == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to(tmp_path / "elsewhere" if place == "link" else "/proc/1/nothing")
+    with structlog.testing.capture_logs() as logs:
+        async with opened(tmp_path) as one, opened(tmp_path) as other:
+            assert await seconds(one) < SOON
+            assert await seconds(other) < SOON
+            assert await one.ready() is None
+    assert [entry["reason"] for entry in logs if entry["event"] == "writers_take_no_turns"] != []
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o640])
+async def test_the_file_is_for_those_who_may_use_the_database(tmp_path: Path, mode: int) -> None:
+    database = tmp_path / "tokenauth.db"
+    database.touch()
+    database.chmod(mode)
+    async with opened(tmp_path):
+        found = (tmp_path / "tokenauth.db-turns").stat()
+    assert stat.S_IMODE(found.st_mode) == mode
+    assert (found.st_uid, found.st_gid) == (database.stat().st_uid, database.stat().st_gid)
+
+
+async def test_writers_of_several_stores_wait_for_each_other_in_turn(tmp_path: Path) -> None:
+    """Each of them gets its turn while the others want it, too: nobody starves."""
+    async with opened(tmp_path) as one, opened(tmp_path) as two, opened(tmp_path) as three:
+        counts = {id(each): 0 for each in (one, two, three)}
+        until = monotonic() + 0.5
+
+        async def write(store: SqliteStore) -> None:
+            while monotonic() < until:
+                await store.remember(START + counts[id(store)])
+                counts[id(store)] += 1
+
+        await asyncio.gather(write(one), write(two), write(three))
+    assert min(counts.values()) * 5 > max(counts.values()) > 0

@@ -1,0 +1,1 @@
+"""Tests of HTTP, over sockets where that matters."""

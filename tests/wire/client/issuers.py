@@ -1,0 +1,83 @@
+"""An issuer in this process that answers what the test says, when the test says; and clocks to go with it."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from starlette.types import Receive, Scope, Send
+
+from tests.support.servers import START
+from tokenauth.models import public_id
+from tokenauth.values import digest
+
+Reply = tuple[int, bytes]
+
+INVALID: Reply = (401, b'{"error": "invalid_token", "error_description": "..."}')
+"""What the issuer says of a token that is not valid."""
+
+URL = "http://issuer"
+
+
+class Hand:
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now: float = START) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """Read the time."""
+        return self.now
+
+
+def token(number: int) -> bytes:
+    """Make a value of the right form."""
+    return b"%064d" % number
+
+
+def me(value: bytes, **changes: Any) -> bytes:
+    """Say what the issuer answers about a token of Ann's."""
+    found = digest(value)
+    assert found is not None
+    document = {"username": "ann", "scopes": ["read"], "id": public_id(found), "issued_at": 1, "expiry_time": 2 * START}
+    return json.dumps({**document, "expiry_time": int(2 * START), **changes}).encode()
+
+
+class HeldIssuer:
+    """Decides as soon as it is asked, and answers while `gate` is open; `asked` has what it was asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self._more = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.reply: Callable[[bytes], Reply] = lambda value: (200, me(value))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one question."""
+        value = dict(scope["headers"])[b"x-token"]
+        self.asked.append(value)
+        self._more.set()
+        status, body = self.reply(value)
+        await self.gate.wait()
+        headers = [(b"location", b"http://elsewhere/")] if status == 307 else []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """Open a client that reaches this issuer, whatever the address."""
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self), **options)
+
+    async def was_asked(self, times: int) -> None:
+        """Wait until it has been asked so often."""
+        async with asyncio.timeout(20):
+            while len(self.asked) < times:
+                self._more.clear()
+                await self._more.wait()
+
+
+async def turns() -> None:
+    """Let everything go on that can, without any time passing."""
+    for _ in range(50):
+        await asyncio.sleep(0)

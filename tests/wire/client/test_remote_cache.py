@@ -1,0 +1,230 @@
+"""RemoteTokens: how long an answer is used again, who shares a question, and what is remembered of whom."""
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+
+from tests.support.servers import START
+from tests.wire.client.conftest import Connect
+from tests.wire.client.issuers import INVALID, Hand, HeldIssuer, me, token, turns
+
+
+async def test_an_answer_is_used_again_for_max_age_and_no_longer(
+    connect: Connect, issuer: HeldIssuer, ticks: Hand
+) -> None:
+    tokens = connect(max_age=2)
+    first = await tokens.identify(token(1))
+    ticks.now += 1.9
+    assert await tokens.identify(token(1)) is first
+    assert len(issuer.asked) == 1
+    ticks.now += 0.1
+    await tokens.identify(token(1))
+    assert len(issuer.asked) == 2
+
+
+async def test_the_age_of_an_answer_counts_from_when_the_question_was_sent(
+    connect: Connect, issuer: HeldIssuer, ticks: Hand
+) -> None:
+    tokens = connect(max_age=2)
+    issuer.gate.clear()
+    asking = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(1)
+    ticks.now += 1.5
+    issuer.gate.set()
+    await asking
+    ticks.now += 0.6
+    issuer.reply = lambda _: INVALID
+    assert await tokens.identify(token(1)) is None
+
+
+@pytest.mark.parametrize("max_age", [0, 2])
+async def test_a_request_more_than_max_age_after_a_revocation_is_refused_even_while_an_older_question_is_under_way(
+    connect: Connect, issuer: HeldIssuer, ticks: Hand, max_age: float
+) -> None:
+    tokens = connect(max_age=max_age)
+    issuer.gate.clear()
+    before = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(1)
+    issuer.reply = lambda _: INVALID  # it was revoked
+    ticks.now += max_age + 0.001
+    after = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(2)
+    issuer.gate.set()
+    assert await before is not None
+    assert await after is None
+    assert await tokens.identify(token(1)) is None
+
+
+async def test_an_answer_that_comes_late_does_not_replace_one_to_a_later_question(
+    connect: Connect, issuer: HeldIssuer, ticks: Hand
+) -> None:
+    tokens = connect(max_age=2)
+    late = issuer.gate
+    late.clear()
+    before = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(1)
+    ticks.now += 2
+    issuer.gate = asyncio.Event()
+    issuer.gate.set()
+    issuer.reply = lambda _: INVALID
+    assert await tokens.identify(token(1)) is None
+    late.set()
+    assert await before is not None
+    assert await tokens.identify(token(1)) is None
+    assert len(issuer.asked) == 2
+
+
+@pytest.mark.parametrize("max_age", [0, 2])
+async def test_requests_at_the_same_time_share_a_question(connect: Connect, issuer: HeldIssuer, max_age: float) -> None:
+    tokens = connect(max_age=max_age)
+    logins = await asyncio.gather(*(tokens.identify(token(1)) for _ in range(20)))
+    assert len(issuer.asked) == 1
+    assert {login.user.username for login in logins if login} == {"ann"}
+
+
+async def test_without_a_max_age_nobody_takes_an_answer_to_a_question_that_was_sent_before_he_came(
+    connect: Connect, issuer: HeldIssuer
+) -> None:
+    """The clock stands still here: not even then."""
+    tokens = connect(max_age=0)
+    issuer.gate.clear()
+    first = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(1)
+    second = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(2)
+    issuer.gate.set()
+    await asyncio.gather(first, second)
+    await tokens.identify(token(1))
+    assert len(issuer.asked) == 3
+
+
+async def test_whoever_is_cancelled_leaves_the_question_to_the_others(connect: Connect, issuer: HeldIssuer) -> None:
+    tokens = connect()
+    issuer.gate.clear()
+    first, second = (asyncio.create_task(tokens.identify(token(1))) for _ in range(2))
+    await issuer.was_asked(1)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    issuer.gate.set()
+    assert await second is not None
+    assert len(issuer.asked) == 1
+
+
+async def test_a_question_whose_askers_have_all_gone_fails_without_a_sound(
+    connect: Connect, issuer: HeldIssuer
+) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    tokens = connect()
+    issuer.gate.clear()
+    issuer.reply = lambda _: (500, b"")
+    asking = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(1)
+    asking.cancel()
+    await asyncio.wait([asking])
+    issuer.gate.set()
+    await turns()
+    del asking
+    gc.collect()
+    await turns()
+    assert not tokens._asking
+    assert complaints == []
+
+
+async def test_a_remembered_token_that_has_expired_is_not_taken(
+    connect: Connect, issuer: HeldIssuer, wall: Hand
+) -> None:
+    tokens = connect()
+    issuer.reply = lambda value: (200, me(value, expiry_time=int(START) + 10))
+    assert await tokens.identify(token(1)) is not None
+    issuer.reply = lambda _: INVALID
+    wall.now += 9
+    assert await tokens.identify(token(1)) is not None
+    wall.now += 1
+    assert await tokens.identify(token(1)) is None
+
+
+async def test_whoever_comes_when_the_token_has_expired_takes_no_answer_of_before(
+    connect: Connect, issuer: HeldIssuer, wall: Hand
+) -> None:
+    tokens = connect()
+    issuer.reply = lambda value: (200, me(value, expiry_time=int(START) + 10))
+    issuer.gate.clear()
+    before = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.was_asked(1)
+    issuer.reply = lambda _: INVALID
+    wall.now += 10
+    after = asyncio.create_task(tokens.identify(token(1)))
+    await turns()
+    issuer.gate.set()
+    assert await before is not None
+    assert await after is None
+
+
+async def test_the_issuer_decides_when_a_token_has_expired(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
+    """The clock here may be wrong; it is only ever a reason to ask."""
+    tokens = connect()
+    issuer.reply = lambda value: (200, me(value, expiry_time=int(START) - 10))
+    assert await tokens.identify(token(1)) is not None
+    assert await tokens.identify(token(1)) is not None
+    assert len(issuer.asked) == 2
+
+
+async def test_a_refusal_is_remembered_for_max_age(connect: Connect, issuer: HeldIssuer, ticks: Hand) -> None:
+    tokens = connect(max_age=2)
+    issuer.reply = lambda _: INVALID
+    assert await tokens.identify(token(1)) is None
+    ticks.now += 1.9
+    assert await tokens.identify(token(1)) is None
+    assert len(issuer.asked) == 1
+    ticks.now += 0.1
+    assert await tokens.identify(token(1)) is None
+    assert len(issuer.asked) == 2
+
+
+@pytest.mark.parametrize("value", [b"", b"x", token(1)[:-1], token(1) + b"0", b"-" * 64, b"\xff" * 64])
+async def test_what_no_token_looks_like_is_refused_unasked(connect: Connect, issuer: HeldIssuer, value: bytes) -> None:
+    assert await connect().identify(value) is None
+    assert issuer.asked == []
+
+
+async def test_what_was_used_longest_ago_is_forgotten_first(connect: Connect, issuer: HeldIssuer) -> None:
+    tokens = connect(size=2)
+    for number in (1, 2, 1, 3):
+        await tokens.identify(token(number))
+    assert len(issuer.asked) == 3
+    await tokens.identify(token(1))
+    assert len(issuer.asked) == 3
+    await tokens.identify(token(2))
+    assert len(issuer.asked) == 4
+
+
+async def test_made_up_tokens_push_out_no_good_one_and_take_up_no_more_room_than_it(
+    connect: Connect, issuer: HeldIssuer
+) -> None:
+    tokens = connect(size=2)
+    await tokens.identify(token(0))
+    issuer.reply = lambda _: INVALID
+    for number in range(1, 10):
+        assert await tokens.identify(token(number)) is None
+    assert await tokens.identify(token(0)) is not None
+    assert len(issuer.asked) == 10
+    assert len(tokens._refused._entries) == 2
+
+
+async def test_no_value_of_a_token_is_held(connect: Connect, issuer: HeldIssuer) -> None:
+    tokens = connect(stale_grace=10, client=issuer.client())
+    value = token(1)
+    assert await tokens.identify(value) is not None
+    issuer.reply = lambda _: INVALID
+    assert await tokens.identify(token(2)) is None
+    issuer.asked.clear()
+    held: list[object] = [tokens._valid, tokens._refused, tokens._questions, tokens._asking]
+    for thing in held:
+        held += [found for found in gc.get_referents(thing) if not isinstance(found, type)][: 2000 - len(held)]
+    texts = [thing if isinstance(thing, bytes) else thing.encode() for thing in held if isinstance(thing, bytes | str)]
+    assert b"ann" in texts
+    assert not {value, token(2)} & set(texts)

@@ -1,0 +1,132 @@
+"""Both clients in one form, so that each test of leases is about both."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+from anyio import move_on_after
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from tests.support.servers import NO_TLS
+from tokenauth.client.lease import Lease
+from tokenauth.client.pools import AsyncPoolClient, PoolClient
+
+KINDS = ["threads", "asyncio"]
+
+
+class Watch:
+    """The clock that a client counts leases by, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """Read it."""
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Move it."""
+        self.now += seconds
+
+
+class Lost(Protocol):
+    """The event that ends a lease."""
+
+    def is_set(self) -> bool:
+        """Whether it has come."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for it."""
+
+
+class Held(Protocol):
+    """A lease, as tests use it."""
+
+    token: str
+    holder: str
+    fence: int
+
+    @property
+    def lost(self) -> Lost:
+        """Set when it is over."""
+
+    def check(self) -> None:
+        """Raise LeaseLost when it is over."""
+
+
+class Client(Protocol):
+    """A client, as tests use it."""
+
+    def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> AbstractContextManager[Held]:
+        """Hold a token."""
+
+
+Connect = Callable[..., Client]
+"""Makes a client of either kind; its arguments are those of PoolClient."""
+
+
+@contextmanager
+def connecting(kind: str) -> Iterator[Connect]:
+    """Make clients of a kind; disconnect them at the end."""
+    with ExitStack() as stack:
+        portal = stack.enter_context(start_blocking_portal()) if kind == "asyncio" else None
+
+        def connect(url: str, **options: Any) -> Client:
+            options = {"verify": NO_TLS, **options}
+            if portal is None:
+                return stack.enter_context(PoolClient(url, **options))
+            return _Client(
+                portal, stack.enter_context(portal.wrap_async_context_manager(AsyncPoolClient(url, **options)))
+            )
+
+        yield connect
+
+
+class _Client:
+    """An AsyncPoolClient, used from outside its event loop."""
+
+    def __init__(self, portal: BlockingPortal, client: AsyncPoolClient) -> None:
+        self._portal = portal
+        self._client = client
+
+    @contextmanager
+    def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> Iterator[Held]:
+        """Hold a token."""
+        held = self._client.lease(pool, holder=holder, wait=wait)
+        with self._portal.wrap_async_context_manager(held) as lease:
+            yield _Held(self._portal, lease)
+
+
+class _Held:
+    """A lease of an AsyncPoolClient, used from outside its event loop; it is its own `lost`."""
+
+    def __init__(self, portal: BlockingPortal, lease: Lease[asyncio.Event]) -> None:
+        self.token, self.holder, self.fence = lease.token, lease.holder, lease.fence
+        self._portal = portal
+        self._lease = lease
+
+    def __repr__(self) -> str:
+        return repr(self._lease)
+
+    @property
+    def lost(self) -> Lost:
+        """Set when it is over."""
+        return self
+
+    def check(self) -> None:
+        """Raise LeaseLost when it is over."""
+        self._portal.call(self._lease.check)
+
+    def is_set(self) -> bool:
+        """Whether it is lost."""
+        return self._portal.call(self._lease.lost.is_set)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is lost."""
+        return self._portal.call(self._wait, timeout)
+
+    async def _wait(self, seconds: float | None) -> bool:
+        with move_on_after(seconds):
+            await self._lease.lost.wait()
+        return self._lease.lost.is_set()

@@ -1,0 +1,28 @@
+"""A process that holds a permit and says whether it does: `python -m tests.client_pools.sleeper URL TOKEN CLOCK`."""
+
+import sys
+from pathlib import Path
+
+from tests.support.servers import HandClock
+from tokenauth.client.pools import PoolClient
+from tokenauth.errors import LeaseLost
+
+
+def main() -> None:
+    """Hold a permit until the input ends; look at each line of it."""
+    url, token, clock = sys.argv[1:]
+    with (
+        PoolClient(url, headers={"X-Token": token}, ticks=HandClock(Path(clock))) as pools,
+        pools.lease("permit") as lease,
+    ):
+        print("held", flush=True)
+        for _ in sys.stdin:
+            try:
+                lease.check()
+                print("held", flush=True)
+            except LeaseLost:
+                print("lost", flush=True)
+
+
+if __name__ == "__main__":
+    main()

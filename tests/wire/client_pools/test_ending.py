@@ -1,0 +1,152 @@
+"""However a block ends, its token is given back if that is possible, and nothing is left behind."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.lending import Borrower
+from tests.support.servers import HandClock, Server, log_in, worker, write_config
+from tests.wire.client_pools.clients import Client, Connect, Watch
+from tests.wire.client_pools.conftest import TTL
+from tests.wire.client_pools.lines import Line
+from tokenauth import errors
+from tokenauth.client.pools import AsyncPoolClient, PoolClient
+
+
+@pytest.fixture
+def stop(server: Server) -> Iterator[Callable[[], None]]:
+    """Have the worker stand still from a moment on until the test is over."""
+    yield lambda: server.process.send_signal(signal.SIGSTOP)
+    server.process.send_signal(signal.SIGCONT)
+
+
+class Trouble(Exception):
+    """What goes wrong in a block."""
+
+
+def test_what_a_block_raises_comes_out_and_the_token_goes_back(client: Client, desk: Borrower) -> None:
+    with pytest.raises(Trouble), client.lease("permit"):
+        raise Trouble
+    assert desk.counts("permit") == (1, 0)
+
+
+def test_an_issuer_that_was_killed_is_no_trouble_at_the_end(
+    connect: Connect, tmp_path: Path, settings: str, watch: Watch
+) -> None:
+    def hold() -> None:
+        with client.lease("permit") as lease:
+            doomed.kill()
+            watch.advance(TTL / 3)
+            lease.check()
+            raise Trouble
+
+    with worker(write_config(tmp_path, settings), HandClock(tmp_path / "clock", create=True)) as doomed:
+        with doomed.client() as http:
+            token = log_in(http)
+        client = connect(doomed.url, headers={"X-Token": token}, ticks=watch)
+        with pytest.raises(Trouble):
+            hold()
+        with pytest.raises(errors.IssuerUnavailable), client.lease("permit"):
+            raise AssertionError("nobody answers")
+
+
+@pytest.mark.parametrize("seconds", [TTL / 3, TTL], ids=["held", "lost"])
+def test_an_issuer_that_hangs_is_no_trouble_at_the_end(
+    connect: Connect, login: dict[str, str], server: Server, stop: Callable[[], None], watch: Watch, seconds: float
+) -> None:
+    def hold() -> None:
+        with client.lease("permit") as lease:
+            stop()
+            watch.advance(seconds)
+            assert lease.lost.wait(0) is (seconds == TTL)
+            raise Trouble
+
+    client = connect(server.url, headers=login, ticks=watch, timeout=0.2)
+    with pytest.raises(Trouble):
+        hold()
+
+
+def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: Borrower) -> None:
+    def keepers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "lease-keeper"]
+
+    def hold() -> None:
+        with pools.lease("permit"):
+            assert len(keepers()) == 1
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it leaves behind without
+    try:
+        with PoolClient(server.url, headers={"X-Token": desk.token}) as pools:
+            with pytest.raises(KeyboardInterrupt):
+                hold()
+            assert not keepers()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert desk.counts("permit") == (1, 0)
+
+
+async def test_a_cancelled_task_gives_the_token_back_and_leaves_no_task(server: Server, desk: Borrower) -> None:
+    async def hold() -> None:
+        async with pools.lease("permit"):
+            held.set()
+            await asyncio.Event().wait()
+
+    held = asyncio.Event()
+    async with AsyncPoolClient(server.url, headers={"X-Token": desk.token}) as pools:
+        before = asyncio.all_tasks()
+        task = asyncio.create_task(hold())
+        await held.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == before
+        assert desk.counts("permit") == (1, 0)
+
+
+async def test_a_token_that_comes_after_the_task_was_cancelled_is_given_back(
+    login: dict[str, str], desk: Borrower, line: Line
+) -> None:
+    """The issuer has lent it, and its answer is on the way."""
+
+    async def hold() -> None:
+        async with pools.lease("permit"):
+            raise AssertionError("it was cancelled")
+
+    async with AsyncPoolClient(line.url, headers=login) as pools:
+        line.hold()
+        task = asyncio.create_task(hold())
+        await asyncio.to_thread(line.wait_for_answer)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert desk.counts("permit") == (0, 1)
+        line.free()
+    assert desk.counts("permit") == (1, 0)
+
+
+async def test_a_task_that_is_cancelled_twice_gives_the_token_back(
+    login: dict[str, str], desk: Borrower, line: Line
+) -> None:
+    """The second time while it does so; disconnecting waits for that."""
+
+    async def hold() -> None:
+        async with pools.lease("permit"):
+            line.hold()
+
+    pools = AsyncPoolClient(line.url, headers=login)
+    task = asyncio.create_task(hold())
+    await asyncio.to_thread(line.wait_for_answer)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    closing = asyncio.create_task(pools.aclose())
+    done, _ = await asyncio.wait([closing], timeout=0.1)
+    assert not done, "what is being given back has no connection any more"
+    line.free()
+    await closing
+    assert desk.counts("permit") == (1, 0)

@@ -1,0 +1,178 @@
+"""Leases as they should be: taken, kept alive, given back."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.support.journal import until
+from tests.support.lending import Borrower
+from tests.support.servers import HandClock, Server
+from tests.wire.client_pools.clients import Client, Connect, Watch
+from tests.wire.client_pools.conftest import MANY, TTL
+from tests.wire.client_pools.lines import Line
+from tokenauth import errors
+from tokenauth.client import TokenAuth
+
+PassTime = Callable[[float], object]
+
+
+def ends(desk: Borrower, pool: str = "permit") -> list[int | None]:
+    """Say when the leases of a pool end."""
+    return [member.get("lease_expiry_time") for member in desk.members(pool)]
+
+
+def test_a_token_is_held_until_the_block_ends(client: Client, desk: Borrower, clock: HandClock) -> None:
+    with client.lease("permit", holder="ci-7") as lease:
+        lease.check()
+        (member,) = desk.members("permit")
+        assert (member["token"], member["holder"], member["fence"]) == (lease.token, lease.holder, lease.fence)
+        assert lease.holder == "ci-7"
+        assert member["lease_expiry_time"] == clock() + TTL
+    assert desk.counts("permit") == (1, 0)
+
+
+def test_what_was_given_back_is_lost(client: Client) -> None:
+    with client.lease("permit") as lease:
+        assert not lease.lost.is_set()
+    assert lease.lost.wait(0)
+    with pytest.raises(errors.LeaseLost):
+        lease.check()
+
+
+def test_the_holder_is_by_default_the_user(client: Client) -> None:
+    with client.lease("permit") as lease:
+        assert lease.holder == "admin"
+
+
+def test_no_lease_shows_its_token(client: Client) -> None:
+    with client.lease("permit", holder="ci-7") as lease:
+        assert lease.token not in repr(lease)
+        assert "ci-7" in repr(lease)
+
+
+def test_no_log_shows_the_token_of_a_lease(
+    client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither that of a keep-alive nor that of a release, whatever is logged."""
+    caplog.set_level(logging.DEBUG)
+    with client.lease("permit") as lease:
+        pass_time(TTL / 3)
+        until(lambda: ends(desk) == [clock() + TTL], "the lease was kept alive")
+    told = [record.getMessage() for record in caplog.records if record.name == "httpx"]
+    for method in ("PUT", "DELETE"):
+        assert any(f"{method} " in line and "/api/pools/permit/leases/(token)" in line for line in told)
+    assert lease.token not in caplog.text
+
+
+def test_a_lease_is_kept_alive_for_as_long_as_the_block_takes(
+    client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime
+) -> None:
+    with client.lease("permit") as lease:
+        for _ in range(3):
+            pass_time(TTL / 3)
+            until(lambda: ends(desk) == [clock() + TTL], "the lease runs from now")
+        lease.check()
+        assert desk.members("permit")[0]["fence"] == lease.fence
+
+
+def test_a_keep_alive_is_counted_from_before_it_was_sent(
+    client: Client, desk: Borrower, clock: HandClock, line: Line, pass_time: PassTime
+) -> None:
+    with client.lease("permit") as lease:
+        line.hold()
+        pass_time(TTL / 3)
+        line.wait_for_answer()
+        pass_time(TTL / 2)
+        line.free()
+        until(lambda: ends(desk) == [int(clock() + TTL)], "the next one is due at once: more than a third is over")
+        lease.check()
+
+
+def test_many_leases_are_held_at_once(client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime) -> None:
+    with ExitStack() as stack:
+        leases = [stack.enter_context(client.lease("permits")) for _ in range(MANY)]
+        assert len({lease.token for lease in leases}) == MANY
+        pass_time(TTL / 3)
+        until(lambda: ends(desk, "permits") == [clock() + TTL] * MANY, "all leases run from now")
+    assert desk.counts("permits") == (MANY, 0)
+
+
+def test_a_client_waits_until_a_token_is_given_back(client: Client, desk: Borrower, line: Line) -> None:
+    def hold() -> int:
+        with client.lease("permit", wait=60) as lease:
+            return lease.fence
+
+    before = desk.assign("permit")
+    line.hold()
+    with ThreadPoolExecutor(1) as threads:
+        fence = threads.submit(hold)
+        line.wait_for_answer()
+        desk.release("permit", before.token)
+        line.free()
+        assert fence.result() == before.fence + 1
+
+
+def test_a_client_waits_no_longer_than_it_wants_to(client: Client, desk: Borrower, line: Line, watch: Watch) -> None:
+    def hold() -> None:
+        with client.lease("permit", wait=60):
+            raise AssertionError("there was no token")
+
+    desk.assign("permit")
+    line.hold()
+    with ThreadPoolExecutor(1) as threads:
+        held = threads.submit(hold)
+        line.wait_for_answer()
+        watch.advance(60)
+        line.free()
+        with pytest.raises(errors.NoFreeToken):
+            held.result()
+
+
+def test_it_is_said_when_the_next_lease_ends(client: Client, desk: Borrower, clock: HandClock) -> None:
+    desk.assign("permit")
+    clock.advance(5)
+    with pytest.raises(errors.NoFreeToken) as refusal, client.lease("permit"):
+        raise AssertionError("there was no token")
+    assert refusal.value.retry_after == TTL - 5
+
+
+@pytest.mark.parametrize(
+    ("pool", "options", "kind", "says"),
+    [
+        pytest.param("nowhere", {}, errors.UnknownPool, "no pool of this name", id="no-such-pool"),
+        pytest.param("a?b#c", {}, errors.UnknownPool, "no pool of this name", id="no-pool-can-be-named-so"),
+        pytest.param("guarded", {}, errors.InsufficientScope, "the scope 'write'", id="scope"),
+        pytest.param("permit", {"holder": "a\tb"}, errors.InvalidRequest, "holder: has a", id="holder"),
+    ],
+)
+def test_a_refusal_is_raised(
+    client: Client, pool: str, options: dict[str, Any], kind: type[errors.Refusal], says: str
+) -> None:
+    with pytest.raises(kind, match=says) as refusal, client.lease(pool, **options):
+        raise AssertionError("this was refused")
+    assert type(refusal.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "kind"),
+    [
+        pytest.param("", {}, errors.TokenRequired, id="no-login"),
+        pytest.param("", {"X-Token": "t" * 64}, errors.InvalidToken, id="bad-login"),
+        pytest.param("/nowhere", {}, errors.NotFound, id="bad-address"),
+    ],
+)
+def test_a_client_that_is_set_up_wrong_is_told(
+    connect: Connect, line: Line, path: str, headers: dict[str, str], kind: type[errors.Refusal]
+) -> None:
+    with pytest.raises(errors.Refusal) as refusal, connect(line.url + path, headers=headers).lease("permit"):
+        raise AssertionError("this was refused")
+    assert type(refusal.value) is kind
+
+
+def test_a_user_who_logs_in_when_that_is_needed_may_use_what_his_scope_opens(connect: Connect, server: Server) -> None:
+    with connect(server.url, auth=TokenAuth(server.url, "ann", "ann-secret")).lease("guarded") as lease:
+        assert lease.holder == "ann"

@@ -1,0 +1,219 @@
+"""What the transcripts share: two workers that serve all four dialects, asked in turn, and a day before each test."""
+
+import itertools
+import json
+import math
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from threading import Barrier
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from tests.support import journal
+from tests.support.connections import Answer, Connection
+from tests.support.servers import HandClock, Server, write_config
+
+API_PASSWORD = "open-sesame"
+
+ALL_FOUR = f"""
+[pools.permits]
+capacity = 3
+lease_ttl = 30
+prefill = true
+
+[pools.uuids]
+token_ttl = 300
+lease_ttl = 60
+
+[pools.bounded]
+capacity = 100
+token_ttl = 300
+lease_ttl = 60
+
+[pools.owned]
+capacity = 100
+token_ttl = 300
+lease_ttl = 60
+
+[dialects.simple-token-implement]
+pool = "permits"
+prefix = "/simple-token-implement"
+password = "{API_PASSWORD}"
+
+[dialects.token-pool]
+pool = "uuids"
+prefix = "/token-pool"
+
+[dialects.random-token-generator]
+pool = "bounded"
+prefix = "/random-token-generator"
+
+[dialects.token-management-service]
+pool = "owned"
+prefix = "/token-management-service"
+"""
+
+THREADS = 16
+
+
+class Said(NamedTuple):
+    """An answer: its status, and its body to the byte."""
+
+    status: int
+    body: str
+
+    @property
+    def document(self) -> Any:
+        """What the body says."""
+        return json.loads(self.body)
+
+
+def said(status: int, document: object) -> Said:
+    """Write the answer that has this document, with its keys in this order."""
+    return Said(status, json.dumps(document, separators=(",", ":"), ensure_ascii=False))
+
+
+class Wire:
+    """Speaks to workers of one database in turn: of two requests in a row, each goes to another one."""
+
+    def __init__(self, clients: Iterable[httpx.Client], prefix: str = "", **headers: str) -> None:
+        self._turns = itertools.cycle(clients)
+        self._prefix = prefix
+        self._headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def send(self, method: str, path: str, document: object = None, **options: Any) -> httpx.Response:
+        """Send a request, with a JSON document as its body if there is one."""
+        if document is not None:
+            options["json"] = document
+        headers = {**self._headers, **options.pop("headers", {})}
+        answer = next(self._turns).request(method, self._prefix + path, headers=headers, **options)
+        assert answer.headers["cache-control"] == "no-store", "whatever is answered, no cache may keep it"
+        return answer
+
+    def ask(self, method: str, path: str, document: object = None, **options: Any) -> Said:
+        """Send a request that is answered in JSON."""
+        answer = self.send(method, path, document, **options)
+        assert answer.headers["content-type"] == "application/json"
+        return Said(answer.status_code, answer.text)
+
+    def post(self, path: str, document: object = None, **options: Any) -> Said:
+        """Ask with POST."""
+        return self.ask("POST", path, document, **options)
+
+
+@pytest.fixture(scope="package")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a directory for the two workers."""
+    return tmp_path_factory.mktemp("dialects")
+
+
+@pytest.fixture(scope="package")
+def clock(home: Path) -> HandClock:
+    """Keep their time."""
+    return HandClock(home / "clock", create=True)
+
+
+@pytest.fixture(scope="package")
+def config_file(home: Path) -> Path:
+    """Configure all four dialects, each on a pool of its own under a prefix of its name."""
+    return write_config(home, ALL_FOUR)
+
+
+@pytest.fixture(scope="package")
+def workers(config_file: Path, clock: HandClock) -> Iterator[Sequence[Server]]:
+    """Run two workers for all modules: the day that passes before each test is what keeps tests apart."""
+    with ExitStack() as stack:
+        yield start(stack, config_file, clock)
+
+
+@pytest.fixture(scope="package")
+def server(workers: Sequence[Server]) -> Server:
+    """Name one of them."""
+    return workers[0]
+
+
+@pytest.fixture(scope="package")
+def sibling(workers: Sequence[Server]) -> Server:
+    """Name the other, on the same database."""
+    return workers[1]
+
+
+@pytest.fixture(scope="package")
+def clients(server: Server, sibling: Server) -> Iterator[Sequence[httpx.Client]]:
+    """Connect to both."""
+    with ExitStack() as stack:
+        yield connect(stack, (server, sibling))
+
+
+@pytest.fixture(scope="package")
+def ports(server: Server, sibling: Server) -> Sequence[int]:
+    """Where both listen, for those who connect themselves."""
+    return server.port, sibling.port
+
+
+def sleep_over(clock: HandClock) -> None:
+    """Let every token expire, every lease lapse and every wrong password be forgotten."""
+    clock.set(math.ceil(clock()) + 25 * 3600)
+
+
+@pytest.fixture(autouse=True)
+def _next_day(workers: Sequence[Server], clock: HandClock, config_file: Path) -> None:
+    """Begin each test on another day, so that tests do not meet, and with no row left for the sweeper to delete."""
+    sleep_over(clock)
+    execute(config_file, "DELETE FROM pool_tokens WHERE pool <> 'permits'")
+
+
+@pytest.fixture
+def at(clock: HandClock) -> Callable[[float], None]:
+    """Make what moves the time to so many seconds after the test's start."""
+    start = clock()
+    return lambda seconds: clock.set(start + seconds)
+
+
+def start(stack: ExitStack, config: Path, clock: HandClock) -> Sequence[Server]:
+    """Start two workers on one database at the same moment; `stack` ends them."""
+    return stack.enter_context(journal.workers(config, clock, 2))
+
+
+def connect(stack: ExitStack, servers: Iterable[Server]) -> Sequence[httpx.Client]:
+    """Connect to servers, until `stack` ends it."""
+    return [stack.enter_context(server.client()) for server in servers]
+
+
+def execute(config: Path, statement: str, *values: object) -> list[Any]:
+    """Do something in the database that is no worker's doing."""
+    with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
+        return db.execute(statement, values).fetchall()
+
+
+def rows(config: Path, pool: str) -> list[Any]:
+    """Read what the database has of a pool."""
+    return execute(config, "SELECT * FROM pool_tokens WHERE pool = ? ORDER BY number", pool)
+
+
+def fill(config: Path, pool: str, count: int, now: float) -> list[str]:
+    """Put free tokens into a pool, whatever its capacity is; say which."""
+    values = [f"{secrets.token_hex(8)}-{number}" for number in range(count)]
+    with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
+        lines = ((pool, value, now) for value in values)
+        db.executemany("INSERT INTO pool_tokens (pool, value, free_at, fence, retired) VALUES (?, ?, ?, 0, 0)", lines)
+    return values
+
+
+def at_once(ports: Sequence[int], count: int, ask: Callable[[Connection, int], Answer]) -> list[Answer]:
+    """Have many clients at several workers ask `count` times in all; `ask` is told the how manieth it is."""
+    together = Barrier(THREADS)
+
+    def some(number: int) -> list[Answer]:
+        with Connection(ports[number % len(ports)]) as connection:
+            together.wait()
+            return [ask(connection, which) for which in range(number, count, THREADS)]
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(itertools.chain.from_iterable(threads.map(some, range(THREADS))))

@@ -1,0 +1,95 @@
+"""Where a dialect asks for a token: users touch their own leases only, and only managers touch what is free."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.servers import HandClock, log_in, write_config
+from tests.wire.dialects.conftest import ALL_FOUR, API_PASSWORD, Said, Wire, connect, said, start
+
+SIMPLE, POOL, GENERATOR = "/simple-token-implement", "/token-pool/api", "/random-token-generator"
+ALL_BACK = "All tokens are already available."
+
+
+@pytest.fixture(scope="module")
+def hand(tmp_path_factory: pytest.TempPathFactory) -> HandClock:
+    """Make a clock that is put by hand."""
+    return HandClock(tmp_path_factory.mktemp("clock") / "clock", create=True)
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory, hand: HandClock) -> Iterator[Sequence[httpx.Client]]:
+    """Run two workers whose dialects ask for a token."""
+    text = ALL_FOUR.replace('\nprefix = "', '\nrequire_token = true\nprefix = "').replace("300", "86400")
+    with ExitStack() as stack:
+        yield connect(stack, start(stack, write_config(tmp_path_factory.mktemp("rights"), text), hand))
+
+
+@pytest.fixture(scope="module")
+def users(asking: Sequence[httpx.Client]) -> dict[str, Wire]:
+    """Log in everybody."""
+    passwords = {"admin": "admin", "ann": "ann-secret", "bob": "bob-secret"}
+    tokens = {name: log_in(asking[0], name, password) for name, password in passwords.items()}
+    return {name: Wire(asking, X_Token=token, X_API_PASSWORD=API_PASSWORD) for name, token in tokens.items()}
+
+
+def refused(answer: Said) -> bool:
+    """Whether a scope is missing."""
+    return (answer.status, answer.document["error"]) == (403, "insufficient_scope")
+
+
+def leases(users: dict[str, Wire], pool: str) -> list[tuple[str, str]]:
+    """List who has which lease, the first that ends first."""
+    shown: Any = users["ann"].ask("GET", f"/api/pools/{pool}").document["tokens"]
+    return [(lease["user"], lease["holder"]) for lease in shown]
+
+
+def test_recycling_ends_only_a_lease_of_ones_own(users: dict[str, Wire], hand: HandClock) -> None:
+    """Whether it was issued by the dialect or leased natively, and however many others have older ones."""
+    ann, bob = users["ann"], users["bob"]
+    assert ann.ask("POST", "/api/pools/permits/leases", {"holder": "job-1"}).status == 201
+    hand.advance(1)
+    assert ann.ask("POST", f"{SIMPLE}/issue_token").document["available_tokens"] == 1
+    assert bob.ask("POST", f"{SIMPLE}/recycle_token") == said(
+        400, {"message": ALL_BACK, "available_tokens": 1, "info": "No info provided"}
+    )
+    hand.advance(1)
+    assert bob.ask("GET", f"{SIMPLE}/issue_token").document["available_tokens"] == 0
+    assert bob.ask("GET", f"{SIMPLE}/recycle_token").document["available_tokens"] == 1
+    assert bob.ask("GET", f"{SIMPLE}/recycle_token").status == 400
+    assert leases(users, "permits") == [("ann", "job-1"), ("ann", "ann")]
+    assert ann.ask("POST", f"{SIMPLE}/recycle_token").document["available_tokens"] == 2
+    assert leases(users, "permits") == [("ann", "ann")], "the oldest of them"
+    assert ann.ask("POST", f"{SIMPLE}/recycle_token").document["available_tokens"] == 3
+    assert users["admin"].ask("POST", f"{SIMPLE}/recycle_token").status == 400
+
+
+def test_only_managers_keep_free_tokens_alive(users: dict[str, Wire]) -> None:
+    """What others keep alive would never expire, and they cannot make any, either."""
+    ann, bob, admin = users["ann"], users["bob"], users["admin"]
+    first, second = (admin.post(f"{POOL}/token_pool/").document["token"] for _ in range(2))
+    assert ann.post(f"{POOL}/block_token/") == said(200, {"blocked_token": first})
+    assert refused(bob.post(f"{POOL}/keep_alive/{second}"))
+    assert bob.post(f"{POOL}/keep_alive/{first}").document["error"] == "forbidden", "it is ann's"
+    assert ann.post(f"{POOL}/keep_alive/{first}").status == 200
+    assert admin.post(f"{POOL}/keep_alive/{second}").status == 200
+    assert bob.post(f"{POOL}/keep_alive/00000000-0000-4000-8000-000000000000").status == 400
+
+    first, second = admin.post(f"{GENERATOR}/generate", {"count": 2}).document["tokens"]
+    mine = ann.post(f"{GENERATOR}/assign").document["token"]
+    free = second if mine == first else first
+    assert refused(bob.post(f"{GENERATOR}/keep-alive", {"token": free}))
+    assert refused(bob.post(f"{GENERATOR}/keep-alive"))
+    assert ann.post(f"{GENERATOR}/keep-alive", {"token": mine}).status == 200
+    assert admin.post(f"{GENERATOR}/keep-alive", {"token": free}).status == 200
+    assert admin.post(f"{GENERATOR}/keep-alive") == said(200, {"message": "TTL extended successfully for 1 tokens"})
+
+
+def test_a_lease_of_ones_own_that_is_over_is_not_kept_alive(users: dict[str, Wire], hand: HandClock) -> None:
+    users["admin"].post(f"{GENERATOR}/generate")
+    mine = users["bob"].post(f"{GENERATOR}/assign").document["token"]
+    hand.advance(61)
+    assert refused(users["bob"].post(f"{GENERATOR}/keep-alive", {"token": mine}))

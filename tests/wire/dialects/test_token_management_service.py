@@ -1,0 +1,302 @@
+"""Every row and every sentence of wire/token-management-service.md: a bounded pool whose tokens have owners."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.connections import Answer, Connection
+from tests.support.servers import HandClock
+from tests.wire.dialects.conftest import Said, Wire, at_once, fill, rows, said, sleep_over
+
+PREFIX = "/token-management-service"
+CAPACITY = 100
+FULL = said(403, {"message": "Token pool size limit reached"})
+NONE_FREE = said(404, {"message": "No free token available"})
+REFRESHED = said(200, {"message": "Token keep-alive refreshed"})
+FOREIGN = said(403, {"message": "Token does not belong to this client"})
+UNBLOCKED = said(200, {"message": "Token unblocked"})
+NOT_ASSIGNED = said(403, {"message": "Token not assigned to any client"})
+DELETED = said(200, {"message": "Token deleted successfully!"})
+NOT_FOUND = said(404, {"message": "Token not found"})
+UNKNOWN = f"token_{'u' * 64}"
+
+At = Callable[[float], None]
+
+
+@pytest.fixture(scope="module")
+def wire(clients: Sequence[httpx.Client]) -> Wire:
+    """Speak to both workers."""
+    return Wire(clients, PREFIX)
+
+
+def generate(wire: Wire) -> str:
+    """Make a token."""
+    answer = wire.post("/generate-token")
+    token = str(answer.document["token"])
+    assert answer == said(201, {"token": token})
+    return token
+
+
+def assign(wire: Wire, client: str = "ann") -> Said:
+    """Ask for a token on behalf of a client."""
+    return wire.post("/assign-token", {"client_id": client})
+
+
+def assigned(token: str) -> Said:
+    """Write the answer to who got this token."""
+    return said(200, {"token": token})
+
+
+def lent(wire: Wire, client: str = "ann") -> str:
+    """Make a token and have it assigned."""
+    token = generate(wire)
+    assert assign(wire, client) == assigned(token)
+    return token
+
+
+def test_a_token_says_what_it_is_and_is_random(wire: Wire) -> None:
+    tokens = [generate(wire) for _ in range(20)]
+    assert all(re.fullmatch(r"token_[A-Za-z0-9]{64}", token) for token in tokens)
+    for place in range(len("token_"), len(tokens[0])):
+        assert len({token[place] for token in tokens}) > 3, f"the letter at {place} hardly changes"
+
+
+def test_a_full_pool_makes_no_token(wire: Wire, config_file: Path, clock: HandClock) -> None:
+    fill(config_file, "owned", CAPACITY - 1, clock())
+    generate(wire)
+    before = rows(config_file, "owned")
+    for _ in range(2):
+        assert wire.post("/generate-token") == FULL
+    assert rows(config_file, "owned") == before
+    token = assign(wire).document["token"]
+    assert wire.post("/generate-token") == FULL, "assigned ones count"
+    assert wire.post("/delete-token", {"token": token}) == DELETED
+    generate(wire)
+    assert wire.post("/generate-token") == FULL
+
+
+def test_tokens_are_assigned_until_none_is_free(wire: Wire, at: At) -> None:
+    tokens = []
+    for seconds in range(3):
+        at(seconds)
+        tokens.append(generate(wire))
+    owners = ["ann", "bob", "ann"]
+    assert [assign(wire, owner) for owner in owners] == [assigned(token) for token in tokens], "longest free first"
+    for owner in owners:
+        assert assign(wire, owner) == NONE_FREE
+    for owner, token in zip(owners, tokens, strict=True):
+        assert wire.post("/keep-alive", {"token": token, "client_id": owner}) == REFRESHED
+
+
+def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
+    at(0)
+    early, late = generate(wire), generate(wire)
+    at(299.9)
+    assert wire.post("/delete-token", {"token": early}) == DELETED
+    at(300)
+    assert wire.post("/delete-token", {"token": late}) == NOT_FOUND
+    assert assign(wire) == NONE_FREE
+
+
+def test_an_assigned_token_returns_after_a_minute_and_then_waits_for_five(wire: Wire, at: At) -> None:
+    at(0)
+    early, late = lent(wire, "ann"), lent(wire, "bob")
+    at(59.9)
+    assert assign(wire, "eve") == NONE_FREE
+    at(60)
+    assert wire.post("/keep-alive", {"token": early, "client_id": "ann"}) == FOREIGN
+    assert wire.post("/unblock-token", {"token": early}) == NOT_ASSIGNED
+    at(359.9)
+    assert wire.post("/delete-token", {"token": early}) == DELETED
+    at(360)
+    assert wire.post("/delete-token", {"token": late}) == NOT_FOUND
+    assert assign(wire, "eve") == NONE_FREE
+
+
+def test_a_token_that_went_on_to_another_does_not_belong_to_its_first_owner(wire: Wire, at: At) -> None:
+    at(0)
+    token = lent(wire, "ann")
+    at(60)
+    assert assign(wire, "bob") == assigned(token)
+    assert wire.post("/keep-alive", {"token": token, "client_id": "ann"}) == FOREIGN
+    at(119.9)
+    assert assign(wire, "eve") == NONE_FREE
+    at(120)
+    assert assign(wire, "eve") == assigned(token)
+
+
+@pytest.mark.parametrize("owner", [{"client_id": "ann"}, {}, {"client_id": None}])
+def test_who_keeps_a_token_alive_has_it_a_minute_from_then(wire: Wire, at: At, owner: dict[str, str]) -> None:
+    """The documented body has no client_id, the running code wants one."""
+    at(0)
+    token = lent(wire, "ann")
+    for seconds in (59, 118, 177, 236, 295, 354):
+        at(seconds)
+        assert wire.post("/keep-alive", {"token": token, **owner}) == REFRESHED
+        assert assign(wire, "bob") == NONE_FREE
+    at(413.9)
+    assert assign(wire, "bob") == NONE_FREE
+    at(414)
+    assert wire.post("/keep-alive", {"token": token, **owner}) == FOREIGN
+    assert assign(wire, "bob") == assigned(token)
+
+
+def test_a_token_of_another_is_not_kept_alive(wire: Wire, at: At) -> None:
+    at(0)
+    token = lent(wire, "ann")
+    at(30)
+    for other in ("bob", "ANN", "an", "ann ", ""):
+        assert wire.post("/keep-alive", {"token": token, "client_id": other}) == FOREIGN
+    at(60)
+    assert assign(wire, "bob") == assigned(token), "its minute was not extended"
+
+
+@pytest.mark.parametrize("owner", [{"client_id": "ann"}, {}])
+def test_a_token_that_is_not_assigned_is_not_kept_alive(wire: Wire, at: At, owner: dict[str, str]) -> None:
+    at(0)
+    token = generate(wire)
+    at(200)
+    assert wire.post("/keep-alive", {"token": token, **owner}) == FOREIGN
+    assert wire.post("/keep-alive", {"token": UNKNOWN, **owner}) == FOREIGN
+    at(300)
+    assert assign(wire) == NONE_FREE
+
+
+def test_an_unblocked_token_is_free_and_lives_for_another_five_minutes(wire: Wire, at: At) -> None:
+    at(0)
+    early, late = lent(wire, "ann"), lent(wire, "bob")
+    at(30)
+    for token in (early, late):
+        assert wire.post("/unblock-token", {"token": token}) == UNBLOCKED
+        assert wire.post("/unblock-token", {"token": token}) == NOT_ASSIGNED
+        assert wire.post("/keep-alive", {"token": token, "client_id": "ann"}) == FOREIGN
+    at(329.9)
+    assert assign(wire, "eve") == assigned(early)
+    at(330)
+    assert assign(wire, "eve") == NONE_FREE
+    assert wire.post("/delete-token", {"token": late}) == NOT_FOUND
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+@pytest.mark.parametrize("state", ["free", "assigned"])
+def test_the_documented_and_the_running_method_delete_a_token_free_or_assigned(
+    wire: Wire, method: str, state: str
+) -> None:
+    token = lent(wire) if state == "assigned" else generate(wire)
+    assert wire.ask(method, "/delete-token", {"token": token}) == DELETED
+    assert wire.ask(method, "/delete-token", {"token": token}) == NOT_FOUND
+    assert wire.post("/unblock-token", {"token": token}) == NOT_ASSIGNED
+    assert assign(wire) == NONE_FREE
+
+
+@pytest.mark.parametrize("token", [UNKNOWN, "token_", "\0", "x" * 9000, "grün", "' OR 1=1 --"])
+def test_an_unknown_token_is_told_apart_by_no_one(wire: Wire, config_file: Path, token: str) -> None:
+    lent(wire)
+    before = rows(config_file, "owned")
+    assert wire.post("/keep-alive", {"token": token}) == FOREIGN
+    assert wire.post("/keep-alive", {"token": token, "client_id": "ann"}) == FOREIGN
+    assert wire.post("/unblock-token", {"token": token}) == NOT_ASSIGNED
+    for method in ("POST", "DELETE"):
+        assert wire.ask(method, "/delete-token", {"token": token}) == NOT_FOUND
+    assert rows(config_file, "owned") == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "field"),
+    [
+        ("POST", "/assign-token", "client_id"),
+        ("POST", "/keep-alive", "token"),
+        ("POST", "/unblock-token", "token"),
+        ("POST", "/delete-token", "token"),
+        ("DELETE", "/delete-token", "token"),
+    ],
+)
+@pytest.mark.parametrize("value", ["missing", "no body", None, ""])
+def test_a_field_that_is_missing_where_it_is_needed_is_400_and_named(
+    wire: Wire, config_file: Path, method: str, path: str, field: str, value: str | None
+) -> None:
+    """The original answers 200, or 403 with a token owned by nobody."""
+    token = generate(wire)
+    other = {"client_id": token, "token": "ann"}[field]
+    given = {"client_id": "ann", "token": token, "other": other}
+    del given[field]
+    body = {"missing": given, "no body": None}.get(str(value), {**given, field: value})
+    before = rows(config_file, "owned")
+    answer = wire.ask(method, path, body)
+    assert answer.status == 400
+    assert list(answer.document) == ["message"]
+    assert re.search(rf"\b{field}\b", answer.document["message"])
+    assert rows(config_file, "owned") == before
+    assert assign(wire) == assigned(token)
+
+
+@pytest.mark.parametrize("client", ["a", "x" * 256, "жанна", "' OR 1=1 --", "🔑", " ", "token_"])
+def test_any_text_of_up_to_256_characters_is_a_client(wire: Wire, client: str) -> None:
+    token = lent(wire, client)
+    assert wire.post("/keep-alive", {"token": token, "client_id": client}) == REFRESHED
+    assert wire.post("/keep-alive", {"token": token, "client_id": f"{client}x"}) == FOREIGN
+
+
+@pytest.mark.parametrize("client", ["x" * 257, "x" * 9000, "a\0", "\n", "\u202e"])
+def test_any_other_is_400_and_gets_nothing(wire: Wire, config_file: Path, client: str) -> None:
+    generate(wire)
+    before = rows(config_file, "owned")
+    answer = assign(wire, client)
+    assert (answer.status, answer.document["error"]) == (400, "invalid_request")
+    assert rows(config_file, "owned") == before
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/generate-token", {"POST"}),
+        ("/assign-token", {"POST"}),
+        ("/keep-alive", {"POST"}),
+        ("/unblock-token", {"POST"}),
+        ("/delete-token", {"POST", "DELETE"}),
+    ],
+)
+def test_other_methods_are_405_and_name_the_right_ones(
+    wire: Wire, config_file: Path, path: str, allowed: set[str]
+) -> None:
+    before = rows(config_file, "owned")
+    for method in {"GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"} - allowed:
+        answer = wire.send(method, path)
+        assert answer.status_code == 405
+        assert set(answer.headers["allow"].split(", ")) == allowed
+    assert rows(config_file, "owned") == before
+
+
+def test_a_limit_of_a_hundred_lets_exactly_a_hundred_be_made(
+    ports: Sequence[int], config_file: Path, clock: HandClock
+) -> None:
+    """The original let 105 be made. Nine times, since it takes some luck to see that."""
+
+    def one(connection: Connection, _: int) -> Answer:
+        return connection.ask("POST", f"{PREFIX}/generate-token")
+
+    for room in (CAPACITY, *[4] * 8):
+        sleep_over(clock)
+        fill(config_file, "owned", CAPACITY - room, clock())
+        answers = at_once(ports, room + 28, one)
+        made = [answer.json()["token"] for answer in answers if answer.status == 201]
+        assert len(set(made)) == len(made) == room
+        assert [answer.body for answer in answers if answer.status != 201] == [FULL.body.encode()] * 28
+
+
+def test_no_token_gets_two_owners(wire: Wire, ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
+    values = fill(config_file, "owned", 80, clock())
+
+    def client(connection: Connection, number: int) -> Answer:
+        return connection.ask("POST", f"{PREFIX}/assign-token", {"client_id": f"client-{number}"})
+
+    answers = at_once(ports, 120, client)
+    owned = [answer.json()["token"] for answer in answers if answer.status == 200]
+    assert sorted(owned) == sorted(values)
+    assert {answer.status for answer in answers} == {200, 404}
+    holders = {row[4] for row in rows(config_file, "owned")}
+    assert len(holders) == len(values), "each by a client of its own"
+    assert assign(wire) == NONE_FREE

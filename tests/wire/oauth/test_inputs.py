@@ -1,0 +1,210 @@
+"""Forms and headers of any kind: refused in words, never with a 5xx, and never granted by accident."""
+
+import json
+from collections.abc import Iterator
+from urllib.parse import urlencode
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.support.connections import Answer, Closed, Connection
+from tests.support.servers import Server, exchange
+from tests.wire.oauth.forms import ENDPOINTS, GATEWAY, INACTIVE, basic, form_bytes
+
+KIB = 1024
+FORM = "application/x-www-form-urlencoded"
+RIGHT = basic(":".join(GATEWAY))
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Hold nobody up: what is tried here is to be looked at each time."""
+    return "[throttle]\nfree = 1000000\nnetwork_free = 1000000"
+
+
+class Kept:
+    """A kept connection, made anew when the server has said that it ends."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._connection = Connection(port)
+
+    def send(self, request: bytes) -> Answer:
+        """Send raw bytes and read the answer."""
+        try:
+            return self._connection.send(request)
+        except Closed:
+            self.close()
+            self._connection = Connection(self.port)
+            return self._connection.send(request)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._connection.close()
+
+
+@pytest.fixture(scope="module")
+def kept(server: Server) -> Iterator[Kept]:
+    """Connect to the worker."""
+    connection = Kept(server.port)
+    yield connection
+    connection.close()
+
+
+def typed(kind: str | None, body: bytes, *lines: str) -> bytes:
+    """Write a request of the gateway with a body of some type."""
+    sent = form_bytes("introspect", RIGHT, body, *lines)
+    return sent.replace(f"Content-Type: {FORM}\r\n".encode(), f"Content-Type: {kind}\r\n".encode() if kind else b"")
+
+
+def whole(body: bytes) -> bytes:
+    """Write a request of the gateway."""
+    return form_bytes("introspect", RIGHT, body)
+
+
+def padded(size: int) -> bytes:
+    """Fill a right form up to a size."""
+    return b"token=x&y=" + b"z" * (size - 10)
+
+
+CHUNKS = b"1000\r\n" + b"x" * 4096 + b"\r\n"
+
+HOSTILE: dict[str, tuple[bytes, int, str]] = {
+    # B37, B42: size and type
+    "no type": (typed(None, b"token=x"), 400, "Content-Type"),
+    "JSON": (typed("application/json", b'{"token": "x"}'), 400, "Content-Type"),
+    "text": (typed("text/plain", b"token=x"), 400, "Content-Type"),
+    "parts": (typed("multipart/form-data; boundary=x", b"--x--"), 400, "Content-Type"),
+    "a type that only begins so": (typed(FORM + "2", b"token=x"), 400, "Content-Type"),
+    "two types": (typed(FORM, b"token=x", "Content-Type: text/plain"), 400, "Content-Type"),
+    "gzip": (typed(FORM, b"token=x", "Content-Encoding: gzip"), 400, "Content-Encoding"),
+    "a body over the limit": (whole(padded(16 * KIB + 1)), 413, "16 KiB"),
+    "an endless body": (
+        whole(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + CHUNKS * 8, 413, "16 KiB",
+    ),
+    "no body": (whole(b""), 400, "token"),
+    "101 fields": (whole(b"&".join(b"f%d=x" % number for number in range(101))), 400, "100 fields"),
+    # a field twice (RFC 6749 section 3.2)
+    "a token twice": (whole(b"token=x&token=y"), 400, "twice"),
+    "the same token twice": (whole(b"token=x&token=x"), 400, "twice"),
+    "an unknown field twice": (whole(b"token=x&y=1&y=2"), 400, "twice"),
+    "a field twice, once encoded": (whole(b"token=x&%74oken=y"), 400, "twice"),
+    # B39: text
+    "bytes that are no UTF-8": (whole(b"token=\xff\xfe"), 400, "UTF-8"),
+    "encoded bytes that are no UTF-8": (whole(b"token=%ff%fe"), 400, "UTF-8"),
+    "overlong UTF-8": (whole(b"token=%c0%ae"), 400, "UTF-8"),
+    "a lone surrogate": (whole(b"token=%ed%a0%80"), 400, "UTF-8"),
+    "a field name that is no UTF-8": (whole(b"token=x&%ff=y"), 400, "UTF-8"),
+    "UTF-16": (whole("token=x".encode("utf-16")), 400, "UTF-8"),
+    # what clients are called
+    "NUL in a name": (form_bytes("token", "", b"grant_type=x&client_id=a%00b&client_secret=x"), 400, "username"),
+    "NUL in a secret": (form_bytes("token", "", b"grant_type=x&client_id=a&client_secret=x%00"), 400, "password"),
+    "NUL in Basic": (form_bytes("token", basic("ann:\0"), b"grant_type=x"), 400, "password"),
+    "a name too long": (form_bytes("token", basic("x" * 257 + ":y"), b"grant_type=x"), 400, "username"),
+    "a secret too long": (form_bytes("token", basic("x:" + "y" * 1025), b"grant_type=x"), 400, "password"),
+    "a secret as long as can be": (form_bytes("token", basic("x:" + "y" * 1024), b"grant_type=x"), 401, "client"),
+    "a header over the limit": (form_bytes("token", basic("x:" + "y" * 16 * KIB), b"grant_type=x"), 431, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_hostile_form_is_refused_in_words_that_name_the_fault(server: Server, fault: str) -> None:
+    sent, status, named = HOSTILE[fault]
+    answered, _, body = exchange(server.port, sent)
+    assert answered == status, body
+    assert named in body.decode()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        typed(FORM.upper() + "; charset=UTF-8", b"token=x"),
+        typed(FORM + " ;charset=utf-8", b"token=x"),
+        whole(padded(16 * KIB)),
+        whole(b"&".join([b"token=x", *(b"f%d=x" % number for number in range(99))])),
+        whole(b"&&token=x&&"),
+        whole(b"token=x;token=y"),
+        whole(b"token=x&empty=&empty="),
+        whole(b"token=%zz%"),
+        whole(b"token=%c3%a4&%c3%a4=+"),
+        whole(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"7\r\ntoken=x\r\n0\r\n\r\n",
+    ],
+    ids=range(10),
+)
+def test_what_is_unusual_and_right_is_taken(server: Server, sent: bytes) -> None:
+    status, _, body = exchange(server.port, sent)
+    assert (status, body) == (200, INACTIVE)
+
+
+FIELDS = ["grant_type", "scope", "token", "token_type_hint", "client_id", "client_secret", "username", "password"]
+WORDS = [
+    "client_credentials",
+    "password",
+    "refresh_token",
+    "ann",
+    "gateway",
+    "introspect",
+    "read",
+    "access_token",
+    "nobody",
+]
+
+printable = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=40)
+words = st.sampled_from(WORDS) | st.text(max_size=20)
+fields = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), words, max_size=6)
+bodies = (
+    fields.map(lambda form: urlencode(form, errors="surrogatepass").encode())
+    | st.binary(max_size=60)
+    | st.binary(max_size=30).map(lambda junk: b"token=" + junk + b"&grant_type=client_credentials")
+    | fields.map(lambda form: json.dumps(form).encode())
+)
+kinds = st.sampled_from([FORM, FORM, FORM, FORM + "; charset=utf-8", "application/json", "text/plain"]) | printable
+headers = (
+    st.none()
+    | printable
+    | printable.map(lambda junk: "Basic " + junk)
+    | printable.map(lambda junk: "Bearer " + junk)
+    | st.binary(max_size=30).map(basic)
+    | st.tuples(words, words).map(lambda pair: basic(":".join(pair).encode("utf-8", "surrogatepass")))
+)
+
+
+def written(endpoint: str, kind: str, authorization: str | None, body: bytes) -> bytes:
+    """Write a request in latin-1, which is what headers are."""
+    head = f"POST /oauth/{endpoint} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+    if authorization is not None:
+        head += f"Authorization: {authorization}\r\n"
+    return f"{head}\r\n".encode("latin-1") + body
+
+
+@hypothesis_settings(max_examples=120, deadline=None)
+@given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, authorization=headers, body=bodies)
+def test_whoever_is_no_client_is_granted_nothing_and_told_so_in_the_form_of_errors(
+    kept: Kept, endpoint: str, kind: str, authorization: str | None, body: bytes
+) -> None:
+    answer = kept.send(written(endpoint, kind, authorization, body))
+    assert answer.status in {400, 401, 413}, answer
+    assert set(answer.json()) == {"error", "error_description"}
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@hypothesis_settings(max_examples=80, deadline=None)
+@given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, in_form=st.booleans(), form=fields, junk=st.binary(max_size=20))
+def test_a_client_that_sends_anything_is_granted_no_more_than_it_asked_for(
+    kept: Kept, endpoint: str, kind: str, in_form: bool, form: dict[str, str], junk: bytes
+) -> None:
+    if in_form:
+        form |= {"client_id": GATEWAY[0], "client_secret": GATEWAY[1]}
+    body = urlencode(form, errors="surrogatepass").encode() + junk
+    answer = kept.send(written(endpoint, kind, None if in_form else RIGHT, body))
+    if answer.status == 200 and endpoint == "token":
+        assert form["grant_type"] == "client_credentials"
+        assert answer.json()["scope"] == "introspect"
+    elif answer.status == 200:
+        assert answer.body == (INACTIVE if endpoint == "introspect" else b"")
+    else:
+        assert answer.status in {400, 401}
+        assert set(answer.json()) == {"error", "error_description"}

@@ -1,0 +1,198 @@
+"""Clients and guards that nobody here wrote, unmodified: authlib, requests-oauthlib, oauthlib."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import requests
+from oauthlib.oauth2 import BackendApplicationClient, InvalidClientError, InvalidScopeError
+from requests.auth import HTTPBasicAuth
+from requests_oauthlib import OAuth2Session as RequestsOAuth2Session
+
+from tests.support.servers import Server, log_in, worker, write_config
+from tests.wire.oauth.forms import ANN, CLIENTS, COLON, GATEWAY, ODD, UNKNOWN, active, fetch
+
+with warnings.catch_warnings(record=True):  # authlib would rather have httpx2, and has its warnings shown always
+    from authlib.integrations.base_client import OAuthError  # type: ignore[import-untyped]
+    from authlib.integrations.httpx_client import AsyncOAuth2Client, OAuth2Client  # type: ignore[import-untyped]
+    from authlib.integrations.requests_client import OAuth2Session  # type: ignore[import-untyped]
+    from authlib.oauth2.rfc6749 import MissingAuthorizationError, ResourceProtector  # type: ignore[import-untyped]
+    from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError  # type: ignore[import-untyped]
+    from authlib.oauth2.rfc7662 import IntrospectTokenValidator  # type: ignore[import-untyped]
+    from authlib.oauth2.rfc8414 import AuthorizationServerMetadata, get_well_known_url  # type: ignore[import-untyped]
+
+ISSUER = "https://auth.example.com/one"
+METHODS = ["client_secret_basic", "client_secret_post"]
+
+
+@pytest.fixture(scope="module")
+def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a worker by the real clock, which the libraries go by."""
+    config = write_config(tmp_path_factory.mktemp("issuer"), f'[oauth]\nissuer = "{ISSUER}"', CLIENTS)
+    with worker(config) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(issuer: Server) -> Iterator[httpx.Client]:
+    """Connect to the worker."""
+    with issuer.client() as connected:
+        yield connected
+
+
+@pytest.fixture
+def _without_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let oauthlib speak to a server of this machine."""
+    monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")
+
+
+@pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
+@pytest.mark.parametrize("method", METHODS)
+def test_authlib_fetches_uses_introspects_and_revokes(
+    issuer: Server, client: httpx.Client, library: Any, method: str
+) -> None:
+    with library(
+        *GATEWAY, token_endpoint_auth_method=method, revocation_endpoint_auth_method=method, scope="introspect"
+    ) as session:
+        token = session.fetch_token(f"{issuer.url}/oauth/token", grant_type="client_credentials")
+        assert (token["token_type"], token["scope"], token["expires_in"]) == ("Bearer", "introspect", 86400)
+        assert not token.is_expired()
+        assert session.get(f"{issuer.url}/api/me").json()["username"] == "gateway"
+
+        anns = fetch(client)
+        asked = session.introspect_token(f"{issuer.url}/oauth/introspect", token=anns, token_type_hint="access_token")
+        assert (asked.json()["active"], asked.json()["username"]) == (True, "ann")
+        ended = session.revoke_token(f"{issuer.url}/oauth/revoke", token=anns, token_type_hint="access_token")
+        assert ended.status_code == 200
+        asked = session.introspect_token(f"{issuer.url}/oauth/introspect", token=anns)
+        assert asked.json() == {"active": False}
+
+
+async def test_authlib_fetches_anew_when_a_token_is_about_to_end(issuer: Server) -> None:
+    async with AsyncOAuth2Client(
+        *ANN, token_endpoint=f"{issuer.url}/oauth/token", grant_type="client_credentials"
+    ) as session:
+        first = await session.fetch_token()
+        session.token = {**first, "expires_at": first["expires_at"] - 86400}
+        assert (await session.get(f"{issuer.url}/api/me")).json()["username"] == "ann"
+        assert session.token["access_token"] != first["access_token"]
+
+
+@pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
+@pytest.mark.parametrize("method", METHODS)
+def test_authlib_reads_what_is_refused(issuer: Server, library: Any, method: str) -> None:
+    for auth, scope, error in [(("ann", "no"), None, "invalid_client"), (ANN, "admin", "invalid_scope")]:
+        with library(*auth, token_endpoint_auth_method=method, scope=scope) as session:
+            with pytest.raises(OAuthError) as refusal:
+                session.fetch_token(f"{issuer.url}/oauth/token", grant_type="client_credentials")
+            assert refusal.value.error == error
+            assert refusal.value.description
+
+
+@pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
+@pytest.mark.parametrize(
+    ("who", "method"),
+    [(ODD, "client_secret_basic"), (ODD, "client_secret_post"), (COLON, "client_secret_post")],
+    ids=["odd by basic", "odd in the form", "beyond latin-1 in the form"],
+)
+def test_authlib_sends_odd_names_and_secrets(issuer: Server, library: Any, who: tuple[str, str], method: str) -> None:
+    with library(*who, token_endpoint_auth_method=method) as session:
+        session.fetch_token(f"{issuer.url}/oauth/token", grant_type="client_credentials")
+        assert session.get(f"{issuer.url}/api/me").json()["username"] == who[0]
+
+
+def test_authlib_finds_the_metadata_in_order(issuer: Server, client: httpx.Client) -> None:
+    document = client.get(get_well_known_url(ISSUER)).json()
+    metadata = AuthorizationServerMetadata(document)
+    metadata.validate()
+    assert metadata["issuer"] == ISSUER
+
+
+class Introspection(IntrospectTokenValidator):  # type: ignore[misc]
+    """Asks tokenauth; written as authlib's documentation has it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+
+    def introspect_token(self, token_string: str) -> Any:
+        """Ask about a token."""
+        answer = requests.post(f"{self._url}/oauth/introspect", data={"token": token_string}, auth=GATEWAY, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+
+def test_authlibs_resource_protector_guards_with_what_introspection_says(issuer: Server, client: httpx.Client) -> None:
+    guard = ResourceProtector()
+    guard.register_token_validator(Introspection(issuer.url))
+
+    def pass_(token: str | None, *scopes: str) -> Any:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return guard.validate_request(list(scopes), httpx.Request("GET", "https://resource", headers=headers))
+
+    token, user = fetch(client), log_in(client, *ANN)
+    for good in (token, user):
+        assert pass_(good)["username"] == "ann"
+        assert pass_(good, "read write")["scope"] == "read write"
+        with pytest.raises(InsufficientScopeError):
+            pass_(good, "read admin")
+    client.post("/oauth/revoke", data={"token": token}, auth=ANN)
+    for bad in (token, UNKNOWN, "malformed"):
+        with pytest.raises(InvalidTokenError):
+            pass_(bad)
+    with pytest.raises(MissingAuthorizationError):
+        pass_(None)
+
+
+@pytest.mark.usefixtures("_without_tls")
+@pytest.mark.parametrize("way", ["basic", "auth", "form"])
+@pytest.mark.parametrize("scope", [None, ["read", "write"]], ids=["no scope", "all scopes"])
+def test_requests_oauthlib_fetches_uses_and_revokes(
+    issuer: Server, client: httpx.Client, way: str, scope: list[object] | None
+) -> None:
+    backend = BackendApplicationClient(client_id=ANN[0], scope=scope)
+    with RequestsOAuth2Session(client=backend) as session:
+        ways: dict[str, dict[str, Any]] = {
+            "basic": {"client_secret": ANN[1]},
+            "auth": {"auth": HTTPBasicAuth(*ANN)},
+            "form": {"client_secret": ANN[1], "include_client_id": True},
+        }
+        token = session.fetch_token(f"{issuer.url}/oauth/token", **ways[way])
+        assert token["scope"] == ["read", "write"]
+        assert session.get(f"{issuer.url}/api/me").json()["username"] == "ann"
+        # it takes no other address than one of https, and so is told one
+        url, headers, body = backend.prepare_token_revocation_request(
+            "https://auth.example.com/oauth/revoke", token["access_token"], "access_token"
+        )
+        path = httpx.URL(url).path
+        assert client.post(path, content=body, headers=headers, auth=ANN).status_code == 200
+        assert session.get(f"{issuer.url}/api/me").status_code == 401
+    assert not active(client, token["access_token"])
+
+
+@pytest.mark.usefixtures("_without_tls")
+def test_requests_oauthlib_sends_odd_names_and_takes_a_user_without_scopes(issuer: Server) -> None:
+    for name, secret in (ODD, ("bob", "bob-secret")):
+        with RequestsOAuth2Session(client=BackendApplicationClient(client_id=name)) as session:
+            auth = HTTPBasicAuth(name.encode(), secret.encode())
+            session.fetch_token(f"{issuer.url}/oauth/token", auth=auth)
+            assert session.get(f"{issuer.url}/api/me").json()["username"] == name
+
+
+@pytest.mark.usefixtures("_without_tls")
+def test_oauthlib_reads_what_is_refused(issuer: Server) -> None:
+    with RequestsOAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["admin"])) as session:
+        with pytest.raises(InvalidScopeError):
+            session.fetch_token(f"{issuer.url}/oauth/token", client_secret="ann-secret")
+        with pytest.raises(InvalidClientError):
+            session.fetch_token(f"{issuer.url}/oauth/token", client_secret="wrong")
+
+
+@pytest.mark.usefixtures("_without_tls")
+def test_oauthlib_takes_offence_at_more_scopes_than_it_asked_for(issuer: Server) -> None:
+    """So documented: ask for none, or for all."""
+    session = RequestsOAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["read"]))
+    with session, pytest.raises(Warning, match="Scope has changed"):
+        session.fetch_token(f"{issuer.url}/oauth/token", client_secret="ann-secret")

@@ -1,0 +1,97 @@
+"""While the store is down nothing is said about any token: 503 with Retry-After, never inactive and never revoked."""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.journal import until
+from tests.support.servers import Server, worker, write_config
+from tests.wire.oauth.forms import ANN, CLIENTS, FULL_FORMS, GATEWAY, INACTIVE, UNKNOWN, active, fetch, post, send
+
+
+def is_outage(answer: httpx.Response) -> bool:
+    """Whether an answer says that the store is down, in the form that it has for that."""
+    if answer.status_code != 503:
+        return False
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"] == "store_unavailable"
+    assert answer.headers["cache-control"] == "no-store"
+    return True
+
+
+def limit(server: Server, size: int) -> None:
+    """Let no file of a server grow beyond a size: it stands for the end of the disk."""
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_store_that_cannot_be_written_ends_no_token_and_says_so(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "[tokens]\nper_user = 0", CLIENTS)
+    with worker(config) as server, server.client() as client:
+        kept, held, ended = (fetch(client) for _ in range(3))
+        assert active(client, kept)
+        limit(server, (tmp_path / "tokenauth.db-wal").stat().st_size)
+        until(lambda: is_outage(post(client, "token", ANN, **FULL_FORMS["token"])), "no token is issued")
+        refused = server.events("login_refused")
+        assert {(event["user"], event["reason"]) for event in refused} == {("ann", "store_unavailable")}
+
+        assert is_outage(post(client, "revoke", ANN, token=kept))
+        assert active(client, kept), "it was not revoked, and is not said to be"
+        assert is_outage(post(client, "token", ("ann", "wrong"), **FULL_FORMS["token"])), "it cannot be counted"
+        assert post(client, "revoke", ANN, token=UNKNOWN).status_code == 200
+
+        assert client.request("DELETE", "/api/token", json={"token": held}).status_code == 200
+        assert server.events("revocation_held_in_memory")
+        assert post(client, "introspect", token=held).content == INACTIVE, "here it is refused"
+        for _ in range(3):
+            assert is_outage(post(client, "revoke", ANN, token=held)), "elsewhere it is not"
+        assert is_outage(post(client, "revoke", ANN, token=ended))
+
+        limit(server, resource.RLIM_INFINITY)
+        until(lambda: post(client, "revoke", ANN, token=held).status_code == 200, "it is written once there is room")
+        assert post(client, "revoke", ANN, token=ended).status_code == 200
+        server.kill()
+    with worker(config) as server, server.client() as client:
+        assert active(client, kept)
+        assert not active(client, held)
+        assert not active(client, ended)
+
+
+def _delete(database: Path) -> None:
+    for name in ("", "-wal", "-shm"):
+        database.with_name(database.name + name).unlink(missing_ok=True)
+
+
+def _truncate(database: Path) -> None:
+    with database.open("r+b") as file:
+        file.truncate()
+
+
+@pytest.mark.parametrize("harm", [_delete, pytest.param(_truncate, marks=pytest.mark.faults)])
+def test_a_store_that_cannot_be_read_finds_no_token_inactive(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    """It looks every second. Until it is noticed answers may be right; wrong they never are."""
+    config = write_config(tmp_path, users=CLIENTS)
+    with worker(config) as server, server.client() as client:
+        tokens = [fetch(client) for _ in range(20)]
+        caller = fetch(client, GATEWAY)
+        assert active(client, tokens[0])
+        harm(tmp_path / "tokenauth.db")
+
+        def down() -> bool:
+            asked = [post(client, "introspect", token=token) for token in tokens]
+            asked += [send(client, "introspect", f"Bearer {caller}", token=token) for token in tokens]
+            assert all(is_outage(answer) or answer.json()["active"] for answer in asked), asked
+            unknown = post(client, "introspect", token=UNKNOWN)
+            assert is_outage(unknown) or unknown.content == INACTIVE
+            return all(map(is_outage, [*asked, unknown]))
+
+        until(down, "every answer is 503")
+        for token in (tokens[1], UNKNOWN):
+            assert is_outage(post(client, "revoke", ANN, token=token))
+            assert is_outage(post(client, "introspect", token=token))
+        assert is_outage(send(client, "introspect", f"Bearer {UNKNOWN}", token=tokens[1])), "nor the caller's own"
+        for auth in (ANN, ("ann", "wrong"), ("bob", "bob-secret"), ("nobody", "x")):
+            assert is_outage(post(client, "token", auth, **FULL_FORMS["token"])), "nor is a secret said to be wrong"
+        assert server.process.poll() is None

@@ -1,0 +1,119 @@
+"""POST /oauth/token: tokens for clients (RFC 6749 section 4.4), and what is wrong with a request for one (5.2)."""
+
+import httpx
+import pytest
+
+from tests.support.servers import HandClock, log_in, probe
+from tests.wire.oauth.forms import ANN, ENDPOINTS, FULL_FORMS, GATEWAY, fetch, post, refusal
+
+DAY = 24 * 3600
+BOB = ("bob", "bob-secret")
+GRANT = {"grant_type": "client_credentials"}
+
+
+def test_a_client_gets_a_token_that_is_a_login_everywhere(
+    client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
+) -> None:
+    answer = post(client, "token", ANN, **GRANT)
+    document = answer.json()
+    token = document.pop("access_token")
+    assert document == {"token_type": "Bearer", "expires_in": DAY, "scope": "read write"}
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["pragma"] == "no-cache"
+    for asked in (client, sibling_client):
+        me = asked.get("/api/me", headers={"Authorization": f"Bearer {token}"}).json()
+        assert (me["username"], me["scopes"]) == ("ann", ["read", "write"])
+        assert me["expiry_time"] == int(clock()) + DAY
+        assert len(asked.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]) == 1
+
+
+def test_each_answer_has_a_new_token_that_no_client_can_choose(client: httpx.Client) -> None:
+    tokens = {post(client, "token", ANN, **GRANT, access_token="mine", token="mine").json()["access_token"]}
+    tokens |= {fetch(client) for _ in range(5)} | {log_in(client, *ANN)}
+    assert len(tokens) == 7
+    assert {len(token) for token in tokens} == {64}
+
+
+def test_a_token_ends_when_expires_in_says(client: httpx.Client, clock: HandClock) -> None:
+    document = post(client, "token", ANN, **GRANT).json()
+    clock.advance(document["expires_in"] - 1)
+    assert probe(client, document["access_token"])
+    clock.advance(1)
+    assert not probe(client, document["access_token"])
+
+
+@pytest.mark.parametrize(
+    "scope", ["", "read", "write", "read write", "write read", "read read", " write ", "read  write"]
+)
+def test_a_client_gets_all_of_its_scopes_whichever_of_them_it_asks_for(client: httpx.Client, scope: str) -> None:
+    answer = post(client, "token", ANN, **GRANT, scope=scope)
+    assert answer.status_code == 200
+    assert answer.json()["scope"] == "read write"
+    token = answer.json()["access_token"]
+    assert client.get("/api/me", headers={"X-Token": token}).json()["scopes"] == ["read", "write"]
+
+
+def test_a_client_without_scopes_gets_none(client: httpx.Client) -> None:
+    assert post(client, "token", BOB, **GRANT).json()["scope"] == ""
+    assert refusal(post(client, "token", BOB, **GRANT, scope="read")) == (400, "invalid_scope")
+
+
+@pytest.mark.parametrize(
+    "scope", ["admin", "read admin", "READ", "rea", "read,write", "read\twrite", "*", "\u00e4", "openid"]
+)
+def test_a_scope_that_the_client_lacks_is_refused(client: httpx.Client, scope: str) -> None:
+    before = len(my_tokens(client))
+    assert refusal(post(client, "token", ANN, **GRANT, scope=scope)) == (400, "invalid_scope")
+    assert len(my_tokens(client)) == before + 1, "only the one that was fetched to look"
+
+
+def my_tokens(client: httpx.Client) -> list[object]:
+    """List Ann's tokens."""
+    answer = client.get("/api/tokens", headers={"X-Token": fetch(client)})
+    return list(answer.json()["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("grant_type", "error"),
+    [
+        (None, "invalid_request"),
+        ("", "invalid_request"),
+        ("password", "unsupported_grant_type"),
+        ("authorization_code", "unsupported_grant_type"),
+        ("refresh_token", "unsupported_grant_type"),
+        ("implicit", "unsupported_grant_type"),
+        ("urn:ietf:params:oauth:grant-type:token-exchange", "unsupported_grant_type"),
+        ("CLIENT_CREDENTIALS", "unsupported_grant_type"),
+        ("client_credentials ", "unsupported_grant_type"),
+    ],
+)
+def test_there_is_one_grant(client: httpx.Client, grant_type: str | None, error: str) -> None:
+    form = {"username": "admin", "password": "admin", "code": "c", "refresh_token": "r", "redirect_uri": "https://x"}
+    if grant_type is not None:
+        form["grant_type"] = grant_type
+    assert refusal(post(client, "token", ANN, **form)) == (400, error)
+
+
+def test_which_grants_there_are_is_told_to_clients_alone(client: httpx.Client) -> None:
+    assert refusal(post(client, "token", ("ann", "wrong"), grant_type="password")) == (401, "invalid_client")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
+def test_other_methods_are_405_and_never_read(client: httpx.Client, endpoint: str, method: str) -> None:
+    answer = client.request(method, f"/oauth/{endpoint}", params=FULL_FORMS[endpoint], auth=GATEWAY)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.headers["cache-control"] == "no-store"
+    if method != "HEAD":
+        assert refusal(answer) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_the_query_is_not_read(client: httpx.Client, endpoint: str) -> None:
+    """Addresses end up in logs (RFC 6749 section 2.3.1, RFC 7662 section 4)."""
+    who = {"client_id": GATEWAY[0], "client_secret": GATEWAY[1]}
+    asked = client.post(f"/oauth/{endpoint}", params=FULL_FORMS[endpoint], data={"x": "y"}, auth=GATEWAY)
+    assert refusal(asked) == (400, "invalid_request")
+    asked = client.post(f"/oauth/{endpoint}", params=who, data=FULL_FORMS[endpoint])
+    assert refusal(asked) == (401, "invalid_client")

@@ -1,0 +1,71 @@
+"""Requests that are held against the document, and what they are made of."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import httpx
+
+from tests.support.servers import log_in
+from tests.wire.openapi.configurations import API_PASSWORD
+from tests.wire.openapi.conformance import Documented, Operation
+
+JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
+PASSWORD = {"X-API-PASSWORD": API_PASSWORD}
+NO_TOKEN = "00000000-0000-4000-8000-000000000000"
+
+_EXAMPLES = {"pool": "uuids", "token": NO_TOKEN, "id": "0" * 24, "file": "start.js"}
+BODIES: dict[str | None, dict[str, Any]] = {
+    None: {},
+    JSON: {"json": {"username": "ann", "password": "ann-secret", "token": NO_TOKEN, "client_id": "me"}},
+    FORM: {"data": {"grant_type": "client_credentials", "token": "x", "client_id": "ann", "client_secret": "x"}},
+}
+"""Bodies that every operation of their kind can read."""
+
+
+class Asker:
+    """Sends requests, and holds each answer against the document."""
+
+    def __init__(self, client: httpx.Client, documented: Documented) -> None:
+        self.client = client
+        self._documented = documented
+
+    def ask(self, method: str, path: str, user: str = "", **options: Any) -> httpx.Response:
+        """Send a request, with a token of a user if one is named."""
+        headers = dict(options.pop("headers", {}))
+        if user:
+            headers["X-Token"] = self.token(user)
+        answer = self.client.request(method, path, headers=headers, **options)
+        self._documented.check(answer)
+        return answer
+
+    def ask_for(self, operation: Operation, user: str = "", **options: Any) -> httpx.Response:
+        """Send a request for an operation, to an address of which there may be nothing."""
+        return self.ask(operation.method, operation.path.format(**_EXAMPLES), user, **options)
+
+    def token(self, user: str) -> str:
+        """Log in."""
+        return log_in(self.client, user, "admin" if user == "admin" else f"{user}-secret")
+
+
+class Ask(NamedTuple):
+    """A request, and who sends it."""
+
+    method: str
+    path: str
+    user: str = ""
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def client_of_oauth(secret: str = "ann-secret", **fields: str) -> dict[str, Any]:
+    """Write the form of a client."""
+    return {"data": {"client_id": "ann", "client_secret": secret, **fields}}
+
+
+def login(password: str, username: str = "ann") -> dict[str, Any]:
+    """Write the body of a login."""
+    return {"json": {"username": username, "password": password}}
+
+
+GRANT = {"grant_type": "client_credentials"}

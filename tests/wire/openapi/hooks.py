@@ -1,0 +1,195 @@
+"""What schemathesis is told of the service that runs: how to log in, and what there is to be asked for.
+
+It imports this by itself, in a process of its own (SCHEMATHESIS_HOOKS).
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+from zlib import crc32
+
+import requests
+import schemathesis
+from schemathesis import Case, HookContext
+from schemathesis.auths import AuthContext
+from schemathesis.generation.meta import CaseMetadata
+
+from tests.wire.openapi.configurations import API_PASSWORD
+
+URL = os.environ.get("TOKENAUTH_URL", "")
+USER = os.environ.get("TOKENAUTH_USER", "")
+"""Who asks; if nobody, nobody logs in."""
+
+_CLIENT = {"client_id": "admin", "client_secret": "admin"}
+_session = requests.Session()
+_headers: dict[str, str] = {}
+
+
+def _ask(method: str, path: str, document: dict[str, Any] | None = None) -> Any:
+    if not _headers:
+        _headers.update({"X-Token": _log_in("admin"), "X-API-PASSWORD": API_PASSWORD})
+    answer = _session.request(method, URL + path, json=document, headers=_headers, timeout=30)
+    assert answer.ok, (path, answer.status_code, answer.text)
+    return answer.json()
+
+
+def _log_in(username: str) -> str:
+    password = "admin" if username == "admin" else f"{username}-secret"
+    document = {"username": username, "password": password}
+    return str(_session.post(f"{URL}/api/token", json=document, timeout=30).json()["token"])
+
+
+class Login:
+    """Sends a token, or whatever else the operation asks for."""
+
+    def get(self, case: Case[Any], context: AuthContext) -> Mapping[str, str]:
+        """Log in; what ends logins gets one of its own."""
+        operation = f"{case.method} {context.operation.path}"
+        if operation == "DELETE /api/token":
+            return {"X-Token": _log_in(USER)}
+        if operation == "DELETE /api/tokens":
+            return {"X-Token": _log_in("ann")}
+        if context.operation.path.startswith("/oauth/"):
+            if isinstance(case.body, dict) and _CLIENT.keys() & case.body.keys():
+                return {}  # no schema can say that a client authenticates in one way only
+            if not operation.endswith("/introspect"):
+                return {"Authorization": requests.auth._basic_auth_str(USER, USER)}
+        if context.operation.path.startswith("/simple/"):
+            return {"X-API-PASSWORD": API_PASSWORD}
+        if "X-Token" not in _own:
+            _own["X-Token"] = _log_in(USER)
+        return _own
+
+    def set(self, case: Case[Any], data: Mapping[str, str], context: AuthContext) -> None:
+        """Send it."""
+        case.headers.update(data)
+
+
+_own: dict[str, str] = {}
+
+if USER:
+    schemathesis.auth(refresh_interval=None)(Login)
+
+
+def _in_pool() -> dict[str, Any]:
+    (token,) = _ask("POST", "/api/pools/uuids/tokens", {"count": 1})["tokens"]
+    return {"pool": "uuids", "token": token}
+
+
+def _leased() -> dict[str, Any]:
+    _in_pool()
+    lease = _ask("POST", "/api/pools/uuids/leases")
+    return {"pool": "uuids", **lease}
+
+
+def _login_id() -> dict[str, Any]:
+    _log_in("ann")
+    (newest, *_) = _ask("GET", "/api/tokens?user=ann")["tokens"]
+    return {"id": newest["id"], "user": "ann"}
+
+
+def _uuid() -> dict[str, Any]:
+    token = _ask("POST", "/pool/api/token_pool")["token"]
+    return {"token": token, "token_uuid": token}
+
+
+def _random() -> dict[str, Any]:
+    return {"token": _ask("POST", "/random/generate")["tokens"][0], "count": 1}
+
+
+def _random_lent() -> dict[str, Any]:
+    _random()
+    return dict(_ask("POST", "/random/assign"))
+
+
+def _managed() -> dict[str, Any]:
+    return {**_ask("POST", "/managed/generate-token"), "client_id": "me"}
+
+
+def _managed_lent() -> dict[str, Any]:
+    _managed()
+    return {**_ask("POST", "/managed/assign-token", {"client_id": "me"}), "client_id": "me"}
+
+
+def _about() -> dict[str, Any]:
+    return {**_CLIENT, "token": _log_in("ann")}
+
+
+def _issued() -> dict[str, Any]:
+    _session.get(f"{URL}/simple/issue_token", headers={"X-API-PASSWORD": API_PASSWORD}, timeout=30)
+    return {}
+
+
+LIVE: dict[str, Callable[[], dict[str, Any]]] = {
+    "GET /auth": lambda: {"scope": "admin"},
+    "POST /api/token": lambda: {"username": "ann", "password": "ann-secret"},
+    "DELETE /api/tokens": lambda: {"user": "ann"},
+    "DELETE /api/tokens/{id}": _login_id,
+    "POST /oauth/token": lambda: {**_CLIENT, "scope": "admin"},
+    "POST /oauth/introspect": _about,
+    "POST /oauth/revoke": _about,
+    "GET /docs/{file}": lambda: {"file": "start.js"},
+    "GET /api/pools/{pool}": _in_pool,
+    "POST /api/pools/{pool}/tokens": lambda: {"pool": "uuids"},
+    "GET /api/pools/{pool}/tokens/{token}": _in_pool,
+    "DELETE /api/pools/{pool}/tokens/{token}": _in_pool,
+    "POST /api/pools/{pool}/leases": _in_pool,
+    "PUT /api/pools/{pool}/leases/{token}": _leased,
+    "DELETE /api/pools/{pool}/leases/{token}": _leased,
+    "POST /random/assign": _random,
+    "POST /random/unblock": _random_lent,
+    "DELETE /random/delete": _random,
+    "POST /random/keep-alive": _random,
+    "POST /managed/assign-token": _managed,
+    "POST /managed/keep-alive": _managed_lent,
+    "POST /managed/unblock-token": _managed_lent,
+    "POST /managed/delete-token": _managed,
+    "DELETE /managed/delete-token": _managed,
+    "GET /simple/recycle_token": _issued,
+    "POST /simple/recycle_token": _issued,
+    **{
+        f"{operation}{slash}": _uuid
+        for operation in (
+            "DELETE /pool/api/token_pool",
+            "POST /pool/api/block_token",
+            "POST /pool/api/keep_alive/{token}",
+        )
+        for slash in ("", "/")
+    },
+}
+"""What there is to be asked for: made for each request, since chance finds no token."""
+
+
+@schemathesis.hook
+def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
+    """Have well-formed requests ask for what there is: all in the coverage phase, about half of the fuzzed ones."""
+    meta = case.meta
+    if meta is None or not meta.generation.mode.is_positive or not USER or not _wanted(case, meta):
+        return case
+    live = LIVE.get(f"{case.method} {case.operation.path}", dict)()
+    for values in (case.path_parameters, case.query, case.body):
+        if isinstance(values, dict):
+            values.update({name: value for name, value in live.items() if values.get(name) is not None})
+    return case
+
+
+def _wanted(case: Case[Any], meta: CaseMetadata) -> bool:
+    phase = meta.phase.name.value
+    if phase == "stateful":  # it remembers what earlier answers had
+        return False
+    if case.operation.path == "/oauth/token":  # to ask for what the client may not do is 400, which no schema can say
+        return True
+    sent = [values for values in (case.path_parameters, case.query, case.body) if values]
+    return phase != "fuzzing" or not sent or crc32(repr(sent).encode()) % 2 == 0
+
+
+@schemathesis.hook
+def filter_case(context: HookContext, case: Case[Any]) -> bool:
+    """Leave out well-formed requests of which no schema can say that they are refused."""
+    if case.meta is None or not case.meta.generation.mode.is_positive or not isinstance(case.body, dict):
+        return True
+    # to JSON Schema 1.0 is an integer
+    whole = all(not isinstance(case.body.get(name), float) for name in ("count", "fence"))
+    # no regular expression of all that read schemas knows what can be printed
+    named = (case.body.get(name) for name in ("holder", "client_id"))
+    return whole and all(not isinstance(name, str) or name.isprintable() for name in named)

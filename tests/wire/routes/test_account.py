@@ -1,0 +1,286 @@
+"""A user sees and ends his own logins, an admin those of others, and the guard tells nobody why a token is bad."""
+
+import re
+from hashlib import sha256
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.servers import HandClock, Server, exchange, log_in, probe
+
+DAY = 24 * 3600
+PER_USER = 4
+UNKNOWN = "u" * 64
+UNKNOWN_ID = "0" * 24
+
+GUARDED = [
+    ("GET", "/api/me"),
+    ("HEAD", "/api/me"),
+    ("GET", "/api/tokens"),
+    ("DELETE", "/api/tokens"),
+    ("DELETE", f"/api/tokens/{UNKNOWN_ID}"),
+    ("POST", "/api/me"),  # whether a method is taken is said to those who may know
+]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return f"[tokens]\nper_user = {PER_USER}"
+
+
+def holding(token: str) -> dict[str, str]:
+    """Send this token."""
+    return {"X-Token": token}
+
+
+def ann(client: httpx.Client, **options: Any) -> str:
+    """Log in as a user without the scope admin."""
+    return log_in(client, "ann", "ann-secret", **options)
+
+
+def listed(client: httpx.Client, token: str, **params: str) -> list[dict[str, Any]]:
+    """List the logins that this token's user sees."""
+    answer = client.get("/api/tokens", headers=holding(token), params=params)
+    assert answer.status_code == 200, answer.text
+    assert set(answer.json()) == {"tokens"}
+    return list(answer.json()["tokens"])
+
+
+def id_of(client: httpx.Client, token: str) -> str:
+    """Return the public id of a token."""
+    return next(str(entry["id"]) for entry in listed(client, token) if entry["current"])
+
+
+@pytest.mark.parametrize(
+    ("username", "password", "scopes"),
+    [("admin", "admin", ["admin"]), ("ann", "ann-secret", ["read", "write"]), ("bob", "bob-secret", [])],
+)
+def test_me_says_whose_token_it_is(
+    client: httpx.Client, clock: HandClock, username: str, password: str, scopes: list[str]
+) -> None:
+    token = log_in(client, username, password)
+    for headers in (holding(token), {"Authorization": f"Bearer {token}"}):
+        answer = client.get("/api/me", headers=headers)
+        assert answer.status_code == 200
+        me = answer.json()
+        assert me.pop("id") == sha256(token.encode()).hexdigest()[:24]
+        assert me == {
+            "username": username,
+            "scopes": scopes,
+            "issued_at": int(clock()),
+            "expiry_time": int(clock()) + DAY,
+        }
+        assert answer.headers["cache-control"] == "no-store"
+
+
+def test_my_logins_are_listed_newest_first(client: httpx.Client, clock: HandClock) -> None:
+    first = ann(client, headers={"User-Agent": "first/1"})
+    clock.advance(60)
+    second = ann(client, headers={"User-Agent": "second/2"})
+    log_in(client, "bob", "bob-secret")
+    newer, older = listed(client, second)
+    now = int(clock())
+    for entry, agent, issued_at, current in [(newer, "second/2", now, True), (older, "first/1", now - 60, False)]:
+        assert entry == {
+            "id": entry["id"],
+            "issued_at": issued_at,
+            "expiry_time": issued_at + DAY,
+            "address": "127.0.0.1",
+            "user_agent": agent,
+            "current": current,
+        }
+    assert newer["id"] != older["id"]
+    assert [entry["current"] for entry in listed(client, first)] == [False, True]
+
+
+def test_logins_that_have_ended_are_not_listed(client: httpx.Client, clock: HandClock) -> None:
+    ann(client)
+    clock.advance(DAY)
+    ended, mine = ann(client), ann(client)
+    client.request("DELETE", "/api/token", json={"token": ended})
+    assert [entry["current"] for entry in listed(client, mine)] == [True]
+
+
+@pytest.mark.parametrize(("sent", "kept"), [("x" * 300, "x" * 256), ("", ""), ("Ünïcode <b>", "Ünïcode <b>")])
+def test_a_user_agent_is_kept_up_to_256_characters(client: httpx.Client, sent: str, kept: str) -> None:
+    token = ann(client, headers={"User-Agent": sent.encode("latin-1")})
+    assert listed(client, token)[0]["user_agent"] == kept
+
+
+def test_the_id_of_a_token_is_not_its_secret(client: httpx.Client) -> None:
+    token = ann(client)
+    public = id_of(client, token)
+    assert re.fullmatch("[0-9a-f]{24}", public)
+    assert public not in token
+    assert token not in client.get("/api/tokens", headers=holding(token)).text
+    assert not probe(client, public)
+    assert client.get("/api/me", headers=holding(public)).status_code == 401
+
+
+@pytest.mark.parametrize(("query", "kept"), [("", False), ("?keep=current", True)])
+def test_i_can_end_all_my_logins(client: httpx.Client, sibling_client: httpx.Client, query: str, kept: bool) -> None:
+    mine, others, bobs = ann(client), [ann(client), ann(client)], log_in(client, "bob", "bob-secret")
+    assert all(probe(sibling_client, token) for token in [mine, *others, bobs])
+    answer = client.delete(f"/api/tokens{query}", headers=holding(mine))
+    assert (answer.status_code, answer.json()) == (200, {"revoked": 2 if kept else 3})
+    for asked in (sibling_client, client):
+        assert probe(asked, mine) is kept
+        assert not any(probe(asked, token) for token in others)
+        assert probe(asked, bobs)
+
+
+@pytest.mark.parametrize("query", ["keep=all", "keep=", "keep=current&keep=none", "keep=CURRENT"])
+def test_what_to_keep_that_is_not_understood_ends_nothing(client: httpx.Client, query: str) -> None:
+    mine, other = ann(client), ann(client)
+    answer = client.delete(f"/api/tokens?{query}", headers=holding(mine))
+    assert answer.status_code == 400
+    assert "keep" in answer.json()["error_description"]
+    assert probe(client, mine)
+    assert probe(client, other)
+
+
+def test_i_can_end_one_login_by_its_id(client: httpx.Client, sibling_client: httpx.Client) -> None:
+    mine, other = ann(client), ann(client)
+    assert probe(sibling_client, other)
+    public = id_of(client, other)
+    answer = client.delete(f"/api/tokens/{public}", headers=holding(mine))
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert not probe(sibling_client, other)
+    assert not probe(client, other)
+    assert probe(client, mine)
+    assert client.delete(f"/api/tokens/{public}", headers=holding(mine)).status_code == 404
+
+
+def test_i_can_end_the_login_that_i_use(client: httpx.Client) -> None:
+    mine = ann(client)
+    assert client.delete(f"/api/tokens/{id_of(client, mine)}", headers=holding(mine)).status_code == 204
+    assert not probe(client, mine)
+
+
+def test_the_id_of_somebody_else_is_answered_as_one_that_is_not_there(client: httpx.Client) -> None:
+    mine, bobs = ann(client), log_in(client, "bob", "bob-secret")
+    public = id_of(client, bobs)
+    theirs = client.delete(f"/api/tokens/{public}", headers=holding(mine))
+    nobodys = client.delete(f"/api/tokens/{UNKNOWN_ID}", headers=holding(mine))
+    assert theirs.status_code == nobodys.status_code == 404
+    assert theirs.json()["error"] == "not_found"
+    assert theirs.text.replace(public, UNKNOWN_ID) == nobodys.text
+    assert probe(client, bobs)
+
+
+def test_an_admin_acts_for_whoever_he_names(client: httpx.Client, sibling_client: httpx.Client) -> None:
+    boss, anns = log_in(client), [ann(client), ann(client), ann(client)]
+    bobs = log_in(client, "bob", "bob-secret")
+    assert [entry["current"] for entry in listed(client, boss, user="ANN")] == [False] * 3
+    assert listed(client, boss, user="nobody") == []
+    public = id_of(client, anns[0])
+    assert client.delete(f"/api/tokens/{public}", headers=holding(boss)).status_code == 404
+    assert client.delete(f"/api/tokens/{public}?user=bob", headers=holding(boss)).status_code == 404
+    assert client.delete(f"/api/tokens/{public}?user=ann", headers=holding(boss)).status_code == 204
+    assert [probe(sibling_client, token) for token in anns] == [False, True, True]
+    answer = client.delete("/api/tokens?user=ann&keep=current", headers=holding(boss))
+    assert answer.json() == {"revoked": 2}
+    assert not any(probe(sibling_client, token) for token in anns)
+    assert probe(client, boss)
+    assert probe(client, bobs)
+
+
+@pytest.mark.parametrize("named", ["bob", "admin", "nobody", "", "ann2"])
+def test_only_an_admin_may_name_somebody_else(client: httpx.Client, named: str) -> None:
+    mine, bobs = ann(client), log_in(client, "bob", "bob-secret")
+    for method, path in [("GET", "/api/tokens"), ("DELETE", "/api/tokens"), ("DELETE", f"/api/tokens/{UNKNOWN_ID}")]:
+        answer = client.request(method, path, params={"user": named}, headers=holding(mine))
+        assert answer.status_code == 403
+        assert answer.json()["error"] == "insufficient_scope"
+        challenge = answer.headers["www-authenticate"]
+        assert challenge == 'Bearer realm="tokenauth", error="insufficient_scope", scope="admin"'
+    assert probe(client, mine)
+    assert probe(client, bobs)
+
+
+def test_anybody_may_name_himself_and_nobody_two(client: httpx.Client) -> None:
+    mine, boss = ann(client), log_in(client)
+    assert [entry["current"] for entry in listed(client, mine, user="Ann")] == [True]
+    answer = client.delete("/api/tokens?user=ann&user=bob", headers=holding(boss))
+    assert answer.status_code == 400
+    assert "user" in answer.json()["error_description"]
+    assert probe(client, mine)
+
+
+def test_of_too_many_logins_the_oldest_ends_first(
+    client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
+) -> None:
+    bobs = log_in(client, "bob", "bob-secret")
+    tokens: list[str] = []
+    for number in range(PER_USER + 3):
+        tokens.append(ann((client, sibling_client)[number % 2]))
+        clock.advance(1)
+        for asked in (client, sibling_client):
+            assert all(probe(asked, token) for token in tokens[-PER_USER:])
+            assert not any(probe(asked, token) for token in tokens[:-PER_USER])
+    assert len(listed(client, tokens[-1])) == PER_USER
+    assert probe(client, bobs)
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Basic YWRtaW46YWRtaW4="}, {"X_Token": UNKNOWN}])
+def test_without_a_token_the_guard_asks_for_one(
+    client: httpx.Client, method: str, path: str, headers: dict[str, str]
+) -> None:
+    answer = client.request(method, path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == 'Bearer realm="tokenauth"'
+    assert answer.headers["cache-control"] == "no-store"
+    assert method == "HEAD" or set(answer.json()) == {"error", "error_description"}
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+def test_bad_tokens_are_answered_alike_whatever_is_wrong_with_them(
+    server: Server, client: httpx.Client, clock: HandClock, method: str, path: str
+) -> None:
+    expired = ann(client)
+    clock.advance(DAY)
+    revoked = ann(client)
+    client.request("DELETE", "/api/token", json={"token": revoked})
+    answers = []
+    for token in (UNKNOWN, expired, revoked, "malformed", "a" * 65):
+        for carrier in ("X-Token: ", "Authorization: Bearer "):
+            method_sent = "GET" if method == "HEAD" else method
+            sent = f"{method_sent} {path} HTTP/1.1\r\nHost: x\r\n{carrier}{token}\r\n\r\n"
+            status, headers, body = exchange(server.port, sent.encode())
+            del headers["date"]
+            answers.append((status, headers, body))
+    status, headers, body = answers[0]
+    assert answers == [answers[0]] * len(answers)
+    assert status == 401
+    assert headers["www-authenticate"] == 'Bearer realm="tokenauth", error="invalid_token"'
+    assert headers["cache-control"] == "no-store"
+    assert b'"error":"invalid_token"' in body
+
+
+def test_the_guard_takes_no_token_from_the_query_and_no_two_different_ones(client: httpx.Client) -> None:
+    one, other = ann(client), ann(client)
+    assert client.get("/api/me", params={"token": one}).status_code == 401
+    both = {"X-Token": one, "Authorization": f"Bearer {other}"}
+    assert client.get("/api/me", headers=both).status_code == 400
+    same = {"X-Token": one, "Authorization": f"Bearer {one}"}
+    assert client.get("/api/me", headers=same).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "methods"),
+    [
+        ("/api/me", "GET, HEAD", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]),
+        ("/api/tokens", "GET, HEAD, DELETE", ["POST", "PUT", "PATCH", "OPTIONS", "TRACE"]),
+        (f"/api/tokens/{UNKNOWN_ID}", "DELETE", ["GET", "HEAD", "POST", "PUT", "PATCH", "OPTIONS", "TRACE"]),
+    ],
+)
+def test_other_methods_are_405_and_name_the_right_ones(
+    client: httpx.Client, path: str, allowed: str, methods: list[str]
+) -> None:
+    token = ann(client)
+    for method in methods:
+        answer = client.request(method, path, headers=holding(token))
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    assert probe(client, token)

@@ -1,0 +1,85 @@
+"""Each 403 is logged: who lacked which scope, and where, by the route and never by the path or the query."""
+
+import httpx
+import pytest
+
+from tests.support.servers import Server, log_in
+
+SETTINGS = """
+[pools.restricted]
+scope = "write"
+[pools.open]
+capacity = 1
+prefill = true
+[dialects.token-pool]
+pool = "restricted"
+prefix = "/pool"
+require_token = true
+"""
+REFUSED = [
+    ("GET", "/api/tokens?user=ann", "/api/tokens", "admin"),
+    ("DELETE", "/api/tokens?user=ann", "/api/tokens", "admin"),
+    ("DELETE", "/api/tokens/{token}?user=ann", "/api/tokens/{id}", "admin"),
+    ("POST", "/api/pools/restricted/leases", "/api/pools/{pool}/leases", "write"),
+    ("DELETE", "/api/pools/restricted/tokens/{token}", "/api/pools/{pool}/tokens/{token}", "write"),
+    ("POST", "/pool/api/token_pool/", "/pool/api/token_pool/", "write"),
+    ("POST", "/oauth/introspect", "/oauth/introspect", "introspect"),
+    ("GET", "/auth?scope=read", "/auth", "read"),
+    ("GET", "/auth?scope=write+read", "/auth", "read write"),
+    ("GET", "/auth?scope=read+{token}", "/auth", ("(unknown) read", "read (unknown)")),
+]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Have a pool, and a dialect over it, that need a scope."""
+    return SETTINGS
+
+
+@pytest.mark.parametrize(("method", "target", "route", "scope"), REFUSED)
+def test_who_lacks_a_scope_is_named_in_the_log(
+    server: Server, client: httpx.Client, method: str, target: str, route: str, scope: str
+) -> None:
+    token = log_in(client, "bob", "bob-secret")
+    before = len(server.events("access_denied"))
+    data = {"token": token} if route == "/oauth/introspect" else None
+    answer = client.request(method, target.replace("{token}", token), headers={"X-Token": token}, data=data)
+    assert answer.status_code == 403
+    [event] = server.events("access_denied")[before:]
+    assert (event["user"], event["route"], event["level"]) == ("bob", route, "warning")
+    assert event["scope"] in scope if isinstance(scope, tuple) else event["scope"] == scope
+    assert token not in server.log.read_text()
+
+
+def test_who_touches_the_lease_of_another_user_is_named(server: Server, client: httpx.Client) -> None:
+    ann, bob = log_in(client, "ann", "ann-secret"), log_in(client, "bob", "bob-secret")
+    lent = client.post("/api/pools/open/leases", headers={"X-Token": ann}).json()["token"]
+    before = len(server.events("access_denied"))
+    assert client.delete(f"/api/pools/open/leases/{lent}", headers={"X-Token": bob}).status_code == 403
+    [event] = server.events("access_denied")[before:]
+    route = "/api/pools/{pool}/leases/{token}"
+    assert (event["user"], event["route"], event["scope"]) == ("bob", route, "")
+    assert event["reason"] not in {"", "insufficient_scope"}
+    assert lent not in server.log.read_text()
+
+
+def test_a_question_of_a_proxy_that_is_wrong_is_named_too(server: Server, client: httpx.Client) -> None:
+    token = log_in(client, "bob", "bob-secret")
+    before = len(server.events("access_denied"))
+    assert client.get(f"/auth?{token}={token}", headers={"X-Token": token}).status_code == 403
+    [event] = server.events("access_denied")[before:]
+    assert (event["user"], event["route"], event["scope"], event["reason"]) == ("bob", "/auth", "", "forbidden")
+    assert token not in server.log.read_text()
+
+
+def test_as_many_are_logged_as_are_answered(server: Server, client: httpx.Client) -> None:
+    """Whatever the address and the method; strangers are not named, since nobody knows them."""
+    paths = [path.replace("{pool}", "restricted") for path in client.get("/openapi.json").json()["paths"]]
+    before, refused = len(server.events("access_denied")), 0
+    for token in (log_in(client, "bob", "bob-secret"), "no-token"):
+        for path in paths:
+            for method in ("GET", "POST", "PUT"):
+                answer = client.request(method, f"{path}?user=ann", headers={"X-Token": token})
+                refused += answer.status_code == 403
+    assert refused > 10
+    assert len(server.events("access_denied")) - before == refused

@@ -1,0 +1,68 @@
+"""Headers that every answer has, whatever answers: a handler, the middleware, or the protocol itself."""
+
+import socket
+
+import httpx
+import pytest
+
+from tests.support.servers import Server, exchange, log_in
+from tests.wire.openapi.configurations import APART, speaking
+
+ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+METHODS = ["GET", "HEAD", "POST", "DELETE", "OPTIONS", "TRACE"]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    """Serve all that there is."""
+    return (
+        speaking(**APART) + '[server]\ncors_origins = ["https://app.example.com"]\n[oauth]\nissuer = "http://localhost"'
+    )
+
+
+def has_them(answer: httpx.Response) -> bool:
+    """Whether an answer has them, once each."""
+    return {name: answer.headers.get_list(name) for name in ALWAYS} == {name: [value] for name, value in ALWAYS.items()}
+
+
+@pytest.fixture(scope="module")
+def addresses(client: httpx.Client) -> list[str]:
+    """List all addresses, some of which take a parameter."""
+    paths = client.get("/openapi.json").json()["paths"]
+    assert len(paths) > 30
+    return [*(path.replace("{", "").replace("}", "") for path in paths), "/docs", "/openapi.json", "/nothing", "/"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_answer_forbids_sniffing_and_referrers(client: httpx.Client, addresses: list[str], method: str) -> None:
+    token = log_in(client)
+    for headers in ({"X-Token": token}, {"Origin": "https://app.example.com", "Content-Type": "application/json"}):
+        lacking = [path for path in addresses if not has_them(client.request(method, path, headers=headers))]
+        assert lacking == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"BREW /auth HTTP/1.1\r\nHost: a\r\n\r\n", 401),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /auth HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 401),
+    ],
+)
+def test_what_the_protocol_refuses_has_them_too(server: Server, request_: bytes, status: int) -> None:
+    answered, headers, _ = exchange(server.port, request_)
+    assert answered == status
+    assert (ALWAYS | {"cache-control": "no-store"}).items() <= headers.items()
+
+
+def test_an_answer_is_framed_as_before(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 2)
+        data = b""
+        while data.count(b'{"status":"ok"}') < 2:
+            data += connection.recv(65536)
+    assert data.count(b"\r\n\r\n") == data.count(b"HTTP/1.1 200 OK\r\n") == 2

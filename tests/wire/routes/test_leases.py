@@ -1,0 +1,288 @@
+"""Leases over sockets, by the clock: who holds a token, until when, and what is left of it afterwards."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.lending import Borrower, Lease, refusal
+from tests.support.servers import HandClock, Server, worker, write_config
+from tokenauth.service import create_service
+from tokenauth.settings import loader
+
+POOLS = """
+[pools.any]
+[pools.waiting]
+token_ttl = 300
+"""
+LEASE_TTL, TOKEN_TTL = 60, 300
+MOMENT = 1 / 1024
+
+Touch = Callable[..., tuple[int, Any]]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return POOLS
+
+
+@pytest.fixture
+def now(clock: HandClock) -> int:
+    """Begin with a whole second."""
+    clock.set(int(clock()) + 1)
+    return int(clock())
+
+
+@pytest.fixture
+def admin(server: Server, now: int) -> Iterator[Borrower]:
+    """Be an admin at one worker, and find a pool empty."""
+    with Connection(server.port) as connection:
+        user = Borrower(connection)
+        user.empty("any")
+        yield user
+
+
+@pytest.fixture
+def there(sibling: Server, now: int) -> Iterator[Borrower]:
+    """Be the same admin at the other worker."""
+    with Connection(sibling.port) as connection:
+        yield Borrower(connection)
+
+
+@pytest.fixture(params=["keep-alive", "release"])
+def touch(request: pytest.FixtureRequest, there: Borrower) -> Touch:
+    """Touch a lease in either way: both need the same claim."""
+    return there.keep_alive if request.param == "keep-alive" else there.release
+
+
+def third_lease(user: Borrower) -> Lease:
+    """Borrow a token that has been borrowed twice before, under another name and under the same."""
+    (token,) = user.generate("any")
+    for holder in ("ci-6", "ci-7"):
+        assert user.assign("any", holder).token == token
+        assert user.release("any", token) == (204, None)
+    return user.assign("any", "ci-7")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{}, {"holder": "ci-7"}, {"fence": 3}, {"holder": "ci-7", "fence": 3}, {"holder": None, "fence": None}],
+    ids=str,
+)
+def test_whoever_claims_the_lease_that_it_is_may_touch_it(
+    admin: Borrower, touch: Touch, claim: dict[str, Any], clock: HandClock, now: int
+) -> None:
+    lease = third_lease(admin)
+    assert lease.fence == 3
+    clock.advance(10)
+    kept = lease._replace(expiry_time=now + 70)
+    assert touch("any", lease.token, **claim) in [(200, kept._asdict()), (204, None)]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"holder": "ci-6"}, {"holder": "CI-7"}, {"holder": "ci-7 "}, {"holder": ""}, {"holder": "x" * 5000},
+        {"holder": "\0"}, {"fence": 2}, {"fence": 4}, {"fence": 0}, {"fence": -1}, {"fence": -(2**63)},
+        {"fence": 2**63}, {"fence": 2**64}, {"fence": 10**30},
+        {"holder": "ci-7", "fence": 2}, {"holder": "ci-6", "fence": 3},
+    ],
+    ids=range(16),
+)  # fmt: skip
+def test_whoever_claims_another_has_lost_his_and_changes_nothing(
+    admin: Borrower, touch: Touch, claim: dict[str, Any], clock: HandClock
+) -> None:
+    lease = third_lease(admin)
+    before = admin.members("any")
+    clock.advance(10)
+    assert touch("any", lease.token, **claim) == refusal("lease_lost")
+    assert admin.members("any") == before
+    assert touch("any", "another", **claim) == refusal("not_found")
+
+
+def test_a_lease_lapses_at_its_end_by_the_clock_alone(
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
+) -> None:
+    (token,) = admin.generate("any")
+    admin.assign("any")
+    clock.set(now + LEASE_TTL - MOMENT)
+    assert there.hears("POST", "/any/leases") == refusal("no_free_token")
+    assert there.counts("any") == (0, 1)
+    clock.set(now + LEASE_TTL)
+    assert admin.counts("any") == there.counts("any") == (1, 0)
+    assert there.assign("any") == Lease(token, "admin", 2, now + 2 * LEASE_TTL, LEASE_TTL)
+
+
+def test_a_lease_is_kept_alive_until_its_last_moment_again_and_again(
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
+) -> None:
+    admin.generate("any")
+    lease = there.assign("any")
+    for _ in range(3):
+        clock.advance(LEASE_TTL - MOMENT)
+        kept = lease._replace(expiry_time=int(clock() + LEASE_TTL))
+        assert admin.keep_alive("any", lease.token) == (200, kept._asdict())
+    assert list(admin.keep_alive("any", lease.token)[1]) == list(Lease._fields)
+    clock.advance(LEASE_TTL)
+    assert there.counts("any") == (1, 0)
+
+
+def test_a_lapsed_lease_cannot_be_touched_even_if_nobody_else_has_taken_the_token(
+    admin: Borrower, touch: Touch, clock: HandClock, now: int
+) -> None:
+    (token,) = admin.generate("any")
+    admin.assign("any", "ci-7")
+    clock.set(now + LEASE_TTL)
+    for claim in ({}, {"holder": "ci-7"}, {"fence": 1}, {"holder": "ci-7", "fence": 1}, {"holder": None}):
+        assert touch("any", token, **claim) == refusal("lease_lost")
+    assert admin.hears("GET", f"/any/tokens/{token}") == (200, {"token": token, "expiry_time": None, "fence": 1})
+    assert admin.assign("any", "ci-7").fence == 2
+
+
+def test_a_lease_that_another_has_by_now_cannot_be_touched_by_its_first_holder(
+    admin: Borrower, touch: Touch, clock: HandClock, now: int
+) -> None:
+    (token,) = admin.generate("any")
+    admin.assign("any", "ci-7")
+    clock.set(now + LEASE_TTL)
+    assert admin.assign("any", "ci-8").token == token
+    clock.advance(30)
+    for claim in ({"holder": "ci-7"}, {"fence": 1}, {"holder": "ci-7", "fence": 1}):
+        assert touch("any", token, **claim) == refusal("lease_lost")
+    (member,) = admin.members("any")
+    assert (member["holder"], member["fence"]) == ("ci-8", 2)
+    assert member["lease_expiry_time"] == now + 2 * LEASE_TTL
+
+
+def test_a_token_that_is_free_cannot_be_touched(admin: Borrower, touch: Touch) -> None:
+    """Whether it has never been lent or was released."""
+    (token,) = admin.generate("any")
+    assert touch("any", token) == touch("any", token, fence=0) == refusal("lease_lost")
+    admin.assign("any")
+    assert admin.release("any", token) == (204, None)
+    assert touch("any", token) == touch("any", token, holder="admin", fence=1) == refusal("lease_lost")
+
+
+def test_a_released_token_can_be_lent_by_the_other_worker_at_once(admin: Borrower, there: Borrower) -> None:
+    (token,) = admin.generate("any")
+    for fence in range(1, 20, 2):
+        assert admin.assign("any").fence == fence
+        assert there.release("any", token, holder="admin", fence=fence) == (204, None)
+        assert there.assign("any").fence == fence + 1
+        assert admin.release("any", token, fence=fence + 1) == (204, None)
+
+
+def test_a_token_shows_who_has_it_and_its_highest_fence_also_after_the_lease(
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
+) -> None:
+    (token,) = admin.generate("waiting")
+    free = {"token": token, "expiry_time": now + TOKEN_TTL}
+    lent = {"token": token, "expiry_time": now + LEASE_TTL + TOKEN_TTL, "user": "admin", "holder": "ci-7"}
+    lent |= {"fence": 1, "lease_expiry_time": now + LEASE_TTL}
+
+    def shown(expected: dict[str, Any], fence: int) -> None:
+        for user in (admin, there):
+            assert user.hears("GET", f"/waiting/tokens/{token}") == (200, {**expected, "fence": fence})
+            assert user.members("waiting") == [expected], "in a list only a lease has its fence"
+
+    shown(free, 0)
+    there.assign("waiting", "ci-7")
+    shown(lent, 1)
+    clock.set(now + LEASE_TTL)
+    shown({**free, "expiry_time": now + LEASE_TTL + TOKEN_TTL}, 1)
+    admin.assign("waiting")
+    clock.advance(10)
+    assert there.release("waiting", token) == (204, None)
+    shown({**free, "expiry_time": now + LEASE_TTL + 10 + TOKEN_TTL}, 2)
+
+
+def test_a_free_token_waits_for_its_time_and_is_gone_and_a_lent_one_only_after_its_lease(
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
+) -> None:
+    lent, free = admin.generate("waiting", 2)
+    there.assign("waiting")
+    clock.set(now + TOKEN_TTL - MOMENT)
+    assert admin.counts("waiting") == (2, 0)
+    clock.set(now + TOKEN_TTL)
+    assert there.hears("GET", f"/waiting/tokens/{free}") == refusal("not_found")
+    assert admin.delete("waiting", free) == refusal("not_found")
+    assert [member["token"] for member in admin.members("waiting")] == [lent]
+    clock.set(now + LEASE_TTL + TOKEN_TTL - MOMENT)
+    assert admin.assign("waiting").token == lent
+    clock.advance(LEASE_TTL + TOKEN_TTL)
+    assert there.keep_alive("waiting", lent) == refusal("not_found")
+    assert there.hears("POST", "/waiting/leases") == refusal("no_free_token")
+    assert there.counts("waiting") == (0, 0)
+
+
+def test_a_clock_that_is_set_back_revives_no_lease_and_no_token(
+    admin: Borrower, there: Borrower, clock: HandClock, now: int
+) -> None:
+    (token,) = admin.generate("any")
+    (expired,) = admin.generate("waiting")
+    lease = there.assign("any")
+    clock.advance(TOKEN_TTL)
+    assert admin.counts("waiting") == there.counts("waiting") == (0, 0)
+    clock.set(now)
+    for user in (admin, there):
+        assert user.keep_alive("any", token, fence=lease.fence) == refusal("lease_lost")
+        assert user.hears("GET", f"/waiting/tokens/{expired}") == refusal("not_found")
+    assert admin.assign("any") == Lease(token, "admin", 2, now + TOKEN_TTL + LEASE_TTL, LEASE_TTL)
+    clock.advance(TOKEN_TTL)
+
+
+async def migrate(config: Path) -> None:
+    """Make the database."""
+    async with create_service(loader.load(config)).running():
+        pass
+
+
+def test_leases_lapse_and_tokens_expire_where_no_sweeper_has_ever_run(tmp_path: Path) -> None:
+    """Its duty is somebody else's for ever; what has expired lies in the database to the end."""
+    config = write_config(tmp_path, POOLS)
+    clock = HandClock(tmp_path / "clock", create=True)
+    asyncio.run(migrate(config))
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as db, db:
+        db.execute("REPLACE INTO marks (name, at) VALUES ('sweep', 9e9)")
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        user = Borrower(connection)
+        user.generate("waiting", 2)
+        assert user.assign("waiting").fence == 1
+        clock.advance(TOKEN_TTL)
+        assert user.counts("waiting") == (1, 0)
+        assert user.assign("waiting").fence == 2
+        assert user.counts("waiting") == (0, 1)
+        assert not server.events("swept")
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as db:
+        assert db.execute("SELECT count(*) FROM pool_tokens").fetchone() == (2,)
+
+
+def test_a_restart_keeps_tokens_leases_and_fences(tmp_path: Path) -> None:
+    config = write_config(tmp_path, POOLS)
+    clock = HandClock(tmp_path / "clock", create=True)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        user = Borrower(connection)
+        first, _ = user.generate("any", 2)
+        (deleted,) = user.generate("waiting")
+        user.assign("any", "ci-6")
+        clock.advance(1)
+        user.release("any", first)
+        user.assign("any", "ci-7")
+        lease = user.assign("any", "ci-8")
+        assert (lease.token, lease.fence) == (first, 2)
+        user.delete("waiting", deleted)
+        before = user.members("any")
+        server.kill()
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        user = Borrower(connection)
+        assert user.members("any") == before
+        assert user.members("waiting") == []
+        assert user.keep_alive("any", lease.token, holder="ci-8", fence=2)[0] == 200
+        assert user.keep_alive("any", lease.token, fence=1) == refusal("lease_lost")
+        clock.advance(LEASE_TTL)
+        assert sorted(user.assign("any").fence for _ in range(2)) == [2, 3]

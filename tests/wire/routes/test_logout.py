@@ -1,0 +1,339 @@
+"""A log-out is true: in whatever form a token comes, encoded, escaped or cut, it is refused after the 200."""
+
+import asyncio
+import gzip
+import json
+import quopri
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import product
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.types import Message
+
+from tests.support.connections import Connection
+from tests.support.servers import Server
+from tokenauth.values import new_value
+from tokenauth.web import requests
+from tokenauth.web.routes.token import _named
+
+KIB = 1024
+Headers = Sequence[tuple[bytes, bytes]]
+
+CUTS: dict[str, Callable[[str], str]] = {
+    "whole": lambda token: token,
+    "by a line break": lambda token: f"{token[:40]}\n{token[40:]}",
+    "by CRLF": lambda token: f"{token[:1]}\r\n{token[1:]}",
+    "by a folded line": lambda token: f"{token[:63]}\r\n {token[63:]}",
+    "by a tab": lambda token: f"{token[:32]}\n\t{token[32:]}",
+    "by a blank": lambda token: f"{token[:20]} {token[20:]}",
+    "by an indented line": lambda token: f"{token[:20]}  \n    {token[20:]}",
+    "by a backslash": lambda token: f"{token[:30]}\\\n{token[30:]}",
+    "by a backslash and CRLF": lambda token: f"{token[:30]}\\\r\n{token[30:]}",
+    "by quoted-printable": lambda token: f"{token[:50]}=\r\n{token[50:]}",
+    "in three": lambda token: f"{token[:20]}\n{token[20:50]}\n{token[50:]}",
+}
+
+TEXTS: dict[str, Callable[[str], str]] = {
+    "JSON": lambda token: f'{{"token": "{token}"}}',
+    "JSON, escaped": lambda token: json.dumps({"token": token}),
+    "JSON with a comma too many": lambda token: f'{{"token": "{token}",}}',
+    "JSON in single quotes": lambda token: f"{{'token': '{token}'}}",
+    "JSON of codes": lambda token: '{"token": "' + "".join(f"\\u{ord(letter):04x}" for letter in token) + '"}',
+    "JSON in JSON": lambda token: json.dumps(json.dumps({"token": token})),
+    "codes in JSON in JSON": lambda token: json.dumps(
+        '{"token": "' + "".join(f"\\u{ord(letter):04X}" for letter in token) + '"}'
+    ),
+    "codes of JavaScript": lambda token: "token='" + "".join(f"\\x{ord(letter):02x}" for letter in token) + "'",
+    "a form": lambda token: urlencode({"a": "b", "token": token, "c": "d"}),
+    "a form of percents": lambda token: "token=" + "".join(f"%{ord(letter):02x}" for letter in token),
+    "a form of JSON": lambda token: urlencode({json.dumps({"token": token}): ""}),
+    "a form in a form": lambda token: urlencode({"form": urlencode({"token": token})}),
+    "escape()": lambda token: "token=" + "".join(f"%u{ord(letter):04X}" for letter in token),
+    "text": lambda token: f"Please log out the token: {token}.\n",
+    "bare": lambda token: token,
+    "a line": lambda token: f"{token}\n",
+    "quoted-printable": lambda token: quopri.encodestring(f"token={token}\n".encode()).decode(),
+    "XML": lambda token: f"<token>{token}</token>",
+    "YAML": lambda token: f"token: '{token}'",
+}
+
+CHARSETS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+
+
+def deflated(data: bytes) -> bytes:
+    """Compress without the header of zlib, as some send `deflate`."""
+    engine = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return engine.compress(data) + engine.flush()
+
+
+def members(data: bytes, count: int) -> bytes:
+    """Compress in parts, each a member of the file."""
+    size = max(1, -(-len(data) // count))
+    return b"".join(gzip.compress(data[at : at + size]) for at in range(0, len(data), size))
+
+
+def named(data: bytes) -> bytes:
+    """Compress with the name of a file in the header."""
+    plain = gzip.compress(data)
+    return plain[:3] + b"\x08" + plain[4:10] + b"body.json\0" + plain[10:]
+
+
+ENCODINGS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+    "none": (b"", bytes),
+    "identity": (b"identity", bytes),
+    "gzip": (b"gzip", gzip.compress),
+    "x-gzip": (b"X-GZIP", gzip.compress),
+    "gzip, two members": (b"gzip", lambda data: members(data, 2)),
+    "gzip, five members": (b"gzip", lambda data: members(data, 5)),
+    "gzip with a name": (b"gzip", named),
+    "gzip, and more after it": (b"gzip", lambda data: gzip.compress(data) + b"\0\0junk"),
+    "gzip with a wrong checksum": (b"gzip", lambda data: gzip.compress(data)[:-8] + b"12345678"),
+    "gzip that is cut off": (b"gzip", lambda data: gzip.compress(data)[:-5]),
+    "deflate": (b"deflate", zlib.compress),
+    "deflate, without a header": (b"deflate", deflated),
+    "deflate with a wrong checksum": (b"deflate", lambda data: zlib.compress(data)[:-4] + b"1234"),
+    "gzip that is called deflate": (b"deflate", gzip.compress),
+    "deflate that is called gzip": (b"gzip", zlib.compress),
+    "gzip that is not said": (b"", gzip.compress),
+    "gzip that is called something": (b"br", gzip.compress),
+    "what is only called gzip": (b"gzip", bytes),
+    "what is only called deflate": (b"deflate", bytes),
+    "gzip in gzip": (b"gzip, gzip", lambda data: gzip.compress(gzip.compress(data))),
+    "gzip in gzip, said once": (b"gzip", lambda data: gzip.compress(gzip.compress(data))),
+    "deflate in gzip": (b"deflate, gzip", lambda data: gzip.compress(zlib.compress(data))),
+    "deflate without a header in gzip": (b"deflate,identity,gzip", lambda data: gzip.compress(deflated(data))),
+    "gzip in deflate": (b"gzip, deflate", lambda data: deflated(gzip.compress(data))),
+    "three deep": (b"deflate, gzip, deflate", lambda data: deflated(members(zlib.compress(data), 2))),
+}
+
+
+def write(token: str, cut: str, form: str, charset: str, encoding: str) -> tuple[Headers, bytes]:
+    """Write a log-out."""
+    said, encode = ENCODINGS[encoding]
+    headers = [(b"content-encoding", said)] if said else []
+    return headers, encode(TEXTS[form](CUTS[cut](token)).encode(charset))
+
+
+def find(headers: Headers, body: bytes, query: bytes = b"") -> list[bytes]:
+    """Have a log-out read, in process."""
+    return asyncio.run(reading(headers, body, query))
+
+
+async def reading(headers: Headers, body: bytes, query: bytes = b"") -> list[bytes]:
+    """Have a log-out read."""
+    scope = {"headers": list(headers), "query_string": query}
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return list(await _named(scope, receive))
+
+
+Way = tuple[str, str, str, str]
+
+PAIRS = [
+    *product(CUTS, TEXTS, ["utf-8"], ["none"]),
+    *product(["whole"], TEXTS, CHARSETS, ["none"]),
+    *product(["by a line break"], TEXTS, ["utf-8"], ENCODINGS),
+    *product(CUTS, ["JSON"], CHARSETS, ["three deep"]),
+]
+
+
+async def missed(ways: Iterable[Way]) -> list[Way]:
+    """List the ways in which a token is not found."""
+    tokens = {way: new_value() for way in ways}
+    return [way for way, token in tokens.items() if token.encode() not in await reading(*write(token, *way))]
+
+
+async def test_a_token_is_found_in_every_form_cut_and_encoding() -> None:
+    assert await missed(PAIRS) == []
+
+
+@pytest.mark.faults
+async def test_a_token_is_found_in_all_of_them_together() -> None:
+    assert await missed(product(CUTS, TEXTS, CHARSETS, ENCODINGS)) == []
+
+
+@pytest.fixture
+def connection(server: Server) -> Iterator[Connection]:
+    with Connection(server.port) as connected:
+        yield connected
+
+
+def test_no_log_out_leaves_a_token_alive(connection: Connection) -> None:
+    """Over a socket, some of them."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(*(st.sampled_from(list(some)) for some in (CUTS, TEXTS, CHARSETS, ENCODINGS)), st.booleans())
+    def check(cut: str, form: str, charset: str, encoding: str, chunked: bool) -> None:
+        token = connection.log_in()
+        headers, body = write(token, cut, form, charset, encoding)
+        lines = b"".join(b"%s: %s\r\n" % header for header in headers)
+        if chunked:
+            framed = b"".join(b"%x\r\n%s\r\n" % (len(body[at:][:50]), body[at:][:50]) for at in range(0, len(body), 50))
+            lines, body = lines + b"Transfer-Encoding: chunked\r\n", framed + b"0\r\n\r\n"
+        else:
+            lines += b"Content-Length: %d\r\n" % len(body)
+        answer = connection.send(b"DELETE /api/token HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n" + body)
+        assert (answer.status, answer.json()) == (200, {"valid": False, "expiry_time": None})
+        assert not connection.valid(token)
+
+    check()
+
+
+@pytest.mark.parametrize("form", ["a form", "a form of percents", "JSON of codes", "bare"])
+def test_a_token_in_the_query_is_found_in_every_spelling(form: str) -> None:
+    token = new_value()
+    for cut in CUTS.values():
+        assert token.encode() in find((), b"", quote(TEXTS[form](cut(token)), safe="=&%\\").encode())
+
+
+TOKEN = "T1" * 32
+OTHER = "O2" * 32
+SENT = ((b"x-token", TOKEN.encode()),)
+
+
+NAMING: dict[str, Callable[[str], str]] = {
+    "JSON": lambda token: json.dumps({"token": token, "why": "lost"}),
+    "JSON with a comma too many": lambda token: f'{{"token": "{token}",}}\n',
+    "JSON with another one of the name": lambda token: f'{{"token": "x", "token": "{token}"}}',
+    "an escaped name": lambda token: f'{{"to\\u006ben": "{token}"}}',
+    "a cut value": lambda token: f'{{"token": "{token[:9]}\n{token[9:]}"}}',
+    "a form": lambda token: f"a=b&token={token}",
+    "an escaped form": lambda token: f"to%6ben={token[:9]}%0A{token[9:]}",
+}
+BESIDE: dict[str, Callable[[str], str]] = {
+    "nothing": lambda _: "",
+    "an empty object": lambda _: "{}",
+    "a value that is none": lambda _: '{"token": "x"}',
+    "what is broken": lambda _: "\x1f\x8b broken",
+    "another name": lambda token: json.dumps({"csrf_token": token}),
+    "another case": lambda token: json.dumps({"Token": token}),
+    "an object in it": lambda token: json.dumps({"a": {"token": token}}),
+    "an object in a list": lambda token: json.dumps([{"token": token}]),
+    "a list of values": lambda token: json.dumps({"token": [token]}),
+    "a value that speaks of it": lambda token: json.dumps({"why": "&token=expired&", "device": token}),
+    "a value with a form in it": lambda token: json.dumps({"why": f"a&token={token}&b"}),
+    "a form of another name": lambda token: f"csrfmiddlewaretoken={token}",
+    "a form of another case": lambda token: f"TOKEN={token}",
+    "a form of names like it": lambda token: f"_token={token}&token_={token}&token[]={token}",
+    "what is bare": lambda token: token,
+    "what is quoted": lambda token: f'"{token}"\n',
+    "text": lambda token: f"the token {token}",
+    "a part of it": lambda token: f"--{token}\r\n",
+    "too deep": lambda token: json.dumps({"token": token, "a": [[]] * 40}),
+    "too long": lambda token: json.dumps({"a": "x" * requests.MAX_BODY, "token": token}),
+    "too many": lambda token: "a=b&" * 100 + f"token={token}",
+}
+
+
+@pytest.mark.parametrize("charset", CHARSETS[:5])
+@pytest.mark.parametrize("form", NAMING)
+def test_a_token_named_as_token_spares_the_header(form: str, charset: str) -> None:
+    """The header is how an admin calls who ends the token of somebody else."""
+    body = NAMING[form](OTHER)
+    assert find(SENT, body.encode(charset)) == [OTHER.encode()]
+    assert find([*SENT, (b"content-encoding", b"gzip")], gzip.compress(body.encode(charset))) == [OTHER.encode()]
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_beside_anything_else_the_header_ends_too(form: str) -> None:
+    """It may be something else that looks like a token: it ends if it is one, and the caller is logged out."""
+    body = BESIDE[form](OTHER)
+    assert find(SENT, body.encode()) == [*[OTHER.encode()] * (OTHER in body), TOKEN.encode()]
+
+
+@pytest.mark.parametrize(
+    ("query", "spared"),
+    [("token={}", True), ("a=b&token={}", True), ("to%6ben={}", True), ("_token={}", False), ("Token={}", False),
+     ("{}", False), ("a=token&b={}", False), ("token=x", False)],
+)  # fmt: skip
+def test_a_query_that_names_a_token_spares_the_header(query: str, spared: bool) -> None:
+    assert (TOKEN.encode() in find(SENT, b"", query.format(OTHER).encode())) is not spared
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, br", "x"])
+def test_of_what_cannot_be_unpacked_the_header_is_meant(encoding: str) -> None:
+    for body in (b"\x28\xb5\x2f\xfd" + bytes(range(256)), bytes(range(256)) * 8):
+        assert find([*SENT, (b"content-encoding", encoding.encode())], body) == [TOKEN.encode()]
+
+
+MANY = b"".join(b"%064d," % number for number in range(2000))
+HOSTILE: dict[str, bytes] = {
+    "a bomb": gzip.compress(bytes(10_000_000)),
+    "a bomb of letters": gzip.compress(b"a" * 10_000_000),
+    "a bomb of escapes": gzip.compress(b"%41" * 1_000_000),
+    "a bomb of codes": gzip.compress(b"\\u0041" * 500_000),
+    "a bomb of tokens": gzip.compress(MANY),
+    "a bomb of blanks": gzip.compress(b"a " * 1_000_000),
+    "a bomb in a bomb": gzip.compress(gzip.compress(b"a," * 10_000_000)),
+    "members of nothing": gzip.compress(b"") * 3000,
+    "members of bombs": gzip.compress(bytes(100_000)) * 300,
+    "blocks of nothing": b"\0\0\0\xff\xff" * 13_000,
+    "deep": reduce(lambda data, _: gzip.compress(data), range(50), b"x"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize("said", [b"", b"gzip", b"deflate", b"gzip, deflate, gzip, deflate, gzip", b"gzip," * 2000])
+def test_little_is_unpacked_whatever_is_sent(attack: str, said: bytes) -> None:
+    body = HOSTILE[attack][: requests.MAX_SEARCHED]
+    readings = requests.unpack({"headers": [(b"content-encoding", said)] if said else []}, body)
+    assert readings[0] == body
+    assert len(readings) <= 1 + requests.MAX_LAYERS
+    assert sum(map(len, readings[1:])) <= requests.MAX_INFLATED
+
+
+@pytest.mark.parametrize("where", ["body", "lines", "query", "headers"])
+def test_all_tokens_that_one_request_names_are_found(where: str) -> None:
+    many = [new_value() for _ in range({"query": 110, "headers": 200}.get(where, 1000))]
+    sent: dict[str, tuple[Any, ...]] = {
+        "body": ((), json.dumps(many, separators=(",", ":"))[: 64 * KIB].encode()),
+        "lines": ((), "\n".join(many).encode()),
+        "query": ((), b"", "&".join(f"token={token}" for token in many).encode()),
+        "headers": ([(b"x-token", token.encode()) for token in many], b""),
+    }
+    expected = [token.encode() for token in many]
+    found = find(*sent[where])
+    assert set(expected) - set(found) <= set(expected[970:] if where == "body" else ())
+
+
+def test_a_log_out_of_many_ends_each_of_them(connection: Connection) -> None:
+    """Behind hundreds of hashes that look like tokens, too."""
+    tokens = [connection.log_in() for _ in range(40)]
+    body = json.dumps({"files": [f"{number:064x}" for number in range(300)], "token": tokens}).encode()
+    assert connection.ask("DELETE", "/api/token", json.loads(body)).status == 200
+    assert [connection.valid(token) for token in tokens] == [False] * 40
+
+
+def test_no_more_than_64_kib_of_a_body_are_read() -> None:
+    """And what is read is searched in parts, so that others have their turn between them."""
+    taken = []
+
+    async def receive() -> Message:
+        taken.append(1)
+        return {"type": "http.request", "body": b"a" * KIB, "more_body": True}
+
+    async def turns() -> int:
+        naming = asyncio.ensure_future(_named({"headers": [], "query_string": b""}, receive))
+        count = 0
+        while not naming.done():
+            await asyncio.sleep(0)
+            count += 1
+        return count
+
+    assert asyncio.run(turns()) >= 4
+    assert len(taken) == 64
+
+
+def test_a_token_is_found_up_to_the_64_kib_wherever_it_is() -> None:
+    token = new_value()
+    for at in (0, 16 * KIB - 100, 16 * KIB - 32, 32 * KIB - 1, 64 * KIB - 80):
+        text = b"x," * (at // 2) + b'"' + token.encode() + b'"'
+        assert find((), text) == [token.encode()]

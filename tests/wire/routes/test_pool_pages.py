@@ -1,0 +1,109 @@
+"""A pool's tokens come in pages: ordered by value, each page from where the last one ended."""
+
+from collections.abc import Iterator
+from urllib.parse import quote
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.lending import Borrower
+from tests.support.servers import HandClock, Server
+
+COUNT = 101
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return '[pools.p]\ntoken_ttl = "5m"\ncapacity = 2000'
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[Borrower]:
+    """Be an admin at one worker."""
+    with Connection(server.port) as connection:
+        yield Borrower(connection)
+
+
+@pytest.fixture
+def there(sibling: Server) -> Iterator[Borrower]:
+    """Be the same admin at the other worker."""
+    with Connection(sibling.port) as connection:
+        yield Borrower(connection)
+
+
+def page(user: Borrower, query: str) -> tuple[list[str], str | None]:
+    """Return the tokens of a page, and what comes after it."""
+    status, document = user.hears("GET", f"/p{query}")
+    assert status == 200, document
+    assert list(document) == ["name", "capacity", "available", "leased", "tokens", "next"]
+    return [member["token"] for member in document["tokens"]], document["next"]
+
+
+def test_an_empty_pool_has_one_page(admin: Borrower) -> None:
+    document = {"name": "p", "capacity": 2000, "available": 0, "leased": 0, "tokens": [], "next": None}
+    for query in ("", "?limit=1", "?after=x"):
+        assert admin.hears("GET", f"/p{query}") == (200, document)
+
+
+def test_a_page_has_a_hundred_tokens_unless_it_is_said_otherwise(admin: Borrower, there: Borrower) -> None:
+    tokens = sorted(admin.generate("p", COUNT))
+    assert page(there, "") == (tokens[:100], tokens[99])
+    assert page(there, f"?after={tokens[99]}") == (tokens[100:], None)
+    assert page(there, "?limit=1000") == (tokens, None)
+    assert page(there, f"?limit={COUNT}") == (tokens, None), "there is a next page only where there is something on it"
+    assert page(there, f"?limit={COUNT - 1}") == (tokens[:-1], tokens[-2])
+    assert page(admin, "?limit=007") == (tokens[:7], tokens[6])
+
+
+@pytest.mark.parametrize("limit", [1, 7, 34])
+def test_walking_from_page_to_page_meets_every_token_once(admin: Borrower, there: Borrower, limit: int) -> None:
+    tokens, met = sorted(admin.generate("p", COUNT)), list[str]()
+    following: str | None = ""
+    while following is not None:
+        some, following = page(there if len(met) % 2 else admin, f"?limit={limit}&after={following}")
+        assert len(some) == limit or following is None
+        met += some
+    assert met == tokens
+
+
+def test_a_page_goes_on_where_a_token_was_that_has_gone(admin: Borrower, clock: HandClock) -> None:
+    first = admin.generate("p", 5)
+    clock.advance(200)
+    tokens = sorted(first + admin.generate("p", 5))
+    assert admin.delete("p", tokens[3]) == (204, None)
+    assert page(admin, f"?after={tokens[3]}") == (tokens[4:], None)
+    clock.advance(100)
+    rest = [token for token in tokens if token not in first and token != tokens[3]]
+    assert page(admin, f"?limit={len(rest)}") == (rest, None), "what has expired takes no place"
+    assert page(admin, f"?after={tokens[0]}") == ([token for token in rest if token > tokens[0]], None)
+
+
+@pytest.mark.parametrize("after", ["", "\0", " ", "~", "Z" * 64, "é", "\U0001f511", "%", "%' OR 1=1 --", "x" * 2000])
+def test_a_page_may_begin_after_anything(admin: Borrower, after: str) -> None:
+    tokens = sorted(admin.generate("p", 20))
+    assert page(admin, f"?after={quote(after)}") == ([token for token in tokens if token > after], None)
+
+
+@pytest.mark.parametrize("query", ["after=%ff", "after=%ed%a0%80", "after", "after=x&after=x"])
+def test_a_query_that_is_unusual_is_answered(admin: Borrower, query: str) -> None:
+    assert admin.hears("GET", f"/p?{query}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["", "0", "1001", "-1", "1.0", "1e2", "x", "+1", "%201", "1%00", "0x10", "1_0", "%EF%BC%91", "%C2%B9", str(2**64),
+     "9" * 5000],
+    ids=range(16),
+)  # fmt: skip
+def test_a_limit_is_a_whole_number_from_1_to_1000(admin: Borrower, limit: str) -> None:
+    status, document = admin.hears("GET", f"/p?limit={limit}")
+    assert (status, document["error"]) == (400, "invalid_request")
+    assert document["error_description"] == "limit: must be a whole number from 1 to 1000."
+
+
+@pytest.mark.parametrize("name", ["limit", "after"])
+def test_a_query_that_contradicts_itself_is_refused(admin: Borrower, name: str) -> None:
+    status, document = admin.hears("GET", f"/p?{name}=1&{name}=2")
+    assert (status, document["error"]) == (400, "invalid_request")
+    assert document["error_description"] == f"The query has several different values of {name!r}."
+    assert admin.hears("GET", f"/p?x={'x' * 8192}")[0] == 400

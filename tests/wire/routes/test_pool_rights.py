@@ -1,0 +1,168 @@
+"""Whose a lease is: its user keeps it alive and releases it, managers do everything, others only see who has what."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.lending import Borrower, refusal
+from tests.support.servers import HandClock, Server
+
+SECRET = re.compile("[A-Za-z0-9]{64}")
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return """
+    [pools.p]
+    [pools.lab]
+    manage_scope = "write"
+    [pools.filled]
+    capacity = 5
+    prefill = true
+    """
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[Borrower]:
+    """Be the admin, who manages the pool `p`; it is empty."""
+    with Connection(server.port) as connection:
+        user = Borrower(connection)
+        user.empty("p")
+        yield user
+
+
+@pytest.fixture
+def ann(sibling: Server) -> Iterator[Borrower]:
+    """Be a user who manages the pool `lab`, at the other worker."""
+    with Connection(sibling.port) as connection:
+        yield Borrower(connection, "ann")
+
+
+@pytest.fixture
+def bob(server: Server) -> Iterator[Borrower]:
+    """Be a user without scopes."""
+    with Connection(server.port) as connection:
+        yield Borrower(connection, "bob")
+
+
+@pytest.mark.parametrize("extra", [{}, {"holder": "ci"}, {"fence": 1}, {"holder": "ci", "fence": 1}, {"fence": 9}])
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_no_other_user_touches_a_lease(
+    admin: Borrower, ann: Borrower, bob: Borrower, method: str, extra: dict[str, Any]
+) -> None:
+    admin.generate("p")
+    lease = ann.assign("p", "ci")
+    for user in (bob, admin):
+        assert user.hears(method, f"/p/leases/{lease.token}", extra) == refusal("forbidden")
+    assert ann.keep_alive("p", lease.token, holder="ci", fence=1)[0] == 200
+    assert ann.release("p", lease.token) == (204, None)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_a_lapsed_lease_is_lost_and_then_anothers(
+    admin: Borrower, ann: Borrower, bob: Borrower, clock: HandClock, method: str
+) -> None:
+    admin.generate("p")
+    lease = ann.assign("p")
+    clock.advance(60)
+    for user in (ann, bob):
+        assert user.hears(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("lease_lost")
+    assert bob.assign("p").token == lease.token
+    assert ann.hears(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("forbidden")
+
+
+def test_others_see_who_has_what_and_no_values(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
+    admin.generate("p", 3)
+    own, other = bob.assign("p", "mine"), ann.assign("p", "ci-7")
+    seen = {member["holder"]: member for member in bob.members("p")}
+    assert seen["mine"]["token"] == own.token
+    assert set(seen) == {"mine", "ci-7"}, "free tokens are counted, not listed"
+    assert {key: seen["ci-7"][key] for key in ("user", "lease_expiry_time")} == {
+        "user": "ann",
+        "lease_expiry_time": other.expiry_time,
+    }
+    assert "token" not in seen["ci-7"]
+    assert len(admin.members("p")) == 3
+    assert {member.get("token") for member in admin.members("p")} >= {own.token, other.token}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_pages_of_leases_tell_no_values(admin: Borrower, ann: Borrower, bob: Borrower, limit: int) -> None:
+    admin.generate("p", 6)
+    for number in range(5):
+        ann.assign("p", f"ci-{number}")
+    seen: list[str] = []
+    after: str | None = ""
+    while after is not None:
+        answer = bob.ask("GET", f"/p?limit={limit}&after={after}")
+        assert SECRET.search(answer.body.decode()) is None
+        page = answer.json()
+        assert len(page["tokens"]) <= limit
+        seen += [member["holder"] for member in page["tokens"]]
+        after = page["next"]
+    assert sorted(seen) == [f"ci-{number}" for number in range(5)]
+
+
+@pytest.mark.parametrize(
+    "after", ["x", "1", "-", "1-", "-1", "nan-1", "inf-1", "1-1e3", "1-" + "9" * 30, "-1-1", "1-_1"]
+)
+def test_a_place_that_is_none_is_named(admin: Borrower, bob: Borrower, after: str) -> None:
+    answer = bob.ask("GET", f"/p?after={after}")
+    assert (answer.status, answer.json()["error"]) == (400, "invalid_request")
+    assert "after" in answer.json()["error_description"]
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "tokens"), ("DELETE", "tokens/{token}")])
+def test_only_managers_change_tokens(admin: Borrower, ann: Borrower, bob: Borrower, method: str, path: str) -> None:
+    (token,) = admin.generate("p")
+    for user in (ann, bob):
+        assert user.hears(method, f"/p/{path.format(token=token)}") == refusal("insufficient_scope")
+    assert admin.hears(method, f"/p/{path.format(token=token)}")[0] in {201, 204}
+
+
+def test_a_pool_names_the_scope_of_its_managers(admin: Borrower, ann: Borrower) -> None:
+    (token,) = ann.generate("lab")
+    assert admin.hears("POST", "/lab/tokens")[0] == 403
+    assert admin.assign("lab").token == token
+    assert ann.hears("DELETE", f"/lab/leases/{token}?force=true", {"reason": "late"}) == (204, None)
+    assert ann.delete("lab", token) == (204, None)
+
+
+NOT_ENDED = (
+    refusal("lease_lost")[0],
+    {
+        "error": "lease_lost",
+        "error_description": "The token is free, or under another lease than you named. No lease was ended.",
+    },
+)
+"""What a manager is told, who holds nothing that the refusal of a holder speaks of."""
+
+
+def test_managers_release_by_force_and_say_why(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
+    admin.generate("p")
+    lease = ann.assign("p", "ci")
+    forced = f"/p/leases/{lease.token}?force=true"
+    assert bob.hears("DELETE", forced, {"reason": "x"}) == refusal("insufficient_scope")
+    for wrong in ({"reason": ""}, {"reason": 1}, {"reason": "a\nb"}, {"reason": "x" * 257}, {"raeson": "x"}):
+        assert admin.hears("DELETE", forced, wrong)[0] == 400
+    assert admin.hears("DELETE", f"/p/leases/{lease.token}?force=yes", {"reason": "x"})[0] == 400
+    for other in ({"fence": 2}, {"holder": "cd"}):
+        assert admin.hears("DELETE", forced, other) == NOT_ENDED
+    assert ann.keep_alive("p", lease.token)[0] == 200
+    assert admin.hears("DELETE", forced, {"reason": "device is stuck", "fence": 1}) == (204, None)
+    assert ann.keep_alive("p", lease.token) == refusal("lease_lost")
+    assert admin.hears("DELETE", forced, {"reason": "again"}) == NOT_ENDED
+
+
+def test_a_forced_release_is_logged(admin: Borrower, ann: Borrower, server: Server) -> None:
+    admin.generate("p")
+    lease = ann.assign("p", "ci")
+    admin.hears("DELETE", f"/p/leases/{lease.token}?force=true", {"reason": "device is stuck"})
+    line = server.wait("lease_forced")
+    assert {key: line[key] for key in ("pool", "user", "holder", "by", "reason", "fence")} == {
+        "pool": "p", "user": "ann", "holder": "ci", "by": "admin", "reason": "device is stuck", "fence": 1,
+    }  # fmt: skip
+    assert lease.token not in str(line)

@@ -1,0 +1,291 @@
+"""Every row of the pools' table (issue 3) as a transcript over sockets, on two workers that share a database."""
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.lending import Borrower, Lease, refusal
+from tests.support.servers import HandClock, Server
+
+NAMES = ["any", "three", "waiting", "v1.2_a-b", "guarded"]
+ROUTES = [
+    ("GET", ""),
+    ("GET", "/POOL"),
+    ("POST", "/POOL/tokens"),
+    ("GET", "/POOL/tokens/t"),
+    ("DELETE", "/POOL/tokens/t"),
+    ("POST", "/POOL/leases"),
+    ("PUT", "/POOL/leases/t"),
+    ("DELETE", "/POOL/leases/t"),
+]
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return """
+    [pools.any]
+    [pools.three]
+    capacity = 3
+    [pools.waiting]
+    token_ttl = "5m"
+    lease_ttl = 90
+    [pools."v1.2_a-b"]
+    lease_ttl = 1.5
+    [pools.guarded]
+    scope = "write"
+    manage_scope = "read"
+    """
+
+
+@pytest.fixture(scope="module")
+def connections(server: Server, sibling: Server) -> Iterator[tuple[Connection, Connection]]:
+    """Connect to both workers."""
+    with Connection(server.port) as here, Connection(sibling.port) as there:
+        yield here, there
+
+
+@pytest.fixture
+def admin(connections: tuple[Connection, Connection]) -> Borrower:
+    """Be an admin at one worker; all pools are empty."""
+    user = Borrower(connections[0])
+    for name in NAMES[:-1]:
+        user.empty(name)
+    return user
+
+
+@pytest.fixture
+def ann(connections: tuple[Connection, Connection]) -> Borrower:
+    """Be a user at the other worker, with the scopes read and write."""
+    return Borrower(connections[1], "ann")
+
+
+@pytest.fixture
+def there(connections: tuple[Connection, Connection]) -> Borrower:
+    """Be the same admin at the other worker."""
+    return Borrower(connections[1])
+
+
+@pytest.fixture
+def bob(connections: tuple[Connection, Connection]) -> Borrower:
+    """Be a user at the first worker, without scopes."""
+    return Borrower(connections[0], "bob")
+
+
+def row(name: str, capacity: int | None = None, available: int = 0, leased: int = 0) -> dict[str, object]:
+    """Write how a pool is listed."""
+    return {"name": name, "capacity": capacity, "available": available, "leased": leased}
+
+
+def test_pools_are_listed_with_how_many_tokens_they_have(admin: Borrower, there: Borrower, ann: Borrower) -> None:
+    admin.generate("any", 3)
+    admin.generate("three", 2)
+    there.assign("three")
+    open_to_all = [row("any", None, 3, 0), row("three", 3, 1, 1), row("waiting"), row("v1.2_a-b")]
+    assert admin.hears("GET") == (200, {"pools": open_to_all})
+    assert ann.hears("GET") == (200, {"pools": [*open_to_all, row("guarded")]})
+    assert list(admin.ask("GET").json()["pools"][0]) == ["name", "capacity", "available", "leased"]
+
+
+def test_a_pool_with_a_scope_is_for_those_who_have_it_and_nobody_else_sees_it(bob: Borrower, ann: Borrower) -> None:
+    for method, path in ROUTES[1:]:
+        answer = bob.ask(method, path.replace("POOL", "guarded"))
+        assert answer.status == 403
+        assert answer.json() == {"error": "insufficient_scope", "error_description": "This needs the scope 'write'."}
+        challenge = 'Bearer realm="tokenauth", error="insufficient_scope", scope="write"'
+        assert answer.headers["www-authenticate"] == challenge
+    assert "guarded" not in str(bob.hears("GET"))
+    assert bob.hears("GET", "/guarded2") == refusal("unknown_pool")
+    ann.empty("guarded")
+    (token,) = ann.generate("guarded")
+    assert ann.assign("guarded").token == token
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_without_a_valid_token_nothing_is_said_about_any_pool(
+    connections: tuple[Connection, Connection], method: str, path: str
+) -> None:
+    for pool in ("any", "guarded", "unknown"):
+        for headers, code in [({}, "token_required"), ({"X_Token": "u" * 64}, "invalid_token")]:
+            for connection in connections:
+                answer = connection.ask(method, "/api/pools" + path.replace("POOL", pool), **headers)
+                assert (answer.status, answer.json()) == refusal(code)
+                error = ', error="invalid_token"' if headers else ""
+                assert answer.headers["www-authenticate"] == f'Bearer realm="tokenauth"{error}'
+                assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unknown", "Any", "any%20", "%00", "%ff", "%e2%82", "%F0%9F%94%91", "..", ".*", "'--", "{pool}", "x" * 5000],
+    ids=range(12),
+)
+def test_a_pool_that_is_not_configured_is_unknown(admin: Borrower, name: str) -> None:
+    for method, path in ROUTES[1:]:
+        assert admin.hears(method, path.replace("POOL", name)) == refusal("unknown_pool")
+
+
+def test_a_name_may_be_percent_encoded(admin: Borrower, there: Borrower) -> None:
+    (token,) = admin.generate("%76%31%2E2_a%2Db")
+    assert there.assign("v1.2_a-b").token == token
+    encoded = "".join(f"%{ord(letter):02X}" for letter in token)
+    assert there.release("v1%2e2_a-b", encoded) == (204, None)
+    assert admin.hears("GET", f"/v1.2_a-b/tokens/{encoded}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["unknown", "u" * 64, "%00", "%ff", "%0d%0aX-Evil:%201", "..", "'%20OR%201=1--", "%F0%9F%94%91", "x" * 5000],
+    ids=range(9),
+)
+def test_a_token_that_the_pool_does_not_have_is_not_found(admin: Borrower, token: str) -> None:
+    for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
+        assert admin.hears(method, f"{path[:-1].replace('POOL', 'any')}{token}") == refusal("not_found")
+
+
+def test_a_token_is_of_one_pool_and_gone_when_deleted(admin: Borrower, there: Borrower) -> None:
+    token, deleted = admin.generate("any", 2)
+    assert there.delete("any", deleted) == (204, None)
+    for pool, absent in [("three", token), ("any", deleted)]:
+        for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
+            assert admin.hears(method, f"{path[:-1].replace('POOL', pool)}{absent}") == refusal("not_found")
+    assert [member["token"] for member in there.members("any")] == [token]
+
+
+@pytest.mark.parametrize(
+    ("document", "count"),
+    [(None, 1), ({}, 1), ({"count": 1}, 1), ({"count": 3}, 3), ({"count": 1000}, 1000)],
+)
+def test_tokens_are_generated_one_unless_more_are_asked_for(
+    admin: Borrower, there: Borrower, document: object, count: int
+) -> None:
+    status, answered = admin.hears("POST", "/waiting/tokens", document)
+    assert (status, list(answered)) == (201, ["tokens"])
+    assert len(set(answered["tokens"])) == len(answered["tokens"]) == count
+    assert all(re.fullmatch("[A-Za-z0-9]{64}", token) for token in answered["tokens"])
+    assert there.counts("waiting") == (count, 0)
+    assert [member["token"] for member in there.members("waiting")] == sorted(answered["tokens"])
+
+
+def test_more_than_fit_are_refused_and_none_is_made(admin: Borrower, there: Borrower) -> None:
+    assert admin.hears("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
+    assert there.counts("three") == (0, 0)
+    admin.generate("three", 2)
+    there.assign("three")
+    assert there.hears("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
+    assert admin.counts("three") == (1, 1)
+    (last,) = there.generate("three")
+    assert admin.hears("POST", "/three/tokens") == refusal("pool_full")
+    assert there.delete("three", last) == (204, None)
+    assert len(admin.generate("three")) == 1
+
+
+def test_a_token_is_deleted_free_or_lent_and_every_worker_sees_it_at_once(admin: Borrower, there: Borrower) -> None:
+    admin.generate("any", 2)
+    lent = there.assign("any")
+    (free,) = {member["token"] for member in there.members("any")} - {lent.token}
+    for token in (free, lent.token):
+        assert admin.delete("any", token) == (204, None)
+        assert there.delete("any", token) == refusal("not_found")
+    assert there.keep_alive("any", lent.token) == refusal("not_found")
+    assert there.counts("any") == (0, 0)
+
+
+def test_a_borrower_is_told_what_he_has_and_for_how_long(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+    tokens = admin.generate("any", 2)
+    now = int(clock())
+    assert there.assign("any", "ci-7") == Lease(tokens[0], "ci-7", 1, now + 60, 60)
+    assert admin.assign("any") == Lease(tokens[1], "admin", 1, now + 60, 60)
+    (token,) = admin.generate("waiting")
+    assert there.assign("waiting") == Lease(token, "admin", 1, now + 90, 90)
+    clock.advance(0.75)
+    (token,) = admin.generate("v1.2_a-b")
+    assert there.assign("v1.2_a-b") == Lease(token, "admin", 1, now + 2, 1), "never longer than it is"
+
+
+@pytest.mark.parametrize("document", [None, {}, {"holder": None}])
+def test_whoever_names_no_holder_is_the_holder_himself(admin: Borrower, there: Borrower, document: object) -> None:
+    (token,) = admin.generate("any")
+    assert there.hears("POST", "/any/leases", document)[1]["holder"] == "admin"
+    assert admin.hears("GET", f"/any/tokens/{token}")[1]["holder"] == "admin"
+
+
+def test_the_token_that_has_been_free_longest_is_lent_first(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+    first, second = admin.generate("any", 2)
+    clock.advance(1)
+    (third,) = there.generate("any")
+    assert [user.assign("any").token for user in (there, admin)] == [first, second]
+    clock.advance(10)
+    assert admin.release("any", second) == (204, None)
+    clock.advance(50)  # the first one's lease lapses after the second was released
+    assert [user.assign("any").token for user in (there, admin, there)] == [third, second, first]
+
+
+def test_where_none_is_free_the_refusal_says_when_the_next_lease_ends(
+    admin: Borrower, there: Borrower, clock: HandClock
+) -> None:
+    clock.set(int(clock()) + 1)
+    tokens = admin.generate("any", 2)
+    for _ in tokens:
+        there.assign("any")
+        clock.advance(10)
+
+    def retry_after(user: Borrower) -> str:
+        answer = user.ask("POST", "/any/leases")
+        assert (answer.status, answer.json()) == refusal("no_free_token")
+        return answer.headers["retry-after"]
+
+    assert retry_after(admin) == retry_after(there) == "40"
+    clock.advance(0.25)
+    assert retry_after(admin) == "40"
+    assert there.keep_alive("any", tokens[0])[0] == 200
+    assert retry_after(there) == "50"
+    clock.advance(49.749)
+    assert retry_after(admin) == "1"
+    clock.advance(0.001)
+    assert admin.assign("any").token == tokens[1]
+
+
+def test_an_empty_pool_has_no_time_to_come_again(admin: Borrower, clock: HandClock) -> None:
+    for _ in range(2):
+        answer = admin.ask("POST", "/waiting/leases")
+        assert (answer.status, answer.json()) == refusal("no_free_token")
+        assert "retry-after" not in answer.headers
+        admin.generate("waiting", 3)
+        clock.advance(300)
+
+
+@pytest.mark.parametrize("method", ["PATCH", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("", "GET, HEAD"),
+        ("/any", "GET, HEAD"),
+        ("/any/tokens", "POST"),
+        ("/any/tokens/t", "GET, HEAD, DELETE"),
+        ("/any/leases", "POST"),
+        ("/any/leases/t", "PUT, DELETE"),
+    ],
+)
+def test_another_method_is_405_and_says_which_are_taken(admin: Borrower, method: str, path: str, allowed: str) -> None:
+    answer = admin.ask(method, path)
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+    assert answer.json() == {"error": "method_not_allowed", "error_description": f"This address takes {allowed}."}
+
+
+@pytest.mark.parametrize("path", ["", "/any", "/any/tokens/TOKEN", "/any/tokens/unknown", "/unknown"])
+def test_head_is_get_without_the_body(admin: Borrower, client: httpx.Client, path: str) -> None:
+    (token,) = admin.generate("any")
+    path = f"/api/pools{path.replace('TOKEN', token)}"
+    head, get = (client.request(method, path, headers={"X-Token": admin.token}) for method in ("HEAD", "GET"))
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-length"] == str(len(get.content))
+    assert client.head(path).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/", "/any/", "/any/tokens/", "/any/leases/", "//leases", "/any/leases/t/", "/any/x"])
+def test_there_is_nothing_at_other_addresses(admin: Borrower, path: str) -> None:
+    status, document = admin.hears("GET", path)
+    assert (status, document["error_description"]) == (404, "There is nothing at this address.")

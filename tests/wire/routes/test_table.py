@@ -1,0 +1,236 @@
+"""The table of addresses: every path has at most one route, and what collides is an error at the start."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from tests.support.servers import worker, write_config
+from tokenauth.errors import ConfigError, MethodNotAllowed
+from tokenauth.settings import loader
+from tokenauth.web.app import create_app
+from tokenauth.web.routing import Handlers, Methods, Routes
+
+
+async def anything(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer nothing: here handlers are found, not called."""
+
+
+def taking(*methods: str) -> Handlers:
+    """Make the handlers of an address."""
+    return dict.fromkeys(methods, anything)
+
+
+def table(templates: Iterable[str]) -> Routes:
+    """Make a table of addresses."""
+    routes = Routes()
+    routes.add({template: taking("GET") for template in templates})
+    return routes
+
+
+def found(routes: Routes, path: str) -> tuple[str, Mapping[str, str]] | None:
+    """Return the template of a path's route, and its parameters."""
+    route = routes.find(path)
+    return None if route is None else (route[0].template, route[1])
+
+
+NATIVE = table(
+    [
+        "/api/pools", "/api/pools/{pool}", "/api/pools/{pool}/tokens", "/api/pools/{pool}/tokens/{token}",
+        "/api/pools/{pool}/leases", "/api/pools/{pool}/leases/{token}", "/api/tokens", "/api/tokens/{id}",
+        "/v1.2/keep-alive", "/v1.2/keep-alive/{token}", "/~x_y/tokens/{token}/", "/{whole}",
+    ]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "template", "parameters"),
+    [
+        ("/api/pools", "/api/pools", {}),
+        ("/api/pools/gpus", "/api/pools/{pool}", {"pool": "gpus"}),
+        ("/api/pools/tokens", "/api/pools/{pool}", {"pool": "tokens"}),
+        ("/api/pools/leases/leases", "/api/pools/{pool}/leases", {"pool": "leases"}),
+        ("/api/pools/a/leases/b", "/api/pools/{pool}/leases/{token}", {"pool": "a", "token": "b"}),
+        ("/api/pools/a/tokens/tokens", "/api/pools/{pool}/tokens/{token}", {"pool": "a", "token": "tokens"}),
+        ("/api/tokens/0", "/api/tokens/{id}", {"id": "0"}),
+        ("/v1.2/keep-alive", "/v1.2/keep-alive", {}),
+        ("/v1.2/keep-alive/x", "/v1.2/keep-alive/{token}", {"token": "x"}),
+        ("/~x_y/tokens/x/", "/~x_y/tokens/{token}/", {"token": "x"}),
+        ("/anything", "/{whole}", {"whole": "anything"}),
+        # what a parameter may be
+        ("/api/pools/.", "/api/pools/{pool}", {"pool": "."}),
+        ("/api/pools/ ", "/api/pools/{pool}", {"pool": " "}),
+        ("/api/pools/{pool}", "/api/pools/{pool}", {"pool": "{pool}"}),
+        ("/api/pools/a\nb\0", "/api/pools/{pool}", {"pool": "a\nb\0"}),
+        ("/api/pools/\U0001f511|.*", "/api/pools/{pool}", {"pool": "\U0001f511|.*"}),
+        ("/api/pools/" + "x" * 16_000, "/api/pools/{pool}", {"pool": "x" * 16_000}),
+    ],
+)
+def test_a_path_finds_its_route_and_what_its_parameters_are(
+    path: str, template: str, parameters: Mapping[str, str]
+) -> None:
+    assert found(NATIVE, path) == (template, parameters)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "", "/", "*", "api/pools", "//api/pools", "/api/pools/", "/api//pools", "/api/pools//tokens", "/api/pools/a/",
+        "/api/pools/a/tokens/", "/api/pools/a/tokens/b/", "/api/pools/a/b", "/api/pools/a/tokens/b/c", "/API/pools",
+        "/api/pools\n/x", "/api/tokens/0/1", "/x/api/pools/a/tokens",
+        "/v1x2/keep-alive/x", "/v1.2/keep-alive/", "/~x_y/tokens/x",
+    ],
+)  # fmt: skip
+def test_any_other_path_has_none(path: str) -> None:
+    """An empty segment is no parameter, a trailing slash counts, and a dot is a dot."""
+    assert found(NATIVE, path) is None
+
+
+def test_a_table_without_parameters_finds_its_paths_and_an_empty_one_none() -> None:
+    assert found(table(["/a"]), "/a") == ("/a", {})
+    assert found(table(["/a"]), "/b") is None
+    assert found(Routes(), "") is None
+    assert found(Routes(), "/a") is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_in_which_routes_were_added_does_not_matter(turned: bool) -> None:
+    templates = ["/{a}/x", "/{a}/{b}/y", "/q/{a}/{b}/z", "/{a}/{b}/{c}/{d}/{e}", "/r/s/t/{a}", "/plain"]
+    routes = Routes()
+    for template in reversed(templates) if turned else templates:
+        routes.add({template: taking("GET")})
+    assert found(routes, "/1/x") == ("/{a}/x", {"a": "1"})
+    assert found(routes, "/1/2/y") == ("/{a}/{b}/y", {"a": "1", "b": "2"})
+    assert found(routes, "/q/1/2/z") == ("/q/{a}/{b}/z", {"a": "1", "b": "2"})
+    assert found(routes, "/r/s/t/y") == ("/r/s/t/{a}", {"a": "y"})
+    assert found(routes, "/q/2/3/4/5") == ("/{a}/{b}/{c}/{d}/{e}", dict(zip("abcde", "q2345", strict=True)))
+    assert found(routes, "/plain") == ("/plain", {})
+
+
+@pytest.mark.parametrize("prefix", ["/v1.2", "/a-b/~c", ""])
+def test_a_prefix_stands_before_every_address_as_it_is(prefix: str) -> None:
+    routes = Routes()
+    routes.add({"/generate": taking("POST"), "/keep/{token}": taking("POST")}, owner="dialects.x", prefix=prefix)
+    assert found(routes, f"{prefix}/generate") == (f"{prefix}/generate", {})
+    assert found(routes, f"{prefix}/keep/1") == (f"{prefix}/keep/{{token}}", {"token": "1"})
+    for other in ("/v1x2", "/v1.2/v1.2", "/x"):
+        assert found(routes, f"{other}/generate") is None
+        assert found(routes, f"{other}/keep/1") is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("/a", "/a"),
+        ("/a/{x}", "/a/{y}"),
+        ("/a/{x}", "/a/b"),
+        ("/{x}/b", "/a/{y}"),
+        ("/{x}", "/a"),
+        ("/a/{x}/", "/a/b/"),
+        ("/{a}/{b}/c", "/x/{y}/{z}"),
+    ],
+)
+def test_two_routes_that_a_path_could_match_are_an_error_that_names_both_and_the_address(one: str, other: str) -> None:
+    for first, second in ((one, other), (other, one)):
+        routes = Routes()
+        routes.add({first: taking("GET")}, owner="dialects.first", prefix="/p")
+        with pytest.raises(ConfigError) as refusal:
+            routes.add({f"/p{second}": taking("DELETE")}, owner="dialects.second")
+        said = str(refusal.value)
+        assert said == f"dialects.second and dialects.first: both answer /p{second}; give them other prefixes"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("/a", "/a/"), ("/a/{x}", "/a/"), ("/a/{x}", "/a"), ("/a/{x}", "/b/c"), ("/a/{x}/y", "/a/b/z"), ("/A", "/a")],
+)
+def test_two_routes_that_no_path_could_match_live_side_by_side(one: str, other: str) -> None:
+    routes = table([one, other])
+    for template in (one, other):
+        path = template.replace("{x}", "1")
+        assert found(routes, path) == (template, {"x": "1"} if path != template else {})
+
+
+@pytest.mark.parametrize(
+    ("methods", "allowed"),
+    [
+        (("GET",), ("GET", "HEAD")),
+        (("POST",), ("POST",)),
+        (("PUT", "DELETE"), ("PUT", "DELETE")),
+    ],
+)
+async def test_what_answers_get_answers_head(methods: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    answered = []
+
+    async def note(scope: Scope, receive: Receive, send: Send) -> None:
+        answered.append(scope["method"])
+
+    async def nothing(*_: object) -> Any:
+        """Neither ask nor answer."""
+
+    app = Methods(dict.fromkeys(methods, note))
+    for method in allowed:
+        await app({"method": method}, nothing, nothing)
+    assert tuple(answered) == allowed
+    with pytest.raises(MethodNotAllowed) as refusal:
+        await app({"method": "PATCH"}, nothing, nothing)
+    assert refusal.value.allowed == allowed
+
+
+async def test_what_get_and_post_do_alike_no_head_does() -> None:
+    app = Methods(taking("GET", "POST"))
+    with pytest.raises(MethodNotAllowed) as refused:
+        await app({"method": "HEAD"}, cast(Any, None), cast(Any, None))
+    assert refused.value.allowed == ("GET", "POST")
+
+
+RTG, TMS, POOL, PERMITS = "random-token-generator", "token-management-service", "token-pool", "simple-token-implement"
+COLLISIONS = {
+    "two dialects of one prefix": ({RTG: "/x", TMS: "/x"}, f"dialects.{TMS} and dialects.{RTG}", "/x/keep-alive"),
+    "two dialects without any": ({RTG: "", TMS: ""}, f"dialects.{TMS} and dialects.{RTG}", "/keep-alive"),
+    "a dialect and ours": ({PERMITS: "/api"}, f"dialects.{PERMITS} and tokenauth itself", "/api/tokens"),
+    "a dialect and our pools": ({RTG: "/api/pools"}, f"dialects.{RTG} and tokenauth itself", "/api/pools/generate"),
+    "a dialect in another's": (
+        {POOL: "", RTG: "/api/keep_alive"}, f"dialects.{RTG} and dialects.{POOL}", "/api/keep_alive/generate",
+    ),
+}  # fmt: skip
+
+
+def speaking(prefixes: Mapping[str, str]) -> str:
+    """Write tables that serve dialects under these prefixes, each over a pool of its own."""
+    pools = "".join(f"[pools.{name}]\ncapacity = 1\nprefill = {str(name == PERMITS).lower()}\n" for name in prefixes)
+    password = {PERMITS: 'password = "x"\n'}
+    return pools + "".join(
+        f'[dialects.{name}]\npool = "{name}"\nprefix = "{prefix}"\n{password.get(name, "")}'
+        for name, prefix in prefixes.items()
+    )
+
+
+@pytest.mark.parametrize("case", COLLISIONS)
+def test_a_configuration_in_which_routes_collide_is_refused_at_the_start(case: str) -> None:
+    prefixes, names, address = COLLISIONS[case]
+    with pytest.raises(ConfigError) as refusal:
+        create_app(loader.parse(speaking(prefixes), {}))
+    assert str(refusal.value) == f"{names}: both answer {address}; give them other prefixes"
+
+
+def test_dialects_that_do_not_collide_stand_together_also_without_a_prefix(tmp_path: Path) -> None:
+    config = write_config(tmp_path, speaking({POOL: "", RTG: "", PERMITS: "", TMS: "/v1.2"}))
+    with worker(config) as server, server.client() as client:
+        asked = {
+            ("POST", "/generate"): 200,
+            ("POST", "/v1.2/generate-token"): 201,
+            ("POST", "/v1x2/generate-token"): 404,
+            ("POST", "/api/token_pool"): 200,
+            ("POST", "/api/token_pool//"): 404,
+            ("GET", "/tokens"): 401,
+            ("GET", "/api/tokens"): 401,
+            ("GET", "/generate"): 405,
+            ("GET", "/issue_token"): 401,
+            ("HEAD", "/issue_token"): 405,
+        }
+        assert {each: client.request(*each).status_code for each in asked} == asked
+        assert client.get("/generate").headers["allow"] == "POST"
+        assert client.delete("/issue_token").headers["allow"] == "GET, POST"

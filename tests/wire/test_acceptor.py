@@ -1,0 +1,168 @@
+"""Accepting: as many in a turn of the event loop as keep up with it, and all that wait before the socket is closed."""
+
+import asyncio
+import itertools
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from uvicorn.server import ServerState
+
+from tests.support.journal import until
+from tests.support.servers import Server, spawn, worker, write_config
+from tokenauth.server.acceptor import SHARE, Acceptor, stop_handshakes
+
+WAITING = 100
+"""Connections that wait in the queue of a socket that nobody accepts from."""
+
+
+@contextmanager
+def queue() -> Iterator[tuple[socket.socket, list[socket.socket]]]:
+    """Listen, and let connections wait."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=2 * WAITING))
+        listener.settimeout(20)
+        clients = [
+            stack.enter_context(socket.create_connection(listener.getsockname(), timeout=20)) for _ in range(WAITING)
+        ]
+        yield listener, clients
+
+
+class Greeter(asyncio.Protocol):
+    """Greets each client, and hangs up."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        cast(asyncio.Transport, transport).write(b"hello")
+        transport.close()
+
+
+def accept(listener: socket.socket, busy: int = 0) -> tuple[Acceptor, list[Greeter]]:
+    """Accept on behalf of a server that has so many connections already."""
+    greeters: list[Greeter] = []
+
+    def greet(_: ServerState) -> Any:
+        greeters.append(Greeter())
+        return greeters[-1]
+
+    state = ServerState()
+    state.connections = cast(Any, set(range(busy)))
+    return Acceptor(listener, greet, state), greeters
+
+
+@pytest.mark.parametrize("busy", [0, 80, 400])
+def test_busy_connections_slow_no_accepting_down(busy: int) -> None:
+    """A turn of the event loop takes as long as what the busy ones ask for: more are accepted in it."""
+
+    async def run() -> list[int]:
+        acceptor, accepted = accept(listener, busy)
+        turns = [0]
+        async with asyncio.timeout(20):
+            while turns[-1] < WAITING:
+                await asyncio.sleep(0)
+                turns.append(len(accepted))
+        await acceptor.drain(0)
+        await asyncio.sleep(0)  # they hang up
+        return turns
+
+    with queue() as (listener, _):
+        turns = asyncio.run(run())
+    assert max(b - a for a, b in itertools.pairwise(turns)) == min(WAITING, 1 + busy // SHARE)
+
+
+def test_what_waits_is_accepted_before_the_socket_closes() -> None:
+    async def run() -> None:
+        acceptor, _ = accept(listener.dup())
+        await acceptor.drain(0)
+        await asyncio.sleep(0)  # they hang up
+
+    with queue() as (listener, clients):
+        asyncio.run(run())
+        assert {client.recv(100) for client in clients} == {b"hello"}
+
+
+def test_nobody_enters_a_queue_that_will_be_closed() -> None:
+    """A client that comes too late tries again after a second; it is not reset after it has sent its request."""
+    with queue() as (listener, clients):
+        stop_handshakes(listener)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(listener.getsockname(), timeout=0.3)
+        for client in clients:
+            client.sendall(b"request")
+            with listener.accept()[0] as accepted:
+                assert accepted.recv(100) == b"request"
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_what_waits_at_sigterm_is_answered(tmp_path: Path) -> None:
+    """The worker is stopped (SIGSTOP) while clients connect and ask, so that all of them wait in the queue."""
+    with worker(write_config(tmp_path)) as server, waiting(server, [server.process.pid]) as clients:
+        server.process.send_signal(signal.SIGTERM)
+        os.kill(server.process.pid, signal.SIGCONT)
+        assert answers(clients) == [200] * WAITING
+
+
+def test_no_worker_lets_a_queue_die_at_sigterm(tmp_path: Path) -> None:
+    """Each worker and the main process have the socket, and the last to close it must have looked."""
+    with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:
+        server.process.send_signal(signal.SIGTERM)
+        server.wait("stopping")
+        for process in workers:
+            os.kill(process, signal.SIGCONT)
+        assert answers(clients) == [200] * WAITING
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.faults
+def test_a_reload_loses_nothing_of_the_queue(tmp_path: Path) -> None:
+    with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:
+        server.process.send_signal(signal.SIGHUP)
+        assert answers(clients) == [200] * WAITING, "by the new workers: the old ones are still stopped"
+        for process in workers:
+            os.kill(process, signal.SIGCONT)
+        server.wait("configuration_reloaded")
+        assert server.stop() == 0
+
+
+@contextmanager
+def two_workers(directory: Path) -> Iterator[tuple[Server, list[int]]]:
+    """Run `tokenauth serve` where it is allowed more descriptors than it is given."""
+    program = Path(sys.executable).with_name("tokenauth")
+    config = write_config(directory)
+    command = ["prlimit", "--nofile=256:2048", str(program), "serve", "--config", str(config), "--port", "0"]
+    with spawn([*command, "--workers", "2"], directory) as server:
+        server.port = server.wait("listening")["port"]
+        until(lambda: len(server.events("started")) == 2, "both serve")
+        main = server.process.pid
+        workers = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+        assert len(workers) == 2
+        for process in workers:
+            assert resource.prlimit(process, resource.RLIMIT_NOFILE) == (2048, 2048), "it has raised its limit"
+        yield server, workers
+
+
+@contextmanager
+def waiting(server: Server, processes: list[int]) -> Iterator[list[socket.socket]]:
+    """Have clients connect and ask while all processes that could accept them are stopped."""
+    with ExitStack() as stack:
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        address = ("127.0.0.1", server.port)
+        clients = [stack.enter_context(socket.create_connection(address, 20)) for _ in range(WAITING)]
+        for client in clients:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        yield clients
+
+
+def answers(clients: list[socket.socket]) -> list[int]:
+    """Read the status of each client's answer; 0 if there is none."""
+    return [int(client.recv(65536)[9:12] or 0) for client in clients]

@@ -1,0 +1,1 @@
+"""Processes and sockets: everything that touches uvicorn's inside."""

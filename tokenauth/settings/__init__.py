@@ -1,0 +1,1 @@
+"""The configuration: its records, how they are read, and how users are edited."""

@@ -1,0 +1,1 @@
+"""HTTP: how requests are read, routed, guarded and answered."""

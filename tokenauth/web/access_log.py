@@ -1,0 +1,48 @@
+"""The access log: one line for each request, without a query, a header, or any part of a path that we did not name."""
+
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenauth.logs import log
+from tokenauth.web import requests
+from tokenauth.web.routing import Routes
+
+
+class AccessLog:
+    """Logs method, route, status, client address and milliseconds of each request."""
+
+    def __init__(self, app: ASGIApp, routes: Routes) -> None:
+        self._app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on, and log it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500
+        began = time.perf_counter()
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            log.info(
+                "request",
+                method=scope["method"],
+                route=self._route(scope),
+                status=status,
+                client=requests.client_address(scope),
+                ms=round((time.perf_counter() - began) * 1000, 2),
+            )
+
+    def _route(self, scope: Scope) -> str:
+        """Name the route, never the path: a path may hold a token, if only by mistake."""
+        found = self._routes.find(scope["path"])
+        return "(none)" if found is None else found[0].template

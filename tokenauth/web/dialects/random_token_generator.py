@@ -1,0 +1,165 @@
+"""The HTTP of random-token-generator: a bounded pool of UUIDs."""
+
+from typing import Annotated
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
+from tokenauth.models import Claim
+from tokenauth.pools import MAX_COUNT, Pools
+from tokenauth.settings.lending import Dialect
+from tokenauth.web import requests
+from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
+from tokenauth.web.responses import answer_json
+from tokenauth.web.routing import Handlers
+
+NAME = "random-token-generator"
+
+
+class HowMany(msgspec.Struct):
+    """How many tokens are to be made."""
+
+    count: Annotated[int, said(minimum=1, maximum=MAX_COUNT)] = 1
+
+
+class NamedToken(msgspec.Struct):
+    """Which token is meant."""
+
+    token: str | None = None
+
+
+class NamedFor(msgspec.Struct):
+    """Which token is meant; it must be said."""
+
+    token: Annotated[str, said(minLength=1)]
+
+
+class MadeTokens(msgspec.Struct):
+    """The tokens that were made."""
+
+    tokens: list[str]
+
+
+class Assigned(msgspec.Struct):
+    """The token that was lent."""
+
+    token: str
+
+
+class Message(msgspec.Struct):
+    """What was done, or is missing."""
+
+    message: str
+
+
+class Failure(msgspec.Struct):
+    """What is in the way."""
+
+    error: str
+
+
+_wanted = msgspec.json.Decoder(HowMany)
+_named = msgspec.json.Decoder(NamedToken)
+
+_UNKNOWN = Failure("Token not found")
+_REQUIRED = Message("Token is a required field")
+
+_BODY: Refusals = (*JSON_BODY, StoreUnavailable)
+_MISSING = Answer(400, Message)
+_FAILED = Answer(404, Failure)
+
+
+class RandomTokenGenerator:
+    """The handlers, and the addresses that they answer at."""
+
+    def __init__(self, pools: Pools, terms: Dialect) -> None:
+        self._pools = pools
+        self._pool = pools.find(terms.pool)
+
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses."""
+        return {
+            "/generate": {"POST": self.generate},
+            "/assign": {"POST": self.assign},
+            "/unblock": {"POST": self.unblock},
+            "/delete": {"DELETE": self.delete},
+            "/keep-alive": {"POST": self.keep_alive},
+        }
+
+    @operation(Answer(200, MadeTokens), Answer(400, Failure), body=HowMany, empty=True, refuses=_BODY)
+    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make tokens."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
+        wanted = await requests.json_body(scope, receive, _wanted, empty=HowMany())
+        requests.refuse_gone(scope)
+        try:
+            tokens = await self._pools.generate(pool, wanted.count)
+        except PoolFull:
+            await answer_json(send, Failure("Pool max size exceeded"), 400)
+        else:
+            await answer_json(send, MadeTokens(list(tokens)))
+
+    @operation(Answer(200, Assigned), _FAILED, refuses=(StoreUnavailable,))
+    async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lend a token."""
+        requests.refuse_gone(scope)
+        user = requests.username(scope)
+        try:
+            token = await self._pools.assign(self._pool, user or NAME, user)
+        except NoFreeToken:
+            await answer_json(send, Failure("No free token available or token TTL expired"), 404)
+        else:
+            await answer_json(send, Assigned(token.value))
+
+    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedFor, refuses=_BODY)
+    async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """End a lease."""
+        token = await _token(scope, receive)
+        if not token:
+            await answer_json(send, _REQUIRED, 400)
+            return
+        try:
+            await self._pools.release(self._pool, token, Claim(username=requests.username(scope)))
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 404)
+        except LeaseLost:
+            await answer_json(send, Failure("Token not assigned"), 404)
+        else:
+            await answer_json(send, Message(f"Token {token} unblocked successfully"))
+
+    @operation(Answer(200, Message), _MISSING, _FAILED, body=NamedFor, refuses=_BODY)
+    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Delete a token, free or lent."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
+        token = await _token(scope, receive)
+        if not token:
+            await answer_json(send, _REQUIRED, 400)
+            return
+        try:
+            await self._pools.delete(pool, token)
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 404)
+        else:
+            await answer_json(send, Message(f"Token {token} deleted successfully"))
+
+    @operation(Answer(200, Message), _FAILED, body=NamedToken, empty=True, refuses=_BODY)
+    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one token, or all free ones, live for their full time from now."""
+        token = await _token(scope, receive)
+        if not token:
+            count = await self._pools.refresh_free(self._pool, requests.user(scope))
+            await answer_json(send, Message(f"TTL extended successfully for {count} tokens"))
+            return
+        try:
+            lent = await self._pools.refresh(self._pool, token, requests.user(scope))
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 404)
+        else:
+            subject = f"Assigned token {token}" if lent else f"Token {token}"
+            await answer_json(send, Message(f"{subject} TTL extended successfully"))
+
+
+async def _token(scope: Scope, receive: Receive) -> str | None:
+    named = await requests.json_body(scope, receive, _named, empty=NamedToken())
+    return named.token

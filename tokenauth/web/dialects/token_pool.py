@@ -1,0 +1,127 @@
+"""The HTTP of token-pool: a pool of UUIDs that may be blocked for a while."""
+
+import re
+from typing import Any, Literal
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
+from tokenauth.pools import Pools
+from tokenauth.settings.lending import Dialect
+from tokenauth.web import requests
+from tokenauth.web.operations import JSON_BODY, Answer, operation
+from tokenauth.web.responses import answer_json
+from tokenauth.web.routing import Handlers
+
+NAME = "token-pool"
+
+_UNKNOWN = ["Invalid token id"]
+
+
+class NamedUuid(msgspec.Struct):
+    """Which token is meant, under either name."""
+
+    token: Any = None
+    token_uuid: Any = None
+
+
+class Made(msgspec.Struct):
+    """The token that was made."""
+
+    token: str
+
+
+class Done(msgspec.Struct):
+    """What was done."""
+
+    response: str
+
+
+class Blocked(msgspec.Struct):
+    """The token that was lent."""
+
+    blocked_token: str
+
+
+class NoneFree(msgspec.Struct):
+    """No token can be lent."""
+
+    error: Literal["No free tokens"] = "No free tokens"
+
+
+_named = msgspec.json.Decoder(NamedUuid)
+_NO_SUCH = Answer(400, list[Literal["Invalid token id"]], "There is no such token.")
+
+
+class TokenPool:
+    """The handlers, and the addresses that they answer at."""
+
+    def __init__(self, pools: Pools, terms: Dialect) -> None:
+        self._pools = pools
+        self._pool = pools.find(terms.pool)
+
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses: each with and without its trailing slash."""
+        addresses: dict[str, Handlers] = {
+            "/api/token_pool": {"POST": self.generate, "DELETE": self.delete},
+            "/api/block_token": {"POST": self.block},
+            "/api/keep_alive/{token}": {"POST": self.keep_alive},
+        }
+        return addresses | {f"{path}/": handlers for path, handlers in addresses.items()}
+
+    @operation(Answer(200, Made), refuses=(PoolFull, StoreUnavailable))
+    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make one token."""
+        requests.refuse_gone(scope)
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
+        [token] = await self._pools.generate(pool, 1)
+        await answer_json(send, Made(token))
+
+    @operation(Answer(200, Done), _NO_SUCH, body=NamedUuid, empty=True, refuses=(*JSON_BODY, StoreUnavailable))
+    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Delete a token."""
+        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
+        named = await requests.json_body(scope, receive, _named, empty=NamedUuid())
+        try:
+            await self._pools.delete(pool, _uuid(named.token or named.token_uuid))
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 400)
+        else:
+            await answer_json(send, Done("Token deleted successfully"))
+
+    @operation(Answer(200, Blocked), Answer(404, NoneFree), refuses=(StoreUnavailable,))
+    async def block(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lend a token."""
+        requests.refuse_gone(scope)
+        user = requests.username(scope)
+        try:
+            token = await self._pools.assign(self._pool, user or NAME, user)
+        except NoFreeToken:
+            await answer_json(send, NoneFree(), 404)
+        else:
+            await answer_json(send, Blocked(token.value))
+
+    @operation(Answer(200, Done), _NO_SUCH, refuses=(NotFound, StoreUnavailable))
+    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a token live, and stay blocked if it is, for its full time."""
+        try:
+            value = _uuid(scope["path_params"]["token"])
+        except UnknownToken:
+            raise NotFound from None
+        try:
+            await self._pools.refresh(self._pool, value, requests.user(scope))
+        except UnknownToken:
+            await answer_json(send, _UNKNOWN, 400)
+        else:
+            await answer_json(send, Done("Token refreshed successfully"))
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+
+
+def _uuid(named: object) -> str:
+    """Write a UUID as tokens are written. Raises UnknownToken for what is none."""
+    if not isinstance(named, str) or _UUID.fullmatch(named) is None:
+        raise UnknownToken
+    return named.lower()

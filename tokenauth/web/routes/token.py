@@ -1,0 +1,186 @@
+"""Log in, check a token, log out."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Annotated
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tokenauth import values
+from tokenauth.errors import (
+    ForeignPage,
+    InvalidCredentials,
+    InvalidRequest,
+    Overloaded,
+    StoreUnavailable,
+    TooManyAttempts,
+)
+from tokenauth.passwords import MAX_LENGTH
+from tokenauth.settings.model import MAX_NAME
+from tokenauth.tokens import Tokens
+from tokenauth.web import requests
+from tokenauth.web.foreign_pages import Hosts
+from tokenauth.web.operations import JSON_BODY, NO_NUL, Answer, operation, said
+from tokenauth.web.responses import JSON, NO_STORE, answer, answer_json, refuse
+from tokenauth.web.routing import Handlers, nothing_here
+
+PATH = "/api/token"
+
+_SLICE = 8 * 1024
+"""Bytes that are searched in one turn of the event loop: for less than a millisecond."""
+
+_INVALID = b'{"valid":false,"expiry_time":null}'
+
+
+class Credentials(msgspec.Struct):
+    """The name and the password of a user."""
+
+    username: Annotated[str, said(maxLength=MAX_NAME, pattern=NO_NUL)]
+    password: Annotated[str, said(maxLength=MAX_LENGTH, pattern=NO_NUL)]
+
+
+class Issued(msgspec.Struct):
+    """A new token, and the Unix second at which it expires."""
+
+    token: str
+    expiry_time: int
+
+
+class Validity(msgspec.Struct):
+    """Whether a token is valid, and if so the Unix second at which it expires."""
+
+    valid: bool
+    expiry_time: int | None
+
+
+class Named(msgspec.Struct):
+    """The token that is to be ended."""
+
+    token: str
+
+
+_credentials = msgspec.json.Decoder(Credentials)
+
+
+_ANY = ("", "X-Token", "Bearer")
+
+
+class Probe:
+    """ASGI app that answers GET /api/token, and passes everything else on.
+
+    It stands in front of all but forward-auth, and in one piece: here each call counts (see `make bench`).
+    """
+
+    def __init__(self, tokens: Tokens, rest: ASGIApp = nothing_here) -> None:
+        self._tokens = tokens
+        self._rest = rest
+
+    @operation(
+        Answer(200, Validity),
+        refuses=(InvalidRequest, StoreUnavailable),
+        query={"token": str},
+        schemes=_ANY,
+    )
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say whether a token is valid: the one in the query, or else in a header."""
+        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] not in {"GET", "HEAD"}:
+            await self._rest(scope, receive, send)
+            return
+        try:
+            query: bytes = scope["query_string"]
+            plain = len(query) == 70 and query.startswith(b"token=")  # as nearly all requests have it
+            token = await self._tokens.validate(query[6:] if plain else _presented(scope))
+        except Exception as error:
+            await refuse(send, error)
+            return
+        body = _INVALID if token is None else b'{"valid":true,"expiry_time":%d}' % token.expires_at
+        await send({"type": "http.response.start", "status": 200, "headers": _headers(len(body))})
+        await send({"type": "http.response.body", "body": body})
+
+
+class TokenRoutes:
+    """The handlers, and the address that they answer at."""
+
+    def __init__(self, tokens: Tokens, hosts: Hosts) -> None:
+        self._tokens = tokens
+        self._hosts = hosts
+
+    def routes(self) -> dict[str, Handlers]:
+        """List the addresses."""
+        return {PATH: {"GET": Probe(self._tokens).__call__, "POST": self.log_in, "DELETE": self.log_out}}
+
+    @operation(
+        Answer(200, Issued),
+        body=Credentials,
+        refuses=(*JSON_BODY, ForeignPage, InvalidCredentials, TooManyAttempts, Overloaded, StoreUnavailable),
+    )
+    async def log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Exchange a name and a password for a token."""
+        self._hosts.check(scope)
+        wanted = await requests.json_body(scope, receive, _credentials)
+        issued = await self._tokens.issue(
+            wanted.username,
+            wanted.password,
+            requests.client_address(scope),
+            requests.user_agent(scope),
+            requests.gone(scope),
+        )
+        await answer_json(send, Issued(issued.value, issued.token.expires_at))
+
+    @operation(Answer(200, Validity), body=Named, empty=True, schemes=_ANY)
+    async def log_out(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """End the tokens that are named."""
+        named = await _named(scope, receive)
+        await self._tokens.log_out(named, requests.client_address(scope), requests.gone(scope))
+        await answer(send, 200, _INVALID, JSON)
+
+
+@cache
+def _headers(length: int) -> Sequence[tuple[bytes, bytes]]:
+    """Return the headers of a probe's answer; there are only a few lengths of it."""
+    return ((b"content-length", b"%d" % length), JSON, NO_STORE)
+
+
+def _presented(scope: Scope) -> bytes:
+    """Return the token to be probed: the query's, or else a header's."""
+    value = requests.query_value(scope, "token")
+    if value is not None:
+        return value.encode()
+    token = requests.bearer(scope)
+    if token is None:
+        raise InvalidRequest("Name the token to be checked: ?token=..., or an X-Token header.")
+    return token
+
+
+async def _named(scope: Scope, receive: Receive) -> Iterable[bytes]:
+    """Find all tokens that a log-out names, in whatever form: an answer that they are not valid must be true.
+
+    They are looked for in the query and in the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed),
+    and in the headers, unless query or body have another value under the name `token`: then the header only says who
+    asks, and an admin who ends a token that has leaked stays logged in. The size of a request bounds their number.
+    """
+    data, complete = await requests.any_body(receive)
+    query: bytes = scope["query_string"]
+    bodies = requests.unpack(scope, data)
+    found: dict[bytes, None] = {}
+    for text in (query, *bodies):
+        for start in range(0, len(text), _SLICE):
+            if start:
+                await asyncio.sleep(0)  # others have their turn
+            part = text[max(0, start - values.LONGEST_SPELLING) : start + _SLICE]
+            found.update(dict.fromkeys(values.find_values(part)))
+    given = [*requests.values_in_form(query, "token")]
+    for body in bodies:
+        await asyncio.sleep(0)
+        given += requests.values_in(body, "token")
+    # Of a request that is cut off, who knows what else would have come.
+    if complete and not any(values.find_values(value) for value in given):
+        for name, held in scope["headers"]:
+            if name in _CARRIERS:
+                found.update(dict.fromkeys(values.find_values(held)))
+    return list(found)
+
+
+_CARRIERS = frozenset({b"x-token", b"authorization"})
