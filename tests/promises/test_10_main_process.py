@@ -71,7 +71,7 @@ def fails_at_first(directory: Path, kind: str) -> None:
 
 
 WAITS = (
-    "import time, pathlib, tokenauth.server as server; listen = server._listen; "
+    "import time, pathlib, tokenauth.server.serve as server; listen = server._listen; "
     "go = lambda: pathlib.Path('waits').touch() or pathlib.Path('go').exists(); "
     "server._listen = lambda s: (listen(s), [time.sleep(0.01) for _ in iter(go, True)])[0]"
 )

@@ -22,8 +22,8 @@ MOMENT = 1 / 1024
 
 HOLDER = """
 import sys, time
-from tests.connections import Connection
-from tests.lending import Borrower
+from tests.support.connections import Connection
+from tests.support.lending import Borrower
 print(Borrower(Connection(int(sys.argv[1])), "ann").assign("any").token, flush=True)
 time.sleep(600)
 """

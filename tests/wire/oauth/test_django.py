@@ -39,15 +39,9 @@ def sites(
         running = {}
         for way, credential in zip(WAYS, [GATEWAY, (fetch(client, GATEWAY),)], strict=True):
             directory = tmp_path_factory.mktemp("site")
-            command = [
-                sys.executable,
-                "-m",
-                "tests.wire.oauth.django_site",
-                str(directory / "site.db"),
-                issuer.url,
-                way,
-            ]
-            running[way] = stack.enter_context(spawn([*command, issuer.url, way, *credential], directory))
+            arguments = [str(directory / "site.db"), issuer.url, way, *credential]
+            command = [sys.executable, "-m", "tests.wire.oauth.django_site", *arguments]
+            running[way] = stack.enter_context(spawn(command, directory))
         for site in running.values():
             site.port = site.wait("listening", 60)["port"]
         yield running
