@@ -35,7 +35,7 @@ STEPS = ["wait", "obey", "hear", "tick", "bury", "start", "switch", "enforce"]
 def test_a_step_that_fails_ends_nothing(tmp_path: Path, step: str) -> None:
     """It fails three times after the first start, a reload and a signal to stop."""
     patch = (
-        "import pathlib, tokenauth.supervisor as s; "
+        "import pathlib, tokenauth.server.supervisor as s; "
         f"step = s.Supervisor._{step}; left = dict.fromkeys('123', 3); "
         "fail = lambda self: [left.update({n: left[n] - 1}) or 1 / 0 for n in '123'"
         " if pathlib.Path(n).exists() and left[n] > 0] or step(self); "
