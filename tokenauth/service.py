@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from tokenauth import values
+from tokenauth import file_descriptors, values
 from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError, RetryLater
 from tokenauth.login_queue import LoginQueue
@@ -14,7 +14,6 @@ from tokenauth.logs import log
 from tokenauth.models import Clock, ForwardClock, Instant, User
 from tokenauth.passwords import Passwords
 from tokenauth.pools import NewValue, Pools
-from tokenauth.server import descriptors
 from tokenauth.settings.model import Config
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
@@ -70,7 +69,7 @@ class Service(NamedTuple):
     async def ready(self) -> str | None:
         """Return what keeps this process from serving, if anything does: the first that its parts report."""
         try:
-            for part in (descriptors.ready, self.tokens.ready, self.passwords.ready, self.store.ready):
+            for part in (file_descriptors.ready, self.tokens.ready, self.passwords.ready, self.store.ready):
                 trouble = await part()
                 if trouble is not None:
                     return trouble

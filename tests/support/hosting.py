@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.support.journal import until
 from tokenauth.server.protocol import BoundedProtocol
-from tokenauth.server.transport import client_gone
+from tokenauth.web.asgi_extensions import client_gone
 
 
 @contextmanager

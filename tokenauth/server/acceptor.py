@@ -18,8 +18,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from tokenauth import file_descriptors
 from tokenauth.logs import log
-from tokenauth.server import descriptors
 
 SHARE = 8
 """One connection is accepted in each turn of the event loop, and one more for so many that are open.
@@ -121,7 +121,7 @@ class Acceptor:
                 self._pause()
                 return False
             return True  # this client has gone again (ECONNABORTED, or what its network has reported)
-        short = descriptors.in_reserve(connection.fileno())
+        short = file_descriptors.in_reserve(connection.fileno())
         self._note(short)
         protocol = self._protocol(self._once if short else self._state)
         if short:
@@ -140,7 +140,7 @@ class Acceptor:
     def _has_room(self) -> bool:
         """Whether one more can be answered once. Where too many are, the oldest without a whole request is closed."""
         self._once_only = [one for one in self._once_only if one.transport is None or not one.transport.is_closing()]
-        if len(self._once_only) < descriptors.reserve() // 4:
+        if len(self._once_only) < file_descriptors.reserve() // 4:
             return True
         for one in self._once_only:
             if one.transport is not None and _waits_for_its_client(one.cycle):
@@ -164,7 +164,7 @@ class Acceptor:
             self._short = True
             log.error(
                 "file_descriptors_short",
-                limit=descriptors.limit(),
+                limit=file_descriptors.limit(),
                 connections=len(self._state.connections),
                 action="raise LimitNOFILE of the service, or ulimit -n",
             )

@@ -8,10 +8,10 @@ import asyncio
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
-from typing import NamedTuple, cast
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -21,8 +21,9 @@ from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from tokenauth.server.transport import CLIENT, OnePiece
+from tokenauth.server.transport import OnePiece
 from tokenauth.web import percent
+from tokenauth.web.asgi_extensions import CLIENT, REFUSAL_RULES, RefusalRules
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line and its headers, and of what is between chunks or after a body; more are answered 431."""
@@ -50,16 +51,6 @@ _MAX_ORIGIN = 512
 
 _LOOKED_AT = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
-REFUSAL_RULES = "tokenauth.refusal_rules"
-"""The key of the lifespan state under which the app leaves them."""
-
-
-class RefusalRules(NamedTuple):
-    """What the protocol has to know of the app in order to refuse by itself."""
-
-    cors_origins: Collection[str] = ()
-    unauthorized: Collection[str] = ()
-    """Paths where every refusal is 401, since a reverse proxy asks there whether a request may pass."""
 
 
 class _Refused(Exception):
@@ -480,7 +471,9 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.keep_alive = False  # it is the next request that is refused; this one is answered first
             return
         goes_on = words is _TOO_LARGE
-        if words is not _SHORT and _path(target) in self._rules.unauthorized:  # 401 would say that a token is invalid
+        if (
+            words is not _SHORT and _path(target) in self._rules.fail_closed_paths
+        ):  # 401 would say that a token is invalid
             words = _UNAUTHORIZED
         origin = next((value for name, value in headers or () if name == b"origin"), None)
         match = _ORIGIN.search(self._rest or data)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from tokenauth import file_descriptors
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
 from tokenauth.passwords import Passwords
 from tokenauth.risks import find_risks, judge
-from tokenauth.server import descriptors
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
 from tokenauth.settings import loader
 from tokenauth.settings import model as config
@@ -28,7 +28,7 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
 
     Returns the exit code. Raises ConfigError for a file that cannot be read.
     """
-    descriptors.raise_limit()
+    file_descriptors.raise_limit()
     signals = Signals()
     signals.catch(signal.SIGHUP, signal.SIGCHLD)  # SIGINT and SIGTERM may still end what may wait: reading the file
     file = loader.load(path)

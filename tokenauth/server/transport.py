@@ -1,11 +1,7 @@
 """A transport that sends in one piece what is written in one turn of the event loop."""
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
-
-CLIENT = "tokenauth.client"
-"""The extension of the ASGI scope that tells whether the client has gone."""
 
 _PATIENCE = 64 * 1024
 """Bytes that are held back at the most."""
@@ -16,16 +12,6 @@ LINGER = 2.0
 
 FLUSH = 60.0
 """Seconds that a client has to read what was sent before the connection was closed."""
-
-
-def client_gone(scope: Mapping[str, Any]) -> bool:
-    """Return whether nobody waits for the answer any more; costs next to nothing.
-
-    That is so when the connection is lost, and when the client has closed its side more than HALF_CLOSE after its last
-    byte. A client that closes its side together with its request (`nc -N`) still reads. Under another server than
-    BoundedProtocol it is False. In a test, close with SO_LINGER (1, 0) to be gone at once.
-    """
-    return bool(scope.get("extensions", {}).get(CLIENT, {}).get("gone"))
 
 
 class OnePiece:

@@ -30,12 +30,12 @@ from tokenauth.logs import describe, log
 from tokenauth.models import Clock
 from tokenauth.pools import Pools
 from tokenauth.risks import demand_acceptable, find_risks
-from tokenauth.server.protocol import REFUSAL_RULES, RefusalRules
 from tokenauth.service import Service, create_service
 from tokenauth.settings.model import Config
 from tokenauth.sweeper import Sweeper
 from tokenauth.web import requests
 from tokenauth.web.access_log import AccessLog
+from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
 from tokenauth.web.dialects.random_token_generator import RandomTokenGenerator
 from tokenauth.web.dialects.simple_token_implement import SimpleTokenImplement
 from tokenauth.web.dialects.token_management_service import TokenManagementService

@@ -18,9 +18,9 @@ from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, Unsupport
 from tokenauth.login_queue import Gone
 from tokenauth.logs import log
 from tokenauth.models import Identity
-from tokenauth.server.transport import client_gone
 from tokenauth.throttle import network
 from tokenauth.web import percent
+from tokenauth.web.asgi_extensions import client_gone
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -8,10 +8,10 @@ import pytest
 from tests.support.servers import HandClock, write_config
 from tokenauth.errors import ClientGone
 from tokenauth.models import Identity
-from tokenauth.server.transport import CLIENT
 from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.web.app import find_routes
+from tokenauth.web.asgi_extensions import CLIENT
 
 POOLS = """
 [pools.p]

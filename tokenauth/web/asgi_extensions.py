@@ -1,0 +1,29 @@
+"""What the application and its HTTP server agree on beyond ASGI. Each of them also works without the other."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+CLIENT = "tokenauth.client"
+"""The extension in a request's scope that tells whether the client has disconnected: `{"gone": bool}`."""
+
+
+def client_gone(scope: Mapping[str, Any]) -> bool:
+    """Return whether the client has disconnected, so that no one would receive the answer. Costs next to nothing.
+
+    It is False under a server that does not offer the extension.
+    """
+    return bool(scope.get("extensions", {}).get(CLIENT, {}).get("gone"))
+
+
+REFUSAL_RULES = "tokenauth.refusal_rules"
+"""The key of the lifespan state under which the application passes its RefusalRules to the server."""
+
+
+class RefusalRules(NamedTuple):
+    """What the server must know to refuse a request that the application never sees, such as one with a broken head."""
+
+    cors_origins: Collection[str] = ()
+    """Origins whose pages may read the refusal."""
+
+    fail_closed_paths: Collection[str] = ()
+    """Paths where a refusal is always 401, because a reverse proxy asks there whether to let a request pass."""
