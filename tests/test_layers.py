@@ -105,4 +105,4 @@ def test_clients_know_nothing_of_the_server(module: str) -> None:
     own = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.")} & {
         f"tokenauth.{other}" for other in MODULES
     }
-    assert {name.split(".")[1] for name in own} <= {"models", "errors", "values", "client"}
+    assert {name.split(".")[1] for name in own} <= {"models", "clock", "errors", "values", "client"}

@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
 from tokenauth.login_queue import Gone, here
 from tokenauth.logs import log
-from tokenauth.models import Clock, Instant, User
+from tokenauth.models import Instant, User
 from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
 from tokenauth.settings.model import MAX_NAME, canonical
 from tokenauth.throttle import Throttle, network, place

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from tokenauth import values
+from tokenauth.clock import Clock
 from tokenauth.errors import (
     InsufficientScope,
     InvalidRequest,
@@ -17,7 +18,7 @@ from tokenauth.errors import (
     UnknownToken,
 )
 from tokenauth.logs import log
-from tokenauth.models import ANY_LEASE, Claim, Clock, Identity, Instant, Place, Pool, PoolCounts, PoolToken
+from tokenauth.models import ANY_LEASE, Identity, Instant, LeaseCheck, LeaseCursor, Pool, PoolCounts, PoolToken
 from tokenauth.stores.store import Lent, Store, Touched
 
 MAX_COUNT = 1000
@@ -102,7 +103,7 @@ class Pools:
         """
         return await self._store.pools.release_next(pool, self._clock(), username)
 
-    async def keep_alive(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> PoolToken:
+    async def keep_alive(self, pool: Pool, value: str, claim: LeaseCheck = ANY_LEASE) -> PoolToken:
         """Let a lease run for its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
         return _done(await self._store.pools.extend(pool, _named(value), now, claim), claim, now)
@@ -113,7 +114,7 @@ class Pools:
         Free tokens are for those who manage the pool. Raises UnknownToken, NotYourLease, InsufficientScope.
         """
         now = self._clock()
-        claim = Claim(username=None if user is None else user.username)
+        claim = LeaseCheck(username=None if user is None else user.username)
         managed = user is None or pool.managed_by(user)
         try:
             token = _done(await self._store.pools.extend(pool, _named(value), now, claim, managed), claim, now)
@@ -135,12 +136,12 @@ class Pools:
             await asyncio.sleep(_PAUSE)
         return found.available
 
-    async def release(self, pool: Pool, value: str, claim: Claim = ANY_LEASE) -> None:
+    async def release(self, pool: Pool, value: str, claim: LeaseCheck = ANY_LEASE) -> None:
         """End a lease: the token is free. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
         _done(await self._store.pools.release(pool, _named(value), now, claim), claim, now)
 
-    async def release_by_force(self, pool: Pool, value: str, claim: Claim, by: str, reason: str | None) -> None:
+    async def release_by_force(self, pool: Pool, value: str, claim: LeaseCheck, by: str, reason: str | None) -> None:
         """End any user's lease, and log whose it was, who did that and why. Raises UnknownToken, LeaseLost."""
         now = self._clock()
         held = await self.get(pool, value)
@@ -174,7 +175,7 @@ class Pools:
         """List tokens ordered by value, from the first one after `after`."""
         return await self._store.pools.members(pool, self._clock(), after, limit)
 
-    async def leases(self, pool: Pool, after: Place, limit: int) -> Sequence[tuple[Place, PoolToken]]:
+    async def leases(self, pool: Pool, after: LeaseCursor, limit: int) -> Sequence[tuple[LeaseCursor, PoolToken]]:
         """List the leased tokens with their places, in the order in which the leases end."""
         return await self._store.pools.leases(pool, self._clock(), after, limit)
 
@@ -221,12 +222,12 @@ def named_holder(name: str, field: str = "holder") -> str:
     return name
 
 
-def _done(touched: Touched | None, claim: Claim, now: Instant) -> PoolToken:
+def _done(touched: Touched | None, claim: LeaseCheck, now: Instant) -> PoolToken:
     if touched is None:
         raise UnknownToken
     if touched.done:
         return touched.token
-    if touched.token.is_leased(now) and not claim.owns(touched.token):
+    if touched.token.is_leased(now) and not claim.matches_user(touched.token):
         raise NotYourLease
     raise LeaseLost
 

@@ -7,9 +7,10 @@ from contextlib import suppress
 from itertools import islice
 from time import monotonic
 
+from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater, StoreUnavailable
 from tokenauth.logs import log, whereabouts
-from tokenauth.models import Clock, public_id
+from tokenauth.models import public_id
 from tokenauth.revocation_ledger import MAX_HELD, News, log_lost
 from tokenauth.stores.store import Store
 

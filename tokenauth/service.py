@@ -1,4 +1,4 @@
-"""Everything below HTTP, wired together: what the server runs, and what the command line uses."""
+"""Everything below HTTP, wired together. The server and the command line both use it."""
 
 import asyncio
 import time
@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from tokenauth import file_descriptors, values
+from tokenauth.clock import Clock, MonotonicClock
 from tokenauth.credentials import Credentials
 from tokenauth.errors import ConfigError, RetryLater
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
-from tokenauth.models import Clock, ForwardClock, Instant, User
+from tokenauth.models import Instant, User
 from tokenauth.passwords import Passwords
 from tokenauth.pools import NewValue, Pools
 from tokenauth.settings.model import Config
@@ -20,20 +21,20 @@ from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
 from tokenauth.tokens import Tokens
 
-_MAKERS: Mapping[str, NewValue] = {
+_NEW_VALUES: Mapping[str, NewValue] = {
     "token-pool": values.new_uuid,
     "random-token-generator": values.new_uuid,
     "token-management-service": values.new_prefixed,
 }
-"""What makes tokens that look as the clients of a dialect expect."""
+"""Dialects whose clients expect another form of tokens, and what makes them."""
 
 
 class Service(NamedTuple):
-    """The parts, and their life."""
+    """The parts of a running tokenauth."""
 
     config: Config
     users: dict[str, User]
-    clock: ForwardClock
+    clock: MonotonicClock
     store: Store
     passwords: Passwords
     throttle: Throttle
@@ -43,76 +44,77 @@ class Service(NamedTuple):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Open the store and bring its schema up to date; close it at the end. Raises StartError."""
+        """Open the store and upgrade its schema; close it at the end. Raises StartError."""
         behind = self.clock.advance(await self.store.start(self.clock.advance))
         if behind > 1:
-            log.warning("clock_is_behind", seconds=round(behind), action="time goes on from where it was")
+            log.warning("clock_is_behind", seconds=round(behind), action="time continues from the last known time")
         self.tokens.queue.start()
-        telling: set[asyncio.Task[None]] = set()
+        saving: set[asyncio.Task[None]] = set()
 
-        def tell(now: Instant) -> None:
-            task = asyncio.create_task(self._remember(now))
-            telling.add(task)
-            task.add_done_callback(telling.discard)
+        def save(now: Instant) -> None:
+            task = asyncio.create_task(self._save_time(now))
+            saving.add(task)
+            task.add_done_callback(saving.discard)
 
-        self.clock.leapt = tell
+        self.clock.on_advance = save
         try:
             yield
         finally:
-            self.clock.leapt = None
-            await asyncio.gather(*telling)
+            self.clock.on_advance = None
+            await asyncio.gather(*saving)
             await self.throttle.close()
             await self.tokens.close()
             await self.store.stop(self.clock())
             self.passwords.close()
 
     async def ready(self) -> str | None:
-        """Return what keeps this process from serving, if anything does: the first that its parts report."""
+        """Return why this process cannot serve requests, or None if it can."""
         try:
             for part in (file_descriptors.ready, self.tokens.ready, self.passwords.ready, self.store.ready):
-                trouble = await part()
-                if trouble is not None:
-                    return trouble
+                reason = await part()
+                if reason is not None:
+                    return reason
         except MemoryError:
             return "out of memory"
         return None
 
     def change_users(self, removed: Iterable[str], changed: Mapping[str, User]) -> None:
-        """Go on with other users than those of the configuration: one who is removed is refused from now on."""
+        """Apply a changed configuration of users. Tokens of removed users are refused from now on."""
         for name in removed:
             self.users.pop(name, None)
         self.users.update(changed)
         self.passwords.read_users()
 
-    async def _remember(self, now: Instant) -> None:
-        with suppress(RetryLater):  # then it is written down with whatever is written next
+    async def _save_time(self, now: Instant) -> None:
+        with suppress(RetryLater):  # the next write saves it
             await self.store.remember(now)
 
 
 def create_service(
-    config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic, serving: bool = True
+    config: Config, clock: Clock | None = None, monotonic: Clock = time.monotonic, serving: bool = True
 ) -> Service:
-    """Wire up what a configuration describes, without HTTP. Without a `clock` it is the store's. Raises ConfigError.
+    """Build the service that a configuration describes. Raises ConfigError.
 
-    `serving`: create the database if there is none. Commands must not, or a wrong directory would look like success.
+    clock: replaces the clock of the store. monotonic: sets the pace of time after `clock` is set back.
+    serving: create the database if it does not exist. Commands do not: a wrong directory would look like success.
     """
     users = dict(config.directory)
     passwords = Passwords(config.passwords, users)
     store = open_store(config.database, config.tokens.cache_size, clock, serving)
-    now = ForwardClock(store.clock, ticks)
+    now = MonotonicClock(store.clock, monotonic)
     queue = LoginQueue(config.passwords.lanes, config.passwords.queue)
     throttle = Throttle(config.throttle, config.server.workers, store, now, queue)
     credentials = Credentials(users, passwords, throttle, now)
     tokens = Tokens(config.tokens, users, store, credentials, now)
-    pools = Pools(config.terms, store, now, _makers(config))
+    pools = Pools(config.terms, store, now, _new_values(config))
     return Service(config, users, now, store, passwords, throttle, credentials, tokens, pools)
 
 
-def _makers(config: Config) -> Mapping[str, NewValue]:
-    """Say which pools' tokens look as a dialect has them. Raises ConfigError for a pool in which two looks meet."""
+def _new_values(config: Config) -> Mapping[str, NewValue]:
+    """Return what makes the tokens of each pool of a dialect. Raises ConfigError if two dialects share a pool."""
     makers: dict[str, NewValue] = {}
     for name, terms in config.dialects.chosen().items():
-        make = _MAKERS.get(name)
+        make = _NEW_VALUES.get(name)
         if make is not None and makers.setdefault(terms.pool, make) is not make:
             raise ConfigError(
                 f"dialects.{name}.pool: the tokens in [pools.{terms.pool}] look as another dialect has them;"

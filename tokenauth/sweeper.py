@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater
 from tokenauth.logs import log
-from tokenauth.models import Clock, Instant
+from tokenauth.models import Instant
 from tokenauth.pools import Pools
 from tokenauth.stores.store import Store
 

@@ -42,9 +42,10 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
+from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import Gone, LoginQueue, Turn, here
-from tokenauth.models import Clock, Failures, Instant
+from tokenauth.models import Failures, Instant
 from tokenauth.settings import model as config
 from tokenauth.stores.store import Note, Store, TakeBack
 

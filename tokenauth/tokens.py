@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenauth import revocation_queue, values
+from tokenauth.clock import Clock
 from tokenauth.credentials import Claimed, Credentials
 from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
 from tokenauth.login_queue import Gone, here
 from tokenauth.logs import log, whereabouts
-from tokenauth.models import Clock, Identity, Issued, Login, Token, User
+from tokenauth.models import Identity, IssuedToken, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings import model as config
 from tokenauth.stores.store import Store
@@ -39,7 +40,9 @@ class Tokens:
         self._clock = clock
         self.queue = RevocationQueue(store, clock)
 
-    async def issue(self, username: str, password: str, address: str, user_agent: str, gone: Gone = here) -> Issued:
+    async def issue(
+        self, username: str, password: str, address: str, user_agent: str, gone: Gone = here
+    ) -> IssuedToken:
         """Log in: exchange a name and a password for a new token.
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
@@ -47,7 +50,7 @@ class Tokens:
         user = await self._credentials.verify(Claimed(username, password), address, gone)
         return await self.grant(user, address, user_agent, gone)
 
-    async def grant(self, user: User, address: str, user_agent: str, gone: Gone = here) -> Issued:
+    async def grant(self, user: User, address: str, user_agent: str, gone: Gone = here) -> IssuedToken:
         """Issue a token to a user who has authenticated. Raises ClientGone or StoreUnavailable."""
         try:
             return await self._grant(user, address, user_agent, gone)
@@ -55,7 +58,7 @@ class Tokens:
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
 
-    async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> Issued:
+    async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> IssuedToken:
         if self.queue.trouble is not None:  # a new token would end with all others
             raise StoreUnavailable
         if gone():
@@ -68,7 +71,7 @@ class Tokens:
         token = Token(digest, user.username, user.credential, now, expires_at, address, user_agent)
         await self._store.tokens.add(token, self._terms.per_user, now)
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
-        return Issued(value, token)
+        return IssuedToken(value, token)
 
     async def validate(self, value: bytes) -> Token | None:
         """Return the token of this value if it is valid now. Raises StoreUnavailable when that cannot be known."""

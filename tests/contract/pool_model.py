@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from tests.support.servers import START
-from tokenauth.models import Claim, Pool, PoolToken
+from tokenauth.models import LeaseCheck, Pool, PoolToken
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Model:
 
     def end(self, one: PoolToken) -> float:
         """Say when a token expires if nobody touches it."""
-        aged = self.pool.lease_ttl if self.pool.ages_while_lent and one.holder is not None else 0
+        aged = self.pool.lease_ttl if self.pool.ages_while_leased and one.holder is not None else 0
         return one.free_at + self.pool.token_ttl - aged
 
     def lent(self) -> list[PoolToken]:
@@ -63,7 +63,7 @@ class Model:
         """Find what is in being."""
         return next((one for one in self.live() if one.value == value), None)
 
-    def holds(self, one: PoolToken, claim: Claim) -> bool:
+    def holds(self, one: PoolToken, claim: LeaseCheck) -> bool:
         """Whether this is the lease that a token is under."""
         named = {"holder": claim.holder, "fence": claim.fence, "username": claim.username}
         wrong = [key for key, value in named.items() if value not in {None, getattr(one, key)}]

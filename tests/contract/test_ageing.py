@@ -1,4 +1,4 @@
-"""PoolStore where `ages_while_lent`: a token that is not given back expires as if it had only waited."""
+"""PoolStore where `ages_while_leased`: a token that is not given back expires as if it had only waited."""
 
 from dataclasses import replace
 

@@ -8,7 +8,7 @@ import pytest
 from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, POOL, lease, members
 from tests.support.servers import START
-from tokenauth.models import ANY_LEASE, Claim, Pool, PoolCounts, PoolToken
+from tokenauth.models import ANY_LEASE, LeaseCheck, Pool, PoolCounts, PoolToken
 from tokenauth.stores.store import Lent, PoolStore, Touched
 
 HUGE = [2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, 0, -1, -(10**40)]
@@ -103,18 +103,20 @@ async def test_a_counted_lease_says_how_many_are_left(pools: PoolStore) -> None:
     assert [each.token is not None for each in lent] == [True, True, True, False, False]
 
 
-HELD = [Claim(holder, fence) for holder in (None, "ann") for fence in (None, 2)]
+HELD = [LeaseCheck(holder, fence) for holder in (None, "ann") for fence in (None, 2)]
 LOST = [
-    Claim("bob", None),
-    Claim("bob", 2),
-    Claim("Ann", 2),
-    Claim("", None),
-    *(Claim("ann", n) for n in (1, 3, 0, -2)),
+    LeaseCheck("bob", None),
+    LeaseCheck("bob", 2),
+    LeaseCheck("Ann", 2),
+    LeaseCheck("", None),
+    *(LeaseCheck("ann", n) for n in (1, 3, 0, -2)),
 ]
-LOST += [Claim(None, number) for number in (1, 3, *HUGE)]
+LOST += [LeaseCheck(None, number) for number in (1, 3, *HUGE)]
 
 
-async def touch(pools: PoolStore, verb: str, now: float, claim: Claim = ANY_LEASE, pool: Pool = POOL) -> Touched | None:
+async def touch(
+    pools: PoolStore, verb: str, now: float, claim: LeaseCheck = ANY_LEASE, pool: Pool = POOL
+) -> Touched | None:
     """Extend or release the lease of t1."""
     if verb == "release":
         return await pools.release(pool, "t1", now, claim)
@@ -147,9 +149,9 @@ async def test_a_lease_is_touched_by_whoever_claims_this_one(pools: PoolStore, v
         assert await pools.get(POOL, "t1", START + 1) == lent
 
 
-@pytest.mark.parametrize("claim", [ANY_LEASE, Claim("ann"), Claim("ann", 1), Claim("bob")], ids=str)
+@pytest.mark.parametrize("claim", [ANY_LEASE, LeaseCheck("ann"), LeaseCheck("ann", 1), LeaseCheck("bob")], ids=str)
 @pytest.mark.parametrize("verb", ["extend", "release"])
-async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, claim: Claim) -> None:
+async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, claim: LeaseCheck) -> None:
     await pools.add(POOL, ["t1"], START)
     lent = (await pools.lease(POOL, "ann", START)).token
     assert lent is not None
@@ -210,7 +212,7 @@ async def test_with_free_too_a_free_token_waits_for_its_full_time(pools: PoolSto
     assert await pools.extend(POOL, "t1", START + 100) is not None
     now = START + 239
     kept = PoolToken("p", "t1", now, holder=None, fence=int(lapsed))
-    assert await pools.extend(POOL, "t1", now, Claim("nobody", 99), free_too=True) == Touched(kept, True)
+    assert await pools.extend(POOL, "t1", now, LeaseCheck("nobody", 99), free_too=True) == Touched(kept, True)
     assert await pools.get(POOL, "t1", now + 240 - JUST) == kept
     assert await pools.get(POOL, "t1", now + 240) is None
 

@@ -10,7 +10,7 @@ from tests.contract.conftest import Place
 from tests.contract.test_leases import holders
 from tests.contract.test_pools import POOL, lease
 from tests.support.servers import START
-from tokenauth.models import Claim, PoolCounts, PoolToken
+from tokenauth.models import LeaseCheck, PoolCounts, PoolToken
 from tokenauth.stores.store import PoolStore
 
 
@@ -47,9 +47,9 @@ async def test_a_token_that_others_touch_while_it_is_free_can_be_had(place: Plac
     async def touch(number: int) -> None:
         pools, value = other.pools, f"t{number}"
         if verb == "stale extend":
-            await pools.extend(POOL, value, START, Claim("nobody"))
+            await pools.extend(POOL, value, START, LeaseCheck("nobody"))
         elif verb == "stale release":
-            await pools.release(POOL, value, START, Claim("nobody"))
+            await pools.release(POOL, value, START, LeaseCheck("nobody"))
         elif verb == "keep free":
             await pools.extend(POOL, value, START, free_too=True)
         else:
@@ -67,7 +67,7 @@ async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> No
     await place.pools.add(POOL, ["t1"], START)
     for fence in range(1, 11):
         await lease(place.pools)
-        releases = [each.pools.release(POOL, "t1", START, Claim("ann", fence)) for each in (place, other, place)]
+        releases = [each.pools.release(POOL, "t1", START, LeaseCheck("ann", fence)) for each in (place, other, place)]
         released = await asyncio.gather(*releases)
         assert sorted(touched is not None and touched.done for touched in released) == [False, False, True]
 
@@ -89,10 +89,10 @@ async def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place) -
     await lease(place.pools)
     now = START + 1
     lost, released, again, extended, removed, removed_again = await asyncio.gather(
-        place.pools.release(POOL, "t1", now, Claim("bob")),
-        place.pools.release(POOL, "t1", now, Claim("ann")),
-        place.pools.release(POOL, "t1", now, Claim("ann")),
-        place.pools.extend(POOL, "t1", now, Claim("ann")),
+        place.pools.release(POOL, "t1", now, LeaseCheck("bob")),
+        place.pools.release(POOL, "t1", now, LeaseCheck("ann")),
+        place.pools.release(POOL, "t1", now, LeaseCheck("ann")),
+        place.pools.extend(POOL, "t1", now, LeaseCheck("ann")),
         place.pools.remove(POOL, "t2", now),
         place.pools.remove(POOL, "t2", now),
     )

@@ -10,14 +10,14 @@ import pytest
 
 from tests.support.servers import START
 from tests.support.steps import Direct, answer, steps
-from tokenauth.models import Claim, Pool
+from tokenauth.models import LeaseCheck, Pool
 from tokenauth.stores.sql import SqlPoolStore
 from tokenauth.stores.store import PoolStore
 
 FEW, MANY = 400, 20_000
 MOST_LENT = Pool("most lent", lease_ttl=60, token_ttl=240)
 ALL_LENT, MOST_FREE = replace(MOST_LENT, name="all lent"), replace(MOST_LENT, name="most free")
-AGEING = replace(MOST_LENT, name="most lapsed and expired", ages_while_lent=True)
+AGEING = replace(MOST_LENT, name="most lapsed and expired", ages_while_leased=True)
 LENT = {MOST_LENT: 0.98, ALL_LENT: 1.0, MOST_FREE: 0.02, AGEING: 0.98}
 PREFILLED, BOUNDED = replace(MOST_LENT, capacity=MANY, prefill=True), replace(MOST_LENT, capacity=2 * MANY)
 INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired) VALUES (?, ?, ?, ?, 1, 0)"
@@ -31,7 +31,7 @@ CHEAP: dict[str, Ask] = {
     "lease, and none is free": lambda pools: pools.lease(ALL_LENT, "ann", START),
     "lease, and most have expired": lambda pools: pools.lease(AGEING, "ann", START),
     "lease with prefill": lambda pools: pools.lease(PREFILLED, "ann", START),
-    "extend": lambda pools: pools.extend(MOST_LENT, "t300", START, Claim("ann", 1)),
+    "extend": lambda pools: pools.extend(MOST_LENT, "t300", START, LeaseCheck("ann", 1)),
     "extend a free one": lambda pools: pools.extend(MOST_FREE, "t101", START, free_too=True),
     "release": lambda pools: pools.release(MOST_LENT, "t300", START),
     "an unknown token": lambda pools: pools.release(MOST_LENT, "t", START),

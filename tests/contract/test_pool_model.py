@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from tests.contract.conftest import STORES, Opener, Place, Places, Templates
 from tests.contract.pool_model import Model
-from tokenauth.models import FIRST, Claim, Pool, PoolCounts, PoolToken
+from tokenauth.models import START_OF_LEASES, LeaseCheck, Pool, PoolCounts, PoolToken
 from tokenauth.stores.store import PoolStore, Touched
 
 BOUNDED = Pool("bounded", lease_ttl=8, token_ttl=20, capacity=5)
 UNBOUNDED = replace(BOUNDED, name="unbounded", capacity=None)
 PREFILLED = Pool("prefilled", lease_ttl=30, capacity=5, prefill=True)
 FOR_EVER = [replace(pool, token_ttl=math.inf) for pool in (BOUNDED, UNBOUNDED)]
-AGEING = replace(BOUNDED, name="ageing", ages_while_lent=True)
+AGEING = replace(BOUNDED, name="ageing", ages_while_leased=True)
 TERMS = [PREFILLED, BOUNDED, UNBOUNDED, *FOR_EVER, AGEING, PREFILLED]
 
 OFTEN = {"assign": 3, "release": 3, "keep_alive": 2, "fit": 2, "delete": 2}
@@ -91,7 +91,7 @@ class Lending:
 
     async def leases(self, store: PoolStore, limit: int) -> list[PoolToken]:
         """Return all leased tokens, read page by page, by value."""
-        found, place = [], FIRST
+        found, place = [], START_OF_LEASES
         while page := await store.leases(self.pool, self.model.now, place, limit):
             assert all(place < here for here, _ in page)
             found += [one for _, one in page]
@@ -151,10 +151,10 @@ class Lending:
         held = one is not None and self.model.holds(one, claim)
         self._compare(touched, one, self.model.freed(one) if one is not None and held else None)
 
-    def _claim(self, value: str, step: Step) -> tuple[PoolToken | None, Claim]:
+    def _claim(self, value: str, step: Step) -> tuple[PoolToken | None, LeaseCheck]:
         one, (named, error) = self.model.find(value), step.said
         fence = None if error is None else (one.fence if one else 0) + error
-        return one, Claim(step.holder if named else None, fence, step.user)
+        return one, LeaseCheck(step.holder if named else None, fence, step.user)
 
     def _compare(self, touched: Touched | None, one: PoolToken | None, after: PoolToken | None) -> None:
         if one is None:

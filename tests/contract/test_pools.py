@@ -15,7 +15,7 @@ from tokenauth.stores.store import PoolStore
 
 POOL = Pool("p", lease_ttl=60, token_ttl=240)
 OTHER = replace(POOL, name="q")
-AGEING = replace(POOL, ages_while_lent=True)
+AGEING = replace(POOL, ages_while_leased=True)
 PATIENT = replace(POOL, token_ttl=math.inf)
 END = START + 240
 """When a token expires that has been free since START."""

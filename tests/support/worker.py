@@ -34,7 +34,7 @@ def main() -> None:
     if clock_file == "-":
         app = create_app(settings)
     else:
-        app = create_app(settings, clock=HandClock(Path(clock_file)), ticks=lambda: 0.0)
+        app = create_app(settings, clock=HandClock(Path(clock_file)), monotonic=lambda: 0.0)
     options = uvicorn.Config(
         app,
         interface="asgi3",

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tests.support.servers import START, write_config
-from tokenauth.models import NOBODY, Identity, Login, Token
+from tokenauth.models import ANONYMOUS, Identity, Login, Token
 from tokenauth.service import Service, create_service
 from tokenauth.settings.loader import load
 from tokenauth.web.middleware import TokenMiddleware
@@ -201,7 +201,7 @@ async def test_an_exempt_path_is_nobodys_and_asks_nobody(path: str, root_path: s
     guarded = TokenMiddleware(app, Book(error=AssertionError("it was asked")), scopes=["read"], exempt=EXEMPT)
     await ask(guarded, {"path": path, "root_path": root_path}, b"anns")
     (scope,) = app.scopes
-    assert scope["user"] is scope["auth"] is NOBODY
+    assert scope["user"] is scope["auth"] is ANONYMOUS
     assert not scope["user"].is_authenticated
     assert "token" not in scope
 
@@ -288,7 +288,7 @@ async def test_nobody_says_himself_who_he_is(path: str) -> None:
     forged = {"user": Identity("root", ("admin",)), "auth": Identity("root", ("admin",))}
     await ask(TokenMiddleware(app, Book("read"), exempt=EXEMPT), {"path": path, **forged}, b"anns")
     (scope,) = app.scopes
-    assert scope["user"] == scope["auth"] == (NOBODY if path == "/healthz" else Identity("ann", ("read",)))
+    assert scope["user"] == scope["auth"] == (ANONYMOUS if path == "/healthz" else Identity("ann", ("read",)))
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])

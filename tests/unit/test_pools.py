@@ -18,7 +18,7 @@ from tokenauth.errors import (
     UnknownPool,
     UnknownToken,
 )
-from tokenauth.models import Claim, Identity, Pool, PoolCounts, PoolToken
+from tokenauth.models import Identity, LeaseCheck, Pool, PoolCounts, PoolToken
 from tokenauth.pools import MAX_COUNT, Pools, named_holder
 from tokenauth.settings.model import Database
 from tokenauth.stores.open import open_store
@@ -134,13 +134,13 @@ async def test_a_lease_is_kept_alive_and_released_by_whoever_has_it(pools: Pools
     lent = await pools.assign(POOL, "ann")
     assert lent == PoolToken("p", value, START + 60, "ann", 1)
     clock.now += 30
-    for claim in (Claim("bob"), Claim("ann", 2)):
+    for claim in (LeaseCheck("bob"), LeaseCheck("ann", 2)):
         with pytest.raises(LeaseLost):
             await pools.keep_alive(POOL, value, claim)
         with pytest.raises(LeaseLost):
             await pools.release(POOL, value, claim)
-    assert await pools.keep_alive(POOL, value, Claim("ann", 1)) == lent._replace(free_at=START + 90)
-    await pools.release(POOL, value, Claim("ann", 1))
+    assert await pools.keep_alive(POOL, value, LeaseCheck("ann", 1)) == lent._replace(free_at=START + 90)
+    await pools.release(POOL, value, LeaseCheck("ann", 1))
     assert await pools.get(POOL, value) == PoolToken("p", value, START + 30, None, 1)
     for lost in (pools.keep_alive, pools.release):
         with pytest.raises(LeaseLost):
@@ -230,7 +230,7 @@ async def test_no_lease_ends_when_a_pool_has_another_capacity_at_the_next_start(
     await resized.prefill()
     assert await resized.count(pool) == PoolCounts(max(0, capacity - 2), 2)
     for token in lent:
-        assert (await resized.keep_alive(pool, token.value, Claim("ann", 1))).free_at == START + 60
+        assert (await resized.keep_alive(pool, token.value, LeaseCheck("ann", 1))).free_at == START + 60
     clock.now += 60
     assert await resized.count(pool) == PoolCounts(capacity, 0)
 

@@ -36,7 +36,7 @@ class Home:
     async def open(self, terms: str) -> AsyncIterator[Pools]:
         """Start the service, without HTTP and without its sweeper."""
         settings = loader.load(write_config(self._directory, terms))
-        service = create_service(settings, self.clock, ticks=lambda: 0.0)
+        service = create_service(settings, self.clock, monotonic=lambda: 0.0)
         async with service.running():
             await service.pools.prefill()
             yield service.pools

@@ -39,7 +39,7 @@ def clock(tmp_path: Path) -> HandClock:
 @pytest.fixture
 async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
     """Run a service without a sweeper."""
-    service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, ticks=lambda: 0.0)
+    service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, monotonic=lambda: 0.0)
     async with service.running():
         await service.pools.prefill()
         yield service
@@ -100,7 +100,7 @@ async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_
     for _ in range(3):
         await pools.assign(pools.find("permits"), "ci")
     fewer = loader.load(write_config(tmp_path, POOLS.replace("capacity = 3", "capacity = 1")))
-    shrunk = create_service(fewer, clock, ticks=lambda: 0.0)
+    shrunk = create_service(fewer, clock, monotonic=lambda: 0.0)
     async with shrunk.running():
         await shrunk.pools.prefill()
         clock.advance(59)
@@ -115,7 +115,7 @@ async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_
 async def test_a_pool_that_could_not_be_filled_at_the_start_is_filled_later(tmp_path: Path, clock: HandClock) -> None:
     """Another process holds the lock for longer than a start waits."""
     fuller = POOLS.replace("capacity = 3", "capacity = 5")
-    service = create_service(loader.load(write_config(tmp_path, fuller)), clock, ticks=lambda: 0.0)
+    service = create_service(loader.load(write_config(tmp_path, fuller)), clock, monotonic=lambda: 0.0)
     await service.store.start()
     with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")

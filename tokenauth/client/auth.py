@@ -15,8 +15,8 @@ from typing import TypeAlias
 import httpx
 
 from tokenauth.client import issuer
+from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, IssuerUnavailable, Refusal, TooManyAttempts
-from tokenauth.models import Clock
 
 _Outcome: TypeAlias = issuer.Grant | Refusal | None
 """How a login ended; None: whoever was about it was cancelled."""

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from tokenauth import errors
-from tokenauth.models import Clock
+from tokenauth.clock import Clock
 
 Event = TypeVar("Event", threading.Event, asyncio.Event)
 
@@ -39,15 +39,15 @@ class Lease(Generic[Event]):
     """
 
     def __init__(
-        self, pool: str, holder: str | None, wait: float, timeout: float, ticks: Clock, lost: Callable[..., Event]
+        self, pool: str, holder: str | None, wait: float, timeout: float, monotonic: Clock, lost: Callable[..., Event]
     ) -> None:
         """Begin as the wish for a token, for `wait` seconds; `lost` makes the event."""
         self.token, self.holder, self.fence = "", holder or "", 0
         self._url = f"/api/pools/{quote(pool, safe='')}/leases"
         self._wanted = {} if holder is None else {"holder": holder}
         self._timeout = timeout
-        self._ticks = ticks
-        self._sent = ticks()
+        self._monotonic = monotonic
+        self._sent = monotonic()
         self._patience = self._sent + wait
         self._ttl = self._due = self._until = math.inf
         self._over = self._returned = False
@@ -64,7 +64,7 @@ class Lease(Generic[Event]):
 
     def _wish(self) -> Question:
         """Ask for a token."""
-        self._sent = self._ticks()
+        self._sent = self._monotonic()
         return {"method": "POST", "url": self._url, "json": self._wanted}
 
     def _granted(self, answer: httpx.Response) -> float | None:
@@ -72,7 +72,7 @@ class Lease(Generic[Event]):
         try:
             self._begin(_read(answer))
         except errors.NoFreeToken:
-            left = self._patience - self._ticks()
+            left = self._patience - self._monotonic()
             if left <= 0:
                 raise
             return min(left, random.uniform(0.5, 1))  # noqa: S311 # not Retry-After: it is longer, and tokens are given back
@@ -85,20 +85,20 @@ class Lease(Generic[Event]):
         self._until = self._sent + self._ttl
 
     def _is_over(self) -> bool:
-        if self._ticks() >= self._until:
+        if self._monotonic() >= self._until:
             self._over = True  # and for good, even if an answer that prolongs it is being read at this moment
         return self._over
 
     def _nap(self, until: float = math.inf) -> float:
         """Say how long nobody need look at the clock: not long, since waits do not count the sleep of a machine."""
-        return max(0.0, min(1, self._ttl / 100, min(until, self._until) - self._ticks()))
+        return max(0.0, min(1, self._ttl / 100, min(until, self._until) - self._monotonic()))
 
     def _is_due(self) -> bool:
-        return self._ticks() >= self._due and not self._is_over()
+        return self._monotonic() >= self._due and not self._is_over()
 
     def _answered(self, answer: httpx.Response | None) -> None:
         """Take the answer to that, if there was any; one that comes too late changes nothing."""
-        self._due = self._ticks() + min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311
+        self._due = self._monotonic() + min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311
         try:
             grant = _read(answer) if answer is not None else None
         except _LOST:
@@ -122,7 +122,7 @@ class Lease(Generic[Event]):
 
     def _claim(self, method: str) -> Question:
         """Ask for more time, or that the lease be ended."""
-        self._sent = self._ticks()
+        self._sent = self._monotonic()
         url = f"{self._url}/{quote(self.token, safe='')}"
         timeout = min(self._timeout, self._ttl / 3)  # a keep-alive that hangs leaves time for a second one
         return {"method": method, "url": url, "json": {"holder": self.holder, "fence": self.fence}, "timeout": timeout}

@@ -16,7 +16,7 @@ import httpx
 from tokenauth import errors
 from tokenauth.client import redaction
 from tokenauth.client.lease import Lease, Question
-from tokenauth.models import Clock, steady
+from tokenauth.clock import Clock, boottime
 
 redaction.install()
 
@@ -55,13 +55,13 @@ class _AsyncLost(_Timed, asyncio.Event):
 class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
     """Borrows from the pools of the issuer at `url`; one client may hold many leases, in many threads.
 
-    `timeout` is for each request, in seconds; leases are counted by `ticks`, a clock that never goes back; `options`
-    are what httpx.Client takes: `auth` above all.
+    `timeout` is for each request, in seconds; `monotonic` is the clock that leases are timed by; `options` are what
+    httpx.Client takes: `auth` above all.
     """
 
-    def __init__(self, url: str, *, timeout: float = 5, ticks: Clock = steady, **options: Any) -> None:
+    def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
         self._http = httpx.Client(base_url=url, timeout=timeout, **options)
-        self._timeout, self._ticks = timeout, ticks
+        self._timeout, self._monotonic = timeout, monotonic
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -77,7 +77,7 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         While none is free this tries again, for `wait` seconds, then raises NoFreeToken. Raises UnknownPool,
         InsufficientScope, InvalidToken, InvalidRequest, IssuerUnavailable, and what `auth` raises.
         """
-        lease = SyncLease(pool, holder, wait, self._timeout, self._ticks, _Lost)
+        lease = SyncLease(pool, holder, wait, self._timeout, self._monotonic, _Lost)
         try:
             while (pause := lease._granted(self._http.request(**lease._wish()))) is not None:
                 time.sleep(pause)
@@ -107,9 +107,9 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
 class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"]):
     """The same for asyncio: `lost` is an asyncio.Event, and `options` are what httpx.AsyncClient takes."""
 
-    def __init__(self, url: str, *, timeout: float = 5, ticks: Clock = steady, **options: Any) -> None:
+    def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout, **options)
-        self._timeout, self._ticks = timeout, ticks
+        self._timeout, self._monotonic = timeout, monotonic
         self._ending: set[asyncio.Task[None]] = set()
 
     async def __aexit__(self, *_: object) -> None:
@@ -124,7 +124,7 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
     @contextlib.asynccontextmanager
     async def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> AsyncIterator[AsyncLease]:
         """Hold a token of a pool, as PoolClient does; it is given back also when the task is cancelled."""
-        lease = AsyncLease(pool, holder, wait, self._timeout, self._ticks, _AsyncLost)
+        lease = AsyncLease(pool, holder, wait, self._timeout, self._monotonic, _AsyncLost)
         try:
             while (pause := lease._granted(await self._ask(lease))) is not None:  # noqa: ASYNC110
                 await asyncio.sleep(pause)

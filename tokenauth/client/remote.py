@@ -12,8 +12,9 @@ import httpx
 
 from tokenauth import values
 from tokenauth.client import issuer
+from tokenauth.clock import Clock, boottime
 from tokenauth.errors import InvalidToken, IssuerUnavailable
-from tokenauth.models import Clock, Login, steady
+from tokenauth.models import Login
 
 Entry = TypeVar("Entry")
 
@@ -73,7 +74,7 @@ class RemoteTokens:
     Of valid tokens at most `size` are remembered, by their digests, and of refused ones as many beside them.
     `timeout` is for the whole of a question. A `client` that is passed in is used as it is set up, but follows no
     redirect, and stays open; without one, proxies and .netrc of the environment are not used: a token goes straight to
-    the issuer. `clock` and `ticks` say the time of day, and how time goes on. All use is in one event loop.
+    the issuer. `clock` and `monotonic` say the time of day, and how time goes on. All use is in one event loop.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class RemoteTokens:
         timeout: float = 2.0,
         client: httpx.AsyncClient | None = None,
         clock: Clock = time.time,
-        ticks: Clock = steady,
+        monotonic: Clock = boottime,
     ) -> None:
         """Ask the issuer at `url`. Raises ValueError for what makes no sense."""
         if not (max_age >= 0 and stale_grace >= 0 and size >= 1 and timeout > 0):
@@ -100,7 +101,7 @@ class RemoteTokens:
             trust_env=False, limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEPT_ALIVE)
         )
         self._clock = clock
-        self._ticks = ticks
+        self._monotonic = monotonic
         self._valid: _Recent[_Confirmed] = _Recent(size)
         self._refused: _Recent[float] = _Recent(size)  # apart, so that made-up tokens push out no good one
         self._questions: dict[bytes, _Question] = {}
@@ -131,7 +132,7 @@ class RemoteTokens:
         digest = values.digest(value)
         if digest is None:
             return None
-        arrived = self._ticks()
+        arrived = self._monotonic()
         refused_at = self._refused.get(digest)
         if refused_at is not None and arrived - refused_at < self._max_age:
             return None
@@ -171,7 +172,7 @@ class RemoteTokens:
 
     async def _ask(self, question: _Question, digest: bytes, value: bytes) -> Login | None:
         """Ask the issuer and remember what it says, or do without it as far as that is allowed."""
-        question.asked_at = self._ticks()
+        question.asked_at = self._monotonic()
         trouble = ""
         try:
             login = await self._fetch(digest, value)
@@ -220,7 +221,7 @@ class RemoteTokens:
         confirmed = self._valid.get(digest)
         if confirmed is None or not self._stale_grace or not self._lives(confirmed.login):
             raise IssuerUnavailable
-        if self._ticks() - confirmed.asked_at > self._max_age + self._stale_grace:
+        if self._monotonic() - confirmed.asked_at > self._max_age + self._stale_grace:
             raise IssuerUnavailable
         return confirmed.login
 

@@ -250,7 +250,7 @@ class Config(Section, frozen=True):
                 prefill=entry.prefill,
                 scope=entry.scope,
                 manage_scope=entry.manage_scope,
-                ages_while_lent=self.dialects.token_pool is not None and self.dialects.token_pool.pool == name,
+                ages_while_leased=self.dialects.token_pool is not None and self.dialects.token_pool.pool == name,
             )
             for name, entry in self.pools.items()
         }

@@ -6,8 +6,8 @@ from urllib.parse import parse_qsl
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
-from tokenauth.models import Clock
 from tokenauth.settings.model import Database
 from tokenauth.stores.sqlite.store import SqliteStore
 from tokenauth.stores.store import Store

@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, select
 
-from tokenauth.models import ANY_LEASE, ID_BYTES, Claim, Instant, Place, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import ANY_LEASE, ID_BYTES, Instant, LeaseCheck, LeaseCursor, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores.batching import Verb
 from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes import pools as pool_verbs
@@ -100,7 +100,7 @@ class SqlPoolStore:
         return lent
 
     async def extend(
-        self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE, free_too: bool = False
+        self, pool: Pool, value: str, now: Instant, claim: LeaseCheck = ANY_LEASE, free_too: bool = False
     ) -> Touched | None:
         """Let a lease run for its full time from now, if the claim holds."""
         wish = pool_verbs.Change(pool, value, claim, free_too, now)
@@ -111,7 +111,7 @@ class SqlPoolStore:
         """Let free tokens wait for their full time from now."""
         return int(await self._database.write(pool_verbs.extend_free, pool_verbs.Some(pool, limit, now, before), now))
 
-    async def release(self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE) -> Touched | None:
+    async def release(self, pool: Pool, value: str, now: Instant, claim: LeaseCheck = ANY_LEASE) -> Touched | None:
         """End a lease, if the claim holds."""
         wish = pool_verbs.Change(pool, value, claim, False, now)
         touched: Touched | None = await self._database.write(pool_verbs.release_leases, wish, now)
@@ -133,7 +133,7 @@ class SqlPoolStore:
         query = select(*pool_token_columns).where(pool_tokens.c.pool == pool.name, pool_tokens.c.value == value)
         row = await self._database.read(lambda db: db.execute(query).first())
         token = None if row is None else PoolToken(*row)
-        return token if token is not None and pool.lives(token, now) else None
+        return token if token is not None and pool.is_live(token, now) else None
 
     async def count(self, pool: Pool, now: Instant) -> PoolCounts:
         """Say how many tokens can be lent, and how many are."""
@@ -148,7 +148,9 @@ class SqlPoolStore:
         rows = await self._database.read(lambda db: db.execute(pool_rows.MEMBERS, values).all())
         return [PoolToken(*row) for row in rows]
 
-    async def leases(self, pool: Pool, now: Instant, after: Place, limit: int) -> Sequence[tuple[Place, PoolToken]]:
+    async def leases(
+        self, pool: Pool, now: Instant, after: LeaseCursor, limit: int
+    ) -> Sequence[tuple[LeaseCursor, PoolToken]]:
         """Return the leased tokens in the order in which their leases end."""
         end, number = after
         values = {**pool_rows.terms(pool, now), "end": end, "number": number, "limit": limit}

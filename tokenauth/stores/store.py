@@ -10,7 +10,8 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from tokenauth.models import ANY_LEASE, Claim, Clock, Failures, Instant, Place, Pool, PoolCounts, PoolToken, Token
+from tokenauth.clock import Clock
+from tokenauth.models import ANY_LEASE, Failures, Instant, LeaseCheck, LeaseCursor, Pool, PoolCounts, PoolToken, Token
 
 
 class TokenStore(Protocol):
@@ -95,7 +96,7 @@ class PoolStore(Protocol):
         """Lease the token that has been free longest to a user; `counted`: and say how many are left after this one."""
 
     async def extend(
-        self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE, free_too: bool = False
+        self, pool: Pool, value: str, now: Instant, claim: LeaseCheck = ANY_LEASE, free_too: bool = False
     ) -> Touched | None:
         """Let a lease run for its full time from now, if the claim holds; None if there is no such token.
 
@@ -105,7 +106,7 @@ class PoolStore(Protocol):
     async def extend_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
         """Let free tokens wait for their full time from now: at most `limit` of those free since before an instant."""
 
-    async def release(self, pool: Pool, value: str, now: Instant, claim: Claim = ANY_LEASE) -> Touched | None:
+    async def release(self, pool: Pool, value: str, now: Instant, claim: LeaseCheck = ANY_LEASE) -> Touched | None:
         """End a lease, if the claim holds; the token is free from now on. None if there is no such token."""
 
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
@@ -126,7 +127,9 @@ class PoolStore(Protocol):
     async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
         """Return tokens ordered by value, at most `limit`, from the first whose value comes after `after`."""
 
-    async def leases(self, pool: Pool, now: Instant, after: Place, limit: int) -> Sequence[tuple[Place, PoolToken]]:
+    async def leases(
+        self, pool: Pool, now: Instant, after: LeaseCursor, limit: int
+    ) -> Sequence[tuple[LeaseCursor, PoolToken]]:
         """Return at most `limit` leased tokens after a place, with their places, ordered by the end of their leases."""
 
     async def purge(self, pool: Pool, now: Instant, limit: int) -> int:

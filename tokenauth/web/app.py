@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tokenauth import __version__
+from tokenauth.clock import Clock
 from tokenauth.errors import (
     Forbidden,
     ForeignPage,
@@ -27,7 +28,6 @@ from tokenauth.errors import (
     TokenRequired,
 )
 from tokenauth.logs import describe, log
-from tokenauth.models import Clock
 from tokenauth.pools import Pools
 from tokenauth.risks import demand_acceptable, find_risks
 from tokenauth.service import Service, create_service
@@ -73,13 +73,13 @@ _DIALECTS: Mapping[str, Callable[[Service, Any], Dialect]] = {
 }
 
 
-def create_app(config: Config, clock: Clock | None = None, ticks: Clock = time.monotonic) -> ASGIApp:
+def create_app(config: Config, clock: Clock | None = None, monotonic: Clock = time.monotonic) -> ASGIApp:
     """Build the ASGI app that a configuration describes.
 
-    `clock` says what time it is, instead of the store; `ticks` is the pace at which time goes on when a clock is set
-    back. Raises ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
+    `clock` replaces the clock of the store; `monotonic` sets the pace of time after `clock` is set back. Raises
+    ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
     """
-    service = create_service(config, clock, ticks)
+    service = create_service(config, clock, monotonic)
     demand_acceptable(config, find_risks(config, service.passwords))
     return build_app(service)
 

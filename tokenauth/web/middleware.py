@@ -7,7 +7,7 @@ from urllib.parse import unquote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.errors import InsufficientScope, InvalidToken, Overloaded, Refusal, TokenRequired
-from tokenauth.models import NOBODY, Identity, Login, Validator, is_scope
+from tokenauth.models import ANONYMOUS, Identity, Login, Validator, is_scope
 from tokenauth.web.requests import bearer
 from tokenauth.web.responses import refuse
 
@@ -42,7 +42,7 @@ class TokenMiddleware:
         """Guard one request."""
         if scope["type"] != "lifespan":
             if self._is_exempt(scope):
-                scope["user"] = scope["auth"] = NOBODY
+                scope["user"] = scope["auth"] = ANONYMOUS
                 scope.pop("token", None)
             else:
                 whole = scope.get("method") in _WITHOUT_BODY or _has_come(receive)

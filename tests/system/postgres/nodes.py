@@ -12,7 +12,7 @@ import asyncpg
 
 from tests.support.postgres import Cluster
 from tests.support.servers import START, write_config
-from tokenauth.models import Clock
+from tokenauth.clock import Clock
 from tokenauth.settings.model import Database
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres.store import PostgresStore

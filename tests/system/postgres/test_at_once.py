@@ -12,7 +12,7 @@ import pytest
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tests.system.postgres.nodes import Nodes, busy, connected, fetch, fresh, nodes
-from tokenauth.models import Claim, Pool, Token
+from tokenauth.models import LeaseCheck, Pool, Token
 from tokenauth.stores.postgres.store import PostgresStore
 from tokenauth.stores.store import Note
 
@@ -58,12 +58,12 @@ async def test_leases_that_are_touched_in_opposite_orders_end_once(three: Nodes,
     expected: Counter[tuple[str, str, int]] = Counter()
 
     async def release(node: PostgresStore, pool: Pool, value: str, fence: int) -> None:
-        touched = await node.pools.release(pool, value, START, Claim("h", fence))
+        touched = await node.pools.release(pool, value, START, LeaseCheck("h", fence))
         assert touched is not None
         ended[pool.name, value, fence] += touched.done
 
     async def stay(node: PostgresStore, pool: Pool, value: str, fence: int) -> None:
-        touched = await node.pools.extend(pool, value, START, Claim("h", fence), free_too=chance.random() < 0.5)
+        touched = await node.pools.extend(pool, value, START, LeaseCheck("h", fence), free_too=chance.random() < 0.5)
         assert touched is not None
 
     for _ in range(3):

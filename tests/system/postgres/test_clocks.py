@@ -14,7 +14,7 @@ from tests.support.postgres import Cluster
 from tests.support.servers import Server, worker
 from tests.system.postgres.clocks import ShiftedDatabase, skewed
 from tests.system.postgres.nodes import fetch, fresh, nodes, write_config_for
-from tokenauth.models import Claim, Pool
+from tokenauth.models import LeaseCheck, Pool
 
 HOUR = 3600
 SKEWS = (HOUR, -HOUR)
@@ -173,7 +173,7 @@ async def test_the_holder_of_a_lease_keeps_it_through_a_clock_that_is_set_back(m
         assert lent is not None
         moved.move(-HOUR)
         assert (await other.pools.lease(POOL, "bob", 0)).token is None
-        extended = await other.pools.extend(POOL, "t1", 0, Claim("ann", 1))
+        extended = await other.pools.extend(POOL, "t1", 0, LeaseCheck("ann", 1))
         assert extended is not None
         assert extended.done
         assert extended.token.free_at == lent.free_at, "an extension never shortens a lease"

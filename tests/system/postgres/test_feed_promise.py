@@ -17,7 +17,7 @@ from tests.support.tcp_proxy import Only, Proxy, every, listener
 from tests.system.postgres.feeds import HOUR, database_of, opened
 from tests.system.postgres.nodes import connected
 from tests.system.postgres.watched import Pair, Watch, hold_to_the_promise, pair, sleep_through
-from tokenauth.models import ForwardClock
+from tokenauth.clock import MonotonicClock
 from tokenauth.stores.postgres import listener as feed
 from tokenauth.stores.postgres.listener import BOUND, DatabaseClock
 
@@ -127,7 +127,7 @@ def test_a_process_is_never_ahead_of_the_databases_clock_and_behind_by_no_more_t
     """Each answer: how long until it was asked for, until the database read its clock, and until it was heard."""
     with pytest.MonkeyPatch.context() as patch:
         now = start
-        patch.setattr(feed, "steady", lambda: now)
+        patch.setattr(feed, "boottime", lambda: now)
         clock = DatabaseClock()
         least = float("inf")
         for pause, there, back in answers:
@@ -144,9 +144,9 @@ def test_when_the_databases_clock_is_set_back_a_process_follows_but_its_time_doe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(feed, "steady", lambda: now)
+    monkeypatch.setattr(feed, "boottime", lambda: now)
     heard = DatabaseClock()
-    clock = ForwardClock(heard, lambda: now)
+    clock = MonotonicClock(heard, lambda: now)
     heard.hear(START, now)
     assert (heard(), clock()) == (START, START)
     now += 10

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.servers import START
 from tests.system.postgres.nodes import Nodes, connected
-from tokenauth.models import Claim, Pool, PoolCounts, PoolToken
+from tokenauth.models import LeaseCheck, Pool, PoolCounts, PoolToken
 from tokenauth.stores.postgres.store import PostgresStore
 
 POOL = Pool("p", lease_ttl=60)
@@ -71,7 +71,7 @@ async def test_who_gives_back_before_he_takes_always_finds_one_of_as_many_as_the
             if token is None:
                 refused += 1
                 continue
-            released = await node.pools.release(POOL, token.value, START, Claim(holder, token.fence))
+            released = await node.pools.release(POOL, token.value, START, LeaseCheck(holder, token.fence))
             assert released is not None
             assert released.done
         return refused
@@ -96,7 +96,7 @@ async def test_a_pool_made_smaller_never_lends_more_than_its_capacity(three: Nod
     async def release(node: PostgresStore, token: PoolToken) -> None:
         nonlocal count
         count -= 1  # from here on it is no longer certain that he has it
-        released = await node.pools.release(small, token.value, START, Claim(token.holder, token.fence))
+        released = await node.pools.release(small, token.value, START, LeaseCheck(token.holder, token.fence))
         assert released is not None
         assert released.done
 

@@ -15,7 +15,7 @@ from tests.support.postgres import Cluster
 from tests.support.races import Holder
 from tests.system.postgres.nodes import fresh
 from tests.unit.test_negative_controls import amid, assert_like
-from tokenauth.models import Claim, Pool, PoolToken
+from tokenauth.models import LeaseCheck, Pool, PoolToken
 from tokenauth.settings.model import Database
 from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes import pools as pool_verbs
@@ -50,7 +50,7 @@ class NoLock(Sound):
         return found
 
 
-def holds_whoever_asks(claim: Claim, token: PoolToken, now: float) -> bool:
+def holds_whoever_asks(claim: LeaseCheck, token: PoolToken, now: float) -> bool:
     """Take any claim for that of the holder."""
     return token.lease(now) is not None
 
@@ -74,13 +74,13 @@ class StorePool:
 
     def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
         """Ask for more time."""
-        claim = Claim(holder, grant.fence)
+        claim = LeaseCheck(holder, grant.fence)
         touched = self._run(self._store.pools.extend(POOL, grant.token, self._time(), claim))
         return grant if touched is not None and touched.done else None
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
         """Give a token back."""
-        claim = Claim(holder, grant.fence)
+        claim = LeaseCheck(holder, grant.fence)
         touched = self._run(self._store.pools.release(POOL, grant.token, self._time(), claim))
         return grant if touched is not None and touched.done else None
 
@@ -149,7 +149,7 @@ def test_a_store_that_lets_a_stale_holder_release_is_found_out(
 ) -> None:
     """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
     if not checks:
-        monkeypatch.setattr(Claim, "holds", holds_whoever_asks)
+        monkeypatch.setattr(LeaseCheck, "holds", holds_whoever_asks)
     one, other = machine(), machine()
     history.record("generate", one.generate)
     stale = Holder("a", one, history, Random(1)).take()

@@ -19,7 +19,7 @@ def wall() -> Hand:
 
 
 @pytest.fixture
-def ticks() -> Hand:
+def monotonic() -> Hand:
     """Keep the time that passes."""
     return Hand(1000.0)
 
@@ -31,12 +31,12 @@ def issuer(anyio_backend: str) -> HeldIssuer:
 
 
 @pytest.fixture
-async def connect(issuer: HeldIssuer, wall: Hand, ticks: Hand) -> AsyncIterator[Connect]:
+async def connect(issuer: HeldIssuer, wall: Hand, monotonic: Hand) -> AsyncIterator[Connect]:
     """Make what connects to the issuer; it is closed at the end."""
     async with AsyncExitStack() as stack:
 
         def connected(**options: Any) -> RemoteTokens:
-            tokens = RemoteTokens(URL, **{"client": issuer.client(), "clock": wall, "ticks": ticks, **options})
+            tokens = RemoteTokens(URL, **{"client": issuer.client(), "clock": wall, "monotonic": monotonic, **options})
             stack.push_async_callback(tokens.aclose)
             return tokens
 

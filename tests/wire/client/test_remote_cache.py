@@ -12,43 +12,43 @@ from tests.wire.client.issuers import INVALID, Hand, HeldIssuer, me, token, turn
 
 
 async def test_an_answer_is_used_again_for_max_age_and_no_longer(
-    connect: Connect, issuer: HeldIssuer, ticks: Hand
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2)
     first = await tokens.identify(token(1))
-    ticks.now += 1.9
+    monotonic.now += 1.9
     assert await tokens.identify(token(1)) is first
     assert len(issuer.asked) == 1
-    ticks.now += 0.1
+    monotonic.now += 0.1
     await tokens.identify(token(1))
     assert len(issuer.asked) == 2
 
 
 async def test_the_age_of_an_answer_counts_from_when_the_question_was_sent(
-    connect: Connect, issuer: HeldIssuer, ticks: Hand
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2)
     issuer.gate.clear()
     asking = asyncio.create_task(tokens.identify(token(1)))
     await issuer.was_asked(1)
-    ticks.now += 1.5
+    monotonic.now += 1.5
     issuer.gate.set()
     await asking
-    ticks.now += 0.6
+    monotonic.now += 0.6
     issuer.reply = lambda _: INVALID
     assert await tokens.identify(token(1)) is None
 
 
 @pytest.mark.parametrize("max_age", [0, 2])
 async def test_a_request_more_than_max_age_after_a_revocation_is_refused_even_while_an_older_question_is_under_way(
-    connect: Connect, issuer: HeldIssuer, ticks: Hand, max_age: float
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand, max_age: float
 ) -> None:
     tokens = connect(max_age=max_age)
     issuer.gate.clear()
     before = asyncio.create_task(tokens.identify(token(1)))
     await issuer.was_asked(1)
     issuer.reply = lambda _: INVALID  # it was revoked
-    ticks.now += max_age + 0.001
+    monotonic.now += max_age + 0.001
     after = asyncio.create_task(tokens.identify(token(1)))
     await issuer.was_asked(2)
     issuer.gate.set()
@@ -58,14 +58,14 @@ async def test_a_request_more_than_max_age_after_a_revocation_is_refused_even_wh
 
 
 async def test_an_answer_that_comes_late_does_not_replace_one_to_a_later_question(
-    connect: Connect, issuer: HeldIssuer, ticks: Hand
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2)
     late = issuer.gate
     late.clear()
     before = asyncio.create_task(tokens.identify(token(1)))
     await issuer.was_asked(1)
-    ticks.now += 2
+    monotonic.now += 2
     issuer.gate = asyncio.Event()
     issuer.gate.set()
     issuer.reply = lambda _: INVALID
@@ -173,14 +173,14 @@ async def test_the_issuer_decides_when_a_token_has_expired(connect: Connect, iss
     assert len(issuer.asked) == 2
 
 
-async def test_a_refusal_is_remembered_for_max_age(connect: Connect, issuer: HeldIssuer, ticks: Hand) -> None:
+async def test_a_refusal_is_remembered_for_max_age(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=2)
     issuer.reply = lambda _: INVALID
     assert await tokens.identify(token(1)) is None
-    ticks.now += 1.9
+    monotonic.now += 1.9
     assert await tokens.identify(token(1)) is None
     assert len(issuer.asked) == 1
-    ticks.now += 0.1
+    monotonic.now += 0.1
     assert await tokens.identify(token(1)) is None
     assert len(issuer.asked) == 2
 

@@ -97,31 +97,31 @@ async def test_questions_under_way_when_it_is_closed_have_no_answer(connect: Con
 
 
 async def test_what_was_confirmed_is_taken_for_the_grace_and_no_longer(
-    connect: Connect, issuer: HeldIssuer, ticks: Hand
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2, stale_grace=60)
     confirmed = await tokens.identify(VALUE)
     issuer.reply = lambda _: (503, b"")
-    ticks.now += 62
+    monotonic.now += 62
     assert await tokens.identify(VALUE) is confirmed
     assert len(issuer.asked) == 2, "a stale answer is no reason not to ask"
-    ticks.now += 0.001
+    monotonic.now += 0.001
     with pytest.raises(IssuerUnavailable):
         await tokens.identify(VALUE)
 
 
 async def test_without_a_grace_what_was_confirmed_is_taken_for_max_age_only(
-    connect: Connect, issuer: HeldIssuer, ticks: Hand
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2)
     await tokens.identify(VALUE)
     issuer.reply = lambda _: (503, b"")
-    ticks.now += 2
+    monotonic.now += 2
     with pytest.raises(IssuerUnavailable):
         await tokens.identify(VALUE)
 
 
-async def test_a_grace_is_for_tokens_that_were_confirmed(connect: Connect, issuer: HeldIssuer, ticks: Hand) -> None:
+async def test_a_grace_is_for_tokens_that_were_confirmed(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=0, stale_grace=60)
     await tokens.identify(VALUE)
     issuer.reply = lambda _: INVALID

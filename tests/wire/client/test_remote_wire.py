@@ -69,7 +69,7 @@ async def test_a_token_that_expires_is_refused_in_that_second(
     server: Server, client: httpx.Client, clock: HandClock
 ) -> None:
     value = log_in(client)
-    async with RemoteTokens(server.url, clock=clock, ticks=lambda: 0.0) as tokens:
+    async with RemoteTokens(server.url, clock=clock, monotonic=lambda: 0.0) as tokens:
         login = await tokens.identify(value.encode())
         assert login is not None
         clock.set(login.token.expires_at - 0.001)

@@ -84,4 +84,4 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 @pytest.fixture
 def client(connect: Connect, login: dict[str, str], line: Line, watch: Watch) -> Client:
     """Connect over the line."""
-    return connect(line.url, headers=login, ticks=watch, timeout=60)
+    return connect(line.url, headers=login, monotonic=watch, timeout=60)

@@ -12,7 +12,7 @@ def main() -> None:
     """Hold a permit until the input ends; look at each line of it."""
     url, token, clock = sys.argv[1:]
     with (
-        PoolClient(url, headers={"X-Token": token}, ticks=HandClock(Path(clock))) as pools,
+        PoolClient(url, headers={"X-Token": token}, monotonic=HandClock(Path(clock))) as pools,
         pools.lease("permit") as lease,
     ):
         print("held", flush=True)

@@ -84,7 +84,7 @@ def test_no_two_clients_ever_both_have_the_only_permit(
     with ExitStack() as stack:
         for _ in range(3):
             line = stack.enter_context(closing(Line(server.port, traffic.lag)))
-            rivals.append(Contender(connect(line.url, headers=login, ticks=clock), line, traffic, rivals))
+            rivals.append(Contender(connect(line.url, headers=login, monotonic=clock), line, traffic, rivals))
         threads = stack.enter_context(ThreadPoolExecutor(3))
         for running in [threads.submit(rival.run) for rival in rivals]:
             running.result()

@@ -47,7 +47,7 @@ def test_an_issuer_that_was_killed_is_no_trouble_at_the_end(
     with worker(write_config(tmp_path, settings), HandClock(tmp_path / "clock", create=True)) as doomed:
         with doomed.client() as http:
             token = log_in(http)
-        client = connect(doomed.url, headers={"X-Token": token}, ticks=watch)
+        client = connect(doomed.url, headers={"X-Token": token}, monotonic=watch)
         with pytest.raises(Trouble):
             hold()
         with pytest.raises(errors.IssuerUnavailable), client.lease("permit"):
@@ -65,7 +65,7 @@ def test_an_issuer_that_hangs_is_no_trouble_at_the_end(
             assert lease.lost.wait(0) is (seconds == TTL)
             raise Trouble
 
-    client = connect(server.url, headers=login, ticks=watch, timeout=0.2)
+    client = connect(server.url, headers=login, monotonic=watch, timeout=0.2)
     with pytest.raises(Trouble):
         hold()
 

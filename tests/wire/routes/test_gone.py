@@ -56,7 +56,7 @@ ISSUING = {
 @pytest.mark.parametrize("path", ISSUING)
 async def test_a_client_that_has_gone_gets_nothing(tmp_path: Path, path: str) -> None:
     clock = HandClock(tmp_path / "clock", create=True)
-    service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, ticks=lambda: 0.0)
+    service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, monotonic=lambda: 0.0)
     kind = b"application/x-www-form-urlencoded" if path.startswith("/oauth") else b"application/json"
     sent: list[Any] = []
 

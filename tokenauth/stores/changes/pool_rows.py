@@ -145,7 +145,7 @@ def counts(free: int, lent: int, retired: int) -> PoolCounts:
 
 def terms(pool: Pool, now: Instant) -> dict[str, Any]:
     """Say what statements about a pool need to know of it."""
-    return {"name": pool.name, "now": now, "floor": pool.floor(now), "lapsed_floor": pool.lapsed_floor(now)}
+    return {"name": pool.name, "now": now, "floor": pool.cutoff(now), "lapsed_floor": pool.lapsed_cutoff(now)}
 
 
 class PoolRows:
@@ -205,7 +205,7 @@ class PoolRows:
     def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Look up the tokens of these values that are in being, with their numbers, and hold them."""
         found = self._found(_NAMED if self._db.alone else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
-        return {token.value: (number, token) for number, token in found if self.pool.lives(token, self.now)}
+        return {token.value: (number, token) for number, token in found if self.pool.is_live(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:
         """Add free tokens."""

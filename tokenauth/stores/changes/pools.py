@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from tokenauth.models import Claim, Instant, Pool, PoolToken
+from tokenauth.models import Instant, LeaseCheck, Pool, PoolToken
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.engine import Transaction
 from tokenauth.stores.store import Lent, Touched
@@ -45,7 +45,7 @@ class Change(NamedTuple):
 
     pool: Pool
     value: str
-    claim: Claim
+    claim: LeaseCheck
     free_too: bool
     now: Instant
 
@@ -178,7 +178,7 @@ def extend_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched 
     """Let leases, and free tokens where that is meant too, run for their full time from now."""
 
     def extended(token: PoolToken, wish: Change) -> PoolToken | None:
-        if wish.claim.holds(token, rows.now):
+        if wish.claim.matches(token, rows.now):
             return rows.pool.extended(token, rows.now)
         return rows.pool.released(token, rows.now) if wish.free_too and not token.is_leased(rows.now) else None
 
@@ -190,7 +190,7 @@ def release_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched
     """End leases."""
 
     def released(token: PoolToken, wish: Change) -> PoolToken | None:
-        return rows.pool.released(token, rows.now) if wish.claim.holds(token, rows.now) else None
+        return rows.pool.released(token, rows.now) if wish.claim.matches(token, rows.now) else None
 
     return _change(rows, wishes, released)
 
@@ -267,7 +267,7 @@ def _change(
             continue
         answers.append(Touched(after, done=True))
         changed[number] = after
-        if rows.pool.lives(after, rows.now):
+        if rows.pool.is_live(after, rows.now):
             found[wish.value] = number, after
         else:  # a retired token ends with its lease
             del found[wish.value]

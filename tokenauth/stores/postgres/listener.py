@@ -6,8 +6,9 @@ from contextlib import suppress
 
 import asyncpg
 
+from tokenauth.clock import boottime
 from tokenauth.logs import log
-from tokenauth.models import Instant, steady
+from tokenauth.models import Instant
 from tokenauth.stores.engine import CHANNEL, CLOCK_SAYS, WRITTEN_DOWN
 from tokenauth.stores.postgres.connections import Database
 from tokenauth.stores.store import Hear, unheard
@@ -44,11 +45,11 @@ class DatabaseClock:
 
     def __call__(self) -> Instant:
         """Read the time, in Unix seconds."""
-        return steady() + self._offset
+        return boottime() + self._offset
 
     def hear(self, said: Instant, asked_at: float) -> None:
         """Take in what the database has said just now, when it was asked at `asked_at` of the steady clock."""
-        least, most = said - steady(), said - asked_at
+        least, most = said - boottime(), said - asked_at
         self._offset = min(max(self._offset, least), most)
 
 
@@ -92,7 +93,7 @@ class Listener:
 
     def sure(self) -> bool:
         """Say whether the log was read within the last BOUND seconds, and since it was last doubted."""
-        return steady() - BOUND < self._read_at >= self._doubted_at
+        return boottime() - BOUND < self._read_at >= self._doubted_at
 
     def news(self) -> Collection[bytes] | None:
         """Return the digests removed since this was last asked; None if some may have been missed."""
@@ -106,7 +107,7 @@ class Listener:
 
     def doubt(self) -> None:
         """Be sure of nothing until the log has been read again, which is at once: who knows what was removed."""
-        self._doubted_at = steady()
+        self._doubted_at = boottime()
         self._wake.set()
 
     async def _run(self) -> None:
@@ -148,7 +149,7 @@ class Listener:
 
     async def _read(self, db: asyncpg.Connection) -> None:
         """Read the log from the last entry that is known, which must still be there: else some were missed."""
-        asked_at = steady()
+        asked_at = boottime()
         seq = self._last[0]
         late = asyncio.get_running_loop().call_later(HEARTBEAT, self._database.suspect)
         try:

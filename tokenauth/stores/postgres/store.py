@@ -9,8 +9,9 @@ import asyncpg
 from sqlalchemy import URL, Connection, LargeBinary, Select, any_, bindparam, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater, StartError, StoreUnavailable
-from tokenauth.models import Clock, Failures, Instant, Token
+from tokenauth.models import Failures, Instant, Token
 from tokenauth.stores import schema
 from tokenauth.stores.cache import CachedTokenStore
 from tokenauth.stores.changes import tokens as verbs

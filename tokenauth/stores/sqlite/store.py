@@ -18,10 +18,11 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
+from tokenauth.clock import Clock
 from tokenauth.errors import Overloaded, RetryLater, StartError, StoreUnavailable
 from tokenauth.executor import Lane
 from tokenauth.logs import log
-from tokenauth.models import Clock, Failures, Instant, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import schema
 from tokenauth.stores.batching import Answers, Batch, Verb, Writer
 from tokenauth.stores.cache import CachedTokenStore
@@ -410,7 +411,7 @@ class SqlitePoolStore(SqlPoolStore):
     async def get(self, pool: Pool, value: str, now: Instant) -> PoolToken | None:
         """Return the token of this value."""
         token = self._reader.pool_token(pool.name, value)
-        return token if token is not None and pool.lives(token, now) else None
+        return token if token is not None and pool.is_live(token, now) else None
 
     async def count(self, pool: Pool, now: Instant) -> PoolCounts:
         """Say how many tokens can be lent, and how many are; of a large pool, without holding up the others."""

@@ -6,7 +6,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
-from tokenauth.models import Claim
+from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_COUNT, Pools
 from tokenauth.settings.lending import Dialect
 from tokenauth.web import requests
@@ -120,7 +120,7 @@ class RandomTokenGenerator:
             await answer_json(send, _REQUIRED, 400)
             return
         try:
-            await self._pools.release(self._pool, token, Claim(username=requests.username(scope)))
+            await self._pools.release(self._pool, token, LeaseCheck(username=requests.username(scope)))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         except LeaseLost:

@@ -6,7 +6,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
-from tokenauth.models import Claim
+from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_TEXT, Pools, named_holder
 from tokenauth.settings.lending import Dialect
 from tokenauth.web import requests
@@ -110,7 +110,7 @@ class TokenManagementService:
             return
         try:
             await self._pools.keep_alive(
-                self._pool, body.token, Claim(body.client_id, username=requests.username(scope))
+                self._pool, body.token, LeaseCheck(body.client_id, username=requests.username(scope))
             )
         except (UnknownToken, LeaseLost):
             await _say(send, "Token does not belong to this client", 403)
@@ -125,7 +125,7 @@ class TokenManagementService:
             await _say(send, "token is required", 400)
             return
         try:
-            await self._pools.release(self._pool, body.token, Claim(username=requests.username(scope)))
+            await self._pools.release(self._pool, body.token, LeaseCheck(username=requests.username(scope)))
         except (UnknownToken, LeaseLost):
             await _say(send, "Token not assigned to any client", 403)
         else:

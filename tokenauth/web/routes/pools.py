@@ -17,7 +17,7 @@ from tokenauth.errors import (
     UnknownPool,
     UnknownToken,
 )
-from tokenauth.models import FIRST, Claim, Identity, Place, Pool, PoolToken
+from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor, Pool, PoolToken
 from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, named_holder
 from tokenauth.web import requests
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
@@ -200,7 +200,7 @@ class PoolRoutes:
         if force := requests.query_flag(scope, "force"):
             self._managed(scope)
         ended = await requests.json_body(scope, receive, _ended, empty=Ended())
-        claim = Claim(ended.holder, ended.fence, None if force else user.username)
+        claim = LeaseCheck(ended.holder, ended.fence, None if force else user.username)
         if ended.reason is not None and not force:
             raise InvalidRequest("reason: goes with ?force=true only.")
         if force:
@@ -242,15 +242,15 @@ class PoolRoutes:
         return shown
 
 
-async def _claim(scope: Scope, receive: Receive) -> Claim:
+async def _claim(scope: Scope, receive: Receive) -> LeaseCheck:
     claimed = await requests.json_body(scope, receive, _claimed, empty=Claimed())
-    return Claim(claimed.holder, claimed.fence, scope["user"].username)
+    return LeaseCheck(claimed.holder, claimed.fence, scope["user"].username)
 
 
-def _place(after: str) -> Place:
+def _place(after: str) -> LeaseCursor:
     """Read where a page of leases begins. Raises InvalidRequest."""
     if not after:
-        return FIRST
+        return START_OF_LEASES
     place = _PLACE.fullmatch(after)
     if place is None:
         raise InvalidRequest("after: must be the `next` of an earlier page.")
