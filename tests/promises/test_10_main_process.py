@@ -52,7 +52,7 @@ def failures(server: Server) -> list[dict[str, Any]]:
     return [event for event in server.events() if event["event"] in names]
 
 
-def test_a_first_start_that_fails_says_why_and_ends(tmp_path: Path) -> None:
+def test_a_failed_first_start_ends_with_its_reason(tmp_path: Path) -> None:
     fails_at_first(tmp_path, "no worker")
 
 

@@ -59,7 +59,7 @@ def under_load(server: Server, clients: int = 6) -> Iterator[Counter[str]]:
             stopped.append(1)
 
 
-def test_sigterm_under_load_answers_every_request_that_was_sent_over_a_kept_connection(
+def test_sigterm_answers_every_request_on_kept_connections(
     tmp_path: Path,
 ) -> None:
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
@@ -76,7 +76,7 @@ def test_sigterm_ends_with_exit_code_0(tmp_path: Path) -> None:
         assert server.events("stopped")
 
 
-def test_whoever_connects_during_sigterm_is_answered_or_refused_and_never_left_waiting(tmp_path: Path) -> None:
+def test_a_connection_during_sigterm_never_hangs(tmp_path: Path) -> None:
     """A connection that nobody accepts any more is refused at once, not when the last process has gone."""
     with serving(write_config(tmp_path)) as server, half_a_login(server) as (connection, rest):
         server.process.send_signal(signal.SIGTERM)
@@ -111,7 +111,7 @@ def refuses(server: Server) -> bool:
     return False
 
 
-def test_a_login_that_waits_for_the_disk_is_answered_during_sigterm(tmp_path: Path) -> None:
+def test_sigterm_answers_a_login_that_waits_for_the_disk(tmp_path: Path) -> None:
     """A request that takes longer than the others is waited for, and what it was told is true."""
     config = write_config(tmp_path, "[passwords]\nmemory_kib = 8\ntime_cost = 1\nthreads = 1\n", users=SLOW_USER)
     with worker(config) as server, Connection(server.port) as connection:
@@ -147,7 +147,7 @@ def busy(process: int) -> bool:
     return False
 
 
-def test_nothing_that_was_acknowledged_before_sigterm_is_lost(tmp_path: Path) -> None:
+def test_sigterm_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     """Journalled clients log in and out until the end; the next server agrees with every answer."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     journals = [Journal() for _ in range(4)]

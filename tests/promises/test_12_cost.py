@@ -145,7 +145,7 @@ def reads_a_whole_table(step: str, statement: str) -> bool:
 
 
 @pytest.mark.parametrize("verb", WISHES, ids=lambda verb: verb.__name__)
-def test_every_change_takes_as_many_steps_among_a_hundred_times_as_many_tokens(
+def test_a_change_costs_the_same_among_100_times_the_rows(
     small_and_large: tuple[Opened, Opened], verb: Callable[..., Any]
 ) -> None:
     few, many = (
@@ -167,9 +167,7 @@ def with_the_time(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("what", READS)
-def test_every_look_takes_as_many_steps_among_a_hundred_times_as_many_tokens(
-    small_and_large: tuple[Opened, Opened], what: str
-) -> None:
+def test_a_read_costs_the_same_among_100_times_the_rows(small_and_large: tuple[Opened, Opened], what: str) -> None:
     counts = []
     for opened in small_and_large:
         if what == "news of revocations":

@@ -6,5 +6,5 @@ from tests.support.journal import start_together
 from tests.support.servers import write_config
 
 
-def test_ten_processes_that_start_at_once_on_an_empty_database_all_serve(tmp_path: Path) -> None:
+def test_ten_processes_start_on_an_empty_database(tmp_path: Path) -> None:
     start_together(write_config(tmp_path, "[tokens]\nper_user = 0"), 10)

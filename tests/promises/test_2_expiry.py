@@ -53,9 +53,7 @@ def test_a_clock_that_is_set_back_revives_nothing(here: Connection, there: Conne
     clock.set(began + TTL + 2)
 
 
-def test_workers_agree_after_the_clock_was_ahead_for_a_moment(
-    here: Connection, there: Connection, clock: HandClock
-) -> None:
+def test_workers_agree_after_a_clock_that_jumped_ahead(here: Connection, there: Connection, clock: HandClock) -> None:
     """One answered a request meanwhile, and the other nothing: what the one took for expired is so for both."""
     began = clock()
     tokens = [here.log_in() for _ in range(3)]
@@ -83,7 +81,7 @@ def test_a_clock_that_is_set_back_lengthens_no_life(here: Connection, clock: Han
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "kill -9"])
-def test_expired_is_refused_after_a_restart_with_the_clock_set_back(tmp_path: Path, end: str) -> None:
+def test_a_restart_with_the_clock_set_back_revives_nothing(tmp_path: Path, end: str) -> None:
     """A clean stop remembers the time; a killed worker remembers that of the last thing that was written."""
     config = write_config(tmp_path, f"[tokens]\nttl = {TTL}")
     clock = HandClock(tmp_path / "clock", create=True)

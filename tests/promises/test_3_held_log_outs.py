@@ -87,7 +87,7 @@ def is_written(config: Path, tokens: Sequence[str]) -> list[bool]:
         return [not connection.valid(token) for token in tokens]
 
 
-def test_a_held_log_out_survives_a_killed_worker_a_reload_and_a_stop(tmp_path: Path) -> None:
+def test_a_queued_logout_survives_kill_reload_and_stop(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         ended, kept, holder = hold_a_log_out(server, tmp_path)
         os.kill(holder, signal.SIGKILL)
@@ -113,7 +113,7 @@ def test_a_held_log_out_survives_a_killed_worker_a_reload_and_a_stop(tmp_path: P
 
 
 @pytest.mark.faults  # three processes more; what the log says is in tests/unit/test_revocation_queue.py
-def test_what_no_worker_could_write_is_named_once_at_the_end(tmp_path: Path) -> None:
+def test_revocations_never_written_are_logged_once(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         hold_a_log_out(server, tmp_path)
         (held,) = server.events("revocation_held_in_memory")

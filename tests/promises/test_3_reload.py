@@ -27,7 +27,7 @@ def reload(server: Server, workers: int) -> None:
     until(lambda: len(server.events("stopped")) == before + workers, f"{workers} workers replaced")
 
 
-def test_users_who_were_removed_or_have_a_new_password_lose_their_tokens_at_sighup(tmp_path: Path) -> None:
+def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None:
     """While that happens, every request is answered, over kept connections and over new ones."""
     pool = "[pools.p]\ncapacity = 9\nprefill = true\n"
     config = write_config(tmp_path, pool)
@@ -100,7 +100,7 @@ def valid_somewhere(server: Server, token: str) -> bool:
     return False
 
 
-def test_a_replaced_worker_serves_what_was_loaded_and_not_a_later_edit(tmp_path: Path) -> None:
+def test_a_replaced_worker_ignores_unloaded_edits(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     good = config.read_text()
     with serving(config, "--workers", "2") as server:

@@ -18,7 +18,7 @@ def settings() -> str:
     return "[tokens]\nper_user = 5"
 
 
-def test_a_revocation_is_seen_by_the_other_worker_on_its_very_next_request(here: Connection, there: Connection) -> None:
+def test_the_other_worker_refuses_on_its_next_request(here: Connection, there: Connection) -> None:
     """The other worker has the token in its cache, each time. With more workers, under load: `tests/system/faults`."""
     for number in range(TIMES):
         token = here.log_in()
@@ -57,7 +57,7 @@ def _by_command(here: Connection, tokens: list[str], config: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [_all, _all_but_one, _by_id, _by_an_admin, _by_evicting, _by_command])
-def test_however_tokens_are_ended_every_worker_refuses_them_at_once(
+def test_every_way_to_end_tokens_reaches_all_workers(
     here: Connection, there: Connection, config_file: Path, end: Callable[[Connection, list[str], Path], None]
 ) -> None:
     """Both workers have all of the user's tokens in their caches; other users' tokens stay."""

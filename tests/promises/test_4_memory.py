@@ -60,7 +60,7 @@ def _ask(server: Server, tokens: list[str]) -> tuple[Counter[str], set[str]]:
 
 
 @pytest.mark.faults  # much of it is waiting
-def test_a_worker_without_memory_blames_no_client_and_keeps_its_word(tmp_path: Path) -> None:
+def test_a_worker_out_of_memory_answers_503_and_recovers(tmp_path: Path) -> None:
     """Its address space may not grow, while a dozen clients send large bodies."""
     with worker(write_config(tmp_path, "[tokens]\nper_user = 0")) as server:
         with Connection(server.port) as connection:

@@ -35,7 +35,7 @@ def is_outage(answer: Answer) -> bool:
 
 
 @pytest.mark.faults  # it lasts as long as a writer waits for the lock
-def test_a_store_that_another_program_has_locked_refuses_no_valid_token(tmp_path: Path) -> None:
+def test_a_locked_store_refuses_no_valid_token(tmp_path: Path) -> None:
     """While it lasts, validation goes on, a login waits and gets 503, and a log-out is held and written later."""
     config = write_config(tmp_path)
     with (
@@ -70,7 +70,7 @@ def test_a_store_that_another_program_has_locked_refuses_no_valid_token(tmp_path
         assert there.valid(here.log_in())
 
 
-def test_a_full_disk_refuses_no_valid_token_and_forgets_no_revocation(tmp_path: Path) -> None:
+def test_a_full_disk_refuses_no_token_and_keeps_revocations(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk; the log has room below it."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     with worker(config) as server, Connection(server.port) as connection:
@@ -98,7 +98,7 @@ def test_a_full_disk_refuses_no_valid_token_and_forgets_no_revocation(tmp_path: 
         assert all(connection.valid(token) for token in tokens[1:])
 
 
-def test_readyz_says_so_while_the_store_cannot_be_written(tmp_path: Path) -> None:
+def test_readyz_fails_while_the_store_cannot_be_written(tmp_path: Path) -> None:
     """Logins fail then: whoever asks is told, and why; and told when it is over."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         connection.log_in()
@@ -136,7 +136,7 @@ def test_a_disk_with_room_for_a_probe_only_is_full(tmp_path: Path, rows: int) ->
         connection.log_in()
 
 
-def test_a_worker_that_cannot_fill_its_pool_serves_all_the_same(tmp_path: Path) -> None:
+def test_a_worker_serves_although_its_pool_is_not_filled(tmp_path: Path) -> None:
     """And lends nothing: that would have to be written."""
     config = write_config(tmp_path, PERMITS.format(1))
     with worker(config) as first, Connection(first.port) as here:
@@ -208,9 +208,7 @@ def _delete_index(database: Path) -> None:
         pytest.param(_overwrite, marks=pytest.mark.faults),
     ],
 )
-def test_a_store_that_is_harmed_while_it_runs_is_down_and_says_nothing_about_any_token(
-    tmp_path: Path, harm: Callable[[Path], None]
-) -> None:
+def test_a_damaged_store_is_503_for_every_token(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     """It looks every second. Until it is noticed answers may be right; wrong they never are."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         tokens = [connection.log_in() for _ in range(50)]
@@ -241,7 +239,7 @@ def test_a_store_that_is_harmed_while_it_runs_is_down_and_says_nothing_about_any
         assert server.process.poll() is None
 
 
-def test_a_file_that_is_not_a_database_is_left_alone_at_the_start(tmp_path: Path) -> None:
+def test_a_start_leaves_a_foreign_file_unchanged(tmp_path: Path) -> None:
     """One clear line, and no empty database in its place."""
     write_config(tmp_path)
     (tmp_path / "tokenauth.db").write_bytes(b"garbage!" * 1024)
@@ -252,9 +250,7 @@ def test_a_file_that_is_not_a_database_is_left_alone_at_the_start(tmp_path: Path
     assert (tmp_path / "tokenauth.db").read_bytes() == b"garbage!" * 1024
 
 
-async def test_a_stop_tries_for_a_bounded_time_to_write_what_is_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stop_retries_its_queue_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what is lost. Here a writer waits for the lock for longer than that."""
     monkeypatch.setattr("tokenauth.revocation_queue._LAST_CHANCE", 0.05)
     service = create_service(loader.load(write_config(tmp_path)))

@@ -53,7 +53,7 @@ def test_validation_never_waits_for_a_writer(server: Server, directory: Path, lo
         assert login.result().status == 200, "it gets its turn when the lock is free"
 
 
-def test_a_worker_serves_while_another_program_reads_for_long(tmp_path: Path) -> None:
+def test_a_long_foreign_read_does_not_stop_a_worker(tmp_path: Path) -> None:
     """A backup that keeps a snapshot open holds up neither logins nor probes."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         first = connection.log_in()

@@ -202,7 +202,7 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
     return done
 
 
-def test_no_token_and_no_password_stands_in_a_file_or_a_log(aftermath: Aftermath) -> None:
+def test_no_file_or_log_contains_a_token_or_password(aftermath: Aftermath) -> None:
     """Database, write-ahead log, logs of all processes: no canary in any form."""
     directory, tokens, *_ = aftermath
     files = [path for path in directory.rglob("*") if path.is_file()]
@@ -215,7 +215,7 @@ def test_no_token_and_no_password_stands_in_a_file_or_a_log(aftermath: Aftermath
             assert not [path.name for path in files if form in path.read_bytes()], form
 
 
-def test_no_token_of_a_pool_stands_in_a_log_or_an_error(aftermath: Aftermath) -> None:
+def test_no_log_or_error_contains_a_pool_token(aftermath: Aftermath) -> None:
     """In the database they stand as they are: they must be lent again."""
     directory, _, _, lent, of_lending = aftermath
     logs = b"".join(path.read_bytes() for path in directory.glob("server-*.log"))
@@ -240,7 +240,7 @@ def test_no_token_of_a_pool_stands_in_a_log_or_an_error(aftermath: Aftermath) ->
             assert form not in errors, form
 
 
-def test_no_answer_after_the_issue_repeats_a_token_or_a_password(aftermath: Aftermath) -> None:
+def test_no_later_answer_repeats_a_token_or_password(aftermath: Aftermath) -> None:
     """Whatever was wrong with the request, from 400 to 503."""
     _, tokens, answers, *_ = aftermath
     assert {answer.status for answer in answers} >= {200, 400, 401, 403, 404, 405, 415, 429, 503}
@@ -250,7 +250,7 @@ def test_no_answer_after_the_issue_repeats_a_token_or_a_password(aftermath: Afte
             assert form not in everything, form
 
 
-def test_a_database_that_leaks_gives_nobody_a_login(tmp_path: Path) -> None:
+def test_a_leaked_database_gives_no_login(tmp_path: Path) -> None:
     """What stands in it for a token is a hash of its value, and is no token itself."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         token = connection.log_in()

@@ -56,7 +56,7 @@ def without_date(answer: Answer) -> Answer:
     return answer._replace(head=re.sub(rb"(?i)date: [^\r]*", b"date", answer.head))
 
 
-def test_wrong_name_and_wrong_password_answer_alike_byte_for_byte(server: Server) -> None:
+def test_wrong_name_and_password_get_identical_answers(server: Server) -> None:
     with Connection(server.port) as connection:
         answers = {without_date(attempt(connection, name, 1)) for name in ("admin", "nobody", "ann", "ADMIN", "")}
     assert len(answers) == 1
@@ -79,7 +79,7 @@ async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) 
     assert costs == [[without_values(hashed)]] * 4
 
 
-async def test_unknown_names_cost_what_users_do_whatever_their_schemes(tmp_path: Path) -> None:
+async def test_unknown_names_cost_what_users_do_in_any_scheme(tmp_path: Path) -> None:
     """Also of a client whose header has two readings. Each scheme and cost: `tests/unit/test_password_work.py`."""
     cheap = [bcrypt.using(rounds=4), scrypt.using(rounds=4), argon2.using(memory_cost=8, time_cost=1, parallelism=1)]
     users = "".join(
@@ -120,7 +120,7 @@ def test_throttling_treats_known_and_unknown_names_alike(server: Server, clock: 
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_a_flood_of_failures_for_a_name_holds_nobody_up_elsewhere(server: Server) -> None:
+def test_failures_for_a_name_slow_no_other_client(server: Server) -> None:
     """The owner of the name logs in from another network, and his tokens go on working."""
     with Connection(server.port) as connection:
         token = connection.log_in()

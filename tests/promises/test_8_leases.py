@@ -43,7 +43,7 @@ def at_once(users: list[Borrower], work: Callable[[Borrower], T]) -> list[T]:
         return list(threads.map(begin, users))
 
 
-def test_400_assigns_at_once_over_two_workers_lend_400_tokens(users: list[Borrower]) -> None:
+def test_400_concurrent_assigns_lease_400_tokens(users: list[Borrower]) -> None:
     """In token-pool they lent 299, some of them twice."""
     tokens = users[0].generate("any", 400)
     taken = at_once(users, lambda user: [user.assign("any") for _ in range(400 // THREADS)])
@@ -53,7 +53,7 @@ def test_400_assigns_at_once_over_two_workers_lend_400_tokens(users: list[Borrow
     assert users[0].hears("POST", "/any/leases") == refusal("no_free_token")
 
 
-def test_the_last_free_token_is_lent_once(users: list[Borrower]) -> None:
+def test_the_last_free_token_is_leased_once(users: list[Borrower]) -> None:
     for _ in range(10):
         users[0].empty("any")
         (token,) = users[1].generate("any")
@@ -63,9 +63,7 @@ def test_the_last_free_token_is_lent_once(users: list[Borrower]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_a_limit_of_a_hundred_lets_no_more_than_a_hundred_be_made(
-    users: list[Borrower], clock: HandClock, count: int
-) -> None:
+def test_capacity_100_never_allows_more_than_100_tokens(users: list[Borrower], clock: HandClock, count: int) -> None:
     """In the originals 101 and 105 were made; lent tokens count too, and what is asked for is made whole or not."""
     clock.advance(400)
 
@@ -83,7 +81,7 @@ def test_a_limit_of_a_hundred_lets_no_more_than_a_hundred_be_made(
     assert sum(users[0].counts("hundred")) == made
 
 
-def test_a_fence_only_grows_whatever_ends_the_lease_and_the_workers(tmp_path: Path) -> None:
+def test_a_fence_only_grows_across_leases_and_restarts(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[pools.any]")
     clock = HandClock(tmp_path / "clock", create=True)
     fences: list[int] = []

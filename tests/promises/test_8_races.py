@@ -16,8 +16,6 @@ def settings() -> str:
     return POOLS % {"lease_ttl": LEASE_TTL}
 
 
-def test_thirty_racing_holders_on_two_workers_break_no_promise_and_lose_no_token(
-    server: Server, sibling: Server, clock: HandClock
-) -> None:
+def test_thirty_racing_holders_break_no_promise(server: Server, sibling: Server, clock: HandClock) -> None:
     """The short form of `make faults`: time jumps while requests are under way, often to just before a lease ends."""
     run_race([server.port, sibling.port], HandTime(clock), LEASE_TTL, REQUESTS)

@@ -51,7 +51,7 @@ def row(directory: Path) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def test_the_token_of_a_holder_that_was_killed_is_free_when_its_lease_ends(
+def test_a_killed_holders_token_is_free_at_its_leases_end(
     server: Server, ann: Borrower, clock: HandClock, directory: Path
 ) -> None:
     """Nothing is written when it ends: the same row reads as free from then on."""
@@ -71,9 +71,7 @@ def test_the_token_of_a_holder_that_was_killed_is_free_when_its_lease_ends(
     assert ann.keep_alive("any", token, fence=1) == refusal("lease_lost")
 
 
-def test_a_token_whose_holder_was_gone_before_the_answer_came_is_free_when_its_lease_ends(
-    server: Server, ann: Borrower, clock: HandClock
-) -> None:
+def test_an_unread_assign_is_free_at_its_leases_end(server: Server, ann: Borrower, clock: HandClock) -> None:
     """Nobody knows that he has it; the connection is reset while the request is on its way."""
     request = f"POST /api/pools/any/leases HTTP/1.1\r\nHost: x\r\nX-Token: {ann.token}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -86,7 +84,7 @@ def test_a_token_whose_holder_was_gone_before_the_answer_came_is_free_when_its_l
     assert ann.assign("any").fence == 2
 
 
-def test_it_is_free_also_if_no_process_was_there_when_its_lease_ended(tmp_path: Path) -> None:
+def test_a_lease_ends_also_while_no_process_runs(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[pools.any]")
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as connection:

@@ -130,7 +130,7 @@ def test_the_help_lists_the_commands(tmp_path: Path) -> None:
     assert well(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
 
 
-def test_check_says_that_all_is_well(home: Path) -> None:
+def test_check_reports_a_valid_configuration(home: Path) -> None:
     assert well(run(home, "check")) == PRIVATE + "config.toml: ok, 3 users, 0 pools, 0 risks\n"
     assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
     assert os.listdir(home) == ["config.toml"], "it only looks"
@@ -166,7 +166,7 @@ def test_check_names_a_mistake_also_for_programs(home: Path, text: str, says: st
     assert told["error"] in done.stderr
 
 
-def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Path) -> None:
+def test_check_lists_risks_and_fails_on_public_ones(home: Path) -> None:
     text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
     write_config(home, users=text)
     *risks, judgement, summary = well(run(home, "check")).splitlines()
@@ -182,7 +182,7 @@ def test_check_lists_risks_and_exits_with_1_when_others_can_reach_them(home: Pat
     assert done.stderr.count("\n") == 1
 
 
-def test_the_configuration_is_found_by_option_then_variable_then_in_the_working_directory(home: Path) -> None:
+def test_option_then_variable_then_directory_find_the_file(home: Path) -> None:
     (home / "other.toml").write_text("users = []")
     assert "other.toml: ok, 0" in well(run(home, "check", TOKENAUTH_CONFIG="other.toml"))
     assert "config.toml: ok, 3" in well(run(home, "check", "--config", "config.toml", TOKENAUTH_CONFIG="other.toml"))
@@ -194,7 +194,7 @@ def test_a_password_is_hashed_at_the_configured_cost(home: Path) -> None:
     assert argon2.verify(WORD.rstrip("\n"), hashed)
 
 
-def test_without_a_configuration_a_password_is_hashed_at_the_default_cost(tmp_path: Path) -> None:
+def test_without_a_file_a_password_gets_the_default_cost(tmp_path: Path) -> None:
     done = script(tmp_path, "hash-password", "--password-stdin", stdin="жанна жанна\r\nmore")
     assert well(done).startswith("$argon2id$v=19$m=19456,t=2,p=1$")
     assert argon2.verify("жанна жанна", done.stdout.rstrip("\n"))
@@ -240,9 +240,7 @@ NEED_A_DATABASE = [
 
 @pytest.mark.parametrize("empty", [False, True], ids=["no file", "empty file"])
 @pytest.mark.parametrize("command", NEED_A_DATABASE, ids=" ".join)
-def test_in_a_wrong_directory_a_command_fails_and_creates_nothing(
-    tmp_path: Path, command: list[str], empty: bool
-) -> None:
+def test_in_a_wrong_directory_a_command_creates_nothing(tmp_path: Path, command: list[str], empty: bool) -> None:
     write_config(tmp_path, "[pools.p]")
     if empty:
         (tmp_path / "tokenauth.db").touch()
@@ -255,7 +253,7 @@ def test_in_a_wrong_directory_a_command_fails_and_creates_nothing(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_revoking_tells_a_user_without_tokens_from_an_unknown_one(home: Path) -> None:
+def test_revoke_distinguishes_unknown_and_logged_out_users(home: Path) -> None:
     run(home, "migrate")
     assert well(run(home, "tokens", "revoke", "--user", "ANN")) == "revoked 0 tokens\n"
     says = mistake(run(home, "tokens", "revoke", "--user", "anne"))
@@ -265,7 +263,7 @@ def test_revoking_tells_a_user_without_tokens_from_an_unknown_one(home: Path) ->
 READS = [["tokens", "list"], ["pool", "list"], ["pool", "show", "p"]]
 
 
-def test_commands_that_read_work_while_another_program_holds_the_lock(tmp_path: Path) -> None:
+def test_reading_commands_work_on_a_locked_database(tmp_path: Path) -> None:
     write_config(tmp_path, "[pools.p]")
     run(tmp_path, "migrate")
     with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as other:
@@ -326,7 +324,7 @@ def test_a_mistake_is_one_line_and_no_traceback(home: Path, name: str) -> None:
     [["tokens", "revoke"], ["tokens", "revoke", "--all", "--user", "ann"], ["serve", "--port", "x"], ["user", "add"],
      ["no-such-command"], ["check", "--no-such-option"]],
 )  # fmt: skip
-def test_a_command_that_is_not_understood_is_told_how_it_is_used(home: Path, arguments: list[str]) -> None:
+def test_an_invalid_command_shows_its_usage(home: Path, arguments: list[str]) -> None:
     done = run(home, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: tokenauth ")
@@ -334,7 +332,7 @@ def test_a_command_that_is_not_understood_is_told_how_it_is_used(home: Path, arg
 
 
 @pytest.mark.parametrize("command", ["list", "revoke"])
-def test_a_name_that_nobody_can_have_has_no_tokens(home: Path, command: str) -> None:
+def test_an_impossible_name_has_no_tokens(home: Path, command: str) -> None:
     done = run(home, "tokens", command, "--user", "\udcff")
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") <= 1
@@ -385,7 +383,7 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
         assert value not in table + str(rows)
 
 
-def test_workers_refuse_what_the_command_line_has_revoked_at_the_next_request(served: Server) -> None:
+def test_workers_refuse_at_once_what_the_cli_revoked(served: Server) -> None:
     home = served.log.parent
     values = issue(served, "ann", "ann", "bob", "admin")
     assert valid(served, values) == [True] * 4
@@ -405,7 +403,7 @@ def test_workers_refuse_what_the_command_line_has_revoked_at_the_next_request(se
     assert listed(served) == []
 
 
-def test_tokens_that_end_at_the_next_reload_are_listed_and_marked(tmp_path: Path) -> None:
+def test_tokens_that_end_at_the_next_reload_are_marked(tmp_path: Path) -> None:
     with worker(write_config(tmp_path)) as server:
         values = issue(server, "ann", "bob", "admin")
         well(run(tmp_path, "user", "remove", "ann"))
@@ -474,7 +472,7 @@ def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: st
     assert "".join(lines).isprintable()
 
 
-def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None:
+def test_a_second_server_on_one_port_is_refused(served: Server, home: Path) -> None:
     done = script(home, "serve", "--port", str(served.port))
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
@@ -485,7 +483,7 @@ def test_a_second_server_on_one_port_says_so(served: Server, home: Path) -> None
     assert not (home / "tokenauth.db").exists(), "nothing has been touched"
 
 
-def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
+def test_a_risky_configuration_is_not_served_in_public(home: Path) -> None:
     write_config(home, '[server]\nhost = "0.0.0.0"\nport = 0', USERS.replace("memory_kib = 8\n", "memory_kib = 16\n"))
     done = run(home, "serve")
     assert done.returncode != 0
@@ -498,7 +496,7 @@ def test_what_is_risky_in_public_is_not_served_there(home: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "mode", "risk"), [("config.toml", 0o644, "readable_config"), ("tokenauth.db", 0o644, "exposed_database")]
 )
-def test_a_file_that_others_can_read_is_not_served_behind_a_proxy(
+def test_a_readable_file_is_not_served_behind_a_proxy(
     home: Path, command: str, name: str, mode: int, risk: str
 ) -> None:
     write_config(home, '[server]\nport = 0\ntrusted_proxies = ["127.0.0.1"]')

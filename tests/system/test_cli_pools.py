@@ -29,7 +29,7 @@ def home(tmp_path: Path) -> Path:
         return tmp_path
 
 
-def test_tokens_are_made_lent_released_and_deleted_while_a_server_runs(home: Path) -> None:
+def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
     with worker(home / "config.toml") as server, Connection(server.port) as connection:
         ann = Borrower(connection, "ann")
         generated = run(home, "pool", "generate", "licences", "--count", "2")
@@ -79,7 +79,7 @@ def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 9])
-def test_no_command_resizes_the_pool_of_a_server_that_has_not_taken_up_the_file(tmp_path: Path, capacity: int) -> None:
+def test_no_command_resizes_the_pool_of_a_running_server(tmp_path: Path, capacity: int) -> None:
     terms = "[pools.permits]\ncapacity = {}\nprefill = true\n"
     with worker(write_config(tmp_path, terms.format(3))) as server, Connection(server.port) as connection:
         write_config(tmp_path, terms.format(capacity))
@@ -88,7 +88,7 @@ def test_no_command_resizes_the_pool_of_a_server_that_has_not_taken_up_the_file(
         assert Borrower(connection).counts("permits") == (3, 0)
 
 
-def test_a_listing_goes_on_after_a_token_and_shows_instants_as_dates(home: Path) -> None:
+def test_a_listing_continues_after_a_token_and_shows_dates(home: Path) -> None:
     first, second = sorted(json.loads(well(run(home, "pool", "generate", "waiting", "--count", "2", "--json"))))
     head, row = well(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
     assert head.split() == ["token", "expiry_time", "fence", "user", "holder", "lease_expiry_time"]
@@ -98,7 +98,7 @@ def test_a_listing_goes_on_after_a_token_and_shows_instants_as_dates(home: Path)
     assert time.endswith("Z")
 
 
-def test_more_tokens_than_fit_are_refused_in_one_line_and_none_is_made(home: Path) -> None:
+def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
     assert mistake(run(home, "pool", "generate", "licences", "--count", "4")).startswith("The pool has no room")
     assert mistake(run(home, "pool", "generate", "permits")).startswith("The pool has no room")
     assert mistake(run(home, "pool", "generate", "waiting", "--count", "0")) == "count: must be from 1 to 1000."

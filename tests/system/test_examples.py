@@ -32,21 +32,19 @@ def pool(server: Server) -> Iterator[httpx.Client]:
         yield connected
 
 
-def test_a_holder_that_slept_past_its_lease_is_refused_by_a_resource_that_looks_at_fences(
-    pool: httpx.Client, clock: HandClock
-) -> None:
+def test_a_resource_that_checks_fences_refuses_a_late_write(pool: httpx.Client, clock: HandClock) -> None:
     notebook = fencing.FencedNotebook()
     assert not fencing.run(notebook, pool, clock.advance)
     assert [line.partition(":")[0] for line in notebook.lines] == ["Ann", "Bob"]
 
 
-def test_without_that_look_the_late_write_goes_through(pool: httpx.Client, clock: HandClock) -> None:
+def test_without_a_fence_check_the_late_write_succeeds(pool: httpx.Client, clock: HandClock) -> None:
     notebook = fencing.Notebook()
     assert fencing.run(notebook, pool, clock.advance)
     assert [line.partition(":")[0] for line in notebook.lines] == ["Ann", "Bob", "Ann"]
 
 
-def test_the_example_runs_as_it_says(server: Server, clock: HandClock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs_as_described(server: Server, clock: HandClock, capsys: pytest.CaptureFixture[str]) -> None:
     fencing.main(["--url", server.url], clock.advance)
     told = capsys.readouterr().out
     assert "FencedNotebook: Ann's late write was refused." in told
@@ -129,9 +127,7 @@ def test_the_starlette_example_guards_its_routes(
     assert starlette_app.get("/report", headers=admin).json() == {"for": "admin", "scopes": ["admin"]}
 
 
-def test_the_starlette_example_takes_the_first_message_of_a_websocket_for_the_token(
-    starlette_app: httpx.Client, ann: dict[str, str]
-) -> None:
+def test_the_websocket_example_reads_the_first_message(starlette_app: httpx.Client, ann: dict[str, str]) -> None:
     address = str(starlette_app.base_url.copy_with(scheme="ws", path="/chat"))
     with connect(address, proxy=None) as websocket:
         websocket.send(ann["X-Token"])

@@ -22,7 +22,7 @@ def locked(name: str) -> dict[str, tuple[str, int]]:
     }
 
 
-def test_what_serves_is_the_same_as_what_is_tested() -> None:
+def test_the_serving_lock_has_the_versions_tested() -> None:
     everything, serving = map(locked, LOCKS)
     assert {name: everything[name][0] for name in serving} == {name: version for name, (version, _) in serving.items()}
     assert len(serving) < len(everything) / 2
@@ -41,7 +41,7 @@ def test_no_lock_names_a_host(name: str) -> None:
     assert re.findall(r"\w+://|--(?:extra-)?index-url|--find-links|--trusted-host", (ROOT / name).read_text()) == []
 
 
-def test_the_documented_install_takes_nothing_without_a_hash() -> None:
+def test_the_documented_install_requires_hashes() -> None:
     installs = re.findall(r"^sudo /opt/tokenauth/bin/pip install (.*)$", README, re.MULTILINE)
     assert installs == [
         "--require-hashes -r requirements-serve.lock",

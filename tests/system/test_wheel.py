@@ -31,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_has_the_package_and_the_migrations_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_only_package_and_migrations(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tokenauth").rglob("*.py")}
@@ -42,7 +42,7 @@ def test_the_wheel_has_the_package_and_the_migrations_and_nothing_else(wheel: Pa
     assert not [name for name in names if name.endswith((".pyc", ".db", ".toml"))]
 
 
-def test_the_installed_wheel_migrates_and_checks_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """Its environment sees what the checkout's has installed, but not the checkout itself."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"

@@ -92,7 +92,7 @@ def misuses(token: str) -> list[bytes]:
         ("GET", "/healthz/", "(none)", 404),
     ],
 )
-def test_one_line_tells_of_one_request(
+def test_each_request_makes_one_log_line(
     server: Server, client: httpx.Client, method: str, path: str, route: str, status: int
 ) -> None:
     since = len(server.events("request"))
@@ -113,9 +113,7 @@ def test_one_line_tells_of_one_request(
 
 
 @pytest.mark.parametrize(("setting", "on"), [("", False), ("[server]\naccess_log = true", True)])
-def test_no_token_or_password_gets_into_a_log_that_is_off_by_default(
-    tmp_path: Path, clock: HandClock, setting: str, on: bool
-) -> None:
+def test_the_access_log_is_off_and_free_of_secrets(tmp_path: Path, clock: HandClock, setting: str, on: bool) -> None:
     with worker(write_config(tmp_path, setting), clock) as running:
         with running.client() as client:
             token = log_in(client)

@@ -42,7 +42,7 @@ def test_what_was_sent_before_the_end_arrives() -> None:
     there.close()
 
 
-def test_half_a_message_is_none() -> None:
+def test_an_incomplete_message_is_not_delivered() -> None:
     end, other = socket.socketpair()
     channel = Channel(end)
     other.sendall(b"\0\0\0\4ab")

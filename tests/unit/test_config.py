@@ -71,7 +71,7 @@ def test_the_shipped_file_has_no_other_section_and_one_user() -> None:
     assert [user["username"] for user in tree["users"]] == ["admin"]
 
 
-def test_the_shipped_file_explains_every_key_of_a_pool_with_its_default() -> None:
+def test_the_shipped_file_documents_every_pool_key() -> None:
     assert explained("[[users]]", "[pools.") == keys(PoolEntry)
     text = re.sub(r"\n# ?", " ", shipped())
     assert re.search(r"capacity: [^;]*\(else any number\)", text)
@@ -95,7 +95,7 @@ def test_the_shipped_file_explains_every_key_of_a_dialect() -> None:
     assert Dialect(pool="p") == Dialect(pool="p", prefix="", require_token=False)
 
 
-def test_the_shipped_file_has_a_pool_for_each_dialect_on_the_terms_of_the_original() -> None:
+def test_the_shipped_dialect_pools_match_their_originals() -> None:
     settings = loader.parse(shipped_with_dialects(), {"API_PASSWORD": "1234"})
     chosen = settings.dialects.chosen()
     assert [dialect.pool for dialect in chosen.values()] == list(settings.pools)
@@ -108,7 +108,7 @@ def test_the_shipped_file_has_a_pool_for_each_dialect_on_the_terms_of_the_origin
     }
 
 
-def test_the_shipped_file_honours_the_variables_of_the_originals() -> None:
+def test_the_shipped_file_reads_the_originals_variables() -> None:
     environ = {"TOTAL_TOKENS": "7", "TIMER_DURATION": "90", "API_PASSWORD": "1234"}
     settings = loader.parse(shipped_with_dialects(), environ)
     assert settings.pools["permits"] == PoolEntry(capacity=7, lease_ttl=Duration(90), prefill=True)
@@ -185,7 +185,7 @@ def test_parallelism_needs_its_memory() -> None:
         parsed("passwords = {parallelism = 64, memory_kib = 511}")
 
 
-def test_threads_are_as_many_as_cores_unless_the_file_says_so() -> None:
+def test_password_threads_default_to_the_number_of_cores() -> None:
     assert Passwords().lanes >= 1
     assert Passwords(threads=3).lanes == 3
 
@@ -227,7 +227,7 @@ def test_users_are_found_by_their_canonical_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["", " ann", "ann ", "\\u0000", "a\\nb", "a\\u200bb", "a\\u202eb", "a" * 257])
-def test_a_name_that_cannot_be_told_or_typed_is_refused(name: str) -> None:
+def test_a_name_that_cannot_be_shown_or_typed_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^users\[0\]\.username: takes "):
         parsed(f'[[users]]\nusername = "{name}"\npassword = "x"')
 

@@ -41,7 +41,7 @@ RANGES: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("key", RANGES)
-def test_a_number_may_be_at_either_end_of_its_range_and_not_beyond(key: str) -> None:
+def test_a_number_may_equal_its_bounds_but_not_pass_them(key: str) -> None:
     low, high = RANGES[key]
     for number in (low, high):
         assert getattr(parsed(f"[pools.p]\n{key} = {number}").pools["p"], key) == number
@@ -55,7 +55,7 @@ def test_a_time_to_live_is_finite(key: str, number: str) -> None:
     assert mistake(f"[pools.p]\n{key} = {number}").startswith(f"pools.p.{key}: must be from 1 to ")
 
 
-def test_the_terms_of_a_pool_are_as_the_file_has_them() -> None:
+def test_pool_settings_are_read_from_the_file() -> None:
     settings = parsed("""
         pools.plain = {}
         [pools.all]
@@ -76,7 +76,7 @@ def test_the_terms_of_a_pool_are_as_the_file_has_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "A-1", "a_b", '"v1.2"', '"..."', "1", "a" * 64])
-def test_a_pool_has_a_name_that_stands_in_an_address_as_it_is(name: str) -> None:
+def test_a_pool_name_needs_no_encoding_in_a_url(name: str) -> None:
     assert list(parsed(f"[pools.{name}]").terms) == [name.strip('"')]
 
 
@@ -97,7 +97,7 @@ def test_the_scope_of_a_pool_is_a_word_of_rfc_6749(scope: str) -> None:
         ("prefill = true\ncapacity = 1\ntoken_ttl = 9", "pools.p.token_ttl: does not go with prefill, "),
     ],
 )
-def test_prefill_says_how_many_and_that_they_wait_for_ever(text: str, said: str) -> None:
+def test_prefill_requires_capacity_and_excludes_token_ttl(text: str, said: str) -> None:
     assert mistake(f"[pools.p]\n{text}").startswith(said)
 
 
@@ -114,7 +114,7 @@ def test_nothing_else_is_a_prefix(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("password", ["", "a b", "é", "a\\n", "a\\u0000", "x" * 1025])
-def test_the_password_of_a_dialect_is_one_that_a_header_can_carry(password: str) -> None:
+def test_a_dialect_password_must_fit_in_a_header(password: str) -> None:
     name = "simple-token-implement"
     assert parsed(dialect(f'password = "{"x" * 1024}"', name, PERMITS))
     said = mistake(dialect(f'password = "{password}"', name, PERMITS))
@@ -133,11 +133,11 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("text", TOGETHER)
-def test_a_dialect_goes_with_its_pool(text: str) -> None:
+def test_a_dialect_is_refused_over_an_unsuitable_pool(text: str) -> None:
     assert mistake(text) == TOGETHER[text]
 
 
-def test_a_dialect_that_asks_for_a_token_may_be_over_a_pool_that_needs_a_scope() -> None:
+def test_a_dialect_with_login_may_use_a_scoped_pool() -> None:
     assert parsed(dialect("require_token = true", pool='[pools.p]\nscope = "x"\n')).terms["p"].scope == "x"
 
 

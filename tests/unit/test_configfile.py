@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_with_its_key_path(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["port", "[server", "a = ", "a = 1\na = 2", "\x00", "a = '\x01'", "[a]\n[a]", "\ufeff"]
 )
-def test_what_is_not_toml_is_said_to_be_not_toml(text: str) -> None:
+def test_a_file_that_is_not_toml_is_reported_as_such(text: str) -> None:
     assert mistake(text).startswith("not TOML: ")
     assert "\n" not in mistake(text)
 
@@ -123,7 +123,7 @@ def test_a_mistake_shows_no_password() -> None:
         assert "secret" not in mistake(f"[dialects.simple-token-implement]\npool = 'p'\npassword = {password}")
 
 
-def test_strings_take_what_they_ask_for_from_the_environment() -> None:
+def test_strings_expand_environment_variables() -> None:
     text = (
         '[server]\nhost = "a${ONE}b${EMPTY}c${NONE:-x-y}d${NONE:-}"\ncors_origins = ["http://${WORD}", "http://$WORD"]'
     )
@@ -132,7 +132,7 @@ def test_strings_take_what_they_ask_for_from_the_environment() -> None:
     assert server.cors_origins == ("http://word", "http://$WORD")
 
 
-def test_a_variable_that_is_set_wins_over_the_default_unless_it_is_empty() -> None:
+def test_a_set_nonempty_variable_overrides_the_default() -> None:
     """As in shells: an orchestrator that passes on what it has not got passes on nothing."""
     assert loader.parse("server.host = '${WORD:-other}'", ENVIRON).server.host == "word"
     assert loader.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == "other"
@@ -143,7 +143,7 @@ def test_a_variable_that_is_set_wins_over_the_default_unless_it_is_empty() -> No
     "value",
     ["${API_PASSWORD", "${API_PASSWORD-s3cret}", "${API-PASSWORD}", "${API_PASSWORD:?no}", "${A:-${B}}", "x${}"],
 )
-def test_what_only_looks_like_a_variable_is_refused_and_not_shown(value: str) -> None:
+def test_a_malformed_variable_is_refused_and_not_shown(value: str) -> None:
     """Taken as it stands it would be the password, and written down in the file."""
     text = f"[pools.p]\n[dialects.simple-token-implement]\npool = 'p'\npassword = '{value}'"
     found = mistake(text)
@@ -152,22 +152,22 @@ def test_what_only_looks_like_a_variable_is_refused_and_not_shown(value: str) ->
     )
 
 
-def test_a_mistake_in_what_the_environment_has_names_the_variable() -> None:
+def test_a_bad_environment_value_names_its_variable() -> None:
     with pytest.raises(ConfigError, match=r"^server.port: .*, from \$\{WORD\}$"):
         loader.parse("server.port = '${WORD}'", ENVIRON)
 
 
-def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[server]\nport = 1\n", encoding="utf-8-sig")
     assert loader.load(path).server.port == 1
 
 
-def test_what_comes_from_the_environment_is_not_expanded_again() -> None:
+def test_environment_values_are_not_expanded_again() -> None:
     assert loader.parse("server.host = '${A}'", {"A": "${A}${B}"}).server.host == "${A}${B}"
 
 
-def test_numbers_and_truth_values_may_come_from_the_environment() -> None:
+def test_numbers_and_booleans_may_come_from_variables() -> None:
     text = """
     server = {port = "${PORT}", workers = "${NONE:-3}", access_log = "${LOG}"}
     tokens = {ttl = "${TTL}", per_user = "1${ZERO}"}
@@ -178,7 +178,7 @@ def test_numbers_and_truth_values_may_come_from_the_environment() -> None:
     assert (float(settings.tokens.ttl), settings.tokens.per_user, float(settings.throttle.delay)) == (300, 10, 2.5)
 
 
-def test_pools_and_dialects_take_theirs_from_the_environment_also_with_dots_in_a_name() -> None:
+def test_pools_and_dialects_expand_variables_too() -> None:
     text = """
     pools.a = {capacity = "${ONE}"}
     pools.'b.c' = {capacity = "${BIG}", prefill = "${YES}", lease_ttl = "${NONE:-1800}", scope = "${ONE}"}
@@ -193,20 +193,20 @@ def test_pools_and_dialects_take_theirs_from_the_environment_also_with_dots_in_a
     assert (served.password, served.require_token) == ("1", True)
 
 
-def test_what_looks_like_a_number_stays_text_where_text_is_asked_for() -> None:
+def test_numeric_text_stays_text_for_a_text_field() -> None:
     text = "[[users]]\nusername = '${ONE}'\npassword = '${YES}'\nscopes = ['${ONE}']"
     assert loader.parse(text, ENVIRON).users[0].username == "1"
     assert loader.parse(text, ENVIRON).users[0].password == "true"
 
 
-def test_bytes_in_the_environment_that_are_no_text_are_a_mistake() -> None:
+def test_an_undecodable_environment_value_is_an_error() -> None:
     """Python shows such bytes as lone surrogates, which neither hash nor print."""
     text = "[[users]]\nusername = 'ann'\npassword = '${HASH}'"
     with pytest.raises(ConfigError, match=r"^users\[0\]\.password: "):
         assert loader.parse(text, {"HASH": "\udcff"}).directory
 
 
-def test_the_file_is_found_by_option_then_variable_then_in_the_working_directory() -> None:
+def test_option_then_variable_then_directory_find_the_file() -> None:
     named = {"TOKENAUTH_CONFIG": "/etc/tokenauth.toml"}
     assert loader.find("mine.toml", named) == Path("mine.toml")
     assert loader.find(None, named) == Path("/etc/tokenauth.toml")

@@ -114,7 +114,7 @@ async def test_a_right_secret_is_hashed_once_a_minute(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 0
 
 
-async def test_it_is_remembered_for_one_place_and_any_letters_of_the_name(keeper: Keeper) -> None:
+async def test_it_is_cached_per_place_and_for_any_letter_case(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 1
     assert await keeper.hashed(Claimed("ANN", WORD)) == 0
     assert await keeper.hashed(ANN, address="203.0.113.8") == 1
@@ -186,14 +186,14 @@ async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, pa
     passwords.close()
 
 
-async def test_calls_at_the_same_time_share_one_hash_and_none_is_turned_away(keeper: Keeper) -> None:
+async def test_concurrent_calls_share_one_hash(keeper: Keeper) -> None:
     """There is room for two hashes at a time."""
     found = await asyncio.gather(*(keeper.credentials.recall([ANN], HOME) for _ in range(200)))
     assert all(each is keeper.users["ann"] for each in found)
     assert len(hashes(keeper.calls)) == 1
 
 
-async def test_a_caller_who_goes_takes_the_hash_from_nobody(keeper: Keeper) -> None:
+async def test_a_cancelled_caller_leaves_the_hash_to_the_others(keeper: Keeper) -> None:
     calls = [asyncio.ensure_future(keeper.credentials.recall([ANN], HOME)) for _ in range(3)]
     await asyncio.sleep(0)
     calls[0].cancel()
@@ -232,7 +232,7 @@ TWO = {
 
 
 @pytest.mark.parametrize("sent", TWO)
-async def test_each_reading_costs_one_hash_whoever_exists(keeper: Keeper, sent: str) -> None:
+async def test_each_reading_costs_one_hash_for_any_name(keeper: Keeper, sent: str) -> None:
     readings = TWO[sent]
     expected = len({(canonical(name), password) for name, password in readings if "\0" not in password})
     assert await keeper.hashed(*readings) == expected
@@ -306,7 +306,7 @@ def held(start: object) -> Iterator[str | bytes]:
             waiting.extend(gc.get_referents(found))
 
 
-async def test_what_is_kept_of_a_secret_is_another_in_each_process(keeper: Keeper, passwords: Passwords) -> None:
+async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, passwords: Passwords) -> None:
     """So nobody can look it up by what he has computed, or seen elsewhere."""
     throttle = keeper.credentials._throttle
     found = []

@@ -28,7 +28,7 @@ def modes(directory: Path) -> dict[str, int]:
     return {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
 
 
-async def test_new_files_are_for_their_owner_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+async def test_new_files_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
     store = open_store(config.Database(url(tmp_path)), 10)
     await store.start()
     await store.remember(START)
@@ -51,7 +51,7 @@ def test_a_file_that_others_can_read_or_change_is_named(tmp_path: Path, suffix: 
 
 
 @pytest.mark.parametrize(("mode", "named"), [(0o700, 0), (0o755, 0), (0o770, 0), (0o777, 1), (0o1777, 0)])
-def test_a_directory_in_which_others_can_replace_it_is_named(tmp_path: Path, mode: int, named: int) -> None:
+def test_a_directory_others_can_write_to_is_named(tmp_path: Path, mode: int, named: int) -> None:
     directory = tmp_path / "place"
     directory.mkdir()
     directory.chmod(mode)
@@ -59,5 +59,5 @@ def test_a_directory_in_which_others_can_replace_it_is_named(tmp_path: Path, mod
 
 
 @pytest.mark.parametrize("other", ["postgresql+asyncpg://ann@db/tokenauth", "sqlite+aiosqlite:///:memory:", "nonsense"])
-def test_a_database_that_is_no_file_exposes_none(other: str) -> None:
+def test_a_database_without_a_file_exposes_none(other: str) -> None:
     assert exposed(other) == []

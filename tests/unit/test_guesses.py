@@ -31,6 +31,6 @@ def test_each_attack_has_a_row() -> None:
     assert [line.split("|")[1].strip() for line in TABLE] == list(ATTACKS)
 
 
-async def test_a_first_day_without_an_attack_refuses_nobody(tmp_path: Path) -> None:
+async def test_a_day_without_an_attack_refuses_no_login(tmp_path: Path) -> None:
     outcome = await simulate(tmp_path, "no attack", users=200, known=False)
     assert (outcome.refused, outcome.logins) == (0, 200)

@@ -130,7 +130,7 @@ def test_what_can_have_been_is_not_reported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_cannot_have_been_is_reported_in_one_sentence_each(name: str) -> None:
+def test_each_impossible_history_is_reported_once(name: str) -> None:
     events, expected = IMPOSSIBLE[name]
     found = violations([generate("t"), generate("u"), *events], TTL, CAPACITY)
     assert len(found) == len(expected), found
@@ -138,9 +138,7 @@ def test_what_cannot_have_been_is_reported_in_one_sentence_each(name: str) -> No
 
 
 @pytest.mark.parametrize(("passed", "faults"), [(TTL - 0.001, 1), (TTL, 0)])
-def test_with_a_hand_moved_clock_a_lease_is_held_until_the_clock_is_moved_to_its_end(
-    time: HandTime, passed: float, faults: int
-) -> None:
+def test_a_manual_clock_ends_a_lease_exactly_at_its_end(time: HandTime, passed: float, faults: int) -> None:
     history = History(time)
     history.record("generate", lambda: Grant("t"))
     time.advance(1)

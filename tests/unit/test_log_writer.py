@@ -90,7 +90,7 @@ def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
         assert [number for who, number in seen if who == name] == list(range(500))
 
 
-def test_a_flush_of_what_nobody_reads_is_bounded(pipe: Pipe) -> None:
+def test_a_flush_to_a_full_pipe_is_bounded(pipe: Pipe) -> None:
     writer = Writer(pipe.there, CAPACITY)
     for _ in range(100):
         writer.write("x" * 200)
@@ -119,7 +119,7 @@ def test_without_a_thread_lines_are_written_at_once(pipe: Pipe) -> None:
     assert pipe.read() == [f"{100 - len(written)} lines dropped", "two"]
 
 
-def test_a_server_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
+def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:
     """Main process and worker: 400 logins filled the pipe, and then nothing was answered."""
     port = free_port()
     config = write_config(tmp_path, "[tokens]\nper_user = 0")

@@ -75,7 +75,7 @@ async def test_the_longest_line_loses_its_newest_when_all_is_full() -> None:
     assert not late[0].done()
 
 
-async def test_who_has_gone_makes_room_and_gets_no_turn() -> None:
+async def test_a_cancelled_waiter_frees_its_place() -> None:
     queue, holder = LoginQueue(1, 2), turn("x", "x")
     await queue.enter(holder)
     gone = [Turn(("region of a", "a", "ann"), {}, gone=lambda: True) for _ in range(2)]
@@ -88,7 +88,7 @@ async def test_who_has_gone_makes_room_and_gets_no_turn() -> None:
     assert await late
 
 
-async def test_nobody_waits_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_login_waits_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(login_queue, "PATIENCE", 0.01)
     queue = LoginQueue(1, 2)
     await queue.enter(turn("x", "x"))
@@ -121,7 +121,7 @@ async def test_no_more_are_in_flight_than_a_key_allows() -> None:
     assert turns[2].begun
 
 
-async def test_a_login_that_is_cancelled_gives_up_its_place_or_its_turn() -> None:
+async def test_a_cancelled_login_gives_up_its_place_or_turn() -> None:
     queue, holder = LoginQueue(1, 64), turn("x", "x")
     await queue.enter(holder)
     turns = [turn("a", name) for name in "abc"]
@@ -157,7 +157,7 @@ async def test_one_turn_of_four_is_a_strangers_while_both_wait() -> None:
     assert [each.known for each in order] == [True, True, True, False] * 2 + [True, True, False, False]
 
 
-async def test_one_account_has_one_share_from_however_many_networks() -> None:
+async def test_one_account_has_one_share_over_all_networks() -> None:
     queue, holder = LoginQueue(1, 8), turn("x", "x")
     await queue.enter(holder)
     flood, ann = [known("eve") for _ in range(8)], known("ann")
@@ -194,7 +194,7 @@ async def test_many_networks_of_one_region_make_room_for_another() -> None:
     st.integers(1, 3),
     st.integers(1, 6),
 )
-def test_whatever_comes_all_are_served_or_refused_in_order(
+def test_random_logins_are_served_or_refused_in_order(
     coming: list[tuple[str, str, int, bool]], slots: int, room: int
 ) -> None:
     """After each step no more run than may, nobody passes within a line, and in the end nothing is left."""

@@ -152,11 +152,11 @@ def test_other_libraries_log_in_the_same_form(logged: Logged) -> None:
     assert [(event["event"], event["level"]) for event in events(logged["foreign"])] == [("started 3", "info")]
 
 
-def test_chatty_libraries_are_heard_only_when_something_is_wrong(logged: Logged) -> None:
+def test_chatty_libraries_log_only_warnings(logged: Logged) -> None:
     assert [event["level"] for event in events(logged["chatty"])] == ["warning"] * len(CHATTY)
 
 
-def test_quiet_leaves_out_what_is_only_information(logged: Logged) -> None:
+def test_quiet_hides_informational_events(logged: Logged) -> None:
     assert [event["event"] for event in events(logged["quiet"])] == ["b", "c"]
 
 

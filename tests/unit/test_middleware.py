@@ -46,7 +46,7 @@ async def test_a_valid_token_reaches_the_app_with_its_user(service: Service, cli
         assert answer.json() == ["ann", issued.token.expires_at]
 
 
-async def test_whoever_sends_no_valid_token_is_answered_in_place_of_the_app(client: httpx.AsyncClient) -> None:
+async def test_a_request_without_a_valid_token_misses_the_app(client: httpx.AsyncClient) -> None:
     missing, wrong = await client.get("/"), await client.get("/", headers={"X-Token": "x"})
     assert (missing.status_code, wrong.status_code) == (401, 401)
     assert missing.headers["www-authenticate"] == 'Bearer realm="tokenauth"'
@@ -71,7 +71,9 @@ async def test_a_websocket_without_a_token_is_closed(service: Service) -> None:
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-async def test_a_broken_store_lets_nobody_through(service: Service, client: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_a_broken_store_refuses_every_request(
+    service: Service, client: httpx.AsyncClient, tmp_path: Path
+) -> None:
     issued = await service.tokens.issue("ann", "ann-secret", "127.0.0.1", "test")
     (tmp_path / "tokenauth.db").unlink()
     (tmp_path / "tokenauth.db").write_bytes(b"another file")
@@ -135,7 +137,7 @@ async def ask(app: TokenMiddleware, scope: dict[str, Any], token: bytes | None =
         (("read",), ("reader", "READ", "rea", ""), 403),
     ],
 )
-async def test_whoever_lacks_one_of_the_scopes_is_refused(
+async def test_a_user_without_a_required_scope_is_refused(
     needed: tuple[str, ...], owned: tuple[str, ...], status: int
 ) -> None:
     app = Reached()
@@ -173,7 +175,7 @@ def test_one_string_is_no_list(what: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_scope_or_path_fails_at_the_start(what: dict[str, Any], error: type[Exception]) -> None:
+def test_an_invalid_scope_or_path_fails_at_the_start(what: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match="|".join(what) + "|iterable"):
         TokenMiddleware(Reached(), Book(), **what)
 
@@ -196,7 +198,7 @@ EXEMPT = ["/healthz", "/public/*"]
         ("/healthz", "/app"),
     ],
 )
-async def test_an_exempt_path_is_nobodys_and_asks_nobody(path: str, root_path: str) -> None:
+async def test_an_exempt_path_has_no_user_and_no_check(path: str, root_path: str) -> None:
     app = Reached()
     guarded = TokenMiddleware(app, Book(error=AssertionError("it was asked")), scopes=["read"], exempt=EXEMPT)
     await ask(guarded, {"path": path, "root_path": root_path}, b"anns")
@@ -282,7 +284,7 @@ async def test_what_was_sent_may_be_encoded(sent: str, path: str, root_path: str
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/secret"])
-async def test_nobody_says_himself_who_he_is(path: str) -> None:
+async def test_a_client_cannot_name_its_own_user(path: str) -> None:
     """Whatever an outer app has left in the scope, what is there afterwards is what the token says."""
     app = Reached()
     forged = {"user": Identity("root", ("admin",)), "auth": Identity("root", ("admin",))}

@@ -141,7 +141,7 @@ async def test_what_changes_while_a_body_comes_counts(
     assert tokens.asked == (1 if arrival == "at once" else 2)
 
 
-async def test_an_answer_that_was_begun_before_the_body_goes_on() -> None:
+async def test_an_answer_begun_before_the_body_continues() -> None:
     tokens = Counting()
 
     async def early(scope: Scope, receive: Receive, send: Send) -> None:

@@ -118,7 +118,7 @@ def wrapped_litestar_app(tokens: Validator) -> ASGIApp:
     return TokenMiddleware(inner, tokens, exempt=["/open/*"])
 
 
-async def test_a_mounted_app_is_not_exempt_for_what_litestar_leaves_of_its_path(tokens: Validator) -> None:
+async def test_an_exemption_needs_the_full_path_under_litestar(tokens: Validator) -> None:
     @litestar.asgi("/admin", is_mount=True, copy_scope=True)
     async def admin(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -139,7 +139,7 @@ async def app(request: pytest.FixtureRequest, tokens: Validator) -> AsyncIterato
         yield client
 
 
-async def test_an_app_knows_its_user_and_what_he_may_do(app: httpx.AsyncClient, issuer: httpx.Client) -> None:
+async def test_an_app_sees_the_user_and_its_scopes(app: httpx.AsyncClient, issuer: httpx.Client) -> None:
     ann = {"X-Token": log_in(issuer, "ann", "ann-secret")}
     bob = {"X-Token": log_in(issuer, "bob", "bob-secret")}
     assert (await app.get("/me", headers=ann)).json() == [True, "ann", "ann"]
@@ -153,7 +153,7 @@ async def test_an_app_knows_its_user_and_what_he_may_do(app: httpx.AsyncClient, 
     assert (await app.get("/me", headers=ann)).status_code == 401
 
 
-async def test_an_issuer_that_has_stopped_lets_nobody_in(tmp_path: Path) -> None:
+async def test_a_stopped_issuer_refuses_every_request(tmp_path: Path) -> None:
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(write_config(tmp_path), clock) as server, server.client() as client:
         value = log_in(client)

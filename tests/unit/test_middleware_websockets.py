@@ -89,7 +89,7 @@ def test_a_websocket_on_an_exempt_path_is_nobodys(address: str) -> None:
         assert connection.recv() == "hello "
 
 
-def test_a_websocket_without_a_valid_token_is_refused_as_a_request_is(address: str) -> None:
+def test_a_websocket_needs_a_valid_token_like_a_request(address: str) -> None:
     assert refusal(address) == (401, "token_required")
     assert refusal(address, X_Token="x") == (401, "invalid_token")
     assert refusal(address, X_Token="x", Authorization="Bearer y") == (400, "invalid_request")
@@ -100,12 +100,12 @@ def test_a_websocket_without_a_valid_token_is_refused_as_a_request_is(address: s
     [(Book(), (403, "insufficient_scope")), (Book("read", error=IssuerUnavailable()), (503, "issuer_unavailable"))],
     ids=["scope", "issuer"],
 )
-def test_a_websocket_is_refused_for_the_reasons_of_a_request(tokens: Book, refused: tuple[int, str]) -> None:
+def test_a_websocket_is_refused_like_a_request(tokens: Book, refused: tuple[int, str]) -> None:
     with serving(TokenMiddleware(echo, tokens, scopes=["read"]), "websockets-sansio") as address:
         assert refusal(address, X_Token="anns") == refused
 
 
-def test_where_a_server_can_only_close_it_closes_before_it_accepts() -> None:
+def test_without_denial_responses_it_closes_unaccepted() -> None:
     """Uvicorn turns a close with 1008 before the handshake into an HTTP 403."""
     with serving(without_denials(TokenMiddleware(echo, Book())), "websockets-sansio") as address:
         assert refusal(address) == (403, "")

@@ -15,12 +15,12 @@ PERMIT = PoolToken("p", "permit", free_at=1_000, holder="ann", fence=3)
 """Lent to ann until 1,000, and free from then on."""
 
 
-def test_a_credential_tells_passwords_apart_and_names_alike() -> None:
+def test_a_credential_depends_on_the_hash_and_not_the_name() -> None:
     assert User("ann", "hash-1").credential == User("bob", "hash-1").credential
     assert User("ann", "hash-1").credential != User("ann", "hash-2").credential
 
 
-def test_a_credential_is_short_and_does_not_give_the_hash_away() -> None:
+def test_a_credential_is_short_and_hides_the_hash() -> None:
     user = User("ann", "$argon2id$secret")
     assert user.credential == sha256(b"$argon2id$secret").hexdigest()[:16]
     assert "secret" not in repr(user)
@@ -53,7 +53,7 @@ def test_records_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(("now", "lease"), [(0, Lease("ann", 1_000)), (999.9, Lease("ann", 1_000)), (1_000, None)])
-def test_a_lease_is_over_at_the_moment_its_time_is_up(now: float, lease: Lease | None) -> None:
+def test_a_lease_is_over_exactly_at_its_end(now: float, lease: Lease | None) -> None:
     assert PERMIT.lease(now) == lease
     assert LeaseCheck("ann", 3).matches(PERMIT, now) is (lease is not None)
 
@@ -62,9 +62,7 @@ def test_a_lease_is_over_at_the_moment_its_time_is_up(now: float, lease: Lease |
 @pytest.mark.parametrize(
     ("now", "lent", "alive"), [(999, True, True), (1_000, False, True), (1_239.9, False, True), (1_240, False, False)]
 )
-def test_a_token_lives_while_it_is_lent_and_for_token_ttl_after_that(
-    now: float, lent: bool, alive: bool, retired: bool
-) -> None:
+def test_a_token_lives_while_leased_and_token_ttl_longer(now: float, lent: bool, alive: bool, retired: bool) -> None:
     """A retired one only while it is lent."""
     assert POOL.is_live(PERMIT._replace(retired=retired), now) is (lent if retired else alive)
 
@@ -84,7 +82,7 @@ def test_a_token_is_gone_at_the_instant_that_is_shown(pool: Pool, retired: bool,
         assert not pool.is_live(token, gone)
 
 
-def test_lending_extending_and_releasing_change_what_they_must_and_nothing_else() -> None:
+def test_each_lease_operation_changes_only_its_own_fields() -> None:
     free = PERMIT._replace(free_at=900, holder=None)
     lent = POOL.leased(free, "bob", "ann", 1_000)
     assert lent == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4, username="ann")
@@ -107,15 +105,13 @@ def test_a_claim_holds_when_all_that_it_names_is_right(holder: str | None, fence
 @pytest.mark.parametrize(
     ("lessee", "user", "right"), [("ann", "ann", True), ("ann", "bob", False), (None, "ann", False)]
 )
-def test_only_its_user_owns_a_lease_and_anyone_may_where_no_user_is_named(
-    lessee: str | None, user: str, right: int
-) -> None:
+def test_a_lease_belongs_to_its_user_or_to_anyone(lessee: str | None, user: str, right: int) -> None:
     token = PERMIT._replace(username=lessee)
     assert LeaseCheck(username=user).matches_user(token) is bool(right)
     assert LeaseCheck("ann", 3, user).matches(token, 999) is bool(right)
     assert ANY_LEASE.matches(token, 999)
 
 
-def test_a_permit_that_is_printed_does_not_show_what_it_permits_with() -> None:
+def test_the_repr_of_a_pool_token_hides_its_value() -> None:
     assert "ann" in repr(PERMIT)
     assert "permit" not in repr(PERMIT)

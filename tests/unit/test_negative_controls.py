@@ -146,7 +146,7 @@ def amid(slow: Callable[[Callable[[], object]], object], quick: Callable[[], obj
 @pytest.mark.parametrize(
     ("faults", "sentences"), [(Faults(no_lock=True), ["certainly held it until", "2 leases were"]), (SOUND, [])]
 )
-def test_a_pool_that_selects_and_then_updates_is_found_out_when_it_lends(
+def test_the_check_detects_a_racy_assign(
     history: History, tiny_pool: Opener, faults: Faults, sentences: list[str]
 ) -> None:
     quick = tiny_pool(faults)
@@ -161,7 +161,7 @@ def test_a_pool_that_selects_and_then_updates_is_found_out_when_it_lends(
 @pytest.mark.parametrize(
     ("faults", "sentences"), [(Faults(no_lock=True), ["3 tokens were certainly in being"]), (SOUND, [])]
 )
-def test_a_pool_that_counts_and_then_inserts_is_found_out_when_it_makes_tokens(
+def test_the_check_detects_a_racy_generate(
     history: History, tiny_pool: Opener, faults: Faults, sentences: list[str]
 ) -> None:
     quick = tiny_pool(faults)
@@ -183,7 +183,7 @@ def test_a_pool_that_counts_and_then_inserts_is_found_out_when_it_makes_tokens(
         (SOUND, []),
     ],
 )
-def test_a_pool_that_lets_a_stale_holder_release_is_found_out(
+def test_the_check_detects_a_release_by_a_stale_holder(
     history: History, time: HandTime, tiny_pool: Opener, faults: Faults, sentences: list[str]
 ) -> None:
     """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
@@ -209,7 +209,7 @@ def test_a_pool_that_lets_a_stale_holder_release_is_found_out(
         (SOUND, None),
     ],
 )
-def test_the_holders_of_the_race_find_out_a_pool_with_a_fault(
+def test_racing_holders_detect_a_faulty_pool(
     history: History, time: HandTime, tiny_pool: Opener, faults: Faults, part: str | None
 ) -> None:
     """Six of them take turns; so all is the same each time."""

@@ -17,7 +17,7 @@ def values() -> list[str]:
     return [new_value() for _ in range(100_000)]
 
 
-def test_the_alphabet_is_a_to_z_in_both_cases_and_the_digits() -> None:
+def test_the_alphabet_is_ascii_letters_and_digits() -> None:
     assert sorted(ALPHABET.decode()) == sorted(set(ALPHABET.decode()))
     assert len(ALPHABET) == 62
     assert ALPHABET.isalnum()
@@ -108,5 +108,5 @@ def test_only_64_letters_of_the_alphabet_have_a_digest(value: bytes) -> None:
         (b"_" + VALUE + b"-", [VALUE]),
     ],
 )
-def test_values_are_found_whatever_stands_around_them(text: bytes, found: list[bytes]) -> None:
+def test_values_are_found_between_any_characters(text: bytes, found: list[bytes]) -> None:
     assert find_values(text) == found

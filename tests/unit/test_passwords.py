@@ -73,7 +73,7 @@ def test_a_hash_is_argon2id_at_the_configured_cost(passwords: Passwords) -> None
 
 
 @pytest.mark.parametrize("scheme", HASHES)
-async def test_every_scheme_tells_the_right_password_from_others(passwords: Passwords, scheme: str) -> None:
+async def test_every_scheme_accepts_only_the_right_password(passwords: Passwords, scheme: str) -> None:
     assert await passwords.verify([(scheme, WORD)]) == (USERS[scheme], WORD)
     for wrong in (WORD + " ", WORD.upper(), WORD[:-1], f" {WORD}"):
         assert not await right(passwords, wrong, scheme)
@@ -86,7 +86,7 @@ async def test_what_a_scheme_cannot_hash_is_just_wrong(passwords: Passwords, sch
     assert await right(passwords, WORD, scheme), "and the lane still works"
 
 
-async def test_bcrypt_does_not_take_the_first_72_bytes_for_the_whole() -> None:
+async def test_bcrypt_compares_more_than_72_bytes() -> None:
     with passwords_of({"ann": User("ann", bcrypt.using(rounds=4).hash("x" * 72))}) as passwords:
         assert await right(passwords, "x" * 72, "ann")
         assert not await right(passwords, "x" * 73, "ann")
@@ -101,7 +101,7 @@ async def test_a_password_is_taken_as_it_was_given(word: str) -> None:
         assert not await right(passwords, word.strip() + "x", "ann")
 
 
-async def test_nobody_has_a_password(passwords: Passwords) -> None:
+async def test_no_password_fits_without_users(passwords: Passwords) -> None:
     for word in (WORD, "", "nobody has this password"):
         assert not await right(passwords, word, "nobody")
 
@@ -119,7 +119,7 @@ async def test_of_several_claims_the_right_one_is_found(passwords: Passwords) ->
 
 
 @pytest.mark.parametrize("change", ["removed", "another password", "other scopes"])
-async def test_a_user_who_changes_meanwhile_counts_as_it_is_now(change: str) -> None:
+async def test_a_user_changed_meanwhile_is_checked_as_it_is_now(change: str) -> None:
     """While the hash is computed."""
     was = User("ann", HASHES["argon2id"])
     now = {"removed": {}, "another password": {"ann": User("ann", HASHES["bcrypt"])}}
@@ -145,7 +145,7 @@ async def test_no_more_wait_than_the_queue_has_room_for(passwords: Passwords) ->
         assert [type(answer) for answer in answers[3:]] == [Overloaded] * 5
 
 
-async def test_what_is_wrong_gives_its_room_back(passwords: Passwords) -> None:
+async def test_a_wrong_password_frees_its_memory_share(passwords: Passwords) -> None:
     for name in ("bcrypt", "nobody"):
         for word in ("wrong", "\x00", "\ud800"):
             asked = [(name, word)]
@@ -153,7 +153,7 @@ async def test_what_is_wrong_gives_its_room_back(passwords: Passwords) -> None:
             assert [type(answer) for answer in answers] == [InvalidCredentials] * 3
 
 
-async def test_the_room_of_a_caller_who_has_gone_comes_back_when_the_work_is_done() -> None:
+async def test_a_cancelled_callers_memory_is_freed_after_the_work() -> None:
     """Not before: else whoever hangs up could pile up work without bound."""
     gate = threading.Event()
     lane: Lane[float, bool] = Lane(gate.wait, threads=1, queue=2)
@@ -165,7 +165,7 @@ async def test_the_room_of_a_caller_who_has_gone_comes_back_when_the_work_is_don
     lane.close()
 
 
-async def test_callers_who_have_gone_take_no_room_from_passwords(passwords: Passwords) -> None:
+async def test_cancelled_callers_take_no_memory_from_others(passwords: Passwords) -> None:
     await hang_up([asyncio.create_task(passwords.verify([("nobody", WORD)])) for _ in range(3)])
     await until_there_is_room(lambda: passwords.verify([("nobody", WORD)]), InvalidCredentials)
 
@@ -227,7 +227,7 @@ async def test_the_event_loop_turns_while_passwords_are_hashed() -> None:
     ],
     ids=range(15),
 )
-def test_an_unreadable_hash_is_a_mistake_in_the_configuration(unreadable: str) -> None:
+def test_an_unreadable_hash_is_a_configuration_error(unreadable: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         Passwords(CHEAP, {"bob": User("bob", HASHES["scrypt"]), "ann": User("ann", unreadable)})
     assert str(refusal.value).startswith("users: the password of 'ann' is not a hash that can be verified")

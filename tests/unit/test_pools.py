@@ -67,7 +67,7 @@ def pools(store: Store, clock: Hand) -> Pools:
     return Pools(TERMS, store, clock, {"roomy": values.new_uuid})
 
 
-async def test_a_pool_is_found_by_its_name_and_for_those_who_may_use_it(pools: Pools) -> None:
+async def test_a_pool_is_found_by_name_if_its_scope_allows(pools: Pools) -> None:
     assert pools.find("p") is pools.find("p", ANN) is POOL
     assert pools.find("secret") is pools.find("secret", OPS) is SECRET
     with pytest.raises(InsufficientScope, match="ops"):
@@ -82,7 +82,7 @@ async def test_the_list_has_the_pools_that_one_may_use(pools: Pools) -> None:
     assert pools.open_to(ANN) == [POOL, ROOMY, PERMITS]
 
 
-async def test_new_tokens_cannot_be_guessed_and_look_as_their_pool_wants_it(pools: Pools) -> None:
+async def test_new_tokens_are_random_in_the_form_of_their_pool(pools: Pools) -> None:
     values = await pools.generate(SECRET, MAX_COUNT)
     assert len(set(values)) == MAX_COUNT
     assert all(len(value) == 64 and value.isalnum() and value.isascii() for value in values)
@@ -98,7 +98,7 @@ async def test_tokens_are_made_1_to_1000_at_once(pools: Pools, count: int) -> No
     assert await pools.count(ROOMY) == PoolCounts(0, 0)
 
 
-async def test_of_more_than_fit_none_is_made(pools: Pools) -> None:
+async def test_generating_more_than_fit_makes_none(pools: Pools) -> None:
     for count in (6, MAX_COUNT + 1, 10**30):
         with pytest.raises(PoolFull):
             await pools.generate(POOL, count)
@@ -110,9 +110,7 @@ async def test_of_more_than_fit_none_is_made(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize(("wait", "shown"), [(0, 60), (0.001, 60), (0.5, 60), (1, 59), (58.75, 2), (59, 1), (59.75, 1)])
-async def test_who_must_wait_is_told_for_how_many_whole_seconds(
-    pools: Pools, clock: Hand, wait: float, shown: int
-) -> None:
+async def test_an_empty_pool_says_the_wait_in_whole_seconds(pools: Pools, clock: Hand, wait: float, shown: int) -> None:
     await pools.generate(POOL, 1)
     await pools.assign(POOL, "ann")
     clock.now += wait
@@ -123,13 +121,13 @@ async def test_who_must_wait_is_told_for_how_many_whole_seconds(
     assert (await pools.assign(POOL, "bob")).fence == 2
 
 
-async def test_where_nothing_is_lent_nobody_is_told_to_wait(pools: Pools) -> None:
+async def test_a_pool_without_leases_names_no_wait(pools: Pools) -> None:
     with pytest.raises(NoFreeToken) as refusal:
         await pools.assign(POOL, "ann")
     assert refusal.value.retry_after is None
 
 
-async def test_a_lease_is_kept_alive_and_released_by_whoever_has_it(pools: Pools, clock: Hand) -> None:
+async def test_its_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, clock: Hand) -> None:
     (value,) = await pools.generate(POOL, 1)
     lent = await pools.assign(POOL, "ann")
     assert lent == PoolToken("p", value, START + 60, "ann", 1)
@@ -166,7 +164,7 @@ async def test_a_token_that_is_not_there_is_unknown(pools: Pools, clock: Hand, v
             await NAMED[verb](pools, value)
 
 
-async def test_a_token_is_refreshed_lent_or_free(pools: Pools, clock: Hand) -> None:
+async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: Hand) -> None:
     await pools.generate(POOL, 2)
     lent = await pools.assign(POOL, "ann")
     (free,) = [token for token in await pools.members(POOL) if token.holder is None]
@@ -180,7 +178,7 @@ async def test_a_token_is_refreshed_lent_or_free(pools: Pools, clock: Hand) -> N
     assert await pools.get(POOL, lent.value) == PoolToken("p", lent.value, START + 90, None, 1)
 
 
-async def test_all_free_tokens_are_refreshed_however_many_they_are(pools: Pools, clock: Hand) -> None:
+async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: Hand) -> None:
     assert await pools.refresh_free(ROOMY) == 0
     for _ in range(3):
         await pools.generate(ROOMY, 800)
@@ -194,7 +192,7 @@ async def test_all_free_tokens_are_refreshed_however_many_they_are(pools: Pools,
     assert await pools.count(ROOMY) == PoolCounts(1, 0), "the lent one was not refreshed: its lease ran on"
 
 
-async def test_a_deleted_token_has_a_successor_where_there_is_prefill(pools: Pools) -> None:
+async def test_prefill_replaces_a_deleted_token(pools: Pools) -> None:
     await pools.prefill()
     await pools.generate(POOL, 3)
     for pool, left in ((PERMITS, 3), (POOL, 2)):
@@ -220,9 +218,7 @@ async def test_a_pool_is_filled_however_large_it_is(store: Store, clock: Hand) -
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 7])
-async def test_no_lease_ends_when_a_pool_has_another_capacity_at_the_next_start(
-    pools: Pools, store: Store, clock: Hand, capacity: int
-) -> None:
+async def test_a_changed_capacity_ends_no_lease(pools: Pools, store: Store, clock: Hand, capacity: int) -> None:
     await pools.prefill()
     lent = [await pools.assign(PERMITS, "ann") for _ in range(2)]
     pool = Pool("permits", lease_ttl=60, capacity=capacity, prefill=True)
@@ -248,7 +244,7 @@ def test_a_holder_has_a_name_that_can_be_shown(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", *IMPOSSIBLE], ids=ascii)
-def test_a_holders_name_that_cannot_be_shown_is_refused_and_not_repeated(name: str) -> None:
+def test_an_unprintable_holder_is_refused_and_not_echoed(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^holder: ") as refusal:
         named_holder(name)
     assert not name or name not in str(refusal.value)
@@ -265,7 +261,7 @@ ONCE: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
 }
 
 
-async def test_every_verb_reads_the_clock_once(pools: Pools, clock: Hand) -> None:
+async def test_every_operation_reads_the_clock_once(pools: Pools, clock: Hand) -> None:
     """So that whatever it decides, it decides for one moment."""
     for name, verb in ONCE.items():
         await pools.generate(ROOMY, 1)
@@ -276,7 +272,7 @@ async def test_every_verb_reads_the_clock_once(pools: Pools, clock: Hand) -> Non
         assert clock.reads == before + 1, name
 
 
-async def test_tokens_with_no_token_ttl_wait_for_ever(pools: Pools, clock: Hand) -> None:
+async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: Hand) -> None:
     (value,) = await pools.generate(SECRET, 1)
     clock.now += 1e9
     assert SECRET.token_ttl == math.inf

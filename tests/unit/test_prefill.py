@@ -74,7 +74,7 @@ async def check(pools: Pools, pool: Pool, lent: int) -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 7])
-async def test_a_pool_is_full_when_the_service_starts_and_the_same_after_a_restart(home: Home, capacity: int) -> None:
+async def test_a_start_fills_a_pool_and_a_restart_keeps_it(home: Home, capacity: int) -> None:
     async with home.open(permits(capacity)) as pools:
         before = await values(pools)
         assert len(before) == capacity
@@ -84,7 +84,7 @@ async def test_a_pool_is_full_when_the_service_starts_and_the_same_after_a_resta
         assert await values(pools) == before, "they wait for ever"
 
 
-async def test_a_pool_of_more_than_is_made_in_one_step_is_full_too(home: Home) -> None:
+async def test_a_pool_larger_than_one_batch_is_filled_too(home: Home) -> None:
     async with home.open(permits(20_001)) as pools:
         assert await pools.count(pools.find("permits")) == (20_001, 0)
 
@@ -96,7 +96,7 @@ async def test_processes_that_start_at_once_fill_a_pool_once(home: Home) -> None
         assert {await pools.count(pools.find("permits")) for pools in started} == {(100, 0)}
 
 
-async def test_no_token_can_be_generated_whatever_has_become_of_those_there_are(home: Home) -> None:
+async def test_a_prefilled_pool_refuses_to_generate(home: Home) -> None:
     async with home.open(permits(2)) as pools:
         pool = pools.find("permits")
         await lend(pools, pool, 1)
@@ -106,7 +106,7 @@ async def test_no_token_can_be_generated_whatever_has_become_of_those_there_are(
 
 
 @pytest.mark.parametrize("lent", [False, True])
-async def test_a_token_that_is_deleted_is_replaced_by_another_that_is_free(home: Home, lent: bool) -> None:
+async def test_a_deleted_token_is_replaced_by_a_free_one(home: Home, lent: bool) -> None:
     async with home.open(permits(3)) as pools:
         pool = pools.find("permits")
         before = await values(pools)
@@ -121,7 +121,7 @@ async def test_a_token_that_is_deleted_is_replaced_by_another_that_is_free(home:
         await check(pools, pool, 0)
 
 
-async def test_a_pool_that_has_grown_has_more_to_lend_and_its_leases_go_on(home: Home) -> None:
+async def test_a_grown_pool_leases_more_and_keeps_its_leases(home: Home) -> None:
     async with home.open(permits(2)) as pools:
         before = await values(pools)
         (lent,) = await lend(pools, pools.find("permits"), 1)
@@ -137,7 +137,7 @@ CASES = [(lent, shrunk) for lent in range(CAPACITY + 1) for shrunk in range(CAPA
 
 
 @pytest.mark.parametrize("end", ["released", "lapsed"])
-async def test_a_pool_that_has_shrunk_ends_no_lease_and_lends_none_until_it_has_room(home: Home, end: str) -> None:
+async def test_a_shrunken_pool_waits_for_its_leases_to_end(home: Home, end: str) -> None:
     """From any number of leases to any capacity, whichever of them ends first."""
     chance = Random(1)
     out: dict[str, list[str]] = {}
@@ -167,7 +167,7 @@ async def test_a_pool_that_has_shrunk_ends_no_lease_and_lends_none_until_it_has_
             await check(pools, pools.find(name), 0)
 
 
-async def test_a_token_that_is_one_too_many_is_gone_when_its_lease_ends(home: Home) -> None:
+async def test_a_surplus_token_is_gone_when_its_lease_ends(home: Home) -> None:
     async with home.open(permits(2)) as pools:
         leases = await lend(pools, pools.find("permits"), 2)
     async with home.open(permits(0)) as pools:
@@ -184,7 +184,7 @@ async def test_a_token_that_is_one_too_many_is_gone_when_its_lease_ends(home: Ho
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 4, 6])
-async def test_a_pool_that_grows_again_takes_back_what_was_one_too_many(home: Home, capacity: int) -> None:
+async def test_a_pool_that_grows_again_keeps_its_surplus(home: Home, capacity: int) -> None:
     async with home.open(permits(4)) as pools:
         leases = await lend(pools, pools.find("permits"), 4)
     async with home.open(permits(1)) as pools:
@@ -199,7 +199,7 @@ async def test_a_pool_that_grows_again_takes_back_what_was_one_too_many(home: Ho
         assert len(await values(pools)) == capacity
 
 
-async def test_deleting_while_there_are_too_many_lets_no_more_be_lent(home: Home) -> None:
+async def test_deleting_a_surplus_token_frees_no_place(home: Home) -> None:
     async with home.open(permits(4)) as pools:
         leases = await lend(pools, pools.find("permits"), 4)
     async with home.open(permits(2)) as pools:
@@ -211,7 +211,7 @@ async def test_deleting_while_there_are_too_many_lets_no_more_be_lent(home: Home
 
 
 @pytest.mark.parametrize("turned", [False, True])
-async def test_without_prefill_too_what_is_counted_as_available_is_what_can_be_lent(home: Home, turned: bool) -> None:
+async def test_available_means_leasable_without_prefill_too(home: Home, turned: bool) -> None:
     """Also while tokens are out that were too many when it was still on."""
     async with home.open(permits(4)) as pools:
         leases = await lend(pools, pools.find("permits"), 4)
@@ -230,7 +230,7 @@ async def test_without_prefill_too_what_is_counted_as_available_is_what_can_be_l
                 await pools.release(pool, token)
 
 
-async def test_a_pool_takes_over_the_tokens_that_it_had_before_it_was_filled(home: Home) -> None:
+async def test_prefill_keeps_the_tokens_generated_before(home: Home) -> None:
     async with home.open(permits(9, prefill=False)) as pools:
         made = await pools.generate(pools.find("permits"), 3)
         (lent,) = await lend(pools, pools.find("permits"), 1)
@@ -241,7 +241,7 @@ async def test_a_pool_takes_over_the_tokens_that_it_had_before_it_was_filled(hom
             await pools.release(pools.find("permits"), (set(made) - {lent}).pop())
 
 
-def test_over_sockets_permits_are_lent_and_survive_the_worker(tmp_path: Path) -> None:
+def test_prefilled_tokens_survive_their_worker(tmp_path: Path) -> None:
     config = write_config(tmp_path, permits(2))
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as here:

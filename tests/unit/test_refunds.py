@@ -120,7 +120,7 @@ async def test_own_failures_are_taken_back_exactly(tmp_path: Path, names: Sequen
             await world.fail_others(1)
 
 
-async def test_no_success_takes_back_a_failure_that_has_been_forgotten(tmp_path: Path) -> None:
+async def test_a_success_refunds_no_forgotten_failure(tmp_path: Path) -> None:
     async with opened(tmp_path) as world:
         for _ in range(4):
             await world.log_in(["eve"], 1)
@@ -130,7 +130,7 @@ async def test_no_success_takes_back_a_failure_that_has_been_forgotten(tmp_path:
         assert await world.level() == pytest.approx(5 * EACH)
 
 
-async def test_a_success_tells_nothing_of_the_other_reading(tmp_path: Path) -> None:
+async def test_a_success_reveals_nothing_of_the_other_reading(tmp_path: Path) -> None:
     """What was counted for a name that is read from the same header stays, whether a user has it or not."""
     async with opened(tmp_path) as world:
         for _ in range(4):
@@ -141,7 +141,7 @@ async def test_a_success_tells_nothing_of_the_other_reading(tmp_path: Path) -> N
             await world.log_in(["john+doe"], 1)
 
 
-async def test_at_one_place_a_client_that_logs_in_all_day_hides_no_guesses(tmp_path: Path) -> None:
+async def test_frequent_logins_hide_no_guesses_from_their_place(tmp_path: Path) -> None:
     """100 guesses are free, then 10 an hour."""
     async with opened(tmp_path) as world:
         guesses = 0

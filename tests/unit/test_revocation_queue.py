@@ -142,7 +142,7 @@ FAULTS += [sqlite3.OperationalError("locked"), RecursionError(), KeyError("x"), 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("what", ["reading", "writing"])
-async def test_whatever_the_store_raises_a_log_out_holds(scene: Scene, what: str, fault: Exception) -> None:
+async def test_a_logout_holds_on_any_store_error(scene: Scene, what: str, fault: Exception) -> None:
     token, other = await scene.log_in(), await scene.log_in()
     setattr(scene.store, what, fault)
     await scene.log_out(token)
@@ -238,7 +238,7 @@ async def test_one_that_cannot_be_written_keeps_no_other_waiting(scene: Scene) -
     await scene.written()
 
 
-async def test_what_is_lost_by_a_stop_is_said(scene: Scene) -> None:
+async def test_a_stop_logs_the_revocations_it_loses(scene: Scene) -> None:
     tokens = [await scene.log_in() for _ in range(5)]
     scene.store.writing = StoreUnavailable()
     for token in tokens:
@@ -250,7 +250,7 @@ async def test_what_is_lost_by_a_stop_is_said(scene: Scene) -> None:
     scene.queue._dropped = 0
 
 
-async def test_what_is_held_is_held_once_and_is_bounded_by_tokens(scene: Scene) -> None:
+async def test_each_revocation_is_queued_once_up_to_a_bound(scene: Scene) -> None:
     """A log-out that is repeated takes no room, and one of what is no token of this store none while that is known."""
     token = await scene.log_in()
     scene.store.writing = StoreUnavailable()
@@ -320,7 +320,7 @@ async def is_valid(service: Service, value: bytes) -> bool | None:
         return None
 
 
-async def test_what_one_worker_holds_all_refuse_and_write_and_forget(machine: Machine) -> None:
+async def test_all_workers_refuse_a_queued_revocation(machine: Machine) -> None:
     here = machine.services[0]
     ended, kept = await log_in(here), await log_in(here)
     machine.break_down(StoreUnavailable())
@@ -340,7 +340,7 @@ async def test_what_one_worker_holds_all_refuse_and_write_and_forget(machine: Ma
     assert [await is_valid(service, kept) for service in machine.services] == [True, True]
 
 
-async def test_a_full_queue_is_every_worker_s_until_all_tokens_ended(machine: Machine) -> None:
+async def test_a_full_queue_refuses_all_tokens_on_every_worker(machine: Machine) -> None:
     """Also that of one who comes later; and once they have ended no worker ends them a second time."""
     here, there = machine.services
     tokens = [await log_in(here) for _ in range(5)]
@@ -377,7 +377,7 @@ async def test_workers_that_fill_up_together_accept_nothing(machine: Machine) ->
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
 
 
-def test_a_hundred_thousand_are_handed_to_a_worker_in_one_message() -> None:
+def test_one_message_hands_over_100_000_revocations() -> None:
     """It costs less than a beat of the worker, and the main process keeps no more."""
     ledger = RevocationLedger()
     digests = [number.to_bytes(32) for number in range(MAX_HELD + 1)]

@@ -52,7 +52,7 @@ def names(settings: Config, passwords: Passwords) -> list[str]:
     return [risk.name for risk in find_risks(settings, passwords)]
 
 
-def test_the_shipped_hash_is_that_of_the_shipped_file_and_of_the_word_admin() -> None:
+def test_the_shipped_hash_is_of_the_password_admin() -> None:
     admin = loader.parse(shipped(), {}).directory["admin"]
     assert admin.password_hash == SHIPPED_HASH
     assert argon2.verify("admin", SHIPPED_HASH)
@@ -65,9 +65,7 @@ def test_a_strong_password_on_this_machine_is_no_risk(passwords: Passwords) -> N
 @pytest.mark.parametrize(
     ("password", "risk"), [(SHIPPED_HASH, "shipped_password"), (WEAK, "weak_hash")], ids=["shipped", "weak"]
 )
-def test_a_risk_is_named_and_accepted_on_a_loopback_address_only(
-    passwords: Passwords, password: str, risk: str
-) -> None:
+def test_a_risk_is_only_a_warning_on_a_loopback_address(passwords: Passwords, password: str, risk: str) -> None:
     at_home = configured("", password)
     risks = find_risks(at_home, passwords)
     assert [each.name for each in risks] == [risk]
@@ -121,7 +119,7 @@ def parts(version: str, chosen: Sequence[bool], depth: int) -> tuple[list[str], 
     st.lists(st.sampled_from(["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "2001:db8::/32", "fe80::1"])),
     st.randoms(use_true_random=False),
 )
-def test_networks_are_too_many_when_together_they_have_an_eighth_of_all(
+def test_trusting_an_eighth_of_all_addresses_is_a_risk(
     space: str, chosen: list[bool], proxies: list[str], order: Random
 ) -> None:
     networks, share = parts(space, chosen, len(chosen).bit_length() - 1)
@@ -155,7 +153,7 @@ def test_settings_that_make_each_login_slow_are_a_risk() -> None:
     assert risk.text == "passwords: memory_kib and time_cost make each login take about 1.3 seconds; lower them"
 
 
-def test_more_memory_at_once_than_half_of_the_machine_is_a_risk() -> None:
+def test_hashing_in_over_half_of_the_memory_is_a_risk() -> None:
     """Of one hash as often as there are threads in all workers: by the settings, and by a user's hash."""
     half = machine_memory_kib() // 2
     passwords = Passwords(config.Passwords(memory_kib=1 << 19, time_cost=1, threads=256))
@@ -214,7 +212,7 @@ def served(name: str, more: str = "", server: str = "") -> Config:
 
 
 @pytest.mark.parametrize("name", OPEN)
-def test_a_dialect_that_asks_nobody_for_a_token_is_a_risk(passwords: Passwords, name: str) -> None:
+def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> None:
     (risk,) = find_risks(served(name), passwords)
     assert risk == ("open_dialect", f"dialects.{name} asks nobody for a token; set its require_token to true")
     judge(served(name), [risk])
@@ -230,9 +228,7 @@ def test_a_dialect_that_asks_nobody_for_a_token_is_a_risk(passwords: Passwords, 
 
 
 @pytest.mark.parametrize("more", ["", "require_token = true"])
-def test_the_password_that_everybody_knows_is_a_risk_of_the_dialect_that_has_one(
-    passwords: Passwords, more: str
-) -> None:
+def test_a_dialect_with_its_published_password_is_a_risk(passwords: Passwords, more: str) -> None:
     """Of its own it asks for a password, and so is not open; another password is no risk."""
     (risk,) = find_risks(loader.parse(f'{PERMITS}{more}\npassword = "change-me"', {}), passwords)
     assert risk.name == "shipped_password"
@@ -240,7 +236,7 @@ def test_the_password_that_everybody_knows_is_a_risk_of_the_dialect_that_has_one
     assert names(loader.parse(f'{PERMITS}{more}\npassword = "change-me-not"', {}), passwords) == []
 
 
-def test_accepting_the_risk_of_one_dialect_accepts_that_of_all_and_no_other(passwords: Passwords) -> None:
+def test_accepting_open_dialects_accepts_no_other_risk(passwords: Passwords) -> None:
     text = shipped_with_dialects().replace('host = "127.0.0.1"', 'host = "0.0.0.0"')
     text = text.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD)
     public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect"]'), {})
@@ -250,7 +246,7 @@ def test_accepting_the_risk_of_one_dialect_accepts_that_of_all_and_no_other(pass
     demand_acceptable(public, find_risks(public, passwords))
 
 
-def test_the_shipped_configuration_has_its_password_for_a_risk_and_no_open_dialect() -> None:
+def test_the_shipped_file_risks_only_its_password() -> None:
     made = Passwords(config.Passwords())
     assert names(loader.parse(shipped(), {}), made) == ["shipped_password"]
     switched_on = loader.parse(shipped_with_dialects(), {"API_PASSWORD": "x"})
@@ -262,7 +258,7 @@ def test_the_shipped_configuration_has_its_password_for_a_risk_and_no_open_diale
     made.close()
 
 
-def test_what_the_readme_says_to_run_for_real_exposes_nothing_unnoticed(passwords: Passwords) -> None:
+def test_the_production_example_has_no_unnamed_risk(passwords: Passwords) -> None:
     """A step that is left out, or a dialect that is switched on, is an error once the proxy is named."""
     text = shipped().replace("trusted_proxies = []", 'trusted_proxies = ["127.0.0.1"]')
     with pytest.raises(ConfigError, match="'shipped_password'"):
@@ -320,7 +316,7 @@ def test_a_file_that_others_can_read_or_change_is_a_risk(files: Path, passwords:
         (0o757, ["writable_config", "exposed_database"]),
     ],
 )
-def test_a_directory_in_which_others_can_replace_it_is_a_risk(
+def test_a_directory_others_can_write_to_is_a_risk(
     files: Path, passwords: Passwords, mode: int, wanted: list[str]
 ) -> None:
     files.chmod(mode)
@@ -330,7 +326,7 @@ def test_a_directory_in_which_others_can_replace_it_is_a_risk(
     assert of_files(files, passwords, files / "below/config.toml") == wanted
 
 
-def test_what_is_behind_a_link_counts_and_so_does_the_link(
+def test_both_a_link_and_its_target_are_checked(
     files: Path, passwords: Passwords, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -343,9 +339,7 @@ def test_what_is_behind_a_link_counts_and_so_does_the_link(
     assert of_files(files, passwords, elsewhere / "link.toml") == ["readable_config"]
 
 
-def test_a_database_that_others_can_read_is_a_risk_and_one_that_is_not_there_is_none(
-    files: Path, passwords: Passwords
-) -> None:
+def test_only_an_existing_readable_database_is_a_risk(files: Path, passwords: Passwords) -> None:
     (files / "tokenauth.db").chmod(0o644)
     assert of_files(files, passwords) == ["exposed_database"]
     (files / "tokenauth.db").unlink()

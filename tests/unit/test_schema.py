@@ -60,20 +60,20 @@ def statements(db: Connection) -> dict[str, str]:
     return {name: " ".join(sql.split()) for name, sql in db.execute(text(query))}
 
 
-def test_the_revision_that_is_needed_is_the_newest_migration() -> None:
+def test_the_required_revision_is_the_newest_migration() -> None:
     scripts = ScriptDirectory.from_config(schema.migrations())
     assert scripts.get_heads() == [schema.HEAD]
     assert scripts.get_bases() == [next(reversed(list(scripts.walk_revisions()))).revision], "one line, no branches"
 
 
-def test_the_migrations_build_what_the_tables_say(db: Connection, wanted: Connection) -> None:
+def test_the_migrations_build_the_declared_tables(db: Connection, wanted: Connection) -> None:
     assert schema.upgrade(db) is None
     options = {"compare_type": True, "compare_server_default": True}
     assert compare_metadata(MigrationContext.configure(db, opts=options), metadata) == []
     assert statements(db) == statements(wanted)
 
 
-def test_an_upgrade_says_which_revision_there_was(db: Connection) -> None:
+def test_an_upgrade_logs_the_previous_revision(db: Connection) -> None:
     assert schema.version(db) is None
     assert schema.upgrade(db) is None
     assert schema.version(db) == schema.HEAD
@@ -87,7 +87,7 @@ def upgrade_to(db: Connection, revision: str) -> None:
     command.upgrade(settings, revision)
 
 
-async def test_what_the_first_release_kept_is_still_there_and_pools_are_new(tmp_path: Path) -> None:
+async def test_an_upgrade_keeps_the_first_release_s_rows(tmp_path: Path) -> None:
     """The rows are written as 0001 had them, whatever the tables are today."""
     path, token = (
         tmp_path / "tokens.db",
@@ -161,7 +161,7 @@ async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) ->
     await store.stop(START)
 
 
-async def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
+async def test_a_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     """WAL alone would lose the last commits with the power: synchronous must be FULL (2)."""
     store = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     assert isinstance(store, SqliteStore)
@@ -182,7 +182,7 @@ def count_elsewhere(path: Path) -> int:
     return int(subprocess.run([sys.executable, "-c", script, path], capture_output=True, check=True).stdout)
 
 
-async def test_a_second_store_of_a_process_does_not_cost_the_first_its_writes(tmp_path: Path) -> None:
+async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
     """Closing any descriptor of a file gives up all POSIX locks that the process has on it.
 
     Without its lock the next process to close the file takes itself for the last, and deletes the log in use
@@ -199,7 +199,7 @@ async def test_a_second_store_of_a_process_does_not_cost_the_first_its_writes(tm
         await store.stop(START)
 
 
-def test_ten_processes_that_start_at_once_on_an_empty_database_all_end_well(tmp_path: Path) -> None:
+def test_ten_upgrades_at_once_of_an_empty_database_succeed(tmp_path: Path) -> None:
     path, line, log = (tmp_path / name for name in ("tokens.db", "line", "log"))
     streams = [Path(os.devnull), log, log]
     with line.open("wb") as file:

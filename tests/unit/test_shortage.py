@@ -44,7 +44,7 @@ def no_room_for_threads(process: int) -> Iterator[None]:
         resource.prlimit(process, resource.RLIMIT_AS, before)
 
 
-def test_a_first_login_without_a_thread_is_503_until_one_starts(server: Server) -> None:
+def test_a_login_without_a_thread_is_503_until_one_starts(server: Server) -> None:
     with Connection(server.port) as connection:
         assert readiness(connection) == READY
         with no_room_for_threads(server.process.pid):
@@ -95,7 +95,7 @@ def new_connection_is_kept(server: Server) -> bool:
         return answer.headers.get("connection") != "close"
 
 
-def test_with_few_descriptors_new_connections_are_answered_once(server: Server) -> None:
+def test_without_descriptors_a_connection_gets_one_answer(server: Server) -> None:
     with ExitStack() as stack, descriptors_limited(server.process.pid, 96):
         kept, ended = [], []
         for _ in range(64):

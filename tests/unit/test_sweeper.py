@@ -74,7 +74,7 @@ async def test_expired_tokens_of_every_pool_are_deleted_in_steps(
     assert (await pools.get(pools.find("waiting"), late)).value == late
 
 
-async def test_what_is_lent_is_deleted_only_when_it_has_waited_after_its_lease(
+async def test_a_leased_token_is_deleted_after_its_token_ttl(
     service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
 ) -> None:
     pools = service.pools
@@ -93,7 +93,7 @@ async def test_what_is_lent_is_deleted_only_when_it_has_waited_after_its_lease(
     assert lent.fence == 1
 
 
-async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_lease_is_over(
+async def test_of_a_prefilled_pool_only_the_surplus_is_deleted(
     service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path
 ) -> None:
     pools = service.pools
@@ -112,7 +112,7 @@ async def test_permits_are_never_deleted_but_those_that_are_too_many_when_their_
 
 
 @pytest.mark.faults  # it lasts as long as a writer waits for the lock
-async def test_a_pool_that_could_not_be_filled_at_the_start_is_filled_later(tmp_path: Path, clock: HandClock) -> None:
+async def test_a_pool_not_filled_at_the_start_is_filled_later(tmp_path: Path, clock: HandClock) -> None:
     """Another process holds the lock for longer than a start waits."""
     fuller = POOLS.replace("capacity = 3", "capacity = 5")
     service = create_service(loader.load(write_config(tmp_path, fuller)), clock, monotonic=lambda: 0.0)

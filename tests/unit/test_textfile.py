@@ -184,9 +184,7 @@ def linked_elsewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("save", [overwritten, replaced, removed, linked_elsewhere], ids=lambda save: save.__name__)
 @pytest.mark.parametrize("links", [1, 2])
-def test_an_edit_gives_way_to_an_editor_that_saves_meanwhile(
-    tmp_path: Path, save: Callable[[Path], None], links: int
-) -> None:
+def test_an_edit_aborts_if_the_file_changes_meanwhile(tmp_path: Path, save: Callable[[Path], None], links: int) -> None:
     """Both when a new file takes its place, and when it is written in place."""
     path = tmp_path / "config.toml"
     path.write_text(FILE)

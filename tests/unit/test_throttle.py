@@ -80,9 +80,7 @@ def all_at_once(ports: Sequence[int], tries: int, sent: bytes) -> list[int]:
         return sorted(crowd.map(lambda number: exchange(ports[number % len(ports)], sent)[0], range(tries)))
 
 
-def test_five_wrong_passwords_are_free_and_then_even_the_right_one_has_to_wait(
-    client: httpx.Client, clock: HandClock
-) -> None:
+def test_after_five_failures_even_the_right_one_waits(client: httpx.Client, clock: HandClock) -> None:
     assert statuses(client, FREE) == [401] * FREE
     for password in ("wrong", "ann-secret"):
         held_up = attempt(client, "ann", password)
@@ -193,15 +191,13 @@ def test_what_was_counted_is_forgotten_after_an_hour(
     assert statuses(client, len(then)) == then
 
 
-def test_wrong_guesses_at_the_same_moment_do_not_pass_the_limit(proxy: Server, home: str) -> None:
+def test_concurrent_wrong_guesses_do_not_pass_the_limit(proxy: Server, home: str) -> None:
     answered = all_at_once([proxy.port], 100, login_bytes("ann", "wrong", home))
     assert answered[:FREE] == [401] * FREE
     assert set(answered[FREE:]) <= {429, 503}, "503 is for those that the login queue has no room for"
 
 
-def test_two_workers_let_through_at_most_a_share_more_at_the_same_moment(
-    server: Server, sibling: Server, clock: HandClock
-) -> None:
+def test_two_workers_let_through_at_most_one_share_more(server: Server, sibling: Server, clock: HandClock) -> None:
     for _ in range(8):
         clock.advance(FORGET)
         answered = all_at_once([server.port, sibling.port], 40, login_bytes("ann", "wrong"))
@@ -210,7 +206,7 @@ def test_two_workers_let_through_at_most_a_share_more_at_the_same_moment(
 
 
 @pytest.mark.parametrize("failed_before", [0, FREE - 1])
-def test_right_logins_at_the_same_moment_all_succeed(
+def test_concurrent_right_logins_all_succeed(
     server: Server, sibling: Server, client: httpx.Client, failed_before: int
 ) -> None:
     statuses(client, failed_before)
@@ -265,16 +261,14 @@ def test_a_forwarded_address_is_not_believed_by_default(server: Server, client: 
         ("junk {n}, {home}:{n}",),
     ],
 )
-def test_the_client_is_the_last_address_that_is_no_trusted_proxy(
-    proxied: httpx.Client, home: str, chain: tuple[str, ...]
-) -> None:
+def test_the_client_is_the_last_untrusted_address(proxied: httpx.Client, home: str, chain: tuple[str, ...]) -> None:
     chains = [[part.format(n=number, home=home) for part in chain] for number in range(1, FREE + 2)]
     assert [attempt(proxied, "ann", "wrong", *sent).status_code for sent in chains] == [401] * FREE + [429]
     token = log_in(proxied, "bob", "bob-secret", headers=[("X-Forwarded-For", part) for part in chains[0]])
     assert proxied.get("/api/tokens", headers={"X-Token": token}).json()["tokens"][0]["address"] == home
 
 
-def test_a_forwarded_address_that_cannot_be_read_does_not_pass_the_throttle(proxied: httpx.Client) -> None:
+def test_an_invalid_forwarded_address_is_throttled(proxied: httpx.Client) -> None:
     junk: list[str | bytes] = [
         "a",
         "unknown",
@@ -292,7 +286,7 @@ def test_a_forwarded_address_that_cannot_be_read_does_not_pass_the_throttle(prox
 
 
 @pytest.mark.parametrize("empty", ["", " ", ",", ", ,"])
-def test_an_empty_forwarded_address_does_not_pass_the_throttle(proxied: httpx.Client, empty: str) -> None:
+def test_an_empty_forwarded_address_is_throttled(proxied: httpx.Client, empty: str) -> None:
     sent = login_bytes("ann", "wrong").replace(b"Host: x\r\n", f"Host: x\r\nX-Forwarded-For: {empty}\r\n".encode())
     port = proxied.base_url.port
     assert port is not None
@@ -304,9 +298,7 @@ def spend(proxied: httpx.Client, home: str, tries: int = NETWORK_FREE) -> None:
     assert [attempt(proxied, f"name-{number}", "wrong", home).status_code for number in range(tries)] == [401] * tries
 
 
-def test_failures_over_many_names_hold_up_strangers_of_the_network(
-    proxied: httpx.Client, clock: HandClock, home: str
-) -> None:
+def test_failures_over_many_names_slow_unknown_clients(proxied: httpx.Client, clock: HandClock, home: str) -> None:
     spend(proxied, home)
     held_up = attempt(proxied, "admin", "admin", home)
     assert (held_up.status_code, held_up.headers["retry-after"]) == (429, "36")
@@ -317,7 +309,7 @@ def test_failures_over_many_names_hold_up_strangers_of_the_network(
     assert statuses(proxied, 2, "nobody", home) == [401, 429]
 
 
-def test_failures_of_others_do_not_hold_up_who_logged_in_there_before(proxied: httpx.Client, home: str) -> None:
+def test_others_failures_do_not_slow_a_known_client(proxied: httpx.Client, home: str) -> None:
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
     neighbour = home.removesuffix("7") + "200"
     spend(proxied, neighbour, NETWORK_FREE - FREE)
@@ -328,7 +320,7 @@ def test_failures_of_others_do_not_hold_up_who_logged_in_there_before(proxied: h
     assert statuses(proxied, FREE + 1, "ann", home) == [401] * FREE + [429]
 
 
-def test_a_typo_of_who_then_logs_in_is_taken_back_from_the_network(proxied: httpx.Client, home: str) -> None:
+def test_a_login_refunds_its_typo_to_the_network(proxied: httpx.Client, home: str) -> None:
     places = [home.removesuffix("7") + str(number) for number in range(NETWORK_FREE // 2)]
     for place in places:
         assert statuses(proxied, 2, "ann", place) == [401, 401]
@@ -337,7 +329,7 @@ def test_a_typo_of_who_then_logs_in_is_taken_back_from_the_network(proxied: http
     assert attempt(proxied, "nobody", "wrong", home).status_code == 429
 
 
-def test_a_success_takes_back_only_failures_of_its_name_and_place(proxied: httpx.Client, home: str) -> None:
+def test_a_success_refunds_only_its_own_name_and_place(proxied: httpx.Client, home: str) -> None:
     """Or whoever has a user of their own could guess at all others for as long as they like."""
     neighbour = home.removesuffix("7") + "200"
     for number in range(NETWORK_FREE):
@@ -348,7 +340,7 @@ def test_a_success_takes_back_only_failures_of_its_name_and_place(proxied: httpx
     assert attempt(proxied, "admin", "admin", neighbour).status_code == 429
 
 
-def test_who_logs_in_is_known_for_thirty_days(proxied: httpx.Client, clock: HandClock, home: str) -> None:
+def test_a_client_is_known_for_thirty_days_after_a_login(proxied: httpx.Client, clock: HandClock, home: str) -> None:
     days = 86400
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
     clock.advance(20 * days)
@@ -375,7 +367,7 @@ def test_a_name_is_bounded_over_all_networks_of_an_attacker(proxied: httpx.Clien
     assert {int(answer.headers["retry-after"]) for answer in answers[tried:]} == {360}
 
 
-def test_a_flood_at_a_name_leaves_alone_who_logged_in_before(proxied: httpx.Client, home: str) -> None:
+def test_a_flood_at_a_name_spares_its_known_clients(proxied: httpx.Client, home: str) -> None:
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
     crowd = [f"{number}.9.9.9" for number in range(1, 121)]
     answers = [attempt(proxied, "ann", "wrong", source).status_code for source in crowd]

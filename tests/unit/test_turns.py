@@ -151,7 +151,7 @@ async def test_where_no_turns_can_be_taken_writes_go_on(tmp_path: Path, place: s
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o640])
-async def test_the_file_is_for_those_who_may_use_the_database(tmp_path: Path, mode: int) -> None:
+async def test_the_lock_file_has_the_mode_of_the_database(tmp_path: Path, mode: int) -> None:
     database = tmp_path / "tokenauth.db"
     database.touch()
     database.chmod(mode)
@@ -161,7 +161,7 @@ async def test_the_file_is_for_those_who_may_use_the_database(tmp_path: Path, mo
     assert (found.st_uid, found.st_gid) == (database.stat().st_uid, database.stat().st_gid)
 
 
-async def test_writers_of_several_stores_wait_for_each_other_in_turn(tmp_path: Path) -> None:
+async def test_writers_of_several_stores_take_turns(tmp_path: Path) -> None:
     """Each of them gets its turn while the others want it, too: nobody starves."""
     async with opened(tmp_path) as one, opened(tmp_path) as two, opened(tmp_path) as three:
         counts = {id(each): 0 for each in (one, two, three)}

@@ -61,7 +61,7 @@ def lines(path: Path) -> list[str]:
 OLD = [line for line in FILE.splitlines() if line]
 
 
-def test_an_added_user_stands_beside_the_others_and_nothing_else_changes(path: Path) -> None:
+def test_adding_a_user_changes_nothing_else(path: Path) -> None:
     UserFile(path).add("bob", hashed, ("read", "write"))
     new = ["[[users]]", 'username = "bob"', 'password = "new-hash"', 'scopes = ["read", "write"]']
     assert [line for line in lines(path) if line not in new] == [line for line in OLD if line not in new]
@@ -83,7 +83,7 @@ def test_a_changed_password_is_all_that_changes(path: Path) -> None:
     assert loader.load(path, {}).directory["ann"].password_hash == "hers"
 
 
-def test_a_removed_user_is_all_that_goes(path: Path) -> None:
+def test_removing_a_user_removes_nothing_else(path: Path) -> None:
     UserFile(path).remove("admin")
     settings = loader.load(path, {})
     assert set(settings.directory) == {"ann"}
@@ -117,7 +117,7 @@ def test_a_name_is_compared_as_logins_compare_it(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("action", ["change_password", "remove"])
-def test_a_name_that_nobody_has_is_a_mistake(path: Path, action: str) -> None:
+def test_an_unknown_user_name_is_an_error(path: Path, action: str) -> None:
     file = UserFile(path)
     with pytest.raises(ConfigError, match=r"config\.toml: there is no user 'eve'$"):
         file.remove("eve") if action == "remove" else file.change_password("eve", refused)
@@ -191,7 +191,7 @@ def test_the_files_owner_stays(path: Path) -> None:
     assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456)
 
 
-def test_a_byte_order_mark_does_no_harm(path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(path: Path) -> None:
     path.write_text(path.read_text(), encoding="utf-8-sig")
     UserFile(path).add("bob", hashed, ())
     assert "bob" in loader.load(path, {}).directory

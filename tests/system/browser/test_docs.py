@@ -88,9 +88,7 @@ def visit(context: BrowserContext, server: Server) -> Visit:
     return visit
 
 
-def test_the_page_shows_every_operation_and_asks_nobody_else(
-    visit: Visit, client: httpx.Client, server: Server
-) -> None:
+def test_the_page_shows_every_operation_and_only_this_site(visit: Visit, client: httpx.Client, server: Server) -> None:
     document = client.get("/openapi.json").json()
     tags = [tag["name"] for tag in document["tags"]]
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
@@ -106,7 +104,7 @@ def test_the_page_shows_every_operation_and_asks_nobody_else(
     assert visit.complaints == []
 
 
-def test_a_token_that_is_entered_is_tried_against_the_service(visit: Visit, client: httpx.Client) -> None:
+def test_an_entered_token_is_sent_to_the_service(visit: Visit, client: httpx.Client) -> None:
     token, page = log_in(client, "ann", "ann-secret"), visit.page
     page.locator(".btn.authorize").click()
     entry = page.locator(".auth-container", has_text="X-Token")

@@ -143,7 +143,7 @@ def test_a_page_borrows_from_a_pool_and_ends_its_logins(guest: Page) -> None:
     assert done == [200, 204, 409, 200, 401, 200]
 
 
-def test_a_page_tells_of_wrong_passwords_and_then_how_long_to_wait(guest: Page, server: Server) -> None:
+def test_a_page_reads_a_wrong_password_and_the_wait(guest: Page, server: Server) -> None:
     told = [message(guest, "ann", f"wrong {number}") for number in range(6)]
     with server.client() as client:
         refused = client.post("/api/token", json={"username": "ann", "password": "ann-secret"})
@@ -152,7 +152,7 @@ def test_a_page_tells_of_wrong_passwords_and_then_how_long_to_wait(guest: Page, 
     assert told == ["Wrong name or password."] * 5 + [f"Try again in {refused.headers['Retry-After']} seconds."]
 
 
-def test_a_page_tells_how_long_to_wait_while_the_store_is_down(guest: Page, server: Server, directory: Path) -> None:
+def test_a_page_reads_the_wait_while_the_store_is_down(guest: Page, server: Server, directory: Path) -> None:
     with closing(sqlite3.connect(directory / "tokenauth.db", isolation_level=None)) as database:
         database.execute("ALTER TABLE tokens RENAME TO elsewhere")
         try:
@@ -171,14 +171,14 @@ def test_a_page_can_read_why_it_is_refused(guest: Page) -> None:
     ]
 
 
-def test_a_page_may_send_nothing_that_the_service_has_no_use_for(guest: Page) -> None:
+def test_a_page_may_send_only_what_the_service_uses(guest: Page) -> None:
     """No cookies, no other header, no other method."""
     surplus: list[dict[str, Any]] = [{"credentials": "include"}, {"headers": {"X-Other": "x"}}, {"method": "PATCH"}]
     assert [ask(guest.main_frame, "/api/token?token=x", **init) for init in surplus] == [REFUSED] * 3
     assert ask(guest.main_frame, "/api/token?token=x")["status"] == 200
 
 
-def test_a_page_behind_the_same_proxy_needs_not_be_listed_and_gets_no_cookie(page: Page, sites: Sites) -> None:
+def test_a_page_of_the_same_origin_needs_no_cors(page: Page, sites: Sites) -> None:
     """Here the browser would keep one; what a page of another origin is sent it would drop."""
     page.goto(f"{sites.strangers['another_port']}/behind")
     token = page.evaluate(LOG_IN, ["ann", "ann-secret"])
@@ -238,7 +238,7 @@ def test_what_a_stranger_must_ask_for_first_is_never_sent(
     assert client.delete(f"/api/pools/permits/leases/{lease}", headers=mine).status_code == 204
 
 
-def test_no_login_is_tried_that_a_stranger_sends_without_asking(page: Page, sites: Sites, server: Server) -> None:
+def test_a_foreign_login_without_preflight_is_not_tried(page: Page, sites: Sites, server: Server) -> None:
     """A body of these types needs no leave of the service, nor does one of none. The browser drops other types."""
     page.goto(sites.strangers["another_name"])
     tried = {}

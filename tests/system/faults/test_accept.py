@@ -42,7 +42,7 @@ def test_no_connection_that_was_made_is_reset_at_sigterm(tmp_path: Path) -> None
     assert seen["reset"] == 0, seen
 
 
-def test_a_new_connection_waits_no_longer_than_three_busy_ones(tmp_path: Path) -> None:
+def test_a_new_connection_waits_for_at_most_three_others(tmp_path: Path) -> None:
     busy: list[float] = []
     new: list[float] = []
 

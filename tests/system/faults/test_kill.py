@@ -14,7 +14,7 @@ pytestmark = pytest.mark.faults
 ROUNDS = 60
 
 
-def test_sixty_kills_with_two_workers_and_eight_clients_lose_nothing(tmp_path: Path) -> None:
+def test_sixty_kills_under_load_lose_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     journals = kill_in_a_loop(config, ROUNDS, clients=8, seed=42)
     states = [state for journal in journals for state in journal.issued.values()]
@@ -22,7 +22,7 @@ def test_sixty_kills_with_two_workers_and_eight_clients_lose_nothing(tmp_path: P
     assert states.count("ended") >= ROUNDS * 2
 
 
-def test_a_worker_that_is_killed_is_replaced_and_what_it_answered_stands(tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
     """Ten times over, under `tokenauth serve`, while the other worker goes on."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     journals: list[Journal] = []

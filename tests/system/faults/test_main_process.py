@@ -24,7 +24,7 @@ def test_workers_are_replaced_when_they_can_be_again(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", BREAKAGES)
-def test_a_first_start_that_fails_says_why_and_ends(tmp_path: Path, kind: str) -> None:
+def test_a_failed_first_start_ends_with_its_reason(tmp_path: Path, kind: str) -> None:
     fails_at_first(tmp_path, kind)
 
 
@@ -67,7 +67,7 @@ def test_a_directory_that_is_removed_ends_nothing(tmp_path: Path) -> None:
         assert broken.server.stop() == 0
 
 
-def test_no_worker_outlives_the_main_process_at_any_moment(tmp_path: Path) -> None:
+def test_no_worker_outlives_the_main_process(tmp_path: Path) -> None:
     chance = random.Random(11)
     for number in range(20):
         directory = tmp_path / str(number)

@@ -12,5 +12,5 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_what_is_promised_of_pools_holds_for_long(templates: Templates, name: str) -> None:
+def test_the_pool_model_holds_in_a_long_run(templates: Templates, name: str) -> None:
     hold_to_the_model(templates, name, 250, 120, Phase.shrink)

@@ -54,7 +54,7 @@ def eventful(race: Race) -> bool:
     return True
 
 
-def test_a_restart_under_load_is_answered_503_and_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
+def test_a_restart_under_load_is_503_and_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
     """Crashed and started three times, twice for longer than a cache is believed; tokenauth runs on."""
     resumed = []
     with two_workers(postgres_config(tmp_path, url, POOL)) as servers:
@@ -76,9 +76,7 @@ def test_a_restart_under_load_is_answered_503_and_loses_nothing(private: Cluster
     assert crowd.count(503) > 200
 
 
-def test_connections_that_are_ended_again_and_again_under_load_lose_nothing(
-    private: Cluster, url: str, tmp_path: Path
-) -> None:
+def test_connections_ended_under_load_lose_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
     with two_workers(postgres_config(tmp_path, url, POOL)) as servers:
         crowd = Crowd(servers, seed=2)
         with crowd.running(30):
@@ -92,9 +90,7 @@ def test_connections_that_are_ended_again_and_again_under_load_lose_nothing(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_thirty_racing_holders_break_no_promise_while_postgresql_is_restarted(
-    private: Cluster, url: str, tmp_path: Path, seed: int
-) -> None:
+def test_restarts_break_no_promise_of_thirty_holders(private: Cluster, url: str, tmp_path: Path, seed: int) -> None:
     """Leases are of one second of the database's clock, and no worker is started anew."""
     chance, over = Random(seed), Event()
 
@@ -160,9 +156,7 @@ def test_connections_that_are_silently_lost_are_replaced(private: Cluster, url: 
             check_log(server)
 
 
-def test_a_standby_in_the_place_of_the_primary_is_refused_until_it_is_one(
-    private: Cluster, url: str, tmp_path: Path
-) -> None:
+def test_a_standby_is_refused_until_it_is_promoted(private: Cluster, url: str, tmp_path: Path) -> None:
     """A standby may not know of the latest removals."""
     name = name_of(url)
     with private.standby() as standby, Proxy(private.port) as proxy:
@@ -195,9 +189,7 @@ def test_a_standby_in_the_place_of_the_primary_is_refused_until_it_is_one(
 
 
 @pytest.mark.parametrize("harm", ["cut", "frozen"])
-def test_a_stop_ends_within_seconds_while_postgresql_cannot_be_reached(
-    private: Cluster, url: str, tmp_path: Path, harm: str
-) -> None:
+def test_a_stop_is_quick_without_postgresql(private: Cluster, url: str, tmp_path: Path, harm: str) -> None:
     """And says which revocations it could not write. Each of two writes may take as long as one is waited for."""
     with Proxy(private.port) as proxy:
         config = postgres_config(tmp_path, private.url(name_of(url), proxy.port), POOL)

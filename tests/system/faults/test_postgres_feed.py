@@ -53,7 +53,7 @@ BROKEN: dict[str, Break] = {
 
 @pytest.mark.parametrize("only", [listener, every], ids=["listener", "all"])
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_removal_is_refused_by_the_other_node_within_the_bound(two: Pair, what: str, only: Only) -> None:
+def test_the_other_node_refuses_within_the_bound(two: Pair, what: str, only: Only) -> None:
     """Ten tokens end at odd moments; the other node is asked about each all the while, before, in and after it."""
     chance = random.Random(what)
     with Connection(two.here.port) as here, Connection(two.there.port) as there:
@@ -78,9 +78,7 @@ def test_a_removal_is_refused_by_the_other_node_within_the_bound(two: Pair, what
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.35, 0.4])
-def test_what_a_node_has_refused_it_does_not_take_again_while_its_feed_comes_and_goes(
-    two: Pair, seconds: float
-) -> None:
+def test_an_unsteady_feed_revives_no_refused_token(two: Pair, seconds: float) -> None:
     """The answers come so late that the node is sure of them for a moment only, again and again."""
     chance = random.Random(seconds)
     with Connection(two.here.port) as here, Connection(two.there.port) as there:
@@ -99,7 +97,7 @@ def test_what_a_node_has_refused_it_does_not_take_again_while_its_feed_comes_and
                 assert seen.last(answer=True) <= seen.first(answer=False), "refused, and then taken again"
 
 
-def test_a_feed_that_is_lost_for_long_is_logged_once_and_so_is_its_return(two: Pair) -> None:
+def test_a_lost_feed_and_its_return_are_logged_once_each(two: Pair) -> None:
     before = len(two.there.events("revocation_feed_back"))
     two.network.freeze(listener)
     time.sleep(12)  # longer than any of its attempts takes
@@ -111,7 +109,7 @@ def test_a_feed_that_is_lost_for_long_is_logged_once_and_so_is_its_return(two: P
     assert "revocation_feed_polls" not in events
 
 
-def test_a_node_that_was_stopped_does_not_answer_from_what_it_knew(two: Pair) -> None:
+def test_a_resumed_node_does_not_trust_its_old_cache(two: Pair) -> None:
     """Twenty times, at whatever point of its work: it is kept busy."""
     chance = random.Random(5)
     with Connection(two.here.port) as here, Connection(two.there.port) as busy:
@@ -127,14 +125,14 @@ def test_a_node_that_was_stopped_does_not_answer_from_what_it_knew(two: Pair) ->
 @pytest.mark.parametrize("more", [1, 3, 5, 8])
 @pytest.mark.parametrize("change", LOGS)
 @pytest.mark.usefixtures("patient")
-async def test_whatever_becomes_of_the_log_no_removal_is_missed(
+async def test_no_damage_to_the_log_hides_a_removal(
     nodes: Sequence[Node], network: Proxy, url: str, change: str, more: int
 ) -> None:
     await change_the_log(nodes, network, url, change, more)
 
 
 @pytest.mark.parametrize("lost", ["removals", "tokens", "both"])
-def test_after_a_failover_that_lost_the_last_commits_a_node_says_what_the_database_has(lost: str) -> None:
+def test_after_a_lossy_failover_a_node_follows_the_database(lost: str) -> None:
     """The standby lags, the primary is gone, the standby takes its place; a node forgets the first."""
     with cluster(fsync=False) as primary:
         url = database_of(primary)

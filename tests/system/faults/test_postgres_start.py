@@ -33,13 +33,11 @@ def url(postgres: Cluster) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_twenty_nodes_that_start_at_once_on_an_empty_database_all_end_well(
-    database: str, tmp_path: Path, number: int
-) -> None:
+def test_twenty_upgrades_of_an_empty_database_succeed(database: str, tmp_path: Path, number: int) -> None:
     start_together(database, 20, tmp_path)
 
 
-def test_twenty_workers_that_start_at_once_on_an_empty_database_all_serve(database: str, tmp_path: Path) -> None:
+def test_twenty_workers_start_on_an_empty_database(database: str, tmp_path: Path) -> None:
     workers_start_together(write_config_for(database, tmp_path, "[tokens]\nper_user = 0"), 20)
 
 
@@ -81,7 +79,7 @@ class Load:
 WELL = {("lease", 201), ("PUT", 200), ("DELETE", 204), ("ready", 200)}
 
 
-def test_a_column_is_added_while_two_old_workers_serve_load_and_nobody_notices(url: str, tmp_path: Path) -> None:
+def test_adding_a_column_disturbs_no_old_worker(url: str, tmp_path: Path) -> None:
     config = write_config_for(url, tmp_path, POOLS)
     with workers(config, None, 2) as servers:
         load = Load(servers)
@@ -106,15 +104,13 @@ def test_a_column_is_added_while_two_old_workers_serve_load_and_nobody_notices(u
         assert not troubles
 
 
-async def test_a_migration_may_take_longer_than_a_request_and_so_may_waiting_for_one(url: str, tmp_path: Path) -> None:
+async def test_a_migration_may_outlast_the_request_timeout(url: str, tmp_path: Path) -> None:
     with newer_release(tmp_path, NEXT_STEP, 'op.execute("SELECT pg_sleep(7)")'):
         assert set(await asyncio.gather(start(url), start(url))) == {None}
     assert await fetch(url, "SELECT version_num FROM alembic_version") == [(NEXT_STEP,)]
 
 
-async def test_an_upgrade_that_has_to_wait_for_a_long_query_does_not_make_everybody_wait(
-    url: str, tmp_path: Path
-) -> None:
+async def test_an_upgrade_that_waits_blocks_no_other_query(url: str, tmp_path: Path) -> None:
     """A backup reads all tables in one transaction. Whoever waits to change one stands before all who only use it."""
     async with nodes(url) as (old,):
         with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
@@ -132,7 +128,7 @@ async def test_an_upgrade_that_has_to_wait_for_a_long_query_does_not_make_everyb
             assert await old.ready() is None
 
 
-def test_a_newer_generation_makes_old_workers_unready_and_keeps_them_from_starting(url: str, tmp_path: Path) -> None:
+def test_a_newer_generation_stops_old_workers(url: str, tmp_path: Path) -> None:
     config = write_config_for(url, tmp_path, POOLS)
     with worker(config) as old, Connection(old.port) as connection:
         with newer_release(tmp_path, NEXT_GENERATION, *COLUMNS):

@@ -20,7 +20,7 @@ KILLS = 6
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_thirty_racing_holders_break_no_promise_while_workers_are_killed(tmp_path: Path, seed: int) -> None:
+def test_kills_break_no_promise_of_thirty_holders(tmp_path: Path, seed: int) -> None:
     config = write_config(tmp_path, POOLS % {"lease_ttl": LEASE_TTL})
     chance, over = Random(seed), Event()
 

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.faults
 TIMES = 10_000
 
 
-def test_ten_thousand_revocations_reach_four_workers_by_their_next_request(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_10_000_revocations_reach_four_workers_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever revokes, the three others refuse on their very next request; two of them are kept busy."""
     chance = random.Random(3)
     waits = []
@@ -55,7 +53,7 @@ def histogram(seconds: list[float]) -> str:
     return "\n".join(f"  <= {bound:8.2f}  {count:6d}" for bound, count in sorted(counts.items()))
 
 
-def test_a_worker_that_was_stopped_refuses_on_its_next_request_what_was_revoked_meanwhile(tmp_path: Path) -> None:
+def test_a_resumed_worker_refuses_what_was_revoked(tmp_path: Path) -> None:
     """A hundred times: SIGSTOP, revocations elsewhere, SIGCONT; its cache was full of what is revoked."""
     chance = random.Random(4)
     with workers(write_config(tmp_path, "[tokens]\nper_user = 0"), None, 2) as servers, ExitStack() as stack:
@@ -71,7 +69,7 @@ def test_a_worker_that_was_stopped_refuses_on_its_next_request_what_was_revoked_
             assert [sleeper.valid(token) for token in tokens] == [token not in ended for token in tokens]
 
 
-def test_a_worker_that_slept_for_longer_than_the_log_goes_back_forgets_its_cache(tmp_path: Path) -> None:
+def test_a_worker_that_outslept_the_log_drops_its_cache(tmp_path: Path) -> None:
     """The log of revocations is swept after an hour: what it no longer says is read from the store."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     clock = HandClock(tmp_path / "clock", create=True)

@@ -11,5 +11,5 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_twenty_processes_that_start_at_once_on_an_empty_database_all_serve(tmp_path: Path, number: int) -> None:
+def test_twenty_processes_start_on_an_empty_database(tmp_path: Path, number: int) -> None:
     start_together(write_config(tmp_path, "[tokens]\nper_user = 0"), 20)

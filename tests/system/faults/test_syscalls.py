@@ -36,7 +36,7 @@ def traced(config: Path, *options: str) -> Iterator[Server]:
         yield server
 
 
-def test_no_answer_leaves_before_what_it_says_is_on_the_disk(tmp_path: Path) -> None:
+def test_no_answer_leaves_before_its_commit_is_synced(tmp_path: Path) -> None:
     """At each answer to a login or a revocation, the log has been synced since it was last written.
 
     That, and not kill -9, is what stands between an acknowledgement and a power failure.

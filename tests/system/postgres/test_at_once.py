@@ -50,7 +50,7 @@ async def at_once(chance: random.Random, work: Sequence[Awaitable[object]]) -> N
 
 
 @pytest.mark.parametrize("seed", [1])
-async def test_leases_that_are_touched_in_opposite_orders_end_once(three: Nodes, seed: int) -> None:
+async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int) -> None:
     chance = random.Random(seed)
     for pool in POOLS:
         await three[0].pools.add(pool, [f"t{number}" for number in range(30)], START)
@@ -90,9 +90,7 @@ async def test_leases_that_are_touched_in_opposite_orders_end_once(three: Nodes,
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_tokens_that_are_ended_in_every_way_at_once_are_ended_once_and_logged_once(
-    url: str, three: Nodes, seed: int
-) -> None:
+async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nodes, seed: int) -> None:
     """What had expired may go without being logged; nothing else may, and what is logged is gone."""
     chance = random.Random(seed)
     lasting, expired = [token(number) for number in range(90)], [token(number, -1) for number in range(90, 120)]
@@ -131,7 +129,7 @@ async def test_tokens_that_are_ended_in_every_way_at_once_are_ended_once_and_log
         assert sum(one in later for one in listed) <= 4
 
 
-async def test_a_token_that_is_issued_while_all_are_ended_is_logged_or_lives(url: str, three: Nodes) -> None:
+async def test_a_token_issued_in_remove_all_lives_or_is_logged(url: str, three: Nodes) -> None:
     issued: list[Token] = []
 
     async def issue(node: PostgresStore, first: int, per_user: int) -> None:
@@ -161,7 +159,7 @@ async def test_a_token_that_is_issued_while_all_are_ended_is_logged_or_lives(url
         assert await three[0].tokens._store.get(one.digest) == expected
 
 
-async def test_failed_logins_that_are_counted_in_opposite_orders_all_count(three: Nodes) -> None:
+async def test_failures_counted_in_opposite_orders_all_count(three: Nodes) -> None:
     chance = random.Random(1)
     keys = [sha256(b"%d" % key).digest()[:16] for key in range(60)]
     for number in range(1, 16):
@@ -170,7 +168,7 @@ async def test_failed_logins_that_are_counted_in_opposite_orders_all_count(three
         assert {one.count for one in (await three[0].failures.failures(keys)).values()} == {3 * number}
 
 
-async def test_of_two_who_trim_old_news_no_more_than_one_waits_for_rows(url: str, three: Nodes) -> None:
+async def test_of_two_log_trims_at_most_one_waits_for_rows(url: str, three: Nodes) -> None:
     """Two who each hold some rows and wait for others can wait for one another: which they meet first is chance.
 
     Only one has the duty, until a time; one that is slow may still be at it when the next begins.
@@ -188,7 +186,7 @@ async def test_of_two_who_trim_old_news_no_more_than_one_waits_for_rows(url: str
     assert await fetch(url, "SELECT max(seq) FROM revocations") == [(3000,)], "the last entry stays"
 
 
-async def test_capacity_holds_whatever_isolation_the_database_has_by_default(postgres: Cluster, url: str) -> None:
+async def test_capacity_holds_at_every_default_isolation_level(postgres: Cluster, url: str) -> None:
     """What others have added while the pool was waited for is seen."""
     name = url.rpartition("/")[2]
     postgres.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'")

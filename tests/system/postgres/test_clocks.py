@@ -61,7 +61,7 @@ def connections(wrong: list[Server]) -> Iterator[list[Connection]]:
         yield [fast, slow]
 
 
-async def test_what_the_database_says_of_the_time_can_be_moved(moved: ShiftedDatabase) -> None:
+async def test_the_clock_of_the_database_can_be_moved(moved: ShiftedDatabase) -> None:
     """All else here is about nothing if this fails: it asks in the words of the store."""
     difference = "SELECT extract(epoch FROM clock_timestamp()) - extract(epoch FROM pg_catalog.clock_timestamp())"
     for seconds, total in ((0, 0), (HOUR, HOUR), (-3 * HOUR, -2 * HOUR)):
@@ -74,7 +74,7 @@ def test_the_machines_clocks_are_two_hours_apart(connections: list[Connection]) 
     assert abs((dates[0] - dates[1]).total_seconds() - 2 * HOUR) < MARGIN
 
 
-def test_nodes_agree_after_the_database_s_clock_was_ahead_for_a_moment(
+def test_nodes_agree_after_the_database_clock_jumped_ahead(
     moved: ShiftedDatabase, connections: list[Connection]
 ) -> None:
     """One of them noticed; the other did nothing meanwhile. Time goes on from there for both."""
@@ -96,9 +96,7 @@ def _latest(moved: ShiftedDatabase) -> float:
     return round(float(ahead) / HOUR)
 
 
-def test_after_a_clock_was_set_back_a_login_still_ends_the_oldest_of_too_many(
-    moved: ShiftedDatabase, tmp_path: Path
-) -> None:
+def test_after_a_clock_is_set_back_the_oldest_login_ends(moved: ShiftedDatabase, tmp_path: Path) -> None:
     """And not itself: it would be answered as a success."""
     config = write_config_for(moved.url, tmp_path, "[tokens]\nper_user = 2")
     with worker(config) as running, Connection(running.port) as connection:
@@ -109,9 +107,7 @@ def test_after_a_clock_was_set_back_a_login_still_ends_the_oldest_of_too_many(
             assert [connection.valid(token) for token in tokens[-3:]] == [False, True, True]
 
 
-def test_nodes_whose_clocks_are_wrong_end_leases_and_logins_by_the_database_s(
-    moved: ShiftedDatabase, connections: list[Connection]
-) -> None:
+def test_nodes_with_wrong_clocks_use_the_database_clock(moved: ShiftedDatabase, connections: list[Connection]) -> None:
     borrowers = [Borrower(each) for each in connections]
     for lender, other in (borrowers, borrowers[::-1]):
         first = lender.assign("p")
@@ -134,7 +130,7 @@ def test_nodes_whose_clocks_are_wrong_end_leases_and_logins_by_the_database_s(
         until(lambda: not any(each.valid(one.token) for one in borrowers), "the end is heard of")  # noqa: B023
 
 
-def test_a_clock_that_is_set_back_revives_nothing_and_ends_no_lease_early(
+def test_a_clock_set_back_revives_and_shortens_nothing(
     moved: ShiftedDatabase, config: Path, connections: list[Connection]
 ) -> None:
     early = Borrower(connections[0])
@@ -164,7 +160,7 @@ def test_a_clock_that_is_set_back_revives_nothing_and_ends_no_lease_early(
         assert (third.token, third.fence) == (first.token, second.fence + 1)
 
 
-async def test_the_holder_of_a_lease_keeps_it_through_a_clock_that_is_set_back(moved: ShiftedDatabase) -> None:
+async def test_a_clock_set_back_does_not_cost_a_holder_its_lease(moved: ShiftedDatabase) -> None:
     """A store alone, without the service's clock that never goes back."""
     async with nodes(moved.url, 2, clock=None) as (one, other):
         now = one.clock()

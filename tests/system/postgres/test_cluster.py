@@ -52,14 +52,14 @@ def databases(running: Cluster) -> set[str]:
     return {name for (name,) in running.execute("SELECT datname FROM pg_database")}
 
 
-async def test_a_database_is_the_service_s_own_and_the_service_is_no_superuser(database: str) -> None:
+async def test_the_service_owns_its_database_and_is_no_superuser(database: str) -> None:
     async with connected(database) as connection:
         await connection.execute("CREATE TABLE mine (text text)")
         assert await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is False
         assert await connection.fetchval("SELECT current_database()") == database.rpartition("/")[2]
 
 
-async def test_a_database_starts_as_its_template_and_leaves_it_as_it_was(postgres: Cluster) -> None:
+async def test_a_database_is_an_independent_copy_of_its_template(postgres: Cluster) -> None:
     async with connected(postgres.create("template")) as connection:
         await connection.execute("CREATE TABLE notes AS SELECT 'first' AS text")
     async with connected(postgres.create("like_it", "template")) as connection:
@@ -70,7 +70,7 @@ async def test_a_database_starts_as_its_template_and_leaves_it_as_it_was(postgre
     postgres.drop("template")
 
 
-async def test_a_database_is_dropped_whoever_is_connected(postgres: Cluster) -> None:
+async def test_a_database_is_dropped_despite_connections(postgres: Cluster) -> None:
     async with connected(postgres.create("doomed")) as connection:
         assert "doomed" in databases(postgres)
         postgres.drop("doomed")
@@ -79,7 +79,7 @@ async def test_a_database_is_dropped_whoever_is_connected(postgres: Cluster) -> 
             await connection.fetchval("SELECT 1")
 
 
-async def test_all_connections_of_one_database_are_ended_and_no_other(postgres: Cluster, database: str) -> None:
+async def test_only_connections_of_one_database_are_ended(postgres: Cluster, database: str) -> None:
     url = postgres.create("others")
     async with connected(database) as one, connected(database) as two, connected(url) as other:
         assert postgres.terminate_all(database.rpartition("/")[2]) == 2
@@ -90,7 +90,7 @@ async def test_all_connections_of_one_database_are_ended_and_no_other(postgres: 
     postgres.drop("others")
 
 
-async def test_an_immediate_restart_ends_connections_and_keeps_what_was_committed(private: Cluster) -> None:
+async def test_an_immediate_restart_keeps_what_was_committed(private: Cluster) -> None:
     before = private.url("kept")
     async with connected(before) as connection:
         await connection.execute("INSERT INTO notes VALUES ('committed')")
@@ -104,7 +104,7 @@ async def test_an_immediate_restart_ends_connections_and_keeps_what_was_committe
         assert [note["text"] for note in await connection.fetch("SELECT text FROM notes")] == ["committed"]
 
 
-def test_nobody_is_let_in_between_stop_and_start(private: Cluster) -> None:
+def test_connections_are_refused_between_stop_and_start(private: Cluster) -> None:
     private.stop()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", private.port))
@@ -112,7 +112,7 @@ def test_nobody_is_let_in_between_stop_and_start(private: Cluster) -> None:
     assert private.execute("SELECT 1") == [(1,)]
 
 
-async def test_a_standby_has_what_the_primary_has_and_cannot_be_written_to(private: Cluster) -> None:
+async def test_a_standby_follows_its_primary_and_is_read_only(private: Cluster) -> None:
     with private.standby() as standby:
         private.execute("CREATE TABLE followed AS SELECT 1 AS number", "kept")
         standby.follow(private)
@@ -122,14 +122,12 @@ async def test_a_standby_has_what_the_primary_has_and_cannot_be_written_to(priva
         assert standby.execute("SELECT number FROM followed", "kept") == [(1,)]
 
 
-def test_only_the_shared_server_trusts_the_machine_and_both_wait_for_their_commits(
-    postgres: Cluster, private: Cluster
-) -> None:
+def test_only_the_shared_server_runs_without_fsync(postgres: Cluster, private: Cluster) -> None:
     assert [running.execute("SHOW fsync") for running in (postgres, private)] == [[("off",)], [("on",)]]
     assert [running.execute("SHOW synchronous_commit") for running in (postgres, private)] == [[("on",)]] * 2
 
 
-def test_a_server_ends_with_its_data_when_its_test_run_is_killed() -> None:
+def test_a_server_ends_when_its_test_run_is_killed() -> None:
     programs()
     command = [sys.executable, "-c", _VICTIM]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as victim:
@@ -166,7 +164,7 @@ def test_programs_run_from_where_only_root_can_enter(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("everything", "raised"), [("0", pytest.skip.Exception), ("1", AssertionError)])
-def test_without_programs_a_test_is_skipped_unless_all_must_run(
+def test_without_programs_a_test_is_skipped_or_fails(
     everything: str, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENAUTH_POSTGRES", str(tmp_path))

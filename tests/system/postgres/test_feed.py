@@ -30,9 +30,7 @@ from tokenauth.stores.postgres import listener as feed
 # How news come.
 
 
-async def test_news_come_by_notification_long_before_the_next_heartbeat(
-    monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node]
-) -> None:
+async def test_removals_arrive_by_notification_at_once(monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node]) -> None:
     monkeypatch.setattr(feed, "HEARTBEAT", HOUR)
     here, there = nodes
     await there.heard()  # from now on it waits for an hour
@@ -43,7 +41,7 @@ async def test_news_come_by_notification_long_before_the_next_heartbeat(
 
 
 @pytest.mark.parametrize(("channel", "polls"), [("elsewhere", 0), ("", 1)], ids=["unheard", "refused"])
-async def test_where_there_are_no_notifications_news_come_with_the_heartbeat(
+async def test_without_notifications_heartbeats_bring_removals(
     monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node], url: str, channel: str, polls: int
 ) -> None:
     """To listen to nothing is an error in PostgreSQL, as all of LISTEN is in some that resemble it."""
@@ -71,9 +69,7 @@ async def test_while_the_feed_is_lost_every_token_is_looked_up(nodes: Sequence[N
 
 
 @pytest.mark.usefixtures("patient")
-async def test_when_the_feed_is_back_the_cache_has_lost_what_was_removed_and_nothing_else(
-    nodes: Sequence[Node], network: Proxy
-) -> None:
+async def test_a_returning_feed_drops_only_removed_tokens(nodes: Sequence[Node], network: Proxy) -> None:
     here, there = nodes
     await here.remove(TOKENS[0])
     await there.heard()
@@ -103,16 +99,14 @@ async def test_a_lost_feed_is_logged_once_and_so_is_its_return(nodes: Sequence[N
 
 @pytest.mark.parametrize("change", LOGS)
 @pytest.mark.usefixtures("patient")
-async def test_whatever_becomes_of_the_log_no_removal_is_missed(
+async def test_no_damage_to_the_log_hides_a_removal(
     nodes: Sequence[Node], network: Proxy, url: str, change: str
 ) -> None:
     await change_the_log(nodes, network, url, change, 2)
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_log_that_begins_with_a_gap_is_not_taken_for_complete(
-    nodes: Sequence[Node], network: Proxy, url: str
-) -> None:
+async def test_a_log_that_begins_with_a_gap_is_incomplete(nodes: Sequence[Node], network: Proxy, url: str) -> None:
     """A node that started with an empty log may have missed what was removed and trimmed since."""
     here, there = nodes
     await lose(there, network)
@@ -140,7 +134,7 @@ async def test_more_removals_than_are_read_at_once_are_not_missed(
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_node_that_nobody_asks_does_not_gather_news_for_ever(
+async def test_an_idle_node_does_not_queue_removals_without_end(
     monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node]
 ) -> None:
     """One that only lends pool tokens, or waits as a spare, hears of removals all the same."""

@@ -37,7 +37,7 @@ Break = Callable[[Proxy, Only], None]
     [(Proxy.freeze, listener), (Proxy.cut, listener), (Proxy.cut, every)],
     ids=["half-open", "cut", "all-cut"],
 )
-def test_a_removal_is_refused_by_the_other_node_within_the_bound(two: Pair, what: Break, only: Only) -> None:
+def test_the_other_node_refuses_within_the_bound(two: Pair, what: Break, only: Only) -> None:
     with Connection(two.here.port) as here, Connection(two.there.port) as there:
         ended, good = here.log_in(), here.log_in()
         assert there.valid(ended)
@@ -53,7 +53,7 @@ def test_a_removal_is_refused_by_the_other_node_within_the_bound(two: Pair, what
         watch.until_valid(good)
 
 
-def test_a_node_that_was_stopped_does_not_answer_from_what_it_knew(two: Pair) -> None:
+def test_a_resumed_node_does_not_trust_its_old_cache(two: Pair) -> None:
     """All that was asked meanwhile waits in its sockets, and is answered in its first turns."""
     with Connection(two.here.port) as here:
         ended, good = here.log_in(), here.log_in()
@@ -76,9 +76,7 @@ _SLOW = """
 """Holds up those who read the log, after they have begun, for as long as somebody holds lock 7."""
 
 
-async def test_what_a_node_has_refused_it_does_not_take_again_when_its_feed_becomes_sure(
-    monkeypatch: pytest.MonkeyPatch, postgres: Cluster
-) -> None:
+async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.MonkeyPatch, postgres: Cluster) -> None:
     """A node in doubt asks for the log. Before the answer comes a token is removed elsewhere, and refused here."""
     url = database_of(postgres)
     name = url.rpartition("/")[2]
@@ -121,7 +119,7 @@ async def test_what_a_node_has_refused_it_does_not_take_again_when_its_feed_beco
     offset=st.floats(1e9, 2e9),
     answers=st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 3), min_size=1),
 )
-def test_a_process_is_never_ahead_of_the_databases_clock_and_behind_by_no_more_than_an_answer_took(
+def test_a_process_lags_the_database_clock_by_one_answer(
     start: float, offset: float, answers: list[tuple[float, float, float]]
 ) -> None:
     """Each answer: how long until it was asked for, until the database read its clock, and until it was heard."""
@@ -140,7 +138,7 @@ def test_a_process_is_never_ahead_of_the_databases_clock_and_behind_by_no_more_t
             assert -1e-5 <= behind <= least + 1e-5  # what a float of such a size cannot hold
 
 
-def test_when_the_databases_clock_is_set_back_a_process_follows_but_its_time_does_not_go_back(
+def test_a_database_clock_set_back_moves_no_time_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0

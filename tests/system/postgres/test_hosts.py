@@ -21,9 +21,7 @@ def several(database: str, *ports: int) -> str:
 
 @pytest.mark.parametrize("first", ["silent", "refusing"])
 @pytest.mark.parametrize("place", [0, 1])
-async def test_a_host_that_does_not_answer_holds_up_nobody(
-    postgres: Cluster, database: str, first: str, place: int
-) -> None:
+async def test_a_silent_host_delays_no_connection(postgres: Cluster, database: str, first: str, place: int) -> None:
     with Proxy(postgres.port) as proxy:
         proxy.freeze() if first == "silent" else proxy.cut()
         ports = [proxy.port, postgres.port] if place == 0 else [postgres.port, proxy.port]
@@ -33,7 +31,7 @@ async def test_a_host_that_does_not_answer_holds_up_nobody(
         await store.stop(START)
 
 
-async def test_where_no_host_answers_all_are_named_and_the_start_fails(postgres: Cluster, database: str) -> None:
+async def test_a_start_without_a_host_names_all_of_them(postgres: Cluster, database: str) -> None:
     with Proxy(postgres.port) as proxy, Proxy(postgres.port) as other:
         proxy.cut()
         other.cut()
@@ -84,7 +82,7 @@ def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
         "tokenauth:sec/ret@db.example.com",
     ],
 )
-def test_a_password_that_is_not_encoded_is_refused_and_not_shown(url: str) -> None:
+def test_an_unencoded_password_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^database.url: ") as refused:
         open_store(config.Database(f"postgresql+asyncpg://{url}"), 10)
     assert not any(part in str(refused.value) for part in ("hunter", "secret", "ret@", "er2", "w:rd"))
@@ -94,12 +92,12 @@ def test_a_password_that_is_not_encoded_is_refused_and_not_shown(url: str) -> No
     "options",
     ["host=a&host=b", "host=a:5432&host=b", "host=a,b&port=5432", "port=x", "prepared_statement_cache_size=x"],
 )
-def test_options_that_do_not_fit_together_are_refused_in_one_line(options: str) -> None:
+def test_conflicting_options_are_refused_in_one_line(options: str) -> None:
     with pytest.raises(ConfigError, match=r"^database.url: has options that do not fit together"):
         open_store(config.Database(f"postgresql+asyncpg://ann@/tokenauth?{options}"), 10)
 
 
-async def test_a_port_that_is_none_is_one_line() -> None:
+async def test_an_invalid_port_is_refused_in_one_line() -> None:
     store = open_store(config.Database("postgresql+asyncpg://ann@127.0.0.1:99999/tokenauth"), 10)
     with pytest.raises(StartError, match=r"tokenauth at 127.0.0.1 cannot be used: OverflowError"):
         await store.start()

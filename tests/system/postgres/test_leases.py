@@ -39,7 +39,7 @@ def values(lent: Sequence[PoolToken | None]) -> set[str]:
 
 
 @pytest.mark.parametrize("locked", [1, 30, 350], ids=["one", "some", "more-than-are-looked-over-at-first"])
-async def test_what_others_have_locked_is_left_out_and_not_waited_for(url: str, three: Nodes, locked: int) -> None:
+async def test_locked_tokens_are_skipped_without_waiting(url: str, three: Nodes, locked: int) -> None:
     """Whoever waited would be told after some seconds that the store does not answer: nothing unlocks the rows."""
     names = [f"t{number:03}" for number in range(locked + 40)]
     await three[0].pools.add(POOL, names, START)
@@ -52,7 +52,7 @@ async def test_what_others_have_locked_is_left_out_and_not_waited_for(url: str, 
     assert None not in again
 
 
-async def test_three_machines_lend_all_there_is_to_as_many_callers(three: Nodes) -> None:
+async def test_three_machines_lease_each_token_once(three: Nodes) -> None:
     await three[0].pools.add(POOL, [f"t{number}" for number in range(90)], START)
     for fence in range(1, 4):
         lent = await lease(three, 90, START + 60 * fence)
@@ -61,7 +61,7 @@ async def test_three_machines_lend_all_there_is_to_as_many_callers(three: Nodes)
         assert {token.fence for token in lent if token} == {fence}
 
 
-async def test_who_gives_back_before_he_takes_always_finds_one_of_as_many_as_there_are_callers(three: Nodes) -> None:
+async def test_a_client_that_releases_first_always_finds_a_token(three: Nodes) -> None:
     await three[0].pools.add(POOL, ["a", "b", "c"], START)
 
     async def take_turns(node: PostgresStore, holder: str) -> int:
@@ -80,7 +80,7 @@ async def test_who_gives_back_before_he_takes_always_finds_one_of_as_many_as_the
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_a_pool_made_smaller_never_lends_more_than_its_capacity(three: Nodes, seed: int) -> None:
+async def test_a_smaller_pool_never_leases_more_than_its_capacity(three: Nodes, seed: int) -> None:
     """Twelve are lent when it shrinks to six: six of them end with their leases, and each keeps a free one back."""
     chance = random.Random(seed)
     large = replace(POOL, capacity=12, prefill=True)

@@ -116,7 +116,7 @@ def machine(postgres: Cluster, time: HandTime) -> Iterator[Opener]:
 @pytest.mark.parametrize(
     ("rows", "sentences"), [(NoLock, ["certainly held it until", "one and the same fence", "2 leases"]), (Sound, [])]
 )
-def test_a_store_that_selects_without_a_lock_and_then_updates_is_found_out_when_it_lends(
+def test_the_check_detects_an_assign_without_a_lock(
     history: History, machine: Opener, monkeypatch: pytest.MonkeyPatch, rows: type[PoolRows], sentences: list[str]
 ) -> None:
     monkeypatch.setattr(pool_verbs, "PoolRows", rows)
@@ -139,7 +139,7 @@ def test_a_store_that_selects_without_a_lock_and_then_updates_is_found_out_when_
         (True, []),
     ],
 )
-def test_a_store_that_lets_a_stale_holder_release_is_found_out(
+def test_the_check_detects_a_release_by_a_stale_holder(
     history: History,
     time: HandTime,
     machine: Opener,

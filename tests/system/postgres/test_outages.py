@@ -95,7 +95,7 @@ STARTS = {
 
 @pytest.mark.parametrize("case", STARTS)
 @pytest.mark.usefixtures("locked")
-def test_a_database_that_cannot_be_used_is_named_in_one_line_without_the_password(
+def test_an_unusable_database_is_named_without_its_password(
     postgres: Cluster, database: str, tmp_path: Path, case: str
 ) -> None:
     address, said = STARTS[case]
@@ -127,9 +127,7 @@ async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.Monk
 
 
 @pytest.mark.faults
-def test_a_statement_that_hangs_on_the_only_connection_is_503_and_leaves_nothing_behind(
-    postgres: Cluster, database: str, tmp_path: Path
-) -> None:
+def test_a_hanging_statement_is_503_and_has_no_effect(postgres: Cluster, database: str, tmp_path: Path) -> None:
     """Who needs the connection meanwhile is refused, too; tokens that are known are judged all the time."""
     config = postgres_config(tmp_path, database, POOL, connections=1)
     with worker(config) as server, Connection(server.port) as connection, ThreadPoolExecutor(3) as others:
@@ -156,9 +154,7 @@ def test_a_statement_that_hangs_on_the_only_connection_is_503_and_leaves_nothing
             end.close()
 
 
-def test_a_database_that_became_read_only_refuses_writes_and_no_valid_token(
-    postgres: Cluster, database: str, tmp_path: Path
-) -> None:
+def test_a_read_only_database_refuses_writes_only(postgres: Cluster, database: str, tmp_path: Path) -> None:
     """A log-out is held in memory, and written as soon as that is possible."""
     name = name_of(database)
     config = postgres_config(tmp_path, database, POOL)
@@ -188,7 +184,7 @@ def test_a_database_that_became_read_only_refuses_writes_and_no_valid_token(
         check_log(server)
 
 
-def test_a_name_that_postgresql_cannot_hold_is_no_fault_of_the_server(database: str, tmp_path: Path) -> None:
+def test_a_name_postgresql_cannot_store_is_no_5xx(database: str, tmp_path: Path) -> None:
     with worker(postgres_config(tmp_path, database)) as server, Connection(server.port) as connection:
         token = connection.log_in()
         for method in ("GET", "DELETE"):
@@ -200,7 +196,7 @@ def test_a_name_that_postgresql_cannot_hold_is_no_fault_of_the_server(database: 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("committed", [True, False], ids=["cut", "terminated"])
-def test_a_connection_that_breaks_while_it_commits_is_503_whatever_came_of_it(
+def test_a_connection_lost_during_commit_is_503(
     postgres: Cluster, database: str, tmp_path: Path, committed: bool
 ) -> None:
     """A log-out is answered: it is done again."""
@@ -232,9 +228,7 @@ def test_a_connection_that_breaks_while_it_commits_is_503_whatever_came_of_it(
             check_log(server)
 
 
-def test_thirty_racing_holders_on_two_workers_break_no_promise(
-    postgres: Cluster, database: str, tmp_path: Path
-) -> None:
+def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str, tmp_path: Path) -> None:
     """As on SQLite: time jumps while requests are under way, often to just before a lease ends."""
     clock = HandClock(tmp_path / "clock", create=True)
     with two_workers(postgres_config(tmp_path, database, POOLS % {"lease_ttl": LEASE_TTL}), clock) as servers:

@@ -134,7 +134,7 @@ ASKED: dict[str, Ask] = {
 }
 
 
-async def test_what_is_planned_while_tables_are_empty_costs_no_more_when_they_have_grown(direct: Direct) -> None:
+async def test_plans_of_empty_tables_stay_cheap_when_they_grow(direct: Direct) -> None:
     for ask in ASKED.values():
         await direct.looked_at(ask)
     for statement in _FILL:

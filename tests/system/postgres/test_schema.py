@@ -83,12 +83,12 @@ async def test_primary_keys_spread(url: str) -> None:
     }
 
 
-async def test_values_are_in_the_order_of_their_characters_whatever_the_database_s_language(url: str) -> None:
+async def test_values_sort_by_code_point_in_any_locale(url: str) -> None:
     columns = "SELECT collation_name FROM information_schema.columns WHERE table_name = 'pool_tokens'"
     assert await fetch(url, f"{columns} AND column_name = 'value'") == [("C",)]
 
 
-async def test_no_sequence_is_asked_when_tokens_are_issued_or_lent(url: str) -> None:
+async def test_issuing_and_leasing_use_no_sequence(url: str) -> None:
     async with nodes(url) as (store,):
         await store.pools.add(Pool("p", 60), ["t1"], START)
         before = dict(await fetch(url, SEQUENCES))
@@ -127,21 +127,21 @@ def start_together(url: str, count: int, directory: Path) -> None:
     assert events == ["schema_upgraded"], "one made it, and nobody had any trouble"
 
 
-def test_three_nodes_that_start_at_once_on_an_empty_database_all_end_well(database: str, tmp_path: Path) -> None:
+def test_three_nodes_upgrade_an_empty_database_at_once(database: str, tmp_path: Path) -> None:
     start_together(database, 3, tmp_path)
 
 
 _OTHERS_UPGRADE = "SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))"
 
 
-async def test_a_start_that_has_nothing_to_upgrade_waits_for_nobody(url: str) -> None:
+async def test_a_start_without_an_upgrade_takes_no_lock(url: str) -> None:
     async with connected(url) as other, other.transaction():
         await other.execute(_OTHERS_UPGRADE)
         async with asyncio.timeout(10), nodes(url) as (node,):
             assert await node.ready() is None
 
 
-async def test_a_start_that_waits_for_an_upgrade_says_so_and_ends_when_told_to(database: str, tmp_path: Path) -> None:
+async def test_a_start_logs_its_wait_for_an_upgrade_and_can_stop(database: str, tmp_path: Path) -> None:
     config = write_config_for(database, tmp_path)
     command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
     async with connected(database) as other, other.transaction():
@@ -152,7 +152,7 @@ async def test_a_start_that_waits_for_an_upgrade_says_so_and_ends_when_told_to(d
             assert await asyncio.to_thread(server.process.wait, 20) == 0
 
 
-async def test_a_later_step_is_taken_while_older_nodes_serve_and_they_can_start_on_it(url: str, tmp_path: Path) -> None:
+async def test_older_nodes_serve_and_start_after_a_later_step(url: str, tmp_path: Path) -> None:
     async with nodes(url) as (old,):
         await old.tokens.add(token(1), 0, START)
         with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
@@ -178,7 +178,7 @@ async def serve(store: Any) -> None:
     assert await store.pools.remove(pool, "t1", START)
 
 
-async def test_a_newer_generation_is_refused_and_whoever_runs_says_that_it_came(url: str, tmp_path: Path) -> None:
+async def test_a_newer_generation_is_refused_and_logged(url: str, tmp_path: Path) -> None:
     async with nodes(url) as (old,):
         with newer_release(tmp_path, NEXT_GENERATION, *COLUMNS):
             assert await start(url) is None
@@ -194,9 +194,7 @@ async def test_a_newer_generation_is_refused_and_whoever_runs_says_that_it_came(
 @pytest.mark.parametrize(
     "failure", ["op.drop_column('tokens', 'nothing')", "raise RuntimeError"], ids=["in-the-database", "in-the-program"]
 )
-async def test_a_migration_that_fails_half_way_leaves_the_schema_as_it_was(
-    url: str, tmp_path: Path, failure: str
-) -> None:
+async def test_a_migration_that_fails_changes_nothing(url: str, tmp_path: Path, failure: str) -> None:
     before = await fetch(url, COLUMNS_OF)
     with newer_release(tmp_path, NEXT_STEP, COLUMNS[0], failure), pytest.raises((StartError, RuntimeError)):
         await start(url)

@@ -8,7 +8,7 @@ from tokenauth.stores.postgres.connections import _SETTINGS
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
 
 
-def test_the_guide_names_to_pgbouncer_all_that_is_sent_and_sets_it_for_the_role() -> None:
+def test_the_guide_gives_pgbouncer_every_parameter_sent() -> None:
     ignored = re.findall(r"^ignore_startup_parameters = (.*)$", GUIDE, re.MULTILINE)
     assert [line.split(",") for line in ignored] == [[name for name in _SETTINGS if name != "application_name"]]
     of_the_role = dict(re.findall(r"^ALTER ROLE tokenauth SET (\w+) = '(.*)';$", GUIDE, re.MULTILINE))

@@ -69,7 +69,7 @@ def converse(port: int, sent: bytes, segments: str) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", heard) if status != b"100"]
 
 
-def test_an_application_behind_forward_auth_gets_no_body_as_a_request(proxy: Proxy, ann: str) -> None:
+def test_no_body_reaches_the_application_as_a_request(proxy: Proxy, ann: str) -> None:
     """Nor CONNECT, which has none of its own: many servers read what follows it as the next request."""
     proxy.upstream.take()
     answers = converse_all(proxy.port, f"X-Token: {ann}\r\n")

@@ -27,7 +27,7 @@ PASS_ON = {"traefik", "envoy"}
 """They tell the client what the issuer said, also if it is neither 401 nor 403."""
 
 
-def test_nobody_passes_while_the_issuer_is_stopped(proxy: Proxy, ann: str) -> None:
+def test_no_request_passes_while_the_issuer_is_down(proxy: Proxy, ann: str) -> None:
     assert proxy.ask("/", ann)[0].status == 200
     proxy.line.stop()
     for tokens in ([ann], [], ["x" * 64]):
@@ -37,7 +37,7 @@ def test_nobody_passes_while_the_issuer_is_stopped(proxy: Proxy, ann: str) -> No
     assert proxy.ask("/", ann)[0].status == 200
 
 
-def test_a_connection_that_the_issuer_ends_meanwhile_refuses_nobody(proxy: Proxy, ann: str) -> None:
+def test_a_connection_closed_when_idle_refuses_no_request(proxy: Proxy, ann: str) -> None:
     """It ends those that were idle for some seconds, maybe just when the proxy asks again."""
     for _ in range(5):
         assert proxy.ask("/", ann)[0].status == 200
@@ -49,7 +49,7 @@ def test_a_connection_that_the_issuer_ends_meanwhile_refuses_nobody(proxy: Proxy
 
 
 @pytest.mark.parametrize("said", ANSWERS)
-def test_nobody_passes_by_an_answer_that_the_issuer_never_gives(proxy: Proxy, ann: str, said: str) -> None:
+def test_no_other_status_lets_a_request_pass(proxy: Proxy, ann: str, said: str) -> None:
     with proxy.line.saying(ANSWERS[said]):
         reply, arrived = proxy.ask("/", ann)
     assert not arrived
@@ -58,13 +58,13 @@ def test_nobody_passes_by_an_answer_that_the_issuer_never_gives(proxy: Proxy, an
 
 
 @pytest.mark.parametrize("name", ["X-Auth-User", "X-Auth-Scopes", "X-Auth-Expires"])
-def test_a_name_that_the_issuer_leaves_out_is_not_taken_from_the_client(proxy: Proxy, ann: str, name: str) -> None:
+def test_a_missing_user_is_not_taken_from_the_client(proxy: Proxy, ann: str, name: str) -> None:
     with proxy.line.saying(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
         _, arrived = proxy.ask("/", ann, headers=[(name, "mallory")])
     assert b"mallory" not in b"".join(value for request in arrived for _, value in request.headers)
 
 
-def test_nobody_waits_long_for_an_issuer_that_hangs(start: Start, ann: str) -> None:
+def test_no_request_waits_long_for_a_hanging_issuer(start: Start, ann: str) -> None:
     """All proxies at once, since each waits for the two seconds that its configuration says."""
 
     def attempt(name: str) -> None:

@@ -161,7 +161,7 @@ def test_no_odd_target_passes_without_a_token(proxy: Proxy, target: str) -> None
 @pytest.mark.parametrize(
     "target", ["/a/b", "/a%20b", "/%C3%A4", "/a+b", "/~a", "/a,b", "/a:b@c", "/a.b", "/a/", "/reports%20"]
 )
-def test_other_paths_come_to_the_application_in_the_same_meaning(proxy: Proxy, ann: str, target: str) -> None:
+def test_other_paths_reach_the_application_unchanged(proxy: Proxy, ann: str, target: str) -> None:
     reply, [request] = proxy.ask(target + "?q=%2f%25", ann)
     assert reply.status == 200
     path, _, query = request.target.partition(b"?")
