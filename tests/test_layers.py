@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 LAYERS = [
     {"models", "clock", "errors", "values", "logs", "file_descriptors"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
-    {"tokens", "pools", "credentials", "throttle", "revocation_queue", "revocation_ledger", "risks"},
+    {"tokens", "pools", "credentials", "throttle", "revocation_queue", "risks"},
     {"service", "sweeper"},
     {"web"},
     {"web.routes", "web.dialects"},

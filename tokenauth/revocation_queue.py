@@ -1,118 +1,176 @@
-"""Revocations that the store could not take yet: held in memory, and written as soon as it can."""
+"""Revocations that the store could not take yet. They are held in memory and written as soon as it can.
+
+Each worker has a RevocationQueue. The main process has a HeldRevocations and passes each RevocationUpdate on, so that
+all workers of the machine refuse what one of them holds.
+"""
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from time import monotonic
 
+import msgspec
+
 from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater, StoreUnavailable
 from tokenauth.logs import log, whereabouts
-from tokenauth.models import public_id
-from tokenauth.revocation_ledger import MAX_HELD, News, log_lost
+from tokenauth.models import Instant, public_id
 from tokenauth.stores.store import Store
 
-MAX_OF_NETWORK = 1_000
-"""Held revocations of one network at the most: a stranger who sends made-up tokens must not fill the queue."""
+MAX_HELD = 100_000
+"""Maximum number of revocations held: about 15 MB."""
+
+MAX_PER_NETWORK = 1_000
+"""Maximum number held for one network: a stranger who sends made-up tokens must not fill the queue."""
 
 RETRY = 1.0
-"""Seconds between two attempts to write them."""
+"""Seconds between two attempts to write."""
 
-_TOGETHER = 100
-"""How many are written at a time; they share a commit."""
+_BATCH = 100
+"""Number of revocations written at a time. They share a commit."""
 
-_LAST_CHANCE = 5.0
-"""Seconds, at least, in which they are still written when the worker stops."""
+_MIN_CLOSE_TIME = 5.0
+"""Seconds for which a worker that stops still tries to write, at least."""
+
+
+class RevocationUpdate(msgspec.Struct, omit_defaults=True):
+    """A change to what one worker holds, for the others. Times are of the monotonic clock, the same for all of them."""
+
+    held: dict[bytes, str] = {}
+    """Digests of tokens to refuse, each with the network that revoked it."""
+    written: list[bytes] = []
+    """Digests that the store has taken since."""
+    dropped: int = 0
+    """Number of revocations beyond MAX_HELD. While there are any, no token may be accepted."""
+    dropped_at: Instant = 0.0
+    """When the last of those was dropped."""
+    all_revoked_at: Instant = 0.0
+    """All tokens issued before this time have been revoked."""
+
+
+class HeldRevocations:
+    """What the workers of a machine hold, in the main process: for new workers, and for the log at the end."""
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, tuple[str, Instant]] = {}
+        self._dropped = 0
+        self._dropped_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def apply(self, update: RevocationUpdate) -> None:
+        now = monotonic()
+        for digest, network in update.held.items():
+            if len(self._held) < MAX_HELD:  # a worker that receives more reports them as dropped
+                self._held.setdefault(digest, (network, now))
+        self._dropped += update.dropped
+        self._dropped_at = max(self._dropped_at, update.dropped_at)
+        if self._dropped_at < update.all_revoked_at:
+            self._dropped = 0
+            self._held = {digest: held for digest, held in self._held.items() if held[1] >= update.all_revoked_at}
+        for digest in update.written:
+            self._held.pop(digest, None)
+
+    def snapshot(self) -> RevocationUpdate:
+        """Return the update that brings a new worker to this state."""
+        held = {digest: network for digest, (network, _) in self._held.items()}
+        return RevocationUpdate(held=held, dropped=self._dropped, dropped_at=self._dropped_at)
+
+    def log_lost(self) -> None:
+        """Log what was never written."""
+        _log_lost(self._held, self._dropped)
 
 
 class RevocationQueue:
-    """Holds what has been revoked until it is written, and tells the other workers of the machine, who do the same.
+    """Holds revocations until they are written, and refuses their tokens until then.
 
-    When no more can be held it is full, and it is not known any more which tokens are revoked: then none may be
-    accepted. Once the store can be written again, all tokens end, and the queue is empty.
+    A full queue drops revocations. Then it is not known which tokens are revoked, so none is accepted. When the store
+    can be written again, all tokens are revoked and the queue is emptied.
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.held: dict[bytes, str] = {}
-        self.busy = False
-        """Whether anything is held or was dropped: only then `refuses` need be asked."""
-        self.tell: Callable[[News], None] | None = None
-        """Tells the main process; None where there is none."""
-        self.close_by = 0.0
-        """Until when, by the clock of the event loop, `close` may go on trying."""
+        """Digests, each with the network that revoked it."""
+        self.active = False
+        """Whether anything is held or was dropped. While it is False, no token is refused."""
+        self.publish: Callable[[RevocationUpdate], None] | None = None
+        """Sends an update to the main process; None if there is none."""
+        self.close_deadline = 0.0
+        """When `close` gives up, in the time of the event loop; it tries for _MIN_CLOSE_TIME in any case."""
         self.handed_over = False
-        """Whether other workers go on when this one stops."""
-        self._of_network = Counter[str]()
+        """Whether other workers go on writing when this one stops."""
+        self._per_network = Counter[str]()
         self._store = store
         self._clock = clock
         self._dropped = 0
         self._dropped_at = 0.0
         self._started = self._closing = False
         self._writing: asyncio.Task[None] | None = None
-        self._news: News | None = None
+        self._update: RevocationUpdate | None = None
 
     @property
-    def trouble(self) -> str | None:
-        """Say why no token can be accepted, if none can."""
+    def problem(self) -> str | None:
+        """Why no token can be accepted, or None."""
         return "too many revocations wait to be written: no token is accepted until then" if self._dropped else None
 
     def refuses(self, digest: bytes) -> bool:
-        """Whether a token is revoked here. Raises StoreUnavailable while that cannot be known."""
+        """Return whether a token is revoked here. Raises StoreUnavailable while that is not known."""
         if self._dropped:
             raise StoreUnavailable
         return digest in self.held
 
     def start(self) -> None:
-        """Begin to write: the store has started."""
+        """Start to write: the store is open."""
         self._started = True
-        self._tell_now()
+        self._publish()
         self._changed()
 
     def add(self, digest: bytes, network: str) -> bool:
-        """Take a revocation that could not be written; return False if the network has its share of the queue.
+        """Hold a revocation that could not be written. Return False if the network has used up its share.
 
-        The main process is told in the next turn of the event loop.
+        The main process is told in the next iteration of the event loop.
         """
         if digest in self.held:
             return True
-        if self._of_network[network] >= MAX_OF_NETWORK:
+        if self._per_network[network] >= MAX_PER_NETWORK:
             return False
         if self._hold(digest, network):
             log.error("revocation_held_in_memory", id=public_id(digest), held=len(self.held))
-            self._to_tell().held[digest] = network
+            self._outgoing().held[digest] = network
         self._changed()
         return True
 
-    def take(self, news: News) -> None:
-        """Hold what another worker holds, too, and end what it has ended."""
-        for digest, network in news.held.items():
+    def apply(self, update: RevocationUpdate) -> None:
+        """Hold what another worker holds."""
+        for digest, network in update.held.items():
             if digest not in self.held:
                 self._hold(digest, network)
-        if news.dropped:
-            self._dropped += news.dropped
+        if update.dropped:
+            self._dropped += update.dropped
             self._dropped_at = monotonic()
-        self._all_ended(news.all_ended)
+        self._all_revoked(update.all_revoked_at)
         self._changed()
 
     async def close(self) -> None:
-        """Go on trying to write what is held, for a while, and log what is lost. What others hold is left to them."""
+        """Try to write what is held until the deadline, and log what is lost. With `handed_over`, others write it."""
         self._closing = True
         if self._writing is not None:
             self._writing.cancel()
         if not self.handed_over:
-            last_chance = asyncio.get_running_loop().time() + _LAST_CHANCE
+            earliest = asyncio.get_running_loop().time() + _MIN_CLOSE_TIME
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(max(self.close_by, last_chance)):
+                async with asyncio.timeout_at(max(self.close_deadline, earliest)):
                     await self._write_all()
-        self._tell_now()
-        if self.tell is None:  # else the main process knows whether another worker has written it
-            log_lost(self.held, self._dropped)
+        self._publish()
+        if self.publish is None:  # else the main process knows whether another worker has written it
+            _log_lost(self.held, self._dropped)
 
     def _hold(self, digest: bytes, network: str) -> bool:
-        """Hold one more; return False if it was dropped."""
-        self._of_network[network] += 1
+        """Hold one more. Return False if it was dropped."""
+        self._per_network[network] += 1
         if not self._dropped and len(self.held) < MAX_HELD:
             self.held[digest] = network
             return True
@@ -120,28 +178,28 @@ class RevocationQueue:
             log.error("revocation_queue_full", held=len(self.held), action="all tokens end when the store is back")
         self._dropped += 1
         self._dropped_at = monotonic()
-        news = self._to_tell()
-        news.dropped += 1
-        news.dropped_at = self._dropped_at
+        update = self._outgoing()
+        update.dropped += 1
+        update.dropped_at = self._dropped_at
         return False
 
     def _changed(self) -> None:
-        self.busy = bool(self.held or self._dropped)
-        if self.busy and self._started and not self._closing and self._writing is None:
+        self.active = bool(self.held or self._dropped)
+        if self.active and self._started and not self._closing and self._writing is None:
             self._writing = asyncio.create_task(self._write_later())
 
-    def _to_tell(self) -> News:
-        """Return the news that will be told in the next turn of the event loop."""
-        if self._news is None:
-            self._news = News()
+    def _outgoing(self) -> RevocationUpdate:
+        """Return the update that is published in the next iteration of the event loop."""
+        if self._update is None:
+            self._update = RevocationUpdate()
             if self._started:
-                asyncio.get_running_loop().call_soon(self._tell_now)
-        return self._news
+                asyncio.get_running_loop().call_soon(self._publish)
+        return self._update
 
-    def _tell_now(self) -> None:
-        news, self._news = self._news, None
-        if news is not None and self.tell is not None:
-            self.tell(news)
+    def _publish(self) -> None:
+        update, self._update = self._update, None
+        if update is not None and self.publish is not None:
+            self.publish(update)
 
     async def _write_later(self) -> None:
         try:
@@ -151,39 +209,38 @@ class RevocationQueue:
             self._writing = None
 
     async def _write_all(self) -> None:
-        while self.busy:
+        while self.active:
             await self._write()
-            if self.busy:
+            if self.active:
                 await asyncio.sleep(RETRY)
 
     async def _write(self) -> None:
-        """Write what is held, one first: if that fails, the others would fail likewise."""
         if self._dropped:
-            await self._end_all()
+            await self._revoke_all()
             return
-        together = 1
+        size = 1  # if the first one fails, the others would fail too
         while self.held:
-            batch = list(islice(self.held, together))
+            batch = list(islice(self.held, size))
             if not any(await asyncio.gather(*map(self._write_one, batch))):
                 return
-            together = _TOGETHER
+            size = _BATCH
 
-    async def _end_all(self) -> None:
+    async def _revoke_all(self) -> None:
         began = monotonic()
         try:
             count = await self._store.tokens.remove_all(None, self._clock())
         except Exception as error:
-            _note(error)
+            _log_unexpected(error)
             return
         log.warning("tokens_revoked", user="(all)", count=count, reason="revocation_queue_full")
-        self._to_tell().all_ended = began
-        self._all_ended(began)
+        self._outgoing().all_revoked_at = began
+        self._all_revoked(began)
 
-    def _all_ended(self, began: float) -> None:
-        """Hold nothing any more if all tokens were ended after the last revocation that was dropped."""
+    def _all_revoked(self, began: float) -> None:
+        """Empty the queue if nothing was dropped after `began`."""
         if self._dropped and self._dropped_at < began:
             self.held.clear()
-            self._of_network.clear()
+            self._per_network.clear()
             self._dropped = 0
             self._changed()
 
@@ -191,23 +248,29 @@ class RevocationQueue:
         try:
             removed = await self._store.tokens.remove(digest, self._clock())
         except Exception as error:
-            _note(error)
-            if digest in self.held:  # to the end with it: one that cannot be written must not keep the others waiting
+            _log_unexpected(error)
+            if digest in self.held:  # move it to the end: one that cannot be written must not hold up the others
                 self.held[digest] = self.held.pop(digest)
             return False
         network = self.held.pop(digest, None)
         if network is not None:
-            self._of_network[network] -= 1
-            if not self._of_network[network]:
-                del self._of_network[network]
-        self._to_tell().written.append(digest)
+            self._per_network[network] -= 1
+            if not self._per_network[network]:
+                del self._per_network[network]
+        self._outgoing().written.append(digest)
         self._changed()
         if removed:
             log.info("token_revoked", id=public_id(digest), late=True)
         return True
 
 
-def _note(error: Exception) -> None:
-    """Log what is not merely a store that is down: that is known."""
-    if not isinstance(error, RetryLater):
+def _log_lost(held: Iterable[bytes], dropped: int) -> None:
+    for digest in held:
+        log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
+    if dropped:
+        log.error("revocations_lost", count=dropped, action="revoke all tokens once the store is back")
+
+
+def _log_unexpected(error: Exception) -> None:
+    if not isinstance(error, RetryLater):  # that the store is down is already known
         log.error("unexpected", at=whereabouts(error))

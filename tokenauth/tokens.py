@@ -59,7 +59,7 @@ class Tokens:
             raise
 
     async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> IssuedToken:
-        if self.queue.trouble is not None:  # a new token would end with all others
+        if self.queue.problem is not None:  # a new token would end with all others
             raise StoreUnavailable
         if gone():
             raise ClientGone
@@ -81,7 +81,7 @@ class Tokens:
         token = await self._store.tokens.get(digest)
         if token is None or self._clock() >= token.expires_at:
             return None
-        if self.queue.busy and self.queue.refuses(digest):
+        if self.queue.active and self.queue.refuses(digest):
             return None
         user = self._users.get(token.username)
         return token if user is not None and user.credential == token.credential else None
@@ -168,12 +168,12 @@ class Tokens:
             token
             for token in listed
             if credentials.get(token.username) == token.credential
-            and not (self.queue.busy and self.queue.refuses(token.digest))
+            and not (self.queue.active and self.queue.refuses(token.digest))
         ]
 
     async def ready(self) -> str | None:
         """Say why no token can be accepted, if none can."""
-        return self.queue.trouble
+        return self.queue.problem
 
     async def unexpired(self, username: str | None) -> Sequence[tuple[Token, str]]:
         """List the tokens of a user, or of everybody, that the store has, newest first, at most LIST_LIMIT.

@@ -252,7 +252,7 @@ def test_a_start_leaves_a_foreign_file_unchanged(tmp_path: Path) -> None:
 
 async def test_a_stop_retries_its_queue_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what is lost. Here a writer waits for the lock for longer than that."""
-    monkeypatch.setattr("tokenauth.revocation_queue._LAST_CHANCE", 0.05)
+    monkeypatch.setattr("tokenauth.revocation_queue._MIN_CLOSE_TIME", 0.05)
     service = create_service(loader.load(write_config(tmp_path)))
     async with service.running():
         service.tokens.queue.add(bytes(32), "unknown")

@@ -1,4 +1,4 @@
-"""A log-out is 200 and true whatever the store does: it is held, and when no more can be held no token is accepted."""
+"""A log-out is always answered 200 and holds. When no more can be held in memory, no token is accepted."""
 
 import asyncio
 import pickle
@@ -17,8 +17,7 @@ from tests.support.servers import write_config
 from tokenauth import revocation_queue
 from tokenauth.errors import Overloaded, StoreUnavailable
 from tokenauth.models import Instant, Token
-from tokenauth.revocation_ledger import MAX_HELD, News, RevocationLedger
-from tokenauth.revocation_queue import RevocationQueue
+from tokenauth.revocation_queue import MAX_HELD, HeldRevocations, RevocationQueue, RevocationUpdate
 from tokenauth.server.worker import BEAT, Serve, encode
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
@@ -34,7 +33,7 @@ ADMIN = {"username": "admin", "password": "admin"}
 
 
 class Faulty:
-    """The tokens of a real store, which raises what it is told to."""
+    """The tokens of a real store. It can be made to raise errors."""
 
     def __init__(self, tokens: TokenStore) -> None:
         self._tokens = tokens
@@ -108,7 +107,7 @@ class Scene:
         ]
 
     async def written(self) -> None:
-        """Wait until nothing is held any more."""
+        """Wait until all is written."""
         if self.queue._writing is not None:
             await asyncio.wait_for(self.queue._writing, 5)
         assert self.queue.held == {}
@@ -117,7 +116,7 @@ class Scene:
 @pytest.fixture
 async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     monkeypatch.setattr(revocation_queue, "RETRY", 0.01)
-    monkeypatch.setattr(revocation_queue, "_LAST_CHANCE", 0.1)
+    monkeypatch.setattr(revocation_queue, "_MIN_CLOSE_TIME", 0.1)
     monkeypatch.setattr(revocation_queue, "MAX_HELD", 3)
     config = write_config(tmp_path).read_text().replace('["admin"]', '["admin", "introspect"]')
     (tmp_path / "config.toml").write_text(config)
@@ -149,7 +148,7 @@ async def test_a_logout_holds_on_any_store_error(scene: Scene, what: str, fault:
     scene.store.reading = None
     assert await scene.statuses(token) == REFUSED
     assert await scene.statuses(other) == ALIVE
-    await scene.queue._write()  # in vain: it goes on trying, whatever it was
+    await scene.queue._write()  # fails again, and does not end the retries
     scene.store.writing = None
     await scene.written()
     assert await scene.service.store.tokens.get(digest_of(token)) is None
@@ -158,13 +157,13 @@ async def test_a_logout_holds_on_any_store_error(scene: Scene, what: str, fault:
 
 
 def digest_of(token: str) -> bytes:
-    """Return the digest by which a token is known."""
+    """Return the digest of a token."""
     found = digest(token.encode())
     assert found is not None
     return found
 
 
-async def test_a_held_log_out_is_not_listed_and_only_it_is_200(scene: Scene) -> None:
+async def test_a_held_token_is_not_listed(scene: Scene) -> None:
     token, other = await scene.log_in(), await scene.log_in()
     mine: dict[str, Any] = {"headers": {"X-Token": other}}
     id = (await scene.client.get("/api/me", headers={"X-Token": token})).json()["id"]
@@ -180,8 +179,8 @@ async def test_a_held_log_out_is_not_listed_and_only_it_is_200(scene: Scene) -> 
     assert await scene.service.tokens.ready() is None
 
 
-async def test_when_no_more_can_be_held_no_token_is_accepted(scene: Scene) -> None:
-    """And none lives on that was logged out meanwhile: which ones were is not known, so all end."""
+async def test_a_full_queue_accepts_no_token(scene: Scene) -> None:
+    """When the store is back all tokens end: it is not known which ones were logged out meanwhile."""
     tokens = [await scene.log_in() for _ in range(6)]
     scene.store.writing = StoreUnavailable()
     for token in tokens[:3]:
@@ -204,9 +203,9 @@ async def test_when_no_more_can_be_held_no_token_is_accepted(scene: Scene) -> No
     assert await scene.statuses(await scene.log_in()) == ALIVE
 
 
-async def test_one_network_fills_no_queue_and_then_waits(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stranger with made-up tokens must not bring it about that everybody has to log in again."""
-    monkeypatch.setattr(revocation_queue, "MAX_OF_NETWORK", 2)
+async def test_one_network_cannot_fill_the_queue(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger with made-up tokens must not log everybody out. Further log-outs of the network wait."""
+    monkeypatch.setattr(revocation_queue, "MAX_PER_NETWORK", 2)
     token, other = await scene.log_in(), await scene.log_in()
     scene.store.reading = scene.store.writing = StoreUnavailable()
     for number in range(2):
@@ -223,7 +222,7 @@ async def test_one_network_fills_no_queue_and_then_waits(scene: Scene, monkeypat
     assert await scene.statuses(other) == ALIVE
 
 
-async def test_one_that_cannot_be_written_keeps_no_other_waiting(scene: Scene) -> None:
+async def test_one_bad_write_does_not_hold_up_the_others(scene: Scene) -> None:
     tokens = [await scene.log_in() for _ in range(3)]
     scene.store.writing = StoreUnavailable()
     for token in tokens:
@@ -251,7 +250,7 @@ async def test_a_stop_logs_the_revocations_it_loses(scene: Scene) -> None:
 
 
 async def test_each_revocation_is_queued_once_up_to_a_bound(scene: Scene) -> None:
-    """A log-out that is repeated takes no room, and one of what is no token of this store none while that is known."""
+    """A repeated log-out takes no room, and neither does a value that the store is known not to have."""
     token = await scene.log_in()
     scene.store.writing = StoreUnavailable()
     for _ in range(5):
@@ -263,48 +262,48 @@ async def test_each_revocation_is_queued_once_up_to_a_bound(scene: Scene) -> Non
 
 
 class Machine:
-    """Two workers of one database, and what the main process between them does."""
+    """Two workers of one database, with the main process between them."""
 
     def __init__(self, *services: Service) -> None:
-        self.ledger = RevocationLedger()
+        self.held = HeldRevocations()
         self.services = services
         self.stores = [Faulty(service.store.tokens) for service in services]
         self.queues = [service.tokens.queue for service in services]
         for service, store, queue in zip(services, self.stores, self.queues, strict=True):
             service.store.tokens = store  # type: ignore[misc]
-            queue.tell = partial(self._share, queue)
+            queue.publish = partial(self._share, queue)
 
-    def _share(self, source: RevocationQueue, news: News) -> None:
-        self.ledger.take(news)
+    def _share(self, source: RevocationQueue, update: RevocationUpdate) -> None:
+        self.held.apply(update)
         for queue in self.queues:
             if queue is not source:
-                queue.take(news)
+                queue.apply(update)
 
-    def break_down(self, error: Exception | None) -> None:
-        """Let no store be written; with None, let them be written again."""
+    def fail_writes(self, error: Exception | None) -> None:
+        """Make all writes fail; with None, succeed again."""
         for store in self.stores:
             store.writing = error
 
     async def settled(self) -> None:
-        """Wait until nobody holds anything."""
+        """Wait until all queues are empty."""
         for _ in range(500):
-            if not any(queue.busy for queue in self.queues):
+            if not any(queue.active for queue in self.queues):
                 break
             await asyncio.sleep(0.01)
-        assert not any(queue.busy for queue in self.queues)
-        assert (len(self.ledger), self.ledger.news().dropped) == (0, 0)
+        assert not any(queue.active for queue in self.queues)
+        assert (len(self.held), self.held.snapshot().dropped) == (0, 0)
 
 
 @pytest.fixture
 async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     monkeypatch.setattr(revocation_queue, "RETRY", 0.01)
-    monkeypatch.setattr(revocation_queue, "_LAST_CHANCE", 0.1)
+    monkeypatch.setattr(revocation_queue, "_MIN_CLOSE_TIME", 0.1)
     monkeypatch.setattr(revocation_queue, "MAX_HELD", 3)
     settings = loader.load(write_config(tmp_path))
     here, there = create_service(settings), create_service(settings)
     async with here.running(), there.running():
         yield (machine := Machine(here, there))
-        machine.break_down(None)
+        machine.fail_writes(None)
 
 
 async def log_in(service: Service) -> bytes:
@@ -313,7 +312,7 @@ async def log_in(service: Service) -> bytes:
 
 
 async def is_valid(service: Service, value: bytes) -> bool | None:
-    """Whether a worker accepts a token; None if it does not know."""
+    """Return whether a worker accepts a token; None if it cannot tell."""
     try:
         return await service.tokens.validate(value) is not None
     except StoreUnavailable:
@@ -323,68 +322,68 @@ async def is_valid(service: Service, value: bytes) -> bool | None:
 async def test_all_workers_refuse_a_queued_revocation(machine: Machine) -> None:
     here = machine.services[0]
     ended, kept = await log_in(here), await log_in(here)
-    machine.break_down(StoreUnavailable())
+    machine.fail_writes(StoreUnavailable())
     await here.tokens.log_out([ended], "192.0.2.1")
     assert [await is_valid(service, ended) for service in machine.services] == [False, False]
-    assert list(machine.ledger.news().held) == [digest_of(ended.decode())]
-    machine.stores[1].writing = None  # the other one can write
+    assert list(machine.held.snapshot().held) == [digest_of(ended.decode())]
+    machine.stores[1].writing = None  # the other worker can write
     for _ in range(500):
-        if not len(machine.ledger):
+        if not len(machine.held):
             break
         await asyncio.sleep(0.01)
-    assert machine.queues[0].busy
+    assert machine.queues[0].active
     assert await is_valid(here, ended) is False
-    machine.break_down(None)
+    machine.fail_writes(None)
     await machine.settled()
     assert [await is_valid(service, ended) for service in machine.services] == [False, False]
     assert [await is_valid(service, kept) for service in machine.services] == [True, True]
 
 
 async def test_a_full_queue_refuses_all_tokens_on_every_worker(machine: Machine) -> None:
-    """Also that of one who comes later; and once they have ended no worker ends them a second time."""
+    """Also a worker that starts later. Once one has ended all tokens, no other ends them a second time."""
     here, there = machine.services
     tokens = [await log_in(here) for _ in range(5)]
-    machine.break_down(StoreUnavailable())
+    machine.fail_writes(StoreUnavailable())
     for token in tokens[:4]:
         await here.tokens.log_out([token], "192.0.2.1")
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [None, None]
     late = RevocationQueue(there.store, there.clock)
-    late.take(machine.ledger.news())
-    assert late.trouble is not None
+    late.apply(machine.held.snapshot())
+    assert late.problem is not None
     machine.stores[0].writing = None
     for _ in range(500):
-        if not machine.queues[1].busy:
+        if not machine.queues[1].active:
             break
         await asyncio.sleep(0.01)
-    await machine.settled()  # although the other one cannot write
-    machine.break_down(None)
+    await machine.settled()  # although the other worker cannot write
+    machine.fail_writes(None)
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
     new = await log_in(there)
     await asyncio.sleep(0.05)
     assert [await is_valid(service, new) for service in machine.services] == [True, True]
 
 
-async def test_workers_that_fill_up_together_accept_nothing(machine: Machine) -> None:
-    """Each has room, but both have not."""
+async def test_queues_that_are_full_together_accept_nothing(machine: Machine) -> None:
+    """Each queue has room for its own, but not for both."""
     here, there = machine.services
     tokens = [await log_in(here) for _ in range(5)]
-    machine.break_down(StoreUnavailable())
+    machine.fail_writes(StoreUnavailable())
     for token, service in zip(tokens, (here, there, here, there), strict=False):
         await service.tokens.log_out([token], "192.0.2.1")
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [None, None]
-    machine.break_down(None)
+    machine.fail_writes(None)
     await machine.settled()
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
 
 
 def test_one_message_hands_over_100_000_revocations() -> None:
-    """It costs less than a beat of the worker, and the main process keeps no more."""
-    ledger = RevocationLedger()
+    """It takes less time than a heartbeat, and the main process holds no more than MAX_HELD."""
+    held = HeldRevocations()
     digests = [number.to_bytes(32) for number in range(MAX_HELD + 1)]
     began = time.process_time()
-    ledger.take(News(held=dict.fromkeys(digests, "192.0.2.0/24")))
-    order = pickle.loads(encode(Serve(Path("x"), Config(), ledger.news())))  # noqa: S301  (its own)
-    assert len(order.held.held) == len(ledger) == MAX_HELD
+    held.apply(RevocationUpdate(held=dict.fromkeys(digests, "192.0.2.0/24")))
+    order = pickle.loads(encode(Serve(Path("x"), Config(), held.snapshot())))  # noqa: S301  (its own)
+    assert len(order.held.held) == len(held) == MAX_HELD
     assert time.process_time() - began < BEAT
-    ledger.take(News(written=digests))
-    assert len(ledger) == 0
+    held.apply(RevocationUpdate(written=digests))
+    assert len(held) == 0

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from tokenauth import logs
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
-from tokenauth.revocation_ledger import News, RevocationLedger
+from tokenauth.revocation_queue import HeldRevocations, RevocationUpdate
 from tokenauth.server.acceptor import stop_handshakes
 from tokenauth.server.channel import Channel
 from tokenauth.server.worker import BEAT, GRACE, ChangeUsers, Order, Report, Serve, Stop, encode
@@ -259,7 +259,7 @@ class Supervisor:
         self._places = [_Place() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
-        self._ledger = RevocationLedger()
+        self._held = HeldRevocations()
         self._served = False
         self._stopping = False
         self._told_to_stop = -math.inf
@@ -282,7 +282,7 @@ class Supervisor:
                     self._troubled = True
                     with suppress(Exception):
                         log.error("main_process_failed", step=step.__name__.strip("_"), reason=logs.describe(error))
-        self._ledger.log_lost()
+        self._held.log_lost()
         return self._exit_code
 
     def _workers(self) -> Iterator[_Worker]:
@@ -360,14 +360,14 @@ class Supervisor:
                 if worker.kill_at < math.inf:
                     worker.kill_at = worker.began + GRACE + _MARGIN
                 self._served = True
-            if report.news is not None:
-                self._share(report.news, worker)
+            if report.revocations is not None:
+                self._share(report.revocations, worker)
 
-    def _share(self, news: News, source: _Worker) -> None:
-        """Note what a worker says of held revocations, and have all others refuse what it holds."""
-        self._ledger.take(news)
-        if news.held or news.dropped or news.all_ended:
-            self._send([worker for worker in self._workers() if worker is not source], replace(news, written=[]))
+    def _share(self, update: RevocationUpdate, source: _Worker) -> None:
+        """Pass on what a worker holds, so that all others refuse it too."""
+        self._held.apply(update)
+        if update.held or update.dropped or update.all_revoked_at:
+            self._send([worker for worker in self._workers() if worker is not source], replace(update, written=[]))
 
     def _send(self, workers: Iterable[_Worker], order: Order) -> None:
         encoded = encode(order)
@@ -466,7 +466,7 @@ class Supervisor:
         if self._reload is not None:
             users = self._reload.settings.users
             settings = replace(settings, users=users) if current else self._reload.settings
-        order = encode(Serve(self._path, settings, self._ledger.news()))
+        order = encode(Serve(self._path, settings, self._held.snapshot()))
         worker = _Worker(self._listener, self._log_fd)
         try:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -538,7 +538,7 @@ class Supervisor:
                 if place.worker is not None:
                     self._retire(place.worker)
             users, pools = len(self._settings.directory), len(self._settings.pools)
-            held = {"revocations_held": len(self._ledger)} if len(self._ledger) else {}
+            held = {"revocations_held": len(self._held)} if len(self._held) else {}
             log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._places), **held)
         elif reload.ticks > _PATIENCE:
             self._abort_reload(f"the new workers were not ready within {_PATIENCE} seconds")

@@ -19,7 +19,7 @@ from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 from tokenauth import logs
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.models import User
-from tokenauth.revocation_ledger import News
+from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.channel import Channel
 from tokenauth.server.protocol import BoundedProtocol
@@ -48,7 +48,7 @@ class Serve(NamedTuple):
 
     path: Path
     settings: Config
-    held: News
+    held: RevocationUpdate
 
 
 class ChangeUsers(NamedTuple):
@@ -65,7 +65,7 @@ class Stop(NamedTuple):
     """Whether other workers go on, and with them the attempts to write what is held."""
 
 
-Order = Serve | ChangeUsers | News | Stop
+Order = Serve | ChangeUsers | RevocationUpdate | Stop
 
 
 class Report(msgspec.Struct, omit_defaults=True):
@@ -75,7 +75,7 @@ class Report(msgspec.Struct, omit_defaults=True):
     reason: str = ""
     configuration: bool = False
     """Whether the configuration is the reason."""
-    news: News | None = None
+    revocations: RevocationUpdate | None = None
 
 
 def encode(order: Order) -> bytes:
@@ -138,7 +138,7 @@ def _work(channel: Channel, listener: socket.socket) -> None:
     with loader.naming(order.path):
         service = create_service(order.settings)
         app = build_app(service)
-    service.tokens.queue.take(order.held)
+    service.tokens.queue.apply(order.held)
     server = Server(uvicorn_options(lambda: app, order.settings.server), channel, service)
     server.obey(others)
     server.run(sockets=[listener])
@@ -158,7 +158,7 @@ class Server(AcceptingServer):
         self._channel = channel
         self._service = service
         self._queue = service.tokens.queue
-        self._queue.tell = self._tell
+        self._queue.publish = self._publish
         self._beating: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
@@ -174,7 +174,7 @@ class Server(AcceptingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop, with GRACE for requests and for what is held; what this worker has to say arrives."""
-        self._queue.close_by = asyncio.get_running_loop().time() + GRACE
+        self._queue.close_deadline = asyncio.get_running_loop().time() + GRACE
         await super().shutdown(sockets)
         while self._channel.pending:
             self._channel.flush()
@@ -192,8 +192,8 @@ class Server(AcceptingServer):
             order: Order = pickle.loads(encoded)  # noqa: S301  (as above)
             if isinstance(order, ChangeUsers):
                 self._service.change_users(order.removed, order.changed)
-            elif isinstance(order, News):
-                self._queue.take(order)
+            elif isinstance(order, RevocationUpdate):
+                self._queue.apply(order)
             elif isinstance(order, Stop):
                 self._queue.handed_over = order.replaced
                 self._stop()
@@ -203,11 +203,11 @@ class Server(AcceptingServer):
             self.obey(self._channel.receive())
         except EOFError:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
-            self._queue.tell, self._queue.handed_over = None, False
+            self._queue.publish, self._queue.handed_over = None, False
             self._stop()
 
-    def _tell(self, news: News) -> None:
-        _report(self._channel, Report("alive", news=news))
+    def _publish(self, update: RevocationUpdate) -> None:
+        _report(self._channel, Report("alive", revocations=update))
 
     def _stop(self) -> None:
         if not self.started:  # a start may take long, and nothing was accepted yet
