@@ -24,9 +24,7 @@ from tokenauth.settings import loader
 from tokenauth.settings.model import Config
 from tokenauth.stores.store import TokenStore
 from tokenauth.values import digest
-from tokenauth.web.app import Application, find_routes
-from tokenauth.web.routes.forward_auth import ForwardAuth
-from tokenauth.web.routes.token import Probe
+from tokenauth.web.app import build_app
 
 INVALID = {"valid": False, "expiry_time": None}
 ADMIN = {"username": "admin", "password": "admin"}
@@ -124,8 +122,7 @@ async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async with service.running():
         store = Faulty(service.store.tokens)
         service.store.tokens = store  # type: ignore[misc]
-        app = ForwardAuth(service.tokens, Probe(service.tokens, Application(find_routes(service), service.running)))
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(build_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield Scene(service, store, client)
         store.reading = store.writing = None

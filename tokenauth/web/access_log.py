@@ -6,15 +6,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
 from tokenauth.web import requests
-from tokenauth.web.routing import Routes
 
 
 class AccessLog:
     """Logs method, route, status, client address and milliseconds of each request."""
 
-    def __init__(self, app: ASGIApp, routes: Routes) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, and log it."""
@@ -36,13 +34,14 @@ class AccessLog:
             log.info(
                 "request",
                 method=scope["method"],
-                route=self._route(scope),
+                route=route_path(scope),
                 status=status,
                 client=requests.client_address(scope),
                 ms=round((time.perf_counter() - began) * 1000, 2),
             )
 
-    def _route(self, scope: Scope) -> str:
-        """Name the route, never the path: a path may hold a token, if only by mistake."""
-        found = self._routes.find(scope["path"])
-        return "(none)" if found is None else found[0].template
+
+def route_path(scope: Scope) -> str:
+    """Return the template of the route that was found, never the path: it may hold a token, if only by mistake."""
+    route = scope.get("route")
+    return "(none)" if route is None else str(route.path)

@@ -5,45 +5,44 @@ import gc
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from types import MappingProxyType
+from itertools import chain
 from typing import Any, Protocol, cast
 
-from starlette.middleware.cors import CORSMiddleware
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tokenauth import __version__
 from tokenauth.clock import Clock
 from tokenauth.errors import (
-    Forbidden,
     ForeignPage,
     InsufficientScope,
     InvalidRequest,
     InvalidToken,
-    NotFound,
-    StartError,
     StoreUnavailable,
     TokenRequired,
 )
-from tokenauth.logs import describe, log
+from tokenauth.logs import log
 from tokenauth.pools import Pools
 from tokenauth.risks import demand_acceptable, find_risks
 from tokenauth.service import Service, create_service
 from tokenauth.settings.model import Config
 from tokenauth.sweeper import Sweeper
-from tokenauth.web import requests
+from tokenauth.web import operations
 from tokenauth.web.access_log import AccessLog
 from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
+from tokenauth.web.cors import CORS
 from tokenauth.web.dialects.random_token_generator import RandomTokenGenerator
 from tokenauth.web.dialects.simple_token_implement import SimpleTokenImplement
 from tokenauth.web.dialects.token_management_service import TokenManagementService
 from tokenauth.web.dialects.token_pool import TokenPool
+from tokenauth.web.error_handling import HANDLERS, ErrorMiddleware
 from tokenauth.web.foreign_pages import Hosts, PageGuard
 from tokenauth.web.middleware import TokenMiddleware
-from tokenauth.web.operations import exact, whole
-from tokenauth.web.responses import refuse
+from tokenauth.web.operations import whole
 from tokenauth.web.routes.account import AccountRoutes
 from tokenauth.web.routes.docs import DocsRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH_PATH
@@ -51,11 +50,8 @@ from tokenauth.web.routes.forward_auth import ForwardAuth
 from tokenauth.web.routes.health import HealthRoutes
 from tokenauth.web.routes.oauth import OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
-from tokenauth.web.routes.token import Probe, TokenRoutes
-from tokenauth.web.routing import Guard, Handlers, Routes
-
-Life = Callable[[], AbstractAsyncContextManager[None]]
-"""What the service does from its start to its stop."""
+from tokenauth.web.routes.token import TokenRoutes
+from tokenauth.web.routing import OPEN, Guard, Handlers, Route, Shortcuts, refuse_collisions
 
 
 class Dialect(Protocol):
@@ -84,28 +80,36 @@ def create_app(config: Config, clock: Clock | None = None, monotonic: Clock = ti
     return build_app(service)
 
 
-def build_app(service: Service) -> ASGIApp:
+def build_app(service: Service) -> Starlette:
     """Build the ASGI app of a service. Raises ConfigError when two routes are the same."""
-    config = service.config
+    server = service.config.server
     routes = find_routes(service)
-    rules = RefusalRules(frozenset(config.server.cors_origins), frozenset({FORWARD_AUTH_PATH}))
-    app: ASGIApp = Application(routes, partial(_live, service), {REFUSAL_RULES: rules})
-    app = Probe(service.tokens, app)
-    if config.server.cors_origins:
-        app = CORSMiddleware(
-            app,
-            allow_origins=config.server.cors_origins,
-            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
-            allow_headers=_headers_of_pages(config),
-            expose_headers=("WWW-Authenticate", "Retry-After"),
-        )
-    app = ForwardAuth(service.tokens, app)  # outside of all that answers by itself: a preflight there is a request
-    if config.server.access_log:
-        app = AccessLog(app, routes)
-    if config.server.trusted_proxies:
-        # the same middleware that uvicorn has built in, whose own default is to trust this machine
-        app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), _both_spellings(config.server.trusted_proxies)))
+    middleware = [Middleware(Shortcuts, routes), Middleware(ErrorMiddleware)]
+    if server.cors_origins:
+        # A preflight of forward-auth is a request to be judged: the application behind the proxy answers it.
+        cors = Middleware(CORS, server.cors_origins, _headers_of_pages(service.config), exempt={FORWARD_AUTH_PATH})
+        middleware.insert(0, cors)
+    if server.access_log:
+        middleware.insert(0, Middleware(AccessLog))
+    if server.trusted_proxies:
+        # uvicorn's own option would trust this machine by default
+        middleware.insert(0, Middleware(ProxyHeaders, _both_spellings(server.trusted_proxies)))
+    app = Starlette(
+        routes=routes, middleware=middleware, exception_handlers=HANDLERS, lifespan=partial(_lifespan, service)
+    )
+    app.router.redirect_slashes = False
     return app
+
+
+class ProxyHeaders(ProxyHeadersMiddleware):
+    """uvicorn's middleware, with the types of Starlette."""
+
+    def __init__(self, app: ASGIApp, trusted_hosts: list[str]) -> None:
+        super().__init__(cast(Any, app), trusted_hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
+        """Pass one request on."""
+        await super().__call__(cast(Any, scope), cast(Any, receive), cast(Any, send))
 
 
 def _both_spellings(proxies: Sequence[str]) -> list[str]:
@@ -133,33 +137,44 @@ _ASKING = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
 """What is refused wherever a token is asked for."""
 
 
-def find_routes(service: Service) -> Routes:
-    """List the addresses that a service answers at. Raises ConfigError when two of them are one."""
-    guard = Guard(partial(TokenMiddleware, tokens=service.tokens), _ASKING)
-    routes = Routes()
-    routes.add(HealthRoutes(service.ready).routes())
-    hosts = Hosts.of(service.config.server, service.config.oauth.issuer)
-    routes.add(TokenRoutes(service.tokens, hosts).routes())
-    routes.add(ForwardAuth(service.tokens).routes())
-    origins = service.config.server.cors_origins
-    pages = Guard(partial(PageGuard, origins=origins, hosts=hosts, safe=True), (ForeignPage,), asks_token=False)
-    routes.add(OAuthRoutes(service.tokens, service.credentials, service.config.oauth.issuer).routes(), pages)
-    routes.add(exact(AccountRoutes(service.tokens).routes()), guard)
-    routes.add(exact(PoolRoutes(service.pools).routes()), guard)
-    if service.config.server.docs:
-        routes.add(DocsRoutes(routes, service.config.oauth.issuer).routes())
-    for name, terms in service.config.dialects.chosen().items():
-        asks = Guard(partial(_asks, service, terms.pool), (*_ASKING, InsufficientScope))
+def find_routes(service: Service) -> list[Route]:
+    """List the routes of a service. Raises ConfigError when two of them match one path."""
+    config = service.config
+    hosts = Hosts.of(config.server, config.oauth.issuer)
+    origins = config.server.cors_origins
+    token = Guard([Middleware(TokenMiddleware, service.tokens)], _ASKING)
+    own_pages = Guard([Middleware(PageGuard, origins, hosts, safe=True)], (ForeignPage,), asks_token=False)
+    everything: list[Route] = []
+    routes = [
+        *HealthRoutes(service.ready).routes(),
+        *TokenRoutes(service.tokens, hosts).routes(),
+        Route(FORWARD_AUTH_PATH, ForwardAuth(service.tokens)),
+        *_listed(OAuthRoutes(service.tokens, service.credentials, config.oauth.issuer).routes(), own_pages),
+        *AccountRoutes(service.tokens).routes(token),
+        *_listed(operations.exact(PoolRoutes(service.pools).routes()), token),
+    ]
+    if config.server.docs:
+        routes += _listed(DocsRoutes(everything, config.oauth.issuer).routes())
+    owners = {"tokenauth itself": routes}
+    for name, terms in config.dialects.chosen().items():
+        guard = Guard(
+            [Middleware(TokenMiddleware, service.tokens), Middleware(PoolGuard, service.pools, terms.pool)],
+            (*_ASKING, InsufficientScope),
+        )
         # A page cannot send a token unless it is listed, so a dialect that asks for one needs no other guard.
-        pages = Guard(partial(PageGuard, origins=origins, hosts=hosts), (ForeignPage,), asks_token=False)
-        dialect = {path: whole(handlers) for path, handlers in _DIALECTS[name](service, terms).routes().items()}
-        routes.add(dialect, asks if terms.require_token else pages, f"dialects.{name}", terms.prefix)
-    return routes
+        if not terms.require_token:
+            guard = Guard([Middleware(PageGuard, origins, hosts)], (ForeignPage,), asks_token=False)
+        dialect = {
+            terms.prefix + path: whole(handlers) for path, handlers in _DIALECTS[name](service, terms).routes().items()
+        }
+        owners[f"dialects.{name}"] = _listed(dialect, guard)
+    refuse_collisions(owners)
+    everything += chain.from_iterable(owners.values())
+    return everything
 
 
-def _asks(service: Service, pool: str, app: ASGIApp) -> ASGIApp:
-    """Guard a dialect with a token, whose user may use its pool."""
-    return TokenMiddleware(PoolGuard(app, service.pools, pool), service.tokens)
+def _listed(handlers: Mapping[str, Handlers], guard: Guard = OPEN) -> list[Route]:
+    return [Route(path, methods, guard) for path, methods in handlers.items()]
 
 
 class PoolGuard:
@@ -177,73 +192,20 @@ class PoolGuard:
 
 
 @asynccontextmanager
-async def _live(service: Service) -> AsyncIterator[None]:
-    """Run the service, and its sweeper beside it."""
+async def _lifespan(service: Service, app: Starlette) -> AsyncIterator[Mapping[str, object]]:
+    """Run the service and its sweeper, and give the server what it needs to refuse requests by itself."""
     async with service.running():
         await service.pools.prefill()
         sweeper = Sweeper(service.store, service.pools, service.clock, service.config.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()
-        gc.freeze()  # what stands from the start to the end need not be looked through again and again
+        gc.freeze()  # objects that live until the end need not be collected again and again
         log.info("started", version=__version__, users=len(service.config.directory))
         try:
-            yield
+            origins = frozenset(service.config.server.cors_origins)
+            yield {REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH_PATH}))}
         finally:
             sweeping.cancel()
             with suppress(asyncio.CancelledError):
                 await sweeping
     log.info("stopped")
-
-
-class Application:
-    """Finds what answers a request, and turns whatever that raises into an answer."""
-
-    def __init__(self, routes: Routes, life: Life, state: Mapping[str, object] = MappingProxyType({})) -> None:
-        """Serve routes while `life` lasts; `state` is what the server gets to know when it starts."""
-        self._routes = routes
-        self._life = life
-        self._state = state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or live through one lifespan."""
-        if scope["type"] == "http":
-            try:
-                await self._endpoint(scope)(scope, receive, send)
-            except Exception as error:
-                if isinstance(error, InsufficientScope | Forbidden):
-                    self._note_denied(scope, error)
-                await refuse(send, error)
-        elif scope["type"] == "lifespan":
-            scope.get("state", {}).update(self._state)
-            await self._live(receive, send)
-        else:
-            await send({"type": "websocket.close", "code": 1008})
-
-    def _note_denied(self, scope: Scope, error: InsufficientScope | Forbidden) -> None:
-        """Log who may not do what, with the route: a path may hold a token."""
-        found = self._routes.find(scope["path"])
-        route = "(none)" if found is None else found[0].template
-        user, lacking = requests.username(scope) or "(unknown)", getattr(error, "scope", "")
-        log.warning("access_denied", user=user, route=route, scope=lacking, reason=error.code)
-
-    def _endpoint(self, scope: Scope) -> ASGIApp:
-        """Return what answers at an address. Raises NotFound."""
-        found = self._routes.find(scope["path"])
-        if found is None:
-            raise NotFound
-        route, scope["path_params"] = found
-        return route.endpoint
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        """Start and stop, and say in one line what prevented it (ASGI lifespan)."""
-        await receive()
-        async with AsyncExitStack() as stack:
-            try:
-                await stack.enter_async_context(self._life())
-            except Exception as error:
-                reason = str(error) if isinstance(error, StartError) else describe(error)
-                await send({"type": "lifespan.startup.failed", "message": reason})
-                return
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-        await send({"type": "lifespan.shutdown.complete"})

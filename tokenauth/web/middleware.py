@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenauth.errors import InsufficientScope, InvalidToken, Overloaded, Refusal, TokenRequired
 from tokenauth.models import ANONYMOUS, Identity, Login, Validator, is_scope
 from tokenauth.web.requests import bearer
-from tokenauth.web.responses import refuse
+from tokenauth.web.responses import refusal_response
 
 _DENIAL = "websocket.http.response"
 _WITHOUT_BODY = frozenset({"GET", "HEAD", None})
@@ -49,7 +49,7 @@ class TokenMiddleware:
                 try:
                     user, scope["token"] = await self._login(scope)
                 except Refusal as refusal:
-                    await _turn_away(scope, send, refusal)
+                    await _refuse(scope, receive, send, refusal)
                     return
                 scope["user"] = scope["auth"] = user
                 if not whole:
@@ -66,7 +66,7 @@ class TokenMiddleware:
             if body.refusal is None:
                 raise
         if body.refusal is not None and not body.answered:
-            await refuse(send, body.refusal)
+            await refusal_response(body.refusal)(scope, receive, send)
 
     async def _check_again(self, scope: Scope) -> Refusal | None:
         """Say why a request that was let through may not go on, if it may not: what holds can change meanwhile."""
@@ -195,15 +195,9 @@ class _Watched:
         self._awaited.close()
 
 
-async def _turn_away(scope: Scope, send: Send, refusal: Refusal) -> None:
-    if scope["type"] == "http":
-        await refuse(send, refusal)
-    elif _DENIAL in scope.get("extensions", {}):
-
-        async def deny(message: Message) -> None:
-            await send({**message, "type": f"websocket.{message['type']}"})
-
-        await refuse(deny, refusal)
+async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
+    if scope["type"] == "http" or _DENIAL in scope.get("extensions", {}):
+        await refusal_response(refusal)(scope, receive, send)
     else:
         await send({"type": "websocket.close", "code": 1008})
 

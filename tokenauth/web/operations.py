@@ -1,5 +1,6 @@
 """What the handlers take and answer, said beside each of them; the description of the HTTP is made of it."""
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -92,6 +93,8 @@ def whole(handlers: Handlers) -> Handlers:
 
 
 def _whole(handler: ASGIApp) -> ASGIApp:
+    if len(inspect.signature(handler).parameters) == 1:
+        return handler
     described: Operation = handler.operation  # type: ignore[attr-defined]
     if described.body is not None or described.form is not None:
         return handler

@@ -1,4 +1,4 @@
-"""Reading a request: tokens, bodies and queries, and what is wrong with them."""
+"""Requests: Starlette's, read strictly. What is ambiguous, too long or cut off is refused."""
 
 import base64
 import json
@@ -12,12 +12,13 @@ from ipaddress import ip_address
 from typing import TypeVar
 
 import msgspec
+from starlette import requests
 from starlette.types import Receive, Scope
 
 from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
 from tokenauth.login_queue import Gone
 from tokenauth.logs import log
-from tokenauth.models import Identity
+from tokenauth.models import Identity, Token
 from tokenauth.throttle import network
 from tokenauth.web import percent
 from tokenauth.web.asgi_extensions import client_gone
@@ -60,6 +61,104 @@ _NAMEABLE = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
 
 MAX_ADDRESS = 64
 """Characters of a client's address that are looked at; the longest one of IPv6 has 45, and then may name a zone."""
+
+
+class Request(requests.Request):
+    """A request of Starlette's, with readings that raise a refusal for what is ambiguous, too long or cut off."""
+
+    @property
+    def user(self) -> Identity:
+        """The user of a request that TokenMiddleware has let through."""
+        user: Identity = self.scope["user"]
+        return user
+
+    @property
+    def token(self) -> Token:
+        """The token of a request that TokenMiddleware has let through."""
+        token: Token = self.scope["token"]
+        return token
+
+    @property
+    def identity(self) -> Identity | None:
+        """The user; None where no token is required."""
+        return user(self.scope)
+
+    @property
+    def username(self) -> str | None:
+        """The name of the user; None where no token is required."""
+        return username(self.scope)
+
+    @property
+    def client_address(self) -> str:
+        """The address of the client, as a trusted proxy names it."""
+        return client_address(self.scope)
+
+    @property
+    def user_agent(self) -> str:
+        """What the client calls itself, cut to MAX_USER_AGENT characters."""
+        return user_agent(self.scope)
+
+    @property
+    def gone(self) -> Gone:
+        """A function that returns whether the client has closed its connection."""
+        return gone(self.scope)
+
+    def refuse_gone(self) -> None:
+        """Raise ClientGone if the client has closed its connection: it would never receive what is issued now."""
+        refuse_gone(self.scope)
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first header of this name, which is in lower case."""
+        return header(self.scope, name)
+
+    def bearer(self) -> bytes | None:
+        """Return the token of X-Token or Authorization: Bearer. Raises InvalidRequest for two different ones."""
+        return bearer(self.scope)
+
+    def basic(self) -> bytes | None:
+        """Return `name:password` of Authorization: Basic. Raises InvalidRequest for several, or a malformed one."""
+        return basic(self.scope)
+
+    def query_values(self, name: str) -> list[str]:
+        """Return all values of a query parameter. Raises InvalidRequest when the query is too long."""
+        return query_values(self.scope, name)
+
+    def query_value(self, name: str) -> str | None:
+        """Return the value of a query parameter. Raises InvalidRequest when it has several different values."""
+        return query_value(self.scope, name)
+
+    def query_number(self, name: str, default: int, low: int, high: int) -> int:
+        """Return the whole number of a query parameter. Raises InvalidRequest."""
+        return query_number(self.scope, name, default, low, high)
+
+    def query_flag(self, name: str) -> bool:
+        """Return whether a query parameter is "true". Raises InvalidRequest for anything but true and false."""
+        return query_flag(self.scope, name)
+
+    def check_query(self, known: Collection[str]) -> None:
+        """Raise InvalidRequest if the query has a parameter that is not one of `known`."""
+        if self.scope["query_string"]:
+            check_query(self.scope, known)
+
+    async def refuse_body(self, known: Collection[str] = ()) -> None:
+        """Raise InvalidRequest if there is a body other than `{}`; `known` are the parameters of the query."""
+        if has_body(self.scope):
+            await refuse_body(self.receive, known)
+
+    async def completed(self) -> None:
+        """Wait for the end of a request whose body means nothing. Raises InvalidRequest if it is cut off."""
+        await completed(self.receive)
+
+    async def json_body(self, decoder: msgspec.json.Decoder[T], empty: T | None = None) -> T:
+        """Read a JSON body as the decoder's type. `empty` is the value of an empty body, which is refused without.
+
+        Raises UnsupportedMediaType, BodyTooLarge or InvalidRequest.
+        """
+        return await json_body(self.scope, self.receive, decoder, empty)
+
+    async def form_body(self) -> dict[str, str]:
+        """Read a form in UTF-8 (application/x-www-form-urlencoded). Raises BodyTooLarge or InvalidRequest."""
+        return await form_body(self.scope, self.receive)
 
 
 def bearer(scope: Scope) -> bytes | None:

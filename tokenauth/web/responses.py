@@ -1,6 +1,9 @@
-"""Answers: the one form that they have, and the one table from a refusal to its answer."""
+"""Responses: none may be stored by a cache, refusals have one form, and one table gives each its status."""
+
+from collections.abc import Mapping
 
 import msgspec
+from starlette.responses import Response
 from starlette.types import Send
 
 from tokenauth.errors import (
@@ -36,11 +39,8 @@ from tokenauth.errors import (
 )
 from tokenauth.logs import log, whereabouts
 
-Headers = list[tuple[bytes, bytes]]
-
 JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
-_TEXT = (b"content-type", b"text/plain; charset=utf-8")
 
 STATUS: dict[type[Refusal], int] = {
     InvalidRequest: 400,
@@ -73,6 +73,66 @@ STATUS: dict[type[Refusal], int] = {
 }
 
 
+class NoStoreResponse(Response):
+    """A response that no cache may store: nearly all of ours carry or judge a token."""
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        """Add Cache-Control to the headers."""
+        super().init_headers(headers)
+        self.raw_headers.append(NO_STORE)
+
+
+class JSONResponse(NoStoreResponse):
+    """A document that msgspec encodes."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """Encode the document."""
+        return msgspec.json.encode(content)
+
+
+def refusal_response(refusal: Refusal) -> Response:
+    """Return the response to a refusal, with the headers of its kind (RFC 6749 section 5.2, RFC 6750 section 3)."""
+    status = STATUS[type(refusal)]
+    if isinstance(refusal, InvalidCredentials):  # the only one that is plain text, by contract
+        return NoStoreResponse("invalid credentials", status, media_type="text/plain")
+    headers: dict[str, str] = {}
+    if isinstance(refusal, TokenRequired):
+        headers["WWW-Authenticate"] = 'Bearer realm="tokenauth"'
+    elif isinstance(refusal, InvalidToken):
+        headers["WWW-Authenticate"] = 'Bearer realm="tokenauth", error="invalid_token"'
+    elif isinstance(refusal, InsufficientScope):
+        challenge = f'Bearer realm="tokenauth", error="insufficient_scope", scope="{refusal.scope}"'
+        headers["WWW-Authenticate"] = challenge
+    elif isinstance(refusal, InvalidClient):
+        headers["WWW-Authenticate"] = 'Basic realm="tokenauth", charset="UTF-8"'
+    elif isinstance(refusal, MethodNotAllowed):
+        headers["Allow"] = ", ".join(refusal.allowed)
+    elif isinstance(refusal, BodyTooLarge):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    elif isinstance(refusal, RetryLater | NoFreeToken) and refusal.retry_after is not None:
+        headers["Retry-After"] = str(refusal.retry_after)
+    return JSONResponse({"error": refusal.code, "error_description": str(refusal)}, status, headers)
+
+
+def error_response(error: Exception) -> Response:
+    """Return the response to an exception: a refusal has its own, any other is logged and is this server's fault."""
+    if isinstance(error, Refusal):
+        return refusal_response(error)
+    if lacks_memory(error):
+        response = refusal_response(Overloaded("The server is short of memory. Try again shortly."))
+        log.error("memory_short", at=whereabouts(error))
+        return response
+    log.error("unexpected", at=whereabouts(error))
+    return refusal_response(InternalError())
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether the machine had no memory, or no process left for a thread: that may pass."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
+
+
 async def answer(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
     """Send a whole answer; none of ours may be stored by a cache on the way."""
     about = [NO_STORE, *headers]
@@ -85,46 +145,3 @@ async def answer(send: Send, status: int, body: bytes, *headers: tuple[bytes, by
 async def answer_json(send: Send, document: object, status: int = 200) -> None:
     """Send a JSON document."""
     await answer(send, status, msgspec.json.encode(document), JSON)
-
-
-async def refuse(send: Send, error: Exception) -> None:
-    """Answer what an endpoint raised: a refusal in the native form, anything else as the fault of this server."""
-    if isinstance(error, Refusal):
-        await _refuse(send, error)
-    elif lacks_memory(error):
-        await _refuse(send, Overloaded("The server is short of memory. Try again shortly."))
-        log.error("memory_short", at=whereabouts(error))
-    else:
-        log.error("unexpected", at=whereabouts(error))
-        await _refuse(send, InternalError())
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Return whether the machine had no memory, or no process left for a thread: that may pass."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
-
-
-async def _refuse(send: Send, refusal: Refusal) -> None:
-    """Send a refusal, with the headers that its kind asks for (RFC 6749 section 5.2, RFC 6750 section 3)."""
-    status = STATUS[type(refusal)]
-    if isinstance(refusal, InvalidCredentials):  # the wire contract has this one in plain text
-        await answer(send, status, b"invalid credentials", _TEXT)
-        return
-    headers: Headers = [JSON]
-    if isinstance(refusal, TokenRequired):
-        headers.append((b"www-authenticate", b'Bearer realm="tokenauth"'))
-    elif isinstance(refusal, InvalidToken):
-        headers.append((b"www-authenticate", b'Bearer realm="tokenauth", error="invalid_token"'))
-    elif isinstance(refusal, InsufficientScope):
-        challenge = b'Bearer realm="tokenauth", error="insufficient_scope", scope="%s"'
-        headers.append((b"www-authenticate", challenge % refusal.scope.encode()))
-    elif isinstance(refusal, InvalidClient):
-        headers.append((b"www-authenticate", b'Basic realm="tokenauth", charset="UTF-8"'))
-    elif isinstance(refusal, MethodNotAllowed):
-        headers.append((b"allow", ", ".join(refusal.allowed).encode()))
-    elif isinstance(refusal, BodyTooLarge):
-        headers.append((b"connection", b"close"))  # rather than read the rest
-    elif isinstance(refusal, RetryLater | NoFreeToken) and refusal.retry_after is not None:
-        headers.append((b"retry-after", b"%d" % refusal.retry_after))
-    document = {"error": refusal.code, "error_description": str(refusal)}
-    await answer(send, status, msgspec.json.encode(document), *headers)

@@ -1,122 +1,168 @@
-"""The table of addresses: which handler answers which method of which path."""
+"""The table of routes: Starlette's, in which each method of a path has a handler of its own."""
 
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
+from itertools import combinations
+from typing import Any, NamedTuple
 
+from starlette import routing
+from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import ConfigError, MethodNotAllowed, NotFound, Refusal
+from tokenauth.errors import ConfigError, MethodNotAllowed, Refusal
+from tokenauth.web.requests import Request
 
-Handlers = Mapping[str, ASGIApp]
-"""The methods that an address takes, and what answers each of them."""
+Handler = Callable[[Request], Awaitable[Response]]
 
-_ITSELF = "tokenauth itself"
-_PARAMETER = re.compile(r"\{(\w+)\}")
+Handlers = Mapping[str, Callable[..., Awaitable[Any]]]
+"""The methods of a path, and what answers each of them: a function of the request, or an ASGI app."""
+
+
+def request_response(handler: Handler) -> ASGIApp:
+    """Make an ASGI app of a handler, as Starlette does, but with our Request."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await handler(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    return app
 
 
 class Methods:
     """ASGI app that has each method answered by its handler; what answers GET answers HEAD.
 
-    Where GET does what POST does it has an effect, which HEAD must not have (RFC 9110 section 9.2.1): it is refused.
+    Where one handler answers both GET and POST, a GET changes something, which HEAD must not (RFC 9110 section 9.2.1):
+    HEAD is refused.
     """
 
     def __init__(self, handlers: Handlers) -> None:
-        self._handlers: dict[str, ASGIApp] = {}
+        self._apps: dict[str, ASGIApp] = {}
         for method, handler in handlers.items():
-            self._handlers[method] = handler
+            app = self._apps[method] = _asgi_app(handler)
             if method == "GET" and handlers.get("POST") != handler:
-                self._handlers["HEAD"] = handler
+                self._apps["HEAD"] = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer one request. Raises MethodNotAllowed."""
-        handler = self._handlers.get(scope["method"])
-        if handler is None:
-            raise MethodNotAllowed(tuple(self._handlers))
-        await handler(scope, receive, send)
+        app = self._apps.get(scope["method"])
+        if app is None:
+            raise MethodNotAllowed(tuple(self._apps))
+        return app(scope, receive, send)
 
 
 class Guard(NamedTuple):
-    """What wraps an ASGI app so that not everybody reaches it, and what it refuses."""
+    """The middleware of routes that not every request reaches, and what it refuses."""
 
-    wrap: Callable[[ASGIApp], ASGIApp]
+    middleware: Sequence[Middleware]
     refuses: tuple[type[Refusal], ...]
     asks_token: bool = True
 
 
-class Route(NamedTuple):
-    """An address, as a template with `{parameters}`, what answers there, and whose it is."""
-
-    template: str
-    endpoint: ASGIApp
-    owner: str
-    handlers: Handlers
-    guard: Guard | None
+OPEN = Guard((), (), asks_token=False)
 
 
-class Routes:
-    """Finds the route of a path in about a microsecond: with a dict, or with one regular expression for all the others.
+class Endpoint(ABC):
+    """An ASGI app in the table of routes, for which a profile has shown that a handler would cost too much.
 
-    No path has two routes, so their order does not matter.
+    It answers its own errors, so that Shortcuts may call it ahead of what turns exceptions into responses.
     """
 
-    def __init__(self) -> None:
-        self._all: list[Route] = []
-        self._exact: dict[str, Route] = {}
-        self._others: dict[int, tuple[Route, list[str]]] = {}  # by the number of the last group that matched
-        self._pattern = re.compile(r"(?!)")
+    @abstractmethod
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
 
-    def add(
-        self, routes: Mapping[str, Handlers], guard: Guard | None = None, owner: str = _ITSELF, prefix: str = ""
+
+class Route(routing.Route):
+    """A path, and what answers its methods; an Endpoint in place of handlers answers all methods."""
+
+    def __init__(
+        self,
+        path: str,
+        endpoint: Handlers | Endpoint,
+        guard: Guard = OPEN,
     ) -> None:
-        """Add addresses, behind a guard or not. Raises ConfigError when a path would have two routes."""
-        for path, handlers in routes.items():
-            methods = Methods(handlers)
-            endpoint = methods if guard is None else guard.wrap(methods)
-            route = Route(prefix + path, endpoint, owner, handlers, guard)
-            for other in self._all:
-                if _meet(route.template, other.template):
-                    raise ConfigError(
-                        f"{owner} and {other.owner}: both answer {route.template}; give them other prefixes"
-                    )
-            self._all.append(route)
-        self._exact = {route.template: route for route in self._all if "{" not in route.template}
-        self._others.clear()
-        patterns, groups = [], 0
-        for route in self._all:
-            names = _PARAMETER.findall(route.template)
-            if names:
-                groups += len(names)
-                self._others[groups] = route, names
-                literals = map(re.escape, _PARAMETER.split(route.template)[::2])
-                patterns.append("([^/]+)".join(literals))
-        self._pattern = re.compile("|".join(patterns) or r"(?!)")
-
-    def __iter__(self) -> Iterator[Route]:
-        """Go through all routes, in the order in which they were added."""
-        return iter(self._all)
-
-    def find(self, path: str) -> tuple[Route, dict[str, str]] | None:
-        """Return the route of a path, and the values of its parameters."""
-        route = self._exact.get(path)
-        if route is not None:
-            return route, {}
-        match = self._pattern.fullmatch(path)
-        if match is None or match.lastindex is None:
-            return None
-        route, names = self._others[match.lastindex]
-        values = match.groups()[match.lastindex - len(names) : match.lastindex]
-        return route, dict(zip(names, values, strict=True))
+        app = endpoint if isinstance(endpoint, Endpoint) else Methods(endpoint)
+        super().__init__(path, app, middleware=guard.middleware)
+        # Starlette's pattern ends with "$", which also matches before a newline: "/api/me%0A" is another path.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+        self.handlers: Handlers = {"GET": endpoint} if isinstance(endpoint, Endpoint) else endpoint
+        self.guard = guard
+        self.template = path
 
 
-def _meet(one: str, other: str) -> bool:
+class Shortcuts:
+    """Middleware that calls the endpoints of some paths ahead of error handling and router, which would cost as much.
+
+    Only for GET and HEAD, and only for an Endpoint without middleware at a path without parameters.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Iterable[Route]) -> None:
+        self._app = app
+        self._endpoints: dict[tuple[str, str], tuple[Route, Endpoint]] = {}
+        for route in routes:
+            endpoint = route.handlers.get("GET")
+            if isinstance(endpoint, Endpoint):
+                for method in ("GET", "HEAD"):
+                    self._endpoints[method, route.path] = route, endpoint
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass one request on."""
+        if scope["type"] == "http":
+            found = self._endpoints.get((scope["method"], scope["path"]))
+            if found is not None:
+                scope["route"], endpoint = found
+                return endpoint(scope, receive, send)
+        return self._app(scope, receive, send)
+
+
+def exact(handler: Handler, query: Collection[str] = (), body: bool = False) -> Handler:
+    """Refuse query parameters other than `query`, and a body unless the handler reads it.
+
+    A parameter that is misspelt, or in the body instead of the query, would otherwise be ignored without notice.
+    """
+
+    @wraps(handler)
+    async def checked(request: Request) -> Response:
+        request.check_query(query)
+        if not body:
+            await request.refuse_body(query)
+        return await handler(request)
+
+    return checked
+
+
+def whole(handler: Handler) -> Handler:
+    """Wait for the end of a request without a body before it is handled: one that is cut off changes nothing."""
+
+    @wraps(handler)
+    async def waiting(request: Request) -> Response:
+        await request.completed()
+        return await handler(request)
+
+    return waiting
+
+
+def refuse_collisions(owners: Mapping[str, Iterable[Route]]) -> None:
+    """Raise ConfigError if a path has two routes, which names their owners."""
+    owned = [(owner, route.path) for owner, routes in owners.items() for route in routes]
+    for (first, one), (second, other) in combinations(owned, 2):
+        if _overlap(one, other):
+            raise ConfigError(f"{second} and {first}: both answer {other}; give them other prefixes")
+
+
+def _overlap(one: str, other: str) -> bool:
     """Whether some path matches both templates."""
-    segments = list(zip(one.split("/"), other.split("/"), strict=False))
     if one.count("/") != other.count("/"):
         return False
+    segments = zip(one.split("/"), other.split("/"), strict=True)
     return all(left == right or (left and right and "{" in left + right) for left, right in segments)
 
 
-async def nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
-    """Raise NotFound."""
-    raise NotFound
+def _asgi_app(handler: Callable[..., Awaitable[Any]]) -> ASGIApp:
+    if len(inspect.signature(handler).parameters) == 1:
+        return request_response(handler)
+    return handler

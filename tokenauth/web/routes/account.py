@@ -3,16 +3,16 @@
 from typing import Annotated, Literal
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest, NotFound
-from tokenauth.models import Identity, Token
+from tokenauth.models import Token
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
-from tokenauth.web import requests
 from tokenauth.web.operations import NO_NUL, Answer, operation, said
-from tokenauth.web.responses import answer, answer_json
-from tokenauth.web.routing import Handlers
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse, NoStoreResponse
+from tokenauth.web.routing import Guard, Route, exact
 
 ADMIN = "admin"
 """The scope that may act for other users."""
@@ -56,55 +56,53 @@ class Revoked(msgspec.Struct):
 
 
 class AccountRoutes:
-    """The handlers, and the addresses that they answer at."""
+    """The handlers, and their routes."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses."""
-        return {
-            "/api/me": {"GET": self.me},
-            "/api/tokens": {"GET": self.list, "DELETE": self.end_all},
-            "/api/tokens/{id}": {"DELETE": self.end},
-        }
+    def routes(self, guard: Guard) -> list[Route]:
+        """List the routes."""
+        tokens = {"GET": exact(self.list, ["user"]), "DELETE": exact(self.end_all, ["keep", "user"])}
+        return [
+            Route("/api/me", {"GET": exact(self.me)}, guard),
+            Route("/api/tokens", tokens, guard),
+            Route("/api/tokens/{id}", {"DELETE": exact(self.end, ["user"])}, guard),
+        ]
 
     @operation(Answer(200, Me))
-    async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def me(self, request: Request) -> Response:
         """Say whose token this is."""
-        user: Identity = scope["user"]
-        token: Token = scope["token"]
-        await answer_json(send, Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
+        user, token = request.user, request.token
+        return JSONResponse(Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
 
     @operation(Answer(200, Logins), refuses=(InsufficientScope,), query=_USER)
-    async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def list(self, request: Request) -> Response:
         """List the tokens of a user."""
-        listed = await self._tokens.live(_whose(scope))
-        await answer_json(send, Logins([_show(token, scope["token"]) for token in listed]))
+        listed = await self._tokens.live(_username(request))
+        return JSONResponse(Logins([_show(token, request.token) for token in listed]))
 
     @operation(Answer(200, Revoked), refuses=(InsufficientScope,), query=_KEEP | _USER)
-    async def end_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def end_all(self, request: Request) -> Response:
         """End all tokens of a user, or with `?keep=current` all but this one."""
-        keep = requests.query_value(scope, "keep")
+        keep = request.query_value("keep")
         if keep not in {None, "current"}:
             raise InvalidRequest("keep: may only be 'current'.")
-        revoked = await self._tokens.revoke_all(_whose(scope), scope["token"] if keep else None)
-        await answer_json(send, Revoked(revoked))
+        return JSONResponse(Revoked(await self._tokens.revoke_all(_username(request), request.token if keep else None)))
 
     @operation(Answer(204), refuses=(InsufficientScope, NotFound), query=_USER)
-    async def end(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def end(self, request: Request) -> Response:
         """End one token."""
-        await self._tokens.revoke_id(scope["path_params"]["id"], _whose(scope))
-        await answer(send, 204, b"")
+        await self._tokens.revoke_id(request.path_params["id"], _username(request))
+        return NoStoreResponse(status_code=204)
 
 
-def _whose(scope: Scope) -> str:
-    """Return the user whose tokens are meant: oneself, or for an admin whoever `?user=` names."""
-    user: Identity = scope["user"]
-    named = requests.query_value(scope, "user")
-    if named is None or canonical(named) == user.username:
-        return user.username
-    if ADMIN not in user.scopes:
+def _username(request: Request) -> str:
+    """Return the user that is asked about: `?user=`, for admins only, or the caller."""
+    named = request.query_value("user")
+    if named is None or canonical(named) == request.user.username:
+        return request.user.username
+    if ADMIN not in request.user.scopes:
         raise InsufficientScope(ADMIN)
     if "\0" in named:
         raise InvalidRequest("user: has a NUL character.")

@@ -1,6 +1,6 @@
 """/openapi.json describes the HTTP, and /docs shows it with Swagger UI, from files that are shipped in `pages/`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
 
@@ -11,7 +11,7 @@ from tokenauth.errors import NotFound
 from tokenauth.web.openapi import Document, describe
 from tokenauth.web.operations import Answer, operation
 from tokenauth.web.responses import JSON, answer
-from tokenauth.web.routing import Handlers, Routes
+from tokenauth.web.routing import Handlers, Route
 
 _FILES = {
     "index.html": b"text/html; charset=utf-8",
@@ -32,7 +32,7 @@ _HEADERS = (
 class DocsRoutes:
     """The handlers, and the addresses that they answer at."""
 
-    def __init__(self, routes: Routes, issuer: str) -> None:
+    def __init__(self, routes: Iterable[Route], issuer: str) -> None:
         """Describe these routes, as they are when somebody first asks."""
         self._routes = routes
         self._issuer = issuer

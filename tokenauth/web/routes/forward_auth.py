@@ -1,13 +1,13 @@
 """/auth: a reverse proxy asks here whether it may let a request through (docs/forward-auth.md)."""
 
 import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import quote
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import (
     Forbidden,
@@ -24,8 +24,8 @@ from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web import requests
 from tokenauth.web.operations import Answer, operation
-from tokenauth.web.responses import NO_STORE, refuse
-from tokenauth.web.routing import Handlers, nothing_here
+from tokenauth.web.responses import NO_STORE, refusal_response
+from tokenauth.web.routing import Endpoint
 
 PATH = "/auth"
 
@@ -48,27 +48,16 @@ class _Known(NamedTuple):
     headers: Sequence[tuple[bytes, bytes]]
 
 
-class ForwardAuth:
-    """ASGI app that answers /auth, whatever the method, and passes everything else on.
+class ForwardAuth(Endpoint):
+    """/auth, for all methods.
 
-    It answers 200, 401, 403 or 503 and nothing else, since proxies make of other answers what they like. It judges
-    the token and the scopes that the query asks for, and looks at nothing else that the client may have sent.
+    It answers 200, 401, 403 or 503 and nothing else, because proxies differ in what they make of other statuses. It
+    judges the token and the scopes in the query, and ignores everything else that the client may have sent.
     """
 
-    def __init__(self, tokens: Tokens, rest: ASGIApp = nothing_here) -> None:
+    def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
-        self._rest = rest
         self._known: dict[str, _Known] = {}  # one for each user, at the most
-
-    def routes(self) -> dict[str, Handlers]:
-        """List the address."""
-        return {PATH: {"GET": self.judge}}
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Answer, or have it answered: without a coroutine in between, since here each call counts."""
-        if scope["type"] == "http" and scope["path"] == PATH:
-            return self.judge(scope, receive, send)
-        return self._rest(scope, receive, send)
 
     @operation(
         Answer(200, says="The request may pass.", headers=_IDENTITY),
@@ -76,7 +65,7 @@ class ForwardAuth:
         query={"scope": str, "path": str},
         schemes=("X-Token", "Bearer"),
     )
-    async def judge(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say to a reverse proxy whether a request may pass, and who sent it; any method will do."""
         token = None
         try:
@@ -84,19 +73,21 @@ class ForwardAuth:
             token = None if value is None else await self._tokens.validate(value)
             headers = self._judge(value, token, scope["query_string"])
         except InvalidRequest:  # two tokens were sent: then neither counts
-            await refuse(send, InvalidToken())
+            await refusal_response(InvalidToken())(scope, receive, send)
             return
         except Refusal as refusal:
             if token is not None:
                 self._note_denied(token, refusal)
-            await refuse(send, refusal)
+            await refusal_response(refusal)(scope, receive, send)
             return
         except Exception as error:
             log.error("unexpected", at=whereabouts(error))
-            await refuse(send, Unsure())
+            await refusal_response(Unsure())(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
+
+    operation = __call__.operation  # type: ignore[attr-defined]
 
     def _judge(self, value: bytes | None, token: Token | None, query: bytes) -> Sequence[tuple[bytes, bytes]]:
         """Say who may pass. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""

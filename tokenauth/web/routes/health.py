@@ -4,11 +4,12 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.web.operations import Answer, operation
-from tokenauth.web.responses import answer_json
-from tokenauth.web.routing import Handlers
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse
+from tokenauth.web.routing import Route
 
 
 class Alive(msgspec.Struct):
@@ -31,26 +32,23 @@ class NotReady(msgspec.Struct):
 
 
 class HealthRoutes:
-    """The handlers, and the addresses that they answer at."""
+    """The handlers, and their routes."""
 
-    def __init__(self, trouble: Callable[[], Awaitable[str | None]]) -> None:
-        """Ask `trouble` what keeps the service from serving."""
-        self._trouble = trouble
+    def __init__(self, problem: Callable[[], Awaitable[str | None]]) -> None:
+        """Create them. `problem` returns what keeps the service from serving, if anything does."""
+        self._problem = problem
 
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses."""
-        return {"/healthz": {"GET": self.alive}, "/readyz": {"GET": self.ready}}
+    def routes(self) -> list[Route]:
+        """List the routes."""
+        return [Route("/healthz", {"GET": self.alive}), Route("/readyz", {"GET": self.ready})]
 
     @operation(Answer(200, Alive))
-    async def alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def alive(self, request: Request) -> Response:
         """Tell that the process is running."""
-        await answer_json(send, Alive())
+        return JSONResponse(Alive())
 
     @operation(Answer(200, Ready), Answer(503, NotReady))
-    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def ready(self, request: Request) -> Response:
         """Answer 200, or 503 naming what is not ready."""
-        trouble = await self._trouble()
-        if trouble is None:
-            await answer_json(send, Ready())
-        else:
-            await answer_json(send, NotReady(trouble), 503)
+        problem = await self._problem()
+        return JSONResponse(Ready()) if problem is None else JSONResponse(NotReady(problem), 503)
