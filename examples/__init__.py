@@ -1,1 +1,1 @@
-"""Short programs that show what tokenauth is for; each says how to run it."""
+"""Short programs that use tokenauth. Each docstring says how to run the program."""

@@ -1,22 +1,23 @@
-"""A FastAPI service that leaves logins to tokenauth, and calls another service with a login of its own.
+"""A FastAPI service guarded by tokenauth, which also calls another service with its own login.
 
-In one terminal (`make install` brings what the examples need):
+In one terminal (`make install` installs what the examples need):
 
     make install serve
 
-In two more (the second one is what this one calls):
+In two more (this service calls the second one):
 
     .venv/bin/uvicorn examples.fastapi_app:app --port 8001
     .venv/bin/uvicorn examples.starlette_app:app --port 8002
 
-Then log in at tokenauth, and come here with the token:
+Then log in at tokenauth, and call this service with the token:
 
     TOKEN=$(curl -s localhost:8000/api/token -H 'Content-Type: application/json' \
         -d '{"username": "admin", "password": "admin"}' | cut -d'"' -f4)
     curl localhost:8001/orders -H "X-Token: $TOKEN"
     curl localhost:8001/neighbour -H "X-Token: $TOKEN"
 
-`TOKENAUTH_URL` and `NEIGHBOUR_URL` say where the others are, `ROBOT_NAME` and `ROBOT_PASSWORD` who this service is.
+Set `TOKENAUTH_URL` and `NEIGHBOUR_URL` if they are elsewhere. This service logs in as `ROBOT_NAME` with
+`ROBOT_PASSWORD`.
 """
 
 import os
@@ -35,8 +36,8 @@ from tokenauth.models import Identity
 ISSUER = os.environ.get("TOKENAUTH_URL", "http://127.0.0.1:8000")
 NEIGHBOUR = os.environ.get("NEIGHBOUR_URL", "http://127.0.0.1:8002")
 
-# A revoked token is refused here two seconds later at the most. While tokenauth cannot be asked, the tokens that
-# it has confirmed in the last half minute go on working, and all others are answered 503.
+# A revoked token is refused here within two seconds. While tokenauth is unreachable, tokens that it confirmed in the
+# last half minute keep working, and all others get 503.
 tokens = RemoteTokens(ISSUER, max_age=2, stale_grace=28)
 robot = TokenAuth(
     ISSUER, os.environ.get("ROBOT_NAME", "admin"), os.environ.get("ROBOT_PASSWORD", "admin"), origins=[NEIGHBOUR]
@@ -46,7 +47,7 @@ neighbour = httpx.AsyncClient(base_url=NEIGHBOUR, auth=robot)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Close the connections to the others at the end."""
+    """Close the connections to both on shutdown."""
     async with tokens, neighbour:
         yield
 
@@ -56,13 +57,13 @@ app.add_middleware(TokenMiddleware, tokens=tokens, exempt=["/docs", "/openapi.js
 
 
 def user(request: Request) -> Identity:
-    """Say who sent a request: TokenMiddleware has found it out."""
+    """Return the user that TokenMiddleware has identified."""
     found: Identity = request.user
     return found
 
 
 def needs(scope: str) -> Callable[[Identity], Identity]:
-    """Make a dependency that lets through only users with a scope."""
+    """Return a dependency that requires a scope."""
 
     def user_with_scope(who: Annotated[Identity, Depends(user)]) -> Identity:
         if scope not in who.scopes:
@@ -74,21 +75,21 @@ def needs(scope: str) -> Callable[[Identity], Identity]:
 
 @app.get("/orders")
 async def orders(who: Annotated[Identity, Depends(user)]) -> dict[str, Any]:
-    """Answer whoever has a valid token."""
+    """Answer any user with a valid token."""
     return {"for": who.username, "orders": []}
 
 
 @app.delete("/orders")
 async def delete_orders(who: Annotated[Identity, Depends(needs("admin"))]) -> dict[str, str]:
-    """Answer whoever has the scope `admin`."""
+    """Answer users with the scope `admin`."""
     return {"deleted by": who.username}
 
 
 @app.get("/neighbour")
 async def ask_neighbour() -> dict[str, Any]:
-    """Call the other service; `robot` logs in when it is needed, and sends the token along."""
+    """Call the other service. `robot` logs in when needed, and sends the token."""
     try:
         answer = (await neighbour.get("/greeting")).raise_for_status()
-    except (httpx.HTTPError, Refusal):  # nobody there, or no login for this service
-        raise HTTPException(503, "The neighbour cannot be asked at the moment.") from None
+    except (httpx.HTTPError, Refusal):  # unreachable, or this service cannot log in
+        raise HTTPException(503, "The neighbour is unreachable.") from None
     return {"the neighbour says": answer.json()}

@@ -1,6 +1,6 @@
-"""A Starlette service that leaves logins to tokenauth: every page needs a token, one page a scope, one page neither.
+"""A Starlette service guarded by tokenauth: all routes need a token, one also a scope, and one is public.
 
-In one terminal (`make install` brings what the examples need):
+In one terminal (`make install` installs what the examples need):
 
     make install serve
 
@@ -8,13 +8,13 @@ In another:
 
     .venv/bin/uvicorn examples.starlette_app:app --port 8002
 
-In a third, log in at tokenauth and come here with the token:
+In a third, log in at tokenauth and call this service with the token:
 
     TOKEN=$(curl -s localhost:8000/api/token -H 'Content-Type: application/json' \
         -d '{"username": "admin", "password": "admin"}' | cut -d'"' -f4)
     curl localhost:8002/greeting -H "X-Token: $TOKEN"
 
-`TOKENAUTH_URL` says where tokenauth is.
+Set `TOKENAUTH_URL` if tokenauth is elsewhere.
 """
 
 import asyncio
@@ -39,29 +39,29 @@ tokens = RemoteTokens(os.environ.get("TOKENAUTH_URL", "http://127.0.0.1:8000"))
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Close the connections to tokenauth at the end."""
+    """Close the connections to tokenauth on shutdown."""
     async with tokens:
         yield
 
 
 async def greeting(request: Request) -> JSONResponse:
-    """Answer whoever has a valid token."""
+    """Greet any user with a valid token."""
     return JSONResponse({"hello": request.user.username})
 
 
 @requires("admin")
 async def report(request: Request) -> JSONResponse:
-    """Answer whoever has the scope `admin`; Starlette answers 403 to all others."""
+    """Answer users with the scope `admin`. Starlette answers 403 to all others."""
     return JSONResponse({"for": request.user.username, "scopes": request.auth.scopes})
 
 
 async def health(request: Request) -> JSONResponse:
-    """Answer everybody: this path is exempt."""
+    """Answer without a token: this path is exempt."""
     return JSONResponse({"status": "ok"})
 
 
 async def chat(websocket: WebSocket) -> None:
-    """Take the token as the first message, since a page in a browser cannot send headers with a WebSocket."""
+    """Read the token from the first message: browsers cannot send headers with a WebSocket."""
     await websocket.accept()
     try:
         async with asyncio.timeout(5):
@@ -69,7 +69,7 @@ async def chat(websocket: WebSocket) -> None:
     except (IssuerUnavailable, TimeoutError):
         await websocket.close(1013, "try again later")
         return
-    except (WebSocketDisconnect, KeyError):  # it has gone, or has sent bytes
+    except (WebSocketDisconnect, KeyError):  # the client disconnected, or sent bytes
         return
     if login is None:
         await websocket.close(1008, "log in first")

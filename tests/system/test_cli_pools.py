@@ -113,9 +113,9 @@ def test_a_permit_that_is_deleted_is_replaced(home: Path) -> None:
 
 
 def test_the_commands_for_when_something_happens_work(home: Path) -> None:
-    """Those of README, in its order, but for what is somebody else's program."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    section = text.partition("### When something happens")[2].partition("\n## ")[0]
+    """In the order of docs/production.md, without the commands of other programs."""
+    text = (Path(__file__).parents[2] / "docs/production.md").read_text()
+    section = text.partition("## When something happens")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("tokenauth ")]
     assert len(lines) >= 7
     with worker(home / "config.toml") as server, Connection(server.port) as connection:

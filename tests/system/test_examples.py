@@ -1,4 +1,4 @@
-"""What stands in `examples` works as it says."""
+"""The programs in `examples` work as documented."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ def test_the_example_runs_as_described(server: Server, clock: HandClock, capsys:
     fencing.main(["--url", server.url], clock.advance)
     told = capsys.readouterr().out
     assert "FencedNotebook: Ann's late write was refused." in told
-    assert "\nNotebook: Ann's late write was taken." in told
+    assert "\nNotebook: Ann's late write was accepted." in told
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The install that the README describes: from lock files with hashes, and with a unit that leaves no core behind."""
+"""The documented install: lock files with hashes, and a systemd unit that writes no core dumps."""
 
 import re
 import tomllib
@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.servers import ROOT
 
-README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs/production.md").read_text()
 LOCKS = ["requirements.lock", "requirements-serve.lock"]
 
 
@@ -42,7 +42,7 @@ def test_no_lock_names_a_host(name: str) -> None:
 
 
 def test_the_documented_install_requires_hashes() -> None:
-    installs = re.findall(r"^sudo /opt/tokenauth/bin/pip install (.*)$", README, re.MULTILINE)
+    installs = re.findall(r"^sudo /opt/tokenauth/bin/pip install (.*)$", GUIDE, re.MULTILINE)
     assert installs == [
         "--require-hashes -r requirements-serve.lock",
         "--no-deps dist/tokenauth_server-*.whl",
@@ -52,5 +52,5 @@ def test_the_documented_install_requires_hashes() -> None:
 
 
 def test_the_documented_unit_leaves_no_core_behind() -> None:
-    unit = README.partition("```ini\n[Unit]")[2].partition("```")[0].splitlines()
+    unit = GUIDE.partition("```ini\n[Unit]")[2].partition("```")[0].splitlines()
     assert {"LimitCORE=0", "UMask=0077", "StateDirectoryMode=0700", "NoNewPrivileges=yes"} <= set(unit)

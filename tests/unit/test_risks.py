@@ -347,6 +347,6 @@ def test_only_an_existing_readable_database_is_a_risk(files: Path, passwords: Pa
     assert of_files(files, passwords, Path("/dev/null")) == []
 
 
-def test_the_readme_names_every_risk() -> None:
-    table = (ROOT / "README.md").read_text().partition("### Risks")[2].partition("## Users")[0]
+def test_the_documentation_names_every_risk() -> None:
+    table = (ROOT / "docs/configuration.md").read_text().partition("## Risks")[2].partition("## Users")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(RISKS)

@@ -1,12 +1,14 @@
-"""What `docs/clients.md` shows is what the examples do, or it works as it stands there."""
+"""The code in docs/clients.md is that of the examples, or runs here."""
 
+import asyncio
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support.servers import ROOT
+from tests.support.servers import ROOT, USERS, Server, log_in, worker, write_config
 from tokenauth.client import TokenAuth
 
 TEXT = (ROOT / "docs/clients.md").read_text()
@@ -14,25 +16,33 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 EXAMPLES = [(ROOT / f"examples/{name}_app.py").read_text() for name in ("fastapi", "starlette")]
 
 
-def taken(snippet: str) -> bool:
-    """Whether an example has this snippet, part by part."""
+def in_an_example(snippet: str) -> bool:
+    """Return whether an example has each part of this snippet."""
     return any(all(part in example for part in snippet.split("\n\n\n")) for example in EXAMPLES)
 
 
-def run(word: str) -> dict[str, Any]:
-    """Run the one snippet that has a word and is not taken from an example."""
-    (snippet,) = [snippet for snippet in SNIPPETS if word in snippet and not taken(snippet)]
+def run(word: str, url: str = "") -> dict[str, Any]:
+    """Run the one snippet that has this word and is not in an example."""
+    (snippet,) = [snippet for snippet in SNIPPETS if word in snippet and not in_an_example(snippet)]
     names: dict[str, Any] = {}
-    exec(snippet, names)  # noqa: S102
+    exec(snippet.replace("http://127.0.0.1:8000", url), names)  # noqa: S102
     return names
 
 
-def test_all_snippets_but_those_that_run_here_are_taken_from_the_examples() -> None:
-    assert len(SNIPPETS) == 6
-    assert [taken(snippet) for snippet in SNIPPETS].count(False) == 2
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a worker whose user ann has the scope `reports`."""
+    users = USERS.replace('"read"', '"reports"')
+    with worker(write_config(tmp_path_factory.mktemp("server"), users=users)) as running:
+        yield running
 
 
-async def test_the_order_of_the_middlewares_lets_a_page_ask_and_read_a_refusal() -> None:
+def test_other_snippets_are_from_the_examples() -> None:
+    assert len(SNIPPETS) == 8
+    assert [in_an_example(snippet) for snippet in SNIPPETS].count(False) == 4
+
+
+async def test_cors_outside_answers_preflight_and_marks_401() -> None:
     names = run("CORSMiddleware")
     page = {"Origin": "https://app.example.com"}
     asks = {**page, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "X-Token"}
@@ -46,13 +56,36 @@ async def test_the_order_of_the_middlewares_lets_a_page_ask_and_read_a_refusal()
     assert refused.headers["access-control-allow-origin"] == page["Origin"]
 
 
-async def test_the_client_of_another_service_is_made_as_it_says() -> None:
+async def test_the_documented_client_is_created() -> None:
     names = run("TokenAuth")
     auth: TokenAuth = names["auth"]
     await names["stock"].aclose()
     assert next(auth.sync_auth_flow(httpx.Request("GET", "https://stock.example.com/x"))).url.host == "auth.example.com"
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http|#)([^)#]+)", TEXT))
-def test_a_link_leads_somewhere(link: str) -> None:
-    assert (ROOT / "docs" / link).exists()
+def test_the_function_for_any_language_works(server: Server) -> None:
+    token_is_valid = run("urllib", server.url)["token_is_valid"]
+    with server.client() as client:
+        token = log_in(client)
+    assert token_is_valid(token)
+    assert not token_is_valid(token[::-1])
+    assert not token_is_valid("a\r\nb")
+
+
+async def test_an_app_on_the_same_database_is_guarded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENAUTH_CONFIG", str(server.log.parent / "config.toml"))
+    names = run("create_service")
+    app = names["app"]
+    with server.client() as client:
+        tokens = [log_in(client), log_in(client, "ann", "ann-secret")]
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as inside,
+        ):
+
+            async def status(token: str) -> int:
+                return (await inside.get("/reports", headers={"X-Token": token})).status_code
+
+            assert [await status(token) for token in tokens] == [403, 200]
+            await asyncio.to_thread(client.delete, "/api/token", headers={"X-Token": tokens[1]})
+            assert await status(tokens[1]) == 401

@@ -1,0 +1,223 @@
+"""The documents agree with each other and with the program: links, settings, commands, log events, promises."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import msgspec
+import pytest
+
+from tests.support.servers import ROOT
+from tests.test_security import PROMISES
+from tokenauth.cli.main import main
+from tokenauth.settings import loader
+from tokenauth.settings.model import Config
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+
+BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]*))?\)")
+
+
+def read(name: str) -> str:
+    """Return the text of a document."""
+    return (ROOT / name).read_text()
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the cells of all table rows whose first cell is code."""
+    lines = re.findall(r"^\| (`.*) \|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
+
+
+def section(text: str, heading: str) -> str:
+    """Return what is below a heading, up to the next one of its level or above."""
+    level = heading.partition(" ")[0]
+    after = text.partition(f"\n{heading}\n")[2]
+    assert after, f"no heading {heading!r}"
+    return re.split(rf"^#{{1,{len(level)}}} ", after, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+@cache
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_each_link_leads_somewhere(path: Path) -> None:
+    broken = []
+    for file, anchor in LINK.findall(BLOCK.sub("", path.read_text())):
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(f"{file}#{anchor}")
+    assert broken == []
+
+
+def test_readme_has_at_most_200_lines() -> None:
+    assert len(read("README.md").splitlines()) <= 200
+
+
+def test_readme_links_every_document() -> None:
+    linked = {file for file, _ in LINK.findall(read("README.md"))}
+    assert {str(path.relative_to(ROOT)) for path in DOCUMENTS} - linked == {"README.md"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_installs_name_the_wheel_or_a_lock_file(path: Path) -> None:
+    for line in re.findall(r"^.*pip install .*$", path.read_text(), re.MULTILINE):
+        if path.name != "CHANGELOG.md":
+            assert re.search(r"dist/tokenauth_server-|-r requirements", line), line
+
+
+def tables(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, set[str]]]:
+    """Yield each table of the configuration: its heading, a way to write it, its keys."""
+    keys = set()
+    for field in msgspec.structs.fields(kind):
+        name = f"{path}{field.encode_name}"
+        inner = [one for one in (field.type, *get_args(field.type)) if _is_table(one)]
+        if not inner:
+            keys.add(field.encode_name)
+        elif field.name == "dialects":
+            every = {key.encode_name for one in msgspec.structs.fields(inner[0]) for key in _keys_of(one.type)}
+            yield "[dialects.NAME]", "", every
+        else:
+            heading = {"users": "[[users]]", "pools": "[pools.NAME]"}.get(name, f"[{name}]")
+            yield heading, heading.replace("NAME", "name"), {key.encode_name for key in _keys_of(inner[0])}
+    assert not keys, f"keys outside of any table: {keys}"
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _keys_of(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
+    found = next(one for one in (kind, *get_args(kind)) if _is_table(one))
+    return msgspec.structs.fields(found)
+
+
+SETTINGS = read("docs/configuration.md")
+TABLES = list(tables())
+
+
+@pytest.mark.parametrize(("heading", "keys"), [(heading, keys) for heading, _, keys in TABLES])
+def test_each_setting_has_a_row(heading: str, keys: set[str]) -> None:
+    documented = [row[0].strip("`") for row in rows(section(SETTINGS, f"### {heading}"))]
+    assert sorted(documented) == sorted(keys)
+
+
+@pytest.mark.parametrize("heading", [heading for heading, toml, _ in TABLES if toml not in {"", "[[users]]"}])
+def test_documented_defaults_are_the_defaults(heading: str) -> None:
+    table = heading.replace("NAME", "name")
+    defaults = [row[:2] for row in rows(section(SETTINGS, f"### {heading}"))]
+    written = [f"{key.strip('`')} = {value.strip('`')}" for key, value in defaults if value not in {"none", "no limit"}]
+    assert loader.parse("\n".join([table, *written]), {}) == loader.parse(table, {})
+
+
+def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
+    """Yield each command with its full name."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def test_each_command_has_a_row_with_its_options() -> None:
+    documented = {}
+    for cell, *_ in rows(read("docs/command-line.md")):
+        words = cell.strip("`").split()
+        command = " ".join(word for word in words if re.fullmatch(r"[a-z][a-z-]*", word))
+        documented[command] = set(re.findall(r"--[a-z-]+", cell))
+    everywhere = {"--config", "--help"}
+    offered = {
+        path: {name for option in command.params for name in option.opts if name.startswith("--")} - everywhere
+        for path, command in commands(main, "tokenauth")
+    }
+    assert documented == offered
+
+
+LEVELS = {"debug", "info", "warning", "error", "critical"}
+
+
+def logged() -> dict[str, set[str]]:
+    """Return the events in the source, each with the names of its fields, as far as they are written out."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "tokenauth").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            for event in events(tree, call):
+                found.setdefault(event, set()).update(one.arg for one in call.keywords if one.arg)
+                if name(call.func) == "record":
+                    found[event].add("by")
+    return found
+
+
+def name(node: ast.expr) -> str:
+    """Return the last part of a dotted name."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def events(tree: ast.AST, call: ast.Call) -> list[str]:
+    """Return the events that a call logs."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr in LEVELS and name(call.func.value) == "log":
+        return constants(tree, call.args[0])
+    return constants(tree, call.args[0]) if name(call.func) == "record" else []
+
+
+def constants(tree: ast.AST, node: ast.expr) -> list[str]:
+    """Return the texts that an expression can be: a constant, one of two, or a variable that holds one."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.IfExp():
+            return constants(tree, node.body) + constants(tree, node.orelse)
+        case ast.Name():
+            values = [
+                one.value
+                for one in ast.walk(tree)
+                if isinstance(one, ast.Assign) and any(name(target) == node.id for target in one.targets)
+            ]
+            return [text for value in values for text in constants(tree, value)]
+    return []
+
+
+OTHERWISE = {
+    "store_not_writable", "store_writable_again", "store_unreachable", "store_reachable_again",  # names for a circuit
+    "log_lines_dropped",  # made by the log itself
+}  # fmt: skip
+
+
+def documented_events() -> dict[str, set[str]]:
+    """Return the events in docs/logs.md with their fields; one row may have several."""
+    found: dict[str, set[str]] = {}
+    for names, fields, *_ in rows(read("docs/logs.md")):
+        for event in re.findall(r"`(\w+)`", names):
+            found.setdefault(event, set()).update(re.findall(r"`(\w+)`", fields))
+    return found
+
+
+def test_each_log_event_has_a_row() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "tokenauth").rglob("*.py"))
+    assert {event for event in OTHERWISE if f'"{event}"' in source} == OTHERWISE
+    assert set(documented_events()) == set(logged()) | OTHERWISE
+
+
+def test_each_field_of_an_event_is_documented() -> None:
+    documented = documented_events()
+    assert {event: fields - documented[event] for event, fields in logged().items() if fields - documented[event]} == {}
+
+
+def test_each_promise_has_its_section_and_tests() -> None:
+    sections = re.split(r"^## (?=\d)", read("docs/promises.md"), flags=re.MULTILINE)[1:]
+    assert [int(text.partition(".")[0]) for text in sections] == list(PROMISES)
+    for number, text in zip(PROMISES, sections, strict=True):
+        named = re.findall(r"`(tests/[^`]*)`", text)
+        assert named or "Not built yet" in text
+        assert all(f"`{one}" in PROMISES[number] for one in named), number
