@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from tests.support.servers import ROOT
+from tests.test_layers import LAYERS
 from tests.test_security import PROMISES
 from tokenauth.cli.main import main
 from tokenauth.settings import loader
@@ -221,3 +222,25 @@ def test_each_promise_has_its_section_and_tests() -> None:
         named = re.findall(r"`(tests/[^`]*)`", text)
         assert named or "Not built yet" in text
         assert all(f"`{one}" in PROMISES[number] for one in named), number
+
+
+CONTRIBUTING = read("CONTRIBUTING.md")
+
+
+def test_contributing_lists_every_folder() -> None:
+    listed, parents = set(), [""]
+    for indent, folder in re.findall(r"^( *)([a-z]+/)(?: |$)", section(CONTRIBUTING, "## The tree"), re.MULTILINE):
+        parents[len(indent) // 2 + 1 :] = [parents[len(indent) // 2] + folder]
+        listed.add(parents[-1])
+    assert [folder for folder in listed if not (ROOT / folder).is_dir()] == []
+    rooms = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for path in [*ROOT.glob("tokenauth/**/__init__.py"), *ROOT.glob("tests/*/__init__.py")]
+    }
+    assert rooms <= listed
+
+
+def test_contributing_shows_the_layers_in_order() -> None:
+    (block,) = re.findall(r"^```\n(cli\n.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL)
+    shown = [set(line.partition("   ")[0].split()) for line in block.splitlines()]
+    assert [*reversed(shown), {"client"}] == LAYERS
