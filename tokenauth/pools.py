@@ -1,4 +1,4 @@
-"""Pools: generate tokens, and lend them: assign, keep alive, release, delete."""
+"""Pools: generate tokens and lease them: assign, keep alive, release, delete."""
 
 import asyncio
 import math
@@ -22,37 +22,40 @@ from tokenauth.models import ANY_LEASE, Identity, Instant, LeaseCheck, LeaseCurs
 from tokenauth.stores.store import Lent, Store, Touched
 
 MAX_COUNT = 1000
-"""Tokens that are made at once, listed at once, or changed in one step, at the most."""
+"""Maximum number of tokens that are generated, listed or changed in one step."""
 
 MAX_TEXT = 256
-"""Characters of a holder's name, and of a token."""
+"""Maximum length of a holder's name, and of a token, in characters."""
 
 _PAUSE = 0.005
-"""Seconds between two such steps, in which other processes write."""
+"""Seconds between two steps of a long change, in which other processes can write."""
 
-_FILL = 10_000
-"""Tokens that one step adds at the most while a pool is brought to its capacity."""
+_FILL_BATCH = 10_000
+"""Maximum number of tokens that one step adds while a pool is filled to its capacity."""
 
 NewValue = Callable[[], str]
 """Makes the value of a new token."""
 
 
 class Pools:
-    """The pools that stand in the configuration. Every method reads the clock once."""
+    """The pools of the configuration.
+
+    Where a method takes a user, None means any user. Each method reads the clock once.
+    """
 
     def __init__(
-        self, terms: Mapping[str, Pool], store: Store, clock: Clock, makers: Mapping[str, NewValue] | None = None
+        self, pools: Mapping[str, Pool], store: Store, clock: Clock, new_values: Mapping[str, NewValue] | None = None
     ) -> None:
-        """Lend on these terms; `makers` has the pools whose tokens look different from the usual ones."""
-        self._terms = terms
+        """`new_values` has the pools whose tokens are not made by `values.new_value`."""
+        self._pools = pools
         self._store = store
         self._clock = clock
-        self._makers = makers or {}
-        self._unfit = [pool for pool in terms.values() if pool.prefill]
+        self._new_value = new_values or {}
+        self._unfilled = [pool for pool in pools.values() if pool.prefill]
 
     def find(self, name: str, user: Identity | None = None) -> Pool:
-        """Return the terms of a pool. Raises UnknownPool, or InsufficientScope if they are not for this user."""
-        pool = self._terms.get(name)
+        """Return a pool. Raises UnknownPool, or InsufficientScope if the user may not use it."""
+        pool = self._pools.get(name)
         if pool is None:
             raise UnknownPool
         if user is not None and pool.scope is not None and pool.scope not in user.scopes:
@@ -60,20 +63,23 @@ class Pools:
         return pool
 
     def find_managed(self, name: str, user: Identity | None) -> Pool:
-        """Return the terms of a pool that this user manages. Raises UnknownPool, InsufficientScope."""
+        """Return a pool that the user manages. Raises UnknownPool, InsufficientScope."""
         pool = self.find(name, user)
         if user is not None and not pool.managed_by(user):
             raise InsufficientScope(pool.manage_scope)
         return pool
 
-    def open_to(self, user: Identity | None = None) -> Sequence[Pool]:
-        """List the pools that a user may use, or all."""
+    def usable_by(self, user: Identity | None = None) -> Sequence[Pool]:
+        """List the pools that the user may use; without a user, all pools."""
         return [
-            pool for pool in self._terms.values() if user is None or pool.scope is None or pool.scope in user.scopes
+            pool for pool in self._pools.values() if user is None or pool.scope is None or pool.scope in user.scopes
         ]
 
     async def generate(self, pool: Pool, count: int) -> Sequence[str]:
-        """Add `count` free tokens, all or none. Raises PoolFull, or InvalidRequest if they are too many at once."""
+        """Add `count` free tokens, all or none, and return their values.
+
+        Raises PoolFull, or InvalidRequest if `count` is not from 1 to MAX_COUNT.
+        """
         if pool.capacity is not None and count > pool.capacity:
             raise PoolFull
         if not 1 <= count <= MAX_COUNT:
@@ -84,137 +90,144 @@ class Pools:
         return values
 
     async def assign(self, pool: Pool, holder: str, username: str | None = None) -> PoolToken:
-        """Lease the token that has been free longest to a user; None: to whoever asks. Raises NoFreeToken."""
+        """Lease the token that has been free longest. Raises NoFreeToken.
+
+        A lease without a `username` belongs to no user: anyone may extend or release it.
+        """
         now = self._clock()
         lent = await self._store.pools.lease(pool, holder, now, username)
         if lent.token is None:
             raise NoFreeToken(None if lent.next_end is None else max(1, math.ceil(lent.next_end - now)))
         return lent.token
 
-    async def take(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
-        """Lend any token, as a counting semaphore is acquired; say whether there was one, and how many are left."""
+    async def acquire(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
+        """Lease any token, as one acquires a counting semaphore.
+
+        Return whether there was a free one, and how many are free now.
+        """
         lent: Lent = await self._store.pools.lease(pool, holder, self._clock(), username, counted=True)
         return lent.token is not None, lent.left or 0
 
-    async def give_back(self, pool: Pool, username: str | None = None) -> tuple[bool, int]:
-        """End the lease of a user, or without one of anybody, that would end first.
+    async def release_next(self, pool: Pool, username: str | None = None) -> tuple[bool, int]:
+        """Release the token whose lease would end first, as one releases a counting semaphore.
 
-        Say whether there was one, and how many tokens are free then.
+        Return whether there was a lease, and how many tokens are free now.
         """
         return await self._store.pools.release_next(pool, self._clock(), username)
 
-    async def keep_alive(self, pool: Pool, value: str, claim: LeaseCheck = ANY_LEASE) -> PoolToken:
-        """Let a lease run for its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
+    async def keep_alive(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> PoolToken:
+        """Extend a lease to its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        return _done(await self._store.pools.extend(pool, _named(value), now, claim), claim, now)
+        return _unwrap(await self._store.pools.extend(pool, _checked(value), now, check), check, now)
 
-    async def refresh(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
-        """Let a token, lent or free, stay so for its full time; say whether it is lent.
+    async def keep_alive_any(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
+        """Extend the lease of a token, or the life of a free one, to its full time from now.
 
-        Free tokens are for those who manage the pool. Raises UnknownToken, NotYourLease, InsufficientScope.
+        Return whether the token is leased. Free tokens need the manage scope. Raises UnknownToken, NotYourLease,
+        InsufficientScope.
         """
         now = self._clock()
-        claim = LeaseCheck(username=None if user is None else user.username)
+        check = LeaseCheck(username=None if user is None else user.username)
         managed = user is None or pool.managed_by(user)
         try:
-            token = _done(await self._store.pools.extend(pool, _named(value), now, claim, managed), claim, now)
+            token = _unwrap(await self._store.pools.extend(pool, _checked(value), now, check, managed), check, now)
         except LeaseLost:
             raise InsufficientScope(pool.manage_scope) from None
         return token.holder is not None
 
-    async def refresh_free(self, pool: Pool, user: Identity | None = None) -> int:
-        """Let all free tokens wait for their full time from now, in small steps; say how many they were.
+    async def keep_alive_free(self, pool: Pool, user: Identity | None = None) -> int:
+        """Extend the life of all free tokens to its full time from now, in small steps. Return their number.
 
-        Raises InsufficientScope unless this user manages the pool.
+        Raises InsufficientScope unless the user manages the pool.
         """
         self.find_managed(pool.name, user)
-        before = self._clock()
-        found = await self._store.pools.count(pool, before)
-        more = found.available > 0
+        start = self._clock()
+        counts = await self._store.pools.count(pool, start)
+        more = counts.available > 0
         while more:
-            more = await self._store.pools.extend_free(pool, before, self._clock(), MAX_COUNT) == MAX_COUNT
+            more = await self._store.pools.extend_free(pool, start, self._clock(), MAX_COUNT) == MAX_COUNT
             await asyncio.sleep(_PAUSE)
-        return found.available
+        return counts.available
 
-    async def release(self, pool: Pool, value: str, claim: LeaseCheck = ANY_LEASE) -> None:
-        """End a lease: the token is free. Raises UnknownToken, LeaseLost, NotYourLease."""
+    async def release(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> None:
+        """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        _done(await self._store.pools.release(pool, _named(value), now, claim), claim, now)
+        _unwrap(await self._store.pools.release(pool, _checked(value), now, check), check, now)
 
-    async def release_by_force(self, pool: Pool, value: str, claim: LeaseCheck, by: str, reason: str | None) -> None:
-        """End any user's lease, and log whose it was, who did that and why. Raises UnknownToken, LeaseLost."""
+    async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> None:
+        """End the lease of any user, and log whose it was, who ended it and why. Raises UnknownToken, LeaseLost."""
         now = self._clock()
-        held = await self.get(pool, value)
-        if claim.fence is None:
-            claim = claim._replace(fence=held.fence)  # the lease that ends is the one that is logged
+        token = await self._store.pools.get(pool, _checked(value), now)
+        if token is None:
+            raise UnknownToken
+        if check.fence is None:
+            check = check._replace(fence=token.fence)  # end exactly the lease that is logged
         try:
-            _done(await self._store.pools.release(pool, value, now, claim), claim, now)
+            _unwrap(await self._store.pools.release(pool, value, now, check), check, now)
         except LeaseLost:
             raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.") from None
-        about = {"user": held.username, "holder": held.holder, "fence": claim.fence}
-        log.warning("lease_forced", pool=pool.name, **about, by=by, reason=reason)
+        ended = {"user": token.username, "holder": token.holder, "fence": check.fence}
+        log.warning("lease_forced", pool=pool.name, **ended, by=by, reason=reason)
 
     async def delete(self, pool: Pool, value: str) -> None:
-        """Delete a token, free or lent; where there is `prefill`, a new one takes its place. Raises UnknownToken."""
+        """Delete a token, free or leased. A pool with `prefill` gets a new one instead. Raises UnknownToken."""
         successor = self._new_values(pool, 1)[0] if pool.prefill else None
-        if not await self._store.pools.remove(pool, _named(value), self._clock(), successor):
+        if not await self._store.pools.remove(pool, _checked(value), self._clock(), successor):
             raise UnknownToken
 
     async def get(self, pool: Pool, value: str) -> PoolToken:
         """Return a token. Raises UnknownToken."""
-        token = await self._store.pools.get(pool, _named(value), self._clock())
+        token = await self._store.pools.get(pool, _checked(value), self._clock())
         if token is None:
             raise UnknownToken
         return token
 
     async def count(self, pool: Pool) -> PoolCounts:
-        """Say how many tokens can be lent, and how many are."""
         return await self._store.pools.count(pool, self._clock())
 
-    async def members(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
-        """List tokens ordered by value, from the first one after `after`."""
+    async def list_tokens(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
+        """List tokens ordered by value, starting after the value `after`."""
         return await self._store.pools.members(pool, self._clock(), after, limit)
 
-    async def leases(self, pool: Pool, after: LeaseCursor, limit: int) -> Sequence[tuple[LeaseCursor, PoolToken]]:
-        """List the leased tokens with their places, in the order in which the leases end."""
+    async def list_leases(self, pool: Pool, after: LeaseCursor, limit: int) -> Sequence[tuple[LeaseCursor, PoolToken]]:
+        """List leased tokens ordered by the end of their lease, starting after a cursor."""
         return await self._store.pools.leases(pool, self._clock(), after, limit)
 
     def now(self) -> Instant:
-        """Read the clock that leases are judged by."""
         return self._clock()
 
     async def prefill(self) -> None:
-        """Bring each pool with `prefill` to its capacity, once. No lease ends by it.
+        """Fill each pool with `prefill` to its capacity, once. This ends no lease.
 
-        One that cannot be written is left for the next call: whoever only validates tokens must not suffer for it.
+        A pool that cannot be written is left for the next call: a server that only validates tokens must still start.
         """
-        for pool in list(self._unfit):
+        for pool in list(self._unfilled):
             try:
                 await self._fill(pool)
-                self._unfit.remove(pool)
+                self._unfilled.remove(pool)
             except RetryLater as refusal:
                 log.warning("pool_not_filled", pool=pool.name, reason=refusal.code)
 
     async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
-        """Delete at most `limit` tokens of a pool that have expired; say how many there were."""
+        """Delete at most `limit` expired tokens. Return their number."""
         return await self._store.pools.purge(pool, now, limit)
 
     async def _fill(self, pool: Pool) -> None:
-        found = lacking = await self._store.pools.fit(pool, (), self._clock())
-        while lacking:
+        first = missing = await self._store.pools.fit(pool, (), self._clock())
+        while missing:
             await asyncio.sleep(_PAUSE)
-            values = self._new_values(pool, max(0, min(lacking, _FILL)))
-            lacking = await self._store.pools.fit(pool, values, self._clock())
-        if found > 0:
+            values = self._new_values(pool, max(0, min(missing, _FILL_BATCH)))
+            missing = await self._store.pools.fit(pool, values, self._clock())
+        if first > 0:
             log.info("pool_filled", pool=pool.name, capacity=pool.capacity)
 
     def _new_values(self, pool: Pool, count: int) -> list[str]:
-        make = self._makers.get(pool.name, values.new_value)
+        make = self._new_value.get(pool.name, values.new_value)
         return [make() for _ in range(count)]
 
 
-def named_holder(name: str, field: str = "holder") -> str:
-    """Return the name that a holder gives himself. Raises InvalidRequest, which names the field, for what is none."""
+def check_name(name: str, field: str = "holder") -> str:
+    """Return a name of 1 to MAX_TEXT printable characters. Raises InvalidRequest about `field` for any other."""
     if not 1 <= len(name) <= MAX_TEXT:
         raise InvalidRequest(f"{field}: must have 1 to {MAX_TEXT} characters.")
     if not name.isprintable():
@@ -222,18 +235,18 @@ def named_holder(name: str, field: str = "holder") -> str:
     return name
 
 
-def _done(touched: Touched | None, claim: LeaseCheck, now: Instant) -> PoolToken:
+def _unwrap(touched: Touched | None, check: LeaseCheck, now: Instant) -> PoolToken:
     if touched is None:
         raise UnknownToken
     if touched.done:
         return touched.token
-    if touched.token.is_leased(now) and not claim.matches_user(touched.token):
+    if touched.token.is_leased(now) and not check.matches_user(touched.token):
         raise NotYourLease
     raise LeaseLost
 
 
-def _named(value: str) -> str:
-    """Return a token that may exist: no database need be asked about any other. Raises UnknownToken."""
+def _checked(value: str) -> str:
+    # No token looks like this, so the database is not asked.
     if len(value) > MAX_TEXT or not value.isprintable():
         raise UnknownToken
     return value

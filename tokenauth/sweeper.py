@@ -55,7 +55,7 @@ class Sweeper:
         if not await self._store.claim("sweep", now, until):
             return 0
         count = await self._drain(self._store.tokens.purge, now, until)
-        for pool in self._pools.open_to():
+        for pool in self._pools.usable_by():
             count += await self._drain(partial(self._pools.purge, pool), now, until)
         count += await self._drain(self._store.purge_log, now - LOG_AGE, until)
         count += await self._drain(self._store.failures.purge_failures, now - self._forget, until)

@@ -18,8 +18,8 @@ from tokenauth.errors import (
     UnknownPool,
     UnknownToken,
 )
-from tokenauth.models import Identity, LeaseCheck, Pool, PoolCounts, PoolToken
-from tokenauth.pools import MAX_COUNT, Pools, named_holder
+from tokenauth.models import ANY_LEASE, Identity, LeaseCheck, Pool, PoolCounts, PoolToken
+from tokenauth.pools import MAX_COUNT, Pools, check_name
 from tokenauth.settings.model import Database
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
@@ -78,15 +78,15 @@ async def test_a_pool_is_found_by_name_if_its_scope_allows(pools: Pools) -> None
 
 
 async def test_the_list_has_the_pools_that_one_may_use(pools: Pools) -> None:
-    assert pools.open_to() == pools.open_to(OPS) == [POOL, ROOMY, PERMITS, SECRET]
-    assert pools.open_to(ANN) == [POOL, ROOMY, PERMITS]
+    assert pools.usable_by() == pools.usable_by(OPS) == [POOL, ROOMY, PERMITS, SECRET]
+    assert pools.usable_by(ANN) == [POOL, ROOMY, PERMITS]
 
 
 async def test_new_tokens_are_random_in_the_form_of_their_pool(pools: Pools) -> None:
     values = await pools.generate(SECRET, MAX_COUNT)
     assert len(set(values)) == MAX_COUNT
     assert all(len(value) == 64 and value.isalnum() and value.isascii() for value in values)
-    assert [token.value for token in await pools.members(SECRET)] == sorted(values)
+    assert [token.value for token in await pools.list_tokens(SECRET)] == sorted(values)
     (value,) = await pools.generate(ROOMY, 1)
     assert str(uuid.UUID(value)) == value
 
@@ -147,8 +147,9 @@ async def test_its_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, cloc
 
 NAMED: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
     "keep_alive": lambda pools, value: pools.keep_alive(ROOMY, value),
-    "refresh": lambda pools, value: pools.refresh(ROOMY, value),
+    "keep_alive_any": lambda pools, value: pools.keep_alive_any(ROOMY, value),
     "release": lambda pools, value: pools.release(ROOMY, value),
+    "force_release": lambda pools, value: pools.force_release(ROOMY, value, ANY_LEASE, "ops", None),
     "delete": lambda pools, value: pools.delete(ROOMY, value),
     "get": lambda pools, value: pools.get(ROOMY, value),
 }
@@ -167,29 +168,29 @@ async def test_a_token_that_is_not_there_is_unknown(pools: Pools, clock: Hand, v
 async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: Hand) -> None:
     await pools.generate(POOL, 2)
     lent = await pools.assign(POOL, "ann")
-    (free,) = [token for token in await pools.members(POOL) if token.holder is None]
+    (free,) = [token for token in await pools.list_tokens(POOL) if token.holder is None]
     clock.now += 30
-    assert await pools.refresh(POOL, lent.value)
+    assert await pools.keep_alive_any(POOL, lent.value)
     assert await pools.get(POOL, lent.value) == lent._replace(free_at=START + 90)
-    assert not await pools.refresh(POOL, free.value)
+    assert not await pools.keep_alive_any(POOL, free.value)
     assert await pools.get(POOL, free.value) == free._replace(free_at=START + 30)
     clock.now += 60
-    assert not await pools.refresh(POOL, lent.value)
+    assert not await pools.keep_alive_any(POOL, lent.value)
     assert await pools.get(POOL, lent.value) == PoolToken("p", lent.value, START + 90, None, 1)
 
 
 async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: Hand) -> None:
-    assert await pools.refresh_free(ROOMY) == 0
+    assert await pools.keep_alive_free(ROOMY) == 0
     for _ in range(3):
         await pools.generate(ROOMY, 800)
     clock.now += 200
     lent = await pools.assign(ROOMY, "ann")
-    assert await pools.refresh_free(ROOMY) == 2399
+    assert await pools.keep_alive_free(ROOMY) == 2399
     clock.now += 239
     assert await pools.count(ROOMY) == PoolCounts(2400, 0)
     assert await pools.get(ROOMY, lent.value) == lent
     clock.now += 1
-    assert await pools.count(ROOMY) == PoolCounts(1, 0), "the lent one was not refreshed: its lease ran on"
+    assert await pools.count(ROOMY) == PoolCounts(1, 0), "the leased one was not extended: its lease continued"
 
 
 async def test_prefill_replaces_a_deleted_token(pools: Pools) -> None:
@@ -205,10 +206,10 @@ async def test_prefill_replaces_a_deleted_token(pools: Pools) -> None:
 
 async def test_only_pools_with_prefill_are_filled_and_that_once(pools: Pools) -> None:
     await pools.prefill()
-    before = [await pools.members(pool) for pool in TERMS.values()]
+    before = [await pools.list_tokens(pool) for pool in TERMS.values()]
     assert list(map(len, before)) == [0, 0, 3, 0]
     await pools.prefill()
-    assert [await pools.members(pool) for pool in TERMS.values()] == before
+    assert [await pools.list_tokens(pool) for pool in TERMS.values()] == before
 
 
 async def test_a_pool_is_filled_however_large_it_is(store: Store, clock: Hand) -> None:
@@ -233,20 +234,20 @@ async def test_a_changed_capacity_ends_no_lease(pools: Pools, store: Store, cloc
 
 async def test_permits_are_taken_and_given_back_by_number(pools: Pools) -> None:
     await pools.prefill()
-    assert await pools.give_back(PERMITS) == (False, 3)
-    assert [await pools.take(PERMITS, "ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
-    assert [await pools.give_back(PERMITS) for _ in range(4)] == [(True, 1), (True, 2), (True, 3), (False, 3)]
+    assert await pools.release_next(PERMITS) == (False, 3)
+    assert [await pools.acquire(PERMITS, "ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
+    assert [await pools.release_next(PERMITS) for _ in range(4)] == [(True, 1), (True, 2), (True, 3), (False, 3)]
 
 
 @pytest.mark.parametrize("name", ["a", "ci-7", "Ann O'Neill", "жанна", "\U0001f511", "x" * 256])
 def test_a_holder_has_a_name_that_can_be_shown(name: str) -> None:
-    assert named_holder(name) == name
+    assert check_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", *IMPOSSIBLE], ids=ascii)
 def test_an_unprintable_holder_is_refused_and_not_echoed(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^holder: ") as refusal:
-        named_holder(name)
+        check_name(name)
     assert not name or name not in str(refusal.value)
 
 
@@ -254,10 +255,10 @@ ONCE: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
     **NAMED,
     "generate": lambda pools, _: pools.generate(ROOMY, 2),
     "assign": lambda pools, _: pools.assign(ROOMY, "bob"),
-    "take": lambda pools, _: pools.take(ROOMY, "bob"),
-    "give_back": lambda pools, _: pools.give_back(ROOMY),
+    "acquire": lambda pools, _: pools.acquire(ROOMY, "bob"),
+    "release_next": lambda pools, _: pools.release_next(ROOMY),
     "count": lambda pools, _: pools.count(ROOMY),
-    "members": lambda pools, _: pools.members(ROOMY),
+    "list_tokens": lambda pools, _: pools.list_tokens(ROOMY),
 }
 
 

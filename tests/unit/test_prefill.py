@@ -50,7 +50,7 @@ def home(tmp_path: Path) -> Home:
 
 async def values(pools: Pools, name: str = "permits") -> set[str]:
     """Name the tokens of a pool."""
-    return {token.value for token in await pools.members(pools.find(name))}
+    return {token.value for token in await pools.list_tokens(pools.find(name))}
 
 
 async def lend(pools: Pools, pool: Pool, count: int) -> list[str]:

@@ -22,7 +22,7 @@ def pool_list(config_file: str | None, as_json: bool) -> None:
 
     async def count(service: Any) -> list[dict[str, Any]]:
         rows = []
-        for one in service.pools.open_to():
+        for one in service.pools.usable_by():
             available, leased = await service.pools.count(one)
             rows.append({"name": one.name, "capacity": one.capacity, "available": available, "leased": leased})
         return rows
@@ -41,7 +41,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
     async def members(service: Any) -> list[dict[str, Any]]:
         terms = service.pools.find(name)
         rows = []
-        for token in await service.pools.members(terms, text(after)):
+        for token in await service.pools.list_tokens(terms, text(after)):
             lease = token.lease(service.clock())
             row = {"token": token.value, "expiry_time": whole(terms.expires_at(token)), "fence": token.fence}
             row |= {"user": lease and token.username, "holder": lease and lease.holder}

@@ -148,11 +148,11 @@ class RandomTokenGenerator:
         """Let one token, or all free ones, live for their full time from now."""
         token = await _token(scope, receive)
         if not token:
-            count = await self._pools.refresh_free(self._pool, requests.user(scope))
+            count = await self._pools.keep_alive_free(self._pool, requests.user(scope))
             await answer_json(send, Message(f"TTL extended successfully for {count} tokens"))
             return
         try:
-            lent = await self._pools.refresh(self._pool, token, requests.user(scope))
+            lent = await self._pools.keep_alive_any(self._pool, token, requests.user(scope))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 404)
         else:

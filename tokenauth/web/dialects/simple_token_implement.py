@@ -65,7 +65,7 @@ class SimpleTokenImplement:
         info = _info(scope)
         requests.refuse_gone(scope)
         user = requests.username(scope)
-        taken, left = await self._pools.take(self._pool, user or NAME, user)
+        taken, left = await self._pools.acquire(self._pool, user or NAME, user)
         if taken:
             await answer_json(send, Said("Token issued successfully.", left, info))
         else:
@@ -75,7 +75,7 @@ class SimpleTokenImplement:
     async def recycle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Free the permit that was issued longest ago: the user's own, where there are users."""
         info = _info(scope)
-        freed, left = await self._pools.give_back(self._pool, requests.username(scope))
+        freed, left = await self._pools.release_next(self._pool, requests.username(scope))
         if freed:
             await answer_json(send, Said("Token recycled successfully.", left, info))
         else:

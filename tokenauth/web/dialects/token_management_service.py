@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.models import LeaseCheck
-from tokenauth.pools import MAX_TEXT, Pools, named_holder
+from tokenauth.pools import MAX_TEXT, Pools, check_name
 from tokenauth.settings.lending import Dialect
 from tokenauth.web import requests
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
@@ -94,7 +94,7 @@ class TokenManagementService:
         requests.refuse_gone(scope)
         try:
             token = await self._pools.assign(
-                self._pool, named_holder(body.client_id, "client_id"), requests.username(scope)
+                self._pool, check_name(body.client_id, "client_id"), requests.username(scope)
             )
         except NoFreeToken:
             await _say(send, "No free token available", 404)

@@ -110,7 +110,7 @@ class TokenPool:
         except UnknownToken:
             raise NotFound from None
         try:
-            await self._pools.refresh(self._pool, value, requests.user(scope))
+            await self._pools.keep_alive_any(self._pool, value, requests.user(scope))
         except UnknownToken:
             await answer_json(send, _UNKNOWN, 400)
         else:

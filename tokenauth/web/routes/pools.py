@@ -18,7 +18,7 @@ from tokenauth.errors import (
     UnknownToken,
 )
 from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor, Pool, PoolToken
-from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, named_holder
+from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
 from tokenauth.web import requests
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.web.responses import answer, answer_json
@@ -136,7 +136,7 @@ class PoolRoutes:
     @operation(Answer(200, Listing))
     async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say how many tokens each pool has."""
-        counted = [await self._counted(pool) for pool in self._pools.open_to(scope["user"])]
+        counted = [await self._counted(pool) for pool in self._pools.usable_by(scope["user"])]
         await answer_json(send, Listing(counted))
 
     @operation(Answer(200, Page), refuses=_POOL, query={"after": str, "limit": _Limit})
@@ -179,7 +179,7 @@ class PoolRoutes:
         pool = self._pool(scope)
         wanted = await requests.json_body(scope, receive, _holder, empty=Borrower())
         user: Identity = scope["user"]
-        holder = user.username if wanted.holder is None else named_holder(wanted.holder)
+        holder = user.username if wanted.holder is None else check_name(wanted.holder)
         requests.refuse_gone(scope)
         token = await self._pools.assign(pool, holder, user.username)
         await answer_json(send, _lease(pool, token), 201)
@@ -204,8 +204,8 @@ class PoolRoutes:
         if ended.reason is not None and not force:
             raise InvalidRequest("reason: goes with ?force=true only.")
         if force:
-            reason = None if ended.reason is None else named_holder(ended.reason, "reason")
-            await self._pools.release_by_force(pool, token, claim, user.username, reason)
+            reason = None if ended.reason is None else check_name(ended.reason, "reason")
+            await self._pools.force_release(pool, token, claim, user.username, reason)
         else:
             await self._pools.release(pool, token, claim)
         await answer(send, 204, b"")
@@ -218,12 +218,12 @@ class PoolRoutes:
 
     async def _all(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of all tokens, ordered by value, and where the next page begins."""
-        found = await self._pools.members(pool, after, limit + 1)
+        found = await self._pools.list_tokens(pool, after, limit + 1)
         return found[:limit], found[limit - 1].value if len(found) > limit else None
 
     async def _leases(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of the leased tokens, and where the next page begins: no value is told by that."""
-        found = await self._pools.leases(pool, _place(after), limit + 1)
+        found = await self._pools.list_leases(pool, _place(after), limit + 1)
         following = "{!r}-{}".format(*found[limit - 1][0]) if len(found) > limit else None
         return [token for _, token in found[:limit]], following
 
