@@ -88,7 +88,7 @@ def test_what_waits_is_accepted_before_the_socket_closes() -> None:
         assert {client.recv(100) for client in clients} == {b"hello"}
 
 
-def test_nobody_enters_a_queue_that_will_be_closed() -> None:
+def test_no_connection_enters_a_queue_about_to_close() -> None:
     """A client that comes too late tries again after a second; it is not reset after it has sent its request."""
     with queue() as (listener, clients):
         stop_handshakes(listener)

@@ -70,7 +70,7 @@ def test_by_default_no_origin_is_allowed_anything(closed: httpx.Client, origin: 
 
 
 @pytest.mark.parametrize("head", [b"GET /auth HTTP/1.1\r\nno colon", b"GET /nothing HTTP/1.1\r\nno colon"])
-def test_what_is_broken_is_refused_at_once(server: Server, head: bytes) -> None:
+def test_a_broken_request_is_refused_at_once(server: Server, head: bytes) -> None:
     """Only a head that is too long is searched for its Origin for a while."""
     took = []
     for _ in range(5):
@@ -111,12 +111,12 @@ def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, orig
 
 
 @pytest.mark.parametrize(("method", "headers"), [("PATCH", "x-token"), ("TRACE", "x-token"), ("POST", "x-other")])
-def test_a_preflight_refuses_what_the_service_has_no_use_for(client: httpx.Client, method: str, headers: str) -> None:
+def test_a_preflight_refuses_unused_methods_and_headers(client: httpx.Client, method: str, headers: str) -> None:
     assert preflight(client, ORIGINS[0], method, headers).status_code == 400
 
 
 @pytest.mark.parametrize("origin", [*ORIGINS, *STRANGERS])
-def test_a_preflight_that_a_proxy_asks_about_is_a_request_like_any_other(client: httpx.Client, origin: str) -> None:
+def test_a_preflight_to_auth_is_an_ordinary_request(client: httpx.Client, origin: str) -> None:
     """It is answered by the app behind the proxy, if that is meant to see it; here it has no token."""
     asked = {"Origin": origin, "Access-Control-Request-Method": "GET"}
     assert client.options("/auth?scope=read", headers=asked).status_code == 401
@@ -154,9 +154,7 @@ REFUSED_HEADS = {
 @pytest.mark.parametrize("origin", [ORIGINS[0], STRANGERS[0]])
 @pytest.mark.parametrize("before", [True, False], ids=["Origin first", "Origin last"])
 @pytest.mark.parametrize("what", REFUSED_HEADS)
-def test_a_refusal_of_a_head_can_be_read_by_a_configured_origin(
-    server: Server, what: str, before: bool, origin: str
-) -> None:
+def test_a_configured_origin_can_read_a_refused_head(server: Server, what: str, before: bool, origin: str) -> None:
     """The server refuses it before the app sees it; a page would only learn of a failure of the network."""
     lines, status = REFUSED_HEADS[what]
     named = [f"Origin: {origin}"]
@@ -166,7 +164,7 @@ def test_a_refusal_of_a_head_can_be_read_by_a_configured_origin(
     assert headers.get("access-control-allow-origin") == (origin if origin in ORIGINS else None)
 
 
-def test_a_long_head_without_an_origin_is_refused_all_the_same(server: Server) -> None:
+def test_a_long_head_without_an_origin_is_refused_too(server: Server) -> None:
     head = "GET /api/token HTTP/1.1\r\nHost: x\r\nX-Junk: " + "x" * 60_000
     for end in ("\r\n\r\n", ""):  # with the end of the head, and without
         answered, headers, _ = exchange(server.port, (head + end).encode())

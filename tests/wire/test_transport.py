@@ -47,7 +47,7 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-async def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
+async def test_writes_of_one_loop_turn_are_sent_together() -> None:
     line = Line()
     transport = OnePiece(line, asyncio.get_running_loop())
     transport.write(b"head ")
@@ -60,7 +60,7 @@ async def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
     assert line.sent == [b"head body", b"more"]
 
 
-async def test_what_is_held_back_is_sent_before_the_close() -> None:
+async def test_buffered_data_is_sent_before_the_close() -> None:
     line = Line()
     transport = OnePiece(line, asyncio.get_running_loop())
     transport.write(b"last")
@@ -71,7 +71,7 @@ async def test_what_is_held_back_is_sent_before_the_close() -> None:
     assert line.sent == [b"last", "closed"]
 
 
-async def test_where_the_client_may_still_send_only_this_side_is_ended() -> None:
+async def test_while_a_client_may_send_only_the_write_side_closes() -> None:
     """The transport counts as closed all the same, and takes nothing more."""
     line = Line()
     transport = OnePiece(line, asyncio.get_running_loop())

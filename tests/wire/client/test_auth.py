@@ -44,7 +44,7 @@ def auth(home: Site, wall: Hand) -> TokenAuth:
     return TokenAuth(home.url, "ann", "ann-secret", clock=wall)
 
 
-def test_it_logs_in_once_and_sends_the_token_with_each_request(kind: Kind, home: Site, auth: TokenAuth) -> None:
+def test_it_logs_in_once_and_sends_its_token_each_time(kind: Kind, home: Site, auth: TokenAuth) -> None:
     for number in range(3):
         assert kind.send(auth, "POST", f"{home.url}/x", content=f"body {number}").text == f"body {number}"
     assert home.paths() == ["POST /api/token"] + ["POST /x"] * 3
@@ -60,16 +60,14 @@ def test_it_logs_in_again_when_the_token_has_expired(kind: Kind, home: Site, aut
     assert home.paths()[3:] == ["POST /api/token", "GET /x"]
 
 
-def test_a_clock_that_is_far_ahead_costs_a_login_each_time_and_no_more(
-    kind: Kind, home: Site, auth: TokenAuth, wall: Hand
-) -> None:
+def test_a_clock_far_ahead_only_costs_a_login_each_time(kind: Kind, home: Site, auth: TokenAuth, wall: Hand) -> None:
     wall.now = EXPIRY + 1
     for _ in range(2):
         assert kind.send(auth, "GET", f"{home.url}/x").status_code == 200
     assert home.paths() == ["POST /api/token", "GET /x"] * 2
 
 
-def test_after_a_401_it_logs_in_again_and_repeats_the_request_with_its_body(
+def test_after_a_401_it_logs_in_and_repeats_the_request(
     kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
 ) -> None:
     kind.send(auth, "GET", f"{home.url}/x")
@@ -86,9 +84,7 @@ def test_a_401_that_stays_is_returned_after_one_login(kind: Kind, home: Site, is
     assert home.paths() == ["GET /x", "POST /api/token", "GET /x"]
 
 
-def test_a_body_that_cannot_be_sent_twice_is_not_and_the_next_request_logs_in(
-    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+def test_a_body_that_cannot_be_repeated_is_sent_once(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     kind.send(auth, "GET", f"{home.url}/x")
     issuer.valid.clear()
     assert kind.send(auth, "POST", f"{home.url}/x", content=kind.generator(b"once")).status_code == 401
@@ -103,7 +99,7 @@ def test_of_many_requests_at_the_same_time_one_logs_in(kind: Kind, home: Site, i
     assert issuer.logins == 1
 
 
-def test_after_a_revocation_one_of_many_logs_in_and_the_others_use_its_token(
+def test_after_a_revocation_one_login_serves_all_requests(
     kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
 ) -> None:
     kind.send(auth, "GET", f"{home.url}/x")
@@ -114,7 +110,7 @@ def test_after_a_revocation_one_of_many_logs_in_and_the_others_use_its_token(
     assert issuer.logins == 2
 
 
-def test_a_request_whose_token_was_renewed_meanwhile_takes_the_new_one(
+def test_a_request_refused_meanwhile_uses_the_new_token(
     kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
 ) -> None:
     kind.send(auth, "GET", f"{home.url}/x")
@@ -147,7 +143,7 @@ FAILURES: dict[str, tuple[Answer, Exception]] = {
 
 
 @pytest.mark.parametrize(("answer", "error"), FAILURES.values(), ids=FAILURES.keys())
-def test_a_login_that_fails_says_why(
+def test_a_failed_login_raises_with_its_reason(
     kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth, answer: Answer, error: Exception
 ) -> None:
     issuer.refuse = answer
@@ -161,9 +157,7 @@ def test_a_login_that_fails_says_why(
     assert kind.send(auth, "GET", f"{home.url}/x").status_code == 200
 
 
-def test_a_login_that_fails_fails_for_all_who_waited_for_it(
-    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+def test_a_failed_login_fails_for_all_who_wait_for_it(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     issuer.gate.clear()
     issuer.refuse = (429, {"Retry-After": "7"}, b"{}")
     answers = kind.storm(auth, f"{home.url}/x", 10, issuer.gate.set)
@@ -171,7 +165,7 @@ def test_a_login_that_fails_fails_for_all_who_waited_for_it(
     assert issuer.logins == 1
 
 
-def test_a_login_that_reaches_nobody_is_an_issuer_that_is_unavailable(kind: Kind, home: Site) -> None:
+def test_a_login_without_a_connection_is_issuer_unavailable(kind: Kind, home: Site) -> None:
     auth = TokenAuth("http://127.0.0.1:1", "ann", "ann-secret")
     for _ in range(2):
         with pytest.raises(IssuerUnavailable):
@@ -179,9 +173,7 @@ def test_a_login_that_reaches_nobody_is_an_issuer_that_is_unavailable(kind: Kind
     assert home.seen == []
 
 
-def test_a_login_that_is_not_answered_in_time_fails_for_all_who_waited_for_it(
-    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+def test_a_login_timeout_fails_for_all_who_wait_for_it(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     """The timeout is that of the request which the login is for."""
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable):
@@ -197,9 +189,7 @@ def test_an_error_of_the_request_itself_stays_what_it_is(kind: Kind, home: Site,
         kind.send(auth, "GET", "http://127.0.0.1:1/x")
 
 
-async def test_when_the_task_that_logs_in_is_cancelled_another_takes_over(
-    home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+async def test_a_cancelled_login_is_taken_over_by_another_task(home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     issuer.gate.clear()
     async with httpx.AsyncClient(auth=auth, **OPTIONS) as client:
         first = asyncio.create_task(client.get(f"{home.url}/x"))
@@ -214,7 +204,7 @@ async def test_when_the_task_that_logs_in_is_cancelled_another_takes_over(
     assert issuer.logins == 2
 
 
-async def test_a_login_that_is_cancelled_in_the_middle_of_its_answer_holds_up_nobody(wall: Hand) -> None:
+async def test_a_login_cancelled_in_its_answer_blocks_no_other(wall: Hand) -> None:
     """Also if somebody keeps what was raised, and with it all that stood on the stack."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -239,7 +229,7 @@ async def test_a_login_that_is_cancelled_in_the_middle_of_its_answer_holds_up_no
             assert [type(error) for error in kept] == [asyncio.CancelledError] * 2
 
 
-def test_the_answer_keeps_neither_the_password_nor_the_token(kind: Kind, home: Site, auth: TokenAuth) -> None:
+def test_the_response_keeps_no_password_and_no_token(kind: Kind, home: Site, auth: TokenAuth) -> None:
     """The login is in its history."""
     answer = kind.send(auth, "GET", f"{home.url}/x")
     assert [b.request.url.path for b in answer.history] == ["/api/token"]
@@ -266,9 +256,7 @@ def raise_for_status(kind: Kind, auth: TokenAuth, url: str) -> httpx.Response:
     return asyncio.run(run())
 
 
-def test_a_hook_that_raises_costs_the_repetition_and_no_more(
-    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+def test_a_hook_that_raises_only_prevents_the_retry(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     assert raise_for_status(kind, auth, f"{home.url}/x").status_code == 200
     issuer.valid.clear()
     with pytest.raises(httpx.HTTPStatusError):
@@ -291,7 +279,7 @@ def test_a_401_behind_a_redirect_is_not_about_the_token(
     assert issuer.logins == 1
 
 
-def test_who_waits_for_another_s_login_does_not_wait_longer_than_for_his_own_answer(
+def test_waiting_for_a_shared_login_keeps_its_own_timeout(
     kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
 ) -> None:
     issuer.gate.clear()
@@ -305,9 +293,7 @@ def test_who_waits_for_another_s_login_does_not_wait_longer_than_for_his_own_ans
     assert issuer.logins == 1
 
 
-async def test_whoever_is_cancelled_while_he_waits_leaves_the_login_to_the_others(
-    home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+async def test_a_cancelled_waiter_leaves_the_login_to_the_others(home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     issuer.gate.clear()
     async with httpx.AsyncClient(auth=auth, **OPTIONS) as client:
         tasks = [asyncio.create_task(client.get(f"{home.url}/x")) for _ in range(3)]
@@ -321,7 +307,7 @@ async def test_whoever_is_cancelled_while_he_waits_leaves_the_login_to_the_other
 
 
 @pytest.mark.parametrize("password", ["hidden-word", "hidden-\udc00"], ids=["text", "surrogate"])
-def test_neither_password_nor_token_stands_in_a_text(kind: Kind, password: str, wall: Hand) -> None:
+def test_no_text_contains_the_password_or_the_token(kind: Kind, password: str, wall: Hand) -> None:
     value = "7" * 64
 
     def answer(request: Any) -> Answer:

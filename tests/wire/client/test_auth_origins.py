@@ -37,7 +37,7 @@ def elsewhere() -> Iterator[Site]:
         yield running
 
 
-def test_the_token_goes_in_the_header_that_was_chosen(kind: Kind, home: Site, wall: Hand, bearer: bool) -> None:
+def test_the_token_is_sent_in_the_chosen_header(kind: Kind, home: Site, wall: Hand, bearer: bool) -> None:
     auth = TokenAuth(home.url, "ann", "ann-secret", bearer=bearer, clock=wall)
     for _ in range(2):
         assert kind.send(auth, "GET", f"{home.url}/x", headers={} if bearer else {"X-Token": "stale"}).is_success
@@ -65,9 +65,7 @@ def test_a_redirect_to_another_origin_takes_no_token_along(
     assert not [text for request in elsewhere.seen for text in request.headers.values() if value in text]
 
 
-def test_a_redirect_within_an_origin_keeps_the_bearer_token_and_drops_the_x_token(
-    kind: Kind, home: Site, wall: Hand, bearer: bool
-) -> None:
+def test_a_redirect_in_one_origin_keeps_only_the_bearer(kind: Kind, home: Site, wall: Hand, bearer: bool) -> None:
     issuer = home.answer
     home.answer = lambda request: issuer(request) if request.path != "/x" else (307, {"Location": "/x/"}, b"")
     auth = TokenAuth(home.url, "ann", "ann-secret", bearer=bearer, clock=wall)
@@ -77,7 +75,7 @@ def test_a_redirect_within_an_origin_keeps_the_bearer_token_and_drops_the_x_toke
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("away", [False, True], ids=["same origin", "another"])
-def test_a_login_that_is_redirected_takes_the_password_nowhere(
+def test_a_redirected_login_does_not_resend_the_password(
     kind: Kind, home: Site, elsewhere: Site, wall: Hand, status: int, away: bool
 ) -> None:
     target = elsewhere if away else home
@@ -96,9 +94,7 @@ def test_a_login_that_is_redirected_takes_the_password_nowhere(
     assert [request.path for request in home.seen if b"ann-secret" in request.body] == ["/api/token"]
 
 
-def test_without_origins_the_first_one_that_is_asked_and_the_issuer_see_the_token(
-    kind: Kind, home: Site, elsewhere: Site, wall: Hand
-) -> None:
+def test_by_default_the_first_origin_gets_the_token(kind: Kind, home: Site, elsewhere: Site, wall: Hand) -> None:
     auth = TokenAuth(home.url, "ann", "ann-secret", clock=wall)
     with site(lambda request: (200, {}, b"")) as third:
         for address in (home.url, elsewhere.url, home.url, elsewhere.url):
@@ -108,9 +104,7 @@ def test_without_origins_the_first_one_that_is_asked_and_the_issuer_see_the_toke
         assert third.seen == []
 
 
-def test_with_origins_only_those_and_the_issuer_see_the_token(
-    kind: Kind, home: Site, elsewhere: Site, wall: Hand
-) -> None:
+def test_with_origins_only_those_and_the_issuer_get_it(kind: Kind, home: Site, elsewhere: Site, wall: Hand) -> None:
     with site(lambda request: (200, {}, b"")) as third:
         auth = TokenAuth(home.url, "ann", "ann-secret", origins=[third.url, "https://example.com"], clock=wall)
         for address in (third.url, home.url):
@@ -120,9 +114,7 @@ def test_with_origins_only_those_and_the_issuer_see_the_token(
     assert elsewhere.seen == []
 
 
-def test_a_redirect_that_is_followed_by_hand_takes_no_token_along(
-    home: Site, elsewhere: Site, wall: Hand, bearer: bool
-) -> None:
+def test_a_redirect_followed_by_hand_carries_no_token(home: Site, elsewhere: Site, wall: Hand, bearer: bool) -> None:
     issuer = home.answer
     home.answer = lambda request: (
         issuer(request) if request.path != "/away" else (302, {"Location": f"{elsewhere.url}/taken"}, b"")

@@ -24,9 +24,7 @@ async def test_an_answer_is_used_again_for_max_age_and_no_longer(
     assert len(issuer.asked) == 2
 
 
-async def test_the_age_of_an_answer_counts_from_when_the_question_was_sent(
-    connect: Connect, issuer: HeldIssuer, monotonic: Hand
-) -> None:
+async def test_an_answers_age_counts_from_its_question(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=2)
     issuer.gate.clear()
     asking = asyncio.create_task(tokens.identify(token(1)))
@@ -40,7 +38,7 @@ async def test_the_age_of_an_answer_counts_from_when_the_question_was_sent(
 
 
 @pytest.mark.parametrize("max_age", [0, 2])
-async def test_a_request_more_than_max_age_after_a_revocation_is_refused_even_while_an_older_question_is_under_way(
+async def test_max_age_holds_while_an_older_question_is_pending(
     connect: Connect, issuer: HeldIssuer, monotonic: Hand, max_age: float
 ) -> None:
     tokens = connect(max_age=max_age)
@@ -57,9 +55,7 @@ async def test_a_request_more_than_max_age_after_a_revocation_is_refused_even_wh
     assert await tokens.identify(token(1)) is None
 
 
-async def test_an_answer_that_comes_late_does_not_replace_one_to_a_later_question(
-    connect: Connect, issuer: HeldIssuer, monotonic: Hand
-) -> None:
+async def test_a_late_answer_replaces_no_newer_one(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=2)
     late = issuer.gate
     late.clear()
@@ -84,9 +80,7 @@ async def test_requests_at_the_same_time_share_a_question(connect: Connect, issu
     assert {login.user.username for login in logins if login} == {"ann"}
 
 
-async def test_without_a_max_age_nobody_takes_an_answer_to_a_question_that_was_sent_before_he_came(
-    connect: Connect, issuer: HeldIssuer
-) -> None:
+async def test_without_max_age_no_request_joins_an_older_question(connect: Connect, issuer: HeldIssuer) -> None:
     """The clock stands still here: not even then."""
     tokens = connect(max_age=0)
     issuer.gate.clear()
@@ -100,7 +94,7 @@ async def test_without_a_max_age_nobody_takes_an_answer_to_a_question_that_was_s
     assert len(issuer.asked) == 3
 
 
-async def test_whoever_is_cancelled_leaves_the_question_to_the_others(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_a_cancelled_caller_leaves_the_question_to_others(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect()
     issuer.gate.clear()
     first, second = (asyncio.create_task(tokens.identify(token(1))) for _ in range(2))
@@ -113,9 +107,7 @@ async def test_whoever_is_cancelled_leaves_the_question_to_the_others(connect: C
     assert len(issuer.asked) == 1
 
 
-async def test_a_question_whose_askers_have_all_gone_fails_without_a_sound(
-    connect: Connect, issuer: HeldIssuer
-) -> None:
+async def test_an_abandoned_question_fails_silently(connect: Connect, issuer: HeldIssuer) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     tokens = connect()
@@ -147,9 +139,7 @@ async def test_a_remembered_token_that_has_expired_is_not_taken(
     assert await tokens.identify(token(1)) is None
 
 
-async def test_whoever_comes_when_the_token_has_expired_takes_no_answer_of_before(
-    connect: Connect, issuer: HeldIssuer, wall: Hand
-) -> None:
+async def test_an_expired_token_is_never_answered_from_before(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
     tokens = connect()
     issuer.reply = lambda value: (200, me(value, expiry_time=int(START) + 10))
     issuer.gate.clear()
@@ -202,9 +192,7 @@ async def test_what_was_used_longest_ago_is_forgotten_first(connect: Connect, is
     assert len(issuer.asked) == 4
 
 
-async def test_made_up_tokens_push_out_no_good_one_and_take_up_no_more_room_than_it(
-    connect: Connect, issuer: HeldIssuer
-) -> None:
+async def test_invalid_tokens_evict_no_valid_one_from_the_cache(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect(size=2)
     await tokens.identify(token(0))
     issuer.reply = lambda _: INVALID

@@ -39,9 +39,7 @@ NO_ANSWERS: dict[str, Reply] = {
 
 
 @pytest.mark.parametrize("reply", NO_ANSWERS.values(), ids=NO_ANSWERS.keys())
-async def test_what_says_nothing_about_the_token_lets_nobody_through(
-    connect: Connect, issuer: HeldIssuer, reply: Reply
-) -> None:
+async def test_any_other_answer_refuses_the_token(connect: Connect, issuer: HeldIssuer, reply: Reply) -> None:
     tokens = connect(max_age=0, client=issuer.client(follow_redirects=True))
     issuer.reply = lambda _: reply
     with pytest.raises(IssuerUnavailable):
@@ -51,20 +49,20 @@ async def test_what_says_nothing_about_the_token_lets_nobody_through(
     assert await tokens.identify(VALUE) is not None
 
 
-async def test_an_issuer_that_nobody_reaches_lets_nobody_through() -> None:
+async def test_an_unreachable_issuer_refuses_every_token() -> None:
     async with RemoteTokens("http://127.0.0.1:1") as tokens:
         with pytest.raises(IssuerUnavailable):
             await tokens.identify(VALUE)
 
 
-async def test_an_issuer_that_does_not_answer_in_time_lets_nobody_through(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_an_issuer_timeout_refuses_every_token(connect: Connect, issuer: HeldIssuer) -> None:
     issuer.gate.clear()
     async with asyncio.timeout(20):
         with pytest.raises(IssuerUnavailable):
             await connect(timeout=0.01).identify(VALUE)
 
 
-async def test_an_issuer_that_answers_byte_by_byte_takes_no_longer_than_the_timeout() -> None:
+async def test_a_byte_by_byte_answer_is_bounded_by_the_timeout() -> None:
     """Each byte comes in time, and the whole never: `timeout` is for the whole."""
 
     async def dribble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -86,7 +84,7 @@ async def test_an_issuer_that_answers_byte_by_byte_takes_no_longer_than_the_time
         await gone.wait()
 
 
-async def test_questions_under_way_when_it_is_closed_have_no_answer(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_closing_fails_pending_questions(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect()
     issuer.gate.clear()
     asking = asyncio.create_task(tokens.identify(VALUE))
@@ -96,7 +94,7 @@ async def test_questions_under_way_when_it_is_closed_have_no_answer(connect: Con
         await asking
 
 
-async def test_what_was_confirmed_is_taken_for_the_grace_and_no_longer(
+async def test_a_confirmed_token_is_accepted_for_the_grace_only(
     connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2, stale_grace=60)
@@ -110,7 +108,7 @@ async def test_what_was_confirmed_is_taken_for_the_grace_and_no_longer(
         await tokens.identify(VALUE)
 
 
-async def test_without_a_grace_what_was_confirmed_is_taken_for_max_age_only(
+async def test_without_grace_a_confirmation_lasts_max_age(
     connect: Connect, issuer: HeldIssuer, monotonic: Hand
 ) -> None:
     tokens = connect(max_age=2)
@@ -171,7 +169,7 @@ async def test_a_client_that_was_closed_keeps_everybody_out(connect: Connect) ->
         await tokens.identify(VALUE)
 
 
-async def test_neither_the_error_nor_what_led_to_it_knows_the_token() -> None:
+async def test_no_error_or_its_cause_contains_the_token() -> None:
     async with RemoteTokens("http://127.0.0.1:1") as tokens:
         with pytest.raises(IssuerUnavailable) as caught:
             await tokens.identify(VALUE)

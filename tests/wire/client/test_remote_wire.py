@@ -54,7 +54,7 @@ async def test_it_knows_of_a_token_what_the_issuer_knows(
     )  # fmt: skip
 
 
-async def test_without_a_max_age_a_revoked_token_is_refused_at_once(
+async def test_without_max_age_a_revoked_token_fails_at_once(
     server: Server, client: httpx.Client, clock: HandClock
 ) -> None:
     value = log_in(client)
@@ -113,7 +113,7 @@ async def test_proxies_of_the_environment_see_no_token(
      "https://ann:hid#den@auth.example.com", "https://ann:hidden:1@auth.example.com:x",
      "https://auth.example.com?token=hidden", "https://auth.example.com#hidden"],
 )  # fmt: skip
-def test_what_is_no_address_is_refused_and_not_quoted(url: str) -> None:
+def test_an_invalid_url_is_refused_and_not_quoted(url: str) -> None:
     with pytest.raises(ValueError, match="url: ") as caught:
         RemoteTokens(url)
     assert "hid" not in str(caught.value)
@@ -122,7 +122,7 @@ def test_what_is_no_address_is_refused_and_not_quoted(url: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"max_age": -1}, {"stale_grace": -1}, {"size": 0}, {"timeout": 0}, {"max_age": float("nan")}], ids=str
 )
-async def test_terms_that_make_no_sense_are_refused(options: dict[str, float], issuer: HeldIssuer) -> None:
+async def test_inconsistent_options_are_refused(options: dict[str, float], issuer: HeldIssuer) -> None:
     with pytest.raises(ValueError, match="max_age"):
         RemoteTokens("http://issuer", client=issuer.client(), **options)  # type: ignore[arg-type]
 

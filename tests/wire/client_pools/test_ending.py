@@ -28,7 +28,7 @@ class Trouble(Exception):
     """What goes wrong in a block."""
 
 
-def test_what_a_block_raises_comes_out_and_the_token_goes_back(client: Client, desk: Borrower) -> None:
+def test_an_error_in_the_block_propagates_and_releases(client: Client, desk: Borrower) -> None:
     with pytest.raises(Trouble), client.lease("permit"):
         raise Trouble
     assert desk.counts("permit") == (1, 0)
@@ -90,7 +90,7 @@ def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: 
     assert desk.counts("permit") == (1, 0)
 
 
-async def test_a_cancelled_task_gives_the_token_back_and_leaves_no_task(server: Server, desk: Borrower) -> None:
+async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk: Borrower) -> None:
     async def hold() -> None:
         async with pools.lease("permit"):
             held.set()
@@ -108,9 +108,7 @@ async def test_a_cancelled_task_gives_the_token_back_and_leaves_no_task(server: 
         assert desk.counts("permit") == (1, 0)
 
 
-async def test_a_token_that_comes_after_the_task_was_cancelled_is_given_back(
-    login: dict[str, str], desk: Borrower, line: Line
-) -> None:
+async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str], desk: Borrower, line: Line) -> None:
     """The issuer has lent it, and its answer is on the way."""
 
     async def hold() -> None:
@@ -129,9 +127,7 @@ async def test_a_token_that_comes_after_the_task_was_cancelled_is_given_back(
     assert desk.counts("permit") == (1, 0)
 
 
-async def test_a_task_that_is_cancelled_twice_gives_the_token_back(
-    login: dict[str, str], desk: Borrower, line: Line
-) -> None:
+async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], desk: Borrower, line: Line) -> None:
     """The second time while it does so; disconnecting waits for that."""
 
     async def hold() -> None:

@@ -68,7 +68,7 @@ def test_no_log_shows_the_token_of_a_lease(
     assert lease.token not in caplog.text
 
 
-def test_a_lease_is_kept_alive_for_as_long_as_the_block_takes(
+def test_a_lease_is_kept_alive_during_the_whole_block(
     client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime
 ) -> None:
     with client.lease("permit") as lease:
@@ -132,7 +132,7 @@ def test_a_client_waits_no_longer_than_it_wants_to(client: Client, desk: Borrowe
             held.result()
 
 
-def test_it_is_said_when_the_next_lease_ends(client: Client, desk: Borrower, clock: HandClock) -> None:
+def test_a_refusal_says_when_the_next_lease_ends(client: Client, desk: Borrower, clock: HandClock) -> None:
     desk.assign("permit")
     clock.advance(5)
     with pytest.raises(errors.NoFreeToken) as refusal, client.lease("permit"):
@@ -165,7 +165,7 @@ def test_a_refusal_is_raised(
         pytest.param("/nowhere", {}, errors.NotFound, id="bad-address"),
     ],
 )
-def test_a_client_that_is_set_up_wrong_is_told(
+def test_a_misconfigured_client_gets_an_error(
     connect: Connect, line: Line, path: str, headers: dict[str, str], kind: type[errors.Refusal]
 ) -> None:
     with pytest.raises(errors.Refusal) as refusal, connect(line.url + path, headers=headers).lease("permit"):
@@ -173,6 +173,6 @@ def test_a_client_that_is_set_up_wrong_is_told(
     assert type(refusal.value) is kind
 
 
-def test_a_user_who_logs_in_when_that_is_needed_may_use_what_his_scope_opens(connect: Connect, server: Server) -> None:
+def test_automatic_login_opens_the_pool_of_a_scope(connect: Connect, server: Server) -> None:
     with connect(server.url, auth=TokenAuth(server.url, "ann", "ann-secret")).lease("guarded") as lease:
         assert lease.holder == "ann"

@@ -41,7 +41,7 @@ def end(desk: Borrower) -> int:
 
 
 @pytest.mark.parametrize("reason", ["released", "deleted", "lapsed"])
-def test_a_lease_is_lost_when_the_issuer_says_so(
+def test_a_lease_is_lost_when_the_issuer_refuses_it(
     client: Client, desk: Borrower, clock: HandClock, line: Line, watch: Watch, reason: str
 ) -> None:
     with client.lease("permit") as lease:
@@ -60,7 +60,7 @@ def test_a_lease_is_lost_when_the_issuer_says_so(
     assert line.replaced == 0, "there was nothing to give back"
 
 
-def test_who_has_the_token_now_keeps_it(client: Client, desk: Borrower, watch: Watch) -> None:
+def test_a_lost_lease_does_not_release_the_next_one(client: Client, desk: Borrower, watch: Watch) -> None:
     """The same user, under the same name: only the fence tells the two leases apart."""
     with client.lease("permit") as lease:
         desk.release("permit", lease.token)
@@ -70,14 +70,14 @@ def test_who_has_the_token_now_keeps_it(client: Client, desk: Borrower, watch: W
     assert desk.keep_alive("permit", after.token, fence=lease.fence + 1)[0] == 200
 
 
-def test_a_lease_that_was_lost_unnoticed_is_nobody_elses_loss(client: Client, desk: Borrower) -> None:
+def test_a_lease_lost_unnoticed_costs_no_other_holder(client: Client, desk: Borrower) -> None:
     with client.lease("permit") as lease:
         desk.release("permit", lease.token)
         after = desk.assign("permit")
     assert desk.keep_alive("permit", after.token, fence=after.fence)[0] == 200
 
 
-def test_time_ends_a_lease_while_nobody_answers(client: Client, line: Line, pass_time: PassTime) -> None:
+def test_a_lease_ends_by_time_while_no_answer_comes(client: Client, line: Line, pass_time: PassTime) -> None:
     """Somebody waits for the event, nobody looks at the lease, and a keep-alive hangs."""
     with ThreadPoolExecutor(1) as threads, client.lease("long") as lease:
         lost = threads.submit(lease.lost.wait)
@@ -104,7 +104,7 @@ def test_an_answer_that_comes_too_late_revives_nothing(
         assert lease.lost.is_set()
 
 
-def test_a_holder_who_slept_has_lost_his_lease(client: Client, desk: Borrower, watch: Watch) -> None:
+def test_a_holder_that_was_suspended_loses_its_lease(client: Client, desk: Borrower, watch: Watch) -> None:
     """The issuer would still prolong it."""
     with client.lease("permit") as lease:
         watch.advance(TTL)
@@ -131,9 +131,7 @@ def test_a_lease_is_counted_from_before_it_was_asked_for(client: Client, line: L
         assert lost.result()
 
 
-def test_a_lease_that_is_over_when_it_is_granted_is_not_begun(
-    client: Client, desk: Borrower, line: Line, watch: Watch
-) -> None:
+def test_a_lease_already_over_is_not_started(client: Client, desk: Borrower, line: Line, watch: Watch) -> None:
     def hold() -> None:
         with client.lease("permit"):
             raise AssertionError("its time is up")
@@ -165,7 +163,7 @@ def test_a_keep_alive_that_fails_is_tried_again(
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_an_issuer_that_does_not_answer_lends_nothing(client: Client, line: Line, failure: str) -> None:
+def test_an_issuer_without_an_answer_grants_nothing(client: Client, line: Line, failure: str) -> None:
     line.replace(FAILURES[failure])
     with pytest.raises(errors.IssuerUnavailable), client.lease("permit", wait=60):
         raise AssertionError("there is no lease")

@@ -17,7 +17,7 @@ DAYS = 5
 """How often it is tried: the machine may stand still for whoever asks, but not each time."""
 
 
-def test_others_are_answered_while_a_hundred_thousand_tokens_are_kept_alive(
+def test_keeping_100_000_tokens_alive_blocks_no_request(
     clients: Sequence[httpx.Client], config_file: Path, clock: HandClock
 ) -> None:
     """The original blocked its store for 0.8 s. Here nobody, at either worker, waits for so much as a quarter of it."""

@@ -86,9 +86,7 @@ def speaker(clients: Sequence[httpx.Client], token: str) -> Wire:
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_where_a_token_is_required_nobody_gets_in_without_one(
-    guarded: Sequence[httpx.Client], method: str, path: str
-) -> None:
+def test_a_dialect_with_login_refuses_without_a_token(guarded: Sequence[httpx.Client], method: str, path: str) -> None:
     wire = Wire(guarded, X_API_PASSWORD=API_PASSWORD)
     for sent, code, challenge in (
         ({}, "token_required", 'Bearer realm="tokenauth"'),
@@ -99,9 +97,7 @@ def test_where_a_token_is_required_nobody_gets_in_without_one(
         assert answer.headers["www-authenticate"] == challenge
 
 
-def test_whoever_has_logged_in_holds_what_is_lent_to_him(
-    guarded: Sequence[httpx.Client], tokens: dict[str, str]
-) -> None:
+def test_a_logged_in_user_holds_its_lease(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
     wire = speaker(guarded, tokens["ann"])
     wire.post("/api/token_pool/")
     pooled = wire.post("/api/block_token/").document["blocked_token"]
@@ -113,9 +109,7 @@ def test_whoever_has_logged_in_holds_what_is_lent_to_him(
     assert wire.post("/api/block_token/") == said(200, {"blocked_token": pooled})
 
 
-def test_a_permit_is_held_by_whoever_has_logged_in_and_knows_the_password(
-    guarded: Sequence[httpx.Client], tokens: dict[str, str]
-) -> None:
+def test_a_permit_needs_the_login_and_the_password(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
     assert Wire(guarded, X_Token=tokens["ann"]).ask("GET", "/issue_token") == said(401, {"error": "Unauthorized"})
     wire = speaker(guarded, tokens["ann"])
     assert wire.ask("GET", "/issue_token").document["available_tokens"] == 1
@@ -124,9 +118,7 @@ def test_a_permit_is_held_by_whoever_has_logged_in_and_knows_the_password(
     assert wire.ask("GET", "/recycle_token").document["available_tokens"] == 2
 
 
-def test_a_pool_without_a_capacity_makes_at_most_a_thousand_tokens_at_once(
-    guarded: Sequence[httpx.Client], tokens: dict[str, str]
-) -> None:
+def test_without_capacity_a_request_makes_at_most_1000(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
     wire = speaker(guarded, tokens["ann"])
     before = wire.ask("GET", "/api/pools/uuids").document["available"]
     for count in (1001, 2**63, 2**70):
@@ -137,9 +129,7 @@ def test_a_pool_without_a_capacity_makes_at_most_a_thousand_tokens_at_once(
     assert len(wire.post("/v1/random-token-generator/generate", {"count": 1000}).document["tokens"]) == 1000
 
 
-def test_a_client_that_is_named_holds_the_token_whoever_logged_in(
-    guarded: Sequence[httpx.Client], tokens: dict[str, str]
-) -> None:
+def test_a_named_client_is_the_holder_for_any_login(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
     wire = Wire(guarded, Authorization=f"Bearer {tokens['ann']}")
     token = wire.post("/generate-token").document["token"]
     assert wire.post("/assign-token", {"client_id": "ci-7"}) == said(200, {"token": token})
@@ -150,7 +140,7 @@ def test_a_client_that_is_named_holds_the_token_whoever_logged_in(
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_a_pool_that_needs_a_scope_is_closed_to_users_without_it(
+def test_a_scoped_pool_is_closed_to_other_users(
     guarded: Sequence[httpx.Client], tokens: dict[str, str], method: str, path: str
 ) -> None:
     for name in ("bob", "admin"):
@@ -208,7 +198,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_cannot_be_served_is_one_line_that_names_the_key(mistake: str) -> None:
+def test_an_impossible_setting_is_one_line_with_its_key(mistake: str) -> None:
     text, expected = MISTAKES[mistake]
     with pytest.raises(ConfigError) as refusal:
         create_app(loader.parse(text, {}))
@@ -227,12 +217,12 @@ def test_a_prefix_is_empty_or_a_path(name: str) -> None:
             loader.parse(f'{text}"{wrong}"', {})
 
 
-def test_check_says_in_one_line_which_dialects_collide_and_where(tmp_path: Path) -> None:
+def test_check_names_colliding_dialects_and_the_path(tmp_path: Path) -> None:
     write_config(tmp_path, COLLIDING)
     assert names_both(mistake(run(tmp_path, "check")))
 
 
-def test_serve_says_so_too_and_does_not_start(tmp_path: Path) -> None:
+def test_serve_names_colliding_dialects_and_stops(tmp_path: Path) -> None:
     command = [TOKENAUTH, "serve", "--config", str(write_config(tmp_path, COLLIDING)), "--port", "0"]
     with spawn(command, tmp_path) as server:
         until(lambda: "/keep-alive" in server.log.read_text(), "the reason")
@@ -248,7 +238,7 @@ def names_both(line: str) -> bool:
     return all(name in line for name in named)
 
 
-def test_the_shipped_dialects_serve_on_the_terms_of_the_environment(tmp_path: Path) -> None:
+def test_the_shipped_dialects_use_the_environment(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(shipped_with_dialects())
     started = time.time()
     env = {"TOTAL_TOKENS": "2", "TIMER_DURATION": "90", "API_PASSWORD": "of-the-environment"}
@@ -269,7 +259,7 @@ def test_the_shipped_dialects_serve_on_the_terms_of_the_environment(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("name", "key"), [("TOTAL_TOKENS", "capacity"), ("TIMER_DURATION", "lease_ttl")])
-def test_what_the_environment_says_wrong_is_named(name: str, key: str) -> None:
+def test_a_wrong_environment_value_is_named(name: str, key: str) -> None:
     for value in ("many", "-1", "1e999", "[]"):
         with pytest.raises(ConfigError, match=rf"pools\.permits\.{key}: "):
             loader.parse(shipped(), {name: value})

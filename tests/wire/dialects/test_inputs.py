@@ -103,13 +103,13 @@ def explained(answer: Said, status: int, *named: str) -> bool:
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_body_is_refused_in_words_that_name_the_fault(wire: Wire, fault: str) -> None:
+def test_a_broken_body_is_refused_with_its_fault(wire: Wire, fault: str) -> None:
     content, status, named = BROKEN[fault]
     for method, path in ROUTES:
         assert explained(wire.ask(method, path, content=content, headers=JSON), status, named), path
 
 
-def test_a_field_that_stands_twice_is_refused(wire: Wire) -> None:
+def test_a_field_given_twice_is_refused(wire: Wire) -> None:
     for method, path in ROUTES:
         assert explained(wire.ask(method, path, content=TWICE, headers=JSON), 400, "twice"), path
 
@@ -127,7 +127,7 @@ def test_a_body_of_another_kind_is_415(wire: Wire, headers: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("value", WRONG)
-def test_a_token_or_a_client_that_is_no_text_is_refused_by_its_name(wire: Wire, value: str) -> None:
+def test_a_token_or_client_must_be_text(wire: Wire, value: str) -> None:
     for method, path in WITH_TOKEN:
         content = f'{{"client_id": "ann", "token": {value}}}'
         assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "at token"), path
@@ -139,12 +139,12 @@ def test_a_token_or_a_client_that_is_no_text_is_refused_by_its_name(wire: Wire, 
 @pytest.mark.parametrize(
     "value", ["0", "-1", "1.5", "2.0", "1e400", "true", "false", '"2"', '""', "null", "[]", "{}", str(-(2**70))]
 )
-def test_a_count_that_is_none_is_refused_by_its_name(wire: Wire, value: str) -> None:
+def test_an_invalid_count_is_refused_by_its_name(wire: Wire, value: str) -> None:
     assert explained(wire.ask(*GENERATE, content=f'{{"count": {value}}}', headers=JSON), 400, "count")
 
 
 @pytest.mark.parametrize("value", [101, 1001, 2**31, 2**63, 2**64, 10**300])
-def test_a_count_beyond_the_pool_is_answered_as_the_page_says(wire: Wire, value: int) -> None:
+def test_a_count_beyond_the_pool_gets_the_documented_answer(wire: Wire, value: int) -> None:
     answer = wire.ask(*GENERATE, {"count": value})
     assert (answer.status, answer.document) == (400, {"error": "Pool max size exceeded"})
 
@@ -182,7 +182,7 @@ def test_a_body_of_almost_16_kib_is_read(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("client", ["\0", "x" * 257])
-def test_a_client_s_name_that_cannot_be_kept_is_refused_by_its_name(wire: Wire, client: str) -> None:
+def test_an_invalid_client_name_is_refused_by_its_field(wire: Wire, client: str) -> None:
     answer = wire.post("/token-management-service/assign-token", {"client_id": client})
     assert explained(answer, 400, "client_id")
     assert "holder" not in answer.document["error_description"]

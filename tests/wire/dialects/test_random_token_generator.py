@@ -58,7 +58,7 @@ def has(wire: Wire, token: str) -> str:
 @pytest.mark.parametrize(
     ("body", "count"), [(None, 1), ({}, 1), ({"other": 3}, 1), ({"count": 1}, 1), ({"count": 7}, 7)]
 )
-def test_so_many_uuids_are_made_as_are_asked_for(wire: Wire, body: object, count: int) -> None:
+def test_it_makes_the_requested_number_of_uuids(wire: Wire, body: object, count: int) -> None:
     answer = wire.post("/generate", body)
     tokens = answer.document["tokens"]
     assert answer == said(200, {"tokens": tokens})
@@ -66,7 +66,7 @@ def test_so_many_uuids_are_made_as_are_asked_for(wire: Wire, body: object, count
     assert [str(uuid.UUID(token, version=4)) for token in tokens] == tokens
 
 
-def test_of_more_than_fit_none_is_made(wire: Wire, config_file: Path) -> None:
+def test_generating_more_than_fit_makes_none(wire: Wire, config_file: Path) -> None:
     generate(wire, CAPACITY - 1)
     before = rows(config_file, "bounded")
     for count in (2, 3, CAPACITY + 1, 1001, 2**63, 2**80):
@@ -91,7 +91,7 @@ def test_the_bound_counts_free_and_assigned_tokens(wire: Wire, at: At) -> None:
     generate(wire, CAPACITY - 2)
 
 
-def test_tokens_are_assigned_until_none_is_free(wire: Wire, at: At) -> None:
+def test_tokens_are_assigned_until_the_pool_is_empty(wire: Wire, at: At) -> None:
     tokens = []
     for seconds in range(3):
         at(seconds)
@@ -101,7 +101,7 @@ def test_tokens_are_assigned_until_none_is_free(wire: Wire, at: At) -> None:
         assert wire.post("/assign") == NONE_FREE
 
 
-def test_an_assigned_token_returns_after_a_minute_and_then_waits_for_five(wire: Wire, at: At) -> None:
+def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -> None:
     at(0)
     [token] = generate(wire)
     for seconds in (0, 60, 120):
@@ -130,7 +130,7 @@ def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
     assert wire.ask("DELETE", "/delete", {"token": token}) == NOT_FOUND
 
 
-def test_a_token_that_has_expired_does_not_hide_the_next_one(wire: Wire, at: At) -> None:
+def test_an_expired_token_does_not_hide_the_next_one(wire: Wire, at: At) -> None:
     """The original drops it, and says that there is none."""
     at(0)
     generate(wire, 3)
@@ -141,7 +141,7 @@ def test_a_token_that_has_expired_does_not_hide_the_next_one(wire: Wire, at: At)
     assert wire.post("/assign") == NONE_FREE
 
 
-def test_an_unblocked_token_is_free_and_lives_for_another_five_minutes(wire: Wire, at: At) -> None:
+def test_an_unblocked_token_lives_five_minutes_more(wire: Wire, at: At) -> None:
     at(0)
     [token] = generate(wire)
     at(299)
@@ -167,7 +167,7 @@ def test_a_token_is_deleted_free_or_assigned(wire: Wire, state: str) -> None:
     assert wire.post("/assign") == NONE_FREE
 
 
-def test_an_assigned_token_that_is_kept_alive_has_a_minute_from_then(wire: Wire, at: At) -> None:
+def test_keep_alive_gives_an_assigned_token_a_minute(wire: Wire, at: At) -> None:
     at(0)
     [token] = generate(wire)
     assert wire.post("/assign") == assigned(token)
@@ -182,7 +182,7 @@ def test_an_assigned_token_that_is_kept_alive_has_a_minute_from_then(wire: Wire,
     assert wire.post("/assign") == assigned(token)
 
 
-def test_a_free_token_that_is_kept_alive_has_five_minutes_from_then(wire: Wire, at: At) -> None:
+def test_keep_alive_gives_a_free_token_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     kept, left = generate(wire, 2)
     at(299.9)
@@ -245,9 +245,7 @@ def test_other_methods_are_405_and_name_the_right_one(wire: Wire, config_file: P
     assert rows(config_file, "bounded") == before
 
 
-def test_a_limit_of_a_hundred_lets_exactly_a_hundred_be_made(
-    ports: Sequence[int], config_file: Path, clock: HandClock
-) -> None:
+def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
     """The original let 101 be made. Nine times, since it takes some luck to see that."""
 
     def one(connection: Connection, _: int) -> Answer:

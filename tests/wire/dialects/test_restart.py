@@ -73,12 +73,12 @@ def speaker(stack: ExitStack, servers: Sequence[Server]) -> Wire:
     return Wire(connect(stack, servers), X_API_PASSWORD=API_PASSWORD)
 
 
-def test_a_lease_that_ended_while_nobody_ran_is_over(world: World) -> None:
+def test_a_lease_that_ended_during_a_stop_is_over(world: World) -> None:
     """A listener that is down misses that, and the token of either Redis service is out for ever."""
     assert world.wire.post("/unblock", {"token": world.tokens["generator, lent"]}) == NOT_ASSIGNED
 
 
-def test_permits_that_were_issued_are_still_out_and_those_whose_time_is_up_are_not(world: World) -> None:
+def test_a_restart_keeps_live_permits_and_frees_others(world: World) -> None:
     for seconds, free in ((35, 2), (39.9, 2), (40, 3)):
         world.at(seconds)
         assert world.wire.ask("GET", "/tokens") == said(200, {"available_tokens": free})
@@ -88,7 +88,7 @@ def test_workers_that_start_at_once_make_each_permit_once(world: World) -> None:
     assert len(rows(world.config, "permits")) == 3
 
 
-def test_a_blocked_token_stays_so_for_the_rest_of_its_minute(world: World) -> None:
+def test_a_restart_keeps_a_token_blocked_for_its_minute(world: World) -> None:
     world.at(69.9)
     assert world.wire.post("/api/block_token/") == said(200, {"blocked_token": world.tokens["pool, free"]})
     assert world.wire.post("/api/block_token/") == said(404, {"error": "No free tokens"})

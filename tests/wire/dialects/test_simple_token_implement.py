@@ -64,7 +64,7 @@ def test_without_the_right_password_nothing_is_done(wire: Wire, stranger: Wire, 
 
 
 @pytest.mark.parametrize("blanks", [b" %s", b"%s ", b"\t%s \t"])
-def test_blanks_around_the_password_are_none_of_it(server: Server, blanks: bytes) -> None:
+def test_blanks_around_the_password_are_ignored(server: Server, blanks: bytes) -> None:
     """RFC 9110 section 5.5."""
     head = f"GET {PREFIX}/tokens HTTP/1.1\r\nHost: x\r\nX-API-PASSWORD:".encode()
     with Connection(server.port) as connection:
@@ -72,7 +72,7 @@ def test_blanks_around_the_password_are_none_of_it(server: Server, blanks: bytes
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_permits_are_issued_until_none_is_left_and_recycled_until_none_is_out(wire: Wire, method: str) -> None:
+def test_permits_are_issued_to_the_last_and_recycled(wire: Wire, method: str) -> None:
     assert wire.ask(method, "/tokens") == available(3)
     for left in (2, 1, 0):
         assert wire.ask(method, "/issue_token?info=job-7") == issued(left, "job-7")
@@ -155,7 +155,7 @@ def test_recycling_frees_the_permit_issued_longest_ago(wire: Wire, at: At) -> No
         assert wire.ask("GET", "/tokens") == available(free)
 
 
-def test_of_many_at_once_over_two_workers_only_as_many_get_a_permit_as_there_are(ports: Sequence[int]) -> None:
+def test_concurrent_issues_never_exceed_the_permits(ports: Sequence[int]) -> None:
     def issue(connection: Connection, number: int) -> Answer:
         return connection.ask("POST", f"{PREFIX}/issue_token?info={number}", X_API_PASSWORD=API_PASSWORD)
 
@@ -197,9 +197,7 @@ def test_other_methods_are_405_and_name_the_right_ones(wire: Wire, path: str) ->
     assert wire.ask("GET", "/tokens") == available(2)
 
 
-def test_who_guesses_the_password_is_held_up_and_the_right_one_works_after_the_wait(
-    wire: Wire, stranger: Wire, clock: HandClock
-) -> None:
+def test_password_guesses_are_throttled_for_a_while(wire: Wire, stranger: Wire, clock: HandClock) -> None:
     wrong = {"X-API-PASSWORD": "wrong"}
     for _ in range(5):
         assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED
@@ -217,7 +215,7 @@ def test_who_guesses_the_password_is_held_up_and_the_right_one_works_after_the_w
         assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED, "it is counted anew"
 
 
-def test_there_are_as_many_rows_as_permits_whatever_happens(wire: Wire, config_file: Path) -> None:
+def test_the_number_of_rows_stays_the_number_of_permits(wire: Wire, config_file: Path) -> None:
     for method in ("GET", "POST") * 4:
         wire.ask(method, "/issue_token")
     assert len(rows(config_file, "permits")) == 3

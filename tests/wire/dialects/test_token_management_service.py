@@ -57,7 +57,7 @@ def lent(wire: Wire, client: str = "ann") -> str:
     return token
 
 
-def test_a_token_says_what_it_is_and_is_random(wire: Wire) -> None:
+def test_a_token_has_the_documented_form_and_is_random(wire: Wire) -> None:
     tokens = [generate(wire) for _ in range(20)]
     assert all(re.fullmatch(r"token_[A-Za-z0-9]{64}", token) for token in tokens)
     for place in range(len("token_"), len(tokens[0])):
@@ -78,7 +78,7 @@ def test_a_full_pool_makes_no_token(wire: Wire, config_file: Path, clock: HandCl
     assert wire.post("/generate-token") == FULL
 
 
-def test_tokens_are_assigned_until_none_is_free(wire: Wire, at: At) -> None:
+def test_tokens_are_assigned_until_the_pool_is_empty(wire: Wire, at: At) -> None:
     tokens = []
     for seconds in range(3):
         at(seconds)
@@ -101,7 +101,7 @@ def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
     assert assign(wire) == NONE_FREE
 
 
-def test_an_assigned_token_returns_after_a_minute_and_then_waits_for_five(wire: Wire, at: At) -> None:
+def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -> None:
     at(0)
     early, late = lent(wire, "ann"), lent(wire, "bob")
     at(59.9)
@@ -116,7 +116,7 @@ def test_an_assigned_token_returns_after_a_minute_and_then_waits_for_five(wire: 
     assert assign(wire, "eve") == NONE_FREE
 
 
-def test_a_token_that_went_on_to_another_does_not_belong_to_its_first_owner(wire: Wire, at: At) -> None:
+def test_a_reassigned_token_is_not_its_first_owners(wire: Wire, at: At) -> None:
     at(0)
     token = lent(wire, "ann")
     at(60)
@@ -129,7 +129,7 @@ def test_a_token_that_went_on_to_another_does_not_belong_to_its_first_owner(wire
 
 
 @pytest.mark.parametrize("owner", [{"client_id": "ann"}, {}, {"client_id": None}])
-def test_who_keeps_a_token_alive_has_it_a_minute_from_then(wire: Wire, at: At, owner: dict[str, str]) -> None:
+def test_keep_alive_extends_a_token_by_a_minute(wire: Wire, at: At, owner: dict[str, str]) -> None:
     """The documented body has no client_id, the running code wants one."""
     at(0)
     token = lent(wire, "ann")
@@ -165,7 +165,7 @@ def test_a_token_that_is_not_assigned_is_not_kept_alive(wire: Wire, at: At, owne
     assert assign(wire) == NONE_FREE
 
 
-def test_an_unblocked_token_is_free_and_lives_for_another_five_minutes(wire: Wire, at: At) -> None:
+def test_an_unblocked_token_lives_five_minutes_more(wire: Wire, at: At) -> None:
     at(0)
     early, late = lent(wire, "ann"), lent(wire, "bob")
     at(30)
@@ -182,9 +182,7 @@ def test_an_unblocked_token_is_free_and_lives_for_another_five_minutes(wire: Wir
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("state", ["free", "assigned"])
-def test_the_documented_and_the_running_method_delete_a_token_free_or_assigned(
-    wire: Wire, method: str, state: str
-) -> None:
+def test_both_delete_methods_work_free_or_assigned(wire: Wire, method: str, state: str) -> None:
     token = lent(wire) if state == "assigned" else generate(wire)
     assert wire.ask(method, "/delete-token", {"token": token}) == DELETED
     assert wire.ask(method, "/delete-token", {"token": token}) == NOT_FOUND
@@ -193,7 +191,7 @@ def test_the_documented_and_the_running_method_delete_a_token_free_or_assigned(
 
 
 @pytest.mark.parametrize("token", [UNKNOWN, "token_", "\0", "x" * 9000, "grün", "' OR 1=1 --"])
-def test_an_unknown_token_is_told_apart_by_no_one(wire: Wire, config_file: Path, token: str) -> None:
+def test_every_operation_answers_an_unknown_token_alike(wire: Wire, config_file: Path, token: str) -> None:
     lent(wire)
     before = rows(config_file, "owned")
     assert wire.post("/keep-alive", {"token": token}) == FOREIGN
@@ -215,7 +213,7 @@ def test_an_unknown_token_is_told_apart_by_no_one(wire: Wire, config_file: Path,
     ],
 )
 @pytest.mark.parametrize("value", ["missing", "no body", None, ""])
-def test_a_field_that_is_missing_where_it_is_needed_is_400_and_named(
+def test_a_missing_field_is_400_and_named(
     wire: Wire, config_file: Path, method: str, path: str, field: str, value: str | None
 ) -> None:
     """The original answers 200, or 403 with a token owned by nobody."""
@@ -270,9 +268,7 @@ def test_other_methods_are_405_and_name_the_right_ones(
     assert rows(config_file, "owned") == before
 
 
-def test_a_limit_of_a_hundred_lets_exactly_a_hundred_be_made(
-    ports: Sequence[int], config_file: Path, clock: HandClock
-) -> None:
+def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
     """The original let 105 be made. Nine times, since it takes some luck to see that."""
 
     def one(connection: Connection, _: int) -> Answer:

@@ -57,7 +57,7 @@ def test_a_token_is_made_blocked_kept_alive_and_deleted(wire: Wire, slash: str) 
 
 @pytest.mark.parametrize("field", ["token", "token_uuid"])
 @pytest.mark.parametrize("state", ["free", "blocked"])
-def test_the_documented_and_the_running_body_delete_a_token_free_or_blocked(wire: Wire, field: str, state: str) -> None:
+def test_both_delete_bodies_work_free_or_blocked(wire: Wire, field: str, state: str) -> None:
     token, other = generate(wire), generate(wire)
     if state == "blocked":
         assert wire.post("/api/block_token/") == blocked(token)
@@ -69,14 +69,14 @@ def test_the_documented_and_the_running_body_delete_a_token_free_or_blocked(wire
 
 @pytest.mark.parametrize("field", ["token", "token_uuid"])
 @pytest.mark.parametrize("named", [UNKNOWN, "no uuid", "", None, 5, 1.5, True, [], ["x"], {}, "\0", "x" * 9000])
-def test_what_names_no_token_deletes_none(wire: Wire, field: str, named: object) -> None:
+def test_a_body_that_names_no_token_deletes_none(wire: Wire, field: str, named: object) -> None:
     token = generate(wire)
     assert wire.ask("DELETE", "/api/token_pool/", {field: named}) == INVALID
     assert wire.post("/api/block_token/") == blocked(token)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"uuid": "x"}'])
-def test_a_delete_that_names_nothing_is_told_so(wire: Wire, content: bytes) -> None:
+def test_a_delete_without_a_token_is_refused(wire: Wire, content: bytes) -> None:
     assert wire.ask("DELETE", "/api/token_pool/", content=content) == INVALID
 
 
@@ -115,7 +115,7 @@ def test_a_free_token_dies_five_minutes_after_it_was_made(wire: Wire, at: At) ->
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
-def test_a_free_token_that_is_kept_alive_has_five_minutes_from_then(wire: Wire, at: At) -> None:
+def test_keep_alive_gives_a_free_token_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     kept, left = generate(wire), generate(wire)
     at(200)
@@ -138,7 +138,7 @@ def test_a_blocked_token_is_free_again_after_a_minute(wire: Wire, at: At) -> Non
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
-def test_a_blocked_token_that_is_kept_alive_has_a_minute_from_then(wire: Wire, at: At) -> None:
+def test_keep_alive_gives_a_blocked_token_a_minute(wire: Wire, at: At) -> None:
     at(0)
     token = generate(wire)
     assert wire.post("/api/block_token/") == blocked(token)
@@ -152,7 +152,7 @@ def test_a_blocked_token_that_is_kept_alive_has_a_minute_from_then(wire: Wire, a
     assert wire.post("/api/block_token/") == blocked(token)
 
 
-def test_a_blocked_token_dies_five_minutes_after_its_last_touch(wire: Wire, at: At) -> None:
+def test_a_blocked_token_expires_5_minutes_after_its_block(wire: Wire, at: At) -> None:
     """Not five minutes after its block ran out."""
     at(0)
     kept, left = generate(wire), generate(wire)
@@ -166,7 +166,7 @@ def test_a_blocked_token_dies_five_minutes_after_its_last_touch(wire: Wire, at: 
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
-def test_a_token_that_is_kept_alive_after_its_block_has_five_minutes_from_then(wire: Wire, at: At) -> None:
+def test_keep_alive_after_a_block_gives_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     token = generate(wire)
     assert wire.post("/api/block_token/") == blocked(token)
@@ -178,7 +178,7 @@ def test_a_token_that_is_kept_alive_after_its_block_has_five_minutes_from_then(w
     assert wire.post(f"/api/keep_alive/{token}") == INVALID
 
 
-def test_the_token_that_has_been_free_longest_is_blocked_first(wire: Wire, at: At) -> None:
+def test_the_longest_free_token_is_blocked_first(wire: Wire, at: At) -> None:
     tokens = []
     for seconds in range(5):
         at(seconds)

@@ -76,14 +76,14 @@ WRONG: dict[str, tuple[str | None, dict[str, str]]] = {
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_client_that_is_not_one_is_401_and_told_how(client: httpx.Client, endpoint: str, wrong: str) -> None:
+def test_an_unknown_client_is_401_with_the_scheme(client: httpx.Client, endpoint: str, wrong: str) -> None:
     authorization, more = WRONG[wrong]
     answer = send(client, endpoint, authorization, **FULL_FORMS[endpoint], **more)
     assert refusal(answer) == (401, "invalid_client")
     assert answer.headers["www-authenticate"].startswith('Basic realm="tokenauth"')
 
 
-def test_what_was_wrong_is_not_said(client: httpx.Client) -> None:
+def test_the_refusal_does_not_say_what_was_wrong(client: httpx.Client) -> None:
     answers = []
     for authorization, more in WRONG.values():
         answer = send(client, "token", authorization, **FULL_FORMS["token"], **more)
@@ -95,7 +95,9 @@ def test_what_was_wrong_is_not_said(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("endpoint", ["token", "revoke"])
 @pytest.mark.parametrize("header", ["Authorization: Bearer {}", "X-Token: {}"])
-def test_a_token_does_not_stand_for_a_client(server: Server, client: httpx.Client, endpoint: str, header: str) -> None:
+def test_a_token_does_not_authenticate_a_client(
+    server: Server, client: httpx.Client, endpoint: str, header: str
+) -> None:
     line = header.format(log_in(client, *GATEWAY))
     sent = form_bytes(endpoint, "none", FULL_FORMS[endpoint]).replace(b"Authorization: none", line.encode())
     status, headers, body = exchange(server.port, sent)
@@ -141,14 +143,14 @@ WAYS = {
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("way", WAYS)
-def test_odd_names_and_secrets_are_read_encoded_and_as_they_are(client: httpx.Client, endpoint: str, way: str) -> None:
+def test_odd_names_and_secrets_work_encoded_and_raw(client: httpx.Client, endpoint: str, way: str) -> None:
     assert send(client, endpoint, basic(WAYS[way]), **FULL_FORMS[endpoint]).status_code == 200
     beside = send(client, endpoint, basic(WAYS[way]), **FULL_FORMS[endpoint], client_id=ODD[0])
     assert beside.status_code == 200
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_a_colon_in_a_name_is_encoded_or_stands_in_the_form(client: httpx.Client, endpoint: str) -> None:
+def test_a_colon_in_a_name_needs_encoding_or_the_form(client: httpx.Client, endpoint: str) -> None:
     form = FULL_FORMS[endpoint]
     assert send(client, endpoint, basic(":".join(map(quote_plus, COLON))), **form).status_code == 200
     assert post(client, endpoint, None, **form, client_id=COLON[0], client_secret=COLON[1]).status_code == 200
@@ -167,7 +169,7 @@ def test_the_form_is_decoded_once(client: httpx.Client, client_and_secret: tuple
 
 @pytest.mark.parametrize("write", [str, quote_plus], ids=["as it is", "encoded"])
 @pytest.mark.parametrize("which", UNEVEN)
-def test_one_reading_that_cannot_be_does_not_spoil_the_other(
+def test_an_impossible_reading_does_not_spoil_the_other(
     client: httpx.Client, which: str, write: Callable[[str], str]
 ) -> None:
     sent = basic(":".join(map(write, UNEVEN[which])))

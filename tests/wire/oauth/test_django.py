@@ -79,9 +79,7 @@ def test_a_token_that_was_revoked_is_refused(site: httpx.Client, client: httpx.C
     assert get(site, "/told", token).status_code == 401
 
 
-def test_a_token_that_a_site_has_seen_lives_there_for_as_long_as_it_remembers(
-    sites: dict[str, Server], client: httpx.Client
-) -> None:
+def test_a_site_accepts_a_token_while_it_is_cached(sites: dict[str, Server], client: httpx.Client) -> None:
     """The toolkit's own cache, which is set to one second here; it is 10 hours unless set."""
     token = fetch(client)
     with ExitStack() as stack:
@@ -92,7 +90,7 @@ def test_a_token_that_a_site_has_seen_lives_there_for_as_long_as_it_remembers(
             until(lambda: get(site, "/any", token).status_code == 403, "the site asks again")  # noqa: B023
 
 
-def test_a_user_without_the_scope_is_refused_where_it_is_needed(site: httpx.Client, client: httpx.Client) -> None:
+def test_a_user_without_the_required_scope_is_refused(site: httpx.Client, client: httpx.Client) -> None:
     token = fetch(client, CAL)
     assert get(site, "/any", token).json() == {"user": "cal"}
     assert get(site, "/write", token).status_code == 403

@@ -110,7 +110,7 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("fault", HOSTILE)
-def test_a_hostile_form_is_refused_in_words_that_name_the_fault(server: Server, fault: str) -> None:
+def test_a_hostile_form_is_refused_with_its_fault(server: Server, fault: str) -> None:
     sent, status, named = HOSTILE[fault]
     answered, _, body = exchange(server.port, sent)
     assert answered == status, body
@@ -133,7 +133,7 @@ def test_a_hostile_form_is_refused_in_words_that_name_the_fault(server: Server, 
     ],
     ids=range(10),
 )
-def test_what_is_unusual_and_right_is_taken(server: Server, sent: bytes) -> None:
+def test_unusual_but_valid_input_is_accepted(server: Server, sent: bytes) -> None:
     status, _, body = exchange(server.port, sent)
     assert (status, body) == (200, INACTIVE)
 
@@ -181,7 +181,7 @@ def written(endpoint: str, kind: str, authorization: str | None, body: bytes) ->
 
 @hypothesis_settings(max_examples=120, deadline=None)
 @given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, authorization=headers, body=bodies)
-def test_whoever_is_no_client_is_granted_nothing_and_told_so_in_the_form_of_errors(
+def test_random_input_without_a_client_gets_an_error(
     kept: Kept, endpoint: str, kind: str, authorization: str | None, body: bytes
 ) -> None:
     answer = kept.send(written(endpoint, kind, authorization, body))
@@ -193,7 +193,7 @@ def test_whoever_is_no_client_is_granted_nothing_and_told_so_in_the_form_of_erro
 
 @hypothesis_settings(max_examples=80, deadline=None)
 @given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, in_form=st.booleans(), form=fields, junk=st.binary(max_size=20))
-def test_a_client_that_sends_anything_is_granted_no_more_than_it_asked_for(
+def test_random_input_of_a_client_grants_no_extra_scope(
     kept: Kept, endpoint: str, kind: str, in_form: bool, form: dict[str, str], junk: bytes
 ) -> None:
     if in_form:

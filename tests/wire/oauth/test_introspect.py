@@ -15,7 +15,7 @@ Obtain = Callable[[httpx.Client], str]
 
 
 @pytest.mark.parametrize("obtain", [fetch, lambda client: log_in(client, *ANN)], ids=["as a client", "as a user"])
-def test_of_a_valid_token_everything_is_said(client: httpx.Client, clock: HandClock, obtain: Obtain) -> None:
+def test_introspection_describes_a_valid_token(client: httpx.Client, clock: HandClock, obtain: Obtain) -> None:
     clock.advance(0.75)
     token = obtain(client)
     answer = post(client, "introspect", token=token)
@@ -53,7 +53,7 @@ def test_a_token_whose_user_has_no_scopes_is_valid(client: httpx.Client) -> None
     ],
     ids=str,
 )
-def test_what_else_stands_in_the_form_changes_nothing(client: httpx.Client, more: dict[str, str]) -> None:
+def test_other_form_fields_change_nothing(client: httpx.Client, more: dict[str, str]) -> None:
     token = fetch(client)
     assert (
         post(client, "introspect", GATEWAY, token=token, **more).json()
@@ -82,7 +82,7 @@ def test_a_malformed_token_is_answered_as_an_unknown_one(client: httpx.Client, m
     assert post(client, "introspect", token=malformed).status_code == 200
 
 
-def test_why_a_token_is_not_valid_is_not_said(client: httpx.Client, clock: HandClock) -> None:
+def test_an_inactive_token_gets_no_reason(client: httpx.Client, clock: HandClock) -> None:
     expired = fetch(client)
     clock.advance(DAY)
     revoked, ended = fetch(client), fetch(client)
@@ -96,7 +96,7 @@ def test_why_a_token_is_not_valid_is_not_said(client: httpx.Client, clock: HandC
     assert all(each == answers[0] for each in answers)
 
 
-def test_a_token_is_inactive_from_the_second_on_that_exp_names(
+def test_a_token_is_inactive_from_its_exp_on(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
 ) -> None:
     clock.advance(0.5)
@@ -126,7 +126,7 @@ def carrying(lines: list[str], token: str, more: str = "") -> bytes:
 
 
 @pytest.mark.parametrize("bad", [UNKNOWN, "malformed", "\u00e4", "expired"], ids=range(4))
-def test_a_caller_with_a_token_that_is_not_valid_is_401_and_told_how(
+def test_a_caller_with_an_invalid_token_is_401(
     server: Server, client: httpx.Client, clock: HandClock, bad: str
 ) -> None:
     if bad == "expired":
@@ -138,9 +138,7 @@ def test_a_caller_with_a_token_that_is_not_valid_is_401_and_told_how(
     assert headers["www-authenticate"] == 'Bearer realm="tokenauth", error="invalid_token"'
 
 
-def test_a_caller_whose_token_is_revoked_asks_in_vain_on_every_worker(
-    client: httpx.Client, sibling_client: httpx.Client
-) -> None:
+def test_a_caller_with_a_revoked_token_fails_everywhere(client: httpx.Client, sibling_client: httpx.Client) -> None:
     caller, token = fetch(client, GATEWAY), fetch(client)
     headers = {"Authorization": f"Bearer {caller}"}
     for asked in (client, sibling_client):
@@ -153,9 +151,7 @@ def test_a_caller_whose_token_is_revoked_asks_in_vain_on_every_worker(
 
 @pytest.mark.parametrize("way", ["basic", "form", "token"])
 @pytest.mark.parametrize("caller", [ANN, BOB, ("admin", "admin")], ids=lambda caller: str(caller[0]))
-def test_a_caller_without_the_scope_is_told_which_even_about_its_own_token(
-    client: httpx.Client, caller: tuple[str, str], way: str
-) -> None:
+def test_a_caller_without_the_scope_is_told_which(client: httpx.Client, caller: tuple[str, str], way: str) -> None:
     token = fetch(client, caller)
     if way == "basic":
         answer = post(client, "introspect", caller, token=token)

@@ -70,7 +70,7 @@ def test_authlib_fetches_uses_introspects_and_revokes(
         assert asked.json() == {"active": False}
 
 
-async def test_authlib_fetches_anew_when_a_token_is_about_to_end(issuer: Server) -> None:
+async def test_authlib_fetches_a_new_token_before_the_end(issuer: Server) -> None:
     async with AsyncOAuth2Client(
         *ANN, token_endpoint=f"{issuer.url}/oauth/token", grant_type="client_credentials"
     ) as session:
@@ -82,7 +82,7 @@ async def test_authlib_fetches_anew_when_a_token_is_about_to_end(issuer: Server)
 
 @pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
 @pytest.mark.parametrize("method", METHODS)
-def test_authlib_reads_what_is_refused(issuer: Server, library: Any, method: str) -> None:
+def test_authlib_reads_the_error_of_a_refusal(issuer: Server, library: Any, method: str) -> None:
     for auth, scope, error in [(("ann", "no"), None, "invalid_client"), (ANN, "admin", "invalid_scope")]:
         with library(*auth, token_endpoint_auth_method=method, scope=scope) as session:
             with pytest.raises(OAuthError) as refusal:
@@ -124,7 +124,7 @@ class Introspection(IntrospectTokenValidator):  # type: ignore[misc]
         return answer.json()
 
 
-def test_authlibs_resource_protector_guards_with_what_introspection_says(issuer: Server, client: httpx.Client) -> None:
+def test_authlibs_resource_protector_uses_introspection(issuer: Server, client: httpx.Client) -> None:
     guard = ResourceProtector()
     guard.register_token_validator(Introspection(issuer.url))
 
@@ -173,7 +173,7 @@ def test_requests_oauthlib_fetches_uses_and_revokes(
 
 
 @pytest.mark.usefixtures("_without_tls")
-def test_requests_oauthlib_sends_odd_names_and_takes_a_user_without_scopes(issuer: Server) -> None:
+def test_requests_oauthlib_handles_odd_names_and_no_scopes(issuer: Server) -> None:
     for name, secret in (ODD, ("bob", "bob-secret")):
         with RequestsOAuth2Session(client=BackendApplicationClient(client_id=name)) as session:
             auth = HTTPBasicAuth(name.encode(), secret.encode())
@@ -182,7 +182,7 @@ def test_requests_oauthlib_sends_odd_names_and_takes_a_user_without_scopes(issue
 
 
 @pytest.mark.usefixtures("_without_tls")
-def test_oauthlib_reads_what_is_refused(issuer: Server) -> None:
+def test_oauthlib_reads_the_error_of_a_refusal(issuer: Server) -> None:
     with RequestsOAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["admin"])) as session:
         with pytest.raises(InvalidScopeError):
             session.fetch_token(f"{issuer.url}/oauth/token", client_secret="ann-secret")
@@ -191,7 +191,7 @@ def test_oauthlib_reads_what_is_refused(issuer: Server) -> None:
 
 
 @pytest.mark.usefixtures("_without_tls")
-def test_oauthlib_takes_offence_at_more_scopes_than_it_asked_for(issuer: Server) -> None:
+def test_oauthlib_rejects_more_scopes_than_requested(issuer: Server) -> None:
     """So documented: ask for none, or for all."""
     session = RequestsOAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["read"]))
     with session, pytest.raises(Warning, match="Scope has changed"):

@@ -38,7 +38,7 @@ def get(server: Server, path: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("issuer", [PLAIN, WITH_PATH, LOCAL])
-def test_the_metadata_name_the_issuer_and_what_stands_below_it(issuers: dict[str, Server], issuer: str) -> None:
+def test_the_metadata_names_the_issuer_and_its_endpoints(issuers: dict[str, Server], issuer: str) -> None:
     answer = get(issuers[issuer], WELL_KNOWN)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
@@ -70,7 +70,7 @@ def test_an_issuer_with_a_path_has_two_addresses(issuers: dict[str, Server]) -> 
     assert refusal(get(issuers[PLAIN], f"{WELL_KNOWN}/auth/one")) == (404, "not_found")
 
 
-def test_without_an_issuer_the_answer_says_what_to_set(issuers: dict[str, Server]) -> None:
+def test_without_an_issuer_the_answer_names_the_setting(issuers: dict[str, Server]) -> None:
     answer = get(issuers[""], WELL_KNOWN)
     assert refusal(answer) == (404, "not_found")
     assert "oauth.issuer" in answer.json()["error_description"]

@@ -27,7 +27,7 @@ def limit(server: Server, size: int) -> None:
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_a_store_that_cannot_be_written_ends_no_token_and_says_so(tmp_path: Path) -> None:
+def test_a_failed_revocation_is_never_a_success(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[tokens]\nper_user = 0", CLIENTS)
     with worker(config) as server, server.client() as client:
         kept, held, ended = (fetch(client) for _ in range(3))
@@ -70,7 +70,7 @@ def _truncate(database: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_delete, pytest.param(_truncate, marks=pytest.mark.faults)])
-def test_a_store_that_cannot_be_read_finds_no_token_inactive(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_an_unreadable_store_finds_no_token_inactive(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     """It looks every second. Until it is noticed answers may be right; wrong they never are."""
     config = write_config(tmp_path, users=CLIENTS)
     with worker(config) as server, server.client() as client:

@@ -19,7 +19,7 @@ def ask(port: int, endpoint: str, who: str, token: str) -> tuple[int, bytes]:
     return answer.status, answer.body
 
 
-def test_secrets_and_tokens_of_who_was_removed_or_changed_end_at_sighup(tmp_path: Path) -> None:
+def test_sighup_ends_secrets_and_tokens_of_changed_clients(tmp_path: Path) -> None:
     cid, guard = table("cid", "cid-secret", "read"), table("guard", "guard-secret", "introspect")
     old = (
         cid

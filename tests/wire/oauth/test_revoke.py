@@ -13,7 +13,7 @@ Obtain = Callable[[httpx.Client], str]
 
 @pytest.mark.parametrize("obtain", [fetch, lambda client: log_in(client, *ANN)], ids=["of a client", "of a user"])
 @pytest.mark.parametrize("by", [ANN, GATEWAY, ("bob", "bob-secret")], ids=lambda by: str(by[0]))
-def test_whoever_holds_a_token_may_end_it_for_all_workers_at_once(
+def test_the_bearer_may_revoke_a_token_on_all_workers(
     client: httpx.Client, sibling_client: httpx.Client, obtain: Obtain, by: tuple[str, str]
 ) -> None:
     token, other = obtain(client), obtain(client)
@@ -29,9 +29,7 @@ def test_whoever_holds_a_token_may_end_it_for_all_workers_at_once(
         assert active(asked, other), "the others of the same user go on"
 
 
-def test_one_worker_ends_what_the_other_has_issued_and_just_found_valid(
-    client: httpx.Client, sibling_client: httpx.Client
-) -> None:
+def test_one_worker_revokes_what_the_other_has_cached(client: httpx.Client, sibling_client: httpx.Client) -> None:
     for _ in range(20):
         token = fetch(client)
         assert active(client, token)
@@ -46,7 +44,7 @@ def test_the_hint_is_not_needed_and_not_believed(client: httpx.Client, hint: str
     assert not active(client, token)
 
 
-def test_what_is_not_valid_is_answered_alike(client: httpx.Client, clock: HandClock) -> None:
+def test_an_invalid_token_is_answered_like_a_valid_one(client: httpx.Client, clock: HandClock) -> None:
     expired = fetch(client)
     clock.advance(25 * 3600)
     revoked, valid = fetch(client), fetch(client)
@@ -60,7 +58,7 @@ def test_what_is_not_valid_is_answered_alike(client: httpx.Client, clock: HandCl
 
 
 @pytest.mark.parametrize("form", [{}, {"token": ""}, {"Token": UNKNOWN}], ids=str)
-def test_a_form_without_a_token_is_400_and_ends_none(client: httpx.Client, form: dict[str, str]) -> None:
+def test_a_form_without_a_token_is_400_and_revokes_none(client: httpx.Client, form: dict[str, str]) -> None:
     token = fetch(client)
     answer = client.post(
         "/oauth/revoke", data={"x": "y", **form}, auth=ANN, headers={"X-Token": token}, params={"token": token}
@@ -69,7 +67,7 @@ def test_a_form_without_a_token_is_400_and_ends_none(client: httpx.Client, form:
     assert active(client, token)
 
 
-def test_whoever_is_no_client_ends_nothing(client: httpx.Client) -> None:
+def test_an_unknown_client_revokes_nothing(client: httpx.Client) -> None:
     token = fetch(client)
     for auth in (("ann", "wrong"), ("nobody", "x"), None):
         assert refusal(post(client, "revoke", auth, token=token)) == (401, "invalid_client")

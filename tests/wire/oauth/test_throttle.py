@@ -68,7 +68,7 @@ def test_each_failure_counts_once(client: httpx.Client, attempt: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nobody", "no+body", "odd%20name", ""])
-def test_names_that_nobody_has_are_counted_alike(client: httpx.Client, name: str) -> None:
+def test_unknown_names_are_counted_like_known_ones(client: httpx.Client, name: str) -> None:
     tries = [post(client, "introspect", (name, "a+%41"), token=UNKNOWN).status_code for _ in range(FREE + 1)]
     assert tries == [401] * FREE + [429]
 
@@ -82,7 +82,7 @@ def test_a_right_secret_clears_what_was_counted(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("door", ATTEMPTS)
-def test_whoever_was_right_a_moment_ago_is_held_up_as_all_are(
+def test_a_recent_success_does_not_bypass_the_throttle(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock, door: str
 ) -> None:
     """Or the right secret would be let in while wrong ones are not even compared."""
@@ -95,7 +95,7 @@ def test_whoever_was_right_a_moment_ago_is_held_up_as_all_are(
             assert refusal(attempt(asked, "ann-secret")) == (429, "too_many_attempts")
 
 
-def test_a_wrong_secret_of_whoever_was_right_a_moment_ago_counts(client: httpx.Client) -> None:
+def test_a_wrong_secret_after_a_success_counts(client: httpx.Client) -> None:
     assert fetch(client)
     assert guess(client, [ATTEMPTS["token"]] * (FREE + 1)) == [401] * FREE + [429]
 
@@ -114,7 +114,7 @@ def test_a_request_without_a_secret_is_no_guess(client: httpx.Client) -> None:
     assert guess(client, [ATTEMPTS["token"]] * (FREE + 1)) == [401] * FREE + [429]
 
 
-def test_guesses_at_the_same_moment_do_not_pass_the_limit(tmp_path: Path, clock: HandClock) -> None:
+def test_concurrent_guesses_do_not_pass_the_limit(tmp_path: Path, clock: HandClock) -> None:
     guesses = [basic(f"ann:wrong-{number}") for number in range(40)]
     with worker(write_config(tmp_path), clock) as server, ThreadPoolExecutor(20) as crowd:
         form = {"token": "x", "grant_type": "x"}

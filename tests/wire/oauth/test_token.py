@@ -28,14 +28,14 @@ def test_a_client_gets_a_token_that_is_a_login_everywhere(
         assert len(asked.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]) == 1
 
 
-def test_each_answer_has_a_new_token_that_no_client_can_choose(client: httpx.Client) -> None:
+def test_each_answer_has_a_new_token_of_the_server(client: httpx.Client) -> None:
     tokens = {post(client, "token", ANN, **GRANT, access_token="mine", token="mine").json()["access_token"]}
     tokens |= {fetch(client) for _ in range(5)} | {log_in(client, *ANN)}
     assert len(tokens) == 7
     assert {len(token) for token in tokens} == {64}
 
 
-def test_a_token_ends_when_expires_in_says(client: httpx.Client, clock: HandClock) -> None:
+def test_a_token_expires_after_expires_in(client: httpx.Client, clock: HandClock) -> None:
     document = post(client, "token", ANN, **GRANT).json()
     clock.advance(document["expires_in"] - 1)
     assert probe(client, document["access_token"])
@@ -46,7 +46,7 @@ def test_a_token_ends_when_expires_in_says(client: httpx.Client, clock: HandCloc
 @pytest.mark.parametrize(
     "scope", ["", "read", "write", "read write", "write read", "read read", " write ", "read  write"]
 )
-def test_a_client_gets_all_of_its_scopes_whichever_of_them_it_asks_for(client: httpx.Client, scope: str) -> None:
+def test_a_client_gets_all_its_scopes_for_any_request(client: httpx.Client, scope: str) -> None:
     answer = post(client, "token", ANN, **GRANT, scope=scope)
     assert answer.status_code == 200
     assert answer.json()["scope"] == "read write"
@@ -54,7 +54,7 @@ def test_a_client_gets_all_of_its_scopes_whichever_of_them_it_asks_for(client: h
     assert client.get("/api/me", headers={"X-Token": token}).json()["scopes"] == ["read", "write"]
 
 
-def test_a_client_without_scopes_gets_none(client: httpx.Client) -> None:
+def test_a_client_without_scopes_gets_an_empty_scope(client: httpx.Client) -> None:
     assert post(client, "token", BOB, **GRANT).json()["scope"] == ""
     assert refusal(post(client, "token", BOB, **GRANT, scope="read")) == (400, "invalid_scope")
 
@@ -95,7 +95,7 @@ def test_there_is_one_grant(client: httpx.Client, grant_type: str | None, error:
     assert refusal(post(client, "token", ANN, **form)) == (400, error)
 
 
-def test_which_grants_there_are_is_told_to_clients_alone(client: httpx.Client) -> None:
+def test_only_clients_learn_the_supported_grants(client: httpx.Client) -> None:
     assert refusal(post(client, "token", ("ann", "wrong"), grant_type="password")) == (401, "invalid_client")
 
 

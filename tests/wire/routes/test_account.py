@@ -56,7 +56,7 @@ def id_of(client: httpx.Client, token: str) -> str:
     ("username", "password", "scopes"),
     [("admin", "admin", ["admin"]), ("ann", "ann-secret", ["read", "write"]), ("bob", "bob-secret", [])],
 )
-def test_me_says_whose_token_it_is(
+def test_me_names_the_user_of_the_token(
     client: httpx.Client, clock: HandClock, username: str, password: str, scopes: list[str]
 ) -> None:
     token = log_in(client, username, password)
@@ -158,7 +158,7 @@ def test_i_can_end_the_login_that_i_use(client: httpx.Client) -> None:
     assert not probe(client, mine)
 
 
-def test_the_id_of_somebody_else_is_answered_as_one_that_is_not_there(client: httpx.Client) -> None:
+def test_another_users_id_is_answered_like_an_unknown_one(client: httpx.Client) -> None:
     mine, bobs = ann(client), log_in(client, "bob", "bob-secret")
     public = id_of(client, bobs)
     theirs = client.delete(f"/api/tokens/{public}", headers=holding(mine))
@@ -169,7 +169,7 @@ def test_the_id_of_somebody_else_is_answered_as_one_that_is_not_there(client: ht
     assert probe(client, bobs)
 
 
-def test_an_admin_acts_for_whoever_he_names(client: httpx.Client, sibling_client: httpx.Client) -> None:
+def test_an_admin_acts_for_the_user_it_names(client: httpx.Client, sibling_client: httpx.Client) -> None:
     boss, anns = log_in(client), [ann(client), ann(client), ann(client)]
     bobs = log_in(client, "bob", "bob-secret")
     assert [entry["current"] for entry in listed(client, boss, user="ANN")] == [False] * 3
@@ -187,7 +187,7 @@ def test_an_admin_acts_for_whoever_he_names(client: httpx.Client, sibling_client
 
 
 @pytest.mark.parametrize("named", ["bob", "admin", "nobody", "", "ann2"])
-def test_only_an_admin_may_name_somebody_else(client: httpx.Client, named: str) -> None:
+def test_only_an_admin_may_name_another_user(client: httpx.Client, named: str) -> None:
     mine, bobs = ann(client), log_in(client, "bob", "bob-secret")
     for method, path in [("GET", "/api/tokens"), ("DELETE", "/api/tokens"), ("DELETE", f"/api/tokens/{UNKNOWN_ID}")]:
         answer = client.request(method, path, params={"user": named}, headers=holding(mine))
@@ -199,7 +199,7 @@ def test_only_an_admin_may_name_somebody_else(client: httpx.Client, named: str) 
     assert probe(client, bobs)
 
 
-def test_anybody_may_name_himself_and_nobody_two(client: httpx.Client) -> None:
+def test_any_user_may_name_itself_and_only_one_user(client: httpx.Client) -> None:
     mine, boss = ann(client), log_in(client)
     assert [entry["current"] for entry in listed(client, mine, user="Ann")] == [True]
     answer = client.delete("/api/tokens?user=ann&user=bob", headers=holding(boss))
@@ -236,7 +236,7 @@ def test_without_a_token_the_guard_asks_for_one(
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
-def test_bad_tokens_are_answered_alike_whatever_is_wrong_with_them(
+def test_all_bad_tokens_are_answered_alike(
     server: Server, client: httpx.Client, clock: HandClock, method: str, path: str
 ) -> None:
     expired = ann(client)
@@ -259,7 +259,7 @@ def test_bad_tokens_are_answered_alike_whatever_is_wrong_with_them(
     assert b'"error":"invalid_token"' in body
 
 
-def test_the_guard_takes_no_token_from_the_query_and_no_two_different_ones(client: httpx.Client) -> None:
+def test_the_guard_reads_one_token_and_only_from_headers(client: httpx.Client) -> None:
     one, other = ann(client), ann(client)
     assert client.get("/api/me", params={"token": one}).status_code == 401
     both = {"X-Token": one, "Authorization": f"Bearer {other}"}

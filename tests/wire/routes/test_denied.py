@@ -37,7 +37,7 @@ def settings() -> str:
 
 
 @pytest.mark.parametrize(("method", "target", "route", "scope"), REFUSED)
-def test_who_lacks_a_scope_is_named_in_the_log(
+def test_a_user_without_the_scope_is_named_in_the_log(
     server: Server, client: httpx.Client, method: str, target: str, route: str, scope: str
 ) -> None:
     token = log_in(client, "bob", "bob-secret")
@@ -51,7 +51,7 @@ def test_who_lacks_a_scope_is_named_in_the_log(
     assert token not in server.log.read_text()
 
 
-def test_who_touches_the_lease_of_another_user_is_named(server: Server, client: httpx.Client) -> None:
+def test_a_user_that_touches_anothers_lease_is_logged(server: Server, client: httpx.Client) -> None:
     ann, bob = log_in(client, "ann", "ann-secret"), log_in(client, "bob", "bob-secret")
     lent = client.post("/api/pools/open/leases", headers={"X-Token": ann}).json()["token"]
     before = len(server.events("access_denied"))

@@ -97,7 +97,7 @@ def test_metadata_may_be_read_by_every_page(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("door", [*DOORS, "login"])
-def test_a_page_whose_name_was_bound_to_this_address_is_foreign(client: httpx.Client, door: str) -> None:
+def test_a_page_with_a_rebound_name_is_foreign(client: httpx.Client, door: str) -> None:
     """DNS rebinding: for the browser it is of the same origin."""
     method, path = ("POST", "/api/token") if door == "login" else DOORS[door]
     here = client.base_url.port

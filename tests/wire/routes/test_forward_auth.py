@@ -45,7 +45,7 @@ def ask(connection: Connection, query: str = "", method: str = "GET", **headers:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_method_is_told_who_it_is(connection: Connection, clock: HandClock, ann: str, method: str) -> None:
+def test_any_method_gets_the_user_in_a_header(connection: Connection, clock: HandClock, ann: str, method: str) -> None:
     answer = ask(connection, method=method, X_Token=ann)
     assert (answer.status, answer.body) == (200, b"")
     found = {name: value for name, value in answer.headers.items() if name.startswith("x-auth-")}
@@ -125,7 +125,7 @@ def test_a_scope_that_the_user_lacks_is_403(connection: Connection, ann: str, qu
         ({"X_Token": "GOOD", "Authorization": "Bearer x"}, 'Bearer realm="tokenauth", error="invalid_token"'),
     ],
 )
-def test_who_has_no_valid_token_is_401(
+def test_a_request_without_a_valid_token_is_401(
     connection: Connection, ann: str, headers: dict[str, str], challenge: str
 ) -> None:
     sent = {name: value.replace("GOOD", ann) for name, value in headers.items()}
@@ -182,7 +182,7 @@ def slips(word: str) -> st.SearchStrategy[str]:
     return typed.filter(lambda name: unquote(name) not in {"scope", "path"})
 
 
-def test_no_query_that_is_mistyped_lets_a_user_without_the_scope_in(connection: Connection, ann: str) -> None:
+def test_a_mistyped_query_never_skips_the_scope_check(connection: Connection, ann: str) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(slips("scope"), st.sampled_from(["", "scope=read&", "&"]), st.sampled_from(["", "&scope=read", "&path=/x"]))
     def check(name: str, before: str, after: str) -> None:
@@ -248,7 +248,7 @@ class BrokenTokens(Tokens):
         raise ZeroDivisionError(value)
 
 
-async def test_what_nobody_has_thought_of_is_503() -> None:
+async def test_an_unexpected_error_is_503() -> None:
     transport = httpx.ASGITransport(ForwardAuth(BrokenTokens()))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         answer = await client.get("/auth", headers={"X-Token": "x"})

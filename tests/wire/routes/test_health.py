@@ -8,7 +8,7 @@ ROUTES = {"/healthz": {"status": "ok"}, "/readyz": {"status": "ready"}}
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("headers", [{}, {"X-Token": "not a token"}, {"X-Token": "a", "Authorization": "Bearer b"}])
-def test_a_server_that_can_serve_says_so(client: httpx.Client, route: str, headers: dict[str, str]) -> None:
+def test_a_server_that_can_serve_is_ready(client: httpx.Client, route: str, headers: dict[str, str]) -> None:
     answer = client.get(route, headers=headers)
     assert (answer.status_code, answer.json()) == (200, ROUTES[route])
     assert answer.headers["content-type"] == "application/json"

@@ -74,7 +74,7 @@ def third_lease(user: Borrower) -> Lease:
     [{}, {"holder": "ci-7"}, {"fence": 3}, {"holder": "ci-7", "fence": 3}, {"holder": None, "fence": None}],
     ids=str,
 )
-def test_whoever_claims_the_lease_that_it_is_may_touch_it(
+def test_a_request_that_names_the_lease_may_use_it(
     admin: Borrower, touch: Touch, claim: dict[str, Any], clock: HandClock, now: int
 ) -> None:
     lease = third_lease(admin)
@@ -94,7 +94,7 @@ def test_whoever_claims_the_lease_that_it_is_may_touch_it(
     ],
     ids=range(16),
 )  # fmt: skip
-def test_whoever_claims_another_has_lost_his_and_changes_nothing(
+def test_a_request_for_another_lease_changes_nothing(
     admin: Borrower, touch: Touch, claim: dict[str, Any], clock: HandClock
 ) -> None:
     lease = third_lease(admin)
@@ -118,7 +118,7 @@ def test_a_lease_lapses_at_its_end_by_the_clock_alone(
     assert there.assign("any") == Lease(token, "admin", 2, now + 2 * LEASE_TTL, LEASE_TTL)
 
 
-def test_a_lease_is_kept_alive_until_its_last_moment_again_and_again(
+def test_a_lease_can_be_extended_up_to_its_end_repeatedly(
     admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     admin.generate("any")
@@ -132,7 +132,7 @@ def test_a_lease_is_kept_alive_until_its_last_moment_again_and_again(
     assert there.counts("any") == (1, 0)
 
 
-def test_a_lapsed_lease_cannot_be_touched_even_if_nobody_else_has_taken_the_token(
+def test_a_lapsed_lease_is_lost_although_its_token_is_free(
     admin: Borrower, touch: Touch, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
@@ -144,7 +144,7 @@ def test_a_lapsed_lease_cannot_be_touched_even_if_nobody_else_has_taken_the_toke
     assert admin.assign("any", "ci-7").fence == 2
 
 
-def test_a_lease_that_another_has_by_now_cannot_be_touched_by_its_first_holder(
+def test_a_reassigned_lease_is_lost_for_its_first_holder(
     admin: Borrower, touch: Touch, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
@@ -168,7 +168,7 @@ def test_a_token_that_is_free_cannot_be_touched(admin: Borrower, touch: Touch) -
     assert touch("any", token) == touch("any", token, holder="admin", fence=1) == refusal("lease_lost")
 
 
-def test_a_released_token_can_be_lent_by_the_other_worker_at_once(admin: Borrower, there: Borrower) -> None:
+def test_the_other_worker_leases_a_released_token_at_once(admin: Borrower, there: Borrower) -> None:
     (token,) = admin.generate("any")
     for fence in range(1, 20, 2):
         assert admin.assign("any").fence == fence
@@ -177,7 +177,7 @@ def test_a_released_token_can_be_lent_by_the_other_worker_at_once(admin: Borrowe
         assert admin.release("any", token, fence=fence + 1) == (204, None)
 
 
-def test_a_token_shows_who_has_it_and_its_highest_fence_also_after_the_lease(
+def test_a_token_shows_its_holder_and_its_highest_fence(
     admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("waiting")
@@ -201,7 +201,7 @@ def test_a_token_shows_who_has_it_and_its_highest_fence_also_after_the_lease(
     shown({**free, "expiry_time": now + LEASE_TTL + 10 + TOKEN_TTL}, 2)
 
 
-def test_a_free_token_waits_for_its_time_and_is_gone_and_a_lent_one_only_after_its_lease(
+def test_a_token_expires_free_and_never_while_leased(
     admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     lent, free = admin.generate("waiting", 2)
@@ -220,7 +220,7 @@ def test_a_free_token_waits_for_its_time_and_is_gone_and_a_lent_one_only_after_i
     assert there.counts("waiting") == (0, 0)
 
 
-def test_a_clock_that_is_set_back_revives_no_lease_and_no_token(
+def test_a_clock_set_back_revives_no_lease_and_no_token(
     admin: Borrower, there: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
@@ -242,7 +242,7 @@ async def migrate(config: Path) -> None:
         pass
 
 
-def test_leases_lapse_and_tokens_expire_where_no_sweeper_has_ever_run(tmp_path: Path) -> None:
+def test_leases_and_tokens_expire_without_a_sweeper(tmp_path: Path) -> None:
     """Its duty is somebody else's for ever; what has expired lies in the database to the end."""
     config = write_config(tmp_path, POOLS)
     clock = HandClock(tmp_path / "clock", create=True)

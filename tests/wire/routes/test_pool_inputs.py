@@ -126,7 +126,7 @@ def test_any_other_text_is_a_holder(began: Scene, holder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["admin", "bob", *ODD_NAMES], ids=range(4))
-def test_every_user_can_borrow_under_his_own_name(began: Scene, name: str) -> None:
+def test_every_user_can_lease_under_its_own_name(began: Scene, name: str) -> None:
     """Whoever may log in is a holder, without sending one."""
     password = {"admin": "admin", "bob": "bob-secret"}.get(name, "ann-secret")
     token = began.connection.log_in(name, password)
@@ -166,15 +166,13 @@ BODIES: dict[str, tuple[bytes, bytes, int, str]] = {
 
 @pytest.mark.parametrize("route", WITH_BODY, ids=str)
 @pytest.mark.parametrize("fault", BODIES)
-def test_a_hostile_body_is_refused_in_words_that_name_the_fault(
-    scene: Scene, route: tuple[str, str], fault: str
-) -> None:
+def test_a_hostile_body_is_refused_with_its_fault(scene: Scene, route: tuple[str, str], fault: str) -> None:
     body, headers, status, named = BODIES[fault]
     refused(scene.send(*route, body, headers, headers != CHUNKED), status, named)
 
 
 @pytest.mark.parametrize("headers", [b"", b"Content-Type: text/plain\r\n", b"Content-Encoding: gzip\r\n", CHUNKED])
-def test_no_body_at_all_is_right_whatever_is_said_of_it(began: Scene, headers: bytes) -> None:
+def test_an_empty_body_is_accepted_with_any_content_type(began: Scene, headers: bytes) -> None:
     began = began._replace(admin=Borrower(began.connection))
     body = b"0\r\n\r\n" if headers == CHUNKED else b""
     for (method, path), status in zip(WITH_BODY, (201, 201, 200, 204), strict=True):
@@ -187,7 +185,7 @@ def test_no_body_at_all_is_right_whatever_is_said_of_it(began: Scene, headers: b
 @pytest.mark.parametrize(
     "body", [b"x" * 20 * KIB, b'{"holder": 1', b"\0", b"GET /healthz HTTP/1.1\r\n\r\n"], ids=range(4)
 )
-def test_a_body_that_nobody_asked_for_is_no_part_of_anything(began: Scene, body: bytes) -> None:
+def test_an_unexpected_body_is_not_read_as_a_request(began: Scene, body: bytes) -> None:
     """What follows it on the same connection is answered for itself."""
     admin = Borrower(began.connection)
     (token,) = admin.generate("any")

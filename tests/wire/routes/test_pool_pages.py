@@ -45,7 +45,7 @@ def test_an_empty_pool_has_one_page(admin: Borrower) -> None:
         assert admin.hears("GET", f"/p{query}") == (200, document)
 
 
-def test_a_page_has_a_hundred_tokens_unless_it_is_said_otherwise(admin: Borrower, there: Borrower) -> None:
+def test_a_page_has_100_tokens_by_default(admin: Borrower, there: Borrower) -> None:
     tokens = sorted(admin.generate("p", COUNT))
     assert page(there, "") == (tokens[:100], tokens[99])
     assert page(there, f"?after={tokens[99]}") == (tokens[100:], None)
@@ -66,7 +66,7 @@ def test_walking_from_page_to_page_meets_every_token_once(admin: Borrower, there
     assert met == tokens
 
 
-def test_a_page_goes_on_where_a_token_was_that_has_gone(admin: Borrower, clock: HandClock) -> None:
+def test_a_page_continues_after_a_deleted_token(admin: Borrower, clock: HandClock) -> None:
     first = admin.generate("p", 5)
     clock.advance(200)
     tokens = sorted(first + admin.generate("p", 5))

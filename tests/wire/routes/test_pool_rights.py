@@ -74,7 +74,7 @@ def test_a_lapsed_lease_is_lost_and_then_anothers(
     assert ann.hears(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("forbidden")
 
 
-def test_others_see_who_has_what_and_no_values(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
+def test_other_users_see_holders_and_no_values(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
     admin.generate("p", 3)
     own, other = bob.assign("p", "mine"), ann.assign("p", "ci-7")
     seen = {member["holder"]: member for member in bob.members("p")}
@@ -90,7 +90,7 @@ def test_others_see_who_has_what_and_no_values(admin: Borrower, ann: Borrower, b
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_pages_of_leases_tell_no_values(admin: Borrower, ann: Borrower, bob: Borrower, limit: int) -> None:
+def test_pages_of_leases_show_no_values(admin: Borrower, ann: Borrower, bob: Borrower, limit: int) -> None:
     admin.generate("p", 6)
     for number in range(5):
         ann.assign("p", f"ci-{number}")
@@ -109,7 +109,7 @@ def test_pages_of_leases_tell_no_values(admin: Borrower, ann: Borrower, bob: Bor
 @pytest.mark.parametrize(
     "after", ["x", "1", "-", "1-", "-1", "nan-1", "inf-1", "1-1e3", "1-" + "9" * 30, "-1-1", "1-_1"]
 )
-def test_a_place_that_is_none_is_named(admin: Borrower, bob: Borrower, after: str) -> None:
+def test_an_invalid_cursor_is_named(admin: Borrower, bob: Borrower, after: str) -> None:
     answer = bob.ask("GET", f"/p?after={after}")
     assert (answer.status, answer.json()["error"]) == (400, "invalid_request")
     assert "after" in answer.json()["error_description"]
@@ -141,7 +141,7 @@ NOT_ENDED = (
 """What a manager is told, who holds nothing that the refusal of a holder speaks of."""
 
 
-def test_managers_release_by_force_and_say_why(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
+def test_managers_release_by_force_with_a_reason(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
     admin.generate("p")
     lease = ann.assign("p", "ci")
     forced = f"/p/leases/{lease.token}?force=true"

@@ -89,7 +89,7 @@ def test_pools_are_listed_with_how_many_tokens_they_have(admin: Borrower, there:
     assert list(admin.ask("GET").json()["pools"][0]) == ["name", "capacity", "available", "leased"]
 
 
-def test_a_pool_with_a_scope_is_for_those_who_have_it_and_nobody_else_sees_it(bob: Borrower, ann: Borrower) -> None:
+def test_only_users_with_its_scope_see_a_pool(bob: Borrower, ann: Borrower) -> None:
     for method, path in ROUTES[1:]:
         answer = bob.ask(method, path.replace("POOL", "guarded"))
         assert answer.status == 403
@@ -104,7 +104,7 @@ def test_a_pool_with_a_scope_is_for_those_who_have_it_and_nobody_else_sees_it(bo
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_without_a_valid_token_nothing_is_said_about_any_pool(
+def test_without_a_valid_token_no_pool_is_shown(
     connections: tuple[Connection, Connection], method: str, path: str
 ) -> None:
     for pool in ("any", "guarded", "unknown"):
@@ -169,7 +169,7 @@ def test_tokens_are_generated_one_unless_more_are_asked_for(
     assert [member["token"] for member in there.members("waiting")] == sorted(answered["tokens"])
 
 
-def test_more_than_fit_are_refused_and_none_is_made(admin: Borrower, there: Borrower) -> None:
+def test_generating_more_than_fit_makes_none(admin: Borrower, there: Borrower) -> None:
     assert admin.hears("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
     assert there.counts("three") == (0, 0)
     admin.generate("three", 2)
@@ -182,7 +182,7 @@ def test_more_than_fit_are_refused_and_none_is_made(admin: Borrower, there: Borr
     assert len(admin.generate("three")) == 1
 
 
-def test_a_token_is_deleted_free_or_lent_and_every_worker_sees_it_at_once(admin: Borrower, there: Borrower) -> None:
+def test_a_deleted_token_is_gone_on_every_worker_at_once(admin: Borrower, there: Borrower) -> None:
     admin.generate("any", 2)
     lent = there.assign("any")
     (free,) = {member["token"] for member in there.members("any")} - {lent.token}
@@ -193,7 +193,7 @@ def test_a_token_is_deleted_free_or_lent_and_every_worker_sees_it_at_once(admin:
     assert there.counts("any") == (0, 0)
 
 
-def test_a_borrower_is_told_what_he_has_and_for_how_long(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+def test_an_assign_answers_with_the_lease_and_its_end(admin: Borrower, there: Borrower, clock: HandClock) -> None:
     tokens = admin.generate("any", 2)
     now = int(clock())
     assert there.assign("any", "ci-7") == Lease(tokens[0], "ci-7", 1, now + 60, 60)
@@ -206,13 +206,13 @@ def test_a_borrower_is_told_what_he_has_and_for_how_long(admin: Borrower, there:
 
 
 @pytest.mark.parametrize("document", [None, {}, {"holder": None}])
-def test_whoever_names_no_holder_is_the_holder_himself(admin: Borrower, there: Borrower, document: object) -> None:
+def test_without_a_holder_the_user_is_the_holder(admin: Borrower, there: Borrower, document: object) -> None:
     (token,) = admin.generate("any")
     assert there.hears("POST", "/any/leases", document)[1]["holder"] == "admin"
     assert admin.hears("GET", f"/any/tokens/{token}")[1]["holder"] == "admin"
 
 
-def test_the_token_that_has_been_free_longest_is_lent_first(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+def test_the_longest_free_token_is_leased_first(admin: Borrower, there: Borrower, clock: HandClock) -> None:
     first, second = admin.generate("any", 2)
     clock.advance(1)
     (third,) = there.generate("any")
@@ -223,9 +223,7 @@ def test_the_token_that_has_been_free_longest_is_lent_first(admin: Borrower, the
     assert [user.assign("any").token for user in (there, admin, there)] == [third, second, first]
 
 
-def test_where_none_is_free_the_refusal_says_when_the_next_lease_ends(
-    admin: Borrower, there: Borrower, clock: HandClock
-) -> None:
+def test_a_refusal_says_when_the_next_lease_ends(admin: Borrower, there: Borrower, clock: HandClock) -> None:
     clock.set(int(clock()) + 1)
     tokens = admin.generate("any", 2)
     for _ in tokens:
@@ -269,7 +267,7 @@ def test_an_empty_pool_has_no_time_to_come_again(admin: Borrower, clock: HandClo
         ("/any/leases/t", "PUT, DELETE"),
     ],
 )
-def test_another_method_is_405_and_says_which_are_taken(admin: Borrower, method: str, path: str, allowed: str) -> None:
+def test_another_method_is_405_with_the_allowed_ones(admin: Borrower, method: str, path: str, allowed: str) -> None:
     answer = admin.ask(method, path)
     assert (answer.status, answer.headers["allow"]) == (405, allowed)
     assert answer.json() == {"error": "method_not_allowed", "error_description": f"This address takes {allowed}."}

@@ -65,7 +65,7 @@ INTROSPECT = ["POST /oauth/introspect", "Content-Type: application/x-www-form-ur
 
 
 @pytest.mark.parametrize("kind", ["client", "token"])
-def test_nobody_proves_in_a_trailer_who_he_is(server: Server, client: httpx.Client, kind: str) -> None:
+def test_a_token_in_a_trailer_is_ignored(server: Server, client: httpx.Client, kind: str) -> None:
     """A proxy that judges, strips or adds headers does not see it (RFC 9110 section 6.5.1)."""
     token = log_in(client, *GATEWAY)
     proof = f"Authorization: {basic(':'.join(GATEWAY))}" if kind == "client" else f"X-Token: {token}"
@@ -92,7 +92,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("target", ["/auth", "/api/token", "/nowhere"])
 @pytest.mark.parametrize("what", ENDLESS)
-def test_what_goes_around_chunks_without_an_end_is_cut_off(server: Server, target: str, what: str) -> None:
+def test_endless_chunk_extensions_or_trailers_are_cut_off(server: Server, target: str, what: str) -> None:
     """Whether or not the request has been answered; what has been is not answered again."""
     begin, trailer = ENDLESS[what]
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
@@ -119,7 +119,7 @@ def test_many_small_chunks_are_as_good_as_a_large_one(server: Server) -> None:
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
-def test_a_body_that_is_announced_too_long_is_refused_at_its_head(server: Server, kind: str) -> None:
+def test_a_body_announced_too_long_is_refused_at_its_head(server: Server, kind: str) -> None:
     """Before a byte of it has come: the client is not asked to go on (RFC 9110 section 10.1.1)."""
     path = "/api/token" if kind.endswith("json") else "/oauth/token"
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nExpect: 100-continue\r\n"
@@ -165,7 +165,7 @@ def test_what_was_asked_first_is_answered_first(server: Server, what: str) -> No
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket", "TLS/1.2"])
-def test_an_upgrade_is_not_taken_up_and_nothing_behind_it_is_lost(server: Server, protocol: str) -> None:
+def test_an_upgrade_is_ignored_and_the_next_request_served(server: Server, protocol: str) -> None:
     upgrade = request("GET /healthz", f"Upgrade: {protocol}", "Connection: Upgrade")
     warned = len(server.events("Unsupported upgrade request."))
     assert converse(server.port, upgrade * 3 + request("GET /healthz", "Connection: close")) == [200] * 4
@@ -273,7 +273,7 @@ UNFRAMED = {
 
 
 @pytest.mark.parametrize("what", UNFRAMED)
-def test_what_cannot_be_framed_is_refused_and_the_connection_closed(server: Server, what: str) -> None:
+def test_ambiguous_framing_is_refused_and_closes(server: Server, what: str) -> None:
     assert converse(server.port, UNFRAMED[what] + LAST) == [400]
 
 
@@ -286,7 +286,7 @@ def test_a_request_without_a_host_is_fine_in_http_1_0(server: Server) -> None:
     assert converse(server.port, b"GET /healthz HTTP/1.0\r\n\r\n") == [200]
 
 
-def test_close_in_a_trailer_is_heard(server: Server) -> None:
+def test_a_connection_close_in_a_trailer_closes(server: Server) -> None:
     """The parser takes no request after it: who is not told would wait for an answer to the next one."""
     login = request(
         "POST /api/token",
@@ -320,7 +320,7 @@ def test_at_auth_there_is_no_other_refusal(
     assert converse(server.port, *((sent,) if pieces == 1 else (sent[:cut], sent[cut:]))) == [401]
 
 
-def test_bytes_that_are_no_text_in_the_query_of_auth_are_refused_alike(server: Server) -> None:
+def test_undecodable_bytes_in_the_query_of_auth_are_refused(server: Server) -> None:
     assert converse(server.port, request("GET /auth?x").replace(b"?x", b"?scope=\xff\xfe")) == [401]
 
 
@@ -346,9 +346,7 @@ def test_a_request_that_is_cut_off_changes_no_lease(server: Server, borrower: Bo
     assert borrower.counts("permits") == (1, 0)
 
 
-def test_a_log_out_that_is_cut_off_ends_what_it_has_named_and_nothing_else(
-    server: Server, client: httpx.Client
-) -> None:
+def test_a_logout_cut_off_ends_only_complete_tokens(server: Server, client: httpx.Client) -> None:
     tokens = [log_in(client) for _ in range(2)]
     head = request("DELETE /api/token", f"X-Token: {tokens[0]}", body=b"x" * 200)[:-200]
     known = len(server.events("request"))

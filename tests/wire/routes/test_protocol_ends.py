@@ -83,7 +83,7 @@ def test_a_client_that_gave_up_is_known_to_be_gone(
     until(lambda: gate.gone() == [True], "the server knows")
 
 
-def test_a_client_that_ends_its_side_late_is_answered_all_the_same(
+def test_a_client_that_half_closes_late_is_answered(
     gate: Gate, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "HALF_CLOSE", -1.0)

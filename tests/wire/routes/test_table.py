@@ -86,7 +86,7 @@ def test_a_path_finds_its_route_and_what_its_parameters_are(
         "/v1x2/keep-alive/x", "/v1.2/keep-alive/", "/~x_y/tokens/x",
     ],
 )  # fmt: skip
-def test_any_other_path_has_none(path: str) -> None:
+def test_any_other_path_has_no_route(path: str) -> None:
     """An empty segment is no parameter, a trailing slash counts, and a dot is a dot."""
     assert found(NATIVE, path) is None
 
@@ -103,7 +103,7 @@ def test_any_other_path_has_none(path: str) -> None:
         ("/{a}/{b}/c", "/x/{y}/{z}"),
     ],
 )
-def test_two_routes_that_a_path_could_match_are_an_error_that_names_both_and_the_address(one: str, other: str) -> None:
+def test_ambiguous_routes_are_an_error_that_names_both(one: str, other: str) -> None:
     for first, second in ((one, other), (other, one)):
         owners = {"dialects.first": table([f"/p{first}"]), "dialects.second": table([f"/p{second}"])}
         with pytest.raises(ConfigError) as refusal:
@@ -116,7 +116,7 @@ def test_two_routes_that_a_path_could_match_are_an_error_that_names_both_and_the
     ("one", "other"),
     [("/a", "/a/"), ("/a/{x}", "/a/"), ("/a/{x}", "/a"), ("/a/{x}", "/b/c"), ("/a/{x}/y", "/a/b/z"), ("/A", "/a")],
 )
-def test_two_routes_that_no_path_could_match_live_side_by_side(one: str, other: str) -> None:
+def test_routes_without_a_common_path_are_allowed(one: str, other: str) -> None:
     routes = table([one, other])
     refuse_collisions({"one": routes})
     for template in (one, other):
@@ -180,14 +180,14 @@ def speaking(prefixes: Mapping[str, str]) -> str:
 
 
 @pytest.mark.parametrize("case", COLLISIONS)
-def test_a_configuration_in_which_routes_collide_is_refused_at_the_start(case: str) -> None:
+def test_colliding_routes_fail_at_the_start(case: str) -> None:
     prefixes, names, address = COLLISIONS[case]
     with pytest.raises(ConfigError) as refusal:
         create_app(loader.parse(speaking(prefixes), {}))
     assert str(refusal.value) == f"{names}: both answer {address}; give them other prefixes"
 
 
-def test_dialects_that_do_not_collide_stand_together_also_without_a_prefix(tmp_path: Path) -> None:
+def test_dialects_without_a_collision_need_no_prefix(tmp_path: Path) -> None:
     config = write_config(tmp_path, speaking({POOL: "", RTG: "", PERMITS: "", TMS: "/v1.2"}))
     with worker(config) as server, server.client() as client:
         asked = {

@@ -37,7 +37,7 @@ def test_a_login_answers_with_a_token_and_when_it_ends(client: httpx.Client, clo
     assert document["expiry_time"] == int(clock()) + DAY
 
 
-def test_each_login_makes_a_new_token_that_no_client_can_choose(client: httpx.Client) -> None:
+def test_each_login_makes_a_new_token_of_the_server(client: httpx.Client) -> None:
     tokens = {client.post("/api/token", json={**RIGHT, "token": UNKNOWN}).json()["token"] for _ in range(20)}
     assert len(tokens | {UNKNOWN}) == 21
     assert not probe(client, UNKNOWN)
@@ -71,7 +71,7 @@ def test_a_wrong_name_or_password_is_401_in_plain_text(client: httpx.Client, use
         ('{"username": {"is": "admin"}, "password": "admin"}', "username"),
     ],
 )
-def test_a_login_that_cannot_be_read_is_400_and_says_why(client: httpx.Client, body: str, named: str) -> None:
+def test_an_unreadable_login_is_400_with_a_reason(client: httpx.Client, body: str, named: str) -> None:
     answer = client.post("/api/token", content=body)
     assert answer.status_code == 400
     assert answer.json()["error"] == "invalid_request"
@@ -88,7 +88,9 @@ CARRIERS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_a_valid_token_is_said_to_be_valid(client: httpx.Client, sibling_client: httpx.Client, carrier: str) -> None:
+def test_the_probe_reports_a_valid_token_as_valid(
+    client: httpx.Client, sibling_client: httpx.Client, carrier: str
+) -> None:
     issued = client.post("/api/token", json=RIGHT).json()
     for asked in (client, sibling_client):
         answer = asked.get("/api/token", **CARRIERS[carrier](issued["token"]))
@@ -149,7 +151,7 @@ def test_two_different_tokens_are_400(client: httpx.Client) -> None:
         assert "different" in answer.json()["error_description"]
 
 
-def test_the_token_of_the_query_goes_before_that_of_a_header(client: httpx.Client) -> None:
+def test_the_query_token_takes_precedence_over_a_header(client: httpx.Client) -> None:
     token = log_in(client)
     assert client.get("/api/token", params={"token": token}, headers={"X-Token": UNKNOWN}).json()["valid"]
     assert client.get("/api/token", params={"token": UNKNOWN}, headers={"X-Token": token}).json() == INVALID
@@ -268,7 +270,7 @@ def test_other_methods_are_405_and_name_the_right_ones(client: httpx.Client, met
     assert answer.json()["error"] == "method_not_allowed"
 
 
-def test_no_token_stands_in_the_log(client: httpx.Client, server: Server) -> None:
+def test_no_token_is_written_to_the_log(client: httpx.Client, server: Server) -> None:
     token = log_in(client)
     probe(client, token)
     delete(client, params={"token": token})

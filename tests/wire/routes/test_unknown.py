@@ -102,7 +102,7 @@ def test_a_field_that_is_unknown_is_400_and_changes_nothing(scene: Scene) -> Non
     assert scene.state() == before
 
 
-def test_a_parameter_that_is_unknown_is_400_and_changes_nothing(scene: Scene) -> None:
+def test_an_unknown_parameter_is_400_and_changes_nothing(scene: Scene) -> None:
     @settings(max_examples=50, deadline=None, derandomize=True)
     @given(st.sampled_from(list(QUERIES)).flatmap(lambda route: st.tuples(st.just(route), _slip(QUERIES[route]))))
     def check(found: tuple[tuple[str, str], tuple[str, str]]) -> None:
@@ -115,7 +115,7 @@ def test_a_parameter_that_is_unknown_is_400_and_changes_nothing(scene: Scene) ->
     assert scene.state() == before
 
 
-def test_a_body_where_none_is_taken_is_400_and_changes_nothing(scene: Scene) -> None:
+def test_an_unexpected_body_is_400_and_changes_nothing(scene: Scene) -> None:
     """Else `{"keep": "current"}` would end all logins, and `{"user": "bob"}` those of the admin."""
     bodies = [b'{"keep": "current"}', b'{"user": "bob"}', b"keep=current", b"[]", b"null", b"\0", b"x" * 100_000]
 
@@ -135,7 +135,7 @@ def test_a_body_where_none_is_taken_is_400_and_changes_nothing(scene: Scene) -> 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b" {}\r\n"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_says_nothing_is_as_good_as_none(scene: Scene, body: bytes, chunked: bool) -> None:
+def test_an_empty_body_or_object_is_accepted(scene: Scene, body: bytes, chunked: bool) -> None:
     assert scene.send("GET", "/api/me", body, chunked).status == 200
     assert scene.send("DELETE", "/api/pools/p/tokens/LENT", body, chunked).status == 204
 
@@ -173,7 +173,7 @@ def _refused(answer: Answer, what: str, name: str, slip: str) -> None:
         ({"": 9}, "unknown field: known are 'holder', 'fence'."),
     ],
 )
-def test_the_refusal_says_which_field_may_be_meant(scene: Scene, sent: dict[str, Any], said: str) -> None:
+def test_the_refusal_suggests_the_intended_field(scene: Scene, sent: dict[str, Any], said: str) -> None:
     answer = scene.ask("PUT", "/api/pools/p/leases/LENT", sent)
     assert answer.json()["error_description"] == f"The body has an {said}"
 
@@ -188,7 +188,7 @@ def test_a_field_twice_is_400_also_escaped(scene: Scene) -> None:
             assert (answer.status, answer.json()["error_description"]) == (400, f"The body has {name!r} twice.")
 
 
-def test_what_clients_of_the_original_send_besides_is_let_be(server: Server) -> None:
+def test_extra_fields_of_the_originals_clients_are_ignored(server: Server) -> None:
     """A contract that says nothing of it is kept with what the original does: it ignores it."""
     with Connection(server.port) as connection:
         answer = connection.ask("POST", "/api/token?x=1", {"username": "admin", "password": "admin", "x": [1]})
