@@ -1,4 +1,4 @@
-"""Credentials: whose a name and a password are. Every route that takes them asks here; all are throttled alike."""
+"""Checks names and passwords. Every route that takes them calls this, so all are throttled in the same way."""
 
 import asyncio
 import hmac
@@ -14,48 +14,43 @@ from tokenauth.logs import log
 from tokenauth.models import Instant, User
 from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
 from tokenauth.settings.model import MAX_NAME, canonical
-from tokenauth.throttle import Throttle, network, place
+from tokenauth.throttle import Throttle, location, network
 
-REMEMBERED = 60.0
-"""Seconds for which `recall` remembers a password that was right."""
+CACHE_SECONDS = 60.0
+"""Seconds for which `verify_cached` accepts a password without hashing it again."""
 
-_MAX_REMEMBERED = 10_000
-"""Passwords that are remembered at the same time."""
+_CACHE_SIZE = 10_000
 
 
-class Claimed(NamedTuple):
-    """A name and a password, as somebody sent them."""
+class Candidate(NamedTuple):
+    """A name and a password to be checked."""
 
     username: str
     password: str
 
 
-class _Remembered(NamedTuple):
-    """The fingerprint of a password that was right, and until when it need not be hashed again."""
-
+class _Cached(NamedTuple):
     fingerprint: bytes
     until: Instant
 
 
-class _Trial:
-    """A password that is being checked, and who waits for that."""
+class _SharedCheck:
+    """A password check that several requests wait for. It is abandoned when all of their clients have gone."""
 
-    def __init__(self, trial: Callable[[Gone], Coroutine[Any, Any, tuple[User, str]]]) -> None:
+    def __init__(self, check: Callable[[Gone], Coroutine[Any, Any, tuple[User, str]]]) -> None:
         self._waiting: list[Gone] = []
-        self.task = asyncio.ensure_future(trial(self._gone))
+        self.task = asyncio.ensure_future(check(self._all_gone))
 
     def join(self, gone: Gone) -> Awaitable[tuple[User, str]]:
-        """Wait for it, too."""
         self._waiting.append(gone)
         return asyncio.shield(self.task)
 
-    def _gone(self) -> bool:
-        """Whether all who wait have gone."""
+    def _all_gone(self) -> bool:
         return all(gone() for gone in self._waiting)
 
 
 class Credentials:
-    """The names and passwords of the users that stand in the configuration."""
+    """The names and passwords of the users in the configuration."""
 
     def __init__(self, users: Mapping[str, User], passwords: Passwords, throttle: Throttle, clock: Clock) -> None:
         self._users = users
@@ -63,79 +58,83 @@ class Credentials:
         self._throttle = throttle
         self._clock = clock
         self._key = secrets.token_bytes(32)
-        self._remembered: dict[tuple[str, str], _Remembered] = {}
-        self._trials: dict[tuple[object, ...], _Trial] = {}
+        self._cache: dict[tuple[str, str], _Cached] = {}
+        self._checks: dict[tuple[object, ...], _SharedCheck] = {}
 
-    async def verify(self, claimed: Claimed, address: str, gone: Gone = here) -> User:
-        """Return the user whose name and password these are.
+    async def verify(self, candidate: Candidate, address: str, gone: Gone = here) -> User:
+        """Return the user if the password matches.
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
-        user, _ = await self._verify([claimed], address, gone)
+        user, _ = await self._verify([candidate], address, gone)
         return user
 
-    async def recall(self, readings: Sequence[Claimed], address: str, gone: Gone = here) -> User:
-        """Verify, in a way for callers who come all day: a password that was right is not hashed again for a while.
+    async def verify_cached(self, candidates: Sequence[Candidate], address: str, gone: Gone = here) -> User:
+        """Return the user if one of the candidates matches, for clients that send a password with each request.
 
-        For REMEMBERED seconds its HMAC under a key of this process is held in memory, for each user and place; calls
-        that come while it is hashed wait for the same hash. A wrong password ends that, wherever in this process it
-        was sent. `readings` are what the same bytes may mean; together they are one try. Raises what `verify` does.
+        `candidates` are the possible readings of the same bytes. Together they count as one attempt.
+
+        A password that was right is not hashed again for CACHE_SECONDS: its HMAC, under a key of this process, is kept
+        in memory for each user and location. Equal requests that arrive while it is hashed share the result. A wrong
+        password, sent anywhere in this process, ends that. Raises what `verify` raises.
         """
         now = self._clock()
-        known, compared = await self._recollect(readings, address, now)
-        if known is not None:
-            return known
-        sent = (*readings, address)
-        trial = self._trials.get(sent)
-        if trial is None:
-            trial = self._trials[sent] = _Trial(partial(self._verify, readings, address, compared=compared))
-            trial.task.add_done_callback(lambda _: self._trials.pop(sent))
-        user, password = await trial.join(gone)
-        self._remember(user, password, address, now)
+        user, compared = await self._find_cached(candidates, address, now)
+        if user is not None:
+            return user
+        key = (*candidates, address)
+        check = self._checks.get(key)
+        if check is None:
+            check = self._checks[key] = _SharedCheck(partial(self._verify, candidates, address, compared=compared))
+            check.task.add_done_callback(lambda _: self._checks.pop(key))
+        user, password = await check.join(gone)
+        self._store(user, password, address, now)
         return user
 
-    async def _recollect(self, readings: Sequence[Claimed], address: str, now: Instant) -> tuple[User | None, bool]:
-        """Return the user whose password was right here before, and whether the throttle allowed a comparison."""
+    async def _find_cached(
+        self, candidates: Sequence[Candidate], address: str, now: Instant
+    ) -> tuple[User | None, bool]:
+        """Return the user whose cached password this is, and whether any password was compared."""
         compared = False
-        claims = [(canonical(name), password) for name, password in readings]
-        for name in dict(claims):
-            remembered, user = self._remembered.get((name, place(address))), self._users.get(name)
-            if remembered is None or user is None or now >= remembered.until:
+        pairs = [(canonical(name), password) for name, password in candidates]
+        for name in dict(pairs):
+            cached, user = self._cache.get((name, location(address))), self._users.get(name)
+            if cached is None or user is None or now >= cached.until:
                 continue
             try:
-                seen = await self._throttle.take_proof(name, address)
+                permit = await self._throttle.permit_comparison(name, address)
             except RetryLater as refusal:
                 log.warning("login_refused", user=name, network=network(address), reason=refusal.code)
                 raise
-            if seen is None:
+            if permit is None:
                 continue
             compared = True
-            made = [self._fingerprint(user, password) for claimed, password in claims if claimed == name]
-            if any(hmac.compare_digest(remembered.fingerprint, fingerprint) for fingerprint in made):
-                self._throttle.give_back(name, address, seen)
+            fingerprints = [self._fingerprint(user, password) for other, password in pairs if other == name]
+            if any(hmac.compare_digest(cached.fingerprint, fingerprint) for fingerprint in fingerprints):
+                self._throttle.return_permit(name, address, permit)
                 return user, compared
         return None, compared
 
-    def _remember(self, user: User, password: str, address: str, now: Instant) -> None:
-        key = user.username, place(address)
-        self._remembered.pop(key, None)
-        self._remembered[key] = _Remembered(self._fingerprint(user, password), now + REMEMBERED)
-        while len(self._remembered) > _MAX_REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
+    def _store(self, user: User, password: str, address: str, now: Instant) -> None:
+        key = user.username, location(address)
+        self._cache.pop(key, None)
+        self._cache[key] = _Cached(self._fingerprint(user, password), now + CACHE_SECONDS)
+        while len(self._cache) > _CACHE_SIZE:
+            del self._cache[next(iter(self._cache))]
 
     async def _verify(
-        self, readings: Sequence[Claimed], address: str, gone: Gone, compared: bool = False
+        self, candidates: Sequence[Candidate], address: str, gone: Gone, compared: bool = False
     ) -> tuple[User, str]:
-        """Return the user, and which password it was."""
-        claims = [Claimed(canonical(name), password) for name, password in _possible(readings)]
-        names = list(dict.fromkeys(name for name, _ in claims))
-        # A name that no user has may be a password in the wrong field: it is not logged.
+        """Return the user, and which password matched."""
+        possible = [Candidate(canonical(name), password) for name, password in _possible(candidates)]
+        names = list(dict.fromkeys(name for name, _ in possible))
+        # An unknown name may be a password typed into the wrong field: it is not logged.
         shown = " or ".join(name for name in names if name in self._users) or "(unknown)"
         try:
-            # Counted under every name that is tried, whether a user has it or not: else the count would tell.
+            # Unknown names are counted too: otherwise the throttle would tell which names exist.
             async with self._throttle.attempt(names, address, gone, compared=compared) as attempt:
                 user, password = await self._passwords.verify(
-                    [claim for claim in dict.fromkeys(claims) if claim.username in attempt.names]
+                    [candidate for candidate in dict.fromkeys(possible) if candidate.username in attempt.names]
                 )
                 attempt.username = user.username
                 return user, password
@@ -150,24 +149,24 @@ class Credentials:
             raise
 
     def _fingerprint(self, user: User, password: str) -> bytes:
-        """Hide a password; a new hash in the configuration makes another fingerprint of it."""
+        # With the credential: a changed password hash makes the cached fingerprint worthless.
         return hmac.digest(self._key, f"{user.username}\0{user.credential}\0{password}".encode(), "sha256")
 
 
-def _possible(readings: Sequence[Claimed]) -> Sequence[Claimed]:
-    """Return the readings that somebody's name and password may be. Raises InvalidRequest when there is none."""
-    possible = [reading for reading in readings if _trouble(reading) is None]
+def _possible(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return the candidates that any user could have. Raises InvalidRequest if there is none."""
+    possible = [candidate for candidate in candidates if _problem(candidate) is None]
     if not possible:
-        raise InvalidRequest(_trouble(readings[0]))
+        raise InvalidRequest(_problem(candidates[0]))
     return possible
 
 
-def _trouble(claimed: Claimed) -> str | None:
-    """Say why nobody can have this name and this password."""
-    if len(claimed.username) > MAX_NAME:
+def _problem(candidate: Candidate) -> str | None:
+    """Return why no user can have this name and password, or None."""
+    if len(candidate.username) > MAX_NAME:
         return f"username: longer than {MAX_NAME} characters"
-    if "\0" in claimed.username:
+    if "\0" in candidate.username:
         return "username: has a NUL character"
-    if not is_text(claimed.username):
+    if not is_text(candidate.username):
         return "username: is not Unicode text"
-    return impossible(claimed.password)
+    return impossible(candidate.password)

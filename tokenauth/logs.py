@@ -295,10 +295,10 @@ def configure(quiet: bool = False, at_once: bool = False) -> None:
 def _log_what_python_prints() -> None:
     """Have what Python prints by itself (uncaught exceptions, also in threads, and warnings) come as lines, too."""
     logging.captureWarnings(True)
-    sys.excepthook = lambda _, error, __: log.critical("unexpected", at=whereabouts(error))
-    sys.unraisablehook = lambda found: log.error("unexpected", at=found.exc_value and whereabouts(found.exc_value))
+    sys.excepthook = lambda _, error, __: log.critical("unexpected", at=safe_traceback(error))
+    sys.unraisablehook = lambda found: log.error("unexpected", at=found.exc_value and safe_traceback(found.exc_value))
     threading.excepthook = lambda found: log.error(
-        "unexpected", thread=found.thread and found.thread.name, at=found.exc_value and whereabouts(found.exc_value)
+        "unexpected", thread=found.thread and found.thread.name, at=found.exc_value and safe_traceback(found.exc_value)
     )
 
 
@@ -326,7 +326,7 @@ def _without_exception_text(_: Any, __: str, event: structlog.typing.EventDict) 
         event["event"] = re.split(r"[(<\n]", str(event["event"]))[0].strip()
     trouble = event.pop("exc_info", None)
     if trouble and trouble[1] is not None:
-        event["at"] = whereabouts(trouble[1])
+        event["at"] = safe_traceback(trouble[1])
     return event
 
 
@@ -335,10 +335,10 @@ def describe(error: BaseException) -> str:
 
     Of what nobody has thought of, all that can be said is where it was.
     """
-    return str(error).replace("\n", " ") if isinstance(error, OSError | ImportError) else whereabouts(error)
+    return str(error).replace("\n", " ") if isinstance(error, OSError | ImportError) else safe_traceback(error)
 
 
-def whereabouts(error: BaseException) -> str:
+def safe_traceback(error: BaseException) -> str:
     """Name an exception and the lines that it passed through, without its text or any value."""
     frames = []
     trace = error.__traceback__

@@ -15,7 +15,7 @@ import msgspec
 
 from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater, StoreUnavailable
-from tokenauth.logs import log, whereabouts
+from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Instant, public_id
 from tokenauth.stores.store import Store
 
@@ -273,4 +273,4 @@ def _log_lost(held: Iterable[bytes], dropped: int) -> None:
 
 def _log_unexpected(error: Exception) -> None:
     if not isinstance(error, RetryLater):  # that the store is down is already known
-        log.error("unexpected", at=whereabouts(error))
+        log.error("unexpected", at=safe_traceback(error))

@@ -1,4 +1,4 @@
-"""Deletes what has expired, in small steps. Nothing depends on it: it only frees disk."""
+"""Deletes expired rows in small batches. It only frees disk space: expiry does not depend on it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,19 +15,19 @@ INTERVAL = 60.0
 """Seconds between two rounds."""
 
 BATCH = 1000
-"""Rows that one transaction deletes at the most."""
+"""Maximum number of rows that one transaction deletes."""
 
 PAUSE = 0.05
-"""Seconds between two batches, in which others write."""
+"""Seconds between two batches, in which others can write."""
 
 LOG_AGE = 3600.0
-"""Seconds that a revocation stays in the log. A worker that slept longer forgets its whole cache."""
+"""Seconds that a revocation stays in the log. A worker that did not read it for longer drops its whole cache."""
 
 Purge = Callable[[Instant, int], Awaitable[int]]
 
 
 class Sweeper:
-    """One worker at a time deletes expired tokens, old revocations and forgotten failures."""
+    """Deletes expired tokens, old revocations and old failed logins. One worker at a time does this."""
 
     def __init__(self, store: Store, pools: Pools, clock: Clock, forget: float) -> None:
         self._store = store
@@ -36,7 +36,7 @@ class Sweeper:
         self._forget = forget
 
     async def run(self) -> None:
-        """Sweep in every interval until cancelled."""
+        """Sweep every INTERVAL seconds until cancelled."""
         while True:
             try:
                 await self.sweep()
@@ -45,9 +45,9 @@ class Sweeper:
             await asyncio.sleep(INTERVAL)
 
     async def sweep(self) -> int:
-        """Delete all that is due, unless another worker does so; say how many rows that was.
+        """Delete what has expired, unless another worker is doing so. Return the number of rows.
 
-        Pools that could not be filled at the start are tried again.
+        This also fills pools that could not be filled at the start.
         """
         await self._pools.prefill()
         now = self._clock()
@@ -64,7 +64,7 @@ class Sweeper:
         return count
 
     async def _drain(self, purge: Purge, before: Instant, until: Instant) -> int:
-        """Delete batch by batch, for as long as the duty was claimed; the next round goes on from there."""
+        """Delete in batches until `until`. The next round continues from there."""
         total = 0
         while self._clock() < until:
             count = await purge(before, BATCH)

@@ -1,4 +1,4 @@
-"""Token values: strings that mean nothing, cannot be guessed, and are looked up by their digest."""
+"""Token values: random strings that are looked up by their digest."""
 
 import secrets
 import uuid
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 LENGTH = 64
-LONGEST_SPELLING = 4 * LENGTH * len(r"\u0041")
-"""Bytes that a value can take up: escaped, in UTF-32."""
+MAX_ENCODED_LENGTH = 4 * LENGTH * len(r"\u0041")
+"""Maximum length of an encoded value, in bytes: escaped, in UTF-32."""
 
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -18,14 +18,14 @@ _LETTER = bytes(ALPHABET[byte % len(ALPHABET)] for byte in range(256))
 _BIASED = bytes(range(_UNBIASED, 256))
 
 _DECODINGS = 2
-"""Escapes within escapes that are seen through, such as those of JSON in a form."""
+"""Number of nested encodings that are decoded, such as JSON in a form."""
 
 _BLANKS = b" \t\r\n\v\f"
 _SEPARATOR = 10
 _IS_LETTER = bytes(97 if byte in ALPHABET else _SEPARATOR for byte in range(256))
 
-# Every way to write `%41`, and what only separates. In this order.
-_SPELLINGS = (
+# Escapes of one character, rewritten to `%41`, and escapes of line breaks. The order matters.
+_ESCAPES = (
     (rb"\\", b"\\"),
     (rb"\n", b"\n"),
     (rb"\r", b"\n"),
@@ -41,7 +41,7 @@ _SPELLINGS = (
 
 
 def new_value() -> str:
-    """Make a value of 64 characters of A-Z a-z 0-9: 381 bits from the operating system."""
+    """Return a new token value: 64 characters of A-Z a-z 0-9 (381 bits of entropy)."""
     letters = b""
     while len(letters) < LENGTH:
         letters += secrets.token_bytes(96).translate(_LETTER, _BIASED)
@@ -49,61 +49,61 @@ def new_value() -> str:
 
 
 def new_uuid() -> str:
-    """Make a random UUID (RFC 9562 section 5.4): 122 bits from the operating system."""
+    """Return a random UUID (RFC 9562 section 5.4; 122 bits of entropy)."""
     return str(uuid.uuid4())
 
 
 def new_prefixed() -> str:
-    """Make a value that says what it is: `token_` and a value of 64 characters."""
+    """Return `token_` and a new value of 64 characters."""
     return f"token_{new_value()}"
 
 
 def digest(value: bytes) -> bytes | None:
-    """Hash a value (32 bytes, SHA-256) for looking it up; None when no token can look like this."""
+    """Return the SHA-256 digest of a value, or None if it does not have the form of a token value."""
     if len(value) == LENGTH and value.isalnum():
         return sha256(value).digest()
     return None
 
 
 def find_values(text: bytes) -> list[bytes]:
-    """Find all that looks like a value in a text, whatever is around it and however it is spelt.
+    """Return everything in a text that has the form of a token value, whatever surrounds it and however it is encoded.
 
-    It decodes percent-encoding, quoted-printable, the escapes of JSON strings, UTF-16 and UTF-32, and joins what line
-    breaks or blanks have cut. The work is linear, whatever is sent: strangers choose the text.
+    This decodes percent-encoding, quoted-printable, escapes of JSON strings, UTF-16 and UTF-32, and joins values that
+    line breaks or blanks have split. It takes linear time for any input.
     """
     text = text.replace(b"\0", b"")
     if text.isalnum() and len(text) <= LENGTH:
         return [text] if len(text) == LENGTH else []
     found: dict[bytes, None] = {}
-    for reading in _readings(text):
-        for start, end in _long_words(reading):
+    for variant in _variants(text):
+        for start, end in _long_words(variant):
             if end - start == LENGTH:
-                found[reading[start:end]] = None
+                found[variant[start:end]] = None
     return list(found)
 
 
-def _readings(text: bytes) -> Iterator[bytes]:
-    """Read a text as it is and decoded, and each of that with its lines joined, and without blanks."""
+def _variants(text: bytes) -> Iterator[bytes]:
+    """Yield the text and its decodings, each also with its lines joined and without blanks."""
     for _ in range(1 + _DECODINGS):
-        for reading in (text, *_continued(text)):
-            yield reading
-            lines = reading.replace(b"\r", b"").replace(b"\n ", b"").replace(b"\n\t", b"").replace(b"\n", b"")
-            if len(lines) < len(reading):
+        for variant in (text, *_joined(text)):
+            yield variant
+            lines = variant.replace(b"\r", b"").replace(b"\n ", b"").replace(b"\n\t", b"").replace(b"\n", b"")
+            if len(lines) < len(variant):
                 yield lines
             joined = lines.translate(None, _BLANKS)
             if len(joined) < len(lines):
                 yield joined
         decoded = text
-        for spelling, plain in _SPELLINGS:
-            decoded = decoded.replace(spelling, plain)
+        for escape, plain in _ESCAPES:
+            decoded = decoded.replace(escape, plain)
         decoded = a2b_qp(decoded)
         if decoded == text:
             return
         text = decoded
 
 
-def _continued(text: bytes, nested: bool = True) -> Iterator[bytes]:
-    """Join lines that say that they go on: with a backslash, or as quoted-printable (RFC 2045 section 6.7)."""
+def _joined(text: bytes, nested: bool = True) -> Iterator[bytes]:
+    """Yield the text with continued lines joined: with a backslash, or quoted-printable (RFC 2045 section 6.7)."""
     lines = text.replace(b"\r", b"")
     joined = lines.replace(b"\\\n", b"").replace(b"=\n", b"")
     if len(joined) < len(lines):
@@ -113,13 +113,13 @@ def _continued(text: bytes, nested: bool = True) -> Iterator[bytes]:
         if len(plain) < len(text):
             yield plain
             if nested:
-                yield from _continued(plain, nested=False)
+                yield from _joined(plain, nested=False)
 
 
 def _long_words(text: bytes) -> Iterator[tuple[int, int]]:
-    """Say where words of LENGTH letters or more begin and end.
+    """Yield start and end of each word of LENGTH letters or more.
 
-    Each of them is on one of the places LENGTH - 1, 2 * LENGTH - 1, ...: only there need be looked.
+    Such a word covers one of the positions LENGTH - 1, 2 * LENGTH - 1, ..., so only those are examined.
     """
     letters = text.translate(_IS_LETTER)
     at = LENGTH - 1

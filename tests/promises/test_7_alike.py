@@ -11,7 +11,7 @@ from tests.support import servers
 from tests.support.connections import Answer, Connection
 from tests.support.servers import HandClock, Server, write_config
 from tests.support.steps import calls_of_threads, hashes, without_values
-from tokenauth.credentials import Claimed
+from tokenauth.credentials import Candidate
 from tokenauth.errors import InvalidCredentials
 from tokenauth.service import create_service
 from tokenauth.settings import loader
@@ -92,10 +92,12 @@ async def test_unknown_names_cost_what_users_do_in_any_scheme(tmp_path: Path) ->
         async with service.running():
             for number in range(20):
                 for names, seen in ((["user {}", "user+{}"], known), (["nobody {}", "nobody+{}"], unknown)):
-                    claims = [Claimed(name.format(number % 3 if seen is known else number), "wrong") for name in names]
+                    claims = [
+                        Candidate(name.format(number % 3 if seen is known else number), "wrong") for name in names
+                    ]
                     calls.clear()
                     with pytest.raises(InvalidCredentials):
-                        await service.credentials.recall(claims, f"10.0.{number}.1")
+                        await service.credentials.verify_cached(claims, f"10.0.{number}.1")
                     seen.append(hashes(calls))
     assert {len(works) for works in (*known, *unknown)} == {2}
     costs = {works[0] for works in known}

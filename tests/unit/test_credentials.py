@@ -17,7 +17,7 @@ from passlib.hash import argon2, scrypt
 from tests.support.servers import START
 from tests.support.steps import Call, calls_of_threads, hashes
 from tokenauth import login_queue
-from tokenauth.credentials import REMEMBERED, Claimed, Credentials
+from tokenauth.credentials import CACHE_SECONDS, Candidate, Credentials
 from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
 from tokenauth.login_queue import LoginQueue
 from tokenauth.models import User
@@ -32,8 +32,8 @@ HOME = "203.0.113.7"
 WORD = "correct horse battery staple"
 OTHER = "another horse"
 
-ANN = Claimed("ann", WORD)
-WRONG = Claimed("ann", "wrong")
+ANN = Candidate("ann", WORD)
+WRONG = Candidate("ann", "wrong")
 
 
 def user(name: str, word: str) -> User:
@@ -49,17 +49,17 @@ class Keeper(NamedTuple):
     users: dict[str, User]
     calls: list[Call]
 
-    async def hashed(self, *readings: Claimed, address: str = HOME) -> int:
+    async def hashed(self, *readings: Candidate, address: str = HOME) -> int:
         """Recall, rightly or not; say how many hashes it took."""
         self.calls.clear()
         with suppress(InvalidCredentials):
-            await self.credentials.recall(readings, address)
+            await self.credentials.verify_cached(readings, address)
         return len(hashes(self.calls))
 
-    async def right(self, *readings: Claimed, address: str = HOME) -> bool:
+    async def right(self, *readings: Candidate, address: str = HOME) -> bool:
         """Say whether somebody is recalled."""
         try:
-            await self.credentials.recall(readings, address)
+            await self.credentials.verify_cached(readings, address)
         except InvalidCredentials:
             return False
         return True
@@ -105,18 +105,18 @@ def keeper(store: Store, passwords: Passwords, known: dict[str, User]) -> Iterat
 
 async def test_a_right_secret_is_hashed_once_a_minute(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 1
-    for step in (0.0, 30.0, REMEMBERED - 30.001):
+    for step in (0.0, 30.0, CACHE_SECONDS - 30.001):
         keeper.time[0] += step
         assert await keeper.hashed(ANN) == 0
-        assert await keeper.credentials.recall([ANN], HOME) is keeper.users["ann"]
-    keeper.time[0] = START + REMEMBERED
+        assert await keeper.credentials.verify_cached([ANN], HOME) is keeper.users["ann"]
+    keeper.time[0] = START + CACHE_SECONDS
     assert await keeper.hashed(ANN) == 1, "from when it was hashed, however often it was asked since"
     assert await keeper.hashed(ANN) == 0
 
 
 async def test_it_is_cached_per_place_and_for_any_letter_case(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 1
-    assert await keeper.hashed(Claimed("ANN", WORD)) == 0
+    assert await keeper.hashed(Candidate("ANN", WORD)) == 0
     assert await keeper.hashed(ANN, address="203.0.113.8") == 1
     assert await keeper.hashed(ANN, address="2001:db8::1") == 1
     assert await keeper.hashed(ANN, address="2001:db8::2") == 0, "an IPv6 /64 is one place"
@@ -128,9 +128,9 @@ async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) ->
         assert await keeper.hashed(WRONG) == 1
     keeper.calls.clear()
     with pytest.raises(TooManyAttempts):
-        await keeper.credentials.recall([WRONG], HOME)
+        await keeper.credentials.verify_cached([WRONG], HOME)
     assert not hashes(keeper.calls)
-    for ask in (keeper.credentials.recall([ANN], HOME), keeper.credentials.verify(ANN, HOME)):
+    for ask in (keeper.credentials.verify_cached([ANN], HOME), keeper.credentials.verify(ANN, HOME)):
         with pytest.raises(TooManyAttempts):
             await ask
     assert not hashes(keeper.calls)
@@ -150,16 +150,16 @@ async def test_a_login_is_hashed_each_time_and_is_not_remembered(keeper: Keeper)
 async def test_another_secret_does_not_profit_and_does_no_harm(keeper: Keeper) -> None:
     assert await keeper.right(ANN)
     for wrong in (OTHER, WORD[:-1], WORD + " ", "", f"{WORD}\0"[:-1].upper()):
-        assert await keeper.hashed(Claimed("ann", wrong)) == 1
+        assert await keeper.hashed(Candidate("ann", wrong)) == 1
         assert await keeper.hashed(ANN) == 1, "after a failure it is hashed once more"
         assert await keeper.hashed(ANN) == 0
 
 
 async def test_another_user_with_the_same_secret_does_not_profit(keeper: Keeper) -> None:
     assert await keeper.right(ANN)
-    assert await keeper.hashed(Claimed("bob", WORD)) == 1
-    assert await keeper.hashed(Claimed("nobody", WORD)) == 1
-    assert not await keeper.right(Claimed("a b", WORD))
+    assert await keeper.hashed(Candidate("bob", WORD)) == 1
+    assert await keeper.hashed(Candidate("nobody", WORD)) == 1
+    assert not await keeper.right(Candidate("a b", WORD))
     assert await keeper.hashed(ANN) == 0
 
 
@@ -188,13 +188,13 @@ async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, pa
 
 async def test_concurrent_calls_share_one_hash(keeper: Keeper) -> None:
     """There is room for two hashes at a time."""
-    found = await asyncio.gather(*(keeper.credentials.recall([ANN], HOME) for _ in range(200)))
+    found = await asyncio.gather(*(keeper.credentials.verify_cached([ANN], HOME) for _ in range(200)))
     assert all(each is keeper.users["ann"] for each in found)
     assert len(hashes(keeper.calls)) == 1
 
 
 async def test_a_cancelled_caller_leaves_the_hash_to_the_others(keeper: Keeper) -> None:
-    calls = [asyncio.ensure_future(keeper.credentials.recall([ANN], HOME)) for _ in range(3)]
+    calls = [asyncio.ensure_future(keeper.credentials.verify_cached([ANN], HOME)) for _ in range(3)]
     await asyncio.sleep(0)
     calls[0].cancel()
     ended = await asyncio.gather(*calls, return_exceptions=True)
@@ -208,26 +208,26 @@ async def test_different_guesses_at_the_same_time_are_hashed_each(
 ) -> None:
     """And turned away when too many wait, which is not counted as a failure."""
     monkeypatch.setattr(login_queue, "HOLD", 0.01)
-    guesses = [Claimed("ann", f"wrong-{number}") for number in range(5)]
+    guesses = [Candidate("ann", f"wrong-{number}") for number in range(5)]
     ended = await asyncio.gather(
-        *(keeper.credentials.recall([guess], HOME) for guess in guesses), return_exceptions=True
+        *(keeper.credentials.verify_cached([guess], HOME) for guess in guesses), return_exceptions=True
     )
     assert [type(each) for each in ended] == [InvalidCredentials] * 2 + [Overloaded] * 3
     assert len(hashes(keeper.calls)) == 2
 
 
 TWO = {
-    "a wrong secret": (Claimed("ann", "p q"), Claimed("ann", "p+q")),
-    "a wrong secret of nobody": (Claimed("nobody", "p q"), Claimed("nobody", "p+q")),
-    "an odd name": (Claimed("a b", "x"), Claimed("a+b", "x")),
-    "an odd name of nobody": (Claimed("c d", "x"), Claimed("c+d", "x")),
-    "an odd name and a wrong secret": (Claimed("a b", "x y"), Claimed("a+b", "x+y")),
-    "an odd name and a right secret": (Claimed("a b", "p q"), Claimed("a+b", "p+q")),
-    "an odd name of nobody and a secret": (Claimed("c d", "x y"), Claimed("c+d", "x+y")),
-    "one reading": (Claimed("ann", "x"),),
-    "one reading in two forms": (Claimed("ann", "x"), Claimed("ANN", "x")),
-    "one reading of nobody": (Claimed("nobody", "x"),),
-    "one of two that can be": (Claimed("nobody", "x\0"), Claimed("nobody", "x%00")),
+    "a wrong secret": (Candidate("ann", "p q"), Candidate("ann", "p+q")),
+    "a wrong secret of nobody": (Candidate("nobody", "p q"), Candidate("nobody", "p+q")),
+    "an odd name": (Candidate("a b", "x"), Candidate("a+b", "x")),
+    "an odd name of nobody": (Candidate("c d", "x"), Candidate("c+d", "x")),
+    "an odd name and a wrong secret": (Candidate("a b", "x y"), Candidate("a+b", "x+y")),
+    "an odd name and a right secret": (Candidate("a b", "p q"), Candidate("a+b", "p+q")),
+    "an odd name of nobody and a secret": (Candidate("c d", "x y"), Candidate("c+d", "x+y")),
+    "one reading": (Candidate("ann", "x"),),
+    "one reading in two forms": (Candidate("ann", "x"), Candidate("ANN", "x")),
+    "one reading of nobody": (Candidate("nobody", "x"),),
+    "one of two that can be": (Candidate("nobody", "x\0"), Candidate("nobody", "x%00")),
 }
 
 
@@ -241,7 +241,7 @@ async def test_each_reading_costs_one_hash_for_any_name(keeper: Keeper, sent: st
 @pytest.mark.parametrize("name", ["a b", "a+b", "c d", "c+d"])
 async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name: str) -> None:
     """Whether a user has that name or not: else who asks by HTTP Basic and by JSON in turn would be told."""
-    both = [Claimed(name.replace("+", " "), "x"), Claimed(name.replace(" ", "+"), "x")]
+    both = [Candidate(name.replace("+", " "), "x"), Candidate(name.replace(" ", "+"), "x")]
     for _ in range(config.Throttle().free):
         assert not await keeper.right(*both)
     for one in both:
@@ -252,27 +252,29 @@ async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name
 async def test_a_success_clears_only_the_name_that_it_was_for(keeper: Keeper, known: dict[str, User]) -> None:
     """Else the user `a b` could clear what was counted for guesses at the secret of `a+b`."""
     known["a+b"] = user("a+b", "plus")
-    both = [Claimed("a b", "p q"), Claimed("a+b", "p+q")]
+    both = [Candidate("a b", "p q"), Candidate("a+b", "p+q")]
     for _ in range(config.Throttle().free - 1):
-        assert not await keeper.right(Claimed("a+b", "guess"))
+        assert not await keeper.right(Candidate("a+b", "guess"))
     assert await keeper.right(*both)
-    assert not await keeper.right(Claimed("a+b", "guess"))
+    assert not await keeper.right(Candidate("a+b", "guess"))
     with pytest.raises(TooManyAttempts):
-        await keeper.credentials.verify(Claimed("a+b", "plus"), HOME)
+        await keeper.credentials.verify(Candidate("a+b", "plus"), HOME)
 
 
 async def test_both_users_of_a_header_can_authenticate(keeper: Keeper, known: dict[str, User]) -> None:
     known["a+b"] = user("a+b", "plus+secret")
-    assert (await keeper.credentials.recall([Claimed("a b", "p q"), Claimed("a+b", "p+q")], HOME)).username == "a b"
-    readings = [Claimed("a b", "plus secret"), Claimed("a+b", "plus+secret")]
-    assert (await keeper.credentials.recall(readings, HOME)).username == "a+b"
+    assert (
+        await keeper.credentials.verify_cached([Candidate("a b", "p q"), Candidate("a+b", "p+q")], HOME)
+    ).username == "a b"
+    readings = [Candidate("a b", "plus secret"), Candidate("a+b", "plus+secret")]
+    assert (await keeper.credentials.verify_cached(readings, HOME)).username == "a+b"
 
 
 @pytest.mark.parametrize("order", [1, -1])
 async def test_either_reading_may_be_the_right_one(keeper: Keeper, order: int) -> None:
     for readings in (
-        [Claimed("ann", WORD), Claimed("ann", "x")],
-        [Claimed("a b", "p q"), Claimed("a+b", "p+q")],
+        [Candidate("ann", WORD), Candidate("ann", "x")],
+        [Candidate("a b", "p q"), Candidate("a+b", "p+q")],
     ):
         assert await keeper.right(*readings[::order])
         assert await keeper.hashed(*readings[::order]) == 0
@@ -280,8 +282,8 @@ async def test_either_reading_may_be_the_right_one(keeper: Keeper, order: int) -
 
 
 async def test_nothing_that_is_kept_holds_the_secret(keeper: Keeper) -> None:
-    for claimed in (ANN, WRONG, Claimed("nobody", OTHER)):
-        asked = asyncio.ensure_future(keeper.credentials.recall([claimed], HOME))
+    for claimed in (ANN, WRONG, Candidate("nobody", OTHER)):
+        asked = asyncio.ensure_future(keeper.credentials.verify_cached([claimed], HOME))
         await asyncio.sleep(0)
         assert claimed.password in list(held(keeper.credentials)), "it is found while it is needed"
         await asyncio.gather(asked, return_exceptions=True)
@@ -312,7 +314,7 @@ async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, pass
     found = []
     for _ in range(2):
         credentials = Credentials(keeper.users, passwords, throttle, lambda: START)
-        await credentials.recall([ANN], HOME)
+        await credentials.verify_cached([ANN], HOME)
         found.append({each for each in held(credentials) if isinstance(each, bytes) and len(each) == 32})
     assert len(found[0]) == len(found[1]) == 2, "a key and a fingerprint"
     assert not found[0] & found[1]
@@ -351,7 +353,7 @@ async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[
     passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1), users)
     throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
     keeper = Keeper(Credentials(users, passwords, throttle, lambda: time[0]), time, users, [])
-    assert await keeper.right(Claimed("bob", WORD))
+    assert await keeper.right(Candidate("bob", WORD))
     yield Hungry(keeper, only)
     passwords.close()
 

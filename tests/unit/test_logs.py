@@ -105,7 +105,7 @@ SCRIPTS = {
     "plain": "log.info('token_issued', user='жанна', count=3, up=True)\nlog.error('broken')",
     "foreign": "logging.getLogger('httptools').info('started %d', 3)",
     "chatty": "".join(f"logging.getLogger({name!r}).{how}('x')\n" for name in CHATTY for how in ("info", "warning")),
-    "whereabouts": "try:\n    outer()\nexcept ValueError as e:\n    log.error('unexpected', at=logs.whereabouts(e))",
+    "unexpected": "try:\n    outer()\nexcept ValueError as e:\n    log.error('unexpected', at=logs.safe_traceback(e))",
 }
 
 Logged = dict[str, list[str]]
@@ -176,7 +176,7 @@ def test_an_exception_is_named_with_where_it_came_from(logged: Logged, way: str)
 
 
 def test_whereabouts_name_the_lines_and_nothing_else(logged: Logged) -> None:
-    (event,) = events(logged["whereabouts"])
+    (event,) = events(logged["unexpected"])
     assert event["at"].startswith("ValueError at <module>:")
     assert CANARY not in str(event)
 

@@ -158,16 +158,16 @@ async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> 
     """Or a full queue would let guesses at a remembered secret through."""
     async with opened(tmp_path) as world:
         await world.log_in(["eve"], 1, "eve")
-        key = _keys("eve", f"{world.home}1").at_place
+        key = _keys("eve", f"{world.home}1").location
         await world.store.failures.note([Note(key, at=START, later=36000.0)], START)
         for number in range(1, 4):
-            world.throttle.give_back("eve", f"{world.home}1", START)
-            assert await world.throttle.take_proof("eve", f"{world.home}1") is not None
+            world.throttle.return_permit("eve", f"{world.home}1", START)
+            assert await world.throttle.permit_comparison("eve", f"{world.home}1") is not None
             with pytest.raises(TooManyAttempts):
                 async with world.throttle.attempt(["eve"], f"{world.home}1", compared=True):
                     pass
             assert (await world.store.failures.failures([key]))[key].last_at == START + 36000.0 + number * 360
-            assert await world.throttle.take_proof("eve", f"{world.home}1") is None
+            assert await world.throttle.permit_comparison("eve", f"{world.home}1") is None
 
 
 async def test_a_known_user_is_not_held_up_by_another_reading(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
     from tokenauth.settings.model import canonical
 
     name = None if username is None else canonical(text(username))
-    found = with_service(config_file, lambda service: service.tokens.unexpired(name))
+    found = with_service(config_file, lambda service: service.tokens.list_unexpired(name))
     rows: list[dict[str, Any]] = [
         {
             "id": token.id,

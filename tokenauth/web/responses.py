@@ -37,7 +37,7 @@ from tokenauth.errors import (
     UnsupportedMediaType,
     Unsure,
 )
-from tokenauth.logs import log, whereabouts
+from tokenauth.logs import log, safe_traceback
 
 JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
@@ -122,9 +122,9 @@ def error_response(error: Exception) -> Response:
         return refusal_response(error)
     if lacks_memory(error):
         response = refusal_response(Overloaded("The server is short of memory. Try again shortly."))
-        log.error("memory_short", at=whereabouts(error))
+        log.error("memory_short", at=safe_traceback(error))
         return response
-    log.error("unexpected", at=whereabouts(error))
+    log.error("unexpected", at=safe_traceback(error))
     return refusal_response(InternalError())
 
 

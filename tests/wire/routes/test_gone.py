@@ -86,6 +86,6 @@ async def test_a_client_that_has_gone_gets_nothing(tmp_path: Path, path: str) ->
         with pytest.raises(ClientGone):
             await Router(unguarded)(scope, receive, send)
         assert sent == []
-        assert await service.tokens.live(None) == []
+        assert await service.tokens.list_live(None) == []
         counts = [await service.pools.count(service.pools.find(name)) for name in ("p", "q", "m", "permits")]
         assert counts == [(1, 0), (1, 0), (1, 0), (3, 0)]

@@ -105,9 +105,9 @@ class SimpleTokenImplement:
         if sent is None:
             raise InvalidCredentials
         address = requests.client_address(scope)
-        seen = await self._throttle.take_proof(NAME, address)
+        seen = await self._throttle.permit_comparison(NAME, address)
         if seen is not None and self._right(sent):
-            self._throttle.give_back(NAME, address, seen)
+            self._throttle.return_permit(NAME, address, seen)
             return
         gone = requests.gone(scope)
         async with self._throttle.attempt([NAME], address, gone, hashes=False, compared=seen is not None):

@@ -79,7 +79,7 @@ class AccountRoutes:
     @operation(Answer(200, Logins), refuses=(InsufficientScope,), query=_USER)
     async def list(self, request: Request) -> Response:
         """List the tokens of a user."""
-        listed = await self._tokens.live(_username(request))
+        listed = await self._tokens.list_live(_username(request))
         return JSONResponse(Logins([_show(token, request.token) for token in listed]))
 
     @operation(Answer(200, Revoked), refuses=(InsufficientScope,), query=_KEEP | _USER)

@@ -19,7 +19,7 @@ from tokenauth.errors import (
     TokenRequired,
     Unsure,
 )
-from tokenauth.logs import log, whereabouts
+from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web import requests
@@ -81,7 +81,7 @@ class ForwardAuth(Endpoint):
             await refusal_response(refusal)(scope, receive, send)
             return
         except Exception as error:
-            log.error("unexpected", at=whereabouts(error))
+            log.error("unexpected", at=safe_traceback(error))
             await refusal_response(Unsure())(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -104,7 +104,7 @@ class ForwardAuth(Endpoint):
     def _note_denied(self, token: Token, refusal: Refusal) -> None:
         """Log who may not pass. Of the scopes that were asked for only known ones are named: others may be anything."""
         lacking = refusal.scope.split(" ") if isinstance(refusal, InsufficientScope) else []
-        named = " ".join(scope if self._tokens.knows_scope(scope) else "(unknown)" for scope in lacking)
+        named = " ".join(scope if self._tokens.scope_exists(scope) else "(unknown)" for scope in lacking)
         log.warning("access_denied", user=token.username, route=PATH, scope=named, reason=refusal.code)
 
     def _introduce(self, user: Identity) -> _Known:

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.credentials import Claimed, Credentials
+from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import (
     BodyTooLarge,
     InsufficientScope,
@@ -207,12 +207,12 @@ class OAuthRoutes:
         """Return the client that has authenticated. Raises InvalidClient, InvalidRequest or a RetryLater."""
         try:
             address, gone = requests.client_address(scope), requests.gone(scope)
-            return await self._credentials.recall(_claimed(scope, form), address, gone)
+            return await self._credentials.verify_cached(_claimed(scope, form), address, gone)
         except InvalidCredentials:
             raise InvalidClient from None
 
 
-def _claimed(scope: Scope, form: Form) -> Sequence[Claimed]:
+def _claimed(scope: Scope, form: Form) -> Sequence[Candidate]:
     """Read who a client says it is (RFC 6749 section 2.3.1). Raises InvalidClient or InvalidRequest.
 
     In HTTP Basic both parts should be percent-encoded, which many clients do not do: so there are two readings.
@@ -221,11 +221,11 @@ def _claimed(scope: Scope, form: Form) -> Sequence[Claimed]:
     if sent is None:
         if "client_id" not in form or "client_secret" not in form:
             raise InvalidClient
-        return [Claimed(form["client_id"], form["client_secret"])]
+        return [Candidate(form["client_id"], form["client_secret"])]
     if "client_secret" in form:
         raise InvalidRequest("Authenticate in one way: by HTTP Basic, or in the form.")
     name, _, secret = _decode(sent).partition(":")
-    readings = list(dict.fromkeys((Claimed(_unescaped(name), _unescaped(secret)), Claimed(name, secret))))
+    readings = list(dict.fromkeys((Candidate(_unescaped(name), _unescaped(secret)), Candidate(name, secret))))
     if "client_id" in form and all(form["client_id"] != reading.username for reading in readings):
         raise InvalidRequest("client_id: is not the one of Authorization: Basic.")
     return readings

@@ -162,7 +162,7 @@ async def _named(scope: Scope, receive: Receive) -> Iterable[bytes]:
         for start in range(0, len(text), _SLICE):
             if start:
                 await asyncio.sleep(0)  # others have their turn
-            part = text[max(0, start - values.LONGEST_SPELLING) : start + _SLICE]
+            part = text[max(0, start - values.MAX_ENCODED_LENGTH) : start + _SLICE]
             found.update(dict.fromkeys(values.find_values(part)))
     given = [*requests.values_in_form(query, "token")]
     for body in bodies:
