@@ -28,6 +28,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin tokenauth migrations
 
 bench: install
 	$(BIN)/python -m bench

@@ -6,6 +6,7 @@ Results come back in batches: one wake-up of the event loop delivers all that ar
 
 import asyncio
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -122,6 +123,10 @@ class Lane(Generic[Job, Result]):
 
 
 def _give_way() -> None:
-    """Lower the priority of the calling thread, so that answering comes before this work."""
-    with suppress(OSError, AttributeError):  # where threads have no priority of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+    """Lower the priority of the calling thread, so that answering requests comes first.
+
+    Linux only: other systems know priorities of processes, and a thread's id may be the id of another process there.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)

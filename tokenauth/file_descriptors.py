@@ -2,12 +2,16 @@
 
 import os
 import resource
+from contextlib import suppress
 
 RESERVE = 128
 """Descriptors that kept connections must not use: for the database, for logs, and to answer new connections once."""
 
 _MAX_LIMIT = 1 << 20
 """The limit to use where the system has none: the kernel's table of descriptors grows with the highest one in use."""
+
+_MACOS_LIMIT = 10_240
+"""OPEN_MAX of macOS: a soft limit that it always accepts."""
 
 
 def raise_limit() -> None:
@@ -17,8 +21,13 @@ def raise_limit() -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MAX_LIMIT)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY:
+        return
+    for most in (wanted, _MACOS_LIMIT):
+        if soft < most:
+            with suppress(ValueError, OSError):  # macOS has a hard limit of infinity and refuses what the kernel lacks
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                return
 
 
 def limit() -> int:

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -203,8 +204,10 @@ def stop_handshakes(listener: socket.socket) -> None:
 
     Linux drops the first packet (SYN) of a new connection. The client sends it again after a second: by then the
     socket is closed and it is refused, or the next server has the port. Without this a connection could enter the
-    queue after the last look at it, and be reset with the socket. Where there are no such filters, that remains.
+    queue after the last look at it, and be reset with the socket. On other systems than Linux, that remains.
     """
+    if sys.platform != "linux":
+        return
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
     memory = ctypes.create_string_buffer(code)
     program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(memory))

@@ -117,7 +117,7 @@ class Passwords(Section, frozen=True):
     @property
     def lanes(self) -> int:
         """Threads that hash: as many as cores, when the file says 0."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or _usable_cores()
 
 
 class Throttle(Section, frozen=True):
@@ -268,3 +268,8 @@ class Config(Section, frozen=True):
 def canonical(username: str) -> str:
     """Write a user name in the one form in which names are compared, counted and stored."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())
+
+
+def _usable_cores() -> int:
+    """Return how many cores this process may use; on Linux that can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

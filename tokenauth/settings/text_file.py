@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,7 +80,8 @@ class TextFile:
         try:
             self._compare(descriptor, target, before)
             try:
-                os.posix_fallocate(file, 0, max(1, len(after)))  # a full disk says so here
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file, 0, max(1, len(after)))  # a full disk says so here
                 _write_all(file, after)
                 os.ftruncate(file, len(after))
                 os.fsync(file)
@@ -177,10 +179,11 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _copy_attributes(source: int, target: int) -> None:
     """Copy access control lists and labels, as far as the file systems and the rights allow."""
-    with suppress(OSError, AttributeError):
-        for name in os.listxattr(source):
-            with suppress(OSError):
-                os.setxattr(target, name, os.getxattr(source, name))
+    if sys.platform == "linux":
+        with suppress(OSError):
+            for name in os.listxattr(source):
+                with suppress(OSError):
+                    os.setxattr(target, name, os.getxattr(source, name))
 
 
 def _sync_directory(directory: Path) -> None:

@@ -1,0 +1,89 @@
+"""tokenauth serves, edits its configuration and stops without what only Linux has.
+
+This is not macOS. The processes run here, but believe that they are on macOS, and lack what Python lacks there.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import ROOT, log_in, probe, serve, write_config
+from tokenauth.settings import loader
+
+TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+SECRET = "dora-and-emil"
+HARD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+LIKE_MACOS = '''
+import asyncio, os, resource, select, selectors, signal, socket, subprocess, sys, sysconfig, time, uvloop
+
+MISSING = {
+    os: "sched_getaffinity sched_setaffinity posix_fallocate posix_fadvise listxattr getxattr setxattr removexattr"
+        " pipe2 eventfd memfd_create pidfd_open getrandom copy_file_range splice getresuid setresuid",
+    select: "epoll",
+    selectors: "EpollSelector",
+    signal: "SIGPOLL SIGPWR SIGSTKFLT SIGRTMIN SIGRTMAX sigwaitinfo sigtimedwait",
+    socket: "TCP_USER_TIMEOUT TCP_QUICKACK SO_BINDTODEVICE SO_PEERCRED AF_NETLINK AF_PACKET",
+    time: "CLOCK_BOOTTIME",
+}
+for module, names in MISSING.items():
+    for name in names.split():
+        if hasattr(module, name):  # some came after Python 3.11
+            delattr(module, name)
+selectors.DefaultSelector = selectors.PollSelector
+sysconfig.get_config_vars()  # it reads a file that is named after the platform
+sys.platform = "darwin"
+
+def refuse(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(("/proc/", "/sys/")):
+        raise FileNotFoundError(2, "No such file or directory", arguments[0])
+sys.addaudithook(refuse)
+
+setrlimit = resource.setrlimit
+def limited(kind, limits):
+    """Refuse what macOS does: more descriptors than its kernel allows, however high the hard limit is."""
+    if kind == resource.RLIMIT_NOFILE and limits[0] > 10_240:
+        raise ValueError("current limit exceeds maximum limit")
+    setrlimit(kind, limits)
+resource.setrlimit = limited
+limited(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # the soft limit there
+'''
+
+
+@pytest.fixture
+def macos(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of processes that believe that they are on macOS."""
+    (tmp_path / "sitecustomize.py").write_text(LIKE_MACOS)
+    return {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+
+def test_a_server_runs_without_what_linux_has(tmp_path: Path, macos: dict[str, str]) -> None:
+    with serve(write_config(tmp_path), env=macos) as server:
+        with server.client() as client:
+            assert probe(client, log_in(client))
+            assert client.get("/readyz").status_code == 200
+        (worker,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        tasks = Path(f"/proc/{worker}/task").iterdir()
+        priorities = {int((task / "stat").read_text().rpartition(")")[2].split()[16]) for task in tasks}
+        assert priorities == {0}, "hashing does not change the priority of what has the id of its thread"
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[0] == min(10_240, HARD_LIMIT)
+        assert server.stop() == 0
+
+
+def test_a_user_is_added_without_what_linux_has(tmp_path: Path, macos: dict[str, str]) -> None:
+    """Once by replacing the file, and once by writing into it, which a second name makes necessary."""
+    config = write_config(tmp_path)
+    for name in ("dora", "emil"):
+        command = [TOKENAUTH, "user", "add", name, "--password-stdin", "--config", str(config)]
+        environment = {**os.environ, **macos}
+        ran = subprocess.run(
+            command, env=environment, input=f"{SECRET}\n{SECRET}\n", capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        if name == "dora":
+            (tmp_path / "second-name").hardlink_to(config)
+    assert {"dora", "emil"} <= {user.username for user in loader.load(config).users}
