@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "clock", "errors", "values", "logs", "file_descriptors"},
+    {"models", "clock", "errors", "values", "nesting", "logs", "file_descriptors"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
     {"tokens", "pools", "credentials", "throttle", "revocation_queue", "risks"},
     {"service", "sweeper"},
@@ -105,4 +105,4 @@ def test_clients_know_nothing_of_the_server(module: str) -> None:
     own = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.")} & {
         f"tokenauth.{other}" for other in MODULES
     }
-    assert {name.split(".")[1] for name in own} <= {"models", "clock", "errors", "values", "client"}
+    assert {name.split(".")[1] for name in own} <= {"models", "clock", "errors", "values", "nesting", "client"}

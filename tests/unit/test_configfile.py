@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tokenauth.errors import ConfigError
+from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import loader
 from tokenauth.settings.model import Config
 
@@ -114,6 +115,35 @@ def test_a_file_that_is_not_toml_is_reported_as_such(text: str) -> None:
 )
 def test_a_hostile_file_is_one_line_too(text: str) -> None:
     assert "\n" not in mistake(text)
+
+
+DEEP = {
+    "brackets": "users = " + "[" * 33 + "]" * 33,
+    "braces": "users = " + "{a = " * 33 + "1" + "}" * 33,
+    "no end": "users = " + "[" * 100_000,
+    "behind strings": r"""users = ['''x'''', "\"]", ']\', """ + "[" * 32 + "]" * 33,
+    "behind five quotes": 'users = ["""x""""", ' + "[" * 32 + "]" * 33,
+}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_nesting_is_bounded_before_it_is_parsed(text: str) -> None:
+    assert mistake(text) == "arrays and tables are nested more than 32 deep"
+
+
+def test_dotted_keys_are_bounded_too() -> None:
+    assert mistake("server" + ".a" * 1000 + " = 1") == "server: arrays and tables are nested more than 32 deep"
+
+
+STRINGS = ['"x[{"', "'x[{'", r"'x\'", r'"\"[{"', r'"""["{"""', '"""x[{"""""', "'''[\n'{'''", "'''x[{'''''"]
+
+
+@pytest.mark.parametrize("string", STRINGS)
+def test_brackets_in_strings_and_comments_do_not_nest(string: str) -> None:
+    text = f'# [[[\n[a]  # [[[\nb = [{string}, {string}]  # "[[[\n'
+    assert len(loader.parse_toml(text)["a"]["b"]) == 2
+    assert not toml_is_deeper_than(1, text)
+    assert toml_is_deeper_than(1, text + "c = [[]]")
 
 
 def test_a_mistake_shows_no_password() -> None:

@@ -7,8 +7,12 @@ import msgspec
 
 from tokenauth import values
 from tokenauth.models import Identity, Login, Token, public_id
+from tokenauth.nesting import json_opens_more_than
 
 Form = TypeVar("Form")
+
+_MAX_NESTED = 100
+"""Arrays and objects in an answer. All answers are flat today; later ones may have fields that are not."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -67,9 +71,12 @@ def address(url: str) -> str:
 def read(response: httpx.Response, form: type[Form]) -> Form:
     """Read the body of an answer. Raises ValueError, which does not quote it, when it has another form."""
     try:
-        return msgspec.json.decode(response.content, type=form)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        raise ValueError("this is not an answer of tokenauth") from None
+        text = response.content.decode()
+        if not json_opens_more_than(_MAX_NESTED, text):
+            return msgspec.json.decode(text, type=form)
+    except (msgspec.MsgspecError, ValueError):
+        pass
+    raise ValueError("this is not an answer of tokenauth")
 
 
 def retry_after(response: httpx.Response) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import msgspec
 
 from tokenauth.errors import ConfigError
+from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings.model import Config
 from tokenauth.settings.section import Duration, Section
 
@@ -46,13 +47,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def parse(text: str, environ: Mapping[str, str] = os.environ) -> Config:
     """Make records of TOML text; a mistake in it raises ConfigError, one line with the key path."""
-    try:
-        tree = tomllib.loads(text)
-        from_environment = _expand(tree, environ)
-    except RecursionError:
-        raise ConfigError("not TOML: nested too deep") from None
-    except ValueError as error:
-        raise ConfigError(f"not TOML: {error}") from None
+    tree = parse_toml(text)
+    from_environment = _expand(tree, environ)
     while True:
         try:
             return msgspec.convert(tree, Config, dec_hook=_decode)
@@ -64,6 +60,20 @@ def parse(text: str, environ: Mapping[str, str] = os.environ) -> Config:
                 raise ConfigError(_explain(problem, path)) from None
             if not _reread(spot.holder, spot.key):
                 raise ConfigError(f"{_explain(problem, path)}, from {spot.text}") from None
+
+
+_MAX_DEPTH = 32
+_TOO_DEEP = f"arrays and tables are nested more than {_MAX_DEPTH} deep"
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML. Raises ConfigError, one line."""
+    if toml_is_deeper_than(_MAX_DEPTH, text):
+        raise ConfigError(_TOO_DEEP)
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"not TOML: {error}") from None
 
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -98,7 +108,7 @@ class _Filled(NamedTuple):
 def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, _Filled]:
     """Put the environment's values into the strings that ask for them; say where that was, by key path."""
     changed = {}
-    for path, (holder, key) in list(_strings(tree, "")):
+    for path, (holder, key) in list(_strings(tree, "", _MAX_DEPTH)):
         text = holder[key]
 
         if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
@@ -120,14 +130,16 @@ def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, _Fill
     return changed
 
 
-def _strings(node: Any, path: str) -> Iterator[tuple[str, Spot]]:
+def _strings(node: Any, path: str, depth: int) -> Iterator[tuple[str, Spot]]:
+    if depth == 0:
+        raise ConfigError(f"{path.partition('.')[0]}: {_TOO_DEEP}")
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in items:
         here = f"{path}[{key}]" if isinstance(node, list) else _key(path, str(key))
         if isinstance(value, str):
             yield here, (node, key)
         elif isinstance(value, dict | list):
-            yield from _strings(value, here)
+            yield from _strings(value, here, depth - 1)
 
 
 def _reread(holder: Any, key: str | int) -> bool:

@@ -74,9 +74,9 @@ class UserFile:
     def _parse(self, text: str) -> list[Entry]:
         """Return the users. Raises ConfigError unless each has a [[users]] table of its own."""
         try:
-            users = tomllib.loads(text).get("users")
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{self.path}: cannot be edited: not TOML: {error}") from None
+            users = loader.parse_toml(text).get("users")
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: cannot be edited: {error}") from None
         entries: list[Entry] = users if isinstance(users, list) else []
         if (users is not None and not entries) or len(_begins(_lines(text))) != len(entries):
             raise ConfigError(f"{self.path}: users: write each user as a [[users]] table to edit them here")

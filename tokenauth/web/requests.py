@@ -19,6 +19,7 @@ from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, Unsupport
 from tokenauth.login_queue import Gone
 from tokenauth.logs import log
 from tokenauth.models import Identity, Token
+from tokenauth.nesting import json_opens_more_than
 from tokenauth.throttle import network
 from tokenauth.web import percent
 from tokenauth.web.asgi_extensions import client_gone
@@ -52,8 +53,6 @@ MAX_NESTED = 32
 MAX_USER_AGENT = 256
 """Characters of a User-Agent that are kept."""
 
-# A string that is not closed goes on to the end: so the work is linear, whatever is sent.
-_JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
 _GZIP = b"\x1f\x8b"
 _ZLIB_OR_GZIP = zlib.MAX_WBITS | 32  # it tells them apart by itself
 _NAMEABLE = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
@@ -212,7 +211,7 @@ def values_in(text: bytes, name: str) -> list[bytes]:
         return []
     if not plain.startswith("{"):
         return values_in_form(plain.encode(), name)
-    if _opened(plain) > MAX_NESTED:
+    if json_opens_more_than(MAX_NESTED, plain):
         return []
     plain = plain.removesuffix("}").rstrip().removesuffix(",") + "}"
     try:
@@ -551,12 +550,8 @@ def _says_json(content_type: bytes) -> bool:
 
 def _check_nesting(text: str) -> None:
     """Raise InvalidRequest for JSON with too many arrays and objects, so that no decoder has to recurse into them."""
-    if _opened(text) > MAX_NESTED and _opened(_JSON_STRING.sub("", text)) > MAX_NESTED:
+    if json_opens_more_than(MAX_NESTED, text):
         raise InvalidRequest(f"The body is nested too deep: it has more than {MAX_NESTED} arrays and objects.")
-
-
-def _opened(text: str) -> int:
-    return text.count("[") + text.count("{")
 
 
 def _refuse_twice(fields: Collection[str], pairs: list[tuple[str, object]]) -> None:
