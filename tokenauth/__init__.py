@@ -1,4 +1,4 @@
-"""tokenauth issues bearer tokens, says whether they are valid, and ends them at once when told to."""
+"""tokenauth issues, validates and revokes bearer tokens, and leases tokens from pools."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ __all__ = ["TokenMiddleware"]
 
 
 def __getattr__(name: str) -> object:
-    """Import what this package exports when it is asked for: most of its parts do without."""
+    # Imported on first use: most commands do not need it.
     if name == "TokenMiddleware":
         from tokenauth.web.middleware import TokenMiddleware
 

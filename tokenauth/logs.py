@@ -1,4 +1,4 @@
-"""The log: one line for each event on standard error, JSON unless a person is watching."""
+"""Logging to standard error: one line per event, as JSON lines or, on a terminal, as colored text."""
 
 import atexit
 import json
@@ -21,13 +21,14 @@ import msgspec
 import structlog
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-"""Everything that tokenauth has to say goes through here: `log.info("token_issued", user=...)`."""
+"""The logger of all modules: `log.info("token_issued", user=...)`."""
 
 
 def printable(text: str) -> str:
-    """Return text that a terminal shows and does not obey: what is not printable is written as an escape.
+    """Escape all characters that are not printable, so that text cannot control a terminal.
 
-    That is every control, format (such as those that turn the direction of writing) and unassigned character.
+    These are control characters, format characters (such as those that change the direction of text) and unassigned
+    ones.
     """
     if text.isprintable():
         return text
@@ -37,7 +38,7 @@ def printable(text: str) -> str:
 def _json(event: Any, **_: Any) -> bytes:
     try:
         line = msgspec.json.encode(event)
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can only spell out
+    except UnicodeEncodeError:  # a lone surrogate: only an escape can represent it
         return json.dumps(event, default=repr).encode()
     if (line.isascii() and b"\x7f" not in line) or line.decode().isprintable():
         return line
@@ -45,7 +46,7 @@ def _json(event: Any, **_: Any) -> bytes:
 
 
 def json_text(document: object, indent: int | None = None) -> str:
-    """Return JSON in printable ASCII: somebody may look at it in a terminal."""
+    """Return JSON in printable ASCII, safe to show on a terminal."""
     return json.dumps(document, indent=indent).replace("\x7f", "\\u007f")
 
 
@@ -53,18 +54,18 @@ def _printable(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.
     return {key: printable(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
-def record(event: str, **facts: object) -> None:
-    """Log what an operator has done with a command, and who did it: to the system's log, where there is one.
+def audit(event: str, **fields: object) -> None:
+    """Log a change that an operator made with a command, and who made it, to syslog (facility authpriv).
 
-    It goes to standard error, too, unless a person reads that, who is told in words.
+    It also goes to standard error, unless that is a terminal: there the command prints a sentence.
     """
     by = os.environ.get("SUDO_USER") or _name_of(os.getuid())
     timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    line = _json({"event": event, **facts, "by": by, "level": "info", "timestamp": timestamp})
+    line = _json({"event": event, **fields, "by": by, "level": "info", "timestamp": timestamp})
     syslog.openlog("tokenauth", syslog.LOG_PID, syslog.LOG_AUTHPRIV)
     syslog.syslog(syslog.LOG_INFO, line.decode())
     if not sys.stderr.isatty():
-        _Sink().write(line)
+        _DirectWriter().write(line)
 
 
 def _name_of(uid: int) -> str:
@@ -74,12 +75,11 @@ def _name_of(uid: int) -> str:
         return str(uid)
 
 
-class _Sink:
-    """Standard error, as a command writes to it: at once."""
+class _DirectWriter:
+    """Writes to standard error at once, for commands."""
 
     def write(self, line: bytes | str) -> None:
-        """Write a line, or do without: a log that cannot be written stops nothing else."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # a log that cannot be written must not stop anything else
             sys.stderr.buffer.write(_encode(line) + b"\n")
             sys.stderr.buffer.flush()
 
@@ -87,35 +87,34 @@ class _Sink:
 
 
 CAPACITY = 4 << 20
-"""Bytes of lines that wait to be written; while there are more, lines are dropped and counted."""
+"""Maximum size of the lines that wait to be written, in bytes. Lines beyond that are dropped and counted."""
 
-FLUSH_PATIENCE = 1.0
-"""Seconds that a process which ends waits for its last lines to be written."""
+FLUSH_TIMEOUT = 1.0
+"""Seconds that a process waits at its end for the last lines to be written."""
 
-_GATHER = 0.005
-"""Seconds in which lines come together, to be written by one system call."""
+_BATCH_DELAY = 0.005
+"""Seconds for which lines are collected, to be written by one system call."""
 
 
-class Writer:
-    """Standard error, as a server writes to it: from a thread, so that a log that nobody reads stops nothing.
+class BackgroundWriter:
+    """Writes lines from a thread, for servers: a full pipe, a stopped terminal or a slow disk blocks only that thread.
 
-    A full pipe, a stopped terminal or a slow disk blocks that thread only. Lines keep their order. Those that there is
-    no room for are dropped, and a line says how many when there is room again.
+    Lines keep their order. When more than `capacity` bytes wait, lines are dropped. Later a line reports how many.
     """
 
     def __init__(self, descriptor: int, capacity: int = CAPACITY) -> None:
-        """Write to a descriptor. It stays in blocking mode, which it has in common with other processes."""
+        # The descriptor stays in blocking mode: other processes share that setting.
         self._descriptor = descriptor
         self._capacity = capacity
-        self.say_dropped: Callable[[int], bytes | str] = "{} lines dropped".format
+        self.format_dropped: Callable[[int], bytes | str] = "{} lines dropped".format
         self.reset()
 
     def reset(self) -> None:
-        """Begin from the beginning, as in a process that was just forked and has no thread yet."""
+        """Start anew in a forked process, which does not have the thread."""
         self._lock = threading.RLock()  # a destructor may log in the middle of another line
         self._idle = threading.Condition(self._lock)
         self._wakeups: SimpleQueue[None] = SimpleQueue()
-        self._hurry = threading.Event()
+        self._flushing = threading.Event()
         self._lines: list[bytes] = []
         self._size = 0
         self._dropped = 0
@@ -124,7 +123,7 @@ class Writer:
         self._started = False
 
     def write(self, line: bytes | str) -> None:
-        """Have a line written soon. Never blocks."""
+        """Add a line to be written soon. Never blocks."""
         data = _encode(line) + b"\n"
         with self._lock:
             if self._size + len(data) > self._capacity:
@@ -139,15 +138,15 @@ class Writer:
 
     msg = debug = info = warning = error = critical = write
 
-    def flush(self, patience: float = FLUSH_PATIENCE) -> None:
-        """Wait until everything is written, but no longer than that."""
+    def flush(self, timeout: float = FLUSH_TIMEOUT) -> None:
+        """Wait until everything is written, at most `timeout` seconds."""
         if not self._started:
-            self._write_waiting(patience)
+            self._write_lines(timeout)
             return
-        self._hurry.set()
+        self._flushing.set()
         with self._idle:
-            self._idle.wait_for(lambda: not self._lines and not self._writing, patience)
-        self._hurry.clear()
+            self._idle.wait_for(lambda: not self._lines and not self._writing, timeout)
+        self._flushing.clear()
 
     def _start(self) -> None:
         with self._lock:
@@ -156,27 +155,27 @@ class Writer:
             try:
                 threading.Thread(target=self._run, name="log", daemon=True).start()
                 self._started = True
-            except (RuntimeError, MemoryError):  # it is tried again at the next line
-                self._write_waiting(0)
+            except (RuntimeError, MemoryError):  # the next line tries again
+                self._write_lines(0)
 
     def _run(self) -> None:
         while True:
             self._wakeups.get()
-            self._hurry.wait(_GATHER)
+            self._flushing.wait(_BATCH_DELAY)
             with suppress(Exception):
-                self._write_waiting(None)
+                self._write_lines(None)
 
-    def _write_waiting(self, patience: float | None) -> None:
-        """Write what waits; with a `patience`, only what can be written without blocking for longer."""
+    def _write_lines(self, timeout: float | None) -> None:
+        """Write the waiting lines. With a `timeout`, drop those that cannot be written within it."""
         with self._lock:
             lines, self._lines, self._size = self._lines, [], 0
             lost, dropped, self._lost, self._dropped = self._lost, self._dropped, 0, 0
             self._writing = True
         try:
-            if lost and self._write_chunk(self._dropped_line(lost), patience):
+            if lost and self._write_chunk(self._dropped_line(lost), timeout):
                 lost = 0
-            lost += sum(count for chunk, count in _chunks(lines) if not self._write_chunk(chunk, patience))
-            if dropped and not self._write_chunk(self._dropped_line(dropped), patience):
+            lost += sum(count for chunk, count in _chunks(lines) if not self._write_chunk(chunk, timeout))
+            if dropped and not self._write_chunk(self._dropped_line(dropped), timeout):
                 lost += dropped
         finally:
             with self._idle:
@@ -185,16 +184,16 @@ class Writer:
         self._lost = lost
 
     def _dropped_line(self, count: int) -> bytes:
-        return _encode(self.say_dropped(count)) + b"\n"
+        return _encode(self.format_dropped(count)) + b"\n"
 
-    def _write_chunk(self, chunk: bytes, patience: float | None) -> bool:
+    def _write_chunk(self, chunk: bytes, timeout: float | None) -> bool:
         left = memoryview(chunk)
         while left:
             try:
-                if patience is not None and not self._writable(patience):
+                if timeout is not None and not self._writable(timeout):
                     return False
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # another process has made it so
+            except BlockingIOError:  # another process set it to non-blocking mode
                 self._writable(1.0)
             except OSError:
                 return False
@@ -211,7 +210,10 @@ def _encode(line: bytes | str) -> bytes:
 
 
 def _chunks(lines: list[bytes]) -> Iterator[tuple[bytes, int]]:
-    """Join lines into what a pipe takes in one piece, so that those of several processes do not mix; count them."""
+    """Join lines into chunks that a pipe takes atomically, so that lines of several processes do not mix.
+
+    Yield each chunk with its number of lines.
+    """
     chunk: list[bytes] = []
     size = 0
     for line in lines:
@@ -224,46 +226,45 @@ def _chunks(lines: list[bytes]) -> Iterator[tuple[bytes, int]]:
         yield b"".join(chunk), len(chunk)
 
 
-_writer = Writer(2)
+_writer = BackgroundWriter(2)
 os.register_at_fork(after_in_child=_writer.reset)
 atexit.register(_writer.flush)
 
 
 def flush() -> None:
-    """Write the last lines of this process, if that takes no more than a second. It happens at a normal end anyway."""
+    """Write the waiting lines of this process, within FLUSH_TIMEOUT. At a normal exit this happens by itself."""
     _writer.flush()
 
 
 class _Handler(logging.Handler):
-    """Brings the lines of other libraries into the log."""
+    """Passes log records of other libraries on."""
 
-    def __init__(self, sink: _Sink | Writer) -> None:
+    def __init__(self, sink: _DirectWriter | BackgroundWriter) -> None:
         super().__init__()
         self._sink = sink
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one."""
         with suppress(Exception):  # as with logging.raiseExceptions = False
             self._sink.write(self.format(record))
 
 
-def configure(quiet: bool = False, at_once: bool = False) -> None:
-    """Send this process's events, and those of uvicorn and the other libraries, to standard error.
+def configure(quiet: bool = False, direct: bool = False) -> None:
+    """Send the log of this process, of uvicorn and of other libraries to standard error.
 
-    `quiet`, for commands, leaves out what is only information. Commands write `at_once`, and wait for whoever reads;
-    servers must not.
+    quiet: log warnings and errors only, for commands. This implies `direct`.
+    direct: write each line at once and wait for the reader. A server must not wait.
     """
-    sink = _Sink() if quiet or at_once else _writer
+    sink = _DirectWriter() if quiet or direct else _writer
     level = logging.WARNING if quiet else logging.INFO
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    person = sys.stderr.isatty()
+    terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if person else structlog.processors.JSONRenderer(serializer=_json)
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(serializer=_json)
     )
-    if person:
+    if terminal:
         shared.append(_printable)
     structlog.configure(
         processors=[*shared, renderer],
@@ -271,7 +272,7 @@ def configure(quiet: bool = False, at_once: bool = False) -> None:
         logger_factory=lambda *_: sink,
         cache_logger_on_first_use=not quiet,
     )
-    _writer.say_dropped = partial(_say_dropped, [*shared, renderer])
+    _writer.format_dropped = partial(_format_dropped, [*shared, renderer])
     handler = _Handler(sink)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -285,15 +286,15 @@ def configure(quiet: bool = False, at_once: bool = False) -> None:
     )
     logging.raiseExceptions = False
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    for chatty in ("alembic", "aiosqlite", "sqlalchemy", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it names workers, which take no signals, as servers
+    for noisy in ("alembic", "aiosqlite", "sqlalchemy", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its messages call each worker a server
     if not quiet:
-        _log_what_python_prints()
+        _log_python_messages()
 
 
-def _log_what_python_prints() -> None:
-    """Have what Python prints by itself (uncaught exceptions, also in threads, and warnings) come as lines, too."""
+def _log_python_messages() -> None:
+    """Log warnings and uncaught exceptions, which Python would print."""
     logging.captureWarnings(True)
     sys.excepthook = lambda _, error, __: log.critical("unexpected", at=safe_traceback(error))
     sys.unraisablehook = lambda found: log.error("unexpected", at=found.exc_value and safe_traceback(found.exc_value))
@@ -302,7 +303,7 @@ def _log_what_python_prints() -> None:
     )
 
 
-def _say_dropped(processors: list[structlog.typing.Processor], count: int) -> bytes | str:
+def _format_dropped(processors: list[structlog.typing.Processor], count: int) -> bytes | str:
     event: Any = {"event": "log_lines_dropped", "count": count}
     for process in processors:
         event = process(None, "warning", event)
@@ -311,7 +312,7 @@ def _say_dropped(processors: list[structlog.typing.Processor], count: int) -> by
 
 
 def _text(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
-    """Make a renderer of bytes fit the standard library's formatter."""
+    """Adapt a renderer that returns bytes to the formatter of the standard library."""
 
     def render(logger: Any, name: str, event: structlog.typing.EventDict) -> str:
         line = renderer(logger, name, event)
@@ -321,25 +322,25 @@ def _text(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
 
 
 def _without_exception_text(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Keep where an exception came from and drop what it says: that may hold what a client sent."""
-    if event["_record"].name == "asyncio":  # quotes tasks, futures and what they hold
+    """Log where an exception was raised, without its text: that may contain what a client sent."""
+    if event["_record"].name == "asyncio":  # its messages quote tasks, futures and their values
         event["event"] = re.split(r"[(<\n]", str(event["event"]))[0].strip()
-    trouble = event.pop("exc_info", None)
-    if trouble and trouble[1] is not None:
-        event["at"] = safe_traceback(trouble[1])
+    exc_info = event.pop("exc_info", None)
+    if exc_info and exc_info[1] is not None:
+        event["at"] = safe_traceback(exc_info[1])
     return event
 
 
 def describe(error: BaseException) -> str:
-    """Say in one line what went wrong in this process itself, where no client's words can be in what it says.
+    """Describe an error of this process in one line, for errors whose text cannot contain what a client sent.
 
-    Of what nobody has thought of, all that can be said is where it was.
+    The text of other exceptions is left out.
     """
     return str(error).replace("\n", " ") if isinstance(error, OSError | ImportError) else safe_traceback(error)
 
 
 def safe_traceback(error: BaseException) -> str:
-    """Name an exception and the lines that it passed through, without its text or any value."""
+    """Return the type of an exception and the lines it passed through, without its text or any value."""
     frames = []
     trace = error.__traceback__
     while trace is not None:

@@ -29,7 +29,7 @@ class Worker(AcceptingServer):
 def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
-    logs.configure(at_once=True)  # a test looks into the log as soon as it is answered
+    logs.configure(direct=True)  # a test looks into the log as soon as it is answered
     settings = loader.load(Path(config_file))
     if clock_file == "-":
         app = create_app(settings)

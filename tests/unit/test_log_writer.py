@@ -17,7 +17,7 @@ from tests.support.connections import LOGIN, Connection
 from tests.support.ports import free_port
 from tests.support.servers import write_config
 from tests.support.threads import no_new_threads
-from tokenauth.logs import Writer
+from tokenauth.logs import BackgroundWriter
 
 CAPACITY = 1 << 16
 
@@ -47,7 +47,7 @@ def pipe() -> Iterator[Pipe]:
 
 
 def test_all_lines_come_in_order(pipe: Pipe) -> None:
-    writer = Writer(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.there, CAPACITY)
     lines = [f"{number} {'x' * (number % 700)}" for number in range(100)]
     for line in [*lines, "end"]:
         writer.write(line)
@@ -55,7 +55,7 @@ def test_all_lines_come_in_order(pipe: Pipe) -> None:
 
 
 def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
-    writer = Writer(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.there, CAPACITY)
     for number in range(1000):  # nobody reads, and this ends all the same
         writer.write(f"{number} {'x' * 200}")
     reader = Thread(target=writer.flush, args=(20,))
@@ -74,7 +74,7 @@ def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
 
 def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
     """Each has a writer of its own, and they have the pipe in common."""
-    writers = [Writer(pipe.there) for _ in range(4)]
+    writers = [BackgroundWriter(pipe.there) for _ in range(4)]
     for number in range(500):
         for name, writer in enumerate(writers):
             writer.write(f"{name} {number} {'x' * (number % 300)}")
@@ -91,7 +91,7 @@ def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
 
 
 def test_a_flush_to_a_full_pipe_is_bounded(pipe: Pipe) -> None:
-    writer = Writer(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.there, CAPACITY)
     for _ in range(100):
         writer.write("x" * 200)
     began = time.monotonic()
@@ -107,7 +107,7 @@ def test_a_pipe_that_others_made_nonblocking_loses_nothing(pipe: Pipe) -> None:
 
 
 def test_without_a_thread_lines_are_written_at_once(pipe: Pipe) -> None:
-    writer = Writer(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.there, CAPACITY)
     with no_new_threads():
         writer.write("one")
         assert os.read(pipe.here, 100) == b"one\n"

@@ -6,7 +6,7 @@ import click
 
 from tokenauth.cli.base import Lines, config_option, json_option, print_json, show, text, whole, with_service
 from tokenauth.errors import LeaseLost
-from tokenauth.logs import record
+from tokenauth.logs import audit
 
 
 @click.group(cls=Lines)
@@ -60,7 +60,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
 def pool_generate(config_file: str | None, as_json: bool, name: str, count: int) -> None:
     """Add free tokens to the pool NAME, all or none, and print them."""
     made = with_service(config_file, lambda service: service.pools.generate(service.pools.find(name), count))
-    record("pool_tokens_generated", pool=name, count=len(made))
+    audit("pool_tokens_generated", pool=name, count=len(made))
     if as_json:
         print_json(made)
     else:
@@ -77,7 +77,7 @@ def pool_release(config_file: str | None, name: str, token: str) -> None:
         with_service(config_file, lambda service: service.pools.release(service.pools.find(name), text(token)))
     except LeaseLost:
         raise click.ClickException("The token is not lent.") from None
-    record("pool_lease_released", pool=name)
+    audit("pool_lease_released", pool=name)
     click.echo("released 1 token")
 
 
@@ -88,5 +88,5 @@ def pool_release(config_file: str | None, name: str, token: str) -> None:
 def pool_delete(config_file: str | None, name: str, token: str) -> None:
     """Delete TOKEN from the pool NAME, free or lent. A pool with `prefill` gets a new one for it."""
     with_service(config_file, lambda service: service.pools.delete(service.pools.find(name), text(token)))
-    record("pool_token_deleted", pool=name)
+    audit("pool_token_deleted", pool=name)
     click.echo("deleted 1 token")

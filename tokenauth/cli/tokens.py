@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from tokenauth.cli.base import Lines, config_option, count, json_option, show, text, with_service
-from tokenauth.logs import printable, record
+from tokenauth.logs import audit, printable
 
 
 @click.group(cls=Lines)
@@ -55,7 +55,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     if id_ is not None:
         wanted = id_
         with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
-        record("token_revoked", id=wanted)
+        audit("token_revoked", id=wanted)
         click.echo("revoked 1 token")
         return
     name = None if username is None else canonical(text(username))
@@ -66,5 +66,5 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     number, known = with_service(config_file, revoke)
     if not known and not number:
         raise click.ClickException(printable(f"There is no user {name!r} in the configuration, and no token of one."))
-    record("tokens_revoked", user="(all)" if name is None else name, count=number)
+    audit("tokens_revoked", user="(all)" if name is None else name, count=number)
     click.echo(f"revoked {count(number, 'token')}")

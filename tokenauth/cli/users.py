@@ -3,7 +3,7 @@
 import click
 
 from tokenauth.cli.base import Lines, config_option, config_path, json_option, new_hash, password_option, show
-from tokenauth.logs import record
+from tokenauth.logs import audit
 
 _RELOAD = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
 _SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
@@ -25,7 +25,7 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
 
     file = UserFile(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
-    record("user_added", user=name, scopes=scopes)
+    audit("user_added", user=name, scopes=scopes)
     click.echo(f"Saved. {name!r} can log in once you reload: {_RELOAD}")
 
 
@@ -39,7 +39,7 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
 
     file = UserFile(config_path(config_file))
     file.change_password(name, lambda: new_hash(config_file, password_stdin))
-    record("user_password_changed", user=name)
+    audit("user_password_changed", user=name)
     click.echo(_SAVED)
 
 
@@ -52,7 +52,7 @@ def user_remove(config_file: str | None, name: str) -> None:
 
     file = UserFile(config_path(config_file))
     file.remove(name)
-    record("user_removed", user=name)
+    audit("user_removed", user=name)
     click.echo(_SAVED)
 
 

@@ -23,7 +23,7 @@ async def add(url: str, number: str) -> None:
 def main() -> None:
     """Begin when nobody holds the file of the start line any more."""
     line, url, number = sys.argv[1:]
-    logs.configure(at_once=True)  # a test looks into the log as soon as it is answered
+    logs.configure(direct=True)  # a test looks into the log as soon as it is answered
     with open(line, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     asyncio.run(add(url, number))
