@@ -16,7 +16,7 @@ from passlib.exc import PasslibHashWarning
 from passlib.hash import argon2
 
 from tokenauth.errors import ConfigError, InvalidCredentials
-from tokenauth.executor import Lane
+from tokenauth.executor import Executor
 from tokenauth.models import User
 from tokenauth.settings import model as config
 
@@ -99,7 +99,7 @@ class Passwords:
             time_cost=settings.time_cost,
             parallelism=settings.parallelism,
         )
-        self._lane = Lane(self._verify, settings.lanes, settings.queue, gives_way=True)
+        self._executor = Executor(self._verify, settings.lanes, settings.queue, low_priority=True)
         self._settings = settings
         self._users = {} if users is None else users
         self._memory_kib = machine_memory_kib()
@@ -168,7 +168,7 @@ class Passwords:
             if user is not None:
                 hashed = self._texts.get(user.password_hash, user.password_hash)
             jobs.append((password, hashed))
-        matches = await self._lane.run(jobs)
+        matches = await self._executor.run(jobs)
         for user, (name, password), matched in zip(users, claims, matches, strict=True):
             now = self._users.get(name)  # the users may have changed meanwhile
             if user is not None and matched and now is not None and now.credential == user.credential:
@@ -177,12 +177,12 @@ class Passwords:
 
     async def ready(self) -> str | None:
         """Say what keeps passwords from being verified, if anything does."""
-        trouble = self._lane.trouble()
+        trouble = self._executor.trouble()
         return None if trouble is None else f"passwords cannot be verified: {trouble}"
 
     def close(self) -> None:
         """Let the threads go."""
-        self._lane.close()
+        self._executor.close()
 
     def _make_stand_ins(self) -> list[_StandIn]:
         """Make a hash without a password for each cost that users have. Raises ConfigError."""

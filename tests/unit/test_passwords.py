@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
 
 from tokenauth.errors import ConfigError, InvalidCredentials, Overloaded
-from tokenauth.executor import Lane
 from tokenauth.models import User
 from tokenauth.passwords import Passwords
 from tokenauth.settings import model as config
@@ -151,18 +149,6 @@ async def test_a_wrong_password_frees_its_memory_share(passwords: Passwords) -> 
             asked = [(name, word)]
             answers = await asyncio.gather(*(passwords.verify(asked) for _ in range(3)), return_exceptions=True)
             assert [type(answer) for answer in answers] == [InvalidCredentials] * 3
-
-
-async def test_a_cancelled_callers_memory_is_freed_after_the_work() -> None:
-    """Not before: else whoever hangs up could pile up work without bound."""
-    gate = threading.Event()
-    lane: Lane[float, bool] = Lane(gate.wait, threads=1, queue=2)
-    await hang_up([asyncio.create_task(lane.run(20)) for _ in range(3)])
-    with pytest.raises(Overloaded):
-        await lane.run(20)
-    gate.set()
-    await until_there_is_room(lambda: lane.run(20), bool)
-    lane.close()
 
 
 async def test_cancelled_callers_take_no_memory_from_others(passwords: Passwords) -> None:

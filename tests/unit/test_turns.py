@@ -75,7 +75,7 @@ async def test_a_write_wakes_one_thread(store: SqliteStore) -> None:
 
     def woken() -> dict[int, int]:
         """Count how often each executor's thread waited."""
-        threads = [thread.native_id or 0 for thread in threading.enumerate() if thread.name.startswith("lane-")]
+        threads = [thread.native_id or 0 for thread in threading.enumerate() if thread.name.startswith("executor-")]
         status = {thread: Path(f"/proc/self/task/{thread}/status").read_text() for thread in threads}
         return {
             thread: int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for thread, text in status.items()

@@ -20,7 +20,7 @@ from sqlalchemy.pool import StaticPool
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Overloaded, RetryLater, StartError, StoreUnavailable
-from tokenauth.executor import Lane
+from tokenauth.executor import Executor
 from tokenauth.logs import log
 from tokenauth.models import Failures, Instant, Pool, PoolCounts, PoolToken, Token
 from tokenauth.stores import schema
@@ -528,8 +528,8 @@ class SqliteStore:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
 
-def _executor() -> Lane[Callable[[], Any], Any]:
-    return Lane(lambda job: job(), threads=1, queue=4)
+def _executor() -> Executor[Callable[[], Any], Any]:
+    return Executor(lambda job: job(), threads=1, queue=4)
 
 
 def _read_engine(url: URL) -> AsyncEngine:
