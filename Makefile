@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install serve test check bench faults lock swagger-ui wheel clean
+.PHONY: install serve test test-interpreters check bench faults lock swagger-ui wheel clean
 
 install: .venv/.installed
 
@@ -23,6 +23,9 @@ serve: .venv/.serves
 
 test: install
 	$(BIN)/pytest -m "not faults" -n 3 --dist loadfile --no-loadscope-reorder
+
+test-interpreters: install
+	.ci/interpreters
 
 check: install
 	$(BIN)/ruff check .
@@ -57,4 +60,4 @@ swagger-ui:
 	rm -r package swagger-ui-dist-$(SWAGGER_UI).tgz
 
 clean:
-	rm -rf .venv dist
+	rm -rf .venv .venv-3.* dist
