@@ -5,7 +5,7 @@ import sys
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.server.worker import uvicorn_options
-from tokenauth.settings import model as config
+from tokenauth.settings.model import ServerSettings
 
 BODY = b'{"valid": true, "expiry_time": 1800000000000}'  # 45 bytes
 HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"45")]
@@ -31,4 +31,4 @@ def build() -> ASGIApp:
 if __name__ == "__main__":
     import uvicorn
 
-    uvicorn.Server(uvicorn_options(build, config.Server(port=int(sys.argv[1])))).run()
+    uvicorn.Server(uvicorn_options(build, ServerSettings(port=int(sys.argv[1])))).run()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tokenauth.errors import InvalidCredentials, TooManyAttempts
 from tokenauth.login_queue import LoginQueue
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings, ThrottleSettings
 from tokenauth.stores.open import open_store
 from tokenauth.throttle import Throttle
 
@@ -79,9 +79,9 @@ class World:
 async def world(directory: Path) -> AsyncIterator[tuple[World, list[float]]]:
     """Open an empty store."""
     now = [START]
-    store = open_store(config.Database(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10)
+    store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10)
     await store.start()
-    throttle = Throttle(config.Throttle(), 1, store, lambda: now[0], LoginQueue(1, 64))
+    throttle = Throttle(ThrottleSettings(), 1, store, lambda: now[0], LoginQueue(1, 64))
     yield World(throttle), now
     await throttle.close()
     await store.stop(now[0])

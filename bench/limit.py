@@ -11,7 +11,7 @@ from argon2.low_level import verify_secret
 from bench import load
 from bench.load import Result
 from bench.machine import CORES
-from tokenauth.settings.model import Passwords
+from tokenauth.settings.model import PasswordSettings
 
 _FRESH = 0.25
 """Seconds for which a measurement of the bare server still tells how the machine is doing."""
@@ -51,7 +51,7 @@ class BareServer:
         self._measured_at = time.monotonic()
 
 
-_TERMS = Passwords()
+_TERMS = PasswordSettings()
 HASH = PasswordHasher(_TERMS.time_cost, _TERMS.memory_kib, _TERMS.parallelism).hash("secret")
 """A hash of "secret" at the default cost."""
 

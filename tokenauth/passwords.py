@@ -18,7 +18,7 @@ from passlib.hash import argon2
 from tokenauth.errors import ConfigError, InvalidCredentials
 from tokenauth.executor import Executor
 from tokenauth.models import User
-from tokenauth.settings import model as config
+from tokenauth.settings.model import PasswordSettings
 
 MIN_LENGTH = 8
 """Characters that a password must have when it is set."""
@@ -91,7 +91,7 @@ class _StandIn(NamedTuple):
 class Passwords:
     """Verifies passwords a few at a time, in threads that give way to everything else."""
 
-    def __init__(self, settings: config.Passwords, users: Mapping[str, User] | None = None) -> None:
+    def __init__(self, settings: PasswordSettings, users: Mapping[str, User] | None = None) -> None:
         """Read the hashes of the users. Raises ConfigError for one that this machine can never verify."""
         self._argon2id = argon2.using(
             type="ID",

@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
 from tokenauth.passwords import Cost, Passwords
-from tokenauth.settings.lending import PasswordDialect
-from tokenauth.settings.model import Config
+from tokenauth.settings.dialects import PasswordDialectSettings
+from tokenauth.settings.model import Settings
 from tokenauth.stores.sqlite.files import exposed
 
 SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
@@ -30,7 +30,7 @@ class Risk(NamedTuple):
     text: str
 
 
-def find_risks(config: Config, passwords: Passwords, path: Path | None = None) -> list[Risk]:
+def find_risks(config: Settings, passwords: Passwords, path: Path | None = None) -> list[Risk]:
     """List what is risky about a configuration, and about its file at `path`, whoever can reach the service."""
     shipped, weak = [], []
     costs = {}
@@ -96,9 +96,9 @@ def _has_many(networks: Sequence[N], space: N) -> bool:
     return sum(network.num_addresses for network in collapse_addresses(inside)) >= space.num_addresses // 8
 
 
-def _of_dialects(config: Config) -> Iterator[Risk]:
+def _of_dialects(config: Settings) -> Iterator[Risk]:
     for name, dialect in config.dialects.chosen().items():
-        if isinstance(dialect, PasswordDialect):
+        if isinstance(dialect, PasswordDialectSettings):
             if dialect.password == SHIPPED_API_PASSWORD:
                 text = f"dialects.{name}.password is the one that tokenauth is shipped with; set another"
                 yield Risk("shipped_password", text)
@@ -107,7 +107,7 @@ def _of_dialects(config: Config) -> Iterator[Risk]:
             yield Risk("open_dialect", text)
 
 
-def _of_files(config: Config, path: Path | None) -> Iterator[Risk]:
+def _of_files(config: Settings, path: Path | None) -> Iterator[Risk]:
     """Find the files that other users of this machine can read or change."""
     if path is not None and path.is_file():  # what comes through a pipe is nobody's to read
         if path.stat().st_mode & stat.S_IROTH:
@@ -139,7 +139,7 @@ def _private(found: os.stat_result) -> bool:
         return False
 
 
-def demand_acceptable(config: Config, risks: list[Risk]) -> None:
+def demand_acceptable(config: Settings, risks: list[Risk]) -> None:
     """Raise ConfigError when the service may not start: others can reach it, and risks have not been accepted."""
     if config.reach is None:
         return
@@ -152,7 +152,7 @@ def demand_acceptable(config: Config, risks: list[Risk]) -> None:
         )
 
 
-def judge(config: Config, risks: list[Risk]) -> None:
+def judge(config: Settings, risks: list[Risk]) -> None:
     """Log the risks. Raises ConfigError for one that is not acceptable."""
     for risk in risks:
         log.warning("configuration_risk", risk=risk.name, detail=risk.text)

@@ -15,7 +15,7 @@ from tokenauth.logs import log
 from tokenauth.models import Instant, User
 from tokenauth.passwords import Passwords
 from tokenauth.pools import NewValue, Pools
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import Settings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
@@ -32,7 +32,7 @@ _NEW_VALUES: Mapping[str, NewValue] = {
 class Service(NamedTuple):
     """The parts of a running tokenauth."""
 
-    config: Config
+    config: Settings
     users: dict[str, User]
     clock: MonotonicClock
     store: Store
@@ -91,7 +91,7 @@ class Service(NamedTuple):
 
 
 def create_service(
-    config: Config, clock: Clock | None = None, monotonic: Clock = time.monotonic, serving: bool = True
+    config: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic, serving: bool = True
 ) -> Service:
     """Build the service that a configuration describes. Raises ConfigError.
 
@@ -110,7 +110,7 @@ def create_service(
     return Service(config, users, now, store, passwords, throttle, credentials, tokens, pools)
 
 
-def _new_values(config: Config) -> Mapping[str, NewValue]:
+def _new_values(config: Settings) -> Mapping[str, NewValue]:
     """Return what makes the tokens of each pool of a dialect. Raises ConfigError if two dialects share a pool."""
     makers: dict[str, NewValue] = {}
     for name, terms in config.dialects.chosen().items():

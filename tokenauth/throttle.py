@@ -46,7 +46,7 @@ from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import Gone, LoginQueue, Turn, here
 from tokenauth.models import Failures, Instant
-from tokenauth.settings import model as config
+from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Note, Store, TakeBack
 
 KNOWN_FOR = 30 * 86400.0
@@ -124,7 +124,7 @@ class Attempt:
 class Throttle:
     """Delays and limits logins after failed ones."""
 
-    def __init__(self, settings: config.Throttle, workers: int, store: Store, clock: Clock, queue: LoginQueue) -> None:
+    def __init__(self, settings: ThrottleSettings, workers: int, store: Store, clock: Clock, queue: LoginQueue) -> None:
         self._settings = settings
         self._workers = workers
         self._store = store

@@ -11,7 +11,7 @@ from tokenauth.login_queue import Gone, here
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, IssuedToken, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
-from tokenauth.settings import model as config
+from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
 from tokenauth.throttle import network
 
@@ -27,7 +27,7 @@ class Tokens:
 
     def __init__(
         self,
-        settings: config.Tokens,
+        settings: TokenSettings,
         users: Mapping[str, User],
         store: Store,
         credentials: Credentials,

@@ -16,7 +16,7 @@ import pytest
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tokenauth.models import Instant, Token
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.cache import CachedTokenStore
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres.listener import Listener
@@ -54,7 +54,7 @@ async def sqlite(directory: Path, size: int) -> Place:
     """Open what one machine has."""
     file = directory / "tokens.db"
     url = f"sqlite+aiosqlite:///{file}"
-    store = open_store(config.Database(url), size)
+    store = open_store(DatabaseSettings(url), size)
     assert isinstance(store, SqliteStore)
     heard: list[Instant] = []
     started = await store.start(heard.append)
@@ -78,7 +78,7 @@ class Attentive(CachedTokenStore):
 async def postgres(directory: Path, size: int) -> Place:
     """Open what several machines share."""
     url = (directory / "url").read_text()
-    store = open_store(config.Database(url, connections=4), size, clock=lambda: START)
+    store = open_store(DatabaseSettings(url, connections=4), size, clock=lambda: START)
     assert isinstance(store, PostgresStore)
     heard: list[Instant] = []
     started = await store.start(heard.append)

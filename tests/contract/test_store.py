@@ -10,7 +10,7 @@ import structlog
 from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
 from tokenauth.service import create_service
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings, Settings
 from tokenauth.stores.store import Note
 
 KEY = bytes(16)
@@ -41,7 +41,7 @@ async def test_a_clock_that_is_behind_is_logged_at_the_start(places: Places, beh
     """By how much, compared with the latest time that was written."""
     place = await places.open()
     await place.store.remember(START + behind)
-    service = create_service(config.Config(database=config.Database(place.url)), lambda: START, lambda: 0.0)
+    service = create_service(Settings(database=DatabaseSettings(place.url)), lambda: START, lambda: 0.0)
     with structlog.testing.capture_logs() as logs:
         async with service.running():
             assert service.clock() == START + behind

@@ -11,22 +11,22 @@ import pytest
 from tests.support.servers import shipped, shipped_with_dialects
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
-from tokenauth.settings.lending import Dialect, Dialects, PasswordDialect, PoolEntry
-from tokenauth.settings.model import Config, Passwords, UserEntry, canonical
-from tokenauth.settings.section import Duration, Section
+from tokenauth.settings.dialects import DialectSettings, DialectsSettings, PasswordDialectSettings
+from tokenauth.settings.fields import Duration, Table
+from tokenauth.settings.model import PasswordSettings, PoolSettings, Settings, UserSettings, canonical
 
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
-TABLES = [field.name for field in msgspec.structs.fields(Config)]
+TABLES = [field.name for field in msgspec.structs.fields(Settings)]
 SECTIONS = [name for name in TABLES if name not in {"users", "pools", "dialects"}]
 DIALECTS = ["simple-token-implement", "token-pool", "random-token-generator", "token-management-service"]
 
 
-def parsed(text: str) -> Config:
+def parsed(text: str) -> Settings:
     """Read a text that takes nothing from the environment."""
     return loader.parse(text, {})
 
 
-def keys(record: type[Section]) -> list[str]:
+def keys(record: type[Table]) -> list[str]:
     """List the keys that a table of the file may have."""
     return [field.encode_name for field in msgspec.structs.fields(record)]
 
@@ -39,20 +39,20 @@ def explained(first: str, last: str) -> list[str]:
 
 def test_a_file_that_has_only_users_works() -> None:
     settings = parsed(USER)
-    assert settings == Config(users=(UserEntry(username="ann", password="x"),))
+    assert settings == Settings(users=(UserSettings(username="ann", password="x"),))
     assert list(settings.directory) == ["ann"]
 
 
 def test_an_empty_file_is_all_defaults() -> None:
-    assert parsed("") == Config()
+    assert parsed("") == Settings()
 
 
 def test_the_defaults_are_safe() -> None:
-    settings = Config()
+    settings = Settings()
     assert settings.server.loopback
     assert settings.server.trusted_proxies == settings.server.cors_origins == settings.server.accept_risks == ()
     assert not settings.server.access_log
-    assert settings.passwords == Passwords(memory_kib=19 * 1024, time_cost=2, parallelism=1)
+    assert settings.passwords == PasswordSettings(memory_kib=19 * 1024, time_cost=2, parallelism=1)
     assert settings.tokens.ttl == Duration(24 * 3600)
     assert settings.throttle.max_delay == Duration(15 * 60)
 
@@ -60,7 +60,7 @@ def test_the_defaults_are_safe() -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_shipped_file_names_every_key_with_its_default(section: str) -> None:
     written = tomllib.loads(shipped())[section]
-    record: Section = getattr(Config(), section)
+    record: Table = getattr(Settings(), section)
     assert list(written) == keys(type(record))
     assert getattr(parsed(shipped()), section) == record
 
@@ -72,14 +72,14 @@ def test_the_shipped_file_has_no_other_section_and_one_user() -> None:
 
 
 def test_the_shipped_file_documents_every_pool_key() -> None:
-    assert explained("[[users]]", "[pools.") == keys(PoolEntry)
+    assert explained("[[users]]", "[pools.") == keys(PoolSettings)
     text = re.sub(r"\n# ?", " ", shipped())
     assert re.search(r"capacity: [^;]*\(else any number\)", text)
     assert re.search(r"token_ttl: [^;]*\(else for ever\)", text)
     said = re.search(r'lease_ttl: [^;]*\("(\w+)" if it is not said\)', text)
     assert said is not None
     assert parsed(f'[pools.p]\nlease_ttl = "{said[1]}"') == parsed("[pools.p]")
-    assert parsed("[pools.p]").pools["p"] == PoolEntry(
+    assert parsed("[pools.p]").pools["p"] == PoolSettings(
         capacity=None, token_ttl=None, lease_ttl=Duration(60), prefill=False, scope=None
     )
 
@@ -87,12 +87,12 @@ def test_the_shipped_file_documents_every_pool_key() -> None:
 def test_the_shipped_file_explains_every_key_of_a_dialect() -> None:
     assert explained("[pools.owned]", "[dialects.") == ["prefix", "require_token"]
     written = tomllib.loads(shipped_with_dialects())["dialects"]
-    assert list(written) == DIALECTS == keys(Dialects)
+    assert list(written) == DIALECTS == keys(DialectsSettings)
     for name, table in written.items():
-        assert list(table) == keys(PasswordDialect if "password" in table else Dialect)
-        assert table["require_token"] is Dialect(pool="p").require_token
+        assert list(table) == keys(PasswordDialectSettings if "password" in table else DialectSettings)
+        assert table["require_token"] is DialectSettings(pool="p").require_token
         assert table["prefix"] == f"/{name}"
-    assert Dialect(pool="p") == Dialect(pool="p", prefix="", require_token=False)
+    assert DialectSettings(pool="p") == DialectSettings(pool="p", prefix="", require_token=False)
 
 
 def test_the_shipped_dialect_pools_match_their_originals() -> None:
@@ -111,7 +111,7 @@ def test_the_shipped_dialect_pools_match_their_originals() -> None:
 def test_the_shipped_file_reads_the_originals_variables() -> None:
     environ = {"TOTAL_TOKENS": "7", "TIMER_DURATION": "90", "API_PASSWORD": "1234"}
     settings = loader.parse(shipped_with_dialects(), environ)
-    assert settings.pools["permits"] == PoolEntry(capacity=7, lease_ttl=Duration(90), prefill=True)
+    assert settings.pools["permits"] == PoolSettings(capacity=7, lease_ttl=Duration(90), prefill=True)
     served = settings.dialects.simple_token_implement
     assert served is not None
     assert served.password == "1234"
@@ -186,8 +186,8 @@ def test_parallelism_needs_its_memory() -> None:
 
 
 def test_password_threads_default_to_the_number_of_cores() -> None:
-    assert Passwords().lanes >= 1
-    assert Passwords(threads=3).lanes == 3
+    assert PasswordSettings().lanes >= 1
+    assert PasswordSettings(threads=3).lanes == 3
 
 
 @pytest.mark.parametrize(
@@ -258,16 +258,16 @@ def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
 
 
 RECORDS = [
-    Config(),
-    *(getattr(Config(), section) for section in [*SECTIONS, "dialects"]),
-    PoolEntry(),
-    Dialect(pool="p"),
-    PasswordDialect(pool="p", password="x"),
+    Settings(),
+    *(getattr(Settings(), section) for section in [*SECTIONS, "dialects"]),
+    PoolSettings(),
+    DialectSettings(pool="p"),
+    PasswordDialectSettings(pool="p", password="x"),
 ]
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_a_record_cannot_be_changed(record: Section) -> None:
+def test_a_record_cannot_be_changed(record: Table) -> None:
     with pytest.raises(AttributeError):
         setattr(record, msgspec.structs.fields(record)[0].name, None)
 

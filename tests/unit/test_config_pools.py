@@ -8,15 +8,15 @@ import pytest
 from tokenauth.errors import ConfigError
 from tokenauth.models import Pool
 from tokenauth.settings import loader
-from tokenauth.settings.lending import Dialect
-from tokenauth.settings.model import Config
-from tokenauth.settings.section import Duration
+from tokenauth.settings.dialects import DialectSettings
+from tokenauth.settings.fields import Duration
+from tokenauth.settings.model import Settings
 
 YEARS = 10 * 365 * 86400
 PERMITS = "[pools.p]\ncapacity = 1\nprefill = true\n"
 
 
-def parsed(text: str) -> Config:
+def parsed(text: str) -> Settings:
     """Read a text that takes nothing from the environment."""
     return loader.parse(text, {})
 
@@ -103,7 +103,7 @@ def test_prefill_requires_capacity_and_excludes_token_ttl(text: str, said: str) 
 
 @pytest.mark.parametrize("prefix", ["", "/a", "/a/b", "/token-pool", "/v1.2/~x_y"])
 def test_a_prefix_is_empty_or_a_path(prefix: str) -> None:
-    assert parsed(dialect(f'prefix = "{prefix}"')).dialects.token_pool == Dialect(pool="p", prefix=prefix)
+    assert parsed(dialect(f'prefix = "{prefix}"')).dialects.token_pool == DialectSettings(pool="p", prefix=prefix)
 
 
 @pytest.mark.parametrize(

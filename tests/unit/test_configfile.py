@@ -7,7 +7,7 @@ import pytest
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import loader
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import Settings
 
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
 
@@ -249,7 +249,7 @@ def test_a_file_is_read_as_utf_8(tmp_path: Path) -> None:
     path.write_text(USER.replace("ann", "жанна"), encoding="utf-8")
     assert list(loader.load(path, {}).directory) == ["жанна"]
     path.write_bytes(b"# nothing\r\n")
-    assert loader.load(path, {}) == Config()
+    assert loader.load(path, {}) == Settings()
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe", b"[server]\nport = 0x", b"port = 1"])

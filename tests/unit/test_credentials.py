@@ -22,8 +22,7 @@ from tokenauth.errors import InvalidCredentials, Overloaded, TooManyAttempts
 from tokenauth.login_queue import LoginQueue
 from tokenauth.models import User
 from tokenauth.passwords import Passwords
-from tokenauth.settings import model as config
-from tokenauth.settings.model import Database, canonical
+from tokenauth.settings.model import DatabaseSettings, PasswordSettings, ThrottleSettings, canonical
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
@@ -74,7 +73,7 @@ def users() -> dict[str, User]:
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     """Open a store, which counts what has failed."""
-    opened = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db"), 10)
+    opened = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db"), 10)
     await opened.start()
     yield opened
     await opened.stop(START)
@@ -89,7 +88,7 @@ def known(users: dict[str, User]) -> dict[str, User]:
 @pytest.fixture
 def passwords(known: dict[str, User]) -> Iterator[Passwords]:
     """Hash in one thread, for which one more may wait."""
-    made = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1), known)
+    made = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1, queue=1), known)
     yield made
     made.close()
 
@@ -98,7 +97,7 @@ def passwords(known: dict[str, User]) -> Iterator[Passwords]:
 def keeper(store: Store, passwords: Passwords, known: dict[str, User]) -> Iterator[Keeper]:
     """Make credentials whose hashes are counted, as the thread makes them, and whose time is moved by hand."""
     time = [START]
-    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
+    throttle = Throttle(ThrottleSettings(), 1, store, lambda: time[0], LoginQueue(1, 1))
     with calls_of_threads() as calls:
         yield Keeper(Credentials(known, passwords, throttle, lambda: time[0]), time, known, calls)
 
@@ -124,7 +123,7 @@ async def test_it_is_cached_per_place_and_for_any_letter_case(keeper: Keeper) ->
 
 async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) -> None:
     assert await keeper.right(ANN)
-    for _ in range(config.Throttle().free):
+    for _ in range(ThrottleSettings().free):
         assert await keeper.hashed(WRONG) == 1
     keeper.calls.clear()
     with pytest.raises(TooManyAttempts):
@@ -175,11 +174,11 @@ async def test_a_new_hash_of_the_user_is_a_new_start(keeper: Keeper) -> None:
 
 async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, passwords: Passwords) -> None:
     assert await keeper.right(ANN)
-    throttle = Throttle(config.Throttle(), 1, store, lambda: START, LoginQueue(1, 1))
+    throttle = Throttle(ThrottleSettings(), 1, store, lambda: START, LoginQueue(1, 1))
     anew = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
     assert await anew.hashed(ANN) == 1
     changed = {**keeper.users, "ann": user("ann", OTHER)}
-    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1, queue=1), changed)
+    passwords = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1, queue=1), changed)
     anew = keeper._replace(credentials=Credentials(changed, passwords, throttle, lambda: START))
     assert not await anew.right(ANN)
     assert await anew.right(ANN._replace(password=OTHER))
@@ -242,7 +241,7 @@ async def test_each_reading_costs_one_hash_for_any_name(keeper: Keeper, sent: st
 async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name: str) -> None:
     """Whether a user has that name or not: else who asks by HTTP Basic and by JSON in turn would be told."""
     both = [Candidate(name.replace("+", " "), "x"), Candidate(name.replace(" ", "+"), "x")]
-    for _ in range(config.Throttle().free):
+    for _ in range(ThrottleSettings().free):
         assert not await keeper.right(*both)
     for one in both:
         with pytest.raises(TooManyAttempts):
@@ -253,7 +252,7 @@ async def test_a_success_clears_only_the_name_that_it_was_for(keeper: Keeper, kn
     """Else the user `a b` could clear what was counted for guesses at the secret of `a+b`."""
     known["a+b"] = user("a+b", "plus")
     both = [Candidate("a b", "p q"), Candidate("a+b", "p+q")]
-    for _ in range(config.Throttle().free - 1):
+    for _ in range(ThrottleSettings().free - 1):
         assert not await keeper.right(Candidate("a+b", "guess"))
     assert await keeper.right(*both)
     assert not await keeper.right(Candidate("a+b", "guess"))
@@ -350,8 +349,8 @@ async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[
     """Make credentials of one user, whose hash was computed once: so the thread and its stack exist."""
     only = User("ann", HUNGRY[request.param].hash(WORD))
     time, users = [START], {"ann": only, "bob": user("bob", WORD)}
-    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=1), users)
-    throttle = Throttle(config.Throttle(), 1, store, lambda: time[0], LoginQueue(1, 1))
+    passwords = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1), users)
+    throttle = Throttle(ThrottleSettings(), 1, store, lambda: time[0], LoginQueue(1, 1))
     keeper = Keeper(Credentials(users, passwords, throttle, lambda: time[0]), time, users, [])
     assert await keeper.right(Candidate("bob", WORD))
     yield Hungry(keeper, only)
@@ -361,11 +360,11 @@ async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[
 async def test_without_memory_no_password_is_judged(hungry: Hungry) -> None:
     """Neither right nor wrong, nor counted: when there is memory again, the right password is taken."""
     with hungry.starved(), structlog.testing.capture_logs() as logs:
-        for number in range(2 * config.Throttle().free):
+        for number in range(2 * ThrottleSettings().free):
             with pytest.raises(Overloaded) as refusal:
                 await hungry.keeper.credentials.verify(WRONG if number % 2 else ANN, HOME)
             assert "memory" not in str(refusal.value), "what a hash costs is not said to clients"
     assert {line["event"] for line in logs} == {"login_not_checked"}
-    assert len(logs) == 2 * config.Throttle().free
+    assert len(logs) == 2 * ThrottleSettings().free
     assert all(line["user"] == "ann" and "64 MiB for about" in line["cost"] for line in logs)
     assert await hungry.keeper.credentials.verify(ANN, HOME) is hungry.user

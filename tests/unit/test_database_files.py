@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.servers import START
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.sqlite.files import exposed
 
@@ -29,7 +29,7 @@ def modes(directory: Path) -> dict[str, int]:
 
 
 async def test_new_files_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
-    store = open_store(config.Database(url(tmp_path)), 10)
+    store = open_store(DatabaseSettings(url(tmp_path)), 10)
     await store.start()
     await store.remember(START)
     found = modes(tmp_path)

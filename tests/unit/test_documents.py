@@ -16,7 +16,7 @@ from tests.test_layers import LAYERS
 from tests.test_security import PROMISES
 from tokenauth.cli.main import main
 from tokenauth.settings import loader
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import Settings
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
@@ -77,7 +77,7 @@ def test_installs_name_the_wheel_or_a_lock_file(path: Path) -> None:
             assert re.search(r"dist/tokenauth_server-|-r requirements", line), line
 
 
-def tables(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, set[str]]]:
+def tables(kind: Any = Settings, path: str = "") -> Iterator[tuple[str, str, set[str]]]:
     """Yield each table of the configuration: its heading, a way to write it, its keys."""
     keys = set()
     for field in msgspec.structs.fields(kind):

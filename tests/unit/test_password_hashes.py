@@ -13,10 +13,10 @@ from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
 from tokenauth.errors import ConfigError, InvalidCredentials
 from tokenauth.models import User
 from tokenauth.passwords import Passwords, machine_memory_kib
-from tokenauth.settings import model as config
+from tokenauth.settings.model import PasswordSettings
 
 WORD = "correct horse battery staple"
-CHEAP = config.Passwords(memory_kib=8, time_cost=1, threads=1)
+CHEAP = PasswordSettings(memory_kib=8, time_cost=1, threads=1)
 
 
 def argon(lanes: int = 1, kind: str = "ID", **sizes: int) -> str:
@@ -197,7 +197,7 @@ def test_a_hash_that_costs_too_much_is_refused(name: str) -> None:
 @pytest.mark.parametrize(("memory_kib", "time_cost"), [(1 << 20, 100), (1 << 18, 100)])
 def test_settings_that_cost_too_much_are_refused(memory_kib: int, time_cost: int) -> None:
     with pytest.raises(ConfigError, match=r"^passwords: a hash of this memory_kib and time_cost takes about"):
-        Passwords(config.Passwords(memory_kib=memory_kib, time_cost=time_cost))
+        Passwords(PasswordSettings(memory_kib=memory_kib, time_cost=time_cost))
 
 
 def test_the_memory_of_this_process_is_known() -> None:
@@ -205,7 +205,7 @@ def test_the_memory_of_this_process_is_known() -> None:
 
 
 def test_the_default_cost_is_far_from_too_much() -> None:
-    cost = Passwords(config.Passwords()).new_cost
+    cost = Passwords(PasswordSettings()).new_cost
     assert cost.seconds < 0.1
     assert cost.memory_kib < 32 * 1024
 

@@ -14,9 +14,9 @@ from tests.support.steps import Call, calls_of_threads, hashes
 from tokenauth.errors import InvalidCredentials
 from tokenauth.models import User
 from tokenauth.passwords import Passwords
-from tokenauth.settings import model as config
+from tokenauth.settings.model import PasswordSettings
 
-CHEAP = config.Passwords(memory_kib=16, time_cost=1, threads=1)
+CHEAP = PasswordSettings(memory_kib=16, time_cost=1, threads=1)
 WORD = "correct horse battery staple"
 
 

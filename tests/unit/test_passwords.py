@@ -12,9 +12,9 @@ from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
 from tokenauth.errors import ConfigError, InvalidCredentials, Overloaded
 from tokenauth.models import User
 from tokenauth.passwords import Passwords
-from tokenauth.settings import model as config
+from tokenauth.settings.model import PasswordSettings
 
-CHEAP = config.Passwords(memory_kib=64, time_cost=2, threads=1, queue=2)
+CHEAP = PasswordSettings(memory_kib=64, time_cost=2, threads=1, queue=2)
 WORD = "correct horse battery staple"
 
 HASHES = {
@@ -177,7 +177,7 @@ async def until_there_is_room(ask: Callable[[], Awaitable[object]], answer: type
 
 async def test_the_event_loop_turns_while_passwords_are_hashed() -> None:
     """Often, unless the machine stands still for the loop alone, which it does not do ten times in a row."""
-    passwords = Passwords(config.Passwords(memory_kib=32768, time_cost=3, threads=1))
+    passwords = Passwords(PasswordSettings(memory_kib=32768, time_cost=3, threads=1))
     turns = 0
     for _ in range(10):
         task = asyncio.create_task(passwords.verify([("nobody", WORD)]))

@@ -20,7 +20,7 @@ from tokenauth.errors import (
 )
 from tokenauth.models import ANY_LEASE, Identity, LeaseCheck, Pool, PoolCounts, PoolToken
 from tokenauth.pools import MAX_COUNT, Pools, check_name
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 
@@ -55,7 +55,7 @@ def clock() -> Hand:
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     """Open a store on an empty file."""
-    opened = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
+    opened = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     await opened.start()
     yield opened
     await opened.stop(START)

@@ -15,7 +15,7 @@ from tests.support.servers import START
 from tokenauth.errors import InvalidCredentials, TooManyAttempts
 from tokenauth.login_queue import LoginQueue
 from tokenauth.models import Failures
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings, ThrottleSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Note, Store
 from tokenauth.throttle import Throttle, _keys
@@ -66,9 +66,9 @@ class World:
 @asynccontextmanager
 async def opened(directory: str | Path, free: int = 5) -> AsyncIterator[World]:
     """Open a store that a throttle of one worker counts in."""
-    store, now = open_store(config.Database(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10), [START]
+    store, now = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10), [START]
     await store.start()
-    settings = config.Throttle(free=free, network_free=100)
+    settings = ThrottleSettings(free=free, network_free=100)
     throttle = Throttle(settings, 1, store, lambda: now[0], LoginQueue(20, 64))
     yield World(throttle, store, now)
     await throttle.close()

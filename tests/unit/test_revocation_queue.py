@@ -21,7 +21,7 @@ from tokenauth.revocation_queue import MAX_HELD, HeldRevocations, RevocationQueu
 from tokenauth.server.worker import BEAT, Serve, encode
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import Settings
 from tokenauth.stores.store import TokenStore
 from tokenauth.values import digest
 from tokenauth.web.app import build_app
@@ -379,7 +379,7 @@ def test_one_message_hands_over_100_000_revocations() -> None:
     digests = [number.to_bytes(32) for number in range(MAX_HELD + 1)]
     began = time.process_time()
     held.apply(RevocationUpdate(held=dict.fromkeys(digests, "192.0.2.0/24")))
-    order = pickle.loads(encode(Serve(Path("x"), Config(), held.snapshot())))  # noqa: S301  (its own)
+    order = pickle.loads(encode(Serve(Path("x"), Settings(), held.snapshot())))  # noqa: S301  (its own)
     assert len(order.held.held) == len(held) == MAX_HELD
     assert time.process_time() - began < BEAT
     held.apply(RevocationUpdate(written=digests))

@@ -26,8 +26,7 @@ from tokenauth.risks import (
     trusts_everybody,
 )
 from tokenauth.settings import loader
-from tokenauth.settings import model as config
-from tokenauth.settings.model import RISKS, Config
+from tokenauth.settings.model import RISKS, PasswordSettings, Settings
 from tokenauth.web.app import create_app
 
 STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
@@ -37,17 +36,17 @@ WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("
 @pytest.fixture(scope="module")
 def passwords() -> Iterator[Passwords]:
     """Make passwords to which STRONG is strong enough and WEAK is not."""
-    made = Passwords(config.Passwords(memory_kib=64, time_cost=2, threads=1))
+    made = Passwords(PasswordSettings(memory_kib=64, time_cost=2, threads=1))
     yield made
     made.close()
 
 
-def configured(server: str = "", password: str = STRONG) -> Config:
+def configured(server: str = "", password: str = STRONG) -> Settings:
     """Make a configuration of one user."""
     return loader.parse(f'[server]\n{server}\n[[users]]\nusername = "ann"\npassword = "{password}"', {})
 
 
-def names(settings: Config, passwords: Passwords) -> list[str]:
+def names(settings: Settings, passwords: Passwords) -> list[str]:
     """Name the risks of a configuration."""
     return [risk.name for risk in find_risks(settings, passwords)]
 
@@ -147,7 +146,7 @@ def test_a_hash_that_stops_all_logins_is_a_risk(passwords: Passwords, hashed: st
 
 
 def test_settings_that_make_each_login_slow_are_a_risk() -> None:
-    slow = Passwords(config.Passwords(memory_kib=65536, time_cost=20, threads=1))
+    slow = Passwords(PasswordSettings(memory_kib=65536, time_cost=20, threads=1))
     (risk,) = find_risks(loader.parse("", {}), slow)
     assert risk.name == "costly_hash"
     assert risk.text == "passwords: memory_kib and time_cost make each login take about 1.3 seconds; lower them"
@@ -156,12 +155,12 @@ def test_settings_that_make_each_login_slow_are_a_risk() -> None:
 def test_hashing_in_over_half_of_the_memory_is_a_risk() -> None:
     """Of one hash as often as there are threads in all workers: by the settings, and by a user's hash."""
     half = machine_memory_kib() // 2
-    passwords = Passwords(config.Passwords(memory_kib=1 << 19, time_cost=1, threads=256))
+    passwords = Passwords(PasswordSettings(memory_kib=1 << 19, time_cost=1, threads=256))
     (risk,) = find_risks(loader.parse("[server]\nworkers = 64", {}), passwords)
     assert risk.name == "costly_hash"
     assert risk.text.startswith("passwords: memory_kib, threads and server.workers can take more than half")
     large = f"$argon2id$v=19$m={half // 3},t=1,p=1${'A' * 22}${'A' * 43}"
-    passwords = Passwords(config.Passwords(memory_kib=8, time_cost=1, threads=4))
+    passwords = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=4))
     found = find_risks(configured("", large), passwords)
     assert [risk.name for risk in found if "memory" in risk.text] == ["costly_hash"]
 
@@ -206,7 +205,7 @@ pool = "permits"
 OPEN = ["token-pool", "random-token-generator", "token-management-service"]
 
 
-def served(name: str, more: str = "", server: str = "") -> Config:
+def served(name: str, more: str = "", server: str = "") -> Settings:
     """Make a configuration that serves a dialect over a pool of its own."""
     return loader.parse(f'[server]\n{server}\n[pools.p]\n[dialects.{name}]\npool = "p"\n{more}', {})
 
@@ -247,7 +246,7 @@ def test_accepting_open_dialects_accepts_no_other_risk(passwords: Passwords) -> 
 
 
 def test_the_shipped_file_risks_only_its_password() -> None:
-    made = Passwords(config.Passwords())
+    made = Passwords(PasswordSettings())
     assert names(loader.parse(shipped(), {}), made) == ["shipped_password"]
     switched_on = loader.parse(shipped_with_dialects(), {"API_PASSWORD": "x"})
     assert names(switched_on, made) == ["shipped_password", *["open_dialect"] * len(OPEN)]

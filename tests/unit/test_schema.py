@@ -23,7 +23,7 @@ from tests.support.processes import Forked
 from tests.support.servers import START
 from tokenauth.errors import StartError
 from tokenauth.models import Pool, PoolCounts, Token
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores import schema
 from tokenauth.stores.open import open_store
 from tokenauth.stores.sqlite.store import SqliteStore
@@ -100,7 +100,7 @@ async def test_an_upgrade_keeps_the_first_release_s_rows(tmp_path: Path) -> None
         db.exec_driver_sql("INSERT INTO revocations VALUES (3, ?, ?)", (sha256(b"2").digest(), START))
         db.exec_driver_sql("INSERT INTO failures VALUES (?, 5, ?)", (bytes(16), START))
         db.exec_driver_sql("INSERT INTO marks VALUES ('clock', ?)", (START + 0.5,))
-    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
+    store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     assert await store.start() == START + 0.5
     assert await store.ready() is None
     assert await store.tokens.get(token.digest) == token
@@ -144,7 +144,7 @@ async def test_a_store_makes_its_schema_in(tmp_path: Path, there: bool) -> None:
     path = tmp_path / "tokens.db"
     if there:
         path.touch(0o640)
-    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
+    store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     assert await store.start() == 0
     assert await store.ready() is None
     await store.stop(START)
@@ -153,7 +153,7 @@ async def test_a_store_makes_its_schema_in(tmp_path: Path, there: bool) -> None:
 
 async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) -> None:
     path = tmp_path / "tokens.db"
-    store = open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10)
+    store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     await store.start()
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE alembic_version SET version_num = '9999'")
@@ -163,7 +163,7 @@ async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) ->
 
 async def test_a_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     """WAL alone would lose the last commits with the power: synchronous must be FULL (2)."""
-    store = open_store(Database(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
+    store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     assert isinstance(store, SqliteStore)
     await store.start()
     await store.tokens.add(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
@@ -189,7 +189,7 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
     (https://sqlite.org/howtocorrupt.html, section 2.2).
     """
     path = tmp_path / "tokens.db"
-    stores = [open_store(Database(url=f"sqlite+aiosqlite:///{path}"), 10) for _ in range(2)]
+    stores = [open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10) for _ in range(2)]
     for store in stores:
         await store.start()
     for count in range(1, 4):

@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from tests.support.servers import START
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.sqlite import store as sqlite
 from tokenauth.stores.sqlite import turns
@@ -29,7 +29,7 @@ SOON = 0.5
 
 @asynccontextmanager
 async def opened(directory: Path) -> AsyncIterator[SqliteStore]:
-    store = open_store(config.Database(f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}"), 10)
+    store = open_store(DatabaseSettings(f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}"), 10)
     assert isinstance(store, SqliteStore)
     await store.start()
     try:

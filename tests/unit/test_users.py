@@ -9,7 +9,7 @@ from tests.support.lacking import lack
 from tests.support.servers import shipped
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
-from tokenauth.settings.section import Duration
+from tokenauth.settings.fields import Duration
 from tokenauth.settings.user_file import UserFile
 
 FILE = """# The head of the file.

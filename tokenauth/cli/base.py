@@ -74,10 +74,10 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
     """Ask for a password and hash it; without a configuration, at the cost that is the default."""
     from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, impossible
     from tokenauth.settings import loader
-    from tokenauth.settings.model import Config
+    from tokenauth.settings.model import Settings
 
     path = loader.find(config_file)
-    terms = loader.load(path).passwords if config_file or path.exists() else Config().passwords
+    terms = loader.load(path).passwords if config_file or path.exists() else Settings().passwords
     if password_stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     else:

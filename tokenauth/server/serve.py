@@ -16,8 +16,7 @@ from tokenauth.passwords import Passwords
 from tokenauth.risks import find_risks, judge
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
 from tokenauth.settings import loader
-from tokenauth.settings import model as config
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import ServerSettings, Settings
 
 _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 """Signals that other servers take for orders, and that would end or stop this one."""
@@ -59,7 +58,7 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
     return supervisor.run()
 
 
-def _override(file: Config, host: str | None, port: int | None, workers: int | None) -> Config:
+def _override(file: Settings, host: str | None, port: int | None, workers: int | None) -> Settings:
     """Put what the command line says in place of what the file says. Raises ConfigError."""
     given = {"host": host, "port": port, "workers": workers}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -69,13 +68,13 @@ def _override(file: Config, host: str | None, port: int | None, workers: int | N
         raise ConfigError(f"--{error}") from None
 
 
-def _judge(path: Path, settings: Config) -> None:
+def _judge(path: Path, settings: Settings) -> None:
     """Log the risks. Raises ConfigError for what cannot be served, or must not be at this address."""
     with loader.naming(path):
         judge(settings, find_risks(settings, Passwords(settings.passwords, settings.directory), path))
 
 
-def _reread(path: Path, first: Config, served: Config, workers: int | None) -> Config:
+def _reread(path: Path, first: Settings, served: Settings, workers: int | None) -> Settings:
     """Read the file again, for the address that is served. Raises ConfigError."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: is not a regular file, so it cannot be read again; restart to change the settings")
@@ -87,7 +86,7 @@ def _reread(path: Path, first: Config, served: Config, workers: int | None) -> C
     return settings
 
 
-def _listen(settings: config.Server) -> socket.socket:
+def _listen(settings: ServerSettings) -> socket.socket:
     """Listen from now on: a client that connects while the workers start has to wait, and is not refused."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

@@ -28,7 +28,7 @@ from tokenauth.revocation_queue import HeldRevocations, RevocationUpdate
 from tokenauth.server.acceptor import stop_handshakes
 from tokenauth.server.channel import Channel
 from tokenauth.server.worker import BEAT, GRACE, ChangeUsers, Order, Report, Serve, Stop, encode
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import Settings
 
 START_FAILED = 3
 """The exit code when the first start fails."""
@@ -231,7 +231,7 @@ class _Place:
 class _Reload:
     """A configuration that is to be served, and the workers that will do so when all of them are ready."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.places = [_Place() for _ in range(settings.server.workers)]
         self.ticks = 0
@@ -241,7 +241,7 @@ class Supervisor:
     """Keeps the workers of one configuration serving, and replaces all of them by those of another."""
 
     def __init__(
-        self, path: Path, settings: Config, reread: Callable[[], Config], listener: socket.socket, signals: Signals
+        self, path: Path, settings: Settings, reread: Callable[[], Settings], listener: socket.socket, signals: Signals
     ) -> None:
         """Serve `settings`, which were read from `path`, on the listener; `reread` them at SIGHUP.
 
@@ -503,7 +503,7 @@ class Supervisor:
         self._reload = _Reload(settings)
         self._tell_users(settings)
 
-    def _tell_users(self, settings: Config) -> None:
+    def _tell_users(self, settings: Settings) -> None:
         """Have the present workers, and those that end, go on with the users of this configuration."""
         before, users = self._users, settings.directory
         changed = {name: user for name, user in users.items() if before.get(name) != user}

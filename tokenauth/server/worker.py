@@ -24,8 +24,7 @@ from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.channel import Channel
 from tokenauth.server.protocol import BoundedProtocol
 from tokenauth.settings import loader
-from tokenauth.settings import model as config
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import ServerSettings, Settings
 
 if TYPE_CHECKING:
     from tokenauth.service import Service
@@ -47,7 +46,7 @@ class Serve(NamedTuple):
     """The first message to a worker: serve this configuration, which was read from `path`."""
 
     path: Path
-    settings: Config
+    settings: Settings
     held: RevocationUpdate
 
 
@@ -83,7 +82,7 @@ def encode(order: Order) -> bytes:
     return pickle.dumps(order)
 
 
-def uvicorn_options(app: Callable[[], ASGIApp], settings: config.Server) -> uvicorn.Config:
+def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvicorn.Config:
     """Set up the HTTP server under the application; the benchmark's yardstick runs on the same."""
     return uvicorn.Config(
         app,

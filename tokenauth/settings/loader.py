@@ -15,8 +15,8 @@ import msgspec
 
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
-from tokenauth.settings.model import Config
-from tokenauth.settings.section import Duration, Section
+from tokenauth.settings.fields import Duration, Table
+from tokenauth.settings.model import Settings
 
 
 def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
@@ -24,7 +24,7 @@ def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
     return Path(path or environ.get("TOKENAUTH_CONFIG") or "config.toml")
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the file; a mistake in it raises ConfigError, one line with the key path."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -45,13 +45,13 @@ def naming(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def parse(text: str, environ: Mapping[str, str] = os.environ) -> Config:
+def parse(text: str, environ: Mapping[str, str] = os.environ) -> Settings:
     """Make records of TOML text; a mistake in it raises ConfigError, one line with the key path."""
     tree = parse_toml(text)
     from_environment = _expand(tree, environ)
     while True:
         try:
-            return msgspec.convert(tree, Config, dec_hook=_decode)
+            return msgspec.convert(tree, Settings, dec_hook=_decode)
         except msgspec.ValidationError as error:
             problem, _, at = str(error).partition(" - at `$")
             path = _whole(at.rstrip("`").lstrip("."), tree)
@@ -172,7 +172,7 @@ def _whole(path: str, tree: dict[str, Any]) -> str:
 
 def _kind(path: str) -> Any:
     """Return the type of what stands at `path`."""
-    kind: Any = Config
+    kind: Any = Settings
     for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^.\[\]]+', path):
         if get_origin(kind) in {dict, tuple}:
             kind = next(one for one in reversed(get_args(kind)) if one is not Ellipsis)
@@ -186,7 +186,7 @@ def _kind(path: str) -> Any:
 def _keys(path: str) -> list[str]:
     """List the keys that may stand in the table at `path`."""
     kind = _kind(path)
-    if not isinstance(kind, type) or not issubclass(kind, Section):
+    if not isinstance(kind, type) or not issubclass(kind, Table):
         return []
     return [field.encode_name for field in msgspec.structs.fields(kind)]
 

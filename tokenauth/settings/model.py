@@ -11,8 +11,8 @@ from functools import cached_property
 import msgspec
 
 from tokenauth.models import Pool, User
-from tokenauth.settings.lending import Dialects, PasswordDialect, PoolEntry
-from tokenauth.settings.section import Duration, Section, check_between, check_scope
+from tokenauth.settings.dialects import DialectsSettings, PasswordDialectSettings
+from tokenauth.settings.fields import Duration, Table, check_between, check_scope
 
 MAX_NAME = 256
 """Characters that a user name may have."""
@@ -31,7 +31,7 @@ RISKS = (
 """What `accept_risks` may name; `tokenauth.risks` finds them."""
 
 
-class Server(Section, frozen=True):
+class ServerSettings(Table, frozen=True):
     """Where the service listens, and whom it believes."""
 
     host: str = "127.0.0.1"
@@ -72,7 +72,7 @@ class Server(Section, frozen=True):
             return self.host == "localhost"
 
 
-class Database(Section, frozen=True):
+class DatabaseSettings(Table, frozen=True):
     """Where tokens are kept."""
 
     url: str = "sqlite+aiosqlite:///tokenauth.db"
@@ -83,7 +83,7 @@ class Database(Section, frozen=True):
         check_between("connections", self.connections, 1, 1000)
 
 
-class Tokens(Section, frozen=True):
+class TokenSettings(Table, frozen=True):
     """The terms on which tokens are issued."""
 
     ttl: Duration = Duration(24 * 3600)
@@ -97,7 +97,7 @@ class Tokens(Section, frozen=True):
         check_between("cache_size", self.cache_size, 1, 100_000_000)
 
 
-class Passwords(Section, frozen=True):
+class PasswordSettings(Table, frozen=True):
     """What one password hash costs, and how many may be computed at once."""
 
     memory_kib: int = 19 * 1024
@@ -120,7 +120,7 @@ class Passwords(Section, frozen=True):
         return self.threads or _usable_cores()
 
 
-class Throttle(Section, frozen=True):
+class ThrottleSettings(Table, frozen=True):
     """How many logins may fail, and how long the next one then has to wait."""
 
     free: int = 5
@@ -138,7 +138,7 @@ class Throttle(Section, frozen=True):
         check_between("forget", self.forget, self.max_delay, 30 * 86400)
 
 
-class UserEntry(Section, frozen=True):
+class UserSettings(Table, frozen=True):
     """A user as the file has it."""
 
     username: str
@@ -159,7 +159,7 @@ _ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[:
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
 
 
-class OAuth(Section, frozen=True):
+class OAuthSettings(Table, frozen=True):
     """How the service calls itself in its metadata (RFC 8414)."""
 
     issuer: str = ""
@@ -181,18 +181,44 @@ class OAuth(Section, frozen=True):
             raise ValueError(f"issuer: {authority!r} is no host, or its port is not from 1 to 65535")
 
 
-class Config(Section, frozen=True):
+class PoolSettings(Table, frozen=True):
+    """A pool as the file has it."""
+
+    capacity: int | None = None
+    token_ttl: Duration | None = None
+    lease_ttl: Duration = Duration(60)
+    prefill: bool = False
+    scope: str | None = None
+    manage_scope: str = "admin"
+
+    def __post_init__(self) -> None:
+        """Hold the values to what can work."""
+        if self.capacity is not None:
+            check_between("capacity", self.capacity, 0, 100_000_000)
+        if self.token_ttl is not None:
+            check_between("token_ttl", self.token_ttl, 1, 10 * 365 * 86400)
+        check_between("lease_ttl", self.lease_ttl, 1, 10 * 365 * 86400)
+        if self.prefill and self.capacity is None:
+            raise ValueError("prefill: keeps `capacity` tokens in being; say how many that are")
+        if self.prefill and self.token_ttl is not None:
+            raise ValueError("token_ttl: does not go with prefill, whose tokens wait for ever")
+        if self.scope is not None:
+            check_scope("scope", self.scope)
+        check_scope("manage_scope", self.manage_scope)
+
+
+class Settings(Table, frozen=True):
     """All that the file says."""
 
-    server: Server = Server()
-    database: Database = Database()
-    tokens: Tokens = Tokens()
-    passwords: Passwords = Passwords()
-    throttle: Throttle = Throttle()
-    oauth: OAuth = OAuth()
-    users: tuple[UserEntry, ...] = ()
-    pools: dict[str, PoolEntry] = msgspec.field(default_factory=dict)
-    dialects: Dialects = Dialects()
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    tokens: TokenSettings = TokenSettings()
+    passwords: PasswordSettings = PasswordSettings()
+    throttle: ThrottleSettings = ThrottleSettings()
+    oauth: OAuthSettings = OAuthSettings()
+    users: tuple[UserSettings, ...] = ()
+    pools: dict[str, PoolSettings] = msgspec.field(default_factory=dict)
+    dialects: DialectsSettings = DialectsSettings()
 
     def __post_init__(self) -> None:
         """Refuse what is right by itself and wrong together."""
@@ -221,7 +247,7 @@ class Config(Section, frozen=True):
                 raise ValueError(
                     f"dialects.{name}.require_token: must be true, since [pools.{dialect.pool}] needs a scope"
                 )
-            if isinstance(dialect, PasswordDialect) and not pool.prefill:
+            if isinstance(dialect, PasswordDialectSettings) and not pool.prefill:
                 raise ValueError(f"dialects.{name}.pool: [pools.{dialect.pool}] must have prefill = true")
 
     @cached_property

@@ -8,12 +8,12 @@ from sqlalchemy.exc import ArgumentError
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.sqlite.store import SqliteStore
 from tokenauth.stores.store import Store
 
 
-def open_store(settings: Database, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
+def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
     """Make the store that a URL names, not yet started. Raises ConfigError.
 
     Without a `clock` it has its own: this machine's, or PostgreSQL's. Unless it is for `serving`, it creates no

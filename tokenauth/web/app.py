@@ -29,7 +29,7 @@ from tokenauth.logs import log
 from tokenauth.pools import Pools
 from tokenauth.risks import demand_acceptable, find_risks
 from tokenauth.service import Service, create_service
-from tokenauth.settings.model import Config
+from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web import operations
 from tokenauth.web.access_log import AccessLog
@@ -69,7 +69,7 @@ _DIALECTS: Mapping[str, Callable[[Service, Any], Dialect]] = {
 }
 
 
-def create_app(config: Config, clock: Clock | None = None, monotonic: Clock = time.monotonic) -> ASGIApp:
+def create_app(config: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic) -> ASGIApp:
     """Build the ASGI app that a configuration describes.
 
     `clock` replaces the clock of the store; `monotonic` sets the pace of time after `clock` is set back. Raises
@@ -127,7 +127,7 @@ def _both_spellings(proxies: Sequence[str]) -> list[str]:
 _MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
 
 
-def _headers_of_pages(config: Config) -> Sequence[str]:
+def _headers_of_pages(config: Settings) -> Sequence[str]:
     """List what a page of another origin may send beside what every page may."""
     usual = ("X-Token", "Authorization", "Content-Type", "traceparent", "tracestate")
     return (*usual, "X-API-PASSWORD") if "simple-token-implement" in config.dialects.chosen() else usual

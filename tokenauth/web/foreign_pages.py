@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.errors import ForeignPage
-from tokenauth.settings.model import Server
+from tokenauth.settings.model import ServerSettings
 
 _OWN = (b"same-origin", b"none")
 """What a browser says in Sec-Fetch-Site of a page of the same origin, and of what a person typed."""
@@ -34,7 +34,7 @@ class Hosts:
         self._names = names
 
     @classmethod
-    def of(cls, server: Server, issuer: str) -> "Hosts":
+    def of(cls, server: ServerSettings, issuer: str) -> "Hosts":
         """Limit them where it is known how the service is called: it has an issuer, or no one else can reach it."""
         names = {urlsplit(issuer).hostname or ""} if issuer else set()
         limited = bool(issuer) or (server.loopback and not server.trusted_proxies)

@@ -7,13 +7,13 @@ from hashlib import sha256
 
 from tokenauth import logs
 from tokenauth.models import Token
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 
 
 async def add(url: str, number: str) -> None:
     """Add one token."""
-    store = open_store(Database(url, connections=1), 10)
+    store = open_store(DatabaseSettings(url, connections=1), 10)
     await store.start()
     assert await store.ready() is None
     await store.tokens.add(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 2**40), 0, store.clock())

@@ -13,7 +13,7 @@ import asyncpg
 from tests.support.postgres import Cluster
 from tests.support.servers import START, write_config
 from tokenauth.clock import Clock
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres.store import PostgresStore
 
@@ -59,7 +59,7 @@ async def nodes(
     opened: list[PostgresStore] = []
     try:
         for _ in range(number):
-            store = open_store(Database(url, connections=connections), 1000, clock)
+            store = open_store(DatabaseSettings(url, connections=connections), 1000, clock)
             assert isinstance(store, PostgresStore)
             await store.start()
             opened.append(store)

@@ -7,7 +7,7 @@ from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
 from tokenauth.errors import ConfigError, StartError
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres.store import PostgresStore
 
@@ -25,7 +25,7 @@ async def test_a_silent_host_delays_no_connection(postgres: Cluster, database: s
     with Proxy(postgres.port) as proxy:
         proxy.freeze() if first == "silent" else proxy.cut()
         ports = [proxy.port, postgres.port] if place == 0 else [postgres.port, proxy.port]
-        store = open_store(config.Database(several(database, *ports)), 10)
+        store = open_store(DatabaseSettings(several(database, *ports)), 10)
         await store.start()
         assert await store.ready() is None
         await store.stop(START)
@@ -35,7 +35,7 @@ async def test_a_start_without_a_host_names_all_of_them(postgres: Cluster, datab
     with Proxy(postgres.port) as proxy, Proxy(postgres.port) as other:
         proxy.cut()
         other.cut()
-        store = open_store(config.Database(several(database, proxy.port, other.port)), 10)
+        store = open_store(DatabaseSettings(several(database, proxy.port, other.port)), 10)
         with pytest.raises(StartError, match=rf"127.0.0.1:{proxy.port}, 127.0.0.1:{other.port} cannot be used"):
             await store.start()
 
@@ -45,7 +45,7 @@ async def test_a_start_without_a_host_names_all_of_them(postgres: Cluster, datab
 def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -> None:
     url = f"{url}?{option}"
     with pytest.raises(ConfigError, match=f"database.url: has no option '{option.partition('=')[0]}'") as refused:
-        open_store(config.Database(url), 10)
+        open_store(DatabaseSettings(url), 10)
     assert "secret" not in str(refused.value)
 
 
@@ -68,7 +68,7 @@ def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -
 )
 def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"database.url: {says}") as refused:
-        open_store(config.Database(url), 10)
+        open_store(DatabaseSettings(url), 10)
     assert "secret" not in str(refused.value)
 
 
@@ -84,7 +84,7 @@ def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
 )
 def test_an_unencoded_password_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^database.url: ") as refused:
-        open_store(config.Database(f"postgresql+asyncpg://{url}"), 10)
+        open_store(DatabaseSettings(f"postgresql+asyncpg://{url}"), 10)
     assert not any(part in str(refused.value) for part in ("hunter", "secret", "ret@", "er2", "w:rd"))
 
 
@@ -94,11 +94,11 @@ def test_an_unencoded_password_is_refused_and_not_shown(url: str) -> None:
 )
 def test_conflicting_options_are_refused_in_one_line(options: str) -> None:
     with pytest.raises(ConfigError, match=r"^database.url: has options that do not fit together"):
-        open_store(config.Database(f"postgresql+asyncpg://ann@/tokenauth?{options}"), 10)
+        open_store(DatabaseSettings(f"postgresql+asyncpg://ann@/tokenauth?{options}"), 10)
 
 
 async def test_an_invalid_port_is_refused_in_one_line() -> None:
-    store = open_store(config.Database("postgresql+asyncpg://ann@127.0.0.1:99999/tokenauth"), 10)
+    store = open_store(DatabaseSettings("postgresql+asyncpg://ann@127.0.0.1:99999/tokenauth"), 10)
     with pytest.raises(StartError, match=r"tokenauth at 127.0.0.1 cannot be used: OverflowError"):
         await store.start()
 
@@ -107,7 +107,7 @@ async def test_an_invalid_port_is_refused_in_one_line() -> None:
 async def test_a_database_that_cannot_keep_all_names_is_refused(postgres: Cluster, encoding: str) -> None:
     postgres.execute(f"CREATE DATABASE narrow OWNER tokenauth ENCODING '{encoding}' TEMPLATE template0")
     try:
-        store = open_store(config.Database(postgres.url("narrow")), 10)
+        store = open_store(DatabaseSettings(postgres.url("narrow")), 10)
         with pytest.raises(StartError, match=f"keeps text as {encoding}; create it with ENCODING 'UTF8'"):
             await store.start()
     finally:
@@ -116,4 +116,4 @@ async def test_a_database_that_cannot_keep_all_names_is_refused(postgres: Cluste
 
 def test_a_url_with_the_options_that_are_known_is_taken() -> None:
     url = "postgresql+asyncpg://ann@db.example.com/tokenauth?ssl=require&prepared_statement_cache_size=50"
-    assert isinstance(open_store(config.Database(url), 10), PostgresStore)
+    assert isinstance(open_store(DatabaseSettings(url), 10), PostgresStore)

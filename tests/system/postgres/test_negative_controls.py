@@ -16,7 +16,7 @@ from tests.support.races import Holder
 from tests.system.postgres.nodes import fresh
 from tests.unit.test_negative_controls import amid, assert_like
 from tokenauth.models import LeaseCheck, Pool, PoolToken
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes import pools as pool_verbs
 from tokenauth.stores.changes.pool_rows import PoolRows
@@ -63,7 +63,7 @@ class StorePool:
         self._runner = asyncio.Runner()
         self._time = time
         self._pause = pause
-        self._store = open_store(Database(url, connections=1), 10, time)
+        self._store = open_store(DatabaseSettings(url, connections=1), 10, time)
         self._run(self._store.start())
 
     def assign(self, holder: str) -> Grant | None:

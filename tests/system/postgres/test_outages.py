@@ -18,7 +18,7 @@ from tests.support.races import POOLS, run_race
 from tests.support.servers import HandClock, starting, worker
 from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.crowd import POOL, check_log, is_outage, postgres_config, two_workers
-from tokenauth.settings import model as config
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 
 LEASE_TTL = 30.0
@@ -118,7 +118,7 @@ async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.Monk
     with cluster() as private:
         url = private.create("restarting")
         private.stop("immediate")
-        store = open_store(config.Database(url), 10)
+        store = open_store(DatabaseSettings(url), 10)
         starting_up = asyncio.create_task(store.start())
         await asyncio.to_thread(private.start)
         await starting_up

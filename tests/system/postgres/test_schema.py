@@ -25,7 +25,7 @@ from tests.system.postgres.nodes import connected, fetch, nodes, write_config_fo
 from tests.system.postgres.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, newer_release
 from tokenauth.errors import StartError
 from tokenauth.models import Pool, Token
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores import schema
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Note
@@ -211,7 +211,7 @@ async def test_a_first_migration_that_fails_leaves_nothing_behind(database: str)
 
 
 async def test_sqlite_has_the_same_rule(tmp_path: Path) -> None:
-    settings = Database(f"sqlite+aiosqlite:///{tmp_path}/tokens.db")
+    settings = DatabaseSettings(f"sqlite+aiosqlite:///{tmp_path}/tokens.db")
 
     async def began() -> Any:
         store = open_store(settings, 10, lambda: START)

@@ -7,7 +7,7 @@ import pytest
 from tests.support.postgres import Cluster
 from tests.support.servers import ROOT
 from tokenauth.models import Pool
-from tokenauth.settings.model import Database
+from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 
 NOW = 1_800_000_000.0
@@ -23,7 +23,7 @@ async def test_a_log_of_statements_has_no_token_and_no_holder(postgres: Cluster,
         assert re.search(rf"^\| .*`{PARAMETERS} = 0`", (ROOT / "docs/scaling.md").read_text(), re.MULTILINE)
         postgres.execute(f'ALTER DATABASE "{name}" SET {PARAMETERS} = 0')
     began = postgres.log.stat().st_size
-    store = open_store(Database(url=url), 10)
+    store = open_store(DatabaseSettings(url=url), 10)
     await store.start()
     try:
         pool = Pool("p", 60)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.servers import Server
 from tokenauth.errors import ForeignPage
-from tokenauth.settings import model as config
+from tokenauth.settings.model import ServerSettings
 from tokenauth.web.foreign_pages import Hosts
 
 LISTED, FOREIGN = "https://app.example.com", "https://foreign.example"
@@ -113,24 +113,24 @@ def test_a_page_with_a_rebound_name_is_foreign(client: httpx.Client, door: str) 
 
 ISSUER = "https://auth.example.com/at"
 PROXY = ("10.0.0.1",)
-AT: Mapping[str, tuple[config.Server, str, str, bool]] = {
-    "localhost": (config.Server(), "", "localhost:8000", True),
-    "localhost below": (config.Server(), "", "app.localhost:8000", True),
-    "loopback": (config.Server(), "", "127.1.2.3:8000", True),
-    "loopback of IPv6": (config.Server(), "", "[::1]:8000", True),
-    "capitals and a dot": (config.Server(), "", "LOCALHOST.", True),
-    "a name": (config.Server(), "", "evil.example", False),
-    "a name that begins like it": (config.Server(), "", "localhost.evil.example", False),
-    "a name that begins like an address": (config.Server(), "", "127.0.0.1.evil.example", False),
-    "a user": (config.Server(), "", "evil.example:80@x", False),
-    "nothing": (config.Server(), "", "", False),
-    "no host": (config.Server(), "", "[::1", False),
-    "the issuer": (config.Server(), ISSUER, "auth.example.com", True),
-    "not the issuer": (config.Server(host="0.0.0.0"), ISSUER, "evil.example", False),
-    "an address besides the issuer": (config.Server(host="0.0.0.0"), ISSUER, "192.0.2.1:8000", True),
-    "public, no issuer": (config.Server(host="0.0.0.0"), "", "evil.example", True),
-    "behind a proxy, no issuer": (config.Server(trusted_proxies=PROXY), "", "auth.example.com", True),
-    "behind a proxy, not the issuer": (config.Server(trusted_proxies=PROXY), ISSUER, "evil.example", False),
+AT: Mapping[str, tuple[ServerSettings, str, str, bool]] = {
+    "localhost": (ServerSettings(), "", "localhost:8000", True),
+    "localhost below": (ServerSettings(), "", "app.localhost:8000", True),
+    "loopback": (ServerSettings(), "", "127.1.2.3:8000", True),
+    "loopback of IPv6": (ServerSettings(), "", "[::1]:8000", True),
+    "capitals and a dot": (ServerSettings(), "", "LOCALHOST.", True),
+    "a name": (ServerSettings(), "", "evil.example", False),
+    "a name that begins like it": (ServerSettings(), "", "localhost.evil.example", False),
+    "a name that begins like an address": (ServerSettings(), "", "127.0.0.1.evil.example", False),
+    "a user": (ServerSettings(), "", "evil.example:80@x", False),
+    "nothing": (ServerSettings(), "", "", False),
+    "no host": (ServerSettings(), "", "[::1", False),
+    "the issuer": (ServerSettings(), ISSUER, "auth.example.com", True),
+    "not the issuer": (ServerSettings(host="0.0.0.0"), ISSUER, "evil.example", False),
+    "an address besides the issuer": (ServerSettings(host="0.0.0.0"), ISSUER, "192.0.2.1:8000", True),
+    "public, no issuer": (ServerSettings(host="0.0.0.0"), "", "evil.example", True),
+    "behind a proxy, no issuer": (ServerSettings(trusted_proxies=PROXY), "", "auth.example.com", True),
+    "behind a proxy, not the issuer": (ServerSettings(trusted_proxies=PROXY), ISSUER, "evil.example", False),
 }
 
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, StoreUnavailable, TooManyAttempts
 from tokenauth.pools import Pools
-from tokenauth.settings.lending import PasswordDialect
+from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.throttle import Throttle
 from tokenauth.web import requests
 from tokenauth.web.operations import Answer, Refusals, operation
@@ -48,7 +48,7 @@ _SAYS: Refusals = (*_LATER, InvalidRequest)
 class SimpleTokenImplement:
     """The handlers, and the addresses that they answer at."""
 
-    def __init__(self, pools: Pools, terms: PasswordDialect, throttle: Throttle) -> None:
+    def __init__(self, pools: Pools, terms: PasswordDialectSettings, throttle: Throttle) -> None:
         self._pools = pools
         self._pool = pools.find(terms.pool)
         self._password = terms.password.encode()

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_TEXT, Pools, check_name
-from tokenauth.settings.lending import Dialect
+from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web import requests
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.web.responses import answer_json
@@ -58,7 +58,7 @@ _NONE = Answer(404, Outcome)
 class TokenManagementService:
     """The handlers, and the addresses that they answer at."""
 
-    def __init__(self, pools: Pools, terms: Dialect) -> None:
+    def __init__(self, pools: Pools, terms: DialectSettings) -> None:
         self._pools = pools
         self._pool = pools.find(terms.pool)
 

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.pools import Pools
-from tokenauth.settings.lending import Dialect
+from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web import requests
 from tokenauth.web.operations import JSON_BODY, Answer, operation
 from tokenauth.web.responses import answer_json
@@ -57,7 +57,7 @@ _NO_SUCH = Answer(400, list[Literal["Invalid token id"]], "There is no such toke
 class TokenPool:
     """The handlers, and the addresses that they answer at."""
 
-    def __init__(self, pools: Pools, terms: Dialect) -> None:
+    def __init__(self, pools: Pools, terms: DialectSettings) -> None:
         self._pools = pools
         self._pool = pools.find(terms.pool)
 

@@ -9,7 +9,7 @@ class Duration(float):
     """Seconds, written as a number or as "30s", "5m", "24h", "7d"."""
 
 
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """A table of the file: it cannot be changed, and knows its keys."""
 
 
