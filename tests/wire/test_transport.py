@@ -1,9 +1,9 @@
-"""OnePiece: what is written in one turn of the event loop leaves in one piece, in order, and none of it is lost."""
+"""Transports that send the writes of one turn together, in order, and close without losing any."""
 
 import asyncio
 from typing import Any, cast
 
-from tokenauth.server.transport import OnePiece
+from tokenauth.server.transport import LingeringTransport
 
 
 class Line(asyncio.Transport):
@@ -49,7 +49,7 @@ async def turn() -> None:
 
 async def test_writes_of_one_loop_turn_are_sent_together() -> None:
     line = Line()
-    transport = OnePiece(line, asyncio.get_running_loop())
+    transport = LingeringTransport(line, asyncio.get_running_loop())
     transport.write(b"head ")
     transport.write(b"body")
     assert line.sent == []
@@ -62,7 +62,7 @@ async def test_writes_of_one_loop_turn_are_sent_together() -> None:
 
 async def test_buffered_data_is_sent_before_the_close() -> None:
     line = Line()
-    transport = OnePiece(line, asyncio.get_running_loop())
+    transport = LingeringTransport(line, asyncio.get_running_loop())
     transport.write(b"last")
     assert not transport.is_closing()
     transport.close()
@@ -74,7 +74,7 @@ async def test_buffered_data_is_sent_before_the_close() -> None:
 async def test_while_a_client_may_send_only_the_write_side_closes() -> None:
     """The transport counts as closed all the same, and takes nothing more."""
     line = Line()
-    transport = OnePiece(line, asyncio.get_running_loop())
+    transport = LingeringTransport(line, asyncio.get_running_loop())
     transport.lingers = True
     transport.write(b"last")
     transport.close()
@@ -87,7 +87,7 @@ async def test_while_a_client_may_send_only_the_write_side_closes() -> None:
 
 async def test_no_more_is_held_back_than_64_kib() -> None:
     line = Line()
-    transport = OnePiece(line, asyncio.get_running_loop())
+    transport = LingeringTransport(line, asyncio.get_running_loop())
     parts = [bytes([number]) * 30_000 for number in range(5)]
     for part in parts:
         transport.write(part)
@@ -97,6 +97,6 @@ async def test_no_more_is_held_back_than_64_kib() -> None:
 
 
 async def test_everything_else_is_left_to_the_transport() -> None:
-    transport = OnePiece(Line(), asyncio.get_running_loop())
+    transport = LingeringTransport(Line(), asyncio.get_running_loop())
     assert transport.get_extra_info("peername") == ("10.0.0.1", 5)
     assert isinstance(cast(Any, transport).sent, list)

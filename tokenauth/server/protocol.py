@@ -1,7 +1,7 @@
-"""The HTTP protocol of uvicorn, made strict about where a request ends, and bounded in all that a connection may hold.
+"""uvicorn's HTTP protocol with strict framing and bounded memory for each connection.
 
-httptools (llhttp) refuses most of what RFC 9112 calls ambiguous; what it leaves open is decided here. What cannot be
-framed for certain is refused, and the connection closed: nothing that follows is read as a request.
+httptools (llhttp) refuses most of what RFC 9112 calls ambiguous. This module decides the rest. A request whose end is
+not certain is refused and its connection closed: nothing that follows is read as a request.
 """
 
 import asyncio
@@ -16,61 +16,67 @@ from urllib.parse import unquote, urlsplit
 
 import httptools
 from httptools import HttpParserError, HttpParserUpgrade
-from uvicorn._types import ASGISendEvent, HTTPScope
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from tokenauth.server.transport import OnePiece
+from tokenauth.server.head_limit import HeadLimit
+from tokenauth.server.transport import LingeringTransport
 from tokenauth.web import percent
 from tokenauth.web.asgi_extensions import CLIENT, REFUSAL_RULES, RefusalRules
 
 MAX_HEAD = 16 * 1024
-"""Bytes of a request line and its headers, and of what is between chunks or after a body; more are answered 431."""
+"""Bytes of a request line with its headers, of a chunk's head, and of trailers. More are answered 431."""
 
 DRAIN = 1.0
-"""Seconds that an idle connection stays open at shutdown: a request may be on its way."""
+"""Seconds that an idle connection stays open at shutdown, since a request may be on its way."""
 
 HALF_CLOSE = 0.1
-"""Seconds after its last byte within which a client that ends its side is taken to wait for the answer (`nc -N`)."""
+"""A client that ends its side within this many seconds of its last byte still waits for the answer, as `nc -N` does."""
 
 SLOW = 60.0
-"""Seconds that a client has for a head, for a body, and for reading what waits to be sent; up to twice that."""
+"""Timeout in seconds for receiving a head, for receiving a body, and for reading the answer. It can take twice that."""
 
 _PIECE = 1024
-"""Bytes that the parser is fed at a time, so that few requests wait behind the one that is being answered."""
+"""Bytes to feed to the parser at a time, so that few pipelined requests are parsed before their turn."""
 
-_MAX_IGNORED = 8 * 1024 * 1024
-"""Bytes that are read and dropped after a refusal, so that the answer is not lost to a reset."""
+_MAX_DISCARDED = 8 * 1024 * 1024
+"""Bytes to read and discard after a refusal. Closing earlier would reset the connection and lose the answer."""
 
-_SEARCH = 1.0
-"""Seconds that a head which is too long is searched for its Origin before it is refused."""
+_ORIGIN_TIMEOUT = 1.0
+"""Seconds to search the rest of a head that is too large for its Origin header before refusing it."""
 
 _MAX_ORIGIN = 512
-"""Bytes of a line that names an Origin; a host name has 253 at the most."""
+"""Bytes of an Origin header; a host name has at most 253."""
 
-_LOOKED_AT = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
+_FRAMING_HEADERS = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
 
 
 class _Refused(Exception):
-    """A head that the parser accepts and this server does not."""
+    """The parser accepts this head, but this server does not."""
 
 
-ALWAYS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
-"""Headers of every answer: browsers take it for what it says it is, and tell no other site the address it came from."""
+_SECURITY_HEADERS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
+"""Headers of every answer: browsers must not guess its type, and must not tell other sites the address of the page."""
+
+_Refusal = tuple[bytes, bytes]
+"""An answer of this module, as head and body: more headers can be put between them."""
 
 
-def _last_words(status: str, why: str) -> tuple[bytes, bytes]:
-    head = f"HTTP/1.1 {status}\r\n{ALWAYS.decode()}connection: close\r\ncache-control: no-store\r\n"
-    about = f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(why)}\r\n"
-    return f"{head}{about}".encode(), f"\r\n{why}".encode()
+def _refusal(status: str, message: str) -> _Refusal:
+    head = f"HTTP/1.1 {status}\r\n{_SECURITY_HEADERS.decode()}connection: close\r\ncache-control: no-store\r\n"
+    content = f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(message)}\r\n"
+    return f"{head}{content}".encode(), f"\r\n{message}".encode()
 
 
-_TOO_LARGE = _last_words("431 Request Header Fields Too Large", "The request headers are larger than 16 KiB.")
-_BROKEN = _last_words("400 Bad Request", "Invalid HTTP request received.")
-_SHORT = _last_words("503 Service Unavailable\r\nretry-after: 1", "The server is short of memory. Try again shortly.")
-_UNAUTHORIZED = _last_words(
+_HEAD_TOO_LARGE = _refusal("431 Request Header Fields Too Large", "The request headers are larger than 16 KiB.")
+_BAD_REQUEST = _refusal("400 Bad Request", "Invalid HTTP request received.")
+_OUT_OF_MEMORY = _refusal(
+    "503 Service Unavailable\r\nretry-after: 1", "The server is short of memory. Try again shortly."
+)
+_UNAUTHORIZED = _refusal(
     '401 Unauthorized\r\nwww-authenticate: Bearer realm="tokenauth"', "The request headers are too large or broken."
 )
 
@@ -79,35 +85,38 @@ _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(?::\d*)?", re
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, whose reading can be held until requests have been answered, whoever wants to go on."""
+    """uvicorn's flow control, whose reading can be held: nothing else then resumes it."""
 
     held = False
 
     def hold(self) -> None:
-        """Read nothing until release()."""
+        """Read nothing until `release`."""
         self.held = True
         self.pause_reading()
 
     def release(self) -> None:
-        """Go on reading."""
+        """Resume reading."""
         self.held = False
         self.resume_reading()
 
     def resume_reading(self) -> None:
-        """Go on reading, unless it is held."""
+        """Resume reading, unless it is held."""
         if not self.held:
             super().resume_reading()
 
 
 _send = FunctionType(
     RequestResponseCycle.send.__code__,
-    {**vars(httptools_impl), "STATUS_LINE": {status: line + ALWAYS for status, line in STATUS_LINE.items()}},
+    {
+        **vars(httptools_impl),
+        "STATUS_LINE": {status: line + _SECURITY_HEADERS for status, line in STATUS_LINE.items()},
+    },
 )
-"""uvicorn's `send` with ALWAYS behind each status line: as headers, each answer would take 1 microsecond more."""
+"""uvicorn's `send`, with _SECURITY_HEADERS in each status line. As headers, they cost 1 microsecond an answer."""
 
 
 async def _send_500_response(cycle: RequestResponseCycle) -> None:
-    """Answer for an app that could not even refuse: 503 if it had no memory for that."""
+    """Answer a request whose application raised an error: 503 for lack of memory, else 500."""
     if not isinstance(sys.exception(), MemoryError):
         await RequestResponseCycle.send_500_response(cycle)
         return
@@ -124,13 +133,13 @@ class _Cycle(RequestResponseCycle):
 
 
 class _CycleWithBody(RequestResponseCycle):
-    """A request with a body, and its answer. If that is given before the body has come, the connection closes."""
+    """A request with a body, and its answer. An answer before the end of the body closes the connection."""
 
-    transport: OnePiece  # type: ignore[assignment]
+    transport: LingeringTransport  # type: ignore[assignment]
     send_500_response = _send_500_response
 
     async def send(self, message: ASGISendEvent) -> None:
-        """Send a part of the answer."""
+        """Send one part of the answer."""
         if self.more_body:
             self.keep_alive = False
             self.transport.lingers = True
@@ -138,61 +147,62 @@ class _CycleWithBody(RequestResponseCycle):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Answers each request once and in turn, loses none at shutdown, and holds little for a connection.
+    """Answers the requests of a connection in order, loses none at shutdown, and keeps little memory for it.
 
-    Per connection: a head of MAX_HEAD, a body of some 64 KiB that nobody has read yet, one read of the socket that
-    waits behind requests (256 KiB), the requests of one _PIECE, and 128 KiB of answers that the client does not read.
+    A connection holds at most: a head of MAX_HEAD bytes, 64 KiB of a body that the application has not read, one read
+    of the socket that waits behind requests (256 KiB), the requests in _PIECE bytes, and 128 KiB of answers that the
+    client has not read.
+
+    Each request's scope has the extension CLIENT. `gone` becomes true when the connection is lost, and when the client
+    ends its side more than HALF_CLOSE after its last byte. A test that wants it at once closes with SO_LINGER (1, 0).
     """
 
-    transport: OnePiece  # type: ignore[assignment]
+    transport: LingeringTransport  # type: ignore[assignment]
     flow: _Flow
     url = b""
     _rules = RefusalRules()
-    _begun: HTTPScope | None = None
-    _unfinished = 0
     _between_chunks = False
-    _ended = False
+    _eof = False
     _upgrades = False
-    _faulty = False
+    _malformed = False
     _has_body = False
     _chunked = False
     _refused = False
     _host: bytes | None = None
-    _known_host = b""
-    _rest = b""
-    _heard_at = 0.0
+    _valid_host = b""
+    _unread = b""
+    _received_at = 0.0
     _idle_since = 0.0
-    _late: object = None
-    _timer: asyncio.TimerHandle | None = None
+    _incomplete: object = None
+    _timeout: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin a connection."""
-        wrapped = OnePiece(transport, self.loop)
+        wrapped = LingeringTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, wrapped))
         self.flow = _Flow(cast(asyncio.Transport, wrapped))
         self._rules = self.app_state.get(REFUSAL_RULES, RefusalRules())
+        self._head_limit = HeadLimit(MAX_HEAD)
         self._client = {"gone": False}
         self._extensions = {CLIENT: self._client}
         self._idle_since = self.loop.time()
-        self._timer = self.loop.call_later(self.timeout_keep_alive, self._look_at_idleness)
+        self._timeout = self.loop.call_later(self.timeout_keep_alive, self._check_timeouts)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End a connection."""
         self._client["gone"] = True
         self.pipeline.clear()
-        self._rest = b""
-        for timer in (self._timer, self._stalled):
+        self._unread = b""
+        for timer in (self._timeout, self._stalled):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """End the client's side; the connection closes when what was received whole has been answered."""
-        self._ended = self.flow.held = True
-        if self.loop.time() - self._heard_at > HALF_CLOSE:
+        """Close the connection when the requests that were received whole have been answered."""
+        self._eof = self.flow.held = True
+        if self.loop.time() - self._received_at > HALF_CLOSE:
             self._client["gone"] = True
         if self.transport.is_closing():
             return False
@@ -206,7 +216,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def shutdown(self) -> None:
-        """Close the connection after the next answer, or when none is asked for."""
+        """Close the connection after the next answer, or after DRAIN seconds without a request."""
         if self.cycle is not None and not self.cycle.response_complete:
             super().shutdown()
             return
@@ -216,22 +226,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(DRAIN, super().shutdown)
 
     def pause_writing(self) -> None:
-        """Stop answering a client that does not read, and close the connection if that lasts."""
+        """Stop sending to a client that does not read; reset the connection after SLOW seconds."""
         super().pause_writing()
         if self._stalled is None:
             self._stalled = self.loop.call_later(SLOW, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on answering."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
 
-    def _look_at_idleness(self) -> None:
-        """Close a connection that has been idle, or whose request does not come to its end.
+    def _check_timeouts(self) -> None:
+        """Close a connection that has been idle for too long, or whose request has been incomplete for too long.
 
-        One timer that looks now and then costs each request less than one that is set again by each.
+        One timer that checks now and then costs less than a timer that each request sets again.
         """
         if self.transport.is_closing():
             return
@@ -242,35 +251,35 @@ class BoundedProtocol(HttpToolsProtocol):
             slow = self.scope
         else:
             slow, after = None, self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if after <= 0 or (slow is not None and slow is self._late):
+        if after <= 0 or (slow is not None and slow is self._incomplete):
             self.transport.close()
             return
-        self._late = slow
-        self._timer = self.loop.call_later(after, self._look_at_idleness)
+        self._incomplete = slow
+        self._timeout = self.loop.call_later(after, self._check_timeouts)
 
-    # What the client sends
+    # Data from the client
 
     def data_received(self, data: bytes) -> None:
-        """Take what has arrived. Nearly always that is a whole request, for which this costs a look."""
-        self._heard_at = self.loop.time()
-        if len(data) > _PIECE or self._rest:
-            self._rest += data
-            self._feed_rest()
+        """Feed the parser. Nearly always the data is one whole request, for which this costs one comparison."""
+        self._received_at = self.loop.time()
+        if len(data) > _PIECE or self._unread:
+            self._unread += data
+            self._feed_unread()
         else:
             self._feed(data)
 
-    def _feed_rest(self) -> None:
-        """Feed what has arrived in pieces, until a request waits for others to be answered."""
-        data, start = self._rest, 0
+    def _feed_unread(self) -> None:
+        """Feed the unread data in pieces, until a request waits for an earlier one to be answered."""
+        data, start = self._unread, 0
         while start < len(data) and not self.pipeline:
             self._feed(data[start : start + _PIECE])
             start += _PIECE
-        self._rest = data[start:]
-        if self._rest and not self.transport.is_closing():
+        self._unread = data[start:]
+        if self._unread and not self.transport.is_closing():
             self.flow.hold()
 
     def _feed(self, data: bytes) -> None:
-        """Feed the parser. It takes what follows an upgrade for another protocol: here it is framed like all others."""
+        """Feed the parser. It stops at an Upgrade, which this server ignores: the request is framed like all others."""
         rest = data
         try:
             while True:
@@ -281,25 +290,22 @@ class BoundedProtocol(HttpToolsProtocol):
                     self._ignore_upgrade()
                     rest = rest[upgrade.args[0] :]
         except (HttpParserError, _Refused, MemoryError) as error:
-            # what a callback raises is the context of the parser's own error
-            short = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)
+            # an error of a callback is the context of the parser's own error
+            no_memory = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)
             target = self.url or data.partition(b" ")[2].partition(b" ")[0]
-            self._refuse(_SHORT if short else _BROKEN, target, data)
+            self._refuse(_OUT_OF_MEMORY if no_memory else _BAD_REQUEST, target, data)
             return
         if self._between_chunks or (self.scope is not None and "method" not in self.scope):
-            if self.scope is not self._begun:  # what came before it was whole
-                self._begun, self._unfinished = self.scope, -data.rfind(b"\r\n\r\n")
-            self._unfinished += len(data)
-            if self._unfinished > MAX_HEAD:
-                self._refuse(_TOO_LARGE, self.url, data)
-        elif self._unfinished:
-            self._begun, self._unfinished = None, 0
+            if self._head_limit.exceeded(self.scope, data):
+                self._refuse(_HEAD_TOO_LARGE, self.url, data)
+        elif self._head_limit.size:
+            self._head_limit.reset()
 
     def _ignore_upgrade(self) -> None:
         """Feed the head again without its Upgrade, so that the body is framed by length or chunks (RFC 9110 7.8).
 
-        The parser gives a request with an Upgrade no body, and CONNECT none either. Raises _Refused for CONNECT, which
-        has none by its definition (RFC 9110 9.3.6), though not all who pass it on know that.
+        The parser assumes that a request with an Upgrade has no body, and the same for CONNECT. Raises _Refused for
+        CONNECT: its content has no defined meaning (RFC 9110 9.3.6), and not every proxy frames it in the same way.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
@@ -308,12 +314,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(lines)))
 
-    # What the parser finds
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
         self.url = b""
-        self.expect_100_continue = self._faulty = self._has_body = self._chunked = self._upgrades = False
+        self.expect_100_continue = self._malformed = self._has_body = self._chunked = self._upgrades = False
         self._host = None
         self.headers = []
         self.scope = {  # type: ignore[typeddict-item]
@@ -330,37 +335,36 @@ class BoundedProtocol(HttpToolsProtocol):
         }
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header."""
         name = name.lower()
-        if name in _LOOKED_AT:
+        if name in _FRAMING_HEADERS:
             if name == b"host":
                 if self._host is not None:
-                    self._faulty = True
+                    self._malformed = True
                 self._host = value
             elif name == b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
             elif name == b"content-length":
                 self._has_body = True
             elif value.strip().lower() != b"chunked":
-                self._faulty = True  # what is under another coding, nobody here can read
+                self._malformed = True  # no other transfer coding is supported
             else:
                 self._has_body = self._chunked = self._between_chunks = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Begin to answer, or let the request wait for its turn. Raises _Refused."""
+        """Start to answer, or queue the request behind earlier ones. Raises _Refused."""
         parser, host = self.parser, self._host
         if parser.should_upgrade():
             self._upgrades = True
             return
         version = parser.get_http_version()
-        if host != self._known_host or host is None:
-            self._judge_host(version)
-        if self._faulty:
+        if host != self._valid_host or host is None:
+            self._check_host(version)
+        if self._malformed:
             raise _Refused
         scope = self.scope
         if version != "1.1":
-            if version != "1.0" or self._chunked:  # RFC 9112 6.1: no HTTP/1.0 is framed by chunks
+            if version != "1.0" or self._chunked:  # RFC 9112 6.1: chunks in HTTP/1.0 are ambiguous
                 raise _Refused
             scope["http_version"], self.expect_100_continue = version, False
         url = httptools.parse_url(self.url)
@@ -392,20 +396,19 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._start_asgi_task(self.cycle, self.app)
 
-    def _judge_host(self, version: str) -> None:
-        """Look at a Host that this connection has not sent before (RFC 9112 3.2). Raises _Refused."""
+    def _check_host(self, version: str) -> None:
+        """Check a Host that this connection has not sent before (RFC 9112 3.2). Raises _Refused."""
         if self._host is None:
             if version != "1.0":
                 raise _Refused
         elif _HOST.fullmatch(self._host.strip()) is None:
             raise _Refused
         else:
-            self._known_host = self._host
+            self._valid_host = self._host
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of a body."""
         self._between_chunks = False
-        self._unfinished = 0
+        self._head_limit.size = 0
         cycle = self.cycle
         if cycle.response_complete:
             return
@@ -415,122 +418,117 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_chunk_header(self) -> None:
-        """Take no more headers of this request: what follows the last chunk (RFC 9112 section 7.1.2) is none."""
+        """Drop trailers: fields after the last chunk are not headers (RFC 9112 section 7.1.2)."""
         self.headers = deque(maxlen=0)  # type: ignore[assignment]
 
     def on_chunk_complete(self) -> None:
-        """End a chunk; the last one, after what follows it, where the parser, too, looks for `Connection: close`."""
+        """End a chunk. After the last one, the parser has also applied a `Connection: close` among the trailers."""
         self._between_chunks = True
         if not self.parser.should_keep_alive():
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        """End a request."""
-        if self._upgrades:  # it begins again, see _ignore_upgrade
+        if self._upgrades:  # it starts again, see _ignore_upgrade
             return
         self._between_chunks = False
         cycle = self.cycle
         cycle.more_body = False
         cycle.message_event.set()
 
-    # What is answered
+    # Answers
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or wait for it."""
+        """Start the next request, or wait for one."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
-            self.parser = _Deaf(self.transport)  # type: ignore[assignment]
+            self.parser = _Discard(self.transport)  # type: ignore[assignment]
             return
         self._idle_since = self.loop.time()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        if self.pipeline or self._ended:
+        if self.pipeline or self._eof:
             return
         if self.flow.read_paused:
-            self._heard_at = self._idle_since  # only now it can be heard whether the client has ended its side
+            self._received_at = self._idle_since  # while reading was paused, an end of the client's side went unnoticed
             self.flow.release()
-            if self._rest:
-                self._feed_rest()
+            if self._unread:
+                self._feed_unread()
 
-    def _refuse(self, words: tuple[bytes, bytes], target: bytes, data: bytes) -> None:
-        """Read no more requests, and say why to the client if it waits for an answer to what is refused."""
+    def _refuse(self, refusal: _Refusal, target: bytes, data: bytes) -> None:
+        """Read no more requests, and send a refusal if the client waits for the answer to this request."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = self.transport.lingers = True
-        self.parser = _Deaf(self.transport)  # type: ignore[assignment]
+        self.parser = _Discard(self.transport)  # type: ignore[assignment]
         headers, cycle = self.headers, self.cycle
-        if cycle is not None and cycle.more_body:  # it is refused in the middle of its body
+        if cycle is not None and cycle.more_body:  # the request is refused in the middle of its body
             headers = cycle.scope["headers"]  # type: ignore[assignment]
             self._drop_last()
-            if self.pipeline:  # others are answered first
+            if self.pipeline:  # earlier requests are answered first
                 return
             if cycle.response_started:
                 self.transport.close()
                 return
         elif cycle is not None and not cycle.response_complete:
-            cycle.keep_alive = False  # it is the next request that is refused; this one is answered first
+            cycle.keep_alive = False  # the next request is refused; this one is answered first
             return
-        goes_on = words is _TOO_LARGE
-        if (
-            words is not _SHORT and _path(target) in self._rules.fail_closed_paths
-        ):  # 401 would say that a token is invalid
-            words = _UNAUTHORIZED
+        head_continues = refusal is _HEAD_TOO_LARGE
+        if refusal is not _OUT_OF_MEMORY and _path(target) in self._rules.fail_closed_paths:
+            refusal = _UNAUTHORIZED
         origin = next((value for name, value in headers or () if name == b"origin"), None)
-        match = _ORIGIN.search(self._rest or data)
+        match = _ORIGIN.search(self._unread or data)
         if origin is None and match is not None:
             origin = match[1]
-        if origin is None and goes_on and self._rules.cors_origins:
-            answer = partial(self._answer, words)
-            self.parser = _Search(self.transport, data, answer)  # type: ignore[assignment]
-            self.loop.call_later(_SEARCH, answer, None)
+        if origin is None and head_continues and self._rules.cors_origins:
+            answer = partial(self._answer, refusal)
+            self.parser = _FindOrigin(self.transport, data, answer)  # type: ignore[assignment]
+            self.loop.call_later(_ORIGIN_TIMEOUT, answer, None)
         else:
-            self._answer(words, origin)
+            self._answer(refusal, origin)
 
-    def _answer(self, words: tuple[bytes, bytes], origin: bytes | None) -> None:
-        """Send a refusal, which a page of a listed origin may read, and close."""
+    def _answer(self, refusal: _Refusal, origin: bytes | None) -> None:
+        """Send a refusal, which pages of the allowed origins may read, and close."""
         if not self.transport.is_closing():
-            head, body = words
+            head, body = refusal
             if origin is not None and origin.decode("latin-1") in self._rules.cors_origins:
                 head += b"access-control-allow-origin: %b\r\nvary: Origin\r\n" % origin
             self.transport.write(head + body)
             self.transport.close()
 
     def _drop_last(self) -> None:
-        """Answer the last request no more, since its body does not come to an end; close when it is its turn."""
+        """Do not answer the last request, whose body never ends; close the connection when it is its turn."""
         self.cycle.disconnected = True
         self.cycle.message_event.set()
         if self.pipeline:
             self.pipeline[0] = self.cycle, self._hang_up
 
     async def _hang_up(self, *_: object) -> None:
-        """Close the connection in its turn: an ASGI app."""
+        """Close the connection instead of answering: an ASGI application."""
         self.transport.close()
 
 
-class _Deaf:
-    """Stands in for the parser of a connection that takes no more requests: drops what comes, within a bound."""
+class _Discard:
+    """Replaces the parser of a connection that accepts no more requests: discards data, up to a limit."""
 
-    def __init__(self, transport: OnePiece) -> None:
+    def __init__(self, transport: LingeringTransport) -> None:
         self._transport = transport
-        self._left = _MAX_IGNORED
+        self._left = _MAX_DISCARDED
 
     def feed_data(self, data: bytes) -> None:
-        """Take nothing more."""
         self._left -= len(data)
         if self._left < 0:
             self._transport.abort()
 
 
-class _Search(_Deaf):
-    """Looks for the Origin of a head that is too long to be kept."""
+class _FindOrigin(_Discard):
+    """Finds the Origin in the rest of a head that is too large to be kept."""
 
-    def __init__(self, transport: OnePiece, data: bytes, answer: Callable[[bytes | None], None]) -> None:
+    def __init__(self, transport: LingeringTransport, data: bytes, answer: Callable[[bytes | None], None]) -> None:
         super().__init__(transport)
         self._tail = data[-_MAX_ORIGIN:]
         self._answer = answer
 
     def feed_data(self, data: bytes) -> None:
-        """Look at what comes until the head ends."""
         super().feed_data(data)
         text = self._tail + data
         match = _ORIGIN.search(text)
@@ -540,7 +538,7 @@ class _Search(_Deaf):
 
 
 def _path(target: bytes) -> str:
-    """Return the decoded path of a request target, as far as there is one."""
+    """Return the decoded path of a request target, or an empty string if it has none."""
     try:
         return unquote(urlsplit(target.decode("latin-1")).path)
     except ValueError:
