@@ -1,7 +1,7 @@
-"""For services that leave logins to tokenauth. Needs the extra `client` of the distribution tokenauth-server."""
+"""Clients of tokenauth, for other services. They need the extra `client` of the distribution tokenauth-server."""
 
 from tokenauth.client.auth import TokenAuth
-from tokenauth.client.pools import AsyncPoolClient, PoolClient
+from tokenauth.client.pools import AsyncLease, AsyncPoolClient, PoolClient, SyncLease
 from tokenauth.client.remote import RemoteTokens
 
-__all__ = ["AsyncPoolClient", "PoolClient", "RemoteTokens", "TokenAuth"]
+__all__ = ["AsyncLease", "AsyncPoolClient", "PoolClient", "RemoteTokens", "SyncLease", "TokenAuth"]

@@ -1,4 +1,4 @@
-"""The issuer of tokens as a client sees it: its address, and the form of its answers."""
+"""What the clients know of the server: how its URL is written, and the responses they read."""
 
 from typing import Annotated, TypeVar
 
@@ -7,34 +7,28 @@ import msgspec
 
 from tokenauth import values
 from tokenauth.models import Identity, Login, Token, public_id
-from tokenauth.nesting import json_opens_more_than
 
-Form = TypeVar("Form")
-
-_MAX_NESTED = 100
-"""Arrays and objects in an answer. All answers are flat today; later ones may have fields that are not."""
+Body = TypeVar("Body")
 
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class Grant(msgspec.Struct):
-    """What a login is answered with."""
+class LoginBody(msgspec.Struct):
+    """The response to POST /api/token."""
 
     token: str
     expiry_time: int
 
     def __post_init__(self) -> None:
-        """Refuse what is no token: it is to stand in a header."""
-        if values.digest(self.token.encode()) is None:
-            raise ValueError("this is no token")
+        if values.digest(self.token.encode()) is None:  # it might not be a legal header value
+            raise ValueError("this is not a token")
 
     def __repr__(self) -> str:
-        """Show what may stand in a log."""
-        return f"Grant(expiry_time={self.expiry_time!r})"
+        return f"LoginBody(expiry_time={self.expiry_time!r})"
 
 
-class Me(msgspec.Struct):
-    """What GET /api/me answers."""
+class MeBody(msgspec.Struct):
+    """The response to GET /api/me."""
 
     username: _Name
     scopes: tuple[str, ...]
@@ -43,7 +37,7 @@ class Me(msgspec.Struct):
     expiry_time: int
 
     def login(self, digest: bytes) -> Login:
-        """Return whose token this is. Raises ValueError when the answer is about another one."""
+        """Return the login of the token with this digest. Raises ValueError if the response is about another token."""
         if self.id != public_id(digest):
             raise ValueError("this is about another token")
         return Login(
@@ -51,14 +45,14 @@ class Me(msgspec.Struct):
         )
 
 
-class Error(msgspec.Struct):
-    """What a request that is not granted is answered with."""
+class ErrorBody(msgspec.Struct):
+    """The response to a refused request."""
 
     error: str
 
 
-def address(url: str) -> str:
-    """Return the address of an issuer without the slash at its end. Raises ValueError, which does not quote it."""
+def base_url(url: str) -> str:
+    """Return the URL of a server without a slash at the end. Raises ValueError, which does not quote it."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
@@ -68,18 +62,15 @@ def address(url: str) -> str:
     return str(parsed).rstrip("/")
 
 
-def read(response: httpx.Response, form: type[Form]) -> Form:
-    """Read the body of an answer. Raises ValueError, which does not quote it, when it has another form."""
+def read(response: httpx.Response, body: type[Body]) -> Body:
+    """Read the body of a response. Raises ValueError, which does not quote it, if it has another form."""
     try:
-        text = response.content.decode()
-        if not json_opens_more_than(_MAX_NESTED, text):
-            return msgspec.json.decode(text, type=form)
-    except (msgspec.MsgspecError, ValueError):
-        pass
-    raise ValueError("this is not an answer of tokenauth")
+        return msgspec.json.decode(response.content, type=body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise ValueError("this is not a response of tokenauth") from None
 
 
-def retry_after(response: httpx.Response) -> int:
-    """Say after how many seconds an answer asks to try again."""
+def retry_after(response: httpx.Response) -> int | None:
+    """Return the seconds that the header Retry-After asks to wait."""
     seconds = response.headers.get("retry-after", "")
-    return int(seconds) if seconds.isascii() and seconds.isdigit() and len(seconds) < 10 else 1
+    return int(seconds) if seconds.isascii() and seconds.isdigit() and len(seconds) < 10 else None

@@ -1,6 +1,6 @@
-"""A lease as a client has it: what to ask, how to read the answer, when to ask again, and when it is over.
+"""The state of a lease on the client's side: what to send, how to read the response, and when the lease is lost.
 
-Nothing here does input or output: `tokenauth.client.pools` does, with threads or with tasks.
+There is no I/O here. `tokenauth.client.pools` does it, with threads or with tasks.
 """
 
 import asyncio
@@ -10,143 +10,168 @@ import random
 import re
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from tokenauth import errors
+from tokenauth.client import issuer
 from tokenauth.clock import Clock
 
 Event = TypeVar("Event", threading.Event, asyncio.Event)
 
-Question = dict[str, Any]
-"""A request, as the `request` of both of httpx's clients takes it."""
+RequestArguments = dict[str, Any]
+"""Arguments for the `request` method of httpx.Client and httpx.AsyncClient."""
 
-Grant = tuple[str, str, int, int]
-"""Token, holder, fence, and for how many seconds."""
+
+class Grant(NamedTuple):
+    """A granted or extended lease. `ttl` is in seconds."""
+
+    token: str
+    holder: str
+    fence: int
+    ttl: int
+
 
 _LOST = (errors.LeaseLost, errors.NotYourLease, errors.NotFound)
-_KINDS = (*_LOST, errors.UnknownPool, errors.InvalidToken, errors.TokenRequired)
-_PLAIN = {kind.code: kind for kind in _KINDS}
+_WITHOUT_ARGUMENTS = {
+    kind.code: kind for kind in (*_LOST, errors.UnknownPool, errors.InvalidToken, errors.TokenRequired)
+}
 
 
-class Lease(Generic[Event]):
-    """A token that is lent to this program, for as long as the program may count on that.
+class ClientLease(Generic[Event]):
+    """A token that is leased to this program.
 
-    `lost` is set from the instant on at which the time is up by the program's own clock, or the issuer says that
-    the lease is over, or the token was given back. What is lost stays lost.
+    Attributes:
+    * **token** - The value of the token.
+    * **holder** - The name in which it is leased.
+    * **fence** - The fencing token: a number that grows with each lease of this token. Send it along with each write to
+    the resource that the lease protects, and have that resource refuse a smaller number than it has seen.
+    * **lost** - An event that is set as soon as the program can no longer rely on the lease: its time is up by the
+    program's own clock, the server says that it is over, or the token was released. It is never cleared.
+
     """
 
     def __init__(
         self, pool: str, holder: str | None, wait: float, timeout: float, monotonic: Clock, lost: Callable[..., Event]
     ) -> None:
-        """Begin as the wish for a token, for `wait` seconds; `lost` makes the event."""
         self.token, self.holder, self.fence = "", holder or "", 0
         self._url = f"/api/pools/{quote(pool, safe='')}/leases"
-        self._wanted = {} if holder is None else {"holder": holder}
+        self._body = {} if holder is None else {"holder": holder}
         self._timeout = timeout
         self._monotonic = monotonic
-        self._sent = monotonic()
-        self._patience = self._sent + wait
-        self._ttl = self._due = self._until = math.inf
-        self._over = self._returned = False
+        self._sent_at = monotonic()
+        self._give_up_at = self._sent_at + wait
+        self._ttl = self._keep_alive_at = self._ends_at = math.inf
+        self._is_lost = self._released = False
         self.lost: Event = lost(self)
 
     def __repr__(self) -> str:
-        """Show what may stand in a log."""
-        return f"<Lease holder={self.holder!r} fence={self.fence!r}>"
+        return f"<{type(self).__name__} holder={self.holder!r} fence={self.fence!r}>"
 
     def check(self) -> None:
-        """Raise LeaseLost if the lease is over."""
-        if self._is_over():
+        """Raise LeaseLost if the program can no longer rely on the lease."""
+        if self._check_lost():
             raise errors.LeaseLost
 
-    def _wish(self) -> Question:
-        """Ask for a token."""
-        self._sent = self._monotonic()
-        return {"method": "POST", "url": self._url, "json": self._wanted}
+    def _acquire_request(self) -> RequestArguments:
+        self._sent_at = self._monotonic()
+        return {"method": "POST", "url": self._url, "json": self._body}
 
-    def _granted(self, answer: httpx.Response) -> float | None:
-        """Take the answer to that; not None: wait for so long, then ask again. Raises Refusal."""
+    def _acquired(self, response: httpx.Response) -> float | None:
+        """Read the response. Return None if a token was leased, else the seconds to wait before trying again.
+
+        Raises Refusal.
+        """
         try:
-            self._begin(_read(answer))
+            self._start(_read(response))
         except errors.NoFreeToken:
-            left = self._patience - self._monotonic()
+            left = self._give_up_at - self._monotonic()
             if left <= 0:
                 raise
-            return min(left, random.uniform(0.5, 1))  # noqa: S311 # not Retry-After: it is longer, and tokens are given back
+            # Not Retry-After: that is the end of a lease, and tokens are often released before.
+            return min(left, random.uniform(0.5, 1))  # noqa: S311 # not a secret
         return None
 
-    def _begin(self, grant: Grant) -> None:
-        """Count from before the request was sent: the issuer counts from later on."""
+    def _start(self, grant: Grant) -> None:
+        # From when the request was sent: the server starts to count later.
         self.token, self.holder, self.fence, self._ttl = grant
-        self._due = self._sent + self._ttl / 3
-        self._until = self._sent + self._ttl
+        self._keep_alive_at = self._sent_at + self._ttl / 3
+        self._ends_at = self._sent_at + self._ttl
 
-    def _is_over(self) -> bool:
-        if self._monotonic() >= self._until:
-            self._over = True  # and for good, even if an answer that prolongs it is being read at this moment
-        return self._over
+    def _check_lost(self) -> bool:
+        if self._monotonic() >= self._ends_at:
+            self._is_lost = True  # for good, even if a response that extends the lease is being read just now
+        return self._is_lost
 
-    def _nap(self, until: float = math.inf) -> float:
-        """Say how long nobody need look at the clock: not long, since waits do not count the sleep of a machine."""
-        return max(0.0, min(1, self._ttl / 100, min(until, self._until) - self._monotonic()))
+    def _sleep_time(self, until: float = math.inf) -> float:
+        """Return for how long to sleep before the clock must be read again.
 
-    def _is_due(self) -> bool:
-        return self._monotonic() >= self._due and not self._is_over()
+        That is short: the time that the machine is suspended does not count as sleep.
+        """
+        return max(0.0, min(1, self._ttl / 100, min(until, self._ends_at) - self._monotonic()))
 
-    def _answered(self, answer: httpx.Response | None) -> None:
-        """Take the answer to that, if there was any; one that comes too late changes nothing."""
-        self._due = self._monotonic() + min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311
+    def _keep_alive_due(self) -> bool:
+        return self._monotonic() >= self._keep_alive_at and not self._check_lost()
+
+    def _kept_alive(self, response: httpx.Response | None) -> None:
+        """Read the response, if there was one. A response that comes after the lease was lost changes nothing."""
+        retry = min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311 # not a secret
+        self._keep_alive_at = self._monotonic() + retry
         try:
-            grant = _read(answer) if answer is not None else None
+            grant = _read(response) if response is not None else None
         except _LOST:
-            self._returned = True
+            self._released = True
             self._lose()
         except errors.Refusal:
             return
         else:
-            if grant is not None and not self._is_over():
-                self._begin(grant)
+            if grant is not None and not self._check_lost():
+                self._start(grant)
 
-    def _return(self) -> Question | None:
-        """Give the token back, once; None: that is done, or it is somebody else's by now."""
+    def _release_request(self) -> RequestArguments | None:
+        """Return the request that releases the token; None if it was released before or the lease is known to be over.
+
+        The lease is lost from now on.
+        """
         self._lose()
-        done, self._returned = self._returned, True
-        return None if done else self._claim("DELETE")
+        released, self._released = self._released, True
+        return None if released else self._lease_request("DELETE")
+
+    def _keep_alive_request(self) -> RequestArguments:
+        return self._lease_request("PUT")
 
     def _lose(self) -> None:
-        self._over = True
+        self._is_lost = True
         self.lost.set()
 
-    def _claim(self, method: str) -> Question:
-        """Ask for more time, or that the lease be ended."""
-        self._sent = self._monotonic()
+    def _lease_request(self, method: str) -> RequestArguments:
+        self._sent_at = self._monotonic()
         url = f"{self._url}/{quote(self.token, safe='')}"
         timeout = min(self._timeout, self._ttl / 3)  # a keep-alive that hangs leaves time for a second one
         return {"method": method, "url": url, "json": {"holder": self.holder, "fence": self.fence}, "timeout": timeout}
 
 
-def _read(answer: httpx.Response) -> Grant:
-    """Read what is granted. Raises Refusal."""
+def _read(response: httpx.Response) -> Grant:
+    """Return the granted lease. Raises Refusal."""
     with contextlib.suppress(ValueError):
-        match answer.json():
+        match response.json():
             case {"token": str(token), "holder": str(holder), "fence": int(fence), "expires_in": int(ttl)} if ttl > 0:
-                return token, holder, fence, ttl
+                return Grant(token, holder, fence, ttl)
             case {"error": str(code), "error_description": str(description)}:
-                raise _refusal(answer.headers, code, description)
+                raise _refusal(response, code, description)
     raise errors.IssuerUnavailable
 
 
-def _refusal(headers: httpx.Headers, code: str, description: str) -> errors.Refusal:
-    retry_after = headers.get("retry-after", "")
-    seconds = int(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
+def _refusal(response: httpx.Response, code: str, description: str) -> errors.Refusal:
     if code == errors.NoFreeToken.code:
-        return errors.NoFreeToken(seconds)
+        return errors.NoFreeToken(issuer.retry_after(response))
     if code == errors.InsufficientScope.code:
-        scope = re.search('scope="([^"]*)"', headers.get("www-authenticate", ""))
+        scope = re.search('scope="([^"]*)"', response.headers.get("www-authenticate", ""))
         return errors.InsufficientScope(*(scope[1].split() if scope else ()))
     if code == errors.InvalidRequest.code:
         return errors.InvalidRequest(description)
-    return _PLAIN[code]() if code in _PLAIN else errors.IssuerUnavailable(retry_after=seconds or 1)
+    if code in _WITHOUT_ARGUMENTS:
+        return _WITHOUT_ARGUMENTS[code]()
+    return errors.IssuerUnavailable(retry_after=issuer.retry_after(response) or 1)

@@ -1,6 +1,6 @@
-"""PoolClient and AsyncPoolClient: take a lease, keep it alive while it is used, and give it back.
+"""PoolClient and AsyncPoolClient: lease a token, keep the lease alive while it is used, release it.
 
-They carry out what `tokenauth.client.lease` says: one with a thread for each lease, the other with a task.
+One uses a thread for each lease, the other a task. What they send and how they read it is in `tokenauth.client.lease`.
 """
 
 import asyncio
@@ -15,48 +15,64 @@ import httpx
 
 from tokenauth import errors
 from tokenauth.client import redaction
-from tokenauth.client.lease import Lease, Question
+from tokenauth.client.lease import ClientLease, RequestArguments
 from tokenauth.clock import Clock, boottime
 
 redaction.install()
 
-SyncLease = Lease[threading.Event]
-AsyncLease = Lease[asyncio.Event]
+SyncLease = ClientLease[threading.Event]
+AsyncLease = ClientLease[asyncio.Event]
 
 
-class _Timed:
-    """An event that time sets, too: whoever asks or waits does not rely on a thread that may be held up."""
+class _LostByTime:
+    """An event that is also set by time: it does not depend on a thread or task, which may be delayed."""
 
-    def __init__(self, lease: Lease[Any]) -> None:
+    def __init__(self, lease: ClientLease[Any]) -> None:
         super().__init__()
         self._lease = lease
 
     def is_set(self) -> bool:
-        return self._lease._is_over()
+        return self._lease._check_lost()
 
 
-class _Lost(_Timed, threading.Event):
+class _Lost(_LostByTime, threading.Event):
     def wait(self, timeout: float | None = None) -> bool:
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not self.is_set() and (left := end - time.monotonic()) > 0:
-            super().wait(min(left, self._lease._nap()))
+            super().wait(min(left, self._lease._sleep_time()))
         return self.is_set()
 
 
-class _AsyncLost(_Timed, asyncio.Event):
+class _AsyncLost(_LostByTime, asyncio.Event):
     async def wait(self) -> Literal[True]:
         while not self.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._lease._nap()):
+                async with asyncio.timeout(self._lease._sleep_time()):
                     await super().wait()
         return True
 
 
 class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
-    """Borrows from the pools of the issuer at `url`; one client may hold many leases, in many threads.
+    """Leases tokens from the pools of tokenauth.
 
-    `timeout` is for each request, in seconds; `monotonic` is the clock that leases are timed by; `options` are what
-    httpx.Client takes: `auth` above all.
+    One client can hold many leases, in many threads.
+
+    Usage:
+
+    ```python
+    auth = TokenAuth("https://auth.example.com", "ci", "the-password-of-ci")
+    with PoolClient("https://auth.example.com", auth=auth) as pools:
+        with pools.lease("gpu", wait=60) as lease:
+            while not lease.lost.is_set():
+                train_one_batch(fence=lease.fence)
+    ```
+
+    **Parameters:**
+
+    * **url** - Where tokenauth is, such as `"https://auth.example.com"`, with its path if it has one.
+    * **timeout** - Seconds that each request may take.
+    * **monotonic** - The clock that leases are timed by. It must never go back.
+    * **options** - Further arguments of `httpx.Client`, such as `auth`, `headers` or `verify`.
     """
 
     def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
@@ -67,111 +83,136 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         self.close()
 
     def close(self) -> None:
-        """Disconnect; leases that still run are not kept alive any more."""
+        """Close the connections. Leases that are still held are no longer kept alive."""
         self._http.close()
 
     @contextlib.contextmanager
     def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> Iterator[SyncLease]:
-        """Hold a token of a pool; without `holder` the lease is in the user's name.
+        """Hold a lease for the body of a `with` statement, and release it at the end.
 
-        While none is free this tries again, for `wait` seconds, then raises NoFreeToken. Raises UnknownPool,
-        InsufficientScope, InvalidToken, InvalidRequest, IssuerUnavailable, and what `auth` raises.
+        The lease is kept alive meanwhile. If that fails for too long, `lost` of the lease is set and the body goes on:
+        look at it, or call `check()`, before each step that needs the token.
+
+        **Parameters:**
+
+        * **pool** - The name of the pool.
+        * **holder** - The name of the holder, shown in listings; by default, the name of the user.
+        * **wait** - Seconds for which to try again while no token is free.
+
+        Raises `NoFreeToken`, `UnknownPool`, `InsufficientScope`, `InvalidToken`, `InvalidRequest` or
+        `IssuerUnavailable` of `tokenauth.errors`, and what `auth` raises.
         """
         lease = SyncLease(pool, holder, wait, self._timeout, self._monotonic, _Lost)
         try:
-            while (pause := lease._granted(self._http.request(**lease._wish()))) is not None:
+            while (pause := lease._acquired(self._http.request(**lease._acquire_request()))) is not None:
                 time.sleep(pause)
         except httpx.HTTPError as error:
             raise errors.IssuerUnavailable from error
-        keeper = threading.Thread(target=self._keep, args=(lease,), name="lease-keeper", daemon=True)
+        keeper = threading.Thread(target=self._keep_alive, args=(lease,), name="lease-keeper", daemon=True)
         keeper.start()
         try:
             lease.check()
             yield lease
         finally:
-            self._try(lease._return())
+            self._try(lease._release_request())
             keeper.join(self._timeout)
 
-    def _keep(self, lease: SyncLease) -> None:
-        while not lease.lost.wait(lease._nap(lease._due)):
-            if lease._is_due():
-                lease._answered(self._try(lease._claim("PUT")))
-        self._try(lease._return())  # the issuer may have prolonged what is lost here
+    def _keep_alive(self, lease: SyncLease) -> None:
+        while not lease.lost.wait(lease._sleep_time(lease._keep_alive_at)):
+            if lease._keep_alive_due():
+                lease._kept_alive(self._try(lease._keep_alive_request()))
+        self._try(lease._release_request())  # a late keep-alive may have extended on the server what is lost here
 
-    def _try(self, question: Question | None) -> httpx.Response | None:
-        with contextlib.suppress(Exception):  # whatever the network or `auth` is up to, a lease ends by itself
-            return None if question is None else self._http.request(**question)
+    def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
+        with contextlib.suppress(Exception):  # whatever fails in the network or in `auth`: a lease ends by itself
+            return None if arguments is None else self._http.request(**arguments)
         return None
 
 
 class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"]):
-    """The same for asyncio: `lost` is an asyncio.Event, and `options` are what httpx.AsyncClient takes."""
+    """Leases tokens from the pools of tokenauth, for asyncio.
+
+    Usage:
+
+    ```python
+    auth = TokenAuth("https://auth.example.com", "ci", "the-password-of-ci")
+    async with AsyncPoolClient("https://auth.example.com", auth=auth) as pools:
+        async with pools.lease("gpu", wait=60) as lease:
+            await train(fence=lease.fence)
+    ```
+
+    The parameters are those of `PoolClient`; **options** are arguments of `httpx.AsyncClient`, and `lost` of a lease is
+    an `asyncio.Event`.
+    """
 
     def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout, **options)
         self._timeout, self._monotonic = timeout, monotonic
-        self._ending: set[asyncio.Task[None]] = set()
+        self._releasing: set[asyncio.Task[None]] = set()
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Disconnect, after what is being given back."""
-        if self._ending:
-            await asyncio.wait(self._ending)
+        """Wait until tokens that are being released are released, and close the connections."""
+        if self._releasing:
+            await asyncio.wait(self._releasing)
         await self._http.aclose()
 
     @contextlib.asynccontextmanager
     async def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> AsyncIterator[AsyncLease]:
-        """Hold a token of a pool, as PoolClient does; it is given back also when the task is cancelled."""
+        """Hold a lease for the body of an `async with` statement, as `PoolClient.lease` does.
+
+        It is released also when the task is cancelled.
+        """
         lease = AsyncLease(pool, holder, wait, self._timeout, self._monotonic, _AsyncLost)
         try:
-            while (pause := lease._granted(await self._ask(lease))) is not None:  # noqa: ASYNC110
+            while (pause := lease._acquired(await self._acquire(lease))) is not None:  # noqa: ASYNC110  # a server, not a state
                 await asyncio.sleep(pause)
         except httpx.HTTPError as error:
             raise errors.IssuerUnavailable from error
-        keeper = asyncio.create_task(self._keep(lease))
+        keeper = asyncio.create_task(self._keep_alive(lease))
         try:
             lease.check()
             yield lease
         finally:
-            await asyncio.shield(self._start(self._end(lease, keeper)))
+            await asyncio.shield(self._start(self._release(lease, keeper)))
 
-    async def _ask(self, lease: AsyncLease) -> httpx.Response:
-        """Ask for a token; one that comes when nobody waits for it any more is given back."""
-        asking = asyncio.create_task(self._http.request(**lease._wish()))
+    async def _acquire(self, lease: AsyncLease) -> httpx.Response:
+        """Request a token. If this is cancelled, the token that may still be granted is released."""
+        request = asyncio.create_task(self._http.request(**lease._acquire_request()))
         try:
-            return await asyncio.shield(asking)
+            return await asyncio.shield(request)
         except asyncio.CancelledError:
-            self._start(self._undo(lease, asking))
+            self._start(self._release_unused(lease, request))
             raise
 
-    async def _undo(self, lease: AsyncLease, asking: "asyncio.Task[httpx.Response]") -> None:
+    async def _release_unused(self, lease: AsyncLease, request: "asyncio.Task[httpx.Response]") -> None:
         with contextlib.suppress(Exception):
-            if lease._granted(await asking) is None:
-                await self._try(lease._return())
+            if lease._acquired(await request) is None:
+                await self._try(lease._release_request())
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Do something that must be done before the client disconnects."""
-        task = asyncio.create_task(work)
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+    def _start(self, release: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Start a task that `aclose` waits for."""
+        task = asyncio.create_task(release)
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
         return task
 
-    async def _keep(self, lease: AsyncLease) -> None:
+    async def _keep_alive(self, lease: AsyncLease) -> None:
         while not lease.lost.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(lease._nap(lease._due)):
+                async with asyncio.timeout(lease._sleep_time(lease._keep_alive_at)):
                     await lease.lost.wait()
-            if lease._is_due():
-                lease._answered(await self._try(lease._claim("PUT")))
-        await self._try(lease._return())
+            if lease._keep_alive_due():
+                lease._kept_alive(await self._try(lease._keep_alive_request()))
+        await self._try(lease._release_request())
 
-    async def _end(self, lease: AsyncLease, keeper: asyncio.Task[None]) -> None:
-        await self._try(lease._return())
+    async def _release(self, lease: AsyncLease, keeper: asyncio.Task[None]) -> None:
+        await self._try(lease._release_request())
         await asyncio.wait([keeper])
 
-    async def _try(self, question: Question | None) -> httpx.Response | None:
+    async def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
         with contextlib.suppress(Exception):
-            return None if question is None else await self._http.request(**question)
+            return None if arguments is None else await self._http.request(**arguments)
         return None

@@ -1,4 +1,4 @@
-"""httpx logs the address of each request, at INFO, and that of a lease has the token in it: here it is taken out."""
+"""Removes pool tokens from the log of httpx, which logs the URL of each request: that of a lease contains the token."""
 
 import logging
 import re
@@ -9,7 +9,6 @@ _LEASE = re.compile(r"(/api/pools/[^/]+/leases/)[^/?#]+")
 
 
 def _redact(record: logging.LogRecord) -> bool:
-    """Write `(token)` where the address of a lease names it; keep the record."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             _LEASE.sub(r"\1(token)", str(value)) if isinstance(value, httpx.URL) else value for value in record.args
@@ -18,5 +17,5 @@ def _redact(record: logging.LogRecord) -> bool:
 
 
 def install() -> None:
-    """Have it done for all that httpx logs in this program; once is as good as twice."""
+    """Install the filter on the logger of httpx. Idempotent."""
     logging.getLogger("httpx").addFilter(_redact)

@@ -1,4 +1,4 @@
-"""RemoteTokens: asks the issuer whether a token is valid, and remembers what it said for a short time."""
+"""RemoteTokens: validates tokens by asking tokenauth over HTTP, with a short cache."""
 
 import asyncio
 import logging
@@ -19,13 +19,11 @@ from tokenauth.models import Login
 Entry = TypeVar("Entry")
 
 _log = logging.getLogger("tokenauth.client")
-_KEPT_ALIVE = 30.0
-"""Seconds for which an idle connection is kept: less than the 60 to 75 of common proxies, and of tokenauth."""
+_KEEPALIVE_EXPIRY = 30.0
+"""Seconds for which an idle connection is kept: less than tokenauth and common proxies keep it (60 to 75)."""
 
 
-class _Recent(Generic[Entry]):
-    """A memory with a bound: what was used longest ago is forgotten first."""
-
+class _LruCache(Generic[Entry]):
     def __init__(self, size: int) -> None:
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._size = size
@@ -47,34 +45,50 @@ class _Recent(Generic[Entry]):
 
 
 class _Confirmed(NamedTuple):
-    """A login that the issuer has confirmed, and when it was asked."""
-
     login: Login
     asked_at: float
 
 
-class _Question:
-    """One token that the issuer is asked about, for all who want to know."""
+class _Lookup:
+    """A request about one token, shared by all callers that need the result."""
 
-    asked_at = math.inf  # it has not been sent
-    answer: asyncio.Task[Login | None]
+    asked_at = math.inf  # not sent yet
+    task: asyncio.Task[Login | None]
 
 
 class RemoteTokens:
-    """Says whether a token is valid, by asking the issuer at `url`: TokenMiddleware takes it for its `tokens`.
+    """Validates tokens by asking tokenauth over HTTP. This is what a service passes to `TokenMiddleware`.
 
-    A request that arrives more than `max_age` seconds after its token was revoked is refused, and so is one that
-    arrives when the token has expired. Until then an answer is used again, counted from the instant at which the
-    issuer was asked; requests for one token that arrive at the same time share a question.
+    Usage:
 
-    When the issuer cannot be asked, nobody is let through: `identify` raises IssuerUnavailable, which
-    TokenMiddleware answers with 503. With `stale_grace`, a token that the issuer has confirmed no more than
-    `max_age + stale_grace` seconds ago is taken instead; that is how long a revoked one may live then.
+    ```python
+    tokens = RemoteTokens("https://auth.example.com")
+    app.add_middleware(TokenMiddleware, tokens=tokens)
+    ```
 
-    Of valid tokens at most `size` are remembered, by their digests, and of refused ones as many beside them.
-    `timeout` is for the whole of a question. A `client` that is passed in is used as it is set up, but follows no
-    redirect, and stays open; without one, proxies and .netrc of the environment are not used: a token goes straight to
-    the issuer. `clock` and `monotonic` say the time of day, and how time goes on. All use is in one event loop.
+    A request that arrives more than `max_age` seconds after its token was revoked is refused, and so is one whose token
+    has expired. Until then a response is reused, counted from when it was requested. Requests with the same token that
+    arrive at the same time share one lookup.
+
+    If tokenauth is unreachable, `identify` raises `IssuerUnavailable`, which TokenMiddleware answers with 503. With
+    `stale_grace`, a token that was confirmed at most `max_age + stale_grace` seconds ago is accepted instead. A revoked
+    token can work that long.
+
+    Use one instance per process and event loop, and close it at the end: with `async with`, or `aclose()`.
+
+    **Parameters:**
+
+    * **url** - Where tokenauth is, such as `"https://auth.example.com"`, with its path if it has one.
+    * **max_age** - Seconds for which a response is reused; 0 asks for each request.
+    * **stale_grace** - Seconds for which a confirmed token is still accepted while tokenauth is unreachable.
+    * **cache_size** - Number of valid tokens that are cached, by their digests. Refused ones have a cache of the same
+    size: made-up tokens never displace a valid one.
+    * **timeout** - Seconds for one lookup, in all.
+    * **client** - An `httpx.AsyncClient` to use, for your own certificates or proxies; you close it. It follows no
+    redirects here. By default, a client that ignores proxies and `.netrc` of the environment: tokens go straight to
+    tokenauth.
+    * **clock** - The wall clock by which tokens expire, in Unix seconds.
+    * **monotonic** - The clock by which cached responses age. It must never go back.
     """
 
     def __init__(
@@ -83,29 +97,28 @@ class RemoteTokens:
         *,
         max_age: float = 2.0,
         stale_grace: float = 0.0,
-        size: int = 10_000,
+        cache_size: int = 10_000,
         timeout: float = 2.0,
         client: httpx.AsyncClient | None = None,
         clock: Clock = time.time,
         monotonic: Clock = boottime,
     ) -> None:
-        """Ask the issuer at `url`. Raises ValueError for what makes no sense."""
-        if not (max_age >= 0 and stale_grace >= 0 and size >= 1 and timeout > 0):
-            raise ValueError("max_age and stale_grace: at least 0; size: at least 1; timeout: more than 0")
-        self._url = issuer.address(url)
+        if not (max_age >= 0 and stale_grace >= 0 and cache_size >= 1 and timeout > 0):
+            raise ValueError("max_age and stale_grace: at least 0; cache_size: at least 1; timeout: more than 0")
+        self._url = issuer.base_url(url)
         self._max_age = max_age
         self._stale_grace = stale_grace
         self._timeout = timeout
         self._own_client = client is None
         self._client = client or httpx.AsyncClient(
-            trust_env=False, limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEPT_ALIVE)
+            trust_env=False, limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEEPALIVE_EXPIRY)
         )
         self._clock = clock
         self._monotonic = monotonic
-        self._valid: _Recent[_Confirmed] = _Recent(size)
-        self._refused: _Recent[float] = _Recent(size)  # apart, so that made-up tokens push out no good one
-        self._questions: dict[bytes, _Question] = {}
-        self._asking: set[asyncio.Task[Login | None]] = set()
+        self._valid: _LruCache[_Confirmed] = _LruCache(cache_size)
+        self._refused: _LruCache[float] = _LruCache(cache_size)
+        self._lookups: dict[bytes, _Lookup] = {}
+        self._tasks: set[asyncio.Task[Login | None]] = set()
         self._reachable = True
 
     async def __aenter__(self) -> "RemoteTokens":
@@ -117,17 +130,17 @@ class RemoteTokens:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End the questions that are under way, and close the connections."""
-        for task in self._asking:
+        """Cancel pending lookups and close the connections."""
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._own_client:
             await self._client.aclose()
 
     async def identify(self, value: bytes) -> Login | None:
-        """Return whose token this is; None for one that is not valid.
+        """Return the login that a token proves, or None if the token is not valid.
 
-        Raises IssuerUnavailable when that cannot be known.
+        Raises IssuerUnavailable if tokenauth is unreachable.
         """
         digest = values.digest(value)
         if digest is None:
@@ -137,55 +150,55 @@ class RemoteTokens:
         if refused_at is not None and arrived - refused_at < self._max_age:
             return None
         confirmed = self._valid.get(digest)
-        if confirmed is not None and arrived - confirmed.asked_at < self._max_age and self._lives(confirmed.login):
+        if confirmed is not None and arrived - confirmed.asked_at < self._max_age and self._is_live(confirmed.login):
             return confirmed.login
-        return await self._answer(digest, value, arrived)
+        return await self._look_up(digest, value, arrived)
 
-    def _lives(self, login: Login) -> bool:
+    def _is_live(self, login: Login) -> bool:
         return self._clock() < login.token.expires_at
 
-    async def _answer(self, digest: bytes, value: bytes, arrived: float) -> Login | None:
-        """Wait for the issuer's answer: to a question that is under way and not too old, or to one's own."""
-        question = self._questions.get(digest)
-        if question is None or arrived - question.asked_at >= self._max_age:
-            return await _wait(self._begin(digest, value))
-        time_of_day = self._clock()
-        login = await _wait(question)
-        if login is not None and time_of_day >= login.token.expires_at:  # it was valid when the other one asked
-            login = await _wait(self._begin(digest, value))
+    async def _look_up(self, digest: bytes, value: bytes, arrived: float) -> Login | None:
+        """Join a pending lookup that is not too old, or start one."""
+        lookup = self._lookups.get(digest)
+        if lookup is None or arrived - lookup.asked_at >= self._max_age:
+            return await _wait(self._start(digest, value))
+        now = self._clock()
+        login = await _wait(lookup)
+        if login is not None and now >= login.token.expires_at:  # it was still valid when the other caller asked
+            login = await _wait(self._start(digest, value))
         return login
 
-    def _begin(self, digest: bytes, value: bytes) -> _Question:
-        question = self._questions[digest] = _Question()
-        task = question.answer = asyncio.create_task(self._ask(question, digest, value))
-        self._asking.add(task)
+    def _start(self, digest: bytes, value: bytes) -> _Lookup:
+        lookup = self._lookups[digest] = _Lookup()
+        task = lookup.task = asyncio.create_task(self._ask(lookup, digest, value))
+        self._tasks.add(task)
 
         def end(_: object) -> None:
-            self._asking.discard(task)
-            if self._questions.get(digest) is question:
-                del self._questions[digest]
+            self._tasks.discard(task)
+            if self._lookups.get(digest) is lookup:
+                del self._lookups[digest]
             if not task.cancelled():
-                task.exception()  # all who waited may have gone
+                task.exception()  # marks it as retrieved: all callers may have been cancelled
 
         task.add_done_callback(end)
-        return question
+        return lookup
 
-    async def _ask(self, question: _Question, digest: bytes, value: bytes) -> Login | None:
-        """Ask the issuer and remember what it says, or do without it as far as that is allowed."""
-        question.asked_at = self._monotonic()
-        trouble = ""
+    async def _ask(self, lookup: _Lookup, digest: bytes, value: bytes) -> Login | None:
+        """Ask tokenauth and cache the result. If that fails, fall back to a stale one where that is allowed."""
+        lookup.asked_at = self._monotonic()
+        failure = ""
         try:
             login = await self._fetch(digest, value)
         except ValueError:
-            trouble = "its answer is not one of tokenauth's"
-        except _Unexpected as error:
-            trouble = str(error)
+            failure = "its response is not one of tokenauth's"
+        except _UnexpectedResponse as error:
+            failure = str(error)
         except Exception as error:
-            trouble = type(error).__name__
-        if trouble:  # told outside of the handlers: their exceptions know the request, and so the token
-            return self._do_without(digest, trouble)
+            failure = type(error).__name__
+        if failure:  # outside of the handlers: their exceptions know the request, and with it the token
+            return self._stale(digest, failure)
         self._reachable = True
-        self._remember(digest, login, question.asked_at)
+        self._cache(digest, login, lookup.asked_at)
         return login
 
     async def _fetch(self, digest: bytes, value: bytes) -> Login | None:
@@ -197,13 +210,13 @@ class RemoteTokens:
                 timeout=self._timeout,
             )
         if response.status_code == 200:
-            return issuer.read(response, issuer.Me).login(digest)
-        if response.status_code == 401 and issuer.read(response, issuer.Error).error == InvalidToken.code:
+            return issuer.read(response, issuer.MeBody).login(digest)
+        if response.status_code == 401 and issuer.read(response, issuer.ErrorBody).error == InvalidToken.code:
             return None
-        raise _Unexpected(f"it answers {response.status_code}")
+        raise _UnexpectedResponse(f"it answers {response.status_code}")
 
-    def _remember(self, digest: bytes, login: Login | None, asked_at: float) -> None:
-        """Keep an answer, unless one to a later question has come before it."""
+    def _cache(self, digest: bytes, login: Login | None, asked_at: float) -> None:
+        # A later lookup may have finished first.
         confirmed, refused_at = self._valid.get(digest), self._refused.get(digest)
         if max(confirmed.asked_at if confirmed else -math.inf, refused_at or -math.inf) > asked_at:
             return
@@ -213,26 +226,26 @@ class RemoteTokens:
         else:
             self._valid.put(digest, _Confirmed(login, asked_at))
 
-    def _do_without(self, digest: bytes, trouble: str) -> Login:
-        """Take what was confirmed not too long ago. Raises IssuerUnavailable when that is not allowed."""
+    def _stale(self, digest: bytes, failure: str) -> Login:
+        """Return a login that is stale but within the grace. Raises IssuerUnavailable if there is none."""
         if self._reachable:
             self._reachable = False
-            _log.warning("The issuer of tokens at %s cannot be asked: %s.", self._url, trouble)
+            _log.warning("tokenauth at %s is unreachable: %s.", self._url, failure)
         confirmed = self._valid.get(digest)
-        if confirmed is None or not self._stale_grace or not self._lives(confirmed.login):
+        if confirmed is None or not self._stale_grace or not self._is_live(confirmed.login):
             raise IssuerUnavailable
         if self._monotonic() - confirmed.asked_at > self._max_age + self._stale_grace:
             raise IssuerUnavailable
         return confirmed.login
 
 
-class _Unexpected(Exception):
-    """The issuer gave an answer that says nothing about a token."""
+class _UnexpectedResponse(Exception):
+    """The response says nothing about the token."""
 
 
-async def _wait(question: _Question) -> Login | None:
-    """Wait for an answer; whoever is cancelled meanwhile leaves the question to the others."""
-    await asyncio.wait([question.answer])
-    if question.answer.cancelled():
+async def _wait(lookup: _Lookup) -> Login | None:
+    """Wait for the result. A caller that is cancelled leaves the lookup to the others."""
+    await asyncio.wait([lookup.task])
+    if lookup.task.cancelled():
         raise IssuerUnavailable
-    return question.answer.result()
+    return lookup.task.result()

@@ -185,7 +185,7 @@ class Kind:
 
     def waiting(self, auth: TokenAuth) -> int:
         """Say how many wait for the login that is under way."""
-        login = auth._under_way.get(self.name)
+        login = auth._pending.get(self.name)
         return 0 if login is None else len(login._waiters) + len(login._done_callbacks)  # type: ignore[attr-defined]
 
 

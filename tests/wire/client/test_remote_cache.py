@@ -122,7 +122,7 @@ async def test_an_abandoned_question_fails_silently(connect: Connect, issuer: He
     del asking
     gc.collect()
     await turns()
-    assert not tokens._asking
+    assert not tokens._tasks
     assert complaints == []
 
 
@@ -182,7 +182,7 @@ async def test_what_no_token_looks_like_is_refused_unasked(connect: Connect, iss
 
 
 async def test_what_was_used_longest_ago_is_forgotten_first(connect: Connect, issuer: HeldIssuer) -> None:
-    tokens = connect(size=2)
+    tokens = connect(cache_size=2)
     for number in (1, 2, 1, 3):
         await tokens.identify(token(number))
     assert len(issuer.asked) == 3
@@ -193,7 +193,7 @@ async def test_what_was_used_longest_ago_is_forgotten_first(connect: Connect, is
 
 
 async def test_invalid_tokens_evict_no_valid_one_from_the_cache(connect: Connect, issuer: HeldIssuer) -> None:
-    tokens = connect(size=2)
+    tokens = connect(cache_size=2)
     await tokens.identify(token(0))
     issuer.reply = lambda _: INVALID
     for number in range(1, 10):
@@ -210,7 +210,7 @@ async def test_no_value_of_a_token_is_held(connect: Connect, issuer: HeldIssuer)
     issuer.reply = lambda _: INVALID
     assert await tokens.identify(token(2)) is None
     issuer.asked.clear()
-    held: list[object] = [tokens._valid, tokens._refused, tokens._questions, tokens._asking]
+    held: list[object] = [tokens._valid, tokens._refused, tokens._lookups, tokens._tasks]
     for thing in held:
         held += [found for found in gc.get_referents(thing) if not isinstance(found, type)][: 2000 - len(held)]
     texts = [thing if isinstance(thing, bytes) else thing.encode() for thing in held if isinstance(thing, bytes | str)]

@@ -157,7 +157,7 @@ async def test_an_outage_is_logged_once_and_without_a_token(
         issuer.reply = lambda _: INVALID
         await tokens.identify(VALUE)
         told.append([record.getMessage() for record in caplog.records if record.name == "tokenauth.client"])
-    assert told[0] == [f"The issuer of tokens at {URL} cannot be asked: it answers 503."]
+    assert told[0] == [f"tokenauth at {URL} is unreachable: it answers 503."]
     assert len(told[1]) == 2
     assert VALUE.decode() not in caplog.text
 

@@ -120,7 +120,9 @@ def test_an_invalid_url_is_refused_and_not_quoted(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_age": -1}, {"stale_grace": -1}, {"size": 0}, {"timeout": 0}, {"max_age": float("nan")}], ids=str
+    "options",
+    [{"max_age": -1}, {"stale_grace": -1}, {"cache_size": 0}, {"timeout": 0}, {"max_age": float("nan")}],
+    ids=str,
 )
 async def test_inconsistent_options_are_refused(options: dict[str, float], issuer: HeldIssuer) -> None:
     with pytest.raises(ValueError, match="max_age"):

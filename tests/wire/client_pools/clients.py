@@ -1,6 +1,5 @@
 """Both clients in one form, so that each test of leases is about both."""
 
-import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
@@ -9,8 +8,7 @@ from anyio import move_on_after
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from tests.support.servers import NO_TLS
-from tokenauth.client.lease import Lease
-from tokenauth.client.pools import AsyncPoolClient, PoolClient
+from tokenauth.client.pools import AsyncLease, AsyncPoolClient, PoolClient
 
 KINDS = ["threads", "asyncio"]
 
@@ -101,7 +99,7 @@ class _Client:
 class _Held:
     """A lease of an AsyncPoolClient, used from outside its event loop; it is its own `lost`."""
 
-    def __init__(self, portal: BlockingPortal, lease: Lease[asyncio.Event]) -> None:
+    def __init__(self, portal: BlockingPortal, lease: AsyncLease) -> None:
         self.token, self.holder, self.fence = lease.token, lease.holder, lease.fence
         self._portal = portal
         self._lease = lease
