@@ -110,7 +110,7 @@ class BackgroundWriter:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew in a forked process, which does not have the thread."""
+        """Start over in a forked process: the thread exists only in its parent."""
         self._lock = threading.RLock()  # a destructor may log in the middle of another line
         self._idle = threading.Condition(self._lock)
         self._wakeups: SimpleQueue[None] = SimpleQueue()

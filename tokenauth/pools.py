@@ -19,7 +19,7 @@ from tokenauth.errors import (
 )
 from tokenauth.logs import log
 from tokenauth.models import ANY_LEASE, Identity, Instant, LeaseCheck, LeaseCursor, Pool, PoolCounts, PoolToken
-from tokenauth.stores.store import Lent, Store, Touched
+from tokenauth.stores.store import Store, Touched
 
 MAX_COUNT = 1000
 """Maximum number of tokens that are generated, listed or changed in one step."""
@@ -95,18 +95,18 @@ class Pools:
         A lease without a `username` belongs to no user: anyone may extend or release it.
         """
         now = self._clock()
-        lent = await self._store.pools.lease(pool, holder, now, username)
-        if lent.token is None:
-            raise NoFreeToken(None if lent.next_end is None else max(1, math.ceil(lent.next_end - now)))
-        return lent.token
+        result = await self._store.pools.lease(pool, holder, now, username)
+        if result.token is None:
+            raise NoFreeToken(None if result.next_end is None else max(1, math.ceil(result.next_end - now)))
+        return result.token
 
     async def acquire(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
         """Lease any token, as one acquires a counting semaphore.
 
         Return whether there was a free one, and how many are free now.
         """
-        lent: Lent = await self._store.pools.lease(pool, holder, self._clock(), username, counted=True)
-        return lent.token is not None, lent.left or 0
+        result = await self._store.pools.lease(pool, holder, self._clock(), username, counted=True)
+        return result.token is not None, result.left or 0
 
     async def release_next(self, pool: Pool, username: str | None = None) -> tuple[bool, int]:
         """Release the token whose lease would end first, as one releases a counting semaphore.

@@ -113,11 +113,11 @@ def create_service(
 def _new_values(config: Settings) -> Mapping[str, NewValue]:
     """Return what makes the tokens of each pool of a dialect. Raises ConfigError if two dialects share a pool."""
     makers: dict[str, NewValue] = {}
-    for name, terms in config.dialects.chosen().items():
+    for name, dialect in config.dialects.chosen().items():
         make = _NEW_VALUES.get(name)
-        if make is not None and makers.setdefault(terms.pool, make) is not make:
+        if make is not None and makers.setdefault(dialect.pool, make) is not make:
             raise ConfigError(
-                f"dialects.{name}.pool: the tokens in [pools.{terms.pool}] look as another dialect has them;"
+                f"dialects.{name}.pool: the tokens in [pools.{dialect.pool}] have the form of another dialect;"
                 " give each dialect a pool of its own"
             )
     return makers

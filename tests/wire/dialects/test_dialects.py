@@ -156,7 +156,7 @@ TOKEN_POOL, GENERATOR, SERVICE, SIMPLE = (
     for name in ("token-pool", "random-token-generator", "token-management-service", "simple-token-implement")
 )
 COLLIDING = '[pools.p]\n[pools.q]\n[dialects.random-token-generator]\npool = "p"\n' + SERVICE.replace('"p"', '"q"')
-LOOKS = "dialects.token-management-service.pool: the tokens in [pools.p] look as another dialect has them; give each"
+LOOKS = "dialects.token-management-service.pool: the tokens in [pools.p] have the form of another dialect; give each"
 
 MISTAKES: dict[str, tuple[str, str]] = {
     "no pools": (TOKEN_POOL, "dialects.token-pool.pool: there is no [pools.p]; known are: none"),
