@@ -1,4 +1,4 @@
-"""SECURITY.md: each promise has its tests, and each test that it names exists."""
+"""SECURITY.md: each promise names its tests, and each named test exists."""
 
 import re
 
@@ -9,7 +9,7 @@ from tests.support.servers import ROOT
 TEXT = (ROOT / "SECURITY.md").read_text()
 NAMED = re.findall(r"`(tests/[^`]*)`", TEXT)
 FOLDERS = {"tests/system/faults"}
-"""What is named as a whole."""
+"""Folders that are named as a whole."""
 
 PROMISES = {int(number): rest for number, rest in re.findall(r"^\| (\d+) \|(.*)\|$", TEXT, re.MULTILINE)}
 NOT_BUILT = {13}

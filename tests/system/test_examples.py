@@ -19,20 +19,20 @@ from tests.wire.client.issuers import token
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Have the pool of the examples, with its one permit, as `config.toml` has it."""
+    """Configure the pool that the examples use."""
     return "[pools.permits]\ncapacity = 1\nprefill = true\nlease_ttl = 1800"
 
 
 @pytest.fixture
 def pool(server: Server) -> Iterator[httpx.Client]:
-    """Connect to the pool as a user who is logged in."""
+    """Return a client for the pool, with a login."""
     with server.client() as client:
         token = log_in(client)
     with httpx.Client(base_url=f"{server.url}/api/pools/permits/", headers={"X-Token": token}) as connected:
         yield connected
 
 
-def test_a_resource_that_checks_fences_refuses_a_late_write(pool: httpx.Client, clock: HandClock) -> None:
+def test_a_resource_with_fences_refuses_a_late_write(pool: httpx.Client, clock: HandClock) -> None:
     notebook = fencing.FencedNotebook()
     assert not fencing.run(notebook, pool, clock.advance)
     assert [line.partition(":")[0] for line in notebook.lines] == ["Ann", "Bob"]
@@ -53,7 +53,7 @@ def test_the_example_runs_as_described(server: Server, clock: HandClock, capsys:
 
 @contextmanager
 def uvicorn(app: str, directory: Path, **environment: str) -> Iterator[httpx.Client]:
-    """Run an example as it says, on a free port, and connect to it."""
+    """Run an example as documented, on a free port, and return a client."""
     command = [sys.executable, "-m", "uvicorn", app, "--port", "0"]
     with spawn(command, directory, environment) as running:
         while (found := re.search(r"running on (http://\S+)", running.log.read_text())) is None:
@@ -89,14 +89,14 @@ def fastapi_app(server: Server, directory: Path, starlette_app: httpx.Client) ->
 
 @pytest.fixture
 def admin(server: Server) -> dict[str, str]:
-    """Log in as somebody with the scope `admin`."""
+    """Log in as a user with the scope `admin`."""
     with server.client() as client:
         return {"X-Token": log_in(client)}
 
 
 @pytest.fixture
 def ann(server: Server) -> dict[str, str]:
-    """Log in as somebody without it."""
+    """Log in as a user without it."""
     with server.client() as client:
         return {"X-Token": log_in(client, "ann", "ann-secret")}
 
@@ -112,7 +112,7 @@ def test_the_fastapi_example_guards_its_routes(
     assert fastapi_app.get("/openapi.json").status_code == 200
 
 
-def test_the_fastapi_example_calls_the_other_one_as_itself(fastapi_app: httpx.Client, ann: dict[str, str]) -> None:
+def test_the_fastapi_example_calls_a_service_as_itself(fastapi_app: httpx.Client, ann: dict[str, str]) -> None:
     assert fastapi_app.get("/neighbour").status_code == 401
     assert fastapi_app.get("/neighbour", headers=ann).json() == {"the neighbour says": {"hello": "bob"}}
 

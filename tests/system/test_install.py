@@ -12,7 +12,7 @@ LOCKS = ["requirements.lock", "requirements-serve.lock"]
 
 
 def locked(name: str) -> dict[str, tuple[str, int]]:
-    """Return the version of each package of a lock file, and how many hashes it has."""
+    """Return the version and the number of hashes of each package in a lock file."""
     packages = re.split(r"^(?=\S+==)", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
     heads = (re.match(r"([\w.-]+)==(\S+) \\$", package, re.MULTILINE) for package in packages)
     return {

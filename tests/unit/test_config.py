@@ -74,9 +74,9 @@ def test_the_shipped_file_has_no_other_section_and_one_user() -> None:
 def test_the_shipped_file_documents_every_pool_key() -> None:
     assert explained("[[users]]", "[pools.") == keys(PoolSettings)
     text = re.sub(r"\n# ?", " ", shipped())
-    assert re.search(r"capacity: [^;]*\(else any number\)", text)
-    assert re.search(r"token_ttl: [^;]*\(else for ever\)", text)
-    said = re.search(r'lease_ttl: [^;]*\("(\w+)" if it is not said\)', text)
+    assert re.search(r"capacity: [^;]*\(default: no limit\)", text)
+    assert re.search(r"token_ttl: [^;]*\(default: no limit\)", text)
+    said = re.search(r'lease_ttl: [^;]*\(default: "(\w+)"\)', text)
     assert said is not None
     assert parsed(f'[pools.p]\nlease_ttl = "{said[1]}"') == parsed("[pools.p]")
     assert parsed("[pools.p]").pools["p"] == PoolSettings(

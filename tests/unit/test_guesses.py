@@ -1,4 +1,4 @@
-"""The figures of docs/throttle.md are what the throttle does."""
+"""The figures in docs/throttle.md are those of the throttle."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ TABLE = [line for line in (ROOT / "docs" / "throttle.md").read_text().splitlines
 
 
 async def held_to_the_table(directory: Path, attack: str) -> None:
-    """Simulate an attack, and find its row."""
+    """Simulate an attack. Compare the result with its row in the documentation."""
     assert row(attack, await simulate(directory, attack)) in TABLE
 
 
@@ -23,7 +23,7 @@ async def test_the_figures_are_those_of_the_documentation(tmp_path: Path, attack
 
 @pytest.mark.faults
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack not in SHORT])
-async def test_the_other_figures_are_those_of_the_documentation(tmp_path: Path, attack: str) -> None:
+async def test_the_other_documented_figures_are_true(tmp_path: Path, attack: str) -> None:
     await held_to_the_table(tmp_path, attack)
 
 

@@ -1,4 +1,4 @@
-"""Web pages of other origins than the service's, whose script is the one that README.md shows."""
+"""Web pages of foreign origins, with the script of README.md."""
 
 import re
 import threading
@@ -25,41 +25,41 @@ _ASK = """async ([path, init]) => {
 }"""
 
 REFUSED = "TypeError: Failed to fetch"
-"""All that a page learns of an answer that its browser does not let it have."""
+"""All that a page learns if its browser withholds the answer."""
 
 
 def shown(language: str) -> str:
-    """Return the code in this language that README.md has for web pages."""
+    """Return the README's code for web pages in this language."""
     section = (ROOT / "README.md").read_text().partition("\n## Login from a web page\n")[2].partition("\n## ")[0]
     (code,) = re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     return str(code)
 
 
 def put(code: str, old: str, new: str) -> str:
-    """Replace what a reader of README.md has to replace; it must be there, once."""
-    assert code.count(old) == 1, f"README.md: {old!r} is not there once:\n{code}"
+    """Replace what the reader has to replace. It must occur once."""
+    assert code.count(old) == 1, f"README.md: {old!r} must occur once:\n{code}"
     return code.replace(old, new)
 
 
 def script(api: str) -> str:
-    """Return the script for a service at this address."""
+    """Return the script for a service at this URL."""
     return put(shown("js"), "https://auth.example.com", api)
 
 
 def document(api: str) -> str:
-    """Return a page that has the script."""
+    """Return a page with the script."""
     return f"<!doctype html><title>page</title><script>\n{script(api)}</script>"
 
 
 def ask(frame: Frame, path: str, **init: Any) -> Any:
-    """Have a page fetch; return status, headers and body as the page sees them, or what it is told instead."""
+    """Let a page fetch. Return status, headers and body as the page sees them, or its error."""
     return frame.evaluate(_ASK, [path, init])
 
 
 class Site(ThreadingHTTPServer):
     """A web server on both names of this machine, with a page that calls the service at `api`.
 
-    `/framed` has the page in a sandbox, `/open` may be read by everybody, `/behind` has the page for a service that
+    `/framed` has the page in a sandbox, `/open` can be read from any origin, `/behind` has the page for a service that
     the site itself serves as a reverse proxy.
     """
 
@@ -71,12 +71,12 @@ class Site(ThreadingHTTPServer):
         self.page = ""
 
     def call(self, api: str) -> None:
-        """Have the page call the service at this address."""
+        """Let the page call the service at this URL."""
         self.api = api
         self.page = document(api)
 
     def origin(self, host: str) -> str:
-        """Return the origin of the pages under this name."""
+        """Return the origin of the pages on this host."""
         return f"http://{host}:{self.server_port}"
 
 

@@ -1,4 +1,4 @@
-"""docs/oauth.md: its commands and its Python do what it says."""
+"""docs/oauth.md: its commands and its Python code work."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ TERMS = '[oauth]\nissuer = "https://auth.example.com"\n[passwords]\nmemory_kib =
 
 
 def code(language: str) -> list[str]:
-    """Return the blocks in some language."""
+    """Return the code blocks in a language."""
     found = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
     assert found
     return found
@@ -29,7 +29,7 @@ def code(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run a worker with the users that are made there, by the real clock."""
+    """Run a worker with the users of the tour, on the real clock."""
     assert "tokenauth user add backups --scope reports" in TEXT
     assert "tokenauth user add gateway --scope introspect" in TEXT
     with worker(write_config(tmp_path_factory.mktemp("issuer"), TERMS, USERS)) as running:
@@ -37,7 +37,7 @@ def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def curl(client: httpx.Client, command: str, token: str) -> httpx.Response:
-    """Send what a command of curl sends."""
+    """Send the request of a curl command."""
     url, *options = shlex.split(command.replace("$TOKEN", token))[1:]
     given = dict(zip(options[::2], options[1::2], strict=True))
     path = url.removeprefix("localhost:8000")
@@ -69,7 +69,7 @@ def test_each_command_is_answered_as_it_shows(issuer: Server) -> None:
 
 
 def run(text: str, directory: Path) -> dict[str, Any]:
-    """Run a piece of Python; return what it has defined."""
+    """Run Python code. Return its global names."""
     (directory / "piece.py").write_text(text)
     return run_path(str(directory / "piece.py"))
 
@@ -91,7 +91,7 @@ def test_each_piece_of_python_runs(
         assert done["reports"].json()["username"] == "backups"
 
 
-def test_the_settings_of_django_are_those_that_are_tested(tmp_path: Path) -> None:
+def test_the_documented_django_settings_are_tested(tmp_path: Path) -> None:
     told, way = run(code("python")[3], tmp_path)["OAUTH2_PROVIDER"], "RESOURCE_SERVER_INTROSPECTION_CREDENTIALS"
     tested = django_site.provider("https://auth.example.com", way, ["gateway", "gateway-secret"])
     assert told == {name: value for name, value in tested.items() if name != "SCOPES"}

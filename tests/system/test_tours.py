@@ -1,0 +1,95 @@
+"""The commands in README.md, docs/pools.md and docs/dialects.md run in a shell, and print what is shown."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.servers import ROOT, Server, serve, shipped_with_dialects
+
+COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+VARYING = [
+    (rf'"(?:(?:token_)?[A-Za-z0-9]{{64}}|{UUID}|\w{{4}}\.\.\.)"', "TOKEN"),
+    (r'"[0-9a-f]{24}"', "ID"),
+    (r"\b\d{10}\b", "TIME"),
+    (r"curl/[\d.]+", "curl"),
+    (r'"current":\w+', "CURRENT"),  # two logins within one second may be listed either way
+]
+LOG_IN = """TOKEN=$(curl -s localhost:8000/api/token -H 'Content-Type: application/json' \\
+    -d '{"username": "admin", "password": "admin"}' | cut -d'"' -f4)"""
+
+
+def text_of(document: str) -> str:
+    """Return the text of a document."""
+    return (ROOT / document).read_text()
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """Return the blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(document), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[tuple[str, str]]:
+    """Return all commands, each with the output below it."""
+    return [found for block in blocks(document, "console") for found in COMMAND.findall(block)]
+
+
+def alike(text: str) -> str:
+    """Replace what differs from run to run, join lines, and cut off at an ellipsis."""
+    for pattern, word in VARYING:
+        text = re.sub(pattern, word, text)
+    return text.replace("\n", "").partition("...")[0]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serve the shipped configuration, with its dialects, and with the pool that the documents show."""
+    config = tmp_path_factory.mktemp("server") / "config.toml"
+    (pool,) = [block for block in blocks("README.md", "toml") if "[pools." in block]
+    config.write_text(f"{shipped_with_dialects()}\n{pool}")
+    with serve(config, env={"API_PASSWORD": "secret"}) as running:
+        yield running
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize(("document", "count"), [("README.md", 12), ("docs/pools.md", 3), ("docs/dialects.md", 7)])
+def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, document: str, count: int) -> None:
+    shown = commands(document)
+    lines = ["API_PASSWORD=secret", LOG_IN]
+    for number, (command, _) in enumerate(shown):
+        leases = "/leases -H" in command
+        if leases:  # the tour of the README has logged out before, and tells the reader to log in again
+            lines.append(LOG_IN)
+        lines.append(f"{{ {command}\n}} > {number}")
+        if leases:
+            lines.append(f"LEASE=$(cut -d'\"' -f4 {number})")
+    script = "\n".join(lines).replace("localhost:8000", server.url)
+    script = re.sub(r"leases/\w{4}\.\.\.", "leases/$LEASE", script)
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    answers = [(tmp_path / str(number)).read_text() for number in range(len(shown))]
+    for answer, (command, output) in zip(answers, shown, strict=True):
+        assert alike(answer)[: len(alike(output)) or None] == alike(output), command
+    assert len(shown) == count
+
+
+def test_the_login_of_these_tests_is_the_one_of_the_readme() -> None:
+    assert LOG_IN in [command for command, _ in commands("README.md")]
+
+
+def test_the_python_of_the_pools_guide_runs(server: Server) -> None:
+    (code,) = blocks("docs/pools.md", "python")
+    code = code.replace("https://auth.example.com", server.url).replace('"ci", password', '"admin", "admin"')
+    fences: list[int] = []
+
+    def step(fence: int) -> None:
+        fences.append(fence)
+
+    names: dict[str, Any] = {"steps": [step, step]}
+    exec(code, names)  # noqa: S102
+    assert len(fences) == 2
+    assert fences[0] == fences[1] >= 1
