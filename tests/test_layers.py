@@ -15,7 +15,7 @@ LAYERS = [
     {"service", "sweeper"},
     {"web"},
     {"web.routes", "web.dialects"},
-    {"web.app"},
+    {"web.app", "web.api_documentation"},
     {"server"},
     {"cli"},
     {"client"},  # stands alone

@@ -33,6 +33,7 @@ from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web import operations
 from tokenauth.web.access_log import AccessLog
+from tokenauth.web.api_documentation import describe as describe_api
 from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
 from tokenauth.web.cors import CORS
 from tokenauth.web.dialects.random_token_generator import RandomTokenGenerator
@@ -144,7 +145,6 @@ def find_routes(service: Service) -> list[Route]:
     origins = config.server.cors_origins
     token = Guard([Middleware(TokenMiddleware, service.tokens)], _ASKING)
     own_pages = Guard([Middleware(PageGuard, origins, hosts, safe=True)], (ForeignPage,), asks_token=False)
-    everything: list[Route] = []
     routes = [
         *HealthRoutes(service.ready).routes(),
         *TokenRoutes(service.tokens, hosts).routes(),
@@ -154,7 +154,7 @@ def find_routes(service: Service) -> list[Route]:
         *_listed(operations.exact(PoolRoutes(service.pools).routes()), token),
     ]
     if config.server.docs:
-        routes += _listed(DocsRoutes(everything, config.oauth.issuer).routes())
+        routes += DocsRoutes(partial(describe_api, config)).routes()
     owners = {"tokenauth itself": routes}
     for name, terms in config.dialects.chosen().items():
         guard = Guard(
@@ -169,8 +169,7 @@ def find_routes(service: Service) -> list[Route]:
         }
         owners[f"dialects.{name}"] = _listed(dialect, guard)
     refuse_collisions(owners)
-    everything += chain.from_iterable(owners.values())
-    return everything
+    return list(chain.from_iterable(owners.values()))
 
 
 def _listed(handlers: Mapping[str, Handlers], guard: Guard = OPEN) -> list[Route]:

@@ -1,187 +1,341 @@
-"""The description of the HTTP (OpenAPI 3.1), made of the routes and of the types of their messages."""
+"""Build an OpenAPI 3.1 document from descriptions of operations."""
 
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, groupby
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
 
 import msgspec
 
 from tokenauth import __version__
-from tokenauth.errors import InsufficientScope, InvalidCredentials, NoFreeToken, Refusal, RetryLater
-from tokenauth.web.operations import Answer, Operation
+from tokenauth.errors import (
+    BodyTooLarge,
+    Forbidden,
+    ForeignPage,
+    InsufficientScope,
+    InvalidClient,
+    InvalidRequest,
+    InvalidScope,
+    InvalidToken,
+    LeaseLost,
+    NoFreeToken,
+    NotFound,
+    NotYourLease,
+    Overloaded,
+    PoolFull,
+    Refusal,
+    RetryLater,
+    StoreUnavailable,
+    TokenRequired,
+    TooManyAttempts,
+    UnknownPool,
+    UnknownToken,
+    UnsupportedGrantType,
+    UnsupportedMediaType,
+    Unsure,
+)
 from tokenauth.web.responses import STATUS
-from tokenauth.web.routing import Route
 
 Document = dict[str, Any]
 
-_SCHEMES: Mapping[str, Document] = {
-    "X-Token": {"type": "apiKey", "in": "header", "name": "X-Token", "description": "A token of POST /api/token."},
-    "Bearer": {"type": "http", "scheme": "bearer", "description": "The same token, in the header Authorization."},
-    "Basic": {"type": "http", "scheme": "basic", "description": "Name and password of a user, as an OAuth client."},
-    "X-API-PASSWORD": {"type": "apiKey", "in": "header", "name": "X-API-PASSWORD"},
-}
+JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
 
-_PARAMETERS = {
-    "id": "The public id of a token, as GET /api/tokens lists it.",
-    "pool": "The name of a pool of the configuration.",
-    "token": "The value of a pool token.",
-    "file": "One of the files that the page needs.",
-}
+X_TOKEN, BEARER, BASIC = "X-Token", "Bearer", "Basic"
 
-_SECONDS = {"schema": {"type": "integer", "minimum": 0}, "description": "Seconds to wait before another try."}
-_CHALLENGE = {"schema": {"type": "string"}, "description": "How to authenticate (RFC 6750 section 3, RFC 7617)."}
+JSON_BODY: Sequence[type[Refusal]] = (InvalidRequest, BodyTooLarge, UnsupportedMediaType)
+"""How a JSON body can be refused."""
+
+TOKEN_GUARD: Sequence[type[Refusal]] = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
+"""How an operation that requires a token can refuse a request before it looks at it."""
+
+NO_NUL = r"^[^\u0000]*$"
+"""A pattern for texts that must not have a NUL character."""
 
 
-class Refused(msgspec.Struct):
-    """Why a request is not granted: a code for programs, a sentence for people."""
+def schema_only(**schema: Any) -> msgspec.Meta:
+    """Return constraints that the schema of a type shows, and that are checked elsewhere than in decoding."""
+    return msgspec.Meta(extra_json_schema=schema)
+
+
+class ErrorAnswer(msgspec.Struct):
+    """The body of every error, except where a path documents another one."""
 
     error: str
     error_description: str
 
 
-def describe(routes: Iterable[Route], issuer: str) -> Document:
-    """Write the document: every method of every route."""
-    found = [
-        (route, method, handler, handler.operation)  # type: ignore[attr-defined]
-        for route in routes
-        for method, handler in route.handlers.items()
-    ]
-    operations = [operation for *_, operation in found]
-    schemas = _Schemas(map(_asked, operations), map(_answered, operations))
+class Parameter(NamedTuple):
+    """A parameter of a path or of a query. One without an example is left out of the example request."""
+
+    name: str
+    text: str
+    type: object = str
+    example: str | None = None
+
+
+class Answer(NamedTuple):
+    """An answer in a form of its own, as opposed to a refusal. `type` is what msgspec makes the schema of."""
+
+    status: int
+    text: str
+    type: object = None
+    example: object = None
+    media: str = JSON
+    headers: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """A method of a path, written for the people who call it.
+
+    The example of the request (`example` for its body, and those of the parameters) gets the first of the answers.
+    `security` lists alternatives; each is the schemes that have to be used together.
+    """
+
+    method: str
+    path: str
+    id: str
+    title: str
+    text: str
+    answers: Sequence[Answer]
+    refusals: Sequence[type[Refusal]] = ()
+    parameters: Sequence[Parameter] = ()
+    body: object = None
+    media: str = JSON
+    body_required: bool = True
+    example: object = None
+    security: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Operations that are shown together, and the security schemes that only they have."""
+
+    name: str
+    text: str
+    operations: Sequence[Operation]
+    schemes: Mapping[str, Document] = field(default_factory=dict)
+
+    def below(self, prefix: str) -> "Section":
+        """Return the same section with all paths below a prefix."""
+        return replace(self, operations=[replace(each, path=prefix + each.path) for each in self.operations])
+
+    def guarded(self, *refusals: type[Refusal]) -> "Section":
+        """Return the same section with a token required everywhere, and with more refusals."""
+        return replace(self, operations=[guarded(each, *refusals) for each in self.operations])
+
+    def refusing(self, *refusals: type[Refusal]) -> "Section":
+        """Return the same section with more refusals everywhere."""
+        changed = [replace(each, refusals=[*each.refusals, *refusals]) for each in self.operations]
+        return replace(self, operations=changed)
+
+
+def guarded(operation: Operation, *refusals: type[Refusal]) -> Operation:
+    """Return the same operation with a token required, beside what it asks for already."""
+    security = [(scheme, *others) for scheme in (X_TOKEN, BEARER) for others in operation.security or [()]]
+    return replace(operation, security=security, refusals=[*operation.refusals, *TOKEN_GUARD, *refusals])
+
+
+# Swagger UI focuses the last field: that of X-Token.
+_SCHEMES: Mapping[str, Document] = {
+    BASIC: {
+        "type": "http",
+        "scheme": "basic",
+        "description": "For the OAuth 2.0 endpoints: a user name and password, as `client_id` and `client_secret`.",
+    },
+    BEARER: {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "The token, sent as `Authorization: Bearer` instead of `X-Token`.",
+    },
+    X_TOKEN: {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-Token",
+        "description": "Paste the `token` from the answer of **Log in**.",
+    },
+}
+
+_REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
+    type(example): (example, text)
+    for example, text in (
+        (InvalidRequest("The body is empty; send a JSON object."), "The request is malformed."),
+        (InvalidScope(), "The client does not have every scope that it asks for."),
+        (UnsupportedGrantType(), "The grant type is not supported."),
+        (InvalidClient(), "The name or secret of the client is missing or wrong."),
+        (TokenRequired(), "No token was sent."),
+        (InvalidToken(), "The token is unknown, expired or revoked."),
+        (Forbidden("scope: is empty or no scope."), "The query cannot be understood, so nothing passes."),
+        (ForeignPage("https://other.example"), "A web page of another origin sent the request."),
+        (NotYourLease(), "The lease belongs to another user."),
+        (InsufficientScope("admin"), "The user does not have a scope that this needs."),
+        (NotFound(), "It does not exist."),
+        (UnknownPool(), "The pool does not exist."),
+        (UnknownToken(), "The token is not in the pool: it was deleted, it expired, or it never existed."),
+        (PoolFull(), "The pool has too little room. No token was generated."),
+        (NoFreeToken(30), "No token is free. `Retry-After` says when the next lease ends."),
+        (LeaseLost(), "The lease is over, or another one has replaced it. Stop using the token."),
+        (BodyTooLarge(), "The body is larger than 16 KiB."),
+        (UnsupportedMediaType(), "The body is not JSON in UTF-8."),
+        (TooManyAttempts(), "Too many failed logins. Wait for `Retry-After` seconds."),
+        (Overloaded(), "The server is overloaded. Try again shortly."),
+        (StoreUnavailable(), "The database is unavailable. This says nothing about any token."),
+        (Unsure(), "An unexpected error. This says nothing about the token."),
+    )
+}
+"""An example of each refusal, and its text for callers."""
+
+_SECONDS = {"schema": {"type": "integer", "minimum": 0}, "description": "Seconds to wait before the next attempt."}
+_CHALLENGE = {"schema": {"type": "string"}, "description": "How to authenticate (RFC 6750 section 3, RFC 7617)."}
+
+
+def build_document(sections: Sequence[Section], intro: str, fields: Mapping[str, str], server: str) -> Document:
+    """Build the document. `intro` is its first text; `fields` describes fields of messages by their names."""
+    operations = [operation for section in sections for operation in section.operations]
+    schemas = _Schemas(operations, fields)
     paths: dict[str, Document] = {}
-    tags: dict[str, str] = {}
-    for route, method, handler, operation in found:
-        tag = handler.__module__.rpartition(".")[2]
-        tags[tag] = _sentence(sys.modules[handler.__module__].__doc__)
-        summary = _sentence(handler.__doc__).rstrip(".")
-        described = {"operationId": f"{method.lower()} {route.template}", "tags": [tag], "summary": summary}
-        paths.setdefault(route.template, {})[method.lower()] = described | _describe(route, operation, schemas)
+    for section in sections:
+        for operation in section.operations:
+            described = {"tags": [section.name], **_describe(operation, schemas)}
+            paths.setdefault(operation.path, {})[operation.method.lower()] = described
+    schemes: dict[str, Document] = {}
+    for section in sections:
+        schemes |= section.schemes
+    schemes |= _SCHEMES
     return {
         "openapi": "3.1.0",
-        "info": {"title": "tokenauth", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
-        "servers": [{"url": issuer or "/"}],
-        "tags": [{"name": name, "description": text} for name, text in tags.items()],
+        "info": {
+            "title": "tokenauth API",
+            "version": __version__,
+            "description": intro,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": server}],
+        "tags": [{"name": section.name, "description": section.text} for section in sections],
         "paths": paths,
-        "components": {"schemas": schemas.components, "securitySchemes": _SCHEMES},
+        "components": {"schemas": schemas.components, "securitySchemes": schemes},
     }
 
 
 class _Schemas:
-    """The schemas of all message types, and references to them."""
+    """The schemas of all messages and parameters."""
 
-    def __init__(self, asked: Iterable[Iterable[Any]], answered: Iterable[Iterable[Any]]) -> None:
-        answers = [*chain.from_iterable(answered), Refused]
-        types = list({repr(each): each for each in (*chain.from_iterable(asked), *answers)}.values())
+    def __init__(self, operations: Iterable[Operation], fields: Mapping[str, str]) -> None:
+        operations = list(operations)
+        asked = [operation.body for operation in operations]
+        asked += [parameter.type for operation in operations for parameter in operation.parameters]
+        answered = [*(answer.type for operation in operations for answer in operation.answers), ErrorAnswer]
+        types = list({repr(each): each for each in chain(asked, answered) if each is not None}.values())
         schemas, self.components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
         self._schemas = dict(zip(map(repr, types), schemas, strict=True))
-        for struct in answers:
-            if _sends_defaults(struct):
-                component = self.components[struct.__name__]
+        for component in self.components.values():
+            component.pop("description", None)  # a docstring
+            for name, schema in component["properties"].items():
+                if name in fields:
+                    schema.setdefault("description", fields[name])
+        for kind in answered:
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not kind.__struct_config__.omit_defaults:
+                component = self.components[kind.__name__]  # all fields are sent, those with defaults too
                 component["required"] = list(component["properties"])
 
-    def of(self, type: Any) -> Document:
-        """Return the schema of one of the types, or of several of which it is one."""
-        if isinstance(type, tuple):
-            return {"anyOf": [self.of(each) for each in type]}
+    def of(self, type: object) -> Document:
+        """Return the schema of a type."""
         return self._schemas[repr(type)]
 
 
-def _sends_defaults(kind: Any) -> bool:
-    """Whether messages of a type always have all fields."""
-    is_struct = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-    return is_struct and not kind.__struct_config__.omit_defaults
-
-
-def _asked(operation: Operation) -> Iterator[Any]:
-    yield from operation.query.values()
-    yield from (each for each in (operation.body, operation.form) if each is not None)
-
-
-def _answered(operation: Operation) -> Iterator[Any]:
-    for answer in operation.answers:
-        if answer.type is not None:
-            yield from answer.type if isinstance(answer.type, tuple) else [answer.type]
-
-
-def _describe(route: Route, operation: Operation, schemas: _Schemas) -> Document:
-    """Describe what an operation takes and answers."""
-    guard = route.guard
-    named = re.findall(r"\{(\w+)\}", route.template)
-    parameters = [_parameter(name, "path", {"type": "string", "minLength": 1}, _PARAMETERS[name]) for name in named]
-    parameters += [_parameter(name, "query", schemas.of(type)) for name, type in operation.query.items()]
-    schemes = list(operation.schemes)
-    if guard is not None and guard.asks_token:
-        schemes = [f"{outer} {inner}".strip() for outer in ("X-Token", "Bearer") for inner in schemes or [""]]
-    refused = [*operation.refuses, *(guard.refuses if guard else ())]
-    described: Document = {"responses": _answers(operation.answers, refused, schemas)}
-    if parameters:
-        described["parameters"] = parameters
-    if operation.body is not None or operation.form is not None:
-        if operation.form is None:
-            content = {"application/json": {"schema": schemas.of(operation.body)}}
-        else:
-            once = {"additionalProperties": {"type": "string"}}  # a field that stands there twice reads as a list
-            schema = schemas.of(operation.form) | once
-            content = {"application/x-www-form-urlencoded": {"schema": schema}}
-        described["requestBody"] = {"required": not operation.empty, "content": content}
-    if schemes:
-        described["security"] = [{name: [] for name in scheme.split()} for scheme in schemes]
+def _describe(operation: Operation, schemas: _Schemas) -> Document:
+    described: Document = {
+        "operationId": operation.id,
+        "summary": operation.title,
+        "description": operation.text,
+        "responses": _responses(operation, schemas),
+    }
+    if operation.parameters:
+        in_path = re.findall(r"\{(\w+)\}", operation.path)
+        described["parameters"] = [_parameter(each, each.name in in_path, schemas) for each in operation.parameters]
+    if operation.body is not None:
+        schema = schemas.of(operation.body)
+        if operation.media == FORM:
+            schema = schema | {"additionalProperties": {"type": "string"}}  # a field sent twice reads as a list
+        content = {"schema": schema, "example": operation.example}
+        described["requestBody"] = {"required": operation.body_required, "content": {operation.media: content}}
+    if operation.security:
+        described["security"] = [{name: [] for name in schemes} for schemes in operation.security]
     return described
 
 
-def _answers(answers: Sequence[Answer], refusals: Iterable[type[Refusal]], schemas: _Schemas) -> Document:
-    """Describe all answers by their status: those that are no refusals, and those that are."""
-    described: dict[int, Document] = {answer.status: _answer(answer, schemas) for answer in answers}
-    by_status = sorted(dict.fromkeys(refusals), key=STATUS.__getitem__)
-    for status, kinds in groupby(by_status, key=STATUS.__getitem__):
-        refusal = _refusal(list(kinds), schemas)
-        described[status] = _either(described[status], refusal) if status in described else refusal
-    return {str(status): described[status] for status in sorted(described)}
+def _parameter(parameter: Parameter, in_path: bool, schemas: _Schemas) -> Document:
+    schema = schemas.of(parameter.type) | ({"minLength": 1} if in_path else {})
+    described = {
+        "name": parameter.name,
+        "in": "path" if in_path else "query",
+        "required": in_path,
+        "description": parameter.text,
+        "schema": schema,
+    }
+    return described if parameter.example is None else described | {"example": parameter.example}
 
 
-def _answer(answer: Answer, schemas: _Schemas) -> Document:
-    described: Document = {"description": answer.says or _sentence(getattr(answer.type, "__doc__", None)) or "Done."}
-    if answer.type is not None:
-        described["content"] = {answer.media: {"schema": schemas.of(answer.type)}}
-    elif answer.media != "application/json":
-        described["content"] = {answer.media: {}}
-    if answer.headers:
-        described["headers"] = {
-            name: {"schema": {"type": "string"}, "description": text} for name, text in answer.headers.items()
+def _responses(operation: Operation, schemas: _Schemas) -> Document:
+    refusals = list(dict.fromkeys(operation.refusals))
+    return {
+        str(status): _response(
+            [answer for answer in operation.answers if answer.status == status],
+            [kind for kind in refusals if STATUS[kind] == status],
+            schemas,
+        )
+        for status in sorted({answer.status for answer in operation.answers} | {STATUS[kind] for kind in refusals})
+    }
+
+
+def _response(answers: Sequence[Answer], refusals: Sequence[type[Refusal]], schemas: _Schemas) -> Document:
+    """Describe all answers and refusals of one status."""
+    texts = [answer.text for answer in answers] + [_REFUSALS[kind][1] for kind in refusals]
+    headers: Document = {}
+    alternatives: dict[str, list[Document]] = {}
+    examples: dict[str, dict[str, object]] = {}
+    for number, answer in enumerate(answers, 1):
+        headers |= {name: {"schema": {"type": "string"}, "description": it} for name, it in answer.headers.items()}
+        if answer.type is not None:
+            alternatives.setdefault(answer.media, []).append(schemas.of(answer.type))
+            examples.setdefault(answer.media, {})[f"answer {number}"] = answer.example
+        elif answer.media != JSON:
+            alternatives[answer.media] = []
+    for kind in refusals:
+        refusal = _REFUSALS[kind][0]
+        headers |= _headers(refusal)
+        body = {"error": refusal.code, "error_description": str(refusal)}
+        examples.setdefault(JSON, {})[refusal.code] = body
+    if refusals:
+        codes = sorted({kind.code for kind in refusals})
+        schema = {"allOf": [schemas.of(ErrorAnswer), {"properties": {"error": {"enum": codes}}}]}
+        alternatives.setdefault(JSON, []).append(schema)
+    described: Document = {"description": " Or: ".join(dict.fromkeys(texts))}
+    if headers:
+        described["headers"] = headers
+    if alternatives:
+        described["content"] = {
+            media: _content(found, examples.get(media, {})) for media, found in alternatives.items()
         }
     return described
 
 
-def _refusal(kinds: Sequence[type[Refusal]], schemas: _Schemas) -> Document:
-    described: Document = {"description": " ".join(_sentence(kind.__doc__) for kind in kinds)}
-    if InvalidCredentials in kinds:
-        described["content"] = {"text/plain": {"schema": {"const": "invalid credentials"}}}
-    else:
-        schema = {"allOf": [schemas.of(Refused), {"properties": {"error": {"enum": sorted({k.code for k in kinds})}}}]}
-        described["content"] = {"application/json": {"schema": schema}}
-    status = STATUS[kinds[0]]
-    if any(issubclass(kind, RetryLater | NoFreeToken) for kind in kinds):
-        described["headers"] = {"Retry-After": _SECONDS}
-    elif InsufficientScope in kinds or (status == 401 and InvalidCredentials not in kinds):
-        described["headers"] = {"WWW-Authenticate": _CHALLENGE}
-    return described
+def _content(schemas: Sequence[Document], examples: Mapping[str, object]) -> Document:
+    content: Document = {}
+    if schemas:
+        content["schema"] = schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
+    if len(examples) == 1:
+        [content["example"]] = examples.values()
+    elif examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return content
 
 
-def _either(one: Document, other: Document) -> Document:
-    """Describe an answer that may be one of two with the same status."""
-    merged = {**other, **one, "description": f"{one['description']} {other['description']}"}
-    both = [each["content"]["application/json"]["schema"] for each in (one, other)]
-    merged["content"] = {"application/json": {"schema": {"anyOf": both}}}
-    return merged
-
-
-def _parameter(name: str, where: str, schema: Document, text: str = "") -> Document:
-    described = {"name": name, "in": where, "required": where == "path", "schema": schema}
-    return described | ({"description": text} if text else {})
-
-
-def _sentence(text: str | None) -> str:
-    """Return the first line of a docstring."""
-    return (text or "").strip().partition("\n")[0]
+def _headers(refusal: Refusal) -> Document:
+    if isinstance(refusal, RetryLater | NoFreeToken):
+        return {"Retry-After": _SECONDS}
+    if isinstance(refusal, InsufficientScope) or STATUS[type(refusal)] == 401:
+        return {"WWW-Authenticate": _CHALLENGE}
+    return {}

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, ElementHandle, Error, Page, Route, expect
 
-from tests.support.servers import Server, log_in
+from tests.support.servers import Server
 from tests.system.browser.conftest import Sites
 from tests.wire.openapi.configurations import APART, speaking
 
@@ -104,24 +104,33 @@ def test_the_page_shows_every_operation_and_only_this_site(visit: Visit, client:
     assert visit.complaints == []
 
 
-def test_an_entered_token_is_sent_to_the_service(visit: Visit, client: httpx.Client) -> None:
-    token, page = log_in(client, "ann", "ann-secret"), visit.page
+def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
+    """As the text at the top of the page says: log in with the example, and enter the token."""
+    page = visit.page
+    with page.expect_response("**/api/token") as logged_in:
+        _execute(page, "logIn")
+    token = logged_in.value.json()["token"]
     page.locator(".btn.authorize").click()
-    entry = page.locator(".auth-container", has_text="X-Token")
+    entry = page.locator(".auth-container", has_text="Paste the token")
     entry.locator("input").fill(token)
     entry.locator("button.authorize").click()
     page.locator(".btn-done").first.click()
-    probe = page.locator(".opblock-get", has_text="/api/token").first
-    probe.locator(_HEADING).click()
-    probe.locator(".try-out__btn").click()
-    with page.expect_response("**/api/token") as answered:
-        probe.locator(".execute").click()
+    with page.expect_response("**/api/me") as answered:
+        _execute(page, "getMe")
     assert answered.value.request.headers["x-token"] == token
-    assert answered.value.json()["valid"] is True
-    expect(probe.locator(".live-responses-table .response-col_status").last).to_have_text("200")
-    expect(probe.locator(".live-responses-table .response-col_description").last).to_contain_text('"valid": true')
+    shown = page.locator("[id$=getMe] .live-responses-table")
+    expect(shown.locator(".response-col_status").last).to_have_text("200")
+    expect(shown.locator(".response-col_description").last).to_contain_text('"username": "admin"')
     assert visit.strangers == []
     assert visit.complaints == []
+
+
+def _execute(page: Page, operation: str) -> None:
+    """Send the request of an operation with the values that the page proposes."""
+    shown = page.locator(f"[id$={operation}]")
+    shown.locator(_HEADING).click()
+    shown.locator(".try-out__btn").click()
+    shown.locator(".execute").click()
 
 
 def test_a_request_to_another_host_would_be_noticed(page: Page, server: Server) -> None:

@@ -19,6 +19,11 @@ class Operation(NamedTuple):
     described: Mapping[str, Any]
 
     @property
+    def id(self) -> str:
+        """Its name in generated code."""
+        return str(self.described["operationId"])
+
+    @property
     def body(self) -> str | None:
         """The media type of the body that it takes, if it takes any."""
         return next(iter(self.described.get("requestBody", {}).get("content", ())), None)
@@ -63,6 +68,10 @@ class Documented:
                 body = answer.json() if media == "application/json" else answer.text
                 faults = [str(fault) for fault in self._validator(content[media]["schema"]).iter_errors(body)]
                 assert not faults, f"{what} with {body!r}: {faults}"
+
+    def fits(self, schema: Mapping[str, Any], document: object) -> bool:
+        """Whether a message fits a schema of the document."""
+        return self._validator(schema).is_valid(document)
 
     def _check_headers(self, what: str, answer: httpx.Response, headers: Mapping[str, Any]) -> None:
         schemas = {name.lower(): header["schema"] for name, header in headers.items()}

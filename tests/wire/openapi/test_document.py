@@ -1,5 +1,7 @@
 """The document is OpenAPI 3.1, and has what the service serves: nothing less, nothing else."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +10,15 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from starlette.types import Receive, Scope, Send
 
 from tests.support.servers import worker, write_config
 from tests.wire.openapi.configurations import APART, speaking
 from tests.wire.openapi.conformance import Documented
 from tokenauth.service import create_service
 from tokenauth.settings import loader
+from tokenauth.web.api_documentation import describe
 from tokenauth.web.app import find_routes
-from tokenauth.web.openapi import describe
+from tokenauth.web.routes.health import HealthRoutes
 from tokenauth.web.routing import Route
 
 CONFIGURATIONS = {
@@ -41,7 +43,7 @@ class Served(NamedTuple):
     def addresses(self) -> list[tuple[str, str]]:
         """All that the service answers at."""
         routes = find_routes(create_service(loader.load(self.config)))
-        return [(method, route.template) for route in routes for method in route.handlers]
+        return [(method, route.path) for route in routes for method in route.handlers]
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -96,25 +98,39 @@ def test_the_server_of_the_document_is_the_issuer_or_wherever_it_came_from(serve
     assert served.documented.document["servers"] == [{"url": issuer or "/"}]
 
 
-def test_an_operation_that_is_missing_or_too_many_is_noticed(tmp_path: Path) -> None:
-    """The comparison that the tests above make, with a fault in either side of it."""
-    service = create_service(loader.load(write_config(tmp_path)))
-    routes = find_routes(service)
-    document = describe(routes, "")
-    routes.append(Route("/more", {"GET": routes[0].handlers["GET"]}))
-    described = {(operation.method, operation.path) for operation in Documented(document)}
-    served = {(method, route.template) for route in routes for method in route.handlers}
-    assert served - described == {("GET", "/more")}
-    assert ("GET", "/more") in {(each.method, each.path) for each in Documented(describe(routes, ""))}
+def test_a_route_without_documentation_is_noticed(tmp_path: Path) -> None:
+    """The comparison above fails if a route is added to the application only."""
+    config = loader.load(write_config(tmp_path))
+    service = create_service(config)
+    routes = [*find_routes(service), Route("/more", {"GET": HealthRoutes(service.ready).alive})]
+    described = {(operation.method, operation.path) for operation in Documented(describe(config))}
+    assert {(method, route.path) for route in routes for method in route.handlers} - described == {("GET", "/more")}
 
 
-async def _undescribed(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer nothing."""
+def test_texts_name_no_file_and_no_technique(served: Served) -> None:
+    document = json.dumps(served.documented.document)
+    assert re.findall(r"[\w/]+\.(?:py|md)\b|hot path|ASGI|handler|docstring", document) == []
 
 
-def test_a_handler_that_does_not_say_what_it_takes_and_answers_is_noticed() -> None:
-    with pytest.raises(AttributeError, match="operation"):
-        describe([Route("/more", {"GET": _undescribed})], "")
+def test_operation_ids_are_names_for_generated_code(served: Served) -> None:
+    ids = [operation.described["operationId"] for operation in served.documented]
+    assert [name for name in ids if not re.fullmatch("[a-z][A-Za-z]+", name)] == []
+
+
+def test_dialects_come_last(served: Served) -> None:
+    tags = [tag["name"] for tag in served.documented.document["tags"]]
+    chosen = list(loader.load(served.config).dialects.chosen())
+    assert tags[:4] == ["Token", "My tokens", "Forward-auth", "Pools"]
+    assert tags[len(tags) - len(chosen) :] == chosen
+
+
+def test_each_example_fits_its_schema(served: Served) -> None:
+    for operation in served.documented:
+        bodies = [operation.described.get("requestBody", {}), *operation.described["responses"].values()]
+        for media in (media for body in bodies for media in body.get("content", {}).values()):
+            examples = [each["value"] for each in media.get("examples", {}).values()]
+            for example in [*examples, *([media["example"]] if "example" in media else [])]:
+                assert served.documented.fits(media["schema"], example), (operation.id, example)
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/docs/start.js", "/docs/swagger-ui.css"])
@@ -126,7 +142,7 @@ def test_without_docs_there_is_no_document_and_no_page(undocumented: httpx.Clien
 def test_without_docs_everything_else_is_there(undocumented: httpx.Client, tmp_path: Path) -> None:
     def others(more: str) -> set[str]:
         config = write_config(tmp_path, f"[server]\n{more}")
-        return {route.template for route in find_routes(create_service(loader.load(config)))}
+        return {route.path for route in find_routes(create_service(loader.load(config)))}
 
     assert others("docs = true") - others("docs = false") == {"/openapi.json", "/docs", "/docs/{file}"}
     assert undocumented.get("/healthz").status_code == 200

@@ -9,7 +9,8 @@ from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable,
 from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_COUNT, Pools
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web import requests
+from tokenauth.web import openapi, requests
+from tokenauth.web.openapi import Section
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.web.responses import answer_json
 from tokenauth.web.routing import Handlers
@@ -68,6 +69,102 @@ _REQUIRED = Message("Token is a required field")
 _BODY: Refusals = (*JSON_BODY, StoreUnavailable)
 _MISSING = Answer(400, Message)
 _FAILED = Answer(404, Failure)
+
+
+_EXAMPLE_VALUE = "5d1f69b3-7c8a-4ed0-8622-150959fee9cd"
+_EXAMPLE = {"token": _EXAMPLE_VALUE}
+_NOT_FOUND = openapi.Answer(404, "The token does not exist.", Failure, {"error": "Token not found"})
+_NO_TOKEN = openapi.Answer(400, "No token was named.", Message, {"message": "Token is a required field"})
+
+DOCUMENTATION = Section(
+    name=NAME,
+    text="Compatible with random-token-generator: a bounded pool of UUIDs.",
+    operations=[
+        openapi.Operation(
+            method="POST",
+            path="/generate",
+            id="randomTokenGeneratorGenerate",
+            title="Generate tokens",
+            text="Adds free tokens to the pool: all of them, or none if there is too little room.",
+            body=HowMany,
+            body_required=False,
+            example={"count": 1},
+            answers=[
+                openapi.Answer(200, "The new tokens.", MadeTokens, {"tokens": [_EXAMPLE_VALUE]}),
+                openapi.Answer(400, "The pool is full.", Failure, {"error": "Pool max size exceeded"}),
+            ],
+            refusals=_BODY,
+        ),
+        openapi.Operation(
+            method="POST",
+            path="/assign",
+            id="randomTokenGeneratorAssign",
+            title="Lease a token",
+            text="Leases the token that has been free for the longest time.",
+            answers=[
+                openapi.Answer(200, "The token.", Assigned, _EXAMPLE),
+                openapi.Answer(
+                    404, "No token is free.", Failure, {"error": "No free token available or token TTL expired"}
+                ),
+            ],
+            refusals=[StoreUnavailable],
+        ),
+        openapi.Operation(
+            method="POST",
+            path="/keep-alive",
+            id="randomTokenGeneratorKeepAlive",
+            title="Keep a token alive",
+            text="Lets a lease, or a free token, live for its full time from now. Without a token: all free tokens.",
+            body=NamedToken,
+            body_required=False,
+            example=_EXAMPLE,
+            answers=[
+                openapi.Answer(
+                    200,
+                    "It is extended.",
+                    Message,
+                    {"message": f"Assigned token {_EXAMPLE_VALUE} TTL extended successfully"},
+                ),
+                _NOT_FOUND,
+            ],
+            refusals=_BODY,
+        ),
+        openapi.Operation(
+            method="POST",
+            path="/unblock",
+            id="randomTokenGeneratorUnblock",
+            title="Release a leased token",
+            text="Ends the lease of a token.",
+            body=NamedFor,
+            example=_EXAMPLE,
+            answers=[
+                openapi.Answer(
+                    200, "The lease has ended.", Message, {"message": f"Token {_EXAMPLE_VALUE} unblocked successfully"}
+                ),
+                _NO_TOKEN,
+                openapi.Answer(404, "The token is not leased.", Failure, {"error": "Token not assigned"}),
+            ],
+            refusals=_BODY,
+        ),
+        openapi.Operation(
+            method="DELETE",
+            path="/delete",
+            id="randomTokenGeneratorDelete",
+            title="Delete a token",
+            text="Deletes a token, also while it is leased.",
+            body=NamedFor,
+            example=_EXAMPLE,
+            answers=[
+                openapi.Answer(
+                    200, "The token is deleted.", Message, {"message": f"Token {_EXAMPLE_VALUE} deleted successfully"}
+                ),
+                _NO_TOKEN,
+                _NOT_FOUND,
+            ],
+            refusals=_BODY,
+        ),
+    ],
+)
 
 
 class RandomTokenGenerator:

@@ -1,6 +1,7 @@
 """The HTTP of simple-token-implement: N permits without names, behind one password."""
 
 import hmac
+from dataclasses import replace
 from functools import wraps
 from typing import Literal
 
@@ -11,7 +12,8 @@ from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, Sto
 from tokenauth.pools import Pools
 from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.throttle import Throttle
-from tokenauth.web import requests
+from tokenauth.web import openapi, requests
+from tokenauth.web.openapi import Document, Section
 from tokenauth.web.operations import Answer, Refusals, operation
 from tokenauth.web.responses import answer_json
 from tokenauth.web.routing import Handlers
@@ -43,6 +45,75 @@ _SCHEMES = ("X-API-PASSWORD",)
 _DENIED = Answer(401, Unauthorized)
 _LATER: Refusals = (TooManyAttempts, Overloaded, StoreUnavailable)
 _SAYS: Refusals = (*_LATER, InvalidRequest)
+
+
+_INFO = openapi.Parameter("info", "A text that the answer repeats.", str, "from build 7")
+_UNAUTHORIZED = openapi.Answer(401, "The password is missing or wrong.", Unauthorized, {"error": "Unauthorized"})
+_SCHEME: Document = {
+    "type": "apiKey",
+    "in": "header",
+    "name": "X-API-PASSWORD",
+    "description": f"For {NAME}: the `password` of the configuration.",
+}
+
+
+_ISSUED = {"message": "Token issued successfully.", "available_tokens": 0, "info": "from build 7"}
+_NONE_FREE = {"message": "No tokens available.", "available_tokens": 0, "info": "from build 7"}
+_RECYCLED = {"message": "Token recycled successfully.", "available_tokens": 1, "info": "from build 7"}
+_NONE_LEASED = {"message": "All tokens are already available.", "available_tokens": 1, "info": "from build 7"}
+_OPERATIONS = [
+    openapi.Operation(
+        method="POST",
+        path="/issue_token",
+        id="simpleTokenImplementIssue",
+        title="Lease a permit",
+        text="Leases one of the permits, which have no names.",
+        parameters=[_INFO],
+        answers=[
+            openapi.Answer(200, "A permit is leased.", Said, _ISSUED),
+            openapi.Answer(429, "No permit is free.", Said, _NONE_FREE),
+            _UNAUTHORIZED,
+        ],
+        refusals=_SAYS,
+        security=[_SCHEMES],
+    ),
+    openapi.Operation(
+        method="POST",
+        path="/recycle_token",
+        id="simpleTokenImplementRecycle",
+        title="Release a permit",
+        text="Ends the lease that is oldest: of your own leases, if a token is required.",
+        parameters=[_INFO],
+        answers=[
+            openapi.Answer(200, "A permit is released.", Said, _RECYCLED),
+            openapi.Answer(400, "No permit is leased.", Said, _NONE_LEASED),
+            _UNAUTHORIZED,
+        ],
+        refusals=_SAYS,
+        security=[_SCHEMES],
+    ),
+    openapi.Operation(
+        method="POST",
+        path="/tokens",
+        id="simpleTokenImplementCount",
+        title="Count the free permits",
+        text="Returns how many permits are free.",
+        answers=[
+            openapi.Answer(200, "The number of free permits.", Available, {"available_tokens": 1}),
+            _UNAUTHORIZED,
+        ],
+        refusals=_LATER,
+        security=[_SCHEMES],
+    ),
+]
+
+DOCUMENTATION = Section(
+    name=NAME,
+    text="Compatible with simple-token-implement: permits behind one password. Use `POST`: a cache or a browser may"
+    " repeat a `GET`.",
+    operations=[each for post in _OPERATIONS for each in (post, replace(post, method="GET", id=f"{post.id}ByGet"))],
+    schemes={_SCHEMES[0]: _SCHEME},
+)
 
 
 class SimpleTokenImplement:

@@ -1,5 +1,6 @@
 """The HTTP of token-management-service: a bounded pool whose tokens have owners."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import msgspec
@@ -9,7 +10,8 @@ from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable,
 from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_TEXT, Pools, check_name
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web import requests
+from tokenauth.web import openapi, requests
+from tokenauth.web.openapi import Section
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
 from tokenauth.web.responses import answer_json
 from tokenauth.web.routing import Handlers
@@ -53,6 +55,101 @@ _BODY: Refusals = (*JSON_BODY, StoreUnavailable)
 _MISSING = Answer(400, Outcome)
 _DENIED = Answer(403, Outcome)
 _NONE = Answer(404, Outcome)
+
+
+_EXAMPLE_VALUE = "token_m3Kz8RwYqBc5VnXh9TjLp0DsFg6AeUo2iKxQ7rBtCy4ZjHvNwMaSfGdPl1EuOIqT"
+_EXAMPLE = {"token": _EXAMPLE_VALUE, "client_id": "client-7"}
+_NO_TOKEN = openapi.Answer(400, "No token was named.", Outcome, {"message": "token is required"})
+
+_DELETE = openapi.Operation(
+    method="POST",
+    path="/delete-token",
+    id="tokenManagementServiceDelete",
+    title="Delete a token",
+    text="Deletes a token, also while it is leased.",
+    body=AskedAbout,
+    example={"token": _EXAMPLE_VALUE},
+    answers=[
+        openapi.Answer(200, "The token is deleted.", Outcome, {"message": "Token deleted successfully!"}),
+        _NO_TOKEN,
+        openapi.Answer(404, "The token does not exist.", Outcome, {"message": "Token not found"}),
+    ],
+    refusals=_BODY,
+)
+
+DOCUMENTATION = Section(
+    name="token-management-service",
+    text="Compatible with token-management-service: a bounded pool whose leases belong to a `client_id`.",
+    operations=[
+        openapi.Operation(
+            method="POST",
+            path="/generate-token",
+            id="tokenManagementServiceGenerate",
+            title="Generate a token",
+            text="Adds a free token to the pool.",
+            answers=[
+                openapi.Answer(201, "The new token.", Token, {"token": _EXAMPLE_VALUE}),
+                openapi.Answer(403, "The pool is full.", Outcome, {"message": "Token pool size limit reached"}),
+            ],
+            refusals=[StoreUnavailable],
+        ),
+        openapi.Operation(
+            method="POST",
+            path="/assign-token",
+            id="tokenManagementServiceAssign",
+            title="Lease a token",
+            text="Leases the token that has been free for the longest time to a client.",
+            body=AskedFor,
+            example={"client_id": "client-7"},
+            answers=[
+                openapi.Answer(200, "The token.", Token, {"token": _EXAMPLE_VALUE}),
+                openapi.Answer(400, "No client was named.", Outcome, {"message": "client_id is required"}),
+                openapi.Answer(404, "No token is free.", Outcome, {"message": "No free token available"}),
+            ],
+            refusals=_BODY,
+        ),
+        openapi.Operation(
+            method="POST",
+            path="/keep-alive",
+            id="tokenManagementServiceKeepAlive",
+            title="Keep a lease alive",
+            text="Lets the lease run for its full time from now. If `client_id` is sent, the lease must be that"
+            " client's.",
+            body=AskedAbout,
+            example=_EXAMPLE,
+            answers=[
+                openapi.Answer(200, "The lease is extended.", Outcome, {"message": "Token keep-alive refreshed"}),
+                _NO_TOKEN,
+                openapi.Answer(
+                    403,
+                    "The client does not have this lease.",
+                    Outcome,
+                    {"message": "Token does not belong to this client"},
+                ),
+            ],
+            refusals=_BODY,
+        ),
+        openapi.Operation(
+            method="POST",
+            path="/unblock-token",
+            id="tokenManagementServiceUnblock",
+            title="Release a leased token",
+            text="Ends the lease of a token.",
+            body=AskedAbout,
+            example={"token": _EXAMPLE_VALUE},
+            answers=[
+                openapi.Answer(200, "The lease has ended.", Outcome, {"message": "Token unblocked"}),
+                _NO_TOKEN,
+                openapi.Answer(
+                    403, "The token is not leased.", Outcome, {"message": "Token not assigned to any client"}
+                ),
+            ],
+            refusals=_BODY,
+        ),
+        _DELETE,
+        replace(_DELETE, method="DELETE", id="tokenManagementServiceDeleteByDelete"),
+    ],
+)
 
 
 class TokenManagementService:

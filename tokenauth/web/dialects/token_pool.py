@@ -1,6 +1,7 @@
 """The HTTP of token-pool: a pool of UUIDs that may be blocked for a while."""
 
 import re
+from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -9,7 +10,8 @@ from starlette.types import Receive, Scope, Send
 from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.pools import Pools
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web import requests
+from tokenauth.web import openapi, requests
+from tokenauth.web.openapi import Section
 from tokenauth.web.operations import JSON_BODY, Answer, operation
 from tokenauth.web.responses import answer_json
 from tokenauth.web.routing import Handlers
@@ -52,6 +54,70 @@ class NoneFree(msgspec.Struct):
 
 _named = msgspec.json.Decoder(NamedUuid)
 _NO_SUCH = Answer(400, list[Literal["Invalid token id"]], "There is no such token.")
+
+
+_EXAMPLE_VALUE = "0b5e7f36-41cb-4d1c-9f0f-5c3b8f7c2a10"
+_INVALID = openapi.Answer(400, "The token does not exist.", list[Literal["Invalid token id"]], ["Invalid token id"])
+_OPERATIONS = [
+    openapi.Operation(
+        method="POST",
+        path="/api/token_pool",
+        id="tokenPoolGenerate",
+        title="Generate a token",
+        text="Adds a free token to the pool.",
+        answers=[openapi.Answer(200, "The new token.", Made, {"token": _EXAMPLE_VALUE})],
+        refusals=[PoolFull, StoreUnavailable],
+    ),
+    openapi.Operation(
+        method="POST",
+        path="/api/block_token",
+        id="tokenPoolBlock",
+        title="Lease a token",
+        text="Leases the token that has been free for the longest time.",
+        answers=[
+            openapi.Answer(200, "The token.", Blocked, {"blocked_token": _EXAMPLE_VALUE}),
+            openapi.Answer(404, "No token is free.", NoneFree, {"error": "No free tokens"}),
+        ],
+        refusals=[StoreUnavailable],
+    ),
+    openapi.Operation(
+        method="POST",
+        path="/api/keep_alive/{token}",
+        id="tokenPoolKeepAlive",
+        title="Keep a token alive",
+        text="Lets the token, and its lease if it is leased, live for the full time from now.",
+        parameters=[openapi.Parameter("token", "The token, a UUID.", str, _EXAMPLE_VALUE)],
+        answers=[
+            openapi.Answer(200, "It is extended.", Done, {"response": "Token refreshed successfully"}),
+            _INVALID,
+        ],
+        refusals=[NotFound, StoreUnavailable],
+    ),
+    openapi.Operation(
+        method="DELETE",
+        path="/api/token_pool",
+        id="tokenPoolDelete",
+        title="Delete a token",
+        text="Deletes a token, also while it is leased. The field may also be called `token_uuid`.",
+        body=NamedUuid,
+        body_required=False,
+        example={"token": _EXAMPLE_VALUE},
+        answers=[
+            openapi.Answer(200, "The token is deleted.", Done, {"response": "Token deleted successfully"}),
+            _INVALID,
+        ],
+        refusals=[*JSON_BODY, StoreUnavailable],
+    ),
+]
+
+DOCUMENTATION = Section(
+    name=NAME,
+    text="Compatible with token-pool: UUIDs that are leased for a while. Each path also works with a slash at its end.",
+    operations=[
+        *_OPERATIONS,
+        *(replace(each, path=f"{each.path}/", id=f"{each.id}Slash") for each in _OPERATIONS),
+    ],
+)
 
 
 class TokenPool:

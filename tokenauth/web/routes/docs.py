@@ -1,82 +1,74 @@
-"""/openapi.json describes the HTTP, and /docs shows it with Swagger UI, from files that are shipped in `pages/`."""
+"""The API documentation: /openapi.json, and /docs, which shows it with Swagger UI."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.errors import NotFound
-from tokenauth.web.openapi import Document, describe
-from tokenauth.web.operations import Answer, operation
-from tokenauth.web.responses import JSON, answer
-from tokenauth.web.routing import Handlers, Route
+from tokenauth.web.openapi import Document
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import NoStoreResponse
+from tokenauth.web.routing import Route
 
-_FILES = {
-    "index.html": b"text/html; charset=utf-8",
-    "start.js": b"text/javascript; charset=utf-8",
-    "swagger-ui-bundle.js": b"text/javascript; charset=utf-8",
-    "swagger-ui.css": b"text/css; charset=utf-8",
+_MEDIA_TYPES = {
+    "index.html": "text/html",
+    "start.js": "text/javascript",
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
 }
 
-_HEADERS = (
-    (
-        b"content-security-policy",  # nothing of any other host, and no script but ours
-        b"default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline';"
-        b" img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-)
+_HEADERS = {
+    # Nothing from another host, and no script but ours. Swagger UI sets styles.
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'self';"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
+}
 
 
 class DocsRoutes:
-    """The handlers, and the addresses that they answer at."""
+    """The handlers, and their routes."""
 
-    def __init__(self, routes: Iterable[Route], issuer: str) -> None:
-        """Describe these routes, as they are when somebody first asks."""
-        self._routes = routes
-        self._issuer = issuer
+    def __init__(self, describe: Callable[[], Document]) -> None:
+        """Serve the document that `describe` returns. It is called once, at the first request."""
+        self._describe = describe
 
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses."""
-        return {
-            "/openapi.json": {"GET": self.document},
-            "/docs": {"GET": self.page},
-            "/docs/{file}": {"GET": self.file},
-        }
+    def routes(self) -> list[Route]:
+        """List the routes."""
+        return [
+            Route("/openapi.json", {"GET": self.document}),
+            Route("/docs", {"GET": self.page}),
+            Route("/docs/{file}", {"GET": self.file}),
+        ]
 
-    @operation(Answer(200, Document))
-    async def document(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Describe the HTTP (OpenAPI 3.1)."""
-        await answer(send, 200, self._document, JSON)
+    async def document(self, request: Request) -> Response:
+        return NoStoreResponse(self._document, media_type="application/json")
 
-    @operation(Answer(200, says="A page.", media="text/html"))
-    async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Show the description."""
-        await _answer_file(send, "index.html")
+    async def page(self, request: Request) -> Response:
+        return _file_response("index.html")
 
-    @operation(Answer(200, says="A file.", media="*/*"), refuses=(NotFound,))
-    async def file(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a part of the page that shows it."""
-        await _answer_file(send, scope["path_params"]["file"])
+    async def file(self, request: Request) -> Response:
+        return _file_response(request.path_params["file"])
 
     @cached_property
     def _document(self) -> bytes:
-        return msgspec.json.encode(describe(self._routes, self._issuer))
+        return msgspec.json.encode(self._describe())
 
 
-async def _answer_file(send: Send, name: str) -> None:
-    if name not in _FILES:
+def _file_response(name: str) -> Response:
+    if name not in _MEDIA_TYPES:
         raise NotFound
-    content, encoding = _read(name)
-    await answer(send, 200, content, (b"content-type", _FILES[name]), *encoding, *_HEADERS)
+    content, headers = _read(name)
+    return NoStoreResponse(content, headers=headers, media_type=_MEDIA_TYPES[name])
 
 
 @cache
-def _read(name: str) -> tuple[bytes, Sequence[tuple[bytes, bytes]]]:
-    """Read a file, and the header that says so where it is shipped compressed, as the large ones are."""
+def _read(name: str) -> tuple[bytes, Mapping[str, str]]:
+    """Return a file of `pages/` and its headers. Large files are shipped compressed."""
     folder = files("tokenauth.web") / "pages"
-    shipped = folder / f"{name}.gz"
-    if shipped.is_file():
-        return shipped.read_bytes(), [(b"content-encoding", b"gzip")]
-    return (folder / name).read_bytes(), []
+    compressed = folder / f"{name}.gz"
+    if compressed.is_file():
+        return compressed.read_bytes(), {**_HEADERS, "Content-Encoding": "gzip"}
+    return (folder / name).read_bytes(), _HEADERS

@@ -1,0 +1,138 @@
+"""The examples of the document work: each request, sent as it is shown, gets the answer that is shown."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.servers import Server, log_in, shipped_with_dialects, worker
+from tests.wire.openapi.asking import FORM, PASSWORD
+from tests.wire.openapi.configurations import API_PASSWORD
+from tests.wire.openapi.conformance import Documented, Operation
+
+NEEDED = {
+    'issuer = ""': 'issuer = "https://auth.example.com"',
+    'scopes = ["admin"]': 'scopes = ["admin", "introspect"]',
+    "accept_risks = []": 'accept_risks = ["shipped_password", "open_dialect"]',
+    "${API_PASSWORD}": API_PASSWORD,
+}
+"""What the texts of the examples say that they need in the configuration."""
+
+BEFORE = {
+    "revokeMyToken": "listMyTokens",
+    "showPool": "assignToken",
+    "deleteToken": "releaseToken",
+    "simpleTokenImplementIssueByGet": "simpleTokenImplementRecycle",
+    "simpleTokenImplementRecycleByGet": "simpleTokenImplementIssue",
+    "tokenPoolBlock": "tokenPoolGenerate",
+    "tokenPoolBlockSlash": "tokenPoolGenerateSlash",
+    "tokenManagementServiceDeleteByDelete": "tokenManagementServiceGenerate",
+}
+"""Examples before which another one is sent again: the one before has used up the token, or shows a lease."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server with the shipped configuration and user, with all dialects switched on."""
+    directory: Path = tmp_path_factory.mktemp("examples")
+    text = shipped_with_dialects()
+    for shipped, needed in NEEDED.items():
+        assert shipped in text, shipped
+        text = text.replace(shipped, needed)
+    config = directory / "config.toml"
+    config.write_text(text.replace(":///tokenauth.db", f":///{directory}/tokenauth.db"))
+    config.chmod(0o600)
+    with worker(config) as running:
+        yield running
+
+
+class Story:
+    """Sends examples one after the other, with values of real answers in place of those in the examples."""
+
+    def __init__(self, client: httpx.Client, documented: Documented) -> None:
+        self._client = client
+        self._documented = documented
+        self._real: dict[str, str] = {}
+
+    def send(self, operation: Operation) -> None:
+        """Send the example of an operation, and compare the answer with the example of it."""
+        described = operation.described
+        parameters = [each for each in described.get("parameters", ()) if "example" in each]
+        path = operation.path
+        for each in parameters:
+            path = path.replace(f"{{{each['name']}}}", self._translate(each["example"]))
+        query = {each["name"]: self._translate(each["example"]) for each in parameters if each["in"] == "query"}
+        options: dict[str, Any] = {"params": query, "headers": self._credentials(operation)}
+        if operation.body is not None:
+            example = described["requestBody"]["content"][operation.body]["example"]
+            options["data" if operation.body == FORM else "json"] = self._translate(example)
+        answer = self._client.request(operation.method, path, **options)
+        (granted,) = (int(status) for status in described["responses"] if status.startswith("2"))
+        assert answer.status_code == granted, (operation.id, answer.text)
+        self._documented.check(answer)
+        content = described["responses"][str(granted)].get("content", {}).get("application/json")
+        if content is not None and operation.path != "/openapi.json":
+            shown = content["example"] if "example" in content else content["examples"]["answer 1"]["value"]
+            self._compare(operation.id, shown, answer.json())
+
+    def _credentials(self, operation: Operation) -> dict[str, str]:
+        if any("X-Token" in schemes for schemes in operation.schemes) and set() not in operation.schemes:
+            return {"X-Token": log_in(self._client)}
+        return PASSWORD if {"X-API-PASSWORD"} in operation.schemes else {}
+
+    def _translate(self, example: Any) -> Any:
+        """Replace values of examples with those that real answers have had."""
+        text = json.dumps(example)
+        for shown, real in self._real.items():
+            text = text.replace(shown, real)
+        return json.loads(text)
+
+    def _compare(self, name: str, shown: Any, real: Any) -> None:
+        """Compare an answer with its example: the same fields, of the same types, with the same sentences."""
+        if isinstance(shown, dict):
+            assert shown.keys() == real.keys(), (name, real)
+            for key in shown:
+                self._compare(f"{name}.{key}", shown[key], real[key])
+        elif isinstance(shown, list):
+            assert bool(shown) == bool(real), (name, real)
+            for one, other in zip(shown, real, strict=False):
+                self._compare(name, one, other)
+        elif isinstance(shown, str) and " " in shown:
+            assert self._translate(shown) == real, name
+        elif isinstance(shown, str) and re.fullmatch(r"[\w-]{24,}", shown):
+            self._real[shown] = real
+        else:
+            assert type(shown) is type(real), (name, real)
+
+
+def test_each_example_works_in_the_order_of_the_page(server: Server) -> None:
+    with server.client() as client:
+        documented = Documented(client.get("/openapi.json").json())
+        story = Story(client, documented)
+        tags = [tag["name"] for tag in documented.document["tags"]]
+        operations = sorted(documented, key=lambda operation: tags.index(operation.described["tags"][0]))
+        by_id = {operation.id: operation for operation in operations}
+        for operation in operations:
+            if operation.id in BEFORE:
+                story.send(by_id[BEFORE[operation.id]])
+            story.send(operation)
+    assert len(operations) > 40
+
+
+def test_the_login_example_is_the_shipped_user(server: Server) -> None:
+    with server.client() as client:
+        document = client.get("/openapi.json").json()
+        login = document["paths"]["/api/token"]["post"]["requestBody"]["content"]["application/json"]["example"]
+        assert client.post("/api/token", json=login).status_code == 200
+    assert [user["username"] for user in shipped_users()] == [login["username"]]
+
+
+def shipped_users() -> list[dict[str, Any]]:
+    """Return the users of the shipped configuration."""
+    users: list[dict[str, Any]] = tomllib.loads(shipped_with_dialects())["users"]
+    return users

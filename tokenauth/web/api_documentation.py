@@ -1,0 +1,655 @@
+"""The API documentation: every operation of /openapi.json and /docs, in the order in which people want to read.
+
+The examples form one story: a value of an example answer, such as a token, is used by the examples after it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from tokenauth.errors import (
+    BodyTooLarge,
+    Forbidden,
+    ForeignPage,
+    InsufficientScope,
+    InvalidClient,
+    InvalidRequest,
+    InvalidScope,
+    InvalidToken,
+    LeaseLost,
+    NoFreeToken,
+    NotFound,
+    NotYourLease,
+    Overloaded,
+    PoolFull,
+    Refusal,
+    StoreUnavailable,
+    TokenRequired,
+    TooManyAttempts,
+    UnknownPool,
+    UnknownToken,
+    UnsupportedGrantType,
+    Unsure,
+)
+from tokenauth.passwords import MAX_LENGTH
+from tokenauth.pools import MAX_COUNT
+from tokenauth.settings.model import MAX_NAME, Settings
+from tokenauth.web.dialects.documentation import DIALECTS
+from tokenauth.web.openapi import (
+    BASIC,
+    BEARER,
+    FORM,
+    JSON_BODY,
+    NO_NUL,
+    X_TOKEN,
+    Answer,
+    Document,
+    Operation,
+    Parameter,
+    Section,
+    build_document,
+    guarded,
+    schema_only,
+)
+from tokenauth.web.routes import account, health, oauth, pools, token
+
+Refusals = Sequence[type[Refusal]]
+
+INTRO = """\
+Issues bearer tokens that expire, checks and revokes them, and leases tokens from pools.
+
+**Try it:** open *Log in*, choose *Try it out* and *Execute*, copy the `token` from the answer, choose *Authorize* and
+paste it under `X-Token`.
+
+**Tokens** are sent as `X-Token` or as `Authorization: Bearer`. **Times** are Unix seconds. **Errors** are
+`{"error": "<code>", "error_description": "<sentence>"}`, except where an answer shows another form. No answer may be
+stored by a cache.
+"""
+
+FIELDS: Mapping[str, str] = {
+    "access_token": "The token. Send it as `Authorization: Bearer`.",
+    "active": "Whether the token is valid.",
+    "address": "The IP address that the login came from.",
+    "available": "The number of free tokens.",
+    "available_tokens": "The number of free tokens.",
+    "capacity": "The maximum number of tokens, free and leased. Null: no limit.",
+    "client_id": "A user name.",
+    "client_secret": "The user's password.",
+    "count": "The number of tokens to generate.",
+    "current": "Whether this is the token that was sent with the request.",
+    "error": "A code for programs.",
+    "error_description": "A sentence for people.",
+    "exp": "When the token expires, in Unix seconds.",
+    "expires_in": "Seconds until then, for clients whose clock may be wrong.",
+    "expiry_time": "When it expires, in Unix seconds. Null: never, or not valid.",
+    "fence": "Grows with each lease of the token. A resource can reject a holder with a lower number than it has seen.",
+    "force": "End the lease of another user.",
+    "grant_type": "Always `client_credentials`.",
+    "holder": "Which job or machine holds the lease. Default: the user name.",
+    "iat": "When the token was issued, in Unix seconds.",
+    "id": "A public name of the token. It cannot be used to log in.",
+    "issued_at": "When the token was issued, in Unix seconds.",
+    "jti": "The `id` of the token.",
+    "lease_expiry_time": "When the lease ends, in Unix seconds.",
+    "leased": "The number of leased tokens.",
+    "next": "The value of `after` for the next page. Null: this is the last page.",
+    "reason": "Why another user's lease is ended. It is logged.",
+    "revoked": "The number of tokens that were revoked.",
+    "scope": "Scopes, separated by spaces.",
+    "scopes": "What the user may do.",
+    "token": "The value of the token.",
+    "token_type_hint": "Ignored.",
+    "user": "The user who holds the lease.",
+    "user_agent": "The User-Agent header of the login.",
+}
+"""What fields of requests and answers mean."""
+
+
+def describe(settings: Settings) -> Document:
+    """Return the OpenAPI document of a service with this configuration."""
+    sections = [TOKEN, MY_TOKENS, FORWARD_AUTH, POOLS, oauth_section(settings.oauth.issuer), HEALTH, DOCUMENTATION]
+    for name, dialect in settings.dialects.chosen().items():
+        section = DIALECTS[name].below(dialect.prefix)
+        if dialect.require_token:
+            sections.append(section.guarded(InsufficientScope))
+        else:
+            sections.append(section.refusing(ForeignPage))
+    return build_document(sections, INTRO, FIELDS, settings.oauth.issuer or "/")
+
+
+_LOGIN_VALUE = "kT3vXw9QmB2yZ7fHc5RjN8sLd1GpAeU4oWxKq6JtVb0iYhMzCr3FaSnE5gPuD7lO"
+_ACCESS_VALUE = "Qe8ZcN1xVt6LrB4mYw0KsJ7hGf3DpA9uTi5EoXq2RzHbWj8CnMvSkF1yUl6aPdg4"
+_ISSUED_AT, _EXPIRES_AT = 1_800_000_000, 1_800_086_400
+
+_POOL_VALUE = "8Wm2TqZ5rXbN7cKvJ0dHfLyP3sGa9eUi1nQoEkRj4wYtCxBz6uVhMgSlDpFiAOTq"
+
+TOKEN = Section(
+    name="Token",
+    text="Log in, check a token, log out.",
+    operations=[
+        Operation(
+            method="POST",
+            path="/api/token",
+            id="logIn",
+            title="Log in",
+            text="Returns a new token for a user name and a password.",
+            body=token.Credentials,
+            example={"username": "admin", "password": "admin"},
+            answers=[
+                Answer(200, "The new token.", token.Issued, {"token": _LOGIN_VALUE, "expiry_time": _EXPIRES_AT}),
+                Answer(
+                    401,
+                    "The user name or the password is wrong.",
+                    Literal["invalid credentials"],
+                    "invalid credentials",
+                    "text/plain",
+                ),
+            ],
+            refusals=[*JSON_BODY, ForeignPage, TooManyAttempts, Overloaded, StoreUnavailable],
+        ),
+        Operation(
+            method="GET",
+            path="/api/token",
+            id="checkToken",
+            title="Check a token",
+            text="Tells whether a token is valid: the one in the query, or else the one in the header. For an unknown,"
+            " expired or revoked token the answer is `200`, too, with `valid: false`.",
+            parameters=[Parameter("token", "The token to check. Default: the one in the header.", str, _LOGIN_VALUE)],
+            answers=[Answer(200, "Whether it is valid.", token.Validity, {"valid": True, "expiry_time": _EXPIRES_AT})],
+            refusals=[InvalidRequest, StoreUnavailable],
+            security=[(), (X_TOKEN,), (BEARER,)],
+        ),
+        Operation(
+            method="DELETE",
+            path="/api/token",
+            id="logOut",
+            title="Log out",
+            text="Revokes a token: the one in the body (JSON or a form) or in the query as `token`, or else the one in"
+            " the header. The answer is always `200`, and the token is refused from then on.",
+            body=token.Named,
+            body_required=False,
+            example={"token": _LOGIN_VALUE},
+            answers=[Answer(200, "The token is not valid.", token.Validity, {"valid": False, "expiry_time": None})],
+            security=[(), (X_TOKEN,), (BEARER,)],
+        ),
+    ],
+)
+
+_ID = "5f0c9be2a7d1438e6b90fa13"
+_USER = Parameter(
+    "user",
+    "Whose tokens; another user than yourself needs the scope `admin`.",
+    Annotated[str, schema_only(pattern=NO_NUL)],
+)
+
+MY_TOKENS = Section(
+    name="My tokens",
+    text="Who am I, where am I logged in? End one login or all.",
+    operations=[
+        guarded(operation)
+        for operation in (
+            Operation(
+                method="GET",
+                path="/api/me",
+                id="getMe",
+                title="Show who I am",
+                text="Returns the user of the token that is sent, and what the user may do.",
+                answers=[
+                    Answer(
+                        200,
+                        "The user and the token.",
+                        account.Me,
+                        {
+                            "username": "admin",
+                            "scopes": ["admin"],
+                            "id": _ID,
+                            "issued_at": _ISSUED_AT,
+                            "expiry_time": _EXPIRES_AT,
+                        },
+                    )
+                ],
+            ),
+            Operation(
+                method="GET",
+                path="/api/tokens",
+                id="listMyTokens",
+                title="List my tokens",
+                text="Lists the valid tokens of the user, the newest first. The tokens themselves are not shown.",
+                parameters=[_USER],
+                answers=[
+                    Answer(
+                        200,
+                        "The tokens.",
+                        account.Logins,
+                        {
+                            "tokens": [
+                                {
+                                    "id": _ID,
+                                    "issued_at": _ISSUED_AT,
+                                    "expiry_time": _EXPIRES_AT,
+                                    "address": "192.0.2.7",
+                                    "user_agent": "curl/8.5.0",
+                                    "current": True,
+                                }
+                            ]
+                        },
+                    )
+                ],
+                refusals=[InsufficientScope],
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/tokens",
+                id="revokeMyTokens",
+                title="Revoke all my tokens",
+                text="Ends all logins of the user. With `keep=current`, the token that is sent stays valid.",
+                parameters=[
+                    Parameter("keep", "Keep the token that is sent.", Literal["current"], "current"),
+                    _USER,
+                ],
+                answers=[Answer(200, "How many were revoked.", account.Revoked, {"revoked": 3})],
+                refusals=[InsufficientScope],
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/tokens/{id}",
+                id="revokeMyToken",
+                title="Revoke one of my tokens",
+                text="Ends one login, for example that of a lost device.",
+                parameters=[Parameter("id", "The `id` of the token, from the list.", str, _ID), _USER],
+                answers=[Answer(204, "The token is revoked.")],
+                refusals=[InsufficientScope, NotFound],
+            ),
+        )
+    ],
+)
+
+FORWARD_AUTH = Section(
+    name="Forward-auth",
+    text="For reverse proxies: may this request pass?",
+    operations=[
+        Operation(
+            method="GET",
+            path="/auth",
+            id="authorizeRequest",
+            title="Authorize a request",
+            text="A reverse proxy sends the headers of each request here, and lets the request pass if the answer is"
+            " `200`. All methods are answered alike.",
+            parameters=[
+                Parameter("scope", "Scopes that the user must have, separated by spaces.", str, "admin"),
+                Parameter("path", "The path of the client's request. It is ignored, with all that follows it."),
+            ],
+            answers=[
+                Answer(
+                    200,
+                    "The request may pass. The headers name the user.",
+                    headers={
+                        "X-Auth-User": "The user name, percent-encoded where it is not printable ASCII.",
+                        "X-Auth-Scopes": "The user's scopes, separated by spaces.",
+                        "X-Auth-Expires": "When the token expires, in Unix seconds.",
+                    },
+                )
+            ],
+            refusals=[TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, Unsure],
+            security=[(X_TOKEN,), (BEARER,)],
+        )
+    ],
+)
+
+_POOL = Parameter("pool", "The name of a pool in the configuration.", str, "permits")
+_POOL_TOKEN = Parameter("token", "The value of a token of the pool.", str, _POOL_VALUE)
+_IN_POOL: Refusals = (UnknownPool, InsufficientScope)
+_LEASE = {
+    "token": _POOL_VALUE,
+    "holder": "build-7",
+    "fence": 1,
+    "expiry_time": _ISSUED_AT + 1800,
+    "expires_in": 1800,
+}
+_MEMBER = {
+    "token": _POOL_VALUE,
+    "expiry_time": None,
+    "user": "admin",
+    "holder": "build-7",
+    "fence": 1,
+    "lease_expiry_time": _ISSUED_AT + 1800,
+}
+_GENERATED_VALUE = "h4JzRk7WqYc2VnXb9TmLp0DsFg6AeUo3iKxQ8rBtCy5ZjHvNwMaSfGdPl1EuOIqT"
+
+POOLS = Section(
+    name="Pools",
+    text="Lease tokens, so that only so many clients use something at once. Pools are defined in the configuration.",
+    operations=[
+        guarded(operation)
+        for operation in (
+            Operation(
+                method="GET",
+                path="/api/pools",
+                id="listPools",
+                title="List the pools",
+                text="Lists the pools that the user may use.",
+                answers=[
+                    Answer(
+                        200,
+                        "The pools.",
+                        pools.Listing,
+                        {"pools": [{"name": "permits", "capacity": 1, "available": 1, "leased": 0}]},
+                    )
+                ],
+            ),
+            Operation(
+                method="POST",
+                path="/api/pools/{pool}/leases",
+                id="assignToken",
+                title="Lease a token",
+                text="Leases the token that has been free for the longest time. The lease ends by itself unless it is"
+                " kept alive.",
+                parameters=[_POOL],
+                body=pools.Borrower,
+                body_required=False,
+                example={"holder": "build-7"},
+                answers=[Answer(201, "The lease.", pools.Leased, _LEASE)],
+                refusals=[*_IN_POOL, *JSON_BODY, NoFreeToken],
+            ),
+            Operation(
+                method="PUT",
+                path="/api/pools/{pool}/leases/{token}",
+                id="keepLeaseAlive",
+                title="Keep a lease alive",
+                text="Lets the lease run for its full time from now. `holder` and `fence` may be left out; what is"
+                " sent must be that of the lease.",
+                parameters=[_POOL, _POOL_TOKEN],
+                body=pools.Claimed,
+                body_required=False,
+                example={"holder": "build-7"},
+                answers=[Answer(200, "The lease.", pools.Leased, _LEASE)],
+                refusals=[*_IN_POOL, UnknownToken, *JSON_BODY, LeaseLost, NotYourLease],
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/pools/{pool}/leases/{token}",
+                id="releaseToken",
+                title="Release a leased token",
+                text="Ends the lease; the token is free at once. With `force=true`, a manager of the pool ends the"
+                " lease of another user.",
+                parameters=[_POOL, _POOL_TOKEN, Parameter("force", "End the lease of another user.", bool)],
+                body=pools.Ended,
+                body_required=False,
+                example={"holder": "build-7"},
+                answers=[Answer(204, "The lease has ended.")],
+                refusals=[*_IN_POOL, UnknownToken, *JSON_BODY, LeaseLost, NotYourLease],
+            ),
+            Operation(
+                method="GET",
+                path="/api/pools/{pool}",
+                id="showPool",
+                title="Show a pool",
+                text="Lists the tokens of a pool, page by page. Managers of the pool see all tokens; other users see"
+                " the leased ones, and the values of their own.",
+                parameters=[
+                    _POOL,
+                    Parameter("after", "Where the page begins: the `next` of the page before."),
+                    Parameter(
+                        "limit",
+                        "Tokens on a page. Default: 100.",
+                        Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)],
+                    ),
+                ],
+                answers=[
+                    Answer(
+                        200,
+                        "The pool and its tokens.",
+                        pools.Page,
+                        {
+                            "name": "permits",
+                            "capacity": 1,
+                            "available": 0,
+                            "leased": 1,
+                            "tokens": [_MEMBER],
+                            "next": None,
+                        },
+                    )
+                ],
+                refusals=_IN_POOL,
+            ),
+            Operation(
+                method="POST",
+                path="/api/pools/{pool}/tokens",
+                id="generateTokens",
+                title="Generate tokens",
+                text="Adds free tokens to a pool. This needs the scope that manages the pool.",
+                parameters=[_POOL._replace(example="bounded")],
+                body=pools.Wanted,
+                body_required=False,
+                example={"count": 1},
+                answers=[Answer(201, "The new tokens.", pools.Generated, {"tokens": [_GENERATED_VALUE]})],
+                refusals=[*_IN_POOL, *JSON_BODY, PoolFull],
+            ),
+            Operation(
+                method="GET",
+                path="/api/pools/{pool}/tokens/{token}",
+                id="showPoolToken",
+                title="Show a token of a pool",
+                text="Returns one token, and its lease if it is leased. `fence` is that of the latest lease.",
+                parameters=[_POOL, _POOL_TOKEN],
+                answers=[Answer(200, "The token.", pools.Member, _MEMBER)],
+                refusals=[*_IN_POOL, UnknownToken],
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/pools/{pool}/tokens/{token}",
+                id="deleteToken",
+                title="Delete a token of a pool",
+                text="Deletes a token, also while it is leased. This needs the scope that manages the pool.",
+                parameters=[_POOL._replace(example="bounded"), _POOL_TOKEN._replace(example=_GENERATED_VALUE)],
+                answers=[Answer(204, "The token is deleted.")],
+                refusals=[*_IN_POOL, UnknownToken],
+            ),
+        )
+    ],
+)
+
+
+class ClientForm(msgspec.Struct):
+    """A client, unless it authenticates by HTTP Basic."""
+
+    client_id: Annotated[str, schema_only(maxLength=MAX_NAME, pattern=NO_NUL)] | msgspec.UnsetType = msgspec.UNSET
+    client_secret: Annotated[str, schema_only(maxLength=MAX_LENGTH, pattern=NO_NUL)] | msgspec.UnsetType = msgspec.UNSET
+
+
+class GrantForm(ClientForm, kw_only=True):
+    """A request for an access token."""
+
+    grant_type: Literal["client_credentials"]
+    scope: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class TokenForm(ClientForm, kw_only=True):
+    """A token that a client asks about or revokes."""
+
+    token: Annotated[str, schema_only(minLength=1)]
+    token_type_hint: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_CLIENT: Refusals = (
+    InvalidRequest,
+    BodyTooLarge,
+    InvalidClient,
+    TooManyAttempts,
+    Overloaded,
+    StoreUnavailable,
+    ForeignPage,
+)
+_CLIENT_SECURITY = ((), (BASIC,))
+_CLIENT_EXAMPLE = {"client_id": "admin", "client_secret": "admin"}
+_ISSUER = "https://auth.example.com"
+_METADATA = Operation(
+    method="GET",
+    path=oauth.METADATA,
+    id="getServerMetadata",
+    title="Get the server metadata",
+    text="Authorization server metadata (RFC 8414). It exists if `oauth.issuer` is set in the configuration.",
+    answers=[
+        Answer(
+            200,
+            "The metadata.",
+            oauth.Metadata,
+            msgspec.to_builtins(
+                oauth.Metadata(
+                    _ISSUER, f"{_ISSUER}/oauth/token", f"{_ISSUER}/oauth/introspect", f"{_ISSUER}/oauth/revoke"
+                )
+            ),
+        )
+    ],
+    refusals=[NotFound],
+)
+
+
+def oauth_section(issuer: str) -> Section:
+    """Return the OAuth 2.0 endpoints; the metadata of an issuer with a path has a second address (RFC 8414)."""
+    path = oauth.METADATA + unquote(urlsplit(issuer).path)
+    second = [replace(_METADATA, path=path, id="getServerMetadataOfPath")] if path != oauth.METADATA else []
+    return replace(OAUTH, operations=[*OAUTH.operations, *second])
+
+
+OAUTH = Section(
+    name="OAuth 2.0",
+    text="For standard OAuth 2.0 client libraries. Clients are users of the configuration: `client_id` is a user name,"
+    " `client_secret` the password.",
+    operations=[
+        Operation(
+            method="POST",
+            path="/oauth/token",
+            id="issueAccessToken",
+            title="Get an access token",
+            text="Issues a token to a client (client credentials grant, RFC 6749 section 4.4). The client"
+            " authenticates in the form or by HTTP Basic.",
+            body=GrantForm,
+            media=FORM,
+            example={"grant_type": "client_credentials", **_CLIENT_EXAMPLE},
+            answers=[
+                Answer(
+                    200,
+                    "The token. `scope` is all that the client may do.",
+                    oauth.Granted,
+                    {"access_token": _ACCESS_VALUE, "expires_in": 86400, "scope": "admin", "token_type": "Bearer"},
+                )
+            ],
+            refusals=[*_CLIENT, InvalidScope, UnsupportedGrantType],
+            security=_CLIENT_SECURITY,
+        ),
+        Operation(
+            method="POST",
+            path="/oauth/introspect",
+            id="introspectToken",
+            title="Introspect a token",
+            text="Tells whether a token is valid and whose it is (RFC 7662). The client authenticates in the form, by"
+            " HTTP Basic or with a token of its own, and needs the scope `introspect`: add it to the user's `scopes`.",
+            body=TokenForm,
+            media=FORM,
+            example={"token": _ACCESS_VALUE, **_CLIENT_EXAMPLE},
+            answers=[
+                Answer(
+                    200,
+                    "A valid token.",
+                    oauth.Introspection,
+                    {
+                        "sub": "admin",
+                        "username": "admin",
+                        "client_id": "admin",
+                        "scope": "admin introspect",
+                        "iat": _ISSUED_AT,
+                        "exp": _EXPIRES_AT,
+                        "jti": _ID,
+                        "active": True,
+                        "token_type": "Bearer",
+                    },
+                ),
+                Answer(200, "Any other token.", oauth.Inactive, {"active": False}),
+            ],
+            refusals=[*_CLIENT, InvalidToken, InsufficientScope],
+            security=(*_CLIENT_SECURITY, (X_TOKEN,), (BEARER,)),
+        ),
+        Operation(
+            method="POST",
+            path="/oauth/revoke",
+            id="revokeAccessToken",
+            title="Revoke a token",
+            text="Revokes a token (RFC 7009). For a token that is not valid the answer is the same.",
+            body=TokenForm,
+            media=FORM,
+            example={"token": _ACCESS_VALUE, **_CLIENT_EXAMPLE},
+            answers=[Answer(200, "The token is not valid.")],
+            refusals=_CLIENT,
+            security=_CLIENT_SECURITY,
+        ),
+        _METADATA,
+    ],
+)
+
+HEALTH = Section(
+    name="Health",
+    text="For load balancers and monitoring.",
+    operations=[
+        Operation(
+            method="GET",
+            path="/healthz",
+            id="getHealth",
+            title="Check that the process is running",
+            text="The answer is `200` while the process is running, also without a database.",
+            answers=[Answer(200, "It is running.", health.Alive, {"status": "ok"})],
+        ),
+        Operation(
+            method="GET",
+            path="/readyz",
+            id="getReadiness",
+            title="Check that the service can serve",
+            text="The answer is `503` with a reason while the service cannot serve, for example without a database.",
+            answers=[
+                Answer(200, "It can serve.", health.Ready, {"status": "ready"}),
+                Answer(
+                    503,
+                    "It cannot serve.",
+                    health.NotReady,
+                    {"reason": "The database is unavailable.", "status": "not ready"},
+                ),
+            ],
+        ),
+    ],
+)
+
+DOCUMENTATION = Section(
+    name="API documentation",
+    text="This document and this page.",
+    operations=[
+        Operation(
+            method="GET",
+            path="/openapi.json",
+            id="getOpenapiDocument",
+            title="Get this document",
+            text="The OpenAPI 3.1 document of this API.",
+            answers=[Answer(200, "The document.", Document, {"openapi": "3.1.0"})],
+        ),
+        Operation(
+            method="GET",
+            path="/docs",
+            id="getDocumentationPage",
+            title="Open this page",
+            text="A page that shows the document, and can send requests.",
+            answers=[Answer(200, "The page.", media="text/html")],
+        ),
+        Operation(
+            method="GET",
+            path="/docs/{file}",
+            id="getDocumentationFile",
+            title="Get a file of this page",
+            text="The scripts and styles of the page.",
+            parameters=[Parameter("file", "The name of a file of the page.", str, "start.js")],
+            answers=[Answer(200, "The file.", media="*/*")],
+            refusals=[NotFound],
+        ),
+    ],
+)
