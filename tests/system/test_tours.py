@@ -20,6 +20,7 @@ VARYING = [
     (r"curl/[\d.]+", "curl"),
     (r'"current":\w+', "CURRENT"),  # two logins within one second may be listed either way
 ]
+DIALECTS = ("/simple-token-implement", "/token-pool", "/random-token-generator", "/token-management-service")
 LOG_IN = """TOKEN=$(curl -s localhost:8000/api/token -H 'Content-Type: application/json' \\
     -d '{"username": "admin", "password": "admin"}' | cut -d'"' -f4)"""
 
@@ -93,3 +94,12 @@ def test_the_python_of_the_pools_guide_runs(server: Server) -> None:
     exec(code, names)  # noqa: S102
     assert len(fences) == 2
     assert fences[0] == fences[1] >= 1
+
+
+def test_the_guides_name_every_route(server: Server) -> None:
+    with server.client() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    guides = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    native = [path for path in paths if not path.startswith((*DIALECTS, "/docs/"))]
+    assert len(native) > 12
+    assert [path for path in native if f"{path}`" not in guides and f"{path} " not in guides] == []
