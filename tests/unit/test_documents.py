@@ -15,6 +15,7 @@ from tests.support.servers import ROOT
 from tests.test_layers import LAYERS
 from tests.test_security import PROMISES
 from tokenauth.cli.main import main
+from tokenauth.errors import ConfigError
 from tokenauth.logs import audit
 from tokenauth.settings import loader
 from tokenauth.settings.model import Settings
@@ -120,6 +121,12 @@ def test_documented_defaults_are_the_defaults(heading: str) -> None:
     defaults = [row[:2] for row in rows(section(SETTINGS, f"### {heading}"))]
     written = [f"{key.strip('`')} = {value.strip('`')}" for key, value in defaults if value not in {"none", "no limit"}]
     assert loader.parse("\n".join([table, *written]), {}) == loader.parse(table, {})
+
+
+def test_the_shown_mistake_is_the_real_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader.parse("[tokens]\nper_usr = 5", {})
+    assert f"config.toml: {caught.value}\n" in SETTINGS
 
 
 def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
