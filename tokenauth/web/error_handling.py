@@ -1,24 +1,21 @@
 """Exceptions become responses here, and a failed start becomes one line."""
 
 import sys
-from collections.abc import Awaitable, Callable, Mapping
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
-from tokenauth.errors import Forbidden, InsufficientScope, NotFound, Refusal, StartError
+from tokenauth.errors import Forbidden, InsufficientScope, NotFound, StartError
 from tokenauth.logs import describe, log
 from tokenauth.web import requests
 from tokenauth.web.access_log import route_path
-from tokenauth.web.responses import error_response, refusal_response
+from tokenauth.web.responses import error_response
 
 
-async def refusal_handler(request: Request, error: Exception) -> Response:
-    """Answer a refusal, and log who may not do what."""
+def respond(scope: Scope, error: Exception) -> Response:
+    """Return the response to an exception, and log who may not do what."""
     if isinstance(error, InsufficientScope | Forbidden):
-        scope = request.scope
         log.warning(
             "access_denied",
             user=requests.username(scope) or "(unknown)",
@@ -29,16 +26,12 @@ async def refusal_handler(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def not_found_handler(request: Request, error: Exception) -> Response:
-    """Answer for a path that no route matches."""
-    return refusal_response(NotFound())
-
-
-HANDLERS: Mapping[type[Exception] | int, Callable[[Request, Exception], Awaitable[Response]]] = {
-    Refusal: refusal_handler,
-    HTTPException: not_found_handler,
-}
-"""What Starlette's ExceptionMiddleware answers; it is the router's 404 that is an HTTPException."""
+async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """Raise NotFound, for a path that no route matches; a WebSocket is closed."""
+    if scope["type"] == "websocket":
+        await WebSocketClose()(scope, receive, send)
+    else:
+        raise NotFound
 
 
 class ErrorMiddleware:
@@ -66,4 +59,4 @@ class ErrorMiddleware:
         try:
             await self._app(scope, receive, send)
         except Exception as error:
-            await error_response(error)(scope, receive, send)
+            await respond(scope, error)(scope, receive, send)

@@ -139,10 +139,14 @@ class Request(requests.Request):
         if self.scope["query_string"]:
             check_query(self.scope, known)
 
+    @property
+    def has_body(self) -> bool:
+        """Whether the headers announce a body."""
+        return has_body(self.scope)
+
     async def refuse_body(self, known: Collection[str] = ()) -> None:
-        """Raise InvalidRequest if there is a body other than `{}`; `known` are the parameters of the query."""
-        if has_body(self.scope):
-            await refuse_body(self.receive, known)
+        """Raise InvalidRequest for a body other than `{}`; `known` are the parameters of the query."""
+        await refuse_body(self.receive, known)
 
     async def completed(self) -> None:
         """Wait for the end of a request whose body means nothing. Raises InvalidRequest if it is cut off."""

@@ -66,9 +66,9 @@ OPEN = Guard((), (), asks_token=False)
 
 
 class Endpoint(ABC):
-    """An ASGI app in the table of routes, for which a profile has shown that a handler would cost too much.
+    """An ASGI app in the table of routes, where a profile has shown that a handler would cost too much.
 
-    It answers its own errors, so that Shortcuts may call it ahead of what turns exceptions into responses.
+    It answers its own errors: Shortcuts calls it outside of ErrorMiddleware.
     """
 
     @abstractmethod
@@ -94,31 +94,6 @@ class Route(routing.Route):
         self.template = path
 
 
-class Shortcuts:
-    """Middleware that calls the endpoints of some paths ahead of error handling and router, which would cost as much.
-
-    Only for GET and HEAD, and only for an Endpoint without middleware at a path without parameters.
-    """
-
-    def __init__(self, app: ASGIApp, routes: Iterable[Route]) -> None:
-        self._app = app
-        self._endpoints: dict[tuple[str, str], tuple[Route, Endpoint]] = {}
-        for route in routes:
-            endpoint = route.handlers.get("GET")
-            if isinstance(endpoint, Endpoint):
-                for method in ("GET", "HEAD"):
-                    self._endpoints[method, route.path] = route, endpoint
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Pass one request on."""
-        if scope["type"] == "http":
-            found = self._endpoints.get((scope["method"], scope["path"]))
-            if found is not None:
-                scope["route"], endpoint = found
-                return endpoint(scope, receive, send)
-        return self._app(scope, receive, send)
-
-
 def exact(handler: Handler, query: Collection[str] = (), body: bool = False) -> Handler:
     """Refuse query parameters other than `query`, and a body unless the handler reads it.
 
@@ -126,10 +101,14 @@ def exact(handler: Handler, query: Collection[str] = (), body: bool = False) -> 
     """
 
     @wraps(handler)
-    async def checked(request: Request) -> Response:
+    def checked(request: Request) -> Awaitable[Response]:
         request.check_query(query)
-        if not body:
-            await request.refuse_body(query)
+        if not body and request.has_body:
+            return without_body(request)
+        return handler(request)
+
+    async def without_body(request: Request) -> Response:
+        await request.refuse_body(query)
         return await handler(request)
 
     return checked

@@ -14,6 +14,8 @@ from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
 from tokenauth.web.routing import Guard, Route, exact
 
+ME = "/api/me"
+
 ADMIN = "admin"
 """The scope that may act for other users."""
 
@@ -65,7 +67,7 @@ class AccountRoutes:
         """List the routes."""
         tokens = {"GET": exact(self.list, ["user"]), "DELETE": exact(self.end_all, ["keep", "user"])}
         return [
-            Route("/api/me", {"GET": exact(self.me)}, guard),
+            Route(ME, {"GET": exact(self.me)}, guard),
             Route("/api/tokens", tokens, guard),
             Route("/api/tokens/{id}", {"DELETE": exact(self.end, ["user"])}, guard),
         ]

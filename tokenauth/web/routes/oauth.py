@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import (
@@ -29,17 +29,18 @@ from tokenauth.models import Identity, User
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
-from tokenauth.web import percent, requests
+from tokenauth.web import percent
 from tokenauth.web.operations import NO_NUL, Answer, Refusals, operation, said
-from tokenauth.web.responses import JSON, answer, answer_json
-from tokenauth.web.routing import Handlers
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse, NoStoreResponse
+from tokenauth.web.routing import Guard, Route
 
 INTROSPECT = "introspect"
 """The scope that may ask about the tokens of others."""
 
+INTROSPECTION = "/oauth/introspect"
 METADATA = "/.well-known/oauth-authorization-server"
 
-_INACTIVE = b'{"active":false}'
 _BEARER = "Bearer"
 _METHODS = ("client_secret_basic", "client_secret_post")
 
@@ -116,41 +117,38 @@ class Metadata(msgspec.Struct):
 
 
 class OAuthRoutes:
-    """The handlers, and the addresses that they answer at."""
+    """The handlers, and their routes."""
 
     def __init__(self, tokens: Tokens, credentials: Credentials, issuer: str) -> None:
         self._tokens = tokens
         self._credentials = credentials
         self._issuer = issuer
 
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses; the metadata of an issuer with a path stand at two (RFC 8414 section 3.1)."""
-        metadata = {"GET": self.metadata}
-        return {
-            "/oauth/token": {"POST": self.token},
-            "/oauth/introspect": {"POST": self.introspect},
-            "/oauth/revoke": {"POST": self.revoke},
-            METADATA: metadata,
-            METADATA + unquote(urlsplit(self._issuer).path): metadata,
-        }
+    def routes(self, guard: Guard) -> list[Route]:
+        """List the routes. An issuer with a path has its metadata at two paths (RFC 8414 section 3.1)."""
+        metadata = {METADATA, METADATA + unquote(urlsplit(self._issuer).path)}
+        return [
+            Route(INTROSPECTION, {"POST": self.introspect}, guard),
+            Route("/oauth/token", {"POST": self.token}, guard),
+            Route("/oauth/revoke", {"POST": self.revoke}, guard),
+            *(Route(path, {"GET": self.metadata}, guard) for path in sorted(metadata)),
+        ]
 
     @operation(
         Answer(200, Granted), form=TokenForm, refuses=(*_CLIENT, InvalidScope, UnsupportedGrantType), schemes=_BY_FORM
     )
-    async def token(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def token(self, request: Request) -> Response:
         """Issue a token to a client."""
-        form = await requests.form_body(scope, receive)
-        wanted = _field(form, "grant_type")
-        user = await self._client(scope, form)
-        if wanted != "client_credentials":
+        form = await request.form_body()
+        grant_type = _field(form, "grant_type")
+        user = await self._client(request, form)
+        if grant_type != "client_credentials":
             raise UnsupportedGrantType
         if not set(form.get("scope", "").split(" ")) <= {*user.scopes, ""}:
             raise InvalidScope
-        address, agent = requests.client_address(scope), requests.user_agent(scope)
-        issued = await self._tokens.grant(user, address, agent, requests.gone(scope))
+        issued = await self._tokens.grant(user, request.client_address, request.user_agent, request.gone)
         lifetime = issued.token.expires_at - int(issued.token.issued_at)
-        granted = Granted(issued.value, lifetime, " ".join(user.scopes))
-        await answer(send, 200, msgspec.json.encode(granted), JSON, (b"pragma", b"no-cache"))
+        return JSONResponse(Granted(issued.value, lifetime, " ".join(user.scopes)), headers=[(b"pragma", b"no-cache")])
 
     @operation(
         Answer(200, (Introspection, Inactive), "What is to be said of the token."),
@@ -158,66 +156,62 @@ class OAuthRoutes:
         refuses=(*_CLIENT, InvalidToken, InsufficientScope),
         schemes=(*_BY_FORM, "X-Token", "Bearer"),
     )
-    async def introspect(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def introspect(self, request: Request) -> Response:
         """Say whether a token is valid, and whose it is."""
-        form = await requests.form_body(scope, receive)
-        caller = await self._caller(scope, form)
-        scope["user"] = caller  # who is named in the log if it is refused
+        form = await request.form_body()
+        caller = await self._caller(request, form)
+        request.scope["user"] = caller  # the log names the user if the scope is missing
         if INTROSPECT not in caller.scopes:
             raise InsufficientScope(INTROSPECT)
         login = await self._tokens.identify(_field(form, "token").encode())
         if login is None:
-            await answer(send, 200, _INACTIVE, JSON)
-            return
+            return JSONResponse(Inactive())
         user, token = login
         name, scopes = user.username, " ".join(user.scopes)
-        found = Introspection(name, name, name, scopes, int(token.issued_at), token.expires_at, token.id)
-        await answer_json(send, found)
+        return JSONResponse(Introspection(name, name, name, scopes, int(token.issued_at), token.expires_at, token.id))
 
     @operation(Answer(200), form=AboutForm, refuses=_CLIENT, schemes=_BY_FORM)
-    async def revoke(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def revoke(self, request: Request) -> Response:
         """End a token; the answer is the same for one that is not valid (RFC 7009 section 2.2)."""
-        form = await requests.form_body(scope, receive)
-        await self._client(scope, form)
+        form = await request.form_body()
+        await self._client(request, form)
         await self._tokens.revoke(_field(form, "token").encode())
-        await answer(send, 200, b"")
+        return NoStoreResponse()
 
     @operation(Answer(200, Metadata), refuses=(NotFound,))
-    async def metadata(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def metadata(self, request: Request) -> Response:
         """Return the authorization server metadata (RFC 8414)."""
-        at = self._issuer
-        if not at:
-            raise NotFound("The metadata need to know the public URL of this service: set oauth.issuer.")
-        found = Metadata(at, f"{at}/oauth/token", f"{at}/oauth/introspect", f"{at}/oauth/revoke")
-        await answer_json(send, found)
+        url = self._issuer
+        if not url:
+            raise NotFound("The metadata needs the public URL of this service: set oauth.issuer.")
+        return JSONResponse(Metadata(url, f"{url}/oauth/token", f"{url}/oauth/introspect", f"{url}/oauth/revoke"))
 
-    async def _caller(self, scope: Scope, form: Form) -> Identity:
-        """Return who asks: whose token was sent, or else which client."""
-        value = requests.bearer(scope)
+    async def _caller(self, request: Request, form: Form) -> Identity:
+        """Return the user whose token was sent, or else the client that authenticates."""
+        value = request.bearer()
         if value is None:
-            return (await self._client(scope, form)).identity
-        if "client_secret" in form or requests.basic(scope) is not None:
+            return (await self._client(request, form)).identity
+        if "client_secret" in form or request.basic() is not None:
             raise InvalidRequest("Authenticate in one way: by HTTP Basic, in the form, or with a token.")
         login = await self._tokens.identify(value)
         if login is None:
             raise InvalidToken
         return login.user
 
-    async def _client(self, scope: Scope, form: Form) -> User:
-        """Return the client that has authenticated. Raises InvalidClient, InvalidRequest or a RetryLater."""
+    async def _client(self, request: Request, form: Form) -> User:
+        """Return the client that authenticates. Raises InvalidClient, InvalidRequest or a RetryLater."""
         try:
-            address, gone = requests.client_address(scope), requests.gone(scope)
-            return await self._credentials.verify_cached(_claimed(scope, form), address, gone)
+            return await self._credentials.verify_cached(_claimed(request, form), request.client_address, request.gone)
         except InvalidCredentials:
             raise InvalidClient from None
 
 
-def _claimed(scope: Scope, form: Form) -> Sequence[Candidate]:
-    """Read who a client says it is (RFC 6749 section 2.3.1). Raises InvalidClient or InvalidRequest.
+def _claimed(request: Request, form: Form) -> Sequence[Candidate]:
+    """Read the name and secret that a client sends (RFC 6749 section 2.3.1). Raises InvalidClient or InvalidRequest.
 
-    In HTTP Basic both parts should be percent-encoded, which many clients do not do: so there are two readings.
+    In HTTP Basic both should be percent-encoded, and many clients do not encode them: so there are two readings.
     """
-    sent = requests.basic(scope)
+    sent = request.basic()
     if sent is None:
         if "client_id" not in form or "client_secret" not in form:
             raise InvalidClient

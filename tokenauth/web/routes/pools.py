@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.errors import (
     InsufficientScope,
@@ -19,10 +19,10 @@ from tokenauth.errors import (
 )
 from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor, Pool, PoolToken
 from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
-from tokenauth.web import requests
 from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
-from tokenauth.web.responses import answer, answer_json
-from tokenauth.web.routing import Handlers
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse, NoStoreResponse
+from tokenauth.web.routing import Guard, Route, exact
 
 PAGE = 100
 """Tokens on a page, unless `?limit=` says otherwise."""
@@ -106,6 +106,7 @@ _wanted = msgspec.json.Decoder(Wanted)
 _holder = msgspec.json.Decoder(Borrower)
 _claimed = msgspec.json.Decoder(Claimed)
 _ended = msgspec.json.Decoder(Ended)
+_EMPTY_BORROWER, _EMPTY_CLAIMED, _EMPTY_ENDED = Borrower(), Claimed(), Ended()
 
 
 _PLACE = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
@@ -116,105 +117,103 @@ _LEASE: Refusals = (*_TOKEN, *JSON_BODY, LeaseLost, NotYourLease)
 
 
 class PoolRoutes:
-    """The handlers, and the addresses that they answer at."""
+    """The handlers, and their routes."""
 
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
 
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses."""
+    def routes(self, guard: Guard) -> list[Route]:
+        """List the routes, the most used ones first: Starlette tries one after the other."""
         one = "/api/pools/{pool}"
-        return {
-            "/api/pools": {"GET": self.list},
-            one: {"GET": self.show},
-            f"{one}/tokens": {"POST": self.generate},
-            f"{one}/tokens/{{token}}": {"GET": self.show_token, "DELETE": self.delete},
-            f"{one}/leases": {"POST": self.assign},
-            f"{one}/leases/{{token}}": {"PUT": self.keep_alive, "DELETE": self.release},
-        }
+        leases = {"PUT": exact(self.keep_alive, body=True), "DELETE": exact(self.release, ["force"], body=True)}
+        return [
+            Route(f"{one}/leases/{{token}}", leases, guard),
+            Route(f"{one}/leases", {"POST": exact(self.assign, body=True)}, guard),
+            Route(f"{one}/tokens/{{token}}", {"GET": exact(self.show_token), "DELETE": exact(self.delete)}, guard),
+            Route(f"{one}/tokens", {"POST": exact(self.generate, body=True)}, guard),
+            Route(one, {"GET": exact(self.show, ["after", "limit"])}, guard),
+            Route("/api/pools", {"GET": exact(self.list)}, guard),
+        ]
 
     @operation(Answer(200, Listing))
-    async def list(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def list(self, request: Request) -> Response:
         """Say how many tokens each pool has."""
-        counted = [await self._counted(pool) for pool in self._pools.usable_by(scope["user"])]
-        await answer_json(send, Listing(counted))
+        return JSONResponse(Listing([await self._counted(pool) for pool in self._pools.usable_by(request.user)]))
 
     @operation(Answer(200, Page), refuses=_POOL, query={"after": str, "limit": _Limit})
-    async def show(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def show(self, request: Request) -> Response:
         """List the tokens of a pool, page by page: all of them to who manages it, the leased ones to others."""
-        pool, user = self._pool(scope), scope["user"]
-        limit = requests.query_number(scope, "limit", PAGE, 1, MAX_COUNT)
-        after = requests.query_value(scope, "after") or ""
+        pool, user = self._pool(request), request.user
+        limit = request.query_number("limit", PAGE, 1, MAX_COUNT)
+        after = request.query_value("after") or ""
         page, following = await (self._all if pool.managed_by(user) else self._leases)(pool, after, limit)
         available, leased = await self._pools.count(pool)
         members = [self._member(pool, token, user) for token in page]
-        await answer_json(send, Page(pool.name, pool.capacity, available, leased, members, following))
+        return JSONResponse(Page(pool.name, pool.capacity, available, leased, members, following))
 
     @operation(Answer(201, Generated), body=Wanted, empty=True, refuses=(*_POOL, *JSON_BODY, PoolFull))
-    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def generate(self, request: Request) -> Response:
         """Add tokens."""
-        pool = self._managed(scope)
-        wanted = await requests.json_body(scope, receive, _wanted, empty=Wanted())
-        requests.refuse_gone(scope)
-        await answer_json(send, Generated(list(await self._pools.generate(pool, wanted.count))), 201)
+        pool = self._managed(request)
+        body = await request.json_body(_wanted, empty=Wanted())
+        request.refuse_gone()
+        return JSONResponse(Generated([*await self._pools.generate(pool, body.count)]), 201)
 
     @operation(Answer(200, Member), refuses=_TOKEN)
-    async def show_token(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def show_token(self, request: Request) -> Response:
         """Show one token, with the number of its latest lease, also when that is over."""
-        pool = self._pool(scope)
-        token = await self._pools.get(pool, scope["path_params"]["token"])
-        shown = self._member(pool, token, scope["user"])
+        pool = self._pool(request)
+        token = await self._pools.get(pool, request.path_params["token"])
+        shown = self._member(pool, token, request.user)
         shown.token, shown.fence = token.value, token.fence  # the caller knows the value
-        await answer_json(send, shown)
+        return JSONResponse(shown)
 
     @operation(Answer(204), refuses=_TOKEN)
-    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def delete(self, request: Request) -> Response:
         """Delete a token."""
-        await self._pools.delete(self._managed(scope), scope["path_params"]["token"])
-        await answer(send, 204, b"")
+        await self._pools.delete(self._managed(request), request.path_params["token"])
+        return NoStoreResponse(status_code=204)
 
     @operation(Answer(201, Leased), body=Borrower, empty=True, refuses=(*_POOL, *JSON_BODY, NoFreeToken))
-    async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def assign(self, request: Request) -> Response:
         """Lend a token."""
-        pool = self._pool(scope)
-        wanted = await requests.json_body(scope, receive, _holder, empty=Borrower())
-        user: Identity = scope["user"]
-        holder = user.username if wanted.holder is None else check_name(wanted.holder)
-        requests.refuse_gone(scope)
-        token = await self._pools.assign(pool, holder, user.username)
-        await answer_json(send, _lease(pool, token), 201)
+        pool = self._pool(request)
+        body = await request.json_body(_holder, empty=_EMPTY_BORROWER)
+        username = request.user.username
+        holder = username if body.holder is None else check_name(body.holder)
+        request.refuse_gone()
+        return _lease(pool, await self._pools.assign(pool, holder, username), 201)
 
     @operation(Answer(200, Leased), body=Claimed, empty=True, refuses=_LEASE)
-    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def keep_alive(self, request: Request) -> Response:
         """Let a lease run for its full time from now."""
-        pool = self._pool(scope)
-        claim = await _claim(scope, receive)
-        token = await self._pools.keep_alive(pool, scope["path_params"]["token"], claim)
-        await answer_json(send, _lease(pool, token))
+        pool = self._pool(request)
+        body = await request.json_body(_claimed, empty=_EMPTY_CLAIMED)
+        check = LeaseCheck(body.holder, body.fence, request.user.username)
+        return _lease(pool, await self._pools.keep_alive(pool, request.path_params["token"], check))
 
     @operation(Answer(204), body=Ended, empty=True, refuses=_LEASE, query={"force": bool})
-    async def release(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def release(self, request: Request) -> Response:
         """End a lease."""
-        pool, token = self._pool(scope), scope["path_params"]["token"]
-        user: Identity = scope["user"]
-        if force := requests.query_flag(scope, "force"):
-            self._managed(scope)
-        ended = await requests.json_body(scope, receive, _ended, empty=Ended())
-        claim = LeaseCheck(ended.holder, ended.fence, None if force else user.username)
-        if ended.reason is not None and not force:
+        pool, token = self._pool(request), request.path_params["token"]
+        username = request.user.username
+        if force := request.query_flag("force"):
+            self._managed(request)
+        body = await request.json_body(_ended, empty=_EMPTY_ENDED)
+        if body.reason is not None and not force:
             raise InvalidRequest("reason: goes with ?force=true only.")
         if force:
-            reason = None if ended.reason is None else check_name(ended.reason, "reason")
-            await self._pools.force_release(pool, token, claim, user.username, reason)
+            reason = None if body.reason is None else check_name(body.reason, "reason")
+            await self._pools.force_release(pool, token, LeaseCheck(body.holder, body.fence), username, reason)
         else:
-            await self._pools.release(pool, token, claim)
-        await answer(send, 204, b"")
+            await self._pools.release(pool, token, LeaseCheck(body.holder, body.fence, username))
+        return NoStoreResponse(status_code=204)
 
-    def _pool(self, scope: Scope) -> Pool:
-        return self._pools.find(scope["path_params"]["pool"], scope["user"])
+    def _pool(self, request: Request) -> Pool:
+        return self._pools.find(request.path_params["pool"], request.user)
 
-    def _managed(self, scope: Scope) -> Pool:
-        return self._pools.find_managed(scope["path_params"]["pool"], scope["user"])
+    def _managed(self, request: Request) -> Pool:
+        return self._pools.find_managed(request.path_params["pool"], request.user)
 
     async def _all(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of all tokens, ordered by value, and where the next page begins."""
@@ -242,11 +241,6 @@ class PoolRoutes:
         return shown
 
 
-async def _claim(scope: Scope, receive: Receive) -> LeaseCheck:
-    claimed = await requests.json_body(scope, receive, _claimed, empty=Claimed())
-    return LeaseCheck(claimed.holder, claimed.fence, scope["user"].username)
-
-
 def _place(after: str) -> LeaseCursor:
     """Read where a page of leases begins. Raises InvalidRequest."""
     if not after:
@@ -257,6 +251,7 @@ def _place(after: str) -> LeaseCursor:
     return float(place[1]), int(place[2])
 
 
-def _lease(pool: Pool, token: PoolToken) -> Leased:
-    """Show a lease that has begun anew: `expires_in` is its full time, for a clock of the client's own."""
-    return Leased(token.value, token.holder or "", token.fence, int(token.free_at), int(pool.lease_ttl))
+def _lease(pool: Pool, token: PoolToken, status: int = 200) -> Response:
+    """Show a lease that starts now. `expires_in` is its full time, for clients whose clock may be wrong."""
+    shown = Leased(token.value, token.holder or "", token.fence, int(token.free_at), int(pool.lease_ttl))
+    return JSONResponse(shown, status)
