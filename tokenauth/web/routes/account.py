@@ -1,15 +1,12 @@
 """My logins: who am I, where am I logged in, end one, end all. All behind TokenMiddleware."""
 
-from typing import Annotated, Literal
-
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import InsufficientScope, InvalidRequest, NotFound
+from tokenauth.errors import InsufficientScope, InvalidRequest
 from tokenauth.models import Token
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
-from tokenauth.web.operations import NO_NUL, Answer, operation, said
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
 from tokenauth.web.routing import Guard, Route, exact
@@ -18,10 +15,6 @@ ME = "/api/me"
 
 ADMIN = "admin"
 """The scope that may act for other users."""
-
-
-_USER = {"user": Annotated[str, said(pattern=NO_NUL)]}
-_KEEP = {"keep": Literal["current"]}
 
 
 class Me(msgspec.Struct):
@@ -72,19 +65,16 @@ class AccountRoutes:
             Route("/api/tokens/{id}", {"DELETE": exact(self.end, ["user"])}, guard),
         ]
 
-    @operation(Answer(200, Me))
     async def me(self, request: Request) -> Response:
         """Say whose token this is."""
         user, token = request.user, request.token
         return JSONResponse(Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
 
-    @operation(Answer(200, Logins), refuses=(InsufficientScope,), query=_USER)
     async def list(self, request: Request) -> Response:
         """List the tokens of a user."""
         listed = await self._tokens.list_live(_username(request))
         return JSONResponse(Logins([_show(token, request.token) for token in listed]))
 
-    @operation(Answer(200, Revoked), refuses=(InsufficientScope,), query=_KEEP | _USER)
     async def end_all(self, request: Request) -> Response:
         """End all tokens of a user, or with `?keep=current` all but this one."""
         keep = request.query_value("keep")
@@ -92,7 +82,6 @@ class AccountRoutes:
             raise InvalidRequest("keep: may only be 'current'.")
         return JSONResponse(Revoked(await self._tokens.revoke_all(_username(request), request.token if keep else None)))
 
-    @operation(Answer(204), refuses=(InsufficientScope, NotFound), query=_USER)
     async def end(self, request: Request) -> Response:
         """End one token."""
         await self._tokens.revoke_id(request.path_params["id"], _username(request))

@@ -15,7 +15,6 @@ from tokenauth.errors import (
     InvalidRequest,
     InvalidToken,
     Refusal,
-    StoreUnavailable,
     TokenRequired,
     Unsure,
 )
@@ -23,7 +22,6 @@ from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web import requests
-from tokenauth.web.operations import Answer, operation
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
 
@@ -31,13 +29,6 @@ PATH = "/auth"
 
 _NO_LETTERS = re.compile(r"[\W_]+")
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
-
-
-_IDENTITY = {
-    "X-Auth-User": "The user's name, percent-encoded where it is not printable ASCII.",
-    "X-Auth-Scopes": "His scopes, with blanks between them.",
-    "X-Auth-Expires": "The Unix second at which his token expires.",
-}
 
 
 class _Known(NamedTuple):
@@ -59,12 +50,6 @@ class ForwardAuth(Endpoint):
         self._tokens = tokens
         self._known: dict[str, _Known] = {}  # one for each user, at the most
 
-    @operation(
-        Answer(200, says="The request may pass.", headers=_IDENTITY),
-        refuses=(TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, Unsure),
-        query={"scope": str, "path": str},
-        schemes=("X-Token", "Bearer"),
-    )
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say to a reverse proxy whether a request may pass, and who sent it; any method will do."""
         token = None
@@ -86,8 +71,6 @@ class ForwardAuth(Endpoint):
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
-
-    operation = __call__.operation  # type: ignore[attr-defined]
 
     def _judge(self, value: bytes | None, token: Token | None, query: bytes) -> Sequence[tuple[bytes, bytes]]:
         """Say who may pass. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""

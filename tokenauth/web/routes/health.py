@@ -6,7 +6,6 @@ from typing import Literal
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.web.operations import Answer, operation
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Route
@@ -42,12 +41,10 @@ class HealthRoutes:
         """List the routes."""
         return [Route("/healthz", {"GET": self.alive}), Route("/readyz", {"GET": self.ready})]
 
-    @operation(Answer(200, Alive))
     async def alive(self, request: Request) -> Response:
         """Tell that the process is running."""
         return JSONResponse(Alive())
 
-    @operation(Answer(200, Ready), Answer(503, NotReady))
     async def ready(self, request: Request) -> Response:
         """Answer 200, or 503 naming what is not ready."""
         problem = await self._problem()

@@ -4,7 +4,7 @@ The clients are the users of the configuration; so `client_id` is a user name, a
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import (
-    BodyTooLarge,
     InsufficientScope,
     InvalidClient,
     InvalidCredentials,
@@ -20,17 +19,11 @@ from tokenauth.errors import (
     InvalidScope,
     InvalidToken,
     NotFound,
-    Overloaded,
-    StoreUnavailable,
-    TooManyAttempts,
     UnsupportedGrantType,
 )
 from tokenauth.models import Identity, User
-from tokenauth.passwords import MAX_LENGTH
-from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
 from tokenauth.web import percent
-from tokenauth.web.operations import NO_NUL, Answer, Refusals, operation, said
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
 from tokenauth.web.routing import Guard, Route
@@ -76,32 +69,6 @@ class Inactive(msgspec.Struct):
     active: Literal[False] = False
 
 
-class ClientForm(msgspec.Struct):
-    """Who the client is, unless it says so by HTTP Basic."""
-
-    client_id: Annotated[str, said(maxLength=MAX_NAME, pattern=NO_NUL)] | msgspec.UnsetType = msgspec.UNSET
-    client_secret: Annotated[str, said(maxLength=MAX_LENGTH, pattern=NO_NUL)] | msgspec.UnsetType = msgspec.UNSET
-
-
-class TokenForm(ClientForm, kw_only=True):
-    """What sort of token the client wants, and for which scopes."""
-
-    grant_type: Literal["client_credentials"]
-    scope: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class AboutForm(ClientForm, kw_only=True):
-    """Which token is meant; what sort it is need not be said."""
-
-    token: Annotated[str, said(minLength=1)]
-    token_type_hint: str | msgspec.UnsetType = msgspec.UNSET
-
-
-_FORM: Refusals = (InvalidRequest, BodyTooLarge)
-_CLIENT: Refusals = (*_FORM, InvalidClient, TooManyAttempts, Overloaded, StoreUnavailable)
-_BY_FORM = ("", "Basic")
-
-
 class Metadata(msgspec.Struct):
     """Where what is, and how (RFC 8414 section 2)."""
 
@@ -134,9 +101,6 @@ class OAuthRoutes:
             *(Route(path, {"GET": self.metadata}, guard) for path in sorted(metadata)),
         ]
 
-    @operation(
-        Answer(200, Granted), form=TokenForm, refuses=(*_CLIENT, InvalidScope, UnsupportedGrantType), schemes=_BY_FORM
-    )
     async def token(self, request: Request) -> Response:
         """Issue a token to a client."""
         form = await request.form_body()
@@ -150,12 +114,6 @@ class OAuthRoutes:
         lifetime = issued.token.expires_at - int(issued.token.issued_at)
         return JSONResponse(Granted(issued.value, lifetime, " ".join(user.scopes)), headers=[(b"pragma", b"no-cache")])
 
-    @operation(
-        Answer(200, (Introspection, Inactive), "What is to be said of the token."),
-        form=AboutForm,
-        refuses=(*_CLIENT, InvalidToken, InsufficientScope),
-        schemes=(*_BY_FORM, "X-Token", "Bearer"),
-    )
     async def introspect(self, request: Request) -> Response:
         """Say whether a token is valid, and whose it is."""
         form = await request.form_body()
@@ -170,7 +128,6 @@ class OAuthRoutes:
         name, scopes = user.username, " ".join(user.scopes)
         return JSONResponse(Introspection(name, name, name, scopes, int(token.issued_at), token.expires_at, token.id))
 
-    @operation(Answer(200), form=AboutForm, refuses=_CLIENT, schemes=_BY_FORM)
     async def revoke(self, request: Request) -> Response:
         """End a token; the answer is the same for one that is not valid (RFC 7009 section 2.2)."""
         form = await request.form_body()
@@ -178,7 +135,6 @@ class OAuthRoutes:
         await self._tokens.revoke(_field(form, "token").encode())
         return NoStoreResponse()
 
-    @operation(Answer(200, Metadata), refuses=(NotFound,))
     async def metadata(self, request: Request) -> Response:
         """Return the authorization server metadata (RFC 8414)."""
         url = self._issuer

@@ -7,19 +7,10 @@ from typing import Annotated
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import (
-    InsufficientScope,
-    InvalidRequest,
-    LeaseLost,
-    NoFreeToken,
-    NotYourLease,
-    PoolFull,
-    UnknownPool,
-    UnknownToken,
-)
+from tokenauth.errors import InvalidRequest
 from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor, Pool, PoolToken
 from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
-from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
+from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
 from tokenauth.web.routing import Guard, Route, exact
@@ -37,7 +28,7 @@ class Wanted(msgspec.Struct, forbid_unknown_fields=True):
 class Borrower(msgspec.Struct, forbid_unknown_fields=True):
     """Who is to have the token; the user, if it is not said."""
 
-    holder: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
+    holder: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
 
 
 class Claimed(msgspec.Struct, forbid_unknown_fields=True):
@@ -50,7 +41,7 @@ class Claimed(msgspec.Struct, forbid_unknown_fields=True):
 class Ended(Claimed):
     """What the caller knows of the lease that it ends, and why a manager ends another user's: that is logged."""
 
-    reason: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
+    reason: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
 
 
 class Counted(msgspec.Struct):
@@ -110,10 +101,6 @@ _EMPTY_BORROWER, _EMPTY_CLAIMED, _EMPTY_ENDED = Borrower(), Claimed(), Ended()
 
 
 _PLACE = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
-_Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
-_POOL: Refusals = (UnknownPool, InsufficientScope)
-_TOKEN: Refusals = (*_POOL, UnknownToken)
-_LEASE: Refusals = (*_TOKEN, *JSON_BODY, LeaseLost, NotYourLease)
 
 
 class PoolRoutes:
@@ -135,12 +122,10 @@ class PoolRoutes:
             Route("/api/pools", {"GET": exact(self.list)}, guard),
         ]
 
-    @operation(Answer(200, Listing))
     async def list(self, request: Request) -> Response:
         """Say how many tokens each pool has."""
         return JSONResponse(Listing([await self._counted(pool) for pool in self._pools.usable_by(request.user)]))
 
-    @operation(Answer(200, Page), refuses=_POOL, query={"after": str, "limit": _Limit})
     async def show(self, request: Request) -> Response:
         """List the tokens of a pool, page by page: all of them to who manages it, the leased ones to others."""
         pool, user = self._pool(request), request.user
@@ -151,7 +136,6 @@ class PoolRoutes:
         members = [self._member(pool, token, user) for token in page]
         return JSONResponse(Page(pool.name, pool.capacity, available, leased, members, following))
 
-    @operation(Answer(201, Generated), body=Wanted, empty=True, refuses=(*_POOL, *JSON_BODY, PoolFull))
     async def generate(self, request: Request) -> Response:
         """Add tokens."""
         pool = self._managed(request)
@@ -159,7 +143,6 @@ class PoolRoutes:
         request.refuse_gone()
         return JSONResponse(Generated([*await self._pools.generate(pool, body.count)]), 201)
 
-    @operation(Answer(200, Member), refuses=_TOKEN)
     async def show_token(self, request: Request) -> Response:
         """Show one token, with the number of its latest lease, also when that is over."""
         pool = self._pool(request)
@@ -168,13 +151,11 @@ class PoolRoutes:
         shown.token, shown.fence = token.value, token.fence  # the caller knows the value
         return JSONResponse(shown)
 
-    @operation(Answer(204), refuses=_TOKEN)
     async def delete(self, request: Request) -> Response:
         """Delete a token."""
         await self._pools.delete(self._managed(request), request.path_params["token"])
         return NoStoreResponse(status_code=204)
 
-    @operation(Answer(201, Leased), body=Borrower, empty=True, refuses=(*_POOL, *JSON_BODY, NoFreeToken))
     async def assign(self, request: Request) -> Response:
         """Lend a token."""
         pool = self._pool(request)
@@ -184,7 +165,6 @@ class PoolRoutes:
         request.refuse_gone()
         return _lease(pool, await self._pools.assign(pool, holder, username), 201)
 
-    @operation(Answer(200, Leased), body=Claimed, empty=True, refuses=_LEASE)
     async def keep_alive(self, request: Request) -> Response:
         """Let a lease run for its full time from now."""
         pool = self._pool(request)
@@ -192,7 +172,6 @@ class PoolRoutes:
         check = LeaseCheck(body.holder, body.fence, request.user.username)
         return _lease(pool, await self._pools.keep_alive(pool, request.path_params["token"], check))
 
-    @operation(Answer(204), body=Ended, empty=True, refuses=_LEASE, query={"force": bool})
     async def release(self, request: Request) -> Response:
         """End a lease."""
         pool, token = self._pool(request), request.path_params["token"]

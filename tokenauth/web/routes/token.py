@@ -10,20 +10,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokenauth import values
-from tokenauth.errors import (
-    ForeignPage,
-    InvalidCredentials,
-    InvalidRequest,
-    Overloaded,
-    StoreUnavailable,
-    TooManyAttempts,
-)
+from tokenauth.errors import InvalidRequest
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
 from tokenauth.web import requests
 from tokenauth.web.foreign_pages import Hosts
-from tokenauth.web.operations import JSON_BODY, NO_NUL, Answer, operation, said
+from tokenauth.web.openapi import NO_NUL, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSON, NO_STORE, JSONResponse, NoStoreResponse, error_response
 from tokenauth.web.routing import Endpoint, Route
@@ -39,8 +32,8 @@ _INVALID = b'{"valid":false,"expiry_time":null}'
 class Credentials(msgspec.Struct):
     """The name and the password of a user."""
 
-    username: Annotated[str, said(maxLength=MAX_NAME, pattern=NO_NUL)]
-    password: Annotated[str, said(maxLength=MAX_LENGTH, pattern=NO_NUL)]
+    username: Annotated[str, schema_only(maxLength=MAX_NAME, pattern=NO_NUL)]
+    password: Annotated[str, schema_only(maxLength=MAX_LENGTH, pattern=NO_NUL)]
 
 
 class Issued(msgspec.Struct):
@@ -66,21 +59,12 @@ class Named(msgspec.Struct):
 _credentials = msgspec.json.Decoder(Credentials)
 
 
-_ANY = ("", "X-Token", "Bearer")
-
-
 class Probe(Endpoint):
     """GET /api/token, in one piece: it is as fast as the server itself (see `make bench`)."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    @operation(
-        Answer(200, Validity),
-        refuses=(InvalidRequest, StoreUnavailable),
-        query={"token": str},
-        schemes=_ANY,
-    )
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say whether a token is valid: the one in the query, or else in a header."""
         try:
@@ -94,8 +78,6 @@ class Probe(Endpoint):
         await send({"type": "http.response.start", "status": 200, "headers": _headers(len(body))})
         await send({"type": "http.response.body", "body": body})
 
-    operation = __call__.operation  # type: ignore[attr-defined]
-
 
 class TokenRoutes:
     """The handlers, and their route."""
@@ -108,11 +90,6 @@ class TokenRoutes:
         """List the routes."""
         return [Route(PATH, {"GET": Probe(self._tokens), "POST": self.log_in, "DELETE": self.log_out})]
 
-    @operation(
-        Answer(200, Issued),
-        body=Credentials,
-        refuses=(*JSON_BODY, ForeignPage, InvalidCredentials, TooManyAttempts, Overloaded, StoreUnavailable),
-    )
     async def log_in(self, request: Request) -> Response:
         """Exchange a name and a password for a token."""
         self._hosts.check(request.scope)
@@ -122,7 +99,6 @@ class TokenRoutes:
         )
         return JSONResponse(Issued(issued.value, issued.token.expires_at))
 
-    @operation(Answer(200, Validity), body=Named, empty=True, schemes=_ANY)
     async def log_out(self, request: Request) -> Response:
         """End the tokens that are named."""
         named = await _named(request.scope, request.receive)
