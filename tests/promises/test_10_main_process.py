@@ -71,9 +71,9 @@ def fails_at_first(directory: Path, kind: str) -> None:
 
 
 WAITS = (
-    "import time, pathlib, tokenauth.server.serve as server; listen = server._listen; "
+    "import time, pathlib, tokenauth.server.serve as server; listen = server.listen; "
     "go = lambda: pathlib.Path('waits').touch() or pathlib.Path('go').exists(); "
-    "server._listen = lambda s: (listen(s), [time.sleep(0.01) for _ in iter(go, True)])[0]"
+    "server.listen = lambda s: (listen(s), [time.sleep(0.01) for _ in iter(go, True)])[0]"
 )
 """Has the main process wait, when it has begun to listen, until the test has broken something."""
 
@@ -147,7 +147,7 @@ def test_a_configuration_from_a_pipe_is_read_once(tmp_path: Path) -> None:
     with serving(pipe) as server:
         server.process.send_signal(signal.SIGHUP)
         until(lambda: server.events("configuration_refused") != [], "it says that it cannot reload")
-        assert "cannot be read again" in server.events("configuration_refused")[0]["detail"]
+        assert "cannot be reloaded" in server.events("configuration_refused")[0]["detail"]
         with Connection(server.port) as connection:
             assert connection.valid(connection.log_in("bob", "bob-secret"))
 

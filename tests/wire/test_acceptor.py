@@ -17,7 +17,8 @@ from uvicorn.server import ServerState
 
 from tests.support.journal import until
 from tests.support.servers import Server, spawn, worker, write_config
-from tokenauth.server.acceptor import SHARE, Acceptor, stop_handshakes
+from tokenauth.server.acceptor import OPEN_PER_ACCEPT, Acceptor
+from tokenauth.server.listener import stop_handshakes
 
 WAITING = 100
 """Connections that wait in the queue of a socket that nobody accepts from."""
@@ -74,7 +75,7 @@ def test_busy_connections_slow_no_accepting_down(busy: int) -> None:
 
     with queue() as (listener, _):
         turns = asyncio.run(run())
-    assert max(b - a for a, b in itertools.pairwise(turns)) == min(WAITING, 1 + busy // SHARE)
+    assert max(b - a for a, b in itertools.pairwise(turns)) == min(WAITING, 1 + busy // OPEN_PER_ACCEPT)
 
 
 def test_what_waits_is_accepted_before_the_socket_closes() -> None:

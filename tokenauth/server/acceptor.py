@@ -1,17 +1,13 @@
-"""How a worker takes its connections: several in each turn of the event loop, none lost at the end.
+"""How a worker accepts connections: several in each turn of the event loop, and none is lost when it stops.
 
-libuv accepts one connection in each turn, and a turn takes as long as the requests of all busy connections: beside
-3,000 of those, a new one waited 10 s. And connections that wait to be accepted are reset when their socket is closed.
+libuv accepts one connection in each turn, and a turn takes as long as the requests of all busy connections: with 3,000
+of them, a new connection waited for 10 seconds. And connections in the queue are reset when their socket is closed.
 """
 
 import asyncio
-import ctypes
 import errno
 import socket
-import struct
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from time import monotonic
 from typing import Any, cast
 
@@ -22,27 +18,28 @@ from uvicorn.server import ServerState
 from tokenauth import file_descriptors
 from tokenauth.logs import log
 
-SHARE = 8
-"""One connection is accepted in each turn of the event loop, and one more for so many that are open.
+OPEN_PER_ACCEPT = 8
+"""In each turn of the event loop, one connection is accepted, and one more for each 8 that are open.
 
-With those the turn grows, and accepting goes on taking its part of it. With few of them a worker leaves some of a small
-burst to the others: the 20 connections of a reverse proxy are not to end up in the one that woke first.
+Turns grow longer with open connections, and so accepting keeps its share of them. A worker with few connections leaves
+most of a small burst to the others: the 20 connections of a reverse proxy should not all go to the worker that woke
+first.
 """
 
 LINGER = 0.2
-"""Seconds in which a worker that is told to stop still accepts: a handshake may be half done."""
+"""Seconds in which a worker that stops still accepts, since a handshake may be half done."""
 
-_PAUSE = 0.05
-"""Seconds until accepting is tried again for which something was lacking."""
+_RETRY = 0.05
+"""Seconds until the next attempt to accept, when file descriptors or memory are short."""
 
-_QUIET = 60.0
-"""Seconds between two log lines that say that descriptors are short."""
+_LOG_INTERVAL = 60.0
+"""Seconds between two log lines about a shortage of descriptors."""
 
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-class ConnectionClose(ServerState):
-    """What connections know of their server, for those that are answered once and then closed."""
+class _ClosingState(ServerState):
+    """The server's state for connections that are closed after one answer."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -52,7 +49,7 @@ class ConnectionClose(ServerState):
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
-        """The headers that every answer has; the last one closes the connection."""
+        """The server's default headers, and one that closes the connection."""
         return [*self._state.default_headers, (b"connection", b"close")]
 
     @default_headers.setter
@@ -61,55 +58,55 @@ class ConnectionClose(ServerState):
 
 
 class Acceptor:
-    """Accepts the connections of one listening socket, which other processes may accept from as well.
+    """Accepts the connections of a listening socket, which other processes may share.
 
-    While file descriptors are short, a new connection is answered once and closed, and those that are kept go on.
+    While file descriptors are short, it answers each new connection once and closes it. Open connections stay open.
     """
 
     def __init__(
         self, listener: socket.socket, protocol: Callable[[ServerState], HttpToolsProtocol], state: ServerState
     ) -> None:
-        """Accept from now on; `protocol` makes what speaks to a client."""
+        """Accept from now on. `protocol` creates the protocol of a connection."""
         listener.setblocking(False)
         self.sockets = (listener,)
         self._listener = listener
         self._protocol = protocol
         self._state = state
-        self._once = ConnectionClose(state)
-        self._once_only: list[HttpToolsProtocol] = []
-        self._beginning: set[asyncio.Task[object]] = set()
+        self._closing_state = _ClosingState(state)
+        self._answered_once: list[HttpToolsProtocol] = []
+        self._connecting: set[asyncio.Task[object]] = set()
         self._loop = asyncio.get_running_loop()
-        self._noted_at = -_QUIET
+        self._logged_at = -_LOG_INTERVAL
         self._short = False
         self._open = True
         self._loop.add_reader(listener, self._accept_some)
 
     async def drain(self, seconds: float = LINGER) -> None:
-        """Accept for a moment more, and all that waits then; the socket is closed when this has returned."""
+        """Accept for a little longer, then empty the queue and close the socket."""
         await asyncio.sleep(seconds)
         while self._accept():
             pass
         self.close()
-        await asyncio.gather(*self._beginning, return_exceptions=True)
+        await asyncio.gather(*self._connecting, return_exceptions=True)
 
     def close(self) -> None:
-        """Accept nothing more."""
+        """Accept no more connections."""
         if self._open:
             self._open = False
             self._loop.remove_reader(self._listener)
             self._listener.close()
 
     async def wait_closed(self) -> None:
-        """Return: for uvicorn, which waits for what it closes."""
+        """Do nothing: uvicorn calls this on each of its servers, and `close` has already closed this one."""
 
     def _accept_some(self) -> None:
-        for _ in range(1 + len(self._state.connections) // SHARE):
+        for _ in range(1 + len(self._state.connections) // OPEN_PER_ACCEPT):
             if not self._accept():
                 return
 
     def _accept(self) -> bool:
-        """Accept one connection; False if none waits, or none can be taken."""
-        if self._once_only and not self._has_room():
+        """Accept one connection; return False if none waits, or none can be accepted."""
+        if self._answered_once and not self._has_room():
             self._pause()
             return False
         try:
@@ -118,33 +115,35 @@ class Acceptor:
             return False
         except OSError as error:
             if error.errno in _SHORTAGES:
-                self._note(short=True)
+                self._log_shortage(short=True)
                 self._pause()
                 return False
-            return True  # this client has gone again (ECONNABORTED, or what its network has reported)
+            return True  # this client has disconnected (ECONNABORTED), or its network reported an error
         short = file_descriptors.in_reserve(connection.fileno())
-        self._note(short)
-        protocol = self._protocol(self._once if short else self._state)
+        self._log_shortage(short)
+        protocol = self._protocol(self._closing_state if short else self._state)
         if short:
-            self._once_only.append(protocol)
-        beginning = self._loop.create_task(self._begin(protocol, connection))
-        self._beginning.add(beginning)
-        beginning.add_done_callback(self._beginning.discard)
+            self._answered_once.append(protocol)
+        task = self._loop.create_task(self._connect(protocol, connection))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
         return True
 
-    async def _begin(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
+    async def _connect(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection)
-        except (OSError, MemoryError):  # the client has gone again, or there is no memory for one more
+        except (OSError, MemoryError):  # the client has disconnected, or there is no memory for one more
             connection.close()
 
     def _has_room(self) -> bool:
-        """Whether one more can be answered once. Where too many are, the oldest without a whole request is closed."""
-        self._once_only = [one for one in self._once_only if one.transport is None or not one.transport.is_closing()]
-        if len(self._once_only) < file_descriptors.reserve() // 4:
+        """Return whether one more connection can be answered once. Closes the oldest that waits for its client."""
+        self._answered_once = [
+            one for one in self._answered_once if one.transport is None or not one.transport.is_closing()
+        ]
+        if len(self._answered_once) < file_descriptors.reserve() // 4:
             return True
-        for one in self._once_only:
-            if one.transport is not None and _waits_for_its_client(one.cycle):
+        for one in self._answered_once:
+            if one.transport is not None and _waits_for_client(one.cycle):
                 one.transport.close()
                 return True
         return False
@@ -152,16 +151,16 @@ class Acceptor:
     def _pause(self) -> None:
         if self._open:
             self._loop.remove_reader(self._listener)
-            self._loop.call_later(_PAUSE, self._resume)
+            self._loop.call_later(_RETRY, self._resume)
 
     def _resume(self) -> None:
         if self._open:
             self._loop.add_reader(self._listener, self._accept_some)
 
-    def _note(self, short: bool) -> None:
-        """Log that descriptors are short, at most once a minute, and that they no longer are."""
-        if short and not self._short and monotonic() - self._noted_at > _QUIET:
-            self._noted_at = monotonic()
+    def _log_shortage(self, short: bool) -> None:
+        """Log the start of a shortage of descriptors, at most once a minute, and its end."""
+        if short and not self._short and monotonic() - self._logged_at > _LOG_INTERVAL:
+            self._logged_at = monotonic()
             self._short = True
             log.error(
                 "file_descriptors_short",
@@ -174,13 +173,13 @@ class Acceptor:
             log.info("file_descriptors_free_again", connections=len(self._state.connections))
 
 
-def _waits_for_its_client(cycle: RequestResponseCycle | None) -> bool:
-    """Whether a connection waits for a request, or for more of it, rather than for the answer."""
+def _waits_for_client(cycle: RequestResponseCycle | None) -> bool:
+    """Return whether a connection waits for its client to send, and not for the server to answer."""
     return cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started)
 
 
 class AcceptingServer(uvicorn.Server):
-    """uvicorn's server, with an Acceptor for each of the sockets that it is given."""
+    """uvicorn's server, with an Acceptor for each of its sockets."""
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Start the application, then accept."""
@@ -194,34 +193,6 @@ class AcceptingServer(uvicorn.Server):
         self.servers = cast(list[Any], self._acceptors)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept what waits, then stop as uvicorn does."""
+        """Accept what is queued, then stop as uvicorn does."""
         await asyncio.gather(*(acceptor.drain() for acceptor in self._acceptors))
         await super().shutdown(sockets)
-
-
-def stop_handshakes(listener: socket.socket) -> None:
-    """Let nobody begin to connect any more, here or where the socket is shared; what is queued can be accepted.
-
-    Linux drops the first packet (SYN) of a new connection. The client sends it again after a second: by then the
-    socket is closed and it is refused, or the next server has the port. Without this a connection could enter the
-    queue after the last look at it, and be reset with the socket. On other systems than Linux, that remains.
-    """
-    if sys.platform != "linux":
-        return
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
-    memory = ctypes.create_string_buffer(code)
-    program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(memory))
-    with suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-
-
-_SO_ATTACH_FILTER = 26
-
-_DROP_SYN = (
-    (0x30, 0, 0, 13),  # load the byte of the TCP header that has the flags
-    (0x54, 0, 0, 0x12),  # of these SYN and ACK
-    (0x15, 0, 1, 0x02),  # only SYN?
-    (0x06, 0, 0, 0),  # then drop the packet
-    (0x06, 0, 0, 0xFFFF),  # else let it pass
-)
-"""A program of the classic Berkeley Packet Filter."""

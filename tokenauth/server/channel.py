@@ -1,19 +1,93 @@
-"""The channel between the main process and one worker: whole messages over a socket, in both directions."""
+"""The channel between the main process and a worker, and the messages that they send each other."""
 
+import pickle
 import selectors
 import socket
 import struct
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from tokenauth.models import User
+from tokenauth.revocation_queue import RevocationUpdate
+from tokenauth.settings.model import Settings
 
 _LENGTH = struct.Struct("!I")
 _READ = 16 * 1024
 
 
-class Channel:
-    """One end of the channel. Neither sending nor receiving ever waits for the other side.
+GRACE = 30
+"""Seconds that a worker that stops has to answer the requests that it has accepted."""
 
-    The channel closes with the process at the other end, however that process ends. A worker notices in this way that
-    the main process is gone, on every system and at every moment of its life.
+HEARTBEAT = 1.0
+"""Seconds between two reports of a worker."""
+
+
+class Serve(NamedTuple):
+    """The first message to a worker: serve these settings, which were read from `path`."""
+
+    path: Path
+    settings: Settings
+    held: RevocationUpdate
+
+
+class ChangeUsers(NamedTuple):
+    """A message to a worker that will be replaced: go on with the users of a new configuration."""
+
+    removed: Sequence[str]
+    changed: Mapping[str, User]
+
+
+class Stop(NamedTuple):
+    """The last message to a worker: accept no more connections, answer what was accepted, and end."""
+
+    replaced: bool
+    """Whether other workers take over the revocations that this one holds."""
+
+
+Order = Serve | ChangeUsers | RevocationUpdate | Stop
+"""A message from the main process to a worker."""
+
+
+class Report(msgspec.Struct, omit_defaults=True):
+    """A message from a worker to the main process."""
+
+    state: Literal["alive", "ready", "failed"]
+    reason: str = ""
+    configuration: bool = False
+    """Whether an error in the configuration is the reason."""
+    revocations: RevocationUpdate | None = None
+
+
+def encode_order(order: Order) -> bytes:
+    """Encode an order. Pickle is safe here: only the main process and its worker hold the ends of the channel."""
+    return pickle.dumps(order)
+
+
+def decode_order(encoded: bytes) -> Order:
+    """Decode what `encode_order` returned, in the worker."""
+    order: Order = pickle.loads(encoded)  # noqa: S301  (see encode_order)
+    return order
+
+
+def encode_report(report: Report) -> bytes:
+    """Encode a report."""
+    return msgspec.msgpack.encode(report)
+
+
+def decode_report(encoded: bytes) -> Report:
+    """Decode what `encode_report` returned. The main process accepts no pickle from a worker, which reads requests."""
+    return msgspec.msgpack.decode(encoded, type=Report)
+
+
+class Channel:
+    """One end of the channel. It carries whole messages in both directions, and no call but `wait` blocks.
+
+    The channel closes when the process at the other end ends, for whatever reason. This is how a worker notices that
+    the main process is gone, on every system and also while it starts.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -23,12 +97,12 @@ class Channel:
         self._out = bytearray()
 
     def fileno(self) -> int:
-        """Return the descriptor, for selectors and event loops."""
+        """Return the file descriptor, for selectors and event loops."""
         return self._end.fileno()
 
     @property
     def pending(self) -> bool:
-        """Whether something still has to be sent: call `flush` when the channel is writable."""
+        """Whether data waits to be sent: call `flush` when the channel is writable."""
         return bool(self._out)
 
     def send(self, message: bytes) -> None:
@@ -37,12 +111,12 @@ class Channel:
         self.flush()
 
     def flush(self) -> None:
-        """Send what is pending, as far as the other side has room for it."""
+        """Send as much pending data as the other side has room for."""
         with suppress(BlockingIOError):
             try:
                 while self._out:
                     del self._out[: self._end.send(self._out)]
-            except ConnectionError:  # the other process is gone, which `receive` will say
+            except ConnectionError:  # the other process is gone, which `receive` reports
                 self._out.clear()
 
     def receive(self) -> list[bytes]:

@@ -1,7 +1,7 @@
-"""The main process: starts the workers, replaces those that end, and hands a changed configuration to new ones.
+"""The main process: starts the workers, replaces those that end, and reloads the configuration.
 
-Nothing that happens here ends it but a signal, or a first start that fails. It never waits for anything but the next
-event, so that signals are obeyed at once, whatever else goes on.
+Only a signal ends it, or a first start that fails. It blocks only while it waits for the next event, so it handles
+signals at once.
 """
 
 import errno
@@ -18,51 +18,60 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-import msgspec
 from msgspec.structs import replace
 
 from tokenauth import logs
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
 from tokenauth.revocation_queue import HeldRevocations, RevocationUpdate
-from tokenauth.server.acceptor import stop_handshakes
-from tokenauth.server.channel import Channel
-from tokenauth.server.worker import BEAT, GRACE, ChangeUsers, Order, Report, Serve, Stop, encode
+from tokenauth.server.channel import (
+    GRACE,
+    HEARTBEAT,
+    ChangeUsers,
+    Channel,
+    Order,
+    Report,
+    Serve,
+    Stop,
+    decode_report,
+    encode_order,
+)
+from tokenauth.server.listener import stop_handshakes
 from tokenauth.settings.model import Settings
 
 START_FAILED = 3
 """The exit code when the first start fails."""
 
 _TICK = 1.0
-"""Seconds after which the main process looks around without an event."""
+"""Seconds that the main process waits at most for an event."""
 
-_PATIENCE = 60
-"""Ticks without a sign of life after which a worker is killed, and ticks that a reload may take."""
+_TIMEOUT = 60
+"""Ticks without a report after which a worker is killed, and ticks after which a reload is given up."""
 
-_MARGIN = 10.0
-"""Seconds after GRACE in which a worker closes its store, before it is killed."""
+_CLOSE_TIME = 10.0
+"""Seconds after GRACE that a worker has to close its store before it is killed."""
 
 _HEALTHY = 10.0
-"""Seconds for which a worker must serve so that its end is not counted with the one before it."""
+"""A worker that served for this many seconds is replaced at once; one that ended sooner, after a growing delay."""
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
-"""Seconds between two tries to start a worker: they grow by half each time."""
+_MIN_DELAY, _MAX_DELAY = 1.0, 60.0
+"""Seconds between two attempts to start a worker. The delay grows by half each time."""
 
-_MAX_SAID = 8192
-"""Bytes that are kept of what a Python says that cannot start."""
+_MAX_STDERR = 8192
+"""Bytes to keep of what a worker writes to standard error before its log is set up."""
 
-_ONCE = 1.0
-"""Seconds in which signals to stop count as one: `timeout` and some process managers send it twice."""
+_REPEAT = 1.0
+"""Signals to stop within this many seconds count as one: `timeout` and some process managers send two."""
 
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 class Interrupted(BaseException):
-    """A signal has come that is not to wait for what goes on."""
+    """Raised by a signal that must not wait for the current operation."""
 
 
 class Signals:
-    """Collects signals, and wakes up whoever waits for `fileno` to be readable."""
+    """Collects signals, and makes `fileno` readable when one arrives."""
 
     def __init__(self) -> None:
         self._caught: list[signal.Signals] = []
@@ -73,7 +82,7 @@ class Signals:
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
 
     def fileno(self) -> int:
-        """Return the descriptor, for selectors."""
+        """Return the file descriptor, for selectors."""
         return self._here.fileno()
 
     def catch(self, *numbers: signal.Signals) -> None:
@@ -82,21 +91,21 @@ class Signals:
             signal.signal(number, self._remember)
 
     def take(self) -> Sequence[signal.Signals]:
-        """Return what was caught since the last call, in order."""
+        """Return the signals since the last call, in order."""
         with suppress(BlockingIOError):
             while self._here.recv(4096):
                 pass
-        caught, self._caught = self._caught, []  # a signal in between is in one of them
+        caught, self._caught = self._caught, []  # a signal that arrives in between is in one of the two lists
         return caught
 
     def close(self) -> None:
-        """Wake up nobody any more."""
+        """Close the descriptors; call it when no signal handler is left."""
         self._here.close()
         self._wake.close()
 
     @contextmanager
     def interrupting(self, *numbers: signal.Signals) -> Iterator[None]:
-        """Have these signals raise Interrupted, besides being collected, in what may take long."""
+        """Make these signals raise Interrupted as well, in an operation that may take long."""
         self._interrupting = frozenset(numbers)
         try:
             yield
@@ -112,226 +121,232 @@ class Signals:
 
 
 class _Worker:
-    """A worker process, as the main process sees it."""
+    """A worker process, seen from the main process."""
 
     def __init__(self, listener: socket.socket, log_fd: int) -> None:
-        """Start it; it waits for its first order. Raises OSError."""
-        self.starting = False
+        """Start the process, which waits for its first order. Raises OSError."""
+        self.reported = False
         self.ready = False
         self.kill_at = math.inf
-        self.silent = 0
-        self.began = time.monotonic()
+        self.silent_ticks = 0
+        self.started_at = time.monotonic()
         self.failure: Report | None = None
         self.killed = False
-        self._said = b""
+        self._stderr = b""
         here, there = socket.socketpair()
-        self.said, saying = -1, -1
+        self.stderr, stderr_end = -1, -1
         try:
-            self.said, saying = os.pipe()
-            os.set_blocking(self.said, False)
-            given = (there.fileno(), listener.fileno(), log_fd)
-            self._process = _start_python(given, saying)
+            self.stderr, stderr_end = os.pipe()
+            os.set_blocking(self.stderr, False)
+            descriptors = (there.fileno(), listener.fileno(), log_fd)
+            self._process = _start_python(descriptors, stderr_end)
         except BaseException:
             here.close()
-            self.close_said()
+            self.close_stderr()
             raise
         finally:
             there.close()
-            if saying >= 0:
-                os.close(saying)
+            if stderr_end >= 0:
+                os.close(stderr_end)
         self.channel = Channel(here)
 
     @property
     def pid(self) -> int:
-        """The number of the process."""
         return self._process.pid
 
     def exit_code(self) -> int | None:
-        """Return how it ended, or None while it runs."""
+        """Return the exit code, or None while the process runs."""
         return self._process.poll()
 
-    def read_said(self) -> bool:
-        """Read what it has written to standard error before its log is set up; return False at the end of that."""
+    def read_stderr(self) -> bool:
+        """Read what the process wrote to standard error before its log was set up. Return False at the end of that."""
         try:
-            while data := os.read(self.said, _MAX_SAID):
-                self._said = (self._said + data)[-_MAX_SAID:]
+            while data := os.read(self.stderr, _MAX_STDERR):
+                self._stderr = (self._stderr + data)[-_MAX_STDERR:]
         except BlockingIOError:
             return True
         return False
 
-    def close_said(self) -> None:
-        """Close the pipe of its standard error."""
-        if self.said >= 0:
-            os.close(self.said)
-            self.said = -1
+    def close_stderr(self) -> None:
+        """Close the pipe of standard error."""
+        if self.stderr >= 0:
+            os.close(self.stderr)
+            self.stderr = -1
 
-    def last_words(self) -> str:
-        """Return the last line that it wrote before its log was set up; one about an error, if there is one."""
-        lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
+    def stderr_line(self) -> str:
+        """Return the last line from standard error, preferably one about an error."""
+        lines = [line.strip() for line in self._stderr.decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()]
         return (errors or lines or [""])[-1]
 
-    def why(self) -> str:
-        """Say why it ended."""
+    def reason(self) -> str:
+        """Return why the process ended."""
         if self.failure is not None:
             return self.failure.reason
         code = self.exit_code() or 0
         if code < 0:
             with suppress(ValueError):
                 return f"ended by {signal.Signals(-code).name}"
-        return self.last_words() or f"ended with exit code {code}"
+        return self.stderr_line() or f"ended with exit code {code}"
 
     def kill(self) -> None:
-        """End it at once."""
         self.killed = True
         self._process.kill()
 
 
-def _start_python(given: tuple[int, int, int], standard_error: int) -> subprocess.Popen[bytes]:
-    """Start a Python that runs a worker with these descriptors. Raises OSError.
+def _start_python(descriptors: tuple[int, int, int], standard_error: int) -> subprocess.Popen[bytes]:
+    """Start a Python that runs a worker with these file descriptors. Raises OSError.
 
-    The signals that concern the main process are blocked in the child until it ignores them.
+    Signals that concern the main process are blocked in the child until it ignores them.
     """
-    program = "from tokenauth.server.worker import spawn_main; spawn_main({}, {}, {})".format(*given)
+    program = "from tokenauth.server.worker import spawn_main; spawn_main({}, {}, {})".format(*descriptors)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return subprocess.Popen(  # noqa: S603  (this Python, and three numbers)
             [sys.executable, "-P", "-c", program],
             stdin=subprocess.DEVNULL,
             stderr=standard_error,
-            pass_fds=given,
+            pass_fds=descriptors,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Place:
-    """A place for one worker: the one that is there, or when the next try to start one is due."""
+class _Slot:
+    """A slot for one worker: the worker that runs, or when to start the next one."""
 
     def __init__(self) -> None:
         self.worker: _Worker | None = None
         self.due = 0.0
-        self._pause = 0.0
+        self._delay = 0.0
 
     def postpone(self, least: float = 0.0) -> float:
-        """Return the seconds until the next try: none or `least` at first, then pauses that grow."""
-        pause = max(self._pause, least)
-        self._pause = min(max(_FIRST_PAUSE, pause * 1.5), _LONGEST_PAUSE)
-        self.due = time.monotonic() + pause
-        return round(pause, 1)
+        """Delay the next start, longer each time and for at least `least` seconds. Return the seconds."""
+        delay = max(self._delay, least)
+        self._delay = min(max(_MIN_DELAY, delay * 1.5), _MAX_DELAY)
+        self.due = time.monotonic() + delay
+        return round(delay, 1)
 
     def vacate(self, served: float) -> float:
-        """Let go of a worker that has served for some seconds; return the seconds until the next is started."""
+        """Remove a worker that served for some seconds. Return the seconds until the next one starts."""
         self.worker = None
         if served >= _HEALTHY:
-            self._pause = 0.0
+            self._delay = 0.0
         return self.postpone()
 
 
 class _Reload:
-    """A configuration that is to be served, and the workers that will do so when all of them are ready."""
+    """A new configuration, and its workers, which serve it when all of them are ready."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.places = [_Place() for _ in range(settings.server.workers)]
+        self.slots = [_Slot() for _ in range(settings.server.workers)]
         self.ticks = 0
 
 
 class Supervisor:
-    """Keeps the workers of one configuration serving, and replaces all of them by those of another."""
+    """Keeps the workers of a configuration running, and replaces them all for a new configuration."""
 
     def __init__(
-        self, path: Path, settings: Settings, reread: Callable[[], Settings], listener: socket.socket, signals: Signals
+        self, path: Path, settings: Settings, reload: Callable[[], Settings], listener: socket.socket, signals: Signals
     ) -> None:
-        """Serve `settings`, which were read from `path`, on the listener; `reread` them at SIGHUP.
+        """Serve `settings`, which were read from `path`, on the listener. At SIGHUP, call `reload` for new ones.
 
-        `reread` raises ConfigError for what cannot be served.
+        `reload` raises ConfigError for settings that cannot be served. Raises OSError.
         """
         self._path = path
         self._settings = settings
         self._users = settings.directory
-        self._reread = reread
+        self._load = reload
         self._listener = listener
         self._signals = signals
-        self._log_fd = _duplicate_of_standard_error()
-        self._selector = selectors.PollSelector()  # it needs no descriptor of its own
+        self._log_fd = _duplicate_stderr()
+        self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
-        self._places = [_Place() for _ in range(settings.server.workers)]
+        self._slots = [_Slot() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
         self._held = HeldRevocations()
         self._served = False
         self._stopping = False
-        self._told_to_stop = -math.inf
+        self._stop_requested_at = -math.inf
         self._exit_code = 0
         self._ticked = time.monotonic()
-        self._troubled = False
+        self._step_failed = False
         self._ready: list[tuple[selectors.SelectorKey, int]] = []
 
     def run(self) -> int:
-        """Serve until a signal or a failed first start; return the exit code.
+        """Serve until a signal or a failed first start. Return the exit code.
 
-        Each step goes on without the others: whatever fails in one of them, signals are obeyed and ends are seen.
+        Each step runs even if another fails, so signals are always handled and ended workers always noticed.
         """
-        steps = (self._obey, self._hear, self._tick, self._bury, self._start, self._switch, self._enforce)
+        steps = (
+            self._handle_signals,
+            self._receive,
+            self._tick,
+            self._reap,
+            self._start_workers,
+            self._switch,
+            self._kill_overdue,
+        )
         while not self._stopping or any(True for _ in self._workers()):
             for step in (self._wait, *steps):
                 try:
                     step()
                 except Exception as error:
-                    self._troubled = True
+                    self._step_failed = True
                     with suppress(Exception):
                         log.error("main_process_failed", step=step.__name__.strip("_"), reason=logs.describe(error))
         self._held.log_lost()
         return self._exit_code
 
     def _workers(self) -> Iterator[_Worker]:
-        """Go through all workers that have not ended."""
-        coming = self._reload.places if self._reload is not None else []
-        for place in (*self._places, *coming):
-            if place.worker is not None:
-                yield place.worker
+        """Yield all workers that have not ended."""
+        new = self._reload.slots if self._reload is not None else []
+        for slot in (*self._slots, *new):
+            if slot.worker is not None:
+                yield slot.worker
         yield from tuple(self._retiring)
 
     def _wait(self) -> None:
-        """Wait for the next event, or for the time when something is due; after trouble, for no more than a signal."""
+        """Wait for the next event or the next start of a worker; after a failed step, first wait for a signal only."""
         self._ready = []
-        if self._troubled:
-            self._troubled = False
+        if self._step_failed:
+            self._step_failed = False
             with suppress(OSError):
-                _wait_for(self._signals, _FIRST_PAUSE)
+                _wait_for(self._signals, _MIN_DELAY)
         now = time.monotonic()
-        due = min([now + _TICK, *(place.due for place in self._vacant())])
+        due = min([now + _TICK, *(slot.due for slot in self._vacant())])
         self._ready = self._selector.select(max(0.0, due - now))
 
-    def _vacant(self) -> list[_Place]:
-        """List the places that need a worker."""
+    def _vacant(self) -> list[_Slot]:
+        """Return the slots that need a worker."""
         if self._stopping:
             return []
-        places = [*self._places, *(self._reload.places if self._reload is not None else [])]
-        return [place for place in places if place.worker is None]
+        slots = [*self._slots, *(self._reload.slots if self._reload is not None else [])]
+        return [slot for slot in slots if slot.worker is None]
 
-    def _obey(self) -> None:
+    def _handle_signals(self) -> None:
         for number in self._signals.take():
             if number in {signal.SIGTERM, signal.SIGINT}:
                 now = time.monotonic()
                 if not self._stopping:
-                    self._told_to_stop = now
+                    self._stop_requested_at = now
                     self._stop(number.name)
-                elif now >= self._told_to_stop + _ONCE:
+                elif now >= self._stop_requested_at + _REPEAT:
                     self._kill(self._workers(), f"a second signal: {number.name}")
             elif number == signal.SIGHUP and not self._stopping:
                 self._begin_reload()
 
-    def _hear(self) -> None:
-        """Read what the workers say, and write what they have not had room for."""
-        ready, self._ready = self._ready, []  # what is left of a wait that failed is out of date
+    def _receive(self) -> None:
+        """Read reports of the workers, and send orders that are still pending."""
+        ready, self._ready = self._ready, []  # after a wait that failed, it would be out of date
         for key, events in ready:
             if isinstance(key.data, _Worker):
                 worker = key.data
                 if key.fileobj is not worker.channel:
-                    if not worker.read_said():
-                        self._hang_up(worker)
+                    if not worker.read_stderr():
+                        self._close_stderr(worker)
                     continue
                 if events & selectors.EVENT_WRITE:
                     worker.channel.flush()
@@ -341,24 +356,24 @@ class Supervisor:
 
     def _take_reports(self, worker: _Worker) -> None:
         try:
-            reports = [msgspec.msgpack.decode(each, type=Report) for each in worker.channel.receive()]
-        except EOFError:  # it is about to end
+            reports = [decode_report(each) for each in worker.channel.receive()]
+        except EOFError:  # it is ending
             self._selector.unregister(worker.channel)
             return
         if not reports:
             return
-        worker.silent = 0
-        if not worker.starting and worker.last_words() and reports[0].state != "failed":
-            log.warning("worker_said", pid=worker.pid, detail=worker.last_words())
-        worker.starting = True
+        worker.silent_ticks = 0
+        if not worker.reported and worker.stderr_line() and reports[0].state != "failed":
+            log.warning("worker_said", pid=worker.pid, detail=worker.stderr_line())
+        worker.reported = True
         for report in reports:
             if report.state == "failed":
                 worker.failure = report
             elif report.state == "ready":
                 worker.ready = True
-                worker.began = time.monotonic()
+                worker.started_at = time.monotonic()
                 if worker.kill_at < math.inf:
-                    worker.kill_at = worker.began + GRACE + _MARGIN
+                    worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
                 self._served = True
             if report.revocations is not None:
                 self._share(report.revocations, worker)
@@ -370,39 +385,39 @@ class Supervisor:
             self._send([worker for worker in self._workers() if worker is not source], replace(update, written=[]))
 
     def _send(self, workers: Iterable[_Worker], order: Order) -> None:
-        encoded = encode(order)
+        encoded = encode_order(order)
         for worker in workers:
             worker.channel.send(encoded)
             self._watch(worker)
 
     def _watch(self, worker: _Worker) -> None:
-        """Wait for a worker's channel: always to read from it, to write to it only as long as something is left."""
+        """Watch the channel of a worker for reports, and for room to send if orders are pending."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.pending else 0)
-        with suppress(KeyError):  # it has hung up
+        with suppress(KeyError):  # the worker has closed it
             self._selector.modify(worker.channel, events, worker)
 
-    def _hang_up(self, worker: _Worker) -> None:
-        """Close the pipe of a worker's standard error: it has set up its log, or has ended."""
-        if worker.said >= 0:
+    def _close_stderr(self, worker: _Worker) -> None:
+        """Close the pipe of a worker's standard error: its log is set up, or it has ended."""
+        if worker.stderr >= 0:
             with suppress(KeyError):
-                self._selector.unregister(worker.said)
-            worker.close_said()
+                self._selector.unregister(worker.stderr)
+            worker.close_stderr()
 
     def _tick(self) -> None:
-        """Count the seconds of this process, not the clock's: nobody is blamed for a machine that was suspended."""
-        if time.monotonic() - self._ticked < BEAT:
+        """Count seconds in which this process ran: while the machine is suspended, no worker can report."""
+        if time.monotonic() - self._ticked < HEARTBEAT:
             return
         self._ticked = time.monotonic()
         if self._reload is not None:
             self._reload.ticks += 1
         for worker in self._workers():
-            worker.silent += 1
-            if worker.silent > _PATIENCE and not worker.killed:
-                worker.failure = Report("failed", f"gave no sign of life for {_PATIENCE} seconds")
+            worker.silent_ticks += 1
+            if worker.silent_ticks > _TIMEOUT and not worker.killed:
+                worker.failure = Report("failed", f"sent no report for {_TIMEOUT} seconds")
                 worker.kill()
 
-    def _bury(self) -> None:
-        """See which workers have ended, and what follows from that."""
+    def _reap(self) -> None:
+        """Handle the workers that have ended."""
         for worker in list(self._workers()):
             code = worker.exit_code()
             if code is not None:
@@ -410,67 +425,67 @@ class Supervisor:
                 self._ended(worker, code)
 
     def _forget(self, worker: _Worker) -> None:
-        """Read the last words of a worker that has ended, and let go of its descriptors."""
-        with suppress(Exception):  # without memory they cannot be read, and the worker has ended all the same
+        """Read the last reports of a worker that has ended, and close its descriptors."""
+        with suppress(Exception):  # reading can fail for lack of memory; the descriptors are closed in any case
             self._take_reports(worker)
-            if worker.said >= 0:
-                worker.read_said()
-        self._hang_up(worker)
+            if worker.stderr >= 0:
+                worker.read_stderr()
+        self._close_stderr(worker)
         with suppress(KeyError):
             self._selector.unregister(worker.channel)
         worker.channel.close()
 
     def _ended(self, worker: _Worker, code: int) -> None:
-        served = time.monotonic() - worker.began if worker.ready else 0.0
+        served = time.monotonic() - worker.started_at if worker.ready else 0.0
         ending = (self._stopping and self._exit_code != START_FAILED) or worker in self._retiring
         if ending and code and (worker.failure is not None or not worker.killed):
-            log.error("worker_failed", exit_code=code, reason=worker.why())
+            log.error("worker_failed", exit_code=code, reason=worker.reason())
         if worker in self._retiring:
             self._retiring.discard(worker)
             return
         if self._reload is not None:
-            for place in self._reload.places:
-                if place.worker is worker:
-                    place.worker = None
+            for slot in self._reload.slots:
+                if slot.worker is worker:
+                    slot.worker = None
                     if not self._stopping:
-                        self._abort_reload(worker.why(), worker.failure)
+                        self._abort_reload(worker.reason(), worker.failure)
                     return
-        for place in self._places:
-            if place.worker is worker:
+        for slot in self._slots:
+            if slot.worker is worker:
                 if self._stopping:
-                    place.worker = None
+                    slot.worker = None
                 elif not self._served:
-                    place.worker = None
-                    self._give_up(worker.why(), worker.failure)
+                    slot.worker = None
+                    self._give_up(worker.reason(), worker.failure)
                 else:
-                    pause = place.vacate(served)
-                    log.error("worker_replaced", exit_code=code, reason=worker.why(), again_in=pause)
+                    delay = slot.vacate(served)
+                    log.error("worker_replaced", exit_code=code, reason=worker.reason(), again_in=delay)
 
-    def _start(self) -> None:
-        """Start the workers that are due."""
-        for place in self._vacant():
-            if place.due > time.monotonic():
+    def _start_workers(self) -> None:
+        """Start a worker in each slot whose delay is over."""
+        for slot in self._vacant():
+            if slot.due > time.monotonic():
                 continue
             try:
-                place.worker = self._start_worker(place in self._places)
-            except Exception as error:  # no descriptors, no memory, no interpreter: that may pass
+                slot.worker = self._start_worker(slot in self._slots)
+            except Exception as error:  # no descriptors, no memory, no interpreter: it may work later
                 reason = f"cannot start a worker: {logs.describe(error)}"
                 if not self._served:
                     self._give_up(reason)
                     return
-                log.error("worker_not_started", reason=reason, again_in=place.postpone(_FIRST_PAUSE))
+                log.error("worker_not_started", reason=reason, again_in=slot.postpone(_MIN_DELAY))
 
     def _start_worker(self, current: bool) -> _Worker:
-        """Start a worker for the configuration that is served, or for the one that will be."""
+        """Start a worker for the current configuration, or for the one that is being loaded."""
         settings = self._settings
         if self._reload is not None:
             users = self._reload.settings.users
             settings = replace(settings, users=users) if current else self._reload.settings
-        order = encode(Serve(self._path, settings, self._held.snapshot()))
+        order = encode_order(Serve(self._path, settings, self._held.snapshot()))
         worker = _Worker(self._listener, self._log_fd)
         try:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
-            self._selector.register(worker.said, selectors.EVENT_READ, worker)
+            self._selector.register(worker.stderr, selectors.EVENT_READ, worker)
             worker.channel.send(order)
             self._watch(worker)
         except BaseException:
@@ -480,17 +495,17 @@ class Supervisor:
         return worker
 
     def _give_up(self, reason: str, failure: Report | None = None) -> None:
-        """End a first start that has failed."""
+        """Log why the first start failed, and stop."""
         event = "configuration_refused" if failure is not None and failure.configuration else "start_failed"
         log.critical(event, detail=reason)
         self._exit_code = START_FAILED
         self._stop(None)
 
     def _begin_reload(self) -> None:
-        """Read the configuration, and start workers for it beside the present ones, which get its users at once."""
+        """Read the configuration and start workers for it. The current workers get its users at once."""
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
-                settings = self._reread()
+                settings = self._load()
         except Interrupted:
             return
         except ConfigError as error:
@@ -501,79 +516,80 @@ class Supervisor:
             return
         self._drop_reload()
         self._reload = _Reload(settings)
-        self._tell_users(settings)
+        self._send_users(settings)
 
-    def _tell_users(self, settings: Settings) -> None:
-        """Have the present workers, and those that end, go on with the users of this configuration."""
+    def _send_users(self, settings: Settings) -> None:
+        """Send the users of these settings to the current workers and to those that are stopping."""
         before, users = self._users, settings.directory
         changed = {name: user for name, user in users.items() if before.get(name) != user}
         self._users = users
-        present = [place.worker for place in self._places if place.worker is not None]
+        current = [slot.worker for slot in self._slots if slot.worker is not None]
         removed = [name for name in before if name not in users]
-        self._send((*present, *self._retiring), ChangeUsers(removed, changed))
+        self._send((*current, *self._retiring), ChangeUsers(removed, changed))
 
     def _drop_reload(self) -> None:
-        """Kill the workers that were to come: they may have begun to answer, and go as those that are replaced."""
+        """Stop the workers of an unfinished reload in the usual way: they may have accepted requests."""
         reload, self._reload = self._reload, None
-        for place in reload.places if reload is not None else ():
-            if place.worker is not None:
-                self._retire(place.worker)
+        for slot in reload.slots if reload is not None else ():
+            if slot.worker is not None:
+                self._retire(slot.worker)
 
     def _abort_reload(self, reason: str, failure: Report | None = None) -> None:
-        """Keep what was served before."""
+        """Go on with the current configuration."""
         self._drop_reload()
-        self._tell_users(self._settings)
+        self._send_users(self._settings)
         refused = failure is not None and failure.configuration
         log.error("configuration_refused" if refused else "reload_failed", detail=reason)
 
     def _switch(self) -> None:
-        """Replace the present workers when all those of a new configuration are ready."""
+        """Replace the current workers when all workers of the new configuration are ready."""
         reload = self._reload
         if reload is None or self._stopping:
             return
-        if all(place.worker is not None and place.worker.ready for place in reload.places):
-            past, self._places = self._places, reload.places
+        if all(slot.worker is not None and slot.worker.ready for slot in reload.slots):
+            old, self._slots = self._slots, reload.slots
             self._settings, self._reload = reload.settings, None
-            for place in past:
-                if place.worker is not None:
-                    self._retire(place.worker)
+            for slot in old:
+                if slot.worker is not None:
+                    self._retire(slot.worker)
             users, pools = len(self._settings.directory), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
-            log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._places), **held)
-        elif reload.ticks > _PATIENCE:
-            self._abort_reload(f"the new workers were not ready within {_PATIENCE} seconds")
+            log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._slots), **held)
+        elif reload.ticks > _TIMEOUT:
+            self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
 
     def _retire(self, worker: _Worker) -> None:
-        """Have a worker end that was replaced."""
+        """Stop a worker that was replaced."""
         self._retiring.add(worker)
-        self._end(worker)
+        self._stop_worker(worker)
 
     def _stop(self, signal_name: str | None) -> None:
-        """Stop listening, and end the workers."""
+        """Stop listening and stop the workers."""
         self._stopping = True
         if signal_name is not None:
             log.info("stopping", signal=signal_name)
-        stop_handshakes(self._listener)  # or some would enter the queue after the last worker has looked
+        stop_handshakes(self._listener)  # or a connection could enter the queue after the last worker has emptied it
         self._listener.close()
         for worker in list(self._workers()):
-            self._end(worker)
+            self._stop_worker(worker)
 
-    def _end(self, worker: _Worker) -> None:
-        """Have a worker take no more connections, answer what it has accepted, and end; kill it if it does not.
+    def _stop_worker(self, worker: _Worker) -> None:
+        """Order a worker to stop, and set the time after which it is killed.
 
-        One that does not serve yet ends at once. It may have begun to since it last reported, so it is asked.
+        A worker that has not reported yet is killed. Any other decides itself whether it has accepted anything: it may
+        have become ready since its last report.
         """
-        if not worker.starting:
+        if not worker.reported:
             worker.kill()
             return
-        worker.kill_at = time.monotonic() + (GRACE + _MARGIN if worker.ready else _TICK)
+        worker.kill_at = time.monotonic() + (GRACE + _CLOSE_TIME if worker.ready else _TICK)
         self._send([worker], Stop(replaced=not self._stopping))
 
-    def _enforce(self) -> None:
-        """Kill the workers that should have ended by now."""
-        late = [worker for worker in self._workers() if worker.kill_at < time.monotonic()]
-        if late:
-            self._kill(late, "did not end in time")
+    def _kill_overdue(self) -> None:
+        """Kill the workers that have not stopped in time."""
+        overdue = [worker for worker in self._workers() if worker.kill_at < time.monotonic()]
+        if overdue:
+            self._kill(overdue, "did not end in time")
 
     def _kill(self, workers: Iterable[_Worker], reason: str) -> None:
         killed = [worker for worker in workers if not worker.killed]
@@ -590,8 +606,8 @@ def _wait_for(signals: Signals, seconds: float) -> None:
         selector.select(seconds)
 
 
-def _duplicate_of_standard_error() -> int:
-    """Return a descriptor of the log for the workers; of nothing, where standard error is closed. Raises OSError."""
+def _duplicate_stderr() -> int:
+    """Return a descriptor for the log of the workers: of /dev/null if standard error is closed. Raises OSError."""
     try:
         return os.dup(2)
     except OSError as error:

@@ -1,93 +1,54 @@
-"""A worker process: serves the configuration that the main process hands to it, until it is told to stop."""
+"""A worker process: serves the settings that the main process sends, until it is told to stop."""
 
 import asyncio
 import os
-import pickle
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-import msgspec
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 
 from tokenauth import logs
 from tokenauth.errors import ConfigError, StartError
-from tokenauth.models import User
 from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.server.acceptor import AcceptingServer
-from tokenauth.server.channel import Channel
+from tokenauth.server.channel import (
+    GRACE,
+    HEARTBEAT,
+    ChangeUsers,
+    Channel,
+    Report,
+    Serve,
+    Stop,
+    decode_order,
+    encode_report,
+)
 from tokenauth.server.protocol import BoundedProtocol
 from tokenauth.settings import loader
-from tokenauth.settings.model import ServerSettings, Settings
+from tokenauth.settings.model import ServerSettings
 
 if TYPE_CHECKING:
     from tokenauth.service import Service
 
 KEEP_ALIVE = 75
-"""Seconds that an idle connection is kept: longer than the 60 of nginx, so that nginx closes it."""
+"""Seconds before an idle connection is closed. nginx closes after 60 by default, so it is nginx that closes."""
 
-GRACE = 30
-"""Seconds that requests under way are given when a worker stops."""
-
-BEAT = 1.0
-"""Seconds between two signs of life of a worker."""
-
-_PAUSE = 0.01
-"""Seconds between two attempts to send the last that a worker has to say."""
-
-
-class Serve(NamedTuple):
-    """The first message to a worker: serve this configuration, which was read from `path`."""
-
-    path: Path
-    settings: Settings
-    held: RevocationUpdate
-
-
-class ChangeUsers(NamedTuple):
-    """A message to a worker that will be replaced: what a new configuration has other than the users so far."""
-
-    removed: Sequence[str]
-    changed: Mapping[str, User]
-
-
-class Stop(NamedTuple):
-    """The last message to a worker: take no more connections, answer what was accepted, and end."""
-
-    replaced: bool
-    """Whether other workers go on, and with them the attempts to write what is held."""
-
-
-Order = Serve | ChangeUsers | RevocationUpdate | Stop
-
-
-class Report(msgspec.Struct, omit_defaults=True):
-    """What a worker says of itself, and why it failed."""
-
-    state: Literal["alive", "ready", "failed"]
-    reason: str = ""
-    configuration: bool = False
-    """Whether the configuration is the reason."""
-    revocations: RevocationUpdate | None = None
-
-
-def encode(order: Order) -> bytes:
-    """Write an order for a worker, which is as trusted as the main process itself."""
-    return pickle.dumps(order)
+_RETRY = 0.01
+"""Seconds between two attempts to send the last reports of a worker."""
 
 
 def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvicorn.Config:
-    """Set up the HTTP server under the application; the benchmark's yardstick runs on the same."""
+    """Return the options of the HTTP server. The benchmark's yardstick uses them as well."""
     return uvicorn.Config(
         app,
         factory=True,
-        interface="asgi3",  # uvicorn would not see it: what answers at once is no coroutine function
+        interface="asgi3",  # uvicorn cannot detect it: the outermost application is not a coroutine function
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -106,8 +67,7 @@ def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvi
 def spawn_main(channel_fd: int, listener_fd: int, log_fd: int) -> None:
     """Run a worker: the main process starts a Python that calls this.
 
-    Until here, standard error is a pipe to the main process, so that a Python that cannot even start is one line in
-    the log as well.
+    Until the log is set up, standard error is a pipe to the main process. It logs what a Python that cannot start says.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a closed terminal concern the main process
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -118,37 +78,38 @@ def spawn_main(channel_fd: int, listener_fd: int, log_fd: int) -> None:
         os.close(log_fd)
         logs.configure()
         _work(channel, socket.socket(fileno=listener_fd))
-    except EOFError:  # the main process has ended before it said what to serve
+    except EOFError:  # the main process ended before it sent the settings
         return
     except (ConfigError, StartError) as error:
-        _report(channel, Report("failed", str(error), isinstance(error, ConfigError)))
-        sys.exit(uvicorn.config.STARTUP_FAILURE)
+        _send(channel, Report("failed", str(error), isinstance(error, ConfigError)))
+        sys.exit(STARTUP_FAILURE)
     except Exception as error:
-        _report(channel, Report("failed", logs.describe(error)))
+        _send(channel, Report("failed", logs.describe(error)))
         sys.exit(1)
 
 
 def _work(channel: Channel, listener: socket.socket) -> None:
     first, *others = channel.wait()
-    order = pickle.loads(first)  # noqa: S301  (from the main process, over a socket that only the two have)
+    order = decode_order(first)
+    assert isinstance(order, Serve)
     from tokenauth.service import create_service
-    from tokenauth.web.app import build_app  # the main process has no need of it
+    from tokenauth.web.app import build_app  # here, so that the main process does not load it
 
     with loader.naming(order.path):
         service = create_service(order.settings)
         app = build_app(service)
     service.tokens.queue.apply(order.held)
-    server = Server(uvicorn_options(lambda: app, order.settings.server), channel, service)
-    server.obey(others)
+    server = WorkerServer(uvicorn_options(lambda: app, order.settings.server), channel, service)
+    server.follow(others)
     server.run(sockets=[listener])
 
 
-def _report(channel: Channel, report: Report) -> None:
-    channel.send(msgspec.msgpack.encode(report))
+def _send(channel: Channel, report: Report) -> None:
+    channel.send(encode_report(report))
 
 
-class Server(AcceptingServer):
-    """uvicorn's server, which obeys the main process, and stops when that is gone."""
+class WorkerServer(AcceptingServer):
+    """uvicorn's server, which follows the orders of the main process and stops when that process is gone."""
 
     def __init__(self, options: uvicorn.Config, channel: Channel, service: "Service") -> None:
         super().__init__(options)
@@ -158,37 +119,36 @@ class Server(AcceptingServer):
         self._service = service
         self._queue = service.tokens.queue
         self._queue.publish = self._publish
-        self._beating: asyncio.Task[None] | None = None
+        self._heartbeats: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        """Start, and say so. Raises StartError."""
-        asyncio.get_running_loop().add_reader(self._channel.fileno(), self._hear)
-        self._beating = asyncio.create_task(self._beat())
+        """Start, and report it. Raises StartError."""
+        asyncio.get_running_loop().add_reader(self._channel.fileno(), self._receive)
+        self._heartbeats = asyncio.create_task(self._send_heartbeats())
         try:
             await super().startup(sockets)
         except SystemExit:
             reason = self.lifespan.failure if isinstance(self.lifespan, _Lifespan) else ""
             raise StartError(reason or "the application did not start") from None
-        _report(self._channel, Report("ready"))
+        _send(self._channel, Report("ready"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop, with GRACE for requests and for what is held; what this worker has to say arrives."""
+        """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
         self._queue.close_deadline = asyncio.get_running_loop().time() + GRACE
         await super().shutdown(sockets)
         while self._channel.pending:
             self._channel.flush()
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(_RETRY)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at SIGTERM, as after `Stop`; the main process hears of all other signals."""
+        """Stop at SIGTERM, as after the order Stop. Other signals go to the main process."""
         signal.signal(signal.SIGTERM, self.handle_exit)
         yield
 
-    def obey(self, orders: list[bytes]) -> None:
-        """Do what the main process says."""
-        for encoded in orders:
-            order: Order = pickle.loads(encoded)  # noqa: S301  (as above)
+    def follow(self, orders: list[bytes]) -> None:
+        """Do what the main process orders."""
+        for order in map(decode_order, orders):
             if isinstance(order, ChangeUsers):
                 self._service.change_users(order.removed, order.changed)
             elif isinstance(order, RevocationUpdate):
@@ -197,38 +157,38 @@ class Server(AcceptingServer):
                 self._queue.handed_over = order.replaced
                 self._stop()
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         try:
-            self.obey(self._channel.receive())
+            self.follow(self._channel.receive())
         except EOFError:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._queue.publish, self._queue.handed_over = None, False
             self._stop()
 
     def _publish(self, update: RevocationUpdate) -> None:
-        _report(self._channel, Report("alive", revocations=update))
+        _send(self._channel, Report("alive", revocations=update))
 
     def _stop(self) -> None:
-        if not self.started:  # a start may take long, and nothing was accepted yet
+        if not self.started:  # a start may take long, and no connection has been accepted yet
             os._exit(0)
         self.should_exit = True
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            if self._channel.pending:  # the main process does not read: one sign of life is enough
+            if self._channel.pending:  # the main process does not read: one heartbeat is enough
                 self._channel.flush()
             else:
-                _report(self._channel, Report("alive"))
-            await asyncio.sleep(BEAT)
+                _send(self._channel, Report("alive"))
+            await asyncio.sleep(HEARTBEAT)
 
 
 class _Lifespan(LifespanOn):
-    """Keeps the reason for which the application did not start, instead of logging it: the main process does."""
+    """Keeps the reason why the application did not start. The main process logs it, so uvicorn does not."""
 
     failure = ""
 
     async def send(self, message: LifespanSendMessage) -> None:
-        """Take a message of the application."""
+        """Receive a message of the application."""
         if message["type"] == "lifespan.startup.failed":
             self.failure, message["message"] = message.get("message", ""), ""
         await super().send(message)

@@ -1,0 +1,53 @@
+"""The listening socket, which all workers share."""
+
+import ctypes
+import errno
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+from tokenauth.errors import StartError
+from tokenauth.settings.model import ServerSettings
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """Listen from now on, so that clients that connect while the workers start wait. Raises StartError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"Port {settings.port} is in use: stop the other server or pass --port.") from None
+        raise StartError(
+            f"cannot listen on server.host {settings.host!r}, server.port {settings.port}: {error}"
+        ) from None
+
+
+def stop_handshakes(listener: socket.socket) -> None:
+    """Drop new connection attempts. Connections in the queue can still be accepted, here and in other processes.
+
+    Otherwise a connection could enter the queue after the last look at it, and be reset when the socket is closed.
+    Linux drops the first packet (SYN) of a new connection, and the client sends it again after a second. By then the
+    socket is closed and refuses the connection, or another server has the port. Other systems have no such filter:
+    there, a client that connects at the very end can be reset.
+    """
+    if sys.platform != "linux":
+        return
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
+    memory = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(memory))
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+_SO_ATTACH_FILTER = 26
+
+_DROP_SYN = (
+    (0x30, 0, 0, 13),  # load the byte of the TCP header that has the flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # only SYN?
+    (0x06, 0, 0, 0),  # then drop the packet
+    (0x06, 0, 0, 0xFFFF),  # else let it pass
+)
+"""A program of the classic Berkeley Packet Filter."""
