@@ -259,6 +259,38 @@ class PoolCounts(NamedTuple):
     leased: int
 
 
+class Assignment(NamedTuple):
+    """The result of a request for a token: the token, or when the next lease ends, if any is live.
+
+    `left` is how many more tokens can be leased, if the caller asked for that.
+    """
+
+    token: PoolToken | None
+    next_end: Instant | None = None
+    left: int | None = None
+
+
+class LeaseChange(NamedTuple):
+    """A token after a request to change its lease, and whether the request was granted."""
+
+    token: PoolToken
+    done: bool
+
+
+class CountUpdate(NamedTuple):
+    """A change to the count under one key, and to the instant that is stored with it."""
+
+    key: bytes
+    plus: int = 0
+    """Is added to the count, which never falls below 0."""
+    expired: Instant = 0.0
+    """A count that was last changed at or before this instant starts again at 0."""
+    at: Instant = 0.0
+    """The instant becomes at least this ..."""
+    later: float = 0.0
+    """... and then this many seconds later, or earlier if negative."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failures:
     """What the store keeps under one throttle key: the number of failures in a row, and when the last one happened.

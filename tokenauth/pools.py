@@ -18,8 +18,18 @@ from tokenauth.errors import (
     UnknownToken,
 )
 from tokenauth.logs import log
-from tokenauth.models import ANY_LEASE, Identity, Instant, LeaseCheck, LeaseCursor, Pool, PoolCounts, PoolToken
-from tokenauth.stores.store import Store, Touched
+from tokenauth.models import (
+    ANY_LEASE,
+    Identity,
+    Instant,
+    LeaseChange,
+    LeaseCheck,
+    LeaseCursor,
+    Pool,
+    PoolCounts,
+    PoolToken,
+)
+from tokenauth.stores.store import Store
 
 MAX_COUNT = 1000
 """Maximum number of tokens that are generated, listed or changed in one step."""
@@ -235,7 +245,7 @@ def check_name(name: str, field: str = "holder") -> str:
     return name
 
 
-def _unwrap(touched: Touched | None, check: LeaseCheck, now: Instant) -> PoolToken:
+def _unwrap(touched: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
     if touched is None:
         raise UnknownToken
     if touched.done:

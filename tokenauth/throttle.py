@@ -45,9 +45,9 @@ from typing import NamedTuple
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import Gone, LoginQueue, Turn, here
-from tokenauth.models import Failures, Instant
+from tokenauth.models import CountUpdate, Failures, Instant
 from tokenauth.settings.model import ThrottleSettings
-from tokenauth.stores.store import Note, Store, TakeBack
+from tokenauth.stores.store import Store
 
 KNOWN_FOR = 30 * 86400.0
 """Seconds for which a user is known at a location after a login."""
@@ -297,12 +297,12 @@ class Throttle:
         rows = [state.keys.location_row for state in states] + [keys.network_row for keys in strangers]
         for state in states:
             self._permits.pop(state.keys.location_row, None)
-        notes = [Note(key, 1, expired=now - self._settings.forget, at=now) for key in rows]
+        notes = [CountUpdate(key, 1, expired=now - self._settings.forget, at=now) for key in rows]
         filled = [(bucket.key, bucket.drain_time) for bucket in (self._location_bucket(state.keys) for state in states)]
         group = _group(states)
         for bucket in self._refundable_buckets(strangers):
             filled += [(bucket.key, bucket.drain_time), (bucket.share(group), bucket.drain_time)]
-        notes += [Note(key, at=now, later=drain_time) for key, drain_time in filled]
+        notes += [CountUpdate(key, at=now, later=drain_time) for key, drain_time in filled]
         await self._store.failures.note(notes, now)
 
     async def _count_success(self, states: Sequence[_State], which: int) -> None:
@@ -318,15 +318,14 @@ class Throttle:
             # failures of a known user were counted nowhere else
             shares = [] if known else [(each.share(group), each.key) for each in self._refundable_buckets([keys])]
             row = None if known else keys.network_row
-            refund = TakeBack(keys.location_row, row, shares, now - self._settings.forget, now)
-            await self._store.failures.take_back(refund)
+            await self._store.failures.take_back(keys.location_row, row, shares, now - self._settings.forget, now)
         if now + KNOWN_FOR - known_until >= _KNOWN_UPDATE:
             # No need to wait: it shares the commit of the token that is issued next.
-            task = asyncio.create_task(self._write([Note(keys.known, at=now + KNOWN_FOR)], now))
+            task = asyncio.create_task(self._write([CountUpdate(keys.known, at=now + KNOWN_FOR)], now))
             self._writing.add(task)
             task.add_done_callback(self._writing.discard)
 
-    async def _write(self, notes: Sequence[Note], now: Instant) -> None:
+    async def _write(self, notes: Sequence[CountUpdate], now: Instant) -> None:
         with suppress(RetryLater):  # the next login writes it
             await self._store.failures.note(notes, now)
 

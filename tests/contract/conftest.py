@@ -17,13 +17,10 @@ from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tokenauth.models import Instant, Token
 from tokenauth.settings.model import DatabaseSettings
-from tokenauth.stores.cache import CachedTokenStore
+from tokenauth.stores.cache import TokenCache
+from tokenauth.stores.engine import Engine
 from tokenauth.stores.open import open_store
-from tokenauth.stores.postgres.listener import Listener
-from tokenauth.stores.postgres.store import PostgresStore, PostgresTokenStore
-from tokenauth.stores.sql import Database
-from tokenauth.stores.sqlite.store import SqliteStore
-from tokenauth.stores.store import FailureStore, Feed, PoolStore, Store, TokenStore
+from tokenauth.stores.store import FailureStore, PoolStore, Store, TokenStore
 from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")
@@ -34,7 +31,7 @@ class Place:
     """A store as one process has it open; two places on one directory are two processes."""
 
     store: Store
-    tokens: CachedTokenStore
+    tokens: TokenStore
     pools: PoolStore
     failures: FailureStore
     started: Instant
@@ -42,12 +39,19 @@ class Place:
     heard_at_start: list[Instant]
     url: str
     commits: Callable[[], int]
-    database: Database
-    feed: Feed
     rounds: int = 25
     """How often to try what a cache could get wrong."""
     behind: float = 0
-    """By how many seconds a start may not know what time it has been: then the store has a clock that it trusts."""
+    """By how many seconds the clock row may lag at a start: then the database has a clock that is trusted."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the store."""
+        return self.store.engine
+
+    def tokens_of(self, cache: TokenCache) -> TokenStore:
+        """Return the same tokens behind another cache."""
+        return type(self.tokens)(self.engine, cache)
 
 
 async def sqlite(directory: Path, size: int) -> Place:
@@ -55,22 +59,21 @@ async def sqlite(directory: Path, size: int) -> Place:
     file = directory / "tokens.db"
     url = f"sqlite+aiosqlite:///{file}"
     store = open_store(DatabaseSettings(url), size)
-    assert isinstance(store, SqliteStore)
     heard: list[Instant] = []
     started = await store.start(heard.append)
     parts = (store, store.tokens, store.pools, store.failures)
     times = (started, heard, list(heard))
-    return Place(*parts, *times, url, lambda: wal_commits(file), store._database, store._reader, rounds=300)
+    return Place(*parts, *times, url, lambda: wal_commits(file), rounds=300)
 
 
-class Attentive(CachedTokenStore):
-    """The cache of a process that has heard of all removals when it is asked: PostgreSQL's news take a moment."""
+class Attentive(TokenStore):
+    """The tokens of a process that reads all revocations before it answers: PostgreSQL's notifications take time."""
 
     async def get(self, digest: bytes) -> Token | None:
-        """Hear all news, then return the token with this digest."""
-        assert isinstance(self._feed, Listener)
-        self._feed.doubt()
-        while not self._feed.sure():  # noqa: ASYNC110 - nobody tells
+        """Wait until the feed is current, then return the token with this digest."""
+        feed = self._engine.feed
+        feed.invalidate()
+        while not feed.is_current():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0)
         return await super().get(digest)
 
@@ -79,14 +82,12 @@ async def postgres(directory: Path, size: int) -> Place:
     """Open what several machines share."""
     url = (directory / "url").read_text()
     store = open_store(DatabaseSettings(url, connections=4), size, clock=lambda: START)
-    assert isinstance(store, PostgresStore)
     heard: list[Instant] = []
     started = await store.start(heard.append)
-    database, listener = store._database, store._listener
-    tokens = Attentive(PostgresTokenStore(database, listener), listener, size)
+    tokens = Attentive(store.engine, TokenCache(store.engine.token, store.engine.feed, size))
     parts = (store, tokens, store.pools, store.failures)
     times = (started, heard, list(heard))
-    return Place(*parts, *times, url, lambda: xids(url), database, listener, behind=1)
+    return Place(*parts, *times, url, lambda: xids(url), behind=1)
 
 
 Opener = Callable[[Path, int], Awaitable[Place]]

@@ -6,16 +6,16 @@ import pytest
 
 from tests.contract.conftest import Place
 from tests.support.servers import START
-from tokenauth.models import Failures
-from tokenauth.stores.store import FailureStore, Note, TakeBack
+from tokenauth.models import CountUpdate, Failures
+from tokenauth.stores.store import FailureStore
 
 FORGET = 60.0
 ANN, BOB, NET = (bytes([number]) * 16 for number in range(3))
 
 
-def failed(*keys: bytes, now: float = START) -> list[Note]:
+def failed(*keys: bytes, now: float = START) -> list[CountUpdate]:
     """Count a failure under each key, from one again if the last is long past."""
-    return [Note(key, 1, expired=now - FORGET, at=now) for key in keys]
+    return [CountUpdate(key, 1, expired=now - FORGET, at=now) for key in keys]
 
 
 async def test_what_was_never_noted_is_left_out(failures: FailureStore) -> None:
@@ -53,10 +53,10 @@ async def test_each_key_is_forgotten_by_its_own_instant(failures: FailureStore) 
 
 
 async def test_what_is_taken_back_never_makes_less_than_nothing(failures: FailureStore) -> None:
-    await failures.note([Note(BOB, -3)], START)
+    await failures.note([CountUpdate(BOB, -3)], START)
     await failures.note(failed(ANN) + failed(BOB), START)
     await failures.note(failed(ANN), START)
-    await failures.note([Note(ANN, -1), Note(BOB, -5)], START + 1)
+    await failures.note([CountUpdate(ANN, -1), CountUpdate(BOB, -5)], START + 1)
     assert dict(await failures.failures([ANN, BOB])) == {ANN: Failures(1, START), BOB: Failures(0, START)}
     await failures.note(failed(BOB), START)
     assert (await failures.failures([BOB]))[BOB] == Failures(1, START)
@@ -64,21 +64,21 @@ async def test_what_is_taken_back_never_makes_less_than_nothing(failures: Failur
 
 async def test_an_instant_is_moved_from_now_or_from_where_it_was(failures: FailureStore) -> None:
     for seconds, expected in ((0.0, 36.0), (0.0, 72.0), (10.0, 108.0), (200.0, 236.0)):
-        await failures.note([Note(NET, at=START + seconds, later=36.0)], START)
+        await failures.note([CountUpdate(NET, at=START + seconds, later=36.0)], START)
         assert (await failures.failures([NET]))[NET] == Failures(0, START + expected)
-    await failures.note([Note(NET, later=-100.0)], START)
+    await failures.note([CountUpdate(NET, later=-100.0)], START)
     assert (await failures.failures([NET]))[NET] == Failures(0, START + 136.0)
 
 
 async def test_an_instant_that_is_kept_never_becomes_earlier(failures: FailureStore) -> None:
     for at in (START + 100, START + 50):
-        await failures.note([Note(ANN, at=at)], START)
+        await failures.note([CountUpdate(ANN, at=at)], START)
         assert (await failures.failures([ANN]))[ANN] == Failures(0, START + 100)
 
 
 async def test_concurrent_notes_are_all_made(place: Place, other: Place) -> None:
     both = [place.failures, other.failures]
-    ahead = Note(BOB, at=START, later=1.0)
+    ahead = CountUpdate(BOB, at=START, later=1.0)
     await asyncio.gather(*(both[number % 2].note([*failed(ANN, NET), ahead], START) for number in range(100)))
     for each in both:
         assert dict(await each.failures([ANN, BOB, NET])) == {
@@ -117,12 +117,12 @@ async def test_a_purge_deletes_what_is_before_an_instant_and_not_at_it(
 async def test_what_is_taken_back_is_what_is_there_and_once(place: Place, other: Place) -> None:
     """However many ask at the same time; a bucket loses what is left of a share."""
     share, bucket = bytes([7]) * 16, bytes([8]) * 16
-    filled = [Note(share, at=START, later=30.0), Note(bucket, at=START, later=30.0)]
+    filled = [CountUpdate(share, at=START, later=30.0), CountUpdate(bucket, at=START, later=30.0)]
     for number in range(1, 4):
         await place.failures.note([*failed(ANN, BOB), *filled], START)
-        await place.failures.note([*failed(BOB), Note(bucket, at=START, later=50.0)], START)
-        back = TakeBack(ANN, BOB, [(share, bucket)], START - FORGET, START + 10)
-        await asyncio.gather(*(each.failures.take_back(back) for each in (place, other) * 10))
+        await place.failures.note([*failed(BOB), CountUpdate(bucket, at=START, later=50.0)], START)
+        refund = (ANN, BOB, [(share, bucket)], START - FORGET, START + 10)
+        await asyncio.gather(*(each.failures.take_back(*refund) for each in (place, other) * 10))
         found = await other.failures.failures([ANN, BOB, share, bucket])
         assert found[ANN].count == 0
         assert found[BOB].count == number

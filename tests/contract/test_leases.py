@@ -8,8 +8,8 @@ import pytest
 from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, POOL, lease, members
 from tests.support.servers import START
-from tokenauth.models import ANY_LEASE, LeaseCheck, Pool, PoolCounts, PoolToken
-from tokenauth.stores.store import Lent, PoolStore, Touched
+from tokenauth.models import ANY_LEASE, Assignment, LeaseChange, LeaseCheck, Pool, PoolCounts, PoolToken
+from tokenauth.stores.store import PoolStore
 
 HUGE = [2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, 0, -1, -(10**40)]
 
@@ -23,7 +23,7 @@ async def holders(pools: PoolStore, now: float) -> dict[str, str]:
 async def test_a_lapsed_lease_is_free_again(pools: PoolStore) -> None:
     """Time alone frees a token."""
     await pools.add(POOL, ["t1"], START)
-    assert await pools.lease(POOL, "ann", START) == Lent(PoolToken("p", "t1", START + 60, "ann", fence=1))
+    assert await pools.lease(POOL, "ann", START) == Assignment(PoolToken("p", "t1", START + 60, "ann", fence=1))
 
     assert (await pools.lease(POOL, "bob", START + 60 - JUST)).token is None
     taken = await pools.lease(POOL, "bob", START + 60)
@@ -116,7 +116,7 @@ LOST += [LeaseCheck(None, number) for number in (1, 3, *HUGE)]
 
 async def touch(
     pools: PoolStore, verb: str, now: float, claim: LeaseCheck = ANY_LEASE, pool: Pool = POOL
-) -> Touched | None:
+) -> LeaseChange | None:
     """Extend or release the lease of t1."""
     if verb == "release":
         return await pools.release(pool, "t1", now, claim)
@@ -141,11 +141,11 @@ async def test_a_lease_is_touched_by_whoever_claims_this_one(pools: PoolStore, v
         lent = await second_lease(pools, pool)
         free = lent._replace(free_at=START + 1, holder=None)
         after = free if verb == "release" else lent._replace(free_at=START + 61)
-        assert await touch(pools, verb, START + 1, claim, pool) == Touched(after, True), claim
+        assert await touch(pools, verb, START + 1, claim, pool) == LeaseChange(after, True), claim
         assert await pools.get(pool, "t1", START + 1) == after
     lent = await second_lease(pools, POOL)
     for claim in LOST:
-        assert await touch(pools, verb, START + 1, claim) == Touched(lent, False), claim
+        assert await touch(pools, verb, START + 1, claim) == LeaseChange(lent, False), claim
         assert await pools.get(POOL, "t1", START + 1) == lent
 
 
@@ -155,7 +155,7 @@ async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, cl
     await pools.add(POOL, ["t1"], START)
     lent = (await pools.lease(POOL, "ann", START)).token
     assert lent is not None
-    assert await touch(pools, verb, START + 60, claim) == Touched(lent, False), "at `until` it is over"
+    assert await touch(pools, verb, START + 60, claim) == LeaseChange(lent, False), "at `until` it is over"
     assert await lease(pools, now=START + 60, holder="bob") == "t1"
     if claim.holder == "ann":
         touched = await touch(pools, verb, START + 61, claim)
@@ -164,7 +164,7 @@ async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, cl
         assert touched.token.lease(START + 61) == ("bob", START + 120)
     await pools.release(POOL, "t1", START + 62)
     touched = await touch(pools, verb, START + 62, claim)
-    assert touched == Touched(PoolToken("p", "t1", START + 62, None, fence=2), False)
+    assert touched == LeaseChange(PoolToken("p", "t1", START + 62, None, fence=2), False)
 
 
 async def test_a_lease_that_is_extended_in_its_last_moment_runs_for_its_full_time(pools: PoolStore) -> None:
@@ -173,7 +173,7 @@ async def test_a_lease_that_is_extended_in_its_last_moment_runs_for_its_full_tim
     now = START
     for _ in range(10):  # far past `token_ttl`: what is lent does not expire
         now += 60 - JUST
-        assert await pools.extend(POOL, "t1", now) == Touched(PoolToken("p", "t1", now + 60, "ann", 1), True)
+        assert await pools.extend(POOL, "t1", now) == LeaseChange(PoolToken("p", "t1", now + 60, "ann", 1), True)
         assert (await pools.lease(POOL, "bob", now)).token is None
     assert await members(pools, now=now + 300 - JUST) == ["t1"]
     assert await members(pools, now=now + 300) == []
@@ -212,14 +212,14 @@ async def test_with_free_too_a_free_token_waits_for_its_full_time(pools: PoolSto
     assert await pools.extend(POOL, "t1", START + 100) is not None
     now = START + 239
     kept = PoolToken("p", "t1", now, holder=None, fence=int(lapsed))
-    assert await pools.extend(POOL, "t1", now, LeaseCheck("nobody", 99), free_too=True) == Touched(kept, True)
+    assert await pools.extend(POOL, "t1", now, LeaseCheck("nobody", 99), free_too=True) == LeaseChange(kept, True)
     assert await pools.get(POOL, "t1", now + 240 - JUST) == kept
     assert await pools.get(POOL, "t1", now + 240) is None
 
 
 async def test_without_free_too_a_free_token_is_not_touched(pools: PoolStore) -> None:
     await pools.add(POOL, ["t1"], START)
-    untouched = Touched(PoolToken("p", "t1", START), False)
+    untouched = LeaseChange(PoolToken("p", "t1", START), False)
     assert await pools.extend(POOL, "t1", START + 9) == untouched
     assert await pools.release(POOL, "t1", START + 9) == untouched
     assert await pools.get(POOL, "t1", START + 240) is None

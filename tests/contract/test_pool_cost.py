@@ -11,7 +11,6 @@ import pytest
 from tests.support.servers import START
 from tests.support.steps import Direct, answer, steps
 from tokenauth.models import LeaseCheck, Pool
-from tokenauth.stores.sql import SqlPoolStore
 from tokenauth.stores.store import PoolStore
 
 FEW, MANY = 400, 20_000
@@ -79,7 +78,7 @@ def test_it_takes_as_many_steps_among_many_tokens_as_among_few(
     small_and_large: tuple[Direct, Direct], what: str
 ) -> None:
     few, many = (
-        steps(partial(CHEAP[what], SqlPoolStore(database)), database.connection)[0] for database in small_and_large
+        steps(partial(CHEAP[what], PoolStore(database)), database.connection)[0] for database in small_and_large
     )
     assert 0 < many <= few + 20, f"{few} steps among {FEW} tokens, {many} among {MANY}"
 
@@ -90,7 +89,7 @@ def test_it_finds_its_rows_through_an_index(small_and_large: tuple[Direct, Direc
     connection = small_and_large[1].connection
     statements: list[str] = []
     connection.set_trace_callback(statements.append)
-    asyncio.run(answer((CHEAP | COUNTING)[what](SqlPoolStore(small_and_large[1]))))
+    asyncio.run(answer((CHEAP | COUNTING)[what](PoolStore(small_and_large[1]))))
     connection.set_trace_callback(None)
     asked = [statement for statement in statements if "pool_tokens" in statement]
     assert asked

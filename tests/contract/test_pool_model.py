@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.contract.conftest import STORES, Opener, Place, Places, Templates
 from tests.contract.pool_model import Model
-from tokenauth.models import START_OF_LEASES, LeaseCheck, Pool, PoolCounts, PoolToken
-from tokenauth.stores.store import PoolStore, Touched
+from tokenauth.models import START_OF_LEASES, LeaseChange, LeaseCheck, Pool, PoolCounts, PoolToken
+from tokenauth.stores.store import PoolStore
 
 BOUNDED = Pool("bounded", lease_ttl=8, token_ttl=20, capacity=5)
 UNBOUNDED = replace(BOUNDED, name="unbounded", capacity=None)
@@ -156,11 +156,11 @@ class Lending:
         fence = None if error is None else (one.fence if one else 0) + error
         return one, LeaseCheck(step.holder if named else None, fence, step.user)
 
-    def _compare(self, touched: Touched | None, one: PoolToken | None, after: PoolToken | None) -> None:
+    def _compare(self, touched: LeaseChange | None, one: PoolToken | None, after: PoolToken | None) -> None:
         if one is None:
             assert touched is None
         else:
-            assert touched == Touched(after or one, after is not None)
+            assert touched == LeaseChange(after or one, after is not None)
             self.model.put(after or one)
 
     async def release_next(self, store: PoolStore, step: Step) -> None:

@@ -9,9 +9,9 @@ import pytest
 from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, lease, members
 from tests.support.servers import START
-from tokenauth.models import Pool, PoolCounts, PoolToken
-from tokenauth.stores.changes import pools as pool_verbs
-from tokenauth.stores.store import PoolStore, Touched
+from tokenauth.models import LeaseChange, Pool, PoolCounts, PoolToken
+from tokenauth.stores.changes import pools as pool_changes
+from tokenauth.stores.store import PoolStore
 
 PERMITS = Pool("permits", lease_ttl=60, capacity=5, prefill=True)
 
@@ -50,7 +50,7 @@ async def test_a_pool_that_has_far_too_many_tokens_is_rid_of_them_step_by_step(
     pools: PoolStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others write between two steps. Free ones go first; of lent ones those whose leases end first are retired."""
-    monkeypatch.setattr(pool_verbs, "_STEP", 3)
+    monkeypatch.setattr(pool_changes, "_STEP", 3)
     await lend(pools, lent=5, free=5)
     small = of(2)
     assert await pools.fit(small, (), START) == -5
@@ -106,7 +106,7 @@ async def test_leases_that_are_too_many_go_on(pools: PoolStore, capacity: int) -
     assert await pools.count(pool, START + 5) == PoolCounts(0, 4)
     for value in values:
         extended = await pools.extend(pool, value, START + 6)
-        assert extended == Touched(after[value]._replace(free_at=START + 66), True)
+        assert extended == LeaseChange(after[value]._replace(free_at=START + 66), True)
     assert (await pools.lease(pool, "more", START + 6))[:2] == (None, START + 66)
     for value in values:
         released = await pools.release(pool, value, START + 7)

@@ -10,8 +10,9 @@ import pytest
 from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
 from tokenauth.models import Token
-from tokenauth.stores.cache import CachedTokenStore
-from tokenauth.stores.store import Feed, TokenStore
+from tokenauth.stores.cache import TokenCache
+from tokenauth.stores.engine import Engine
+from tokenauth.stores.store import TokenStore
 
 
 async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:
@@ -133,41 +134,33 @@ async def test_a_trimmed_log_is_right_for_whoever_starts_later(places: Places, p
     assert [one for one in added if await late.tokens.get(one.digest)] == added[3:]
 
 
-class Counted(CachedTokenStore):
-    """A token store that counts how often it is asked, and passes everything on."""
+class Counted:
+    """Looks up tokens for a cache, and counts how often."""
 
-    asked = 0
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.count = 0
 
-    async def get(self, digest: bytes) -> Token | None:
+    async def token(self, digest: bytes) -> Token | None:
         """Count, then look it up."""
-        self.asked += 1
-        return await self._store.get(digest)
+        self.count += 1
+        return await self._engine.token(digest)
 
 
-def under_the_cache_of(place: Place) -> TokenStore:
-    """Give the store that a cache asks."""
-    return place.tokens._store
+class Delayed:
+    """Looks up tokens for a cache, and answers for one of them only when it may."""
 
-
-def counted_in(place: Place) -> Counted:
-    """Count how often the store under a cache is asked."""
-    return Counted(under_the_cache_of(place), place.feed, 0)
-
-
-class Held(CachedTokenStore):
-    """A token store that has looked one token up, and keeps it to itself until it may tell."""
-
-    def __init__(self, store: TokenStore, feed: Feed, slow: bytes) -> None:
-        super().__init__(store, feed, 0)
+    def __init__(self, engine: Engine, slow: bytes) -> None:
+        self._engine = engine
         self._slow = slow
-        self.looked, self.may_tell = asyncio.Event(), asyncio.Event()
+        self.looked_up, self.may_answer = asyncio.Event(), asyncio.Event()
 
-    async def get(self, digest: bytes) -> Token | None:
+    async def token(self, digest: bytes) -> Token | None:
         """Look it up, and wait."""
-        found = await self._store.get(digest)
+        found = await self._engine.token(digest)
         if digest == self._slow:
-            self.looked.set()
-            await self.may_tell.wait()
+            self.looked_up.set()
+            await self.may_answer.wait()
         return found
 
 
@@ -175,43 +168,43 @@ class Held(CachedTokenStore):
 async def test_what_is_removed_while_it_is_looked_up_is_not_remembered(place: Place, other: Place, heard: bool) -> None:
     """The token was there when the store was asked, and `heard` the news of its end before the store answered."""
     gone, kept = await fill(place, 2)
-    held = Held(under_the_cache_of(other), other.feed, gone.digest)
-    cache = type(other.tokens)(held, other.feed, 10)
-    looking = asyncio.create_task(cache.get(gone.digest))
-    await held.looked.wait()
+    delayed = Delayed(other.engine, gone.digest)
+    tokens = other.tokens_of(TokenCache(delayed.token, other.engine.feed, 10))
+    looking = asyncio.create_task(tokens.get(gone.digest))
+    await delayed.looked_up.wait()
     assert await place.tokens.remove(gone.digest, START)
     if heard:
-        assert await cache.get(kept.digest) == kept
-    held.may_tell.set()
+        assert await tokens.get(kept.digest) == kept
+    delayed.may_answer.set()
     assert await looking in {gone, None}
-    assert await cache.get(gone.digest) is None
-    assert await cache.get(kept.digest) == kept
+    assert await tokens.get(gone.digest) is None
+    assert await tokens.get(kept.digest) == kept
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Place, size: int) -> None:
-    counted = counted_in(place)
-    cache = CachedTokenStore(counted, place.feed, size)
+    counted = Counted(place.engine)
+    tokens = TokenStore(place.engine, TokenCache(counted.token, place.engine.feed, size))
     added = await fill(place, 10)
     dice = random.Random(size)
     known: list[Token] = []
     for _ in range(60):
         one = dice.choice(added)
-        before = counted.asked
-        assert await cache.get(one.digest) == one
-        assert counted.asked - before == (one not in known)
+        before = counted.count
+        assert await tokens.get(one.digest) == one
+        assert counted.count - before == (one not in known)
         if one not in known:
             known = [*known, one][-size:]
 
 
 async def test_a_cache_does_not_remember_what_is_not_there(place: Place) -> None:
-    counted = counted_in(place)
-    cache = CachedTokenStore(counted, place.feed, 10)
+    counted = Counted(place.engine)
+    tokens = TokenStore(place.engine, TokenCache(counted.token, place.engine.feed, 10))
     for _ in range(3):
-        assert await cache.get(token().digest) is None
-    assert counted.asked == 3
+        assert await tokens.get(token().digest) is None
+    assert counted.count == 3
     await place.tokens.add(token(), 0, START)
-    assert await cache.get(token().digest) == token()
+    assert await tokens.get(token().digest) == token()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -9,9 +9,9 @@ import structlog
 
 from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
+from tokenauth.models import CountUpdate
 from tokenauth.service import create_service
 from tokenauth.settings.model import DatabaseSettings, Settings
-from tokenauth.stores.store import Note
 
 KEY = bytes(16)
 
@@ -20,7 +20,7 @@ WRITES: dict[str, Callable[[Place, float], Awaitable[object]]] = {
     "remove": lambda place, now: place.tokens.remove(token().digest, now),
     "remove_all": lambda place, now: place.tokens.remove_all("nobody", now),
     "purge": lambda place, now: place.tokens.purge(now, 10),
-    "note": lambda place, now: place.failures.note([Note(KEY, 1, at=now)], now),
+    "note": lambda place, now: place.failures.note([CountUpdate(KEY, 1, at=now)], now),
     "claim": lambda place, now: place.store.claim("sweep", now, now + 30),
 }
 
@@ -81,7 +81,7 @@ async def test_stopping_remembers_the_time(places: Places) -> None:
 @pytest.mark.parametrize("purge", ["purge_failures", "purge_log"])
 async def test_the_age_that_a_purge_asks_for_is_not_the_time(places: Places, purge: str) -> None:
     place = await places.open()
-    await place.failures.note([Note(KEY, 1, at=START)], START)
+    await place.failures.note([CountUpdate(KEY, 1, at=START)], START)
     if purge == "purge_log":
         await place.store.purge_log(START + 1000, 10)
     else:
@@ -94,7 +94,7 @@ async def test_everything_is_still_there_after_a_restart(places: Places) -> None
     await place.tokens.add(token(1), 0, START)
     await place.tokens.add(token(2), 0, START)
     await place.tokens.remove(token(2).digest, START)
-    await place.failures.note([Note(KEY, 1, at=START)], START)
+    await place.failures.note([CountUpdate(KEY, 1, at=START)], START)
     await places.close(place, START)
     again = await places.open()
     assert await again.tokens.get(token(1).digest) == token(1)

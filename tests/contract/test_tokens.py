@@ -8,7 +8,7 @@ from tests.contract.conftest import Place, token
 from tests.support.servers import START
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Token
-from tokenauth.stores import sql
+from tokenauth.stores import store as stores
 from tokenauth.stores.store import TokenStore
 
 ODD_TEXTS = ["", "Ann O'Neill; DROP TABLE tokens --", "%", "_", "жанна", "\U0001f511", "x" * 256]
@@ -127,7 +127,7 @@ async def test_remove_all_ends_as_many_as_there_are_in_steps(
     tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a million no transaction may take longer than a statement may."""
-    monkeypatch.setattr(sql, "_STEP", 3)
+    monkeypatch.setattr(stores, "_STEP", 3)
     added = [token(number) for number in range(10)]
     for one in added:
         await tokens.add(one, 0, START)

@@ -1,7 +1,7 @@
 """Promise 12: cost does not grow with the number of tokens. Machine steps are counted, so that nothing is timed."""
 
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import sha256
@@ -13,12 +13,15 @@ import pytest
 from tests.support.journal import fill
 from tests.support.servers import START
 from tests.support.steps import Direct, steps
-from tokenauth.models import Token, public_id
-from tokenauth.stores.changes import tokens as verbs
-from tokenauth.stores.engine import SqliteTransaction
-from tokenauth.stores.sql import SqlTokenStore
+from tokenauth.models import CountUpdate, Token, public_id
+from tokenauth.stores.cache import TokenCache
+from tokenauth.stores.changes.clock import Remember, TakeDuty, write_clock
+from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
+from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
+from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.reader import Reader
-from tokenauth.stores.store import Note, TakeBack, unheard
+from tokenauth.stores.sqlite.transaction import SqliteTransaction
+from tokenauth.stores.store import TokenStore
 
 FEW, MANY = 200, 20_000
 EACH = 10
@@ -33,9 +36,9 @@ class Opened(NamedTuple):
     reader: Reader
 
     @property
-    def tokens(self) -> SqlTokenStore:
+    def tokens(self) -> TokenStore:
         """Read tokens."""
-        return SqlTokenStore(self.database)
+        return TokenStore(self.database, TokenCache(self.database.token, self.database.feed, 0))
 
 
 def digest(number: int) -> bytes:
@@ -57,7 +60,9 @@ def build(path: Path, count: int) -> Opened:
     fill(path, count, count // EACH, START - 1, lambda number: int(START) + (-1 if number % 100 < EACH else 86400))
     for numbers, at in ((range(count // 10), START - 1000), (range(count // 10, count), START)):
         log(path, numbers, at)
-    return Opened(path, database, Reader(str(path), unheard, lambda _: None))
+    reader = Reader(str(path), lambda _: None)
+    reader.open()
+    return Opened(path, database, reader)
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +75,26 @@ def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         opened.database.connection.close()
 
 
-WISHES: dict[Callable[..., Any], object] = {
-    verbs.add_tokens: verbs.Add(Token(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, START),
-    verbs.remove_tokens: verbs.Remove(digest(13), START),
-    verbs.remove_all_tokens: verbs.RemoveAll("user18", None, 100, START),
-    verbs.purge_tokens: verbs.Purge(START, 5),
-    verbs.purge_failures: verbs.Purge(START - 1, 5),
-    verbs.purge_revocations: verbs.Purge(START - 1, 5),
-    verbs.note_logins: [Note(digest(3)[:16], 1, START - 3600, START, 36.0), Note(b"w" * 16, 1, at=START)],
-    verbs.take_back: TakeBack(digest(3)[:16], None, [(digest(3)[:16], digest(5)[:16])], 0.0, START - 10**6),
-    verbs.claim: verbs.Claim("sweep", START, START + 30),
-    verbs.remember_now: None,
-}
+CHANGES: Sequence[Change[Any]] = [
+    Issue(Token(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, now=START),
+    Revoke(digest(13), now=START),
+    RevokeAll("user18", None, 100, now=START),
+    PurgeTokens(5, now=START),
+    PurgeFailures(START - 1, 5),
+    PurgeRevocations(START - 1, 5),
+    UpdateFailures(
+        [CountUpdate(digest(3)[:16], 1, START - 3600, START, 36.0), CountUpdate(b"w" * 16, 1, at=START)], now=START
+    ),
+    RefundFailures(digest(3)[:16], None, [(digest(3)[:16], digest(5)[:16])], 0.0, now=START - 10**6),
+    TakeDuty("sweep", START + 30, now=START),
+    Remember(now=START),
+]
 """Every change, of rows that are there in both databases."""
+
+
+def kind(change: Change[Any]) -> str:
+    """Return the name of a change."""
+    return type(change).__name__
 
 
 async def look(found: object) -> object:
@@ -95,9 +107,9 @@ Ask = Callable[[Opened], Awaitable[Any]]
 READS: dict[str, Ask] = {
     "a token": lambda opened: look(opened.reader.token(digest(13))),
     "an unknown token": lambda opened: look(opened.reader.token(b"?" * 32) is None),
-    "the mark of the clock": lambda opened: look(opened.reader.mark(verbs.CLOCK) == 0),
+    "the clock row": lambda opened: look(opened.reader.clock_row() == 0),
     "the throttle": lambda opened: look(opened.reader.failures([digest(3)[:16], b"?" * 16])),
-    "news of revocations": lambda opened: look(opened.reader.news()),
+    "new revocations": lambda opened: look(opened.reader.drain()),
     "a token by its id": lambda opened: opened.tokens.find(public_id(digest(13))),
     "mine": lambda opened: opened.tokens.list("user13", START, 1000),
     "everybody's newest": lambda opened: opened.tokens.list(None, START, 5),
@@ -118,18 +130,18 @@ def explained(database: sqlite3.Connection) -> Iterator[dict[str, list[str]]]:
             plans[statement] = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {statement}")]
 
 
-@pytest.mark.parametrize("verb", WISHES, ids=lambda verb: verb.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=kind)
 def test_every_change_finds_its_rows_through_an_index(
-    small_and_large: tuple[Opened, Opened], verb: Callable[..., Any]
+    small_and_large: tuple[Opened, Opened], change: Change[Any]
 ) -> None:
     db = small_and_large[1].database.connection
     db.execute("BEGIN")
     with explained(db) as plans:
         transaction = SqliteTransaction(db)
-        verb(transaction, [WISHES[verb]])
-        verbs.remember(transaction, START)
+        type(change).make(transaction, [change])
+        write_clock(transaction, START)
     db.execute("ROLLBACK")
-    assert len(plans) >= 1 + (verb is not verbs.remember_now), "the change itself, and the time of it"
+    assert len(plans) >= 1 + (not isinstance(change, Remember)), "the change itself, and the clock row"
     for statement, plan in plans.items():
         for step in plan:
             # the log is read in the order of its key, and under a limit
@@ -144,33 +156,27 @@ def reads_a_whole_table(step: str, statement: str) -> bool:
     return verb == "SCAN" and (name in tables or any(f"{table} AS {name}" in statement for table in tables))
 
 
-@pytest.mark.parametrize("verb", WISHES, ids=lambda verb: verb.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=kind)
 def test_a_change_costs_the_same_among_100_times_the_rows(
-    small_and_large: tuple[Opened, Opened], verb: Callable[..., Any]
+    small_and_large: tuple[Opened, Opened], change: Change[Any]
 ) -> None:
     few, many = (
-        steps(partial(database.write, with_the_time(verb), WISHES[verb], START), database.connection)[0]
+        steps(partial(database.apply, change, with_the_clock_row), database.connection)[0]
         for _, database, _ in small_and_large
     )
     assert 0 < many <= few + 20, f"{few} steps among {FEW} tokens, {many} among {MANY}"
 
 
-def with_the_time(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a change as the service does: the time is written down with it."""
-
-    def change(db: SqliteTransaction, wishes: list[object]) -> Any:
-        answers = verb(db, wishes)
-        verbs.remember(db, START)
-        return answers
-
-    return change
+def with_the_clock_row(db: SqliteTransaction) -> None:
+    """Write the clock row, as each commit of the service does."""
+    write_clock(db, START)
 
 
 @pytest.mark.parametrize("what", READS)
 def test_a_read_costs_the_same_among_100_times_the_rows(small_and_large: tuple[Opened, Opened], what: str) -> None:
     counts = []
     for opened in small_and_large:
-        if what == "news of revocations":
+        if what == "new revocations":
             log(opened.path, range(MANY, MANY + 3), START)  # nobody has failed under these keys before
         count, found = steps(partial(READS[what], opened), opened.database.connection, opened.reader._db)
         assert found, "there is something to be found"

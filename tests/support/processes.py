@@ -23,7 +23,7 @@ _FORKS.set_forkserver_preload(
         *("aiosqlite", "alembic.command", "alembic.config", "concurrent.futures.thread", "encodings.idna"),
         *("rich._emoji_codes", "rich.table"),
         *(f"passlib.handlers.{name}" for name in ("argon2", "bcrypt", "pbkdf2", "scrypt")),
-        *("tokenauth.stores.postgres.store", "uvicorn.lifespan.on", "uvicorn.loops.uvloop"),
+        *("tokenauth.stores.postgres.engine", "uvicorn.lifespan.on", "uvicorn.loops.uvloop"),
         "tests.support.frozen",
     ]
 )

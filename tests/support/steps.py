@@ -3,42 +3,91 @@
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
+from tokenauth.models import Failures, Instant, Token
 from tokenauth.stores import schema
-from tokenauth.stores.batching import Verb
-from tokenauth.stores.engine import SqliteTransaction
+from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
+from tokenauth.stores.sqlite.transaction import SqliteTransaction
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Direct:
-    """A database whose reads and writes are made at once, on one connection, and never committed."""
+class NoFeed:
+    """The feed of a database that nothing is revoked in."""
+
+    def is_current(self) -> bool:
+        """Return True."""
+        return True
+
+    def drain(self) -> Collection[bytes]:
+        """Return nothing."""
+        return ()
+
+    def add(self, digests: Collection[bytes]) -> None:
+        """Do nothing."""
+
+    def invalidate(self) -> None:
+        """Do nothing."""
+
+
+class DirectEngine:
+    """What engines for counting have in common: they run forever, and have no cache above them."""
+
+    clock = staticmethod(lambda: 0.0)
+    feed = NoFeed()
+
+    async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
+        """Do nothing."""
+        return 0.0
+
+    async def stop(self, now: Instant) -> None:
+        """Do nothing."""
+
+    async def ready(self) -> str | None:
+        """Return None."""
+        return None
+
+    async def token(self, digest: bytes) -> Token | None:
+        """Fail: the engines of the service are asked for tokens."""
+        raise NotImplementedError
+
+    async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
+        """Fail: the engines of the service are asked for counts."""
+        raise NotImplementedError
+
+
+class Direct(DirectEngine):
+    """A SQLite engine that reads and writes at once, on one connection, and never commits."""
 
     def __init__(self, path: str = ":memory:") -> None:
-        """Make it, empty."""
+        """Create an empty database."""
         self.connection = sqlite3.connect(path, isolation_level=None)
         self._engine = create_engine("sqlite://", creator=lambda: self.connection, poolclass=StaticPool)
         with self._engine.connect() as db:
             schema.upgrade(db)
             db.commit()
 
-    async def read(self, query: Callable[[Connection], T]) -> T:
+    async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
         """Run a query."""
         with self._engine.connect() as db:
-            return query(db)
+            return db.execute(query, values).all()
 
-    async def write(self, verb: Verb, wish: Any, now: float) -> Any:
-        """Make a change."""
+    async def apply(self, change: Change[A], and_then: Callable[[SqliteTransaction], None] = lambda _: None) -> A:
+        """Make a change, and something more in the same transaction."""
         self.connection.execute("BEGIN")
         try:
-            return verb(SqliteTransaction(self.connection), [wish])[0]
+            db = SqliteTransaction(self.connection)
+            answer = type(change).make(db, [change])[0]
+            and_then(db)
+            return answer
         finally:
             self.connection.rollback()
 

@@ -154,7 +154,7 @@ def test_output_that_cannot_be_written_is_one_line(home: Path) -> None:
     ("text", "says"),
     [
         ("[sever]", "config.toml: sever: there is no such key; did you mean server?"),
-        ("database.url = 'mysql://x/y'", "config.toml: database.url: 'mysql' is no store of tokenauth"),
+        ("database.url = 'mysql://x/y'", "config.toml: database.url: 'mysql' is not supported"),
     ],
 )
 def test_check_names_a_mistake_also_for_programs(home: Path, text: str, says: str) -> None:
@@ -285,7 +285,7 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
         "",
         "users: the password of 'ann' is not a hash that",
     ),
-    "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is no store of tokenauth"),
+    "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is not supported"),
     "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
     "no directory": (["migrate", "--config", "nowhere.toml"], "", "the database /no/such/place.db cannot be used: "),
     "not a database": (["tokens", "list", "--config", "text.toml"], "", "cannot be used: file is not a database"),

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tests.support.servers import START
 from tokenauth.errors import InvalidCredentials, TooManyAttempts
 from tokenauth.login_queue import LoginQueue
-from tokenauth.models import Failures
+from tokenauth.models import CountUpdate, Failures
 from tokenauth.settings.model import DatabaseSettings, ThrottleSettings
 from tokenauth.stores.open import open_store
-from tokenauth.stores.store import Note, Store
+from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle, _keys
 
 OWN = ("eve", "john doe", "john+doe")
@@ -159,7 +159,7 @@ async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> 
     async with opened(tmp_path) as world:
         await world.log_in(["eve"], 1, "eve")
         key = _keys("eve", f"{world.home}1").location
-        await world.store.failures.note([Note(key, at=START, later=36000.0)], START)
+        await world.store.failures.note([CountUpdate(key, at=START, later=36000.0)], START)
         for number in range(1, 4):
             world.throttle.return_permit("eve", f"{world.home}1", START)
             assert await world.throttle.permit_comparison("eve", f"{world.home}1") is not None

@@ -120,7 +120,7 @@ async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     service = create_service(loader.load(tmp_path / "config.toml"))
     async with service.running():
         store = Faulty(service.store.tokens)
-        service.store.tokens = store  # type: ignore[misc]
+        service.store.tokens = store  # type: ignore[assignment]
         transport = httpx.ASGITransport(build_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield Scene(service, store, client)
@@ -266,7 +266,7 @@ class Machine:
         self.stores = [Faulty(service.store.tokens) for service in services]
         self.queues = [service.tokens.queue for service in services]
         for service, store, queue in zip(services, self.stores, self.queues, strict=True):
-            service.store.tokens = store  # type: ignore[misc]
+            service.store.tokens = store  # type: ignore[assignment]
             queue.publish = partial(self._share, queue)
 
     def _share(self, source: RevocationQueue, update: RevocationUpdate) -> None:

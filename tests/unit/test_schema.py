@@ -26,7 +26,7 @@ from tokenauth.models import Pool, PoolCounts, Token
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores import schema
 from tokenauth.stores.open import open_store
-from tokenauth.stores.sqlite.store import SqliteStore
+from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.tables import metadata
 
 
@@ -164,10 +164,10 @@ async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) ->
 async def test_a_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     """WAL alone would lose the last commits with the power: synchronous must be FULL (2)."""
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
-    assert isinstance(store, SqliteStore)
+    assert isinstance(store.engine, SqliteEngine)
     await store.start()
     await store.tokens.add(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
-    writer = store._database._connection
+    writer = store.engine.writer._connection
     pragmas = {name: writer.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
     assert pragmas == {"journal_mode": "wal", "synchronous": 2}
     assert (tmp_path / "tokens.db-wal").stat().st_size > 0

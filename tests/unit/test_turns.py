@@ -19,18 +19,17 @@ import structlog
 from tests.support.servers import START
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
-from tokenauth.stores.sqlite import store as sqlite
-from tokenauth.stores.sqlite import turns
-from tokenauth.stores.sqlite.store import SqliteStore
+from tokenauth.stores.sqlite import turns, writer
+from tokenauth.stores.sqlite.engine import SqliteEngine
+from tokenauth.stores.store import Store
 
 SOON = 0.5
 """Seconds that a write may take that waits for nobody, on a busy machine."""
 
 
 @asynccontextmanager
-async def opened(directory: Path) -> AsyncIterator[SqliteStore]:
+async def opened(directory: Path) -> AsyncIterator[Store]:
     store = open_store(DatabaseSettings(f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}"), 10)
-    assert isinstance(store, SqliteStore)
     await store.start()
     try:
         yield store
@@ -39,7 +38,7 @@ async def opened(directory: Path) -> AsyncIterator[SqliteStore]:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
     async with opened(tmp_path) as store:
         yield store
 
@@ -55,14 +54,19 @@ def turn(directory: Path) -> Iterator[Callable[[], None]]:
         os.close(file)
 
 
-async def seconds(store: SqliteStore) -> float:
+def writer_of(store: Store) -> writer.SqliteWriter:
+    assert isinstance(store.engine, SqliteEngine)
+    return store.engine.writer
+
+
+async def seconds(store: Store) -> float:
     """Write something, and return how long that took."""
     began = monotonic()
     await store.remember(START)
     return monotonic() - began
 
 
-async def test_a_write_waits_for_its_turn_and_no_longer(store: SqliteStore, tmp_path: Path) -> None:
+async def test_a_write_waits_for_its_turn_and_no_longer(store: Store, tmp_path: Path) -> None:
     with turn(tmp_path) as end:
         writing = asyncio.ensure_future(seconds(store))
         assert not (await asyncio.wait({writing}, timeout=0.2))[0]
@@ -70,7 +74,7 @@ async def test_a_write_waits_for_its_turn_and_no_longer(store: SqliteStore, tmp_
         assert 0.2 <= await writing < turns.TURN_PATIENCE
 
 
-async def test_a_write_wakes_one_thread(store: SqliteStore) -> None:
+async def test_a_write_wakes_one_thread(store: Store) -> None:
     """The one for writes beside a turn that does not come sleeps: to be woken costs more than a small write."""
 
     def woken() -> dict[int, int]:
@@ -90,24 +94,24 @@ async def test_a_write_wakes_one_thread(store: SqliteStore) -> None:
 
 
 async def test_a_turn_that_does_not_end_holds_up_one_write(
-    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever has it may have been stopped. SQLite's own lock decides then, and turns are taken again afterwards."""
-    monkeypatch.setattr(sqlite, "TURN_PATIENCE", 0.1)
+    monkeypatch.setattr(writer, "TURN_PATIENCE", 0.1)
     with turn(tmp_path):
         assert await seconds(store) >= 0.1
         for _ in range(5):
             assert await seconds(store) < SOON
         assert await store.ready() is None
     async with asyncio.timeout(20):
-        while store._database._turns.next() is None:  # noqa: ASYNC110 - nobody tells
+        while writer_of(store)._turns.next() is None:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.01)
     with turn(tmp_path):
         assert await seconds(store) >= 0.1
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-async def test_the_turn_of_a_process_that_ends_is_over(store: SqliteStore, tmp_path: Path, how: signal.Signals) -> None:
+async def test_the_turn_of_a_process_that_ends_is_over(store: Store, tmp_path: Path, how: signal.Signals) -> None:
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen(  # noqa: ASYNC220 - it says when it has the turn
         [sys.executable, "-c", code, str(tmp_path / "tokenauth.db-turns")],
@@ -122,12 +126,12 @@ async def test_the_turn_of_a_process_that_ends_is_over(store: SqliteStore, tmp_p
         assert await writing < turns.TURN_PATIENCE
 
 
-async def test_a_deleted_file_is_made_again(store: SqliteStore, tmp_path: Path) -> None:
+async def test_a_deleted_file_is_made_again(store: Store, tmp_path: Path) -> None:
     """Until then those that have the old one take turns by it, and others by a new one."""
     file = tmp_path / "tokenauth.db-turns"
     file.unlink()
     assert await seconds(store) < SOON
-    store._database.refresh_turns()
+    writer_of(store).refresh_turns()
     with turn(tmp_path):
         writing = asyncio.ensure_future(seconds(store))
         assert not (await asyncio.wait({writing}, timeout=0.2))[0]
@@ -167,7 +171,7 @@ async def test_writers_of_several_stores_take_turns(tmp_path: Path) -> None:
         counts = {id(each): 0 for each in (one, two, three)}
         until = monotonic() + 0.5
 
-        async def write(store: SqliteStore) -> None:
+        async def write(store: Store) -> None:
             while monotonic() < until:
                 await store.remember(START + counts[id(store)])
                 counts[id(store)] += 1

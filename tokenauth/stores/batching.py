@@ -1,109 +1,173 @@
-"""The one writer of a process: everything that waits to be written shares one commit."""
+"""Group commit: all changes that wait at the same time share one transaction and one commit."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tokenauth.errors import Overloaded, StoreUnavailable
 from tokenauth.models import Instant
-from tokenauth.stores.engine import Transaction
+from tokenauth.stores.engine import Change, Transaction
 
-Verb = Callable[[Transaction, Sequence[Any]], Sequence[Any]]
-"""A change, written once for many callers: takes what each of them asks for, returns an answer to each."""
-
-Batch = Mapping[Verb, Sequence[Any]]
-"""What is to be done in one transaction."""
-
-Answers = Sequence[Sequence[Any]]
-"""The answers to a batch: one row for each verb, in order."""
-
-Waiting = dict[Verb, list[tuple[Any, asyncio.Future[Any]]]]
+A = TypeVar("A")
 
 LIMIT = 10_000
 """Changes that may wait; one more is refused."""
 
-QUIET = 12
-"""Turns of the event loop in a row in which nobody came, after which a commit waits for nobody more."""
+IDLE = 12
+"""Consecutive idle iterations of the event loop after which the batch is committed."""
 
 GATHER = 0.001
-"""Seconds that a commit is put off at the most."""
+"""Seconds that a commit waits for more changes at most."""
+
+
+class Group(Generic[A]):
+    """The changes of one kind in a batch, and the futures of their answers."""
+
+    __slots__ = ("_answers", "_changes", "_futures")
+
+    def __init__(self) -> None:
+        self._changes: list[Change[A]] = []
+        self._futures: list[asyncio.Future[A]] = []
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    def add(self, change: Change[A], future: asyncio.Future[A]) -> None:
+        """Add a change."""
+        self._changes.append(change)
+        self._futures.append(future)
+
+    def make(self, db: Transaction) -> None:
+        """Make all changes, and keep the answers until the commit."""
+        self._answers = type(self._changes[0]).make(db, self._changes)
+
+    def resolve(self) -> None:
+        """Deliver the answers, after the commit."""
+        for future, answer in zip(self._futures, self._answers, strict=True):
+            if not future.done():
+                future.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        """Deliver an error instead."""
+        for future in self._futures:
+            if not future.done():
+                future.set_exception(error)
+
+    def split(self) -> "Iterable[Group[A]]":
+        """Return groups of one change each."""
+        for change, future in zip(self._changes, self._futures, strict=True):
+            alone = Group[A]()
+            alone.add(change, future)
+            yield alone
+
+
+Kind = type[Change[Any]]
+
+
+class Batch:
+    """What one transaction makes: groups of changes by kind, and the latest time that their callers have read."""
+
+    __slots__ = ("groups", "now", "size")
+
+    def __init__(self, now: Instant = 0.0) -> None:
+        self.groups: dict[Kind, Group[Any]] = {}  # Any: each kind has its own type of answer
+        self.now = now
+        self.size = 0
+
+    def add(self, change: Change[A], future: asyncio.Future[A]) -> None:
+        """Add a change."""
+        kind = type(change)
+        group = self.groups.get(kind)
+        if group is None:
+            group = self.groups[kind] = Group()
+        group.add(change, future)
+        self.size += 1
+        self.now = max(self.now, change.now)
+
+    def make(self, db: Transaction) -> None:
+        """Make all changes."""
+        for group in self.groups.values():
+            group.make(db)
+
+    def resolve(self) -> None:
+        """Deliver all answers, after the commit."""
+        for group in self.groups.values():
+            group.resolve()
+
+    def fail(self, error: Exception) -> None:
+        """Deliver an error instead of all answers."""
+        for group in self.groups.values():
+            group.fail(error)
+
+    def split(self) -> "Iterable[Batch]":
+        """Return batches of one change each."""
+        for kind, group in self.groups.items():
+            for alone in group.split():
+                batch = Batch(self.now)
+                batch.groups[kind], batch.size = alone, 1
+                yield batch
 
 
 class Writer:
-    """Takes all that waits, applies it in one transaction, commits once, then answers everybody."""
+    """Collects changes, commits them in one transaction, then delivers the answers."""
 
-    def __init__(self, transact: Callable[[Batch, Instant], Awaitable[Answers]]) -> None:
-        """Write through `transact`, which applies a batch and commits it, or does nothing and raises."""
-        self._transact = transact
-        self._waiting: Waiting = {}
-        self._count = 0
-        self._now: Instant = 0
+    def __init__(self, commit: Callable[[Batch], Awaitable[None]]) -> None:
+        """`commit` makes and commits a batch, or changes nothing and raises."""
+        self._commit = commit
+        self._waiting = Batch()
         self._task: asyncio.Task[None] | None = None
 
-    def write(self, verb: Verb, wish: Any, now: Instant) -> asyncio.Future[Any]:
-        """Have a change made and committed; the future has the verb's answer, or StoreUnavailable if it was not made.
+    def apply(self, change: Change[A]) -> asyncio.Future[A]:
+        """Make a change; the future has its answer after the commit, or StoreUnavailable if it was not made.
 
-        Raises Overloaded when too many wait.
+        Raises Overloaded when too many changes wait.
         """
-        if self._count >= LIMIT:
+        if self._waiting.size >= LIMIT:
             raise Overloaded
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(verb, []).append((wish, future))
-        self._count += 1
-        self._now = max(self._now, now)
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._waiting.add(change, future)
         if self._task is None:
             self._task = asyncio.create_task(self._work())
         return future
 
     def refuse_waiting(self) -> None:
-        """Fail what waits with StoreUnavailable, but for the batch that is being written."""
-        waiting, self._waiting, self._count = self._waiting, {}, 0
-        _fail(waiting, StoreUnavailable())
+        """Fail the waiting changes with StoreUnavailable, except those of the batch that is being written."""
+        self._take().fail(StoreUnavailable())
 
     async def finish(self) -> None:
-        """Wait until everything that was asked for has been written."""
+        """Wait until all changes have been written."""
         if self._task is not None:
             await self._task
 
+    def _take(self) -> Batch:
+        batch, self._waiting = self._waiting, Batch(self._waiting.now)
+        return batch
+
     async def _work(self) -> None:
         try:
-            while self._waiting:
+            while self._waiting.size:
                 await self._gather()
-                waiting, self._waiting, self._count = self._waiting, {}, 0
-                await self._commit(waiting)
+                await self._write(self._take())
         finally:
             self._task = None
 
     async def _gather(self) -> None:
-        """When several wait, let those come who are on their way: they then share the commit."""
-        quiet, count, deadline = 0, self._count, monotonic() + GATHER
-        while count > 1 and quiet < QUIET and monotonic() < deadline:
+        """Wait briefly for changes that are about to arrive, if several wait already: they share the commit."""
+        idle, count, deadline = 0, self._waiting.size, monotonic() + GATHER
+        while count > 1 and idle < IDLE and monotonic() < deadline:
             await asyncio.sleep(0)
-            quiet = quiet + 1 if count == self._count else 0
-            count = self._count
+            idle = idle + 1 if count == self._waiting.size else 0
+            count = self._waiting.size
 
-    async def _commit(self, waiting: Waiting) -> None:
-        batch = {verb: [wish for wish, _ in wishes] for verb, wishes in waiting.items()}
+    async def _write(self, batch: Batch) -> None:
         try:
-            answers = await self._transact(batch, self._now)
+            await self._commit(batch)
         except Exception as error:
-            alone = sum(map(len, waiting.values())) == 1
-            if alone or isinstance(error, StoreUnavailable):
-                _fail(waiting, error)
-            else:  # one bad wish must not spoil the others
-                for verb, wishes in waiting.items():
-                    for wish in wishes:
-                        await self._commit({verb: [wish]})
+            if batch.size == 1 or isinstance(error, StoreUnavailable):
+                batch.fail(error)
+            else:  # one bad change must not fail the others
+                for alone in batch.split():
+                    await self._write(alone)
             return
-        for wishes, row in zip(waiting.values(), answers, strict=True):
-            for (_, future), answer in zip(wishes, row, strict=True):
-                if not future.done():
-                    future.set_result(answer)
-
-
-def _fail(waiting: Waiting, error: Exception) -> None:
-    for wishes in waiting.values():
-        for _, future in wishes:
-            if not future.done():
-                future.set_exception(error)
+        batch.resolve()

@@ -9,12 +9,13 @@ from sqlalchemy.exc import ArgumentError
 from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
 from tokenauth.settings.model import DatabaseSettings
-from tokenauth.stores.sqlite.store import SqliteStore
+from tokenauth.stores.engine import Engine
+from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.store import Store
 
 
 def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
-    """Make the store that a URL names, not yet started. Raises ConfigError.
+    """Return the store at a URL, not yet started. Raises ConfigError.
 
     Without a `clock` it has its own: this machine's, or PostgreSQL's. Unless it is for `serving`, it creates no
     database, and a start that only reads needs no lock.
@@ -27,15 +28,13 @@ def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None 
     if not all(value for _, value in parse_qsl(options, keep_blank_values=True)):
         raise ConfigError("database.url: has an option without a value")  # SQLAlchemy would leave it out
     if url.drivername == "sqlite+aiosqlite":
-        return _open_sqlite(url, cache_size, clock or time.time, serving)
+        return Store(_sqlite(url, clock or time.time, serving), cache_size)
     if url.drivername == "postgresql+asyncpg":
-        return _open_postgres(url, cache_size, settings.connections, clock, serving)
-    raise ConfigError(
-        f"database.url: {url.drivername!r} is no store of tokenauth; use sqlite+aiosqlite or postgresql+asyncpg"
-    )
+        return Store(_postgres(url, settings.connections, clock, serving), cache_size)
+    raise ConfigError(f"database.url: {url.drivername!r} is not supported; use sqlite+aiosqlite or postgresql+asyncpg")
 
 
-def _open_sqlite(url: URL, cache_size: int, clock: Clock, serving: bool) -> Store:
+def _sqlite(url: URL, clock: Clock, serving: bool) -> Engine:
     if url.database in {None, "", ":memory:"}:
         raise ConfigError(
             "database.url: names no file; write three slashes and a path, as in 'sqlite+aiosqlite:///tokenauth.db'"
@@ -47,15 +46,15 @@ def _open_sqlite(url: URL, cache_size: int, clock: Clock, serving: bool) -> Stor
         )
     if url.query:
         raise ConfigError(f"database.url: has no option {min(url.query)!r}; SQLite takes a path and no options")
-    return SqliteStore(url, cache_size, clock, serving)
+    return SqliteEngine(url, clock, serving)
 
 
-def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | None, serving: bool) -> Store:
+def _postgres(url: URL, connections: int, clock: Clock | None, serving: bool) -> Engine:
     if not url.database:
         raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
     try:
         from tokenauth.stores.postgres import hosts
-        from tokenauth.stores.postgres.store import PostgresStore
+        from tokenauth.stores.postgres.engine import PostgresEngine
     except ModuleNotFoundError as error:
         if error.name != "asyncpg":
             raise
@@ -65,7 +64,7 @@ def _open_postgres(url: URL, cache_size: int, connections: int, clock: Clock | N
     except ValueError as error:
         raise ConfigError(f"database.url: {error}") from None
     try:
-        return PostgresStore(url, cache_size, connections, clock, serving)
+        return PostgresEngine(url, connections, clock, serving)
     except (ArgumentError, ValueError):
         raise ConfigError(
             "database.url: has options that do not fit together; each host needs a port, as in ?host=a:5432&host=b:5432"

@@ -1,231 +1,285 @@
-"""The contract of every store, in sentences that `tests/contract` holds each of them to.
+"""The stores: their method docstrings are the contract, which `tests/contract` checks on each database.
 
 - Each method is one atomic step.
-- Absence is an answer (None, False, 0, an empty list). StoreUnavailable means that the machine is broken.
-- A method that wrote and returned has been made durable.
-- No text that is kept has a NUL character in it.
-- What depends on time takes `now`, in Unix seconds. A store that several machines write to may know better.
+- Absence is an answer (None, False, 0, an empty list). StoreUnavailable means that the database cannot be used.
+- A method that writes is durable when it returns.
+- No text that is stored contains a NUL character.
+- What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Float, bindparam, select
 
 from tokenauth.clock import Clock
-from tokenauth.models import ANY_LEASE, Failures, Instant, LeaseCheck, LeaseCursor, Pool, PoolCounts, PoolToken, Token
+from tokenauth.models import (
+    ANY_LEASE,
+    ID_BYTES,
+    Assignment,
+    CountUpdate,
+    Failures,
+    Instant,
+    LeaseChange,
+    LeaseCheck,
+    LeaseCursor,
+    Pool,
+    PoolCounts,
+    PoolToken,
+    Token,
+)
+from tokenauth.stores.cache import TokenCache
+from tokenauth.stores.changes import pool_rows
+from tokenauth.stores.changes.clock import Remember, TakeDuty
+from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
+from tokenauth.stores.changes.pools import (
+    Assign,
+    Delete,
+    Fit,
+    Generate,
+    KeepAlive,
+    KeepFreeAlive,
+    PurgePool,
+    Release,
+    ReleaseNext,
+)
+from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
+from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
+from tokenauth.stores.tables import as_pool_token, as_token, pool_token_columns, pool_tokens, token_columns, tokens
+
+_STEP = 10_000
+"""Tokens that one transaction revokes at most."""
+
+_BRIEF = 2000
+"""A pool of at most this capacity is counted in less time than a thread takes to wake up."""
+
+_FIND = select(*token_columns).where(tokens.c.digest.between(bindparam("low"), bindparam("high")))
+_LIST = (
+    select(*token_columns)
+    .where(tokens.c.expires_at > bindparam("now", type_=Float()))
+    .order_by(tokens.c.number.desc())
+    .limit(bindparam("limit"))
+)
+_LIST_OF_USER = _LIST.where(tokens.c.username == bindparam("username"))
+_POOL_TOKEN = select(*pool_token_columns).where(
+    pool_tokens.c.pool == bindparam("pool"), pool_tokens.c.value == bindparam("value")
+)
 
 
-class TokenStore(Protocol):
-    """Keeps tokens by the digest of their value."""
+class TokenStore:
+    """Tokens by the digest of their value."""
+
+    def __init__(self, engine: Engine, cache: TokenCache) -> None:
+        self._engine = engine
+        self._cache = cache
 
     async def add(self, token: Token, per_user: int, now: Instant) -> None:
-        """Keep a token; if its user then has more than `per_user` live ones, the oldest of them end.
-
-        0 is any number.
-        """
+        """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit."""
+        self._engine.feed.add(await self._engine.apply(Issue(token, per_user, now=now)))
 
     async def get(self, digest: bytes) -> Token | None:
-        """Return the token with this digest, live or expired, unless it has been removed."""
+        """Return the token with this digest, live or expired, unless it was revoked."""
+        return self._cache.cached(digest) or await self._cache.look_up(digest)
 
     async def find(self, id: str) -> Token | None:
-        """Return the token with this public id, live or expired, unless it has been removed."""
+        """Return the token with this public id, live or expired, unless it was revoked."""
+        try:
+            low = bytes.fromhex(id)
+        except ValueError:
+            return None
+        if len(low) != ID_BYTES or low.hex() != id:
+            return None
+        rows = await self._engine.read(_FIND, {"low": low, "high": low + b"\xff" * (32 - ID_BYTES)})
+        return as_token(rows[0]) if rows else None
 
     async def remove(self, digest: bytes, now: Instant) -> bool:
-        """End one token; False if there was none. Once this has returned, no `get` returns it."""
+        """Revoke a token; False if there was none. After this returns, no `get` of any process returns it."""
+        existed = await self._engine.apply(Revoke(digest, now=now))
+        self._engine.feed.add((digest,))  # also if another process revoked it, and its notification has not arrived
+        return existed
 
     async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
-        """End all live tokens of a user, or of everybody, but the one with the digest `keep`; say how many."""
+        """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many."""
+        total, revoked = 0, _STEP
+        try:
+            while revoked == _STEP:  # in steps, between which others write
+                revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, now=now))
+                total += revoked
+        finally:
+            self._engine.feed.invalidate()
+        return total
 
     async def list(self, username: str | None, now: Instant, limit: int) -> Sequence[Token]:
-        """Return the live tokens of a user, or of everybody, newest first, `limit` at the most."""
+        """Return the live tokens of a user, or of all users, newest first, at most `limit`."""
+        values = {"now": now, "limit": limit}
+        if username is None:
+            rows = await self._engine.read(_LIST, values)
+        else:
+            rows = await self._engine.read(_LIST_OF_USER, {**values, "username": username})
+        return [as_token(row) for row in rows]
 
     async def purge(self, now: Instant, limit: int) -> int:
-        """Delete at most `limit` tokens that have expired, oldest first; say how many there were."""
+        """Delete at most `limit` expired tokens, the oldest first; return how many."""
+        return await self._engine.apply(PurgeTokens(limit, now=now))
 
 
-class Feed(Protocol):
-    """Says which tokens were removed, by whomever."""
+class PoolStore:
+    """Pool tokens by pool and value. An expired token does not exist, even while its row does.
 
-    def sure(self) -> bool:
-        """Say whether all news have come that must have come by now; while not, only the store is to be believed."""
-
-    def news(self) -> Collection[bytes] | None:
-        """Return the digests removed since this was last asked; None if some may have been missed.
-
-        Raises StoreUnavailable when it cannot be known.
-        """
-
-
-class Lent(NamedTuple):
-    """What came of asking for a token: the token, or when the next lease ends, if one does.
-
-    `left` is how many more can be lent, for who asked for that.
+    Values and holder names are printable text, and no value is used twice.
     """
 
-    token: PoolToken | None
-    next_end: Instant | None = None
-    left: int | None = None
-
-
-class Touched(NamedTuple):
-    """The token that was named, as it is now, and whether what was asked for has been done to it."""
-
-    token: PoolToken
-    done: bool
-
-
-class PoolStore(Protocol):
-    """Keeps the tokens that are lent, by pool and value. What has expired is absent, also while its row is there.
-
-    Values and names of holders are printable text, and no value is ever used twice.
-    """
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def add(self, pool: Pool, values: Sequence[str], now: Instant) -> bool:
-        """Add free tokens; False, and none is added, when the pool would have more than its capacity."""
+        """Add free tokens; False, and none is added, if the pool would exceed its capacity."""
+        return await self._engine.apply(Generate(pool, values, now=now))
 
     async def fit(self, pool: Pool, values: Sequence[str], now: Instant) -> int:
-        """Bring a pool with `prefill` closer to its capacity; say how many values it still lacks, or 0.
+        """Bring a pool with `prefill` closer to its capacity; return how many values it still lacks, or 0.
 
-        It is below 0 when there are so many tokens too many that they have not all been seen to yet. Free tokens that
-        are too many go. Of lent ones the leases go on: so many as are too many are retired, and until they have ended
-        as many free ones stay behind. Values are taken from `values` as far as they are needed.
+        Negative while more than one batch of surplus remains. Surplus free tokens are deleted; surplus leased tokens
+        are retired when their lease ends, and one free token is withheld for each until then. As many of `values` are
+        used as are needed.
         """
+        return await self._engine.apply(Fit(pool, values, now=now))
 
     async def lease(
         self, pool: Pool, holder: str, now: Instant, username: str | None = None, counted: bool = False
-    ) -> Lent:
-        """Lease the token that has been free longest to a user; `counted`: and say how many are left after this one."""
+    ) -> Assignment:
+        """Lease the token that has been free longest to a user. `counted`: also return how many are left."""
+        return await self._engine.apply(Assign(pool, holder, username, counted, now=now))
 
     async def extend(
-        self, pool: Pool, value: str, now: Instant, claim: LeaseCheck = ANY_LEASE, free_too: bool = False
-    ) -> Touched | None:
-        """Let a lease run for its full time from now, if the claim holds; None if there is no such token.
+        self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE, free_too: bool = False
+    ) -> LeaseChange | None:
+        """Extend a lease to its full time from now if the check matches it; None if there is no such token.
 
-        `free_too`: a token that is not lent waits for its full time from now.
+        `free_too`: a free token's life is extended to its full time from now.
         """
+        return await self._engine.apply(KeepAlive(pool, value, check, free_too, now=now))
 
     async def extend_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
-        """Let free tokens wait for their full time from now: at most `limit` of those free since before an instant."""
+        """Extend the life of at most `limit` tokens that have been free since before an instant; return how many."""
+        return await self._engine.apply(KeepFreeAlive(pool, before, limit, now=now))
 
-    async def release(self, pool: Pool, value: str, now: Instant, claim: LeaseCheck = ANY_LEASE) -> Touched | None:
-        """End a lease, if the claim holds; the token is free from now on. None if there is no such token."""
+    async def release(self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE) -> LeaseChange | None:
+        """End a lease if the check matches it; the token is free from now on. None if there is no such token."""
+        return await self._engine.apply(Release(pool, value, check, now=now))
 
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
-        """End the lease of a user, or of anybody, that would end first; False if there is none.
+        """End the lease that would end first, of a user or of all users; False if there is none.
 
-        The number is how many tokens can be lent then, to anybody.
+        The number is how many tokens can then be leased, by anyone.
         """
+        return await self._engine.apply(ReleaseNext(pool, username, now=now))
 
     async def remove(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
-        """Delete a token, free or lent; False if there was none. A `successor` takes its place, free from now on."""
+        """Delete a token, free or leased; False if there was none. A `successor` replaces it, free from now on."""
+        return await self._engine.apply(Delete(pool, value, successor, now=now))
 
     async def get(self, pool: Pool, value: str, now: Instant) -> PoolToken | None:
-        """Return the token of this value."""
+        """Return the token with this value."""
+        rows = await self._engine.read(_POOL_TOKEN, {"pool": pool.name, "value": value}, brief=True)
+        token = as_pool_token(rows[0]) if rows else None
+        return token if token is not None and pool.is_live(token, now) else None
 
     async def count(self, pool: Pool, now: Instant) -> PoolCounts:
-        """Say how many tokens can be lent, and how many are."""
+        """Return how many tokens can be leased, and how many are."""
+        brief = pool.capacity is not None and pool.capacity <= _BRIEF
+        rows = await self._engine.read(pool_rows.COUNT, pool_rows.parameters(pool, now), brief)
+        return pool_rows.counts(*rows[0])
 
     async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
-        """Return tokens ordered by value, at most `limit`, from the first whose value comes after `after`."""
+        """Return tokens ordered by value, at most `limit`, from the first value after `after`."""
+        behind = after.partition("\0")[0]  # no value has a NUL, so none lies between the two
+        values = {**pool_rows.parameters(pool, now), "after": behind, "limit": limit}
+        return [as_pool_token(row) for row in await self._engine.read(pool_rows.MEMBERS, values)]
 
     async def leases(
         self, pool: Pool, now: Instant, after: LeaseCursor, limit: int
     ) -> Sequence[tuple[LeaseCursor, PoolToken]]:
-        """Return at most `limit` leased tokens after a place, with their places, ordered by the end of their leases."""
+        """Return leased tokens after a place, with their places, ordered by the end of their lease, at most `limit`."""
+        end, number = after
+        values = {**pool_rows.parameters(pool, now), "end": end, "number": number, "limit": limit}
+        rows = await self._engine.read(pool_rows.LEASES, values)
+        return [((token.free_at, row[0]), token) for row in rows for token in [as_pool_token(row[1:])]]
 
     async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
-        """Delete at most `limit` tokens that have expired, oldest first; say how many there were."""
+        """Delete at most `limit` expired tokens, the oldest first; return how many."""
+        return await self._engine.apply(PurgePool(pool, limit, now=now))
 
 
-class Note(NamedTuple):
-    """A change of what is kept of past logins under one key: of a count, and of the instant that goes with it."""
+class FailureStore:
+    """Counts of failed logins by key. A key does not reveal whose count it is."""
 
-    key: bytes
-    plus: int = 0
-    """Added to the count, which never falls below 0."""
-    expired: Instant = 0.0
-    """What was last changed at or before this instant counts as 0."""
-    at: Instant = 0.0
-    """The instant becomes at least this ..."""
-    later: float = 0.0
-    """... and then so many seconds later, or earlier."""
-
-
-class TakeBack(NamedTuple):
-    """Failures that a successful login removes from the counts they were added to."""
-
-    own: bytes
-    """Counts the failures of the user at the place; becomes 0."""
-    row: bytes | None
-    """Loses as many as `own` had."""
-    shares: Sequence[tuple[bytes, bytes]]
-    """Pairs: a share of a bucket, and the bucket. The bucket loses what is left of the share; the share is emptied."""
-    expired: Instant
-    """`own` counts as 0 when it was last changed at or before this instant."""
-    now: Instant
-
-
-class FailureStore(Protocol):
-    """Keeps what is remembered of past logins, by key; who is behind a key cannot be read from it."""
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
-        """Return what is kept under these keys; a key with nothing is left out."""
+        """Return what is stored under these keys; missing keys are left out."""
+        return await self._engine.failures(keys)
 
-    async def note(self, notes: Sequence[Note], now: Instant) -> None:
-        """Make all of these changes, in one step. Each key is named once."""
+    async def note(self, updates: Sequence[CountUpdate], now: Instant) -> None:
+        """Make all of these updates in one step. No key may appear twice."""
+        await self._engine.apply(UpdateFailures(updates, now=now))
 
-    async def take_back(self, failed: TakeBack) -> None:
-        """Remove failures from the counts. What has been taken back once is not there a second time."""
+    async def take_back(
+        self, own: bytes, row: bytes | None, shares: Sequence[tuple[bytes, bytes]], expired: Instant, now: Instant
+    ) -> None:
+        """Take back the failures that precede a successful login. What was taken back once is not taken back again.
+
+        `own` is the count of the user at the place: it becomes 0, and `row` loses as many. `shares` are pairs of a
+        share of a bucket and the bucket: the bucket loses what is left of the share, and the share is emptied. `own`
+        counts as 0 if it was last changed at or before `expired`.
+        """
+        await self._engine.apply(RefundFailures(own, row, shares, expired, now=now))
 
     async def purge_failures(self, before: Instant, limit: int) -> int:
-        """Delete at most `limit` keys whose instant is before this one; say how many there were."""
+        """Delete at most `limit` keys whose instant is before this one; return how many."""
+        return await self._engine.apply(PurgeFailures(before, limit))
 
 
-Hear = Callable[[Instant], object]
-"""Is told what time it has been."""
+class Store:
+    """All data of the service in one database, and how to start and stop using it."""
 
-
-def unheard(_: Instant) -> None:
-    """Hear nothing."""
-
-
-class Store(Protocol):
-    """A place that keeps everything, and how to begin and end with it."""
+    def __init__(self, engine: Engine, cache_size: int) -> None:
+        """`cache_size` is how many tokens this process caches."""
+        self.engine = engine
+        self.tokens = TokenStore(engine, TokenCache(engine.token, engine.feed, cache_size))
+        self.pools = PoolStore(engine)
+        self.failures = FailureStore(engine)
 
     @property
     def clock(self) -> Clock:
-        """What all who use this store agree is the time."""
+        """The clock that all users of this store share."""
+        return self.engine.clock
 
-    @property
-    def tokens(self) -> TokenStore:
-        """The tokens."""
+    async def start(self, on_clock_advance: OnClockAdvance = ignore_clock) -> Instant:
+        """Migrate the schema, connect, and return the latest `now` that any process has written.
 
-    @property
-    def pools(self) -> PoolStore:
-        """The tokens that are lent."""
-
-    @property
-    def failures(self) -> FailureStore:
-        """The failed logins."""
-
-    async def start(self, hear: Hear = unheard) -> Instant:
-        """Bring the schema up to date and connect; the answer is the latest `now` that is known to have been.
-
-        From then on, and not before, `hear` is told of later ones that others have remembered, soon after they have,
-        so that the caller can compare its own clock with the answer. Raises StartError
-        when the schema is newer than this release or the store cannot be used.
+        After that, and not before, `on_clock_advance` is called with later times soon after other processes have
+        written them, so that the caller can compare its own clock with the answer. Raises StartError if the schema is
+        newer than this release or the database cannot be used.
         """
+        return await self.engine.start(on_clock_advance)
 
     async def stop(self, now: Instant) -> None:
-        """Finish what is being written, remember `now`, and disconnect."""
+        """Finish what is being written, write `now`, and disconnect."""
+        await self.engine.stop(now)
 
     async def remember(self, now: Instant) -> None:
-        """Let it be known that it has been `now`, to all who use this store."""
+        """Write `now`, for all who use this store: no restart goes back behind it."""
+        await self.engine.apply(Remember(now=now))
 
     async def ready(self) -> str | None:
-        """Say what keeps the store from serving, if anything does."""
+        """Return what keeps the store from serving; None if it can serve."""
+        return await self.engine.ready()
 
     async def claim(self, duty: str, now: Instant, until: Instant) -> bool:
-        """Take on a duty until an instant, unless somebody has it."""
+        """Take on a duty until an instant; False if another process has it."""
+        return await self.engine.apply(TakeDuty(duty, until, now=now))
 
     async def purge_log(self, before: Instant, limit: int) -> int:
-        """Delete at most `limit` entries of the revocation log older than an instant; say how many."""
+        """Delete at most `limit` entries of the revocation log older than an instant; return how many."""
+        return await self.engine.apply(PurgeRevocations(before, limit))

@@ -1,8 +1,8 @@
-"""The schema, as SQLAlchemy knows it; `migrations` builds it step by step.
+"""The tables, for SQLAlchemy; `migrations` creates them step by step.
 
-PostgreSQL has other primary keys: those that spread, the digest of a token, the pool and the number of one that is
-lent. And there the number of a token is the microsecond in which it was added, for which nobody has to queue, or one
-more than the last of its user has.
+PostgreSQL has other primary keys, which spread writes: the digest of a token; the pool and the number of a pool token.
+There a token's number is the microsecond in which it was added, or one more than the last of its user: unlike a
+sequence, that needs no lock.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from sqlalchemy import (
     Table,
 )
 
-from tokenauth.models import Token
+from tokenauth.models import PoolToken, Token
 
 metadata = MetaData()
 
@@ -41,7 +41,7 @@ tokens = Table(
     # On SQLite a small numbered row and a dense index of digests cost a random insert a third less than
     # rows ordered by digest. Numbers are the order of issue.
     Index("tokens_by_digest", "digest", unique=True),
-    # expires_at stands in it so that counting a user's live tokens reads the index alone
+    # with expires_at, so that counting a user's live tokens reads the index alone
     Index("tokens_by_user", "username", "number", "expires_at"),
     Index("tokens_by_expiry", "expires_at"),
 )
@@ -51,7 +51,7 @@ token_columns = [column for column in tokens.c if column is not tokens.c.number]
 
 
 def as_token(row: Sequence[Any]) -> Token:
-    """Make a token of a row. Thousands of tokens share their texts: a cache keeps one copy of each."""
+    """Make a token from a row. Thousands of tokens share their texts: interning keeps one copy of each in a cache."""
     digest, username, credential, issued_at, expires_at, address, user_agent = row
     shared = (intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent))
     return Token(digest, *shared)
@@ -63,7 +63,7 @@ revocations = Table(
     Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("digest", LargeBinary(32), nullable=False),
     Column("at", Float, nullable=False),
-    sqlite_autoincrement=True,  # a number is never used again, so that a gap shows
+    sqlite_autoincrement=True,  # a number is never reused, so that a reader notices a gap
 )
 
 pool_tokens = Table(
@@ -76,15 +76,22 @@ pool_tokens = Table(
     Column("holder", String),
     Column("fence", BigInteger, nullable=False),
     Column("retired", Boolean, nullable=False),
-    Column("idle", Boolean, Computed("holder IS NULL", persisted=True), nullable=False),  # neither lent nor lapsed
+    Column("idle", Boolean, Computed("holder IS NULL", persisted=True), nullable=False),  # neither leased nor lapsed
     Column("username", String),
     Index("pool_tokens_by_value", "pool", "value", unique=True),
-    # Every question about a pool is a range of this index: which is free longest, how many are lent, what has expired.
+    # Every query of a pool reads a range of this index: what is free longest, how many are leased, what has expired.
     Index("pool_tokens_by_turn", "pool", "retired", "idle", "free_at", "number"),
 )
 
 pool_token_columns = [column for column in pool_tokens.c if column.name not in {"number", "idle"}]
 """The columns that are fields of a `PoolToken`, in its order."""
+
+
+def as_pool_token(row: Sequence[Any]) -> PoolToken:
+    """Make a pool token from a row; SQLite's plain driver returns a boolean as a number."""
+    pool, value, free_at, holder, fence, retired, username = row
+    return PoolToken(pool, value, free_at, holder, fence, bool(retired), username)
+
 
 failures = Table(
     "failures",
@@ -96,7 +103,7 @@ failures = Table(
     sqlite_with_rowid=False,
 )
 
-marks = Table(
+marks = Table(  # the clock row, and until when a process has a duty
     "marks",
     metadata,
     Column("name", String, primary_key=True),

@@ -122,7 +122,7 @@ async def test_an_upgrade_that_waits_blocks_no_other_query(url: str, tmp_path: P
                     assert not upgrade.done()
                 for number in range(20):
                     await old.tokens.add(token(number), 0, START)
-                    assert await old.tokens._store.get(token(number).digest) == token(number)
+                    assert await old.engine.token(token(number).digest) == token(number)
                 assert not upgrade.done()
             assert await upgrade is None
             assert await old.ready() is None

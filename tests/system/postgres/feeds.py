@@ -15,42 +15,38 @@ from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy, listener
 from tests.system.postgres.nodes import connected
 from tokenauth.models import Token
-from tokenauth.stores.cache import CachedTokenStore
+from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.postgres import listener as feed
-from tokenauth.stores.postgres.store import PostgresStore, PostgresTokenStore
+from tokenauth.stores.postgres.engine import PostgresEngine
+from tokenauth.stores.store import Store, TokenStore
 from tokenauth.stores.tables import metadata
 
 HOUR = 3600.0
 
 
-class Counted(PostgresTokenStore):
-    """Counts how often the database is asked for a token."""
-
-    asked = 0
-
-    async def get(self, digest: bytes) -> Token | None:
-        """Count, then look it up."""
-        self.asked += 1
-        return await super().get(digest)
-
-
 class Node:
     """What one process has of a database, in this one."""
 
-    def __init__(self, store: PostgresStore) -> None:
-        self.store = store
-        self.listener = store._listener
-        self.database = Counted(store._database, store._listener)
-        self.tokens = CachedTokenStore(self.database, self.listener, 1000)
+    def __init__(self, engine: PostgresEngine) -> None:
+        self.engine = engine
+        self.store = Store(engine, 1000)
+        self.listener = engine.feed
+        self.asked = 0
+        self.tokens = TokenStore(engine, TokenCache(self._look_up, self.listener, 1000))
+
+    async def _look_up(self, digest: bytes) -> Token | None:
+        """Count how often the database is asked for a token."""
+        self.asked += 1
+        return await self.engine.token(digest)
 
     async def heard(self) -> None:
         """Wait until the log has been read once more; the connection must not be broken when this begins."""
-        self.listener.doubt()
+        self.listener.invalidate()
         await self.until_sure()
 
     async def until_sure(self, sure: bool = True) -> None:
         """Wait until the feed is sure, or is not."""
-        await until(lambda: self.listener.sure() is sure)
+        await until(lambda: self.listener.is_current() is sure)
         await asyncio.sleep(0)  # what the cache was told in this turn is past
 
     async def valid(self, tokens: Sequence[Token]) -> list[bool]:
@@ -61,9 +57,9 @@ class Node:
         """Say of each token whether the database is asked for it."""
         asked = []
         for one in tokens:
-            before = self.database.asked
+            before = self.asked
             await self.tokens.get(one.digest)
-            asked.append(self.database.asked > before)
+            asked.append(self.asked > before)
         return asked
 
     async def remove(self, *tokens: Token) -> None:
@@ -97,12 +93,12 @@ async def until(condition: Callable[[], bool]) -> None:
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Node]:
     """Open a database once more, as one more process would."""
-    store = PostgresStore(make_url(url), 1000, 2, clock=lambda: START)
-    await store.start()
+    node = Node(PostgresEngine(make_url(url), 2, clock=lambda: START))
+    await node.store.start()
     try:
-        yield Node(store)
+        yield node
     finally:
-        await store.stop(0)
+        await node.store.stop(0)
 
 
 TOKENS = [token(number, age=-number) for number in range(12)]
@@ -151,7 +147,7 @@ def left(*removed: Token) -> list[bool]:
 async def lose(node: Node, network: Proxy) -> None:
     """Break a node's feed, and wait until it has noticed."""
     network.cut(only=listener)
-    node.listener.doubt()
+    node.listener.invalidate()
     await node.until_sure(False)
 
 

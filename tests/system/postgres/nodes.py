@@ -15,9 +15,9 @@ from tests.support.servers import START, write_config
 from tokenauth.clock import Clock
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
-from tokenauth.stores.postgres.store import PostgresStore
+from tokenauth.stores.store import Store
 
-Nodes = Sequence[PostgresStore]
+Nodes = Sequence[Store]
 
 _names = (f"node_{number}" for number in count())
 _TEMPLATE = "node_template"
@@ -56,11 +56,10 @@ async def nodes(
     url: str, number: int = 1, clock: Clock | None = stand_still, connections: int = 4
 ) -> AsyncIterator[Nodes]:
     """Open a database several times. Without a clock it is the database that says what time it is."""
-    opened: list[PostgresStore] = []
+    opened: list[Store] = []
     try:
         for _ in range(number):
             store = open_store(DatabaseSettings(url, connections=connections), 1000, clock)
-            assert isinstance(store, PostgresStore)
             await store.start()
             opened.append(store)
         yield opened

@@ -12,9 +12,8 @@ import pytest
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tests.system.postgres.nodes import Nodes, busy, connected, fetch, fresh, nodes
-from tokenauth.models import LeaseCheck, Pool, Token
-from tokenauth.stores.postgres.store import PostgresStore
-from tokenauth.stores.store import Note
+from tokenauth.models import CountUpdate, LeaseCheck, Pool, Token
+from tokenauth.stores.store import Store
 
 POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
 _FILL = "INSERT INTO revocations (digest, at) SELECT sha256(n::text::bytea), $1 FROM generate_series(1, 3000) AS n"
@@ -57,12 +56,12 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
     ended: Counter[tuple[str, str, int]] = Counter()
     expected: Counter[tuple[str, str, int]] = Counter()
 
-    async def release(node: PostgresStore, pool: Pool, value: str, fence: int) -> None:
+    async def release(node: Store, pool: Pool, value: str, fence: int) -> None:
         touched = await node.pools.release(pool, value, START, LeaseCheck("h", fence))
         assert touched is not None
         ended[pool.name, value, fence] += touched.done
 
-    async def stay(node: PostgresStore, pool: Pool, value: str, fence: int) -> None:
+    async def stay(node: Store, pool: Pool, value: str, fence: int) -> None:
         touched = await node.pools.extend(pool, value, START, LeaseCheck("h", fence), free_too=chance.random() < 0.5)
         assert touched is not None
 
@@ -98,11 +97,11 @@ async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nod
     later = [token(number) for number in range(200, 290)]
     ended: Counter[bytes] = Counter()
 
-    async def remove(node: PostgresStore, one: Token) -> None:
+    async def remove(node: Store, one: Token) -> None:
         was = await node.tokens.remove(one.digest, START)
         ended[one.digest] += was
 
-    async def purge(node: PostgresStore, limit: int) -> None:
+    async def purge(node: Store, limit: int) -> None:
         assert await node.tokens.purge(START, limit) <= limit
 
     work: list[Awaitable[object]] = []
@@ -113,9 +112,10 @@ async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nod
         work += [purge(node, 7), purge(node, 99), node.purge_log(0, 99)]
         keys = [sha256(b"%d" % key).digest()[:16] for key in range(20)]
         work += [
-            node.failures.note([Note(key, 1, at=START) for key in chance.sample(keys, 2)], START) for _ in range(30)
+            node.failures.note([CountUpdate(key, 1, at=START) for key in chance.sample(keys, 2)], START)
+            for _ in range(30)
         ]
-        work += [node.failures.note([Note(key, -1)], START) for key in chance.sample(keys, 20)]
+        work += [node.failures.note([CountUpdate(key, -1)], START) for key in chance.sample(keys, 20)]
         work += [node.failures.purge_failures(START + 1, 9)]
     await at_once(chance, work)
     assert max(ended.values()) == 1, "two were told that they had ended the same"
@@ -132,7 +132,7 @@ async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nod
 async def test_a_token_issued_in_remove_all_lives_or_is_logged(url: str, three: Nodes) -> None:
     issued: list[Token] = []
 
-    async def issue(node: PostgresStore, first: int, per_user: int) -> None:
+    async def issue(node: Store, first: int, per_user: int) -> None:
         one = token(first + len(issued))
         issued.append(one)
         await node.tokens.add(one, per_user, START)
@@ -156,14 +156,14 @@ async def test_a_token_issued_in_remove_all_lives_or_is_logged(url: str, three: 
     assert not alive & set(logged)
     for one in issued:
         expected = one if one.digest in alive else None
-        assert await three[0].tokens._store.get(one.digest) == expected
+        assert await three[0].engine.token(one.digest) == expected
 
 
 async def test_failures_counted_in_opposite_orders_all_count(three: Nodes) -> None:
     chance = random.Random(1)
     keys = [sha256(b"%d" % key).digest()[:16] for key in range(60)]
     for number in range(1, 16):
-        notes = [Note(key, 1, at=START) for key in keys]
+        notes = [CountUpdate(key, 1, at=START) for key in keys]
         await asyncio.gather(*(node.failures.note(chance.sample(notes, 60), START) for node in three))
         assert {one.count for one in (await three[0].failures.failures(keys)).values()} == {3 * number}
 

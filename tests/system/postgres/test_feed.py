@@ -34,10 +34,10 @@ async def test_removals_arrive_by_notification_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(feed, "HEARTBEAT", HOUR)
     here, there = nodes
     await there.heard()  # from now on it waits for an hour
-    there.listener.news()
+    there.listener.drain()
     for one in TOKENS:
         await here.remove(one)
-        await until(lambda: one.digest in (there.listener.news() or ()))  # noqa: B023
+        await until(lambda: one.digest in (there.listener.drain() or ()))  # noqa: B023
 
 
 @pytest.mark.parametrize(("channel", "polls"), [("elsewhere", 0), ("", 1)], ids=["unheard", "refused"])
@@ -50,7 +50,7 @@ async def test_without_notifications_heartbeats_bring_removals(
         async with opened(url) as third:
             assert await third.valid(TOKENS) == left()
             await nodes[0].remove(TOKENS[0])
-            await until(lambda: TOKENS[0].digest in (third.listener.news() or ()))
+            await until(lambda: TOKENS[0].digest in (third.listener.drain() or ()))
     assert [entry["event"] for entry in logs] == ["revocation_feed_polls"] * polls
 
 
@@ -147,7 +147,7 @@ async def test_an_idle_node_does_not_queue_removals_without_end(
     for one in TOKENS[5:]:
         await here.remove(one)
         await there.heard()
-    assert len(there.listener.news() or ()) <= 4
+    assert len(there.listener.drain() or ()) <= 4
 
 
 # What a node does itself it knows at once.
@@ -159,7 +159,7 @@ async def test_a_node_refuses_at_once_what_it_has_ended_itself(nodes: Sequence[N
     """Its feed is half-open, and it does not know yet."""
     here, there = nodes
     network.freeze(listener)
-    assert there.listener.sure()
+    assert there.listener.is_current()
     if how == "one":
         await there.remove(TOKENS[0])
     elif how == "one-that-was-gone":

@@ -95,7 +95,7 @@ async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.Mon
             await there.heard()
             assert await there.valid([token()]) == [True]
             await db.execute("SELECT pg_advisory_lock(7)")
-            there.listener.doubt()
+            there.listener.invalidate()
             while await waiting() < 1:
                 pass
             later = asyncio.create_task(next_db.execute("SELECT pg_advisory_lock(7)"))
@@ -132,7 +132,7 @@ def test_a_process_lags_the_database_clock_by_one_answer(
             asked_at = now + pause
             said = asked_at + there + offset
             now = asked_at + there + back
-            clock.hear(said, asked_at)
+            clock.update(said, asked_at)
             least = min(least, back)
             behind = now + offset - clock()
             assert -1e-5 <= behind <= least + 1e-5  # what a float of such a size cannot hold
@@ -145,14 +145,14 @@ def test_a_database_clock_set_back_moves_no_time_back(
     monkeypatch.setattr(feed, "boottime", lambda: now)
     heard = DatabaseClock()
     clock = MonotonicClock(heard, lambda: now)
-    heard.hear(START, now)
+    heard.update(START, now)
     assert (heard(), clock()) == (START, START)
     now += 10
-    heard.hear(START - HOUR, now - 1)
+    heard.update(START - HOUR, now - 1)
     assert START - HOUR <= heard() <= START - HOUR + 1
     assert clock() == START + 10
     now += HOUR
-    heard.hear(START, now - 1)
+    heard.update(START, now - 1)
     assert clock() == START + 10 + HOUR
-    heard.hear(START + 2 * HOUR, now)
+    heard.update(START + 2 * HOUR, now)
     assert clock() == START + 2 * HOUR

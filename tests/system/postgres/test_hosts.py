@@ -9,7 +9,7 @@ from tests.support.tcp_proxy import Proxy
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
-from tokenauth.stores.postgres.store import PostgresStore
+from tokenauth.stores.postgres.engine import PostgresEngine
 
 
 def several(database: str, *ports: int) -> str:
@@ -53,8 +53,8 @@ def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -
     ("url", "says"),
     [
         ("postgresql+asyncpg://ann:secret@db.example.com", "names no database"),
-        ("postgresql://ann:secret@db.example.com/tokenauth", "'postgresql' is no store"),
-        ("postgresql+psycopg://ann:secret@db.example.com/tokenauth", "'postgresql\\+psycopg' is no store"),
+        ("postgresql://ann:secret@db.example.com/tokenauth", "'postgresql' is not supported"),
+        ("postgresql+psycopg://ann:secret@db.example.com/tokenauth", "'postgresql\\+psycopg' is not supported"),
         ("postgresql+asyncpg://ann:secret@db.example.com:port/tokenauth", "not a URL"),
         ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=requier", "has an ssl that is not one of disable, allow"),
         ("postgresql+asyncpg://ann:secret@db/tokenauth?ssl=", "has an option without a value"),
@@ -116,4 +116,4 @@ async def test_a_database_that_cannot_keep_all_names_is_refused(postgres: Cluste
 
 def test_a_url_with_the_options_that_are_known_is_taken() -> None:
     url = "postgresql+asyncpg://ann@db.example.com/tokenauth?ssl=require&prepared_statement_cache_size=50"
-    assert isinstance(open_store(DatabaseSettings(url), 10), PostgresStore)
+    assert isinstance(open_store(DatabaseSettings(url), 10).engine, PostgresEngine)

@@ -11,7 +11,7 @@ import pytest
 from tests.support.servers import START
 from tests.system.postgres.nodes import Nodes, connected
 from tokenauth.models import LeaseCheck, Pool, PoolCounts, PoolToken
-from tokenauth.stores.postgres.store import PostgresStore
+from tokenauth.stores.store import Store
 
 POOL = Pool("p", lease_ttl=60)
 
@@ -64,7 +64,7 @@ async def test_three_machines_lease_each_token_once(three: Nodes) -> None:
 async def test_a_client_that_releases_first_always_finds_a_token(three: Nodes) -> None:
     await three[0].pools.add(POOL, ["a", "b", "c"], START)
 
-    async def take_turns(node: PostgresStore, holder: str) -> int:
+    async def take_turns(node: Store, holder: str) -> int:
         refused = 0
         for _ in range(25):
             token = (await node.pools.lease(POOL, holder, START)).token
@@ -93,14 +93,14 @@ async def test_a_smaller_pool_never_leases_more_than_its_capacity(three: Nodes, 
     chance.shuffle(held)
     count, lent = len(held), 0
 
-    async def release(node: PostgresStore, token: PoolToken) -> None:
+    async def release(node: Store, token: PoolToken) -> None:
         nonlocal count
         count -= 1  # from here on it is no longer certain that he has it
         released = await node.pools.release(small, token.value, START, LeaseCheck(token.holder, token.fence))
         assert released is not None
         assert released.done
 
-    async def borrow(node: PostgresStore) -> None:
+    async def borrow(node: Store) -> None:
         nonlocal count, lent
         token = (await node.pools.lease(small, "new", START)).token
         if token is not None:

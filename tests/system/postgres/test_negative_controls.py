@@ -18,7 +18,7 @@ from tests.unit.test_negative_controls import amid, assert_like
 from tokenauth.models import LeaseCheck, Pool, PoolToken
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.changes import pool_rows
-from tokenauth.stores.changes import pools as pool_verbs
+from tokenauth.stores.changes import pools as pool_changes
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.open import open_store
 
@@ -119,7 +119,7 @@ def machine(postgres: Cluster, time: HandTime) -> Iterator[Opener]:
 def test_the_check_detects_an_assign_without_a_lock(
     history: History, machine: Opener, monkeypatch: pytest.MonkeyPatch, rows: type[PoolRows], sentences: list[str]
 ) -> None:
-    monkeypatch.setattr(pool_verbs, "PoolRows", rows)
+    monkeypatch.setattr(pool_changes, "PoolRows", rows)
     quick = machine()
     history.record("generate", quick.generate)
     amid(

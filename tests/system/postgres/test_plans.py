@@ -13,23 +13,26 @@ from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.contract.test_pool_cost import CHEAP, FEW, LENT, rows
-from tests.promises.test_12_cost import EACH, WISHES, digest
+from tests.promises.test_12_cost import CHANGES, EACH, digest, kind
 from tests.support.servers import START
+from tests.support.steps import DirectEngine
 from tokenauth.models import public_id
-from tokenauth.stores.batching import Verb
-from tokenauth.stores.changes import tokens as verbs
-from tokenauth.stores.engine import PostgresTransaction
-from tokenauth.stores.postgres.connections import Database, driver
-from tokenauth.stores.postgres.store import PostgresFailureStore
-from tokenauth.stores.sql import SqlPoolStore, SqlTokenStore
-from tokenauth.stores.store import PoolStore
+from tokenauth.stores.cache import TokenCache
+from tokenauth.stores.changes.failures import PurgeFailures
+from tokenauth.stores.changes.tokens import PurgeRevocations, PurgeTokens
+from tokenauth.stores.engine import Change, Query, Rows, Values
+from tokenauth.stores.postgres import engine
+from tokenauth.stores.postgres.connections import Connections, driver
+from tokenauth.stores.postgres.transaction import PostgresTransaction
+from tokenauth.stores.store import PoolStore, TokenStore
 from tokenauth.stores.tables import metadata
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 MANY = 20_000
 MOST = 5 * FEW
-"""Rows that are looked at for one wish."""
+"""Rows that are read for one change or query at most."""
 
 _KEEP = "ALTER TABLE {} SET (autovacuum_enabled = off)"
 _FILL = [
@@ -49,19 +52,23 @@ _FILL = [
 _LOOKED_AT = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat_xact_user_tables"
 
 
-class Direct:
-    """A database whose reads and writes are made on one connection, as the service has them, and never committed."""
+class Direct(DirectEngine):
+    """A PostgreSQL engine that reads and writes on one connection, as the service opens them, and never commits."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
 
-    async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run a query."""
-        return await self._connection.run_sync(query)
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Do something with the connection."""
+        return await self._connection.run_sync(work)
 
-    async def write(self, verb: Verb, wish: Any, _: float) -> Any:
+    async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
+        """Run a query."""
+        return await self.run(lambda db: PostgresTransaction(driver(db)).rows(query, values))
+
+    async def apply(self, change: Change[A]) -> A:
         """Make a change."""
-        return await self.read(lambda db: verb(PostgresTransaction(driver(db)), [wish])[0])
+        return await self.run(lambda db: type(change).make(PostgresTransaction(driver(db)), [change])[0])
 
     async def looked_at(self, ask: Callable[["Direct"], Awaitable[object]]) -> int:
         """Count the rows that something looks at."""
@@ -83,23 +90,23 @@ class Direct:
         await self._run(lambda plain: plain.copy_records_to_table("pool_tokens", records=records, columns=columns))
 
     async def _run(self, what: Callable[[asyncpg.Connection], Awaitable[object]]) -> None:
-        await self.read(lambda db: driver(db).run_async(what))
+        await self.run(lambda db: driver(db).run_async(what))
 
     async def _count(self) -> int:
-        found: int = await self.read(lambda db: db.execute(text(_LOOKED_AT)).scalar_one())
+        found: int = await self.run(lambda db: db.execute(text(_LOOKED_AT)).scalar_one())
         return int(found)
 
 
 @pytest.fixture
 async def direct(url: str) -> AsyncIterator[Direct]:
     """Connect to it."""
-    database = Database(make_url(url), 1, timed=True)
-    await database.upgrade()
-    async with database._engine.connect() as connection:
+    connections = Connections(make_url(url), 1, timed=True)
+    await connections.upgrade()
+    async with connections._engine.connect() as connection:
         for table in metadata.tables:
             await connection.execute(text(_KEEP.format(table)))
         yield Direct(connection)
-    await database.discard()
+    await connections.discard()
 
 
 Ask = Callable[[Direct], Awaitable[object]]
@@ -107,29 +114,38 @@ Ask = Callable[[Direct], Awaitable[object]]
 
 def pooled(ask: Callable[[PoolStore], Awaitable[object]], direct: Direct) -> Awaitable[object]:
     """Ask a pool store."""
-    return ask(SqlPoolStore(direct))
+    return ask(PoolStore(direct))
 
 
-def changed(verb: Verb, wish: object, direct: Direct) -> Awaitable[object]:
+def changed(change: Change[Any], direct: Direct) -> Awaitable[object]:
     """Ask for a change."""
-    return direct.write(verb, wish, START)
+    return direct.apply(change)
+
+
+def tokens(direct: Direct) -> TokenStore:
+    """Return the tokens."""
+    return TokenStore(direct, TokenCache(direct.token, direct.feed, 0))
 
 
 KEYS = [digest(3)[:16], b"?" * 16]
 
 READS: dict[str, Ask] = {
-    "a token by its id": lambda direct: SqlTokenStore(direct).find(public_id(digest(13))),
-    "mine": lambda direct: SqlTokenStore(direct).list("user13", START, 1000),
-    "the throttle": lambda direct: PostgresFailureStore(direct).failures(KEYS),  # type: ignore[arg-type]
+    "a token by its id": lambda direct: tokens(direct).find(public_id(digest(13))),
+    "mine": lambda direct: tokens(direct).list("user13", START, 1000),
+    "the throttle": lambda direct: direct.read(engine._FAILURES, {"keys": KEYS}),
 }
 
-LONG_AGO = verbs.Purge(START - 10**6, 5)
-PURGES: Sequence[Verb] = (verbs.purge_tokens, verbs.purge_failures, verbs.purge_revocations)
+LONG_AGO = START - 10**6
+PURGES: Sequence[Change[int]] = (
+    PurgeTokens(5, now=LONG_AGO),
+    PurgeFailures(LONG_AGO, 5),
+    PurgeRevocations(LONG_AGO, 5),
+)
 
 ASKED: dict[str, Ask] = {
     **{name: partial(pooled, ask) for name, ask in CHEAP.items()},
-    **{verb.__name__: partial(changed, verb, wish) for verb, wish in WISHES.items()},
-    **{f"{verb.__name__}, and nothing is old": partial(changed, verb, LONG_AGO) for verb in PURGES},
+    **{kind(change): partial(changed, change) for change in CHANGES},
+    **{f"{kind(purge)}, and nothing is old": partial(changed, purge) for purge in PURGES},
     **READS,
 }
 

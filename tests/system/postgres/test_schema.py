@@ -24,11 +24,10 @@ from tests.support.servers import START, spawn
 from tests.system.postgres.nodes import connected, fetch, nodes, write_config_for
 from tests.system.postgres.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, newer_release
 from tokenauth.errors import StartError
-from tokenauth.models import Pool, Token
+from tokenauth.models import CountUpdate, Pool, Token
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores import schema
 from tokenauth.stores.open import open_store
-from tokenauth.stores.store import Note
 from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")
@@ -95,7 +94,7 @@ async def test_issuing_and_leasing_use_no_sequence(url: str) -> None:
         assert before == {"revocations_seq_seq": None, "pool_tokens_number_seq": 1}
         await asyncio.gather(*(store.tokens.add(token(number), 100, START) for number in range(50)))
         await store.pools.lease(Pool("p", 60), "ann", START)
-        await store.failures.note([Note(bytes(16), 1, at=START)], START)
+        await store.failures.note([CountUpdate(bytes(16), 1, at=START)], START)
         assert dict(await fetch(url, SEQUENCES)) == before
         listed = await store.tokens.list("ann", START, 99)
         assert len(listed) == 50

@@ -1,1 +1,1 @@
-"""What stores can be asked to change: each change is written once for all databases."""
+"""The changes that stores make, each written once for all databases and for many callers at a time."""

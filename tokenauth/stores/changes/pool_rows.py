@@ -1,4 +1,4 @@
-"""The rows of one pool at one moment: what they can be asked, and told, within a transaction."""
+"""The rows of one pool at one instant, read and changed within a transaction."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -27,28 +27,30 @@ from sqlalchemy import (
 )
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
-from tokenauth.stores.engine import Disturbed, Transaction, elements
+from tokenauth.stores.engine import Conflict, Transaction
+from tokenauth.stores.statements import elements
 from tokenauth.stores.tables import pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
 _row = (_number, *pool_token_columns)
 _limit: BindParameter[int] = bindparam("limit")
 _pool = pool_tokens.c.pool == bindparam("name")
-_lent = _at > bindparam("now")
+_live = _at > bindparam("now")
 
-# The ranges of the index `pool_tokens_by_turn`. What was lent and not given back may expire earlier than the idle.
+# Ranges of the index `pool_tokens_by_turn`. `_idle` rows were never leased or have been released; `_taken` rows are
+# leased, or their lease has lapsed: those may expire earlier than idle ones.
 _idle = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == true())
 _taken = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == false())
 _retired = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == false())
-_given_back = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == true())
-_waiting = (*_idle, _at > bindparam("floor"))
-_lapsed = (*_taken, _at > bindparam("lapsed_floor"), _at <= bindparam("now"))
-_expired = ((*_idle, _at <= bindparam("floor")), (*_taken, _at <= bindparam("lapsed_floor")))
+_retired_idle = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == true())
+_waiting = (*_idle, _at > bindparam("cutoff"))
+_lapsed = (*_taken, _at > bindparam("lapsed_cutoff"), _at <= bindparam("now"))
+_expired = ((*_idle, _at <= bindparam("cutoff")), (*_taken, _at <= bindparam("lapsed_cutoff")))
 
 Range = tuple[ColumnElement[bool], ...]
 
-_BESIDE = 100
-"""Tokens that others may be taking at the same moment, without a second look being needed."""
+_MARGIN = 100
+"""Rows that others may have locked at the same time before a wider range must be read."""
 
 
 def _number_of(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
@@ -60,7 +62,7 @@ def _first_of(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
 
 
 def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
-    """Look up the rows with the least `free_at` in some ranges, which are read side by side, and no further."""
+    """Select the rows with the smallest `free_at` in some ranges; no range is read beyond the limit."""
     each = [select(*_row).where(*one) for one in ranges]
     if len(each) == 1:
         return each[0].order_by(_at, _number).limit(_limit)
@@ -68,7 +70,7 @@ def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
 
 
 def _rows_in_turn(*ranges: Range) -> CompoundSelect[Any]:
-    """Look up the same rows; PostgreSQL sorts whole ranges unless it is told that each is wanted in order."""
+    """Select the same rows; PostgreSQL sorts whole ranges unless each has an order and a limit of its own."""
     each = [_rows(one).subquery() for one in ranges]
     return union_all(*map(select, each)).order_by("free_at", "number").limit(_limit)
 
@@ -77,21 +79,21 @@ def _oldest(*ranges: Range) -> ColumnElement[bool]:
     return _number.in_(select(_rows_in_turn(*ranges).subquery().c.number))
 
 
-# Statements are made once: making one costs more than running it.
-COUNT = select(_number_of(*_waiting) + _number_of(*_lapsed), _number_of(*_taken, _lent), _number_of(*_retired, _lent))
+# Statements are constants: compiling one costs more than running it.
+COUNT = select(_number_of(*_waiting) + _number_of(*_lapsed), _number_of(*_taken, _live), _number_of(*_retired, _live))
 MEMBERS = (
     select(*pool_token_columns)
     .where(_pool, pool_tokens.c.value > bindparam("after"))
-    .where(or_(and_(pool_tokens.c.idle == false(), _lent), and_(*_waiting), and_(*_lapsed)))
+    .where(or_(and_(pool_tokens.c.idle == false(), _live), and_(*_waiting), and_(*_lapsed)))
     .order_by(pool_tokens.c.value)
     .limit(_limit)
 )
-_behind = (_lent, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
+_behind = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
 LEASES = _rows((*_taken, *_behind), (*_retired, *_behind))
-_COUNT_RETIRED = select(_number_of(*_retired, _lent))
-_NEXT_END = select(_first_of(*_taken, _lent), _first_of(*_retired, _lent))
+_COUNT_RETIRED = select(_number_of(*_retired, _live))
+_NEXT_END = select(_first_of(*_taken, _live), _first_of(*_retired, _live))
 _FREE = _rows(_waiting, _lapsed)
-# The rows are known by their numbers, and no plan may look for them in another way; what holds of them must still.
+# The rows are selected by number, so that no plan reads them another way; their conditions are checked once more.
 _FREE_TO_TAKE = (
     select(*_row)
     .where(_number == any_(func.array(select(_rows_in_turn(_waiting, _lapsed).subquery().c.number).scalar_subquery())))
@@ -101,12 +103,12 @@ _FREE_TO_TAKE = (
     .with_for_update(skip_locked=True)
 )
 _COUNT_FREE = select(func.count()).select_from(_rows_in_turn(_waiting, _lapsed).subquery())
-_LENT = _rows((*_taken, _lent))
-_LENT_AND_RETIRED = _rows((*_retired, _lent))
-# No index has the users: of a pool that is read in this order, the rows of others are passed over.
+_LEASED = _rows((*_taken, _live))
+_LEASED_AND_RETIRED = _rows((*_retired, _live))
+# No index has the usernames: the pool is read in this order, and rows of other users are skipped.
 _of_user = pool_tokens.c.username == bindparam("username")
-_LENT_TO = _rows((*_taken, _lent, _of_user))
-_LENT_TO_AND_RETIRED = _rows((*_retired, _lent, _of_user))
+_LEASED_TO = _rows((*_taken, _live, _of_user))
+_LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
 _values = select(elements(bindparam("values"), "named").c.value)
 _NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
 _NAMED_TO_CHANGE = (
@@ -120,7 +122,7 @@ _PUT = text("""
     UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username
     WHERE number = :number AND pool = :name
 """)
-_SUCCEED = text("""
+_REPLACE = text("""
     UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0, username = NULL
     WHERE number = :number AND pool = :name
 """)
@@ -131,89 +133,89 @@ _EXTEND_FREE = (
     .where(_oldest((*_waiting, _earlier), (*_lapsed, _earlier)))
     .values(free_at=bindparam("now"), holder=None, username=None)
 )
-_RETIRE = update(pool_tokens).where(_oldest((*_taken, _lent))).values(retired=True)
-_REINSTATE = update(pool_tokens).where(_oldest((*_retired, _lent))).values(retired=False)
+_RETIRE = update(pool_tokens).where(_oldest((*_taken, _live))).values(retired=True)
+_REINSTATE = update(pool_tokens).where(_oldest((*_retired, _live))).values(retired=False)
 _DELETE_FREE = delete(pool_tokens).where(_oldest(_waiting, _lapsed))
 _DELETE_EXPIRED = delete(pool_tokens).where(_oldest(*_expired))
-_DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _at <= bindparam("now")), _given_back))
+_DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _at <= bindparam("now")), _retired_idle))
 
 
-def counts(free: int, lent: int, retired: int) -> PoolCounts:
-    """Make of what COUNT found how many tokens can be lent, and how many are."""
-    return PoolCounts(max(0, free - retired), lent + retired)
+def counts(free: int, leased: int, retired: int) -> PoolCounts:
+    """Return how many tokens can be leased and how many are, from the numbers that COUNT selects."""
+    return PoolCounts(max(0, free - retired), leased + retired)
 
 
-def terms(pool: Pool, now: Instant) -> dict[str, Any]:
-    """Say what statements about a pool need to know of it."""
-    return {"name": pool.name, "now": now, "floor": pool.cutoff(now), "lapsed_floor": pool.lapsed_cutoff(now)}
+def parameters(pool: Pool, now: Instant) -> dict[str, Any]:
+    """Return the parameters that statements about a pool share."""
+    return {"name": pool.name, "now": now, "cutoff": pool.cutoff(now), "lapsed_cutoff": pool.lapsed_cutoff(now)}
 
 
 class PoolRows:
-    """The rows of a pool as they stand `now`: free, lent, expired, and the retired ones that are still lent."""
+    """The rows of a pool at the instant `now`: free, leased, expired, and retired ones whose lease is live."""
 
     def __init__(self, db: Transaction, pool: Pool, now: Instant) -> None:
         self.pool = pool
         self.now = now
         self._db = db
-        self._terms = terms(pool, now)
+        self._parameters = parameters(pool, now)
 
-    def take_turns(self) -> None:
-        """Hold off all others, until the end, who say the same."""
-        self._db.hold(f"turn {self.pool.name}")
+    def lock_withheld(self) -> None:
+        """Exclude other transactions that withhold free tokens."""
+        self._db.lock(f"turn {self.pool.name}")
 
     def counts(self) -> tuple[int, int, int]:
-        """Count the free, the lent, and the retired tokens that are still lent."""
-        free, lent, retired = self._db.rows(COUNT, self._terms)[0]
-        return free, lent, retired
+        """Count the free tokens, the leased ones, and the retired ones whose lease is live."""
+        free, leased, retired = self._db.rows(COUNT, self._parameters)[0]
+        return free, leased, retired
 
     def retired(self) -> int:
-        """Count the retired tokens that are still lent."""
-        return int(self._db.rows(_COUNT_RETIRED, self._terms)[0][0])
+        """Count the retired tokens whose lease is live."""
+        return int(self._db.rows(_COUNT_RETIRED, self._parameters)[0][0])
 
     def next_end(self) -> Instant | None:
-        """Say when the next lease ends."""
-        return min((end for end in self._db.rows(_NEXT_END, self._terms)[0] if end is not None), default=None)
+        """Return when the next lease ends."""
+        return min((end for end in self._db.rows(_NEXT_END, self._parameters)[0] if end is not None), default=None)
 
     def free(self, limit: int) -> list[tuple[int, PoolToken]]:
-        """Look up the tokens that have been free longest, with their numbers; without those that others now take."""
-        if self._db.alone:
+        """Return the tokens that have been free longest, with their numbers, except rows that others have locked."""
+        if self._db.single_writer:
             return self._found(_FREE, limit=limit)
-        breadth = limit + _BESIDE
+        breadth = limit + _MARGIN
         while True:
             found = self._found(_FREE_TO_TAKE, wanted=limit, limit=breadth)
             if len(found) == limit:
                 return found
-            count = self._db.rows(_COUNT_FREE, {**self._terms, "limit": breadth})[0][0]
+            count = self._db.rows(_COUNT_FREE, {**self._parameters, "limit": breadth})[0][0]
             if count < breadth:
-                if count > len(found) and not self._db.undisturbed:
-                    raise Disturbed  # some others may only look at, or have just given back
+                if count > len(found) and not self._db.exclusive:
+                    raise Conflict  # some may only be locked to be read, or have just been released
                 return found
             breadth *= 8
 
-    def lent(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
-        """Look up the tokens, of a user or all, whose leases end first, with their numbers; no retired ones."""
+    def leased(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
+        """Return the leased tokens of a user, or of all, whose leases end first, with their numbers; none retired."""
         if username is None:
-            return self._found(_LENT, limit=limit)
-        return self._found(_LENT_TO, limit=limit, username=username)
+            return self._found(_LEASED, limit=limit)
+        return self._found(_LEASED_TO, limit=limit, username=username)
 
-    def lent_and_retired(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
-        """Look up the retired tokens, of a user or all, whose leases end first, with their numbers."""
+    def leased_and_retired(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
+        """Return the retired tokens of a user, or of all, whose leases end first, with their numbers."""
         if username is None:
-            return self._found(_LENT_AND_RETIRED, limit=limit)
-        return self._found(_LENT_TO_AND_RETIRED, limit=limit, username=username)
+            return self._found(_LEASED_AND_RETIRED, limit=limit)
+        return self._found(_LEASED_TO_AND_RETIRED, limit=limit, username=username)
 
     def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
-        """Look up the tokens of these values that are in being, with their numbers, and hold them."""
-        found = self._found(_NAMED if self._db.alone else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
+        """Return the existing tokens with these values, with their numbers, and lock them."""
+        found = self._found(_NAMED if self._db.single_writer else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
         return {token.value: (number, token) for number, token in found if self.pool.is_live(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:
         """Add free tokens."""
-        self._db.change_each(_INSERT, [PoolToken(self.pool.name, value, self.now)._asdict() for value in values])
+        self._db.execute_each(_INSERT, [PoolToken(self.pool.name, value, self.now)._asdict() for value in values])
 
     def put(self, changed: Mapping[int, PoolToken]) -> None:
-        """Write what has become of leases, by number."""
-        self._db.change_each(
+        """Write the leases of tokens, by number."""
+        self._db.execute_each(
             _PUT,
             [
                 {
@@ -228,24 +230,24 @@ class PoolRows:
             ],
         )
 
-    def succeed(self, number: int, value: str) -> None:
-        """Put a new free token in the place of one."""
-        self._db.change(_SUCCEED, {**self._terms, "number": number, "value": value})
+    def replace(self, number: int, value: str) -> None:
+        """Replace a token by a new free one."""
+        self._db.execute(_REPLACE, {**self._parameters, "number": number, "value": value})
 
     def delete(self, number: int) -> None:
         """Delete one token."""
-        self._db.change(_DELETE, {**self._terms, "number": number})
+        self._db.execute(_DELETE, {**self._parameters, "number": number})
 
     def extend_free(self, before: Instant, limit: int) -> int:
-        """Let tokens that are free since before an instant be free since now."""
+        """Make tokens that were free before an instant free from now on."""
         return self._some(_EXTEND_FREE, limit, before=before)
 
     def retire(self, limit: int) -> int:
-        """Retire lent tokens."""
+        """Retire leased tokens."""
         return self._some(_RETIRE, limit)
 
     def reinstate(self, limit: int) -> int:
-        """Take back that lent tokens were retired."""
+        """Undo the retirement of leased tokens."""
         return self._some(_REINSTATE, limit)
 
     def delete_free(self, limit: int) -> int:
@@ -261,12 +263,12 @@ class PoolRows:
         return self._some(_DELETE_RETIRED, limit)
 
     def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
-        rows = self._db.rows(statement, {**self._terms, **more})
+        rows = self._db.rows(statement, {**self._parameters, **more})
         return [
             (number, PoolToken(pool, value, free_at, holder, fence, bool(retired), username))
             for number, pool, value, free_at, holder, fence, retired, username in rows
         ]
 
     def _some(self, statement: Any, limit: int, **more: Any) -> int:
-        """Run a change of at most `limit` rows, the oldest first; say how many they were."""
-        return self._db.change(statement, {**self._terms, "limit": limit, **more}) if limit > 0 else 0
+        """Change at most `limit` rows, the oldest first, and return how many."""
+        return self._db.execute(statement, {**self._parameters, "limit": limit, **more}) if limit > 0 else 0

@@ -1,275 +1,293 @@
-"""The changes that pools of tokens can be asked for, each written once for many callers at a time.
+"""Changes to pools of tokens.
 
-Callers who wait together are served at one moment, the latest that any of them has read, in the order in which they
-came. What a verb has read is still so when it writes: it holds the pool, or the rows.
+Callers that wait at the same time are served at one time, the latest that any of them has read, in the order in which
+they came. What a change has read is still true when it writes: it has locked the pool, or the rows.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, Self, TypeVar
 
-from tokenauth.models import Instant, LeaseCheck, Pool, PoolToken
+from tokenauth.models import Assignment, Instant, LeaseChange, LeaseCheck, Pool, PoolToken
 from tokenauth.stores.changes.pool_rows import PoolRows
-from tokenauth.stores.engine import Transaction
-from tokenauth.stores.store import Lent, Touched
+from tokenauth.stores.engine import Change, Transaction
 
 _SPARE = 1000
-"""Expired tokens that a pool with a capacity gives up for new ones, beside as many as there are new ones."""
-
+"""Expired tokens that a pool with a capacity deletes for new ones, in addition to one for each new one."""
 
 _STEP = 10_000
-"""Tokens that are too many, of which one transaction rids a pool at the most."""
+"""Surplus tokens that one transaction removes from a pool at most."""
+
+A_co = TypeVar("A_co", covariant=True)
 
 
-class Add(NamedTuple):
-    """Add free tokens, all or none; or, with `prefill`, as many as are lacking."""
+@dataclass(slots=True)
+class PoolChange(Change[A_co]):
+    """A change to one pool."""
 
     pool: Pool
+    shares_pool: ClassVar[bool] = True
+    """Whether others may change the pool meanwhile: not if it counts tokens, for none may be added or retired then."""
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[A_co]:
+        """Make the changes pool by pool."""
+        pool = changes[0].pool
+        if all(change.pool is pool for change in changes):  # the usual case
+            return cls._lock_and_make(db, pool, changes)
+        groups: dict[str, list[int]] = {}
+        for position, change in enumerate(changes):
+            groups.setdefault(change.pool.name, []).append(position)
+        answers: dict[int, A_co] = {}
+        for _, positions in sorted(groups.items()):
+            group = [changes[position] for position in positions]
+            answers.update(zip(positions, cls._lock_and_make(db, group[0].pool, group), strict=True))
+        return [answers[position] for position in range(len(changes))]
+
+    @classmethod
+    def _lock_and_make(cls, db: Transaction, pool: Pool, changes: Sequence[Self]) -> Sequence[A_co]:
+        db.lock(f"pool {pool.name}", shared=cls.shares_pool)
+        return cls.make_in_pool(PoolRows(db, pool, db.now(max(change.now for change in changes))), changes)
+
+    @classmethod
+    @abstractmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[A_co]:
+        """Make the changes of one pool; return one answer for each, in order."""
+
+
+@dataclass(slots=True)
+class Generate(PoolChange[bool]):
+    """Add free tokens, all or none; the answer is whether there was room."""
+
     values: Sequence[str]
-    now: Instant
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
+        """Add the tokens of each caller whose tokens fit."""
+        capacity, room = rows.pool.capacity, math.inf
+        if capacity is not None:
+            # Expired rows go first, so that rows never outnumber the capacity, whatever `token_ttl` is tomorrow.
+            rows.delete_expired(sum(len(change.values) for change in changes) + _SPARE)
+            room = capacity - sum(rows.counts())
+        answers: list[bool] = []
+        values: list[str] = []
+        for change in changes:
+            fits = len(change.values) <= room
+            if fits:
+                room -= len(change.values)
+                values += change.values
+            answers.append(fits)
+        rows.insert(values)
+        return answers
 
 
-class Lease(NamedTuple):
-    """Lend a token."""
+@dataclass(slots=True)
+class Fit(PoolChange[int]):
+    """Bring a pool with `prefill` closer to its capacity; the answer is how many values it still lacks."""
 
-    pool: Pool
+    values: Sequence[str]
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[int]:
+        """Delete or retire surplus tokens, or reinstate retired ones and add new ones."""
+        answers = []
+        for change in changes:
+            rows.delete_retired()
+            free, leased, _ = rows.counts()
+            surplus = free + leased - (rows.pool.capacity or 0)
+            if surplus > 0:
+                step = min(surplus, _STEP)
+                rows.retire(step - rows.delete_free(step))
+                answers.append(step - surplus)
+            else:
+                lacking = -surplus - rows.reinstate(-surplus)
+                rows.insert(change.values[:lacking])
+                answers.append(max(0, lacking - len(change.values)))
+        return answers
+
+
+@dataclass(slots=True)
+class Assign(PoolChange[Assignment]):
+    """Lease the token that has been free longest."""
+
     holder: str
     username: str | None
     counted: bool
-    now: Instant
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
+        """Lease free tokens. For each retired token whose lease is live, one free token is withheld."""
+        withheld, left = rows.retired(), None
+        if withheld:  # two transactions must not count what they withhold at the same time
+            rows.lock_withheld()
+            withheld = rows.retired()
+        if any(change.counted for change in changes):
+            left = max(0, rows.counts()[0] - withheld)
+        found = rows.free(len(changes) + withheld)
+        pairs = zip(islice(found, max(0, len(found) - withheld)), changes, strict=False)
+        leased = {
+            number: rows.pool.leased(token, change.holder, change.username, rows.now)
+            for (number, token), change in pairs
+        }
+        rows.put(leased)
+        answers = [
+            Assignment(token, None, None if left is None else left - place)
+            for place, token in enumerate(leased.values(), 1)
+        ]
+        if len(answers) < len(changes):
+            answers += [Assignment(None, rows.next_end(), 0)] * (len(changes) - len(answers))
+        return answers
 
 
-class Change(NamedTuple):
-    """Extend or release the lease of one token, if the claim holds."""
+@dataclass(slots=True)
+class KeepAlive(PoolChange[LeaseChange | None]):
+    """Extend the lease of one token if its check matches; `free_too`: or the life of a free token."""
 
-    pool: Pool
     value: str
-    claim: LeaseCheck
+    check: LeaseCheck
     free_too: bool
-    now: Instant
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
+        """Extend leases and free tokens to their full time from now."""
+
+        def extended(token: PoolToken, change: Self) -> PoolToken | None:
+            if change.check.matches(token, rows.now):
+                return rows.pool.extended(token, rows.now)
+            return rows.pool.released(token, rows.now) if change.free_too and not token.is_leased(rows.now) else None
+
+        return _change_named(rows, [(change.value, change) for change in changes], extended)
 
 
-class Next(NamedTuple):
-    """Release the lease that would end first: of one user, or of anybody."""
+@dataclass(slots=True)
+class Release(PoolChange[LeaseChange | None]):
+    """End the lease of one token if its check matches."""
 
-    pool: Pool
+    value: str
+    check: LeaseCheck
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
+        """End leases."""
+
+        def released(token: PoolToken, change: Self) -> PoolToken | None:
+            return rows.pool.released(token, rows.now) if change.check.matches(token, rows.now) else None
+
+        return _change_named(rows, [(change.value, change) for change in changes], released)
+
+
+@dataclass(slots=True)
+class ReleaseNext(PoolChange[tuple[bool, int]]):
+    """End the lease that would end first, of one user or of all (None); the answer also has the free tokens left."""
+
     username: str | None
-    now: Instant
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[tuple[bool, int]]:
+        """End the next leases, each at most once."""
+        free, _, retired = rows.counts()
+        leased: dict[str | None, Iterator[tuple[int, PoolToken]]] = {}
+        for username in {change.username for change in changes}:
+            found = rows.leased(len(changes), username)
+            if retired:
+                found += rows.leased_and_retired(len(changes), username)
+            leased[username] = iter(sorted(found, key=lambda row: row[1].free_at))
+        released: dict[int, PoolToken] = {}
+        answers = []
+        for change in changes:
+            number, token = next((row for row in leased[change.username] if row[0] not in released), (0, None))
+            if token is not None:
+                released[number] = rows.pool.released(token, rows.now)
+                free, retired = (free, retired - 1) if token.retired else (free + 1, retired)
+            answers.append((token is not None, max(0, free - retired)))
+        rows.put(released)
+        return answers
 
 
-class Remove(NamedTuple):
-    """Delete one token, or have another take its place."""
+@dataclass(slots=True)
+class Delete(PoolChange[bool]):
+    """Delete one token or replace it by `successor`; the answer is whether it existed."""
 
-    pool: Pool
     value: str
     successor: str | None
-    now: Instant
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
+        """Delete or replace tokens; a retired one is not replaced."""
+        found = rows.named(change.value for change in changes)
+        answers = []
+        for change in changes:
+            number, token = found.pop(change.value, (0, None))
+            if token is not None:
+                if change.successor is None or token.retired:
+                    rows.delete(number)
+                else:
+                    rows.replace(number, change.successor)
+            answers.append(token is not None)
+        return answers
 
 
-class Some(NamedTuple):
-    """Do something to at most `limit` tokens that are free since before an instant."""
+@dataclass(slots=True)
+class KeepFreeAlive(PoolChange[int]):
+    """Extend the life of at most `limit` tokens that have been free since before an instant."""
 
-    pool: Pool
+    before: Instant
     limit: int
-    now: Instant
-    before: Instant = 0
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[int]:
+        """Extend free tokens to their full time from now."""
+        return [rows.extend_free(change.before, change.limit) for change in changes]
 
 
-W = TypeVar("W", Add, Lease, Change, Next, Remove, Some)
-A = TypeVar("A")
+@dataclass(slots=True)
+class PurgePool(PoolChange[int]):
+    """Delete at most `limit` tokens that have expired, or were retired and whose lease is over."""
+
+    limit: int
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[int]:
+        """Delete the oldest tokens."""
+        answers = []
+        for change in changes:
+            retired = rows.delete_retired(change.limit)
+            answers.append(retired + rows.delete_expired(change.limit - retired))
+        return answers
 
 
-Serve = Callable[[PoolRows, Sequence[W]], Sequence[A]]
+C = TypeVar("C")
 
 
-def _verb(shared: bool) -> Callable[[Serve[W, A]], Callable[..., Sequence[A]]]:
-    """Make a verb of what serves the callers of one pool; `shared`: while others do the like.
-
-    What counts tokens must not be: nobody may add any, or change how many are too many, at the same time.
-    """
-
-    def make(serve: Serve[W, A]) -> Callable[..., Sequence[A]]:
-        def serve_pool(db: Transaction, wishes: Sequence[W]) -> Sequence[A]:
-            pool = wishes[0].pool
-            db.hold(f"pool {pool.name}", shared=shared)
-            return serve(PoolRows(db, pool, db.moment(max(wish.now for wish in wishes))), wishes)
-
-        def verb(db: Transaction, wishes: Sequence[W]) -> Sequence[A]:
-            pool = wishes[0].pool
-            if all(wish.pool is pool for wish in wishes):  # as it nearly always is
-                return serve_pool(db, wishes)
-            groups: dict[str, list[int]] = {}
-            for position, wish in enumerate(wishes):
-                groups.setdefault(wish.pool.name, []).append(position)
-            answers: dict[int, A] = {}
-            for _, positions in sorted(groups.items()):
-                group = [wishes[position] for position in positions]
-                answers.update(zip(positions, serve_pool(db, group), strict=True))
-            return [answers[position] for position in range(len(wishes))]
-
-        return verb
-
-    return make
-
-
-@_verb(shared=False)
-def add_tokens(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[bool]:
-    """Add free tokens for everybody whose tokens have room."""
-    capacity, room = rows.pool.capacity, math.inf
-    if capacity is not None:
-        # Expired rows go first, so that rows never outnumber the capacity, whatever `token_ttl` is tomorrow.
-        rows.delete_expired(sum(len(wish.values) for wish in wishes) + _SPARE)
-        room = capacity - sum(rows.counts())
-    answers: list[bool] = []
-    values: list[str] = []
-    for wish in wishes:
-        fits = len(wish.values) <= room
-        if fits:
-            room -= len(wish.values)
-            values += wish.values
-        answers.append(fits)
-    rows.insert(values)
-    return answers
-
-
-@_verb(shared=False)
-def fit_pool(rows: PoolRows, wishes: Sequence[Add]) -> Sequence[int]:
-    """Bring a pool closer to its capacity."""
-    answers = []
-    for wish in wishes:
-        rows.delete_retired()
-        free, lent, _ = rows.counts()
-        surplus = free + lent - (rows.pool.capacity or 0)
-        if surplus > 0:
-            step = min(surplus, _STEP)
-            rows.retire(step - rows.delete_free(step))
-            answers.append(step - surplus)
-        else:
-            lacking = -surplus - rows.reinstate(-surplus)
-            rows.insert(wish.values[:lacking])
-            answers.append(max(0, lacking - len(wish.values)))
-    return answers
-
-
-@_verb(shared=True)
-def lease_tokens(rows: PoolRows, wishes: Sequence[Lease]) -> Sequence[Lent]:
-    """Lend the tokens that have been free longest. Each retired one that is still out keeps a free one back."""
-    kept, left = rows.retired(), None
-    if kept:  # who keeps tokens back must not do so at the same time as another
-        rows.take_turns()
-        kept = rows.retired()
-    if any(wish.counted for wish in wishes):
-        left = max(0, rows.counts()[0] - kept)
-    found = rows.free(len(wishes) + kept)
-    pairs = zip(islice(found, max(0, len(found) - kept)), wishes, strict=False)
-    lent = {number: rows.pool.leased(token, wish.holder, wish.username, rows.now) for (number, token), wish in pairs}
-    rows.put(lent)
-    answers = [
-        Lent(token, None, None if left is None else left - place) for place, token in enumerate(lent.values(), 1)
-    ]
-    if len(answers) < len(wishes):
-        answers += [Lent(None, rows.next_end(), 0)] * (len(wishes) - len(answers))
-    return answers
-
-
-@_verb(shared=True)
-def extend_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched | None]:
-    """Let leases, and free tokens where that is meant too, run for their full time from now."""
-
-    def extended(token: PoolToken, wish: Change) -> PoolToken | None:
-        if wish.claim.matches(token, rows.now):
-            return rows.pool.extended(token, rows.now)
-        return rows.pool.released(token, rows.now) if wish.free_too and not token.is_leased(rows.now) else None
-
-    return _change(rows, wishes, extended)
-
-
-@_verb(shared=True)
-def release_leases(rows: PoolRows, wishes: Sequence[Change]) -> Sequence[Touched | None]:
-    """End leases."""
-
-    def released(token: PoolToken, wish: Change) -> PoolToken | None:
-        return rows.pool.released(token, rows.now) if wish.claim.matches(token, rows.now) else None
-
-    return _change(rows, wishes, released)
-
-
-@_verb(shared=False)
-def release_next(rows: PoolRows, wishes: Sequence[Next]) -> Sequence[tuple[bool, int]]:
-    """End the leases that would end first: each caller's own, or anybody's."""
-    free, _, retired = rows.counts()
-    lent: dict[str | None, Iterator[tuple[int, PoolToken]]] = {}
-    for username in {wish.username for wish in wishes}:
-        found = rows.lent(len(wishes), username)
-        if retired:
-            found += rows.lent_and_retired(len(wishes), username)
-        lent[username] = iter(sorted(found, key=lambda row: row[1].free_at))
-    released: dict[int, PoolToken] = {}
-    answers = []
-    for wish in wishes:
-        number, token = next((row for row in lent[wish.username] if row[0] not in released), (0, None))
-        if token is not None:
-            released[number] = rows.pool.released(token, rows.now)
-            free, retired = (free, retired - 1) if token.retired else (free + 1, retired)
-        answers.append((token is not None, max(0, free - retired)))
-    rows.put(released)
-    return answers
-
-
-@_verb(shared=True)
-def remove_tokens(rows: PoolRows, wishes: Sequence[Remove]) -> Sequence[bool]:
-    """Delete tokens, or replace them."""
-    found = rows.named(wish.value for wish in wishes)
-    answers = []
-    for wish in wishes:
-        number, token = found.pop(wish.value, (0, None))
-        if token is not None:
-            if wish.successor is None or token.retired:
-                rows.delete(number)
-            else:
-                rows.succeed(number, wish.successor)
-        answers.append(token is not None)
-    return answers
-
-
-@_verb(shared=False)
-def extend_free(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[int]:
-    """Let free tokens wait for their full time from now."""
-    return [rows.extend_free(wish.before, wish.limit) for wish in wishes]
-
-
-@_verb(shared=False)
-def purge_pool(rows: PoolRows, wishes: Sequence[Some]) -> Sequence[int]:
-    """Delete tokens that have expired, and retired ones whose lease is over."""
-    answers = []
-    for wish in wishes:
-        retired = rows.delete_retired(wish.limit)
-        answers.append(retired + rows.delete_expired(wish.limit - retired))
-    return answers
-
-
-def _change(
-    rows: PoolRows, wishes: Sequence[Change], change: Callable[[PoolToken, Change], PoolToken | None]
-) -> Sequence[Touched | None]:
-    """Change tokens one after the other, as far as `change` lets them be."""
-    found = rows.named(wish.value for wish in wishes)
+def _change_named(
+    rows: PoolRows, changes: Sequence[tuple[str, C]], change_one: Callable[[PoolToken, C], PoolToken | None]
+) -> Sequence[LeaseChange | None]:
+    """Change tokens by value, one after the other; `change_one` returns None to refuse."""
+    found = rows.named(value for value, _ in changes)
     changed: dict[int, PoolToken] = {}
-    answers: list[Touched | None] = []
-    for wish in wishes:
-        if wish.value not in found:
+    answers: list[LeaseChange | None] = []
+    for value, change in changes:
+        if value not in found:
             answers.append(None)
             continue
-        number, token = found[wish.value]
-        after = change(token, wish)
+        number, token = found[value]
+        after = change_one(token, change)
         if after is None:
-            answers.append(Touched(token, done=False))
+            answers.append(LeaseChange(token, done=False))
             continue
-        answers.append(Touched(after, done=True))
+        answers.append(LeaseChange(after, done=True))
         changed[number] = after
         if rows.pool.is_live(after, rows.now):
-            found[wish.value] = number, after
+            found[value] = number, after
         else:  # a retired token ends with its lease
-            del found[wish.value]
+            del found[value]
     rows.put(changed)
     return answers

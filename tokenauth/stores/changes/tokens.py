@@ -1,51 +1,30 @@
-"""The changes that a database can be asked for, each written once for many callers at a time.
-
-A verb takes what its callers wish and returns an answer to each. All verbs of one commit share a transaction.
-"""
+"""Changes to tokens, and to the log of revocations that caches read."""
 
 import json
-from collections import ChainMap
 from collections.abc import Sequence
-from operator import itemgetter
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Self
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Delete,
-    Float,
-    Insert,
-    Integer,
-    Select,
-    bindparam,
-    delete,
-    func,
-    insert,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import Delete, Float, Insert, Select, bindparam, delete, func, insert, select, text
 
-from tokenauth.models import Failures, Instant, Token
-from tokenauth.stores.engine import Transaction, elements
-from tokenauth.stores.store import Note, TakeBack
-from tokenauth.stores.tables import failures, revocations, tokens
-
-CLOCK = "clock"
-"""The mark that remembers the latest `now` that was written."""
+from tokenauth.models import Instant, Token
+from tokenauth.stores.changes.deletes import delete_oldest
+from tokenauth.stores.engine import Change, Transaction
+from tokenauth.stores.statements import elements
+from tokenauth.stores.tables import revocations, tokens
 
 _MANY = 1000
-"""Tokens that one login ends at the most."""
+"""Tokens that one login revokes at most."""
 
 REVOKING = "revocations"
-"""What whoever revokes holds: so revocations are committed in the order of their numbers."""
+"""The lock of everything that revokes: revocations are committed in the order of their numbers."""
 
 _now = bindparam("now", type_=Float())
 
-# Statements are made once: making one costs more than running it.
+# Statements are constants: compiling one costs more than running it.
 _INSERT = insert(tokens).inline()
-# Where others add at the same time, numbers are times, but those of a user go up also when the clock is set back.
-_INSERT_IN_TURN = text("""
+# With concurrent writers, numbers are times; those of one user grow even if the clock is set back.
+_INSERT_CONCURRENTLY = text("""
     INSERT INTO tokens (number, digest, username, credential, issued_at, expires_at, address, user_agent)
     VALUES (
         greatest(
@@ -57,53 +36,13 @@ _INSERT_IN_TURN = text("""
 """)
 _DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning(tokens.c.digest)
 _LOG = insert(revocations).inline()
-_REMEMBER = text("""
-    INSERT INTO marks (name, at) VALUES (:name, :now)
-    ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at < excluded.at
-""")
-PROBE = """
-    INSERT INTO marks (name, at) VALUES ('probe', 0) ON CONFLICT (name) DO UPDATE SET at = excluded.at
-"""
-"""Writes something in any case."""
-
-_PROBE = text(PROBE)
-_CLAIM = text("""
-    INSERT INTO marks (name, at) VALUES (:duty, :until)
-    ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at <= :now
-""")
-_NOTE = text("""
-    INSERT INTO failures (key, count, last_at)
-    VALUES (:key, CASE WHEN :plus > 0 THEN :plus ELSE 0 END, :at + :later)
-    ON CONFLICT (key) DO UPDATE SET
-        count = CASE
-            WHEN failures.last_at <= :expired THEN excluded.count
-            WHEN failures.count + :plus < 0 THEN 0
-            ELSE failures.count + :plus
-        END,
-        last_at = CASE WHEN failures.last_at > :at THEN failures.last_at ELSE :at END + :later
-""").bindparams(
-    bindparam("plus", type_=Integer),
-    bindparam("at", type_=Float),
-    bindparam("later", type_=Float),
-    bindparam("expired", type_=Float),
-)
-_LOCK_FAILURES = (
-    select(failures.c.key, failures.c.count, failures.c.last_at)
-    .where(failures.c.key == bindparam("wanted"))
-    .with_for_update()
-)
-_SET_FAILURES = (
-    update(failures)
-    .where(failures.c.key == bindparam("wanted"))
-    .values(count=bindparam("number"), last_at=bindparam("until"))
-)
 
 
 def _too_many() -> Select[bytes]:
-    """Find the tokens that users have beyond `per_user` live ones.
+    """Select the tokens that users have beyond `per_user` live ones.
 
-    For each user it steps along the index to the first token too many, newest first, and no further. It finds only so
-    many as can be ended in a short time; who has more of them, since `per_user` has become less, ends others later.
+    For each user it walks the index, newest first, to the first token too many and no further. It selects a bounded
+    number of tokens, so that they are revoked quickly; a later login revokes the rest after `per_user` was lowered.
     """
     names = elements(bindparam("names"), "names")
     live = tokens.alias("live")
@@ -122,7 +61,7 @@ _TOO_MANY = _too_many()
 
 
 def _live(of_user: bool, but_one: bool) -> Select[bytes]:
-    """Find live tokens of a user, or of everybody, or of all of them but one."""
+    """Select live tokens of one user or of all, with or without an exception."""
     chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now).limit(bindparam("limit"))
     if of_user:
         chosen = chosen.where(tokens.c.username == bindparam("username"))
@@ -142,20 +81,11 @@ _LAST = select(func.max(revocations.c.seq))
 _DELETE_LOGGED = delete(tokens).where(
     tokens.c.digest.in_(select(revocations.c.digest).where(revocations.c.seq > bindparam("last")))
 )
-
-
-def _oldest(key: Column[Any], age: Column[Any], old: ColumnElement[bool]) -> Delete:
-    """Delete the rows of the key's table that are old, the oldest first."""
-    oldest = select(key).where(old).order_by(age).limit(bindparam("limit")).with_for_update(skip_locked=True)
-    return delete(key.table).where(key.in_(oldest))
-
-
-_PURGE_TOKENS = _oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
-_PURGE_FAILURES = _oldest(failures.c.key, failures.c.last_at, failures.c.last_at < bindparam("before"))
+_PURGE = delete_oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
 
 
 def _purge_revocations() -> Delete:
-    """Delete old entries of the log, but never the last: its number shows what was missed."""
+    """Delete old entries of the log, but never the last: its number shows how many a reader has missed."""
     last = select(func.max(revocations.c.seq)).scalar_subquery()
     oldest = select(revocations).order_by(revocations.c.seq).limit(bindparam("limit")).subquery()
     old = select(oldest.c.seq).where(oldest.c.at < bindparam("before"), oldest.c.seq < last)
@@ -165,166 +95,108 @@ def _purge_revocations() -> Delete:
 _PURGE_REVOCATIONS = _purge_revocations()
 
 
-class Add(NamedTuple):
-    """Keep a token, and of its user's live ones no more than `per_user`."""
+@dataclass(slots=True)
+class Issue(Change[Sequence[bytes]]):
+    """Add a token and revoke the oldest live ones of its user beyond `per_user`; the answer names the revoked ones."""
 
     token: Token
     per_user: int
-    now: Instant
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Sequence[bytes]]:
+        """Insert tokens, then revoke the surplus of each user; every answer has all digests that were revoked."""
+        limited: dict[int, set[str]] = {}
+        for change in changes:
+            if change.per_user:
+                limited.setdefault(change.per_user, set()).add(change.token.username)
+        if limited:
+            db.lock(*(f"user {name}" for name in set().union(*limited.values())))
+        insert_one = _INSERT if db.single_writer else _INSERT_CONCURRENTLY
+        db.execute_each(insert_one, [change.token._asdict() for change in changes])
+        now = max(change.now for change in changes)
+        revoked: list[bytes] = []
+        for per_user, names in limited.items():
+            wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
+            surplus = [digest for (digest,) in db.rows(_TOO_MANY, wanted)]
+            _revoke(db, surplus, now)
+            revoked += surplus
+        return [revoked] * len(changes)
 
 
-class Remove(NamedTuple):
-    """End one token."""
+@dataclass(slots=True)
+class Revoke(Change[bool]):
+    """Revoke one token; the answer is whether it existed."""
 
     digest: bytes
-    now: Instant
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[bool]:
+        """Revoke single tokens."""
+        return _revoke(db, [change.digest for change in changes], max(change.now for change in changes))
 
 
-class RemoveAll(NamedTuple):
-    """End the tokens of a user, or of everybody, but one; at most `limit` of them."""
+@dataclass(slots=True)
+class RevokeAll(Change[int]):
+    """Revoke at most `limit` live tokens of one user or of all (None), except `keep`; the answer is how many."""
 
     username: str | None
     keep: bytes | None
     limit: int
-    now: Instant
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
+        """Log the digests, then delete the tokens that are logged."""
+        db.lock(REVOKING)
+        answers = []
+        for change in changes:
+            last = db.rows(_LAST, {})[0][0] or 0
+            values = {
+                "username": change.username,
+                "keep": change.keep,
+                "limit": change.limit,
+                "now": change.now,
+            }
+            db.execute(_LOG_ALL[change.username is not None, change.keep is not None], values)
+            answers.append(db.execute(_DELETE_LOGGED, {"last": last}))
+        db.notify()
+        return answers
 
 
-class Purge(NamedTuple):
-    """Delete at most `limit` rows that are older than an instant."""
+@dataclass(slots=True)
+class PurgeTokens(Change[int]):
+    """Delete at most `limit` tokens that have expired; the answer is how many."""
+
+    limit: int
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
+        """Delete the oldest tokens. No cache needs to know: an expired token is refused by its own time."""
+        # Tokens expire at whole seconds; compared with a fraction, PostgreSQL would find none of them by an index.
+        return [db.execute(_PURGE, {"before": int(change.now), "limit": change.limit}) for change in changes]
+
+
+@dataclass(slots=True)
+class PurgeRevocations(Change[int]):
+    """Delete at most `limit` entries of the revocation log that are older than an instant, but never the last."""
 
     before: Instant
     limit: int
 
-
-class Claim(NamedTuple):
-    """Take on a duty until an instant."""
-
-    duty: str
-    now: Instant
-    until: Instant
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
+        """Delete the oldest entries."""
+        db.lock("log")
+        return [db.execute(_PURGE_REVOCATIONS, {"before": change.before, "limit": change.limit}) for change in changes]
 
 
-def add_tokens(db: Transaction, wishes: Sequence[Add]) -> Sequence[Sequence[bytes]]:
-    """Insert tokens; then end the oldest of each user that has too many, and say which those are."""
-    limited: dict[int, set[str]] = {}
-    for wish in wishes:
-        if wish.per_user:
-            limited.setdefault(wish.per_user, set()).add(wish.token.username)
-    if limited:
-        db.hold(*(f"user {name}" for name in set().union(*limited.values())))
-    db.change_each(_INSERT if db.alone else _INSERT_IN_TURN, [wish.token._asdict() for wish in wishes])
-    now = max(wish.now for wish in wishes)
-    ended: list[bytes] = []
-    for per_user, names in limited.items():
-        wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-        too_many = [digest for (digest,) in db.rows(_TOO_MANY, wanted)]
-        _end(db, too_many, now)
-        ended += too_many
-    return [ended] * len(wishes)
-
-
-def remove_tokens(db: Transaction, wishes: Sequence[Remove]) -> Sequence[bool]:
-    """End single tokens."""
-    return _end(db, [wish.digest for wish in wishes], max(wish.now for wish in wishes))
-
-
-def remove_all_tokens(db: Transaction, wishes: Sequence[RemoveAll]) -> Sequence[int]:
-    """End live tokens of a user, or of everybody, but one."""
-    db.hold(REVOKING)
-    answers = []
-    for wish in wishes:
-        which = (wish.username is not None, wish.keep is not None)
-        last = db.rows(_LAST, {})[0][0] or 0
-        db.change(_LOG_ALL[which], wish._asdict())
-        answers.append(db.change(_DELETE_LOGGED, {"last": last}))
-    db.announce()
-    return answers
-
-
-def purge_tokens(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
-    """Delete tokens that have expired; no cache need hear of it."""
-    # tokens expire at whole seconds; compared with a fraction, PostgreSQL would find none of them by an index
-    return [db.change(_PURGE_TOKENS, {"before": int(wish.before), "limit": wish.limit}) for wish in wishes]
-
-
-def purge_failures(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
-    """Delete keys whose instant is long past."""
-    return [db.change(_PURGE_FAILURES, wish._asdict()) for wish in wishes]
-
-
-def purge_revocations(db: Transaction, wishes: Sequence[Purge]) -> Sequence[int]:
-    """Delete old entries of the revocation log, but never the last."""
-    db.hold("log")
-    return [db.change(_PURGE_REVOCATIONS, wish._asdict()) for wish in wishes]
-
-
-def note_logins(db: Transaction, wishes: Sequence[Sequence[Note]]) -> Sequence[None]:
-    """Change what is kept of past logins."""
-    each = [note._asdict() for notes in wishes for note in notes]
-    db.change_each(_NOTE, sorted(each, key=itemgetter("key")))
-    return [None] * len(wishes)
-
-
-def take_back(db: Transaction, wishes: Sequence[TakeBack]) -> Sequence[None]:
-    """Remove failures from the counts that they were added to: exactly what is there, read under the lock."""
-    wanted: set[bytes] = set()
-    for wish in wishes:
-        wanted.update([wish.own], [] if wish.row is None else [wish.row], *wish.shares)
-    # in the order in which `note_logins` locks them
-    locked = db.rows_each(_LOCK_FAILURES, [{"wanted": key} for key in sorted(wanted)])
-    found = {key: Failures(count, last_at) for key, count, last_at in locked}
-    changed: dict[bytes, Failures] = {}
-    for wish in wishes:
-        kept = ChainMap(changed, found)
-        own = kept.get(wish.own)
-        if own is not None:
-            changed[wish.own] = Failures(0, own.last_at)
-            row = None if wish.row is None or own.last_at <= wish.expired else kept.get(wish.row)
-            if wish.row is not None and row is not None:
-                changed[wish.row] = Failures(max(0, row.count - own.count), row.last_at)
-        for share, bucket in wish.shares:
-            if share not in kept or bucket not in kept:
-                continue
-            left = kept[share].last_at - wish.now
-            full = kept[bucket].last_at - wish.now
-            if left > 0:
-                changed[share] = Failures(kept[share].count, wish.now)
-                changed[bucket] = Failures(kept[bucket].count, wish.now + max(0.0, full - left))
-    db.change_each(
-        _SET_FAILURES,
-        [{"wanted": key, "number": each.count, "until": each.last_at} for key, each in sorted(changed.items())],
-    )
-    return [None] * len(wishes)
-
-
-def claim(db: Transaction, wishes: Sequence[Claim]) -> Sequence[bool]:
-    """Take on a duty, unless somebody has it."""
-    return [db.change(_CLAIM, wish._asdict()) == 1 for wish in wishes]
-
-
-def remember_now(_: Transaction, wishes: Sequence[None]) -> Sequence[None]:
-    """Change nothing: every commit writes down the time."""
-    return [None] * len(wishes)
-
-
-def remember(db: Transaction, now: Instant) -> None:
-    """Write down that it has been `now`, so that no restart believes an earlier clock."""
-    db.change(_REMEMBER, {"name": CLOCK, "now": now})
-
-
-def probe(db: Transaction) -> None:
-    """Write something that means nothing, to find out whether anything can be written."""
-    db.change(_PROBE, {})
-
-
-def _end(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
-    """Delete tokens and log it for every cache to read; say of each whether it was there."""
+def _revoke(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
+    """Delete tokens and log that for every cache; return for each whether it existed."""
     if not digests:
         return []
-    db.hold(REVOKING)
+    db.lock(REVOKING)
     gone = [digest for (digest,) in db.rows_each(_DELETE, [{"digest": digest} for digest in digests])]
     if gone:
-        db.change_each(_LOG, [{"digest": digest, "at": now} for digest in gone])
-        db.announce()
+        db.execute_each(_LOG, [{"digest": digest, "at": now} for digest in gone])
+        db.notify()
     left = dict.fromkeys(gone, True)
     return [left.pop(digest, False) for digest in digests]

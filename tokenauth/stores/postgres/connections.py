@@ -1,10 +1,10 @@
-"""The connections to PostgreSQL: what is asked and changed over them, and what it means when they break."""
+"""The connections to PostgreSQL, and what it means when they break."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import asyncpg
 from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
@@ -15,17 +15,20 @@ from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores import schema
-from tokenauth.stores.batching import Answers, Batch, Verb, Writer
-from tokenauth.stores.changes import tokens as verbs
+from tokenauth.stores.batching import Batch, Kind, Writer
+from tokenauth.stores.changes.clock import PROBE, Remember, write_clock
+from tokenauth.stores.changes.tokens import REVOKING
 from tokenauth.stores.circuit import Circuit
-from tokenauth.stores.engine import Disturbed, PostgresTransaction, advisory_key
+from tokenauth.stores.engine import Change, Conflict
 from tokenauth.stores.postgres import hosts
+from tokenauth.stores.postgres.transaction import PostgresTransaction, advisory_key
 from tokenauth.stores.tables import metadata
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 PATIENCE = 5.0
-"""Seconds that a statement may take, waiting for locks included; the server gives it up a little earlier."""
+"""Seconds that a statement may take, including the wait for locks; the server cancels it a little earlier."""
 
 CONNECT_PATIENCE = 2.0
 """Seconds that it may take to connect, and to wait for a connection that others use."""
@@ -33,13 +36,13 @@ CONNECT_PATIENCE = 2.0
 _SETTINGS = {
     "application_name": "tokenauth",
     "statement_timeout": "4500",  # milliseconds
-    "idle_in_transaction_session_timeout": "4500",  # a process that was stopped in the middle must not hold its locks
-    "tcp_keepalives_idle": "5",  # seconds; nor one whose machine has gone
+    "idle_in_transaction_session_timeout": "4500",  # a process that was stopped must not keep its locks
+    "tcp_keepalives_idle": "5",  # seconds; nor must one whose machine is gone
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
     "jit": "off",
-    # Plans are as good as the statistics, which do not know what is new, and they are kept: what was planned while the
-    # tables were empty still runs when they have millions of rows. Every statement can go by an index, so it must.
+    # Plans are kept, and statistics lag behind: a plan from when the tables were empty still runs when they have
+    # millions of rows. Every statement can use an index, so every statement must.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
@@ -49,15 +52,15 @@ _SETTINGS = {
 }
 
 _UPGRADE_PAUSE = 1.0
-"""Seconds until an upgrade is tried again that others were in the way of."""
+"""Seconds until an upgrade that others have blocked is tried again."""
 
 _UPGRADE_PATIENCE = 3600.0
 """Seconds that a step of an upgrade may take: it may read a large table."""
 
-_HOLD_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))")
+_LOCK_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))")
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""What others have committed while a lock was waited for must be seen, whatever the database's default is."""
+"""What others committed during a wait for a lock must be visible, whatever the database's default is."""
 
 _PROBE_READING = f"""
     SET lock_timeout = '500ms';
@@ -66,26 +69,26 @@ _PROBE_READING = f"""
 _PROBE_WRITING = f"""
     BEGIN; SET LOCAL lock_timeout = '500ms';
     LOCK TABLE {", ".join(metadata.tables)} IN ROW EXCLUSIVE MODE;
-    SELECT pg_advisory_xact_lock({advisory_key(verbs.REVOKING)});
-    {verbs.PROBE}; COMMIT
+    SELECT pg_advisory_xact_lock({advisory_key(REVOKING)});
+    {PROBE}; COMMIT
 """
-"""Needs what queries and changes need, so that it fails when those would hang."""
+"""Needs the locks that queries and changes need, so that it fails when those would hang."""
 
-_REMEMBERING = 1.0
-"""Seconds between two times that a process writes down what time it is."""
+_CLOCK_INTERVAL = 1.0
+"""Seconds between two updates of the clock row by one process."""
 
 
-class Database:
-    """The connections: those for queries and changes, and how one is made to listen on."""
+class Connections:
+    """The connections for queries and changes, and how to open one to listen on."""
 
     def __init__(self, url: URL, connections: int, timed: bool) -> None:
-        """Take `postgresql+asyncpg://...`. `timed`: whoever writes says what time it is, and not the database."""
+        """Take `postgresql+asyncpg://...`. `timed`: callers provide the time, not the database."""
         self.name = hosts.name(url)
         self.notifies = True
         arguments = {
             "timeout": CONNECT_PATIENCE,
             "command_timeout": PATIENCE,
-            "target_session_attrs": "primary",  # a standby does not know of the latest removals
+            "target_session_attrs": "primary",  # a standby lags behind the latest revocations
             "server_settings": _SETTINGS,
         }
         self._engine = create_async_engine(
@@ -104,9 +107,9 @@ class Database:
         patient = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_PATIENCE}
         self._patient = create_async_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=patient)
         self._timed = timed
-        self._writers: dict[Verb, Writer] = {}
+        self._writers: dict[Kind, Writer] = {}  # each kind of change has transactions of its own
         self._latest: Instant = 0
-        self._remembered: Instant = 0
+        self._clock_written: Instant = 0
         self._reading = Circuit(
             partial(self._probe, _PROBE_READING),
             "store_unreachable",
@@ -124,19 +127,19 @@ class Database:
 
     @property
     def trouble(self) -> str | None:
-        """What keeps the database from being read or written, if anything is known to."""
+        """What is known to keep the database from being read or written, if anything."""
         if self._reading.trouble is not None:
             return f"store unreachable: {self._reading.trouble}"
         return None if self._writing.trouble is None else f"store not writable: {self._writing.trouble}"
 
     async def verdict(self) -> str | None:
-        """Return what keeps the database from being read or written; if it is being probed, when that is known."""
+        """Return what keeps the database from being read or written, after the probes that are running, if any are."""
         await self._reading.verdict()
         await self._writing.verdict()
         return self.trouble
 
     async def demand_utf8(self) -> None:
-        """Raise StartError for a database that cannot keep all names, or takes bytes for characters."""
+        """Raise StartError for a database that cannot store all names, or treats bytes as characters."""
         encoding = await self.read_once(lambda db: driver(db).driver_connection.get_settings().server_encoding)
         if encoding != "UTF8":
             raise StartError(
@@ -146,10 +149,10 @@ class Database:
     async def upgrade(self, create: bool = True) -> None:
         """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise.
 
-        Whoever waits to change a table stands before all who only use it: so an upgrade does not wait long, but
-        begins again, for as long as others are in its way (a backup reads all tables in one transaction, another
-        machine upgrades). Where nothing is to be done, nobody is waited for. Raises StartError if there are no tables
-        and it may not `create` them.
+        A transaction that waits to alter a table blocks all later users of the table. So an upgrade waits only
+        briefly and starts again, as long as others are in its way (a backup reads all tables in one transaction, or
+        another machine upgrades). If there is nothing to do, it waits for nobody. Raises StartError if there are no
+        tables and it may not `create` them.
         """
         waited = False
         while not schema.serves(had := await self.read_once(schema.version)):
@@ -171,7 +174,7 @@ class Database:
     async def _upgrade(self) -> None:
         async with self._patient.begin() as db:
             await db.execute(text("SET LOCAL lock_timeout = '4s'"))
-            await db.execute(_HOLD_SCHEMA)
+            await db.execute(_LOCK_SCHEMA)
             await db.execute(text("SET LOCAL lock_timeout = '500ms'"))
             await db.execute(text("SET LOCAL statement_timeout = 0"))
             had = await db.run_sync(schema.upgrade)
@@ -179,10 +182,10 @@ class Database:
             log.info("schema_upgraded", before=had, after=schema.HEAD)
 
     async def stop(self, now: Instant | None = 0) -> None:
-        """Finish what waits to be written, write down what time it is unless that is None, and disconnect."""
+        """Finish the waiting changes, write the clock row unless `now` is None, and disconnect."""
         if now is not None:
             with suppress(StoreUnavailable):
-                await self.write(verbs.remember_now, None, max(now, self._latest))
+                await self.apply(Remember(now=max(now, self._latest)))
         for writer in self._writers.values():
             await writer.finish()
         await self.discard()
@@ -194,12 +197,12 @@ class Database:
         await self._engine.dispose()
 
     async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run a query; again if the connection broke in the middle of it. Raises StoreUnavailable."""
+        """Run a query, and once more if the connection breaks meanwhile. Raises StoreUnavailable."""
         async with self._reading.attempt() as began:
             try:
                 return await self.read_once(query)
             except UNAVAILABLE as error:
-                if isinstance(error, _CALLERS_FAULT):
+                if isinstance(error, _BAD_CHANGE):
                     raise
                 if _is_slow(error):
                     self._reading.suspect()
@@ -214,58 +217,58 @@ class Database:
                 raise StoreUnavailable from error
 
     async def read_once(self, query: Callable[[Connection], T]) -> T:
-        """Run a query while it is not known whether the database works. Raises what the drivers raise."""
+        """Run a query without retry or circuit breaker. Raises what the drivers raise."""
         async with self._engine.connect() as db:
             return await db.run_sync(query)
 
-    def write(self, verb: Verb, wish: Any, now: Instant) -> Awaitable[Any]:
-        """Have a change made and committed together with the others of its kind that wait."""
+    def apply(self, change: Change[A]) -> Awaitable[A]:
+        """Make a change; it shares a commit with the others of its kind that wait."""
         self._writing.demand()
-        writer = self._writers.get(verb)
+        kind = type(change)
+        writer = self._writers.get(kind)
         if writer is None:
-            writer = self._writers[verb] = Writer(self._transact)
-        return writer.write(verb, wish, now)
+            writer = self._writers[kind] = Writer(self._commit)
+        return writer.apply(change)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[asyncpg.Connection]:
-        """Connect once more, for one use."""
+        """Open one more connection, for one use."""
         connection = await hosts.connect(**self._arguments)
         try:
             yield connection
         finally:
-            connection.terminate()  # to take leave could take for ever
+            connection.terminate()  # a clean goodbye could take forever
 
-    async def _transact(self, batch: Batch, now: Instant) -> Answers:
+    async def _commit(self, batch: Batch) -> None:
         try:
             async with self._writing.attempt() as began, self._engine.connect() as db:
-                answers: Answers = await db.run_sync(self._apply, batch, now)
+                await db.run_sync(self._make, batch)
         except UNAVAILABLE as error:
-            if isinstance(error, _CALLERS_FAULT):
+            if isinstance(error, _BAD_CHANGE):
                 raise
-            self._remembered = 0  # the next one writes something in any case: it too must reach who is to have a copy
+            self._clock_written = 0  # the next commit writes in any case, and so reaches a standby
             if _is_slow(error):
                 self._writing.suspect()
             else:
                 self._writing.failed(reason(error), began)
             raise StoreUnavailable from error
         except StoreUnavailable:
-            self._remembered = 0
+            self._clock_written = 0
             raise
-        return answers
 
     async def _probe(self, statements: str) -> str | None:
-        """Run some statements on a connection of their own; return what is wrong, if anything is."""
+        """Run statements on a connection of their own; return what is wrong, if anything."""
         try:
             async with self.listening() as db:
                 await db.execute(statements)
         except (asyncpg.TooManyConnectionsError, asyncpg.FeatureNotSupportedError):
-            return None  # it answers: whether the others can go on is for them to find out
+            return None  # it answers: the open connections will find out whether they still work
         except UNAVAILABLE as error:
             return reason(error)
         return None
 
     def _lose_reach(self) -> None:
-        """Refuse to write, too, and end what is under way: nothing of it will be answered soon."""
+        """Refuse changes too, and abort running operations: they will not be answered soon."""
         self._writing.open(self._reading.trouble or "")
         self._reading.give_up()
         self._writing.give_up()
@@ -278,36 +281,35 @@ class Database:
             writer.refuse_waiting()
 
     def _demand_open(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
-        """Have a connection replaced that the server has closed meanwhile, or that was made before reach was lost."""
+        """Replace a connection that the server has closed, or that was opened before the database was unreachable."""
         openings = self._reading.openings
         if connection.driver_connection.is_closed() or record.info.setdefault("openings", openings) != openings:
             raise exc.DisconnectionError
 
-    def _apply(self, db: Connection, batch: Batch, now: Instant) -> Answers:
+    def _make(self, db: Connection, batch: Batch) -> None:
         """Make the changes of one kind in one transaction."""
         try:
-            return self._attempt(db, batch, now)
-        except Disturbed:
-            return self._attempt(db, batch, now, undisturbed=True)
+            self._attempt(db, batch)
+        except Conflict:
+            self._attempt(db, batch, exclusive=True)
 
-    def _attempt(self, db: Connection, batch: Batch, now: Instant, undisturbed: bool = False) -> Answers:
+    def _attempt(self, db: Connection, batch: Batch, exclusive: bool = False) -> None:
         plain = driver(db)
-        transaction = PostgresTransaction(plain, self._timed, self.notifies, undisturbed)
+        transaction = PostgresTransaction(plain, self._timed, self.notifies, exclusive)
         try:
             plain.run_async(lambda connection: connection.execute(_BEGIN))
-            answers = [verb(transaction, wishes) for verb, wishes in batch.items()]
-            self._latest = max(self._latest, now)
-            if now > self._remembered + _REMEMBERING or verbs.remember_now in batch:
-                verbs.remember(transaction, self._latest)
-                self._remembered = now
+            batch.make(transaction)
+            self._latest = max(self._latest, batch.now)
+            if batch.now > self._clock_written + _CLOCK_INTERVAL or Remember in batch.groups:
+                write_clock(transaction, self._latest)
+                self._clock_written = batch.now
             plain.run_async(lambda connection: connection.execute("COMMIT"))
-        except (*_CALLERS_FAULT, Disturbed):
+        except (*_BAD_CHANGE, Conflict):
             _roll_back(db)
             raise
-        except BaseException:  # who knows how far it came
+        except BaseException:  # it is unknown how far it got
             db.invalidate()
             raise
-        return answers
 
 
 def driver(db: Connection) -> AdaptedConnection:
@@ -326,14 +328,13 @@ def _roll_back(db: Connection) -> None:
 
 
 def _hang_up(connection: AdaptedConnection, *_: object) -> None:
-    """End a connection without taking leave, which could take for ever."""
+    """Close a connection without a goodbye, which could take forever."""
     connection.driver_connection.terminate()
 
 
-_CALLERS_FAULT = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+_BAD_CHANGE = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 
-
-"""What is raised for one bad wish, and not because the machine is broken."""
+"""Errors caused by one bad change, not by a broken database."""
 
 _TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
 
@@ -343,11 +344,11 @@ def _is_slow(error: BaseException | None) -> bool:
 
 
 UNAVAILABLE = (exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
-"""What is raised when the database cannot do something: whatever the reason, nothing is known then."""
+"""Errors after which it is unknown whether an operation was done."""
 
 
 def reason(error: BaseException) -> str:
-    """Say what PostgreSQL says is wrong, without the statement or anything in it."""
+    """Return what is wrong, without the statement or any data."""
     while error.__cause__ is not None and not isinstance(error, OSError):
         error = error.__cause__
     words = (isinstance(error, OSError) and error.strerror) or (str(error.args[0]) if error.args else "")

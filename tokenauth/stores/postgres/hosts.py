@@ -1,4 +1,4 @@
-"""Where PostgreSQL is: what a URL may say of that, and which of its hosts is the primary."""
+"""The hosts of a PostgreSQL URL: which URLs are valid, and which host is the primary."""
 
 import asyncio
 from typing import Any
@@ -7,14 +7,14 @@ import asyncpg
 from sqlalchemy import URL
 
 _OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
-"""What the query of a URL may have, as SQLAlchemy and asyncpg take it."""
+"""The options that a URL may have, as SQLAlchemy and asyncpg read them."""
 
 _SSL = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 """The values of `ssl`."""
 
 
 def check(url: URL) -> None:
-    """Raise ValueError, which quotes no part of a password, for a URL that does not say what it was meant to say."""
+    """Raise ValueError for a URL that is probably mistyped. The message quotes no part of a password."""
     unknown = sorted(url.query.keys() - _OPTIONS)
     if unknown:
         raise ValueError(f"has no option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
@@ -25,14 +25,14 @@ def check(url: URL) -> None:
 
 
 def name(url: URL) -> str:
-    """Name a database, without whoever uses it."""
+    """Name a database, without user and password."""
     several = url.query.get("host", ())
     hosts = url.host or (several if isinstance(several, str) else ", ".join(several)) or "its socket"
     return f"{url.database} at {hosts}"
 
 
 async def connect(**arguments: Any) -> asyncpg.Connection:
-    """Connect to that of the hosts which is the primary. All are tried at once: none can hold up the others."""
+    """Connect to the host that is the primary. All are tried at once, so none delays the others."""
     arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
     if not isinstance(arguments.get("host"), list):
         return await asyncpg.connect(**arguments)
@@ -57,6 +57,6 @@ async def connect(**arguments: Any) -> asyncpg.Connection:
 
 
 def _hang_up(late: "asyncio.Task[asyncpg.Connection]") -> None:
-    """End a connection that is not needed any more."""
+    """Close a connection that is not needed any more."""
     if not late.cancelled() and late.exception() is None:
         late.result().terminate()

@@ -1,4 +1,4 @@
-"""What a process hears from PostgreSQL: which tokens were removed, and what time it is there."""
+"""What PostgreSQL reports to a process: revocations, and its time."""
 
 import asyncio
 from collections.abc import Collection
@@ -9,24 +9,24 @@ import asyncpg
 from tokenauth.clock import boottime
 from tokenauth.logs import log
 from tokenauth.models import Instant
-from tokenauth.stores.engine import CHANNEL, CLOCK_SAYS, WRITTEN_DOWN
-from tokenauth.stores.postgres.connections import Database
-from tokenauth.stores.store import Hear, unheard
+from tokenauth.stores.engine import OnClockAdvance, ignore_clock
+from tokenauth.stores.postgres.connections import Connections
+from tokenauth.stores.postgres.transaction import CHANNEL, CLOCK_ROW, SERVER_CLOCK
 
 BOUND = 1.0
-"""Seconds after which a removal that was not heard of is found all the same: the cache is not believed for longer."""
+"""Seconds after which a revocation is known even if its notification was lost: the cache is not used for longer."""
 
 HEARTBEAT = BOUND / 4
-"""Seconds between two looks at the log when no notification comes."""
+"""Seconds between two reads of the log when no notification arrives."""
 
 _RETRY = 0.1
-"""Seconds until a lost connection is made anew."""
+"""Seconds until a lost connection is opened again."""
 
 _MANY = 10_000
-"""Removals that are read at once; when there are more, the cache forgets everything instead."""
+"""Revocations that are read at once; if there are more, the cache is cleared instead."""
 
 _READ = f"""
-    SELECT {CLOCK_SAYS} AS now, {WRITTEN_DOWN} AS latest, seq, digest
+    SELECT {SERVER_CLOCK} AS now, {CLOCK_ROW} AS latest, seq, digest
     FROM (SELECT 1) AS one LEFT JOIN revocations ON seq >= $1 ORDER BY seq LIMIT $2
 """  # noqa: S608 - constants
 _SERVER = "SELECT pg_postmaster_start_time(), oid FROM pg_database WHERE datname = current_database()"
@@ -34,10 +34,10 @@ _LAST = "SELECT seq, digest FROM revocations ORDER BY seq DESC LIMIT 1"
 
 
 class DatabaseClock:
-    """The database's clock, as far as a process can know it: what it was last heard to say, and the time since.
+    """An estimate of the database's clock: its last known time, and the time that has passed since.
 
-    While that clock keeps its pace it is never ahead of it, and behind by no more than an answer takes to come. The
-    machine's own clock, which may say anything, is not asked.
+    While the database's clock runs evenly, the estimate is never ahead of it, and behind by no more than one round
+    trip. The machine's wall clock, which may be wrong, is not used.
     """
 
     def __init__(self) -> None:
@@ -47,40 +47,39 @@ class DatabaseClock:
         """Read the time, in Unix seconds."""
         return boottime() + self._offset
 
-    def hear(self, said: Instant, asked_at: float) -> None:
-        """Take in what the database has said just now, when it was asked at `asked_at` of the steady clock."""
-        least, most = said - boottime(), said - asked_at
+    def update(self, answered: Instant, asked_at: float) -> None:
+        """Use the time that the database has just answered to a query sent at `asked_at` of the `boottime` clock."""
+        least, most = answered - boottime(), answered - asked_at
         self._offset = min(max(self._offset, least), most)
 
 
 class Listener:
     """Feed that reads the log of revocations whenever PostgreSQL notifies, and four times a second.
 
-    Each reading shows all removals that were committed before it was asked for. So what is remembered may be
-    believed for BOUND seconds from that moment, whatever becomes of the network, and no longer.
+    Each read returns all revocations that were committed before it was sent. So the cache may be used for BOUND
+    seconds from then on, whatever happens to the network, and no longer.
     """
 
-    def __init__(self, database: Database, clock: DatabaseClock) -> None:
+    def __init__(self, connections: Connections, clock: DatabaseClock) -> None:
         """Listen on a connection of its own."""
-        self._database = database
+        self._connections = connections
         self._clock = clock
         self._wake = asyncio.Event()
         self._pending: set[bytes] = set()
         self._missed = False
         self._last: tuple[int, bytes | None] = (0, None)
-        self._read_at = self._doubted_at = 0.0
+        self._read_at = self._invalidated_at = 0.0
         self._server: object = None
         self._connected = True
         self._task: asyncio.Task[None] | None = None
-        self.hear: Hear = unheard
-        """Is called with the time that others have written down."""
+        self.on_clock_advance: OnClockAdvance = ignore_clock
 
     async def start(self) -> None:
         """Read the log for the first time. Raises what the driver raises."""
         self._read_at = 0.0
-        async with self._database.listening() as db:
+        async with self._connections.listening() as db:
             await self._subscribe(db)
-            await self._recognise(db)
+            await self._check_server(db)
             await self._read(db)
         self._task = asyncio.create_task(self._run())
 
@@ -91,40 +90,40 @@ class Listener:
             with suppress(asyncio.CancelledError):
                 await self._task
 
-    def sure(self) -> bool:
-        """Say whether the log was read within the last BOUND seconds, and since it was last doubted."""
-        return boottime() - BOUND < self._read_at >= self._doubted_at
+    def is_current(self) -> bool:
+        """Return whether the log was read within the last BOUND seconds, and since the last `invalidate`."""
+        return boottime() - BOUND < self._read_at >= self._invalidated_at
 
-    def news(self) -> Collection[bytes] | None:
-        """Return the digests removed since this was last asked; None if some may have been missed."""
+    def drain(self) -> Collection[bytes] | None:
+        """Return the digests revoked since the last call; None if some may have been missed."""
         missed, self._missed = self._missed, False
         pending, self._pending = self._pending, set()
         return None if missed else pending
 
-    def tell(self, digest: bytes) -> None:
-        """Take in that this process has removed a token."""
-        self._pending.add(digest)
+    def add(self, digests: Collection[bytes]) -> None:
+        """Add digests that this process has revoked."""
+        self._pending.update(digests)
 
-    def doubt(self) -> None:
-        """Be sure of nothing until the log has been read again, which is at once: who knows what was removed."""
-        self._doubted_at = boottime()
+    def invalidate(self) -> None:
+        """Invalidate the cache until the log has been re-read, which starts now."""
+        self._invalidated_at = boottime()
         self._wake.set()
 
     async def _run(self) -> None:
         while True:
             try:
-                async with self._database.listening() as db:
+                async with self._connections.listening() as db:
                     await self._listen(db)
-            except Exception as error:  # whatever it is: nothing is believed meanwhile
+            except Exception as error:  # whatever it is: the cache is not used meanwhile
                 if self._connected:
                     log.error("revocation_feed_lost", reason=type(error).__name__, action="every token is looked up")
                 self._connected = False
-                self._database.suspect()
+                self._connections.suspect()
             await asyncio.sleep(_RETRY)
 
     async def _listen(self, db: asyncpg.Connection) -> None:
         await self._subscribe(db)
-        await self._recognise(db)
+        await self._check_server(db)
         while True:
             self._wake.clear()
             await self._read(db)
@@ -136,35 +135,35 @@ class Listener:
                     await self._wake.wait()
 
     async def _subscribe(self, db: asyncpg.Connection) -> None:
-        """Be woken by notifications. Where there are none, the log is still read at every heartbeat."""
-        if not self._database.notifies:
+        """Listen for notifications. Without them, the log is still read at every heartbeat."""
+        if not self._connections.notifies:
             return
         try:
             await db.add_listener(CHANNEL, lambda *_: self._wake.set())
         except asyncpg.PostgresError as error:
             if db.is_closed() or isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
                 raise
-            self._database.notifies = False
+            self._connections.notifies = False
             log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
 
     async def _read(self, db: asyncpg.Connection) -> None:
-        """Read the log from the last entry that is known, which must still be there: else some were missed."""
+        """Read the log from the last known entry, which must still be there: otherwise some were missed."""
         asked_at = boottime()
         seq = self._last[0]
-        late = asyncio.get_running_loop().call_later(HEARTBEAT, self._database.suspect)
+        late = asyncio.get_running_loop().call_later(HEARTBEAT, self._connections.suspect)
         try:
             rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
         finally:
             late.cancel()
-        self._clock.hear(rows[0]["now"], asked_at)
-        self.hear(rows[0]["latest"] or 0.0)
+        self._clock.update(rows[0]["now"], asked_at)
+        self.on_clock_advance(rows[0]["latest"] or 0.0)
         entries = [(row["seq"], row["digest"]) for row in rows if row["seq"] is not None]
         complete = len(entries) < _MANY and (
             entries[:1] == [self._last] if seq else (not entries or entries[0][0] == 1)
         )
         if complete:
             self._pending.update(digest for _, digest in entries[1 if seq else 0 :])
-            if len(self._pending) > _MANY:  # nobody has asked for long
+            if len(self._pending) > _MANY:  # it was not drained for long
                 self._pending.clear()
                 self._missed = True
         else:
@@ -174,8 +173,8 @@ class Listener:
             self._last = entries[-1]
         self._read_at = asked_at
 
-    async def _recognise(self, db: asyncpg.Connection) -> None:
-        """Believe nothing of another server or database, or of one that has started anew: it may lack what this had."""
+    async def _check_server(self, db: asyncpg.Connection) -> None:
+        """Clear the cache for another server or database, or one that was restarted: it may lack revocations."""
         server = await db.fetchrow(_SERVER, timeout=BOUND)
         if server != self._server:
             await self._skip(db)
@@ -183,6 +182,6 @@ class Listener:
             self._server = server
 
     async def _skip(self, db: asyncpg.Connection) -> None:
-        """Go to the end of the log."""
+        """Skip to the end of the log."""
         row = await db.fetchrow(_LAST, timeout=BOUND)
         self._last = (0, None) if row is None else (row[0], row[1])

@@ -1,0 +1,65 @@
+"""Changes to the table `marks`: the clock row, and which process has a duty until when."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from sqlalchemy import text
+
+from tokenauth.models import Instant
+from tokenauth.stores.engine import Change, Transaction
+
+CLOCK = "clock"
+"""The name of the clock row: the latest time that any commit has written."""
+
+PROBE = """
+    INSERT INTO marks (name, at) VALUES ('probe', 0) ON CONFLICT (name) DO UPDATE SET at = excluded.at
+"""
+"""Always writes something, to find out whether anything can be written."""
+
+# Statements are constants: compiling one costs more than running it.
+_WRITE_CLOCK = text("""
+    INSERT INTO marks (name, at) VALUES (:name, :now)
+    ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at < excluded.at
+""")
+_PROBE = text(PROBE)
+_TAKE_DUTY = text("""
+    INSERT INTO marks (name, at) VALUES (:duty, :until)
+    ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at <= :now
+""")
+
+
+@dataclass(slots=True)
+class Remember(Change[None]):
+    """Write nothing but the clock row, as every commit does."""
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[None]:
+        """Do nothing: the engine writes the clock row."""
+        return [None] * len(changes)
+
+
+@dataclass(slots=True)
+class TakeDuty(Change[bool]):
+    """Take on a duty until an instant, unless another process has it."""
+
+    duty: str
+    until: Instant
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[bool]:
+        """Take duties; of several for the same duty the first succeeds."""
+        return [
+            db.execute(_TAKE_DUTY, {"duty": change.duty, "until": change.until, "now": change.now}) == 1
+            for change in changes
+        ]
+
+
+def write_clock(db: Transaction, now: Instant) -> None:
+    """Write `now` to the clock row if it is later, so that no restart goes back behind it."""
+    db.execute(_WRITE_CLOCK, {"name": CLOCK, "now": now})
+
+
+def write_probe(db: Transaction) -> None:
+    """Write a row that means nothing."""
+    db.execute(_PROBE, {})

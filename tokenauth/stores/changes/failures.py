@@ -1,0 +1,115 @@
+"""Changes to the counts of failed logins."""
+
+from collections import ChainMap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Self
+
+from sqlalchemy import Float, Integer, bindparam, select, text, update
+
+from tokenauth.models import CountUpdate, Failures, Instant
+from tokenauth.stores.changes.deletes import delete_oldest
+from tokenauth.stores.engine import Change, Transaction
+from tokenauth.stores.tables import failures
+
+_UPDATE = text("""
+    INSERT INTO failures (key, count, last_at)
+    VALUES (:key, CASE WHEN :plus > 0 THEN :plus ELSE 0 END, :at + :later)
+    ON CONFLICT (key) DO UPDATE SET
+        count = CASE
+            WHEN failures.last_at <= :expired THEN excluded.count
+            WHEN failures.count + :plus < 0 THEN 0
+            ELSE failures.count + :plus
+        END,
+        last_at = CASE WHEN failures.last_at > :at THEN failures.last_at ELSE :at END + :later
+""").bindparams(
+    bindparam("plus", type_=Integer),
+    bindparam("at", type_=Float),
+    bindparam("later", type_=Float),
+    bindparam("expired", type_=Float),
+)
+_LOCK = (
+    select(failures.c.key, failures.c.count, failures.c.last_at)
+    .where(failures.c.key == bindparam("wanted"))
+    .with_for_update()
+)
+_SET = (
+    update(failures)
+    .where(failures.c.key == bindparam("wanted"))
+    .values(count=bindparam("number"), last_at=bindparam("until"))
+)
+_PURGE = delete_oldest(failures.c.key, failures.c.last_at, failures.c.last_at < bindparam("before"))
+
+
+@dataclass(slots=True)
+class UpdateFailures(Change[None]):
+    """Update several counts, each key at most once."""
+
+    updates: Sequence[CountUpdate]
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[None]:
+        """Update counts in the order of their keys, so that no two transactions deadlock."""
+        each = [update._asdict() for change in changes for update in change.updates]
+        db.execute_each(_UPDATE, sorted(each, key=itemgetter("key")))
+        return [None] * len(changes)
+
+
+@dataclass(slots=True)
+class RefundFailures(Change[None]):
+    """Remove the failures that a successful login takes back from the counts they were added to."""
+
+    own: bytes
+    """The count of the user's failures at the place; becomes 0."""
+    row: bytes | None
+    """The count that loses as many as `own` had."""
+    shares: Sequence[tuple[bytes, bytes]]
+    """Pairs of a share of a bucket and the bucket. The bucket loses what is left of the share; the share is emptied."""
+    expired: Instant
+    """`own` counts as 0 if it was last changed at or before this instant."""
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[None]:
+        """Remove exactly the failures that are stored, read under a lock."""
+        wanted: set[bytes] = set()
+        for change in changes:
+            wanted.update([change.own], [] if change.row is None else [change.row], *change.shares)
+        # in the order in which UpdateFailures locks them
+        locked = db.rows_each(_LOCK, [{"wanted": key} for key in sorted(wanted)])
+        found = {key: Failures(count, last_at) for key, count, last_at in locked}
+        changed: dict[bytes, Failures] = {}
+        for change in changes:
+            kept = ChainMap(changed, found)
+            own = kept.get(change.own)
+            if own is not None:
+                changed[change.own] = Failures(0, own.last_at)
+                row = None if change.row is None or own.last_at <= change.expired else kept.get(change.row)
+                if change.row is not None and row is not None:
+                    changed[change.row] = Failures(max(0, row.count - own.count), row.last_at)
+            for share, bucket in change.shares:
+                if share not in kept or bucket not in kept:
+                    continue
+                left = kept[share].last_at - change.now
+                full = kept[bucket].last_at - change.now
+                if left > 0:
+                    changed[share] = Failures(kept[share].count, change.now)
+                    changed[bucket] = Failures(kept[bucket].count, change.now + max(0.0, full - left))
+        db.execute_each(
+            _SET,
+            [{"wanted": key, "number": each.count, "until": each.last_at} for key, each in sorted(changed.items())],
+        )
+        return [None] * len(changes)
+
+
+@dataclass(slots=True)
+class PurgeFailures(Change[int]):
+    """Delete at most `limit` keys whose instant is before an instant."""
+
+    before: Instant
+    limit: int
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
+        """Delete the oldest keys."""
+        return [db.execute(_PURGE, {"before": change.before, "limit": change.limit}) for change in changes]

@@ -1,0 +1,111 @@
+"""A transaction of asyncpg, inside SQLAlchemy's `run_sync`."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import AdaptedConnection, ClauseElement
+from sqlalchemy.dialects import postgresql
+
+from tokenauth.models import Instant
+from tokenauth.stores.engine import Rows, Values
+from tokenauth.stores.statements import Compiled
+
+if TYPE_CHECKING:
+    import asyncpg
+
+CHANNEL = "tokenauth_revocations"
+"""The channel on which PostgreSQL notifies of revocations."""
+
+SERVER_CLOCK = "extract(epoch FROM clock_timestamp())::float8"
+"""The time of PostgreSQL's clock, which can be set back."""
+
+CLOCK_ROW = "(SELECT at FROM marks WHERE name = 'clock')"
+"""The latest time that any process has written, or NULL."""
+
+_NOW = f"greatest({SERVER_CLOCK}, {CLOCK_ROW})"
+_LOCK = f"SELECT pg_advisory_xact_lock%s(key), {_NOW} FROM unnest($1::int8[]) key"  # noqa: S608 - constants
+_LOCK_EXCLUSIVE, _LOCK_SHARED = _LOCK % "", _LOCK % "_shared"
+_READ_CLOCK = f"SELECT {_NOW}"
+_NOTIFY = f"SELECT pg_notify('{CHANNEL}', '')"
+
+_compiled = Compiled(postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
+
+
+def advisory_key(name: str) -> int:
+    """Return the number of the advisory lock with this name."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), signed=True)
+
+
+class PostgresTransaction:
+    """Transaction whose named locks are advisory locks and whose time is the database's.
+
+    Others write at the same time. Each kind of change has a transaction to itself, takes its locks in one order, and
+    locks rows in one order or skips locked rows, so no two transactions can deadlock.
+    """
+
+    single_writer = False
+
+    def __init__(
+        self, connection: AdaptedConnection, timed: bool = True, notifies: bool = False, exclusive: bool = False
+    ) -> None:
+        """Run statements on a connection; the caller begins and commits.
+
+        `timed`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
+        """
+        self._connection = connection
+        self.exclusive = exclusive
+        self._notifies = notifies
+        self._timed = timed
+        self._locked_at: Instant | None = None
+
+    def rows(self, statement: ClauseElement, values: Values) -> Rows:
+        """Run a query."""
+        text, names, own = _compiled(statement, values)
+        rows: Rows = self._run(lambda db: db.fetch(text, *_ordered(names, own, values)))
+        return rows
+
+    def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
+        """Run a change that returns rows once for each set of values, in one round trip."""
+        return self._each(lambda db: db.fetchmany, statement, each) if each else []
+
+    def execute(self, statement: ClauseElement, values: Values) -> int:
+        """Run a change."""
+        text, names, own = _compiled(statement, values)
+        status: str = self._run(lambda db: db.execute(text, *_ordered(names, own, values)))
+        return int(status.rpartition(" ")[2])
+
+    def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
+        """Run a change once for each set of values, in one round trip."""
+        if each:
+            self._each(lambda db: db.executemany, statement, each)
+
+    def lock(self, *names: str, shared: bool = False) -> None:
+        """Wait for advisory locks, always in the same order."""
+        keys = sorted(map(advisory_key, names))
+        rows = self._run(lambda db: db.fetch(_LOCK_SHARED if shared and not self.exclusive else _LOCK_EXCLUSIVE, keys))
+        self._locked_at = rows[-1][1]
+
+    def now(self, read: Instant) -> Instant:
+        """Return the database's time when the last lock was acquired."""
+        if self._timed:
+            return read
+        if self._locked_at is None:
+            self._locked_at = self._run(lambda db: db.fetchval(_READ_CLOCK))
+        return max(read, self._locked_at)
+
+    def notify(self) -> None:
+        """Have the database notify all listeners after the commit."""
+        if self._notifies:
+            self._run(lambda db: db.execute(_NOTIFY))
+
+    def _each(self, how: Callable[[Any], Callable[..., Any]], statement: ClauseElement, each: Sequence[Values]) -> Any:
+        text, names, own = _compiled(statement, each[0])
+        return self._run(lambda db: how(db)(text, [_ordered(names, own, values) for values in each]))
+
+    def _run(self, call: "Callable[[asyncpg.Connection], Awaitable[Any]]") -> Any:
+        return self._connection.run_async(call)
+
+
+def _ordered(names: Sequence[str], own: Values, values: Values) -> list[Any]:
+    return [values[name] if name in values else own[name] for name in names]

@@ -1,0 +1,173 @@
+"""SQLite: one file, one writer thread per process, readers that never wait."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from sqlalchemy import URL, Connection, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from tokenauth.clock import Clock
+from tokenauth.errors import RetryLater, StoreUnavailable
+from tokenauth.logs import log
+from tokenauth.models import Failures, Instant, Token
+from tokenauth.stores import schema
+from tokenauth.stores.changes.clock import Remember
+from tokenauth.stores.circuit import Circuit
+from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
+from tokenauth.stores.sqlite.reader import Reader
+from tokenauth.stores.sqlite.writer import SqliteWriter, describe
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+_READ_TIMEOUT = 0.25
+"""Seconds that a query waits where even SQLite's readers must: while a crashed process's log is recovered."""
+
+_READ_PATIENCE = 2.0
+"""Seconds that a query waits for a connection that others use."""
+
+CHECKPOINT_INTERVAL = 10.0
+"""Seconds between two checks that the -wal file can be copied into the database."""
+
+
+class SqliteEngine:
+    """Engine of one SQLite file. Changes go to one thread, brief queries run on the event loop, others in threads."""
+
+    def __init__(self, url: URL, clock: Clock = time.time, serving: bool = True) -> None:
+        """Take `sqlite+aiosqlite:///PATH` and the machine's clock.
+
+        Unless it is for `serving`, it creates no file, and writes only the changes that are asked for.
+        """
+        self.clock = clock
+        path = os.path.abspath(url.database or "")
+        self.writer = SqliteWriter(path, create=serving)
+        self.feed = Reader(path, self._read_failed)
+        self._serving = serving
+        self._readers = _read_engine(url)
+        self._reading = Circuit(self._probe, "store_unreachable", "store_reachable_again")
+
+    async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
+        """Migrate the schema and connect."""
+        await self.writer.start()
+        self.feed.open(on_clock_advance)
+        self._watch_later()
+        self._checking = asyncio.create_task(self._check())
+        return self.feed.clock_row()
+
+    async def stop(self, now: Instant) -> None:
+        """Finish what is being written, write `now`, and disconnect."""
+        self._watcher.cancel()
+        self._checking.cancel()
+        if self._serving:
+            with suppress(StoreUnavailable):
+                await self.apply(Remember(now=now))
+        await self.writer.stop()
+        await self._reading.stop()
+        await self._readers.dispose()
+        self.feed.close()
+
+    async def ready(self) -> str | None:
+        """Return what keeps the file from being used, if anything."""
+        self._look_at_files()
+        if self.writer.lost:
+            return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
+        trouble = await self.writer.trouble()
+        if trouble is not None:
+            return trouble
+        trouble = self.feed.trouble()
+        if trouble is not None:
+            self._read_failed(trouble)
+            return f"store unreachable: {trouble}"
+        try:
+            version = await self._query(schema.version)
+        except StoreUnavailable as error:
+            return f"store unreachable: {describe(error.__cause__)}"
+        return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
+
+    async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
+        """Run a query, on the event loop if it is `brief`."""
+        if brief:
+            return self.feed.rows(query, values)
+        return await self._query(lambda db: db.execute(query, values).all())
+
+    def apply(self, change: Change[A]) -> Awaitable[A]:
+        """Make a change."""
+        return self.writer.apply(change)
+
+    async def token(self, digest: bytes) -> Token | None:
+        """Look up a token on the event loop."""
+        return self.feed.token(digest)
+
+    async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
+        """Look up counts on the event loop."""
+        return self.feed.failures(keys)
+
+    async def _query(self, query: Callable[[Connection], T]) -> T:
+        if self.writer.lost:
+            raise StoreUnavailable
+        try:
+            db = await self._readers.connect()
+        except (
+            SQLAlchemyError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # RuntimeError: the thread of a new connection cannot be started
+            if not isinstance(error, SQLAlchemyError) or isinstance(error, DBAPIError):  # not a mere wait for others
+                self._read_failed(describe(error))
+            raise StoreUnavailable from error
+        try:
+            return await db.run_sync(query)
+        except (DBAPIError, MemoryError) as error:
+            self._read_failed(describe(error))
+            raise StoreUnavailable from error
+        finally:
+            await db.close()
+
+    def _read_failed(self, why: str) -> None:
+        """Log it, unless that was done lately, and probe until reading works again. Refuses nothing by itself."""
+        if not self.writer.lost:
+            self._reading.failed(why, asyncio.get_running_loop().time())
+
+    async def _probe(self) -> str | None:
+        return self.feed.trouble()
+
+    def _watch(self) -> None:
+        """Check every second that the file is still the one at its path, and read the clock row.
+
+        If the file was replaced, writes would be acknowledged and lost: nothing is read or written any more.
+        """
+        self._look_at_files()
+        if not self.writer.lost:
+            with suppress(StoreUnavailable):
+                self.feed.read_clock()
+            self.writer.refresh_turns()
+        self._watch_later()
+
+    def _watch_later(self) -> None:
+        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+
+    def _look_at_files(self) -> None:
+        replaced = None if self.writer.lost else self.feed.replaced()
+        if replaced is not None:
+            log.error("store_file_replaced", file=replaced, action="restart tokenauth")
+            self.writer.lost = True
+            self.feed.close()
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(CHECKPOINT_INTERVAL)
+            with suppress(RetryLater):
+                await self.writer.check()
+
+
+def _read_engine(url: URL) -> AsyncEngine:
+    engine = create_async_engine(
+        url, hide_parameters=True, pool_timeout=_READ_PATIENCE, connect_args={"timeout": _READ_TIMEOUT}
+    )
+    event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
+    return engine

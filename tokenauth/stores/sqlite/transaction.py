@@ -1,0 +1,51 @@
+"""A transaction of the plain SQLite driver."""
+
+import sqlite3
+from collections.abc import Sequence
+
+from sqlalchemy import ClauseElement
+from sqlalchemy.dialects import sqlite
+
+from tokenauth.models import Instant
+from tokenauth.stores.engine import Rows, Values
+from tokenauth.stores.statements import Compiled
+
+
+class SqliteTransaction:
+    """Transaction on one connection. A writer locks the whole database, so named locks do nothing."""
+
+    single_writer = exclusive = True
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        """Run statements on a connection; the caller begins and commits."""
+        self._connection = connection
+        self._compiled = Compiled(sqlite.dialect(paramstyle="named"))
+
+    def rows(self, statement: ClauseElement, values: Values) -> Rows:
+        """Run a query."""
+        text, _, own = self._compiled(statement, values)
+        return self._connection.execute(text, {**own, **values}).fetchall()
+
+    def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
+        """Run a change that returns rows once for each set of values."""
+        return [row for values in each for row in self.rows(statement, values)]
+
+    def execute(self, statement: ClauseElement, values: Values) -> int:
+        """Run a change."""
+        text, _, own = self._compiled(statement, values)
+        return self._connection.execute(text, {**own, **values}).rowcount
+
+    def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
+        """Run a change, which contains no values of its own, once for each set of values."""
+        if each:
+            self._connection.executemany(self._compiled(statement, each[0])[0], each)
+
+    def lock(self, *names: str, shared: bool = False) -> None:
+        """Do nothing: the whole database is locked."""
+
+    def now(self, read: Instant) -> Instant:
+        """Return the time that the callers have read."""
+        return read
+
+    def notify(self) -> None:
+        """Do nothing: caches ask the file."""

@@ -1,0 +1,376 @@
+"""The one connection of a process that writes to the SQLite file, in a thread of its own."""
+
+import asyncio
+import fcntl
+import math
+import os
+import sqlite3
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from time import monotonic
+from typing import Any, TypeVar
+
+from sqlalchemy import create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import StaticPool
+
+from tokenauth.errors import Overloaded, StartError, StoreUnavailable
+from tokenauth.executor import Executor
+from tokenauth.logs import log
+from tokenauth.stores import schema
+from tokenauth.stores.batching import Batch, Writer
+from tokenauth.stores.changes.clock import write_clock, write_probe
+from tokenauth.stores.circuit import PROBE_PATIENCE, Circuit
+from tokenauth.stores.engine import Change
+from tokenauth.stores.sqlite.reader import ERRORS, reason
+from tokenauth.stores.sqlite.transaction import SqliteTransaction
+from tokenauth.stores.sqlite.turns import TURN_PATIENCE, Turn, Turns
+
+A = TypeVar("A")
+
+BUSY_TIMEOUT = 3000
+"""Milliseconds that a write waits for another process's."""
+
+_PROBE_TIMEOUT = 500
+"""Milliseconds that a probe waits for another process's write."""
+
+_WAL_LIMIT = 16 * 2**20
+"""Bytes to which the -wal file is cut after a long reader has let it grow: twice its usual size."""
+
+_WAL_ALARM = 64 * 2**20
+"""Bytes of the -wal file above which it is logged that a reader keeps it from being copied."""
+
+_ROOM_FOR_A_ROW = 8 * 2**10
+"""Bytes of the -wal file that one changed row takes at most: a page of the table, and one of each index."""
+
+_MOST_ROOM = 4 * 2**20
+"""Bytes that a probe writes at most."""
+
+_FILL = "INSERT INTO marks (name, at) VALUES ('probe', zeroblob(?)) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
+"""Takes this many bytes of the -wal file."""
+
+_PRAGMAS = (
+    f"busy_timeout = {BUSY_TIMEOUT}",
+    "page_size = 2048",  # of a new file; a random insert writes whole pages to the log
+    "journal_mode = WAL",
+    "cache_size = -16000",  # KiB
+    "wal_autocheckpoint = 4000",  # 8 MiB: each checkpoint delays the commits by some milliseconds
+    f"journal_size_limit = {_WAL_LIMIT}",
+    "synchronous = FULL",
+)
+
+_LOCKED = "database is locked"
+"""SQLite's message after it has waited long enough for another program's lock."""
+
+_BAD_CHANGE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+"""Errors caused by one bad change, not by a broken database."""
+
+
+class SqliteWriter:
+    """Makes changes in batches, probes while they fail, and checks that the -wal file can be copied."""
+
+    def __init__(self, path: str, create: bool = True) -> None:
+        """`create` the file if it does not exist."""
+        self.path = path
+        self.lost = False
+        """Whether the file was replaced: nothing may be written to it any more."""
+        self._create = create
+        self._thread = _executor()
+        self._spare = _executor()  # for when the first one is stuck waiting for its turn; they take turns by `_using`
+        self._using = threading.Lock()
+        self._writer = Writer(self._commit)
+        self._turns = Turns(path)
+        self._circuit = Circuit(
+            self._probe, "store_not_writable", "store_writable_again", opened=self._writer.refuse_waiting
+        )
+        self._probing: asyncio.Future[str | None] | None = None
+        self._checkpoint_trouble: str | None = None
+        self._wal_alarm = _WAL_ALARM
+        self._written = False
+        self._asked_for_lock = math.inf
+        self._lacking = 0
+
+    @property
+    def refused(self) -> bool:
+        """Whether changes are refused at once, because they have failed."""
+        return self._circuit.trouble is not None
+
+    async def start(self) -> None:
+        """Create the file if that is allowed and it does not exist, and bring its schema up to date.
+
+        Any number of processes may do so at once. If the schema is up to date this only reads, so it works while
+        another program holds the write lock. Raises StartError.
+        """
+        try:
+            await self._thread.run(self._prepare)
+            await self._spare.run(lambda: None)  # starts its thread now, and not when there may be none
+        except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
+            raise StartError(f"the database {self.path} cannot be used: {self._explain(describe(error))}") from None
+
+    async def stop(self) -> None:
+        """Finish the waiting changes, and disconnect."""
+        await self._writer.finish()
+        await self._circuit.stop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1 if self.refused else None):  # its thread may hang forever
+                await self._submit(self._close)
+        self._thread.close()
+        self._spare.close()
+
+    def apply(self, change: Change[A]) -> Awaitable[A]:
+        """Make a change; it shares a commit with the others that wait."""
+        self._circuit.demand()
+        return self._writer.apply(change)
+
+    async def trouble(self) -> str | None:
+        """Return what keeps the file from being written, after the probe that is running, if one is."""
+        await self._circuit.verdict()
+        if self._circuit.trouble is not None:
+            return f"store not writable: {self._circuit.trouble}"
+        if self._checkpoint_trouble is not None:
+            return f"the database's -wal file cannot be copied into it, and grows: {self._checkpoint_trouble}"
+        return None
+
+    async def check(self) -> None:
+        """Check that the -wal file can be copied into the database. SQLite copies it, but does not report failures."""
+        if not self._written or self.lost or self.refused:
+            return
+        self._written = False
+        trouble, size = await self._submit(self._checkpoint)
+        if trouble != self._checkpoint_trouble:
+            if trouble is None:
+                log.info("checkpoint_works_again")
+            else:
+                log.error("checkpoint_failed", reason=trouble, action="the -wal file grows until this works")
+        self._checkpoint_trouble = trouble
+        self._note_size(size)
+        self._written = self._written or trouble is not None or size > _WAL_LIMIT
+
+    def _note_size(self, size: int) -> None:
+        """Log that a long reader keeps the -wal file from being copied, each time that it has doubled."""
+        if size > self._wal_alarm:
+            action = f"end the program that has been reading the database for long: fuser -v {self.path}"
+            log.warning("checkpoint_blocked", megabytes=size >> 20, action=action)
+            self._wal_alarm = 2 * size
+        elif size <= _WAL_LIMIT and self._wal_alarm > _WAL_ALARM:
+            log.info("checkpoint_works_again")
+            self._wal_alarm = _WAL_ALARM
+
+    def refresh_turns(self) -> None:
+        """Reopen the file by which writers take turns, if it was deleted or replaced."""
+        if self._turns.replaced():
+            self._turns.open()
+
+    def _submit(self, job: Callable[[], A]) -> asyncio.Future[A]:
+        """Run something on the thread that is not blocked."""
+        return (self._spare if self._turns.blocked else self._thread).submit(job)
+
+    async def _commit(self, batch: Batch) -> None:
+        given_up = threading.Event()
+        work = waiting = None
+        async with self._circuit.attempt() as began:
+            try:
+                turn = self._turns.next()
+                work = self._submit(partial(self._make, batch, given_up, turn))
+                if turn is not None:
+                    waiting = asyncio.get_running_loop().call_later(TURN_PATIENCE, self._give_up, turn, work)
+                if not await work:  # the turn did not come
+                    work = self._submit(partial(self._make, batch, given_up))
+                    await work
+            except ERRORS as error:
+                if isinstance(error, _BAD_CHANGE):
+                    raise
+                # locked, full, read-only or broken: not the fault of any caller
+                self._circuit.failed(self._explain(reason(error)), began)
+                raise StoreUnavailable from error
+            except Overloaded as error:  # its thread could not be started
+                self._circuit.failed(str(error), began)
+                raise StoreUnavailable from error
+            finally:
+                given_up.set()
+                if waiting is not None:
+                    waiting.cancel()
+                if work is not None:
+                    work.cancel()
+
+    def _give_up(self, turn: Turn, work: asyncio.Future[bool]) -> None:
+        """Stop waiting for a turn that does not come; its thread may wait on."""
+        if not work.done() and turn.give_up():
+            self._turns.gave_up(turn)
+            work.set_result(False)
+
+    def _make(self, batch: Batch, given_up: threading.Event, turn: Turn | None = None) -> bool:
+        """Make and commit a batch on the writer's thread; False if its turn did not come in time."""
+        if turn is None:
+            self._make_now(batch, given_up)
+            return True
+        if not turn.begin():
+            self._turns.ended(turn)
+            return False
+        try:
+            self._make_now(batch, given_up)
+        finally:
+            turn.end()
+        return True
+
+    def _make_now(self, batch: Batch, given_up: threading.Event) -> None:
+        if self.lost:
+            raise StoreUnavailable
+        with self._using:
+            changed = self._connection.total_changes
+            try:
+                self._asked_for_lock = monotonic()
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._asked_for_lock = math.inf
+                if given_up.is_set():  # while it waited for the lock
+                    raise StoreUnavailable  # noqa: TRY301 - and the transaction is rolled back
+                batch.make(self._transaction)
+                write_clock(self._transaction, batch.now)
+                self._connection.execute("COMMIT")
+            except Exception as error:
+                self._asked_for_lock = math.inf
+                if isinstance(error, sqlite3.OperationalError) and str(error) != _LOCKED:
+                    self._lacking = min((self._connection.total_changes - changed + 1) * _ROOM_FOR_A_ROW, _MOST_ROOM)
+                with suppress(*ERRORS):
+                    self._connection.rollback()
+                raise
+        self._written = True
+
+    async def _probe(self) -> str | None:
+        """Write something; return what is wrong, if anything. A probe that hangs is waited for, not repeated.
+
+        After a failure it writes as much as what failed: on a disk that is nearly full, less might still fit.
+        """
+        if monotonic() - self._asked_for_lock > PROBE_PATIENCE:  # the thread that would probe waits for the lock
+            return self._explain(_LOCKED)
+        try:
+            if self._probing is None or self._probing.done():
+                self._probing = self._submit(self._probe_now)
+            return await asyncio.shield(self._probing)
+        except Overloaded as error:
+            return str(error)
+
+    def _probe_now(self) -> str | None:
+        if self.lost:
+            return "the database file was replaced"
+        with self._using:
+            began = monotonic()
+            try:
+                self._connection.execute(f"PRAGMA busy_timeout = {_PROBE_TIMEOUT}")
+                if self._lacking:  # committed, or the log would not have to hold it
+                    self._connection.execute(_FILL, (self._lacking,))
+                self._connection.execute("BEGIN IMMEDIATE")
+                write_probe(self._transaction)
+                self._connection.execute("COMMIT")
+            except ERRORS as error:
+                with suppress(*ERRORS):
+                    self._connection.rollback()
+                return self._explain(reason(error))
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+            self._lacking = 0
+            seconds = monotonic() - began
+        return None if seconds < PROBE_PATIENCE else f"a commit took {seconds:.1f} s"
+
+    def _checkpoint(self) -> tuple[str | None, int]:
+        """Copy the -wal file into the database; return what is wrong, and the bytes that it has then.
+
+        A -wal file that a long reader has let grow is cut when all of it is copied; else the next write would do so.
+        """
+        wal = f"{self.path}-wal"
+        with self._using:
+            try:
+                _, pages, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if pages == copied and _size(wal) > _WAL_LIMIT:
+                    self._connection.execute("PRAGMA busy_timeout = 0")  # or it would wait for readers and delay writes
+                    try:
+                        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    finally:
+                        self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+            except ERRORS as error:
+                return reason(error), _size(wal)
+        return None, _size(wal)
+
+    def _close(self) -> None:
+        with self._using:
+            self._connection.close()
+            self._turns.close()
+
+    def _explain(self, trouble: str) -> str:
+        """Add what the operator can do to SQLite's message."""
+        if trouble != _LOCKED:
+            return trouble
+        return f"{_LOCKED}. Another program holds a lock on {self.path}: find it with `fuser -v {self.path}`"
+
+    def _prepare(self) -> None:
+        if not self._create and _size(self.path) == 0:
+            raise self._missing()
+        directory = os.path.dirname(self.path)
+        lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite's own locks cannot cover the change to WAL mode
+            with suppress(
+                FileExistsError
+            ):  # not opened if it exists: closing it would drop this process's SQLite locks
+                new = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+                os.fchmod(new, 0o600)  # whatever the umask; SQLite gives -wal and -shm the mode of this file
+                os.close(new)
+            self._turns.open()
+            self._connection = _connect(self.path)
+            self._transaction = SqliteTransaction(self._connection)
+            had = self._upgrade()
+            if not schema.serves(had):
+                log.info("schema_upgraded", before=had, after=schema.HEAD)
+        finally:
+            os.close(lock)
+
+    def _upgrade(self) -> str | None:
+        """Bring the schema up to date; return the revision that it had."""
+        engine = create_engine(
+            "sqlite://", creator=lambda: self._connection, poolclass=StaticPool, hide_parameters=True
+        )
+        with engine.connect() as db:
+            had = schema.version(db)
+        if schema.serves(had):
+            return had
+        if had is None and not self._create:
+            raise self._missing()
+        event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
+        with engine.begin() as db:
+            return schema.upgrade(db)
+
+    def _missing(self) -> StartError:
+        return StartError(
+            f"There is no database at {self.path}."
+            " Run this in the directory of the service, or make database.url absolute."
+        )
+
+
+def _executor() -> Executor[Callable[[], Any], Any]:
+    return Executor(lambda job: job(), threads=1, queue=4)
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    """Open the connection that writes; one thread at a time uses it."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    for pragma in _PRAGMAS:
+        connection.execute(f"PRAGMA {pragma}").close()
+    return connection
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def describe(error: BaseException | None) -> str:
+    """Return what is wrong, without the statement or any data."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    if isinstance(error, ERRORS):
+        return reason(error)
+    return str(error) if isinstance(error, OSError | RuntimeError | Overloaded) else type(error).__name__
