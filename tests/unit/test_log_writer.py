@@ -1,21 +1,13 @@
 """The log of a server: whoever reads it slowly, or not at all, holds up nobody; what is missing is counted."""
 
 import fcntl
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from tests.support.connections import LOGIN, Connection
-from tests.support.ports import free_port
-from tests.support.servers import write_config
 from tests.support.threads import no_new_threads
 from tokenauth.logs import BackgroundWriter
 
@@ -117,32 +109,3 @@ def test_without_a_thread_lines_are_written_at_once(pipe: Pipe) -> None:
     for line in ("two", "end"):
         writer.write(line)
     assert pipe.read() == [f"{100 - len(written)} lines dropped", "two"]
-
-
-def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:
-    """Main process and worker: 400 logins filled the pipe, and then nothing was answered."""
-    port = free_port()
-    config = write_config(tmp_path, "[tokens]\nper_user = 0")
-    command: list[str | Path] = [
-        Path(sys.executable).with_name("tokenauth"),
-        "serve",
-        "--config",
-        config,
-        "--port",
-        str(port),
-    ]
-    here, there = os.pipe()
-    fcntl.fcntl(there, fcntl.F_SETPIPE_SZ, 4096)
-    with subprocess.Popen(command, stderr=there) as server, os.fdopen(here) as log:
-        os.close(there)
-        try:
-            while json.loads(log.readline())["event"] != "started":
-                pass
-            with Connection(port) as connection:
-                ids = [connection.ask("POST", "/api/token", LOGIN).json()["token"] for _ in range(100)]
-                assert connection.ask("GET", "/healthz").status == 200
-                assert connection.valid(ids[-1])
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(20) == 0
-        finally:
-            server.kill()

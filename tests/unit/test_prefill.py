@@ -8,9 +8,7 @@ from random import Random
 
 import pytest
 
-from tests.support.connections import Connection
-from tests.support.lending import Borrower, refusal
-from tests.support.servers import HandClock, worker, write_config
+from tests.support.servers import HandClock, write_config
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
 from tokenauth.models import Pool
 from tokenauth.pools import Pools
@@ -239,26 +237,3 @@ async def test_prefill_keeps_the_tokens_generated_before(home: Home) -> None:
         await check(pools, pools.find("permits"), 1)
         with pytest.raises(LeaseLost):
             await pools.release(pools.find("permits"), (set(made) - {lent}).pop())
-
-
-def test_prefilled_tokens_survive_their_worker(tmp_path: Path) -> None:
-    config = write_config(tmp_path, permits(2))
-    clock = HandClock(tmp_path / "clock", create=True)
-    with worker(config, clock) as server, Connection(server.port) as here:
-        admin = Borrower(here)
-        assert admin.counts("permits") == (2, 0)
-        assert admin.hears("POST", "/permits/tokens") == refusal("pool_full")
-        leases = [admin.assign("permits"), admin.assign("permits")]
-        assert len({lease.token for lease in leases}) == 2
-        assert {member["expiry_time"] for member in admin.members("permits")} == {None}
-        server.kill()
-    with worker(write_config(tmp_path, permits(1)), clock) as server, Connection(server.port) as here:
-        admin = Borrower(here)
-        assert admin.counts("permits") == (0, 2)
-        assert [admin.keep_alive("permits", lease.token, fence=1)[0] for lease in leases] == [200, 200]
-        assert admin.release("permits", leases[0].token) == (204, None)
-        assert admin.hears("POST", "/permits/leases") == refusal("no_free_token")
-        clock.advance(LEASE_TTL)
-        assert admin.counts("permits") == (1, 0)
-        assert admin.assign("permits").holder == "admin"
-        assert admin.hears("POST", "/permits/leases") == refusal("no_free_token")

@@ -1,7 +1,5 @@
 """The schema: what the migrations build, who may upgrade it, and how durable what stands in it is."""
 
-import fcntl
-import os
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from tests.support.processes import Forked
 from tests.support.servers import START
 from tokenauth.errors import StartError
 from tokenauth.models import Pool, PoolCounts, Token
@@ -197,19 +194,3 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
         assert count_elsewhere(path) == count, "what was acknowledged is not there"
     for store in stores:
         await store.stop(START)
-
-
-def test_ten_upgrades_at_once_of_an_empty_database_succeed(tmp_path: Path) -> None:
-    path, line, log = (tmp_path / name for name in ("tokens.db", "line", "log"))
-    streams = [Path(os.devnull), log, log]
-    with line.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        started = [
-            Forked("tests.support.opener", ["opener", str(line), str(path), str(number)], tmp_path, streams, os.environ)
-            for number in range(10)
-        ]
-    assert [process.wait(60) for process in started] == [0] * 10, log.read_text()
-    with closing(sqlite3.connect(path)) as db:
-        assert db.execute("SELECT count(*) FROM tokens").fetchone() == (10,)
-        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.HEAD,)]
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.connections import Connection
-from tests.support.lending import Borrower
-from tests.support.servers import HandClock, worker, write_config
+from tests.support.servers import HandClock, write_config
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.sweeper import BATCH, INTERVAL, Sweeper
@@ -128,16 +126,3 @@ async def test_a_pool_not_filled_at_the_start_is_filled_later(tmp_path: Path, cl
     await Sweeper(service.store, service.pools, service.clock, forget=3600).sweep()
     assert rows(tmp_path) == {"permits": 5}
     await service.store.stop(clock())
-
-
-def test_a_worker_sweeps_the_pools_of_its_configuration(tmp_path: Path, clock: HandClock) -> None:
-    config = write_config(tmp_path, POOLS)
-    with worker(config, clock) as server, Connection(server.port) as connection:
-        admin = Borrower(connection)
-        admin.generate("waiting", 5)
-        admin.generate("for_ever", 1)
-        server.kill()
-    clock.advance(TOKEN_TTL)
-    with worker(config, clock) as server:
-        assert server.wait("swept")["rows"] == 5
-        assert rows(tmp_path) == {"for_ever": 1, "permits": 3}

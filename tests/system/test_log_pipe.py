@@ -1,0 +1,42 @@
+"""A server whose log goes to a full pipe."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.connections import LOGIN, Connection
+from tests.support.ports import free_port
+from tests.support.servers import write_config
+
+
+def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:
+    """Main process and worker: 400 logins filled the pipe, and then nothing was answered."""
+    port = free_port()
+    config = write_config(tmp_path, "[tokens]\nper_user = 0")
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("tokenauth"),
+        "serve",
+        "--config",
+        config,
+        "--port",
+        str(port),
+    ]
+    here, there = os.pipe()
+    fcntl.fcntl(there, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(command, stderr=there) as server, os.fdopen(here) as log:
+        os.close(there)
+        try:
+            while json.loads(log.readline())["event"] != "started":
+                pass
+            with Connection(port) as connection:
+                ids = [connection.ask("POST", "/api/token", LOGIN).json()["token"] for _ in range(100)]
+                assert connection.ask("GET", "/healthz").status == 200
+                assert connection.valid(ids[-1])
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
