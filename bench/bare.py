@@ -1,4 +1,4 @@
-"""The yardstick: an ASGI function that answers a fixed body, on the very server that tokenauth runs on."""
+"""The baseline: an ASGI function that returns a fixed body, under the same uvicorn as tokenauth."""
 
 import sys
 
@@ -12,7 +12,6 @@ HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"45")]
 
 
 async def bare(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer what is always the same."""
     if scope["type"] == "lifespan":
         await receive()
         await send({"type": "lifespan.startup.complete"})
@@ -24,7 +23,6 @@ async def bare(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def build() -> ASGIApp:
-    """Build the app."""
     return bare
 
 

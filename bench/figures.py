@@ -1,24 +1,34 @@
-"""Figures: what is promised, what was measured, and what to think of it."""
+"""Figures: what must be reached, what was measured, and the verdict."""
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-Pair = tuple[float, float]
+import httpx
+
+from bench import machine
+
+_FAILURES = (RuntimeError, OSError, httpx.HTTPError, subprocess.SubprocessError)
+"""What ends a row and not the benchmark."""
 
 
 class Sample(NamedTuple):
-    """What one round found: the value that the figure is about, and what is told besides."""
+    """The result of one round."""
 
     value: float
     rate: float | None = None
+    """Requests per second."""
     p99_ms: float | None = None
     note: str = ""
 
 
 Sampler = Callable[[], Sample]
-"""Measures once."""
+"""Measures one round."""
 
 
 class Figure(NamedTuple):
@@ -26,21 +36,18 @@ class Figure(NamedTuple):
 
     name: str
     title: str
-    at_least: float | None
-    aim: float | None
-    """What is wanted; of some nothing is."""
+    bound: float | None
+    """The value that must be reached; None if the figure is only shown."""
     unit: str
+    """Empty for a ratio."""
     prepare: Callable[[], AbstractContextManager[Sampler]]
-    times: int | None = None
-    """How often it is measured: in each round, beside the others, or so often, alone."""
-
-    @property
-    def smaller_is_better(self) -> bool:
-        """Whether `at_least` is really an "at most"."""
-        return self.at_least is not None and self.aim is not None and self.aim < self.at_least
+    at_most: bool = False
+    """Smaller is better: `bound` must not be exceeded."""
+    rounds: int | None = None
+    """Number of rounds, if it is not that of all figures."""
 
     def show(self, value: float) -> str:
-        """Write a value of this figure."""
+        """Format a value of this figure."""
         digits = 0 if self.unit in {"MB", "/s"} else 2
         return f"{value:,.{digits}f} {self.unit}".strip()
 
@@ -50,45 +57,69 @@ class Row(NamedTuple):
 
     figure: Figure
     samples: Sequence[Sample]
+    problem: str = ""
+    """Why rounds are missing."""
 
     @property
-    def measured(self) -> float:
+    def measured(self) -> float | None:
         """The median of the rounds."""
-        return median(sample.value for sample in self.samples)
-
-    @property
-    def range(self) -> Pair:
-        """The least and the greatest of the rounds."""
-        values = [sample.value for sample in self.samples]
-        return min(values), max(values)
+        return _median([sample.value for sample in self.samples])
 
     @property
     def rate(self) -> float | None:
-        """Requests a second."""
+        """The median of the requests per second."""
         return _median([sample.rate for sample in self.samples])
 
     @property
     def p99_ms(self) -> float | None:
-        """Milliseconds within which 99 of 100 requests were answered."""
+        """The median of the 99th percentiles of the response time."""
         return _median([sample.p99_ms for sample in self.samples])
 
     @property
     def note(self) -> str:
-        """What is to be said about the last round."""
-        return self.samples[-1].note
+        """The problem, or the note of the last round."""
+        return self.problem or (self.samples[-1].note if self.samples else "")
 
     @property
     def verdict(self) -> str:
-        """Whether the aim is reached, or at least what must be."""
-        sign = -1 if self.figure.smaller_is_better else 1
-        value = self.measured * sign
-        if self.figure.at_least is None or self.figure.aim is None:
+        """Whether the bound is reached."""
+        if self.measured is None:
+            return "not measured"
+        if self.figure.bound is None:
             return ""
-        if value >= self.figure.aim * sign:
-            return "aim"
-        return "ok" if value >= self.figure.at_least * sign else "below"
+        sign = -1 if self.figure.at_most else 1
+        return "ok" if self.measured * sign >= self.figure.bound * sign else "missed"
 
 
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
+
+
+def measure(figure: Figure, rounds: int, deadline: float, directory: Path) -> Row:
+    """Measure a figure in rounds. A failure, or the deadline, ends its row, and the others are still measured."""
+    samples: list[Sample] = []
+    problem = ""
+    rounds = figure.rounds or rounds
+    try:
+        if time.monotonic() < deadline:
+            say(f"{figure.name}: preparing")
+            with figure.prepare() as sample:
+                while len(samples) < rounds and time.monotonic() < deadline:
+                    say(f"{figure.name}: round {len(samples) + 1} of {rounds}")
+                    machine.page_in(directory)
+                    samples.append(sample())
+    except _FAILURES as error:
+        problem = f"{type(error).__name__}: {error}"
+        say(f"{figure.name}: {problem}")
+    if len(samples) < rounds:
+        problem = f"{len(samples)} of {rounds} rounds: {problem or 'the time was up (--minutes)'}"
+    return Row(figure, samples, problem)
+
+
+_began = time.monotonic()
+
+
+def say(what: str) -> None:
+    """Print progress to standard error."""
+    sys.stderr.write(f"[{time.monotonic() - _began:5.0f} s] {what}\n")

@@ -1,4 +1,4 @@
-"""What the throttle lets attackers and users do in a day: the real Throttle and SQLite store, a hand-moved clock.
+"""Simulates a day of attacks and logins, with the real throttle and SQLite store and a simulated clock.
 
 `python -m bench.guesses` prints the table of docs/throttle.md. No passwords are hashed.
 """
@@ -26,7 +26,7 @@ NEIGHBOUR = "203.0.113.200"
 
 
 class Outcome(NamedTuple):
-    """How many guesses were compared, and how many right logins were refused, of how many."""
+    """The number of compared guesses, of refused correct logins, and of all correct logins."""
 
     guesses: int
     refused: int
@@ -39,14 +39,14 @@ def _judge(right: bool) -> None:
 
 
 class World:
-    """A throttle, and what is tried against it."""
+    """A throttle, and counts of what happened."""
 
     def __init__(self, throttle: Throttle) -> None:
         self._throttle = throttle
         self.guesses = self.refused = self.logins = 0
 
     async def log_in(self, name: str, address: str, right: bool) -> float:
-        """Try once; return how long the next try must wait: 0 after a failure, below 0 after a success."""
+        """Try once. Return the seconds until the next attempt: 0 after a failure, below 0 after a success."""
         try:
             async with self._throttle.attempt([name], address, hashes=False):
                 _judge(right)
@@ -57,7 +57,7 @@ class World:
         return -1.0
 
     async def user(self, name: str, address: str, typo: bool) -> None:
-        """Log in, after a typo perhaps: refused is whoever must wait for more than a minute in all."""
+        """Log in, perhaps after a typo. A user who must wait for more than a minute in all counts as refused."""
         waited = 0.0
         if typo:
             await self.log_in(name, address, False)
@@ -69,7 +69,7 @@ class World:
                 return
 
     async def guess(self, name: str, address: str) -> float:
-        """Guess once; return when the next guess may be tried."""
+        """Guess once. Return the seconds until the next guess."""
         wait = await self.log_in(name, address, False)
         self.guesses += wait == 0.0
         return wait
@@ -88,7 +88,7 @@ async def world(directory: Path) -> AsyncIterator[tuple[World, list[float]]]:
 
 
 Guess = Callable[[int], tuple[str, str]]
-"""Which name is guessed at, and from where, the next time."""
+"""Returns the name and the address of a guess, by its number."""
 
 ATTACKS: dict[str, tuple[int, Guess | None]] = {
     "no attack": (0, None),
@@ -105,15 +105,15 @@ ATTACKS: dict[str, tuple[int, Guess | None]] = {
     "same address, made-up names": (1, lambda number: (f"name{number}", OFFICE)),
     "same address, 10 known users": (10, lambda number: (f"user{number % 10}", OFFICE)),
 }
-"""For each attack, from how many networks it comes, and what is guessed."""
+"""For each attack, the number of its networks, and its guesses."""
 
 
 async def simulate(
     directory: Path, attack: str, users: int = 500, days: int = 1, typos: float = 0.03, known: bool = True
 ) -> Outcome:
-    """Let an office log in each morning hour, 3 % of it after a typo, while somebody guesses all day.
+    """Let the users of an office log in between 9 and 10, some after a typo, while an attacker guesses all day.
 
-    `known`: the users have logged in from there on the day before.
+    known: the users logged in from there on the day before.
     """
     chance = Random(7)
     async with world(directory) as (tried, now):
@@ -140,13 +140,13 @@ async def simulate(
                 continue
             assert guess is not None
             wait = await tried.guess(*guess(number))
-            # the same source tries on as soon as it may, with its next name
+            # the same network continues as soon as it may, with its next name
             heapq.heappush(due, (now[0] + max(wait, 0.01), next(order), "guess", number + networks))
         return Outcome(tried.guesses, tried.refused, tried.logins)
 
 
 def row(name: str, outcome: Outcome) -> str:
-    """Write a row of the table in docs/throttle.md."""
+    """Return a row of the table in docs/throttle.md."""
     return f"| {name} | {outcome.guesses:,} | {outcome.refused} of {outcome.logins} |"
 
 

@@ -1,4 +1,4 @@
-"""The two limits that tokenauth is compared with: the bare HTTP server, and the bare argon2 call."""
+"""The two limits that tokenauth is compared with: the bare ASGI function, and the bare argon2 call."""
 
 import threading
 import time
@@ -13,24 +13,23 @@ from bench.load import Result
 from bench.machine import CORES
 from tokenauth.settings.model import PasswordSettings
 
-_FRESH = 0.25
-"""Seconds for which a measurement of the bare server still tells how the machine is doing."""
+_REUSE = 0.25
+"""Seconds for which the last measurement of the bare function is reused."""
 
 
 class Beside(NamedTuple):
-    """What one run of wrk saw, and the bare server's rate just before and after."""
+    """A result, and the mean rate of the bare function just before and after it."""
 
     result: Result
     limit: float
 
     @property
     def ratio(self) -> float:
-        """How much of the limit was reached."""
         return self.result.rate / self.limit
 
 
 class BareServer:
-    """The rate of the yardstick, measured anew around everything that is compared with it."""
+    """Measures the rate of the bare function around everything that is compared with it."""
 
     def __init__(self, port: int, seconds: int) -> None:
         self._port = port
@@ -39,8 +38,8 @@ class BareServer:
         self.rates: list[float] = []
 
     def around(self, run: Callable[[], Result]) -> Beside:
-        """Compare a run with the mean of the limit before it and after it."""
-        if time.monotonic() > self._measured_at + _FRESH:
+        """Measure the limit, run, and measure the limit again."""
+        if time.monotonic() > self._measured_at + _REUSE:
             self._measure()
         result = run()
         self._measure()
@@ -51,13 +50,13 @@ class BareServer:
         self._measured_at = time.monotonic()
 
 
-_TERMS = PasswordSettings()
-HASH = PasswordHasher(_TERMS.time_cost, _TERMS.memory_kib, _TERMS.parallelism).hash("secret")
+_SETTINGS = PasswordSettings()
+HASH = PasswordHasher(_SETTINGS.time_cost, _SETTINGS.memory_kib, _SETTINGS.parallelism).hash("secret")
 """A hash of "secret" at the default cost."""
 
 
 def bare_argon2(seconds: int) -> float:
-    """Verify a password in as many threads as there are cores; say how often in a second."""
+    """Verify a password in one thread per core. Return the number of verifications per second."""
     counts: list[int] = []
     began = time.perf_counter()
 

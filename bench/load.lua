@@ -1,4 +1,4 @@
--- What wrk sends. KIND says which request; OFFSET where a count of tokens begins.
+-- The requests that wrk sends. KIND selects the request; OFFSET is the number of the first token.
 local kind = os.getenv("KIND")
 local offset = tonumber(os.getenv("OFFSET"))
 local count = 0
@@ -11,7 +11,7 @@ local client = {["Content-Type"] = "application/x-www-form-urlencoded", ["Author
 
 local function probe(number) return wrk.format("GET", "/api/token?token=" .. value(number)) end
 
--- One of 500 requests, each of which is written once: the load must not cost more than the answers.
+-- One of 500 prepared requests: the load generator must not be slower than the server.
 local function one_of(write)
   local written = {}
   return function()
@@ -26,25 +26,25 @@ local function login(password, headers)
   return wrk.format("POST", "/api/token", headers, body)
 end
 
--- Lending: tokens that were answered are kept, and used in later requests.
+-- Leasing: tokens from responses are kept, and used in later requests.
 local key = {["X-Token"] = value(0), ["Content-Type"] = "application/json"}
 local held, freed, first = {}, {}, 1
-local SPARE = 64 -- so many are kept back, so that no two requests under way are about the same token
+local SPARE = 64 -- number of tokens kept unused, so that no two pending requests are about the same token
 
 local function named(token) return '{"token": "' .. token .. '"}' end
 
 local function assign(pool) return wrk.format("POST", "/api/pools/" .. pool .. "/leases", key) end
 
-local function give_back(pool, token) return wrk.format("DELETE", "/api/pools/" .. pool .. "/leases/" .. token, key) end
+local function release(pool, token) return wrk.format("DELETE", "/api/pools/" .. pool .. "/leases/" .. token, key) end
 
 local function pairs_in(pool)
   return function()
     local token = table.remove(held)
-    return token and give_back(pool, token) or assign(pool)
+    return token and release(pool, token) or assign(pool)
   end
 end
 
--- The operations of a dialect, one after the other: make a token, take one, keep one, give one back, delete one.
+-- The operations of a dialect in turn: generate a token, assign one, keep one alive, release one, delete one.
 local function in_turn(service)
   return function()
     count = count + 1
@@ -108,10 +108,10 @@ end
 
 local requests = {
   assign = function() return assign("large") end,
-  keep = function() return wrk.format("PUT", "/api/pools/lent/leases/" .. value(math.random(0, 9999)), key) end,
+  keep = function() return wrk.format("PUT", "/api/pools/leased/leases/" .. value(math.random(0, 9999)), key) end,
   release = function()
     count = count + 1
-    return give_back("lent", value(9999 + offset + count))
+    return release("leased", value(9999 + offset + count))
   end,
   pairs_large = pairs_in("large"),
   pairs_small = pairs_in("small"),
@@ -142,15 +142,15 @@ local requests = {
 
 request = requests[kind]
 
--- Two kinds come at a pace of their own, and not as fast as they are answered: milliseconds until the next.
+-- Two kinds are sent at their own pace: milliseconds until the next request.
 if kind == "calm" then
   function delay() return math.random(1, 3) end
 elseif kind == "wrong" then
   function delay() return math.random(0, 2000) end
 end
 
--- wrk counts what is over 399 as an error; wrong logins are to be refused, and with nothing else than these.
--- These counts are global: `done` runs in another Lua state and asks for them by name.
+-- wrk counts a status above 399 as an error. Wrong logins must be refused, with one of these.
+-- These counts are global: `done` runs in another Lua state and reads them by name.
 overloaded, unexpected = 0, 0
 if kind == "wrong" then
   function response(status)
@@ -162,16 +162,16 @@ if kind == "wrong" then
   end
 end
 
--- What was lent: 201 with the token natively, 200 in the dialects.
-local lent = {
+-- Responses with a leased token: 201 in the native API, 200 in the dialects.
+local leased = {
   pairs_large = {201, '"token":"([^"]+)'},
   pairs_small = {201, '"token":"([^"]+)'},
   uuids = {200, '"blocked_token":"([^"]+)'},
   bounded = {200, '{"token":"([^"]+)'},
   owned = {200, '"token":"([^"]+)'},
 }
-if lent[kind] then
-  local expected, pattern = lent[kind][1], lent[kind][2]
+if leased[kind] then
+  local expected, pattern = leased[kind][1], leased[kind][2]
   function response(status, _, body)
     if status == expected then
       local token = body:match(pattern)

@@ -1,4 +1,4 @@
-"""The load: wrk, pinned to a core of its own."""
+"""The load generator: wrk, pinned to a core of its own."""
 
 import os
 import re
@@ -13,18 +13,22 @@ from bench.machine import LOAD_CORE
 SCRIPT = Path(__file__).with_name("load.lua")
 
 CONNECTIONS = 64
-"""Connections of a load that takes all that the server can give."""
+"""Number of connections that keep the server busy."""
+
+_MARGIN = 30
+"""Seconds that wrk may take longer than its duration. It waits up to 10 s for the last responses."""
 
 _RESULT = re.compile(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+)")
 
 
 class Result(NamedTuple):
-    """What one run of wrk saw."""
+    """The result of one run of wrk."""
 
     requests: int
     seconds: float
     p99_ms: float
     overloaded: int
+    """Number of 503 responses, where they are expected."""
 
     @property
     def rate(self) -> float:
@@ -33,18 +37,23 @@ class Result(NamedTuple):
 
 
 def run(port: int, kind: str, seconds: int, connections: int = CONNECTIONS, offset: int = 0) -> Result:
-    """Send one kind of request of load.lua for so long. Raises RuntimeError if it was not answered as it should be."""
-    return _finish(kind, _start(port, kind, seconds, connections, offset))
+    """Send one kind of request of load.lua for some seconds. Raises RuntimeError for any unexpected response."""
+    running = _start(port, kind, seconds, connections, offset)
+    try:
+        return _finish(kind, running, seconds)
+    finally:
+        running.kill()
+        running.wait()
 
 
 @contextmanager
 def beside(port: int, kind: str, seconds: int, connections: int) -> Iterator[list[Result]]:
-    """Send one kind of request while something else goes on; the list has the result at the end."""
+    """Send one kind of request in the background. The list contains the result at the end."""
     results: list[Result] = []
     running = _start(port, kind, seconds, connections)
     try:
         yield results
-        results.append(_finish(kind, running))
+        results.append(_finish(kind, running, seconds))
     finally:
         running.kill()
         running.wait()
@@ -57,12 +66,12 @@ def _start(port: int, kind: str, seconds: int, connections: int, offset: int = 0
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _finish(kind: str, running: "subprocess.Popen[str]") -> Result:
-    output, _ = running.communicate()
+def _finish(kind: str, running: "subprocess.Popen[str]", seconds: int) -> Result:
+    output, _ = running.communicate(timeout=seconds + _MARGIN)
     match = _RESULT.search(output)
     if match is None:
-        raise RuntimeError(f"{kind}: wrk said: {output.strip()}")
+        raise RuntimeError(f"{kind}: wrk printed: {output.strip()}")
     requests, microseconds, p99, errors, overloaded = map(int, match.groups())
     if errors or not requests:
-        raise RuntimeError(f"{kind}: of {requests} requests {errors} failed or were answered as none should be")
+        raise RuntimeError(f"{kind}: {errors} of {requests} requests failed or got an unexpected response")
     return Result(requests, microseconds / 1e6, p99 / 1000, overloaded)

@@ -1,4 +1,4 @@
-"""The machine: what it has to have, and what it is."""
+"""The machine: what the benchmark needs, and a description."""
 
 import os
 import platform
@@ -15,23 +15,23 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 
 _PACKAGES = {"wrk": "wrk", "taskset": "util-linux"}
-_ROOM = 2_000_000_000
+_DISK_SPACE = 2_000_000_000
 
 
 def require(directory: Path) -> None:
-    """Exit with one clear line when what the benchmark needs is not there."""
+    """Exit with one line if something that the benchmark needs is missing."""
     missing = [package for program, package in _PACKAGES.items() if shutil.which(program) is None]
     if missing:
         sys.exit(f"make bench needs {' and '.join(missing)}: apt-get install {' '.join(missing)}")
     if len(CORES) < 2:
         sys.exit("make bench needs two cores: one for the server, one for the load")
-    if shutil.disk_usage(directory).free < _ROOM:
+    if shutil.disk_usage(directory).free < _DISK_SPACE:
         sys.exit(f"make bench needs 2 GB for its databases in {directory}: name another directory with TMPDIR")
 
 
 @contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """Start processes on one core for as long as this lasts."""
+    """Run this process, and those that it starts meanwhile, on one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -41,7 +41,7 @@ def on_core(core: int) -> Iterator[None]:
 
 
 def facts(directory: Path) -> dict[str, str | int]:
-    """Describe the machine and what runs on it."""
+    """Return a description of the machine and its software."""
     return {
         "cpu": _cpu(),
         "cores": len(CORES),
@@ -59,14 +59,14 @@ def _cpu() -> str:
 
 
 def _filesystem(directory: Path) -> str:
-    """Name the kind of file system: on one in memory, what is called durable costs nothing."""
+    """Return the type of the file system: in memory, durable writes cost nothing."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     under = [(point, kind) for point, kind in mounts if directory.resolve().is_relative_to(point)]
     return max(under, key=lambda mount: len(mount[0]))[1]
 
 
 def page_in(directory: Path) -> None:
-    """Read all databases in a directory, so that the system has them in memory."""
+    """Read all databases below a directory, so that they are in the page cache."""
     for database in directory.rglob("*.db"):
         with database.open("rb", buffering=0) as opened:
             while opened.read(2**20):

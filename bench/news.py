@@ -1,4 +1,4 @@
-"""How long it takes until a node refuses what another node has ended."""
+"""Measures how long it takes until a node refuses a token that another node has revoked."""
 
 import json
 import time
@@ -11,25 +11,28 @@ from bench.figures import Sample
 
 
 def measure_news(first: int, second: int, tokens: Iterator[str], seconds: int) -> Sample:
-    """End tokens on the first port for so long; after each answer ask the second port until it refuses."""
+    """Revoke tokens on the first port for some seconds; after each, ask the second port until it refuses the token."""
     delays: list[float] = []
-    at_once = 0
-    with closing(HTTPConnection("127.0.0.1", first)) as ending, closing(HTTPConnection("127.0.0.1", second)) as asking:
+    at_first_poll = 0
+    with (
+        closing(HTTPConnection("127.0.0.1", first)) as revoker,
+        closing(HTTPConnection("127.0.0.1", second)) as asker,
+    ):
         began = time.perf_counter()
         while time.perf_counter() < began + seconds:
             token = next(tokens)
-            if not _valid(asking, token):  # from now on it is remembered there
-                raise RuntimeError(f"{token} is refused before its end")
-            ending.request("DELETE", "/api/token", json.dumps({"token": token}), {"Content-Type": "application/json"})
-            if (status := _read(ending)[0]) != 200:
+            if not _valid(asker, token):  # now it is in the cache of that node
+                raise RuntimeError(f"{token} is refused before it was revoked")
+            revoker.request("DELETE", "/api/token", json.dumps({"token": token}), {"Content-Type": "application/json"})
+            if (status := _read(revoker)[0]) != 200:
                 raise RuntimeError(f"DELETE /api/token answered {status}")
-            ended = time.perf_counter()
+            revoked = time.perf_counter()
             polls = 1
-            while _valid(asking, token):
+            while _valid(asker, token):
                 polls += 1
-            delays.append((time.perf_counter() - ended) * 1000)
-            at_once += polls == 1
-    note = f"{len(delays):,} ended one by one; {at_once / len(delays):.0%} refused when first asked"
+            delays.append((time.perf_counter() - revoked) * 1000)
+            at_first_poll += polls == 1
+    note = f"{len(delays):,} revoked one by one; {at_first_poll / len(delays):.0%} refused at the first poll"
     return Sample(median(delays), p99_ms=quantiles(delays, n=100)[98], note=note)
 
 

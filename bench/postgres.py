@@ -1,4 +1,4 @@
-"""How each figure about PostgreSQL is measured: one durable server, on the core that the load has."""
+"""The figures about PostgreSQL: one durable server, on the core of the load generator."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
-from bench.lending import CONNECTIONS as LENDERS
+from bench.leasing import CONNECTIONS as LENDERS
 from bench.limit import BareServer
 from bench.load import CONNECTIONS, Result
 from bench.machine import LOAD_CORE, on_core
@@ -21,14 +21,14 @@ from tokenauth.settings import loader
 
 _DATABASE = "bench"
 
-_REVOKED, _TOLD = 100_000, 50_000
-"""Live tokens beyond the million: those that are ended, and those of whose end another node hears."""
+_REVOKED, _WATCHED = 100_000, 50_000
+"""Live tokens beyond the million: those that are revoked, and those whose revocation another node waits for."""
 
 _POOL, _KEPT, _RELEASED = 100_000, 10_000, 200_000
-"""Tokens that are free at the beginning of each round, kept alive over and over, and released once each."""
+"""Number of tokens that are free at the start of a round, kept alive again and again, and released once each."""
 
 _CHUNK = 100_000
-"""Rows that are written by one statement."""
+"""Number of rows that one statement inserts."""
 
 _WARM = 2
 """Seconds of load before the first round."""
@@ -36,7 +36,7 @@ _WARM = 2
 _TABLES = """
 [pools.large]
 lease_ttl = "1h"
-[pools.lent]
+[pools.leased]
 lease_ttl = "1h"
 """
 
@@ -48,9 +48,9 @@ _FILL_TOKENS = """
     FROM generate_series({first}, {last}) AS n
     ORDER BY 1
 """
-_FILL_LENT = """
+_FILL_LEASED = """
     INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired)
-    SELECT 'lent', lpad(n::text, 64, '0'), extract(epoch FROM now()) + 86400, 'worker-7', 1, 'user0', false
+    SELECT 'leased', lpad(n::text, 64, '0'), extract(epoch FROM now()) + 86400, 'worker-7', 1, 'user0', false
     FROM generate_series({first}, {last}) AS n
 """
 _FILL_FREE = """
@@ -58,14 +58,14 @@ _FILL_FREE = """
     SELECT 'large', gen_random_uuid(), extract(epoch FROM now()), 0, false
     FROM generate_series(1, {lacking})
 """
-_COUNT_LENT = "SELECT count(*) FROM pool_tokens WHERE pool = '{}' AND free_at > extract(epoch FROM now())"
+_COUNT_LEASED = "SELECT count(*) FROM pool_tokens WHERE pool = '{}' AND free_at > extract(epoch FROM now())"
 _COUNT_FREE = "SELECT count(*) FROM pool_tokens WHERE pool = 'large' AND holder IS NULL"
-_COUNT_ENDED = "SELECT count(*) FROM revocations"
+_COUNT_REVOKED = "SELECT count(*) FROM revocations"
 _COUNT_ISSUED = "SELECT (SELECT count(*) FROM tokens) + (SELECT count(*) FROM revocations)"
 
 
 class PostgresRows:
-    """The measurements, and the PostgreSQL that they share; it is made when first asked for, and ends with this."""
+    """The figures, and the PostgreSQL server that they share. It is started when it is first needed."""
 
     def __init__(self, directory: Path, bare: BareServer, seconds: int) -> None:
         self._directory = directory
@@ -86,26 +86,26 @@ class PostgresRows:
 
     @property
     def version(self) -> int | None:
-        """The major version of the server, if it was needed."""
+        """The major version of the server, if it was started."""
         return None if self._cluster is None else self._cluster.version
 
     def figures(self) -> Sequence[Figure]:
-        """List the figures of the table."""
+        """Return the figures in the order of the table."""
         tokens, pools = f"{CONNECTIONS} connections", f"{LENDERS} connections"
         return (
-            Figure("pg-hot", "PostgreSQL: GET /api/token, 500 hot tokens", 0.75, 0.90, "", self._hot),
-            Figure("pg-million", "PostgreSQL: GET /api/token, 1,000,000 tokens", None, None, "/s", self._million),
-            Figure("pg-issue", f"PostgreSQL: POST /api/token, {tokens}", 2000, 3000, "/s", self._issue),
-            Figure("pg-revoke", f"PostgreSQL: DELETE /api/token, {tokens}", None, None, "/s", self._revoke),
-            Figure("pg-assign", f"PostgreSQL: assign from 100,000, {pools}", 1500, 3000, "/s", self._assign),
-            Figure("pg-keep", f"PostgreSQL: keep alive, {pools}", None, None, "/s", self._keep),
-            Figure("pg-release", f"PostgreSQL: release, {pools}", None, None, "/s", self._release),
-            Figure("pg-news", "PostgreSQL: until another node refuses", 10, 5, "ms", self._news),
+            Figure("pg-hot", "PostgreSQL: GET /api/token, 500 hot tokens", 0.75, "", self._hot),
+            Figure("pg-million", "PostgreSQL: GET /api/token, 1,000,000 tokens", None, "/s", self._million),
+            Figure("pg-issue", f"PostgreSQL: POST /api/token, {tokens}", 2000, "/s", self._issue),
+            Figure("pg-revoke", f"PostgreSQL: DELETE /api/token, {tokens}", None, "/s", self._revoke),
+            Figure("pg-assign", f"PostgreSQL: assign from 100,000, {pools}", 1500, "/s", self._assign),
+            Figure("pg-keep", f"PostgreSQL: keep alive, {pools}", None, "/s", self._keep),
+            Figure("pg-release", f"PostgreSQL: release, {pools}", None, "/s", self._release),
+            Figure("pg-news", "PostgreSQL: until another node refuses", 10, "ms", self._news, at_most=True),
         )
 
     @contextmanager
     def _hot(self) -> Iterator[Sampler]:
-        """Ask about few tokens, all of which are remembered."""
+        """Validate few tokens, all of which are cached."""
         server = self._serve()
         load.run(server.port, "hot", _WARM)
 
@@ -117,14 +117,14 @@ class PostgresRows:
 
     @contextmanager
     def _million(self) -> Iterator[Sampler]:
-        """Ask about so many tokens that few are remembered."""
+        """Validate so many tokens that few are cached."""
         server = self._serve()
         load.run(server.port, "million", _WARM)
         yield lambda: self._beside(server, "million", CONNECTIONS)
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:
-        """Log in with a password that costs nothing, into a database that is new in each round."""
+        """Log in with a negligible hash, each round into a new database."""
 
         def sample() -> Sample:
             name = next(self._names)
@@ -141,19 +141,21 @@ class PostgresRows:
 
     @contextmanager
     def _revoke(self) -> Iterator[Sampler]:
-        """End one token after the other."""
+        """Revoke one token after the other."""
         _demand_valid(self._serve(), value(MILLION))
-        yield lambda: self._changing("revoke", CONNECTIONS, partial(self._count, _COUNT_ENDED), self._offsets["revoke"])
+        yield lambda: self._changing(
+            "revoke", CONNECTIONS, partial(self._count, _COUNT_REVOKED), self._offsets["revoke"]
+        )
 
     @contextmanager
     def _assign(self) -> Iterator[Sampler]:
-        """Lend tokens that nobody gives back, from a pool that is new to PostgreSQL's statistics."""
+        """Lease tokens that are never released, from a pool that the statistics of PostgreSQL do not know yet."""
         self._serve()
 
         def sample() -> Sample:
             lacking = _POOL - self._count(_COUNT_FREE)
             self._running().execute(_FILL_FREE.format(lacking=lacking), _DATABASE)
-            return self._changing("assign", LENDERS, partial(self._count, _COUNT_LENT.format("large")), 0)
+            return self._changing("assign", LENDERS, partial(self._count, _COUNT_LEASED.format("large")), 0)
 
         yield sample
 
@@ -165,30 +167,30 @@ class PostgresRows:
 
     @contextmanager
     def _release(self) -> Iterator[Sampler]:
-        """End one lease after the other."""
+        """Release one token after the other."""
         self._serve()
-        lent = _COUNT_LENT.format("lent")
-        yield lambda: self._changing("release", LENDERS, lambda: -self._count(lent), self._offsets["release"])
+        leased = _COUNT_LEASED.format("leased")
+        yield lambda: self._changing("release", LENDERS, lambda: -self._count(leased), self._offsets["release"])
 
     @contextmanager
     def _news(self) -> Iterator[Sampler]:
-        """End tokens on one node, and ask another node about each until it refuses."""
+        """Revoke tokens on one node, and ask another node about each until it refuses."""
         first = self._serve()
         assert self._config is not None
-        tokens = map(value, range(MILLION + _REVOKED, MILLION + _REVOKED + _TOLD))
+        tokens = map(value, range(MILLION + _REVOKED, MILLION + _REVOKED + _WATCHED))
         with world.tokenauth(self._config, None) as second:
             yield lambda: measure_news(first.port, second.port, tokens, self._seconds)
 
     def _changing(
         self, kind: str, connections: int, counted: Callable[[], int], offset: int, server: Running | None = None
     ) -> Sample:
-        """Send changes, and compare what was answered with what the database has then."""
+        """Send changes, and compare the responses with the database."""
         before = counted()
         results: list[Result] = []
         sample = self._beside(server or self._serve(), kind, connections, offset, results)
         answered, changed = results[0].requests, counted() - before
         if not answered <= changed <= answered + connections:  # at the end wrk does not wait for its last requests
-            raise RuntimeError(f"{kind}: {answered} were answered, the database shows {changed}")
+            raise RuntimeError(f"{kind}: {answered} requests were answered, the database has {changed} changes")
         if kind in self._offsets:
             self._offsets[kind] += answered + 2 * connections
         return sample
@@ -200,7 +202,7 @@ class PostgresRows:
         if results is not None:
             results.append(found.result)
         result = found.result
-        return Sample(result.rate, result.rate, result.p99_ms, f"{found.ratio:.2f} of the bare server's rate")
+        return Sample(result.rate, result.rate, result.p99_ms, f"{found.ratio:.2f} of the limit")
 
     def _count(self, query: str, database: str = _DATABASE) -> int:
         return int(self._running().execute(query, database)[0][0])
@@ -208,12 +210,12 @@ class PostgresRows:
     def _running(self) -> Cluster:
         """Return the PostgreSQL server."""
         if self._cluster is None:
-            with on_core(LOAD_CORE):  # which the server takes over
+            with on_core(LOAD_CORE):  # the server inherits it
                 self._cluster = self._stack.enter_context(cluster())
         return self._cluster
 
     def _serve(self) -> Running:
-        """Return the service that all share but those who need a new database."""
+        """Return the server of all figures that do not need a new database."""
         if self._server is None:
             self._config = world.write_config(
                 self._directory / "postgres", tables=_TABLES, url=self._running().create(_DATABASE)
@@ -225,23 +227,23 @@ class PostgresRows:
         return self._server
 
     def _fill(self, config: Path) -> None:
-        """Put tokens into a new database."""
+        """Insert tokens into a new database."""
         world.migrate(config)
         users = loader.load(config).directory
         credentials = ",".join(f'"{users[f"user{number}"].credential}"' for number in range(world.USERS))
-        for statement, total in ((_FILL_TOKENS, MILLION + _REVOKED + _TOLD), (_FILL_LENT, _KEPT + _RELEASED)):
+        for statement, total in ((_FILL_TOKENS, MILLION + _REVOKED + _WATCHED), (_FILL_LEASED, _KEPT + _RELEASED)):
             for first in range(0, total, _CHUNK):
                 last = min(total, first + _CHUNK) - 1
                 self._running().execute(
                     statement.format(first=first, last=last, users=world.USERS, credentials=credentials), _DATABASE
                 )
-        for statement in ("VACUUM ANALYZE", "CHECKPOINT"):  # now, and not while something is measured
+        for statement in ("VACUUM ANALYZE", "CHECKPOINT"):  # now, not during a measurement
             self._running().execute(statement, _DATABASE)
         os.sync()
 
 
 def missing() -> str | None:
-    """Say what PostgreSQL's rows lack, if anything."""
+    """Return what the rows of PostgreSQL lack, or None."""
     return None if postgres_programs.find() else postgres_programs.REMEDY
 
 

@@ -1,4 +1,4 @@
-"""What was found, as a table for people and as JSON for programs."""
+"""The results, as a table for people and as JSON for programs."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -8,20 +8,18 @@ from bench.figures import Figure, Row
 
 Facts = Mapping[str, str | int]
 
-_HEADS = ("what", "measured", "at least", "aim", "verdict", "rounds", "per second", "p99 ms")
+_HEADS = ("what", "measured", "bound", "verdict", "rounds", "per second", "p99 ms")
 
 
 def table(facts: Facts, bare_rates: Sequence[float], rows: Sequence[Row]) -> str:
-    """Write everything as text."""
+    """Return everything as text."""
     head = [
         "{cpu}, {cores} cores; Python {python}, uvicorn {uvicorn}, SQLite {sqlite}, on {filesystem}".format(**facts)
         + (f", PostgreSQL {facts['postgres']}" if "postgres" in facts else ""),
     ]
     if bare_rates:
-        head.append(
-            f"the limit: the bare HTTP server answers {median(bare_rates):,.0f} requests a second here (median)"
-        )
-    head.append("Rates and milliseconds hold for this machine at this hour; what can be compared are the ratios.")
+        head.append(f"limit: the bare ASGI function answers {median(bare_rates):,.0f} requests per second (median)")
+    head.append("Compare the ratios: rates and milliseconds are those of this machine at this time.")
     cells = [_HEADS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(_align(line, widths)).rstrip() for line in cells]
@@ -30,7 +28,7 @@ def table(facts: Facts, bare_rates: Sequence[float], rows: Sequence[Row]) -> str
 
 
 def document(facts: Facts, bare_rates: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
-    """Make one JSON document of everything, with all rounds."""
+    """Return everything, with all rounds, as a JSON document."""
     bare = {"median": median(bare_rates) if bare_rates else None, "rounds": list(bare_rates)}
     return {"machine": dict(facts), "bare_rate": bare, "rows": [_record(row) for row in rows]}
 
@@ -42,10 +40,10 @@ def _record(row: Row) -> dict[str, Any]:
         "what": figure.title,
         "unit": figure.unit or "ratio",
         "measured": row.measured,
-        "at_least": figure.at_least,
-        "aim": figure.aim,
-        "smaller_is_better": figure.smaller_is_better,
+        "bound": figure.bound,
+        "at_most": figure.at_most,
         "verdict": row.verdict,
+        "problem": row.problem,
         "rate": row.rate,
         "p99_ms": row.p99_ms,
         "rounds": [sample._asdict() for sample in row.samples],
@@ -54,20 +52,20 @@ def _record(row: Row) -> dict[str, Any]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     figure = row.figure
+    values = [sample.value for sample in row.samples]
     return (
         figure.title,
-        figure.show(row.measured),
-        _bound(figure, figure.at_least),
-        _bound(figure, figure.aim),
+        "" if row.measured is None else figure.show(row.measured),
+        _bound(figure),
         row.verdict,
-        " - ".join(map(figure.show, row.range)) if len(row.samples) > 1 else "",
+        " - ".join(map(figure.show, (min(values), max(values)))) if len(values) > 1 else "",
         "" if row.rate is None else f"{row.rate:,.0f}",
         "" if row.p99_ms is None else f"{row.p99_ms:.2f}",
     )
 
 
-def _bound(figure: Figure, value: float | None) -> str:
-    return "" if value is None else f"{'<=' if figure.smaller_is_better else '>='} {figure.show(value)}"
+def _bound(figure: Figure) -> str:
+    return "" if figure.bound is None else f"{'<=' if figure.at_most else '>='} {figure.show(figure.bound)}"
 
 
 def _align(line: Sequence[str], widths: Sequence[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How each figure of the table is measured."""
+"""The figures about tokens, logins and the process."""
 
 import os
 import shutil
@@ -17,23 +17,23 @@ from bench.machine import CORES
 from bench.world import MILLION, Running, value
 
 _SWEPT = 110_000
-"""Tokens that are probed to fill a cache: more than it holds by default."""
+"""Number of tokens that are validated to fill the cache: more than it holds by default."""
 
 _FEW = 4
-"""Connections of probes that come at a calm pace."""
+"""Connections of slow validations."""
 
 _LOGINS = 16
-"""Connections of logins: enough to keep all cores busy, and fewer than may wait for them."""
+"""Connections of logins: enough to keep all cores busy, and few enough for the login queue."""
 
 _FLOOD = 128 * len(CORES)
-"""Connections of wrong logins: each asks about once a second, and one core hashes some 60 in a second."""
+"""Connections of wrong logins: each sends about one per second, and one core hashes about 60 per second."""
 
 _WARM = 2
 """Seconds of load before the first round."""
 
 
 class Rows:
-    """The measurements, and what they have in common: a directory, a database, a yardstick."""
+    """The figures, and what they share: a directory, a database, the bare function."""
 
     def __init__(self, directory: Path, bare: BareServer, seconds: int) -> None:
         self._directory = directory
@@ -42,25 +42,25 @@ class Rows:
         self._full: Path | None = None
 
     def figures(self) -> Sequence[Figure]:
-        """List the figures of the table."""
+        """Return the figures in the order of the table."""
         durable = "durable, 64 connections"
         return (
-            Figure("hot", "GET /api/token, 500 hot tokens", 0.80, 0.90, "", partial(self._probes, "hot")),
-            Figure("me", "GET /api/me", 0.50, 0.70, "", partial(self._probes, "me")),
-            Figure("auth", "GET /auth, forward-auth", 0.75, 0.85, "", partial(self._probes, "auth")),
-            Figure("introspect", "POST /oauth/introspect", 0.35, 0.50, "", partial(self._probes, "introspect")),
-            Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, 0.60, "", partial(self._probes, "million")),
-            Figure("issue", f"POST /api/token, {durable}", 0.20, 0.30, "", self._issue),
-            Figure("revoke", f"DELETE /api/token, {durable}", 0.20, 0.30, "", self._revoke),
-            Figure("login", "logins, default hash, of bare argon2", 0.90, 0.98, "", self._login),
-            Figure("flood", "p99 under wrong logins, of idle p99", 4, 2, "x", self._flood),
-            Figure("start", "start with 1,000,000 tokens", 2, 0.5, "s", self._start, times=3),
-            Figure("memory", "memory of a worker, full cache", 150, 100, "MB", self._memory, times=1),
+            Figure("hot", "GET /api/token, 500 hot tokens", 0.80, "", partial(self._probes, "hot")),
+            Figure("me", "GET /api/me", 0.65, "", partial(self._probes, "me")),
+            Figure("auth", "GET /auth, forward-auth", 0.75, "", partial(self._probes, "auth")),
+            Figure("introspect", "POST /oauth/introspect", 0.45, "", partial(self._probes, "introspect")),
+            Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, "", partial(self._probes, "million")),
+            Figure("issue", f"POST /api/token, {durable}", 0.20, "", self._issue),
+            Figure("revoke", f"DELETE /api/token, {durable}", 0.20, "", self._revoke),
+            Figure("login", "logins, default hash, of bare argon2", 0.90, "", self._login),
+            Figure("flood", "p99 under wrong logins, of idle p99", 4, "x", self._flood, at_most=True),
+            Figure("start", "start with 1,000,000 tokens", 0.8, "s", self._start, at_most=True),
+            Figure("memory", "memory of a worker, full cache", 120, "MB", self._memory, at_most=True, rounds=1),
         )
 
     @contextmanager
     def _probes(self, kind: str) -> Iterator[Sampler]:
-        """Ask about tokens that are all valid."""
+        """Validate tokens that are all valid."""
         with world.tokenauth(self._million()) as server:
             _check_probe(server, value(0))
             _check_probe(server, value(MILLION - 1))
@@ -75,7 +75,7 @@ class Rows:
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:
-        """Log in with a password that costs nothing, into a database that is new in each round."""
+        """Log in with a negligible hash, each round into a new database."""
 
         def sample() -> Sample:
             with self._scratch() as directory:
@@ -83,7 +83,7 @@ class Rows:
                 with world.tokenauth(config) as server:
                     _check_login(server)
                     found = self._beside(server, "issue")
-                issued = sum(world.counts(config)) - 1  # those beyond `per_user` have been ended
+                issued = sum(world.counts(config)) - 1  # those beyond `per_user` were revoked
             _demand_written(found, issued)
             return _ratio(found)
 
@@ -91,7 +91,7 @@ class Rows:
 
     @contextmanager
     def _revoke(self) -> Iterator[Sampler]:
-        """End one token after the other, of a million in a database of its own."""
+        """Revoke one token after the other, out of a million."""
         with self._scratch() as directory:
             config = world.write_config(directory)
             shutil.copyfile(world.database(self._million()), world.database(config))
@@ -109,14 +109,14 @@ class Rows:
                     found = self._beside(server, "revoke", offset)
                     after, _ = world.counts(config)
                     _demand_written(found, before - after)
-                    offset += found.result.requests + 2 * CONNECTIONS  # some were sent, and not waited for
+                    offset += found.result.requests + 2 * CONNECTIONS  # wrk does not wait for its last requests
                     return _ratio(found)
 
                 yield sample
 
     @contextmanager
     def _login(self) -> Iterator[Sampler]:
-        """Log in with the default hash on all cores, beside nothing but argon2 on all cores."""
+        """Log in with the default hash on all cores, and compare with only argon2 on all cores."""
         with self._scratch() as directory, world.tokenauth(world.write_config(directory, "", HASH), None) as server:
             _check_login(server)
 
@@ -130,7 +130,7 @@ class Rows:
 
     @contextmanager
     def _flood(self) -> Iterator[Sampler]:
-        """Probe at a calm pace, first alone, then beside more wrong logins than can be hashed."""
+        """Validate slowly, first alone, then during more wrong logins than can be hashed."""
         with self._scratch() as directory:
             config = world.write_config(directory, 'trusted_proxies = ["127.0.0.1/32"]', HASH)
             world.fill(config, world.USERS)
@@ -143,7 +143,7 @@ class Rows:
     def _flooded(self, server: Running) -> Sample:
         idle = load.run(server.port, "calm", self._seconds, _FEW)
         with load.beside(server.port, "wrong", self._seconds + 1, _FLOOD) as floods:
-            time.sleep(1)  # until all places in the queue are taken
+            time.sleep(1)  # until the login queue is full
             calm = load.run(server.port, "calm", self._seconds, _FEW)
         _quiet(server)
         flood = floods[0]
@@ -152,7 +152,7 @@ class Rows:
 
     @contextmanager
     def _start(self) -> Iterator[Sampler]:
-        """Start on a file with a million tokens: from exec until /readyz answers 200."""
+        """Start with a million tokens in the file: from exec until /readyz answers 200."""
         config = self._million()
 
         def sample() -> Sample:
@@ -163,7 +163,7 @@ class Rows:
 
     @contextmanager
     def _memory(self) -> Iterator[Sampler]:
-        """Probe more tokens than the cache holds, then look how large the worker is."""
+        """Validate more tokens than the cache holds, then measure the memory of the worker."""
         with world.tokenauth(self._million()) as server:
             _check_probe(server, value(0))
 
@@ -172,7 +172,7 @@ class Rows:
                 while probed < _SWEPT:
                     probed += load.run(server.port, "sweep", self._seconds, offset=probed).requests
                 sizes = server.memory()
-                shares = f"PSS {sizes['pss']:.0f} MB, supervisor and its helper {sizes['others']:.0f} MB more"
+                shares = f"PSS {sizes['pss']:.0f} MB, main process and its helper {sizes['others']:.0f} MB more"
                 return Sample(sizes["rss"], note=f"RSS after {probed:,} tokens; {shares}")
 
             yield sample
@@ -181,7 +181,7 @@ class Rows:
         return self._bare.around(lambda: load.run(server.port, kind, self._seconds, offset=offset))
 
     def _million(self) -> Path:
-        """Return the configuration whose database has a million tokens; it is filled when first asked for."""
+        """Return the configuration whose database has a million tokens. It is made at the first call."""
         if self._full is None:
             self._full = world.write_config(self._directory / "million")
             world.fill(self._full, MILLION)
@@ -189,7 +189,7 @@ class Rows:
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
-        """Make a directory for a database of its own."""
+        """Make a temporary directory for another database."""
         with tempfile.TemporaryDirectory(dir=self._directory) as directory:
             yield Path(directory)
 
@@ -209,18 +209,21 @@ def _check_login(server: Running) -> None:
 
 
 def _quiet(server: Running) -> None:
-    """Wait until what was left in the queue has been hashed, or it would slow down what is measured next."""
+    """Wait until the login queue is empty: it would slow down the next measurement."""
     login = {"username": "user0", "password": "secret"}
     deadline = time.monotonic() + 30
     while server.client.post("/api/token", json=login).status_code != 200:
-        _demand(time.monotonic() < deadline, "after logins from everywhere no login came through for 30 s")
+        _demand(time.monotonic() < deadline, "after many logins, no login succeeded for 30 s")
         time.sleep(0.1)
 
 
 def _demand_written(found: Beside, count: int) -> None:
-    """Compare what was answered with what the database has; at the end wrk does not wait for its last requests."""
+    """Compare the responses with the database. At the end wrk does not wait for its last requests."""
     answered = found.result.requests
-    _demand(answered <= count <= answered + CONNECTIONS, f"{answered} were answered, the database shows {count}")
+    _demand(
+        answered <= count <= answered + CONNECTIONS,
+        f"{answered} requests were answered, the database has {count} changes",
+    )
 
 
 def _demand(right: bool, problem: str) -> None:

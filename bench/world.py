@@ -1,4 +1,4 @@
-"""What is measured on: databases full of tokens, configurations, and server processes pinned to a core."""
+"""Databases full of tokens, configurations, and server processes pinned to a core."""
 
 import os
 import sqlite3
@@ -24,20 +24,21 @@ NEGLIGIBLE = pbkdf2_sha256.using(rounds=1).hash("secret")
 
 _SCOPES = 'scopes = ["introspect"]'
 _TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
-_PATIENCE = 60
+_TIMEOUT = 60
 
 
 def value(number: int) -> str:
-    """Write the value of the benchmark's token number so and so; the load generator writes it alike."""
+    """Return the value of a token of the benchmark, by its number. load.lua does the same."""
     return f"{number:064d}"
 
 
 def write_config(
     directory: Path, server: str = "", password: str = NEGLIGIBLE, tables: str = "", url: str = ""
 ) -> Path:
-    """Write a configuration with 500 users whose hash of "secret" is `password`, and with more `tables`.
+    """Write a configuration with 500 users, and return its path.
 
-    Without the `url` of another database it has a file of its own.
+    server: further lines of [server]. password: the hash of "secret" of all users. tables: further tables.
+    url: the database; by default, a file beside the configuration.
     """
     directory.mkdir(exist_ok=True)
     users = "".join(
@@ -51,17 +52,18 @@ def write_config(
 
 
 def database(config: Path) -> Path:
-    """Return where the database of a configuration is."""
+    """Return the path of the database of a configuration."""
     return config.with_name("tokenauth.db")
 
 
 def migrate(config: Path) -> None:
-    """Bring the schema of a database up to date."""
-    subprocess.run([_TOKENAUTH, "migrate", "--config", str(config)], check=True, capture_output=True)
+    """Create or upgrade the schema of a database."""
+    command = [_TOKENAUTH, "migrate", "--config", str(config)]
+    subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT)
 
 
 def fill(config: Path, count: int) -> None:
-    """Put so many live tokens into a new database, in the order that is quickest to write."""
+    """Insert `count` live tokens into a new database, ordered by digest: that is fastest."""
     migrate(config)
     directory = loader.load(config).directory
     users = [directory[f"user{number}"] for number in range(USERS)]
@@ -78,7 +80,7 @@ def fill(config: Path, count: int) -> None:
         db.executemany("INSERT INTO tokens VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    os.sync()  # now, and not while something is measured
+    os.sync()  # now, not during a measurement
 
 
 _INSERT = """
@@ -86,10 +88,10 @@ _INSERT = """
 """
 
 
-def fill_pool(config: Path, pool: str, values: Iterable[str], lent: bool = False) -> None:
-    """Put tokens into a pool of a database that is there: free, or lent for a day."""
+def fill_pool(config: Path, pool: str, values: Iterable[str], leased: bool = False) -> None:
+    """Insert tokens into a pool of an existing database: free, or leased for a day."""
     now = time.time()
-    row = (now + 86400, "worker-7", 1, "user0") if lent else (now, None, 0, None)
+    row = (now + 86400, "worker-7", 1, "user0") if leased else (now, None, 0, None)
     with closing(sqlite3.connect(database(config))) as db, db:
         db.execute("PRAGMA synchronous = OFF")
         rows = ((pool, value, *row) for value in values)
@@ -99,24 +101,24 @@ def fill_pool(config: Path, pool: str, values: Iterable[str], lent: bool = False
     os.sync()
 
 
-def lent(config: Path, pool: str) -> int:
-    """Count the tokens of a pool that are lent."""
+def count_leased(config: Path, pool: str) -> int:
+    """Return the number of leased tokens of a pool."""
     with closing(sqlite3.connect(f"file:{database(config)}?mode=ro", uri=True)) as db:
         query = "SELECT count(*) FROM pool_tokens WHERE pool = ? AND free_at > ?"
         return int(db.execute(query, (pool, time.time())).fetchone()[0])
 
 
 def counts(config: Path) -> tuple[int, int]:
-    """Count the tokens in a database, and those that were ended."""
+    """Return the number of tokens in a database, and of revoked ones."""
     with closing(sqlite3.connect(f"file:{database(config)}?mode=ro", uri=True)) as db:
-        tokens, ended = db.execute(
+        tokens, revoked = db.execute(
             "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM revocations)"
         ).fetchone()
-    return tokens, ended
+    return tokens, revoked
 
 
 class Running:
-    """A server under measurement."""
+    """A running server."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", client: httpx.Client, start_seconds: float) -> None:
         self._process = process
@@ -125,7 +127,7 @@ class Running:
         self.start_seconds = start_seconds
 
     def memory(self) -> dict[str, float]:
-        """Say how many MB the worker has resident, its proportional share of that, and the other processes' share."""
+        """Return in MB: the RSS and the PSS of the worker, and the PSS of the other processes."""
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         worker, *others = sorted(map(_rollup, [str(pid), *children]), key=lambda sizes: sizes["Rss"], reverse=True)
@@ -134,7 +136,7 @@ class Running:
 
 @contextmanager
 def tokenauth(config: Path, core: int | None = SERVER_CORE) -> Iterator[Running]:
-    """Run `tokenauth serve`, on one core or on all."""
+    """Run `tokenauth serve` on one core, or with None on all."""
     port = free_port()
     command = [_TOKENAUTH, "serve", "--config", str(config), "--port", str(port)]
     with _run(command, config.parent, port, "/readyz", core) as running:
@@ -143,7 +145,7 @@ def tokenauth(config: Path, core: int | None = SERVER_CORE) -> Iterator[Running]
 
 @contextmanager
 def bare(directory: Path) -> Iterator[Running]:
-    """Run the yardstick."""
+    """Run the bare ASGI function."""
     port = free_port()
     with _run([sys.executable, "-m", "bench.bare", str(port)], directory, port, "/", SERVER_CORE) as running:
         yield running
@@ -155,27 +157,27 @@ def _run(command: list[str], directory: Path, port: int, path: str, core: int | 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     log = directory / "server.log"
     with (
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=_PATIENCE) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=_TIMEOUT) as client,
         log.open("wb") as output,
     ):
         began = time.perf_counter()
         process = subprocess.Popen([*pin, *command], cwd=directory, env=environment, stdout=output, stderr=output)
         try:
             if not _answers(client, path, process):
-                raise RuntimeError(f"{' '.join(command)} does not serve: {log.read_text()[-500:].strip()}")
+                raise RuntimeError(f"{' '.join(command)} did not start: {log.read_text()[-500:].strip()}")
             yield Running(process, client, time.perf_counter() - began)
         finally:
-            client.close()  # or the server would wait for a last request
+            client.close()  # otherwise the server would wait for another request
             process.terminate()
             try:
-                process.wait(_PATIENCE)
+                process.wait(_TIMEOUT)
             except subprocess.TimeoutExpired:
                 process.kill()
 
 
 def _answers(client: httpx.Client, path: str, process: "subprocess.Popen[bytes]") -> bool:
-    """Wait until the server answers 200."""
-    deadline = time.monotonic() + _PATIENCE
+    """Wait for a 200 response. Return whether it came in time."""
+    deadline = time.monotonic() + _TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if client.get(path).status_code == 200:
@@ -187,6 +189,6 @@ def _answers(client: httpx.Client, path: str, process: "subprocess.Popen[bytes]"
 
 
 def _rollup(pid: str) -> dict[str, float]:
-    """Read the sizes of a process in MB."""
+    """Return the memory sizes of a process in MB."""
     lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return {name.rstrip(":"): int(kib) * 1024 / 1e6 for name, kib, *_ in lines}

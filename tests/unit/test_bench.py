@@ -1,0 +1,72 @@
+"""The frame of the benchmark: rounds, deadline, failures and verdicts. What it measures is not tested here."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bench.figures import Figure, Row, Sample, Sampler, measure
+from bench.report import document, table
+
+FACTS: dict[str, str | int] = {
+    "cpu": "x", "cores": 2, "python": "3", "uvicorn": "1", "sqlite": "3", "filesystem": "ext4"
+}  # fmt: skip
+
+
+def figure(values: list[float], bound: float | None = 0.5, at_most: bool = False) -> Figure:
+    """Return a figure that measures these values in turn, and then fails."""
+
+    @contextmanager
+    def prepare() -> Iterator[Sampler]:
+        left = iter(values)
+
+        def sample() -> Sample:
+            try:
+                return Sample(next(left))
+            except StopIteration:
+                raise RuntimeError("wrk printed nothing") from None
+
+        yield sample
+
+    return Figure("hot", "hot tokens", bound, "", prepare, at_most)
+
+
+@pytest.mark.parametrize(
+    ("values", "bound", "at_most", "verdict"),
+    [
+        ([0.1, 0.5, 0.9], 0.5, False, "ok"),
+        ([0.1, 0.4, 0.9], 0.5, False, "missed"),
+        ([0.1, 0.5, 0.9], 0.5, True, "ok"),
+        ([0.1, 0.6, 0.9], 0.5, True, "missed"),
+        ([0.1, 0.6, 0.9], None, False, ""),
+    ],
+)
+def test_the_verdict_is_about_the_median(
+    values: list[float], bound: float | None, at_most: bool, verdict: str, tmp_path: Path
+) -> None:
+    row = measure(figure(values, bound, at_most), 3, math.inf, tmp_path)
+    assert (row.verdict, row.problem) == (verdict, "")
+    assert row.measured == values[1]
+
+
+def test_a_failed_round_ends_its_row_only(tmp_path: Path) -> None:
+    failed, fine = (measure(figure(values), 3, math.inf, tmp_path) for values in ([0.7], [0.6] * 3))
+    assert (failed.measured, fine.measured) == (0.7, 0.6)
+    text = table(FACTS, [1000.0], [failed, fine])
+    assert "hot: 1 of 3 rounds: RuntimeError: wrk printed nothing" in text
+    assert document(FACTS, [], [failed])["rows"][0]["problem"] == failed.problem
+
+
+def test_no_round_starts_after_the_deadline(tmp_path: Path) -> None:
+    row = measure(figure([0.7] * 3), 3, 0.0, tmp_path)
+    assert row.problem.startswith("0 of 3 rounds: the time was up")
+    assert (row.verdict, row.measured) == ("not measured", None)
+    assert "not measured" in table(FACTS, [], [row])
+
+
+def test_a_missed_figure_is_printed_as_missed() -> None:
+    row = Row(figure([]), [Sample(0.4, rate=20_000, p99_ms=3.5)])
+    assert ">= 0.50" in table(FACTS, [], [row])
+    assert "missed" in table(FACTS, [], [row])
