@@ -74,7 +74,7 @@ def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, docum
     assert len(shown) == count
 
 
-def test_the_login_of_these_tests_is_the_one_of_the_readme() -> None:
+def test_the_login_here_is_that_of_the_readme() -> None:
     assert LOG_IN in [command for command, _ in commands("README.md")]
 
 
