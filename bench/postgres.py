@@ -229,7 +229,7 @@ class PostgresRows:
     def _fill(self, config: Path) -> None:
         """Insert tokens into a new database."""
         world.migrate(config)
-        users = loader.load(config).directory
+        users = loader.load(config).users_by_name
         credentials = ",".join(f'"{users[f"user{number}"].credential}"' for number in range(world.USERS))
         for statement, total in ((_FILL_TOKENS, MILLION + _REVOKED + _WATCHED), (_FILL_LEASED, _KEPT + _RELEASED)):
             for first in range(0, total, _CHUNK):

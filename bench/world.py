@@ -65,7 +65,7 @@ def migrate(config: Path) -> None:
 def fill(config: Path, count: int) -> None:
     """Insert `count` live tokens into a new database, ordered by digest: that is fastest."""
     migrate(config)
-    directory = loader.load(config).directory
+    directory = loader.load(config).users_by_name
     users = [directory[f"user{number}"] for number in range(USERS)]
     now = time.time()
     rows = []

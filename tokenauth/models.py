@@ -13,9 +13,12 @@ ID_BYTES = 12
 """Length of a token's public id: that many leading bytes of its digest."""
 
 
+SCOPE_PATTERN = r"[\x21\x23-\x5b\x5d-\x7e]+"
+
+
 def is_scope(word: str) -> bool:
     """Return whether a word is a valid scope: printable ASCII without blank, quote or backslash (RFC 6749 §3.3)."""
-    return re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", word) is not None
+    return re.fullmatch(SCOPE_PATTERN, word) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ class Passwords:
             time_cost=settings.time_cost,
             parallelism=settings.parallelism,
         )
-        self._executor = Executor(self._verify, settings.lanes, settings.queue, low_priority=True)
+        self._executor = Executor(self._verify, settings.thread_count, settings.queue, low_priority=True)
         self._settings = settings
         self._users = {} if users is None else users
         self._memory_kib = machine_memory_kib()
@@ -143,7 +143,7 @@ class Passwords:
 
     def crowds(self, cost: Cost, workers: int) -> bool:
         """Whether as many of these hashes as are computed at once take more than half of the machine's memory."""
-        return cost.memory_kib * self._settings.lanes * workers > self._memory_kib / 2
+        return cost.memory_kib * self._settings.thread_count * workers > self._memory_kib / 2
 
     def weak(self, user: User) -> bool:
         """Whether a hash costs an attacker less than the configuration asks for, or than is usual for its scheme."""

@@ -34,7 +34,7 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
     """List what is risky about a configuration, and about its file at `path`, whoever can reach the service."""
     shipped, weak = [], []
     costs = {}
-    for user in config.directory.values():
+    for user in config.users_by_name.values():
         costs[user.username] = passwords.cost(user)
         if user.password_hash == SHIPPED_HASH:
             shipped.append(user.username)
@@ -97,7 +97,7 @@ def _has_many(networks: Sequence[N], space: N) -> bool:
 
 
 def _of_dialects(config: Settings) -> Iterator[Risk]:
-    for name, dialect in config.dialects.chosen().items():
+    for name, dialect in config.dialects.items():
         if isinstance(dialect, PasswordDialectSettings):
             if dialect.password == SHIPPED_API_PASSWORD:
                 text = f"dialects.{name}.password is the one that tokenauth is shipped with; set another"
@@ -141,13 +141,13 @@ def _private(found: os.stat_result) -> bool:
 
 def demand_acceptable(config: Settings, risks: list[Risk]) -> None:
     """Raise ConfigError when the service may not start: others can reach it, and risks have not been accepted."""
-    if config.reach is None:
+    if config.exposure is None:
         return
     refused = dict.fromkeys(repr(risk.name) for risk in risks if risk.name not in config.server.accept_risks)
     if refused:
         them, fix = ("this risk is", "it") if len(refused) == 1 else ("these risks are", "them")
         raise ConfigError(
-            f"{config.reach}, and {them} not accepted: {', '.join(refused)}; fix {fix}, or name {fix} in"
+            f"{config.exposure}, and {them} not accepted: {', '.join(refused)}; fix {fix}, or name {fix} in"
             " server.accept_risks"
         )
 

@@ -6,27 +6,20 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from tokenauth import file_descriptors, values
+from tokenauth import file_descriptors
 from tokenauth.clock import Clock, MonotonicClock
 from tokenauth.credentials import Credentials
-from tokenauth.errors import ConfigError, RetryLater
+from tokenauth.errors import RetryLater
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
 from tokenauth.models import Instant, User
 from tokenauth.passwords import Passwords
-from tokenauth.pools import NewValue, Pools
+from tokenauth.pools import Pools
 from tokenauth.settings.model import Settings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
 from tokenauth.tokens import Tokens
-
-_NEW_VALUES: Mapping[str, NewValue] = {
-    "token-pool": values.new_uuid,
-    "random-token-generator": values.new_uuid,
-    "token-management-service": values.new_prefixed,
-}
-"""Dialects whose clients expect another form of tokens, and what makes them."""
 
 
 class Service(NamedTuple):
@@ -98,26 +91,13 @@ def create_service(
     clock: replaces the clock of the store. monotonic: sets the pace of time after `clock` is set back.
     serving: create the database if it does not exist. Commands do not: a wrong directory would look like success.
     """
-    users = dict(config.directory)
+    users = dict(config.users_by_name)
     passwords = Passwords(config.passwords, users)
     store = open_store(config.database, config.tokens.cache_size, clock, serving)
     now = MonotonicClock(store.clock, monotonic)
-    queue = LoginQueue(config.passwords.lanes, config.passwords.queue)
+    queue = LoginQueue(config.passwords.thread_count, config.passwords.queue)
     throttle = Throttle(config.throttle, config.server.workers, store, now, queue)
     credentials = Credentials(users, passwords, throttle, now)
     tokens = Tokens(config.tokens, users, store, credentials, now)
-    pools = Pools(config.terms, store, now, _new_values(config))
+    pools = Pools(config.pools_by_name, store, now, config.new_values)
     return Service(config, users, now, store, passwords, throttle, credentials, tokens, pools)
-
-
-def _new_values(config: Settings) -> Mapping[str, NewValue]:
-    """Return what makes the tokens of each pool of a dialect. Raises ConfigError if two dialects share a pool."""
-    makers: dict[str, NewValue] = {}
-    for name, dialect in config.dialects.chosen().items():
-        make = _NEW_VALUES.get(name)
-        if make is not None and makers.setdefault(dialect.pool, make) is not make:
-            raise ConfigError(
-                f"dialects.{name}.pool: the tokens in [pools.{dialect.pool}] have the form of another dialect;"
-                " give each dialect a pool of its own"
-            )
-    return makers

@@ -206,12 +206,12 @@ def test_users_come_change_and_go(home: Path) -> None:
     reload = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
     assert well(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
     assert recorded(added) == [{"event": "user_added", "user": "Eve", "scopes": ["a", "b"]}]
-    before = loader.load(path).directory["eve"]
+    before = loader.load(path).users_by_name["eve"]
     assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
     changed = run(home, "user", "passwd", "eve", "--password-stdin", stdin="another password\n")
     assert well(changed) == f"Saved. Existing logins stay valid until you reload: {reload}\n"
     assert recorded(changed) == [{"event": "user_password_changed", "user": "eve"}]
-    after = loader.load(path).directory["eve"]
+    after = loader.load(path).users_by_name["eve"]
     assert argon2.verify("another password", after.password_hash)
     assert after.credential != before.credential
     assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(well(run(home, "user", "list", "--json")))
@@ -295,7 +295,7 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
     "a NUL, to change": (["user", "passwd", "ann", USER_ADD[-1]], "pass\0word1\n", "password: has a NUL character"),
     "a NUL, to hash": (["hash-password", "--password-stdin"], "\0" * 9, "password: has a NUL character"),
     "bytes for a password": (["hash-password", "--password-stdin"], "\udcff" * 9, ""),
-    "bytes for a name": ([*USER_ADD[:2], "\udcff", USER_ADD[3]], WORD, "users[3].username: takes no control"),
+    "bytes for a name": ([*USER_ADD[:2], "\udcff", USER_ADD[3]], WORD, "users[3].username: must not have control"),
     "no such token": (["tokens", "revoke", "--id", "0" * 24], "", "There is no token with this id."),
     "no such id": (["tokens", "revoke", "--id", "\udcff"], "", "There is no"),
 }
@@ -420,11 +420,11 @@ def test_tokens_that_end_at_the_next_reload_are_marked(tmp_path: Path) -> None:
 def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
     add = [["user", "add", f"u{number}", "--password-stdin"] for number in range(4)]
     commands = [*add, ["user", "remove", "ann"], ["user", "passwd", "bob", "--password-stdin"]]
-    before = loader.load(home / "config.toml").directory
+    before = loader.load(home / "config.toml").users_by_name
     with ThreadPoolExecutor(len(commands)) as pool:
         for done in pool.map(lambda command: run(home, *command, stdin=WORD), commands):
             well(done)
-    after = loader.load(home / "config.toml").directory
+    after = loader.load(home / "config.toml").users_by_name
     assert set(after) == {"admin", "bob", "u0", "u1", "u2", "u3"}
     assert after["bob"].credential != before["bob"].credential
     assert sorted(os.listdir(home)) == ["config.toml"]

@@ -7,75 +7,80 @@ import pytest
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import loader
+from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.settings.model import Settings
 
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
 
+PORT = "must be an integer from 0 to 65535"
+CAPACITY = "must be an integer from 0 to 100000000"
+DURATION = "must be a duration from 1s to 3650d, such as '24h', '5m', '30s' or a number of seconds"
+SCOPE = "must be a word of printable ASCII without blanks, quotes or backslashes"
+
 MISTAKES = {
     "[sever]": "sever: there is no such key; did you mean server?",
     "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
-    "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, workers, cors_origins,"
-    " trusted_proxies, accept_risks, access_log, docs",
-    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, users,"
-    " pools, dialects",
+    "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, workers, cors_origins, "
+    "trusted_proxies, accept_risks, access_log, docs",
+    "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, users, "
+    "pools, dialects",
     "[[user]]": "user: there is no such key; did you mean users?",
     USER + 'scope = ["x"]': "users[0].scope: there is no such key; did you mean scopes?",
-    USER
-    + USER.replace("ann", "bob")
-    + "x = 1": "users[1].x: there is no such key; known are username, password, scopes",
-    '[server]\nport = "80"': "server.port: expected `int`, got `str`",
-    "[server]\nport = 1.5": "server.port: expected `int`, got `float`",
-    "[server]\nport = true": "server.port: expected `int`, got `bool`",
-    "[server]\nport = 2020-01-01": "server.port: expected `int`, got `date`",
-    "[server]\nhost = 1": "server.host: expected `str`, got `int`",
-    "[server]\naccess_log = 1": "server.access_log: expected `bool`, got `int`",
-    '[server]\ncors_origins = "x"': "server.cors_origins: expected `array`, got `str`",
-    "[server]\ncors_origins = [1]": "server.cors_origins[0]: expected `str`, got `int`",
-    "server = 1": "server: expected `object`, got `int`",
-    "[[server]]": "server: expected `object`, got `array`",
-    "[users]": "users: expected `array`, got `object`",
+    USER + USER.replace("ann", "bob") + "x = 1": "users[1].x: there is no such key; known are username, "
+    "password, scopes",
+    '[server]\nport = "80"': "server.port: " + PORT + ", not a string",
+    "[server]\nport = 1.5": "server.port: " + PORT + ", not 1.5",
+    "[server]\nport = true": "server.port: " + PORT + ", not true",
+    "[server]\nport = 2020-01-01": "server.port: " + PORT + ", not a date",
+    "[server]\nhost = 1": "server.host: must be a host or address such as '127.0.0.1' (this machine only) or "
+    "'0.0.0.0' (all of IPv4), not an integer",
+    "[server]\naccess_log = 1": "server.access_log: must be true or false, not an integer",
+    '[server]\ncors_origins = "x"': "server.cors_origins: must be an array, not a string",
+    "[server]\ncors_origins = [1]": "server.cors_origins[0]: must be an origin such as 'https://app.example.com', "
+    "not an integer",
+    "server = 1": "server: must be a table, not an integer",
+    "[[server]]": "server: must be a table, not an array",
+    "[users]": "users: must be an array, not a table",
     "[[users]]": "users[0].username: is missing",
     '[[users]]\nusername = "ann"': "users[0].password: is missing",
-    USER + 'scopes = "admin"': "users[0].scopes: expected `array`, got `str`",
-    USER + "scopes = [1]": "users[0].scopes[0]: expected `str`, got `int`",
-    USER + USER: "users: has 'ann' twice (capitals do not tell names apart)",
-    "[server]\nport = 65536": "server.port: must be from 0 to 65535, and is 65536",
-    '[tokens]\nttl = "soon"': "tokens.ttl: 'soon' is not a duration such as '24h', '5m', '30s' or a number of seconds",
+    USER + 'scopes = "admin"': "users[0].scopes: must be an array, not a string",
+    USER + "scopes = [1]": "users[0].scopes[0]: " + SCOPE + ", not an integer",
+    USER + USER: "users: has 'ann' twice (upper and lower case are the same)",
+    "[server]\nport = 65536": "server.port: " + PORT + ", not 65536",
+    '[tokens]\nttl = "soon"': "tokens.ttl: " + DURATION + ", not 'soon'",
     "[server]\nhost = '${NO}'": "server.host: the environment has no NO; set it, or write ${NO:-default}",
     USER + "scopes = ['a', '${NO}']": "users[0].scopes[1]: the environment has no NO; set it, or write ${NO:-default}",
-    "[server]\nport = '${WORD}'": "server.port: expected `int`, got `str`, from ${WORD}",
-    "[server]\nport = '${REAL}'": "server.port: expected `int`, got `float`",
-    "[server]\nport = '${BIG}'": "server.port: must be from 0 to 65535, and is 70000",
-    "[server]\naccess_log = '${WORD}'": "server.access_log: expected `bool`, got `str`, from ${WORD}",
-    "[tokens]\nttl = '${WORD}'": "tokens.ttl: 'word'"
-    " is not a duration such as '24h', '5m', '30s' or a number of seconds, from ${WORD}",
-    "[pools.a]\ncapacity = -1": "pools.a.capacity: must be from 0 to 100000000, and is -1",
-    "[pools.a]\n[pools.b]\ncapacity = 1.5\n[pools.c]\nx = 1": "pools.b.capacity: expected `int | null`, got `float`",
-    '[pools."v1.2"]\ncapacity = "1"': 'pools."v1.2".capacity: expected `int | null`, got `str`',
+    "[server]\nport = '${WORD}'": "server.port: " + PORT + ", not a string, from ${WORD}",
+    "[server]\nport = '${REAL}'": "server.port: " + PORT + ", not a string, from ${REAL}",
+    "[server]\nport = '${BIG}'": "server.port: " + PORT + ", not 70000, from ${BIG}",
+    "[server]\naccess_log = '${WORD}'": "server.access_log: must be true or false, not a string, from ${WORD}",
+    "[tokens]\nttl = '${WORD}'": "tokens.ttl: " + DURATION + ", not 'word', from ${WORD}",
+    "[pools.a]\ncapacity = -1": "pools.a.capacity: " + CAPACITY + ", not -1",
+    "[pools.a]\n[pools.b]\ncapacity = 1.5\n[pools.c]\nx = 1": "pools.b.capacity: " + CAPACITY + ", not 1.5",
+    '[pools."v1.2"]\ncapacity = "1"': 'pools."v1.2".capacity: ' + CAPACITY + ", not a string",
     '[pools."v1.2"]\ncapacty = 1': 'pools."v1.2".capacty: there is no such key; did you mean capacity?',
-    '[pools."v1.2"]\nlease_ttl = "soon"': "pools.\"v1.2\".lease_ttl: 'soon'"
-    " is not a duration such as '24h', '5m', '30s' or a number of seconds",
-    '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: must be from 0 to 100000000, and is -1',
-    '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: expected `int | null`, got `array`',
-    "[pools.a.b]": "pools.a.b: there is no such key; known are"
-    " capacity, token_ttl, lease_ttl, prefill, scope, manage_scope",
-    "[pools]\na = 1": "pools.a: expected `object`, got `int`",
-    "[[pools]]": "pools: expected `object`, got `array`",
+    '[pools."v1.2"]\nlease_ttl = "soon"': 'pools."v1.2".lease_ttl: ' + DURATION + ", not 'soon'",
+    '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: ' + CAPACITY + ", not -1",
+    '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: ' + CAPACITY + ", not an array",
+    "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, prefill, scope, "
+    "manage_scope",
+    "[pools]\na = 1": "pools.a: must be a table, not an integer",
+    "[[pools]]": "pools: must be a table, not an array",
     "[pool.a]": "pool: there is no such key; did you mean pools?",
-    "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: expected `int | null`, got `str`, from ${WORD}",
-    "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: expected `bool`, got `str`,'
-    " from ${WORD}",
-    "[pools.'a.b']\ncapacity = '${NO}'": 'pools."a.b".capacity: the environment has no NO;'
-    " set it, or write ${NO:-default}",
+    "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: " + CAPACITY + ", not a string, from ${WORD}",
+    "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: must be true or false, not a '
+    "string, from ${WORD}",
+    "[pools.'a.b']\ncapacity = '${NO}'": 'pools."a.b".capacity: the environment has no NO; set it, or write '
+    "${NO:-default}",
     "[dialects.token-poll]": "dialects.token-poll: there is no such key; did you mean token-pool?",
     "[dialects.token_pool]": "dialects.token_pool: there is no such key; did you mean token-pool?",
-    "[dialects.zzz]": "dialects.zzz: there is no such key; known are simple-token-implement, token-pool,"
-    " random-token-generator, token-management-service",
+    "[dialects.zzz]": "dialects.zzz: there is no such key; known are simple-token-implement, token-pool, "
+    "random-token-generator, token-management-service",
     "[dialects.token-pool]": "dialects.token-pool.pool: is missing",
-    "[dialects.token-pool]\npool = 'p'\nrequire_tokens = 1": "dialects.token-pool.require_tokens: there is no such key;"
-    " did you mean require_token?",
-    "[dialects.token-pool]\npool = 'p'\npassword = 'x'": "dialects.token-pool.password: there is no such key;"
-    " known are pool, prefix, require_token",
+    "[dialects.token-pool]\npool = 'p'\nrequire_tokens = 1": "dialects.token-pool.require_tokens: there is no such "
+    "key; did you mean require_token?",
+    "[dialects.token-pool]\npool = 'p'\npassword = 'x'": "dialects.token-pool.password: there is no such key; known "
+    "are pool, prefix, require_token",
     "[dialects.simple-token-implement]\npool = 'p'": "dialects.simple-token-implement.password: is missing",
 }
 
@@ -218,8 +223,8 @@ def test_pools_and_dialects_expand_variables_too() -> None:
     assert settings.pools["a"].capacity == 1
     pool = settings.pools["b.c"]
     assert (pool.capacity, pool.prefill, float(pool.lease_ttl), pool.scope) == (70_000, True, 1800, "1")
-    served = settings.dialects.simple_token_implement
-    assert served is not None
+    served = settings.dialects["simple-token-implement"]
+    assert isinstance(served, PasswordDialectSettings)
     assert (served.password, served.require_token) == ("1", True)
 
 
@@ -233,7 +238,7 @@ def test_an_undecodable_environment_value_is_an_error() -> None:
     """Python shows such bytes as lone surrogates, which neither hash nor print."""
     text = "[[users]]\nusername = 'ann'\npassword = '${HASH}'"
     with pytest.raises(ConfigError, match=r"^users\[0\]\.password: "):
-        assert loader.parse(text, {"HASH": "\udcff"}).directory
+        assert loader.parse(text, {"HASH": "\udcff"}).users_by_name
 
 
 def test_option_then_variable_then_directory_find_the_file() -> None:
@@ -247,7 +252,7 @@ def test_option_then_variable_then_directory_find_the_file() -> None:
 def test_a_file_is_read_as_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(USER.replace("ann", "жанна"), encoding="utf-8")
-    assert list(loader.load(path, {}).directory) == ["жанна"]
+    assert list(loader.load(path, {}).users_by_name) == ["жанна"]
     path.write_bytes(b"# nothing\r\n")
     assert loader.load(path, {}) == Settings()
 

@@ -18,6 +18,7 @@ from tokenauth.cli.main import main
 from tokenauth.errors import ConfigError
 from tokenauth.logs import audit
 from tokenauth.settings import loader
+from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import Settings
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -85,11 +86,14 @@ def tables(kind: Any = Settings, path: str = "") -> Iterator[tuple[str, str, set
     for field in msgspec.structs.fields(kind):
         name = f"{path}{field.encode_name}"
         inner = [one for one in (field.type, *get_args(field.type)) if _is_table(one)]
-        if not inner:
+        if field.name == "dialects":
+            yield (
+                "[dialects.NAME]",
+                "",
+                {key.encode_name for one in DIALECTS.values() for key in _keys_of(one.settings)},
+            )
+        elif not inner:
             keys.add(field.encode_name)
-        elif field.name == "dialects":
-            every = {key.encode_name for one in msgspec.structs.fields(inner[0]) for key in _keys_of(one.type)}
-            yield "[dialects.NAME]", "", every
         else:
             heading = {"users": "[[users]]", "pools": "[pools.NAME]"}.get(name, f"[{name}]")
             yield heading, heading.replace("NAME", "name"), {key.encode_name for key in _keys_of(inner[0])}

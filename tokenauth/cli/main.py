@@ -82,8 +82,12 @@ def check(config_file: str | None, as_json: bool) -> None:
     if mistake is not None:
         raise mistake
     if not as_json:
-        click.echo(printable(_PRIVATE if settings.reach is None else f"{settings.reach}."))
-        counts = (count(len(settings.directory), "user"), count(len(settings.pools), "pool"), count(len(risks), "risk"))
+        click.echo(printable(_PRIVATE if settings.exposure is None else f"{settings.exposure}."))
+        counts = (
+            count(len(settings.users_by_name), "user"),
+            count(len(settings.pools), "pool"),
+            count(len(risks), "risk"),
+        )
         click.echo(printable(f"{path}: ok, {', '.join(counts)}"))
 
 

@@ -63,6 +63,6 @@ def user_list(config_file: str | None, as_json: bool) -> None:
     """List who may log in."""
     from tokenauth.settings import loader
 
-    users = loader.load(loader.find(config_file)).directory.values()
+    users = loader.load(loader.find(config_file)).users_by_name.values()
     rows = [{"username": one.username, "scopes": list(one.scopes)} for one in users]
     show(rows, as_json, "users")

@@ -5,8 +5,6 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from tokenauth import file_descriptors
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
@@ -31,7 +29,7 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
     # Until the file is read, which may take long, SIGINT and SIGTERM end the process.
     signals.catch(signal.SIGHUP, signal.SIGCHLD)
     file = loader.load(path)
-    settings = _override(file, host, port, workers)
+    settings = loader.override(file, host=host, port=port, workers=workers)
     try:
         _check_risks(path, settings)
     except ConfigError as error:
@@ -58,20 +56,10 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
     return supervisor.run()
 
 
-def _override(file: Settings, host: str | None, port: int | None, workers: int | None) -> Settings:
-    """Replace settings of the file by those of the command line. Raises ConfigError."""
-    given = {"host": host, "port": port, "workers": workers}
-    changes = {key: value for key, value in given.items() if value is not None}
-    try:
-        return replace(file, server=replace(file.server, **changes))
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from None
-
-
 def _check_risks(path: Path, settings: Settings) -> None:
     """Log the risks. Raises ConfigError for settings that cannot work, or are not allowed on this address."""
     with loader.naming(path):
-        judge(settings, find_risks(settings, Passwords(settings.passwords, settings.directory), path))
+        judge(settings, find_risks(settings, Passwords(settings.passwords, settings.users_by_name), path))
 
 
 def _reload(path: Path, first: Settings, served: Settings, workers: int | None) -> Settings:
@@ -81,6 +69,6 @@ def _reload(path: Path, first: Settings, served: Settings, workers: int | None) 
     file = loader.load(path)
     if (file.server.host, file.server.port) != (first.server.host, first.server.port):
         log.warning("restart_needed", detail=f"{path}: server.host and server.port change only at a restart")
-    settings = _override(file, served.server.host, served.server.port, workers)
+    settings = loader.override(file, host=served.server.host, port=served.server.port, workers=workers)
     _check_risks(path, settings)
     return settings

@@ -256,7 +256,7 @@ class Supervisor:
         """
         self._path = path
         self._settings = settings
-        self._users = settings.directory
+        self._users = settings.users_by_name
         self._load = reload
         self._listener = listener
         self._signals = signals
@@ -520,7 +520,7 @@ class Supervisor:
 
     def _send_users(self, settings: Settings) -> None:
         """Send the users of these settings to the current workers and to those that are stopping."""
-        before, users = self._users, settings.directory
+        before, users = self._users, settings.users_by_name
         changed = {name: user for name, user in users.items() if before.get(name) != user}
         self._users = users
         current = [slot.worker for slot in self._slots if slot.worker is not None]
@@ -552,7 +552,7 @@ class Supervisor:
             for slot in old:
                 if slot.worker is not None:
                     self._retire(slot.worker)
-            users, pools = len(self._settings.directory), len(self._settings.pools)
+            users, pools = len(self._settings.users_by_name), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
             log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._slots), **held)
         elif reload.ticks > _TIMEOUT:

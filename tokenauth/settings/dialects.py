@@ -1,49 +1,46 @@
-"""The services whose HTTP is served over pools."""
+"""The dialects: services whose HTTP is served over pools. One row each; their HTTP is in `web/dialects/`."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Annotated, NamedTuple
 
-import msgspec
+from tokenauth import values
+from tokenauth.settings.fields import Table, text
 
-from tokenauth.settings.fields import Table
+_PREFIX = text(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*", "empty or a path such as '/pool', without a slash at its end")
+_PASSWORD = text(r"[\x21-\x7e]{1,1024}", "1 to 1024 ASCII characters without blanks, as a header", secret=True)
 
 
 class DialectSettings(Table, frozen=True):
-    """The HTTP of another service, served over one pool."""
+    """A dialect that is served."""
 
     pool: str
-    prefix: str = ""
+    prefix: Annotated[str, _PREFIX] = ""
     require_token: bool = False
-
-    def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*", self.prefix):
-            raise ValueError(
-                f"prefix: {self.prefix!r} is neither empty nor a path such as '/pool', with no slash at its end"
-            )
 
 
 class PasswordDialectSettings(DialectSettings, frozen=True, kw_only=True):
-    """One whose every request has the same password."""
+    """A dialect that has a password of its own, which every request carries."""
 
-    password: str
-
-    def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        super().__post_init__()
-        if not re.fullmatch(r"[\x21-\x7e]{1,1024}", self.password):
-            raise ValueError("password: is sent in a header, and so takes 1 to 1024 characters of ASCII, with no blank")
+    password: Annotated[str, _PASSWORD]
 
 
-class DialectsSettings(Table, frozen=True, rename="kebab"):
-    """The services whose HTTP is served; one that is not named is not."""
+class Dialect(NamedTuple):
+    """What all the rest of tokenauth needs to know about a dialect."""
 
-    simple_token_implement: PasswordDialectSettings | None = None
-    token_pool: DialectSettings | None = None
-    random_token_generator: DialectSettings | None = None
-    token_management_service: DialectSettings | None = None
+    settings: type[DialectSettings] = DialectSettings
+    new_value: Callable[[], str] | None = None
+    """Makes the values of its pool's tokens, if its clients expect a certain form."""
+    request_headers: tuple[str, ...] = ()
+    """Headers of its own that pages of other origins can send."""
+    needs_prefill: bool = False
+    """Whether its pool must have prefill."""
+    ages_while_leased: bool = False
+    """Whether a token's `token_ttl` goes on while it is leased."""
 
-    def chosen(self) -> Mapping[str, DialectSettings]:
-        """Return those that are served, by name."""
-        fields = msgspec.structs.fields(self)
-        return {field.encode_name: found for field in fields if (found := getattr(self, field.name)) is not None}
+
+DIALECTS: Mapping[str, Dialect] = {
+    "simple-token-implement": Dialect(PasswordDialectSettings, request_headers=("X-API-PASSWORD",), needs_prefill=True),
+    "token-pool": Dialect(new_value=values.new_uuid, ages_while_leased=True),
+    "random-token-generator": Dialect(new_value=values.new_uuid),
+    "token-management-service": Dialect(new_value=values.new_prefixed),
+}

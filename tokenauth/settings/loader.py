@@ -5,27 +5,32 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import date, time
+from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import msgspec
+from msgspec import Meta
 
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
-from tokenauth.settings.fields import Duration, Table
-from tokenauth.settings.model import Settings
+from tokenauth.settings.fields import SettingError, Table
+from tokenauth.settings.model import ServerSettings, Settings
+
+T = TypeVar("T", bound=Table)
 
 
 def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Say which file holds: the one named, then TOKENAUTH_CONFIG, then ./config.toml."""
+    """Return the path of the file: the one given, then TOKENAUTH_CONFIG, then ./config.toml."""
     return Path(path or environ.get("TOKENAUTH_CONFIG") or "config.toml")
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read the file; a mistake in it raises ConfigError, one line with the key path."""
+    """Read the file. Raises ConfigError: one line with the key path, what is wrong, and a hint."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -38,7 +43,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have a ConfigError name the file in which the mistake is."""
+    """Put the file's path in front of a ConfigError."""
     try:
         yield
     except ConfigError as error:
@@ -46,20 +51,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def parse(text: str, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Make records of TOML text; a mistake in it raises ConfigError, one line with the key path."""
+    """Read TOML text. Raises ConfigError as `load` does."""
     tree = parse_toml(text)
-    from_environment = _expand(tree, environ)
-    while True:
-        try:
-            return msgspec.convert(tree, Settings, dec_hook=_decode)
-        except msgspec.ValidationError as error:
-            problem, _, at = str(error).partition(" - at `$")
-            path = _whole(at.rstrip("`").lstrip("."), tree)
-            spot = from_environment.pop(path, None)
-            if spot is None:
-                raise ConfigError(_explain(problem, path)) from None
-            if not _reread(spot.holder, spot.key):
-                raise ConfigError(f"{_explain(problem, path)}, from {spot.text}") from None
+    variables = _fill_in(tree, environ)
+    return _Reader(variables).table(Settings, tree, "")
+
+
+def override(settings: Settings, **options: object) -> Settings:
+    """Replace settings of `server` by options of a command; None leaves one alone. Raises ConfigError."""
+    given = {key: value for key, value in options.items() if value is not None}
+    types = {field.encode_name: field.type for field in msgspec.structs.fields(ServerSettings)}
+    values = {key: _Reader({}).value(types[key], value, f"--{key}") for key, value in given.items()}
+    return msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **values))
 
 
 _MAX_DEPTH = 32
@@ -76,131 +79,191 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ConfigError(f"not TOML: {error}") from None
 
 
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+class _Field(NamedTuple):
+    """A field's type, taken apart."""
+
+    annotation: Any
+    kind: Any
+    meta: Meta
+    """Its bounds, its description, and what is in its `extra`: duration, secret, tables."""
+
+    @classmethod
+    def of(cls, annotation: Any) -> "_Field":
+        """Take an annotation apart. `| None` is left out, since TOML has no null."""
+        if get_origin(annotation) in {UnionType, Union}:
+            annotation = next(one for one in get_args(annotation) if one is not type(None))
+        if get_origin(annotation) is Annotated:
+            return cls(annotation, *get_args(annotation))
+        return cls(annotation, annotation, Meta())
+
+    def marked(self, mark: str) -> Any:
+        return (self.meta.extra or {}).get(mark)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.meta.description is not None:
+            return self.meta.description
+        if get_origin(self.kind) is Literal:
+            return f"one of {', '.join(get_args(self.kind))}"
+        if self.marked("duration"):
+            assert self.meta.ge is not None
+            assert self.meta.le is not None
+            bounds = f"from {_in_units(self.meta.ge)} to {_in_units(self.meta.le)}"
+            return f"a duration {bounds}, such as '24h', '5m', '30s' or a number of seconds"
+        bounds = "" if self.meta.ge is None else f" from {self.meta.ge} to {self.meta.le}"
+        return f"{_TYPES[self.kind]}{bounds}"
+
+    def but_is(self, value: object) -> str:
+        """Say what a wrong value is: its type, or all of it if only its type is right and it is no secret."""
+        right = isinstance(value, _VALUES.get(self.kind, str)) and not isinstance(value, bool)
+        if right or (self.marked("duration") and isinstance(value, str)):
+            return "" if self.marked("secret") else f", not {repr(value)[:80]}"
+        return f", not {_type_of(value)}"
 
 
-def _decode(kind: type, value: object) -> object:
-    """Read what msgspec has no word for: durations."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", value)
-        if match is not None:
-            return Duration(float(match[1]) * _UNITS[match[2]])
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):
-            return Duration(value)
-    raise ValueError(f"{str(value)[:80]!r} is not a duration such as '24h', '5m', '30s' or a number of seconds")
+class _Reader:
+    """Makes records of a parsed file. Errors name the place, which is known at each step on the way down."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        """Make a reader. `variables` names, by key path, those of the environment that values come from."""
+        self._variables = variables
+
+    def table(self, record: type[T], tree: object, path: str) -> T:
+        """Read one table."""
+        fields = {field.encode_name: field for field in msgspec.structs.fields(record)}
+        items = _items(tree, path, list(fields))
+        values = {}
+        for key, field in fields.items():
+            if key in items:
+                values[field.name] = self.value(field.type, items[key], _join(path, key))
+            elif field.required:
+                raise ConfigError(f"{_join(path, key)}: is missing")
+        try:
+            return record(**values)
+        except SettingError as error:
+            raise ConfigError(f"{path}.{error}".lstrip(".")) from None
+
+    def value(self, annotation: Any, value: object, path: str) -> Any:
+        """Read whatever is at `path`."""
+        field = _Field.of(annotation)
+        origin = get_origin(field.kind)
+        if origin is tuple:
+            if not isinstance(value, list):
+                raise ConfigError(f"{path}: must be an array, not {_type_of(value)}")
+            inner = get_args(field.kind)[0]
+            return tuple(self.value(inner, one, f"{path}[{number}]") for number, one in enumerate(value))
+        if origin is dict:
+            kinds = field.marked("tables")
+            items = _items(value, path, kinds)
+            inner = get_args(field.kind)[1]
+            return {key: self.value(kinds[key] if kinds else inner, items[key], _join(path, key)) for key in items}
+        if isinstance(field.kind, type) and issubclass(field.kind, Table):
+            return self.table(field.kind, value, path)
+        return self._scalar(field, value, path)
+
+    def _scalar(self, field: _Field, value: object, path: str) -> Any:
+        variable = self._variables.get(path)
+        convert = partial(msgspec.convert, strict=variable is None)  # a variable can only spell a number as text
+        if field.marked("duration"):
+            value = _seconds(value)
+        try:
+            return convert(value, field.annotation)
+        except msgspec.ValidationError:
+            with suppress(msgspec.ValidationError):
+                value = convert(value, field.kind)
+        source = "" if variable is None else f", from {variable}"
+        raise ConfigError(f"{path}: must be {field.expected}{field.but_is(value)}{source}")
+
+
+def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, Any]:
+    """Return what is in a table. Raises ConfigError for a key that is not known, where only some are."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a table, not {_type_of(tree)}")
+    for key in tree:
+        if known is not None and key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise ConfigError(f"{_join(path, key)}: there is no such key; {hint}")
+    return tree
+
+
+_VALUES: Mapping[Any, type | tuple[type, ...]] = {str: str, int: (int, float), float: (int, float), bool: bool}
+
+_TYPES = {
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    list: "an array",
+    dict: "a table",
+    date: "a date",
+    time: "a time",
+}
+
+
+def _type_of(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return next(name for kind, name in _TYPES.items() if isinstance(value, kind))
+
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "": 1}
+
+
+def _seconds(value: object) -> object:
+    """Return the seconds of a duration such as "24h"; what is none stays as it is."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", value)):
+        return float(match[1]) * _UNITS[match[2]]
+    return value
+
+
+def _in_units(seconds: float) -> str:
+    """Write a duration as the file does."""
+    unit, size = next((unit, size) for unit, size in _UNITS.items() if seconds % size == 0)
+    return f"{seconds / size:.15g}{unit}"
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
-Spot = tuple[Any, str | int]
-"""A table or an array, and the key or the index in it."""
 
-
-class _Filled(NamedTuple):
-    """A string into which the environment's values were put: where it stands, and what the file has there."""
-
-    holder: Any
-    key: str | int
-    text: str
-
-
-def _expand(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, _Filled]:
-    """Put the environment's values into the strings that ask for them; say where that was, by key path."""
-    changed = {}
-    for path, (holder, key) in list(_strings(tree, "", _MAX_DEPTH)):
+def _fill_in(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Replace variables in strings by the environment's values. Return their names, such as "${PORT}", by key path."""
+    found = {}
+    for path, holder, key in list(_strings(tree, "", _MAX_DEPTH)):
         text = holder[key]
-
         if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
             raise ConfigError(f"{path}: has a '${{' that begins neither ${{NAME}} nor ${{NAME:-default}}")
 
         def value(match: re.Match[str], path: str = path) -> str:
-            found = environ.get(match[1]) or (environ.get(match[1]) if match[2] is None else match[2])
-            if found is None:
-                raise ConfigError(
-                    f"{path}: the environment has no {match[1]}; set it, or write ${{{match[1]}:-default}}"
-                )
-            if not found.isprintable():
-                raise ConfigError(f"{path}: what the environment has as {match[1]} is not printable text")
-            return found
+            name, default = match.groups()
+            value = environ.get(name) or (environ.get(name) if default is None else default)
+            if value is None:
+                raise ConfigError(f"{path}: the environment has no {name}; set it, or write ${{{name}:-default}}")
+            if not value.isprintable():
+                raise ConfigError(f"{path}: the value of {name} in the environment is not printable text")
+            return value
 
-        holder[key] = _VARIABLE.sub(value, text)
-        if holder[key] != text:
-            changed[path] = _Filled(holder, key, text)
-    return changed
+        names = [f"${{{match[1]}}}" for match in _VARIABLE.finditer(text)]
+        if names:
+            found[path] = " and ".join(names)
+            holder[key] = _VARIABLE.sub(value, text)
+    return found
 
 
-def _strings(node: Any, path: str, depth: int) -> Iterator[tuple[str, Spot]]:
+def _strings(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any, str | int]]:
+    """Yield the key path of each string, the table or array that holds it, and its key or index there."""
     if depth == 0:
         raise ConfigError(f"{path.partition('.')[0]}: {_TOO_DEEP}")
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        here = f"{path}[{key}]" if isinstance(node, list) else _key(path, str(key))
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        here = f"{path}[{key}]" if isinstance(node, list) else _join(path, str(key))
         if isinstance(value, str):
-            yield here, (node, key)
+            yield here, node, key
         elif isinstance(value, dict | list):
             yield from _strings(value, here, depth - 1)
 
 
-def _reread(holder: Any, key: str | int) -> bool:
-    """Take a string from the environment for the number or the truth value that it spells."""
-    try:
-        holder[key] = msgspec.convert(holder[key], bool | int | float, strict=False)
-    except msgspec.ValidationError:
-        return False
-    return True
-
-
-def _key(path: str, name: str) -> str:
-    """Write the path of a key as TOML has it."""
-    bare = name if re.fullmatch(r"[\w-]+", name) else json.dumps(name, ensure_ascii=not name.isprintable())
+def _join(path: str, key: str) -> str:
+    """Return the path of a key in a table, as TOML writes it."""
+    bare = key if re.fullmatch(r"[\w-]+", key) else json.dumps(key, ensure_ascii=not key.isprintable())
     return f"{path}.{bare}".lstrip(".")
-
-
-def _whole(path: str, tree: dict[str, Any]) -> str:
-    """Put the name into a path where msgspec has none: it says `pools[...]` of any pool."""
-    head, unnamed, tail = path.partition("[...]")
-    if not unnamed:
-        return path
-    for name, table in tree[head].items():
-        try:
-            msgspec.convert(table, _kind(_key(head, name)), dec_hook=_decode)
-        except msgspec.ValidationError:
-            return _key(head, name) + tail
-    return head
-
-
-def _kind(path: str) -> Any:
-    """Return the type of what stands at `path`."""
-    kind: Any = Settings
-    for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^.\[\]]+', path):
-        if get_origin(kind) in {dict, tuple}:
-            kind = next(one for one in reversed(get_args(kind)) if one is not Ellipsis)
-        else:
-            kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == part)
-            if get_origin(kind) is UnionType:
-                kind = get_args(kind)[0]
-    return kind
-
-
-def _keys(path: str) -> list[str]:
-    """List the keys that may stand in the table at `path`."""
-    kind = _kind(path)
-    if not isinstance(kind, type) or not issubclass(kind, Table):
-        return []
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
-
-
-def _explain(problem: str, path: str) -> str:
-    if problem.partition(":")[0] in _keys(path):
-        return f"{path}.{problem}".lstrip(".")
-    unknown = re.search(r"unknown field `(.*)`", problem, re.DOTALL)
-    if unknown is None:
-        missing = re.search(r"missing required field `(.*)`", problem)
-        if missing is not None:
-            return f"{path}.{missing[1]}: is missing"
-        return f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
-    known = _keys(path)
-    close = difflib.get_close_matches(unknown[1], known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    return f"{_key(path, unknown[1])}: there is no such key; {hint}"

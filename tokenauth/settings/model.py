@@ -1,24 +1,24 @@
-"""The configuration as frozen records. Every default lives here, and only here."""
+"""The configuration as frozen records. Every default and every bound is here, and only here."""
 
 import ipaddress
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Annotated, Literal, get_args
 
-import msgspec
+from msgspec import Meta
 
 from tokenauth.models import Pool, User
-from tokenauth.settings.dialects import DialectsSettings, PasswordDialectSettings
-from tokenauth.settings.fields import Duration, Table, check_between, check_scope
+from tokenauth.settings.dialects import DIALECTS, DialectSettings
+from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
 
 MAX_NAME = 256
-"""Characters that a user name may have."""
+"""Characters in a user name."""
 
-
-RISKS = (
+RiskName = Literal[
     "shipped_password",
     "weak_hash",
     "costly_hash",
@@ -27,41 +27,32 @@ RISKS = (
     "readable_config",
     "writable_config",
     "exposed_database",
-)
-"""What `accept_risks` may name; `tokenauth.risks` finds them."""
+]
+RISKS: tuple[RiskName, ...] = get_args(RiskName)
+"""What `accept_risks` can name; `tokenauth.risks` finds them."""
+
+_HOST = text(r"[\x21-\x7e]+", "a host or address such as '127.0.0.1' (this machine only) or '0.0.0.0' (all of IPv4)")
+_ORIGIN = text(r"https?://[^/*\s]+", "an origin such as 'https://app.example.com'")
 
 
 class ServerSettings(Table, frozen=True):
-    """Where the service listens, and whom it believes."""
+    """Where the service listens, and which pages and proxies it trusts."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    workers: int = 1
-    cors_origins: tuple[str, ...] = ()
+    host: Annotated[str, _HOST] = "127.0.0.1"
+    port: Annotated[int, between(0, 65535)] = 8000
+    workers: Annotated[int, between(1, 64)] = 1
+    cors_origins: tuple[Annotated[str, _ORIGIN], ...] = ()
     trusted_proxies: tuple[str, ...] = ()
-    accept_risks: tuple[str, ...] = ()
+    accept_risks: tuple[RiskName, ...] = ()
     access_log: bool = False
     docs: bool = True
 
     def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        if not re.fullmatch(r"[\x21-\x7e]+", self.host):
-            raise ValueError(
-                f"host: {self.host!r} is no address; say '127.0.0.1' for this machine only, '0.0.0.0' for all of IPv4"
-            )
-        check_between("port", self.port, 0, 65535)
-        check_between("workers", self.workers, 1, 64)
-        for risk in self.accept_risks:
-            if risk not in RISKS:
-                raise ValueError(f"accept_risks: there is no risk {risk!r}; there are {', '.join(RISKS)}")
-        for origin in self.cors_origins:
-            if not re.fullmatch(r"https?://[^/*\s]+", origin):
-                raise ValueError(f"cors_origins: {origin!r} is not an origin such as 'https://app.example.com'")
-        for proxy in self.trusted_proxies:
+        for number, proxy in enumerate(self.trusted_proxies):
             try:
                 ipaddress.ip_network(proxy)
             except ValueError as error:
-                raise ValueError(f"trusted_proxies: takes addresses and networks; {error}") from None
+                raise SettingError(f"trusted_proxies[{number}]", f"must be an IP address or network: {error}") from None
 
     @property
     def loopback(self) -> bool:
@@ -75,84 +66,72 @@ class ServerSettings(Table, frozen=True):
 class DatabaseSettings(Table, frozen=True):
     """Where tokens are kept."""
 
-    url: str = "sqlite+aiosqlite:///tokenauth.db"
-    connections: int = 8
-
-    def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        check_between("connections", self.connections, 1, 1000)
+    url: Annotated[str, SECRET] = "sqlite+aiosqlite:///tokenauth.db"
+    connections: Annotated[int, between(1, 1000)] = 8
 
 
 class TokenSettings(Table, frozen=True):
-    """The terms on which tokens are issued."""
+    """How long login tokens live, and how many there can be."""
 
-    ttl: Duration = Duration(24 * 3600)
-    per_user: int = 100
-    cache_size: int = 100_000
-
-    def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        check_between("ttl", self.ttl, 1, 10 * 365 * 86400)
-        check_between("per_user", self.per_user, 0, 1_000_000)
-        check_between("cache_size", self.cache_size, 1, 100_000_000)
+    ttl: Annotated[float, duration()] = 24 * 3600
+    per_user: Annotated[int, between(0, 1_000_000)] = 100
+    cache_size: Annotated[int, between(1, 100_000_000)] = 100_000
 
 
 class PasswordSettings(Table, frozen=True):
-    """What one password hash costs, and how many may be computed at once."""
+    """What one password hash costs, and how many are computed at once."""
 
-    memory_kib: int = 19 * 1024
-    time_cost: int = 2
-    parallelism: int = 1
-    threads: int = 0
-    queue: int = 64
+    memory_kib: Annotated[int, between(8, 1 << 20)] = 19 * 1024
+    time_cost: Annotated[int, between(1, 100)] = 2
+    parallelism: Annotated[int, between(1, 64)] = 1
+    threads: Annotated[int, between(0, 256)] = 0
+    queue: Annotated[int, between(1, 10_000)] = 64
 
     def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        check_between("parallelism", self.parallelism, 1, 64)
-        check_between("memory_kib", self.memory_kib, 8 * self.parallelism, 1 << 20)
-        check_between("time_cost", self.time_cost, 1, 100)
-        check_between("threads", self.threads, 0, 256)
-        check_between("queue", self.queue, 1, 10_000)
+        least = 8 * self.parallelism
+        if self.memory_kib < least:
+            raise SettingError("memory_kib", f"must be at least {least} (8 times parallelism), not {self.memory_kib}")
 
     @property
-    def lanes(self) -> int:
-        """Threads that hash: as many as cores, when the file says 0."""
-        return self.threads or _usable_cores()
+    def thread_count(self) -> int:
+        """Threads that hash: one per core if the file says 0."""
+        return self.threads or _cores()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux; macOS does not limit a process to some cores
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class ThrottleSettings(Table, frozen=True):
-    """How many logins may fail, and how long the next one then has to wait."""
+    """How many logins can fail, and how long the next one then has to wait."""
 
-    free: int = 5
-    network_free: int = 100
-    delay: Duration = Duration(1)
-    max_delay: Duration = Duration(15 * 60)
-    forget: Duration = Duration(3600)
+    free: Annotated[int, between(1, 1_000_000)] = 5
+    network_free: Annotated[int, between(1, 1_000_000)] = 100
+    delay: Annotated[float, duration(high=3600)] = 1
+    max_delay: Annotated[float, duration(high=86400)] = 15 * 60
+    forget: Annotated[float, duration(high=30 * 86400)] = 3600
 
     def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        check_between("free", self.free, 1, 1_000_000)
-        check_between("network_free", self.network_free, 1, 1_000_000)
-        check_between("delay", self.delay, 1, 3600)
-        check_between("max_delay", self.max_delay, self.delay, 86400)
-        check_between("forget", self.forget, self.max_delay, 30 * 86400)
+        if self.max_delay < self.delay:
+            raise SettingError("max_delay", "must not be less than delay")
+        if self.forget < self.max_delay:
+            raise SettingError("forget", "must not be less than max_delay")
 
 
 class UserSettings(Table, frozen=True):
-    """A user as the file has it."""
+    """A user."""
 
     username: str
-    password: str
-    scopes: tuple[str, ...] = ()
+    password: Annotated[str, SECRET]
+    scopes: tuple[ScopeName, ...] = ()
 
     def __post_init__(self) -> None:
-        """Hold the values to what can work."""
         if not self.username or len(self.username) > MAX_NAME or self.username != self.username.strip():
-            raise ValueError(f"username: takes 1 to {MAX_NAME} characters, with no blank at either end")
+            raise SettingError("username", f"must have 1 to {MAX_NAME} characters, with no blank at either end")
         if any(unicodedata.category(letter) in {"Cc", "Cf", "Cs"} for letter in self.username):
-            raise ValueError("username: takes no control characters and no invisible ones")
-        for scope in self.scopes:
-            check_scope("scopes", scope)
+            raise SettingError("username", "must not have control characters or invisible ones")
 
 
 _ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\{}]+)*")
@@ -160,55 +139,49 @@ _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-
 
 
 class OAuthSettings(Table, frozen=True):
-    """How the service calls itself in its metadata (RFC 8414)."""
+    """What the service calls itself in its metadata (RFC 8414)."""
 
-    issuer: str = ""
+    issuer: Annotated[str, SECRET] = ""
 
     def __post_init__(self) -> None:
-        """Hold the values to what can work."""
         authority = self.issuer.partition("//")[2].partition("/")[0]
-        if "@" in authority:  # what is before it is not repeated: it may be a password
-            raise ValueError("issuer: takes no user and no password; leave out all between '//' and '@'")
+        if "@" in authority:  # what is before it may be a password, so it is not repeated
+            raise SettingError("issuer", "must have no user and no password: remove everything between '//' and '@'")
         if self.issuer and not _ISSUER.fullmatch(self.issuer):
-            raise ValueError(
-                f"issuer: {self.issuer!r} is not a URL such as 'https://auth.example.com', with no query and no slash"
-                " at its end; http goes with this machine only"
+            raise SettingError(
+                "issuer",
+                "must be a URL such as 'https://auth.example.com', without a query or a slash at its end (http only for"
+                f" this machine), not {self.issuer!r}",
             )
         if not authority.isascii():
-            raise ValueError(f"issuer: the host {authority!r} has letters beyond ASCII; write it as 'xn--...'")
+            raise SettingError("issuer", f"the host {authority!r} has letters outside ASCII: write it as 'xn--...'")
         match = _AUTHORITY.fullmatch(authority)
         if self.issuer and (match is None or not 1 <= int(match["port"] or 1) <= 65535):
-            raise ValueError(f"issuer: {authority!r} is no host, or its port is not from 1 to 65535")
+            raise SettingError("issuer", f"{authority!r} is not a host, or its port is not from 1 to 65535")
 
 
 class PoolSettings(Table, frozen=True):
-    """A pool as the file has it."""
+    """A pool of tokens to lease."""
 
-    capacity: int | None = None
-    token_ttl: Duration | None = None
-    lease_ttl: Duration = Duration(60)
+    capacity: Annotated[int, between(0, 100_000_000)] | None = None
+    token_ttl: Annotated[float, duration()] | None = None
+    lease_ttl: Annotated[float, duration()] = 60
     prefill: bool = False
-    scope: str | None = None
-    manage_scope: str = "admin"
+    scope: ScopeName | None = None
+    manage_scope: ScopeName = "admin"
 
     def __post_init__(self) -> None:
-        """Hold the values to what can work."""
-        if self.capacity is not None:
-            check_between("capacity", self.capacity, 0, 100_000_000)
-        if self.token_ttl is not None:
-            check_between("token_ttl", self.token_ttl, 1, 10 * 365 * 86400)
-        check_between("lease_ttl", self.lease_ttl, 1, 10 * 365 * 86400)
         if self.prefill and self.capacity is None:
-            raise ValueError("prefill: keeps `capacity` tokens in being; say how many that are")
+            raise SettingError("prefill", "needs `capacity`, the number of tokens to keep")
         if self.prefill and self.token_ttl is not None:
-            raise ValueError("token_ttl: does not go with prefill, whose tokens wait for ever")
-        if self.scope is not None:
-            check_scope("scope", self.scope)
-        check_scope("manage_scope", self.manage_scope)
+            raise SettingError("token_ttl", "must not be set with prefill, whose free tokens do not expire")
 
 
-class Settings(Table, frozen=True):
-    """All that the file says."""
+_KINDS = Meta(extra={"tables": {name: dialect.settings for name, dialect in DIALECTS.items()}})
+
+
+class Settings(Table, frozen=True, dict=True):
+    """Everything that the file can set."""
 
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
@@ -217,85 +190,99 @@ class Settings(Table, frozen=True):
     throttle: ThrottleSettings = ThrottleSettings()
     oauth: OAuthSettings = OAuthSettings()
     users: tuple[UserSettings, ...] = ()
-    pools: dict[str, PoolSettings] = msgspec.field(default_factory=dict)
-    dialects: DialectsSettings = DialectsSettings()
+    pools: dict[str, PoolSettings] = {}  # noqa: RUF012 - msgspec copies it for each record
+    dialects: Annotated[dict[str, DialectSettings], _KINDS] = {}  # noqa: RUF012 - likewise
 
     def __post_init__(self) -> None:
-        """Refuse what is right by itself and wrong together."""
         self._check_users()
         self._check_pools()
+        self._check_dialects()
 
     def _check_users(self) -> None:
         seen: set[str] = set()
-        for entry in self.users:
-            if canonical(entry.username) in seen:
-                raise ValueError(f"users: has {entry.username!r} twice (capitals do not tell names apart)")
-            seen.add(canonical(entry.username))
+        for user in self.users:
+            if canonical(user.username) in seen:
+                raise SettingError("users", f"has {user.username!r} twice (upper and lower case are the same)")
+            seen.add(canonical(user.username))
 
     def _check_pools(self) -> None:
         for name in self.pools:
             if not re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}", name):
-                raise ValueError(
-                    f"pools: {name!r} is not a name of 1 to 64 letters, digits, dots, dashes and underscores"
+                raise SettingError(
+                    "pools", f"{name!r} is not a name of 1 to 64 letters, digits, dots, dashes and underscores"
                 )
-        for name, dialect in self.dialects.chosen().items():
+
+    def _check_dialects(self) -> None:
+        for name, dialect in self.dialects.items():
+            key = f"dialects.{name}"
             pool = self.pools.get(dialect.pool)
             if pool is None:
                 known = ", ".join(self.pools) or "none"
-                raise ValueError(f"dialects.{name}.pool: there is no [pools.{dialect.pool}]; known are: {known}")
+                raise SettingError(f"{key}.pool", f"there is no [pools.{dialect.pool}]; known are: {known}")
             if pool.scope is not None and not dialect.require_token:
-                raise ValueError(
-                    f"dialects.{name}.require_token: must be true, since [pools.{dialect.pool}] needs a scope"
+                raise SettingError(
+                    f"{key}.require_token", f"must be true, because [pools.{dialect.pool}] needs a scope"
                 )
-            if isinstance(dialect, PasswordDialectSettings) and not pool.prefill:
-                raise ValueError(f"dialects.{name}.pool: [pools.{dialect.pool}] must have prefill = true")
+            if DIALECTS[name].needs_prefill and not pool.prefill:
+                raise SettingError(f"{key}.pool", f"[pools.{dialect.pool}] must have prefill = true")
+            new_value = DIALECTS[name].new_value
+            if new_value is not None and self.new_values[dialect.pool] is not new_value:
+                raise SettingError(
+                    f"{key}.pool",
+                    f"the tokens in [pools.{dialect.pool}] have the form of another dialect; give each dialect a pool"
+                    " of its own",
+                )
 
     @cached_property
-    def reach(self) -> str | None:
-        """Say how others than the users of this machine can reach the service; None if they cannot.
+    def exposure(self) -> str | None:
+        """How others than this machine's users can reach the service; None if they cannot.
 
-        A loopback address is no protection where a reverse proxy passes on what comes from outside.
+        A loopback address is no protection behind a reverse proxy that passes on requests from outside.
         """
         if not self.server.loopback:
             return f"server.host: {self.server.host!r} can be reached by others"
         if self.server.trusted_proxies:
             return "server.trusted_proxies: names a proxy, through which others can reach the service"
         if self.oauth.issuer.startswith("https:"):
-            return f"oauth.issuer: {self.oauth.issuer!r} says that others can reach the service"
+            return f"oauth.issuer: {self.oauth.issuer!r} means that others can reach the service"
         return None
 
     @cached_property
-    def terms(self) -> Mapping[str, Pool]:
-        """The pools by name."""
+    def pools_by_name(self) -> Mapping[str, Pool]:
+        """The pools, for the service."""
+        ageing = {dialect.pool for name, dialect in self.dialects.items() if DIALECTS[name].ages_while_leased}
         return {
             name: Pool(
                 name,
-                lease_ttl=entry.lease_ttl,
-                token_ttl=math.inf if entry.token_ttl is None else entry.token_ttl,
-                capacity=entry.capacity,
-                prefill=entry.prefill,
-                scope=entry.scope,
-                manage_scope=entry.manage_scope,
-                ages_while_leased=self.dialects.token_pool is not None and self.dialects.token_pool.pool == name,
+                lease_ttl=pool.lease_ttl,
+                token_ttl=math.inf if pool.token_ttl is None else pool.token_ttl,
+                capacity=pool.capacity,
+                prefill=pool.prefill,
+                scope=pool.scope,
+                manage_scope=pool.manage_scope,
+                ages_while_leased=name in ageing,
             )
-            for name, entry in self.pools.items()
+            for name, pool in self.pools.items()
         }
 
     @cached_property
-    def directory(self) -> Mapping[str, User]:
+    def new_values(self) -> Mapping[str, Callable[[], str]]:
+        """What makes token values, by pool, where the clients of a dialect expect a certain form."""
+        found: dict[str, Callable[[], str]] = {}
+        for name, dialect in self.dialects.items():
+            new_value = DIALECTS[name].new_value
+            if new_value is not None:
+                found.setdefault(dialect.pool, new_value)
+        return found
+
+    @cached_property
+    def users_by_name(self) -> Mapping[str, User]:
         """The users by canonical name."""
         return {
-            name: User(name, entry.password, entry.scopes)
-            for entry in self.users
-            for name in [canonical(entry.username)]
+            name: User(name, user.password, user.scopes) for user in self.users for name in [canonical(user.username)]
         }
 
 
 def canonical(username: str) -> str:
-    """Write a user name in the one form in which names are compared, counted and stored."""
+    """Return the one form of a user name in which names are compared, counted and stored."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())
-
-
-def _usable_cores() -> int:
-    """Return how many cores this process may use; on Linux that can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

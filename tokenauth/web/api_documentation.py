@@ -111,7 +111,7 @@ FIELDS: Mapping[str, str] = {
 def describe(settings: Settings) -> Document:
     """Return the OpenAPI document of a service with this configuration."""
     sections = [TOKEN, MY_TOKENS, FORWARD_AUTH, POOLS, oauth_section(settings.oauth.issuer), HEALTH, DOCUMENTATION]
-    for name, dialect in settings.dialects.chosen().items():
+    for name, dialect in settings.dialects.items():
         section = DIALECTS[name].below(dialect.prefix)
         if dialect.require_token:
             sections.append(section.guarded(InsufficientScope))

@@ -29,6 +29,7 @@ from tokenauth.logs import log
 from tokenauth.pools import Pools
 from tokenauth.risks import demand_acceptable, find_risks
 from tokenauth.service import Service, create_service
+from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web.access_log import AccessLog
@@ -146,7 +147,7 @@ _MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
 def _headers_of_pages(config: Settings) -> Sequence[str]:
     """List what a page of another origin may send beside what every page may."""
     usual = ("X-Token", "Authorization", "Content-Type", "traceparent", "tracestate")
-    return (*usual, "X-API-PASSWORD") if "simple-token-implement" in config.dialects.chosen() else usual
+    return [*usual, *chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects)]
 
 
 _ASKING = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
@@ -171,7 +172,7 @@ def find_routes(service: Service) -> list[Route]:
             *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
         ]
     }
-    for name, settings in config.dialects.chosen().items():
+    for name, settings in config.dialects.items():
         guard = Guard(
             [Middleware(TokenMiddleware, tokens), Middleware(PoolGuard, pools, settings.pool)],
             (*_ASKING, InsufficientScope),
@@ -212,7 +213,7 @@ async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, o
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()
         gc.freeze()  # objects that live until the end need not be collected again and again
-        log.info("started", version=__version__, users=len(service.config.directory))
+        log.info("started", version=__version__, users=len(service.config.users_by_name))
         try:
             origins = frozenset(service.config.server.cors_origins)
             yield {REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH}))}
