@@ -99,7 +99,7 @@ def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> Non
 
 def test_the_only_pid_in_the_log_is_the_one_to_signal(tmp_path: Path) -> None:
     """The number of a worker would lead to a `kill -HUP` that does nothing."""
-    with serving(write_config(tmp_path), "--workers", "2") as server:
+    with serving(write_config(tmp_path)) as server:
         os.kill(server.wait("listening")["pid"], signal.SIGHUP)
         until(lambda: len(server.events("configuration_reloaded")) == 1, "it reloads")
         server.stop()

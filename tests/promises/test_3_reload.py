@@ -100,19 +100,11 @@ def valid_somewhere(server: Server, token: str) -> bool:
     return False
 
 
-def test_a_replaced_worker_ignores_unloaded_edits(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    good = config.read_text()
-    with serving(config, "--workers", "2") as server:
-        until(lambda: len(server.events("started")) == 2, "both serve")
-        config.write_text(good.replace('"bob"', '"eve"').replace("[database]", "[tokens]\nttl = 'soon'\n[database]"))
-        os.kill(workers_of(server)[0], signal.SIGKILL)
-        until(lambda: len(server.events("started")) == 3, "the worker was replaced")
-        (death,) = server.events("worker_replaced")
-        assert (death["exit_code"], death["reason"]) == (-signal.SIGKILL, "ended by SIGKILL")
-        for _ in range(10):  # whichever worker answers
-            with Connection(server.port) as connection:
-                assert connection.valid(connection.log_in("bob", "bob-secret"))
+@pytest.fixture(scope="module")
+def one_worker(directory: Path) -> Iterator[Server]:
+    """Serve with one worker; every test leaves it with the users that it started with."""
+    with serving(write_config(directory)) as server:
+        yield server
 
 
 @pytest.mark.parametrize(
@@ -124,24 +116,37 @@ def test_a_replaced_worker_ignores_unloaded_edits(tmp_path: Path) -> None:
     ],
     ids=["unreadable", "refused", "cannot start"],
 )
-def test_a_reload_that_fails_changes_nothing_and_is_logged(tmp_path: Path, tables: str, users: str, why: str) -> None:
-    config = write_config(tmp_path)
-    with serving(config) as server:
-        with Connection(server.port) as connection:
-            token = connection.log_in()
-        users = users.replace('"bob"', '"eve"')
-        if "[database]" in tables:
-            config.write_text(tables + users)
-        else:
-            write_config(tmp_path, tables, users=users)
-        server.process.send_signal(signal.SIGHUP)
-        until(lambda: failures(server) != [], "the reason in the log")
-        assert why in failures(server)[0]["detail"]
-        with Connection(server.port) as connection:
-            assert connection.valid(token)
-            until(lambda: can_log_in(server, "bob"), "the old users")
-        assert server.events("configuration_reloaded") == []
-        assert len(server.events("started")) == 1
+def test_a_reload_that_fails_changes_nothing_and_is_logged(
+    one_worker: Server, directory: Path, tables: str, users: str, why: str
+) -> None:
+    with Connection(one_worker.port) as connection:
+        token = connection.log_in()
+    users = users.replace('"bob"', '"eve"')
+    if "[database]" in tables:
+        (directory / "config.toml").write_text(tables + users)
+    else:
+        write_config(directory, tables, users=users)
+    before = len(failures(one_worker))
+    one_worker.process.send_signal(signal.SIGHUP)
+    until(lambda: len(failures(one_worker)) > before, "the reason in the log")
+    assert why in failures(one_worker)[before]["detail"]
+    with Connection(one_worker.port) as connection:
+        assert connection.valid(token)
+        until(lambda: can_log_in(one_worker, "bob"), "the old users")
+    assert one_worker.events("configuration_reloaded") == []
+    assert len(one_worker.events("started")) == 1
+
+
+def test_a_replaced_worker_ignores_unloaded_edits(one_worker: Server, directory: Path) -> None:
+    good = write_config(directory).read_text()
+    broken = good.replace('"bob"', '"eve"').replace("[database]", "[tokens]\nttl = 'soon'\n[database]")
+    (directory / "config.toml").write_text(broken)
+    os.kill(workers_of(one_worker)[0], signal.SIGKILL)
+    until(lambda: len(one_worker.events("started")) == 2, "the worker was replaced")
+    (death,) = one_worker.events("worker_replaced")
+    assert (death["exit_code"], death["reason"]) == (-signal.SIGKILL, "ended by SIGKILL")
+    with Connection(one_worker.port) as connection:
+        assert connection.valid(connection.log_in("bob", "bob-secret"))
 
 
 def failures(server: Server) -> list[dict[str, Any]]:
