@@ -1,0 +1,160 @@
+"""Each private name of uvicorn and httptools that `server/` uses exists, in the uvicorn that is installed.
+
+uvicorn promises none of them. If this fails after an upgrade, the message names the release and what it has changed.
+The names are read from the source of `server/`, so the test needs no list of its own.
+"""
+
+import ast
+import importlib
+import inspect
+from importlib.metadata import requires
+
+import httptools
+import pytest
+import uvicorn
+from packaging.requirements import Requirement
+from uvicorn.lifespan.on import LifespanOn
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from tests.support.servers import ROOT
+
+RELEASE = f"uvicorn {uvicorn.__version__}, httptools {httptools.__version__}"
+
+BASES: dict[str, type] = {
+    "uvicorn.Server": uvicorn.Server,
+    "AcceptingServer": uvicorn.Server,
+    "HttpToolsProtocol": HttpToolsProtocol,
+    "RequestResponseCycle": RequestResponseCycle,
+    "FlowControl": FlowControl,
+    "LifespanOn": LifespanOn,
+    "ServerState": ServerState,
+}
+"""The classes of uvicorn by the names under which `server/` subclasses them."""
+
+OWNERS: dict[str, type] = {
+    "self.cycle": RequestResponseCycle,
+    "cycle": RequestResponseCycle,
+    "one.cycle": RequestResponseCycle,
+    "RequestResponseCycle": RequestResponseCycle,
+    "one": HttpToolsProtocol,
+    "self.flow": FlowControl,
+    "self.server_state": ServerState,
+    "self._state": ServerState,
+    "state": ServerState,
+    "self.lifespan": LifespanOn,
+    "self.config": uvicorn.Config,
+    "options": uvicorn.Config,
+    "self.parser": httptools.HttpRequestParser,
+    "parser": httptools.HttpRequestParser,
+}
+"""Expressions in `server/` that are objects of uvicorn."""
+
+ADDED = {
+    *("failure", "follow"),  # of a worker's server and its lifespan
+    *("held", "hold", "release"),  # of the flow control
+    *("on_chunk_header", "on_chunk_complete"),  # callbacks of httptools that uvicorn does not use
+}
+"""Names that `server/` adds to those classes."""
+
+SOURCES = {path.name: ast.parse(path.read_text()) for path in sorted((ROOT / "tokenauth/server").glob("*.py"))}
+
+
+def imported() -> set[tuple[str, str]]:
+    """Return the modules of uvicorn and httptools, and the names that are imported from them."""
+    found = set()
+    for tree in SOURCES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in {"uvicorn", "httptools"}:
+                found |= {(str(node.module), alias.name) for alias in node.names}
+    return found
+
+
+def used() -> set[tuple[type, str]]:
+    """Return the classes of uvicorn, and the names of their objects that `server/` uses or overrides."""
+    found = set()
+    for tree in SOURCES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in OWNERS:
+                found.add((OWNERS[ast.unparse(node.value)], node.attr))
+            elif isinstance(node, ast.ClassDef):
+                for base in (BASES[name] for name in map(ast.unparse, node.bases) if name in BASES):
+                    found |= {(base, name) for name in names_in(node) if not name.startswith("_")}
+    return {(owner, name) for owner, name in found if name not in ADDED and not name.startswith("__")}
+
+
+def names_in(class_: ast.ClassDef) -> set[str]:
+    """Return what a class defines, and what it uses of itself."""
+    defined = {node.name for node in class_.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    for node in class_.body:
+        if isinstance(node, ast.Assign):
+            defined |= set(map(ast.unparse, node.targets))
+        elif isinstance(node, ast.AnnAssign):
+            defined.add(ast.unparse(node.target))
+    attributes = (node for node in ast.walk(class_) if isinstance(node, ast.Attribute))
+    return defined | {node.attr for node in attributes if ast.unparse(node.value) in {"self", "super()"}}
+
+
+def has(owner: type, name: str) -> bool:
+    """Return whether a class has an attribute, or gives it to its objects."""
+    if hasattr(owner, name):
+        return True
+    tree = ast.parse(inspect.getsource(owner))
+    return any(isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{name}" for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(imported()))
+def test_what_is_imported_exists(module: str, name: str) -> None:
+    found = importlib.import_module(module)
+    assert hasattr(found, name), f"{RELEASE}: {module} has no {name}"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), sorted(used(), key=str), ids=lambda value: getattr(value, "__name__", value)
+)
+def test_what_is_used_or_overridden_exists(owner: type, name: str) -> None:
+    assert has(owner, name), f"{RELEASE}: {owner.__name__} has no {name}"
+
+
+def test_the_names_are_found_in_the_source() -> None:
+    """Otherwise the tests above would check nothing."""
+    names = {(owner.__name__, name) for owner, name in used()}
+    assert {
+        ("HttpToolsProtocol", "on_response_complete"),
+        ("HttpToolsProtocol", "pipeline"),
+        ("RequestResponseCycle", "send_500_response"),
+        ("RequestResponseCycle", "disconnected"),
+        ("ServerState", "default_headers"),
+        ("FlowControl", "resume_reading"),
+        ("HttpRequestParser", "should_upgrade"),
+        ("Config", "lifespan_class"),
+        ("Server", "servers"),
+    } <= names
+    assert not has(HttpToolsProtocol, "no_such_name")
+
+
+def test_a_cycle_takes_these_arguments() -> None:
+    expected = {
+        *("scope", "transport", "flow", "logger", "access_logger", "access_log", "default_headers", "message_event"),
+        *("expect_100_continue", "keep_alive", "on_response"),
+    }
+    assert set(inspect.signature(RequestResponseCycle).parameters) == expected, RELEASE
+
+
+def test_a_protocol_takes_these_arguments() -> None:
+    expected = ["config", "server_state", "app_state", "_loop"]
+    assert list(inspect.signature(HttpToolsProtocol).parameters) == expected, RELEASE
+
+
+def test_send_reads_its_status_lines_from_a_global() -> None:
+    """The function is built again with other globals, which works without closures and defaults only."""
+    send = RequestResponseCycle.send
+    assert "STATUS_LINE" in send.__code__.co_names, RELEASE
+    assert (send.__code__.co_freevars, send.__defaults__, send.__kwdefaults__) == ((), None, None), RELEASE
+
+
+def test_the_wheel_bounds_uvicorn_above() -> None:
+    (requirement,) = (one for one in map(Requirement, requires("tokenauth-server") or ()) if one.name == "uvicorn")
+    assert uvicorn.__version__ in requirement.specifier
+    assert [one.operator for one in requirement.specifier if one.operator.startswith("<")] == ["<"]
