@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
-from tokenauth.login_queue import Gone, here
+from tokenauth.login_queue import Gone, never_gone
 from tokenauth.logs import log
 from tokenauth.models import Instant, User
 from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
@@ -61,7 +61,7 @@ class Credentials:
         self._cache: dict[tuple[str, str], _Cached] = {}
         self._checks: dict[tuple[object, ...], _SharedCheck] = {}
 
-    async def verify(self, candidate: Candidate, address: str, gone: Gone = here) -> User:
+    async def verify(self, candidate: Candidate, address: str, gone: Gone = never_gone) -> User:
         """Return the user if the password matches.
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
@@ -69,7 +69,7 @@ class Credentials:
         user, _ = await self._verify([candidate], address, gone)
         return user
 
-    async def verify_cached(self, candidates: Sequence[Candidate], address: str, gone: Gone = here) -> User:
+    async def verify_cached(self, candidates: Sequence[Candidate], address: str, gone: Gone = never_gone) -> User:
         """Return the user if one of the candidates matches, for clients that send a password with each request.
 
         `candidates` are the possible readings of the same bytes. Together they count as one attempt.

@@ -1,15 +1,16 @@
-"""The one queue of logins: who may check a password next.
+"""The login queue: decides which login checks its password next.
 
-A login waits here for a free hashing thread, and while as many tries are in flight for its name or network as may
-still fail. There are two classes, each with a room of its own: users who are known at their place, and strangers.
-So no number of strangers takes the place of a known user. Known users go first, but while both wait one turn of
-STRANGERS is a stranger's.
+A login waits here for a free hashing thread, and while too many other attempts for its name or network are running.
+There are two classes, each with its own limit: users who are known at their location, and strangers. So strangers,
+however many, never take the place of a known user. Known users go first, but while both classes wait, one turn of
+STRANGER_SHARE goes to a stranger.
 
-Within a class, turns are shared out level by level: between the names of known users, whatever their places, so that
-an attacker with one account and many networks has the share of one; and between the regions of strangers, then their
-networks, then their names. Within one name it is first come, first served. When a class is full, the child with the
-most logins waiting, level by level, loses its newest. Nobody waits longer than PATIENCE, and no work is done for a
-client that has gone.
+Within a class, turns rotate at each level of a path. For known users the path is the name, whatever the location: an
+attacker with one account and many networks has the share of one user. For strangers it is the region, then the network,
+then the name. Within one name, the order is first come, first served.
+
+When a class is full, the child with the most waiting logins, at each level, loses its newest. A login waits at most
+MAX_WAIT seconds. A login whose client has disconnected is dropped.
 """
 
 import asyncio
@@ -18,57 +19,58 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tokenauth.errors import ClientGone, Overloaded
 
-PATIENCE = 5.0
-"""Seconds that a login waits at most: HTTP clients commonly give up after that (httpx by default)."""
+MAX_WAIT = 5.0
+"""Seconds that a login waits at most. Many HTTP clients give up after that, httpx by default."""
 
-HOLD = 2.0
-"""Seconds after which a login that finds the queue full is refused: less than clients commonly wait."""
+REFUSAL_DELAY = 2.0
+"""Seconds before a login is refused because the queue is full. It must be less than clients wait."""
 
-MAX_HELD = 2000
-"""Logins that wait to be refused; one more is refused at once."""
+MAX_DELAYED = 2000
+"""Logins that wait to be refused at the same time; further ones are refused at once."""
 
-STRANGERS = 4
-"""Of so many turns in a row one is a stranger's, while known users and strangers wait."""
+STRANGER_SHARE = 4
+"""One turn in this many goes to a stranger while known users and strangers wait."""
 
 Gone = Callable[[], bool]
-"""Says whether the client has closed its connection, so that nobody would receive the answer."""
+"""Returns whether the client has disconnected, so that no one would receive the answer."""
 
 
-def here() -> bool:
-    """Say that the client has not gone, where that cannot be known."""
+def never_gone() -> bool:
+    """Return False, for callers that cannot know whether the client has disconnected."""
     return False
 
 
 class Turn:
-    """A login's place in the queue, and what it occupies while it is being checked."""
+    """A login's place in the queue, and what it occupies while its password is checked."""
 
-    __slots__ = ("begun", "deadline", "future", "gone", "known", "limits", "path", "slot", "timer")
+    __slots__ = ("deadline", "future", "gone", "known", "limits", "path", "running", "slot", "timer")
 
     def __init__(
         self,
         path: Sequence[str],
         limits: Mapping[bytes, int],
         slot: bool = True,
-        gone: Gone = here,
+        gone: Gone = never_gone,
         known: bool = False,
     ) -> None:
-        """Ask for a turn. `limits`: how many tries may be in flight for each key; `slot`: needs a hashing thread.
+        """Create a turn, to be passed to `LoginQueue.enter`.
 
-        `path`: between what turns are shared out, level by level; as long as all others of its class.
+        `path` names what turns rotate between, level by level. All paths of a class have the same length. `limits` has
+        the number of attempts that may run at the same time for each key. `slot`: whether a hashing thread is needed.
         """
         self.path = path
         self.known = known
         self.limits = limits
         self.slot = slot
         self.gone = gone
-        self.begun = False
+        self.running = False
         self.deadline = 0.0
         self.future: asyncio.Future[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
 
 class _Node:
-    """The turns that wait below one part of a path, in the order of their rotation; a leaf has a line of them."""
+    """The turns that wait below one part of a path, in order of rotation. A leaf has them in a line."""
 
     __slots__ = ("children", "line", "size")
 
@@ -85,7 +87,7 @@ class _Node:
         return node
 
     def add(self, turn: Turn, first: bool) -> None:
-        """Have a turn wait, in front of its line or behind it."""
+        """Add a turn at the front or at the end of its line."""
         node = self
         node.size += 1
         for part in turn.path:
@@ -97,7 +99,7 @@ class _Node:
             node.line.append(turn)
 
     def remove(self, turn: Turn) -> bool:
-        """Take a turn out; say whether it waited."""
+        """Remove a turn; return whether it was there."""
         leaf = self.leaf(turn.path)
         if leaf is None or turn not in leaf.line:
             return False
@@ -113,7 +115,7 @@ class _Node:
         return True
 
     def rotate(self, path: Sequence[str]) -> None:
-        """Have what has had a turn wait for all others, at each level."""
+        """Move the path that has had a turn to the end of the rotation, at each level."""
         node = self
         for part in path:
             child = node.children.pop(part, None)
@@ -123,20 +125,20 @@ class _Node:
             node = child
 
     def turns(self) -> Iterator[Turn]:
-        """Go through all turns, a line at a time."""
+        """Yield all turns, one line after the other."""
         yield from self.line
         for child in self.children.values():
             yield from child.turns()
 
     def lines(self) -> Iterator[deque[Turn]]:
-        """Go through the lines in the order of their rotation."""
+        """Yield the lines in order of rotation."""
         if self.line:
             yield self.line
         for child in list(self.children.values()):
             yield from child.lines()
 
     def longest(self, path: Sequence[str]) -> Turn | None:
-        """Return the turn that has to make room for a new one with this path; None if that is the new one itself."""
+        """Return the turn that a new one with this path displaces, or None if the new one must be refused."""
         node, mine = self, True
         for part in path:
             name = max(node.children, key=lambda child: node.children[child].size)
@@ -150,22 +152,22 @@ class _Node:
 
 
 class LoginQueue:
-    """Gives turns to logins, fairly."""
+    """Shares hashing threads fairly between logins."""
 
     def __init__(self, slots: int, room: int) -> None:
-        """Let `slots` passwords be hashed at a time, while at most `room` known users and `room` strangers wait."""
+        """Let `slots` logins hash at a time, while at most `room` known users and `room` strangers wait."""
         self._slots = slots
         self._room = room
         self._running: dict[bytes, int] = {}
         self._waiting = {True: _Node(), False: _Node()}
-        self._passed = 0
-        self._held = 0
+        self._known_in_a_row = 0
+        self._delayed = 0
 
     async def enter(self, turn: Turn) -> bool:
-        """Wait for the turn; the answer is whether it had to wait. Raises Overloaded or ClientGone."""
+        """Wait for the turn; return whether it had to wait. Raises Overloaded or ClientGone."""
         waiting = self._waiting[turn.known]
-        if waiting.leaf(turn.path) is None and self.fits(turn):
-            self._begin(turn)
+        if waiting.leaf(turn.path) is None and self.can_start(turn):
+            self._start(turn)
             return False
         if waiting.size >= self._room:
             await self._make_room(turn)
@@ -173,48 +175,48 @@ class LoginQueue:
         await self._wait(turn)
         return True
 
-    async def again(self, turn: Turn) -> None:
-        """Give the turn back and wait for the next one, before all others of the user. Raises as `enter` does."""
+    async def enter_again(self, turn: Turn) -> None:
+        """Give the turn back and wait for the next one, ahead of all others of the user. Raises as `enter` does."""
         self._end(turn)
         self._append(turn, first=True)
         self._dispatch()
         await self._wait(turn)
 
-    def fits(self, turn: Turn) -> bool:
-        """Whether a turn may begin now, in view of those that have begun."""
+    def can_start(self, turn: Turn) -> bool:
+        """Return whether a turn may start now, beside those that are running."""
         if turn.slot and self._slots <= 0:
             return False
         running = self._running
         return all(running.get(key, 0) < limit for key, limit in turn.limits.items())
 
-    def goes_on(self, turn: Turn, limits: Mapping[bytes, int]) -> bool:
-        """Hold a turn that has begun to other limits; say whether it may go on under them."""
+    def change_limits(self, turn: Turn, limits: Mapping[bytes, int]) -> bool:
+        """Replace the limits of a running turn; return whether it may go on under them."""
         self._count(turn.limits, -1)
-        goes_on = all(self._running.get(key, 0) < limit for key, limit in limits.items())
+        within = all(self._running.get(key, 0) < limit for key, limit in limits.items())
         turn.limits = limits
         self._count(turn.limits, 1)
-        return goes_on
+        return within
 
-    def release(self, turn: Turn) -> None:
-        """Give up the hashing thread, and go on counting as a try in flight."""
+    def release_slot(self, turn: Turn) -> None:
+        """Give back the hashing thread. The turn goes on as a running attempt."""
         if turn.slot:
             turn.slot = False
             self._slots += 1
             self._dispatch()
 
-    def leave(self, turn: Turn) -> None:
-        """End a turn, if it has begun."""
-        if turn.begun:
+    def finish(self, turn: Turn) -> None:
+        """End a turn if it is running."""
+        if turn.running:
             self._end(turn)
             self._dispatch()
 
-    def _begin(self, turn: Turn) -> None:
-        turn.begun = True
+    def _start(self, turn: Turn) -> None:
+        turn.running = True
         self._count(turn.limits, 1)
         self._slots -= turn.slot
 
     def _end(self, turn: Turn) -> None:
-        turn.begun = False
+        turn.running = False
         self._count(turn.limits, -1)
         self._slots += turn.slot
 
@@ -229,7 +231,7 @@ class LoginQueue:
     def _append(self, turn: Turn, first: bool = False) -> None:
         loop = asyncio.get_running_loop()
         turn.future = loop.create_future()
-        turn.deadline = turn.deadline or loop.time() + PATIENCE
+        turn.deadline = turn.deadline or loop.time() + MAX_WAIT
         turn.timer = loop.call_at(turn.deadline, self._refuse, turn)
         self._waiting[turn.known].add(turn, first)
 
@@ -239,22 +241,22 @@ class LoginQueue:
             await turn.future
         except asyncio.CancelledError:
             self._remove(turn)
-            self.leave(turn)  # the turn had come, perhaps, and the task was cancelled before it took it
+            self.finish(turn)  # the turn may have started just before the task was cancelled
             raise
 
     def _remove(self, turn: Turn) -> None:
-        """Take a turn out of the queue, if it waits there."""
+        """Remove a turn from the queue if it waits there."""
         if self._waiting[turn.known].remove(turn) and turn.timer is not None:
             turn.timer.cancel()
 
     def _refuse(self, turn: Turn) -> None:
-        """Take a turn out of the queue and tell its login to retry later."""
+        """Remove a turn from the queue; its login raises Overloaded."""
         self._remove(turn)
         if turn.future is not None and not turn.future.done():
             turn.future.set_exception(Overloaded())
 
-    def _forget_gone(self, turn: Turn) -> bool:
-        """Take a turn out whose client has gone; say whether it had."""
+    def _drop_if_gone(self, turn: Turn) -> bool:
+        """Remove a turn if its client has disconnected; return whether it has."""
         gone = turn.gone()
         if gone:
             self._remove(turn)
@@ -263,44 +265,44 @@ class LoginQueue:
         return gone
 
     async def _make_room(self, turn: Turn) -> None:
-        """Have the longest line of its class lose its newest turn. Raises Overloaded when that is the one that asks."""
+        """Refuse the newest turn of the longest line of its class. Raises Overloaded if that is `turn` itself."""
         waiting = self._waiting[turn.known]
         for each in list(waiting.turns()):
-            self._forget_gone(each)
+            self._drop_if_gone(each)
         if waiting.size < self._room:
             return
-        loser = waiting.longest(turn.path)
-        if loser is None:
-            await self._hold_back()
+        displaced = waiting.longest(turn.path)
+        if displaced is None:
+            await self._delay_refusal()
             raise Overloaded
-        self._refuse(loser)
+        self._refuse(displaced)
 
-    async def _hold_back(self) -> None:
-        """Let a refused login wait: one that is answered at once comes back at once, and takes the CPU of hashing."""
-        if self._held < MAX_HELD:
-            self._held += 1
+    async def _delay_refusal(self) -> None:
+        """Delay a refusal: a client that is refused at once retries at once, and takes the CPU that hashing needs."""
+        if self._delayed < MAX_DELAYED:
+            self._delayed += 1
             try:
-                await asyncio.sleep(HOLD)
+                await asyncio.sleep(REFUSAL_DELAY)
             finally:
-                self._held -= 1
+                self._delayed -= 1
 
     def _dispatch(self) -> None:
-        """Begin every turn that may, in the order of both rotations."""
+        """Start every turn that may start, in order of rotation."""
         while (turn := self._next()) is not None:
             waiting = self._waiting[turn.known]
             self._remove(turn)
             waiting.rotate(turn.path)
-            self._passed = self._passed + 1 if turn.known and self._waiting[False].size else 0
-            self._begin(turn)
+            self._known_in_a_row = self._known_in_a_row + 1 if turn.known and self._waiting[False].size else 0
+            self._start(turn)
             assert turn.future is not None
             turn.future.set_result(None)
 
     def _next(self) -> Turn | None:
-        """Find the turn that may begin next."""
-        strangers_first = self._passed >= STRANGERS - 1
+        """Return the turn to start next, or None."""
+        strangers_first = self._known_in_a_row >= STRANGER_SHARE - 1
         for known in (not strangers_first, strangers_first):
             for line in self._waiting[known].lines():
-                while line and self.fits(line[0]):
-                    if not self._forget_gone(line[0]):
+                while line and self.can_start(line[0]):
+                    if not self._drop_if_gone(line[0]):
                         return line[0]
         return None

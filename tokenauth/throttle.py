@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
-from tokenauth.login_queue import Gone, LoginQueue, Turn, here
+from tokenauth.login_queue import Gone, LoginQueue, Turn, never_gone
 from tokenauth.models import CountUpdate, Failures, Instant
 from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Store
@@ -135,7 +135,7 @@ class Throttle:
 
     @asynccontextmanager
     async def attempt(
-        self, names: Sequence[str], address: str, gone: Gone = here, hashes: bool = True, compared: bool = False
+        self, names: Sequence[str], address: str, gone: Gone = never_gone, hashes: bool = True, compared: bool = False
     ) -> AsyncIterator[Attempt]:
         """Admit an attempt, and count a failure of each name if the body raises InvalidCredentials.
 
@@ -157,15 +157,15 @@ class Throttle:
             waited = await self._queue.enter(turn)
             while waited:  # others may have failed in the meantime
                 states, limits = await self._check(keys)
-                waited = not self._queue.goes_on(turn, limits)
+                waited = not self._queue.change_limits(turn, limits)
                 if waited:
-                    await self._queue.again(turn)
+                    await self._queue.enter_again(turn)
             tried = [state.keys.username for state in states]
             attempt = Attempt(tried, tried[0])
             try:
                 yield attempt
             finally:
-                self._queue.release(turn)
+                self._queue.release_slot(turn)
             await self._count_success(states, tried.index(attempt.username))
         except InvalidCredentials:
             await self._count_failure(states)
@@ -177,7 +177,7 @@ class Throttle:
             raise
         finally:
             if turn is not None:
-                self._queue.leave(turn)
+                self._queue.finish(turn)
 
     async def permit_comparison(self, name: str, address: str) -> Instant | None:
         """Permit one comparison with a cached secret, if the last attempt here succeeded. Otherwise return None.

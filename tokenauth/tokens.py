@@ -7,7 +7,7 @@ from tokenauth import revocation_queue, values
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
-from tokenauth.login_queue import Gone, here
+from tokenauth.login_queue import Gone, never_gone
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, IssuedToken, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
@@ -41,7 +41,7 @@ class Tokens:
         self.queue = RevocationQueue(store, clock)
 
     async def issue(
-        self, username: str, password: str, address: str, user_agent: str, gone: Gone = here
+        self, username: str, password: str, address: str, user_agent: str, gone: Gone = never_gone
     ) -> IssuedToken:
         """Log in: return a new token if the password matches.
 
@@ -50,7 +50,7 @@ class Tokens:
         user = await self._credentials.verify(Candidate(username, password), address, gone)
         return await self.grant(user, address, user_agent, gone)
 
-    async def grant(self, user: User, address: str, user_agent: str, gone: Gone = here) -> IssuedToken:
+    async def grant(self, user: User, address: str, user_agent: str, gone: Gone = never_gone) -> IssuedToken:
         """Issue a token to a user who is already authenticated. Raises ClientGone or StoreUnavailable."""
         try:
             return await self._grant(user, address, user_agent, gone)
@@ -108,7 +108,7 @@ class Tokens:
         if digest is not None:
             await self._revoke(digest)
 
-    async def log_out(self, named: Iterable[bytes], address: str, gone: Gone = here) -> None:
+    async def log_out(self, named: Iterable[bytes], address: str, gone: Gone = never_gone) -> None:
         """Revoke tokens in any case. What the store cannot take is refused by this machine until it is written.
 
         If too many revocations wait to be written, no token is accepted. Each network may have only some of them: its

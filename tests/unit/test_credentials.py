@@ -206,7 +206,7 @@ async def test_different_guesses_at_the_same_time_are_hashed_each(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And turned away when too many wait, which is not counted as a failure."""
-    monkeypatch.setattr(login_queue, "HOLD", 0.01)
+    monkeypatch.setattr(login_queue, "REFUSAL_DELAY", 0.01)
     guesses = [Candidate("ann", f"wrong-{number}") for number in range(5)]
     ended = await asyncio.gather(
         *(keeper.credentials.verify_cached([guess], HOME) for guess in guesses), return_exceptions=True

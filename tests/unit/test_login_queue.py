@@ -15,7 +15,7 @@ from tokenauth.login_queue import LoginQueue, Turn
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold refused logins back for a moment only."""
-    monkeypatch.setattr(login_queue, "HOLD", 0.01)
+    monkeypatch.setattr(login_queue, "REFUSAL_DELAY", 0.01)
 
 
 async def begin(queue: LoginQueue, turns: Sequence[Turn]) -> list["asyncio.Task[bool]"]:
@@ -33,8 +33,8 @@ async def served(queue: LoginQueue, holder: Turn, turns: Sequence[Turn]) -> list
     await begin(queue, turns)
     running = holder
     while True:
-        queue.leave(running)
-        following = [turn for turn in turns if turn.begun]
+        queue.finish(running)
+        following = [turn for turn in turns if turn.running]
         if not following:
             return order
         (running,) = following
@@ -84,12 +84,12 @@ async def test_a_cancelled_waiter_frees_its_place() -> None:
     for task in tasks:
         with pytest.raises(ClientGone):
             await task
-    queue.leave(holder)
+    queue.finish(holder)
     assert await late
 
 
 async def test_no_login_waits_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login_queue, "PATIENCE", 0.01)
+    monkeypatch.setattr(login_queue, "MAX_WAIT", 0.01)
     queue = LoginQueue(1, 2)
     await queue.enter(turn("x", "x"))
     with pytest.raises(Overloaded) as refusal:
@@ -99,7 +99,7 @@ async def test_no_login_waits_longer_than_the_deadline(monkeypatch: pytest.Monke
 
 async def test_a_refusal_is_held_back_but_not_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that are refused at once come back at once, and leave hashing no CPU."""
-    monkeypatch.setattr(login_queue, "MAX_HELD", 3)
+    monkeypatch.setattr(login_queue, "MAX_DELAYED", 3)
     queue = LoginQueue(1, 1)
     await queue.enter(turn("x", "x"))
     await begin(queue, [turn("a", "ann")])
@@ -114,11 +114,11 @@ async def test_no_more_are_in_flight_than_a_key_allows() -> None:
     queue = LoginQueue(10, 64)
     turns = [turn("a", "ann", {b"k": 2}) for _ in range(4)]
     await begin(queue, turns)
-    assert [each.begun for each in turns] == [True, True, False, False]
-    assert not queue.goes_on(turns[0], {b"k": 1}), "of which one has to wait when fewer may go"
-    queue.leave(turns[1])
-    assert queue.goes_on(turns[0], {b"k": 2})
-    assert turns[2].begun
+    assert [each.running for each in turns] == [True, True, False, False]
+    assert not queue.change_limits(turns[0], {b"k": 1}), "of which one has to wait when fewer may go"
+    queue.finish(turns[1])
+    assert queue.change_limits(turns[0], {b"k": 2})
+    assert turns[2].running
 
 
 async def test_a_cancelled_login_gives_up_its_place_or_turn() -> None:
@@ -128,11 +128,11 @@ async def test_a_cancelled_login_gives_up_its_place_or_turn() -> None:
     tasks = await begin(queue, turns)
     tasks[0].cancel()
     await asyncio.sleep(0)
-    queue.leave(holder)
+    queue.finish(holder)
     tasks[1].cancel()  # its turn has come, and it has not seen that yet
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert [each.begun for each in turns] == [False, False, True]
+    assert [each.running for each in turns] == [False, False, True]
 
 
 async def test_strangers_take_no_place_of_a_known_user() -> None:
@@ -145,8 +145,8 @@ async def test_strangers_take_no_place_of_a_known_user() -> None:
     users = [known(f"user{number}") for number in range(64)]
     tasks = await begin(queue, users)
     assert not any(task.done() for task in tasks)
-    queue.leave(holder)
-    assert users[0].begun
+    queue.finish(holder)
+    assert users[0].running
 
 
 async def test_one_turn_of_four_is_a_strangers_while_both_wait() -> None:
@@ -164,10 +164,10 @@ async def test_one_account_has_one_share_over_all_networks() -> None:
     tasks = await begin(queue, [*flood, ann])
     await asyncio.sleep(0)
     assert isinstance(tasks[7].exception(), Overloaded)
-    queue.leave(holder)
-    assert flood[0].begun
-    queue.leave(flood[0])
-    assert ann.begun
+    queue.finish(holder)
+    assert flood[0].running
+    queue.finish(flood[0])
+    assert ann.running
 
 
 async def test_many_networks_of_one_region_make_room_for_another() -> None:
@@ -179,10 +179,10 @@ async def test_many_networks_of_one_region_make_room_for_another() -> None:
     await begin(queue, [newcomer])
     await asyncio.sleep(0)
     assert [type(task.exception()) for task in tasks if task.done()] == [Overloaded]
-    queue.leave(holder)
-    running = next(each for each in crowd if each.begun)
-    queue.leave(running)
-    assert newcomer.begun, "its region has the second turn"
+    queue.finish(holder)
+    running = next(each for each in crowd if each.running)
+    queue.finish(running)
+    assert newcomer.running, "its region has the second turn"
 
 
 @settings(max_examples=50, deadline=None)
@@ -210,18 +210,18 @@ def test_random_logins_are_served_or_refused_in_order(
             turns.append(new)
             tasks += await begin(queue, [new])
             if leaves and running:
-                queue.leave(running.pop(0))
+                queue.finish(running.pop(0))
                 await asyncio.sleep(0)
-            fresh = [each for each in turns if each.begun and each not in begun]
+            fresh = [each for each in turns if each.running and each not in begun]
             running += fresh
             begun += fresh
-            assert sum(each.begun for each in turns) <= slots
+            assert sum(each.running for each in turns) <= slots
             for one in range(3):
-                assert sum(each.begun and bytes([one]) in each.limits for each in turns) <= 2
+                assert sum(each.running and bytes([one]) in each.limits for each in turns) <= 2
         while running:
-            queue.leave(running.pop(0))
+            queue.finish(running.pop(0))
             await asyncio.sleep(0)
-            fresh = [each for each in turns if each.begun and each not in begun]
+            fresh = [each for each in turns if each.running and each not in begun]
             running += fresh
             begun += fresh
         ended = await asyncio.gather(*tasks, return_exceptions=True)
