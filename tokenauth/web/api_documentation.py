@@ -37,7 +37,7 @@ from tokenauth.errors import (
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.pools import MAX_COUNT
 from tokenauth.settings.model import MAX_NAME, Settings
-from tokenauth.web.dialects.documentation import DIALECTS
+from tokenauth.web.dialects.serving import dialect_sections
 from tokenauth.web.openapi import (
     BASIC,
     BEARER,
@@ -111,13 +111,7 @@ FIELDS: Mapping[str, str] = {
 def describe(settings: Settings) -> Document:
     """Return the OpenAPI document of a service with this configuration."""
     sections = [TOKEN, MY_TOKENS, FORWARD_AUTH, POOLS, oauth_section(settings.oauth.issuer), HEALTH, DOCUMENTATION]
-    for name, dialect in settings.dialects.items():
-        section = DIALECTS[name].below(dialect.prefix)
-        if dialect.require_token:
-            sections.append(section.guarded(InsufficientScope))
-        else:
-            sections.append(section.refusing(ForeignPage))
-    return build_document(sections, INTRO, FIELDS, settings.oauth.issuer or "/")
+    return build_document([*sections, *dialect_sections(settings)], INTRO, FIELDS, settings.oauth.issuer or "/")
 
 
 _LOGIN_VALUE = "kT3vXw9QmB2yZ7fHc5RjN8sLd1GpAeU4oWxKq6JtVb0iYhMzCr3FaSnE5gPuD7lO"

@@ -4,11 +4,11 @@ import asyncio
 import gc
 import ipaddress
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from starlette.middleware import Middleware
 from starlette.routing import Router
@@ -19,14 +19,12 @@ from tokenauth import __version__
 from tokenauth.clock import Clock
 from tokenauth.errors import (
     ForeignPage,
-    InsufficientScope,
     InvalidRequest,
     InvalidToken,
     StoreUnavailable,
     TokenRequired,
 )
 from tokenauth.logs import log
-from tokenauth.pools import Pools
 from tokenauth.risks import demand_acceptable, find_risks
 from tokenauth.service import Service, create_service
 from tokenauth.settings.dialects import DIALECTS
@@ -36,14 +34,10 @@ from tokenauth.web.access_log import AccessLog
 from tokenauth.web.api_documentation import describe as describe_api
 from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
 from tokenauth.web.cors import CORS
-from tokenauth.web.dialects.random_token_generator import RandomTokenGenerator
-from tokenauth.web.dialects.simple_token_implement import SimpleTokenImplement
-from tokenauth.web.dialects.token_management_service import TokenManagementService
-from tokenauth.web.dialects.token_pool import TokenPool
+from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
 from tokenauth.web.foreign_pages import Hosts, PageGuard
 from tokenauth.web.middleware import TokenMiddleware
-from tokenauth.web.operations import whole
 from tokenauth.web.routes.account import ME, AccountRoutes
 from tokenauth.web.routes.docs import DocsRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
@@ -53,23 +47,8 @@ from tokenauth.web.routes.oauth import INTROSPECTION, OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
 from tokenauth.web.routes.token import PATH as PROBE
 from tokenauth.web.routes.token import TokenRoutes
-from tokenauth.web.routing import OPEN, Guard, Handlers, Route, refuse_collisions
+from tokenauth.web.routing import Guard, Route, refuse_collisions
 from tokenauth.web.shortcuts import Shortcuts
-
-
-class Dialect(Protocol):
-    """What serves the HTTP of another service."""
-
-    def routes(self) -> Mapping[str, Handlers]:
-        """List the addresses, below the prefix that the configuration gives it."""
-
-
-_DIALECTS: Mapping[str, Callable[[Service, Any], Dialect]] = {
-    "simple-token-implement": lambda service, terms: SimpleTokenImplement(service.pools, terms, service.throttle),
-    "token-pool": lambda service, terms: TokenPool(service.pools, terms),
-    "random-token-generator": lambda service, terms: RandomTokenGenerator(service.pools, terms),
-    "token-management-service": lambda service, terms: TokenManagementService(service.pools, terms),
-}
 
 
 def create_app(config: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic) -> ASGIApp:
@@ -170,38 +149,11 @@ def find_routes(service: Service) -> list[Route]:
             *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(own_pages),
             *HealthRoutes(service.ready).routes(),
             *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
-        ]
+        ],
+        **dialect_routes(service, hosts),
     }
-    for name, settings in config.dialects.items():
-        guard = Guard(
-            [Middleware(TokenMiddleware, tokens), Middleware(PoolGuard, pools, settings.pool)],
-            (*_ASKING, InsufficientScope),
-        )
-        if not settings.require_token:  # a page of another origin cannot send a token unless it is listed
-            guard = Guard([Middleware(PageGuard, origins, hosts)], (ForeignPage,), asks_token=False)
-        handlers = _DIALECTS[name](service, settings).routes().items()
-        dialect = {settings.prefix + path: whole(methods) for path, methods in handlers}
-        owners[f"dialects.{name}"] = _listed(dialect, guard)
     refuse_collisions(owners)
     return list(chain.from_iterable(owners.values()))
-
-
-def _listed(handlers: Mapping[str, Handlers], guard: Guard = OPEN) -> list[Route]:
-    return [Route(path, methods, guard) for path, methods in handlers.items()]
-
-
-class PoolGuard:
-    """Lets through whoever may use a pool; TokenMiddleware has found out who it is."""
-
-    def __init__(self, app: ASGIApp, pools: Pools, pool: str) -> None:
-        self._app = app
-        self._pools = pools
-        self._pool = pool
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Guard one request."""
-        self._pools.find(self._pool, scope["user"])
-        await self._app(scope, receive, send)
 
 
 @asynccontextmanager

@@ -237,8 +237,8 @@ class _Schemas:
                     schema.setdefault("description", fields[name])
         for kind in answered:
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not kind.__struct_config__.omit_defaults:
-                component = self.components[kind.__name__]  # all fields are sent, those with defaults too
-                component["required"] = list(component["properties"])
+                component = self.components[self.of(kind)["$ref"].rpartition("/")[2]]
+                component["required"] = list(component["properties"])  # those with defaults are sent, too
 
     def of(self, type: object) -> Document:
         """Return the schema of a type."""

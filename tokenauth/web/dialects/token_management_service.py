@@ -1,78 +1,153 @@
-"""The HTTP of token-management-service: a bounded pool whose tokens have owners."""
+"""The HTTP of token-management-service: a bounded pool whose leases belong to clients."""
 
 from dataclasses import replace
 from typing import Annotated
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.models import LeaseCheck
-from tokenauth.pools import MAX_TEXT, Pools, check_name
+from tokenauth.pools import MAX_TEXT, check_name
+from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web import openapi, requests
-from tokenauth.web.openapi import Section
-from tokenauth.web.operations import JSON_BODY, Answer, Refusals, operation, said
-from tokenauth.web.responses import answer_json
-from tokenauth.web.routing import Handlers
+from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Section, schema_only
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse
+from tokenauth.web.routing import Handlers, whole
 
 
-class Asked(msgspec.Struct):
-    """Which token, and for whom."""
+class _AnyRequest(msgspec.Struct):
+    """What every request is decoded as: an answer of the original says which field is missing."""
 
     token: str | None = None
     client_id: str | None = None
 
 
-class AskedFor(msgspec.Struct):
-    """For whom a token is to be; it must be said."""
+class AssignRequest(msgspec.Struct):
+    """Only documents what is required."""
 
-    client_id: Annotated[str, said(minLength=1, maxLength=MAX_TEXT, description="Printable.")]
-
-
-class AskedAbout(msgspec.Struct):
-    """Which token is meant; it must be said. Whose it is, is compared where it matters."""
-
-    token: Annotated[str, said(minLength=1)]
-    client_id: str | None = None
+    client_id: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="The client. Printable.")]
 
 
-class Token(msgspec.Struct):
-    """The token that was made or lent."""
+class ClientTokenRequest(msgspec.Struct):
+    """Only documents what is required."""
 
+    token: Annotated[str, schema_only(minLength=1)]
+    client_id: Annotated[str, schema_only(description="The client that has the lease.")] | None = None
+
+
+class NewTokenAnswer(msgspec.Struct):
     token: str
 
 
-class Outcome(msgspec.Struct):
-    """What was done, or is in the way."""
-
+class OutcomeAnswer(msgspec.Struct):
     message: str
 
 
-_body = msgspec.json.Decoder(Asked)
-
-_BODY: Refusals = (*JSON_BODY, StoreUnavailable)
-_MISSING = Answer(400, Outcome)
-_DENIED = Answer(403, Outcome)
-_NONE = Answer(404, Outcome)
+_decoder = msgspec.json.Decoder(_AnyRequest)
 
 
+class TokenManagementService:
+    """The handlers, and their paths."""
+
+    def __init__(self, service: Service, settings: DialectSettings) -> None:
+        self._pools = service.pools
+        self._pool = service.pools.find(settings.pool)
+
+    def handlers(self) -> dict[str, Handlers]:
+        """Return the handlers of each path below the prefix."""
+        return {
+            "/generate-token": {"POST": whole(self.generate)},
+            "/assign-token": {"POST": self.assign},
+            "/keep-alive": {"POST": self.keep_alive},
+            "/unblock-token": {"POST": self.unblock},
+            "/delete-token": {"POST": self.delete, "DELETE": self.delete},
+        }
+
+    async def generate(self, request: Request) -> Response:
+        request.refuse_gone()
+        pool = self._pools.find_managed(self._pool.name, request.identity)
+        try:
+            [token] = await self._pools.generate(pool, 1)
+        except PoolFull:
+            return _outcome("Token pool size limit reached", 403)
+        return JSONResponse(NewTokenAnswer(token), 201)
+
+    async def assign(self, request: Request) -> Response:
+        body = await _body(request)
+        if not body.client_id:
+            return _outcome("client_id is required", 400)
+        request.refuse_gone()
+        holder = check_name(body.client_id, "client_id")
+        try:
+            token = await self._pools.assign(self._pool, holder, request.username)
+        except NoFreeToken:
+            return _outcome("No free token available", 404)
+        return JSONResponse(NewTokenAnswer(token.value))
+
+    async def keep_alive(self, request: Request) -> Response:
+        body = await _body(request)
+        if not body.token:
+            return _token_required()
+        check = LeaseCheck(body.client_id, username=request.username)
+        try:
+            await self._pools.keep_alive(self._pool, body.token, check)
+        except (UnknownToken, LeaseLost):
+            return _outcome("Token does not belong to this client", 403)
+        return _outcome("Token keep-alive refreshed")
+
+    async def unblock(self, request: Request) -> Response:
+        body = await _body(request)
+        if not body.token:
+            return _token_required()
+        try:
+            await self._pools.release(self._pool, body.token, LeaseCheck(username=request.username))
+        except (UnknownToken, LeaseLost):
+            return _outcome("Token not assigned to any client", 403)
+        return _outcome("Token unblocked")
+
+    async def delete(self, request: Request) -> Response:
+        pool = self._pools.find_managed(self._pool.name, request.identity)
+        body = await _body(request)
+        if not body.token:
+            return _token_required()
+        try:
+            await self._pools.delete(pool, body.token)
+        except UnknownToken:
+            return _outcome("Token not found", 404)
+        return _outcome("Token deleted successfully!")
+
+
+async def _body(request: Request) -> _AnyRequest:
+    return await request.json_body(_decoder, empty=_AnyRequest())
+
+
+def _outcome(message: str, status: int = 200) -> Response:
+    return JSONResponse(OutcomeAnswer(message), status)
+
+
+def _token_required() -> Response:
+    return _outcome("token is required", 400)
+
+
+_BODY = (*JSON_BODY, StoreUnavailable)
 _EXAMPLE_VALUE = "token_m3Kz8RwYqBc5VnXh9TjLp0DsFg6AeUo2iKxQ7rBtCy4ZjHvNwMaSfGdPl1EuOIqT"
 _EXAMPLE = {"token": _EXAMPLE_VALUE, "client_id": "client-7"}
-_NO_TOKEN = openapi.Answer(400, "No token was named.", Outcome, {"message": "token is required"})
+_NO_TOKEN = Answer(400, "No token was named.", OutcomeAnswer, {"message": "token is required"})
 
-_DELETE = openapi.Operation(
+_DELETE = Operation(
     method="POST",
     path="/delete-token",
     id="tokenManagementServiceDelete",
     title="Delete a token",
     text="Deletes a token, also while it is leased.",
-    body=AskedAbout,
+    body=ClientTokenRequest,
     example={"token": _EXAMPLE_VALUE},
     answers=[
-        openapi.Answer(200, "The token is deleted.", Outcome, {"message": "Token deleted successfully!"}),
+        Answer(200, "The token is deleted.", OutcomeAnswer, {"message": "Token deleted successfully!"}),
         _NO_TOKEN,
-        openapi.Answer(404, "The token does not exist.", Outcome, {"message": "Token not found"}),
+        Answer(404, "The token does not exist.", OutcomeAnswer, {"message": "Token not found"}),
     ],
     refusals=_BODY,
 )
@@ -81,68 +156,66 @@ DOCUMENTATION = Section(
     name="token-management-service",
     text="Compatible with token-management-service: a bounded pool whose leases belong to a `client_id`.",
     operations=[
-        openapi.Operation(
+        Operation(
             method="POST",
             path="/generate-token",
             id="tokenManagementServiceGenerate",
             title="Generate a token",
             text="Adds a free token to the pool.",
             answers=[
-                openapi.Answer(201, "The new token.", Token, {"token": _EXAMPLE_VALUE}),
-                openapi.Answer(403, "The pool is full.", Outcome, {"message": "Token pool size limit reached"}),
+                Answer(201, "The new token.", NewTokenAnswer, {"token": _EXAMPLE_VALUE}),
+                Answer(403, "The pool is full.", OutcomeAnswer, {"message": "Token pool size limit reached"}),
             ],
             refusals=[StoreUnavailable],
         ),
-        openapi.Operation(
+        Operation(
             method="POST",
             path="/assign-token",
             id="tokenManagementServiceAssign",
             title="Lease a token",
             text="Leases the token that has been free for the longest time to a client.",
-            body=AskedFor,
+            body=AssignRequest,
             example={"client_id": "client-7"},
             answers=[
-                openapi.Answer(200, "The token.", Token, {"token": _EXAMPLE_VALUE}),
-                openapi.Answer(400, "No client was named.", Outcome, {"message": "client_id is required"}),
-                openapi.Answer(404, "No token is free.", Outcome, {"message": "No free token available"}),
+                Answer(200, "The token.", NewTokenAnswer, {"token": _EXAMPLE_VALUE}),
+                Answer(400, "No client was named.", OutcomeAnswer, {"message": "client_id is required"}),
+                Answer(404, "No token is free.", OutcomeAnswer, {"message": "No free token available"}),
             ],
             refusals=_BODY,
         ),
-        openapi.Operation(
+        Operation(
             method="POST",
             path="/keep-alive",
             id="tokenManagementServiceKeepAlive",
             title="Keep a lease alive",
             text="Lets the lease run for its full time from now. If `client_id` is sent, the lease must be that"
             " client's.",
-            body=AskedAbout,
+            body=ClientTokenRequest,
             example=_EXAMPLE,
             answers=[
-                openapi.Answer(200, "The lease is extended.", Outcome, {"message": "Token keep-alive refreshed"}),
+                Answer(200, "The lease is extended.", OutcomeAnswer, {"message": "Token keep-alive refreshed"}),
                 _NO_TOKEN,
-                openapi.Answer(
+                Answer(
                     403,
                     "The client does not have this lease.",
-                    Outcome,
+                    OutcomeAnswer,
                     {"message": "Token does not belong to this client"},
                 ),
             ],
             refusals=_BODY,
         ),
-        openapi.Operation(
+        Operation(
             method="POST",
             path="/unblock-token",
             id="tokenManagementServiceUnblock",
             title="Release a leased token",
             text="Ends the lease of a token.",
-            body=AskedAbout,
+            body=ClientTokenRequest,
             example={"token": _EXAMPLE_VALUE},
             answers=[
-                openapi.Answer(200, "The lease has ended.", Outcome, {"message": "Token unblocked"}),
+                Answer(200, "The lease has ended.", OutcomeAnswer, {"message": "Token unblocked"}),
                 _NO_TOKEN,
-                openapi.Answer(
-                    403, "The token is not leased.", Outcome, {"message": "Token not assigned to any client"}
-                ),
+                Answer(403, "The token is not leased.", OutcomeAnswer, {"message": "Token not assigned to any client"}),
             ],
             refusals=_BODY,
         ),
@@ -150,103 +223,3 @@ DOCUMENTATION = Section(
         replace(_DELETE, method="DELETE", id="tokenManagementServiceDeleteByDelete"),
     ],
 )
-
-
-class TokenManagementService:
-    """The handlers, and the addresses that they answer at."""
-
-    def __init__(self, pools: Pools, terms: DialectSettings) -> None:
-        self._pools = pools
-        self._pool = pools.find(terms.pool)
-
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses."""
-        return {
-            "/generate-token": {"POST": self.generate},
-            "/assign-token": {"POST": self.assign},
-            "/keep-alive": {"POST": self.keep_alive},
-            "/unblock-token": {"POST": self.unblock},
-            "/delete-token": {"POST": self.delete, "DELETE": self.delete},
-        }
-
-    @operation(Answer(201, Token), _DENIED, refuses=(StoreUnavailable,))
-    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Make one token."""
-        requests.refuse_gone(scope)
-        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
-        try:
-            [token] = await self._pools.generate(pool, 1)
-        except PoolFull:
-            await _say(send, "Token pool size limit reached", 403)
-        else:
-            await answer_json(send, Token(token), 201)
-
-    @operation(Answer(200, Token), _MISSING, _NONE, body=AskedFor, refuses=_BODY)
-    async def assign(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lend a token to a client."""
-        body = await _read(scope, receive)
-        if not body.client_id:
-            await _say(send, "client_id is required", 400)
-            return
-        requests.refuse_gone(scope)
-        try:
-            token = await self._pools.assign(
-                self._pool, check_name(body.client_id, "client_id"), requests.username(scope)
-            )
-        except NoFreeToken:
-            await _say(send, "No free token available", 404)
-        else:
-            await answer_json(send, Token(token.value))
-
-    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=AskedAbout, refuses=_BODY)
-    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a lease run for its full time from now, if it is this client's."""
-        body = await _read(scope, receive)
-        if not body.token:
-            await _say(send, "token is required", 400)
-            return
-        try:
-            await self._pools.keep_alive(
-                self._pool, body.token, LeaseCheck(body.client_id, username=requests.username(scope))
-            )
-        except (UnknownToken, LeaseLost):
-            await _say(send, "Token does not belong to this client", 403)
-        else:
-            await _say(send, "Token keep-alive refreshed")
-
-    @operation(Answer(200, Outcome), _MISSING, _DENIED, body=AskedAbout, refuses=_BODY)
-    async def unblock(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """End a lease."""
-        body = await _read(scope, receive)
-        if not body.token:
-            await _say(send, "token is required", 400)
-            return
-        try:
-            await self._pools.release(self._pool, body.token, LeaseCheck(username=requests.username(scope)))
-        except (UnknownToken, LeaseLost):
-            await _say(send, "Token not assigned to any client", 403)
-        else:
-            await _say(send, "Token unblocked")
-
-    @operation(Answer(200, Outcome), _MISSING, _NONE, body=AskedAbout, refuses=_BODY)
-    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Delete a token, free or lent."""
-        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
-        body = await _read(scope, receive)
-        if not body.token:
-            await _say(send, "token is required", 400)
-            return
-        try:
-            await self._pools.delete(pool, body.token)
-        except UnknownToken:
-            await _say(send, "Token not found", 404)
-        else:
-            await _say(send, "Token deleted successfully!")
-
-
-async def _read(scope: Scope, receive: Receive) -> Asked:
-    return await requests.json_body(scope, receive, _body, empty=Asked())
-
-
-async def _say(send: Send, message: str, status: int = 200) -> None:
-    await answer_json(send, Outcome(message), status)

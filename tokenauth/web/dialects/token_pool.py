@@ -1,109 +1,161 @@
-"""The HTTP of token-pool: a pool of UUIDs that may be blocked for a while."""
+"""The HTTP of token-pool: a pool of UUIDs that can be blocked for a while."""
 
 import re
 from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
-from tokenauth.pools import Pools
+from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web import openapi, requests
-from tokenauth.web.openapi import Section
-from tokenauth.web.operations import JSON_BODY, Answer, operation
-from tokenauth.web.responses import answer_json
-from tokenauth.web.routing import Handlers
+from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Parameter, Section
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse
+from tokenauth.web.routing import Handlers, whole
 
 NAME = "token-pool"
 
-_UNKNOWN = ["Invalid token id"]
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 
-class NamedUuid(msgspec.Struct):
-    """Which token is meant, under either name."""
+class UuidRequest(msgspec.Struct):
+    """A token, under either name. Whatever is not a UUID is an unknown token."""
 
     token: Any = None
     token_uuid: Any = None
 
 
-class Made(msgspec.Struct):
-    """The token that was made."""
-
+class UuidAnswer(msgspec.Struct):
     token: str
 
 
-class Done(msgspec.Struct):
-    """What was done."""
-
+class ResponseAnswer(msgspec.Struct):
     response: str
 
 
-class Blocked(msgspec.Struct):
-    """The token that was lent."""
-
+class BlockedAnswer(msgspec.Struct):
     blocked_token: str
 
 
-class NoneFree(msgspec.Struct):
-    """No token can be lent."""
-
+class NoneFreeAnswer(msgspec.Struct):
     error: Literal["No free tokens"] = "No free tokens"
 
 
-_named = msgspec.json.Decoder(NamedUuid)
-_NO_SUCH = Answer(400, list[Literal["Invalid token id"]], "There is no such token.")
+_decoder = msgspec.json.Decoder(UuidRequest)
+
+
+class TokenPool:
+    """The handlers, and their paths."""
+
+    def __init__(self, service: Service, settings: DialectSettings) -> None:
+        self._pools = service.pools
+        self._pool = service.pools.find(settings.pool)
+
+    def handlers(self) -> dict[str, Handlers]:
+        """Return the handlers of each path below the prefix, with and without a slash at its end."""
+        handlers: dict[str, Handlers] = {
+            "/api/token_pool": {"POST": whole(self.generate), "DELETE": self.delete},
+            "/api/block_token": {"POST": whole(self.block)},
+            "/api/keep_alive/{token}": {"POST": whole(self.keep_alive)},
+        }
+        return handlers | {f"{path}/": methods for path, methods in handlers.items()}
+
+    async def generate(self, request: Request) -> Response:
+        request.refuse_gone()
+        pool = self._pools.find_managed(self._pool.name, request.identity)
+        [token] = await self._pools.generate(pool, 1)
+        return JSONResponse(UuidAnswer(token))
+
+    async def delete(self, request: Request) -> Response:
+        pool = self._pools.find_managed(self._pool.name, request.identity)
+        body = await request.json_body(_decoder, empty=UuidRequest())
+        try:
+            await self._pools.delete(pool, _uuid(body.token or body.token_uuid))
+        except UnknownToken:
+            return _invalid_token()
+        return JSONResponse(ResponseAnswer("Token deleted successfully"))
+
+    async def block(self, request: Request) -> Response:
+        request.refuse_gone()
+        try:
+            token = await self._pools.assign(self._pool, request.username or NAME, request.username)
+        except NoFreeToken:
+            return JSONResponse(NoneFreeAnswer(), 404)
+        return JSONResponse(BlockedAnswer(token.value))
+
+    async def keep_alive(self, request: Request) -> Response:
+        try:
+            value = _uuid(request.path_params["token"])
+        except UnknownToken:
+            raise NotFound from None
+        try:
+            await self._pools.keep_alive_any(self._pool, value, request.identity)
+        except UnknownToken:
+            return _invalid_token()
+        return JSONResponse(ResponseAnswer("Token refreshed successfully"))
+
+
+def _uuid(value: object) -> str:
+    """Return a UUID in lower case, as tokens are stored. Raises UnknownToken for anything else."""
+    if not isinstance(value, str) or _UUID.fullmatch(value) is None:
+        raise UnknownToken
+    return value.lower()
+
+
+def _invalid_token() -> Response:
+    return JSONResponse(["Invalid token id"], 400)
 
 
 _EXAMPLE_VALUE = "0b5e7f36-41cb-4d1c-9f0f-5c3b8f7c2a10"
-_INVALID = openapi.Answer(400, "The token does not exist.", list[Literal["Invalid token id"]], ["Invalid token id"])
+_INVALID = Answer(400, "The token does not exist.", list[Literal["Invalid token id"]], ["Invalid token id"])
 _OPERATIONS = [
-    openapi.Operation(
+    Operation(
         method="POST",
         path="/api/token_pool",
         id="tokenPoolGenerate",
         title="Generate a token",
         text="Adds a free token to the pool.",
-        answers=[openapi.Answer(200, "The new token.", Made, {"token": _EXAMPLE_VALUE})],
+        answers=[Answer(200, "The new token.", UuidAnswer, {"token": _EXAMPLE_VALUE})],
         refusals=[PoolFull, StoreUnavailable],
     ),
-    openapi.Operation(
+    Operation(
         method="POST",
         path="/api/block_token",
         id="tokenPoolBlock",
         title="Lease a token",
         text="Leases the token that has been free for the longest time.",
         answers=[
-            openapi.Answer(200, "The token.", Blocked, {"blocked_token": _EXAMPLE_VALUE}),
-            openapi.Answer(404, "No token is free.", NoneFree, {"error": "No free tokens"}),
+            Answer(200, "The token.", BlockedAnswer, {"blocked_token": _EXAMPLE_VALUE}),
+            Answer(404, "No token is free.", NoneFreeAnswer, {"error": "No free tokens"}),
         ],
         refusals=[StoreUnavailable],
     ),
-    openapi.Operation(
+    Operation(
         method="POST",
         path="/api/keep_alive/{token}",
         id="tokenPoolKeepAlive",
         title="Keep a token alive",
         text="Lets the token, and its lease if it is leased, live for the full time from now.",
-        parameters=[openapi.Parameter("token", "The token, a UUID.", str, _EXAMPLE_VALUE)],
+        parameters=[Parameter("token", "The token, a UUID.", str, _EXAMPLE_VALUE)],
         answers=[
-            openapi.Answer(200, "It is extended.", Done, {"response": "Token refreshed successfully"}),
+            Answer(200, "It is extended.", ResponseAnswer, {"response": "Token refreshed successfully"}),
             _INVALID,
         ],
         refusals=[NotFound, StoreUnavailable],
     ),
-    openapi.Operation(
+    Operation(
         method="DELETE",
         path="/api/token_pool",
         id="tokenPoolDelete",
         title="Delete a token",
         text="Deletes a token, also while it is leased. The field may also be called `token_uuid`.",
-        body=NamedUuid,
+        body=UuidRequest,
         body_required=False,
         example={"token": _EXAMPLE_VALUE},
         answers=[
-            openapi.Answer(200, "The token is deleted.", Done, {"response": "Token deleted successfully"}),
+            Answer(200, "The token is deleted.", ResponseAnswer, {"response": "Token deleted successfully"}),
             _INVALID,
         ],
         refusals=[*JSON_BODY, StoreUnavailable],
@@ -118,76 +170,3 @@ DOCUMENTATION = Section(
         *(replace(each, path=f"{each.path}/", id=f"{each.id}Slash") for each in _OPERATIONS),
     ],
 )
-
-
-class TokenPool:
-    """The handlers, and the addresses that they answer at."""
-
-    def __init__(self, pools: Pools, terms: DialectSettings) -> None:
-        self._pools = pools
-        self._pool = pools.find(terms.pool)
-
-    def routes(self) -> dict[str, Handlers]:
-        """List the addresses: each with and without its trailing slash."""
-        addresses: dict[str, Handlers] = {
-            "/api/token_pool": {"POST": self.generate, "DELETE": self.delete},
-            "/api/block_token": {"POST": self.block},
-            "/api/keep_alive/{token}": {"POST": self.keep_alive},
-        }
-        return addresses | {f"{path}/": handlers for path, handlers in addresses.items()}
-
-    @operation(Answer(200, Made), refuses=(PoolFull, StoreUnavailable))
-    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Make one token."""
-        requests.refuse_gone(scope)
-        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
-        [token] = await self._pools.generate(pool, 1)
-        await answer_json(send, Made(token))
-
-    @operation(Answer(200, Done), _NO_SUCH, body=NamedUuid, empty=True, refuses=(*JSON_BODY, StoreUnavailable))
-    async def delete(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Delete a token."""
-        pool = self._pools.find_managed(self._pool.name, requests.user(scope))
-        named = await requests.json_body(scope, receive, _named, empty=NamedUuid())
-        try:
-            await self._pools.delete(pool, _uuid(named.token or named.token_uuid))
-        except UnknownToken:
-            await answer_json(send, _UNKNOWN, 400)
-        else:
-            await answer_json(send, Done("Token deleted successfully"))
-
-    @operation(Answer(200, Blocked), Answer(404, NoneFree), refuses=(StoreUnavailable,))
-    async def block(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lend a token."""
-        requests.refuse_gone(scope)
-        user = requests.username(scope)
-        try:
-            token = await self._pools.assign(self._pool, user or NAME, user)
-        except NoFreeToken:
-            await answer_json(send, NoneFree(), 404)
-        else:
-            await answer_json(send, Blocked(token.value))
-
-    @operation(Answer(200, Done), _NO_SUCH, refuses=(NotFound, StoreUnavailable))
-    async def keep_alive(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a token live, and stay blocked if it is, for its full time."""
-        try:
-            value = _uuid(scope["path_params"]["token"])
-        except UnknownToken:
-            raise NotFound from None
-        try:
-            await self._pools.keep_alive_any(self._pool, value, requests.user(scope))
-        except UnknownToken:
-            await answer_json(send, _UNKNOWN, 400)
-        else:
-            await answer_json(send, Done("Token refreshed successfully"))
-
-
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
-
-
-def _uuid(named: object) -> str:
-    """Write a UUID as tokens are written. Raises UnknownToken for what is none."""
-    if not isinstance(named, str) or _UUID.fullmatch(named) is None:
-        raise UnknownToken
-    return named.lower()
