@@ -226,7 +226,7 @@ def test_users_come_change_and_go(home: Path) -> None:
 def test_migrate_makes_the_database_and_may_be_repeated(home: Path) -> None:
     for _ in range(2):
         done = run(home, "migrate")
-        assert (done.returncode, done.stdout) == (0, f"schema: {HEAD}\n")
+        assert (done.returncode, done.stdout) == (0, f"The database has schema {HEAD}.\n")
     assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
     assert well(run(home, "tokens", "list")) == "No tokens.\n"
 
@@ -289,8 +289,12 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
     "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
     "no directory": (["migrate", "--config", "nowhere.toml"], "", "the database /no/such/place.db cannot be used: "),
     "not a database": (["tokens", "list", "--config", "text.toml"], "", "cannot be used: file is not a database"),
-    "a short password": (USER_ADD, "short\n", "a password has 8 to 1024 characters"),
-    "a long password": (["hash-password", "--password-stdin"], "x" * 1025, "a password has 8 to 1024 characters"),
+    "a short password": (USER_ADD, "short\n", "The password must have 8 to 1024 characters"),
+    "a long password": (
+        ["hash-password", "--password-stdin"],
+        "x" * 1025,
+        "The password must have 8 to 1024 characters",
+    ),
     "a NUL": (USER_ADD, "pass\0word1\n", "password: has a NUL character"),
     "a NUL, to change": (["user", "passwd", "ann", USER_ADD[-1]], "pass\0word1\n", "password: has a NUL character"),
     "a NUL, to hash": (["hash-password", "--password-stdin"], "\0" * 9, "password: has a NUL character"),

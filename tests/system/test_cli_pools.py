@@ -54,7 +54,7 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
         assert well(released) == "released 1 token\n"
         assert recorded(released) == [{"event": "pool_lease_released", "pool": "licences"}]
         assert ann.ask("PUT", f"/licences/leases/{lease['token']}").status == 409
-        assert mistake(run(home, "pool", "release", "licences", lease["token"])).startswith("The token is not lent")
+        assert mistake(run(home, "pool", "release", "licences", lease["token"])).startswith("The token is not leased")
         deleted = run(home, "pool", "delete", "licences", lease["token"])
         assert well(deleted) == "deleted 1 token\n"
         assert recorded(deleted) == [{"event": "pool_token_deleted", "pool": "licences"}]

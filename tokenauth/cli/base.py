@@ -1,4 +1,4 @@
-"""What the commands share: options, one-line failures, the service, and how things are printed."""
+"""What the commands share: options, one-line errors, the service, and printing."""
 
 import asyncio
 import errno
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Lines(click.Group):
-    """A group of commands whose failures are one line each, never a traceback."""
+class CommandGroup(click.Group):
+    """A group of commands that report an error in one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exit with 1 for what the operator can mend."""
+        """Run the command. Exit with 1 for errors that the operator can fix."""
         try:
             return super().invoke(ctx)
         except (ConfigError, StartError, Refusal) as error:
             raise click.ClickException(printable(str(error))) from None
         except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever reads has enough, which click knows
+            if error.errno == errno.EPIPE:  # the reader closed the pipe: click exits quietly
                 raise
             raise click.ClickException(printable(str(error))) from None
         except UnicodeError:
-            raise click.ClickException("what was typed or piped in is not UTF-8") from None
+            raise click.ClickException("The input is not UTF-8.") from None
 
 
 config_option = click.option(
-    "--config", "config_file", metavar="FILE", help="The configuration. Else $TOKENAUTH_CONFIG, else ./config.toml."
+    "--config", "config_file", metavar="FILE", help="Configuration file. Default: $TOKENAUTH_CONFIG or ./config.toml."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 password_option = click.option(
     "--password-stdin", is_flag=True, help="Read the password from the first line of standard input."
 )
@@ -48,7 +48,7 @@ password_option = click.option(
 def with_service(
     config_file: str | None, use: Callable[["Service"], Coroutine[Any, Any, T]], create: bool = False
 ) -> T:
-    """Open the store that the configuration names, use it, and close it. Without `create` the store must exist."""
+    """Run `use` with the configured service. Without `create`, the database must exist."""
     from tokenauth.service import create_service
     from tokenauth.settings import loader
 
@@ -64,38 +64,38 @@ def with_service(
 
 
 def config_path(config_file: str | None) -> Path:
-    """Say which configuration is meant."""
+    """Return the path of the configuration file."""
     from tokenauth.settings import loader
 
     return loader.find(config_file)
 
 
 def new_hash(config_file: str | None, password_stdin: bool) -> str:
-    """Ask for a password and hash it; without a configuration, at the cost that is the default."""
+    """Ask for a password and hash it, at the default cost if there is no configuration file."""
     from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, impossible
     from tokenauth.settings import loader
     from tokenauth.settings.model import Settings
 
     path = loader.find(config_file)
-    terms = loader.load(path).passwords if config_file or path.exists() else Settings().passwords
+    settings = loader.load(path).passwords if config_file or path.exists() else Settings().passwords
     if password_stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     else:
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
-    password.encode()  # a lone surrogate stands for a byte that is not UTF-8
+    password.encode()  # raises UnicodeEncodeError for bytes that are not UTF-8
     if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
-        raise click.ClickException(f"a password has {MIN_LENGTH} to {MAX_LENGTH} characters")
-    trouble = impossible(password)
-    if trouble is not None:
-        raise click.ClickException(trouble)
+        raise click.ClickException(f"The password must have {MIN_LENGTH} to {MAX_LENGTH} characters.")
+    reason = impossible(password)
+    if reason is not None:
+        raise click.ClickException(reason)
     try:
-        return Passwords(terms).hash(password)
+        return Passwords(settings).hash(password)
     except CannotHash as error:
-        raise click.ClickException(f"this machine cannot compute the hash now: {error}") from None
+        raise click.ClickException(f"The hash cannot be computed on this machine now: {error}") from None
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tuple[str, ...] = ()) -> None:
-    """Print rows of `what`: as JSON, or as a table in which instants are dates."""
+    """Print rows as JSON, or as a table that shows the columns `instants` as dates. `what` is the plural noun."""
     if as_json:
         print_json(rows)
         return
@@ -113,7 +113,7 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tup
         table.add_row(*map(_cell, {**row, **shown}.values()))
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 1000  # who pipes wants whole lines
+        console.width = 1000  # do not wrap lines for programs
     console.print(table)
 
 
@@ -123,18 +123,16 @@ def count(number: int, noun: str) -> str:
 
 
 def text(argument: str) -> str:
-    """Return an argument. Raises UnicodeEncodeError if it was not UTF-8."""
+    """Return an argument. Raises UnicodeEncodeError if it is not UTF-8."""
     argument.encode()
     return argument
 
 
 def print_json(document: object) -> None:
-    """Print a document for programs."""
     click.echo(json_text(document, indent=2))
 
 
 def whole(instant: float | None) -> int | None:
-    """Return the whole seconds of an instant, if there is one."""
     return None if instant is None else int(instant)
 
 

@@ -1,13 +1,13 @@
-"""The `tokenauth` command: serve, check, migrate, hash a password; users, tokens, pools."""
+"""The commands that concern the whole service; those for users, tokens and pools are in the modules beside."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tokenauth import __version__, logs
 from tokenauth.cli.base import (
-    Lines,
+    CommandGroup,
     config_option,
     count,
     json_option,
@@ -22,11 +22,14 @@ from tokenauth.cli.users import user
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
 
+if TYPE_CHECKING:
+    from tokenauth.service import Service
 
-@click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tokenauth")
 def main() -> None:
-    """Issue bearer tokens, say whether they are valid, and end them at once."""
+    """Issue, check and revoke bearer tokens, and lease tokens from pools."""
     logs.configure(quiet=True)
 
 
@@ -36,11 +39,11 @@ for group in (user, tokens, pool):
 
 @main.command(epilog="Example: tokenauth serve --config /etc/tokenauth/config.toml --workers 2")
 @config_option
-@click.option("--host", metavar="H", help="Listen here instead of server.host.")
-@click.option("--port", metavar="P", type=int, help="Listen there instead of server.port; 0 takes a free one.")
-@click.option("--workers", metavar="N", type=int, help="Run so many processes instead of server.workers.")
+@click.option("--host", metavar="H", help="Address to listen on, instead of server.host.")
+@click.option("--port", metavar="P", type=int, help="Port, instead of server.port; 0 picks a free one.")
+@click.option("--workers", metavar="N", type=int, help="Number of processes, instead of server.workers.")
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
-    """Serve until SIGTERM. SIGHUP takes up a changed configuration without refusing a request."""
+    """Run the server until SIGTERM. SIGHUP reloads the configuration without dropping a request."""
     logs.configure()
     try:
         from tokenauth.server import serve as server
@@ -55,7 +58,10 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
 @config_option
 @json_option
 def check(config_file: str | None, as_json: bool) -> None:
-    """Say what is wrong or risky about the configuration; exit with 1 if it cannot be served."""
+    """Check the configuration for mistakes and risks.
+
+    Exit with 1 if `tokenauth serve` would refuse it.
+    """
     from tokenauth.risks import Risk, demand_acceptable, find_risks
     from tokenauth.service import create_service
     from tokenauth.settings import loader
@@ -99,19 +105,25 @@ _PRIVATE = (
 @main.command(epilog="Example: tokenauth migrate --config /etc/tokenauth/config.toml")
 @config_option
 def migrate(config_file: str | None) -> None:
-    """Bring the database's schema up to date, as `serve` does too. Safe while servers run."""
+    """Upgrade the database schema.
+
+    `tokenauth serve` does the same when it starts. Safe while servers run.
+    """
     from tokenauth.stores.schema import HEAD
 
-    async def nothing(_: Any) -> None:
+    async def do_nothing(_: "Service") -> None:
         return None
 
-    with_service(config_file, nothing, create=True)
-    click.echo(f"schema: {HEAD}")
+    with_service(config_file, do_nothing, create=True)
+    click.echo(f"The database has schema {HEAD}.")
 
 
 @main.command("hash-password", epilog="Example: echo 'a long password' | tokenauth hash-password --password-stdin")
 @config_option
 @password_option
 def hash_password(config_file: str | None, password_stdin: bool) -> None:
-    """Print the hash of a password for config.toml, at the configured cost."""
+    """Print the hash of a password, for config.toml.
+
+    Its cost is that of [passwords] in the configuration.
+    """
     click.echo(new_hash(config_file, password_stdin))

@@ -1,30 +1,36 @@
-"""See what is lent from the pools, and step in."""
+"""The commands for pools."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.cli.base import Lines, config_option, json_option, print_json, show, text, whole, with_service
+from tokenauth.cli.base import CommandGroup, config_option, json_option, print_json, show, text, whole, with_service
 from tokenauth.errors import LeaseLost
 from tokenauth.logs import audit
 
+if TYPE_CHECKING:
+    from tokenauth.service import Service
 
-@click.group(cls=Lines)
+
+@click.group(cls=CommandGroup)
 def pool() -> None:
-    """See what is lent from the pools, and step in. Running servers go by it at once."""
+    """List, add, release and delete the tokens of pools.
+
+    Running servers apply each change at once.
+    """
 
 
 @pool.command("list", epilog="Example: tokenauth pool list --json")
 @config_option
 @json_option
 def pool_list(config_file: str | None, as_json: bool) -> None:
-    """List the pools: how many tokens each has, and how many are lent."""
+    """List the pools, with their numbers of free and leased tokens."""
 
-    async def count(service: Any) -> list[dict[str, Any]]:
+    async def count(service: "Service") -> list[dict[str, Any]]:
         rows = []
-        for one in service.pools.usable_by():
-            available, leased = await service.pools.count(one)
-            rows.append({"name": one.name, "capacity": one.capacity, "available": available, "leased": leased})
+        for pool in service.pools.usable_by():
+            available, leased = await service.pools.count(pool)
+            rows.append({"name": pool.name, "capacity": pool.capacity, "available": available, "leased": leased})
         return rows
 
     show(with_service(config_file, count), as_json, "pools")
@@ -34,37 +40,43 @@ def pool_list(config_file: str | None, as_json: bool) -> None:
 @config_option
 @json_option
 @click.argument("name")
-@click.option("--after", metavar="TOKEN", default="", help="Begin after this token.")
+@click.option("--after", metavar="TOKEN", default="", help="Start after this token.")
 def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> None:
-    """List the tokens of the pool NAME, at most 1,000, and who holds them."""
+    """List the tokens of a pool and who holds them.
 
-    async def members(service: Any) -> list[dict[str, Any]]:
-        terms = service.pools.find(name)
+    At most 1,000; continue with --after and the last one.
+    """
+
+    async def list_tokens(service: "Service") -> list[dict[str, Any]]:
+        pool = service.pools.find(name)
         rows = []
-        for token in await service.pools.list_tokens(terms, text(after)):
+        for token in await service.pools.list_tokens(pool, text(after)):
             lease = token.lease(service.clock())
-            row = {"token": token.value, "expiry_time": whole(terms.expires_at(token)), "fence": token.fence}
+            row = {"token": token.value, "expiry_time": whole(pool.expires_at(token)), "fence": token.fence}
             row |= {"user": lease and token.username, "holder": lease and lease.holder}
             row |= {"lease_expiry_time": lease and int(lease.until)}
             rows.append(row)
         return rows
 
-    show(with_service(config_file, members), as_json, "tokens", instants=("expiry_time", "lease_expiry_time"))
+    show(with_service(config_file, list_tokens), as_json, "tokens", instants=("expiry_time", "lease_expiry_time"))
 
 
 @pool.command("generate", epilog="Example: tokenauth pool generate vouchers --count 10")
 @config_option
 @json_option
 @click.argument("name")
-@click.option("--count", metavar="N", type=int, default=1, help="How many; 1 to 1,000.")
+@click.option("--count", metavar="N", type=int, default=1, help="Number of tokens, 1 to 1,000. Default: 1.")
 def pool_generate(config_file: str | None, as_json: bool, name: str, count: int) -> None:
-    """Add free tokens to the pool NAME, all or none, and print them."""
-    made = with_service(config_file, lambda service: service.pools.generate(service.pools.find(name), count))
-    audit("pool_tokens_generated", pool=name, count=len(made))
+    """Add free tokens to a pool and print them.
+
+    All are added, or none if the pool has no room for all.
+    """
+    values = with_service(config_file, lambda service: service.pools.generate(service.pools.find(name), count))
+    audit("pool_tokens_generated", pool=name, count=len(values))
     if as_json:
-        print_json(made)
+        print_json(values)
     else:
-        click.echo("\n".join(made))
+        click.echo("\n".join(values))
 
 
 @pool.command("release", epilog="Example: tokenauth pool release licences 3f0c...")
@@ -72,11 +84,14 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
 @click.argument("name")
 @click.argument("token")
 def pool_release(config_file: str | None, name: str, token: str) -> None:
-    """End the lease of TOKEN in the pool NAME, whoever holds it: it can be lent anew at once."""
+    """End the lease of a token.
+
+    It does not matter who holds it. Another client can lease the token at once.
+    """
     try:
         with_service(config_file, lambda service: service.pools.release(service.pools.find(name), text(token)))
     except LeaseLost:
-        raise click.ClickException("The token is not lent.") from None
+        raise click.ClickException("The token is not leased.") from None
     audit("pool_lease_released", pool=name)
     click.echo("released 1 token")
 
@@ -86,7 +101,10 @@ def pool_release(config_file: str | None, name: str, token: str) -> None:
 @click.argument("name")
 @click.argument("token")
 def pool_delete(config_file: str | None, name: str, token: str) -> None:
-    """Delete TOKEN from the pool NAME, free or lent. A pool with `prefill` gets a new one for it."""
+    """Delete a token, free or leased.
+
+    A pool with `prefill` gets a new token in its place.
+    """
     with_service(config_file, lambda service: service.pools.delete(service.pools.find(name), text(token)))
     audit("pool_token_deleted", pool=name)
     click.echo("deleted 1 token")

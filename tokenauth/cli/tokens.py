@@ -1,26 +1,33 @@
-"""See and end the tokens in the database."""
+"""The commands for tokens."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.cli.base import Lines, config_option, count, json_option, show, text, with_service
+from tokenauth.cli.base import CommandGroup, config_option, count, json_option, show, text, with_service
 from tokenauth.logs import audit, printable
 
+if TYPE_CHECKING:
+    from tokenauth.service import Service
 
-@click.group(cls=Lines)
+
+@click.group(cls=CommandGroup)
 def tokens() -> None:
-    """See and end the tokens in the database. Running servers refuse an ended token at once."""
+    """List and revoke login tokens.
+
+    Running servers refuse a revoked token at once.
+    """
 
 
 @tokens.command("list", epilog="Example: tokenauth tokens list --user ann --json")
 @config_option
 @json_option
-@click.option("--user", "username", metavar="NAME", help="Only this user's.")
+@click.option("--user", "username", metavar="NAME", help="Only tokens of this user.")
 def tokens_list(config_file: str | None, as_json: bool, username: str | None) -> None:
-    """List tokens that have not expired, newest first, at most 1,000. Nobody knows their values.
+    """List live tokens, newest first, at most 1,000.
 
-    A server that has not been reloaded since accepts those with the status user_removed or password_changed, too.
+    Their values are not stored and cannot be shown. A running server accepts tokens with the status user_removed or
+    password_changed until it is reloaded.
     """
     from tokenauth.settings.model import canonical
 
@@ -43,15 +50,18 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
 
 @tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann; tokenauth tokens revoke --all")
 @config_option
-@click.option("--user", "username", metavar="NAME", help="All of this user's.")
-@click.option("--id", "id_", metavar="ID", help="The one with this id.")
-@click.option("--all", "everybody", is_flag=True, help="Everybody's.")
-def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everybody: bool) -> None:
-    """End tokens, of a user, by id, or all. A user with no tokens is no error; an unknown user is."""
+@click.option("--user", "username", metavar="NAME", help="All tokens of this user.")
+@click.option("--id", "id_", metavar="ID", help="The token with this id.")
+@click.option("--all", "everyone", is_flag=True, help="All tokens of all users.")
+def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everyone: bool) -> None:
+    """Revoke tokens: of one user, by id, or all.
+
+    Exit with 1 if the user or the token does not exist. A user without tokens is no error.
+    """
     from tokenauth.settings.model import canonical
 
-    if sum([username is not None, id_ is not None, everybody]) != 1:
-        raise click.UsageError("Say exactly one of --user NAME, --id ID and --all.")
+    if sum([username is not None, id_ is not None, everyone]) != 1:
+        raise click.UsageError("Pass exactly one of --user NAME, --id ID and --all.")
     if id_ is not None:
         wanted = id_
         with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
@@ -60,7 +70,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
         return
     name = None if username is None else canonical(text(username))
 
-    async def revoke(service: Any) -> tuple[int, bool]:
+    async def revoke(service: "Service") -> tuple[int, bool]:
         return await service.tokens.revoke_all(name), name is None or name in service.users
 
     number, known = with_service(config_file, revoke)

@@ -2,25 +2,28 @@
 
 import click
 
-from tokenauth.cli.base import Lines, config_option, config_path, json_option, new_hash, password_option, show
+from tokenauth.cli.base import CommandGroup, config_option, config_path, json_option, new_hash, password_option, show
 from tokenauth.logs import audit
 
 _RELOAD = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
 _SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
 
 
-@click.group(cls=Lines)
+@click.group(cls=CommandGroup)
 def user() -> None:
-    """Edit the users in config.toml; its comments stay. A running server applies the change when you reload it."""
+    """Edit the users in config.toml.
+
+    Comments stay. A running server applies the change when you reload it.
+    """
 
 
 @user.command("add", epilog="Example: tokenauth user add ann --scope reports --scope admin")
 @config_option
 @password_option
 @click.argument("name")
-@click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user; may be repeated.")
+@click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user. Repeat for several.")
 def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: tuple[str, ...]) -> None:
-    """Let NAME log in."""
+    """Add the user NAME."""
     from tokenauth.settings.user_file import UserFile
 
     file = UserFile(config_path(config_file))
@@ -34,7 +37,10 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
 @password_option
 @click.argument("name")
 def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> None:
-    """Give NAME a new password. At the next reload, the tokens issued for the old one end."""
+    """Change the password of NAME.
+
+    The next reload revokes the tokens that were issued for the old password.
+    """
     from tokenauth.settings.user_file import UserFile
 
     file = UserFile(config_path(config_file))
@@ -47,7 +53,10 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
 @config_option
 @click.argument("name")
 def user_remove(config_file: str | None, name: str) -> None:
-    """Remove NAME. At the next reload, the user's tokens end; `tokenauth tokens revoke --user NAME` ends them now."""
+    """Remove the user NAME.
+
+    The next reload revokes their tokens. `tokenauth tokens revoke --user NAME` revokes them now.
+    """
     from tokenauth.settings.user_file import UserFile
 
     file = UserFile(config_path(config_file))
@@ -60,7 +69,7 @@ def user_remove(config_file: str | None, name: str) -> None:
 @config_option
 @json_option
 def user_list(config_file: str | None, as_json: bool) -> None:
-    """List who may log in."""
+    """List the users and their scopes."""
     from tokenauth.settings import loader
 
     users = loader.load(loader.find(config_file)).users_by_name.values()
