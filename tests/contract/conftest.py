@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -175,6 +175,7 @@ class Templates:
         self._postgres = postgres
         self._factory = factory
         self._built: dict[str, Path] = {}
+        self._emptier = Emptier()
 
     def fresh(self, name: str, directory: Path) -> Path:
         """Make an empty store for one of STORES; a PostgreSQL database is the one that the last test had."""
@@ -185,14 +186,62 @@ class Templates:
                 (built / "url").write_text(self._postgres().create("contract"))
             apart(build(STORES[name], built))
         if name == "postgres":
-            fetch((built / "url").read_text(), f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
+            self._emptier.empty((built / "url").read_text())
         return Path(shutil.copytree(built, directory))
+
+    def close(self) -> None:
+        self._emptier.close()
+
+
+class Emptier:
+    """Empties a PostgreSQL database over a connection that it keeps: a new one takes longer than the statement."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)  # a test may run a loop in its own thread
+        self._runner = asyncio.Runner()
+        self._connection: asyncpg.Connection | None = None
+
+    def empty(self, url: str) -> None:
+        self._thread.submit(self._runner.run, self._empty(url)).result()
+
+    async def _empty(self, url: str) -> None:
+        if self._connection is not None:
+            try:
+                await self._connection.execute(_EMPTY)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):  # a test has ended all connections
+                self._connection.terminate()
+            else:
+                return
+        self._connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+        await self._connection.execute(_EMPTY)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._thread.submit(self._runner.run, self._connection.close(timeout=10)).result()
+        self._thread.submit(self._runner.close).result()
+        self._thread.shutdown()
+
+
+# DELETE takes a tenth of TRUNCATE's time while there are few rows, but leaves dead rows behind.
+_EMPTY = f"""
+DO $$ BEGIN
+    IF (SELECT max(pg_relation_size(oid)) > 65536 FROM pg_class
+        WHERE relkind = 'r' AND relname = ANY('{{{", ".join(metadata.tables)}}}')) THEN
+        TRUNCATE {", ".join(metadata.tables)} RESTART IDENTITY;
+    ELSE
+        {" ".join(f"DELETE FROM {table};" for table in metadata.tables)}
+        PERFORM setval(seqrelid, 1, false) FROM pg_sequence;
+    END IF;
+END $$
+"""  # noqa: S608 - the tables are our own
 
 
 @pytest.fixture(scope="session")
-def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Templates:
+def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
     """Make empty stores; PostgreSQL is started for the first that needs it."""
-    return Templates(lambda: request.getfixturevalue("postgres"), tmp_path_factory)
+    made = Templates(lambda: request.getfixturevalue("postgres"), tmp_path_factory)
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=STORES)

@@ -26,13 +26,13 @@ async def test_what_was_added_is_got_as_an_equal_record(tokens: TokenStore) -> N
     assert await tokens.get(given.digest) == given
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS)
-async def test_text_comes_back_as_it_was_given(tokens: TokenStore, text: str) -> None:
-    given = token(username=text, address=text, user_agent=text)
-    await tokens.add(given, 3, START)
-    assert await tokens.get(given.digest) == given
-    assert await tokens.list(text, START, 10) == [given]
-    assert await tokens.remove_all(text, START) == 1
+async def test_text_comes_back_as_it_was_given(tokens: TokenStore) -> None:
+    for text in ODD_TEXTS:
+        given = token(username=text, address=text, user_agent=text)
+        await tokens.add(given, 3, START)
+        assert await tokens.get(given.digest) == given
+        assert await tokens.list(text, START, 10) == [given]
+        assert await tokens.remove_all(text, START) == 1
 
 
 async def test_nothing_is_got_for_a_digest_that_nobody_added(tokens: TokenStore) -> None:
@@ -168,29 +168,28 @@ async def test_ids_at_the_ends_of_their_range_are_told_apart(tokens: TokenStore)
         assert await tokens.find(one.id) == one
 
 
-@pytest.mark.parametrize(
-    "malformed",
-    [
-        "",
-        "0",
-        "zz" * 12,
-        token().id[:-1],
-        token().id[:-2],
-        token().id + "00",
-        token().digest.hex(),
-        "\x00" * 24,
-        "\ud800" * 24,
-        "٣" * 24,
-        "%" * 24,
-        f" {token().id}",
-        f"{token().id}\n",
-        f"{token().id[:12]} {token().id[12:]}",
-    ],
-    ids=ascii,
-)
-async def test_a_malformed_id_is_nobodys(tokens: TokenStore, malformed: str) -> None:
+MALFORMED = [
+    "",
+    "0",
+    "zz" * 12,
+    token().id[:-1],
+    token().id[:-2],
+    token().id + "00",
+    token().digest.hex(),
+    "\x00" * 24,
+    "\ud800" * 24,
+    "٣" * 24,
+    "%" * 24,
+    f" {token().id}",
+    f"{token().id}\n",
+    f"{token().id[:12]} {token().id[12:]}",
+]
+
+
+async def test_a_malformed_id_finds_no_token(tokens: TokenStore) -> None:
     await tokens.add(token(), 0, START)
-    assert await tokens.find(malformed) is None
+    for malformed in MALFORMED:
+        assert await tokens.find(malformed) is None, ascii(malformed)
 
 
 async def test_a_list_is_newest_first_and_no_longer_than_its_limit(tokens: TokenStore) -> None:
