@@ -1,4 +1,4 @@
-"""Credentials: a secret that was right is not hashed again for a minute, a wrong one always is; nothing reveals it."""
+"""Credentials: a right password is not hashed again for a minute, a wrong one always is, and neither is revealed."""
 
 import asyncio
 import gc
@@ -36,12 +36,12 @@ WRONG = Candidate("ann", "wrong")
 
 
 def user(name: str, word: str) -> User:
-    """Make a user whose hash costs next to nothing."""
+    """Return a user with a negligible hash."""
     return User(name, argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(word))
 
 
 class Keeper(NamedTuple):
-    """Credentials, the time and the users that they go by, and the calls that their threads have made."""
+    """Credentials, their clock and users, and the hashes that their threads computed."""
 
     credentials: Credentials
     time: list[float]
@@ -49,14 +49,14 @@ class Keeper(NamedTuple):
     calls: list[Call]
 
     async def hashed(self, *readings: Candidate, address: str = HOME) -> int:
-        """Recall, rightly or not; say how many hashes it took."""
+        """Check a right or a wrong password. Return the number of hashes it took."""
         self.calls.clear()
         with suppress(InvalidCredentials):
             await self.credentials.verify_cached(readings, address)
         return len(hashes(self.calls))
 
     async def right(self, *readings: Candidate, address: str = HOME) -> bool:
-        """Say whether somebody is recalled."""
+        """Return whether a password is accepted."""
         try:
             await self.credentials.verify_cached(readings, address)
         except InvalidCredentials:
@@ -66,13 +66,12 @@ class Keeper(NamedTuple):
 
 @pytest.fixture(scope="module")
 def users() -> dict[str, User]:
-    """Make the users once; each test has a copy."""
+    """Return the users, made once; each test has a copy."""
     return {"ann": user("ann", WORD), "bob": user("bob", WORD), "a b": user("a b", "p q")}
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    """Open a store, which counts what has failed."""
     opened = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db"), 10)
     await opened.start()
     yield opened
@@ -81,13 +80,13 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def known(users: dict[str, User]) -> dict[str, User]:
-    """Copy the users, to be changed."""
+    """Return a copy of the users, for a test to change."""
     return dict(users)
 
 
 @pytest.fixture
 def passwords(known: dict[str, User]) -> Iterator[Passwords]:
-    """Hash in one thread, for which one more may wait."""
+    """Return a hasher of one thread, for which one more login may wait."""
     made = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1, queue=1), known)
     yield made
     made.close()
@@ -95,7 +94,7 @@ def passwords(known: dict[str, User]) -> Iterator[Passwords]:
 
 @pytest.fixture
 def keeper(store: Store, passwords: Passwords, known: dict[str, User]) -> Iterator[Keeper]:
-    """Make credentials whose hashes are counted, as the thread makes them, and whose time is moved by hand."""
+    """Return credentials whose hashes are counted, with a clock moved by hand."""
     time = [START]
     throttle = Throttle(ThrottleSettings(), 1, store, lambda: time[0], LoginQueue(1, 1))
     with calls_of_threads() as calls:
@@ -205,7 +204,7 @@ async def test_a_cancelled_caller_leaves_the_hash_to_the_others(keeper: Keeper) 
 async def test_different_guesses_at_the_same_time_are_hashed_each(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And turned away when too many wait, which is not counted as a failure."""
+    """It is refused when too many wait, which is not counted as a failure."""
     monkeypatch.setattr(login_queue, "REFUSAL_DELAY", 0.01)
     guesses = [Candidate("ann", f"wrong-{number}") for number in range(5)]
     ended = await asyncio.gather(
@@ -239,7 +238,7 @@ async def test_each_reading_costs_one_hash_for_any_name(keeper: Keeper, sent: st
 
 @pytest.mark.parametrize("name", ["a b", "a+b", "c d", "c+d"])
 async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name: str) -> None:
-    """Whether a user has that name or not: else who asks by HTTP Basic and by JSON in turn would be told."""
+    """Whether a user has that name or not: otherwise HTTP Basic and JSON in turn would tell."""
     both = [Candidate(name.replace("+", " "), "x"), Candidate(name.replace(" ", "+"), "x")]
     for _ in range(ThrottleSettings().free):
         assert not await keeper.right(*both)
@@ -249,7 +248,7 @@ async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name
 
 
 async def test_a_success_clears_only_the_name_that_it_was_for(keeper: Keeper, known: dict[str, User]) -> None:
-    """Else the user `a b` could clear what was counted for guesses at the secret of `a+b`."""
+    """Otherwise the user `a b` could erase guesses at the password of `a+b`."""
     known["a+b"] = user("a+b", "plus")
     both = [Candidate("a b", "p q"), Candidate("a+b", "p+q")]
     for _ in range(ThrottleSettings().free - 1):
@@ -293,7 +292,7 @@ async def test_nothing_that_is_kept_holds_the_secret(keeper: Keeper) -> None:
 
 
 def held(start: object) -> Iterator[str | bytes]:
-    """Go through everything that an object holds, and what that holds, for text and bytes."""
+    """Yield all text and bytes that are reachable from an object."""
     seen: set[int] = set()
     waiting: list[Any] = [start]
     while waiting:
@@ -308,7 +307,7 @@ def held(start: object) -> Iterator[str | bytes]:
 
 
 async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, passwords: Passwords) -> None:
-    """So nobody can look it up by what he has computed, or seen elsewhere."""
+    """So it cannot be found by a precomputed fingerprint, or one from elsewhere."""
     throttle = keeper.credentials._throttle
     found = []
     for _ in range(2):
@@ -320,14 +319,14 @@ async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, pass
 
 
 class Hungry(NamedTuple):
-    """A user whose hash takes much memory, and how to take that memory away."""
+    """A user whose hash takes much memory, and a limit on memory."""
 
     keeper: Keeper
     user: User
 
     @contextmanager
     def starved(self) -> Iterator[None]:
-        """Leave this process next to no memory that it does not have already."""
+        """Limit this process to the memory that it has, and little more."""
         was = resource.getrlimit(resource.RLIMIT_AS)
         has = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (has + (16 << 20), was[1]))
@@ -346,7 +345,7 @@ HUNGRY = {
 
 @pytest.fixture(params=HUNGRY)
 async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[Hungry]:
-    """Make credentials of one user, whose hash was computed once: so the thread and its stack exist."""
+    """Return credentials of one user. Its hash was computed once, so the thread and its stack exist."""
     only = User("ann", HUNGRY[request.param].hash(WORD))
     time, users = [START], {"ann": only, "bob": user("bob", WORD)}
     passwords = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1), users)
@@ -358,7 +357,7 @@ async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[
 
 
 async def test_without_memory_no_password_is_judged(hungry: Hungry) -> None:
-    """Neither right nor wrong, nor counted: when there is memory again, the right password is taken."""
+    """It is neither right nor wrong, and not counted. With memory again, the right password is accepted."""
     with hungry.starved(), structlog.testing.capture_logs() as logs:
         for number in range(2 * ThrottleSettings().free):
             with pytest.raises(Overloaded) as refusal:

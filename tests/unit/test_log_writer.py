@@ -1,4 +1,4 @@
-"""The log of a server: whoever reads it slowly, or not at all, holds up nobody; what is missing is counted."""
+"""The log of a server: a slow or stopped reader holds up nothing, and dropped lines are counted."""
 
 import fcntl
 import os
@@ -15,14 +15,14 @@ CAPACITY = 1 << 16
 
 
 class Pipe:
-    """A pipe with little room, and what is read from it."""
+    """A pipe with a small buffer, and its reader."""
 
     def __init__(self) -> None:
         self.here, self.there = os.pipe()
         fcntl.fcntl(self.there, fcntl.F_SETPIPE_SZ, 4096)
 
     def read(self) -> list[str]:
-        """Read all lines, up to the one that says "end"."""
+        """Return all lines up to "end"."""
         data = b""
         while not data.endswith(b"end\n"):
             data += os.read(self.here, 1 << 16)
@@ -31,7 +31,7 @@ class Pipe:
 
 @pytest.fixture
 def pipe() -> Iterator[Pipe]:
-    """Open a pipe; close it when nobody waits to write into it any more."""
+    """Open a pipe. Close it when no writer waits for it."""
     made = Pipe()
     yield made
     os.close(made.here)
@@ -48,7 +48,7 @@ def test_all_lines_come_in_order(pipe: Pipe) -> None:
 
 def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
     writer = BackgroundWriter(pipe.there, CAPACITY)
-    for number in range(1000):  # nobody reads, and this ends all the same
+    for number in range(1000):  # there is no reader, and this does not block
         writer.write(f"{number} {'x' * 200}")
     reader = Thread(target=writer.flush, args=(20,))
     reader.start()
@@ -65,7 +65,7 @@ def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
 
 
 def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
-    """Each has a writer of its own, and they have the pipe in common."""
+    """Each process has its own writer, and all share one pipe."""
     writers = [BackgroundWriter(pipe.there) for _ in range(4)]
     for number in range(500):
         for name, writer in enumerate(writers):
@@ -103,7 +103,7 @@ def test_without_a_thread_lines_are_written_at_once(pipe: Pipe) -> None:
     with no_new_threads():
         writer.write("one")
         assert os.read(pipe.here, 100) == b"one\n"
-        for _ in range(100):  # and where they cannot be, they are dropped
+        for _ in range(100):  # lines that cannot be written are dropped
             writer.write("x" * 200)
     written = os.read(pipe.here, 1 << 16).splitlines()
     for line in ("two", "end"):

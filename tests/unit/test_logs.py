@@ -1,4 +1,4 @@
-"""The log of a process: JSON lines in which no exception's text ever stands, as that may hold what a client sent."""
+"""The log of a process: JSON lines without the text of any exception, which may contain what a client sent."""
 
 import json
 import os
@@ -113,7 +113,7 @@ Logged = dict[str, list[str]]
 
 @pytest.fixture(scope="module")
 def logged() -> Logged:
-    """Run all scripts in one process and return the lines that each has logged."""
+    """Run all scripts in one process. Return the lines that each of them logs."""
     done = subprocess.run(
         [sys.executable, "-c", HARNESS],
         cwd=ROOT,
@@ -129,7 +129,6 @@ def logged() -> Logged:
 
 
 def events(lines: list[str]) -> list[dict[str, Any]]:
-    """Read lines of JSON."""
     return [json.loads(line) for line in lines]
 
 
@@ -142,7 +141,7 @@ def test_an_event_is_one_line_of_json_with_time_and_level(logged: Logged) -> Non
 
 @pytest.mark.parametrize("number", range(len(FORGERIES)))
 def test_a_value_can_neither_forge_a_line_nor_cost_one(logged: Logged, number: int) -> None:
-    """Lone surrogates are how Python shows file names and environment variables that are no UTF-8."""
+    """Python represents file names and environment variables that are not UTF-8 with lone surrogates."""
     (event,) = events(logged[f"forgery {number}"])
     assert event["event"] == "seen"
     assert event["value"][0] == FORGERIES[number][0]
@@ -195,17 +194,17 @@ for plane in (range(0xD800), range(0xE000, 0x11000), range(0x1D100, 0x1D200), ra
 
 @pytest.mark.parametrize("watched", [False, True], ids=["json", "terminal"])
 def test_no_letter_of_a_value_controls_a_terminal(watched: bool) -> None:
-    """Nor does it later, when somebody looks at the file."""
+    """Nor later, when the file is shown."""
     here, there = os.openpty() if watched else os.pipe()
     with subprocess.Popen([sys.executable, "-c", EVERY_LETTER], stderr=there):
         os.close(there)
         written = b""
-        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+        with suppress(OSError):  # how a terminal reports that its other end is closed
             while part := os.read(here, 1 << 16):
                 written += part
     os.close(here)
     text = written.decode().replace("\r\n", "\n")
     if watched:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colours
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colors
     assert text.count("\n") == 12
     assert [letter for letter in text if not letter.isprintable() and letter != "\n"] == []

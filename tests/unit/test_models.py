@@ -12,7 +12,7 @@ DIGEST = bytes(range(32))
 TOKEN = Token(DIGEST, "ann", "fingerprint", 1_000.5, 2_000)
 POOL = Pool("p", lease_ttl=60, token_ttl=240)
 PERMIT = PoolToken("p", "permit", free_at=1_000, holder="ann", fence=3)
-"""Lent to ann until 1,000, and free from then on."""
+"""Leased to ann until 1,000, then free."""
 
 
 def test_a_credential_depends_on_the_hash_and_not_the_name() -> None:
@@ -60,11 +60,11 @@ def test_a_lease_is_over_exactly_at_its_end(now: float, lease: Lease | None) -> 
 
 @pytest.mark.parametrize("retired", [False, True])
 @pytest.mark.parametrize(
-    ("now", "lent", "alive"), [(999, True, True), (1_000, False, True), (1_239.9, False, True), (1_240, False, False)]
+    ("now", "leased", "alive"), [(999, True, True), (1_000, False, True), (1_239.9, False, True), (1_240, False, False)]
 )
-def test_a_token_lives_while_leased_and_token_ttl_longer(now: float, lent: bool, alive: bool, retired: bool) -> None:
-    """A retired one only while it is lent."""
-    assert POOL.is_live(PERMIT._replace(retired=retired), now) is (lent if retired else alive)
+def test_a_token_lives_while_leased_and_token_ttl_longer(now: float, leased: bool, alive: bool, retired: bool) -> None:
+    """A retired token is live only while it is leased."""
+    assert POOL.is_live(PERMIT._replace(retired=retired), now) is (leased if retired else alive)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,11 @@ def test_a_token_is_gone_at_the_instant_that_is_shown(pool: Pool, retired: bool,
 
 def test_each_lease_operation_changes_only_its_own_fields() -> None:
     free = PERMIT._replace(free_at=900, holder=None)
-    lent = POOL.leased(free, "bob", "ann", 1_000)
-    assert lent == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4, username="ann")
-    assert POOL.extended(lent, 1_050) == lent._replace(free_at=1_110)
-    assert POOL.released(lent, 1_050) == lent._replace(free_at=1_050, holder=None, username=None)
-    retired = lent._replace(retired=True)
+    leased = POOL.leased(free, "bob", "ann", 1_000)
+    assert leased == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4, username="ann")
+    assert POOL.extended(leased, 1_050) == leased._replace(free_at=1_110)
+    assert POOL.released(leased, 1_050) == leased._replace(free_at=1_050, holder=None, username=None)
+    retired = leased._replace(retired=True)
     assert POOL.extended(retired, 1_050).retired
     assert POOL.released(retired, 1_050).retired
 

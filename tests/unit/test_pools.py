@@ -1,4 +1,4 @@
-"""The service Pools over a real SQLite file: what it refuses, what it rounds, and what it asks of the store."""
+"""Pools over a real SQLite file."""
 
 import math
 import uuid
@@ -34,27 +34,24 @@ IMPOSSIBLE = ["x" * 257, "a\x00b", "a\nb", "\ud800", "a\u200bb", "\x7f"]
 
 
 class Hand:
-    """A clock that is set by hand, and counts how often it is read."""
+    """A clock that is set by hand and counts how often it is read."""
 
     def __init__(self) -> None:
         self.now = START
         self.reads = 0
 
     def __call__(self) -> float:
-        """Read it."""
         self.reads += 1
         return self.now
 
 
 @pytest.fixture
 def clock() -> Hand:
-    """Begin at START."""
     return Hand()
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    """Open a store on an empty file."""
     opened = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     await opened.start()
     yield opened
@@ -63,7 +60,6 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def pools(store: Store, clock: Hand) -> Pools:
-    """Lend from four pools."""
     return Pools(TERMS, store, clock, {"roomy": values.new_uuid})
 
 
@@ -129,15 +125,15 @@ async def test_a_pool_without_leases_names_no_wait(pools: Pools) -> None:
 
 async def test_its_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, clock: Hand) -> None:
     (value,) = await pools.generate(POOL, 1)
-    lent = await pools.assign(POOL, "ann")
-    assert lent == PoolToken("p", value, START + 60, "ann", 1)
+    leased = await pools.assign(POOL, "ann")
+    assert leased == PoolToken("p", value, START + 60, "ann", 1)
     clock.now += 30
     for claim in (LeaseCheck("bob"), LeaseCheck("ann", 2)):
         with pytest.raises(LeaseLost):
             await pools.keep_alive(POOL, value, claim)
         with pytest.raises(LeaseLost):
             await pools.release(POOL, value, claim)
-    assert await pools.keep_alive(POOL, value, LeaseCheck("ann", 1)) == lent._replace(free_at=START + 90)
+    assert await pools.keep_alive(POOL, value, LeaseCheck("ann", 1)) == leased._replace(free_at=START + 90)
     await pools.release(POOL, value, LeaseCheck("ann", 1))
     assert await pools.get(POOL, value) == PoolToken("p", value, START + 30, None, 1)
     for lost in (pools.keep_alive, pools.release):
@@ -167,16 +163,16 @@ async def test_a_token_that_is_not_there_is_unknown(pools: Pools, clock: Hand, v
 
 async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: Hand) -> None:
     await pools.generate(POOL, 2)
-    lent = await pools.assign(POOL, "ann")
+    leased = await pools.assign(POOL, "ann")
     (free,) = [token for token in await pools.list_tokens(POOL) if token.holder is None]
     clock.now += 30
-    assert await pools.keep_alive_any(POOL, lent.value)
-    assert await pools.get(POOL, lent.value) == lent._replace(free_at=START + 90)
+    assert await pools.keep_alive_any(POOL, leased.value)
+    assert await pools.get(POOL, leased.value) == leased._replace(free_at=START + 90)
     assert not await pools.keep_alive_any(POOL, free.value)
     assert await pools.get(POOL, free.value) == free._replace(free_at=START + 30)
     clock.now += 60
-    assert not await pools.keep_alive_any(POOL, lent.value)
-    assert await pools.get(POOL, lent.value) == PoolToken("p", lent.value, START + 90, None, 1)
+    assert not await pools.keep_alive_any(POOL, leased.value)
+    assert await pools.get(POOL, leased.value) == PoolToken("p", leased.value, START + 90, None, 1)
 
 
 async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: Hand) -> None:
@@ -184,11 +180,11 @@ async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: Ha
     for _ in range(3):
         await pools.generate(ROOMY, 800)
     clock.now += 200
-    lent = await pools.assign(ROOMY, "ann")
+    leased = await pools.assign(ROOMY, "ann")
     assert await pools.keep_alive_free(ROOMY) == 2399
     clock.now += 239
     assert await pools.count(ROOMY) == PoolCounts(2400, 0)
-    assert await pools.get(ROOMY, lent.value) == lent
+    assert await pools.get(ROOMY, leased.value) == leased
     clock.now += 1
     assert await pools.count(ROOMY) == PoolCounts(1, 0), "the leased one was not extended: its lease continued"
 
@@ -221,12 +217,12 @@ async def test_a_pool_is_filled_however_large_it_is(store: Store, clock: Hand) -
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 7])
 async def test_a_changed_capacity_ends_no_lease(pools: Pools, store: Store, clock: Hand, capacity: int) -> None:
     await pools.prefill()
-    lent = [await pools.assign(PERMITS, "ann") for _ in range(2)]
+    leased = [await pools.assign(PERMITS, "ann") for _ in range(2)]
     pool = Pool("permits", lease_ttl=60, capacity=capacity, prefill=True)
     resized = Pools({"permits": pool}, store, clock)
     await resized.prefill()
     assert await resized.count(pool) == PoolCounts(max(0, capacity - 2), 2)
-    for token in lent:
+    for token in leased:
         assert (await resized.keep_alive(pool, token.value, LeaseCheck("ann", 1))).free_at == START + 60
     clock.now += 60
     assert await resized.count(pool) == PoolCounts(capacity, 0)
@@ -263,7 +259,7 @@ ONCE: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
 
 
 async def test_every_operation_reads_the_clock_once(pools: Pools, clock: Hand) -> None:
-    """So that whatever it decides, it decides for one moment."""
+    """All of a decision is about one instant."""
     for name, verb in ONCE.items():
         await pools.generate(ROOMY, 1)
         value = (await pools.assign(ROOMY, "ann")).value

@@ -1,4 +1,4 @@
-"""A pool with `prefill` has as many tokens as its capacity says, always: N permits, also after N has changed."""
+"""A pool with `prefill` always has as many tokens as its capacity, also after the capacity has changed."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,12 +19,12 @@ LEASE_TTL = 60
 
 
 def permits(capacity: int, name: str = "permits", prefill: bool = True) -> str:
-    """Write the terms of a pool."""
+    """Return the table of a pool."""
     return f"[pools.{name}]\ncapacity = {capacity}\nlease_ttl = {LEASE_TTL}\nprefill = {str(prefill).lower()}\n"
 
 
 class Home:
-    """A database, and what is started on it on ever new terms."""
+    """A database on which services with different settings are started."""
 
     def __init__(self, directory: Path) -> None:
         self.clock = HandClock(directory / "clock", create=True)
@@ -32,7 +32,7 @@ class Home:
 
     @asynccontextmanager
     async def open(self, terms: str) -> AsyncIterator[Pools]:
-        """Start the service, without HTTP and without its sweeper."""
+        """Start a service, without HTTP and sweeper."""
         settings = loader.load(write_config(self._directory, terms))
         service = create_service(settings, self.clock, monotonic=lambda: 0.0)
         async with service.running():
@@ -42,27 +42,26 @@ class Home:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    """Make a directory for a database."""
     return Home(tmp_path)
 
 
 async def values(pools: Pools, name: str = "permits") -> set[str]:
-    """Name the tokens of a pool."""
+    """Return the tokens of a pool."""
     return {token.value for token in await pools.list_tokens(pools.find(name))}
 
 
-async def lend(pools: Pools, pool: Pool, count: int) -> list[str]:
-    """Lend so many tokens."""
+async def lease(pools: Pools, pool: Pool, count: int) -> list[str]:
+    """Lease `count` tokens."""
     return [(await pools.assign(pool, "ci")).value for _ in range(count)]
 
 
-async def check(pools: Pools, pool: Pool, lent: int) -> None:
-    """Hold a pool to its capacity: as many can be lent as are not, and none if more are lent than there may be."""
-    available = max(0, (pool.capacity or 0) - lent)
-    assert await pools.count(pool) == (available, lent)
-    for token in await lend(pools, pool, available):
+async def check(pools: Pools, pool: Pool, leased: int) -> None:
+    """Assert that capacity minus leased tokens are free; none if more are leased than the capacity."""
+    available = max(0, (pool.capacity or 0) - leased)
+    assert await pools.count(pool) == (available, leased)
+    for token in await lease(pools, pool, available):
         await pools.release(pool, token)
-    taken = await lend(pools, pool, available)
+    taken = await lease(pools, pool, available)
     with pytest.raises(NoFreeToken):
         await pools.assign(pool, "one too many")
     with pytest.raises(PoolFull):
@@ -97,18 +96,18 @@ async def test_processes_that_start_at_once_fill_a_pool_once(home: Home) -> None
 async def test_a_prefilled_pool_refuses_to_generate(home: Home) -> None:
     async with home.open(permits(2)) as pools:
         pool = pools.find("permits")
-        await lend(pools, pool, 1)
+        await lease(pools, pool, 1)
         await check(pools, pool, 1)
         home.clock.advance(LEASE_TTL)
         await check(pools, pool, 0)
 
 
-@pytest.mark.parametrize("lent", [False, True])
-async def test_a_deleted_token_is_replaced_by_a_free_one(home: Home, lent: bool) -> None:
+@pytest.mark.parametrize("leased", [False, True])
+async def test_a_deleted_token_is_replaced_by_a_free_one(home: Home, leased: bool) -> None:
     async with home.open(permits(3)) as pools:
         pool = pools.find("permits")
         before = await values(pools)
-        deleted = (await pools.assign(pool, "ci")).value if lent else min(before)
+        deleted = (await pools.assign(pool, "ci")).value if leased else min(before)
         await pools.delete(pool, deleted)
         (new,) = await values(pools) - before
         assert await values(pools) == before - {deleted} | {new}
@@ -122,33 +121,33 @@ async def test_a_deleted_token_is_replaced_by_a_free_one(home: Home, lent: bool)
 async def test_a_grown_pool_leases_more_and_keeps_its_leases(home: Home) -> None:
     async with home.open(permits(2)) as pools:
         before = await values(pools)
-        (lent,) = await lend(pools, pools.find("permits"), 1)
+        (leased,) = await lease(pools, pools.find("permits"), 1)
     async with home.open(permits(5)) as pools:
         pool = pools.find("permits")
         assert await values(pools) > before
         await check(pools, pool, 1)
-        assert (await pools.keep_alive(pool, lent)).fence == 1
+        assert (await pools.keep_alive(pool, leased)).fence == 1
 
 
 CAPACITY = 4
-CASES = [(lent, shrunk) for lent in range(CAPACITY + 1) for shrunk in range(CAPACITY)]
+CASES = [(leased, shrunk) for leased in range(CAPACITY + 1) for shrunk in range(CAPACITY)]
 
 
 @pytest.mark.parametrize("end", ["released", "lapsed"])
 async def test_a_shrunken_pool_waits_for_its_leases_to_end(home: Home, end: str) -> None:
-    """From any number of leases to any capacity, whichever of them ends first."""
+    """From any number of leases to any capacity, in any order of the ends."""
     chance = Random(1)
     out: dict[str, list[str]] = {}
-    async with home.open("".join(permits(CAPACITY, f"p{lent}-{shrunk}") for lent, shrunk in CASES)) as pools:
-        for lent, shrunk in CASES:
-            out[f"p{lent}-{shrunk}"] = await lend(pools, pools.find(f"p{lent}-{shrunk}"), lent)
-    for _ in range(2):  # a restart on the same terms changes nothing more
-        async with home.open("".join(permits(shrunk, f"p{lent}-{shrunk}") for lent, shrunk in CASES)) as pools:
+    async with home.open("".join(permits(CAPACITY, f"p{leased}-{shrunk}") for leased, shrunk in CASES)) as pools:
+        for leased, shrunk in CASES:
+            out[f"p{leased}-{shrunk}"] = await lease(pools, pools.find(f"p{leased}-{shrunk}"), leased)
+    for _ in range(2):  # a restart with the same settings changes nothing
+        async with home.open("".join(permits(shrunk, f"p{leased}-{shrunk}") for leased, shrunk in CASES)) as pools:
             for name, leases in out.items():
                 pool = pools.find(name)
                 await check(pools, pool, len(leases))
                 assert [(await pools.keep_alive(pool, value)).fence for value in leases] == [1] * len(leases)
-    async with home.open("".join(permits(shrunk, f"p{lent}-{shrunk}") for lent, shrunk in CASES)) as pools:
+    async with home.open("".join(permits(shrunk, f"p{leased}-{shrunk}") for leased, shrunk in CASES)) as pools:
         for _ in range(CAPACITY):
             home.clock.advance(LEASE_TTL / 2)
             for name, leases in out.items():
@@ -167,7 +166,7 @@ async def test_a_shrunken_pool_waits_for_its_leases_to_end(home: Home, end: str)
 
 async def test_a_surplus_token_is_gone_when_its_lease_ends(home: Home) -> None:
     async with home.open(permits(2)) as pools:
-        leases = await lend(pools, pools.find("permits"), 2)
+        leases = await lease(pools, pools.find("permits"), 2)
     async with home.open(permits(0)) as pools:
         pool = pools.find("permits")
         assert await values(pools) == set(leases)
@@ -184,7 +183,7 @@ async def test_a_surplus_token_is_gone_when_its_lease_ends(home: Home) -> None:
 @pytest.mark.parametrize("capacity", [2, 3, 4, 6])
 async def test_a_pool_that_grows_again_keeps_its_surplus(home: Home, capacity: int) -> None:
     async with home.open(permits(4)) as pools:
-        leases = await lend(pools, pools.find("permits"), 4)
+        leases = await lease(pools, pools.find("permits"), 4)
     async with home.open(permits(1)) as pools:
         pool = pools.find("permits")
         await check(pools, pool, 4)
@@ -199,7 +198,7 @@ async def test_a_pool_that_grows_again_keeps_its_surplus(home: Home, capacity: i
 
 async def test_deleting_a_surplus_token_frees_no_place(home: Home) -> None:
     async with home.open(permits(4)) as pools:
-        leases = await lend(pools, pools.find("permits"), 4)
+        leases = await lease(pools, pools.find("permits"), 4)
     async with home.open(permits(2)) as pools:
         pool = pools.find("permits")
         while leases:
@@ -210,9 +209,9 @@ async def test_deleting_a_surplus_token_frees_no_place(home: Home) -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 async def test_available_means_leasable_without_prefill_too(home: Home, turned: bool) -> None:
-    """Also while tokens are out that were too many when it was still on."""
+    """Also while surplus tokens are still leased."""
     async with home.open(permits(4)) as pools:
-        leases = await lend(pools, pools.find("permits"), 4)
+        leases = await lease(pools, pools.find("permits"), 4)
     async with home.open(permits(2)):
         pass
     async with home.open(permits(2, prefill=False)) as pools:
@@ -221,7 +220,7 @@ async def test_available_means_leasable_without_prefill_too(home: Home, turned: 
             await pools.release(pool, value)
             available, leased = await pools.count(pool)
             assert (leased, available) == (4 - released, max(0, released - 2))
-            taken = await lend(pools, pool, available)
+            taken = await lease(pools, pool, available)
             with pytest.raises(NoFreeToken):
                 await pools.assign(pool, "one too many")
             for token in taken:
@@ -231,9 +230,9 @@ async def test_available_means_leasable_without_prefill_too(home: Home, turned: 
 async def test_prefill_keeps_the_tokens_generated_before(home: Home) -> None:
     async with home.open(permits(9, prefill=False)) as pools:
         made = await pools.generate(pools.find("permits"), 3)
-        (lent,) = await lend(pools, pools.find("permits"), 1)
+        (leased,) = await lease(pools, pools.find("permits"), 1)
     async with home.open(permits(5)) as pools:
         assert await values(pools) > set(made)
         await check(pools, pools.find("permits"), 1)
         with pytest.raises(LeaseLost):
-            await pools.release(pools.find("permits"), (set(made) - {lent}).pop())
+            await pools.release(pools.find("permits"), (set(made) - {leased}).pop())

@@ -1,4 +1,4 @@
-"""What a successful login takes back: its own failures, once, and nothing that others have failed."""
+"""A successful login refunds its own failures, once, and no failures of others."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -21,7 +21,7 @@ from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle, _keys
 
 OWN = ("eve", "john doe", "john+doe")
-"""The users of an attacker. The last two can be meant by one header."""
+"""The users of an attacker. One header can mean either of the last two."""
 
 READINGS = (("eve",), ("eve", "%65ve"), ("john doe",), ("john doe", "john+doe"), ("john+doe", "john doe"))
 EACH = 3600 / 100
@@ -32,7 +32,7 @@ _NOTHING = Failures(0, 0.0)
 
 
 class World:
-    """A throttle and its clock; `others` is when the network has forgotten the failures of others, if left alone."""
+    """A throttle and its clock. `others` is when the failures of others will be forgotten."""
 
     def __init__(self, throttle: Throttle, store: Store, now: list[float]) -> None:
         self.throttle = throttle
@@ -51,13 +51,13 @@ class World:
                 attempt.username = username
 
     async def fail_others(self, number: int) -> None:
-        """Guess at the names of others."""
+        """Fail at the names of others."""
         for _ in range(number):
             await self.log_in([f"other{next(_networks)}"], 200)
             self.others = max(self.others, self.now[0]) + EACH
 
     async def level(self) -> float:
-        """Seconds until the network has forgotten all failures."""
+        """Return the seconds until the network has forgotten all failures."""
         key = _keys("any", f"{self.home}1").network
         found = await self.store.failures.failures([key])
         return max(0.0, found.get(key, _NOTHING).last_at - self.now[0])
@@ -65,7 +65,7 @@ class World:
 
 @asynccontextmanager
 async def opened(directory: str | Path, free: int = 5) -> AsyncIterator[World]:
-    """Open a store that a throttle of one worker counts in."""
+    """Open a throttle of one worker, on a store of its own."""
     store, now = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10), [START]
     await store.start()
     settings = ThrottleSettings(free=free, network_free=100)
@@ -131,7 +131,7 @@ async def test_a_success_refunds_no_forgotten_failure(tmp_path: Path) -> None:
 
 
 async def test_a_success_reveals_nothing_of_the_other_reading(tmp_path: Path) -> None:
-    """What was counted for a name that is read from the same header stays, whether a user has it or not."""
+    """What was counted for the other name that the header can mean stays, whether a user has it or not."""
     async with opened(tmp_path) as world:
         for _ in range(4):
             await world.log_in(["john+doe"], 1)
@@ -155,7 +155,7 @@ async def test_frequent_logins_hide_no_guesses_from_their_place(tmp_path: Path) 
 
 
 async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> None:
-    """Or a full queue would let guesses at a remembered secret through."""
+    """Otherwise a full queue would let guesses at a cached secret through."""
     async with opened(tmp_path) as world:
         await world.log_in(["eve"], 1, "eve")
         key = _keys("eve", f"{world.home}1").location
@@ -171,7 +171,7 @@ async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> 
 
 
 async def test_a_known_user_is_not_held_up_by_another_reading(tmp_path: Path) -> None:
-    """Whoever guesses at `john%40corp` elsewhere; then that name is not tried, and the user's own is."""
+    """Someone else guesses at `john%40corp`: that name is not tried then, and the name of the user is."""
     async with opened(tmp_path) as world:
         await world.log_in(["john@corp", "john%40corp"], 1, "john@corp")
         for _ in range(5):

@@ -42,25 +42,21 @@ class Faulty:
         return getattr(self._tokens, name)
 
     async def get(self, digest: bytes) -> Token | None:
-        """Return a token, or fail."""
         if self.reading is not None:
             raise self.reading
         return await self._tokens.get(digest)
 
     async def add(self, token: Token, per_user: int, now: Instant) -> None:
-        """Keep a token, or fail."""
         if self.writing is not None:
             raise self.writing
         await self._tokens.add(token, per_user, now)
 
     async def remove(self, digest: bytes, now: Instant) -> bool:
-        """End a token, or fail."""
         if self.writing is not None or digest == self.poison:
             raise self.writing or ZeroDivisionError
         return await self._tokens.remove(digest, now)
 
     async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
-        """End all tokens, or fail."""
         if self.writing is not None:
             raise self.writing
         return await self._tokens.remove_all(username, now, keep)
@@ -82,12 +78,12 @@ class Scene:
         return str(answer.json()["token"])
 
     async def log_out(self, token: str) -> None:
-        """End a token: nothing but 200 is an answer."""
+        """Log out. Assert that this is answered 200."""
         answer = await self.client.request("DELETE", "/api/token", json={"token": token})
         assert (answer.status_code, answer.json()) == (200, INVALID)
 
     async def statuses(self, token: str) -> list[int]:
-        """Use a token in every way."""
+        """Return the status of each way to use a token."""
         sent: dict[str, Any] = {"headers": {"X-Token": token}}
         form: dict[str, Any] = {"data": {"token": token, "client_id": "admin", "client_secret": "admin"}}
         answers = [

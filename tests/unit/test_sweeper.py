@@ -1,4 +1,4 @@
-"""The sweeper deletes pool tokens that have expired, in steps, and no others; what is lent or waits is left alone."""
+"""The sweeper deletes expired pool tokens in batches. Leased and unexpired ones stay."""
 
 import asyncio
 import sqlite3
@@ -30,13 +30,12 @@ prefill = true
 
 @pytest.fixture
 def clock(tmp_path: Path) -> HandClock:
-    """Keep the time of one test."""
     return HandClock(tmp_path / "clock", create=True)
 
 
 @pytest.fixture
 async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
-    """Run a service without a sweeper."""
+    """Run a service without its sweeper."""
     service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, monotonic=lambda: 0.0)
     async with service.running():
         await service.pools.prefill()
@@ -45,12 +44,12 @@ async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
 
 @pytest.fixture
 def sweeper(service: Service) -> Sweeper:
-    """Make a sweeper that is told when to sweep."""
+    """Return a sweeper that is run by the test."""
     return Sweeper(service.store, service.pools, service.clock, forget=3600)
 
 
 def rows(directory: Path) -> dict[str, int]:
-    """Count what lies in the database, by pool."""
+    """Return the number of rows of each pool in the database."""
     with closing(sqlite3.connect(directory / "tokenauth.db")) as db:
         return dict(db.execute("SELECT pool, count(*) FROM pool_tokens GROUP BY pool"))
 
@@ -78,7 +77,7 @@ async def test_a_leased_token_is_deleted_after_its_token_ttl(
     pools = service.pools
     bounded = pools.find("bounded")
     await pools.generate(bounded, 2)
-    lent = await pools.assign(bounded, "ci")
+    leased = await pools.assign(bounded, "ci")
     clock.advance(1000)
     assert await sweeper.sweep() == 1, "the one that nobody took"
     assert await pools.count(bounded) == (1, 0)
@@ -88,7 +87,7 @@ async def test_a_leased_token_is_deleted_after_its_token_ttl(
     assert await sweeper.sweep() == 1
     assert "bounded" not in rows(tmp_path)
     assert await pools.count(bounded) == (0, 0)
-    assert lent.fence == 1
+    assert leased.fence == 1
 
 
 async def test_of_a_prefilled_pool_only_the_surplus_is_deleted(
@@ -109,7 +108,7 @@ async def test_of_a_prefilled_pool_only_the_surplus_is_deleted(
         assert await shrunk.pools.count(shrunk.pools.find("permits")) == (1, 0)
 
 
-@pytest.mark.faults  # it lasts as long as a writer waits for the lock
+@pytest.mark.faults  # takes as long as a writer waits for the lock
 async def test_a_pool_not_filled_at_the_start_is_filled_later(tmp_path: Path, clock: HandClock) -> None:
     """Another process holds the lock for longer than a start waits."""
     fuller = POOLS.replace("capacity = 3", "capacity = 5")
@@ -121,7 +120,7 @@ async def test_a_pool_not_filled_at_the_start_is_filled_later(tmp_path: Path, cl
         db.execute("ROLLBACK")
     assert rows(tmp_path) == {}
     async with asyncio.timeout(20):
-        while await service.store.ready() is not None:  # noqa: ASYNC110 - nobody tells
+        while await service.store.ready() is not None:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.05)
     await Sweeper(service.store, service.pools, service.clock, forget=3600).sweep()
     assert rows(tmp_path) == {"permits": 5}

@@ -1,1 +1,1 @@
-"""The clients: what a downstream service imports."""
+"""RemoteTokens and TokenAuth."""

@@ -1,4 +1,4 @@
-"""What the tests of the clients share: an issuer that is told what to answer, and clocks moved by hand."""
+"""Fixtures: an issuer whose responses the test sets, and clocks moved by hand."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -14,25 +14,25 @@ Connect = Callable[..., RemoteTokens]
 
 @pytest.fixture
 def wall() -> Hand:
-    """Keep the time of day."""
+    """Return a wall clock."""
     return Hand()
 
 
 @pytest.fixture
 def monotonic() -> Hand:
-    """Keep the time that passes."""
+    """Return a monotonic clock."""
     return Hand(1000.0)
 
 
 @pytest.fixture
 def issuer(anyio_backend: str) -> HeldIssuer:
-    """Make an issuer that takes every token for Ann's."""
+    """Return an issuer for which every token is a valid one of Ann."""
     return HeldIssuer()
 
 
 @pytest.fixture
 async def connect(issuer: HeldIssuer, wall: Hand, monotonic: Hand) -> AsyncIterator[Connect]:
-    """Make what connects to the issuer; it is closed at the end."""
+    """Return what makes clients of the issuer. They are closed at the end."""
     async with AsyncExitStack() as stack:
 
         def connected(**options: Any) -> RemoteTokens:

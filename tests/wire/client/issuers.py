@@ -1,4 +1,4 @@
-"""An issuer in this process that answers what the test says, when the test says; and clocks to go with it."""
+"""An issuer in this process: the test sets what it answers, and when. And clocks moved by hand."""
 
 import asyncio
 import json
@@ -15,29 +15,28 @@ from tokenauth.values import digest
 Reply = tuple[int, bytes]
 
 INVALID: Reply = (401, b'{"error": "invalid_token", "error_description": "..."}')
-"""What the issuer says of a token that is not valid."""
+"""The response about a token that is not valid."""
 
 URL = "http://issuer"
 
 
 class Hand:
-    """A clock that stands until it is moved."""
+    """A clock that is moved by hand."""
 
     def __init__(self, now: float = START) -> None:
         self.now = now
 
     def __call__(self) -> float:
-        """Read the time."""
         return self.now
 
 
 def token(number: int) -> bytes:
-    """Make a value of the right form."""
+    """Return a value of the right form."""
     return b"%064d" % number
 
 
 def me(value: bytes, **changes: Any) -> bytes:
-    """Say what the issuer answers about a token of Ann's."""
+    """Return the response about a valid token of Ann."""
     found = digest(value)
     assert found is not None
     document = {"username": "ann", "scopes": ["read"], "id": public_id(found), "issued_at": 1, "expiry_time": 2 * START}
@@ -45,7 +44,7 @@ def me(value: bytes, **changes: Any) -> bytes:
 
 
 class HeldIssuer:
-    """Decides as soon as it is asked, and answers while `gate` is open; `asked` has what it was asked about."""
+    """An issuer that decides when a request arrives, and responds when `gate` is open. `asked` lists the tokens."""
 
     def __init__(self) -> None:
         self.asked: list[bytes] = []
@@ -55,7 +54,6 @@ class HeldIssuer:
         self.reply: Callable[[bytes], Reply] = lambda value: (200, me(value))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one question."""
         value = dict(scope["headers"])[b"x-token"]
         self.asked.append(value)
         self._more.set()
@@ -66,11 +64,11 @@ class HeldIssuer:
         await send({"type": "http.response.body", "body": body})
 
     def client(self, **options: Any) -> httpx.AsyncClient:
-        """Open a client that reaches this issuer, whatever the address."""
+        """Return a client that reaches this issuer under any address."""
         return httpx.AsyncClient(transport=httpx.ASGITransport(self), **options)
 
     async def was_asked(self, times: int) -> None:
-        """Wait until it has been asked so often."""
+        """Wait until `count` requests have arrived."""
         async with asyncio.timeout(20):
             while len(self.asked) < times:
                 self._more.clear()
@@ -78,6 +76,6 @@ class HeldIssuer:
 
 
 async def turns() -> None:
-    """Let everything go on that can, without any time passing."""
+    """Run all tasks as far as they get without time passing."""
     for _ in range(50):
         await asyncio.sleep(0)

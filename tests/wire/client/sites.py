@@ -1,4 +1,4 @@
-"""Sites on sockets that answer what the test says, and remember what they were sent; and clients, sync and async."""
+"""Servers whose responses the test sets and which record their requests, and clients of both kinds."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ EXPIRY = int(START) + 3600
 
 
 class Seen(NamedTuple):
-    """A request as a site got it; `token` is what came in either header."""
+    """A request as the server received it."""
 
     method: str
     path: str
@@ -28,18 +28,18 @@ class Seen(NamedTuple):
 
     @property
     def token(self) -> str | None:
-        """The token that it carries."""
+        """The token of either header."""
         return self.headers.get("x-token") or self.headers.get("authorization", "").removeprefix("Bearer ") or None
 
 
 OPTIONS: dict[str, Any] = {"trust_env": False, "verify": NO_TLS}
-"""No proxies, and no TLS."""
+"""Arguments of clients: no proxies, no TLS."""
 
 Answer = tuple[int, dict[str, str], bytes]
 
 
 class Site:
-    """One origin."""
+    """A server with an origin of its own."""
 
     def __init__(self, port: int, answer: Callable[[Seen], Answer]) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -47,12 +47,12 @@ class Site:
         self.seen: list[Seen] = []
 
     def paths(self) -> list[str]:
-        """Say what it was asked for."""
+        """Return the paths of its requests."""
         return [f"{request.method} {request.path}" for request in self.seen]
 
 
 class Issuer:
-    """The answers of an issuer whose tokens are numbered, and of a service that takes only those in `valid`."""
+    """The responses of an issuer with numbered tokens, and of a service that accepts the tokens in `valid`."""
 
     def __init__(self) -> None:
         self.logins = 0
@@ -65,7 +65,6 @@ class Issuer:
         self._lock = threading.Lock()
 
     def __call__(self, request: Seen) -> Answer:
-        """Answer one request."""
         if request.path.endswith("/api/token"):
             return self._log_in(request)
         if request.token in self.valid:
@@ -92,11 +91,10 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def site(answer: Callable[[Seen], Answer]) -> Iterator[Site]:
-    """Serve on a free port."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1  # one packet for each answer, or each waits for an acknowledgement
+        wbufsize = -1  # one packet for each response: otherwise each waits for an acknowledgement
 
         def handle_one_request(self) -> None:
             self.raw_requestline = self.rfile.readline(65537)
@@ -119,7 +117,7 @@ def site(answer: Callable[[Seen], Answer]) -> Iterator[Site]:
             self.wfile.flush()
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with _Server(("127.0.0.1", 0), Handler) as server:
         running = Site(server.server_address[1], answer)
@@ -133,13 +131,13 @@ def site(answer: Callable[[Seen], Answer]) -> Iterator[Site]:
 
 
 class Kind:
-    """How requests are sent: by httpx.Client from threads, or by httpx.AsyncClient from tasks."""
+    """A way to send requests: httpx.Client in threads, or httpx.AsyncClient in tasks."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def send(self, auth: TokenAuth, method: str, url: str, **options: Any) -> httpx.Response:
-        """Send one request with a client of its own."""
+        """Send one request with a new client."""
         client = {name: options.pop(name) for name in ("follow_redirects", "timeout") if name in options}
         if self.name == "threads":
             with httpx.Client(auth=auth, **OPTIONS, **client) as sync:
@@ -154,7 +152,7 @@ class Kind:
     def storm(
         self, auth: TokenAuth, url: str, count: int, ready: Callable[[], None]
     ) -> list[httpx.Response | Exception]:
-        """Send so many requests at the same time; when all but one wait for a login, call `ready`."""
+        """Send `count` requests at once. When all but one wait for the login, call `ready`."""
         if self.name == "threads":
             with httpx.Client(auth=auth, **OPTIONS) as sync, ThreadPoolExecutor(count) as pool:
                 running = [pool.submit(sync.get, url) for _ in range(count)]
@@ -174,7 +172,7 @@ class Kind:
         return asyncio.run(run())
 
     def generator(self, body: bytes) -> Any:
-        """Make a body that can be read once."""
+        """Return a body that can be read once."""
         if self.name == "threads":
             return (part for part in [body])
 
@@ -184,13 +182,13 @@ class Kind:
         return parts()
 
     def waiting(self, auth: TokenAuth) -> int:
-        """Say how many wait for the login that is under way."""
+        """Return the number of requests that wait for the pending login."""
         login = auth._pending.get(self.name)
         return 0 if login is None else len(login._waiters) + len(login._done_callbacks)  # type: ignore[attr-defined]
 
 
 async def queued(auth: TokenAuth, count: int) -> None:
-    """Wait until so many tasks wait for a login."""
+    """Wait until `count` tasks wait for a login."""
     async with asyncio.timeout(20):
-        while Kind("tasks").waiting(auth) < count:  # noqa: ASYNC110  # nothing tells of it
+        while Kind("tasks").waiting(auth) < count:  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.001)

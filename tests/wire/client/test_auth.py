@@ -1,4 +1,4 @@
-"""TokenAuth: when it logs in, what it repeats, and what a login that fails means to whom."""
+"""TokenAuth: when it logs in, what it repeats, and which requests a failed login fails."""
 
 import asyncio
 import copy
@@ -21,26 +21,23 @@ from tokenauth.errors import InvalidCredentials, IssuerUnavailable, RetryLater, 
 
 @pytest.fixture(params=["threads", "tasks"])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Send by a client of either kind."""
     return Kind(request.param)
 
 
 @pytest.fixture
 def issuer() -> Issuer:
-    """Make an issuer's answers."""
     return Issuer()
 
 
 @pytest.fixture
 def home(issuer: Issuer) -> Iterator[Site]:
-    """Serve an issuer, and a service that it guards, at one origin."""
+    """Serve an issuer and a guarded service at one origin."""
     with site(issuer) as running:
         yield running
 
 
 @pytest.fixture
 def auth(home: Site, wall: Hand) -> TokenAuth:
-    """Log in there when it is needed."""
     return TokenAuth(home.url, "ann", "ann-secret", clock=wall)
 
 
@@ -174,7 +171,7 @@ def test_a_login_without_a_connection_is_issuer_unavailable(kind: Kind, home: Si
 
 
 def test_a_login_timeout_fails_for_all_who_wait_for_it(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
-    """The timeout is that of the request which the login is for."""
+    """The timeout is that of the request that needs the login."""
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable):
         kind.send(auth, "GET", f"{home.url}/x", timeout=0.05)
@@ -205,7 +202,7 @@ async def test_a_cancelled_login_is_taken_over_by_another_task(home: Site, issue
 
 
 async def test_a_login_cancelled_in_its_answer_blocks_no_other(wall: Hand) -> None:
-    """Also if somebody keeps what was raised, and with it all that stood on the stack."""
+    """Also if the exception is kept, and with it the frames of its traceback."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"ann-secret")
@@ -223,14 +220,14 @@ async def test_a_login_cancelled_in_its_answer_blocks_no_other(wall: Hand) -> No
                 asked.clear()
                 task = asyncio.create_task(client.get(f"{auth._url.copy_with(path='/x')}"))
                 async with asyncio.timeout(20):
-                    await asked.wait()  # whoever comes second logs in, too
+                    await asked.wait()  # the second request logs in too
                 task.cancel()
                 kept += await asyncio.gather(task, return_exceptions=True)
             assert [type(error) for error in kept] == [asyncio.CancelledError] * 2
 
 
 def test_the_response_keeps_no_password_and_no_token(kind: Kind, home: Site, auth: TokenAuth) -> None:
-    """The login is in its history."""
+    """The login is in the history of the response."""
     answer = kind.send(auth, "GET", f"{home.url}/x")
     assert [b.request.url.path for b in answer.history] == ["/api/token"]
     kept = pickle.dumps(answer)
@@ -240,7 +237,7 @@ def test_the_response_keeps_no_password_and_no_token(kind: Kind, home: Site, aut
 
 
 def raise_for_status(kind: Kind, auth: TokenAuth, url: str) -> httpx.Response:
-    """Send a request with a client whose hook raises for what is not granted."""
+    """Send a request with a client whose hook raises for an error status."""
     if kind.name == "threads":
         with httpx.Client(auth=auth, event_hooks={"response": [httpx.Response.raise_for_status]}, **OPTIONS) as sync:
             return sync.get(url)
@@ -268,7 +265,7 @@ def test_a_hook_that_raises_only_prevents_the_retry(kind: Kind, home: Site, issu
 def test_a_401_behind_a_redirect_is_not_about_the_token(
     kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
 ) -> None:
-    """X-Token is not taken along: to log in again would change nothing, each time."""
+    """X-Token is not carried along, so another login would change nothing."""
 
     def answer(request: Any) -> Answer:
         return (307, {"Location": "/y"}, b"") if request.path == "/x" else issuer(request)

@@ -1,4 +1,4 @@
-"""TokenAuth: which origins see the token, also when redirects are followed, and none sees the password."""
+"""TokenAuth: which origins receive the token, also after redirects. None receives the password."""
 
 from collections.abc import Iterator
 
@@ -13,26 +13,24 @@ from tokenauth.errors import IssuerUnavailable
 
 @pytest.fixture(params=["threads", "tasks"])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Send by a client of either kind."""
     return Kind(request.param)
 
 
 @pytest.fixture(params=[False, True], ids=["X-Token", "bearer"])
 def bearer(request: pytest.FixtureRequest) -> bool:
-    """Send the token in either header."""
     return bool(request.param)
 
 
 @pytest.fixture
 def home() -> Iterator[Site]:
-    """Serve an issuer and what it guards."""
+    """Serve an issuer and a guarded service."""
     with site(Issuer()) as running:
         yield running
 
 
 @pytest.fixture
 def elsewhere() -> Iterator[Site]:
-    """Serve another origin, which is curious."""
+    """Serve another origin."""
     with site(lambda request: (200, {}, b"thanks")) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""RemoteTokens: how long an answer is used again, who shares a question, and what is remembered of whom."""
+"""RemoteTokens: how long a response is reused, which calls share a lookup, and what is cached."""
 
 import asyncio
 import gc
@@ -81,7 +81,7 @@ async def test_requests_at_the_same_time_share_a_question(connect: Connect, issu
 
 
 async def test_without_max_age_no_request_joins_an_older_question(connect: Connect, issuer: HeldIssuer) -> None:
-    """The clock stands still here: not even then."""
+    """Even with a clock that stands still."""
     tokens = connect(max_age=0)
     issuer.gate.clear()
     first = asyncio.create_task(tokens.identify(token(1)))
@@ -155,7 +155,7 @@ async def test_an_expired_token_is_never_answered_from_before(connect: Connect, 
 
 
 async def test_the_issuer_decides_when_a_token_has_expired(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
-    """The clock here may be wrong; it is only ever a reason to ask."""
+    """The clock may be wrong: it is only a reason to ask."""
     tokens = connect()
     issuer.reply = lambda value: (200, me(value, expiry_time=int(START) - 10))
     assert await tokens.identify(token(1)) is not None

@@ -1,4 +1,4 @@
-"""RemoteTokens while the issuer cannot be asked: nobody is let through, but for what a grace allows."""
+"""RemoteTokens while the issuer is unreachable: no token is accepted, except within the grace."""
 
 import asyncio
 import logging
@@ -63,7 +63,7 @@ async def test_an_issuer_timeout_refuses_every_token(connect: Connect, issuer: H
 
 
 async def test_a_byte_by_byte_answer_is_bounded_by_the_timeout() -> None:
-    """Each byte comes in time, and the whole never: `timeout` is for the whole."""
+    """Each byte arrives in time, but not the whole response: `timeout` is for the whole."""
 
     async def dribble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
@@ -148,7 +148,7 @@ async def test_an_outage_is_logged_once_and_without_a_token(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     tokens = connect(max_age=0, stale_grace=stale_grace)
-    told = []
+    messages = []
     for _ in range(2):
         issuer.reply = lambda _: (503, b"")
         for _ in range(3):
@@ -156,9 +156,9 @@ async def test_an_outage_is_logged_once_and_without_a_token(
                 await tokens.identify(VALUE)
         issuer.reply = lambda _: INVALID
         await tokens.identify(VALUE)
-        told.append([record.getMessage() for record in caplog.records if record.name == "tokenauth.client"])
-    assert told[0] == [f"tokenauth at {URL} is unreachable: it answers 503."]
-    assert len(told[1]) == 2
+        messages.append([record.getMessage() for record in caplog.records if record.name == "tokenauth.client"])
+    assert messages[0] == [f"tokenauth at {URL} is unreachable: it answers 503."]
+    assert len(messages[1]) == 2
     assert VALUE.decode() not in caplog.text
 
 

@@ -18,25 +18,22 @@ OF_THE_SERVER = {"sqlalchemy", "aiosqlite", "argon2", "passlib", "bcrypt", "uvic
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every token expire, so that tests do not meet."""
+    """Let all tokens expire, so that tests are independent."""
     clock.advance(25 * 3600)
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[httpx.Client]:
-    """Connect to the issuer."""
     with server.client() as connected:
         yield connected
 
 
 def who_am_i(client: httpx.Client, value: str) -> dict[str, Any]:
-    """Ask the issuer itself."""
     found: dict[str, Any] = client.get("/api/me", headers={"X-Token": value}).json()
     return found
 
 
 def log_out(client: httpx.Client, value: str) -> None:
-    """End a token."""
     client.delete("/api/token", headers={"X-Token": value}).raise_for_status()
 
 

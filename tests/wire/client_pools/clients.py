@@ -1,4 +1,4 @@
-"""Both clients in one form, so that each test of leases is about both."""
+"""One interface for both clients, so that each test covers both."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,33 +14,27 @@ KINDS = ["threads", "asyncio"]
 
 
 class Watch:
-    """The clock that a client counts leases by, moved by hand."""
+    """The monotonic clock of a client, moved by hand."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
-        """Read it."""
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Move it."""
         self.now += seconds
 
 
 class Lost(Protocol):
-    """The event that ends a lease."""
+    """The event of a lost lease."""
 
-    def is_set(self) -> bool:
-        """Whether it has come."""
+    def is_set(self) -> bool: ...
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for it."""
+    def wait(self, timeout: float | None = None) -> bool: ...
 
 
 class Held(Protocol):
-    """A lease, as tests use it."""
-
     token: str
     holder: str
     fence: int
@@ -54,19 +48,17 @@ class Held(Protocol):
 
 
 class Client(Protocol):
-    """A client, as tests use it."""
-
     def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> AbstractContextManager[Held]:
         """Hold a token."""
 
 
 Connect = Callable[..., Client]
-"""Makes a client of either kind; its arguments are those of PoolClient."""
+"""Makes a client of either kind. The arguments are those of PoolClient."""
 
 
 @contextmanager
 def connecting(kind: str) -> Iterator[Connect]:
-    """Make clients of a kind; disconnect them at the end."""
+    """Yield what makes clients of a kind. They are closed at the end."""
     with ExitStack() as stack:
         portal = stack.enter_context(start_blocking_portal()) if kind == "asyncio" else None
 
@@ -97,7 +89,7 @@ class _Client:
 
 
 class _Held:
-    """A lease of an AsyncPoolClient, used from outside its event loop; it is its own `lost`."""
+    """A lease of an AsyncPoolClient, used from outside its event loop. It is also its own `lost`."""
 
     def __init__(self, portal: BlockingPortal, lease: AsyncLease) -> None:
         self.token, self.holder, self.fence = lease.token, lease.holder, lease.fence

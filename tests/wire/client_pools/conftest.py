@@ -1,4 +1,4 @@
-"""A worker with pools, a user at its desk who sees everything, and clients of both kinds."""
+"""Fixtures: a worker with pools, an administrator, and clients of both kinds."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,15 +11,14 @@ from tests.wire.client_pools.clients import KINDS, Client, Connect, Watch, conne
 from tests.wire.client_pools.lines import Line
 
 TTL = 9
-"""For so many seconds the tokens here are lent."""
+"""Seconds that a lease lasts."""
 
 MANY = 4
-"""So many permits are there in the larger pool."""
+"""Number of permits in the larger pool."""
 
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Write the pools down."""
     return f"""
         [pools]
         permit = {{capacity = 1, prefill = true, lease_ttl = {TTL}}}
@@ -31,27 +30,27 @@ def settings() -> str:
 
 @pytest.fixture(scope="module")
 def login(server: Server) -> dict[str, str]:
-    """Log in; return what clients send."""
+    """Log in. Return the headers that clients send."""
     with server.client() as http:
         return {"X-Token": log_in(http)}
 
 
 @pytest.fixture
 def desk(server: Server) -> Iterator[Borrower]:
-    """Log in, to see what the server knows, and to interfere."""
+    """Log in as the administrator."""
     with Connection(server.port) as connection:
         yield Borrower(connection)
 
 
 @pytest.fixture(autouse=True)
 def _later(clock: HandClock) -> None:
-    """Let all leases lapse, so that tests do not meet."""
+    """Let all leases lapse, so that tests are independent."""
     clock.advance(10 * TTL)
 
 
 @pytest.fixture
 def line(server: Server) -> Iterator[Line]:
-    """Lay a line to the worker."""
+    """Return a line to the worker."""
     line = Line(server.port)
     yield line
     line.close()
@@ -59,13 +58,13 @@ def line(server: Server) -> Iterator[Line]:
 
 @pytest.fixture
 def watch() -> Watch:
-    """Start the clients' clock."""
+    """Return the clock of the clients."""
     return Watch()
 
 
 @pytest.fixture
 def pass_time(clock: HandClock, watch: Watch) -> Callable[[float], None]:
-    """Move the clocks of server and clients alike."""
+    """Return what moves the clocks of server and clients."""
 
     def pass_time(seconds: float) -> None:
         clock.advance(seconds)
@@ -76,12 +75,11 @@ def pass_time(clock: HandClock, watch: Watch) -> Callable[[float], None]:
 
 @pytest.fixture(params=KINDS)
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """Make clients of one kind."""
     with connecting(request.param) as connect:
         yield connect
 
 
 @pytest.fixture
 def client(connect: Connect, login: dict[str, str], line: Line, watch: Watch) -> Client:
-    """Connect over the line."""
+    """Return a client that is connected over the line."""
     return connect(line.url, headers=login, monotonic=watch, timeout=60)

@@ -1,4 +1,4 @@
-"""A line to a server that a test can disturb: answers are kept back, or others come in their place."""
+"""A TCP proxy to a server that can hold back or replace responses."""
 
 import socket
 import threading
@@ -9,10 +9,10 @@ from tests.support.journal import until
 
 
 class Line:
-    """Listens on a port of its own, and passes on what is said; `replaced` are the requests that were not."""
+    """Passes on requests and responses. `replaced` counts the requests that were not passed on."""
 
     def __init__(self, port: int, lag: Callable[[], object] = lambda: None) -> None:
-        """Lay it to a port; each answer waits for `lag`."""
+        """Connect to a port. Each response is delayed by `lag`."""
         self._port = port
         self._lag = lag
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -26,37 +26,37 @@ class Line:
 
     @property
     def url(self) -> str:
-        """What clients ask."""
+        """The URL for clients."""
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def hold(self) -> None:
-        """Keep all answers back from now on: the server does what it is asked, and nobody hears of it."""
+        """Hold back all responses from now on. The server still handles the requests."""
         self._kept = 0
         self._open.clear()
 
     def wait_for_answer(self) -> None:
-        """Wait until an answer is kept back."""
+        """Wait until a response is held back."""
         until(lambda: self._kept > 0, "an answer is on the line")
 
     def free(self) -> None:
-        """Let all answers through."""
+        """Send the responses that were held back."""
         self._open.set()
 
     def replace(self, answer: bytes) -> None:
-        """Answer each request with this, and hang up; the server hears nothing."""
+        """Answer each request with this, and close the connection. The server receives nothing."""
         self.replaced = 0
         self._instead = answer
 
     def wait_for_request(self) -> None:
-        """Wait until a request was answered in place of the server."""
+        """Wait until a response was replaced."""
         until(lambda: self.replaced > 0, "a request is on the line")
 
     def restore(self) -> None:
-        """Let the server answer."""
+        """Let the server respond again."""
         self._instead = None
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         self._open.set()
         for one in self._sockets:
             _hang_up(one)

@@ -1,4 +1,4 @@
-"""A process that holds a permit and says whether it does: `python -m tests.client_pools.sleeper URL TOKEN CLOCK`."""
+"""A process that holds a permit: `python -m tests.wire.client_pools.sleeper URL TOKEN CLOCK`."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from tokenauth.errors import LeaseLost
 
 
 def main() -> None:
-    """Hold a permit until the input ends; look at each line of it."""
+    """Hold a permit until standard input ends. For each line, print whether the lease is lost."""
     url, token, clock = sys.argv[1:]
     with (
         PoolClient(url, headers={"X-Token": token}, monotonic=HandClock(Path(clock))) as pools,

@@ -1,4 +1,4 @@
-"""Clients that contend for one permit, some of whom cannot reach the issuer while they hold it."""
+"""Clients that contend for one permit. Some cannot reach the server while they hold it."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +13,11 @@ from tests.wire.client_pools.lines import Line
 from tokenauth.errors import LeaseLost, NoFreeToken
 
 TURNS = 4
-"""So often each of them has the permit."""
+"""Number of leases of each client."""
 
 
 class Traffic:
-    """Time that passes with what is said, not with what it takes: a slow machine sees the same race."""
+    """A clock that moves with the responses, not with real time: a slow machine sees the same race."""
 
     def __init__(self, clock: HandClock) -> None:
         self._clock = clock
@@ -25,12 +25,12 @@ class Traffic:
         self._chance = Random(7)
 
     def pass_time(self, seconds: float) -> None:
-        """Move the clock; several may do so at once."""
+        """Move the clock. Thread-safe."""
         with self._lock:
             self._clock.advance(seconds)
 
     def lag(self) -> None:
-        """Let a third of a lease pass before every third answer, and an instant before the others."""
+        """Let a third of a lease pass before every third response, and a little before the others."""
         slow = self._chance.random() < 1 / 3
         for _ in range(10 if slow else 1):
             self.pass_time(TTL / 30)
@@ -38,7 +38,7 @@ class Traffic:
 
 
 class Contender:
-    """Takes the permit again and again; each second time its line is dead until the lease is lost."""
+    """Leases the permit again and again. Every other time its line is dead until the lease is lost."""
 
     def __init__(self, client: Client, line: Line, traffic: Traffic, rivals: "list[Contender]") -> None:
         self._client = client
@@ -48,7 +48,7 @@ class Contender:
         self.lease: Held | None = None
 
     def run(self) -> None:
-        """Have it so many times."""
+        """Lease it TURNS times."""
         for turn in range(TURNS):
             while not self._hold(dead=turn % 2 == 1):
                 pass
@@ -68,7 +68,10 @@ class Contender:
         return self.lease is not None and self.lease.lost.is_set()
 
     def _look_around(self, mine: Held) -> None:
-        """Ask twice who has a lease: whoever has it the second time had it when the others were asked."""
+        """Ask all twice whether they hold a lease.
+
+        One that holds it the second time also held it when the others were asked.
+        """
         leases = [rival.lease for rival in self._rivals if rival.lease is not None]
         held = [lease for lease in leases if not lease.lost.is_set()]
         held = [lease for lease in held if not lease.lost.is_set()]
@@ -78,7 +81,7 @@ class Contender:
 def test_no_two_clients_ever_both_have_the_only_permit(
     connect: Connect, login: dict[str, str], server: Server, clock: HandClock
 ) -> None:
-    """Issuer and clients read the same clock, and leases end while something is on its way."""
+    """Server and clients read the same clock, and leases end while messages are in flight."""
     rivals: list[Contender] = []
     traffic = Traffic(clock)
     with ExitStack() as stack:

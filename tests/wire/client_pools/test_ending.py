@@ -1,4 +1,4 @@
-"""However a block ends, its token is given back if that is possible, and nothing is left behind."""
+"""However a block ends, its token is released if possible, and no thread or task is left."""
 
 import asyncio
 import signal
@@ -19,13 +19,13 @@ from tokenauth.client.pools import AsyncPoolClient, PoolClient
 
 @pytest.fixture
 def stop(server: Server) -> Iterator[Callable[[], None]]:
-    """Have the worker stand still from a moment on until the test is over."""
+    """Return what stops the worker until the end of the test."""
     yield lambda: server.process.send_signal(signal.SIGSTOP)
     server.process.send_signal(signal.SIGCONT)
 
 
 class Trouble(Exception):
-    """What goes wrong in a block."""
+    pass
 
 
 def test_an_error_in_the_block_propagates_and_releases(client: Client, desk: Borrower) -> None:
@@ -79,7 +79,7 @@ def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: 
             assert len(keepers()) == 1
             signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it leaves behind without
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
         with PoolClient(server.url, headers={"X-Token": desk.token}) as pools:
             with pytest.raises(KeyboardInterrupt):
@@ -109,7 +109,7 @@ async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk
 
 
 async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str], desk: Borrower, line: Line) -> None:
-    """The issuer has lent it, and its answer is on the way."""
+    """The server has granted the lease, and the response is in flight."""
 
     async def hold() -> None:
         async with pools.lease("permit"):
@@ -128,7 +128,7 @@ async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str],
 
 
 async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], desk: Borrower, line: Line) -> None:
-    """The second time while it does so; disconnecting waits for that."""
+    """The second cancellation comes during the release. `aclose` waits for that."""
 
     async def hold() -> None:
         async with pools.lease("permit"):

@@ -1,4 +1,4 @@
-"""Leases as they should be: taken, kept alive, given back."""
+"""Leases that are acquired, kept alive and released."""
 
 import logging
 from collections.abc import Callable
@@ -21,7 +21,7 @@ PassTime = Callable[[float], object]
 
 
 def ends(desk: Borrower, pool: str = "permit") -> list[int | None]:
-    """Say when the leases of a pool end."""
+    """Return when the leases of a pool end."""
     return [member.get("lease_expiry_time") for member in desk.members(pool)]
 
 
@@ -57,7 +57,7 @@ def test_no_lease_shows_its_token(client: Client) -> None:
 def test_no_log_shows_the_token_of_a_lease(
     client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither that of a keep-alive nor that of a release, whatever is logged."""
+    """Neither in a keep-alive nor in a release, at any log level."""
     caplog.set_level(logging.DEBUG)
     with client.lease("permit") as lease:
         pass_time(TTL / 3)

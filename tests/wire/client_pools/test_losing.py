@@ -1,4 +1,4 @@
-"""Leases that are lost: somebody else has the token, or time is up while nobody answers."""
+"""Leases that are lost: another client has the token, or time is up without a response."""
 
 import os
 import signal
@@ -27,16 +27,16 @@ FAILURES = {
     "no-lease": b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"status": "fine"}',
     "store": b'HTTP/1.1 503 X\r\nConnection: close\r\n\r\n{"error": "store_unavailable", "error_description": "."}',
 }
-"""What a client may hear in place of an answer of the service; none of it says anything about the lease."""
+"""Responses that a client may get instead of one of the server. None says anything about the lease."""
 
 
 def is_free(desk: Borrower) -> bool:
-    """Whether the only permit can be lent."""
+    """Return whether the only permit is free."""
     return desk.counts("permit") == (1, 0)
 
 
 def end(desk: Borrower) -> int:
-    """Say when the lease of the only permit ends."""
+    """Return when the lease of the only permit ends."""
     return int(desk.members("permit")[0]["lease_expiry_time"])
 
 
@@ -61,7 +61,7 @@ def test_a_lease_is_lost_when_the_issuer_refuses_it(
 
 
 def test_a_lost_lease_does_not_release_the_next_one(client: Client, desk: Borrower, watch: Watch) -> None:
-    """The same user, under the same name: only the fence tells the two leases apart."""
+    """The user and the holder are the same: only the fence differs."""
     with client.lease("permit") as lease:
         desk.release("permit", lease.token)
         after = desk.assign("permit")
@@ -78,7 +78,7 @@ def test_a_lease_lost_unnoticed_costs_no_other_holder(client: Client, desk: Borr
 
 
 def test_a_lease_ends_by_time_while_no_answer_comes(client: Client, line: Line, pass_time: PassTime) -> None:
-    """Somebody waits for the event, nobody looks at the lease, and a keep-alive hangs."""
+    """One thread waits for the event, none calls `check`, and a keep-alive hangs."""
     with ThreadPoolExecutor(1) as threads, client.lease("long") as lease:
         lost = threads.submit(lease.lost.wait)
         line.hold()
@@ -105,7 +105,7 @@ def test_an_answer_that_comes_too_late_revives_nothing(
 
 
 def test_a_holder_that_was_suspended_loses_its_lease(client: Client, desk: Borrower, watch: Watch) -> None:
-    """The issuer would still prolong it."""
+    """The server would still extend it."""
     with client.lease("permit") as lease:
         watch.advance(TTL)
         with pytest.raises(errors.LeaseLost):
@@ -126,7 +126,7 @@ def test_a_lease_is_counted_from_before_it_was_asked_for(client: Client, line: L
         lost = threads.submit(hold)
         line.wait_for_answer()
         pass_time(TTL - 1)
-        line.replace(b"")  # it would be kept alive at once
+        line.replace(b"")  # otherwise it would be kept alive at once
         line.free()
         assert lost.result()
 
@@ -172,7 +172,7 @@ def test_an_issuer_without_an_answer_grants_nothing(client: Client, line: Line, 
 def test_a_process_that_was_stopped_has_lost_its_lease(
     tmp_path: Path, server: Server, login: dict[str, str], desk: Borrower
 ) -> None:
-    """The issuer's clock stands still: had the process asked before it looked at its own, it would be granted more."""
+    """The clock of the server stands still: if the process asked before it read its own, it would get more time."""
     clock = HandClock(tmp_path / "clock", create=True)
     command = [sys.executable, "-m", "tests.wire.client_pools.sleeper", server.url, login["X-Token"], str(clock.path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

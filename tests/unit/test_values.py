@@ -1,4 +1,4 @@
-"""Token values: their form, their randomness, and what is not one."""
+"""Token values: their form and their randomness, and how they are found in text."""
 
 from collections import Counter
 from hashlib import sha256
@@ -33,13 +33,13 @@ def test_a_hundred_thousand_values_are_distinct(values: list[str]) -> None:
 
 
 def chi_squared(counts: Counter[str]) -> float:
-    """Measure how far counts are from even ones: 61 degrees of freedom, so 61 give or take 11."""
+    """Return the chi-squared statistic of counts: 61 degrees of freedom, so about 61 ± 11."""
     expected = counts.total() / 62
     return sum((counts[letter] - expected) ** 2 / expected for letter in ALPHABET.decode())
 
 
 def test_every_letter_is_as_frequent_as_every_other(values: list[str]) -> None:
-    """The bound is passed by an even source but once in a billion runs; dropping the bias rule gives 30,000."""
+    """An unbiased source exceeds the bound once in a billion runs. Without the rule against bias it is 30,000."""
     assert chi_squared(Counter("".join(values))) < 150
 
 
@@ -49,7 +49,7 @@ def test_every_letter_is_as_frequent_at_each_place(values: list[str], position: 
 
 
 def test_neighbouring_letters_are_independent(values: list[str]) -> None:
-    """3,844 pairs: 3,843 degrees of freedom, so 3,843 give or take 88."""
+    """3,844 pairs: 3,843 degrees of freedom, so about 3,843 ± 88."""
     pairs = Counter(value[place : place + 2] for value in values[:50_000] for place in range(0, 64, 2))
     expected = pairs.total() / 3844
     assert len(pairs) == 3844
