@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "clock", "errors", "values", "nesting", "logs", "file_descriptors"},
+    {"models", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
     {"tokens", "pools", "credentials", "throttle", "revocation_queue", "risks"},
     {"service", "sweeper"},

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from tokenauth.addresses import location, network
 from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
 from tokenauth.login_queue import Gone, never_gone
@@ -14,7 +15,7 @@ from tokenauth.logs import log
 from tokenauth.models import Instant, User
 from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
 from tokenauth.settings.model import MAX_NAME, canonical
-from tokenauth.throttle import Throttle, location, network
+from tokenauth.throttle import Throttle
 
 CACHE_SECONDS = 60.0
 """Seconds for which `verify_cached` accepts a password without hashing it again."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,7 +18,9 @@ from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater, StoreUnavailable
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Instant, public_id
-from tokenauth.stores.store import Store
+
+if TYPE_CHECKING:
+    from tokenauth.stores.store import Store  # the main process needs no database
 
 MAX_HELD = 100_000
 """Maximum number of revocations held: about 15 MB."""
@@ -91,7 +94,7 @@ class RevocationQueue:
     can be written again, all tokens are revoked and the queue is emptied.
     """
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: "Store", clock: Clock) -> None:
         self.held: dict[bytes, str] = {}
         """Digests, each with the network that revoked it."""
         self.active = False

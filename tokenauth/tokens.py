@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenauth import revocation_queue, values
+from tokenauth.addresses import network
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
@@ -13,7 +14,6 @@ from tokenauth.models import Identity, IssuedToken, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
-from tokenauth.throttle import network
 
 LIST_LIMIT = 1000
 """Maximum number of tokens in one listing."""

@@ -15,12 +15,12 @@ import msgspec
 from starlette import requests
 from starlette.types import Receive, Scope
 
+from tokenauth.addresses import network
 from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
 from tokenauth.login_queue import Gone
 from tokenauth.logs import log
 from tokenauth.models import Identity, Token
 from tokenauth.nesting import json_opens_more_than
-from tokenauth.throttle import network
 from tokenauth.web import percent
 from tokenauth.web.asgi_extensions import client_gone
 

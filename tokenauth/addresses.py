@@ -1,0 +1,32 @@
+"""Client addresses, and the ranges by which they are counted and logged."""
+
+import ipaddress
+from functools import lru_cache
+
+
+@lru_cache(maxsize=4096)
+def network(address: str) -> str:
+    """Return the network of a client address: its /24 (IPv4) or /64 (IPv6). Unreadable addresses share one network."""
+    return _prefix(address, 24, 64)
+
+
+@lru_cache(maxsize=4096)
+def location(address: str) -> str:
+    """Return the location of a client address: the address itself (IPv4) or its /64 (IPv6)."""
+    return _prefix(address, 32, 64)
+
+
+@lru_cache(maxsize=4096)
+def region(address: str) -> str:
+    """Return the region of a client address: its /16 (IPv4) or /48 (IPv6)."""
+    return _prefix(address, 16, 48)
+
+
+def _prefix(address: str, ipv4: int, ipv6: int) -> str:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        parsed = parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed))  # without the zone of a link-local address
+    return str(ipaddress.ip_network((parsed, ipv4 if parsed.version == 4 else ipv6), strict=False))
