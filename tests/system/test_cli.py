@@ -515,7 +515,7 @@ def test_a_readable_file_is_not_served_behind_a_proxy(
 def test_a_file_that_others_can_read_is_a_warning_at_home(home: Path) -> None:
     (home / "config.toml").chmod(0o644)
     assert well(run(home, "check")).startswith(
-        "risk: readable_config: config.toml has the password hashes, and every user"
+        "risk: readable_config: config.toml contains password hashes, and all users"
     )
 
 
@@ -525,5 +525,5 @@ def test_a_name_that_would_be_read_as_another_is_refused(home: Path, name: str) 
     before = path.read_bytes()
     refused = run(home, "user", "add", name, "--password-stdin", stdin=WORD)
     assert refused.returncode == 1
-    assert "cannot have '${' in it" in refused.stderr
+    assert "a user name cannot contain '${'" in refused.stderr
     assert path.read_bytes() == before

@@ -149,7 +149,7 @@ def test_settings_that_make_each_login_slow_are_a_risk() -> None:
     slow = Passwords(PasswordSettings(memory_kib=65536, time_cost=20, threads=1))
     (risk,) = find_risks(loader.parse("", {}), slow)
     assert risk.name == "costly_hash"
-    assert risk.text == "passwords: memory_kib and time_cost make each login take about 1.3 seconds; lower them"
+    assert risk.text == "passwords: memory_kib and time_cost make each login take 1.3 seconds; lower one of them"
 
 
 def test_hashing_in_over_half_of_the_memory_is_a_risk() -> None:
@@ -213,7 +213,7 @@ def served(name: str, more: str = "", server: str = "") -> Settings:
 @pytest.mark.parametrize("name", OPEN)
 def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> None:
     (risk,) = find_risks(served(name), passwords)
-    assert risk == ("open_dialect", f"dialects.{name} asks nobody for a token; set its require_token to true")
+    assert risk == ("open_dialect", f"dialects.{name} does not ask for a token; set its require_token to true")
     judge(served(name), [risk])
     public = 'host = "0.0.0.0"\n'
     with pytest.raises(ConfigError) as refusal:
@@ -231,7 +231,7 @@ def test_a_dialect_with_its_published_password_is_a_risk(passwords: Passwords, m
     """Of its own it asks for a password, and so is not open; another password is no risk."""
     (risk,) = find_risks(loader.parse(f'{PERMITS}{more}\npassword = "change-me"', {}), passwords)
     assert risk.name == "shipped_password"
-    assert risk.text.startswith("dialects.simple-token-implement.password is the one that tokenauth is shipped with")
+    assert risk.text.startswith("dialects.simple-token-implement.password is the one that tokenauth ships with")
     assert names(loader.parse(f'{PERMITS}{more}\npassword = "change-me-not"', {}), passwords) == []
 
 

@@ -195,7 +195,7 @@ def test_an_edit_aborts_if_the_file_changes_meanwhile(tmp_path: Path, save: Call
         save(path)
         return text + "# of the command\n"
 
-    with pytest.raises(ConfigError, match=r"just changed|No such file"):
+    with pytest.raises(ConfigError, match=r"has changed|No such file"):
         TextFile(path).edit(change)
     assert "of the command" not in "".join(found.read_text() for found in tmp_path.iterdir())
     assert ".config.toml.new" not in os.listdir(tmp_path)

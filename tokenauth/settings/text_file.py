@@ -1,4 +1,4 @@
-"""A text file that several programs edit: locked, read again, compared, and replaced in one step or not at all."""
+"""A text file that several programs edit. It is locked, and replaced in one step or not at all."""
 
 import errno
 import fcntl
@@ -14,32 +14,32 @@ from tokenauth.errors import ConfigError
 
 _BOM = b"\xef\xbb\xbf"
 
-_PATIENCE = 10.0
-"""Seconds to wait for another command that is editing the same file; each holds the lock for milliseconds."""
+_LOCK_TIMEOUT = 10.0
+"""Seconds to wait for another command that edits the same file. Each holds the lock for milliseconds."""
 
 _NOT_BY_RENAME = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV})
-"""What a directory says in which no file can be made or replaced, though the file itself may be writable: it belongs to
-somebody else, it is mounted read-only, or the file is a mount of its own, as containers have it."""
+"""Errors of a directory in which no file can be created or replaced, although the file itself may be writable: it
+belongs to another user, it is mounted read-only, or the file is a mount of its own, as in containers."""
 
 
 class TextFile:
-    """One file in UTF-8. Line endings, a byte order mark, links, the owner and the mode stay as they are."""
+    """A file in UTF-8. Edits keep line endings, byte order mark, links, owner and mode."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> str:
-        """Return the text, with the line endings that it has and without a byte order mark. Raises ConfigError."""
-        with self._said():
+        """Return the text, without a byte order mark. Raises ConfigError."""
+        with self._reporting():
             return _decode(_target(self.path).read_bytes())
 
     def edit(self, change: Callable[[str], str]) -> None:
-        """Replace the text by what `change` makes of the text that is there now, while no other command edits it.
+        """Replace the current text by what `change` returns for it. The file is locked meanwhile.
 
-        Raises ConfigError, and then nothing has changed and nothing is left beside the file: when it cannot be
-        written, or when a program that takes no lock (an editor) has changed it in the meantime.
+        Raises ConfigError if the file cannot be written, or if a program that takes no lock (an editor) has changed it
+        meanwhile. Then nothing is changed, and no temporary file is left.
         """
-        with self._said(), self._locked() as (descriptor, target):
+        with self._reporting(), self._locked() as (descriptor, target):
             before = _read_all(descriptor)
             text = change(_decode(before))
             after = (_BOM if before.startswith(_BOM) else b"") + text.encode()
@@ -51,11 +51,11 @@ class TextFile:
                 self._overwrite(descriptor, target, before, after)
 
     def _replace(self, descriptor: int, target: Path, before: bytes, after: bytes) -> None:
-        """Put a new file in the place of the old one: whoever reads sees all of the old text or all of the new."""
+        """Replace the file by a new one: readers see all of the old text or all of the new."""
         was = os.fstat(descriptor)
         if was.st_nlink > 1:
             raise OSError(errno.EXDEV, "the file has a second name, which would keep the old text")
-        temporary = target.with_name(f".{target.name}.new")  # always the same: a killed command leaves no more than one
+        temporary = target.with_name(f".{target.name}.new")  # one name: killed commands leave at most one file
         temporary.unlink(missing_ok=True)
         new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -75,13 +75,13 @@ class TextFile:
         _sync_directory(target.parent)
 
     def _overwrite(self, descriptor: int, target: Path, before: bytes, after: bytes) -> None:
-        """Write into the file itself, with the room for it made sure of first; put the old text back if that fails."""
+        """Write into the file itself, after reserving the space. Restore the old text if that fails."""
         file = os.open(target, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._compare(descriptor, target, before)
             try:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(file, 0, max(1, len(after)))  # a full disk says so here
+                    os.posix_fallocate(file, 0, max(1, len(after)))  # fails here if the disk is full
                 _write_all(file, after)
                 os.ftruncate(file, len(after))
                 os.fsync(file)
@@ -94,14 +94,14 @@ class TextFile:
             os.close(file)
 
     def _compare(self, descriptor: int, target: Path, before: bytes) -> None:
-        """Raise ConfigError unless the path still leads to the file that was read, and that has the same bytes."""
+        """Raise ConfigError unless the path still leads to the file that was read, with the same content."""
         if _target(self.path) != target or not _is(descriptor, target) or _read_all(descriptor) != before:
-            raise ConfigError(f"{self.path}: another program has just changed the file; nothing was saved: try again")
+            raise ConfigError(f"{self.path}: another program has changed the file; nothing was saved, try again")
 
     @contextmanager
     def _locked(self) -> Iterator[tuple[int, Path]]:
-        """Lock the file that the path leads to, also when it is replaced while this waits."""
-        deadline = time.monotonic() + _PATIENCE
+        """Lock the file that the path leads to, even if it is replaced while this waits."""
+        deadline = time.monotonic() + _LOCK_TIMEOUT
         while True:
             target = _target(self.path)
             descriptor = _open(target)
@@ -117,7 +117,7 @@ class TextFile:
                 os.close(descriptor)
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
+    def _reporting(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -127,7 +127,7 @@ class TextFile:
 
 
 def _target(path: Path) -> Path:
-    """Follow links to a regular file. Raises OSError when there is none: a pipe would be read for ever."""
+    """Follow links to a regular file. Raises OSError for anything else: reading a pipe might never end."""
     target = Path(os.path.realpath(path, strict=True))
     if not stat.S_ISREG(target.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
@@ -135,7 +135,7 @@ def _target(path: Path) -> Path:
 
 
 def _open(target: Path) -> int:
-    """Open a file for reading and locking; NFS locks only what is open for writing, too."""
+    """Open a file for reading and locking, if possible also for writing: NFS needs that for a lock."""
     try:
         return os.open(target, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -149,7 +149,7 @@ def _decode(data: bytes) -> str:
 
 
 def _is(descriptor: int, target: Path) -> bool:
-    """Whether an open file is the one that a path names."""
+    """Return whether an open file is the one at `target`."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), target.stat())
     return False
@@ -178,7 +178,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _copy_attributes(source: int, target: int) -> None:
-    """Copy access control lists and labels, as far as the file systems and the rights allow."""
+    """Copy access control lists and labels, as far as file systems and permissions allow."""
     if sys.platform == "linux":
         with suppress(OSError):
             for name in os.listxattr(source):
@@ -187,7 +187,7 @@ def _copy_attributes(source: int, target: int) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a replacement survive a loss of power; one that cannot be made to has happened all the same."""
+    """Make a replacement survive power loss, where the file system can. Failing is no error: the file is replaced."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

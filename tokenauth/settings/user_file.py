@@ -1,4 +1,4 @@
-"""The users in config.toml, edited in place: everything else in the file stays as it is."""
+"""Edits the users in config.toml. The rest of the file stays as it is."""
 
 import re
 import tomllib
@@ -13,19 +13,19 @@ from tokenauth.settings import loader
 from tokenauth.settings.model import canonical
 from tokenauth.settings.text_file import TextFile
 
-_USER = re.compile(r"""\s*\[\[\s*(users|"users"|'users')\s*\]\]""")
-_TABLE = re.compile(r"\s*\[")
-_ASIDE = re.compile(r"\s*(#|$)")
+_USER_HEADER = re.compile(r"""\s*\[\[\s*(users|"users"|'users')\s*\]\]""")
+_HEADER = re.compile(r"\s*\[")
+_COMMENT_OR_BLANK = re.compile(r"\s*(#|$)")
 
 Entry = dict[str, Any]
-"""A user as the file has it."""
+"""A [[users]] table, parsed."""
 
 
 class UserFile:
     """The `[[users]]` of one configuration file.
 
-    Each change is checked before a password is asked for, and again when it is made, on what the file has then: other
-    commands and editors may have changed it while somebody typed.
+    Each change is checked before the password is asked for, and again when it is made: other commands and editors may
+    have changed the file in between.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,9 +35,9 @@ class UserFile:
         self._parse(self._file.read())
 
     def add(self, name: str, password_hash: Callable[[], str], scopes: tuple[str, ...]) -> None:
-        """Add a user. Raises ConfigError if there is one of that name."""
-        if "${" in name:  # the file would be read with a value of the environment there
-            raise ConfigError(f"{name!r}: a name that is added here cannot have '${{' in it")
+        """Add a user. Raises ConfigError if the name exists."""
+        if "${" in name:  # the loader would put a variable's value there
+            raise ConfigError(f"{name!r}: a user name cannot contain '${{'")
         self._demand_new(name, self._parse(self._file.read()))
         entry = {"username": name, "password": password_hash()} | ({"scopes": list(scopes)} if scopes else {})
 
@@ -49,7 +49,7 @@ class UserFile:
         self._file.edit(change)
 
     def change_password(self, name: str, password_hash: Callable[[], str]) -> None:
-        """Change a user's password. Raises ConfigError if there is none of that name."""
+        """Change a user's password. Raises ConfigError if the name does not exist."""
         self._number(name, self._parse(self._file.read()))
         hashed = password_hash()
 
@@ -62,7 +62,7 @@ class UserFile:
         self._file.edit(change)
 
     def remove(self, name: str) -> None:
-        """Take a user out, with the comment right above. Raises ConfigError if there is none of that name."""
+        """Remove a user, with the comment right above. Raises ConfigError if the name does not exist."""
 
         def change(text: str) -> str:
             users = self._parse(text)
@@ -79,7 +79,7 @@ class UserFile:
             raise ConfigError(f"{self.path}: cannot be edited: {error}") from None
         entries: list[Entry] = users if isinstance(users, list) else []
         if (users is not None and not entries) or len(_begins(_lines(text))) != len(entries):
-            raise ConfigError(f"{self.path}: users: write each user as a [[users]] table to edit them here")
+            raise ConfigError(f"{self.path}: users: this command needs each user in a [[users]] table")
         return entries
 
     def _number(self, name: str, users: Sequence[Entry]) -> int:
@@ -93,12 +93,12 @@ class UserFile:
             raise ConfigError(f"{self.path}: there is a user {name!r} already")
 
     def _checked(self, before: str, after: str, users: Sequence[Entry]) -> str:
-        """Return the new text if it is a configuration with these users, and otherwise says what the old one did."""
+        """Return the new text. Raises ConfigError unless it is valid and differs from the old one only in its users."""
         with loader.naming(self.path):
             loader.parse(after)
         wanted = tomllib.loads(before) | {"users": users}
         if tomllib.loads(after) | {"users": self._parse(after)} != wanted:
-            raise ConfigError(f"{self.path}: users: cannot be told from the rest of the file; edit it by hand")
+            raise ConfigError(f"{self.path}: users: an edit would change the rest of the file; edit it by hand")
         return after
 
 
@@ -108,7 +108,7 @@ def _find(name: str, users: Sequence[Entry]) -> int | None:
 
 
 def _added(text: str, entry: Entry) -> str:
-    """Put a user behind the last one, or at the end."""
+    """Insert a user after the last one, or at the end."""
     lines = _lines(text)
     begins = _begins(lines)
     end = _end(lines, begins[-1]) if begins else len(lines)
@@ -119,7 +119,7 @@ def _added(text: str, entry: Entry) -> str:
 
 
 def _with_password(text: str, number: int, hashed: str) -> str:
-    """Change a password; only the table of that user is written anew."""
+    """Change a password. Only the table of that user is rewritten."""
     lines = _lines(text)
     begin = _begins(lines)[number]
     end = _end(lines, begin)
@@ -129,7 +129,7 @@ def _with_password(text: str, number: int, hashed: str) -> str:
 
 
 def _without(text: str, number: int) -> str:
-    """Take the lines of a user out, and the comment right above."""
+    """Remove the lines of a user, and the comment right above."""
     lines = _lines(text)
     begin = _begins(lines)[number]
     end = _end(lines, begin)
@@ -139,23 +139,23 @@ def _without(text: str, number: int) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Split into lines as TOML does: at line feeds only."""
+    """Split at line feeds only, as TOML does."""
     return re.findall(r"[^\n]*\n|[^\n]+$", text)
 
 
 def _newline(text: str) -> str:
-    """Say how the file ends its lines, as far as its first line tells."""
+    """Return the line ending of the first line."""
     return "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
 
 
 def _begins(lines: Sequence[str]) -> list[int]:
-    """List the lines in which users begin."""
-    return [at for at, line in enumerate(lines) if _USER.match(line)]
+    """Return the numbers of the lines in which users begin."""
+    return [at for at, line in enumerate(lines) if _USER_HEADER.match(line)]
 
 
 def _end(lines: Sequence[str], begin: int) -> int:
-    """Say in which line a table has ended that begins in another; what stands right above the next belongs to that."""
-    end = next((at for at in range(begin + 1, len(lines)) if _TABLE.match(lines[at])), len(lines))
-    while _ASIDE.match(lines[end - 1]):
+    """Return the line after a table. Comments right above the next table belong to that one."""
+    end = next((at for at in range(begin + 1, len(lines)) if _HEADER.match(lines[at])), len(lines))
+    while _COMMENT_OR_BLANK.match(lines[end - 1]):
         end -= 1
     return end
