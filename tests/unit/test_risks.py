@@ -220,7 +220,7 @@ def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> N
         create_app(served(name, server=public))
     assert str(refusal.value) == (
         "server.host: '0.0.0.0' can be reached by others, and this risk is not accepted: 'open_dialect'; fix it, or"
-        " name it in server.accept_risks"
+        " list it in server.accept_risks"
     )
     demand_acceptable(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk])
     assert find_risks(served(name, "require_token = true", public), passwords) == []
