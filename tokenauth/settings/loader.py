@@ -58,7 +58,7 @@ def parse(text: str, environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def override(settings: Settings, **options: object) -> Settings:
-    """Replace settings of `server` by options of a command; None leaves one alone. Raises ConfigError."""
+    """Replace settings of `server` by options of a command, unless they are None. Raises ConfigError."""
     given = {key: value for key, value in options.items() if value is not None}
     types = {field.encode_name: field.type for field in msgspec.structs.fields(ServerSettings)}
     values = {key: _Reader({}).value(types[key], value, f"--{key}") for key, value in given.items()}
@@ -115,7 +115,7 @@ class _Field(NamedTuple):
         return f"{_TYPES[self.kind]}{bounds}"
 
     def but_is(self, value: object) -> str:
-        """Say what a wrong value is: its type, or all of it if only its type is right and it is no secret."""
+        """Return what a wrong value is instead: its type, or the value if its type is right. Secrets are not shown."""
         right = isinstance(value, _VALUES.get(self.kind, str)) and not isinstance(value, bool)
         if right or (self.marked("duration") and isinstance(value, str)):
             return "" if self.marked("secret") else f", not {repr(value)[:80]}"
@@ -164,7 +164,7 @@ class _Reader:
 
     def _scalar(self, field: _Field, value: object, path: str) -> Any:
         variable = self._variables.get(path)
-        convert = partial(msgspec.convert, strict=variable is None)  # a variable can only spell a number as text
+        convert = partial(msgspec.convert, strict=variable is None)  # a variable has numbers as text
         if field.marked("duration"):
             value = _seconds(value)
         try:
@@ -177,7 +177,7 @@ class _Reader:
 
 
 def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, Any]:
-    """Return what is in a table. Raises ConfigError for a key that is not known, where only some are."""
+    """Return what is in a table. Raises ConfigError for a key that is not in `known`; None knows all."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a table, not {_type_of(tree)}")
     for key in tree:
@@ -212,7 +212,7 @@ _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "": 1}
 
 
 def _seconds(value: object) -> object:
-    """Return the seconds of a duration such as "24h"; what is none stays as it is."""
+    """Return the seconds of a duration such as "24h". Return anything else unchanged."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", value)):
         return float(match[1]) * _UNITS[match[2]]
     return value
