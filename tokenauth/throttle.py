@@ -297,13 +297,13 @@ class Throttle:
         rows = [state.keys.location_row for state in states] + [keys.network_row for keys in strangers]
         for state in states:
             self._permits.pop(state.keys.location_row, None)
-        notes = [CountUpdate(key, 1, expired=now - self._settings.forget, at=now) for key in rows]
+        updates = [CountUpdate(key, 1, expired=now - self._settings.forget, at=now) for key in rows]
         filled = [(bucket.key, bucket.drain_time) for bucket in (self._location_bucket(state.keys) for state in states)]
         group = _group(states)
         for bucket in self._refundable_buckets(strangers):
             filled += [(bucket.key, bucket.drain_time), (bucket.share(group), bucket.drain_time)]
-        notes += [CountUpdate(key, at=now, later=drain_time) for key, drain_time in filled]
-        await self._store.failures.note(notes, now)
+        updates += [CountUpdate(key, at=now, later=drain_time) for key, drain_time in filled]
+        await self._store.failures.note(updates, now)
 
     async def _count_success(self, states: Sequence[_State], which: int) -> None:
         """Refund the failures of the name that logged in, and save that it is known at the location."""
@@ -325,9 +325,9 @@ class Throttle:
             self._writing.add(task)
             task.add_done_callback(self._writing.discard)
 
-    async def _write(self, notes: Sequence[CountUpdate], now: Instant) -> None:
+    async def _write(self, updates: Sequence[CountUpdate], now: Instant) -> None:
         with suppress(RetryLater):  # the next login writes it
-            await self._store.failures.note(notes, now)
+            await self._store.failures.note(updates, now)
 
 
 @lru_cache(maxsize=4096)
