@@ -25,7 +25,7 @@ from tokenauth.tokens import Tokens
 class Service(NamedTuple):
     """The parts of a running tokenauth."""
 
-    config: Settings
+    settings: Settings
     users: dict[str, User]
     clock: MonotonicClock
     store: Store
@@ -84,20 +84,20 @@ class Service(NamedTuple):
 
 
 def create_service(
-    config: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic, serving: bool = True
+    settings: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic, serving: bool = True
 ) -> Service:
-    """Build the service that a configuration describes. Raises ConfigError.
+    """Build the service that the settings describe. Raises ConfigError.
 
     clock: replaces the clock of the store. monotonic: sets the pace of time after `clock` is set back.
     serving: create the database if it does not exist. Commands do not: a wrong directory would look like success.
     """
-    users = dict(config.users_by_name)
-    passwords = Passwords(config.passwords, users)
-    store = open_store(config.database, config.tokens.cache_size, clock, serving)
-    now = MonotonicClock(store.clock, monotonic)
-    queue = LoginQueue(config.passwords.thread_count, config.passwords.queue)
-    throttle = Throttle(config.throttle, config.server.workers, store, now, queue)
-    credentials = Credentials(users, passwords, throttle, now)
-    tokens = Tokens(config.tokens, users, store, credentials, now)
-    pools = Pools(config.pools_by_name, store, now, config.new_values)
-    return Service(config, users, now, store, passwords, throttle, credentials, tokens, pools)
+    users = dict(settings.users_by_name)
+    passwords = Passwords(settings.passwords, users)
+    store = open_store(settings.database, settings.tokens.cache_size, clock, serving)
+    monotonic_clock = MonotonicClock(store.clock, monotonic)
+    queue = LoginQueue(settings.passwords.thread_count, settings.passwords.queue)
+    throttle = Throttle(settings.throttle, settings.server.workers, store, monotonic_clock, queue)
+    credentials = Credentials(users, passwords, throttle, monotonic_clock)
+    tokens = Tokens(settings.tokens, users, store, credentials, monotonic_clock)
+    pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
+    return Service(settings, users, monotonic_clock, store, passwords, throttle, credentials, tokens, pools)

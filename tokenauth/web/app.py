@@ -79,7 +79,7 @@ def build_app(service: Service) -> Router:
         default=not_found,
         lifespan=partial(_lifespan, service),
         middleware=[
-            *_outer_middleware(service.config),
+            *_outer_middleware(service.settings),
             Middleware(Shortcuts, routes, BUSIEST),
             Middleware(ErrorMiddleware),
         ],
@@ -135,7 +135,7 @@ _ASKING = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
 
 def find_routes(service: Service) -> list[Route]:
     """List the routes of a service, the busiest first. Raises ConfigError when two of them match one path."""
-    config, tokens, pools = service.config, service.tokens, service.pools
+    config, tokens, pools = service.settings, service.tokens, service.pools
     hosts = Hosts.of(config.server, config.oauth.issuer)
     origins = config.server.cors_origins
     token = Guard([Middleware(TokenMiddleware, tokens)], _ASKING)
@@ -161,13 +161,13 @@ async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, o
     """Run the service and its sweeper, and give the server what it needs to refuse requests by itself."""
     async with service.running():
         await service.pools.prefill()
-        sweeper = Sweeper(service.store, service.pools, service.clock, service.config.throttle.forget)
+        sweeper = Sweeper(service.store, service.pools, service.clock, service.settings.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
         gc.collect()
         gc.freeze()  # objects that live until the end need not be collected again and again
-        log.info("started", version=__version__, users=len(service.config.users_by_name))
+        log.info("started", version=__version__, users=len(service.settings.users_by_name))
         try:
-            origins = frozenset(service.config.server.cors_origins)
+            origins = frozenset(service.settings.server.cors_origins)
             yield {REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH}))}
         finally:
             sweeping.cancel()

@@ -50,7 +50,7 @@ def dialect_routes(service: Service, hosts: Hosts) -> Mapping[str, list[Route]]:
             Route(settings.prefix + path, methods, _guard(service, hosts, settings))
             for path, methods in _DIALECTS[name].create(service, settings).handlers().items()
         ]
-        for name, settings in service.config.dialects.items()
+        for name, settings in service.settings.dialects.items()
     }
 
 
@@ -71,7 +71,7 @@ def _guard(service: Service, hosts: Hosts, settings: DialectSettings) -> Guard:
         # No PageGuard: a page of another origin cannot send a token unless its origin is listed.
         token, pool = Middleware(TokenMiddleware, service.tokens), Middleware(PoolGuard, service.pools, settings.pool)
         return Guard([token, pool], ())
-    return Guard([Middleware(PageGuard, service.config.server.cors_origins, hosts)], (), asks_token=False)
+    return Guard([Middleware(PageGuard, service.settings.server.cors_origins, hosts)], (), asks_token=False)
 
 
 class PoolGuard:
