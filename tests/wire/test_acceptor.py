@@ -1,4 +1,4 @@
-"""Accepting: as many in a turn of the event loop as keep up with it, and all that wait before the socket is closed."""
+"""How many connections are accepted in one turn of the event loop, and that the queue is emptied before a stop."""
 
 import asyncio
 import itertools
@@ -21,12 +21,12 @@ from tokenauth.server.acceptor import OPEN_PER_ACCEPT, Acceptor
 from tokenauth.server.listener import stop_handshakes
 
 WAITING = 100
-"""Connections that wait in the queue of a socket that nobody accepts from."""
+"""The number of connections in the queue of a listening socket."""
 
 
 @contextmanager
 def queue() -> Iterator[tuple[socket.socket, list[socket.socket]]]:
-    """Listen, and let connections wait."""
+    """Open a listening socket whose queue holds connections."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=2 * WAITING))
         listener.settimeout(20)
@@ -37,16 +37,15 @@ def queue() -> Iterator[tuple[socket.socket, list[socket.socket]]]:
 
 
 class Greeter(asyncio.Protocol):
-    """Greets each client, and hangs up."""
+    """Send a greeting to each client and close."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet."""
         cast(asyncio.Transport, transport).write(b"hello")
         transport.close()
 
 
 def accept(listener: socket.socket, busy: int = 0) -> tuple[Acceptor, list[Greeter]]:
-    """Accept on behalf of a server that has so many connections already."""
+    """Return an acceptor for a server that already has `busy` connections, and the connections that it accepts."""
     greeters: list[Greeter] = []
 
     def greet(_: ServerState) -> Any:
@@ -59,8 +58,8 @@ def accept(listener: socket.socket, busy: int = 0) -> tuple[Acceptor, list[Greet
 
 
 @pytest.mark.parametrize("busy", [0, 80, 400])
-def test_busy_connections_slow_no_accepting_down(busy: int) -> None:
-    """A turn of the event loop takes as long as what the busy ones ask for: more are accepted in it."""
+def test_busy_connections_do_not_slow_accepting(busy: int) -> None:
+    """With more open connections a turn of the event loop takes longer, so more are accepted in each turn."""
 
     async def run() -> list[int]:
         acceptor, accepted = accept(listener, busy)
@@ -70,7 +69,7 @@ def test_busy_connections_slow_no_accepting_down(busy: int) -> None:
                 await asyncio.sleep(0)
                 turns.append(len(accepted))
         await acceptor.drain(0)
-        await asyncio.sleep(0)  # they hang up
+        await asyncio.sleep(0)  # the connections close
         return turns
 
     with queue() as (listener, _):
@@ -78,11 +77,11 @@ def test_busy_connections_slow_no_accepting_down(busy: int) -> None:
     assert max(b - a for a, b in itertools.pairwise(turns)) == min(WAITING, 1 + busy // OPEN_PER_ACCEPT)
 
 
-def test_what_waits_is_accepted_before_the_socket_closes() -> None:
+def test_the_queue_is_accepted_before_the_socket_closes() -> None:
     async def run() -> None:
         acceptor, _ = accept(listener.dup())
         await acceptor.drain(0)
-        await asyncio.sleep(0)  # they hang up
+        await asyncio.sleep(0)  # the connections close
 
     with queue() as (listener, clients):
         asyncio.run(run())
@@ -90,7 +89,7 @@ def test_what_waits_is_accepted_before_the_socket_closes() -> None:
 
 
 def test_no_connection_enters_a_queue_about_to_close() -> None:
-    """A client that comes too late tries again after a second; it is not reset after it has sent its request."""
+    """The TCP stack of a late client retries after a second. It is not reset after it has sent its request."""
     with queue() as (listener, clients):
         stop_handshakes(listener)
         with pytest.raises(TimeoutError):
@@ -104,16 +103,16 @@ def test_no_connection_enters_a_queue_about_to_close() -> None:
             listener.accept()
 
 
-def test_what_waits_at_sigterm_is_answered(tmp_path: Path) -> None:
-    """The worker is stopped (SIGSTOP) while clients connect and ask, so that all of them wait in the queue."""
+def test_queued_connections_are_answered_at_sigterm(tmp_path: Path) -> None:
+    """SIGSTOP holds the worker while clients connect and send, so that all of them wait in the queue."""
     with worker(write_config(tmp_path)) as server, waiting(server, [server.process.pid]) as clients:
         server.process.send_signal(signal.SIGTERM)
         os.kill(server.process.pid, signal.SIGCONT)
         assert answers(clients) == [200] * WAITING
 
 
-def test_no_worker_lets_a_queue_die_at_sigterm(tmp_path: Path) -> None:
-    """Each worker and the main process have the socket, and the last to close it must have looked."""
+def test_no_worker_drops_the_queue_at_sigterm(tmp_path: Path) -> None:
+    """Each worker and the main process hold the socket, and the last to close it must have emptied the queue."""
     with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:
         server.process.send_signal(signal.SIGTERM)
         server.wait("stopping")
@@ -124,10 +123,10 @@ def test_no_worker_lets_a_queue_die_at_sigterm(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_a_reload_loses_nothing_of_the_queue(tmp_path: Path) -> None:
+def test_a_reload_loses_no_queued_connection(tmp_path: Path) -> None:
     with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:
         server.process.send_signal(signal.SIGHUP)
-        assert answers(clients) == [200] * WAITING, "by the new workers: the old ones are still stopped"
+        assert answers(clients) == [200] * WAITING, "the new workers answer: the old ones are still held by SIGSTOP"
         for process in workers:
             os.kill(process, signal.SIGCONT)
         server.wait("configuration_reloaded")
@@ -136,24 +135,26 @@ def test_a_reload_loses_nothing_of_the_queue(tmp_path: Path) -> None:
 
 @contextmanager
 def two_workers(directory: Path) -> Iterator[tuple[Server, list[int]]]:
-    """Run `tokenauth serve` where it is allowed more descriptors than it is given."""
+    """Run `tokenauth serve` with a hard limit on descriptors that is above the soft limit."""
     program = Path(sys.executable).with_name("tokenauth")
     config = write_config(directory)
     command = ["prlimit", "--nofile=256:2048", str(program), "serve", "--config", str(config), "--port", "0"]
     with spawn([*command, "--workers", "2"], directory) as server:
         server.port = server.wait("listening")["port"]
-        until(lambda: len(server.events("started")) == 2, "both serve")
+        until(lambda: len(server.events("started")) == 2, "both workers have started")
         main = server.process.pid
         workers = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
         assert len(workers) == 2
         for process in workers:
-            assert resource.prlimit(process, resource.RLIMIT_NOFILE) == (2048, 2048), "it has raised its limit"
+            assert resource.prlimit(process, resource.RLIMIT_NOFILE) == (2048, 2048), (
+                "the worker has raised its soft limit"
+            )
         yield server, workers
 
 
 @contextmanager
 def waiting(server: Server, processes: list[int]) -> Iterator[list[socket.socket]]:
-    """Have clients connect and ask while all processes that could accept them are stopped."""
+    """Connect clients and send requests while all processes that could accept them are held by SIGSTOP."""
     with ExitStack() as stack:
         for process in processes:
             os.kill(process, signal.SIGSTOP)
@@ -165,5 +166,5 @@ def waiting(server: Server, processes: list[int]) -> Iterator[list[socket.socket
 
 
 def answers(clients: list[socket.socket]) -> list[int]:
-    """Read the status of each client's answer; 0 if there is none."""
+    """Read the status of each client's response; 0 if there is none."""
     return [int(client.recv(65536)[9:12] or 0) for client in clients]

@@ -1,4 +1,4 @@
-"""The access log is off unless asked for, and then has one line a request in which no token can stand."""
+"""The access log is off by default. When it is on, it has one line per request, without secrets."""
 
 import base64
 import time
@@ -19,7 +19,7 @@ def settings() -> str:
 
 
 def logged(server: Server, since: int, wanted: int) -> list[dict[str, Any]]:
-    """Wait until so many requests more than `since` are in the log: a line is written after its answer."""
+    """Wait for `wanted` lines after the first `since`: a line is written after the response."""
     deadline = time.monotonic() + 10
     while len(server.events("request")) < since + wanted and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -27,7 +27,7 @@ def logged(server: Server, since: int, wanted: int) -> list[dict[str, Any]]:
 
 
 def misuses(token: str) -> list[bytes]:
-    """List requests that have a token, or a password, where it belongs and where it does not."""
+    """List requests with a token or a password in expected and unexpected places."""
     targets = [
         f"GET /api/token?token={token}",
         f"GET /api/token?x=1&token={token}&token=x",
@@ -68,7 +68,7 @@ def misuses(token: str) -> list[bytes]:
             f"{method} /api/token HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n{body}".encode()
             for method, body in bodies
         ],
-        f"{token} / HTTP/1.1\r\n\r\n".encode(),  # what is no HTTP at all has no line in the access log
+        f"{token} / HTTP/1.1\r\n\r\n".encode(),  # not HTTP: no line in the access log
     ]
 
 
@@ -123,7 +123,7 @@ def test_the_access_log_is_off_and_free_of_secrets(tmp_path: Path, clock: HandCl
         running.stop()
         assert len(running.events("request")) == (
             len(sent) if on else 0
-        )  # the login has a line, the last of `sent` none
+        )  # one line for the login, none for the last of `sent`
         log = running.log.read_text()
     assert ("/api/token" in log) is on
     encoded = base64.b64encode(token.encode()).decode()

@@ -1,4 +1,4 @@
-"""Web pages of the configured origins may call the service from a browser, and those of no others."""
+"""Only web pages of the configured origins may call the service from a browser."""
 
 import socket
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import pytest
 from tests.support.servers import HandClock, Server, exchange, log_in, worker, write_config
 
 ORIGINS = ["https://app.example.com", "http://localhost:5173"]
-STRANGERS = [
+OTHER_ORIGINS = [
     "https://evil.example",
     "https://app.example.com.evil.example",
     "https://evil.app.example.com",
@@ -42,21 +42,21 @@ def settings() -> str:
 
 @pytest.fixture(scope="module")
 def closed(directory: Path, clock: HandClock) -> Iterator[httpx.Client]:
-    """Connect to a worker whose configuration names no origin."""
-    elsewhere = directory / "closed"
-    elsewhere.mkdir()
-    with worker(write_config(elsewhere), clock) as running, running.client() as connected:
+    """Connect to a worker without `cors_origins`."""
+    home = directory / "closed"
+    home.mkdir()
+    with worker(write_config(home), clock) as running, running.client() as connected:
         yield connected
 
 
 def preflight(client: httpx.Client, origin: str, method: str = "POST", headers: str = "x-token") -> httpx.Response:
-    """Ask as a browser asks before it sends what a page wants."""
-    asked = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
-    return client.options("/api/token", headers=asked)
+    """Send a preflight request for the login."""
+    sent = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+    return client.options("/api/token", headers=sent)
 
 
-def granted(answer: httpx.Response) -> dict[str, str]:
-    """Return what an answer allows to pages of other origins."""
+def cors_headers(answer: httpx.Response) -> dict[str, str]:
+    """Return the CORS headers of a response."""
     return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
 
 
@@ -64,14 +64,14 @@ def granted(answer: httpx.Response) -> dict[str, str]:
 def test_by_default_no_origin_is_allowed_anything(closed: httpx.Client, origin: str) -> None:
     for method, path, options, status in REQUESTS:
         answer = closed.request(method, path, headers={"Origin": origin}, **options)
-        assert (answer.status_code, granted(answer)) == (status, {})
+        assert (answer.status_code, cors_headers(answer)) == (status, {})
     answer = preflight(closed, origin)
-    assert (answer.status_code, granted(answer)) == (405, {})
+    assert (answer.status_code, cors_headers(answer)) == (405, {})
 
 
 @pytest.mark.parametrize("head", [b"GET /auth HTTP/1.1\r\nno colon", b"GET /nothing HTTP/1.1\r\nno colon"])
 def test_a_broken_request_is_refused_at_once(server: Server, head: bytes) -> None:
-    """Only a head that is too long is searched for its Origin for a while."""
+    """The server waits for more of the head only if the head is too long: it may still contain an Origin."""
     took = []
     for _ in range(5):
         began = monotonic()
@@ -107,7 +107,7 @@ def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, orig
     assert {"authorization", "content-type", "x-token"} <= allowed
     assert "origin" in answer.headers["vary"].lower()
     assert "access-control-allow-credentials" not in answer.headers
-    assert not any("*" in value for value in granted(answer).values())
+    assert not any("*" in value for value in cors_headers(answer).values())
 
 
 @pytest.mark.parametrize(("method", "headers"), [("PATCH", "x-token"), ("TRACE", "x-token"), ("POST", "x-other")])
@@ -115,15 +115,15 @@ def test_a_preflight_refuses_unused_methods_and_headers(client: httpx.Client, me
     assert preflight(client, ORIGINS[0], method, headers).status_code == 400
 
 
-@pytest.mark.parametrize("origin", [*ORIGINS, *STRANGERS])
+@pytest.mark.parametrize("origin", [*ORIGINS, *OTHER_ORIGINS])
 def test_a_preflight_to_auth_is_an_ordinary_request(client: httpx.Client, origin: str) -> None:
-    """It is answered by the app behind the proxy, if that is meant to see it; here it has no token."""
-    asked = {"Origin": origin, "Access-Control-Request-Method": "GET"}
-    assert client.options("/auth?scope=read", headers=asked).status_code == 401
-    assert client.options("/auth", headers={**asked, "X-Token": log_in(client)}).status_code == 200
+    """Preflights are for the app behind the proxy to answer. To `/auth` this one is a request without a token."""
+    sent = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+    assert client.options("/auth?scope=read", headers=sent).status_code == 401
+    assert client.options("/auth", headers={**sent, "X-Token": log_in(client)}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", STRANGERS)
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
 def test_another_origin_is_not_allowed(client: httpx.Client, origin: str) -> None:
     for method, path, options, status in REQUESTS:
         answer = client.request(method, path, headers={"Origin": origin}, **options)
@@ -134,7 +134,7 @@ def test_another_origin_is_not_allowed(client: httpx.Client, origin: str) -> Non
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_a_page_logs_in_asks_and_logs_out(client: httpx.Client) -> None:
+def test_a_page_can_log_in_call_and_log_out(client: httpx.Client) -> None:
     origin = {"Origin": ORIGINS[0]}
     token = log_in(client, headers=origin)
     for method, path, status in [("GET", "/api/me", 200), ("DELETE", "/api/token", 200), ("GET", "/api/me", 401)]:
@@ -151,14 +151,14 @@ REFUSED_HEADS = {
 }
 
 
-@pytest.mark.parametrize("origin", [ORIGINS[0], STRANGERS[0]])
-@pytest.mark.parametrize("before", [True, False], ids=["Origin first", "Origin last"])
+@pytest.mark.parametrize("origin", [ORIGINS[0], OTHER_ORIGINS[0]])
+@pytest.mark.parametrize("first", [True, False], ids=["Origin first", "Origin last"])
 @pytest.mark.parametrize("what", REFUSED_HEADS)
-def test_a_configured_origin_can_read_a_refused_head(server: Server, what: str, before: bool, origin: str) -> None:
-    """The server refuses it before the app sees it; a page would only learn of a failure of the network."""
+def test_a_configured_origin_can_read_a_refused_head(server: Server, what: str, first: bool, origin: str) -> None:
+    """The server refuses it before the app runs. Without CORS headers the page would see a network error."""
     lines, status = REFUSED_HEADS[what]
     named = [f"Origin: {origin}"]
-    lines = ["GET /api/token HTTP/1.1", "Host: x", *(named + lines if before else lines + named), "", ""]
+    lines = ["GET /api/token HTTP/1.1", "Host: x", *(named + lines if first else lines + named), "", ""]
     answered, headers, _ = exchange(server.port, "\r\n".join(lines).encode())
     assert (answered, headers["connection"]) == (status, "close")
     assert headers.get("access-control-allow-origin") == (origin if origin in ORIGINS else None)
@@ -166,12 +166,12 @@ def test_a_configured_origin_can_read_a_refused_head(server: Server, what: str, 
 
 def test_a_long_head_without_an_origin_is_refused_too(server: Server) -> None:
     head = "GET /api/token HTTP/1.1\r\nHost: x\r\nX-Junk: " + "x" * 60_000
-    for end in ("\r\n\r\n", ""):  # with the end of the head, and without
+    for end in ("\r\n\r\n", ""):  # a complete head, and one without its end
         answered, headers, _ = exchange(server.port, (head + end).encode())
         assert answered == 431
         assert "access-control-allow-origin" not in headers
 
 
-def test_a_page_may_send_what_traces_a_request(client: httpx.Client) -> None:
+def test_a_page_may_send_trace_context_headers(client: httpx.Client) -> None:
     answer = preflight(client, ORIGINS[0], "GET", "traceparent,tracestate,x-token")
     assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""The server and a strict reader of HTTP agree on where each request ends, or the connection is closed."""
+"""The server and a strict HTTP parser agree on where each request ends, or the connection closes."""
 
 import random
 import re
@@ -11,30 +11,30 @@ REFUSALS = {400, 431}
 
 
 def judge(stream: Stream, outcome: Outcome, reads: bool) -> str | None:
-    """Say what is wrong with what came of a stream, where an app reads the bodies or answers without them."""
+    """Return what is wrong with the outcome of a stream, or None. `reads`: the app reads bodies before it answers."""
     expected = [_routed(request, reads) for request in stream.requests]
     executed = outcome.executed
     last = len(executed) - 1
     if 0 <= last < len(expected) and outcome.closed and executed[last].body is None:  # refused in the middle
         expected[last] = expected[last]._replace(body=None)
     if executed != expected[: len(executed)]:
-        return "something is executed that the strict reader does not read"
+        return "a request is executed that the strict parser does not find"
     refused = bool(outcome.statuses) and outcome.statuses[-1] in REFUSALS
     answers = outcome.statuses[:-1] if refused else outcome.statuses
     due = {sum(request.body is not None for request in executed)}
-    if not reads:  # the last one may be refused before it is answered, when its body turns out to be none
+    if not reads:  # the last one may be refused before it is answered, if its body is malformed
         due = {len(executed), len(executed) - refused}
     if set(answers) > {299} or len(answers) not in due:
-        return "there is not one answer to each request"
+        return "the number of responses differs from the number of requests"
     if refused and not outcome.closed:
-        return "the connection goes on after a refusal"
+        return "the connection stays open after a refusal"
     if not outcome.closed and (not stream.valid or len(executed) < len(expected)):
-        return "the connection goes on, and the readers do not agree"
+        return "the connection stays open although the parsers disagree"
     return None
 
 
 def _routed(request: Reading, reads: bool) -> Reading:
-    """Write a request as an app is given it."""
+    """Return a request as the app receives it."""
     target = re.sub(rb"^[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]*", b"", request.target).partition(b"#")[0]
     path, _, query = target.partition(b"?")
     target = (path or b"/") + (b"?" + query if query else b"")
@@ -42,13 +42,13 @@ def _routed(request: Reading, reads: bool) -> Reading:
 
 
 async def disagreements(seed: int, count: int) -> list[str]:
-    """Try odd streams; return those on which the readers disagree, with what is wrong."""
+    """Send malformed streams; return those on which the parsers disagree, with the reason."""
     config, source, found = options(Recorder(reads=True)), random.Random(seed), []
     for segments in islice(sequences(seed, odd=True), count):
         reads, hurry = source.random() < 0.7, source.random() < 0.5
         outcome = await speak(segments, reads, hurry, config)
         stream = read(b"".join(segments))
-        if not stream.valid and not outcome.closed:  # the server may still wait for the end of what is no request
+        if not stream.valid and not outcome.closed:  # the server may still wait for the end of the malformed request
             segments.append(b"\r\n\r\n" + INNER * 2)
             outcome = await speak(segments, reads, hurry, config)
         fault = judge(stream, outcome, reads)
@@ -57,11 +57,11 @@ async def disagreements(seed: int, count: int) -> list[str]:
     return found
 
 
-async def test_two_readers_agree_on_what_a_request_is() -> None:
+async def test_two_parsers_agree_on_where_requests_end() -> None:
     assert await disagreements(seed=1, count=600) == []
 
 
-async def test_every_proper_request_is_answered_however_it_is_cut() -> None:
+async def test_valid_requests_are_answered_in_any_segments() -> None:
     config = options(Recorder(reads=True))
     for segments in islice(sequences(seed=2, odd=False), 400):
         stream = read(b"".join(segments))

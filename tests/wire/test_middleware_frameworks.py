@@ -1,4 +1,4 @@
-"""TokenMiddleware in the frameworks that people use, with either validator: in process, or asking over HTTP."""
+"""TokenMiddleware in Starlette, FastAPI and Litestar, with the validator in process and with the remote one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,7 +32,7 @@ from tokenauth.web.middleware import TokenMiddleware
 async def tokens(
     request: pytest.FixtureRequest, server: Server, config_file: Path, clock: HandClock
 ) -> AsyncIterator[Validator]:
-    """Have somebody who can say which tokens of the server are valid."""
+    """Return a validator for the tokens of the server."""
     async with AsyncExitStack() as stack:
         if request.param == "remote":
             yield await stack.enter_async_context(RemoteTokens(server.url, max_age=0, clock=clock))
@@ -44,7 +44,6 @@ async def tokens(
 
 @pytest.fixture(scope="module")
 def issuer(server: Server) -> Iterator[httpx.Client]:
-    """Connect to the issuer."""
     with server.client() as connected:
         yield connected
 
@@ -54,17 +53,17 @@ async def _write(request: Request) -> JSONResponse:
     return JSONResponse([request.user.display_name, *request.auth.scopes])
 
 
-async def _shown(request: Request) -> JSONResponse:
+async def _me(request: Request) -> JSONResponse:
     return JSONResponse([request.user.is_authenticated, request.user.username, request.user.identity])
 
 
 def starlette_app(tokens: Validator) -> ASGIApp:
-    """Make an app whose part below /write needs a scope, by the decorator that everybody uses."""
+    """Return a Starlette app. `/write` needs a scope: it uses the `requires` decorator."""
     return Starlette(
         routes=[
             Route("/write", _write, methods=["GET"]),
-            Route("/me", _shown),
-            Mount("/open", routes=[Route("/me", _shown)]),
+            Route("/me", _me),
+            Mount("/open", routes=[Route("/me", _me)]),
         ],
         middleware=[Middleware(TokenMiddleware, tokens=tokens, exempt=["/open/*"])],
     )
@@ -76,13 +75,13 @@ def _user(request: FastAPIRequest) -> Identity:
 
 
 def fastapi_app(tokens: Validator) -> ASGIApp:
-    """Make the same with a dependency that is the user."""
+    """Return the same app in FastAPI, with the user as a dependency."""
     app = FastAPI(openapi_url=None)
     app.add_middleware(TokenMiddleware, tokens=tokens, exempt=["/open/*"])
 
     @app.get("/me")
     @app.get("/open/me")
-    async def shown(user: Annotated[Identity, Depends(_user)]) -> list[Any]:
+    async def me(user: Annotated[Identity, Depends(_user)]) -> list[Any]:
         return [user.is_authenticated, user.username, user.identity]
 
     @app.get("/write")
@@ -94,14 +93,14 @@ def fastapi_app(tokens: Validator) -> ASGIApp:
 
 
 def litestar_app(tokens: Validator) -> ASGIApp:
-    """Make the same with Litestar, whose guards look at the connection."""
+    """Return the same app in Litestar, with a guard."""
 
     def can_write(connection: Any, _: Any) -> None:
         if "write" not in connection.auth.scopes:
             raise litestar.exceptions.PermissionDeniedException
 
     @litestar.get(["/me", "/open/me"])
-    async def shown(request: litestar.Request[Identity, Identity, Any]) -> list[Any]:
+    async def me(request: litestar.Request[Identity, Identity, Any]) -> list[Any]:
         return [request.user.is_authenticated, request.user.username, request.user.identity]
 
     @litestar.get("/write", guards=[can_write])
@@ -109,11 +108,11 @@ def litestar_app(tokens: Validator) -> ASGIApp:
         return [request.user.display_name, *request.auth.scopes]
 
     guard = litestar.middleware.DefineMiddleware(cast(Any, TokenMiddleware), tokens=tokens, exempt=["/open/*"])
-    return litestar.Litestar([shown, write], middleware=[guard], openapi_config=None)  # type: ignore[return-value]
+    return litestar.Litestar([me, write], middleware=[guard], openapi_config=None)  # type: ignore[return-value]
 
 
 def wrapped_litestar_app(tokens: Validator) -> ASGIApp:
-    """Make the same with the middleware around it."""
+    """Return the Litestar app with the middleware around it."""
     inner = litestar_app(tokens)
     return TokenMiddleware(inner, tokens, exempt=["/open/*"])
 
@@ -133,7 +132,7 @@ async def test_an_exemption_needs_the_full_path_under_litestar(tokens: Validator
 
 @pytest.fixture(params=[starlette_app, fastapi_app, litestar_app, wrapped_litestar_app])
 async def app(request: pytest.FixtureRequest, tokens: Validator) -> AsyncIterator[httpx.AsyncClient]:
-    """Speak to an app that is guarded."""
+    """Return a client of a guarded app."""
     make: Callable[[Validator], ASGIApp] = request.param
     async with httpx.AsyncClient(transport=httpx.ASGITransport(make(tokens)), base_url="http://app") as client:
         yield client

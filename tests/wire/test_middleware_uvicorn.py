@@ -1,4 +1,4 @@
-"""What docs/clients.md says of apps under uvicorn: with httptools a body can become a request, with h11 it cannot."""
+"""The warnings of docs/clients.md about uvicorn: with httptools a body can become a request, with h11 it cannot."""
 
 import socket
 from itertools import product
@@ -15,7 +15,7 @@ CASES = list(product(["GET", "POST", "CONNECT"], ["websocket", "h2c", None], ["/
 
 
 def executed(http: Literal["h11", "httptools"]) -> set[tuple[str, str | None, str, str]]:
-    """Return the cases in which an app under uvicorn is given the body of a request as a request."""
+    """Return the cases in which uvicorn passes the body of a request to the app as a second request."""
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,7 @@ def executed(http: Literal["h11", "httptools"]) -> set[tuple[str, str | None, st
 
 
 def headers_seen(http: Literal["h11", "httptools"]) -> list[tuple[bytes, bytes]]:
-    """Return the headers that an app under uvicorn has of a request with a trailer."""
+    """Return the headers that an app under uvicorn receives for a request with a trailer."""
     seen: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +75,7 @@ def test_with_h11_no_trailer_becomes_a_header() -> None:
 
 
 def test_with_httptools_a_trailer_becomes_a_header() -> None:
-    """When this fails, uvicorn has been mended: take the warnings out of docs/clients.md and docs/forward-auth.md."""
+    """If this fails, uvicorn has been fixed: remove the warnings from docs/clients.md and docs/forward-auth.md."""
     assert dict(headers_seen("httptools"))[b"x-auth-user"] == b"mallory"
 
 
@@ -85,5 +85,5 @@ def test_with_h11_no_body_becomes_a_request() -> None:
 
 @pytest.mark.parametrize("method", ["GET", "POST", "CONNECT"])
 def test_with_httptools_a_late_body_becomes_a_request(method: str) -> None:
-    """When this fails, uvicorn has been mended: take the warning out of docs/clients.md."""
+    """If this fails, uvicorn has been fixed: remove the warning from docs/clients.md."""
     assert {case for case in executed("httptools") if case[0] == method and case[3] == "two"}

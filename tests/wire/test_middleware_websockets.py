@@ -1,4 +1,4 @@
-"""TokenMiddleware and WebSockets: a real uvicorn, a real client."""
+"""TokenMiddleware and WebSockets, with uvicorn and a WebSocket client."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from tokenauth.web.middleware import TokenMiddleware
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Greet whoever is there, then say back what he says."""
+    """Send a greeting with the username, then return each message."""
     if scope["type"] != "websocket":
         return
     await receive()
@@ -30,7 +30,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 @contextmanager
 def serving(app: ASGIApp, protocol: str) -> Iterator[str]:
-    """Serve on a free port; the answer is the address of its WebSockets."""
+    """Serve an app on a free port and return its WebSocket URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(app, ws=protocol, lifespan="off", log_config=None)
         server = uvicorn.Server(config)
@@ -44,7 +44,7 @@ def serving(app: ASGIApp, protocol: str) -> Iterator[str]:
 
 
 def without_denials(app: ASGIApp) -> ASGIApp:
-    """Be a server that does not know the extension for refusing a WebSocket by an HTTP answer."""
+    """Remove the ASGI extension for denial responses, as on an older server."""
 
     async def older(scope: Scope, receive: Receive, send: Send) -> None:
         await app({**scope, "extensions": {}}, receive, send)
@@ -54,21 +54,20 @@ def without_denials(app: ASGIApp) -> ASGIApp:
 
 @pytest.fixture(scope="module", params=["websockets-sansio"])
 def address(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Serve an app whose "/open" is for everybody, and the rest for readers."""
+    """Serve an app that needs the scope `read`, except at "/open"."""
     app = TokenMiddleware(echo, Book("read"), scopes=["read"], exempt=["/open"])
     with serving(app, request.param) as running:
         yield running
 
 
-def call(address: str, path: str = "/", **headers: str) -> ClientConnection:
-    """Open a WebSocket."""
+def open_websocket(address: str, path: str = "/", **headers: str) -> ClientConnection:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return connect(f"{address}{path}", additional_headers=named, proxy=None)
 
 
 def refusal(address: str, **headers: str) -> tuple[int, str]:
-    """Say how a WebSocket is refused: the status and the code."""
-    with pytest.raises(InvalidStatus) as caught, call(address, **headers):
+    """Return the status and the error code with which a WebSocket is refused."""
+    with pytest.raises(InvalidStatus) as caught, open_websocket(address, **headers):
         pass
     answer = caught.value.response
     return answer.status_code, json.loads(answer.body)["error"] if answer.body else ""
@@ -78,14 +77,14 @@ def refusal(address: str, **headers: str) -> tuple[int, str]:
     "headers", [{"X_Token": "anns"}, {"Authorization": "Bearer anns"}], ids=lambda sent: next(iter(sent))
 )
 def test_a_websocket_with_a_token_is_accepted(address: str, headers: dict[str, str]) -> None:
-    with call(address, **headers) as connection:
+    with open_websocket(address, **headers) as connection:
         assert connection.recv() == "hello ann"
         connection.send("and?")
         assert connection.recv() == "and?"
 
 
-def test_a_websocket_on_an_exempt_path_is_nobodys(address: str) -> None:
-    with call(address, "/open") as connection:
+def test_a_websocket_on_an_exempt_path_is_anonymous(address: str) -> None:
+    with open_websocket(address, "/open") as connection:
         assert connection.recv() == "hello "
 
 
@@ -109,5 +108,5 @@ def test_without_denial_responses_it_closes_unaccepted() -> None:
     """Uvicorn turns a close with 1008 before the handshake into an HTTP 403."""
     with serving(without_denials(TokenMiddleware(echo, Book())), "websockets-sansio") as address:
         assert refusal(address) == (403, "")
-        with call(address, X_Token="anns") as connection:
+        with open_websocket(address, X_Token="anns") as connection:
             assert connection.recv() == "hello ann"

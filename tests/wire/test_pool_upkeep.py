@@ -1,4 +1,4 @@
-"""What a worker does for its pools without being asked: it fills and sweeps them."""
+"""A worker prefills and sweeps its pools."""
 
 import sqlite3
 from contextlib import closing
@@ -42,16 +42,16 @@ def test_a_worker_sweeps_the_pools_of_its_configuration(tmp_path: Path) -> None:
 def test_prefilled_tokens_survive_their_worker(tmp_path: Path) -> None:
     config = write_config(tmp_path, permits(2))
     clock = HandClock(tmp_path / "clock", create=True)
-    with worker(config, clock) as server, Connection(server.port) as here:
-        admin = Borrower(here)
+    with worker(config, clock) as server, Connection(server.port) as connection:
+        admin = Borrower(connection)
         assert admin.counts("permits") == (2, 0)
         assert admin.hears("POST", "/permits/tokens") == refusal("pool_full")
         leases = [admin.assign("permits"), admin.assign("permits")]
         assert len({lease.token for lease in leases}) == 2
         assert {member["expiry_time"] for member in admin.members("permits")} == {None}
         server.kill()
-    with worker(write_config(tmp_path, permits(1)), clock) as server, Connection(server.port) as here:
-        admin = Borrower(here)
+    with worker(write_config(tmp_path, permits(1)), clock) as server, Connection(server.port) as connection:
+        admin = Borrower(connection)
         assert admin.counts("permits") == (0, 2)
         assert [admin.keep_alive("permits", lease.token, fence=1)[0] for lease in leases] == [200, 200]
         assert admin.release("permits", leases[0].token) == (204, None)

@@ -1,4 +1,4 @@
-"""Wrong passwords make the next try wait: the same for every name, for one network only, and on every worker."""
+"""Wrong passwords delay the next attempt: for known and unknown names, per network, on every worker."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +19,12 @@ LONGEST = 900
 _networks = count(1)
 
 WIDE_ADMIN = "".join(chr(ord(letter) + 0xFEE0) for letter in "admin")
-"""The name in full-width letters, which mean the same."""
+"""The name in full-width letters. They normalize to the same name."""
 
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every failed login be forgotten, so that tests do not meet."""
+    """Expire all failure counters, so that tests are independent."""
     clock.advance(25 * 3600)
 
 
@@ -35,10 +35,10 @@ def settings() -> str:
 
 @pytest.fixture(scope="module")
 def proxy(directory: Path, clock: HandClock) -> Iterator[Server]:
-    """Run a worker that believes this machine about whom a request is from."""
-    behind = directory / "proxied"
-    behind.mkdir()
-    with worker(write_config(behind, '[server]\ntrusted_proxies = ["127.0.0.1", "10.0.0.0/8"]'), clock) as running:
+    """Run a worker that trusts X-Forwarded-For from this machine."""
+    home = directory / "proxied"
+    home.mkdir()
+    with worker(write_config(home, '[server]\ntrusted_proxies = ["127.0.0.1", "10.0.0.0/8"]'), clock) as running:
         yield running
 
 
@@ -50,49 +50,49 @@ def proxied(proxy: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def home() -> str:
-    """Think of an address in a network of its own."""
+    """Return an address in a new network."""
     return f"203.0.{next(_networks)}.7"
 
 
 def attempt(
     client: httpx.Client, username: str = "ann", password: str = "wrong", *forwarded: str | bytes
 ) -> httpx.Response:
-    """Try to log in, perhaps through proxies that say for whom."""
-    headers = [(b"X-Forwarded-For", held.encode() if isinstance(held, str) else held) for held in forwarded]
+    """Try to log in, optionally with X-Forwarded-For headers."""
+    headers = [(b"X-Forwarded-For", value.encode() if isinstance(value, str) else value) for value in forwarded]
     return client.post("/api/token", json={"username": username, "password": password}, headers=headers)
 
 
 def statuses(client: httpx.Client, tries: int, username: str = "ann", *forwarded: str) -> list[int]:
-    """Try a wrong password some times."""
+    """Return the statuses of repeated attempts with a wrong password."""
     return [attempt(client, username, "wrong", *forwarded).status_code for _ in range(tries)]
 
 
 def login_bytes(username: str, password: str, forwarded: str = "") -> bytes:
-    """Write a login as it goes over the wire."""
+    """Return the bytes of a login request."""
     body = f'{{"username": "{username}", "password": "{password}"}}'.encode()
     extra = f"X-Forwarded-For: {forwarded}\r\n" if forwarded else ""
     return f"POST /api/token HTTP/1.1\r\nHost: x\r\n{extra}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def all_at_once(ports: Sequence[int], tries: int, sent: bytes) -> list[int]:
-    """Send the same bytes over many connections at the same time, to the ports in turn."""
-    with ThreadPoolExecutor(tries) as crowd:
-        return sorted(crowd.map(lambda number: exchange(ports[number % len(ports)], sent)[0], range(tries)))
+    """Send the same bytes over many connections at once, alternating between the ports; return sorted statuses."""
+    with ThreadPoolExecutor(tries) as threads:
+        return sorted(threads.map(lambda number: exchange(ports[number % len(ports)], sent)[0], range(tries)))
 
 
-def test_after_five_failures_even_the_right_one_waits(client: httpx.Client, clock: HandClock) -> None:
+def test_after_five_failures_the_right_password_waits(client: httpx.Client, clock: HandClock) -> None:
     assert statuses(client, FREE) == [401] * FREE
     for password in ("wrong", "ann-secret"):
-        held_up = attempt(client, "ann", password)
-        assert held_up.status_code == 429
-        assert held_up.headers["retry-after"] == "1"
-        assert held_up.headers["cache-control"] == "no-store"
-        assert held_up.json()["error"] == "too_many_attempts"
+        throttled = attempt(client, "ann", password)
+        assert throttled.status_code == 429
+        assert throttled.headers["retry-after"] == "1"
+        assert throttled.headers["cache-control"] == "no-store"
+        assert throttled.json()["error"] == "too_many_attempts"
     clock.advance(1)
     assert attempt(client, "ann", "ann-secret").status_code == 200
 
 
-def test_a_try_that_is_held_up_costs_nothing(client: httpx.Client, clock: HandClock) -> None:
+def test_a_throttled_attempt_is_not_counted(client: httpx.Client, clock: HandClock) -> None:
     statuses(client, FREE)
     assert statuses(client, 20) == [429] * 20
     clock.advance(1)
@@ -112,15 +112,15 @@ def test_the_delay_doubles_up_to_a_quarter_of_an_hour(client: httpx.Client, cloc
     assert delays == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, LONGEST, LONGEST, LONGEST]
 
 
-def test_a_success_clears_what_was_counted(client: httpx.Client) -> None:
+def test_a_success_clears_the_failure_counter(client: httpx.Client) -> None:
     for _ in range(3):
         assert statuses(client, FREE - 1) == [401] * (FREE - 1)
         assert attempt(client, "ann", "ann-secret").status_code == 200
     assert statuses(client, FREE + 1) == [401] * FREE + [429]
 
 
-@pytest.mark.parametrize("nobody", ["nobody", "", "x" * 256, "*"])
-def test_known_and_unknown_names_are_answered_alike(client: httpx.Client, clock: HandClock, nobody: str) -> None:
+@pytest.mark.parametrize("unknown", ["nobody", "", "x" * 256, "*"])
+def test_known_and_unknown_names_are_answered_alike(client: httpx.Client, clock: HandClock, unknown: str) -> None:
     def answers(username: str) -> list[tuple[int, bytes, dict[str, str]]]:
         seen = []
         for step in (0, 0, 0, 0, 0, 0, 0, 1, 0, 1.5, 0.5, 0, 4, 0):
@@ -130,12 +130,12 @@ def test_known_and_unknown_names_are_answered_alike(client: httpx.Client, clock:
             seen.append((answer.status_code, answer.content, headers))
         return seen
 
-    known, unknown = answers("ann"), answers(nobody)
-    assert known == unknown
+    known = answers("ann")
+    assert answers(unknown) == known
     assert {status for status, _, _ in known} == {401, 429}
 
 
-def test_names_are_counted_apart(client: httpx.Client) -> None:
+def test_failures_are_counted_per_name(client: httpx.Client) -> None:
     assert statuses(client, FREE - 1) == [401] * (FREE - 1)
     log_in(client, "bob", "bob-secret")
     assert statuses(client, 2) == [401, 429]
@@ -143,9 +143,7 @@ def test_names_are_counted_apart(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("variant", ["ADMIN", "Admin", "aDmIn", WIDE_ADMIN, WIDE_ADMIN.upper()])
-def test_variants_of_a_name_are_one_user_and_counted_as_one(
-    client: httpx.Client, clock: HandClock, variant: str
-) -> None:
+def test_variants_of_a_name_share_one_counter(client: httpx.Client, clock: HandClock, variant: str) -> None:
     assert statuses(client, FREE - 2, variant) == [401] * (FREE - 2)
     assert statuses(client, 3, "admin") == [401, 401, 429]
     assert attempt(client, variant, "admin").status_code == 429
@@ -183,7 +181,7 @@ def test_what_was_counted_survives_a_restart(tmp_path: Path, clock: HandClock) -
 
 
 @pytest.mark.parametrize(("pause", "then"), [(FORGET - 1, [401, 429]), (FORGET, [401] * FREE + [429])])
-def test_what_was_counted_is_forgotten_after_an_hour(
+def test_failures_are_forgotten_after_an_hour(
     client: httpx.Client, clock: HandClock, pause: float, then: list[int]
 ) -> None:
     statuses(client, FREE)
@@ -194,7 +192,7 @@ def test_what_was_counted_is_forgotten_after_an_hour(
 def test_concurrent_wrong_guesses_do_not_pass_the_limit(proxy: Server, home: str) -> None:
     answered = all_at_once([proxy.port], 100, login_bytes("ann", "wrong", home))
     assert answered[:FREE] == [401] * FREE
-    assert set(answered[FREE:]) <= {429, 503}, "503 is for those that the login queue has no room for"
+    assert set(answered[FREE:]) <= {429, 503}, "503: the login queue is full"
 
 
 def test_two_workers_let_through_at_most_one_share_more(server: Server, sibling: Server, clock: HandClock) -> None:
@@ -213,7 +211,7 @@ def test_concurrent_right_logins_all_succeed(
     assert all_at_once([server.port, sibling.port], 30, login_bytes("ann", "ann-secret")) == [200] * 30
 
 
-def test_another_network_is_not_held_up(proxied: httpx.Client, home: str) -> None:
+def test_another_network_is_not_throttled(proxied: httpx.Client, home: str) -> None:
     assert statuses(proxied, FREE + 1, "ann", home) == [401] * FREE + [429]
     neighbour = home.removesuffix("7") + "200"
     assert attempt(proxied, "ann", "ann-secret", neighbour).status_code == 429
@@ -234,7 +232,7 @@ def test_a_mapped_address_is_the_ipv4_address_that_it_maps(proxied: httpx.Client
     assert attempt(proxied, "ann", "wrong", home).status_code == 429
 
 
-def test_a_forwarded_address_is_not_believed_by_default(server: Server, client: httpx.Client) -> None:
+def test_a_forwarded_address_is_not_trusted_by_default(server: Server, client: httpx.Client) -> None:
     answers = []
     for number in range(FREE + 1):
         spoofed = f"198.51.{number}.7"
@@ -281,7 +279,7 @@ def test_an_invalid_forwarded_address_is_throttled(proxied: httpx.Client) -> Non
         "' OR 1=1",
         b"\xff",
     ]
-    answers = [attempt(proxied, "ann", "wrong", held).status_code for held in junk]
+    answers = [attempt(proxied, "ann", "wrong", address).status_code for address in junk]
     assert answers == [401] * FREE + [429] * (len(junk) - FREE)
 
 
@@ -293,44 +291,44 @@ def test_an_empty_forwarded_address_is_throttled(proxied: httpx.Client, empty: s
     assert [exchange(port, sent)[0] for _ in range(FREE + 1)] == [401] * FREE + [429]
 
 
-def spend(proxied: httpx.Client, home: str, tries: int = NETWORK_FREE) -> None:
-    """Fail to log in with names that nobody has."""
+def fail_logins(proxied: httpx.Client, home: str, tries: int = NETWORK_FREE) -> None:
+    """Fail to log in, with a new unknown name each time."""
     assert [attempt(proxied, f"name-{number}", "wrong", home).status_code for number in range(tries)] == [401] * tries
 
 
 def test_failures_over_many_names_slow_unknown_clients(proxied: httpx.Client, clock: HandClock, home: str) -> None:
-    spend(proxied, home)
-    held_up = attempt(proxied, "admin", "admin", home)
-    assert (held_up.status_code, held_up.headers["retry-after"]) == (429, "36")
+    fail_logins(proxied, home)
+    throttled = attempt(proxied, "admin", "admin", home)
+    assert (throttled.status_code, throttled.headers["retry-after"]) == (429, "36")
     assert attempt(proxied, "admin", "admin", "198.51.100.7").status_code == 200
     clock.advance(36)
     assert attempt(proxied, "admin", "admin", home).status_code == 200
-    assert attempt(proxied, "bob", "bob-secret", home).status_code == 200, "a success takes nothing"
+    assert attempt(proxied, "bob", "bob-secret", home).status_code == 200, "a success is not counted"
     assert statuses(proxied, 2, "nobody", home) == [401, 429]
 
 
 def test_others_failures_do_not_slow_a_known_client(proxied: httpx.Client, home: str) -> None:
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
     neighbour = home.removesuffix("7") + "200"
-    spend(proxied, neighbour, NETWORK_FREE - FREE)
+    fail_logins(proxied, neighbour, NETWORK_FREE - FREE)
     assert statuses(proxied, FREE, "ann", neighbour) == [401] * FREE
     assert [attempt(proxied, name, "wrong", neighbour).status_code for name in ("ann", "nobody")] == [429, 429]
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
-    assert attempt(proxied, "bob", "bob-secret", home).status_code == 429, "who never logged in there is a stranger"
+    assert attempt(proxied, "bob", "bob-secret", home).status_code == 429, "bob has not logged in from there before"
     assert statuses(proxied, FREE + 1, "ann", home) == [401] * FREE + [429]
 
 
 def test_a_login_refunds_its_typo_to_the_network(proxied: httpx.Client, home: str) -> None:
-    places = [home.removesuffix("7") + str(number) for number in range(NETWORK_FREE // 2)]
-    for place in places:
-        assert statuses(proxied, 2, "ann", place) == [401, 401]
-        assert attempt(proxied, "ann", "ann-secret", place).status_code == 200
-    spend(proxied, home)
+    addresses = [home.removesuffix("7") + str(number) for number in range(NETWORK_FREE // 2)]
+    for address in addresses:
+        assert statuses(proxied, 2, "ann", address) == [401, 401]
+        assert attempt(proxied, "ann", "ann-secret", address).status_code == 200
+    fail_logins(proxied, home)
     assert attempt(proxied, "nobody", "wrong", home).status_code == 429
 
 
 def test_a_success_refunds_only_its_own_name_and_place(proxied: httpx.Client, home: str) -> None:
-    """Or whoever has a user of their own could guess at all others for as long as they like."""
+    """Otherwise an attacker with one account could guess the passwords of all others without limit."""
     neighbour = home.removesuffix("7") + "200"
     for number in range(NETWORK_FREE):
         assert attempt(proxied, f"name-{number}", "wrong", home).status_code == 401
@@ -346,7 +344,7 @@ def test_a_client_is_known_for_thirty_days_after_a_login(proxied: httpx.Client, 
     clock.advance(20 * days)
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
     clock.advance(30 * days - 1)
-    spend(proxied, home)
+    fail_logins(proxied, home)
     assert attempt(proxied, "ann", "wrong", home).status_code == 401
     clock.advance(1)
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 429
@@ -354,7 +352,7 @@ def test_a_client_is_known_for_thirty_days_after_a_login(proxied: httpx.Client, 
 
 @pytest.mark.parametrize("name", ["ann", "nobody"])
 def test_a_name_is_bounded_over_all_networks_of_an_attacker(proxied: httpx.Client, clock: HandClock, name: str) -> None:
-    """A /48 has 65,536 networks of which each had five guesses: 10 guesses now, then 5 an hour."""
+    """A /48 has 65,536 networks with five guesses each. The limit per name is 10 guesses, then 5 an hour."""
     clock.advance(25 * 3600)
     sources = [f"2001:db8:7:{number:x}::1" for number in range(12)]
     assert [attempt(proxied, name, "wrong", source).status_code for source in sources] == [401] * 10 + [429] * 2
@@ -363,20 +361,20 @@ def test_a_name_is_bounded_over_all_networks_of_an_attacker(proxied: httpx.Clien
     others = [f"2001:db8:{number:x}::1" for number in range(0x10, 0x80)]
     answers = [attempt(proxied, name, "wrong", source) for source in others]
     tried = sum(answer.status_code == 401 for answer in answers)
-    assert tried == 20 * FREE - 11 + 2, "less the two that were forgotten meanwhile"
+    assert tried == 20 * FREE - 11 + 2, "two of the earlier failures have been forgotten"
     assert {int(answer.headers["retry-after"]) for answer in answers[tried:]} == {360}
 
 
-def test_a_flood_at_a_name_spares_its_known_clients(proxied: httpx.Client, home: str) -> None:
+def test_a_flood_of_guesses_spares_known_clients(proxied: httpx.Client, home: str) -> None:
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
-    crowd = [f"{number}.9.9.9" for number in range(1, 121)]
-    answers = [attempt(proxied, "ann", "wrong", source).status_code for source in crowd]
+    sources = [f"{number}.9.9.9" for number in range(1, 121)]
+    answers = [attempt(proxied, "ann", "wrong", source).status_code for source in sources]
     assert answers == [401] * 100 + [429] * 20
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 200
     assert attempt(proxied, "ann", "ann-secret", "198.51.100.7").status_code == 429
 
 
-def test_a_network_of_networks_is_bounded_over_all_names(proxied: httpx.Client, clock: HandClock) -> None:
+def test_a_48_prefix_is_bounded_over_all_names(proxied: httpx.Client, clock: HandClock) -> None:
     """400 failures from one /48, then 400 an hour."""
     tried = 0
     for number in range(4 * NETWORK_FREE + 1):
@@ -385,13 +383,13 @@ def test_a_network_of_networks_is_bounded_over_all_names(proxied: httpx.Client, 
     assert attempt(proxied, "nobody", "wrong", "2001:db8:a::1").status_code == 401
 
 
-@pytest.mark.parametrize("nobody", ["", "nobody"])
-def test_no_name_stops_the_logins_of_its_network(
-    proxied: httpx.Client, clock: HandClock, home: str, nobody: str
+@pytest.mark.parametrize("unknown", ["", "nobody"])
+def test_an_unknown_name_does_not_block_its_network(
+    proxied: httpx.Client, clock: HandClock, home: str, unknown: str
 ) -> None:
-    spend(proxied, home)
+    fail_logins(proxied, home)
     clock.advance(36)
-    for name, status in [(nobody, 401), ("ann", 429)]:
+    for name, status in [(unknown, 401), ("ann", 429)]:
         assert exchange(proxied.base_url.port or 0, login_bytes(name, "wrong", home), timeout=3)[0] == status
 
 
@@ -406,7 +404,7 @@ def test_no_name_stops_the_logins_of_its_network(
         ("127.0.0.1", [], False),
     ],
 )
-def test_only_a_proxy_that_is_not_trusted_is_noticed(client: str, forwarded: list[str], noticed: bool) -> None:
+def test_only_an_untrusted_proxy_is_logged(client: str, forwarded: list[str], noticed: bool) -> None:
     headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
     requests.noticed.clear()
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What the tests of all routes share: a day that passes before each test."""
+"""Each test of the routes starts a day later than the one before."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.support.servers import HandClock
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every token expire and every failed login be forgotten, so that tests do not meet."""
+    """Expire all tokens and failure counters, so that tests are independent."""
     clock.advance(25 * 3600)

@@ -1,4 +1,4 @@
-"""A user sees and ends his own logins, an admin those of others, and the guard tells nobody why a token is bad."""
+"""Users list and end their own logins, admins those of others. Errors do not reveal why a token is invalid."""
 
 import re
 from hashlib import sha256
@@ -20,7 +20,7 @@ GUARDED = [
     ("GET", "/api/tokens"),
     ("DELETE", "/api/tokens"),
     ("DELETE", f"/api/tokens/{UNKNOWN_ID}"),
-    ("POST", "/api/me"),  # whether a method is taken is said to those who may know
+    ("POST", "/api/me"),  # 405 only with a valid token
 ]
 
 
@@ -29,26 +29,24 @@ def settings() -> str:
     return f"[tokens]\nper_user = {PER_USER}"
 
 
-def holding(token: str) -> dict[str, str]:
-    """Send this token."""
+def token_header(token: str) -> dict[str, str]:
     return {"X-Token": token}
 
 
 def ann(client: httpx.Client, **options: Any) -> str:
-    """Log in as a user without the scope admin."""
+    """Log in as a user without the scope `admin`."""
     return log_in(client, "ann", "ann-secret", **options)
 
 
 def listed(client: httpx.Client, token: str, **params: str) -> list[dict[str, Any]]:
-    """List the logins that this token's user sees."""
-    answer = client.get("/api/tokens", headers=holding(token), params=params)
+    """Return the logins listed for the user of this token."""
+    answer = client.get("/api/tokens", headers=token_header(token), params=params)
     assert answer.status_code == 200, answer.text
     assert set(answer.json()) == {"tokens"}
     return list(answer.json()["tokens"])
 
 
 def id_of(client: httpx.Client, token: str) -> str:
-    """Return the public id of a token."""
     return next(str(entry["id"]) for entry in listed(client, token) if entry["current"])
 
 
@@ -60,7 +58,7 @@ def test_me_names_the_user_of_the_token(
     client: httpx.Client, clock: HandClock, username: str, password: str, scopes: list[str]
 ) -> None:
     token = log_in(client, username, password)
-    for headers in (holding(token), {"Authorization": f"Bearer {token}"}):
+    for headers in (token_header(token), {"Authorization": f"Bearer {token}"}):
         answer = client.get("/api/me", headers=headers)
         assert answer.status_code == 200
         me = answer.json()
@@ -113,27 +111,27 @@ def test_the_id_of_a_token_is_not_its_secret(client: httpx.Client) -> None:
     public = id_of(client, token)
     assert re.fullmatch("[0-9a-f]{24}", public)
     assert public not in token
-    assert token not in client.get("/api/tokens", headers=holding(token)).text
+    assert token not in client.get("/api/tokens", headers=token_header(token)).text
     assert not probe(client, public)
-    assert client.get("/api/me", headers=holding(public)).status_code == 401
+    assert client.get("/api/me", headers=token_header(public)).status_code == 401
 
 
 @pytest.mark.parametrize(("query", "kept"), [("", False), ("?keep=current", True)])
 def test_i_can_end_all_my_logins(client: httpx.Client, sibling_client: httpx.Client, query: str, kept: bool) -> None:
     mine, others, bobs = ann(client), [ann(client), ann(client)], log_in(client, "bob", "bob-secret")
     assert all(probe(sibling_client, token) for token in [mine, *others, bobs])
-    answer = client.delete(f"/api/tokens{query}", headers=holding(mine))
+    answer = client.delete(f"/api/tokens{query}", headers=token_header(mine))
     assert (answer.status_code, answer.json()) == (200, {"revoked": 2 if kept else 3})
-    for asked in (sibling_client, client):
-        assert probe(asked, mine) is kept
-        assert not any(probe(asked, token) for token in others)
-        assert probe(asked, bobs)
+    for each in (sibling_client, client):
+        assert probe(each, mine) is kept
+        assert not any(probe(each, token) for token in others)
+        assert probe(each, bobs)
 
 
 @pytest.mark.parametrize("query", ["keep=all", "keep=", "keep=current&keep=none", "keep=CURRENT"])
-def test_what_to_keep_that_is_not_understood_ends_nothing(client: httpx.Client, query: str) -> None:
+def test_an_invalid_value_of_keep_ends_no_login(client: httpx.Client, query: str) -> None:
     mine, other = ann(client), ann(client)
-    answer = client.delete(f"/api/tokens?{query}", headers=holding(mine))
+    answer = client.delete(f"/api/tokens?{query}", headers=token_header(mine))
     assert answer.status_code == 400
     assert "keep" in answer.json()["error_description"]
     assert probe(client, mine)
@@ -144,45 +142,45 @@ def test_i_can_end_one_login_by_its_id(client: httpx.Client, sibling_client: htt
     mine, other = ann(client), ann(client)
     assert probe(sibling_client, other)
     public = id_of(client, other)
-    answer = client.delete(f"/api/tokens/{public}", headers=holding(mine))
+    answer = client.delete(f"/api/tokens/{public}", headers=token_header(mine))
     assert (answer.status_code, answer.content) == (204, b"")
     assert not probe(sibling_client, other)
     assert not probe(client, other)
     assert probe(client, mine)
-    assert client.delete(f"/api/tokens/{public}", headers=holding(mine)).status_code == 404
+    assert client.delete(f"/api/tokens/{public}", headers=token_header(mine)).status_code == 404
 
 
 def test_i_can_end_the_login_that_i_use(client: httpx.Client) -> None:
     mine = ann(client)
-    assert client.delete(f"/api/tokens/{id_of(client, mine)}", headers=holding(mine)).status_code == 204
+    assert client.delete(f"/api/tokens/{id_of(client, mine)}", headers=token_header(mine)).status_code == 204
     assert not probe(client, mine)
 
 
 def test_another_users_id_is_answered_like_an_unknown_one(client: httpx.Client) -> None:
     mine, bobs = ann(client), log_in(client, "bob", "bob-secret")
     public = id_of(client, bobs)
-    theirs = client.delete(f"/api/tokens/{public}", headers=holding(mine))
-    nobodys = client.delete(f"/api/tokens/{UNKNOWN_ID}", headers=holding(mine))
-    assert theirs.status_code == nobodys.status_code == 404
+    theirs = client.delete(f"/api/tokens/{public}", headers=token_header(mine))
+    unknown = client.delete(f"/api/tokens/{UNKNOWN_ID}", headers=token_header(mine))
+    assert theirs.status_code == unknown.status_code == 404
     assert theirs.json()["error"] == "not_found"
-    assert theirs.text.replace(public, UNKNOWN_ID) == nobodys.text
+    assert theirs.text.replace(public, UNKNOWN_ID) == unknown.text
     assert probe(client, bobs)
 
 
 def test_an_admin_acts_for_the_user_it_names(client: httpx.Client, sibling_client: httpx.Client) -> None:
-    boss, anns = log_in(client), [ann(client), ann(client), ann(client)]
+    admins, anns = log_in(client), [ann(client), ann(client), ann(client)]
     bobs = log_in(client, "bob", "bob-secret")
-    assert [entry["current"] for entry in listed(client, boss, user="ANN")] == [False] * 3
-    assert listed(client, boss, user="nobody") == []
+    assert [entry["current"] for entry in listed(client, admins, user="ANN")] == [False] * 3
+    assert listed(client, admins, user="nobody") == []
     public = id_of(client, anns[0])
-    assert client.delete(f"/api/tokens/{public}", headers=holding(boss)).status_code == 404
-    assert client.delete(f"/api/tokens/{public}?user=bob", headers=holding(boss)).status_code == 404
-    assert client.delete(f"/api/tokens/{public}?user=ann", headers=holding(boss)).status_code == 204
+    assert client.delete(f"/api/tokens/{public}", headers=token_header(admins)).status_code == 404
+    assert client.delete(f"/api/tokens/{public}?user=bob", headers=token_header(admins)).status_code == 404
+    assert client.delete(f"/api/tokens/{public}?user=ann", headers=token_header(admins)).status_code == 204
     assert [probe(sibling_client, token) for token in anns] == [False, True, True]
-    answer = client.delete("/api/tokens?user=ann&keep=current", headers=holding(boss))
+    answer = client.delete("/api/tokens?user=ann&keep=current", headers=token_header(admins))
     assert answer.json() == {"revoked": 2}
     assert not any(probe(sibling_client, token) for token in anns)
-    assert probe(client, boss)
+    assert probe(client, admins)
     assert probe(client, bobs)
 
 
@@ -190,7 +188,7 @@ def test_an_admin_acts_for_the_user_it_names(client: httpx.Client, sibling_clien
 def test_only_an_admin_may_name_another_user(client: httpx.Client, named: str) -> None:
     mine, bobs = ann(client), log_in(client, "bob", "bob-secret")
     for method, path in [("GET", "/api/tokens"), ("DELETE", "/api/tokens"), ("DELETE", f"/api/tokens/{UNKNOWN_ID}")]:
-        answer = client.request(method, path, params={"user": named}, headers=holding(mine))
+        answer = client.request(method, path, params={"user": named}, headers=token_header(mine))
         assert answer.status_code == 403
         assert answer.json()["error"] == "insufficient_scope"
         challenge = answer.headers["www-authenticate"]
@@ -200,15 +198,15 @@ def test_only_an_admin_may_name_another_user(client: httpx.Client, named: str) -
 
 
 def test_any_user_may_name_itself_and_only_one_user(client: httpx.Client) -> None:
-    mine, boss = ann(client), log_in(client)
+    mine, admins = ann(client), log_in(client)
     assert [entry["current"] for entry in listed(client, mine, user="Ann")] == [True]
-    answer = client.delete("/api/tokens?user=ann&user=bob", headers=holding(boss))
+    answer = client.delete("/api/tokens?user=ann&user=bob", headers=token_header(admins))
     assert answer.status_code == 400
     assert "user" in answer.json()["error_description"]
     assert probe(client, mine)
 
 
-def test_of_too_many_logins_the_oldest_ends_first(
+def test_above_the_limit_the_oldest_login_ends(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
 ) -> None:
     bobs = log_in(client, "bob", "bob-secret")
@@ -216,16 +214,16 @@ def test_of_too_many_logins_the_oldest_ends_first(
     for number in range(PER_USER + 3):
         tokens.append(ann((client, sibling_client)[number % 2]))
         clock.advance(1)
-        for asked in (client, sibling_client):
-            assert all(probe(asked, token) for token in tokens[-PER_USER:])
-            assert not any(probe(asked, token) for token in tokens[:-PER_USER])
+        for each in (client, sibling_client):
+            assert all(probe(each, token) for token in tokens[-PER_USER:])
+            assert not any(probe(each, token) for token in tokens[:-PER_USER])
     assert len(listed(client, tokens[-1])) == PER_USER
     assert probe(client, bobs)
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Basic YWRtaW46YWRtaW4="}, {"X_Token": UNKNOWN}])
-def test_without_a_token_the_guard_asks_for_one(
+def test_a_missing_token_is_401_with_a_challenge(
     client: httpx.Client, method: str, path: str, headers: dict[str, str]
 ) -> None:
     answer = client.request(method, path, headers=headers)
@@ -236,7 +234,7 @@ def test_without_a_token_the_guard_asks_for_one(
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
-def test_all_bad_tokens_are_answered_alike(
+def test_all_invalid_tokens_get_the_same_answer(
     server: Server, client: httpx.Client, clock: HandClock, method: str, path: str
 ) -> None:
     expired = ann(client)
@@ -259,7 +257,7 @@ def test_all_bad_tokens_are_answered_alike(
     assert b'"error":"invalid_token"' in body
 
 
-def test_the_guard_reads_one_token_and_only_from_headers(client: httpx.Client) -> None:
+def test_the_guard_reads_one_token_from_the_headers(client: httpx.Client) -> None:
     one, other = ann(client), ann(client)
     assert client.get("/api/me", params={"token": one}).status_code == 401
     both = {"X-Token": one, "Authorization": f"Bearer {other}"}
@@ -276,11 +274,11 @@ def test_the_guard_reads_one_token_and_only_from_headers(client: httpx.Client) -
         (f"/api/tokens/{UNKNOWN_ID}", "DELETE", ["GET", "HEAD", "POST", "PUT", "PATCH", "OPTIONS", "TRACE"]),
     ],
 )
-def test_other_methods_are_405_and_name_the_right_ones(
+def test_other_methods_are_405_with_an_allow_header(
     client: httpx.Client, path: str, allowed: str, methods: list[str]
 ) -> None:
     token = ann(client)
     for method in methods:
-        answer = client.request(method, path, headers=holding(token))
+        answer = client.request(method, path, headers=token_header(token))
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
     assert probe(client, token)

@@ -1,4 +1,4 @@
-"""The address of a client is one, or reads "unknown", whatever a trusted proxy passes on."""
+"""The address of a client is an IP address or "unknown", for any header from a trusted proxy."""
 
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -20,7 +20,7 @@ ZONES = st.builds("{}%{}".format, st.ip_addresses(v=6), st.text(min_size=1))
 @example("x" * 5000)
 @example("fe80::1%" + "x" * 5000)
 @example("1.2.3.4\x9b31m")
-def test_an_address_is_one_or_unknown(sent: str) -> None:
+def test_a_client_address_is_an_ip_or_unknown(sent: str) -> None:
     kept = client_address({"client": (sent, 0), "headers": []})
     assert kept == "unknown" or ip_address(kept)
     assert len(kept) <= 45
@@ -28,7 +28,7 @@ def test_an_address_is_one_or_unknown(sent: str) -> None:
 
 
 @given(st.ip_addresses())
-def test_a_real_address_is_kept(sent: object) -> None:
+def test_a_valid_client_address_is_kept(sent: object) -> None:
     kept = client_address({"client": (str(sent), 0), "headers": []})
     assert ip_address(kept) == (getattr(sent, "ipv4_mapped", None) or sent)
     assert client_address({}) == ""
@@ -36,7 +36,7 @@ def test_a_real_address_is_kept(sent: object) -> None:
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Path]]:
-    """Connect to a worker that believes this machine, and logs every request."""
+    """Connect to a worker that trusts X-Forwarded-For from this machine and logs every request."""
     config = write_config(
         tmp_path_factory.mktemp("behind"), '[server]\ntrusted_proxies = ["127.0.0.1"]\naccess_log = true'
     )
@@ -60,7 +60,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     ],
     ids=lambda text: text[:12].encode("unicode_escape").decode(),
 )
-def test_nothing_but_an_address_is_kept_or_logged(behind: tuple[httpx.Client, Path], sent: str, kept: str) -> None:
+def test_only_ip_addresses_are_stored_or_logged(behind: tuple[httpx.Client, Path], sent: str, kept: str) -> None:
     client, log = behind
     token = log_in(client, headers=[(b"X-Forwarded-For", sent.encode("latin-1"))])
     listed = client.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]

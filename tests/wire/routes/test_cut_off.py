@@ -1,4 +1,4 @@
-"""A request that does not come to its end changes nothing, on whatever route: only a log-out acts on what it has."""
+"""An incomplete request changes nothing, on any route except log-out, which ends the tokens that it received."""
 
 import socket
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.web.app import find_routes
 
-OPEN = [
+DIALECTS = [
     *("[dialects.simple-token-implement]", "[dialects.random-token-generator]", "[dialects.token-pool]"),
     "[dialects.token-management-service]",
 ]
@@ -33,16 +33,16 @@ CUTS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Configure everything that there is."""
+    """Configure all dialects, without a required token where that is possible."""
     settings = f"{POOLS}\n[server]\naccess_log = true\n[tokens]\nper_user = 0\n"
-    for dialect in OPEN:
+    for dialect in DIALECTS:
         settings = settings.replace(dialect, f"{dialect}\nrequire_token = {str('simple' not in dialect).lower()}")
     return write_config(tmp_path_factory.mktemp("cut"), settings)
 
 
 @pytest.fixture(scope="module")
 def running(config: Path) -> Iterator[tuple[Server, httpx.Client]]:
-    """Run a worker in which there is something of everything."""
+    """Run a worker with logins, free tokens and leases."""
     with worker(config) as server, server.client() as client:
         client.headers["X-Token"] = log_in(client)
         for pool in ("p", "q", "m"):
@@ -51,21 +51,19 @@ def running(config: Path) -> Iterator[tuple[Server, httpx.Client]]:
         yield server, client
 
 
-def everything(client: httpx.Client) -> list[Any]:
-    """Return all that requests can change."""
+def state(client: httpx.Client) -> list[Any]:
+    """Return everything that a request could change."""
     pools = [client.get(f"/api/pools/{name}").json() for name in ("p", "q", "m", "permits")]
     return [client.get("/api/tokens").json(), pools]
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_request_without_its_end_changes_nothing(
-    running: tuple[Server, httpx.Client], config: Path, cut: str
-) -> None:
+def test_an_incomplete_request_changes_nothing(running: tuple[Server, httpx.Client], config: Path, cut: str) -> None:
     server, client = running
     tail, half = CUTS[cut]
     leased = next(token for token in client.get("/api/pools/p").json()["tokens"] if "holder" in token)["token"]
     login = client.get("/api/me").json()["id"]
-    before, known, sent = everything(client), len(server.events("request")), 0
+    before, known, sent = state(client), len(server.events("request")), 0
     known += len(before[1]) + 1
     for route in find_routes(create_service(loader.load(config))):
         for method in set(route.handlers) - {"HEAD"}:
@@ -83,8 +81,8 @@ def test_a_request_without_its_end_changes_nothing(
                 connection.sendall((head + more).encode() + tail)
                 if half:
                     connection.shutdown(socket.SHUT_WR)
-                heard = connection.recv(65536)
-            assert heard == b"" or int(heard[9:12]) in {400, 401, 415, 431}, (method, path)
+                received = connection.recv(65536)
+            assert received == b"" or int(received[9:12]) in {400, 401, 415, 431}, (method, path)
             sent += 1
     assert sent > 20
-    assert everything(client) == before
+    assert state(client) == before

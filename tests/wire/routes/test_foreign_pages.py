@@ -1,4 +1,4 @@
-"""Web pages of other origins cannot make a visitor's browser guess a secret, or take a permit."""
+"""A web page of another origin cannot use the browser of a visitor to guess passwords or to take permits."""
 
 from collections.abc import Mapping
 
@@ -38,7 +38,7 @@ prefix = "/managed"
 """
 
 
-DOORS: Mapping[str, tuple[str, str]] = {
+ROUTES: Mapping[str, tuple[str, str]] = {
     "token": ("POST", "/oauth/token"),
     "introspect": ("POST", "/oauth/introspect"),
     "revoke": ("POST", "/oauth/revoke"),
@@ -47,7 +47,7 @@ DOORS: Mapping[str, tuple[str, str]] = {
     "generate": ("POST", "/random/generate"),
     "assign": ("POST", "/random/assign"),
     "a uuid": ("POST", "/pool/api/token_pool"),
-    "a managed one": ("POST", "/managed/generate-token"),
+    "a managed token": ("POST", "/managed/generate-token"),
 }
 
 PAGES: Mapping[str, tuple[dict[str, str], bool]] = {
@@ -65,16 +65,16 @@ PAGES: Mapping[str, tuple[dict[str, str], bool]] = {
     "a file": ({"Origin": "null", "Sec-Fetch-Site": "cross-site"}, False),
     "a listed origin with a port": ({"Origin": f"{LISTED}:444"}, False),
     "a listed origin as a prefix": ({"Origin": f"{LISTED}.foreign.example"}, False),
-    "no origin at all": ({"Origin": "https://[::1"}, False),
+    "an invalid origin": ({"Origin": "https://[::1"}, False),
     "an empty origin": ({"Origin": ""}, False),
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("page", PAGES)
-def test_only_listed_and_own_pages_are_served(server: Server, client: httpx.Client, door: str, page: str) -> None:
+def test_only_listed_and_own_pages_are_served(server: Server, client: httpx.Client, route: str, page: str) -> None:
     headers, allowed = PAGES[page]
-    method, path = DOORS[door]
+    method, path = ROUTES[route]
     sent = {name: server.url if value == "HERE" else value for name, value in headers.items()}
     answer = client.request(method, path, headers=sent)
     if allowed:
@@ -84,22 +84,22 @@ def test_only_listed_and_own_pages_are_served(server: Server, client: httpx.Clie
         assert (headers.get("Origin") or headers.get("Sec-Fetch-Site", "")) in answer.json()["error_description"]
 
 
-def test_a_foreign_form_spends_no_try(client: httpx.Client) -> None:
+def test_a_foreign_form_is_not_counted_as_an_attempt(client: httpx.Client) -> None:
     form = {"grant_type": "client_credentials", "client_id": "ann", "client_secret": "wrong"}
     tries = [client.post("/oauth/token", data=form, headers={"Origin": FOREIGN}).status_code for _ in range(10)]
     assert tries == [403] * 10
     assert client.post("/oauth/token", data={**form, "client_secret": "ann-secret"}).status_code == 200
 
 
-def test_metadata_may_be_read_by_every_page(client: httpx.Client) -> None:
+def test_metadata_may_be_read_by_any_page(client: httpx.Client) -> None:
     answer = client.get("/.well-known/oauth-authorization-server", headers={"Origin": FOREIGN})
-    assert answer.status_code == 404, "no issuer is configured; it is not refused"
+    assert answer.status_code == 404, "404 because no issuer is configured; not 403"
 
 
-@pytest.mark.parametrize("door", [*DOORS, "login"])
-def test_a_page_with_a_rebound_name_is_foreign(client: httpx.Client, door: str) -> None:
-    """DNS rebinding: for the browser it is of the same origin."""
-    method, path = ("POST", "/api/token") if door == "login" else DOORS[door]
+@pytest.mark.parametrize("route", [*ROUTES, "login"])
+def test_a_page_with_a_rebound_name_is_foreign(client: httpx.Client, route: str) -> None:
+    """DNS rebinding: the browser treats the page as same-origin."""
+    method, path = ("POST", "/api/token") if route == "login" else ROUTES[route]
     here = client.base_url.port
     for page in ({"Origin": f"http://evil.example:{here}"}, {"Sec-Fetch-Site": "same-origin"}):
         host = f"evil.example:{here}"
@@ -108,35 +108,35 @@ def test_a_page_with_a_rebound_name_is_foreign(client: httpx.Client, door: str) 
         assert (answer.status_code, answer.json()["error"]) == (403, "foreign_origin")
         assert f"'{host}'" in answer.json()["error_description"]
     program = client.request(method, path, headers={"Host": "evil.example"})
-    assert program.status_code != 403, "a program may call the service what it likes"
+    assert program.status_code != 403, "a program may use any Host"
 
 
 ISSUER = "https://auth.example.com/at"
 PROXY = ("10.0.0.1",)
-AT: Mapping[str, tuple[ServerSettings, str, str, bool]] = {
+HOSTS: Mapping[str, tuple[ServerSettings, str, str, bool]] = {
     "localhost": (ServerSettings(), "", "localhost:8000", True),
-    "localhost below": (ServerSettings(), "", "app.localhost:8000", True),
+    "a subdomain of localhost": (ServerSettings(), "", "app.localhost:8000", True),
     "loopback": (ServerSettings(), "", "127.1.2.3:8000", True),
     "loopback of IPv6": (ServerSettings(), "", "[::1]:8000", True),
     "capitals and a dot": (ServerSettings(), "", "LOCALHOST.", True),
     "a name": (ServerSettings(), "", "evil.example", False),
     "a name that begins like it": (ServerSettings(), "", "localhost.evil.example", False),
     "a name that begins like an address": (ServerSettings(), "", "127.0.0.1.evil.example", False),
-    "a user": (ServerSettings(), "", "evil.example:80@x", False),
-    "nothing": (ServerSettings(), "", "", False),
-    "no host": (ServerSettings(), "", "[::1", False),
+    "a userinfo part": (ServerSettings(), "", "evil.example:80@x", False),
+    "an empty host": (ServerSettings(), "", "", False),
+    "an invalid host": (ServerSettings(), "", "[::1", False),
     "the issuer": (ServerSettings(), ISSUER, "auth.example.com", True),
     "not the issuer": (ServerSettings(host="0.0.0.0"), ISSUER, "evil.example", False),
-    "an address besides the issuer": (ServerSettings(host="0.0.0.0"), ISSUER, "192.0.2.1:8000", True),
+    "an address other than the issuer": (ServerSettings(host="0.0.0.0"), ISSUER, "192.0.2.1:8000", True),
     "public, no issuer": (ServerSettings(host="0.0.0.0"), "", "evil.example", True),
     "behind a proxy, no issuer": (ServerSettings(trusted_proxies=PROXY), "", "auth.example.com", True),
     "behind a proxy, not the issuer": (ServerSettings(trusted_proxies=PROXY), ISSUER, "evil.example", False),
 }
 
 
-@pytest.mark.parametrize("at", AT)
-def test_pages_call_at_the_hosts_of_the_service_only(at: str) -> None:
-    server, issuer, host, allowed = AT[at]
+@pytest.mark.parametrize("case", HOSTS)
+def test_pages_may_use_only_hosts_of_the_service(case: str) -> None:
+    server, issuer, host, allowed = HOSTS[case]
     scope = {"headers": [(b"host", host.encode()), (b"sec-fetch-site", b"same-origin")]}
     try:
         Hosts.of(server, issuer).check(scope)

@@ -1,4 +1,4 @@
-"""/auth: 200, 401, 403 or 503, and nothing else, whatever a client sends through a proxy that asks."""
+"""/auth answers 200, 401, 403 or 503, for any request that a client sends through a proxy."""
 
 import string
 from collections.abc import Iterator
@@ -70,14 +70,14 @@ def test_a_name_that_is_not_ascii_is_percent_encoded(connection: Connection) -> 
         ("?scope=read+write", 200),
         ("?scope=write%20read", 200),
         ("?scope=read&scope=write", 200),
-        ("?path=/x?scope=admin", 200),  # a part of another value
+        ("?path=/x?scope=admin", 200),  # part of the value of path
         ("?", 200),
         ("?&", 200),
         ("?scope=read&path=/x?a=1&b=2&scope%5B%5D", 403),
-        ("?scope=read&path=/x?a=1&b=2&c", 200),  # what follows `path` is the client's, and may add scopes
+        ("?scope=read&path=/x?a=1&b=2&c", 200),  # everything after `path` comes from the client; it may only add scopes
         ("?scope=read&path=/x&scope=admin", 403),
         ("?scope=admin&path=/x&scope=read", 403),
-        ("?Scope=read", 403),  # what is not known may be a scope that is mistyped
+        ("?Scope=read", 403),  # an unknown parameter may be a mistyped `scope`
         ("?scope[]=read", 403),
         ("??scope=read", 403),
         ("?scopes=read", 403),
@@ -89,11 +89,11 @@ def test_a_name_that_is_not_ascii_is_percent_encoded(connection: Connection) -> 
         ("?%73cope=read", 200),
         ("?scope=admin", 403),
         ("?scope=read+admin", 403),
-        ("?scope=read&scope=admin", 403),  # more parameters never ask for less
+        ("?scope=read&scope=admin", 403),  # more parameters never require less
         ("?scope=admin&scope=read", 403),
         ("?scope=READ", 403),
         ("?scope=rea", 403),
-        ("?scope=", 403),  # an unset variable of the proxy's configuration
+        ("?scope=", 403),  # an unset variable in the configuration of the proxy
         ("?scope=+", 403),
         ("?scope=read&scope=", 403),
         ("?scope=read%0d%0aX-Evil:1", 403),
@@ -157,7 +157,7 @@ def test_revoked_and_expired_are_401(connection: Connection, clock: HandClock) -
     ids=["too long", "NUL", "control characters", "no colon", "no name", "blank in the name"],
 )
 @pytest.mark.parametrize("query", ["", "?scope=read"])
-def test_headers_that_cannot_be_read_are_401(server: Server, head: bytes, query: str) -> None:
+def test_unreadable_headers_are_401(server: Server, head: bytes, query: str) -> None:
     with Connection(server.port) as fresh:
         request = b"GET /auth%s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % (query.encode(), head)
         assert fresh.send(request).status == 401
@@ -165,14 +165,14 @@ def test_headers_that_cannot_be_read_are_401(server: Server, head: bytes, query:
         assert fresh.send(request.replace(b"/auth", b"/api/me")).status in {400, 401, 431}
 
 
-def test_a_head_that_is_too_long_and_comes_in_pieces_is_401(server: Server) -> None:
+def test_a_long_head_in_pieces_is_401(server: Server) -> None:
     with Connection(server.port) as fresh:
         fresh._socket.sendall(b"GET /auth HTTP/1.1\r\nHost: x\r\nCookie: " + b"x" * 1000)
         assert fresh.send(b"x" * 16_000).status == 401
 
 
-def slips(word: str) -> st.SearchStrategy[str]:
-    """Mistype the name of a parameter."""
+def typos(word: str) -> st.SearchStrategy[str]:
+    """Return misspellings of a parameter name."""
     around = st.text(string.punctuation + string.ascii_letters + " ", max_size=2).map(quote)
     case = st.lists(st.booleans(), min_size=len(word), max_size=len(word)).map(
         lambda upper: "".join(letter.upper() if up else letter for letter, up in zip(word, upper, strict=True))
@@ -184,29 +184,27 @@ def slips(word: str) -> st.SearchStrategy[str]:
 
 def test_a_mistyped_query_never_skips_the_scope_check(connection: Connection, ann: str) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(slips("scope"), st.sampled_from(["", "scope=read&", "&"]), st.sampled_from(["", "&scope=read", "&path=/x"]))
+    @given(typos("scope"), st.sampled_from(["", "scope=read&", "&"]), st.sampled_from(["", "&scope=read", "&path=/x"]))
     def check(name: str, before: str, after: str) -> None:
         assert ask(connection, f"?{before}{name}=admin{after}", X_Token=ann).status == 403
 
     check()
 
 
-def letters_like(word: str) -> st.SearchStrategy[str]:
-    """Write a word in letters that are taken for its own: full-width, mathematical, accented, in any case, apart."""
+def lookalikes(word: str) -> st.SearchStrategy[str]:
+    """Return lookalikes of a word: full-width, mathematical or accented letters, any case, separators."""
 
     def spellings(letter: str) -> list[str]:
         shifted = [chr(start + ord(letter) - ord("a")) for start in (0xFF41, 0x1D41A, 0x24D0)]
-        apart = [f"{letter}\u0301", f"{letter}\u200b", f"_{letter}-"]
-        return [letter, letter.upper(), *shifted, *apart, *(["\u017f"] if letter == "s" else [])]
+        separated = [f"{letter}\u0301", f"{letter}\u200b", f"_{letter}-"]
+        return [letter, letter.upper(), *shifted, *separated, *(["\u017f"] if letter == "s" else [])]
 
     return st.tuples(*(st.sampled_from(spellings(letter)) for letter in word)).map("".join)
 
 
-def test_what_reads_as_scope_is_403_behind_a_path_too(connection: Connection, ann: str) -> None:
+def test_a_lookalike_of_scope_after_path_is_403(connection: Connection, ann: str) -> None:
     @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(
-        letters_like("scope"), st.sampled_from(["", "s", "[]", "\uff3b\uff3d"]), st.sampled_from(["", "scope=read&"])
-    )
+    @given(lookalikes("scope"), st.sampled_from(["", "s", "[]", "\uff3b\uff3d"]), st.sampled_from(["", "scope=read&"]))
     def check(name: str, after: str, before: str) -> None:
         if name + after != "scope":
             assert ask(connection, f"?{before}path=/x&{quote(name + after)}=admin", X_Token=ann).status == 403
@@ -222,8 +220,8 @@ NAMES = st.sampled_from(["X-Token", "Authorization", "Cookie", "Accept", "X-Forw
 VALUES = st.binary(max_size=100) | st.sampled_from([b"Bearer ", b"Bearer " + b"a" * 64, b"Basic YTpi", b"\xff" * 64])
 
 
-def test_nothing_that_headers_hold_is_ever_let_through(server: Server) -> None:
-    """Random bytes under random names: 401, and for the broken ones too."""
+def test_no_random_headers_are_let_through(server: Server) -> None:
+    """Random names and values, malformed ones too, get 401."""
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.lists(st.tuples(NAMES, VALUES), max_size=6), st.sampled_from(["", "?scope=read", "?scope=admin"]))
@@ -238,13 +236,12 @@ def test_nothing_that_headers_hold_is_ever_let_through(server: Server) -> None:
 
 
 class BrokenTokens(Tokens):
-    """Fails in a way that nobody has thought of."""
+    """Raises an unexpected exception."""
 
     def __init__(self) -> None:
         pass
 
     async def validate(self, value: bytes) -> Token | None:
-        """Break."""
         raise ZeroDivisionError(value)
 
 

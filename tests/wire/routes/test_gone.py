@@ -1,4 +1,4 @@
-"""Nothing is issued to a client that has closed its connection before the store was asked."""
+"""Nothing is issued to a client that has disconnected before the store is called."""
 
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,11 @@ ISSUING = {
     "/managed/generate-token": b"",
     "/managed/assign-token": b'{"client_id": "c"}',
 }
-"""Where something is issued, and what is sent there."""
+"""Paths that issue tokens or leases, with the body to send."""
 
 
 @pytest.mark.parametrize("path", ISSUING)
-async def test_a_client_that_has_gone_gets_nothing(tmp_path: Path, path: str) -> None:
+async def test_nothing_is_issued_to_a_disconnected_client(tmp_path: Path, path: str) -> None:
     clock = HandClock(tmp_path / "clock", create=True)
     service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, monotonic=lambda: 0.0)
     kind = b"application/x-www-form-urlencoded" if path.startswith("/oauth") else b"application/json"

@@ -1,4 +1,4 @@
-"""Headers that every answer has, whatever answers: a handler, the middleware, or the protocol itself."""
+"""Headers of every response, whether from a handler, a middleware or the protocol."""
 
 import socket
 
@@ -14,31 +14,31 @@ METHODS = ["GET", "HEAD", "POST", "DELETE", "OPTIONS", "TRACE"]
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Serve all that there is."""
+    """Enable all routes."""
     return (
         speaking(**APART) + '[server]\ncors_origins = ["https://app.example.com"]\n[oauth]\nissuer = "http://localhost"'
     )
 
 
-def has_them(answer: httpx.Response) -> bool:
-    """Whether an answer has them, once each."""
+def has_security_headers(answer: httpx.Response) -> bool:
+    """Return whether a response has each header exactly once."""
     return {name: answer.headers.get_list(name) for name in ALWAYS} == {name: [value] for name, value in ALWAYS.items()}
 
 
 @pytest.fixture(scope="module")
-def addresses(client: httpx.Client) -> list[str]:
-    """List all addresses, some of which take a parameter."""
+def paths(client: httpx.Client) -> list[str]:
+    """List all paths, with the names of parameters as their values."""
     paths = client.get("/openapi.json").json()["paths"]
     assert len(paths) > 30
     return [*(path.replace("{", "").replace("}", "") for path in paths), "/docs", "/openapi.json", "/nothing", "/"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_answer_forbids_sniffing_and_referrers(client: httpx.Client, addresses: list[str], method: str) -> None:
+def test_every_answer_forbids_sniffing_and_referrers(client: httpx.Client, paths: list[str], method: str) -> None:
     token = log_in(client)
     for headers in ({"X-Token": token}, {"Origin": "https://app.example.com", "Content-Type": "application/json"}):
-        lacking = [path for path in addresses if not has_them(client.request(method, path, headers=headers))]
-        assert lacking == []
+        missing = [path for path in paths if not has_security_headers(client.request(method, path, headers=headers))]
+        assert missing == []
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_every_answer_forbids_sniffing_and_referrers(client: httpx.Client, addre
         (b"GET /auth HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 401),
     ],
 )
-def test_what_the_protocol_refuses_has_them_too(server: Server, request_: bytes, status: int) -> None:
+def test_refusals_of_the_protocol_have_the_headers(server: Server, request_: bytes, status: int) -> None:
     answered, headers, _ = exchange(server.port, request_)
     assert answered == status
     assert (ALWAYS | {"cache-control": "no-store"}).items() <= headers.items()
 
 
-def test_an_answer_is_framed_as_before(server: Server) -> None:
+def test_pipelined_answers_are_framed_correctly(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 2)
         data = b""

@@ -1,4 +1,4 @@
-"""The health routes answer anybody, with or without a token."""
+"""The health routes need no token and ignore an invalid one."""
 
 import httpx
 import pytest
@@ -24,7 +24,7 @@ def test_head_is_get_without_the_body(client: httpx.Client, route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
-def test_other_methods_are_405_and_name_the_right_ones(client: httpx.Client, route: str, method: str) -> None:
+def test_other_methods_are_405_with_an_allow_header(client: httpx.Client, route: str, method: str) -> None:
     answer = client.request(method, route)
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}

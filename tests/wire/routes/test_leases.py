@@ -1,4 +1,4 @@
-"""Leases over sockets, by the clock: who holds a token, until when, and what is left of it afterwards."""
+"""Leases over sockets: the holder, the end of the lease by the clock, and the state afterwards."""
 
 import asyncio
 import sqlite3
@@ -21,9 +21,9 @@ POOLS = """
 token_ttl = 300
 """
 LEASE_TTL, TOKEN_TTL = 60, 300
-MOMENT = 1 / 1024
+TICK = 1 / 1024  # exact in binary
 
-Touch = Callable[..., tuple[int, Any]]
+ChangeLease = Callable[..., tuple[int, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def settings() -> str:
 
 @pytest.fixture
 def now(clock: HandClock) -> int:
-    """Begin with a whole second."""
+    """Set the clock to a whole second and return it."""
     clock.set(int(clock()) + 1)
     return int(clock())
 
 
 @pytest.fixture
 def admin(server: Server, now: int) -> Iterator[Borrower]:
-    """Be an admin at one worker, and find a pool empty."""
+    """Log in as admin at one worker, and empty a pool."""
     with Connection(server.port) as connection:
         user = Borrower(connection)
         user.empty("any")
@@ -48,20 +48,20 @@ def admin(server: Server, now: int) -> Iterator[Borrower]:
 
 
 @pytest.fixture
-def there(sibling: Server, now: int) -> Iterator[Borrower]:
-    """Be the same admin at the other worker."""
+def sibling_admin(sibling: Server, now: int) -> Iterator[Borrower]:
+    """Log in as admin at the other worker."""
     with Connection(sibling.port) as connection:
         yield Borrower(connection)
 
 
 @pytest.fixture(params=["keep-alive", "release"])
-def touch(request: pytest.FixtureRequest, there: Borrower) -> Touch:
-    """Touch a lease in either way: both need the same claim."""
-    return there.keep_alive if request.param == "keep-alive" else there.release
+def change_lease(request: pytest.FixtureRequest, sibling_admin: Borrower) -> ChangeLease:
+    """Return a function that keeps a lease alive or releases it: both check the same claim."""
+    return sibling_admin.keep_alive if request.param == "keep-alive" else sibling_admin.release
 
 
 def third_lease(user: Borrower) -> Lease:
-    """Borrow a token that has been borrowed twice before, under another name and under the same."""
+    """Lease a token that has been leased twice before, by another holder and by the same one."""
     (token,) = user.generate("any")
     for holder in ("ci-6", "ci-7"):
         assert user.assign("any", holder).token == token
@@ -75,13 +75,13 @@ def third_lease(user: Borrower) -> Lease:
     ids=str,
 )
 def test_a_request_that_names_the_lease_may_use_it(
-    admin: Borrower, touch: Touch, claim: dict[str, Any], clock: HandClock, now: int
+    admin: Borrower, change_lease: ChangeLease, claim: dict[str, Any], clock: HandClock, now: int
 ) -> None:
     lease = third_lease(admin)
     assert lease.fence == 3
     clock.advance(10)
     kept = lease._replace(expiry_time=now + 70)
-    assert touch("any", lease.token, **claim) in [(200, kept._asdict()), (204, None)]
+    assert change_lease("any", lease.token, **claim) in [(200, kept._asdict()), (204, None)]
 
 
 @pytest.mark.parametrize(
@@ -95,57 +95,57 @@ def test_a_request_that_names_the_lease_may_use_it(
     ids=range(16),
 )  # fmt: skip
 def test_a_request_for_another_lease_changes_nothing(
-    admin: Borrower, touch: Touch, claim: dict[str, Any], clock: HandClock
+    admin: Borrower, change_lease: ChangeLease, claim: dict[str, Any], clock: HandClock
 ) -> None:
     lease = third_lease(admin)
     before = admin.members("any")
     clock.advance(10)
-    assert touch("any", lease.token, **claim) == refusal("lease_lost")
+    assert change_lease("any", lease.token, **claim) == refusal("lease_lost")
     assert admin.members("any") == before
-    assert touch("any", "another", **claim) == refusal("not_found")
+    assert change_lease("any", "another", **claim) == refusal("not_found")
 
 
-def test_a_lease_lapses_at_its_end_by_the_clock_alone(
-    admin: Borrower, there: Borrower, clock: HandClock, now: int
+def test_a_lease_ends_exactly_at_its_expiry_time(
+    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any")
-    clock.set(now + LEASE_TTL - MOMENT)
-    assert there.hears("POST", "/any/leases") == refusal("no_free_token")
-    assert there.counts("any") == (0, 1)
+    clock.set(now + LEASE_TTL - TICK)
+    assert sibling_admin.hears("POST", "/any/leases") == refusal("no_free_token")
+    assert sibling_admin.counts("any") == (0, 1)
     clock.set(now + LEASE_TTL)
-    assert admin.counts("any") == there.counts("any") == (1, 0)
-    assert there.assign("any") == Lease(token, "admin", 2, now + 2 * LEASE_TTL, LEASE_TTL)
+    assert admin.counts("any") == sibling_admin.counts("any") == (1, 0)
+    assert sibling_admin.assign("any") == Lease(token, "admin", 2, now + 2 * LEASE_TTL, LEASE_TTL)
 
 
 def test_a_lease_can_be_extended_up_to_its_end_repeatedly(
-    admin: Borrower, there: Borrower, clock: HandClock, now: int
+    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
 ) -> None:
     admin.generate("any")
-    lease = there.assign("any")
+    lease = sibling_admin.assign("any")
     for _ in range(3):
-        clock.advance(LEASE_TTL - MOMENT)
+        clock.advance(LEASE_TTL - TICK)
         kept = lease._replace(expiry_time=int(clock() + LEASE_TTL))
         assert admin.keep_alive("any", lease.token) == (200, kept._asdict())
     assert list(admin.keep_alive("any", lease.token)[1]) == list(Lease._fields)
     clock.advance(LEASE_TTL)
-    assert there.counts("any") == (1, 0)
+    assert sibling_admin.counts("any") == (1, 0)
 
 
 def test_a_lapsed_lease_is_lost_although_its_token_is_free(
-    admin: Borrower, touch: Touch, clock: HandClock, now: int
+    admin: Borrower, change_lease: ChangeLease, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any", "ci-7")
     clock.set(now + LEASE_TTL)
     for claim in ({}, {"holder": "ci-7"}, {"fence": 1}, {"holder": "ci-7", "fence": 1}, {"holder": None}):
-        assert touch("any", token, **claim) == refusal("lease_lost")
+        assert change_lease("any", token, **claim) == refusal("lease_lost")
     assert admin.hears("GET", f"/any/tokens/{token}") == (200, {"token": token, "expiry_time": None, "fence": 1})
     assert admin.assign("any", "ci-7").fence == 2
 
 
 def test_a_reassigned_lease_is_lost_for_its_first_holder(
-    admin: Borrower, touch: Touch, clock: HandClock, now: int
+    admin: Borrower, change_lease: ChangeLease, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any", "ci-7")
@@ -153,83 +153,83 @@ def test_a_reassigned_lease_is_lost_for_its_first_holder(
     assert admin.assign("any", "ci-8").token == token
     clock.advance(30)
     for claim in ({"holder": "ci-7"}, {"fence": 1}, {"holder": "ci-7", "fence": 1}):
-        assert touch("any", token, **claim) == refusal("lease_lost")
+        assert change_lease("any", token, **claim) == refusal("lease_lost")
     (member,) = admin.members("any")
     assert (member["holder"], member["fence"]) == ("ci-8", 2)
     assert member["lease_expiry_time"] == now + 2 * LEASE_TTL
 
 
-def test_a_token_that_is_free_cannot_be_touched(admin: Borrower, touch: Touch) -> None:
-    """Whether it has never been lent or was released."""
+def test_a_free_token_has_no_lease_to_change(admin: Borrower, change_lease: ChangeLease) -> None:
+    """Whether it has never been leased or was released."""
     (token,) = admin.generate("any")
-    assert touch("any", token) == touch("any", token, fence=0) == refusal("lease_lost")
+    assert change_lease("any", token) == change_lease("any", token, fence=0) == refusal("lease_lost")
     admin.assign("any")
     assert admin.release("any", token) == (204, None)
-    assert touch("any", token) == touch("any", token, holder="admin", fence=1) == refusal("lease_lost")
+    assert change_lease("any", token) == change_lease("any", token, holder="admin", fence=1) == refusal("lease_lost")
 
 
-def test_the_other_worker_leases_a_released_token_at_once(admin: Borrower, there: Borrower) -> None:
+def test_the_other_worker_leases_a_released_token_at_once(admin: Borrower, sibling_admin: Borrower) -> None:
     (token,) = admin.generate("any")
     for fence in range(1, 20, 2):
         assert admin.assign("any").fence == fence
-        assert there.release("any", token, holder="admin", fence=fence) == (204, None)
-        assert there.assign("any").fence == fence + 1
+        assert sibling_admin.release("any", token, holder="admin", fence=fence) == (204, None)
+        assert sibling_admin.assign("any").fence == fence + 1
         assert admin.release("any", token, fence=fence + 1) == (204, None)
 
 
 def test_a_token_shows_its_holder_and_its_highest_fence(
-    admin: Borrower, there: Borrower, clock: HandClock, now: int
+    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("waiting")
     free = {"token": token, "expiry_time": now + TOKEN_TTL}
-    lent = {"token": token, "expiry_time": now + LEASE_TTL + TOKEN_TTL, "user": "admin", "holder": "ci-7"}
-    lent |= {"fence": 1, "lease_expiry_time": now + LEASE_TTL}
+    leased = {"token": token, "expiry_time": now + LEASE_TTL + TOKEN_TTL, "user": "admin", "holder": "ci-7"}
+    leased |= {"fence": 1, "lease_expiry_time": now + LEASE_TTL}
 
     def shown(expected: dict[str, Any], fence: int) -> None:
-        for user in (admin, there):
+        for user in (admin, sibling_admin):
             assert user.hears("GET", f"/waiting/tokens/{token}") == (200, {**expected, "fence": fence})
-            assert user.members("waiting") == [expected], "in a list only a lease has its fence"
+            assert user.members("waiting") == [expected], "a list shows the fence only of a leased token"
 
     shown(free, 0)
-    there.assign("waiting", "ci-7")
-    shown(lent, 1)
+    sibling_admin.assign("waiting", "ci-7")
+    shown(leased, 1)
     clock.set(now + LEASE_TTL)
     shown({**free, "expiry_time": now + LEASE_TTL + TOKEN_TTL}, 1)
     admin.assign("waiting")
     clock.advance(10)
-    assert there.release("waiting", token) == (204, None)
+    assert sibling_admin.release("waiting", token) == (204, None)
     shown({**free, "expiry_time": now + LEASE_TTL + 10 + TOKEN_TTL}, 2)
 
 
 def test_a_token_expires_free_and_never_while_leased(
-    admin: Borrower, there: Borrower, clock: HandClock, now: int
+    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
 ) -> None:
-    lent, free = admin.generate("waiting", 2)
-    there.assign("waiting")
-    clock.set(now + TOKEN_TTL - MOMENT)
+    leased, free = admin.generate("waiting", 2)
+    sibling_admin.assign("waiting")
+    clock.set(now + TOKEN_TTL - TICK)
     assert admin.counts("waiting") == (2, 0)
     clock.set(now + TOKEN_TTL)
-    assert there.hears("GET", f"/waiting/tokens/{free}") == refusal("not_found")
+    assert sibling_admin.hears("GET", f"/waiting/tokens/{free}") == refusal("not_found")
     assert admin.delete("waiting", free) == refusal("not_found")
-    assert [member["token"] for member in admin.members("waiting")] == [lent]
-    clock.set(now + LEASE_TTL + TOKEN_TTL - MOMENT)
-    assert admin.assign("waiting").token == lent
+    assert [member["token"] for member in admin.members("waiting")] == [leased]
+    clock.set(now + LEASE_TTL + TOKEN_TTL - TICK)
+    assert admin.assign("waiting").token == leased
     clock.advance(LEASE_TTL + TOKEN_TTL)
-    assert there.keep_alive("waiting", lent) == refusal("not_found")
-    assert there.hears("POST", "/waiting/leases") == refusal("no_free_token")
-    assert there.counts("waiting") == (0, 0)
+    assert sibling_admin.keep_alive("waiting", leased) == refusal("not_found")
+    assert sibling_admin.hears("POST", "/waiting/leases") == refusal("no_free_token")
+    assert sibling_admin.counts("waiting") == (0, 0)
 
 
 def test_a_clock_set_back_revives_no_lease_and_no_token(
-    admin: Borrower, there: Borrower, clock: HandClock, now: int
+    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     (expired,) = admin.generate("waiting")
-    lease = there.assign("any")
+    lease = sibling_admin.assign("any")
     clock.advance(TOKEN_TTL)
-    assert admin.counts("waiting") == there.counts("waiting") == (0, 0)
+    assert admin.counts("waiting") == sibling_admin.counts("waiting") == (0, 0)
     clock.set(now)
-    for user in (admin, there):
+    for user in (admin, sibling_admin):
         assert user.keep_alive("any", token, fence=lease.fence) == refusal("lease_lost")
         assert user.hears("GET", f"/waiting/tokens/{expired}") == refusal("not_found")
     assert admin.assign("any") == Lease(token, "admin", 2, now + TOKEN_TTL + LEASE_TTL, LEASE_TTL)
@@ -237,13 +237,13 @@ def test_a_clock_set_back_revives_no_lease_and_no_token(
 
 
 async def migrate(config: Path) -> None:
-    """Make the database."""
+    """Create the database."""
     async with create_service(loader.load(config)).running():
         pass
 
 
 def test_leases_and_tokens_expire_without_a_sweeper(tmp_path: Path) -> None:
-    """Its duty is somebody else's for ever; what has expired lies in the database to the end."""
+    """The sweep is marked as done in the far future, so expired rows stay in the database."""
     config = write_config(tmp_path, POOLS)
     clock = HandClock(tmp_path / "clock", create=True)
     asyncio.run(migrate(config))

@@ -1,4 +1,4 @@
-"""A log-out is true: in whatever form a token comes, encoded, escaped or cut, it is refused after the 200."""
+"""After a log-out its token is refused, with any encoding, escaping or line wrapping."""
 
 import asyncio
 import gzip
@@ -42,16 +42,16 @@ CUTS: dict[str, Callable[[str], str]] = {
 TEXTS: dict[str, Callable[[str], str]] = {
     "JSON": lambda token: f'{{"token": "{token}"}}',
     "JSON, escaped": lambda token: json.dumps({"token": token}),
-    "JSON with a comma too many": lambda token: f'{{"token": "{token}",}}',
+    "JSON with a trailing comma": lambda token: f'{{"token": "{token}",}}',
     "JSON in single quotes": lambda token: f"{{'token': '{token}'}}",
-    "JSON of codes": lambda token: '{"token": "' + "".join(f"\\u{ord(letter):04x}" for letter in token) + '"}',
+    "JSON of escapes": lambda token: '{"token": "' + "".join(f"\\u{ord(letter):04x}" for letter in token) + '"}',
     "JSON in JSON": lambda token: json.dumps(json.dumps({"token": token})),
-    "codes in JSON in JSON": lambda token: json.dumps(
+    "escapes in JSON in JSON": lambda token: json.dumps(
         '{"token": "' + "".join(f"\\u{ord(letter):04X}" for letter in token) + '"}'
     ),
-    "codes of JavaScript": lambda token: "token='" + "".join(f"\\x{ord(letter):02x}" for letter in token) + "'",
+    "JavaScript escapes": lambda token: "token='" + "".join(f"\\x{ord(letter):02x}" for letter in token) + "'",
     "a form": lambda token: urlencode({"a": "b", "token": token, "c": "d"}),
-    "a form of percents": lambda token: "token=" + "".join(f"%{ord(letter):02x}" for letter in token),
+    "a percent-encoded form": lambda token: "token=" + "".join(f"%{ord(letter):02x}" for letter in token),
     "a form of JSON": lambda token: urlencode({json.dumps({"token": token}): ""}),
     "a form in a form": lambda token: urlencode({"form": urlencode({"token": token})}),
     "escape()": lambda token: "token=" + "".join(f"%u{ord(letter):04X}" for letter in token),
@@ -67,19 +67,19 @@ CHARSETS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
 
 
 def deflated(data: bytes) -> bytes:
-    """Compress without the header of zlib, as some send `deflate`."""
+    """Compress without the zlib header, as some clients send `deflate`."""
     engine = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return engine.compress(data) + engine.flush()
 
 
 def members(data: bytes, count: int) -> bytes:
-    """Compress in parts, each a member of the file."""
+    """Compress as a gzip file of several members."""
     size = max(1, -(-len(data) // count))
     return b"".join(gzip.compress(data[at : at + size]) for at in range(0, len(data), size))
 
 
-def named(data: bytes) -> bytes:
-    """Compress with the name of a file in the header."""
+def with_file_name(data: bytes) -> bytes:
+    """Compress with a file name in the gzip header."""
     plain = gzip.compress(data)
     return plain[:3] + b"\x08" + plain[4:10] + b"body.json\0" + plain[10:]
 
@@ -91,21 +91,21 @@ ENCODINGS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
     "x-gzip": (b"X-GZIP", gzip.compress),
     "gzip, two members": (b"gzip", lambda data: members(data, 2)),
     "gzip, five members": (b"gzip", lambda data: members(data, 5)),
-    "gzip with a name": (b"gzip", named),
-    "gzip, and more after it": (b"gzip", lambda data: gzip.compress(data) + b"\0\0junk"),
+    "gzip with a name": (b"gzip", with_file_name),
+    "gzip with trailing data": (b"gzip", lambda data: gzip.compress(data) + b"\0\0junk"),
     "gzip with a wrong checksum": (b"gzip", lambda data: gzip.compress(data)[:-8] + b"12345678"),
-    "gzip that is cut off": (b"gzip", lambda data: gzip.compress(data)[:-5]),
+    "truncated gzip": (b"gzip", lambda data: gzip.compress(data)[:-5]),
     "deflate": (b"deflate", zlib.compress),
     "deflate, without a header": (b"deflate", deflated),
     "deflate with a wrong checksum": (b"deflate", lambda data: zlib.compress(data)[:-4] + b"1234"),
-    "gzip that is called deflate": (b"deflate", gzip.compress),
-    "deflate that is called gzip": (b"gzip", zlib.compress),
-    "gzip that is not said": (b"", gzip.compress),
-    "gzip that is called something": (b"br", gzip.compress),
-    "what is only called gzip": (b"gzip", bytes),
-    "what is only called deflate": (b"deflate", bytes),
+    "gzip declared as deflate": (b"deflate", gzip.compress),
+    "deflate declared as gzip": (b"gzip", zlib.compress),
+    "gzip that is not declared": (b"", gzip.compress),
+    "gzip declared as br": (b"br", gzip.compress),
+    "plain text declared as gzip": (b"gzip", bytes),
+    "plain text declared as deflate": (b"deflate", bytes),
     "gzip in gzip": (b"gzip, gzip", lambda data: gzip.compress(gzip.compress(data))),
-    "gzip in gzip, said once": (b"gzip", lambda data: gzip.compress(gzip.compress(data))),
+    "gzip in gzip, declared once": (b"gzip", lambda data: gzip.compress(gzip.compress(data))),
     "deflate in gzip": (b"deflate, gzip", lambda data: gzip.compress(zlib.compress(data))),
     "deflate without a header in gzip": (b"deflate,identity,gzip", lambda data: gzip.compress(deflated(data))),
     "gzip in deflate": (b"gzip, deflate", lambda data: deflated(gzip.compress(data))),
@@ -114,9 +114,9 @@ ENCODINGS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
 
 
 def write(token: str, cut: str, form: str, charset: str, encoding: str) -> tuple[Headers, bytes]:
-    """Write a log-out."""
-    said, encode = ENCODINGS[encoding]
-    headers = [(b"content-encoding", said)] if said else []
+    """Return the headers and the body of a log-out."""
+    declared, encode = ENCODINGS[encoding]
+    headers = [(b"content-encoding", declared)] if declared else []
     return headers, encode(TEXTS[form](CUTS[cut](token)).encode(charset))
 
 
@@ -135,7 +135,7 @@ async def reading(headers: Headers, body: bytes, query: bytes = b"") -> list[byt
     return list(await _named(scope, receive))
 
 
-Way = tuple[str, str, str, str]
+Combination = tuple[str, str, str, str]
 
 PAIRS = [
     *product(CUTS, TEXTS, ["utf-8"], ["none"]),
@@ -145,18 +145,22 @@ PAIRS = [
 ]
 
 
-async def missed(ways: Iterable[Way]) -> list[Way]:
-    """List the ways in which a token is not found."""
-    tokens = {way: new_value() for way in ways}
-    return [way for way, token in tokens.items() if token.encode() not in await reading(*write(token, *way))]
+async def missed(combinations: Iterable[Combination]) -> list[Combination]:
+    """Return the combinations in which a token is not found."""
+    tokens = {combination: new_value() for combination in combinations}
+    return [
+        combination
+        for combination, token in tokens.items()
+        if token.encode() not in await reading(*write(token, *combination))
+    ]
 
 
-async def test_a_token_is_found_in_every_form_cut_and_encoding() -> None:
+async def test_a_token_is_found_in_every_form() -> None:
     assert await missed(PAIRS) == []
 
 
 @pytest.mark.faults
-async def test_a_token_is_found_in_all_of_them_together() -> None:
+async def test_a_token_is_found_in_all_combinations() -> None:
     assert await missed(product(CUTS, TEXTS, CHARSETS, ENCODINGS)) == []
 
 
@@ -167,7 +171,7 @@ def connection(server: Server) -> Iterator[Connection]:
 
 
 def test_no_log_out_leaves_a_token_alive(connection: Connection) -> None:
-    """Over a socket, some of them."""
+    """Over a socket, with a sample of the combinations."""
 
     @settings(max_examples=40, deadline=None)
     @given(*(st.sampled_from(list(some)) for some in (CUTS, TEXTS, CHARSETS, ENCODINGS)), st.booleans())
@@ -187,7 +191,7 @@ def test_no_log_out_leaves_a_token_alive(connection: Connection) -> None:
     check()
 
 
-@pytest.mark.parametrize("form", ["a form", "a form of percents", "JSON of codes", "bare"])
+@pytest.mark.parametrize("form", ["a form", "a percent-encoded form", "JSON of escapes", "bare"])
 def test_a_token_in_the_query_is_found_in_every_spelling(form: str) -> None:
     token = new_value()
     for cut in CUTS.values():
@@ -201,32 +205,32 @@ SENT = ((b"x-token", TOKEN.encode()),)
 
 NAMING: dict[str, Callable[[str], str]] = {
     "JSON": lambda token: json.dumps({"token": token, "why": "lost"}),
-    "JSON with a comma too many": lambda token: f'{{"token": "{token}",}}\n',
-    "JSON with another one of the name": lambda token: f'{{"token": "x", "token": "{token}"}}',
+    "JSON with a trailing comma": lambda token: f'{{"token": "{token}",}}\n',
+    "JSON with the name twice": lambda token: f'{{"token": "x", "token": "{token}"}}',
     "an escaped name": lambda token: f'{{"to\\u006ben": "{token}"}}',
     "a cut value": lambda token: f'{{"token": "{token[:9]}\n{token[9:]}"}}',
     "a form": lambda token: f"a=b&token={token}",
     "an escaped form": lambda token: f"to%6ben={token[:9]}%0A{token[9:]}",
 }
-BESIDE: dict[str, Callable[[str], str]] = {
+OTHER_CONTENT: dict[str, Callable[[str], str]] = {
     "nothing": lambda _: "",
     "an empty object": lambda _: "{}",
-    "a value that is none": lambda _: '{"token": "x"}',
-    "what is broken": lambda _: "\x1f\x8b broken",
+    "a value that is not a token": lambda _: '{"token": "x"}',
+    "malformed data": lambda _: "\x1f\x8b broken",
     "another name": lambda token: json.dumps({"csrf_token": token}),
     "another case": lambda token: json.dumps({"Token": token}),
-    "an object in it": lambda token: json.dumps({"a": {"token": token}}),
+    "a nested object": lambda token: json.dumps({"a": {"token": token}}),
     "an object in a list": lambda token: json.dumps([{"token": token}]),
     "a list of values": lambda token: json.dumps({"token": [token]}),
-    "a value that speaks of it": lambda token: json.dumps({"why": "&token=expired&", "device": token}),
+    "a value that looks like a form": lambda token: json.dumps({"why": "&token=expired&", "device": token}),
     "a value with a form in it": lambda token: json.dumps({"why": f"a&token={token}&b"}),
     "a form of another name": lambda token: f"csrfmiddlewaretoken={token}",
     "a form of another case": lambda token: f"TOKEN={token}",
-    "a form of names like it": lambda token: f"_token={token}&token_={token}&token[]={token}",
-    "what is bare": lambda token: token,
-    "what is quoted": lambda token: f'"{token}"\n',
+    "a form with similar names": lambda token: f"_token={token}&token_={token}&token[]={token}",
+    "a bare token": lambda token: token,
+    "a quoted token": lambda token: f'"{token}"\n',
     "text": lambda token: f"the token {token}",
-    "a part of it": lambda token: f"--{token}\r\n",
+    "a multipart boundary": lambda token: f"--{token}\r\n",
     "too deep": lambda token: json.dumps({"token": token, "a": [[]] * 40}),
     "too long": lambda token: json.dumps({"a": "x" * requests.MAX_BODY, "token": token}),
     "too many": lambda token: "a=b&" * 100 + f"token={token}",
@@ -235,17 +239,17 @@ BESIDE: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("charset", CHARSETS[:5])
 @pytest.mark.parametrize("form", NAMING)
-def test_a_token_named_as_token_spares_the_header(form: str, charset: str) -> None:
-    """The header is how an admin calls who ends the token of somebody else."""
+def test_a_token_named_token_spares_the_header(form: str, charset: str) -> None:
+    """An admin sends their own token in the header to end the token of another user."""
     body = NAMING[form](OTHER)
     assert find(SENT, body.encode(charset)) == [OTHER.encode()]
     assert find([*SENT, (b"content-encoding", b"gzip")], gzip.compress(body.encode(charset))) == [OTHER.encode()]
 
 
-@pytest.mark.parametrize("form", BESIDE)
-def test_beside_anything_else_the_header_ends_too(form: str) -> None:
-    """It may be something else that looks like a token: it ends if it is one, and the caller is logged out."""
-    body = BESIDE[form](OTHER)
+@pytest.mark.parametrize("form", OTHER_CONTENT)
+def test_with_other_content_the_header_token_ends(form: str) -> None:
+    """Text that looks like a token ends if it is one, and so does the token in the header."""
+    body = OTHER_CONTENT[form](OTHER)
     assert find(SENT, body.encode()) == [*[OTHER.encode()] * (OTHER in body), TOKEN.encode()]
 
 
@@ -259,7 +263,7 @@ def test_a_query_that_names_a_token_spares_the_header(query: str, spared: bool) 
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, br", "x"])
-def test_of_what_cannot_be_unpacked_the_header_is_meant(encoding: str) -> None:
+def test_with_an_unknown_encoding_the_header_token_ends(encoding: str) -> None:
     for body in (b"\x28\xb5\x2f\xfd" + bytes(range(256)), bytes(range(256)) * 8):
         assert find([*SENT, (b"content-encoding", encoding.encode())], body) == [TOKEN.encode()]
 
@@ -269,22 +273,22 @@ HOSTILE: dict[str, bytes] = {
     "a bomb": gzip.compress(bytes(10_000_000)),
     "a bomb of letters": gzip.compress(b"a" * 10_000_000),
     "a bomb of escapes": gzip.compress(b"%41" * 1_000_000),
-    "a bomb of codes": gzip.compress(b"\\u0041" * 500_000),
+    "a bomb of JSON escapes": gzip.compress(b"\\u0041" * 500_000),
     "a bomb of tokens": gzip.compress(MANY),
     "a bomb of blanks": gzip.compress(b"a " * 1_000_000),
     "a bomb in a bomb": gzip.compress(gzip.compress(b"a," * 10_000_000)),
-    "members of nothing": gzip.compress(b"") * 3000,
+    "empty members": gzip.compress(b"") * 3000,
     "members of bombs": gzip.compress(bytes(100_000)) * 300,
-    "blocks of nothing": b"\0\0\0\xff\xff" * 13_000,
-    "deep": reduce(lambda data, _: gzip.compress(data), range(50), b"x"),
+    "empty blocks": b"\0\0\0\xff\xff" * 13_000,
+    "50 layers": reduce(lambda data, _: gzip.compress(data), range(50), b"x"),
 }
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-@pytest.mark.parametrize("said", [b"", b"gzip", b"deflate", b"gzip, deflate, gzip, deflate, gzip", b"gzip," * 2000])
-def test_no_compressed_body_is_expanded_far(attack: str, said: bytes) -> None:
+@pytest.mark.parametrize("declared", [b"", b"gzip", b"deflate", b"gzip, deflate, gzip, deflate, gzip", b"gzip," * 2000])
+def test_no_compressed_body_is_expanded_far(attack: str, declared: bytes) -> None:
     body = HOSTILE[attack][: requests.MAX_SEARCHED]
-    readings = requests.unpack({"headers": [(b"content-encoding", said)] if said else []}, body)
+    readings = requests.unpack({"headers": [(b"content-encoding", declared)] if declared else []}, body)
     assert readings[0] == body
     assert len(readings) <= 1 + requests.MAX_LAYERS
     assert sum(map(len, readings[1:])) <= requests.MAX_INFLATED
@@ -305,7 +309,7 @@ def test_all_tokens_that_one_request_names_are_found(where: str) -> None:
 
 
 def test_a_log_out_of_many_ends_each_of_them(connection: Connection) -> None:
-    """Behind hundreds of hashes that look like tokens, too."""
+    """Also behind hundreds of hashes that look like tokens."""
     tokens = [connection.log_in() for _ in range(40)]
     body = json.dumps({"files": [f"{number:064x}" for number in range(300)], "token": tokens}).encode()
     assert connection.ask("DELETE", "/api/token", json.loads(body)).status == 200
@@ -313,11 +317,11 @@ def test_a_log_out_of_many_ends_each_of_them(connection: Connection) -> None:
 
 
 def test_no_more_than_64_kib_of_a_body_are_read() -> None:
-    """And what is read is searched in parts, so that others have their turn between them."""
-    taken = []
+    """The search gives other tasks a turn between its parts."""
+    chunks = []
 
     async def receive() -> Message:
-        taken.append(1)
+        chunks.append(1)
         return {"type": "http.request", "body": b"a" * KIB, "more_body": True}
 
     async def turns() -> int:
@@ -329,7 +333,7 @@ def test_no_more_than_64_kib_of_a_body_are_read() -> None:
         return count
 
     assert asyncio.run(turns()) >= 4
-    assert len(taken) == 64
+    assert len(chunks) == 64
 
 
 def test_a_token_is_found_up_to_the_64_kib_wherever_it_is() -> None:

@@ -1,4 +1,4 @@
-"""No input to the pools makes a 5xx, or changes anything: it is refused in words that name the fault."""
+"""No input to the pools makes a 5xx. Invalid input changes nothing and is refused with a description of the fault."""
 
 import json
 from collections.abc import Iterator
@@ -20,32 +20,32 @@ ODD_NAMES = ["a\ue000b", "\N{LATIN SMALL LIGATURE FFI}" * 256]
 
 @pytest.fixture(scope="module")
 def config_file(directory: Any) -> Any:
-    """Configure a pool, and users whose names are unusual; their password is ann's."""
+    """Configure a pool, and users with unusual names and the password of ann."""
     ann = USERS.partition('username = "ann"\n')[2].partition("\n")[0]
     odd = [f"[[users]]\nusername = {json.dumps(name)}\n{ann}\n" for name in ODD_NAMES]
     return write_config(directory, "[pools.fuzzed]\n[pools.any]\nlease_ttl = 1000000", USERS + "\n".join(odd))
 
 
 class Scene(NamedTuple):
-    """An admin, and a pool with a free token and a lent one, of which nobody is to learn anything new."""
+    """An admin, and a pool with a free token and a leased one."""
 
     connection: Connection
     port: int
     admin: Borrower
-    lent: str
+    leased: str
 
-    def send(self, method: str, path: str, body: bytes = b"", headers: bytes = b"", measured: bool = True) -> Answer:
-        """Send any bytes as a body."""
-        lines = f"{method} /api/pools/any{path.replace('LENT', self.lent)} HTTP/1.1\r\nHost: x\r\n"
-        length = f"Content-Length: {len(body)}\r\n" if measured else ""
+    def send(self, method: str, path: str, body: bytes = b"", headers: bytes = b"", sized: bool = True) -> Answer:
+        """Send a request with any bytes as its body."""
+        lines = f"{method} /api/pools/any{path.replace('LEASED', self.leased)} HTTP/1.1\r\nHost: x\r\n"
+        length = f"Content-Length: {len(body)}\r\n" if sized else ""
         head = f"{lines}X-Token: {self.admin.token}\r\n{length}".encode() + headers
         with Connection(self.port) as connection:
             return connection.send(head + b"\r\n" + body)
 
 
 @pytest.fixture(scope="module")
-def began(server: Server, clock: HandClock) -> Iterator[Scene]:
-    """Lend one of two tokens, for longer than the tests last."""
+def shared(server: Server, clock: HandClock) -> Iterator[Scene]:
+    """Lease one of two tokens, for longer than the tests last."""
     with Connection(server.port) as connection:
         admin = Borrower(connection)
         admin.generate("any", 2)
@@ -53,9 +53,9 @@ def began(server: Server, clock: HandClock) -> Iterator[Scene]:
 
 
 @pytest.fixture
-def scene(began: Scene, server: Server) -> Iterator[Scene]:
-    """Hold the pool to what it was before the test: nothing has come of what was refused."""
-    scene = began._replace(admin=Borrower(began.connection))
+def scene(shared: Scene, server: Server) -> Iterator[Scene]:
+    """Check after the test that the pool is unchanged and that no error was logged."""
+    scene = shared._replace(admin=Borrower(shared.connection))
     before = scene.admin.hears("GET", "/any")
     yield scene
     assert scene.admin.hears("GET", "/any") == before
@@ -64,32 +64,32 @@ def scene(began: Scene, server: Server) -> Iterator[Scene]:
 
 
 def refused(answer: Answer, status: int, named: str) -> None:
-    """Hold an answer to a refusal that names the fault."""
+    """Assert that a response is a refusal that names the fault."""
     assert answer.status == status, answer
     assert answer.json()["error"] == "invalid_request"
     assert named.lower() in answer.json()["error_description"].lower()
 
 
-WITH_BODY = [("POST", "/tokens"), ("POST", "/leases"), ("PUT", "/leases/LENT"), ("DELETE", "/leases/LENT")]
-NO_NUMBER = ["true", '"2"', "1.5", "1.0", "1e0", "1e400", DIGITS, "[]", "[1]", "{}"]
-NO_TEXT = ["1", "1.5", "true", "[]", '["x"]', "{}", '{"x": 1}']
+WITH_BODY = [("POST", "/tokens"), ("POST", "/leases"), ("PUT", "/leases/LEASED"), ("DELETE", "/leases/LEASED")]
+NOT_INTEGERS = ["true", '"2"', "1.5", "1.0", "1e0", "1e400", DIGITS, "[]", "[1]", "{}"]
+NOT_STRINGS = ["1", "1.5", "true", "[]", '["x"]', "{}", '{"x": 1}']
 
 
 @pytest.mark.parametrize(
-    "count", [*NO_NUMBER, "0", "-1", "1001", str(2**63), str(2**64), "-" + DIGITS, "null"], ids=range(17)
+    "count", [*NOT_INTEGERS, "0", "-1", "1001", str(2**63), str(2**64), "-" + DIGITS, "null"], ids=range(17)
 )
 def test_a_count_is_a_whole_number_from_1_to_1000(scene: Scene, count: str) -> None:
     refused(scene.send("POST", "/tokens", f'{{"count": {count}}}'.encode()), 400, "count")
 
 
-@pytest.mark.parametrize("route", [("PUT", "/leases/LENT"), ("DELETE", "/leases/LENT")], ids=str)
-@pytest.mark.parametrize("fence", NO_NUMBER, ids=range(len(NO_NUMBER)))
+@pytest.mark.parametrize("route", [("PUT", "/leases/LEASED"), ("DELETE", "/leases/LEASED")], ids=str)
+@pytest.mark.parametrize("fence", NOT_INTEGERS, ids=range(len(NOT_INTEGERS)))
 def test_a_fence_is_a_whole_number(scene: Scene, route: tuple[str, str], fence: str) -> None:
     refused(scene.send(*route, f'{{"holder": "ci-7", "fence": {fence}}}'.encode()), 400, "fence")
 
 
 @pytest.mark.parametrize("route", WITH_BODY[1:], ids=str)
-@pytest.mark.parametrize("holder", NO_TEXT)
+@pytest.mark.parametrize("holder", NOT_STRINGS)
 def test_a_holder_is_text(scene: Scene, route: tuple[str, str], holder: str) -> None:
     refused(scene.send(*route, f'{{"holder": {holder}}}'.encode()), 400, "holder")
 
@@ -112,13 +112,13 @@ def test_a_holder_is_text(scene: Scene, route: tuple[str, str], holder: str) -> 
     ],
     ids=range(12),
 )
-def test_a_holder_has_1_to_256_characters_that_can_be_seen(scene: Scene, holder: str) -> None:
+def test_a_holder_is_1_to_256_visible_characters(scene: Scene, holder: str) -> None:
     refused(scene.send("POST", "/leases", json.dumps({"holder": holder}).encode()), 400, "holder: ")
 
 
 @pytest.mark.parametrize("holder", ["a", " ", "x" * 256, "жанна", "\U0001f511" * 256, 'ci-7 "<b>" \\ %00 {} ${HOME}'])
-def test_any_other_text_is_a_holder(began: Scene, holder: str) -> None:
-    admin = Borrower(began.connection)
+def test_any_other_text_is_a_holder(shared: Scene, holder: str) -> None:
+    admin = Borrower(shared.connection)
     lease = admin.assign("any", holder)
     assert lease.holder == holder
     assert admin.keep_alive("any", lease.token, holder=holder)[0] == 200
@@ -126,15 +126,15 @@ def test_any_other_text_is_a_holder(began: Scene, holder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["admin", "bob", *ODD_NAMES], ids=range(4))
-def test_every_user_can_lease_under_its_own_name(began: Scene, name: str) -> None:
-    """Whoever may log in is a holder, without sending one."""
+def test_every_user_can_lease_under_its_own_name(shared: Scene, name: str) -> None:
+    """The default holder is the username."""
     password = {"admin": "admin", "bob": "bob-secret"}.get(name, "ann-secret")
-    token = began.connection.log_in(name, password)
-    mine = began.connection.ask("GET", "/api/me", X_Token=token).json()["username"]
-    answer = began.connection.ask("POST", "/api/pools/any/leases", X_Token=token)
+    token = shared.connection.log_in(name, password)
+    mine = shared.connection.ask("GET", "/api/me", X_Token=token).json()["username"]
+    answer = shared.connection.ask("POST", "/api/pools/any/leases", X_Token=token)
     assert (answer.status, answer.json().get("holder")) == (201, mine)
     path = f"/api/pools/any/leases/{answer.json()['token']}"
-    assert began.connection.ask("DELETE", path, {"holder": mine}, X_Token=token).status == 204
+    assert shared.connection.ask("DELETE", path, {"holder": mine}, X_Token=token).status == 204
 
 
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -144,7 +144,7 @@ BODIES: dict[str, tuple[bytes, bytes, int, str]] = {
     "a number": (b"1", b"", 400, "int"),
     "a string": (b'"ci-7"', b"", 400, "str"),
     "null": (b"null", b"", 400, "null"),
-    "half an object": (b'{"holder": ', b"", 400, "body"),  # it may know no holder
+    "half an object": (b'{"holder": ', b"", 400, "body"),  # on a route without `holder`
     "more after the end": (b"{}{}", b"", 400, "not JSON"),
     "a blank": (b" ", b"", 400, "not JSON"),
     "NaN": (b"{NaN}", b"", 400, "not JSON"),
@@ -166,42 +166,42 @@ BODIES: dict[str, tuple[bytes, bytes, int, str]] = {
 
 @pytest.mark.parametrize("route", WITH_BODY, ids=str)
 @pytest.mark.parametrize("fault", BODIES)
-def test_a_hostile_body_is_refused_with_its_fault(scene: Scene, route: tuple[str, str], fault: str) -> None:
+def test_a_hostile_body_is_refused_with_a_reason(scene: Scene, route: tuple[str, str], fault: str) -> None:
     body, headers, status, named = BODIES[fault]
     refused(scene.send(*route, body, headers, headers != CHUNKED), status, named)
 
 
 @pytest.mark.parametrize("headers", [b"", b"Content-Type: text/plain\r\n", b"Content-Encoding: gzip\r\n", CHUNKED])
-def test_an_empty_body_is_accepted_with_any_content_type(began: Scene, headers: bytes) -> None:
-    began = began._replace(admin=Borrower(began.connection))
+def test_an_empty_body_is_accepted_with_any_content_type(shared: Scene, headers: bytes) -> None:
+    shared = shared._replace(admin=Borrower(shared.connection))
     body = b"0\r\n\r\n" if headers == CHUNKED else b""
     for (method, path), status in zip(WITH_BODY, (201, 201, 200, 204), strict=True):
         if path == "/leases":
-            began = began._replace(lent=began.send(method, path, body, headers, not body).json()["token"])
+            shared = shared._replace(leased=shared.send(method, path, body, headers, not body).json()["token"])
         else:
-            assert began.send(method, path, body, headers, not body).status == status
+            assert shared.send(method, path, body, headers, not body).status == status
 
 
 @pytest.mark.parametrize(
     "body", [b"x" * 20 * KIB, b'{"holder": 1', b"\0", b"GET /healthz HTTP/1.1\r\n\r\n"], ids=range(4)
 )
-def test_an_unexpected_body_is_not_read_as_a_request(began: Scene, body: bytes) -> None:
-    """What follows it on the same connection is answered for itself."""
-    admin = Borrower(began.connection)
+def test_an_unexpected_body_is_not_read_as_a_request(shared: Scene, body: bytes) -> None:
+    """The next request on the same connection is answered normally."""
+    admin = Borrower(shared.connection)
     (token,) = admin.generate("any")
     for method, path in [("GET", ""), ("GET", "/tokens/TOKEN"), ("DELETE", "/tokens/TOKEN")]:
         head = (
             f"{method} /api/pools/any{path.replace('TOKEN', token)} HTTP/1.1\r\nHost: x\r\nX-Token: {admin.token}\r\n"
         )
-        answer = began.connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = shared.connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert answer.status == 400
         assert admin.hears("GET", f"/any/tokens/{token}")[0] == 200
 
 
-segments = st.sampled_from(["fuzzed", "tokens", "leases", "LENT", "", ".."]) | st.binary(max_size=20).map(
+segments = st.sampled_from(["fuzzed", "tokens", "leases", "LEASED", "", ".."]) | st.binary(max_size=20).map(
     lambda junk: "".join(f"%{byte:02x}" for byte in junk)
 )
-pieces = st.recursive(
+documents = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
         st.lists(inner) | st.dictionaries(st.sampled_from(["count", "holder", "fence"]) | st.text(max_size=3), inner)
@@ -215,13 +215,13 @@ pieces = st.recursive(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE"]),
     path=st.lists(segments, max_size=4),
     query=st.binary(max_size=20).map(lambda junk: "".join(f"%{byte:02x}" for byte in junk)),
-    body=st.binary() | pieces.map(lambda piece: json.dumps(piece).encode()),
+    body=st.binary() | documents.map(lambda document: json.dumps(document).encode()),
 )
-def test_no_bytes_of_a_user_make_a_5xx(began: Scene, method: str, path: list[str], query: str, body: bytes) -> None:
-    admin = Borrower(began.connection)
-    lent = next((member["token"] for member in admin.members("fuzzed") if "holder" in member), "unknown")
-    target = "/".join(["/api/pools", *path]).replace("LENT", lent)
+def test_no_bytes_of_a_user_make_a_5xx(shared: Scene, method: str, path: list[str], query: str, body: bytes) -> None:
+    admin = Borrower(shared.connection)
+    leased = next((member["token"] for member in admin.members("fuzzed") if "holder" in member), "unknown")
+    target = "/".join(["/api/pools", *path]).replace("LEASED", leased)
     head = f"{method} {target}?limit={query}&after={query} HTTP/1.1\r\nHost: x\r\nX-Token: {admin.token}\r\n"
-    answer = began.connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    answer = shared.connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     assert 200 <= answer.status < 500, answer
     assert answer.status != 401

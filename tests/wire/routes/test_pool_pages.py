@@ -1,4 +1,4 @@
-"""A pool's tokens come in pages: ordered by value, each page from where the last one ended."""
+"""The tokens of a pool are listed in pages, ordered by value. Each page continues after the previous one."""
 
 from collections.abc import Iterator
 from urllib.parse import quote
@@ -19,20 +19,20 @@ def settings() -> str:
 
 @pytest.fixture
 def admin(server: Server) -> Iterator[Borrower]:
-    """Be an admin at one worker."""
+    """Log in as admin at one worker."""
     with Connection(server.port) as connection:
         yield Borrower(connection)
 
 
 @pytest.fixture
-def there(sibling: Server) -> Iterator[Borrower]:
-    """Be the same admin at the other worker."""
+def sibling_admin(sibling: Server) -> Iterator[Borrower]:
+    """Log in as admin at the other worker."""
     with Connection(sibling.port) as connection:
         yield Borrower(connection)
 
 
 def page(user: Borrower, query: str) -> tuple[list[str], str | None]:
-    """Return the tokens of a page, and what comes after it."""
+    """Return the tokens of a page and its `next` cursor."""
     status, document = user.hears("GET", f"/p{query}")
     assert status == 200, document
     assert list(document) == ["name", "capacity", "available", "leased", "tokens", "next"]
@@ -45,25 +45,25 @@ def test_an_empty_pool_has_one_page(admin: Borrower) -> None:
         assert admin.hears("GET", f"/p{query}") == (200, document)
 
 
-def test_a_page_has_100_tokens_by_default(admin: Borrower, there: Borrower) -> None:
+def test_a_page_has_100_tokens_by_default(admin: Borrower, sibling_admin: Borrower) -> None:
     tokens = sorted(admin.generate("p", COUNT))
-    assert page(there, "") == (tokens[:100], tokens[99])
-    assert page(there, f"?after={tokens[99]}") == (tokens[100:], None)
-    assert page(there, "?limit=1000") == (tokens, None)
-    assert page(there, f"?limit={COUNT}") == (tokens, None), "there is a next page only where there is something on it"
-    assert page(there, f"?limit={COUNT - 1}") == (tokens[:-1], tokens[-2])
+    assert page(sibling_admin, "") == (tokens[:100], tokens[99])
+    assert page(sibling_admin, f"?after={tokens[99]}") == (tokens[100:], None)
+    assert page(sibling_admin, "?limit=1000") == (tokens, None)
+    assert page(sibling_admin, f"?limit={COUNT}") == (tokens, None), "`next` is null when no token follows"
+    assert page(sibling_admin, f"?limit={COUNT - 1}") == (tokens[:-1], tokens[-2])
     assert page(admin, "?limit=007") == (tokens[:7], tokens[6])
 
 
 @pytest.mark.parametrize("limit", [1, 7, 34])
-def test_walking_from_page_to_page_meets_every_token_once(admin: Borrower, there: Borrower, limit: int) -> None:
-    tokens, met = sorted(admin.generate("p", COUNT)), list[str]()
-    following: str | None = ""
-    while following is not None:
-        some, following = page(there if len(met) % 2 else admin, f"?limit={limit}&after={following}")
-        assert len(some) == limit or following is None
-        met += some
-    assert met == tokens
+def test_the_pages_list_every_token_exactly_once(admin: Borrower, sibling_admin: Borrower, limit: int) -> None:
+    tokens, listed = sorted(admin.generate("p", COUNT)), list[str]()
+    after: str | None = ""
+    while after is not None:
+        some, after = page(sibling_admin if len(listed) % 2 else admin, f"?limit={limit}&after={after}")
+        assert len(some) == limit or after is None
+        listed += some
+    assert listed == tokens
 
 
 def test_a_page_continues_after_a_deleted_token(admin: Borrower, clock: HandClock) -> None:
@@ -74,18 +74,18 @@ def test_a_page_continues_after_a_deleted_token(admin: Borrower, clock: HandCloc
     assert page(admin, f"?after={tokens[3]}") == (tokens[4:], None)
     clock.advance(100)
     rest = [token for token in tokens if token not in first and token != tokens[3]]
-    assert page(admin, f"?limit={len(rest)}") == (rest, None), "what has expired takes no place"
+    assert page(admin, f"?limit={len(rest)}") == (rest, None), "expired tokens are not counted in the limit"
     assert page(admin, f"?after={tokens[0]}") == ([token for token in rest if token > tokens[0]], None)
 
 
 @pytest.mark.parametrize("after", ["", "\0", " ", "~", "Z" * 64, "é", "\U0001f511", "%", "%' OR 1=1 --", "x" * 2000])
-def test_a_page_may_begin_after_anything(admin: Borrower, after: str) -> None:
+def test_a_page_may_start_after_any_value(admin: Borrower, after: str) -> None:
     tokens = sorted(admin.generate("p", 20))
     assert page(admin, f"?after={quote(after)}") == ([token for token in tokens if token > after], None)
 
 
 @pytest.mark.parametrize("query", ["after=%ff", "after=%ed%a0%80", "after", "after=x&after=x"])
-def test_a_query_that_is_unusual_is_answered(admin: Borrower, query: str) -> None:
+def test_an_unusual_query_is_answered(admin: Borrower, query: str) -> None:
     assert admin.hears("GET", f"/p?{query}")[0] == 200
 
 
@@ -102,7 +102,7 @@ def test_a_limit_is_a_whole_number_from_1_to_1000(admin: Borrower, limit: str) -
 
 
 @pytest.mark.parametrize("name", ["limit", "after"])
-def test_a_query_that_contradicts_itself_is_refused(admin: Borrower, name: str) -> None:
+def test_two_values_of_one_parameter_are_refused(admin: Borrower, name: str) -> None:
     status, document = admin.hears("GET", f"/p?{name}=1&{name}=2")
     assert (status, document["error"]) == (400, "invalid_request")
     assert document["error_description"] == f"The query has several different values of {name!r}."

@@ -1,4 +1,4 @@
-"""Whose a lease is: its user keeps it alive and releases it, managers do everything, others only see who has what."""
+"""Rights on leases: only its user may use a lease, managers may force a release, others see only the holders."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def settings() -> str:
 
 @pytest.fixture
 def admin(server: Server) -> Iterator[Borrower]:
-    """Be the admin, who manages the pool `p`; it is empty."""
+    """Log in as admin, the manager of the pool `p`, and empty the pool."""
     with Connection(server.port) as connection:
         user = Borrower(connection)
         user.empty("p")
@@ -36,21 +36,21 @@ def admin(server: Server) -> Iterator[Borrower]:
 
 @pytest.fixture
 def ann(sibling: Server) -> Iterator[Borrower]:
-    """Be a user who manages the pool `lab`, at the other worker."""
+    """Log in at the other worker as a manager of the pool `lab`."""
     with Connection(sibling.port) as connection:
         yield Borrower(connection, "ann")
 
 
 @pytest.fixture
 def bob(server: Server) -> Iterator[Borrower]:
-    """Be a user without scopes."""
+    """Log in as a user without scopes."""
     with Connection(server.port) as connection:
         yield Borrower(connection, "bob")
 
 
 @pytest.mark.parametrize("extra", [{}, {"holder": "ci"}, {"fence": 1}, {"holder": "ci", "fence": 1}, {"fence": 9}])
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
-def test_no_other_user_touches_a_lease(
+def test_only_its_user_may_change_a_lease(
     admin: Borrower, ann: Borrower, bob: Borrower, method: str, extra: dict[str, Any]
 ) -> None:
     admin.generate("p")
@@ -62,7 +62,7 @@ def test_no_other_user_touches_a_lease(
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
-def test_a_lapsed_lease_is_lost_and_then_anothers(
+def test_a_lapsed_lease_is_lost_then_forbidden(
     admin: Borrower, ann: Borrower, bob: Borrower, clock: HandClock, method: str
 ) -> None:
     admin.generate("p")
@@ -138,7 +138,7 @@ NOT_ENDED = (
         "error_description": "The token is free, or under another lease than you named. No lease was ended.",
     },
 )
-"""What a manager is told, who holds nothing that the refusal of a holder speaks of."""
+"""The refusal for a manager. It differs from the refusal for a holder, which is about its own lease."""
 
 
 def test_managers_release_by_force_with_a_reason(admin: Borrower, ann: Borrower, bob: Borrower) -> None:

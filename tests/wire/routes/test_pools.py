@@ -1,4 +1,4 @@
-"""Every row of the pools' table (issue 3) as a transcript over sockets, on two workers that share a database."""
+"""The pool routes over sockets, on two workers that share a database."""
 
 import re
 from collections.abc import Iterator
@@ -42,14 +42,13 @@ def settings() -> str:
 
 @pytest.fixture(scope="module")
 def connections(server: Server, sibling: Server) -> Iterator[tuple[Connection, Connection]]:
-    """Connect to both workers."""
-    with Connection(server.port) as here, Connection(sibling.port) as there:
-        yield here, there
+    with Connection(server.port) as here, Connection(sibling.port) as other:
+        yield here, other
 
 
 @pytest.fixture
 def admin(connections: tuple[Connection, Connection]) -> Borrower:
-    """Be an admin at one worker; all pools are empty."""
+    """Log in as admin at one worker, and empty all pools."""
     user = Borrower(connections[0])
     for name in NAMES[:-1]:
         user.empty(name)
@@ -58,31 +57,31 @@ def admin(connections: tuple[Connection, Connection]) -> Borrower:
 
 @pytest.fixture
 def ann(connections: tuple[Connection, Connection]) -> Borrower:
-    """Be a user at the other worker, with the scopes read and write."""
+    """Log in at the other worker as a user with the scopes `read` and `write`."""
     return Borrower(connections[1], "ann")
 
 
 @pytest.fixture
-def there(connections: tuple[Connection, Connection]) -> Borrower:
-    """Be the same admin at the other worker."""
+def sibling_admin(connections: tuple[Connection, Connection]) -> Borrower:
+    """Log in as admin at the other worker."""
     return Borrower(connections[1])
 
 
 @pytest.fixture
 def bob(connections: tuple[Connection, Connection]) -> Borrower:
-    """Be a user at the first worker, without scopes."""
+    """Log in at the first worker as a user without scopes."""
     return Borrower(connections[0], "bob")
 
 
 def row(name: str, capacity: int | None = None, available: int = 0, leased: int = 0) -> dict[str, object]:
-    """Write how a pool is listed."""
+    """Return the listing of a pool."""
     return {"name": name, "capacity": capacity, "available": available, "leased": leased}
 
 
-def test_pools_are_listed_with_how_many_tokens_they_have(admin: Borrower, there: Borrower, ann: Borrower) -> None:
+def test_pools_are_listed_with_their_token_counts(admin: Borrower, sibling_admin: Borrower, ann: Borrower) -> None:
     admin.generate("any", 3)
     admin.generate("three", 2)
-    there.assign("three")
+    sibling_admin.assign("three")
     open_to_all = [row("any", None, 3, 0), row("three", 3, 1, 1), row("waiting"), row("v1.2_a-b")]
     assert admin.hears("GET") == (200, {"pools": open_to_all})
     assert ann.hears("GET") == (200, {"pools": [*open_to_all, row("guarded")]})
@@ -127,11 +126,11 @@ def test_a_pool_that_is_not_configured_is_unknown(admin: Borrower, name: str) ->
         assert admin.hears(method, path.replace("POOL", name)) == refusal("unknown_pool")
 
 
-def test_a_name_may_be_percent_encoded(admin: Borrower, there: Borrower) -> None:
+def test_a_name_may_be_percent_encoded(admin: Borrower, sibling_admin: Borrower) -> None:
     (token,) = admin.generate("%76%31%2E2_a%2Db")
-    assert there.assign("v1.2_a-b").token == token
+    assert sibling_admin.assign("v1.2_a-b").token == token
     encoded = "".join(f"%{ord(letter):02X}" for letter in token)
-    assert there.release("v1%2e2_a-b", encoded) == (204, None)
+    assert sibling_admin.release("v1%2e2_a-b", encoded) == (204, None)
     assert admin.hears("GET", f"/v1.2_a-b/tokens/{encoded}")[0] == 200
 
 
@@ -140,94 +139,98 @@ def test_a_name_may_be_percent_encoded(admin: Borrower, there: Borrower) -> None
     ["unknown", "u" * 64, "%00", "%ff", "%0d%0aX-Evil:%201", "..", "'%20OR%201=1--", "%F0%9F%94%91", "x" * 5000],
     ids=range(9),
 )
-def test_a_token_that_the_pool_does_not_have_is_not_found(admin: Borrower, token: str) -> None:
+def test_an_unknown_token_of_a_pool_is_not_found(admin: Borrower, token: str) -> None:
     for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
         assert admin.hears(method, f"{path[:-1].replace('POOL', 'any')}{token}") == refusal("not_found")
 
 
-def test_a_token_is_of_one_pool_and_gone_when_deleted(admin: Borrower, there: Borrower) -> None:
+def test_deleted_and_foreign_tokens_are_not_found(admin: Borrower, sibling_admin: Borrower) -> None:
     token, deleted = admin.generate("any", 2)
-    assert there.delete("any", deleted) == (204, None)
+    assert sibling_admin.delete("any", deleted) == (204, None)
     for pool, absent in [("three", token), ("any", deleted)]:
         for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
             assert admin.hears(method, f"{path[:-1].replace('POOL', pool)}{absent}") == refusal("not_found")
-    assert [member["token"] for member in there.members("any")] == [token]
+    assert [member["token"] for member in sibling_admin.members("any")] == [token]
 
 
 @pytest.mark.parametrize(
     ("document", "count"),
     [(None, 1), ({}, 1), ({"count": 1}, 1), ({"count": 3}, 3), ({"count": 1000}, 1000)],
 )
-def test_tokens_are_generated_one_unless_more_are_asked_for(
-    admin: Borrower, there: Borrower, document: object, count: int
+def test_one_token_is_generated_by_default(
+    admin: Borrower, sibling_admin: Borrower, document: object, count: int
 ) -> None:
     status, answered = admin.hears("POST", "/waiting/tokens", document)
     assert (status, list(answered)) == (201, ["tokens"])
     assert len(set(answered["tokens"])) == len(answered["tokens"]) == count
     assert all(re.fullmatch("[A-Za-z0-9]{64}", token) for token in answered["tokens"])
-    assert there.counts("waiting") == (count, 0)
-    assert [member["token"] for member in there.members("waiting")] == sorted(answered["tokens"])
+    assert sibling_admin.counts("waiting") == (count, 0)
+    assert [member["token"] for member in sibling_admin.members("waiting")] == sorted(answered["tokens"])
 
 
-def test_generating_more_than_fit_makes_none(admin: Borrower, there: Borrower) -> None:
+def test_generating_more_than_fit_makes_none(admin: Borrower, sibling_admin: Borrower) -> None:
     assert admin.hears("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
-    assert there.counts("three") == (0, 0)
+    assert sibling_admin.counts("three") == (0, 0)
     admin.generate("three", 2)
-    there.assign("three")
-    assert there.hears("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
+    sibling_admin.assign("three")
+    assert sibling_admin.hears("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
     assert admin.counts("three") == (1, 1)
-    (last,) = there.generate("three")
+    (last,) = sibling_admin.generate("three")
     assert admin.hears("POST", "/three/tokens") == refusal("pool_full")
-    assert there.delete("three", last) == (204, None)
+    assert sibling_admin.delete("three", last) == (204, None)
     assert len(admin.generate("three")) == 1
 
 
-def test_a_deleted_token_is_gone_on_every_worker_at_once(admin: Borrower, there: Borrower) -> None:
+def test_a_deletion_is_seen_by_all_workers_at_once(admin: Borrower, sibling_admin: Borrower) -> None:
     admin.generate("any", 2)
-    lent = there.assign("any")
-    (free,) = {member["token"] for member in there.members("any")} - {lent.token}
-    for token in (free, lent.token):
+    leased = sibling_admin.assign("any")
+    (free,) = {member["token"] for member in sibling_admin.members("any")} - {leased.token}
+    for token in (free, leased.token):
         assert admin.delete("any", token) == (204, None)
-        assert there.delete("any", token) == refusal("not_found")
-    assert there.keep_alive("any", lent.token) == refusal("not_found")
-    assert there.counts("any") == (0, 0)
+        assert sibling_admin.delete("any", token) == refusal("not_found")
+    assert sibling_admin.keep_alive("any", leased.token) == refusal("not_found")
+    assert sibling_admin.counts("any") == (0, 0)
 
 
-def test_an_assign_answers_with_the_lease_and_its_end(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+def test_an_assign_answers_with_the_lease_and_its_end(
+    admin: Borrower, sibling_admin: Borrower, clock: HandClock
+) -> None:
     tokens = admin.generate("any", 2)
     now = int(clock())
-    assert there.assign("any", "ci-7") == Lease(tokens[0], "ci-7", 1, now + 60, 60)
+    assert sibling_admin.assign("any", "ci-7") == Lease(tokens[0], "ci-7", 1, now + 60, 60)
     assert admin.assign("any") == Lease(tokens[1], "admin", 1, now + 60, 60)
     (token,) = admin.generate("waiting")
-    assert there.assign("waiting") == Lease(token, "admin", 1, now + 90, 90)
+    assert sibling_admin.assign("waiting") == Lease(token, "admin", 1, now + 90, 90)
     clock.advance(0.75)
     (token,) = admin.generate("v1.2_a-b")
-    assert there.assign("v1.2_a-b") == Lease(token, "admin", 1, now + 2, 1), "never longer than it is"
+    assert sibling_admin.assign("v1.2_a-b") == Lease(token, "admin", 1, now + 2, 1), (
+        "rounded down: never longer than the lease"
+    )
 
 
 @pytest.mark.parametrize("document", [None, {}, {"holder": None}])
-def test_without_a_holder_the_user_is_the_holder(admin: Borrower, there: Borrower, document: object) -> None:
+def test_without_a_holder_the_user_is_the_holder(admin: Borrower, sibling_admin: Borrower, document: object) -> None:
     (token,) = admin.generate("any")
-    assert there.hears("POST", "/any/leases", document)[1]["holder"] == "admin"
+    assert sibling_admin.hears("POST", "/any/leases", document)[1]["holder"] == "admin"
     assert admin.hears("GET", f"/any/tokens/{token}")[1]["holder"] == "admin"
 
 
-def test_the_longest_free_token_is_leased_first(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+def test_the_longest_free_token_is_leased_first(admin: Borrower, sibling_admin: Borrower, clock: HandClock) -> None:
     first, second = admin.generate("any", 2)
     clock.advance(1)
-    (third,) = there.generate("any")
-    assert [user.assign("any").token for user in (there, admin)] == [first, second]
+    (third,) = sibling_admin.generate("any")
+    assert [user.assign("any").token for user in (sibling_admin, admin)] == [first, second]
     clock.advance(10)
     assert admin.release("any", second) == (204, None)
-    clock.advance(50)  # the first one's lease lapses after the second was released
-    assert [user.assign("any").token for user in (there, admin, there)] == [third, second, first]
+    clock.advance(50)  # the lease of the first token lapses after the second was released
+    assert [user.assign("any").token for user in (sibling_admin, admin, sibling_admin)] == [third, second, first]
 
 
-def test_a_refusal_says_when_the_next_lease_ends(admin: Borrower, there: Borrower, clock: HandClock) -> None:
+def test_a_refusal_says_when_the_next_lease_ends(admin: Borrower, sibling_admin: Borrower, clock: HandClock) -> None:
     clock.set(int(clock()) + 1)
     tokens = admin.generate("any", 2)
     for _ in tokens:
-        there.assign("any")
+        sibling_admin.assign("any")
         clock.advance(10)
 
     def retry_after(user: Borrower) -> str:
@@ -235,18 +238,18 @@ def test_a_refusal_says_when_the_next_lease_ends(admin: Borrower, there: Borrowe
         assert (answer.status, answer.json()) == refusal("no_free_token")
         return answer.headers["retry-after"]
 
-    assert retry_after(admin) == retry_after(there) == "40"
+    assert retry_after(admin) == retry_after(sibling_admin) == "40"
     clock.advance(0.25)
     assert retry_after(admin) == "40"
-    assert there.keep_alive("any", tokens[0])[0] == 200
-    assert retry_after(there) == "50"
+    assert sibling_admin.keep_alive("any", tokens[0])[0] == 200
+    assert retry_after(sibling_admin) == "50"
     clock.advance(49.749)
     assert retry_after(admin) == "1"
     clock.advance(0.001)
     assert admin.assign("any").token == tokens[1]
 
 
-def test_an_empty_pool_has_no_time_to_come_again(admin: Borrower, clock: HandClock) -> None:
+def test_an_empty_pool_sends_no_retry_after(admin: Borrower, clock: HandClock) -> None:
     for _ in range(2):
         answer = admin.ask("POST", "/waiting/leases")
         assert (answer.status, answer.json()) == refusal("no_free_token")
@@ -284,6 +287,6 @@ def test_head_is_get_without_the_body(admin: Borrower, client: httpx.Client, pat
 
 
 @pytest.mark.parametrize("path", ["/", "/any/", "/any/tokens/", "/any/leases/", "//leases", "/any/leases/t/", "/any/x"])
-def test_there_is_nothing_at_other_addresses(admin: Borrower, path: str) -> None:
+def test_other_paths_are_404(admin: Borrower, path: str) -> None:
     status, document = admin.hears("GET", path)
     assert (status, document["error_description"]) == (404, "There is nothing at this address.")

@@ -1,4 +1,4 @@
-"""How connections end: half-closed, given up, cut off, too slow; and what of their requests is answered."""
+"""How connections end: half-closed, reset, incomplete or too slow, and which requests are answered."""
 
 import asyncio
 import contextlib
@@ -37,9 +37,9 @@ def connection(gate: Gate) -> Iterator[socket.socket]:
         gate.open()
 
 
-def bodies(heard: bytes) -> list[bytes]:
-    """Return the bodies of answers, all of which are paths."""
-    return [part.partition(b"\r\n\r\n")[2] for part in heard.split(b"HTTP/1.1 200 OK")[1:]]
+def bodies(received: bytes) -> list[bytes]:
+    """Return the bodies of all responses: each is the path of its request."""
+    return [part.partition(b"\r\n\r\n")[2] for part in received.split(b"HTTP/1.1 200 OK")[1:]]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def bodies(heard: bytes) -> list[bytes]:
 def test_a_half_closed_client_gets_its_answers(
     gate: Gate, connection: socket.socket, sent: bytes, answered: list[bytes]
 ) -> None:
-    """As `nc -N` and scripts do; the connection is closed after them."""
+    """As with `nc -N`. The server closes the connection after the last response."""
     connection.sendall(sent)
     connection.shutdown(socket.SHUT_WR)
     if answered:
@@ -69,7 +69,7 @@ def test_a_half_closed_client_gets_its_answers(
 
 
 @pytest.mark.parametrize("how", ["reset", "closed"])
-def test_a_client_that_gave_up_is_known_to_be_gone(
+def test_a_disconnected_client_is_detected(
     gate: Gate, connection: socket.socket, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection.sendall(get("/a"))
@@ -80,7 +80,7 @@ def test_a_client_that_gave_up_is_known_to_be_gone(
     else:
         monkeypatch.setattr(protocol, "HALF_CLOSE", -1.0)
         connection.close()
-    until(lambda: gate.gone() == [True], "the server knows")
+    until(lambda: gate.gone() == [True], "the server has noticed the close")
 
 
 def test_a_client_that_half_closes_late_is_answered(
@@ -90,12 +90,12 @@ def test_a_client_that_half_closes_late_is_answered(
     connection.sendall(get("/a"))
     gate.await_arrivals(1)
     connection.shutdown(socket.SHUT_WR)
-    until(lambda: gate.gone() == [True], "the server knows")
+    until(lambda: gate.gone() == [True], "the server has noticed the close")
     gate.open()
     assert bodies(read_all(connection)) == [b"/a"]
 
 
-def test_under_another_server_no_client_is_gone(gate: Gate) -> None:
+def test_under_plain_uvicorn_no_client_is_gone(gate: Gate) -> None:
     with hosted(gate, http="h11") as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connected:
         connected.sendall(get("/a"))
         gate.await_arrivals(1)
@@ -105,37 +105,35 @@ def test_under_another_server_no_client_is_gone(gate: Gate) -> None:
 
 
 async def tiny(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with a little, when all of the body has been read."""
+    """Read the whole body, then send a small response."""
     while (await receive()).get("more_body"):
         pass
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
     await send({"type": "http.response.body", "body": b"x" * 100})
 
 
-class Held(BoundedProtocol):
-    """The protocol, which keeps account of what it holds."""
+class Counting(BoundedProtocol):
+    """The protocol, with a record of the longest pipeline."""
 
     most = 0
-    opened: ClassVar[list["Held"]] = []
+    opened: ClassVar[list["Counting"]] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin a connection."""
         super().connection_made(transport)
-        Held.most, Held.opened = 0, [self]
+        Counting.most, Counting.opened = 0, [self]
 
     def data_received(self, data: bytes) -> None:
-        """Take what has arrived."""
         super().data_received(data)
-        Held.most = max(Held.most, len(self.pipeline))
+        Counting.most = max(Counting.most, len(self.pipeline))
 
 
 POST = b"POST /b HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n" + b"." * 400
 
 
 @pytest.mark.parametrize("one", [get("/a"), POST], ids=["GET", "POST"])
-def test_requests_wait_in_the_network_and_not_in_memory(one: bytes) -> None:
-    """However many are sent, while nobody reads the answers; all that were sent are answered at the end."""
-    with hosted(tiny, http=Held) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+def test_requests_wait_in_the_network_not_in_memory(one: bytes) -> None:
+    """The client sends without reading responses. When it reads, it receives a response to each request."""
+    with hosted(tiny, http=Counting) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             connection.setsockopt(socket.SOL_SOCKET, direction, 64 * 1024)
         connection.settimeout(0.3)
@@ -143,32 +141,32 @@ def test_requests_wait_in_the_network_and_not_in_memory(one: bytes) -> None:
         with contextlib.suppress(TimeoutError):
             while sent < 10_000_000:
                 sent += connection.send((one * 2000)[sent % len(one) :])
-        assert sent < 10_000_000, "the server takes whatever is sent"
-        (held,) = Held.opened
-        assert held.transport.get_write_buffer_size() < 256 * 1024
+        assert sent < 10_000_000, "the server reads without bound"
+        (protocol_,) = Counting.opened
+        assert protocol_.transport.get_write_buffer_size() < 256 * 1024
         connection.settimeout(30)
-        rest, heard, answered = one[sent % len(one) :] if sent % len(one) else b"", b"", 0
-        sending = threading.Thread(target=connection.sendall, args=[rest])  # there is room when answers have been read
+        rest, received, answered = one[sent % len(one) :] if sent % len(one) else b"", b"", 0
+        sending = threading.Thread(target=connection.sendall, args=[rest])  # it can finish once responses are read
         sending.start()
         while answered < -(-sent // len(one)):
-            heard = heard[-1024:].rpartition(b"HTTP/1.1 200 OK")[2] + connection.recv(65536)
-            answered += heard.count(b"HTTP/1.1 200 OK")
+            received = received[-1024:].rpartition(b"HTTP/1.1 200 OK")[2] + connection.recv(65536)
+            answered += received.count(b"HTTP/1.1 200 OK")
         sending.join()
-    assert Held.most <= 1024 // len(one) + 2
+    assert Counting.most <= 1024 // len(one) + 2
 
 
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /a HTT", HALF, get("/a") + b"GET /b"], ids=["nothing", "head", "body", "next"]
 )
-def test_a_client_that_sends_no_more_is_let_go(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_stops_sending_is_disconnected(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "SLOW", 0.05)
     with hosted(tiny, keep_alive=0.05) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(sent)
         assert read_all(connection).count(b"HTTP/1.1 ") == sent.count(b"/a HTTP/1.1")
 
 
-def connects(connection: socket.socket) -> bool:
-    """Whether the other side is still there."""
+def is_connected(connection: socket.socket) -> bool:
+    """Return whether the other end has not closed the connection."""
     try:
         connection.getpeername()
     except OSError:
@@ -176,10 +174,10 @@ def connects(connection: socket.socket) -> bool:
     return True
 
 
-def test_a_client_that_reads_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "SLOW", 0.05)
     with hosted(tiny) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(ConnectionError):
             while True:
                 connection.sendall(get("/a") * 1000)
-        assert not connects(connection)
+        assert not is_connected(connection)

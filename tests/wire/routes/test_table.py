@@ -1,4 +1,4 @@
-"""The table of addresses: every path has at most one route, and what collides is an error at the start."""
+"""The route table: each path has at most one route. Colliding routes are a configuration error."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,18 +19,17 @@ async def anything(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer nothing: here handlers are found, not called."""
 
 
-def taking(*methods: str) -> Handlers:
-    """Make the handlers of an address."""
+def handlers_for(*methods: str) -> Handlers:
+    """Return handlers for the given methods."""
     return dict.fromkeys(methods, anything)
 
 
 def table(templates: Iterable[str]) -> Sequence[Route]:
-    """Make a table of routes."""
-    return [Route(template, taking("GET")) for template in templates]
+    return [Route(template, handlers_for("GET")) for template in templates]
 
 
 def found(routes: Iterable[Route], path: str) -> tuple[str, Mapping[str, str]] | None:
-    """Return the template of a path's route, and its parameters."""
+    """Return the template of the route of a path, and its parameters."""
     for route in routes:
         match, scope = route.matches({"type": "http", "method": "GET", "path": path})
         if match is Match.FULL:
@@ -61,7 +60,7 @@ NATIVE = table(
         ("/v1.2/keep-alive/x", "/v1.2/keep-alive/{token}", {"token": "x"}),
         ("/~x_y/tokens/x/", "/~x_y/tokens/{token}/", {"token": "x"}),
         ("/anything", "/{whole}", {"whole": "anything"}),
-        # what a parameter may be
+        # unusual parameters
         ("/api/pools/.", "/api/pools/{pool}", {"pool": "."}),
         ("/api/pools/ ", "/api/pools/{pool}", {"pool": " "}),
         ("/api/pools/{pool}", "/api/pools/{pool}", {"pool": "{pool}"}),
@@ -70,9 +69,7 @@ NATIVE = table(
         ("/api/pools/" + "x" * 16_000, "/api/pools/{pool}", {"pool": "x" * 16_000}),
     ],
 )
-def test_a_path_finds_its_route_and_what_its_parameters_are(
-    path: str, template: str, parameters: Mapping[str, str]
-) -> None:
+def test_a_path_has_one_route_and_its_parameters(path: str, template: str, parameters: Mapping[str, str]) -> None:
     assert found(NATIVE, path) == (template, parameters)
 
 
@@ -87,7 +84,7 @@ def test_a_path_finds_its_route_and_what_its_parameters_are(
     ],
 )  # fmt: skip
 def test_any_other_path_has_no_route(path: str) -> None:
-    """An empty segment is no parameter, a trailing slash counts, and a dot is a dot."""
+    """A parameter is not empty, a trailing slash matters, and a dot matches only a dot."""
     assert found(NATIVE, path) is None
 
 
@@ -108,8 +105,8 @@ def test_ambiguous_routes_are_an_error_that_names_both(one: str, other: str) -> 
         owners = {"dialects.first": table([f"/p{first}"]), "dialects.second": table([f"/p{second}"])}
         with pytest.raises(ConfigError) as refusal:
             refuse_collisions(owners)
-        said = str(refusal.value)
-        assert said == f"dialects.second and dialects.first: both answer /p{second}; give them other prefixes"
+        message = str(refusal.value)
+        assert message == f"dialects.second and dialects.first: both answer /p{second}; give them other prefixes"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +129,7 @@ def test_routes_without_a_common_path_are_allowed(one: str, other: str) -> None:
         (("PUT", "DELETE"), ("PUT", "DELETE")),
     ],
 )
-async def test_what_answers_get_answers_head(methods: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+async def test_a_route_with_get_also_answers_head(methods: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     answered = []
 
     async def note(scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,8 +147,8 @@ async def test_what_answers_get_answers_head(methods: tuple[str, ...], allowed: 
     assert refusal.value.allowed == allowed
 
 
-async def test_what_get_and_post_do_alike_no_head_does() -> None:
-    app = Methods(taking("GET", "POST"))
+async def test_a_route_with_get_and_post_refuses_head() -> None:
+    app = Methods(handlers_for("GET", "POST"))
     with pytest.raises(MethodNotAllowed) as refused:
         await app({"method": "HEAD"}, cast(Any, None), cast(Any, None))
     assert refused.value.allowed == ("GET", "POST")
@@ -159,18 +156,18 @@ async def test_what_get_and_post_do_alike_no_head_does() -> None:
 
 RTG, TMS, POOL, PERMITS = "random-token-generator", "token-management-service", "token-pool", "simple-token-implement"
 COLLISIONS = {
-    "two dialects of one prefix": ({RTG: "/x", TMS: "/x"}, f"dialects.{TMS} and dialects.{RTG}", "/x/keep-alive"),
-    "two dialects without any": ({RTG: "", TMS: ""}, f"dialects.{TMS} and dialects.{RTG}", "/keep-alive"),
-    "a dialect and ours": ({PERMITS: "/api"}, f"dialects.{PERMITS} and tokenauth itself", "/api/tokens"),
+    "two dialects with one prefix": ({RTG: "/x", TMS: "/x"}, f"dialects.{TMS} and dialects.{RTG}", "/x/keep-alive"),
+    "two dialects without a prefix": ({RTG: "", TMS: ""}, f"dialects.{TMS} and dialects.{RTG}", "/keep-alive"),
+    "a dialect and a native route": ({PERMITS: "/api"}, f"dialects.{PERMITS} and tokenauth itself", "/api/tokens"),
     "a dialect and our pools": ({RTG: "/api/pools"}, f"dialects.{RTG} and tokenauth itself", "/api/pools/generate"),
-    "a dialect in another's": (
+    "a dialect inside another": (
         {POOL: "", RTG: "/api/keep_alive"}, f"dialects.{RTG} and dialects.{POOL}", "/api/keep_alive/generate",
     ),
 }  # fmt: skip
 
 
-def speaking(prefixes: Mapping[str, str]) -> str:
-    """Write tables that serve dialects under these prefixes, each over a pool of its own."""
+def dialect_settings(prefixes: Mapping[str, str]) -> str:
+    """Return settings that enable dialects under these prefixes, each with its own pool."""
     pools = "".join(f"[pools.{name}]\ncapacity = 1\nprefill = {str(name == PERMITS).lower()}\n" for name in prefixes)
     password = {PERMITS: 'password = "x"\n'}
     return pools + "".join(
@@ -180,17 +177,17 @@ def speaking(prefixes: Mapping[str, str]) -> str:
 
 
 @pytest.mark.parametrize("case", COLLISIONS)
-def test_colliding_routes_fail_at_the_start(case: str) -> None:
+def test_colliding_routes_are_a_configuration_error(case: str) -> None:
     prefixes, names, address = COLLISIONS[case]
     with pytest.raises(ConfigError) as refusal:
-        create_app(loader.parse(speaking(prefixes), {}))
+        create_app(loader.parse(dialect_settings(prefixes), {}))
     assert str(refusal.value) == f"{names}: both answer {address}; give them other prefixes"
 
 
 def test_dialects_without_a_collision_need_no_prefix(tmp_path: Path) -> None:
-    config = write_config(tmp_path, speaking({POOL: "", RTG: "", PERMITS: "", TMS: "/v1.2"}))
+    config = write_config(tmp_path, dialect_settings({POOL: "", RTG: "", PERMITS: "", TMS: "/v1.2"}))
     with worker(config) as server, server.client() as client:
-        asked = {
+        expected = {
             ("POST", "/generate"): 200,
             ("POST", "/v1.2/generate-token"): 201,
             ("POST", "/v1x2/generate-token"): 404,
@@ -202,6 +199,6 @@ def test_dialects_without_a_collision_need_no_prefix(tmp_path: Path) -> None:
             ("GET", "/issue_token"): 401,
             ("HEAD", "/issue_token"): 405,
         }
-        assert {each: client.request(*each).status_code for each in asked} == asked
+        assert {each: client.request(*each).status_code for each in expected} == expected
         assert client.get("/generate").headers["allow"] == "POST"
         assert client.delete("/issue_token").headers["allow"] == "GET, POST"

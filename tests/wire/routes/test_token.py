@@ -1,4 +1,4 @@
-"""Every row and every sentence of wire/token-api.md holds over real sockets, on two workers that share a database."""
+"""The contract of wire/token-api.md over sockets, on two workers that share a database."""
 
 import gzip
 import json
@@ -16,18 +16,18 @@ from tests.support.servers import HandClock, Server, log_in, probe, worker, writ
 DAY = 24 * 3600
 INVALID = {"valid": False, "expiry_time": None}
 UNKNOWN = "u" * 64
-RIGHT = {"username": "admin", "password": "admin"}
+CREDENTIALS = {"username": "admin", "password": "admin"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 PADDING = "x" * 20_000
 
 
 def delete(client: httpx.Client, **options: Any) -> httpx.Response:
-    """Log out; httpx's own `delete` takes no body."""
+    """Log out. The `delete` method of httpx takes no body."""
     return client.request("DELETE", "/api/token", **options)
 
 
-def test_a_login_answers_with_a_token_and_when_it_ends(client: httpx.Client, clock: HandClock) -> None:
-    answer = client.post("/api/token", json=RIGHT)
+def test_a_login_returns_a_token_and_its_expiry_time(client: httpx.Client, clock: HandClock) -> None:
+    answer = client.post("/api/token", json=CREDENTIALS)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
     document = answer.json()
@@ -38,7 +38,7 @@ def test_a_login_answers_with_a_token_and_when_it_ends(client: httpx.Client, clo
 
 
 def test_each_login_makes_a_new_token_of_the_server(client: httpx.Client) -> None:
-    tokens = {client.post("/api/token", json={**RIGHT, "token": UNKNOWN}).json()["token"] for _ in range(20)}
+    tokens = {client.post("/api/token", json={**CREDENTIALS, "token": UNKNOWN}).json()["token"] for _ in range(20)}
     assert len(tokens | {UNKNOWN}) == 21
     assert not probe(client, UNKNOWN)
 
@@ -91,9 +91,9 @@ CARRIERS: dict[str, Callable[[str], dict[str, Any]]] = {
 def test_the_probe_reports_a_valid_token_as_valid(
     client: httpx.Client, sibling_client: httpx.Client, carrier: str
 ) -> None:
-    issued = client.post("/api/token", json=RIGHT).json()
-    for asked in (client, sibling_client):
-        answer = asked.get("/api/token", **CARRIERS[carrier](issued["token"]))
+    issued = client.post("/api/token", json=CREDENTIALS).json()
+    for each in (client, sibling_client):
+        answer = each.get("/api/token", **CARRIERS[carrier](issued["token"]))
         assert answer.status_code == 200
         assert answer.json() == {"valid": True, "expiry_time": issued["expiry_time"]}
 
@@ -103,7 +103,7 @@ def test_the_probe_reports_a_valid_token_as_valid(
 def test_an_unknown_or_malformed_token_is_not_valid(client: httpx.Client, carrier: str, value: str) -> None:
     options = CARRIERS[carrier](value)
     if "headers" in options:
-        options["headers"] = {name: held.encode() for name, held in options["headers"].items()}
+        options["headers"] = {name: text.encode() for name, text in options["headers"].items()}
     answer = client.get("/api/token", **options)
     assert (answer.status_code, answer.json()) == (200, INVALID)
 
@@ -111,27 +111,27 @@ def test_an_unknown_or_malformed_token_is_not_valid(client: httpx.Client, carrie
 def test_a_token_ends_exactly_at_its_expiry_time(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
 ) -> None:
-    clock.advance(0.75)  # what is shown to clients as a whole second is enforced as that second
-    issued = client.post("/api/token", json=RIGHT).json()
+    clock.advance(0.75)  # clients see whole seconds, and exactly those are enforced
+    issued = client.post("/api/token", json=CREDENTIALS).json()
     for before in (1, 0.001):
         clock.set(issued["expiry_time"] - before)
         assert probe(client, issued["token"])
         assert probe(sibling_client, issued["token"])
     clock.set(issued["expiry_time"])
-    for asked in (client, sibling_client):
-        answer = asked.get("/api/token", params={"token": issued["token"]})
+    for each in (client, sibling_client):
+        answer = each.get("/api/token", params={"token": issued["token"]})
         assert (answer.status_code, answer.json()) == (200, INVALID)
 
 
-def test_the_life_of_a_token_is_configurable(tmp_path: Path, clock: HandClock) -> None:
+def test_the_lifetime_of_a_token_is_configurable(tmp_path: Path, clock: HandClock) -> None:
     with worker(write_config(tmp_path, '[tokens]\nttl = "90s"'), clock) as running, running.client() as client:
-        assert client.post("/api/token", json=RIGHT).json()["expiry_time"] == int(clock()) + 90
+        assert client.post("/api/token", json=CREDENTIALS).json()["expiry_time"] == int(clock()) + 90
 
 
 @pytest.mark.parametrize(
     "headers", [{}, {"Authorization": "Basic YWRtaW46YWRtaW4="}, {"Authorization": "Bearer"}, {"X_Token": UNKNOWN}]
 )
-def test_to_ask_about_no_token_is_400(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_a_probe_without_a_token_is_400(client: httpx.Client, headers: dict[str, str]) -> None:
     answer = client.get("/api/token", headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"] == "invalid_request"
@@ -160,20 +160,20 @@ def test_the_query_token_takes_precedence_over_a_header(client: httpx.Client) ->
 LOGOUTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "JSON": lambda token: {"json": {"token": token}},
     "JSON with a trailing comma": lambda token: {"content": f'{{"token": "{token}",}}'},
-    "JSON without its end": lambda token: {"content": f'{{"token": "{token}"'},
+    "truncated JSON": lambda token: {"content": f'{{"token": "{token}"'},
     "JSON in single quotes": lambda token: {"content": f"{{'token': '{token}'}}"},
     "JSON with a BOM": lambda token: {"content": b"\xef\xbb\xbf" + json.dumps({"token": token}).encode()},
     "UTF-16": lambda token: {"content": json.dumps({"token": token}).encode("utf-16")},
-    "UTF-16, big end first": lambda token: {"content": json.dumps({"token": token}).encode("utf-16-be")},
+    "UTF-16, big-endian": lambda token: {"content": json.dumps({"token": token}).encode("utf-16-be")},
     "UTF-32": lambda token: {"content": json.dumps({"token": token}).encode("utf-32")},
-    "JSON called a form": lambda token: {"content": json.dumps({"token": token}), "headers": FORM},
+    "JSON declared as a form": lambda token: {"content": json.dumps({"token": token}), "headers": FORM},
     "JSON with escapes": lambda token: {"content": rf'{{"token": "\u{ord(token[0]):04x}{token[1:]}"}}'},
     "a form": lambda token: {"data": {"token": token}},
     "a form of JSON": lambda token: {"data": {f'{{"token": "{token}",}}': ""}},
     "a multipart form": lambda token: {"files": {"token": (None, token)}},
     "gzip": lambda token: {"content": gzip.compress(token.encode()), "headers": {"Content-Encoding": "gzip"}},
     "deflate": lambda token: {"content": zlib.compress(token.encode()), "headers": {"Content-Encoding": "deflate"}},
-    "called gzip and plain": lambda token: {"json": {"token": token}, "headers": {"Content-Encoding": "gzip"}},
+    "plain JSON declared as gzip": lambda token: {"json": {"token": token}, "headers": {"Content-Encoding": "gzip"}},
     "the bare token": lambda token: {"content": token},
     "the query": lambda token: {"params": {"token": token}},
     "X-Token": lambda token: {"headers": {"X-Token": token}},
@@ -181,7 +181,7 @@ LOGOUTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "X-Token and an oversized body": lambda token: {"headers": {"X-Token": token}, "content": PADDING},
     "Bearer": lambda token: {"headers": {"Authorization": f"Bearer {token}"}},
     "Bearer and an empty JSON": lambda token: {"headers": {"Authorization": f"Bearer {token}"}, "json": {}},
-    "the front of an oversized body": lambda token: {"json": {"token": token, "padding": PADDING}},
+    "the start of an oversized body": lambda token: {"json": {"token": token, "padding": PADDING}},
     "the end of an oversized body": lambda token: {"json": {"padding": PADDING, "token": token}},
     "across the limit of a body": lambda token: {"content": " " * (16 * 1024 - 32) + token},
 }
@@ -217,7 +217,7 @@ def test_a_log_out_ends_the_token_everywhere(client: httpx.Client, sibling_clien
         {"content": b"{}", "headers": {"Content-Encoding": "gzip", "Content-Type": "image/png"}},
     ],
 )
-def test_a_log_out_that_names_no_living_token_is_200_too(client: httpx.Client, options: dict[str, Any]) -> None:
+def test_a_log_out_without_a_live_token_is_200(client: httpx.Client, options: dict[str, Any]) -> None:
     token = log_in(client)
     answer = delete(client, **options)
     assert (answer.status_code, answer.json()) == (200, INVALID)
@@ -234,11 +234,11 @@ def test_a_log_out_may_be_repeated(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "status"),
     [
-        ("POST", {"json": RIGHT}, 200),
-        ("POST", {"json": {**RIGHT, "password": "wrong"}}, 401),
+        ("POST", {"json": CREDENTIALS}, 200),
+        ("POST", {"json": {**CREDENTIALS, "password": "wrong"}}, 401),
         ("POST", {"content": "{"}, 400),
         ("POST", {"content": PADDING}, 413),
-        ("POST", {"data": RIGHT}, 415),
+        ("POST", {"data": CREDENTIALS}, 415),
         ("GET", {"params": {"token": UNKNOWN}}, 200),
         ("GET", {"headers": {"X-Token": UNKNOWN}}, 200),
         ("GET", {}, 400),
@@ -247,7 +247,7 @@ def test_a_log_out_may_be_repeated(client: httpx.Client) -> None:
         ("PUT", {}, 405),
     ],
 )
-def test_no_cache_may_keep_an_answer(client: httpx.Client, method: str, options: dict[str, Any], status: int) -> None:
+def test_every_answer_forbids_caching(client: httpx.Client, method: str, options: dict[str, Any], status: int) -> None:
     answer = client.request(method, "/api/token", **options)
     assert answer.status_code == status
     assert answer.headers["cache-control"] == "no-store"
@@ -263,7 +263,7 @@ def test_head_is_get_without_the_body(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
-def test_other_methods_are_405_and_name_the_right_ones(client: httpx.Client, method: str) -> None:
+def test_other_methods_are_405_with_an_allow_header(client: httpx.Client, method: str) -> None:
     answer = client.request(method, "/api/token")
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST", "DELETE"}

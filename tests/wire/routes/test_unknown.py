@@ -1,4 +1,4 @@
-"""What is asked for under a name that nobody knows is refused: left out, it would be a request for something else."""
+"""Unknown fields and parameters are refused: ignoring one would change the meaning of the request."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +15,8 @@ from tests.support.servers import Server, write_config
 BODIES = {
     ("POST", "/api/pools/p/tokens"): ["count"],
     ("POST", "/api/pools/p/leases"): ["holder"],
-    ("PUT", "/api/pools/p/leases/LENT"): ["holder", "fence"],
-    ("DELETE", "/api/pools/p/leases/LENT"): ["holder", "fence", "reason"],
+    ("PUT", "/api/pools/p/leases/LEASED"): ["holder", "fence"],
+    ("DELETE", "/api/pools/p/leases/LEASED"): ["holder", "fence", "reason"],
 }
 QUERIES = {
     ("GET", "/api/me"): [],
@@ -25,11 +25,11 @@ QUERIES = {
     ("DELETE", "/api/tokens/ID"): ["user"],
     ("GET", "/api/pools"): [],
     ("GET", "/api/pools/p"): ["after", "limit"],
-    ("GET", "/api/pools/p/tokens/LENT"): [],
-    ("DELETE", "/api/pools/p/tokens/LENT"): [],
+    ("GET", "/api/pools/p/tokens/LEASED"): [],
+    ("DELETE", "/api/pools/p/tokens/LEASED"): [],
     **{route: [] for route in BODIES},
 }
-"""The native routes that need a token, and the parameters that each knows."""
+"""The native routes that need a token, with the query parameters of each."""
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +38,35 @@ def config_file(directory: Path) -> Path:
 
 
 class Scene:
-    """An admin with a second login, and a pool with one lent token."""
+    """An admin with a second login, and a pool with one leased token."""
 
     def __init__(self, connection: Connection, port: int) -> None:
         self._port = port
         self.connection = connection
         self.admin = Borrower(connection)
         self.admin.generate("p")
-        self._lent = self.admin.assign("p", "ci-7").token
+        self._leased = self.admin.assign("p", "ci-7").token
         self._id = ""
         self._id = self.ask("GET", "/api/me").json()["id"]
 
     def ask(self, method: str, path: str, document: object = None) -> Answer:
-        """Ask as the admin."""
-        path = path.replace("LENT", self._lent) if "LENT" in path else path.replace("ID", self._id)
+        """Send a request as the admin."""
+        path = path.replace("LEASED", self._leased) if "LEASED" in path else path.replace("ID", self._id)
         return self.connection.ask(method, path, document, X_Token=self.admin.token)
 
     def send(self, method: str, path: str, body: bytes, chunked: bool) -> Answer:
-        """Ask as the admin, with a body of any kind."""
+        """Send a request as the admin, with any body."""
         framed = b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         if chunked:
             parts = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
             framed = b"Transfer-Encoding: chunked\r\n\r\n" + parts + b"0\r\n\r\n"
-        path = path.replace("LENT", self._lent).replace("ID", self._id)
+        path = path.replace("LEASED", self._leased).replace("ID", self._id)
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-Token: {self.admin.token}\r\n"
         with Connection(self._port) as fresh:
             return fresh.send(head.encode() + framed)
 
     def state(self) -> object:
-        """Show all that a request might have changed."""
+        """Return everything that a request could change."""
         return self.admin.members("p"), self.ask("GET", "/api/tokens").json()
 
 
@@ -76,8 +76,8 @@ def scene(server: Server) -> Iterator[Scene]:
         yield Scene(connection, server.port)
 
 
-def slips(name: str) -> st.SearchStrategy[str]:
-    """Mistype a name: in a letter, in its case, with something around it, or in two letters that are swapped."""
+def typos(name: str) -> st.SearchStrategy[str]:
+    """Return misspellings of a name: a letter missing, doubled, swapped or in capitals, or extra characters."""
     places = st.integers(0, len(name) - 1)
     return st.one_of(
         places.map(lambda at: name[:at] + name[at + 1 :]),
@@ -87,15 +87,15 @@ def slips(name: str) -> st.SearchStrategy[str]:
         st.sampled_from(["{}[]", " {}", "{} ", "?{}", "_{}", "{}s", "{}\0", "{}\N{ZERO WIDTH SPACE}"]).map(
             lambda form: form.format(name)
         ),
-    ).filter(lambda slip: slip != name)
+    ).filter(lambda typo: typo != name)
 
 
-def test_a_field_that_is_unknown_is_400_and_changes_nothing(scene: Scene) -> None:
+def test_an_unknown_field_is_400_and_changes_nothing(scene: Scene) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(st.sampled_from(list(BODIES)).flatmap(lambda route: st.tuples(st.just(route), _slip(BODIES[route]))))
+    @given(st.sampled_from(list(BODIES)).flatmap(lambda route: st.tuples(st.just(route), _typo(BODIES[route]))))
     def check(found: tuple[tuple[str, str], tuple[str, str]]) -> None:
-        (method, path), (name, slip) = found
-        _refused(scene.ask(method, path, {slip: 9}), "field", name, slip)
+        (method, path), (name, typo) = found
+        _refused(scene.ask(method, path, {typo: 9}), "field", name, typo)
 
     before = scene.state()
     check()
@@ -104,11 +104,11 @@ def test_a_field_that_is_unknown_is_400_and_changes_nothing(scene: Scene) -> Non
 
 def test_an_unknown_parameter_is_400_and_changes_nothing(scene: Scene) -> None:
     @settings(max_examples=50, deadline=None, derandomize=True)
-    @given(st.sampled_from(list(QUERIES)).flatmap(lambda route: st.tuples(st.just(route), _slip(QUERIES[route]))))
+    @given(st.sampled_from(list(QUERIES)).flatmap(lambda route: st.tuples(st.just(route), _typo(QUERIES[route]))))
     def check(found: tuple[tuple[str, str], tuple[str, str]]) -> None:
-        (method, path), (name, slip) = found
-        escaped = "".join(f"%{byte:02X}" for byte in slip.encode())
-        _refused(scene.ask(method, f"{path}?{escaped}=9"), "parameter", name, slip)
+        (method, path), (name, typo) = found
+        escaped = "".join(f"%{byte:02X}" for byte in typo.encode())
+        _refused(scene.ask(method, f"{path}?{escaped}=9"), "parameter", name, typo)
 
     before = scene.state()
     check()
@@ -116,7 +116,7 @@ def test_an_unknown_parameter_is_400_and_changes_nothing(scene: Scene) -> None:
 
 
 def test_an_unexpected_body_is_400_and_changes_nothing(scene: Scene) -> None:
-    """Else `{"keep": "current"}` would end all logins, and `{"user": "bob"}` those of the admin."""
+    """Otherwise `{"keep": "current"}` would end all logins, and `{"user": "bob"}` those of the admin."""
     bodies = [b'{"keep": "current"}', b'{"user": "bob"}', b"keep=current", b"[]", b"null", b"\0", b"x" * 100_000]
 
     @settings(max_examples=60, deadline=None, derandomize=True)
@@ -137,24 +137,24 @@ def test_an_unexpected_body_is_400_and_changes_nothing(scene: Scene) -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_an_empty_body_or_object_is_accepted(scene: Scene, body: bytes, chunked: bool) -> None:
     assert scene.send("GET", "/api/me", body, chunked).status == 200
-    assert scene.send("DELETE", "/api/pools/p/tokens/LENT", body, chunked).status == 204
+    assert scene.send("DELETE", "/api/pools/p/tokens/LEASED", body, chunked).status == 204
 
 
 def test_a_reason_without_force_is_400_and_ends_no_lease(scene: Scene) -> None:
     before = scene.state()
-    answer = scene.ask("DELETE", "/api/pools/p/leases/LENT", {"reason": "device is stuck"})
+    answer = scene.ask("DELETE", "/api/pools/p/leases/LEASED", {"reason": "device is stuck"})
     assert (answer.status, answer.json()["error_description"][:8]) == (400, "reason: ")
     assert scene.state() == before
 
 
-def _slip(known: list[str]) -> st.SearchStrategy[tuple[str, str]]:
-    """Draw a name and a slip of it, of what the route knows or of what another one does."""
+def _typo(known: list[str]) -> st.SearchStrategy[tuple[str, str]]:
+    """Return a name and a misspelling of it. A route without names gets those of other routes."""
     names = st.sampled_from(known or ["fence", "holder", "count", "user"])
-    return names.flatmap(lambda name: st.tuples(st.just(name), slips(name))).filter(lambda pair: pair[1] not in known)
+    return names.flatmap(lambda name: st.tuples(st.just(name), typos(name))).filter(lambda pair: pair[1] not in known)
 
 
-def _refused(answer: Answer, what: str, name: str, slip: str) -> None:
-    assert answer.status == 400, (answer, slip)
+def _refused(answer: Answer, what: str, name: str, typo: str) -> None:
+    assert answer.status == 400, (answer, typo)
     refusal: dict[str, Any] = answer.json()
     assert refusal["error"] == "invalid_request"
     assert refusal["error_description"].startswith(
@@ -163,7 +163,7 @@ def _refused(answer: Answer, what: str, name: str, slip: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "said"),
+    ("sent", "message"),
     [
         ({"fenc": 9}, "unknown field 'fenc': did you mean 'fence'?"),
         ({"HOLDER": "x"}, "unknown field 'HOLDER': did you mean 'holder'?"),
@@ -173,13 +173,13 @@ def _refused(answer: Answer, what: str, name: str, slip: str) -> None:
         ({"": 9}, "unknown field: known are 'holder', 'fence'."),
     ],
 )
-def test_the_refusal_suggests_the_intended_field(scene: Scene, sent: dict[str, Any], said: str) -> None:
-    answer = scene.ask("PUT", "/api/pools/p/leases/LENT", sent)
-    assert answer.json()["error_description"] == f"The body has an {said}"
+def test_the_refusal_suggests_the_intended_field(scene: Scene, sent: dict[str, Any], message: str) -> None:
+    answer = scene.ask("PUT", "/api/pools/p/leases/LEASED", sent)
+    assert answer.json()["error_description"] == f"The body has an {message}"
 
 
 def test_a_field_twice_is_400_also_escaped(scene: Scene) -> None:
-    """Also where it is escaped the second time: which of the two is meant cannot be known."""
+    """Also if the second one is escaped: the server cannot know which of the two is meant."""
     for name in ("holder", "fence"):
         for second in (name, f"\\u{ord(name[0]):04x}{name[1:]}"):
             body = f'{{"{name}": null, "{second}": null}}'.encode()
@@ -188,8 +188,8 @@ def test_a_field_twice_is_400_also_escaped(scene: Scene) -> None:
             assert (answer.status, answer.json()["error_description"]) == (400, f"The body has {name!r} twice.")
 
 
-def test_extra_fields_of_the_originals_clients_are_ignored(server: Server) -> None:
-    """A contract that says nothing of it is kept with what the original does: it ignores it."""
+def test_the_token_api_ignores_unknown_fields(server: Server) -> None:
+    """The contract does not mention unknown fields, and the original service ignores them."""
     with Connection(server.port) as connection:
         answer = connection.ask("POST", "/api/token?x=1", {"username": "admin", "password": "admin", "x": [1]})
         assert answer.status == 200
