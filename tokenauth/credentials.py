@@ -13,7 +13,7 @@ from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, Ret
 from tokenauth.login_queue import Gone, never_gone
 from tokenauth.logs import log
 from tokenauth.models import Instant, User
-from tokenauth.passwords import CannotHash, Passwords, impossible, is_text
+from tokenauth.passwords import CannotHash, Passwords, is_text, password_problem
 from tokenauth.settings.model import MAX_NAME, canonical
 from tokenauth.throttle import Throttle
 
@@ -170,4 +170,4 @@ def _problem(candidate: Candidate) -> str | None:
         return "username: has a NUL character"
     if not is_text(candidate.username):
         return "username: is not Unicode text"
-    return impossible(candidate.password)
+    return password_problem(candidate.password)

@@ -38,7 +38,7 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
         costs[user.username] = passwords.cost(user)
         if user.password_hash == SHIPPED_HASH:
             shipped.append(user.username)
-        elif passwords.weak(user):
+        elif passwords.is_weak(user):
             weak.append(user.username)
     risks = []
     fix = "run `tokenauth user passwd NAME`"
@@ -60,17 +60,17 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
 def _of_costs(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> Iterator[Risk]:
     """Find hashes so costly that one client can block all logins with a few wrong passwords at the same time."""
     new = passwords.new_cost
-    if passwords.slow(new):
+    if passwords.is_slow(new):
         text = f"passwords: memory_kib and time_cost make each login take {new.seconds:.1f} seconds; lower one of them"
         yield Risk("costly_hash", text)
-    if passwords.crowds(new, workers):
+    if passwords.needs_too_much_memory(new, workers):
         text = "passwords: memory_kib, threads and server.workers can take more than half of this machine's memory"
         yield Risk("costly_hash", f"{text}; lower one of them")
     fix = "run `tokenauth user passwd NAME`"
-    if slow := [name for name, cost in costs.items() if passwords.slow(cost)]:
+    if slow := [name for name, cost in costs.items() if passwords.is_slow(cost)]:
         yield Risk("costly_hash", f"the password hash of {_some(slow)} takes more than a second to check; {fix}")
     larger = [name for name, cost in costs.items() if cost.memory_kib > new.memory_kib]
-    if large := [name for name in larger if passwords.crowds(costs[name], workers)]:
+    if large := [name for name in larger if passwords.needs_too_much_memory(costs[name], workers)]:
         text = "takes more than half of this machine's memory when it is checked in all threads at once"
         yield Risk("costly_hash", f"the password hash of {_some(large)} {text}; {fix}, or lower passwords.threads")
 

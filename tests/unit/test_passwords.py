@@ -246,4 +246,4 @@ def argon(memory: int, rounds: int, lanes: int = 1, type: str = "ID") -> str:
     ],
 )
 def test_a_hash_is_weak_when_it_costs_an_attacker_less(passwords: Passwords, hashed: str, weak: bool) -> None:
-    assert passwords.weak(User("ann", hashed)) is weak
+    assert passwords.is_weak(User("ann", hashed)) is weak

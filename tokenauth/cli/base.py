@@ -72,7 +72,7 @@ def config_path(config_file: str | None) -> Path:
 
 def new_hash(config_file: str | None, password_stdin: bool) -> str:
     """Ask for a password and hash it, at the default cost if there is no configuration file."""
-    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, impossible
+    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, password_problem
     from tokenauth.settings import loader
     from tokenauth.settings.model import Settings
 
@@ -85,7 +85,7 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
     password.encode()  # raises UnicodeEncodeError for bytes that are not UTF-8
     if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
         raise click.ClickException(f"The password must have {MIN_LENGTH} to {MAX_LENGTH} characters.")
-    reason = impossible(password)
+    reason = password_problem(password)
     if reason is not None:
         raise click.ClickException(reason)
     try:
