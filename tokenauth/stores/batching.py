@@ -24,41 +24,34 @@ GATHER = 0.001
 class Group(Generic[A]):
     """The changes of one kind in a batch, and the futures of their answers."""
 
-    __slots__ = ("_answers", "_changes", "_futures")
+    __slots__ = ("_answers", "changes", "futures")
 
     def __init__(self) -> None:
-        self._changes: list[Change[A]] = []
-        self._futures: list[asyncio.Future[A]] = []
-
-    def __len__(self) -> int:
-        return len(self._changes)
-
-    def add(self, change: Change[A], future: asyncio.Future[A]) -> None:
-        """Add a change."""
-        self._changes.append(change)
-        self._futures.append(future)
+        self.changes: list[Change[A]] = []
+        self.futures: list[asyncio.Future[A]] = []
 
     def make(self, db: Transaction) -> None:
         """Make all changes, and keep the answers until the commit."""
-        self._answers = type(self._changes[0]).make(db, self._changes)
+        self._answers = type(self.changes[0]).make(db, self.changes)
 
     def resolve(self) -> None:
         """Deliver the answers, after the commit."""
-        for future, answer in zip(self._futures, self._answers, strict=True):
+        for future, answer in zip(self.futures, self._answers, strict=True):
             if not future.done():
                 future.set_result(answer)
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead."""
-        for future in self._futures:
+        for future in self.futures:
             if not future.done():
                 future.set_exception(error)
 
     def split(self) -> "Iterable[Group[A]]":
         """Return groups of one change each."""
-        for change, future in zip(self._changes, self._futures, strict=True):
+        for change, future in zip(self.changes, self.futures, strict=True):
             alone = Group[A]()
-            alone.add(change, future)
+            alone.changes.append(change)
+            alone.futures.append(future)
             yield alone
 
 
@@ -81,7 +74,8 @@ class Batch:
         group = self.groups.get(kind)
         if group is None:
             group = self.groups[kind] = Group()
-        group.add(change, future)
+        group.changes.append(change)
+        group.futures.append(future)
         self.size += 1
         self.now = max(self.now, change.now)
 

@@ -6,7 +6,7 @@ they came. What a change has read is still true when it writes: it has locked th
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar, Self, TypeVar
@@ -145,40 +145,62 @@ class Assign(PoolChange[Assignment]):
 
 
 @dataclass(slots=True)
-class KeepAlive(PoolChange[LeaseChange | None]):
-    """Extend the lease of one token if its check matches; `free_too`: or the life of a free token."""
+class LeaseUpdate(PoolChange[LeaseChange | None]):
+    """Change the lease of one token if its check matches; the answer is None if there is no such token."""
 
     value: str
     check: LeaseCheck
-    free_too: bool
+
+    @abstractmethod
+    def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
+        """Return the token after the change; None if the change is refused."""
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
-        """Extend leases and free tokens to their full time from now."""
-
-        def extended(token: PoolToken, change: Self) -> PoolToken | None:
-            if change.check.matches(token, rows.now):
-                return rows.pool.extended(token, rows.now)
-            return rows.pool.released(token, rows.now) if change.free_too and not token.is_leased(rows.now) else None
-
-        return _change_named(rows, [(change.value, change) for change in changes], extended)
+        """Change tokens one after the other."""
+        pool, now = rows.pool, rows.now
+        found = rows.named(change.value for change in changes)
+        changed: dict[int, PoolToken] = {}
+        answers: list[LeaseChange | None] = []
+        for change in changes:
+            if change.value not in found:
+                answers.append(None)
+                continue
+            number, token = found[change.value]
+            after = change.changed(pool, token, now)
+            if after is None:
+                answers.append(LeaseChange(token, done=False))
+                continue
+            answers.append(LeaseChange(after, done=True))
+            changed[number] = after
+            if pool.is_live(after, now):
+                found[change.value] = number, after
+            else:  # a retired token ends with its lease
+                del found[change.value]
+        rows.put(changed)
+        return answers
 
 
 @dataclass(slots=True)
-class Release(PoolChange[LeaseChange | None]):
-    """End the lease of one token if its check matches."""
+class KeepAlive(LeaseUpdate):
+    """Extend a lease to its full time from now; `free_too`: or the life of a free token."""
 
-    value: str
-    check: LeaseCheck
+    free_too: bool
 
-    @classmethod
-    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
-        """End leases."""
+    def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
+        """Return the extended token."""
+        if self.check.matches(token, now):
+            return pool.extended(token, now)
+        return pool.released(token, now) if self.free_too and not token.is_leased(now) else None
 
-        def released(token: PoolToken, change: Self) -> PoolToken | None:
-            return rows.pool.released(token, rows.now) if change.check.matches(token, rows.now) else None
 
-        return _change_named(rows, [(change.value, change) for change in changes], released)
+@dataclass(slots=True)
+class Release(LeaseUpdate):
+    """End a lease."""
+
+    def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
+        """Return the free token."""
+        return pool.released(token, now) if self.check.matches(token, now) else None
 
 
 @dataclass(slots=True)
@@ -262,32 +284,3 @@ class PurgePool(PoolChange[int]):
             retired = rows.delete_retired(change.limit)
             answers.append(retired + rows.delete_expired(change.limit - retired))
         return answers
-
-
-C = TypeVar("C")
-
-
-def _change_named(
-    rows: PoolRows, changes: Sequence[tuple[str, C]], change_one: Callable[[PoolToken, C], PoolToken | None]
-) -> Sequence[LeaseChange | None]:
-    """Change tokens by value, one after the other; `change_one` returns None to refuse."""
-    found = rows.named(value for value, _ in changes)
-    changed: dict[int, PoolToken] = {}
-    answers: list[LeaseChange | None] = []
-    for value, change in changes:
-        if value not in found:
-            answers.append(None)
-            continue
-        number, token = found[value]
-        after = change_one(token, change)
-        if after is None:
-            answers.append(LeaseChange(token, done=False))
-            continue
-        answers.append(LeaseChange(after, done=True))
-        changed[number] = after
-        if rows.pool.is_live(after, rows.now):
-            found[value] = number, after
-        else:  # a retired token ends with its lease
-            del found[value]
-    rows.put(changed)
-    return answers

@@ -24,7 +24,7 @@ class SqliteTransaction:
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query."""
         text, _, own = self._compiled(statement, values)
-        return self._connection.execute(text, {**own, **values}).fetchall()
+        return self._connection.execute(text, {**own, **values} if own else values).fetchall()
 
     def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
         """Run a change that returns rows once for each set of values."""
@@ -33,7 +33,7 @@ class SqliteTransaction:
     def execute(self, statement: ClauseElement, values: Values) -> int:
         """Run a change."""
         text, _, own = self._compiled(statement, values)
-        return self._connection.execute(text, {**own, **values}).rowcount
+        return self._connection.execute(text, {**own, **values} if own else values).rowcount
 
     def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
         """Run a change, which contains no values of its own, once for each set of values."""
