@@ -95,7 +95,7 @@ class Pools:
         if not 1 <= count <= MAX_COUNT:
             raise InvalidRequest(f"count: must be from 1 to {MAX_COUNT}.")
         values = self._new_values(pool, count)
-        if not await self._store.pools.add(pool, values, self._clock()):
+        if not await self._store.pools.generate(pool, values, self._clock()):
             raise PoolFull
         return values
 
@@ -105,7 +105,7 @@ class Pools:
         A lease without a `username` belongs to no user: anyone may extend or release it.
         """
         now = self._clock()
-        result = await self._store.pools.lease(pool, holder, now, username)
+        result = await self._store.pools.assign(pool, holder, now, username)
         if result.token is None:
             raise NoFreeToken(None if result.next_end is None else max(1, math.ceil(result.next_end - now)))
         return result.token
@@ -115,7 +115,7 @@ class Pools:
 
         Return whether there was a free one, and how many are free now.
         """
-        result = await self._store.pools.lease(pool, holder, self._clock(), username, counted=True)
+        result = await self._store.pools.assign(pool, holder, self._clock(), username, counted=True)
         return result.token is not None, result.left or 0
 
     async def release_next(self, pool: Pool, username: str | None = None) -> tuple[bool, int]:
@@ -128,7 +128,7 @@ class Pools:
     async def keep_alive(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> PoolToken:
         """Extend a lease to its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        return _unwrap(await self._store.pools.extend(pool, _checked(value), now, check), check, now)
+        return _unwrap(await self._store.pools.keep_alive(pool, _checked(value), now, check), check, now)
 
     async def keep_alive_any(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
         """Extend the lease of a token, or the life of a free one, to its full time from now.
@@ -140,7 +140,7 @@ class Pools:
         check = LeaseCheck(username=None if user is None else user.username)
         managed = user is None or pool.managed_by(user)
         try:
-            token = _unwrap(await self._store.pools.extend(pool, _checked(value), now, check, managed), check, now)
+            token = _unwrap(await self._store.pools.keep_alive(pool, _checked(value), now, check, managed), check, now)
         except LeaseLost:
             raise InsufficientScope(pool.manage_scope) from None
         return token.holder is not None
@@ -155,7 +155,7 @@ class Pools:
         counts = await self._store.pools.count(pool, start)
         more = counts.available > 0
         while more:
-            more = await self._store.pools.extend_free(pool, start, self._clock(), MAX_COUNT) == MAX_COUNT
+            more = await self._store.pools.keep_alive_free(pool, start, self._clock(), MAX_COUNT) == MAX_COUNT
             await asyncio.sleep(_PAUSE)
         return counts.available
 
@@ -182,7 +182,7 @@ class Pools:
     async def delete(self, pool: Pool, value: str) -> None:
         """Delete a token, free or leased. A pool with `prefill` gets a new one instead. Raises UnknownToken."""
         successor = self._new_values(pool, 1)[0] if pool.prefill else None
-        if not await self._store.pools.remove(pool, _checked(value), self._clock(), successor):
+        if not await self._store.pools.delete(pool, _checked(value), self._clock(), successor):
             raise UnknownToken
 
     async def get(self, pool: Pool, value: str) -> PoolToken:
@@ -197,11 +197,11 @@ class Pools:
 
     async def list_tokens(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
         """List tokens ordered by value, starting after the value `after`."""
-        return await self._store.pools.members(pool, self._clock(), after, limit)
+        return await self._store.pools.list_tokens(pool, self._clock(), after, limit)
 
     async def list_leases(self, pool: Pool, after: LeaseCursor, limit: int) -> Sequence[tuple[LeaseCursor, PoolToken]]:
         """List leased tokens ordered by the end of their lease, starting after a cursor."""
-        return await self._store.pools.leases(pool, self._clock(), after, limit)
+        return await self._store.pools.list_leases(pool, self._clock(), after, limit)
 
     def now(self) -> Instant:
         return self._clock()

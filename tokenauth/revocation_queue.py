@@ -231,7 +231,7 @@ class RevocationQueue:
     async def _revoke_all(self) -> None:
         began = monotonic()
         try:
-            count = await self._store.tokens.remove_all(None, self._clock())
+            count = await self._store.tokens.revoke_all(None, self._clock())
         except Exception as error:
             _log_unexpected(error)
             return
@@ -249,7 +249,7 @@ class RevocationQueue:
 
     async def _write_one(self, digest: bytes) -> bool:
         try:
-            removed = await self._store.tokens.remove(digest, self._clock())
+            removed = await self._store.tokens.revoke(digest, self._clock())
         except Exception as error:
             _log_unexpected(error)
             if digest in self.held:  # move it to the end: one that cannot be written must not hold up the others

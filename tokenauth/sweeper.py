@@ -52,13 +52,13 @@ class Sweeper:
         await self._pools.prefill()
         now = self._clock()
         until = now + INTERVAL / 2
-        if not await self._store.claim("sweep", now, until):
+        if not await self._store.take_duty("sweep", now, until):
             return 0
         count = await self._drain(self._store.tokens.purge, now, until)
         for pool in self._pools.usable_by():
             count += await self._drain(partial(self._pools.purge, pool), now, until)
-        count += await self._drain(self._store.purge_log, now - LOG_AGE, until)
-        count += await self._drain(self._store.failures.purge_failures, now - self._forget, until)
+        count += await self._drain(self._store.purge_revocations, now - LOG_AGE, until)
+        count += await self._drain(self._store.failures.purge, now - self._forget, until)
         if count:
             log.info("swept", rows=count)
         return count

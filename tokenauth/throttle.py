@@ -191,7 +191,7 @@ class Throttle:
             return None
         now = self._clock()
         if now - checked_at >= _RECHECK:
-            found = await self._store.failures.failures([key])
+            found = await self._store.failures.get([key])
             if self._in_row(found.get(key), now):
                 self._permits.pop(key, None)
             checked_at = now
@@ -213,7 +213,7 @@ class Throttle:
         wanted = [
             key for keys in names for key in (keys.known, keys.location_row, keys.location, keys.name, keys.region)
         ]
-        found = dict(await self._store.failures.failures(wanted))
+        found = dict(await self._store.failures.get(wanted))
         now = self._clock()
         states = [self._state(keys, found, now) for keys in names]
         strangers = [state.keys for state in states if not state.known]
@@ -225,7 +225,7 @@ class Throttle:
             for key in (keys.network_row, keys.name_in_region, keys.network)
         ]
         if more:
-            found |= await self._store.failures.failures(more)
+            found |= await self._store.failures.get(more)
             now = self._clock()
         # If one of the names is a known user, the network does not delay that user ...
         all_strangers = len(strangers) == len(states)
@@ -303,7 +303,7 @@ class Throttle:
         for bucket in self._refundable_buckets(strangers):
             filled += [(bucket.key, bucket.drain_time), (bucket.share(group), bucket.drain_time)]
         updates += [CountUpdate(key, at=now, later=drain_time) for key, drain_time in filled]
-        await self._store.failures.note(updates, now)
+        await self._store.failures.update(updates, now)
 
     async def _count_success(self, states: Sequence[_State], which: int) -> None:
         """Refund the failures of the name that logged in, and save that it is known at the location."""
@@ -318,7 +318,7 @@ class Throttle:
             # failures of a known user were counted nowhere else
             shares = [] if known else [(each.share(group), each.key) for each in self._refundable_buckets([keys])]
             row = None if known else keys.network_row
-            await self._store.failures.take_back(keys.location_row, row, shares, now - self._settings.forget, now)
+            await self._store.failures.refund(keys.location_row, row, shares, now - self._settings.forget, now)
         if now + KNOWN_FOR - known_until >= _KNOWN_UPDATE:
             # No need to wait: it shares the commit of the token that is issued next.
             task = asyncio.create_task(self._write([CountUpdate(keys.known, at=now + KNOWN_FOR)], now))
@@ -327,7 +327,7 @@ class Throttle:
 
     async def _write(self, updates: Sequence[CountUpdate], now: Instant) -> None:
         with suppress(RetryLater):  # the next login writes it
-            await self._store.failures.note(updates, now)
+            await self._store.failures.update(updates, now)
 
 
 @lru_cache(maxsize=4096)

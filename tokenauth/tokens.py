@@ -69,7 +69,7 @@ class Tokens:
         assert digest is not None
         expires_at = int(now) + int(self._settings.ttl)
         token = Token(digest, user.username, user.credential, now, expires_at, address, user_agent)
-        await self._store.tokens.add(token, self._settings.per_user, now)
+        await self._store.tokens.issue(token, self._settings.per_user, now)
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
         return IssuedToken(value, token)
 
@@ -142,7 +142,7 @@ class Tokens:
 
     async def _revoke(self, digest: bytes) -> None:
         token = await self._store.tokens.get(digest)
-        if token is not None and await self._store.tokens.remove(digest, self._clock()):
+        if token is not None and await self._store.tokens.revoke(digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
     async def revoke_id(self, id: str, username: str | None) -> None:
@@ -150,12 +150,12 @@ class Tokens:
         token = await self._store.tokens.find(id)
         if token is None or username not in {None, token.username}:
             raise NotFound("There is no token with this id.")
-        if await self._store.tokens.remove(token.digest, self._clock()):
+        if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
     async def revoke_all(self, username: str | None, keep: Token | None = None) -> int:
         """Revoke all tokens of a user, except `keep`. Return their number."""
-        count = await self._store.tokens.remove_all(username, self._clock(), keep.digest if keep else None)
+        count = await self._store.tokens.revoke_all(username, self._clock(), keep.digest if keep else None)
         whose = "(all)" if username is None else username if username in self._users else "(unknown)"
         log.info("tokens_revoked", user=whose, count=count)
         return count

@@ -16,88 +16,88 @@ HUGE = [2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, 0, -1, -(10**40)]
 
 async def holders(pools: PoolStore, now: float) -> dict[str, str]:
     """Say who has which token."""
-    tokens = await pools.members(POOL, now, "", 1000)
+    tokens = await pools.list_tokens(POOL, now, "", 1000)
     return {token.value: lease.holder for token in tokens if (lease := token.lease(now)) is not None}
 
 
 async def test_a_lapsed_lease_is_free_again(pools: PoolStore) -> None:
     """Time alone frees a token."""
-    await pools.add(POOL, ["t1"], START)
-    assert await pools.lease(POOL, "ann", START) == Assignment(PoolToken("p", "t1", START + 60, "ann", fence=1))
+    await pools.generate(POOL, ["t1"], START)
+    assert await pools.assign(POOL, "ann", START) == Assignment(PoolToken("p", "t1", START + 60, "ann", fence=1))
 
-    assert (await pools.lease(POOL, "bob", START + 60 - JUST)).token is None
-    taken = await pools.lease(POOL, "bob", START + 60)
+    assert (await pools.assign(POOL, "bob", START + 60 - JUST)).token is None
+    taken = await pools.assign(POOL, "bob", START + 60)
     assert taken.token == PoolToken("p", "t1", START + 120, "bob", fence=2)
 
 
 async def test_who_finds_nothing_free_learns_when_the_next_lease_ends(pools: PoolStore) -> None:
-    await pools.add(POOL, ["a", "b", "c"], START)
+    await pools.generate(POOL, ["a", "b", "c"], START)
     for number in range(3):
-        await pools.lease(POOL, f"h{number}", START + number)
-    assert (await pools.lease(POOL, "ann", START + 9))[:2] == (None, START + 60)
-    await pools.extend(POOL, "a", START + 10)
-    assert (await pools.lease(POOL, "ann", START + 10))[:2] == (None, START + 61)
-    await pools.remove(POOL, "b", START + 10)
-    assert (await pools.lease(POOL, "ann", START + 62 - JUST))[:2] == (None, START + 62)
+        await pools.assign(POOL, f"h{number}", START + number)
+    assert (await pools.assign(POOL, "ann", START + 9))[:2] == (None, START + 60)
+    await pools.keep_alive(POOL, "a", START + 10)
+    assert (await pools.assign(POOL, "ann", START + 10))[:2] == (None, START + 61)
+    await pools.delete(POOL, "b", START + 10)
+    assert (await pools.assign(POOL, "ann", START + 62 - JUST))[:2] == (None, START + 62)
     assert await lease(pools, now=START + 62) == "c"
 
 
 async def test_where_nothing_is_lent_no_lease_ends(pools: PoolStore) -> None:
-    assert (await pools.lease(POOL, "ann", START))[:2] == (None, None)
-    await pools.add(POOL, ["t1"], START)
+    assert (await pools.assign(POOL, "ann", START))[:2] == (None, None)
+    await pools.generate(POOL, ["t1"], START)
     assert await lease(pools) == "t1"
-    await pools.remove(POOL, "t1", START)
-    assert (await pools.lease(POOL, "ann", START))[:2] == (None, None)
+    await pools.delete(POOL, "t1", START)
+    assert (await pools.assign(POOL, "ann", START))[:2] == (None, None)
 
 
 async def test_the_token_that_has_been_free_longest_is_lent(pools: PoolStore) -> None:
     for number, value in enumerate("bdac"):
-        await pools.add(POOL, [value], START + number)
+        await pools.generate(POOL, [value], START + number)
     assert [await lease(pools, now=START + 5) for _ in range(5)] == ["b", "d", "a", "c", None]
     for number, value in enumerate("acdb"):
         await pools.release(POOL, value, START + 10 + number)
     assert [await lease(pools, now=START + 20 + number) for number in range(2)] == ["a", "c"]
-    await pools.extend(POOL, "d", START + 20, free_too=True)
+    await pools.keep_alive(POOL, "d", START + 20, free_too=True)
     assert [await lease(pools, now=START + 22 + number) for number in range(2)] == ["b", "d"]
 
 
 async def test_a_lapsed_lease_has_been_free_since_it_ended_and_not_since_it_began(pools: PoolStore) -> None:
-    await pools.add(POOL, ["a", "b"], START)
+    await pools.generate(POOL, ["a", "b"], START)
     assert [await lease(pools, now=START + number) for number in (0, 1)] == ["a", "b"]
     await pools.release(POOL, "b", START + 59)
-    await pools.add(POOL, ["c"], START + 60 + JUST)
+    await pools.generate(POOL, ["c"], START + 60 + JUST)
     assert [await lease(pools, now=START + 70) for _ in range(3)] == ["b", "a", "c"]
 
 
 async def test_the_fence_grows_by_one_with_each_lease_and_with_nothing_else(places: Places) -> None:
     place, now = await places.open(), START
-    await place.pools.add(POOL, ["t1"], now)
+    await place.pools.generate(POOL, ["t1"], now)
     for fence in range(1, 7):
-        lent = (await place.pools.lease(POOL, "ann", now)).token
+        lent = (await place.pools.assign(POOL, "ann", now)).token
         assert lent is not None
         assert lent.fence == fence
         if fence % 3 == 0:
             await places.close(place, now)
             place = await places.open()
-        extended = await place.pools.extend(POOL, "t1", now + 1)
+        extended = await place.pools.keep_alive(POOL, "t1", now + 1)
         assert extended is not None
         assert extended.token.fence == fence
         if fence % 2:
             released = await place.pools.release(POOL, "t1", now + 2)
             assert released is not None
             assert released.token.fence == fence
-        free = await place.pools.extend(POOL, "t1", now + 100, free_too=True)
+        free = await place.pools.keep_alive(POOL, "t1", now + 100, free_too=True)
         assert free is not None
         assert free.token.fence == fence
-        assert await place.pools.extend_free(POOL, now + 101, now + 101, 9) == 1
+        assert await place.pools.keep_alive_free(POOL, now + 101, now + 101, 9) == 1
         now += 102
 
 
 async def test_a_counted_lease_says_how_many_are_left(pools: PoolStore) -> None:
-    await pools.add(POOL, ["a", "b", "c"], START)
-    assert [(await pools.lease(POOL, "ann", START, counted=True)).left for _ in range(4)] == [2, 1, 0, 0]
+    await pools.generate(POOL, ["a", "b", "c"], START)
+    assert [(await pools.assign(POOL, "ann", START, counted=True)).left for _ in range(4)] == [2, 1, 0, 0]
     await pools.release(POOL, "b", START + 1)
-    counted = [pools.lease(POOL, "ann", START + 60, counted=True) for _ in range(5)]
+    counted = [pools.assign(POOL, "ann", START + 60, counted=True) for _ in range(5)]
     lent = await asyncio.gather(*counted)
     assert [each.left for each in lent] == [2, 1, 0, 0, 0]
     assert [each.token is not None for each in lent] == [True, True, True, False, False]
@@ -120,15 +120,15 @@ async def touch(
     """Extend or release the lease of t1."""
     if verb == "release":
         return await pools.release(pool, "t1", now, claim)
-    return await pools.extend(pool, "t1", now, claim, free_too=verb == "extend free_too")
+    return await pools.keep_alive(pool, "t1", now, claim, free_too=verb == "extend free_too")
 
 
 async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
     """Lend ann t1 for the second time."""
-    await pools.add(pool, ["t1"], START)
+    await pools.generate(pool, ["t1"], START)
     await lease(pools, pool)
     await pools.release(pool, "t1", START)
-    lent = (await pools.lease(pool, "ann", START)).token
+    lent = (await pools.assign(pool, "ann", START)).token
     assert lent == PoolToken(pool.name, "t1", START + 60, "ann", fence=2)
     return lent
 
@@ -152,8 +152,8 @@ async def test_a_lease_is_touched_by_whoever_claims_this_one(pools: PoolStore, v
 @pytest.mark.parametrize("claim", [ANY_LEASE, LeaseCheck("ann"), LeaseCheck("ann", 1), LeaseCheck("bob")], ids=str)
 @pytest.mark.parametrize("verb", ["extend", "release"])
 async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, claim: LeaseCheck) -> None:
-    await pools.add(POOL, ["t1"], START)
-    lent = (await pools.lease(POOL, "ann", START)).token
+    await pools.generate(POOL, ["t1"], START)
+    lent = (await pools.assign(POOL, "ann", START)).token
     assert lent is not None
     assert await touch(pools, verb, START + 60, claim) == LeaseChange(lent, False), "at `until` it is over"
     assert await lease(pools, now=START + 60, holder="bob") == "t1"
@@ -168,22 +168,22 @@ async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, cl
 
 
 async def test_a_lease_that_is_extended_in_its_last_moment_runs_for_its_full_time(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t1"], START)
+    await pools.generate(POOL, ["t1"], START)
     await lease(pools)
     now = START
     for _ in range(10):  # far past `token_ttl`: what is lent does not expire
         now += 60 - JUST
-        assert await pools.extend(POOL, "t1", now) == LeaseChange(PoolToken("p", "t1", now + 60, "ann", 1), True)
-        assert (await pools.lease(POOL, "bob", now)).token is None
+        assert await pools.keep_alive(POOL, "t1", now) == LeaseChange(PoolToken("p", "t1", now + 60, "ann", 1), True)
+        assert (await pools.assign(POOL, "bob", now)).token is None
     assert await members(pools, now=now + 300 - JUST) == ["t1"]
     assert await members(pools, now=now + 300) == []
 
 
 async def test_a_lease_runs_for_the_time_that_the_terms_have_now_and_is_never_cut(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t1"], START)
+    await pools.generate(POOL, ["t1"], START)
     await lease(pools)
     for lease_ttl, until in ((5, START + 60), (90, START + 91)):
-        extended = await pools.extend(replace(POOL, lease_ttl=lease_ttl), "t1", START + 1)
+        extended = await pools.keep_alive(replace(POOL, lease_ttl=lease_ttl), "t1", START + 1)
         assert extended is not None
         assert extended.token.free_at == until
 
@@ -191,62 +191,62 @@ async def test_a_lease_runs_for_the_time_that_the_terms_have_now_and_is_never_cu
 async def test_who_read_the_clock_a_moment_before_a_release_finds_the_token_free(pools: PoolStore) -> None:
     """Two processes read the clock one after the other, and commit the other way round."""
     one = replace(POOL, capacity=1)
-    await pools.add(one, ["t1"], START)
-    await pools.lease(one, "ann", START)
+    await pools.generate(one, ["t1"], START)
+    await pools.assign(one, "ann", START)
     await pools.release(one, "t1", START + 1)
     assert await pools.count(one, START + 0.5) == (1, 0)
-    assert not await pools.add(one, ["t2"], START + 0.5)
+    assert not await pools.generate(one, ["t2"], START + 0.5)
     found = await pools.get(one, "t1", START + 0.5)
     assert found is not None
     assert found.lease(START + 0.5) is None
-    lent = await pools.lease(one, "bob", START + 0.5)
+    lent = await pools.assign(one, "bob", START + 0.5)
     assert lent.token is not None
     assert lent.token.holder == "bob"
 
 
 @pytest.mark.parametrize("lapsed", [False, True])
 async def test_with_free_too_a_free_token_waits_for_its_full_time(pools: PoolStore, lapsed: bool) -> None:
-    await pools.add(POOL, ["t1"], START)
+    await pools.generate(POOL, ["t1"], START)
     if lapsed:
         await lease(pools)
-    assert await pools.extend(POOL, "t1", START + 100) is not None
+    assert await pools.keep_alive(POOL, "t1", START + 100) is not None
     now = START + 239
     kept = PoolToken("p", "t1", now, holder=None, fence=int(lapsed))
-    assert await pools.extend(POOL, "t1", now, LeaseCheck("nobody", 99), free_too=True) == LeaseChange(kept, True)
+    assert await pools.keep_alive(POOL, "t1", now, LeaseCheck("nobody", 99), free_too=True) == LeaseChange(kept, True)
     assert await pools.get(POOL, "t1", now + 240 - JUST) == kept
     assert await pools.get(POOL, "t1", now + 240) is None
 
 
 async def test_without_free_too_a_free_token_is_not_touched(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t1"], START)
+    await pools.generate(POOL, ["t1"], START)
     untouched = LeaseChange(PoolToken("p", "t1", START), False)
-    assert await pools.extend(POOL, "t1", START + 9) == untouched
+    assert await pools.keep_alive(POOL, "t1", START + 9) == untouched
     assert await pools.release(POOL, "t1", START + 9) == untouched
     assert await pools.get(POOL, "t1", START + 240) is None
 
 
 async def test_free_tokens_are_extended_in_steps_and_lent_ones_not_at_all(pools: PoolStore) -> None:
-    await pools.add(POOL, [f"{number}" for number in range(9)], START)
+    await pools.generate(POOL, [f"{number}" for number in range(9)], START)
     await lease(pools)
     await lease(pools)
-    await pools.extend(POOL, "8", START + 5, free_too=True)
-    assert await pools.extend_free(POOL, START, START + 5, 10) == 0, "none was free before that"
-    assert await pools.extend_free(POOL, START + 5, START + 6, 0) == 0
-    assert [await pools.extend_free(POOL, START + 5, START + 6, 4) for _ in range(3)] == [4, 2, 0]
-    tokens = {token.value: token.free_at - START for token in await pools.members(POOL, START + 6, "", 10)}
+    await pools.keep_alive(POOL, "8", START + 5, free_too=True)
+    assert await pools.keep_alive_free(POOL, START, START + 5, 10) == 0, "none was free before that"
+    assert await pools.keep_alive_free(POOL, START + 5, START + 6, 0) == 0
+    assert [await pools.keep_alive_free(POOL, START + 5, START + 6, 4) for _ in range(3)] == [4, 2, 0]
+    tokens = {token.value: token.free_at - START for token in await pools.list_tokens(POOL, START + 6, "", 10)}
     assert tokens == {"0": 60, "1": 60, "8": 5, **{f"{number}": 6 for number in range(2, 8)}}
-    assert await pools.extend_free(POOL, START + 61, START + 61, 99) == 9, "lapsed ones are free"
+    assert await pools.keep_alive_free(POOL, START + 61, START + 61, 99) == 9, "lapsed ones are free"
     assert await pools.count(POOL, START + 301 - JUST) == PoolCounts(9, 0)
-    assert await pools.extend_free(POOL, START + 301, START + 301, 99) == 0, "what has expired stays so"
+    assert await pools.keep_alive_free(POOL, START + 301, START + 301, 99) == 0, "what has expired stays so"
 
 
 async def test_the_lease_that_would_end_first_is_released_next(pools: PoolStore) -> None:
     assert await pools.release_next(POOL, START) == (False, 0)
-    await pools.add(POOL, ["a", "b", "c", "d"], START)
+    await pools.generate(POOL, ["a", "b", "c", "d"], START)
     assert await pools.release_next(POOL, START) == (False, 4)
     for number in range(3):
         await lease(pools, now=START + number)
-    await pools.extend(POOL, "a", START + 5)
+    await pools.keep_alive(POOL, "a", START + 5)
     gone: list[str] = []
     for count in (2, 3, 4):
         before = await holders(pools, START + 6)
@@ -257,9 +257,9 @@ async def test_the_lease_that_would_end_first_is_released_next(pools: PoolStore)
 
 
 async def test_the_next_lease_of_a_user_is_no_other_users(pools: PoolStore) -> None:
-    await pools.add(POOL, [f"t{number}" for number in range(6)], START)
+    await pools.generate(POOL, [f"t{number}" for number in range(6)], START)
     for number, user in enumerate(["ann", "bob", None, "ann", "bob"]):
-        await pools.lease(POOL, f"h{number}", START + number, user)
+        await pools.assign(POOL, f"h{number}", START + number, user)
     ended: list[str] = []
     for user, answer in (
         ("kim", (False, 1)), ("bob", (True, 2)), ("ann", (True, 3)), ("bob", (True, 4)), ("bob", (False, 4)),
@@ -273,14 +273,14 @@ async def test_the_next_lease_of_a_user_is_no_other_users(pools: PoolStore) -> N
 
 async def test_the_next_leases_of_many_at_once_are_their_own(place: Place, other: Place) -> None:
     """They share a commit, and each ends another lease."""
-    await place.pools.add(POOL, [f"t{number}" for number in range(12)], START)
+    await place.pools.generate(POOL, [f"t{number}" for number in range(12)], START)
     for number in range(12):
-        await place.pools.lease(POOL, f"h{number}", START + number, ["ann", "bob", "kim"][number % 3])
+        await place.pools.assign(POOL, f"h{number}", START + number, ["ann", "bob", "kim"][number % 3])
     users = ["ann", "bob", "ann", None, "ann", "bob", "eve", "bob"]
     answers = await asyncio.gather(
         *((place, place, other)[at % 3].pools.release_next(POOL, START + 12, user) for at, user in enumerate(users))
     )
-    left = [lease.holder for token in await place.pools.members(POOL, START + 12, "", 99)
+    left = [lease.holder for token in await place.pools.list_tokens(POOL, START + 12, "", 99)
             if (lease := token.lease(START + 12)) is not None]  # fmt: skip
     assert sum(done for done, _ in answers) == 12 - len(left) == 7
     assert not answers[6][0], "she has none"
@@ -288,7 +288,7 @@ async def test_the_next_leases_of_many_at_once_are_their_own(place: Place, other
 
 
 async def test_a_lease_that_has_lapsed_is_not_the_next(pools: PoolStore) -> None:
-    await pools.add(POOL, ["a", "b"], START)
+    await pools.generate(POOL, ["a", "b"], START)
     await lease(pools)
     await lease(pools, now=START + 1)
     assert await pools.release_next(POOL, START + 60) == (True, 2)

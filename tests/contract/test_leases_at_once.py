@@ -15,8 +15,8 @@ from tokenauth.stores.store import PoolStore
 
 
 async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(place: Place, other: Place) -> None:
-    await place.pools.add(POOL, [f"t{number}" for number in range(100)], START)
-    asked = [(place, other)[number % 2].pools.lease(POOL, f"h{number}", START) for number in range(200)]
+    await place.pools.generate(POOL, [f"t{number}" for number in range(100)], START)
+    asked = [(place, other)[number % 2].pools.assign(POOL, f"h{number}", START) for number in range(200)]
     lent = await asyncio.gather(*asked)
     taken = {each.token.value: each.token for each in lent if each.token is not None}
     assert Counter(each.token is None for each in lent) == {True: 100, False: 100}
@@ -29,10 +29,10 @@ async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(pla
 
 
 async def test_as_many_callers_as_there_are_free_tokens_all_get_one(place: Place, other: Place) -> None:
-    await place.pools.add(POOL, [f"t{number}" for number in range(60)], START)
+    await place.pools.generate(POOL, [f"t{number}" for number in range(60)], START)
     for fence in range(1, 6):
         now = START + 60 * fence
-        asked = ((place, other)[number % 2].pools.lease(POOL, f"h{number}", now) for number in range(60))
+        asked = ((place, other)[number % 2].pools.assign(POOL, f"h{number}", now) for number in range(60))
         lent = [each.token for each in await asyncio.gather(*asked)]
         assert None not in lent
         assert len({token.value for token in lent if token}) == 60
@@ -41,30 +41,30 @@ async def test_as_many_callers_as_there_are_free_tokens_all_get_one(place: Place
 @pytest.mark.parametrize("verb", ["stale extend", "stale release", "keep free", "replace"])
 async def test_a_token_that_others_touch_while_it_is_free_can_be_had(place: Place, other: Place, verb: str) -> None:
     """Whichever of the two comes first, there is a free token all the time."""
-    await place.pools.add(POOL, ["t0"], START)
+    await place.pools.generate(POOL, ["t0"], START)
     refused = 0
 
     async def touch(number: int) -> None:
         pools, value = other.pools, f"t{number}"
         if verb == "stale extend":
-            await pools.extend(POOL, value, START, LeaseCheck("nobody"))
+            await pools.keep_alive(POOL, value, START, LeaseCheck("nobody"))
         elif verb == "stale release":
             await pools.release(POOL, value, START, LeaseCheck("nobody"))
         elif verb == "keep free":
-            await pools.extend(POOL, value, START, free_too=True)
+            await pools.keep_alive(POOL, value, START, free_too=True)
         else:
-            await pools.remove(POOL, value, START, f"t{number + 1}")
+            await pools.delete(POOL, value, START, f"t{number + 1}")
 
     for number in range(40):
         touched = touch(number if verb == "replace" else 0)
-        lent, _ = await asyncio.gather(place.pools.lease(POOL, "ann", START), touched)
+        lent, _ = await asyncio.gather(place.pools.assign(POOL, "ann", START), touched)
         refused += lent.token is None
         await place.pools.release_next(POOL, START)
     assert refused == 0, f"{refused} times the only token was free, and nobody got it"
 
 
 async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> None:
-    await place.pools.add(POOL, ["t1"], START)
+    await place.pools.generate(POOL, ["t1"], START)
     for fence in range(1, 11):
         await lease(place.pools)
         releases = [each.pools.release(POOL, "t1", START, LeaseCheck("ann", fence)) for each in (place, other, place)]
@@ -73,7 +73,7 @@ async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> No
 
 
 async def test_of_releases_of_the_next_at_once_each_ends_another_lease(place: Place, other: Place) -> None:
-    await place.pools.add(POOL, [f"t{number}" for number in range(10)], START)
+    await place.pools.generate(POOL, [f"t{number}" for number in range(10)], START)
     for _ in range(10):
         await lease(place.pools)
     answers = await asyncio.gather(
@@ -85,30 +85,30 @@ async def test_of_releases_of_the_next_at_once_each_ends_another_lease(place: Pl
 
 async def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place) -> None:
     """Within one process those of a kind share a commit; each still sees what the one before it did."""
-    await place.pools.add(POOL, ["t1", "t2"], START)
+    await place.pools.generate(POOL, ["t1", "t2"], START)
     await lease(place.pools)
     now = START + 1
     lost, released, again, extended, removed, removed_again = await asyncio.gather(
         place.pools.release(POOL, "t1", now, LeaseCheck("bob")),
         place.pools.release(POOL, "t1", now, LeaseCheck("ann")),
         place.pools.release(POOL, "t1", now, LeaseCheck("ann")),
-        place.pools.extend(POOL, "t1", now, LeaseCheck("ann")),
-        place.pools.remove(POOL, "t2", now),
-        place.pools.remove(POOL, "t2", now),
+        place.pools.keep_alive(POOL, "t1", now, LeaseCheck("ann")),
+        place.pools.delete(POOL, "t2", now),
+        place.pools.delete(POOL, "t2", now),
     )
     assert [touched is not None and touched.done for touched in (lost, released, again)] == [False, True, False]
     assert extended is not None
     assert extended.done is (extended.token.holder == "ann"), "before the release, or after it"
     assert (removed, removed_again) == (True, False)
-    assert await place.pools.members(POOL, now, "", 9) == [PoolToken("p", "t1", now, None, 1)]
+    assert await place.pools.list_tokens(POOL, now, "", 9) == [PoolToken("p", "t1", now, None, 1)]
 
 
 async def test_who_asks_another_pool_at_the_same_time_is_served_from_it(pools: PoolStore) -> None:
     terms = [replace(POOL, name=name, lease_ttl=ttl) for ttl, name in enumerate("xyzx", 60)]
     for pool in terms[:3]:
-        await pools.add(pool, [f"{pool.name}{number}" for number in range(2)], START)
+        await pools.generate(pool, [f"{pool.name}{number}" for number in range(2)], START)
     lent = await asyncio.gather(
-        *(pools.lease(pool, pool.name, START) for pool in (*terms, terms[1], terms[2], terms[0]))
+        *(pools.assign(pool, pool.name, START) for pool in (*terms, terms[1], terms[2], terms[0]))
     )
     assert [each.token and each.token.value for each in lent] == ["x0", "y0", "z0", "x1", "y1", "z1", None]
     assert all(each.token.pool == each.token.holder for each in lent if each.token)

@@ -17,7 +17,7 @@ Step = tuple[str, int, int, int]
 """What is done, through which process, and two numbers for it to choose by."""
 
 OFTEN = ["add", "add", "get", "get", "get", "remove"]
-KINDS = [*OFTEN, "remove_all", "keep", "purge", "purge_log", "list", "find", "later"]
+KINDS = [*OFTEN, "remove_all", "keep", "purge", "purge_revocations", "list", "find", "later"]
 
 step = st.tuples(st.sampled_from(KINDS), st.integers(0, 1), st.integers(0, 7), st.integers(0, 3))
 
@@ -58,7 +58,7 @@ async def act(model: Model, place: Place, kind: str, which: int, amount: int) ->
     if kind == "add":
         life = int(now - START) + 1 + which * 3
         new = token(len(model.added), name, age=START - now, life=life)
-        await tokens.add(new, amount, now)
+        await tokens.issue(new, amount, now)
         model.added.append(new)
         model.there[new.digest] = new
         model.end(*model.live(name)[amount or len(model.added) :])
@@ -69,14 +69,14 @@ async def act(model: Model, place: Place, kind: str, which: int, amount: int) ->
     elif kind == "list":
         assert await tokens.list(name if which % 2 else None, now, 5) == model.live(name if which % 2 else None)[:5]
     elif kind == "remove":
-        assert await tokens.remove(one.digest, now) is (one.digest in model.there)
+        assert await tokens.revoke(one.digest, now) is (one.digest in model.there)
         if one.digest in model.there:
             model.end(one)
     elif kind in {"remove_all", "keep"}:
         keep = one.digest if kind == "keep" else None
         username = name if amount else None
         ended = [each for each in model.live(username) if each.digest != keep]
-        assert await tokens.remove_all(username, now, keep) == len(ended)
+        assert await tokens.revoke_all(username, now, keep) == len(ended)
         model.end(*ended)
     elif kind == "purge":
         expired = sorted(
@@ -87,8 +87,8 @@ async def act(model: Model, place: Place, kind: str, which: int, amount: int) ->
             if each.expires_at <= now and await tokens.find(each.id) is None:
                 model.purged.add(each.digest)
                 model.end(each)
-    elif kind == "purge_log":
-        await place.store.purge_log(now, which)
+    elif kind == "purge_revocations":
+        await place.store.purge_revocations(now, which)
     else:
         model.now += which
 

@@ -32,24 +32,24 @@ AT_ONCE = 0.05
 Operation = Callable[[Place], Awaitable[object]]
 
 WRITES: Mapping[str, Operation] = {
-    "tokens.add": lambda place: place.tokens.add(token(2), 5, START),
-    "tokens.remove": lambda place: place.tokens.remove(token(1).digest, START),
-    "tokens.remove_all": lambda place: place.tokens.remove_all("ann", START),
+    "tokens.issue": lambda place: place.tokens.issue(token(2), 5, START),
+    "tokens.revoke": lambda place: place.tokens.revoke(token(1).digest, START),
+    "tokens.revoke_all": lambda place: place.tokens.revoke_all("ann", START),
     "tokens.purge": lambda place: place.tokens.purge(START, 10),
-    "pools.add": lambda place: place.pools.add(POOL, ["c"], START),
+    "pools.generate": lambda place: place.pools.generate(POOL, ["c"], START),
     "pools.fit": lambda place: place.pools.fit(replace(POOL, capacity=5), ["d"], START),
-    "pools.lease": lambda place: place.pools.lease(POOL, "ann", START),
-    "pools.extend": lambda place: place.pools.extend(POOL, "a", START),
-    "pools.extend_free": lambda place: place.pools.extend_free(POOL, START, START, 10),
+    "pools.assign": lambda place: place.pools.assign(POOL, "ann", START),
+    "pools.keep_alive": lambda place: place.pools.keep_alive(POOL, "a", START),
+    "pools.keep_alive_free": lambda place: place.pools.keep_alive_free(POOL, START, START, 10),
     "pools.release": lambda place: place.pools.release(POOL, "a", START),
     "pools.release_next": lambda place: place.pools.release_next(POOL, START),
-    "pools.remove": lambda place: place.pools.remove(POOL, "a", START),
+    "pools.delete": lambda place: place.pools.delete(POOL, "a", START),
     "pools.purge": lambda place: place.pools.purge(POOL, START, 10),
-    "failures.note": lambda place: place.failures.note([CountUpdate(bytes(16), 1, at=START)], START),
-    "failures.purge": lambda place: place.failures.purge_failures(START, 10),
+    "failures.update": lambda place: place.failures.update([CountUpdate(bytes(16), 1, at=START)], START),
+    "failures.purge": lambda place: place.failures.purge(START, 10),
     "remember": lambda place: place.store.remember(START),
-    "claim": lambda place: place.store.claim("sweep", START, START + 1),
-    "purge_log": lambda place: place.store.purge_log(START, 10),
+    "claim": lambda place: place.store.take_duty("sweep", START, START + 1),
+    "purge_revocations": lambda place: place.store.purge_revocations(START, 10),
 }
 READS: Mapping[str, Operation] = {
     "tokens.get": lambda place: place.store.tokens.get(token(7).digest),
@@ -57,8 +57,8 @@ READS: Mapping[str, Operation] = {
     "tokens.list": lambda place: place.tokens.list("ann", START, 10),
     "pools.get": lambda place: place.pools.get(POOL, "a", START),
     "pools.count": lambda place: place.pools.count(POOL, START),
-    "pools.members": lambda place: place.pools.members(POOL, START, "", 10),
-    "failures.failures": lambda place: place.failures.failures([bytes(16)]),
+    "pools.list_tokens": lambda place: place.pools.list_tokens(POOL, START, "", 10),
+    "failures.get": lambda place: place.failures.get([bytes(16)]),
 }
 
 
@@ -75,8 +75,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def filled(place: Place) -> Place:
     """Have something to change."""
-    await place.tokens.add(token(1), 0, START)
-    await place.pools.add(POOL, ["a", "b"], START)
+    await place.tokens.issue(token(1), 0, START)
+    await place.pools.generate(POOL, ["a", "b"], START)
     return place
 
 
@@ -155,7 +155,7 @@ async def test_after_the_first_failure_each_write_is_refused_at_once(filled: Pla
     """And reads go on; and all is well again soon after, also when nobody has written."""
     with structlog.testing.capture_logs() as logs:
         async with HARMS[harm](filled):
-            await refused(filled, WRITES["tokens.add"])
+            await refused(filled, WRITES["tokens.issue"])
             assert await filled.store.ready() is not None
             slowest = {name: await refused(filled, operation) for name, operation in WRITES.items()}
             assert max(slowest.values()) < AT_ONCE, slowest
@@ -200,16 +200,16 @@ async def test_a_failure_that_one_operation_has_alone_stops_no_other(filled: Pla
     with closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db:
         db.execute(rename[0])
         for _ in range(20):
-            await refused(filled, WRITES["failures.note"])
+            await refused(filled, WRITES["failures.update"])
             await WRITES["remember"](filled)
             await READS["tokens.get"](filled)
             assert "no such table: failures" in (await filled.store.ready() or ""), "no login can be judged"
         db.execute(rename[1])
-    await WRITES["failures.note"](filled)
+    await WRITES["failures.update"](filled)
     assert await filled.store.ready() is None
 
 
-NEEDED = {"tokens": "tokens.get", "failures": "failures.failures", "pool_tokens": "pools.get"}
+NEEDED = {"tokens": "tokens.get", "failures": "failures.get", "pool_tokens": "pools.get"}
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
@@ -266,7 +266,7 @@ async def test_a_damaged_value_is_not_quoted_in_the_log(filled: Place) -> None:
     ):
         db.execute("UPDATE pool_tokens SET username = CAST(x'53454352455480' AS TEXT) WHERE value = 'a'")
         await refused(filled, READS["pools.get"])
-        await refused(filled, READS["pools.members"])
+        await refused(filled, READS["pools.list_tokens"])
     assert logs[0]["event"] == "store_unreachable"
     assert "SECRET" not in str(logs)
 
@@ -287,12 +287,12 @@ async def test_a_node_that_is_cut_off_refuses_at_once_after_a_second(places: Pla
     """Reads as well as writes; what was under way ends then, too; and it is back when the network is."""
     with cut_off(places) as proxy:
         place = await places.open()
-        await place.tokens.add(token(1), 0, START)
-        await place.pools.add(POOL, ["a", "b"], START)
+        await place.tokens.issue(token(1), 0, START)
+        await place.pools.generate(POOL, ["a", "b"], START)
         getattr(proxy, how)()
         began = monotonic()
         under_way = [asyncio.ensure_future(refused(place, READS["tokens.list"])) for _ in range(20)]
-        under_way += [asyncio.ensure_future(refused(place, WRITES["pools.lease"])) for _ in range(20)]
+        under_way += [asyncio.ensure_future(refused(place, WRITES["pools.assign"])) for _ in range(20)]
         await asyncio.gather(*under_way)
         assert monotonic() - began < 1.5
         assert await place.store.ready() is not None
@@ -310,10 +310,10 @@ async def test_a_node_that_is_cut_off_refuses_at_once_after_a_second(places: Pla
 async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
     """The database answers: tokens are looked up there meanwhile."""
     place = await places.open()
-    await place.tokens.add(token(1), 0, START)
+    await place.tokens.issue(token(1), 0, START)
     for _ in range(5):
         await _alter(place.url, "SELECT 1")
-        for name in ("pools.lease", "remember", "failures.note", "purge_log", *READS):
+        for name in ("pools.assign", "remember", "failures.update", "purge_revocations", *READS):
             await {**READS, **WRITES}[name](place)
         assert await place.store.ready() is None
 
@@ -326,7 +326,7 @@ async def test_what_was_refused_while_it_waited_is_not_written_later(
     monkeypatch.setattr(circuit, "PATIENCE", 0.15)
     place = await places.open()
     async with locked(place):
-        await refused(place, WRITES["tokens.add"])
+        await refused(place, WRITES["tokens.issue"])
     await ready_again(place)
     assert await place.tokens.list("ann", START, 10) == []
 
@@ -367,7 +367,7 @@ async def test_a_checkpoint_that_fails_is_said(places: Places) -> None:
     place = await places.open()
     assert isinstance(place.engine, SqliteEngine)
     writer = place.engine.writer
-    await place.pools.add(POOL, [f"{number:0200}" for number in range(3000)], START)
+    await place.pools.generate(POOL, [f"{number:0200}" for number in range(3000)], START)
     await ready_again(place)  # on a busy machine that was slow, and a probe is writing
     file = make_url(place.url).database or ""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -394,7 +394,7 @@ async def test_the_log_of_writes_shrinks_after_a_long_reader(places: Places, mon
     with closing(sqlite3.connect(file, isolation_level=None)) as reader:
         reader.execute("BEGIN").execute("SELECT count(*) FROM marks").fetchall()
         for number in range(5):
-            await place.pools.add(POOL, [f"{number}-{each:0200}" for each in range(500)], START)
+            await place.pools.generate(POOL, [f"{number}-{each:0200}" for each in range(500)], START)
         assert os.stat(f"{file}-wal").st_size > 300_000
     for number in range(3):
         await place.store.remember(START + number)
@@ -412,7 +412,7 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
 
     async def grow(times: int) -> None:
         for _ in range(times):
-            await place.pools.add(POOL, [f"{os.urandom(8).hex()}-{each:0200}" for each in range(500)], START)
+            await place.pools.generate(POOL, [f"{os.urandom(8).hex()}-{each:0200}" for each in range(500)], START)
         await writer.check()
 
     with (
@@ -439,7 +439,7 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
 async def test_a_file_that_is_deleted_under_the_store_ends_its_use(places: Places, suffix: str) -> None:
     """Another process would make a new one, and the two would not see each other's writes."""
     place = await places.open()
-    await place.tokens.add(token(1), 0, START)
+    await place.tokens.issue(token(1), 0, START)
     file = make_url(place.url).database or ""
     with structlog.testing.capture_logs() as logs:
         os.unlink(file + suffix)
@@ -455,7 +455,7 @@ async def test_a_file_that_is_deleted_under_the_store_ends_its_use(places: Place
 async def test_a_log_of_writes_that_is_cut_off_is_no_other_file(places: Places) -> None:
     """A backup may do that: it is what SQLite itself does."""
     place = await places.open()
-    await place.tokens.add(token(1), 0, START)
+    await place.tokens.issue(token(1), 0, START)
     with closing(sqlite3.connect(make_url(place.url).database or "")) as db:
         assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
     assert await place.store.ready() is None

@@ -25,28 +25,28 @@ INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired)
 Ask = Callable[[PoolStore], Awaitable[object]]
 
 CHEAP: dict[str, Ask] = {
-    "lease": lambda pools: pools.lease(MOST_LENT, "ann", START),
-    "lease, and most are free": lambda pools: pools.lease(MOST_FREE, "ann", START),
-    "lease, and none is free": lambda pools: pools.lease(ALL_LENT, "ann", START),
-    "lease, and most have expired": lambda pools: pools.lease(AGEING, "ann", START),
-    "lease with prefill": lambda pools: pools.lease(PREFILLED, "ann", START),
-    "extend": lambda pools: pools.extend(MOST_LENT, "t300", START, LeaseCheck("ann", 1)),
-    "extend a free one": lambda pools: pools.extend(MOST_FREE, "t101", START, free_too=True),
+    "lease": lambda pools: pools.assign(MOST_LENT, "ann", START),
+    "lease, and most are free": lambda pools: pools.assign(MOST_FREE, "ann", START),
+    "lease, and none is free": lambda pools: pools.assign(ALL_LENT, "ann", START),
+    "lease, and most have expired": lambda pools: pools.assign(AGEING, "ann", START),
+    "lease with prefill": lambda pools: pools.assign(PREFILLED, "ann", START),
+    "extend": lambda pools: pools.keep_alive(MOST_LENT, "t300", START, LeaseCheck("ann", 1)),
+    "extend a free one": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, free_too=True),
     "release": lambda pools: pools.release(MOST_LENT, "t300", START),
     "an unknown token": lambda pools: pools.release(MOST_LENT, "t", START),
-    "remove": lambda pools: pools.remove(MOST_LENT, "t300", START),
-    "remove for a successor": lambda pools: pools.remove(MOST_LENT, "t300", START, "x"),
-    "add": lambda pools: pools.add(MOST_LENT, ["x"], START),
-    "extend_free": lambda pools: pools.extend_free(MOST_FREE, START, START, 5),
+    "remove": lambda pools: pools.delete(MOST_LENT, "t300", START),
+    "remove for a successor": lambda pools: pools.delete(MOST_LENT, "t300", START, "x"),
+    "add": lambda pools: pools.generate(MOST_LENT, ["x"], START),
+    "extend_free": lambda pools: pools.keep_alive_free(MOST_FREE, START, START, 5),
     "purge": lambda pools: pools.purge(MOST_FREE, START, 5),
     "get": lambda pools: pools.get(MOST_LENT, "t300", START),
-    "members": lambda pools: pools.members(MOST_LENT, START, "t300", 5),
+    "members": lambda pools: pools.list_tokens(MOST_LENT, START, "t300", 5),
 }
 
 COUNTING: dict[str, Ask] = {
-    "a counted lease": lambda pools: pools.lease(PREFILLED, "ann", START, counted=True),
+    "a counted lease": lambda pools: pools.assign(PREFILLED, "ann", START, counted=True),
     "release_next": lambda pools: pools.release_next(PREFILLED, START),
-    "add where there is a capacity": lambda pools: pools.add(BOUNDED, ["x"], START),
+    "add where there is a capacity": lambda pools: pools.generate(BOUNDED, ["x"], START),
     "count": lambda pools: pools.count(BOUNDED, START),
 }
 """These need to know how many tokens there are, and count them along an index: a step or two for each."""

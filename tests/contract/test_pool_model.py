@@ -87,12 +87,12 @@ class Lending:
 
     async def members(self, store: PoolStore) -> dict[str, PoolToken]:
         """Return all tokens."""
-        return {one.value: one for one in await store.members(self.pool, self.model.now, "", 1000)}
+        return {one.value: one for one in await store.list_tokens(self.pool, self.model.now, "", 1000)}
 
     async def leases(self, store: PoolStore, limit: int) -> list[PoolToken]:
         """Return all leased tokens, read page by page, by value."""
         found, place = [], START_OF_LEASES
-        while page := await store.leases(self.pool, self.model.now, place, limit):
+        while page := await store.list_leases(self.pool, self.model.now, place, limit):
             assert all(place < here for here, _ in page)
             found += [one for _, one in page]
             place = page[-1][0]
@@ -103,14 +103,14 @@ class Lending:
         """Add tokens, all or none."""
         values, capacity = self.model.new_values(1 + step.amount // 2), self.pool.capacity
         room = capacity is None or len(self.model.live()) + len(values) <= capacity
-        assert await store.add(self.pool, values, self.model.now) is room
+        assert await store.generate(self.pool, values, self.model.now) is room
         if room:
             self.model.add(values)
 
     async def assign(self, store: PoolStore, step: Step) -> None:
         """Lend the token that has been free longest."""
         ends, lendable, counted = [one.free_at for one in self.model.lent()], self.model.lendable(1), step.amount > 3
-        lent = await store.lease(self.pool, step.holder, self.model.now, step.user, counted)
+        lent = await store.assign(self.pool, step.holder, self.model.now, step.user, counted)
         if lent.token is None:
             assert not lendable
             assert lent.next_end == min(ends, default=None)
@@ -124,7 +124,7 @@ class Lending:
         lendable = self.model.lendable(len(holders))
         stores = [self._both[number % 2].pools for number in range(len(holders))]
         answers = await asyncio.gather(
-            *(each.lease(self.pool, name, self.model.now) for each, name in zip(stores, holders, strict=True))
+            *(each.assign(self.pool, name, self.model.now) for each, name in zip(stores, holders, strict=True))
         )
         lent = [(each.token, name) for each, name in zip(answers, holders, strict=True) if each.token is not None]
         assert sorted(self.model.there[one.value].free_at for one, _ in lent) == lendable
@@ -135,7 +135,7 @@ class Lending:
         """Let a lease, or a free token, run for its full time from now."""
         value, now, free_too = self.model.pick(step.number), self.model.now, step.amount > 3
         one, claim = self._claim(value, step)
-        touched = await store.extend(self.pool, value, now, claim, free_too)
+        touched = await store.keep_alive(self.pool, value, now, claim, free_too)
         after = None
         if one is not None and self.model.holds(one, claim):
             after = one._replace(free_at=now + self.pool.lease_ttl)
@@ -179,7 +179,7 @@ class Lending:
         """Let free tokens wait for their full time from now."""
         now, before = self.model.now, self.model.now - step.amount // 6
         waiting = [one for one in self.model.free() if one.free_at < before]
-        count = await store.extend_free(self.pool, before, now, step.number)
+        count = await store.keep_alive_free(self.pool, before, now, step.number)
         assert count == min(step.number, len(waiting))
         there = await self.members(store)
         refreshed = [one for one in waiting if there.get(one.value) != one]
@@ -191,7 +191,7 @@ class Lending:
         value = self.model.pick(step.number)
         one = self.model.find(value)
         successor = self.model.new_values(1) if self.pool.prefill else []
-        assert await store.remove(self.pool, value, self.model.now, *successor) is (one is not None)
+        assert await store.delete(self.pool, value, self.model.now, *successor) is (one is not None)
         if one is not None:
             del self.model.there[value]
             self.model.add([] if one.retired else successor)

@@ -26,62 +26,62 @@ ODD_TEXTS = [" ", "x'; DROP TABLE pool_tokens --", "%", "_", '"', "[1,2]", "жа
 
 async def members(pools: PoolStore, pool: Pool = POOL, now: float = START) -> list[str]:
     """Return the values of a pool's tokens."""
-    return [token.value for token in await pools.members(pool, now, "", 1000)]
+    return [token.value for token in await pools.list_tokens(pool, now, "", 1000)]
 
 
 async def lease(pools: PoolStore, pool: Pool = POOL, now: float = START, holder: str = "ann") -> str | None:
     """Lend a token; return its value."""
-    lent = await pools.lease(pool, holder, now)
+    lent = await pools.assign(pool, holder, now)
     return None if lent.token is None else lent.token.value
 
 
 async def test_a_token_that_was_added_is_free_and_has_never_been_lent(pools: PoolStore) -> None:
-    assert await pools.add(POOL, ["t1", "t2"], START + 0.123456)
+    assert await pools.generate(POOL, ["t1", "t2"], START + 0.123456)
     added = [PoolToken("p", value, START + 0.123456, holder=None, fence=0, retired=False) for value in ("t1", "t2")]
     assert [await pools.get(POOL, one.value, START + 1) for one in added] == added
-    assert await pools.members(POOL, START + 1, "", 10) == added
+    assert await pools.list_tokens(POOL, START + 1, "", 10) == added
 
 
 async def test_text_comes_back_as_it_was_given(pools: PoolStore) -> None:
     for text in ODD_TEXTS:
         odd = replace(POOL, name=text)
-        assert await pools.add(odd, [text], START)
-        lent = (await pools.lease(odd, text, START)).token
+        assert await pools.generate(odd, [text], START)
+        lent = (await pools.assign(odd, text, START)).token
         assert lent == PoolToken(text, text, START + 60, text, 1)
         assert await pools.get(odd, text, START) == lent
-        assert await pools.members(odd, START, "", 10) == [lent]
-        for change in (pools.extend, pools.release):
+        assert await pools.list_tokens(odd, START, "", 10) == [lent]
+        for change in (pools.keep_alive, pools.release):
             touched = await change(odd, text, START)
             assert touched is not None
             assert touched.done
             assert touched.token.value == text
-        assert await pools.remove(odd, text, START, text + text)
-        assert await pools.remove(odd, text + text, START)
+        assert await pools.delete(odd, text, START, text + text)
+        assert await pools.delete(odd, text + text, START)
 
 
 async def test_what_nobody_added_is_absent(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t1"], START)
+    await pools.generate(POOL, ["t1"], START)
     for value in ("t2", "T1", "t", "t11", "", "%"):
         assert await pools.get(POOL, value, START) is None
-        assert await pools.extend(POOL, value, START, free_too=True) is None
+        assert await pools.keep_alive(POOL, value, START, free_too=True) is None
         assert await pools.release(POOL, value, START) is None
-        assert await pools.remove(POOL, value, START) is False
+        assert await pools.delete(POOL, value, START) is False
 
 
 async def test_one_value_is_never_two_tokens(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t1"], START)
-    leased = (await pools.lease(POOL, "ann", START)).token
+    await pools.generate(POOL, ["t1"], START)
+    leased = (await pools.assign(POOL, "ann", START)).token
     with pytest.raises(Exception, match=r".") as refusal:
-        await pools.add(POOL, ["t2", "t1"], START + 1)
+        await pools.generate(POOL, ["t2", "t1"], START + 1)
     assert not isinstance(refusal.value, StoreUnavailable)
-    assert await pools.members(POOL, START + 1, "", 10) == [leased]
+    assert await pools.list_tokens(POOL, START + 1, "", 10) == [leased]
 
 
 async def test_a_wish_that_cannot_be_granted_spoils_nobody_elses(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t"], START)
-    adds = [pools.add(POOL, [f"t{number}"], START) for number in range(10)]
-    adds.insert(4, pools.add(POOL, ["t10", "t"], START))
-    adds.insert(7, pools.add(POOL, ["\ud800"], START))
+    await pools.generate(POOL, ["t"], START)
+    adds = [pools.generate(POOL, [f"t{number}"], START) for number in range(10)]
+    adds.insert(4, pools.generate(POOL, ["t10", "t"], START))
+    adds.insert(7, pools.generate(POOL, ["\ud800"], START))
     answers = await asyncio.gather(*adds, return_exceptions=True)
     assert isinstance(answers.pop(7), Exception)
     assert isinstance(answers.pop(4), Exception)
@@ -93,19 +93,19 @@ async def test_pools_do_not_see_each_others_tokens(pools: PoolStore) -> None:
     names = ["p", "q", "P", "p "]
     all_pools = [replace(POOL, name=name, capacity=3) for name in names]
     for pool in all_pools:
-        assert await pools.add(pool, ["t1", "t2", pool.name], START)
-    before = [await pools.members(pool, START, "", 10) for pool in all_pools]
+        assert await pools.generate(pool, ["t1", "t2", pool.name], START)
+    before = [await pools.list_tokens(pool, START, "", 10) for pool in all_pools]
     first = all_pools[0]
     assert [await lease(pools, first) for _ in range(4)] == ["t1", "t2", "p", None]
-    await pools.extend(first, "t1", START + 1)
+    await pools.keep_alive(first, "t1", START + 1)
     await pools.release(first, "t2", START + 1)
     assert await pools.release_next(first, START + 1) == (True, 2)
-    assert await pools.extend_free(first, START + 9, START + 9, 10) == 2
+    assert await pools.keep_alive_free(first, START + 9, START + 9, 10) == 2
     assert await pools.release(first, "q", START) is None
-    assert await pools.remove(first, "t1", START + 1)
+    assert await pools.delete(first, "t1", START + 1)
     assert await pools.purge(first, START + 1000, 10) == 2
     assert await members(pools, first) == []
-    assert [await pools.members(pool, START, "", 10) for pool in all_pools[1:]] == before[1:]
+    assert [await pools.list_tokens(pool, START, "", 10) for pool in all_pools[1:]] == before[1:]
     assert [await pools.count(pool, START) for pool in all_pools[1:]] == [PoolCounts(3, 0)] * 3
 
 
@@ -113,10 +113,10 @@ TOUCHES: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
     "get": lambda pools, pool, now: pools.get(pool, "t1", now),
     "members": members,
     "lease": lease,
-    "extend": lambda pools, pool, now: pools.extend(pool, "t1", now, free_too=True),
+    "extend": lambda pools, pool, now: pools.keep_alive(pool, "t1", now, free_too=True),
     "release": lambda pools, pool, now: pools.release(pool, "t1", now),
-    "extend_free": lambda pools, pool, now: pools.extend_free(pool, now, now, 10),
-    "remove": lambda pools, pool, now: pools.remove(pool, "t1", now, "t2"),
+    "extend_free": lambda pools, pool, now: pools.keep_alive_free(pool, now, now, 10),
+    "remove": lambda pools, pool, now: pools.delete(pool, "t1", now, "t2"),
 }
 
 
@@ -129,7 +129,7 @@ async def test_an_expired_token_is_absent_from_its_end_on(pools: PoolStore, pool
     """The boundary belongs to the end. No sweeper runs: the row is there."""
     for name, touch in TOUCHES.items():
         own = replace(pool, name=name)
-        await pools.add(own, ["t1"], START)
+        await pools.generate(own, ["t1"], START)
         if lent:
             await lease(pools, own)
         for now in (end, end + 1e6):
@@ -140,7 +140,7 @@ async def test_an_expired_token_is_absent_from_its_end_on(pools: PoolStore, pool
 
 
 async def test_without_a_token_ttl_a_token_waits_for_ever(pools: PoolStore) -> None:
-    await pools.add(PATIENT, ["t1", "t2"], START)
+    await pools.generate(PATIENT, ["t1", "t2"], START)
     far = START + 1e9
     assert await pools.count(PATIENT, far) == PoolCounts(2, 0)
     assert await pools.purge(PATIENT, far, 10) == 0
@@ -149,14 +149,14 @@ async def test_without_a_token_ttl_a_token_waits_for_ever(pools: PoolStore) -> N
 
 
 async def test_the_terms_hold_as_they_are_now(pools: PoolStore) -> None:
-    await pools.add(PATIENT, ["t1"], START)
+    await pools.generate(PATIENT, ["t1"], START)
     assert await pools.get(replace(POOL, token_ttl=10), "t1", START + 10) is None
     assert await pools.get(replace(POOL, token_ttl=10), "t1", START + 10 - JUST) is not None
 
 
 async def test_a_count_says_how_many_can_be_lent_and_how_many_are(pools: PoolStore) -> None:
     assert await pools.count(POOL, START) == PoolCounts(0, 0)
-    await pools.add(POOL, ["a", "b", "c"], START)
+    await pools.generate(POOL, ["a", "b", "c"], START)
     await lease(pools)
     await lease(pools, now=START + 10)
     for now, counts in [(60 - JUST, (1, 2)), (60, (2, 1)), (70, (3, 0)), (240, (2, 0)), (300, (1, 0)), (310, (0, 0))]:
@@ -165,35 +165,37 @@ async def test_a_count_says_how_many_can_be_lent_and_how_many_are(pools: PoolSto
 
 async def test_members_are_ordered_by_value_and_come_in_pages(pools: PoolStore) -> None:
     values = ["b", "a", "C", "ä", "aa", "\U0001f511", "~"]
-    await pools.add(POOL, values, START)
+    await pools.generate(POOL, values, START)
     assert await lease(pools) == "b"
     assert await lease(pools) == "a"
     assert await members(pools) == sorted(values)
     pages, after = [], ""
-    while page := await pools.members(POOL, START, after, 3):
+    while page := await pools.list_tokens(POOL, START, after, 3):
         pages.append([token.value for token in page])
         after = page[-1].value
     assert pages == [sorted(values)[:3], sorted(values)[3:6], sorted(values)[6:]]
-    assert [token.value for token in await pools.members(POOL, START, "ab", 2)] == ["b", "~"], "nobody need be `after`"
-    assert await pools.members(POOL, START, "", 0) == []
+    assert [token.value for token in await pools.list_tokens(POOL, START, "ab", 2)] == ["b", "~"], (
+        "`after` need not exist"
+    )
+    assert await pools.list_tokens(POOL, START, "", 0) == []
 
 
 async def test_what_has_expired_takes_no_place_on_a_page(pools: PoolStore) -> None:
-    await pools.add(POOL, ["a", "c", "e"], START)
-    await pools.add(POOL, ["b", "d", "f"], START + 1)
-    assert [token.value for token in await pools.members(POOL, END, "", 2)] == ["b", "d"]
+    await pools.generate(POOL, ["a", "c", "e"], START)
+    await pools.generate(POOL, ["b", "d", "f"], START + 1)
+    assert [token.value for token in await pools.list_tokens(POOL, END, "", 2)] == ["b", "d"]
 
 
 async def test_a_removed_token_is_gone_free_or_lent(place: Place, other: Place) -> None:
-    await place.pools.add(POOL, ["free", "lent"], START)
-    await place.pools.extend(POOL, "free", START + 1, free_too=True)
+    await place.pools.generate(POOL, ["free", "lent"], START)
+    await place.pools.keep_alive(POOL, "free", START + 1, free_too=True)
     assert await lease(place.pools, now=START + 1) == "lent"
     for value in ("free", "lent"):
-        assert await place.pools.remove(POOL, value, START + 1) is True
-        assert await place.pools.remove(POOL, value, START + 1) is False
+        assert await place.pools.delete(POOL, value, START + 1) is True
+        assert await place.pools.delete(POOL, value, START + 1) is False
         for pools in (place.pools, other.pools):
             assert await pools.get(POOL, value, START + 1) is None
-            assert await pools.extend(POOL, value, START + 1) is None
+            assert await pools.keep_alive(POOL, value, START + 1) is None
             assert await pools.release(POOL, value, START + 1) is None
     assert await place.pools.count(POOL, START + 1) == PoolCounts(0, 0)
     assert await lease(place.pools, now=START + 100) is None
@@ -201,19 +203,19 @@ async def test_a_removed_token_is_gone_free_or_lent(place: Place, other: Place) 
 
 async def test_of_removals_at_once_one_is_true(place: Place, other: Place) -> None:
     """Within one process they share a commit; between two they do not."""
-    await place.pools.add(POOL, [f"t{number}" for number in range(10)], START)
+    await place.pools.generate(POOL, [f"t{number}" for number in range(10)], START)
     for number in range(10):
-        removals = [each.pools.remove(POOL, f"t{number}", START) for each in (place, other, place, other)]
+        removals = [each.pools.delete(POOL, f"t{number}", START) for each in (place, other, place, other)]
         assert sorted(await asyncio.gather(*removals)) == [False, False, False, True]
 
 
 @pytest.mark.parametrize("lent", [False, True], ids=["free", "lent"])
 async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore, lent: bool) -> None:
     pool = replace(POOL, capacity=2)
-    await pools.add(pool, ["t1", "t2"], START)
+    await pools.generate(pool, ["t1", "t2"], START)
     if lent:
         assert await lease(pools, pool) == "t1"
-    assert await pools.remove(pool, "t1", START + 5, "t3") is True
+    assert await pools.delete(pool, "t1", START + 5, "t3") is True
     assert await pools.get(pool, "t1", START + 5) is None
     assert await pools.get(pool, "t3", START + 5) == PoolToken("p", "t3", START + 5)
     assert await members(pools, pool, START + 5) == ["t2", "t3"]
@@ -221,14 +223,14 @@ async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore,
 
 
 async def test_nothing_succeeds_what_is_not_there(pools: PoolStore) -> None:
-    await pools.add(POOL, ["t1"], START)
-    assert await pools.remove(POOL, "t9", START, "t2") is False
+    await pools.generate(POOL, ["t1"], START)
+    assert await pools.delete(POOL, "t9", START, "t2") is False
     assert await members(pools) == ["t1"]
 
 
 async def test_purge_deletes_what_has_expired_and_nothing_else(pools: PoolStore) -> None:
     for number in range(4):
-        await pools.add(POOL, [f"t{number}"], START + number)
+        await pools.generate(POOL, [f"t{number}"], START + number)
     assert await lease(pools, now=START + 3) == "t0"
     assert await pools.purge(POOL, END + 1 - JUST, 100) == 0
     assert await pools.purge(POOL, END + 2, 100) == 2
@@ -238,7 +240,7 @@ async def test_purge_deletes_what_has_expired_and_nothing_else(pools: PoolStore)
 
 async def test_purge_takes_the_oldest_first_and_no_more_than_its_limit(pools: PoolStore) -> None:
     for number in (3, 1, 4, 2, 0):
-        await pools.add(POOL, [f"t{number}"], START + number)
+        await pools.generate(POOL, [f"t{number}"], START + number)
     late = END + 50
     assert await pools.purge(POOL, late, 0) == 0
     for done in (2, 4):
@@ -249,14 +251,14 @@ async def test_purge_takes_the_oldest_first_and_no_more_than_its_limit(pools: Po
 
 async def test_everything_is_still_there_after_a_restart(places: Places) -> None:
     place = await places.open()
-    await place.pools.add(POOL, ["a", "b", "c", "d"], START)
-    await place.pools.lease(POOL, "ann", START + 1)
-    await place.pools.lease(POOL, "bob", START + 2)
+    await place.pools.generate(POOL, ["a", "b", "c", "d"], START)
+    await place.pools.assign(POOL, "ann", START + 1)
+    await place.pools.assign(POOL, "bob", START + 2)
     await place.pools.release(POOL, "a", START + 3)
-    await place.pools.remove(POOL, "d", START + 4)
-    before = await place.pools.members(POOL, START + 5, "", 10)
+    await place.pools.delete(POOL, "d", START + 4)
+    before = await place.pools.list_tokens(POOL, START + 5, "", 10)
     await places.close(place, START + 5)
     again = await places.open()
     assert again.started == START + 5
-    assert await again.pools.members(POOL, START + 5, "", 10) == before
+    assert await again.pools.list_tokens(POOL, START + 5, "", 10) == before
     assert [(token.value, token.fence) for token in before] == [("a", 1), ("b", 1), ("c", 0)]

@@ -32,7 +32,7 @@ async def lend(pools: PoolStore, lent: int, free: int = 0) -> list[str]:
 
 async def lent_now(pools: PoolStore, now: float) -> dict[str, PoolToken]:
     """Return what is lent."""
-    return {token.value: token for token in await pools.members(PERMITS, now, "", 1000) if token.lease(now)}
+    return {token.value: token for token in await pools.list_tokens(PERMITS, now, "", 1000) if token.lease(now)}
 
 
 async def test_an_empty_pool_lacks_its_capacity_and_is_filled_step_by_step(pools: PoolStore) -> None:
@@ -43,7 +43,7 @@ async def test_an_empty_pool_lacks_its_capacity_and_is_filled_step_by_step(pools
     assert await pools.fit(PERMITS, ["d", "e", "f", "g"], START + 3) == 0
     added = dict(zip("abcde", [1, 1, 2, 3, 3], strict=True))
     wanted = [PoolToken("permits", value, START + seconds) for value, seconds in added.items()]
-    assert await pools.members(PERMITS, START + 3, "", 10) == wanted
+    assert await pools.list_tokens(PERMITS, START + 3, "", 10) == wanted
 
 
 async def test_a_pool_that_has_far_too_many_tokens_is_rid_of_them_step_by_step(
@@ -64,10 +64,10 @@ async def test_a_pool_that_has_far_too_many_tokens_is_rid_of_them_step_by_step(
 
 async def test_a_pool_that_has_its_capacity_is_left_as_it_is(pools: PoolStore) -> None:
     await lend(pools, lent=2, free=3)
-    before = await pools.members(PERMITS, START + 5, "", 10)
+    before = await pools.list_tokens(PERMITS, START + 5, "", 10)
     assert await pools.fit(PERMITS, ["x", "y"], START + 5) == 0
-    assert await pools.members(PERMITS, START + 5, "", 10) == before
-    assert await pools.add(PERMITS, ["x"], START + 5) is False
+    assert await pools.list_tokens(PERMITS, START + 5, "", 10) == before
+    assert await pools.generate(PERMITS, ["x"], START + 5) is False
 
 
 async def test_its_tokens_wait_for_ever(pools: PoolStore) -> None:
@@ -105,9 +105,9 @@ async def test_leases_that_are_too_many_go_on(pools: PoolStore, capacity: int) -
     assert sum(token.retired for token in after.values()) == 4 - capacity
     assert await pools.count(pool, START + 5) == PoolCounts(0, 4)
     for value in values:
-        extended = await pools.extend(pool, value, START + 6)
+        extended = await pools.keep_alive(pool, value, START + 6)
         assert extended == LeaseChange(after[value]._replace(free_at=START + 66), True)
-    assert (await pools.lease(pool, "more", START + 6))[:2] == (None, START + 66)
+    assert (await pools.assign(pool, "more", START + 6))[:2] == (None, START + 66)
     for value in values:
         released = await pools.release(pool, value, START + 7)
         assert released is not None
@@ -131,13 +131,13 @@ async def test_never_more_than_capacity_are_lent_while_retired_ones_are_out(
         if end == "release":
             await pools.release(pool, value, now)
         elif end == "remove":
-            await pools.remove(pool, value, now, f"after {value}")
+            await pools.delete(pool, value, now, f"after {value}")
         elif end == "release_next":
             assert await pools.release_next(pool, now) == (True, max(0, 2 - leased))
         assert await pools.count(pool, now) == PoolCounts(max(0, 2 - leased), leased), value
         if leased >= 2:
             assert await lease(pools, pool, now) is None
-    first = await pools.lease(pool, "ann", now, counted=True)
+    first = await pools.assign(pool, "ann", now, counted=True)
     assert first.token is not None
     assert first.left == 1
     assert [await lease(pools, pool, now) is None for _ in range(2)] == [False, True]
@@ -150,14 +150,14 @@ async def test_a_free_one_that_is_kept_back_is_lent_once_the_retired_one_has_end
     kept_back = [value for value, token in (await lent_now(pools, START + 5)).items() if not token.retired]
     assert kept_back == ["t1", "t2"], "of the leases that are too many, those go first that end first"
     await pools.release(pool, "t2", START + 6)
-    assert (await pools.lease(pool, "ann", START + 60 - JUST))[:2] == (None, START + 60), "t0's lease ends then"
+    assert (await pools.assign(pool, "ann", START + 60 - JUST))[:2] == (None, START + 60), "t0's lease ends then"
     assert await lease(pools, pool, START + 60) == "t2"
 
 
 ENDS: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
     "release": lambda pools, pool, now: pools.release(pool, "t0", now),
-    "remove": lambda pools, pool, now: pools.remove(pool, "t0", now),
-    "remove for a successor": lambda pools, pool, now: pools.remove(pool, "t0", now, "x"),
+    "remove": lambda pools, pool, now: pools.delete(pool, "t0", now),
+    "remove for a successor": lambda pools, pool, now: pools.delete(pool, "t0", now, "x"),
     "lapse": lambda pools, pool, now: asyncio.sleep(0),
 }
 
@@ -173,12 +173,12 @@ async def test_a_retired_token_is_gone_with_its_lease(pools: PoolStore, end: str
     now = START + 60 if end == "lapse" else START + 3
     await ENDS[end](pools, pool, now)
     assert await pools.get(pool, "t0", now) is None
-    assert await pools.extend(pool, "t0", now, free_too=True) is None
+    assert await pools.keep_alive(pool, "t0", now, free_too=True) is None
     assert await pools.release(pool, "t0", now) is None
-    assert await pools.remove(pool, "t0", now) is False
+    assert await pools.delete(pool, "t0", now) is False
     assert await members(pools, pool, now) == ["t1"]
     assert await pools.count(pool, now) == PoolCounts(0, 1)
-    assert await pools.extend_free(pool, now, now, 10) == 0
+    assert await pools.keep_alive_free(pool, now, now, 10) == 0
     assert await pools.purge(pool, now, 10) == (1 if end in {"lapse", "release"} else 0)
     assert await lease(pools, pool, START + 61) == "t1"
 
@@ -188,7 +188,7 @@ async def test_a_retired_token_is_gone_also_for_those_who_ask_at_the_same_time(p
     pool, now = of(1), START + 3
     await pools.fit(pool, (), now)
     released, again, extended = await asyncio.gather(
-        pools.release(pool, "t0", now), pools.release(pool, "t0", now), pools.extend(pool, "t0", now)
+        pools.release(pool, "t0", now), pools.release(pool, "t0", now), pools.keep_alive(pool, "t0", now)
     )
     assert released is not None
     assert released.done
@@ -199,8 +199,8 @@ async def test_a_retired_token_is_gone_also_for_those_who_ask_at_the_same_time(p
 async def test_those_that_are_retired_count_as_long_as_they_are_lent(pools: PoolStore) -> None:
     await lend(pools, lent=3)
     await pools.fit(of(1), (), START + 5)
-    assert await pools.add(of(3), ["x"], START + 5) is False
-    assert await pools.add(of(3), ["x"], START + 60) is True
+    assert await pools.generate(of(3), ["x"], START + 5) is False
+    assert await pools.generate(of(3), ["x"], START + 60) is True
 
 
 async def test_purge_leaves_a_retired_token_that_is_lent(pools: PoolStore) -> None:
@@ -243,7 +243,7 @@ async def test_the_lease_that_would_end_first_is_released_next_retired_or_not(
     await pools.fit(pool, (), START + 5)
     for token in (await lent_now(pools, START + 5)).values():
         if token.retired is not retired_first:
-            await pools.extend(pool, token.value, START + 9)
+            await pools.keep_alive(pool, token.value, START + 9)
     first, *_ = sorted((await lent_now(pools, START + 9)).values(), key=lambda token: token.free_at)
     assert first.retired is retired_first
     assert await pools.release_next(pool, START + 10) == (True, 0)
@@ -252,8 +252,8 @@ async def test_the_lease_that_would_end_first_is_released_next_retired_or_not(
 
 async def test_a_permit_that_is_removed_has_a_successor_and_the_pool_keeps_its_size(pools: PoolStore) -> None:
     await lend(pools, lent=2, free=3)
-    assert await pools.remove(PERMITS, "t0", START + 5, "x") is True
-    assert await pools.remove(PERMITS, "t4", START + 5, "y") is True
+    assert await pools.delete(PERMITS, "t0", START + 5, "x") is True
+    assert await pools.delete(PERMITS, "t4", START + 5, "y") is True
     assert await members(pools, PERMITS, START + 5) == ["t1", "t2", "t3", "x", "y"]
     assert await pools.count(PERMITS, START + 5) == PoolCounts(4, 1)
     assert await pools.fit(PERMITS, ["z"], START + 5) == 0
@@ -271,7 +271,7 @@ async def test_processes_that_fit_at_once_fill_a_pool_once(place: Place, other: 
 async def test_processes_that_fit_and_lend_at_once_never_lend_more_than_capacity(place: Place, other: Place) -> None:
     await lend(place.pools, lent=5, free=5)
     pool = of(7)
-    leases = [(place, other)[n % 2].pools.lease(pool, "ann", START + 5) for n in range(10)]
+    leases = [(place, other)[n % 2].pools.assign(pool, "ann", START + 5) for n in range(10)]
     lent, *_ = await asyncio.gather(
         asyncio.gather(*leases), place.pools.fit(pool, (), START + 5), other.pools.fit(pool, (), START + 5)
     )

@@ -18,7 +18,7 @@ from tokenauth.stores.store import TokenStore
 async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:
     """Add tokens, as many as a test has rounds."""
     added = [token(n, "ann" if one_user else f"user{n}", age=number - n) for n in range(number)]
-    await asyncio.gather(*(place.tokens.add(one, 0, START) for one in added))
+    await asyncio.gather(*(place.tokens.issue(one, 0, START) for one in added))
     return added
 
 
@@ -50,7 +50,7 @@ async def test_a_removal_is_seen_by_the_other_process_at_its_next_turn(place: Pl
     async with busy(other, added[-5:]):
         for one in added:
             assert await other.tokens.get(one.digest) == one
-            assert await place.tokens.remove(one.digest, START)
+            assert await place.tokens.revoke(one.digest, START)
             assert await other.tokens.get(one.digest) is None
             assert await place.tokens.get(one.digest) is None
 
@@ -62,18 +62,18 @@ async def test_the_end_of_all_of_a_users_is_seen_by_the_other_process_at_its_nex
     await warm(other.tokens, added)
     async with busy(other, added[-5:]):
         for one in added:
-            assert await place.tokens.remove_all(one.username, START) == 1
+            assert await place.tokens.revoke_all(one.username, START) == 1
             assert await other.tokens.get(one.digest) is None
 
 
 async def test_an_eviction_is_seen_by_the_other_process_at_its_next_turn(place: Place, other: Place) -> None:
     previous = token(0, age=1)
-    await place.tokens.add(previous, 1, START)
+    await place.tokens.issue(previous, 1, START)
     async with busy(other, [previous]):
         for number in range(1, place.rounds + 1):
             one = token(number, age=-number)
             assert await other.tokens.get(previous.digest) == previous
-            await place.tokens.add(one, 1, START)
+            await place.tokens.issue(one, 1, START)
             assert await other.tokens.get(previous.digest) is None
             assert await other.tokens.get(one.digest) == one
             previous = one
@@ -83,9 +83,9 @@ async def test_all_that_one_commit_removes_is_seen_by_the_other_process(place: P
     added = await fill(place, 100, one_user=True)
     await warm(other.tokens, added)
     kept = added[17]
-    assert await place.tokens.remove_all("ann", START, kept.digest) == 99
+    assert await place.tokens.revoke_all("ann", START, kept.digest) == 99
     assert [one for one in added if await other.tokens.get(one.digest)] == [kept]
-    assert await place.tokens.remove_all(None, START) == 1
+    assert await place.tokens.revoke_all(None, START) == 1
     assert await other.tokens.get(kept.digest) is None
 
 
@@ -96,7 +96,7 @@ async def test_a_removal_is_seen_in_the_very_turn_in_which_it_is_answered(place:
     await warm(other.tokens, added)
 
     async def end(one: Token) -> list[Token | None]:
-        await place.tokens.remove(one.digest, START)
+        await place.tokens.revoke(one.digest, START)
         return [await each.tokens.get(one.digest) for each in (place, other)]
 
     assert await asyncio.gather(*(end(one) for one in added)) == [[None, None]] * 100
@@ -107,10 +107,10 @@ async def test_news_that_was_trimmed_from_the_log_is_not_missed(place: Place, ot
     added = await fill(place, 20)
     await warm(other.tokens, added)
     for one in added[:10]:
-        await place.tokens.remove(one.digest, START)
-    assert await place.store.purge_log(START + 1, limit) == min(limit, 9), "the last entry shows what was missed"
+        await place.tokens.revoke(one.digest, START)
+    assert await place.store.purge_revocations(START + 1, limit) == min(limit, 9), "the last entry stays"
     assert [one for one in added if await other.tokens.get(one.digest)] == added[10:]
-    await place.tokens.remove(added[10].digest, START)
+    await place.tokens.revoke(added[10].digest, START)
     assert [one for one in added if await other.tokens.get(one.digest)] == added[11:]
 
 
@@ -118,19 +118,19 @@ async def test_a_log_that_was_trimmed_and_grew_again_is_not_taken_for_complete(p
     added = await fill(place, 20)
     await warm(other.tokens, added)
     for one in added[:15]:
-        await place.tokens.remove(one.digest, START)
-        await place.store.purge_log(START + 1, 1000)
+        await place.tokens.revoke(one.digest, START)
+        await place.store.purge_revocations(START + 1, 1000)
     assert [one for one in added if await other.tokens.get(one.digest)] == added[15:]
 
 
 async def test_a_trimmed_log_is_right_for_whoever_starts_later(places: Places, place: Place) -> None:
     added = await fill(place, 4)
     for one in added[:2]:
-        await place.tokens.remove(one.digest, START)
-    await place.store.purge_log(START + 1, 1000)
+        await place.tokens.revoke(one.digest, START)
+    await place.store.purge_revocations(START + 1, 1000)
     late = await places.open()
     await warm(late.tokens, added[2:])
-    await place.tokens.remove(added[2].digest, START)
+    await place.tokens.revoke(added[2].digest, START)
     assert [one for one in added if await late.tokens.get(one.digest)] == added[3:]
 
 
@@ -172,7 +172,7 @@ async def test_what_is_removed_while_it_is_looked_up_is_not_remembered(place: Pl
     tokens = other.tokens_of(TokenCache(delayed.token, other.engine.feed, 10))
     looking = asyncio.create_task(tokens.get(gone.digest))
     await delayed.looked_up.wait()
-    assert await place.tokens.remove(gone.digest, START)
+    assert await place.tokens.revoke(gone.digest, START)
     if heard:
         assert await tokens.get(kept.digest) == kept
     delayed.may_answer.set()
@@ -203,7 +203,7 @@ async def test_a_cache_does_not_remember_what_is_not_there(place: Place) -> None
     for _ in range(3):
         assert await tokens.get(token().digest) is None
     assert counted.count == 3
-    await place.tokens.add(token(), 0, START)
+    await place.tokens.issue(token(), 0, START)
     assert await tokens.get(token().digest) == token()
 
 
@@ -215,10 +215,10 @@ async def test_a_small_cache_is_right_while_tokens_come_and_go(places: Places, s
     for number in range(25):
         one = token(number, age=-number)
         live[one.digest] = one
-        await place.tokens.add(one, 0, START)
+        await place.tokens.issue(one, 0, START)
         if dice.random() < 0.6:
             gone = dice.choice(list(live))
-            await dice.choice([place, other]).tokens.remove(gone, START)
+            await dice.choice([place, other]).tokens.revoke(gone, START)
             del live[gone]
         for n in dice.sample(range(number + 1), min(number + 1, 6)):
             assert await dice.choice([place, other]).tokens.get(token(n).digest) == live.get(token(n).digest)

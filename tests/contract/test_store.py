@@ -16,12 +16,12 @@ from tokenauth.settings.model import DatabaseSettings, Settings
 KEY = bytes(16)
 
 WRITES: dict[str, Callable[[Place, float], Awaitable[object]]] = {
-    "add": lambda place, now: place.tokens.add(token(), 0, now),
-    "remove": lambda place, now: place.tokens.remove(token().digest, now),
-    "remove_all": lambda place, now: place.tokens.remove_all("nobody", now),
+    "add": lambda place, now: place.tokens.issue(token(), 0, now),
+    "remove": lambda place, now: place.tokens.revoke(token().digest, now),
+    "remove_all": lambda place, now: place.tokens.revoke_all("nobody", now),
     "purge": lambda place, now: place.tokens.purge(now, 10),
-    "note": lambda place, now: place.failures.note([CountUpdate(KEY, 1, at=now)], now),
-    "claim": lambda place, now: place.store.claim("sweep", now, now + 30),
+    "note": lambda place, now: place.failures.update([CountUpdate(KEY, 1, at=now)], now),
+    "claim": lambda place, now: place.store.take_duty("sweep", now, now + 30),
 }
 
 
@@ -67,8 +67,8 @@ async def test_a_time_that_another_has_remembered_is_heard_also_by_who_does_noth
 
 async def test_an_earlier_time_does_not_replace_the_latest(places: Places) -> None:
     place = await places.open()
-    await place.tokens.add(token(1), 0, START + 10)
-    await place.tokens.add(token(2), 0, START)
+    await place.tokens.issue(token(1), 0, START + 10)
+    await place.tokens.issue(token(2), 0, START)
     await places.close(place, START + 5)
     assert (await places.open()).started == START + 10
 
@@ -78,33 +78,33 @@ async def test_stopping_remembers_the_time(places: Places) -> None:
     assert (await places.open()).started == START + 99
 
 
-@pytest.mark.parametrize("purge", ["purge_failures", "purge_log"])
+@pytest.mark.parametrize("purge", ["purge_failures", "purge_revocations"])
 async def test_the_age_that_a_purge_asks_for_is_not_the_time(places: Places, purge: str) -> None:
     place = await places.open()
-    await place.failures.note([CountUpdate(KEY, 1, at=START)], START)
-    if purge == "purge_log":
-        await place.store.purge_log(START + 1000, 10)
+    await place.failures.update([CountUpdate(KEY, 1, at=START)], START)
+    if purge == "purge_revocations":
+        await place.store.purge_revocations(START + 1000, 10)
     else:
-        await place.failures.purge_failures(START + 1000, 10)
+        await place.failures.purge(START + 1000, 10)
     assert (await places.open()).started == START
 
 
 async def test_everything_is_still_there_after_a_restart(places: Places) -> None:
     place = await places.open()
-    await place.tokens.add(token(1), 0, START)
-    await place.tokens.add(token(2), 0, START)
-    await place.tokens.remove(token(2).digest, START)
-    await place.failures.note([CountUpdate(KEY, 1, at=START)], START)
+    await place.tokens.issue(token(1), 0, START)
+    await place.tokens.issue(token(2), 0, START)
+    await place.tokens.revoke(token(2).digest, START)
+    await place.failures.update([CountUpdate(KEY, 1, at=START)], START)
     await places.close(place, START)
     again = await places.open()
     assert await again.tokens.get(token(1).digest) == token(1)
     assert await again.tokens.get(token(2).digest) is None
-    assert (await again.failures.failures([KEY]))[KEY].count == 1
+    assert (await again.failures.get([KEY]))[KEY].count == 1
 
 
 async def test_stopping_finishes_what_is_being_written(places: Places) -> None:
     place = await places.open()
-    writes = [asyncio.create_task(place.tokens.add(token(number), 0, START)) for number in range(200)]
+    writes = [asyncio.create_task(place.tokens.issue(token(number), 0, START)) for number in range(200)]
     await asyncio.sleep(0)
     await places.close(place, START)
     await asyncio.gather(*writes)
@@ -118,44 +118,44 @@ async def test_a_store_that_serves_is_ready(place: Place) -> None:
 
 async def test_of_two_who_claim_a_duty_one_has_it(place: Place, other: Place) -> None:
     for duty in ("sweep", "count"):
-        claims = [each.store.claim(duty, START, START + 30) for each in (place, other, place, other)]
+        claims = [each.store.take_duty(duty, START, START + 30) for each in (place, other, place, other)]
         assert sorted(await asyncio.gather(*claims)) == [False, False, False, True], duty
 
 
 async def test_a_duty_is_free_again_at_its_until(place: Place, other: Place) -> None:
-    assert await place.store.claim("sweep", START, START + 30)
-    assert not await other.store.claim("sweep", START + 29.999, START + 59)
-    assert await other.store.claim("sweep", START + 30, START + 60)
-    assert not await place.store.claim("sweep", START + 30, START + 60)
-    assert await place.store.claim("count", START, START + 30), "another duty is another matter"
+    assert await place.store.take_duty("sweep", START, START + 30)
+    assert not await other.store.take_duty("sweep", START + 29.999, START + 59)
+    assert await other.store.take_duty("sweep", START + 30, START + 60)
+    assert not await place.store.take_duty("sweep", START + 30, START + 60)
+    assert await place.store.take_duty("count", START, START + 30), "another duty is another matter"
 
 
 async def test_the_log_of_revocations_is_purged_by_age_and_limit(place: Place) -> None:
     for number in range(10):
-        await place.tokens.add(token(number), 0, START)
-        await place.tokens.remove(token(number).digest, START + number)
-    assert await place.store.purge_log(START - 1, 100) == 0
-    assert await place.store.purge_log(START + 5.5, 0) == 0
-    assert await place.store.purge_log(START + 5.5, 4) == 4
-    assert await place.store.purge_log(START + 5.5, 4) == 2
-    assert await place.store.purge_log(START + 5.5, 4) == 0
+        await place.tokens.issue(token(number), 0, START)
+        await place.tokens.revoke(token(number).digest, START + number)
+    assert await place.store.purge_revocations(START - 1, 100) == 0
+    assert await place.store.purge_revocations(START + 5.5, 0) == 0
+    assert await place.store.purge_revocations(START + 5.5, 4) == 4
+    assert await place.store.purge_revocations(START + 5.5, 4) == 2
+    assert await place.store.purge_revocations(START + 5.5, 4) == 0
 
 
 async def test_an_entry_of_the_log_is_purged_after_an_instant_and_not_at_it(place: Place) -> None:
     for number in range(3):
-        await place.tokens.add(token(number), 0, START)
-        await place.tokens.remove(token(number).digest, START + number)
-    assert await place.store.purge_log(START, 100) == 0
-    assert await place.store.purge_log(START + 0.001, 100) == 1
+        await place.tokens.issue(token(number), 0, START)
+        await place.tokens.revoke(token(number).digest, START + number)
+    assert await place.store.purge_revocations(START, 100) == 0
+    assert await place.store.purge_revocations(START + 0.001, 100) == 1
 
 
 async def test_concurrent_writes_share_few_commits_and_each_gets_its_own_answer(place: Place) -> None:
     before = place.commits()
-    await asyncio.gather(*(place.tokens.add(token(number, f"user{number}"), 5, START) for number in range(500)))
+    await asyncio.gather(*(place.tokens.issue(token(number, f"user{number}"), 5, START) for number in range(500)))
     assert place.commits() - before <= 5
-    removals = [place.tokens.remove(token(number).digest, START) for number in range(400, 600)]
-    clearances = [place.tokens.remove_all(f"user{number}", START) for number in range(300, 420)]
-    claims = [place.store.claim(f"duty{number % 50}", START, START + 1) for number in range(100)]
+    removals = [place.tokens.revoke(token(number).digest, START) for number in range(400, 600)]
+    clearances = [place.tokens.revoke_all(f"user{number}", START) for number in range(300, 420)]
+    claims = [place.store.take_duty(f"duty{number % 50}", START, START + 1) for number in range(100)]
     removed, cleared, claimed = await asyncio.gather(
         asyncio.gather(*removals), asyncio.gather(*clearances), asyncio.gather(*claims)
     )
@@ -171,7 +171,7 @@ async def test_nobody_is_answered_before_the_commit(place: Place, other: Place) 
     """Whoever is answered can be asked about it elsewhere at once."""
 
     async def add(number: int) -> bool:
-        await place.tokens.add(token(number), 0, START)
+        await place.tokens.issue(token(number), 0, START)
         return await other.tokens.find(token(number).id) == token(number)
 
     assert all(await asyncio.gather(*(add(number) for number in range(100))))
@@ -181,10 +181,10 @@ async def test_nobody_is_answered_before_the_commit(place: Place, other: Place) 
 async def test_a_wish_that_cannot_be_granted_spoils_nobody_elses(place: Place, bad: object) -> None:
     """A lone surrogate cannot be encoded, and a digest cannot be there twice."""
     assert isinstance(bad, type(token()))
-    await place.tokens.add(token(0), 0, START)
-    adds = [place.tokens.add(token(number), 0, START) for number in range(1, 20)]
-    adds.insert(7, place.tokens.add(bad, 0, START))
-    answers = await asyncio.gather(*adds, place.tokens.remove(token(0).digest, START), return_exceptions=True)
+    await place.tokens.issue(token(0), 0, START)
+    adds = [place.tokens.issue(token(number), 0, START) for number in range(1, 20)]
+    adds.insert(7, place.tokens.issue(bad, 0, START))
+    answers = await asyncio.gather(*adds, place.tokens.revoke(token(0).digest, START), return_exceptions=True)
     refused = answers.pop(7)
     assert isinstance(refused, Exception) or bad == token(0), "the removal may come before it"
     assert answers == [None] * 19 + [True]
@@ -192,7 +192,7 @@ async def test_a_wish_that_cannot_be_granted_spoils_nobody_elses(place: Place, b
 
 
 async def test_a_caller_who_goes_away_spoils_nobody_elses(place: Place) -> None:
-    adds = [asyncio.create_task(place.tokens.add(token(number), 0, START)) for number in range(20)]
+    adds = [asyncio.create_task(place.tokens.issue(token(number), 0, START)) for number in range(20)]
     await asyncio.sleep(0)
     adds[3].cancel()
     with suppress(asyncio.CancelledError):

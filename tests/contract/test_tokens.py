@@ -21,7 +21,7 @@ async def left(tokens: TokenStore, wanted: list[Token]) -> list[Token]:
 
 async def test_what_was_added_is_got_as_an_equal_record(tokens: TokenStore) -> None:
     given = Token(bytes(range(32)), "ann", "fingerprint", START + 0.123456, int(START) + 5, "10.0.0.1", "curl/8")
-    await tokens.add(given, 0, START)
+    await tokens.issue(given, 0, START)
     assert await tokens.get(given.digest) == given
     assert await tokens.get(given.digest) == given
 
@@ -29,43 +29,43 @@ async def test_what_was_added_is_got_as_an_equal_record(tokens: TokenStore) -> N
 async def test_text_comes_back_as_it_was_given(tokens: TokenStore) -> None:
     for text in ODD_TEXTS:
         given = token(username=text, address=text, user_agent=text)
-        await tokens.add(given, 3, START)
+        await tokens.issue(given, 3, START)
         assert await tokens.get(given.digest) == given
         assert await tokens.list(text, START, 10) == [given]
-        assert await tokens.remove_all(text, START) == 1
+        assert await tokens.revoke_all(text, START) == 1
 
 
 async def test_nothing_is_got_for_a_digest_that_nobody_added(tokens: TokenStore) -> None:
-    await tokens.add(token(1), 0, START)
+    await tokens.issue(token(1), 0, START)
     assert await tokens.get(token(2).digest) is None
     assert await tokens.get(b"") is None
 
 
 async def test_a_token_that_was_not_there_is_got_as_soon_as_it_was_added(place: Place, other: Place) -> None:
     assert await other.tokens.get(token().digest) is None
-    await place.tokens.add(token(), 0, START)
+    await place.tokens.issue(token(), 0, START)
     assert await other.tokens.get(token().digest) == token()
 
 
 async def test_an_expired_token_is_still_got_and_found(tokens: TokenStore) -> None:
-    await tokens.add(token(life=-50, age=100), 0, START)
+    await tokens.issue(token(life=-50, age=100), 0, START)
     assert await tokens.get(token().digest) == token(life=-50, age=100)
     assert await tokens.find(token().id) == token(life=-50, age=100)
 
 
 async def test_one_digest_is_never_two_tokens(tokens: TokenStore) -> None:
-    await tokens.add(token(), 0, START)
+    await tokens.issue(token(), 0, START)
     with pytest.raises(Exception, match=r".") as refusal:
-        await tokens.add(token(username="bob"), 0, START)
+        await tokens.issue(token(username="bob"), 0, START)
     assert not isinstance(refusal.value, StoreUnavailable)
     assert await tokens.get(token().digest) == token()
 
 
 async def test_a_removed_token_is_neither_got_nor_found_nor_listed(tokens: TokenStore) -> None:
-    await tokens.add(token(1), 0, START)
-    await tokens.add(token(2), 0, START)
+    await tokens.issue(token(1), 0, START)
+    await tokens.issue(token(2), 0, START)
     assert await tokens.get(token(1).digest) is not None
-    assert await tokens.remove(token(1).digest, START) is True
+    assert await tokens.revoke(token(1).digest, START) is True
     assert await tokens.get(token(1).digest) is None
     assert await tokens.find(token(1).id) is None
     assert await tokens.list(None, START, 10) == [token(2)]
@@ -73,25 +73,25 @@ async def test_a_removed_token_is_neither_got_nor_found_nor_listed(tokens: Token
 
 
 async def test_removing_twice_is_true_and_then_false(tokens: TokenStore) -> None:
-    await tokens.add(token(), 0, START)
-    assert [await tokens.remove(token().digest, START) for _ in range(2)] == [True, False]
+    await tokens.issue(token(), 0, START)
+    assert [await tokens.revoke(token().digest, START) for _ in range(2)] == [True, False]
 
 
 async def test_removing_what_never_was_is_false(tokens: TokenStore) -> None:
-    assert await tokens.remove(token().digest, START) is False
+    assert await tokens.revoke(token().digest, START) is False
 
 
 async def test_of_two_removals_at_once_one_is_true(place: Place, other: Place) -> None:
     """Within one process they share a commit; between two they do not."""
     for number in range(10):
-        await place.tokens.add(token(number), 0, START)
-        removals = [each.tokens.remove(token(number).digest, START) for each in (place, other, place, other)]
+        await place.tokens.issue(token(number), 0, START)
+        removals = [each.tokens.revoke(token(number).digest, START) for each in (place, other, place, other)]
         assert sorted(await asyncio.gather(*removals)) == [False, False, False, True]
 
 
 async def test_an_expired_token_can_be_removed(tokens: TokenStore) -> None:
-    await tokens.add(token(life=-50, age=100), 0, START)
-    assert await tokens.remove(token().digest, START) is True
+    await tokens.issue(token(life=-50, age=100), 0, START)
+    assert await tokens.revoke(token().digest, START) is True
     assert await tokens.get(token().digest) is None
 
 
@@ -116,11 +116,11 @@ async def test_remove_all_ends_all_of_a_user_or_of_everybody_but_one(
 ) -> None:
     added = {1: token(1), 2: token(2), 3: token(3, "bob")}
     for one in added.values():
-        await tokens.add(one, 0, START)
+        await tokens.issue(one, 0, START)
     kept = None if keep is None else token(keep).digest
-    assert await tokens.remove_all(username, START, kept) == len(ended)
+    assert await tokens.revoke_all(username, START, kept) == len(ended)
     assert await left(tokens, list(added.values())) == [one for number, one in added.items() if number not in ended]
-    assert await tokens.remove_all(username, START, kept) == 0
+    assert await tokens.revoke_all(username, START, kept) == 0
 
 
 async def test_remove_all_ends_as_many_as_there_are_in_steps(
@@ -130,30 +130,30 @@ async def test_remove_all_ends_as_many_as_there_are_in_steps(
     monkeypatch.setattr(stores, "_STEP", 3)
     added = [token(number) for number in range(10)]
     for one in added:
-        await tokens.add(one, 0, START)
-    await tokens.add(token(10, "bob"), 0, START)
-    assert await tokens.remove_all("ann", START, added[4].digest) == 9
+        await tokens.issue(one, 0, START)
+    await tokens.issue(token(10, "bob"), 0, START)
+    assert await tokens.revoke_all("ann", START, added[4].digest) == 9
     assert await left(tokens, added) == [added[4]]
-    assert await tokens.remove_all(None, START) == 2
+    assert await tokens.revoke_all(None, START) == 2
 
 
 async def test_remove_all_counts_the_live_tokens_that_it_ended(tokens: TokenStore) -> None:
-    await tokens.add(token(1, life=10), 0, START)
-    await tokens.add(token(2, life=11), 0, START)
-    assert await tokens.remove_all("ann", START + 10) == 1
+    await tokens.issue(token(1, life=10), 0, START)
+    await tokens.issue(token(2, life=11), 0, START)
+    assert await tokens.revoke_all("ann", START + 10) == 1
     assert await tokens.get(token(2).digest) is None
     assert await tokens.list(None, START, 10) in [[], [token(1, life=10)]]
 
 
 async def test_of_two_remove_alls_at_once_each_token_is_counted_once(place: Place, other: Place) -> None:
-    await asyncio.gather(*(place.tokens.add(token(number), 0, START) for number in range(20)))
-    counts = await asyncio.gather(*(each.tokens.remove_all("ann", START) for each in (place, other, place)))
+    await asyncio.gather(*(place.tokens.issue(token(number), 0, START) for number in range(20)))
+    counts = await asyncio.gather(*(each.tokens.revoke_all("ann", START) for each in (place, other, place)))
     assert sum(counts) == 20
 
 
 async def test_a_token_is_found_by_its_public_id(tokens: TokenStore) -> None:
     for number in range(12):
-        await tokens.add(token(number), 0, START)
+        await tokens.issue(token(number), 0, START)
     for number in range(12):
         assert await tokens.find(token(number).id) == token(number)
     assert await tokens.find(token(12).id) is None
@@ -164,7 +164,7 @@ async def test_ids_at_the_ends_of_their_range_are_told_apart(tokens: TokenStore)
     high = Token(b"\xff" * 32, "ann", "", START, int(START) + 1)
     middle = Token(bytes(11) + b"\x01" + b"\xff" * 20, "ann", "", START, int(START) + 1)
     for one in (low, high, middle):
-        await tokens.add(one, 0, START)
+        await tokens.issue(one, 0, START)
         assert await tokens.find(one.id) == one
 
 
@@ -187,7 +187,7 @@ MALFORMED = [
 
 
 async def test_a_malformed_id_finds_no_token(tokens: TokenStore) -> None:
-    await tokens.add(token(), 0, START)
+    await tokens.issue(token(), 0, START)
     for malformed in MALFORMED:
         assert await tokens.find(malformed) is None, ascii(malformed)
 
@@ -195,7 +195,7 @@ async def test_a_malformed_id_finds_no_token(tokens: TokenStore) -> None:
 async def test_a_list_is_newest_first_and_no_longer_than_its_limit(tokens: TokenStore) -> None:
     added = [token(number, age=5 - number) for number in range(5)]
     for one in added:
-        await tokens.add(one, 0, START)
+        await tokens.issue(one, 0, START)
     for limit in (0, 1, 3, 5, 1000):
         assert await tokens.list("ann", START, limit) == added[::-1][:limit]
 
@@ -203,7 +203,7 @@ async def test_a_list_is_newest_first_and_no_longer_than_its_limit(tokens: Token
 async def test_a_list_has_one_users_tokens_or_everybodys(tokens: TokenStore) -> None:
     anns, bobs = token(1, "ann", age=1), token(2, "bob", age=2)
     for one in (bobs, anns):
-        await tokens.add(one, 0, START)
+        await tokens.issue(one, 0, START)
     assert await tokens.list("ann", START, 10) == [anns]
     assert await tokens.list("bob", START, 10) == [bobs]
     assert await tokens.list("nobody", START, 10) == []
@@ -212,7 +212,7 @@ async def test_a_list_has_one_users_tokens_or_everybodys(tokens: TokenStore) -> 
 
 async def test_a_list_has_live_tokens_only(tokens: TokenStore) -> None:
     """The boundary belongs to the end: at `expires_at` a token is over."""
-    await tokens.add(token(life=10), 0, START)
+    await tokens.issue(token(life=10), 0, START)
     assert await tokens.list("ann", START + 9.999, 10) == [token(life=10)]
     assert await tokens.list("ann", START + 10, 10) == []
     assert await tokens.list(None, START + 10, 10) == []
@@ -220,21 +220,21 @@ async def test_a_list_has_live_tokens_only(tokens: TokenStore) -> None:
 
 async def test_purge_deletes_what_has_expired_and_nothing_else(tokens: TokenStore) -> None:
     for number in range(4):
-        await tokens.add(token(number, life=number), 0, START)
+        await tokens.issue(token(number, life=number), 0, START)
     assert await tokens.purge(START + 1.999, 100) == 2
     assert [await tokens.find(token(number).id) is None for number in range(4)] == [True, True, False, False]
     assert await tokens.purge(START + 1.999, 100) == 0
 
 
 async def test_at_expires_at_a_token_is_purged(tokens: TokenStore) -> None:
-    await tokens.add(token(life=10), 0, START)
+    await tokens.issue(token(life=10), 0, START)
     assert await tokens.purge(START + 9.999, 100) == 0
     assert await tokens.purge(START + 10, 100) == 1
 
 
 async def test_purge_takes_the_oldest_first_and_no_more_than_its_limit(tokens: TokenStore) -> None:
     for number in (3, 1, 4, 2, 0):
-        await tokens.add(token(number, life=number), 0, START)
+        await tokens.issue(token(number, life=number), 0, START)
     assert await tokens.purge(START + 50, 0) == 0
     for done in (2, 4):
         assert await tokens.purge(START + 50, 2) == 2
@@ -245,10 +245,10 @@ async def test_purge_takes_the_oldest_first_and_no_more_than_its_limit(tokens: T
 
 async def test_a_purged_token_is_gone_or_at_least_expired(place: Place, other: Place) -> None:
     """No cache need hear of a purge: what it still returns is over by its own time."""
-    await place.tokens.add(token(life=10), 0, START)
+    await place.tokens.issue(token(life=10), 0, START)
     assert await other.tokens.get(token().digest) is not None
     await place.tokens.purge(START + 10, 100)
     for each in (place, other):
         assert await each.tokens.get(token().digest) in {None, token(life=10)}
         assert await each.tokens.find(token().id) is None
-        assert await each.tokens.remove(token().digest, START + 10) is False
+        assert await each.tokens.revoke(token().digest, START + 10) is False

@@ -59,7 +59,7 @@ class World:
     async def level(self) -> float:
         """Return the seconds until the network has forgotten all failures."""
         key = _keys("any", f"{self.home}1").network
-        found = await self.store.failures.failures([key])
+        found = await self.store.failures.get([key])
         return max(0.0, found.get(key, _NOTHING).last_at - self.now[0])
 
 
@@ -159,14 +159,14 @@ async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> 
     async with opened(tmp_path) as world:
         await world.log_in(["eve"], 1, "eve")
         key = _keys("eve", f"{world.home}1").location
-        await world.store.failures.note([CountUpdate(key, at=START, later=36000.0)], START)
+        await world.store.failures.update([CountUpdate(key, at=START, later=36000.0)], START)
         for number in range(1, 4):
             world.throttle.return_permit("eve", f"{world.home}1", START)
             assert await world.throttle.permit_comparison("eve", f"{world.home}1") is not None
             with pytest.raises(TooManyAttempts):
                 async with world.throttle.attempt(["eve"], f"{world.home}1", compared=True):
                     pass
-            assert (await world.store.failures.failures([key]))[key].last_at == START + 36000.0 + number * 360
+            assert (await world.store.failures.get([key]))[key].last_at == START + 36000.0 + number * 360
             assert await world.throttle.permit_comparison("eve", f"{world.home}1") is None
 
 

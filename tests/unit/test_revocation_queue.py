@@ -46,20 +46,20 @@ class Faulty:
             raise self.reading
         return await self._tokens.get(digest)
 
-    async def add(self, token: Token, per_user: int, now: Instant) -> None:
+    async def issue(self, token: Token, per_user: int, now: Instant) -> None:
         if self.writing is not None:
             raise self.writing
-        await self._tokens.add(token, per_user, now)
+        await self._tokens.issue(token, per_user, now)
 
-    async def remove(self, digest: bytes, now: Instant) -> bool:
+    async def revoke(self, digest: bytes, now: Instant) -> bool:
         if self.writing is not None or digest == self.poison:
             raise self.writing or ZeroDivisionError
-        return await self._tokens.remove(digest, now)
+        return await self._tokens.revoke(digest, now)
 
-    async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
+    async def revoke_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
         if self.writing is not None:
             raise self.writing
-        return await self._tokens.remove_all(username, now, keep)
+        return await self._tokens.revoke_all(username, now, keep)
 
 
 class Scene:

@@ -102,11 +102,11 @@ async def test_an_upgrade_keeps_the_first_release_s_rows(tmp_path: Path) -> None
     assert await store.ready() is None
     assert await store.tokens.get(token.digest) == token
     assert await store.tokens.list("ann", START, 10) == [token]
-    assert (await store.failures.failures([bytes(16)]))[bytes(16)].count == 5
+    assert (await store.failures.get([bytes(16)]))[bytes(16)].count == 5
     pool = Pool("p", lease_ttl=60)
     assert await store.pools.count(pool, START) == PoolCounts(0, 0)
-    assert await store.pools.add(pool, ["t1"], START)
-    assert await store.tokens.remove(token.digest, START)
+    assert await store.pools.generate(pool, ["t1"], START)
+    assert await store.tokens.revoke(token.digest, START)
     await store.stop(START)
     with connected(path) as db:
         assert schema.version(db) == schema.HEAD
@@ -163,7 +163,7 @@ async def test_a_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     assert isinstance(store.engine, SqliteEngine)
     await store.start()
-    await store.tokens.add(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
+    await store.tokens.issue(Token(sha256(b"1").digest(), "ann", "", START, int(START) + 1), 0, START)
     writer = store.engine.writer._connection
     pragmas = {name: writer.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
     assert pragmas == {"journal_mode": "wal", "synchronous": 2}
@@ -190,7 +190,7 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
     for store in stores:
         await store.start()
     for count in range(1, 4):
-        await stores[0].tokens.add(Token(sha256(b"%d" % count).digest(), "ann", "", START, int(START) + 1), 0, START)
+        await stores[0].tokens.issue(Token(sha256(b"%d" % count).digest(), "ann", "", START, int(START) + 1), 0, START)
         assert count_elsewhere(path) == count, "what was acknowledged is not there"
     for store in stores:
         await store.stop(START)

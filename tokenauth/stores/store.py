@@ -37,7 +37,7 @@ from tokenauth.stores.changes.pools import (
     Fit,
     Generate,
     KeepAlive,
-    KeepFreeAlive,
+    KeepAliveFree,
     PurgePool,
     Release,
     ReleaseNext,
@@ -72,7 +72,7 @@ class TokenStore:
         self._engine = engine
         self._cache = cache
 
-    async def add(self, token: Token, per_user: int, now: Instant) -> None:
+    async def issue(self, token: Token, per_user: int, now: Instant) -> None:
         """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit."""
         self._engine.feed.add(await self._engine.apply(Issue(token, per_user, now=now)))
 
@@ -91,13 +91,13 @@ class TokenStore:
         rows = await self._engine.read(_FIND, {"low": low, "high": low + b"\xff" * (32 - ID_BYTES)})
         return as_token(rows[0]) if rows else None
 
-    async def remove(self, digest: bytes, now: Instant) -> bool:
+    async def revoke(self, digest: bytes, now: Instant) -> bool:
         """Revoke a token; False if there was none. After this returns, no `get` of any process returns it."""
         existed = await self._engine.apply(Revoke(digest, now=now))
         self._engine.feed.add((digest,))  # also if another process revoked it, and its notification has not arrived
         return existed
 
-    async def remove_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
+    async def revoke_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
         """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many."""
         total, revoked = 0, _STEP
         try:
@@ -131,7 +131,7 @@ class PoolStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def add(self, pool: Pool, values: Sequence[str], now: Instant) -> bool:
+    async def generate(self, pool: Pool, values: Sequence[str], now: Instant) -> bool:
         """Add free tokens; False, and none is added, if the pool would exceed its capacity."""
         return await self._engine.apply(Generate(pool, values, now=now))
 
@@ -144,13 +144,13 @@ class PoolStore:
         """
         return await self._engine.apply(Fit(pool, values, now=now))
 
-    async def lease(
+    async def assign(
         self, pool: Pool, holder: str, now: Instant, username: str | None = None, counted: bool = False
     ) -> Assignment:
         """Lease the token that has been free longest to a user. `counted`: also return how many are left."""
         return await self._engine.apply(Assign(pool, holder, username, counted, now=now))
 
-    async def extend(
+    async def keep_alive(
         self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE, free_too: bool = False
     ) -> LeaseChange | None:
         """Extend a lease to its full time from now if the check matches it; None if there is no such token.
@@ -159,9 +159,9 @@ class PoolStore:
         """
         return await self._engine.apply(KeepAlive(pool, value, check, free_too, now=now))
 
-    async def extend_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
+    async def keep_alive_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
         """Extend the life of at most `limit` tokens that have been free since before an instant; return how many."""
-        return await self._engine.apply(KeepFreeAlive(pool, before, limit, now=now))
+        return await self._engine.apply(KeepAliveFree(pool, before, limit, now=now))
 
     async def release(self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE) -> LeaseChange | None:
         """End a lease if the check matches it; the token is free from now on. None if there is no such token."""
@@ -174,7 +174,7 @@ class PoolStore:
         """
         return await self._engine.apply(ReleaseNext(pool, username, now=now))
 
-    async def remove(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
+    async def delete(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
         """Delete a token, free or leased; False if there was none. A `successor` replaces it, free from now on."""
         return await self._engine.apply(Delete(pool, value, successor, now=now))
 
@@ -190,13 +190,13 @@ class PoolStore:
         rows = await self._engine.read(pool_rows.COUNT, pool_rows.parameters(pool, now), brief)
         return pool_rows.counts(*rows[0])
 
-    async def members(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
+    async def list_tokens(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
         """Return tokens ordered by value, at most `limit`, from the first value after `after`."""
         behind = after.partition("\0")[0]  # no value has a NUL, so none lies between the two
         values = {**pool_rows.parameters(pool, now), "after": behind, "limit": limit}
         return [as_pool_token(row) for row in await self._engine.read(pool_rows.MEMBERS, values)]
 
-    async def leases(
+    async def list_leases(
         self, pool: Pool, now: Instant, after: LeaseCursor, limit: int
     ) -> Sequence[tuple[LeaseCursor, PoolToken]]:
         """Return leased tokens after a place, with their places, ordered by the end of their lease, at most `limit`."""
@@ -216,18 +216,18 @@ class FailureStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
+    async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Return what is stored under these keys; missing keys are left out."""
         return await self._engine.failures(keys)
 
-    async def note(self, updates: Sequence[CountUpdate], now: Instant) -> None:
+    async def update(self, updates: Sequence[CountUpdate], now: Instant) -> None:
         """Make all of these updates in one step. No key may appear twice."""
         await self._engine.apply(UpdateFailures(updates, now=now))
 
-    async def take_back(
+    async def refund(
         self, own: bytes, row: bytes | None, shares: Sequence[tuple[bytes, bytes]], expired: Instant, now: Instant
     ) -> None:
-        """Take back the failures that precede a successful login. What was taken back once is not taken back again.
+        """Remove the failures that precede a successful login. What was refunded once is not refunded again.
 
         `own` is the count of the user at the place: it becomes 0, and `row` loses as many. `shares` are pairs of a
         share of a bucket and the bucket: the bucket loses what is left of the share, and the share is emptied. `own`
@@ -235,7 +235,7 @@ class FailureStore:
         """
         await self._engine.apply(RefundFailures(own, row, shares, expired, now=now))
 
-    async def purge_failures(self, before: Instant, limit: int) -> int:
+    async def purge(self, before: Instant, limit: int) -> int:
         """Delete at most `limit` keys whose instant is before this one; return how many."""
         return await self._engine.apply(PurgeFailures(before, limit))
 
@@ -276,10 +276,10 @@ class Store:
         """Return what keeps the store from serving; None if it can serve."""
         return await self.engine.ready()
 
-    async def claim(self, duty: str, now: Instant, until: Instant) -> bool:
+    async def take_duty(self, duty: str, now: Instant, until: Instant) -> bool:
         """Take on a duty until an instant; False if another process has it."""
         return await self.engine.apply(TakeDuty(duty, until, now=now))
 
-    async def purge_log(self, before: Instant, limit: int) -> int:
+    async def purge_revocations(self, before: Instant, limit: int) -> int:
         """Delete at most `limit` entries of the revocation log older than an instant; return how many."""
         return await self.engine.apply(PurgeRevocations(before, limit))

@@ -143,9 +143,9 @@ def test_after_a_lossy_failover_a_node_follows_the_database(lost: str) -> None:
 async def _fail_over(primary: Cluster, spare: Cluster, url: str, lost: str) -> None:
     kept, ended, added = token(1), token(2, age=-1), token(3, age=-2)
     async with opened(url) as node:
-        await node.tokens.add(kept, 0, START)
-        await node.tokens.add(ended, 0, START)
-        await node.tokens.add(token(4, age=-3), 0, START)
+        await node.tokens.issue(kept, 0, START)
+        await node.tokens.issue(ended, 0, START)
+        await node.tokens.issue(token(4, age=-3), 0, START)
         await node.remove(token(4))  # the log is not empty
         await node.heard()
         spare.follow(primary)
@@ -153,7 +153,7 @@ async def _fail_over(primary: Cluster, spare: Cluster, url: str, lost: str) -> N
         if lost != "tokens":
             await node.remove(ended)
         if lost != "removals":
-            await node.tokens.add(added, 0, START)
+            await node.tokens.issue(added, 0, START)
         await node.heard()
         assert await node.valid([kept, ended, added]) == [True, lost == "tokens", lost != "removals"]
         assert await node.looks_up([kept]) == [False]

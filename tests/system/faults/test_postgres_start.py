@@ -121,7 +121,7 @@ async def test_an_upgrade_that_waits_blocks_no_other_query(url: str, tmp_path: P
                 while not await fetch(url, waits):
                     assert not upgrade.done()
                 for number in range(20):
-                    await old.tokens.add(token(number), 0, START)
+                    await old.tokens.issue(token(number), 0, START)
                     assert await old.engine.token(token(number).digest) == token(number)
                 assert not upgrade.done()
             assert await upgrade is None

@@ -65,7 +65,7 @@ class Node:
     async def remove(self, *tokens: Token) -> None:
         """End tokens, one after the other."""
         for one in tokens:
-            assert await self.tokens.remove(one.digest, START)
+            assert await self.tokens.revoke(one.digest, START)
 
 
 _names = (f"feed_{number}" for number in count())
@@ -128,7 +128,7 @@ async def open_nodes(url: str, network: Proxy) -> AsyncIterator[Sequence[Node]]:
     async with AsyncExitStack() as stack:
         here, there = [await stack.enter_async_context(opened(each)) for each in (url, behind)]
         for one in TOKENS:
-            await here.tokens.add(one, 0, START)
+            await here.tokens.issue(one, 0, START)
         assert await there.valid(TOKENS) == [True] * len(TOKENS)
         yield [here, there]
 

@@ -52,7 +52,7 @@ async def at_once(chance: random.Random, work: Sequence[Awaitable[object]]) -> N
 async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int) -> None:
     chance = random.Random(seed)
     for pool in POOLS:
-        await three[0].pools.add(pool, [f"t{number}" for number in range(30)], START)
+        await three[0].pools.generate(pool, [f"t{number}" for number in range(30)], START)
     ended: Counter[tuple[str, str, int]] = Counter()
     expected: Counter[tuple[str, str, int]] = Counter()
 
@@ -62,7 +62,9 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
         ended[pool.name, value, fence] += touched.done
 
     async def stay(node: Store, pool: Pool, value: str, fence: int) -> None:
-        touched = await node.pools.extend(pool, value, START, LeaseCheck("h", fence), free_too=chance.random() < 0.5)
+        touched = await node.pools.keep_alive(
+            pool, value, START, LeaseCheck("h", fence), free_too=chance.random() < 0.5
+        )
         assert touched is not None
 
     for _ in range(3):
@@ -70,7 +72,7 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
             (pool, granted.token.value, granted.token.fence)
             for pool in POOLS
             for granted in await asyncio.gather(
-                *(node.pools.lease(pool, "h", START) for node in (*three, three[0]) * 5)
+                *(node.pools.assign(pool, "h", START) for node in (*three, three[0]) * 5)
             )
             if granted.token
         ]
@@ -80,7 +82,7 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
         for node in three:
             order = chance.sample(lent, len(lent))
             work += [release(node, *lease) for lease in order] + [stay(node, *lease) for lease in order[::-1]]
-            work += [node.pools.extend_free(pool, START, START, 99) for pool in POOLS]
+            work += [node.pools.keep_alive_free(pool, START, START, 99) for pool in POOLS]
             work += [node.pools.purge(pool, START, 9) for pool in POOLS]
         await at_once(chance, work)
     assert ended == expected, "each lease was ended, and by one of three who said so"
@@ -93,12 +95,12 @@ async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nod
     """What had expired may go without being logged; nothing else may, and what is logged is gone."""
     chance = random.Random(seed)
     lasting, expired = [token(number) for number in range(90)], [token(number, -1) for number in range(90, 120)]
-    await asyncio.gather(*(three[0].tokens.add(one, 0, START) for one in lasting + expired))
+    await asyncio.gather(*(three[0].tokens.issue(one, 0, START) for one in lasting + expired))
     later = [token(number) for number in range(200, 290)]
     ended: Counter[bytes] = Counter()
 
     async def remove(node: Store, one: Token) -> None:
-        was = await node.tokens.remove(one.digest, START)
+        was = await node.tokens.revoke(one.digest, START)
         ended[one.digest] += was
 
     async def purge(node: Store, limit: int) -> None:
@@ -107,16 +109,16 @@ async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nod
     work: list[Awaitable[object]] = []
     for number, node in enumerate(three):
         work += [remove(node, one) for one in chance.sample(lasting[:60] + expired, 90)]
-        work += [node.tokens.add(one, 4, START) for one in chance.sample(later[number::3], 30)]
-        work += [node.tokens.remove_all(user, START) for user in chance.sample(USERS, 3)]
-        work += [purge(node, 7), purge(node, 99), node.purge_log(0, 99)]
+        work += [node.tokens.issue(one, 4, START) for one in chance.sample(later[number::3], 30)]
+        work += [node.tokens.revoke_all(user, START) for user in chance.sample(USERS, 3)]
+        work += [purge(node, 7), purge(node, 99), node.purge_revocations(0, 99)]
         keys = [sha256(b"%d" % key).digest()[:16] for key in range(20)]
         work += [
-            node.failures.note([CountUpdate(key, 1, at=START) for key in chance.sample(keys, 2)], START)
+            node.failures.update([CountUpdate(key, 1, at=START) for key in chance.sample(keys, 2)], START)
             for _ in range(30)
         ]
-        work += [node.failures.note([CountUpdate(key, -1)], START) for key in chance.sample(keys, 20)]
-        work += [node.failures.purge_failures(START + 1, 9)]
+        work += [node.failures.update([CountUpdate(key, -1)], START) for key in chance.sample(keys, 20)]
+        work += [node.failures.purge(START + 1, 9)]
     await at_once(chance, work)
     assert max(ended.values()) == 1, "two were told that they had ended the same"
     alive = {digest for (digest,) in await fetch(url, "SELECT digest FROM tokens")}
@@ -135,7 +137,7 @@ async def test_a_token_issued_in_remove_all_lives_or_is_logged(url: str, three: 
     async def issue(node: Store, first: int, per_user: int) -> None:
         one = token(first + len(issued))
         issued.append(one)
-        await node.tokens.add(one, per_user, START)
+        await node.tokens.issue(one, per_user, START)
         await node.tokens.get(one.digest)
 
     ended = rounds = 0
@@ -144,11 +146,11 @@ async def test_a_token_issued_in_remove_all_lives_or_is_logged(url: str, three: 
         lambda: issue(three[0], 10**6, 9),
         lambda: issue(three[1], 2 * 10**6, 0),
         lambda: issue(three[1], 3 * 10**6, 9),
-        lambda: three[1].tokens.remove_all(USERS[0], START),
+        lambda: three[1].tokens.revoke_all(USERS[0], START),
     ):
         while rounds < 15 or not ended:
             rounds += 1
-            ended += await three[2].tokens.remove_all(None, START)
+            ended += await three[2].tokens.revoke_all(None, START)
     alive = {digest for (digest,) in await fetch(url, "SELECT digest FROM tokens")}
     logged = Counter(digest for (digest,) in await fetch(url, "SELECT digest FROM revocations"))
     assert set(logged.values()) == {1}
@@ -164,8 +166,8 @@ async def test_failures_counted_in_opposite_orders_all_count(three: Nodes) -> No
     keys = [sha256(b"%d" % key).digest()[:16] for key in range(60)]
     for number in range(1, 16):
         notes = [CountUpdate(key, 1, at=START) for key in keys]
-        await asyncio.gather(*(node.failures.note(chance.sample(notes, 60), START) for node in three))
-        assert {one.count for one in (await three[0].failures.failures(keys)).values()} == {3 * number}
+        await asyncio.gather(*(node.failures.update(chance.sample(notes, 60), START) for node in three))
+        assert {one.count for one in (await three[0].failures.get(keys)).values()} == {3 * number}
 
 
 async def test_of_two_log_trims_at_most_one_waits_for_rows(url: str, three: Nodes) -> None:
@@ -177,7 +179,7 @@ async def test_of_two_log_trims_at_most_one_waits_for_rows(url: str, three: Node
     async with connected(url) as other:
         async with other.transaction():
             await other.execute("SELECT FROM revocations WHERE seq = 5 FOR UPDATE")
-            trimming = [asyncio.create_task(node.purge_log(START, 1000)) for node in three[:2]]
+            trimming = [asyncio.create_task(node.purge_revocations(START, 1000)) for node in three[:2]]
             waiting = await other.fetch(_WAITING)
             while len(waiting) < sum(not one.done() for one in trimming):
                 waiting = await other.fetch(_WAITING)
@@ -192,5 +194,5 @@ async def test_capacity_holds_at_every_default_isolation_level(postgres: Cluster
     postgres.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'")
     pool = Pool("p", 60, capacity=10)
     async with nodes(url, 4) as opened:
-        adding = [opened[number % 4].pools.add(pool, [f"t{number}"], START) for number in range(60)]
+        adding = [opened[number % 4].pools.generate(pool, [f"t{number}"], START) for number in range(60)]
         assert sum(await asyncio.gather(*adding)) == 10

@@ -164,12 +164,12 @@ async def test_a_clock_set_back_does_not_cost_a_holder_its_lease(moved: ShiftedD
     """A store alone, without the service's clock that never goes back."""
     async with nodes(moved.url, 2, clock=None) as (one, other):
         now = one.clock()
-        await one.pools.add(POOL, ["t1"], now)
-        lent = (await one.pools.lease(POOL, "ann", now)).token
+        await one.pools.generate(POOL, ["t1"], now)
+        lent = (await one.pools.assign(POOL, "ann", now)).token
         assert lent is not None
         moved.move(-HOUR)
-        assert (await other.pools.lease(POOL, "bob", 0)).token is None
-        extended = await other.pools.extend(POOL, "t1", 0, LeaseCheck("ann", 1))
+        assert (await other.pools.assign(POOL, "bob", 0)).token is None
+        extended = await other.pools.keep_alive(POOL, "t1", 0, LeaseCheck("ann", 1))
         assert extended is not None
         assert extended.done
         assert extended.token.free_at == lent.free_at, "an extension never shortens a lease"

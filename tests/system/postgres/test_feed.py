@@ -164,10 +164,10 @@ async def test_a_node_refuses_at_once_what_it_has_ended_itself(nodes: Sequence[N
         await there.remove(TOKENS[0])
     elif how == "one-that-was-gone":
         await here.remove(TOKENS[0])
-        assert not await there.tokens.remove(TOKENS[0].digest, START)
+        assert not await there.tokens.revoke(TOKENS[0].digest, START)
     elif how == "too-many":
-        await there.tokens.add(token(99, age=-99), 12, START)
+        await there.tokens.issue(token(99, age=-99), 12, START)
     else:
-        await there.tokens.remove_all("ann" if how == "all-of-a-user" else None, START, TOKENS[1].digest)
+        await there.tokens.revoke_all("ann" if how == "all-of-a-user" else None, START, TOKENS[1].digest)
     assert await there.valid([TOKENS[0]]) == [False]
     assert await there.valid([TOKENS[1]]) == [True]

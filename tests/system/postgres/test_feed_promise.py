@@ -91,7 +91,7 @@ async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.Mon
             return int(await db.fetchval(locks))
 
         async with opened(url) as here, opened(url) as there:
-            await here.tokens.add(token(), 0, START)
+            await here.tokens.issue(token(), 0, START)
             await there.heard()
             assert await there.valid([token()]) == [True]
             await db.execute("SELECT pg_advisory_lock(7)")

@@ -27,7 +27,7 @@ async def locking(url: str, number: int) -> AsyncIterator[None]:
 
 async def lease(three: Nodes, number: int, now: float = START) -> list[PoolToken | None]:
     """Have so many callers ask for a token at once."""
-    asked = (three[each % len(three)].pools.lease(POOL, f"h{each}", now) for each in range(number))
+    asked = (three[each % len(three)].pools.assign(POOL, f"h{each}", now) for each in range(number))
     return [lent.token for lent in await asyncio.gather(*asked)]
 
 
@@ -42,10 +42,10 @@ def values(lent: Sequence[PoolToken | None]) -> set[str]:
 async def test_locked_tokens_are_skipped_without_waiting(url: str, three: Nodes, locked: int) -> None:
     """Whoever waited would be told after some seconds that the store does not answer: nothing unlocks the rows."""
     names = [f"t{number:03}" for number in range(locked + 40)]
-    await three[0].pools.add(POOL, names, START)
+    await three[0].pools.generate(POOL, names, START)
     async with locking(url, locked):
         assert values(await lease(three, 40)) == set(names[locked:])
-        assert (await three[0].pools.lease(POOL, "ann", START)).token is None
+        assert (await three[0].pools.assign(POOL, "ann", START)).token is None
         assert await three[0].pools.count(POOL, START) == PoolCounts(locked, 40)
     again = await lease(three, min(locked, 40))
     assert values(again) <= set(names[:locked])
@@ -53,7 +53,7 @@ async def test_locked_tokens_are_skipped_without_waiting(url: str, three: Nodes,
 
 
 async def test_three_machines_lease_each_token_once(three: Nodes) -> None:
-    await three[0].pools.add(POOL, [f"t{number}" for number in range(90)], START)
+    await three[0].pools.generate(POOL, [f"t{number}" for number in range(90)], START)
     for fence in range(1, 4):
         lent = await lease(three, 90, START + 60 * fence)
         assert None not in lent
@@ -62,12 +62,12 @@ async def test_three_machines_lease_each_token_once(three: Nodes) -> None:
 
 
 async def test_a_client_that_releases_first_always_finds_a_token(three: Nodes) -> None:
-    await three[0].pools.add(POOL, ["a", "b", "c"], START)
+    await three[0].pools.generate(POOL, ["a", "b", "c"], START)
 
     async def take_turns(node: Store, holder: str) -> int:
         refused = 0
         for _ in range(25):
-            token = (await node.pools.lease(POOL, holder, START)).token
+            token = (await node.pools.assign(POOL, holder, START)).token
             if token is None:
                 refused += 1
                 continue
@@ -88,7 +88,7 @@ async def test_a_smaller_pool_never_leases_more_than_its_capacity(three: Nodes, 
     assert await three[0].pools.fit(large, [f"t{number}" for number in range(12)], START) == 0
     held = [token for token in await lease(three, 12) if token]
     assert await three[1].pools.fit(small, (), START) == 0
-    retired = {token.value for token in await three[2].pools.members(small, START, "", 99) if token.retired}
+    retired = {token.value for token in await three[2].pools.list_tokens(small, START, "", 99) if token.retired}
     assert (len(held), len(retired)) == (12, 6)
     chance.shuffle(held)
     count, lent = len(held), 0
@@ -102,7 +102,7 @@ async def test_a_smaller_pool_never_leases_more_than_its_capacity(three: Nodes, 
 
     async def borrow(node: Store) -> None:
         nonlocal count, lent
-        token = (await node.pools.lease(small, "new", START)).token
+        token = (await node.pools.assign(small, "new", START)).token
         if token is not None:
             count, lent = count + 1, lent + 1
             assert count <= 6, f"{count} were lent"

@@ -69,13 +69,13 @@ class StorePool:
     def assign(self, holder: str) -> Grant | None:
         """Take a token."""
         _pauses.pause = self._pause
-        lent = self._run(self._store.pools.lease(POOL, holder, self._time())).token
+        lent = self._run(self._store.pools.assign(POOL, holder, self._time())).token
         return lent and Grant(lent.value, lent.fence)
 
     def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
         """Ask for more time."""
         claim = LeaseCheck(holder, grant.fence)
-        touched = self._run(self._store.pools.extend(POOL, grant.token, self._time(), claim))
+        touched = self._run(self._store.pools.keep_alive(POOL, grant.token, self._time(), claim))
         return grant if touched is not None and touched.done else None
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
@@ -87,11 +87,11 @@ class StorePool:
     def generate(self) -> Grant | None:
         """Make a token."""
         value = secrets.token_hex(8)
-        return Grant(value) if self._run(self._store.pools.add(POOL, [value], self._time())) else None
+        return Grant(value) if self._run(self._store.pools.generate(POOL, [value], self._time())) else None
 
     def delete(self, token: str) -> Grant | None:
         """Delete a token."""
-        return Grant(token) if self._run(self._store.pools.remove(POOL, token, self._time())) else None
+        return Grant(token) if self._run(self._store.pools.delete(POOL, token, self._time())) else None
 
     def close(self) -> None:
         """Disconnect."""

@@ -13,7 +13,7 @@ async def test_a_node_notices_also_when_neither_log_has_an_entry(postgres: Clust
     name = url.rpartition("/")[2]
     async with opened(url) as node:
         for one in TOKENS:
-            await node.tokens.add(one, 0, START)
+            await node.tokens.issue(one, 0, START)
         assert await node.valid(TOKENS) == [True] * len(TOKENS)
         postgres.drop(name)
         postgres.create(name, "node_template")

@@ -89,12 +89,12 @@ async def test_values_sort_by_code_point_in_any_locale(url: str) -> None:
 
 async def test_issuing_and_leasing_use_no_sequence(url: str) -> None:
     async with nodes(url) as (store,):
-        await store.pools.add(Pool("p", 60), ["t1"], START)
+        await store.pools.generate(Pool("p", 60), ["t1"], START)
         before = dict(await fetch(url, SEQUENCES))
         assert before == {"revocations_seq_seq": None, "pool_tokens_number_seq": 1}
-        await asyncio.gather(*(store.tokens.add(token(number), 100, START) for number in range(50)))
-        await store.pools.lease(Pool("p", 60), "ann", START)
-        await store.failures.note([CountUpdate(bytes(16), 1, at=START)], START)
+        await asyncio.gather(*(store.tokens.issue(token(number), 100, START) for number in range(50)))
+        await store.pools.assign(Pool("p", 60), "ann", START)
+        await store.failures.update([CountUpdate(bytes(16), 1, at=START)], START)
         assert dict(await fetch(url, SEQUENCES)) == before
         listed = await store.tokens.list("ann", START, 99)
         assert len(listed) == 50
@@ -103,7 +103,7 @@ async def test_issuing_and_leasing_use_no_sequence(url: str) -> None:
 async def test_numbers_are_the_order_of_issue_on_every_node(url: str) -> None:
     async with nodes(url, 2) as (one, other):
         for number in range(10):
-            await (one, other)[number % 2].tokens.add(token(number), 0, START)
+            await (one, other)[number % 2].tokens.issue(token(number), 0, START)
         assert await one.tokens.list("ann", START, 99) == [token(number) for number in range(9, -1, -1)]
 
 
@@ -153,7 +153,7 @@ async def test_a_start_logs_its_wait_for_an_upgrade_and_can_stop(database: str, 
 
 async def test_older_nodes_serve_and_start_after_a_later_step(url: str, tmp_path: Path) -> None:
     async with nodes(url) as (old,):
-        await old.tokens.add(token(1), 0, START)
+        await old.tokens.issue(token(1), 0, START)
         with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
             assert await start(url) is None
         assert {("tokens", "device"), ("pool_tokens", "note")} <= set(await fetch(url, COLUMNS_OF))
@@ -168,13 +168,13 @@ async def test_older_nodes_serve_and_start_after_a_later_step(url: str, tmp_path
 async def serve(store: Any) -> None:
     """Do a little of everything."""
     assert await store.tokens.get(token(1).digest) == token(1)
-    await store.tokens.add(token(2), 100, START)
+    await store.tokens.issue(token(2), 100, START)
     assert token(2) in await store.tokens.list("ann", START, 9)
-    assert await store.tokens.remove(token(2).digest, START)
+    assert await store.tokens.revoke(token(2).digest, START)
     pool = Pool("p", 60)
-    await store.pools.add(pool, ["t1"], START)
-    assert (await store.pools.lease(pool, "ann", START)).token.value == "t1"
-    assert await store.pools.remove(pool, "t1", START)
+    await store.pools.generate(pool, ["t1"], START)
+    assert (await store.pools.assign(pool, "ann", START)).token.value == "t1"
+    assert await store.pools.delete(pool, "t1", START)
 
 
 async def test_a_newer_generation_is_refused_and_logged(url: str, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ async def test_sqlite_has_the_same_rule(tmp_path: Path) -> None:
             await (await began()).stop(START)
 
     old = await began()
-    await old.tokens.add(token(1), 0, START)
+    await old.tokens.issue(token(1), 0, START)
     await upgraded(NEXT_STEP)
     again = await began()
     for store in (old, again):

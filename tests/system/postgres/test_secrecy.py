@@ -21,11 +21,11 @@ async def test_statements_are_logged_without_values(postgres: Cluster, url: str,
     postgres.execute(f'ALTER DATABASE "{name}" SET log_parameter_max_length = {length}')
     value, holder = f"canary-value-{length}", f"canary-holder-{length}"
     async with nodes(url) as (node,):
-        await node.pools.add(POOL, [value], START)
-        assert (await node.pools.lease(POOL, holder, START)).token is not None
+        await node.pools.generate(POOL, [value], START)
+        assert (await node.pools.assign(POOL, holder, START)).token is not None
         assert await node.pools.get(POOL, value, START) is not None
         await node.pools.release(POOL, value, START)
-        await node.pools.remove(POOL, value, START)
+        await node.pools.delete(POOL, value, START)
     text = await asyncio.to_thread(postgres.log.read_text)
     assert "pool_tokens" in text
     assert (value in text, holder in text) == (leaks, leaks)

@@ -27,11 +27,11 @@ async def test_a_log_of_statements_has_no_token_and_no_holder(postgres: Cluster,
     await store.start()
     try:
         pool = Pool("p", 60)
-        await store.pools.add(pool, ["canary-token"], NOW)
-        await store.pools.lease(pool, "canary-holder", NOW)
+        await store.pools.generate(pool, ["canary-token"], NOW)
+        await store.pools.assign(pool, "canary-holder", NOW)
         await store.pools.get(pool, "canary-token", NOW)
         await store.pools.release(pool, "canary-token", NOW)
-        await store.pools.remove(pool, "canary-token", NOW)
+        await store.pools.delete(pool, "canary-token", NOW)
     finally:
         await store.stop(NOW)
     logged = postgres.log.read_bytes()[began:]

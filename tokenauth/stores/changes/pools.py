@@ -256,7 +256,7 @@ class Delete(PoolChange[bool]):
 
 
 @dataclass(slots=True)
-class KeepFreeAlive(PoolChange[int]):
+class KeepAliveFree(PoolChange[int]):
     """Extend the life of at most `limit` tokens that have been free since before an instant."""
 
     before: Instant
