@@ -107,7 +107,7 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tup
 
     table = Table(box=None, pad_edge=False)
     for key in rows[0]:
-        table.add_column(key, no_wrap=key == "id", overflow="fold")
+        table.add_column(key, no_wrap=key == "id" or key in instants, overflow="fold")
     for row in rows:
         shown = {key: _date(row[key]) for key in instants}
         table.add_row(*map(_cell, {**row, **shown}.values()))
