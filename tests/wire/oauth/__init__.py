@@ -1,1 +1,1 @@
-"""Tests of OAuth 2.0: the four endpoints on the wire, and clients and resource servers that nobody here wrote."""
+"""OAuth 2.0: the four endpoints over sockets, and third-party clients and resource servers."""

@@ -1,4 +1,4 @@
-"""What the tests of OAuth share: clients in the configuration, and a day that passes before each test."""
+"""Fixtures: OAuth clients in the configuration. Each test starts a day later than the one before."""
 
 from pathlib import Path
 
@@ -10,11 +10,10 @@ from tests.wire.oauth.forms import CLIENTS
 
 @pytest.fixture(scope="module")
 def config_file(directory: Path, settings: str) -> Path:
-    """Write one module's configuration."""
     return write_config(directory, settings, CLIENTS)
 
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every token expire and every secret and failure be forgotten, so that tests do not meet."""
+    """Expire all tokens, remembered secrets and failure counters, so that tests are independent."""
     clock.advance(25 * 3600)

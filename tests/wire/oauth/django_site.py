@@ -1,6 +1,8 @@
-"""A Django site that django-oauth-toolkit guards: `python -m tests.oauth.django_site DATABASE URL WAY CREDENTIAL...`.
+"""A Django site that django-oauth-toolkit guards.
 
-It is no authorization server: it asks tokenauth about each token that it is shown. WAY is what it asks with.
+`python -m tests.wire.oauth.django_site DATABASE URL SETTING CREDENTIAL...`
+
+It introspects tokens at the tokenauth server at URL. SETTING is the toolkit setting for the credential.
 """
 
 import json
@@ -20,13 +22,13 @@ urlpatterns: list[Any] = []
 
 
 class Quiet(WSGIRequestHandler):
-    """Answers without a line for each request."""
+    """A request handler that logs nothing."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Write nothing."""
+        pass
 
 
-def configure(database: str, terms: dict[str, Any]) -> None:
+def configure(database: str, provider_settings: dict[str, Any]) -> None:
     """Set up Django, with the tables that the toolkit needs and no migrations."""
     apps = ("auth", "contenttypes", "oauth2_provider")
     settings.configure(
@@ -34,7 +36,7 @@ def configure(database: str, terms: dict[str, Any]) -> None:
         DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": database}},
         INSTALLED_APPS=["django.contrib.auth", "django.contrib.contenttypes", "oauth2_provider"],
         MIGRATION_MODULES=dict.fromkeys(apps),
-        OAUTH2_PROVIDER=terms,
+        OAUTH2_PROVIDER=provider_settings,
         ROOT_URLCONF=__name__,
         SECRET_KEY="not one",
         USE_TZ=True,
@@ -44,7 +46,7 @@ def configure(database: str, terms: dict[str, Any]) -> None:
 
 
 def guard() -> None:
-    """Put two guarded pages up."""
+    """Add three guarded pages. `/advertised` sends challenges with metadata."""
     from oauth2_provider.decorators import protected_resource  # type: ignore[import-untyped]  # noqa: PLC0415
 
     def show(request: HttpRequest) -> JsonResponse:
@@ -52,23 +54,22 @@ def guard() -> None:
 
     urlpatterns.append(path("any", protected_resource()(show)))
     urlpatterns.append(path("write", protected_resource(scopes=["write"])(show)))
-    urlpatterns.append(path("told", protected_resource(scopes=["write"], advertise_metadata=True)(show)))
+    urlpatterns.append(path("advertised", protected_resource(scopes=["write"], advertise_metadata=True)(show)))
 
 
-def provider(url: str, way: str, credential: Sequence[str]) -> dict[str, Any]:
-    """Say whom to ask about tokens, and with what."""
+def provider(url: str, setting: str, credential: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of the toolkit for introspection at a tokenauth server."""
     return {
         "RESOURCE_SERVER_INTROSPECTION_URL": f"{url}/oauth/introspect",
         "RESOURCE_SERVER_TOKEN_CACHING_SECONDS": 1,
         "SCOPES": {"read": "Read", "write": "Write"},
-        way: tuple(credential) if len(credential) > 1 else credential[0],
+        setting: tuple(credential) if len(credential) > 1 else credential[0],
     }
 
 
 def main() -> None:
-    """Serve until killed."""
-    database, url, way, *credential = sys.argv[1:]
-    configure(database, provider(url, way, credential))
+    database, url, setting, *credential = sys.argv[1:]
+    configure(database, provider(url, setting, credential))
     guard()
     with make_server("127.0.0.1", 0, get_wsgi_application(), handler_class=Quiet) as server:
         print(json.dumps({"event": "listening", "level": "info", "port": server.server_port}), flush=True)

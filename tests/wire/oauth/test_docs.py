@@ -1,4 +1,4 @@
-"""docs/oauth.md: its commands and its Python code work."""
+"""The commands and the Python code of docs/oauth.md work."""
 
 import re
 import shlex
@@ -17,11 +17,11 @@ from tests.wire.oauth.forms import UNKNOWN, table
 
 TEXT = (ROOT / "docs" / "oauth.md").read_text()
 USERS = table("backups", "backups-secret", "reports") + table("gateway", "gateway-secret", "introspect")
-TERMS = '[oauth]\nissuer = "https://auth.example.com"\n[passwords]\nmemory_kib = 8\ntime_cost = 1'
+SETTINGS = '[oauth]\nissuer = "https://auth.example.com"\n[passwords]\nmemory_kib = 8\ntime_cost = 1'
 
 
 def code(language: str) -> list[str]:
-    """Return the code blocks in a language."""
+    """Return the code blocks of a language."""
     found = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
     assert found
     return found
@@ -29,26 +29,26 @@ def code(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run a worker with the users of the tour, on the real clock."""
+    """Run a worker on the real clock, with the users of the guide."""
     assert "tokenauth user add backups --scope reports" in TEXT
     assert "tokenauth user add gateway --scope introspect" in TEXT
-    with worker(write_config(tmp_path_factory.mktemp("issuer"), TERMS, USERS)) as running:
+    with worker(write_config(tmp_path_factory.mktemp("issuer"), SETTINGS, USERS)) as running:
         yield running
 
 
 def curl(client: httpx.Client, command: str, token: str) -> httpx.Response:
     """Send the request of a curl command."""
     url, *options = shlex.split(command.replace("$TOKEN", token))[1:]
-    given = dict(zip(options[::2], options[1::2], strict=True))
+    values = dict(zip(options[::2], options[1::2], strict=True))
     path = url.removeprefix("localhost:8000")
-    if "-d" not in given:
+    if "-d" not in values:
         return client.get(path)
-    name, _, secret = given["-u"].partition(":")
+    name, _, secret = values["-u"].partition(":")
     content_type = {"Content-Type": "application/x-www-form-urlencoded"}
-    return client.post(path, content=given["-d"], auth=(name, secret), headers=content_type)
+    return client.post(path, content=values["-d"], auth=(name, secret), headers=content_type)
 
 
-def test_each_command_is_answered_as_it_shows(issuer: Server) -> None:
+def test_each_command_prints_the_documented_answer(issuer: Server) -> None:
     token, shown = "", 0
     with issuer.client() as client:
         for block in code("console"):
@@ -69,19 +69,17 @@ def test_each_command_is_answered_as_it_shows(issuer: Server) -> None:
 
 
 def run(text: str, directory: Path) -> dict[str, Any]:
-    """Run Python code. Return its global names."""
-    (directory / "piece.py").write_text(text)
-    return run_path(str(directory / "piece.py"))
+    """Run Python code and return its globals."""
+    (directory / "example.py").write_text(text)
+    return run_path(str(directory / "example.py"))
 
 
 @pytest.mark.parametrize("number", range(3), ids=["authlib", "authlib as a guard", "requests-oauthlib"])
-def test_each_piece_of_python_runs(
-    issuer: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
-) -> None:
+def test_each_python_example_runs(issuer: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
     monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")
     text = code("python")[number].replace("https://auth.example.com", issuer.url)
     text = text.replace("https://reports.example.com/today", f"{issuer.url}/api/me")
-    with warnings.catch_warnings(record=True):  # authlib would rather have httpx2
+    with warnings.catch_warnings(record=True):  # authlib warns that it prefers httpx2
         done = run(text, tmp_path)
     if "guard" in done:
         asked = httpx.Request("GET", "https://x", headers={"Authorization": f"Bearer {UNKNOWN}"})
@@ -92,7 +90,8 @@ def test_each_piece_of_python_runs(
 
 
 def test_the_documented_django_settings_are_tested(tmp_path: Path) -> None:
-    told, way = run(code("python")[3], tmp_path)["OAUTH2_PROVIDER"], "RESOURCE_SERVER_INTROSPECTION_CREDENTIALS"
-    tested = django_site.provider("https://auth.example.com", way, ["gateway", "gateway-secret"])
-    assert told == {name: value for name, value in tested.items() if name != "SCOPES"}
+    documented = run(code("python")[3], tmp_path)["OAUTH2_PROVIDER"]
+    setting = "RESOURCE_SERVER_INTROSPECTION_CREDENTIALS"
+    tested = django_site.provider("https://auth.example.com", setting, ["gateway", "gateway-secret"])
+    assert documented == {name: value for name, value in tested.items() if name != "SCOPES"}
     assert 'protected_resource(scopes=["reports"])' in TEXT

@@ -1,4 +1,4 @@
-"""POST /oauth/introspect: whether a token is valid, and whose it is (RFC 7662)."""
+"""POST /oauth/introspect describes a token (RFC 7662)."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def test_introspection_describes_a_valid_token(client: httpx.Client, clock: Hand
     assert listed["expiry_time"] == answer.json()["exp"]
 
 
-def test_a_token_whose_user_has_no_scopes_is_valid(client: httpx.Client) -> None:
+def test_a_token_without_scopes_is_active(client: httpx.Client) -> None:
     answer = post(client, "introspect", token=fetch(client, BOB)).json()
     assert (answer["active"], answer["scope"]) == (True, "")
 
@@ -77,7 +77,7 @@ def test_other_form_fields_change_nothing(client: httpx.Client, more: dict[str, 
     ],
     ids=range(10),
 )
-def test_a_malformed_token_is_answered_as_an_unknown_one(client: httpx.Client, malformed: str) -> None:
+def test_a_malformed_token_is_inactive(client: httpx.Client, malformed: str) -> None:
     assert post(client, "introspect", token=malformed).content == INACTIVE
     assert post(client, "introspect", token=malformed).status_code == 200
 
@@ -96,7 +96,7 @@ def test_an_inactive_token_gets_no_reason(client: httpx.Client, clock: HandClock
     assert all(each == answers[0] for each in answers)
 
 
-def test_a_token_is_inactive_from_its_exp_on(
+def test_a_token_is_inactive_from_exp_onward(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
 ) -> None:
     clock.advance(0.5)
@@ -111,16 +111,16 @@ def test_a_token_is_inactive_from_its_exp_on(
 
 
 @pytest.mark.parametrize("header", ["Authorization: Bearer {}", "Authorization: bearer {}", "X-Token: {}"])
-def test_a_caller_may_show_its_own_token(server: Server, client: httpx.Client, header: str) -> None:
+def test_a_caller_may_authenticate_with_a_token(server: Server, client: httpx.Client, header: str) -> None:
     token = fetch(client)
-    sent = carrying([header.format(fetch(client, GATEWAY))], token)
+    sent = with_headers([header.format(fetch(client, GATEWAY))], token)
     status, _, body = exchange(server.port, sent)
     assert status == 200
     assert b'"username":"ann"' in body
 
 
-def carrying(lines: list[str], token: str, more: str = "") -> bytes:
-    """Write a question with headers of any kind."""
+def with_headers(lines: list[str], token: str, more: str = "") -> bytes:
+    """Return an introspection request with these header lines."""
     sent = form_bytes("introspect", "none", f"token={token}{more}".encode())
     return sent.replace(b"Authorization: none", "\r\n".join(lines).encode())
 
@@ -133,7 +133,7 @@ def test_a_caller_with_an_invalid_token_is_401(
         bad = fetch(client, GATEWAY)
         clock.advance(DAY)
     token = fetch(client)
-    status, headers, body = exchange(server.port, carrying([f"Authorization: Bearer {bad}"], token))
+    status, headers, body = exchange(server.port, with_headers([f"Authorization: Bearer {bad}"], token))
     assert (status, b'"error":"invalid_token"' in body) == (401, True)
     assert headers["www-authenticate"] == 'Bearer realm="tokenauth", error="invalid_token"'
 
@@ -141,21 +141,21 @@ def test_a_caller_with_an_invalid_token_is_401(
 def test_a_caller_with_a_revoked_token_fails_everywhere(client: httpx.Client, sibling_client: httpx.Client) -> None:
     caller, token = fetch(client, GATEWAY), fetch(client)
     headers = {"Authorization": f"Bearer {caller}"}
-    for asked in (client, sibling_client):
-        assert asked.post("/oauth/introspect", data={"token": token}, headers=headers).json()["active"]
+    for each in (client, sibling_client):
+        assert each.post("/oauth/introspect", data={"token": token}, headers=headers).json()["active"]
     post(client, "revoke", GATEWAY, token=caller)
-    for asked in (client, sibling_client):
-        answer = asked.post("/oauth/introspect", data={"token": token}, headers=headers)
+    for each in (client, sibling_client):
+        answer = each.post("/oauth/introspect", data={"token": token}, headers=headers)
         assert refusal(answer) == (401, "invalid_token")
 
 
-@pytest.mark.parametrize("way", ["basic", "form", "token"])
+@pytest.mark.parametrize("method", ["basic", "form", "token"])
 @pytest.mark.parametrize("caller", [ANN, BOB, ("admin", "admin")], ids=lambda caller: str(caller[0]))
-def test_a_caller_without_the_scope_is_told_which(client: httpx.Client, caller: tuple[str, str], way: str) -> None:
+def test_a_caller_without_the_scope_is_403(client: httpx.Client, caller: tuple[str, str], method: str) -> None:
     token = fetch(client, caller)
-    if way == "basic":
+    if method == "basic":
         answer = post(client, "introspect", caller, token=token)
-    elif way == "form":
+    elif method == "form":
         answer = post(client, "introspect", None, token=token, client_id=caller[0], client_secret=caller[1])
     else:
         answer = client.post("/oauth/introspect", data={"token": token}, headers={"X-Token": token})
@@ -164,7 +164,7 @@ def test_a_caller_without_the_scope_is_told_which(client: httpx.Client, caller: 
     assert answer.headers["www-authenticate"] == challenge
 
 
-def test_a_caller_may_ask_in_one_way_only(server: Server, client: httpx.Client) -> None:
+def test_two_credentials_of_a_caller_are_refused(server: Server, client: httpx.Client) -> None:
     token, caller, other = fetch(client), fetch(client, GATEWAY), fetch(client, GATEWAY)
     right = basic(":".join(GATEWAY))
     for lines, more in [
@@ -176,13 +176,13 @@ def test_a_caller_may_ask_in_one_way_only(server: Server, client: httpx.Client) 
         ([f"X-Token: {caller}"], "&client_secret=wrong"),
         ([f"X-Token: {caller}"], f"&token={token}"),
     ]:
-        status, _, body = exchange(server.port, carrying(lines, token, more))
+        status, _, body = exchange(server.port, with_headers(lines, token, more))
         assert (status, b'"error":"invalid_request"' in body) == (400, True), (lines, more)
 
 
-def test_the_same_token_in_both_headers_is_one_way(server: Server, client: httpx.Client) -> None:
+def test_the_same_token_in_both_headers_is_accepted(server: Server, client: httpx.Client) -> None:
     caller = fetch(client, GATEWAY)
-    sent = carrying([f"Authorization: Bearer {caller}", f"X-Token: {caller}"], fetch(client), "&client_id=gateway")
+    sent = with_headers([f"Authorization: Bearer {caller}", f"X-Token: {caller}"], fetch(client), "&client_id=gateway")
     assert exchange(server.port, sent)[0] == 200
 
 

@@ -1,4 +1,4 @@
-"""Clients and guards that nobody here wrote, unmodified: authlib, requests-oauthlib, oauthlib."""
+"""Third-party clients and guards, unmodified: authlib, requests-oauthlib, oauthlib."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from requests_oauthlib import OAuth2Session as RequestsOAuth2Session
 from tests.support.servers import Server, log_in, worker, write_config
 from tests.wire.oauth.forms import ANN, CLIENTS, COLON, GATEWAY, ODD, UNKNOWN, active, fetch
 
-with warnings.catch_warnings(record=True):  # authlib would rather have httpx2, and has its warnings shown always
+with warnings.catch_warnings(record=True):  # authlib warns that it prefers httpx2, and forces its warnings to be shown
     from authlib.integrations.base_client import OAuthError  # type: ignore[import-untyped]
     from authlib.integrations.httpx_client import AsyncOAuth2Client, OAuth2Client  # type: ignore[import-untyped]
     from authlib.integrations.requests_client import OAuth2Session  # type: ignore[import-untyped]
@@ -29,7 +29,7 @@ METHODS = ["client_secret_basic", "client_secret_post"]
 
 @pytest.fixture(scope="module")
 def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run a worker by the real clock, which the libraries go by."""
+    """Run a worker on the real clock, which the libraries use."""
     config = write_config(tmp_path_factory.mktemp("issuer"), f'[oauth]\nissuer = "{ISSUER}"', CLIENTS)
     with worker(config) as running:
         yield running
@@ -37,14 +37,13 @@ def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(issuer: Server) -> Iterator[httpx.Client]:
-    """Connect to the worker."""
     with issuer.client() as connected:
         yield connected
 
 
 @pytest.fixture
 def _without_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let oauthlib speak to a server of this machine."""
+    """Let oauthlib connect without TLS."""
     monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")
 
 
@@ -62,15 +61,15 @@ def test_authlib_fetches_uses_introspects_and_revokes(
         assert session.get(f"{issuer.url}/api/me").json()["username"] == "gateway"
 
         anns = fetch(client)
-        asked = session.introspect_token(f"{issuer.url}/oauth/introspect", token=anns, token_type_hint="access_token")
-        assert (asked.json()["active"], asked.json()["username"]) == (True, "ann")
+        answer = session.introspect_token(f"{issuer.url}/oauth/introspect", token=anns, token_type_hint="access_token")
+        assert (answer.json()["active"], answer.json()["username"]) == (True, "ann")
         ended = session.revoke_token(f"{issuer.url}/oauth/revoke", token=anns, token_type_hint="access_token")
         assert ended.status_code == 200
-        asked = session.introspect_token(f"{issuer.url}/oauth/introspect", token=anns)
-        assert asked.json() == {"active": False}
+        answer = session.introspect_token(f"{issuer.url}/oauth/introspect", token=anns)
+        assert answer.json() == {"active": False}
 
 
-async def test_authlib_fetches_a_new_token_before_the_end(issuer: Server) -> None:
+async def test_authlib_fetches_a_new_token_before_expiry(issuer: Server) -> None:
     async with AsyncOAuth2Client(
         *ANN, token_endpoint=f"{issuer.url}/oauth/token", grant_type="client_credentials"
     ) as session:
@@ -93,17 +92,19 @@ def test_authlib_reads_the_error_of_a_refusal(issuer: Server, library: Any, meth
 
 @pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
 @pytest.mark.parametrize(
-    ("who", "method"),
+    ("credentials", "method"),
     [(ODD, "client_secret_basic"), (ODD, "client_secret_post"), (COLON, "client_secret_post")],
-    ids=["odd by basic", "odd in the form", "beyond latin-1 in the form"],
+    ids=["odd by basic", "odd in the form", "not latin-1, in the form"],
 )
-def test_authlib_sends_odd_names_and_secrets(issuer: Server, library: Any, who: tuple[str, str], method: str) -> None:
-    with library(*who, token_endpoint_auth_method=method) as session:
+def test_authlib_sends_odd_names_and_secrets(
+    issuer: Server, library: Any, credentials: tuple[str, str], method: str
+) -> None:
+    with library(*credentials, token_endpoint_auth_method=method) as session:
         session.fetch_token(f"{issuer.url}/oauth/token", grant_type="client_credentials")
-        assert session.get(f"{issuer.url}/api/me").json()["username"] == who[0]
+        assert session.get(f"{issuer.url}/api/me").json()["username"] == credentials[0]
 
 
-def test_authlib_finds_the_metadata_in_order(issuer: Server, client: httpx.Client) -> None:
+def test_authlib_accepts_the_metadata(issuer: Server, client: httpx.Client) -> None:
     document = client.get(get_well_known_url(ISSUER)).json()
     metadata = AuthorizationServerMetadata(document)
     metadata.validate()
@@ -111,14 +112,13 @@ def test_authlib_finds_the_metadata_in_order(issuer: Server, client: httpx.Clien
 
 
 class Introspection(IntrospectTokenValidator):  # type: ignore[misc]
-    """Asks tokenauth; written as authlib's documentation has it."""
+    """Introspects at tokenauth, as in the documentation of authlib."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url = url
 
     def introspect_token(self, token_string: str) -> Any:
-        """Ask about a token."""
         answer = requests.post(f"{self._url}/oauth/introspect", data={"token": token_string}, auth=GATEWAY, timeout=30)
         answer.raise_for_status()
         return answer.json()
@@ -128,41 +128,41 @@ def test_authlibs_resource_protector_uses_introspection(issuer: Server, client: 
     guard = ResourceProtector()
     guard.register_token_validator(Introspection(issuer.url))
 
-    def pass_(token: str | None, *scopes: str) -> Any:
+    def validate(token: str | None, *scopes: str) -> Any:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         return guard.validate_request(list(scopes), httpx.Request("GET", "https://resource", headers=headers))
 
     token, user = fetch(client), log_in(client, *ANN)
     for good in (token, user):
-        assert pass_(good)["username"] == "ann"
-        assert pass_(good, "read write")["scope"] == "read write"
+        assert validate(good)["username"] == "ann"
+        assert validate(good, "read write")["scope"] == "read write"
         with pytest.raises(InsufficientScopeError):
-            pass_(good, "read admin")
+            validate(good, "read admin")
     client.post("/oauth/revoke", data={"token": token}, auth=ANN)
     for bad in (token, UNKNOWN, "malformed"):
         with pytest.raises(InvalidTokenError):
-            pass_(bad)
+            validate(bad)
     with pytest.raises(MissingAuthorizationError):
-        pass_(None)
+        validate(None)
 
 
 @pytest.mark.usefixtures("_without_tls")
-@pytest.mark.parametrize("way", ["basic", "auth", "form"])
+@pytest.mark.parametrize("method", ["basic", "auth", "form"])
 @pytest.mark.parametrize("scope", [None, ["read", "write"]], ids=["no scope", "all scopes"])
 def test_requests_oauthlib_fetches_uses_and_revokes(
-    issuer: Server, client: httpx.Client, way: str, scope: list[object] | None
+    issuer: Server, client: httpx.Client, method: str, scope: list[object] | None
 ) -> None:
     backend = BackendApplicationClient(client_id=ANN[0], scope=scope)
     with RequestsOAuth2Session(client=backend) as session:
-        ways: dict[str, dict[str, Any]] = {
+        options: dict[str, dict[str, Any]] = {
             "basic": {"client_secret": ANN[1]},
             "auth": {"auth": HTTPBasicAuth(*ANN)},
             "form": {"client_secret": ANN[1], "include_client_id": True},
         }
-        token = session.fetch_token(f"{issuer.url}/oauth/token", **ways[way])
+        token = session.fetch_token(f"{issuer.url}/oauth/token", **options[method])
         assert token["scope"] == ["read", "write"]
         assert session.get(f"{issuer.url}/api/me").json()["username"] == "ann"
-        # it takes no other address than one of https, and so is told one
+        # oauthlib accepts only an https URL here
         url, headers, body = backend.prepare_token_revocation_request(
             "https://auth.example.com/oauth/revoke", token["access_token"], "access_token"
         )
@@ -192,7 +192,7 @@ def test_oauthlib_reads_the_error_of_a_refusal(issuer: Server) -> None:
 
 @pytest.mark.usefixtures("_without_tls")
 def test_oauthlib_rejects_more_scopes_than_requested(issuer: Server) -> None:
-    """So documented: ask for none, or for all."""
+    """docs/oauth.md: request no scopes, or all."""
     session = RequestsOAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["read"]))
     with session, pytest.raises(Warning, match="Scope has changed"):
         session.fetch_token(f"{issuer.url}/oauth/token", client_secret="ann-secret")

@@ -1,4 +1,4 @@
-"""GET /.well-known/oauth-authorization-server: where what is (RFC 8414), as the configuration has it."""
+"""GET /.well-known/oauth-authorization-server: the server metadata (RFC 8414)."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ METHODS = ["client_secret_basic", "client_secret_post"]
 
 @pytest.fixture(scope="module")
 def issuers(directory: Path, clock: HandClock) -> Iterator[dict[str, Server]]:
-    """Run a worker for each issuer; the first has none."""
+    """Run a worker for each issuer, and one without an issuer."""
     with ExitStack() as stack:
         running = {}
         for number, issuer in enumerate(("", PLAIN, WITH_PATH, LOCAL, ENCODED)):
@@ -32,7 +32,6 @@ def issuers(directory: Path, clock: HandClock) -> Iterator[dict[str, Server]]:
 
 
 def get(server: Server, path: str) -> httpx.Response:
-    """Ask one server."""
     with server.client() as client:
         return client.get(path)
 
@@ -56,13 +55,13 @@ def test_the_metadata_names_the_issuer_and_its_endpoints(issuers: dict[str, Serv
     }
 
 
-def test_an_issuer_s_path_may_be_percent_encoded(issuers: dict[str, Server]) -> None:
+def test_an_issuer_path_may_be_percent_encoded(issuers: dict[str, Server]) -> None:
     assert get(issuers[ENCODED], f"{WELL_KNOWN}/a%20b").json()["issuer"] == ENCODED
     assert get(issuers[ENCODED], f"{WELL_KNOWN}/a%2520b").status_code == 404
 
 
-def test_an_issuer_with_a_path_has_two_addresses(issuers: dict[str, Server]) -> None:
-    """The one of RFC 8414 section 3.1, and the one that is left when a proxy has taken the path away."""
+def test_an_issuer_with_a_path_has_two_metadata_urls(issuers: dict[str, Server]) -> None:
+    """The URL of RFC 8414 section 3.1, and that behind a proxy that strips the path."""
     server = issuers[WITH_PATH]
     assert get(server, f"{WELL_KNOWN}/auth/one").content == get(server, WELL_KNOWN).content
     for other in ("/", "/auth", "/auth/one/", "/auth/two"):
@@ -85,14 +84,14 @@ def test_nothing_in_a_request_changes_the_metadata(issuers: dict[str, Server], i
     head += f"Forwarded: host={evil};proto=http\r\nX-Forwarded-Prefix: /evil\r\nX-Original-URL: /evil\r\n"
     for target in (WELL_KNOWN, f"{WELL_KNOWN}?issuer=https://{evil}", f"http://{evil}{WELL_KNOWN}"):
         status, _, body = exchange(server.port, f"GET {target} HTTP/1.1\r\n{head}\r\n".encode())
-        if target.startswith("http"):  # a proxy's way to ask: answered, or nothing is here
+        if target.startswith("http"):  # the absolute form, for proxies
             assert status in {expected.status_code, 404}
             assert b"evil" not in body
         else:
             assert (status, body) == (expected.status_code, expected.content)
 
 
-def test_the_metadata_can_be_read_and_nothing_else(issuers: dict[str, Server]) -> None:
+def test_the_metadata_allows_only_get_and_head(issuers: dict[str, Server]) -> None:
     with issuers[PLAIN].client() as client:
         assert client.head(WELL_KNOWN).status_code == 200
         for method in ("POST", "PUT", "DELETE"):

@@ -1,4 +1,4 @@
-"""SIGHUP: users who are gone or have a new secret lose their tokens, and the remembered secret with them."""
+"""SIGHUP: users that were removed or have a new secret lose their tokens and the remembered secret."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from tests.wire.oauth.forms import INACTIVE, UNKNOWN, basic, form_bytes, table
 CHEAP = "[passwords]\nmemory_kib = 8\ntime_cost = 1\n"
 
 
-def ask(port: int, endpoint: str, who: str, token: str) -> tuple[int, bytes]:
-    """Ask over a connection of its own, since a reload ends the others."""
+def send_form(port: int, endpoint: str, credentials: str, token: str) -> tuple[int, bytes]:
+    """Send a form over a new connection, since a reload closes the others."""
     form = {"token": token, "grant_type": "client_credentials"}
     with Connection(port) as connection:
-        answer = connection.send(form_bytes(endpoint, basic(who), form))
+        answer = connection.send(form_bytes(endpoint, basic(credentials), form))
     return answer.status, answer.body
 
 
@@ -34,21 +34,21 @@ def test_sighup_ends_secrets_and_tokens_of_changed_clients(tmp_path: Path) -> No
     with serving(config) as server:
         with Connection(server.port) as connection:
             tokens = {name: connection.log_in(name, f"{name}-secret") for name in ("ann", "bob", "cid")}
-        for who in ("gateway:old-secret", "guard:guard-secret"):  # it remembers them now
+        for credentials in ("gateway:old-secret", "guard:guard-secret"):  # the server remembers the secrets now
             for token in tokens.values():
-                status, body = ask(server.port, "introspect", who, token)
+                status, body = send_form(server.port, "introspect", credentials, token)
                 assert (status, b'"active":true' in body) == (200, True)
         write_config(tmp_path, users=CHEAP + new)
         reload(server, 1)
-        for name in ("ann", "bob"):  # hers has a new hash, if of the same secret
-            assert ask(server.port, "introspect", "gateway:new-secret", tokens[name]) == (200, INACTIVE)
-        _, body = ask(server.port, "introspect", "gateway:new-secret", tokens["cid"])
-        assert b'"scope":"write"' in body, "scopes are as the configuration has them"
-        for who, status in [
+        for name in ("ann", "bob"):  # ann has a new hash of the same secret; bob was removed
+            assert send_form(server.port, "introspect", "gateway:new-secret", tokens[name]) == (200, INACTIVE)
+        _, body = send_form(server.port, "introspect", "gateway:new-secret", tokens["cid"])
+        assert b'"scope":"write"' in body, "the scopes are the new ones"
+        for credentials, status in [
             ("gateway:old-secret", 401),
             ("gateway:new-secret", 200),
             ("guard:guard-secret", 403),
             ("ann:ann-secret", 403),
             ("bob:bob-secret", 401),
         ]:
-            assert ask(server.port, "introspect", who, UNKNOWN)[0] == status, who
+            assert send_form(server.port, "introspect", credentials, UNKNOWN)[0] == status, credentials

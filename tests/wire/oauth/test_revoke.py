@@ -1,4 +1,4 @@
-"""POST /oauth/revoke: end a token (RFC 7009). 200 says that it is certainly not valid."""
+"""POST /oauth/revoke ends a token (RFC 7009). After a 200 the token is not valid."""
 
 from collections.abc import Callable
 
@@ -17,16 +17,16 @@ def test_the_bearer_may_revoke_a_token_on_all_workers(
     client: httpx.Client, sibling_client: httpx.Client, obtain: Obtain, by: tuple[str, str]
 ) -> None:
     token, other = obtain(client), obtain(client)
-    for asked in (client, sibling_client):
-        assert active(asked, token)
+    for each in (client, sibling_client):
+        assert active(each, token)
     answer = post(client, "revoke", by, token=token)
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["cache-control"] == "no-store"
-    for asked in (sibling_client, client):
-        assert post(asked, "introspect", token=token).content == INACTIVE
-        assert not probe(asked, token)
-        assert asked.get("/api/me", headers={"Authorization": f"Bearer {token}"}).status_code == 401
-        assert active(asked, other), "the others of the same user go on"
+    for each in (sibling_client, client):
+        assert post(each, "introspect", token=token).content == INACTIVE
+        assert not probe(each, token)
+        assert each.get("/api/me", headers={"Authorization": f"Bearer {token}"}).status_code == 401
+        assert active(each, other), "other tokens of the user stay active"
 
 
 def test_one_worker_revokes_what_the_other_has_cached(client: httpx.Client, sibling_client: httpx.Client) -> None:
@@ -38,7 +38,7 @@ def test_one_worker_revokes_what_the_other_has_cached(client: httpx.Client, sibl
 
 
 @pytest.mark.parametrize("hint", ["access_token", "refresh_token", "pickle", ""])
-def test_the_hint_is_not_needed_and_not_believed(client: httpx.Client, hint: str) -> None:
+def test_the_token_type_hint_is_ignored(client: httpx.Client, hint: str) -> None:
     token = fetch(client)
     assert post(client, "revoke", ANN, token=token, token_type_hint=hint).status_code == 200
     assert not active(client, token)

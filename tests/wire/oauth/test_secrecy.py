@@ -1,4 +1,4 @@
-"""No secret and no token stands in the log, in an answer after the issue, or in an error, whatever goes wrong."""
+"""No secret and no token appears in the log, in errors, or in responses other than the one that issues it."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ AS_NAME = 'typed "\u00efn/the" name f\u00efeld <&\\>'
 
 
 def requests_with(token: str) -> Iterator[bytes]:
-    """Write requests that have a secret or a token in every place, right and wrong."""
+    """Return requests with a secret or a token in every place, expected or not."""
     for endpoint in ENDPOINTS:
         for secret in (SECRET, WRONG, AS_NAME, token):
             places = {"grant_type": secret, "scope": secret, "token": secret, "token_type_hint": secret, secret: secret}
@@ -59,9 +59,9 @@ def test_no_secret_and_no_token_is_repeated_or_logged(tmp_path: Path) -> None:
         log = server.log.read_bytes()
     assert {answer.status for answer in answers} >= {200, 400, 401, 404, 503}
     for event in ("request", "login_failed", "token_issued", "token_revoked"):
-        assert f'"event":"{event}"'.encode() in log, "the canaries have been where they could have been logged"
-    said = b"\n".join(answer.head + answer.body for answer in answers)
+        assert f'"event":"{event}"'.encode() in log, "events that could contain secrets were logged"
+    received = b"\n".join(answer.head + answer.body for answer in answers)
     for secret in (*tokens, SECRET, WRONG, AS_NAME):
         for spelling in spellings(secret):
             assert spelling not in log, spelling
-            assert spelling not in said, spelling
+            assert spelling not in received, spelling

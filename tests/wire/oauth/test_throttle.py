@@ -1,4 +1,4 @@
-"""Secrets of clients are throttled as logins are, and with them."""
+"""Client secrets and logins share one throttle."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,19 +45,19 @@ ATTEMPTS: dict[str, Attempt] = {
 
 
 def guess(client: httpx.Client, attempts: list[Attempt]) -> list[int]:
-    """Try wrong secrets; return the statuses."""
+    """Try wrong secrets and return the statuses."""
     return [attempt(client, f"wrong-{number}").status_code for number, attempt in enumerate(attempts)]
 
 
-def test_failures_count_together_wherever_they_happen(
+def test_failures_on_all_endpoints_count_together(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
 ) -> None:
     assert guess(client, list(ATTEMPTS.values())) == [401] * FREE
-    for asked in (client, sibling_client):
+    for each in (client, sibling_client):
         for attempt in ATTEMPTS.values():
-            held_up = attempt(asked, "ann-secret")
-            assert refusal(held_up) == (429, "too_many_attempts")
-            assert held_up.headers["retry-after"] == "300"
+            throttled = attempt(each, "ann-secret")
+            assert refusal(throttled) == (429, "too_many_attempts")
+            assert throttled.headers["retry-after"] == "300"
     clock.advance(300)
     assert ATTEMPTS["token"](client, "ann-secret").status_code == 200
 
@@ -73,7 +73,7 @@ def test_unknown_names_are_counted_like_known_ones(client: httpx.Client, name: s
     assert tries == [401] * FREE + [429]
 
 
-def test_a_right_secret_clears_what_was_counted(client: httpx.Client) -> None:
+def test_a_right_secret_clears_the_failure_counter(client: httpx.Client) -> None:
     for _ in range(3):
         assert guess(client, [ATTEMPTS["token"], ATTEMPTS["api"]] * 2) == [401] * (FREE - 1)
         assert fetch(client)
@@ -81,18 +81,18 @@ def test_a_right_secret_clears_what_was_counted(client: httpx.Client) -> None:
         client.post("/api/token", json={"username": "ann", "password": "ann-secret"})
 
 
-@pytest.mark.parametrize("door", ATTEMPTS)
+@pytest.mark.parametrize("endpoint", ATTEMPTS)
 def test_a_recent_success_does_not_bypass_the_throttle(
-    client: httpx.Client, sibling_client: httpx.Client, clock: HandClock, door: str
+    client: httpx.Client, sibling_client: httpx.Client, clock: HandClock, endpoint: str
 ) -> None:
-    """Or the right secret would be let in while wrong ones are not even compared."""
-    for asked in (client, sibling_client):
-        assert fetch(asked)
-    assert guess(client, [ATTEMPTS[door]] * (FREE + 1)) == [401] * FREE + [429]
-    clock.advance(1)  # so much later another worker knows
-    for asked in (client, sibling_client):
+    """Otherwise an attacker could recognize the right secret: it alone would not be throttled."""
+    for each in (client, sibling_client):
+        assert fetch(each)
+    assert guess(client, [ATTEMPTS[endpoint]] * (FREE + 1)) == [401] * FREE + [429]
+    clock.advance(1)  # the other worker sees the failures within a second
+    for each in (client, sibling_client):
         for attempt in ATTEMPTS.values():
-            assert refusal(attempt(asked, "ann-secret")) == (429, "too_many_attempts")
+            assert refusal(attempt(each, "ann-secret")) == (429, "too_many_attempts")
 
 
 def test_a_wrong_secret_after_a_success_counts(client: httpx.Client) -> None:
@@ -100,14 +100,14 @@ def test_a_wrong_secret_after_a_success_counts(client: httpx.Client) -> None:
     assert guess(client, [ATTEMPTS["token"]] * (FREE + 1)) == [401] * FREE + [429]
 
 
-def test_a_caller_with_a_token_is_not_held_up(client: httpx.Client) -> None:
+def test_a_caller_with_a_token_is_not_throttled(client: httpx.Client) -> None:
     token = fetch(client, GATEWAY)
     guesses = [post(client, "introspect", ("gateway", "wrong"), token=UNKNOWN).status_code for _ in range(FREE + 1)]
     assert guesses[-1] == 429
     assert send(client, "introspect", f"Bearer {token}", token=token).json()["active"]
 
 
-def test_a_request_without_a_secret_is_no_guess(client: httpx.Client) -> None:
+def test_a_request_without_a_secret_is_not_counted(client: httpx.Client) -> None:
     for _ in range(2 * FREE):
         assert send(client, "token", None, **FULL_FORMS["token"], client_id="ann").status_code == 401
         assert send(client, "token", "Basic !", **FULL_FORMS["token"]).status_code == 400
@@ -116,26 +116,26 @@ def test_a_request_without_a_secret_is_no_guess(client: httpx.Client) -> None:
 
 def test_concurrent_guesses_do_not_pass_the_limit(tmp_path: Path, clock: HandClock) -> None:
     guesses = [basic(f"ann:wrong-{number}") for number in range(40)]
-    with worker(write_config(tmp_path), clock) as server, ThreadPoolExecutor(20) as crowd:
+    with worker(write_config(tmp_path), clock) as server, ThreadPoolExecutor(20) as threads:
         form = {"token": "x", "grant_type": "x"}
         sent = [form_bytes(ENDPOINTS[number % 3], each, form) for number, each in enumerate(guesses)]
-        answered = sorted(crowd.map(lambda each: exchange(server.port, each)[0], sent))
+        answered = sorted(threads.map(lambda each: exchange(server.port, each)[0], sent))
     assert answered == [401] * FREE + [429] * (40 - FREE)
 
 
 @pytest.fixture
-def crowded(tmp_path: Path) -> Iterator[Server]:
-    """Run a worker that checks one password at a time, for a user whose hash takes long; one more may wait."""
+def busy_server(tmp_path: Path) -> Iterator[Server]:
+    """Run a worker that checks one password at a time, with room for one more to wait, and a user with a slow hash."""
     slow = argon2.using(type="ID", memory_cost=65536, time_cost=4, parallelism=1).hash("slow-secret")
     users = f'[passwords]\nthreads = 1\nqueue = 1\n[[users]]\nusername = "slow"\npassword = "{slow}"'
     with worker(write_config(tmp_path, users=users)) as running:
         yield running
 
 
-def test_more_secrets_than_can_wait_are_503(crowded: Server) -> None:
+def test_secrets_beyond_the_login_queue_are_503(busy_server: Server) -> None:
     sent = [form_bytes("introspect", basic(f"slow:wrong-{number}"), {"token": UNKNOWN}) for number in range(4)]
-    with ThreadPoolExecutor(4) as crowd:
-        answers = sorted(crowd.map(lambda each: exchange(crowded.port, each), sent), key=lambda answer: answer[0])
+    with ThreadPoolExecutor(4) as threads:
+        answers = sorted(threads.map(lambda each: exchange(busy_server.port, each), sent), key=lambda answer: answer[0])
     assert [status for status, _, _ in answers] == [401, 401, 503, 503]
     for _, headers, body in answers[2:]:
         assert b'"error":"overloaded"' in body

@@ -1,4 +1,4 @@
-"""POST /oauth/token: tokens for clients (RFC 6749 section 4.4), and what is wrong with a request for one (5.2)."""
+"""POST /oauth/token: tokens for clients (RFC 6749 section 4.4) and its errors (section 5.2)."""
 
 import httpx
 import pytest
@@ -11,7 +11,7 @@ BOB = ("bob", "bob-secret")
 GRANT = {"grant_type": "client_credentials"}
 
 
-def test_a_client_gets_a_token_that_is_a_login_everywhere(
+def test_a_client_token_is_valid_on_all_workers(
     client: httpx.Client, sibling_client: httpx.Client, clock: HandClock
 ) -> None:
     answer = post(client, "token", ANN, **GRANT)
@@ -21,14 +21,14 @@ def test_a_client_gets_a_token_that_is_a_login_everywhere(
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["pragma"] == "no-cache"
-    for asked in (client, sibling_client):
-        me = asked.get("/api/me", headers={"Authorization": f"Bearer {token}"}).json()
+    for each in (client, sibling_client):
+        me = each.get("/api/me", headers={"Authorization": f"Bearer {token}"}).json()
         assert (me["username"], me["scopes"]) == ("ann", ["read", "write"])
         assert me["expiry_time"] == int(clock()) + DAY
-        assert len(asked.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]) == 1
+        assert len(each.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]) == 1
 
 
-def test_each_answer_has_a_new_token_of_the_server(client: httpx.Client) -> None:
+def test_each_response_has_a_new_token(client: httpx.Client) -> None:
     tokens = {post(client, "token", ANN, **GRANT, access_token="mine", token="mine").json()["access_token"]}
     tokens |= {fetch(client) for _ in range(5)} | {log_in(client, *ANN)}
     assert len(tokens) == 7
@@ -65,11 +65,11 @@ def test_a_client_without_scopes_gets_an_empty_scope(client: httpx.Client) -> No
 def test_a_scope_that_the_client_lacks_is_refused(client: httpx.Client, scope: str) -> None:
     before = len(my_tokens(client))
     assert refusal(post(client, "token", ANN, **GRANT, scope=scope)) == (400, "invalid_scope")
-    assert len(my_tokens(client)) == before + 1, "only the one that was fetched to look"
+    assert len(my_tokens(client)) == before + 1, "my_tokens fetches one itself"
 
 
 def my_tokens(client: httpx.Client) -> list[object]:
-    """List Ann's tokens."""
+    """Return the tokens of ann."""
     answer = client.get("/api/tokens", headers={"X-Token": fetch(client)})
     return list(answer.json()["tokens"])
 
@@ -88,7 +88,7 @@ def my_tokens(client: httpx.Client) -> list[object]:
         ("client_credentials ", "unsupported_grant_type"),
     ],
 )
-def test_there_is_one_grant(client: httpx.Client, grant_type: str | None, error: str) -> None:
+def test_only_client_credentials_are_granted(client: httpx.Client, grant_type: str | None, error: str) -> None:
     form = {"username": "admin", "password": "admin", "code": "c", "refresh_token": "r", "redirect_uri": "https://x"}
     if grant_type is not None:
         form["grant_type"] = grant_type
@@ -101,7 +101,7 @@ def test_only_clients_learn_the_supported_grants(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
-def test_other_methods_are_405_and_never_read(client: httpx.Client, endpoint: str, method: str) -> None:
+def test_other_methods_are_405_and_change_nothing(client: httpx.Client, endpoint: str, method: str) -> None:
     answer = client.request(method, f"/oauth/{endpoint}", params=FULL_FORMS[endpoint], auth=GATEWAY)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.headers["cache-control"] == "no-store"
@@ -110,10 +110,10 @@ def test_other_methods_are_405_and_never_read(client: httpx.Client, endpoint: st
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_the_query_is_not_read(client: httpx.Client, endpoint: str) -> None:
-    """Addresses end up in logs (RFC 6749 section 2.3.1, RFC 7662 section 4)."""
-    who = {"client_id": GATEWAY[0], "client_secret": GATEWAY[1]}
-    asked = client.post(f"/oauth/{endpoint}", params=FULL_FORMS[endpoint], data={"x": "y"}, auth=GATEWAY)
-    assert refusal(asked) == (400, "invalid_request")
-    asked = client.post(f"/oauth/{endpoint}", params=who, data=FULL_FORMS[endpoint])
-    assert refusal(asked) == (401, "invalid_client")
+def test_parameters_in_the_query_are_ignored(client: httpx.Client, endpoint: str) -> None:
+    """URLs end up in logs (RFC 6749 section 2.3.1, RFC 7662 section 4)."""
+    credentials = {"client_id": GATEWAY[0], "client_secret": GATEWAY[1]}
+    answer = client.post(f"/oauth/{endpoint}", params=FULL_FORMS[endpoint], data={"x": "y"}, auth=GATEWAY)
+    assert refusal(answer) == (400, "invalid_request")
+    answer = client.post(f"/oauth/{endpoint}", params=credentials, data=FULL_FORMS[endpoint])
+    assert refusal(answer) == (401, "invalid_client")
