@@ -21,8 +21,9 @@ install: .venv/.installed
 serve: .venv/.serves
 	$(BIN)/tokenauth serve --config config.toml
 
+# Tests start many processes: bytecode is kept, whatever the environment says.
 test: install
-	$(BIN)/pytest -m "not faults" -n 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "not faults" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-interpreters: install
 	.ci/interpreters

@@ -89,8 +89,10 @@ class Server:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return what the server has logged, or only the events of one name."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        return [line for line in lines if name in {None, line["event"]}]
+        wanted = "{" if name is None else f'"event":"{name}"'
+        lines = self.log.read_text().splitlines()
+        found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
+        return [line for line in found if name in {None, line["event"]}]
 
     def wait(self, event: str, seconds: float = 20) -> dict[str, Any]:
         """Wait until the server has logged an event; fail with its log if it ends or takes too long."""
