@@ -24,12 +24,16 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+_TOGETHER = ("tests/system/browser", "tests/system/proxies")
+"""What these have in common takes long to start, and they have it in one process."""
+
+
 class _ByFile(LoadFileScheduling):  # type: ignore[misc]
-    """Gives each file to one process, and both that need a browser to the same one: it takes long to start."""
+    """Gives each file to one process, and each folder of _TOGETHER too."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = str(super()._split_scope(nodeid))
-        return "tests/system/browser" if file.startswith("tests/system/browser/") else file
+        return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
 
 
 @pytest.hookimpl(optionalhook=True)  # also without xdist: `-p no:xdist`

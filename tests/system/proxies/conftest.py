@@ -1,4 +1,4 @@
-"""One issuer and five proxies for each module, each started when a test first asks for it."""
+"""One issuer and five proxies for all tests of this package, each started when a test first asks for it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,7 +12,12 @@ from tests.system.proxies.running import PRODUCTS, Proxy, running
 Start = Callable[[str], Proxy]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("proxies")
+
+
+@pytest.fixture(scope="package")
 def server(directory: Path) -> Iterator[Server]:
     """Run an issuer, where ann has the scope that /reports needs, and bob has none."""
     users = USERS.replace('["read", "write"]', '["reports", "read"]')
@@ -20,7 +25,7 @@ def server(directory: Path) -> Iterator[Server]:
         yield issuer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def start(directory: Path, server: Server) -> Iterator[Start]:
     """Start a proxy by its name, or return the one that runs."""
     started: dict[str, Proxy] = {}
@@ -42,14 +47,14 @@ def proxy(request: pytest.FixtureRequest, start: Start) -> Proxy:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ann(server: Server) -> str:
     """Return a token of ann, who may see the reports."""
     with server.client() as client:
         return log_in(client, "ann", "ann-secret")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def bob(server: Server) -> str:
     """Return a token of bob, who has no scope."""
     with server.client() as client:
