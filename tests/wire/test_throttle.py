@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.support.servers import HandClock, Server, exchange, log_in, probe, worker, write_config
-from tokenauth.web import requests
+from tokenauth.web.client_address import client_address, ignored_proxies
 
 FREE = 5
 NETWORK_FREE = 20
@@ -409,7 +409,7 @@ def test_an_unknown_name_does_not_block_its_network(
 )
 def test_only_an_untrusted_proxy_is_logged(client: str, forwarded: list[str], noticed: bool) -> None:
     headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
-    requests.noticed.clear()
+    ignored_proxies.clear()
     for _ in range(2):
-        requests.client_address({"type": "http", "client": (client, 4711), "headers": headers})
-    assert requests.noticed == [client] * noticed
+        client_address({"type": "http", "client": (client, 4711), "headers": headers})
+    assert ignored_proxies == [client] * noticed

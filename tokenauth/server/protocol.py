@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from tokenauth.server.head_limit import HeadLimit
 from tokenauth.server.transport import LingeringTransport
-from tokenauth.web import percent
+from tokenauth.web import urlencoding
 from tokenauth.web.asgi_extensions import CLIENT, REFUSAL_RULES, RefusalRules
 
 MAX_HEAD = 16 * 1024
@@ -371,7 +371,7 @@ class BoundedProtocol(HttpToolsProtocol):
         raw_path = url.path or b"/"
         path = raw_path.decode("ascii")
         if "%" in path:
-            path = percent.decode(raw_path).decode(errors="replace")
+            path = urlencoding.unquote(raw_path).decode(errors="replace")
         scope["method"] = parser.get_method().decode("ascii")
         scope["path"] = self.root_path + path
         scope["raw_path"] = self.root_path.encode("ascii") + raw_path

@@ -1,11 +1,11 @@
-"""The access log: one line for each request, without a query, a header, or any part of a path that we did not name."""
+"""The access log: one line for each request, with the template of its route and nothing else that a client chooses."""
 
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
-from tokenauth.web import requests
+from tokenauth.web.client_address import client_address
 
 
 class AccessLog:
@@ -36,7 +36,7 @@ class AccessLog:
                 method=scope["method"],
                 route=route_path(scope),
                 status=status,
-                client=requests.client_address(scope),
+                client=client_address(scope),
                 ms=round((time.perf_counter() - began) * 1000, 2),
             )
 

@@ -8,7 +8,6 @@ from starlette.websockets import WebSocketClose
 
 from tokenauth.errors import Forbidden, InsufficientScope, NotFound, StartError
 from tokenauth.logs import describe, log
-from tokenauth.web import requests
 from tokenauth.web.access_log import route_path
 from tokenauth.web.responses import error_response
 
@@ -18,7 +17,7 @@ def respond(scope: Scope, error: Exception) -> Response:
     if isinstance(error, InsufficientScope | Forbidden):
         log.warning(
             "access_denied",
-            user=requests.username(scope) or "(unknown)",
+            user=scope["user"].username if "user" in scope else "(unknown)",
             route=route_path(scope),
             scope=getattr(error, "scope", ""),
             reason=error.code,

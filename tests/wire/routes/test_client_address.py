@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.servers import log_in, worker, write_config
-from tokenauth.web.requests import client_address
+from tokenauth.web.client_address import client_address
 
 ADDRESSES = st.ip_addresses().map(str)
 ZONES = st.builds("{}%{}".format, st.ip_addresses(v=6), st.text(min_size=1))

@@ -19,8 +19,9 @@ from starlette.types import Message
 from tests.support.connections import Connection
 from tests.support.servers import Server
 from tokenauth.values import new_value
-from tokenauth.web import requests
-from tokenauth.web.routes.token import _named
+from tokenauth.web import submitted_tokens
+from tokenauth.web.requests import MAX_BODY, Request
+from tokenauth.web.submitted_tokens import find_submitted_tokens, unpack
 
 KIB = 1024
 Headers = Sequence[tuple[bytes, bytes]]
@@ -127,12 +128,12 @@ def find(headers: Headers, body: bytes, query: bytes = b"") -> list[bytes]:
 
 async def reading(headers: Headers, body: bytes, query: bytes = b"") -> list[bytes]:
     """Have a log-out read."""
-    scope = {"headers": list(headers), "query_string": query}
+    scope = {"type": "http", "headers": list(headers), "query_string": query}
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return list(await _named(scope, receive))
+    return list(await find_submitted_tokens(Request(scope, receive)))
 
 
 Combination = tuple[str, str, str, str]
@@ -232,7 +233,7 @@ OTHER_CONTENT: dict[str, Callable[[str], str]] = {
     "text": lambda token: f"the token {token}",
     "a multipart boundary": lambda token: f"--{token}\r\n",
     "too deep": lambda token: json.dumps({"token": token, "a": [[]] * 40}),
-    "too long": lambda token: json.dumps({"a": "x" * requests.MAX_BODY, "token": token}),
+    "too long": lambda token: json.dumps({"a": "x" * MAX_BODY, "token": token}),
     "too many": lambda token: "a=b&" * 100 + f"token={token}",
 }
 
@@ -287,11 +288,11 @@ HOSTILE: dict[str, bytes] = {
 @pytest.mark.parametrize("attack", HOSTILE)
 @pytest.mark.parametrize("declared", [b"", b"gzip", b"deflate", b"gzip, deflate, gzip, deflate, gzip", b"gzip," * 2000])
 def test_no_compressed_body_is_expanded_far(attack: str, declared: bytes) -> None:
-    body = HOSTILE[attack][: requests.MAX_SEARCHED]
-    readings = requests.unpack({"headers": [(b"content-encoding", declared)] if declared else []}, body)
+    body = HOSTILE[attack][: submitted_tokens.MAX_SEARCHED]
+    readings = unpack({"headers": [(b"content-encoding", declared)] if declared else []}, body)
     assert readings[0] == body
-    assert len(readings) <= 1 + requests.MAX_LAYERS
-    assert sum(map(len, readings[1:])) <= requests.MAX_INFLATED
+    assert len(readings) <= 1 + submitted_tokens.MAX_LAYERS
+    assert sum(map(len, readings[1:])) <= submitted_tokens.MAX_INFLATED
 
 
 @pytest.mark.parametrize("where", ["body", "lines", "query", "headers"])
@@ -325,7 +326,7 @@ def test_no_more_than_64_kib_of_a_body_are_read() -> None:
         return {"type": "http.request", "body": b"a" * KIB, "more_body": True}
 
     async def turns() -> int:
-        naming = asyncio.ensure_future(_named({"headers": [], "query_string": b""}, receive))
+        naming = asyncio.ensure_future(find_submitted_tokens(Request({"type": "http", "headers": [], "query_string": b""}, receive)))
         count = 0
         while not naming.done():
             await asyncio.sleep(0)

@@ -21,7 +21,7 @@ from tokenauth.errors import (
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
-from tokenauth.web import requests
+from tokenauth.web.requests import bearer, query_pairs
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
 
@@ -54,7 +54,7 @@ class ForwardAuth(Endpoint):
         """Say to a reverse proxy whether a request may pass, and who sent it; any method will do."""
         token = None
         try:
-            value = requests.bearer(scope)
+            value = bearer(scope)
             token = None if value is None else await self._tokens.validate(value)
             headers = self._judge(value, token, scope["query_string"])
         except InvalidRequest:  # two tokens were sent: then neither counts
@@ -106,7 +106,7 @@ def _wanted(query: bytes) -> frozenset[str]:
     any other parameter: it may be a mistyped `scope`. Only `path`, and what comes after it, is the client's.
     """
     try:
-        pairs = requests.query_pairs(query)
+        pairs = query_pairs(query)
     except InvalidRequest as error:
         raise Forbidden(str(error)) from None
     values, of_client = [], False

@@ -23,7 +23,7 @@ from tokenauth.errors import (
 )
 from tokenauth.models import Identity, User
 from tokenauth.tokens import Tokens
-from tokenauth.web import percent
+from tokenauth.web import urlencoding
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
 from tokenauth.web.routing import Guard, Route
@@ -189,7 +189,7 @@ def _decode(sent: bytes) -> str:
 
 
 def _unescaped(text: str) -> str:
-    return percent.decode_form(text.encode()).decode(errors="replace")
+    return urlencoding.unquote_plus(text.encode()).decode(errors="replace")
 
 
 def _field(form: Form, name: str) -> str:

@@ -1,7 +1,6 @@
 """Log in, check a token, log out."""
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Annotated
 
@@ -9,22 +8,18 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tokenauth import values
 from tokenauth.errors import InvalidRequest
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
-from tokenauth.web import requests
 from tokenauth.web.foreign_pages import Hosts
 from tokenauth.web.openapi import NO_NUL, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSON, NO_STORE, JSONResponse, NoStoreResponse, error_response
 from tokenauth.web.routing import Endpoint, Route
+from tokenauth.web.submitted_tokens import find_submitted_tokens
 
 PATH = "/api/token"
-
-_SLICE = 8 * 1024
-"""Bytes that are searched in one turn of the event loop: for less than a millisecond."""
 
 _INVALID = b'{"valid":false,"expiry_time":null}'
 
@@ -70,7 +65,7 @@ class Probe(Endpoint):
         try:
             query: bytes = scope["query_string"]
             plain = len(query) == 70 and query.startswith(b"token=")  # as nearly all requests have it
-            token = await self._tokens.validate(query[6:] if plain else _presented(scope))
+            token = await self._tokens.validate(query[6:] if plain else _find_token(Request(scope)))
         except Exception as error:
             await error_response(error)(scope, receive, send)
             return
@@ -101,8 +96,8 @@ class TokenRoutes:
 
     async def log_out(self, request: Request) -> Response:
         """End the tokens that are named."""
-        named = await _named(request.scope, request.receive)
-        await self._tokens.log_out(named, request.client_address, request.gone)
+        tokens = await find_submitted_tokens(request)
+        await self._tokens.log_out(tokens, request.client_address, request.gone)
         return NoStoreResponse(_INVALID, media_type="application/json")
 
 
@@ -112,44 +107,12 @@ def _headers(length: int) -> Sequence[tuple[bytes, bytes]]:
     return ((b"content-length", b"%d" % length), JSON, NO_STORE)
 
 
-def _presented(scope: Scope) -> bytes:
-    """Return the token to be probed: the query's, or else a header's."""
-    value = requests.query_value(scope, "token")
+def _find_token(request: Request) -> bytes:
+    """Return the token of the query, or else of a header."""
+    value = request.query_value("token")
     if value is not None:
         return value.encode()
-    token = requests.bearer(scope)
+    token = request.bearer()
     if token is None:
-        raise InvalidRequest("Name the token to be checked: ?token=..., or an X-Token header.")
+        raise InvalidRequest("Send the token to check: ?token=..., or an X-Token header.")
     return token
-
-
-async def _named(scope: Scope, receive: Receive) -> Iterable[bytes]:
-    """Find all tokens that a log-out names, in whatever form: an answer that they are not valid must be true.
-
-    They are looked for in the query and in the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed),
-    and in the headers, unless query or body have another value under the name `token`: then the header only says who
-    asks, and an admin who ends a token that has leaked stays logged in. The size of a request bounds their number.
-    """
-    data, complete = await requests.any_body(receive)
-    query: bytes = scope["query_string"]
-    bodies = requests.unpack(scope, data)
-    found: dict[bytes, None] = {}
-    for text in (query, *bodies):
-        for start in range(0, len(text), _SLICE):
-            if start:
-                await asyncio.sleep(0)  # others have their turn
-            part = text[max(0, start - values.MAX_ENCODED_LENGTH) : start + _SLICE]
-            found.update(dict.fromkeys(values.find_values(part)))
-    given = [*requests.values_in_form(query, "token")]
-    for body in bodies:
-        await asyncio.sleep(0)
-        given += requests.values_in(body, "token")
-    # Of a request that is cut off, who knows what else would have come.
-    if complete and not any(values.find_values(value) for value in given):
-        for name, held in scope["headers"]:
-            if name in _CARRIERS:
-                found.update(dict.fromkeys(values.find_values(held)))
-    return list(found)
-
-
-_CARRIERS = frozenset({b"x-token", b"authorization"})

@@ -1,0 +1,49 @@
+"""The address of a request's client, for the throttle and the log."""
+
+from functools import lru_cache
+from ipaddress import ip_address
+
+from starlette.types import Scope
+
+from tokenauth.logs import log
+from tokenauth.addresses import network
+
+MAX_ADDRESS = 64
+"""Characters of an address that are read; the longest IPv6 address has 45, before its zone."""
+
+ignored_proxies: list[str] = []
+"""The first peer that sent X-Forwarded-For and is not a trusted proxy."""
+
+
+def client_address(scope: Scope) -> str:
+    """Return the address of the peer, or the one that a trusted proxy names; "unknown" if it is not an IP address."""
+    client = scope.get("client")
+    if not client:
+        return ""
+    address = _normalize(str(client[0])[:MAX_ADDRESS])
+    if not ignored_proxies:
+        forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        named = str(client[0]).encode("latin-1", "replace")  # by a proxy, if it is trusted
+        if forwarded and not any(named in value for value in forwarded):
+            _warn(address)
+    return address
+
+
+def _warn(peer: str) -> None:
+    """Log once that a peer may be a proxy that is not trusted: the throttle would treat its clients as one."""
+    ignored_proxies.append(peer)
+    log.warning(
+        "forwarded_for_ignored",
+        peer=network(peer),
+        action="if this is your proxy, list it in server.trusted_proxies: without it, its clients are throttled as one",
+    )
+
+
+@lru_cache(maxsize=4096)
+def _normalize(text: str) -> str:
+    """Return an address in its usual spelling: IPv4 as such, and no zone, which can be of any length."""
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return "unknown"
+    return str(getattr(address, "ipv4_mapped", None) or address)

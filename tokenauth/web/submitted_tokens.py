@@ -1,0 +1,144 @@
+"""Finds every token that a log-out names, in whatever form a client sends it."""
+
+import asyncio
+import json
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+
+from starlette.types import Scope
+
+from tokenauth import values
+from tokenauth.errors import InvalidRequest
+from tokenauth.nesting import json_opens_more_than
+from tokenauth.web.requests import MAX_BODY, MAX_FIELDS, MAX_NESTED, Request
+from tokenauth.web.urlencoding import parse_fields
+
+MAX_SEARCHED = 64 * 1024
+"""Bytes of a body that are searched."""
+
+MAX_INFLATED = 16 * 1024
+"""Bytes that a compressed body is unpacked to, in all of its layers."""
+
+MAX_LAYERS = 3
+"""Nested encodings that are unpacked."""
+
+MAX_MEMBERS = 8
+"""Members of a gzip file that are unpacked (RFC 1952 section 2.2)."""
+
+_SLICE = 8 * 1024
+"""Bytes that are searched at a time, which takes less than a millisecond; then other requests have their turn."""
+
+_GZIP = b"\x1f\x8b"
+_ZLIB_OR_GZIP = zlib.MAX_WBITS | 32  # zlib tells them apart
+_HEADERS = frozenset({b"x-token", b"authorization"})
+
+
+async def find_submitted_tokens(request: Request) -> Sequence[bytes]:
+    """Return all tokens that a log-out names: its answer says that they are no longer valid, which must be true.
+
+    It searches the query and the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed), and the headers
+    unless query or body have another value named `token`: then the header only authenticates the caller, and an admin
+    who revokes a leaked token stays logged in. The size of a request bounds how many tokens there are.
+    """
+    body, complete = await _read(request)
+    query: bytes = request.scope["query_string"]
+    bodies = unpack(request.scope, body)
+    found: dict[bytes, None] = {}
+    for text in (query, *bodies):
+        for start in range(0, len(text), _SLICE):
+            if start:
+                await asyncio.sleep(0)
+            part = text[max(0, start - values.MAX_ENCODED_LENGTH) : start + _SLICE]
+            found.update(dict.fromkeys(values.find_values(part)))
+    named = _form_values(query)
+    for text in bodies:
+        await asyncio.sleep(0)
+        named += _body_values(text)
+    # The rest of an incomplete body might have named another token.
+    if complete and not any(values.find_values(value) for value in named):
+        for name, value in request.scope["headers"]:
+            if name in _HEADERS:
+                found.update(dict.fromkeys(values.find_values(value)))
+    return list(found)
+
+
+def unpack(scope: Scope, body: bytes) -> Sequence[bytes]:
+    """Return a body, and then what it unpacks to if it is compressed: gzip or deflate, with or without zlib's header.
+
+    A wrong Content-Encoding or checksum does not matter: what can be unpacked is.
+    """
+    encodings = b",".join(value for name, value in scope["headers"] if name == b"content-encoding")
+    layers = sum(word.strip().lower() not in {b"", b"identity"} for word in encodings.split(b",", MAX_LAYERS))
+    texts, left = [body], MAX_INFLATED
+    for layer in range(MAX_LAYERS):
+        if left == 0 or not (layer < layers or body.startswith(_GZIP)):
+            break
+        body = _inflate(body, left, _ZLIB_OR_GZIP) or _inflate(body, left, -zlib.MAX_WBITS)
+        if not body:
+            break
+        texts.append(body)
+        left -= len(body)
+    return texts
+
+
+def _inflate(data: bytes, limit: int, wbits: int) -> bytes:
+    """Return the first `limit` bytes that compressed data unpacks to; none if it is not compressed."""
+    inflated = b""
+    for _ in range(MAX_MEMBERS):
+        decompressor = zlib.decompressobj(wbits)
+        with suppress(zlib.error):
+            # A checksum is the last 8 or 4 bytes: if it is wrong, what came before it has been unpacked.
+            for part in (data[:-8], data[-8:-4], data[-4:]):
+                if decompressor.eof:
+                    data += part
+                else:
+                    inflated += decompressor.decompress(decompressor.unconsumed_tail + part, limit - len(inflated))
+                    data = decompressor.unused_data
+                if len(inflated) >= limit:
+                    return inflated
+        if not decompressor.eof:
+            break
+    return inflated
+
+
+async def _read(request: Request) -> tuple[bytes, bool]:
+    """Read at most MAX_SEARCHED bytes of a body, and whether the client sent all of it."""
+    body, more = b"", True
+    try:
+        while more and len(body) < MAX_SEARCHED:
+            part, more = await request.read_part()
+            body += part
+    except InvalidRequest:
+        return body, False
+    return body[:MAX_SEARCHED], True
+
+
+def _body_values(text: bytes) -> list[bytes]:
+    """Return what a JSON object or a form has under `token`; nothing if it is too long to be read.
+
+    A comma after the last field is tolerated, because some documentation has shown it.
+    """
+    if len(text) > MAX_BODY:
+        return []
+    try:
+        plain = text.decode(json.detect_encoding(text)).strip().removeprefix("\ufeff")
+    except ValueError:
+        return []
+    if not plain.startswith("{"):
+        return _form_values(plain.encode())
+    if json_opens_more_than(MAX_NESTED, plain):
+        return []
+    plain = plain.removesuffix("}").rstrip().removesuffix(",") + "}"
+    try:
+        fields = json.loads(plain, object_pairs_hook=tuple, strict=False)
+    except ValueError:
+        return []
+    return [value.encode(errors="replace") for name, value in fields if name == "token" and isinstance(value, str)]
+
+
+def _form_values(text: bytes) -> list[bytes]:
+    """Return what a query or a form has under `token`; nothing if it is too long to be read."""
+    if len(text) > MAX_BODY or text.count(b"&") >= MAX_FIELDS:
+        return []
+    return [value for name, value in parse_fields(text) if name == b"token"]
