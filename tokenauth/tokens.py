@@ -7,7 +7,7 @@ from tokenauth import revocation_queue, values
 from tokenauth.addresses import network
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
-from tokenauth.errors import ClientGone, NotFound, RetryLater, StoreUnavailable
+from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import Gone, never_gone
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, IssuedToken, Login, Token, User
@@ -146,10 +146,10 @@ class Tokens:
             log.info("token_revoked", user=token.username, id=token.id)
 
     async def revoke_id(self, id: str, username: str | None) -> None:
-        """Revoke the token of a user with this public id. Raises NotFound."""
+        """Revoke the token of a user with this public id. Raises UnknownToken."""
         token = await self._store.tokens.find(id)
         if token is None or username not in {None, token.username}:
-            raise NotFound("There is no token with this id.")
+            raise UnknownToken("There is no token with this id.")
         if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 

@@ -13,9 +13,9 @@ REFUSALS = {
     "forbidden": (403, "The lease belongs to another user."),
     "insufficient_scope": (403, "This needs the scope 'admin'."),
     "not_found": (404, "The pool has no such token."),
-    "pool_full": (409, "The pool has no room for so many tokens. None was made."),
+    "pool_full": (409, "The pool has no room for that many tokens. None was generated."),
     "no_free_token": (409, "The pool has no free token."),
-    "lease_lost": (409, "The token is not lent to you any more: stop using what it guards."),
+    "lease_lost": (409, "The token is no longer leased to you: stop using what it guards."),
 }
 """What is refused, and in which words."""
 

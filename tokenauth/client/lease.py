@@ -34,7 +34,7 @@ class Grant(NamedTuple):
     ttl: int
 
 
-_LOST = (errors.LeaseLost, errors.NotYourLease, errors.NotFound)
+_LOST = (errors.LeaseLost, errors.NotYourLease, errors.UnknownToken)
 _WITHOUT_ARGUMENTS = {
     kind.code: kind for kind in (*_LOST, errors.UnknownPool, errors.InvalidToken, errors.TokenRequired)
 }
@@ -172,6 +172,8 @@ def _refusal(response: httpx.Response, code: str, description: str) -> errors.Re
         return errors.InsufficientScope(*(scope[1].split() if scope else ()))
     if code == errors.InvalidRequest.code:
         return errors.InvalidRequest(description)
+    if code == errors.UnknownToken.code:  # also for a wrong URL, which the description tells
+        return errors.UnknownToken(description)
     if code in _WITHOUT_ARGUMENTS:
         return _WITHOUT_ARGUMENTS[code]()
     return errors.IssuerUnavailable(retry_after=issuer.retry_after(response) or 1)

@@ -11,17 +11,12 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from tokenauth.errors import (
-    BodyTooLarge,
     Forbidden,
-    ForeignPage,
     InsufficientScope,
-    InvalidClient,
     InvalidRequest,
-    InvalidScope,
     InvalidToken,
     LeaseLost,
     NoFreeToken,
-    NotFound,
     NotYourLease,
     Overloaded,
     PoolFull,
@@ -31,13 +26,20 @@ from tokenauth.errors import (
     TooManyAttempts,
     UnknownPool,
     UnknownToken,
-    UnsupportedGrantType,
-    Unsure,
 )
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.pools import MAX_COUNT
 from tokenauth.settings.model import MAX_NAME, Settings
 from tokenauth.web.dialects.serving import dialect_sections
+from tokenauth.web.exceptions import (
+    BodyTooLarge,
+    ForeignPage,
+    InvalidClient,
+    InvalidScope,
+    NotFound,
+    RetryableError,
+    UnsupportedGrantType,
+)
 from tokenauth.web.openapi import (
     BASIC,
     BEARER,
@@ -287,7 +289,7 @@ FORWARD_AUTH = Section(
                     },
                 )
             ],
-            refusals=[TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, Unsure],
+            refusals=[TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, RetryableError],
             security=[(X_TOKEN,), (BEARER,)],
         )
     ],

@@ -5,8 +5,8 @@ from ipaddress import ip_address
 
 from starlette.types import Scope
 
-from tokenauth.logs import log
 from tokenauth.addresses import network
+from tokenauth.logs import log
 
 MAX_ADDRESS = 64
 """Characters of an address that are read; the longest IPv6 address has 45, before its zone."""

@@ -10,11 +10,12 @@ class CORS(CORSMiddleware):
     """Starlette's CORSMiddleware, which leaves some paths alone."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], headers: Sequence[str], exempt: Collection[str]) -> None:
+        """Let pages of `origins` send the usual headers and these. Requests for `exempt` paths are passed on."""
         super().__init__(
             app,
             allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
-            allow_headers=headers,
+            allow_headers=("X-Token", "Authorization", "Content-Type", "traceparent", "tracestate", *headers),
             expose_headers=("WWW-Authenticate", "Retry-After"),
         )
         self._exempt = exempt

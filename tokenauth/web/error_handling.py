@@ -6,9 +6,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from tokenauth.errors import Forbidden, InsufficientScope, NotFound, StartError
+from tokenauth.errors import Forbidden, InsufficientScope, StartError
 from tokenauth.logs import describe, log
 from tokenauth.web.access_log import route_path
+from tokenauth.web.exceptions import NotFound
 from tokenauth.web.responses import error_response
 
 

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import ForeignPage
 from tokenauth.settings.model import ServerSettings
+from tokenauth.web.exceptions import ForeignPage
 
 _OWN = (b"same-origin", b"none")
 """What a browser says in Sec-Fetch-Site of a page of the same origin, and of what a person typed."""

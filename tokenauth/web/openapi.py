@@ -10,17 +10,12 @@ import msgspec
 
 from tokenauth import __version__
 from tokenauth.errors import (
-    BodyTooLarge,
     Forbidden,
-    ForeignPage,
     InsufficientScope,
-    InvalidClient,
     InvalidRequest,
-    InvalidScope,
     InvalidToken,
     LeaseLost,
     NoFreeToken,
-    NotFound,
     NotYourLease,
     Overloaded,
     PoolFull,
@@ -31,9 +26,16 @@ from tokenauth.errors import (
     TooManyAttempts,
     UnknownPool,
     UnknownToken,
+)
+from tokenauth.web.exceptions import (
+    BodyTooLarge,
+    ForeignPage,
+    InvalidClient,
+    InvalidScope,
+    NotFound,
+    RetryableError,
     UnsupportedGrantType,
     UnsupportedMediaType,
-    Unsure,
 )
 from tokenauth.web.responses import STATUS
 
@@ -182,7 +184,7 @@ _REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
         (TooManyAttempts(), "Too many failed logins. Wait for `Retry-After` seconds."),
         (Overloaded(), "The server is overloaded. Try again shortly."),
         (StoreUnavailable(), "The database is unavailable. This says nothing about any token."),
-        (Unsure(), "An unexpected error. This says nothing about the token."),
+        (RetryableError(), "An unexpected error. This says nothing about the token."),
     )
 }
 """An example of each refusal, and its text for callers."""

@@ -12,12 +12,13 @@ import msgspec
 from starlette import requests
 from starlette.types import Scope
 
-from tokenauth.errors import BodyTooLarge, ClientGone, InvalidRequest, UnsupportedMediaType
+from tokenauth.errors import ClientGone, InvalidRequest
 from tokenauth.login_queue import Gone
 from tokenauth.models import Identity, Token
 from tokenauth.nesting import json_opens_more_than
 from tokenauth.web.asgi_extensions import client_gone
 from tokenauth.web.client_address import client_address
+from tokenauth.web.exceptions import BodyTooLarge, UnsupportedMediaType
 from tokenauth.web.urlencoding import parse_fields
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -122,7 +123,7 @@ class Request(requests.Request):
         if query:
             for name, _ in query_pairs(query):
                 if name not in known:
-                    raise InvalidRequest(f"Unknown query parameter{_hint(name, known)}")
+                    raise InvalidRequest(f"The query has an unknown parameter{_hint(name, known)}")
 
     def query_values(self, name: str) -> Sequence[str]:
         """Return all values of a query parameter. Raises InvalidRequest if the query is too long."""
@@ -174,7 +175,10 @@ class Request(requests.Request):
         return _decode(body, decoder)
 
     async def form_body(self) -> dict[str, str]:
-        """Read a form in UTF-8, without its empty fields (RFC 6749 section 3.2). Raises BodyTooLarge or InvalidRequest."""
+        """Read a form in UTF-8, without its empty fields (RFC 6749 section 3.2).
+
+        Raises BodyTooLarge or InvalidRequest.
+        """
         is_form = False
         for name, value in self.scope["headers"]:
             if name == b"content-type":
@@ -222,7 +226,10 @@ class Request(requests.Request):
             _, more = await self.read_part()
 
     async def read_part(self) -> tuple[bytes, bool]:
-        """Return the next part of the body, and whether there are more. Raises InvalidRequest if the client disconnects."""
+        """Return the next part of the body, and whether there are more.
+
+        Raises InvalidRequest if the client disconnects.
+        """
         message = await self.receive()
         if message["type"] == "http.disconnect":
             raise InvalidRequest("The connection was closed before the body was complete.")
@@ -288,7 +295,7 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         text = body.decode()  # all of it: msgspec does not look into strings that it skips
         if json_opens_more_than(MAX_NESTED, text):  # before a decoder recurses into it
-            raise InvalidRequest(f"The body has more than {MAX_NESTED} arrays and objects.")
+            raise InvalidRequest(f"The body is nested too deeply: it has more than {MAX_NESTED} arrays and objects.")
         found = decoder.decode(text)
         fields = found.__struct_fields__
         if "\\u" in text or any(text.count(f'"{field}"') > 1 for field in fields):  # "\u0061" is the key "a"
@@ -304,7 +311,7 @@ def _refuse_duplicates(fields: Collection[str], pairs: list[tuple[str, object]])
     names = [name for name, _ in pairs]
     for field in fields:
         if names.count(field) > 1:
-            raise InvalidRequest(f"The body has the field {field!r} twice.")
+            raise InvalidRequest(f"The body has {field!r} twice.")
 
 
 def _check_length(announced: bytes) -> None:
@@ -329,7 +336,7 @@ def _explain(error: str, known: Collection[str]) -> str:
     problem, _, path = error.partition(" - at ")
     name = problem.removeprefix("Object contains unknown field ")
     if name != problem:
-        return f"Unknown field{_hint(name.strip('`'), known)}"
+        return f"The body has an unknown field{_hint(name.strip('`'), known)}"
     name = problem.removeprefix("Object missing required field ")
     if name != problem:
         return 'Missing field "{}".'.format(name.strip("`"))
@@ -343,4 +350,4 @@ def _hint(name: str, known: Collection[str]) -> str:
     close = get_close_matches(name.lower(), known, 1) if shown else []
     if close:
         return f"{shown}: did you mean {close[0]!r}?"
-    return f"{shown}. Known: {', '.join(map(repr, known))}." if known else f"{shown}. None is expected here."
+    return f"{shown}: known are {', '.join(map(repr, known))}." if known else f"{shown}: none is expected here."

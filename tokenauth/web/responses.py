@@ -7,22 +7,15 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from tokenauth.errors import (
-    BodyTooLarge,
     ClientGone,
     Forbidden,
-    ForeignPage,
     InsufficientScope,
-    InternalError,
-    InvalidClient,
     InvalidCredentials,
     InvalidRequest,
-    InvalidScope,
     InvalidToken,
     IssuerUnavailable,
     LeaseLost,
-    MethodNotAllowed,
     NoFreeToken,
-    NotFound,
     NotYourLease,
     Overloaded,
     PoolFull,
@@ -33,11 +26,20 @@ from tokenauth.errors import (
     TooManyAttempts,
     UnknownPool,
     UnknownToken,
-    UnsupportedGrantType,
-    UnsupportedMediaType,
-    Unsure,
 )
 from tokenauth.logs import log, safe_traceback
+from tokenauth.web.exceptions import (
+    BodyTooLarge,
+    ForeignPage,
+    InternalError,
+    InvalidClient,
+    InvalidScope,
+    MethodNotAllowed,
+    NotFound,
+    RetryableError,
+    UnsupportedGrantType,
+    UnsupportedMediaType,
+)
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
@@ -71,7 +73,7 @@ STATUS: dict[type[Refusal], int] = {
     Overloaded: 503,
     IssuerUnavailable: 503,
     StoreUnavailable: 503,
-    Unsure: 503,
+    RetryableError: 503,
 }
 
 

@@ -1,48 +1,49 @@
-"""The table of routes: Starlette's, in which each method of a path has a handler of its own."""
+"""Routes: Starlette's, with a handler for each method of a path."""
 
-import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from itertools import combinations
-from typing import Any, NamedTuple
 
 from starlette import routing
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import ConfigError, MethodNotAllowed, Refusal
+from tokenauth.errors import ConfigError
+from tokenauth.web.exceptions import MethodNotAllowed
 from tokenauth.web.requests import Request
+
+
+class Endpoint(ABC):
+    """An ASGI app in place of a handler, where a profile has shown that a handler would cost too much.
+
+    It answers its own errors: Shortcuts calls it outside of ErrorMiddleware.
+    """
+
+    @abstractmethod
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-Handlers = Mapping[str, Callable[..., Awaitable[Any]]]
-"""The methods of a path, and what answers each of them: a function of the request, or an ASGI app."""
-
-
-def request_response(handler: Handler) -> ASGIApp:
-    """Make an ASGI app of a handler, as Starlette does, but with our Request."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await handler(Request(scope, receive, send))
-        await response(scope, receive, send)
-
-    return app
+Handlers = Mapping[str, Handler | Endpoint]
+"""Methods of a path, and what answers them."""
 
 
 class Methods:
-    """ASGI app that has each method answered by its handler; what answers GET answers HEAD.
+    """ASGI app that calls the handler of a request's method. A handler of GET also answers HEAD.
 
-    Where one handler answers both GET and POST, a GET changes something, which HEAD must not (RFC 9110 section 9.2.1):
-    HEAD is refused.
+    A handler of both GET and POST changes something, which HEAD must not do (RFC 9110 section 9.2.1): HEAD is refused.
     """
 
     def __init__(self, handlers: Handlers) -> None:
         self._apps: dict[str, ASGIApp] = {}
         for method, handler in handlers.items():
-            app = self._apps[method] = _asgi_app(handler)
+            app = handler if isinstance(handler, Endpoint) else request_response(handler)
+            self._apps[method] = app
             if method == "GET" and handlers.get("POST") != handler:
                 self._apps["HEAD"] = app
 
@@ -54,50 +55,32 @@ class Methods:
         return app(scope, receive, send)
 
 
-class Guard(NamedTuple):
-    """The middleware of routes that not every request reaches, and what it refuses."""
+def request_response(handler: Handler) -> ASGIApp:
+    """Make an ASGI app of a handler, as Starlette's function of this name does, with our Request."""
 
-    middleware: Sequence[Middleware]
-    refuses: tuple[type[Refusal], ...]
-    asks_token: bool = True
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await handler(Request(scope, receive, send))
+        await response(scope, receive, send)
 
-
-OPEN = Guard((), (), asks_token=False)
-
-
-class Endpoint(ABC):
-    """An ASGI app in the table of routes, where a profile has shown that a handler would cost too much.
-
-    It answers its own errors: Shortcuts calls it outside of ErrorMiddleware.
-    """
-
-    @abstractmethod
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+    return app
 
 
 class Route(routing.Route):
-    """A path, and what answers its methods; an Endpoint in place of handlers answers all methods."""
+    """A path and the handlers of its methods, or one Endpoint for all methods."""
 
-    def __init__(
-        self,
-        path: str,
-        endpoint: Handlers | Endpoint,
-        guard: Guard = OPEN,
-    ) -> None:
+    def __init__(self, path: str, endpoint: Handlers | Endpoint, middleware: Sequence[Middleware] = ()) -> None:
         app = endpoint if isinstance(endpoint, Endpoint) else Methods(endpoint)
-        super().__init__(path, app, middleware=guard.middleware)
+        super().__init__(path, app, middleware=middleware)
         # Starlette's pattern ends with "$", which also matches before a newline: "/api/me%0A" is another path.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
         self.handlers: Handlers = {"GET": endpoint} if isinstance(endpoint, Endpoint) else endpoint
-        self.guard = guard
-        self.template = path
+        self.guarded = bool(middleware)
 
 
 def exact(handler: Handler, query: Collection[str] = (), body: bool = False) -> Handler:
     """Refuse query parameters other than `query`, and a body unless the handler reads it.
 
-    A parameter that is misspelt, or in the body instead of the query, would otherwise be ignored without notice.
+    Otherwise a parameter that is misspelt, or in the body instead of the query, would be ignored.
     """
 
     @wraps(handler)
@@ -139,9 +122,3 @@ def _overlap(one: str, other: str) -> bool:
         return False
     segments = zip(one.split("/"), other.split("/"), strict=True)
     return all(left == right or (left and right and "{" in left + right) for left, right in segments)
-
-
-def _asgi_app(handler: Callable[..., Awaitable[Any]]) -> ASGIApp:
-    if len(inspect.signature(handler).parameters) == 1:
-        return request_response(handler)
-    return handler

@@ -21,8 +21,8 @@ class Shortcuts:
         for route in routes:
             for method, handler in route.handlers.items():
                 if (method, route.path) in busiest:
-                    direct = isinstance(handler, Endpoint) and not route.guard.middleware
-                    self._apps[method, route.path] = route, handler if direct else ErrorMiddleware(route.app)
+                    app = handler if isinstance(handler, Endpoint) and not route.guarded else ErrorMiddleware(route.app)
+                    self._apps[method, route.path] = route, app
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass one request on."""

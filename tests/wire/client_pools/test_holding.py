@@ -162,7 +162,7 @@ def test_a_refusal_is_raised(
     [
         pytest.param("", {}, errors.TokenRequired, id="no-login"),
         pytest.param("", {"X-Token": "t" * 64}, errors.InvalidToken, id="bad-login"),
-        pytest.param("/nowhere", {}, errors.NotFound, id="bad-address"),
+        pytest.param("/nowhere", {}, errors.UnknownToken, id="bad-address"),
     ],
 )
 def test_a_misconfigured_client_gets_an_error(

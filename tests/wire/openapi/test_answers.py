@@ -10,22 +10,15 @@ from tests.support.servers import HandClock
 from tests.wire.openapi.asking import BODIES, GRANT, JSON, NO_TOKEN, PASSWORD, Ask, Asker, client_of_oauth, login
 from tests.wire.openapi.conformance import Documented, Operation
 from tokenauth.errors import (
-    BodyTooLarge,
     ClientGone,
     Forbidden,
-    ForeignPage,
     InsufficientScope,
-    InternalError,
-    InvalidClient,
     InvalidCredentials,
     InvalidRequest,
-    InvalidScope,
     InvalidToken,
     IssuerUnavailable,
     LeaseLost,
-    MethodNotAllowed,
     NoFreeToken,
-    NotFound,
     NotYourLease,
     Overloaded,
     PoolFull,
@@ -35,9 +28,18 @@ from tokenauth.errors import (
     TooManyAttempts,
     UnknownPool,
     UnknownToken,
+)
+from tokenauth.web.exceptions import (
+    BodyTooLarge,
+    ForeignPage,
+    InternalError,
+    InvalidClient,
+    InvalidScope,
+    MethodNotAllowed,
+    NotFound,
+    RetryableError,
     UnsupportedGrantType,
     UnsupportedMediaType,
-    Unsure,
 )
 from tokenauth.web.responses import STATUS
 
@@ -132,7 +134,7 @@ ELSEWHERE = {
 }
 """What the tests further down ask for."""
 
-NOWHERE = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, Unsure}
+NOWHERE = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableError}
 """What no operation can promise or be asked for: another method, an unknown fault, or an answer that nobody reads."""
 
 

@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from tests.support.servers import Server
-from tokenauth.errors import ForeignPage
 from tokenauth.settings.model import ServerSettings
+from tokenauth.web.exceptions import ForeignPage
 from tokenauth.web.foreign_pages import Hosts
 
 LISTED, FOREIGN = "https://app.example.com", "https://foreign.example"

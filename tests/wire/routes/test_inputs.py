@@ -172,7 +172,7 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
     "CRLF in a path": (request("GET", "/api/token%0d%0aX-Token:%20x"), 404, "nothing at this address"),
     "a blank in a path": (request("GET", "/api/token x"), 400, MALFORMED),
     "invalid UTF-8 in a path": (request("GET", "/%ff%fe%c0%ae"), 404, "nothing at this address"),
-    "TRACE": (request("TRACE", "/api/token"), 405, "takes GET"),
+    "TRACE": (request("TRACE", "/api/token"), 405, "supports GET"),
     "CONNECT": (request("CONNECT", "example.com:443"), 400, MALFORMED),
     "CONNECT to a route": (request("CONNECT", "/api/token", sized=False), 400, MALFORMED),
     "an unknown method": (request("BREW", "/api/token"), 400, MALFORMED),

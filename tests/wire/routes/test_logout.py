@@ -326,7 +326,9 @@ def test_no_more_than_64_kib_of_a_body_are_read() -> None:
         return {"type": "http.request", "body": b"a" * KIB, "more_body": True}
 
     async def turns() -> int:
-        naming = asyncio.ensure_future(find_submitted_tokens(Request({"type": "http", "headers": [], "query_string": b""}, receive)))
+        naming = asyncio.ensure_future(
+            find_submitted_tokens(Request({"type": "http", "headers": [], "query_string": b""}, receive))
+        )
         count = 0
         while not naming.done():
             await asyncio.sleep(0)

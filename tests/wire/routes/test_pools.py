@@ -273,7 +273,7 @@ def test_an_empty_pool_sends_no_retry_after(admin: Borrower, clock: HandClock) -
 def test_another_method_is_405_with_the_allowed_ones(admin: Borrower, method: str, path: str, allowed: str) -> None:
     answer = admin.ask(method, path)
     assert (answer.status, answer.headers["allow"]) == (405, allowed)
-    assert answer.json() == {"error": "method_not_allowed", "error_description": f"This address takes {allowed}."}
+    assert answer.json() == {"error": "method_not_allowed", "error_description": f"This address supports {allowed}."}
 
 
 @pytest.mark.parametrize("path", ["", "/any", "/any/tokens/TOKEN", "/any/tokens/unknown", "/unknown"])

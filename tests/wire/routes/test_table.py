@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from starlette.responses import Response
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
 
 from tests.support.servers import worker, write_config
-from tokenauth.errors import ConfigError, MethodNotAllowed
+from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
 from tokenauth.web.app import create_app
+from tokenauth.web.exceptions import MethodNotAllowed
+from tokenauth.web.requests import Request
 from tokenauth.web.routing import Handlers, Methods, Route, refuse_collisions
 
 
-async def anything(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer nothing: here handlers are found, not called."""
+async def anything(request: Request) -> Response:
+    """Answer with nothing."""
+    return Response()
 
 
 def handlers_for(*methods: str) -> Handlers:
@@ -132,15 +135,16 @@ def test_routes_without_a_common_path_are_allowed(one: str, other: str) -> None:
 async def test_a_route_with_get_also_answers_head(methods: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     answered = []
 
-    async def note(scope: Scope, receive: Receive, send: Send) -> None:
-        answered.append(scope["method"])
+    async def note(request: Request) -> Response:
+        answered.append(request.method)
+        return Response()
 
     async def nothing(*_: object) -> Any:
-        """Neither ask nor answer."""
+        """Neither receive nor send."""
 
     app = Methods(dict.fromkeys(methods, note))
     for method in allowed:
-        await app({"method": method}, nothing, nothing)
+        await app({"type": "http", "method": method}, nothing, nothing)
     assert tuple(answered) == allowed
     with pytest.raises(MethodNotAllowed) as refusal:
         await app({"method": "PATCH"}, nothing, nothing)

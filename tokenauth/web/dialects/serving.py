@@ -1,12 +1,12 @@
 """The dialects that are switched on: their routes and their documentation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.errors import ForeignPage, InsufficientScope
+from tokenauth.errors import InsufficientScope
 from tokenauth.pools import Pools
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
@@ -17,10 +17,11 @@ from tokenauth.web.dialects import (
     token_management_service,
     token_pool,
 )
+from tokenauth.web.exceptions import ForeignPage
 from tokenauth.web.foreign_pages import Hosts, PageGuard
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.openapi import Section
-from tokenauth.web.routing import Guard, Handlers, Route
+from tokenauth.web.routing import Handlers, Route
 
 
 class _Handlers(Protocol):
@@ -47,7 +48,7 @@ def dialect_routes(service: Service, hosts: Hosts) -> Mapping[str, list[Route]]:
     """Return the routes of each dialect that is switched on, by the name of its table in the configuration."""
     return {
         f"dialects.{name}": [
-            Route(settings.prefix + path, methods, _guard(service, hosts, settings))
+            Route(settings.prefix + path, methods, _middleware(service, hosts, settings))
             for path, methods in _DIALECTS[name].create(service, settings).handlers().items()
         ]
         for name, settings in service.settings.dialects.items()
@@ -66,12 +67,11 @@ def dialect_sections(config: Settings) -> list[Section]:
     return sections
 
 
-def _guard(service: Service, hosts: Hosts, settings: DialectSettings) -> Guard:
+def _middleware(service: Service, hosts: Hosts, settings: DialectSettings) -> Sequence[Middleware]:
     if settings.require_token:
         # No PageGuard: a page of another origin cannot send a token unless its origin is listed.
-        token, pool = Middleware(TokenMiddleware, service.tokens), Middleware(PoolGuard, service.pools, settings.pool)
-        return Guard([token, pool], ())
-    return Guard([Middleware(PageGuard, service.settings.server.cors_origins, hosts)], (), asks_token=False)
+        return [Middleware(TokenMiddleware, service.tokens), Middleware(PoolGuard, service.pools, settings.pool)]
+    return [Middleware(PageGuard, service.settings.server.cors_origins, hosts)]
 
 
 class PoolGuard:

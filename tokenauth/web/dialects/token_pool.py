@@ -7,9 +7,10 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import NoFreeToken, NotFound, PoolFull, StoreUnavailable, UnknownToken
+from tokenauth.errors import NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
+from tokenauth.web.exceptions import NotFound
 from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Parameter, Section
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse

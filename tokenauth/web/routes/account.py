@@ -1,6 +1,9 @@
 """My logins: who am I, where am I logged in, end one, end all. All behind TokenMiddleware."""
 
+from collections.abc import Sequence
+
 import msgspec
+from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest
@@ -9,7 +12,7 @@ from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
-from tokenauth.web.routing import Guard, Route, exact
+from tokenauth.web.routing import Route, exact
 
 ME = "/api/me"
 
@@ -56,13 +59,13 @@ class AccountRoutes:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    def routes(self, guard: Guard) -> list[Route]:
+    def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes."""
         tokens = {"GET": exact(self.list, ["user"]), "DELETE": exact(self.end_all, ["keep", "user"])}
         return [
-            Route(ME, {"GET": exact(self.me)}, guard),
-            Route("/api/tokens", tokens, guard),
-            Route("/api/tokens/{id}", {"DELETE": exact(self.end, ["user"])}, guard),
+            Route(ME, {"GET": exact(self.me)}, middleware),
+            Route("/api/tokens", tokens, middleware),
+            Route("/api/tokens/{id}", {"DELETE": exact(self.end, ["user"])}, middleware),
         ]
 
     async def me(self, request: Request) -> Response:

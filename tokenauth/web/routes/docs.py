@@ -7,7 +7,7 @@ from importlib.resources import files
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import NotFound
+from tokenauth.web.exceptions import NotFound
 from tokenauth.web.openapi import Document
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NoStoreResponse

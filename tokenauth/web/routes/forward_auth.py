@@ -9,18 +9,11 @@ from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.errors import (
-    Forbidden,
-    InsufficientScope,
-    InvalidRequest,
-    InvalidToken,
-    Refusal,
-    TokenRequired,
-    Unsure,
-)
+from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, InvalidToken, Refusal, TokenRequired
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
+from tokenauth.web.exceptions import RetryableError
 from tokenauth.web.requests import bearer, query_pairs
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
@@ -67,7 +60,7 @@ class ForwardAuth(Endpoint):
             return
         except Exception as error:
             log.error("unexpected", at=safe_traceback(error))
-            await refusal_response(Unsure())(scope, receive, send)
+            await refusal_response(RetryableError())(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})

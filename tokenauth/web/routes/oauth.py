@@ -8,25 +8,18 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
+from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.credentials import Candidate, Credentials
-from tokenauth.errors import (
-    InsufficientScope,
-    InvalidClient,
-    InvalidCredentials,
-    InvalidRequest,
-    InvalidScope,
-    InvalidToken,
-    NotFound,
-    UnsupportedGrantType,
-)
+from tokenauth.errors import InsufficientScope, InvalidCredentials, InvalidRequest, InvalidToken
 from tokenauth.models import Identity, User
 from tokenauth.tokens import Tokens
 from tokenauth.web import urlencoding
+from tokenauth.web.exceptions import InvalidClient, InvalidScope, NotFound, UnsupportedGrantType
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
-from tokenauth.web.routing import Guard, Route
+from tokenauth.web.routing import Route
 
 INTROSPECT = "introspect"
 """The scope that may ask about the tokens of others."""
@@ -91,14 +84,14 @@ class OAuthRoutes:
         self._credentials = credentials
         self._issuer = issuer
 
-    def routes(self, guard: Guard) -> list[Route]:
+    def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes. An issuer with a path has its metadata at two paths (RFC 8414 section 3.1)."""
         metadata = {METADATA, METADATA + unquote(urlsplit(self._issuer).path)}
         return [
-            Route(INTROSPECTION, {"POST": self.introspect}, guard),
-            Route("/oauth/token", {"POST": self.token}, guard),
-            Route("/oauth/revoke", {"POST": self.revoke}, guard),
-            *(Route(path, {"GET": self.metadata}, guard) for path in sorted(metadata)),
+            Route(INTROSPECTION, {"POST": self.introspect}, middleware),
+            Route("/oauth/token", {"POST": self.token}, middleware),
+            Route("/oauth/revoke", {"POST": self.revoke}, middleware),
+            *(Route(path, {"GET": self.metadata}, middleware) for path in sorted(metadata)),
         ]
 
     async def token(self, request: Request) -> Response:

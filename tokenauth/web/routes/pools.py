@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
+from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.errors import InvalidRequest
@@ -13,7 +14,7 @@ from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
-from tokenauth.web.routing import Guard, Route, exact
+from tokenauth.web.routing import Route, exact
 
 PAGE = 100
 """Tokens on a page, unless `?limit=` says otherwise."""
@@ -109,17 +110,17 @@ class PoolRoutes:
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
 
-    def routes(self, guard: Guard) -> list[Route]:
+    def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes, the most used ones first: Starlette tries one after the other."""
         one = "/api/pools/{pool}"
         leases = {"PUT": exact(self.keep_alive, body=True), "DELETE": exact(self.release, ["force"], body=True)}
         return [
-            Route(f"{one}/leases/{{token}}", leases, guard),
-            Route(f"{one}/leases", {"POST": exact(self.assign, body=True)}, guard),
-            Route(f"{one}/tokens/{{token}}", {"GET": exact(self.show_token), "DELETE": exact(self.delete)}, guard),
-            Route(f"{one}/tokens", {"POST": exact(self.generate, body=True)}, guard),
-            Route(one, {"GET": exact(self.show, ["after", "limit"])}, guard),
-            Route("/api/pools", {"GET": exact(self.list)}, guard),
+            Route(f"{one}/leases/{{token}}", leases, middleware),
+            Route(f"{one}/leases", {"POST": exact(self.assign, body=True)}, middleware),
+            Route(f"{one}/tokens/{{token}}", {"GET": exact(self.show_token), "DELETE": exact(self.delete)}, middleware),
+            Route(f"{one}/tokens", {"POST": exact(self.generate, body=True)}, middleware),
+            Route(one, {"GET": exact(self.show, ["after", "limit"])}, middleware),
+            Route("/api/pools", {"GET": exact(self.list)}, middleware),
         ]
 
     async def list(self, request: Request) -> Response:

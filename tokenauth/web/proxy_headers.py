@@ -1,0 +1,34 @@
+"""X-Forwarded-For and X-Forwarded-Proto of trusted reverse proxies."""
+
+import ipaddress
+from collections.abc import Sequence
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+_MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
+
+
+class ProxyHeaders:
+    """uvicorn's middleware. Its own option, in place of this, would trust this machine by default."""
+
+    def __init__(self, app: ASGIApp, proxies: Sequence[str]) -> None:
+        """Create it for trusted addresses and networks."""
+        self._app = ProxyHeadersMiddleware(cast(Any, app), _with_mapped(proxies))  # its types are uvicorn's own
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Replace the client's address and the scheme by those that a trusted proxy sends."""
+        await self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
+
+
+def _with_mapped(proxies: Sequence[str]) -> list[str]:
+    """Add the IPv4-mapped IPv6 address of each IPv4 address, and the other way round: a socket may report either."""
+    networks = list(map(ipaddress.ip_network, proxies))
+    for network in list(networks):
+        first = network.network_address
+        if isinstance(first, ipaddress.IPv4Address):
+            networks.append(ipaddress.ip_network((_MAPPED | int(first), 96 + network.prefixlen)))
+        elif first.ipv4_mapped is not None and network.prefixlen >= 96:
+            networks.append(ipaddress.ip_network((first.ipv4_mapped, network.prefixlen - 96)))
+    return list(map(str, networks))
