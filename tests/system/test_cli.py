@@ -1,4 +1,4 @@
-"""The command line: a process of its own for every command, some of them started as an operator starts them."""
+"""The command line. Each command is a process of its own; some are started as an operator does."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 
 
 class Encoding(TypedDict):
-    """How text is written and read: bytes that are no text stay what they are."""
+    """How text is written and read: bytes that are not UTF-8 are kept."""
 
     encoding: str
     errors: str
@@ -50,7 +50,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
-    """Run a command in a directory, in a process that has already imported what it needs."""
+    """Run a command in a directory, in a process that has imported everything already."""
     with TemporaryDirectory() as scratch:
         streams = [Path(scratch) / name for name in ("in", "out", "err")]
         streams[0].write_text(stdin, **TEXT)
@@ -75,19 +75,19 @@ def script(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Don
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Add to the variables of this process, of which none names a configuration."""
+    """Add to the environment of this process, without TOKENAUTH_CONFIG."""
     return {name: value for name, value in os.environ.items() if name != "TOKENAUTH_CONFIG"} | dict(more)
 
 
 def well(done: Done) -> str:
-    """Return what a command that went well has printed."""
+    """Return the output of a command that succeeded."""
     assert done.returncode == 0, done
     recorded(done)
     return done.stdout
 
 
 def recorded(done: Done) -> list[dict[str, Any]]:
-    """Return what a command has logged, which is all that it may write to standard error."""
+    """Return the log lines of a command, which are all that it writes to standard error."""
     events = [json.loads(line) for line in done.stderr.splitlines()]
     for event in events:
         assert (event["by"], event["level"]) == (
@@ -99,7 +99,7 @@ def recorded(done: Done) -> list[dict[str, Any]]:
 
 
 def mistake(done: Done) -> str:
-    """Return the one line that a command says about a mistake."""
+    """Return the one line of a command's error."""
     assert done.returncode == 1, done
     assert done.stdout == ""
     assert "Traceback" not in done.stderr, done.stderr
@@ -110,7 +110,7 @@ def mistake(done: Done) -> str:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Make a directory with a configuration that nothing is wrong with."""
+    """Make a directory with a valid configuration."""
     write_config(tmp_path)
     return tmp_path
 
@@ -350,13 +350,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def issue(server: Server, *names: str) -> list[str]:
-    """Log in once under each name, on connections of their own."""
+    """Log in once per name, each on its own connection."""
     with server.client() as client:
         return [log_in(client, name, "admin" if name == "admin" else f"{name}-secret") for name in names]
 
 
 def valid(server: Server, values: list[str]) -> list[bool]:
-    """Ask about tokens on several connections, so that both workers are asked; they must agree."""
+    """Probe tokens on several connections, so that both workers answer; they must agree."""
     answers = set()
     for _ in range(4):
         with server.client() as client:
@@ -437,7 +437,7 @@ def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
 UNSAFE = [
     chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in {"Cc", "Cf", "Zl", "Zp"}
 ]
-"""Every character that a terminal obeys, or that shows a line otherwise than it is."""
+"""All characters that control a terminal or change how a line is shown."""
 
 
 @pytest.mark.parametrize("command", [["tokens", "list"], ["pool", "show", "p"]], ids=" ".join)

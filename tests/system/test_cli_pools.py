@@ -1,4 +1,4 @@
-"""`tokenauth pool`, beside a server that lends from the same pools."""
+"""`tokenauth pool`, beside a server that leases from the same pools."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ prefill = true
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Make a directory with a configuration that has three pools, and has been served."""
+    """Make a directory with a configuration that has three pools, and a database."""
     with worker(write_config(tmp_path, POOLS)):
         return tmp_path
 

@@ -1,4 +1,4 @@
-"""The configuration's records: their defaults, their ranges, and the shipped file that shows them."""
+"""The settings: their defaults, their bounds, and the shipped file that shows them."""
 
 import math
 import re
@@ -21,17 +21,17 @@ SECTIONS = [name for name in TABLES if name not in {"users", "pools", "dialects"
 
 
 def parsed(text: str) -> Settings:
-    """Read a text that takes nothing from the environment."""
+    """Read TOML, with an empty environment."""
     return loader.parse(text, {})
 
 
 def keys(record: type[Table]) -> list[str]:
-    """List the keys that a table of the file may have."""
+    """Return the keys of a table."""
     return [field.encode_name for field in msgspec.structs.fields(record)]
 
 
 def explained(first: str, last: str) -> list[str]:
-    """List the keys that the comments of the shipped file explain, between two of its lines."""
+    """Return the keys that comments of the shipped file explain, between two of its lines."""
     part = shipped().partition(first)[2].partition(last)[0]
     return re.findall(r"(?:^#|;) (\w+): ", part, re.MULTILINE)
 

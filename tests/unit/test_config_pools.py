@@ -1,4 +1,4 @@
-"""What may stand in [pools.NAME] and [dialects.NAME], by itself and together."""
+"""The settings in [pools.NAME] and [dialects.NAME], alone and together."""
 
 import math
 from typing import Any
@@ -16,19 +16,19 @@ PERMITS = "[pools.p]\ncapacity = 1\nprefill = true\n"
 
 
 def parsed(text: str) -> Settings:
-    """Read a text that takes nothing from the environment."""
+    """Read TOML, with an empty environment."""
     return loader.parse(text, {})
 
 
 def mistake(text: str) -> str:
-    """Return what is said about a text."""
+    """Return the error for a text."""
     with pytest.raises(ConfigError) as refusal:
         parsed(text)
     return str(refusal.value)
 
 
 def dialect(more: str = "", name: str = "token-pool", pool: str = "[pools.p]\n") -> str:
-    """Write a dialect over the pool `p`."""
+    """Return TOML for a dialect over the pool `p`."""
     return f'{pool}[dialects.{name}]\npool = "p"\n{more}'
 
 

@@ -1,5 +1,6 @@
-"""The configuration file: every mistake is one line with its key path, and the environment fills in what is asked."""
+"""The configuration file: each error is one line with its key path, and variables take values of the environment."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import PasswordDialectSettings
-from tokenauth.settings.model import Settings
+from tokenauth.settings.model import ServerSettings, Settings
 
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
 
@@ -88,7 +89,7 @@ ENVIRON = {"WORD": "word", "BIG": "70000", "REAL": "1.5", "ONE": "1", "YES": "tr
 
 
 def mistake(text: str) -> str:
-    """Return what is said about a text."""
+    """Return the error for a text."""
     with pytest.raises(ConfigError) as refusal:
         loader.parse(text, ENVIRON)
     return str(refusal.value)
@@ -168,7 +169,7 @@ def test_strings_expand_environment_variables() -> None:
 
 
 def test_a_set_nonempty_variable_overrides_the_default() -> None:
-    """As in shells: an orchestrator that passes on what it has not got passes on nothing."""
+    """As in shells: an orchestrator passes an unset variable on as an empty one."""
     assert loader.parse("server.host = '${WORD:-other}'", ENVIRON).server.host == "word"
     assert loader.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == "other"
     assert loader.parse("oauth.issuer = '${EMPTY}'", ENVIRON).oauth.issuer == ""
@@ -179,7 +180,7 @@ def test_a_set_nonempty_variable_overrides_the_default() -> None:
     ["${API_PASSWORD", "${API_PASSWORD-s3cret}", "${API-PASSWORD}", "${API_PASSWORD:?no}", "${A:-${B}}", "x${}"],
 )
 def test_a_malformed_variable_is_refused_and_not_shown(value: str) -> None:
-    """Taken as it stands it would be the password, and written down in the file."""
+    """Otherwise the text itself would be the password."""
     text = f"[pools.p]\n[dialects.simple-token-implement]\npool = 'p'\npassword = '{value}'"
     found = mistake(text)
     assert found == (
@@ -190,6 +191,31 @@ def test_a_malformed_variable_is_refused_and_not_shown(value: str) -> None:
 def test_a_bad_environment_value_names_its_variable() -> None:
     with pytest.raises(ConfigError, match=r"^server.port: .*, from \$\{WORD\}$"):
         loader.parse("server.port = '${WORD}'", ENVIRON)
+
+
+def test_a_mistake_does_not_show_a_default_value() -> None:
+    said = mistake("server.port = '${NONE:-s3cret}'")
+    assert said == "server.port: " + PORT + ", not a string, from ${NONE}"
+
+
+def test_options_replace_settings_of_the_server() -> None:
+    settings = loader.parse("server = {host = 'h', port = 1, docs = false}", {})
+    changed = loader.override(settings, host=None, port=2, workers=3)
+    assert changed.server == ServerSettings(host="h", port=2, workers=3, docs=False)
+    assert settings.server.port == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"port": 65536}, "--port: " + PORT + ", not 65536"),
+        ({"workers": 0}, "--workers: must be an integer from 1 to 64, not 0"),
+        ({"host": "a b"}, "--host: must be a host or address such as "),
+    ],
+)
+def test_an_option_has_the_bounds_of_its_setting(option: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        loader.override(Settings(), **option)
 
 
 def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
@@ -235,7 +261,7 @@ def test_numeric_text_stays_text_for_a_text_field() -> None:
 
 
 def test_an_undecodable_environment_value_is_an_error() -> None:
-    """Python shows such bytes as lone surrogates, which neither hash nor print."""
+    """Python decodes such bytes as lone surrogates, which can be neither hashed nor printed."""
     text = "[[users]]\nusername = 'ann'\npassword = '${HASH}'"
     with pytest.raises(ConfigError, match=r"^users\[0\]\.password: "):
         assert loader.parse(text, {"HASH": "\udcff"}).users_by_name

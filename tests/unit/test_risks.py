@@ -1,4 +1,4 @@
-"""Risks: fine on a laptop, named by `check`, and refused where others can reach the service."""
+"""Risks: allowed on a laptop, listed by `check`, and refused if others can reach the service."""
 
 import grp
 import json
@@ -35,19 +35,19 @@ WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("
 
 @pytest.fixture(scope="module")
 def passwords() -> Iterator[Passwords]:
-    """Make passwords to which STRONG is strong enough and WEAK is not."""
+    """Make a Passwords for which STRONG is strong enough and WEAK is not."""
     made = Passwords(PasswordSettings(memory_kib=64, time_cost=2, threads=1))
     yield made
     made.close()
 
 
 def configured(server: str = "", password: str = STRONG) -> Settings:
-    """Make a configuration of one user."""
+    """Make settings with one user."""
     return loader.parse(f'[server]\n{server}\n[[users]]\nusername = "ann"\npassword = "{password}"', {})
 
 
 def names(settings: Settings, passwords: Passwords) -> list[str]:
-    """Name the risks of a configuration."""
+    """Return the names of the risks."""
     return [risk.name for risk in find_risks(settings, passwords)]
 
 
@@ -106,7 +106,7 @@ def test_a_host_that_is_no_address_is_refused(host: str) -> None:
 
 
 def parts(version: str, chosen: Sequence[bool], depth: int) -> tuple[list[str], float]:
-    """Cut a space of addresses into equal networks; return those that are chosen, and what share of it they have."""
+    """Cut a space of addresses into equal networks. Return the chosen ones and their share of the space."""
     networks = list(ip_network(version).subnets(depth))
     return [str(network) for network, taken in zip(networks, chosen, strict=True) if taken], sum(chosen) / len(networks)
 
@@ -153,7 +153,7 @@ def test_settings_that_make_each_login_slow_are_a_risk() -> None:
 
 
 def test_hashing_in_over_half_of_the_memory_is_a_risk() -> None:
-    """Of one hash as often as there are threads in all workers: by the settings, and by a user's hash."""
+    """The memory of one hash, times all threads of all workers: by the settings, and by a user's hash."""
     half = machine_memory_kib() // 2
     passwords = Passwords(PasswordSettings(memory_kib=1 << 19, time_cost=1, threads=256))
     (risk,) = find_risks(loader.parse("[server]\nworkers = 64", {}), passwords)
@@ -206,7 +206,7 @@ OPEN = ["token-pool", "random-token-generator", "token-management-service"]
 
 
 def served(name: str, more: str = "", server: str = "") -> Settings:
-    """Make a configuration that serves a dialect over a pool of its own."""
+    """Make settings with a dialect over a pool."""
     return loader.parse(f'[server]\n{server}\n[pools.p]\n[dialects.{name}]\npool = "p"\n{more}', {})
 
 
@@ -228,7 +228,7 @@ def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> N
 
 @pytest.mark.parametrize("more", ["", "require_token = true"])
 def test_a_dialect_with_its_published_password_is_a_risk(passwords: Passwords, more: str) -> None:
-    """Of its own it asks for a password, and so is not open; another password is no risk."""
+    """It always asks for a password, so it is not open. Another password is no risk."""
     (risk,) = find_risks(loader.parse(f'{PERMITS}{more}\npassword = "change-me"', {}), passwords)
     assert risk.name == "shipped_password"
     assert risk.text.startswith("dialects.simple-token-implement.password is the one that tokenauth ships with")
@@ -258,7 +258,7 @@ def test_the_shipped_file_risks_only_its_password() -> None:
 
 
 def test_the_production_example_has_no_unnamed_risk(passwords: Passwords) -> None:
-    """A step that is left out, or a dialect that is switched on, is an error once the proxy is named."""
+    """Once a proxy is named, a forgotten step or an open dialect is an error."""
     text = shipped().replace("trusted_proxies = []", 'trusted_proxies = ["127.0.0.1"]')
     with pytest.raises(ConfigError, match="'shipped_password'"):
         demand(text, passwords)
@@ -273,14 +273,14 @@ def test_the_production_example_has_no_unnamed_risk(passwords: Passwords) -> Non
 
 
 def demand(text: str, passwords: Passwords) -> None:
-    """Judge a configuration."""
+    """Check a configuration as `serve` does."""
     settings = loader.parse(text, {})
     demand_acceptable(settings, find_risks(settings, passwords))
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Make a directory in which a configuration and its database are as they should be."""
+    """Make a directory with a configuration and a database that have safe modes."""
     for name, mode in {"config.toml": 0o640, "tokenauth.db": 0o600}.items():
         (tmp_path / name).touch()
         (tmp_path / name).chmod(mode)
@@ -289,14 +289,14 @@ def files(tmp_path: Path) -> Path:
 
 
 def of_files(directory: Path, passwords: Passwords, path: Path | None = None) -> list[str]:
-    """Name the risks of the files in a directory."""
+    """Return the names of the risks of the files in a directory."""
     settings = loader.parse(f'database.url = "sqlite+aiosqlite:///{directory}/tokenauth.db"', {})
     return [risk.name for risk in find_risks(settings, passwords, path or directory / "config.toml")]
 
 
 @pytest.mark.parametrize("mode", range(0o600, 0o700), ids=oct)
 def test_a_file_that_others_can_read_or_change_is_a_risk(files: Path, passwords: Passwords, mode: int) -> None:
-    """Its own group may read it: the documented install gives it to root and the group of the service."""
+    """Its group can read it: the documented install gives the file to root and the service's group."""
     path = files / "config.toml"
     own = grp.getgrgid(path.stat().st_gid).gr_name == pwd.getpwuid(path.stat().st_uid).pw_name
     path.chmod(mode)

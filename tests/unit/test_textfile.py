@@ -1,4 +1,4 @@
-"""TextFile and UserFile: an edit is whole or has not happened, keeps what others did, and leaves nothing behind."""
+"""TextFile and UserFile: an edit is complete or absent, keeps edits of others, and leaves no file behind."""
 
 import itertools
 import os
@@ -25,13 +25,13 @@ BOM = b"\xef\xbb\xbf"
 
 
 def written(newline: str, bom: bool) -> bytes:
-    """Write the file with these line endings, with a byte order mark or without."""
+    """Write the file with these line endings, with or without a byte order mark."""
     return (BOM if bom else b"") + FILE.replace("\n", newline).encode()
 
 
 @contextmanager
 def no_room(directory: Path) -> Iterator[None]:
-    """Let no file have any bytes, as a full disk does."""
+    """Make each write fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
@@ -42,14 +42,14 @@ def no_room(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(directory: Path, file_too: bool = True) -> Iterator[None]:
-    """Be somebody who may not write there."""
+    """Become a user who cannot write there."""
     directory.chmod(0o555)
     path = directory / "config.toml"
     path.chmod(0o444 if file_too else 0o666)
     root = os.geteuid() == 0
     outer = [parent for parent in directory.parents if root and not parent.stat().st_mode & 1]
     modes = [(parent, parent.stat().st_mode & 0o777) for parent in outer]
-    for parent in outer:  # pytest's directories are for its own user only
+    for parent in outer:  # pytest's directories are private
         parent.chmod(0o711)
     if root:
         os.seteuid(65534)
@@ -66,14 +66,14 @@ def read_only(directory: Path, file_too: bool = True) -> Iterator[None]:
 
 @contextmanager
 def only_the_directory_read_only(directory: Path) -> Iterator[None]:
-    """Be somebody who may write the file and nothing else there."""
+    """Become a user who can write the file and nothing else there."""
     with read_only(directory, file_too=False):
         yield
 
 
 @contextmanager
 def mounted(directory: Path) -> Iterator[None]:
-    """Make the file a mount of its own, as containers have it: it cannot be renamed over."""
+    """Make the file a mount of its own, as in containers: it cannot be replaced by renaming."""
     elsewhere = directory.parent / "elsewhere.toml"
     elsewhere.write_bytes((directory / "config.toml").read_bytes())
     command = ["mount", "--bind", str(elsewhere), str(directory / "config.toml")]
@@ -97,13 +97,13 @@ def two_names(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def nothing_wrong(directory: Path) -> Iterator[None]:
-    """Let it be."""
+    """Change nothing."""
     yield
 
 
 @contextmanager
 def a_leftover(directory: Path) -> Iterator[None]:
-    """Have a command killed in the middle of writing before."""
+    """Leave what a killed command leaves."""
     (directory / ".config.toml.new").write_text("half of all has")
     yield
 
@@ -136,7 +136,7 @@ def test_an_edit_is_whole_or_has_not_happened(
     bom: bool,
     linked: bool,
 ) -> None:
-    """The old text or the new one to the byte, the link, the mode, and nothing else in the directory."""
+    """The old text or the new one to the byte, with link and mode, and no other file in the directory."""
     directory = tmp_path / "etc"
     directory.mkdir()
     path = directory / "config.toml"
@@ -171,12 +171,12 @@ def replaced(path: Path) -> None:
 
 
 def removed(path: Path) -> None:
-    """Save as yet others do, for a moment."""
+    """Remove the file, as some editors do for an instant."""
     path.unlink()
 
 
 def linked_elsewhere(path: Path) -> None:
-    """Let another file have the name."""
+    """Point the name at another file."""
     path.with_name("other").write_bytes(path.read_bytes())
     path.unlink()
     path.symlink_to("other")
@@ -185,7 +185,7 @@ def linked_elsewhere(path: Path) -> None:
 @pytest.mark.parametrize("save", [overwritten, replaced, removed, linked_elsewhere], ids=lambda save: save.__name__)
 @pytest.mark.parametrize("links", [1, 2])
 def test_an_edit_aborts_if_the_file_changes_meanwhile(tmp_path: Path, save: Callable[[Path], None], links: int) -> None:
-    """Both when a new file takes its place, and when it is written in place."""
+    """Both when the file is replaced and when it is written in place."""
     path = tmp_path / "config.toml"
     path.write_text(FILE)
     if links == 2:
@@ -206,7 +206,7 @@ MEANWHILE = [*itertools.product(["add", "passwd", "remove"], NAMES), ("by hand",
 
 
 def done(users: dict[str, str], operation: str, name: str, password: str) -> dict[str, str] | None:
-    """Return the users after a command that finds these; None if it must refuse."""
+    """Return the users after a command; None if it must fail."""
     if (operation == "add") == (name in users):
         return None
     return {other: users[other] for other in users if other != name} | (
@@ -215,7 +215,7 @@ def done(users: dict[str, str], operation: str, name: str, password: str) -> dic
 
 
 def command(path: Path, operation: str, name: str, password: Callable[[], str]) -> bool:
-    """Run a command; say whether it was granted."""
+    """Run a command. Return whether it succeeded."""
     file = UserFile(path)
     try:
         if operation == "add":
@@ -235,7 +235,7 @@ def command(path: Path, operation: str, name: str, password: Callable[[], str]) 
 def test_what_happens_while_a_password_is_typed_is_kept(
     tmp_path: Path, outer: tuple[str, str], first: tuple[str, str], second: tuple[str, str]
 ) -> None:
-    """As if the slow command had begun when its password was there: it does its own part or refuses."""
+    """A slow command works as if it began when its password was there: it makes its own change or fails."""
     path = tmp_path / "config.toml"
     path.write_text(FILE)
     model = {"ann": "a"}

@@ -1,4 +1,4 @@
-"""UserFile: edits the users where they stand, and leaves everything else in the file as it was."""
+"""UserFile edits the users in place and leaves the rest of the file as it was."""
 
 import os
 from pathlib import Path
@@ -36,24 +36,24 @@ ttl = "5m"  # short
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Write a file that has comments and an order of its own."""
+    """Write a file with comments and an unusual order."""
     path = tmp_path / "config.toml"
     path.write_text(FILE)
     return path
 
 
 def hashed() -> str:
-    """Stand for a password's hash."""
+    """Return the hash of a new password."""
     return "new-hash"
 
 
 def refused() -> str:
-    """Stand for a password that must not be asked for."""
+    """Fail if a password is asked for."""
     raise AssertionError("nobody should have been asked for a password")
 
 
 def lines(path: Path) -> list[str]:
-    """Return what has been written, without blank lines."""
+    """Return the lines of the file, without blank ones."""
     return [line for line in path.read_text().splitlines() if line]
 
 
@@ -181,7 +181,7 @@ def test_the_files_mode_stays(path: Path, mode: int) -> None:
 
 
 def test_the_files_owner_stays(path: Path) -> None:
-    """Root edits what the service must be able to read."""
+    """Root edits a file that the service must be able to read."""
     if os.geteuid() != 0:
         lack("root", "run the tests as root: nobody else can give a file away")
     os.chown(path, 12345, 23456)
