@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower, refusal
+from tests.support.pool_users import PoolUser, refusal
 from tests.support.servers import HandClock, Server, worker, write_config
 
 T = TypeVar("T")
@@ -24,18 +24,18 @@ def settings() -> str:
 
 
 @pytest.fixture
-def users(server: Server, sibling: Server) -> Iterator[list[Borrower]]:
+def users(server: Server, sibling: Server) -> Iterator[list[PoolUser]]:
     """Be several users, each with a connection of his own to one worker or the other."""
     with ExitStack() as stack:
         ports = (server.port, sibling.port) * (THREADS // 2)
-        yield [Borrower(stack.enter_context(Connection(port))) for port in ports]
+        yield [PoolUser(stack.enter_context(Connection(port))) for port in ports]
 
 
-def at_once(users: list[Borrower], work: Callable[[Borrower], T]) -> list[T]:
+def at_once(users: list[PoolUser], work: Callable[[PoolUser], T]) -> list[T]:
     """Have all users do something at the same moment."""
     barrier = Barrier(len(users))
 
-    def begin(user: Borrower) -> T:
+    def begin(user: PoolUser) -> T:
         barrier.wait(30)
         return work(user)
 
@@ -43,17 +43,17 @@ def at_once(users: list[Borrower], work: Callable[[Borrower], T]) -> list[T]:
         return list(threads.map(begin, users))
 
 
-def test_400_concurrent_assigns_lease_400_tokens(users: list[Borrower]) -> None:
+def test_400_concurrent_assigns_lease_400_tokens(users: list[PoolUser]) -> None:
     """In token-pool they lent 299, some of them twice."""
     tokens = users[0].generate("any", 400)
     taken = at_once(users, lambda user: [user.assign("any") for _ in range(400 // THREADS)])
     leases = [lease for each in taken for lease in each]
     assert sorted(lease.token for lease in leases) == sorted(tokens)
     assert {lease.fence for lease in leases} == {1}
-    assert users[0].hears("POST", "/any/leases") == refusal("no_free_token")
+    assert users[0].call("POST", "/any/leases") == refusal("no_free_token")
 
 
-def test_the_last_free_token_is_leased_once(users: list[Borrower]) -> None:
+def test_the_last_free_token_is_leased_once(users: list[PoolUser]) -> None:
     for _ in range(10):
         users[0].empty("any")
         (token,) = users[1].generate("any")
@@ -63,11 +63,11 @@ def test_the_last_free_token_is_leased_once(users: list[Borrower]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_capacity_100_never_allows_more_than_100_tokens(users: list[Borrower], clock: HandClock, count: int) -> None:
+def test_capacity_100_never_allows_more_than_100_tokens(users: list[PoolUser], clock: HandClock, count: int) -> None:
     """In the originals 101 and 105 were made; lent tokens count too, and what is asked for is made whole or not."""
     clock.advance(400)
 
-    def fill(user: Borrower) -> int:
+    def fill(user: PoolUser) -> int:
         made = 0
         while (answer := user.ask("POST", "/hundred/tokens", {"count": count})).status == 201:
             made += len(answer.json()["tokens"])
@@ -87,7 +87,7 @@ def test_a_fence_only_grows_across_leases_and_restarts(tmp_path: Path) -> None:
     fences: list[int] = []
     for _ in range(2):
         with worker(config, clock) as server, Connection(server.port) as connection:
-            one, other = Borrower(connection), Borrower(connection)
+            one, other = PoolUser(connection), PoolUser(connection)
             if not fences:
                 one.generate("any")
             for user in (one, other, one):

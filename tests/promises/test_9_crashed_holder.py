@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.connections import Connection
 from tests.support.journal import until
-from tests.support.lending import Borrower, Lease, refusal
+from tests.support.pool_users import Lease, PoolUser, refusal
 from tests.support.servers import ROOT, HandClock, Server, worker, write_config
 
 LEASE_TTL = 60
@@ -23,8 +23,8 @@ MOMENT = 1 / 1024
 HOLDER = """
 import sys, time
 from tests.support.connections import Connection
-from tests.support.lending import Borrower
-print(Borrower(Connection(int(sys.argv[1])), "ann").assign("any").token, flush=True)
+from tests.support.pool_users import PoolUser
+print(PoolUser(Connection(int(sys.argv[1])), "ann").assign("any").token, flush=True)
 time.sleep(600)
 """
 
@@ -36,9 +36,9 @@ def settings() -> str:
 
 
 @pytest.fixture
-def ann(there: Connection) -> Borrower:
+def ann(there: Connection) -> PoolUser:
     """Be a user of one worker who finds a pool with one token in it."""
-    user = Borrower(there, "ann")
+    user = PoolUser(there, "ann")
     user.empty("any")
     user.generate("any")
     return user
@@ -52,7 +52,7 @@ def row(directory: Path) -> tuple[Any, ...]:
 
 
 def test_a_killed_holders_token_is_free_at_its_leases_end(
-    server: Server, ann: Borrower, clock: HandClock, directory: Path
+    server: Server, ann: PoolUser, clock: HandClock, directory: Path
 ) -> None:
     """Nothing is written when it ends: the same row reads as free from then on."""
     began = int(clock())
@@ -63,7 +63,7 @@ def test_a_killed_holders_token_is_free_at_its_leases_end(
         holder.send_signal(signal.SIGKILL)
     lent = row(directory)
     clock.set(began + LEASE_TTL - MOMENT)
-    assert ann.hears("POST", "/any/leases") == refusal("no_free_token")
+    assert ann.call("POST", "/any/leases") == refusal("no_free_token")
     clock.set(began + LEASE_TTL)
     assert ann.counts("any") == (1, 0)
     assert row(directory) == lent
@@ -71,7 +71,7 @@ def test_a_killed_holders_token_is_free_at_its_leases_end(
     assert ann.keep_alive("any", token, fence=1) == refusal("lease_lost")
 
 
-def test_an_unread_assign_is_free_at_its_leases_end(server: Server, ann: Borrower, clock: HandClock) -> None:
+def test_an_unread_assign_is_free_at_its_leases_end(server: Server, ann: PoolUser, clock: HandClock) -> None:
     """Nobody knows that he has it; the connection is reset while the request is on its way."""
     request = f"POST /api/pools/any/leases HTTP/1.1\r\nHost: x\r\nX-Token: {ann.token}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -79,7 +79,7 @@ def test_an_unread_assign_is_free_at_its_leases_end(server: Server, ann: Borrowe
         connection.sendall(request)
         until(lambda: ann.counts("any") == (0, 1), "the token is lent")
     clock.advance(LEASE_TTL - MOMENT)
-    assert ann.hears("POST", "/any/leases") == refusal("no_free_token")
+    assert ann.call("POST", "/any/leases") == refusal("no_free_token")
     clock.advance(MOMENT)
     assert ann.assign("any").fence == 2
 
@@ -88,12 +88,12 @@ def test_a_lease_ends_also_while_no_process_runs(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[pools.any]")
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         user.generate("any")
         lease = user.assign("any", "ci-7")
         server.kill()
     clock.advance(LEASE_TTL)
     with worker(config, clock) as server, Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         assert user.keep_alive("any", lease.token, holder="ci-7", fence=1) == refusal("lease_lost")
         assert user.assign("any", "ci-8").fence == 2

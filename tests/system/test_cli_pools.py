@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import worker, write_config
 from tests.system.test_cli import mistake, recorded, run, well
 
@@ -31,7 +31,7 @@ def home(tmp_path: Path) -> Path:
 
 def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
     with worker(home / "config.toml") as server, Connection(server.port) as connection:
-        ann = Borrower(connection, "ann")
+        ann = PoolUser(connection, "ann")
         generated = run(home, "pool", "generate", "licences", "--count", "2")
         assert recorded(generated) == [{"event": "pool_tokens_generated", "pool": "licences", "count": 2}]
         made = well(generated).split()
@@ -85,7 +85,7 @@ def test_no_command_resizes_the_pool_of_a_running_server(tmp_path: Path, capacit
         write_config(tmp_path, terms.format(capacity))
         for command in (["pool", "list"], ["pool", "show", "permits"], ["tokens", "list"], ["migrate"], ["check"]):
             well(run(tmp_path, *command))
-        assert Borrower(connection).counts("permits") == (3, 0)
+        assert PoolUser(connection).counts("permits") == (3, 0)
 
 
 def test_a_listing_continues_after_a_token_and_shows_dates(home: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_commands_for_when_something_happens_work(home: Path) -> None:
     assert len(lines) >= 7
     with worker(home / "config.toml") as server, Connection(server.port) as connection:
         well(run(home, "pool", "generate", "licences"))
-        ann, bob = Borrower(connection, "ann"), Borrower(connection, "bob")
+        ann, bob = PoolUser(connection, "ann"), PoolUser(connection, "bob")
         value = bob.ask("POST", "/licences/leases").json()["token"]
         [token] = json.loads(well(run(home, "tokens", "list", "--user", "bob", "--json")))
         for line in lines:

@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower, refusal
+from tests.support.pool_users import PoolUser, refusal
 from tests.support.servers import HandClock, worker, write_config
 
 LEASE_TTL = 60
@@ -28,7 +28,7 @@ def test_a_worker_sweeps_the_pools_of_its_configuration(tmp_path: Path) -> None:
     config = write_config(tmp_path, SWEPT)
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as connection:
-        admin = Borrower(connection)
+        admin = PoolUser(connection)
         admin.generate("waiting", 5)
         admin.generate("unlimited", 1)
         server.kill()
@@ -43,20 +43,20 @@ def test_prefilled_tokens_survive_their_worker(tmp_path: Path) -> None:
     config = write_config(tmp_path, permits(2))
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as connection:
-        admin = Borrower(connection)
+        admin = PoolUser(connection)
         assert admin.counts("permits") == (2, 0)
-        assert admin.hears("POST", "/permits/tokens") == refusal("pool_full")
+        assert admin.call("POST", "/permits/tokens") == refusal("pool_full")
         leases = [admin.assign("permits"), admin.assign("permits")]
         assert len({lease.token for lease in leases}) == 2
         assert {member["expiry_time"] for member in admin.members("permits")} == {None}
         server.kill()
     with worker(write_config(tmp_path, permits(1)), clock) as server, Connection(server.port) as connection:
-        admin = Borrower(connection)
+        admin = PoolUser(connection)
         assert admin.counts("permits") == (0, 2)
         assert [admin.keep_alive("permits", lease.token, fence=1)[0] for lease in leases] == [200, 200]
         assert admin.release("permits", leases[0].token) == (204, None)
-        assert admin.hears("POST", "/permits/leases") == refusal("no_free_token")
+        assert admin.call("POST", "/permits/leases") == refusal("no_free_token")
         clock.advance(LEASE_TTL)
         assert admin.counts("permits") == (1, 0)
         assert admin.assign("permits").holder == "admin"
-        assert admin.hears("POST", "/permits/leases") == refusal("no_free_token")
+        assert admin.call("POST", "/permits/leases") == refusal("no_free_token")

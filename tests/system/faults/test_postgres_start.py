@@ -12,7 +12,7 @@ import pytest
 from tests.support.connections import Connection
 from tests.support.journal import background, until, workers
 from tests.support.journal import start_together as workers_start_together
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.postgres import Cluster
 from tests.support.servers import START, Server, starting, worker
 from tests.system.postgres.nodes import connected, fetch, fresh, nodes, write_config_for
@@ -61,7 +61,7 @@ class Load:
             self._turn += 1
             port = self._servers[self._turn % len(self._servers)].port
         with Connection(port) as connection:
-            user = Borrower(connection)
+            user = PoolUser(connection)
             lease = user.ask("POST", "/p/leases")
             statuses = [("lease", lease.status)]
             if lease.status == 201:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.connections import Connection
 from tests.support.journal import until
-from tests.support.lending import Borrower, refusal
+from tests.support.pool_users import PoolUser, refusal
 from tests.support.postgres import Cluster
 from tests.support.servers import Server, worker
 from tests.system.postgres.clocks import ShiftedDatabase, skewed
@@ -78,13 +78,13 @@ def test_nodes_agree_after_the_database_clock_jumped_ahead(
     moved: ShiftedDatabase, connections: list[Connection]
 ) -> None:
     """One of them noticed; the other did nothing meanwhile. Time goes on from there for both."""
-    busy, idle = (Borrower(each) for each in connections)
+    busy, idle = (PoolUser(each) for each in connections)
     moved.move(HOUR)
     until(lambda: busy.ask("GET", "/p").status == 200 and _latest(moved) > 0, "it has noticed")
     moved.move(-HOUR)
     lease = idle.assign("p")
     for _ in range(3):
-        assert busy.hears("POST", "/p/leases") == refusal("no_free_token"), "it is lent"
+        assert busy.call("POST", "/p/leases") == refusal("no_free_token"), "it is lent"
     assert busy.ask("PUT", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 200
     assert idle.ask("DELETE", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 204
 
@@ -108,40 +108,44 @@ def test_after_a_clock_is_set_back_the_oldest_login_ends(moved: ShiftedDatabase,
 
 
 def test_nodes_with_wrong_clocks_use_the_database_clock(moved: ShiftedDatabase, connections: list[Connection]) -> None:
-    borrowers = [Borrower(each) for each in connections]
-    for lender, other in (borrowers, borrowers[::-1]):
-        first = lender.assign("p")
+    users = [PoolUser(each) for each in connections]
+    for holder, other in (users, users[::-1]):
+        first = holder.assign("p")
         assert LEASE_TTL - MARGIN < first.expires_in <= LEASE_TTL
-        assert other.hears("POST", "/p/leases") == refusal("no_free_token")
+        assert other.call("POST", "/p/leases") == refusal("no_free_token")
         moved.move(LEASE_TTL - MARGIN)
-        assert other.hears("POST", "/p/leases") == refusal("no_free_token"), "by the database it is still lent"
+        assert other.call("POST", "/p/leases") == refusal("no_free_token"), (
+            "the lease is live by the clock of the database"
+        )
         moved.move(MARGIN + 1)
         second = other.assign("p")
-        assert (second.token, second.fence) == (first.token, first.fence + 1), "by the database its time is up"
-        assert lender.ask("DELETE", f"/p/leases/{first.token}", {"fence": first.fence}).status == 409
+        assert (second.token, second.fence) == (first.token, first.fence + 1), (
+            "the lease has ended by the clock of the database"
+        )
+        assert holder.ask("DELETE", f"/p/leases/{first.token}", {"fence": first.fence}).status == 409
         assert other.ask("DELETE", f"/p/leases/{first.token}", {"fence": second.fence}).status == 204
     for each in connections:
-        assert all(each.valid(borrower.token) for borrower in borrowers)
+        assert all(each.valid(user.token) for user in users)
     moved.move(TOKEN_TTL - 2 * (LEASE_TTL + 1) - MARGIN)
     for each in connections:
-        assert all(each.valid(borrower.token) for borrower in borrowers), "by the database they have some time left"
+        assert all(each.valid(user.token) for user in users), "the tokens are live by the clock of the database"
     moved.move(MARGIN + 1)
     for each in connections:
-        until(lambda: not any(each.valid(one.token) for one in borrowers), "the end is heard of")  # noqa: B023
+        until(lambda: not any(each.valid(one.token) for one in users), "both nodes see the end")  # noqa: B023
 
 
 def test_a_clock_set_back_revives_and_shortens_nothing(
     moved: ShiftedDatabase, config: Path, connections: list[Connection]
 ) -> None:
-    early = Borrower(connections[0])
+    early = PoolUser(connections[0])
     first = early.assign("p")
     moved.move(TOKEN_TTL + 1)
     for each in connections:
-        until(lambda: not each.valid(early.token), "the end is heard of")  # noqa: B023
-    late = [Borrower(each) for each in connections]
+        until(lambda: not each.valid(early.token), "both nodes see the end")  # noqa: B023
+    late = [PoolUser(each) for each in connections]
     moved.move(-2 * TOKEN_TTL)
     with worker(config) as started, Connection(started.port) as later:
-        everybody = [*late, Borrower(later)]
+        everybody = [*late, PoolUser(later)]
         for each in (*connections, later):
             assert not each.valid(early.token), "it had expired"
             assert all(each.valid(one.token) for one in everybody)
@@ -150,11 +154,11 @@ def test_a_clock_set_back_revives_and_shortens_nothing(
         second = late[0].assign("p")
         assert (second.token, second.fence) == (first.token, first.fence + 1)
         for one in everybody:
-            assert one.hears("POST", "/p/leases") == refusal("no_free_token")
+            assert one.call("POST", "/p/leases") == refusal("no_free_token")
             assert one.release("p", first.token, fence=first.fence) == refusal("lease_lost")
         moved.move(2 * TOKEN_TTL + LEASE_TTL - MARGIN)
         for one in everybody:
-            assert one.hears("POST", "/p/leases") == refusal("no_free_token")
+            assert one.call("POST", "/p/leases") == refusal("no_free_token")
         moved.move(MARGIN + 1)
         third = everybody[-1].assign("p")
         assert (third.token, third.fence) == (first.token, second.fence + 1)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server, log_in
 from tests.wire.client_pools.clients import KINDS, Client, Connect, Watch, connecting
 from tests.wire.client_pools.lines import Line
@@ -36,10 +36,10 @@ def login(server: Server) -> dict[str, str]:
 
 
 @pytest.fixture
-def desk(server: Server) -> Iterator[Borrower]:
+def desk(server: Server) -> Iterator[PoolUser]:
     """Log in as the administrator."""
     with Connection(server.port) as connection:
-        yield Borrower(connection)
+        yield PoolUser(connection)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server, log_in, worker, write_config
 from tests.wire.client_pools.clients import Client, Connect, Watch
 from tests.wire.client_pools.conftest import TTL
@@ -28,7 +28,7 @@ class Trouble(Exception):
     pass
 
 
-def test_an_error_in_the_block_propagates_and_releases(client: Client, desk: Borrower) -> None:
+def test_an_error_in_the_block_propagates_and_releases(client: Client, desk: PoolUser) -> None:
     with pytest.raises(Trouble), client.lease("permit"):
         raise Trouble
     assert desk.counts("permit") == (1, 0)
@@ -70,7 +70,7 @@ def test_an_issuer_that_hangs_is_no_trouble_at_the_end(
         hold()
 
 
-def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: Borrower) -> None:
+def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: PoolUser) -> None:
     def keepers() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name == "lease-keeper"]
 
@@ -90,7 +90,7 @@ def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: 
     assert desk.counts("permit") == (1, 0)
 
 
-async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk: Borrower) -> None:
+async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk: PoolUser) -> None:
     async def hold() -> None:
         async with pools.lease("permit"):
             held.set()
@@ -108,7 +108,7 @@ async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk
         assert desk.counts("permit") == (1, 0)
 
 
-async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str], desk: Borrower, line: Line) -> None:
+async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str], desk: PoolUser, line: Line) -> None:
     """The server has granted the lease, and the response is in flight."""
 
     async def hold() -> None:
@@ -127,7 +127,7 @@ async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str],
     assert desk.counts("permit") == (1, 0)
 
 
-async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], desk: Borrower, line: Line) -> None:
+async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], desk: PoolUser, line: Line) -> None:
     """The second cancellation comes during the release. `aclose` waits for that."""
 
     async def hold() -> None:

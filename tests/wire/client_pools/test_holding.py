@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.journal import until
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server
 from tests.wire.client_pools.clients import Client, Connect, Watch
 from tests.wire.client_pools.conftest import MANY, TTL
@@ -20,12 +20,12 @@ from tokenauth.client import TokenAuth
 PassTime = Callable[[float], object]
 
 
-def ends(desk: Borrower, pool: str = "permit") -> list[int | None]:
+def ends(desk: PoolUser, pool: str = "permit") -> list[int | None]:
     """Return when the leases of a pool end."""
     return [member.get("lease_expiry_time") for member in desk.members(pool)]
 
 
-def test_a_token_is_held_until_the_block_ends(client: Client, desk: Borrower, clock: HandClock) -> None:
+def test_a_token_is_held_until_the_block_ends(client: Client, desk: PoolUser, clock: HandClock) -> None:
     with client.lease("permit", holder="ci-7") as lease:
         lease.check()
         (member,) = desk.members("permit")
@@ -55,7 +55,7 @@ def test_no_lease_shows_its_token(client: Client) -> None:
 
 
 def test_no_log_shows_the_token_of_a_lease(
-    client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
+    client: Client, desk: PoolUser, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither in a keep-alive nor in a release, at any log level."""
     caplog.set_level(logging.DEBUG)
@@ -69,7 +69,7 @@ def test_no_log_shows_the_token_of_a_lease(
 
 
 def test_a_lease_is_kept_alive_during_the_whole_block(
-    client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime
+    client: Client, desk: PoolUser, clock: HandClock, pass_time: PassTime
 ) -> None:
     with client.lease("permit") as lease:
         for _ in range(3):
@@ -80,7 +80,7 @@ def test_a_lease_is_kept_alive_during_the_whole_block(
 
 
 def test_a_keep_alive_is_counted_from_before_it_was_sent(
-    client: Client, desk: Borrower, clock: HandClock, line: Line, pass_time: PassTime
+    client: Client, desk: PoolUser, clock: HandClock, line: Line, pass_time: PassTime
 ) -> None:
     with client.lease("permit") as lease:
         line.hold()
@@ -92,7 +92,7 @@ def test_a_keep_alive_is_counted_from_before_it_was_sent(
         lease.check()
 
 
-def test_many_leases_are_held_at_once(client: Client, desk: Borrower, clock: HandClock, pass_time: PassTime) -> None:
+def test_many_leases_are_held_at_once(client: Client, desk: PoolUser, clock: HandClock, pass_time: PassTime) -> None:
     with ExitStack() as stack:
         leases = [stack.enter_context(client.lease("permits")) for _ in range(MANY)]
         assert len({lease.token for lease in leases}) == MANY
@@ -101,7 +101,7 @@ def test_many_leases_are_held_at_once(client: Client, desk: Borrower, clock: Han
     assert desk.counts("permits") == (MANY, 0)
 
 
-def test_a_client_waits_until_a_token_is_given_back(client: Client, desk: Borrower, line: Line) -> None:
+def test_a_client_waits_until_a_token_is_given_back(client: Client, desk: PoolUser, line: Line) -> None:
     def hold() -> int:
         with client.lease("permit", wait=60) as lease:
             return lease.fence
@@ -116,7 +116,7 @@ def test_a_client_waits_until_a_token_is_given_back(client: Client, desk: Borrow
         assert fence.result() == before.fence + 1
 
 
-def test_a_client_waits_no_longer_than_it_wants_to(client: Client, desk: Borrower, line: Line, watch: Watch) -> None:
+def test_a_client_waits_no_longer_than_it_wants_to(client: Client, desk: PoolUser, line: Line, watch: Watch) -> None:
     def hold() -> None:
         with client.lease("permit", wait=60):
             raise AssertionError("there was no token")
@@ -132,7 +132,7 @@ def test_a_client_waits_no_longer_than_it_wants_to(client: Client, desk: Borrowe
             held.result()
 
 
-def test_a_refusal_says_when_the_next_lease_ends(client: Client, desk: Borrower, clock: HandClock) -> None:
+def test_a_refusal_says_when_the_next_lease_ends(client: Client, desk: PoolUser, clock: HandClock) -> None:
     desk.assign("permit")
     clock.advance(5)
     with pytest.raises(errors.NoFreeToken) as refusal, client.lease("permit"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.journal import until
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import ROOT, HandClock, Server
 from tests.wire.client_pools.clients import Client, Watch
 from tests.wire.client_pools.conftest import TTL
@@ -30,19 +30,19 @@ FAILURES = {
 """Responses that a client may get instead of one of the server. None says anything about the lease."""
 
 
-def is_free(desk: Borrower) -> bool:
+def is_free(desk: PoolUser) -> bool:
     """Return whether the only permit is free."""
     return desk.counts("permit") == (1, 0)
 
 
-def end(desk: Borrower) -> int:
+def end(desk: PoolUser) -> int:
     """Return when the lease of the only permit ends."""
     return int(desk.members("permit")[0]["lease_expiry_time"])
 
 
 @pytest.mark.parametrize("reason", ["released", "deleted", "lapsed"])
 def test_a_lease_is_lost_when_the_issuer_refuses_it(
-    client: Client, desk: Borrower, clock: HandClock, line: Line, watch: Watch, reason: str
+    client: Client, desk: PoolUser, clock: HandClock, line: Line, watch: Watch, reason: str
 ) -> None:
     with client.lease("permit") as lease:
         if reason == "released":
@@ -60,7 +60,7 @@ def test_a_lease_is_lost_when_the_issuer_refuses_it(
     assert line.replaced == 0, "there was nothing to give back"
 
 
-def test_a_lost_lease_does_not_release_the_next_one(client: Client, desk: Borrower, watch: Watch) -> None:
+def test_a_lost_lease_does_not_release_the_next_one(client: Client, desk: PoolUser, watch: Watch) -> None:
     """The user and the holder are the same: only the fence differs."""
     with client.lease("permit") as lease:
         desk.release("permit", lease.token)
@@ -70,7 +70,7 @@ def test_a_lost_lease_does_not_release_the_next_one(client: Client, desk: Borrow
     assert desk.keep_alive("permit", after.token, fence=lease.fence + 1)[0] == 200
 
 
-def test_a_lease_lost_unnoticed_costs_no_other_holder(client: Client, desk: Borrower) -> None:
+def test_a_lease_lost_unnoticed_costs_no_other_holder(client: Client, desk: PoolUser) -> None:
     with client.lease("permit") as lease:
         desk.release("permit", lease.token)
         after = desk.assign("permit")
@@ -92,7 +92,7 @@ def test_a_lease_ends_by_time_while_no_answer_comes(client: Client, line: Line, 
 
 
 def test_an_answer_that_comes_too_late_revives_nothing(
-    client: Client, desk: Borrower, line: Line, watch: Watch
+    client: Client, desk: PoolUser, line: Line, watch: Watch
 ) -> None:
     with client.lease("permit") as lease:
         line.hold()
@@ -104,7 +104,7 @@ def test_an_answer_that_comes_too_late_revives_nothing(
         assert lease.lost.is_set()
 
 
-def test_a_holder_that_was_suspended_loses_its_lease(client: Client, desk: Borrower, watch: Watch) -> None:
+def test_a_holder_that_was_suspended_loses_its_lease(client: Client, desk: PoolUser, watch: Watch) -> None:
     """The server would still extend it."""
     with client.lease("permit") as lease:
         watch.advance(TTL)
@@ -131,7 +131,7 @@ def test_a_lease_is_counted_from_before_it_was_asked_for(client: Client, line: L
         assert lost.result()
 
 
-def test_a_lease_already_over_is_not_started(client: Client, desk: Borrower, line: Line, watch: Watch) -> None:
+def test_a_lease_already_over_is_not_started(client: Client, desk: PoolUser, line: Line, watch: Watch) -> None:
     def hold() -> None:
         with client.lease("permit"):
             raise AssertionError("its time is up")
@@ -149,7 +149,7 @@ def test_a_lease_already_over_is_not_started(client: Client, desk: Borrower, lin
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_keep_alive_that_fails_is_tried_again(
-    client: Client, desk: Borrower, line: Line, pass_time: PassTime, failure: str
+    client: Client, desk: PoolUser, line: Line, pass_time: PassTime, failure: str
 ) -> None:
     with client.lease("permit") as lease:
         before = end(desk)
@@ -170,7 +170,7 @@ def test_an_issuer_without_an_answer_grants_nothing(client: Client, line: Line, 
 
 
 def test_a_process_that_was_stopped_has_lost_its_lease(
-    tmp_path: Path, server: Server, login: dict[str, str], desk: Borrower
+    tmp_path: Path, server: Server, login: dict[str, str], desk: PoolUser
 ) -> None:
     """The clock of the server stands still: if the process asked before it read its own, it would get more time."""
     clock = HandClock(tmp_path / "clock", create=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower, Lease, refusal
+from tests.support.pool_users import Lease, PoolUser, refusal
 from tests.support.servers import HandClock, Server, worker, write_config
 from tokenauth.service import create_service
 from tokenauth.settings import loader
@@ -39,28 +39,28 @@ def now(clock: HandClock) -> int:
 
 
 @pytest.fixture
-def admin(server: Server, now: int) -> Iterator[Borrower]:
+def admin(server: Server, now: int) -> Iterator[PoolUser]:
     """Log in as admin at one worker, and empty a pool."""
     with Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         user.empty("any")
         yield user
 
 
 @pytest.fixture
-def sibling_admin(sibling: Server, now: int) -> Iterator[Borrower]:
+def sibling_admin(sibling: Server, now: int) -> Iterator[PoolUser]:
     """Log in as admin at the other worker."""
     with Connection(sibling.port) as connection:
-        yield Borrower(connection)
+        yield PoolUser(connection)
 
 
 @pytest.fixture(params=["keep-alive", "release"])
-def change_lease(request: pytest.FixtureRequest, sibling_admin: Borrower) -> ChangeLease:
+def change_lease(request: pytest.FixtureRequest, sibling_admin: PoolUser) -> ChangeLease:
     """Return a function that keeps a lease alive or releases it: both check the same claim."""
     return sibling_admin.keep_alive if request.param == "keep-alive" else sibling_admin.release
 
 
-def third_lease(user: Borrower) -> Lease:
+def third_lease(user: PoolUser) -> Lease:
     """Lease a token that has been leased twice before, by another holder and by the same one."""
     (token,) = user.generate("any")
     for holder in ("ci-6", "ci-7"):
@@ -75,7 +75,7 @@ def third_lease(user: Borrower) -> Lease:
     ids=str,
 )
 def test_a_request_that_names_the_lease_may_use_it(
-    admin: Borrower, change_lease: ChangeLease, claim: dict[str, Any], clock: HandClock, now: int
+    admin: PoolUser, change_lease: ChangeLease, claim: dict[str, Any], clock: HandClock, now: int
 ) -> None:
     lease = third_lease(admin)
     assert lease.fence == 3
@@ -95,7 +95,7 @@ def test_a_request_that_names_the_lease_may_use_it(
     ids=range(16),
 )  # fmt: skip
 def test_a_request_for_another_lease_changes_nothing(
-    admin: Borrower, change_lease: ChangeLease, claim: dict[str, Any], clock: HandClock
+    admin: PoolUser, change_lease: ChangeLease, claim: dict[str, Any], clock: HandClock
 ) -> None:
     lease = third_lease(admin)
     before = admin.members("any")
@@ -106,12 +106,12 @@ def test_a_request_for_another_lease_changes_nothing(
 
 
 def test_a_lease_ends_exactly_at_its_expiry_time(
-    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
+    admin: PoolUser, sibling_admin: PoolUser, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any")
     clock.set(now + LEASE_TTL - TICK)
-    assert sibling_admin.hears("POST", "/any/leases") == refusal("no_free_token")
+    assert sibling_admin.call("POST", "/any/leases") == refusal("no_free_token")
     assert sibling_admin.counts("any") == (0, 1)
     clock.set(now + LEASE_TTL)
     assert admin.counts("any") == sibling_admin.counts("any") == (1, 0)
@@ -119,7 +119,7 @@ def test_a_lease_ends_exactly_at_its_expiry_time(
 
 
 def test_a_lease_can_be_extended_up_to_its_end_repeatedly(
-    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
+    admin: PoolUser, sibling_admin: PoolUser, clock: HandClock, now: int
 ) -> None:
     admin.generate("any")
     lease = sibling_admin.assign("any")
@@ -133,19 +133,19 @@ def test_a_lease_can_be_extended_up_to_its_end_repeatedly(
 
 
 def test_a_lapsed_lease_is_lost_although_its_token_is_free(
-    admin: Borrower, change_lease: ChangeLease, clock: HandClock, now: int
+    admin: PoolUser, change_lease: ChangeLease, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any", "ci-7")
     clock.set(now + LEASE_TTL)
     for claim in ({}, {"holder": "ci-7"}, {"fence": 1}, {"holder": "ci-7", "fence": 1}, {"holder": None}):
         assert change_lease("any", token, **claim) == refusal("lease_lost")
-    assert admin.hears("GET", f"/any/tokens/{token}") == (200, {"token": token, "expiry_time": None, "fence": 1})
+    assert admin.call("GET", f"/any/tokens/{token}") == (200, {"token": token, "expiry_time": None, "fence": 1})
     assert admin.assign("any", "ci-7").fence == 2
 
 
 def test_a_reassigned_lease_is_lost_for_its_first_holder(
-    admin: Borrower, change_lease: ChangeLease, clock: HandClock, now: int
+    admin: PoolUser, change_lease: ChangeLease, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     admin.assign("any", "ci-7")
@@ -159,7 +159,7 @@ def test_a_reassigned_lease_is_lost_for_its_first_holder(
     assert member["lease_expiry_time"] == now + 2 * LEASE_TTL
 
 
-def test_a_free_token_has_no_lease_to_change(admin: Borrower, change_lease: ChangeLease) -> None:
+def test_a_free_token_has_no_lease_to_change(admin: PoolUser, change_lease: ChangeLease) -> None:
     """Whether it has never been leased or was released."""
     (token,) = admin.generate("any")
     assert change_lease("any", token) == change_lease("any", token, fence=0) == refusal("lease_lost")
@@ -168,7 +168,7 @@ def test_a_free_token_has_no_lease_to_change(admin: Borrower, change_lease: Chan
     assert change_lease("any", token) == change_lease("any", token, holder="admin", fence=1) == refusal("lease_lost")
 
 
-def test_the_other_worker_leases_a_released_token_at_once(admin: Borrower, sibling_admin: Borrower) -> None:
+def test_the_other_worker_leases_a_released_token_at_once(admin: PoolUser, sibling_admin: PoolUser) -> None:
     (token,) = admin.generate("any")
     for fence in range(1, 20, 2):
         assert admin.assign("any").fence == fence
@@ -178,7 +178,7 @@ def test_the_other_worker_leases_a_released_token_at_once(admin: Borrower, sibli
 
 
 def test_a_token_shows_its_holder_and_its_highest_fence(
-    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
+    admin: PoolUser, sibling_admin: PoolUser, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("waiting")
     free = {"token": token, "expiry_time": now + TOKEN_TTL}
@@ -187,7 +187,7 @@ def test_a_token_shows_its_holder_and_its_highest_fence(
 
     def shown(expected: dict[str, Any], fence: int) -> None:
         for user in (admin, sibling_admin):
-            assert user.hears("GET", f"/waiting/tokens/{token}") == (200, {**expected, "fence": fence})
+            assert user.call("GET", f"/waiting/tokens/{token}") == (200, {**expected, "fence": fence})
             assert user.members("waiting") == [expected], "a list shows the fence only of a leased token"
 
     shown(free, 0)
@@ -202,26 +202,26 @@ def test_a_token_shows_its_holder_and_its_highest_fence(
 
 
 def test_a_token_expires_free_and_never_while_leased(
-    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
+    admin: PoolUser, sibling_admin: PoolUser, clock: HandClock, now: int
 ) -> None:
     leased, free = admin.generate("waiting", 2)
     sibling_admin.assign("waiting")
     clock.set(now + TOKEN_TTL - TICK)
     assert admin.counts("waiting") == (2, 0)
     clock.set(now + TOKEN_TTL)
-    assert sibling_admin.hears("GET", f"/waiting/tokens/{free}") == refusal("not_found")
+    assert sibling_admin.call("GET", f"/waiting/tokens/{free}") == refusal("not_found")
     assert admin.delete("waiting", free) == refusal("not_found")
     assert [member["token"] for member in admin.members("waiting")] == [leased]
     clock.set(now + LEASE_TTL + TOKEN_TTL - TICK)
     assert admin.assign("waiting").token == leased
     clock.advance(LEASE_TTL + TOKEN_TTL)
     assert sibling_admin.keep_alive("waiting", leased) == refusal("not_found")
-    assert sibling_admin.hears("POST", "/waiting/leases") == refusal("no_free_token")
+    assert sibling_admin.call("POST", "/waiting/leases") == refusal("no_free_token")
     assert sibling_admin.counts("waiting") == (0, 0)
 
 
 def test_a_clock_set_back_revives_no_lease_and_no_token(
-    admin: Borrower, sibling_admin: Borrower, clock: HandClock, now: int
+    admin: PoolUser, sibling_admin: PoolUser, clock: HandClock, now: int
 ) -> None:
     (token,) = admin.generate("any")
     (expired,) = admin.generate("waiting")
@@ -231,7 +231,7 @@ def test_a_clock_set_back_revives_no_lease_and_no_token(
     clock.set(now)
     for user in (admin, sibling_admin):
         assert user.keep_alive("any", token, fence=lease.fence) == refusal("lease_lost")
-        assert user.hears("GET", f"/waiting/tokens/{expired}") == refusal("not_found")
+        assert user.call("GET", f"/waiting/tokens/{expired}") == refusal("not_found")
     assert admin.assign("any") == Lease(token, "admin", 2, now + TOKEN_TTL + LEASE_TTL, LEASE_TTL)
     clock.advance(TOKEN_TTL)
 
@@ -250,7 +250,7 @@ def test_leases_and_tokens_expire_without_a_sweeper(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as db, db:
         db.execute("REPLACE INTO marks (name, at) VALUES ('sweep', 9e9)")
     with worker(config, clock) as server, Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         user.generate("waiting", 2)
         assert user.assign("waiting").fence == 1
         clock.advance(TOKEN_TTL)
@@ -266,7 +266,7 @@ def test_a_restart_keeps_tokens_leases_and_fences(tmp_path: Path) -> None:
     config = write_config(tmp_path, POOLS)
     clock = HandClock(tmp_path / "clock", create=True)
     with worker(config, clock) as server, Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         first, _ = user.generate("any", 2)
         (deleted,) = user.generate("waiting")
         user.assign("any", "ci-6")
@@ -279,7 +279,7 @@ def test_a_restart_keeps_tokens_leases_and_fences(tmp_path: Path) -> None:
         before = user.members("any")
         server.kill()
     with worker(config, clock) as server, Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         assert user.members("any") == before
         assert user.members("waiting") == []
         assert user.keep_alive("any", lease.token, holder="ci-8", fence=2)[0] == 200

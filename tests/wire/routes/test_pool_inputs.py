@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.support.connections import Answer, Connection
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import USERS, HandClock, Server, write_config
 
 KIB = 1024
@@ -31,7 +31,7 @@ class Scene(NamedTuple):
 
     connection: Connection
     port: int
-    admin: Borrower
+    admin: PoolUser
     leased: str
 
     def send(self, method: str, path: str, body: bytes = b"", headers: bytes = b"", sized: bool = True) -> Answer:
@@ -47,7 +47,7 @@ class Scene(NamedTuple):
 def shared(server: Server, clock: HandClock) -> Iterator[Scene]:
     """Lease one of two tokens, for longer than the tests last."""
     with Connection(server.port) as connection:
-        admin = Borrower(connection)
+        admin = PoolUser(connection)
         admin.generate("any", 2)
         yield Scene(connection, server.port, admin, admin.assign("any", "ci-7").token)
 
@@ -55,10 +55,10 @@ def shared(server: Server, clock: HandClock) -> Iterator[Scene]:
 @pytest.fixture
 def scene(shared: Scene, server: Server) -> Iterator[Scene]:
     """Check after the test that the pool is unchanged and that no error was logged."""
-    scene = shared._replace(admin=Borrower(shared.connection))
-    before = scene.admin.hears("GET", "/any")
+    scene = shared._replace(admin=PoolUser(shared.connection))
+    before = scene.admin.call("GET", "/any")
     yield scene
-    assert scene.admin.hears("GET", "/any") == before
+    assert scene.admin.call("GET", "/any") == before
     assert [event for event in server.events() if event["level"] not in {"info", "warning"}] == []
     assert "Traceback" not in server.log.read_text()
 
@@ -118,7 +118,7 @@ def test_a_holder_is_1_to_256_visible_characters(scene: Scene, holder: str) -> N
 
 @pytest.mark.parametrize("holder", ["a", " ", "x" * 256, "жанна", "\U0001f511" * 256, 'ci-7 "<b>" \\ %00 {} ${HOME}'])
 def test_any_other_text_is_a_holder(shared: Scene, holder: str) -> None:
-    admin = Borrower(shared.connection)
+    admin = PoolUser(shared.connection)
     lease = admin.assign("any", holder)
     assert lease.holder == holder
     assert admin.keep_alive("any", lease.token, holder=holder)[0] == 200
@@ -173,7 +173,7 @@ def test_a_hostile_body_is_refused_with_a_reason(scene: Scene, route: tuple[str,
 
 @pytest.mark.parametrize("headers", [b"", b"Content-Type: text/plain\r\n", b"Content-Encoding: gzip\r\n", CHUNKED])
 def test_an_empty_body_is_accepted_with_any_content_type(shared: Scene, headers: bytes) -> None:
-    shared = shared._replace(admin=Borrower(shared.connection))
+    shared = shared._replace(admin=PoolUser(shared.connection))
     body = b"0\r\n\r\n" if headers == CHUNKED else b""
     for (method, path), status in zip(WITH_BODY, (201, 201, 200, 204), strict=True):
         if path == "/leases":
@@ -187,7 +187,7 @@ def test_an_empty_body_is_accepted_with_any_content_type(shared: Scene, headers:
 )
 def test_an_unexpected_body_is_not_read_as_a_request(shared: Scene, body: bytes) -> None:
     """The next request on the same connection is answered normally."""
-    admin = Borrower(shared.connection)
+    admin = PoolUser(shared.connection)
     (token,) = admin.generate("any")
     for method, path in [("GET", ""), ("GET", "/tokens/TOKEN"), ("DELETE", "/tokens/TOKEN")]:
         head = (
@@ -195,7 +195,7 @@ def test_an_unexpected_body_is_not_read_as_a_request(shared: Scene, body: bytes)
         )
         answer = shared.connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert answer.status == 400
-        assert admin.hears("GET", f"/any/tokens/{token}")[0] == 200
+        assert admin.call("GET", f"/any/tokens/{token}")[0] == 200
 
 
 segments = st.sampled_from(["fuzzed", "tokens", "leases", "LEASED", "", ".."]) | st.binary(max_size=20).map(
@@ -218,7 +218,7 @@ documents = st.recursive(
     body=st.binary() | documents.map(lambda document: json.dumps(document).encode()),
 )
 def test_no_bytes_of_a_user_make_a_5xx(shared: Scene, method: str, path: list[str], query: str, body: bytes) -> None:
-    admin = Borrower(shared.connection)
+    admin = PoolUser(shared.connection)
     leased = next((member["token"] for member in admin.members("fuzzed") if "holder" in member), "unknown")
     target = "/".join(["/api/pools", *path]).replace("LEASED", leased)
     head = f"{method} {target}?limit={query}&after={query} HTTP/1.1\r\nHost: x\r\nX-Token: {admin.token}\r\n"

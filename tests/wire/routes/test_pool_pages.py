@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server
 
 COUNT = 101
@@ -18,34 +18,34 @@ def settings() -> str:
 
 
 @pytest.fixture
-def admin(server: Server) -> Iterator[Borrower]:
+def admin(server: Server) -> Iterator[PoolUser]:
     """Log in as admin at one worker."""
     with Connection(server.port) as connection:
-        yield Borrower(connection)
+        yield PoolUser(connection)
 
 
 @pytest.fixture
-def sibling_admin(sibling: Server) -> Iterator[Borrower]:
+def sibling_admin(sibling: Server) -> Iterator[PoolUser]:
     """Log in as admin at the other worker."""
     with Connection(sibling.port) as connection:
-        yield Borrower(connection)
+        yield PoolUser(connection)
 
 
-def page(user: Borrower, query: str) -> tuple[list[str], str | None]:
+def page(user: PoolUser, query: str) -> tuple[list[str], str | None]:
     """Return the tokens of a page and its `next` cursor."""
-    status, document = user.hears("GET", f"/p{query}")
+    status, document = user.call("GET", f"/p{query}")
     assert status == 200, document
     assert list(document) == ["name", "capacity", "available", "leased", "tokens", "next"]
     return [member["token"] for member in document["tokens"]], document["next"]
 
 
-def test_an_empty_pool_has_one_page(admin: Borrower) -> None:
+def test_an_empty_pool_has_one_page(admin: PoolUser) -> None:
     document = {"name": "p", "capacity": 2000, "available": 0, "leased": 0, "tokens": [], "next": None}
     for query in ("", "?limit=1", "?after=x"):
-        assert admin.hears("GET", f"/p{query}") == (200, document)
+        assert admin.call("GET", f"/p{query}") == (200, document)
 
 
-def test_a_page_has_100_tokens_by_default(admin: Borrower, sibling_admin: Borrower) -> None:
+def test_a_page_has_100_tokens_by_default(admin: PoolUser, sibling_admin: PoolUser) -> None:
     tokens = sorted(admin.generate("p", COUNT))
     assert page(sibling_admin, "") == (tokens[:100], tokens[99])
     assert page(sibling_admin, f"?after={tokens[99]}") == (tokens[100:], None)
@@ -56,7 +56,7 @@ def test_a_page_has_100_tokens_by_default(admin: Borrower, sibling_admin: Borrow
 
 
 @pytest.mark.parametrize("limit", [1, 7, 34])
-def test_the_pages_list_every_token_exactly_once(admin: Borrower, sibling_admin: Borrower, limit: int) -> None:
+def test_the_pages_list_every_token_exactly_once(admin: PoolUser, sibling_admin: PoolUser, limit: int) -> None:
     tokens, listed = sorted(admin.generate("p", COUNT)), list[str]()
     after: str | None = ""
     while after is not None:
@@ -66,7 +66,7 @@ def test_the_pages_list_every_token_exactly_once(admin: Borrower, sibling_admin:
     assert listed == tokens
 
 
-def test_a_page_continues_after_a_deleted_token(admin: Borrower, clock: HandClock) -> None:
+def test_a_page_continues_after_a_deleted_token(admin: PoolUser, clock: HandClock) -> None:
     first = admin.generate("p", 5)
     clock.advance(200)
     tokens = sorted(first + admin.generate("p", 5))
@@ -79,14 +79,14 @@ def test_a_page_continues_after_a_deleted_token(admin: Borrower, clock: HandCloc
 
 
 @pytest.mark.parametrize("after", ["", "\0", " ", "~", "Z" * 64, "é", "\U0001f511", "%", "%' OR 1=1 --", "x" * 2000])
-def test_a_page_may_start_after_any_value(admin: Borrower, after: str) -> None:
+def test_a_page_may_start_after_any_value(admin: PoolUser, after: str) -> None:
     tokens = sorted(admin.generate("p", 20))
     assert page(admin, f"?after={quote(after)}") == ([token for token in tokens if token > after], None)
 
 
 @pytest.mark.parametrize("query", ["after=%ff", "after=%ed%a0%80", "after", "after=x&after=x"])
-def test_an_unusual_query_is_answered(admin: Borrower, query: str) -> None:
-    assert admin.hears("GET", f"/p?{query}")[0] == 200
+def test_an_unusual_query_is_answered(admin: PoolUser, query: str) -> None:
+    assert admin.call("GET", f"/p?{query}")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -95,15 +95,15 @@ def test_an_unusual_query_is_answered(admin: Borrower, query: str) -> None:
      "9" * 5000],
     ids=range(16),
 )  # fmt: skip
-def test_a_limit_is_a_whole_number_from_1_to_1000(admin: Borrower, limit: str) -> None:
-    status, document = admin.hears("GET", f"/p?limit={limit}")
+def test_a_limit_is_a_whole_number_from_1_to_1000(admin: PoolUser, limit: str) -> None:
+    status, document = admin.call("GET", f"/p?limit={limit}")
     assert (status, document["error"]) == (400, "invalid_request")
     assert document["error_description"] == "limit: must be a whole number from 1 to 1000."
 
 
 @pytest.mark.parametrize("name", ["limit", "after"])
-def test_two_values_of_one_parameter_are_refused(admin: Borrower, name: str) -> None:
-    status, document = admin.hears("GET", f"/p?{name}=1&{name}=2")
+def test_two_values_of_one_parameter_are_refused(admin: PoolUser, name: str) -> None:
+    status, document = admin.call("GET", f"/p?{name}=1&{name}=2")
     assert (status, document["error"]) == (400, "invalid_request")
     assert document["error_description"] == f"The query has several different values of {name!r}."
-    assert admin.hears("GET", f"/p?x={'x' * 8192}")[0] == 400
+    assert admin.call("GET", f"/p?x={'x' * 8192}")[0] == 400

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower, refusal
+from tests.support.pool_users import PoolUser, refusal
 from tests.support.servers import HandClock, Server
 
 SECRET = re.compile("[A-Za-z0-9]{64}")
@@ -26,55 +26,55 @@ def settings() -> str:
 
 
 @pytest.fixture
-def admin(server: Server) -> Iterator[Borrower]:
+def admin(server: Server) -> Iterator[PoolUser]:
     """Log in as admin, the manager of the pool `p`, and empty the pool."""
     with Connection(server.port) as connection:
-        user = Borrower(connection)
+        user = PoolUser(connection)
         user.empty("p")
         yield user
 
 
 @pytest.fixture
-def ann(sibling: Server) -> Iterator[Borrower]:
+def ann(sibling: Server) -> Iterator[PoolUser]:
     """Log in at the other worker as a manager of the pool `lab`."""
     with Connection(sibling.port) as connection:
-        yield Borrower(connection, "ann")
+        yield PoolUser(connection, "ann")
 
 
 @pytest.fixture
-def bob(server: Server) -> Iterator[Borrower]:
+def bob(server: Server) -> Iterator[PoolUser]:
     """Log in as a user without scopes."""
     with Connection(server.port) as connection:
-        yield Borrower(connection, "bob")
+        yield PoolUser(connection, "bob")
 
 
 @pytest.mark.parametrize("extra", [{}, {"holder": "ci"}, {"fence": 1}, {"holder": "ci", "fence": 1}, {"fence": 9}])
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_only_its_user_may_change_a_lease(
-    admin: Borrower, ann: Borrower, bob: Borrower, method: str, extra: dict[str, Any]
+    admin: PoolUser, ann: PoolUser, bob: PoolUser, method: str, extra: dict[str, Any]
 ) -> None:
     admin.generate("p")
     lease = ann.assign("p", "ci")
     for user in (bob, admin):
-        assert user.hears(method, f"/p/leases/{lease.token}", extra) == refusal("forbidden")
+        assert user.call(method, f"/p/leases/{lease.token}", extra) == refusal("forbidden")
     assert ann.keep_alive("p", lease.token, holder="ci", fence=1)[0] == 200
     assert ann.release("p", lease.token) == (204, None)
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_a_lapsed_lease_is_lost_then_forbidden(
-    admin: Borrower, ann: Borrower, bob: Borrower, clock: HandClock, method: str
+    admin: PoolUser, ann: PoolUser, bob: PoolUser, clock: HandClock, method: str
 ) -> None:
     admin.generate("p")
     lease = ann.assign("p")
     clock.advance(60)
     for user in (ann, bob):
-        assert user.hears(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("lease_lost")
+        assert user.call(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("lease_lost")
     assert bob.assign("p").token == lease.token
-    assert ann.hears(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("forbidden")
+    assert ann.call(method, f"/p/leases/{lease.token}", {"fence": 1}) == refusal("forbidden")
 
 
-def test_other_users_see_holders_and_no_values(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
+def test_other_users_see_holders_and_no_values(admin: PoolUser, ann: PoolUser, bob: PoolUser) -> None:
     admin.generate("p", 3)
     own, other = bob.assign("p", "mine"), ann.assign("p", "ci-7")
     seen = {member["holder"]: member for member in bob.members("p")}
@@ -90,7 +90,7 @@ def test_other_users_see_holders_and_no_values(admin: Borrower, ann: Borrower, b
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_pages_of_leases_show_no_values(admin: Borrower, ann: Borrower, bob: Borrower, limit: int) -> None:
+def test_pages_of_leases_show_no_values(admin: PoolUser, ann: PoolUser, bob: PoolUser, limit: int) -> None:
     admin.generate("p", 6)
     for number in range(5):
         ann.assign("p", f"ci-{number}")
@@ -109,25 +109,25 @@ def test_pages_of_leases_show_no_values(admin: Borrower, ann: Borrower, bob: Bor
 @pytest.mark.parametrize(
     "after", ["x", "1", "-", "1-", "-1", "nan-1", "inf-1", "1-1e3", "1-" + "9" * 30, "-1-1", "1-_1"]
 )
-def test_an_invalid_cursor_is_named(admin: Borrower, bob: Borrower, after: str) -> None:
+def test_an_invalid_cursor_is_named(admin: PoolUser, bob: PoolUser, after: str) -> None:
     answer = bob.ask("GET", f"/p?after={after}")
     assert (answer.status, answer.json()["error"]) == (400, "invalid_request")
     assert "after" in answer.json()["error_description"]
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "tokens"), ("DELETE", "tokens/{token}")])
-def test_only_managers_change_tokens(admin: Borrower, ann: Borrower, bob: Borrower, method: str, path: str) -> None:
+def test_only_managers_change_tokens(admin: PoolUser, ann: PoolUser, bob: PoolUser, method: str, path: str) -> None:
     (token,) = admin.generate("p")
     for user in (ann, bob):
-        assert user.hears(method, f"/p/{path.format(token=token)}") == refusal("insufficient_scope")
-    assert admin.hears(method, f"/p/{path.format(token=token)}")[0] in {201, 204}
+        assert user.call(method, f"/p/{path.format(token=token)}") == refusal("insufficient_scope")
+    assert admin.call(method, f"/p/{path.format(token=token)}")[0] in {201, 204}
 
 
-def test_a_pool_names_the_scope_of_its_managers(admin: Borrower, ann: Borrower) -> None:
+def test_a_pool_names_the_scope_of_its_managers(admin: PoolUser, ann: PoolUser) -> None:
     (token,) = ann.generate("lab")
-    assert admin.hears("POST", "/lab/tokens")[0] == 403
+    assert admin.call("POST", "/lab/tokens")[0] == 403
     assert admin.assign("lab").token == token
-    assert ann.hears("DELETE", f"/lab/leases/{token}?force=true", {"reason": "late"}) == (204, None)
+    assert ann.call("DELETE", f"/lab/leases/{token}?force=true", {"reason": "late"}) == (204, None)
     assert ann.delete("lab", token) == (204, None)
 
 
@@ -141,26 +141,26 @@ NOT_ENDED = (
 """The refusal for a manager. It differs from the refusal for a holder, which is about its own lease."""
 
 
-def test_managers_release_by_force_with_a_reason(admin: Borrower, ann: Borrower, bob: Borrower) -> None:
+def test_managers_release_by_force_with_a_reason(admin: PoolUser, ann: PoolUser, bob: PoolUser) -> None:
     admin.generate("p")
     lease = ann.assign("p", "ci")
     forced = f"/p/leases/{lease.token}?force=true"
-    assert bob.hears("DELETE", forced, {"reason": "x"}) == refusal("insufficient_scope")
+    assert bob.call("DELETE", forced, {"reason": "x"}) == refusal("insufficient_scope")
     for wrong in ({"reason": ""}, {"reason": 1}, {"reason": "a\nb"}, {"reason": "x" * 257}, {"raeson": "x"}):
-        assert admin.hears("DELETE", forced, wrong)[0] == 400
-    assert admin.hears("DELETE", f"/p/leases/{lease.token}?force=yes", {"reason": "x"})[0] == 400
+        assert admin.call("DELETE", forced, wrong)[0] == 400
+    assert admin.call("DELETE", f"/p/leases/{lease.token}?force=yes", {"reason": "x"})[0] == 400
     for other in ({"fence": 2}, {"holder": "cd"}):
-        assert admin.hears("DELETE", forced, other) == NOT_ENDED
+        assert admin.call("DELETE", forced, other) == NOT_ENDED
     assert ann.keep_alive("p", lease.token)[0] == 200
-    assert admin.hears("DELETE", forced, {"reason": "device is stuck", "fence": 1}) == (204, None)
+    assert admin.call("DELETE", forced, {"reason": "device is stuck", "fence": 1}) == (204, None)
     assert ann.keep_alive("p", lease.token) == refusal("lease_lost")
-    assert admin.hears("DELETE", forced, {"reason": "again"}) == NOT_ENDED
+    assert admin.call("DELETE", forced, {"reason": "again"}) == NOT_ENDED
 
 
-def test_a_forced_release_is_logged(admin: Borrower, ann: Borrower, server: Server) -> None:
+def test_a_forced_release_is_logged(admin: PoolUser, ann: PoolUser, server: Server) -> None:
     admin.generate("p")
     lease = ann.assign("p", "ci")
-    admin.hears("DELETE", f"/p/leases/{lease.token}?force=true", {"reason": "device is stuck"})
+    admin.call("DELETE", f"/p/leases/{lease.token}?force=true", {"reason": "device is stuck"})
     line = server.wait("lease_forced")
     assert {key: line[key] for key in ("pool", "user", "holder", "by", "reason", "fence")} == {
         "pool": "p", "user": "ann", "holder": "ci", "by": "admin", "reason": "device is stuck", "fence": 1,

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.support.connections import Connection
-from tests.support.lending import Borrower, Lease, refusal
+from tests.support.pool_users import Lease, PoolUser, refusal
 from tests.support.servers import HandClock, Server
 
 NAMES = ["any", "three", "waiting", "v1.2_a-b", "guarded"]
@@ -47,30 +47,30 @@ def connections(server: Server, sibling: Server) -> Iterator[tuple[Connection, C
 
 
 @pytest.fixture
-def admin(connections: tuple[Connection, Connection]) -> Borrower:
+def admin(connections: tuple[Connection, Connection]) -> PoolUser:
     """Log in as admin at one worker, and empty all pools."""
-    user = Borrower(connections[0])
+    user = PoolUser(connections[0])
     for name in NAMES[:-1]:
         user.empty(name)
     return user
 
 
 @pytest.fixture
-def ann(connections: tuple[Connection, Connection]) -> Borrower:
+def ann(connections: tuple[Connection, Connection]) -> PoolUser:
     """Log in at the other worker as a user with the scopes `read` and `write`."""
-    return Borrower(connections[1], "ann")
+    return PoolUser(connections[1], "ann")
 
 
 @pytest.fixture
-def sibling_admin(connections: tuple[Connection, Connection]) -> Borrower:
+def sibling_admin(connections: tuple[Connection, Connection]) -> PoolUser:
     """Log in as admin at the other worker."""
-    return Borrower(connections[1])
+    return PoolUser(connections[1])
 
 
 @pytest.fixture
-def bob(connections: tuple[Connection, Connection]) -> Borrower:
+def bob(connections: tuple[Connection, Connection]) -> PoolUser:
     """Log in at the first worker as a user without scopes."""
-    return Borrower(connections[0], "bob")
+    return PoolUser(connections[0], "bob")
 
 
 def row(name: str, capacity: int | None = None, available: int = 0, leased: int = 0) -> dict[str, object]:
@@ -78,25 +78,25 @@ def row(name: str, capacity: int | None = None, available: int = 0, leased: int 
     return {"name": name, "capacity": capacity, "available": available, "leased": leased}
 
 
-def test_pools_are_listed_with_their_token_counts(admin: Borrower, sibling_admin: Borrower, ann: Borrower) -> None:
+def test_pools_are_listed_with_their_token_counts(admin: PoolUser, sibling_admin: PoolUser, ann: PoolUser) -> None:
     admin.generate("any", 3)
     admin.generate("three", 2)
     sibling_admin.assign("three")
     open_to_all = [row("any", None, 3, 0), row("three", 3, 1, 1), row("waiting"), row("v1.2_a-b")]
-    assert admin.hears("GET") == (200, {"pools": open_to_all})
-    assert ann.hears("GET") == (200, {"pools": [*open_to_all, row("guarded")]})
+    assert admin.call("GET") == (200, {"pools": open_to_all})
+    assert ann.call("GET") == (200, {"pools": [*open_to_all, row("guarded")]})
     assert list(admin.ask("GET").json()["pools"][0]) == ["name", "capacity", "available", "leased"]
 
 
-def test_only_users_with_its_scope_see_a_pool(bob: Borrower, ann: Borrower) -> None:
+def test_only_users_with_its_scope_see_a_pool(bob: PoolUser, ann: PoolUser) -> None:
     for method, path in ROUTES[1:]:
         answer = bob.ask(method, path.replace("POOL", "guarded"))
         assert answer.status == 403
         assert answer.json() == {"error": "insufficient_scope", "error_description": "This needs the scope 'write'."}
         challenge = 'Bearer realm="tokenauth", error="insufficient_scope", scope="write"'
         assert answer.headers["www-authenticate"] == challenge
-    assert "guarded" not in str(bob.hears("GET"))
-    assert bob.hears("GET", "/guarded2") == refusal("unknown_pool")
+    assert "guarded" not in str(bob.call("GET"))
+    assert bob.call("GET", "/guarded2") == refusal("unknown_pool")
     ann.empty("guarded")
     (token,) = ann.generate("guarded")
     assert ann.assign("guarded").token == token
@@ -121,17 +121,17 @@ def test_without_a_valid_token_no_pool_is_shown(
     ["unknown", "Any", "any%20", "%00", "%ff", "%e2%82", "%F0%9F%94%91", "..", ".*", "'--", "{pool}", "x" * 5000],
     ids=range(12),
 )
-def test_a_pool_that_is_not_configured_is_unknown(admin: Borrower, name: str) -> None:
+def test_a_pool_that_is_not_configured_is_unknown(admin: PoolUser, name: str) -> None:
     for method, path in ROUTES[1:]:
-        assert admin.hears(method, path.replace("POOL", name)) == refusal("unknown_pool")
+        assert admin.call(method, path.replace("POOL", name)) == refusal("unknown_pool")
 
 
-def test_a_name_may_be_percent_encoded(admin: Borrower, sibling_admin: Borrower) -> None:
+def test_a_name_may_be_percent_encoded(admin: PoolUser, sibling_admin: PoolUser) -> None:
     (token,) = admin.generate("%76%31%2E2_a%2Db")
     assert sibling_admin.assign("v1.2_a-b").token == token
     encoded = "".join(f"%{ord(letter):02X}" for letter in token)
     assert sibling_admin.release("v1%2e2_a-b", encoded) == (204, None)
-    assert admin.hears("GET", f"/v1.2_a-b/tokens/{encoded}")[0] == 200
+    assert admin.call("GET", f"/v1.2_a-b/tokens/{encoded}")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_a_name_may_be_percent_encoded(admin: Borrower, sibling_admin: Borrower)
     ["unknown", "u" * 64, "%00", "%ff", "%0d%0aX-Evil:%201", "..", "'%20OR%201=1--", "%F0%9F%94%91", "x" * 5000],
     ids=range(9),
 )
-def test_an_unknown_token_of_a_pool_is_not_found(admin: Borrower, token: str) -> None:
+def test_an_unknown_token_of_a_pool_is_not_found(admin: PoolUser, token: str) -> None:
     for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
-        assert admin.hears(method, f"{path[:-1].replace('POOL', 'any')}{token}") == refusal("not_found")
+        assert admin.call(method, f"{path[:-1].replace('POOL', 'any')}{token}") == refusal("not_found")
 
 
-def test_deleted_and_foreign_tokens_are_not_found(admin: Borrower, sibling_admin: Borrower) -> None:
+def test_deleted_and_foreign_tokens_are_not_found(admin: PoolUser, sibling_admin: PoolUser) -> None:
     token, deleted = admin.generate("any", 2)
     assert sibling_admin.delete("any", deleted) == (204, None)
     for pool, absent in [("three", token), ("any", deleted)]:
         for method, path in [route for route in ROUTES if route[1].endswith("/t")]:
-            assert admin.hears(method, f"{path[:-1].replace('POOL', pool)}{absent}") == refusal("not_found")
+            assert admin.call(method, f"{path[:-1].replace('POOL', pool)}{absent}") == refusal("not_found")
     assert [member["token"] for member in sibling_admin.members("any")] == [token]
 
 
@@ -158,9 +158,9 @@ def test_deleted_and_foreign_tokens_are_not_found(admin: Borrower, sibling_admin
     [(None, 1), ({}, 1), ({"count": 1}, 1), ({"count": 3}, 3), ({"count": 1000}, 1000)],
 )
 def test_one_token_is_generated_by_default(
-    admin: Borrower, sibling_admin: Borrower, document: object, count: int
+    admin: PoolUser, sibling_admin: PoolUser, document: object, count: int
 ) -> None:
-    status, answered = admin.hears("POST", "/waiting/tokens", document)
+    status, answered = admin.call("POST", "/waiting/tokens", document)
     assert (status, list(answered)) == (201, ["tokens"])
     assert len(set(answered["tokens"])) == len(answered["tokens"]) == count
     assert all(re.fullmatch("[A-Za-z0-9]{64}", token) for token in answered["tokens"])
@@ -168,20 +168,20 @@ def test_one_token_is_generated_by_default(
     assert [member["token"] for member in sibling_admin.members("waiting")] == sorted(answered["tokens"])
 
 
-def test_generating_more_than_fit_makes_none(admin: Borrower, sibling_admin: Borrower) -> None:
-    assert admin.hears("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
+def test_generating_more_than_fit_makes_none(admin: PoolUser, sibling_admin: PoolUser) -> None:
+    assert admin.call("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
     assert sibling_admin.counts("three") == (0, 0)
     admin.generate("three", 2)
     sibling_admin.assign("three")
-    assert sibling_admin.hears("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
+    assert sibling_admin.call("POST", "/three/tokens", {"count": 2}) == refusal("pool_full")
     assert admin.counts("three") == (1, 1)
     (last,) = sibling_admin.generate("three")
-    assert admin.hears("POST", "/three/tokens") == refusal("pool_full")
+    assert admin.call("POST", "/three/tokens") == refusal("pool_full")
     assert sibling_admin.delete("three", last) == (204, None)
     assert len(admin.generate("three")) == 1
 
 
-def test_a_deletion_is_seen_by_all_workers_at_once(admin: Borrower, sibling_admin: Borrower) -> None:
+def test_a_deletion_is_seen_by_all_workers_at_once(admin: PoolUser, sibling_admin: PoolUser) -> None:
     admin.generate("any", 2)
     leased = sibling_admin.assign("any")
     (free,) = {member["token"] for member in sibling_admin.members("any")} - {leased.token}
@@ -193,7 +193,7 @@ def test_a_deletion_is_seen_by_all_workers_at_once(admin: Borrower, sibling_admi
 
 
 def test_an_assign_answers_with_the_lease_and_its_end(
-    admin: Borrower, sibling_admin: Borrower, clock: HandClock
+    admin: PoolUser, sibling_admin: PoolUser, clock: HandClock
 ) -> None:
     tokens = admin.generate("any", 2)
     now = int(clock())
@@ -209,13 +209,13 @@ def test_an_assign_answers_with_the_lease_and_its_end(
 
 
 @pytest.mark.parametrize("document", [None, {}, {"holder": None}])
-def test_without_a_holder_the_user_is_the_holder(admin: Borrower, sibling_admin: Borrower, document: object) -> None:
+def test_without_a_holder_the_user_is_the_holder(admin: PoolUser, sibling_admin: PoolUser, document: object) -> None:
     (token,) = admin.generate("any")
-    assert sibling_admin.hears("POST", "/any/leases", document)[1]["holder"] == "admin"
-    assert admin.hears("GET", f"/any/tokens/{token}")[1]["holder"] == "admin"
+    assert sibling_admin.call("POST", "/any/leases", document)[1]["holder"] == "admin"
+    assert admin.call("GET", f"/any/tokens/{token}")[1]["holder"] == "admin"
 
 
-def test_the_longest_free_token_is_leased_first(admin: Borrower, sibling_admin: Borrower, clock: HandClock) -> None:
+def test_the_longest_free_token_is_leased_first(admin: PoolUser, sibling_admin: PoolUser, clock: HandClock) -> None:
     first, second = admin.generate("any", 2)
     clock.advance(1)
     (third,) = sibling_admin.generate("any")
@@ -226,14 +226,14 @@ def test_the_longest_free_token_is_leased_first(admin: Borrower, sibling_admin: 
     assert [user.assign("any").token for user in (sibling_admin, admin, sibling_admin)] == [third, second, first]
 
 
-def test_a_refusal_says_when_the_next_lease_ends(admin: Borrower, sibling_admin: Borrower, clock: HandClock) -> None:
+def test_a_refusal_says_when_the_next_lease_ends(admin: PoolUser, sibling_admin: PoolUser, clock: HandClock) -> None:
     clock.set(int(clock()) + 1)
     tokens = admin.generate("any", 2)
     for _ in tokens:
         sibling_admin.assign("any")
         clock.advance(10)
 
-    def retry_after(user: Borrower) -> str:
+    def retry_after(user: PoolUser) -> str:
         answer = user.ask("POST", "/any/leases")
         assert (answer.status, answer.json()) == refusal("no_free_token")
         return answer.headers["retry-after"]
@@ -249,7 +249,7 @@ def test_a_refusal_says_when_the_next_lease_ends(admin: Borrower, sibling_admin:
     assert admin.assign("any").token == tokens[1]
 
 
-def test_an_empty_pool_sends_no_retry_after(admin: Borrower, clock: HandClock) -> None:
+def test_an_empty_pool_sends_no_retry_after(admin: PoolUser, clock: HandClock) -> None:
     for _ in range(2):
         answer = admin.ask("POST", "/waiting/leases")
         assert (answer.status, answer.json()) == refusal("no_free_token")
@@ -270,14 +270,14 @@ def test_an_empty_pool_sends_no_retry_after(admin: Borrower, clock: HandClock) -
         ("/any/leases/t", "PUT, DELETE"),
     ],
 )
-def test_another_method_is_405_with_the_allowed_ones(admin: Borrower, method: str, path: str, allowed: str) -> None:
+def test_another_method_is_405_with_the_allowed_ones(admin: PoolUser, method: str, path: str, allowed: str) -> None:
     answer = admin.ask(method, path)
     assert (answer.status, answer.headers["allow"]) == (405, allowed)
     assert answer.json() == {"error": "method_not_allowed", "error_description": f"This address supports {allowed}."}
 
 
 @pytest.mark.parametrize("path", ["", "/any", "/any/tokens/TOKEN", "/any/tokens/unknown", "/unknown"])
-def test_head_is_get_without_the_body(admin: Borrower, client: httpx.Client, path: str) -> None:
+def test_head_is_get_without_the_body(admin: PoolUser, client: httpx.Client, path: str) -> None:
     (token,) = admin.generate("any")
     path = f"/api/pools{path.replace('TOKEN', token)}"
     head, get = (client.request(method, path, headers={"X-Token": admin.token}) for method in ("HEAD", "GET"))
@@ -287,6 +287,6 @@ def test_head_is_get_without_the_body(admin: Borrower, client: httpx.Client, pat
 
 
 @pytest.mark.parametrize("path", ["/", "/any/", "/any/tokens/", "/any/leases/", "//leases", "/any/leases/t/", "/any/x"])
-def test_other_paths_are_404(admin: Borrower, path: str) -> None:
-    status, document = admin.hears("GET", path)
+def test_other_paths_are_404(admin: PoolUser, path: str) -> None:
+    status, document = admin.call("GET", path)
     assert (status, document["error_description"]) == (404, "There is nothing at this address.")

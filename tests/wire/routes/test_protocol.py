@@ -12,7 +12,7 @@ import pytest
 from tests.support.connections import Connection
 from tests.support.hosting import read_all
 from tests.support.journal import until
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import Server, exchange, log_in, probe, write_config
 from tests.wire.oauth.forms import CLIENTS, GATEWAY, UNKNOWN, basic
 
@@ -34,9 +34,9 @@ def config_file(directory: Path) -> Path:
 
 
 @pytest.fixture
-def user(server: Server) -> Iterator[Borrower]:
+def user(server: Server) -> Iterator[PoolUser]:
     with Connection(server.port) as connection:
-        yield Borrower(connection)
+        yield PoolUser(connection)
 
 
 def request(line: str, *headers: str, body: bytes = b"") -> bytes:
@@ -334,7 +334,7 @@ def cut_off(server: Server, sent: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b'{"holder": "some'], ids=["before the body", "in the body"])
-def test_an_incomplete_request_changes_no_lease(server: Server, user: Borrower, body: bytes) -> None:
+def test_an_incomplete_request_changes_no_lease(server: Server, user: PoolUser, body: bytes) -> None:
     """It is not treated as a request without a body: the missing part may have changed its meaning."""
     lease = user.assign("permits", "ci-7")
     headers = [f"X-Token: {user.token}", "Content-Type: application/json"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.connections import Answer, Connection
-from tests.support.lending import Borrower
+from tests.support.pool_users import PoolUser
 from tests.support.servers import Server, write_config
 
 BODIES = {
@@ -43,7 +43,7 @@ class Scene:
     def __init__(self, connection: Connection, port: int) -> None:
         self._port = port
         self.connection = connection
-        self.admin = Borrower(connection)
+        self.admin = PoolUser(connection)
         self.admin.generate("p")
         self._leased = self.admin.assign("p", "ci-7").token
         self._id = ""

@@ -1,4 +1,4 @@
-"""Users who borrow from pools, over connections that never retry."""
+"""Users of pools, over connections that never retry."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ REFUSALS = {
 
 
 class Lease(NamedTuple):
-    """What a borrower is told, in the order in which it is told."""
+    """The fields of a lease in a response, in their order."""
 
     token: str
     holder: str
@@ -30,8 +30,8 @@ class Lease(NamedTuple):
     expires_in: int
 
 
-def said(answer: Answer) -> tuple[int, Any]:
-    """Return the status of an answer and its document; None is no body at all."""
+def parse(answer: Answer) -> tuple[int, Any]:
+    """Return the status and the document of a response, or None for an empty body."""
     if answer.status == 204:
         assert answer.body == b""
         assert "content-length" not in answer.headers
@@ -41,66 +41,65 @@ def said(answer: Answer) -> tuple[int, Any]:
 
 
 def refusal(code: str) -> tuple[int, Any]:
-    """Return what is said where something is refused."""
+    """Return the status and the document of a refusal."""
     status, description = REFUSALS[code]
     return status, {"error": code, "error_description": description}
 
 
-class Borrower:
-    """A user who is logged in and speaks to one worker."""
+class PoolUser:
+    """A logged-in user with a connection to one worker."""
 
     def __init__(self, connection: Connection, username: str = "admin") -> None:
         self._connection = connection
         self.token = connection.log_in(username, PASSWORDS[username])
 
     def ask(self, method: str, path: str = "", document: object = None) -> Answer:
-        """Ask for something below /api/pools; no answer may be kept by a cache."""
+        """Send a request below /api/pools, and check that the response is not cacheable."""
         answer = self._connection.ask(method, f"/api/pools{path}", document, X_Token=self.token)
         assert answer.headers["cache-control"] == "no-store"
         return answer
 
-    def hears(self, method: str, path: str = "", document: object = None) -> tuple[int, Any]:
-        """Ask for something; return the status and the document."""
-        return said(self.ask(method, path, document))
+    def call(self, method: str, path: str = "", document: object = None) -> tuple[int, Any]:
+        """Send a request and return the status and the document of the response."""
+        return parse(self.ask(method, path, document))
 
     def generate(self, pool: str, count: int = 1) -> list[str]:
-        """Add tokens that are free."""
-        status, document = self.hears("POST", f"/{pool}/tokens", {"count": count})
+        """Generate tokens and return them."""
+        status, document = self.call("POST", f"/{pool}/tokens", {"count": count})
         assert status == 201, document
         return list(document["tokens"])
 
     def assign(self, pool: str, holder: str | None = None) -> Lease:
-        """Borrow a token."""
-        status, document = self.hears("POST", f"/{pool}/leases", None if holder is None else {"holder": holder})
+        """Lease a token."""
+        status, document = self.call("POST", f"/{pool}/leases", None if holder is None else {"holder": holder})
         assert status == 201, document
         assert list(document) == list(Lease._fields)
         return Lease(**document)
 
     def keep_alive(self, pool: str, token: str, **claim: object) -> tuple[int, Any]:
-        """Let a lease run anew."""
-        return self.hears("PUT", f"/{pool}/leases/{token}", claim or None)
+        """Extend a lease."""
+        return self.call("PUT", f"/{pool}/leases/{token}", claim or None)
 
     def release(self, pool: str, token: str, **claim: object) -> tuple[int, Any]:
-        """Give a token back."""
-        return self.hears("DELETE", f"/{pool}/leases/{token}", claim or None)
+        """Release a token."""
+        return self.call("DELETE", f"/{pool}/leases/{token}", claim or None)
 
     def delete(self, pool: str, token: str) -> tuple[int, Any]:
-        """Delete a token."""
-        return self.hears("DELETE", f"/{pool}/tokens/{token}")
+        return self.call("DELETE", f"/{pool}/tokens/{token}")
 
     def members(self, pool: str) -> list[dict[str, Any]]:
-        """List the tokens of a pool that are on its first page."""
-        status, document = self.hears("GET", f"/{pool}?limit=1000")
+        """Return the first page of the tokens of a pool."""
+        status, document = self.call("GET", f"/{pool}?limit=1000")
         assert status == 200, document
         return list(document["tokens"])
 
     def counts(self, pool: str) -> tuple[int, int]:
-        """Say how many tokens of a pool can be lent, and how many are."""
-        status, document = self.hears("GET", f"/{pool}?limit=1")
+        """Return the number of free and of leased tokens of a pool."""
+        status, document = self.call("GET", f"/{pool}?limit=1")
         assert status == 200, document
         return document["available"], document["leased"]
 
     def empty(self, pool: str) -> None:
-        """Delete all tokens of a pool; where they are replaced, the new ones stay."""
+        """Delete all tokens of a pool. A prefilled pool generates new ones."""
         for member in self.members(pool):
             assert self.delete(pool, member["token"]) == (204, None)
