@@ -3,6 +3,9 @@
 import asyncio
 from typing import Any
 
+MAX_HELD = 64 * 1024
+"""Bytes that are kept for the end of the turn at most."""
+
 LINGER = 2.0
 """Seconds that a client has to read its last answer while it still sends, before the connection is reset."""
 
@@ -28,15 +31,14 @@ class CoalescingTransport:
     is passed to the transport.
     """
 
-    MAX_HELD = 64 * 1024
-
-    __slots__ = ("_held", "_loop", "_size", "_transport")
+    __slots__ = ("_closing", "_held", "_loop", "_size", "_transport")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
         self._held: list[bytes] = []
         self._size = 0
+        self._closing = False
 
     def write(self, data: bytes) -> None:
         """Send data at the end of this turn, or at once if too much is kept."""
@@ -44,17 +46,18 @@ class CoalescingTransport:
             self._loop.call_soon(self._flush)
         self._held.append(data)
         self._size += len(data)
-        if self._size > self.MAX_HELD:
+        if self._size > MAX_HELD:
             self._flush()
 
     def close(self) -> None:
         """Send what is kept, then close."""
         self._flush()
+        self._closing = True
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Return whether the transport is closing or closed."""
-        return self._transport.is_closing()
+        """Return whether the connection is closing or closed."""
+        return self._closing or self._transport.is_closing()
 
     def __getattr__(self, name: str) -> Any:
         """Pass everything else to the transport."""
@@ -63,7 +66,7 @@ class CoalescingTransport:
     def _flush(self) -> None:
         if self._held:
             held, self._held, self._size = self._held, [], 0
-            if not self.is_closing():
+            if not self._closing:
                 self._transport.write(b"".join(held))
 
 
@@ -75,11 +78,10 @@ class LingeringTransport(CoalescingTransport):
     answer (RFC 9112 section 9.6).
     """
 
-    __slots__ = ("_closing", "lingers")
+    __slots__ = ("lingers",)
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(transport, loop)
-        self._closing = False
         self.lingers = False
 
     def close(self) -> None:
@@ -101,7 +103,3 @@ class LingeringTransport(CoalescingTransport):
         """Close at once; what was not sent is lost."""
         self._closing = True
         self._transport.abort()
-
-    def is_closing(self) -> bool:
-        """Return whether the connection is closing or closed, or this side of it has ended."""
-        return self._closing or self._transport.is_closing()

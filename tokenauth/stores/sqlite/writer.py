@@ -59,6 +59,7 @@ _PRAGMAS = (
     "wal_autocheckpoint = 4000",  # 8 MiB: each checkpoint delays the commits by some milliseconds
     f"journal_size_limit = {_WAL_LIMIT}",
     "synchronous = FULL",
+    "fullfsync = ON",  # on macOS, fsync leaves data in the cache of the drive; elsewhere this changes nothing
 )
 
 _LOCKED = "database is locked"
