@@ -18,7 +18,7 @@ async def test_a_token_that_is_given_back_waits_for_its_full_time(pools: PoolSto
     assert await members(pools, AGEING, END + 50) == []
 
 
-async def test_a_lease_and_its_extension_begin_the_time_anew(pools: PoolStore) -> None:
+async def test_a_lease_and_its_extension_restart_the_token_ttl(pools: PoolStore) -> None:
     await pools.generate(AGEING, ["t1"], START)
     await lease(pools, AGEING, START + 100)
     await pools.keep_alive(AGEING, "t1", START + 150)
@@ -26,7 +26,7 @@ async def test_a_lease_and_its_extension_begin_the_time_anew(pools: PoolStore) -
     assert await members(pools, AGEING, END + 150) == []
 
 
-async def test_what_is_lent_does_not_expire_however_short_its_time_is(pools: PoolStore) -> None:
+async def test_a_leased_token_does_not_expire(pools: PoolStore) -> None:
     short = replace(AGEING, token_ttl=30)
     await pools.generate(short, ["t1"], START)
     await lease(pools, short)
@@ -40,7 +40,7 @@ async def test_what_is_lent_does_not_expire_however_short_its_time_is(pools: Poo
 
 
 @pytest.mark.parametrize("all_at_once", [False, True])
-async def test_a_lapsed_token_that_is_refreshed_waits_for_its_full_time(pools: PoolStore, all_at_once: bool) -> None:
+async def test_an_extended_lapsed_token_gets_its_full_token_ttl(pools: PoolStore, all_at_once: bool) -> None:
     await pools.generate(AGEING, ["t1"], START)
     await lease(pools, AGEING)
     now = START + 200

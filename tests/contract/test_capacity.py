@@ -17,7 +17,7 @@ async def test_a_pool_with_no_capacity_takes_any_number(pools: PoolStore) -> Non
     assert await pools.count(POOL, START) == PoolCounts(3001, 0)
 
 
-async def test_tokens_are_added_all_or_none(pools: PoolStore) -> None:
+async def test_either_all_given_tokens_are_generated_or_none(pools: PoolStore) -> None:
     pool = replace(POOL, capacity=3)
     steps = [(["a", "b"], True), (["c", "d"], False), (["e"], True), (["f"], False), ([], True)]
     for values, fit in steps:
@@ -26,7 +26,7 @@ async def test_tokens_are_added_all_or_none(pools: PoolStore) -> None:
     assert await pools.generate(replace(pool, name="q", capacity=0), ["a"], START) is False
 
 
-async def test_capacity_counts_free_and_lent_tokens(pools: PoolStore) -> None:
+async def test_capacity_counts_free_and_leased_tokens(pools: PoolStore) -> None:
     pool = replace(POOL, capacity=3)
     assert await pools.generate(pool, ["a", "b", "c"], START)
     for _ in range(3):
@@ -39,7 +39,7 @@ async def test_capacity_counts_free_and_lent_tokens(pools: PoolStore) -> None:
     assert await pools.generate(pool, ["e"], START) is False
 
 
-async def test_a_token_makes_room_when_it_has_expired_and_not_before(pools: PoolStore) -> None:
+async def test_a_token_frees_its_place_when_it_expires(pools: PoolStore) -> None:
     pool = replace(POOL, capacity=2)
     await pools.generate(pool, ["a", "b"], START)
     await lease(pools, pool)
@@ -48,7 +48,7 @@ async def test_a_token_makes_room_when_it_has_expired_and_not_before(pools: Pool
     assert len(await members(pools, pool, END + 60)) == 2
 
 
-async def test_what_made_room_stays_gone_whatever_token_ttl_is_tomorrow(pools: PoolStore) -> None:
+async def test_a_longer_token_ttl_revives_no_replaced_token(pools: PoolStore) -> None:
     pool = replace(POOL, capacity=3)
     for round in range(4):
         assert await pools.generate(pool, [f"{round}a", f"{round}b"], START + 240 * round)
@@ -64,7 +64,7 @@ async def test_a_capacity_that_was_lowered_ends_nothing(pools: PoolStore) -> Non
     assert [await lease(pools, lower) for _ in range(3)] == ["a", "b", "c"]
 
 
-async def test_adds_of_two_processes_at_once_never_pass_the_capacity(place: Place, other: Place) -> None:
+async def test_concurrent_generates_never_exceed_the_capacity(place: Place, other: Place) -> None:
     pool = replace(POOL, capacity=100)
     values = [[f"{number}{letter}" for letter in "abc"] for number in range(50)]
     adds = [(place, other)[number % 2].pools.generate(pool, three, START) for number, three in enumerate(values)]

@@ -37,7 +37,7 @@ async def test_each_key_is_counted_by_itself(failures: FailureStore) -> None:
     assert dict(await failures.get([NET])) == {NET: Failures(3, START + 2)}
 
 
-async def test_counting_starts_from_one_when_the_last_is_long_past(failures: FailureStore) -> None:
+async def test_counting_restarts_long_after_the_last_failure(failures: FailureStore) -> None:
     await failures.update(failed(ANN), START)
     await failures.update(failed(ANN, now=START + 59.9), START)
     assert (await failures.get([ANN]))[ANN] == Failures(2, START + 59.9)
@@ -52,7 +52,7 @@ async def test_each_key_is_forgotten_by_its_own_instant(failures: FailureStore) 
     assert {key: found.count for key, found in (await failures.get([ANN, NET])).items()} == {ANN: 1, NET: 3}
 
 
-async def test_what_is_taken_back_never_makes_less_than_nothing(failures: FailureStore) -> None:
+async def test_a_refund_never_makes_a_count_negative(failures: FailureStore) -> None:
     await failures.update([CountUpdate(BOB, -3)], START)
     await failures.update(failed(ANN) + failed(BOB), START)
     await failures.update(failed(ANN), START)
@@ -106,7 +106,7 @@ async def test_a_purge_deletes_no_more_than_its_limit(failures: FailureStore) ->
 
 
 @pytest.mark.parametrize(("before", "purged"), [(START - 1, 0), (START, 0), (START + 0.001, 1)])
-async def test_a_purge_deletes_what_is_before_an_instant_and_not_at_it(
+async def test_a_purge_deletes_only_what_is_before_its_instant(
     failures: FailureStore, before: float, purged: int
 ) -> None:
     await failures.update(failed(ANN, now=START - 5), START)
@@ -114,7 +114,7 @@ async def test_a_purge_deletes_what_is_before_an_instant_and_not_at_it(
     assert await failures.purge(before, 100) == purged
 
 
-async def test_what_is_taken_back_is_what_is_there_and_once(place: Place, other: Place) -> None:
+async def test_a_refund_takes_back_what_is_counted_and_once(place: Place, other: Place) -> None:
     """However many ask at the same time; a bucket loses what is left of a share."""
     share, bucket = bytes([7]) * 16, bytes([8]) * 16
     filled = [CountUpdate(share, at=START, later=30.0), CountUpdate(bucket, at=START, later=30.0)]

@@ -30,7 +30,7 @@ async def test_a_lapsed_lease_is_free_again(pools: PoolStore) -> None:
     assert taken.token == PoolToken("p", "t1", START + 120, "bob", fence=2)
 
 
-async def test_who_finds_nothing_free_learns_when_the_next_lease_ends(pools: PoolStore) -> None:
+async def test_a_failed_lease_says_when_the_next_lease_ends(pools: PoolStore) -> None:
     await pools.generate(POOL, ["a", "b", "c"], START)
     for number in range(3):
         await pools.assign(POOL, f"h{number}", START + number)
@@ -42,7 +42,7 @@ async def test_who_finds_nothing_free_learns_when_the_next_lease_ends(pools: Poo
     assert await lease(pools, now=START + 62) == "c"
 
 
-async def test_where_nothing_is_lent_no_lease_ends(pools: PoolStore) -> None:
+async def test_without_leases_no_end_is_named(pools: PoolStore) -> None:
     assert (await pools.assign(POOL, "ann", START))[:2] == (None, None)
     await pools.generate(POOL, ["t1"], START)
     assert await lease(pools) == "t1"
@@ -50,7 +50,7 @@ async def test_where_nothing_is_lent_no_lease_ends(pools: PoolStore) -> None:
     assert (await pools.assign(POOL, "ann", START))[:2] == (None, None)
 
 
-async def test_the_token_that_has_been_free_longest_is_lent(pools: PoolStore) -> None:
+async def test_the_longest_free_token_is_leased_first(pools: PoolStore) -> None:
     for number, value in enumerate("bdac"):
         await pools.generate(POOL, [value], START + number)
     assert [await lease(pools, now=START + 5) for _ in range(5)] == ["b", "d", "a", "c", None]
@@ -61,7 +61,7 @@ async def test_the_token_that_has_been_free_longest_is_lent(pools: PoolStore) ->
     assert [await lease(pools, now=START + 22 + number) for number in range(2)] == ["b", "d"]
 
 
-async def test_a_lapsed_lease_has_been_free_since_it_ended_and_not_since_it_began(pools: PoolStore) -> None:
+async def test_a_lapsed_token_is_free_since_its_lease_ended(pools: PoolStore) -> None:
     await pools.generate(POOL, ["a", "b"], START)
     assert [await lease(pools, now=START + number) for number in (0, 1)] == ["a", "b"]
     await pools.release(POOL, "b", START + 59)
@@ -69,7 +69,7 @@ async def test_a_lapsed_lease_has_been_free_since_it_ended_and_not_since_it_bega
     assert [await lease(pools, now=START + 70) for _ in range(3)] == ["b", "a", "c"]
 
 
-async def test_the_fence_grows_by_one_with_each_lease_and_with_nothing_else(places: Places) -> None:
+async def test_only_a_lease_increments_the_fence(places: Places) -> None:
     place, now = await places.open(), START
     await place.pools.generate(POOL, ["t1"], now)
     for fence in range(1, 7):
@@ -93,7 +93,7 @@ async def test_the_fence_grows_by_one_with_each_lease_and_with_nothing_else(plac
         now += 102
 
 
-async def test_a_counted_lease_says_how_many_are_left(pools: PoolStore) -> None:
+async def test_a_counted_lease_returns_the_number_left(pools: PoolStore) -> None:
     await pools.generate(POOL, ["a", "b", "c"], START)
     assert [(await pools.assign(POOL, "ann", START, counted=True)).left for _ in range(4)] == [2, 1, 0, 0]
     await pools.release(POOL, "b", START + 1)
@@ -134,7 +134,7 @@ async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
 
 
 @pytest.mark.parametrize("verb", ["extend", "extend free_too", "release"])
-async def test_a_lease_is_touched_by_whoever_claims_this_one(pools: PoolStore, verb: str) -> None:
+async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, verb: str) -> None:
     """What a claim leaves out is not compared; the rest must be right."""
     for claim in HELD:
         pool = replace(POOL, name=str(claim))
@@ -167,7 +167,7 @@ async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, cl
     assert touched == LeaseChange(PoolToken("p", "t1", START + 62, None, fence=2), False)
 
 
-async def test_a_lease_that_is_extended_in_its_last_moment_runs_for_its_full_time(pools: PoolStore) -> None:
+async def test_an_extension_at_the_last_instant_is_complete(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     await lease(pools)
     now = START
@@ -179,7 +179,7 @@ async def test_a_lease_that_is_extended_in_its_last_moment_runs_for_its_full_tim
     assert await members(pools, now=now + 300) == []
 
 
-async def test_a_lease_runs_for_the_time_that_the_terms_have_now_and_is_never_cut(pools: PoolStore) -> None:
+async def test_a_changed_lease_ttl_applies_and_never_shortens(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     await lease(pools)
     for lease_ttl, until in ((5, START + 60), (90, START + 91)):
@@ -188,7 +188,7 @@ async def test_a_lease_runs_for_the_time_that_the_terms_have_now_and_is_never_cu
         assert extended.token.free_at == until
 
 
-async def test_who_read_the_clock_a_moment_before_a_release_finds_the_token_free(pools: PoolStore) -> None:
+async def test_an_older_now_still_finds_a_released_token(pools: PoolStore) -> None:
     """Two processes read the clock one after the other, and commit the other way round."""
     one = replace(POOL, capacity=1)
     await pools.generate(one, ["t1"], START)
@@ -225,7 +225,7 @@ async def test_without_free_too_a_free_token_is_not_touched(pools: PoolStore) ->
     assert await pools.get(POOL, "t1", START + 240) is None
 
 
-async def test_free_tokens_are_extended_in_steps_and_lent_ones_not_at_all(pools: PoolStore) -> None:
+async def test_only_free_tokens_are_extended_in_batches(pools: PoolStore) -> None:
     await pools.generate(POOL, [f"{number}" for number in range(9)], START)
     await lease(pools)
     await lease(pools)

@@ -14,7 +14,7 @@ from tokenauth.models import LeaseCheck, PoolCounts, PoolToken
 from tokenauth.stores.store import PoolStore
 
 
-async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(place: Place, other: Place) -> None:
+async def test_200_concurrent_leases_take_100_tokens_once_each(place: Place, other: Place) -> None:
     await place.pools.generate(POOL, [f"t{number}" for number in range(100)], START)
     asked = [(place, other)[number % 2].pools.assign(POOL, f"h{number}", START) for number in range(200)]
     lent = await asyncio.gather(*asked)
@@ -28,7 +28,7 @@ async def test_200_leases_of_two_processes_at_once_take_100_tokens_once_each(pla
     )
 
 
-async def test_as_many_callers_as_there_are_free_tokens_all_get_one(place: Place, other: Place) -> None:
+async def test_as_many_callers_as_free_tokens_all_get_one(place: Place, other: Place) -> None:
     await place.pools.generate(POOL, [f"t{number}" for number in range(60)], START)
     for fence in range(1, 6):
         now = START + 60 * fence
@@ -39,7 +39,7 @@ async def test_as_many_callers_as_there_are_free_tokens_all_get_one(place: Place
 
 
 @pytest.mark.parametrize("verb", ["stale extend", "stale release", "keep free", "replace"])
-async def test_a_token_that_others_touch_while_it_is_free_can_be_had(place: Place, other: Place, verb: str) -> None:
+async def test_a_free_token_is_leased_despite_other_operations(place: Place, other: Place, verb: str) -> None:
     """Whichever of the two comes first, there is a free token all the time."""
     await place.pools.generate(POOL, ["t0"], START)
     refused = 0
@@ -72,7 +72,7 @@ async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> No
         assert sorted(touched is not None and touched.done for touched in released) == [False, False, True]
 
 
-async def test_of_releases_of_the_next_at_once_each_ends_another_lease(place: Place, other: Place) -> None:
+async def test_concurrent_release_nexts_end_distinct_leases(place: Place, other: Place) -> None:
     await place.pools.generate(POOL, [f"t{number}" for number in range(10)], START)
     for _ in range(10):
         await lease(place.pools)
@@ -83,7 +83,7 @@ async def test_of_releases_of_the_next_at_once_each_ends_another_lease(place: Pl
     assert await place.pools.count(POOL, START) == PoolCounts(10, 0)
 
 
-async def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place) -> None:
+async def test_concurrent_changes_are_applied_in_order(place: Place) -> None:
     """Within one process those of a kind share a commit; each still sees what the one before it did."""
     await place.pools.generate(POOL, ["t1", "t2"], START)
     await lease(place.pools)
@@ -103,7 +103,7 @@ async def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place) -
     assert await place.pools.list_tokens(POOL, now, "", 9) == [PoolToken("p", "t1", now, None, 1)]
 
 
-async def test_who_asks_another_pool_at_the_same_time_is_served_from_it(pools: PoolStore) -> None:
+async def test_concurrent_leases_use_their_own_pools(pools: PoolStore) -> None:
     terms = [replace(POOL, name=name, lease_ttl=ttl) for ttl, name in enumerate("xyzx", 60)]
     for pool in terms[:3]:
         await pools.generate(pool, [f"{pool.name}{number}" for number in range(2)], START)

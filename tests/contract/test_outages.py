@@ -151,7 +151,7 @@ HARMS: Mapping[str, Callable[[Place], AbstractAsyncContextManager[None]]] = {"lo
 
 
 @pytest.mark.parametrize("harm", HARMS)
-async def test_after_the_first_failure_each_write_is_refused_at_once(filled: Place, harm: str) -> None:
+async def test_after_a_failed_write_others_are_refused_at_once(filled: Place, harm: str) -> None:
     """And reads go on; and all is well again soon after, also when nobody has written."""
     with structlog.testing.capture_logs() as logs:
         async with HARMS[harm](filled):
@@ -194,7 +194,7 @@ async def test_one_probe_at_a_time_is_made_however_many_ask(filled: Place) -> No
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)  # a probe of PostgreSQL needs every table
-async def test_a_failure_that_one_operation_has_alone_stops_no_other(filled: Place) -> None:
+async def test_a_failure_of_one_operation_stops_no_other(filled: Place) -> None:
     """Here one table is missing, and no probe needs it more than others do."""
     rename = 'ALTER TABLE failures RENAME TO "gone"', 'ALTER TABLE "gone" RENAME TO failures'
     with closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db:
@@ -214,7 +214,7 @@ NEEDED = {"tokens": "tokens.get", "failures": "failures.get", "pool_tokens": "po
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("table", [*NEEDED, "revocations"])
-async def test_a_table_that_cannot_be_read_is_logged_once_and_unready(filled: Place, table: str) -> None:
+async def test_an_unreadable_table_is_unready_and_logged_once(filled: Place, table: str) -> None:
     """A cached token is answered while the removals can be read; a look-up that fails says why in the log."""
     await filled.store.tokens.get(token(1).digest)
     reads = {"revocations": "tokens.get", **NEEDED}
@@ -283,7 +283,7 @@ def cut_off(places: Places) -> Iterator[Proxy]:
 
 @pytest.mark.parametrize("places", ["postgres"], indirect=True)
 @pytest.mark.parametrize("how", ["freeze", "cut"])
-async def test_a_node_that_is_cut_off_refuses_at_once_after_a_second(places: Places, how: str) -> None:
+async def test_a_node_cut_off_for_a_second_refuses_at_once(places: Places, how: str) -> None:
     """Reads as well as writes; what was under way ends then, too; and it is back when the network is."""
     with cut_off(places) as proxy:
         place = await places.open()
@@ -319,9 +319,7 @@ async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
-async def test_what_was_refused_while_it_waited_is_not_written_later(
-    places: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_refused_waiting_write_is_not_written_later(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller has been told that it was not done; here it waits for the lock for longer than for an answer."""
     monkeypatch.setattr(circuit, "PATIENCE", 0.15)
     place = await places.open()
@@ -362,7 +360,7 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
-async def test_a_checkpoint_that_fails_is_said(places: Places) -> None:
+async def test_a_failed_checkpoint_is_logged(places: Places) -> None:
     """SQLite says nothing of it, and the log of writes grows until the disk is full."""
     place = await places.open()
     assert isinstance(place.engine, SqliteEngine)
@@ -436,7 +434,7 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
-async def test_a_file_that_is_deleted_under_the_store_ends_its_use(places: Places, suffix: str) -> None:
+async def test_a_deleted_database_file_stops_the_store(places: Places, suffix: str) -> None:
     """Another process would make a new one, and the two would not see each other's writes."""
     place = await places.open()
     await place.tokens.issue(token(1), 0, START)

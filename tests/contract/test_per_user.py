@@ -19,7 +19,7 @@ async def test_the_oldest_end_when_a_user_has_too_many(tokens: TokenStore, limit
         assert await tokens.get(gone.digest) is None
 
 
-async def test_one_login_ends_no_more_than_can_be_ended_in_a_short_time(tokens: TokenStore) -> None:
+async def test_one_login_ends_a_bounded_number_of_tokens(tokens: TokenStore) -> None:
     """`per_user` has become less: the others end with the next one, and the new ones always stay."""
     await asyncio.gather(*(tokens.issue(token(number), 0, START) for number in range(1010)))
     for number, left in ((2000, 11), (2001, 2)):
@@ -91,7 +91,7 @@ async def test_a_lower_limit_ends_all_that_are_too_many(tokens: TokenStore) -> N
     assert await tokens.list("ann", START, 100) == [token(20), token(19, age=1), token(18, age=2)]
 
 
-async def test_limits_of_one_moment_hold_each_for_its_own_user(tokens: TokenStore) -> None:
+async def test_concurrent_limits_apply_per_user(tokens: TokenStore) -> None:
     limits = {"ann": 1, "bob": 4, "eve": 0}
     await asyncio.gather(
         *(tokens.issue(token(100 * limit + n, name), limit, START) for name, limit in limits.items() for n in range(9))

@@ -74,9 +74,7 @@ def small_and_large() -> Iterator[tuple[Direct, Direct]]:
 
 
 @pytest.mark.parametrize("what", CHEAP)
-def test_it_takes_as_many_steps_among_many_tokens_as_among_few(
-    small_and_large: tuple[Direct, Direct], what: str
-) -> None:
+def test_an_operation_costs_the_same_among_more_tokens(small_and_large: tuple[Direct, Direct], what: str) -> None:
     few, many = (
         steps(partial(CHEAP[what], PoolStore(database)), database.connection)[0] for database in small_and_large
     )

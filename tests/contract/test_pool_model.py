@@ -294,5 +294,5 @@ def hold_to_the_model(templates: Templates, name: str, examples: int, length: in
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_what_is_promised_of_pools_holds_after_each_step(templates: Templates, name: str) -> None:
+def test_every_pool_invariant_holds_after_each_step(templates: Templates, name: str) -> None:
     hold_to_the_model(templates, name, examples=5, length=50)

@@ -35,7 +35,7 @@ async def lease(pools: PoolStore, pool: Pool = POOL, now: float = START, holder:
     return None if lent.token is None else lent.token.value
 
 
-async def test_a_token_that_was_added_is_free_and_has_never_been_lent(pools: PoolStore) -> None:
+async def test_a_generated_token_is_free_with_fence_zero(pools: PoolStore) -> None:
     assert await pools.generate(POOL, ["t1", "t2"], START + 0.123456)
     added = [PoolToken("p", value, START + 0.123456, holder=None, fence=0, retired=False) for value in ("t1", "t2")]
     assert [await pools.get(POOL, one.value, START + 1) for one in added] == added
@@ -59,7 +59,7 @@ async def test_text_comes_back_as_it_was_given(pools: PoolStore) -> None:
         assert await pools.delete(odd, text + text, START)
 
 
-async def test_what_nobody_added_is_absent(pools: PoolStore) -> None:
+async def test_a_token_never_generated_is_absent(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     for value in ("t2", "T1", "t", "t11", "", "%"):
         assert await pools.get(POOL, value, START) is None
@@ -77,7 +77,7 @@ async def test_one_value_is_never_two_tokens(pools: PoolStore) -> None:
     assert await pools.list_tokens(POOL, START + 1, "", 10) == [leased]
 
 
-async def test_a_wish_that_cannot_be_granted_spoils_nobody_elses(pools: PoolStore) -> None:
+async def test_an_impossible_change_spoils_no_other(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t"], START)
     adds = [pools.generate(POOL, [f"t{number}"], START) for number in range(10)]
     adds.insert(4, pools.generate(POOL, ["t10", "t"], START))
@@ -139,7 +139,7 @@ async def test_an_expired_token_is_absent_from_its_end_on(pools: PoolStore, pool
         assert await touch(pools, own, end - JUST), name
 
 
-async def test_without_a_token_ttl_a_token_waits_for_ever(pools: PoolStore) -> None:
+async def test_without_a_token_ttl_a_token_never_expires(pools: PoolStore) -> None:
     await pools.generate(PATIENT, ["t1", "t2"], START)
     far = START + 1e9
     assert await pools.count(PATIENT, far) == PoolCounts(2, 0)
@@ -148,13 +148,13 @@ async def test_without_a_token_ttl_a_token_waits_for_ever(pools: PoolStore) -> N
     assert await members(pools, PATIENT, far + 1e9) == ["t1", "t2"]
 
 
-async def test_the_terms_hold_as_they_are_now(pools: PoolStore) -> None:
+async def test_the_current_pool_settings_apply(pools: PoolStore) -> None:
     await pools.generate(PATIENT, ["t1"], START)
     assert await pools.get(replace(POOL, token_ttl=10), "t1", START + 10) is None
     assert await pools.get(replace(POOL, token_ttl=10), "t1", START + 10 - JUST) is not None
 
 
-async def test_a_count_says_how_many_can_be_lent_and_how_many_are(pools: PoolStore) -> None:
+async def test_a_count_returns_leasable_and_leased_tokens(pools: PoolStore) -> None:
     assert await pools.count(POOL, START) == PoolCounts(0, 0)
     await pools.generate(POOL, ["a", "b", "c"], START)
     await lease(pools)
@@ -186,7 +186,7 @@ async def test_what_has_expired_takes_no_place_on_a_page(pools: PoolStore) -> No
     assert [token.value for token in await pools.list_tokens(POOL, END, "", 2)] == ["b", "d"]
 
 
-async def test_a_removed_token_is_gone_free_or_lent(place: Place, other: Place) -> None:
+async def test_a_deleted_token_is_gone_free_or_leased(place: Place, other: Place) -> None:
     await place.pools.generate(POOL, ["free", "lent"], START)
     await place.pools.keep_alive(POOL, "free", START + 1, free_too=True)
     assert await lease(place.pools, now=START + 1) == "lent"
@@ -222,7 +222,7 @@ async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore,
     assert [await lease(pools, pool, START + 5) for _ in range(3)] == ["t2", "t3", None], "t2 has been free longer"
 
 
-async def test_nothing_succeeds_what_is_not_there(pools: PoolStore) -> None:
+async def test_deleting_an_absent_token_adds_no_successor(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     assert await pools.delete(POOL, "t9", START, "t2") is False
     assert await members(pools) == ["t1"]
@@ -238,7 +238,7 @@ async def test_purge_deletes_what_has_expired_and_nothing_else(pools: PoolStore)
     assert await pools.purge(POOL, END + 2, 100) == 0
 
 
-async def test_purge_takes_the_oldest_first_and_no_more_than_its_limit(pools: PoolStore) -> None:
+async def test_purge_takes_the_oldest_up_to_its_limit(pools: PoolStore) -> None:
     for number in (3, 1, 4, 2, 0):
         await pools.generate(POOL, [f"t{number}"], START + number)
     late = END + 50

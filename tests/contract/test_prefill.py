@@ -35,7 +35,7 @@ async def lent_now(pools: PoolStore, now: float) -> dict[str, PoolToken]:
     return {token.value: token for token in await pools.list_tokens(PERMITS, now, "", 1000) if token.lease(now)}
 
 
-async def test_an_empty_pool_lacks_its_capacity_and_is_filled_step_by_step(pools: PoolStore) -> None:
+async def test_an_empty_pool_is_filled_in_batches(pools: PoolStore) -> None:
     assert await pools.fit(PERMITS, (), START) == 5
     assert await pools.fit(PERMITS, ["a", "b"], START + 1) == 3
     assert await pools.fit(PERMITS, ["c"], START + 2) == 2
@@ -46,9 +46,7 @@ async def test_an_empty_pool_lacks_its_capacity_and_is_filled_step_by_step(pools
     assert await pools.list_tokens(PERMITS, START + 3, "", 10) == wanted
 
 
-async def test_a_pool_that_has_far_too_many_tokens_is_rid_of_them_step_by_step(
-    pools: PoolStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_large_surplus_is_removed_in_batches(pools: PoolStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others write between two steps. Free ones go first; of lent ones those whose leases end first are retired."""
     monkeypatch.setattr(pool_changes, "_STEP", 3)
     await lend(pools, lent=5, free=5)
@@ -62,7 +60,7 @@ async def test_a_pool_that_has_far_too_many_tokens_is_rid_of_them_step_by_step(
     assert await pools.count(small, START + 10_000) == (2, 0)
 
 
-async def test_a_pool_that_has_its_capacity_is_left_as_it_is(pools: PoolStore) -> None:
+async def test_a_pool_with_its_capacity_is_unchanged(pools: PoolStore) -> None:
     await lend(pools, lent=2, free=3)
     before = await pools.list_tokens(PERMITS, START + 5, "", 10)
     assert await pools.fit(PERMITS, ["x", "y"], START + 5) == 0
@@ -70,14 +68,14 @@ async def test_a_pool_that_has_its_capacity_is_left_as_it_is(pools: PoolStore) -
     assert await pools.generate(PERMITS, ["x"], START + 5) is False
 
 
-async def test_its_tokens_wait_for_ever(pools: PoolStore) -> None:
+async def test_tokens_of_a_prefilled_pool_never_expire(pools: PoolStore) -> None:
     await lend(pools, lent=2, free=3)
     assert await pools.count(PERMITS, START + 1e9) == PoolCounts(5, 0)
     assert await pools.fit(PERMITS, (), START + 1e9) == 0
     assert await pools.purge(PERMITS, START + 1e9, 10) == 0
 
 
-async def test_a_larger_capacity_adds_what_is_lacking_and_ends_no_lease(pools: PoolStore) -> None:
+async def test_a_larger_capacity_adds_tokens_and_ends_no_lease(pools: PoolStore) -> None:
     await lend(pools, lent=2, free=1)
     before = await lent_now(pools, START + 5)
     assert await pools.fit(PERMITS, ["x", "y", "z"], START + 5) == 0
@@ -120,9 +118,7 @@ async def test_leases_that_are_too_many_go_on(pools: PoolStore, capacity: int) -
     ("end", "order"),
     [("release", 1), ("release", -1), ("remove", 1), ("remove", -1), ("lapse", 1), ("release_next", 1)],
 )
-async def test_never_more_than_capacity_are_lent_while_retired_ones_are_out(
-    pools: PoolStore, end: str, order: int
-) -> None:
+async def test_leases_never_exceed_capacity_with_retired_ones(pools: PoolStore, end: str, order: int) -> None:
     """Whether the retired ones end first or last: each that is out keeps a free one back."""
     values, pool, now = await lend(pools, lent=5), of(2), START + 5
     await pools.fit(pool, (), now)
@@ -143,7 +139,7 @@ async def test_never_more_than_capacity_are_lent_while_retired_ones_are_out(
     assert [await lease(pools, pool, now) is None for _ in range(2)] == [False, True]
 
 
-async def test_a_free_one_that_is_kept_back_is_lent_once_the_retired_one_has_ended(pools: PoolStore) -> None:
+async def test_a_withheld_token_is_leasable_after_the_retired_one(pools: PoolStore) -> None:
     await lend(pools, lent=3)
     pool = of(2)
     await pools.fit(pool, (), START + 5)
@@ -183,7 +179,7 @@ async def test_a_retired_token_is_gone_with_its_lease(pools: PoolStore, end: str
     assert await lease(pools, pool, START + 61) == "t1"
 
 
-async def test_a_retired_token_is_gone_also_for_those_who_ask_at_the_same_time(pools: PoolStore) -> None:
+async def test_a_retired_token_is_gone_for_concurrent_callers(pools: PoolStore) -> None:
     await lend(pools, lent=2)
     pool, now = of(1), START + 3
     await pools.fit(pool, (), now)
@@ -196,14 +192,14 @@ async def test_a_retired_token_is_gone_also_for_those_who_ask_at_the_same_time(p
     assert extended is None or extended.token.holder is not None, "after the release, or before it"
 
 
-async def test_those_that_are_retired_count_as_long_as_they_are_lent(pools: PoolStore) -> None:
+async def test_retired_tokens_count_while_they_are_leased(pools: PoolStore) -> None:
     await lend(pools, lent=3)
     await pools.fit(of(1), (), START + 5)
     assert await pools.generate(of(3), ["x"], START + 5) is False
     assert await pools.generate(of(3), ["x"], START + 60) is True
 
 
-async def test_purge_leaves_a_retired_token_that_is_lent(pools: PoolStore) -> None:
+async def test_purge_keeps_a_retired_token_while_leased(pools: PoolStore) -> None:
     await lend(pools, lent=3)
     pool = of(0)
     await pools.fit(pool, (), START + 5)
@@ -213,7 +209,7 @@ async def test_purge_leaves_a_retired_token_that_is_lent(pools: PoolStore) -> No
     assert await members(pools, pool, START + 61) == ["t2"]
 
 
-async def test_a_capacity_that_grows_again_takes_back_those_that_are_still_lent(pools: PoolStore) -> None:
+async def test_a_growing_capacity_keeps_retired_leased_tokens(pools: PoolStore) -> None:
     await lend(pools, lent=5)
     before = await lent_now(pools, START + 5)
     await pools.fit(of(1), (), START + 5)
@@ -235,9 +231,7 @@ async def test_those_whose_lease_is_over_are_not_taken_back(pools: PoolStore) ->
 
 
 @pytest.mark.parametrize("retired_first", [True, False])
-async def test_the_lease_that_would_end_first_is_released_next_retired_or_not(
-    pools: PoolStore, retired_first: bool
-) -> None:
+async def test_release_next_ends_the_first_lease_retired_or_not(pools: PoolStore, retired_first: bool) -> None:
     await lend(pools, lent=3)
     pool = of(2)
     await pools.fit(pool, (), START + 5)
@@ -250,7 +244,7 @@ async def test_the_lease_that_would_end_first_is_released_next_retired_or_not(
     assert first.value not in await lent_now(pools, START + 10)
 
 
-async def test_a_permit_that_is_removed_has_a_successor_and_the_pool_keeps_its_size(pools: PoolStore) -> None:
+async def test_a_deleted_token_of_a_full_pool_is_replaced(pools: PoolStore) -> None:
     await lend(pools, lent=2, free=3)
     assert await pools.delete(PERMITS, "t0", START + 5, "x") is True
     assert await pools.delete(PERMITS, "t4", START + 5, "y") is True
@@ -268,7 +262,7 @@ async def test_processes_that_fit_at_once_fill_a_pool_once(place: Place, other: 
         assert await each.pools.count(pool, START) == PoolCounts(100, 0)
 
 
-async def test_processes_that_fit_and_lend_at_once_never_lend_more_than_capacity(place: Place, other: Place) -> None:
+async def test_concurrent_fits_and_leases_respect_the_capacity(place: Place, other: Place) -> None:
     await lend(place.pools, lent=5, free=5)
     pool = of(7)
     leases = [(place, other)[n % 2].pools.assign(pool, "ann", START + 5) for n in range(10)]
@@ -280,7 +274,7 @@ async def test_processes_that_fit_and_lend_at_once_never_lend_more_than_capacity
     assert 2 <= granted <= 5
 
 
-async def test_what_is_retired_stays_so_after_a_restart(places: Places) -> None:
+async def test_a_retired_token_stays_retired_after_a_restart(places: Places) -> None:
     place = await places.open()
     await lend(place.pools, lent=4)
     await place.pools.fit(of(1), (), START + 5)

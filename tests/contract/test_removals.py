@@ -44,7 +44,7 @@ async def busy(place: Place, tokens: Sequence[Token]) -> AsyncIterator[None]:
     await asyncio.gather(reader, return_exceptions=True)
 
 
-async def test_a_removal_is_seen_by_the_other_process_at_its_next_turn(place: Place, other: Place) -> None:
+async def test_the_other_process_sees_a_removal_at_once(place: Place, other: Place) -> None:
     added = await fill(place, place.rounds)
     await warm(other.tokens, added)
     async with busy(other, added[-5:]):
@@ -55,9 +55,7 @@ async def test_a_removal_is_seen_by_the_other_process_at_its_next_turn(place: Pl
             assert await place.tokens.get(one.digest) is None
 
 
-async def test_the_end_of_all_of_a_users_is_seen_by_the_other_process_at_its_next_turn(
-    place: Place, other: Place
-) -> None:
+async def test_the_other_process_sees_revoke_all_at_once(place: Place, other: Place) -> None:
     added = await fill(place, place.rounds)
     await warm(other.tokens, added)
     async with busy(other, added[-5:]):
@@ -66,7 +64,7 @@ async def test_the_end_of_all_of_a_users_is_seen_by_the_other_process_at_its_nex
             assert await other.tokens.get(one.digest) is None
 
 
-async def test_an_eviction_is_seen_by_the_other_process_at_its_next_turn(place: Place, other: Place) -> None:
+async def test_the_other_process_sees_an_eviction_at_once(place: Place, other: Place) -> None:
     previous = token(0, age=1)
     await place.tokens.issue(previous, 1, START)
     async with busy(other, [previous]):
@@ -79,7 +77,7 @@ async def test_an_eviction_is_seen_by_the_other_process_at_its_next_turn(place: 
             previous = one
 
 
-async def test_all_that_one_commit_removes_is_seen_by_the_other_process(place: Place, other: Place) -> None:
+async def test_the_other_process_sees_all_removals_of_a_commit(place: Place, other: Place) -> None:
     added = await fill(place, 100, one_user=True)
     await warm(other.tokens, added)
     kept = added[17]
@@ -89,7 +87,7 @@ async def test_all_that_one_commit_removes_is_seen_by_the_other_process(place: P
     assert await other.tokens.get(kept.digest) is None
 
 
-async def test_a_removal_is_seen_in_the_very_turn_in_which_it_is_answered(place: Place, other: Place) -> None:
+async def test_a_removal_is_seen_as_soon_as_it_is_answered(place: Place, other: Place) -> None:
     """Whoever is answered first may ask before the loop turns again."""
     added = await fill(place, 100)
     await warm(place.tokens, added)
@@ -103,7 +101,7 @@ async def test_a_removal_is_seen_in_the_very_turn_in_which_it_is_answered(place:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 1000])
-async def test_news_that_was_trimmed_from_the_log_is_not_missed(place: Place, other: Place, limit: int) -> None:
+async def test_a_removal_trimmed_from_the_log_is_not_missed(place: Place, other: Place, limit: int) -> None:
     added = await fill(place, 20)
     await warm(other.tokens, added)
     for one in added[:10]:
@@ -114,7 +112,7 @@ async def test_news_that_was_trimmed_from_the_log_is_not_missed(place: Place, ot
     assert [one for one in added if await other.tokens.get(one.digest)] == added[11:]
 
 
-async def test_a_log_that_was_trimmed_and_grew_again_is_not_taken_for_complete(place: Place, other: Place) -> None:
+async def test_a_log_trimmed_and_regrown_is_incomplete(place: Place, other: Place) -> None:
     added = await fill(place, 20)
     await warm(other.tokens, added)
     for one in added[:15]:
@@ -123,7 +121,7 @@ async def test_a_log_that_was_trimmed_and_grew_again_is_not_taken_for_complete(p
     assert [one for one in added if await other.tokens.get(one.digest)] == added[15:]
 
 
-async def test_a_trimmed_log_is_right_for_whoever_starts_later(places: Places, place: Place) -> None:
+async def test_a_trimmed_log_is_complete_for_a_later_start(places: Places, place: Place) -> None:
     added = await fill(place, 4)
     for one in added[:2]:
         await place.tokens.revoke(one.digest, START)
@@ -165,7 +163,7 @@ class Delayed:
 
 
 @pytest.mark.parametrize("heard", [True, False])
-async def test_what_is_removed_while_it_is_looked_up_is_not_remembered(place: Place, other: Place, heard: bool) -> None:
+async def test_a_token_revoked_during_a_lookup_is_not_cached(place: Place, other: Place, heard: bool) -> None:
     """The token was there when the store was asked, and `heard` the news of its end before the store answered."""
     gone, kept = await fill(place, 2)
     delayed = Delayed(other.engine, gone.digest)
@@ -182,7 +180,7 @@ async def test_what_is_removed_while_it_is_looked_up_is_not_remembered(place: Pl
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Place, size: int) -> None:
+async def test_a_full_cache_drops_its_oldest_entry(place: Place, size: int) -> None:
     counted = Counted(place.engine)
     tokens = TokenStore(place.engine, TokenCache(counted.token, place.engine.feed, size))
     added = await fill(place, 10)
@@ -197,7 +195,7 @@ async def test_a_cache_remembers_so_many_and_forgets_the_longest_known(place: Pl
             known = [*known, one][-size:]
 
 
-async def test_a_cache_does_not_remember_what_is_not_there(place: Place) -> None:
+async def test_a_cache_does_not_keep_absent_tokens(place: Place) -> None:
     counted = Counted(place.engine)
     tokens = TokenStore(place.engine, TokenCache(counted.token, place.engine.feed, 10))
     for _ in range(3):

@@ -29,7 +29,7 @@ async def test_a_new_store_has_never_been_written(place: Place) -> None:
     assert place.started == 0
 
 
-async def test_a_start_tells_the_time_by_its_answer_alone(places: Places) -> None:
+async def test_a_start_reports_the_time_only_by_its_answer(places: Places) -> None:
     """Whoever hears of it before cannot say by how much its own clock was behind."""
     await (await places.open()).store.remember(START + 500)
     again = await places.open()
@@ -50,7 +50,7 @@ async def test_a_clock_that_is_behind_is_logged_at_the_start(places: Places, beh
 
 
 @pytest.mark.parametrize("write", WRITES)
-async def test_starting_says_the_latest_time_that_was_written(places: Places, write: str) -> None:
+async def test_a_start_returns_the_latest_time_written(places: Places, write: str) -> None:
     place = await places.open()
     await WRITES[write](place, START + 7.25)
     assert (await places.open()).started == START + 7.25, "also while the first is still open, or was killed"
@@ -58,7 +58,7 @@ async def test_starting_says_the_latest_time_that_was_written(places: Places, wr
     assert (await places.open()).started == START + 7.25
 
 
-async def test_a_time_that_another_has_remembered_is_heard_also_by_who_does_nothing(place: Place, other: Place) -> None:
+async def test_an_idle_process_learns_the_time_of_another(place: Place, other: Place) -> None:
     await other.store.remember(START + 3600)
     async with asyncio.timeout(20):
         while START + 3600 not in place.heard:  # noqa: ASYNC110 - that is what is shown
@@ -102,7 +102,7 @@ async def test_everything_is_still_there_after_a_restart(places: Places) -> None
     assert (await again.failures.get([KEY]))[KEY].count == 1
 
 
-async def test_stopping_finishes_what_is_being_written(places: Places) -> None:
+async def test_a_stop_finishes_pending_writes(places: Places) -> None:
     place = await places.open()
     writes = [asyncio.create_task(place.tokens.issue(token(number), 0, START)) for number in range(200)]
     await asyncio.sleep(0)
@@ -116,7 +116,7 @@ async def test_a_store_that_serves_is_ready(place: Place) -> None:
     assert await place.store.ready() is None
 
 
-async def test_of_two_who_claim_a_duty_one_has_it(place: Place, other: Place) -> None:
+async def test_of_two_claims_of_a_duty_one_succeeds(place: Place, other: Place) -> None:
     for duty in ("sweep", "count"):
         claims = [each.store.take_duty(duty, START, START + 30) for each in (place, other, place, other)]
         assert sorted(await asyncio.gather(*claims)) == [False, False, False, True], duty
@@ -141,7 +141,7 @@ async def test_the_log_of_revocations_is_purged_by_age_and_limit(place: Place) -
     assert await place.store.purge_revocations(START + 5.5, 4) == 0
 
 
-async def test_an_entry_of_the_log_is_purged_after_an_instant_and_not_at_it(place: Place) -> None:
+async def test_a_log_entry_is_purged_only_before_the_instant(place: Place) -> None:
     for number in range(3):
         await place.tokens.issue(token(number), 0, START)
         await place.tokens.revoke(token(number).digest, START + number)
@@ -149,7 +149,7 @@ async def test_an_entry_of_the_log_is_purged_after_an_instant_and_not_at_it(plac
     assert await place.store.purge_revocations(START + 0.001, 100) == 1
 
 
-async def test_concurrent_writes_share_few_commits_and_each_gets_its_own_answer(place: Place) -> None:
+async def test_concurrent_writes_share_commits_and_not_answers(place: Place) -> None:
     before = place.commits()
     await asyncio.gather(*(place.tokens.issue(token(number, f"user{number}"), 5, START) for number in range(500)))
     assert place.commits() - before <= 5
@@ -167,7 +167,7 @@ async def test_concurrent_writes_share_few_commits_and_each_gets_its_own_answer(
     assert sum(claimed[50:]) == 0
 
 
-async def test_nobody_is_answered_before_the_commit(place: Place, other: Place) -> None:
+async def test_no_change_is_answered_before_its_commit(place: Place, other: Place) -> None:
     """Whoever is answered can be asked about it elsewhere at once."""
 
     async def add(number: int) -> bool:
@@ -178,7 +178,7 @@ async def test_nobody_is_answered_before_the_commit(place: Place, other: Place) 
 
 
 @pytest.mark.parametrize("bad", [token(99, "\ud800"), token(99, user_agent="\udfff"), token(0)], ids=ascii)
-async def test_a_wish_that_cannot_be_granted_spoils_nobody_elses(place: Place, bad: object) -> None:
+async def test_an_impossible_change_spoils_no_other(place: Place, bad: object) -> None:
     """A lone surrogate cannot be encoded, and a digest cannot be there twice."""
     assert isinstance(bad, type(token()))
     await place.tokens.issue(token(0), 0, START)
@@ -191,7 +191,7 @@ async def test_a_wish_that_cannot_be_granted_spoils_nobody_elses(place: Place, b
     assert len(await place.tokens.list(None, START, 100)) == 19 + (refused is None)
 
 
-async def test_a_caller_who_goes_away_spoils_nobody_elses(place: Place) -> None:
+async def test_a_cancelled_caller_spoils_no_other_change(place: Place) -> None:
     adds = [asyncio.create_task(place.tokens.issue(token(number), 0, START)) for number in range(20)]
     await asyncio.sleep(0)
     adds[3].cancel()

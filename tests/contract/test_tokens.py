@@ -35,13 +35,13 @@ async def test_text_comes_back_as_it_was_given(tokens: TokenStore) -> None:
         assert await tokens.revoke_all(text, START) == 1
 
 
-async def test_nothing_is_got_for_a_digest_that_nobody_added(tokens: TokenStore) -> None:
+async def test_an_unknown_digest_finds_no_token(tokens: TokenStore) -> None:
     await tokens.issue(token(1), 0, START)
     assert await tokens.get(token(2).digest) is None
     assert await tokens.get(b"") is None
 
 
-async def test_a_token_that_was_not_there_is_got_as_soon_as_it_was_added(place: Place, other: Place) -> None:
+async def test_a_missed_token_is_found_as_soon_as_it_is_issued(place: Place, other: Place) -> None:
     assert await other.tokens.get(token().digest) is None
     await place.tokens.issue(token(), 0, START)
     assert await other.tokens.get(token().digest) == token()
@@ -61,7 +61,7 @@ async def test_one_digest_is_never_two_tokens(tokens: TokenStore) -> None:
     assert await tokens.get(token().digest) == token()
 
 
-async def test_a_removed_token_is_neither_got_nor_found_nor_listed(tokens: TokenStore) -> None:
+async def test_a_revoked_token_is_not_found_or_listed(tokens: TokenStore) -> None:
     await tokens.issue(token(1), 0, START)
     await tokens.issue(token(2), 0, START)
     assert await tokens.get(token(1).digest) is not None
@@ -111,7 +111,7 @@ async def test_an_expired_token_can_be_removed(tokens: TokenStore) -> None:
         (None, 2, {1, 3}),
     ],
 )
-async def test_remove_all_ends_all_of_a_user_or_of_everybody_but_one(
+async def test_revoke_all_ends_the_tokens_of_one_or_all_users(
     tokens: TokenStore, username: str | None, keep: int | None, ended: set[int]
 ) -> None:
     added = {1: token(1), 2: token(2), 3: token(3, "bob")}
@@ -145,7 +145,7 @@ async def test_remove_all_counts_the_live_tokens_that_it_ended(tokens: TokenStor
     assert await tokens.list(None, START, 10) in [[], [token(1, life=10)]]
 
 
-async def test_of_two_remove_alls_at_once_each_token_is_counted_once(place: Place, other: Place) -> None:
+async def test_two_concurrent_revoke_alls_count_each_token_once(place: Place, other: Place) -> None:
     await asyncio.gather(*(place.tokens.issue(token(number), 0, START) for number in range(20)))
     counts = await asyncio.gather(*(each.tokens.revoke_all("ann", START) for each in (place, other, place)))
     assert sum(counts) == 20
@@ -159,7 +159,7 @@ async def test_a_token_is_found_by_its_public_id(tokens: TokenStore) -> None:
     assert await tokens.find(token(12).id) is None
 
 
-async def test_ids_at_the_ends_of_their_range_are_told_apart(tokens: TokenStore) -> None:
+async def test_ids_at_the_ends_of_their_range_are_distinct(tokens: TokenStore) -> None:
     low = Token(bytes(32), "ann", "", START, int(START) + 1)
     high = Token(b"\xff" * 32, "ann", "", START, int(START) + 1)
     middle = Token(bytes(11) + b"\x01" + b"\xff" * 20, "ann", "", START, int(START) + 1)
@@ -192,7 +192,7 @@ async def test_a_malformed_id_finds_no_token(tokens: TokenStore) -> None:
         assert await tokens.find(malformed) is None, ascii(malformed)
 
 
-async def test_a_list_is_newest_first_and_no_longer_than_its_limit(tokens: TokenStore) -> None:
+async def test_a_list_is_newest_first_up_to_its_limit(tokens: TokenStore) -> None:
     added = [token(number, age=5 - number) for number in range(5)]
     for one in added:
         await tokens.issue(one, 0, START)
@@ -232,7 +232,7 @@ async def test_at_expires_at_a_token_is_purged(tokens: TokenStore) -> None:
     assert await tokens.purge(START + 10, 100) == 1
 
 
-async def test_purge_takes_the_oldest_first_and_no_more_than_its_limit(tokens: TokenStore) -> None:
+async def test_purge_takes_the_oldest_up_to_its_limit(tokens: TokenStore) -> None:
     for number in (3, 1, 4, 2, 0):
         await tokens.issue(token(number, life=number), 0, START)
     assert await tokens.purge(START + 50, 0) == 0

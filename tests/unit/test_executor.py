@@ -59,7 +59,7 @@ async def test_a_job_refused_without_a_thread_never_runs() -> None:
     executor.close()
 
 
-async def test_a_cancelled_caller_keeps_its_place_until_the_job_ends() -> None:
+async def test_a_cancelled_caller_keeps_its_place_until_the_end() -> None:
     """Otherwise a client that disconnects could make the server queue work without bound."""
     gate = threading.Event()
     executor: Executor[float, bool] = Executor(gate.wait, threads=1, queue=1)
