@@ -77,7 +77,7 @@ async def test_a_broken_store_refuses_every_request(
     issued = await service.tokens.issue("ann", "ann-secret", "127.0.0.1", "test")
     (tmp_path / "tokenauth.db").unlink()
     (tmp_path / "tokenauth.db").write_bytes(b"another file")
-    service.store._engine._watch()  # type: ignore[attr-defined]  # instead of waiting a second for it
+    service.store.engine._watch()  # type: ignore[attr-defined]  # instead of waiting a second for it
     answer = await client.get("/", headers={"X-Token": issued.value})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"

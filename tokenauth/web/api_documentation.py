@@ -132,10 +132,10 @@ TOKEN = Section(
             id="logIn",
             title="Log in",
             text="Returns a new token for a user name and a password.",
-            body=token.Credentials,
+            body=token.LogInRequest,
             example={"username": "admin", "password": "admin"},
             answers=[
-                Answer(200, "The new token.", token.Issued, {"token": _LOGIN_VALUE, "expiry_time": _EXPIRES_AT}),
+                Answer(200, "The new token.", token.TokenAnswer, {"token": _LOGIN_VALUE, "expiry_time": _EXPIRES_AT}),
                 Answer(
                     401,
                     "The user name or the password is wrong.",
@@ -154,7 +154,9 @@ TOKEN = Section(
             text="Tells whether a token is valid: the one in the query, or else the one in the header. For an unknown,"
             " expired or revoked token the answer is `200`, too, with `valid: false`.",
             parameters=[Parameter("token", "The token to check. Default: the one in the header.", str, _LOGIN_VALUE)],
-            answers=[Answer(200, "Whether it is valid.", token.Validity, {"valid": True, "expiry_time": _EXPIRES_AT})],
+            answers=[
+                Answer(200, "Whether it is valid.", token.ValidityAnswer, {"valid": True, "expiry_time": _EXPIRES_AT})
+            ],
             refusals=[InvalidRequest, StoreUnavailable],
             security=[(), (X_TOKEN,), (BEARER,)],
         ),
@@ -165,10 +167,12 @@ TOKEN = Section(
             title="Log out",
             text="Revokes a token: the one in the body (JSON or a form) or in the query as `token`, or else the one in"
             " the header. The answer is always `200`, and the token is refused from then on.",
-            body=token.Named,
+            body=token.LogOutRequest,
             body_required=False,
             example={"token": _LOGIN_VALUE},
-            answers=[Answer(200, "The token is not valid.", token.Validity, {"valid": False, "expiry_time": None})],
+            answers=[
+                Answer(200, "The token is not valid.", token.ValidityAnswer, {"valid": False, "expiry_time": None})
+            ],
             security=[(), (X_TOKEN,), (BEARER,)],
         ),
     ],
@@ -197,7 +201,7 @@ MY_TOKENS = Section(
                     Answer(
                         200,
                         "The user and the token.",
-                        account.Me,
+                        account.MeAnswer,
                         {
                             "username": "admin",
                             "scopes": ["admin"],
@@ -219,7 +223,7 @@ MY_TOKENS = Section(
                     Answer(
                         200,
                         "The tokens.",
-                        account.Logins,
+                        account.LoginsAnswer,
                         {
                             "tokens": [
                                 {
@@ -246,7 +250,7 @@ MY_TOKENS = Section(
                     Parameter("keep", "Keep the token that is sent.", Literal["current"], "current"),
                     _USER,
                 ],
-                answers=[Answer(200, "How many were revoked.", account.Revoked, {"revoked": 3})],
+                answers=[Answer(200, "How many were revoked.", account.RevokedAnswer, {"revoked": 3})],
                 refusals=[InsufficientScope],
             ),
             Operation(
@@ -331,7 +335,7 @@ POOLS = Section(
                     Answer(
                         200,
                         "The pools.",
-                        pools.Listing,
+                        pools.PoolsAnswer,
                         {"pools": [{"name": "permits", "capacity": 1, "available": 1, "leased": 0}]},
                     )
                 ],
@@ -344,10 +348,10 @@ POOLS = Section(
                 text="Leases the token that has been free for the longest time. The lease ends by itself unless it is"
                 " kept alive.",
                 parameters=[_POOL],
-                body=pools.Borrower,
+                body=pools.AssignRequest,
                 body_required=False,
                 example={"holder": "build-7"},
-                answers=[Answer(201, "The lease.", pools.Leased, _LEASE)],
+                answers=[Answer(201, "The lease.", pools.LeaseAnswer, _LEASE)],
                 refusals=[*_IN_POOL, *JSON_BODY, NoFreeToken],
             ),
             Operation(
@@ -358,10 +362,10 @@ POOLS = Section(
                 text="Lets the lease run for its full time from now. `holder` and `fence` may be left out; what is"
                 " sent must be that of the lease.",
                 parameters=[_POOL, _POOL_TOKEN],
-                body=pools.Claimed,
+                body=pools.KeepAliveRequest,
                 body_required=False,
                 example={"holder": "build-7"},
-                answers=[Answer(200, "The lease.", pools.Leased, _LEASE)],
+                answers=[Answer(200, "The lease.", pools.LeaseAnswer, _LEASE)],
                 refusals=[*_IN_POOL, UnknownToken, *JSON_BODY, LeaseLost, NotYourLease],
             ),
             Operation(
@@ -372,7 +376,7 @@ POOLS = Section(
                 text="Ends the lease; the token is free at once. With `force=true`, a manager of the pool ends the"
                 " lease of another user.",
                 parameters=[_POOL, _POOL_TOKEN, Parameter("force", "End the lease of another user.", bool)],
-                body=pools.Ended,
+                body=pools.ReleaseRequest,
                 body_required=False,
                 example={"holder": "build-7"},
                 answers=[Answer(204, "The lease has ended.")],
@@ -398,7 +402,7 @@ POOLS = Section(
                     Answer(
                         200,
                         "The pool and its tokens.",
-                        pools.Page,
+                        pools.PoolPageAnswer,
                         {
                             "name": "permits",
                             "capacity": 1,
@@ -418,10 +422,10 @@ POOLS = Section(
                 title="Generate tokens",
                 text="Adds free tokens to a pool. This needs the scope that manages the pool.",
                 parameters=[_POOL._replace(example="bounded")],
-                body=pools.Wanted,
+                body=pools.GenerateRequest,
                 body_required=False,
                 example={"count": 1},
-                answers=[Answer(201, "The new tokens.", pools.Generated, {"tokens": [_GENERATED_VALUE]})],
+                answers=[Answer(201, "The new tokens.", pools.GeneratedAnswer, {"tokens": [_GENERATED_VALUE]})],
                 refusals=[*_IN_POOL, *JSON_BODY, PoolFull],
             ),
             Operation(
@@ -431,7 +435,7 @@ POOLS = Section(
                 title="Show a token of a pool",
                 text="Returns one token, and its lease if it is leased. `fence` is that of the latest lease.",
                 parameters=[_POOL, _POOL_TOKEN],
-                answers=[Answer(200, "The token.", pools.Member, _MEMBER)],
+                answers=[Answer(200, "The token.", pools.PoolTokenAnswer, _MEMBER)],
                 refusals=[*_IN_POOL, UnknownToken],
             ),
             Operation(
@@ -492,9 +496,9 @@ _METADATA = Operation(
         Answer(
             200,
             "The metadata.",
-            oauth.Metadata,
+            oauth.MetadataAnswer,
             msgspec.to_builtins(
-                oauth.Metadata(
+                oauth.MetadataAnswer(
                     _ISSUER, f"{_ISSUER}/oauth/token", f"{_ISSUER}/oauth/introspect", f"{_ISSUER}/oauth/revoke"
                 )
             ),
@@ -530,7 +534,7 @@ OAUTH = Section(
                 Answer(
                     200,
                     "The token. `scope` is all that the client may do.",
-                    oauth.Granted,
+                    oauth.GrantAnswer,
                     {"access_token": _ACCESS_VALUE, "expires_in": 86400, "scope": "admin", "token_type": "Bearer"},
                 )
             ],
@@ -551,7 +555,7 @@ OAUTH = Section(
                 Answer(
                     200,
                     "A valid token.",
-                    oauth.Introspection,
+                    oauth.ActiveAnswer,
                     {
                         "sub": "admin",
                         "username": "admin",
@@ -564,7 +568,7 @@ OAUTH = Section(
                         "token_type": "Bearer",
                     },
                 ),
-                Answer(200, "Any other token.", oauth.Inactive, {"active": False}),
+                Answer(200, "Any other token.", oauth.InactiveAnswer, {"active": False}),
             ],
             refusals=[*_CLIENT, InvalidToken, InsufficientScope],
             security=(*_CLIENT_SECURITY, (X_TOKEN,), (BEARER,)),
@@ -596,7 +600,7 @@ HEALTH = Section(
             id="getHealth",
             title="Check that the process is running",
             text="The answer is `200` while the process is running, also without a database.",
-            answers=[Answer(200, "It is running.", health.Alive, {"status": "ok"})],
+            answers=[Answer(200, "It is running.", health.AliveAnswer, {"status": "ok"})],
         ),
         Operation(
             method="GET",
@@ -605,11 +609,11 @@ HEALTH = Section(
             title="Check that the service can serve",
             text="The answer is `503` with a reason while the service cannot serve, for example without a database.",
             answers=[
-                Answer(200, "It can serve.", health.Ready, {"status": "ready"}),
+                Answer(200, "It can serve.", health.ReadyAnswer, {"status": "ready"}),
                 Answer(
                     503,
                     "It cannot serve.",
-                    health.NotReady,
+                    health.NotReadyAnswer,
                     {"reason": "The database is unavailable.", "status": "not ready"},
                 ),
             ],

@@ -1,4 +1,4 @@
-"""TokenMiddleware: lets through whoever sends a valid token, in this app and in anybody's ASGI app."""
+"""TokenMiddleware: requires a valid token, in this application and in any ASGI app."""
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import Any, cast
@@ -13,19 +13,19 @@ from tokenauth.web.responses import refusal_response
 
 _DENIAL = "websocket.http.response"
 _WITHOUT_BODY = frozenset({"GET", "HEAD", None})
-_NOWHERE = frozenset({"", ".", ".."})
+_NOT_A_NAME = frozenset({"", ".", ".."})
 
 
 class TokenMiddleware:
-    """Reads X-Token or Authorization: Bearer, and puts the token and its user into the scope.
+    """Requires a valid token in X-Token or Authorization: Bearer, and puts it and its user into the scope.
 
-    The guarded app finds them as `scope["token"]`, `scope["user"]` and `scope["auth"]`. Whoever sends no valid token
-    is answered 400, 401 or 503 in place of it, whoever lacks one of `scopes` 403; so is a websocket, or else it is
-    closed with 1008. Whatever goes wrong here, the app is not reached.
+    The guarded app finds them as `scope["token"]`, `scope["user"]` and `scope["auth"]`. A request without a valid token
+    gets 401, with two different ones 400, without all of `scopes` 403, and 503 while tokens cannot be checked. A
+    WebSocket gets the same denial, or is closed with 1008 where the server supports none. The app is not reached.
 
-    `exempt` are paths that need no token, such as "/healthz", or "/public/*" for all that is below.
+    `exempt` are paths that need no token, such as "/healthz", or "/public/*" for all paths below "/public/".
 
-    Raises TypeError or ValueError for `scopes` and `exempt` that are not what they should be.
+    Raises TypeError or ValueError for malformed `scopes` and `exempt`.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class TokenMiddleware:
     ) -> None:
         self._app = app
         self._tokens = tokens
-        self._scopes = frozenset(_listed("scopes", scopes, is_scope, "is no scope"))
-        paths = _listed("exempt", exempt, _is_path, "must begin with a slash")
+        self._scopes = frozenset(_checked("scopes", scopes, is_scope, "is not a scope"))
+        paths = _checked("exempt", exempt, _is_path, "must begin with a slash")
         self._exempt = frozenset(path for path in paths if not path.endswith("/*"))
         self._exempt_below = tuple(path[:-1] for path in paths if path.endswith("/*"))
 
@@ -45,20 +45,20 @@ class TokenMiddleware:
                 scope["user"] = scope["auth"] = ANONYMOUS
                 scope.pop("token", None)
             else:
-                whole = scope.get("method") in _WITHOUT_BODY or _has_come(receive)
+                complete = scope.get("method") in _WITHOUT_BODY or _is_received(receive)
                 try:
                     user, scope["token"] = await self._login(scope)
                 except Refusal as refusal:
                     await _refuse(scope, receive, send, refusal)
                     return
                 scope["user"] = scope["auth"] = user
-                if not whole:
+                if not complete:
                     await self._with_body(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
     async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request that may have a body, which may be long in coming."""
+        """Call the app with a request whose body may arrive much later."""
         body = _Body(scope, receive, send, self._check_again)
         try:
             await self._app(scope, body.receive, body.send)
@@ -69,7 +69,7 @@ class TokenMiddleware:
             await refusal_response(body.refusal)(scope, receive, send)
 
     async def _check_again(self, scope: Scope) -> Refusal | None:
-        """Say why a request that was let through may not go on, if it may not: what holds can change meanwhile."""
+        """Return why a request that was accepted is refused by now, if it is: its token may have been revoked."""
         user: Identity = scope["user"]
         try:
             login = await self._login(scope)
@@ -91,35 +91,35 @@ class TokenMiddleware:
         return login
 
     def _is_exempt(self, scope: Scope) -> bool:
-        """Whether a path, as the app itself has it, needs no token. What leads out of where it seems to be, does.
+        """Whether a path, as the app sees it, needs no token. A path with `..` in it does.
 
-        Some routers cut off what they have matched before they ask (Litestar's): what was sent must be exempt, too.
+        Some routers cut off the prefix that they have matched (Litestar's): the path that was sent must be exempt, too.
         """
         if not self._exempt and not self._exempt_below:
             return False
         root: str = scope.get("root_path", "")
         raw: bytes | None = scope.get("raw_path")
         sent = raw and unquote(raw.partition(b"?")[0].decode("latin-1"))
-        return self._lists(scope["path"], root) and (not sent or self._lists(sent, root))
+        return self._matches_exempt(scope["path"], root) and (not sent or self._matches_exempt(sent, root))
 
-    def _lists(self, path: str, root: str) -> bool:
+    def _matches_exempt(self, path: str, root: str) -> bool:
         if root and (path == root or path.startswith(f"{root}/")):
             path = path[len(root) :]
         if path in self._exempt:
             return True
-        return path.startswith(self._exempt_below) and _NOWHERE.isdisjoint(path[1:].removesuffix("/").split("/"))
+        return path.startswith(self._exempt_below) and _NOT_A_NAME.isdisjoint(path[1:].removesuffix("/").split("/"))
 
 
-def _has_come(receive: Receive) -> bool:
-    """Whether all of a body is there already, which only uvicorn's requests tell; nearly all of them have it."""
+def _is_received(receive: Receive) -> bool:
+    """Whether all of a body has been received, as far as the server tells: uvicorn's do, for nearly all requests."""
     return getattr(getattr(receive, "__self__", None), "more_body", True) is False
 
 
 class _Body:
-    """The body of a request as the guarded app receives it.
+    """Wraps `receive` and `send` of a request whose body was not received at once.
 
-    When it did not come at once, the request is authorized again as soon as it is complete. If it is refused then, the
-    app sees a client that has gone, and nothing that the app still answers is sent.
+    The request is authorized again when the body is complete. If it is refused then, the app sees a client that has
+    disconnected, and its response is not sent.
     """
 
     __slots__ = ("_check", "_late", "_receive", "_scope", "_send", "answered", "refusal")
@@ -136,7 +136,6 @@ class _Body:
         self.answered = False
 
     async def receive(self) -> Message:
-        """Receive a part of the body."""
         if self.refusal is not None:
             return {"type": "http.disconnect"}
         part = _Watched(self._receive())
@@ -153,14 +152,13 @@ class _Body:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer."""
         if self.refusal is None or self.answered:
             self.answered = True
             await self._send(message)
 
 
 class _Watched:
-    """Awaits something, and notices whether that had to wait."""
+    """An awaitable that records whether it had to wait."""
 
     __slots__ = ("_awaited", "waited")
 
@@ -178,7 +176,7 @@ class _Watched:
         return self.send(None)
 
     def send(self, value: object) -> object:
-        """Go on until it waits or ends (PEP 342)."""
+        """Resume until it waits or ends (PEP 342)."""
         if value is None:
             found: object = next(self._awaited)
         else:
@@ -187,11 +185,9 @@ class _Watched:
         return found
 
     def throw(self, *error: Any) -> object:
-        """Raise where it waits."""
         return self._awaited.throw(*error)
 
     def close(self) -> None:
-        """Give it up."""
         self._awaited.close()
 
 
@@ -202,16 +198,16 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) 
         await send({"type": "websocket.close", "code": 1008})
 
 
-def _listed(what: str, words: Iterable[str], fits: Callable[[str], bool], fault: str) -> tuple[str, ...]:
+def _checked(argument: str, words: Iterable[str], is_valid: Callable[[str], bool], problem: str) -> tuple[str, ...]:
     if isinstance(words, str):
-        raise TypeError(f"{what}: takes a list of strings, not one string")
-    listed = tuple(words)
-    for word in listed:
+        raise TypeError(f"{argument}: takes a list of strings, not one string")
+    checked = tuple(words)
+    for word in checked:
         if not isinstance(word, str):
-            raise TypeError(f"{what}: takes a list of strings, and {word!r} is none")
-        if not fits(word):
-            raise ValueError(f"{what}: {word!r} {fault}")
-    return listed
+            raise TypeError(f"{argument}: takes a list of strings, and {word!r} is not one")
+        if not is_valid(word):
+            raise ValueError(f"{argument}: {word!r} {problem}")
+    return checked
 
 
 def _is_path(word: str) -> bool:

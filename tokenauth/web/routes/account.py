@@ -1,4 +1,4 @@
-"""My logins: who am I, where am I logged in, end one, end all. All behind TokenMiddleware."""
+"""The caller's account: who it is, where it is logged in, and revoking its tokens. All require a token."""
 
 from collections.abc import Sequence
 
@@ -20,9 +20,7 @@ ADMIN = "admin"
 """The scope that may act for other users."""
 
 
-class Me(msgspec.Struct):
-    """Whose token this is; `id` names it and proves nothing. Times are Unix seconds."""
-
+class MeAnswer(msgspec.Struct):
     username: str
     scopes: tuple[str, ...]
     id: str
@@ -30,9 +28,7 @@ class Me(msgspec.Struct):
     expiry_time: int
 
 
-class Login(msgspec.Struct):
-    """A live token: since when, until when, and who asked for it."""
-
+class LoginAnswer(msgspec.Struct):
     id: str
     issued_at: int
     expiry_time: int
@@ -41,15 +37,11 @@ class Login(msgspec.Struct):
     current: bool
 
 
-class Logins(msgspec.Struct):
-    """Live tokens, newest first."""
-
-    tokens: list[Login]
+class LoginsAnswer(msgspec.Struct):
+    tokens: list[LoginAnswer]
 
 
-class Revoked(msgspec.Struct):
-    """How many tokens have ended."""
-
+class RevokedAnswer(msgspec.Struct):
     revoked: int
 
 
@@ -69,24 +61,21 @@ class AccountRoutes:
         ]
 
     async def me(self, request: Request) -> Response:
-        """Say whose token this is."""
         user, token = request.user, request.token
-        return JSONResponse(Me(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
+        return JSONResponse(MeAnswer(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
 
     async def list(self, request: Request) -> Response:
-        """List the tokens of a user."""
         listed = await self._tokens.list_live(_username(request))
-        return JSONResponse(Logins([_show(token, request.token) for token in listed]))
+        return JSONResponse(LoginsAnswer([_show(token, request.token) for token in listed]))
 
     async def end_all(self, request: Request) -> Response:
-        """End all tokens of a user, or with `?keep=current` all but this one."""
         keep = request.query_value("keep")
         if keep not in {None, "current"}:
             raise InvalidRequest("keep: may only be 'current'.")
-        return JSONResponse(Revoked(await self._tokens.revoke_all(_username(request), request.token if keep else None)))
+        revoked = await self._tokens.revoke_all(_username(request), request.token if keep else None)
+        return JSONResponse(RevokedAnswer(revoked))
 
     async def end(self, request: Request) -> Response:
-        """End one token."""
         await self._tokens.revoke_id(request.path_params["id"], _username(request))
         return NoStoreResponse(status_code=204)
 
@@ -103,8 +92,8 @@ def _username(request: Request) -> str:
     return canonical(named)
 
 
-def _show(token: Token, current: Token) -> Login:
-    return Login(
+def _show(token: Token, current: Token) -> LoginAnswer:
+    return LoginAnswer(
         id=token.id,
         issued_at=int(token.issued_at),
         expiry_time=token.expires_at,

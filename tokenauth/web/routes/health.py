@@ -11,21 +11,15 @@ from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Route
 
 
-class Alive(msgspec.Struct):
-    """The process answers."""
-
+class AliveAnswer(msgspec.Struct):
     status: Literal["ok"] = "ok"
 
 
-class Ready(msgspec.Struct):
-    """The service can do its work."""
-
+class ReadyAnswer(msgspec.Struct):
     status: Literal["ready"] = "ready"
 
 
-class NotReady(msgspec.Struct):
-    """The service cannot do its work, and why."""
-
+class NotReadyAnswer(msgspec.Struct):
     reason: str
     status: Literal["not ready"] = "not ready"
 
@@ -42,10 +36,8 @@ class HealthRoutes:
         return [Route("/healthz", {"GET": self.alive}), Route("/readyz", {"GET": self.ready})]
 
     async def alive(self, request: Request) -> Response:
-        """Tell that the process is running."""
-        return JSONResponse(Alive())
+        return JSONResponse(AliveAnswer())
 
     async def ready(self, request: Request) -> Response:
-        """Answer 200, or 503 naming what is not ready."""
         problem = await self._problem()
-        return JSONResponse(Ready()) if problem is None else JSONResponse(NotReady(problem), 503)
+        return JSONResponse(ReadyAnswer()) if problem is None else JSONResponse(NotReadyAnswer(problem), 503)

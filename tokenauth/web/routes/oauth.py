@@ -33,18 +33,14 @@ _METHODS = ("client_secret_basic", "client_secret_post")
 Form = dict[str, str]
 
 
-class Granted(msgspec.Struct):
-    """A token for a client (RFC 6749 section 5.1); `scope` is what it may do, which may be more than it asked for."""
-
+class GrantAnswer(msgspec.Struct):
     access_token: str
     expires_in: int
     scope: str
     token_type: str = _BEARER
 
 
-class Introspection(msgspec.Struct):
-    """A token that is valid (RFC 7662 section 2.2); of any other, nothing but `"active": false` is said."""
-
+class ActiveAnswer(msgspec.Struct):
     sub: str
     username: str
     client_id: str
@@ -56,15 +52,11 @@ class Introspection(msgspec.Struct):
     token_type: str = _BEARER
 
 
-class Inactive(msgspec.Struct):
-    """All that is said of a token that is not valid, whatever is wrong with it."""
-
+class InactiveAnswer(msgspec.Struct):
     active: Literal[False] = False
 
 
-class Metadata(msgspec.Struct):
-    """Where what is, and how (RFC 8414 section 2)."""
-
+class MetadataAnswer(msgspec.Struct):
     issuer: str
     token_endpoint: str
     introspection_endpoint: str
@@ -95,7 +87,6 @@ class OAuthRoutes:
         ]
 
     async def token(self, request: Request) -> Response:
-        """Issue a token to a client."""
         form = await request.form_body()
         grant_type = _field(form, "grant_type")
         user = await self._client(request, form)
@@ -105,10 +96,10 @@ class OAuthRoutes:
             raise InvalidScope
         issued = await self._tokens.grant(user, request.client_address, request.user_agent, request.gone)
         lifetime = issued.token.expires_at - int(issued.token.issued_at)
-        return JSONResponse(Granted(issued.value, lifetime, " ".join(user.scopes)), headers=[(b"pragma", b"no-cache")])
+        granted = GrantAnswer(issued.value, lifetime, " ".join(user.scopes))
+        return JSONResponse(granted, headers=[(b"pragma", b"no-cache")])
 
     async def introspect(self, request: Request) -> Response:
-        """Say whether a token is valid, and whose it is."""
         form = await request.form_body()
         caller = await self._caller(request, form)
         request.scope["user"] = caller  # the log names the user if the scope is missing
@@ -116,24 +107,22 @@ class OAuthRoutes:
             raise InsufficientScope(INTROSPECT)
         login = await self._tokens.identify(_field(form, "token").encode())
         if login is None:
-            return JSONResponse(Inactive())
+            return JSONResponse(InactiveAnswer())
         user, token = login
         name, scopes = user.username, " ".join(user.scopes)
-        return JSONResponse(Introspection(name, name, name, scopes, int(token.issued_at), token.expires_at, token.id))
+        return JSONResponse(ActiveAnswer(name, name, name, scopes, int(token.issued_at), token.expires_at, token.id))
 
     async def revoke(self, request: Request) -> Response:
-        """End a token; the answer is the same for one that is not valid (RFC 7009 section 2.2)."""
         form = await request.form_body()
         await self._client(request, form)
         await self._tokens.revoke(_field(form, "token").encode())
         return NoStoreResponse()
 
     async def metadata(self, request: Request) -> Response:
-        """Return the authorization server metadata (RFC 8414)."""
         url = self._issuer
         if not url:
             raise NotFound("The metadata needs the public URL of this service: set oauth.issuer.")
-        return JSONResponse(Metadata(url, f"{url}/oauth/token", f"{url}/oauth/introspect", f"{url}/oauth/revoke"))
+        return JSONResponse(MetadataAnswer(url, f"{url}/oauth/token", f"{url}/oauth/introspect", f"{url}/oauth/revoke"))
 
     async def _caller(self, request: Request, form: Form) -> Identity:
         """Return the user whose token was sent, or else the client that authenticates."""
