@@ -67,10 +67,10 @@ class HeldIssuer:
         """Return a client that reaches this issuer under any address."""
         return httpx.AsyncClient(transport=httpx.ASGITransport(self), **options)
 
-    async def was_asked(self, times: int) -> None:
+    async def await_requests(self, count: int) -> None:
         """Wait until `count` requests have arrived."""
         async with asyncio.timeout(20):
-            while len(self.asked) < times:
+            while len(self.asked) < count:
                 self._more.clear()
                 await self._more.wait()
 

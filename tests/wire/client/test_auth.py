@@ -89,7 +89,7 @@ def test_a_body_that_cannot_be_repeated_is_sent_once(kind: Kind, home: Site, iss
     assert home.paths() == ["POST /api/token", "GET /x", "POST /x", "POST /api/token", "POST /x"]
 
 
-def test_of_many_requests_at_the_same_time_one_logs_in(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
+def test_concurrent_requests_share_one_login(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     issuer.gate.clear()
     answers = kind.storm(auth, f"{home.url}/x", 10, issuer.gate.set)
     assert [answer.status_code for answer in answers if isinstance(answer, httpx.Response)] == [200] * 10
@@ -107,9 +107,7 @@ def test_after_a_revocation_one_login_serves_all_requests(
     assert issuer.logins == 2
 
 
-def test_a_request_refused_meanwhile_uses_the_new_token(
-    kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth
-) -> None:
+def test_a_late_401_uses_the_new_token(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     kind.send(auth, "GET", f"{home.url}/x")
     issuer.valid.clear()
     first = True
@@ -154,7 +152,7 @@ def test_a_failed_login_raises_with_its_reason(
     assert kind.send(auth, "GET", f"{home.url}/x").status_code == 200
 
 
-def test_a_failed_login_fails_for_all_who_wait_for_it(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
+def test_a_failed_login_fails_all_waiting_requests(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     issuer.gate.clear()
     issuer.refuse = (429, {"Retry-After": "7"}, b"{}")
     answers = kind.storm(auth, f"{home.url}/x", 10, issuer.gate.set)
@@ -170,7 +168,7 @@ def test_a_login_without_a_connection_is_issuer_unavailable(kind: Kind, home: Si
     assert home.seen == []
 
 
-def test_a_login_timeout_fails_for_all_who_wait_for_it(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
+def test_a_login_timeout_fails_all_waiting_requests(kind: Kind, home: Site, issuer: Issuer, auth: TokenAuth) -> None:
     """The timeout is that of the request that needs the login."""
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable):
@@ -179,7 +177,7 @@ def test_a_login_timeout_fails_for_all_who_wait_for_it(kind: Kind, home: Site, i
     assert kind.send(auth, "GET", f"{home.url}/x").status_code == 200
 
 
-def test_an_error_of_the_request_itself_stays_what_it_is(kind: Kind, home: Site, auth: TokenAuth) -> None:
+def test_an_error_of_the_request_is_not_changed(kind: Kind, home: Site, auth: TokenAuth) -> None:
     kind.send(auth, "GET", f"{home.url}/x")
     auth._origins = {"http://127.0.0.1:1"}
     with pytest.raises(httpx.ConnectError):

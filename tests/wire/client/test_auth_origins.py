@@ -47,7 +47,7 @@ def test_the_token_is_sent_in_the_chosen_header(kind: Kind, home: Site, wall: Ha
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_to_another_origin_takes_no_token_along(
+def test_a_redirect_to_another_origin_carries_no_token(
     kind: Kind, home: Site, elsewhere: Site, wall: Hand, bearer: bool, status: int
 ) -> None:
     issuer = home.answer
@@ -148,6 +148,6 @@ def test_an_origin_is_scheme_host_and_port(one: str, other: str, same: bool) -> 
             next(flow)
 
 
-def test_a_string_is_no_list_of_origins() -> None:
+def test_a_string_is_not_a_list_of_origins() -> None:
     with pytest.raises(TypeError):
         TokenAuth("https://issuer.example", "ann", "ann-secret", origins="https://a.example")

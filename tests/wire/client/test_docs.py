@@ -45,12 +45,12 @@ def test_other_snippets_are_from_the_examples() -> None:
 async def test_cors_outside_answers_preflight_and_marks_401() -> None:
     names = run("CORSMiddleware")
     page = {"Origin": "https://app.example.com"}
-    asks = {**page, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "X-Token"}
+    preflight = {**page, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "X-Token"}
     async with (
         names["tokens"],
         httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://app") as client,
     ):
-        assert (await client.options("/", headers=asks)).status_code == 200
+        assert (await client.options("/", headers=preflight)).status_code == 200
         refused = await client.get("/", headers=page)
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == page["Origin"]

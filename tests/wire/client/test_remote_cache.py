@@ -11,9 +11,7 @@ from tests.wire.client.conftest import Connect
 from tests.wire.client.issuers import INVALID, Hand, HeldIssuer, me, token, turns
 
 
-async def test_an_answer_is_used_again_for_max_age_and_no_longer(
-    connect: Connect, issuer: HeldIssuer, monotonic: Hand
-) -> None:
+async def test_an_answer_is_reused_for_max_age_only(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=2)
     first = await tokens.identify(token(1))
     monotonic.now += 1.9
@@ -24,31 +22,33 @@ async def test_an_answer_is_used_again_for_max_age_and_no_longer(
     assert len(issuer.asked) == 2
 
 
-async def test_an_answers_age_counts_from_its_question(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
+async def test_an_answer_ages_from_the_time_of_its_request(
+    connect: Connect, issuer: HeldIssuer, monotonic: Hand
+) -> None:
     tokens = connect(max_age=2)
     issuer.gate.clear()
-    asking = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(1)
+    lookup = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.await_requests(1)
     monotonic.now += 1.5
     issuer.gate.set()
-    await asking
+    await lookup
     monotonic.now += 0.6
     issuer.reply = lambda _: INVALID
     assert await tokens.identify(token(1)) is None
 
 
 @pytest.mark.parametrize("max_age", [0, 2])
-async def test_max_age_holds_while_an_older_question_is_pending(
+async def test_max_age_holds_during_an_older_lookup(
     connect: Connect, issuer: HeldIssuer, monotonic: Hand, max_age: float
 ) -> None:
     tokens = connect(max_age=max_age)
     issuer.gate.clear()
     before = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(1)
-    issuer.reply = lambda _: INVALID  # it was revoked
+    await issuer.await_requests(1)
+    issuer.reply = lambda _: INVALID  # the token was revoked
     monotonic.now += max_age + 0.001
     after = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(2)
+    await issuer.await_requests(2)
     issuer.gate.set()
     assert await before is not None
     assert await after is None
@@ -60,7 +60,7 @@ async def test_a_late_answer_replaces_no_newer_one(connect: Connect, issuer: Hel
     late = issuer.gate
     late.clear()
     before = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(1)
+    await issuer.await_requests(1)
     monotonic.now += 2
     issuer.gate = asyncio.Event()
     issuer.gate.set()
@@ -73,32 +73,32 @@ async def test_a_late_answer_replaces_no_newer_one(connect: Connect, issuer: Hel
 
 
 @pytest.mark.parametrize("max_age", [0, 2])
-async def test_requests_at_the_same_time_share_a_question(connect: Connect, issuer: HeldIssuer, max_age: float) -> None:
+async def test_concurrent_requests_share_a_lookup(connect: Connect, issuer: HeldIssuer, max_age: float) -> None:
     tokens = connect(max_age=max_age)
     logins = await asyncio.gather(*(tokens.identify(token(1)) for _ in range(20)))
     assert len(issuer.asked) == 1
     assert {login.user.username for login in logins if login} == {"ann"}
 
 
-async def test_without_max_age_no_request_joins_an_older_question(connect: Connect, issuer: HeldIssuer) -> None:
-    """Even with a clock that stands still."""
+async def test_without_max_age_no_request_joins_a_lookup(connect: Connect, issuer: HeldIssuer) -> None:
+    """Even if the clock does not move."""
     tokens = connect(max_age=0)
     issuer.gate.clear()
     first = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(1)
+    await issuer.await_requests(1)
     second = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(2)
+    await issuer.await_requests(2)
     issuer.gate.set()
     await asyncio.gather(first, second)
     await tokens.identify(token(1))
     assert len(issuer.asked) == 3
 
 
-async def test_a_cancelled_caller_leaves_the_question_to_others(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_a_cancelled_caller_leaves_the_lookup_to_others(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect()
     issuer.gate.clear()
     first, second = (asyncio.create_task(tokens.identify(token(1))) for _ in range(2))
-    await issuer.was_asked(1)
+    await issuer.await_requests(1)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
@@ -107,28 +107,26 @@ async def test_a_cancelled_caller_leaves_the_question_to_others(connect: Connect
     assert len(issuer.asked) == 1
 
 
-async def test_an_abandoned_question_fails_silently(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_an_abandoned_lookup_fails_silently(connect: Connect, issuer: HeldIssuer) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     tokens = connect()
     issuer.gate.clear()
     issuer.reply = lambda _: (500, b"")
-    asking = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(1)
-    asking.cancel()
-    await asyncio.wait([asking])
+    lookup = asyncio.create_task(tokens.identify(token(1)))
+    await issuer.await_requests(1)
+    lookup.cancel()
+    await asyncio.wait([lookup])
     issuer.gate.set()
     await turns()
-    del asking
+    del lookup
     gc.collect()
     await turns()
     assert not tokens._tasks
     assert complaints == []
 
 
-async def test_a_remembered_token_that_has_expired_is_not_taken(
-    connect: Connect, issuer: HeldIssuer, wall: Hand
-) -> None:
+async def test_an_expired_token_is_not_taken_from_the_cache(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
     tokens = connect()
     issuer.reply = lambda value: (200, me(value, expiry_time=int(START) + 10))
     assert await tokens.identify(token(1)) is not None
@@ -139,12 +137,12 @@ async def test_a_remembered_token_that_has_expired_is_not_taken(
     assert await tokens.identify(token(1)) is None
 
 
-async def test_an_expired_token_is_never_answered_from_before(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
+async def test_an_expired_token_joins_no_older_lookup(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
     tokens = connect()
     issuer.reply = lambda value: (200, me(value, expiry_time=int(START) + 10))
     issuer.gate.clear()
     before = asyncio.create_task(tokens.identify(token(1)))
-    await issuer.was_asked(1)
+    await issuer.await_requests(1)
     issuer.reply = lambda _: INVALID
     wall.now += 10
     after = asyncio.create_task(tokens.identify(token(1)))
@@ -155,7 +153,7 @@ async def test_an_expired_token_is_never_answered_from_before(connect: Connect, 
 
 
 async def test_the_issuer_decides_when_a_token_has_expired(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
-    """The clock may be wrong: it is only a reason to ask."""
+    """The local clock may be wrong: it only causes a lookup."""
     tokens = connect()
     issuer.reply = lambda value: (200, me(value, expiry_time=int(START) - 10))
     assert await tokens.identify(token(1)) is not None
@@ -163,7 +161,7 @@ async def test_the_issuer_decides_when_a_token_has_expired(connect: Connect, iss
     assert len(issuer.asked) == 2
 
 
-async def test_a_refusal_is_remembered_for_max_age(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
+async def test_a_refusal_is_cached_for_max_age(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=2)
     issuer.reply = lambda _: INVALID
     assert await tokens.identify(token(1)) is None
@@ -176,12 +174,12 @@ async def test_a_refusal_is_remembered_for_max_age(connect: Connect, issuer: Hel
 
 
 @pytest.mark.parametrize("value", [b"", b"x", token(1)[:-1], token(1) + b"0", b"-" * 64, b"\xff" * 64])
-async def test_what_no_token_looks_like_is_refused_unasked(connect: Connect, issuer: HeldIssuer, value: bytes) -> None:
+async def test_a_malformed_token_is_refused_without_lookup(connect: Connect, issuer: HeldIssuer, value: bytes) -> None:
     assert await connect().identify(value) is None
     assert issuer.asked == []
 
 
-async def test_what_was_used_longest_ago_is_forgotten_first(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_the_least_recently_used_entry_is_evicted(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect(cache_size=2)
     for number in (1, 2, 1, 3):
         await tokens.identify(token(number))
@@ -203,7 +201,7 @@ async def test_invalid_tokens_evict_no_valid_one_from_the_cache(connect: Connect
     assert len(tokens._refused._entries) == 2
 
 
-async def test_no_value_of_a_token_is_held(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_no_token_value_is_kept_in_memory(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect(stale_grace=10, client=issuer.client())
     value = token(1)
     assert await tokens.identify(value) is not None

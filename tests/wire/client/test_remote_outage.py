@@ -29,7 +29,7 @@ NO_ANSWERS: dict[str, Reply] = {
     "401 that is a list": (401, b'["invalid_token"]'),
     "200 of a proxy": (200, b"<h1>Welcome</h1>"),
     "200 of another service": (200, b'{"username": "ann"}'),
-    "200 of nobody": (200, me(VALUE, username="")),
+    "200 without a username": (200, me(VALUE, username="")),
     "200 of another token": (200, me(token(2))),
     "200 with scopes in one string": (200, me(VALUE, scopes="read write")),
     "200 without an end": (200, me(VALUE, expiry_time=None)),
@@ -84,14 +84,14 @@ async def test_a_byte_by_byte_answer_is_bounded_by_the_timeout() -> None:
         await gone.wait()
 
 
-async def test_closing_fails_pending_questions(connect: Connect, issuer: HeldIssuer) -> None:
+async def test_closing_fails_pending_lookups(connect: Connect, issuer: HeldIssuer) -> None:
     tokens = connect()
     issuer.gate.clear()
-    asking = asyncio.create_task(tokens.identify(VALUE))
-    await issuer.was_asked(1)
+    lookup = asyncio.create_task(tokens.identify(VALUE))
+    await issuer.await_requests(1)
     await tokens.aclose()
     with pytest.raises(IssuerUnavailable):
-        await asking
+        await lookup
 
 
 async def test_a_confirmed_token_is_accepted_for_the_grace_only(
@@ -102,7 +102,7 @@ async def test_a_confirmed_token_is_accepted_for_the_grace_only(
     issuer.reply = lambda _: (503, b"")
     monotonic.now += 62
     assert await tokens.identify(VALUE) is confirmed
-    assert len(issuer.asked) == 2, "a stale answer is no reason not to ask"
+    assert len(issuer.asked) == 2, "the issuer is still asked after a stale answer"
     monotonic.now += 0.001
     with pytest.raises(IssuerUnavailable):
         await tokens.identify(VALUE)
@@ -119,7 +119,7 @@ async def test_without_grace_a_confirmation_lasts_max_age(
         await tokens.identify(VALUE)
 
 
-async def test_a_grace_is_for_tokens_that_were_confirmed(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
+async def test_grace_applies_only_to_confirmed_tokens(connect: Connect, issuer: HeldIssuer, monotonic: Hand) -> None:
     tokens = connect(max_age=0, stale_grace=60)
     await tokens.identify(VALUE)
     issuer.reply = lambda _: INVALID
@@ -130,7 +130,7 @@ async def test_a_grace_is_for_tokens_that_were_confirmed(connect: Connect, issue
             await tokens.identify(value)
 
 
-async def test_a_grace_revives_no_token_that_has_expired(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
+async def test_grace_does_not_revive_expired_tokens(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
     tokens = connect(max_age=0, stale_grace=60)
     issuer.reply = lambda value: (200, me(value, expiry_time=int(START) + 10))
     await tokens.identify(VALUE)
@@ -162,7 +162,7 @@ async def test_an_outage_is_logged_once_and_without_a_token(
     assert VALUE.decode() not in caplog.text
 
 
-async def test_a_client_that_was_closed_keeps_everybody_out(connect: Connect) -> None:
+async def test_a_closed_client_refuses_every_token(connect: Connect) -> None:
     tokens = connect()
     await tokens._client.aclose()
     with pytest.raises(IssuerUnavailable):

@@ -13,7 +13,7 @@ from tests.support.servers import ROOT, HandClock, Server, log_in
 from tests.wire.client.issuers import HeldIssuer, token
 from tokenauth.client import RemoteTokens
 
-OF_THE_SERVER = {"sqlalchemy", "aiosqlite", "argon2", "passlib", "bcrypt", "uvicorn", "alembic", "tomlkit"}
+SERVER_MODULES = {"sqlalchemy", "aiosqlite", "argon2", "passlib", "bcrypt", "uvicorn", "alembic", "tomlkit"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def log_out(client: httpx.Client, value: str) -> None:
     client.delete("/api/token", headers={"X-Token": value}).raise_for_status()
 
 
-async def test_it_knows_of_a_token_what_the_issuer_knows(
+async def test_it_returns_the_identity_that_the_issuer_has(
     server: Server, client: httpx.Client, clock: HandClock
 ) -> None:
     value = log_in(client, "ann", "ann-secret")
@@ -75,7 +75,7 @@ async def test_a_token_that_expires_is_refused_in_that_second(
         assert await tokens.identify(value.encode()) is None
 
 
-async def test_one_connection_serves_all_questions(server: Server, clock: HandClock) -> None:
+async def test_one_connection_serves_all_lookups(server: Server, clock: HandClock) -> None:
     opened = 0
 
     async def watch(event: str, _: object) -> None:
@@ -134,7 +134,7 @@ def test_a_downstream_service_imports_nothing_of_the_server(what: str) -> None:
     )
     loaded = set(done.stdout.split())
     assert "tokenauth" in loaded
-    assert not loaded & OF_THE_SERVER
+    assert not loaded & SERVER_MODULES
     if "client" in what:
         assert "httpx" in loaded
         assert not loaded & {"starlette", "structlog"}

@@ -8,7 +8,7 @@ from tests.support.connections import Connection
 from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server, log_in
 from tests.wire.client_pools.clients import KINDS, Client, Connect, Watch, connecting
-from tests.wire.client_pools.lines import Line
+from tests.wire.client_pools.proxy import Proxy
 
 TTL = 9
 """Seconds that a lease lasts."""
@@ -36,7 +36,7 @@ def login(server: Server) -> dict[str, str]:
 
 
 @pytest.fixture
-def desk(server: Server) -> Iterator[PoolUser]:
+def admin(server: Server) -> Iterator[PoolUser]:
     """Log in as the administrator."""
     with Connection(server.port) as connection:
         yield PoolUser(connection)
@@ -49,11 +49,11 @@ def _later(clock: HandClock) -> None:
 
 
 @pytest.fixture
-def line(server: Server) -> Iterator[Line]:
-    """Return a line to the worker."""
-    line = Line(server.port)
-    yield line
-    line.close()
+def proxy(server: Server) -> Iterator[Proxy]:
+    """Return a proxy in front of the worker."""
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 
 @pytest.fixture
-def client(connect: Connect, login: dict[str, str], line: Line, watch: Watch) -> Client:
-    """Return a client that is connected over the line."""
-    return connect(line.url, headers=login, monotonic=watch, timeout=60)
+def client(connect: Connect, login: dict[str, str], proxy: Proxy, watch: Watch) -> Client:
+    """Return a client that is connected through the proxy."""
+    return connect(proxy.url, headers=login, monotonic=watch, timeout=60)

@@ -9,7 +9,7 @@ from tests.support.journal import until
 from tests.support.servers import HandClock, Server
 from tests.wire.client_pools.clients import Client, Connect, Held
 from tests.wire.client_pools.conftest import TTL
-from tests.wire.client_pools.lines import Line
+from tests.wire.client_pools.proxy import Proxy
 from tokenauth.errors import LeaseLost, NoFreeToken
 
 TURNS = 4
@@ -38,11 +38,11 @@ class Traffic:
 
 
 class Contender:
-    """Leases the permit again and again. Every other time its line is dead until the lease is lost."""
+    """Leases the permit again and again. Every other time its proxy holds back responses until the lease is lost."""
 
-    def __init__(self, client: Client, line: Line, traffic: Traffic, rivals: "list[Contender]") -> None:
+    def __init__(self, client: Client, proxy: Proxy, traffic: Traffic, rivals: "list[Contender]") -> None:
         self._client = client
-        self._line = line
+        self._proxy = proxy
         self._traffic = traffic
         self._rivals = rivals
         self.lease: Held | None = None
@@ -55,11 +55,11 @@ class Contender:
 
     def _hold(self, dead: bool) -> bool:
         with suppress(NoFreeToken, LeaseLost), self._client.lease("permit") as self.lease:
-            self._look_around(self.lease)
+            self._check_rivals(self.lease)
             if dead:
-                self._line.hold()
+                self._proxy.hold()
                 until(self._is_lost, "the lease is lost")
-                self._line.free()
+                self._proxy.resume()
             return True
         return False
 
@@ -67,18 +67,18 @@ class Contender:
         self._traffic.pass_time(TTL / 4)
         return self.lease is not None and self.lease.lost.is_set()
 
-    def _look_around(self, mine: Held) -> None:
-        """Ask all twice whether they hold a lease.
+    def _check_rivals(self, mine: Held) -> None:
+        """Check twice which clients hold a lease.
 
-        One that holds it the second time also held it when the others were asked.
+        A client that holds one at the second check also held it while the others were checked.
         """
         leases = [rival.lease for rival in self._rivals if rival.lease is not None]
         held = [lease for lease in leases if not lease.lost.is_set()]
         held = [lease for lease in held if not lease.lost.is_set()]
-        assert held in ([], [mine]), "two have the only permit"
+        assert held in ([], [mine]), "two clients hold the only permit"
 
 
-def test_no_two_clients_ever_both_have_the_only_permit(
+def test_two_clients_never_hold_the_only_permit(
     connect: Connect, login: dict[str, str], server: Server, clock: HandClock
 ) -> None:
     """Server and clients read the same clock, and leases end while messages are in flight."""
@@ -86,8 +86,8 @@ def test_no_two_clients_ever_both_have_the_only_permit(
     traffic = Traffic(clock)
     with ExitStack() as stack:
         for _ in range(3):
-            line = stack.enter_context(closing(Line(server.port, traffic.lag)))
-            rivals.append(Contender(connect(line.url, headers=login, monotonic=clock), line, traffic, rivals))
+            proxy = stack.enter_context(closing(Proxy(server.port, traffic.lag)))
+            rivals.append(Contender(connect(proxy.url, headers=login, monotonic=clock), proxy, traffic, rivals))
         threads = stack.enter_context(ThreadPoolExecutor(3))
         for running in [threads.submit(rival.run) for rival in rivals]:
             running.result()

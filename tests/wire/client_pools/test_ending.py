@@ -12,7 +12,7 @@ from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server, log_in, worker, write_config
 from tests.wire.client_pools.clients import Client, Connect, Watch
 from tests.wire.client_pools.conftest import TTL
-from tests.wire.client_pools.lines import Line
+from tests.wire.client_pools.proxy import Proxy
 from tokenauth import errors
 from tokenauth.client.pools import AsyncPoolClient, PoolClient
 
@@ -24,38 +24,36 @@ def stop(server: Server) -> Iterator[Callable[[], None]]:
     server.process.send_signal(signal.SIGCONT)
 
 
-class Trouble(Exception):
+class BlockError(Exception):
     pass
 
 
-def test_an_error_in_the_block_propagates_and_releases(client: Client, desk: PoolUser) -> None:
-    with pytest.raises(Trouble), client.lease("permit"):
-        raise Trouble
-    assert desk.counts("permit") == (1, 0)
+def test_an_error_in_the_block_propagates_and_releases(client: Client, admin: PoolUser) -> None:
+    with pytest.raises(BlockError), client.lease("permit"):
+        raise BlockError
+    assert admin.counts("permit") == (1, 0)
 
 
-def test_an_issuer_that_was_killed_is_no_trouble_at_the_end(
-    connect: Connect, tmp_path: Path, settings: str, watch: Watch
-) -> None:
+def test_a_killed_issuer_does_not_break_the_end(connect: Connect, tmp_path: Path, settings: str, watch: Watch) -> None:
     def hold() -> None:
         with client.lease("permit") as lease:
             doomed.kill()
             watch.advance(TTL / 3)
             lease.check()
-            raise Trouble
+            raise BlockError
 
     with worker(write_config(tmp_path, settings), HandClock(tmp_path / "clock", create=True)) as doomed:
         with doomed.client() as http:
             token = log_in(http)
         client = connect(doomed.url, headers={"X-Token": token}, monotonic=watch)
-        with pytest.raises(Trouble):
+        with pytest.raises(BlockError):
             hold()
         with pytest.raises(errors.IssuerUnavailable), client.lease("permit"):
             raise AssertionError("nobody answers")
 
 
 @pytest.mark.parametrize("seconds", [TTL / 3, TTL], ids=["held", "lost"])
-def test_an_issuer_that_hangs_is_no_trouble_at_the_end(
+def test_a_hanging_issuer_does_not_break_the_end(
     connect: Connect, login: dict[str, str], server: Server, stop: Callable[[], None], watch: Watch, seconds: float
 ) -> None:
     def hold() -> None:
@@ -63,14 +61,14 @@ def test_an_issuer_that_hangs_is_no_trouble_at_the_end(
             stop()
             watch.advance(seconds)
             assert lease.lost.wait(0) is (seconds == TTL)
-            raise Trouble
+            raise BlockError
 
     client = connect(server.url, headers=login, monotonic=watch, timeout=0.2)
-    with pytest.raises(Trouble):
+    with pytest.raises(BlockError):
         hold()
 
 
-def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: PoolUser) -> None:
+def test_ctrl_c_releases_and_leaves_no_thread(server: Server, admin: PoolUser) -> None:
     def keepers() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name == "lease-keeper"]
 
@@ -81,23 +79,23 @@ def test_ctrl_c_gives_the_token_back_and_leaves_no_thread(server: Server, desk: 
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
-        with PoolClient(server.url, headers={"X-Token": desk.token}) as pools:
+        with PoolClient(server.url, headers={"X-Token": admin.token}) as pools:
             with pytest.raises(KeyboardInterrupt):
                 hold()
             assert not keepers()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert desk.counts("permit") == (1, 0)
+    assert admin.counts("permit") == (1, 0)
 
 
-async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk: PoolUser) -> None:
+async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, admin: PoolUser) -> None:
     async def hold() -> None:
         async with pools.lease("permit"):
             held.set()
             await asyncio.Event().wait()
 
     held = asyncio.Event()
-    async with AsyncPoolClient(server.url, headers={"X-Token": desk.token}) as pools:
+    async with AsyncPoolClient(server.url, headers={"X-Token": admin.token}) as pools:
         before = asyncio.all_tasks()
         task = asyncio.create_task(hold())
         await held.wait()
@@ -105,44 +103,44 @@ async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, desk
         with pytest.raises(asyncio.CancelledError):
             await task
         assert asyncio.all_tasks() == before
-        assert desk.counts("permit") == (1, 0)
+        assert admin.counts("permit") == (1, 0)
 
 
-async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str], desk: PoolUser, line: Line) -> None:
+async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str], admin: PoolUser, proxy: Proxy) -> None:
     """The server has granted the lease, and the response is in flight."""
 
     async def hold() -> None:
         async with pools.lease("permit"):
             raise AssertionError("it was cancelled")
 
-    async with AsyncPoolClient(line.url, headers=login) as pools:
-        line.hold()
+    async with AsyncPoolClient(proxy.url, headers=login) as pools:
+        proxy.hold()
         task = asyncio.create_task(hold())
-        await asyncio.to_thread(line.wait_for_answer)
+        await asyncio.to_thread(proxy.wait_for_response)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert desk.counts("permit") == (0, 1)
-        line.free()
-    assert desk.counts("permit") == (1, 0)
+        assert admin.counts("permit") == (0, 1)
+        proxy.resume()
+    assert admin.counts("permit") == (1, 0)
 
 
-async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], desk: PoolUser, line: Line) -> None:
+async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], admin: PoolUser, proxy: Proxy) -> None:
     """The second cancellation comes during the release. `aclose` waits for that."""
 
     async def hold() -> None:
         async with pools.lease("permit"):
-            line.hold()
+            proxy.hold()
 
-    pools = AsyncPoolClient(line.url, headers=login)
+    pools = AsyncPoolClient(proxy.url, headers=login)
     task = asyncio.create_task(hold())
-    await asyncio.to_thread(line.wait_for_answer)
+    await asyncio.to_thread(proxy.wait_for_response)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     closing = asyncio.create_task(pools.aclose())
     done, _ = await asyncio.wait([closing], timeout=0.1)
-    assert not done, "what is being given back has no connection any more"
-    line.free()
+    assert not done, "aclose waits for the release"
+    proxy.resume()
     await closing
-    assert desk.counts("permit") == (1, 0)
+    assert admin.counts("permit") == (1, 0)

@@ -13,29 +13,29 @@ from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server
 from tests.wire.client_pools.clients import Client, Connect, Watch
 from tests.wire.client_pools.conftest import MANY, TTL
-from tests.wire.client_pools.lines import Line
+from tests.wire.client_pools.proxy import Proxy
 from tokenauth import errors
 from tokenauth.client import TokenAuth
 
 PassTime = Callable[[float], object]
 
 
-def ends(desk: PoolUser, pool: str = "permit") -> list[int | None]:
+def lease_ends(admin: PoolUser, pool: str = "permit") -> list[int | None]:
     """Return when the leases of a pool end."""
-    return [member.get("lease_expiry_time") for member in desk.members(pool)]
+    return [member.get("lease_expiry_time") for member in admin.members(pool)]
 
 
-def test_a_token_is_held_until_the_block_ends(client: Client, desk: PoolUser, clock: HandClock) -> None:
+def test_a_token_is_held_until_the_block_ends(client: Client, admin: PoolUser, clock: HandClock) -> None:
     with client.lease("permit", holder="ci-7") as lease:
         lease.check()
-        (member,) = desk.members("permit")
+        (member,) = admin.members("permit")
         assert (member["token"], member["holder"], member["fence"]) == (lease.token, lease.holder, lease.fence)
         assert lease.holder == "ci-7"
         assert member["lease_expiry_time"] == clock() + TTL
-    assert desk.counts("permit") == (1, 0)
+    assert admin.counts("permit") == (1, 0)
 
 
-def test_what_was_given_back_is_lost(client: Client) -> None:
+def test_a_released_lease_is_lost(client: Client) -> None:
     with client.lease("permit") as lease:
         assert not lease.lost.is_set()
     assert lease.lost.wait(0)
@@ -55,85 +55,88 @@ def test_no_lease_shows_its_token(client: Client) -> None:
 
 
 def test_no_log_shows_the_token_of_a_lease(
-    client: Client, desk: PoolUser, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
+    client: Client, admin: PoolUser, clock: HandClock, pass_time: PassTime, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither in a keep-alive nor in a release, at any log level."""
     caplog.set_level(logging.DEBUG)
     with client.lease("permit") as lease:
         pass_time(TTL / 3)
-        until(lambda: ends(desk) == [clock() + TTL], "the lease was kept alive")
-    told = [record.getMessage() for record in caplog.records if record.name == "httpx"]
+        until(lambda: lease_ends(admin) == [clock() + TTL], "the lease was kept alive")
+    messages = [record.getMessage() for record in caplog.records if record.name == "httpx"]
     for method in ("PUT", "DELETE"):
-        assert any(f"{method} " in line and "/api/pools/permit/leases/(token)" in line for line in told)
+        assert any(f"{method} " in text and "/api/pools/permit/leases/(token)" in text for text in messages)
     assert lease.token not in caplog.text
 
 
 def test_a_lease_is_kept_alive_during_the_whole_block(
-    client: Client, desk: PoolUser, clock: HandClock, pass_time: PassTime
+    client: Client, admin: PoolUser, clock: HandClock, pass_time: PassTime
 ) -> None:
     with client.lease("permit") as lease:
         for _ in range(3):
             pass_time(TTL / 3)
-            until(lambda: ends(desk) == [clock() + TTL], "the lease runs from now")
+            until(lambda: lease_ends(admin) == [clock() + TTL], "the lease runs from now")
         lease.check()
-        assert desk.members("permit")[0]["fence"] == lease.fence
+        assert admin.members("permit")[0]["fence"] == lease.fence
 
 
-def test_a_keep_alive_is_counted_from_before_it_was_sent(
-    client: Client, desk: PoolUser, clock: HandClock, line: Line, pass_time: PassTime
+def test_a_keep_alive_counts_from_before_its_request(
+    client: Client, admin: PoolUser, clock: HandClock, proxy: Proxy, pass_time: PassTime
 ) -> None:
     with client.lease("permit") as lease:
-        line.hold()
+        proxy.hold()
         pass_time(TTL / 3)
-        line.wait_for_answer()
+        proxy.wait_for_response()
         pass_time(TTL / 2)
-        line.free()
-        until(lambda: ends(desk) == [int(clock() + TTL)], "the next one is due at once: more than a third is over")
+        proxy.resume()
+        until(
+            lambda: lease_ends(admin) == [int(clock() + TTL)],
+            "the next keep-alive was sent at once",
+        )
         lease.check()
 
 
-def test_many_leases_are_held_at_once(client: Client, desk: PoolUser, clock: HandClock, pass_time: PassTime) -> None:
+def test_many_leases_are_held_at_once(client: Client, admin: PoolUser, clock: HandClock, pass_time: PassTime) -> None:
     with ExitStack() as stack:
         leases = [stack.enter_context(client.lease("permits")) for _ in range(MANY)]
         assert len({lease.token for lease in leases}) == MANY
         pass_time(TTL / 3)
-        until(lambda: ends(desk, "permits") == [clock() + TTL] * MANY, "all leases run from now")
-    assert desk.counts("permits") == (MANY, 0)
+        until(lambda: lease_ends(admin, "permits") == [clock() + TTL] * MANY, "all leases run from now")
+    assert admin.counts("permits") == (MANY, 0)
 
 
-def test_a_client_waits_until_a_token_is_given_back(client: Client, desk: PoolUser, line: Line) -> None:
+def test_a_client_waits_until_a_token_is_released(client: Client, admin: PoolUser, proxy: Proxy) -> None:
     def hold() -> int:
         with client.lease("permit", wait=60) as lease:
             return lease.fence
 
-    before = desk.assign("permit")
-    line.hold()
+    before = admin.assign("permit")
+    proxy.hold()
     with ThreadPoolExecutor(1) as threads:
         fence = threads.submit(hold)
-        line.wait_for_answer()
-        desk.release("permit", before.token)
-        line.free()
+        proxy.wait_for_response()
+        admin.release("permit", before.token)
+        proxy.resume()
         assert fence.result() == before.fence + 1
 
 
-def test_a_client_waits_no_longer_than_it_wants_to(client: Client, desk: PoolUser, line: Line, watch: Watch) -> None:
+def test_a_client_waits_no_longer_than_its_limit(client: Client, admin: PoolUser, proxy: Proxy, watch: Watch) -> None:
     def hold() -> None:
         with client.lease("permit", wait=60):
             raise AssertionError("there was no token")
 
-    desk.assign("permit")
-    line.hold()
+    admin.assign("permit")
+    proxy.hold()
     with ThreadPoolExecutor(1) as threads:
         held = threads.submit(hold)
-        line.wait_for_answer()
+        proxy.wait_for_response()
         watch.advance(60)
-        line.free()
+        proxy.resume()
         with pytest.raises(errors.NoFreeToken):
             held.result()
 
 
-def test_a_refusal_says_when_the_next_lease_ends(client: Client, desk: PoolUser, clock: HandClock) -> None:
-    desk.assign("permit")
+def test_a_refusal_says_when_the_next_lease_ends(client: Client, admin: PoolUser, clock: HandClock) -> None:
+    admin.assign("permit")
     clock.advance(5)
     with pytest.raises(errors.NoFreeToken) as refusal, client.lease("permit"):
         raise AssertionError("there was no token")
@@ -141,7 +144,7 @@ def test_a_refusal_says_when_the_next_lease_ends(client: Client, desk: PoolUser,
 
 
 @pytest.mark.parametrize(
-    ("pool", "options", "kind", "says"),
+    ("pool", "options", "kind", "message"),
     [
         pytest.param("nowhere", {}, errors.UnknownPool, "no pool of this name", id="no-such-pool"),
         pytest.param("a?b#c", {}, errors.UnknownPool, "no pool of this name", id="no-pool-can-be-named-so"),
@@ -150,9 +153,9 @@ def test_a_refusal_says_when_the_next_lease_ends(client: Client, desk: PoolUser,
     ],
 )
 def test_a_refusal_is_raised(
-    client: Client, pool: str, options: dict[str, Any], kind: type[errors.Refusal], says: str
+    client: Client, pool: str, options: dict[str, Any], kind: type[errors.Refusal], message: str
 ) -> None:
-    with pytest.raises(kind, match=says) as refusal, client.lease(pool, **options):
+    with pytest.raises(kind, match=message) as refusal, client.lease(pool, **options):
         raise AssertionError("this was refused")
     assert type(refusal.value) is kind
 
@@ -166,9 +169,9 @@ def test_a_refusal_is_raised(
     ],
 )
 def test_a_misconfigured_client_gets_an_error(
-    connect: Connect, line: Line, path: str, headers: dict[str, str], kind: type[errors.Refusal]
+    connect: Connect, proxy: Proxy, path: str, headers: dict[str, str], kind: type[errors.Refusal]
 ) -> None:
-    with pytest.raises(errors.Refusal) as refusal, connect(line.url + path, headers=headers).lease("permit"):
+    with pytest.raises(errors.Refusal) as refusal, connect(proxy.url + path, headers=headers).lease("permit"):
         raise AssertionError("this was refused")
     assert type(refusal.value) is kind
 

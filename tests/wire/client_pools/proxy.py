@@ -8,8 +8,8 @@ from contextlib import suppress
 from tests.support.journal import until
 
 
-class Line:
-    """Passes on requests and responses. `replaced` counts the requests that were not passed on."""
+class Proxy:
+    """Forwards requests and responses. `replaced` counts the requests that were not forwarded."""
 
     def __init__(self, port: int, lag: Callable[[], object] = lambda: None) -> None:
         """Connect to a port. Each response is delayed by `lag`."""
@@ -19,8 +19,8 @@ class Line:
         self._sockets = [self._listener]
         self._open = threading.Event()
         self._open.set()
-        self._kept = 0
-        self._instead: bytes | None = None
+        self._held_back = 0
+        self._replacement: bytes | None = None
         self.replaced = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -31,70 +31,70 @@ class Line:
 
     def hold(self) -> None:
         """Hold back all responses from now on. The server still handles the requests."""
-        self._kept = 0
+        self._held_back = 0
         self._open.clear()
 
-    def wait_for_answer(self) -> None:
+    def wait_for_response(self) -> None:
         """Wait until a response is held back."""
-        until(lambda: self._kept > 0, "an answer is on the line")
+        until(lambda: self._held_back > 0, "a response is held back")
 
-    def free(self) -> None:
+    def resume(self) -> None:
         """Send the responses that were held back."""
         self._open.set()
 
     def replace(self, answer: bytes) -> None:
         """Answer each request with this, and close the connection. The server receives nothing."""
         self.replaced = 0
-        self._instead = answer
+        self._replacement = answer
 
     def wait_for_request(self) -> None:
-        """Wait until a response was replaced."""
-        until(lambda: self.replaced > 0, "a request is on the line")
+        """Wait until the proxy has answered a request."""
+        until(lambda: self.replaced > 0, "a request was answered by the proxy")
 
     def restore(self) -> None:
         """Let the server respond again."""
-        self._instead = None
+        self._replacement = None
 
     def close(self) -> None:
         """Close all connections."""
         self._open.set()
         for one in self._sockets:
-            _hang_up(one)
+            _close(one)
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._port))
-                self._sockets += [near, far]
-                threading.Thread(target=self._pass_questions, args=(near, far), daemon=True).start()
-                threading.Thread(target=self._pass_answers, args=(near, far), daemon=True).start()
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [client, server]
+                threading.Thread(target=self._forward_requests, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._forward_responses, args=(client, server), daemon=True).start()
 
-    def _pass_questions(self, near: socket.socket, far: socket.socket) -> None:
+    def _forward_requests(self, client: socket.socket, server: socket.socket) -> None:
         with suppress(OSError):
-            while data := near.recv(65536):
-                if self._instead is None:
-                    far.sendall(data)
+            while data := client.recv(65536):
+                if self._replacement is None:
+                    server.sendall(data)
                 else:
-                    near.sendall(self._instead)
+                    client.sendall(self._replacement)
                     self.replaced += 1
                     break
-        _hang_up(near)
-        _hang_up(far)
+        _close(client)
+        _close(server)
 
-    def _pass_answers(self, near: socket.socket, far: socket.socket) -> None:
+    def _forward_responses(self, client: socket.socket, server: socket.socket) -> None:
         with suppress(OSError):
-            while data := far.recv(65536):
+            while data := server.recv(65536):
                 if not self._open.is_set():
-                    self._kept += 1
+                    self._held_back += 1
                     self._open.wait()
                 self._lag()
-                near.sendall(data)
-        _hang_up(near)
-        _hang_up(far)
+                client.sendall(data)
+        _close(client)
+        _close(server)
 
 
-def _hang_up(one: socket.socket) -> None:
+def _close(one: socket.socket) -> None:
     with suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
     one.close()
