@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,11 @@ def test_a_disk_with_room_for_a_probe_only_is_full(tmp_path: Path, rows: int) ->
 def test_a_worker_serves_although_its_pool_is_not_filled(tmp_path: Path) -> None:
     """And lends nothing: that would have to be written."""
     config = write_config(tmp_path, PERMITS.format(1))
-    with worker(config) as first, Connection(first.port) as here:
+    database = tmp_path / "tokenauth.db"
+    with worker(config) as first, Connection(first.port) as here, closing(sqlite3.connect(database)) as reader:
+        _checkpoint(database)
+        reader.execute("BEGIN")  # keeps the write-ahead log from starting over, which would make room
+        reader.execute("SELECT count(*) FROM tokens").fetchone()
         token = here.log_in()
         write_config(tmp_path, PERMITS.format(50))
         room = (tmp_path / "tokenauth.db-wal").stat().st_size

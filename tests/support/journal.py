@@ -138,7 +138,7 @@ def background(work: Callable[[], object], count: int = 1) -> Iterator[None]:
         raise troubles[0]
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Wait until something is so; fail when it takes too long."""
     deadline = threading.Event()
     timer = threading.Timer(seconds, deadline.set)

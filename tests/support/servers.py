@@ -94,7 +94,7 @@ class Server:
         found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
         return [line for line in found if name in {None, line["event"]}]
 
-    def wait(self, event: str, seconds: float = 20) -> dict[str, Any]:
+    def wait(self, event: str, seconds: float = 60) -> dict[str, Any]:
         """Wait until the server has logged an event; fail with its log if it ends or takes too long."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -60,7 +60,7 @@ class Scene:
         if chunked:
             parts = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
             framed = b"Transfer-Encoding: chunked\r\n\r\n" + parts + b"0\r\n\r\n"
-        path = path.replace("LEASED", self._leased).replace("ID", self._id)
+        path = path.replace("ID", self._id).replace("LEASED", self._leased)  # a token may contain "ID"
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-Token: {self.admin.token}\r\n"
         with Connection(self._port) as fresh:
             return fresh.send(head.encode() + framed)
