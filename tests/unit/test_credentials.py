@@ -174,13 +174,13 @@ async def test_a_new_hash_of_the_user_is_a_new_start(keeper: Keeper) -> None:
 async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, passwords: Passwords) -> None:
     assert await keeper.right(ANN)
     throttle = Throttle(ThrottleSettings(), 1, store, lambda: START, LoginQueue(1, 1))
-    anew = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
-    assert await anew.hashed(ANN) == 1
+    restarted = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
+    assert await restarted.hashed(ANN) == 1
     changed = {**keeper.users, "ann": user("ann", OTHER)}
     passwords = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1, queue=1), changed)
-    anew = keeper._replace(credentials=Credentials(changed, passwords, throttle, lambda: START))
-    assert not await anew.right(ANN)
-    assert await anew.right(ANN._replace(password=OTHER))
+    reloaded = keeper._replace(credentials=Credentials(changed, passwords, throttle, lambda: START))
+    assert not await reloaded.right(ANN)
+    assert await reloaded.right(ANN._replace(password=OTHER))
     passwords.close()
 
 

@@ -174,7 +174,7 @@ def test_an_exception_is_named_with_where_it_came_from(logged: Logged, way: str)
     assert event["at"].rpartition(" > ")[2].startswith("inner:")
 
 
-def test_whereabouts_name_the_lines_and_nothing_else(logged: Logged) -> None:
+def test_a_safe_traceback_has_lines_and_no_text(logged: Logged) -> None:
     (event,) = events(logged["unexpected"])
     assert event["at"].startswith("ValueError at <module>:")
     assert CANARY not in str(event)
