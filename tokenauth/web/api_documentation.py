@@ -321,7 +321,7 @@ _GENERATED_VALUE = "h4JzRk7WqYc2VnXb9TmLp0DsFg6AeUo3iKxQ8rBtCy5ZjHvNwMaSfGdPl1Eu
 
 POOLS = Section(
     name="Pools",
-    text="Lease tokens, so that only so many clients use something at once. Pools are defined in the configuration.",
+    text="Lease tokens, to limit how many clients use something at once. Pools are defined in the configuration.",
     operations=[
         guarded(operation)
         for operation in (

@@ -1,4 +1,4 @@
-"""What the transcripts share: two workers that serve all four dialects, asked in turn, and a day before each test."""
+"""Fixtures of the transcripts: two workers that serve all dialects, asked in turn. A day passes before each test."""
 
 import itertools
 import json
@@ -62,25 +62,25 @@ prefix = "/token-management-service"
 THREADS = 16
 
 
-class Said(NamedTuple):
-    """An answer: its status, and its body to the byte."""
+class Reply(NamedTuple):
+    """An answer: its status and its exact body."""
 
     status: int
     body: str
 
     @property
     def document(self) -> Any:
-        """What the body says."""
+        """The decoded body."""
         return json.loads(self.body)
 
 
-def said(status: int, document: object) -> Said:
-    """Write the answer that has this document, with its keys in this order."""
-    return Said(status, json.dumps(document, separators=(",", ":"), ensure_ascii=False))
+def reply(status: int, document: object) -> Reply:
+    """Return the expected answer. The order of the keys counts."""
+    return Reply(status, json.dumps(document, separators=(",", ":"), ensure_ascii=False))
 
 
 class Wire:
-    """Speaks to workers of one database in turn: of two requests in a row, each goes to another one."""
+    """Sends requests to the workers of one database in turn."""
 
     def __init__(self, clients: Iterable[httpx.Client], prefix: str = "", **headers: str) -> None:
         self._turns = itertools.cycle(clients)
@@ -96,13 +96,13 @@ class Wire:
         assert answer.headers["cache-control"] == "no-store", "whatever is answered, no cache may keep it"
         return answer
 
-    def ask(self, method: str, path: str, document: object = None, **options: Any) -> Said:
+    def ask(self, method: str, path: str, document: object = None, **options: Any) -> Reply:
         """Send a request that is answered in JSON."""
         answer = self.send(method, path, document, **options)
         assert answer.headers["content-type"] == "application/json"
-        return Said(answer.status_code, answer.text)
+        return Reply(answer.status_code, answer.text)
 
-    def post(self, path: str, document: object = None, **options: Any) -> Said:
+    def post(self, path: str, document: object = None, **options: Any) -> Reply:
         """Ask with POST."""
         return self.ask("POST", path, document, **options)
 
@@ -115,32 +115,32 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def clock(home: Path) -> HandClock:
-    """Keep their time."""
+    """Return the clock of both workers."""
     return HandClock(home / "clock", create=True)
 
 
 @pytest.fixture(scope="package")
 def config_file(home: Path) -> Path:
-    """Configure all four dialects, each on a pool of its own under a prefix of its name."""
+    """Configure all dialects, each with its own pool and prefix."""
     return write_config(home, ALL_FOUR)
 
 
 @pytest.fixture(scope="package")
 def workers(config_file: Path, clock: HandClock) -> Iterator[Sequence[Server]]:
-    """Run two workers for all modules: the day that passes before each test is what keeps tests apart."""
+    """Run two workers for all modules. The day that passes before each test keeps tests apart."""
     with ExitStack() as stack:
         yield start(stack, config_file, clock)
 
 
 @pytest.fixture(scope="package")
 def server(workers: Sequence[Server]) -> Server:
-    """Name one of them."""
+    """Return one worker."""
     return workers[0]
 
 
 @pytest.fixture(scope="package")
 def sibling(workers: Sequence[Server]) -> Server:
-    """Name the other, on the same database."""
+    """Return the other worker, on the same database."""
     return workers[1]
 
 
@@ -153,52 +153,52 @@ def clients(server: Server, sibling: Server) -> Iterator[Sequence[httpx.Client]]
 
 @pytest.fixture(scope="package")
 def ports(server: Server, sibling: Server) -> Sequence[int]:
-    """Where both listen, for those who connect themselves."""
+    """Return the ports of both workers."""
     return server.port, sibling.port
 
 
-def sleep_over(clock: HandClock) -> None:
-    """Let every token expire, every lease lapse and every wrong password be forgotten."""
+def advance_a_day(clock: HandClock) -> None:
+    """Let all tokens and leases expire, and failed logins be forgotten."""
     clock.set(math.ceil(clock()) + 25 * 3600)
 
 
 @pytest.fixture(autouse=True)
 def _next_day(workers: Sequence[Server], clock: HandClock, config_file: Path) -> None:
-    """Begin each test on another day, so that tests do not meet, and with no row left for the sweeper to delete."""
-    sleep_over(clock)
+    """Start each test on another day, with no row that the sweeper could delete."""
+    advance_a_day(clock)
     execute(config_file, "DELETE FROM pool_tokens WHERE pool <> 'permits'")
 
 
 @pytest.fixture
 def at(clock: HandClock) -> Callable[[float], None]:
-    """Make what moves the time to so many seconds after the test's start."""
+    """Return a function that sets the time to a number of seconds after the start of the test."""
     start = clock()
     return lambda seconds: clock.set(start + seconds)
 
 
 def start(stack: ExitStack, config: Path, clock: HandClock) -> Sequence[Server]:
-    """Start two workers on one database at the same moment; `stack` ends them."""
+    """Start two workers on one database at the same time. `stack` stops them."""
     return stack.enter_context(journal.workers(config, clock, 2))
 
 
 def connect(stack: ExitStack, servers: Iterable[Server]) -> Sequence[httpx.Client]:
-    """Connect to servers, until `stack` ends it."""
+    """Connect to servers. `stack` closes the connections."""
     return [stack.enter_context(server.client()) for server in servers]
 
 
 def execute(config: Path, statement: str, *values: object) -> list[Any]:
-    """Do something in the database that is no worker's doing."""
+    """Execute a statement in the database, past the workers."""
     with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
         return db.execute(statement, values).fetchall()
 
 
 def rows(config: Path, pool: str) -> list[Any]:
-    """Read what the database has of a pool."""
+    """Return the rows of a pool."""
     return execute(config, "SELECT * FROM pool_tokens WHERE pool = ? ORDER BY number", pool)
 
 
 def fill(config: Path, pool: str, count: int, now: float) -> list[str]:
-    """Put free tokens into a pool, whatever its capacity is; say which."""
+    """Put free tokens into a pool, regardless of its capacity, and return them."""
     values = [f"{secrets.token_hex(8)}-{number}" for number in range(count)]
     with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
         lines = ((pool, value, now) for value in values)
@@ -207,7 +207,7 @@ def fill(config: Path, pool: str, count: int, now: float) -> list[str]:
 
 
 def at_once(ports: Sequence[int], count: int, ask: Callable[[Connection, int], Answer]) -> list[Answer]:
-    """Have many clients at several workers ask `count` times in all; `ask` is told the how manieth it is."""
+    """Send `count` requests at once with many clients to several workers. `ask` gets the number of its request."""
     together = Barrier(THREADS)
 
     def some(number: int) -> list[Answer]:

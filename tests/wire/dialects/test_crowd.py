@@ -1,4 +1,4 @@
-"""A keep-alive of a hundred thousand tokens, in random-token-generator, keeps nobody waiting."""
+"""A keep-alive of a hundred thousand tokens, in random-token-generator, delays no other request."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,20 +7,20 @@ from pathlib import Path
 import httpx
 
 from tests.support.servers import HandClock, log_in, probe
-from tests.wire.dialects.conftest import Wire, execute, fill, sleep_over
+from tests.wire.dialects.conftest import Wire, advance_a_day, execute, fill
 
 PREFIX = "/random-token-generator"
 CROWD = 100_000
 
 
 DAYS = 5
-"""How often it is tried: the machine may stand still for whoever asks, but not each time."""
+"""Attempts: a busy machine can delay a request by itself, but not each time."""
 
 
 def test_keeping_100_000_tokens_alive_blocks_no_request(
     clients: Sequence[httpx.Client], config_file: Path, clock: HandClock
 ) -> None:
-    """The original blocked its store for 0.8 s. Here nobody, at either worker, waits for so much as a quarter of it."""
+    """The original blocked its store for 0.8 s. Here no request waits for a quarter of the time, at either worker."""
     for _ in range(DAYS):
         start, others = clock(), [*clients] * 5
         fill(config_file, "bounded", CROWD, start)
@@ -35,13 +35,13 @@ def test_keeping_100_000_tokens_alive_blocks_no_request(
         assert left == [200] * len(others) + [404], "only those are left that had been assigned"
         if not waited:
             return
-        sleep_over(clock)
+        advance_a_day(clock)
         execute(config_file, "DELETE FROM pool_tokens WHERE pool = 'bounded'")
     raise AssertionError(f"somebody had to wait, on each of {DAYS} days")
 
 
 def kept(config_file: Path, now: float) -> int:
-    """Count the tokens that have been kept alive."""
+    """Return the number of tokens that were kept alive."""
     query = "SELECT count(*) FROM pool_tokens WHERE pool = 'bounded' AND free_at = ?"
     return int(execute(config_file, query, now)[0][0])
 
@@ -49,7 +49,7 @@ def kept(config_file: Path, now: float) -> int:
 def keep_alive_while_others_ask(
     clients: Sequence[httpx.Client], others: Sequence[httpx.Client], config_file: Path, now: float
 ) -> bool:
-    """Keep all alive; say whether anybody else had to wait for a quarter of it, or until its end."""
+    """Keep all tokens alive, and return whether another request waited for a quarter of that, or until its end."""
     login, waited = log_in(clients[1]), False
     with ThreadPoolExecutor(1) as thread, httpx.Client(base_url=clients[0].base_url, timeout=30) as own:
         keeping: Future[httpx.Response] = thread.submit(own.post, f"{PREFIX}/keep-alive")

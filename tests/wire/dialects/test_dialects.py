@@ -1,4 +1,4 @@
-"""What the configuration says of dialects: where they are, whom they ask for a token, and what cannot be together."""
+"""The configuration of dialects: prefixes, required tokens, and combinations that are refused."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import pytest
 from tests.support.journal import until
 from tests.support.servers import HandClock, log_in, serve, shipped, shipped_with_dialects, spawn, write_config
 from tests.system.test_cli import TOKENAUTH, mistake, run
-from tests.wire.dialects.conftest import API_PASSWORD, Wire, connect, rows, said, start
+from tests.wire.dialects.conftest import API_PASSWORD, Wire, connect, reply, rows, start
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
 from tokenauth.web.app import create_app
@@ -66,7 +66,7 @@ ROUTES = [
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[httpx.Client]]:
-    """Run two workers whose dialects ask for a token, most of them at the originals' own paths."""
+    """Run two workers whose dialects require a token, most of them at the paths of the originals."""
     home = tmp_path_factory.mktemp("guarded")
     config, clock = write_config(home, GUARDED), HandClock(home / "clock", create=True)
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ def tokens(guarded: Sequence[httpx.Client]) -> dict[str, str]:
 
 
 def speaker(clients: Sequence[httpx.Client], token: str) -> Wire:
-    """Speak as somebody who has logged in."""
+    """Send requests with the token of a user."""
     return Wire(clients, X_Token=token, X_API_PASSWORD=API_PASSWORD)
 
 
@@ -102,15 +102,15 @@ def test_a_logged_in_user_holds_its_lease(guarded: Sequence[httpx.Client], token
     wire.post("/api/token_pool/")
     pooled = wire.post("/api/block_token/").document["blocked_token"]
     [generated] = wire.post("/v1/random-token-generator/generate").document["tokens"]
-    assert wire.post("/v1/random-token-generator/assign") == said(200, {"token": generated})
+    assert wire.post("/v1/random-token-generator/assign") == reply(200, {"token": generated})
     shown = wire.ask("GET", "/api/pools/uuids").document["tokens"]
     assert {token["token"]: token["holder"] for token in shown} == {pooled: "ann", generated: "ann"}
     assert wire.post("/v1/random-token-generator/unblock", {"token": pooled}).status == 200, "they share a pool"
-    assert wire.post("/api/block_token/") == said(200, {"blocked_token": pooled})
+    assert wire.post("/api/block_token/") == reply(200, {"blocked_token": pooled})
 
 
 def test_a_permit_needs_the_login_and_the_password(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
-    assert Wire(guarded, X_Token=tokens["ann"]).ask("GET", "/issue_token") == said(401, {"error": "Unauthorized"})
+    assert Wire(guarded, X_Token=tokens["ann"]).ask("GET", "/issue_token") == reply(401, {"error": "Unauthorized"})
     wire = speaker(guarded, tokens["ann"])
     assert wire.ask("GET", "/issue_token").document["available_tokens"] == 1
     shown = wire.ask("GET", "/api/pools/permits").document["tokens"]
@@ -132,7 +132,7 @@ def test_without_capacity_a_request_makes_at_most_1000(guarded: Sequence[httpx.C
 def test_a_named_client_is_the_holder_for_any_login(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
     wire = Wire(guarded, Authorization=f"Bearer {tokens['ann']}")
     token = wire.post("/generate-token").document["token"]
-    assert wire.post("/assign-token", {"client_id": "ci-7"}) == said(200, {"token": token})
+    assert wire.post("/assign-token", {"client_id": "ci-7"}) == reply(200, {"token": token})
     assert wire.post("/keep-alive", {"token": token, "client_id": "ann"}).status == 403
     assert wire.post("/keep-alive", {"token": token, "client_id": "ci-7"}).status == 200
     shown = wire.ask("GET", "/api/pools/owned").document["tokens"]
@@ -168,7 +168,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
         f'{POOL}capacity = 1\n{SIMPLE}password = "x"',
         "dialects.simple-token-implement.pool: [pools.p] must have prefill = true",
     ),
-    "a scope that nobody can have": (
+    "an impossible scope": (
         f'{POOL}scope = "read"\n{GENERATOR}',
         "dialects.random-token-generator.require_token: must be true, because [pools.p] needs a scope",
     ),
@@ -227,13 +227,13 @@ def test_serve_names_colliding_dialects_and_stops(tmp_path: Path) -> None:
     with spawn(command, tmp_path) as server:
         until(lambda: "/keep-alive" in server.log.read_text(), "the reason")
         lines = server.log.read_text().splitlines()
-        [told] = [line for line in lines if "/keep-alive" in line]
-        assert names_both(told)
+        [error] = [line for line in lines if "/keep-alive" in line]
+        assert names_both(error)
         assert not any("Traceback" in line or '"started"' in line for line in lines)
 
 
 def names_both(line: str) -> bool:
-    """Whether a line says which two dialects answer which address."""
+    """Return whether a line names both dialects and the path."""
     named = ("dialects.random-token-generator", "dialects.token-management-service", "/keep-alive")
     return all(name in line for name in named)
 
@@ -251,7 +251,7 @@ def test_the_shipped_dialects_use_the_environment(tmp_path: Path) -> None:
         assert [simple.ask("GET", "/issue_token").status for _ in range(3)] == [200, 200, 429]
         assert started <= rows(tmp_path / "config.toml", "permits")[0][3] - 90 <= time.time()
         token = pool.post("/api/token_pool/").document["token"]
-        assert pool.post("/api/block_token/") == said(200, {"blocked_token": token})
+        assert pool.post("/api/block_token/") == reply(200, {"blocked_token": token})
         assert generator.post("/generate", {"count": 6}).status == 400
         assert len(generator.post("/generate", {"count": 5}).document["tokens"]) == 5
         made = [service.post("/generate-token") for _ in range(11)]

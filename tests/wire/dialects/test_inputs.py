@@ -1,4 +1,4 @@
-"""No body makes a 5xx: each is refused in JSON that names the fault, and no pool is changed by it."""
+"""No body makes a 5xx: each malformed one is refused in JSON that names the fault, and changes no pool."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.support.servers import Server
-from tests.wire.dialects.conftest import Said, Wire, rows
+from tests.wire.dialects.conftest import Reply, Wire, rows
 
 KIB = 1024
 JSON = {"Content-Type": "application/json"}
@@ -37,7 +37,7 @@ WITHOUT_BODY = ("/random-token-generator/generate", "/random-token-generator/kee
 
 
 def everywhere(value: bytes) -> bytes:
-    """Write a body that has this piece of JSON in each field that some route knows."""
+    """Return a body that has this JSON value in every known field."""
     return b'{"token": %s, "token_uuid": %s, "client_id": %s, "count": %s}' % (value, value, value, value)
 
 
@@ -72,13 +72,13 @@ WRONG = ["5", "0", "-1.5", "1e400", "true", "false", "[]", '["x"]', "{}", '{"tok
 
 @pytest.fixture(scope="module")
 def wire(clients: Sequence[httpx.Client]) -> Wire:
-    """Speak to both workers."""
+    """Send requests to both workers."""
     return Wire(clients)
 
 
 @pytest.fixture(autouse=True)
 def _no_harm(wire: Wire, config_file: Path, server: Server, sibling: Server) -> Iterator[None]:
-    """Put a free token and a lent one into each pool; see that they are as they were, and that nothing went wrong."""
+    """Put a free and a leased token into each pool, and check that they are unchanged and that no error was logged."""
     for _ in range(2):
         wire.post("/token-pool/api/token_pool/")
         wire.post("/token-management-service/generate-token")
@@ -94,12 +94,12 @@ def _no_harm(wire: Wire, config_file: Path, server: Server, sibling: Server) -> 
         assert "Traceback" not in each.log.read_text()
 
 
-def explained(answer: Said, status: int, *named: str) -> bool:
-    """Whether a refusal is in the native form and names what is wrong."""
-    told: dict[str, Any] = answer.document
+def explained(answer: Reply, status: int, *named: str) -> bool:
+    """Return whether a refusal has the native form and names the fault."""
+    body: dict[str, Any] = answer.document
     assert answer.status == status, answer.body
-    assert list(told) == ["error", "error_description"]
-    return any(word in told["error_description"] for word in named)
+    assert list(body) == ["error", "error_description"]
+    return any(word in body["error_description"] for word in named)
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -130,10 +130,10 @@ def test_a_body_of_another_kind_is_415(wire: Wire, headers: dict[str, str]) -> N
 def test_a_token_or_client_must_be_text(wire: Wire, value: str) -> None:
     for method, path in WITH_TOKEN:
         content = f'{{"client_id": "ann", "token": {value}}}'
-        assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "at token"), path
+        assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "Field 'token'"), path
     for method, path in WITH_CLIENT:
         content = f'{{"token": "x", "client_id": {value}}}'
-        assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "at client_id"), path
+        assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "Field 'client_id'"), path
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_count_beyond_the_pool_gets_the_documented_answer(wire: Wire, value: i
      {"Content-Type": ""}, {"Content-Encoding": "gzip"}],
 )  # fmt: skip
 def test_an_empty_body_of_any_kind_is_no_body(wire: Wire, headers: dict[str, str]) -> None:
-    """What lacks is named; see the pages of each dialect for the words."""
+    """The missing field is named; the wire contracts have the exact words."""
     for method, path in ROUTES:
         if path not in WITHOUT_BODY:
             answer = wire.ask(method, path, content=b"", headers=headers)
@@ -168,7 +168,7 @@ def test_an_empty_body_of_any_kind_is_no_body(wire: Wire, headers: dict[str, str
     "path", ["/", "/token-pool", "/token-pool/", "/generate", "/random-token-generator/generate/", "/api/token_pool/",
              "/random-token-generator//assign", "/RANDOM-TOKEN-GENERATOR/assign", "/simple-token-implement/tokens/"],
 )  # fmt: skip
-def test_an_address_that_is_nobodys_is_404(wire: Wire, path: str) -> None:
+def test_a_path_without_a_route_is_404(wire: Wire, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         assert explained(wire.ask(method, path), 404, "nothing at this address")
 

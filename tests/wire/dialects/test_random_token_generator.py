@@ -9,15 +9,15 @@ import pytest
 
 from tests.support.connections import Answer, Connection
 from tests.support.servers import HandClock
-from tests.wire.dialects.conftest import Said, Wire, at_once, fill, rows, said, sleep_over
+from tests.wire.dialects.conftest import Reply, Wire, advance_a_day, at_once, fill, reply, rows
 
 PREFIX = "/random-token-generator"
 CAPACITY = 100
-FULL = said(400, {"error": "Pool max size exceeded"})
-NONE_FREE = said(404, {"error": "No free token available or token TTL expired"})
-NOT_FOUND = said(404, {"error": "Token not found"})
-NOT_ASSIGNED = said(404, {"error": "Token not assigned"})
-REQUIRED = said(400, {"message": "Token is a required field"})
+FULL = reply(400, {"error": "Pool max size exceeded"})
+NONE_FREE = reply(404, {"error": "No free token available or token TTL expired"})
+NOT_FOUND = reply(404, {"error": "Token not found"})
+NOT_ASSIGNED = reply(404, {"error": "Token not assigned"})
+REQUIRED = reply(400, {"message": "Token is a required field"})
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 UNNAMED = [None, {}, {"token": None}, {"token": ""}, {"other": "x"}]
 
@@ -26,7 +26,7 @@ At = Callable[[float], None]
 
 @pytest.fixture(scope="module")
 def wire(clients: Sequence[httpx.Client]) -> Wire:
-    """Speak to both workers."""
+    """Send requests to both workers."""
     return Wire(clients, PREFIX)
 
 
@@ -34,23 +34,23 @@ def generate(wire: Wire, count: int = 1) -> list[str]:
     """Make tokens."""
     answer = wire.post("/generate", {"count": count})
     tokens: list[str] = answer.document["tokens"]
-    assert answer == said(200, {"tokens": tokens})
+    assert answer == reply(200, {"tokens": tokens})
     assert len(set(tokens)) == count
     return tokens
 
 
-def assigned(token: str) -> Said:
-    """Write the answer to who got this token."""
-    return said(200, {"token": token})
+def assigned(token: str) -> Reply:
+    """Return the answer that hands out a token."""
+    return reply(200, {"token": token})
 
 
-def done(what: str) -> Said:
-    """Write the answer to who had something done."""
-    return said(200, {"message": what})
+def done(what: str) -> Reply:
+    """Return the answer with a message."""
+    return reply(200, {"message": what})
 
 
 def has(wire: Wire, token: str) -> str:
-    """Say which state a token is in, without a change to it if it is free."""
+    """Return the state of a token. If it is free, it stays unchanged."""
     answer = wire.post("/unblock", {"token": token})
     return {NOT_FOUND: "gone", NOT_ASSIGNED: "free"}.get(answer, "assigned")
 
@@ -61,7 +61,7 @@ def has(wire: Wire, token: str) -> str:
 def test_it_makes_the_requested_number_of_uuids(wire: Wire, body: object, count: int) -> None:
     answer = wire.post("/generate", body)
     tokens = answer.document["tokens"]
-    assert answer == said(200, {"tokens": tokens})
+    assert answer == reply(200, {"tokens": tokens})
     assert len(set(tokens)) == count
     assert [str(uuid.UUID(token, version=4)) for token in tokens] == tokens
 
@@ -78,7 +78,7 @@ def test_generating_more_than_fit_makes_none(wire: Wire, config_file: Path) -> N
 
 
 def test_the_bound_counts_free_and_assigned_tokens(wire: Wire, at: At) -> None:
-    """In the original assigned ones escape it."""
+    """The original counts free tokens only."""
     at(0)
     [deleted, *_] = generate(wire, CAPACITY)
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
 
 
 def test_an_expired_token_does_not_hide_the_next_one(wire: Wire, at: At) -> None:
-    """The original drops it, and says that there is none."""
+    """The original drops it and answers that no token is free."""
     at(0)
     generate(wire, 3)
     at(200)
@@ -199,8 +199,8 @@ def test_keep_alive_gives_a_free_token_five_minutes(wire: Wire, at: At) -> None:
 def test_a_keep_alive_of_no_token_is_one_of_all_free_ones(wire: Wire, at: At, body: object) -> None:
     at(0)
     assert wire.post("/keep-alive", body) == done("TTL extended successfully for 0 tokens")
-    first, second, lent = generate(wire, 3)
-    for token in (first, second, lent):
+    first, second, leased = generate(wire, 3)
+    for token in (first, second, leased):
         assert wire.post("/assign") == assigned(token)
     for token in (first, second):
         assert wire.post("/unblock", {"token": token}).status == 200
@@ -210,11 +210,11 @@ def test_a_keep_alive_of_no_token_is_one_of_all_free_ones(wire: Wire, at: At, bo
     assert has(wire, first) == "free"
     assert wire.post("/keep-alive", {"token": UNKNOWN}) == NOT_FOUND
     at(60)
-    assert has(wire, lent) == "free", "its minute was not extended"
+    assert has(wire, leased) == "free", "its minute was not extended"
     at(329.9)
     assert (has(wire, first), has(wire, second)) == ("free", "free")
     at(330)
-    assert (has(wire, first), has(wire, second), has(wire, lent)) == ("gone", "gone", "free")
+    assert (has(wire, first), has(wire, second), has(wire, leased)) == ("gone", "gone", "free")
     assert wire.post("/keep-alive", body) == done("TTL extended successfully for 1 tokens")
 
 
@@ -246,13 +246,13 @@ def test_other_methods_are_405_and_name_the_right_one(wire: Wire, config_file: P
 
 
 def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
-    """The original let 101 be made. Nine times, since it takes some luck to see that."""
+    """The original made 101. Nine rounds, since that race shows itself rarely."""
 
     def one(connection: Connection, _: int) -> Answer:
         return connection.ask("POST", f"{PREFIX}/generate")
 
     for room in (CAPACITY, *[4] * 8):
-        sleep_over(clock)
+        advance_a_day(clock)
         fill(config_file, "bounded", CAPACITY - room, clock())
         answers = at_once(ports, room + 28, one)
         made = [token for answer in answers if answer.status == 200 for token in answer.json()["tokens"]]

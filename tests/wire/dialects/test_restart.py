@@ -1,4 +1,4 @@
-"""Nothing is lost when workers are killed, and what should have happened meanwhile has: at the originals' own paths."""
+"""Killed workers lose nothing, and leases and tokens expire in the meantime. At the paths of the originals."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -9,14 +9,14 @@ import pytest
 
 from tests.support.journal import until
 from tests.support.servers import START, HandClock, Server, write_config
-from tests.wire.dialects.conftest import ALL_FOUR, API_PASSWORD, Wire, connect, execute, fill, rows, said, start
+from tests.wire.dialects.conftest import ALL_FOUR, API_PASSWORD, Wire, connect, execute, fill, reply, rows, start
 
 DEAD_SINCE, ALIVE_AGAIN = 20, 35
-NOT_ASSIGNED = said(404, {"error": "Token not assigned"})
+NOT_ASSIGNED = reply(404, {"error": "Token not assigned"})
 
 
 class World(NamedTuple):
-    """Two workers that were killed and started again, and what had been done before."""
+    """Two workers that were killed and started again, and the tokens of before."""
 
     wire: Wire
     clock: HandClock
@@ -24,7 +24,7 @@ class World(NamedTuple):
     tokens: dict[str, str]
 
     def at(self, seconds: float) -> None:
-        """Move the time to so many seconds after the first request."""
+        """Set the time to a number of seconds after the first request."""
         self.clock.set(START + seconds)
 
 
@@ -42,16 +42,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         fill(config, "uuids", 1500, START - 300)
         assert wire.ask("GET", "/issue_token").document["available_tokens"] == 2
         tokens["pool, free"] = wire.post("/api/token_pool/").document["token"]
-        tokens["generator, lent"], tokens["generator, free"] = wire.post("/generate", {"count": 2}).document["tokens"]
-        tokens["service, lent"] = wire.post("/token-management-service/generate-token").document["token"]
+        tokens["generator, leased"], tokens["generator, free"] = wire.post("/generate", {"count": 2}).document["tokens"]
+        tokens["service, leased"] = wire.post("/token-management-service/generate-token").document["token"]
         clock.set(START + 10)
         assert wire.ask("GET", "/issue_token").document["available_tokens"] == 1
         tokens["pool, blocked"] = wire.post("/api/block_token/").document["blocked_token"]
         assert tokens["pool, blocked"] == tokens["pool, free"]
         tokens["pool, free"] = wire.post("/api/token_pool/").document["token"]
-        assert wire.post("/assign").document["token"] == tokens["generator, lent"]
+        assert wire.post("/assign").document["token"] == tokens["generator, leased"]
         answer = wire.post("/token-management-service/assign-token", {"client_id": "ann"})
-        assert answer.document["token"] == tokens["service, lent"]
+        assert answer.document["token"] == tokens["service, leased"]
         clock.set(START + DEAD_SINCE)
         for server in servers:
             server.kill()
@@ -69,19 +69,19 @@ def expired(config: Path) -> int:
 
 
 def speaker(stack: ExitStack, servers: Sequence[Server]) -> Wire:
-    """Speak to both workers."""
+    """Send requests to both workers."""
     return Wire(connect(stack, servers), X_API_PASSWORD=API_PASSWORD)
 
 
 def test_a_lease_that_ended_during_a_stop_is_over(world: World) -> None:
-    """A listener that is down misses that, and the token of either Redis service is out for ever."""
-    assert world.wire.post("/unblock", {"token": world.tokens["generator, lent"]}) == NOT_ASSIGNED
+    """In the Redis services a stopped listener misses that, and the token stays leased forever."""
+    assert world.wire.post("/unblock", {"token": world.tokens["generator, leased"]}) == NOT_ASSIGNED
 
 
 def test_a_restart_keeps_live_permits_and_frees_others(world: World) -> None:
     for seconds, free in ((35, 2), (39.9, 2), (40, 3)):
         world.at(seconds)
-        assert world.wire.ask("GET", "/tokens") == said(200, {"available_tokens": free})
+        assert world.wire.ask("GET", "/tokens") == reply(200, {"available_tokens": free})
 
 
 def test_workers_that_start_at_once_make_each_permit_once(world: World) -> None:
@@ -90,14 +90,14 @@ def test_workers_that_start_at_once_make_each_permit_once(world: World) -> None:
 
 def test_a_restart_keeps_a_token_blocked_for_its_minute(world: World) -> None:
     world.at(69.9)
-    assert world.wire.post("/api/block_token/") == said(200, {"blocked_token": world.tokens["pool, free"]})
-    assert world.wire.post("/api/block_token/") == said(404, {"error": "No free tokens"})
-    kept = said(200, {"message": "Token keep-alive refreshed"})
-    lent = {"token": world.tokens["service, lent"], "client_id": "bob"}
-    assert world.wire.post("/token-management-service/keep-alive", lent).status == 403
-    assert world.wire.post("/token-management-service/keep-alive", {**lent, "client_id": "ann"}) == kept
+    assert world.wire.post("/api/block_token/") == reply(200, {"blocked_token": world.tokens["pool, free"]})
+    assert world.wire.post("/api/block_token/") == reply(404, {"error": "No free tokens"})
+    kept = reply(200, {"message": "Token keep-alive refreshed"})
+    leased = {"token": world.tokens["service, leased"], "client_id": "bob"}
+    assert world.wire.post("/token-management-service/keep-alive", leased).status == 403
+    assert world.wire.post("/token-management-service/keep-alive", {**leased, "client_id": "ann"}) == kept
     world.at(70)
-    assert world.wire.post("/api/block_token/") == said(200, {"blocked_token": world.tokens["pool, blocked"]})
+    assert world.wire.post("/api/block_token/") == reply(200, {"blocked_token": world.tokens["pool, blocked"]})
 
 
 def test_free_tokens_die_when_they_would_have(world: World) -> None:
@@ -105,10 +105,10 @@ def test_free_tokens_die_when_they_would_have(world: World) -> None:
     free = {"token": world.tokens["generator, free"]}
     assert world.wire.post("/unblock", free) == NOT_ASSIGNED
     world.at(300)
-    assert world.wire.post("/unblock", free) == said(404, {"error": "Token not found"})
+    assert world.wire.post("/unblock", free) == reply(404, {"error": "Token not found"})
 
 
 def test_rows_of_expired_tokens_are_cleaned_away(world: World) -> None:
-    """The documentation of token-pool names this as missing. The sweeper does it in each first second."""
+    """The documentation of token-pool names this as missing. The sweeper does it in its first second."""
     assert expired(world.config) == 0
     assert len(rows(world.config, "uuids")) == 2

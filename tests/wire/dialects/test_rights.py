@@ -1,4 +1,4 @@
-"""Where a dialect asks for a token: users touch their own leases only, and only managers touch what is free."""
+"""Dialects that require a token: users change their own leases only, and only managers change free tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.support.servers import HandClock, log_in, write_config
-from tests.wire.dialects.conftest import ALL_FOUR, API_PASSWORD, Said, Wire, connect, said, start
+from tests.wire.dialects.conftest import ALL_FOUR, API_PASSWORD, Reply, Wire, connect, reply, start
 
 SIMPLE, POOL, GENERATOR = "/simple-token-implement", "/token-pool/api", "/random-token-generator"
 ALL_BACK = "All tokens are already available."
@@ -16,13 +16,13 @@ ALL_BACK = "All tokens are already available."
 
 @pytest.fixture(scope="module")
 def hand(tmp_path_factory: pytest.TempPathFactory) -> HandClock:
-    """Make a clock that is put by hand."""
+    """Create a clock that the tests set."""
     return HandClock(tmp_path_factory.mktemp("clock") / "clock", create=True)
 
 
 @pytest.fixture(scope="module")
 def asking(tmp_path_factory: pytest.TempPathFactory, hand: HandClock) -> Iterator[Sequence[httpx.Client]]:
-    """Run two workers whose dialects ask for a token."""
+    """Run two workers whose dialects require a token."""
     text = ALL_FOUR.replace('\nprefix = "', '\nrequire_token = true\nprefix = "').replace("300", "86400")
     with ExitStack() as stack:
         yield connect(stack, start(stack, write_config(tmp_path_factory.mktemp("rights"), text), hand))
@@ -30,30 +30,30 @@ def asking(tmp_path_factory: pytest.TempPathFactory, hand: HandClock) -> Iterato
 
 @pytest.fixture(scope="module")
 def users(asking: Sequence[httpx.Client]) -> dict[str, Wire]:
-    """Log in everybody."""
+    """Log in all users."""
     passwords = {"admin": "admin", "ann": "ann-secret", "bob": "bob-secret"}
     tokens = {name: log_in(asking[0], name, password) for name, password in passwords.items()}
     return {name: Wire(asking, X_Token=token, X_API_PASSWORD=API_PASSWORD) for name, token in tokens.items()}
 
 
-def refused(answer: Said) -> bool:
-    """Whether a scope is missing."""
+def refused(answer: Reply) -> bool:
+    """Return whether a scope is missing."""
     return (answer.status, answer.document["error"]) == (403, "insufficient_scope")
 
 
 def leases(users: dict[str, Wire], pool: str) -> list[tuple[str, str]]:
-    """List who has which lease, the first that ends first."""
+    """List the holders of leases, ordered by the end of the lease."""
     shown: Any = users["ann"].ask("GET", f"/api/pools/{pool}").document["tokens"]
     return [(lease["user"], lease["holder"]) for lease in shown]
 
 
 def test_recycling_ends_only_a_lease_of_ones_own(users: dict[str, Wire], hand: HandClock) -> None:
-    """Whether it was issued by the dialect or leased natively, and however many others have older ones."""
+    """For leases of the dialect and native ones, and no matter how many older leases others have."""
     ann, bob = users["ann"], users["bob"]
     assert ann.ask("POST", "/api/pools/permits/leases", {"holder": "job-1"}).status == 201
     hand.advance(1)
     assert ann.ask("POST", f"{SIMPLE}/issue_token").document["available_tokens"] == 1
-    assert bob.ask("POST", f"{SIMPLE}/recycle_token") == said(
+    assert bob.ask("POST", f"{SIMPLE}/recycle_token") == reply(
         400, {"message": ALL_BACK, "available_tokens": 1, "info": "No info provided"}
     )
     hand.advance(1)
@@ -68,10 +68,10 @@ def test_recycling_ends_only_a_lease_of_ones_own(users: dict[str, Wire], hand: H
 
 
 def test_only_managers_keep_free_tokens_alive(users: dict[str, Wire]) -> None:
-    """What others keep alive would never expire, and they cannot make any, either."""
+    """Otherwise users without the right to generate tokens could keep them forever."""
     ann, bob, admin = users["ann"], users["bob"], users["admin"]
     first, second = (admin.post(f"{POOL}/token_pool/").document["token"] for _ in range(2))
-    assert ann.post(f"{POOL}/block_token/") == said(200, {"blocked_token": first})
+    assert ann.post(f"{POOL}/block_token/") == reply(200, {"blocked_token": first})
     assert refused(bob.post(f"{POOL}/keep_alive/{second}"))
     assert bob.post(f"{POOL}/keep_alive/{first}").document["error"] == "forbidden", "it is ann's"
     assert ann.post(f"{POOL}/keep_alive/{first}").status == 200
@@ -85,7 +85,7 @@ def test_only_managers_keep_free_tokens_alive(users: dict[str, Wire]) -> None:
     assert refused(bob.post(f"{GENERATOR}/keep-alive"))
     assert ann.post(f"{GENERATOR}/keep-alive", {"token": mine}).status == 200
     assert admin.post(f"{GENERATOR}/keep-alive", {"token": free}).status == 200
-    assert admin.post(f"{GENERATOR}/keep-alive") == said(200, {"message": "TTL extended successfully for 1 tokens"})
+    assert admin.post(f"{GENERATOR}/keep-alive") == reply(200, {"message": "TTL extended successfully for 1 tokens"})
 
 
 def test_a_lease_of_ones_own_that_is_over_is_not_kept_alive(users: dict[str, Wire], hand: HandClock) -> None:

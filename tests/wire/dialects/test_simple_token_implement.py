@@ -8,45 +8,45 @@ import pytest
 
 from tests.support.connections import Answer, Connection
 from tests.support.servers import HandClock, Server
-from tests.wire.dialects.conftest import API_PASSWORD, Said, Wire, at_once, rows, said
+from tests.wire.dialects.conftest import API_PASSWORD, Reply, Wire, at_once, reply, rows
 
 PREFIX = "/simple-token-implement"
 PATHS = ["/issue_token", "/recycle_token", "/tokens"]
-UNAUTHORIZED = said(401, {"error": "Unauthorized"})
+UNAUTHORIZED = reply(401, {"error": "Unauthorized"})
 
 At = Callable[[float], None]
 
 
 @pytest.fixture(scope="module")
 def wire(clients: Sequence[httpx.Client]) -> Wire:
-    """Speak with the password."""
+    """Send requests with the password."""
     return Wire(clients, PREFIX, X_API_PASSWORD=API_PASSWORD)
 
 
 @pytest.fixture(scope="module")
 def stranger(clients: Sequence[httpx.Client]) -> Wire:
-    """Speak without it."""
+    """Send requests without the password."""
     return Wire(clients, PREFIX)
 
 
-def issued(left: int, info: str = "No info provided") -> Said:
-    """Write the answer to who was issued a permit."""
-    return said(200, {"message": "Token issued successfully.", "available_tokens": left, "info": info})
+def issued(left: int, info: str = "No info provided") -> Reply:
+    """Return the answer to an issue that succeeds."""
+    return reply(200, {"message": "Token issued successfully.", "available_tokens": left, "info": info})
 
 
-def none_left(info: str = "No info provided") -> Said:
-    """Write the answer to who was not."""
-    return said(429, {"message": "No tokens available.", "available_tokens": 0, "info": info})
+def none_left(info: str = "No info provided") -> Reply:
+    """Return the answer to an issue while no permit is free."""
+    return reply(429, {"message": "No tokens available.", "available_tokens": 0, "info": info})
 
 
-def recycled(left: int, info: str = "No info provided") -> Said:
-    """Write the answer to who gave one back."""
-    return said(200, {"message": "Token recycled successfully.", "available_tokens": left, "info": info})
+def recycled(left: int, info: str = "No info provided") -> Reply:
+    """Return the answer to a recycle that succeeds."""
+    return reply(200, {"message": "Token recycled successfully.", "available_tokens": left, "info": info})
 
 
-def available(count: int) -> Said:
-    """Write the answer to who counts them."""
-    return said(200, {"available_tokens": count})
+def available(count: int) -> Reply:
+    """Return the answer with the number of free permits."""
+    return reply(200, {"available_tokens": count})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_permits_are_issued_to_the_last_and_recycled(wire: Wire, method: str) ->
         assert wire.ask(method, "/tokens") == available(left)
     everything_back = {"message": "All tokens are already available.", "available_tokens": 3, "info": "job-9"}
     for _ in range(2):
-        assert wire.ask(method, "/recycle_token?info=job-9") == said(400, everything_back)
+        assert wire.ask(method, "/recycle_token?info=job-9") == reply(400, everything_back)
     assert wire.ask(method, "/issue_token") == issued(2)
 
 
@@ -186,7 +186,7 @@ def test_a_body_is_not_looked_at(wire: Wire, body: bytes) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_other_methods_are_405_and_name_the_right_ones(wire: Wire, path: str) -> None:
-    """HEAD among them: it must have no effect (RFC 9110 section 9.2.1), and a GET has one here."""
+    """Also HEAD: it must have no effect (RFC 9110 section 9.2.1), and GET has one here."""
     assert wire.post("/issue_token").status == 200
     assert wire.send("HEAD", path).status_code == 405
     for method in ("PUT", "PATCH", "DELETE", "OPTIONS"):
@@ -212,7 +212,7 @@ def test_password_guesses_are_throttled_for_a_while(wire: Wire, stranger: Wire, 
     clock.advance(8)
     assert wire.ask("GET", "/tokens") == available(3), "those who were held up got nothing"
     for _ in range(5):
-        assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED, "it is counted anew"
+        assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED, "the count starts again"
 
 
 def test_the_number_of_rows_stays_the_number_of_permits(wire: Wire, config_file: Path) -> None:

@@ -9,18 +9,18 @@ import pytest
 
 from tests.support.connections import Answer, Connection
 from tests.support.servers import HandClock
-from tests.wire.dialects.conftest import Said, Wire, at_once, fill, rows, said, sleep_over
+from tests.wire.dialects.conftest import Reply, Wire, advance_a_day, at_once, fill, reply, rows
 
 PREFIX = "/token-management-service"
 CAPACITY = 100
-FULL = said(403, {"message": "Token pool size limit reached"})
-NONE_FREE = said(404, {"message": "No free token available"})
-REFRESHED = said(200, {"message": "Token keep-alive refreshed"})
-FOREIGN = said(403, {"message": "Token does not belong to this client"})
-UNBLOCKED = said(200, {"message": "Token unblocked"})
-NOT_ASSIGNED = said(403, {"message": "Token not assigned to any client"})
-DELETED = said(200, {"message": "Token deleted successfully!"})
-NOT_FOUND = said(404, {"message": "Token not found"})
+FULL = reply(403, {"message": "Token pool size limit reached"})
+NONE_FREE = reply(404, {"message": "No free token available"})
+REFRESHED = reply(200, {"message": "Token keep-alive refreshed"})
+FOREIGN = reply(403, {"message": "Token does not belong to this client"})
+UNBLOCKED = reply(200, {"message": "Token unblocked"})
+NOT_ASSIGNED = reply(403, {"message": "Token not assigned to any client"})
+DELETED = reply(200, {"message": "Token deleted successfully!"})
+NOT_FOUND = reply(404, {"message": "Token not found"})
 UNKNOWN = f"token_{'u' * 64}"
 
 At = Callable[[float], None]
@@ -28,30 +28,30 @@ At = Callable[[float], None]
 
 @pytest.fixture(scope="module")
 def wire(clients: Sequence[httpx.Client]) -> Wire:
-    """Speak to both workers."""
+    """Send requests to both workers."""
     return Wire(clients, PREFIX)
 
 
 def generate(wire: Wire) -> str:
-    """Make a token."""
+    """Generate a token."""
     answer = wire.post("/generate-token")
     token = str(answer.document["token"])
-    assert answer == said(201, {"token": token})
+    assert answer == reply(201, {"token": token})
     return token
 
 
-def assign(wire: Wire, client: str = "ann") -> Said:
-    """Ask for a token on behalf of a client."""
+def assign(wire: Wire, client: str = "ann") -> Reply:
+    """Assign a token to a client."""
     return wire.post("/assign-token", {"client_id": client})
 
 
-def assigned(token: str) -> Said:
-    """Write the answer to who got this token."""
-    return said(200, {"token": token})
+def assigned(token: str) -> Reply:
+    """Return the answer that hands out a token."""
+    return reply(200, {"token": token})
 
 
-def lent(wire: Wire, client: str = "ann") -> str:
-    """Make a token and have it assigned."""
+def leased(wire: Wire, client: str = "ann") -> str:
+    """Generate a token and assign it to a client."""
     token = generate(wire)
     assert assign(wire, client) == assigned(token)
     return token
@@ -103,7 +103,7 @@ def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
 
 def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -> None:
     at(0)
-    early, late = lent(wire, "ann"), lent(wire, "bob")
+    early, late = leased(wire, "ann"), leased(wire, "bob")
     at(59.9)
     assert assign(wire, "eve") == NONE_FREE
     at(60)
@@ -118,7 +118,7 @@ def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -
 
 def test_a_reassigned_token_is_not_its_first_owners(wire: Wire, at: At) -> None:
     at(0)
-    token = lent(wire, "ann")
+    token = leased(wire, "ann")
     at(60)
     assert assign(wire, "bob") == assigned(token)
     assert wire.post("/keep-alive", {"token": token, "client_id": "ann"}) == FOREIGN
@@ -132,7 +132,7 @@ def test_a_reassigned_token_is_not_its_first_owners(wire: Wire, at: At) -> None:
 def test_keep_alive_extends_a_token_by_a_minute(wire: Wire, at: At, owner: dict[str, str]) -> None:
     """The documented body has no client_id, the running code wants one."""
     at(0)
-    token = lent(wire, "ann")
+    token = leased(wire, "ann")
     for seconds in (59, 118, 177, 236, 295, 354):
         at(seconds)
         assert wire.post("/keep-alive", {"token": token, **owner}) == REFRESHED
@@ -146,7 +146,7 @@ def test_keep_alive_extends_a_token_by_a_minute(wire: Wire, at: At, owner: dict[
 
 def test_a_token_of_another_is_not_kept_alive(wire: Wire, at: At) -> None:
     at(0)
-    token = lent(wire, "ann")
+    token = leased(wire, "ann")
     at(30)
     for other in ("bob", "ANN", "an", "ann ", ""):
         assert wire.post("/keep-alive", {"token": token, "client_id": other}) == FOREIGN
@@ -167,7 +167,7 @@ def test_a_token_that_is_not_assigned_is_not_kept_alive(wire: Wire, at: At, owne
 
 def test_an_unblocked_token_lives_five_minutes_more(wire: Wire, at: At) -> None:
     at(0)
-    early, late = lent(wire, "ann"), lent(wire, "bob")
+    early, late = leased(wire, "ann"), leased(wire, "bob")
     at(30)
     for token in (early, late):
         assert wire.post("/unblock-token", {"token": token}) == UNBLOCKED
@@ -183,7 +183,7 @@ def test_an_unblocked_token_lives_five_minutes_more(wire: Wire, at: At) -> None:
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("state", ["free", "assigned"])
 def test_both_delete_methods_work_free_or_assigned(wire: Wire, method: str, state: str) -> None:
-    token = lent(wire) if state == "assigned" else generate(wire)
+    token = leased(wire) if state == "assigned" else generate(wire)
     assert wire.ask(method, "/delete-token", {"token": token}) == DELETED
     assert wire.ask(method, "/delete-token", {"token": token}) == NOT_FOUND
     assert wire.post("/unblock-token", {"token": token}) == NOT_ASSIGNED
@@ -192,7 +192,7 @@ def test_both_delete_methods_work_free_or_assigned(wire: Wire, method: str, stat
 
 @pytest.mark.parametrize("token", [UNKNOWN, "token_", "\0", "x" * 9000, "grün", "' OR 1=1 --"])
 def test_every_operation_answers_an_unknown_token_alike(wire: Wire, config_file: Path, token: str) -> None:
-    lent(wire)
+    leased(wire)
     before = rows(config_file, "owned")
     assert wire.post("/keep-alive", {"token": token}) == FOREIGN
     assert wire.post("/keep-alive", {"token": token, "client_id": "ann"}) == FOREIGN
@@ -216,7 +216,7 @@ def test_every_operation_answers_an_unknown_token_alike(wire: Wire, config_file:
 def test_a_missing_field_is_400_and_named(
     wire: Wire, config_file: Path, method: str, path: str, field: str, value: str | None
 ) -> None:
-    """The original answers 200, or 403 with a token owned by nobody."""
+    """The original answers 200, or 403 with a token without an owner."""
     token = generate(wire)
     other = {"client_id": token, "token": "ann"}[field]
     given = {"client_id": "ann", "token": token, "other": other}
@@ -233,7 +233,7 @@ def test_a_missing_field_is_400_and_named(
 
 @pytest.mark.parametrize("client", ["a", "x" * 256, "жанна", "' OR 1=1 --", "🔑", " ", "token_"])
 def test_any_text_of_up_to_256_characters_is_a_client(wire: Wire, client: str) -> None:
-    token = lent(wire, client)
+    token = leased(wire, client)
     assert wire.post("/keep-alive", {"token": token, "client_id": client}) == REFRESHED
     assert wire.post("/keep-alive", {"token": token, "client_id": f"{client}x"}) == FOREIGN
 
@@ -269,13 +269,13 @@ def test_other_methods_are_405_and_name_the_right_ones(
 
 
 def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
-    """The original let 105 be made. Nine times, since it takes some luck to see that."""
+    """The original made 105. Nine rounds, since that race shows itself rarely."""
 
     def one(connection: Connection, _: int) -> Answer:
         return connection.ask("POST", f"{PREFIX}/generate-token")
 
     for room in (CAPACITY, *[4] * 8):
-        sleep_over(clock)
+        advance_a_day(clock)
         fill(config_file, "owned", CAPACITY - room, clock())
         answers = at_once(ports, room + 28, one)
         made = [answer.json()["token"] for answer in answers if answer.status == 201]

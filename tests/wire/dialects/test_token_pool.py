@@ -1,4 +1,4 @@
-"""Every row and every sentence of wire/token-pool.md: UUIDs with two clocks, one to die and one to be free again."""
+"""Every row and every sentence of wire/token-pool.md: UUIDs that expire, and that are blocked for a while."""
 
 import uuid
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ import pytest
 
 from tests.support.connections import Answer, Connection
 from tests.support.servers import HandClock
-from tests.wire.dialects.conftest import Said, Wire, at_once, fill, rows, said
+from tests.wire.dialects.conftest import Reply, Wire, at_once, fill, reply, rows
 
 PREFIX = "/token-pool"
-DELETED = said(200, {"response": "Token deleted successfully"})
-REFRESHED = said(200, {"response": "Token refreshed successfully"})
-INVALID = said(400, ["Invalid token id"])
-NONE_FREE = said(404, {"error": "No free tokens"})
+DELETED = reply(200, {"response": "Token deleted successfully"})
+REFRESHED = reply(200, {"response": "Token refreshed successfully"})
+INVALID = reply(400, ["Invalid token id"])
+NONE_FREE = reply(404, {"error": "No free tokens"})
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
 At = Callable[[float], None]
@@ -23,28 +23,28 @@ At = Callable[[float], None]
 
 @pytest.fixture(scope="module")
 def wire(clients: Sequence[httpx.Client]) -> Wire:
-    """Speak to both workers."""
+    """Send requests to both workers."""
     return Wire(clients, PREFIX)
 
 
 def generate(wire: Wire) -> str:
-    """Make a token."""
+    """Generate a token."""
     answer = wire.post("/api/token_pool/")
     token = str(answer.document["token"])
-    assert answer == said(200, {"token": token})
+    assert answer == reply(200, {"token": token})
     return token
 
 
-def blocked(token: str) -> Said:
-    """Write the answer to who got this token."""
-    return said(200, {"blocked_token": token})
+def blocked(token: str) -> Reply:
+    """Return the answer that hands out a token."""
+    return reply(200, {"blocked_token": token})
 
 
 @pytest.mark.parametrize("slash", ["/", ""])
 def test_a_token_is_made_blocked_kept_alive_and_deleted(wire: Wire, slash: str) -> None:
     made = wire.post(f"/api/token_pool{slash}")
     token = made.document["token"]
-    assert made == said(200, {"token": token})
+    assert made == reply(200, {"token": token})
     assert str(uuid.UUID(token)) == token
     assert uuid.UUID(token).version == 4
     assert wire.post(f"/api/block_token{slash}") == blocked(token)

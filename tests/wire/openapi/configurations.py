@@ -1,4 +1,4 @@
-"""Configurations whose HTTP is described."""
+"""Configurations of which documents are tested."""
 
 API_PASSWORD = "open-sesame"
 
@@ -35,7 +35,7 @@ _DIALECTS = {
 
 
 def speaking(more: str = "", pools: str = POOLS, **prefixes: str) -> str:
-    """Write pools, and the dialects that are given a prefix; `more` stands in the table of each of them."""
+    """Return pools and the tables of the dialects with a prefix. `more` is added to each table."""
     chosen = {name.replace("_", "-"): prefix for name, prefix in prefixes.items()}
     tables = (f'[dialects.{name}]\n{_DIALECTS[name]}\nprefix = "{prefix}"\n{more}\n' for name, prefix in chosen.items())
     return pools + "\n".join(tables)
@@ -47,4 +47,4 @@ APART = {
     "random_token_generator": "/random",
     "token_management_service": "/managed",
 }
-"""All four dialects, each below a prefix of its own."""
+"""All dialects, each with its own prefix."""

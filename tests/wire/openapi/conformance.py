@@ -30,7 +30,7 @@ class Operation(NamedTuple):
 
     @property
     def schemes(self) -> list[set[str]]:
-        """The ways to say who calls; an empty one is that nobody need say it."""
+        """The alternative sets of security schemes. An empty set: no authentication is needed."""
         return [set(scheme) for scheme in self.described.get("security", [{}])]
 
 

@@ -1,4 +1,4 @@
-"""A server that speaks all dialects, its document, and a day that passes before each test."""
+"""A server with all dialects, its document, and a day that passes before each test."""
 
 import httpx
 import pytest
@@ -11,7 +11,7 @@ from tests.wire.openapi.conformance import Documented
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Speak all dialects, one of them only with those who may, and let nobody try a password twice."""
+    """Serve all dialects, one of them with a token, and delay logins after the first failure."""
     closed = '[dialects.token-pool]\npool = "restricted"\nprefix = "/pool"\nrequire_token = true\n'
     others = {name: prefix for name, prefix in APART.items() if name != "token_pool"}
     return f"[throttle]\nfree = 1\n{speaking(**others)}\n{closed}"

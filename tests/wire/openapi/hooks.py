@@ -1,4 +1,4 @@
-"""What schemathesis is told of the service that runs: how to log in, and what there is to be asked for.
+"""Hooks for schemathesis: how to log in to the running service, and which tokens exist.
 
 It imports this by itself, in a process of its own (SCHEMATHESIS_HOOKS).
 """
@@ -18,7 +18,7 @@ from tests.wire.openapi.configurations import API_PASSWORD
 
 URL = os.environ.get("TOKENAUTH_URL", "")
 USER = os.environ.get("TOKENAUTH_USER", "")
-"""Who asks; if nobody, nobody logs in."""
+"""The user who sends the requests. Empty: no login."""
 
 _CLIENT = {"client_id": "admin", "client_secret": "admin"}
 _session = requests.Session()
@@ -157,7 +157,7 @@ LIVE: dict[str, Callable[[], dict[str, Any]]] = {
         for slash in ("", "/")
     },
 }
-"""What there is to be asked for: made for each request, since chance finds no token."""
+"""Values that exist, created for each request: random values would never match a token."""
 
 
 @schemathesis.hook

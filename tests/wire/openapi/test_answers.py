@@ -135,7 +135,7 @@ ELSEWHERE = {
 """What the tests further down ask for."""
 
 NOWHERE = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableError}
-"""What no operation can promise or be asked for: another method, an unknown fault, or an answer that nobody reads."""
+"""What no operation documents: another method, an unknown fault, an answer to a closed connection."""
 
 
 def test_every_kind_of_refusal_is_asked_for() -> None:
@@ -152,7 +152,7 @@ def test_a_refusal_is_as_documented(asker: Asker, kind: type[Refusal]) -> None:
 
 
 def guarded(documented: Documented) -> Iterator[Operation]:
-    """Go through the operations that somebody must be known for."""
+    """Iterate over the operations that require authentication."""
     return (operation for operation in documented if set() not in operation.schemes)
 
 
@@ -243,12 +243,12 @@ def test_a_lease_of_another_user_is_refused_as_documented(asker: Asker) -> None:
 
 def test_a_full_pool_that_is_all_lent_says_when_to_come_back_as_documented(asker: Asker, clock: HandClock) -> None:
     asker.ask("POST", TOKENS, "ann")
-    lent = asker.ask("POST", LEASES, "ann")
-    assert (lent.status_code, lent.json()["expires_in"]) == (201, 60)
+    lease = asker.ask("POST", LEASES, "ann")
+    assert (lease.status_code, lease.json()["expires_in"]) == (201, 60)
     answer = asker.ask("POST", LEASES, "ann")
     assert (answer.status_code, answer.headers["retry-after"]) == (409, "60")
     clock.advance(100)
-    assert asker.ask("DELETE", f"{TOKENS}/{lent.json()['token']}", "ann").status_code == 204
+    assert asker.ask("DELETE", f"{TOKENS}/{lease.json()['token']}", "ann").status_code == 204
 
 
 THROTTLED = {

@@ -1,4 +1,4 @@
-"""No input to any route of the document makes a 5xx, and each that is refused is told what is wrong.
+"""No input to any route of the document makes a 5xx, and each refusal names the fault.
 
 The requests are made of the document: values that are not what they should be, for each field, parameter and path,
 and bodies that are not what they are said to be. The fast tests send a part of them, `make faults` all.
@@ -22,7 +22,7 @@ from tests.wire.openapi.conformance import Documented, Operation
 
 KIB = 1024
 SHARE = 41
-"""Of so many requests the fast tests send one."""
+"""The fast tests send one of this many requests."""
 
 VALUES = [
     b"null", b"true", b"0", b"-1", b"1.5", b"1e400", b"-1e-400", b"9" * 5000, b"-" + b"9" * 19, b"NaN", b"Infinity",

@@ -1,4 +1,4 @@
-"""What a server that cannot serve answers is documented, too."""
+"""The answers of a server that cannot serve are documented, too."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.wire.openapi.conformance import Documented
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Speak all dialects, and ask nobody for a token in them: what they themselves refuse is to be seen."""
+    """Serve all dialects without a token, so that their own refusals are tested."""
     return speaking(**APART)
 
 

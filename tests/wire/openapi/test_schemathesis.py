@@ -1,6 +1,6 @@
 """schemathesis asks a live server for all that its document has, and for what it has not; it finds no fault.
 
-What is left out of its checks, and why, stands in schemathesis.toml and in hooks.py.
+schemathesis.toml and hooks.py say which checks are left out, and why.
 """
 
 import json
@@ -55,12 +55,12 @@ def ask(server: Server, directory: Path, user: str, size: str, *options: str) ->
     settings.write_text((Path(__file__).with_name("schemathesis.toml")).read_text() + size)
     command = [_PROGRAM, "--no-color", "--config-file", settings, "run", f"{server.url}/openapi.json"]
     always = ["--url", server.url, "--report", "json", "--report-json-path", report, "--suppress-health-check", "all"]
-    told = {"SCHEMATHESIS_HOOKS": "tests.wire.openapi.hooks", "TOKENAUTH_URL": server.url, "TOKENAUTH_USER": user}
+    variables = {"SCHEMATHESIS_HOOKS": "tests.wire.openapi.hooks", "TOKENAUTH_URL": server.url, "TOKENAUTH_USER": user}
     found_out = {"HYPOTHESIS_STORAGE_DIRECTORY": str(ROOT / ".hypothesis")}  # of all characters that there are
     done = subprocess.run(
         [*map(str, [*command, *always]), *options],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **found_out, **told},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **found_out, **variables},
         capture_output=True,
         text=True,
         check=False,
