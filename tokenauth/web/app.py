@@ -75,7 +75,7 @@ def build_app(service: Service) -> Router:
 
 
 BUSIEST = {("GET", PROBE), ("GET", FORWARD_AUTH), ("GET", ME), ("POST", INTROSPECTION)}
-"""Methods and paths that Shortcuts answers: routing would take 5 to 15 % of the rate that `make bench` demands."""
+"""Methods and paths that Shortcuts answers. With the routes of four dialects, routing takes 15 microseconds more."""
 
 
 def _find_middleware(config: Settings) -> Iterator[Middleware]:

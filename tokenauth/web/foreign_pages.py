@@ -78,13 +78,14 @@ class PageGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one request. Raises ForeignPage."""
         if scope["method"] not in self._allowed_methods:
-            self._check(scope)
-            self._hosts.check(scope)
+            origin, site, host = _page(scope)
+            if origin is not None or site is not None:  # a page, not a program
+                self._check(origin, site, host)
+                self._hosts.check(scope)
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
-        origin, site, host = _page(scope)
-        if (site is None and origin is None) or site in _OWN or origin in self._origins:
+    def _check(self, origin: bytes | None, site: bytes | None, host: bytes) -> None:
+        if site in _OWN or origin in self._origins:
             return
         if site is None and origin is not None and _same_host(origin, host):  # a browser without Sec-Fetch-Site
             return

@@ -86,6 +86,9 @@ class NoStoreResponse(Response):
         self.raw_headers.append(NO_STORE)
 
 
+NO_CONTENT = NoStoreResponse(status_code=204)  # sending a response does not change it
+
+
 class JSONResponse(Response):
     """A document that msgspec encodes, and no cache may store. It costs a third of Starlette's own."""
 

@@ -11,7 +11,7 @@ from tokenauth.models import Token
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSONResponse, NoStoreResponse
+from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, exact
 
 ME = "/api/me"
@@ -77,7 +77,7 @@ class AccountRoutes:
 
     async def end(self, request: Request) -> Response:
         await self._tokens.revoke_id(request.path_params["id"], _username(request))
-        return NoStoreResponse(status_code=204)
+        return NO_CONTENT
 
 
 def _username(request: Request) -> str:

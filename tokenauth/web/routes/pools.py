@@ -13,7 +13,7 @@ from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor,
 from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSONResponse, NoStoreResponse
+from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, exact
 
 PAGE = 100
@@ -132,7 +132,7 @@ class PoolRoutes:
 
     async def delete(self, request: Request) -> Response:
         await self._pools.delete(self._managed(request), request.path_params["token"])
-        return NoStoreResponse(status_code=204)
+        return NO_CONTENT
 
     async def assign(self, request: Request) -> Response:
         pool = self._pool(request)
@@ -161,7 +161,7 @@ class PoolRoutes:
             await self._pools.force_release(pool, token, LeaseCheck(body.holder, body.fence), username, reason)
         else:
             await self._pools.release(pool, token, LeaseCheck(body.holder, body.fence, username))
-        return NoStoreResponse(status_code=204)
+        return NO_CONTENT
 
     def _pool(self, request: Request) -> Pool:
         return self._pools.find(request.path_params["pool"], request.user)

@@ -47,7 +47,7 @@ _credentials = msgspec.json.Decoder(LogInRequest)
 
 
 class Probe(Endpoint):
-    """GET /api/token: is a token valid? An ASGI app, because a handler would cost a fifth of its rate."""
+    """GET /api/token: is a token valid? An ASGI app: as a handler it would lose 4 % of its rate."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
