@@ -129,3 +129,13 @@ def test_the_access_log_is_off_and_free_of_secrets(tmp_path: Path, clock: HandCl
     encoded = base64.b64encode(token.encode()).decode()
     for secret in [token, token[:24], token[8:], token.lower(), token.upper(), encoded, *SECRETS]:
         assert secret not in log
+
+
+def test_a_preflight_is_logged_with_its_route(tmp_path: Path, clock: HandClock) -> None:
+    settings = '[server]\naccess_log = true\ncors_origins = ["https://app.example"]'
+    with worker(write_config(tmp_path, settings), clock) as running, running.client() as client:
+        origin = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+        assert client.options("/api/token", headers=origin).status_code == 200
+        client.get("/readyz")
+        line, _ = logged(running, 0, 2)
+    assert (line["method"], line["route"]) == ("OPTIONS", "/api/token")

@@ -1,7 +1,9 @@
 """The access log: one line for each request, with the template of its route and nothing else that a client chooses."""
 
 import time
+from collections.abc import Sequence
 
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
@@ -11,16 +13,17 @@ from tokenauth.web.client_address import client_address
 class AccessLog:
     """Logs method, route, status, client address and milliseconds of each request."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on, and log it."""
+        """Pass a request on, and log it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status = 500
-        began = time.perf_counter()
+        started = time.perf_counter()
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -34,14 +37,22 @@ class AccessLog:
             log.info(
                 "request",
                 method=scope["method"],
-                route=route_path(scope),
+                route=self._route_path(scope),
                 status=status,
                 client=client_address(scope),
-                ms=round((time.perf_counter() - began) * 1000, 2),
+                ms=round((time.perf_counter() - started) * 1000, 2),
             )
+
+    def _route_path(self, scope: Scope) -> str:
+        if "route" not in scope:  # middleware answered, such as CORS a preflight
+            for route in self._routes:
+                if route.matches(scope)[0] is not Match.NONE:
+                    scope["route"] = route
+                    break
+        return route_path(scope)
 
 
 def route_path(scope: Scope) -> str:
-    """Return the template of the route that was found, never the path: it may hold a token, if only by mistake."""
+    """Return the template of the route that was found. A path is never logged: it may contain a token by mistake."""
     route = scope.get("route")
     return "(none)" if route is None else str(route.path)

@@ -1,4 +1,4 @@
-"""CORS, for all but the paths where a preflight is a request to be judged like any other."""
+"""Cross-origin requests of web pages (CORS)."""
 
 from collections.abc import Collection, Sequence
 
@@ -7,10 +7,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class CORS(CORSMiddleware):
-    """Starlette's CORSMiddleware, which leaves some paths alone."""
+    """Starlette's CORSMiddleware, for all but some paths."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], headers: Sequence[str], exempt: Collection[str]) -> None:
-        """Let pages of `origins` send the usual headers and these. Requests for `exempt` paths are passed on."""
+        """Allow pages of `origins` to send the usual headers and `headers`. `exempt` are paths without CORS."""
         super().__init__(
             app,
             allow_origins=origins,

@@ -1,4 +1,4 @@
-"""Exceptions become responses here, and a failed start becomes one line."""
+"""Turns exceptions into responses, and the exception of a failed start into one line."""
 
 import sys
 
@@ -14,7 +14,7 @@ from tokenauth.web.responses import error_response
 
 
 def respond(scope: Scope, error: Exception) -> Response:
-    """Return the response to an exception, and log who may not do what."""
+    """Return the response to an exception. Log who lacks a right."""
     if isinstance(error, InsufficientScope | Forbidden):
         log.warning(
             "access_denied",
@@ -35,17 +35,17 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class ErrorMiddleware:
-    """Turns an unexpected exception into a response, and the traceback of a failed start into one line.
+    """ASGI middleware that answers every exception, and reports a failed start or stop in one line.
 
-    Starlette's own ServerErrorMiddleware raises the exception again, so that the server logs it: but the text of an
-    exception may hold a token. It also is outside of CORS, where a web page could not read the response.
+    Starlette's ServerErrorMiddleware raises unexpected exceptions again, for the server to log with their texts, which
+    may contain a token. It is also outside of CORS, so that a web page could not read the response.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or start and stop."""
+        """Pass a request on, or a start and a stop."""
         if scope["type"] == "lifespan":
 
             async def send_in_one_line(message: Message) -> None:

@@ -9,13 +9,13 @@ from tokenauth.web.routing import Endpoint, Route
 
 
 class Shortcuts:
-    """Middleware that calls what answers some of the routes, without trying one route after the other.
+    """ASGI middleware that finds the busiest routes in a dictionary. Starlette's router tries one after the other.
 
-    They are GET or POST routes without parameters. Their own middleware is called as ever.
+    Their paths have no parameters. The middleware of a route is called as usual.
     """
 
     def __init__(self, app: ASGIApp, routes: Iterable[Route], busiest: Collection[tuple[str, str]]) -> None:
-        """Create it. `busiest` are methods and paths of the routes."""
+        """`busiest` are methods and paths of the routes."""
         self._app = app
         self._apps: dict[tuple[str, str], tuple[Route, ASGIApp]] = {}
         for route in routes:
