@@ -1,1 +1,1 @@
-"""Stores answer: what they are asked, and nothing about what it means."""
+"""Keeps tokens, pools and failed logins in a database."""

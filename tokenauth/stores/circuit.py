@@ -12,7 +12,7 @@ SLOW = 2.0
 """Seconds that an operation may take before the database is probed."""
 
 PATIENCE = 5.0
-"""Seconds that an operation may take. Then its caller gets an error, and cannot know whether it was done."""
+"""Seconds that an operation may take. Then its caller gets an error, and the outcome is unknown."""
 
 PROBE_PATIENCE = 1.0
 """Seconds that a probe may take."""
@@ -21,13 +21,13 @@ PAUSE = 0.5
 """Seconds between two probes."""
 
 QUICK = 0.1
-"""Seconds after which a failure counts as one that others had to wait for."""
+"""Seconds after which a failure counts as slow: others had to wait for it."""
 
 QUIET = 10.0
-"""Seconds in which the same failure is not logged again, when the database has worked meanwhile."""
+"""Seconds in which the same failure is not logged again after the database has worked meanwhile."""
 
 Probe = Callable[[], Awaitable[str | None]]
-"""Tries what operations need; returns what is wrong, or None."""
+"""Checks what operations need; returns what is wrong, or None."""
 
 
 def _do_nothing() -> None:
@@ -37,9 +37,9 @@ def _do_nothing() -> None:
 class Circuit:
     """Lets operations through while the database works, and refuses them at once while it does not.
 
-    It opens when a probe fails, or when an operation fails after others had to wait for it. Then one probe at a time
-    looks whether the database works again, and closes it. A failure that comes quickly holds nobody up: it only starts
-    a probe, so what is wrong with one operation does not stop the others.
+    It opens when a probe fails, or when an operation fails slowly. Then one probe at a time checks whether the
+    database works again, and closes it. A quick failure delays no other operation: it only starts a probe, so one bad
+    operation does not stop the others.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Circuit:
         opened: Callable[[], object] = _do_nothing,
         probe_failed: Callable[[], object] = _do_nothing,
     ) -> None:
-        """Log the events `fails` and `works`; call `opened` each time that it opens, `probe_failed` at each failure."""
+        """`fails` and `works` are events to log. `opened` runs when it opens, `probe_failed` when a probe fails."""
         self.trouble: str | None = None
-        """Why operations are refused; None while they are not."""
+        """Why operations are refused; None while it is closed."""
         self.openings = 0
-        """How often it has opened: what was connected before an opening may be dead."""
+        """How often it has opened: connections from before an opening may be dead."""
         self._probe = probe
         self._fails = fails
         self._works = works
         self._opened = opened
         self._probe_failed = probe_failed
-        self._under_way: dict[asyncio.Timeout, float] = {}
+        self._running: dict[asyncio.Timeout, float] = {}
         self._watching = False
         self._probing: asyncio.Task[None] | None = None
         self._known = asyncio.Event()
@@ -75,15 +75,15 @@ class Circuit:
 
     @asynccontextmanager
     async def attempt(self) -> AsyncIterator[float]:
-        """Let one operation through; its value is when that was, for `failed`, which the operation calls if it fails.
+        """Let one operation through. The value is its start, which the operation passes to `failed` if it fails.
 
-        Raises StoreUnavailable while it is open, and when the operation takes longer than PATIENCE.
+        Raises StoreUnavailable while it is open, and if the operation takes longer than PATIENCE.
         """
         self.demand()
         loop = asyncio.get_running_loop()
         began = loop.time()
         limit = asyncio.timeout(None)  # `_watch` ends it: a timer for each operation would cost more than the rest
-        self._under_way[limit] = began
+        self._running[limit] = began
         if not self._watching:
             self._watching = True
             loop.call_later(SLOW, self._watch)
@@ -96,10 +96,10 @@ class Circuit:
             self.suspect()
             raise StoreUnavailable from error
         finally:
-            del self._under_way[limit]
+            del self._running[limit]
 
     def failed(self, reason: str, began: float) -> None:
-        """Take in that an operation has failed: open if others had to wait for it, else probe first."""
+        """Report a failure: a slow one opens the circuit, a quick one starts a probe."""
         if asyncio.get_running_loop().time() - began < QUICK:
             self._log(reason)
         else:
@@ -122,28 +122,28 @@ class Circuit:
             self._known.clear()
             self._probing = asyncio.create_task(self._probe_until_it_works())
 
-    async def verdict(self) -> None:
-        """Wait for the probe that runs, if one does, while it is not known whether the database works."""
+    async def wait_for_probe(self) -> None:
+        """Wait for the result of the probe that is running, if one is."""
         await self._known.wait()
 
     def give_up(self) -> None:
-        """End the operations that are under way: nothing that they wait for will come soon."""
-        for limit in self._under_way:
+        """Abort the running operations: the database will not answer soon."""
+        for limit in self._running:
             _end(limit)
 
     async def stop(self) -> None:
-        """Probe no more."""
+        """Stop probing."""
         if self._probing is not None:
             self._probing.cancel()
             with suppress(asyncio.CancelledError):
                 await self._probing
 
     def _watch(self) -> None:
-        """Look for operations that are slow, or take too long, for as long as any are under way."""
+        """Probe when an operation is slow and abort it when it takes too long; runs while there are operations."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         due = math.inf
-        for limit, began in self._under_way.items():
+        for limit, began in self._running.items():
             if now >= began + PATIENCE:
                 _end(limit)
             elif now >= began + SLOW:
@@ -180,7 +180,7 @@ class Circuit:
             return type(error).__name__
 
     def _log(self, reason: str) -> None:
-        """Log once when operations begin to fail; the same failure over and over, between successes, less often."""
+        """Log the first failure after a success, unless the same one was logged lately."""
         now = asyncio.get_running_loop().time()
         last_reason, at = self._last_logged
         if not self._logged and not (reason == last_reason and now < at + QUIET):

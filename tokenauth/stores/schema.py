@@ -1,4 +1,4 @@
-"""The version of the schema: what a database has, and how it is brought up to what this release needs."""
+"""The version of the schema: which one a database has, and how it is upgraded."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 HEAD = "2.1"
 """The revision that this release needs; the newest in `migrations/versions`.
 
-It is GENERATION.STEP. A step only adds what earlier releases of its generation need not know, and they go on
-serving beside it; what they could not bear begins a new generation.
+It is GENERATION.STEP. Releases of one generation can share a database: a step only adds what earlier releases can
+ignore. A change that they could not work with starts a new generation.
 """
 
 
 def serves(version: str | None) -> bool:
-    """Say whether this release can serve with a revision: its own, or a later one of its generation."""
+    """Return whether this release works with a revision: its own, or a later one of its generation."""
     if version is None:
         return False
     (generation, _, step), (own, _, needed) = version.partition("."), HEAD.partition(".")
@@ -27,16 +27,16 @@ def serves(version: str | None) -> bool:
 
 
 def version(db: Connection) -> str | None:
-    """Say which revision the database has; None when it is empty."""
+    """Return the revision that the database has; None if it is empty."""
     if not inspect(db).has_table("alembic_version"):
         return None
     return db.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def upgrade(db: Connection) -> str | None:
-    """Bring the schema up to date inside the caller's transaction; the answer is the revision it had.
+    """Bring the schema up to date inside the caller's transaction; return the revision it had.
 
-    The caller holds a lock that no other upgrade can hold. Raises StartError when a newer release has been here.
+    The caller has a lock that excludes other upgrades. Raises StartError if a newer release has upgraded it.
     """
     had = version(db)
     if serves(had):
@@ -55,7 +55,7 @@ def upgrade(db: Connection) -> str | None:
 
 
 def migrations() -> "Config":
-    """Alembic's settings, with the migrations where the wheel or the checkout has them."""
+    """Return Alembic's settings, with the migrations of the wheel or of the checkout."""
     from alembic.config import Config
 
     package = Path(__file__).parents[1]

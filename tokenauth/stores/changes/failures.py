@@ -9,8 +9,8 @@ from typing import Self
 from sqlalchemy import Float, Integer, bindparam, select, text, update
 
 from tokenauth.models import CountUpdate, Failures, Instant
-from tokenauth.stores.changes.deletes import delete_oldest
 from tokenauth.stores.engine import Change, Transaction
+from tokenauth.stores.statements import delete_oldest
 from tokenauth.stores.tables import failures
 
 _UPDATE = text("""

@@ -8,9 +8,8 @@ from typing import Self
 from sqlalchemy import Delete, Float, Insert, Select, bindparam, delete, func, insert, select, text
 
 from tokenauth.models import Instant, Token
-from tokenauth.stores.changes.deletes import delete_oldest
 from tokenauth.stores.engine import Change, Transaction
-from tokenauth.stores.statements import elements
+from tokenauth.stores.statements import delete_oldest, elements
 from tokenauth.stores.tables import revocations, tokens
 
 _MANY = 1000

@@ -132,10 +132,10 @@ class Connections:
             return f"store unreachable: {self._reading.trouble}"
         return None if self._writing.trouble is None else f"store not writable: {self._writing.trouble}"
 
-    async def verdict(self) -> str | None:
+    async def probed_trouble(self) -> str | None:
         """Return what keeps the database from being read or written, after the probes that are running, if any are."""
-        await self._reading.verdict()
-        await self._writing.verdict()
+        await self._reading.wait_for_probe()
+        await self._writing.wait_for_probe()
         return self.trouble
 
     async def demand_utf8(self) -> None:

@@ -88,13 +88,13 @@ class PostgresEngine:
 
     async def ready(self) -> str | None:
         """Return what keeps the database from being used, if anything."""
-        trouble = await self.connections.verdict()
+        trouble = await self.connections.probed_trouble()
         if trouble is not None:
             return trouble
         try:
             version = await self.connections.read(schema.version)
         except RetryLater as refusal:
-            return await self.connections.verdict() or f"store unreachable: {reason(refusal)}"
+            return await self.connections.probed_trouble() or f"store unreachable: {reason(refusal)}"
         return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:

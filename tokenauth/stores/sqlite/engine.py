@@ -76,7 +76,7 @@ class SqliteEngine:
         self._look_at_files()
         if self.writer.lost:
             return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
-        trouble = await self.writer.trouble()
+        trouble = await self.writer.probed_trouble()
         if trouble is not None:
             return trouble
         trouble = self.feed.trouble()

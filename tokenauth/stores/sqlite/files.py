@@ -1,20 +1,20 @@
-"""The files of a SQLite database, and which of them others than their owner could read or change."""
+"""The files of a SQLite database, and which of them other users could read or change."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
 
 TURNS = "-turns"
-"""What is added to a database's name for the file by which writers take turns."""
+"""Suffix of the file by which writers take turns."""
 
 _SQLITE = "sqlite+aiosqlite:///"
 _SUFFIXES = ("", "-wal", "-shm", "-journal", TURNS)
 
 
 def exposed(url: str) -> Sequence[str]:
-    """Name the database files that other users of this machine could read or change, and why; no file is created.
+    """Return a message for each database file that other users of this machine could read or change.
 
-    Empty for a database that is not a file, or that does not exist yet: new ones are readable by their owner only.
+    Empty for a database that is not a file or does not exist yet: new files are readable by their owner only.
     """
     path = url.removeprefix(_SQLITE).partition("?")[0]
     if not url.startswith(_SQLITE) or path in {"", ":memory:"}:

@@ -1,7 +1,7 @@
-"""Turns of the processes that write to one SQLite file: a lock of the kernel wakes the next writer at once.
+"""Turns of the processes that write to one SQLite file: a file lock wakes the next writer at once.
 
-SQLite's own lock still decides who writes, but whoever waits for it polls, for up to 100 ms at a time. A process that
-does not know of turns, or cannot take them, is slower and never wrong.
+SQLite's own lock still decides which process writes, but a process that waits for it polls, up to 100 ms at a time. A
+process that takes no turns is slower, and still correct.
 """
 
 import fcntl
@@ -13,19 +13,19 @@ from tokenauth.logs import log
 from tokenauth.stores.sqlite.files import TURNS
 
 TURN_PATIENCE = 1.0
-"""Seconds to wait for a turn; after that it goes without. A process that was stopped may keep its turn forever."""
+"""Seconds to wait for a turn; then it writes without one. A stopped process may keep its turn forever."""
 
 
 class Turn:
-    """One wait for one's turn, in a thread, that another thread can end."""
+    """One wait for a turn, in a thread. Another thread can give it up."""
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._decided = threading.Lock()  # by whoever acquires it: the turn has come, or the wait was given up
+        self._decided = threading.Lock()  # acquired once: either the turn has come, or the wait was given up
 
     def begin(self) -> bool:
         """Wait for the turn; False if the wait was given up meanwhile."""
-        with suppress(OSError):  # no locks there: SQLite's own is enough
+        with suppress(OSError):  # no file locks there: SQLite's own lock is enough
             fcntl.flock(self._file, fcntl.LOCK_EX)
         if self._decided.acquire(blocking=False):
             return True
@@ -33,17 +33,17 @@ class Turn:
         return False
 
     def give_up(self) -> bool:
-        """Wait no more; False if the turn has come already."""
+        """Stop waiting; False if the turn has already come."""
         return self._decided.acquire(blocking=False)
 
     def end(self) -> None:
-        """Let the next one write."""
+        """Let the next process write."""
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 class Turns:
-    """The file beside a database by which its writers take turns. The kernel ends the turn of a process that dies."""
+    """The lock file beside a database by which its writers take turns. A process that dies loses its turn."""
 
     def __init__(self, database: str) -> None:
         self._database = database
@@ -57,7 +57,7 @@ class Turns:
         return self._waiting is not None
 
     def open(self) -> None:
-        """Open or create the file, for those who may use the database; if it cannot be done, go without turns."""
+        """Open or create the file, with the owner and mode of the database; if that fails, write without turns."""
         try:
             file = self._open()
         except OSError as error:
@@ -76,7 +76,7 @@ class Turns:
             self._file = None
 
     def replaced(self) -> bool:
-        """Whether the file was deleted or replaced: others take turns by another one."""
+        """Return whether the file was deleted or replaced, so that other processes lock another one."""
         if self._file is None:
             return False
         try:
@@ -87,17 +87,17 @@ class Turns:
             return False
 
     def next(self) -> Turn | None:
-        """Make the wait of the next batch; None where there are no turns, or an earlier wait has not ended."""
+        """Return the wait for the next batch; None if there are no turns, or an earlier wait is still blocked."""
         if self._file is None or self._waiting is not None:
             return None
         return Turn(self._file)
 
     def gave_up(self, turn: Turn) -> None:
-        """Make no further wait until this one, which blocks a thread, has ended."""
+        """Take no turns until this wait, which blocks a thread, has ended."""
         self._waiting = turn
 
     def ended(self, turn: Turn) -> None:
-        """Take in that the thread of a wait that was given up is free again."""
+        """Report that the thread of a wait that was given up is free again."""
         if self._waiting is turn:
             self._waiting = None
 

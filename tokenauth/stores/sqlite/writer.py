@@ -125,9 +125,9 @@ class SqliteWriter:
         self._circuit.demand()
         return self._writer.apply(change)
 
-    async def trouble(self) -> str | None:
+    async def probed_trouble(self) -> str | None:
         """Return what keeps the file from being written, after the probe that is running, if one is."""
-        await self._circuit.verdict()
+        await self._circuit.wait_for_probe()
         if self._circuit.trouble is not None:
             return f"store not writable: {self._circuit.trouble}"
         if self._checkpoint_trouble is not None:
