@@ -40,7 +40,7 @@ class Place:
     url: str
     commits: Callable[[], int]
     rounds: int = 25
-    """How often to try what a cache could get wrong."""
+    """How often to repeat what a cache could get wrong."""
     behind: float = 0
     """By how many seconds the clock row may lag at a start: then the database has a clock that is trusted."""
 
@@ -55,7 +55,7 @@ class Place:
 
 
 async def sqlite(directory: Path, size: int) -> Place:
-    """Open what one machine has."""
+    """Open a store of one machine."""
     file = directory / "tokens.db"
     url = f"sqlite+aiosqlite:///{file}"
     store = open_store(DatabaseSettings(url), size)
@@ -79,7 +79,7 @@ class Attentive(TokenStore):
 
 
 async def postgres(directory: Path, size: int) -> Place:
-    """Open what several machines share."""
+    """Open a store that several machines share."""
     url = (directory / "url").read_text()
     store = open_store(DatabaseSettings(url, connections=4), size, clock=lambda: START)
     heard: list[Instant] = []
@@ -178,7 +178,7 @@ class Templates:
         self._emptier = Emptier()
 
     def fresh(self, name: str, directory: Path) -> Path:
-        """Make an empty store for one of STORES; a PostgreSQL database is the one that the last test had."""
+        """Return an empty store for one of STORES; tests share one PostgreSQL database, one after the other."""
         built = self._built.get(name)
         if built is None:
             built = self._built[name] = self._factory.mktemp(name)

@@ -19,22 +19,22 @@ class Model:
     there: dict[str, PoolToken] = field(default_factory=dict)
 
     def new_values(self, count: int) -> list[str]:
-        """Make values that say nothing about their order."""
+        """Return values whose order is arbitrary."""
         start = len(self.made)
         self.made += [sha256(b"%d" % number).hexdigest()[:6] for number in range(start, start + count)]
         return self.made[start:]
 
     def end(self, one: PoolToken) -> float:
-        """Say when a token expires if nobody touches it."""
+        """Return when a token expires if nothing changes it."""
         aged = self.pool.lease_ttl if self.pool.ages_while_leased and one.holder is not None else 0
         return one.free_at + self.pool.token_ttl - aged
 
     def lent(self) -> list[PoolToken]:
-        """List what somebody has, whose lease ends first first."""
+        """Return the leased tokens, ordered by the end of their lease."""
         return sorted((one for one in self.there.values() if self.now < one.free_at), key=lambda one: one.free_at)
 
     def free(self) -> list[PoolToken]:
-        """List what nobody has, what has been free longest first."""
+        """Return the free tokens, the one that has been free longest first."""
         free = (one for one in self.there.values() if one.free_at <= self.now < self.end(one))
         return sorted((one for one in free if not one.retired), key=lambda one: one.free_at)
 
@@ -47,15 +47,15 @@ class Model:
         return sorted(self.lent() + self.free(), key=lambda one: one.value)
 
     def available(self) -> int:
-        """Say how many can be lent."""
+        """Return how many tokens can be leased."""
         return max(0, len(self.free()) - len(self.retired()))
 
     def lendable(self, count: int) -> list[float]:
-        """Say since when those have been free that are lent next, to so many."""
+        """Return since when the tokens that are leased next have been free."""
         return [one.free_at for one in self.free()[: min(count, self.available())]]
 
     def pick(self, number: int) -> str:
-        """Choose a token: with numbers from 7 on one that may be gone, or may never have been."""
+        """Choose a token; from 7 on one that may be gone, or may never have existed."""
         live = [one.value for one in self.live()]
         return live[number % len(live)] if live and number < 7 else self.made[-number % len(self.made)]
 
@@ -78,11 +78,11 @@ class Model:
         self.put(*(PoolToken(self.pool.name, value, self.now) for value in values))
 
     def freed(self, one: PoolToken) -> PoolToken:
-        """Return a token as it is when it is given up."""
+        """Return a token after its release."""
         return one._replace(free_at=self.now, holder=None, username=None)
 
     def lend(self, got: PoolToken, holder: str, lendable: list[float], user: str | None = None) -> None:
-        """Lend what somebody got, if it may be lent to him."""
+        """Lease a token, and check that it may be leased."""
         one = self.there[got.value]
         assert one in self.free(), f"somebody has it: {one}"
         assert one.free_at in lendable, f"another has been free longer: {one}"
@@ -90,15 +90,15 @@ class Model:
             free_at=self.now + self.pool.lease_ttl, holder=holder, fence=one.fence + 1, username=user
         )
         self.put(got)
-        assert self.pool.capacity is None or len(self.lent()) <= self.pool.capacity, "more are lent than there may be"
+        assert self.pool.capacity is None or len(self.lent()) <= self.pool.capacity, "more are leased than the capacity"
 
     def forget(self, count: int) -> None:
-        """Forget so many that have expired."""
+        """Delete this many expired tokens."""
         dead = self.there.keys() - {one.value for one in self.live()}
         for value in sorted(dead, key=lambda value: self.there[value].free_at)[:count]:
             del self.there[value]
 
     def edges(self) -> list[float]:
-        """Say when something ends by itself."""
+        """Return the instants at which leases and tokens end."""
         ends = [at for one in self.there.values() for at in (one.free_at, self.end(one))]
         return sorted(end for end in ends if self.now < end < math.inf)

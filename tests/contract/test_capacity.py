@@ -1,4 +1,4 @@
-"""PoolStore.add: never more tokens than the pool has room for, and all of what is asked for or none."""
+"""PoolStore.generate: never more tokens than the capacity, and all of the requested ones or none."""
 
 import asyncio
 import math

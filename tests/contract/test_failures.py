@@ -1,4 +1,4 @@
-"""FailureStore: what is kept of past logins, by key: a count, and an instant, until they are purged."""
+"""FailureStore: a count and an instant per key, until they are purged."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ ANN, BOB, NET = (bytes([number]) * 16 for number in range(3))
 
 
 def failed(*keys: bytes, now: float = START) -> list[CountUpdate]:
-    """Count a failure under each key, from one again if the last is long past."""
+    """Count a failure under each key, from one again if the last one is forgotten."""
     return [CountUpdate(key, 1, expired=now - FORGET, at=now) for key in keys]
 
 
@@ -115,7 +115,7 @@ async def test_a_purge_deletes_only_what_is_before_its_instant(
 
 
 async def test_a_refund_takes_back_what_is_counted_and_once(place: Place, other: Place) -> None:
-    """However many ask at the same time; a bucket loses what is left of a share."""
+    """However many callers there are; a bucket loses what is left of a share."""
     share, bucket = bytes([7]) * 16, bytes([8]) * 16
     filled = [CountUpdate(share, at=START, later=30.0), CountUpdate(bucket, at=START, later=30.0)]
     for number in range(1, 4):

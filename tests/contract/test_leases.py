@@ -1,4 +1,4 @@
-"""PoolStore: who has a token, until when, and what the others are told. Nothing sweeps in these tests."""
+"""PoolStore: which holder has a token, until when, and what others get. No sweeper runs in these tests."""
 
 import asyncio
 from dataclasses import replace
@@ -15,7 +15,7 @@ HUGE = [2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, 0, -1, -(10**40)]
 
 
 async def holders(pools: PoolStore, now: float) -> dict[str, str]:
-    """Say who has which token."""
+    """Return the holders by token."""
     tokens = await pools.list_tokens(POOL, now, "", 1000)
     return {token.value: lease.holder for token in tokens if (lease := token.lease(now)) is not None}
 
@@ -124,7 +124,7 @@ async def touch(
 
 
 async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
-    """Lend ann t1 for the second time."""
+    """Lease t1 to ann for the second time."""
     await pools.generate(pool, ["t1"], START)
     await lease(pools, pool)
     await pools.release(pool, "t1", START)
@@ -135,7 +135,7 @@ async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
 
 @pytest.mark.parametrize("verb", ["extend", "extend free_too", "release"])
 async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, verb: str) -> None:
-    """What a claim leaves out is not compared; the rest must be right."""
+    """What a check leaves out is not compared; the rest must match."""
     for claim in HELD:
         pool = replace(POOL, name=str(claim))
         lent = await second_lease(pools, pool)
@@ -171,7 +171,7 @@ async def test_an_extension_at_the_last_instant_is_complete(pools: PoolStore) ->
     await pools.generate(POOL, ["t1"], START)
     await lease(pools)
     now = START
-    for _ in range(10):  # far past `token_ttl`: what is lent does not expire
+    for _ in range(10):  # far past `token_ttl`: a leased token does not expire
         now += 60 - JUST
         assert await pools.keep_alive(POOL, "t1", now) == LeaseChange(PoolToken("p", "t1", now + 60, "ann", 1), True)
         assert (await pools.assign(POOL, "bob", now)).token is None
@@ -284,7 +284,7 @@ async def test_the_next_leases_of_many_at_once_are_their_own(place: Place, other
             if (lease := token.lease(START + 12)) is not None]  # fmt: skip
     assert sum(done for done, _ in answers) == 12 - len(left) == 7
     assert not answers[6][0], "she has none"
-    assert {"h2", "h5", "h8", "h11"} - set(left) <= {"h2"}, "only who asked for anybody's may have ended one of kim's"
+    assert {"h2", "h5", "h8", "h11"} - set(left) <= {"h2"}, "only a release without a user can end one of kim's"
 
 
 async def test_a_lease_that_has_lapsed_is_not_the_next(pools: PoolStore) -> None:

@@ -1,4 +1,4 @@
-"""PoolStore under many who ask at once, of one process and of two: everybody is served as if he had asked alone."""
+"""PoolStore under concurrent callers of one process and of two: each is served as if it were alone."""
 
 import asyncio
 from collections import Counter

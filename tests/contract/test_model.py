@@ -1,4 +1,4 @@
-"""TokenStore against a model: whatever happens in whichever order, what was removed is never returned."""
+"""TokenStore against a model: in any order of operations, a revoked token is never returned."""
 
 import asyncio
 import tempfile
@@ -24,7 +24,7 @@ step = st.tuples(st.sampled_from(KINDS), st.integers(0, 1), st.integers(0, 7), s
 
 @dataclass
 class Model:
-    """What a token store must say, kept in a dict."""
+    """What a token store must answer, from a dict."""
 
     now: float = START
     added: list[Token] = field(default_factory=list)
@@ -46,12 +46,12 @@ class Model:
             del self.there[one.digest]
 
     def may_get(self, one: Token) -> set[Token | None]:
-        """Say what `get` may return: a purged token is gone, or still remembered, expired as it is."""
+        """Return what `get` may return: a purged token is gone, or still cached though expired."""
         return {self.there.get(one.digest), one} if one.digest in self.purged else {self.there.get(one.digest)}
 
 
 async def act(model: Model, place: Place, kind: str, which: int, amount: int) -> None:
-    """Do one thing in the store and in the model, and compare what they say."""
+    """Do one step in the store and in the model, and compare the answers."""
     tokens, name, one = place.tokens, "ann" if amount % 2 else "bob", model.pick(which)
     model.now += 0.25  # issued_at orders tokens only when no two are equal
     now = model.now
@@ -94,7 +94,7 @@ async def act(model: Model, place: Place, kind: str, which: int, amount: int) ->
 
 
 async def live_through(opener: Opener, directory: Path, size: int, script: list[Step]) -> None:
-    """Do everything, then ask both processes for every token."""
+    """Do all steps, then get every token from both processes."""
     places, model = Places(opener, directory), Model()
     both = [await places.open(size), await places.open(size)]
     try:

@@ -1,4 +1,4 @@
-"""While a database does not answer, each operation is refused at once, until a probe of it succeeds."""
+"""While a database does not answer, operations are refused at once, until a probe succeeds."""
 
 import asyncio
 import os
@@ -64,7 +64,7 @@ READS: Mapping[str, Operation] = {
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lose patience sooner, so that the tests do."""
+    """Shorten the timeouts, so that the tests are quick."""
     for name, seconds in {"SLOW": 0.1, "PATIENCE": 2.0, "PROBE_PATIENCE": 0.5, "PAUSE": 0.05}.items():
         monkeypatch.setattr(circuit, name, seconds)
     monkeypatch.setattr(sqlite, "_PROBE_TIMEOUT", 50)
@@ -74,14 +74,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def filled(place: Place) -> Place:
-    """Have something to change."""
+    """Add something to change."""
     await place.tokens.issue(token(1), 0, START)
     await place.pools.generate(POOL, ["a", "b"], START)
     return place
 
 
 async def refused(place: Place, operation: Operation) -> float:
-    """Hold an operation to be refused; return after how many seconds it was."""
+    """Check that an operation is refused; return after how many seconds."""
     began = monotonic()
     with pytest.raises(StoreUnavailable):
         await operation(place)
@@ -89,7 +89,7 @@ async def refused(place: Place, operation: Operation) -> float:
 
 
 async def ready_again(place: Place) -> None:
-    """Wait until the store is ready, though nobody writes."""
+    """Wait until the store is ready, without a write."""
     async with asyncio.timeout(20):
         while await place.store.ready() is not None:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.01)
@@ -97,7 +97,7 @@ async def ready_again(place: Place) -> None:
 
 @asynccontextmanager
 async def locked(place: Place) -> AsyncIterator[None]:
-    """Hold the locks that every write needs, as another program can."""
+    """Take the locks that every write needs, as another program can."""
     if place.url.startswith("sqlite"):
         with closing(sqlite3.connect(make_url(place.url).database or "", isolation_level=None)) as file:
             file.execute("BEGIN IMMEDIATE")
@@ -115,7 +115,7 @@ async def locked(place: Place) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def full(place: Place) -> AsyncIterator[None]:
-    """Let no file grow, which stands for a full disk; PostgreSQL becomes read-only, as it is after some such faults."""
+    """Let no file grow, as on a full disk; PostgreSQL becomes read-only, as after some faults."""
     if place.url.startswith("sqlite"):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         room = os.stat(f"{make_url(place.url).database}-wal").st_size
@@ -134,7 +134,7 @@ async def full(place: Place) -> AsyncIterator[None]:
 
 
 async def _alter(url: str, statement: str) -> None:
-    """Change a setting of a database, and end the connections that have the old one."""
+    """Change a setting of a database, and close the connections that use the old one."""
     db = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         await db.execute("SET default_transaction_read_only = off")
@@ -152,7 +152,7 @@ HARMS: Mapping[str, Callable[[Place], AbstractAsyncContextManager[None]]] = {"lo
 
 @pytest.mark.parametrize("harm", HARMS)
 async def test_after_a_failed_write_others_are_refused_at_once(filled: Place, harm: str) -> None:
-    """And reads go on; and all is well again soon after, also when nobody has written."""
+    """Reads go on, and the store recovers soon, also without a write."""
     with structlog.testing.capture_logs() as logs:
         async with HARMS[harm](filled):
             await refused(filled, WRITES["tokens.issue"])
@@ -183,7 +183,7 @@ async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> 
 
 
 async def test_one_probe_at_a_time_is_made_however_many_ask(filled: Place) -> None:
-    """A refused request costs the database nothing."""
+    """A refused request does not reach the database."""
     async with locked(filled):
         await refused(filled, WRITES["remember"])
         for _ in range(300):
@@ -195,7 +195,7 @@ async def test_one_probe_at_a_time_is_made_however_many_ask(filled: Place) -> No
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)  # a probe of PostgreSQL needs every table
 async def test_a_failure_of_one_operation_stops_no_other(filled: Place) -> None:
-    """Here one table is missing, and no probe needs it more than others do."""
+    """One table is missing, and the probe does not need it."""
     rename = 'ALTER TABLE failures RENAME TO "gone"', 'ALTER TABLE "gone" RENAME TO failures'
     with closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db:
         db.execute(rename[0])
@@ -215,7 +215,7 @@ NEEDED = {"tokens": "tokens.get", "failures": "failures.get", "pool_tokens": "po
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("table", [*NEEDED, "revocations"])
 async def test_an_unreadable_table_is_unready_and_logged_once(filled: Place, table: str) -> None:
-    """A cached token is answered while the removals can be read; a look-up that fails says why in the log."""
+    """A cached token is answered while revocations can be read; a failed look-up is logged with its reason."""
     await filled.store.tokens.get(token(1).digest)
     reads = {"revocations": "tokens.get", **NEEDED}
     with (
@@ -245,7 +245,7 @@ async def test_an_unreadable_table_is_unready_and_logged_once(filled: Place, tab
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_listing_that_cannot_be_read_is_logged(filled: Place) -> None:
-    """It takes another way to the file than look-ups do."""
+    """Listings use other connections than look-ups."""
     with (
         closing(sqlite3.connect(make_url(filled.url).database or "", isolation_level=None)) as db,
         structlog.testing.capture_logs() as logs,
@@ -273,7 +273,7 @@ async def test_a_damaged_value_is_not_quoted_in_the_log(filled: Place) -> None:
 
 @contextmanager
 def cut_off(places: Places) -> Iterator[Proxy]:
-    """Have a network between this node and PostgreSQL, which can go silent."""
+    """Put a network between this node and PostgreSQL that can go silent."""
     url = (places.directory / "url").read_text()
     parsed = make_url(url)
     with Proxy(parsed.port or 5432) as proxy:
@@ -320,7 +320,7 @@ async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_refused_waiting_write_is_not_written_later(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caller has been told that it was not done; here it waits for the lock for longer than for an answer."""
+    """Its caller got an error; here it waits for the lock longer than for an answer."""
     monkeypatch.setattr(circuit, "PATIENCE", 0.15)
     place = await places.open()
     async with locked(place):
@@ -331,7 +331,7 @@ async def test_a_refused_waiting_write_is_not_written_later(places: Places, monk
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -> None:
-    """As an fsync of 8 seconds does; here a change waits in the writer's thread. Its caller learns that it is late."""
+    """As with an fsync of 8 seconds; here a change blocks the writer's thread. Its caller gets an error in time."""
     read, write = os.pipe()
     place = await places.open()
     with structlog.testing.capture_logs() as logs:
@@ -361,7 +361,7 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_failed_checkpoint_is_logged(places: Places) -> None:
-    """SQLite says nothing of it, and the log of writes grows until the disk is full."""
+    """SQLite does not report it, and the -wal file grows until the disk is full."""
     place = await places.open()
     assert isinstance(place.engine, SqliteEngine)
     writer = place.engine.writer
@@ -385,7 +385,7 @@ async def test_a_failed_checkpoint_is_logged(places: Places) -> None:
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_the_log_of_writes_shrinks_after_a_long_reader(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as somebody reads what was, it has to grow."""
+    """While a reader keeps an old snapshot, it has to grow."""
     monkeypatch.setattr(sqlite, "_PRAGMAS", tuple(map(_smaller, sqlite._PRAGMAS)))
     place = await places.open()
     file = make_url(place.url).database or ""
@@ -401,7 +401,7 @@ async def test_the_log_of_writes_shrinks_after_a_long_reader(places: Places, mon
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it has gone, the log is cut off, though nobody writes; the service goes on meanwhile."""
+    """When the reader has gone, the file is cut without a write; the service works meanwhile."""
     monkeypatch.setattr(sqlite, "_WAL_LIMIT", 100_000)
     monkeypatch.setattr(sqlite, "_WAL_ALARM", 300_000)
     place = await places.open()
@@ -435,7 +435,7 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 async def test_a_deleted_database_file_stops_the_store(places: Places, suffix: str) -> None:
-    """Another process would make a new one, and the two would not see each other's writes."""
+    """Another process would create a new one, and the two would not see each other's writes."""
     place = await places.open()
     await place.tokens.issue(token(1), 0, START)
     file = make_url(place.url).database or ""
@@ -451,7 +451,7 @@ async def test_a_deleted_database_file_stops_the_store(places: Places, suffix: s
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_log_of_writes_that_is_cut_off_is_no_other_file(places: Places) -> None:
-    """A backup may do that: it is what SQLite itself does."""
+    """A backup may do that, and so does SQLite itself."""
     place = await places.open()
     await place.tokens.issue(token(1), 0, START)
     with closing(sqlite3.connect(make_url(place.url).database or "")) as db:

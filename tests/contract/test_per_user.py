@@ -20,7 +20,7 @@ async def test_the_oldest_end_when_a_user_has_too_many(tokens: TokenStore, limit
 
 
 async def test_one_login_ends_a_bounded_number_of_tokens(tokens: TokenStore) -> None:
-    """`per_user` has become less: the others end with the next one, and the new ones always stay."""
+    """`per_user` was lowered: later logins revoke the rest, and the new tokens always stay."""
     await asyncio.gather(*(tokens.issue(token(number), 0, START) for number in range(1010)))
     for number, left in ((2000, 11), (2001, 2)):
         await tokens.issue(token(number), 2, START)
@@ -29,7 +29,7 @@ async def test_one_login_ends_a_bounded_number_of_tokens(tokens: TokenStore) -> 
 
 
 async def test_of_equal_issued_at_the_new_one_stays(tokens: TokenStore) -> None:
-    """Two logins in one instant of a coarse clock: whoever logs in can use what he got."""
+    """Two logins in one instant of a coarse clock: each token that was issued can be used."""
     for number in range(12):
         await tokens.issue(token(number), 1, START)
         assert await tokens.list("ann", START, 10) == [token(number)]
@@ -52,7 +52,7 @@ async def test_fifty_concurrent_adds_leave_the_newest_five(place: Place, other: 
 
 
 async def test_fifty_adds_of_two_processes_at_once_leave_five(place: Place, other: Place) -> None:
-    """Counted inside of the transaction that inserts: nobody else's insert can come between."""
+    """They are counted in the transaction that inserts: no other insert can come between."""
     added = [token(number) for number in range(50)]
     await asyncio.gather(*((place, other)[number % 2].tokens.issue(one, 5, START) for number, one in enumerate(added)))
     for each in (place, other):

@@ -1,4 +1,4 @@
-"""PoolStore on SQLite: what a pool's size and its leases cost. Machine steps are counted, so that nothing is timed."""
+"""PoolStore on SQLite: cost does not depend on the size of a pool. SQLite's steps are counted; nothing is timed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,35 +25,35 @@ INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired)
 Ask = Callable[[PoolStore], Awaitable[object]]
 
 CHEAP: dict[str, Ask] = {
-    "lease": lambda pools: pools.assign(MOST_LENT, "ann", START),
-    "lease, and most are free": lambda pools: pools.assign(MOST_FREE, "ann", START),
-    "lease, and none is free": lambda pools: pools.assign(ALL_LENT, "ann", START),
-    "lease, and most have expired": lambda pools: pools.assign(AGEING, "ann", START),
-    "lease with prefill": lambda pools: pools.assign(PREFILLED, "ann", START),
-    "extend": lambda pools: pools.keep_alive(MOST_LENT, "t300", START, LeaseCheck("ann", 1)),
-    "extend a free one": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, free_too=True),
+    "assign": lambda pools: pools.assign(MOST_LENT, "ann", START),
+    "assign, and most are free": lambda pools: pools.assign(MOST_FREE, "ann", START),
+    "assign, and none is free": lambda pools: pools.assign(ALL_LENT, "ann", START),
+    "assign, and most have expired": lambda pools: pools.assign(AGEING, "ann", START),
+    "assign with prefill": lambda pools: pools.assign(PREFILLED, "ann", START),
+    "keep_alive": lambda pools: pools.keep_alive(MOST_LENT, "t300", START, LeaseCheck("ann", 1)),
+    "keep_alive of a free token": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, free_too=True),
     "release": lambda pools: pools.release(MOST_LENT, "t300", START),
     "an unknown token": lambda pools: pools.release(MOST_LENT, "t", START),
-    "remove": lambda pools: pools.delete(MOST_LENT, "t300", START),
-    "remove for a successor": lambda pools: pools.delete(MOST_LENT, "t300", START, "x"),
-    "add": lambda pools: pools.generate(MOST_LENT, ["x"], START),
-    "extend_free": lambda pools: pools.keep_alive_free(MOST_FREE, START, START, 5),
+    "delete": lambda pools: pools.delete(MOST_LENT, "t300", START),
+    "delete with a successor": lambda pools: pools.delete(MOST_LENT, "t300", START, "x"),
+    "generate": lambda pools: pools.generate(MOST_LENT, ["x"], START),
+    "keep_alive_free": lambda pools: pools.keep_alive_free(MOST_FREE, START, START, 5),
     "purge": lambda pools: pools.purge(MOST_FREE, START, 5),
     "get": lambda pools: pools.get(MOST_LENT, "t300", START),
-    "members": lambda pools: pools.list_tokens(MOST_LENT, START, "t300", 5),
+    "list_tokens": lambda pools: pools.list_tokens(MOST_LENT, START, "t300", 5),
 }
 
 COUNTING: dict[str, Ask] = {
     "a counted lease": lambda pools: pools.assign(PREFILLED, "ann", START, counted=True),
     "release_next": lambda pools: pools.release_next(PREFILLED, START),
-    "add where there is a capacity": lambda pools: pools.generate(BOUNDED, ["x"], START),
+    "generate with a capacity": lambda pools: pools.generate(BOUNDED, ["x"], START),
     "count": lambda pools: pools.count(BOUNDED, START),
 }
-"""These need to know how many tokens there are, and count them along an index: a step or two for each."""
+"""These count tokens along an index: a step or two for each."""
 
 
 def rows(pool: Pool, lent: float, count: int) -> Iterator[tuple[str, str, float, str | None]]:
-    """Make tokens of which a part is lent and some have expired."""
+    """Return rows of which some are leased and some have expired."""
     for number in range(count):
         if number * 7919 % 100 < lent * 100:
             since = -239 if pool is AGEING else 1
@@ -64,7 +64,7 @@ def rows(pool: Pool, lent: float, count: int) -> Iterator[tuple[str, str, float,
 
 @pytest.fixture(scope="module")
 def small_and_large() -> Iterator[tuple[Direct, Direct]]:
-    """Make two databases of very different size."""
+    """Create two databases of very different size."""
     few, many = Direct(), Direct()
     with closing(few.connection), closing(many.connection):
         for database, count in ((few, FEW), (many, MANY)):

@@ -1,4 +1,4 @@
-"""PoolStore against a model: whatever happens in whichever order, what is promised of pools holds after each step.
+"""PoolStore against a model: in any order of operations, the promises of pools hold after each step.
 
 Holders crash whenever nothing more is heard of them, and nobody sweeps what has lapsed or expired.
 """
@@ -64,7 +64,7 @@ FILL = Step("fit", 0, 0, 5, 7, "", None, (False, None))
 
 
 class Lending:
-    """Two processes that lend from one pool, and the model of it."""
+    """Two processes that use one pool, and the model of it."""
 
     def __init__(self, places: Places, both: list[Place], pool: Pool) -> None:
         self.model = Model(pool)
@@ -75,11 +75,11 @@ class Lending:
 
     @property
     def pool(self) -> Pool:
-        """The terms, as they are now."""
+        """The current settings."""
         return self.model.pool
 
     async def act(self, step: Step) -> None:
-        """Do one thing in the store and in the model, and compare what they say."""
+        """Do one step in the store and in the model, and compare the answers."""
         self.model.now += step.pause
         if step.kind not in {"later", "edge", "restart"}:
             self._written = self.model.now
@@ -108,7 +108,7 @@ class Lending:
             self.model.add(values)
 
     async def assign(self, store: PoolStore, step: Step) -> None:
-        """Lend the token that has been free longest."""
+        """Lease the token that has been free longest."""
         ends, lendable, counted = [one.free_at for one in self.model.lent()], self.model.lendable(1), step.amount > 3
         lent = await store.assign(self.pool, step.holder, self.model.now, step.user, counted)
         if lent.token is None:
@@ -119,7 +119,7 @@ class Lending:
         assert not counted or lent.left == self.model.available()
 
     async def assign_at_once(self, _: PoolStore, step: Step) -> None:
-        """Lend to many who ask both processes at the same time."""
+        """Lease to concurrent callers of both processes."""
         holders = [f"{step.holder}{number}" for number in range(1 + step.amount)]
         lendable = self.model.lendable(len(holders))
         stores = [self._both[number % 2].pools for number in range(len(holders))]
@@ -187,7 +187,7 @@ class Lending:
         self.model.put(*map(self.model.freed, refreshed))
 
     async def delete(self, store: PoolStore, step: Step) -> None:
-        """Delete a token; where there is `prefill`, a new one takes its place."""
+        """Delete a token; with `prefill` a new one replaces it."""
         value = self.model.pick(step.number)
         one = self.model.find(value)
         successor = self.model.new_values(1) if self.pool.prefill else []
@@ -197,7 +197,7 @@ class Lending:
             self.model.add([] if one.retired else successor)
 
     async def purge(self, store: PoolStore, step: Step) -> None:
-        """Delete what has expired, and nobody can tell."""
+        """Delete expired tokens, which nothing but the row count shows."""
         dead = len(self.model.there) - len(self.model.live())
         count = await store.purge(self.pool, self.model.now, step.number)
         assert count <= min(step.number, dead), "a pool with a capacity gives up expired ones for new ones"
@@ -206,7 +206,7 @@ class Lending:
             self.model.forget(count)
 
     async def fit(self, store: PoolStore, step: Step) -> None:
-        """Bring a pool with `prefill` to another capacity, more or less than are lent; no lease ends by it."""
+        """Bring a pool with `prefill` to another capacity, above or below the number of leases; no lease ends."""
         if not self.pool.prefill:
             await self.generate(store, step)
             return
@@ -246,7 +246,7 @@ class Lending:
         assert 0 <= self._written - place.started <= place.behind
 
     async def check(self, step: Step) -> None:
-        """Hold what the other process says against the model, and the model against what is promised."""
+        """Compare the other process with the model, and the model with the promises."""
         store, live = self._both[1 - step.process].pools, self.model.live()
         assert list((await self.members(store)).values()) == live
         assert await self.leases(store, 1 + step.amount) == sorted(self.model.lent(), key=lambda one: one.value)
@@ -262,7 +262,7 @@ class Lending:
 
 
 async def live_through(opener: Opener, directory: Path, pool: Pool, script: Sequence[Step]) -> None:
-    """Do everything, and check after each step."""
+    """Do all steps, and check after each."""
     places = Places(opener, directory)
     try:
         lending = Lending(places, [await places.open() for _ in range(2)], pool)
@@ -275,7 +275,7 @@ async def live_through(opener: Opener, directory: Path, pool: Pool, script: Sequ
 
 
 def hold_to_the_model(templates: Templates, name: str, examples: int, length: int, *more: Phase) -> None:
-    """Live through so many scripts; one that fails is made shorter with Phase.shrink, which takes minutes."""
+    """Run this many scripts; Phase.shrink would shorten one that fails, and takes minutes."""
 
     @settings(
         max_examples=examples,

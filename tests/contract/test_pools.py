@@ -30,7 +30,7 @@ async def members(pools: PoolStore, pool: Pool = POOL, now: float = START) -> li
 
 
 async def lease(pools: PoolStore, pool: Pool = POOL, now: float = START, holder: str = "ann") -> str | None:
-    """Lend a token; return its value."""
+    """Lease a token; return its value."""
     lent = await pools.assign(pool, holder, now)
     return None if lent.token is None else lent.token.value
 
@@ -123,7 +123,7 @@ TOUCHES: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
 @pytest.mark.parametrize(
     ("pool", "lent", "end"),
     [(POOL, False, END), (POOL, True, END + 60), (AGEING, False, END), (AGEING, True, END)],
-    ids=["never lent", "after a lease", "ageing, never lent", "ageing, after a lease"],
+    ids=["never leased", "after a lease", "ageing, never leased", "ageing, after a lease"],
 )
 async def test_an_expired_token_is_absent_from_its_end_on(pools: PoolStore, pool: Pool, lent: bool, end: float) -> None:
     """The boundary belongs to the end. No sweeper runs: the row is there."""

@@ -1,4 +1,4 @@
-"""PoolStore.fit: always so many tokens as `capacity` says; when that is less than are lent, no lease ends by it."""
+"""PoolStore.fit: always `capacity` tokens; no lease ends when more are leased."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -22,7 +22,7 @@ def of(capacity: int) -> Pool:
 
 
 async def lend(pools: PoolStore, lent: int, free: int = 0) -> list[str]:
-    """Fill a pool, and lend so many of its tokens, one each second; return their values."""
+    """Fill a pool, and lease this many tokens, one per second; return their values."""
     pool, values = of(lent + free), [f"t{number}" for number in range(lent + free)]
     assert await pools.fit(pool, values, START) == 0
     for number in range(lent):
@@ -31,7 +31,7 @@ async def lend(pools: PoolStore, lent: int, free: int = 0) -> list[str]:
 
 
 async def lent_now(pools: PoolStore, now: float) -> dict[str, PoolToken]:
-    """Return what is lent."""
+    """Return the leased tokens."""
     return {token.value: token for token in await pools.list_tokens(PERMITS, now, "", 1000) if token.lease(now)}
 
 
@@ -47,7 +47,7 @@ async def test_an_empty_pool_is_filled_in_batches(pools: PoolStore) -> None:
 
 
 async def test_a_large_surplus_is_removed_in_batches(pools: PoolStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others write between two steps. Free ones go first; of lent ones those whose leases end first are retired."""
+    """Others write between two steps. Free tokens go first; then those whose leases end first are retired."""
     monkeypatch.setattr(pool_changes, "_STEP", 3)
     await lend(pools, lent=5, free=5)
     small = of(2)
@@ -94,7 +94,7 @@ async def test_a_smaller_capacity_takes_free_tokens_first(pools: PoolStore, capa
 
 @pytest.mark.parametrize("capacity", [3, 1, 0])
 async def test_leases_that_are_too_many_go_on(pools: PoolStore, capacity: int) -> None:
-    """They are extended and released as ever; who is retired does not notice."""
+    """They are extended and released as before: a holder does not notice that its token is retired."""
     values, pool = await lend(pools, lent=4, free=2), of(capacity)
     before = await lent_now(pools, START + 5)
     assert await pools.fit(pool, ["x"], START + 5) == 0
@@ -160,7 +160,7 @@ ENDS: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_retired_token_is_gone_with_its_lease(pools: PoolStore, end: str) -> None:
-    """Nothing succeeds it, whoever asks for that, and nobody need sweep."""
+    """It is not replaced, and no sweeper has to run."""
     await lend(pools, lent=2)
     pool = of(1)
     await pools.fit(pool, (), START + 2)
@@ -218,7 +218,7 @@ async def test_a_growing_capacity_keeps_retired_leased_tokens(pools: PoolStore) 
     assert sum(token.retired for token in (await lent_now(pools, START + 5)).values()) == 2
     assert await pools.fit(of(7), ["x"], START + 5) == 1
     assert await pools.fit(of(7), ["y", "z"], START + 5) == 0
-    assert await lent_now(pools, START + 5) == before, "as if nothing had been"
+    assert await lent_now(pools, START + 5) == before, "nothing has changed"
     assert await members(pools, of(7), START + 5) == ["t0", "t1", "t2", "t3", "t4", "x", "y"]
 
 

@@ -1,4 +1,4 @@
-"""TokenStore: a removal through one process is the truth in every other at its next turn, cached or not."""
+"""TokenStore: every process refuses a revoked token in the next iteration of its event loop, cached or not."""
 
 import asyncio
 import random
@@ -16,21 +16,21 @@ from tokenauth.stores.store import TokenStore
 
 
 async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:
-    """Add tokens, as many as a test has rounds."""
+    """Add one token for each round of a test."""
     added = [token(n, "ann" if one_user else f"user{n}", age=number - n) for n in range(number)]
     await asyncio.gather(*(place.tokens.issue(one, 0, START) for one in added))
     return added
 
 
 async def warm(tokens: TokenStore, known: Sequence[Token]) -> None:
-    """Get tokens, so that a cache has them."""
+    """Get tokens, so that they are cached."""
     for one in known:
         assert await tokens.get(one.digest) == one
 
 
 @asynccontextmanager
 async def busy(place: Place, tokens: Sequence[Token]) -> AsyncIterator[None]:
-    """Have somebody else get tokens in every turn of the event loop meanwhile: the cache is always hot."""
+    """Get tokens in every iteration of the event loop meanwhile, so that the cache is always hot."""
 
     async def read() -> None:
         while True:
@@ -88,7 +88,7 @@ async def test_the_other_process_sees_all_removals_of_a_commit(place: Place, oth
 
 
 async def test_a_removal_is_seen_as_soon_as_it_is_answered(place: Place, other: Place) -> None:
-    """Whoever is answered first may ask before the loop turns again."""
+    """The first caller that is answered may ask again in the same iteration of the event loop."""
     added = await fill(place, 100)
     await warm(place.tokens, added)
     await warm(other.tokens, added)
@@ -164,7 +164,7 @@ class Delayed:
 
 @pytest.mark.parametrize("heard", [True, False])
 async def test_a_token_revoked_during_a_lookup_is_not_cached(place: Place, other: Place, heard: bool) -> None:
-    """The token was there when the store was asked, and `heard` the news of its end before the store answered."""
+    """The token existed when the store was asked. `heard`: its revocation is known before the store answers."""
     gone, kept = await fill(place, 2)
     delayed = Delayed(other.engine, gone.digest)
     tokens = other.tokens_of(TokenCache(delayed.token, other.engine.feed, 10))

@@ -1,4 +1,4 @@
-"""Store: how it begins and ends, who has a duty, and how writes share commits without sharing their fate."""
+"""Store: start and stop, duties, and writes that share commits but not their failures."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,7 +30,7 @@ async def test_a_new_store_has_never_been_written(place: Place) -> None:
 
 
 async def test_a_start_reports_the_time_only_by_its_answer(places: Places) -> None:
-    """Whoever hears of it before cannot say by how much its own clock was behind."""
+    """Otherwise the caller could not tell by how much its own clock was behind."""
     await (await places.open()).store.remember(START + 500)
     again = await places.open()
     assert (again.started, again.heard_at_start) == (START + 500, [])
@@ -127,7 +127,7 @@ async def test_a_duty_is_free_again_at_its_until(place: Place, other: Place) -> 
     assert not await other.store.take_duty("sweep", START + 29.999, START + 59)
     assert await other.store.take_duty("sweep", START + 30, START + 60)
     assert not await place.store.take_duty("sweep", START + 30, START + 60)
-    assert await place.store.take_duty("count", START, START + 30), "another duty is another matter"
+    assert await place.store.take_duty("count", START, START + 30), "another duty is independent"
 
 
 async def test_the_log_of_revocations_is_purged_by_age_and_limit(place: Place) -> None:
@@ -168,7 +168,7 @@ async def test_concurrent_writes_share_commits_and_not_answers(place: Place) -> 
 
 
 async def test_no_change_is_answered_before_its_commit(place: Place, other: Place) -> None:
-    """Whoever is answered can be asked about it elsewhere at once."""
+    """A client that was answered may use the result with another process at once."""
 
     async def add(number: int) -> bool:
         await place.tokens.issue(token(number), 0, START)

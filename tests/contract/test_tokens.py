@@ -1,4 +1,4 @@
-"""TokenStore: what it keeps, what it ends, and what it says about that."""
+"""TokenStore: what it stores, revokes and lists."""
 
 import asyncio
 
@@ -126,7 +126,7 @@ async def test_revoke_all_ends_the_tokens_of_one_or_all_users(
 async def test_remove_all_ends_as_many_as_there_are_in_steps(
     tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a million no transaction may take longer than a statement may."""
+    """With a million tokens, no transaction may take longer than a statement may."""
     monkeypatch.setattr(stores, "_STEP", 3)
     added = [token(number) for number in range(10)]
     for one in added:
@@ -244,7 +244,7 @@ async def test_purge_takes_the_oldest_up_to_its_limit(tokens: TokenStore) -> Non
 
 
 async def test_a_purged_token_is_gone_or_at_least_expired(place: Place, other: Place) -> None:
-    """No cache need hear of a purge: what it still returns is over by its own time."""
+    """A cache need not know of a purge: what it still returns has expired."""
     await place.tokens.issue(token(life=10), 0, START)
     assert await other.tokens.get(token().digest) is not None
     await place.tokens.purge(START + 10, 100)

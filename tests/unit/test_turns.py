@@ -1,4 +1,4 @@
-"""Processes that write to one SQLite file take turns, and none waits for long for a turn that does not come."""
+"""Processes that write to one SQLite file take turns, and none waits long for a turn that does not come."""
 
 import asyncio
 import fcntl
@@ -45,7 +45,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @contextmanager
 def turn(directory: Path) -> Iterator[Callable[[], None]]:
-    """Have the turn, as another process; call what this yields to end it."""
+    """Take the turn, as another process does; call the yielded function to end it."""
     file = os.open(directory / "tokenauth.db-turns", os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX)
     try:
@@ -75,7 +75,7 @@ async def test_a_write_waits_for_its_turn_and_no_longer(store: Store, tmp_path: 
 
 
 async def test_a_write_wakes_one_thread(store: Store) -> None:
-    """The one for writes beside a turn that does not come sleeps: to be woken costs more than a small write."""
+    """The spare thread sleeps: waking it costs more than a small write."""
 
     def woken() -> dict[int, int]:
         """Count how often each executor's thread waited."""
@@ -96,7 +96,7 @@ async def test_a_write_wakes_one_thread(store: Store) -> None:
 async def test_a_turn_that_does_not_end_holds_up_one_write(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has it may have been stopped. SQLite's own lock decides then, and turns are taken again afterwards."""
+    """The process that has it may be stopped. Then SQLite's own lock decides, and turns are taken again later."""
     monkeypatch.setattr(writer, "TURN_PATIENCE", 0.1)
     with turn(tmp_path):
         assert await seconds(store) >= 0.1
@@ -127,7 +127,7 @@ async def test_the_turn_of_a_process_that_ends_is_over(store: Store, tmp_path: P
 
 
 async def test_a_deleted_file_is_made_again(store: Store, tmp_path: Path) -> None:
-    """Until then those that have the old one take turns by it, and others by a new one."""
+    """Until then processes with the old file lock it, and others a new one."""
     file = tmp_path / "tokenauth.db-turns"
     file.unlink()
     assert await seconds(store) < SOON
@@ -166,7 +166,7 @@ async def test_the_lock_file_has_the_mode_of_the_database(tmp_path: Path, mode: 
 
 
 async def test_writers_of_several_stores_take_turns(tmp_path: Path) -> None:
-    """Each of them gets its turn while the others want it, too: nobody starves."""
+    """Each gets its turn while the others want it too: none starves."""
     async with opened(tmp_path) as one, opened(tmp_path) as two, opened(tmp_path) as three:
         counts = {id(each): 0 for each in (one, two, three)}
         until = monotonic() + 0.5
