@@ -149,7 +149,7 @@ def test_the_check_detects_a_release_by_a_stale_holder(
 ) -> None:
     """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
     if not checks:
-        monkeypatch.setattr(LeaseCheck, "holds", holds_whoever_asks)
+        monkeypatch.setattr(LeaseCheck, "matches", holds_whoever_asks)
     one, other = machine(), machine()
     history.record("generate", one.generate)
     stale = Holder("a", one, history, Random(1)).take()
