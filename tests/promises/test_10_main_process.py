@@ -1,4 +1,4 @@
-"""Promise 10, for the main process: nothing but a signal ends it, and signals are obeyed whatever else goes on."""
+"""Promise 10, for the main process: only a signal ends it, and it handles signals at any time."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def test_workers_are_replaced_when_they_can_be_again(tmp_path: Path) -> None:
 
 
 def survives_breakage(directory: Path, kind: str) -> None:
-    """Have workers unable to start for a while: the others go on, signals are obeyed, and all is well afterwards."""
+    """Keep workers from starting for a while: the others go on, signals work, and everything recovers."""
     breakage = BREAKAGES[kind]
     with breakable(write_config(directory), "--workers", "2") as broken:
         server = broken.server
@@ -47,7 +47,7 @@ def survives_breakage(directory: Path, kind: str) -> None:
 
 
 def failures(server: Server) -> list[dict[str, Any]]:
-    """Return what the log says of workers that ended or could not start, in order."""
+    """Return the log lines about workers that ended or could not start, in order."""
     names = {"worker_replaced", "worker_not_started", "reload_failed", "configuration_refused"}
     return [event for event in server.events() if event["event"] in names]
 
@@ -57,7 +57,7 @@ def test_a_failed_first_start_ends_with_its_reason(tmp_path: Path) -> None:
 
 
 def fails_at_first(directory: Path, kind: str) -> None:
-    """Have the first start fail: one line says why, no port stays open, and the exit code is 3."""
+    """Make the first start fail: one log line has the reason, the port is closed, and the exit code is 3."""
     breakage = BREAKAGES[kind]
     with breakable(write_config(directory), "--workers", "2", patch=WAITS) as broken:
         until((broken.here / "waits").exists, "the main process listens")
@@ -75,7 +75,7 @@ WAITS = (
     "go = lambda: pathlib.Path('waits').touch() or pathlib.Path('go').exists(); "
     "server.listen = lambda s: (listen(s), [time.sleep(0.01) for _ in iter(go, True)])[0]"
 )
-"""Has the main process wait, when it has begun to listen, until the test has broken something."""
+"""Makes the main process wait after it has opened its port, until the test has broken something."""
 
 
 def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> Non
         until(lambda: len(server.events("configuration_reloaded")) == 1, "the new worker serves")
         for _ in range(2):
             os.killpg(server.process.pid, signal.SIGINT)  # a second within a second counts as the first
-        until(lambda: refuses(server), "nobody listens any more", 5)
+        until(lambda: refuses(server), "the port is closed", 5)
         first = time.monotonic()
         assert server.process.poll() is None, "it waits for the old worker's request"
         until(lambda: time.monotonic() > first + 1, "the next one is a second signal")
@@ -146,7 +146,7 @@ def test_a_configuration_from_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer.start()
     with serving(pipe) as server:
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.events("configuration_refused") != [], "it says that it cannot reload")
+        until(lambda: server.events("configuration_refused") != [], "the reload is refused")
         assert "cannot be reloaded" in server.events("configuration_refused")[0]["detail"]
         with Connection(server.port) as connection:
             assert connection.valid(connection.log_in("bob", "bob-secret"))

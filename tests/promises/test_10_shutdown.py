@@ -20,7 +20,7 @@ from tokenauth.executor import LOW_PRIORITY
 def under_load(server: Server, clients: int = 6) -> Iterator[Counter[str]]:
     """Have clients ask as fast as they can, each over a connection that it keeps; count how it goes for them.
 
-    A client that is told to close, or whose connection is closed between two requests, has lost nothing: it ends.
+    A client that is asked to close, or whose connection is closed between two requests, has lost nothing. It ends.
     """
     seen: Counter[str] = Counter()
     connections = [Connection(server.port) for _ in range(clients)]
@@ -54,7 +54,7 @@ def under_load(server: Server, clients: int = 6) -> Iterator[Counter[str]]:
         try:
             until(lambda: seen["answered"] >= 200, "the load is on")
             yield seen
-            until(lambda: len(done) == clients, "every client was told to go")
+            until(lambda: len(done) == clients, "every client was asked to close")
         finally:
             stopped.append(1)
 
@@ -75,7 +75,7 @@ def test_a_connection_during_sigterm_never_hangs(tmp_path: Path) -> None:
     """A connection that nobody accepts any more is refused at once, not when the last process has gone."""
     with serving(write_config(tmp_path)) as server, half_a_login(server) as (connection, rest):
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: refuses(server), "nobody listens any more")
+        until(lambda: refuses(server), "the port is closed")
         assert server.process.poll() is None, "it waits for the request that is under way"
         connection.sendall(rest)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
@@ -101,13 +101,13 @@ def refuses(server: Server) -> bool:
     except Refused:
         return True
     except (Closed, NoAnswer) as lost:
-        if isinstance(lost.__cause__, TimeoutError):  # it connected, sent a request, and waited in vain
+        if isinstance(lost.__cause__, TimeoutError):  # it connected and sent a request that was not answered
             raise
     return False
 
 
 def test_sigterm_answers_a_login_that_waits_for_the_disk(tmp_path: Path) -> None:
-    """A request that takes longer than the others is waited for, and what it was told is true."""
+    """A slow request is answered too, and its token is valid."""
     config = write_config(tmp_path, "[passwords]\nmemory_kib = 8\ntime_cost = 1\nthreads = 1\n", users=SLOW_USER)
     with worker(config) as server, Connection(server.port) as connection:
         answers: list[str] = []

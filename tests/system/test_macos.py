@@ -45,7 +45,7 @@ sys.addaudithook(refuse)
 
 setrlimit = resource.setrlimit
 def limited(kind, limits):
-    """Refuse what macOS does: more descriptors than its kernel allows, however high the hard limit is."""
+    """Refuse more descriptors than the kernel allows, whatever the hard limit is, as macOS does."""
     if kind == resource.RLIMIT_NOFILE and limits[0] > 10_240:
         raise ValueError("current limit exceeds maximum limit")
     setrlimit(kind, limits)

@@ -19,7 +19,7 @@ def test_messages_arrive_whole_and_in_order_however_large(messages: list[bytes])
     here, there = map(Channel, socket.socketpair())
     arrived: list[bytes] = []
     for message in messages:
-        here.send(message)  # it never waits, although nobody reads
+        here.send(message)  # it does not block, although nothing reads
     while len(arrived) < len(messages):
         arrived += there.receive()
         here.flush()
@@ -28,7 +28,7 @@ def test_messages_arrive_whole_and_in_order_however_large(messages: list[bytes])
     here.close()
     with pytest.raises(EOFError):
         there.receive()
-    there.send(b"nobody")
+    there.send(b"to a closed channel")
     there.close()
 
 
@@ -77,11 +77,11 @@ def test_signals_are_taken_once_and_in_order(signals: Signals) -> None:
 
 
 def read_slowly(signals: Signals) -> None:
-    """Be interrupted by one of two signals."""
+    """Send two signals, of which one interrupts."""
     with signals.interrupting(signal.SIGUSR1):
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGUSR1)
-        raise AssertionError("it was not interrupted")
+        raise AssertionError("not interrupted")
 
 
 def test_a_signal_interrupts_what_may_take_long_and_is_kept(signals: Signals) -> None:

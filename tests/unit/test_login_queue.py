@@ -14,12 +14,12 @@ from tokenauth.login_queue import LoginQueue, Turn
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hold refused logins back for a moment only."""
+    """Delay refusals for a short time only."""
     monkeypatch.setattr(login_queue, "REFUSAL_DELAY", 0.01)
 
 
 async def begin(queue: LoginQueue, turns: Sequence[Turn]) -> list["asyncio.Task[bool]"]:
-    """Have turns enter, one after the other."""
+    """Let turns enter, one after the other."""
     tasks = []
     for turn in turns:
         tasks.append(asyncio.ensure_future(queue.enter(turn)))
@@ -28,7 +28,7 @@ async def begin(queue: LoginQueue, turns: Sequence[Turn]) -> list["asyncio.Task[
 
 
 async def served(queue: LoginQueue, holder: Turn, turns: Sequence[Turn]) -> list[Turn]:
-    """Let the holder of the only slot leave, then each whose turn it is; return the order."""
+    """Finish the turn with the only slot, then each turn that starts; return their order."""
     order: list[Turn] = []
     await begin(queue, turns)
     running = holder
@@ -42,12 +42,12 @@ async def served(queue: LoginQueue, holder: Turn, turns: Sequence[Turn]) -> list
 
 
 def turn(network: str, user: str, limits: dict[bytes, int] | None = None) -> Turn:
-    """Ask as a stranger."""
+    """Create the turn of a stranger."""
     return Turn((f"region of {network}", network, user), limits or {})
 
 
 def known(name: str) -> Turn:
-    """Ask as a known user."""
+    """Create the turn of a known user."""
     return Turn((name,), {}, known=True)
 
 
@@ -98,7 +98,7 @@ async def test_no_login_waits_longer_than_the_deadline(monkeypatch: pytest.Monke
 
 
 async def test_a_refusal_is_held_back_but_not_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that are refused at once come back at once, and leave hashing no CPU."""
+    """Clients that are refused at once retry at once, and leave no CPU for hashing."""
     monkeypatch.setattr(login_queue, "MAX_DELAYED", 3)
     queue = LoginQueue(1, 1)
     await queue.enter(turn("x", "x"))
@@ -115,7 +115,7 @@ async def test_no_more_are_in_flight_than_a_key_allows() -> None:
     turns = [turn("a", "ann", {b"k": 2}) for _ in range(4)]
     await begin(queue, turns)
     assert [each.running for each in turns] == [True, True, False, False]
-    assert not queue.change_limits(turns[0], {b"k": 1}), "of which one has to wait when fewer may go"
+    assert not queue.change_limits(turns[0], {b"k": 1}), "one has to wait when the limit is lower"
     queue.finish(turns[1])
     assert queue.change_limits(turns[0], {b"k": 2})
     assert turns[2].running
@@ -129,7 +129,7 @@ async def test_a_cancelled_login_gives_up_its_place_or_turn() -> None:
     tasks[0].cancel()
     await asyncio.sleep(0)
     queue.finish(holder)
-    tasks[1].cancel()  # its turn has come, and it has not seen that yet
+    tasks[1].cancel()  # its turn has started, but its task has not run yet
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert [each.running for each in turns] == [False, False, True]
@@ -197,7 +197,7 @@ async def test_many_networks_of_one_region_make_room_for_another() -> None:
 def test_random_logins_are_served_or_refused_in_order(
     coming: list[tuple[str, str, int, bool]], slots: int, room: int
 ) -> None:
-    """After each step no more run than may, nobody passes within a line, and in the end nothing is left."""
+    """No more turns run than the limits allow, each line keeps its order, and no turn is left at the end."""
 
     async def run() -> None:
         queue = LoginQueue(slots, room)

@@ -67,7 +67,7 @@ PIECES = [
         "%s",
     ),
 ]
-"""What is put into hashes: what separates their parts, and numbers and letters that not all programs read alike."""
+"""Texts to insert into hashes: separators, and digits and letters that programs read differently."""
 
 SECONDS = 0.05
 """A hash that takes longer is not computed here; it is refused only where it takes too long."""
@@ -96,7 +96,7 @@ def mutations(hashed: str) -> Iterator[str]:
 
 
 async def verifiable(hashed: str) -> bool:
-    """Say whether a hash is taken. If it is, a password must be right or wrong: no other answer is one."""
+    """Return whether a hash is accepted. If so, a password must be right or wrong, with no other outcome."""
     user = User("ann", hashed)
     try:
         passwords = Passwords(CHEAP, {"ann": user})
@@ -185,11 +185,11 @@ def with_digest(head: str) -> str:
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_hash_that_costs_too_much_is_refused(name: str) -> None:
-    head, said = COSTLY[name]
+    head, expected = COSTLY[name]
     hashed = with_digest(head)
     with pytest.raises(ConfigError) as refusal:
         Passwords(CHEAP, {"ann": User("ann", hashed)})
-    assert str(refusal.value).startswith(f"users: the password hash of 'ann' {said} to check, and ")
+    assert str(refusal.value).startswith(f"users: the password hash of 'ann' {expected} to check")
     assert str(refusal.value).endswith("; run `tokenauth user passwd ann`")
     assert hashed not in str(refusal.value)
 
@@ -211,7 +211,7 @@ def test_the_default_cost_is_far_from_too_much() -> None:
 
 
 async def test_the_estimates_are_of_the_right_order() -> None:
-    """Within twenty times of what a busy machine takes: they only have to tell much from little."""
+    """Within a factor of 20 on a busy machine: the order of magnitude is enough."""
     users = {
         "argon2": User("argon2", with_digest("$argon2id$v=19$m=16384,t=1,p=1")),
         "argon2, lanes": User("argon2, lanes", with_digest("$argon2id$v=19$m=8192,t=2,p=4")),

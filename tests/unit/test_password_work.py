@@ -1,4 +1,4 @@
-"""What a login costs says nothing of who exists: the hashes that are really computed, written down as they are."""
+"""The cost of a login does not show which users exist. The tests record the hashes that are computed."""
 
 import random
 from collections import Counter
@@ -61,7 +61,7 @@ class Watched(NamedTuple):
     calls: list[Call]
 
     async def work(self, name: str, password: str = "wrong") -> str:
-        """Try a wrong password; say which hash was computed for it."""
+        """Try a wrong password; return the hash that was computed for it."""
         self.calls.clear()
         with pytest.raises(InvalidCredentials):
             await self.passwords.verify([(name, password)])
@@ -80,7 +80,7 @@ def watched(users: Mapping[str, str]) -> Iterator[Watched]:
 
 @pytest.mark.parametrize("cost", COSTS)
 async def test_an_unknown_name_costs_what_the_only_user_does(cost: str) -> None:
-    """Whatever [passwords] asks for, and however long the password is."""
+    """With any settings in [passwords] and any length of the password."""
     with watched({"ann": COSTS[cost]}) as seen:
         assert await seen.passwords.verify([("ann", WORD)])
         works = {await seen.work(name, sent) for name in ("ann", "nobody", "") for sent in SENT}
@@ -88,7 +88,7 @@ async def test_an_unknown_name_costs_what_the_only_user_does(cost: str) -> None:
 
 
 async def test_an_unknown_name_costs_the_same_each_time() -> None:
-    """In each worker and on each node, whatever the order of the users is, and with each password."""
+    """In each worker and on each node, with any order of users and any password."""
     names = [f"name-{number}" for number in range(60)]
     found = []
     for users in (COSTS, dict(reversed(COSTS.items()))):
@@ -119,7 +119,7 @@ async def test_unknown_names_cost_what_the_users_do() -> None:
 
 
 async def test_a_change_of_one_user_changes_few_unknown_names() -> None:
-    """As few as if they were users: else a reload would show who does not exist."""
+    """As few as for users. Otherwise a reload would show which names do not exist."""
     users = {f"user {number}": argon(16 + 8 * (number % 4), 1) for number in range(40)}
     names = [f"name-{number}" for number in range(200)]
     changes: list[dict[str, str]] = [

@@ -57,7 +57,7 @@ def passwords() -> Iterator[Passwords]:
 
 
 async def right(passwords: Passwords, word: str, name: str) -> bool:
-    """Say whether a word is the password of a name."""
+    """Return whether a word is the password of a name."""
     try:
         await passwords.verify([(name, word)])
     except InvalidCredentials:
@@ -81,7 +81,7 @@ async def test_every_scheme_accepts_only_the_right_password(passwords: Passwords
 @pytest.mark.parametrize("odd", ODD_PASSWORDS)
 async def test_what_a_scheme_cannot_hash_is_just_wrong(passwords: Passwords, scheme: str, odd: str) -> None:
     assert not await right(passwords, ODD_PASSWORDS[odd], scheme)
-    assert await right(passwords, WORD, scheme), "and the lane still works"
+    assert await right(passwords, WORD, scheme), "and the executor still works"
 
 
 async def test_bcrypt_compares_more_than_72_bytes() -> None:
@@ -106,13 +106,13 @@ async def test_no_password_fits_without_users(passwords: Passwords) -> None:
 
 async def test_of_several_claims_the_right_one_is_found(passwords: Passwords) -> None:
     """They are one try: each is hashed, and one place in the queue is all that they take."""
-    claims = [("nobody", WORD), ("scrypt", "wrong"), ("bcrypt", WORD), ("argon2i", "wrong")]
-    for _ in claims:
-        claims.append(claims.pop(0))
-        assert await passwords.verify(claims) == (USERS["bcrypt"], WORD)
+    pairs = [("nobody", WORD), ("scrypt", "wrong"), ("bcrypt", WORD), ("argon2i", "wrong")]
+    for _ in pairs:
+        pairs.append(pairs.pop(0))
+        assert await passwords.verify(pairs) == (USERS["bcrypt"], WORD)
     with pytest.raises(InvalidCredentials):
         await passwords.verify([("nobody", WORD), ("scrypt", "wrong")])
-    answers = await asyncio.gather(*(passwords.verify(claims) for _ in range(4)), return_exceptions=True)
+    answers = await asyncio.gather(*(passwords.verify(pairs) for _ in range(4)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [tuple] * 3 + [Overloaded]
 
 
@@ -176,7 +176,7 @@ async def until_there_is_room(ask: Callable[[], Awaitable[object]], answer: type
 
 
 async def test_the_event_loop_turns_while_passwords_are_hashed() -> None:
-    """Often, unless the machine stands still for the loop alone, which it does not do ten times in a row."""
+    """Often in one of ten attempts: a busy machine can delay the loop for a while."""
     passwords = Passwords(PasswordSettings(memory_kib=32768, time_cost=3, threads=1))
     turns = 0
     for _ in range(10):

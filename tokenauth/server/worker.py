@@ -67,7 +67,7 @@ def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvi
 def spawn_main(channel_fd: int, listener_fd: int, log_fd: int) -> None:
     """Run a worker: the main process starts a Python that calls this.
 
-    Until the log is set up, standard error is a pipe to the main process. It logs what a Python that cannot start says.
+    Until the log is set up, standard error is a pipe to the main process, which logs why a Python could not start.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a closed terminal concern the main process
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

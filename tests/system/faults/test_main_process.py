@@ -1,4 +1,4 @@
-"""The main process, at length: whatever keeps workers from starting, fails in it, or ends it."""
+"""The main process, in long runs: workers that cannot start, steps that fail, and ends of all kinds."""
 
 import os
 import random
@@ -33,7 +33,7 @@ STEPS = ["wait", "handle_signals", "receive", "tick", "reap", "start_workers", "
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_that_fails_ends_nothing(tmp_path: Path, step: str) -> None:
-    """It fails three times after the first start, a reload and a signal to stop."""
+    """The step fails three times after the first start, after a reload and after a signal to stop."""
     patch = (
         "import pathlib, tokenauth.server.supervisor as s; "
         f"step = s.Supervisor._{step}; left = dict.fromkeys('123', 3); "
@@ -81,7 +81,7 @@ def test_no_worker_outlives_the_main_process(tmp_path: Path) -> None:
 
 
 def test_sigterm_during_a_reload_ends_it_within_the_grace(tmp_path: Path) -> None:
-    """Each of four workers has slow requests, and one is killed meanwhile."""
+    """Each of four workers has slow requests while one is killed."""
     with serving(write_config(tmp_path), "--workers", "4") as server:
         until(lambda: len(server.events("started")) == 4, "all serve")
         slow = [half_a_login(server) for _ in range(24)]
