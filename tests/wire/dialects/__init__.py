@@ -1,1 +1,1 @@
-"""Transcripts of the four dialects, over sockets, with two workers on one database."""
+"""The four dialects over sockets, with two workers on one database."""

@@ -1,4 +1,4 @@
-"""Fixtures of the transcripts: two workers that serve all dialects, asked in turn. A day passes before each test."""
+"""Fixtures: two workers that serve all dialects and receive requests in turn. Each test starts a day later."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ THREADS = 16
 
 
 class Reply(NamedTuple):
-    """An answer: its status and its exact body."""
+    """A response: its status and its exact body."""
 
     status: int
     body: str
@@ -75,7 +75,7 @@ class Reply(NamedTuple):
 
 
 def reply(status: int, document: object) -> Reply:
-    """Return the expected answer. The order of the keys counts."""
+    """Return the expected response. The order of the keys matters."""
     return Reply(status, json.dumps(document, separators=(",", ":"), ensure_ascii=False))
 
 
@@ -93,23 +93,21 @@ class Wire:
             options["json"] = document
         headers = {**self._headers, **options.pop("headers", {})}
         answer = next(self._turns).request(method, self._prefix + path, headers=headers, **options)
-        assert answer.headers["cache-control"] == "no-store", "whatever is answered, no cache may keep it"
+        assert answer.headers["cache-control"] == "no-store", "no response may be cached"
         return answer
 
     def ask(self, method: str, path: str, document: object = None, **options: Any) -> Reply:
-        """Send a request that is answered in JSON."""
+        """Send a request and check that the response is JSON."""
         answer = self.send(method, path, document, **options)
         assert answer.headers["content-type"] == "application/json"
         return Reply(answer.status_code, answer.text)
 
     def post(self, path: str, document: object = None, **options: Any) -> Reply:
-        """Ask with POST."""
         return self.ask("POST", path, document, **options)
 
 
 @pytest.fixture(scope="package")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a directory for the two workers."""
     return tmp_path_factory.mktemp("dialects")
 
 
@@ -146,7 +144,6 @@ def sibling(workers: Sequence[Server]) -> Server:
 
 @pytest.fixture(scope="package")
 def clients(server: Server, sibling: Server) -> Iterator[Sequence[httpx.Client]]:
-    """Connect to both."""
     with ExitStack() as stack:
         yield connect(stack, (server, sibling))
 
@@ -210,10 +207,10 @@ def at_once(ports: Sequence[int], count: int, ask: Callable[[Connection, int], A
     """Send `count` requests at once with many clients to several workers. `ask` gets the number of its request."""
     together = Barrier(THREADS)
 
-    def some(number: int) -> list[Answer]:
+    def send_share(number: int) -> list[Answer]:
         with Connection(ports[number % len(ports)]) as connection:
             together.wait()
             return [ask(connection, which) for which in range(number, count, THREADS)]
 
     with ThreadPoolExecutor(THREADS) as threads:
-        return list(itertools.chain.from_iterable(threads.map(some, range(THREADS))))
+        return list(itertools.chain.from_iterable(threads.map(send_share, range(THREADS))))

@@ -10,7 +10,7 @@ from tests.support.servers import HandClock, log_in, probe
 from tests.wire.dialects.conftest import Wire, advance_a_day, execute, fill
 
 PREFIX = "/random-token-generator"
-CROWD = 100_000
+TOKENS = 100_000
 
 
 DAYS = 5
@@ -20,19 +20,19 @@ DAYS = 5
 def test_keeping_100_000_tokens_alive_blocks_no_request(
     clients: Sequence[httpx.Client], config_file: Path, clock: HandClock
 ) -> None:
-    """The original blocked its store for 0.8 s. Here no request waits for a quarter of the time, at either worker."""
+    """The original blocked its store for 0.8 s. Here no request waits for a quarter of the keep-alive."""
     for _ in range(DAYS):
         start, others = clock(), [*clients] * 5
-        fill(config_file, "bounded", CROWD, start)
+        fill(config_file, "bounded", TOKENS, start)
         clock.set(start + 200)
         waited = keep_alive_while_others_ask(clients, others, config_file, clock())
-        assert kept(config_file, start + 200) == CROWD - len(others)
+        assert kept(config_file, start + 200) == TOKENS - len(others)
         clock.set(start + 499.9)
         wire = Wire(clients, PREFIX)
         assert wire.post("/assign").status == 200
         clock.set(start + 500)
         left = [wire.post("/assign").status for _ in range(len(others) + 1)]
-        assert left == [200] * len(others) + [404], "only those are left that had been assigned"
+        assert left == [200] * len(others) + [404], "only the assigned tokens are left"
         if not waited:
             return
         advance_a_day(clock)
@@ -59,6 +59,6 @@ def keep_alive_while_others_ask(
             before = kept(config_file, now)
             assert probe(client, login)
             assert client.post(f"{PREFIX}/assign").status_code == 200
-            waited |= kept(config_file, now) - before >= CROWD / 4 or keeping.done()
-        assert keeping.result().json() == {"message": f"TTL extended successfully for {CROWD} tokens"}
+            waited |= kept(config_file, now) - before >= TOKENS / 4 or keeping.done()
+        assert keeping.result().json() == {"message": f"TTL extended successfully for {TOKENS} tokens"}
     return waited

@@ -80,7 +80,7 @@ def tokens(guarded: Sequence[httpx.Client]) -> dict[str, str]:
     return {name: log_in(guarded[0], name, password) for name, password in passwords.items()}
 
 
-def speaker(clients: Sequence[httpx.Client], token: str) -> Wire:
+def wire_of(clients: Sequence[httpx.Client], token: str) -> Wire:
     """Send requests with the token of a user."""
     return Wire(clients, X_Token=token, X_API_PASSWORD=API_PASSWORD)
 
@@ -98,20 +98,20 @@ def test_a_dialect_with_login_refuses_without_a_token(guarded: Sequence[httpx.Cl
 
 
 def test_a_logged_in_user_holds_its_lease(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
-    wire = speaker(guarded, tokens["ann"])
+    wire = wire_of(guarded, tokens["ann"])
     wire.post("/api/token_pool/")
     pooled = wire.post("/api/block_token/").document["blocked_token"]
     [generated] = wire.post("/v1/random-token-generator/generate").document["tokens"]
     assert wire.post("/v1/random-token-generator/assign") == reply(200, {"token": generated})
     shown = wire.ask("GET", "/api/pools/uuids").document["tokens"]
     assert {token["token"]: token["holder"] for token in shown} == {pooled: "ann", generated: "ann"}
-    assert wire.post("/v1/random-token-generator/unblock", {"token": pooled}).status == 200, "they share a pool"
+    assert wire.post("/v1/random-token-generator/unblock", {"token": pooled}).status == 200, "the dialects share a pool"
     assert wire.post("/api/block_token/") == reply(200, {"blocked_token": pooled})
 
 
 def test_a_permit_needs_the_login_and_the_password(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
     assert Wire(guarded, X_Token=tokens["ann"]).ask("GET", "/issue_token") == reply(401, {"error": "Unauthorized"})
-    wire = speaker(guarded, tokens["ann"])
+    wire = wire_of(guarded, tokens["ann"])
     assert wire.ask("GET", "/issue_token").document["available_tokens"] == 1
     shown = wire.ask("GET", "/api/pools/permits").document["tokens"]
     assert [token["holder"] for token in shown if "holder" in token] == ["ann"]
@@ -119,7 +119,7 @@ def test_a_permit_needs_the_login_and_the_password(guarded: Sequence[httpx.Clien
 
 
 def test_without_capacity_a_request_makes_at_most_1000(guarded: Sequence[httpx.Client], tokens: dict[str, str]) -> None:
-    wire = speaker(guarded, tokens["ann"])
+    wire = wire_of(guarded, tokens["ann"])
     before = wire.ask("GET", "/api/pools/uuids").document["available"]
     for count in (1001, 2**63, 2**70):
         answer = wire.post("/v1/random-token-generator/generate", {"count": count})
@@ -144,7 +144,7 @@ def test_a_scoped_pool_is_closed_to_other_users(
     guarded: Sequence[httpx.Client], tokens: dict[str, str], method: str, path: str
 ) -> None:
     for name in ("bob", "admin"):
-        answer = speaker(guarded, tokens[name]).send(method, path)
+        answer = wire_of(guarded, tokens[name]).send(method, path)
         assert answer.status_code == 403, answer.text
         assert answer.json()["error"] == "insufficient_scope"
         assert 'scope="read"' in answer.headers["www-authenticate"]
@@ -156,7 +156,7 @@ TOKEN_POOL, GENERATOR, SERVICE, SIMPLE = (
     for name in ("token-pool", "random-token-generator", "token-management-service", "simple-token-implement")
 )
 COLLIDING = '[pools.p]\n[pools.q]\n[dialects.random-token-generator]\npool = "p"\n' + SERVICE.replace('"p"', '"q"')
-LOOKS = "dialects.token-management-service.pool: the tokens in [pools.p] have the form of another dialect; give each"
+FORMATS = "dialects.token-management-service.pool: the tokens in [pools.p] have the form of another dialect; give each"
 
 MISTAKES: dict[str, tuple[str, str]] = {
     "no pools": (TOKEN_POOL, "dialects.token-pool.pool: there is no [pools.p]; known are: none"),
@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
         f"[pools.q]\n[pools.r]\n{SERVICE}",
         "dialects.token-management-service.pool: there is no [pools.p]; known are: q, r",
     ),
-    "permits that come and go": (
+    "permits without prefill": (
         f'{POOL}capacity = 1\n{SIMPLE}password = "x"',
         "dialects.simple-token-implement.pool: [pools.p] must have prefill = true",
     ),
@@ -172,25 +172,25 @@ MISTAKES: dict[str, tuple[str, str]] = {
         f'{POOL}scope = "read"\n{GENERATOR}',
         "dialects.random-token-generator.require_token: must be true, because [pools.p] needs a scope",
     ),
-    "a scope beside a password": (
+    "a scope and a password": (
         f'{POOL}scope = "read"\nprefill = true\ncapacity = 1\n{SIMPLE}password = "x"',
         "dialects.simple-token-implement.require_token: must be true, because [pools.p] needs a scope",
     ),
     "no password": (f"{POOL}prefill = true\ncapacity = 1\n{SIMPLE}", "dialects.simple-token-implement.password: is "),
-    "a password that no header holds": (
+    "a password that does not fit into a header": (
         f'{POOL}prefill = true\ncapacity = 1\n{SIMPLE}password = "a b"', "dialects.simple-token-implement.password: ",
     ),
-    "two looks": (f"{POOL}{TOKEN_POOL}{SERVICE}", LOOKS),
-    "two looks under two prefixes": (f'{POOL}{GENERATOR}prefix = "/a"\n{SERVICE}prefix = "/b"', LOOKS),
-    "one address of two": (
+    "two token formats": (f"{POOL}{TOKEN_POOL}{SERVICE}", FORMATS),
+    "two token formats, two prefixes": (f'{POOL}{GENERATOR}prefix = "/a"\n{SERVICE}prefix = "/b"', FORMATS),
+    "one path of two dialects": (
         COLLIDING,
         "dialects.token-management-service and dialects.random-token-generator: both answer /keep-alive; ",
     ),
-    "one address of two under a prefix": (
+    "one path of two dialects with a prefix": (
         COLLIDING.replace('pool = "p"', 'prefix = "/a"\npool = "p"').replace('pool = "q"', 'prefix = "/a"\npool = "q"'),
         "dialects.token-management-service and dialects.random-token-generator: both answer /a/keep-alive; ",
     ),
-    "an address of the service itself": (
+    "a native path": (
         f'{POOL}{GENERATOR}prefix = "/api/pools"',
         "dialects.random-token-generator and tokenauth itself: both answer /api/pools/",
     ),
@@ -198,7 +198,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_an_impossible_setting_is_one_line_with_its_key(mistake: str) -> None:
+def test_an_invalid_setting_is_one_line_with_its_key(mistake: str) -> None:
     text, expected = MISTAKES[mistake]
     with pytest.raises(ConfigError) as refusal:
         create_app(loader.parse(text, {}))
@@ -225,7 +225,7 @@ def test_check_names_colliding_dialects_and_the_path(tmp_path: Path) -> None:
 def test_serve_names_colliding_dialects_and_stops(tmp_path: Path) -> None:
     command = [TOKENAUTH, "serve", "--config", str(write_config(tmp_path, COLLIDING)), "--port", "0"]
     with spawn(command, tmp_path) as server:
-        until(lambda: "/keep-alive" in server.log.read_text(), "the reason")
+        until(lambda: "/keep-alive" in server.log.read_text(), "the reason is logged")
         lines = server.log.read_text().splitlines()
         [error] = [line for line in lines if "/keep-alive" in line]
         assert names_both(error)

@@ -36,7 +36,7 @@ WITH_CLIENT = [ASSIGN, ROUTES[7]]
 WITHOUT_BODY = ("/random-token-generator/generate", "/random-token-generator/keep-alive")
 
 
-def everywhere(value: bytes) -> bytes:
+def in_every_field(value: bytes) -> bytes:
     """Return a body that has this JSON value in every known field."""
     return b'{"token": %s, "token_uuid": %s, "client_id": %s, "count": %s}' % (value, value, value, value)
 
@@ -50,11 +50,11 @@ BROKEN: dict[str, tuple[bytes, int, str]] = {
     "null": (b"null", 400, "null"),
     "a number": (b"1", 400, "int"),
     "a string": (b'"token"', 400, "str"),
-    "NaN": (everywhere(b"NaN"), 400, "not JSON"),
-    "a lone surrogate, escaped": (everywhere(rb'"\ud800"'), 400, ""),
-    "a lone surrogate in bytes": (everywhere(b'"\xed\xa0\x80"'), 400, "UTF-8"),
-    "a bare NUL": (everywhere(b'"\0"'), 400, ""),
-    "bytes that are no text": (b'{"x": "\xff"}', 400, "UTF-8"),
+    "NaN": (in_every_field(b"NaN"), 400, "not JSON"),
+    "a lone surrogate, escaped": (in_every_field(rb'"\ud800"'), 400, ""),
+    "a lone surrogate in bytes": (in_every_field(b'"\xed\xa0\x80"'), 400, "UTF-8"),
+    "a bare NUL": (in_every_field(b'"\0"'), 400, ""),
+    "bytes that are not UTF-8": (b'{"x": "\xff"}', 400, "UTF-8"),
     "a BOM": (b"\xef\xbb\xbf{}", 400, "UTF-8"),
     "UTF-16": ("{}".encode("utf-16"), 400, "UTF-8"),
     "many levels": (b'{"x": ' + b"[" * 8000 + b"]" * 8000 + b"}", 400, "deep"),
@@ -77,7 +77,7 @@ def wire(clients: Sequence[httpx.Client]) -> Wire:
 
 
 @pytest.fixture(autouse=True)
-def _no_harm(wire: Wire, config_file: Path, server: Server, sibling: Server) -> Iterator[None]:
+def _pools_are_unchanged(wire: Wire, config_file: Path, server: Server, sibling: Server) -> Iterator[None]:
     """Put a free and a leased token into each pool, and check that they are unchanged and that no error was logged."""
     for _ in range(2):
         wire.post("/token-pool/api/token_pool/")
@@ -94,7 +94,7 @@ def _no_harm(wire: Wire, config_file: Path, server: Server, sibling: Server) -> 
         assert "Traceback" not in each.log.read_text()
 
 
-def explained(answer: Reply, status: int, *named: str) -> bool:
+def is_explained(answer: Reply, status: int, *named: str) -> bool:
     """Return whether a refusal has the native form and names the fault."""
     body: dict[str, Any] = answer.document
     assert answer.status == status, answer.body
@@ -103,15 +103,15 @@ def explained(answer: Reply, status: int, *named: str) -> bool:
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_body_is_refused_with_its_fault(wire: Wire, fault: str) -> None:
+def test_a_broken_body_is_refused_with_a_reason(wire: Wire, fault: str) -> None:
     content, status, named = BROKEN[fault]
     for method, path in ROUTES:
-        assert explained(wire.ask(method, path, content=content, headers=JSON), status, named), path
+        assert is_explained(wire.ask(method, path, content=content, headers=JSON), status, named), path
 
 
 def test_a_field_given_twice_is_refused(wire: Wire) -> None:
     for method, path in ROUTES:
-        assert explained(wire.ask(method, path, content=TWICE, headers=JSON), 400, "twice"), path
+        assert is_explained(wire.ask(method, path, content=TWICE, headers=JSON), 400, "twice"), path
 
 
 @pytest.mark.parametrize(
@@ -119,32 +119,32 @@ def test_a_field_given_twice_is_refused(wire: Wire) -> None:
     [{"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": "text/plain"}, {"Content-Type": ""},
      {"Content-Type": "application/json; charset=latin-1"}, {**JSON, "Content-Encoding": "gzip"}],
 )  # fmt: skip
-def test_a_body_of_another_kind_is_415(wire: Wire, headers: dict[str, str]) -> None:
+def test_another_content_type_is_415(wire: Wire, headers: dict[str, str]) -> None:
     for method, path in ROUTES:
-        assert explained(wire.ask(method, path, content=b'{"count": 1}', headers=headers), 415, "application/json"), (
-            path
-        )
+        assert is_explained(
+            wire.ask(method, path, content=b'{"count": 1}', headers=headers), 415, "application/json"
+        ), path
 
 
 @pytest.mark.parametrize("value", WRONG)
 def test_a_token_or_client_must_be_text(wire: Wire, value: str) -> None:
     for method, path in WITH_TOKEN:
         content = f'{{"client_id": "ann", "token": {value}}}'
-        assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "Field 'token'"), path
+        assert is_explained(wire.ask(method, path, content=content, headers=JSON), 400, "Field 'token'"), path
     for method, path in WITH_CLIENT:
         content = f'{{"token": "x", "client_id": {value}}}'
-        assert explained(wire.ask(method, path, content=content, headers=JSON), 400, "Field 'client_id'"), path
+        assert is_explained(wire.ask(method, path, content=content, headers=JSON), 400, "Field 'client_id'"), path
 
 
 @pytest.mark.parametrize(
     "value", ["0", "-1", "1.5", "2.0", "1e400", "true", "false", '"2"', '""', "null", "[]", "{}", str(-(2**70))]
 )
-def test_an_invalid_count_is_refused_by_its_name(wire: Wire, value: str) -> None:
-    assert explained(wire.ask(*GENERATE, content=f'{{"count": {value}}}', headers=JSON), 400, "count")
+def test_an_invalid_count_is_refused_with_its_name(wire: Wire, value: str) -> None:
+    assert is_explained(wire.ask(*GENERATE, content=f'{{"count": {value}}}', headers=JSON), 400, "count")
 
 
 @pytest.mark.parametrize("value", [101, 1001, 2**31, 2**63, 2**64, 10**300])
-def test_a_count_beyond_the_pool_gets_the_documented_answer(wire: Wire, value: int) -> None:
+def test_a_count_above_the_capacity_is_pool_full(wire: Wire, value: int) -> None:
     answer = wire.ask(*GENERATE, {"count": value})
     assert (answer.status, answer.document) == (400, {"error": "Pool max size exceeded"})
 
@@ -154,7 +154,7 @@ def test_a_count_beyond_the_pool_gets_the_documented_answer(wire: Wire, value: i
     [{}, JSON, {"Content-Type": "text/plain"}, {"Content-Type": "multipart/form-data; boundary=x"},
      {"Content-Type": ""}, {"Content-Encoding": "gzip"}],
 )  # fmt: skip
-def test_an_empty_body_of_any_kind_is_no_body(wire: Wire, headers: dict[str, str]) -> None:
+def test_an_empty_body_counts_as_no_body(wire: Wire, headers: dict[str, str]) -> None:
     """The missing field is named; the wire contracts have the exact words."""
     for method, path in ROUTES:
         if path not in WITHOUT_BODY:
@@ -170,7 +170,7 @@ def test_an_empty_body_of_any_kind_is_no_body(wire: Wire, headers: dict[str, str
 )  # fmt: skip
 def test_a_path_without_a_route_is_404(wire: Wire, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
-        assert explained(wire.ask(method, path), 404, "nothing at this address")
+        assert is_explained(wire.ask(method, path), 404, "nothing at this address")
 
 
 def test_a_body_of_almost_16_kib_is_read(wire: Wire) -> None:
@@ -182,7 +182,7 @@ def test_a_body_of_almost_16_kib_is_read(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("client", ["\0", "x" * 257])
-def test_an_invalid_client_name_is_refused_by_its_field(wire: Wire, client: str) -> None:
+def test_an_invalid_client_name_is_refused_by_field(wire: Wire, client: str) -> None:
     answer = wire.post("/token-management-service/assign-token", {"client_id": client})
-    assert explained(answer, 400, "client_id")
+    assert is_explained(answer, 400, "client_id")
     assert "holder" not in answer.document["error_description"]

@@ -1,4 +1,4 @@
-"""Every row and every sentence of wire/random-token-generator.md: a bounded pool of UUIDs."""
+"""The contract of wire/random-token-generator.md: a bounded pool of UUIDs."""
 
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def wire(clients: Sequence[httpx.Client]) -> Wire:
 
 
 def generate(wire: Wire, count: int = 1) -> list[str]:
-    """Make tokens."""
+    """Generate tokens."""
     answer = wire.post("/generate", {"count": count})
     tokens: list[str] = answer.document["tokens"]
     assert answer == reply(200, {"tokens": tokens})
@@ -44,12 +44,12 @@ def assigned(token: str) -> Reply:
     return reply(200, {"token": token})
 
 
-def done(what: str) -> Reply:
+def message(text: str) -> Reply:
     """Return the answer with a message."""
-    return reply(200, {"message": what})
+    return reply(200, {"message": text})
 
 
-def has(wire: Wire, token: str) -> str:
+def state_of(wire: Wire, token: str) -> str:
     """Return the state of a token. If it is free, it stays unchanged."""
     answer = wire.post("/unblock", {"token": token})
     return {NOT_FOUND: "gone", NOT_ASSIGNED: "free"}.get(answer, "assigned")
@@ -58,7 +58,7 @@ def has(wire: Wire, token: str) -> str:
 @pytest.mark.parametrize(
     ("body", "count"), [(None, 1), ({}, 1), ({"other": 3}, 1), ({"count": 1}, 1), ({"count": 7}, 7)]
 )
-def test_it_makes_the_requested_number_of_uuids(wire: Wire, body: object, count: int) -> None:
+def test_it_generates_the_requested_number_of_uuids(wire: Wire, body: object, count: int) -> None:
     answer = wire.post("/generate", body)
     tokens = answer.document["tokens"]
     assert answer == reply(200, {"tokens": tokens})
@@ -86,7 +86,7 @@ def test_the_bound_counts_free_and_assigned_tokens(wire: Wire, at: At) -> None:
         assert wire.post("/generate") == FULL
     assert wire.ask("DELETE", "/delete", {"token": deleted}).status == 200
     generate(wire)
-    at(300)  # those that were assigned are free since 60
+    at(300)  # the assigned tokens are free since 60
     assert wire.post("/generate", {"count": CAPACITY - 1}) == FULL
     generate(wire, CAPACITY - 2)
 
@@ -101,7 +101,7 @@ def test_tokens_are_assigned_until_the_pool_is_empty(wire: Wire, at: At) -> None
         assert wire.post("/assign") == NONE_FREE
 
 
-def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -> None:
+def test_an_assigned_token_is_free_after_a_minute(wire: Wire, at: At) -> None:
     at(0)
     [token] = generate(wire)
     for seconds in (0, 60, 120):
@@ -110,21 +110,21 @@ def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -
         at(seconds + 59.9)
         assert wire.post("/assign") == NONE_FREE
     at(180)
-    assert has(wire, token) == "free"
+    assert state_of(wire, token) == "free"
     at(479.9)
-    assert has(wire, token) == "free"
+    assert state_of(wire, token) == "free"
     at(480)
-    assert has(wire, token) == "gone"
+    assert state_of(wire, token) == "gone"
     assert wire.post("/assign") == NONE_FREE
 
 
-def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
+def test_a_free_token_expires_after_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     [token] = generate(wire)
     at(299.9)
-    assert has(wire, token) == "free"
+    assert state_of(wire, token) == "free"
     at(300)
-    assert has(wire, token) == "gone"
+    assert state_of(wire, token) == "gone"
     assert wire.post("/assign") == NONE_FREE
     assert wire.post("/keep-alive", {"token": token}) == NOT_FOUND
     assert wire.ask("DELETE", "/delete", {"token": token}) == NOT_FOUND
@@ -147,34 +147,34 @@ def test_an_unblocked_token_lives_five_minutes_more(wire: Wire, at: At) -> None:
     at(299)
     assert wire.post("/assign") == assigned(token)
     at(310)
-    assert wire.post("/unblock", {"token": token}) == done(f"Token {token} unblocked successfully")
+    assert wire.post("/unblock", {"token": token}) == message(f"Token {token} unblocked successfully")
     assert wire.post("/unblock", {"token": token}) == NOT_ASSIGNED
     at(609.9)
     assert wire.post("/assign") == assigned(token)
-    assert wire.post("/unblock", {"token": token}) == done(f"Token {token} unblocked successfully")
+    assert wire.post("/unblock", {"token": token}) == message(f"Token {token} unblocked successfully")
     at(909.9)
     assert wire.post("/unblock", {"token": token}) == NOT_FOUND
 
 
 @pytest.mark.parametrize("state", ["free", "assigned"])
-def test_a_token_is_deleted_free_or_assigned(wire: Wire, state: str) -> None:
+def test_free_and_assigned_tokens_can_be_deleted(wire: Wire, state: str) -> None:
     [token] = generate(wire)
     if state == "assigned":
         assert wire.post("/assign") == assigned(token)
-    assert wire.ask("DELETE", "/delete", {"token": token}) == done(f"Token {token} deleted successfully")
+    assert wire.ask("DELETE", "/delete", {"token": token}) == message(f"Token {token} deleted successfully")
     assert wire.ask("DELETE", "/delete", {"token": token}) == NOT_FOUND
-    assert has(wire, token) == "gone"
+    assert state_of(wire, token) == "gone"
     assert wire.post("/assign") == NONE_FREE
 
 
-def test_keep_alive_gives_an_assigned_token_a_minute(wire: Wire, at: At) -> None:
+def test_keep_alive_extends_a_lease_by_a_minute(wire: Wire, at: At) -> None:
     at(0)
     [token] = generate(wire)
     assert wire.post("/assign") == assigned(token)
     for seconds in (59, 118, 177, 236, 295, 354):
         at(seconds)
         assert wire.post("/assign") == NONE_FREE
-        kept = done(f"Assigned token {token} TTL extended successfully")
+        kept = message(f"Assigned token {token} TTL extended successfully")
         assert wire.post("/keep-alive", {"token": token}) == kept
     at(413.9)
     assert wire.post("/assign") == NONE_FREE
@@ -182,44 +182,44 @@ def test_keep_alive_gives_an_assigned_token_a_minute(wire: Wire, at: At) -> None
     assert wire.post("/assign") == assigned(token)
 
 
-def test_keep_alive_gives_a_free_token_five_minutes(wire: Wire, at: At) -> None:
+def test_keep_alive_extends_a_free_token_by_5_minutes(wire: Wire, at: At) -> None:
     at(0)
     kept, left = generate(wire, 2)
     at(299.9)
-    assert wire.post("/keep-alive", {"token": kept}) == done(f"Token {kept} TTL extended successfully")
+    assert wire.post("/keep-alive", {"token": kept}) == message(f"Token {kept} TTL extended successfully")
     at(300)
-    assert (has(wire, kept), has(wire, left)) == ("free", "gone")
+    assert (state_of(wire, kept), state_of(wire, left)) == ("free", "gone")
     at(599.8)
-    assert has(wire, kept) == "free"
+    assert state_of(wire, kept) == "free"
     at(599.9)
-    assert has(wire, kept) == "gone"
+    assert state_of(wire, kept) == "gone"
 
 
 @pytest.mark.parametrize("body", UNNAMED)
-def test_a_keep_alive_of_no_token_is_one_of_all_free_ones(wire: Wire, at: At, body: object) -> None:
+def test_keep_alive_without_a_token_extends_all_free(wire: Wire, at: At, body: object) -> None:
     at(0)
-    assert wire.post("/keep-alive", body) == done("TTL extended successfully for 0 tokens")
+    assert wire.post("/keep-alive", body) == message("TTL extended successfully for 0 tokens")
     first, second, leased = generate(wire, 3)
     for token in (first, second, leased):
         assert wire.post("/assign") == assigned(token)
     for token in (first, second):
         assert wire.post("/unblock", {"token": token}).status == 200
     at(30)
-    assert wire.post("/keep-alive", body) == done("TTL extended successfully for 2 tokens")
+    assert wire.post("/keep-alive", body) == message("TTL extended successfully for 2 tokens")
     at(59.9)
-    assert has(wire, first) == "free"
+    assert state_of(wire, first) == "free"
     assert wire.post("/keep-alive", {"token": UNKNOWN}) == NOT_FOUND
     at(60)
-    assert has(wire, leased) == "free", "its minute was not extended"
+    assert state_of(wire, leased) == "free", "the lease was not extended"
     at(329.9)
-    assert (has(wire, first), has(wire, second)) == ("free", "free")
+    assert (state_of(wire, first), state_of(wire, second)) == ("free", "free")
     at(330)
-    assert (has(wire, first), has(wire, second), has(wire, leased)) == ("gone", "gone", "free")
-    assert wire.post("/keep-alive", body) == done("TTL extended successfully for 1 tokens")
+    assert (state_of(wire, first), state_of(wire, second), state_of(wire, leased)) == ("gone", "gone", "free")
+    assert wire.post("/keep-alive", body) == message("TTL extended successfully for 1 tokens")
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/unblock"), ("DELETE", "/delete"), ("POST", "/keep-alive")])
-@pytest.mark.parametrize("token", [UNKNOWN, "no uuid", "\0", "x" * 9000, "grün", "' OR 1=1 --"])
+@pytest.mark.parametrize("token", [UNKNOWN, "not a uuid", "\0", "x" * 9000, "grün", "' OR 1=1 --"])
 def test_an_unknown_token_is_not_found(wire: Wire, config_file: Path, method: str, path: str, token: str) -> None:
     generate(wire)
     before = rows(config_file, "bounded")
@@ -229,7 +229,7 @@ def test_an_unknown_token_is_not_found(wire: Wire, config_file: Path, method: st
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/unblock"), ("DELETE", "/delete")])
 @pytest.mark.parametrize("body", UNNAMED)
-def test_no_token_where_one_is_needed_is_400(wire: Wire, method: str, path: str, body: object) -> None:
+def test_a_missing_token_is_400(wire: Wire, method: str, path: str, body: object) -> None:
     assert wire.ask(method, path, body) == REQUIRED
 
 
@@ -237,7 +237,7 @@ def test_no_token_where_one_is_needed_is_400(wire: Wire, method: str, path: str,
     ("path", "allowed"),
     [("/generate", "POST"), ("/assign", "POST"), ("/unblock", "POST"), ("/delete", "DELETE"), ("/keep-alive", "POST")],
 )
-def test_other_methods_are_405_and_name_the_right_one(wire: Wire, config_file: Path, path: str, allowed: str) -> None:
+def test_other_methods_are_405_with_an_allow_header(wire: Wire, config_file: Path, path: str, allowed: str) -> None:
     before = rows(config_file, "bounded")
     for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - {allowed}:
         answer = wire.send(method, path)
@@ -246,7 +246,7 @@ def test_other_methods_are_405_and_name_the_right_one(wire: Wire, config_file: P
 
 
 def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
-    """The original made 101. Nine rounds, since that race shows itself rarely."""
+    """The original made 101. Nine rounds, since the race is rare."""
 
     def one(connection: Connection, _: int) -> Answer:
         return connection.ask("POST", f"{PREFIX}/generate")
@@ -260,7 +260,7 @@ def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_f
         assert [answer.body for answer in answers if answer.status != 200] == [FULL.body.encode()] * 28
 
 
-def test_several_at_a_time_never_make_more_than_fit(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
+def test_concurrent_batches_never_exceed_the_limit(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
     def several(connection: Connection, number: int) -> Answer:
         return connection.ask("POST", f"{PREFIX}/generate", {"count": number % 5 + 3})
 

@@ -1,4 +1,4 @@
-"""Killed workers lose nothing, and leases and tokens expire in the meantime. At the paths of the originals."""
+"""Killed workers lose nothing, and leases and tokens expire while they are down. Uses the paths of the originals."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,12 +11,12 @@ from tests.support.journal import until
 from tests.support.servers import START, HandClock, Server, write_config
 from tests.wire.dialects.conftest import ALL_FOUR, API_PASSWORD, Wire, connect, execute, fill, reply, rows, start
 
-DEAD_SINCE, ALIVE_AGAIN = 20, 35
+KILLED_AT, RESTARTED_AT = 20, 35
 NOT_ASSIGNED = reply(404, {"error": "Token not assigned"})
 
 
-class World(NamedTuple):
-    """Two workers that were killed and started again, and the tokens of before."""
+class Restarted(NamedTuple):
+    """Two workers that were killed and started again, and the tokens from before."""
 
     wire: Wire
     clock: HandClock
@@ -29,7 +29,7 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restarted]:
     """Issue, block and assign on new workers; kill them 20 seconds later, and start them 15 seconds after that."""
     home = tmp_path_factory.mktemp("restart")
     text = ALL_FOUR.replace("lease_ttl = 60\n\n[pools.owned]", "lease_ttl = 15\n\n[pools.owned]")
@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     config, clock, tokens = write_config(home, text), HandClock(home / "clock", create=True), {}
     with ExitStack() as stack:
         servers = start(stack, config, clock)
-        wire = speaker(stack, servers)
+        wire = wire_to(stack, servers)
         fill(config, "uuids", 1500, START - 300)
         assert wire.ask("GET", "/issue_token").document["available_tokens"] == 2
         tokens["pool, free"] = wire.post("/api/token_pool/").document["token"]
@@ -52,14 +52,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         assert wire.post("/assign").document["token"] == tokens["generator, leased"]
         answer = wire.post("/token-management-service/assign-token", {"client_id": "ann"})
         assert answer.document["token"] == tokens["service, leased"]
-        clock.set(START + DEAD_SINCE)
+        clock.set(START + KILLED_AT)
         for server in servers:
             server.kill()
-        clock.set(START + ALIVE_AGAIN)
+        clock.set(START + RESTARTED_AT)
         servers = start(stack, config, clock)
-        # the sweeper gives up its duty in the middle when time is moved past the end of it
+        # wait for the sweep: it stops halfway if the clock jumps past the end of its claim
         until(lambda: expired(config) == 0, "the expired rows are gone")
-        yield World(speaker(stack, servers), clock, config, tokens)
+        yield Restarted(wire_to(stack, servers), clock, config, tokens)
 
 
 def expired(config: Path) -> int:
@@ -68,47 +68,47 @@ def expired(config: Path) -> int:
     return int(count)
 
 
-def speaker(stack: ExitStack, servers: Sequence[Server]) -> Wire:
+def wire_to(stack: ExitStack, servers: Sequence[Server]) -> Wire:
     """Send requests to both workers."""
     return Wire(connect(stack, servers), X_API_PASSWORD=API_PASSWORD)
 
 
-def test_a_lease_that_ended_during_a_stop_is_over(world: World) -> None:
+def test_a_lease_that_ended_while_down_is_over(restarted: Restarted) -> None:
     """In the Redis services a stopped listener misses that, and the token stays leased forever."""
-    assert world.wire.post("/unblock", {"token": world.tokens["generator, leased"]}) == NOT_ASSIGNED
+    assert restarted.wire.post("/unblock", {"token": restarted.tokens["generator, leased"]}) == NOT_ASSIGNED
 
 
-def test_a_restart_keeps_live_permits_and_frees_others(world: World) -> None:
+def test_a_restart_keeps_only_live_permits_leased(restarted: Restarted) -> None:
     for seconds, free in ((35, 2), (39.9, 2), (40, 3)):
-        world.at(seconds)
-        assert world.wire.ask("GET", "/tokens") == reply(200, {"available_tokens": free})
+        restarted.at(seconds)
+        assert restarted.wire.ask("GET", "/tokens") == reply(200, {"available_tokens": free})
 
 
-def test_workers_that_start_at_once_make_each_permit_once(world: World) -> None:
-    assert len(rows(world.config, "permits")) == 3
+def test_workers_that_start_together_prefill_once(restarted: Restarted) -> None:
+    assert len(rows(restarted.config, "permits")) == 3
 
 
-def test_a_restart_keeps_a_token_blocked_for_its_minute(world: World) -> None:
-    world.at(69.9)
-    assert world.wire.post("/api/block_token/") == reply(200, {"blocked_token": world.tokens["pool, free"]})
-    assert world.wire.post("/api/block_token/") == reply(404, {"error": "No free tokens"})
+def test_a_restart_keeps_a_token_blocked_for_its_minute(restarted: Restarted) -> None:
+    restarted.at(69.9)
+    assert restarted.wire.post("/api/block_token/") == reply(200, {"blocked_token": restarted.tokens["pool, free"]})
+    assert restarted.wire.post("/api/block_token/") == reply(404, {"error": "No free tokens"})
     kept = reply(200, {"message": "Token keep-alive refreshed"})
-    leased = {"token": world.tokens["service, leased"], "client_id": "bob"}
-    assert world.wire.post("/token-management-service/keep-alive", leased).status == 403
-    assert world.wire.post("/token-management-service/keep-alive", {**leased, "client_id": "ann"}) == kept
-    world.at(70)
-    assert world.wire.post("/api/block_token/") == reply(200, {"blocked_token": world.tokens["pool, blocked"]})
+    leased = {"token": restarted.tokens["service, leased"], "client_id": "bob"}
+    assert restarted.wire.post("/token-management-service/keep-alive", leased).status == 403
+    assert restarted.wire.post("/token-management-service/keep-alive", {**leased, "client_id": "ann"}) == kept
+    restarted.at(70)
+    assert restarted.wire.post("/api/block_token/") == reply(200, {"blocked_token": restarted.tokens["pool, blocked"]})
 
 
-def test_free_tokens_die_when_they_would_have(world: World) -> None:
-    world.at(299.9)
-    free = {"token": world.tokens["generator, free"]}
-    assert world.wire.post("/unblock", free) == NOT_ASSIGNED
-    world.at(300)
-    assert world.wire.post("/unblock", free) == reply(404, {"error": "Token not found"})
+def test_a_restart_keeps_the_expiry_of_free_tokens(restarted: Restarted) -> None:
+    restarted.at(299.9)
+    free = {"token": restarted.tokens["generator, free"]}
+    assert restarted.wire.post("/unblock", free) == NOT_ASSIGNED
+    restarted.at(300)
+    assert restarted.wire.post("/unblock", free) == reply(404, {"error": "Token not found"})
 
 
-def test_rows_of_expired_tokens_are_cleaned_away(world: World) -> None:
-    """The documentation of token-pool names this as missing. The sweeper does it in its first second."""
-    assert expired(world.config) == 0
-    assert len(rows(world.config, "uuids")) == 2
+def test_rows_of_expired_tokens_are_deleted(restarted: Restarted) -> None:
+    """The documentation of token-pool lists this as missing. The sweeper does it in its first second."""
+    assert expired(restarted.config) == 0
+    assert len(rows(restarted.config, "uuids")) == 2

@@ -1,4 +1,4 @@
-"""Every row and every sentence of wire/simple-token-implement.md: N permits without names, behind one password."""
+"""The contract of wire/simple-token-implement.md: N anonymous permits behind one password."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def wire(clients: Sequence[httpx.Client]) -> Wire:
 
 
 @pytest.fixture(scope="module")
-def stranger(clients: Sequence[httpx.Client]) -> Wire:
+def anonymous(clients: Sequence[httpx.Client]) -> Wire:
     """Send requests without the password."""
     return Wire(clients, PREFIX)
 
@@ -54,25 +54,25 @@ def available(count: int) -> Reply:
     [None, b"", b"wrong", API_PASSWORD.upper().encode(), API_PASSWORD[:-1].encode(), API_PASSWORD.encode() + b"x",
      b"p\xe4ss\xff", b"x" * 4000],
 )  # fmt: skip
-def test_without_the_right_password_nothing_is_done(wire: Wire, stranger: Wire, sent: bytes | None) -> None:
+def test_without_the_right_password_nothing_is_done(wire: Wire, anonymous: Wire, sent: bytes | None) -> None:
     headers = {} if sent is None else {"X-API-PASSWORD": sent}
     assert wire.ask("GET", "/issue_token") == issued(2)
     for path in PATHS:
         for method in ("GET", "POST"):
-            assert stranger.ask(method, f"{path}?info=I", headers=headers) == UNAUTHORIZED
-        assert wire.ask("GET", "/tokens") == available(2), "which also ends the count of wrong ones"
+            assert anonymous.ask(method, f"{path}?info=I", headers=headers) == UNAUTHORIZED
+        assert wire.ask("GET", "/tokens") == available(2), "a success also resets the failure counter"
 
 
-@pytest.mark.parametrize("blanks", [b" %s", b"%s ", b"\t%s \t"])
-def test_blanks_around_the_password_are_ignored(server: Server, blanks: bytes) -> None:
+@pytest.mark.parametrize("spaces", [b" %s", b"%s ", b"\t%s \t"])
+def test_spaces_around_the_password_are_ignored(server: Server, spaces: bytes) -> None:
     """RFC 9110 section 5.5."""
     head = f"GET {PREFIX}/tokens HTTP/1.1\r\nHost: x\r\nX-API-PASSWORD:".encode()
     with Connection(server.port) as connection:
-        assert connection.send(head + blanks % API_PASSWORD.encode() + b"\r\n\r\n").status == 200
+        assert connection.send(head + spaces % API_PASSWORD.encode() + b"\r\n\r\n").status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_permits_are_issued_to_the_last_and_recycled(wire: Wire, method: str) -> None:
+def test_all_permits_are_issued_and_recycled(wire: Wire, method: str) -> None:
     assert wire.ask(method, "/tokens") == available(3)
     for left in (2, 1, 0):
         assert wire.ask(method, "/issue_token?info=job-7") == issued(left, "job-7")
@@ -82,9 +82,9 @@ def test_permits_are_issued_to_the_last_and_recycled(wire: Wire, method: str) ->
     for left in (1, 2, 3):
         assert wire.ask(method, "/recycle_token?info=job-7") == recycled(left, "job-7")
         assert wire.ask(method, "/tokens") == available(left)
-    everything_back = {"message": "All tokens are already available.", "available_tokens": 3, "info": "job-9"}
+    all_available = {"message": "All tokens are already available.", "available_tokens": 3, "info": "job-9"}
     for _ in range(2):
-        assert wire.ask(method, "/recycle_token?info=job-9") == reply(400, everything_back)
+        assert wire.ask(method, "/recycle_token?info=job-9") == reply(400, all_available)
     assert wire.ask(method, "/issue_token") == issued(2)
 
 
@@ -116,14 +116,14 @@ def test_info_with_control_characters_is_echoed_as_json(wire: Wire) -> None:
     assert "\0" not in answer.body
 
 
-def test_a_query_that_is_too_long_is_400_and_issues_nothing(wire: Wire) -> None:
+def test_a_too_long_query_is_400_and_issues_nothing(wire: Wire) -> None:
     answer = wire.ask("GET", f"/issue_token?info={'x' * 8192}")
     assert (answer.status, answer.document["error"]) == (400, "invalid_request")
     assert wire.ask("GET", "/tokens") == available(3)
 
 
 def test_each_permit_has_its_own_deadline(wire: Wire, at: At) -> None:
-    """The original has one timer, and restarts it at each issue."""
+    """The original has one timer for all permits and restarts it at each issue."""
     at(0)
     assert wire.ask("GET", "/issue_token") == issued(2)
     at(10)
@@ -134,8 +134,8 @@ def test_each_permit_has_its_own_deadline(wire: Wire, at: At) -> None:
     assert wire.ask("GET", "/recycle_token").status == 400
 
 
-def test_a_service_that_is_always_busy_reclaims_too(wire: Wire, at: At) -> None:
-    """Every 10 seconds one takes a permit and never recycles it; another is always refused."""
+def test_permits_expire_under_constant_demand(wire: Wire, at: At) -> None:
+    """Every 10 seconds a client takes a permit and never recycles it. Another client is always refused."""
     for turn in range(12):
         at(turn * 10)
         assert wire.ask("GET", "/issue_token") == issued(max(0, 2 - turn))
@@ -144,7 +144,7 @@ def test_a_service_that_is_always_busy_reclaims_too(wire: Wire, at: At) -> None:
             assert wire.ask("GET", "/issue_token") == none_left()
 
 
-def test_recycling_frees_the_permit_issued_longest_ago(wire: Wire, at: At) -> None:
+def test_recycling_frees_the_oldest_permit(wire: Wire, at: At) -> None:
     for seconds, left in ((0.0, 2), (10.0, 1), (20.0, 0)):
         at(seconds)
         assert wire.ask("GET", "/issue_token") == issued(left)
@@ -164,7 +164,7 @@ def test_concurrent_issues_never_exceed_the_permits(ports: Sequence[int]) -> Non
     assert sorted(answer.json()["available_tokens"] for answer in answers if answer.status == 200) == [0, 1, 2]
 
 
-def test_of_many_at_once_only_as_many_recycle_as_are_out(wire: Wire, ports: Sequence[int]) -> None:
+def test_concurrent_recycles_free_only_issued_permits(wire: Wire, ports: Sequence[int]) -> None:
     for _ in range(3):
         wire.post("/issue_token")
 
@@ -177,7 +177,7 @@ def test_of_many_at_once_only_as_many_recycle_as_are_out(wire: Wire, ports: Sequ
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"info": 1}', b"\xff\0", b"x" * 17 * 1024, b'"\\ud800"'])
-def test_a_body_is_not_looked_at(wire: Wire, body: bytes) -> None:
+def test_a_request_body_is_ignored(wire: Wire, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     assert wire.post("/issue_token?info=I", content=body, headers=headers) == issued(2, "I")
     assert wire.post("/recycle_token?info=I", content=body, headers=headers) == recycled(3, "I")
@@ -185,7 +185,7 @@ def test_a_body_is_not_looked_at(wire: Wire, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_other_methods_are_405_and_name_the_right_ones(wire: Wire, path: str) -> None:
+def test_other_methods_are_405_with_an_allow_header(wire: Wire, path: str) -> None:
     """Also HEAD: it must have no effect (RFC 9110 section 9.2.1), and GET has one here."""
     assert wire.post("/issue_token").status == 200
     assert wire.send("HEAD", path).status_code == 405
@@ -197,25 +197,25 @@ def test_other_methods_are_405_and_name_the_right_ones(wire: Wire, path: str) ->
     assert wire.ask("GET", "/tokens") == available(2)
 
 
-def test_password_guesses_are_throttled_for_a_while(wire: Wire, stranger: Wire, clock: HandClock) -> None:
+def test_password_guesses_are_throttled(wire: Wire, anonymous: Wire, clock: HandClock) -> None:
     wrong = {"X-API-PASSWORD": "wrong"}
     for _ in range(5):
-        assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED
+        assert anonymous.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED
     for seconds in (1, 2, 4):
-        for asked in (stranger.send("GET", "/tokens", headers=wrong), wire.send("POST", "/issue_token")):
-            assert asked.status_code == 429
-            assert asked.headers["retry-after"] == str(seconds)
-            assert asked.json()["error"] == "too_many_attempts"
-        assert stranger.ask("GET", "/tokens") == UNAUTHORIZED, "who sends no password guesses none"
+        for answer in (anonymous.send("GET", "/tokens", headers=wrong), wire.send("POST", "/issue_token")):
+            assert answer.status_code == 429
+            assert answer.headers["retry-after"] == str(seconds)
+            assert answer.json()["error"] == "too_many_attempts"
+        assert anonymous.ask("GET", "/tokens") == UNAUTHORIZED, "a request without a password is not counted"
         clock.advance(seconds)
-        assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED
+        assert anonymous.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED
     clock.advance(8)
-    assert wire.ask("GET", "/tokens") == available(3), "those who were held up got nothing"
+    assert wire.ask("GET", "/tokens") == available(3), "throttled requests took no permit"
     for _ in range(5):
-        assert stranger.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED, "the count starts again"
+        assert anonymous.ask("GET", "/tokens", headers=wrong) == UNAUTHORIZED, "the count starts again"
 
 
-def test_the_number_of_rows_stays_the_number_of_permits(wire: Wire, config_file: Path) -> None:
+def test_there_is_one_row_per_permit(wire: Wire, config_file: Path) -> None:
     for method in ("GET", "POST") * 4:
         wire.ask(method, "/issue_token")
     assert len(rows(config_file, "permits")) == 3

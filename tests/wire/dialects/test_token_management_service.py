@@ -1,4 +1,4 @@
-"""Every row and every sentence of wire/token-management-service.md: a bounded pool whose tokens have owners."""
+"""The contract of wire/token-management-service.md: a bounded pool of tokens that are assigned to clients."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -61,10 +61,10 @@ def test_a_token_has_the_documented_form_and_is_random(wire: Wire) -> None:
     tokens = [generate(wire) for _ in range(20)]
     assert all(re.fullmatch(r"token_[A-Za-z0-9]{64}", token) for token in tokens)
     for place in range(len("token_"), len(tokens[0])):
-        assert len({token[place] for token in tokens}) > 3, f"the letter at {place} hardly changes"
+        assert len({token[place] for token in tokens}) > 3, f"the character at {place} is hardly random"
 
 
-def test_a_full_pool_makes_no_token(wire: Wire, config_file: Path, clock: HandClock) -> None:
+def test_a_full_pool_generates_no_token(wire: Wire, config_file: Path, clock: HandClock) -> None:
     fill(config_file, "owned", CAPACITY - 1, clock())
     generate(wire)
     before = rows(config_file, "owned")
@@ -72,7 +72,7 @@ def test_a_full_pool_makes_no_token(wire: Wire, config_file: Path, clock: HandCl
         assert wire.post("/generate-token") == FULL
     assert rows(config_file, "owned") == before
     token = assign(wire).document["token"]
-    assert wire.post("/generate-token") == FULL, "assigned ones count"
+    assert wire.post("/generate-token") == FULL, "assigned tokens count"
     assert wire.post("/delete-token", {"token": token}) == DELETED
     generate(wire)
     assert wire.post("/generate-token") == FULL
@@ -91,7 +91,7 @@ def test_tokens_are_assigned_until_the_pool_is_empty(wire: Wire, at: At) -> None
         assert wire.post("/keep-alive", {"token": token, "client_id": owner}) == REFRESHED
 
 
-def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
+def test_a_free_token_expires_after_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     early, late = generate(wire), generate(wire)
     at(299.9)
@@ -101,7 +101,7 @@ def test_a_free_token_is_gone_after_five_minutes(wire: Wire, at: At) -> None:
     assert assign(wire) == NONE_FREE
 
 
-def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -> None:
+def test_an_assigned_token_is_free_after_a_minute(wire: Wire, at: At) -> None:
     at(0)
     early, late = leased(wire, "ann"), leased(wire, "bob")
     at(59.9)
@@ -116,7 +116,7 @@ def test_an_assigned_token_is_free_after_a_minute_for_five(wire: Wire, at: At) -
     assert assign(wire, "eve") == NONE_FREE
 
 
-def test_a_reassigned_token_is_not_its_first_owners(wire: Wire, at: At) -> None:
+def test_a_reassigned_token_is_lost_for_its_first_owner(wire: Wire, at: At) -> None:
     at(0)
     token = leased(wire, "ann")
     at(60)
@@ -130,7 +130,7 @@ def test_a_reassigned_token_is_not_its_first_owners(wire: Wire, at: At) -> None:
 
 @pytest.mark.parametrize("owner", [{"client_id": "ann"}, {}, {"client_id": None}])
 def test_keep_alive_extends_a_token_by_a_minute(wire: Wire, at: At, owner: dict[str, str]) -> None:
-    """The documented body has no client_id, the running code wants one."""
+    """The documentation of the original has no client_id here, but its code requires one."""
     at(0)
     token = leased(wire, "ann")
     for seconds in (59, 118, 177, 236, 295, 354):
@@ -144,18 +144,18 @@ def test_keep_alive_extends_a_token_by_a_minute(wire: Wire, at: At, owner: dict[
     assert assign(wire, "bob") == assigned(token)
 
 
-def test_a_token_of_another_is_not_kept_alive(wire: Wire, at: At) -> None:
+def test_keep_alive_refuses_the_token_of_another_client(wire: Wire, at: At) -> None:
     at(0)
     token = leased(wire, "ann")
     at(30)
     for other in ("bob", "ANN", "an", "ann ", ""):
         assert wire.post("/keep-alive", {"token": token, "client_id": other}) == FOREIGN
     at(60)
-    assert assign(wire, "bob") == assigned(token), "its minute was not extended"
+    assert assign(wire, "bob") == assigned(token), "the lease was not extended"
 
 
 @pytest.mark.parametrize("owner", [{"client_id": "ann"}, {}])
-def test_a_token_that_is_not_assigned_is_not_kept_alive(wire: Wire, at: At, owner: dict[str, str]) -> None:
+def test_keep_alive_refuses_an_unassigned_token(wire: Wire, at: At, owner: dict[str, str]) -> None:
     at(0)
     token = generate(wire)
     at(200)
@@ -182,7 +182,7 @@ def test_an_unblocked_token_lives_five_minutes_more(wire: Wire, at: At) -> None:
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("state", ["free", "assigned"])
-def test_both_delete_methods_work_free_or_assigned(wire: Wire, method: str, state: str) -> None:
+def test_both_delete_methods_delete_any_token(wire: Wire, method: str, state: str) -> None:
     token = leased(wire) if state == "assigned" else generate(wire)
     assert wire.ask(method, "/delete-token", {"token": token}) == DELETED
     assert wire.ask(method, "/delete-token", {"token": token}) == NOT_FOUND
@@ -191,7 +191,7 @@ def test_both_delete_methods_work_free_or_assigned(wire: Wire, method: str, stat
 
 
 @pytest.mark.parametrize("token", [UNKNOWN, "token_", "\0", "x" * 9000, "grün", "' OR 1=1 --"])
-def test_every_operation_answers_an_unknown_token_alike(wire: Wire, config_file: Path, token: str) -> None:
+def test_an_unknown_token_is_refused_everywhere(wire: Wire, config_file: Path, token: str) -> None:
     leased(wire)
     before = rows(config_file, "owned")
     assert wire.post("/keep-alive", {"token": token}) == FOREIGN
@@ -219,9 +219,9 @@ def test_a_missing_field_is_400_and_named(
     """The original answers 200, or 403 with a token without an owner."""
     token = generate(wire)
     other = {"client_id": token, "token": "ann"}[field]
-    given = {"client_id": "ann", "token": token, "other": other}
-    del given[field]
-    body = {"missing": given, "no body": None}.get(str(value), {**given, field: value})
+    fields = {"client_id": "ann", "token": token, "other": other}
+    del fields[field]
+    body = {"missing": fields, "no body": None}.get(str(value), {**fields, field: value})
     before = rows(config_file, "owned")
     answer = wire.ask(method, path, body)
     assert answer.status == 400
@@ -232,14 +232,14 @@ def test_a_missing_field_is_400_and_named(
 
 
 @pytest.mark.parametrize("client", ["a", "x" * 256, "жанна", "' OR 1=1 --", "🔑", " ", "token_"])
-def test_any_text_of_up_to_256_characters_is_a_client(wire: Wire, client: str) -> None:
+def test_a_client_is_text_of_up_to_256_characters(wire: Wire, client: str) -> None:
     token = leased(wire, client)
     assert wire.post("/keep-alive", {"token": token, "client_id": client}) == REFRESHED
     assert wire.post("/keep-alive", {"token": token, "client_id": f"{client}x"}) == FOREIGN
 
 
 @pytest.mark.parametrize("client", ["x" * 257, "x" * 9000, "a\0", "\n", "\u202e"])
-def test_any_other_is_400_and_gets_nothing(wire: Wire, config_file: Path, client: str) -> None:
+def test_an_invalid_client_is_400_and_gets_nothing(wire: Wire, config_file: Path, client: str) -> None:
     generate(wire)
     before = rows(config_file, "owned")
     answer = assign(wire, client)
@@ -257,7 +257,7 @@ def test_any_other_is_400_and_gets_nothing(wire: Wire, config_file: Path, client
         ("/delete-token", {"POST", "DELETE"}),
     ],
 )
-def test_other_methods_are_405_and_name_the_right_ones(
+def test_other_methods_are_405_with_an_allow_header(
     wire: Wire, config_file: Path, path: str, allowed: set[str]
 ) -> None:
     before = rows(config_file, "owned")
@@ -269,7 +269,7 @@ def test_other_methods_are_405_and_name_the_right_ones(
 
 
 def test_a_limit_of_100_allows_exactly_100_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
-    """The original made 105. Nine rounds, since that race shows itself rarely."""
+    """The original made 105. Nine rounds, since the race is rare."""
 
     def one(connection: Connection, _: int) -> Answer:
         return connection.ask("POST", f"{PREFIX}/generate-token")
@@ -294,5 +294,5 @@ def test_no_token_gets_two_owners(wire: Wire, ports: Sequence[int], config_file:
     assert sorted(owned) == sorted(values)
     assert {answer.status for answer in answers} == {200, 404}
     holders = {row[4] for row in rows(config_file, "owned")}
-    assert len(holders) == len(values), "each by a client of its own"
+    assert len(holders) == len(values), "each token has another holder"
     assert assign(wire) == NONE_FREE

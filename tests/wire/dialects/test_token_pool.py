@@ -1,4 +1,4 @@
-"""Every row and every sentence of wire/token-pool.md: UUIDs that expire, and that are blocked for a while."""
+"""The contract of wire/token-pool.md: UUIDs that expire, and that are blocked for a while."""
 
 import uuid
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ def blocked(token: str) -> Reply:
 
 
 @pytest.mark.parametrize("slash", ["/", ""])
-def test_a_token_is_made_blocked_kept_alive_and_deleted(wire: Wire, slash: str) -> None:
+def test_each_operation_works_with_and_without_slash(wire: Wire, slash: str) -> None:
     made = wire.post(f"/api/token_pool{slash}")
     token = made.document["token"]
     assert made == reply(200, {"token": token})
@@ -57,19 +57,19 @@ def test_a_token_is_made_blocked_kept_alive_and_deleted(wire: Wire, slash: str) 
 
 @pytest.mark.parametrize("field", ["token", "token_uuid"])
 @pytest.mark.parametrize("state", ["free", "blocked"])
-def test_both_delete_bodies_work_free_or_blocked(wire: Wire, field: str, state: str) -> None:
+def test_both_delete_bodies_delete_any_token(wire: Wire, field: str, state: str) -> None:
     token, other = generate(wire), generate(wire)
     if state == "blocked":
         assert wire.post("/api/block_token/") == blocked(token)
     assert wire.ask("DELETE", "/api/token_pool/", {field: token}) == DELETED
     assert wire.post("/api/keep_alive/" + token) == INVALID
-    assert wire.post("/api/block_token/") == blocked(other), "the other one is left"
+    assert wire.post("/api/block_token/") == blocked(other), "only the other token is left"
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
 @pytest.mark.parametrize("field", ["token", "token_uuid"])
-@pytest.mark.parametrize("named", [UNKNOWN, "no uuid", "", None, 5, 1.5, True, [], ["x"], {}, "\0", "x" * 9000])
-def test_a_body_that_names_no_token_deletes_none(wire: Wire, field: str, named: object) -> None:
+@pytest.mark.parametrize("named", [UNKNOWN, "not a uuid", "", None, 5, 1.5, True, [], ["x"], {}, "\0", "x" * 9000])
+def test_a_body_without_a_valid_token_deletes_none(wire: Wire, field: str, named: object) -> None:
     token = generate(wire)
     assert wire.ask("DELETE", "/api/token_pool/", {field: named}) == INVALID
     assert wire.post("/api/block_token/") == blocked(token)
@@ -80,7 +80,7 @@ def test_a_delete_without_a_token_is_refused(wire: Wire, content: bytes) -> None
     assert wire.ask("DELETE", "/api/token_pool/", content=content) == INVALID
 
 
-def test_a_uuid_in_capitals_is_the_same(wire: Wire) -> None:
+def test_a_uuid_is_case_insensitive(wire: Wire) -> None:
     token = generate(wire)
     assert wire.post(f"/api/keep_alive/{token.upper()}") == REFRESHED
     assert wire.ask("DELETE", "/api/token_pool/", {"token": token.upper()}) == DELETED
@@ -92,18 +92,18 @@ def test_a_uuid_in_capitals_is_the_same(wire: Wire) -> None:
     ["x", "no-uuid", "%00", "%ff", UNKNOWN[:-1], f"{UNKNOWN}0", UNKNOWN.replace("8", "g"), f"{UNKNOWN}/x",
      "1_" * 15 + "11", "%20" * 4 + "1" * 28, "0x" + "1" * 30],
 )  # fmt: skip
-def test_a_path_element_that_is_no_uuid_is_404(wire: Wire, element: str, slash: str) -> None:
+def test_a_path_element_that_is_not_a_uuid_is_404(wire: Wire, element: str, slash: str) -> None:
     answer = wire.post(f"/api/keep_alive/{element}{slash}")
     assert answer.status == 404, answer.body
     assert answer.document["error"] == "not_found"
 
 
 @pytest.mark.parametrize("slash", ["/", ""])
-def test_a_uuid_that_is_no_token_cannot_be_kept_alive(wire: Wire, slash: str) -> None:
+def test_keep_alive_refuses_an_unknown_uuid(wire: Wire, slash: str) -> None:
     assert wire.post(f"/api/keep_alive/{UNKNOWN}{slash}") == INVALID
 
 
-def test_a_free_token_dies_five_minutes_after_it_was_made(wire: Wire, at: At) -> None:
+def test_a_free_token_expires_after_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     kept, left = generate(wire), generate(wire)
     at(299.9)
@@ -115,7 +115,7 @@ def test_a_free_token_dies_five_minutes_after_it_was_made(wire: Wire, at: At) ->
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
-def test_keep_alive_gives_a_free_token_five_minutes(wire: Wire, at: At) -> None:
+def test_keep_alive_extends_a_free_token_by_5_minutes(wire: Wire, at: At) -> None:
     at(0)
     kept, left = generate(wire), generate(wire)
     at(200)
@@ -127,7 +127,7 @@ def test_keep_alive_gives_a_free_token_five_minutes(wire: Wire, at: At) -> None:
     assert wire.post(f"/api/keep_alive/{left}") == INVALID
 
 
-def test_a_blocked_token_is_free_again_after_a_minute(wire: Wire, at: At) -> None:
+def test_a_blocked_token_is_free_after_a_minute(wire: Wire, at: At) -> None:
     at(0)
     token = generate(wire)
     assert wire.post("/api/block_token/") == blocked(token)
@@ -138,11 +138,11 @@ def test_a_blocked_token_is_free_again_after_a_minute(wire: Wire, at: At) -> Non
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
-def test_keep_alive_gives_a_blocked_token_a_minute(wire: Wire, at: At) -> None:
+def test_keep_alive_extends_a_block_by_a_minute(wire: Wire, at: At) -> None:
     at(0)
     token = generate(wire)
     assert wire.post("/api/block_token/") == blocked(token)
-    for seconds in (59, 118, 177, 236, 295, 354):  # and it outlives its five minutes
+    for seconds in (59, 118, 177, 236, 295, 354):  # longer than the five minutes of a free token
         at(seconds)
         assert wire.post("/api/block_token/") == NONE_FREE
         assert wire.post(f"/api/keep_alive/{token}") == REFRESHED
@@ -153,7 +153,7 @@ def test_keep_alive_gives_a_blocked_token_a_minute(wire: Wire, at: At) -> None:
 
 
 def test_a_blocked_token_expires_5_minutes_after_its_block(wire: Wire, at: At) -> None:
-    """Not five minutes after its block ran out."""
+    """Not five minutes after the end of its block."""
     at(0)
     kept, left = generate(wire), generate(wire)
     for token in (kept, left):
@@ -166,7 +166,7 @@ def test_a_blocked_token_expires_5_minutes_after_its_block(wire: Wire, at: At) -
     assert wire.post("/api/block_token/") == NONE_FREE
 
 
-def test_keep_alive_after_a_block_gives_five_minutes(wire: Wire, at: At) -> None:
+def test_keep_alive_after_a_block_adds_five_minutes(wire: Wire, at: At) -> None:
     at(0)
     token = generate(wire)
     assert wire.post("/api/block_token/") == blocked(token)
@@ -188,17 +188,15 @@ def test_the_longest_free_token_is_blocked_first(wire: Wire, at: At) -> None:
     assert [wire.post("/api/block_token/").document["blocked_token"] for _ in tokens] == tokens
 
 
-def test_as_many_tokens_are_made_as_are_asked_for(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
+def test_concurrent_requests_make_distinct_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
     fill(config_file, "uuids", 2000, clock())
     answers = at_once(ports, 200, lambda connection, _: connection.ask("POST", f"{PREFIX}/api/token_pool/"))
     assert [answer.status for answer in answers] == [200] * 200
     assert len({answer.json()["token"] for answer in answers}) == 200
 
 
-def test_no_two_requests_at_once_are_given_the_same_token(
-    ports: Sequence[int], config_file: Path, clock: HandClock
-) -> None:
-    """Of 400 assigns over two workers the original gave out 299 distinct tokens."""
+def test_concurrent_blocks_get_distinct_tokens(ports: Sequence[int], config_file: Path, clock: HandClock) -> None:
+    """In 400 requests to two workers the original gave out only 299 distinct tokens."""
     values = fill(config_file, "uuids", 350, clock())
 
     def block(connection: Connection, _: int) -> Answer:
@@ -212,7 +210,7 @@ def test_no_two_requests_at_once_are_given_the_same_token(
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff\0", b"x" * 17 * 1024, b'{"token": 5}'])
-def test_a_body_that_is_not_needed_is_not_looked_at(wire: Wire, body: bytes) -> None:
+def test_an_unneeded_body_is_ignored(wire: Wire, body: bytes) -> None:
     headers = {"Content-Type": "text/plain"}
     token = wire.post("/api/token_pool/", content=body, headers=headers).document["token"]
     assert wire.post("/api/block_token/", content=body, headers=headers) == blocked(token)
@@ -224,7 +222,7 @@ def test_a_body_that_is_not_needed_is_not_looked_at(wire: Wire, body: bytes) -> 
     ("path", "allowed"),
     [("/api/token_pool", {"POST", "DELETE"}), ("/api/block_token", {"POST"}), (f"/api/keep_alive/{UNKNOWN}", {"POST"})],
 )
-def test_other_methods_are_405_and_name_the_right_ones(
+def test_other_methods_are_405_with_an_allow_header(
     wire: Wire, path: str, allowed: set[str], slash: str, config_file: Path
 ) -> None:
     before = rows(config_file, "uuids")
