@@ -85,7 +85,7 @@ FIELDS: Mapping[str, str] = {
     "error": "A code for programs.",
     "error_description": "A sentence for people.",
     "exp": "When the token expires, in Unix seconds.",
-    "expires_in": "Seconds until then, for clients whose clock may be wrong.",
+    "expires_in": "Seconds until it expires, for clients whose clock may be wrong.",
     "expiry_time": "When it expires, in Unix seconds. Null: never, or not valid.",
     "fence": "Grows with each lease of the token. A resource can reject a holder with a lower number than it has seen.",
     "force": "End the lease of another user.",
@@ -98,13 +98,13 @@ FIELDS: Mapping[str, str] = {
     "lease_expiry_time": "When the lease ends, in Unix seconds.",
     "leased": "The number of leased tokens.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
-    "reason": "Why another user's lease is ended. It is logged.",
     "revoked": "The number of tokens that were revoked.",
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do.",
     "token": "The value of the token.",
     "token_type_hint": "Ignored.",
     "user": "The user who holds the lease.",
+    "username": "The name of the user.",
     "user_agent": "The User-Agent header of the login.",
 }
 """What fields of requests and answers mean."""
@@ -374,7 +374,7 @@ POOLS = Section(
                 id="releaseToken",
                 title="Release a leased token",
                 text="Ends the lease; the token is free at once. With `force=true`, a manager of the pool ends the"
-                " lease of another user.",
+                " lease of another user, and can give a `reason`, which is logged.",
                 parameters=[_POOL, _POOL_TOKEN, Parameter("force", "End the lease of another user.", bool)],
                 body=pools.ReleaseRequest,
                 body_required=False,

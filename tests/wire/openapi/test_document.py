@@ -112,9 +112,11 @@ def test_texts_name_no_file_and_no_technique(served: Served) -> None:
     assert re.findall(r"[\w/]+\.(?:py|md)\b|hot path|ASGI|handler|docstring", document) == []
 
 
-def test_operation_ids_are_names_for_generated_code(served: Served) -> None:
+def test_ids_and_schemas_have_names_for_generated_code(served: Served) -> None:
     ids = [operation.described["operationId"] for operation in served.documented]
     assert [name for name in ids if not re.fullmatch("[a-z][A-Za-z]+", name)] == []
+    schemas = served.documented.document["components"]["schemas"]
+    assert [name for name in schemas if not re.fullmatch("[A-Z][A-Za-z]+", name)] == []
 
 
 def test_dialects_come_last(served: Served) -> None:

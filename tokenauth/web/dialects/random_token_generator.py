@@ -22,7 +22,7 @@ class GenerateTokensRequest(msgspec.Struct):
     count: Annotated[int, schema_only(minimum=1, maximum=MAX_COUNT)] = 1
 
 
-class KeepAliveRequest(msgspec.Struct):
+class OptionalTokenRequest(msgspec.Struct):
     token: str | None = None
 
 
@@ -49,7 +49,7 @@ class FailureAnswer(msgspec.Struct):
 
 
 _generate_decoder = msgspec.json.Decoder(GenerateTokensRequest)
-_token_decoder = msgspec.json.Decoder(KeepAliveRequest)
+_token_decoder = msgspec.json.Decoder(OptionalTokenRequest)
 
 
 class RandomTokenGenerator:
@@ -124,7 +124,7 @@ class RandomTokenGenerator:
 
 
 async def _token(request: Request) -> str | None:
-    return (await request.json_body(_token_decoder, empty=KeepAliveRequest())).token
+    return (await request.json_body(_token_decoder, empty=OptionalTokenRequest())).token
 
 
 def _token_required() -> Response:
@@ -180,7 +180,7 @@ DOCUMENTATION = Section(
             id="randomTokenGeneratorKeepAlive",
             title="Keep a token alive",
             text="Lets a lease, or a free token, live for its full time from now. Without a token: all free tokens.",
-            body=KeepAliveRequest,
+            body=OptionalTokenRequest,
             body_required=False,
             example=_EXAMPLE,
             answers=[

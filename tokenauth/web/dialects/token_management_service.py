@@ -24,7 +24,7 @@ class _AnyRequest(msgspec.Struct):
     client_id: str | None = None
 
 
-class AssignRequest(msgspec.Struct):
+class AssignToClientRequest(msgspec.Struct):
     """Only documents what is required."""
 
     client_id: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="The client. Printable.")]
@@ -174,7 +174,7 @@ DOCUMENTATION = Section(
             id="tokenManagementServiceAssign",
             title="Lease a token",
             text="Leases the token that has been free for the longest time to a client.",
-            body=AssignRequest,
+            body=AssignToClientRequest,
             example={"client_id": "client-7"},
             answers=[
                 Answer(200, "The token.", NewTokenAnswer, {"token": _EXAMPLE_VALUE}),
