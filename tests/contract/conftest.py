@@ -35,8 +35,8 @@ class Place:
     pools: PoolStore
     failures: FailureStore
     started: Instant
-    heard: list[Instant]
-    heard_at_start: list[Instant]
+    clock_advances: list[Instant]
+    clock_advances_at_start: list[Instant]
     url: str
     commits: Callable[[], int]
     rounds: int = 25
@@ -59,10 +59,10 @@ async def sqlite(directory: Path, size: int) -> Place:
     file = directory / "tokens.db"
     url = f"sqlite+aiosqlite:///{file}"
     store = open_store(DatabaseSettings(url), size)
-    heard: list[Instant] = []
-    started = await store.start(heard.append)
+    advances: list[Instant] = []
+    started = await store.start(advances.append)
     parts = (store, store.tokens, store.pools, store.failures)
-    times = (started, heard, list(heard))
+    times = (started, advances, list(advances))
     return Place(*parts, *times, url, lambda: wal_commits(file), rounds=300)
 
 
@@ -82,11 +82,11 @@ async def postgres(directory: Path, size: int) -> Place:
     """Open a store that several machines share."""
     url = (directory / "url").read_text()
     store = open_store(DatabaseSettings(url, connections=4), size, clock=lambda: START)
-    heard: list[Instant] = []
-    started = await store.start(heard.append)
+    advances: list[Instant] = []
+    started = await store.start(advances.append)
     tokens = Attentive(store.engine, TokenCache(store.engine.token, store.engine.feed, size))
     parts = (store, tokens, store.pools, store.failures)
-    times = (started, heard, list(heard))
+    times = (started, advances, list(advances))
     return Place(*parts, *times, url, lambda: xids(url), behind=1)
 
 

@@ -1,6 +1,6 @@
 """PoolStore against a model: in any order of operations, the promises of pools hold after each step.
 
-Holders crash whenever nothing more is heard of them, and nobody sweeps what has lapsed or expired.
+Holders may crash at any time, and nothing purges lapsed or expired tokens.
 """
 
 import asyncio

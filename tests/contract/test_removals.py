@@ -162,16 +162,16 @@ class Delayed:
         return found
 
 
-@pytest.mark.parametrize("heard", [True, False])
-async def test_a_token_revoked_during_a_lookup_is_not_cached(place: Place, other: Place, heard: bool) -> None:
-    """The token existed when the store was asked. `heard`: its revocation is known before the store answers."""
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_token_revoked_during_a_lookup_is_not_cached(place: Place, other: Place, known: bool) -> None:
+    """The token existed when the store was asked. `known`: its revocation is known before the store answers."""
     gone, kept = await fill(place, 2)
     delayed = Delayed(other.engine, gone.digest)
     tokens = other.tokens_of(TokenCache(delayed.token, other.engine.feed, 10))
     looking = asyncio.create_task(tokens.get(gone.digest))
     await delayed.looked_up.wait()
     assert await place.tokens.revoke(gone.digest, START)
-    if heard:
+    if known:
         assert await tokens.get(kept.digest) == kept
     delayed.may_answer.set()
     assert await looking in {gone, None}

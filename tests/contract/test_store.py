@@ -33,7 +33,7 @@ async def test_a_start_reports_the_time_only_by_its_answer(places: Places) -> No
     """Otherwise the caller could not tell by how much its own clock was behind."""
     await (await places.open()).store.remember(START + 500)
     again = await places.open()
-    assert (again.started, again.heard_at_start) == (START + 500, [])
+    assert (again.started, again.clock_advances_at_start) == (START + 500, [])
 
 
 @pytest.mark.parametrize("behind", [0.0, 0.5, 3600.0])
@@ -61,7 +61,7 @@ async def test_a_start_returns_the_latest_time_written(places: Places, write: st
 async def test_an_idle_process_learns_the_time_of_another(place: Place, other: Place) -> None:
     await other.store.remember(START + 3600)
     async with asyncio.timeout(20):
-        while START + 3600 not in place.heard:  # noqa: ASYNC110 - that is what is shown
+        while START + 3600 not in place.clock_advances:  # noqa: ASYNC110 - that is what is shown
             await asyncio.sleep(0.01)
 
 

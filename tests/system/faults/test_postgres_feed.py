@@ -147,19 +147,19 @@ async def _fail_over(primary: Cluster, spare: Cluster, url: str, lost: str) -> N
         await node.tokens.issue(ended, 0, START)
         await node.tokens.issue(token(4, age=-3), 0, START)
         await node.remove(token(4))  # the log is not empty
-        await node.heard()
+        await node.reread()
         spare.follow(primary)
         spare.stop()
         if lost != "tokens":
             await node.remove(ended)
         if lost != "removals":
             await node.tokens.issue(added, 0, START)
-        await node.heard()
+        await node.reread()
         assert await node.valid([kept, ended, added]) == [True, lost == "tokens", lost != "removals"]
         assert await node.looks_up([kept]) == [False]
         primary.stop("immediate")
         spare.port = primary.port
         spare.start()
         spare.execute("SELECT pg_promote()")
-        await node.heard()
+        await node.reread()
         assert await node.valid([kept, ended, added]) == [True, True, False]

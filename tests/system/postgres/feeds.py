@@ -39,14 +39,14 @@ class Node:
         self.asked += 1
         return await self.engine.token(digest)
 
-    async def heard(self) -> None:
+    async def reread(self) -> None:
         """Wait until the log has been read once more; the connection must not be broken when this begins."""
         self.listener.invalidate()
-        await self.until_sure()
+        await self.until_current()
 
-    async def until_sure(self, sure: bool = True) -> None:
-        """Wait until the feed is sure, or is not."""
-        await until(lambda: self.listener.is_current() is sure)
+    async def until_current(self, current: bool = True) -> None:
+        """Wait until the feed is current, or is not."""
+        await until(lambda: self.listener.is_current() is current)
         await asyncio.sleep(0)  # what the cache was told in this turn is past
 
     async def valid(self, tokens: Sequence[Token]) -> list[bool]:
@@ -72,7 +72,7 @@ _names = (f"feed_{number}" for number in count())
 
 
 def database_of(cluster: Cluster) -> str:
-    """Make a database that has the schema; say its URL."""
+    """Create a database with the schema; return its URL."""
     url = cluster.create(next(_names))
     apart(_upgrade(url))
     return url
@@ -86,7 +86,7 @@ async def _upgrade(url: str) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - nobody tells
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.001)
 
 
@@ -135,7 +135,7 @@ async def open_nodes(url: str, network: Proxy) -> AsyncIterator[Sequence[Node]]:
 
 @pytest.fixture(name="patient")
 def be_patient(monkeypatch: pytest.MonkeyPatch, nodes: object) -> None:
-    """Let nothing become doubtful by time: what a test shows then does not hang on how slow the machine is."""
+    """Keep the feed current however slow the machine is: then only what a test does invalidates it."""
     monkeypatch.setattr(feed, "BOUND", HOUR)
 
 
@@ -148,13 +148,13 @@ async def lose(node: Node, network: Proxy) -> None:
     """Break a node's feed, and wait until it has noticed."""
     network.cut(only=listener)
     node.listener.invalidate()
-    await node.until_sure(False)
+    await node.until_current(False)
 
 
 async def find(node: Node, network: Proxy) -> None:
     """Let the feed come back, and wait until the log was read."""
     network.heal()
-    await node.until_sure()
+    await node.until_current()
 
 
 async def _lose_the_last(db: asyncpg.Connection, count: int) -> None:
@@ -189,7 +189,7 @@ async def change_the_log(nodes: Sequence[Node], network: Proxy, url: str, change
     """Let a node know three removals; then the log changes and tokens are removed, then the node reads the log."""
     here, there = nodes
     await here.remove(*TOKENS[:3])
-    await there.heard()
+    await there.reread()
     assert await there.valid(TOKENS) == left(*TOKENS[:3])
     await lose(there, network)
     async with connected(url) as db:
@@ -198,5 +198,5 @@ async def change_the_log(nodes: Sequence[Node], network: Proxy, url: str, change
     await find(there, network)
     assert await there.valid(TOKENS) == left(*TOKENS[: 3 + more])
     await here.remove(TOKENS[11])
-    await there.heard()
+    await there.reread()
     assert await there.valid(TOKENS) == left(*TOKENS[: 3 + more], TOKENS[11])

@@ -30,7 +30,7 @@ def stand_still() -> float:
 
 @contextmanager
 def fresh(cluster: Cluster) -> Iterator[str]:
-    """Make a database that has the schema and nothing else; say its URL. A migration costs more than a copy."""
+    """Create a database with the schema only; return its URL. A copy costs less than a migration."""
     if (_TEMPLATE,) not in cluster.execute("SELECT datname FROM pg_database"):
         cluster.create(_TEMPLATE)
         asyncio.run(_migrate(cluster.url(_TEMPLATE)))
@@ -55,7 +55,7 @@ async def _migrate(url: str) -> None:
 async def nodes(
     url: str, number: int = 1, clock: Clock | None = stand_still, connections: int = 4
 ) -> AsyncIterator[Nodes]:
-    """Open a database several times. Without a clock it is the database that says what time it is."""
+    """Open a database several times. Without a clock the time is the database's."""
     opened: list[Store] = []
     try:
         for _ in range(number):

@@ -1,4 +1,4 @@
-"""The news of removals: what a process remembers is never wrong, whatever becomes of its connection and of the log."""
+"""The feed of revocations: a cache is never wrong, whatever happens to its connection and to the log."""
 
 from collections.abc import Sequence
 
@@ -27,20 +27,20 @@ from tests.system.postgres.feeds import (  # noqa: F401 - some are fixtures
 from tests.system.postgres.nodes import connected
 from tokenauth.stores.postgres import listener as feed
 
-# How news come.
+# How revocations arrive.
 
 
 async def test_removals_arrive_by_notification_at_once(monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node]) -> None:
     monkeypatch.setattr(feed, "HEARTBEAT", HOUR)
     here, there = nodes
-    await there.heard()  # from now on it waits for an hour
+    await there.reread()  # from now on it waits for an hour
     there.listener.drain()
     for one in TOKENS:
         await here.remove(one)
         await until(lambda: one.digest in (there.listener.drain() or ()))  # noqa: B023
 
 
-@pytest.mark.parametrize(("channel", "polls"), [("elsewhere", 0), ("", 1)], ids=["unheard", "refused"])
+@pytest.mark.parametrize(("channel", "polls"), [("elsewhere", 0), ("", 1)], ids=["unnotified", "refused"])
 async def test_without_notifications_heartbeats_bring_removals(
     monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node], url: str, channel: str, polls: int
 ) -> None:
@@ -72,7 +72,7 @@ async def test_while_the_feed_is_lost_every_token_is_looked_up(nodes: Sequence[N
 async def test_a_returning_feed_drops_only_removed_tokens(nodes: Sequence[Node], network: Proxy) -> None:
     here, there = nodes
     await here.remove(TOKENS[0])
-    await there.heard()
+    await there.reread()
     await lose(there, network)
     await here.remove(*TOKENS[1:4])
     await find(there, network)
@@ -129,7 +129,7 @@ async def test_more_removals_than_are_read_at_once_are_not_missed(
     await find(there, network)
     assert await there.valid(TOKENS) == left(*TOKENS[:count])
     await here.remove(TOKENS[11])
-    await there.heard()
+    await there.reread()
     assert await there.valid(TOKENS) == left(*TOKENS[:count], TOKENS[11])
 
 
@@ -137,16 +137,16 @@ async def test_more_removals_than_are_read_at_once_are_not_missed(
 async def test_an_idle_node_does_not_queue_removals_without_end(
     monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node]
 ) -> None:
-    """One that only lends pool tokens, or waits as a spare, hears of removals all the same."""
+    """A process that only leases pool tokens, or is a spare, still reads the log."""
     monkeypatch.setattr(feed, "_MANY", 4)
     here, there = nodes
     for one in TOKENS[:5]:
         await here.remove(one)
-        await there.heard()
+        await there.reread()
     assert await there.valid(TOKENS) == left(*TOKENS[:5])
     for one in TOKENS[5:]:
         await here.remove(one)
-        await there.heard()
+        await there.reread()
     assert len(there.listener.drain() or ()) <= 4
 
 

@@ -73,11 +73,11 @@ _SLOW = """
         RETURN pg_catalog.clock_timestamp();
     END $$;
 """
-"""Holds up those who read the log, after they have begun, for as long as somebody holds lock 7."""
+"""Delays readers of the log, after they have started, while lock 7 is taken."""
 
 
 async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.MonkeyPatch, postgres: Cluster) -> None:
-    """A node in doubt asks for the log. Before the answer comes a token is removed elsewhere, and refused here."""
+    """A node reads the log. Before the answer arrives a token is revoked elsewhere, and refused here."""
     url = database_of(postgres)
     name = url.rpartition("/")[2]
     monkeypatch.setattr(feed, "HEARTBEAT", HOUR)
@@ -92,7 +92,7 @@ async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.Mon
 
         async with opened(url) as here, opened(url) as there:
             await here.tokens.issue(token(), 0, START)
-            await there.heard()
+            await there.reread()
             assert await there.valid([token()]) == [True]
             await db.execute("SELECT pg_advisory_lock(7)")
             there.listener.invalidate()
@@ -104,7 +104,7 @@ async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.Mon
             await here.remove(token())
             refused = await there.valid([token()])
             await db.execute("SELECT pg_advisory_unlock(7)")
-            await there.until_sure()
+            await there.until_current()
             assert (refused, await there.valid([token()])) == ([False], [False])
             await later
             await next_db.execute("SELECT pg_advisory_unlock(7)")
@@ -122,7 +122,7 @@ async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.Mon
 def test_a_process_lags_the_database_clock_by_one_answer(
     start: float, offset: float, answers: list[tuple[float, float, float]]
 ) -> None:
-    """Each answer: how long until it was asked for, until the database read its clock, and until it was heard."""
+    """Each answer: the time until it was asked for, until the database read its clock, and until it arrived."""
     with pytest.MonkeyPatch.context() as patch:
         now = start
         patch.setattr(feed, "boottime", lambda: now)
@@ -143,16 +143,16 @@ def test_a_database_clock_set_back_moves_no_time_back(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(feed, "boottime", lambda: now)
-    heard = DatabaseClock()
-    clock = MonotonicClock(heard, lambda: now)
-    heard.update(START, now)
-    assert (heard(), clock()) == (START, START)
+    database_clock = DatabaseClock()
+    clock = MonotonicClock(database_clock, lambda: now)
+    database_clock.update(START, now)
+    assert (database_clock(), clock()) == (START, START)
     now += 10
-    heard.update(START - HOUR, now - 1)
-    assert START - HOUR <= heard() <= START - HOUR + 1
+    database_clock.update(START - HOUR, now - 1)
+    assert START - HOUR <= database_clock() <= START - HOUR + 1
     assert clock() == START + 10
     now += HOUR
-    heard.update(START, now - 1)
+    database_clock.update(START, now - 1)
     assert clock() == START + 10 + HOUR
-    heard.update(START + 2 * HOUR, now)
+    database_clock.update(START + 2 * HOUR, now)
     assert clock() == START + 2 * HOUR
