@@ -50,8 +50,8 @@ class NoLock(Sound):
         return found
 
 
-def holds_whoever_asks(claim: LeaseCheck, token: PoolToken, now: float) -> bool:
-    """Take any claim for that of the holder."""
+def matches_any_user(check: LeaseCheck, token: PoolToken, now: float) -> bool:
+    """Take any check for that of the holder."""
     return token.lease(now) is not None
 
 
@@ -149,7 +149,7 @@ def test_the_check_detects_a_release_by_a_stale_holder(
 ) -> None:
     """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
     if not checks:
-        monkeypatch.setattr(LeaseCheck, "matches", holds_whoever_asks)
+        monkeypatch.setattr(LeaseCheck, "matches", matches_any_user)
     one, other = machine(), machine()
     history.record("generate", one.generate)
     stale = Holder("a", one, history, Random(1)).take()
