@@ -15,7 +15,7 @@ from tests.support.servers import HandClock, Server, worker, write_config
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Look for garbage in what is imported and collected neither meanwhile, where it takes half the time, nor later."""
+    """Run no garbage collection during collection, where it takes half the time; exempt the result from later ones."""
     gc.disable()
     try:
         return (yield)
@@ -38,7 +38,7 @@ class _ByFile(LoadFileScheduling):  # type: ignore[misc]
 
 @pytest.hookimpl(optionalhook=True)  # also without xdist: `-p no:xdist`
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFile:
-    """Say who is given which tests."""
+    """Schedule tests by file."""
     return _ByFile(config, log)
 
 

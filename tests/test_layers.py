@@ -18,7 +18,7 @@ LAYERS = [
     {"web.app", "web.api_documentation"},
     {"server"},
     {"cli"},
-    {"client"},  # stands alone
+    {"client"},  # independent of the server
 ]
 
 HOMES = {

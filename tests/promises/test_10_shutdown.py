@@ -72,7 +72,7 @@ def test_sigterm_answers_every_request_on_kept_connections(
 
 
 def test_a_connection_during_sigterm_never_hangs(tmp_path: Path) -> None:
-    """A connection that nobody accepts any more is refused at once, not when the last process has gone."""
+    """A connection that will not be accepted is refused at once, not when the last process ends."""
     with serving(write_config(tmp_path)) as server, half_a_login(server) as (connection, rest):
         server.process.send_signal(signal.SIGTERM)
         until(lambda: refuses(server), "the port is closed")

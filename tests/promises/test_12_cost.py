@@ -55,7 +55,7 @@ def log(path: Path, numbers: range, at: float) -> None:
 
 
 def build(path: Path, count: int) -> Opened:
-    """Make a database with so many tokens, revocations and failed logins; a tenth of each is old."""
+    """Create a database with this many tokens, revocations and failed logins; a tenth of each is old."""
     database = Direct(str(path))
     fill(path, count, count // EACH, START - 1, lambda number: int(START) + (-1 if number % 100 < EACH else 86400))
     for numbers, at in ((range(count // 10), START - 1000), (range(count // 10, count), START)):
@@ -177,7 +177,7 @@ def test_a_read_costs_the_same_among_100_times_the_rows(small_and_large: tuple[O
     counts = []
     for opened in small_and_large:
         if what == "new revocations":
-            log(opened.path, range(MANY, MANY + 3), START)  # nobody has failed under these keys before
+            log(opened.path, range(MANY, MANY + 3), START)  # keys without earlier failures
         count, found = steps(partial(READS[what], opened), opened.database.connection, opened.reader._db)
         assert found, "there is something to be found"
         counts.append(count)

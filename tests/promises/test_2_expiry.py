@@ -54,14 +54,14 @@ def test_a_clock_that_is_set_back_revives_nothing(here: Connection, there: Conne
 
 
 def test_workers_agree_after_a_clock_that_jumped_ahead(here: Connection, there: Connection, clock: HandClock) -> None:
-    """One answered a request meanwhile, and the other nothing: what the one took for expired is so for both."""
+    """Only one of them answered a request meanwhile: what it took for expired is expired for both."""
     began = clock()
     tokens = [here.log_in() for _ in range(3)]
     assert there.valid(tokens[0])
     clock.advance(TTL + 1)
     assert not here.valid(tokens[0])
     clock.set(began)
-    until(lambda: not there.valid(tokens[0]), "the other one has heard of it")
+    until(lambda: not there.valid(tokens[0]), "the other worker knows the time")
     for connection in (here, there):
         assert not any(connection.valid(token) for token in tokens)
     fresh = there.log_in()

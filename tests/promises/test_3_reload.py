@@ -42,7 +42,7 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
         def probe_over_a_kept_connection(number: int) -> None:
             try:
                 assert kept[number].valid(admin)
-            except Closed:  # it was told so before it sent anything: nothing is lost
+            except Closed:  # the server said so before anything was sent: nothing is lost
                 kept[number] = stack.enter_context(Connection(server.port))
 
         def probe_over_a_new_connection() -> None:
@@ -83,7 +83,7 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
 
 @contextmanager
 def half_a_lease(server: Server, token: str) -> Iterator[socket.socket]:
-    """Have the server wait for the rest of a request, whose token it has found valid."""
+    """Have the server wait for the rest of a request whose token it has accepted."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         head = f"POST /api/pools/p/leases HTTP/1.1\r\nHost: x\r\nX-Token: {token}\r\nContent-Length: 2\r\n"
         connection.sendall(f"{head}Expect: 100-continue\r\n\r\n{{".encode())

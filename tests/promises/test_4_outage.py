@@ -72,7 +72,7 @@ def test_a_locked_store_refuses_no_valid_token(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_refuses_no_token_and_keeps_revocations(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk; the log has room below it."""
+    """A limit on the size of files simulates the full disk; the log has room below it."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     with worker(config) as server, Connection(server.port) as connection:
         tokens = [connection.log_in() for _ in range(50)]
@@ -100,7 +100,7 @@ def test_a_full_disk_refuses_no_token_and_keeps_revocations(tmp_path: Path) -> N
 
 
 def test_readyz_fails_while_the_store_cannot_be_written(tmp_path: Path) -> None:
-    """Logins fail then: whoever asks is told, and why; and told when it is over."""
+    """Logins fail then: /readyz gives the reason, and recovers afterwards."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         connection.log_in()
         room = (tmp_path / "tokenauth.db-wal").stat().st_size
@@ -113,7 +113,7 @@ def test_readyz_fails_while_the_store_cannot_be_written(tmp_path: Path) -> None:
         assert (answer.status, answer.json()["status"]) == (503, "not ready")
         assert answer.json()["reason"]
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready again, though nobody writes")
+        until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready again without a write")
         connection.log_in()
 
 
@@ -138,7 +138,7 @@ def test_a_disk_with_room_for_a_probe_only_is_full(tmp_path: Path, rows: int) ->
 
 
 def test_a_worker_serves_although_its_pool_is_not_filled(tmp_path: Path) -> None:
-    """And lends nothing: that would have to be written."""
+    """And leases nothing: that would need a write."""
     config = write_config(tmp_path, PERMITS.format(1))
     database = tmp_path / "tokenauth.db"
     with worker(config) as first, Connection(first.port) as here, closing(sqlite3.connect(database)) as reader:

@@ -1,6 +1,6 @@
-"""Promise 6: no token and no password stands in the database, a log, a metric or an error.
+"""Promise 6: no token or password is in the database, a log, a metric or an error.
 
-The tokens of pools are lent again, and so do stand in the database; in a log or an error they do not.
+Pool tokens are leased again, so the database has them; a log or an error does not.
 """
 
 import base64
@@ -31,12 +31,12 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
 def forms(secret: str) -> set[bytes]:
-    """Write a secret in each way in which it could stand somewhere."""
+    """Return a secret in every encoding in which it could appear."""
     raw = secret.encode()
     texts = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), raw.hex(), raw.decode("latin-1")}
     texts |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1]}
     found = {text.encode() for text in texts} | {secret.encode("utf-16-le"), repr(raw)[2:-1].encode()}
-    for shift in range(3):  # base64 of anything that the secret stands in
+    for shift in range(3):  # base64 of any text that contains the secret
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             found.add(encode(b"\0" * shift + raw)[4:-4])
     return found
@@ -216,7 +216,7 @@ def test_no_file_or_log_contains_a_token_or_password(aftermath: Aftermath) -> No
 
 
 def test_no_log_or_error_contains_a_pool_token(aftermath: Aftermath) -> None:
-    """In the database they stand as they are: they must be lent again."""
+    """The database has them in plain: they are leased again."""
     directory, _, _, lent, of_lending = aftermath
     logs = b"".join(path.read_bytes() for path in directory.glob("server-*.log"))
     for route in (
@@ -251,7 +251,7 @@ def test_no_later_answer_repeats_a_token_or_password(aftermath: Aftermath) -> No
 
 
 def test_a_leaked_database_gives_no_login(tmp_path: Path) -> None:
-    """What stands in it for a token is a hash of its value, and is no token itself."""
+    """It holds a hash of each token's value, which is no token itself."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         token = connection.log_in()
         with sqlite3.connect(tmp_path / "tokenauth.db") as db:

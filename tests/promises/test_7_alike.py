@@ -32,7 +32,7 @@ def _next_day(clock: HandClock) -> None:
 
 
 def shipped() -> tuple[str, str]:
-    """Return the user with whom tokenauth is shipped: his name, and the hash of his password."""
+    """Return the shipped user: its name and the hash of its password."""
     user = tomllib.loads(servers.shipped())["users"][0]
     return user["username"], user["password"]
 
@@ -123,7 +123,7 @@ def test_throttling_treats_known_and_unknown_names_alike(server: Server, clock: 
 
 
 def test_failures_for_a_name_slow_no_other_client(server: Server) -> None:
-    """The owner of the name logs in from another network, and his tokens go on working."""
+    """The owner of the name logs in from another network, and its tokens stay valid."""
     with Connection(server.port) as connection:
         token = connection.log_in()
         statuses = [attempt(connection, "admin", 1).status for _ in range(10)]

@@ -25,7 +25,7 @@ def settings() -> str:
 
 @pytest.fixture
 def users(server: Server, sibling: Server) -> Iterator[list[PoolUser]]:
-    """Be several users, each with a connection of his own to one worker or the other."""
+    """Connect several users, each over its own connection to one of two workers."""
     with ExitStack() as stack:
         ports = (server.port, sibling.port) * (THREADS // 2)
         yield [PoolUser(stack.enter_context(Connection(port))) for port in ports]
@@ -44,7 +44,7 @@ def at_once(users: list[PoolUser], work: Callable[[PoolUser], T]) -> list[T]:
 
 
 def test_400_concurrent_assigns_lease_400_tokens(users: list[PoolUser]) -> None:
-    """In token-pool they lent 299, some of them twice."""
+    """The original of token-pool leased 299, some of them twice."""
     tokens = users[0].generate("any", 400)
     taken = at_once(users, lambda user: [user.assign("any") for _ in range(400 // THREADS)])
     leases = [lease for each in taken for lease in each]
@@ -64,7 +64,7 @@ def test_the_last_free_token_is_leased_once(users: list[PoolUser]) -> None:
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_capacity_100_never_allows_more_than_100_tokens(users: list[PoolUser], clock: HandClock, count: int) -> None:
-    """In the originals 101 and 105 were made; lent tokens count too, and what is asked for is made whole or not."""
+    """The originals made 101 and 105. Leased tokens count too, and a request is granted whole or not at all."""
     clock.advance(400)
 
     def fill(user: PoolUser) -> int:

@@ -72,12 +72,12 @@ def test_a_killed_holders_token_is_free_at_its_leases_end(
 
 
 def test_an_unread_assign_is_free_at_its_leases_end(server: Server, ann: PoolUser, clock: HandClock) -> None:
-    """Nobody knows that he has it; the connection is reset while the request is on its way."""
+    """The holder does not learn of its lease: the connection is reset during the request."""
     request = f"POST /api/pools/any/leases HTTP/1.1\r\nHost: x\r\nX-Token: {ann.token}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.sendall(request)
-        until(lambda: ann.counts("any") == (0, 1), "the token is lent")
+        until(lambda: ann.counts("any") == (0, 1), "the token is leased")
     clock.advance(LEASE_TTL - MOMENT)
     assert ann.call("POST", "/any/leases") == refusal("no_free_token")
     clock.advance(MOMENT)

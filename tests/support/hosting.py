@@ -65,7 +65,7 @@ class Gate:
         return [client_gone(scope) for scope in self.scopes]
 
     def await_arrivals(self, count: int) -> None:
-        """Wait until so many requests have arrived."""
+        """Wait until this many requests have arrived."""
         until(lambda: len(self.scopes) >= count, f"{count} requests arrive")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +79,7 @@ class Gate:
 
 
 def reset(connection: socket.socket) -> None:
-    """Close a connection so that the other side knows at once that nobody reads any more."""
+    """Close a connection with a reset, so that the other side notices at once."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 

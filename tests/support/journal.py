@@ -34,7 +34,7 @@ class Journal:
 
 
 class Client(threading.Thread):
-    """Logs in, probes and logs out at random until told to stop or cut off, and writes down what was answered."""
+    """Logs in, probes and logs out at random until it is stopped or cut off, and records the answers."""
 
     def __init__(self, ports: Sequence[int], journal: Journal, seed: int) -> None:
         super().__init__(daemon=True)
@@ -102,7 +102,7 @@ def workers(config: Path, clock: HandClock | None, count: int) -> Iterator[list[
 
 
 def check_file(database: Path, journals: Sequence[Journal]) -> None:
-    """Hold a database file to the journals: it is whole, and has no row that nobody asked for."""
+    """Check a database file against the journals: it is intact and has no unrequested row."""
     with sqlite3.connect(database) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         rows = db.execute("SELECT count(*) FROM tokens").fetchone()[0]
@@ -139,7 +139,7 @@ def background(work: Callable[[], object], count: int = 1) -> Iterator[None]:
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait until something is so; fail when it takes too long."""
+    """Wait until a condition holds; fail if it takes too long."""
     deadline = threading.Event()
     timer = threading.Timer(seconds, deadline.set)
     timer.start()
@@ -164,7 +164,7 @@ def locked(database: Path, kind: str = "EXCLUSIVE") -> Iterator[sqlite3.Connecti
 
 
 def kill_in_a_loop(config: Path, rounds: int, clients: int, seed: int = 1) -> list[Journal]:
-    """Kill two working workers at a random moment, again and again; what was answered stands after each time.
+    """Kill two busy workers at random times, repeatedly; what was answered is still true after each kill.
 
     In every third round one of them is killed earlier than the other, and the clients' requests fail halfway.
     """

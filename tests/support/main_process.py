@@ -42,7 +42,7 @@ class Breakable(NamedTuple):
     here: Path
 
     def ready(self, workers: int) -> None:
-        """Wait until so many workers have started."""
+        """Wait until this many workers have started."""
         self.server.port = self.server.wait("listening")["port"]
         until(lambda: len(self.server.events("started")) >= workers, "the workers serve")
 

@@ -21,7 +21,7 @@ async def add(path: str, number: str) -> None:
 
 
 def main() -> None:
-    """Begin when nobody holds the file of the start line any more."""
+    """Start when the lock on the start file is released."""
     line, path, number = sys.argv[1:]
     warnings.simplefilter("error")
     with open(line, "rb") as file:

@@ -1,4 +1,4 @@
-"""Ports for servers that must be told theirs before they start."""
+"""Ports for servers that need theirs before they start."""
 
 import os
 import secrets
@@ -16,7 +16,7 @@ _numbers = count(secrets.randbelow(_EACH))
 
 
 def free_port() -> int:
-    """Choose a port that nobody takes before its server does, nor while that is down.
+    """Choose a port that no other process takes before its server does, or while that is down.
 
     It lies below those that the system gives to outgoing connections and to servers without a wish. Each of the
     processes that run tests has ports of its own, and takes them in turn.

@@ -41,7 +41,7 @@ def _directory(in_memory: bool) -> Path:
 
 
 def _until(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, otherwise()
@@ -91,7 +91,7 @@ class Cluster:
             await connection.close()
 
     def create(self, name: str, template: str = "template1") -> str:
-        """Make a database that belongs to the service's role, like another to which nobody is connected; say its URL.
+        """Create a database owned by the service's role, as a copy of an unused one; return its URL.
 
         WAL_LOG, which is what servers do by themselves, takes half the time of FILE_COPY, which makes two checkpoints.
         """
@@ -99,7 +99,7 @@ class Cluster:
         return self.url(name)
 
     def drop(self, name: str) -> None:
-        """Remove a database, whoever is connected to it."""
+        """Drop a database despite open connections."""
         self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
     def terminate_all(self, database: str) -> int:
@@ -201,14 +201,14 @@ def cluster(*, fsync: bool = True, **settings: str) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
-    """Run the server that tests share which do not stop it: one for each process of pytest."""
+    """Run the server shared by all tests that do not stop it: one per pytest process."""
     with cluster(fsync=False) as running:
         yield running
 
 
 @pytest.fixture
 def database(postgres: Cluster) -> Iterator[str]:
-    """Make an empty database, and say its URL."""
+    """Create an empty database; yield its URL."""
     name = next(_names)
     yield postgres.create(name)
     postgres.drop(name)

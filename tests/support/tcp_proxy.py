@@ -36,7 +36,7 @@ class Connection:
         self._tail = (self._tail + data)[-8:]
 
     def reset(self) -> None:
-        """Let both ends be told that the connection is broken, when it is closed."""
+        """Have close() reset the connection at both ends."""
         for end in filter(None, (self.client, self.server)):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

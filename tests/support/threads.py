@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_new_threads() -> Iterator[None]:
-    """Have every start of a thread fail, as it does without memory: nobody has room for such a stack."""
+    """Make every start of a thread fail, as without memory: no stack of this size fits."""
     threading.stack_size(1 << 46)
     try:
         yield
