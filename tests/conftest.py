@@ -24,6 +24,16 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+_LONGEST_FIRST = ("system", "promises", "contract", "wire", "unit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the groups of the longest files, so that the processes of xdist end at about the same time."""
+    groups = {group: place for place, group in enumerate(_LONGEST_FIRST)}
+    root = Path(__file__).parent
+    items.sort(key=lambda item: groups.get(item.path.relative_to(root).parts[0], len(groups)))
+
+
 _TOGETHER = ("tests/system/browser", "tests/system/proxies")
 """What these have in common takes long to start, and they have it in one process."""
 
