@@ -9,7 +9,7 @@ from playwright.sync_api import BrowserContext, ConsoleMessage, ElementHandle, E
 
 from tests.support.servers import Server
 from tests.system.browser.conftest import Sites
-from tests.wire.openapi.configurations import APART, speaking
+from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 
 _HEADING = ".opblock-summary"
 
@@ -24,7 +24,7 @@ _FRAME = """(url) => new Promise((done) => {
 @pytest.fixture(scope="module")
 def settings() -> str:
     """Speak all dialects: their operations are shown, too."""
-    return speaking(**APART)
+    return with_dialects(**ALL_DIALECTS)
 
 
 class Visit:

@@ -1,1 +1,1 @@
-"""The description of the HTTP, held against the routes and against what is answered."""
+"""The OpenAPI document is compared with the routes and with real responses."""

@@ -1,4 +1,4 @@
-"""Configurations of which documents are tested."""
+"""Configurations whose documents are tested."""
 
 API_PASSWORD = "open-sesame"
 
@@ -34,14 +34,14 @@ _DIALECTS = {
 }
 
 
-def speaking(more: str = "", pools: str = POOLS, **prefixes: str) -> str:
+def with_dialects(more: str = "", pools: str = POOLS, **prefixes: str) -> str:
     """Return pools and the tables of the dialects with a prefix. `more` is added to each table."""
     chosen = {name.replace("_", "-"): prefix for name, prefix in prefixes.items()}
     tables = (f'[dialects.{name}]\n{_DIALECTS[name]}\nprefix = "{prefix}"\n{more}\n' for name, prefix in chosen.items())
     return pools + "\n".join(tables)
 
 
-APART = {
+ALL_DIALECTS = {
     "simple_token_implement": "/simple",
     "token_pool": "/pool",
     "random_token_generator": "/random",

@@ -1,4 +1,4 @@
-"""Checks answers against the document that describes them."""
+"""Checks responses against the OpenAPI document."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import httpx
 import jsonschema_rs
 
-_TOLD = ("www-authenticate", "retry-after", "allow", "x-auth-user", "x-auth-scopes", "x-auth-expires")
-"""Headers that say something which a client acts upon: none of them may come as a surprise."""
+_HEADERS = ("www-authenticate", "retry-after", "allow", "x-auth-user", "x-auth-scopes", "x-auth-expires")
+"""Headers that clients act on. They must be documented wherever they are sent."""
 
 
 class Operation(NamedTuple):
-    """A method of a path, and how the document describes it."""
+    """A method of a path, with its description in the document."""
 
     method: str
     path: str
@@ -20,12 +20,12 @@ class Operation(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Its name in generated code."""
+        """The operation id."""
         return str(self.described["operationId"])
 
     @property
     def body(self) -> str | None:
-        """The media type of the body that it takes, if it takes any."""
+        """The media type of the request body, if there is one."""
         return next(iter(self.described.get("requestBody", {}).get("content", ())), None)
 
     @property
@@ -35,24 +35,23 @@ class Operation(NamedTuple):
 
 
 class Documented:
-    """A document, and whether answers are as it says."""
+    """A document against which responses are checked."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self.document = document
 
     def __iter__(self) -> Iterator[Operation]:
-        """Go through all operations."""
         for path, methods in self.document["paths"].items():
             for method, described in methods.items():
                 yield Operation(method.upper(), path, described)
 
     def find(self, method: str, path: str) -> Operation:
-        """Return the one operation that a request is meant for."""
+        """Return the operation of a request."""
         (found,) = (each for each in self if each.method == method and _pattern(each.path).fullmatch(path))
         return found
 
     def check(self, answer: httpx.Response) -> None:
-        """Fail unless the document has this status, this media type, these headers and this body."""
+        """Fail unless the document has the status, media type, headers and body of the response."""
         operation = self.find(answer.request.method, answer.request.url.path)
         what = f"{operation.method} {operation.path} answered {answer.status_code}"
         described = operation.described["responses"].get(str(answer.status_code))
@@ -70,12 +69,12 @@ class Documented:
                 assert not faults, f"{what} with {body!r}: {faults}"
 
     def fits(self, schema: Mapping[str, Any], document: object) -> bool:
-        """Whether a message fits a schema of the document."""
+        """Return whether a value is valid for a schema of the document."""
         return self._validator(schema).is_valid(document)
 
     def _check_headers(self, what: str, answer: httpx.Response, headers: Mapping[str, Any]) -> None:
         schemas = {name.lower(): header["schema"] for name, header in headers.items()}
-        for name in _TOLD:
+        for name in _HEADERS:
             assert name in schemas or name not in answer.headers, f"{what} with {name}, which is not documented"
         for name, schema in schemas.items():
             if name in answer.headers:

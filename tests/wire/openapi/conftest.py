@@ -1,11 +1,11 @@
-"""A server with all dialects, its document, and a day that passes before each test."""
+"""Fixtures: a server with all dialects, and its document. Each test starts a day later than the one before."""
 
 import httpx
 import pytest
 
 from tests.support.servers import HandClock, Server
-from tests.wire.openapi.asking import Asker
-from tests.wire.openapi.configurations import APART, speaking
+from tests.wire.openapi.checked_client import CheckedClient
+from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 from tests.wire.openapi.conformance import Documented
 
 
@@ -13,13 +13,13 @@ from tests.wire.openapi.conformance import Documented
 def settings() -> str:
     """Serve all dialects, one of them with a token, and delay logins after the first failure."""
     closed = '[dialects.token-pool]\npool = "restricted"\nprefix = "/pool"\nrequire_token = true\n'
-    others = {name: prefix for name, prefix in APART.items() if name != "token_pool"}
-    return f"[throttle]\nfree = 1\n{speaking(**others)}\n{closed}"
+    others = {name: prefix for name, prefix in ALL_DIALECTS.items() if name != "token_pool"}
+    return f"[throttle]\nfree = 1\n{with_dialects(**others)}\n{closed}"
 
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every token expire and every failed login be forgotten, so that tests do not meet."""
+    """Expire all tokens and failure counters, so that tests are independent."""
     clock.advance(25 * 3600)
 
 
@@ -31,6 +31,5 @@ def documented(server: Server) -> Documented:
 
 
 @pytest.fixture
-def asker(client: httpx.Client, documented: Documented) -> Asker:
-    """Ask the running server."""
-    return Asker(client, documented)
+def api(client: httpx.Client, documented: Documented) -> CheckedClient:
+    return CheckedClient(client, documented)

@@ -1,6 +1,6 @@
 """Hooks for schemathesis: how to log in to the running service, and which tokens exist.
 
-It imports this by itself, in a process of its own (SCHEMATHESIS_HOOKS).
+schemathesis imports this module in its own process (SCHEMATHESIS_HOOKS).
 """
 
 import os
@@ -25,7 +25,7 @@ _session = requests.Session()
 _headers: dict[str, str] = {}
 
 
-def _ask(method: str, path: str, document: dict[str, Any] | None = None) -> Any:
+def _send(method: str, path: str, document: dict[str, Any] | None = None) -> Any:
     if not _headers:
         _headers.update({"X-Token": _log_in("admin"), "X-API-PASSWORD": API_PASSWORD})
     answer = _session.request(method, URL + path, json=document, headers=_headers, timeout=30)
@@ -40,10 +40,10 @@ def _log_in(username: str) -> str:
 
 
 class Login:
-    """Sends a token, or whatever else the operation asks for."""
+    """Adds the credentials that an operation needs."""
 
     def get(self, case: Case[Any], context: AuthContext) -> Mapping[str, str]:
-        """Log in; what ends logins gets one of its own."""
+        """Log in. Operations that end logins get a new token."""
         operation = f"{case.method} {context.operation.path}"
         if operation == "DELETE /api/token":
             return {"X-Token": _log_in(USER)}
@@ -51,7 +51,7 @@ class Login:
             return {"X-Token": _log_in("ann")}
         if context.operation.path.startswith("/oauth/"):
             if isinstance(case.body, dict) and _CLIENT.keys() & case.body.keys():
-                return {}  # no schema can say that a client authenticates in one way only
+                return {}  # a schema cannot express that a client must not authenticate twice
             if not operation.endswith("/introspect"):
                 return {"Authorization": requests.auth._basic_auth_str(USER, USER)}
         if context.operation.path.startswith("/simple/"):
@@ -61,7 +61,6 @@ class Login:
         return _own
 
     def set(self, case: Case[Any], data: Mapping[str, str], context: AuthContext) -> None:
-        """Send it."""
         case.headers.update(data)
 
 
@@ -72,46 +71,46 @@ if USER:
 
 
 def _in_pool() -> dict[str, Any]:
-    (token,) = _ask("POST", "/api/pools/uuids/tokens", {"count": 1})["tokens"]
+    (token,) = _send("POST", "/api/pools/uuids/tokens", {"count": 1})["tokens"]
     return {"pool": "uuids", "token": token}
 
 
 def _leased() -> dict[str, Any]:
     _in_pool()
-    lease = _ask("POST", "/api/pools/uuids/leases")
+    lease = _send("POST", "/api/pools/uuids/leases")
     return {"pool": "uuids", **lease}
 
 
 def _login_id() -> dict[str, Any]:
     _log_in("ann")
-    (newest, *_) = _ask("GET", "/api/tokens?user=ann")["tokens"]
+    (newest, *_) = _send("GET", "/api/tokens?user=ann")["tokens"]
     return {"id": newest["id"], "user": "ann"}
 
 
 def _uuid() -> dict[str, Any]:
-    token = _ask("POST", "/pool/api/token_pool")["token"]
+    token = _send("POST", "/pool/api/token_pool")["token"]
     return {"token": token, "token_uuid": token}
 
 
 def _random() -> dict[str, Any]:
-    return {"token": _ask("POST", "/random/generate")["tokens"][0], "count": 1}
+    return {"token": _send("POST", "/random/generate")["tokens"][0], "count": 1}
 
 
-def _random_lent() -> dict[str, Any]:
+def _random_leased() -> dict[str, Any]:
     _random()
-    return dict(_ask("POST", "/random/assign"))
+    return dict(_send("POST", "/random/assign"))
 
 
 def _managed() -> dict[str, Any]:
-    return {**_ask("POST", "/managed/generate-token"), "client_id": "me"}
+    return {**_send("POST", "/managed/generate-token"), "client_id": "me"}
 
 
-def _managed_lent() -> dict[str, Any]:
+def _managed_leased() -> dict[str, Any]:
     _managed()
-    return {**_ask("POST", "/managed/assign-token", {"client_id": "me"}), "client_id": "me"}
+    return {**_send("POST", "/managed/assign-token", {"client_id": "me"}), "client_id": "me"}
 
 
-def _about() -> dict[str, Any]:
+def _introspectable() -> dict[str, Any]:
     return {**_CLIENT, "token": _log_in("ann")}
 
 
@@ -126,8 +125,8 @@ LIVE: dict[str, Callable[[], dict[str, Any]]] = {
     "DELETE /api/tokens": lambda: {"user": "ann"},
     "DELETE /api/tokens/{id}": _login_id,
     "POST /oauth/token": lambda: {**_CLIENT, "scope": "admin"},
-    "POST /oauth/introspect": _about,
-    "POST /oauth/revoke": _about,
+    "POST /oauth/introspect": _introspectable,
+    "POST /oauth/revoke": _introspectable,
     "GET /docs/{file}": lambda: {"file": "start.js"},
     "GET /api/pools/{pool}": _in_pool,
     "POST /api/pools/{pool}/tokens": lambda: {"pool": "uuids"},
@@ -137,12 +136,12 @@ LIVE: dict[str, Callable[[], dict[str, Any]]] = {
     "PUT /api/pools/{pool}/leases/{token}": _leased,
     "DELETE /api/pools/{pool}/leases/{token}": _leased,
     "POST /random/assign": _random,
-    "POST /random/unblock": _random_lent,
+    "POST /random/unblock": _random_leased,
     "DELETE /random/delete": _random,
     "POST /random/keep-alive": _random,
     "POST /managed/assign-token": _managed,
-    "POST /managed/keep-alive": _managed_lent,
-    "POST /managed/unblock-token": _managed_lent,
+    "POST /managed/keep-alive": _managed_leased,
+    "POST /managed/unblock-token": _managed_leased,
     "POST /managed/delete-token": _managed,
     "DELETE /managed/delete-token": _managed,
     "GET /simple/recycle_token": _issued,
@@ -162,7 +161,7 @@ LIVE: dict[str, Callable[[], dict[str, Any]]] = {
 
 @schemathesis.hook
 def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
-    """Have well-formed requests ask for what there is: all in the coverage phase, about half of the fuzzed ones."""
+    """Use existing values in well-formed requests: in all of the coverage phase, in about half of the fuzzed ones."""
     meta = case.meta
     if meta is None or not meta.generation.mode.is_positive or not USER or not _wanted(case, meta):
         return case
@@ -175,9 +174,9 @@ def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
 
 def _wanted(case: Case[Any], meta: CaseMetadata) -> bool:
     phase = meta.phase.name.value
-    if phase == "stateful":  # it remembers what earlier answers had
+    if phase == "stateful":  # this phase uses values of earlier responses
         return False
-    if case.operation.path == "/oauth/token":  # to ask for what the client may not do is 400, which no schema can say
+    if case.operation.path == "/oauth/token":  # a scope that the client lacks is 400, which a schema cannot express
         return True
     sent = [values for values in (case.path_parameters, case.query, case.body) if values]
     return phase != "fuzzing" or not sent or crc32(repr(sent).encode()) % 2 == 0
@@ -185,11 +184,11 @@ def _wanted(case: Case[Any], meta: CaseMetadata) -> bool:
 
 @schemathesis.hook
 def filter_case(context: HookContext, case: Case[Any]) -> bool:
-    """Leave out well-formed requests of which no schema can say that they are refused."""
+    """Skip requests that are valid for the schema but are refused."""
     if case.meta is None or not case.meta.generation.mode.is_positive or not isinstance(case.body, dict):
         return True
-    # to JSON Schema 1.0 is an integer
+    # 1.0 is an integer for JSON Schema
     whole = all(not isinstance(case.body.get(name), float) for name in ("count", "fence"))
-    # no regular expression of all that read schemas knows what can be printed
+    # no regular expression that works in all schema readers matches only printable characters
     named = (case.body.get(name) for name in ("holder", "client_id"))
     return whole and all(not isinstance(name, str) or name.isprintable() for name in named)

@@ -1,4 +1,4 @@
-"""The document is OpenAPI 3.1, and has what the service serves: nothing less, nothing else."""
+"""The document is valid OpenAPI 3.1 and describes exactly the routes that are served."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from tests.support.servers import worker, write_config
-from tests.wire.openapi.configurations import APART, speaking
+from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 from tests.wire.openapi.conformance import Documented
 from tokenauth.service import create_service
 from tokenauth.settings import loader
@@ -23,32 +23,32 @@ from tokenauth.web.routing import Route
 
 CONFIGURATIONS = {
     "no_dialects": "",
-    "all_dialects": speaking(**APART),
-    "with_tokens": speaking("require_token = true", **APART),
-    "one_without_prefix": speaking(token_pool=""),
-    "similar_prefixes": speaking(random_token_generator="/p-1", token_management_service="/p_1"),
-    "deep_prefix": speaking(simple_token_implement="/a/b.c/d~e"),
+    "all_dialects": with_dialects(**ALL_DIALECTS),
+    "with_tokens": with_dialects("require_token = true", **ALL_DIALECTS),
+    "one_without_prefix": with_dialects(token_pool=""),
+    "similar_prefixes": with_dialects(random_token_generator="/p-1", token_management_service="/p_1"),
+    "deep_prefix": with_dialects(simple_token_implement="/a/b.c/d~e"),
     "issuer": '[oauth]\nissuer = "https://auth.example.com"',
     "issuer_with_a_path": '[oauth]\nissuer = "https://example.com/auth/one"',
 }
 
 
 class Served(NamedTuple):
-    """A configuration, and the document that a server with it gives out."""
+    """A configuration, and the document of a server with it."""
 
     config: Path
     documented: Documented
 
     @property
-    def addresses(self) -> list[tuple[str, str]]:
-        """All that the service answers at."""
-        routes = find_routes(create_service(loader.load(self.config)))
-        return [(method, route.path) for route in routes for method in route.handlers]
+    def routes(self) -> list[tuple[str, str]]:
+        """The methods and paths that the service serves."""
+        found = find_routes(create_service(loader.load(self.config)))
+        return [(method, route.path) for route in found for method in route.handlers]
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Ask a server of each configuration for its document."""
+    """Fetch the document of a server with each configuration."""
     config = write_config(tmp_path_factory.mktemp(request.param), CONFIGURATIONS[request.param])
     with worker(config) as server:
         answer = httpx.get(f"{server.url}/openapi.json")
@@ -62,12 +62,12 @@ def test_the_document_is_valid_openapi(served: Served) -> None:
     assert [error.message for error in OpenAPIV31SpecValidator(dict(document)).iter_errors()] == []
 
 
-def test_the_document_has_exactly_what_is_served(served: Served) -> None:
+def test_the_document_has_exactly_the_served_routes(served: Served) -> None:
     described = [(operation.method, operation.path) for operation in served.documented]
-    assert sorted(described) == sorted(served.addresses)
+    assert sorted(described) == sorted(served.routes)
 
 
-def test_each_operation_says_what_it_does_under_a_name_of_its_own(served: Served) -> None:
+def test_each_operation_has_a_summary_and_a_unique_id(served: Served) -> None:
     tags = [tag["name"] for tag in served.documented.document["tags"]]
     for _, _, described in served.documented:
         assert described["summary"]
@@ -78,8 +78,8 @@ def test_each_operation_says_what_it_does_under_a_name_of_its_own(served: Served
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_whoever_must_say_who_he_is_learns_how(served: Served) -> None:
-    """Each way that an operation names is one that the document explains; a guarded one documents its refusal."""
+def test_required_authentication_is_documented(served: Served) -> None:
+    """Security schemes of operations are defined, and guarded operations document the 401."""
     explained = served.documented.document["components"]["securitySchemes"]
     for operation in served.documented:
         assert set().union(*operation.schemes) <= set(explained)
@@ -93,13 +93,13 @@ def test_every_path_parameter_is_described(served: Served) -> None:
         assert named == {part[1:-1] for part in operation.path.split("/") if part.startswith("{")}
 
 
-def test_the_server_of_the_document_is_the_issuer_or_wherever_it_came_from(served: Served) -> None:
+def test_the_documented_server_is_the_issuer_if_set(served: Served) -> None:
     issuer = loader.load(served.config).oauth.issuer
     assert served.documented.document["servers"] == [{"url": issuer or "/"}]
 
 
-def test_a_route_without_documentation_is_noticed(tmp_path: Path) -> None:
-    """The comparison above fails if a route is added to the application only."""
+def test_a_route_without_documentation_is_detected(tmp_path: Path) -> None:
+    """The comparison above fails if a route is only added to the application."""
     config = loader.load(write_config(tmp_path))
     service = create_service(config)
     routes = [*find_routes(service), Route("/more", {"GET": HealthRoutes(service.ready).alive})]
@@ -107,7 +107,7 @@ def test_a_route_without_documentation_is_noticed(tmp_path: Path) -> None:
     assert {(method, route.path) for route in routes for method in route.handlers} - described == {("GET", "/more")}
 
 
-def test_texts_name_no_file_and_no_technique(served: Served) -> None:
+def test_texts_name_no_file_and_no_implementation(served: Served) -> None:
     document = json.dumps(served.documented.document)
     assert re.findall(r"[\w/]+\.(?:py|md)\b|hot path|ASGI|handler|docstring", document) == []
 
@@ -119,7 +119,7 @@ def test_ids_and_schemas_have_names_for_generated_code(served: Served) -> None:
     assert [name for name in schemas if not re.fullmatch("[A-Z][A-Za-z]+", name)] == []
 
 
-def test_dialects_come_last(served: Served) -> None:
+def test_the_dialects_are_listed_last(served: Served) -> None:
     tags = [tag["name"] for tag in served.documented.document["tags"]]
     chosen = list(loader.load(served.config).dialects)
     assert tags[:4] == ["Token", "My tokens", "Forward-auth", "Pools"]
@@ -136,30 +136,29 @@ def test_each_example_fits_its_schema(served: Served) -> None:
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/docs/start.js", "/docs/swagger-ui.css"])
-def test_without_docs_there_is_no_document_and_no_page(undocumented: httpx.Client, path: str) -> None:
-    answer = undocumented.get(path)
+def test_without_docs_there_is_no_document_and_no_page(without_docs: httpx.Client, path: str) -> None:
+    answer = without_docs.get(path)
     assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
 
 
-def test_without_docs_everything_else_is_there(undocumented: httpx.Client, tmp_path: Path) -> None:
+def test_without_docs_all_other_routes_exist(without_docs: httpx.Client, tmp_path: Path) -> None:
     def others(more: str) -> set[str]:
         config = write_config(tmp_path, f"[server]\n{more}")
         return {route.path for route in find_routes(create_service(loader.load(config)))}
 
     assert others("docs = true") - others("docs = false") == {"/openapi.json", "/docs", "/docs/{file}"}
-    assert undocumented.get("/healthz").status_code == 200
+    assert without_docs.get("/healthz").status_code == 200
 
 
 @pytest.fixture(scope="module")
-def undocumented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Connect to a server that shows no documents."""
-    config = write_config(tmp_path_factory.mktemp("undocumented"), "[server]\ndocs = false")
+def without_docs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Connect to a server with `docs = false`."""
+    config = write_config(tmp_path_factory.mktemp("without_docs"), "[server]\ndocs = false")
     with worker(config) as server, server.client() as connected:
         yield connected
 
 
-def test_the_schemas_of_answers_are_used_and_none_is_missing(served: Served) -> None:
-    """Each reference leads somewhere, and no schema is left over."""
+def test_every_schema_is_defined_and_referenced(served: Served) -> None:
     document = dict(served.documented.document)
     assert set(_references(document)) == {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
 

@@ -1,4 +1,4 @@
-"""The examples of the document work: each request, sent as it is shown, gets the answer that is shown."""
+"""The examples of the document work: each example request gets the example response."""
 
 import json
 import re
@@ -11,19 +11,19 @@ import httpx
 import pytest
 
 from tests.support.servers import Server, log_in, shipped_with_dialects, worker
-from tests.wire.openapi.asking import FORM, PASSWORD
+from tests.wire.openapi.checked_client import FORM, PASSWORD
 from tests.wire.openapi.configurations import API_PASSWORD
 from tests.wire.openapi.conformance import Documented, Operation
 
-NEEDED = {
+CHANGES = {
     'issuer = ""': 'issuer = "https://auth.example.com"',
     'scopes = ["admin"]': 'scopes = ["admin", "introspect"]',
     "accept_risks = []": 'accept_risks = ["shipped_password", "open_dialect"]',
     "${API_PASSWORD}": API_PASSWORD,
 }
-"""What the texts of the examples say that they need in the configuration."""
+"""Changes to the configuration that the texts of the examples mention."""
 
-BEFORE = {
+PREREQUISITES = {
     "revokeMyToken": "listMyTokens",
     "showPool": "assignToken",
     "deleteToken": "releaseToken",
@@ -33,7 +33,7 @@ BEFORE = {
     "tokenPoolBlockSlash": "tokenPoolGenerateSlash",
     "tokenManagementServiceDeleteByDelete": "tokenManagementServiceGenerate",
 }
-"""Examples before which another one is sent again: the one before has used up the token, or shows a lease."""
+"""Examples that need another one to be sent again first, because the token was used up or a lease is needed."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run a server with the shipped configuration and user, with all dialects switched on."""
     directory: Path = tmp_path_factory.mktemp("examples")
     text = shipped_with_dialects()
-    for shipped, needed in NEEDED.items():
+    for shipped, needed in CHANGES.items():
         assert shipped in text, shipped
         text = text.replace(shipped, needed)
     config = directory / "config.toml"
@@ -51,8 +51,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-class Story:
-    """Sends examples one after the other, with values of real answers in place of those in the examples."""
+class ExampleRunner:
+    """Sends examples in order, with values of real responses in place of the example values."""
 
     def __init__(self, client: httpx.Client, documented: Documented) -> None:
         self._client = client
@@ -60,7 +60,7 @@ class Story:
         self._real: dict[str, str] = {}
 
     def send(self, operation: Operation) -> None:
-        """Send the example of an operation, and compare the answer with the example of it."""
+        """Send the example of an operation and compare the response with its example."""
         described = operation.described
         parameters = [each for each in described.get("parameters", ()) if "example" in each]
         path = operation.path
@@ -86,14 +86,14 @@ class Story:
         return PASSWORD if {"X-API-PASSWORD"} in operation.schemes else {}
 
     def _translate(self, example: Any) -> Any:
-        """Replace values of examples with those that real answers have had."""
+        """Replace example values with values of earlier responses."""
         text = json.dumps(example)
         for shown, real in self._real.items():
             text = text.replace(shown, real)
         return json.loads(text)
 
     def _compare(self, name: str, shown: Any, real: Any) -> None:
-        """Compare an answer with its example: the same fields, of the same types, with the same sentences."""
+        """Check that a response has the same fields, types and sentences as its example."""
         if isinstance(shown, dict):
             assert shown.keys() == real.keys(), (name, real)
             for key in shown:
@@ -110,17 +110,17 @@ class Story:
             assert type(shown) is type(real), (name, real)
 
 
-def test_each_example_works_in_the_order_of_the_page(server: Server) -> None:
+def test_the_examples_work_in_the_order_of_the_page(server: Server) -> None:
     with server.client() as client:
         documented = Documented(client.get("/openapi.json").json())
-        story = Story(client, documented)
+        runner = ExampleRunner(client, documented)
         tags = [tag["name"] for tag in documented.document["tags"]]
         operations = sorted(documented, key=lambda operation: tags.index(operation.described["tags"][0]))
         by_id = {operation.id: operation for operation in operations}
         for operation in operations:
-            if operation.id in BEFORE:
-                story.send(by_id[BEFORE[operation.id]])
-            story.send(operation)
+            if operation.id in PREREQUISITES:
+                runner.send(by_id[PREREQUISITES[operation.id]])
+            runner.send(operation)
     assert len(operations) > 40
 
 
@@ -133,6 +133,5 @@ def test_the_login_example_is_the_shipped_user(server: Server) -> None:
 
 
 def shipped_users() -> list[dict[str, Any]]:
-    """Return the users of the shipped configuration."""
     users: list[dict[str, Any]] = tomllib.loads(shipped_with_dialects())["users"]
     return users

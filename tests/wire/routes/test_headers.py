@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.support.servers import Server, exchange, log_in
-from tests.wire.openapi.configurations import APART, speaking
+from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 
 ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 METHODS = ["GET", "HEAD", "POST", "DELETE", "OPTIONS", "TRACE"]
@@ -16,7 +16,8 @@ METHODS = ["GET", "HEAD", "POST", "DELETE", "OPTIONS", "TRACE"]
 def settings() -> str:
     """Enable all routes."""
     return (
-        speaking(**APART) + '[server]\ncors_origins = ["https://app.example.com"]\n[oauth]\nissuer = "http://localhost"'
+        with_dialects(**ALL_DIALECTS)
+        + '[server]\ncors_origins = ["https://app.example.com"]\n[oauth]\nissuer = "http://localhost"'
     )
 
 

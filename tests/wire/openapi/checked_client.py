@@ -1,4 +1,4 @@
-"""Requests that are held against the document, and what they are made of."""
+"""A client that checks each response against the document, and values for requests."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,18 +21,18 @@ BODIES: dict[str | None, dict[str, Any]] = {
     JSON: {"json": {"username": "ann", "password": "ann-secret", "token": NO_TOKEN, "client_id": "me"}},
     FORM: {"data": {"grant_type": "client_credentials", "token": "x", "client_id": "ann", "client_secret": "x"}},
 }
-"""Bodies that every operation of their kind can read."""
+"""A body of each content type that every operation can read."""
 
 
-class Asker:
-    """Sends requests, and holds each answer against the document."""
+class CheckedClient:
+    """Sends requests and checks each response against the document."""
 
     def __init__(self, client: httpx.Client, documented: Documented) -> None:
         self.client = client
         self._documented = documented
 
-    def ask(self, method: str, path: str, user: str = "", **options: Any) -> httpx.Response:
-        """Send a request, with a token of a user if one is named."""
+    def send(self, method: str, path: str, user: str = "", **options: Any) -> httpx.Response:
+        """Send a request, with a token of `user` if given."""
         headers = dict(options.pop("headers", {}))
         if user:
             headers["X-Token"] = self.token(user)
@@ -40,17 +40,17 @@ class Asker:
         self._documented.check(answer)
         return answer
 
-    def ask_for(self, operation: Operation, user: str = "", **options: Any) -> httpx.Response:
-        """Send a request for an operation, to an address of which there may be nothing."""
-        return self.ask(operation.method, operation.path.format(**_EXAMPLES), user, **options)
+    def send_to(self, operation: Operation, user: str = "", **options: Any) -> httpx.Response:
+        """Send a request to an operation, with path parameters that may not exist."""
+        return self.send(operation.method, operation.path.format(**_EXAMPLES), user, **options)
 
     def token(self, user: str) -> str:
-        """Log in."""
+        """Log in and return the token."""
         return log_in(self.client, user, "admin" if user == "admin" else f"{user}-secret")
 
 
-class Ask(NamedTuple):
-    """A request, and who sends it."""
+class Call(NamedTuple):
+    """A request, and the user that sends it."""
 
     method: str
     path: str
@@ -58,13 +58,13 @@ class Ask(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def client_of_oauth(secret: str = "ann-secret", **fields: str) -> dict[str, Any]:
-    """Write the form of a client."""
+def client_form(secret: str = "ann-secret", **fields: str) -> dict[str, Any]:
+    """Return a form with the credentials of a client."""
     return {"data": {"client_id": "ann", "client_secret": secret, **fields}}
 
 
 def login(password: str, username: str = "ann") -> dict[str, Any]:
-    """Write the body of a login."""
+    """Return the body of a login."""
     return {"json": {"username": username, "password": password}}
 
 
