@@ -155,12 +155,12 @@ def test_variants_of_a_name_share_one_counter(client: httpx.Client, clock: HandC
     assert client.get("/api/me", headers={"X-Token": token}).json()["username"] == "admin"
 
 
-def test_a_token_that_was_issued_is_never_touched(client: httpx.Client, sibling_client: httpx.Client) -> None:
+def test_throttling_does_not_affect_issued_tokens(client: httpx.Client, sibling_client: httpx.Client) -> None:
     token = log_in(client, "ann", "ann-secret")
     assert statuses(client, FREE + 1)[-1] == 429
-    for asked in (client, sibling_client):
-        assert probe(asked, token)
-        assert asked.get("/api/me", headers={"X-Token": token}).status_code == 200
+    for each in (client, sibling_client):
+        assert probe(each, token)
+        assert each.get("/api/me", headers={"X-Token": token}).status_code == 200
     client.request("DELETE", "/api/token", json={"token": token})
     assert not probe(sibling_client, token)
 
@@ -172,7 +172,7 @@ def test_workers_of_one_database_count_together(client: httpx.Client, sibling_cl
     log_in(sibling_client, "bob", "bob-secret")
 
 
-def test_what_was_counted_survives_a_restart(tmp_path: Path, clock: HandClock) -> None:
+def test_the_failure_counter_survives_a_restart(tmp_path: Path, clock: HandClock) -> None:
     config = write_config(tmp_path)
     with worker(config, clock) as first, first.client() as client:
         assert statuses(client, FREE) == [401] * FREE
@@ -198,7 +198,7 @@ def test_concurrent_wrong_guesses_do_not_pass_the_limit(proxy: Server, home: str
     assert set(answered[FREE:]) <= {429, 503}, "503: the login queue is full"
 
 
-def test_two_workers_let_through_at_most_one_share_more(server: Server, sibling: Server, clock: HandClock) -> None:
+def test_two_workers_allow_at_most_one_extra_share(server: Server, sibling: Server, clock: HandClock) -> None:
     for _ in range(8):
         clock.advance(FORGET)
         answered = all_at_once([server.port, sibling.port], 40, login_bytes("ann", "wrong"))
@@ -223,14 +223,14 @@ def test_another_network_is_not_throttled(proxied: httpx.Client, home: str) -> N
     assert attempt(proxied, "ann", "ann-secret", home).status_code == 429
 
 
-def test_a_network_of_ipv6_is_64_bits_wide(proxied: httpx.Client) -> None:
+def test_an_ipv6_network_is_a_64_prefix(proxied: httpx.Client) -> None:
     for number in range(FREE):
         assert attempt(proxied, "ann", "wrong", f"2001:db8:0:1:{number + 1:x}::7").status_code == 401
     assert attempt(proxied, "ann", "wrong", "[2001:db8:0:1:ffff::8]:4711").status_code == 429
     assert attempt(proxied, "ann", "wrong", "2001:db8:0:2::7").status_code == 401
 
 
-def test_a_mapped_address_is_the_ipv4_address_that_it_maps(proxied: httpx.Client, home: str) -> None:
+def test_a_mapped_address_counts_as_its_ipv4_address(proxied: httpx.Client, home: str) -> None:
     assert statuses(proxied, FREE, "ann", f"::ffff:{home}") == [401] * FREE
     assert attempt(proxied, "ann", "wrong", home).status_code == 429
 

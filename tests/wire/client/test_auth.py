@@ -205,20 +205,20 @@ async def test_a_login_cancelled_in_its_answer_blocks_no_other(wall: Hand) -> No
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"ann-secret")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
-        asked.set()
+        login_received.set()
         await reader.read()
         writer.close()
 
-    asked = asyncio.Event()
+    login_received = asyncio.Event()
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         auth = TokenAuth(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "ann", "ann-secret", clock=wall)
         async with httpx.AsyncClient(auth=auth, **OPTIONS) as client:
             kept: list[Any] = []
             for _ in range(2):
-                asked.clear()
+                login_received.clear()
                 task = asyncio.create_task(client.get(f"{auth._url.copy_with(path='/x')}"))
                 async with asyncio.timeout(20):
-                    await asked.wait()  # the second request logs in too
+                    await login_received.wait()  # the second request logs in too
                 task.cancel()
                 kept += await asyncio.gather(task, return_exceptions=True)
             assert [type(error) for error in kept] == [asyncio.CancelledError] * 2

@@ -49,7 +49,7 @@ def test_a_killed_issuer_does_not_break_the_end(connect: Connect, tmp_path: Path
         with pytest.raises(BlockError):
             hold()
         with pytest.raises(errors.IssuerUnavailable), client.lease("permit"):
-            raise AssertionError("nobody answers")
+            raise AssertionError("the server does not respond")
 
 
 @pytest.mark.parametrize("seconds", [TTL / 3, TTL], ids=["held", "lost"])

@@ -172,7 +172,7 @@ def test_an_issuer_without_an_answer_grants_nothing(client: Client, proxy: Proxy
 def test_a_process_that_was_stopped_has_lost_its_lease(
     tmp_path: Path, server: Server, login: dict[str, str], admin: PoolUser
 ) -> None:
-    """The clock of the server does not move: if the process asked before it read its own, it would get more time."""
+    """The clock of the server does not move: a request sent before the own clock is read would gain time."""
     clock = HandClock(tmp_path / "clock", create=True)
     command = [sys.executable, "-m", "tests.wire.client_pools.sleeper", server.url, login["X-Token"], str(clock.path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -203,14 +203,14 @@ def fill(config: Path, pool: str, count: int, now: float) -> list[str]:
     return values
 
 
-def at_once(ports: Sequence[int], count: int, ask: Callable[[Connection, int], Answer]) -> list[Answer]:
-    """Send `count` requests at once with many clients to several workers. `ask` gets the number of its request."""
+def at_once(ports: Sequence[int], count: int, send: Callable[[Connection, int], Answer]) -> list[Answer]:
+    """Send `count` requests at once with many clients to several workers. `send` gets the number of its request."""
     together = Barrier(THREADS)
 
     def send_share(number: int) -> list[Answer]:
         with Connection(ports[number % len(ports)]) as connection:
             together.wait()
-            return [ask(connection, which) for which in range(number, count, THREADS)]
+            return [send(connection, which) for which in range(number, count, THREADS)]
 
     with ThreadPoolExecutor(THREADS) as threads:
         return list(itertools.chain.from_iterable(threads.map(send_share, range(THREADS))))

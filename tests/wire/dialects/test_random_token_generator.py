@@ -66,7 +66,7 @@ def test_it_generates_the_requested_number_of_uuids(wire: Wire, body: object, co
     assert [str(uuid.UUID(token, version=4)) for token in tokens] == tokens
 
 
-def test_generating_more_than_fit_makes_none(wire: Wire, config_file: Path) -> None:
+def test_generating_above_capacity_makes_none(wire: Wire, config_file: Path) -> None:
     generate(wire, CAPACITY - 1)
     before = rows(config_file, "bounded")
     for count in (2, 3, CAPACITY + 1, 1001, 2**63, 2**80):

@@ -82,9 +82,9 @@ def test_each_python_example_runs(issuer: Server, monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings(record=True):  # authlib warns that it prefers httpx2
         done = run(text, tmp_path)
     if "guard" in done:
-        asked = httpx.Request("GET", "https://x", headers={"Authorization": f"Bearer {UNKNOWN}"})
+        request = httpx.Request("GET", "https://x", headers={"Authorization": f"Bearer {UNKNOWN}"})
         with pytest.raises(Exception, match="invalid_token"):
-            done["guard"].validate_request([], asked)
+            done["guard"].validate_request([], request)
     else:
         assert done["reports"].json()["username"] == "backups"
 

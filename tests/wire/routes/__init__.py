@@ -1,1 +1,1 @@
-"""The routes, asked over real sockets."""
+"""The routes over sockets."""

@@ -53,7 +53,7 @@ def test_any_method_gets_the_user_in_a_header(connection: Connection, clock: Han
     assert answer.headers["cache-control"] == "no-store"
 
 
-def test_a_bearer_token_will_do(connection: Connection, ann: str) -> None:
+def test_a_bearer_token_is_accepted(connection: Connection, ann: str) -> None:
     assert ask(connection, Authorization=f"Bearer {ann}").status == 200
 
 

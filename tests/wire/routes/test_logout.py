@@ -122,12 +122,12 @@ def write(token: str, cut: str, form: str, charset: str, encoding: str) -> tuple
 
 
 def find(headers: Headers, body: bytes, query: bytes = b"") -> list[bytes]:
-    """Have a log-out read, in process."""
+    """Return the tokens found in a log-out, in process."""
     return asyncio.run(reading(headers, body, query))
 
 
 async def reading(headers: Headers, body: bytes, query: bytes = b"") -> list[bytes]:
-    """Have a log-out read."""
+    """Return the tokens found in a log-out."""
     scope = {"type": "http", "headers": list(headers), "query_string": query}
 
     async def receive() -> Message:
@@ -287,7 +287,7 @@ HOSTILE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("attack", HOSTILE)
 @pytest.mark.parametrize("declared", [b"", b"gzip", b"deflate", b"gzip, deflate, gzip, deflate, gzip", b"gzip," * 2000])
-def test_no_compressed_body_is_expanded_far(attack: str, declared: bytes) -> None:
+def test_the_size_of_an_unpacked_body_is_bounded(attack: str, declared: bytes) -> None:
     body = HOSTILE[attack][: submitted_tokens.MAX_SEARCHED]
     readings = unpack({"headers": [(b"content-encoding", declared)] if declared else []}, body)
     assert readings[0] == body
@@ -309,7 +309,7 @@ def test_all_tokens_that_one_request_names_are_found(where: str) -> None:
     assert set(expected) - set(found) <= set(expected[970:] if where == "body" else ())
 
 
-def test_a_log_out_of_many_ends_each_of_them(connection: Connection) -> None:
+def test_a_log_out_ends_every_token_that_it_names(connection: Connection) -> None:
     """Also behind hundreds of hashes that look like tokens."""
     tokens = [connection.log_in() for _ in range(40)]
     body = json.dumps({"files": [f"{number:064x}" for number in range(300)], "token": tokens}).encode()
@@ -339,7 +339,7 @@ def test_no_more_than_64_kib_of_a_body_are_read() -> None:
     assert len(chunks) == 64
 
 
-def test_a_token_is_found_up_to_the_64_kib_wherever_it_is() -> None:
+def test_a_token_is_found_anywhere_in_the_first_64_kib() -> None:
     token = new_value()
     for at in (0, 16 * KIB - 100, 16 * KIB - 32, 32 * KIB - 1, 64 * KIB - 80):
         text = b"x," * (at // 2) + b'"' + token.encode() + b'"'

@@ -168,7 +168,7 @@ def test_one_token_is_generated_by_default(
     assert [member["token"] for member in sibling_admin.members("waiting")] == sorted(answered["tokens"])
 
 
-def test_generating_more_than_fit_makes_none(admin: PoolUser, sibling_admin: PoolUser) -> None:
+def test_generating_above_capacity_makes_none(admin: PoolUser, sibling_admin: PoolUser) -> None:
     assert admin.call("POST", "/three/tokens", {"count": 4}) == refusal("pool_full")
     assert sibling_admin.counts("three") == (0, 0)
     admin.generate("three", 2)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.support.servers import Server, log_in, worker, write_config
-from tests.wire.routes.test_gone import POOLS
+from tests.wire.routes.test_disconnected import POOLS
 from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.web.app import find_routes
