@@ -1,4 +1,4 @@
-"""Promise 10, for the main process: only a signal ends it, and it handles signals at any time."""
+"""Promise 10, for the main process: only a signal ends it, and it always handles signals."""
 
 import os
 import signal
@@ -24,21 +24,21 @@ def test_workers_are_replaced_when_they_can_be_again(tmp_path: Path) -> None:
 
 
 def survives_breakage(directory: Path, kind: str) -> None:
-    """Keep workers from starting for a while: the others go on, signals work, and everything recovers."""
+    """Keep workers from starting for a while. The others serve, signals work, and the main process recovers."""
     breakage = BREAKAGES[kind]
     with breakable(write_config(directory), "--workers", "2") as broken:
         server = broken.server
         broken.ready(2)
         breakage.begin(broken)
         kill_a_worker(server)
-        until(lambda: len(failures(server)) >= 3, "it was tried again")
+        until(lambda: len(failures(server)) >= 3, "the start was retried")
         _, *failed = failures(server)
-        assert all(breakage.said in event["reason"] for event in failed), failed
+        assert all(breakage.message in event["reason"] for event in failed), failed
         assert [event["again_in"] for event in failed] == [1.0, 1.5]
         with Connection(server.port) as connection:
             assert connection.ask("GET", "/healthz").status == 200
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: len(failures(server)) >= 4, "SIGHUP is obeyed")
+        until(lambda: len(failures(server)) >= 4, "SIGHUP is handled")
         breakage.end(broken)
         server.process.send_signal(signal.SIGHUP)
         until(lambda: len(server.events("configuration_reloaded")) == 1, "the workers were replaced")
@@ -47,7 +47,7 @@ def survives_breakage(directory: Path, kind: str) -> None:
 
 
 def failures(server: Server) -> list[dict[str, Any]]:
-    """Return the log lines about workers that ended or could not start, in order."""
+    """Return the log events of workers that ended or could not start, in order."""
     names = {"worker_replaced", "worker_not_started", "reload_failed", "configuration_refused"}
     return [event for event in server.events() if event["event"] in names]
 
@@ -57,7 +57,7 @@ def test_a_failed_first_start_ends_with_its_reason(tmp_path: Path) -> None:
 
 
 def fails_at_first(directory: Path, kind: str) -> None:
-    """Make the first start fail: one log line has the reason, the port is closed, and the exit code is 3."""
+    """Make the first start fail: one line gives the reason, no port stays open, and the exit code is 3."""
     breakage = BREAKAGES[kind]
     with breakable(write_config(directory), "--workers", "2", patch=WAITS) as broken:
         until((broken.here / "waits").exists, "the main process listens")
@@ -65,7 +65,7 @@ def fails_at_first(directory: Path, kind: str) -> None:
         (broken.here / "go").touch()
         assert broken.server.process.wait(30) == 3
         (failure,) = broken.server.events("start_failed")
-        assert breakage.said in failure["detail"]
+        assert breakage.message in failure["detail"]
         assert traceback_lines(broken.server) == []
         assert session_of(broken.server.process.pid) == []
 
@@ -75,21 +75,21 @@ WAITS = (
     "go = lambda: pathlib.Path('waits').touch() or pathlib.Path('go').exists(); "
     "server.listen = lambda s: (listen(s), [time.sleep(0.01) for _ in iter(go, True)])[0]"
 )
-"""Makes the main process wait after it has opened its port, until the test has broken something."""
+"""Makes the main process wait after it has begun to listen, until the test has broken something."""
 
 
 def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> None:
-    """Ctrl-C once waits for the old worker's request, also after a reload; again, a second later, does not."""
+    """The first Ctrl-C waits for the old worker's request, also after a reload. One more a second later does not."""
     with serving(write_config(tmp_path)) as server, half_a_login(server):
         os.killpg(server.process.pid, signal.SIGHUP)
         until(lambda: len(server.events("configuration_reloaded")) == 1, "the new worker serves")
         for _ in range(2):
-            os.killpg(server.process.pid, signal.SIGINT)  # a second within a second counts as the first
+            os.killpg(server.process.pid, signal.SIGINT)  # two signals within one second count as one
         until(lambda: refuses(server), "the port is closed", 5)
         first = time.monotonic()
-        assert server.process.poll() is None, "it waits for the old worker's request"
-        until(lambda: time.monotonic() > first + 1, "the next one is a second signal")
-        assert server.process.poll() is None, "it still waits"
+        assert server.process.poll() is None, "must wait for the old worker's request"
+        until(lambda: time.monotonic() > first + 1, "the next signal counts as a second one")
+        assert server.process.poll() is None, "must still wait"
         os.killpg(server.process.pid, signal.SIGINT)
         assert server.process.wait(5) == 1
         assert session_of(server.process.pid) == []
@@ -98,10 +98,10 @@ def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> Non
 
 
 def test_the_only_pid_in_the_log_is_the_one_to_signal(tmp_path: Path) -> None:
-    """The number of a worker would lead to a `kill -HUP` that does nothing."""
+    """`kill -HUP` with the PID of a worker would do nothing."""
     with serving(write_config(tmp_path)) as server:
         os.kill(server.wait("listening")["pid"], signal.SIGHUP)
-        until(lambda: len(server.events("configuration_reloaded")) == 1, "it reloads")
+        until(lambda: len(server.events("configuration_reloaded")) == 1, "the server reloads")
         server.stop()
         named = [event["event"] for event in server.events() if "pid" in event or "process [" in event["event"]]
         assert named == ["listening"]
@@ -118,8 +118,8 @@ def test_a_signal_during_the_start_ends_it_at_once(tmp_path: Path, number: int) 
         assert session_of(broken.server.process.pid) == []
 
 
-def test_a_reload_before_all_else_does_not_end_the_start() -> None:
-    """It is ignored before anything is imported that takes long."""
+def test_a_reload_at_the_very_start_is_ignored() -> None:
+    """SIGHUP is ignored before the slow imports begin."""
     script = (
         "import signal, sys\n"
         "sys.argv = ['tokenauth', 'serve']\n"
@@ -146,7 +146,7 @@ def test_a_configuration_from_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer.start()
     with serving(pipe) as server:
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.events("configuration_refused") != [], "the reload is refused")
+        until(lambda: server.events("configuration_refused") != [], "the failed reload is logged")
         assert "cannot be reloaded" in server.events("configuration_refused")[0]["detail"]
         with Connection(server.port) as connection:
             assert connection.valid(connection.log_in("bob", "bob-secret"))

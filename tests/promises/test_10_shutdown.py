@@ -18,9 +18,9 @@ from tokenauth.executor import LOW_PRIORITY
 
 @contextmanager
 def under_load(server: Server, clients: int = 6) -> Iterator[Counter[str]]:
-    """Have clients ask as fast as they can, each over a connection that it keeps; count how it goes for them.
+    """Have clients send requests as fast as they can, each over one keep-alive connection. Count the outcomes.
 
-    A client that is asked to close, or whose connection is closed between two requests, has lost nothing. It ends.
+    A client ends when the server closes the connection between two requests, or asks it to. That is not a failure.
     """
     seen: Counter[str] = Counter()
     connections = [Connection(server.port) for _ in range(clients)]
@@ -52,16 +52,14 @@ def under_load(server: Server, clients: int = 6) -> Iterator[Counter[str]]:
     stopped: list[int] = []
     with background(ask, clients):
         try:
-            until(lambda: seen["answered"] >= 200, "the load is on")
+            until(lambda: seen["answered"] >= 200, "the clients are busy")
             yield seen
-            until(lambda: len(done) == clients, "every client was asked to close")
+            until(lambda: len(done) == clients, "every client was disconnected")
         finally:
             stopped.append(1)
 
 
-def test_sigterm_answers_every_request_on_kept_connections(
-    tmp_path: Path,
-) -> None:
+def test_sigterm_answers_all_requests_on_open_connections(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     with serving(config, "--workers", "2") as server:
         with under_load(server) as seen:
@@ -72,11 +70,11 @@ def test_sigterm_answers_every_request_on_kept_connections(
 
 
 def test_a_connection_during_sigterm_never_hangs(tmp_path: Path) -> None:
-    """A connection that will not be accepted is refused at once, not when the last process ends."""
+    """Once the server stops accepting, new connections are refused at once, not only when the last process ends."""
     with serving(write_config(tmp_path)) as server, half_a_login(server) as (connection, rest):
         server.process.send_signal(signal.SIGTERM)
         until(lambda: refuses(server), "the port is closed")
-        assert server.process.poll() is None, "it waits for the request that is under way"
+        assert server.process.poll() is None, "must wait for the request in progress"
         connection.sendall(rest)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
         assert server.process.wait(30) == 0
@@ -84,7 +82,7 @@ def test_a_connection_during_sigterm_never_hangs(tmp_path: Path) -> None:
 
 @contextmanager
 def half_a_login(server: Server) -> Iterator[tuple[socket.socket, bytes]]:
-    """Have the server wait for the rest of a request."""
+    """Send half of a login, and return the connection and the rest of the body."""
     body = msgspec.json.encode(LOGIN)
     head = f"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
@@ -94,20 +92,20 @@ def half_a_login(server: Server) -> Iterator[tuple[socket.socket, bytes]]:
 
 
 def refuses(server: Server) -> bool:
-    """Whether a connection is refused; one that is made is answered or ended soon."""
+    """Whether a connection is refused. If it is not, it must be answered or closed soon."""
     try:
         with Connection(server.port, timeout=10) as connection:
             assert connection.ask("GET", "/healthz", Connection="close").status == 200
     except Refused:
         return True
     except (Closed, NoAnswer) as lost:
-        if isinstance(lost.__cause__, TimeoutError):  # it connected and sent a request that was not answered
+        if isinstance(lost.__cause__, TimeoutError):  # connected, but never answered
             raise
     return False
 
 
-def test_sigterm_answers_a_login_that_waits_for_the_disk(tmp_path: Path) -> None:
-    """A slow request is answered too, and its token is valid."""
+def test_sigterm_answers_a_login_that_is_still_hashing(tmp_path: Path) -> None:
+    """SIGTERM waits for a slow request, and the token that it returns is valid."""
     config = write_config(tmp_path, "[passwords]\nmemory_kib = 8\ntime_cost = 1\nthreads = 1\n", users=SLOW_USER)
     with worker(config) as server, Connection(server.port) as connection:
         answers: list[str] = []
@@ -125,7 +123,7 @@ def test_sigterm_answers_a_login_that_waits_for_the_disk(tmp_path: Path) -> None
         assert connection.valid(answers[0])
 
 
-# admin's password again, at a cost of about half a second
+# the password "admin", at a cost of about half a second
 SLOW_USER = """
 [[users]]
 username = "slow"
@@ -143,12 +141,12 @@ def busy(process: int) -> bool:
 
 
 def test_sigterm_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    """Journalled clients log in and out until the end; the next server agrees with every answer."""
+    """Clients log in and out until the end and record every answer. The next server agrees with all of them."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     journals = [Journal() for _ in range(4)]
     with serving(config, "--workers", "2") as server:
         clients: list[Client] = run_clients([server.port], journals, seed=7)
-        until(lambda: sum(len(one.issued) for one in journals) >= 100, "the clients got tokens")
+        until(lambda: sum(len(one.issued) for one in journals) >= 100, "the clients have tokens")
         server.stop()
         for client in clients:
             client.finish()

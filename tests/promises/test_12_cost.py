@@ -1,4 +1,4 @@
-"""Promise 12: cost does not grow with the number of tokens. Machine steps are counted, so that nothing is timed."""
+"""Promise 12: cost does not grow with the number of tokens. SQLite's steps are counted; nothing is timed."""
 
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -25,11 +25,11 @@ from tokenauth.stores.store import TokenStore
 
 FEW, MANY = 200, 20_000
 EACH = 10
-"""Tokens that every user has."""
+"""Tokens of each user."""
 
 
 class Opened(NamedTuple):
-    """A database of some size: as it is changed and read, and as it is read on the event loop."""
+    """An open database: the engine that changes it, and the reader of the event loop."""
 
     path: Path
     database: Direct
@@ -37,17 +37,15 @@ class Opened(NamedTuple):
 
     @property
     def tokens(self) -> TokenStore:
-        """Read tokens."""
         return TokenStore(self.database, TokenCache(self.database.token, self.database.feed, 0))
 
 
 def digest(number: int) -> bytes:
-    """Make the digest of a token, and of what was revoked or has failed."""
     return sha256(b"%d" % number).digest()
 
 
 def log(path: Path, numbers: range, at: float) -> None:
-    """Put revocations and failed logins into a database."""
+    """Insert revocations and failed logins."""
     some = [(digest(number), at) for number in numbers]
     with closing(sqlite3.connect(path)) as db, db:
         db.executemany("INSERT INTO revocations (digest, at) VALUES (?, ?)", some)
@@ -55,7 +53,7 @@ def log(path: Path, numbers: range, at: float) -> None:
 
 
 def build(path: Path, count: int) -> Opened:
-    """Create a database with this many tokens, revocations and failed logins; a tenth of each is old."""
+    """Create a database with `count` tokens, revocations and failed logins. A tenth of each is old."""
     database = Direct(str(path))
     fill(path, count, count // EACH, START - 1, lambda number: int(START) + (-1 if number % 100 < EACH else 86400))
     for numbers, at in ((range(count // 10), START - 1000), (range(count // 10, count), START)):
@@ -67,7 +65,7 @@ def build(path: Path, count: int) -> Opened:
 
 @pytest.fixture(scope="module")
 def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Opened, Opened]]:
-    """Make two databases of very different size."""
+    """Return two databases of very different size."""
     small, large = (build(tmp_path_factory.mktemp("size") / "tokens.db", count) for count in (FEW, MANY))
     yield small, large
     for opened in (small, large):
@@ -89,37 +87,36 @@ CHANGES: Sequence[Change[Any]] = [
     TakeDuty("sweep", START + 30, now=START),
     Remember(now=START),
 ]
-"""Every change, of rows that are there in both databases."""
+"""Every change, of rows that exist in both databases."""
 
 
 def kind(change: Change[Any]) -> str:
-    """Return the name of a change."""
     return type(change).__name__
 
 
-async def look(found: object) -> object:
-    """Give what was found on the event loop itself."""
+async def on_loop(found: object) -> object:
+    """Return the result of a read on the event loop."""
     return found
 
 
-Ask = Callable[[Opened], Awaitable[Any]]
+Read = Callable[[Opened], Awaitable[Any]]
 
-READS: dict[str, Ask] = {
-    "a token": lambda opened: look(opened.reader.token(digest(13))),
-    "an unknown token": lambda opened: look(opened.reader.token(b"?" * 32) is None),
-    "the clock row": lambda opened: look(opened.reader.clock_row() == 0),
-    "the throttle": lambda opened: look(opened.reader.failures([digest(3)[:16], b"?" * 16])),
-    "new revocations": lambda opened: look(opened.reader.drain()),
+READS: dict[str, Read] = {
+    "a token": lambda opened: on_loop(opened.reader.token(digest(13))),
+    "an unknown token": lambda opened: on_loop(opened.reader.token(b"?" * 32) is None),
+    "the clock row": lambda opened: on_loop(opened.reader.clock_row() == 0),
+    "the throttle": lambda opened: on_loop(opened.reader.failures([digest(3)[:16], b"?" * 16])),
+    "new revocations": lambda opened: on_loop(opened.reader.drain()),
     "a token by its id": lambda opened: opened.tokens.find(public_id(digest(13))),
-    "mine": lambda opened: opened.tokens.list("user13", START, 1000),
-    "everybody's newest": lambda opened: opened.tokens.list(None, START, 5),
+    "a user's tokens": lambda opened: opened.tokens.list("user13", START, 1000),
+    "the newest tokens of all users": lambda opened: opened.tokens.list(None, START, 5),
 }
-"""Everything that is read while the service runs."""
+"""All reads of a running service."""
 
 
 @contextmanager
 def explained(database: sqlite3.Connection) -> Iterator[dict[str, list[str]]]:
-    """Explain each statement that is run, with the values that it is run with."""
+    """Collect the query plan of each statement that is run, with its values."""
     plans: dict[str, list[str]] = {}
     seen: list[str] = []
     database.set_trace_callback(seen.append)
@@ -141,7 +138,7 @@ def test_every_change_finds_its_rows_through_an_index(
         type(change).make(transaction, [change])
         write_clock(transaction, START)
     db.execute("ROLLBACK")
-    assert len(plans) >= 1 + (not isinstance(change, Remember)), "the change itself, and the clock row"
+    assert len(plans) >= 1 + (not isinstance(change, Remember)), "must run the change itself and write the clock row"
     for statement, plan in plans.items():
         for step in plan:
             # the log is read in the order of its key, and under a limit
@@ -150,7 +147,7 @@ def test_every_change_finds_its_rows_through_an_index(
 
 
 def reads_a_whole_table(step: str, statement: str) -> bool:
-    """Whether a step of a plan goes through all rows of a table or of an index; sub-queries are read as a whole."""
+    """Whether a step of a plan scans all rows of a table or an index. Scans of sub-queries do not count."""
     verb, name = step.split()[:2]
     tables = {"tokens", "failures", "revocations", "marks"}
     return verb == "SCAN" and (name in tables or any(f"{table} AS {name}" in statement for table in tables))
@@ -177,9 +174,9 @@ def test_a_read_costs_the_same_among_100_times_the_rows(small_and_large: tuple[O
     counts = []
     for opened in small_and_large:
         if what == "new revocations":
-            log(opened.path, range(MANY, MANY + 3), START)  # keys without earlier failures
+            log(opened.path, range(MANY, MANY + 3), START)  # new keys
         count, found = steps(partial(READS[what], opened), opened.database.connection, opened.reader._db)
-        assert found, "there is something to be found"
+        assert found, "must find something"
         counts.append(count)
     few, many = counts
     assert 0 < many <= few + 20, f"{few} steps among {FEW} tokens, {many} among {MANY}"

@@ -1,4 +1,4 @@
-"""Before any promise: however many processes start at once on an empty database, all of them serve."""
+"""Before all promises: any number of processes can start at once on an empty database."""
 
 from pathlib import Path
 

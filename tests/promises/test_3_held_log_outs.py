@@ -1,4 +1,7 @@
-"""Promise 3, while the store cannot be written: a held log-out is refused by every worker, whatever becomes of one."""
+"""Promise 3, while the store cannot be written: all workers refuse a token whose log-out is queued in memory.
+
+Also when the worker that took the log-out is killed or replaced.
+"""
 
 import os
 import resource
@@ -21,15 +24,15 @@ TABLES = "[tokens]\nper_user = 0"
 
 @contextmanager
 def two_workers(directory: Path) -> Iterator[Server]:
-    """Serve with two workers, both of which are there."""
+    """Serve with two workers, and wait until both have started."""
     with serving(write_config(directory, TABLES), "--workers", "2") as server:
-        until(lambda: len(server.events("started")) == 2, "both serve")
+        until(lambda: len(server.events("started")) == 2, "both workers serve")
         yield server
 
 
 @contextmanager
 def connected(server: Server, pid: int) -> Iterator[Connection]:
-    """Connect to one worker: the others are stopped until it has answered."""
+    """Connect to one worker. The others are suspended until it has answered."""
     others = [other for other in workers_of(server) if other != pid]
     for other in others:
         os.kill(other, signal.SIGSTOP)
@@ -44,7 +47,6 @@ def connected(server: Server, pid: int) -> Iterator[Connection]:
 
 
 def accepted_by(server: Server, token: str) -> Sequence[int]:
-    """List the workers that accept a token."""
     found = []
     for pid in workers_of(server):
         with connected(server, pid) as connection:
@@ -54,18 +56,18 @@ def accepted_by(server: Server, token: str) -> Sequence[int]:
 
 
 def fill_the_disk(server: Server, database: Path) -> None:
-    """Let no file grow: the log of writes is the longest."""
+    """Keep files from growing. The write-ahead log is the longest file."""
     limit_files(server, database.with_name(database.name + "-wal").stat().st_size)
 
 
 def limit_files(server: Server, size: int) -> None:
-    """Limit the size of what the server writes."""
+    """Limit the size of the files that the server writes."""
     for pid in (server.process.pid, *workers_of(server)):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def hold_a_log_out(server: Server, directory: Path) -> tuple[str, str, int]:
-    """Fill the disk and log out at one worker; return that token, another one, and the worker."""
+    """Fill the disk and log out at one worker. Return the revoked token, another token and the worker's PID."""
     with Connection(server.port) as connection:
         ended, kept, *_ = [connection.log_in() for _ in range(30)]
     holder, other = workers_of(server)
@@ -74,15 +76,15 @@ def hold_a_log_out(server: Server, directory: Path) -> tuple[str, str, int]:
         assert there.valid(ended)
         fill_the_disk(server, directory / "tokenauth.db")
         here.log_out(ended)
-        until(lambda: not there.valid(ended), "the other worker refuses it", 1)
+        until(lambda: not there.valid(ended), "the other worker refuses the token", 1)
         assert there.valid(kept)
         assert not here.valid(ended)
-    until(lambda: len(server.events("revocation_held_in_memory")) == 1, "one worker says that it holds it")
+    until(lambda: len(server.events("revocation_held_in_memory")) == 1, "one worker logs that it holds the revocation")
     return ended, kept, holder
 
 
 def is_written(config: Path, tokens: Sequence[str]) -> list[bool]:
-    """Whether each token is refused by a server that knows only what is written."""
+    """Whether a new server, which knows only the database, refuses each token."""
     with worker(config) as server, Connection(server.port) as connection:
         return [not connection.valid(token) for token in tokens]
 
@@ -91,7 +93,7 @@ def test_a_queued_logout_survives_kill_reload_and_stop(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         ended, kept, holder = hold_a_log_out(server, tmp_path)
         os.kill(holder, signal.SIGKILL)
-        until(lambda: len(server.events("started")) == 3, "it is replaced")
+        until(lambda: len(server.events("started")) == 3, "the worker is replaced")
         assert accepted_by(server, ended) == []
         before = set(workers_of(server))
         server.process.send_signal(signal.SIGHUP)
@@ -101,7 +103,7 @@ def test_a_queued_logout_survives_kill_reload_and_stop(tmp_path: Path) -> None:
         assert accepted_by(server, ended) == []
         assert sorted(accepted_by(server, kept)) == sorted(workers_of(server))
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: refuses(server), "nobody listens any more")
+        until(lambda: refuses(server), "the port is closed")
         with pytest.raises(subprocess.TimeoutExpired):
             server.process.wait(1)
         limit_files(server, resource.RLIM_INFINITY)
@@ -112,19 +114,19 @@ def test_a_queued_logout_survives_kill_reload_and_stop(tmp_path: Path) -> None:
     assert is_written(tmp_path / "config.toml", [ended, kept]) == [True, False]
 
 
-@pytest.mark.faults  # three processes more; what the log says is in tests/unit/test_revocation_queue.py
+@pytest.mark.faults  # starts three more processes; tests/unit/test_revocation_queue.py checks the log lines
 def test_revocations_never_written_are_logged_once(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         hold_a_log_out(server, tmp_path)
         (held,) = server.events("revocation_held_in_memory")
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: refuses(server), "nobody listens any more")
+        until(lambda: refuses(server), "the port is closed")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 1
         assert [event["id"] for event in server.events("revocation_lost")] == [held["id"]]
 
 
-@pytest.mark.faults  # it lasts as long as the lock
+@pytest.mark.faults  # takes as long as the lock
 def test_sigterm_under_a_lock_of_six_seconds_loses_nothing(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server, Connection(server.port) as connection:
         ended, kept = connection.log_in(), connection.log_in()

@@ -1,4 +1,4 @@
-"""Promise 3, for users: SIGHUP to `tokenauth serve` ends the tokens of who was removed, and refuses no request."""
+"""Promise 3, for users: SIGHUP to `tokenauth serve` ends the tokens of removed users, and refuses no request."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def reload(server: Server, workers: int) -> None:
 
 
 def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None:
-    """While that happens, every request is answered, over kept connections and over new ones."""
+    """Meanwhile every request is answered, over open connections and over new ones."""
     pool = "[pools.p]\ncapacity = 9\nprefill = true\n"
     config = write_config(tmp_path, pool)
     with ExitStack() as stack, serving(config, "--workers", "2") as server:
@@ -37,13 +37,14 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
             ann = connection.log_in("ann", "ann-secret")
             bob = connection.log_in("bob", "bob-secret")
         slow = {token: stack.enter_context(half_a_lease(server, token)) for token in (admin, ann, bob)}
-        kept = [stack.enter_context(Connection(server.port)) for _ in range(1)]
+        kept = stack.enter_context(Connection(server.port))
 
-        def probe_over_a_kept_connection(number: int) -> None:
+        def probe_over_an_open_connection() -> None:
+            nonlocal kept
             try:
-                assert kept[number].valid(admin)
-            except Closed:  # the server said so before anything was sent: nothing is lost
-                kept[number] = stack.enter_context(Connection(server.port))
+                assert kept.valid(admin)
+            except Closed:  # before anything was sent: no request was lost
+                kept = stack.enter_context(Connection(server.port))
 
         def probe_over_a_new_connection() -> None:
             with Connection(server.port) as connection:
@@ -53,19 +54,16 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
         start = without_bob.index("$argon2id", without_bob.index('"ann"'))
         new = without_bob[:start] + NEW_HASH + without_bob[without_bob.index('"', start) :]
         write_config(tmp_path, pool, users=new)
-        with (
-            background(lambda: probe_over_a_kept_connection(0)),
-            background(probe_over_a_new_connection),
-        ):
+        with background(probe_over_an_open_connection), background(probe_over_a_new_connection):
             server.process.send_signal(signal.SIGHUP)
-            until(lambda: not any(valid_somewhere(server, token) for token in (ann, bob)), "they are refused", 2)
+            until(lambda: not any(valid_somewhere(server, token) for token in (ann, bob)), "both are refused", 2)
             until(lambda: len(server.events("configuration_reloaded")) == 1, "the new workers serve")
-        assert server.events("stopped") == [], "the old workers wait for slow requests"
+        assert server.events("stopped") == [], "the old workers must wait for slow requests"
         for token, code in [(admin, b"201"), (ann, b"401"), (bob, b"401")]:
             slow[token].sendall(b"}")
             assert slow[token].recv(65536)[9:12] == code
         until(lambda: len(server.events("stopped")) == 2, "the old workers ended")
-        for _ in range(10):  # whichever worker answers
+        for _ in range(10):  # either worker may answer
             with Connection(server.port) as connection:
                 assert connection.valid(admin)
                 assert not connection.valid(ann)
@@ -83,7 +81,7 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
 
 @contextmanager
 def half_a_lease(server: Server, token: str) -> Iterator[socket.socket]:
-    """Have the server wait for the rest of a request whose token it has accepted."""
+    """Send half of a request whose token is valid, and yield the connection."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         head = f"POST /api/pools/p/leases HTTP/1.1\r\nHost: x\r\nX-Token: {token}\r\nContent-Length: 2\r\n"
         connection.sendall(f"{head}Expect: 100-continue\r\n\r\n{{".encode())
@@ -92,7 +90,7 @@ def half_a_lease(server: Server, token: str) -> Iterator[socket.socket]:
 
 
 def valid_somewhere(server: Server, token: str) -> bool:
-    """Whether any of the workers that take new connections takes a token."""
+    """Whether any worker that accepts connections accepts the token."""
     for _ in range(4):
         with Connection(server.port) as connection:
             if connection.ask("GET", f"/api/token?token={token}", Connection="close").json()["valid"]:
@@ -102,7 +100,7 @@ def valid_somewhere(server: Server, token: str) -> bool:
 
 @pytest.fixture(scope="module")
 def one_worker(directory: Path) -> Iterator[Server]:
-    """Serve with one worker; every test leaves it with the users that it started with."""
+    """Serve with one worker. Every test leaves its users unchanged."""
     with serving(write_config(directory)) as server:
         yield server
 
@@ -128,11 +126,11 @@ def test_a_reload_that_fails_changes_nothing_and_is_logged(
         write_config(directory, tables, users=users)
     before = len(failures(one_worker))
     one_worker.process.send_signal(signal.SIGHUP)
-    until(lambda: len(failures(one_worker)) > before, "the reason in the log")
+    until(lambda: len(failures(one_worker)) > before, "the failure is logged")
     assert why in failures(one_worker)[before]["detail"]
     with Connection(one_worker.port) as connection:
         assert connection.valid(token)
-        until(lambda: can_log_in(one_worker, "bob"), "the old users")
+        until(lambda: can_log_in(one_worker, "bob"), "the old users can log in")
     assert one_worker.events("configuration_reloaded") == []
     assert len(one_worker.events("started")) == 1
 
@@ -150,12 +148,11 @@ def test_a_replaced_worker_ignores_unloaded_edits(one_worker: Server, directory:
 
 
 def failures(server: Server) -> list[dict[str, Any]]:
-    """Return the log lines about reloads that failed."""
+    """Return the log events of failed reloads."""
     return [*server.events("configuration_refused"), *server.events("reload_failed")]
 
 
 def can_log_in(server: Server, username: str) -> bool:
-    """Whether a user's password is right."""
     with Connection(server.port) as connection:
         login = {"username": username, "password": f"{username}-secret"}
         return connection.ask("POST", "/api/token", login).status == 200

@@ -1,4 +1,4 @@
-"""Promise 3: revoked is refused, by every worker of the machine at once."""
+"""Promise 3: every worker of the machine refuses a revoked token at once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +14,12 @@ TIMES = 100
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Let a user have five tokens, so that one more evicts one."""
+    """Allow five tokens per user, so that the sixth evicts the oldest."""
     return "[tokens]\nper_user = 5"
 
 
 def test_the_other_worker_refuses_on_its_next_request(here: Connection, there: Connection) -> None:
-    """The other worker has the token in its cache, each time. With more workers, under load: `tests/system/faults`."""
+    """Each time the other worker has the token in its cache. `tests/system/faults` tests more workers under load."""
     for number in range(TIMES):
         token = here.log_in()
         assert there.valid(token), f"round {number}"
@@ -60,7 +60,7 @@ def _by_command(here: Connection, tokens: list[str], config: Path) -> None:
 def test_every_way_to_end_tokens_reaches_all_workers(
     here: Connection, there: Connection, config_file: Path, end: Callable[[Connection, list[str], Path], None]
 ) -> None:
-    """Both workers have all of the user's tokens in their caches; other users' tokens stay."""
+    """Both workers have all of the user's tokens in their caches. Other users' tokens stay valid."""
     other = here.log_in("ann", "ann-secret")
     here.ask("DELETE", "/api/tokens", X_Token=here.log_in("bob", "bob-secret"))
     tokens = [here.log_in("bob", "bob-secret") for _ in range(3)]
@@ -72,9 +72,7 @@ def test_every_way_to_end_tokens_reaches_all_workers(
     assert there.valid(other)
 
 
-def test_of_more_tokens_than_a_user_may_have_the_oldest_end(
-    here: Connection, there: Connection, clock: HandClock
-) -> None:
+def test_tokens_beyond_per_user_evict_the_oldest_ones(here: Connection, there: Connection, clock: HandClock) -> None:
     tokens = []
     for _ in range(9):
         clock.advance(1)

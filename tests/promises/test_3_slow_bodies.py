@@ -1,4 +1,4 @@
-"""Promise 3, for requests whose body is slow: a token that is revoked meanwhile is refused when it is complete."""
+"""Promise 3, for slow bodies: a token that is revoked before the body is complete is refused."""
 
 import socket
 from collections.abc import Iterator
@@ -19,32 +19,30 @@ PARTS: dict[str, tuple[bytes, bytes]] = {
     "a chunk": (CHUNKED + b"7\r\n" + BODY[:7] + b"\r\n", b"c\r\n" + BODY[7:] + b"\r\n0\r\n\r\n"),
     "all but the end": (CHUNKED + b"13\r\n" + BODY + b"\r\n", b"0\r\n\r\n"),
 }
-"""What is sent of a body before the token is revoked, and after it."""
+"""The part of a body that is sent before the token is revoked, and the part after it."""
 
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Have a pool to lease from."""
     return "[pools.p]\ncapacity = 100\nprefill = true\n[pools.p2]\n"
 
 
 @pytest.fixture
 def slow(server: Server, clock: HandClock) -> Iterator[socket.socket]:
-    """Connect for a slow request."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         yield connection
 
 
 @pytest.mark.parametrize("sent", PARTS)
 @pytest.mark.parametrize("revoked", [True, False], ids=["revoked", "live"])
-def test_a_slow_request_counts_when_it_is_complete(
+def test_the_token_is_checked_when_the_body_is_complete(
     here: Connection, there: Connection, slow: socket.socket, sent: str, revoked: bool
 ) -> None:
     """The token is revoked by another worker."""
     token = here.log_in()
     begin, end = PARTS[sent]
     slow.sendall(b"POST /api/pools/p/leases HTTP/1.1\r\nHost: x\r\nX-Token: %s\r\n" % token.encode() + begin)
-    assert here.valid(token)  # this worker has read the other request by now, if not all of its body
+    assert here.valid(token)  # by now this worker has read the beginning of the slow request
     if revoked:
         there.log_out(token)
     slow.sendall(end)

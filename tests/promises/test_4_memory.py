@@ -1,4 +1,4 @@
-"""Promise 4, without memory: 503 or a closed connection, and never the client's fault or an answer that is wrong."""
+"""Promise 4, out of memory: 503 or a closed connection, never a 4xx or a wrong answer."""
 
 import os
 import resource
@@ -30,7 +30,7 @@ def _virtual(pid: int) -> int:
 
 
 def _ask(server: Server, tokens: list[str]) -> tuple[Counter[str], set[str]]:
-    """End tokens with bodies of 60 KB, and ask other things; return the statuses, and the tokens that were ended."""
+    """Revoke tokens with bodies of 60 KB and send other requests. Return the statuses and the revoked tokens."""
     statuses: Counter[str] = Counter()
     ended = set()
     for token in tokens:
@@ -53,7 +53,7 @@ def _ask(server: Server, tokens: list[str]) -> tuple[Counter[str], set[str]]:
     return statuses, ended
 
 
-@pytest.mark.faults  # much of it is waiting
+@pytest.mark.faults  # slow: it mostly waits
 def test_a_worker_out_of_memory_answers_503_and_recovers(tmp_path: Path) -> None:
     """Its address space may not grow, while a dozen clients send large bodies."""
     with worker(write_config(tmp_path, "[tokens]\nper_user = 0")) as server:
@@ -69,6 +69,6 @@ def test_a_worker_out_of_memory_answers_503_and_recovers(tmp_path: Path) -> None
         assert statuses <= {*fine, "/auth 401", "closed"}
         assert os.path.exists(f"/proc/{pid}")
         with Connection(server.port) as connection:
-            until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready again")
+            until(lambda: connection.ask("GET", "/readyz").status == 200, "the worker is ready again")
             for token in set().union(*(ended for _, ended in results)):
                 assert not connection.valid(token)

@@ -1,4 +1,4 @@
-"""Promise 4: "the store is down" is never said as "invalid": it is 503 with Retry-After."""
+"""Promise 4: a broken store is 503 with Retry-After, never "invalid"."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ PERMITS = "[pools.permits]\ncapacity = {}\nprefill = true"
 
 
 def is_outage(answer: Answer) -> bool:
-    """Whether an answer says that the store is down, in the form that promise 4 gives it."""
+    """Whether this is the answer to an outage of the store, in the form that promise 4 states."""
     if answer.status != 503:
         return False
     assert int(answer.headers["retry-after"]) >= 1
@@ -35,9 +35,9 @@ def is_outage(answer: Answer) -> bool:
     return True
 
 
-@pytest.mark.faults  # it lasts as long as a writer waits for the lock
+@pytest.mark.faults  # takes as long as a writer waits for the lock
 def test_a_locked_store_refuses_no_valid_token(tmp_path: Path) -> None:
-    """While it lasts, validation goes on, a login waits and gets 503, and a log-out is held and written later."""
+    """Validation continues, a login waits and gets 503, and a log-out is queued and written later."""
     config = write_config(tmp_path)
     with (
         workers(config, None, 2) as servers,
@@ -65,14 +65,14 @@ def test_a_locked_store_refuses_no_valid_token(tmp_path: Path) -> None:
             assert "`fuser -v " in event["reason"]
             assert event["reason"] in here.ask("GET", "/readyz").json()["reason"]
         assert servers[1].events("revocation_held_in_memory")
-        until(lambda: not here.valid(ended), "the other worker refuses what was revoked meanwhile")
+        until(lambda: not here.valid(ended), "the other worker refuses the token that was revoked during the outage")
         assert not there.valid(ended)
         assert here.valid(kept)
         assert there.valid(here.log_in())
 
 
 def test_a_full_disk_refuses_no_token_and_keeps_revocations(tmp_path: Path) -> None:
-    """A limit on the size of files simulates the full disk; the log has room below it."""
+    """A limit on the size of files simulates the full disk. The log file is smaller than the limit."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     with worker(config) as server, Connection(server.port) as connection:
         tokens = [connection.log_in() for _ in range(50)]
@@ -100,7 +100,7 @@ def test_a_full_disk_refuses_no_token_and_keeps_revocations(tmp_path: Path) -> N
 
 
 def test_readyz_fails_while_the_store_cannot_be_written(tmp_path: Path) -> None:
-    """Logins fail then: /readyz gives the reason, and recovers afterwards."""
+    """It gives the reason, and succeeds again when the store can be written again."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         connection.log_in()
         room = (tmp_path / "tokenauth.db-wal").stat().st_size
@@ -113,23 +113,23 @@ def test_readyz_fails_while_the_store_cannot_be_written(tmp_path: Path) -> None:
         assert (answer.status, answer.json()["status"]) == (503, "not ready")
         assert answer.json()["reason"]
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready again without a write")
+        until(lambda: connection.ask("GET", "/readyz").status == 200, "ready again without a write")
         connection.log_in()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_disk_with_room_for_a_probe_only_is_full(tmp_path: Path, rows: int) -> None:
-    """One row fits and a login does not: it is not ready then, and nothing says that it can be written again."""
+    """A probe's row fits but a login does not: the worker stays not ready, and logs no recovery."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         connection.log_in()
         room = (tmp_path / "tokenauth.db-wal").stat().st_size + rows * 2200
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         until(lambda: is_outage(connection.ask("POST", "/api/token", LOGIN)), "the room is used up")
-        until(lambda: connection.ask("GET", "/readyz").status == 503, "it is known to be full")
+        until(lambda: connection.ask("GET", "/readyz").status == 503, "the worker is not ready")
         for _ in range(20):
             assert is_outage(connection.ask("POST", "/api/token", LOGIN))
             assert connection.ask("GET", "/readyz").status == 503
-        until(lambda: len(server.events("login_refused")) > 20, "each login that was refused left a line")
+        until(lambda: len(server.events("login_refused")) > 20, "each refused login is logged")
         assert len(server.events("store_not_writable")) == 1
         assert not server.events("store_writable_again")
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -138,12 +138,12 @@ def test_a_disk_with_room_for_a_probe_only_is_full(tmp_path: Path, rows: int) ->
 
 
 def test_a_worker_serves_although_its_pool_is_not_filled(tmp_path: Path) -> None:
-    """And leases nothing: that would need a write."""
+    """It leases nothing from the pool, since a lease is a write."""
     config = write_config(tmp_path, PERMITS.format(1))
     database = tmp_path / "tokenauth.db"
     with worker(config) as first, Connection(first.port) as here, closing(sqlite3.connect(database)) as reader:
         _checkpoint(database)
-        reader.execute("BEGIN")  # keeps the write-ahead log from starting over, which would make room
+        reader.execute("BEGIN")  # keeps SQLite from restarting the write-ahead log, which would free space
         reader.execute("SELECT count(*) FROM tokens").fetchone()
         token = here.log_in()
         write_config(tmp_path, PERMITS.format(50))
@@ -214,7 +214,7 @@ def _delete_index(database: Path) -> None:
     ],
 )
 def test_a_damaged_store_is_503_for_every_token(tmp_path: Path, harm: Callable[[Path], None]) -> None:
-    """It looks every second. Until it is noticed answers may be right; wrong they never are."""
+    """The worker checks the files every second. Until it notices, answers may be correct, but never wrong."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         tokens = [connection.log_in() for _ in range(50)]
         assert connection.valid(tokens[0])
@@ -236,7 +236,7 @@ def test_a_damaged_store_is_503_for_every_token(tmp_path: Path, harm: Callable[[
         assert is_outage(connection.ask("DELETE", "/api/tokens", X_Token=tokens[1]))
         connection.log_out(tokens[2])
         assert server.events("revocation_held_in_memory")
-        assert is_outage(connection.ask("GET", f"/api/token?token={tokens[2]}")), "not known to be valid, nor invalid"
+        assert is_outage(connection.ask("GET", f"/api/token?token={tokens[2]}")), "must be neither valid nor invalid"
         ready = connection.ask("GET", "/readyz")
         assert (ready.status, ready.json()["status"]) == (503, "not ready")
         assert ready.json()["reason"]
@@ -245,7 +245,7 @@ def test_a_damaged_store_is_503_for_every_token(tmp_path: Path, harm: Callable[[
 
 
 def test_a_start_leaves_a_foreign_file_unchanged(tmp_path: Path) -> None:
-    """One clear line, and no empty database in its place."""
+    """It prints one clear line, and does not replace the file by an empty database."""
     write_config(tmp_path)
     (tmp_path / "tokenauth.db").write_bytes(b"garbage!" * 1024)
     done = run(tmp_path, "serve", "--port", "0")
@@ -256,7 +256,7 @@ def test_a_start_leaves_a_foreign_file_unchanged(tmp_path: Path) -> None:
 
 
 async def test_a_stop_retries_its_queue_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says what is lost. Here a writer waits for the lock for longer than that."""
+    """It logs each lost revocation. Here the lock is held for longer than the limit."""
     monkeypatch.setattr("tokenauth.revocation_queue._MIN_CLOSE_TIME", 0.05)
     service = create_service(loader.load(write_config(tmp_path)))
     async with service.running():
@@ -270,7 +270,7 @@ async def test_a_stop_retries_its_queue_for_a_bounded_time(tmp_path: Path, monke
 
 
 def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
-    """It often lies on the same full disk."""
+    """The log is often on the same full disk."""
     config = write_config(tmp_path)
     port = free_port()
     command: list[str | Path] = [

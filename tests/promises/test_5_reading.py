@@ -12,18 +12,17 @@ from tests.support.servers import Server, worker, write_config
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Let a user have any number of tokens."""
     return "[tokens]\nper_user = 0"
 
 
 def content(directory: Path) -> dict[str, tuple[bytes, int]]:
-    """Read what the database's files hold and when they were written; -shm is memory that readers share."""
+    """Return the content and the modification time of the database's files, without the shared memory in -shm."""
     files = (directory / "tokenauth.db", directory / "tokenauth.db-wal")
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
 def test_validation_never_writes(server: Server, directory: Path) -> None:
-    """Neither for a valid token nor for an unknown one, also when it was not in the cache."""
+    """Neither for valid nor for unknown tokens, cached or not."""
     with Connection(server.port) as connection:
         tokens = [connection.log_in() for _ in range(20)]
         connection.log_out(tokens.pop())
@@ -39,7 +38,7 @@ def test_validation_never_writes(server: Server, directory: Path) -> None:
 
 @pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
 def test_validation_never_waits_for_a_writer(server: Server, directory: Path, lock: str) -> None:
-    """Another process holds the write lock, and a login in this one waits for it all the while."""
+    """Another process holds the write lock, and a login in this worker waits for it."""
     with Connection(server.port) as connection, Connection(server.port) as waiting, ThreadPoolExecutor(1) as other:
         tokens = [connection.log_in() for _ in range(50)]
         assert connection.valid(tokens[0])
@@ -49,17 +48,17 @@ def test_validation_never_waits_for_a_writer(server: Server, directory: Path, lo
                 assert connection.valid(token)
                 assert connection.ask("GET", "/api/me", X_Token=token).status == 200
                 assert not connection.valid(token[::-1])
-            assert not login.done(), "whatever waits for the lock is still waiting"
-        assert login.result().status == 200, "it gets its turn when the lock is free"
+            assert not login.done(), "the login must still wait for the lock"
+        assert login.result().status == 200, "the login must succeed once the lock is free"
 
 
-def test_a_long_foreign_read_does_not_stop_a_worker(tmp_path: Path) -> None:
-    """A backup that keeps a snapshot open holds up neither logins nor probes."""
+def test_a_long_read_by_others_does_not_block_a_worker(tmp_path: Path) -> None:
+    """A backup that keeps a snapshot open blocks neither logins nor probes."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         first = connection.log_in()
         with locked(tmp_path / "tokenauth.db", "DEFERRED") as backup:
             assert backup.execute("SELECT count(*) FROM tokens").fetchone() == (1,)
             later = connection.log_in()
             connection.log_out(first)
-            until(lambda: connection.valid(later) and not connection.valid(first), "its own writes are seen")
+            until(lambda: connection.valid(later) and not connection.valid(first), "the worker sees its own writes")
             assert backup.execute("SELECT count(*) FROM tokens").fetchone() == (1,)

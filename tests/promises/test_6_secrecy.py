@@ -1,6 +1,6 @@
-"""Promise 6: no token or password is in the database, a log, a metric or an error.
+"""Promise 6: the database, logs, metrics and errors contain no token and no password.
 
-Pool tokens are leased again, so the database has them; a log or an error does not.
+Tokens of pools are leased again, so the database stores them. Logs and errors do not contain them.
 """
 
 import base64
@@ -23,7 +23,7 @@ from tests.support.journal import serving
 from tests.support.servers import Server, worker, write_config
 
 TOKENS = 40
-# What people type, with all that encodings write differently.
+# What people may type, with characters that encodings write differently.
 PASSWORD = 'c4nary "p\u00e4ss/w\u00f6rd" +1 <&\\>'
 WRONG = 'wr0ng "p\u00e4ss/w\u00f6rd" +2 <&\\>'
 AS_NAME = 'typed "\u00efn/the" name f\u00efeld <&\\>'
@@ -31,19 +31,19 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
 def forms(secret: str) -> set[bytes]:
-    """Return a secret in every encoding in which it could appear."""
+    """Return a secret in each encoding in which it could leak."""
     raw = secret.encode()
     texts = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), raw.hex(), raw.decode("latin-1")}
     texts |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1]}
     found = {text.encode() for text in texts} | {secret.encode("utf-16-le"), repr(raw)[2:-1].encode()}
-    for shift in range(3):  # base64 of any text that contains the secret
+    for shift in range(3):  # base64 of a text that contains the secret at any offset
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             found.add(encode(b"\0" * shift + raw)[4:-4])
     return found
 
 
 def requests_with(token: str) -> Iterator[bytes]:
-    """Write requests that carry a token in every place, to every address, right and wrong."""
+    """Return valid and invalid requests to every address that carry a token in every place."""
     for target in (
         "/api/token", "/api/me", "/api/tokens", f"/api/tokens/{token}", "/healthz", "/readyz", f"/{token}",
         "/auth", f"/auth/{token}", f"/docs/{token}", "/oauth/introspect", "/oauth/token", f"/oauth/{token}",
@@ -53,7 +53,7 @@ def requests_with(token: str) -> Iterator[bytes]:
             for query in ("", f"?token={token}", f"?token={token}&token=x", f"?keep={token}", f"?user={token}"):
                 ends = target == "/api/token" or (target == "/api/tokens" and query[:5] in {"", "?toke"})
                 if method == "DELETE" and ends:
-                    continue  # the token would be of no use for what follows
+                    continue  # the next requests need the token
                 yield f"{method} {target}{query} HTTP/1.1\r\nHost: x\r\nX-Token: {token}\r\n\r\n".encode()
         for header in (
             f"Authorization: Bearer {token}",
@@ -76,7 +76,7 @@ def requests_with(token: str) -> Iterator[bytes]:
 
 
 def broken_requests_with(token: str) -> Iterator[bytes]:
-    """Write requests that are not HTTP, or are cut off in the middle."""
+    """Return requests that are not valid HTTP or are cut off in the middle."""
     yield f"GET /api/token?token={token} HTTP/9.9\r\n\r\n".encode()
     yield f"{token} / HTTP/1.1\r\n\r\n".encode()
     yield f"GET /api/token?token={token} HTTP/1.1\r\nX-Token {token}\r\n\r\n".encode()
@@ -91,18 +91,18 @@ def provoke(server: Server, tokens: list[str]) -> list[Answer]:
     connection = Connection(server.port)
     for request in requests_with(tokens[0]):
         if request.startswith(b"HEAD"):
-            continue  # its answers have a length and no body: read by none of our clients
+            continue  # the test's client cannot read answers that have a length and no body
         answers.append(connection.send(request))
     for request in broken_requests_with(tokens[1]):
         with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
             raw.sendall(request)
-            with suppress(OSError):  # it may have been answered and closed already
+            with suppress(OSError):  # the server may have answered and closed the connection already
                 raw.shutdown(socket.SHUT_WR)
             answers.append(Answer(0, raw.recv(65536), b""))
     for name, password in [
         ("ann", PASSWORD + "x"),
         ("ann", WRONG),
-        ("nobody", WRONG),
+        ("unknown", WRONG),
         (AS_NAME, WRONG),
         (AS_NAME, ""),
         ("ann", WRONG * 40),
@@ -117,7 +117,7 @@ def provoke(server: Server, tokens: list[str]) -> list[Answer]:
 
 
 def requests_for(token: str) -> Iterator[tuple[str, str, object]]:
-    """Write requests that have a pool's token in every place, right and wrong."""
+    """Return valid and invalid requests that have a pool's token in every place."""
     pool = "/api/pools/canaries"
     for spelt in (token, token[:-1], "".join(f"%{ord(letter):02x}" for letter in token), f"{token}/{token}", token * 5):
         for target in (f"{pool}/leases/{spelt}", f"{pool}/tokens/{spelt}", f"{pool}/{spelt}", f"/api/pools/{spelt}"):
@@ -141,41 +141,43 @@ def requests_for(token: str) -> Iterator[tuple[str, str, object]]:
     yield "DELETE", f"{pool}/tokens/{token[::-1]}", None
 
 
-def lend(server: Server, session: str, tokens: list[str], database: Path | None) -> list[Answer]:
-    """Use a pool in every way, and add its tokens to `tokens`; in the end, perhaps, with its table gone."""
+def use_pool(server: Server, session: str, tokens: list[str], database: Path | None) -> list[Answer]:
+    """Use a pool in every way, and add its tokens to `tokens`. With `database`, the table is gone in the end."""
     answers = []
     with Connection(server.port) as connection:
         answers.append(connection.ask("POST", "/api/pools/canaries/tokens", {"count": 20}, X_Token=session))
         tokens += answers[-1].json()["tokens"]
         for _ in range(10):
             answers.append(connection.ask("POST", "/api/pools/canaries/leases", {"holder": "ci-7"}, X_Token=session))
-        lent = answers[-1].json()["token"]
+        leased = answers[-1].json()["token"]
         answers.append(connection.ask("DELETE", f"/api/pools/canaries/tokens/{tokens[-1]}", X_Token=session))
         if database is not None:
             with sqlite3.connect(database) as db:
                 db.execute("ALTER TABLE pool_tokens RENAME TO broken_too")
             db.close()
-        for method, target, body in requests_for(lent):
-            answers.append(connection.ask(method, target, body, X_Token=session, X_Request_Id=lent, User_Agent=lent))
+        for method, target, body in requests_for(leased):
+            answers.append(
+                connection.ask(method, target, body, X_Token=session, X_Request_Id=leased, User_Agent=leased)
+            )
     with Connection(server.port) as connection:
-        request = f"PUT /api/pools/canaries/leases/{lent} HTTP/9.9\r\nX-Token: {lent}\r\n\r\n"
+        request = f"PUT /api/pools/canaries/leases/{leased} HTTP/9.9\r\nX-Token: {leased}\r\n\r\n"
         answers.append(connection.send(request.encode()))
     return answers
 
 
 class Aftermath(NamedTuple):
-    """What is left: files, the tokens of users and of a pool, and all answers."""
+    """The files, the tokens of users and of a pool, and all answers."""
 
     directory: Path
     tokens: list[str]
     answers: list[Answer]
-    lent: list[str]
-    of_lending: list[Answer]
+    pool_tokens: list[str]
+    pool_answers: list[Answer]
 
 
 @pytest.fixture(scope="module")
 def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
-    """Do everything that could leave a trace, the last of it with the database gone; then end with kill -9."""
+    """Send everything that could leave a trace, twice: the second time with a broken database. End with kill -9."""
     directory = tmp_path_factory.mktemp("canaries")
     cheap = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash(PASSWORD)
     users = "[passwords]\nmemory_kib = 8\ntime_cost = 1\n"
@@ -184,40 +186,40 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
     )
     config = write_config(directory, "[server]\naccess_log = true\n[pools.canaries]", users)
     done = Aftermath(directory, [], [], [], [])
-    for harmed in (False, True):
+    for broken in (False, True):
         with serving(config, "--workers", "2") as server:
             with Connection(server.port) as connection:
-                mine = [connection.log_in("ben" if harmed else "ann", PASSWORD) for _ in range(TOKENS)]
+                mine = [connection.log_in("ben" if broken else "ann", PASSWORD) for _ in range(TOKENS)]
             done.tokens.extend(mine)
             database = directory / "tokenauth.db"
-            done.of_lending.extend(lend(server, mine[0], done.lent, database if harmed else None))
-            if harmed:
+            done.pool_answers.extend(use_pool(server, mine[0], done.pool_tokens, database if broken else None))
+            if broken:
                 with sqlite3.connect(database) as db:
                     db.execute("ALTER TABLE tokens RENAME TO broken")
                 db.close()
             done.answers.extend(provoke(server, mine))
-            if not harmed:
+            if not broken:
                 server.wait("token_revoked")  # a thread writes the log
             server.kill()
     return done
 
 
 def test_no_file_or_log_contains_a_token_or_password(aftermath: Aftermath) -> None:
-    """Database, write-ahead log, logs of all processes: no canary in any form."""
+    """Neither the database, nor the write-ahead log, nor the log of any process contains a canary in any form."""
     directory, tokens, *_ = aftermath
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert {"tokenauth.db", "tokenauth.db-wal", "server-0.log", "server-1.log"} <= {path.name for path in files}
     log = (directory / "server-0.log").read_text() + (directory / "server-1.log").read_text()
     for event in ("request", "login_failed", "token_issued", "token_revoked", "login_refused"):
-        assert f'"event":"{event}"' in log, "the canaries have been where they could have been logged"
+        assert f'"event":"{event}"' in log, "the canaries must have reached code that logs"
     for secret in (*tokens, PASSWORD, WRONG, AS_NAME):
         for form in forms(secret):
             assert not [path.name for path in files if form in path.read_bytes()], form
 
 
 def test_no_log_or_error_contains_a_pool_token(aftermath: Aftermath) -> None:
-    """The database has them in plain: they are leased again."""
-    directory, _, _, lent, of_lending = aftermath
+    """The database stores them in clear, since they are leased again."""
+    directory, _, _, pool_tokens, pool_answers = aftermath
     logs = b"".join(path.read_bytes() for path in directory.glob("server-*.log"))
     for route in (
         "",
@@ -228,20 +230,20 @@ def test_no_log_or_error_contains_a_pool_token(aftermath: Aftermath) -> None:
         "/{pool}/tokens/{token}",
     ):
         assert f'"route":"/api/pools{route}"'.encode() in logs
-    assert b'"event":"store_not_writable"' in logs, "the canaries have been where they could have been logged"
-    assert {answer.status for answer in of_lending} >= {200, 201, 204, 400, 404, 405, 409, 503}
-    errors = b"\n".join(answer.head + answer.body for answer in of_lending if answer.status >= 400)
+    assert b'"event":"store_not_writable"' in logs, "the canaries must have reached code that logs"
+    assert {answer.status for answer in pool_answers} >= {200, 201, 204, 400, 404, 405, 409, 503}
+    errors = b"\n".join(answer.head + answer.body for answer in pool_answers if answer.status >= 400)
     database = b"".join(path.read_bytes() for path in directory.glob("tokenauth.db*"))
-    assert len(lent) == 40
-    assert lent[0].encode() in database
-    for token in lent:
+    assert len(pool_tokens) == 40
+    assert pool_tokens[0].encode() in database
+    for token in pool_tokens:
         for form in forms(token):
             assert form not in logs, form
             assert form not in errors, form
 
 
 def test_no_later_answer_repeats_a_token_or_password(aftermath: Aftermath) -> None:
-    """Whatever was wrong with the request, from 400 to 503."""
+    """For every kind of refusal, from 400 to 503."""
     _, tokens, answers, *_ = aftermath
     assert {answer.status for answer in answers} >= {200, 400, 401, 403, 404, 405, 415, 429, 503}
     everything = b"\n".join(answer.head + answer.body for answer in answers)
@@ -251,7 +253,7 @@ def test_no_later_answer_repeats_a_token_or_password(aftermath: Aftermath) -> No
 
 
 def test_a_leaked_database_gives_no_login(tmp_path: Path) -> None:
-    """It holds a hash of each token's value, which is no token itself."""
+    """It stores the hash of a token's value, which is not accepted as a token."""
     with worker(write_config(tmp_path)) as server, Connection(server.port) as connection:
         token = connection.log_in()
         with sqlite3.connect(tmp_path / "tokenauth.db") as db:
@@ -264,7 +266,7 @@ def test_a_leaked_database_gives_no_login(tmp_path: Path) -> None:
                 assert connection.ask("GET", "/api/me", X_Token=text.encode("ascii", "ignore").decode()).status != 200
 
 
-def test_the_database_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_database(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     mask = os.umask(0)
     try:

@@ -21,57 +21,57 @@ PROXIED = '[server]\ntrusted_proxies = ["127.0.0.1"]'
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Believe this machine about which network a request is from."""
+    """Trust this machine's X-Forwarded-For."""
     return PROXIED
 
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every failed login be forgotten, so that tests do not meet."""
+    """Expire all failed logins, so that tests do not affect each other."""
     clock.advance(25 * 3600)
 
 
 def shipped() -> tuple[str, str]:
-    """Return the shipped user: its name and the hash of its password."""
+    """Return the name and the password hash of the user in the shipped configuration."""
     user = tomllib.loads(servers.shipped())["users"][0]
     return user["username"], user["password"]
 
 
 def with_default_cost(directory: Path) -> Path:
-    """Write a configuration that hashes passwords at the cost that tokenauth is shipped with."""
+    """Write a configuration with the default password cost."""
     name, hashed = shipped()
     risk = 'accept_risks = ["shipped_password"]'
     return write_config(directory, f"{PROXIED}\n{risk}", f'[[users]]\nusername = "{name}"\npassword = "{hashed}"\n')
 
 
 def attempt(connection: Connection, username: str, network: int) -> Answer:
-    """Try a wrong password from a network of its own."""
+    """Try a wrong password from network number `network`."""
     address = f"10.{network >> 8}.{network & 255}.1"
     wrong = {"username": username, "password": "not the password"}
     return connection.ask("POST", "/api/token", wrong, X_Forwarded_For=address)
 
 
 def without_date(answer: Answer) -> Answer:
-    """Leave out the one header that time changes."""
+    """Remove the only header that depends on the time."""
     return answer._replace(head=re.sub(rb"(?i)date: [^\r]*", b"date", answer.head))
 
 
 def test_wrong_name_and_password_get_identical_answers(server: Server) -> None:
     with Connection(server.port) as connection:
-        answers = {without_date(attempt(connection, name, 1)) for name in ("admin", "nobody", "ann", "ADMIN", "")}
+        answers = {without_date(attempt(connection, name, 1)) for name in ("admin", "unknown", "ann", "ADMIN", "")}
     assert len(answers) == 1
     answer = answers.pop()
     assert (answer.status, answer.body) == (401, b"invalid credentials")
 
 
 async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) -> None:
-    """One each, at the cost that tokenauth is shipped with. The time: `tests/system/faults/test_alike.py`."""
+    """One hash each, at the default cost. `tests/system/faults/test_alike.py` measures the time."""
     known, hashed = shipped()
     service = create_service(loader.load(with_default_cost(tmp_path)))
     costs = []
     with calls_of_threads() as calls:
         async with service.running():
-            for name in (known, "nobody", "a name with \u00e9", ""):
+            for name in (known, "unknown", "a name with \u00e9", ""):
                 calls.clear()
                 with pytest.raises(InvalidCredentials):
                     await service.tokens.issue(name, "not the password", "10.0.0.1", "")
@@ -80,7 +80,7 @@ async def test_wrong_name_and_wrong_password_cost_the_same_hash(tmp_path: Path) 
 
 
 async def test_unknown_names_cost_what_users_do_in_any_scheme(tmp_path: Path) -> None:
-    """Also of a client whose header has two readings. Each scheme and cost: `tests/unit/test_password_work.py`."""
+    """Also if the header can be decoded in two ways. `tests/unit/test_password_work.py` tests each scheme and cost."""
     cheap = [bcrypt.using(rounds=4), scrypt.using(rounds=4), argon2.using(memory_cost=8, time_cost=1, parallelism=1)]
     users = "".join(
         f'[[users]]\nusername = "user {number}"\npassword = "{each.hash("x")}"\n' for number, each in enumerate(cheap)
@@ -91,7 +91,7 @@ async def test_unknown_names_cost_what_users_do_in_any_scheme(tmp_path: Path) ->
     with calls_of_threads() as calls:
         async with service.running():
             for number in range(20):
-                for names, seen in ((["user {}", "user+{}"], known), (["nobody {}", "nobody+{}"], unknown)):
+                for names, seen in ((["user {}", "user+{}"], known), (["unknown {}", "unknown+{}"], unknown)):
                     claims = [
                         Candidate(name.format(number % 3 if seen is known else number), "wrong") for name in names
                     ]
@@ -106,10 +106,10 @@ async def test_unknown_names_cost_what_users_do_in_any_scheme(tmp_path: Path) ->
 
 
 def test_throttling_treats_known_and_unknown_names_alike(server: Server, clock: HandClock) -> None:
-    """The same tries at the same times: the same answers, and the same times to wait."""
+    """The same attempts at the same times get the same answers and the same Retry-After."""
     seen = []
     with Connection(server.port) as connection:
-        for number, name in enumerate(("ann", "nobody", "a name\twith\u00e9 oddities")):
+        for number, name in enumerate(("ann", "unknown", "a name\twith\u00e9 oddities")):
             answers = []
             for _ in range(6):
                 answers.append(without_date(attempt(connection, name, number)))
@@ -123,7 +123,7 @@ def test_throttling_treats_known_and_unknown_names_alike(server: Server, clock: 
 
 
 def test_failures_for_a_name_slow_no_other_client(server: Server) -> None:
-    """The owner of the name logs in from another network, and its tokens stay valid."""
+    """The owner of the name can log in from another network, and their tokens stay valid."""
     with Connection(server.port) as connection:
         token = connection.log_in()
         statuses = [attempt(connection, "admin", 1).status for _ in range(10)]

@@ -19,20 +19,19 @@ THREADS = 8
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Have a pool without bounds and one of a hundred."""
     return '[pools.any]\n[pools.hundred]\ncapacity = 100\ntoken_ttl = "5m"'
 
 
 @pytest.fixture
 def users(server: Server, sibling: Server) -> Iterator[list[PoolUser]]:
-    """Connect several users, each over its own connection to one of two workers."""
+    """Return eight users, each with its own connection to one of two workers."""
     with ExitStack() as stack:
         ports = (server.port, sibling.port) * (THREADS // 2)
         yield [PoolUser(stack.enter_context(Connection(port))) for port in ports]
 
 
 def at_once(users: list[PoolUser], work: Callable[[PoolUser], T]) -> list[T]:
-    """Have all users do something at the same moment."""
+    """Run `work` for all users at the same time."""
     barrier = Barrier(len(users))
 
     def begin(user: PoolUser) -> T:
@@ -44,7 +43,7 @@ def at_once(users: list[PoolUser], work: Callable[[PoolUser], T]) -> list[T]:
 
 
 def test_400_concurrent_assigns_lease_400_tokens(users: list[PoolUser]) -> None:
-    """The original of token-pool leased 299, some of them twice."""
+    """The original token-pool leased 299, some of them twice."""
     tokens = users[0].generate("any", 400)
     taken = at_once(users, lambda user: [user.assign("any") for _ in range(400 // THREADS)])
     leases = [lease for each in taken for lease in each]
@@ -64,7 +63,7 @@ def test_the_last_free_token_is_leased_once(users: list[PoolUser]) -> None:
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_capacity_100_never_allows_more_than_100_tokens(users: list[PoolUser], clock: HandClock, count: int) -> None:
-    """The originals made 101 and 105. Leased tokens count too, and a request is granted whole or not at all."""
+    """Two original services generated 101 and 105. Leased tokens count too, and `count` is all or nothing."""
     clock.advance(400)
 
     def fill(user: PoolUser) -> int:

@@ -1,4 +1,4 @@
-"""Promise 8: no two live leases of one token, never more than `capacity`, and fences only grow; nothing is lost."""
+"""Promise 8: no two live leases of one token, never more than `capacity`, fences only grow, no token is lost."""
 
 import pytest
 
@@ -12,10 +12,9 @@ REQUESTS = 3000
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Have the pools of a race."""
     return POOLS % {"lease_ttl": LEASE_TTL}
 
 
 def test_thirty_racing_holders_break_no_promise(server: Server, sibling: Server, clock: HandClock) -> None:
-    """The short form of `make faults`: time jumps while requests are under way, often to just before a lease ends."""
+    """A short version of `make faults`: the clock jumps during requests, often to just before a lease ends."""
     run_race([server.port, sibling.port], HandTime(clock), LEASE_TTL, REQUESTS)

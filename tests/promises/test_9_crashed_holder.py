@@ -1,4 +1,4 @@
-"""Promise 9: a crashed holder's token is free again when its lease ends, with no process having to notice."""
+"""Promise 9: a crashed holder's token is free again when its lease ends. No process has to notice the crash."""
 
 import signal
 import socket
@@ -18,7 +18,7 @@ from tests.support.pool_users import Lease, PoolUser, refusal
 from tests.support.servers import ROOT, HandClock, Server, worker, write_config
 
 LEASE_TTL = 60
-MOMENT = 1 / 1024
+TICK = 1 / 1024
 
 HOLDER = """
 import sys, time
@@ -31,13 +31,12 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Have a pool."""
     return f"[pools.any]\nlease_ttl = {LEASE_TTL}\nmanage_scope = 'write'"
 
 
 @pytest.fixture
 def ann(there: Connection) -> PoolUser:
-    """Be a user of one worker who finds a pool with one token in it."""
+    """Return a user of one worker, with one token in the pool."""
     user = PoolUser(there, "ann")
     user.empty("any")
     user.generate("any")
@@ -45,7 +44,7 @@ def ann(there: Connection) -> PoolUser:
 
 
 def row(directory: Path) -> tuple[Any, ...]:
-    """Read the one token that lies in the database."""
+    """Return the only pool token in the database."""
     with closing(sqlite3.connect(directory / "tokenauth.db")) as db:
         (found,) = db.execute("SELECT * FROM pool_tokens")
     return tuple(found)
@@ -54,33 +53,33 @@ def row(directory: Path) -> tuple[Any, ...]:
 def test_a_killed_holders_token_is_free_at_its_leases_end(
     server: Server, ann: PoolUser, clock: HandClock, directory: Path
 ) -> None:
-    """Nothing is written when it ends: the same row reads as free from then on."""
+    """Nothing is written when the lease ends: the unchanged row counts as free."""
     began = int(clock())
     command = [sys.executable, "-c", HOLDER, str(server.port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         token = holder.stdout.readline().strip()
         holder.send_signal(signal.SIGKILL)
-    lent = row(directory)
-    clock.set(began + LEASE_TTL - MOMENT)
+    leased = row(directory)
+    clock.set(began + LEASE_TTL - TICK)
     assert ann.call("POST", "/any/leases") == refusal("no_free_token")
     clock.set(began + LEASE_TTL)
     assert ann.counts("any") == (1, 0)
-    assert row(directory) == lent
+    assert row(directory) == leased
     assert ann.assign("any") == Lease(token, "ann", 2, began + 2 * LEASE_TTL, LEASE_TTL)
     assert ann.keep_alive("any", token, fence=1) == refusal("lease_lost")
 
 
 def test_an_unread_assign_is_free_at_its_leases_end(server: Server, ann: PoolUser, clock: HandClock) -> None:
-    """The holder does not learn of its lease: the connection is reset during the request."""
+    """The client resets the connection before it reads the answer, so it does not know its lease."""
     request = f"POST /api/pools/any/leases HTTP/1.1\r\nHost: x\r\nX-Token: {ann.token}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.sendall(request)
         until(lambda: ann.counts("any") == (0, 1), "the token is leased")
-    clock.advance(LEASE_TTL - MOMENT)
+    clock.advance(LEASE_TTL - TICK)
     assert ann.call("POST", "/any/leases") == refusal("no_free_token")
-    clock.advance(MOMENT)
+    clock.advance(TICK)
     assert ann.assign("any").fence == 2
 
 

@@ -1,4 +1,4 @@
-"""Raw keep-alive connections: they never retry, and know what was sent and what was answered."""
+"""Raw keep-alive connections. They never retry, and distinguish unsent from unanswered requests."""
 
 import select
 import socket
@@ -10,26 +10,25 @@ LOGIN = {"username": "admin", "password": "admin"}
 
 
 class Refused(Exception):
-    """No connection was made: nothing was sent."""
+    """The connection failed. Nothing was sent."""
 
 
 class Closed(Exception):
-    """The server had closed the connection, or said that it would, before anything was sent."""
+    """The server closed the connection, or announced that, before the request was sent."""
 
 
 class NoAnswer(Exception):
-    """A request was sent, and no whole answer came."""
+    """A request was sent, but no complete answer arrived."""
 
 
 class Answer(NamedTuple):
-    """What came back; the head as it was sent, for comparing bytes."""
+    """An answer. Its head is raw bytes, so that answers can be compared."""
 
     status: int
     head: bytes
     body: bytes
 
     def json(self) -> Any:
-        """Decode the body."""
         return msgspec.json.decode(self.body)
 
     @property
@@ -40,7 +39,7 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """One keep-alive connection without a client library: it never retries, and knows what it has sent."""
+    """One keep-alive connection without a client library. It never retries."""
 
     def __init__(self, port: int, timeout: float = 30) -> None:
         """Connect. Raises Refused."""
@@ -58,7 +57,6 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Disconnect."""
         self._socket.close()
 
     def ask(self, method: str, target: str, document: object = None, **headers: str) -> Answer:
@@ -100,13 +98,12 @@ class Connection:
         return str(answer.json()["token"])
 
     def valid(self, token: str) -> bool:
-        """Probe a token; anything but an answer to that is a failure."""
+        """Probe a token. Any status but 200 fails the test."""
         answer = self.ask("GET", f"/api/token?token={token}")
         assert answer.status == 200, answer
         return bool(answer.json()["valid"])
 
     def log_out(self, token: str) -> None:
-        """End a token."""
         assert self.ask("DELETE", "/api/token", {"token": token}).status == 200
 
 

@@ -1,7 +1,7 @@
-"""A small strict reader of HTTP/1.1 (RFC 9112), and a grammar of byte streams on which readers have disagreed.
+"""A small strict parser of HTTP/1.1 (RFC 9112), and a generator of byte streams on which parsers have disagreed.
 
-The reader knows nothing of the server and is slow on purpose. It is more lenient than the RFC where nobody can frame a
-request otherwise: several blanks in a request line, empty lines before it, and what stands in a chunk extension.
+The parser shares no code with the server and is simple instead of fast. It is more lenient than the RFC where that
+cannot change the framing: several spaces in a request line, empty lines before it, and text in a chunk extension.
 """
 
 import random
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Reading(NamedTuple):
-    """One request; a body of None has not come to its end."""
+    """One request. The body is None if it is incomplete."""
 
     method: bytes
     target: bytes
@@ -19,11 +19,11 @@ class Reading(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """What a stream of bytes says: requests, and whether all of it could be read."""
+    """The requests in a byte stream, and whether all of it could be parsed."""
 
     requests: list[Reading]
     valid: bool
-    """False if the next request, or the rest of the last one, is none."""
+    """False if the next request, or the rest of the last one, is malformed."""
 
 
 class _Invalid(Exception):
@@ -45,7 +45,7 @@ _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 
 def read(data: bytes) -> Stream:
-    """Read requests until one is incomplete, ends the connection, or cannot be framed for certain."""
+    """Parse requests until one is incomplete, ends the connection, or has ambiguous framing."""
     requests: list[Reading] = []
     at = 0
     try:
@@ -77,7 +77,7 @@ def _request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _line(data: bytes, at: int) -> tuple[bytes, int]:
-    """Return a line and where the next one begins; it ends with CRLF and has no other CR, LF or NUL."""
+    """Return a line and the offset of the next one. A line ends with CRLF and has no other CR, LF or NUL."""
     end = data.find(b"\r\n", at)
     line = data[at : len(data) if end < 0 else end]
     if re.search(rb"[\r\n\0](?!\Z)|[\n\0]", line) or (end >= 0 and b"\r" in line):
@@ -100,7 +100,7 @@ def _fields(data: bytes, at: int) -> tuple[list[tuple[bytes, bytes]], int]:
 
 
 def _framing(fields: Sequence[tuple[bytes, bytes]], chunks: bool) -> int | None:
-    """Return the length of the body, or None for chunks."""
+    """Return the length of the body, or None if it is chunked."""
     hosts, lengths, codings = (
         [value for name, value in fields if name == wanted]
         for wanted in (b"host", b"content-length", b"transfer-encoding")
@@ -143,15 +143,15 @@ def _chunks(data: bytes, at: int) -> tuple[bytes, int, list[tuple[bytes, bytes]]
 
 
 def _ends(fields: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether the client says that no request follows."""
+    """Whether the client announces that no request follows."""
     options = [value.lower() for name, value in fields if name in {b"connection", b"proxy-connection"}]
     return any(option.strip() == b"close" for value in options for option in value.split(b","))
 
 
-# The grammar
+# The generator
 
 INNER = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
-"""A request in bodies, which must not be answered unless the length says that the body ends before it."""
+"""A request inside bodies. It must not be answered unless the body ends before it."""
 
 _TARGETS = [b"/a", b"/b?c=d", b"/auth", b"/%61", b"http://x/a"]
 _ODD_TARGETS = [b"*", b"x:443", b"/a#b", b"x", b"http://x"]
@@ -197,9 +197,9 @@ _NOISE = [
 
 
 def sequences(seed: int, odd: bool) -> Iterator[list[bytes]]:
-    """Make streams, each as the segments in which it arrives; the same seed makes the same.
+    """Generate streams, each as a list of the segments in which it arrives. A seed always gives the same streams.
 
-    Odd ones have what is none of HTTP, are changed at random places, and may end anywhere.
+    Odd streams contain malformed parts and random changes, and may end anywhere.
     """
     source = random.Random(seed)
     while True:

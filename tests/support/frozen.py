@@ -1,6 +1,6 @@
-"""The last that the process imports which others are forked from: what is there by then no collector looks through.
+"""Imported last by the process from which others are forked: it exempts all objects so far from garbage collection.
 
-A server collects once it has started: looking through all that has been imported would take longer than its start.
+A server collects garbage once it has started. Scanning all imported modules would take longer than the start.
 """
 
 import gc

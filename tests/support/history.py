@@ -1,11 +1,11 @@
-"""What the clients of a pool have seen, and what of it cannot have been: a record, and pure functions that judge it.
+"""A history of the requests of a pool's clients, and pure functions that find violations of the pool's promises in it.
 
-A lease is *certainly held* from the moment its assignment was answered until the first moment at which it may be over:
-when its time is up, counted from before the last request for more time was sent that was answered with yes; or when
-its release, or the deletion of its token, was sent. What is lent for longer than that only makes the judge milder, and
-so does a request that got no answer: it may have been done or not. So whatever is reported did happen.
+A lease is *certainly held* from the instant its assignment was answered until the earliest instant at which it may have
+ended: when its release or the deletion of its token was sent, or its lifetime after the last successful assign or
+keep-alive was sent. This is conservative: a real lease may last longer, and a request without an answer may or may not
+have been executed. So there are no false reports.
 
-Instants are of one monotonic clock that all clients share; the clock by which leases end may be another: see `Time`.
+Instants are read from one monotonic clock that all clients share. Leases may end by another clock: see `Time`.
 """
 
 import math
@@ -27,7 +27,7 @@ Verb = Literal["assign", "keep_alive", "release", "generate", "delete"]
 
 
 class Outcome(Enum):
-    """What came of a request."""
+    """The result of a request."""
 
     DONE = 1
     REFUSED = 2
@@ -35,23 +35,23 @@ class Outcome(Enum):
 
 
 class Event(NamedTuple):
-    """One request. `lease` names the lease that it is about, also when it is long over; "" where it is about none."""
+    """One request. `lease` names its lease, even if that has ended, or is ""."""
 
     verb: Verb
     outcome: Outcome
     invoked: float
     """Read before it was sent."""
     returned: float
-    """Read after it was answered; infinity: it was not."""
+    """Read after it was answered; infinity if it was not."""
     clock: float
-    """What the clock by which leases end said before it was sent."""
+    """The time of the clock by which leases end, read before it was sent."""
     lease: str = ""
     token: str = ""
     fence: int = 0
 
 
 class Grant(NamedTuple):
-    """What a pool answers with that does as it is asked."""
+    """A successful answer of a pool."""
 
     token: str
     fence: int = 0
@@ -61,26 +61,24 @@ class Time(Protocol):
     """The clock by which leases end."""
 
     def __call__(self) -> float:
-        """Read it."""
+        """Return the time."""
 
     def reached(self, instant: float) -> float:
-        """Say when, in monotonic seconds, it said this for the first time, or a moment before; infinity: never."""
+        """Return the monotonic time at or just before which the clock reached `instant`; infinity if it never did."""
 
 
 class RealTime:
-    """Time as it passes."""
+    """The monotonic clock itself."""
 
     def __call__(self) -> float:
-        """Read it."""
         return monotonic()
 
     def reached(self, instant: float) -> float:
-        """Return the instant itself."""
         return instant
 
 
 class HandTime:
-    """A hand-moved clock that remembers when it was moved; any thread may move it."""
+    """A hand-moved clock that records when it was moved. Any thread may move it."""
 
     def __init__(self, clock: HandClock) -> None:
         self._clock = clock
@@ -88,24 +86,21 @@ class HandTime:
         self._lock = Lock()
 
     def __call__(self) -> float:
-        """Read it."""
         return self._clock()
 
     def advance(self, seconds: float) -> None:
-        """Move it."""
         with self._lock:
             instant = self._clock() + seconds
-            self._moves.append((instant, monotonic()))  # first: nobody can have read the instant before this one
+            self._moves.append((instant, monotonic()))  # before anyone can read the new time
             self._clock.set(instant)
 
     def reached(self, instant: float) -> float:
-        """Say when it was moved so far."""
         at = bisect_left(self._moves, (instant,))
         return self._moves[at][1] if at < len(self._moves) else math.inf
 
 
 class History:
-    """The events of one pool, from any number of threads."""
+    """The events of one pool. Thread-safe."""
 
     def __init__(self, time: Time) -> None:
         self.time = time
@@ -114,7 +109,7 @@ class History:
     def record(
         self, verb: Verb, ask: Callable[[], Grant | None], lease: str = "", token: str = "", fence: int = 0
     ) -> Grant | None:
-        """Ask, and write down what came of it; None is a refusal. Raises NoAnswer, having written that down too."""
+        """Send a request and record the result. None is a refusal. NoAnswer is recorded and raised again."""
         clock, invoked = self.time(), monotonic()
         try:
             granted = ask()
@@ -127,17 +122,16 @@ class History:
         return granted
 
     def violations(self, lease_ttl: float, capacity: int) -> list[str]:
-        """Judge what was recorded."""
         return violations(self.events, lease_ttl, capacity, self.time.reached)
 
     def count(self, verb: Verb, outcome: Outcome = Outcome.DONE) -> int:
-        """Say how many requests of a kind ended so."""
+        """Count the requests of a kind with this outcome."""
         return sum(event.verb == verb and event.outcome is outcome for event in self.events)
 
 
 @dataclass(frozen=True)
 class Lease:
-    """One lease, certainly held from `start` to `end`: for no time at all if its answer came too late."""
+    """One lease, certainly held from `start` to `end`. If its answer came too late, `end` is before `start`."""
 
     name: str
     token: str
@@ -157,9 +151,9 @@ def violations(
     capacity: int,
     reached: Callable[[float], float] = lambda instant: instant,
 ) -> list[str]:
-    """Say in sentences what of one pool's history cannot have been, had it kept its promises.
+    """Return a sentence for each violation of the promises in one pool's history.
 
-    `reached` is that of the `Time` by which its leases end.
+    `reached` is that method of the `Time` by which its leases end.
     """
     leases = find_leases(events, lease_ttl, reached)
     made, ended = _first(events, "generate", "returned"), _first(events, "delete", "invoked", Outcome.UNKNOWN)
@@ -167,17 +161,17 @@ def violations(
     groups: dict[str, list[Lease]] = defaultdict(list)
     for lease in leases:
         groups[lease.token].append(lease)
-    found = list(_unmade(events, leases))
+    found = list(_unknown_tokens(events, leases))
     for token, ones in groups.items():
-        sentences = [*_overlaps(ones), *_fence_faults(ones), *_losses(ones), *_ghosts(ones, deleted[token])]
+        sentences = [*_overlaps(ones), *_fence_faults(ones), *_losses(ones), *_late_successes(ones, deleted[token])]
         found += [f"token {token[:8]}: {sentence}" for sentence in sentences]
-    found += _crowds([(lease.start, lease.end) for lease in leases], capacity, "leases were certainly held")
-    found += _crowds([(made[token], ended[token]) for token in made], capacity, "tokens were certainly in being")
+    found += _over_capacity([(lease.start, lease.end) for lease in leases], capacity, "leases were certainly held")
+    found += _over_capacity([(made[token], ended[token]) for token in made], capacity, "tokens certainly existed")
     return found
 
 
 def find_leases(events: Iterable[Event], lease_ttl: float, reached: Callable[[float], float]) -> list[Lease]:
-    """Put together what was asked about each lease, in the order in which they were answered."""
+    """Build the leases from their requests, in the order of their assignment."""
     touches: dict[str, list[Event]] = defaultdict(list)
     for event in events:
         if event.lease:
@@ -195,7 +189,7 @@ def find_leases(events: Iterable[Event], lease_ttl: float, reached: Callable[[fl
 
 
 def _first(events: Iterable[Event], verb: Verb, instant: str, also: Outcome = Outcome.DONE) -> Mapping[str, float]:
-    """Say when each token was first made or deleted, as far as that was answered with yes; else infinity."""
+    """Return when each token was first generated or deleted, as far as that succeeded; else infinity."""
     found: dict[str, float] = defaultdict(lambda: math.inf)
     for event in events:
         if event.verb == verb and event.outcome in {Outcome.DONE, also}:
@@ -204,34 +198,34 @@ def _first(events: Iterable[Event], verb: Verb, instant: str, also: Outcome = Ou
 
 
 def _overlaps(leases: Sequence[Lease]) -> Iterator[str]:
-    """No token is lent to two at once."""
+    """Find tokens with two leases at once."""
     held = [lease for lease in leases if lease.start < lease.end]
     for before, lease in zip(accumulate(held, _longer), held[1:], strict=False):
         if before.end > lease.start:
-            yield f"lent to {lease} at {lease.start:.6f}, and {before} certainly held it until {before.end:.6f}"
+            yield f"leased to {lease} at {lease.start:.6f}, and {before} certainly held it until {before.end:.6f}"
 
 
 def _fence_faults(leases: Sequence[Lease]) -> Iterator[str]:
-    """No two leases of a token have the same fence, and none has a lower one than any that was answered before it."""
+    """Find leases of a token with equal fences, or with a lower fence than a lease that was answered earlier."""
     falling = sorted(leases, key=attrgetter("fence"), reverse=True)
     for lease, other in pairwise(falling):
         if lease.fence == other.fence:
-            yield f"lent to {lease} and to {other}, with one and the same fence"
+            yield f"leased to {lease} and to {other} with the same fence"
     for higher, lower in zip(accumulate(falling, _earlier), falling[1:], strict=False):
         if lower.fence < higher.fence and higher.start < lower.invoked:
-            yield f"lent to {lower}, who asked for it after {higher} had it"
+            yield f"leased to {lower}, which requested it after {higher} had it"
 
 
 def _losses(leases: Iterable[Lease]) -> Iterator[str]:
-    """Who certainly holds a lease is not told that he has lost it."""
+    """Find requests that were refused although the client certainly held the lease."""
     for lease in leases:
         for event in lease.touches:
             if event.outcome is Outcome.REFUSED and event.returned < lease.end:
-                yield f"{event.verb} was refused to {lease}, who certainly held it until {lease.end:.6f}"
+                yield f"{event.verb} was refused to {lease}, which certainly held it until {lease.end:.6f}"
 
 
-def _ghosts(leases: Iterable[Lease], deleted: float) -> Iterator[str]:
-    """Nothing is done for a lease that is over: it was released, its token was deleted, or somebody else has it."""
+def _late_successes(leases: Iterable[Lease], deleted: float) -> Iterator[str]:
+    """Find requests that succeeded after the lease's end: by a release, a deletion of its token, or a later lease."""
     asked = sorted(leases, key=attrgetter("invoked"))
     first_from = list(accumulate(reversed(asked), _earlier))[::-1]
     for lease in asked:
@@ -248,17 +242,17 @@ def _ghosts(leases: Iterable[Lease], deleted: float) -> Iterator[str]:
                 yield f"{event.verb} was done for {lease} after {reason}"
 
 
-def _unmade(events: Sequence[Event], leases: Iterable[Lease]) -> Iterator[str]:
-    """Nothing is lent that nobody has made."""
+def _unknown_tokens(events: Sequence[Event], leases: Iterable[Lease]) -> Iterator[str]:
+    """Find leases of tokens that had not been generated."""
     begun = _first(events, "generate", "invoked")
     if not any(event.verb == "generate" and event.outcome is Outcome.UNKNOWN for event in events):
         for lease in leases:
             if lease.start < begun[lease.token]:
-                yield f"token {lease.token[:8]}: lent to {lease}, and nobody had made it"
+                yield f"token {lease.token[:8]}: leased to {lease} before it was generated"
 
 
-def _crowds(spans: Iterable[tuple[float, float]], capacity: int, what: str) -> Iterator[str]:
-    """No more tokens are lent, or in being, at any moment than the pool may have."""
+def _over_capacity(spans: Iterable[tuple[float, float]], capacity: int, what: str) -> Iterator[str]:
+    """Find the instant with the most leases, or tokens, if they are more than the capacity."""
     edges = [edge for start, end in spans if start < end for edge in ((start, 1), (end, -1))]
     count = most = 0
     at = 0.0

@@ -1,4 +1,4 @@
-"""Serve an ASGI app of a test on the protocol of the server, in a thread of the test's process."""
+"""Serve a test's ASGI app with the server's protocol, in a thread of the test's process."""
 
 import asyncio
 import socket
@@ -22,9 +22,9 @@ def hosted(
     http: type[asyncio.Protocol] | Literal["h11", "httptools"] = BoundedProtocol,
     keep_alive: float = 30,
 ) -> Iterator[int]:
-    """Serve an app; the value is the port."""
+    """Serve an app, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # so that the system holds little for a server that waits
+    for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # so that the kernel buffers little while the server waits
         listener.setsockopt(socket.SOL_SOCKET, direction, 64 * 1024)
     options = uvicorn.Config(
         app,
@@ -48,12 +48,12 @@ def hosted(
 
 
 class Gate:
-    """ASGI app that answers the path of a request when it is opened, and knows who is still there."""
+    """ASGI app that answers each request with its path once `open` was called, and knows which clients have gone."""
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
         self.answered_gone: list[bool] = []
-        """Whether each client had gone when its answer was given."""
+        """For each answer, whether the client had gone."""
         self._open = threading.Event()
 
     def open(self) -> None:
@@ -61,15 +61,14 @@ class Gate:
         self._open.set()
 
     def gone(self) -> list[bool]:
-        """Say of each request that arrived whether its client has gone."""
+        """Return, for each request, whether its client has gone."""
         return [client_gone(scope) for scope in self.scopes]
 
     def await_arrivals(self, count: int) -> None:
-        """Wait until this many requests have arrived."""
+        """Wait until `count` requests have arrived."""
         until(lambda: len(self.scopes) >= count, f"{count} requests arrive")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         self.scopes.append(scope)
         await asyncio.to_thread(self._open.wait)
         self.answered_gone.append(client_gone(scope))
@@ -86,7 +85,7 @@ def reset(connection: socket.socket) -> None:
 
 def read_all(connection: socket.socket) -> bytes:
     """Read until the other side closes."""
-    heard = b""
+    received = b""
     while more := connection.recv(65536):
-        heard += more
-    return heard
+        received += more
+    return received

@@ -1,4 +1,4 @@
-"""Clients that keep a journal of what was answered, and what else tests of promises share."""
+"""Clients that record the answers that they get, and other helpers of the promise tests."""
 
 import random
 import sqlite3
@@ -15,26 +15,26 @@ from tests.support.servers import HandClock, Server, serve, starting
 
 @dataclass
 class Journal:
-    """What one client has asked for and what of it was answered."""
+    """The requests of one client and their answers."""
 
     issued: dict[str, str] = field(default_factory=dict)
-    """Each token that was received: "live", "ending" (a revocation was sent) or "ended" (it was answered)."""
+    """The state of each token: "live", "ending" (its revocation was sent) or "ended" (its revocation was answered)."""
     unanswered: int = 0
-    """Logins that were sent and not answered."""
-    lies: list[str] = field(default_factory=list)
+    """Logins that were sent but not answered."""
+    contradictions: list[str] = field(default_factory=list)
     """Answers that contradict earlier ones."""
 
     def check(self, valid: Callable[[str], bool]) -> dict[str, bool]:
-        """Hold a server to what was answered; return how it judges each token."""
-        judged = {token: valid(token) for token in self.issued}
-        assert not self.lies, self.lies
+        """Check that a server agrees with the answers so far. Return whether it accepts each token."""
+        accepts = {token: valid(token) for token in self.issued}
+        assert not self.contradictions, self.contradictions
         for token, state in self.issued.items():
-            assert state == "ending" or judged[token] is (state == "live"), f"{state}, but valid is {judged[token]}"
-        return judged
+            assert state == "ending" or accepts[token] is (state == "live"), f"{state}, but valid is {accepts[token]}"
+        return accepts
 
 
 class Client(threading.Thread):
-    """Logs in, probes and logs out at random until it is stopped or cut off, and records the answers."""
+    """Logs in, probes and logs out at random, and records the answers, until it is stopped or disconnected."""
 
     def __init__(self, ports: Sequence[int], journal: Journal, seed: int) -> None:
         super().__init__(daemon=True)
@@ -42,27 +42,27 @@ class Client(threading.Thread):
         self._journal = journal
         self._random = random.Random(seed)
         self.stopping = threading.Event()
-        self.trouble: BaseException | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Work with every server in turn, each over a connection of its own."""
+        """Send requests to random servers, over one connection to each."""
         try:
             with ExitStack() as stack:
                 connections = [stack.enter_context(Connection(port)) for port in self._ports]
                 while not self.stopping.is_set():
                     self._step(self._random.choice(connections))
         except (Refused, Closed, NoAnswer):
-            pass  # that is how a killed server ends a connection
+            pass  # the server was killed
         except BaseException as error:
-            self.trouble = error
+            self.error = error
 
     def finish(self) -> None:
-        """Stop; raise what went wrong."""
+        """Stop. Raises the error of the client, if any."""
         self.stopping.set()
         self.join(30)
         assert not self.is_alive(), "a client hangs"
-        if self.trouble is not None:
-            raise self.trouble
+        if self.error is not None:
+            raise self.error
 
     def _step(self, connection: Connection) -> None:
         journal = self._journal
@@ -80,7 +80,7 @@ class Client(threading.Thread):
             connection.log_out(token)
             journal.issued[token] = "ended"
         elif journal.issued[token] != "ending" and connection.valid(token) is not (journal.issued[token] == "live"):
-            journal.lies.append(f"{journal.issued[token]} token judged otherwise")
+            journal.contradictions.append(f"wrong answer for a token that is {journal.issued[token]}")
 
 
 def run_clients(ports: Sequence[int], journals: Sequence[Journal], seed: int) -> list[Client]:
@@ -93,7 +93,7 @@ def run_clients(ports: Sequence[int], journals: Sequence[Journal], seed: int) ->
 
 @contextmanager
 def workers(config: Path, clock: HandClock | None, count: int) -> Iterator[list[Server]]:
-    """Start several workers at once on one database."""
+    """Start several workers at the same time on one database."""
     with ExitStack() as stack:
         servers = [stack.enter_context(starting(config, clock)) for _ in range(count)]
         for server in servers:
@@ -102,7 +102,7 @@ def workers(config: Path, clock: HandClock | None, count: int) -> Iterator[list[
 
 
 def check_file(database: Path, journals: Sequence[Journal]) -> None:
-    """Check a database file against the journals: it is intact and has no unrequested row."""
+    """Check that a database is intact, and that its number of tokens agrees with the journals."""
     with sqlite3.connect(database) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         rows = db.execute("SELECT count(*) FROM tokens").fetchone()[0]
@@ -114,16 +114,16 @@ def check_file(database: Path, journals: Sequence[Journal]) -> None:
 
 @contextmanager
 def background(work: Callable[[], object], count: int = 1) -> Iterator[None]:
-    """Repeat some work in threads of its own; raise at the end what went wrong in it."""
+    """Repeat some work in threads. Raises the first error of the work at the end."""
     stopping = threading.Event()
-    troubles: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def repeat() -> None:
         try:
             while not stopping.is_set():
                 work()
         except BaseException as error:
-            troubles.append(error)
+            errors.append(error)
 
     threads = [threading.Thread(target=repeat, daemon=True) for _ in range(count)]
     for thread in threads:
@@ -134,12 +134,12 @@ def background(work: Callable[[], object], count: int = 1) -> Iterator[None]:
         stopping.set()
         for thread in threads:
             thread.join(30)
-    if troubles:
-        raise troubles[0]
+    if errors:
+        raise errors[0]
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait until a condition holds; fail if it takes too long."""
+    """Wait until the condition is true. Fails after `seconds`, with `what` in its message."""
     deadline = threading.Event()
     timer = threading.Timer(seconds, deadline.set)
     timer.start()
@@ -152,7 +152,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None
 
 @contextmanager
 def locked(database: Path, kind: str = "EXCLUSIVE") -> Iterator[sqlite3.Connection]:
-    """Have a transaction open, as another program on the machine could; EXCLUSIVE and IMMEDIATE hold the write lock."""
+    """Keep a transaction open, as another program could. EXCLUSIVE and IMMEDIATE hold the write lock."""
     db = sqlite3.connect(database, isolation_level=None)
     db.execute(f"BEGIN {kind}")
     try:
@@ -164,21 +164,21 @@ def locked(database: Path, kind: str = "EXCLUSIVE") -> Iterator[sqlite3.Connecti
 
 
 def kill_in_a_loop(config: Path, rounds: int, clients: int, seed: int = 1) -> list[Journal]:
-    """Kill two busy workers at random times, repeatedly; what was answered is still true after each kill.
+    """Kill two busy workers at random times, several times. After each time all answers so far must hold.
 
-    In every third round one of them is killed earlier than the other, and the clients' requests fail halfway.
+    In every third round one worker is killed before the other, so that the clients' requests fail halfway.
     """
     chance = random.Random(seed)
     past: list[Journal] = []
     journals: list[Journal] = []
     for number in range(rounds):
         with workers(config, None, 2) as servers:
-            judge(servers, journals)
+            check_servers(servers, journals)
             past += journals
             journals = [Journal() for _ in range(clients)]
             running = run_clients([server.port for server in servers], journals, seed + number)
             enough = chance.randint(clients, clients * 25)
-            until(lambda: sum(len(one.issued) for one in journals) >= enough, "the clients got tokens")  # noqa: B023
+            until(lambda: sum(len(one.issued) for one in journals) >= enough, "the clients have tokens")  # noqa: B023
             chance.shuffle(servers)
             servers[0].kill()
             if number % 3 == 2:
@@ -191,15 +191,15 @@ def kill_in_a_loop(config: Path, rounds: int, clients: int, seed: int = 1) -> li
     verdicts = []
     for _ in range(2):
         with workers(config, None, 1) as servers:
-            verdicts.append(judge(servers, past))
+            verdicts.append(check_servers(servers, past))
             servers[0].kill()
-    assert verdicts[0] == verdicts[1], "a second restart judges otherwise than the first"
+    assert verdicts[0] == verdicts[1], "two restarts disagree about a token"
     check_file(config.with_name("tokenauth.db"), past)
     return past
 
 
-def judge(servers: Sequence[Server], journals: Sequence[Journal]) -> list[dict[str, bool]]:
-    """Hold every one of some servers to the journals; return how the last of them judges each token."""
+def check_servers(servers: Sequence[Server], journals: Sequence[Journal]) -> list[dict[str, bool]]:
+    """Check each server against the journals. Return whether the last one accepts each token."""
     verdict: list[dict[str, bool]] = []
     for server in servers:
         with Connection(server.port) as connection:
@@ -209,14 +209,14 @@ def judge(servers: Sequence[Server], journals: Sequence[Journal]) -> list[dict[s
 
 @contextmanager
 def serving(config: Path, *arguments: str) -> Iterator[Server]:
-    """Run `tokenauth serve` until it takes connections: a worker logs that it has started just before it listens."""
+    """Run `tokenauth serve`, and wait for connections: a worker logs its start just before it listens."""
     with serve(config, *arguments) as server:
-        until(lambda: takes_connections(server.port), "the server takes connections")
+        until(lambda: takes_connections(server.port), "the server accepts connections")
         yield server
 
 
 def start_together(config: Path, count: int) -> None:
-    """Start many workers at the same moment on a database that is not there; each serves, and all agree."""
+    """Start many workers at the same time without a database. Each must serve, and all must agree."""
     with workers(config, None, count) as servers:
         tokens = []
         for server in servers:
@@ -227,13 +227,13 @@ def start_together(config: Path, count: int) -> None:
                 assert connection.ask("GET", "/readyz").status == 200
                 assert all(map(connection.valid, tokens))
         upgrades = [event for server in servers for event in server.events("schema_upgraded")]
-        assert len(upgrades) == 1, "the schema was made once"
-        troubles = [event for server in servers for event in server.events() if event["level"] in {"error", "critical"}]
-        assert not troubles
+        assert len(upgrades) == 1, "the schema must be created once"
+        errors = [event for server in servers for event in server.events() if event["level"] in {"error", "critical"}]
+        assert not errors
 
 
 def fill(database: Path, rows: int, users: int, issued_at: float, expires_at: Callable[[int], int]) -> None:
-    """Put tokens, of as many users as wanted, into a database that a server has made and left."""
+    """Insert tokens of `users` users into a database that no server uses."""
     with closing(sqlite3.connect(database)) as db, db:
         db.executemany(
             "INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)"

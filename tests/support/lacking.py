@@ -1,4 +1,4 @@
-"""What tests do without a program, or a right, that only they need."""
+"""Skip tests whose program or permission is missing."""
 
 import os
 from typing import NoReturn
@@ -7,6 +7,6 @@ import pytest
 
 
 def lack(what: str, remedy: str) -> NoReturn:
-    """Skip the test, with the remedy; where everything must run (TOKENAUTH_TEST_ALL=1), fail."""
+    """Skip the test and name the remedy. With TOKENAUTH_TEST_ALL=1, fail instead."""
     assert os.environ.get("TOKENAUTH_TEST_ALL") != "1", f"{what} is missing: {remedy}"
     pytest.skip(f"needs {what}: {remedy}")

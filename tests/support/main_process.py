@@ -1,4 +1,4 @@
-"""A main process whose Python, modules and limits a test can take away and give back."""
+"""A main process whose Python, modules and limits a test can break and restore."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ _PROGRAM = "import sys; sys.argv[0] = 'tokenauth'; {}; from tokenauth.cli.main i
 
 @contextmanager
 def breakable(config: Path, *arguments: str, patch: str = "pass") -> Iterator["Breakable"]:
-    """Run `tokenauth serve` with a Python of its own and a directory of modules that come before all others."""
+    """Run `tokenauth serve` with its own Python, and a directory of modules that are imported before all others."""
     directory = config.parent
     home, shadow = directory / "python", directory / "shadow"
     (home / "bin").mkdir(parents=True)
@@ -34,7 +34,7 @@ def breakable(config: Path, *arguments: str, patch: str = "pass") -> Iterator["B
 
 
 class Breakable(NamedTuple):
-    """A server, and what can be broken."""
+    """A server, and the files that a test can break."""
 
     server: Server
     python: Path
@@ -48,13 +48,21 @@ class Breakable(NamedTuple):
 
 
 def workers_of(server: Server) -> list[int]:
-    """List the processes of the workers."""
+    """Return the PIDs of the workers."""
     pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in pids if b"spawn_main" in _command_line(pid)]
+
+
+def _command_line(pid: str) -> bytes:
+    """Read the command line of a process; empty if it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def session_of(leader: int) -> list[int]:
-    """List the processes that are left of a session."""
+    """Return the PIDs of the processes of a session that still run."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -68,7 +76,7 @@ def session_of(leader: int) -> list[int]:
 
 
 def traceback_lines(server: Server) -> list[str]:
-    """List the lines of the log that are no JSON."""
+    """Return the lines of the log that are not JSON."""
     return [line for line in server.log.read_text().splitlines() if not line.startswith("{")]
 
 
@@ -105,23 +113,23 @@ def _replace_python(broken: Breakable) -> None:
 
 
 def _break_module(name: str, text: str) -> tuple[Callable[[Breakable], None], Callable[[Breakable], None]]:
-    """Put a broken module before the right one, and take it away."""
+    """Shadow a module by a broken one, and remove that again."""
     return (
-        lambda broken: void((broken.shadow / name).write_text(text)),
+        lambda broken: discard((broken.shadow / name).write_text(text)),
         lambda broken: (broken.shadow / name).unlink(),
     )
 
 
-def void(_: object) -> None:
-    """Return nothing."""
+def discard(_: object) -> None:
+    """Return None instead of the argument."""
 
 
 class Breakage(NamedTuple):
-    """Something that keeps workers from starting, how that ends, and what the log says of it."""
+    """How to keep workers from starting, how to end that, and the message in the log."""
 
     begin: Callable[[Breakable], None]
     end: Callable[[Breakable], None]
-    said: str
+    message: str
 
 
 BREAKAGES = {
@@ -139,5 +147,4 @@ BREAKAGES = {
 
 
 def kill_a_worker(server: Server) -> None:
-    """Kill a worker."""
     os.kill(workers_of(server)[0], signal.SIGKILL)

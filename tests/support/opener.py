@@ -1,4 +1,4 @@
-"""A process that opens a store on a database, adds a token and ends: it waits until others have begun, too."""
+"""A process that opens a store, adds a token and ends. It first waits until the other processes have started."""
 
 import asyncio
 import fcntl
@@ -12,7 +12,6 @@ from tokenauth.stores.open import open_store
 
 
 async def add(path: str, number: str) -> None:
-    """Add one token."""
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     await store.start()
     assert await store.ready() is None
@@ -21,9 +20,9 @@ async def add(path: str, number: str) -> None:
 
 
 def main() -> None:
-    """Start when the lock on the start file is released."""
-    line, path, number = sys.argv[1:]
+    """Begin when the lock on the start file is released."""
+    start_file, path, number = sys.argv[1:]
     warnings.simplefilter("error")
-    with open(line, "rb") as file:
+    with open(start_file, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     asyncio.run(add(path, number))

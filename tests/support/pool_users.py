@@ -17,7 +17,7 @@ REFUSALS = {
     "no_free_token": (409, "The pool has no free token."),
     "lease_lost": (409, "The token is no longer leased to you: stop using what it guards."),
 }
-"""What is refused, and in which words."""
+"""Error code -> status and description."""
 
 
 class Lease(NamedTuple):

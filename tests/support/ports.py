@@ -1,4 +1,4 @@
-"""Ports for servers that need theirs before they start."""
+"""Free ports for servers that cannot choose their own."""
 
 import os
 import secrets
@@ -8,7 +8,7 @@ from itertools import count
 
 _FIRST = 20_000
 _EACH = 500
-_SLICES = 24  # they end below 32,768, where Linux begins to choose ports itself; other systems begin higher
+_SLICES = 24  # ends below 32,768, where the ephemeral ports of Linux begin; other systems begin higher
 
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "")
 _first = _FIRST + _EACH * (int(_worker.removeprefix("gw")) % _SLICES if _worker else secrets.randbelow(_SLICES))
@@ -16,10 +16,9 @@ _numbers = count(secrets.randbelow(_EACH))
 
 
 def free_port() -> int:
-    """Choose a port that no other process takes before its server does, or while that is down.
+    """Return a port that no other program takes before the server starts, or while it is down.
 
-    It lies below those that the system gives to outgoing connections and to servers without a wish. Each of the
-    processes that run tests has ports of its own, and takes them in turn.
+    It is below the ephemeral ports of the system. Each process of pytest has its own range, and uses it in turn.
     """
     while True:
         port = _first + next(_numbers) % _EACH

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: clusters of their own, on free ports, that end with the tests."""
+"""A real PostgreSQL for tests: separate clusters on free ports that end with the tests."""
 
 import asyncio
 import shutil
@@ -31,8 +31,8 @@ _names = (f"test_{number}" for number in count())
 
 
 def _directory(in_memory: bool) -> Path:
-    """Make a directory that the user can enter who runs PostgreSQL: pytest's is for root alone."""
-    memory = Path("/dev/shm")  # noqa: S108 - there a database is made in half the time, or a tenth
+    """Create a directory that PostgreSQL's user can enter. Only root can enter pytest's."""
+    memory = Path("/dev/shm")  # noqa: S108 - creating a database takes between a half and a tenth of the time there
     if not (in_memory and memory.is_dir() and shutil.disk_usage(memory).free > 2**30):
         memory = Path(tempfile.gettempdir())
     directory = Path(tempfile.mkdtemp(prefix="tokenauth-postgres-", dir=memory))
@@ -41,7 +41,6 @@ def _directory(in_memory: bool) -> Path:
 
 
 def _until(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
-    """Wait until a condition holds."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, otherwise()
@@ -49,10 +48,10 @@ def _until(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
 
 
 class Cluster:
-    """A server and its data; both are gone when it is closed, or the process that made it has ended."""
+    """A server and its data. Both are removed when it is closed, or when the process that started it ends."""
 
     def __init__(self, settings: Mapping[str, str]) -> None:
-        """Make its directory; the settings are those of postgresql.conf."""
+        """Create its directory. `settings` are those of postgresql.conf."""
         self._programs = programs()
         self._settings = settings
         self._server: subprocess.Popen[bytes] | None = None
@@ -73,11 +72,11 @@ class Cluster:
         return int((self.directory / "data" / "PG_VERSION").read_text())
 
     def url(self, database: str, port: int | None = None) -> str:
-        """Say where a service finds a database, itself or behind a proxy's port."""
+        """Return the URL of a database, or its URL through a proxy's port."""
         return f"postgresql+asyncpg://tokenauth@127.0.0.1:{port or self.port}/{database}"
 
     def execute(self, sql: str, database: str = "postgres") -> list[tuple[Any, ...]]:
-        """Run one statement as the superuser, in a connection and a transaction of its own."""
+        """Run one statement as the superuser, in its own connection and transaction."""
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, self._fetch(sql, database)).result()
 
@@ -91,19 +90,19 @@ class Cluster:
             await connection.close()
 
     def create(self, name: str, template: str = "template1") -> str:
-        """Create a database owned by the service's role, as a copy of an unused one; return its URL.
+        """Create a database, owned by the service's role, from a template without connections. Return its URL.
 
-        WAL_LOG, which is what servers do by themselves, takes half the time of FILE_COPY, which makes two checkpoints.
+        WAL_LOG, the default strategy, takes half the time of FILE_COPY, which makes two checkpoints.
         """
         self.execute(f'CREATE DATABASE "{name}" OWNER tokenauth TEMPLATE "{template}" STRATEGY wal_log')
         return self.url(name)
 
     def drop(self, name: str) -> None:
-        """Drop a database despite open connections."""
+        """Drop a database and its connections."""
         self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
     def terminate_all(self, database: str) -> int:
-        """End all connections to a database; say how many there were."""
+        """End all connections to a database, and return their number."""
         others = (
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
             " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -111,7 +110,7 @@ class Cluster:
         return len(self.execute(others, database))
 
     def start(self) -> None:
-        """Start the server, always on the same port, and wait until it can be asked."""
+        """Start the server, always on the same port, and wait until it is ready."""
         assert self._server is None
         self.port = self.port or free_port()
         settings = {**self._settings, "port": str(self.port), "unix_socket_directories": str(self.directory)}
@@ -129,7 +128,7 @@ class Cluster:
         _until(self._ready, self.log.read_text)
 
     def _ready(self) -> bool:
-        """Read what a server says of itself (its miscadmin.h and pidfile.h): its number first, how it is last."""
+        """Read postmaster.pid (see PostgreSQL's pidfile.h): the PID is in the first line, the status in the last."""
         assert self._server is not None
         assert self._server.poll() is None, self.log.read_text()
         try:
@@ -139,20 +138,19 @@ class Cluster:
         return lines[:1] == [str(self._server.pid)] and [line.strip() for line in lines[7:]] == ["ready"]
 
     def stop(self, mode: Mode = "fast") -> None:
-        """Stop the server and wait until it has ended; `immediate` is what a crash of it is like."""
+        """Stop the server and wait until it has ended. `immediate` is like a crash."""
         assert self._server is not None
         self._server.send_signal(_SIGNALS[mode])
         self._server.wait(60)
         self._server = None
 
     def restart(self, mode: Mode = "immediate") -> None:
-        """Stop the server and start it again."""
         self.stop(mode)
         self.start()
 
     @contextmanager
     def standby(self) -> "Iterator[Cluster]":
-        """Run a second server that follows this one and can only be read."""
+        """Run a read-only second server that replicates this one."""
         with Cluster(self._settings) as made:
             source = ["-h", str(self.directory), "-p", str(self.port), "-U", "postgres"]
             made.run("pg_basebackup", "-R", "-D", "data", "-c", "fast", "--no-sync", *source)
@@ -160,12 +158,12 @@ class Cluster:
             yield made
 
     def follow(self, primary: "Cluster") -> None:
-        """Wait until this standby has all that the primary has now."""
+        """Wait until this standby has replayed all that the primary has written so far."""
         at = primary.execute("SELECT pg_current_wal_lsn()::text")[0][0]
         _until(lambda: self.execute(f"SELECT pg_last_wal_replay_lsn() >= '{at}'") == [(True,)], self.log.read_text)
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run one of PostgreSQL's programs in the cluster's directory."""
+        """Run a PostgreSQL program in the cluster's directory."""
         done = subprocess.run(
             [str(self._programs / program), *arguments],
             check=False,
@@ -177,7 +175,7 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def close(self) -> None:
-        """End the server, and remove its data."""
+        """Stop the server and remove its data."""
         if self._server is not None:
             self.stop("immediate")
         self._watch.communicate(b"\n")
@@ -186,9 +184,9 @@ class Cluster:
 
 @contextmanager
 def cluster(*, fsync: bool = True, **settings: str) -> Iterator[Cluster]:
-    """Run a server for as long as this lasts; without fsync it has its data in memory, and is for tests that are many.
+    """Run a server. Without fsync its data is in memory, which is faster.
 
-    Either way a commit that was acknowledged is in what an immediate stop leaves: only the machine could lose it.
+    Either way acknowledged commits survive an immediate stop. Only a crash of the machine could lose them.
     """
     speed = {"fsync": "on"} if fsync else {"fsync": "off", "full_page_writes": "off"}
     small = {"max_wal_size": "256MB", "wal_keep_size": "64MB", "max_connections": "300"}
@@ -201,14 +199,14 @@ def cluster(*, fsync: bool = True, **settings: str) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
-    """Run the server shared by all tests that do not stop it: one per pytest process."""
+    """Run one server for each process of pytest, for all tests that do not stop it."""
     with cluster(fsync=False) as running:
         yield running
 
 
 @pytest.fixture
 def database(postgres: Cluster) -> Iterator[str]:
-    """Create an empty database; yield its URL."""
+    """Create an empty database, and yield its URL."""
     name = next(_names)
     yield postgres.create(name)
     postgres.drop(name)

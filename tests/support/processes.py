@@ -1,4 +1,4 @@
-"""Processes for tests, forked from one that has already imported the service: each starts in milliseconds."""
+"""Processes that are forked from one that has already imported the service, so they start in milliseconds."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ _FORKS.set_forkserver_preload(
         "tests.support.worker",
         "tests.support.opener",
         "tokenauth.cli.main",
-        # what they import once they know what they are to do
+        # modules that are imported late
         *("aiosqlite", "alembic.command", "alembic.config", "concurrent.futures.thread", "encodings.idna"),
         *("rich._emoji_codes", "rich.table"),
         *(f"passlib.handlers.{name}" for name in ("argon2", "bcrypt", "pbkdf2", "scrypt")),
@@ -30,46 +30,42 @@ _FORKS.set_forkserver_preload(
 
 
 class Process(Protocol):
-    """What tests do with a process; `subprocess.Popen` is one."""
+    """The part of `subprocess.Popen` that tests use."""
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The process ID."""
 
     def poll(self) -> int | None:
         """Return the exit code, or minus the signal that ended it; None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until it ends. Raises TimeoutExpired."""
+        """Wait until it ends, and return the exit code. Raises TimeoutExpired."""
 
-    def send_signal(self, sig: int) -> None:
-        """Send a signal."""
+    def send_signal(self, sig: int) -> None: ...
 
 
 class Forked:
-    """A process that runs the `main` of a module, in a session of its own."""
+    """A process that runs the `main` of a module in a new session."""
 
     def __init__(
         self, module: str, command: Sequence[str], directory: Path, streams: Sequence[Path], env: Mapping[str, str]
     ) -> None:
-        """Start it in a directory; the streams are its input, its output and its errors."""
+        """Start it in a directory. The streams are the files of stdin, stdout and stderr."""
         self._command = command
         self._process = _FORKS.Process(target=_enter, args=(module, command, directory, streams, dict(env)))
-        with chdir(Path(__file__).parents[2]):  # where the first of all imports the service
+        with chdir(Path(__file__).parents[2]):  # the fork server imports the service there
             self._process.start()
 
     @property
     def pid(self) -> int:
-        """Its number."""
         assert self._process.pid is not None
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit code, or minus the signal that ended it; None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until it ends. Raises TimeoutExpired."""
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
@@ -77,12 +73,10 @@ class Forked:
         return code
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal."""
         os.kill(self.pid, sig)
 
 
 def _enter(module: str, command: Sequence[str], directory: Path, streams: Sequence[Path], env: dict[str, str]) -> None:
-    """Become the process that was asked for."""
     os.setsid()
     os.chdir(directory)
     os.environ.clear()
@@ -98,4 +92,4 @@ def _enter(module: str, command: Sequence[str], directory: Path, streams: Sequen
     try:
         import_module(module).main()
     finally:
-        logs.flush()  # a forked process ends without what is to be done at an exit
+        logs.flush()  # a forked process runs no exit handlers

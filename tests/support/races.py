@@ -1,4 +1,4 @@
-"""Holders that race for the tokens of a pool, crash at random, and write down what they were answered."""
+"""Holders that race for the tokens of a pool, crash at random, and record the answers that they get."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
@@ -12,42 +12,37 @@ from tests.support.connections import Answer, Closed, Connection, NoAnswer, Refu
 from tests.support.history import Grant, HandTime, History, Outcome, Time, Verb
 from tests.support.journal import until
 
-HASTE = 0.03
-"""One in this many requests is abandoned before its answer."""
+HANGUP_RATE = 0.03
+"""The share of requests after which the client disconnects without waiting for the answer."""
 
 
 STALE: Sequence[Verb] = ["release", "keep_alive"]
-"""What clients try with leases that may be over."""
+"""What clients try with leases that may have ended."""
 
 
-class Lender(Protocol):
-    """One client's way to a pool. None is a refusal; anything may raise NoAnswer."""
+class PoolApi(Protocol):
+    """One client's access to a pool. None is a refusal. Each method may raise NoAnswer."""
 
-    def assign(self, holder: str) -> Grant | None:
-        """Take a token."""
+    def assign(self, holder: str) -> Grant | None: ...
 
-    def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
-        """Ask for more time."""
+    def keep_alive(self, holder: str, grant: Grant) -> Grant | None: ...
 
-    def release(self, holder: str, grant: Grant) -> Grant | None:
-        """Give a token back."""
+    def release(self, holder: str, grant: Grant) -> Grant | None: ...
 
-    def generate(self) -> Grant | None:
-        """Make a token."""
+    def generate(self) -> Grant | None: ...
 
-    def delete(self, token: str) -> Grant | None:
-        """Delete a token."""
+    def delete(self, token: str) -> Grant | None: ...
 
 
 class Holder:
-    """A client that does at random what clients do, well behaved or not."""
+    """A client that sends random requests, correct and stale ones."""
 
     def __init__(
-        self, name: str, lender: Lender, history: History, chance: Random, made: MutableSequence[str] | None = None
+        self, name: str, api: PoolApi, history: History, chance: Random, made: MutableSequence[str] | None = None
     ) -> None:
-        """Borrow from `lender`; with `made`, the tokens that holders have generated, also generate and delete."""
+        """Lease tokens through `api`. With `made`, the list of generated tokens, also generate and delete tokens."""
         self._name = name
-        self._lender = lender
+        self._api = api
         self._history = history
         self._chance = chance
         self._made = made
@@ -56,30 +51,30 @@ class Holder:
         self._past: list[tuple[str, Grant]] = []
 
     def step(self) -> None:
-        """Do one thing."""
+        """Send one random request."""
         choice = self._chance.random()
         try:
-            if self._past and choice < 0.1:  # a stale claim: that lease was released, forgotten or lost
+            if self._past and choice < 0.1:  # a lease that was released, forgotten or lost
                 self._touch(self._chance.choice(STALE), *self._chance.choice(self._past[-9:]))
             elif self._made is not None and choice < 0.3:
-                self._breed(self._made)
+                self._change_pool(self._made)
             elif self._held and choice < 0.85:
-                self._go_on(self._held.pop(self._chance.randrange(len(self._held))))
+                self._use(self._held.pop(self._chance.randrange(len(self._held))))
             else:
-                self.take()
+                self.assign()
         except NoAnswer:
-            pass  # whatever it was about is forgotten, as by a client that has crashed
+            pass  # the client forgets the lease, as if it had crashed
 
-    def take(self) -> Grant | None:
-        """Take a token."""
+    def assign(self) -> Grant | None:
+        """Lease a token."""
         self._leases += 1
         lease = f"{self._name}/{self._leases}"
-        grant = self._history.record("assign", lambda: self._lender.assign(self._name), lease)
+        grant = self._history.record("assign", lambda: self._api.assign(self._name), lease)
         if grant is not None:
             self._held.append((lease, grant))
         return grant
 
-    def _go_on(self, held: tuple[str, Grant]) -> None:
+    def _use(self, held: tuple[str, Grant]) -> None:
         """Keep a lease alive, release it, or forget it."""
         choice = self._chance.random()
         self._past.append(held)
@@ -90,24 +85,24 @@ class Holder:
             self._touch("release", *held)
 
     def _touch(self, verb: Verb, lease: str, grant: Grant) -> bool:
-        ask = self._lender.release if verb == "release" else self._lender.keep_alive
+        ask = self._api.release if verb == "release" else self._api.keep_alive
         answer = self._history.record(verb, lambda: ask(self._name, grant), lease, *grant)
-        assert answer in {None, grant}, f"{verb} of {grant} was answered with {answer}"
+        assert answer in {None, grant}, f"{verb} of {grant} returned {answer}"
         return answer is not None
 
-    def _breed(self, made: MutableSequence[str]) -> None:
-        """Generate a token, or delete one that may be leased."""
+    def _change_pool(self, made: MutableSequence[str]) -> None:
+        """Generate a token, or delete one, which may be leased."""
         if not made or self._chance.random() < 0.5:
-            new = self._history.record("generate", self._lender.generate)
+            new = self._history.record("generate", self._api.generate)
             if new is not None:
                 made.append(new.token)
         else:
             token = self._chance.choice(made[-9:])
-            self._history.record("delete", lambda: self._lender.delete(token), token=token)
+            self._history.record("delete", lambda: self._api.delete(token), token=token)
 
 
-class Sockets:
-    """The HTTP of tokenauth: each request goes to one worker or another, and some hang up before the answer."""
+class HttpPoolApi:
+    """A pool over HTTP. Each request goes to a random worker, and some disconnect before the answer."""
 
     def __init__(
         self,
@@ -115,61 +110,53 @@ class Sockets:
         login: str,
         pool: str,
         chance: Random,
-        haste: float = HASTE,
+        hangup_rate: float = HANGUP_RATE,
         outages: bool = False,
     ) -> None:
-        """Connect when needed; `ports` may change meanwhile. `outages`: the store may be down now and then."""
+        """Connect lazily. The caller may change `ports` at any time. `outages`: the store may be down sometimes."""
         self._ports = ports
         self._login = login
         self._path = f"/api/pools/{pool}"
         self._chance = chance
-        self._haste = haste
+        self._hangup_rate = hangup_rate
         self._outages = outages
         self._connections: dict[int, _Connection] = {}
 
     def assign(self, holder: str) -> Grant | None:
-        """Take a token."""
         answer = self._ask("POST", "leases", {"holder": holder}, refusals={409: "no_free_token"})
         return answer and _granted(answer, holder)
 
     def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
-        """Ask for more time."""
         answer = self._ask("PUT", f"leases/{grant.token}", {"holder": holder, "fence": grant.fence}, refusals=_LOST)
         return answer and _granted(answer, holder)
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
-        """Give a token back."""
         claim = {"holder": holder, "fence": grant.fence}
         return self._ask("DELETE", f"leases/{grant.token}", claim, refusals=_LOST) and grant
 
     def generate(self) -> Grant | None:
-        """Make a token."""
         answer = self._ask("POST", "tokens", refusals={409: "pool_full"})
         return answer and Grant(answer.json()["tokens"][0])
 
     def delete(self, token: str) -> Grant | None:
-        """Delete a token."""
         return self._ask("DELETE", f"tokens/{token}", refusals={404: "not_found"}) and Grant(token)
 
     def tokens(self) -> set[str]:
-        """List the tokens that there are."""
         answer = self._ask("GET", "?limit=1000", refusals={})
         assert answer is not None
         return {token["token"] for token in answer.json()["tokens"]}
 
     def leased(self) -> int:
-        """Return the number of leased tokens."""
         answer = self._ask("GET", "?limit=1", refusals={})
         assert answer is not None
         return int(answer.json()["leased"])
 
     def close(self) -> None:
-        """Disconnect."""
         while self._connections:
             self._connections.popitem()[1].close()
 
     def _ask(self, method: str, path: str, document: object = None, *, refusals: dict[int, str]) -> Answer | None:
-        """Ask any worker that can be reached. Raises NoAnswer."""
+        """Send a request to any reachable worker. Raises NoAnswer."""
         target = f"{self._path}/{path}" if path[0] != "?" else self._path + path
         answer = None
         while answer is None:
@@ -177,16 +164,16 @@ class Sockets:
             try:
                 connection = self._connections.get(port) or _Connection(port)
                 self._connections[port] = connection
-                connection.hasty = self._chance.random() < self._haste
+                connection.hangs_up = self._chance.random() < self._hangup_rate
                 answer = connection.ask(method, target, document, X_Token=self._login)
-            except (Refused, Closed, NoAnswer) as trouble:
+            except (Refused, Closed, NoAnswer) as error:
                 if port in self._connections:
                     self._connections.pop(port).close()
-                if isinstance(trouble, NoAnswer):
+                if isinstance(error, NoAnswer):
                     raise
         if answer.status < 300:
             return answer
-        if answer.status == 503 and self._outages:  # it may have been done or not
+        if answer.status == 503 and self._outages:  # the request may have been executed or not
             assert (answer.headers["retry-after"], answer.json()["error"]) == ("1", "store_unavailable"), answer
             raise NoAnswer
         assert refusals.get(answer.status) == answer.json()["error"], (method, path, answer)
@@ -194,13 +181,12 @@ class Sockets:
 
 
 class _Connection(Connection):
-    """One that can hang up as soon as it has sent a request."""
+    """A connection that can be closed as soon as a request was sent."""
 
-    hasty = False
+    hangs_up = False
 
     def send(self, request: bytes) -> Answer:
-        """Send a request and perhaps read its answer. Raises Closed or NoAnswer."""
-        if not self.hasty:
+        if not self.hangs_up:
             return super().send(request)
         with suppress(OSError):
             self._socket.sendall(request)
@@ -233,12 +219,12 @@ lease_ttl = %(lease_ttl)s
 
 
 class Race:
-    """Twenty holders in a pool of permits, and ten in a pool whose tokens are made and deleted meanwhile."""
+    """Twenty holders in a prefilled pool, and ten in a pool whose tokens they generate and delete."""
 
     def __init__(self, ports: Sequence[int], time: Time, lease_ttl: float, seed: int, outages: bool = False) -> None:
-        """Enter the pools of POOLS, which nobody has used before; `ports` may change meanwhile.
+        """Prepare the unused pools of POOLS. The caller may change `ports` at any time.
 
-        `outages`: the store may be down now and then.
+        `outages`: the store may be down sometimes.
         """
         self.histories = {pool: History(time) for pool in CAPACITIES}
         self._lease_ttl = lease_ttl
@@ -248,22 +234,22 @@ class Race:
         self._made: list[str] = []
         with Connection(ports[0]) as connection:
             self._login = connection.log_in()
-        with self._calm("permits") as lender:
-            for token in lender.tokens():
+        with self._reliable("permits") as api:
+            for token in api.tokens():
                 self.histories["permits"].record("generate", partial(Grant, token))
-        with self._calm("bounded") as lender:
+        with self._reliable("bounded") as api:
             for _ in range(CAPACITIES["bounded"] + 1):
-                made = self.histories["bounded"].record("generate", lender.generate)
+                made = self.histories["bounded"].record("generate", api.generate)
                 self._made += [] if made is None else [made.token]
 
     @property
     def length(self) -> int:
-        """Say how many requests there were so far."""
+        """The number of requests so far."""
         return sum(len(history.events) for history in self.histories.values())
 
     @contextmanager
     def running(self, more: Callable[[], bool], between: Callable[[], object]) -> Iterator[None]:
-        """Have the holders race for as long as `more` says so; what goes wrong in one of them is raised."""
+        """Run the holders while `more` returns True. Raises their errors."""
         pools = ["permits"] * 20 + ["bounded"] * 10
         with ThreadPoolExecutor(len(pools)) as threads:
             running = [threads.submit(self._run, pool, number, more, between) for number, pool in enumerate(pools)]
@@ -272,49 +258,49 @@ class Race:
                 one.result()
 
     def finish(self, pass_time: Callable[[], object] = lambda: None) -> None:
-        """Let all leases lapse. No promise was broken, and each token that should be there can be had, once."""
+        """Let all leases end. Check that no promise was broken, and that each remaining token can be leased once."""
         for pool, history in self.histories.items():
-            with self._calm(pool) as lender:
-                until(lambda: not pass_time() and lender.leased() == 0, "all leases have lapsed")
-                tokens = lender.tokens()
-                last = Holder("last", lender, history, Random(0))
-                taken = {grant.token for _ in range(len(tokens) + 1) if (grant := last.take()) is not None}
+            with self._reliable(pool) as api:
+                until(lambda: not pass_time() and api.leased() == 0, "all leases have ended")
+                tokens = api.tokens()
+                last = Holder("last", api, history, Random(0))
+                taken = {grant.token for _ in range(len(tokens) + 1) if (grant := last.assign()) is not None}
             found = history.violations(self._lease_ttl, CAPACITIES[pool])
-            assert not found, "\n".join([f"{len(found)} times a promise was broken", *found[:9]])
-            assert history.events[-1].outcome is Outcome.REFUSED, "one more was lent than there are"
-            assert taken == tokens, f"never lent again: {tokens - taken}"
+            assert not found, "\n".join([f"{len(found)} violations", *found[:9]])
+            assert history.events[-1].outcome is Outcome.REFUSED, "one more lease than tokens"
+            assert taken == tokens, f"cannot be leased again: {tokens - taken}"
             check_remaining(history, tokens)
             check_eventful(history, CAPACITIES[pool])
 
     def _run(self, pool: str, number: int, more: Callable[[], bool], between: Callable[[], object]) -> None:
         chance = Random(f"{self._seed} {number}")
         made = self._made if pool == "bounded" else None
-        with closing(Sockets(self._ports, self._login, pool, chance, outages=self._outages)) as lender:
-            holder = Holder(f"client {number}", lender, self.histories[pool], chance, made)
+        with closing(HttpPoolApi(self._ports, self._login, pool, chance, outages=self._outages)) as api:
+            holder = Holder(f"client {number}", api, self.histories[pool], chance, made)
             while more():
                 holder.step()
                 between()
 
-    def _calm(self, pool: str) -> "closing[Sockets]":
-        return closing(Sockets(self._ports, self._login, pool, Random(self._seed), haste=0))
+    def _reliable(self, pool: str) -> "closing[HttpPoolApi]":
+        return closing(HttpPoolApi(self._ports, self._login, pool, Random(self._seed), hangup_rate=0))
 
 
 def check_remaining(history: History, tokens: set[str]) -> None:
-    """Every token is there that was made and not deleted, and no other."""
+    """Check that exactly the tokens remain that were generated and not deleted."""
     named: dict[tuple[Verb, Outcome], set[str]] = defaultdict(set)
     for event in history.events:
         named[event.verb, event.outcome].add(event.token)
     made, deleted = named["generate", Outcome.DONE], named["delete", Outcome.DONE]
     lost = made - deleted - named["delete", Outcome.UNKNOWN] - tokens
-    assert not lost, f"made, not deleted, and gone: {lost}"
-    assert not tokens & deleted, f"deleted and still there: {tokens & deleted}"
-    assert tokens <= made or named["generate", Outcome.UNKNOWN], f"there, and nobody made it: {tokens - made}"
+    assert not lost, f"generated, never deleted, but gone: {lost}"
+    assert not tokens & deleted, f"deleted, but still there: {tokens & deleted}"
+    assert tokens <= made or named["generate", Outcome.UNKNOWN], f"never generated, but there: {tokens - made}"
 
 
 def check_eventful(history: History, capacity: int) -> None:
-    """Everything happened that a race is about, and more leases lapsed than there are tokens."""
+    """Check that the race covered every outcome, and that more leases lapsed than there are tokens."""
     for verb in ("assign", "keep_alive", "release"):
-        assert history.count(verb, Outcome.DONE), f"{verb} was never done"
+        assert history.count(verb, Outcome.DONE), f"{verb} never succeeded"
         assert history.count(verb, Outcome.REFUSED), f"{verb} was never refused"
     assert any(event.outcome is Outcome.UNKNOWN for event in history.events), "all requests were answered"
     asked = [event for event in history.events if event.outcome is not Outcome.REFUSED]
@@ -324,7 +310,7 @@ def check_eventful(history: History, capacity: int) -> None:
 
 
 def run_race(ports: Sequence[int], time: HandTime, lease_ttl: float, requests: int) -> None:
-    """Race for this many requests. Time jumps meanwhile, often to just before a lease ends."""
+    """Race for `requests` requests. The clock jumps during them, often to just before a lease ends."""
     race, chance = Race(ports, time, lease_ttl, seed=8), Random(8)
 
     def jump() -> None:

@@ -1,4 +1,4 @@
-"""Real servers for tests: processes that listen on a socket, with a clock that the test moves by hand."""
+"""Real server processes that listen on a socket, with a clock that the test sets."""
 
 import json
 import mmap
@@ -24,12 +24,12 @@ from tests.support.processes import Forked, Process
 ROOT = Path(__file__).parents[2]
 
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""For clients of this machine only: loading the system's certificates for each takes time."""
+"""For clients that use plain HTTP only. By default each client would load all CA certificates."""
 
 START = 1_800_000_000.0
-"""Where every hand-moved clock begins, in Unix seconds."""
+"""The first time of every hand-moved clock, in Unix seconds."""
 
-# admin/admin, ann/ann-secret and bob/bob-secret at the lowest cost that argon2 has: tests are not about hashing.
+# admin/admin, ann/ann-secret and bob/bob-secret at the lowest cost of argon2, to save time.
 USERS = """
 [passwords]
 memory_kib = 8
@@ -52,7 +52,7 @@ password = "$argon2id$v=19$m=8,t=1,p=1$LIVwzhljLKW0tvbeW2tNqQ$9JC3XMtZhQy2Oi5GB4
 
 
 class HandClock:
-    """A clock in a file, so that every process of a test reads the same hand-set time."""
+    """A hand-moved clock. The time is in a file, so that all processes of a test share it."""
 
     def __init__(self, path: Path, create: bool = False) -> None:
         if create:
@@ -62,7 +62,6 @@ class HandClock:
             self._memory = mmap.mmap(file.fileno(), 8)
 
     def __call__(self) -> float:
-        """Read the time."""
         return float(struct.unpack_from("d", self._memory)[0])
 
     def set(self, now: float) -> None:
@@ -70,12 +69,11 @@ class HandClock:
         struct.pack_into("d", self._memory, 0, now)
 
     def advance(self, seconds: float) -> None:
-        """Move the time."""
         self.set(self() + seconds)
 
 
 class Server:
-    """One server process and how to speak to it."""
+    """One server process, its port and its log."""
 
     def __init__(self, process: Process, log: Path) -> None:
         self.process = process
@@ -84,18 +82,17 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Return what the server has logged, or only the events of one name."""
-        wanted = "{" if name is None else f'"{name}"'
+        """Return the server's log events, or those of one name."""
+        wanted = "{" if name is None else f'"event":"{name}"'
         lines = self.log.read_text().splitlines()
         found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
         return [line for line in found if name in {None, line["event"]}]
 
     def wait(self, event: str, seconds: float = 60) -> dict[str, Any]:
-        """Wait until the server has logged an event; fail with its log if it ends or takes too long."""
+        """Wait until the server has logged an event, and return it. Fails with its log at a timeout or its end."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = self.events(event)
@@ -107,30 +104,30 @@ class Server:
         raise AssertionError(f"no {event!r} in the log (exit code {self.process.poll()}):\n{self.log.read_text()}")
 
     def client(self, **options: Any) -> httpx.Client:
-        """Open a client with a connection of its own."""
+        """Open a client with its own connection."""
         return httpx.Client(base_url=self.url, timeout=30, verify=NO_TLS, **options)
 
     def stop(self) -> int:
-        """End with SIGTERM; return the exit code."""
+        """Send SIGTERM, wait until it ends, and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
     def kill(self) -> None:
-        """End with SIGKILL, with every process that it has started."""
+        """Kill it and its child processes with SIGKILL."""
         if self.process.poll() is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # a forked one that has no session yet
+            except ProcessLookupError:  # just forked: it has no session yet
                 self.process.send_signal(signal.SIGKILL)
         self.process.wait(60)
 
 
 @contextmanager
 def starting(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
-    """Start one worker on a port of its own; several on one database are what `serve --workers N` runs.
+    """Start one worker on its own port. Several of them on one database are like `serve --workers N`.
 
-    With a clock, time moves only when the test moves it.
+    With a clock, only the test moves the time.
     """
     log = _new_log(config.parent)
     command = ["worker", str(config), str(clock.path) if clock else "-"]
@@ -141,7 +138,6 @@ def starting(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
 
 @contextmanager
 def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
-    """Run one worker."""
     with starting(config, clock) as server:
         server.port = server.wait("test_worker_ready")["port"]
         yield server
@@ -149,7 +145,7 @@ def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
 
 @contextmanager
 def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Run `tokenauth serve` itself, on a free port, until it answers."""
+    """Run `tokenauth serve` on a free port, and wait until a worker has started."""
     command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
     with spawn([*command, *arguments], config.parent, env) as server:
         server.wait("started")
@@ -161,7 +157,7 @@ def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> I
 def spawn(
     command: Sequence[str], directory: Path, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> Iterator[Server]:
-    """Start a process whose log goes to a file in the directory; kill it and its children at the end."""
+    """Start a process that logs to a file in the directory. Kill it and its children at the end."""
     log = _new_log(directory)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     with log.open("wb") as sink:
@@ -194,19 +190,19 @@ def _ended(server: Server) -> Iterator[Server]:
 
 @cache
 def shipped() -> str:
-    """Return the committed `config.toml`, also when it has been edited in the checkout."""
+    """Return the shipped `config.toml`, without local edits in the checkout."""
     done = subprocess.run(["git", "show", ":config.toml"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else (ROOT / "config.toml").read_text()
 
 
 def shipped_with_dialects() -> str:
-    """Return the same with its dialects switched on, by removing the "# " in front of their lines."""
+    """Return the shipped `config.toml` with its dialects enabled: without the "# " in front of their lines."""
     before, first, dialects = shipped().partition("# [dialects.")
     return before + re.sub(r"^# ", "", first + dialects, flags=re.MULTILINE)
 
 
 def write_config(directory: Path, more: str = "", users: str = USERS) -> Path:
-    """Write a configuration whose database lies beside it; `more` are further tables, placed before the users."""
+    """Write a configuration with a database in the same directory. `more` is inserted before the users."""
     path = directory / "config.toml"
     path.write_text(f"""[database]\nurl = "sqlite+aiosqlite:///{directory}/tokenauth.db"\n{more}\n{users}""")
     path.chmod(0o600)
@@ -221,7 +217,6 @@ def log_in(client: httpx.Client, username: str = "admin", password: str = "admin
 
 
 def probe(client: httpx.Client, token: str) -> bool:
-    """Ask whether a token is valid."""
     answer = client.get("/api/token", params={"token": token})
     assert answer.status_code == 200, answer.text
     return bool(answer.json()["valid"])
@@ -244,7 +239,7 @@ def exchange(port: int, request: bytes, timeout: float = 30) -> tuple[int, dict[
     return int(match[1]), headers, body
 
 
-def _more(connection: socket.socket, so_far: bytes) -> bytes:
+def _more(connection: socket.socket, received: bytes) -> bytes:
     more = connection.recv(65536)
-    assert more, f"the connection was closed after {so_far!r}"
+    assert more, f"the connection was closed after {received!r}"
     return more

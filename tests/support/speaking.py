@@ -1,4 +1,4 @@
-"""Speak to the server's protocol without a socket, so that a test decides what arrives in one segment."""
+"""Run the server's protocol without a socket, so that a test controls what arrives in one segment."""
 
 import asyncio
 import re
@@ -14,7 +14,7 @@ from tokenauth.server.protocol import BoundedProtocol
 
 
 class Wire(asyncio.Transport):
-    """A transport that keeps what is sent, and hands on nothing while reading is paused."""
+    """A transport that stores what is sent, and tracks whether reading is paused."""
 
     def __init__(self) -> None:
         super().__init__({"peername": ("10.0.0.1", 5)})
@@ -24,15 +24,12 @@ class Wire(asyncio.Transport):
         self.closed = False
 
     def write(self, data: Any) -> None:
-        """Keep data."""
         self.sent += data
 
     def can_write_eof(self) -> bool:
-        """Return True."""
         return True
 
     def write_eof(self) -> None:
-        """Note that nothing more is sent."""
         self.ends = True
 
     def close(self) -> None:
@@ -44,27 +41,23 @@ class Wire(asyncio.Transport):
         self.closed = True
 
     def is_closing(self) -> bool:
-        """Whether it was closed."""
         return self.closed
 
     def get_write_buffer_size(self) -> int:
-        """Return 0: everything is sent at once."""
-        return 0
+        return 0  # everything is sent at once
 
     def pause_reading(self) -> None:
-        """Hand on nothing."""
         self.reads = False
 
     def resume_reading(self) -> None:
-        """Go on."""
         self.reads = True
 
     async def readable(self) -> None:
-        """Wait until reading is not paused; nobody reads from a connection that is closed."""
-        await self.until(lambda: self.reads or self.closed or self.ends, "reading goes on")
+        """Wait until reading is not paused, or the connection is closed."""
+        await self.until(lambda: self.reads or self.closed or self.ends, "reading resumes")
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Let the event loop go round until something is so."""
+        """Run the event loop until the condition is true."""
         for _ in range(1000):
             if condition():
                 return
@@ -73,24 +66,23 @@ class Wire(asyncio.Transport):
 
 
 class Outcome(NamedTuple):
-    """What came of a stream."""
+    """The result of a stream."""
 
     executed: list[Reading]
-    """The requests that the app was given, in their order; a body of None did not come to its end."""
+    """The requests that reached the app, in order. The body is None if it is incomplete."""
     statuses: list[int]
     closed: bool
     """Whether the connection was closed before the client ended its side."""
 
 
 class Recorder:
-    """ASGI app that keeps what it is asked, and answers 299 when it has read the body, or at once."""
+    """ASGI app that stores requests, and answers 299: after it has read the body, or at once."""
 
     def __init__(self, reads: bool) -> None:
         self._reads = reads
         self.executed: list[Reading] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
         place = len(self.executed)
@@ -109,14 +101,14 @@ class Recorder:
 
 
 def options(app: ASGIApp) -> uvicorn.Config:
-    """Set up an app as the server does."""
+    """Configure uvicorn as the server does."""
     config = uvicorn.Config(app, interface="asgi3", ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()
     return config
 
 
 async def speak(segments: Iterable[bytes], reads: bool, hurry: bool, config: uvicorn.Config) -> Outcome:
-    """Send segments, then end the client's side; in a hurry, the server has no turn in between."""
+    """Send segments, then end the client's side. With `hurry`, the event loop does not run in between."""
     app, wire = Recorder(reads), Wire()
     config.loaded_app = app
     protocol = BoundedProtocol(config, ServerState(), {}, asyncio.get_running_loop())
@@ -136,12 +128,12 @@ async def speak(segments: Iterable[bytes], reads: bool, hurry: bool, config: uvi
     await wire.until(lambda: wire.closed, "the connection is closed")
     protocol.connection_lost(None)
     await turn()
-    assert not protocol.tasks, "a request is never done with"
+    assert not protocol.tasks, "a request never ends"
     statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", bytes(wire.sent))]
     return Outcome(app.executed, [status for status in statuses if status != 100], closed)
 
 
 async def turn() -> None:
-    """Let the event loop go round a few times."""
+    """Run the event loop a few times."""
     for _ in range(6):
         await asyncio.sleep(0)

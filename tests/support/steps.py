@@ -1,4 +1,4 @@
-"""What something costs, counted and not timed: the steps of SQLite's machine, and the calls that threads make."""
+"""Costs that are counted instead of timed: the steps of SQLite's virtual machine, and the calls of threads."""
 
 import asyncio
 import sqlite3
@@ -21,51 +21,45 @@ T = TypeVar("T")
 
 
 class NoFeed:
-    """The feed of a database that nothing is revoked in."""
+    """The feed of a database without revocations."""
 
     def is_current(self) -> bool:
-        """Return True."""
         return True
 
     def drain(self) -> Collection[bytes]:
-        """Return nothing."""
         return ()
 
     def add(self, digests: Collection[bytes]) -> None:
-        """Do nothing."""
+        pass
 
     def invalidate(self) -> None:
-        """Do nothing."""
+        pass
 
 
 class DirectEngine:
-    """What engines for counting have in common: they run forever, and have no cache above them."""
+    """Base of engines for counting costs. They need no start, and have no cache above them."""
 
     clock = staticmethod(lambda: 0.0)
     feed = NoFeed()
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
-        """Do nothing."""
         return 0.0
 
     async def stop(self, now: Instant) -> None:
-        """Do nothing."""
+        pass
 
     async def ready(self) -> str | None:
-        """Return None."""
         return None
 
     async def token(self, digest: bytes) -> Token | None:
-        """Fail: the engines of the service are asked for tokens."""
-        raise NotImplementedError
+        raise NotImplementedError  # tests count these reads with the real engines
 
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
-        """Fail: the engines of the service are asked for counts."""
         raise NotImplementedError
 
 
 class Direct(DirectEngine):
-    """A SQLite engine that reads and writes at once, on one connection, and never commits."""
+    """A SQLite engine that runs everything immediately, on one connection, and never commits."""
 
     def __init__(self, path: str = ":memory:") -> None:
         """Create an empty database."""
@@ -76,12 +70,11 @@ class Direct(DirectEngine):
             db.commit()
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
-        """Run a query."""
         with self._engine.connect() as db:
             return db.execute(query, values).all()
 
     async def apply(self, change: Change[A], and_then: Callable[[SqliteTransaction], None] = lambda _: None) -> A:
-        """Make a change, and something more in the same transaction."""
+        """Apply a change, then call `and_then` in the same transaction."""
         self.connection.execute("BEGIN")
         try:
             db = SqliteTransaction(self.connection)
@@ -93,12 +86,12 @@ class Direct(DirectEngine):
 
 
 async def answer(asked: Awaitable[T]) -> T:
-    """Wait for an answer; `asyncio.run` takes nothing less than a coroutine."""
+    """Turn an awaitable into a coroutine, as `asyncio.run` requires."""
     return await asked
 
 
 def steps(ask: Callable[[], Awaitable[T]], *connections: sqlite3.Connection) -> tuple[int, T]:
-    """Count the steps that SQLite's machine takes for something; return what came of it too."""
+    """Run something. Return the number of steps of SQLite's virtual machine, and the result."""
     count = 0
 
     def step() -> int:
@@ -117,12 +110,12 @@ def steps(ask: Callable[[], Awaitable[T]], *connections: sqlite3.Connection) -> 
 
 
 Call = tuple[str, dict[str, Any]]
-"""What was called, with what its caller has in its variables at that moment."""
+"""The name of a called function, and the local variables of its caller."""
 
 
 @contextmanager
 def calls_of_threads() -> Iterator[list[Call]]:
-    """Record what is called in threads that start meanwhile, in Python and in C."""
+    """Record the calls of Python and C functions in threads that start meanwhile."""
     calls: list[Call] = []
 
     def note(frame: FrameType, event: str, called: Any) -> None:
@@ -139,12 +132,12 @@ def calls_of_threads() -> Iterator[list[Call]]:
 
 
 def hashes(calls: list[Call]) -> list[str]:
-    """Say which hashes were computed: the scheme, and all that decides how much work it is."""
+    """Return the hashes that were computed: their scheme and all parameters that determine their cost."""
     return [_WORK[name](variables) for name, variables in calls if variables and name in _WORK]
 
 
 _WORK: dict[str, Callable[[dict[str, Any]], str]] = {
-    # argon2 is given the whole hash: the work is all but what salt and digest say, and their lengths
+    # argon2 gets the whole hash: replace salt and digest by their lengths
     "argon2_verify": lambda given: without_values(bytes(given["hash"]).decode()),
     "hashpw": lambda given: given["config"].decode()[:-22],
     "scrypt": lambda given: "scrypt n={n} r={r} p={p} keylen={keylen} salt=".format(**given) + str(len(given["salt"])),
@@ -155,6 +148,6 @@ _WORK: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def without_values(hashed: str) -> str:
-    """Write what decides how much work an argon2 hash is."""
+    """Return the parameters that determine the cost of an argon2 hash."""
     head, salt, digest = hashed.rsplit("$", 2)
     return f"{head} salt={len(salt)} digest={len(digest)}"

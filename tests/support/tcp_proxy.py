@@ -1,4 +1,4 @@
-"""A network between a service and its database, which a test slows down, cuts and freezes."""
+"""A TCP proxy between a service and its database that a test can delay, cut and freeze."""
 
 import asyncio
 import re
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from tests.support.ports import free_port
 
-# Not UNLISTEN, which a pool says of every connection that it takes back.
+# Not UNLISTEN, which a pool sends on every connection that is returned to it.
 _LISTEN = re.compile(rb"(?<!UN)LISTEN\s")
 
 _T = TypeVar("_T")
@@ -25,23 +25,22 @@ class Connection:
         self.client = client
         self.server: socket.socket | None = None
         self.server_port = 0
-        """The port that PostgreSQL sees it come from: `client_port` in pg_stat_activity."""
+        """The client port that PostgreSQL sees: `client_port` in pg_stat_activity."""
         self.listens = False
         """Whether the client has sent LISTEN."""
         self._tail = b""
 
     def see(self, data: bytes) -> None:
-        """Look at what the client sends."""
+        """Search the client's data for LISTEN."""
         self.listens = self.listens or _LISTEN.search(self._tail + data) is not None
         self._tail = (self._tail + data)[-8:]
 
     def reset(self) -> None:
-        """Have close() reset the connection at both ends."""
+        """Make `close` reset the connection at both ends."""
         for end in filter(None, (self.client, self.server)):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def close(self) -> None:
-        """Close both ends."""
         for end in filter(None, (self.client, self.server)):
             end.close()
 
@@ -50,24 +49,23 @@ Only = Callable[[Connection], bool]
 
 
 def every(connection: Connection) -> bool:
-    """Choose all connections."""
     return True
 
 
 def listener(connection: Connection) -> bool:
-    """Choose the connections on which a LISTEN was sent."""
+    """Select the connections on which a LISTEN was sent."""
     return connection.listens
 
 
 class _Rule(NamedTuple):
-    """What is done to which connections."""
+    """What to do with which connections."""
 
     kind: Literal["pass", "cut", "freeze"]
     only: Only
 
 
 class Proxy:
-    """Listens on a port of its own and passes all on to another; what a test says is done when the call returns."""
+    """Forwards all connections from its port to another. Each method takes effect before it returns."""
 
     def __init__(self, target_port: int) -> None:
         self.port = free_port()
@@ -93,23 +91,23 @@ class Proxy:
 
     @property
     def connections(self) -> list[Connection]:
-        """The connections that are open."""
+        """The open connections."""
         return self._do(self._list())
 
     def delay(self, seconds: float, only: Only = every) -> None:
-        """Let all bytes arrive this much later, in each direction; they keep their order."""
+        """Delay all bytes in both directions. They keep their order."""
         self._do(self._set(self._rule, (seconds, only)))
 
     def cut(self, only: Only = every) -> None:
-        """Reset connections. Without `only`, refuse new ones; with it, reset each one as soon as it is chosen."""
+        """Reset connections. Without `only`, refuse new ones; with it, reset each one as soon as it matches."""
         self._do(self._set(_Rule("cut", only), self._delay))
 
     def freeze(self, only: Only = every) -> None:
-        """Let nothing arrive, not even that an end has closed; new connections are made, and nothing arrives there."""
+        """Hold back all data, also the close of an end. New connections are accepted and frozen, too."""
         self._do(self._set(_Rule("freeze", only), self._delay))
 
     def heal(self) -> None:
-        """Let all pass, also what was held back."""
+        """Forward everything, also the data that was held back."""
         self._do(self._set(_Rule("pass", every), (0, every)))
 
     def _do(self, what: Coroutine[Any, Any, _T]) -> _T:
@@ -133,7 +131,7 @@ class Proxy:
         return self._rule.kind == kind and self._rule.only(connection)
 
     def _listen(self, wanted: bool) -> None:
-        """Take new connections, or refuse them."""
+        """Accept new connections, or refuse them."""
         if wanted and self._listening is None:
             self._listening = socket.create_server(("127.0.0.1", self.port), backlog=512)
             self._listening.setblocking(False)
@@ -149,7 +147,7 @@ class Proxy:
             self._open[connection] = self._loop.create_task(self._serve(connection))
 
     async def _serve(self, connection: Connection) -> None:
-        """Carry both ways until both ends have said all, or one is broken."""
+        """Forward both ways until both ends have closed, or one fails."""
         try:
             await self._passage(connection, self._loop.time())
             connection.server = server = _quick(socket.socket())
@@ -193,7 +191,7 @@ class Proxy:
         target.shutdown(socket.SHUT_WR)
 
     async def _passage(self, connection: Connection, arrived: float) -> None:
-        """Wait for as long as the network holds back what arrived then."""
+        """Wait while data that arrived at `arrived` is held back."""
         while True:
             seconds, only = self._delay
             late = arrived + seconds - self._loop.time() if only(connection) else 0

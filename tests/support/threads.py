@@ -1,4 +1,4 @@
-"""A process in which no thread can be started."""
+"""Make the start of threads fail."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_new_threads() -> Iterator[None]:
-    """Make every start of a thread fail, as without memory: no stack of this size fits."""
+    """Make every start of a thread fail, as without memory: the requested stack is too large."""
     threading.stack_size(1 << 46)
     try:
         yield

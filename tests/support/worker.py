@@ -1,4 +1,4 @@
-"""A worker as `tokenauth serve` runs it, but with a clock from a file: `python -m tests.worker CONFIG CLOCK`."""
+"""A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`."""
 
 import socket
 import sys
@@ -17,7 +17,7 @@ from tokenauth.web.app import create_app
 
 
 class Worker(AcceptingServer):
-    """Says where it listens."""
+    """A worker that logs its port."""
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Start, then log the port."""
@@ -29,7 +29,7 @@ class Worker(AcceptingServer):
 def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
-    logs.configure(direct=True)  # a test looks into the log as soon as it is answered
+    logs.configure(direct=True)  # tests read the log right after an answer
     settings = loader.load(Path(config_file))
     if clock_file == "-":
         app = create_app(settings)

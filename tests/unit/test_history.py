@@ -59,29 +59,29 @@ POSSIBLE: dict[str, list[Event]] = {
 }
 
 IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
-    "lent to two": (
+    "leased to two": (
         [A, assign("b", 2, 3, 2)],
-        ["token t: lent to b (fence 2) at 3.000000, and a (fence 1) certainly held it until 10.000000"],
+        ["token t: leased to b (fence 2) at 3.000000, and a (fence 1) certainly held it until 10.000000"],
     ),
     "lent before its longer time was up": (
         [A, keep("a", 8, 9), assign("b", 10, 11, 2)],
         ["certainly held it until 18"],
     ),
-    "lent to two, one of them no neighbour": (
+    "leased to two, one of them no neighbour": (
         [A, assign("b", 2, 3, 2), release("b", 4, 5), assign("c", 6, 7, 3)],
-        ["lent to b (fence 2) at 3.000000, and a", "lent to c (fence 3) at 7.000000, and a"],
+        ["leased to b (fence 2) at 3.000000, and a", "leased to c (fence 3) at 7.000000, and a"],
     ),
     "lent in spite of a refused release": (
         [A, release("a", 10, 11, REFUSED), keep("a", 2, 3), assign("b", 4, 5, 2)],
         [
-            "lent to b",
+            "leased to b",
             "release was refused to a",
         ],
     ),
-    "a fence twice": ([A, release("a", 2, 3), assign("b", 4, 5)], ["a (fence 1) and to b (fence 1), with one and the"]),
+    "a fence twice": ([A, release("a", 2, 3), assign("b", 4, 5)], ["a (fence 1) and to b (fence 1) with the same"]),
     "a fence that falls": (
         [assign("a", 0, 1, 2), release("a", 2, 3), assign("b", 4, 5, 1)],
-        ["lent to b (fence 1), who asked for it after a (fence 2) had it"],
+        ["leased to b (fence 1), which requested it after a (fence 2) had it"],
     ),
     "a fence that falls below one that is no neighbour": (
         [
@@ -91,10 +91,10 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
             release("c", 9.1, 9.2),
             assign("b", 4, 9.5, 2),
         ],
-        ["lent to b (fence 2), who asked for it after a (fence 3) had it"],
+        ["leased to b (fence 2), which requested it after a (fence 3) had it"],
     ),
-    "more time was refused": ([A, keep("a", 8, 9, REFUSED)], ["keep_alive was refused to a (fence 1), who certainly"]),
-    "a release was refused": ([A, release("a", 8, 9, REFUSED)], ["release was refused to a (fence 1), who certainly"]),
+    "more time was refused": ([A, keep("a", 8, 9, REFUSED)], ["keep_alive was refused to a (fence 1), which certain"]),
+    "a release was refused": ([A, release("a", 8, 9, REFUSED)], ["release was refused to a (fence 1), which certain"]),
     "released twice": (
         [A, release("a", 2, 3), release("a", 4, 5)],
         ["release was done for a (fence 1) after it was r"],
@@ -109,16 +109,19 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
         [delete("t", -1, -0.5), A],
         ["assign was done for a (fence 1) after its token was del"],
     ),
-    "lent, and nobody had made it": ([assign("a", 0, 1, token="v")], ["token v: lent to a (fence 1), and nobody had"]),
-    "lent before it was made": ([assign("a", -4, -3)], ["token t: lent to a (fence 1), and nobody had made it"]),
+    "leased but never generated": ([assign("a", 0, 1, token="v")], ["token v: leased to a (fence 1) before it was"]),
+    "leased before it was generated": (
+        [assign("a", -4, -3)],
+        ["token t: leased to a (fence 1) before it was generated"],
+    ),
     "more are lent than may be": (
         [generate("", UNKNOWN), A, assign("b", 0, 2, token="u"), assign("c", 0, 3, token="v")],
         ["3 leases were certainly held at 3.000000, and the capacity is 2"],
     ),
-    "more are in being than may be": ([generate("v")], ["3 tokens were certainly in being at -1.000000, and the"]),
+    "more are in being than may be": ([generate("v")], ["3 tokens certainly existed at -1.000000, and the"]),
     "more are in being, since a deletion was refused": (
         [generate("v"), delete("u", -4, -3, REFUSED)],
-        ["3 tokens were certainly in being"],
+        ["3 tokens certainly existed"],
     ),
 }
 

@@ -152,15 +152,13 @@ def test_the_check_detects_a_racy_assign(
     quick = tiny_pool(faults)
     history.record("generate", quick.generate)
     amid(
-        lambda pause: Holder("slow", tiny_pool(faults, pause), history, Random(1)).take(),
-        Holder("quick", quick, history, Random(2)).take,
+        lambda pause: Holder("slow", tiny_pool(faults, pause), history, Random(1)).assign(),
+        Holder("quick", quick, history, Random(2)).assign,
     )
     assert_like(history.violations(TTL, 1), sentences)
 
 
-@pytest.mark.parametrize(
-    ("faults", "sentences"), [(Faults(no_lock=True), ["3 tokens were certainly in being"]), (SOUND, [])]
-)
+@pytest.mark.parametrize(("faults", "sentences"), [(Faults(no_lock=True), ["3 tokens certainly existed"]), (SOUND, [])])
 def test_the_check_detects_a_racy_generate(
     history: History, tiny_pool: Opener, faults: Faults, sentences: list[str]
 ) -> None:
@@ -189,12 +187,12 @@ def test_the_check_detects_a_release_by_a_stale_holder(
     """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
     pool = tiny_pool(faults)
     history.record("generate", pool.generate)
-    stale = Holder("a", pool, history, Random(1)).take()
+    stale = Holder("a", pool, history, Random(1)).assign()
     assert stale is not None
     time.advance(TTL)
-    assert Holder("b", pool, history, Random(2)).take() is not None
+    assert Holder("b", pool, history, Random(2)).assign() is not None
     history.record("release", lambda: pool.release("a", stale), "a/1", *stale)
-    Holder("c", pool, history, Random(3)).take()
+    Holder("c", pool, history, Random(3)).assign()
     time.advance(TTL)
     assert_like(history.violations(TTL, 1), sentences)
 
@@ -204,7 +202,7 @@ def test_the_check_detects_a_release_by_a_stale_holder(
     [
         (Faults(no_owner_check=True), "certainly held it until"),
         (Faults(no_owner_check=True), "release was done for"),
-        (Faults(no_new_fence=True), "with one and the same fence"),
+        (Faults(no_new_fence=True), "with the same fence"),
         (Faults(half_the_time=True), "certainly held it until"),
         (SOUND, None),
     ],

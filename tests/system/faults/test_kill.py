@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.journal import Journal, judge, kill_in_a_loop, run_clients, serving, until, workers
+from tests.support.journal import Journal, check_servers, kill_in_a_loop, run_clients, serving, until, workers
 from tests.support.servers import write_config
 
 pytestmark = pytest.mark.faults
@@ -37,10 +37,10 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
             for client in clients:
                 client.finish()
             journals += latest
-            judge([server], latest)
+            check_servers([server], latest)
         server.kill()
     with workers(config, None, 1) as servers:
-        judge(servers, journals)
+        check_servers(servers, journals)
 
 
 def children(process: int) -> list[int]:
