@@ -296,10 +296,14 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
 def _log_python_messages() -> None:
     """Log warnings and uncaught exceptions, which Python would print."""
     logging.captureWarnings(True)
-    sys.excepthook = lambda _, error, __: log.critical("unexpected", at=safe_traceback(error))
-    sys.unraisablehook = lambda found: log.error("unexpected", at=found.exc_value and safe_traceback(found.exc_value))
+    sys.excepthook = lambda _, error, __: log.critical("unexpected_error", at=safe_traceback(error))
+    sys.unraisablehook = lambda found: log.error(
+        "unexpected_error", at=found.exc_value and safe_traceback(found.exc_value)
+    )
     threading.excepthook = lambda found: log.error(
-        "unexpected", thread=found.thread and found.thread.name, at=found.exc_value and safe_traceback(found.exc_value)
+        "unexpected_error",
+        thread=found.thread and found.thread.name,
+        at=found.exc_value and safe_traceback(found.exc_value),
     )
 
 

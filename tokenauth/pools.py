@@ -177,7 +177,7 @@ class Pools:
         except LeaseLost:
             raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.") from None
         ended = {"user": token.username, "holder": token.holder, "fence": check.fence}
-        log.warning("lease_forced", pool=pool.name, **ended, by=by, reason=reason)
+        log.warning("lease_force_released", pool=pool.name, **ended, by=by, reason=reason)
 
     async def delete(self, pool: Pool, value: str) -> None:
         """Delete a token, free or leased. A pool with `prefill` gets a new one instead. Raises UnknownToken."""

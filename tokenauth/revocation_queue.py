@@ -276,4 +276,4 @@ def _log_lost(held: Iterable[bytes], dropped: int) -> None:
 
 def _log_unexpected(error: Exception) -> None:
     if not isinstance(error, RetryLater):  # that the store is down is already known
-        log.error("unexpected", at=safe_traceback(error))
+        log.error("unexpected_error", at=safe_traceback(error))

@@ -40,7 +40,7 @@ class Service(NamedTuple):
         """Open the store and upgrade its schema; close it at the end. Raises StartError."""
         behind = self.clock.advance(await self.store.start(self.clock.advance))
         if behind > 1:
-            log.warning("clock_is_behind", seconds=round(behind), action="time continues from the last known time")
+            log.warning("clock_behind", seconds=round(behind), action="time continues from the last known time")
         self.tokens.queue.start()
         saving: set[asyncio.Task[None]] = set()
 

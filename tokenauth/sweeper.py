@@ -41,7 +41,7 @@ class Sweeper:
             try:
                 await self.sweep()
             except RetryLater as refusal:
-                log.warning("sweep_put_off", reason=refusal.code)
+                log.warning("sweep_postponed", reason=refusal.code)
             await asyncio.sleep(INTERVAL)
 
     async def sweep(self) -> int:

@@ -136,7 +136,7 @@ class Tokens:
             await self._revoke(digest)
         except Exception as error:
             if not isinstance(error, RetryLater):
-                log.error("unexpected", at=safe_traceback(error))
+                log.error("unexpected_error", at=safe_traceback(error))
             return False
         return True
 

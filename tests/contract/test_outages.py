@@ -380,7 +380,7 @@ async def test_a_failed_checkpoint_is_logged(places: Places) -> None:
         await writer.check()
         assert await place.store.ready() is None
     events = [entry["event"] for entry in logs if entry["event"].startswith("checkpoint_")]
-    assert events == ["checkpoint_failed", "checkpoint_works_again"]
+    assert events == ["checkpoint_failed", "checkpoint_recovered"]
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
@@ -429,7 +429,7 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
         await writer.check()
         assert os.stat(f"{file}-wal").st_size == 0
         await writer.check()
-    assert [entry["event"] for entry in logs] == ["checkpoint_blocked", "checkpoint_blocked", "checkpoint_works_again"]
+    assert [entry["event"] for entry in logs] == ["checkpoint_blocked", "checkpoint_blocked", "checkpoint_recovered"]
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)

@@ -45,7 +45,7 @@ async def test_a_clock_that_is_behind_is_logged_at_the_start(places: Places, beh
     with structlog.testing.capture_logs() as logs:
         async with service.running():
             assert service.clock() == START + behind
-    found = [entry["seconds"] for entry in logs if entry["event"] == "clock_is_behind"]
+    found = [entry["seconds"] for entry in logs if entry["event"] == "clock_behind"]
     assert found == ([behind] if behind > 1 else [])
 
 

@@ -56,7 +56,7 @@ def test_a_login_without_a_thread_is_503_until_one_starts(server: Server) -> Non
         assert readiness(connection) == READY, "without a login that would show it"
         assert connection.valid(connection.log_in())
     assert len(server.events("thread_not_started")) == len(server.events("thread_started_again")) == 1
-    assert not server.events("unexpected")
+    assert not server.events("unexpected_error")
 
 
 def test_a_list_that_needs_a_thread_is_503_until_one_starts(server: Server) -> None:
@@ -73,7 +73,7 @@ def test_a_list_that_needs_a_thread_is_503_until_one_starts(server: Server) -> N
             assert connection.valid(token)
         assert readiness(connection) == READY
         assert connection.ask("GET", "/api/tokens", X_Token=token).status == 200
-    assert not server.events("unexpected")
+    assert not server.events("unexpected_error")
 
 
 @contextmanager

@@ -105,7 +105,9 @@ SCRIPTS = {
     "plain": "log.info('token_issued', user='жанна', count=3, up=True)\nlog.error('broken')",
     "foreign": "logging.getLogger('httptools').info('started %d', 3)",
     "chatty": "".join(f"logging.getLogger({name!r}).{how}('x')\n" for name in CHATTY for how in ("info", "warning")),
-    "unexpected": "try:\n    outer()\nexcept ValueError as e:\n    log.error('unexpected', at=logs.safe_traceback(e))",
+    "unexpected": (
+        "try:\n    outer()\nexcept ValueError as e:\n    log.error('unexpected_error', at=logs.safe_traceback(e))"
+    ),
 }
 
 Logged = dict[str, list[str]]

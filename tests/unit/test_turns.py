@@ -150,7 +150,7 @@ async def test_where_no_turns_can_be_taken_writes_go_on(tmp_path: Path, place: s
             assert await seconds(one) < SOON
             assert await seconds(other) < SOON
             assert await one.ready() is None
-    assert [entry["reason"] for entry in logs if entry["event"] == "writers_take_no_turns"] != []
+    assert [entry["reason"] for entry in logs if entry["event"] == "writer_lock_unusable"] != []
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -364,7 +364,7 @@ class Supervisor:
             return
         worker.silent_ticks = 0
         if not worker.reported and worker.stderr_line() and reports[0].state != "failed":
-            log.warning("worker_said", pid=worker.pid, detail=worker.stderr_line())
+            log.warning("worker_stderr", pid=worker.pid, detail=worker.stderr_line())
         worker.reported = True
         for report in reports:
             if report.state == "failed":

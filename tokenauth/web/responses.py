@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Send
 
 from tokenauth.errors import (
     ClientGone,
@@ -127,28 +126,14 @@ def error_response(error: Exception) -> Response:
     """Return the response to an exception: a refusal has its own, any other is logged and is this server's fault."""
     if isinstance(error, Refusal):
         return refusal_response(error)
-    if lacks_memory(error):
+    if _lacks_memory(error):
         response = refusal_response(Overloaded("The server is short of memory. Try again shortly."))
-        log.error("memory_short", at=safe_traceback(error))
+        log.error("out_of_memory", at=safe_traceback(error))
         return response
-    log.error("unexpected", at=safe_traceback(error))
+    log.error("unexpected_error", at=safe_traceback(error))
     return refusal_response(InternalError())
 
 
-def lacks_memory(error: Exception) -> bool:
+def _lacks_memory(error: Exception) -> bool:
     """Return whether the machine had no memory, or no process left for a thread: that may pass."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
-
-
-async def answer(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-    """Send a whole answer; none of ours may be stored by a cache on the way."""
-    about = [NO_STORE, *headers]
-    if status != 204:  # RFC 9110 section 8.6: it has no content, and no length of it either
-        about.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": about})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def answer_json(send: Send, document: object, status: int = 200) -> None:
-    """Send a JSON document."""
-    await answer(send, status, msgspec.json.encode(document), JSON)

@@ -98,14 +98,14 @@ def test_an_unsteady_feed_revives_no_refused_token(two: Pair, seconds: float) ->
 
 
 def test_a_lost_feed_and_its_return_are_logged_once_each(two: Pair) -> None:
-    before = len(two.there.events("revocation_feed_back"))
+    before = len(two.there.events("revocation_feed_restored"))
     two.network.freeze(listener)
     time.sleep(12)  # longer than any of its attempts takes
     two.network.heal()
     two.until_quiet()
     events = [event["event"] for event in two.there.events() if event["event"].startswith("revocation_feed_")]
-    assert events[-2:] == ["revocation_feed_lost", "revocation_feed_back"]
-    assert events.count("revocation_feed_lost") == events.count("revocation_feed_back") == before + 1
+    assert events[-2:] == ["revocation_feed_lost", "revocation_feed_restored"]
+    assert events.count("revocation_feed_lost") == events.count("revocation_feed_restored") == before + 1
     assert "revocation_feed_polls" not in events
 
 

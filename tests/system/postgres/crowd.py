@@ -58,7 +58,7 @@ def check_log(server: Server) -> None:
     """Nothing in a log is a surprise, or the program text of one."""
     text = server.log.read_text()
     assert "Traceback" not in text, text
-    assert not server.events("unexpected"), server.events("unexpected")
+    assert not server.events("unexpected_error"), server.events("unexpected_error")
     assert all(line.startswith("{") for line in text.splitlines()), text
 
 

@@ -91,7 +91,7 @@ async def test_a_lost_feed_is_logged_once_and_so_is_its_return(nodes: Sequence[N
                 await until(lambda: len(network.connections) == before)  # noqa: B023
                 await until(lambda: len(network.connections) < before)  # noqa: B023
             await find(there, network)
-    assert [entry["event"] for entry in logs] == ["revocation_feed_lost", "revocation_feed_back"] * 2
+    assert [entry["event"] for entry in logs] == ["revocation_feed_lost", "revocation_feed_restored"] * 2
 
 
 # The log is not what it was.

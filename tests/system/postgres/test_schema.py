@@ -146,7 +146,7 @@ async def test_a_start_logs_its_wait_for_an_upgrade_and_can_stop(database: str, 
     async with connected(database) as other, other.transaction():
         await other.execute(_OTHERS_UPGRADE)
         with spawn(command, tmp_path) as server:
-            await asyncio.to_thread(server.wait, "schema_upgrade_waits", 60)
+            await asyncio.to_thread(server.wait, "schema_upgrade_blocked", 60)
             server.process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(server.process.wait, 20) == 0
 

@@ -30,7 +30,7 @@ class Pair(NamedTuple):
         """Wait until the second has its feed: as often as it was lost it has come back."""
         there = self.there
         until(
-            lambda: len(there.events("revocation_feed_lost")) == len(there.events("revocation_feed_back")),
+            lambda: len(there.events("revocation_feed_lost")) == len(there.events("revocation_feed_restored")),
             "the feed is back",
         )
 

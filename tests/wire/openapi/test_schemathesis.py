@@ -66,7 +66,7 @@ def run_schemathesis(server: Server, directory: Path, user: str, size: str, *opt
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert server.events("unexpected") == []
+    assert server.events("unexpected_error") == []
     found: dict[str, Any] = json.loads(report.read_text())
     return found
 

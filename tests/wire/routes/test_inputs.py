@@ -231,7 +231,7 @@ def test_an_endless_header_is_cut_off(server: Server) -> None:
 
 
 def test_a_header_cannot_inject_a_header_or_log_line(server: Server, client: httpx.Client) -> None:
-    agent = '"}\\n{"event": "unexpected", "level": "error"} %s {0} ${HOME}'
+    agent = '"}\\n{"event": "unexpected_error", "level": "error"} %s {0} ${HOME}'
     token = log_in(client, headers={"User-Agent": agent})
     shown = client.get("/api/tokens", headers={"X-Token": token}).json()["tokens"][0]["user_agent"]
     assert shown == agent

@@ -161,7 +161,7 @@ def test_a_forced_release_is_logged(admin: PoolUser, ann: PoolUser, server: Serv
     admin.generate("p")
     lease = ann.assign("p", "ci")
     admin.call("DELETE", f"/p/leases/{lease.token}?force=true", {"reason": "device is stuck"})
-    line = server.wait("lease_forced")
+    line = server.wait("lease_force_released")
     assert {key: line[key] for key in ("pool", "user", "holder", "by", "reason", "fence")} == {
         "pool": "p", "user": "ann", "holder": "ci", "by": "admin", "reason": "device is stuck", "fence": 1,
     }  # fmt: skip

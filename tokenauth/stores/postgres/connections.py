@@ -167,7 +167,7 @@ class Connections:
                 if not isinstance(error.__cause__ and error.__cause__.__cause__, asyncpg.LockNotAvailableError):
                     raise
                 if not waited:
-                    log.warning("schema_upgrade_waits", reason="others use the tables", action="tried until it works")
+                    log.warning("schema_upgrade_blocked", reason="others use the tables", action="tried until it works")
                 waited = True
                 await asyncio.sleep(_UPGRADE_PAUSE)
 

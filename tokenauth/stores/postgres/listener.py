@@ -128,7 +128,7 @@ class Listener:
             self._wake.clear()
             await self._read(db)
             if not self._connected:
-                log.info("revocation_feed_back")
+                log.info("revocation_feed_restored")
                 self._connected = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT):

@@ -61,7 +61,7 @@ class Turns:
         try:
             file = self._open()
         except OSError as error:
-            log.warning("writers_take_no_turns", reason=error.strerror, action="several workers write more slowly")
+            log.warning("writer_lock_unusable", reason=error.strerror, action="several workers write more slowly")
             return
         if self._file is None:
             self._file = file

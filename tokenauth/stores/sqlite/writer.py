@@ -142,7 +142,7 @@ class SqliteWriter:
         trouble, size = await self._submit(self._checkpoint)
         if trouble != self._checkpoint_trouble:
             if trouble is None:
-                log.info("checkpoint_works_again")
+                log.info("checkpoint_recovered")
             else:
                 log.error("checkpoint_failed", reason=trouble, action="the -wal file grows until this works")
         self._checkpoint_trouble = trouble
@@ -156,7 +156,7 @@ class SqliteWriter:
             log.warning("checkpoint_blocked", megabytes=size >> 20, action=action)
             self._wal_alarm = 2 * size
         elif size <= _WAL_LIMIT and self._wal_alarm > _WAL_ALARM:
-            log.info("checkpoint_works_again")
+            log.info("checkpoint_recovered")
             self._wal_alarm = _WAL_ALARM
 
     def refresh_turns(self) -> None:

@@ -59,7 +59,7 @@ class ForwardAuth(Endpoint):
             await refusal_response(refusal)(scope, receive, send)
             return
         except Exception as error:
-            log.error("unexpected", at=safe_traceback(error))
+            log.error("unexpected_error", at=safe_traceback(error))
             await refusal_response(RetryableError())(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
