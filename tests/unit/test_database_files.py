@@ -39,7 +39,7 @@ async def test_new_files_are_private_under_any_umask(tmp_path: Path, umask: int)
     await store.stop(START)
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", "-turns"])
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", "-lock"])
 @pytest.mark.parametrize(("mode", "named"), [(0o600, 0), (0o640, 0), (0o644, 1), (0o604, 1), (0o660, 1), (0o602, 1)])
 def test_a_file_that_others_can_read_or_change_is_named(tmp_path: Path, suffix: str, mode: int, named: int) -> None:
     file = tmp_path / f"tokenauth.db{suffix}"

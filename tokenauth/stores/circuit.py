@@ -11,10 +11,10 @@ from tokenauth.logs import log
 SLOW = 2.0
 """Seconds that an operation may take before the database is probed."""
 
-PATIENCE = 5.0
+TIMEOUT = 5.0
 """Seconds that an operation may take. Then its caller gets an error, and the outcome is unknown."""
 
-PROBE_PATIENCE = 1.0
+PROBE_TIMEOUT = 1.0
 """Seconds that a probe may take."""
 
 PAUSE = 0.5
@@ -77,7 +77,7 @@ class Circuit:
     async def attempt(self) -> AsyncIterator[float]:
         """Let one operation through. The value is its start, which the operation passes to `failed` if it fails.
 
-        Raises StoreUnavailable while it is open, and if the operation takes longer than PATIENCE.
+        Raises StoreUnavailable while it is open, and if the operation takes longer than TIMEOUT.
         """
         self.demand()
         loop = asyncio.get_running_loop()
@@ -144,13 +144,13 @@ class Circuit:
         now = loop.time()
         due = math.inf
         for limit, began in self._running.items():
-            if now >= began + PATIENCE:
+            if now >= began + TIMEOUT:
                 _end(limit)
             elif now >= began + SLOW:
                 self.suspect()
-                due = min(due, began + PATIENCE)
+                due = min(due, began + TIMEOUT)
             else:
-                due = min(due, began + min(SLOW, PATIENCE))
+                due = min(due, began + min(SLOW, TIMEOUT))
         self._watching = due < math.inf
         if self._watching:
             loop.call_at(due, self._watch)
@@ -172,10 +172,10 @@ class Circuit:
 
     async def _probe_once(self) -> str | None:
         try:
-            async with asyncio.timeout(PROBE_PATIENCE):
+            async with asyncio.timeout(PROBE_TIMEOUT):
                 return await self._probe()
         except TimeoutError:
-            return f"it did not answer within {PROBE_PATIENCE:g} s"
+            return f"it did not answer within {PROBE_TIMEOUT:g} s"
         except Exception as error:
             return type(error).__name__
 

@@ -114,7 +114,7 @@ def test_an_unusable_database_is_named_without_its_password(
 @pytest.mark.faults
 async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     """First it refuses connections, then it says that it is starting up: a reload waits for both."""
-    monkeypatch.setattr("tokenauth.stores.postgres.engine._START_PATIENCE", 60.0)
+    monkeypatch.setattr("tokenauth.stores.postgres.engine._START_TIMEOUT", 60.0)
     with cluster() as private:
         url = private.create("restarting")
         private.stop("immediate")

@@ -27,10 +27,10 @@ from tokenauth.stores.tables import metadata
 A = TypeVar("A")
 T = TypeVar("T")
 
-PATIENCE = 5.0
+TIMEOUT = 5.0
 """Seconds that a statement may take, including the wait for locks; the server cancels it a little earlier."""
 
-CONNECT_PATIENCE = 2.0
+CONNECT_TIMEOUT = 2.0
 """Seconds that it may take to connect, and to wait for a connection that others use."""
 
 _SETTINGS = {
@@ -54,7 +54,7 @@ _SETTINGS = {
 _UPGRADE_PAUSE = 1.0
 """Seconds until an upgrade that others have blocked is tried again."""
 
-_UPGRADE_PATIENCE = 3600.0
+_UPGRADE_TIMEOUT = 3600.0
 """Seconds that a step of an upgrade may take: it may read a large table."""
 
 _LOCK_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))")
@@ -86,8 +86,8 @@ class Connections:
         self.name = hosts.name(url)
         self.notifies = True
         arguments = {
-            "timeout": CONNECT_PATIENCE,
-            "command_timeout": PATIENCE,
+            "timeout": CONNECT_TIMEOUT,
+            "command_timeout": TIMEOUT,
             "target_session_attrs": "primary",  # a standby lags behind the latest revocations
             "server_settings": _SETTINGS,
         }
@@ -95,7 +95,7 @@ class Connections:
             url,
             pool_size=connections,
             max_overflow=0,
-            pool_timeout=CONNECT_PATIENCE,
+            pool_timeout=CONNECT_TIMEOUT,
             pool_reset_on_return=None,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,
@@ -104,8 +104,10 @@ class Connections:
         event.listen(self._engine.sync_engine, "checkout", self._demand_open)
         event.listen(self._engine.sync_engine, "close", _hang_up)
         self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
-        patient = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_PATIENCE}
-        self._patient = create_async_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=patient)
+        for_upgrade = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_TIMEOUT}
+        self._upgrade_engine = create_async_engine(
+            url, poolclass=NullPool, hide_parameters=True, connect_args=for_upgrade
+        )
         self._timed = timed
         self._writers: dict[Kind, Writer] = {}  # each kind of change has transactions of its own
         self._latest: Instant = 0
@@ -172,7 +174,7 @@ class Connections:
                 await asyncio.sleep(_UPGRADE_PAUSE)
 
     async def _upgrade(self) -> None:
-        async with self._patient.begin() as db:
+        async with self._upgrade_engine.begin() as db:
             await db.execute(text("SET LOCAL lock_timeout = '4s'"))
             await db.execute(_LOCK_SCHEMA)
             await db.execute(text("SET LOCAL lock_timeout = '500ms'"))

@@ -24,7 +24,7 @@ from tokenauth.stores.tables import as_token, failures, marks, token_columns, to
 A = TypeVar("A")
 V = TypeVar("V")
 
-_START_PATIENCE = 5.0
+_START_TIMEOUT = 5.0
 """Seconds that `serve` waits for a server that refuses connections or is starting up: it may be restarting."""
 
 _START_PAUSE = 0.25
@@ -70,7 +70,7 @@ class PostgresEngine:
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + (_START_PATIENCE if self._serving else 0)
+        deadline = loop.time() + (_START_TIMEOUT if self._serving else 0)
         while True:
             try:
                 await self.connections.demand_utf8()

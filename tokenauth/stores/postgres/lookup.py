@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 V = TypeVar("V")
 
-_PATIENCE = 0.05
+_OVERLAP_AFTER = 0.05
 """Seconds after which the next query starts on another connection, though the previous one has not been answered."""
 
 
@@ -38,7 +38,7 @@ class Lookup(Generic[V]):
                 running = asyncio.create_task(self._run(waiting))
                 self._running.add(running)
                 running.add_done_callback(self._running.discard)
-                await asyncio.wait({running}, timeout=_PATIENCE)
+                await asyncio.wait({running}, timeout=_OVERLAP_AFTER)
         finally:
             self._task = None
 

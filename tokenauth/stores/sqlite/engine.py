@@ -28,7 +28,7 @@ T = TypeVar("T")
 _READ_TIMEOUT = 0.25
 """Seconds that a query waits where even SQLite's readers must: while a crashed process's log is recovered."""
 
-_READ_PATIENCE = 2.0
+_POOL_TIMEOUT = 2.0
 """Seconds that a query waits for a connection that others use."""
 
 CHECKPOINT_INTERVAL = 10.0
@@ -74,7 +74,7 @@ class SqliteEngine:
     async def ready(self) -> str | None:
         """Return what keeps the file from being used, if anything."""
         self._look_at_files()
-        if self.writer.lost:
+        if self.writer.file_replaced:
             return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
         trouble = await self.writer.probed_trouble()
         if trouble is not None:
@@ -108,16 +108,13 @@ class SqliteEngine:
         return self.feed.failures(keys)
 
     async def _query(self, query: Callable[[Connection], T]) -> T:
-        if self.writer.lost:
+        if self.writer.file_replaced:
             raise StoreUnavailable
         try:
             db = await self._readers.connect()
-        except (
-            SQLAlchemyError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # RuntimeError: the thread of a new connection cannot be started
-            if not isinstance(error, SQLAlchemyError) or isinstance(error, DBAPIError):  # not a mere wait for others
+        except (SQLAlchemyError, RuntimeError, MemoryError) as error:
+            # A RuntimeError means that no thread can be started. Other SQLAlchemyErrors: all connections are in use.
+            if isinstance(error, DBAPIError | RuntimeError | MemoryError):
                 self._read_failed(describe(error))
             raise StoreUnavailable from error
         try:
@@ -130,7 +127,7 @@ class SqliteEngine:
 
     def _read_failed(self, why: str) -> None:
         """Log it, unless that was done lately, and probe until reading works again. Refuses nothing by itself."""
-        if not self.writer.lost:
+        if not self.writer.file_replaced:
             self._reading.failed(why, asyncio.get_running_loop().time())
 
     async def _probe(self) -> str | None:
@@ -142,20 +139,20 @@ class SqliteEngine:
         If the file was replaced, writes would be acknowledged and lost: nothing is read or written any more.
         """
         self._look_at_files()
-        if not self.writer.lost:
+        if not self.writer.file_replaced:
             with suppress(StoreUnavailable):
                 self.feed.read_clock()
-            self.writer.refresh_turns()
+            self.writer.refresh_write_lock()
         self._watch_later()
 
     def _watch_later(self) -> None:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
     def _look_at_files(self) -> None:
-        replaced = None if self.writer.lost else self.feed.replaced()
+        replaced = None if self.writer.file_replaced else self.feed.replaced()
         if replaced is not None:
             log.error("store_file_replaced", file=replaced, action="restart tokenauth")
-            self.writer.lost = True
+            self.writer.file_replaced = True
             self.feed.close()
 
     async def _check(self) -> None:
@@ -167,7 +164,7 @@ class SqliteEngine:
 
 def _read_engine(url: URL) -> AsyncEngine:
     engine = create_async_engine(
-        url, hide_parameters=True, pool_timeout=_READ_PATIENCE, connect_args={"timeout": _READ_TIMEOUT}
+        url, hide_parameters=True, pool_timeout=_POOL_TIMEOUT, connect_args={"timeout": _READ_TIMEOUT}
     )
     event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
     return engine

@@ -4,11 +4,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 
-TURNS = "-turns"
-"""Suffix of the file by which writers take turns."""
+LOCK = "-lock"
+"""Suffix of the file that writers lock: see `write_lock`."""
 
 _SQLITE = "sqlite+aiosqlite:///"
-_SUFFIXES = ("", "-wal", "-shm", "-journal", TURNS)
+_SUFFIXES = ("", "-wal", "-shm", "-journal", LOCK)
 
 
 def exposed(url: str) -> Sequence[str]:

@@ -19,7 +19,7 @@ from tokenauth.stores.engine import OnClockAdvance, Query, Rows, Values, ignore_
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
 from tokenauth.stores.tables import as_token, marks, revocations, token_columns, tokens
 
-_PATIENCE = 0.05
+_TIMEOUT = 0.05
 """Seconds to wait where even SQLite's readers must: while a crashed process's log is recovered."""
 
 
@@ -63,7 +63,7 @@ class Reader:
     def open(self, on_clock_advance: OnClockAdvance = ignore_clock) -> None:
         """Open the file, which must exist with its schema. Raises what SQLite raises."""
         self._on_clock_advance = on_clock_advance
-        self._db = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
+        self._db = sqlite3.connect(self._path, timeout=_TIMEOUT, isolation_level=None)
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
         self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens

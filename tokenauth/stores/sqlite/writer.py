@@ -22,18 +22,18 @@ from tokenauth.logs import log
 from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
-from tokenauth.stores.circuit import PROBE_PATIENCE, Circuit
+from tokenauth.stores.circuit import PROBE_TIMEOUT, Circuit
 from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.reader import ERRORS, reason
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
-from tokenauth.stores.sqlite.turns import TURN_PATIENCE, Turn, Turns
+from tokenauth.stores.sqlite.write_lock import LOCK_TIMEOUT, LockWait, WriteLock
 
 A = TypeVar("A")
 
 BUSY_TIMEOUT = 3000
 """Milliseconds that a write waits for another process's."""
 
-_PROBE_TIMEOUT = 500
+_PROBE_BUSY_TIMEOUT = 500
 """Milliseconds that a probe waits for another process's write."""
 
 _WAL_LIMIT = 16 * 2**20
@@ -42,14 +42,16 @@ _WAL_LIMIT = 16 * 2**20
 _WAL_ALARM = 64 * 2**20
 """Bytes of the -wal file above which it is logged that a reader keeps it from being copied."""
 
-_ROOM_FOR_A_ROW = 8 * 2**10
-"""Bytes of the -wal file that one changed row takes at most: a page of the table, and one of each index."""
+_BYTES_PER_ROW = 8 * 2**10
+"""Maximum bytes of the -wal file that one changed row takes: a page of the table, and one of each index."""
 
-_MOST_ROOM = 4 * 2**20
-"""Bytes that a probe writes at most."""
+_MAX_PROBE_SIZE = 4 * 2**20
+"""Maximum bytes that a probe writes."""
 
-_FILL = "INSERT INTO marks (name, at) VALUES ('probe', zeroblob(?)) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
-"""Takes this many bytes of the -wal file."""
+_FILL_WAL = (
+    "INSERT INTO marks (name, at) VALUES ('probe', zeroblob(?)) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
+)
+"""Writes this many bytes to the -wal file."""
 
 _PRAGMAS = (
     f"busy_timeout = {BUSY_TIMEOUT}",
@@ -75,14 +77,14 @@ class SqliteWriter:
     def __init__(self, path: str, create: bool = True) -> None:
         """`create` the file if it does not exist."""
         self.path = path
-        self.lost = False
-        """Whether the file was replaced: nothing may be written to it any more."""
+        self.file_replaced = False
+        """Whether another file is at the path now: nothing may be written any more."""
         self._create = create
         self._thread = _executor()
-        self._spare = _executor()  # for when the first one is stuck waiting for its turn; they take turns by `_using`
-        self._using = threading.Lock()
+        self._spare = _executor()  # while the first thread is stuck in its wait for the write lock
+        self._using = threading.Lock()  # one thread at a time uses the connection
         self._writer = Writer(self._commit)
-        self._turns = Turns(path)
+        self._write_lock = WriteLock(path)
         self._circuit = Circuit(
             self._probe, "store_not_writable", "store_writable_again", opened=self._writer.refuse_waiting
         )
@@ -90,8 +92,8 @@ class SqliteWriter:
         self._checkpoint_trouble: str | None = None
         self._wal_alarm = _WAL_ALARM
         self._written = False
-        self._asked_for_lock = math.inf
-        self._lacking = 0
+        self._lock_requested_at = math.inf
+        self._probe_size = 0
 
     @property
     def refused(self) -> bool:
@@ -136,7 +138,7 @@ class SqliteWriter:
 
     async def check(self) -> None:
         """Check that the -wal file can be copied into the database. SQLite copies it, but does not report failures."""
-        if not self._written or self.lost or self.refused:
+        if not self._written or self.file_replaced or self.refused:
             return
         self._written = False
         trouble, size = await self._submit(self._checkpoint)
@@ -146,11 +148,11 @@ class SqliteWriter:
             else:
                 log.error("checkpoint_failed", reason=trouble, action="the -wal file grows until this works")
         self._checkpoint_trouble = trouble
-        self._note_size(size)
+        self._log_size(size)
         self._written = self._written or trouble is not None or size > _WAL_LIMIT
 
-    def _note_size(self, size: int) -> None:
-        """Log that a long reader keeps the -wal file from being copied, each time that it has doubled."""
+    def _log_size(self, size: int) -> None:
+        """Log that a long reader keeps the -wal file from being copied, again each time that its size doubles."""
         if size > self._wal_alarm:
             action = f"end the program that has been reading the database for long: fuser -v {self.path}"
             log.warning("checkpoint_blocked", megabytes=size >> 20, action=action)
@@ -159,25 +161,25 @@ class SqliteWriter:
             log.info("checkpoint_recovered")
             self._wal_alarm = _WAL_ALARM
 
-    def refresh_turns(self) -> None:
-        """Reopen the file by which writers take turns, if it was deleted or replaced."""
-        if self._turns.replaced():
-            self._turns.open()
+    def refresh_write_lock(self) -> None:
+        """Reopen the lock file if it was deleted or replaced."""
+        if self._write_lock.replaced():
+            self._write_lock.open()
 
     def _submit(self, job: Callable[[], A]) -> asyncio.Future[A]:
         """Run something on the thread that is not blocked."""
-        return (self._spare if self._turns.blocked else self._thread).submit(job)
+        return (self._spare if self._write_lock.blocked else self._thread).submit(job)
 
     async def _commit(self, batch: Batch) -> None:
         given_up = threading.Event()
-        work = waiting = None
+        work = timer = None
         async with self._circuit.attempt() as began:
             try:
-                turn = self._turns.next()
-                work = self._submit(partial(self._make, batch, given_up, turn))
-                if turn is not None:
-                    waiting = asyncio.get_running_loop().call_later(TURN_PATIENCE, self._give_up, turn, work)
-                if not await work:  # the turn did not come
+                wait = self._write_lock.new_wait()
+                work = self._submit(partial(self._make, batch, given_up, wait))
+                if wait is not None:
+                    timer = asyncio.get_running_loop().call_later(LOCK_TIMEOUT, self._give_up, wait, work)
+                if not await work:  # the lock was not acquired in time
                     work = self._submit(partial(self._make, batch, given_up))
                     await work
             except ERRORS as error:
@@ -191,49 +193,51 @@ class SqliteWriter:
                 raise StoreUnavailable from error
             finally:
                 given_up.set()
-                if waiting is not None:
-                    waiting.cancel()
+                if timer is not None:
+                    timer.cancel()
                 if work is not None:
                     work.cancel()
 
-    def _give_up(self, turn: Turn, work: asyncio.Future[bool]) -> None:
-        """Stop waiting for a turn that does not come; its thread may wait on."""
-        if not work.done() and turn.give_up():
-            self._turns.gave_up(turn)
+    def _give_up(self, wait: LockWait, work: asyncio.Future[bool]) -> None:
+        """Stop waiting for the write lock; the thread may still be blocked."""
+        if not work.done() and wait.give_up():
+            self._write_lock.gave_up(wait)
             work.set_result(False)
 
-    def _make(self, batch: Batch, given_up: threading.Event, turn: Turn | None = None) -> bool:
-        """Make and commit a batch on the writer's thread; False if its turn did not come in time."""
-        if turn is None:
+    def _make(self, batch: Batch, given_up: threading.Event, wait: LockWait | None = None) -> bool:
+        """Make and commit a batch, in a thread; False if the wait for the write lock was given up."""
+        if wait is None:
             self._make_now(batch, given_up)
             return True
-        if not turn.begin():
-            self._turns.ended(turn)
+        if not wait.acquire():
+            self._write_lock.ended(wait)
             return False
         try:
             self._make_now(batch, given_up)
         finally:
-            turn.end()
+            wait.release()
         return True
 
     def _make_now(self, batch: Batch, given_up: threading.Event) -> None:
-        if self.lost:
+        if self.file_replaced:
             raise StoreUnavailable
         with self._using:
             changed = self._connection.total_changes
             try:
-                self._asked_for_lock = monotonic()
+                self._lock_requested_at = monotonic()
                 self._connection.execute("BEGIN IMMEDIATE")
-                self._asked_for_lock = math.inf
+                self._lock_requested_at = math.inf
                 if given_up.is_set():  # while it waited for the lock
                     raise StoreUnavailable  # noqa: TRY301 - and the transaction is rolled back
                 batch.make(self._transaction)
                 write_clock(self._transaction, batch.now)
                 self._connection.execute("COMMIT")
             except Exception as error:
-                self._asked_for_lock = math.inf
+                self._lock_requested_at = math.inf
                 if isinstance(error, sqlite3.OperationalError) and str(error) != _LOCKED:
-                    self._lacking = min((self._connection.total_changes - changed + 1) * _ROOM_FOR_A_ROW, _MOST_ROOM)
+                    self._probe_size = min(
+                        (self._connection.total_changes - changed + 1) * _BYTES_PER_ROW, _MAX_PROBE_SIZE
+                    )
                 with suppress(*ERRORS):
                     self._connection.rollback()
                 raise
@@ -244,7 +248,7 @@ class SqliteWriter:
 
         After a failure it writes as much as what failed: on a disk that is nearly full, less might still fit.
         """
-        if monotonic() - self._asked_for_lock > PROBE_PATIENCE:  # the thread that would probe waits for the lock
+        if monotonic() - self._lock_requested_at > PROBE_TIMEOUT:  # the writing thread still waits for it
             return self._explain(_LOCKED)
         try:
             if self._probing is None or self._probing.done():
@@ -254,14 +258,14 @@ class SqliteWriter:
             return str(error)
 
     def _probe_now(self) -> str | None:
-        if self.lost:
+        if self.file_replaced:
             return "the database file was replaced"
         with self._using:
             began = monotonic()
             try:
-                self._connection.execute(f"PRAGMA busy_timeout = {_PROBE_TIMEOUT}")
-                if self._lacking:  # committed, or the log would not have to hold it
-                    self._connection.execute(_FILL, (self._lacking,))
+                self._connection.execute(f"PRAGMA busy_timeout = {_PROBE_BUSY_TIMEOUT}")
+                if self._probe_size:  # in a commit of its own: SQLite writes it to the -wal file only then
+                    self._connection.execute(_FILL_WAL, (self._probe_size,))
                 self._connection.execute("BEGIN IMMEDIATE")
                 write_probe(self._transaction)
                 self._connection.execute("COMMIT")
@@ -271,9 +275,9 @@ class SqliteWriter:
                 return self._explain(reason(error))
             finally:
                 self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
-            self._lacking = 0
+            self._probe_size = 0
             seconds = monotonic() - began
-        return None if seconds < PROBE_PATIENCE else f"a commit took {seconds:.1f} s"
+        return None if seconds < PROBE_TIMEOUT else f"a commit took {seconds:.1f} s"
 
     def _checkpoint(self) -> tuple[str | None, int]:
         """Copy the -wal file into the database; return what is wrong, and the bytes that it has then.
@@ -297,7 +301,7 @@ class SqliteWriter:
     def _close(self) -> None:
         with self._using:
             self._connection.close()
-            self._turns.close()
+            self._write_lock.close()
 
     def _explain(self, trouble: str) -> str:
         """Add what the operator can do to SQLite's message."""
@@ -312,13 +316,12 @@ class SqliteWriter:
         lock = os.open(directory, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite's own locks cannot cover the change to WAL mode
-            with suppress(
-                FileExistsError
-            ):  # not opened if it exists: closing it would drop this process's SQLite locks
+            # An existing file is not opened: closing it would drop this process's SQLite locks.
+            with suppress(FileExistsError):
                 new = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
                 os.fchmod(new, 0o600)  # whatever the umask; SQLite gives -wal and -shm the mode of this file
                 os.close(new)
-            self._turns.open()
+            self._write_lock.open()
             self._connection = _connect(self.path)
             self._transaction = SqliteTransaction(self._connection)
             had = self._upgrade()

@@ -1,4 +1,4 @@
-"""Processes that write to one SQLite file take turns, and none waits long for a turn that does not come."""
+"""Processes that write to one SQLite file wait for a file lock, and none waits long for a lock that is not released."""
 
 import asyncio
 import fcntl
@@ -19,12 +19,12 @@ import structlog
 from tests.support.servers import START
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
-from tokenauth.stores.sqlite import turns, writer
+from tokenauth.stores.sqlite import write_lock, writer
 from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.store import Store
 
 SOON = 0.5
-"""Seconds that a write may take that waits for nobody, on a busy machine."""
+"""Seconds that a write may take without waiting for another process, on a busy machine."""
 
 
 @asynccontextmanager
@@ -44,9 +44,9 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @contextmanager
-def turn(directory: Path) -> Iterator[Callable[[], None]]:
-    """Take the turn, as another process does; call the yielded function to end it."""
-    file = os.open(directory / "tokenauth.db-turns", os.O_RDWR)
+def locked(directory: Path) -> Iterator[Callable[[], None]]:
+    """Hold the lock, as another process does; call the yielded function to release it."""
+    file = os.open(directory / "tokenauth.db-lock", os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield lambda: fcntl.flock(file, fcntl.LOCK_UN)
@@ -66,12 +66,12 @@ async def seconds(store: Store) -> float:
     return monotonic() - began
 
 
-async def test_a_write_waits_for_its_turn_and_no_longer(store: Store, tmp_path: Path) -> None:
-    with turn(tmp_path) as end:
+async def test_a_write_waits_for_the_lock_and_no_longer(store: Store, tmp_path: Path) -> None:
+    with locked(tmp_path) as end:
         writing = asyncio.ensure_future(seconds(store))
         assert not (await asyncio.wait({writing}, timeout=0.2))[0]
         end()
-        assert 0.2 <= await writing < turns.TURN_PATIENCE
+        assert 0.2 <= await writing < write_lock.LOCK_TIMEOUT
 
 
 async def test_a_write_wakes_one_thread(store: Store) -> None:
@@ -93,28 +93,28 @@ async def test_a_write_wakes_one_thread(store: Store) -> None:
     assert sum(after[thread] > before[thread] + 10 for thread in before) == 1
 
 
-async def test_a_turn_that_does_not_end_holds_up_one_write(
+async def test_a_lock_that_stays_held_delays_one_write(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process that has it may be stopped. Then SQLite's own lock decides, and turns are taken again later."""
-    monkeypatch.setattr(writer, "TURN_PATIENCE", 0.1)
-    with turn(tmp_path):
+    """The process that holds it may be suspended: until it goes on, SQLite's own lock decides."""
+    monkeypatch.setattr(writer, "LOCK_TIMEOUT", 0.1)
+    with locked(tmp_path):
         assert await seconds(store) >= 0.1
         for _ in range(5):
             assert await seconds(store) < SOON
         assert await store.ready() is None
     async with asyncio.timeout(20):
-        while writer_of(store)._turns.next() is None:  # noqa: ASYNC110 - nobody tells
+        while writer_of(store)._write_lock.new_wait() is None:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
-    with turn(tmp_path):
+    with locked(tmp_path):
         assert await seconds(store) >= 0.1
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-async def test_the_turn_of_a_process_that_ends_is_over(store: Store, tmp_path: Path, how: signal.Signals) -> None:
+async def test_a_process_that_ends_releases_the_lock(store: Store, tmp_path: Path, how: signal.Signals) -> None:
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
-    with subprocess.Popen(  # noqa: ASYNC220 - it says when it has the turn
-        [sys.executable, "-c", code, str(tmp_path / "tokenauth.db-turns")],
+    with subprocess.Popen(  # noqa: ASYNC220 - it prints a line when it has the lock
+        [sys.executable, "-c", code, str(tmp_path / "tokenauth.db-lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as holder:
@@ -123,24 +123,24 @@ async def test_the_turn_of_a_process_that_ends_is_over(store: Store, tmp_path: P
         writing = asyncio.ensure_future(seconds(store))
         assert not (await asyncio.wait({writing}, timeout=0.2))[0]
         holder.send_signal(how)
-        assert await writing < turns.TURN_PATIENCE
+        assert await writing < write_lock.LOCK_TIMEOUT
 
 
 async def test_a_deleted_file_is_made_again(store: Store, tmp_path: Path) -> None:
     """Until then processes with the old file lock it, and others a new one."""
-    file = tmp_path / "tokenauth.db-turns"
+    file = tmp_path / "tokenauth.db-lock"
     file.unlink()
     assert await seconds(store) < SOON
-    writer_of(store).refresh_turns()
-    with turn(tmp_path):
+    writer_of(store).refresh_write_lock()
+    with locked(tmp_path):
         writing = asyncio.ensure_future(seconds(store))
         assert not (await asyncio.wait({writing}, timeout=0.2))[0]
     await writing
 
 
 @pytest.mark.parametrize("place", ["directory", "link", "nowhere"])
-async def test_where_no_turns_can_be_taken_writes_go_on(tmp_path: Path, place: str) -> None:
-    file = tmp_path / "tokenauth.db-turns"
+async def test_writes_work_without_a_usable_lock_file(tmp_path: Path, place: str) -> None:
+    file = tmp_path / "tokenauth.db-lock"
     if place == "directory":
         file.mkdir()
     else:
@@ -150,7 +150,7 @@ async def test_where_no_turns_can_be_taken_writes_go_on(tmp_path: Path, place: s
             assert await seconds(one) < SOON
             assert await seconds(other) < SOON
             assert await one.ready() is None
-    assert [entry["reason"] for entry in logs if entry["event"] == "writer_lock_unusable"] != []
+    assert [entry["reason"] for entry in logs if entry["event"] == "write_lock_unusable"] != []
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -160,13 +160,13 @@ async def test_the_lock_file_has_the_mode_of_the_database(tmp_path: Path, mode: 
     database.touch()
     database.chmod(mode)
     async with opened(tmp_path):
-        found = (tmp_path / "tokenauth.db-turns").stat()
+        found = (tmp_path / "tokenauth.db-lock").stat()
     assert stat.S_IMODE(found.st_mode) == mode
     assert (found.st_uid, found.st_gid) == (database.stat().st_uid, database.stat().st_gid)
 
 
-async def test_writers_of_several_stores_take_turns(tmp_path: Path) -> None:
-    """Each gets its turn while the others want it too: none starves."""
+async def test_writers_of_several_stores_alternate(tmp_path: Path) -> None:
+    """Each writes while the others want to write too: none starves."""
     async with opened(tmp_path) as one, opened(tmp_path) as two, opened(tmp_path) as three:
         counts = {id(each): 0 for each in (one, two, three)}
         until = monotonic() + 0.5

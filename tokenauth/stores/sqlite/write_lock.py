@@ -1,7 +1,7 @@
-"""Turns of the processes that write to one SQLite file: a file lock wakes the next writer at once.
+"""A file lock for the processes that write to one SQLite file: when one is done, it wakes the next at once.
 
 SQLite's own lock still decides which process writes, but a process that waits for it polls, up to 100 ms at a time. A
-process that takes no turns is slower, and still correct.
+process that does not use this lock is slower, and still correct.
 """
 
 import fcntl
@@ -10,58 +10,58 @@ import threading
 from contextlib import suppress
 
 from tokenauth.logs import log
-from tokenauth.stores.sqlite.files import TURNS
+from tokenauth.stores.sqlite.files import LOCK
 
-TURN_PATIENCE = 1.0
-"""Seconds to wait for a turn; then it writes without one. A stopped process may keep its turn forever."""
+LOCK_TIMEOUT = 1.0
+"""Seconds to wait for the lock; then a batch is written without it. A suspended process may keep it forever."""
 
 
-class Turn:
-    """One wait for a turn, in a thread. Another thread can give it up."""
+class LockWait:
+    """One wait for the lock, in a thread. Another thread can give it up."""
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._decided = threading.Lock()  # acquired once: either the turn has come, or the wait was given up
+        self._decided = threading.Lock()  # acquired once: either the file lock was, or the wait was given up
 
-    def begin(self) -> bool:
-        """Wait for the turn; False if the wait was given up meanwhile."""
+    def acquire(self) -> bool:
+        """Wait for the lock; False if the wait was given up meanwhile."""
         with suppress(OSError):  # no file locks there: SQLite's own lock is enough
             fcntl.flock(self._file, fcntl.LOCK_EX)
         if self._decided.acquire(blocking=False):
             return True
-        self.end()
+        self.release()
         return False
 
     def give_up(self) -> bool:
-        """Stop waiting; False if the turn has already come."""
+        """Stop waiting; False if the lock is already acquired."""
         return self._decided.acquire(blocking=False)
 
-    def end(self) -> None:
+    def release(self) -> None:
         """Let the next process write."""
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
-class Turns:
-    """The lock file beside a database by which its writers take turns. A process that dies loses its turn."""
+class WriteLock:
+    """The lock file beside a database. A process that dies releases the lock."""
 
     def __init__(self, database: str) -> None:
         self._database = database
-        self._path = database + TURNS
+        self._path = database + LOCK
         self._file: int | None = None
-        self._waiting: Turn | None = None
+        self._blocked: LockWait | None = None
 
     @property
     def blocked(self) -> bool:
         """Whether a wait that was given up still blocks its thread."""
-        return self._waiting is not None
+        return self._blocked is not None
 
     def open(self) -> None:
-        """Open or create the file, with the owner and mode of the database; if that fails, write without turns."""
+        """Open or create the file, with the owner and mode of the database; if that fails, write without the lock."""
         try:
             file = self._open()
         except OSError as error:
-            log.warning("writer_lock_unusable", reason=error.strerror, action="several workers write more slowly")
+            log.warning("write_lock_unusable", reason=error.strerror, action="several workers write more slowly")
             return
         if self._file is None:
             self._file = file
@@ -86,20 +86,20 @@ class Turns:
         except OSError:
             return False
 
-    def next(self) -> Turn | None:
-        """Return the wait for the next batch; None if there are no turns, or an earlier wait is still blocked."""
-        if self._file is None or self._waiting is not None:
+    def new_wait(self) -> LockWait | None:
+        """Return a wait for the lock; None if there is no lock file, or an earlier wait still blocks its thread."""
+        if self._file is None or self._blocked is not None:
             return None
-        return Turn(self._file)
+        return LockWait(self._file)
 
-    def gave_up(self, turn: Turn) -> None:
-        """Take no turns until this wait, which blocks a thread, has ended."""
-        self._waiting = turn
+    def gave_up(self, wait: LockWait) -> None:
+        """Write without the lock until the thread of this wait is free again."""
+        self._blocked = wait
 
-    def ended(self, turn: Turn) -> None:
+    def ended(self, wait: LockWait) -> None:
         """Report that the thread of a wait that was given up is free again."""
-        if self._waiting is turn:
-            self._waiting = None
+        if self._blocked is wait:
+            self._blocked = None
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
