@@ -67,7 +67,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the timeouts, so that the tests are quick."""
     for name, seconds in {"SLOW": 0.1, "TIMEOUT": 2.0, "PROBE_TIMEOUT": 0.5, "PAUSE": 0.05}.items():
         monkeypatch.setattr(circuit, name, seconds)
-    monkeypatch.setattr(sqlite, "_PROBE_TIMEOUT", 50)
+    monkeypatch.setattr(sqlite, "_PROBE_BUSY_TIMEOUT", 50)
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 300)
     monkeypatch.setattr(sqlite, "_PRAGMAS", ("busy_timeout = 300", *sqlite._PRAGMAS[1:]))
 
