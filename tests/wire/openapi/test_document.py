@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 from tests.wire.openapi.conformance import Documented
 from tokenauth.service import create_service
 from tokenauth.settings import loader
+from tokenauth.settings.model import Settings
 from tokenauth.web.api_documentation import describe
 from tokenauth.web.app import find_routes
 from tokenauth.web.routes.health import HealthRoutes
@@ -34,26 +35,33 @@ CONFIGURATIONS = {
 
 
 class Served(NamedTuple):
-    """A configuration, and the document of a server with it."""
+    """A configuration, its document, and the methods and paths that the service serves."""
 
-    config: Path
+    settings: Settings
     documented: Documented
-
-    @property
-    def routes(self) -> list[tuple[str, str]]:
-        """The methods and paths that the service serves."""
-        found = find_routes(create_service(loader.load(self.config)))
-        return [(method, route.path) for route in found for method in route.handlers]
+    routes: list[tuple[str, str]]
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Fetch the document of a server with each configuration."""
-    config = write_config(tmp_path_factory.mktemp(request.param), CONFIGURATIONS[request.param])
-    with worker(config) as server:
-        answer = httpx.get(f"{server.url}/openapi.json")
+    """Make the document of each configuration; a server sends the same (below)."""
+    settings = loader.load(write_config(tmp_path_factory.mktemp(request.param), CONFIGURATIONS[request.param]))
+    found = find_routes(create_service(settings))
+    routes = [(method, route.path) for route in found for method in route.handlers]
+    return Served(settings, Documented(_decoded(describe(settings))), routes)
+
+
+def _decoded(document: Mapping[str, Any]) -> Any:
+    """Return a document as a client decodes it."""
+    return json.loads(json.dumps(document))
+
+
+def test_a_server_sends_the_document_of_its_configuration(tmp_path: Path) -> None:
+    config = write_config(tmp_path, CONFIGURATIONS["with_tokens"])
+    with worker(config) as server, server.client() as client:
+        answer = client.get("/openapi.json")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
-    return Served(config, Documented(answer.json()))
+    assert answer.json() == _decoded(describe(loader.load(config)))
 
 
 def test_the_document_is_valid_openapi(served: Served) -> None:
@@ -94,7 +102,7 @@ def test_every_path_parameter_is_described(served: Served) -> None:
 
 
 def test_the_documented_server_is_the_issuer_if_set(served: Served) -> None:
-    issuer = loader.load(served.config).oauth.issuer
+    issuer = served.settings.oauth.issuer
     assert served.documented.document["servers"] == [{"url": issuer or "/"}]
 
 
@@ -121,7 +129,7 @@ def test_ids_and_schemas_have_names_for_generated_code(served: Served) -> None:
 
 def test_the_dialects_are_listed_last(served: Served) -> None:
     tags = [tag["name"] for tag in served.documented.document["tags"]]
-    chosen = list(loader.load(served.config).dialects)
+    chosen = list(served.settings.dialects)
     assert tags[:4] == ["Token", "My tokens", "Forward-auth", "Pools"]
     assert tags[len(tags) - len(chosen) :] == chosen
 
