@@ -1,4 +1,4 @@
-"""The command line. Each command is a process of its own; some are started as an operator does."""
+"""The command line. Each command runs in a new process, some of them with a new interpreter."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 
 
 class Encoding(TypedDict):
-    """How text is written and read: bytes that are not UTF-8 are kept."""
+    """Text encoding that preserves bytes that are not UTF-8."""
 
     encoding: str
     errors: str
@@ -50,7 +50,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
-    """Run a command in a directory, in a process that has imported everything already."""
+    """Run a command in a directory, in a forked process that has already imported the service."""
     with TemporaryDirectory() as scratch:
         streams = [Path(scratch) / name for name in ("in", "out", "err")]
         streams[0].write_text(stdin, **TEXT)
@@ -61,7 +61,7 @@ def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
 
 
 def script(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
-    """Run a command in a directory as an operator does, with an interpreter of its own."""
+    """Run a command in a directory with a new interpreter, as an operator does."""
     return subprocess.run(
         [TOKENAUTH, *arguments],
         cwd=directory,
@@ -75,11 +75,11 @@ def script(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Don
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Add to the environment of this process, without TOKENAUTH_CONFIG."""
+    """Return the environment of this process plus `more`, without TOKENAUTH_CONFIG."""
     return {name: value for name, value in os.environ.items() if name != "TOKENAUTH_CONFIG"} | dict(more)
 
 
-def well(done: Done) -> str:
+def output(done: Done) -> str:
     """Return the output of a command that succeeded."""
     assert done.returncode == 0, done
     recorded(done)
@@ -87,7 +87,7 @@ def well(done: Done) -> str:
 
 
 def recorded(done: Done) -> list[dict[str, Any]]:
-    """Return the log lines of a command, which are all that it writes to standard error."""
+    """Return the log events of a command. It must write nothing else to standard error."""
     events = [json.loads(line) for line in done.stderr.splitlines()]
     for event in events:
         assert (event["by"], event["level"]) == (
@@ -110,14 +110,14 @@ def mistake(done: Done) -> str:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Make a directory with a valid configuration."""
+    """Return a directory with a valid configuration."""
     write_config(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) -> None:
-    text = " ".join(well(run(tmp_path, *command.split(), "--help")).split())
+    text = " ".join(output(run(tmp_path, *command.split(), "--help")).split())
     assert f"Usage: tokenauth {command} [OPTIONS]" in text
     assert "Example" in text
     assert f": tokenauth {command}" in text or f"| tokenauth {command}" in text
@@ -125,15 +125,15 @@ def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) 
 
 
 def test_the_help_lists_the_commands(tmp_path: Path) -> None:
-    text = well(script(tmp_path, "-h"))
+    text = output(script(tmp_path, "-h"))
     assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
-    assert well(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
+    assert output(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
 
 
 def test_check_reports_a_valid_configuration(home: Path) -> None:
-    assert well(run(home, "check")) == PRIVATE + "config.toml: ok, 3 users, 0 pools, 0 risks\n"
-    assert json.loads(well(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
-    assert os.listdir(home) == ["config.toml"], "it only looks"
+    assert output(run(home, "check")) == PRIVATE + "config.toml: ok, 3 users, 0 pools, 0 risks\n"
+    assert json.loads(output(run(home, "check", "--json"))) == {"ok": True, "error": None, "risks": []}
+    assert os.listdir(home) == ["config.toml"], "must create no file"
 
 
 def test_output_that_cannot_be_written_is_one_line(home: Path) -> None:
@@ -151,84 +151,84 @@ def test_output_that_cannot_be_written_is_one_line(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[sever]", "config.toml: sever: there is no such key; did you mean server?"),
         ("database.url = 'mysql://x/y'", "config.toml: database.url: 'mysql' is not supported"),
     ],
 )
-def test_check_names_a_mistake_also_for_programs(home: Path, text: str, says: str) -> None:
+def test_check_names_a_mistake_as_text_and_as_json(home: Path, text: str, message: str) -> None:
     (home / "config.toml").write_text(text)
     done = run(home, "check", "--json")
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["ok"], told["risks"]) == (1, False, [])
-    assert told["error"].startswith(says)
-    assert told["error"] in done.stderr
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["risks"]) == (1, False, [])
+    assert report["error"].startswith(message)
+    assert report["error"] in done.stderr
 
 
 def test_check_lists_risks_and_fails_on_public_ones(home: Path) -> None:
     text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
     write_config(home, users=text)
-    *risks, judgement, summary = well(run(home, "check")).splitlines()
+    *risks, verdict, summary = output(run(home, "check")).splitlines()
     assert [line[:24] for line in risks] == ["risk: weak_hash: the pas"]
     assert summary == "config.toml: ok, 3 users, 0 pools, 1 risk"
-    assert judgement + "\n" == PRIVATE
+    assert verdict + "\n" == PRIVATE
     write_config(home, '[server]\nhost = "0.0.0.0"', text)
     done = run(home, "check", "--json")
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     assert done.returncode == 1
-    assert (told["ok"], [risk["name"] for risk in told["risks"]]) == (False, ["weak_hash"])
-    assert told["error"] in done.stderr
+    assert (report["ok"], [risk["name"] for risk in report["risks"]]) == (False, ["weak_hash"])
+    assert report["error"] in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_option_then_variable_then_directory_find_the_file(home: Path) -> None:
     (home / "other.toml").write_text("users = []")
-    assert "other.toml: ok, 0" in well(run(home, "check", TOKENAUTH_CONFIG="other.toml"))
-    assert "config.toml: ok, 3" in well(run(home, "check", "--config", "config.toml", TOKENAUTH_CONFIG="other.toml"))
+    assert "other.toml: ok, 0" in output(run(home, "check", TOKENAUTH_CONFIG="other.toml"))
+    assert "config.toml: ok, 3" in output(run(home, "check", "--config", "config.toml", TOKENAUTH_CONFIG="other.toml"))
 
 
 def test_a_password_is_hashed_at_the_configured_cost(home: Path) -> None:
-    hashed = well(run(home, "hash-password", "--password-stdin", stdin=WORD)).rstrip("\n")
+    hashed = output(run(home, "hash-password", "--password-stdin", stdin=WORD)).rstrip("\n")
     assert hashed.startswith("$argon2id$v=19$m=8,t=1,p=1$")
     assert argon2.verify(WORD.rstrip("\n"), hashed)
 
 
 def test_without_a_file_a_password_gets_the_default_cost(tmp_path: Path) -> None:
     done = script(tmp_path, "hash-password", "--password-stdin", stdin="жанна жанна\r\nmore")
-    assert well(done).startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    assert output(done).startswith("$argon2id$v=19$m=19456,t=2,p=1$")
     assert argon2.verify("жанна жанна", done.stdout.rstrip("\n"))
 
 
-def test_users_come_change_and_go(home: Path) -> None:
+def test_users_are_added_changed_and_removed(home: Path) -> None:
     path = home / "config.toml"
     added = run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD)
     reload = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
-    assert well(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
+    assert output(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
     assert recorded(added) == [{"event": "user_added", "user": "Eve", "scopes": ["a", "b"]}]
     before = loader.load(path).users_by_name["eve"]
     assert argon2.verify(WORD.rstrip("\n"), before.password_hash)
     changed = run(home, "user", "passwd", "eve", "--password-stdin", stdin="another password\n")
-    assert well(changed) == f"Saved. Existing logins stay valid until you reload: {reload}\n"
+    assert output(changed) == f"Saved. Existing logins stay valid until you reload: {reload}\n"
     assert recorded(changed) == [{"event": "user_password_changed", "user": "eve"}]
     after = loader.load(path).users_by_name["eve"]
     assert argon2.verify("another password", after.password_hash)
     assert after.credential != before.credential
-    assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(well(run(home, "user", "list", "--json")))
-    shown = [line.split() for line in well(run(home, "user", "list")).splitlines()]
+    assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(output(run(home, "user", "list", "--json")))
+    shown = [line.split() for line in output(run(home, "user", "list")).splitlines()]
     assert shown == [["username", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
     removed = run(home, "user", "remove", "EVE")
-    assert well(removed) == well(changed)
+    assert output(removed) == output(changed)
     assert recorded(removed) == [{"event": "user_removed", "user": "EVE"}]
-    assert "ok, 3 users" in well(run(home, "check"))
+    assert "ok, 3 users" in output(run(home, "check"))
 
 
-def test_migrate_makes_the_database_and_may_be_repeated(home: Path) -> None:
+def test_migrate_creates_a_database_and_is_repeatable(home: Path) -> None:
     for _ in range(2):
         done = run(home, "migrate")
         assert (done.returncode, done.stdout) == (0, f"The database has schema {HEAD}.\n")
     assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
-    assert well(run(home, "tokens", "list")) == "No tokens.\n"
+    assert output(run(home, "tokens", "list")) == "No tokens.\n"
 
 
 NEED_A_DATABASE = [
@@ -245,8 +245,7 @@ def test_in_a_wrong_directory_a_command_creates_nothing(tmp_path: Path, command:
     if empty:
         (tmp_path / "tokenauth.db").touch()
     before = sorted(os.listdir(tmp_path))
-    says = mistake(run(tmp_path, *command))
-    assert says == (
+    assert mistake(run(tmp_path, *command)) == (
         f"There is no database at {tmp_path / 'tokenauth.db'}."
         " Run this in the directory of the service, or make database.url absolute."
     )
@@ -255,9 +254,9 @@ def test_in_a_wrong_directory_a_command_creates_nothing(tmp_path: Path, command:
 
 def test_revoke_distinguishes_unknown_and_logged_out_users(home: Path) -> None:
     run(home, "migrate")
-    assert well(run(home, "tokens", "revoke", "--user", "ANN")) == "revoked 0 tokens\n"
-    says = mistake(run(home, "tokens", "revoke", "--user", "anne"))
-    assert says == "There is no user 'anne' in the configuration, and no token of one."
+    assert output(run(home, "tokens", "revoke", "--user", "ANN")) == "revoked 0 tokens\n"
+    error = mistake(run(home, "tokens", "revoke", "--user", "anne"))
+    assert error == "There is no user 'anne' in the configuration, and no token of one."
 
 
 READS = [["tokens", "list"], ["pool", "list"], ["pool", "show", "p"]]
@@ -269,7 +268,7 @@ def test_reading_commands_work_on_a_locked_database(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         for command in READS:
-            well(run(tmp_path, *command))
+            output(run(tmp_path, *command))
         done = run(tmp_path, "tokens", "revoke", "--all")
         assert done.returncode == 1
         assert "database is locked. Another program holds a lock on" in done.stderr
@@ -344,19 +343,19 @@ def test_an_impossible_name_has_no_tokens(home: Path, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run two workers as an operator does."""
+    """Run `tokenauth serve` with two workers."""
     with serve(write_config(tmp_path_factory.mktemp("served")), "--workers", "2") as running:
         yield running
 
 
 def issue(server: Server, *names: str) -> list[str]:
-    """Log in once per name, each on its own connection."""
+    """Log in once for each name."""
     with server.client() as client:
         return [log_in(client, name, "admin" if name == "admin" else f"{name}-secret") for name in names]
 
 
 def valid(server: Server, values: list[str]) -> list[bool]:
-    """Probe tokens on several connections, so that both workers answer; they must agree."""
+    """Probe tokens on several connections, so that both workers answer. They must agree."""
     answers = set()
     for _ in range(4):
         with server.client() as client:
@@ -366,8 +365,7 @@ def valid(server: Server, values: list[str]) -> list[bool]:
 
 
 def listed(server: Server, *arguments: str) -> list[dict[str, Any]]:
-    """List tokens as JSON."""
-    rows: list[dict[str, Any]] = json.loads(well(run(server.log.parent, "tokens", "list", "--json", *arguments)))
+    rows: list[dict[str, Any]] = json.loads(output(run(server.log.parent, "tokens", "list", "--json", *arguments)))
     return rows
 
 
@@ -381,7 +379,7 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
     assert rows[0]["expiry_time"] - rows[0]["issued_at"] == 24 * 3600
     assert rows[0]["address"] == "127.0.0.1"
-    table = well(script(served.log.parent, "tokens", "list"))
+    table = output(script(served.log.parent, "tokens", "list"))
     assert rows[0]["id"] in table
     for value in values:
         assert value not in table + str(rows)
@@ -393,16 +391,16 @@ def test_workers_refuse_at_once_what_the_cli_revoked(served: Server) -> None:
     assert valid(served, values) == [True] * 4
     newest = next(row["id"] for row in listed(served, "--user", "bob"))
     revoked = run(home, "tokens", "revoke", "--id", newest)
-    assert well(revoked) == "revoked 1 token\n"
+    assert output(revoked) == "revoked 1 token\n"
     assert recorded(revoked) == [{"event": "token_revoked", "id": newest}]
     assert valid(served, values) == [True, True, False, True]
     revoked = run(home, "tokens", "revoke", "--user", "Ann")
-    assert re.fullmatch(r"revoked [2-9] tokens\n", well(revoked))
+    assert re.fullmatch(r"revoked [2-9] tokens\n", output(revoked))
     [event] = recorded(revoked)
     assert (event["event"], event["user"]) == ("tokens_revoked", "ann")
     assert event["count"] > 1
     assert valid(served, values) == [False, False, False, True]
-    assert re.fullmatch(r"revoked [1-9] tokens?\n", well(run(home, "tokens", "revoke", "--all")))
+    assert re.fullmatch(r"revoked [1-9] tokens?\n", output(run(home, "tokens", "revoke", "--all")))
     assert valid(served, values) == [False] * 4
     assert listed(served) == []
 
@@ -410,13 +408,13 @@ def test_workers_refuse_at_once_what_the_cli_revoked(served: Server) -> None:
 def test_tokens_that_end_at_the_next_reload_are_marked(tmp_path: Path) -> None:
     with worker(write_config(tmp_path)) as server:
         values = issue(server, "ann", "bob", "admin")
-        well(run(tmp_path, "user", "remove", "ann"))
-        well(run(tmp_path, "user", "passwd", "bob", "--password-stdin", stdin=WORD))
+        output(run(tmp_path, "user", "remove", "ann"))
+        output(run(tmp_path, "user", "passwd", "bob", "--password-stdin", stdin=WORD))
         rows = {row["username"]: row["status"] for row in listed(server)}
         assert rows == {"ann": "user_removed", "bob": "password_changed", "admin": "valid"}
-        assert valid(server, values) == [True] * 3, "as the list says: nobody has reloaded"
+        assert valid(server, values) == [True] * 3, "must stay valid until the reload"
         assert [row["status"] for row in listed(server, "--user", "ann")] == ["user_removed"]
-        well(run(tmp_path, "tokens", "revoke", "--user", "ann"))
+        output(run(tmp_path, "tokens", "revoke", "--user", "ann"))
         assert valid(server, values) == [False, True, True]
         assert listed(server, "--user", "ann") == []
 
@@ -427,7 +425,7 @@ def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
     before = loader.load(home / "config.toml").users_by_name
     with ThreadPoolExecutor(len(commands)) as pool:
         for done in pool.map(lambda command: run(home, *command, stdin=WORD), commands):
-            well(done)
+            output(done)
     after = loader.load(home / "config.toml").users_by_name
     assert set(after) == {"admin", "bob", "u0", "u1", "u2", "u3"}
     assert after["bob"].credential != before["bob"].credential
@@ -437,15 +435,15 @@ def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
 UNSAFE = [
     chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in {"Cc", "Cf", "Zl", "Zp"}
 ]
-"""All characters that control a terminal or change how a line is shown."""
+"""All characters that control a terminal or change how a line is displayed."""
 
 
 @pytest.mark.parametrize("command", [["tokens", "list"], ["pool", "show", "p"]], ids=" ".join)
-@pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["table", "json"])
-def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: list[str], json_too: list[str]) -> None:
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: list[str], options: list[str]) -> None:
     write_config(tmp_path, "[pools.p]")
     run(tmp_path, "migrate")
-    well(run(tmp_path, "pool", "generate", "p"))
+    output(run(tmp_path, "pool", "generate", "p"))
     sent = "".join(UNSAFE)
     with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as database, database:
         now = int(time.time())
@@ -456,14 +454,14 @@ def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: 
             row,
         )
         database.execute("UPDATE pool_tokens SET holder = ?, free_at = ?", (sent, now + 1000))
-    shown = well(run(tmp_path, *command, *json_too))
+    shown = output(run(tmp_path, *command, *options))
     assert [letter for letter in shown if letter in UNSAFE and letter != "\n"] == []
-    spelt = [r"\u009b" if json_too else r"\x9b", r"\u202e", r"\u001b" if json_too else r"\x1b"]
-    assert [escape for escape in spelt if escape not in shown] == [], "they are shown as what they are"
+    escapes = [r"\u009b" if options else r"\x9b", r"\u202e", r"\u001b" if options else r"\x1b"]
+    assert [escape for escape in escapes if escape not in shown] == [], "must show the characters escaped"
 
 
 @pytest.mark.parametrize("letter", ["\x1b", "\x7f", "\x9b", "\u202e", "\u2028", "\n"], ids=ascii)
-def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: str) -> None:
+def test_no_error_lets_arguments_control_the_terminal(home: Path, letter: str) -> None:
     for command in (
         ["check", "--config", f"no{letter}.toml"],
         ["user", "remove", f"a{letter}"],
@@ -471,7 +469,7 @@ def test_no_mistake_lets_an_argument_control_the_terminal(home: Path, letter: st
     ):
         assert mistake(run(home, *command)).isprintable()
     (home / f"{letter}.toml").write_text((home / "config.toml").read_text())
-    lines = well(run(home, "check", "--config", f"{letter}.toml")).splitlines()
+    lines = output(run(home, "check", "--config", f"{letter}.toml")).splitlines()
     assert len(lines) == 3
     assert "".join(lines).isprintable()
 
@@ -484,7 +482,7 @@ def test_a_second_server_on_one_port_is_refused(served: Server, home: Path) -> N
     event = json.loads(done.stderr)
     detail = f"Port {served.port} is in use: stop the other server or pass --port."
     assert (event["event"], event["detail"]) == ("start_failed", detail)
-    assert not (home / "tokenauth.db").exists(), "nothing has been touched"
+    assert not (home / "tokenauth.db").exists(), "must create no database"
 
 
 def test_a_risky_configuration_is_not_served_in_public(home: Path) -> None:
@@ -512,15 +510,15 @@ def test_a_readable_file_is_not_served_behind_a_proxy(
     assert '"listening"' not in done.stderr
 
 
-def test_a_file_that_others_can_read_is_a_warning_at_home(home: Path) -> None:
+def test_a_readable_file_is_only_a_warning_on_loopback(home: Path) -> None:
     (home / "config.toml").chmod(0o644)
-    assert well(run(home, "check")).startswith(
+    assert output(run(home, "check")).startswith(
         "risk: readable_config: config.toml contains password hashes, and all users"
     )
 
 
 @pytest.mark.parametrize("name", ["${HOME}", "a${b:-c}", "${"])
-def test_a_name_that_would_be_read_as_another_is_refused(home: Path, name: str) -> None:
+def test_a_name_that_is_a_variable_is_refused(home: Path, name: str) -> None:
     path = home / "config.toml"
     before = path.read_bytes()
     refused = run(home, "user", "add", name, "--password-stdin", stdin=WORD)

@@ -1,4 +1,4 @@
-"""`tokenauth pool`, beside a server that leases from the same pools."""
+"""`tokenauth pool`, while a server leases from the same pools."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.support.connections import Connection
 from tests.support.pool_users import PoolUser
 from tests.support.servers import worker, write_config
-from tests.system.test_cli import mistake, recorded, run, well
+from tests.system.test_cli import mistake, output, recorded, run
 
 POOLS = """
 [pools.licences]
@@ -24,7 +24,7 @@ prefill = true
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Make a directory with a configuration that has three pools, and a database."""
+    """Return a directory with a configuration that has three pools, and a database."""
     with worker(write_config(tmp_path, POOLS)):
         return tmp_path
 
@@ -34,12 +34,12 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
         ann = PoolUser(connection, "ann")
         generated = run(home, "pool", "generate", "licences", "--count", "2")
         assert recorded(generated) == [{"event": "pool_tokens_generated", "pool": "licences", "count": 2}]
-        made = well(generated).split()
+        made = output(generated).split()
         assert len(set(made)) == 2
         assert {len(token) for token in made} == {64}
         lease = ann.ask("POST", "/licences/leases").json()
         assert lease["token"] in made
-        shown = json.loads(well(run(home, "pool", "show", "licences", "--json")))
+        shown = json.loads(output(run(home, "pool", "show", "licences", "--json")))
         assert [row["token"] for row in shown] == sorted(made)
         [held] = [row for row in shown if row["holder"] is not None]
         assert held == {
@@ -51,25 +51,25 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
             "lease_expiry_time": lease["expiry_time"],
         }
         released = run(home, "pool", "release", "licences", lease["token"])
-        assert well(released) == "released 1 token\n"
+        assert output(released) == "released 1 token\n"
         assert recorded(released) == [{"event": "pool_lease_released", "pool": "licences"}]
         assert ann.ask("PUT", f"/licences/leases/{lease['token']}").status == 409
         assert mistake(run(home, "pool", "release", "licences", lease["token"])).startswith("The token is not leased")
         deleted = run(home, "pool", "delete", "licences", lease["token"])
-        assert well(deleted) == "deleted 1 token\n"
+        assert output(deleted) == "deleted 1 token\n"
         assert recorded(deleted) == [{"event": "pool_token_deleted", "pool": "licences"}]
         assert ann.ask("GET", f"/licences/tokens/{lease['token']}").status == 404
         assert mistake(run(home, "pool", "delete", "licences", lease["token"])) == "The pool has no such token."
 
 
 def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
-    well(run(home, "pool", "generate", "waiting"))
-    assert json.loads(well(run(home, "pool", "list", "--json"))) == [
+    output(run(home, "pool", "generate", "waiting"))
+    assert json.loads(output(run(home, "pool", "list", "--json"))) == [
         {"name": "licences", "capacity": 3, "available": 0, "leased": 0},
         {"name": "waiting", "capacity": None, "available": 1, "leased": 0},
         {"name": "permits", "capacity": 1, "available": 1, "leased": 0},
     ]
-    head, *rows = well(run(home, "pool", "list")).splitlines()
+    head, *rows = output(run(home, "pool", "list")).splitlines()
     assert head.split() == ["name", "capacity", "available", "leased"]
     assert [row.split() for row in rows] == [
         ["licences", "3", "0", "0"],
@@ -80,17 +80,17 @@ def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
 
 @pytest.mark.parametrize("capacity", [1, 9])
 def test_no_command_resizes_the_pool_of_a_running_server(tmp_path: Path, capacity: int) -> None:
-    terms = "[pools.permits]\ncapacity = {}\nprefill = true\n"
-    with worker(write_config(tmp_path, terms.format(3))) as server, Connection(server.port) as connection:
-        write_config(tmp_path, terms.format(capacity))
+    pool = "[pools.permits]\ncapacity = {}\nprefill = true\n"
+    with worker(write_config(tmp_path, pool.format(3))) as server, Connection(server.port) as connection:
+        write_config(tmp_path, pool.format(capacity))
         for command in (["pool", "list"], ["pool", "show", "permits"], ["tokens", "list"], ["migrate"], ["check"]):
-            well(run(tmp_path, *command))
+            output(run(tmp_path, *command))
         assert PoolUser(connection).counts("permits") == (3, 0)
 
 
 def test_a_listing_continues_after_a_token_and_shows_dates(home: Path) -> None:
-    first, second = sorted(json.loads(well(run(home, "pool", "generate", "waiting", "--count", "2", "--json"))))
-    head, row = well(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
+    first, second = sorted(json.loads(output(run(home, "pool", "generate", "waiting", "--count", "2", "--json"))))
+    head, row = output(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
     assert head.split() == ["token", "expiry_time", "fence", "user", "holder", "lease_expiry_time"]
     token, date, time, fence = row.split()
     assert (token, fence) == (second, "0")
@@ -102,33 +102,33 @@ def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
     assert mistake(run(home, "pool", "generate", "licences", "--count", "4")).startswith("The pool has no room")
     assert mistake(run(home, "pool", "generate", "permits")).startswith("The pool has no room")
     assert mistake(run(home, "pool", "generate", "waiting", "--count", "0")) == "count: must be from 1 to 1000."
-    assert well(run(home, "pool", "show", "licences", "--json")) == "[]\n"
+    assert output(run(home, "pool", "show", "licences", "--json")) == "[]\n"
 
 
 def test_a_permit_that_is_deleted_is_replaced(home: Path) -> None:
-    [before] = json.loads(well(run(home, "pool", "show", "permits", "--json")))
-    well(run(home, "pool", "delete", "permits", before["token"]))
-    [after] = json.loads(well(run(home, "pool", "show", "permits", "--json")))
+    [before] = json.loads(output(run(home, "pool", "show", "permits", "--json")))
+    output(run(home, "pool", "delete", "permits", before["token"]))
+    [after] = json.loads(output(run(home, "pool", "show", "permits", "--json")))
     assert after["token"] != before["token"]
 
 
 def test_the_commands_for_when_something_happens_work(home: Path) -> None:
-    """In the order of docs/production.md, without the commands of other programs."""
+    """Runs the tokenauth commands of docs/production.md in order."""
     text = (Path(__file__).parents[2] / "docs/production.md").read_text()
     section = text.partition("## When something happens")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("tokenauth ")]
     assert len(lines) >= 7
     with worker(home / "config.toml") as server, Connection(server.port) as connection:
-        well(run(home, "pool", "generate", "licences"))
+        output(run(home, "pool", "generate", "licences"))
         ann, bob = PoolUser(connection, "ann"), PoolUser(connection, "bob")
         value = bob.ask("POST", "/licences/leases").json()["token"]
-        [token] = json.loads(well(run(home, "tokens", "list", "--user", "bob", "--json")))
+        [token] = json.loads(output(run(home, "tokens", "list", "--user", "bob", "--json")))
         for line in lines:
             words = line.replace("TOKEN", value).replace("ID", token["id"]).split()[1:]
             more = ["--password-stdin"] if "passwd" in words else []
-            well(run(home, *words, *more, stdin="a long password\n"))
+            output(run(home, *words, *more, stdin="a long password\n"))
         assert ann.ask("GET", "").status == bob.ask("GET", "").status == 401
-        shown = json.loads(well(run(home, "pool", "show", "licences", "--json")))
+        shown = json.loads(output(run(home, "pool", "show", "licences", "--json")))
         assert [row["user"] for row in shown] == [None]
 
 

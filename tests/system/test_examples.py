@@ -46,9 +46,9 @@ def test_without_a_fence_check_the_late_write_succeeds(pool: httpx.Client, clock
 
 def test_the_example_runs_as_described(server: Server, clock: HandClock, capsys: pytest.CaptureFixture[str]) -> None:
     fencing.main(["--url", server.url], clock.advance)
-    told = capsys.readouterr().out
-    assert "FencedNotebook: Ann's late write was refused." in told
-    assert "\nNotebook: Ann's late write was accepted." in told
+    output = capsys.readouterr().out
+    assert "FencedNotebook: Ann's late write was refused." in output
+    assert "\nNotebook: Ann's late write was accepted." in output
 
 
 @contextmanager
@@ -68,14 +68,13 @@ def uvicorn(app: str, directory: Path, **environment: str) -> Iterator[httpx.Cli
 
 @pytest.fixture(scope="module")
 def starlette_app(server: Server, directory: Path) -> Iterator[httpx.Client]:
-    """Run the Starlette example."""
     with uvicorn("examples.starlette_app:app", directory, TOKENAUTH_URL=server.url) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def fastapi_app(server: Server, directory: Path, starlette_app: httpx.Client) -> Iterator[httpx.Client]:
-    """Run the FastAPI example beside it."""
+    """Run the FastAPI example, which calls the Starlette example."""
     with uvicorn(
         "examples.fastapi_app:app",
         directory,
@@ -96,7 +95,7 @@ def admin(server: Server) -> dict[str, str]:
 
 @pytest.fixture
 def ann(server: Server) -> dict[str, str]:
-    """Log in as a user without it."""
+    """Log in as a user without the scope `admin`."""
     with server.client() as client:
         return {"X-Token": log_in(client, "ann", "ann-secret")}
 
@@ -127,7 +126,7 @@ def test_the_starlette_example_guards_its_routes(
     assert starlette_app.get("/report", headers=admin).json() == {"for": "admin", "scopes": ["admin"]}
 
 
-def test_the_websocket_example_reads_the_first_message(starlette_app: httpx.Client, ann: dict[str, str]) -> None:
+def test_the_websocket_example_reads_a_token_first(starlette_app: httpx.Client, ann: dict[str, str]) -> None:
     address = str(starlette_app.base_url.copy_with(scheme="ws", path="/chat"))
     with connect(address, proxy=None) as websocket:
         websocket.send(ann["X-Token"])

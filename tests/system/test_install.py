@@ -29,7 +29,7 @@ def test_the_serving_lock_has_the_versions_tested() -> None:
     assert all(hashes for _, hashes in serving.values())
 
 
-def test_what_serves_has_every_dependency() -> None:
+def test_the_serving_lock_has_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["postgres"], *extras["build"]]
@@ -51,6 +51,6 @@ def test_the_documented_install_requires_hashes() -> None:
     ]
 
 
-def test_the_documented_unit_leaves_no_core_behind() -> None:
+def test_the_documented_unit_writes_no_core_dump() -> None:
     unit = GUIDE.partition("```ini\n[Unit]")[2].partition("```")[0].splitlines()
     assert {"LimitCORE=0", "UMask=0077", "StateDirectoryMode=0700", "NoNewPrivileges=yes"} <= set(unit)

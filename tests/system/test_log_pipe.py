@@ -14,7 +14,7 @@ from tests.support.servers import write_config
 
 
 def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:
-    """Main process and worker: 400 logins filled the pipe, and then nothing was answered."""
+    """Main process and worker. Before the fix 400 logins filled the pipe, and the server stopped answering."""
     port = free_port()
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     command: list[str | Path] = [
@@ -25,17 +25,17 @@ def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:
         "--port",
         str(port),
     ]
-    here, there = os.pipe()
-    fcntl.fcntl(there, fcntl.F_SETPIPE_SZ, 4096)
-    with subprocess.Popen(command, stderr=there) as server, os.fdopen(here) as log:
-        os.close(there)
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(command, stderr=writing) as server, os.fdopen(reading) as log:
+        os.close(writing)
         try:
             while json.loads(log.readline())["event"] != "started":
                 pass
             with Connection(port) as connection:
-                ids = [connection.ask("POST", "/api/token", LOGIN).json()["token"] for _ in range(100)]
+                tokens = [connection.ask("POST", "/api/token", LOGIN).json()["token"] for _ in range(100)]
                 assert connection.ask("GET", "/healthz").status == 200
-                assert connection.valid(ids[-1])
+                assert connection.valid(tokens[-1])
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0
         finally:

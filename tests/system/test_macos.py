@@ -1,6 +1,6 @@
-"""tokenauth serves, edits its configuration and stops without what only Linux has.
+"""tokenauth serves, edits its configuration and stops without the features that only Linux has.
 
-This is not macOS. The processes run here, but believe that they are on macOS, and lack what Python lacks there.
+These tests simulate macOS on Linux: `sys.platform` is "darwin", and what Python lacks on macOS is removed.
 """
 
 import os
@@ -32,10 +32,10 @@ MISSING = {
 }
 for module, names in MISSING.items():
     for name in names.split():
-        if hasattr(module, name):  # some came after Python 3.11
+        if hasattr(module, name):  # some are newer than Python 3.11
             delattr(module, name)
 selectors.DefaultSelector = selectors.PollSelector
-sysconfig.get_config_vars()  # it reads a file that is named after the platform
+sysconfig.get_config_vars()  # reads a file that is named after the platform
 sys.platform = "darwin"
 
 def refuse(event, arguments):
@@ -56,12 +56,12 @@ limited(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)
 
 @pytest.fixture
 def macos(tmp_path: Path) -> dict[str, str]:
-    """Return the environment of processes that believe that they are on macOS."""
+    """Return the environment of processes that simulate macOS."""
     (tmp_path / "sitecustomize.py").write_text(LIKE_MACOS)
     return {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
 
-def test_a_server_runs_without_what_linux_has(tmp_path: Path, macos: dict[str, str]) -> None:
+def test_a_server_runs_without_linux_features(tmp_path: Path, macos: dict[str, str]) -> None:
     with serve(write_config(tmp_path), env=macos) as server:
         with server.client() as client:
             assert probe(client, log_in(client))
@@ -69,13 +69,13 @@ def test_a_server_runs_without_what_linux_has(tmp_path: Path, macos: dict[str, s
         (worker,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         tasks = Path(f"/proc/{worker}/task").iterdir()
         priorities = {int((task / "stat").read_text().rpartition(")")[2].split()[16]) for task in tasks}
-        assert priorities == {0}, "hashing does not change the priority of what has the id of its thread"
+        assert priorities == {0}, "must not change a priority: on macOS a thread's id could be that of a process"
         assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[0] == min(10_240, HARD_LIMIT)
         assert server.stop() == 0
 
 
-def test_a_user_is_added_without_what_linux_has(tmp_path: Path, macos: dict[str, str]) -> None:
-    """Once by replacing the file, and once by writing into it, which a second name makes necessary."""
+def test_a_user_is_added_without_linux_features(tmp_path: Path, macos: dict[str, str]) -> None:
+    """Once by replacing the file, and once by writing into it, since it has a second hard link."""
     config = write_config(tmp_path)
     for name in ("dora", "emil"):
         command = [TOKENAUTH, "user", "add", name, "--password-stdin", "--config", str(config)]

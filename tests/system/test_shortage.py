@@ -1,4 +1,4 @@
-"""What a process lacks (threads, memory, file descriptors) is a 503 that says so, and over as soon as it is there."""
+"""Without threads, memory or file descriptors a request gets 503 with the reason. Service resumes at once after it."""
 
 import re
 import resource
@@ -18,13 +18,13 @@ READY = (200, {"status": "ready"})
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Run a worker in which nobody has logged in yet."""
+    """Run a new worker: its password thread has not started."""
     with worker(write_config(tmp_path)) as running:
         yield running
 
 
 def readiness(connection: Connection) -> tuple[int, object]:
-    """Ask whether the worker can serve; it is alive in any case."""
+    """Return the answer of /readyz. The worker must be alive in any case."""
     assert connection.ask("GET", "/healthz").status == 200
     answer = connection.ask("GET", "/readyz")
     return answer.status, answer.json()
@@ -32,7 +32,7 @@ def readiness(connection: Connection) -> tuple[int, object]:
 
 @contextmanager
 def no_room_for_threads(process: int) -> Iterator[None]:
-    """Leave a process some memory to go on with, and not enough for the stack of another thread."""
+    """Leave a process some memory, but not enough for the stack of another thread."""
     status = Path(f"/proc/{process}/status").read_text()
     match = re.search(r"VmSize:\s+(\d+) kB", status)
     assert match is not None
@@ -48,19 +48,19 @@ def test_a_login_without_a_thread_is_503_until_one_starts(server: Server) -> Non
     with Connection(server.port) as connection:
         assert readiness(connection) == READY
         with no_room_for_threads(server.process.pid):
-            for _ in range(100):  # more than may wait: none keeps its place
+            for _ in range(100):  # more than the queue holds: a failed login must leave it
                 answer = connection.ask("POST", "/api/token", LOGIN)
                 assert (answer.status, answer.headers["retry-after"]) == (503, "1")
             reason = "passwords cannot be verified: a thread cannot be started"
             assert readiness(connection) == (503, {"reason": reason, "status": "not ready"})
-        assert readiness(connection) == READY, "without a login that would show it"
+        assert readiness(connection) == READY, "must recover without a login"
         assert connection.valid(connection.log_in())
     assert len(server.events("thread_not_started")) == len(server.events("thread_started_again")) == 1
     assert not server.events("unexpected_error")
 
 
 def test_a_list_that_needs_a_thread_is_503_until_one_starts(server: Server) -> None:
-    """The reader of lists has threads of its own, which SQLAlchemy's driver starts."""
+    """SQLAlchemy's driver starts the threads that read lists."""
     with Connection(server.port) as connection:
         token = connection.log_in()
         with no_room_for_threads(server.process.pid):
@@ -78,7 +78,7 @@ def test_a_list_that_needs_a_thread_is_503_until_one_starts(server: Server) -> N
 
 @contextmanager
 def descriptors_limited(process: int, soft: int) -> Iterator[None]:
-    """Let a process have no more descriptors open than that."""
+    """Limit the open descriptors of a process."""
     before = resource.prlimit(process, resource.RLIMIT_NOFILE)
     resource.prlimit(process, resource.RLIMIT_NOFILE, (soft, before[1]))
     try:
@@ -88,7 +88,7 @@ def descriptors_limited(process: int, soft: int) -> Iterator[None]:
 
 
 def new_connection_is_kept(server: Server) -> bool:
-    """Open a connection, and ask something over it: it is answered in any case. Close it."""
+    """Whether a new connection stays open after its first answer. It must be answered in any case."""
     with Connection(server.port) as connection:
         answer = connection.ask("GET", "/healthz")
         assert answer.status == 200
@@ -101,21 +101,21 @@ def test_without_descriptors_a_connection_gets_one_answer(server: Server) -> Non
         for _ in range(64):
             kept.append(stack.enter_context(Connection(server.port)))
             ended.append(kept[-1].ask("GET", "/healthz").headers.get("connection") == "close")
-        assert ended == sorted(ended), "first come, first kept"
-        assert 20 < ended.index(True) < 64, "and a quarter of all descriptors is the reserve"
+        assert ended == sorted(ended), "must keep the first connections open"
+        assert 20 < ended.index(True) < 64, "must reserve a quarter of all descriptors"
         first = kept[0]
         assert readiness(first) == (503, {"reason": "out of file descriptors: 96 are allowed", "status": "not ready"})
         token = first.log_in()
-        assert first.ask("GET", "/api/tokens", X_Token=token).status == 200, "which opens the database once more"
+        assert first.ask("GET", "/api/tokens", X_Token=token).status == 200, "must still be able to open the database"
         for _ in range(50):
             idle = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             idle.sendall(b"GET /healthz HTTP/1.1\r\n")
-        assert not new_connection_is_kept(server), "however many have taken a place and ask for nothing"
+        assert not new_connection_is_kept(server), "must answer despite 50 connections with half a head"
         for more in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\na"):
             for _ in range(50):
                 stuck = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
                 stuck.sendall(b"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more)
-            assert not new_connection_is_kept(server), "nor however many do not end their request"
+            assert not new_connection_is_kept(server), "must answer despite 50 incomplete bodies"
         for one in kept[1:]:
             one.close()
         until(lambda: new_connection_is_kept(server), "a new connection is kept again")
@@ -123,7 +123,7 @@ def test_without_descriptors_a_connection_gets_one_answer(server: Server) -> Non
     assert len(server.events("file_descriptors_short")) == len(server.events("file_descriptors_free_again")) == 1
 
 
-def test_without_descriptors_kept_connections_go_on(server: Server) -> None:
+def test_without_descriptors_open_connections_work(server: Server) -> None:
     with Connection(server.port) as kept:
         token = kept.log_in()
         with descriptors_limited(server.process.pid, 10):
@@ -135,6 +135,6 @@ def test_without_descriptors_kept_connections_go_on(server: Server) -> None:
             kept.log_out(token)
         assert readiness(kept) == READY
         with waiting:
-            assert waiting.ask("GET", "/healthz").status == 200, "it was not shed, as libuv would have done"
+            assert waiting.ask("GET", "/healthz").status == 200, "must not be dropped, as libuv would do"
         server.wait("file_descriptors_free_again")
-    assert len(server.events("file_descriptors_short")) == 1, "however often it was tried meanwhile"
+    assert len(server.events("file_descriptors_short")) == 1, "must log the shortage once"

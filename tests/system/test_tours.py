@@ -1,4 +1,4 @@
-"""The commands in README.md, docs/pools.md and docs/dialects.md run in a shell, and print what is shown."""
+"""The commands in README.md, docs/pools.md and docs/dialects.md run in a shell, and print the shown output."""
 
 import re
 import shutil
@@ -26,12 +26,11 @@ LOG_IN = """TOKEN=$(curl -s localhost:8000/api/token -H 'Content-Type: applicati
 
 
 def text_of(document: str) -> str:
-    """Return the text of a document."""
     return (ROOT / document).read_text()
 
 
 def blocks(document: str, language: str) -> list[str]:
-    """Return the blocks in a language."""
+    """Return the code blocks of a document in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text_of(document), re.MULTILINE | re.DOTALL)
 
 
@@ -41,7 +40,7 @@ def commands(document: str) -> list[tuple[str, str]]:
 
 
 def alike(text: str) -> str:
-    """Replace what differs from run to run, join lines, and cut off at an ellipsis."""
+    """Replace what differs between runs, join the lines, and cut the text at an ellipsis."""
     for pattern, word in VARYING:
         text = re.sub(pattern, word, text)
     return text.replace("\n", "").partition("...")[0]
@@ -63,7 +62,7 @@ def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, docum
     shown = commands(document)
     lines = ["API_PASSWORD=secret", LOG_IN]
     for number, (command, _) in enumerate(shown):
-        if command.startswith("LEASE="):  # the tour of the README has logged out, and tells the reader to log in again
+        if command.startswith("LEASE="):  # here the README has logged out, and asks the reader to log in again
             lines.append(LOG_IN)
         lines.append(f"{{ {command}\n}} > {number}")
     script = "\n".join(lines).replace("localhost:8000", server.url)

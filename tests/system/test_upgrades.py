@@ -11,12 +11,18 @@ from tokenauth.stores import schema
 
 
 def test_ten_upgrades_at_once_of_an_empty_database_succeed(tmp_path: Path) -> None:
-    path, line, log = (tmp_path / name for name in ("tokens.db", "line", "log"))
+    path, start_file, log = (tmp_path / name for name in ("tokens.db", "start", "log"))
     streams = [Path(os.devnull), log, log]
-    with line.open("wb") as file:
+    with start_file.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         started = [
-            Forked("tests.support.opener", ["opener", str(line), str(path), str(number)], tmp_path, streams, os.environ)
+            Forked(
+                "tests.support.opener",
+                ["opener", str(start_file), str(path), str(number)],
+                tmp_path,
+                streams,
+                os.environ,
+            )
             for number in range(10)
         ]
     assert [process.wait(60) for process in started] == [0] * 10, log.read_text()

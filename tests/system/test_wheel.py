@@ -1,4 +1,4 @@
-"""The wheel: installed away from the checkout it has all that it needs, migrations too."""
+"""The wheel is complete, with its migrations, when it is installed outside the checkout."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from tokenauth.stores.schema import HEAD
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command that must end well, with nothing of this environment; return what it prints."""
+    """Run a command that must succeed, without this process's environment. Return its output."""
     done = subprocess.run(
         command, cwd=cwd, env={"PATH": "/usr/bin:/bin", "HOME": str(cwd)}, capture_output=True, text=True, check=False
     )
@@ -43,7 +43,7 @@ def test_the_wheel_holds_only_package_and_migrations(wheel: Path) -> None:
 
 
 def test_the_installed_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    """Its environment sees what the checkout's has installed, but not the checkout itself."""
+    """Its virtual environment can import the dependencies of the checkout, but not the checkout itself."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install",

@@ -1,4 +1,4 @@
-"""A real browser, a service, and two sites whose pages call it."""
+"""A real browser, a service, and two sites with pages that call it."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.support.lacking import lack
 from tests.support.servers import HandClock, Server
 from tests.system.browser.sites import Site, put, running, shown
 
-# Without these it talks to its maker; playwright gives it a new profile each time.
+# Chromium must not connect to its vendor. Playwright gives it a new profile each time.
 _FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -24,23 +24,23 @@ _FLAGS = [
 
 
 class Sites(NamedTuple):
-    """One is known to the service by its address, the other by its name: under the other name each is a stranger."""
+    """Two sites. Each has one origin that the service allows, and one that it does not."""
 
     one: Site
     other: Site
 
     @property
     def listed(self) -> dict[str, str]:
-        """The origins whose pages may call."""
+        """The allowed origins."""
         return {"by_address": self.one.origin("127.0.0.1"), "by_name": self.other.origin("localhost")}
 
     @property
     def strangers(self) -> dict[str, str]:
-        """Origins whose pages may not: nearly the same as those that may."""
+        """Origins that are not allowed, though they are similar."""
         return {"another_name": self.one.origin("localhost"), "another_port": self.other.origin("127.0.0.1")}
 
 
-# Not for the whole session: while it runs, this thread has an event loop, and no other test could run one.
+# Not for the whole session: while it runs, this thread has a running event loop, and async tests would fail.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Run one Chromium for all tests of this package."""
@@ -53,21 +53,21 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """Have one visitor for all tests of a module: another costs as much as most of them."""
+    """Open one browser context for all tests of a module, since opening one takes as long as a test."""
     with browser.new_context() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def sites() -> Iterator[Sites]:
-    """Run both sites; they know the service once it runs."""
+    """Run both sites. They get the URL of the service later."""
     with running(Site()) as one, running(Site()) as other:
         yield Sites(one, other)
 
 
 @pytest.fixture(scope="module")
 def settings(sites: Sites) -> str:
-    """Let the pages of both sites call, as README.md says it is done."""
+    """Allow the origins of both sites, as README.md documents it."""
     origins = ", ".join(f'"{origin}"' for origin in sites.listed.values())
     server = put(shown("toml"), '"https://app.example.com"', origins)
     return f"{server}\naccess_log = true\n[pools.permits]\ncapacity = 2\nprefill = true"
@@ -81,5 +81,5 @@ def _sites_call(sites: Sites, server: Server) -> None:
 
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
-    """Let every token expire and every failed login be forgotten, so that tests do not meet."""
+    """Expire all tokens and failed logins, so that tests do not affect each other."""
     clock.advance(25 * 3600)

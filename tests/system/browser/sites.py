@@ -1,4 +1,4 @@
-"""Web pages of foreign origins, with the script of README.md."""
+"""Web pages of other origins, with the script of README.md."""
 
 import re
 import threading
@@ -25,18 +25,18 @@ _ASK = """async ([path, init]) => {
 }"""
 
 REFUSED = "TypeError: Failed to fetch"
-"""All that a page learns if its browser withholds the answer."""
+"""The only error that a page gets if its browser withholds the answer."""
 
 
 def shown(language: str) -> str:
-    """Return the README's code for web pages in this language."""
+    """Return the README's code block for web pages in this language."""
     section = (ROOT / "README.md").read_text().partition("\n## Login from a web page\n")[2].partition("\n## ")[0]
     (code,) = re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     return str(code)
 
 
 def put(code: str, old: str, new: str) -> str:
-    """Replace what the reader has to replace. It must occur once."""
+    """Replace a placeholder, which must occur once."""
     assert code.count(old) == 1, f"README.md: {old!r} must occur once:\n{code}"
     return code.replace(old, new)
 
@@ -52,15 +52,15 @@ def document(api: str) -> str:
 
 
 def ask(frame: Frame, path: str, **init: Any) -> Any:
-    """Let a page fetch. Return status, headers and body as the page sees them, or its error."""
+    """Fetch from a page. Return status, headers and body as the page sees them, or its error."""
     return frame.evaluate(_ASK, [path, init])
 
 
 class Site(ThreadingHTTPServer):
-    """A web server on both names of this machine, with a page that calls the service at `api`.
+    """A web server for 127.0.0.1 and localhost, with a page that calls the service at `api`.
 
-    `/framed` has the page in a sandbox, `/open` can be read from any origin, `/behind` has the page for a service that
-    the site itself serves as a reverse proxy.
+    `/framed` shows the page in a sandbox. `/open` can be read from any origin. `/behind` has the page for the service
+    behind this site, which is also a reverse proxy.
     """
 
     daemon_threads = True
@@ -71,7 +71,7 @@ class Site(ThreadingHTTPServer):
         self.page = ""
 
     def call(self, api: str) -> None:
-        """Let the page call the service at this URL."""
+        """Set the URL of the service that the page calls."""
         self.api = api
         self.page = document(api)
 
@@ -123,7 +123,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running(site: Site) -> Iterator[Site]:
-    """Serve a site."""
     thread = threading.Thread(target=site.serve_forever, args=(0.02,))
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""/docs shows the HTTP in a real Chromium, from nowhere else than the service."""
+"""/docs works in a real Chromium, and loads everything from the service."""
 
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -23,63 +23,62 @@ _FRAME = """(url) => new Promise((done) => {
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Speak all dialects: their operations are shown, too."""
+    """Enable all dialects, so that their operations are shown, too."""
     return with_dialects(**ALL_DIALECTS)
 
 
 class Visit:
-    """A page, what it asked for, and what its console said."""
+    """A page, its requests, and its errors and warnings."""
 
     def __init__(self, page: Page, server: Server) -> None:
         self.page = page
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.errors: list[str] = []
         self._own = urlsplit(server.url).netloc
         page.route("**/*", self._record)
-        page.on("console", self._hear)
+        page.on("console", self._log)
         page.on("pageerror", self._fail)
 
     @property
     def strangers(self) -> list[str]:
-        """What was asked for from any other host."""
-        return [url for url in self.asked if self._is_foreign(url)]
+        """The requests to other hosts."""
+        return [url for url in self.requests if self._is_foreign(url)]
 
     def _is_foreign(self, url: str) -> bool:
         parts = urlsplit(url)
         return parts.scheme != "data" and parts.netloc != self._own
 
     def _record(self, route: Route) -> None:
-        self.asked.append(route.request.url)
+        self.requests.append(route.request.url)
         if self._is_foreign(route.request.url):
             route.abort()
         else:
             route.continue_()
 
-    def _hear(self, said: ConsoleMessage) -> None:
-        if said.type in {"error", "warning"}:
-            self.complaints.append(said.text)
+    def _log(self, message: ConsoleMessage) -> None:
+        if message.type in {"error", "warning"}:
+            self.errors.append(message.text)
 
     def _fail(self, error: Error) -> None:
-        self.complaints.append(error.message)
+        self.errors.append(error.message)
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[httpx.Client]:
-    """Connect to the service without a browser."""
     with server.client() as connected:
         yield connected
 
 
 @pytest.fixture
 def page(context: BrowserContext) -> Iterator[Page]:
-    """Open a page that is listened to."""
+    """Open a page."""
     with context.new_page() as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def visit(context: BrowserContext, server: Server) -> Visit:
-    """Open the page, once because it takes long, and all that it folds."""
+    """Open /docs once, since it is slow, and expand all sections."""
     page = context.new_page()
     visit = Visit(page, server)
     page.goto(f"{server.url}/docs")
@@ -100,12 +99,12 @@ def test_the_page_shows_every_operation_and_only_this_site(visit: Visit, client:
     assert {(method, path) for method, path in shown} == described
     assert visit.page.locator(".opblock-tag").evaluate_all("all => all.map((tag) => tag.dataset.tag)") == tags
     assert visit.strangers == []
-    assert f"{server.url}/openapi.json" in visit.asked
-    assert visit.complaints == []
+    assert f"{server.url}/openapi.json" in visit.requests
+    assert visit.errors == []
 
 
 def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
-    """As the text at the top of the page says: log in with the example, and enter the token."""
+    """Follows the text at the top of the page: log in with the example, and enter the token."""
     page = visit.page
     with page.expect_response("**/api/token") as logged_in:
         _execute(page, "logIn")
@@ -122,37 +121,37 @@ def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
     expect(shown.locator(".response-col_status").last).to_have_text("200")
     expect(shown.locator(".response-col_description").last).to_contain_text('"username": "admin"')
     assert visit.strangers == []
-    assert visit.complaints == []
+    assert visit.errors == []
 
 
 def _execute(page: Page, operation: str) -> None:
-    """Send the request of an operation with the values that the page proposes."""
+    """Send the request of an operation with the example values of the page."""
     shown = page.locator(f"[id$={operation}]")
     shown.locator(_HEADING).click()
     shown.locator(".try-out__btn").click()
     shown.locator(".execute").click()
 
 
-def test_a_request_to_another_host_would_be_noticed(page: Page, server: Server) -> None:
-    """The policy of the page and of its files forbids it, and says so; what is no matter of the policy is recorded."""
+def test_a_request_to_another_host_is_detected(page: Page, server: Server) -> None:
+    """The Content-Security-Policy blocks scripts' requests with an error. Navigation, which it allows, is recorded."""
     visit = Visit(page, server)
     page.goto(f"{server.url}/docs/start.js")
     assert page.evaluate("fetch('http://other.example/').catch((error) => error.name)") == "TypeError"
-    assert any("Content Security Policy" in said for said in visit.complaints)
+    assert any("Content Security Policy" in error for error in visit.errors)
     with pytest.raises(Error):
         page.goto("http://other.example/page")
     assert visit.strangers == ["http://other.example/page"]
 
 
 def test_no_page_of_another_origin_can_frame_it(page: Page, sites: Sites, server: Server) -> None:
-    """It can frame what does not forbid it."""
+    """The same page can frame a site that allows it."""
     page.goto(sites.one.origin("127.0.0.1"))
     frame = page.evaluate_handle(_FRAME, sites.other.origin("127.0.0.1") + "/open").as_element()
     assert frame is not None
     assert _text(frame) == "open"
-    with page.expect_console_message(lambda said: "frame-ancestors" in said.text) as said:
+    with page.expect_console_message(lambda message: "frame-ancestors" in message.text) as console:
         page.evaluate_handle(_FRAME, f"{server.url}/docs")
-    assert said.value.type == "error"
+    assert console.value.type == "error"
     assert page.frames[-1].url.startswith("chrome-error:")
 
 

@@ -1,4 +1,4 @@
-"""A page of another origin logs in, calls and logs out; one that is not listed reads nothing and does nothing."""
+"""A page of an allowed origin logs in, calls and logs out. One of another origin can read and do nothing."""
 
 import re
 import sqlite3
@@ -39,34 +39,34 @@ _SUBMIT = """([name, value]) => {
 
 @pytest.fixture(scope="module")
 def tab(context: BrowserContext) -> Page:
-    """Open one page for all tests: they only go elsewhere with it."""
+    """Open one page for all tests. Each test navigates it."""
     return context.new_page()
 
 
 @pytest.fixture
 def page(tab: Page) -> Page:
-    """Take the page, of a visitor who has no cookie."""
+    """Return the page without cookies."""
     tab.context.clear_cookies()
     return tab
 
 
 @pytest.fixture(params=["by_address", "by_name"])
 def listed(request: pytest.FixtureRequest, sites: Sites, page: Page) -> Page:
-    """Open the page under each origin that may call."""
+    """Open the page under each allowed origin."""
     page.goto(sites.listed[request.param])
     return page
 
 
 @pytest.fixture
 def guest(sites: Sites, page: Page) -> Page:
-    """Open the page under one origin that may call."""
+    """Open the page under one allowed origin."""
     page.goto(sites.listed["by_address"])
     return page
 
 
 @pytest.fixture(params=["another_name", "another_port", "file", "sandbox"])
 def stranger(request: pytest.FixtureRequest, page: Page, sites: Sites, tmp_path: Path) -> Frame:
-    """Open the page where it is a stranger: at an origin that is not listed, or that is "null"."""
+    """Open the page under an origin that is not allowed, or is "null"."""
     if request.param == "sandbox":
         page.goto(f"{sites.listed['by_address']}/framed")
         return page.main_frame.child_frames[0]
@@ -81,13 +81,12 @@ def stranger(request: pytest.FixtureRequest, page: Page, sites: Sites, tmp_path:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[httpx.Client]:
-    """Connect to the service without a browser."""
     with server.client() as connected:
         yield connected
 
 
 def message(page: Page, username: object, password: object) -> str:
-    """Log in, and return the message of the error that the script throws."""
+    """Try to log in, and return the message of the error that the script throws."""
     with pytest.raises(Error) as caught:
         page.evaluate(LOG_IN, [username, password])
     found = re.search(r"Error: (.+)", caught.value.message)
@@ -96,14 +95,14 @@ def message(page: Page, username: object, password: object) -> str:
 
 
 def served(server: Server, client: httpx.Client) -> list[tuple[str, str]]:
-    """List the requests that have been served. The one that is made here sees to it that all others are logged."""
+    """List the requests in the log. The request sent here ensures that all earlier ones are logged."""
     assert client.get("/healthz").status_code == 200
     logged = ((line["method"], line["route"]) for line in server.events("request"))
     return [line for line in logged if line[1] != "/healthz"]
 
 
-def tries(server: Server) -> int:
-    """Count the logins that have been tried, whatever came of them."""
+def attempts(server: Server) -> int:
+    """Count the login attempts, successful or not."""
     return sum(len(server.events(name)) for name in ("token_issued", "login_failed", "login_refused"))
 
 
@@ -122,19 +121,19 @@ def test_a_page_logs_in_calls_probes_and_logs_out(listed: Page, server: Server) 
     assert '"valid":false' in ask(listed.main_frame, "/api/token", headers={"X-Token": token})["body"]
 
 
-def test_a_page_borrows_from_a_pool_and_ends_its_logins(guest: Page) -> None:
+def test_a_page_leases_from_a_pool_and_ends_its_logins(guest: Page) -> None:
     token, another = (guest.evaluate(LOG_IN, ["ann", "ann-secret"]) for _ in range(2))
     bearer = {"Authorization": f"Bearer {token}"}
     sending = {**bearer, "Content-Type": "application/json"}
     lease = ask(guest.main_frame, "/api/pools/permits/leases", method="POST", headers=sending, body='{"holder": "p"}')
     assert lease["status"] == 201
-    lent = re.findall(r'"token":"(.+?)"', lease["body"])[0]
+    leased = re.findall(r'"token":"(.+?)"', lease["body"])[0]
     done = [
         ask(guest.main_frame, path, method=method, headers=headers)["status"]
         for method, path, headers in [
-            ("PUT", f"/api/pools/permits/leases/{lent}", bearer),
-            ("DELETE", f"/api/pools/permits/leases/{lent}", {"X-Token": token}),
-            ("DELETE", f"/api/pools/permits/leases/{lent}", bearer),
+            ("PUT", f"/api/pools/permits/leases/{leased}", bearer),
+            ("DELETE", f"/api/pools/permits/leases/{leased}", {"X-Token": token}),
+            ("DELETE", f"/api/pools/permits/leases/{leased}", bearer),
             ("DELETE", "/api/tokens?keep=current", {"X-Token": token}),
             ("GET", "/api/me", {"X-Token": another}),
             ("GET", "/api/me", bearer),
@@ -144,22 +143,22 @@ def test_a_page_borrows_from_a_pool_and_ends_its_logins(guest: Page) -> None:
 
 
 def test_a_page_reads_a_wrong_password_and_the_wait(guest: Page, server: Server) -> None:
-    told = [message(guest, "ann", f"wrong {number}") for number in range(6)]
+    messages = [message(guest, "ann", f"wrong {number}") for number in range(6)]
     with server.client() as client:
         refused = client.post("/api/token", json={"username": "ann", "password": "ann-secret"})
     assert refused.status_code == 429
-    assert "password" in message(guest, "ann", 7), "what the service says of a login that it cannot read"
-    assert told == ["Wrong name or password."] * 5 + [f"Try again in {refused.headers['Retry-After']} seconds."]
+    assert "password" in message(guest, "ann", 7), "must name the invalid field"
+    assert messages == ["Wrong name or password."] * 5 + [f"Try again in {refused.headers['Retry-After']} seconds."]
 
 
 def test_a_page_reads_the_wait_while_the_store_is_down(guest: Page, server: Server, directory: Path) -> None:
     with closing(sqlite3.connect(directory / "tokenauth.db", isolation_level=None)) as database:
         database.execute("ALTER TABLE tokens RENAME TO elsewhere")
         try:
-            told = message(guest, "ann", "ann-secret")
+            shown = message(guest, "ann", "ann-secret")
         finally:
             database.execute("ALTER TABLE elsewhere RENAME TO tokens")
-    assert re.fullmatch(r"Try again in \d+ seconds\.", told)
+    assert re.fullmatch(r"Try again in \d+ seconds\.", shown)
 
 
 def test_a_page_can_read_why_it_is_refused(guest: Page) -> None:
@@ -172,14 +171,14 @@ def test_a_page_can_read_why_it_is_refused(guest: Page) -> None:
 
 
 def test_a_page_may_send_only_what_the_service_uses(guest: Page) -> None:
-    """No cookies, no other header, no other method."""
+    """The browser refuses cookies, other headers and other methods."""
     surplus: list[dict[str, Any]] = [{"credentials": "include"}, {"headers": {"X-Other": "x"}}, {"method": "PATCH"}]
     assert [ask(guest.main_frame, "/api/token?token=x", **init) for init in surplus] == [REFUSED] * 3
     assert ask(guest.main_frame, "/api/token?token=x")["status"] == 200
 
 
 def test_a_page_of_the_same_origin_needs_no_cors(page: Page, sites: Sites) -> None:
-    """Here the browser would keep one; what a page of another origin is sent it would drop."""
+    """Also no cookie is set. The browser would store it here, unlike for a page of another origin."""
     page.goto(f"{sites.strangers['another_port']}/behind")
     token = page.evaluate(LOG_IN, ["ann", "ann-secret"])
     assert page.evaluate(WHO_AM_I, token)["username"] == "ann"
@@ -190,27 +189,25 @@ def test_a_page_of_the_same_origin_needs_no_cors(page: Page, sites: Sites) -> No
 
 
 def refusal(frame: Frame, path: str, **init: Any) -> str:
-    """Have a page fetch what its browser refuses; return what the console says of that."""
+    """Fetch from a page something that the browser blocks. Return its message on the console."""
 
-    def is_meant(said: ConsoleMessage) -> bool:
-        return said.text.startswith("Access to fetch")
+    def is_refusal(message: ConsoleMessage) -> bool:
+        return message.text.startswith("Access to fetch")
 
-    with frame.page.expect_console_message(is_meant) as said:
+    with frame.page.expect_console_message(is_refusal) as console:
         assert ask(frame, path, **init) == REFUSED, path
-    return said.value.text
+    return console.value.text
 
 
 def test_a_stranger_reads_no_answer(stranger: Frame, sites: Sites, client: httpx.Client) -> None:
-    """It cannot even tell a valid token from another; what says that everybody may read it, it can read."""
+    """It cannot even distinguish a valid token. It can read what allows any origin."""
     token = log_in(client)
     for path in (f"/api/token?token={token}", "/api/token?token=x", "/api/token", "/api/me", "/healthz", "/nothing"):
         assert "blocked by CORS policy: No 'Access-Control-Allow-Origin' header" in refusal(stranger, path)
     assert ask(stranger, f"{sites.one.origin('127.0.0.1')}/open")["body"] == "open"
 
 
-def test_what_a_stranger_must_ask_for_first_is_never_sent(
-    stranger: Frame, server: Server, client: httpx.Client
-) -> None:
+def test_no_preflighted_request_of_a_stranger_is_sent(stranger: Frame, server: Server, client: httpx.Client) -> None:
     token = log_in(client, "ann", "ann-secret")
     mine = {"X-Token": token}
     lease = client.post("/api/pools/permits/leases", headers=mine).json()["token"]
@@ -239,22 +236,22 @@ def test_what_a_stranger_must_ask_for_first_is_never_sent(
 
 
 def test_a_foreign_login_without_preflight_is_not_tried(page: Page, sites: Sites, server: Server) -> None:
-    """A body of these types needs no leave of the service, nor does one of none. The browser drops other types."""
+    """Browsers send bodies of these types, or without a type, without a preflight. They drop other types."""
     page.goto(sites.strangers["another_name"])
-    tried = {}
+    counts = {}
     for kind in (*FORMS, "application/json", ""):
-        before = tries(server)
+        before = attempts(server)
         assert page.evaluate(_SEND, [LOGIN, kind]) == ["opaque", ""]
-        tried[kind] = tries(server) - before
-    assert tried == dict.fromkeys(tried, 0)
+        counts[kind] = attempts(server) - before
+    assert counts == dict.fromkeys(counts, 0)
 
 
 def test_no_form_of_a_stranger_logs_in(page: Page, sites: Sites, server: Server) -> None:
-    """A form may be sent to anywhere, and as plain text it can be written so that it is JSON."""
+    """Browsers send forms to any origin, and a form of type text/plain can contain JSON."""
     page.goto(sites.strangers["another_name"])
-    before = tries(server)
+    before = attempts(server)
     with page.expect_navigation() as navigation:
         page.evaluate(_SUBMIT, [LOGIN[:-1] + ', "more": "', '"}'])
     assert navigation.value is not None
     assert (navigation.value.url, navigation.value.status) == (f"{server.url}/api/token", 415)
-    assert tries(server) == before
+    assert attempts(server) == before

@@ -1,4 +1,4 @@
-"""Promise 7, timed: a wrong name takes as long as a wrong password."""
+"""Promise 7, measured: a wrong name takes as long as a wrong password."""
 
 import time
 from pathlib import Path
@@ -12,19 +12,19 @@ from tests.support.servers import worker
 
 pytestmark = pytest.mark.faults
 
-TRIES = 30
+ATTEMPTS = 30
 ROUNDS = 4
 
 
 def test_wrong_name_and_wrong_password_answer_in_equal_time(tmp_path: Path) -> None:
-    """Interleaved, at the default cost; while medians differ by noise alone, more tries bring them together."""
-    times: dict[str, list[float]] = {shipped()[0]: [], "nobody": []}
+    """Interleaved, at the default cost. If the medians differ only by noise, more attempts bring them closer."""
+    times: dict[str, list[float]] = {shipped()[0]: [], "unknown": []}
     with worker(with_default_cost(tmp_path)) as server, Connection(server.port) as connection:
         for number in range(ROUNDS):
-            for network in range(TRIES):
+            for network in range(ATTEMPTS):
                 for name, taken in times.items():
                     began = time.perf_counter()
-                    assert attempt(connection, name, number * TRIES + network).status == 401
+                    assert attempt(connection, name, number * ATTEMPTS + network).status == 401
                     taken.append(time.perf_counter() - began)
             known, unknown = (median(taken) for taken in times.values())
             if 0.7 < known / unknown < 1.4:

@@ -1,4 +1,4 @@
-"""The long form of tests/wire/test_framing.py: ten minutes of streams that no run has seen before."""
+"""A long run of tests/wire/test_framing.py: ten minutes of new random streams."""
 
 import secrets
 import time
@@ -11,7 +11,7 @@ MINUTES = 10
 
 
 @pytest.mark.faults
-async def test_two_readers_agree_on_what_a_request_is() -> None:
+async def test_two_parsers_agree_on_random_streams() -> None:
     deadline = time.monotonic() + MINUTES * 60
     while time.monotonic() < deadline:
         seed = secrets.randbits(32)

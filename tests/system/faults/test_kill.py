@@ -1,4 +1,4 @@
-"""Promise 1, at length: kill -9 in a loop loses nothing that was answered, and brings nothing back."""
+"""Promise 1, at length: kill -9 in a loop loses no answered change, and revives no token."""
 
 import os
 import signal
@@ -23,17 +23,17 @@ def test_sixty_kills_under_load_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
-    """Ten times over, under `tokenauth serve`, while the other worker goes on."""
+    """Ten times under `tokenauth serve`, while the other worker serves."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     journals: list[Journal] = []
     with serving(config, "--workers", "2") as server:
         for number in range(10):
             latest = [Journal() for _ in range(4)]
             clients = run_clients([server.port], latest, number)
-            until(lambda: sum(len(one.issued) for one in latest) >= 40, "the clients got tokens")  # noqa: B023
+            until(lambda: sum(len(one.issued) for one in latest) >= 40, "the clients have tokens")  # noqa: B023
             started = len(server.events("started"))
             os.kill(children(server.process.pid)[number % 2], signal.SIGKILL)
-            until(lambda: len(server.events("started")) > started, "a worker in its place")  # noqa: B023
+            until(lambda: len(server.events("started")) > started, "the worker was replaced")  # noqa: B023
             for client in clients:
                 client.finish()
             journals += latest
@@ -44,13 +44,13 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def children(process: int) -> list[int]:
-    """List the workers of a supervisor."""
+    """Return the PIDs of the workers of a main process."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
             command = (status.parent / "cmdline").read_bytes()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(fields[1]) == process and b"spawn_main" in command:
             found.append(int(status.parent.name))

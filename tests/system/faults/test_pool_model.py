@@ -1,4 +1,4 @@
-"""Pools against their model, for longer."""
+"""A long run of tests/contract/test_pool_model.py."""
 
 import pytest
 from hypothesis import Phase

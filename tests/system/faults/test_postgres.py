@@ -1,4 +1,4 @@
-"""PostgreSQL that is restarted, cut off and frozen under load: every answer is right, or 503, and nothing is lost."""
+"""PostgreSQL is restarted, cut off and frozen under load: every answer is correct or 503, and nothing is lost."""
 
 import signal
 from collections.abc import Iterator
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.faults
 
 LEASE_TTL = 1.0
 RESUMED = 2.0
-"""Seconds after PostgreSQL is back within which everything is answered again: this bound is promised."""
+"""Maximum seconds until everything is answered after PostgreSQL is back. This bound is documented."""
 
 
 @pytest.fixture(scope="module")
 def private() -> Iterator[Cluster]:
-    """Run a server that may be stopped, and that keeps what it has acknowledged."""
+    """Run a server that tests may stop, with fsync."""
     with cluster() as running:
         yield running
 
 
 @pytest.fixture
 def url(private: Cluster, request: pytest.FixtureRequest) -> str:
-    """Make an empty database."""
+    """Create an empty database, and return its URL."""
     return private.create(request.node.name[-60:])
 
 
@@ -45,7 +45,7 @@ def name_of(url: str) -> str:
 
 
 def eventful(race: Race) -> bool:
-    """Say whether enough has happened in a race."""
+    """Whether every kind of event has happened in a race."""
     try:
         for pool, history in race.histories.items():
             check_eventful(history, CAPACITIES[pool])
@@ -55,7 +55,7 @@ def eventful(race: Race) -> bool:
 
 
 def test_a_restart_under_load_is_503_and_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
-    """Crashed and started three times, twice for longer than a cache is believed; tokenauth runs on."""
+    """PostgreSQL crashes three times, twice for longer than a cache is trusted. tokenauth is not restarted."""
     resumed = []
     with two_workers(postgres_config(tmp_path, url, POOL)) as servers:
         crowd = Crowd(servers)
@@ -64,14 +64,14 @@ def test_a_restart_under_load_is_503_and_loses_nothing(private: Cluster, url: st
                 crowd.busy(500)
                 outages, down_at = crowd.count(503), monotonic()
                 private.stop("immediate")
-                until(lambda: not seconds or crowd.count(503) > outages + 100, "it is noticed")  # noqa: B023
-                until(lambda: monotonic() >= down_at + seconds, "it lasts")  # noqa: B023
+                until(lambda: not seconds or crowd.count(503) > outages + 100, "the outage is noticed")  # noqa: B023
+                until(lambda: monotonic() >= down_at + seconds, "the outage lasts long enough")  # noqa: B023
                 private.start()
                 resumed.append(crowd.resumed(monotonic()))
             crowd.busy(500)
         assert all(server.process.poll() is None for server in servers)
         with worker(tmp_path / "config.toml") as fresh:
-            crowd.judge([fresh])
+            crowd.check([fresh])
     assert min(resumed) < RESUMED, resumed
     assert crowd.count(503) > 200
 
@@ -84,18 +84,18 @@ def test_connections_ended_under_load_lose_nothing(private: Cluster, url: str, t
                 crowd.busy(30)
                 private.terminate_all(name_of(url))
             crowd.busy(500)
-        crowd.judge()
+        crowd.check()
     reads = [seen.status for seen in crowd.seen if seen.kind == "probe"]
-    assert reads.count(503) < len(reads) / 10, "a query is tried again"
+    assert reads.count(503) < len(reads) / 10, "must retry queries"
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_restarts_break_no_promise_of_thirty_holders(private: Cluster, url: str, tmp_path: Path, seed: int) -> None:
-    """Leases are of one second of the database's clock, and no worker is started anew."""
+    """Leases last one second of the database's clock, and no worker is restarted."""
     chance, over = Random(seed), Event()
 
     def linger() -> None:
-        """Wait shortly, and now and then for about as long as a lease lasts."""
+        """Wait for a short time, and sometimes for about as long as a lease lasts."""
         over.wait(chance.expovariate(20) if chance.random() < 0.9 else chance.uniform(0.5, 1.5) * LEASE_TTL)
 
     with two_workers(postgres_config(tmp_path, url, POOLS % {"lease_ttl": LEASE_TTL})) as servers:
@@ -104,16 +104,16 @@ def test_restarts_break_no_promise_of_thirty_holders(private: Cluster, url: str,
             try:
                 for _ in range(6):
                     length, later = race.length, monotonic() + chance.uniform(2, 3) * LEASE_TTL
-                    until(lambda: race.length > length + 200 and monotonic() > later, "the race goes on")  # noqa: B023
+                    until(lambda: race.length > length + 200 and monotonic() > later, "the race continues")  # noqa: B023
                     private.restart("immediate")
-                until(lambda: eventful(race), "everything happens that a race is about", 60)
+                until(lambda: eventful(race), "every kind of event has happened", 60)
             finally:
                 over.set()
         race.finish()
 
 
 def test_a_network_that_fails_under_load_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
-    """Cut, and frozen for longer than a statement may take; afterwards all goes on."""
+    """The network is cut, and frozen for longer than a statement may take. Afterwards all requests succeed."""
     with Proxy(private.port) as proxy:
         config = postgres_config(tmp_path, private.url(name_of(url), proxy.port), POOL)
         with two_workers(config) as servers:
@@ -123,16 +123,16 @@ def test_a_network_that_fails_under_load_loses_nothing(private: Cluster, url: st
                     crowd.busy(300)
                     outages, began = crowd.count(503), monotonic()
                     harm()
-                    until(lambda: crowd.count(503) > outages + 20 and monotonic() > began + 6, "it lasts", 60)  # noqa: B023
+                    until(lambda: crowd.count(503) > outages + 20 and monotonic() > began + 6, "the outage lasts", 60)  # noqa: B023
                     proxy.heal()
                     crowd.resumed(monotonic())
-            crowd.judge()
+            crowd.check()
 
 
 def test_connections_that_are_silently_lost_are_replaced(private: Cluster, url: str, tmp_path: Path) -> None:
-    """As when a machine has gone and another took its place: nothing ever comes over the old connections again.
+    """As when a machine was replaced by another: the old connections never receive anything again.
 
-    Also when nothing is written, which would find out sooner.
+    The service must notice without writes, which would fail sooner.
     """
     with Proxy(private.port) as proxy, ThreadPoolExecutor(4) as others:
         more = "[tokens]\nper_user = 0\ncache_size = 1"
@@ -140,24 +140,24 @@ def test_connections_that_are_silently_lost_are_replaced(private: Cluster, url: 
         with worker(config) as server, Connection(server.port) as connection:
             tokens = [connection.log_in() for _ in range(40)]
 
-            def judged(number: int) -> bool:
-                """Say whether a quarter of the tokens, none of which is in the cache, are all found valid."""
+            def accepted(number: int) -> bool:
+                """Whether all tokens of a quarter are accepted. None of them is in the cache."""
                 with Connection(server.port, 60) as mine:
                     answers = [mine.ask("GET", f"/api/token?token={token}") for token in tokens[number::4]]
                 return not any(map(is_outage, answers)) and all(answer.json()["valid"] for answer in answers)
 
-            assert all(others.map(judged, range(4)))
+            assert all(others.map(accepted, range(4)))
             lost = set(proxy.connections)
             assert len(lost) == 3
             proxy.freeze(only=lambda one: one in lost)
             began = monotonic()
-            until(lambda: all(others.map(judged, range(4))), "all are judged again", 60)
+            until(lambda: all(others.map(accepted, range(4))), "all tokens are accepted again", 60)
             assert monotonic() - began < 40
             check_log(server)
 
 
 def test_a_standby_is_refused_until_it_is_promoted(private: Cluster, url: str, tmp_path: Path) -> None:
-    """A standby may not know of the latest removals."""
+    """A standby may lack the latest revocations."""
     name = name_of(url)
     with private.standby() as standby, Proxy(private.port) as proxy:
         config = postgres_config(tmp_path, private.url(name, proxy.port))
@@ -167,7 +167,7 @@ def test_a_standby_is_refused_until_it_is_promoted(private: Cluster, url: str, t
             proxy._target = ("127.0.0.1", standby.port)
             proxy.cut()
             proxy.heal()
-            until(lambda: is_outage(connection.ask("GET", f"/api/token?token={kept}")), "nothing is known of any token")
+            until(lambda: is_outage(connection.ask("GET", f"/api/token?token={kept}")), "the store is unavailable")
             assert is_outage(connection.ask("POST", "/api/token", LOGIN))
             ready = connection.ask("GET", "/readyz")
             assert ready.status == 503
@@ -175,14 +175,14 @@ def test_a_standby_is_refused_until_it_is_promoted(private: Cluster, url: str, t
             connection.log_out(ended)
             with starting(config) as other:
                 assert other.process.wait(30) not in {None, 0}
-                said = other.log.read_text()
-                assert "cannot be used" in said
-                assert "primary" in said or "standby" in said or "read-only" in said or "recovery" in said, said
+                log = other.log.read_text()
+                assert "cannot be used" in log
+                assert "primary" in log or "standby" in log or "read-only" in log or "recovery" in log, log
                 check_log(other)
             standby.execute("SELECT pg_promote()")
-            until(lambda: connection.ask("POST", "/api/token", LOGIN).status == 200, "it is the primary now")
+            until(lambda: connection.ask("POST", "/api/token", LOGIN).status == 200, "the standby is the primary now")
             assert connection.valid(kept)
-            until(lambda: bool(server.events("token_revoked")), "what was held in memory is written")
+            until(lambda: bool(server.events("token_revoked")), "the queued revocation is written")
             assert not connection.valid(ended)
             assert connection.ask("GET", "/readyz").status == 200
             check_log(server)
@@ -190,14 +190,14 @@ def test_a_standby_is_refused_until_it_is_promoted(private: Cluster, url: str, t
 
 @pytest.mark.parametrize("harm", ["cut", "frozen"])
 def test_a_stop_is_quick_without_postgresql(private: Cluster, url: str, tmp_path: Path, harm: str) -> None:
-    """And says which revocations it could not write. Each of two writes may take as long as one is waited for."""
+    """It logs the revocations that it could not write. There are two writes, each with its own timeout."""
     with Proxy(private.port) as proxy:
         config = postgres_config(tmp_path, private.url(name_of(url), proxy.port), POOL)
         with worker(config) as server, Connection(server.port) as connection:
             token = connection.log_in()
             crowd = Crowd([server])
-            with crowd.running(16):  # so that there are connections
-                until(lambda: len(proxy.connections) >= 4, "it has several connections")
+            with crowd.running(16):  # opens connections
+                until(lambda: len(proxy.connections) >= 4, "the worker has several connections")
             (proxy.cut if harm == "cut" else proxy.freeze)()
             connection.log_out(token)
             assert server.events("revocation_held_in_memory")

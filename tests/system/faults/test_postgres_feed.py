@@ -1,4 +1,4 @@
-"""The news of removals on PostgreSQL, at length: every kind of broken network, processes that sleep, a failover."""
+"""The revocation feed on PostgreSQL, at length: every kind of network failure, suspended processes, a failover."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ from tests.system.postgres.feeds import (  # noqa: F401 - some are fixtures
     opened,
     run_network,
 )
-from tests.system.postgres.watched import Pair, Watch, hold_to_the_promise, pair, sleep_through
+from tests.system.postgres.watched import Pair, Watch, check_promise, pair, sleep_through
 from tokenauth.stores.postgres.listener import BOUND
 
 pytestmark = pytest.mark.faults
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(scope="module")
 def two(postgres: Cluster, directory: Path) -> Iterator[Pair]:
-    """Run two workers; the second has a network of its own to the database."""
+    """Run two workers. The second connects to the database through a proxy."""
     with pair(postgres, database_of(postgres).rpartition("/")[2], directory) as running:
         yield running
 
@@ -54,7 +54,7 @@ BROKEN: dict[str, Break] = {
 @pytest.mark.parametrize("only", [listener, every], ids=["listener", "all"])
 @pytest.mark.parametrize("what", BROKEN)
 def test_the_other_node_refuses_within_the_bound(two: Pair, what: str, only: Only) -> None:
-    """Ten tokens end at odd moments; the other node is asked about each all the while, before, in and after it."""
+    """Ten tokens are revoked at random times. The other node is probed about each before, during and after that."""
     chance = random.Random(what)
     with Connection(two.here.port) as here, Connection(two.there.port) as there:
         tokens = [here.log_in() for _ in range(12)]
@@ -64,22 +64,22 @@ def test_the_other_node_refuses_within_the_bound(two: Pair, what: str, only: Onl
         with Watch(two.there, tokens, 1) as watch:
             BROKEN[what](two.network, only)
             for value in tokens[2:]:
-                time.sleep(chance.uniform(0, 0.3))  # when it ends is a matter of chance
+                time.sleep(chance.uniform(0, 0.3))
                 here.log_out(value)
                 ended[value] = time.monotonic()
             time.sleep(BOUND)
             two.network.heal()
             watch.until_asked_after(time.monotonic())
-        hold_to_the_promise(two, watch, ended, good)
+        check_promise(two, watch, ended, good)
         if only is listener:
-            assert all(None not in watch.seen[value].valid for value in tokens), "the database could be asked"
+            assert all(None not in watch.seen[value].valid for value in tokens), "the database was reachable"
         watch.until_valid(good[0])
         two.until_quiet()
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.35, 0.4])
 def test_an_unsteady_feed_revives_no_refused_token(two: Pair, seconds: float) -> None:
-    """The answers come so late that the node is sure of them for a moment only, again and again."""
+    """The answers are so late that the feed is current only for short times, repeatedly."""
     chance = random.Random(seconds)
     with Connection(two.here.port) as here, Connection(two.there.port) as there:
         for _ in range(5):
@@ -94,13 +94,13 @@ def test_an_unsteady_feed_revives_no_refused_token(two: Pair, seconds: float) ->
                 watch.until_asked_after(time.monotonic() + BOUND)
                 two.network.heal()
             for seen in watch.seen.values():
-                assert seen.last(answer=True) <= seen.first(answer=False), "refused, and then taken again"
+                assert seen.last(answer=True) <= seen.first(answer=False), "accepted after it was refused"
 
 
 def test_a_lost_feed_and_its_return_are_logged_once_each(two: Pair) -> None:
     before = len(two.there.events("revocation_feed_restored"))
     two.network.freeze(listener)
-    time.sleep(12)  # longer than any of its attempts takes
+    time.sleep(12)  # longer than each reconnection attempt
     two.network.heal()
     two.until_quiet()
     events = [event["event"] for event in two.there.events() if event["event"].startswith("revocation_feed_")]
@@ -110,7 +110,7 @@ def test_a_lost_feed_and_its_return_are_logged_once_each(two: Pair) -> None:
 
 
 def test_a_resumed_node_does_not_trust_its_old_cache(two: Pair) -> None:
-    """Twenty times, at whatever point of its work: it is kept busy."""
+    """Twenty times, at random points of its work, since it is kept busy."""
     chance = random.Random(5)
     with Connection(two.here.port) as here, Connection(two.there.port) as busy:
         bystander = here.log_in()
@@ -133,7 +133,7 @@ async def test_no_damage_to_the_log_hides_a_removal(
 
 @pytest.mark.parametrize("lost", ["removals", "tokens", "both"])
 def test_after_a_lossy_failover_a_node_follows_the_database(lost: str) -> None:
-    """The standby lags, the primary is gone, the standby takes its place; a node forgets the first."""
+    """A lagging standby replaces the primary. The node must drop what it cached from the primary."""
     with cluster(fsync=False) as primary:
         url = database_of(primary)
         with primary.standby() as spare:

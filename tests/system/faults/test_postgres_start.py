@@ -1,4 +1,4 @@
-"""Many nodes start at once on an empty PostgreSQL, and releases change its schema while older nodes serve load."""
+"""Many nodes start at once on an empty PostgreSQL, and newer releases change its schema while older nodes serve."""
 
 import asyncio
 from collections import Counter
@@ -27,7 +27,7 @@ POOLS = "[tokens]\nper_user = 20\n\n[pools.p]\ncapacity = 20\nprefill = true"
 
 @pytest.fixture
 def url(postgres: Cluster) -> Iterator[str]:
-    """Make a database that has the schema."""
+    """Create a database with the schema."""
     with fresh(postgres) as made:
         yield made
 
@@ -42,7 +42,7 @@ def test_twenty_workers_start_on_an_empty_database(database: str, tmp_path: Path
 
 
 class Load:
-    """Clients that do a little of everything, each with a user's session at one of some workers, and count answers."""
+    """Clients that log in, lease, release, probe and log out at one of the workers, and count the answers."""
 
     def __init__(self, servers: list[Server]) -> None:
         self._servers = servers
@@ -52,11 +52,11 @@ class Load:
 
     @property
     def length(self) -> int:
-        """Say how many answers there were."""
+        """The number of answers."""
         return sum(self.answers.values())
 
     def __call__(self) -> None:
-        """Log in, borrow, give back, probe, and log out, at the next worker."""
+        """Run one session at the next worker."""
         with self._lock:
             self._turn += 1
             port = self._servers[self._turn % len(self._servers)].port
@@ -76,7 +76,7 @@ class Load:
             self.answers.update(statuses)
 
 
-WELL = {("lease", 201), ("PUT", 200), ("DELETE", 204), ("ready", 200)}
+SUCCESSES = {("lease", 201), ("PUT", 200), ("DELETE", 204), ("ready", 200)}
 
 
 def test_adding_a_column_disturbs_no_old_worker(url: str, tmp_path: Path) -> None:
@@ -84,24 +84,24 @@ def test_adding_a_column_disturbs_no_old_worker(url: str, tmp_path: Path) -> Non
     with workers(config, None, 2) as servers:
         load = Load(servers)
 
-        def goes_on() -> None:
+        def served() -> None:
             length = load.length
-            until(lambda: load.length > length + 100, "the load goes on")
+            until(lambda: load.length > length + 100, "the clients are served")
 
         with background(load, 6):
-            goes_on()
+            served()
             with ExitStack() as releases:
                 for number, revision in enumerate(NEXT_STEPS):
                     changes = [change.replace('", sa.String', f'_{number}", sa.String') for change in COLUMNS]
                     releases.enter_context(newer_release(tmp_path, revision, *changes))
                     assert asyncio.run(start(url)) is None
-                    goes_on()
-        assert set(load.answers) == WELL, load.answers
+                    served()
+        assert set(load.answers) == SUCCESSES, load.answers
         with worker(config) as restarted, Connection(restarted.port) as connection:
             assert connection.ask("GET", "/readyz").status == 200
             Load([restarted])()
-        troubles = [one for server in servers for one in server.events() if one["level"] in {"error", "critical"}]
-        assert not troubles
+        errors = [one for server in servers for one in server.events() if one["level"] in {"error", "critical"}]
+        assert not errors
 
 
 async def test_a_migration_may_outlast_the_request_timeout(url: str, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ async def test_a_migration_may_outlast_the_request_timeout(url: str, tmp_path: P
 
 
 async def test_an_upgrade_that_waits_blocks_no_other_query(url: str, tmp_path: Path) -> None:
-    """A backup reads all tables in one transaction. Whoever waits to change one stands before all who only use it."""
+    """A backup reads all tables in one transaction. A lock that waits for it would block all later queries."""
     async with nodes(url) as (old,):
         with newer_release(tmp_path, NEXT_STEP, *COLUMNS):
             async with connected(url) as backup, backup.transaction():
@@ -138,6 +138,6 @@ def test_a_newer_generation_stops_old_workers(url: str, tmp_path: Path) -> None:
         assert f"schema is {NEXT_GENERATION}, this release needs {schema.HEAD}".encode() in answer.body
         with starting(config) as refused:
             assert refused.process.wait(60) != 0
-            said = refused.log.read_text()
-        assert f"the database has schema {NEXT_GENERATION}, which this release does not know" in said
-        assert "Traceback" not in said
+            log = refused.log.read_text()
+        assert f"the database has schema {NEXT_GENERATION}, which this release does not know" in log
+        assert "Traceback" not in log

@@ -1,4 +1,4 @@
-"""Promise 8, at length: with the real clock and leases of one second, while a worker is killed and started again."""
+"""Promise 8, at length: the real clock, leases of one second, and workers that are killed and restarted."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_kills_break_no_promise_of_thirty_holders(tmp_path: Path, seed: int) -> 
     chance, over = Random(seed), Event()
 
     def linger() -> None:
-        """Wait shortly, and now and then for about as long as a lease lasts."""
+        """Wait for a short time, and sometimes for about as long as a lease lasts."""
         over.wait(chance.expovariate(20) if chance.random() < 0.9 else chance.uniform(0.5, 1.5) * LEASE_TTL)
 
     with ExitStack() as stack:
@@ -36,11 +36,11 @@ def test_kills_break_no_promise_of_thirty_holders(tmp_path: Path, seed: int) -> 
             try:
                 for number in range(KILLS):
                     length, later = race.length, monotonic() + chance.uniform(1, 3) * LEASE_TTL
-                    until(lambda: race.length > length + 200 and monotonic() > later, "the race goes on")  # noqa: B023
+                    until(lambda: race.length > length + 200 and monotonic() > later, "the race continues")  # noqa: B023
                     servers[number % 2].kill()
                     servers[number % 2] = stack.enter_context(worker(config))
                     ports[number % 2] = servers[number % 2].port
-                until(lambda: race.length > length + 200, "the race goes on")
+                until(lambda: race.length > length + 200, "the race continues")
             finally:
                 over.set()
         race.finish()

@@ -1,4 +1,4 @@
-"""Promise 3, at length: a revocation reaches every worker by its next request, also one that was asleep."""
+"""Promise 3, at length: every worker refuses a revoked token on its next request, even after it was suspended."""
 
 import os
 import random
@@ -19,7 +19,7 @@ TIMES = 10_000
 
 
 def test_10_000_revocations_reach_four_workers_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever revokes, the three others refuse on their very next request; two of them are kept busy."""
+    """A random worker revokes, and the three others refuse on their next request. Two of them are kept busy."""
     chance = random.Random(3)
     waits = []
     with workers(write_config(tmp_path, "[tokens]\nper_user = 0"), None, 4) as servers, ExitStack() as stack:
@@ -38,12 +38,12 @@ def test_10_000_revocations_reach_four_workers_at_once(tmp_path: Path, capsys: p
                     waits.append(time.perf_counter() - began)
                     began = time.perf_counter()
     with capsys.disabled():
-        print(f"\nrefusals after {TIMES} revocations, every one on the first request; it took (milliseconds):")
+        print(f"\n{TIMES} revocations, each refused on the first request; times of the requests (milliseconds):")
         print(histogram(waits))
 
 
 def histogram(seconds: list[float]) -> str:
-    """Count by powers of two of a quarter of a millisecond."""
+    """Count in buckets of 0.25 ms, 0.5 ms, 1 ms and so on."""
     counts: dict[float, int] = {}
     for taken in seconds:
         bound = 0.25
@@ -54,7 +54,7 @@ def histogram(seconds: list[float]) -> str:
 
 
 def test_a_resumed_worker_refuses_what_was_revoked(tmp_path: Path) -> None:
-    """A hundred times: SIGSTOP, revocations elsewhere, SIGCONT; its cache was full of what is revoked."""
+    """A hundred times: SIGSTOP, revocations by the other worker, SIGCONT. The revoked tokens were in its cache."""
     chance = random.Random(4)
     with workers(write_config(tmp_path, "[tokens]\nper_user = 0"), None, 2) as servers, ExitStack() as stack:
         here, sleeper = (stack.enter_context(Connection(server.port)) for server in servers)
@@ -69,8 +69,8 @@ def test_a_resumed_worker_refuses_what_was_revoked(tmp_path: Path) -> None:
             assert [sleeper.valid(token) for token in tokens] == [token not in ended for token in tokens]
 
 
-def test_a_worker_that_outslept_the_log_drops_its_cache(tmp_path: Path) -> None:
-    """The log of revocations is swept after an hour: what it no longer says is read from the store."""
+def test_a_worker_resumed_after_a_log_purge_is_correct(tmp_path: Path) -> None:
+    """Revocations are removed from the log after an hour, so the worker must read the tokens from the store again."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     clock = HandClock(tmp_path / "clock", create=True)
     with workers(config, clock, 2) as servers, ExitStack() as stack:

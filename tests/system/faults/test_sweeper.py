@@ -1,4 +1,4 @@
-"""The sweeper under traffic: 200,000 expired rows go, and validation does not notice."""
+"""The sweeper under load: it removes 200,000 expired rows without slowing down validation."""
 
 import sqlite3
 import time
@@ -48,7 +48,7 @@ def test_sweeping_200_000_tokens_slows_no_validation(tmp_path: Path, capsys: pyt
 
 
 def probes(connection: Connection, tokens: list[str], seconds: float) -> list[float]:
-    """Probe for some time; return how long each probe took."""
+    """Probe for some time, and return the duration of each probe."""
     taken = []
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:

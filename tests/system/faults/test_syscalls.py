@@ -1,4 +1,4 @@
-"""Promise 1, below the file system: nothing is acknowledged before it is on the disk, also when the disk fails."""
+"""Promise 1, at the system calls: nothing is acknowledged before it is on the disk, also when the disk fails."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ def _strace() -> None:
 
 @contextmanager
 def traced(config: Path, *options: str) -> Iterator[Server]:
-    """Run a worker under strace. Its port is 0 if it could not start."""
+    """Run a worker under strace. The port is 0 if it could not start."""
     command = ["strace", "-f", "-o", str(config.with_name("trace")), *options]
     with spawn([*command, sys.executable, "-m", "tests.support.worker", str(config), "-"], config.parent) as server:
         try:
@@ -37,9 +37,9 @@ def traced(config: Path, *options: str) -> Iterator[Server]:
 
 
 def test_no_answer_leaves_before_its_commit_is_synced(tmp_path: Path) -> None:
-    """At each answer to a login or a revocation, the log has been synced since it was last written.
+    """At each answer to a login or a revocation, the write-ahead log has been synced since its last write.
 
-    That, and not kill -9, is what stands between an acknowledgement and a power failure.
+    A power failure, unlike kill -9, loses what was not synced.
     """
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     calls = "trace=pwrite64,pwritev,fdatasync,fsync,write,writev,sendto,sendmsg"
@@ -57,12 +57,12 @@ def test_no_answer_leaves_before_its_commit_is_synced(tmp_path: Path) -> None:
             dirty = False
         elif "HTTP/1.1 20" in line:
             answers += 1
-            assert not dirty or answers < 10, line  # at first the sweeper may be writing too
+            assert not dirty or answers < 10, line  # in the beginning the sweeper may write, too
     assert answers >= 150
 
 
 def completed(trace: str) -> Iterator[str]:
-    """Put each system call on one line, at the place of its end; a write counts from its beginning."""
+    """Join the two lines of an interrupted system call at its end. A write is also yielded at its beginning."""
     open_calls: dict[str, str] = {}
     for line in trace.splitlines():
         process, _, call = line.partition(" ")
@@ -79,8 +79,8 @@ def completed(trace: str) -> Iterator[str]:
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
 @pytest.mark.parametrize("when", ["1+", "3+", "9+", "41+", "2", "7"])
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_what_could_not_be_written_is_not_acknowledged(tmp_path: Path, call: str, when: str, error: str) -> None:
-    """From the n-th call on, or at the n-th alone, the disk fails: logins get 503, probes go on, nothing is lost."""
+def test_a_failed_write_is_never_acknowledged(tmp_path: Path, call: str, when: str, error: str) -> None:
+    """The disk fails at the n-th call, or from then on. Logins get 503, probes work, and nothing is lost."""
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     with worker(config) as server, Connection(server.port) as connection:
         live, ended = [connection.log_in() for _ in range(5)], []
@@ -94,7 +94,7 @@ def test_what_could_not_be_written_is_not_acknowledged(tmp_path: Path, call: str
                     assert answer.status in {200, 503}, answer
                     failed += answer.status == 503
                     if answer.status == 200:
-                        assert not (failed and when.endswith("+")), "acknowledged though nothing can be written"
+                        assert not (failed and when.endswith("+")), "acknowledged although the disk fails"
                         live.append(answer.json()["token"])
                     assert connection.valid(live[number % len(live)])
                     if number % 4 == 0:

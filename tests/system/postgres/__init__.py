@@ -1,1 +1,1 @@
-"""PostgreSQL, and what its tests stand on."""
+"""PostgreSQL, and the helpers of its tests."""

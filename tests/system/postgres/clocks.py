@@ -1,4 +1,4 @@
-"""A database whose clock a test moves by hand, and workers on machines whose own clocks are wrong."""
+"""A database whose clock a test can move, and workers on machines with wrong clocks."""
 
 import os
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ _SHADOW = (
 
 
 class ShiftedDatabase:
-    """A database with the schema, whose `clock_timestamp()` is that of the server and some seconds more or less.
+    """A database with the schema, whose `clock_timestamp()` is shifted by some seconds.
 
-    Its own function is found before the one that is built in: what tokenauth asks is unchanged.
+    The search path finds this function before the built-in one, so the queries of tokenauth are unchanged.
     """
 
     def __init__(self, cluster: Cluster, url: str) -> None:
-        """Give a database such a clock, for whoever connects from now on."""
+        """Install the clock. It applies to later connections."""
         self._cluster = cluster
         self.url = url
         self.name = self.url.rpartition("/")[2]
@@ -35,13 +35,13 @@ class ShiftedDatabase:
         cluster.execute(f'ALTER DATABASE "{self.name}" SET search_path = public, pg_catalog')
 
     def move(self, seconds: float) -> None:
-        """Move the clock, also back."""
+        """Move the clock forward or back."""
         self._cluster.execute(f"UPDATE clock_shift SET seconds = seconds + {seconds}", self.name)  # noqa: S608
 
 
 @contextmanager
 def skewed(config: Path, seconds: int) -> Iterator[Server]:
-    """Run a worker that takes the time of its machine to be so many seconds more than it is."""
+    """Run a worker whose machine's clock is ahead by `seconds`."""
     log = config.parent / f"skewed{seconds:+}.log"
     log.touch()
     command = ["skewed", str(config), str(seconds)]

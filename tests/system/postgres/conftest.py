@@ -1,4 +1,4 @@
-"""What most tests of PostgreSQL's store need: a database of their own, opened by several machines."""
+"""An empty database for each test of PostgreSQL's store, opened by several nodes."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -10,13 +10,13 @@ from tests.system.postgres.nodes import Nodes, fresh, nodes
 
 @pytest.fixture
 def url(postgres: Cluster) -> Iterator[str]:
-    """Make a database that has the schema."""
+    """Create a database with the schema, and yield its URL."""
     with fresh(postgres) as made:
         yield made
 
 
 @pytest.fixture
 async def three(url: str) -> AsyncIterator[Nodes]:
-    """Open it three times."""
+    """Open the database three times."""
     async with nodes(url, 3) as opened:
         yield opened

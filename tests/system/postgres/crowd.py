@@ -1,4 +1,4 @@
-"""Clients of workers on one PostgreSQL that stay when it fails, and write down every answer that may not be."""
+"""Clients that keep sending requests to workers while PostgreSQL fails, and record every wrong answer."""
 
 import threading
 from collections import Counter, defaultdict
@@ -33,7 +33,7 @@ _REFUSALS: Mapping[str, Mapping[int, str]] = {
     "keep": {409: "lease_lost"},
     "release": {409: "lease_lost"},
 }
-"""What else may be answered."""
+"""The allowed refusals."""
 
 
 def postgres_config(directory: Path, url: str, more: str = "", connections: int | None = None) -> Path:
@@ -47,7 +47,7 @@ def postgres_config(directory: Path, url: str, more: str = "", connections: int 
 
 @contextmanager
 def two_workers(config: Path, clock: HandClock | None = None) -> Iterator[list[Server]]:
-    """Run two workers; at the end neither has met anything that nobody has thought of."""
+    """Run two workers. At the end, check that they logged no unexpected error."""
     with worker(config, clock) as one, worker(config, clock) as other:
         yield [one, other]
         for server in (one, other):
@@ -55,7 +55,7 @@ def two_workers(config: Path, clock: HandClock | None = None) -> Iterator[list[S
 
 
 def check_log(server: Server) -> None:
-    """Nothing in a log is a surprise, or the program text of one."""
+    """Check that a log has no traceback and no unexpected error."""
     text = server.log.read_text()
     assert "Traceback" not in text, text
     assert not server.events("unexpected_error"), server.events("unexpected_error")
@@ -63,7 +63,7 @@ def check_log(server: Server) -> None:
 
 
 def is_outage(answer: Answer) -> bool:
-    """Whether an answer says that the store is down, in the form that promise 4 gives it."""
+    """Whether this is the answer to an outage of the store, in the form that promise 4 states."""
     if answer.status != 503:
         return False
     assert int(answer.headers["retry-after"]) >= 1, answer
@@ -72,7 +72,7 @@ def is_outage(answer: Answer) -> bool:
 
 
 class Seen(NamedTuple):
-    """One answer: what was asked of which worker, when it was sent and answered, and whether it was done."""
+    """One answer: the kind of request, the worker's port, when it was sent and answered, and the status."""
 
     kind: str
     port: int
@@ -82,14 +82,14 @@ class Seen(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A token whose log-out was answered: when, and by which worker."""
+    """When a token's log-out was answered, and by which worker."""
 
     at: float
     port: int
 
 
 class Crowd:
-    """Many clients at once, each with a connection to every worker. A request that is not answered is a fault."""
+    """Many concurrent clients, each with a connection to every worker. A request without an answer is a fault."""
 
     def __init__(self, servers: Sequence[Server], seed: int = 1) -> None:
         self._servers = servers
@@ -100,15 +100,15 @@ class Crowd:
         self.live: dict[str, None] = {}
         self.ended: dict[str, Ended] = {}
         self.late: list[tuple[str, Ended, float]] = []
-        """Tokens that one worker took so many seconds after the other had ended them."""
+        """Tokens that one worker accepted after the other had ended them, and how many seconds later."""
 
     def count(self, status: int) -> int:
-        """Say how many answers there were of a status."""
+        """Count the answers with a status."""
         return sum(seen.status == status for seen in list(self.seen))
 
     @contextmanager
     def running(self, count: int) -> Iterator[None]:
-        """Have so many clients at work; what they were answered that may not be is raised at the end."""
+        """Run `count` clients. Fails at the end if an answer was wrong."""
         threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(count)]
         for thread in threads:
             thread.start()
@@ -122,12 +122,12 @@ class Crowd:
         assert not self.faults, "\n".join(self.faults[:9])
 
     def busy(self, answers: int = 100) -> None:
-        """Wait until there were so many more answers."""
+        """Wait for this many more answers."""
         before = len(self.seen)
         until(lambda: len(self.seen) >= before + answers or bool(self.faults), "the clients are answered", 60)
 
     def resumed(self, since: float) -> float:
-        """Wait until each worker has done each kind of thing again; say how many seconds the last of them took."""
+        """Wait until each kind of request has succeeded at each worker. Return the seconds that this took."""
         wanted = {(kind, server.port) for kind in KINDS for server in self._servers}
 
         def first() -> dict[tuple[str, int], float]:
@@ -137,17 +137,17 @@ class Crowd:
                     done.setdefault((seen.kind, seen.port), seen.at - since)
             return done
 
-        until(lambda: wanted <= first().keys() or bool(self.faults), "every kind of request is answered again", 60)
+        until(lambda: wanted <= first().keys() or bool(self.faults), "every kind of request succeeds again", 60)
         return max(first().values(), default=0)
 
-    def judge(self, more: Sequence[Server] = ()) -> None:
-        """Hold all workers to what was answered: what was issued is valid, and what was ended is refused."""
+    def check(self, more: Sequence[Server] = ()) -> None:
+        """Check that all workers accept the issued tokens and refuse the ended ones."""
         held = {event["id"] for server in self._servers for event in server.events("revocation_held_in_memory")}
         for token, ended, late in self.late:
-            assert _id(token) in held, f"taken {late:.3f} s after {ended.port} had ended it"
+            assert _id(token) in held, f"accepted {late:.3f} s after {ended.port} had ended it"
         with ExitStack() as stack:
-            connections = [stack.enter_context(_Lasting(server.port)) for server in (*self._servers, *more)]
-            until(lambda: self._settled(connections), "what was held in memory has been written")
+            connections = [stack.enter_context(_Reconnecting(server.port)) for server in (*self._servers, *more)]
+            until(lambda: self._settled(connections), "the queued revocations are written")
             for connection in connections:
                 assert all(map(connection.valid, self.live)), "an issued token was lost"
                 assert not any(map(connection.valid, self.ended)), "a revocation was lost"
@@ -158,7 +158,7 @@ class Crowd:
     def _run(self, number: int) -> None:
         try:
             with ExitStack() as stack:
-                connections = {server.port: _Lasting(server.port) for server in self._servers}
+                connections = {server.port: _Reconnecting(server.port) for server in self._servers}
                 for connection in connections.values():
                     stack.enter_context(connection)
                 _Client(self, connections, Random(f"{self._seed} {number}")).work(self._stopping)
@@ -166,8 +166,8 @@ class Crowd:
             self.faults.append(f"{type(error).__name__}: {error}")
 
 
-class _Lasting(Connection):
-    """A connection that is made anew when it was idle for too long."""
+class _Reconnecting(Connection):
+    """A connection that reconnects if the server closed it while idle."""
 
     def __init__(self, port: int) -> None:
         super().__init__(port, 60)
@@ -184,7 +184,7 @@ class _Lasting(Connection):
 
 
 class _Client:
-    """Logs in, probes, logs out, and borrows, at random."""
+    """Logs in, probes, logs out, leases and releases at random."""
 
     def __init__(self, crowd: Crowd, connections: Mapping[int, Connection], chance: Random) -> None:
         self._crowd = crowd
@@ -192,27 +192,27 @@ class _Client:
         self._chance = chance
         self._login = ""
         self._mine: list[str] = []
-        self._over: list[str] = []
+        self._logged_out: list[str] = []
         self._lease: tuple[str, int] | None = None
 
     def work(self, stopping: threading.Event) -> None:
-        """Do one thing after another."""
+        """Send requests until stopped."""
         while not stopping.is_set():
             choice = self._chance.random()
             if choice < 0.2 or not self._login:
                 self._log_in()
             elif choice < 0.45 and self._mine:
                 self._probe(self._chance.choice(self._mine[-50:]))
-            elif choice < 0.6 and self._over:
-                self._probe_ended(self._chance.choice(self._over[-20:]))
+            elif choice < 0.6 and self._logged_out:
+                self._probe_ended(self._chance.choice(self._logged_out[-20:]))
             elif choice < 0.75 and self._mine:
                 self._log_out(self._mine.pop(self._chance.randrange(len(self._mine))))
             else:
-                self._borrow()
+                self._use_pool()
             stopping.wait(self._chance.expovariate(100))
 
     def _ask(self, kind: str, method: str, target: str, document: object = None, **headers: str) -> tuple[int, Answer]:
-        """Ask any worker."""
+        """Send a request to a random worker. Return its port and the answer."""
         port = self._chance.choice(list(self._connections))
         sent = monotonic()
         answer = self._connections[port].ask(method, target, document, **headers)
@@ -240,18 +240,18 @@ class _Client:
         sent, ended = monotonic(), self._crowd.ended[token]
         port, answer = self._ask("probe", "GET", f"/api/token?token={token}")
         if answer.status == 200 and answer.json()["valid"]:
-            assert port != ended.port, "taken by the worker that has ended it"
+            assert port != ended.port, "accepted by the worker that had ended it"
             if sent - ended.at > BOUND:
                 self._crowd.late.append((token, ended, sent - ended.at))
 
     def _log_out(self, token: str) -> None:
         del self._crowd.live[token]
         port, answer = self._ask("log-out", "DELETE", "/api/token", {"token": token})
-        assert answer.status == 200, answer  # also when it is held in memory
+        assert answer.status == 200, answer  # also if the revocation is queued in memory
         self._crowd.ended[token] = Ended(monotonic(), port)
-        self._over.append(token)
+        self._logged_out.append(token)
 
-    def _borrow(self) -> None:
+    def _use_pool(self) -> None:
         path = "/api/pools/permits/leases"
         if self._lease is None:
             _, answer = self._ask("assign", "POST", path, X_Token=self._login)

@@ -1,4 +1,4 @@
-"""Two nodes that share a database, one of them behind a network that a test breaks, and what becomes of the log."""
+"""Two nodes on one database, one of them behind a proxy that a test breaks, and ways to damage the revocation log."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ HOUR = 3600.0
 
 
 class Node:
-    """What one process has of a database, in this one."""
+    """The store, feed and cache of one process, inside the test's process."""
 
     def __init__(self, engine: PostgresEngine) -> None:
         self.engine = engine
@@ -35,26 +35,26 @@ class Node:
         self.tokens = TokenStore(engine, TokenCache(self._look_up, self.listener, 1000))
 
     async def _look_up(self, digest: bytes) -> Token | None:
-        """Count how often the database is asked for a token."""
+        """Look a token up, and count the lookup."""
         self.asked += 1
         return await self.engine.token(digest)
 
     async def reread(self) -> None:
-        """Wait until the log has been read once more; the connection must not be broken when this begins."""
+        """Wait until the log has been read again. The connection must work."""
         self.listener.invalidate()
         await self.until_current()
 
     async def until_current(self, current: bool = True) -> None:
-        """Wait until the feed is current, or is not."""
+        """Wait until the feed is current, or until it is not."""
         await until(lambda: self.listener.is_current() is current)
-        await asyncio.sleep(0)  # what the cache was told in this turn is past
+        await asyncio.sleep(0)  # let callbacks of this loop iteration finish
 
     async def valid(self, tokens: Sequence[Token]) -> list[bool]:
-        """Say of each token whether this process takes it."""
+        """Return, for each token, whether this node accepts it."""
         return [await self.tokens.get(one.digest) is not None for one in tokens]
 
     async def looks_up(self, tokens: Sequence[Token]) -> list[bool]:
-        """Say of each token whether the database is asked for it."""
+        """Return, for each token, whether it is looked up in the database."""
         asked = []
         for one in tokens:
             before = self.asked
@@ -63,7 +63,7 @@ class Node:
         return asked
 
     async def remove(self, *tokens: Token) -> None:
-        """End tokens, one after the other."""
+        """Revoke tokens one after the other."""
         for one in tokens:
             assert await self.tokens.revoke(one.digest, START)
 
@@ -84,7 +84,7 @@ async def _upgrade(url: str) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until the condition is true."""
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.001)
@@ -92,7 +92,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Node]:
-    """Open a database once more, as one more process would."""
+    """Open a database, as another process would."""
     node = Node(PostgresEngine(make_url(url), 2, clock=lambda: START))
     await node.store.start()
     try:
@@ -106,7 +106,7 @@ TOKENS = [token(number, age=-number) for number in range(12)]
 
 @pytest.fixture(scope="module", name="url")
 def make_database(postgres: Cluster) -> Iterator[str]:
-    """Make one database for all tests here."""
+    """Create one database for all tests of a module."""
     made = database_of(postgres)
     yield made
     postgres.drop(made.rpartition("/")[2])
@@ -114,14 +114,14 @@ def make_database(postgres: Cluster) -> Iterator[str]:
 
 @pytest.fixture(name="network")
 def run_network(postgres: Cluster) -> Iterator[Proxy]:
-    """Run what lies between one node and its database."""
+    """Run a proxy between one node and the database."""
     with Proxy(postgres.port) as proxy:
         yield proxy
 
 
 @pytest.fixture(name="nodes")
 async def open_nodes(url: str, network: Proxy) -> AsyncIterator[Sequence[Node]]:
-    """Open two nodes on a database that has TOKENS; the second is behind the network and remembers them all."""
+    """Open two nodes on a database with TOKENS. The second is behind the proxy and has all of them in its cache."""
     async with connected(url) as db:
         await db.execute(f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
     behind = url.replace(url.rpartition(":")[2].partition("/")[0], str(network.port))
@@ -135,37 +135,37 @@ async def open_nodes(url: str, network: Proxy) -> AsyncIterator[Sequence[Node]]:
 
 @pytest.fixture(name="patient")
 def be_patient(monkeypatch: pytest.MonkeyPatch, nodes: object) -> None:
-    """Keep the feed current however slow the machine is: then only what a test does invalidates it."""
+    """Keep the feed current on slow machines, too: only the test invalidates it."""
     monkeypatch.setattr(feed, "BOUND", HOUR)
 
 
 def left(*removed: Token) -> list[bool]:
-    """Say of each of TOKENS whether it is still valid."""
+    """Return, for each of TOKENS, whether it was not removed."""
     return [one not in removed for one in TOKENS]
 
 
 async def lose(node: Node, network: Proxy) -> None:
-    """Break a node's feed, and wait until it has noticed."""
+    """Break a node's feed, and wait until the node has noticed."""
     network.cut(only=listener)
     node.listener.invalidate()
     await node.until_current(False)
 
 
 async def find(node: Node, network: Proxy) -> None:
-    """Let the feed come back, and wait until the log was read."""
+    """Restore the feed, and wait until the log was read."""
     network.heal()
     await node.until_current()
 
 
 async def _lose_the_last(db: asyncpg.Connection, count: int) -> None:
-    """Do what a failover does that comes too early: the last removals have not happened, their numbers are unused."""
+    """Lose the last removals and their sequence numbers, as a failover to a lagging standby does."""
     lost = await db.fetchval("SELECT min(seq) FROM (SELECT seq FROM revocations ORDER BY seq DESC LIMIT $1) x", count)
     await db.execute("DELETE FROM revocations WHERE seq >= $1", lost)
     await db.execute("SELECT setval(pg_get_serial_sequence('revocations', 'seq'), $1, false)", lost)
 
 
 async def _roll_back(db: asyncpg.Connection) -> None:
-    """Take numbers that are never used."""
+    """Take sequence numbers that are never used, as rolled-back transactions do."""
     for _ in range(5):
         await db.execute("SELECT nextval(pg_get_serial_sequence('revocations', 'seq'))")
 
@@ -173,7 +173,7 @@ async def _roll_back(db: asyncpg.Connection) -> None:
 Change = Callable[[asyncpg.Connection], Awaitable[object]]
 
 LOGS: Mapping[str, Change] = {
-    "as-it-was": lambda db: db.fetch("SELECT 1"),
+    "unchanged": lambda db: db.fetch("SELECT 1"),
     "gap": _roll_back,
     "trimmed-to-the-last": lambda db: db.execute(
         "DELETE FROM revocations WHERE seq < (SELECT max(seq) FROM revocations)"
@@ -186,7 +186,7 @@ LOGS: Mapping[str, Change] = {
 
 
 async def change_the_log(nodes: Sequence[Node], network: Proxy, url: str, change: str, more: int) -> None:
-    """Let a node know three removals; then the log changes and tokens are removed, then the node reads the log."""
+    """Damage the log and revoke more tokens while a node's feed is lost. The node must refuse all revoked tokens."""
     here, there = nodes
     await here.remove(*TOKENS[:3])
     await there.reread()

@@ -1,4 +1,4 @@
-"""A process that opens a store by its URL, adds a token and ends: it waits until others have begun, too."""
+"""A process that opens a store by its URL, adds a token and ends. It first waits until the others have started."""
 
 import asyncio
 import fcntl
@@ -12,7 +12,6 @@ from tokenauth.stores.open import open_store
 
 
 async def add(url: str, number: str) -> None:
-    """Add one token."""
     store = open_store(DatabaseSettings(url, connections=1), 10)
     await store.start()
     assert await store.ready() is None
@@ -21,9 +20,9 @@ async def add(url: str, number: str) -> None:
 
 
 def main() -> None:
-    """Begin when nobody holds the file of the start line any more."""
-    line, url, number = sys.argv[1:]
-    logs.configure(direct=True)  # a test looks into the log as soon as it is answered
-    with open(line, "rb") as file:
+    """Begin when the lock on the start file is released."""
+    start_file, url, number = sys.argv[1:]
+    logs.configure(direct=True)  # tests read the log as soon as the process ends
+    with open(start_file, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     asyncio.run(add(url, number))

@@ -1,4 +1,4 @@
-"""Stores on one PostgreSQL database, as so many machines have it open, and what a test does beside them."""
+"""Stores on one PostgreSQL database, as several machines would open it, and direct access to the database."""
 
 import asyncio
 import re
@@ -23,8 +23,8 @@ _names = (f"node_{number}" for number in count())
 _TEMPLATE = "node_template"
 
 
-def stand_still() -> float:
-    """Say the time of tests in which time does not matter."""
+def fixed_time() -> float:
+    """Return the time of tests in which time does not matter."""
     return START
 
 
@@ -40,7 +40,7 @@ def fresh(cluster: Cluster) -> Iterator[str]:
 
 
 def write_config_for(url: str, directory: Path, more: str = "") -> Path:
-    """Write the configuration of a worker on a database."""
+    """Write a configuration with the URL of a database."""
     config = write_config(directory, more)
     config.write_text(re.sub("^url = .*", f'url = "{url}"', config.read_text(), count=1, flags=re.MULTILINE))
     return config
@@ -53,9 +53,9 @@ async def _migrate(url: str) -> None:
 
 @asynccontextmanager
 async def nodes(
-    url: str, number: int = 1, clock: Clock | None = stand_still, connections: int = 4
+    url: str, number: int = 1, clock: Clock | None = fixed_time, connections: int = 4
 ) -> AsyncIterator[Nodes]:
-    """Open a database several times. Without a clock the time is the database's."""
+    """Open a database several times. With `clock=None` the time is the database's."""
     opened: list[Store] = []
     try:
         for _ in range(number):
@@ -70,7 +70,7 @@ async def nodes(
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
-    """Connect to the database as any program does."""
+    """Connect to the database without tokenauth."""
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         yield connection
@@ -79,14 +79,13 @@ async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def fetch(url: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
-    """Run one statement."""
     async with connected(url) as connection:
         return [tuple(row) for row in await connection.fetch(sql, *values)]
 
 
 @asynccontextmanager
 async def busy(*work: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
-    """Repeat some work, each in a task of its own, for as long as this lasts; raise what goes wrong in it."""
+    """Repeat each piece of work in a task. Raises its errors."""
     over = False
 
     async def repeat(one: Callable[[], Awaitable[object]]) -> None:

@@ -1,4 +1,4 @@
-"""A worker on a machine whose clock is wrong: `CONFIG SECONDS`."""
+"""A worker on a machine with a wrong clock. Arguments: CONFIG SECONDS."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ _wall, _wall_ns = time.time, time.time_ns
 
 
 def main() -> None:
-    """Serve until SIGTERM; whatever asks this process's clock is told a wrong time."""
+    """Serve until SIGTERM, with `time.time` shifted."""
     config, seconds = sys.argv[1:]
     skew = int(seconds)
     time.time = lambda: _wall() + skew

@@ -1,4 +1,4 @@
-"""Changes of several machines at once, in whatever order hurts most: no two block each other; all answers are right."""
+"""Concurrent changes of several nodes in conflicting orders: there is no deadlock, and all answers are correct."""
 
 import asyncio
 import random
@@ -23,26 +23,26 @@ USERS = [f"user{number}" for number in range(6)]
 
 @pytest.fixture
 def url(postgres: Cluster) -> Iterator[str]:
-    """Make a database; PostgreSQL must not have had to break a deadlock in it."""
+    """Create a database, and check afterwards that there was no deadlock in it."""
     with fresh(postgres) as made, no_deadlock(postgres):
         yield made
 
 
 @contextmanager
 def no_deadlock(cluster: Cluster) -> Iterator[None]:
-    """Assert that PostgreSQL has not had to end a transaction for others."""
+    """Check that PostgreSQL did not detect a deadlock."""
     before = cluster.log.read_text().count("deadlock detected")
     yield
     assert cluster.log.read_text().count("deadlock detected") == before
 
 
 def token(number: int, life: int = 100) -> Token:
-    """Make a token of one of the users."""
+    """Return a token of one of the users."""
     return Token(sha256(b"%d" % number).digest(), USERS[number % len(USERS)], "c", START, int(START) + life)
 
 
 async def at_once(chance: random.Random, work: Sequence[Awaitable[object]]) -> None:
-    """Do everything at the same time, begun in an order of chance."""
+    """Run everything concurrently, started in random order."""
     shuffled = list(work)
     chance.shuffle(shuffled)
     await asyncio.gather(*shuffled)
@@ -61,14 +61,14 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
         assert touched is not None
         ended[pool.name, value, fence] += touched.done
 
-    async def stay(node: Store, pool: Pool, value: str, fence: int) -> None:
+    async def keep_alive(node: Store, pool: Pool, value: str, fence: int) -> None:
         touched = await node.pools.keep_alive(
             pool, value, START, LeaseCheck("h", fence), free_too=chance.random() < 0.5
         )
         assert touched is not None
 
     for _ in range(3):
-        lent = [
+        leased = [
             (pool, granted.token.value, granted.token.fence)
             for pool in POOLS
             for granted in await asyncio.gather(
@@ -76,23 +76,23 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
             )
             if granted.token
         ]
-        assert len(lent) == 40
-        expected.update((pool.name, value, fence) for pool, value, fence in lent)
+        assert len(leased) == 40
+        expected.update((pool.name, value, fence) for pool, value, fence in leased)
         work: list[Awaitable[object]] = []
         for node in three:
-            order = chance.sample(lent, len(lent))
-            work += [release(node, *lease) for lease in order] + [stay(node, *lease) for lease in order[::-1]]
+            order = chance.sample(leased, len(leased))
+            work += [release(node, *lease) for lease in order] + [keep_alive(node, *lease) for lease in order[::-1]]
             work += [node.pools.keep_alive_free(pool, START, START, 99) for pool in POOLS]
             work += [node.pools.purge(pool, START, 9) for pool in POOLS]
         await at_once(chance, work)
-    assert ended == expected, "each lease was ended, and by one of three who said so"
+    assert ended == expected, "each lease must be ended by exactly one of three releases"
     for pool in POOLS:
         assert await three[1].pools.count(pool, START) == (30, 0)
 
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nodes, seed: int) -> None:
-    """What had expired may go without being logged; nothing else may, and what is logged is gone."""
+    """Expired tokens may be removed without an entry in the log. All others need one, and logged tokens are gone."""
     chance = random.Random(seed)
     lasting, expired = [token(number) for number in range(90)], [token(number, -1) for number in range(90, 120)]
     await asyncio.gather(*(three[0].tokens.issue(one, 0, START) for one in lasting + expired))
@@ -120,12 +120,12 @@ async def test_tokens_ended_in_several_ways_are_logged_once(url: str, three: Nod
         work += [node.failures.update([CountUpdate(key, -1)], START) for key in chance.sample(keys, 20)]
         work += [node.failures.purge(START + 1, 9)]
     await at_once(chance, work)
-    assert max(ended.values()) == 1, "two were told that they had ended the same"
+    assert max(ended.values()) == 1, "only one revocation of a token may succeed"
     alive = {digest for (digest,) in await fetch(url, "SELECT digest FROM tokens")}
     logged = Counter(digest for (digest,) in await fetch(url, "SELECT digest FROM revocations"))
     assert set(logged.values()) == {1}
     assert not alive & set(logged)
-    assert {one.digest for one in lasting + later} <= alive | set(logged), "ended, and no cache will hear of it"
+    assert {one.digest for one in lasting + later} <= alive | set(logged), "ended without an entry in the log"
     for user in USERS:
         listed = await three[1].tokens.list(user, START, 999)
         assert sum(one in later for one in listed) <= 4
@@ -171,9 +171,9 @@ async def test_failures_counted_in_opposite_orders_all_count(three: Nodes) -> No
 
 
 async def test_of_two_log_trims_at_most_one_waits_for_rows(url: str, three: Nodes) -> None:
-    """Two who each hold some rows and wait for others can wait for one another: which they meet first is chance.
+    """If both locked some rows and waited for others, they could deadlock, depending on the order of the rows.
 
-    Only one has the duty, until a time; one that is slow may still be at it when the next begins.
+    Only one node at a time has the duty to trim, but a slow one may still be busy when the next begins.
     """
     await fetch(url, _FILL, START - 10)
     async with connected(url) as other:
@@ -185,11 +185,11 @@ async def test_of_two_log_trims_at_most_one_waits_for_rows(url: str, three: Node
                 waiting = await other.fetch(_WAITING)
         assert sum(kind != "advisory" for (kind,) in waiting) <= 1
         assert sum(await asyncio.gather(*trimming)) >= 1000
-    assert await fetch(url, "SELECT max(seq) FROM revocations") == [(3000,)], "the last entry stays"
+    assert await fetch(url, "SELECT max(seq) FROM revocations") == [(3000,)], "must keep the last entry"
 
 
 async def test_capacity_holds_at_every_default_isolation_level(postgres: Cluster, url: str) -> None:
-    """What others have added while the pool was waited for is seen."""
+    """A transaction sees tokens that were added while it waited for the pool's lock."""
     name = url.rpartition("/")[2]
     postgres.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'")
     pool = Pool("p", 60, capacity=10)

@@ -1,4 +1,4 @@
-"""Leases and logins end by the database's clock, whatever the machines' own clocks say, and it may be set back."""
+"""Leases and logins end by the database's clock, not by the clocks of the nodes. It may be set back."""
 
 import asyncio
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ HOUR = 3600
 SKEWS = (HOUR, -HOUR)
 LEASE_TTL, TOKEN_TTL = 1000, 5000
 MARGIN = 300
-"""Seconds that a test may take without any harm to what it says."""
+"""Seconds that a test may take without affecting its result."""
 
 POOL = Pool("p", lease_ttl=LEASE_TTL)
 SETTINGS = f"""
@@ -36,33 +36,31 @@ lease_ttl = {LEASE_TTL}
 
 @pytest.fixture
 def moved(postgres: Cluster) -> Iterator[ShiftedDatabase]:
-    """Make a database whose clock can be moved."""
+    """Create a database whose clock can be moved."""
     with fresh(postgres) as url:
         yield ShiftedDatabase(postgres, url)
 
 
 @pytest.fixture
 def config(moved: ShiftedDatabase, tmp_path: Path) -> Path:
-    """Write a configuration."""
     return write_config_for(moved.url, tmp_path, SETTINGS)
 
 
 @pytest.fixture
 def wrong(config: Path) -> Iterator[list[Server]]:
-    """Run two workers; by their machines' clocks they are two hours apart."""
+    """Run two workers whose machines' clocks differ by two hours."""
     with skewed(config, SKEWS[0]) as fast, skewed(config, SKEWS[1]) as slow:
         yield [fast, slow]
 
 
 @pytest.fixture
 def connections(wrong: list[Server]) -> Iterator[list[Connection]]:
-    """Connect to both."""
     with Connection(wrong[0].port) as fast, Connection(wrong[1].port) as slow:
         yield [fast, slow]
 
 
 async def test_the_clock_of_the_database_can_be_moved(moved: ShiftedDatabase) -> None:
-    """All else here is about nothing if this fails: it asks in the words of the store."""
+    """The other tests rely on this. It uses the expression of the store's queries."""
     difference = "SELECT extract(epoch FROM clock_timestamp()) - extract(epoch FROM pg_catalog.clock_timestamp())"
     for seconds, total in ((0, 0), (HOUR, HOUR), (-3 * HOUR, -2 * HOUR)):
         moved.move(seconds)
@@ -77,27 +75,27 @@ def test_the_machines_clocks_are_two_hours_apart(connections: list[Connection]) 
 def test_nodes_agree_after_the_database_clock_jumped_ahead(
     moved: ShiftedDatabase, connections: list[Connection]
 ) -> None:
-    """One of them noticed; the other did nothing meanwhile. Time goes on from there for both."""
+    """Only one node made a request meanwhile. Both continue from the later time."""
     busy, idle = (PoolUser(each) for each in connections)
     moved.move(HOUR)
-    until(lambda: busy.ask("GET", "/p").status == 200 and _latest(moved) > 0, "it has noticed")
+    until(lambda: busy.ask("GET", "/p").status == 200 and _latest(moved) > 0, "the busy node has noticed")
     moved.move(-HOUR)
     lease = idle.assign("p")
     for _ in range(3):
-        assert busy.call("POST", "/p/leases") == refusal("no_free_token"), "it is lent"
+        assert busy.call("POST", "/p/leases") == refusal("no_free_token"), "the token must still be leased"
     assert busy.ask("PUT", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 200
     assert idle.ask("DELETE", f"/p/leases/{lease.token}", {"fence": lease.fence}).status == 204
 
 
 def _latest(moved: ShiftedDatabase) -> float:
-    """Say by how many seconds the time that is written down is ahead, to the hour."""
+    """Return how far the stored time is ahead of the clock, in hours."""
     sql = "SELECT at - extract(epoch FROM pg_catalog.clock_timestamp()) FROM marks WHERE name = 'clock'"
     ((ahead,),) = asyncio.run(fetch(moved.url, sql))
     return round(float(ahead) / HOUR)
 
 
 def test_after_a_clock_is_set_back_the_oldest_login_ends(moved: ShiftedDatabase, tmp_path: Path) -> None:
-    """And not itself: it would be answered as a success."""
+    """The new login must not evict itself, since its answer is a success."""
     config = write_config_for(moved.url, tmp_path, "[tokens]\nper_user = 2")
     with worker(config) as running, Connection(running.port) as connection:
         tokens = [connection.log_in() for _ in range(2)]
@@ -145,35 +143,35 @@ def test_a_clock_set_back_revives_and_shortens_nothing(
     late = [PoolUser(each) for each in connections]
     moved.move(-2 * TOKEN_TTL)
     with worker(config) as started, Connection(started.port) as later:
-        everybody = [*late, PoolUser(later)]
+        users = [*late, PoolUser(later)]
         for each in (*connections, later):
-            assert not each.valid(early.token), "it had expired"
-            assert all(each.valid(one.token) for one in everybody)
-        for one in everybody:
-            assert one.keep_alive("p", first.token, fence=first.fence) == refusal("lease_lost"), "it had lapsed"
+            assert not each.valid(early.token), "must stay expired"
+            assert all(each.valid(one.token) for one in users)
+        for one in users:
+            assert one.keep_alive("p", first.token, fence=first.fence) == refusal("lease_lost"), "must stay lapsed"
         second = late[0].assign("p")
         assert (second.token, second.fence) == (first.token, first.fence + 1)
-        for one in everybody:
+        for one in users:
             assert one.call("POST", "/p/leases") == refusal("no_free_token")
             assert one.release("p", first.token, fence=first.fence) == refusal("lease_lost")
         moved.move(2 * TOKEN_TTL + LEASE_TTL - MARGIN)
-        for one in everybody:
+        for one in users:
             assert one.call("POST", "/p/leases") == refusal("no_free_token")
         moved.move(MARGIN + 1)
-        third = everybody[-1].assign("p")
+        third = users[-1].assign("p")
         assert (third.token, third.fence) == (first.token, second.fence + 1)
 
 
 async def test_a_clock_set_back_does_not_cost_a_holder_its_lease(moved: ShiftedDatabase) -> None:
-    """A store alone, without the service's clock that never goes back."""
+    """Tests the store without the service's monotonic clock."""
     async with nodes(moved.url, 2, clock=None) as (one, other):
         now = one.clock()
         await one.pools.generate(POOL, ["t1"], now)
-        lent = (await one.pools.assign(POOL, "ann", now)).token
-        assert lent is not None
+        leased = (await one.pools.assign(POOL, "ann", now)).token
+        assert leased is not None
         moved.move(-HOUR)
         assert (await other.pools.assign(POOL, "bob", 0)).token is None
         extended = await other.pools.keep_alive(POOL, "t1", 0, LeaseCheck("ann", 1))
         assert extended is not None
         assert extended.done
-        assert extended.token.free_at == lent.free_at, "an extension never shortens a lease"
+        assert extended.token.free_at == leased.free_at, "an extension must not shorten a lease"

@@ -1,4 +1,4 @@
-"""The servers of tests/support/postgres.py do what tests ask of them, and outlive none of them."""
+"""The PostgreSQL servers of tests/support/postgres.py work, and end with the tests."""
 
 import shutil
 import socket
@@ -23,9 +23,9 @@ BROKEN = (
     asyncpg.InternalClientError,
     OSError,
 )
-"""What asyncpg raises when its connection has ended: which of them is a matter of chance."""
+"""What asyncpg raises when its connection was lost, depending on the timing."""
 
-# Starts a cluster, says where, and waits to be killed.
+# Starts a cluster, prints its directory and port, and waits to be killed.
 _VICTIM = """
 import sys
 from tests.support.postgres import cluster
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(scope="module")
 def private() -> Iterator[Cluster]:
-    """Run a server that may be stopped, with a database and a table that the service may write to."""
+    """Run a server that tests may stop, with a database and a table that the service may write to."""
     with cluster() as running:
         running.create("kept")
         running.execute("CREATE TABLE notes (text text)", "kept")
@@ -48,7 +48,6 @@ def private() -> Iterator[Cluster]:
 
 
 def databases(running: Cluster) -> set[str]:
-    """Name the databases of a cluster."""
     return {name for (name,) in running.execute("SELECT datname FROM pg_database")}
 
 

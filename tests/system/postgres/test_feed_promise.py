@@ -1,4 +1,4 @@
-"""A removal is refused by every node within the bound, and what a node has refused it does not take again."""
+"""Every node refuses a revoked token within the bound, and never accepts a token again that it has refused."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from tests.support.servers import START
 from tests.support.tcp_proxy import Only, Proxy, every, listener
 from tests.system.postgres.feeds import HOUR, database_of, opened
 from tests.system.postgres.nodes import connected
-from tests.system.postgres.watched import Pair, Watch, hold_to_the_promise, pair, sleep_through
+from tests.system.postgres.watched import Pair, Watch, check_promise, pair, sleep_through
 from tokenauth.clock import MonotonicClock
 from tokenauth.stores.postgres import listener as feed
 from tokenauth.stores.postgres.listener import BOUND, DatabaseClock
@@ -24,7 +24,7 @@ from tokenauth.stores.postgres.listener import BOUND, DatabaseClock
 
 @pytest.fixture(scope="module")
 def two(postgres: Cluster, directory: Path) -> Iterator[Pair]:
-    """Run two workers; the second has a network of its own to the database."""
+    """Run two workers. The second connects to the database through a proxy."""
     with pair(postgres, database_of(postgres).rpartition("/")[2], directory) as running:
         yield running
 
@@ -48,19 +48,19 @@ def test_the_other_node_refuses_within_the_bound(two: Pair, what: Break, only: O
             ended_at = time.monotonic()
             watch.until_asked_after(ended_at + BOUND)
             two.network.heal()
-        hold_to_the_promise(two, watch, {ended: ended_at}, [good])
+        check_promise(two, watch, {ended: ended_at}, [good])
         assert (True in watch.seen[good].valid) or only is every
         watch.until_valid(good)
 
 
 def test_a_resumed_node_does_not_trust_its_old_cache(two: Pair) -> None:
-    """All that was asked meanwhile waits in its sockets, and is answered in its first turns."""
+    """Requests that arrived meanwhile wait in its sockets, and are answered in the first loop iterations."""
     with Connection(two.here.port) as here:
         ended, good = here.log_in(), here.log_in()
         assert sleep_through(two, [(ended, lambda: here.log_out(ended)), (good, lambda: None)], 20) == [False, True]
 
 
-# What the store has said is not taken back.
+# A refused token stays refused.
 
 _SLOW = """
     CREATE SCHEMA slow;
@@ -111,7 +111,7 @@ async def test_a_recovered_feed_revives_no_refused_token(monkeypatch: pytest.Mon
     postgres.drop(name)
 
 
-# What time it is.
+# The time.
 
 
 @given(
@@ -130,12 +130,12 @@ def test_a_process_lags_the_database_clock_by_one_answer(
         least = float("inf")
         for pause, there, back in answers:
             asked_at = now + pause
-            said = asked_at + there + offset
+            time_there = asked_at + there + offset
             now = asked_at + there + back
-            clock.update(said, asked_at)
+            clock.update(time_there, asked_at)
             least = min(least, back)
             behind = now + offset - clock()
-            assert -1e-5 <= behind <= least + 1e-5  # what a float of such a size cannot hold
+            assert -1e-5 <= behind <= least + 1e-5  # rounding errors of large floats
 
 
 def test_a_database_clock_set_back_moves_no_time_back(

@@ -1,4 +1,4 @@
-"""The URL of a database: several hosts of which one is the primary, and options that nobody knows."""
+"""The URL of a database: several hosts, one of which is the primary, and unknown options."""
 
 import pytest
 from sqlalchemy import make_url
@@ -13,7 +13,7 @@ from tokenauth.stores.postgres.engine import PostgresEngine
 
 
 def several(database: str, *ports: int) -> str:
-    """Name several hosts in place of the one of a URL."""
+    """Return a URL with several hosts instead of one."""
     url = make_url(database)
     hosts = "&".join(f"host=127.0.0.1:{port}" for port in ports)
     return f"postgresql+asyncpg://{url.username}@/{url.database}?{hosts}"
@@ -42,7 +42,7 @@ async def test_a_start_without_a_host_names_all_of_them(postgres: Cluster, datab
 
 @pytest.mark.parametrize("url", ["postgresql+asyncpg://ann:secret@db/tokenauth", "sqlite+aiosqlite:///tokenauth.db"])
 @pytest.mark.parametrize("option", ["sslmode=verify-full", "nonsense=secret", "timeout=1", "mode=ro", "cache=shared"])
-def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -> None:
+def test_an_unknown_option_is_refused_by_name(url: str, option: str) -> None:
     url = f"{url}?{option}"
     with pytest.raises(ConfigError, match=f"database.url: has no option '{option.partition('=')[0]}'") as refused:
         open_store(DatabaseSettings(url), 10)
@@ -50,7 +50,7 @@ def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("postgresql+asyncpg://ann:secret@db.example.com", "names no database"),
         ("postgresql://ann:secret@db.example.com/tokenauth", "'postgresql' is not supported"),
@@ -66,8 +66,8 @@ def test_an_option_that_is_not_known_is_refused_by_name(url: str, option: str) -
         ("sqlite+aiosqlite://", "names no file"),
     ],
 )
-def test_a_url_that_names_no_store_is_refused(url: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=f"database.url: {says}") as refused:
+def test_a_url_that_names_no_store_is_refused(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"database.url: {message}") as refused:
         open_store(DatabaseSettings(url), 10)
     assert "secret" not in str(refused.value)
 
@@ -114,6 +114,6 @@ async def test_a_database_that_cannot_keep_all_names_is_refused(postgres: Cluste
         postgres.drop("narrow")
 
 
-def test_a_url_with_the_options_that_are_known_is_taken() -> None:
+def test_a_url_with_known_options_is_accepted() -> None:
     url = "postgresql+asyncpg://ann@db.example.com/tokenauth?ssl=require&prepared_statement_cache_size=50"
     assert isinstance(open_store(DatabaseSettings(url), 10).engine, PostgresEngine)

@@ -1,4 +1,4 @@
-"""Leases of several machines at once: what one has in hand the others leave out, and wait for nobody."""
+"""Concurrent leases of several nodes: they skip tokens that another transaction has locked, without waiting."""
 
 import asyncio
 import random
@@ -18,7 +18,7 @@ POOL = Pool("p", lease_ttl=60)
 
 @asynccontextmanager
 async def locking(url: str, number: int) -> AsyncIterator[None]:
-    """Have another program hold the rows of the tokens that have been free longest."""
+    """Lock the rows of the tokens that have been free longest, as another program could."""
     lock = "SELECT FROM pool_tokens WHERE number IN (SELECT number FROM pool_tokens ORDER BY free_at, number LIMIT $1)"
     async with connected(url) as connection, connection.transaction():
         await connection.execute(f"{lock} FOR UPDATE", number)
@@ -26,21 +26,21 @@ async def locking(url: str, number: int) -> AsyncIterator[None]:
 
 
 async def lease(three: Nodes, number: int, now: float = START) -> list[PoolToken | None]:
-    """Have so many callers ask for a token at once."""
+    """Assign tokens to `number` callers concurrently."""
     asked = (three[each % len(three)].pools.assign(POOL, f"h{each}", now) for each in range(number))
-    return [lent.token for lent in await asyncio.gather(*asked)]
+    return [granted.token for granted in await asyncio.gather(*asked)]
 
 
-def values(lent: Sequence[PoolToken | None]) -> set[str]:
-    """Name what was lent, once each."""
-    named = [token.value for token in lent if token]
-    assert len(named) == len(set(named)), "lent twice"
-    return set(named)
+def values(leased: Sequence[PoolToken | None]) -> set[str]:
+    """Return the values of the leased tokens. Each must have been leased once."""
+    found = [token.value for token in leased if token]
+    assert len(found) == len(set(found)), "a token was leased twice"
+    return set(found)
 
 
-@pytest.mark.parametrize("locked", [1, 30, 350], ids=["one", "some", "more-than-are-looked-over-at-first"])
+@pytest.mark.parametrize("locked", [1, 30, 350], ids=["one", "some", "more-than-the-first-query-reads"])
 async def test_locked_tokens_are_skipped_without_waiting(url: str, three: Nodes, locked: int) -> None:
-    """Whoever waited would be told after some seconds that the store does not answer: nothing unlocks the rows."""
+    """Nothing unlocks the rows, so a request that waited would fail after some seconds."""
     names = [f"t{number:03}" for number in range(locked + 40)]
     await three[0].pools.generate(POOL, names, START)
     async with locking(url, locked):
@@ -55,10 +55,10 @@ async def test_locked_tokens_are_skipped_without_waiting(url: str, three: Nodes,
 async def test_three_machines_lease_each_token_once(three: Nodes) -> None:
     await three[0].pools.generate(POOL, [f"t{number}" for number in range(90)], START)
     for fence in range(1, 4):
-        lent = await lease(three, 90, START + 60 * fence)
-        assert None not in lent
-        assert len(values(lent)) == 90
-        assert {token.fence for token in lent if token} == {fence}
+        leased = await lease(three, 90, START + 60 * fence)
+        assert None not in leased
+        assert len(values(leased)) == 90
+        assert {token.fence for token in leased if token} == {fence}
 
 
 async def test_a_client_that_releases_first_always_finds_a_token(three: Nodes) -> None:
@@ -81,7 +81,7 @@ async def test_a_client_that_releases_first_always_finds_a_token(three: Nodes) -
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_a_smaller_pool_never_leases_more_than_its_capacity(three: Nodes, seed: int) -> None:
-    """Twelve are lent when it shrinks to six: six of them end with their leases, and each keeps a free one back."""
+    """Twelve tokens are leased when capacity drops to six. Six retire with their leases, and withhold free ones."""
     chance = random.Random(seed)
     large = replace(POOL, capacity=12, prefill=True)
     small = replace(large, capacity=6)
@@ -91,25 +91,25 @@ async def test_a_smaller_pool_never_leases_more_than_its_capacity(three: Nodes, 
     retired = {token.value for token in await three[2].pools.list_tokens(small, START, "", 99) if token.retired}
     assert (len(held), len(retired)) == (12, 6)
     chance.shuffle(held)
-    count, lent = len(held), 0
+    count, assigned = len(held), 0
 
     async def release(node: Store, token: PoolToken) -> None:
         nonlocal count
-        count -= 1  # from here on it is no longer certain that he has it
+        count -= 1  # from now on the lease may have ended
         released = await node.pools.release(small, token.value, START, LeaseCheck(token.holder, token.fence))
         assert released is not None
         assert released.done
 
-    async def borrow(node: Store) -> None:
-        nonlocal count, lent
+    async def assign(node: Store) -> None:
+        nonlocal count, assigned
         token = (await node.pools.assign(small, "new", START)).token
         if token is not None:
-            count, lent = count + 1, lent + 1
-            assert count <= 6, f"{count} were lent"
+            count, assigned = count + 1, assigned + 1
+            assert count <= 6, f"{count} leases"
             assert token.value not in retired
 
     for number, token in enumerate(held):
-        await asyncio.gather(release(three[number % 3], token), *(borrow(node) for node in three))
-    await asyncio.gather(*(borrow(three[number % 3]) for number in range(9)))
-    assert (count, lent) == (6, 6), "as many as may be are lent in the end"
+        await asyncio.gather(release(three[number % 3], token), *(assign(node) for node in three))
+    await asyncio.gather(*(assign(three[number % 3]) for number in range(9)))
+    assert (count, assigned) == (6, 6), "must lease the whole capacity in the end"
     assert await three[0].pools.count(small, START) == PoolCounts(0, 6)

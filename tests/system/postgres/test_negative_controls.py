@@ -1,4 +1,4 @@
-"""The judge of histories bites on PostgreSQL, too: the store with a fault is found out, and as it is it is not."""
+"""The check of histories works on PostgreSQL, too: it reports a store with a fault, and not the real one."""
 
 import asyncio
 import secrets
@@ -31,35 +31,35 @@ _pauses = threading.local()
 
 
 class Sound(PoolRows):
-    """Rows as they are, but for a pause between what is read and what is written."""
+    """The real rows, with a pause between reading and writing."""
 
     def free(self, limit: int) -> list[tuple[int, PoolToken]]:
-        """Look up free tokens, then stop for a while where that is wanted."""
+        """Look up free tokens, then pause if the thread is to."""
         found = super().free(limit)
         getattr(_pauses, "pause", lambda: None)()
         return found
 
 
 class NoLock(Sound):
-    """Rows that are read without a lock: others can come between."""
+    """Rows that are read without a lock, so that others can change them."""
 
     def free(self, limit: int) -> list[tuple[int, PoolToken]]:
-        """Look up free tokens, whoever has them in hand."""
+        """Look up free tokens, also locked ones."""
         found = self._found(pool_rows._FREE, limit=limit)
         getattr(_pauses, "pause", lambda: None)()
         return found
 
 
 def matches_any_user(check: LeaseCheck, token: PoolToken, now: float) -> bool:
-    """Take any check for that of the holder."""
+    """Accept the lease check of any user."""
     return token.lease(now) is not None
 
 
 class StorePool:
-    """The store of one machine as one thread uses it: its loop runs for as long as something is asked."""
+    """The store of one node, used by one thread. Its event loop runs only during calls."""
 
     def __init__(self, url: str, time: HandTime, pause: Callable[[], object] = lambda: None) -> None:
-        """Stop for `pause` after reading what is free and before lending it."""
+        """Run `pause` after reading the free tokens and before leasing one."""
         self._runner = asyncio.Runner()
         self._time = time
         self._pause = pause
@@ -67,34 +67,28 @@ class StorePool:
         self._run(self._store.start())
 
     def assign(self, holder: str) -> Grant | None:
-        """Take a token."""
         _pauses.pause = self._pause
-        lent = self._run(self._store.pools.assign(POOL, holder, self._time())).token
-        return lent and Grant(lent.value, lent.fence)
+        leased = self._run(self._store.pools.assign(POOL, holder, self._time())).token
+        return leased and Grant(leased.value, leased.fence)
 
     def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
-        """Ask for more time."""
         claim = LeaseCheck(holder, grant.fence)
         touched = self._run(self._store.pools.keep_alive(POOL, grant.token, self._time(), claim))
         return grant if touched is not None and touched.done else None
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
-        """Give a token back."""
         claim = LeaseCheck(holder, grant.fence)
         touched = self._run(self._store.pools.release(POOL, grant.token, self._time(), claim))
         return grant if touched is not None and touched.done else None
 
     def generate(self) -> Grant | None:
-        """Make a token."""
         value = secrets.token_hex(8)
         return Grant(value) if self._run(self._store.pools.generate(POOL, [value], self._time())) else None
 
     def delete(self, token: str) -> Grant | None:
-        """Delete a token."""
         return Grant(token) if self._run(self._store.pools.delete(POOL, token, self._time())) else None
 
     def close(self) -> None:
-        """Disconnect."""
         with suppress(RuntimeError):
             self._run(self._store.stop(0))
         self._runner.close()
@@ -108,7 +102,7 @@ Opener = Callable[..., StorePool]
 
 @pytest.fixture
 def machine(postgres: Cluster, time: HandTime) -> Iterator[Opener]:
-    """Open the database, as often as is wanted."""
+    """Return a function that opens the database as another node."""
     with fresh(postgres) as url, ExitStack() as stack:
         yield lambda *pause: stack.enter_context(closing(StorePool(url, time, *pause)))
 
@@ -147,7 +141,7 @@ def test_the_check_detects_a_release_by_a_stale_holder(
     checks: bool,
     sentences: list[str],
 ) -> None:
-    """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
+    """A sleeps past the end of its lease, B gets the token, A releases it, and C gets it, too."""
     if not checks:
         monkeypatch.setattr(LeaseCheck, "matches", matches_any_user)
     one, other = machine(), machine()

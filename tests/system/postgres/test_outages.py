@@ -1,4 +1,4 @@
-"""Short forms of tests/system/faults/test_postgres.py: what workers say when PostgreSQL misbehaves."""
+"""Short versions of tests/system/faults/test_postgres.py: the answers of workers when PostgreSQL fails."""
 
 import asyncio
 import re
@@ -35,7 +35,7 @@ _HOLD = [
         for table in ("tokens", "revocations")
     ),
 ]
-"""Has COMMIT wait until nobody else holds a lock."""
+"""Makes COMMIT wait for an advisory lock."""
 
 
 OURS = "FROM pg_stat_activity WHERE datname = '{}' AND application_name = 'tokenauth'"
@@ -48,7 +48,7 @@ def name_of(url: str) -> str:
 
 @contextmanager
 def held(postgres: Cluster, url: str, lock: str) -> Iterator[None]:
-    """Hold a lock, as somebody else at the database could."""
+    """Hold a lock, as another client of the database could."""
     with asyncio.Runner() as runner:
         host, name = str(postgres.directory), name_of(url)
         connection = runner.run(asyncpg.connect(host=host, port=postgres.port, user="postgres", database=name))
@@ -60,18 +60,18 @@ def held(postgres: Cluster, url: str, lock: str) -> Iterator[None]:
 
 
 def count(postgres: Cluster, url: str, condition: str) -> int:
-    """Count the service's connections of which something is so."""
+    """Count the service's connections that meet a condition."""
     return int(postgres.execute(f"SELECT count(*) {OURS.format(name_of(url))} AND {condition}")[0][0])
 
 
 def rows(postgres: Cluster, url: str, table: str = "tokens") -> int:
-    """Count what is in a table."""
+    """Count the rows of a table."""
     return int(postgres.execute(f"SELECT count(*) FROM {table}", name_of(url))[0][0])  # noqa: S608
 
 
 @pytest.fixture(scope="module")
 def locked(postgres: Cluster) -> Iterator[None]:
-    """Have PostgreSQL ask the role `locked` for its password."""
+    """Make PostgreSQL require a password from the role `locked`."""
     file = postgres.directory / "data" / "pg_hba.conf"
     before = file.read_text()
     postgres.execute(f"CREATE ROLE locked LOGIN PASSWORD '{PASSWORD}'")
@@ -98,7 +98,7 @@ STARTS = {
 def test_an_unusable_database_is_named_without_its_password(
     postgres: Cluster, database: str, tmp_path: Path, case: str
 ) -> None:
-    address, said = STARTS[case]
+    address, message = STARTS[case]
     url = address.format(password=PASSWORD, port=postgres.port, name=name_of(database))
     with starting(postgres_config(tmp_path, f"postgresql+asyncpg://{url}")) as server:
         assert server.process.wait(30) not in {None, 0}
@@ -106,14 +106,14 @@ def test_an_unusable_database_is_named_without_its_password(
         assert PASSWORD not in server.log.read_text()
         lines = [str(event["event"]) for event in server.events() if event["level"] == "error"]
         assert lines[1:] == ["Application startup failed. Exiting."]
-        assert re.search(said, lines[0]), lines
+        assert re.search(message, lines[0]), lines
         assert "cannot be used: " in lines[0]
-        assert not lines[0].rpartition(": ")[2].lstrip("-").isdecimal(), "a number says nothing to a person"
+        assert not lines[0].rpartition(": ")[2].lstrip("-").isdecimal(), "must not end with a bare error number"
 
 
 @pytest.mark.faults
 async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First it refuses connections, then it says that it is starting up: a reload waits for both."""
+    """First the server refuses connections, then it answers that it is starting up. A start waits in both cases."""
     monkeypatch.setattr("tokenauth.stores.postgres.engine._START_TIMEOUT", 60.0)
     with cluster() as private:
         url = private.create("restarting")
@@ -128,7 +128,7 @@ async def test_a_start_waits_for_a_server_that_restarts(monkeypatch: pytest.Monk
 
 @pytest.mark.faults
 def test_a_hanging_statement_is_503_and_has_no_effect(postgres: Cluster, database: str, tmp_path: Path) -> None:
-    """Who needs the connection meanwhile is refused, too; tokens that are known are judged all the time."""
+    """Other requests that need the connection are refused, too. Cached tokens are always validated."""
     config = postgres_config(tmp_path, database, POOL, connections=1)
     with worker(config) as server, Connection(server.port) as connection, ThreadPoolExecutor(3) as others:
         kept = connection.log_in()
@@ -137,33 +137,35 @@ def test_a_hanging_statement_is_503_and_has_no_effect(postgres: Cluster, databas
         with held(postgres, database, "LOCK TABLE tokens IN ACCESS EXCLUSIVE MODE"):
             ends = [others.submit(Connection, server.port).result() for _ in range(3)]
             asked = [others.submit(ends[0].ask, "POST", "/api/token", LOGIN)]
-            until(lambda: count(postgres, database, "wait_event_type = 'Lock'") == 1, "it hangs")
+            until(lambda: count(postgres, database, "wait_event_type = 'Lock'") == 1, "the statement hangs")
             asked.append(others.submit(ends[1].ask, "POST", "/api/pools/permits/leases", X_Token=kept))
             asked.append(others.submit(ends[2].ask, "GET", "/readyz"))
-            until(lambda: connection.valid(kept) and all(answer.done() for answer in asked), "all are answered")
+            until(
+                lambda: connection.valid(kept) and all(answer.done() for answer in asked), "all requests are answered"
+            )
             assert [answer.result().status for answer in asked] == [503, 503, 503]
             assert is_outage(asked[0].result())
             assert is_outage(asked[1].result())
         until(lambda: connection.ask("GET", "/readyz").status == 200, "a probe has succeeded")
         assert connection.valid(connection.log_in())
-        assert rows(postgres, database) == began + 1, "the login that was refused is not written later"
-        until(lambda: count(postgres, database, "state <> 'idle'") == 0, "nothing goes on")
-        until(lambda: count(postgres, database, "true") <= 2, "one is left, and the listener's")
+        assert rows(postgres, database) == began + 1, "must not write the refused login later"
+        until(lambda: count(postgres, database, "state <> 'idle'") == 0, "all connections are idle")
+        until(lambda: count(postgres, database, "true") <= 2, "one connection is left, and the listener's")
         check_log(server)
         for end in ends:
             end.close()
 
 
 def test_a_read_only_database_refuses_writes_only(postgres: Cluster, database: str, tmp_path: Path) -> None:
-    """A log-out is held in memory, and written as soon as that is possible."""
+    """A log-out is queued in memory, and written as soon as possible."""
     name = name_of(database)
     config = postgres_config(tmp_path, database, POOL)
     with worker(config) as server, Connection(server.port) as connection:
         kept, ended, unknown = (connection.log_in() for _ in range(3))
         postgres.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
         postgres.terminate_all(name)
-        until(lambda: connection.ask("GET", f"/api/token?token={kept}").status == 200, "it is connected again")
-        until(lambda: connection.ask("GET", "/api/tokens", X_Token=kept).status == 200, "it is read from again")
+        until(lambda: connection.ask("GET", f"/api/token?token={kept}").status == 200, "the worker has reconnected")
+        until(lambda: connection.ask("GET", "/api/tokens", X_Token=kept).status == 200, "the worker can read again")
         assert connection.valid(kept)
         assert connection.valid(unknown)
         assert is_outage(connection.ask("POST", "/api/token", LOGIN))
@@ -176,9 +178,9 @@ def test_a_read_only_database_refuses_writes_only(postgres: Cluster, database: s
         assert server.events("revocation_held_in_memory")
         postgres.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
         postgres.terminate_all(name)
-        until(lambda: bool(server.events("token_revoked")), "it is written")
+        until(lambda: bool(server.events("token_revoked")), "the revocation is written")
         assert rows(postgres, database) == 2
-        until(lambda: connection.ask("GET", "/readyz").status == 200, "it is ready")
+        until(lambda: connection.ask("GET", "/readyz").status == 200, "the worker is ready")
         assert connection.valid(connection.log_in())
         assert connection.valid(kept)
         check_log(server)
@@ -199,7 +201,7 @@ def test_a_name_postgresql_cannot_store_is_no_5xx(database: str, tmp_path: Path)
 def test_a_connection_lost_during_commit_is_503(
     postgres: Cluster, database: str, tmp_path: Path, committed: bool
 ) -> None:
-    """A log-out is answered: it is done again."""
+    """A log-out is answered, since it is retried."""
     name = name_of(database)
     with Proxy(postgres.port) as proxy, ThreadPoolExecutor(2) as others:
         config = postgres_config(tmp_path, postgres.url(name, proxy.port))
@@ -219,13 +221,13 @@ def test_a_connection_lost_during_commit_is_503(
                 assert logout.result().status == 200
                 proxy.heal()
                 assert not other.valid(ended)
-            # a log-out that was committed before is not logged when it is repeated
+            # the retry adds no second entry to the log
             wanted = (1 + committed, 1)
             until(
                 lambda: (rows(postgres, database), rows(postgres, database, "revocations")) == wanted,
                 "the log-out is written",
             )
-            until(lambda: other.ask("GET", "/readyz").status == 200, "it is ready")
+            until(lambda: other.ask("GET", "/readyz").status == 200, "the worker is ready")
             assert not other.valid(ended)
             assert other.valid(kept)
             assert other.valid(other.log_in())
@@ -233,7 +235,7 @@ def test_a_connection_lost_during_commit_is_503(
 
 
 def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str, tmp_path: Path) -> None:
-    """As on SQLite: time jumps while requests are under way, often to just before a lease ends."""
+    """As on SQLite, the clock jumps during requests, often to just before a lease ends."""
     clock = HandClock(tmp_path / "clock", create=True)
     with two_workers(postgres_config(tmp_path, database, POOLS % {"lease_ttl": LEASE_TTL}), clock) as servers:
         run_race([server.port for server in servers], HandTime(clock), LEASE_TTL, REQUESTS)

@@ -1,6 +1,6 @@
-"""PostgreSQL keeps plans. What was planned while the tables were empty costs no more when they have grown.
+"""PostgreSQL caches plans. A plan that was made for empty tables must stay cheap when they have grown.
 
-Nothing is timed: the rows are counted that a change or a query looks at.
+The tests count the rows that a change or a query reads. Nothing is timed.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 MANY = 20_000
 MOST = 5 * FEW
-"""Rows that are read for one change or query at most."""
+"""Maximum number of rows that one change or query may read."""
 
 _KEEP = "ALTER TABLE {} SET (autovacuum_enabled = off)"
 _FILL = [
@@ -53,25 +53,23 @@ _LOOKED_AT = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat
 
 
 class Direct(DirectEngine):
-    """A PostgreSQL engine that reads and writes on one connection, as the service opens them, and never commits."""
+    """A PostgreSQL engine on one connection of the service's kind. It never commits."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
 
     async def run(self, work: Callable[[Connection], T]) -> T:
-        """Do something with the connection."""
+        """Run something on the connection."""
         return await self._connection.run_sync(work)
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
-        """Run a query."""
         return await self.run(lambda db: PostgresTransaction(driver(db)).rows(query, values))
 
     async def apply(self, change: Change[A]) -> A:
-        """Make a change."""
         return await self.run(lambda db: type(change).make(PostgresTransaction(driver(db)), [change])[0])
 
-    async def looked_at(self, ask: Callable[["Direct"], Awaitable[object]]) -> int:
-        """Count the rows that something looks at."""
+    async def rows_read(self, ask: Callable[["Direct"], Awaitable[object]]) -> int:
+        """Count the rows that something reads."""
         await self.execute("BEGIN")
         before = await self._count()
         await ask(self)
@@ -80,11 +78,11 @@ class Direct(DirectEngine):
         return after - before
 
     async def execute(self, sql: str) -> None:
-        """Run a statement that has no answer."""
+        """Run a statement without a result."""
         await self._run(lambda plain: plain.execute(sql))
 
     async def fill(self, made: Iterable[tuple[object, ...]]) -> None:
-        """Add tokens to pools, as `rows` makes them."""
+        """Add pool tokens, in the form that `rows` returns."""
         records = [(*row, 1, False) for row in made]
         columns = ["pool", "value", "free_at", "holder", "fence", "retired"]
         await self._run(lambda plain: plain.copy_records_to_table("pool_tokens", records=records, columns=columns))
@@ -99,7 +97,6 @@ class Direct(DirectEngine):
 
 @pytest.fixture
 async def direct(url: str) -> AsyncIterator[Direct]:
-    """Connect to it."""
     connections = Connections(make_url(url), 1, timed=True)
     await connections.upgrade()
     async with connections._engine.connect() as connection:
@@ -109,29 +106,26 @@ async def direct(url: str) -> AsyncIterator[Direct]:
     await connections.discard()
 
 
-Ask = Callable[[Direct], Awaitable[object]]
+Operation = Callable[[Direct], Awaitable[object]]
 
 
 def pooled(ask: Callable[[PoolStore], Awaitable[object]], direct: Direct) -> Awaitable[object]:
-    """Ask a pool store."""
     return ask(PoolStore(direct))
 
 
 def changed(change: Change[Any], direct: Direct) -> Awaitable[object]:
-    """Ask for a change."""
     return direct.apply(change)
 
 
 def tokens(direct: Direct) -> TokenStore:
-    """Return the tokens."""
     return TokenStore(direct, TokenCache(direct.token, direct.feed, 0))
 
 
 KEYS = [digest(3)[:16], b"?" * 16]
 
-READS: dict[str, Ask] = {
+READS: dict[str, Operation] = {
     "a token by its id": lambda direct: tokens(direct).find(public_id(digest(13))),
-    "mine": lambda direct: tokens(direct).list("user13", START, 1000),
+    "a user's tokens": lambda direct: tokens(direct).list("user13", START, 1000),
     "the throttle": lambda direct: direct.read(engine._FAILURES, {"keys": KEYS}),
 }
 
@@ -142,7 +136,7 @@ PURGES: Sequence[Change[int]] = (
     PurgeRevocations(LONG_AGO, 5),
 )
 
-ASKED: dict[str, Ask] = {
+OPERATIONS: dict[str, Operation] = {
     **{name: partial(pooled, ask) for name, ask in CHEAP.items()},
     **{kind(change): partial(changed, change) for change in CHANGES},
     **{f"{kind(purge)}, and nothing is old": partial(changed, purge) for purge in PURGES},
@@ -151,11 +145,11 @@ ASKED: dict[str, Ask] = {
 
 
 async def test_plans_of_empty_tables_stay_cheap_when_they_grow(direct: Direct) -> None:
-    for ask in ASKED.values():
-        await direct.looked_at(ask)
+    for ask in OPERATIONS.values():
+        await direct.rows_read(ask)
     for statement in _FILL:
         await direct.execute(statement.format(many=MANY, each=EACH, start=int(START)))
     await direct.fill((row for pool, lent in LENT.items() for row in rows(pool, lent, MANY)))
-    looked_at = {name: await direct.looked_at(ask) for name, ask in ASKED.items()}
-    assert {name: count for name, count in looked_at.items() if count > MOST} == {}
-    assert sum(looked_at.values()) > len(ASKED), "there is something to be looked at"
+    rows_read = {name: await direct.rows_read(ask) for name, ask in OPERATIONS.items()}
+    assert {name: count for name, count in rows_read.items() if count > MOST} == {}
+    assert sum(rows_read.values()) > len(OPERATIONS), "must count rows"

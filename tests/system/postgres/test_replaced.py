@@ -1,4 +1,4 @@
-"""A database that takes another's place under the same name: what was remembered of that one is not believed."""
+"""A database that is replaced by another of the same name: nodes drop what they have cached of the first."""
 
 import asyncio
 from contextlib import suppress
@@ -9,7 +9,7 @@ from tests.system.postgres.feeds import TOKENS, opened
 from tokenauth.errors import StoreUnavailable
 
 
-async def test_a_node_notices_also_when_neither_log_has_an_entry(postgres: Cluster, url: str) -> None:
+async def test_a_node_notices_a_new_database_with_empty_logs(postgres: Cluster, url: str) -> None:
     name = url.rpartition("/")[2]
     async with opened(url) as node:
         for one in TOKENS:
@@ -20,7 +20,7 @@ async def test_a_node_notices_also_when_neither_log_has_an_entry(postgres: Clust
         found: list[bool] = [True]
         async with asyncio.timeout(30):
             while any(found):
-                with suppress(StoreUnavailable):  # as long as it is not there
+                with suppress(StoreUnavailable):  # while the database is missing
                     found = await node.valid(TOKENS)
                 await asyncio.sleep(0.01)
         assert await node.valid(TOKENS) == [False] * len(TOKENS)

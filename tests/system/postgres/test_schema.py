@@ -1,4 +1,4 @@
-"""The schema in PostgreSQL: what the migrations build, who may upgrade it, and who goes on serving beside that."""
+"""The schema in PostgreSQL: the migrations, concurrent upgrades, and older nodes that serve during an upgrade."""
 
 import asyncio
 import fcntl
@@ -41,24 +41,23 @@ SEQUENCES = "SELECT sequencename, last_value FROM pg_sequences"
 
 
 async def on(url: str, work: Callable[[Connection], T]) -> T:
-    """Do something over SQLAlchemy, in a transaction."""
+    """Run something with SQLAlchemy in a transaction."""
     async with create_async_engine(url, poolclass=NullPool).begin() as db:
         return await db.run_sync(work)
 
 
 async def start(url: str) -> str | None:
-    """Start a store and stop it; say what keeps it from serving."""
+    """Start a store and stop it. Return why it is not ready, or None."""
     async with nodes(url) as (store,):
         return await store.ready()
 
 
 def token(number: int, user: str = "ann") -> Token:
-    """Make a token that lives long."""
     return Token(sha256(b"%d" % number).digest(), user, "c", START, int(START) + 100)
 
 
-async def test_the_migrations_build_what_the_tables_say(url: str) -> None:
-    """But for the digest of a token, which is a primary key and so needs no other index."""
+async def test_the_migrations_build_the_declared_tables(url: str) -> None:
+    """Except the index of token digests, which are the primary key here."""
 
     def differences(db: Connection) -> list[Any]:
         options = {
@@ -71,7 +70,7 @@ async def test_the_migrations_build_what_the_tables_say(url: str) -> None:
     assert await on(url, differences) == []
 
 
-async def test_primary_keys_spread(url: str) -> None:
+async def test_primary_keys_spread_over_their_index(url: str) -> None:
     assert dict(await fetch(url, KEYS)) == {
         "alembic_version": "PRIMARY KEY (version_num)",
         "tokens": "PRIMARY KEY (digest)",
@@ -108,14 +107,18 @@ async def test_numbers_are_the_order_of_issue_on_every_node(url: str) -> None:
 
 
 def start_together(url: str, count: int, directory: Path) -> None:
-    """Start as many processes as wanted at once on an empty database; each adds a token, and one makes the schema."""
-    line, log = directory / "line", directory / "log"
+    """Start processes at the same time on an empty database. Each adds a token, and one creates the schema."""
+    start_file, log = directory / "start", directory / "log"
     streams = [Path(os.devnull), log, log]
-    with line.open("wb") as file:
+    with start_file.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         started = [
             Forked(
-                "tests.system.postgres.node_opener", ["", str(line), url, str(number)], directory, streams, os.environ
+                "tests.system.postgres.node_opener",
+                ["", str(start_file), url, str(number)],
+                directory,
+                streams,
+                os.environ,
             )
             for number in range(count)
         ]
@@ -123,7 +126,7 @@ def start_together(url: str, count: int, directory: Path) -> None:
     assert asyncio.run(fetch(url, "SELECT count(*) FROM tokens")) == [(count,)]
     assert asyncio.run(fetch(url, "SELECT version_num FROM alembic_version")) == [(schema.HEAD,)]
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
-    assert events == ["schema_upgraded"], "one made it, and nobody had any trouble"
+    assert events == ["schema_upgraded"], "one process must create the schema, and none may log anything else"
 
 
 def test_three_nodes_upgrade_an_empty_database_at_once(database: str, tmp_path: Path) -> None:
@@ -166,7 +169,7 @@ async def test_older_nodes_serve_and_start_after_a_later_step(url: str, tmp_path
 
 
 async def serve(store: Any) -> None:
-    """Do a little of everything."""
+    """Use tokens and pools once."""
     assert await store.tokens.get(token(1).digest) == token(1)
     await store.tokens.issue(token(2), 100, START)
     assert token(2) in await store.tokens.list("ann", START, 9)
@@ -199,7 +202,7 @@ async def test_a_migration_that_fails_changes_nothing(url: str, tmp_path: Path, 
         await start(url)
     assert await fetch(url, COLUMNS_OF) == before
     assert await fetch(url, "SELECT version_num FROM alembic_version") == [(schema.HEAD,)]
-    assert await start(url) is None, "and no lock is left"
+    assert await start(url) is None, "must leave no lock"
 
 
 async def test_a_first_migration_that_fails_leaves_nothing_behind(database: str) -> None:
@@ -209,22 +212,22 @@ async def test_a_first_migration_that_fails_leaves_nothing_behind(database: str)
     assert await fetch(database, COLUMNS_OF) == [("failures", "mine")]
 
 
-async def test_sqlite_has_the_same_rule(tmp_path: Path) -> None:
+async def test_older_nodes_on_sqlite_serve_after_a_step(tmp_path: Path) -> None:
     settings = DatabaseSettings(f"sqlite+aiosqlite:///{tmp_path}/tokens.db")
 
-    async def began() -> Any:
+    async def started() -> Any:
         store = open_store(settings, 10, lambda: START)
         await store.start()
         return store
 
     async def upgraded(revision: str) -> None:
         with newer_release(tmp_path, revision, *COLUMNS):
-            await (await began()).stop(START)
+            await (await started()).stop(START)
 
-    old = await began()
+    old = await started()
     await old.tokens.issue(token(1), 0, START)
     await upgraded(NEXT_STEP)
-    again = await began()
+    again = await started()
     for store in (old, again):
         assert await store.ready() is None
         await serve(store)

@@ -1,4 +1,4 @@
-"""What PostgreSQL's own log has of tokens when it is told to log statements."""
+"""PostgreSQL's log contains no token when it logs all statements."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ POOL = Pool("permits", lease_ttl=60)
 
 @pytest.mark.parametrize(("length", "leaks"), [(0, False), (-1, True)])
 async def test_statements_are_logged_without_values(postgres: Cluster, url: str, length: int, leaks: bool) -> None:
-    """With `log_parameter_max_length = 0`, which is not the default: so the documentation names it."""
+    """With `log_parameter_max_length = 0`, which the documentation requires since it is not the default."""
     name = make_url(url).database
     postgres.execute(f"ALTER DATABASE \"{name}\" SET log_statement = 'all'")
     postgres.execute(f'ALTER DATABASE "{name}" SET log_parameter_max_length = {length}')

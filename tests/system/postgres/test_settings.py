@@ -1,4 +1,4 @@
-"""What is sent to PostgreSQL with each connection, and what is said of it to who runs something between."""
+"""The parameters of each connection to PostgreSQL, and their documentation for operators of a PgBouncer."""
 
 import re
 

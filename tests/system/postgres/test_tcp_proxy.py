@@ -1,4 +1,4 @@
-"""The network of tests/support/tcp_proxy.py does what tests tell it to do."""
+"""The proxy of tests/support/tcp_proxy.py delays, cuts and freezes connections."""
 
 import asyncio
 import socket
@@ -33,37 +33,34 @@ class Ends:
         return client
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
-        """Open a connection."""
         return self.connect(), self.accept()
 
     def accept(self) -> socket.socket:
-        """Take the server's end of the next connection."""
+        """Accept the server's end of the next connection."""
         accepted = self._stack.enter_context(self.server.accept()[0])
         accepted.settimeout(20)
         return accepted
 
     def listening(self) -> tuple[socket.socket, socket.socket]:
-        """Open a connection and say LISTEN there."""
+        """Open a connection and send LISTEN on it."""
         client, server = self.pair()
         client.sendall(b"LISTEN news")
         assert read(server, 11) == b"LISTEN news"
         return client, server
 
     def close(self) -> None:
-        """End all."""
         self._stack.close()
 
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
-    """Run a proxy before a server that says what the test says."""
+    """Run a proxy in front of a server that the test controls."""
     made = Ends()
     yield made
     made.close()
 
 
 def read(end: socket.socket, size: int) -> bytes:
-    """Read so many bytes."""
     data = b""
     while len(data) < size:
         more = end.recv(size - len(data))
@@ -72,8 +69,8 @@ def read(end: socket.socket, size: int) -> bytes:
     return data
 
 
-def hears_nothing(end: socket.socket) -> bool:
-    """Say that nothing arrives, and no end, for as long as a hundred answers would take here."""
+def receives_nothing(end: socket.socket) -> bool:
+    """Whether nothing arrives, not even the end, for 0.1 seconds: far longer than an answer takes."""
     end.settimeout(0.1)
     try:
         end.recv(1)
@@ -84,7 +81,7 @@ def hears_nothing(end: socket.socket) -> bool:
     return False
 
 
-def test_bytes_and_the_end_of_them_pass_both_ways(ends: Ends) -> None:
+def test_data_and_its_end_pass_in_both_directions(ends: Ends) -> None:
     client, server = ends.pair()
     payload = bytes(range(256)) * 4000
     client.sendall(payload)
@@ -112,8 +109,8 @@ def test_a_delay_applies_at_once_in_both_directions(ends: Ends) -> None:
     ends.proxy.delay(HOUR)
     client.sendall(b"question")
     server.sendall(b"answer")
-    assert hears_nothing(server)
-    assert hears_nothing(client)
+    assert receives_nothing(server)
+    assert receives_nothing(client)
     ends.proxy.delay(0.01)
     assert read(server, 8) == b"question"
     assert read(client, 6) == b"answer"
@@ -142,14 +139,14 @@ def test_a_cut_resets_and_refuses_until_it_heals(ends: Ends) -> None:
     assert read(server, 5) == b"again"
 
 
-def test_a_frozen_connection_carries_not_even_its_end(ends: Ends) -> None:
+def test_a_frozen_connection_hides_its_end(ends: Ends) -> None:
     client, server = ends.pair()
     ends.proxy.freeze()
     client.sendall(b"question")
     server.sendall(b"answer")
     server.shutdown(socket.SHUT_WR)
-    assert hears_nothing(client)
-    assert hears_nothing(server)
+    assert receives_nothing(client)
+    assert receives_nothing(server)
     ends.proxy.heal()
     assert read(server, 8) == b"question"
     assert read(client, 6) == b"answer"
@@ -161,7 +158,7 @@ def test_a_frozen_connection_hides_a_reset(ends: Ends) -> None:
     ends.proxy.freeze()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     server.close()
-    assert hears_nothing(client)
+    assert receives_nothing(client)
     ends.proxy.heal()
     with pytest.raises(ConnectionResetError):
         client.recv(1)
@@ -171,15 +168,15 @@ def test_a_frozen_network_accepts_but_never_answers(ends: Ends) -> None:
     ends.proxy.freeze()
     client = ends.connect()
     client.sendall(b"question")
-    assert hears_nothing(client)
+    assert receives_nothing(client)
     ends.proxy.heal()
     assert read(ends.accept(), 8) == b"question"
 
 
-def test_what_was_cut_can_be_frozen(ends: Ends) -> None:
+def test_a_cut_network_can_be_frozen(ends: Ends) -> None:
     ends.proxy.cut()
     ends.proxy.freeze()
-    assert hears_nothing(ends.connect())
+    assert receives_nothing(ends.connect())
 
 
 def test_only_the_listener_is_frozen(ends: Ends) -> None:
@@ -189,7 +186,7 @@ def test_only_the_listener_is_frozen(ends: Ends) -> None:
     server.sendall(b"news")
     others_server.sendall(b"answer")
     assert read(other, 6) == b"answer"
-    assert hears_nothing(client)
+    assert receives_nothing(client)
     ends.proxy.heal()
     assert read(client, 4) == b"news"
 
@@ -200,7 +197,7 @@ def test_a_new_listener_is_frozen_with_the_others(ends: Ends) -> None:
     client.sendall(b"login")
     assert read(server, 5) == b"login"
     client.sendall(b"LISTEN news")
-    assert hears_nothing(server)
+    assert receives_nothing(server)
     ends.proxy.heal()
     assert read(server, 11) == b"LISTEN news"
 
@@ -225,7 +222,7 @@ def test_only_the_listener_is_delayed(ends: Ends) -> None:
     server.sendall(b"news")
     others_server.sendall(b"answer")
     assert read(other, 6) == b"answer"
-    assert hears_nothing(client)
+    assert receives_nothing(client)
 
 
 @pytest.mark.parametrize(
@@ -250,20 +247,20 @@ def test_a_listener_is_known_by_its_bytes(ends: Ends, parts: list[bytes], listen
 
 async def test_only_a_frozen_listener_misses_notifications(postgres: Cluster, database: str) -> None:
     name = database.rpartition("/")[2]
-    heard: asyncio.Queue[object] = asyncio.Queue()
+    received: asyncio.Queue[object] = asyncio.Queue()
     with Proxy(postgres.port) as proxy:
         url = postgres.url(name, proxy.port).replace("+asyncpg", "")
         listening, other = await asyncpg.connect(url), await asyncpg.connect(url)
-        await listening.add_listener("news", lambda *arguments: heard.put_nowait(arguments[3]))
+        await listening.add_listener("news", lambda *arguments: received.put_nowait(arguments[3]))
         await other.add_listener("other", lambda *arguments: None)
         port = await other.fetchval("SELECT client_port FROM pg_stat_activity WHERE pid = pg_backend_pid()")
         assert {connection.server_port == port for connection in proxy.connections} == {True, False}
         proxy.freeze(only=lambda connection: listener(connection) and connection.server_port != port)
         await other.execute("NOTIFY news, 'frozen'")
         assert await other.fetchval("SELECT 1") == 1
-        assert heard.empty()
+        assert received.empty()
         proxy.heal()
-        assert await heard.get() == "frozen"
+        assert await received.get() == "frozen"
         proxy.cut(every)
         assert [await _is_broken(connection) for connection in (listening, other)] == [True, True]
 

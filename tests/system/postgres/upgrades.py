@@ -1,4 +1,4 @@
-"""Releases to come: migrations that they bring, and what they do to a database when they start."""
+"""Simulated newer releases with more migrations."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from alembic.config import Config
 
 from tokenauth.stores import schema
 
-_STEP = '''"""A step of a release to come."""
+_STEP = '''"""A step of a newer release."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -28,23 +28,23 @@ COLUMNS = (
     'op.add_column("tokens", sa.Column("device", sa.String))',
     'op.add_column("pool_tokens", sa.Column("note", sa.String))',
 )
-"""What later steps of a generation may do."""
+"""Changes that later steps of a generation may make."""
 
 
 _GENERATION, _NUMBER = map(int, schema.HEAD.split("."))
 
 NEXT_STEPS = [f"{_GENERATION}.{_NUMBER + more}" for more in range(1, 6)]
-"""Revisions that this release can serve beside."""
+"""Revisions that this release is compatible with."""
 
 NEXT_STEP = NEXT_STEPS[0]
 
 NEXT_GENERATION = f"{_GENERATION + 1}.1"
-"""A revision that this release cannot serve with."""
+"""A revision that this release is not compatible with."""
 
 
 @contextmanager
 def newer_release(directory: Path, revision: str, *changes: str) -> Iterator[None]:
-    """Have this process be a release that brings one migration more than it had."""
+    """Make this process a newer release, with one more migration."""
     migrations = directory / f"migrations_{revision}"
     shutil.copytree(str(schema.migrations().get_main_option("script_location")), migrations)
     step = _STEP.format(revision=revision, before=schema.HEAD, changes="\n    ".join(changes))

@@ -1,4 +1,4 @@
-"""Two workers on one database, one of them behind a network that a test breaks; and who asks it all the while."""
+"""Two workers on one database, one of them behind a proxy that a test breaks, and clients that poll it."""
 
 import os
 import signal
@@ -20,14 +20,14 @@ from tokenauth.stores.postgres.listener import BOUND
 
 
 class Pair(NamedTuple):
-    """Two server processes on one database; between the second and the database is a network to break."""
+    """Two server processes on one database. The second connects through a proxy."""
 
     here: Server
     there: Server
     network: Proxy
 
     def until_quiet(self) -> None:
-        """Wait until the second has its feed: as often as it was lost it has come back."""
+        """Wait until the second has its feed back, after each time that it was lost."""
         there = self.there
         until(
             lambda: len(there.events("revocation_feed_lost")) == len(there.events("revocation_feed_restored")),
@@ -51,31 +51,31 @@ def pair(postgres: Cluster, name: str, directory: Path) -> Iterator[Pair]:
 
 
 @dataclass
-class Asked:
-    """What a server was asked about one token: when each question was sent, and what the answer was."""
+class Probes:
+    """The probes of one token: when each was sent, and its answer."""
 
     at: list[float] = field(default_factory=list)
     valid: list[bool | None] = field(default_factory=list)
-    """None is 503: it is not known."""
+    """None is a 503."""
 
     def last(self, answer: bool) -> float:
-        """Say when the last question was sent that had this answer."""
+        """Return when the last probe with this answer was sent."""
         return max((at for at, valid in zip(self.at, self.valid, strict=True) if valid is answer), default=0)
 
     def first(self, answer: bool) -> float:
-        """Say when the first question was sent that had this answer."""
+        """Return when the first probe with this answer was sent."""
         return min((at for at, valid in zip(self.at, self.valid, strict=True) if valid is answer), default=float("inf"))
 
 
 class Watch:
-    """Asks a server about tokens again and again, over several connections for each: while one waits, others ask."""
+    """Probes tokens continuously, over several connections for each, so that a slow answer delays no other probe."""
 
     def __init__(self, server: Server, tokens: Sequence[str], connections: int) -> None:
         self._port = server.port
-        self.seen = {token: Asked() for token in tokens}
+        self.seen = {token: Probes() for token in tokens}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._troubles: list[BaseException] = []
+        self._errors: list[BaseException] = []
         each = list(self.seen) * connections
         self._threads = [threading.Thread(target=self._run, args=[token], daemon=True) for token in each]
 
@@ -88,17 +88,17 @@ class Watch:
         self._stopping.set()
         for thread in self._threads:
             thread.join(30)
-        assert not any(thread.is_alive() for thread in self._threads), "an answer does not come"
-        if self._troubles:
-            raise self._troubles[0]
+        assert not any(thread.is_alive() for thread in self._threads), "a probe gets no answer"
+        if self._errors:
+            raise self._errors[0]
 
     def until_asked_after(self, instant: float) -> None:
-        """Go on until each token was asked about after an instant, and answered."""
-        while not self._troubles and not all(seen.at and max(seen.at) > instant for seen in self.seen.values()):
+        """Wait until each token was probed after an instant, and the probe answered."""
+        while not self._errors and not all(seen.at and max(seen.at) > instant for seen in self.seen.values()):
             time.sleep(0.005)
 
     def until_valid(self, token: str) -> None:
-        """Ask until a token is taken."""
+        """Probe until the token is accepted."""
         with Connection(self._port) as connection:
             while self._ask(connection, token) is not True:
                 time.sleep(0.01)
@@ -110,7 +110,7 @@ class Watch:
                     self._ask(connection, token)
                     time.sleep(0.002)
         except BaseException as error:
-            self._troubles.append(error)
+            self._errors.append(error)
 
     def _ask(self, connection: Connection, token: str) -> bool | None:
         asked_at = time.monotonic()
@@ -123,41 +123,41 @@ class Watch:
         return valid
 
 
-def hold_to_the_promise(pair: Pair, watch: Watch, ended: dict[str, float], good: Sequence[str]) -> None:
-    """Compare what was asked and answered with when each DELETE was answered.
+def check_promise(pair: Pair, watch: Watch, ended: dict[str, float], good: Sequence[str]) -> None:
+    """Check that no probe sent later than BOUND after a token's revocation was answered with valid.
 
-    No slow machine can break this: what is asked later than BOUND after the answer is judged by what was read after it.
+    Slow machines do not break this check: it uses the time when a probe was sent.
     """
     for value, ended_at in ended.items():
         seen = watch.seen[value]
-        assert seen.last(answer=True) <= ended_at + BOUND, "valid for longer than the bound"
-        assert max(seen.at) > ended_at + BOUND, "nobody asked"
+        assert seen.last(answer=True) <= ended_at + BOUND, "accepted for longer than the bound"
+        assert max(seen.at) > ended_at + BOUND, "no probe after the bound"
     for value in good:
-        assert False not in watch.seen[value].valid, "a good token was refused"
+        assert False not in watch.seen[value].valid, "a valid token was refused"
     assert pair.there.process.poll() is None
 
 
-def sleep_through(pair: Pair, changes: Sequence[tuple[str, Callable[[], object]]], askers: int) -> list[bool]:
-    """Stop the second worker, make a change to each token, and ask about it after the bound, before it goes on.
+def sleep_through(pair: Pair, changes: Sequence[tuple[str, Callable[[], object]]], clients: int) -> list[bool]:
+    """Suspend the second worker, make a change to each token, and send probes after the bound, before it resumes.
 
-    Say of each token whether it was taken; all who ask must be told the same.
+    Return, for each token, whether it was accepted. All probes of a token must have the same answer.
     """
     with ExitStack() as stack:
-        connections = [stack.enter_context(Connection(pair.there.port)) for _ in range(askers)]
+        connections = [stack.enter_context(Connection(pair.there.port)) for _ in range(clients)]
         for connection in connections:
             assert all(connection.valid(token) for token, _ in changes)
         os.kill(pair.there.process.pid, signal.SIGSTOP)
         try:
             for _, change in changes:
                 change()
-            time.sleep(BOUND)  # what is shown is a fact about time
-            threads = stack.enter_context(ThreadPoolExecutor(askers))
+            time.sleep(BOUND)  # the test is about real time
+            threads = stack.enter_context(ThreadPoolExecutor(clients))
             answers = [
                 threads.submit(connection.valid, changes[number % len(changes)][0])
                 for number, connection in enumerate(connections)
             ]
         finally:
             os.kill(pair.there.process.pid, signal.SIGCONT)
-        told = [{answer.result() for answer in answers[number :: len(changes)]} for number in range(len(changes))]
-    assert [len(each) for each in told] == [1] * len(changes), "some were told otherwise"
-    return [each.pop() for each in told]
+        seen = [{answer.result() for answer in answers[number :: len(changes)]} for number in range(len(changes))]
+    assert [len(each) for each in seen] == [1] * len(changes), "the answers differ"
+    return [each.pop() for each in seen]

@@ -1,1 +1,1 @@
-"""The five proxies of docs/forward-auth.md, run from the very files that it shows."""
+"""The five proxies of docs/forward-auth.md, with the configuration files that it shows."""

@@ -1,4 +1,4 @@
-"""One issuer and five proxies for all tests of this package, each started when a test first asks for it."""
+"""One issuer and five proxies for all tests of this package. Each is started when a test first uses it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(directory: Path) -> Iterator[Server]:
-    """Run an issuer, where ann has the scope that /reports needs, and bob has none."""
+    """Run an issuer. ann has the scope that /reports needs, bob has no scope."""
     users = USERS.replace('["read", "write"]', '["reports", "read"]')
     with worker(write_config(directory, "[tokens]\nper_user = 0", users)) as issuer:
         yield issuer
@@ -27,7 +27,7 @@ def server(directory: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="package")
 def start(directory: Path, server: Server) -> Iterator[Start]:
-    """Start a proxy by its name, or return the one that runs."""
+    """Return a function that starts a proxy by its name, or returns the running one."""
     started: dict[str, Proxy] = {}
     with ExitStack() as stack:
 
@@ -41,21 +41,21 @@ def start(directory: Path, server: Server) -> Iterator[Start]:
 
 @pytest.fixture(params=PRODUCTS)
 def proxy(request: pytest.FixtureRequest, start: Start) -> Proxy:
-    """Each of the five, with what it has sent to the issuer so far forgotten."""
+    """Return each of the five proxies, without the earlier requests to the issuer."""
     found = start(request.param)
-    found.line.take()
+    found.relay.take()
     return found
 
 
 @pytest.fixture(scope="package")
 def ann(server: Server) -> str:
-    """Return a token of ann, who may see the reports."""
+    """Return a token of ann, with the scope for /reports."""
     with server.client() as client:
         return log_in(client, "ann", "ann-secret")
 
 
 @pytest.fixture(scope="package")
 def bob(server: Server) -> str:
-    """Return a token of bob, who has no scope."""
+    """Return a token of bob, without scopes."""
     with server.client() as client:
         return log_in(client, "bob", "bob-secret")

@@ -1,4 +1,4 @@
-"""Writes requests in HTTP/2 (RFC 9113), with prior knowledge and without compression, valid or not."""
+"""Encodes valid and invalid HTTP/2 requests (RFC 9113), with prior knowledge and without compression."""
 
 import struct
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _END_STREAM, _END_HEADERS = 1, 4
 
 
 def request(fields: Fields, body: bytes = b"", trailers: Fields = (), end: bool = True) -> bytes:
-    """Write the beginning of a connection, and one request on it; unless it ends, more of its body may come."""
+    """Encode the preface of a connection and one request. With `end=False` the body is incomplete."""
     last = _END_STREAM if end else 0
     frames = [_frame(_HEADERS, _END_HEADERS | (0 if body or trailers else last), _pack(fields))]
     if body:
@@ -25,7 +25,7 @@ def _frame(kind: int, flags: int, payload: bytes, stream: int = 1) -> bytes:
 
 
 def _pack(fields: Fields) -> bytes:
-    """Write fields as literals that nobody has to remember (RFC 7541 section 6.2.2)."""
+    """Encode fields as literals without indexing (RFC 7541 section 6.2.2)."""
     return b"".join(b"\0" + _string(name) + _string(value) for name, value in fields)
 
 

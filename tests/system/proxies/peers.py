@@ -1,4 +1,4 @@
-"""What stands on both sides of a proxy: a client, an upstream that keeps what arrives, and a line to the issuer."""
+"""The peers of a proxy: a client, an upstream that records requests, and a relay to the issuer."""
 
 import asyncio
 import contextlib
@@ -10,11 +10,11 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 HANG = b""
-"""What a line says that accepts and never answers."""
+"""The answer of a relay that accepts connections and never answers."""
 
 
 class Arrived(NamedTuple):
-    """One request as it came, names and values byte for byte."""
+    """One request as it arrived, with the exact bytes of names and values."""
 
     method: bytes
     target: bytes
@@ -23,26 +23,24 @@ class Arrived(NamedTuple):
     trailers: list[tuple[bytes, bytes]]
 
     def values(self, *names: str) -> list[bytes]:
-        """Return what stands under names, in whatever case."""
+        """Return the values of the named headers, in any case."""
         wanted = {name.lower().encode() for name in names}
         return [value for name, value in self.headers if name.lower() in wanted]
 
 
 class Reply(NamedTuple):
-    """What a client got back."""
-
     status: int
     headers: http.client.HTTPMessage
     body: bytes
 
 
 class Peer(ABC):
-    """A server on a port of its own, in a thread."""
+    """A server on a free port, in a thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self._speaking = set[asyncio.Task[None] | None]()
+        self._tasks = set[asyncio.Task[None] | None]()
         self._server: asyncio.Server | None = None
         self.port = 0
         self.connections = 0
@@ -59,7 +57,7 @@ class Peer(ABC):
         self._loop.close()
 
     def start(self) -> None:
-        """Listen, at the same port as before if there was one."""
+        """Listen. After a stop, the port is the same as before."""
 
         async def listen() -> None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True)
@@ -68,7 +66,7 @@ class Peer(ABC):
         self._do(listen())
 
     def stop(self) -> None:
-        """Listen no more, and end what is open."""
+        """Stop listening, and close all connections."""
 
         async def end() -> None:
             if self._server is not None:
@@ -79,7 +77,7 @@ class Peer(ABC):
         self._do(end())
 
     def hang_up(self) -> None:
-        """End what is open."""
+        """Close all connections."""
         self._do(self._hang_up())
 
     async def _hang_up(self) -> None:
@@ -93,13 +91,13 @@ class Peer(ABC):
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        self._speaking.add(task := asyncio.current_task())  # asyncio itself would forget one that waits for ever
+        self._tasks.add(task := asyncio.current_task())  # asyncio keeps only weak references to tasks
         try:
             await self.speak(reader, writer)
         except (OSError, EOFError, asyncio.CancelledError):
             pass
         finally:
-            self._speaking.discard(task)
+            self._tasks.discard(task)
             writer.transport.abort()
 
     @abstractmethod
@@ -108,19 +106,18 @@ class Peer(ABC):
 
 
 class Upstream(Peer):
-    """The application: it lets everybody in, and keeps what arrives."""
+    """The application. It accepts all requests, and records them."""
 
     def __init__(self) -> None:
         super().__init__()
         self._arrived: list[Arrived] = []
 
     def take(self) -> list[Arrived]:
-        """Return what has arrived since the last time."""
+        """Return the requests since the last call."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
     async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer each request with 200."""
         while True:
             request = await read_request(reader)
             self._arrived.append(request)
@@ -128,8 +125,8 @@ class Upstream(Peer):
             await writer.drain()
 
 
-class Line(Peer):
-    """The line from a proxy to the issuer: it may be cut, go silent, or say something else."""
+class Relay(Peer):
+    """The connection from a proxy to the issuer. It can be cut, hang, or give other answers."""
 
     def __init__(self, issuer: int) -> None:
         super().__init__()
@@ -139,17 +136,17 @@ class Line(Peer):
         self._ends = False
 
     def take(self) -> bytes:
-        """Return what the proxy has sent since the last time."""
+        """Return what the proxy has sent since the last call."""
         sent, self._sent = bytes(self._sent), bytearray()
         return sent
 
     def end_at_next_request(self) -> None:
-        """End the connection on which the next request comes, without an answer."""
+        """Close the connection of the next request without an answer."""
         self._ends = True
 
     @contextlib.contextmanager
-    def saying(self, instead: bytes) -> Iterator[None]:
-        """For a while answer this in the issuer's stead, or HANG."""
+    def answering(self, instead: bytes) -> Iterator[None]:
+        """Temporarily answer this instead of the issuer, or HANG."""
         self.hang_up()
         self._instead = instead
         try:
@@ -160,7 +157,7 @@ class Line(Peer):
 
     @contextlib.contextmanager
     def leading_to(self, issuer: int) -> Iterator[None]:
-        """For a while lead to another issuer."""
+        """Temporarily connect to another issuer."""
         before = self._issuer
         self.hang_up()
         self._issuer = issuer
@@ -171,7 +168,7 @@ class Line(Peer):
             self.hang_up()
 
     async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on what is said, in both directions."""
+        """Forward in both directions."""
         if self._instead is not None:
             if self._instead == HANG:
                 await asyncio.Event().wait()
@@ -203,7 +200,7 @@ class Line(Peer):
 
 
 async def read_request(reader: asyncio.StreamReader) -> Arrived:
-    """Read one request, its body by length or in chunks."""
+    """Read one request with its body."""
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head[:-4].split(b"\r\n")
     method, target, _ = first.split(b" ")
@@ -232,7 +229,7 @@ def ask(
     method: str = "GET",
     body: bytes = b"",
 ) -> Reply:
-    """Send a request as it stands, on a connection of its own; status 0 is a connection that was closed."""
+    """Send a request unchanged on a new connection. Status 0 means that the connection was closed."""
     lines = [f"{method} {target} HTTP/1.1", "Host: app.example.com"]
     lines += [f"{name}: {value}" for name, value in headers]
     names = {name for name, _ in headers}

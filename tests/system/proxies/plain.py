@@ -1,4 +1,4 @@
-"""Configurations that put a proxy in front of tokenauth, with what each product's users set for WebSockets."""
+"""Configurations of a proxy in front of tokenauth, with the usual settings for WebSockets."""
 
 from collections.abc import Mapping
 

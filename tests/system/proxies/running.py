@@ -1,4 +1,4 @@
-"""Take the configurations out of docs/forward-auth.md and run a proxy from each."""
+"""Extract the configurations from docs/forward-auth.md and run a proxy with each."""
 
 import os
 import re
@@ -15,13 +15,13 @@ from typing import NamedTuple
 from tests.support.lacking import lack
 from tests.support.ports import free_port
 from tests.support.servers import ROOT
-from tests.system.proxies.peers import Arrived, Line, Reply, Upstream, ask
+from tests.system.proxies.peers import Arrived, Relay, Reply, Upstream, ask
 
 DOCUMENT = ROOT / "docs" / "forward-auth.md"
 
 
 class Product(NamedTuple):
-    """One proxy: its program and where that comes from, its files, what is replaced in them, and how it is started."""
+    """One proxy: its program and package, its files, the replacements in them, and its arguments."""
 
     program: str
     package: str
@@ -121,13 +121,13 @@ PRODUCTS: Mapping[str, Product] = {
 
 
 def find(name: str) -> str | None:
-    """Find a proxy's program, if it is installed."""
+    """Return the path of a proxy's program, or None if it is not installed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
     return shutil.which(PRODUCTS[name].program, path=path)
 
 
 def program(name: str) -> str:
-    """Find a proxy's program; without it, skip, or fail where everything must run."""
+    """Return the path of a proxy's program. If it is not installed, skip the test (see `lack`)."""
     found = find(name)
     if found is None:
         lack(name, PRODUCTS[name].package)
@@ -135,24 +135,26 @@ def program(name: str) -> str:
 
 
 def documented() -> dict[str, str]:
-    """Return the files that the document shows, by the path that stands before each."""
+    """Return the files that the document shows, by their path, which is written before each."""
     found = re.findall(r"^`(/[^`]+)`:\n\n```\w*\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     assert len(found) == len(dict(found))
     return dict(found)
 
 
 class Proxy:
-    """A proxy that runs, with what is on both sides of it."""
+    """A running proxy and its peers."""
 
-    def __init__(self, name: str, port: int, line: Line, upstream: Upstream, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, name: str, port: int, relay: Relay, upstream: Upstream, process: subprocess.Popen[bytes]
+    ) -> None:
         self.name = name
         self.port = port
-        self.line = line
+        self.relay = relay
         self.upstream = upstream
         self._process = process
 
     def stop(self) -> None:
-        """End it so that it writes its logs."""
+        """Stop it with SIGTERM, so that it writes its logs."""
         self._process.terminate()
         self._process.wait(20)
 
@@ -164,7 +166,7 @@ class Proxy:
         body: bytes = b"",
         headers: Sequence[tuple[str, str]] = (),
     ) -> tuple[Reply, list[Arrived]]:
-        """Send a request, with each token in an X-Token header; return the answer, and what came to the upstream."""
+        """Send a request with each token in an X-Token header. Return the answer, and the requests to the upstream."""
         self.upstream.take()
         reply = ask(self.port, target, [*(("X-Token", token) for token in tokens), *headers], method, body)
         return reply, self.upstream.take()
@@ -174,16 +176,15 @@ class Proxy:
 def running(
     name: str, directory: Path, issuer: int, files: Mapping[str, str] | None = None, ready: tuple[str, int] = ("/", 401)
 ) -> Iterator[Proxy]:
-    """Run one proxy, on free ports and with its files in a directory of the test.
+    """Run one proxy on free ports, with its files in a directory of the test.
 
-    The files are those of the document, unless others are given, by their paths. It works when it answers one target
-    without a token with one status: `ready`.
+    `files` replace those of the document. `ready` is a target without a token, and its status once the proxy works.
     """
     product, command = PRODUCTS[name], program(name)
     directory.mkdir()
-    with Line(issuer) as line, Upstream() as upstream:
+    with Relay(issuer) as relay, Upstream() as upstream:
         port = free_port()
-        values = {"listens": port, "issuer": line.port, "app": upstream.port, "inside": free_port()}
+        values = {"listens": port, "issuer": relay.port, "app": upstream.port, "inside": free_port()}
         written = write_files(product, directory, {**values, "directory": directory}, files or documented())
         assert files or not written, f"no longer in the document: {written}"
         with (directory / "output.log").open("wb") as sink:
@@ -198,7 +199,7 @@ def running(
             )
         try:
             await_answer(*ready, port, process, directory / "output.log")
-            yield Proxy(name, port, line, upstream, process)
+            yield Proxy(name, port, relay, upstream, process)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -206,7 +207,7 @@ def running(
 
 
 def write_files(product: Product, directory: Path, values: Mapping[str, object], files: Mapping[str, str]) -> set[str]:
-    """Write a proxy's files, but for addresses and paths; return those of them that did not occur."""
+    """Write a proxy's files with replaced addresses and paths. Return the replacements that matched nothing."""
     missing = set(product.replaced)
     for path in product.files:
         text = files.get(path, "")
@@ -219,11 +220,11 @@ def write_files(product: Product, directory: Path, values: Mapping[str, object],
 
 
 def await_answer(target: str, status: int, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a proxy gives an answer; fail with what it wrote if it ends or takes too long."""
+    """Wait until a proxy gives an answer. Fails with its output if it ends or takes too long."""
     deadline = time.monotonic() + 20
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(ConnectionError):
             if ask(port, target).status == status:
                 return
         time.sleep(0.01)
-    raise AssertionError(f"it does not work (exit code {process.poll()}):\n{log.read_text()}")
+    raise AssertionError(f"the proxy does not work (exit code {process.poll()}):\n{log.read_text()}")

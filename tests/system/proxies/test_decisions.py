@@ -1,4 +1,4 @@
-"""Who passes a proxy, and what the application behind it gets to know of him."""
+"""Which requests pass a proxy, and what the application behind it learns about the user."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.support.servers import Server, log_in
 from tests.system.proxies.running import Proxy
 
 STRANGER = "x" * 64
-"""Has the form of a token."""
+"""An unknown token."""
 
 IDENTITY = ("X-Auth-User", "X-Auth-Scopes", "X-Auth-Expires")
 
@@ -53,7 +53,7 @@ def test_two_different_tokens_are_refused(proxy: Proxy, ann: str, bob: str) -> N
         assert (reply.status, arrived) == (401, [])
 
 
-def test_a_scope_is_asked_for_where_it_is_needed(proxy: Proxy, ann: str, bob: str) -> None:
+def test_a_path_that_needs_a_scope_requires_it(proxy: Proxy, ann: str, bob: str) -> None:
     for target in ("/reports", "/reports/", "/reports/2026?x=y"):
         assert proxy.ask(target)[0].status == 401
         reply, arrived = proxy.ask(target, bob)
@@ -66,7 +66,7 @@ def test_a_scope_is_asked_for_where_it_is_needed(proxy: Proxy, ann: str, bob: st
 
 @pytest.mark.parametrize("query", ["scope=", "scope=other", "scope=reports", "token=x", "path=/", "&scope=&scope=x"])
 def test_the_requested_path_and_method_are_ignored(proxy: Proxy, ann: str, bob: str, query: str) -> None:
-    """His query comes to the application as it is, and never to the issuer."""
+    """The query reaches the application unchanged, and never the issuer."""
     assert proxy.ask(f"/reports/?{query}", bob)[0].status == 403
     for target, token in ((f"/?{query}", bob), (f"/reports/?{query}", ann)):
         reply, [request] = proxy.ask(target, token)
@@ -85,7 +85,7 @@ def test_a_revoked_token_is_refused_at_once(proxy: Proxy, server: Server) -> Non
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_client_cannot_name_its_own_user(proxy: Proxy, bob: str, name: str) -> None:
-    """Neither under the names of the headers nor under another name that some applications read as the same."""
+    """Neither with the exact header names nor with spellings that some applications treat as the same name."""
     spoofed = [(name, "mallory"), ("X-Token", bob), (name, "mallory")]
     reply, arrived = proxy.ask("/", headers=spoofed)
     for request in arrived:
@@ -113,7 +113,7 @@ def test_connection_cannot_remove_the_user_headers(proxy: Proxy, ann: str) -> No
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 def test_no_connection_is_upgraded_past_the_proxy(proxy: Proxy, ann: str, protocol: str) -> None:
-    """Else the first request would speak for all that follow on the connection."""
+    """Otherwise later requests on the connection would pass without a check."""
     upgrade = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", protocol), ("HTTP2-Settings", "AAMAAABkAAQ")]
     _, arrived = proxy.ask("/", ann, headers=upgrade)
     assert not [request for request in arrived if request.values("Upgrade")]
@@ -127,11 +127,11 @@ def test_only_the_application_gets_the_body(proxy: Proxy, ann: str, chunked: boo
         headers.append(("Transfer-Encoding", "chunked"))
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
     reply, arrived = proxy.ask("/", ann, method="POST", body=body, headers=headers)
-    if chunked and proxy.name == "haproxy":  # it would pass on the trailers
+    if chunked and proxy.name == "haproxy":  # refused, since HAProxy would forward trailers
         assert (reply.status, arrived) == (411, [])
         return
     assert (reply.status, [(request.method, request.body) for request in arrived]) == (200, [(b"POST", content)])
-    asked = proxy.line.take()
+    asked = proxy.relay.take()
     assert ann.encode() in asked
     assert b"body." not in asked
     reply, [request] = proxy.ask("/", ann)
@@ -139,17 +139,17 @@ def test_only_the_application_gets_the_body(proxy: Proxy, ann: str, chunked: boo
 
 
 def test_the_issuer_gets_no_cookies(proxy: Proxy, ann: str) -> None:
-    """They may be longer than what it reads."""
+    """They may be longer than the issuer's limit for heads."""
     cookie = "session=" + "c" * 14_000
     reply, [request] = proxy.ask("/", ann, headers=[("Cookie", cookie)])
     assert (reply.status, request.values("Cookie")) == (200, [cookie.encode()])
-    asked = proxy.line.take()
+    asked = proxy.relay.take()
     assert ann.encode() in asked
     assert b"session" not in asked
 
 
-def test_connections_to_the_issuer_are_kept(proxy: Proxy, ann: str) -> None:
-    before = proxy.line.connections
+def test_connections_to_the_issuer_are_reused(proxy: Proxy, ann: str) -> None:
+    before = proxy.relay.connections
     for _ in range(40):
         assert proxy.ask("/", ann)[0].status == 200
-    assert proxy.line.connections - before < 20
+    assert proxy.relay.connections - before < 20

@@ -1,4 +1,4 @@
-"""No request becomes two on its way through a proxy, to an application behind forward-auth or to tokenauth itself."""
+"""No request becomes two behind a proxy, neither for an application behind forward-auth nor for tokenauth itself."""
 
 import re
 import socket
@@ -16,10 +16,10 @@ from tests.system.proxies.plain import PLAIN
 from tests.system.proxies.running import PRODUCTS, Proxy, running
 
 INNER = b"GET /readyz HTTP/1.1\r\nHost: app.example.com\r\nX-Auth-User: mallory\r\n\r\n"
-"""What nobody has asked for: it is the body of another request."""
+"""The body of another request. It must never be handled as a request."""
 
 LAST = b"GET /api/me HTTP/1.1\r\nHost: app.example.com\r\nConnection: close\r\n\r\n"
-"""The next request on the connection; it has no token, and so is answered 401 if it is answered."""
+"""The next request on the connection. It has no token, so the only possible answer is 401."""
 
 METHODS = ["GET", "POST", "OPTIONS", "CONNECT"]
 FRAMINGS = ["length", "chunks", "both", "neither"]
@@ -28,8 +28,8 @@ UPGRADES = ["", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Connection: Up
 CASES = list(product(METHODS, FRAMINGS, SEGMENTS, UPGRADES))
 
 
-def written(case: int, method: str, framing: str, headers: str) -> bytes:
-    """Write a request with another one in its body."""
+def encode(case: int, method: str, framing: str, headers: str) -> bytes:
+    """Return a request with another one in its body."""
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(INNER), INNER)
     measures, body = {
         "length": (f"Content-Length: {len(INNER)}\r\n", INNER),
@@ -42,20 +42,20 @@ def written(case: int, method: str, framing: str, headers: str) -> bytes:
 
 
 def converse_all(port: int, headers: str = "") -> list[list[int]]:
-    """Send every case, each on a connection of its own; return the statuses of the answers to each."""
+    """Send every case on its own connection. Return the statuses of the answers to each."""
 
     def converse_one(case: int) -> list[int]:
         method, framing, segments, upgrade = CASES[case]
-        return converse(port, written(case, method, framing, upgrade + headers), segments)
+        return converse(port, encode(case, method, framing, upgrade + headers), segments)
 
     with ThreadPoolExecutor(48) as threads:
         return list(threads.map(converse_one, range(len(CASES))))
 
 
 def converse(port: int, sent: bytes, segments: str) -> list[int]:
-    """Send something in segments, and one more request; return the statuses of all answers."""
+    """Send a request in segments, then LAST. Return the statuses of all answers."""
     cuts = {"one": [], "two": [sent.index(b"\r\n\r\n") + 4], "bytes": range(1, len(sent))}[segments]
-    heard = b""
+    received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
@@ -63,14 +63,14 @@ def converse(port: int, sent: bytes, segments: str) -> list[int]:
                 connection.sendall(sent[start:end])
             connection.sendall(LAST)
             while more := connection.recv(65536):
-                heard += more
+                received += more
         except ConnectionError:  # refused before all of it was sent
             pass
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", heard) if status != b"100"]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", received) if status != b"100"]
 
 
 def test_no_body_reaches_the_application_as_a_request(proxy: Proxy, ann: str) -> None:
-    """Nor CONNECT, which has none of its own: many servers read what follows it as the next request."""
+    """Nor does CONNECT: it has no body, and many servers parse the bytes after it as the next request."""
     proxy.upstream.take()
     answers = converse_all(proxy.port, f"X-Token: {ann}\r\n")
     requests = proxy.upstream.take()
@@ -114,64 +114,64 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize("speaks", ["HTTP/1.1", "HTTP/1.0", "HTTP/2"])
-def test_no_connect_of_any_form_reaches_an_application(proxy: Proxy, ann: str, speaks: str) -> None:
-    """Nor what follows it on the connection, which a tunnel would bring there as it is."""
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/1.0", "HTTP/2"])
+def test_no_connect_of_any_form_reaches_an_application(proxy: Proxy, ann: str, protocol: str) -> None:
+    """Nor do the bytes after it, which a tunnel would forward unchanged."""
     proxy.upstream.take()
     headers = f"Host: a:80\r\nX-Token: {ann}\r\n"
 
     def tunnel(target: str) -> bytes:
-        if speaks == "HTTP/2":
+        if protocol == "HTTP/2":
             return open_tunnel_in_h2(proxy.port, target.encode(), ann.encode())
-        return converse_raw(proxy.port, f"CONNECT {target} {speaks}\r\n{headers}\r\n".encode(), INNER)
+        return converse_raw(proxy.port, f"CONNECT {target} {protocol}\r\n{headers}\r\n".encode(), INNER)
 
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(tunnel, TARGETS))
-    assert [target for target, heard in zip(TARGETS, answers, strict=True) if heard.startswith(b"HTTP/1.1 2")] == []
+    assert [target for target, answer in zip(TARGETS, answers, strict=True) if answer.startswith(b"HTTP/1.1 2")] == []
     assert proxy.upstream.take() == []
 
 
 def open_tunnel_in_h2(port: int, target: bytes, token: bytes) -> bytes:
-    """Send CONNECT in all the forms that HTTP/2 has for it, each on a connection of its own."""
+    """Send CONNECT in all forms of HTTP/2, each on its own connection. Return all answers."""
     asked = [(b":method", b"CONNECT"), (b":authority", target)]
     path, scheme = (b":path", b"/"), (b":scheme", b"http")
     extended = [(b":protocol", b"websocket"), (b"sec-websocket-version", b"13")]
-    heard = b""
+    received = b""
     for fields in (asked, [*asked, scheme, path], [*asked, (b":path", target)], [*asked, scheme, path, *extended]):
         pseudo_first = sorted(fields, key=lambda field: not field[0].startswith(b":"))
-        heard += converse_raw(port, h2.request([*pseudo_first, (b"x-token", token)], INNER, end=False), b"")
-    return heard
+        received += converse_raw(port, h2.request([*pseudo_first, (b"x-token", token)], INNER, end=False), b"")
+    return received
 
 
 def converse_raw(port: int, first: bytes, second: bytes) -> bytes:
-    """Send something, and something more once it is answered; return all that is heard."""
-    heard = b""
+    """Send `first`, then `second` after the answer. Return all received bytes."""
+    received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             connection.sendall(first)
-            heard = connection.recv(65536)
+            received = connection.recv(65536)
             connection.sendall(second)
             connection.shutdown(socket.SHUT_WR)
             while more := connection.recv(65536):
-                heard += more
+                received += more
         except TimeoutError:
             raise
-        except OSError:  # it was refused, and closed before all of this was sent
+        except OSError:  # refused, and closed before all of it was sent
             pass
-    return heard
+    return received
 
 
-@pytest.mark.parametrize("speaks", ["HTTP/1.1", "HTTP/2"])
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/2"])
 @pytest.mark.parametrize("body", [b"abc", b""], ids=["body", "empty"])
 @pytest.mark.parametrize("more", ["", "Trailer", "Content-Length"])
-def test_no_trailer_reaches_an_application(proxy: Proxy, ann: str, speaks: str, body: bytes, more: str) -> None:
-    """Many servers take one for a header."""
+def test_no_trailer_reaches_an_application(proxy: Proxy, ann: str, protocol: str, body: bytes, more: str) -> None:
+    """Many servers treat trailers as headers."""
     proxy.upstream.take()
     spoofed = [(name, b"mallory") for name in (b"x-auth-user", b"x-auth-scopes", b"x_auth_user", b"x-token")]
     known = {"": [], "Trailer": [(b"trailer", b"x-auth-user")], "Content-Length": [(b"content-length", b"3")]}[more]
     for method in (b"GET", b"POST", b"PUT"):
-        if speaks == "HTTP/2":
+        if protocol == "HTTP/2":
             asked = [(b":method", method), (b":scheme", b"http"), (b":authority", b"a"), (b":path", b"/")]
             sent = h2.request([*asked, (b"x-token", ann.encode()), *known], body, spoofed)
         else:
@@ -182,7 +182,7 @@ def test_no_trailer_reaches_an_application(proxy: Proxy, ann: str, speaks: str, 
             sent = b"%b / HTTP/1.1\r\n%b\r\n%b%b\r\n" % (method, head, chunks, trailers)
         converse_raw(proxy.port, sent, b"")
         arrived = proxy.upstream.take()
-        assert arrived or more == "Content-Length" or speaks == "HTTP/2" or proxy.name == "haproxy"
+        assert arrived or more == "Content-Length" or protocol == "HTTP/2" or proxy.name == "haproxy"
         for request in arrived:
             assert (request.trailers, request.values("X-Auth-User")) == ([], [b"ann"])
             assert b"mallory" not in b"".join(value for _, value in request.headers)
@@ -190,7 +190,7 @@ def test_no_trailer_reaches_an_application(proxy: Proxy, ann: str, speaks: str, 
 
 @pytest.fixture(scope="module")
 def fronted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Proxy, Server]]]:
-    """Start an issuer with a proxy in front of it, or return those that run."""
+    """Return a function that starts a proxy in front of an issuer, or returns the running one."""
     directory = tmp_path_factory.mktemp("fronted")
     started: dict[str, Proxy] = {}
     with ExitStack() as stack:
@@ -206,10 +206,8 @@ def fronted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_no_body_is_a_request_to_tokenauth_behind_a_proxy(
-    fronted: Callable[[str], tuple[Proxy, Server]], name: str
-) -> None:
-    """Also where the proxy lets WebSockets through, and shares its connections between users."""
+def test_no_body_reaches_tokenauth_as_a_request(fronted: Callable[[str], tuple[Proxy, Server]], name: str) -> None:
+    """Also if the proxy allows WebSockets and shares its connections between users."""
     proxy, issuer = fronted(name)
     for case, statuses in enumerate(converse_all(proxy.port)):
         assert statuses[1:] in ([], [401]), CASES[case]

@@ -1,4 +1,4 @@
-"""Without an answer that the issuer gives nobody passes; and no log has a token."""
+"""Without a good answer of the issuer no request passes. No log contains a token."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,52 +24,52 @@ ANSWERS = {
 }
 
 PASS_ON = {"traefik", "envoy"}
-"""They tell the client what the issuer said, also if it is neither 401 nor 403."""
+"""Proxies that forward other statuses of the issuer than 401 and 403 to the client."""
 
 
 def test_no_request_passes_while_the_issuer_is_down(proxy: Proxy, ann: str) -> None:
     assert proxy.ask("/", ann)[0].status == 200
-    proxy.line.stop()
+    proxy.relay.stop()
     for tokens in ([ann], [], ["x" * 64]):
         reply, arrived = proxy.ask("/", *tokens)
         assert (reply.status in range(500, 505), arrived) == (True, [])
-    proxy.line.start()
+    proxy.relay.start()
     assert proxy.ask("/", ann)[0].status == 200
 
 
 def test_a_connection_closed_when_idle_refuses_no_request(proxy: Proxy, ann: str) -> None:
-    """It ends those that were idle for some seconds, maybe just when the proxy asks again."""
+    """The issuer closes idle connections after some seconds, perhaps just when the proxy sends the next request."""
     for _ in range(5):
         assert proxy.ask("/", ann)[0].status == 200
-        proxy.line.hang_up()
+        proxy.relay.hang_up()
         assert proxy.ask("/", ann)[0].status == 200
-        if proxy.name != "envoy":  # it does not ask again, and so must end idle connections first
-            proxy.line.end_at_next_request()
+        if proxy.name != "envoy":  # it does not retry, so its idle timeout must be shorter
+            proxy.relay.end_at_next_request()
             assert proxy.ask("/", ann)[0].status == 200
 
 
-@pytest.mark.parametrize("said", ANSWERS)
-def test_no_other_status_lets_a_request_pass(proxy: Proxy, ann: str, said: str) -> None:
-    with proxy.line.saying(ANSWERS[said]):
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_no_other_status_lets_a_request_pass(proxy: Proxy, ann: str, answer: str) -> None:
+    with proxy.relay.answering(ANSWERS[answer]):
         reply, arrived = proxy.ask("/", ann)
     assert not arrived
-    assert reply.status in range(500, 505) or (proxy.name in PASS_ON and str(reply.status) == said)
+    assert reply.status in range(500, 505) or (proxy.name in PASS_ON and str(reply.status) == answer)
     assert proxy.ask("/", ann)[0].status == 200
 
 
 @pytest.mark.parametrize("name", ["X-Auth-User", "X-Auth-Scopes", "X-Auth-Expires"])
 def test_a_missing_user_is_not_taken_from_the_client(proxy: Proxy, ann: str, name: str) -> None:
-    with proxy.line.saying(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
+    with proxy.relay.answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
         _, arrived = proxy.ask("/", ann, headers=[(name, "mallory")])
     assert b"mallory" not in b"".join(value for request in arrived for _, value in request.headers)
 
 
 def test_no_request_waits_long_for_a_hanging_issuer(start: Start, ann: str) -> None:
-    """All proxies at once, since each waits for the two seconds that its configuration says."""
+    """All proxies at the same time, since each waits for its configured timeout of two seconds."""
 
     def attempt(name: str) -> None:
         proxy = start(name)
-        with proxy.line.saying(HANG):
+        with proxy.relay.answering(HANG):
             reply, arrived = proxy.ask("/", ann)
         assert (name, reply.status in range(500, 505), arrived) == (name, True, [])
         assert proxy.ask("/", ann)[0].status == 200
@@ -83,7 +83,7 @@ def test_no_request_waits_long_for_a_hanging_issuer(start: Start, ann: str) -> N
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
-    """Run an issuer whose database is gone, with a token that it gave out before."""
+    """Run an issuer whose database is gone, and return it with a token that it issued before."""
     directory = tmp_path_factory.mktemp("broken")
     with worker(write_config(directory)) as issuer, Connection(issuer.port) as connection:
         token = connection.log_in()
@@ -93,27 +93,27 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, s
         yield issuer, token
 
 
-def test_a_broken_store_is_no_wrong_token(proxy: Proxy, broken: tuple[Server, str]) -> None:
+def test_a_broken_store_is_503_not_401(proxy: Proxy, broken: tuple[Server, str]) -> None:
     issuer, token = broken
-    with proxy.line.leading_to(issuer.port):
+    with proxy.relay.leading_to(issuer.port):
         reply, arrived = proxy.ask("/", token)
         assert (reply.status, arrived) == (503, [])
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_no_log_has_a_token(name: str, tmp_path: Path, server: Server, ann: str, bob: str) -> None:
-    """Also not one that stands in a query, whatever goes wrong with the request."""
-    told = [("Referer", f"http://app.example.com/?token={ann}"), ("Authorization", f"Bearer {bob}")]
+    """Neither tokens in headers nor in a query, whatever fails."""
+    headers = [("Referer", f"http://app.example.com/?token={ann}"), ("Authorization", f"Bearer {bob}")]
     with running(name, tmp_path / name, server.port) as proxy:
         for target in (f"/some-where?token={ann}", f"/reports/?token={ann}", f"/..;/?token={ann}"):
             proxy.ask(target, bob)
-            proxy.ask(target, bob, headers=told)
-            proxy.ask(target, headers=told)
-            with proxy.line.saying(b"junk"):
+            proxy.ask(target, bob, headers=headers)
+            proxy.ask(target, headers=headers)
+            with proxy.relay.answering(b"junk"):
                 proxy.ask(target, bob)
-            proxy.line.stop()
+            proxy.relay.stop()
             proxy.ask(target, bob)
-            proxy.line.start()
+            proxy.relay.start()
         proxy.upstream.stop()
         assert proxy.ask(f"/?token={ann}", bob)[0].status in {502, 503}
         proxy.stop()

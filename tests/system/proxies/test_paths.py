@@ -1,4 +1,4 @@
-"""Whatever an application may read as a path below /reports was asked for with the scope."""
+"""A request that an application may read as a path below /reports needs the scope."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +67,7 @@ DETOURS = [
 
 
 def readings(target: bytes) -> set[bytes]:
-    """Return all paths that a target may be read as, by an application that decodes and tidies in any order."""
+    """Return all paths that a target may mean to an application that decodes and normalizes in any order."""
     path = re.sub(rb"^[a-zA-Z]+://[^/]*", b"", target.partition(b"?")[0])
     found, todo = set[bytes](), {path}
     while todo:
@@ -85,7 +85,7 @@ def readings(target: bytes) -> set[bytes]:
 
 
 def is_report(target: bytes) -> bool:
-    """Whether some application may take it for a report."""
+    """Whether some application may read it as a path below /reports."""
     return any(path == b"/reports" or path.startswith(b"/reports/") for path in readings(target))
 
 
@@ -143,7 +143,7 @@ BROKEN = sorted({frame.format(odd=odd, detour=detour) for frame in FRAMES for od
 
 @pytest.mark.parametrize("part", range(4))
 def test_no_broken_escape_leads_to_the_reports(proxy: Proxy, bob: str, part: int) -> None:
-    """Whatever cannot be decoded is refused, or asked about with the scope: no rule may be left out for it."""
+    """A path that cannot be decoded is refused, or needs the scope. No rule may be skipped for it."""
     asked = [target for target in BROKEN[part::4] if " " not in target and target.startswith(("/", "http"))]
     proxy.upstream.take()
     with ThreadPoolExecutor(8) as threads:
