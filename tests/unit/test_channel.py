@@ -15,7 +15,7 @@ from tokenauth.server.supervisor import Interrupted, Signals
 
 @settings(max_examples=50, deadline=None)
 @given(messages=st.lists(st.sampled_from([0, 1, 7, 65_536, 1_000_000]).map(lambda size: b"x" * size), max_size=6))
-def test_messages_arrive_whole_and_in_order_however_large(messages: list[bytes]) -> None:
+def test_messages_of_any_size_arrive_whole_and_in_order(messages: list[bytes]) -> None:
     here, there = map(Channel, socket.socketpair())
     arrived: list[bytes] = []
     for message in messages:
@@ -76,17 +76,17 @@ def test_signals_are_taken_once_and_in_order(signals: Signals) -> None:
     assert signals.take() == []
 
 
-def read_slowly(signals: Signals) -> None:
-    """Send two signals, of which one interrupts."""
+def send_both_signals(signals: Signals) -> None:
+    """Send two signals, one of which interrupts."""
     with signals.interrupting(signal.SIGUSR1):
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGUSR1)
         raise AssertionError("not interrupted")
 
 
-def test_a_signal_interrupts_what_may_take_long_and_is_kept(signals: Signals) -> None:
+def test_a_signal_interrupts_a_slow_step_and_is_kept(signals: Signals) -> None:
     with pytest.raises(Interrupted):
-        read_slowly(signals)
+        send_both_signals(signals)
     assert signals.take() == [signal.SIGUSR2, signal.SIGUSR1]
     os.kill(os.getpid(), signal.SIGUSR1)
     assert signals.take() == [signal.SIGUSR1]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenauth.clock import MonotonicClock
 
 
-class Hand:
+class ManualClock:
     """A clock that is set by hand."""
 
     def __init__(self, now: float = 0) -> None:
@@ -19,7 +19,7 @@ class Hand:
 
 
 def test_a_clock_set_forward_is_followed() -> None:
-    wall, monotonic = Hand(1_000), Hand(50)
+    wall, monotonic = ManualClock(1_000), ManualClock(50)
     clock = MonotonicClock(wall, monotonic)
     assert clock() == 1_000
     wall.now = 5_000
@@ -27,25 +27,25 @@ def test_a_clock_set_forward_is_followed() -> None:
 
 
 def test_a_clock_set_back_follows_the_monotonic_one() -> None:
-    wall, monotonic = Hand(1_000), Hand(50)
+    wall, monotonic = ManualClock(1_000), ManualClock(50)
     clock = MonotonicClock(wall, monotonic)
     wall.now, monotonic.now = 10, 53
     assert clock() == 1_003
     wall.now, monotonic.now = 11, 60.5
     assert clock() == 1_010.5
     wall.now, monotonic.now = 1_011, 60.5
-    assert clock() == 1_011, "it is followed again once it has caught up"
+    assert clock() == 1_011, "must follow the wall clock once that has caught up"
 
 
 def test_a_slow_clock_follows_the_monotonic_one() -> None:
-    wall, monotonic = Hand(1_000), Hand(0)
+    wall, monotonic = ManualClock(1_000), ManualClock(0)
     clock = MonotonicClock(wall, monotonic)
     wall.now, monotonic.now = 1_001, 2
     assert clock() == 1_002
 
 
 def test_an_advanced_clock_continues_from_there() -> None:
-    wall, monotonic = Hand(1_000), Hand(0)
+    wall, monotonic = ManualClock(1_000), ManualClock(0)
     clock = MonotonicClock(wall, monotonic)
     assert clock.advance(1_060) == 60
     assert clock() == 1_060
@@ -56,7 +56,7 @@ def test_an_advanced_clock_continues_from_there() -> None:
 
 
 def test_only_a_jump_ahead_is_reported() -> None:
-    wall, monotonic = Hand(1_000), Hand(0)
+    wall, monotonic = ManualClock(1_000), ManualClock(0)
     clock = MonotonicClock(wall, monotonic)
     reported: list[float] = []
     clock.on_advance = reported.append
@@ -68,7 +68,7 @@ def test_only_a_jump_ahead_is_reported() -> None:
 
 @pytest.mark.parametrize("past", [0, 999.5, 1_000])
 def test_advancing_to_the_past_changes_nothing(past: float) -> None:
-    clock = MonotonicClock(Hand(1_000), Hand(0))
+    clock = MonotonicClock(ManualClock(1_000), ManualClock(0))
     assert clock.advance(past) == 0
     assert clock() == 1_000
 
@@ -78,7 +78,7 @@ steps = st.tuples(st.integers(-10_000, 10_000), st.integers(0, 100), st.integers
 
 @given(st.lists(steps, max_size=50))
 def test_time_never_decreases_or_lags_behind(moves: list[tuple[int, int, int]]) -> None:
-    wall, monotonic = Hand(1_000_000), Hand(0)
+    wall, monotonic = ManualClock(1_000_000), ManualClock(0)
     clock = MonotonicClock(wall, monotonic)
     before = clock()
     for jump, pause, advance in moves:

@@ -75,9 +75,9 @@ def test_the_shipped_file_documents_every_pool_key() -> None:
     text = re.sub(r"\n# ?", " ", shipped())
     assert re.search(r"capacity: [^;]*\(default: no limit\)", text)
     assert re.search(r"token_ttl: [^;]*\(default: no limit\)", text)
-    said = re.search(r'lease_ttl: [^;]*\(default: "(\w+)"\)', text)
-    assert said is not None
-    assert parsed(f'[pools.p]\nlease_ttl = "{said[1]}"') == parsed("[pools.p]")
+    default = re.search(r'lease_ttl: [^;]*\(default: "(\w+)"\)', text)
+    assert default is not None
+    assert parsed(f'[pools.p]\nlease_ttl = "{default[1]}"') == parsed("[pools.p]")
     assert parsed("[pools.p]").pools["p"] == PoolSettings(
         capacity=None, token_ttl=None, lease_ttl=60, prefill=False, scope=None
     )
@@ -98,8 +98,8 @@ def test_the_shipped_dialect_pools_match_their_originals() -> None:
     settings = loader.parse(shipped_with_dialects(), {"API_PASSWORD": "1234"})
     chosen = settings.dialects
     assert [dialect.pool for dialect in chosen.values()] == list(settings.pools)
-    terms = {name: settings.pools_by_name[dialect.pool] for name, dialect in chosen.items()}
-    assert {name: (pool.capacity, pool.token_ttl, pool.lease_ttl, pool.prefill) for name, pool in terms.items()} == {
+    pools = {name: settings.pools_by_name[dialect.pool] for name, dialect in chosen.items()}
+    assert {name: (pool.capacity, pool.token_ttl, pool.lease_ttl, pool.prefill) for name, pool in pools.items()} == {
         "simple-token-implement": (1, math.inf, 1800, True),
         "token-pool": (10_000, 300, 60, False),
         "random-token-generator": (5, 300, 60, False),
@@ -172,7 +172,7 @@ def test_a_duration_is_finite(number: str) -> None:
 @pytest.mark.parametrize(
     ("text", "key"), [("delay = 10, max_delay = 9", "max_delay"), ("max_delay = 1000, forget = 999", "forget")]
 )
-def test_a_delay_ends_before_it_is_forgotten(text: str, key: str) -> None:
+def test_delay_max_delay_and_forget_must_not_decrease(text: str, key: str) -> None:
     assert parsed("throttle = {delay = 10, max_delay = 10, forget = 10}")
     with pytest.raises(ConfigError, match=rf"^throttle\.{key}: must not be less than "):
         parsed(f"throttle = {{{text}}}")
@@ -209,14 +209,14 @@ def test_only_loopback_addresses_are_this_machine(host: str, loopback: bool) -> 
         ("ΣΑΣ", "σας"),
     ],
 )
-def test_names_that_look_alike_are_one(one: str, another: str) -> None:
+def test_names_that_look_alike_are_the_same(one: str, another: str) -> None:
     assert canonical(one) == canonical(another)
     with pytest.raises(ConfigError, match=r"^users: has .* twice"):
         parsed(USER.replace("ann", one) + USER.replace("ann", another))
 
 
 @pytest.mark.parametrize("name", ["ann", "ßẞ", "ŉ", "ΐ", "İ", "ǰ", "ᾳ", "\u0345", "K", "ﬅ", "Ǆ"])
-def test_a_canonical_name_is_its_own(name: str) -> None:
+def test_the_canonical_form_is_stable(name: str) -> None:
     assert canonical(canonical(name)) == canonical(name)
 
 
@@ -289,7 +289,7 @@ def test_a_record_cannot_be_changed(record: Table) -> None:
         ("https://auth.example.com/", "must be a URL"),
     ],
 )
-def test_an_issuer_that_no_client_can_ask_is_refused(issuer: str, hint: str) -> None:
+def test_an_issuer_that_is_no_usable_url_is_refused(issuer: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=r"^oauth\.issuer: ") as refusal:
         parsed(f'oauth.issuer = "{issuer}"')
     assert hint in str(refusal.value)

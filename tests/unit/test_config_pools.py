@@ -79,7 +79,7 @@ def test_a_pool_name_needs_no_encoding_in_a_url(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "a%", "{a}", "a\\n", "a" * 65, "\\u0000", ".", ".."])
-def test_no_other_name_is_one(name: str) -> None:
+def test_any_other_pool_name_is_refused(name: str) -> None:
     assert " is not a name of 1 to 64 letters, digits, dots, dashes and underscores" in mistake(f'[pools."{name}"]')
 
 
@@ -89,14 +89,14 @@ def test_the_scope_of_a_pool_is_a_word_of_rfc_6749(scope: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("prefill = true", "pools.p.prefill: needs `capacity`, the number of tokens to keep"),
         ("prefill = true\ncapacity = 1\ntoken_ttl = 9", "pools.p.token_ttl: must not be set with prefill, "),
     ],
 )
-def test_prefill_requires_capacity_and_excludes_token_ttl(text: str, said: str) -> None:
-    assert mistake(f"[pools.p]\n{text}").startswith(said)
+def test_prefill_requires_capacity_and_excludes_token_ttl(text: str, message: str) -> None:
+    assert mistake(f"[pools.p]\n{text}").startswith(message)
 
 
 @pytest.mark.parametrize("prefix", ["", "/a", "/a/b", "/token-pool", "/v1.2/~x_y"])
@@ -107,7 +107,7 @@ def test_a_prefix_is_empty_or_a_path(prefix: str) -> None:
 @pytest.mark.parametrize(
     "prefix", ["/", "a", "/a/", "//a", "/a b", "/é", "/{a}", "/a?b", "/%61", "/a\\n", "/.", "/a/.."]
 )
-def test_nothing_else_is_a_prefix(prefix: str) -> None:
+def test_any_other_prefix_is_refused(prefix: str) -> None:
     assert mistake(dialect(f'prefix = "{prefix}"')).startswith("dialects.token-pool.prefix: ")
 
 
@@ -115,12 +115,12 @@ def test_nothing_else_is_a_prefix(prefix: str) -> None:
 def test_a_dialect_password_must_fit_in_a_header(password: str) -> None:
     name = "simple-token-implement"
     assert parsed(dialect(f'password = "{"x" * 1024}"', name, PERMITS))
-    said = mistake(dialect(f'password = "{password}"', name, PERMITS))
-    assert said.startswith("dialects.simple-token-implement.password: must be 1 to 1024 ASCII characters")
-    assert "x" * 20 not in said
+    message = mistake(dialect(f'password = "{password}"', name, PERMITS))
+    assert message.startswith("dialects.simple-token-implement.password: must be 1 to 1024 ASCII characters")
+    assert "x" * 20 not in message
 
 
-TOGETHER = {
+UNSUITABLE = {
     dialect(pool=""): "dialects.token-pool.pool: there is no [pools.p]; known are: none",
     dialect(pool="[pools.a]\n[pools.b]\n"): "dialects.token-pool.pool: there is no [pools.p]; known are: a, b",
     dialect(pool='[pools.p]\nscope = "x"\n'): "dialects.token-pool.require_token: must be true, because [pools.p]"
@@ -130,15 +130,15 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("text", TOGETHER)
+@pytest.mark.parametrize("text", UNSUITABLE)
 def test_a_dialect_is_refused_over_an_unsuitable_pool(text: str) -> None:
-    assert mistake(text) == TOGETHER[text]
+    assert mistake(text) == UNSUITABLE[text]
 
 
 def test_a_dialect_with_login_may_use_a_scoped_pool() -> None:
     assert parsed(dialect("require_token = true", pool='[pools.p]\nscope = "x"\n')).pools_by_name["p"].scope == "x"
 
 
-def test_only_the_dialects_that_are_named_are_served() -> None:
+def test_only_the_configured_dialects_are_served() -> None:
     assert parsed("").dialects == {}
     assert list(parsed(dialect()).dialects) == ["token-pool"]

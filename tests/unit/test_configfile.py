@@ -1,4 +1,4 @@
-"""The configuration file: each error is one line with its key path, and variables take values of the environment."""
+"""The configuration file: each error is one line with its key path, and environment variables are expanded."""
 
 import re
 from pathlib import Path
@@ -169,7 +169,7 @@ def test_strings_expand_environment_variables() -> None:
 
 
 def test_a_set_nonempty_variable_overrides_the_default() -> None:
-    """As in shells: an orchestrator passes an unset variable on as an empty one."""
+    """As in shells, since orchestrators may pass an unset variable as an empty one."""
     assert loader.parse("server.host = '${WORD:-other}'", ENVIRON).server.host == "word"
     assert loader.parse("server.host = '${EMPTY:-other}'", ENVIRON).server.host == "other"
     assert loader.parse("oauth.issuer = '${EMPTY}'", ENVIRON).oauth.issuer == ""
@@ -194,8 +194,8 @@ def test_a_bad_environment_value_names_its_variable() -> None:
 
 
 def test_a_mistake_does_not_show_a_default_value() -> None:
-    said = mistake("server.port = '${NONE:-s3cret}'")
-    assert said == "server.port: " + PORT + ", not a string, from ${NONE}"
+    message = mistake("server.port = '${NONE:-s3cret}'")
+    assert message == "server.port: " + PORT + ", not a string, from ${NONE}"
 
 
 def test_options_replace_settings_of_the_server() -> None:
@@ -206,15 +206,15 @@ def test_options_replace_settings_of_the_server() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ({"port": 65536}, "--port: " + PORT + ", not 65536"),
         ({"workers": 0}, "--workers: must be an integer from 1 to 64, not 0"),
         ({"host": "a b"}, "--host: must be a host or address such as "),
     ],
 )
-def test_an_option_has_the_bounds_of_its_setting(option: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+def test_an_option_has_the_bounds_of_its_setting(option: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         loader.override(Settings(), **option)
 
 

@@ -1,4 +1,4 @@
-"""Credentials: a right password is not hashed again for a minute, a wrong one always is, and neither is revealed."""
+"""Credentials: a right password is cached for a minute, a wrong one is hashed each time, and neither is revealed."""
 
 import asyncio
 import gc
@@ -108,16 +108,16 @@ async def test_a_right_secret_is_hashed_once_a_minute(keeper: Keeper) -> None:
         assert await keeper.hashed(ANN) == 0
         assert await keeper.credentials.verify_cached([ANN], HOME) is keeper.users["ann"]
     keeper.time[0] = START + CACHE_SECONDS
-    assert await keeper.hashed(ANN) == 1, "from when it was hashed, however often it was asked since"
+    assert await keeper.hashed(ANN) == 1, "must expire a minute after the hash, however often it was used"
     assert await keeper.hashed(ANN) == 0
 
 
-async def test_it_is_cached_per_place_and_for_any_letter_case(keeper: Keeper) -> None:
+async def test_it_is_cached_per_address_and_for_any_case(keeper: Keeper) -> None:
     assert await keeper.hashed(ANN) == 1
     assert await keeper.hashed(Candidate("ANN", WORD)) == 0
     assert await keeper.hashed(ANN, address="203.0.113.8") == 1
     assert await keeper.hashed(ANN, address="2001:db8::1") == 1
-    assert await keeper.hashed(ANN, address="2001:db8::2") == 0, "an IPv6 /64 is one place"
+    assert await keeper.hashed(ANN, address="2001:db8::2") == 0, "an IPv6 /64 counts as one address"
 
 
 async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) -> None:
@@ -132,10 +132,10 @@ async def test_a_wrong_secret_is_hashed_and_counted_each_time(keeper: Keeper) ->
         with pytest.raises(TooManyAttempts):
             await ask
     assert not hashes(keeper.calls)
-    assert await keeper.right(ANN, address="203.0.113.8"), "another place, in the same network, is not held up"
+    assert await keeper.right(ANN, address="203.0.113.8"), "must not throttle another address of the network"
 
 
-async def test_a_login_is_hashed_each_time_and_is_not_remembered(keeper: Keeper) -> None:
+async def test_a_login_is_hashed_each_time_and_not_cached(keeper: Keeper) -> None:
     for _ in range(2):
         await keeper.credentials.verify(ANN, HOME)
     assert len(hashes(keeper.calls)) == 2
@@ -145,33 +145,33 @@ async def test_a_login_is_hashed_each_time_and_is_not_remembered(keeper: Keeper)
     assert len(hashes(keeper.calls)) == 1
 
 
-async def test_another_secret_does_not_profit_and_does_no_harm(keeper: Keeper) -> None:
+async def test_a_wrong_secret_is_hashed_and_clears_the_cache(keeper: Keeper) -> None:
     assert await keeper.right(ANN)
     for wrong in (OTHER, WORD[:-1], WORD + " ", "", f"{WORD}\0"[:-1].upper()):
         assert await keeper.hashed(Candidate("ann", wrong)) == 1
-        assert await keeper.hashed(ANN) == 1, "after a failure it is hashed once more"
+        assert await keeper.hashed(ANN) == 1, "must hash again after a failure"
         assert await keeper.hashed(ANN) == 0
 
 
-async def test_another_user_with_the_same_secret_does_not_profit(keeper: Keeper) -> None:
+async def test_the_cache_does_not_apply_to_other_users(keeper: Keeper) -> None:
     assert await keeper.right(ANN)
     assert await keeper.hashed(Candidate("bob", WORD)) == 1
-    assert await keeper.hashed(Candidate("nobody", WORD)) == 1
+    assert await keeper.hashed(Candidate("unknown", WORD)) == 1
     assert not await keeper.right(Candidate("a b", WORD))
     assert await keeper.hashed(ANN) == 0
 
 
-async def test_a_new_hash_of_the_user_is_a_new_start(keeper: Keeper) -> None:
+async def test_a_new_password_hash_clears_the_cache(keeper: Keeper) -> None:
     assert await keeper.right(ANN)
     keeper.users["ann"] = user("ann", WORD)
-    assert await keeper.hashed(ANN) == 1, "even if it is of the same secret"
+    assert await keeper.hashed(ANN) == 1, "must hash again, even for the same secret"
     keeper.users["ann"] = user("ann", OTHER)
     assert not await keeper.right(ANN)
     del keeper.users["ann"]
     assert not await keeper.right(ANN)
 
 
-async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, passwords: Passwords) -> None:
+async def test_new_credentials_have_an_empty_cache(keeper: Keeper, store: Store, passwords: Passwords) -> None:
     assert await keeper.right(ANN)
     throttle = Throttle(ThrottleSettings(), 1, store, lambda: START, LoginQueue(1, 1))
     restarted = keeper._replace(credentials=Credentials(keeper.users, passwords, throttle, lambda: START))
@@ -185,7 +185,7 @@ async def test_new_credentials_remember_nothing(keeper: Keeper, store: Store, pa
 
 
 async def test_concurrent_calls_share_one_hash(keeper: Keeper) -> None:
-    """There is room for two hashes at a time."""
+    """There is room for only two hashes at a time."""
     found = await asyncio.gather(*(keeper.credentials.verify_cached([ANN], HOME) for _ in range(200)))
     assert all(each is keeper.users["ann"] for each in found)
     assert len(hashes(keeper.calls)) == 1
@@ -204,7 +204,7 @@ async def test_a_cancelled_caller_leaves_the_hash_to_the_others(keeper: Keeper) 
 async def test_different_guesses_at_the_same_time_are_hashed_each(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is refused when too many wait, which is not counted as a failure."""
+    """Calls are refused when too many wait. That does not count as a failure."""
     monkeypatch.setattr(login_queue, "REFUSAL_DELAY", 0.01)
     guesses = [Candidate("ann", f"wrong-{number}") for number in range(5)]
     ended = await asyncio.gather(
@@ -216,16 +216,16 @@ async def test_different_guesses_at_the_same_time_are_hashed_each(
 
 TWO = {
     "a wrong secret": (Candidate("ann", "p q"), Candidate("ann", "p+q")),
-    "a wrong secret of nobody": (Candidate("nobody", "p q"), Candidate("nobody", "p+q")),
+    "a wrong secret of an unknown user": (Candidate("unknown", "p q"), Candidate("unknown", "p+q")),
     "an odd name": (Candidate("a b", "x"), Candidate("a+b", "x")),
-    "an odd name of nobody": (Candidate("c d", "x"), Candidate("c+d", "x")),
+    "an odd name of an unknown user": (Candidate("c d", "x"), Candidate("c+d", "x")),
     "an odd name and a wrong secret": (Candidate("a b", "x y"), Candidate("a+b", "x+y")),
     "an odd name and a right secret": (Candidate("a b", "p q"), Candidate("a+b", "p+q")),
-    "an odd name of nobody and a secret": (Candidate("c d", "x y"), Candidate("c+d", "x+y")),
+    "an odd name of an unknown user and a secret": (Candidate("c d", "x y"), Candidate("c+d", "x+y")),
     "one reading": (Candidate("ann", "x"),),
     "one reading in two forms": (Candidate("ann", "x"), Candidate("ANN", "x")),
-    "one reading of nobody": (Candidate("nobody", "x"),),
-    "one of two that can be": (Candidate("nobody", "x\0"), Candidate("nobody", "x%00")),
+    "one reading of an unknown user": (Candidate("unknown", "x"),),
+    "one of two can be hashed": (Candidate("unknown", "x\0"), Candidate("unknown", "x%00")),
 }
 
 
@@ -238,7 +238,7 @@ async def test_each_reading_costs_one_hash_for_any_name(keeper: Keeper, sent: st
 
 @pytest.mark.parametrize("name", ["a b", "a+b", "c d", "c+d"])
 async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name: str) -> None:
-    """Whether a user has that name or not: otherwise HTTP Basic and JSON in turn would tell."""
+    """Whether a user has that name or not. Otherwise alternating HTTP Basic and JSON would reveal it."""
     both = [Candidate(name.replace("+", " "), "x"), Candidate(name.replace(" ", "+"), "x")]
     for _ in range(ThrottleSettings().free):
         assert not await keeper.right(*both)
@@ -248,7 +248,7 @@ async def test_failures_count_under_every_reading_of_a_name(keeper: Keeper, name
 
 
 async def test_a_success_clears_only_the_name_that_it_was_for(keeper: Keeper, known: dict[str, User]) -> None:
-    """Otherwise the user `a b` could erase guesses at the password of `a+b`."""
+    """Otherwise the user `a b` could erase the failures of `a+b`."""
     known["a+b"] = user("a+b", "plus")
     both = [Candidate("a b", "p q"), Candidate("a+b", "p+q")]
     for _ in range(ThrottleSettings().free - 1):
@@ -276,22 +276,22 @@ async def test_either_reading_may_be_the_right_one(keeper: Keeper, order: int) -
     ):
         assert await keeper.right(*readings[::order])
         assert await keeper.hashed(*readings[::order]) == 0
-        assert await keeper.hashed(*readings[:1]) == 0, "what is remembered is the one that was right"
+        assert await keeper.hashed(*readings[:1]) == 0, "must cache the reading that was right"
 
 
 async def test_nothing_that_is_kept_holds_the_secret(keeper: Keeper) -> None:
-    for claimed in (ANN, WRONG, Candidate("nobody", OTHER)):
+    for claimed in (ANN, WRONG, Candidate("unknown", OTHER)):
         asked = asyncio.ensure_future(keeper.credentials.verify_cached([claimed], HOME))
         await asyncio.sleep(0)
-        assert claimed.password in list(held(keeper.credentials)), "it is found while it is needed"
+        assert claimed.password in list(reachable(keeper.credentials)), "must be found during the check"
         await asyncio.gather(asked, return_exceptions=True)
-        kept = [each if isinstance(each, str) else each.decode("latin-1") for each in held(keeper.credentials)]
+        kept = [each if isinstance(each, str) else each.decode("latin-1") for each in reachable(keeper.credentials)]
         assert keeper.users["ann"].password_hash in kept
         for secret in (WORD, WRONG.password, OTHER):
             assert not [text for text in kept if secret in text]
 
 
-def held(start: object) -> Iterator[str | bytes]:
+def reachable(start: object) -> Iterator[str | bytes]:
     """Yield all text and bytes that are reachable from an object."""
     seen: set[int] = set()
     waiting: list[Any] = [start]
@@ -307,13 +307,13 @@ def held(start: object) -> Iterator[str | bytes]:
 
 
 async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, passwords: Passwords) -> None:
-    """So it cannot be found by a precomputed fingerprint, or one from elsewhere."""
+    """Fingerprints that were precomputed, or come from other processes, do not match."""
     throttle = keeper.credentials._throttle
     found = []
     for _ in range(2):
         credentials = Credentials(keeper.users, passwords, throttle, lambda: START)
         await credentials.verify_cached([ANN], HOME)
-        found.append({each for each in held(credentials) if isinstance(each, bytes) and len(each) == 32})
+        found.append({each for each in reachable(credentials) if isinstance(each, bytes) and len(each) == 32})
     assert len(found[0]) == len(found[1]) == 2, "a key and a fingerprint"
     assert not found[0] & found[1]
 
@@ -356,13 +356,13 @@ async def hungry(store: Store, request: pytest.FixtureRequest) -> AsyncIterator[
     passwords.close()
 
 
-async def test_without_memory_no_password_is_judged(hungry: Hungry) -> None:
-    """It is neither right nor wrong, and not counted. With memory again, the right password is accepted."""
+async def test_without_memory_a_login_fails_as_overloaded(hungry: Hungry) -> None:
+    """It is not counted as a failure. When there is memory again, the right password is accepted."""
     with hungry.starved(), structlog.testing.capture_logs() as logs:
         for number in range(2 * ThrottleSettings().free):
             with pytest.raises(Overloaded) as refusal:
                 await hungry.keeper.credentials.verify(WRONG if number % 2 else ANN, HOME)
-            assert "memory" not in str(refusal.value), "what a hash costs is not said to clients"
+            assert "memory" not in str(refusal.value), "must not show the cost of a hash to clients"
     assert {line["event"] for line in logs} == {"login_not_checked"}
     assert len(logs) == 2 * ThrottleSettings().free
     assert all(line["user"] == "ann" and "64 MiB for about" in line["cost"] for line in logs)

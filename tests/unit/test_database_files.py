@@ -1,4 +1,4 @@
-"""The database's files: new ones are for their owner alone, and those that others can read are named."""
+"""The database's files: new ones are private, and those that others can access are reported."""
 
 import os
 import stat
@@ -40,22 +40,22 @@ async def test_new_files_are_private_under_any_umask(tmp_path: Path, umask: int)
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", "-lock"])
-@pytest.mark.parametrize(("mode", "named"), [(0o600, 0), (0o640, 0), (0o644, 1), (0o604, 1), (0o660, 1), (0o602, 1)])
-def test_a_file_that_others_can_read_or_change_is_named(tmp_path: Path, suffix: str, mode: int, named: int) -> None:
+@pytest.mark.parametrize(("mode", "reports"), [(0o600, 0), (0o640, 0), (0o644, 1), (0o604, 1), (0o660, 1), (0o602, 1)])
+def test_a_file_that_others_can_access_is_reported(tmp_path: Path, suffix: str, mode: int, reports: int) -> None:
     file = tmp_path / f"tokenauth.db{suffix}"
     file.touch()
     file.chmod(mode)
     found = exposed(url(tmp_path))
-    assert len(found) == named
+    assert len(found) == reports
     assert all(f"{file} has mode {mode:04o}" in text for text in found)
 
 
-@pytest.mark.parametrize(("mode", "named"), [(0o700, 0), (0o755, 0), (0o770, 0), (0o777, 1), (0o1777, 0)])
-def test_a_directory_others_can_write_to_is_named(tmp_path: Path, mode: int, named: int) -> None:
+@pytest.mark.parametrize(("mode", "reports"), [(0o700, 0), (0o755, 0), (0o770, 0), (0o777, 1), (0o1777, 0)])
+def test_a_directory_others_can_write_to_is_reported(tmp_path: Path, mode: int, reports: int) -> None:
     directory = tmp_path / "place"
     directory.mkdir()
     directory.chmod(mode)
-    assert len(exposed(url(directory))) == named
+    assert len(exposed(url(directory))) == reports
 
 
 @pytest.mark.parametrize("other", ["postgresql+asyncpg://ann@db/tokenauth", "sqlite+aiosqlite:///:memory:", "nonsense"])

@@ -1,4 +1,4 @@
-"""The executor: its bound, threads that cannot be started, and what it keeps of jobs that are done."""
+"""The executor: its queue limit, threads that cannot be started, and references to finished jobs."""
 
 import asyncio
 import gc
@@ -26,11 +26,11 @@ def doubling() -> Iterator[Executor[int, int]]:
 
 async def test_a_first_job_without_a_thread_is_overload(doubling: Executor[int, int]) -> None:
     with no_new_threads(), structlog.testing.capture_logs() as logs:
-        for _ in range(10):  # more than the bound: none of them keeps its place
+        for _ in range(10):  # more than the queue holds: a failed job must leave it
             with pytest.raises(Overloaded):
                 await doubling.run(1)
         assert doubling.trouble() == "a thread cannot be started"
-    assert [line["event"] for line in logs] == ["thread_not_started"], "once, however often it fails"
+    assert [line["event"] for line in logs] == ["thread_not_started"], "must log it once"
 
 
 async def test_the_next_job_starts_the_missing_thread(doubling: Executor[int, int]) -> None:
@@ -43,10 +43,10 @@ async def test_the_next_job_starts_the_missing_thread(doubling: Executor[int, in
     assert doubling.trouble() is None
 
 
-async def test_asking_for_the_trouble_tries_again(doubling: Executor[int, int]) -> None:
+async def test_trouble_tries_to_start_a_thread_again(doubling: Executor[int, int]) -> None:
     with no_new_threads(), pytest.raises(Overloaded):
         await doubling.run(1)
-    assert doubling.trouble() is None, "without a job that would show it"
+    assert doubling.trouble() is None, "must recover without a job"
 
 
 async def test_a_job_refused_without_a_thread_never_runs() -> None:
@@ -81,7 +81,7 @@ async def test_a_cancelled_caller_keeps_its_place_until_the_end() -> None:
 
 async def test_an_idle_thread_keeps_no_reference_to_a_job() -> None:
     class Password:
-        """What can be weakly referenced, as a str cannot."""
+        """Can be weakly referenced, unlike a str."""
 
     executor = Executor(id, threads=1)
     password = Password()
@@ -99,7 +99,7 @@ async def test_an_error_of_the_function_reaches_the_caller() -> None:
     executor = Executor(int, threads=1)
     with pytest.raises(ValueError, match="invalid literal"):
         await executor.run("x")
-    assert await executor.run("1") == 1, "and its thread goes on"
+    assert await executor.run("1") == 1, "its thread must continue"
     executor.close()
 
 

@@ -1,4 +1,4 @@
-"""The figures in docs/throttle.md are those of the throttle."""
+"""The figures in docs/throttle.md match a simulation of the throttle."""
 
 from pathlib import Path
 
@@ -11,20 +11,20 @@ SHORT = ("no attack", "1 address, 1 name")
 TABLE = [line for line in (ROOT / "docs" / "throttle.md").read_text().splitlines() if " of 500 |" in line]
 
 
-async def held_to_the_table(directory: Path, attack: str) -> None:
+async def check_row(directory: Path, attack: str) -> None:
     """Simulate an attack. Compare the result with its row in the documentation."""
     assert row(attack, await simulate(directory, attack)) in TABLE
 
 
 @pytest.mark.parametrize("attack", SHORT)
-async def test_the_figures_are_those_of_the_documentation(tmp_path: Path, attack: str) -> None:
-    await held_to_the_table(tmp_path, attack)
+async def test_the_figures_match_the_documentation(tmp_path: Path, attack: str) -> None:
+    await check_row(tmp_path, attack)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack not in SHORT])
-async def test_the_other_documented_figures_are_true(tmp_path: Path, attack: str) -> None:
-    await held_to_the_table(tmp_path, attack)
+async def test_the_other_figures_match_the_documentation(tmp_path: Path, attack: str) -> None:
+    await check_row(tmp_path, attack)
 
 
 def test_each_attack_has_a_row() -> None:

@@ -1,4 +1,4 @@
-"""The judge of histories reports what cannot have been, and nothing else: histories written by hand."""
+"""The check of histories reports impossible histories, and no others. The histories here are written by hand."""
 
 import math
 
@@ -35,27 +35,27 @@ A = assign("a", 0, 1)
 """Held from 1 to 10, if nothing else happens."""
 
 POSSIBLE: dict[str, list[Event]] = {
-    "lent again when it was released": [A, release("a", 3, 6), assign("b", 4, 5, 2)],
-    "lent again when it may have been released": [A, release("a", 2, math.inf, UNKNOWN), assign("b", 3, 4, 2)],
-    "lent again when its time was up": [A, assign("b", 9, 10.5, 2)],
-    "lent again when its longer time was up": [A, keep("a", 8, 9), assign("b", 17, 18.5, 2)],
-    "more time was asked for, and not answered": [A, keep("a", 8, math.inf, UNKNOWN), assign("b", 10, 11, 2)],
-    "an answer that came when its lease was long over": [assign("a", 0, 25), assign("b", 11, 12, 2)],
+    "leased again after its release": [A, release("a", 3, 6), assign("b", 4, 5, 2)],
+    "leased again after a release without an answer": [A, release("a", 2, math.inf, UNKNOWN), assign("b", 3, 4, 2)],
+    "leased again after its end": [A, assign("b", 9, 10.5, 2)],
+    "leased again after its extended end": [A, keep("a", 8, 9), assign("b", 17, 18.5, 2)],
+    "a keep-alive without an answer": [A, keep("a", 8, math.inf, UNKNOWN), assign("b", 10, 11, 2)],
+    "an answer that arrived after the end of its lease": [assign("a", 0, 25), assign("b", 11, 12, 2)],
     "two answers that overtook each other": [assign("a", 0, 12), assign("b", 10, 11, 2), keep("a", 13, 14, REFUSED)],
-    "a stale claim that was refused": [A, release("a", 2, 3), release("a", 4, 5, REFUSED), keep("a", 6, 7, REFUSED)],
-    "refused when its time may have been up": [A, keep("a", 9, 10.5, REFUSED)],
+    "a refused stale request": [A, release("a", 2, 3), release("a", 4, 5, REFUSED), keep("a", 6, 7, REFUSED)],
+    "refused when it may have ended": [A, keep("a", 9, 10.5, REFUSED)],
     "refused when its token was deleted": [A, delete("t", 2, 3), keep("a", 2.5, 4, REFUSED)],
     "refused when its token may have been deleted": [A, delete("t", 2, math.inf, UNKNOWN), keep("a", 3, 4, REFUSED)],
-    "lent while its deletion was under way": [delete("t", 0, 3), assign("a", 1, 2)],
-    "a deletion that was refused": [delete("t", -4, -3, REFUSED), A],
-    "as many are lent as may be": [A, assign("b", 0, 1, token="u")],
-    "one takes the place of another": [
+    "leased during its deletion": [delete("t", 0, 3), assign("a", 1, 2)],
+    "a refused deletion": [delete("t", -4, -3, REFUSED), A],
+    "as many leases as the capacity": [A, assign("b", 0, 1, token="u")],
+    "a token replaces a deleted one": [
         delete("u", 1, 2),
         Event("generate", DONE, 1, 2, 1, token="v"),
         A,
         assign("b", 2, 3, token="v"),
     ],
-    "nobody knows what was made": [generate("", UNKNOWN), A, assign("b", 0, 1, token="v")],
+    "the generated tokens are unknown": [generate("", UNKNOWN), A, assign("b", 0, 1, token="v")],
 }
 
 IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
@@ -63,15 +63,15 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
         [A, assign("b", 2, 3, 2)],
         ["token t: leased to b (fence 2) at 3.000000, and a (fence 1) certainly held it until 10.000000"],
     ),
-    "lent before its longer time was up": (
+    "leased before its extended end": (
         [A, keep("a", 8, 9), assign("b", 10, 11, 2)],
         ["certainly held it until 18"],
     ),
-    "leased to two, one of them no neighbour": (
+    "leased to two, one of them not adjacent": (
         [A, assign("b", 2, 3, 2), release("b", 4, 5), assign("c", 6, 7, 3)],
         ["leased to b (fence 2) at 3.000000, and a", "leased to c (fence 3) at 7.000000, and a"],
     ),
-    "lent in spite of a refused release": (
+    "leased despite a refused release": (
         [A, release("a", 10, 11, REFUSED), keep("a", 2, 3), assign("b", 4, 5, 2)],
         [
             "leased to b",
@@ -83,7 +83,7 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
         [assign("a", 0, 1, 2), release("a", 2, 3), assign("b", 4, 5, 1)],
         ["leased to b (fence 1), which requested it after a (fence 2) had it"],
     ),
-    "a fence that falls below one that is no neighbour": (
+    "a fence that falls below one that is not adjacent": (
         [
             assign("a", 0, 1, 3),
             release("a", 2, 3),
@@ -93,19 +93,22 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
         ],
         ["leased to b (fence 2), which requested it after a (fence 3) had it"],
     ),
-    "more time was refused": ([A, keep("a", 8, 9, REFUSED)], ["keep_alive was refused to a (fence 1), which certain"]),
+    "a keep-alive was refused": (
+        [A, keep("a", 8, 9, REFUSED)],
+        ["keep_alive was refused to a (fence 1), which certain"],
+    ),
     "a release was refused": ([A, release("a", 8, 9, REFUSED)], ["release was refused to a (fence 1), which certain"]),
     "released twice": (
         [A, release("a", 2, 3), release("a", 4, 5)],
         ["release was done for a (fence 1) after it was r"],
     ),
     "kept alive after its release": ([A, release("a", 2, 3), keep("a", 4, 5)], ["keep_alive was done for a (fence 1)"]),
-    "released by one who had it before": (
+    "released by an earlier holder": (
         [A, assign("b", 11, 12, 2), release("a", 13, 14)],
         ["release was done for a (fence 1) after b (fence 2) had the token"],
     ),
     "kept alive after its deletion": ([A, delete("t", 2, 3), keep("a", 4, 5)], ["for a (fence 1) after its token was"]),
-    "lent after its deletion": (
+    "leased after its deletion": (
         [delete("t", -1, -0.5), A],
         ["assign was done for a (fence 1) after its token was del"],
     ),
@@ -114,12 +117,12 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
         [assign("a", -4, -3)],
         ["token t: leased to a (fence 1) before it was generated"],
     ),
-    "more are lent than may be": (
+    "more leases than the capacity": (
         [generate("", UNKNOWN), A, assign("b", 0, 2, token="u"), assign("c", 0, 3, token="v")],
         ["3 leases were certainly held at 3.000000, and the capacity is 2"],
     ),
-    "more are in being than may be": ([generate("v")], ["3 tokens certainly existed at -1.000000, and the"]),
-    "more are in being, since a deletion was refused": (
+    "more tokens than the capacity": ([generate("v")], ["3 tokens certainly existed at -1.000000, and the"]),
+    "more tokens than the capacity after a refused deletion": (
         [generate("v"), delete("u", -4, -3, REFUSED)],
         ["3 tokens certainly existed"],
     ),
@@ -127,8 +130,8 @@ IMPOSSIBLE: dict[str, tuple[list[Event], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", POSSIBLE)
-def test_what_can_have_been_is_not_reported(name: str) -> None:
-    for events in (POSSIBLE[name], POSSIBLE[name][::-1]):  # the order in which it was written down tells nothing
+def test_a_possible_history_is_not_reported(name: str) -> None:
+    for events in (POSSIBLE[name], POSSIBLE[name][::-1]):  # the order of the records does not matter
         assert violations([generate("t"), generate("u"), *events], TTL, CAPACITY) == []
 
 
@@ -161,7 +164,7 @@ def test_with_the_real_clock_a_lease_is_held_for_its_time(ttl: float, faults: in
     assert len([found for found in history.violations(ttl, CAPACITY) if "certainly held" in found]) == faults
 
 
-def test_a_request_without_an_answer_is_written_down_too(time: HandTime) -> None:
+def test_a_request_without_an_answer_is_recorded(time: HandTime) -> None:
     history = History(time)
 
     def hang_up() -> None:

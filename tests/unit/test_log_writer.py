@@ -1,4 +1,4 @@
-"""The log of a server: a slow or stopped reader holds up nothing, and dropped lines are counted."""
+"""The log of a server: a slow or stopped reader does not block it, and dropped lines are counted."""
 
 import fcntl
 import os
@@ -18,28 +18,28 @@ class Pipe:
     """A pipe with a small buffer, and its reader."""
 
     def __init__(self) -> None:
-        self.here, self.there = os.pipe()
-        fcntl.fcntl(self.there, fcntl.F_SETPIPE_SZ, 4096)
+        self.reading, self.writing = os.pipe()
+        fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 4096)
 
     def read(self) -> list[str]:
         """Return all lines up to "end"."""
         data = b""
         while not data.endswith(b"end\n"):
-            data += os.read(self.here, 1 << 16)
+            data += os.read(self.reading, 1 << 16)
         return data.decode().splitlines()[:-1]
 
 
 @pytest.fixture
 def pipe() -> Iterator[Pipe]:
-    """Open a pipe. Close it when no writer waits for it."""
+    """Open a pipe. Close it at the end, when no writer uses it."""
     made = Pipe()
     yield made
-    os.close(made.here)
-    os.close(made.there)
+    os.close(made.reading)
+    os.close(made.writing)
 
 
 def test_all_lines_come_in_order(pipe: Pipe) -> None:
-    writer = BackgroundWriter(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.writing, CAPACITY)
     lines = [f"{number} {'x' * (number % 700)}" for number in range(100)]
     for line in [*lines, "end"]:
         writer.write(line)
@@ -47,17 +47,17 @@ def test_all_lines_come_in_order(pipe: Pipe) -> None:
 
 
 def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
-    writer = BackgroundWriter(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.writing, CAPACITY)
     for number in range(1000):  # there is no reader, and this does not block
         writer.write(f"{number} {'x' * 200}")
     reader = Thread(target=writer.flush, args=(20,))
     reader.start()
     data = b""
     while b"dropped" not in data:
-        data += os.read(pipe.here, 1 << 16)
+        data += os.read(pipe.reading, 1 << 16)
     reader.join()
     *lines, last = data.decode().splitlines()
-    assert [int(line.split()[0]) for line in lines] == list(range(len(lines))), "none is missing between"
+    assert [int(line.split()[0]) for line in lines] == list(range(len(lines))), "no line may be missing in between"
     assert CAPACITY - 300 < len(data) < 2 * CAPACITY + 8192
     assert last == f"{1000 - len(lines)} lines dropped"
     writer.write("end")
@@ -66,24 +66,24 @@ def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
 
 def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
     """Each process has its own writer, and all share one pipe."""
-    writers = [BackgroundWriter(pipe.there) for _ in range(4)]
+    writers = [BackgroundWriter(pipe.writing) for _ in range(4)]
     for number in range(500):
         for name, writer in enumerate(writers):
             writer.write(f"{name} {number} {'x' * (number % 300)}")
     data = b""
     while data.count(b"\n") < 2000:
-        data += os.read(pipe.here, 1 << 16)
+        data += os.read(pipe.reading, 1 << 16)
     seen = []
     for line in data.decode().splitlines():
         name, number = (int(part) for part in line.split()[:2])
         assert line == f"{name} {number} {'x' * (number % 300)}"
         seen.append((name, number))
     for name in range(4):
-        assert [number for who, number in seen if who == name] == list(range(500))
+        assert [number for writer_name, number in seen if writer_name == name] == list(range(500))
 
 
 def test_a_flush_to_a_full_pipe_is_bounded(pipe: Pipe) -> None:
-    writer = BackgroundWriter(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.writing, CAPACITY)
     for _ in range(100):
         writer.write("x" * 200)
     began = time.monotonic()
@@ -94,18 +94,18 @@ def test_a_flush_to_a_full_pipe_is_bounded(pipe: Pipe) -> None:
 
 
 def test_a_pipe_that_others_made_nonblocking_loses_nothing(pipe: Pipe) -> None:
-    os.set_blocking(pipe.there, False)
+    os.set_blocking(pipe.writing, False)
     test_all_lines_come_in_order(pipe)
 
 
 def test_without_a_thread_lines_are_written_at_once(pipe: Pipe) -> None:
-    writer = BackgroundWriter(pipe.there, CAPACITY)
+    writer = BackgroundWriter(pipe.writing, CAPACITY)
     with no_new_threads():
         writer.write("one")
-        assert os.read(pipe.here, 100) == b"one\n"
+        assert os.read(pipe.reading, 100) == b"one\n"
         for _ in range(100):  # lines that cannot be written are dropped
             writer.write("x" * 200)
-    written = os.read(pipe.here, 1 << 16).splitlines()
+    written = os.read(pipe.reading, 1 << 16).splitlines()
     for line in ("two", "end"):
         writer.write(line)
     assert pipe.read() == [f"{100 - len(written)} lines dropped", "two"]

@@ -1,4 +1,4 @@
-"""The login queue: fair between networks and users, first come first served within a user, bounded, and in time."""
+"""The login queue: fair between networks and users, in order for each user, and bounded in length and time."""
 
 import asyncio
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def known(name: str) -> Turn:
     return Turn((name,), {}, known=True)
 
 
-async def test_networks_take_turns_and_so_do_users_of_one() -> None:
+async def test_networks_and_users_of_a_network_take_turns() -> None:
     queue, holder = LoginQueue(1, 64), turn("x", "x")
     await queue.enter(holder)
     crowd = [turn("a", "ann") for _ in range(3)] + [turn("a", "bob")]
@@ -60,7 +60,7 @@ async def test_networks_take_turns_and_so_do_users_of_one() -> None:
     assert order == [crowd[0], others[0], others[1], crowd[3], crowd[1], crowd[2]]
 
 
-async def test_the_longest_line_loses_its_newest_when_all_is_full() -> None:
+async def test_a_full_queue_drops_from_the_longest_line() -> None:
     queue, holder = LoginQueue(1, 3), turn("x", "x")
     await queue.enter(holder)
     crowd = [turn("a", "ann") for _ in range(3)]
@@ -97,7 +97,7 @@ async def test_no_login_waits_longer_than_the_deadline(monkeypatch: pytest.Monke
     assert refusal.value.retry_after >= 1
 
 
-async def test_a_refusal_is_held_back_but_not_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_refusals_are_delayed_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that are refused at once retry at once, and leave no CPU for hashing."""
     monkeypatch.setattr(login_queue, "MAX_DELAYED", 3)
     queue = LoginQueue(1, 1)
@@ -110,12 +110,12 @@ async def test_a_refusal_is_held_back_but_not_of_too_many(monkeypatch: pytest.Mo
     assert not late.done()
 
 
-async def test_no_more_are_in_flight_than_a_key_allows() -> None:
+async def test_the_limit_of_a_key_bounds_running_turns() -> None:
     queue = LoginQueue(10, 64)
     turns = [turn("a", "ann", {b"k": 2}) for _ in range(4)]
     await begin(queue, turns)
     assert [each.running for each in turns] == [True, True, False, False]
-    assert not queue.change_limits(turns[0], {b"k": 1}), "one has to wait when the limit is lower"
+    assert not queue.change_limits(turns[0], {b"k": 1}), "must wait when the limit is lower"
     queue.finish(turns[1])
     assert queue.change_limits(turns[0], {b"k": 2})
     assert turns[2].running
@@ -149,7 +149,7 @@ async def test_strangers_take_no_place_of_a_known_user() -> None:
     assert users[0].running
 
 
-async def test_one_turn_of_four_is_a_strangers_while_both_wait() -> None:
+async def test_strangers_get_one_turn_of_four_if_both_wait() -> None:
     queue, holder = LoginQueue(1, 64), turn("x", "x")
     await queue.enter(holder)
     users, crowd = [known(f"user{number}") for number in range(8)], [turn(f"{number}", "ann") for number in range(4)]

@@ -61,7 +61,7 @@ try:
 except RuntimeError:
     logging.getLogger("anything").exception("Exception")
 """,
-    "a task that nobody awaits": """
+    "a task that is never awaited": """
 async def task():
     outer()
 
@@ -88,7 +88,7 @@ async def main():
 
 asyncio.run(main())
 """,
-    "a future that nobody awaits": """
+    "a future that is never awaited": """
 async def main():
     asyncio.get_running_loop().create_future().set_exception(ValueError(canary))
     gc.collect()
@@ -142,7 +142,7 @@ def test_an_event_is_one_line_of_json_with_time_and_level(logged: Logged) -> Non
 
 
 @pytest.mark.parametrize("number", range(len(FORGERIES)))
-def test_a_value_can_neither_forge_a_line_nor_cost_one(logged: Logged, number: int) -> None:
+def test_a_value_can_neither_forge_nor_lose_a_line(logged: Logged, number: int) -> None:
     """Python represents file names and environment variables that are not UTF-8 with lone surrogates."""
     (event,) = events(logged[f"forgery {number}"])
     assert event["event"] == "seen"
@@ -168,8 +168,8 @@ def test_an_exceptions_text_is_not_logged(logged: Logged, way: str) -> None:
     assert CANARY not in str(event)
 
 
-@pytest.mark.parametrize("way", ["logger.exception", "exc_info", "a task that nobody awaits"])
-def test_an_exception_is_named_with_where_it_came_from(logged: Logged, way: str) -> None:
+@pytest.mark.parametrize("way", ["logger.exception", "exc_info", "a task that is never awaited"])
+def test_an_exception_is_logged_with_its_origin(logged: Logged, way: str) -> None:
     (event,) = events(logged[way])
     assert "ValueError at " in event["at"]
     assert "outer:" in event["at"]
@@ -194,19 +194,19 @@ for plane in (range(0xD800), range(0xE000, 0x11000), range(0x1D100, 0x1D200), ra
 """
 
 
-@pytest.mark.parametrize("watched", [False, True], ids=["json", "terminal"])
-def test_no_letter_of_a_value_controls_a_terminal(watched: bool) -> None:
-    """Nor later, when the file is shown."""
-    here, there = os.openpty() if watched else os.pipe()
-    with subprocess.Popen([sys.executable, "-c", EVERY_LETTER], stderr=there):
-        os.close(there)
+@pytest.mark.parametrize("terminal", [False, True], ids=["json", "terminal"])
+def test_no_letter_of_a_value_controls_a_terminal(terminal: bool) -> None:
+    """Neither at once nor later, when the file is displayed."""
+    reading, writing = os.openpty() if terminal else os.pipe()
+    with subprocess.Popen([sys.executable, "-c", EVERY_LETTER], stderr=writing):
+        os.close(writing)
         written = b""
         with suppress(OSError):  # how a terminal reports that its other end is closed
-            while part := os.read(here, 1 << 16):
+            while part := os.read(reading, 1 << 16):
                 written += part
-    os.close(here)
+    os.close(reading)
     text = written.decode().replace("\r\n", "\n")
-    if watched:
+    if terminal:
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colors
     assert text.count("\n") == 12
     assert [letter for letter in text if not letter.isprintable() and letter != "\n"] == []

@@ -1,4 +1,4 @@
-"""TokenMiddleware in somebody else's app: what it lets through, and what it answers in place of the app."""
+"""TokenMiddleware in another app: which requests reach the app, and how it answers the others."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,7 +33,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Speak to a Starlette app that is guarded."""
+    """Return a client of a guarded Starlette app."""
     app = TokenMiddleware(Starlette(routes=[Route("/", whoami)]), service.tokens)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
         yield client
@@ -77,14 +77,14 @@ async def test_a_broken_store_refuses_every_request(
     issued = await service.tokens.issue("ann", "ann-secret", "127.0.0.1", "test")
     (tmp_path / "tokenauth.db").unlink()
     (tmp_path / "tokenauth.db").write_bytes(b"another file")
-    service.store.engine._watch()  # type: ignore[attr-defined]  # instead of waiting a second for it
+    service.store.engine._watch()  # type: ignore[attr-defined]  # instead of waiting for the periodic check
     answer = await client.get("/", headers={"X-Token": issued.value})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
 
 
-class Book:
-    """A validator that has everybody's login written down, and fails if it is told to."""
+class FixedValidator:
+    """A validator with fixed logins. With `error`, it fails."""
 
     def __init__(self, *scopes: str, error: Exception | None = None) -> None:
         token = Token(b"digest", "ann", "", START, int(START) + 60)
@@ -98,21 +98,21 @@ class Book:
         return self.logins.get(value)
 
 
-class Reached:
-    """An app that keeps the scopes that reach it."""
+class RecordingApp:
+    """An app that stores the scopes of its requests."""
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with nothing."""
+        """Answer 204."""
         self.scopes.append(scope)
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
 
 async def ask(app: TokenMiddleware, scope: dict[str, Any], token: bytes | None = None) -> list[dict[str, Any]]:
-    """Send a request as it is, and return what is answered."""
+    """Send a request, and return the messages of the answer."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -140,8 +140,8 @@ async def ask(app: TokenMiddleware, scope: dict[str, Any], token: bytes | None =
 async def test_a_user_without_a_required_scope_is_refused(
     needed: tuple[str, ...], owned: tuple[str, ...], status: int
 ) -> None:
-    app = Reached()
-    guarded = TokenMiddleware(app, Book(*owned), scopes=needed)
+    app = RecordingApp()
+    guarded = TokenMiddleware(app, FixedValidator(*owned), scopes=needed)
     answer = await ask(guarded, {}, b"anns")
     assert answer[0]["status"] == status
     assert len(app.scopes) == (status == 204)
@@ -152,9 +152,9 @@ async def test_a_user_without_a_required_scope_is_refused(
 
 
 @pytest.mark.parametrize("what", ["scopes", "exempt"])
-def test_one_string_is_no_list(what: str) -> None:
+def test_a_string_instead_of_a_list_is_refused(what: str) -> None:
     with pytest.raises(TypeError, match=what):
-        TokenMiddleware(Reached(), Book(), **{what: "read"})
+        TokenMiddleware(RecordingApp(), FixedValidator(), **{what: "read"})
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_one_string_is_no_list(what: str) -> None:
 )
 def test_an_invalid_scope_or_path_fails_at_the_start(what: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match="|".join(what) + "|iterable"):
-        TokenMiddleware(Reached(), Book(), **what)
+        TokenMiddleware(RecordingApp(), FixedValidator(), **what)
 
 
 EXEMPT = ["/healthz", "/public/*"]
@@ -199,8 +199,10 @@ EXEMPT = ["/healthz", "/public/*"]
     ],
 )
 async def test_an_exempt_path_has_no_user_and_no_check(path: str, root_path: str) -> None:
-    app = Reached()
-    guarded = TokenMiddleware(app, Book(error=AssertionError("it was asked")), scopes=["read"], exempt=EXEMPT)
+    app = RecordingApp()
+    guarded = TokenMiddleware(
+        app, FixedValidator(error=AssertionError("the validator was called")), scopes=["read"], exempt=EXEMPT
+    )
     await ask(guarded, {"path": path, "root_path": root_path}, b"anns")
     (scope,) = app.scopes
     assert scope["user"] is scope["auth"] is ANONYMOUS
@@ -240,8 +242,8 @@ async def test_an_exempt_path_has_no_user_and_no_check(path: str, root_path: str
     ],
 )
 async def test_a_path_that_only_looks_exempt_needs_a_token(path: str, root_path: str) -> None:
-    app = Reached()
-    guarded = TokenMiddleware(app, Book(), exempt=EXEMPT)
+    app = RecordingApp()
+    guarded = TokenMiddleware(app, FixedValidator(), exempt=EXEMPT)
     assert (await ask(guarded, {"path": path, "root_path": root_path}))[0]["status"] == 401
     assert app.scopes == []
     await ask(guarded, {"path": path, "root_path": root_path}, b"anns")
@@ -258,9 +260,9 @@ async def test_a_path_that_only_looks_exempt_needs_a_token(path: str, root_path:
         ("/secret", "/healthz", ""),
     ],
 )
-async def test_what_a_router_has_cut_off_or_changed_counts(sent: str, path: str, root_path: str) -> None:
-    app = Reached()
-    guarded = TokenMiddleware(app, Book(), exempt=EXEMPT)
+async def test_the_path_as_sent_must_be_exempt_too(sent: str, path: str, root_path: str) -> None:
+    app = RecordingApp()
+    guarded = TokenMiddleware(app, FixedValidator(), exempt=EXEMPT)
     scope = {"path": path, "root_path": root_path, "raw_path": sent.encode()}
     assert (await ask(guarded, scope))[0]["status"] == 401
     assert app.scopes == []
@@ -276,19 +278,19 @@ async def test_what_a_router_has_cut_off_or_changed_counts(sent: str, path: str,
         ("/public/%C3%BC", "/public/\u00fc", ""),
     ],
 )
-async def test_what_was_sent_may_be_encoded(sent: str, path: str, root_path: str) -> None:
-    app = Reached()
-    guarded = TokenMiddleware(app, Book(error=AssertionError("it was asked")), exempt=EXEMPT)
+async def test_an_exempt_path_may_be_sent_encoded(sent: str, path: str, root_path: str) -> None:
+    app = RecordingApp()
+    guarded = TokenMiddleware(app, FixedValidator(error=AssertionError("the validator was called")), exempt=EXEMPT)
     await ask(guarded, {"path": path, "root_path": root_path, "raw_path": sent.encode()})
     assert len(app.scopes) == 1
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/secret"])
 async def test_a_client_cannot_name_its_own_user(path: str) -> None:
-    """Whatever an outer app has left in the scope, what is there afterwards is what the token says."""
-    app = Reached()
+    """The token's user replaces a user that an outer app has put into the scope."""
+    app = RecordingApp()
     forged = {"user": Identity("root", ("admin",)), "auth": Identity("root", ("admin",))}
-    await ask(TokenMiddleware(app, Book("read"), exempt=EXEMPT), {"path": path, **forged}, b"anns")
+    await ask(TokenMiddleware(app, FixedValidator("read"), exempt=EXEMPT), {"path": path, **forged}, b"anns")
     (scope,) = app.scopes
     assert scope["user"] == scope["auth"] == (ANONYMOUS if path == "/healthz" else Identity("ann", ("read",)))
 
@@ -297,14 +299,14 @@ async def test_a_client_cannot_name_its_own_user(path: str) -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("x"), KeyError("x"), TimeoutError()], ids=lambda error: str(type(error))
 )
-async def test_a_validator_that_breaks_keeps_everybody_out(kind: str, error: Exception) -> None:
-    app = Reached()
+async def test_a_validator_that_fails_lets_no_request_pass(kind: str, error: Exception) -> None:
+    app = RecordingApp()
     with pytest.raises(type(error)):
-        await ask(TokenMiddleware(app, Book(error=error)), {"type": kind}, b"anns")
+        await ask(TokenMiddleware(app, FixedValidator(error=error)), {"type": kind}, b"anns")
     assert app.scopes == []
 
 
 async def test_a_lifespan_passes_through() -> None:
-    app = Reached()
-    await ask(TokenMiddleware(app, Book()), {"type": "lifespan"})
+    app = RecordingApp()
+    await ask(TokenMiddleware(app, FixedValidator()), {"type": "lifespan"})
     assert [scope["type"] for scope in app.scopes] == ["lifespan"]

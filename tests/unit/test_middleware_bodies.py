@@ -1,4 +1,4 @@
-"""TokenMiddleware authorizes a request again when its body did not come at once, whatever framework reads it."""
+"""TokenMiddleware authorizes a request again when its late body is complete, with every framework."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tests.unit.test_middleware import Book
+from tests.unit.test_middleware import FixedValidator
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Identity, Login
 from tokenauth.web.middleware import TokenMiddleware
@@ -21,7 +21,7 @@ Act = Callable[[], None]
 
 
 def plain_app(act: Act) -> ASGIApp:
-    """Make a bare ASGI app that does something when it has read the body."""
+    """Return an ASGI app that calls `act` when it has read the body."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (message := await receive())["type"] == "http.request":
@@ -34,7 +34,7 @@ def plain_app(act: Act) -> ASGIApp:
 
 
 def starlette_app(act: Act) -> ASGIApp:
-    """Make the same with Starlette."""
+    """Return such an app with Starlette."""
 
     async def endpoint(request: Request) -> JSONResponse:
         await request.json()
@@ -45,7 +45,7 @@ def starlette_app(act: Act) -> ASGIApp:
 
 
 def fastapi_app(act: Act) -> ASGIApp:
-    """Make the same with FastAPI, which takes any failure to read a body for a 400."""
+    """Return such an app with FastAPI, which answers 400 to any error while it reads a body."""
     app = FastAPI(openapi_url=None)
 
     @app.post("/")
@@ -56,22 +56,22 @@ def fastapi_app(act: Act) -> ASGIApp:
     return app
 
 
-class Counting(Book):
-    """A validator that counts how often it is asked."""
+class CountingValidator(FixedValidator):
+    """A validator that counts its calls."""
 
-    asked = 0
+    calls = 0
 
     async def identify(self, value: bytes) -> Login | None:
         """Look a token up."""
-        self.asked += 1
+        self.calls += 1
         return await super().identify(value)
 
     def revoke(self) -> None:
-        """End the token."""
+        """Revoke the token."""
         self.logins.clear()
 
-    def break_down(self) -> None:
-        """Be unable to say anything."""
+    def break_store(self) -> None:
+        """Make the store unavailable."""
         self.error = StoreUnavailable()
 
     def scope(self, *scopes: str) -> None:
@@ -85,20 +85,20 @@ ARRIVALS: dict[str, list[Any]] = {
     "late": [None, b'{"a": 1}'],
     "in late parts": [b'{"a"', None, b": 1}", None, b""],
 }
-"""The parts of a body, and None where nothing is there to be received."""
+"""The parts of a body. None means that the app has to wait."""
 
-CHANGES: dict[str, tuple[Callable[[Counting], None], int]] = {
+CHANGES: dict[str, tuple[Callable[[CountingValidator], None], int]] = {
     "nothing": (lambda tokens: None, 200),
     "more scopes": (lambda tokens: tokens.scope("read", "write"), 200),
-    "revoked": (Counting.revoke, 401),
+    "revoked": (CountingValidator.revoke, 401),
     "needed scope lost": (lambda tokens: tokens.scope(), 403),
     "other scope lost": (lambda tokens: tokens.scope("needed"), 503),
-    "store broken": (Counting.break_down, 503),
+    "store broken": (CountingValidator.break_store, 503),
 }
 
 
 async def ask(app: ASGIApp, arrival: list[Any], meanwhile: Callable[[], None]) -> tuple[int, bytes]:
-    """Send a request whose body comes in parts; something happens before the last of them."""
+    """Send a request with a body in parts. Call `meanwhile` before the last part."""
     parts = list(arrival)
     sent: list[Message] = []
 
@@ -124,25 +124,25 @@ async def ask(app: ASGIApp, arrival: list[Any], meanwhile: Callable[[], None]) -
 @pytest.mark.parametrize("make", [plain_app, starlette_app, fastapi_app])
 @pytest.mark.parametrize("arrival", ARRIVALS)
 @pytest.mark.parametrize("change", CHANGES)
-async def test_what_changes_while_a_body_comes_counts(
+async def test_a_change_before_the_body_is_complete_applies(
     make: Callable[[Act], ASGIApp], arrival: str, change: str
 ) -> None:
-    tokens, acts = Counting("needed", "read"), list[str]()
-    happens, status = CHANGES[change]
+    tokens, acts = CountingValidator("needed", "read"), list[str]()
+    apply, status = CHANGES[change]
     if change in {"more scopes", "needed scope lost"}:
         tokens.scope("read") if change == "more scopes" else tokens.scope("needed")
     scopes = ["needed"] if change == "needed scope lost" else []
     app = TokenMiddleware(make(lambda: acts.append("done")), tokens, scopes=scopes)
-    answer = await ask(app, ARRIVALS[arrival], lambda: happens(tokens))
-    if arrival == "at once":  # it was authorized when all of it was there
+    answer = await ask(app, ARRIVALS[arrival], lambda: apply(tokens))
+    if arrival == "at once":  # authorized once, when all of it had arrived
         status = 200
     assert answer[0] == status, answer
     assert acts == (["done"] if status == 200 else [])
-    assert tokens.asked == (1 if arrival == "at once" else 2)
+    assert tokens.calls == (1 if arrival == "at once" else 2)
 
 
 async def test_an_answer_begun_before_the_body_continues() -> None:
-    tokens = Counting()
+    tokens = CountingValidator()
 
     async def early(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -155,7 +155,7 @@ async def test_an_answer_begun_before_the_body_continues() -> None:
 
 
 class Cycle:
-    """A request of uvicorn, as far as `receive` tells."""
+    """The part of uvicorn's request cycle that the middleware uses."""
 
     def __init__(self, more_body: bool) -> None:
         self.more_body = more_body
@@ -166,7 +166,7 @@ class Cycle:
 
 
 @pytest.mark.parametrize("more_body", [False, True])
-async def test_only_a_request_that_has_not_come_yet_is_wrapped(more_body: bool) -> None:
+async def test_only_an_incomplete_request_is_wrapped(more_body: bool) -> None:
     receive, reached = Cycle(more_body).receive, list[Receive]()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,5 +176,5 @@ async def test_only_a_request_that_has_not_come_yet_is_wrapped(more_body: bool) 
         pass
 
     scope = {"type": "http", "method": "PUT", "path": "/", "headers": [(b"x-token", b"anns")]}
-    await TokenMiddleware(app, Book())(scope, receive, send)
+    await TokenMiddleware(app, FixedValidator())(scope, receive, send)
     assert (reached == [receive]) is not more_body

@@ -68,18 +68,18 @@ def test_a_token_lives_while_leased_and_token_ttl_longer(now: float, leased: boo
 
 
 @pytest.mark.parametrize(
-    ("pool", "retired", "gone"),
+    ("pool", "retired", "expires_at"),
     [(POOL, False, 1_240), (POOL, True, 1_000), (replace(POOL, token_ttl=math.inf), False, None)],
 )
-def test_a_token_is_gone_at_the_instant_that_is_shown(pool: Pool, retired: bool, gone: float | None) -> None:
+def test_a_token_expires_at_the_instant_that_is_shown(pool: Pool, retired: bool, expires_at: float | None) -> None:
     token = PERMIT._replace(retired=retired)
-    assert pool.expires_at(token) == gone
-    if gone is None:
+    assert pool.expires_at(token) == expires_at
+    if expires_at is None:
         assert pool.is_live(token, 1e300)
         assert pool.cutoff(1e300) == -math.inf
     else:
-        assert pool.is_live(token, gone - 0.1)
-        assert not pool.is_live(token, gone)
+        assert pool.is_live(token, expires_at - 0.1)
+        assert not pool.is_live(token, expires_at)
 
 
 def test_each_lease_operation_changes_only_its_own_fields() -> None:
@@ -95,7 +95,7 @@ def test_each_lease_operation_changes_only_its_own_fields() -> None:
 
 @pytest.mark.parametrize("holder", [None, "ann", "bob", "", "Ann"])
 @pytest.mark.parametrize("fence", [None, 3, 2, 4, 0])
-def test_a_claim_holds_when_all_that_it_names_is_right(holder: str | None, fence: int | None) -> None:
+def test_a_lease_check_compares_what_it_names(holder: str | None, fence: int | None) -> None:
     right = holder in {None, "ann"} and fence in {None, 3}
     assert LeaseCheck(holder, fence).matches(PERMIT, 999) is right
     assert ANY_LEASE.matches(PERMIT, 999)

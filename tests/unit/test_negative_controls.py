@@ -1,4 +1,4 @@
-"""The judge of histories bites on recorded ones: pools with faults are found out, and the same pool without is not."""
+"""The check of histories works on recorded ones: it reports pools with faults, and not the same pool without."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -18,25 +18,25 @@ TTL, CAPACITY = 10.0, 2
 
 
 class Faults(NamedTuple):
-    """What a pool can do wrong."""
+    """Faults that a pool can have."""
 
     no_lock: bool = False
-    """It selects, and then updates: others can come between."""
+    """It selects, and then updates without a lock in between."""
     no_owner_check: bool = False
-    """Whoever names a token releases it."""
+    """Any client can release any token."""
     no_new_fence: bool = False
-    """A lease has the number of the one before."""
+    """A lease has the fence of the one before."""
     half_the_time: bool = False
     """A lease ends too early."""
 
 
 class TinyPool:
-    """A pool in a few statements of SQL, over a connection of its own; sound, unless told otherwise."""
+    """A pool in a few SQL statements, with its own connection, and optional faults."""
 
     def __init__(
         self, directory: Path, time: HandTime, faults: Faults, pause: Callable[[], object] = lambda: None
     ) -> None:
-        """Stop for `pause` after reading and before writing."""
+        """Run `pause` after reading and before writing."""
         self._db = sqlite3.connect(directory / "pool.db", isolation_level=None, check_same_thread=False)
         self._run("PRAGMA synchronous = OFF")
         self._run("CREATE TABLE IF NOT EXISTS tokens (value PRIMARY KEY, free_at, holder, fence)")
@@ -45,7 +45,6 @@ class TinyPool:
         self._pause = pause
 
     def assign(self, holder: str) -> Grant | None:
-        """Take a token."""
         now = self._time()
         with self._transaction():
             found = self._run("SELECT value FROM tokens WHERE free_at <= :now ORDER BY free_at LIMIT 1", now=now)
@@ -63,7 +62,6 @@ class TinyPool:
             return Grant(value, fence)
 
     def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
-        """Ask for more time."""
         now = self._time()
         done = self._run(
             "UPDATE tokens SET free_at = :until"
@@ -73,17 +71,15 @@ class TinyPool:
         return grant if done else None
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
-        """Give a token back."""
         now = self._time()
         done = self._run(
             "UPDATE tokens SET free_at = :now WHERE value = :token AND free_at > :now"
-            " AND (:anybody OR (holder = :holder AND fence = :fence)) RETURNING 1",
-            **{**grant._asdict(), "holder": holder, "now": now, "anybody": self._faults.no_owner_check},
+            " AND (:anyone OR (holder = :holder AND fence = :fence)) RETURNING 1",
+            **{**grant._asdict(), "holder": holder, "now": now, "anyone": self._faults.no_owner_check},
         )
         return grant if done else None
 
     def generate(self) -> Grant | None:
-        """Make a token."""
         with self._transaction():
             [(count,)] = self._run("SELECT count(*) FROM tokens")
             self._pause()
@@ -94,11 +90,9 @@ class TinyPool:
             return Grant(value)
 
     def delete(self, token: str) -> Grant | None:
-        """Delete a token."""
         return Grant(token) if self._run("DELETE FROM tokens WHERE value = :token RETURNING 1", token=token) else None
 
     def close(self) -> None:
-        """Disconnect."""
         self._db.close()
 
     def _run(self, statement: str, **values: Any) -> list[Any]:
@@ -121,18 +115,18 @@ Opener = Callable[..., TinyPool]
 
 @pytest.fixture
 def tiny_pool(tmp_path: Path, time: HandTime) -> Iterator[Opener]:
-    """Open the pool, as often as is wanted."""
+    """Return a function that opens the pool on another connection."""
     with ExitStack() as stack:
         yield lambda *options: stack.enter_context(closing(TinyPool(tmp_path, time, *options)))
 
 
-def amid(slow: Callable[[Callable[[], object]], object], quick: Callable[[], object]) -> None:
-    """Do something, and something else as soon as the first has read, if it lets anything come between."""
+def interleave(slow: Callable[[Callable[[], object]], object], quick: Callable[[], object]) -> None:
+    """Run `slow`, and `quick` once `slow` has read. `slow` continues when `quick` is done, or waits for its lock."""
     has_read, done = Signal(), Signal()
 
     def pause() -> None:
         has_read.set()
-        done.wait(0.3)  # it is never done if that has to wait for this
+        done.wait(0.3)  # `quick` may wait for the lock of `slow`
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(slow, pause)
@@ -151,7 +145,7 @@ def test_the_check_detects_a_racy_assign(
 ) -> None:
     quick = tiny_pool(faults)
     history.record("generate", quick.generate)
-    amid(
+    interleave(
         lambda pause: Holder("slow", tiny_pool(faults, pause), history, Random(1)).assign(),
         Holder("quick", quick, history, Random(2)).assign,
     )
@@ -164,7 +158,7 @@ def test_the_check_detects_a_racy_generate(
 ) -> None:
     quick = tiny_pool(faults)
     history.record("generate", quick.generate)
-    amid(
+    interleave(
         lambda pause: history.record("generate", tiny_pool(faults, pause).generate),
         lambda: history.record("generate", quick.generate),
     )
@@ -184,7 +178,7 @@ def test_the_check_detects_a_racy_generate(
 def test_the_check_detects_a_release_by_a_stale_holder(
     history: History, time: HandTime, tiny_pool: Opener, faults: Faults, sentences: list[str]
 ) -> None:
-    """A sleeps past his lease, B gets the token, A releases it, and C gets it too."""
+    """A sleeps past the end of its lease, B gets the token, A releases it, and C gets it, too."""
     pool = tiny_pool(faults)
     history.record("generate", pool.generate)
     stale = Holder("a", pool, history, Random(1)).assign()
@@ -210,7 +204,7 @@ def test_the_check_detects_a_release_by_a_stale_holder(
 def test_racing_holders_detect_a_faulty_pool(
     history: History, time: HandTime, tiny_pool: Opener, faults: Faults, part: str | None
 ) -> None:
-    """Six of them take turns; so all is the same each time."""
+    """Six holders take turns, so each run is the same."""
     pool, chance = tiny_pool(faults), Random(0)
     made: list[str] = []
     holders = [Holder(f"client {number}", pool, history, Random(number), made) for number in range(6)]

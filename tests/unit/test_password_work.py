@@ -51,11 +51,11 @@ COSTS = {
 
 LENGTHS = (0, 1, 8, 36, 71, 72, 73, 256, 1024)
 SENT = [letter * length for length in LENGTHS for letter in ("x", "é")] + ["\ud800", "x" * 80 + "\0"]
-"""Passwords of all lengths, also in bytes, and some that no hash can be of."""
+"""Passwords of many lengths in characters and bytes, and some that cannot be hashed."""
 
 
 class Watched(NamedTuple):
-    """Passwords, and what their thread has called."""
+    """Passwords, and the calls of their thread."""
 
     passwords: Passwords
     calls: list[Call]
@@ -71,7 +71,7 @@ class Watched(NamedTuple):
 
 @contextmanager
 def watched(users: Mapping[str, str]) -> Iterator[Watched]:
-    """Watch the thread that hashes for users with these hashes."""
+    """Record the calls of the thread that hashes for users with these hashes."""
     passwords = Passwords(CHEAP, {name: User(name, hashed) for name, hashed in users.items()})
     with calls_of_threads() as calls:
         yield Watched(passwords, calls)
@@ -83,7 +83,7 @@ async def test_an_unknown_name_costs_what_the_only_user_does(cost: str) -> None:
     """With any settings in [passwords] and any length of the password."""
     with watched({"ann": COSTS[cost]}) as seen:
         assert await seen.passwords.verify([("ann", WORD)])
-        works = {await seen.work(name, sent) for name in ("ann", "nobody", "") for sent in SENT}
+        works = {await seen.work(name, sent) for name in ("ann", "unknown", "") for sent in SENT}
     assert len(works) == 1
 
 
@@ -96,25 +96,25 @@ async def test_an_unknown_name_costs_the_same_each_time() -> None:
             found += [[await seen.work(name, sent) for name in names] for sent in ("", "x" * 73)]
             users_work = {await seen.work(name) for name in COSTS}
     assert found[0] == found[1] == found[2] == found[3]
-    assert 5 < len(set(found[0])) <= len(users_work), "and not the same for all names"
+    assert 5 < len(set(found[0])) <= len(users_work), "must differ between names"
     assert set(found[0]) <= users_work
 
 
 async def test_unknown_names_cost_what_the_users_do() -> None:
-    """Four in ten users have bcrypt: so do four in ten unknown names."""
+    """If four in ten users have bcrypt, four in ten unknown names cost bcrypt."""
     shares = {"bcrypt": 4, "scrypt": 3, "argon2id": 2, "pbkdf2_sha256": 1}
     users = {
         f"{cost} {number}": bcrypt.using(rounds=4).hash("x") if cost == "bcrypt" else COSTS[cost]
         for cost, share in shares.items()
         for number in range(share)
     }
-    tries = 600
+    attempts = 600
     with watched(users) as seen:
-        drawn = Counter([await seen.work(f"nobody {number}") for number in range(tries)])
+        drawn = Counter([await seen.work(f"unknown {number}") for number in range(attempts)])
         for cost, share in shares.items():
             expected = share / 10
-            deviation = (expected * (1 - expected) / tries) ** 0.5
-            assert abs(drawn.pop(await seen.work(f"{cost} 0")) / tries - expected) < 5 * deviation, cost
+            deviation = (expected * (1 - expected) / attempts) ** 0.5
+            assert abs(drawn.pop(await seen.work(f"{cost} 0")) / attempts - expected) < 5 * deviation, cost
     assert not drawn
 
 
@@ -140,7 +140,7 @@ async def test_without_users_a_name_costs_what_new_hashes_do() -> None:
     with watched({"ann": argon(16, 1)}) as seen:
         new = await seen.work("ann")
     with watched({}) as seen:
-        assert await seen.work("nobody") == new
+        assert await seen.work("unknown") == new
 
 
 async def test_a_users_password_fits_no_unknown_name() -> None:

@@ -1,4 +1,4 @@
-"""Passwords: what verifies, what costs as much as verifying, and what happens when too many ask at once."""
+"""Passwords: which ones verify, what unknown names cost, and what happens when too many requests wait."""
 
 import asyncio
 import hashlib
@@ -91,7 +91,7 @@ async def test_bcrypt_compares_more_than_72_bytes() -> None:
 
 
 @pytest.mark.parametrize("word", ["p\u00e4ssw\u00f6rt", "\U0001f511" * 20, "é" * 1024, " blanks at both ends "])
-async def test_a_password_is_taken_as_it_was_given(word: str) -> None:
+async def test_a_password_is_not_normalized(word: str) -> None:
     with passwords_of({}) as passwords:
         hashed = passwords.hash(word)
     with passwords_of({"ann": User("ann", hashed)}) as passwords:
@@ -100,25 +100,24 @@ async def test_a_password_is_taken_as_it_was_given(word: str) -> None:
 
 
 async def test_no_password_fits_without_users(passwords: Passwords) -> None:
-    for word in (WORD, "", "nobody has this password"):
-        assert not await right(passwords, word, "nobody")
+    for word in (WORD, "", "any password"):
+        assert not await right(passwords, word, "unknown")
 
 
-async def test_of_several_claims_the_right_one_is_found(passwords: Passwords) -> None:
-    """They are one try: each is hashed, and one place in the queue is all that they take."""
-    pairs = [("nobody", WORD), ("scrypt", "wrong"), ("bcrypt", WORD), ("argon2i", "wrong")]
+async def test_the_right_one_of_several_readings_is_found(passwords: Passwords) -> None:
+    """They count as one attempt: each is hashed, but they take only one place in the queue."""
+    pairs = [("unknown", WORD), ("scrypt", "wrong"), ("bcrypt", WORD), ("argon2i", "wrong")]
     for _ in pairs:
         pairs.append(pairs.pop(0))
         assert await passwords.verify(pairs) == (USERS["bcrypt"], WORD)
     with pytest.raises(InvalidCredentials):
-        await passwords.verify([("nobody", WORD), ("scrypt", "wrong")])
+        await passwords.verify([("unknown", WORD), ("scrypt", "wrong")])
     answers = await asyncio.gather(*(passwords.verify(pairs) for _ in range(4)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [tuple] * 3 + [Overloaded]
 
 
 @pytest.mark.parametrize("change", ["removed", "another password", "other scopes"])
-async def test_a_user_changed_meanwhile_is_checked_as_it_is_now(change: str) -> None:
-    """While the hash is computed."""
+async def test_a_change_of_the_user_during_hashing_applies(change: str) -> None:
     was = User("ann", HASHES["argon2id"])
     now = {"removed": {}, "another password": {"ann": User("ann", HASHES["bcrypt"])}}
     now["other scopes"] = {"ann": User("ann", was.password_hash, ("read",))}
@@ -135,16 +134,16 @@ async def test_a_user_changed_meanwhile_is_checked_as_it_is_now(change: str) -> 
         assert isinstance(found, InvalidCredentials)
 
 
-async def test_no_more_wait_than_the_queue_has_room_for(passwords: Passwords) -> None:
+async def test_the_queue_has_a_bounded_number_of_places(passwords: Passwords) -> None:
     asked = [("argon2id", WORD)]
-    for _ in range(3):  # and the room comes back
+    for _ in range(3):  # the places must become free again
         answers = await asyncio.gather(*(passwords.verify(asked) for _ in range(8)), return_exceptions=True)
         assert answers[:3] == [(USERS["argon2id"], WORD)] * 3, "one in the thread and two in the queue"
         assert [type(answer) for answer in answers[3:]] == [Overloaded] * 5
 
 
 async def test_a_wrong_password_frees_its_memory_share(passwords: Passwords) -> None:
-    for name in ("bcrypt", "nobody"):
+    for name in ("bcrypt", "unknown"):
         for word in ("wrong", "\x00", "\ud800"):
             asked = [(name, word)]
             answers = await asyncio.gather(*(passwords.verify(asked) for _ in range(3)), return_exceptions=True)
@@ -152,12 +151,12 @@ async def test_a_wrong_password_frees_its_memory_share(passwords: Passwords) -> 
 
 
 async def test_cancelled_callers_take_no_memory_from_others(passwords: Passwords) -> None:
-    await hang_up([asyncio.create_task(passwords.verify([("nobody", WORD)])) for _ in range(3)])
-    await until_there_is_room(lambda: passwords.verify([("nobody", WORD)]), InvalidCredentials)
+    await hang_up([asyncio.create_task(passwords.verify([("unknown", WORD)])) for _ in range(3)])
+    await until_there_is_room(lambda: passwords.verify([("unknown", WORD)]), InvalidCredentials)
 
 
 async def hang_up(tasks: list[asyncio.Task[Any]]) -> None:
-    """Let callers ask, and go before they are answered."""
+    """Cancel callers before they are answered."""
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
@@ -166,7 +165,7 @@ async def hang_up(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 async def until_there_is_room(ask: Callable[[], Awaitable[object]], answer: type) -> None:
-    """Wait until three can ask at the same time."""
+    """Wait until there are three free places."""
     async with asyncio.timeout(20):
         free = 0
         while free < 3:
@@ -175,12 +174,12 @@ async def until_there_is_room(ask: Callable[[], Awaitable[object]], answer: type
             free = [type(each) for each in answers].count(answer)
 
 
-async def test_the_event_loop_turns_while_passwords_are_hashed() -> None:
-    """Often in one of ten attempts: a busy machine can delay the loop for a while."""
+async def test_the_event_loop_runs_while_passwords_are_hashed() -> None:
+    """In at least one of ten attempts, since a busy machine can delay the loop."""
     passwords = Passwords(PasswordSettings(memory_kib=32768, time_cost=3, threads=1))
     turns = 0
     for _ in range(10):
-        task = asyncio.create_task(passwords.verify([("nobody", WORD)]))
+        task = asyncio.create_task(passwords.verify([("unknown", WORD)]))
         turns = 0
         while not task.done():
             turns += 1

@@ -28,12 +28,12 @@ POOL = Pool("p", lease_ttl=60, token_ttl=240, capacity=5)
 ROOMY = Pool("roomy", lease_ttl=60, token_ttl=240)
 PERMITS = Pool("permits", lease_ttl=60, capacity=3, prefill=True)
 SECRET = Pool("secret", lease_ttl=60, scope="ops")
-TERMS = {pool.name: pool for pool in (POOL, ROOMY, PERMITS, SECRET)}
+POOLS = {pool.name: pool for pool in (POOL, ROOMY, PERMITS, SECRET)}
 ANN, OPS = Identity("ann"), Identity("ops", ("ops",))
 IMPOSSIBLE = ["x" * 257, "a\x00b", "a\nb", "\ud800", "a\u200bb", "\x7f"]
 
 
-class Hand:
+class ManualClock:
     """A clock that is set by hand and counts how often it is read."""
 
     def __init__(self) -> None:
@@ -46,8 +46,8 @@ class Hand:
 
 
 @pytest.fixture
-def clock() -> Hand:
-    return Hand()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-def pools(store: Store, clock: Hand) -> Pools:
-    return Pools(TERMS, store, clock, {"roomy": values.new_uuid})
+def pools(store: Store, clock: ManualClock) -> Pools:
+    return Pools(POOLS, store, clock, {"roomy": values.new_uuid})
 
 
 async def test_a_pool_is_found_by_name_if_its_scope_allows(pools: Pools) -> None:
@@ -73,7 +73,7 @@ async def test_a_pool_is_found_by_name_if_its_scope_allows(pools: Pools) -> None
             pools.find(name, OPS)
 
 
-async def test_the_list_has_the_pools_that_one_may_use(pools: Pools) -> None:
+async def test_the_list_has_the_pools_that_a_user_may_use(pools: Pools) -> None:
     assert pools.usable_by() == pools.usable_by(OPS) == [POOL, ROOMY, PERMITS, SECRET]
     assert pools.usable_by(ANN) == [POOL, ROOMY, PERMITS]
 
@@ -88,13 +88,13 @@ async def test_new_tokens_are_random_in_the_form_of_their_pool(pools: Pools) -> 
 
 
 @pytest.mark.parametrize("count", [0, -1, MAX_COUNT + 1, 10**30])
-async def test_tokens_are_made_1_to_1000_at_once(pools: Pools, count: int) -> None:
+async def test_1_to_1000_tokens_are_generated_at_once(pools: Pools, count: int) -> None:
     with pytest.raises(InvalidRequest, match="count: must be from 1 to 1000"):
         await pools.generate(ROOMY, count)
     assert await pools.count(ROOMY) == PoolCounts(0, 0)
 
 
-async def test_generating_more_than_fit_makes_none(pools: Pools) -> None:
+async def test_generating_more_than_fit_generates_none(pools: Pools) -> None:
     for count in (6, MAX_COUNT + 1, 10**30):
         with pytest.raises(PoolFull):
             await pools.generate(POOL, count)
@@ -106,7 +106,9 @@ async def test_generating_more_than_fit_makes_none(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize(("wait", "shown"), [(0, 60), (0.001, 60), (0.5, 60), (1, 59), (58.75, 2), (59, 1), (59.75, 1)])
-async def test_an_empty_pool_says_the_wait_in_whole_seconds(pools: Pools, clock: Hand, wait: float, shown: int) -> None:
+async def test_an_empty_pool_names_the_wait_in_whole_seconds(
+    pools: Pools, clock: ManualClock, wait: float, shown: int
+) -> None:
     await pools.generate(POOL, 1)
     await pools.assign(POOL, "ann")
     clock.now += wait
@@ -123,7 +125,7 @@ async def test_a_pool_without_leases_names_no_wait(pools: Pools) -> None:
     assert refusal.value.retry_after is None
 
 
-async def test_its_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, clock: Hand) -> None:
+async def test_the_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, clock: ManualClock) -> None:
     (value,) = await pools.generate(POOL, 1)
     leased = await pools.assign(POOL, "ann")
     assert leased == PoolToken("p", value, START + 60, "ann", 1)
@@ -151,17 +153,17 @@ NAMED: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
 }
 
 
-@pytest.mark.parametrize("verb", NAMED)
-async def test_a_token_that_is_not_there_is_unknown(pools: Pools, clock: Hand, verb: str) -> None:
+@pytest.mark.parametrize("operation", NAMED)
+async def test_a_missing_token_is_unknown_to_all_operations(pools: Pools, clock: ManualClock, operation: str) -> None:
     (gone,) = await pools.generate(ROOMY, 1)
     (elsewhere,) = await pools.generate(POOL, 1)
     clock.now += 240
     for value in (gone, elsewhere, "", "x", *IMPOSSIBLE):
         with pytest.raises(UnknownToken):
-            await NAMED[verb](pools, value)
+            await NAMED[operation](pools, value)
 
 
-async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: Hand) -> None:
+async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: ManualClock) -> None:
     await pools.generate(POOL, 2)
     leased = await pools.assign(POOL, "ann")
     (free,) = [token for token in await pools.list_tokens(POOL) if token.holder is None]
@@ -175,7 +177,7 @@ async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: Hand) -
     assert await pools.get(POOL, leased.value) == PoolToken("p", leased.value, START + 90, None, 1)
 
 
-async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: Hand) -> None:
+async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: ManualClock) -> None:
     assert await pools.keep_alive_free(ROOMY) == 0
     for _ in range(3):
         await pools.generate(ROOMY, 800)
@@ -186,7 +188,7 @@ async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: Ha
     assert await pools.count(ROOMY) == PoolCounts(2400, 0)
     assert await pools.get(ROOMY, leased.value) == leased
     clock.now += 1
-    assert await pools.count(ROOMY) == PoolCounts(1, 0), "the leased one was not extended: its lease continued"
+    assert await pools.count(ROOMY) == PoolCounts(1, 0), "must not extend a leased token"
 
 
 async def test_prefill_replaces_a_deleted_token(pools: Pools) -> None:
@@ -200,22 +202,22 @@ async def test_prefill_replaces_a_deleted_token(pools: Pools) -> None:
             await pools.get(pool, value)
 
 
-async def test_only_pools_with_prefill_are_filled_and_that_once(pools: Pools) -> None:
+async def test_only_pools_with_prefill_are_filled_once(pools: Pools) -> None:
     await pools.prefill()
-    before = [await pools.list_tokens(pool) for pool in TERMS.values()]
+    before = [await pools.list_tokens(pool) for pool in POOLS.values()]
     assert list(map(len, before)) == [0, 0, 3, 0]
     await pools.prefill()
-    assert [await pools.list_tokens(pool) for pool in TERMS.values()] == before
+    assert [await pools.list_tokens(pool) for pool in POOLS.values()] == before
 
 
-async def test_a_pool_is_filled_however_large_it_is(store: Store, clock: Hand) -> None:
+async def test_a_large_pool_is_filled_completely(store: Store, clock: ManualClock) -> None:
     pool = Pool("large", lease_ttl=60, capacity=10_001, prefill=True)
     await Pools({"large": pool}, store, clock).prefill()
     assert await store.pools.count(pool, START) == PoolCounts(10_001, 0)
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 7])
-async def test_a_changed_capacity_ends_no_lease(pools: Pools, store: Store, clock: Hand, capacity: int) -> None:
+async def test_a_changed_capacity_ends_no_lease(pools: Pools, store: Store, clock: ManualClock, capacity: int) -> None:
     await pools.prefill()
     leased = [await pools.assign(PERMITS, "ann") for _ in range(2)]
     pool = Pool("permits", lease_ttl=60, capacity=capacity, prefill=True)
@@ -228,7 +230,7 @@ async def test_a_changed_capacity_ends_no_lease(pools: Pools, store: Store, cloc
     assert await resized.count(pool) == PoolCounts(capacity, 0)
 
 
-async def test_permits_are_taken_and_given_back_by_number(pools: Pools) -> None:
+async def test_permits_are_acquired_and_released_by_count(pools: Pools) -> None:
     await pools.prefill()
     assert await pools.release_next(PERMITS) == (False, 3)
     assert [await pools.acquire(PERMITS, "ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
@@ -258,18 +260,18 @@ ONCE: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
 }
 
 
-async def test_every_operation_reads_the_clock_once(pools: Pools, clock: Hand) -> None:
-    """All of a decision is about one instant."""
-    for name, verb in ONCE.items():
+async def test_every_operation_reads_the_clock_once(pools: Pools, clock: ManualClock) -> None:
+    """A decision uses one instant."""
+    for name, operation in ONCE.items():
         await pools.generate(ROOMY, 1)
         value = (await pools.assign(ROOMY, "ann")).value
         await pools.generate(ROOMY, 1)
         before = clock.reads
-        await verb(pools, value)
+        await operation(pools, value)
         assert clock.reads == before + 1, name
 
 
-async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: Hand) -> None:
+async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: ManualClock) -> None:
     (value,) = await pools.generate(SECRET, 1)
     clock.now += 1e9
     assert SECRET.token_ttl == math.inf

@@ -1,4 +1,4 @@
-"""A pool with `prefill` always has as many tokens as its capacity, also after the capacity has changed."""
+"""A pool with `prefill` always has as many tokens as its capacity, also after a change of the capacity."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,9 +31,9 @@ class Home:
         self._directory = directory
 
     @asynccontextmanager
-    async def open(self, terms: str) -> AsyncIterator[Pools]:
+    async def open(self, pools: str) -> AsyncIterator[Pools]:
         """Start a service, without HTTP and sweeper."""
-        settings = loader.load(write_config(self._directory, terms))
+        settings = loader.load(write_config(self._directory, pools))
         service = create_service(settings, self.clock, monotonic=lambda: 0.0)
         async with service.running():
             await service.pools.prefill()
@@ -78,7 +78,7 @@ async def test_a_start_fills_a_pool_and_a_restart_keeps_it(home: Home, capacity:
         await check(pools, pools.find("permits"), 0)
     home.clock.advance(10 * 365 * 86400)
     async with home.open(permits(capacity)) as pools:
-        assert await values(pools) == before, "they wait for ever"
+        assert await values(pools) == before, "must never expire"
 
 
 async def test_a_pool_larger_than_one_batch_is_filled_too(home: Home) -> None:
@@ -207,8 +207,8 @@ async def test_deleting_a_surplus_token_frees_no_place(home: Home) -> None:
         assert len(await values(pools)) == 2
 
 
-@pytest.mark.parametrize("turned", [False, True])
-async def test_available_means_leasable_without_prefill_too(home: Home, turned: bool) -> None:
+@pytest.mark.parametrize("in_reverse", [False, True])
+async def test_available_means_leasable_without_prefill_too(home: Home, in_reverse: bool) -> None:
     """Also while surplus tokens are still leased."""
     async with home.open(permits(4)) as pools:
         leases = await lease(pools, pools.find("permits"), 4)
@@ -216,7 +216,7 @@ async def test_available_means_leasable_without_prefill_too(home: Home, turned: 
         pass
     async with home.open(permits(2, prefill=False)) as pools:
         pool = pools.find("permits")
-        for released, value in enumerate(reversed(leases) if turned else leases, 1):
+        for released, value in enumerate(reversed(leases) if in_reverse else leases, 1):
             await pools.release(pool, value)
             available, leased = await pools.count(pool)
             assert (leased, available) == (4 - released, max(0, released - 2))

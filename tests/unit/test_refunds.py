@@ -21,7 +21,7 @@ from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle, _keys
 
 OWN = ("eve", "john doe", "john+doe")
-"""The users of an attacker. One header can mean either of the last two."""
+"""The attacker's own users. One header can mean either of the last two."""
 
 READINGS = (("eve",), ("eve", "%65ve"), ("john doe",), ("john doe", "john+doe"), ("john+doe", "john doe"))
 EACH = 3600 / 100
@@ -43,7 +43,7 @@ class World:
         self.others = 0.0
 
     async def log_in(self, names: Sequence[str], place: int, username: str | None = None) -> None:
-        """Fail, or succeed as `username`."""
+        """Fail to log in, or succeed as `username`."""
         with suppress(InvalidCredentials):
             async with self.throttle.attempt(names, f"{self.home}{place}", hashes=False) as attempt:
                 if username is None:
@@ -51,7 +51,7 @@ class World:
                 attempt.username = username
 
     async def fail_others(self, number: int) -> None:
-        """Fail at the names of others."""
+        """Fail to log in with the names of others."""
         for _ in range(number):
             await self.log_in([f"other{next(_networks)}"], 200)
             self.others = max(self.others, self.now[0]) + EACH
@@ -65,7 +65,7 @@ class World:
 
 @asynccontextmanager
 async def opened(directory: str | Path, free: int = 5) -> AsyncIterator[World]:
-    """Open a throttle of one worker, on a store of its own."""
+    """Open a throttle of one worker with its own store."""
     store, now = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10), [START]
     await store.start()
     settings = ThrottleSettings(free=free, network_free=100)
@@ -86,7 +86,7 @@ STEPS = st.one_of(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(STEPS, max_size=30))
-def test_no_logins_of_ones_own_hide_failures_of_others(steps: list[tuple[str, int, int]]) -> None:
+def test_own_logins_hide_no_failures_of_others(steps: list[tuple[str, int, int]]) -> None:
     async def run(directory: str) -> None:
         async with opened(directory, free=1000) as world:
             for what, number, place in steps:
@@ -107,7 +107,7 @@ def test_no_logins_of_ones_own_hide_failures_of_others(steps: list[tuple[str, in
 
 
 @pytest.mark.parametrize("names", READINGS)
-async def test_own_failures_are_taken_back_exactly(tmp_path: Path, names: Sequence[str]) -> None:
+async def test_own_failures_are_refunded_exactly(tmp_path: Path, names: Sequence[str]) -> None:
     async with opened(tmp_path, free=1000) as world:
         await world.fail_others(7)
         for place in range(1, 9):
@@ -130,8 +130,8 @@ async def test_a_success_refunds_no_forgotten_failure(tmp_path: Path) -> None:
         assert await world.level() == pytest.approx(5 * EACH)
 
 
-async def test_a_success_reveals_nothing_of_the_other_reading(tmp_path: Path) -> None:
-    """What was counted for the other name that the header can mean stays, whether a user has it or not."""
+async def test_a_success_refunds_only_its_own_reading(tmp_path: Path) -> None:
+    """Failures of the header's other reading stay counted, whether that name exists or not."""
     async with opened(tmp_path) as world:
         for _ in range(4):
             await world.log_in(["john+doe"], 1)
@@ -154,7 +154,7 @@ async def test_frequent_logins_hide_no_guesses_from_their_place(tmp_path: Path) 
         assert guesses == 100 + 6 * 10 - 1
 
 
-async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> None:
+async def test_a_comparison_counts_if_the_attempt_is_refused(tmp_path: Path) -> None:
     """Otherwise a full queue would let guesses at a cached secret through."""
     async with opened(tmp_path) as world:
         await world.log_in(["eve"], 1, "eve")
@@ -170,8 +170,8 @@ async def test_a_comparison_counts_though_the_try_is_refused(tmp_path: Path) -> 
             assert await world.throttle.permit_comparison("eve", f"{world.home}1") is None
 
 
-async def test_a_known_user_is_not_held_up_by_another_reading(tmp_path: Path) -> None:
-    """Someone else guesses at `john%40corp`: that name is not tried then, and the name of the user is."""
+async def test_a_user_is_not_throttled_by_another_reading(tmp_path: Path) -> None:
+    """An attacker guesses at `john%40corp`. That name is then skipped, and the user's own name is tried."""
     async with opened(tmp_path) as world:
         await world.log_in(["john@corp", "john%40corp"], 1, "john@corp")
         for _ in range(5):

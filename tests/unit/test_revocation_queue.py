@@ -1,4 +1,4 @@
-"""A log-out is always answered 200 and holds. When no more can be held in memory, no token is accepted."""
+"""A log-out is always answered with 200 and applies. When the queue in memory is full, no token is accepted."""
 
 import asyncio
 import sqlite3
@@ -100,7 +100,7 @@ class Scene:
         ]
 
     async def written(self) -> None:
-        """Wait until all is written."""
+        """Wait until the queue is written."""
         if self.queue._writing is not None:
             await asyncio.wait_for(self.queue._writing, 5)
         assert self.queue.held == {}
@@ -133,7 +133,7 @@ FAULTS += [sqlite3.OperationalError("locked"), RecursionError(), KeyError("x"), 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("what", ["reading", "writing"])
-async def test_a_logout_holds_on_any_store_error(scene: Scene, what: str, fault: Exception) -> None:
+async def test_a_logout_applies_on_any_store_error(scene: Scene, what: str, fault: Exception) -> None:
     token, other = await scene.log_in(), await scene.log_in()
     setattr(scene.store, what, fault)
     await scene.log_out(token)
@@ -172,7 +172,7 @@ async def test_a_held_token_is_not_listed(scene: Scene) -> None:
 
 
 async def test_a_full_queue_accepts_no_token(scene: Scene) -> None:
-    """When the store is back all tokens end: it is not known which ones were logged out meanwhile."""
+    """When the store is back, all tokens end, since it is not known which ones were logged out."""
     tokens = [await scene.log_in() for _ in range(6)]
     scene.store.writing = StoreUnavailable()
     for token in tokens[:3]:
@@ -196,7 +196,7 @@ async def test_a_full_queue_accepts_no_token(scene: Scene) -> None:
 
 
 async def test_one_network_cannot_fill_the_queue(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stranger with made-up tokens must not log everybody out. Further log-outs of the network wait."""
+    """A stranger with made-up tokens must not log all users out. Further log-outs of the network wait."""
     monkeypatch.setattr(revocation_queue, "MAX_PER_NETWORK", 2)
     token, other = await scene.log_in(), await scene.log_in()
     scene.store.reading = scene.store.writing = StoreUnavailable()
@@ -214,7 +214,7 @@ async def test_one_network_cannot_fill_the_queue(scene: Scene, monkeypatch: pyte
     assert await scene.statuses(other) == ALIVE
 
 
-async def test_one_bad_write_does_not_hold_up_the_others(scene: Scene) -> None:
+async def test_one_bad_write_does_not_block_the_others(scene: Scene) -> None:
     tokens = [await scene.log_in() for _ in range(3)]
     scene.store.writing = StoreUnavailable()
     for token in tokens:
@@ -242,7 +242,7 @@ async def test_a_stop_logs_the_revocations_it_loses(scene: Scene) -> None:
 
 
 async def test_each_revocation_is_queued_once_up_to_a_bound(scene: Scene) -> None:
-    """A repeated log-out takes no room, and neither does a value that the store is known not to have."""
+    """A repeated log-out is queued once. A value that the store does not have is not queued."""
     token = await scene.log_in()
     scene.store.writing = StoreUnavailable()
     for _ in range(5):
@@ -304,7 +304,7 @@ async def log_in(service: Service) -> bytes:
 
 
 async def is_valid(service: Service, value: bytes) -> bool | None:
-    """Return whether a worker accepts a token; None if it cannot tell."""
+    """Return whether a worker accepts a token; None if it does not know."""
     try:
         return await service.tokens.validate(value) is not None
     except StoreUnavailable:
@@ -356,7 +356,7 @@ async def test_a_full_queue_refuses_all_tokens_on_every_worker(machine: Machine)
 
 
 async def test_queues_that_are_full_together_accept_nothing(machine: Machine) -> None:
-    """Each queue has room for its own, but not for both."""
+    """Each queue has room for its own revocations, but not for those of both."""
     here, there = machine.services
     tokens = [await log_in(here) for _ in range(5)]
     machine.fail_writes(StoreUnavailable())

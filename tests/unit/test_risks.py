@@ -65,13 +65,13 @@ def test_a_strong_password_on_this_machine_is_no_risk(passwords: Passwords) -> N
     ("password", "risk"), [(SHIPPED_HASH, "shipped_password"), (WEAK, "weak_hash")], ids=["shipped", "weak"]
 )
 def test_a_risk_is_only_a_warning_on_a_loopback_address(passwords: Passwords, password: str, risk: str) -> None:
-    at_home = configured("", password)
-    risks = find_risks(at_home, passwords)
+    local = configured("", password)
+    risks = find_risks(local, passwords)
     assert [each.name for each in risks] == [risk]
     assert "\n" not in risks[0].text
     assert password not in risks[0].text
-    demand_acceptable(at_home, risks)
-    judge(at_home, risks)
+    demand_acceptable(local, risks)
+    judge(local, risks)
     for host in ("0.0.0.0", "::", "192.168.1.4", "example.com", "127.0.0.1.example.com", "0"):
         public = configured(f'host = "{host}"', password)
         with pytest.raises(ConfigError) as refusal:
@@ -95,8 +95,8 @@ def test_a_loopback_address_behind_a_proxy_is_public(passwords: Passwords, host:
     settings = loader.parse(f'server.host = "{host}"\n{public}\n{user}', {})
     with pytest.raises(ConfigError, match=f"^{re.escape(key)}.*others can reach the service, and .*'weak_hash'"):
         demand_acceptable(settings, find_risks(settings, passwords))
-    at_home = loader.parse(f'server.host = "{host}"\noauth.issuer = "http://localhost:8000"\n{user}', {})
-    demand_acceptable(at_home, find_risks(at_home, passwords))
+    local = loader.parse(f'server.host = "{host}"\noauth.issuer = "http://localhost:8000"\n{user}', {})
+    demand_acceptable(local, find_risks(local, passwords))
 
 
 @pytest.mark.parametrize("host", ["", " ", "127.0.0.1 ", "a b", "\x7f"])
@@ -128,10 +128,10 @@ def test_trusting_an_eighth_of_all_addresses_is_a_risk(
 
 
 SLOW_HASHES = {
-    "a second and more of bcrypt": "$2b$15$" + "." * 53,
-    "a second and more of argon2": f"$argon2id$v=19$m=65536,t=20,p=1${'A' * 22}${'A' * 43}",
-    "a second and more of scrypt": f"$scrypt$ln=19,r=8,p=1${'A' * 22}${'A' * 43}",
-    "a second and more of pbkdf2": f"$pbkdf2-sha256$10000000${'A' * 22}${'A' * 43}",
+    "over a second of bcrypt": "$2b$15$" + "." * 53,
+    "over a second of argon2": f"$argon2id$v=19$m=65536,t=20,p=1${'A' * 22}${'A' * 43}",
+    "over a second of scrypt": f"$scrypt$ln=19,r=8,p=1${'A' * 22}${'A' * 43}",
+    "over a second of pbkdf2": f"$pbkdf2-sha256$10000000${'A' * 22}${'A' * 43}",
 }
 
 
@@ -172,7 +172,7 @@ def test_accepting_one_risk_does_not_accept_another(passwords: Passwords) -> Non
 
 
 @pytest.mark.parametrize("name", ["shipped", "*", "open_dialekt", ""])
-def test_a_risk_that_there_is_not_cannot_be_accepted(name: str) -> None:
+def test_an_unknown_risk_cannot_be_accepted(name: str) -> None:
     with pytest.raises(ConfigError, match=r"server\.accept_risks\[0\]: must be one of shipped_password, "):
         configured(f'accept_risks = ["{name}"]', STRONG)
 

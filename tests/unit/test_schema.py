@@ -1,4 +1,4 @@
-"""The schema: what the migrations build, who may upgrade it, and how durable what stands in it is."""
+"""The schema: its migrations, upgrades, and the durability of commits."""
 
 import sqlite3
 import subprocess
@@ -29,7 +29,7 @@ from tokenauth.stores.tables import metadata
 
 @contextmanager
 def connected(file: Path | str) -> Iterator[Connection]:
-    """Connect with SQLAlchemy, in a transaction that the driver does not meddle with."""
+    """Connect with SQLAlchemy, in a transaction that the driver does not control."""
     engine = create_engine(f"sqlite:///{file}", poolclass=NullPool, connect_args={"isolation_level": None})
     event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
     with engine.begin() as db:
@@ -45,14 +45,14 @@ def db(tmp_path: Path) -> Iterator[Connection]:
 
 @pytest.fixture
 def wanted() -> Iterator[Connection]:
-    """Connect to a database that was made of the tables and not by the migrations."""
+    """Connect to a database that was created from the tables instead of the migrations."""
     with connected("") as db:
         metadata.create_all(db)
         yield db
 
 
 def statements(db: Connection) -> dict[str, str]:
-    """Return how each table and index was made, in SQLite's own words."""
+    """Return the SQL that SQLite stores for each table and index."""
     query = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'"
     return {name: " ".join(sql.split()) for name, sql in db.execute(text(query))}
 
@@ -78,14 +78,14 @@ def test_an_upgrade_logs_the_previous_revision(db: Connection) -> None:
 
 
 def upgrade_to(db: Connection, revision: str) -> None:
-    """Bring a database to what an earlier release needed."""
+    """Upgrade a database to the schema of an earlier release."""
     settings = schema.migrations()
     settings.attributes["connection"] = db
     command.upgrade(settings, revision)
 
 
 async def test_an_upgrade_keeps_the_first_release_s_rows(tmp_path: Path) -> None:
-    """The rows are written as 0001 had them, whatever the tables are today."""
+    """The rows are inserted in the form of revision 1.1."""
     path, token = (
         tmp_path / "tokens.db",
         Token(sha256(b"1").digest(), "ann", "c", START, int(START) + 100, "::1", "curl"),
@@ -126,7 +126,7 @@ def test_a_schema_of_a_newer_release_is_left_alone(db: Connection) -> None:
 
 
 def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
-    """One transaction: a table that is in the way takes the others back with it."""
+    """The upgrade is one transaction. A table that exists already rolls everything back."""
     path = tmp_path / "tokens.db"
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE failures (mine)")
@@ -136,19 +136,19 @@ def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
         assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("failures",)]
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["no file", "an empty file"])
-async def test_a_store_makes_its_schema_in(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("exists", [False, True], ids=["no file", "an empty file"])
+async def test_a_store_creates_its_schema(tmp_path: Path, exists: bool) -> None:
     path = tmp_path / "tokens.db"
-    if there:
+    if exists:
         path.touch(0o640)
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     assert await store.start() == 0
     assert await store.ready() is None
     await store.stop(START)
-    assert path.stat().st_mode & 0o777 == (0o640 if there else 0o600)
+    assert path.stat().st_mode & 0o777 == (0o640 if exists else 0o600)
 
 
-async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) -> None:
+async def test_a_store_with_a_changed_schema_is_not_ready(tmp_path: Path) -> None:
     path = tmp_path / "tokens.db"
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     await store.start()
@@ -159,7 +159,7 @@ async def test_a_store_whose_schema_has_moved_on_is_not_ready(tmp_path: Path) ->
 
 
 async def test_a_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
-    """WAL alone would lose the last commits with the power: synchronous must be FULL (2)."""
+    """Otherwise a power failure would lose the last commits, even with WAL. `synchronous` must be FULL (2)."""
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path}/tokens.db"), 10)
     assert isinstance(store.engine, SqliteEngine)
     await store.start()
@@ -172,7 +172,7 @@ async def test_a_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
 
 
 def count_elsewhere(path: Path) -> int:
-    """Have another process count the tokens in a file, and close it."""
+    """Count the tokens in a file in another process, which also closes the file."""
     script = (
         "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM tokens').fetchone())"
     )
@@ -180,9 +180,9 @@ def count_elsewhere(path: Path) -> int:
 
 
 async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
-    """Closing any descriptor of a file gives up all POSIX locks that the process has on it.
+    """Closing any descriptor of a file releases all POSIX locks of the process on it.
 
-    Without its lock the next process to close the file takes itself for the last, and deletes the log in use
+    Then the next process that closes the file believes that it is the last one, and deletes the log that is in use
     (https://sqlite.org/howtocorrupt.html, section 2.2).
     """
     path = tmp_path / "tokens.db"
@@ -191,6 +191,6 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
         await store.start()
     for count in range(1, 4):
         await stores[0].tokens.issue(Token(sha256(b"%d" % count).digest(), "ann", "", START, int(START) + 1), 0, START)
-        assert count_elsewhere(path) == count, "what was acknowledged is not there"
+        assert count_elsewhere(path) == count, "an acknowledged token is missing"
     for store in stores:
         await store.stop(START)

@@ -21,7 +21,7 @@ token_ttl = {TOKEN_TTL}
 capacity = 5
 token_ttl = {TOKEN_TTL}
 lease_ttl = 1000
-[pools.for_ever]
+[pools.unlimited]
 [pools.permits]
 capacity = 3
 prefill = true
@@ -61,13 +61,13 @@ async def test_expired_tokens_of_every_pool_are_deleted_in_steps(
     for count in (BATCH, BATCH, 7):
         await pools.generate(pools.find("waiting"), count)
     await pools.generate(pools.find("bounded"), 2)
-    await pools.generate(pools.find("for_ever"), 4)
+    await pools.generate(pools.find("unlimited"), 4)
     clock.advance(TOKEN_TTL - 1)
     (late,) = await pools.generate(pools.find("waiting"), 1)
     assert await sweeper.sweep() == 0
     clock.advance(INTERVAL)
     assert await sweeper.sweep() == 2 * BATCH + 7 + 2
-    assert rows(tmp_path) == {"waiting": 1, "for_ever": 4, "permits": 3}
+    assert rows(tmp_path) == {"waiting": 1, "unlimited": 4, "permits": 3}
     assert (await pools.get(pools.find("waiting"), late)).value == late
 
 
@@ -79,7 +79,7 @@ async def test_a_leased_token_is_deleted_after_its_token_ttl(
     await pools.generate(bounded, 2)
     leased = await pools.assign(bounded, "ci")
     clock.advance(1000)
-    assert await sweeper.sweep() == 1, "the one that nobody took"
+    assert await sweeper.sweep() == 1, "must delete only the token that was not leased"
     assert await pools.count(bounded) == (1, 0)
     clock.advance(TOKEN_TTL - 1)
     assert await sweeper.sweep() == 0

@@ -1,4 +1,4 @@
-"""TextFile and UserFile: an edit is complete or absent, keeps edits of others, and leaves no file behind."""
+"""TextFile and UserFile: an edit is atomic, keeps concurrent edits, and leaves no other file behind."""
 
 import itertools
 import os
@@ -42,7 +42,7 @@ def no_room(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(directory: Path, file_too: bool = True) -> Iterator[None]:
-    """Become a user who cannot write there."""
+    """Become a user without the permission to write there."""
     directory.chmod(0o555)
     path = directory / "config.toml"
     path.chmod(0o444 if file_too else 0o666)
@@ -66,14 +66,14 @@ def read_only(directory: Path, file_too: bool = True) -> Iterator[None]:
 
 @contextmanager
 def only_the_directory_read_only(directory: Path) -> Iterator[None]:
-    """Become a user who can write the file and nothing else there."""
+    """Become a user who can write only the file."""
     with read_only(directory, file_too=False):
         yield
 
 
 @contextmanager
 def mounted(directory: Path) -> Iterator[None]:
-    """Make the file a mount of its own, as in containers: it cannot be replaced by renaming."""
+    """Make the file a mount point, as in containers. It cannot be replaced by renaming then."""
     elsewhere = directory.parent / "elsewhere.toml"
     elsewhere.write_bytes((directory / "config.toml").read_bytes())
     command = ["mount", "--bind", str(elsewhere), str(directory / "config.toml")]
@@ -103,7 +103,7 @@ def nothing_wrong(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def a_leftover(directory: Path) -> Iterator[None]:
-    """Leave what a killed command leaves."""
+    """Create the file that a killed command leaves."""
     (directory / ".config.toml.new").write_text("half of all has")
     yield
 
@@ -128,7 +128,7 @@ EDITED = {
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("bom", [False, True], ids=["plain", "bom"])
 @pytest.mark.parametrize("linked", [False, True], ids=["file", "link"])
-def test_an_edit_is_whole_or_has_not_happened(
+def test_an_edit_is_complete_or_has_no_effect(
     tmp_path: Path,
     state: Callable[[Path], AbstractContextManager[None]],
     edit: str,
@@ -136,7 +136,7 @@ def test_an_edit_is_whole_or_has_not_happened(
     bom: bool,
     linked: bool,
 ) -> None:
-    """The old text or the new one to the byte, with link and mode, and no other file in the directory."""
+    """The file has exactly the old text or the new one, the same link and mode, and no new file beside it."""
     directory = tmp_path / "etc"
     directory.mkdir()
     path = directory / "config.toml"
@@ -232,10 +232,10 @@ def command(path: Path, operation: str, name: str, password: Callable[[], str]) 
 @pytest.mark.parametrize("outer", list(itertools.product(["add", "passwd"], NAMES)), ids="-".join)
 @pytest.mark.parametrize("first", MEANWHILE, ids=" ".join)
 @pytest.mark.parametrize("second", [("add", "ann"), ("remove", "bob"), ("by hand", "")], ids=" ".join)
-def test_what_happens_while_a_password_is_typed_is_kept(
+def test_edits_while_a_password_is_typed_are_kept(
     tmp_path: Path, outer: tuple[str, str], first: tuple[str, str], second: tuple[str, str]
 ) -> None:
-    """A slow command works as if it began when its password was there: it makes its own change or fails."""
+    """A slow command behaves as if it had started when the password was entered: it makes its change or fails."""
     path = tmp_path / "config.toml"
     path.write_text(FILE)
     model = {"ann": "a"}

@@ -1,4 +1,4 @@
-"""Percent-encoding is decoded exactly as the standard library does it, and cheaply whatever is sent."""
+"""Percent-encoding is decoded exactly as in the standard library, and fast for any input."""
 
 from collections.abc import Callable
 from time import process_time
@@ -18,7 +18,7 @@ TEXTS = st.binary() | st.lists(PIECES | st.binary(max_size=2)).map(b"".join)
 
 @given(TEXTS)
 @example(b"%=\r%\n=%")
-def test_it_is_what_the_standard_library_does(text: bytes) -> None:
+def test_decoding_matches_the_standard_library(text: bytes) -> None:
     assert urlencoding.unquote(text) == unquote_to_bytes(text)
     assert urlencoding.unquote_plus(text) == unquote_to_bytes(text.replace(b"+", b" "))
 
@@ -37,7 +37,7 @@ def test_a_query_has_at_most_100_fields() -> None:
 
 @pytest.mark.parametrize("piece", [b"%41", b"%", b"%zz", b"\xc3%", b"%\xc3\xa9", b"=%3d"])
 def test_hostile_text_is_cheaper_than_with_the_stdlib(piece: bytes) -> None:
-    """On this machine, by the time of the processor: at the most 1 ms for 16 KiB, where it was 7."""
+    """Measured in CPU time: 16 KiB took 7 ms with the standard library, and takes at most 1 ms now."""
     text = piece * (16 * 1024 // len(piece))
     assert _cost(urlencoding.unquote, text) < 0.75 * _cost(unquote_to_bytes, text)
 

@@ -1,4 +1,4 @@
-"""UserFile edits the users in place and leaves the rest of the file as it was."""
+"""UserFile edits the users in place and leaves the rest of the file unchanged."""
 
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ def hashed() -> str:
 
 def refused() -> str:
     """Fail if a password is asked for."""
-    raise AssertionError("nobody should have been asked for a password")
+    raise AssertionError("must not ask for a password")
 
 
 def lines(path: Path) -> list[str]:
@@ -96,7 +96,7 @@ def test_removing_a_user_removes_nothing_else(path: Path) -> None:
         assert kept in path.read_text()
 
 
-def test_all_users_may_go_and_come_back(path: Path) -> None:
+def test_all_users_can_be_removed_and_others_added(path: Path) -> None:
     for name in ("ann", "admin"):
         UserFile(path).remove(name)
     assert loader.load(path, {}).users_by_name == {}
@@ -136,9 +136,7 @@ def test_an_unknown_user_name_is_an_error(path: Path, action: str) -> None:
     ],
     ids=ascii,
 )
-def test_what_would_not_be_a_configuration_is_not_written(
-    path: Path, name: str, scopes: tuple[str, ...], key: str
-) -> None:
+def test_an_edit_that_would_be_invalid_is_not_written(path: Path, name: str, scopes: tuple[str, ...], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"users\[2\]\.{key}(\[0\])?: ") as refusal:
         UserFile(path).add(name, hashed, scopes)
     assert "\n" not in str(refusal.value)
@@ -168,7 +166,7 @@ def test_a_file_that_cannot_be_edited_is_a_mistake(path: Path, text: bytes) -> N
     assert path.read_bytes() == text
 
 
-def test_a_file_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+def test_a_missing_file_cannot_be_edited(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be edited"):
         UserFile(tmp_path / "config.toml")
 
@@ -183,7 +181,7 @@ def test_the_files_mode_stays(path: Path, mode: int) -> None:
 def test_the_files_owner_stays(path: Path) -> None:
     """Root edits a file that the service must be able to read."""
     if os.geteuid() != 0:
-        lack("root", "run the tests as root: nobody else can give a file away")
+        lack("root", "run the tests as root: only root can change a file's owner")
     os.chown(path, 12345, 23456)
     path.chmod(0o600)
     UserFile(path).add("bob", hashed, ())
@@ -205,7 +203,7 @@ def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
     assert "bob" in loader.load(path, {}).users_by_name
 
 
-def test_nothing_is_left_beside_the_file(path: Path) -> None:
+def test_no_other_file_is_left_in_the_directory(path: Path) -> None:
     UserFile(path).add("bob", hashed, ())
     UserFile(path).remove("bob")
     assert os.listdir(path.parent) == ["config.toml"]

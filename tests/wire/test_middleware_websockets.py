@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from tests.unit.test_middleware import Book
+from tests.unit.test_middleware import FixedValidator
 from tokenauth.errors import IssuerUnavailable
 from tokenauth.web.middleware import TokenMiddleware
 
@@ -55,7 +55,7 @@ def without_denials(app: ASGIApp) -> ASGIApp:
 @pytest.fixture(scope="module", params=["websockets-sansio"])
 def address(request: pytest.FixtureRequest) -> Iterator[str]:
     """Serve an app that needs the scope `read`, except at "/open"."""
-    app = TokenMiddleware(echo, Book("read"), scopes=["read"], exempt=["/open"])
+    app = TokenMiddleware(echo, FixedValidator("read"), scopes=["read"], exempt=["/open"])
     with serving(app, request.param) as running:
         yield running
 
@@ -96,17 +96,20 @@ def test_a_websocket_needs_a_valid_token_like_a_request(address: str) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "refused"),
-    [(Book(), (403, "insufficient_scope")), (Book("read", error=IssuerUnavailable()), (503, "issuer_unavailable"))],
+    [
+        (FixedValidator(), (403, "insufficient_scope")),
+        (FixedValidator("read", error=IssuerUnavailable()), (503, "issuer_unavailable")),
+    ],
     ids=["scope", "issuer"],
 )
-def test_a_websocket_is_refused_like_a_request(tokens: Book, refused: tuple[int, str]) -> None:
+def test_a_websocket_is_refused_like_a_request(tokens: FixedValidator, refused: tuple[int, str]) -> None:
     with serving(TokenMiddleware(echo, tokens, scopes=["read"]), "websockets-sansio") as address:
         assert refusal(address, X_Token="anns") == refused
 
 
 def test_without_denial_responses_it_closes_unaccepted() -> None:
     """Uvicorn turns a close with 1008 before the handshake into an HTTP 403."""
-    with serving(without_denials(TokenMiddleware(echo, Book())), "websockets-sansio") as address:
+    with serving(without_denials(TokenMiddleware(echo, FixedValidator())), "websockets-sansio") as address:
         assert refusal(address) == (403, "")
         with open_websocket(address, X_Token="anns") as connection:
             assert connection.recv() == "hello ann"

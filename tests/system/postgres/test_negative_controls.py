@@ -14,7 +14,7 @@ from tests.support.history import Grant, HandTime, History
 from tests.support.postgres import Cluster
 from tests.support.races import Holder
 from tests.system.postgres.nodes import fresh
-from tests.unit.test_negative_controls import amid, assert_like
+from tests.unit.test_negative_controls import assert_like, interleave
 from tokenauth.models import LeaseCheck, Pool, PoolToken
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.changes import pool_rows
@@ -116,7 +116,7 @@ def test_the_check_detects_an_assign_without_a_lock(
     monkeypatch.setattr(pool_changes, "PoolRows", rows)
     quick = machine()
     history.record("generate", quick.generate)
-    amid(
+    interleave(
         lambda pause: Holder("slow", machine(pause), history, Random(1)).assign(),
         Holder("quick", quick, history, Random(2)).assign,
     )
