@@ -45,7 +45,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[Callable[[], None]]:
-    """Hold the lock, as another process does; call the yielded function to release it."""
+    """Hold the lock, as another process does. The yielded function releases it."""
     file = os.open(directory / "tokenauth.db-lock", os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX)
     try:
@@ -96,7 +96,7 @@ async def test_a_write_wakes_one_thread(store: Store) -> None:
 async def test_a_lock_that_stays_held_delays_one_write(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process that holds it may be suspended: until it goes on, SQLite's own lock decides."""
+    """Its process may be suspended. Until it continues, writers rely on SQLite's own lock."""
     monkeypatch.setattr(writer, "LOCK_TIMEOUT", 0.1)
     with locked(tmp_path):
         assert await seconds(store) >= 0.1
@@ -126,7 +126,7 @@ async def test_a_process_that_ends_releases_the_lock(store: Store, tmp_path: Pat
         assert await writing < write_lock.LOCK_TIMEOUT
 
 
-async def test_a_deleted_file_is_made_again(store: Store, tmp_path: Path) -> None:
+async def test_a_deleted_lock_file_is_created_again(store: Store, tmp_path: Path) -> None:
     """Until then processes with the old file lock it, and others a new one."""
     file = tmp_path / "tokenauth.db-lock"
     file.unlink()
