@@ -132,7 +132,7 @@ def print_json(document: object) -> None:
     click.echo(json_text(document, indent=2))
 
 
-def whole(instant: float | None) -> int | None:
+def whole_seconds(instant: float | None) -> int | None:
     return None if instant is None else int(instant)
 
 

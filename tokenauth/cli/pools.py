@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.cli.base import CommandGroup, config_option, json_option, print_json, show, text, whole, with_service
+from tokenauth.cli.base import (
+    CommandGroup,
+    config_option,
+    json_option,
+    print_json,
+    show,
+    text,
+    whole_seconds,
+    with_service,
+)
 from tokenauth.errors import LeaseLost
 from tokenauth.logs import audit
 
@@ -52,7 +61,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
         rows = []
         for token in await service.pools.list_tokens(pool, text(after)):
             lease = token.lease(service.clock())
-            row = {"token": token.value, "expiry_time": whole(pool.expires_at(token)), "fence": token.fence}
+            row = {"token": token.value, "expiry_time": whole_seconds(pool.expires_at(token)), "fence": token.fence}
             row |= {"user": lease and token.username, "holder": lease and lease.holder}
             row |= {"lease_expiry_time": lease and int(lease.until)}
             rows.append(row)

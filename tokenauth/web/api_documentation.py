@@ -33,7 +33,7 @@ from tokenauth.settings.model import MAX_NAME, Settings
 from tokenauth.web.dialects.serving import dialect_sections
 from tokenauth.web.exceptions import (
     BodyTooLarge,
-    ForeignPage,
+    ForeignOrigin,
     InvalidClient,
     InvalidScope,
     NotFound,
@@ -144,7 +144,7 @@ TOKEN = Section(
                     "text/plain",
                 ),
             ],
-            refusals=[*JSON_BODY, ForeignPage, TooManyAttempts, Overloaded, StoreUnavailable],
+            refusals=[*JSON_BODY, ForeignOrigin, TooManyAttempts, Overloaded, StoreUnavailable],
         ),
         Operation(
             method="GET",
@@ -481,7 +481,7 @@ _CLIENT: Refusals = (
     TooManyAttempts,
     Overloaded,
     StoreUnavailable,
-    ForeignPage,
+    ForeignOrigin,
 )
 _CLIENT_SECURITY = ((), (BASIC,))
 _CLIENT_EXAMPLE = {"client_id": "admin", "client_secret": "admin"}

@@ -24,9 +24,9 @@ from tokenauth.web.access_log import AccessLog
 from tokenauth.web.api_documentation import describe as describe_api
 from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
 from tokenauth.web.cors import CORS
+from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
-from tokenauth.web.foreign_pages import Hosts, PageGuard
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.proxy_headers import ProxyHeaders
 from tokenauth.web.routes.account import ME, AccountRoutes
@@ -98,13 +98,13 @@ def find_routes(service: Service) -> list[Route]:
     config, tokens = service.settings, service.tokens
     hosts = Hosts.of(config.server, config.oauth.issuer)
     with_token = [Middleware(TokenMiddleware, tokens)]
-    not_from_pages = [Middleware(PageGuard, config.server.cors_origins, hosts, safe=True)]
+    csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, safe=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [
         *AccountRoutes(tokens).routes(with_token),
         *TokenRoutes(tokens, hosts).routes(),
         Route(FORWARD_AUTH, ForwardAuth(tokens)),
-        *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(not_from_pages),
+        *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(csrf_guard),
         *HealthRoutes(service.ready).routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
     ]

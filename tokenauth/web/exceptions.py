@@ -32,7 +32,7 @@ class UnsupportedMediaType(InvalidRequest):
     description = "The body must be JSON in UTF-8: send Content-Type: application/json and no Content-Encoding."
 
 
-class ForeignPage(Refusal):
+class ForeignOrigin(Refusal):
     """A web page of another origin made the browser send the request."""
 
     code = "foreign_origin"

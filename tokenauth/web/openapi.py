@@ -29,7 +29,7 @@ from tokenauth.errors import (
 )
 from tokenauth.web.exceptions import (
     BodyTooLarge,
-    ForeignPage,
+    ForeignOrigin,
     InvalidClient,
     InvalidScope,
     NotFound,
@@ -170,7 +170,7 @@ _REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
         (TokenRequired(), "No token was sent."),
         (InvalidToken(), "The token is unknown, expired or revoked."),
         (Forbidden("scope: is empty or no scope."), "The query cannot be understood, so nothing passes."),
-        (ForeignPage("https://other.example"), "A web page of another origin sent the request."),
+        (ForeignOrigin("https://other.example"), "A web page of another origin sent the request."),
         (NotYourLease(), "The lease belongs to another user."),
         (InsufficientScope("admin"), "The user does not have a scope that this needs."),
         (NotFound(), "It does not exist."),

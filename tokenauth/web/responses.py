@@ -29,7 +29,7 @@ from tokenauth.errors import (
 from tokenauth.logs import log, safe_traceback
 from tokenauth.web.exceptions import (
     BodyTooLarge,
-    ForeignPage,
+    ForeignOrigin,
     InternalError,
     InvalidClient,
     InvalidScope,
@@ -54,7 +54,7 @@ STATUS: dict[type[Refusal], int] = {
     TokenRequired: 401,
     InvalidToken: 401,
     Forbidden: 403,
-    ForeignPage: 403,
+    ForeignOrigin: 403,
     NotYourLease: 403,
     InsufficientScope: 403,
     NotFound: 404,

@@ -34,7 +34,7 @@ Handlers = Mapping[str, Handler | Endpoint]
 
 
 class Methods:
-    """ASGI app that calls the handler of a request's method. A handler of GET also answers HEAD.
+    """ASGI app that calls the handler for the method of a request. A handler of GET also answers HEAD.
 
     A handler of both GET and POST changes something, which HEAD must not do (RFC 9110 section 9.2.1): HEAD is refused.
     """
@@ -77,7 +77,7 @@ class Route(routing.Route):
         self.guarded = bool(middleware)
 
 
-def exact(handler: Handler, query: Collection[str] = (), body: bool = False) -> Handler:
+def strict(handler: Handler, query: Collection[str] = (), body: bool = False) -> Handler:
     """Refuse query parameters other than `query`, and a body unless the handler reads it.
 
     Otherwise a parameter that is misspelt, or in the body instead of the query, would be ignored.
@@ -97,8 +97,8 @@ def exact(handler: Handler, query: Collection[str] = (), body: bool = False) -> 
     return checked
 
 
-def whole(handler: Handler) -> Handler:
-    """Wait for the end of a request without a body before it is handled: one that is cut off changes nothing."""
+def when_complete(handler: Handler) -> Handler:
+    """Wait for the end of a request whose body is ignored, then handle it: one that is cut off changes nothing."""
 
     @wraps(handler)
     async def waiting(request: Request) -> Response:
@@ -109,7 +109,7 @@ def whole(handler: Handler) -> Handler:
 
 
 def refuse_collisions(owners: Mapping[str, Iterable[Route]]) -> None:
-    """Raise ConfigError if a path has two routes, which names their owners."""
+    """Raise ConfigError if two routes match one path. The error names the owners of both."""
     owned = [(owner, route.path) for owner, routes in owners.items() for route in routes]
     for (first, one), (second, other) in combinations(owned, 2):
         if _overlap(one, other):
@@ -117,7 +117,7 @@ def refuse_collisions(owners: Mapping[str, Iterable[Route]]) -> None:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether some path matches both templates."""
+    """Return whether some path matches both templates."""
     if one.count("/") != other.count("/"):
         return False
     segments = zip(one.split("/"), other.split("/"), strict=True)

@@ -41,7 +41,7 @@ from tokenauth.errors import (
 )
 from tokenauth.web.exceptions import (
     BodyTooLarge,
-    ForeignPage,
+    ForeignOrigin,
     InternalError,
     InvalidClient,
     InvalidScope,
@@ -82,7 +82,7 @@ REFUSED: dict[type[Refusal], list[Call]] = {
     ],
     InvalidCredentials: [Call("POST", "/api/token", "", login("wrong"))],
     Forbidden: [Call("GET", "/auth?scope=", "ann")],
-    ForeignPage: [
+    ForeignOrigin: [
         Call(method, path, "", {"headers": {"Origin": "https://foreign.example"}})
         for method, path in [
             *(("POST", f"/oauth/{endpoint}") for endpoint in ("token", "introspect", "revoke")),

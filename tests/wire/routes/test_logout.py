@@ -19,9 +19,9 @@ from starlette.types import Message
 from tests.support.connections import Connection
 from tests.support.servers import Server
 from tokenauth.values import new_value
-from tokenauth.web import submitted_tokens
+from tokenauth.web import logout_tokens
+from tokenauth.web.logout_tokens import find_logout_tokens, unpack
 from tokenauth.web.requests import MAX_BODY, Request
-from tokenauth.web.submitted_tokens import find_submitted_tokens, unpack
 
 KIB = 1024
 Headers = Sequence[tuple[bytes, bytes]]
@@ -133,7 +133,7 @@ async def reading(headers: Headers, body: bytes, query: bytes = b"") -> list[byt
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return list(await find_submitted_tokens(Request(scope, receive)))
+    return list(await find_logout_tokens(Request(scope, receive)))
 
 
 Combination = tuple[str, str, str, str]
@@ -288,11 +288,11 @@ HOSTILE: dict[str, bytes] = {
 @pytest.mark.parametrize("attack", HOSTILE)
 @pytest.mark.parametrize("declared", [b"", b"gzip", b"deflate", b"gzip, deflate, gzip, deflate, gzip", b"gzip," * 2000])
 def test_the_size_of_an_unpacked_body_is_bounded(attack: str, declared: bytes) -> None:
-    body = HOSTILE[attack][: submitted_tokens.MAX_SEARCHED]
+    body = HOSTILE[attack][: logout_tokens.MAX_SEARCHED]
     readings = unpack({"headers": [(b"content-encoding", declared)] if declared else []}, body)
     assert readings[0] == body
-    assert len(readings) <= 1 + submitted_tokens.MAX_LAYERS
-    assert sum(map(len, readings[1:])) <= submitted_tokens.MAX_INFLATED
+    assert len(readings) <= 1 + logout_tokens.MAX_LAYERS
+    assert sum(map(len, readings[1:])) <= logout_tokens.MAX_INFLATED
 
 
 @pytest.mark.parametrize("where", ["body", "lines", "query", "headers"])
@@ -327,7 +327,7 @@ def test_no_more_than_64_kib_of_a_body_are_read() -> None:
 
     async def turns() -> int:
         naming = asyncio.ensure_future(
-            find_submitted_tokens(Request({"type": "http", "headers": [], "query_string": b""}, receive))
+            find_logout_tokens(Request({"type": "http", "headers": [], "query_string": b""}, receive))
         )
         count = 0
         while not naming.done():

@@ -10,7 +10,7 @@ from sqlalchemy import Float, Integer, bindparam, select, text, update
 
 from tokenauth.models import CountUpdate, Failures, Instant
 from tokenauth.stores.engine import Change, Transaction
-from tokenauth.stores.statements import delete_oldest
+from tokenauth.stores.sql import delete_oldest
 from tokenauth.stores.tables import failures
 
 _UPDATE = text("""

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.engine import Conflict, Transaction
-from tokenauth.stores.statements import elements
+from tokenauth.stores.sql import elements
 from tokenauth.stores.tables import pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at

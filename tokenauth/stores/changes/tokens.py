@@ -9,7 +9,7 @@ from sqlalchemy import Delete, Float, Insert, Select, bindparam, delete, func, i
 
 from tokenauth.models import Instant, Token
 from tokenauth.stores.engine import Change, Transaction
-from tokenauth.stores.statements import delete_oldest, elements
+from tokenauth.stores.sql import delete_oldest, elements
 from tokenauth.stores.tables import revocations, tokens
 
 _MANY = 1000

@@ -9,7 +9,7 @@ from sqlalchemy.dialects import postgresql
 
 from tokenauth.models import Instant
 from tokenauth.stores.engine import Rows, Values
-from tokenauth.stores.statements import Compiled
+from tokenauth.stores.sql import StatementCache
 
 if TYPE_CHECKING:
     import asyncpg
@@ -29,7 +29,7 @@ _LOCK_EXCLUSIVE, _LOCK_SHARED = _LOCK % "", _LOCK % "_shared"
 _READ_CLOCK = f"SELECT {_NOW}"
 _NOTIFY = f"SELECT pg_notify('{CHANNEL}', '')"
 
-_compiled = Compiled(postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
+_statements = StatementCache(postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
 
 
 def advisory_key(name: str) -> int:
@@ -61,8 +61,8 @@ class PostgresTransaction:
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query."""
-        text, names, own = _compiled(statement, values)
-        rows: Rows = self._run(lambda db: db.fetch(text, *_ordered(names, own, values)))
+        text, names, constants = _statements.compile(statement, values)
+        rows: Rows = self._run(lambda db: db.fetch(text, *_ordered(names, constants, values)))
         return rows
 
     def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
@@ -71,8 +71,8 @@ class PostgresTransaction:
 
     def execute(self, statement: ClauseElement, values: Values) -> int:
         """Run a change."""
-        text, names, own = _compiled(statement, values)
-        status: str = self._run(lambda db: db.execute(text, *_ordered(names, own, values)))
+        text, names, constants = _statements.compile(statement, values)
+        status: str = self._run(lambda db: db.execute(text, *_ordered(names, constants, values)))
         return int(status.rpartition(" ")[2])
 
     def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
@@ -100,12 +100,12 @@ class PostgresTransaction:
             self._run(lambda db: db.execute(_NOTIFY))
 
     def _each(self, how: Callable[[Any], Callable[..., Any]], statement: ClauseElement, each: Sequence[Values]) -> Any:
-        text, names, own = _compiled(statement, each[0])
-        return self._run(lambda db: how(db)(text, [_ordered(names, own, values) for values in each]))
+        text, names, constants = _statements.compile(statement, each[0])
+        return self._run(lambda db: how(db)(text, [_ordered(names, constants, values) for values in each]))
 
     def _run(self, call: "Callable[[asyncpg.Connection], Awaitable[Any]]") -> Any:
         return self._connection.run_async(call)
 
 
-def _ordered(names: Sequence[str], own: Values, values: Values) -> list[Any]:
-    return [values[name] if name in values else own[name] for name in names]
+def _ordered(names: Sequence[str], constants: Values, values: Values) -> list[Any]:
+    return [values[name] if name in values else constants[name] for name in names]

@@ -8,7 +8,7 @@ from sqlalchemy.dialects import sqlite
 
 from tokenauth.models import Instant
 from tokenauth.stores.engine import Rows, Values
-from tokenauth.stores.statements import Compiled
+from tokenauth.stores.sql import StatementCache
 
 
 class SqliteTransaction:
@@ -19,12 +19,12 @@ class SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         """Run statements on a connection; the caller begins and commits."""
         self._connection = connection
-        self._compiled = Compiled(sqlite.dialect(paramstyle="named"))
+        self._statements = StatementCache(sqlite.dialect(paramstyle="named"))
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query."""
-        text, _, own = self._compiled(statement, values)
-        return self._connection.execute(text, {**own, **values} if own else values).fetchall()
+        text, _, constants = self._statements.compile(statement, values)
+        return self._connection.execute(text, {**constants, **values} if constants else values).fetchall()
 
     def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
         """Run a change that returns rows once for each set of values."""
@@ -32,13 +32,13 @@ class SqliteTransaction:
 
     def execute(self, statement: ClauseElement, values: Values) -> int:
         """Run a change."""
-        text, _, own = self._compiled(statement, values)
-        return self._connection.execute(text, {**own, **values} if own else values).rowcount
+        text, _, constants = self._statements.compile(statement, values)
+        return self._connection.execute(text, {**constants, **values} if constants else values).rowcount
 
     def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
-        """Run a change, which contains no values of its own, once for each set of values."""
+        """Run a change, which has no constants, once for each set of values."""
         if each:
-            self._connection.executemany(self._compiled(statement, each[0])[0], each)
+            self._connection.executemany(self._statements.compile(statement, each[0])[0], each)
 
     def lock(self, *names: str, shared: bool = False) -> None:
         """Do nothing: the whole database is locked."""

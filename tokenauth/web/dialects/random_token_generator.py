@@ -13,7 +13,7 @@ from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Section, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
-from tokenauth.web.routing import Handlers, whole
+from tokenauth.web.routing import Handlers, when_complete
 
 NAME = "random-token-generator"
 
@@ -63,7 +63,7 @@ class RandomTokenGenerator:
         """Return the handlers of each path below the prefix."""
         return {
             "/generate": {"POST": self.generate},
-            "/assign": {"POST": whole(self.assign)},
+            "/assign": {"POST": when_complete(self.assign)},
             "/unblock": {"POST": self.unblock},
             "/delete": {"DELETE": self.delete},
             "/keep-alive": {"POST": self.keep_alive},

@@ -11,14 +11,14 @@ from tokenauth.pools import Pools
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.settings.model import Settings
+from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects import (
     random_token_generator,
     simple_token_implement,
     token_management_service,
     token_pool,
 )
-from tokenauth.web.exceptions import ForeignPage
-from tokenauth.web.foreign_pages import Hosts, PageGuard
+from tokenauth.web.exceptions import ForeignOrigin
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.openapi import Section
 from tokenauth.web.routing import Handlers, Route
@@ -63,15 +63,15 @@ def dialect_sections(config: Settings) -> list[Section]:
         if settings.require_token:
             sections.append(section.guarded(InsufficientScope))
         else:
-            sections.append(section.refusing(ForeignPage))
+            sections.append(section.refusing(ForeignOrigin))
     return sections
 
 
 def _middleware(service: Service, hosts: Hosts, settings: DialectSettings) -> Sequence[Middleware]:
     if settings.require_token:
-        # No PageGuard: a page of another origin cannot send a token unless its origin is listed.
+        # No CsrfMiddleware: a page of another origin cannot send a token unless its origin is listed.
         return [Middleware(TokenMiddleware, service.tokens), Middleware(PoolGuard, service.pools, settings.pool)]
-    return [Middleware(PageGuard, service.settings.server.cors_origins, hosts)]
+    return [Middleware(CsrfMiddleware, service.settings.server.cors_origins, hosts)]
 
 
 class PoolGuard:

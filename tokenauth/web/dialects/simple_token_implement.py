@@ -13,7 +13,7 @@ from tokenauth.settings.dialects import DialectSettings, PasswordDialectSettings
 from tokenauth.web.openapi import Answer, Document, Operation, Parameter, Section
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
-from tokenauth.web.routing import Handler, Handlers, whole
+from tokenauth.web.routing import Handler, Handlers, when_complete
 
 NAME = "simple-token-implement"
 
@@ -46,7 +46,8 @@ class SimpleTokenImplement:
         """Return the handlers of each path below the prefix. All take POST, too: caches may repeat a GET."""
         handlers = {"/issue_token": self.issue, "/recycle_token": self.recycle, "/tokens": self.count}
         return {
-            path: dict.fromkeys(("GET", "POST"), whole(self._guarded(handler))) for path, handler in handlers.items()
+            path: dict.fromkeys(("GET", "POST"), when_complete(self._guarded(handler)))
+            for path, handler in handlers.items()
         }
 
     async def issue(self, request: Request) -> Response:

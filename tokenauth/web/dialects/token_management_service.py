@@ -14,7 +14,7 @@ from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Section, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
-from tokenauth.web.routing import Handlers, whole
+from tokenauth.web.routing import Handlers, when_complete
 
 
 class _AnyRequest(msgspec.Struct):
@@ -58,7 +58,7 @@ class TokenManagementService:
     def handlers(self) -> dict[str, Handlers]:
         """Return the handlers of each path below the prefix."""
         return {
-            "/generate-token": {"POST": whole(self.generate)},
+            "/generate-token": {"POST": when_complete(self.generate)},
             "/assign-token": {"POST": self.assign},
             "/keep-alive": {"POST": self.keep_alive},
             "/unblock-token": {"POST": self.unblock},

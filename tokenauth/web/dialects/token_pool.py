@@ -14,7 +14,7 @@ from tokenauth.web.exceptions import NotFound
 from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Parameter, Section
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
-from tokenauth.web.routing import Handlers, whole
+from tokenauth.web.routing import Handlers, when_complete
 
 NAME = "token-pool"
 
@@ -57,9 +57,9 @@ class TokenPool:
     def handlers(self) -> dict[str, Handlers]:
         """Return the handlers of each path below the prefix, with and without a slash at its end."""
         handlers: dict[str, Handlers] = {
-            "/api/token_pool": {"POST": whole(self.generate), "DELETE": self.delete},
-            "/api/block_token": {"POST": whole(self.block)},
-            "/api/keep_alive/{token}": {"POST": whole(self.keep_alive)},
+            "/api/token_pool": {"POST": when_complete(self.generate), "DELETE": self.delete},
+            "/api/block_token": {"POST": when_complete(self.block)},
+            "/api/keep_alive/{token}": {"POST": when_complete(self.keep_alive)},
         }
         return handlers | {f"{path}/": methods for path, methods in handlers.items()}
 

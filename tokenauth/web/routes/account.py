@@ -1,4 +1,4 @@
-"""The caller's account: who it is, where it is logged in, and revoking its tokens. All require a token."""
+"""The caller's own account and tokens: /api/me and /api/tokens. All require a token."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
-from tokenauth.web.routing import Route, exact
+from tokenauth.web.routing import Route, strict
 
 ME = "/api/me"
 
@@ -53,11 +53,11 @@ class AccountRoutes:
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes."""
-        tokens = {"GET": exact(self.list, ["user"]), "DELETE": exact(self.end_all, ["keep", "user"])}
+        tokens = {"GET": strict(self.list, ["user"]), "DELETE": strict(self.revoke_all, ["keep", "user"])}
         return [
-            Route(ME, {"GET": exact(self.me)}, middleware),
+            Route(ME, {"GET": strict(self.me)}, middleware),
             Route("/api/tokens", tokens, middleware),
-            Route("/api/tokens/{id}", {"DELETE": exact(self.end, ["user"])}, middleware),
+            Route("/api/tokens/{id}", {"DELETE": strict(self.revoke, ["user"])}, middleware),
         ]
 
     async def me(self, request: Request) -> Response:
@@ -68,14 +68,14 @@ class AccountRoutes:
         listed = await self._tokens.list_live(_username(request))
         return JSONResponse(LoginsAnswer([_show(token, request.token) for token in listed]))
 
-    async def end_all(self, request: Request) -> Response:
+    async def revoke_all(self, request: Request) -> Response:
         keep = request.query_value("keep")
         if keep not in {None, "current"}:
             raise InvalidRequest("keep: may only be 'current'.")
         revoked = await self._tokens.revoke_all(_username(request), request.token if keep else None)
         return JSONResponse(RevokedAnswer(revoked))
 
-    async def end(self, request: Request) -> Response:
+    async def revoke(self, request: Request) -> Response:
         await self._tokens.revoke_id(request.path_params["id"], _username(request))
         return NO_CONTENT
 

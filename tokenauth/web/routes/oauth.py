@@ -167,7 +167,7 @@ def _decode(sent: bytes) -> str:
     try:
         return sent.decode()
     except UnicodeDecodeError:
-        return sent.decode("latin-1")  # as some clients write it
+        return sent.decode("latin-1")  # as some clients send it
 
 
 def _unescaped(text: str) -> str:

@@ -14,7 +14,7 @@ from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
-from tokenauth.web.routing import Route, exact
+from tokenauth.web.routing import Route, strict
 
 PAGE = 100
 """Tokens on a page, unless `?limit=` is given."""
@@ -95,14 +95,16 @@ class PoolRoutes:
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes, the most used ones first: Starlette tries one after the other."""
         one = "/api/pools/{pool}"
-        leases = {"PUT": exact(self.keep_alive, body=True), "DELETE": exact(self.release, ["force"], body=True)}
+        leases = {"PUT": strict(self.keep_alive, body=True), "DELETE": strict(self.release, ["force"], body=True)}
         return [
             Route(f"{one}/leases/{{token}}", leases, middleware),
-            Route(f"{one}/leases", {"POST": exact(self.assign, body=True)}, middleware),
-            Route(f"{one}/tokens/{{token}}", {"GET": exact(self.show_token), "DELETE": exact(self.delete)}, middleware),
-            Route(f"{one}/tokens", {"POST": exact(self.generate, body=True)}, middleware),
-            Route(one, {"GET": exact(self.show, ["after", "limit"])}, middleware),
-            Route("/api/pools", {"GET": exact(self.list)}, middleware),
+            Route(f"{one}/leases", {"POST": strict(self.assign, body=True)}, middleware),
+            Route(
+                f"{one}/tokens/{{token}}", {"GET": strict(self.show_token), "DELETE": strict(self.delete)}, middleware
+            ),
+            Route(f"{one}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
+            Route(one, {"GET": strict(self.show, ["after", "limit"])}, middleware),
+            Route("/api/pools", {"GET": strict(self.list)}, middleware),
         ]
 
     async def list(self, request: Request) -> Response:

@@ -12,12 +12,12 @@ from tokenauth.errors import InvalidRequest
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
-from tokenauth.web.foreign_pages import Hosts
+from tokenauth.web.csrf import Hosts
+from tokenauth.web.logout_tokens import find_logout_tokens
 from tokenauth.web.openapi import NO_NUL, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSON, NO_STORE, JSONResponse, NoStoreResponse, error_response
 from tokenauth.web.routing import Endpoint, Route
-from tokenauth.web.submitted_tokens import find_submitted_tokens
 
 PATH = "/api/token"
 
@@ -86,7 +86,7 @@ class TokenRoutes:
         return JSONResponse(TokenAnswer(issued.value, issued.token.expires_at))
 
     async def log_out(self, request: Request) -> Response:
-        tokens = await find_submitted_tokens(request)
+        tokens = await find_logout_tokens(request)
         await self._tokens.log_out(tokens, request.client_address, request.gone)
         return NoStoreResponse(_INVALID, media_type="application/json")
 

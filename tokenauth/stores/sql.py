@@ -1,6 +1,6 @@
-"""Statements: parts that several share, and their text for plain drivers.
+"""SQL: compiles statements for the database drivers, and makes the parts that several statements share.
 
-A statement that runs on a plain driver costs a third of what it costs through SQLAlchemy's engine.
+Running a statement directly on the driver costs a third of what it costs through SQLAlchemy's engine.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,22 @@ from sqlalchemy.sql.functions import GenericFunction
 from tokenauth.stores.engine import Values
 
 
-class Compiled:
-    """The text of statements in one dialect; each is compiled when it is first run."""
+class StatementCache:
+    """The text of statements in one SQL dialect. Each is compiled when it is first run."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self._compiled: dict[ClauseElement, tuple[str, Sequence[str], Values]] = {}
 
-    def __call__(self, statement: ClauseElement, values: Values) -> tuple[str, Sequence[str], Values]:
-        """Return the text of a statement, the names of its parameters in order, and the values that it contains."""
+    def compile(self, statement: ClauseElement, values: Values) -> tuple[str, Sequence[str], Values]:
+        """Return the text of a statement, the names of its parameters in order, and its constants by name."""
         found = self._compiled.get(statement)
         if found is None:
             columns = list(values) if isinstance(statement, Insert) and statement.select is None else None
             compiled = statement.compile(dialect=self._dialect, column_keys=columns)
             assert isinstance(compiled, SQLCompiler)
-            own = {name: bound.value for name, bound in compiled.binds.items() if not bound.required}
-            found = self._compiled[statement] = (str(compiled), compiled.positiontup or (), own)
+            constants = {name: bound.value for name, bound in compiled.binds.items() if not bound.required}
+            found = self._compiled[statement] = (str(compiled), compiled.positiontup or (), constants)
         return found
 
 

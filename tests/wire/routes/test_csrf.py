@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.servers import Server
 from tokenauth.settings.model import ServerSettings
-from tokenauth.web.exceptions import ForeignPage
-from tokenauth.web.foreign_pages import Hosts
+from tokenauth.web.csrf import Hosts
+from tokenauth.web.exceptions import ForeignOrigin
 
 LISTED, FOREIGN = "https://app.example.com", "https://foreign.example"
 
@@ -140,7 +140,7 @@ def test_pages_may_use_only_hosts_of_the_service(case: str) -> None:
     scope = {"headers": [(b"host", host.encode()), (b"sec-fetch-site", b"same-origin")]}
     try:
         Hosts.of(server, issuer).check(scope)
-    except ForeignPage:
+    except ForeignOrigin:
         assert not allowed
     else:
         assert allowed

@@ -1,4 +1,4 @@
-"""Finds every token that a log-out names, in whatever form a client sends it."""
+"""Finds every token in a log-out request, in whatever form a client sends it."""
 
 import asyncio
 import json
@@ -18,13 +18,13 @@ MAX_SEARCHED = 64 * 1024
 """Bytes of a body that are searched."""
 
 MAX_INFLATED = 16 * 1024
-"""Bytes that a compressed body is unpacked to, in all of its layers."""
+"""Maximum bytes of all decompressed forms of a body."""
 
 MAX_LAYERS = 3
-"""Nested encodings that are unpacked."""
+"""Nested encodings that are decompressed."""
 
 MAX_MEMBERS = 8
-"""Members of a gzip file that are unpacked (RFC 1952 section 2.2)."""
+"""Members of a gzip file that are decompressed (RFC 1952 section 2.2)."""
 
 _SLICE = 8 * 1024
 """Bytes that are searched at a time, which takes less than a millisecond; then other requests have their turn."""
@@ -34,12 +34,13 @@ _ZLIB_OR_GZIP = zlib.MAX_WBITS | 32  # zlib tells them apart
 _HEADERS = frozenset({b"x-token", b"authorization"})
 
 
-async def find_submitted_tokens(request: Request) -> Sequence[bytes]:
-    """Return all tokens that a log-out names: its answer says that they are no longer valid, which must be true.
+async def find_logout_tokens(request: Request) -> Sequence[bytes]:
+    """Return all tokens in a log-out request: the answer says that they are no longer valid, which must be true.
 
-    It searches the query and the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed), and the headers
-    unless query or body have another value named `token`: then the header only authenticates the caller, and an admin
-    who revokes a leaked token stays logged in. The size of a request bounds how many tokens there are.
+    It searches the query and the body (JSON, almost JSON, a form, text, UTF-16, any of it compressed). It searches the
+    headers only if the query and the body have no token in a field named `token`. If they have one, the header only
+    authenticates the caller: an admin who revokes a leaked token stays logged in. The size of a request limits how many
+    tokens there can be.
     """
     body, complete = await _read(request)
     query: bytes = request.scope["query_string"]
@@ -64,9 +65,9 @@ async def find_submitted_tokens(request: Request) -> Sequence[bytes]:
 
 
 def unpack(scope: Scope, body: bytes) -> Sequence[bytes]:
-    """Return a body, and then what it unpacks to if it is compressed: gzip or deflate, with or without zlib's header.
+    """Return a body, followed by its decompressed forms: gzip or deflate, with or without zlib's header.
 
-    A wrong Content-Encoding or checksum does not matter: what can be unpacked is.
+    A wrong Content-Encoding or checksum does not matter: everything that can be decompressed is returned.
     """
     encodings = b",".join(value for name, value in scope["headers"] if name == b"content-encoding")
     layers = sum(word.strip().lower() not in {b"", b"identity"} for word in encodings.split(b",", MAX_LAYERS))
@@ -83,12 +84,12 @@ def unpack(scope: Scope, body: bytes) -> Sequence[bytes]:
 
 
 def _inflate(data: bytes, limit: int, wbits: int) -> bytes:
-    """Return the first `limit` bytes that compressed data unpacks to; none if it is not compressed."""
+    """Decompress data to at most `limit` bytes; return none if it is not compressed."""
     inflated = b""
     for _ in range(MAX_MEMBERS):
         decompressor = zlib.decompressobj(wbits)
         with suppress(zlib.error):
-            # A checksum is the last 8 or 4 bytes: if it is wrong, what came before it has been unpacked.
+            # The checksum is in the last 8 or 4 bytes: if it is wrong, everything before it has been decompressed.
             for part in (data[:-8], data[-8:-4], data[-4:]):
                 if decompressor.eof:
                     data += part
@@ -115,7 +116,7 @@ async def _read(request: Request) -> tuple[bytes, bool]:
 
 
 def _body_values(text: bytes) -> list[bytes]:
-    """Return what a JSON object or a form has under `token`; nothing if it is too long to be read.
+    """Return the values of `token` in a JSON object or a form; none if the text is too long to be parsed.
 
     A comma after the last field is tolerated, because some documentation has shown it.
     """
@@ -138,7 +139,7 @@ def _body_values(text: bytes) -> list[bytes]:
 
 
 def _form_values(text: bytes) -> list[bytes]:
-    """Return what a query or a form has under `token`; nothing if it is too long to be read."""
+    """Return the values of `token` in a query or a form; none if the text is too long to be parsed."""
     if len(text) > MAX_BODY or text.count(b"&") >= MAX_FIELDS:
         return []
     return [value for name, value in parse_fields(text) if name == b"token"]

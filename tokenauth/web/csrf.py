@@ -1,10 +1,11 @@
-"""Refuses requests that a web page of another origin makes its visitor's browser send.
+"""Protection against cross-site request forgery (CSRF) and DNS rebinding.
 
-Browsers send forms and plain GET requests to any origin with no preflight (CORS). Such a page could use up a visitor's
-failed logins, or lease permits on a network that only the visitor can reach.
+CSRF: a web page of another origin makes its visitor's browser send requests. Browsers send forms and plain GET requests
+to any origin without a CORS preflight. Such a page could use up the visitor's failed logins, or lease permits on a
+network that only the visitor can reach.
 
-A browser takes a page whose host name resolves to this service for one of the same origin (DNS rebinding). The Host
-header gives it away: it is the name of the page. A page cannot choose an IP address or `localhost` there.
+DNS rebinding: the host name of a page resolves to this service, so the browser treats both as one origin. The Host
+header still has the name of the page, which cannot be an IP address or `localhost`.
 """
 
 import ipaddress
@@ -14,12 +15,13 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.settings.model import ServerSettings
-from tokenauth.web.exceptions import ForeignPage
+from tokenauth.web.exceptions import ForeignOrigin
 
 _OWN = (b"same-origin", b"none")
 """Sec-Fetch-Site of requests from pages of the same origin, and of addresses that a person typed."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing (RFC 9110 section 9.2.1)."""
 
 
 class Hosts:
@@ -41,14 +43,14 @@ class Hosts:
         return cls(server.cors_origins, names if limited else None)
 
     def check(self, scope: Scope) -> None:
-        """Raise ForeignPage if a page calls the service under another host."""
+        """Raise ForeignOrigin if a page calls the service under another host."""
         if self._names is None:
             return
         origin, site, host = _page(scope)
         if (site is None and origin is None) or origin in self._origins:
             return
         if not self._is_allowed(host.decode("latin-1")):
-            raise ForeignPage("", host.decode("latin-1"))
+            raise ForeignOrigin("", host.decode("latin-1"))
 
     def _is_allowed(self, host: str) -> bool:
         assert self._names is not None
@@ -65,18 +67,18 @@ class Hosts:
         return True
 
 
-class PageGuard:
+class CsrfMiddleware:
     """ASGI middleware that refuses requests of pages whose origin is neither listed nor the service's own."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str], hosts: Hosts, safe: bool = False) -> None:
-        """Allow pages of `origins`, and of this service at `hosts`; with `safe`, GET, HEAD and OPTIONS to all."""
+        """Allow pages of `origins`, and of this service at `hosts`. With `safe`, all pages may send safe methods."""
         self._app = app
         self._origins = frozenset(origin.encode() for origin in origins)
         self._hosts = hosts
         self._allowed_methods = _SAFE if safe else frozenset[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Guard one request. Raises ForeignPage."""
+        """Guard one request. Raises ForeignOrigin."""
         if scope["method"] not in self._allowed_methods:
             origin, site, host = _page(scope)
             if origin is not None or site is not None:  # a page, not a program
@@ -89,11 +91,11 @@ class PageGuard:
             return
         if site is None and origin is not None and _same_host(origin, host):  # a browser without Sec-Fetch-Site
             return
-        raise ForeignPage((origin or site or b"").decode("latin-1"))
+        raise ForeignOrigin((origin or site or b"").decode("latin-1"))
 
 
 def _same_host(origin: bytes, host: bytes) -> bool:
-    """Whether an origin has the host of the request. Behind a proxy, the scheme is not known here."""
+    """Return whether an origin has the host of the request. Behind a proxy, the scheme is not known here."""
     try:
         found = urlsplit(origin.decode("latin-1")).netloc
     except ValueError:
