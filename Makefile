@@ -1,5 +1,5 @@
-# Everything runs in .venv, which is made from lock files: exact versions, with hashes. requirements-serve.lock has what
-# serving takes (also on PostgreSQL) and building the wheel; requirements.lock has what the tests and checks take, too.
+# Everything runs in .venv, which is made from lock files with exact versions and hashes: requirements-serve.lock for the
+# server (also on PostgreSQL) and for building the wheel, requirements.lock for the tests and checks as well.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -50,7 +50,7 @@ lock:
 	$(COMPILE) --extra dev --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra build,postgres --constraint requirements.lock --output-file requirements-serve.lock pyproject.toml
 
-# The page at /docs: two files of npm's swagger-ui-dist, as they are, compressed.
+# The page at /docs: two files of npm's swagger-ui-dist, unchanged and compressed.
 SWAGGER_UI := 5.35.0
 swagger-ui:
 	npm pack --silent swagger-ui-dist@$(SWAGGER_UI)

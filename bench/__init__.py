@@ -1,1 +1,1 @@
-"""Measures tokenauth beside the bare HTTP server that it runs on: `make bench`."""
+"""Compares tokenauth with the bare HTTP server that it runs on: `make bench`."""

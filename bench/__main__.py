@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import chart, machine, report, world
-from bench.figures import Row, measure, say
+from bench.figures import Row, log_progress, measure
 from bench.leasing import LeaseRows
 from bench.limit import BareServer
 from bench.postgres import PostgresRows, missing
-from bench.rows import Rows
+from bench.tokens import TokenRows
 
 _TOKENS = ("hot", "me", "auth", "introspect", "million", "issue", "revoke", "login", "flood", "start", "memory")
 _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")
-_POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-news")
+_POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-refuse")
 _NAMES = (*_TOKENS, *_LEASES, *_POSTGRES)
 
 
@@ -38,13 +38,13 @@ def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
     names = set(options.only)
     lacking = missing() if names.intersection(_POSTGRES) else None
     if lacking:
-        say(f"without the rows of PostgreSQL: {lacking}")
+        log_progress(f"without the rows of PostgreSQL: {lacking}")
         names.difference_update(_POSTGRES)
     with ExitStack() as stack:
         bare = BareServer(stack.enter_context(world.bare(directory)).port, 1)
         postgres = stack.enter_context(PostgresRows(directory, bare, options.seconds))
         figures = [
-            *Rows(directory, bare, options.seconds).figures(),
+            *TokenRows(directory, bare, options.seconds).figures(),
             *LeaseRows(directory, bare, options.seconds).figures(),
             *postgres.figures(),
         ]

@@ -103,15 +103,15 @@ def measure(figure: Figure, rounds: int, deadline: float, directory: Path) -> Ro
     rounds = figure.rounds or rounds
     try:
         if time.monotonic() < deadline:
-            say(f"{figure.name}: preparing")
+            log_progress(f"{figure.name}: preparing")
             with figure.prepare() as sample:
                 while len(samples) < rounds and time.monotonic() < deadline:
-                    say(f"{figure.name}: round {len(samples) + 1} of {rounds}")
+                    log_progress(f"{figure.name}: round {len(samples) + 1} of {rounds}")
                     machine.page_in(directory)
                     samples.append(sample())
     except _FAILURES as error:
         problem = f"{type(error).__name__}: {error}"
-        say(f"{figure.name}: {problem}")
+        log_progress(f"{figure.name}: {problem}")
     if len(samples) < rounds:
         problem = f"{len(samples)} of {rounds} rounds: {problem or 'the time was up (--minutes)'}"
     return Row(figure, samples, problem)
@@ -120,6 +120,6 @@ def measure(figure: Figure, rounds: int, deadline: float, directory: Path) -> Ro
 _began = time.monotonic()
 
 
-def say(what: str) -> None:
+def log_progress(what: str) -> None:
     """Print progress to standard error."""
     sys.stderr.write(f"[{time.monotonic() - _began:5.0f} s] {what}\n")

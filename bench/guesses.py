@@ -33,13 +33,13 @@ class Outcome(NamedTuple):
     logins: int
 
 
-def _judge(right: bool) -> None:
+def _check_password(right: bool) -> None:
     if not right:
         raise InvalidCredentials
 
 
-class World:
-    """A throttle, and counts of what happened."""
+class Simulation:
+    """A throttle, and counts of guesses and logins."""
 
     def __init__(self, throttle: Throttle) -> None:
         self._throttle = throttle
@@ -49,7 +49,7 @@ class World:
         """Try once. Return the seconds until the next attempt: 0 after a failure, below 0 after a success."""
         try:
             async with self._throttle.attempt([name], address, hashes=False):
-                _judge(right)
+                _check_password(right)
         except InvalidCredentials:
             return 0.0
         except TooManyAttempts as refusal:
@@ -76,13 +76,13 @@ class World:
 
 
 @asynccontextmanager
-async def world(directory: Path) -> AsyncIterator[tuple[World, list[float]]]:
-    """Open an empty store."""
+async def simulation(directory: Path) -> AsyncIterator[tuple[Simulation, list[float]]]:
+    """Open an empty store. Yield a simulation on it, and a list with its time, to be changed."""
     now = [START]
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{directory}/tokenauth.db"), 10)
     await store.start()
     throttle = Throttle(ThrottleSettings(), 1, store, lambda: now[0], LoginQueue(1, 64))
-    yield World(throttle), now
+    yield Simulation(throttle), now
     await throttle.close()
     await store.stop(now[0])
 
@@ -116,7 +116,7 @@ async def simulate(
     known: the users logged in from there on the day before.
     """
     chance = Random(7)
-    async with world(directory) as (tried, now):
+    async with simulation(directory) as (tried, now):
         if known:
             for number in range(users):
                 await tried.user(f"user{number}", OFFICE, False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
-from bench.limit import BareServer, Beside
+from bench.limit import BareServer, Comparison
 from bench.machine import SERVER_CORE
 from bench.world import MILLION, Running, value
 
@@ -107,8 +107,8 @@ class LeaseRows:
 
             def sample() -> Sample:
                 before = world.count_leased(config, "large")
-                found = self._beside(server, "assign")
-                _demand_changed(found, world.count_leased(config, "large") - before)
+                found = self._compare(server, "assign")
+                _require_changes(found, world.count_leased(config, "large") - before)
                 return _ratio(found)
 
             yield sample
@@ -122,8 +122,8 @@ class LeaseRows:
 
             def sample() -> Sample:
                 before = world.count_leased(config, "leased")
-                found = self._beside(server, "release", self._released)
-                _demand_changed(found, before - world.count_leased(config, "leased"))
+                found = self._compare(server, "release", self._released)
+                _require_changes(found, before - world.count_leased(config, "leased"))
                 self._released += found.result.requests + 2 * CONNECTIONS  # wrk does not wait for its last requests
                 return _ratio(found)
 
@@ -161,10 +161,10 @@ class LeaseRows:
     def _plain(self, kind: str) -> Iterator[Sampler]:
         """Send requests whose responses wrk checks."""
         with self._server() as server:
-            yield lambda: _ratio(self._beside(server, kind))
+            yield lambda: _ratio(self._compare(server, kind))
 
-    def _beside(self, server: Running, kind: str, offset: int = 0) -> Beside:
-        return self._bare.around(lambda: load.run(server.port, kind, self._seconds, CONNECTIONS, offset))
+    def _compare(self, server: Running, kind: str, offset: int = 0) -> Comparison:
+        return self._bare.compare(lambda: load.run(server.port, kind, self._seconds, CONNECTIONS, offset))
 
     def _fill(self) -> Path:
         config = world.write_config(self._directory / "leasing", tables=_TABLES)
@@ -185,11 +185,11 @@ _DIALECTS = {
 }
 
 
-def _ratio(found: Beside) -> Sample:
+def _ratio(found: Comparison) -> Sample:
     return Sample(found.ratio, found.result.rate, found.result.p99_ms)
 
 
-def _demand_changed(found: Beside, count: int) -> None:
+def _require_changes(found: Comparison, count: int) -> None:
     """Compare the responses with the database. At the end wrk does not wait for its last requests."""
     answered = found.result.requests
     if not answered <= count <= answered + CONNECTIONS:

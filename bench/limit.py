@@ -17,7 +17,7 @@ _REUSE = 0.25
 """Seconds for which the last measurement of the bare function is reused."""
 
 
-class Beside(NamedTuple):
+class Comparison(NamedTuple):
     """A result, and the mean rate of the bare function just before and after it."""
 
     result: Result
@@ -37,13 +37,13 @@ class BareServer:
         self._measured_at = 0.0
         self.rates: list[float] = []
 
-    def around(self, run: Callable[[], Result]) -> Beside:
+    def compare(self, run: Callable[[], Result]) -> Comparison:
         """Measure the limit, run, and measure the limit again."""
         if time.monotonic() > self._measured_at + _REUSE:
             self._measure()
         result = run()
         self._measure()
-        return Beside(result, (self.rates[-2] + self.rates[-1]) / 2)
+        return Comparison(result, (self.rates[-2] + self.rates[-1]) / 2)
 
     def _measure(self) -> None:
         self.rates.append(load.run(self._port, "hot", self._seconds).rate)

@@ -47,7 +47,7 @@ def run(port: int, kind: str, seconds: int, connections: int = CONNECTIONS, offs
 
 
 @contextmanager
-def beside(port: int, kind: str, seconds: int, connections: int) -> Iterator[list[Result]]:
+def in_background(port: int, kind: str, seconds: int, connections: int) -> Iterator[list[Result]]:
     """Send one kind of request in the background. The list contains the result at the end."""
     results: list[Result] = []
     running = _start(port, kind, seconds, connections)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
-from bench.leasing import CONNECTIONS as LENDERS
+from bench.leasing import CONNECTIONS as LEASE_CONNECTIONS
 from bench.limit import BareServer
 from bench.load import CONNECTIONS, Result
 from bench.machine import LOAD_CORE, on_core
-from bench.news import measure_news
+from bench.revocation_delay import measure_revocation_delay
 from bench.world import MILLION, Running, value
 from tests.support import postgres_programs
 from tests.support.postgres import Cluster, cluster
@@ -91,7 +91,7 @@ class PostgresRows:
 
     def figures(self) -> Sequence[Figure]:
         """Return the figures in the order of the table."""
-        tokens, pools = f"{CONNECTIONS} connections", f"{LENDERS} connections"
+        tokens, pools = f"{CONNECTIONS} connections", f"{LEASE_CONNECTIONS} connections"
         return (
             Figure("pg-hot", "PostgreSQL: GET /api/token, 500 hot tokens", 0.75, "", self._hot),
             Figure("pg-million", "PostgreSQL: GET /api/token, 1,000,000 tokens", None, "/s", self._million),
@@ -100,7 +100,7 @@ class PostgresRows:
             Figure("pg-assign", f"PostgreSQL: assign from 100,000, {pools}", 1500, "/s", self._assign),
             Figure("pg-keep", f"PostgreSQL: keep alive, {pools}", None, "/s", self._keep),
             Figure("pg-release", f"PostgreSQL: release, {pools}", None, "/s", self._release),
-            Figure("pg-news", "PostgreSQL: until another node refuses", 10, "ms", self._news, at_most=True),
+            Figure("pg-refuse", "PostgreSQL: until another node refuses", 10, "ms", self._refuse, at_most=True),
         )
 
     @contextmanager
@@ -110,7 +110,7 @@ class PostgresRows:
         load.run(server.port, "hot", _WARM)
 
         def sample() -> Sample:
-            found = self._bare.around(lambda: load.run(server.port, "hot", self._seconds))
+            found = self._bare.compare(lambda: load.run(server.port, "hot", self._seconds))
             return Sample(found.ratio, found.result.rate, found.result.p99_ms)
 
         yield sample
@@ -120,7 +120,7 @@ class PostgresRows:
         """Validate so many tokens that few are cached."""
         server = self._serve()
         load.run(server.port, "million", _WARM)
-        yield lambda: self._beside(server, "million", CONNECTIONS)
+        yield lambda: self._compare(server, "million", CONNECTIONS)
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:
@@ -132,7 +132,7 @@ class PostgresRows:
             with world.tokenauth(config) as server:
                 login = {"username": "user0", "password": "secret"}
                 token = server.client.post("/api/token", json=login).raise_for_status().json()["token"]
-                _demand_valid(server, token)
+                _require_valid(server, token)
                 found = self._changing("issue", CONNECTIONS, partial(self._count, _COUNT_ISSUED, name), 0, server)
             self._running().drop(name)
             return found
@@ -142,7 +142,7 @@ class PostgresRows:
     @contextmanager
     def _revoke(self) -> Iterator[Sampler]:
         """Revoke one token after the other."""
-        _demand_valid(self._serve(), value(MILLION))
+        _require_valid(self._serve(), value(MILLION))
         yield lambda: self._changing(
             "revoke", CONNECTIONS, partial(self._count, _COUNT_REVOKED), self._offsets["revoke"]
         )
@@ -155,7 +155,7 @@ class PostgresRows:
         def sample() -> Sample:
             lacking = _POOL - self._count(_COUNT_FREE)
             self._running().execute(_FILL_FREE.format(lacking=lacking), _DATABASE)
-            return self._changing("assign", LENDERS, partial(self._count, _COUNT_LEASED.format("large")), 0)
+            return self._changing("assign", LEASE_CONNECTIONS, partial(self._count, _COUNT_LEASED.format("large")), 0)
 
         yield sample
 
@@ -163,23 +163,25 @@ class PostgresRows:
     def _keep(self) -> Iterator[Sampler]:
         """Extend leases."""
         server = self._serve()
-        yield lambda: self._beside(server, "keep", LENDERS)
+        yield lambda: self._compare(server, "keep", LEASE_CONNECTIONS)
 
     @contextmanager
     def _release(self) -> Iterator[Sampler]:
         """Release one token after the other."""
         self._serve()
         leased = _COUNT_LEASED.format("leased")
-        yield lambda: self._changing("release", LENDERS, lambda: -self._count(leased), self._offsets["release"])
+        yield lambda: self._changing(
+            "release", LEASE_CONNECTIONS, lambda: -self._count(leased), self._offsets["release"]
+        )
 
     @contextmanager
-    def _news(self) -> Iterator[Sampler]:
+    def _refuse(self) -> Iterator[Sampler]:
         """Revoke tokens on one node, and ask another node about each until it refuses."""
         first = self._serve()
         assert self._config is not None
         tokens = map(value, range(MILLION + _REVOKED, MILLION + _REVOKED + _WATCHED))
         with world.tokenauth(self._config, None) as second:
-            yield lambda: measure_news(first.port, second.port, tokens, self._seconds)
+            yield lambda: measure_revocation_delay(first.port, second.port, tokens, self._seconds)
 
     def _changing(
         self, kind: str, connections: int, counted: Callable[[], int], offset: int, server: Running | None = None
@@ -187,7 +189,7 @@ class PostgresRows:
         """Send changes, and compare the responses with the database."""
         before = counted()
         results: list[Result] = []
-        sample = self._beside(server or self._serve(), kind, connections, offset, results)
+        sample = self._compare(server or self._serve(), kind, connections, offset, results)
         answered, changed = results[0].requests, counted() - before
         if not answered <= changed <= answered + connections:  # at the end wrk does not wait for its last requests
             raise RuntimeError(f"{kind}: {answered} requests were answered, the database has {changed} changes")
@@ -195,10 +197,10 @@ class PostgresRows:
             self._offsets[kind] += answered + 2 * connections
         return sample
 
-    def _beside(
+    def _compare(
         self, server: Running, kind: str, connections: int, offset: int = 0, results: list[Result] | None = None
     ) -> Sample:
-        found = self._bare.around(lambda: load.run(server.port, kind, self._seconds, connections, offset))
+        found = self._bare.compare(lambda: load.run(server.port, kind, self._seconds, connections, offset))
         if results is not None:
             results.append(found.result)
         result = found.result
@@ -223,7 +225,7 @@ class PostgresRows:
             self._fill(self._config)
             self._server = self._stack.enter_context(world.tokenauth(self._config))
             for token in (value(0), value(MILLION - 1)):
-                _demand_valid(self._server, token)
+                _require_valid(self._server, token)
         return self._server
 
     def _fill(self, config: Path) -> None:
@@ -247,7 +249,7 @@ def missing() -> str | None:
     return None if postgres_programs.find() else postgres_programs.REMEDY
 
 
-def _demand_valid(server: Running, token: str) -> None:
+def _require_valid(server: Running, token: str) -> None:
     answer = server.client.get("/api/token", params={"token": token}).json()
     if answer["valid"] is not True:
         raise RuntimeError(f"GET /api/token answered {answer}")

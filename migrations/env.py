@@ -1,4 +1,4 @@
-"""Alembic's way in: run by tokenauth on its own connection, or by the `alembic` command of a developer."""
+"""Alembic runs this file: for tokenauth on a connection of tokenauth, or for the command `alembic` of a developer."""
 
 from alembic import context
 from sqlalchemy import Connection, create_engine
@@ -7,7 +7,7 @@ from tokenauth.stores.tables import metadata
 
 
 def run(connection: Connection) -> None:
-    """Migrate over one connection."""
+    """Run the migrations on a connection."""
     context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
     with context.begin_transaction():
         context.run_migrations()

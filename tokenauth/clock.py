@@ -12,7 +12,7 @@ Clock = Callable[[], Instant]
 boottime: Clock = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 )
-"""A monotonic clock that goes on while the machine is suspended. On Linux `time.monotonic` does not."""
+"""A monotonic clock that also counts the time that the machine is suspended. On Linux `time.monotonic` does not."""
 
 NOTABLE_ADVANCE = 1.0
 """Seconds by which the wall clock must jump ahead for `on_advance` to be called."""

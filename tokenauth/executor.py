@@ -71,7 +71,7 @@ class Executor(Generic[Job, Result]):
         self._jobs.put((job, future))
         return future
 
-    def trouble(self) -> str | None:
+    def problem(self) -> str | None:
         """Return why no job can be run, after trying again. Call it on the event loop."""
         return "a thread cannot be started" if self._start_failed and not self._start() else None
 

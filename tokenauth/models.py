@@ -277,28 +277,29 @@ class LeaseChange(NamedTuple):
     """A token after a request to change its lease, and whether the request was granted."""
 
     token: PoolToken
-    done: bool
+    granted: bool
 
 
 class CountUpdate(NamedTuple):
-    """A change to the count under one key, and to the instant that is stored with it."""
+    """A change to the `Failures` under one key.
+
+    increment: is added to `count`, which never falls below 0.
+    cutoff: if `last_at` is not after it, the count starts again at 0.
+    at: `last_at` is raised to this instant if it is earlier, and then moved by `shift` seconds.
+    """
 
     key: bytes
-    plus: int = 0
-    """Is added to the count, which never falls below 0."""
-    expired: Instant = 0.0
-    """A count that was last changed at or before this instant starts again at 0."""
+    increment: int = 0
+    cutoff: Instant = 0.0
     at: Instant = 0.0
-    """The instant becomes at least this ..."""
-    later: float = 0.0
-    """... and then this many seconds later, or earlier if negative."""
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
     """What the store keeps under one throttle key: the number of failures in a row, and when the last one happened.
 
-    For some keys the count is 0 and `last_at` is a time in the future (see `tokenauth.throttle`).
+    A leaky bucket uses only `last_at`: the instant at which it will be empty (see `tokenauth.throttle`).
     """
 
     count: int

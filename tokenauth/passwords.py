@@ -176,7 +176,7 @@ class Passwords:
 
     async def ready(self) -> str | None:
         """Return why passwords cannot be verified, or None."""
-        problem = self._executor.trouble()
+        problem = self._executor.problem()
         return None if problem is None else f"passwords cannot be verified: {problem}"
 
     def close(self) -> None:

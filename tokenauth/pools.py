@@ -128,7 +128,7 @@ class Pools:
     async def keep_alive(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> PoolToken:
         """Extend a lease to its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        return _unwrap(await self._store.pools.keep_alive(pool, _checked(value), now, check), check, now)
+        return _granted(await self._store.pools.keep_alive(pool, _checked(value), now, check), check, now)
 
     async def keep_alive_any(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
         """Extend the lease of a token, or the life of a free one, to its full time from now.
@@ -140,7 +140,7 @@ class Pools:
         check = LeaseCheck(username=None if user is None else user.username)
         managed = user is None or pool.managed_by(user)
         try:
-            token = _unwrap(await self._store.pools.keep_alive(pool, _checked(value), now, check, managed), check, now)
+            token = _granted(await self._store.pools.keep_alive(pool, _checked(value), now, check, managed), check, now)
         except LeaseLost:
             raise InsufficientScope(pool.manage_scope) from None
         return token.holder is not None
@@ -162,7 +162,7 @@ class Pools:
     async def release(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> None:
         """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        _unwrap(await self._store.pools.release(pool, _checked(value), now, check), check, now)
+        _granted(await self._store.pools.release(pool, _checked(value), now, check), check, now)
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> None:
         """End the lease of any user, and log whose it was, who ended it and why. Raises UnknownToken, LeaseLost."""
@@ -173,7 +173,7 @@ class Pools:
         if check.fence is None:
             check = check._replace(fence=token.fence)  # end exactly the lease that is logged
         try:
-            _unwrap(await self._store.pools.release(pool, value, now, check), check, now)
+            _granted(await self._store.pools.release(pool, value, now, check), check, now)
         except LeaseLost:
             raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.") from None
         ended = {"user": token.username, "holder": token.holder, "fence": check.fence}
@@ -245,12 +245,13 @@ def check_name(name: str, field: str = "holder") -> str:
     return name
 
 
-def _unwrap(touched: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
-    if touched is None:
+def _granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
+    """Return the changed token. Raises UnknownToken, NotYourLease or LeaseLost if the change was not granted."""
+    if change is None:
         raise UnknownToken
-    if touched.done:
-        return touched.token
-    if touched.token.is_leased(now) and not check.matches_user(touched.token):
+    if change.granted:
+        return change.token
+    if change.token.is_leased(now) and not check.matches_user(change.token):
         raise NotYourLease
     raise LeaseLost
 

@@ -134,7 +134,7 @@ class RevocationQueue:
     def add(self, digest: bytes, network: str) -> bool:
         """Hold a revocation that could not be written. Return False if the network has used up its share.
 
-        The main process is told in the next iteration of the event loop.
+        The update is sent to the main process in the next iteration of the event loop.
         """
         if digest in self.held:
             return True

@@ -137,7 +137,7 @@ def _private(found: os.stat_result) -> bool:
         return False
 
 
-def demand_acceptable(config: Settings, risks: list[Risk]) -> None:
+def check_accepted(config: Settings, risks: list[Risk]) -> None:
     """Raise ConfigError if others can reach the service and a risk is not in `accept_risks`."""
     if config.exposure is None:
         return
@@ -150,11 +150,11 @@ def demand_acceptable(config: Settings, risks: list[Risk]) -> None:
         )
 
 
-def judge(config: Settings, risks: list[Risk]) -> None:
-    """Log the risks. Raises ConfigError as `demand_acceptable` does."""
+def log_and_check(config: Settings, risks: list[Risk]) -> None:
+    """Log the risks. Raises ConfigError as `check_accepted` does."""
     for risk in risks:
         log.warning("configuration_risk", risk=risk.name, detail=risk.text)
-    demand_acceptable(config, risks)
+    check_accepted(config, risks)
 
 
 def _some(names: list[str]) -> str:

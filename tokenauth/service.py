@@ -80,7 +80,7 @@ class Service(NamedTuple):
 
     async def _save_time(self, now: Instant) -> None:
         with suppress(RetryLater):  # the next write saves it
-            await self.store.remember(now)
+            await self.store.save_time(now)
 
 
 def create_service(

@@ -7,7 +7,7 @@ The rules, with the defaults of `[throttle]` in brackets:
    attempts of a known user, however many logins fail for the same name or in the same network.
    After `free` [5] failures in a row each attempt has to wait: 1 s, 2 s, 4 s, ... up to `max_delay` [15 min].
    A success ends the row, and so does an hour (`forget`) without failures.
-2. Every other login is limited by five counts:
+2. Every other login is one of a *stranger*. It is limited by five counts:
 
    - failures in a row of the name in its network (IPv4 /24, IPv6 /64), with the same delays;
    - failures of the name in its region (IPv4 /16, IPv6 /48): 2 x `free` [10], of which `free` an hour are forgotten;
@@ -297,12 +297,12 @@ class Throttle:
         rows = [state.keys.location_row for state in states] + [keys.network_row for keys in strangers]
         for state in states:
             self._permits.pop(state.keys.location_row, None)
-        updates = [CountUpdate(key, 1, expired=now - self._settings.forget, at=now) for key in rows]
+        updates = [CountUpdate(key, 1, cutoff=now - self._settings.forget, at=now) for key in rows]
         filled = [(bucket.key, bucket.drain_time) for bucket in (self._location_bucket(state.keys) for state in states)]
         group = _group(states)
         for bucket in self._refundable_buckets(strangers):
             filled += [(bucket.key, bucket.drain_time), (bucket.share(group), bucket.drain_time)]
-        updates += [CountUpdate(key, at=now, later=drain_time) for key, drain_time in filled]
+        updates += [CountUpdate(key, at=now, shift=drain_time) for key, drain_time in filled]
         await self._store.failures.update(updates, now)
 
     async def _count_success(self, states: Sequence[_State], which: int) -> None:

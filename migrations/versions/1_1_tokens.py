@@ -1,4 +1,4 @@
-"""Tokens, the log of their revocations, failed logins, and marks."""
+"""Tokens, the log of their revocations, failed logins, and marks (instants by name)."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -57,6 +57,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything."""
+    """Drop all tables."""
     for table in ("tokens", "revocations", "failures", "marks"):
         op.drop_table(table)

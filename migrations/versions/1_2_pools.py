@@ -1,4 +1,4 @@
-"""Pools of tokens that are lent."""
+"""Pools of tokens that can be leased."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,7 +11,7 @@ def upgrade() -> None:
     """Create the table."""
     postgres = op.get_context().dialect.name == "postgresql"
     number = (sa.BigInteger(), sa.Identity()) if postgres else (sa.Integer(),)
-    value = sa.String(collation="C") if postgres else sa.String()  # everywhere in the order of their characters
+    value = sa.String(collation="C") if postgres else sa.String()  # ordered by code point
     op.create_table(
         "pool_tokens",
         sa.Column("number", *number, primary_key=True),
@@ -28,5 +28,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it."""
+    """Drop the table."""
     op.drop_table("pool_tokens")

@@ -15,7 +15,7 @@ ANN, BOB, NET = (bytes([number]) * 16 for number in range(3))
 
 def failed(*keys: bytes, now: float = START) -> list[CountUpdate]:
     """Count a failure under each key, from one again if the last one is forgotten."""
-    return [CountUpdate(key, 1, expired=now - FORGET, at=now) for key in keys]
+    return [CountUpdate(key, 1, cutoff=now - FORGET, at=now) for key in keys]
 
 
 async def test_what_was_never_noted_is_left_out(failures: FailureStore) -> None:
@@ -64,9 +64,9 @@ async def test_a_refund_never_makes_a_count_negative(failures: FailureStore) -> 
 
 async def test_an_instant_is_moved_from_now_or_from_where_it_was(failures: FailureStore) -> None:
     for seconds, expected in ((0.0, 36.0), (0.0, 72.0), (10.0, 108.0), (200.0, 236.0)):
-        await failures.update([CountUpdate(NET, at=START + seconds, later=36.0)], START)
+        await failures.update([CountUpdate(NET, at=START + seconds, shift=36.0)], START)
         assert (await failures.get([NET]))[NET] == Failures(0, START + expected)
-    await failures.update([CountUpdate(NET, later=-100.0)], START)
+    await failures.update([CountUpdate(NET, shift=-100.0)], START)
     assert (await failures.get([NET]))[NET] == Failures(0, START + 136.0)
 
 
@@ -78,7 +78,7 @@ async def test_an_instant_that_is_kept_never_becomes_earlier(failures: FailureSt
 
 async def test_concurrent_notes_are_all_made(place: Place, other: Place) -> None:
     both = [place.failures, other.failures]
-    ahead = CountUpdate(BOB, at=START, later=1.0)
+    ahead = CountUpdate(BOB, at=START, shift=1.0)
     await asyncio.gather(*(both[number % 2].update([*failed(ANN, NET), ahead], START) for number in range(100)))
     for each in both:
         assert dict(await each.get([ANN, BOB, NET])) == {
@@ -117,10 +117,10 @@ async def test_a_purge_deletes_only_what_is_before_its_instant(
 async def test_a_refund_takes_back_what_is_counted_and_once(place: Place, other: Place) -> None:
     """However many callers there are; a bucket loses what is left of a share."""
     share, bucket = bytes([7]) * 16, bytes([8]) * 16
-    filled = [CountUpdate(share, at=START, later=30.0), CountUpdate(bucket, at=START, later=30.0)]
+    filled = [CountUpdate(share, at=START, shift=30.0), CountUpdate(bucket, at=START, shift=30.0)]
     for number in range(1, 4):
         await place.failures.update([*failed(ANN, BOB), *filled], START)
-        await place.failures.update([*failed(BOB), CountUpdate(bucket, at=START, later=50.0)], START)
+        await place.failures.update([*failed(BOB), CountUpdate(bucket, at=START, shift=50.0)], START)
         refund = (ANN, BOB, [(share, bucket)], START - FORGET, START + 10)
         await asyncio.gather(*(each.failures.refund(*refund) for each in (place, other) * 10))
         found = await other.failures.get([ANN, BOB, share, bucket])

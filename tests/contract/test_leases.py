@@ -160,7 +160,7 @@ async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, cl
     if claim.holder == "ann":
         touched = await touch(pools, verb, START + 61, claim)
         assert touched is not None
-        assert not touched.done
+        assert not touched.granted
         assert touched.token.lease(START + 61) == ("bob", START + 120)
     await pools.release(POOL, "t1", START + 62)
     touched = await touch(pools, verb, START + 62, claim)

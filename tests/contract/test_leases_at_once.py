@@ -69,7 +69,7 @@ async def test_of_releases_at_once_one_is_done(place: Place, other: Place) -> No
         await lease(place.pools)
         releases = [each.pools.release(POOL, "t1", START, LeaseCheck("ann", fence)) for each in (place, other, place)]
         released = await asyncio.gather(*releases)
-        assert sorted(touched is not None and touched.done for touched in released) == [False, False, True]
+        assert sorted(touched is not None and touched.granted for touched in released) == [False, False, True]
 
 
 async def test_concurrent_release_nexts_end_distinct_leases(place: Place, other: Place) -> None:
@@ -96,9 +96,9 @@ async def test_concurrent_changes_are_applied_in_order(place: Place) -> None:
         place.pools.delete(POOL, "t2", now),
         place.pools.delete(POOL, "t2", now),
     )
-    assert [touched is not None and touched.done for touched in (lost, released, again)] == [False, True, False]
+    assert [touched is not None and touched.granted for touched in (lost, released, again)] == [False, True, False]
     assert extended is not None
-    assert extended.done is (extended.token.holder == "ann"), "before the release, or after it"
+    assert extended.granted is (extended.token.holder == "ann"), "before the release, or after it"
     assert (removed, removed_again) == (True, False)
     assert await place.pools.list_tokens(POOL, now, "", 9) == [PoolToken("p", "t1", now, None, 1)]
 

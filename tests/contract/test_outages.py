@@ -47,7 +47,7 @@ WRITES: Mapping[str, Operation] = {
     "pools.purge": lambda place: place.pools.purge(POOL, START, 10),
     "failures.update": lambda place: place.failures.update([CountUpdate(bytes(16), 1, at=START)], START),
     "failures.purge": lambda place: place.failures.purge(START, 10),
-    "remember": lambda place: place.store.remember(START),
+    "save_time": lambda place: place.store.save_time(START),
     "claim": lambda place: place.store.take_duty("sweep", START, START + 1),
     "purge_revocations": lambda place: place.store.purge_revocations(START, 10),
 }
@@ -174,7 +174,7 @@ async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> 
     """Hundreds at the same time wait no longer than one."""
     async with locked(filled):
         began = monotonic()
-        waiting = [asyncio.ensure_future(refused(filled, WRITES["remember"])) for _ in range(200)]
+        waiting = [asyncio.ensure_future(refused(filled, WRITES["save_time"])) for _ in range(200)]
         await asyncio.sleep(0.05)
         waiting += [asyncio.ensure_future(refused(filled, operation)) for operation in WRITES.values()]
         await asyncio.gather(*waiting)
@@ -185,9 +185,9 @@ async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> 
 async def test_one_probe_at_a_time_is_made_however_many_ask(filled: Place) -> None:
     """A refused request does not reach the database."""
     async with locked(filled):
-        await refused(filled, WRITES["remember"])
+        await refused(filled, WRITES["save_time"])
         for _ in range(300):
-            await asyncio.gather(*(refused(filled, WRITES["remember"]) for _ in range(10)))
+            await asyncio.gather(*(refused(filled, WRITES["save_time"]) for _ in range(10)))
             assert await filled.store.ready() is not None
         assert sum("_probe_until_it_works" in str(task.get_coro()) for task in asyncio.all_tasks()) <= 2
     await ready_again(filled)
@@ -201,7 +201,7 @@ async def test_a_failure_of_one_operation_stops_no_other(filled: Place) -> None:
         db.execute(rename[0])
         for _ in range(20):
             await refused(filled, WRITES["failures.update"])
-            await WRITES["remember"](filled)
+            await WRITES["save_time"](filled)
             await READS["tokens.get"](filled)
             assert "no such table: failures" in (await filled.store.ready() or ""), "no login can be judged"
         db.execute(rename[1])
@@ -313,7 +313,7 @@ async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
     await place.tokens.issue(token(1), 0, START)
     for _ in range(5):
         await _alter(place.url, "SELECT 1")
-        for name in ("pools.assign", "remember", "failures.update", "purge_revocations", *READS):
+        for name in ("pools.assign", "save_time", "failures.update", "purge_revocations", *READS):
             await {**READS, **WRITES}[name](place)
         assert await place.store.ready() is None
 
@@ -344,7 +344,7 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -
 
         stuck = asyncio.ensure_future(refused(place, lambda place: place.engine.apply(Hang(now=START))))
         await asyncio.sleep(0.05)
-        behind = [asyncio.ensure_future(refused(place, WRITES["remember"])) for _ in range(20)]
+        behind = [asyncio.ensure_future(refused(place, WRITES["save_time"])) for _ in range(20)]
         assert max(await asyncio.gather(*behind)) < 1
         assert "did not answer" in (await place.store.ready() or "")
         assert max([await refused(place, operation) for operation in WRITES.values()]) < AT_ONCE
@@ -355,7 +355,7 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -
         await ready_again(place)
     os.close(read)
     os.close(write)
-    await place.store.remember(START)
+    await place.store.save_time(START)
     assert [entry["event"] for entry in logs] == ["store_not_writable", "store_writable_again"]
 
 
@@ -372,12 +372,12 @@ async def test_a_failed_checkpoint_is_logged(places: Places) -> None:
     with structlog.testing.capture_logs() as logs:
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(file).st_size, before[1]))
         try:
-            await writer.check()
+            await writer.check_wal()
             assert await place.store.ready() is not None
-            await writer.check()
+            await writer.check_wal()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        await writer.check()
+        await writer.check_wal()
         assert await place.store.ready() is None
     events = [entry["event"] for entry in logs if entry["event"].startswith("checkpoint_")]
     assert events == ["checkpoint_failed", "checkpoint_recovered"]
@@ -395,7 +395,7 @@ async def test_the_log_of_writes_shrinks_after_a_long_reader(places: Places, mon
             await place.pools.generate(POOL, [f"{number}-{each:0200}" for each in range(500)], START)
         assert os.stat(f"{file}-wal").st_size > 300_000
     for number in range(3):
-        await place.store.remember(START + number)
+        await place.store.save_time(START + number)
     assert os.stat(f"{file}-wal").st_size <= 110_000
 
 
@@ -411,7 +411,7 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
     async def grow(times: int) -> None:
         for _ in range(times):
             await place.pools.generate(POOL, [f"{os.urandom(8).hex()}-{each:0200}" for each in range(500)], START)
-        await writer.check()
+        await writer.check_wal()
 
     with (
         closing(sqlite3.connect(file, isolation_level=None)) as reader,
@@ -421,14 +421,14 @@ async def test_a_reader_that_lets_the_log_grow_is_logged(places: Places, monkeyp
         await grow(3)
         assert logs[0]["event"] == "checkpoint_blocked"
         assert logs[0]["action"].endswith(f"fuser -v {file}")
-        await writer.check()
+        await writer.check_wal()
         assert len(logs) == 1
         await grow(8)
         assert await place.store.ready() is None
         reader.execute("COMMIT")
-        await writer.check()
+        await writer.check_wal()
         assert os.stat(f"{file}-wal").st_size == 0
-        await writer.check()
+        await writer.check_wal()
     assert [entry["event"] for entry in logs] == ["checkpoint_blocked", "checkpoint_blocked", "checkpoint_recovered"]
 
 

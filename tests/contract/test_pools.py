@@ -53,7 +53,7 @@ async def test_text_comes_back_as_it_was_given(pools: PoolStore) -> None:
         for change in (pools.keep_alive, pools.release):
             touched = await change(odd, text, START)
             assert touched is not None
-            assert touched.done
+            assert touched.granted
             assert touched.token.value == text
         assert await pools.delete(odd, text, START, text + text)
         assert await pools.delete(odd, text + text, START)

@@ -109,7 +109,7 @@ async def test_leases_that_are_too_many_go_on(pools: PoolStore, capacity: int) -
     for value in values:
         released = await pools.release(pool, value, START + 7)
         assert released is not None
-        assert released.done
+        assert released.granted
     assert await pools.count(pool, START + 7) == PoolCounts(capacity, 0)
     assert len(await members(pools, pool, START + 7)) == capacity
 
@@ -187,7 +187,7 @@ async def test_a_retired_token_is_gone_for_concurrent_callers(pools: PoolStore) 
         pools.release(pool, "t0", now), pools.release(pool, "t0", now), pools.keep_alive(pool, "t0", now)
     )
     assert released is not None
-    assert released.done
+    assert released.granted
     assert again is None
     assert extended is None or extended.token.holder is not None, "after the release, or before it"
 

@@ -31,7 +31,7 @@ async def test_a_new_store_has_never_been_written(place: Place) -> None:
 
 async def test_a_start_reports_the_time_only_by_its_answer(places: Places) -> None:
     """Otherwise the caller could not tell by how much its own clock was behind."""
-    await (await places.open()).store.remember(START + 500)
+    await (await places.open()).store.save_time(START + 500)
     again = await places.open()
     assert (again.started, again.clock_advances_at_start) == (START + 500, [])
 
@@ -40,7 +40,7 @@ async def test_a_start_reports_the_time_only_by_its_answer(places: Places) -> No
 async def test_a_clock_that_is_behind_is_logged_at_the_start(places: Places, behind: float) -> None:
     """By how much, compared with the latest time that was written."""
     place = await places.open()
-    await place.store.remember(START + behind)
+    await place.store.save_time(START + behind)
     service = create_service(Settings(database=DatabaseSettings(place.url)), lambda: START, lambda: 0.0)
     with structlog.testing.capture_logs() as logs:
         async with service.running():
@@ -59,7 +59,7 @@ async def test_a_start_returns_the_latest_time_written(places: Places, write: st
 
 
 async def test_an_idle_process_learns_the_time_of_another(place: Place, other: Place) -> None:
-    await other.store.remember(START + 3600)
+    await other.store.save_time(START + 3600)
     async with asyncio.timeout(20):
         while START + 3600 not in place.clock_advances:  # noqa: ASYNC110 - that is what is shown
             await asyncio.sleep(0.01)

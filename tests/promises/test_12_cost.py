@@ -15,7 +15,7 @@ from tests.support.servers import START
 from tests.support.steps import Direct, steps
 from tokenauth.models import CountUpdate, Token, public_id
 from tokenauth.stores.cache import TokenCache
-from tokenauth.stores.changes.clock import Remember, TakeDuty, write_clock
+from tokenauth.stores.changes.clock import SaveTime, TakeDuty, write_clock
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
 from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.engine import Change
@@ -85,7 +85,7 @@ CHANGES: Sequence[Change[Any]] = [
     ),
     RefundFailures(digest(3)[:16], None, [(digest(3)[:16], digest(5)[:16])], 0.0, now=START - 10**6),
     TakeDuty("sweep", START + 30, now=START),
-    Remember(now=START),
+    SaveTime(now=START),
 ]
 """Every change, of rows that exist in both databases."""
 
@@ -138,7 +138,7 @@ def test_every_change_finds_its_rows_through_an_index(
         type(change).make(transaction, [change])
         write_clock(transaction, START)
     db.execute("ROLLBACK")
-    assert len(plans) >= 1 + (not isinstance(change, Remember)), "must run the change itself and write the clock row"
+    assert len(plans) >= 1 + (not isinstance(change, SaveTime)), "must run the change itself and write the clock row"
     for statement, plan in plans.items():
         for step in plan:
             # the log is read in the order of its key, and under a limit

@@ -31,7 +31,7 @@ def modes(directory: Path) -> dict[str, int]:
 async def test_new_files_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
     store = open_store(DatabaseSettings(url(tmp_path)), 10)
     await store.start()
-    await store.remember(START)
+    await store.save_time(START)
     found = modes(tmp_path)
     assert {"tokenauth.db", "tokenauth.db-wal", "tokenauth.db-shm"} <= set(found)
     assert set(found.values()) == {0o600}

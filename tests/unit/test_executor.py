@@ -29,7 +29,7 @@ async def test_a_first_job_without_a_thread_is_overload(doubling: Executor[int, 
         for _ in range(10):  # more than the queue holds: a failed job must leave it
             with pytest.raises(Overloaded):
                 await doubling.run(1)
-        assert doubling.trouble() == "a thread cannot be started"
+        assert doubling.problem() == "a thread cannot be started"
     assert [line["event"] for line in logs] == ["thread_not_started"], "must log it once"
 
 
@@ -40,13 +40,13 @@ async def test_the_next_job_starts_the_missing_thread(doubling: Executor[int, in
         with structlog.testing.capture_logs() as logs:
             assert await asyncio.gather(*map(doubling.run, range(4))) == [0, 2, 4, 6]
     assert [line["event"] for line in logs] == ["thread_started_again"]
-    assert doubling.trouble() is None
+    assert doubling.problem() is None
 
 
 async def test_trouble_tries_to_start_a_thread_again(doubling: Executor[int, int]) -> None:
     with no_new_threads(), pytest.raises(Overloaded):
         await doubling.run(1)
-    assert doubling.trouble() is None, "must recover without a job"
+    assert doubling.problem() is None, "must recover without a job"
 
 
 async def test_a_job_refused_without_a_thread_never_runs() -> None:

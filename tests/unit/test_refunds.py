@@ -159,7 +159,7 @@ async def test_a_comparison_counts_if_the_attempt_is_refused(tmp_path: Path) -> 
     async with opened(tmp_path) as world:
         await world.log_in(["eve"], 1, "eve")
         key = _keys("eve", f"{world.home}1").location
-        await world.store.failures.update([CountUpdate(key, at=START, later=36000.0)], START)
+        await world.store.failures.update([CountUpdate(key, at=START, shift=36000.0)], START)
         for number in range(1, 4):
             world.throttle.return_permit("eve", f"{world.home}1", START)
             assert await world.throttle.permit_comparison("eve", f"{world.home}1") is not None

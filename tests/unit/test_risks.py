@@ -20,9 +20,9 @@ from tokenauth.passwords import Passwords, machine_memory_kib
 from tokenauth.risks import (
     SHIPPED_API_PASSWORD,
     SHIPPED_HASH,
-    demand_acceptable,
+    check_accepted,
     find_risks,
-    judge,
+    log_and_check,
     trusts_everybody,
 )
 from tokenauth.settings import loader
@@ -70,15 +70,15 @@ def test_a_risk_is_only_a_warning_on_a_loopback_address(passwords: Passwords, pa
     assert [each.name for each in risks] == [risk]
     assert "\n" not in risks[0].text
     assert password not in risks[0].text
-    demand_acceptable(local, risks)
-    judge(local, risks)
+    check_accepted(local, risks)
+    log_and_check(local, risks)
     for host in ("0.0.0.0", "::", "192.168.1.4", "example.com", "127.0.0.1.example.com", "0"):
         public = configured(f'host = "{host}"', password)
         with pytest.raises(ConfigError) as refusal:
-            judge(public, find_risks(public, passwords))
+            log_and_check(public, find_risks(public, passwords))
         assert str(refusal.value).startswith(f"server.host: '{host}' can be reached by others, and ")
         assert f"this risk is not accepted: {risk!r}; " in str(refusal.value)
-        judge(configured(f'host = "{host}"\naccept_risks = ["{risk}"]', password), risks)
+        log_and_check(configured(f'host = "{host}"\naccept_risks = ["{risk}"]', password), risks)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
@@ -94,9 +94,9 @@ def test_a_loopback_address_behind_a_proxy_is_public(passwords: Passwords, host:
     user = f'[[users]]\nusername = "ann"\npassword = "{WEAK}"'
     settings = loader.parse(f'server.host = "{host}"\n{public}\n{user}', {})
     with pytest.raises(ConfigError, match=f"^{re.escape(key)}.*others can reach the service, and .*'weak_hash'"):
-        demand_acceptable(settings, find_risks(settings, passwords))
+        check_accepted(settings, find_risks(settings, passwords))
     local = loader.parse(f'server.host = "{host}"\noauth.issuer = "http://localhost:8000"\n{user}', {})
-    demand_acceptable(local, find_risks(local, passwords))
+    check_accepted(local, find_risks(local, passwords))
 
 
 @pytest.mark.parametrize("host", ["", " ", "127.0.0.1 ", "a b", "\x7f"])
@@ -142,7 +142,7 @@ def test_a_hash_that_stops_all_logins_is_a_risk(passwords: Passwords, hashed: st
     text = "the password hash of 'ann' takes more than a second to check; run `tokenauth user passwd NAME`"
     assert risks[-1].text == text
     with pytest.raises(ConfigError, match="costly_hash"):
-        demand_acceptable(configured('host = "0.0.0.0"\naccept_risks = ["weak_hash"]'), risks)
+        check_accepted(configured('host = "0.0.0.0"\naccept_risks = ["weak_hash"]'), risks)
 
 
 def test_settings_that_make_each_login_slow_are_a_risk() -> None:
@@ -168,7 +168,7 @@ def test_hashing_in_over_half_of_the_memory_is_a_risk() -> None:
 def test_accepting_one_risk_does_not_accept_another(passwords: Passwords) -> None:
     public = configured('host = "0.0.0.0"\naccept_risks = ["weak_hash", "open_dialect"]', SHIPPED_HASH)
     with pytest.raises(ConfigError, match="shipped_password"):
-        judge(public, find_risks(public, passwords))
+        log_and_check(public, find_risks(public, passwords))
 
 
 @pytest.mark.parametrize("name", ["shipped", "*", "open_dialekt", ""])
@@ -192,7 +192,7 @@ def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> 
     assert [risk.name for risk in risks] == ["shipped_password", "weak_hash", "trusts_everybody"]
     assert [risk.text.count("'a'") + 2 * risk.text.count("'b'") for risk in risks] == [1, 2, 0]
     with pytest.raises(ConfigError, match="trusts_everybody"):
-        demand_acceptable(public, risks)
+        check_accepted(public, risks)
 
 
 PERMITS = """
@@ -214,7 +214,7 @@ def served(name: str, more: str = "", server: str = "") -> Settings:
 def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> None:
     (risk,) = find_risks(served(name), passwords)
     assert risk == ("open_dialect", f"dialects.{name} does not ask for a token; set its require_token to true")
-    judge(served(name), [risk])
+    log_and_check(served(name), [risk])
     public = 'host = "0.0.0.0"\n'
     with pytest.raises(ConfigError) as refusal:
         create_app(served(name, server=public))
@@ -222,7 +222,7 @@ def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> N
         "server.host: '0.0.0.0' can be reached by others, and this risk is not accepted: 'open_dialect'; fix it, or"
         " list it in server.accept_risks"
     )
-    demand_acceptable(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk])
+    check_accepted(served(name, server=public + 'accept_risks = ["open_dialect"]'), [risk])
     assert find_risks(served(name, "require_token = true", public), passwords) == []
 
 
@@ -240,9 +240,9 @@ def test_accepting_open_dialects_accepts_no_other_risk(passwords: Passwords) -> 
     text = text.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD)
     public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect"]'), {})
     with pytest.raises(ConfigError, match="'shipped_password'; fix it"):
-        demand_acceptable(public, find_risks(public, passwords))
+        check_accepted(public, find_risks(public, passwords))
     public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect", "shipped_password"]'), {})
-    demand_acceptable(public, find_risks(public, passwords))
+    check_accepted(public, find_risks(public, passwords))
 
 
 def test_the_shipped_file_risks_only_its_password() -> None:
@@ -261,21 +261,21 @@ def test_the_production_example_has_no_unnamed_risk(passwords: Passwords) -> Non
     """Once a proxy is named, a forgotten step or an open dialect is an error."""
     text = shipped().replace("trusted_proxies = []", 'trusted_proxies = ["127.0.0.1"]')
     with pytest.raises(ConfigError, match="'shipped_password'"):
-        demand(text, passwords)
+        check_text(text, passwords)
     text = text.replace(SHIPPED_HASH, STRONG)
-    demand(text, passwords)
+    check_text(text, passwords)
     _, first, dialects = shipped_with_dialects().partition("[dialects.")
     tables = re.split(r"(?=\[dialects\.)", first + dialects)[1:]
     assert len(tables) == 4
     for table in tables:
         with pytest.raises(ConfigError, match=r"'(open_dialect|shipped_password)'"):
-            demand(text + table.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD), passwords)
+            check_text(text + table.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD), passwords)
 
 
-def demand(text: str, passwords: Passwords) -> None:
+def check_text(text: str, passwords: Passwords) -> None:
     """Check a configuration as `serve` does."""
     settings = loader.parse(text, {})
-    demand_acceptable(settings, find_risks(settings, passwords))
+    check_accepted(settings, find_risks(settings, passwords))
 
 
 @pytest.fixture

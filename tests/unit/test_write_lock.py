@@ -62,7 +62,7 @@ def writer_of(store: Store) -> writer.SqliteWriter:
 async def seconds(store: Store) -> float:
     """Write something, and return how long that took."""
     began = monotonic()
-    await store.remember(START)
+    await store.save_time(START)
     return monotonic() - began
 
 
@@ -87,7 +87,7 @@ async def test_a_write_wakes_one_thread(store: Store) -> None:
 
     before = woken()
     for _ in range(100):
-        await store.remember(START)
+        await store.save_time(START)
     after = woken()
     assert len(before) >= 2
     assert sum(after[thread] > before[thread] + 10 for thread in before) == 1
@@ -173,7 +173,7 @@ async def test_writers_of_several_stores_alternate(tmp_path: Path) -> None:
 
         async def write(store: Store) -> None:
             while monotonic() < until:
-                await store.remember(START + counts[id(store)])
+                await store.save_time(START + counts[id(store)])
                 counts[id(store)] += 1
 
         await asyncio.gather(write(one), write(two), write(three))

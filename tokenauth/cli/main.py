@@ -1,4 +1,4 @@
-"""The commands that concern the whole service; those for users, tokens and pools are in the modules beside."""
+"""The command `tokenauth`, and its subcommands for the whole service. Others are in `users`, `tokens` and `pools`."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -62,7 +62,7 @@ def check(config_file: str | None, as_json: bool) -> None:
 
     Exit with 1 if `tokenauth serve` would refuse it.
     """
-    from tokenauth.risks import Risk, demand_acceptable, find_risks
+    from tokenauth.risks import Risk, check_accepted, find_risks
     from tokenauth.service import create_service
     from tokenauth.settings import loader
     from tokenauth.web.app import find_routes
@@ -76,7 +76,7 @@ def check(config_file: str | None, as_json: bool) -> None:
             service = create_service(settings)
             find_routes(service)
             risks = find_risks(settings, service.passwords, path)
-            demand_acceptable(settings, risks)
+            check_accepted(settings, risks)
     except ConfigError as error:
         mistake = error
     if as_json:

@@ -87,7 +87,7 @@ class TokenAuth(httpx.Auth):
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Send one request; called by httpx.Client."""
-        with closing(self._steps(request, "threads")) as steps:  # in any case, so that nothing waits for ever
+        with closing(self._steps(request, "threads")) as steps:  # in any case, so that no other request waits forever
             step = next(steps)
             while step is not None:
                 reply: _Reply = None

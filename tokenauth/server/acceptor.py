@@ -1,7 +1,8 @@
-"""How a worker accepts connections: several in each turn of the event loop, and none is lost when it stops.
+"""How a worker accepts connections: several in each iteration of the event loop, and none is lost when it stops.
 
-libuv accepts one connection in each turn, and a turn takes as long as the requests of all busy connections: with 3,000
-of them, a new connection waited for 10 seconds. And connections in the queue are reset when their socket is closed.
+libuv accepts one connection per iteration, and an iteration takes as long as the requests of all busy connections: with
+3,000 of them, a new connection waited for 10 seconds. Also, connections in the queue are reset when the listening
+socket is closed.
 """
 
 import asyncio
@@ -19,11 +20,11 @@ from tokenauth import file_descriptors
 from tokenauth.logs import log
 
 OPEN_PER_ACCEPT = 8
-"""In each turn of the event loop, one connection is accepted, and one more for each 8 that are open.
+"""In each iteration of the event loop, one connection is accepted, and one more for each 8 that are open.
 
-Turns grow longer with open connections, and so accepting keeps its share of them. A worker with few connections leaves
-most of a small burst to the others: the 20 connections of a reverse proxy should not all go to the worker that woke
-first.
+The more connections are open, the longer an iteration takes, so more are accepted in each. A worker with few
+connections leaves most of a small burst to the others: the 20 connections of a reverse proxy should not all go to the
+worker that woke up first.
 """
 
 LINGER = 0.2

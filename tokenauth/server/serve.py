@@ -9,7 +9,7 @@ from tokenauth import file_descriptors
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
 from tokenauth.passwords import Passwords
-from tokenauth.risks import find_risks, judge
+from tokenauth.risks import find_risks, log_and_check
 from tokenauth.server.listener import listen
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
 from tokenauth.settings import loader
@@ -59,7 +59,7 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
 def _check_risks(path: Path, settings: Settings) -> None:
     """Log the risks. Raises ConfigError for settings that cannot work, or are not allowed on this address."""
     with loader.naming(path):
-        judge(settings, find_risks(settings, Passwords(settings.passwords, settings.users_by_name), path))
+        log_and_check(settings, find_risks(settings, Passwords(settings.passwords, settings.users_by_name), path))
 
 
 def _reload(path: Path, first: Settings, served: Settings, workers: int | None) -> Settings:

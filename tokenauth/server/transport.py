@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 MAX_HELD = 64 * 1024
-"""Bytes that are kept for the end of the turn at most."""
+"""Maximum bytes that are kept until the end of the iteration."""
 
 LINGER = 2.0
 """Seconds that a client has to read its last answer while it still sends, before the connection is reset."""
@@ -14,7 +14,7 @@ FLUSH = 60.0
 
 
 class CoalescingTransport:
-    """Sends what is written in one turn of the event loop with one system call.
+    """Sends what is written in one iteration of the event loop with one system call.
 
     This is written so that it can be proposed to uvicorn; it depends on nothing else here.
 
@@ -26,9 +26,9 @@ class CoalescingTransport:
 
         self.transport = CoalescingTransport(transport, self.loop)
 
-    `write` keeps the data. The first `write` of a turn schedules one callback, which sends all of it together. At most
-    MAX_HELD bytes are kept, so the memory of a connection and its flow control stay bounded as before. Everything else
-    is passed to the transport.
+    `write` keeps the data. The first `write` of an iteration schedules one callback, which sends all of it together. At
+    most MAX_HELD bytes are kept, so the memory of a connection and its flow control stay bounded as before. Everything
+    else is passed to the transport.
     """
 
     __slots__ = ("_closing", "_held", "_loop", "_size", "_transport")
@@ -41,7 +41,7 @@ class CoalescingTransport:
         self._closing = False
 
     def write(self, data: bytes) -> None:
-        """Send data at the end of this turn, or at once if too much is kept."""
+        """Send data at the end of this iteration, or at once if too much is kept."""
         if not self._held:
             self._loop.call_soon(self._flush)
         self._held.append(data)

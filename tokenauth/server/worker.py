@@ -1,4 +1,4 @@
-"""A worker process: serves the settings that the main process sends, until it is told to stop."""
+"""A worker process: serves the settings that the main process sends, until it is ordered to stop."""
 
 import asyncio
 import os

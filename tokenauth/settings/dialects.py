@@ -25,7 +25,7 @@ class PasswordDialectSettings(DialectSettings, frozen=True, kw_only=True):
 
 
 class Dialect(NamedTuple):
-    """What all the rest of tokenauth needs to know about a dialect."""
+    """What the other modules need to know about a dialect."""
 
     settings: type[DialectSettings] = DialectSettings
     new_value: Callable[[], str] | None = None
@@ -35,7 +35,7 @@ class Dialect(NamedTuple):
     needs_prefill: bool = False
     """Whether its pool must have prefill."""
     ages_while_leased: bool = False
-    """Whether a token's `token_ttl` goes on while it is leased."""
+    """Whether time under a lease that lapsed counts towards `token_ttl`."""
 
 
 DIALECTS: Mapping[str, Dialect] = {

@@ -1,4 +1,4 @@
-"""The types of settings: each declares what its values can be, and the loader says so when one is something else."""
+"""The types of settings. Each declares which values are valid; the loader reports any other."""
 
 from typing import Annotated
 
@@ -11,14 +11,14 @@ TEN_YEARS = 10 * 365 * 86400.0
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """A table of the file. What one field can be is declared on it; `__post_init__` checks what fields can be together.
+    """A table of the file. Each field declares its bounds; `__post_init__` checks fields against each other.
 
-    Both are checked when a file is loaded. A record that is made directly must keep to its fields' bounds by itself.
+    The loader checks both. The bounds of a field are not checked when a record is created in Python.
     """
 
 
 class SettingError(ValueError):
-    """A value that cannot be used: `key` leads to it from the table, and `problem` is a phrase."""
+    """A value that cannot be used. `key` is its path in the table, `problem` a phrase such as "must be a string"."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}")
@@ -37,7 +37,7 @@ def duration(low: float = 1, high: float = TEN_YEARS) -> Meta:
 
 
 def text(pattern: str, description: str, secret: bool = False) -> Meta:
-    """Hold a string to a pattern. Errors say that it must be `description`, and do not show a secret."""
+    """Require a pattern of a string. An error says that it must be `description`, and does not show a secret."""
     return Meta(pattern=rf"\A(?:{pattern})\Z", description=description, extra={"secret": secret})
 
 

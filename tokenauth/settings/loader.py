@@ -1,4 +1,4 @@
-"""The configuration file: TOML and the environment in, records out, and one clear line for each mistake."""
+"""Reads the configuration file: TOML with environment variables becomes records, or one line about a mistake."""
 
 import difflib
 import json
@@ -53,7 +53,7 @@ def naming(path: Path) -> Iterator[None]:
 def parse(text: str, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read TOML text. Raises ConfigError as `load` does."""
     tree = parse_toml(text)
-    variables = _fill_in(tree, environ)
+    variables = _substitute(tree, environ)
     return _Reader(variables).table(Settings, tree, "")
 
 
@@ -96,8 +96,8 @@ class _Field(NamedTuple):
             return cls(annotation, *get_args(annotation))
         return cls(annotation, annotation, Meta())
 
-    def marked(self, mark: str) -> Any:
-        return (self.meta.extra or {}).get(mark)
+    def option(self, key: str) -> Any:
+        return (self.meta.extra or {}).get(key)
 
     @property
     def expected(self) -> str:
@@ -106,7 +106,7 @@ class _Field(NamedTuple):
             return self.meta.description
         if get_origin(self.kind) is Literal:
             return f"one of {', '.join(get_args(self.kind))}"
-        if self.marked("duration"):
+        if self.option("duration"):
             assert self.meta.ge is not None
             assert self.meta.le is not None
             bounds = f"from {_in_units(self.meta.ge)} to {_in_units(self.meta.le)}"
@@ -114,19 +114,19 @@ class _Field(NamedTuple):
         bounds = "" if self.meta.ge is None else f" from {self.meta.ge} to {self.meta.le}"
         return f"{_TYPES[self.kind]}{bounds}"
 
-    def but_is(self, value: object) -> str:
-        """Return what a wrong value is instead: its type, or the value if its type is right. Secrets are not shown."""
+    def actual(self, value: object) -> str:
+        """Return what a wrong value is instead: its type or, if that is right, the value unless it is secret."""
         right = isinstance(value, _VALUES.get(self.kind, str)) and not isinstance(value, bool)
-        if right or (self.marked("duration") and isinstance(value, str)):
-            return "" if self.marked("secret") else f", not {repr(value)[:80]}"
+        if right or (self.option("duration") and isinstance(value, str)):
+            return "" if self.option("secret") else f", not {repr(value)[:80]}"
         return f", not {_type_of(value)}"
 
 
 class _Reader:
-    """Makes records of a parsed file. Errors name the place, which is known at each step on the way down."""
+    """Makes records from a parsed file. An error names the key path of the mistake."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
-        """Make a reader. `variables` names, by key path, those of the environment that values come from."""
+        """`variables` has the environment variables that were substituted, by key path."""
         self._variables = variables
 
     def table(self, record: type[T], tree: object, path: str) -> T:
@@ -145,7 +145,7 @@ class _Reader:
             raise ConfigError(f"{path}.{error}".lstrip(".")) from None
 
     def value(self, annotation: Any, value: object, path: str) -> Any:
-        """Read whatever is at `path`."""
+        """Read the value at `path` as the annotated type."""
         field = _Field.of(annotation)
         origin = get_origin(field.kind)
         if origin is tuple:
@@ -154,7 +154,7 @@ class _Reader:
             inner = get_args(field.kind)[0]
             return tuple(self.value(inner, one, f"{path}[{number}]") for number, one in enumerate(value))
         if origin is dict:
-            kinds = field.marked("tables")
+            kinds = field.option("tables")
             items = _items(value, path, kinds)
             inner = get_args(field.kind)[1]
             return {key: self.value(kinds[key] if kinds else inner, items[key], _join(path, key)) for key in items}
@@ -165,7 +165,7 @@ class _Reader:
     def _scalar(self, field: _Field, value: object, path: str) -> Any:
         variable = self._variables.get(path)
         convert = partial(msgspec.convert, strict=variable is None)  # a variable has numbers as text
-        if field.marked("duration"):
+        if field.option("duration"):
             value = _seconds(value)
         try:
             return convert(value, field.annotation)
@@ -173,7 +173,7 @@ class _Reader:
             with suppress(msgspec.ValidationError):
                 value = convert(value, field.kind)
         source = "" if variable is None else f", from {variable}"
-        raise ConfigError(f"{path}: must be {field.expected}{field.but_is(value)}{source}")
+        raise ConfigError(f"{path}: must be {field.expected}{field.actual(value)}{source}")
 
 
 def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _in_units(seconds: float) -> str:
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-def _fill_in(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+def _substitute(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
     """Replace variables in strings by the environment's values. Return their names, such as "${PORT}", by key path."""
     found = {}
     for path, holder, key in list(_strings(tree, "", _MAX_DEPTH)):

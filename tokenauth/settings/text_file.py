@@ -34,7 +34,7 @@ class TextFile:
             return _decode(_target(self.path).read_bytes())
 
     def edit(self, change: Callable[[str], str]) -> None:
-        """Replace the current text by what `change` returns for it. The file is locked meanwhile.
+        """Replace the current text by what `change` returns for it. It holds a lock on the file.
 
         Raises ConfigError if the file cannot be written, or if a program that takes no lock (an editor) has changed it
         meanwhile. Then nothing is changed, and no temporary file is left.

@@ -38,12 +38,12 @@ class UserFile:
         """Add a user. Raises ConfigError if the name exists."""
         if "${" in name:  # the loader would put a variable's value there
             raise ConfigError(f"{name!r}: a user name cannot contain '${{'")
-        self._demand_new(name, self._parse(self._file.read()))
+        self._check_new(name, self._parse(self._file.read()))
         entry = {"username": name, "password": password_hash()} | ({"scopes": list(scopes)} if scopes else {})
 
         def change(text: str) -> str:
             users = self._parse(text)
-            self._demand_new(name, users)
+            self._check_new(name, users)
             return self._checked(text, _added(text, entry), [*users, entry])
 
         self._file.edit(change)
@@ -88,7 +88,7 @@ class UserFile:
             raise ConfigError(f"{self.path}: there is no user {name!r}")
         return number
 
-    def _demand_new(self, name: str, users: Sequence[Entry]) -> None:
+    def _check_new(self, name: str, users: Sequence[Entry]) -> None:
         if _find(name, users) is not None:
             raise ConfigError(f"{self.path}: there is a user {name!r} already")
 

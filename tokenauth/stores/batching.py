@@ -12,7 +12,7 @@ from tokenauth.stores.engine import Change, Transaction
 A = TypeVar("A")
 
 LIMIT = 10_000
-"""Changes that may wait; one more is refused."""
+"""Maximum number of changes that wait; further ones are refused."""
 
 IDLE = 12
 """Consecutive idle iterations of the event loop after which the batch is committed."""

@@ -1,4 +1,4 @@
-"""A cache of tokens that is never wrong: it applies all known revocations before it answers."""
+"""A cache of tokens that never returns a revoked one: it applies all known revocations before it answers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -27,7 +27,7 @@ class TokenCache:
         self._feed = feed
         self._size = size
         self._tokens: dict[bytes, Token] = {}
-        self._usable = self._tokens  # or nothing, while the feed is not current
+        self._usable = self._tokens  # empty while the feed is not current
         self._ring: list[bytes] = []  # the digests in the order of insertion; the oldest is overwritten first
         self._next = 0
         self._generation = 0  # grows when tokens are dropped: what was looked up before may be revoked
@@ -40,7 +40,7 @@ class TokenCache:
         return self._usable.get(digest)
 
     async def look_up(self, digest: bytes) -> Token | None:
-        """Look up a token that `cached` has just not found, and cache it unless anything was revoked meanwhile."""
+        """Look up a token that is not cached, and cache it unless anything was revoked during the look-up."""
         generation = self._generation
         token = await self._look_up(digest)
         if token is None:

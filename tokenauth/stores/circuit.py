@@ -21,10 +21,10 @@ PAUSE = 0.5
 """Seconds between two probes."""
 
 QUICK = 0.1
-"""Seconds after which a failure counts as slow: others had to wait for it."""
+"""Seconds after which a failure is a slow one: other operations had to wait for it."""
 
 QUIET = 10.0
-"""Seconds in which the same failure is not logged again after the database has worked meanwhile."""
+"""Seconds for which the same failure is not logged again, even if the database has worked in between."""
 
 Probe = Callable[[], Awaitable[str | None]]
 """Checks what operations need; returns what is wrong, or None."""
@@ -50,11 +50,11 @@ class Circuit:
         opened: Callable[[], object] = _do_nothing,
         probe_failed: Callable[[], object] = _do_nothing,
     ) -> None:
-        """`fails` and `works` are events to log. `opened` runs when it opens, `probe_failed` when a probe fails."""
-        self.trouble: str | None = None
+        """Log the events `fails` and `works`. Call `opened` when it opens, and `probe_failed` when a probe fails."""
+        self.problem: str | None = None
         """Why operations are refused; None while it is closed."""
         self.openings = 0
-        """How often it has opened: connections from before an opening may be dead."""
+        """How often it has opened. Connections that are older than the last opening may be dead."""
         self._probe = probe
         self._fails = fails
         self._works = works
@@ -68,9 +68,9 @@ class Circuit:
         self._logged = False
         self._last_logged = ("", -math.inf)
 
-    def demand(self) -> None:
+    def check_closed(self) -> None:
         """Raise StoreUnavailable while it is open."""
-        if self.trouble is not None:
+        if self.problem is not None:
             raise StoreUnavailable
 
     @asynccontextmanager
@@ -79,7 +79,7 @@ class Circuit:
 
         Raises StoreUnavailable while it is open, and if the operation takes longer than TIMEOUT.
         """
-        self.demand()
+        self.check_closed()
         loop = asyncio.get_running_loop()
         began = loop.time()
         limit = asyncio.timeout(None)  # `_watch` ends it: a timer for each operation would cost more than the rest
@@ -109,8 +109,8 @@ class Circuit:
     def open(self, reason: str) -> None:
         """Refuse operations until a probe succeeds."""
         self._log(reason)
-        was_open = self.trouble is not None
-        self.trouble = reason
+        was_open = self.problem is not None
+        self.problem = reason
         if not was_open:
             self.openings += 1
             self._opened()
@@ -157,12 +157,12 @@ class Circuit:
 
     async def _probe_until_it_works(self) -> None:
         try:
-            while (trouble := await self._probe_once()) is not None:
-                self.open(trouble)
+            while (problem := await self._probe_once()) is not None:
+                self.open(problem)
                 self._known.set()
                 self._probe_failed()
                 await asyncio.sleep(PAUSE)
-            self.trouble = None
+            self.problem = None
             if self._logged:
                 self._logged = False
                 log.info(self._works)

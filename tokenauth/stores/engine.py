@@ -29,8 +29,8 @@ def ignore_clock(_: Instant) -> None:
     """Do nothing when the clock row advances."""
 
 
-class Conflict(Exception):
-    """Other transactions were changing the rows that this one needs: repeat it with exclusive locks."""
+class LockConflict(Exception):
+    """Other transactions have locked rows that this one needs: retry it with exclusive locks."""
 
 
 class Transaction(Protocol):
@@ -76,7 +76,7 @@ class Change(Generic[A_co]):
     """A change to the database; the type parameter is the type of its answer."""
 
     now: Instant = field(default=0.0, kw_only=True)
-    """The time that the caller has read; the commit writes it to the clock row. 0: it does not depend on time."""
+    """The time that the caller has read, written to the clock row by the commit; 0 if the change needs no time."""
 
     @classmethod
     @abstractmethod
@@ -127,7 +127,7 @@ class Engine(Protocol):
         """Return what keeps the database from being used; None if it can be."""
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
-        """Run a query outside of any change. `brief`: it takes microseconds, such as a look-up by key."""
+        """Run a query. `brief`: it takes microseconds, such as a look-up by key."""
 
     def apply(self, change: Change[A]) -> Awaitable[A]:
         """Make a change; the answer comes after the commit. Changes that wait at the same time share a commit."""

@@ -1,4 +1,4 @@
-"""The only switch on a database URL."""
+"""Opens the store that a database URL names. No other module looks at the URL's scheme."""
 
 import time
 from urllib.parse import parse_qsl
@@ -17,8 +17,8 @@ from tokenauth.stores.store import Store
 def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
     """Return the store at a URL, not yet started. Raises ConfigError.
 
-    Without a `clock` it has its own: this machine's, or PostgreSQL's. Unless it is for `serving`, it creates no
-    database, and a start that only reads needs no lock.
+    Without a `clock` it uses this machine's, or PostgreSQL's. With `serving`, it creates the database if there is none;
+    without it, a start only reads.
     """
     try:
         url = make_url(settings.url)

@@ -1,4 +1,4 @@
-"""The stores: their method docstrings are the contract, which `tests/contract` checks on each database.
+"""The stores. The docstrings of their methods are the contract, which `tests/contract` checks on each database.
 
 - Each method is one atomic step.
 - Absence is an answer (None, False, 0, an empty list). StoreUnavailable means that the database cannot be used.
@@ -29,7 +29,7 @@ from tokenauth.models import (
 )
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes import pool_rows
-from tokenauth.stores.changes.clock import Remember, TakeDuty
+from tokenauth.stores.changes.clock import SaveTime, TakeDuty
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
 from tokenauth.stores.changes.pools import (
     Assign,
@@ -50,7 +50,7 @@ _STEP = 10_000
 """Tokens that one transaction revokes at most."""
 
 _BRIEF = 2000
-"""A pool of at most this capacity is counted in less time than a thread takes to wake up."""
+"""A pool of at most this capacity is counted faster than a thread wakes up."""
 
 _FIND = select(*token_columns).where(tokens.c.digest.between(bindparam("low"), bindparam("high")))
 _LIST = (
@@ -199,7 +199,7 @@ class PoolStore:
     async def list_leases(
         self, pool: Pool, now: Instant, after: LeaseCursor, limit: int
     ) -> Sequence[tuple[LeaseCursor, PoolToken]]:
-        """Return leased tokens after a place, with their places, ordered by the end of their lease, at most `limit`."""
+        """Return at most `limit` leased tokens and their cursors, ordered by the end of their lease, after a cursor."""
         end, number = after
         values = {**pool_rows.parameters(pool, now), "end": end, "number": number, "limit": limit}
         rows = await self._engine.read(pool_rows.LEASES, values)
@@ -225,15 +225,15 @@ class FailureStore:
         await self._engine.apply(UpdateFailures(updates, now=now))
 
     async def refund(
-        self, own: bytes, row: bytes | None, shares: Sequence[tuple[bytes, bytes]], expired: Instant, now: Instant
+        self, own: bytes, row: bytes | None, shares: Sequence[tuple[bytes, bytes]], cutoff: Instant, now: Instant
     ) -> None:
         """Remove the failures that precede a successful login. What was refunded once is not refunded again.
 
-        `own` is the count of the user at the place: it becomes 0, and `row` loses as many. `shares` are pairs of a
+        `own` is the count of the user at the location: it becomes 0, and `row` loses as many. `shares` are pairs of a
         share of a bucket and the bucket: the bucket loses what is left of the share, and the share is emptied. `own`
-        counts as 0 if it was last changed at or before `expired`.
+        counts as 0 if it was last changed at or before `cutoff`.
         """
-        await self._engine.apply(RefundFailures(own, row, shares, expired, now=now))
+        await self._engine.apply(RefundFailures(own, row, shares, cutoff, now=now))
 
     async def purge(self, before: Instant, limit: int) -> int:
         """Delete at most `limit` keys whose instant is before this one; return how many."""
@@ -268,9 +268,9 @@ class Store:
         """Finish what is being written, write `now`, and disconnect."""
         await self.engine.stop(now)
 
-    async def remember(self, now: Instant) -> None:
-        """Write `now`, for all who use this store: no restart goes back behind it."""
-        await self.engine.apply(Remember(now=now))
+    async def save_time(self, now: Instant) -> None:
+        """Save `now` for all processes that use this store: after a restart, time continues from it."""
+        await self.engine.apply(SaveTime(now=now))
 
     async def ready(self) -> str | None:
         """Return what keeps the store from serving; None if it can serve."""

@@ -103,7 +103,8 @@ failures = Table(
     sqlite_with_rowid=False,
 )
 
-marks = Table(  # the clock row, and until when a process has a duty
+# Instants by name: the clock row (the latest time that any commit has written), and the ends of duties.
+marks = Table(
     "marks",
     metadata,
     Column("name", String, primary_key=True),

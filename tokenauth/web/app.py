@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from tokenauth import __version__
 from tokenauth.clock import Clock
 from tokenauth.logs import log
-from tokenauth.risks import demand_acceptable, find_risks
+from tokenauth.risks import check_accepted, find_risks
 from tokenauth.service import Service, create_service
 from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import Settings
@@ -49,7 +49,7 @@ def create_app(config: Settings, clock: Clock | None = None, monotonic: Clock = 
     ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
     """
     service = create_service(config, clock, monotonic)
-    demand_acceptable(config, find_risks(config, service.passwords))
+    check_accepted(config, find_risks(config, service.passwords))
     return build_app(service)
 
 

@@ -23,7 +23,7 @@ def client_address(scope: Scope) -> str:
     address = _normalize(str(client[0])[:MAX_ADDRESS])
     if not ignored_proxies:
         forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
-        named = str(client[0]).encode("latin-1", "replace")  # by a proxy, if it is trusted
+        named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
         if forwarded and not any(named in value for value in forwarded):
             _warn(address)
     return address
@@ -41,7 +41,7 @@ def _warn(peer: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _normalize(text: str) -> str:
-    """Return an address in its usual spelling: IPv4 as such, and no zone, which can be of any length."""
+    """Return an address in its usual form: IPv4-mapped IPv6 as IPv4, and without a zone, which can have any length."""
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

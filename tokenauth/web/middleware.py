@@ -1,7 +1,7 @@
 """TokenMiddleware: requires a valid token, in this application and in any ASGI app."""
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,7 +69,7 @@ class TokenMiddleware:
             await refusal_response(body.refusal)(scope, receive, send)
 
     async def _check_again(self, scope: Scope) -> Refusal | None:
-        """Return why a request that was accepted is refused by now, if it is: its token may have been revoked."""
+        """Return why an accepted request must be refused now, or None: its token may have been revoked meanwhile."""
         user: Identity = scope["user"]
         try:
             login = await self._login(scope)
@@ -91,7 +91,7 @@ class TokenMiddleware:
         return login
 
     def _is_exempt(self, scope: Scope) -> bool:
-        """Whether a path, as the app sees it, needs no token. A path with `..` in it does.
+        """Return whether a path, as the app sees it, needs no token. A path that contains `..` always needs one.
 
         Some routers cut off the prefix that they have matched (Litestar's): the path that was sent must be exempt, too.
         """
@@ -111,7 +111,7 @@ class TokenMiddleware:
 
 
 def _is_received(receive: Receive) -> bool:
-    """Whether all of a body has been received, as far as the server tells: uvicorn's do, for nearly all requests."""
+    """Return whether all of a body has been received. It is, under uvicorn, for nearly all requests."""
     return getattr(getattr(receive, "__self__", None), "more_body", True) is False
 
 
@@ -157,34 +157,25 @@ class _Body:
             await self._send(message)
 
 
-class _Watched:
+class _Watched(Generator[Any, Any, Message]):
     """An awaitable that records whether it had to wait."""
 
     __slots__ = ("_awaited", "waited")
 
     def __init__(self, awaitable: Awaitable[Message]) -> None:
-        self._awaited: Any = awaitable.__await__()
+        self._awaited = awaitable.__await__()
         self.waited = False
 
     def __await__(self) -> Generator[Any, Any, Message]:
-        return cast(Generator[Any, Any, Message], self)
-
-    def __iter__(self) -> "_Watched":
         return self
 
-    def __next__(self) -> object:
-        return self.send(None)
-
-    def send(self, value: object) -> object:
+    def send(self, value: Any) -> Any:
         """Resume until it waits or ends (PEP 342)."""
-        if value is None:
-            found: object = next(self._awaited)
-        else:
-            found = self._awaited.send(value)
+        found = next(self._awaited) if value is None else self._awaited.send(value)
         self.waited = True
         return found
 
-    def throw(self, *error: Any) -> object:
+    def throw(self, *error: Any) -> Any:
         return self._awaited.throw(*error)
 
     def close(self) -> None:

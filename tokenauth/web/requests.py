@@ -43,7 +43,7 @@ _HARMLESS_NAME = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
 
 
 class Request(requests.Request):
-    """A request whose readings raise a refusal."""
+    """Starlette's request, with methods that raise a refusal for what cannot be read."""
 
     @property
     def user(self) -> Identity:
@@ -244,7 +244,7 @@ class Request(requests.Request):
         return body[:MAX_BODY], len(body) <= MAX_BODY
 
     def _is_json(self) -> bool:
-        """Whether the body may be read as JSON. Programs may omit the Content-Type, but web pages may not.
+        """Return whether the body may be read as JSON. Programs may omit the Content-Type, but web pages may not.
 
         Browsers send a body without one to other origins with no preflight. Raises BodyTooLarge for a Content-Length.
         """
@@ -332,7 +332,7 @@ def _is_json_type(content_type: bytes) -> bool:
 
 
 def _explain(error: str, known: Collection[str]) -> str:
-    """Say what msgspec found wrong with a body."""
+    """Return msgspec's error about a body as a sentence."""
     problem, _, path = error.partition(" - at ")
     name = problem.removeprefix("Object contains unknown field ")
     if name != problem:

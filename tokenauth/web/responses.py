@@ -85,7 +85,8 @@ class NoStoreResponse(Response):
         self.raw_headers.append(NO_STORE)
 
 
-NO_CONTENT = NoStoreResponse(status_code=204)  # sending a response does not change it
+NO_CONTENT = NoStoreResponse(status_code=204)
+"""A response that all requests can share: sending it does not change it."""
 
 
 class JSONResponse(Response):
@@ -123,7 +124,7 @@ def refusal_response(refusal: Refusal) -> Response:
 
 
 def error_response(error: Exception) -> Response:
-    """Return the response to an exception: a refusal has its own, any other is logged and is this server's fault."""
+    """Return the response to an exception: that of a refusal, or 500 for any other, which is logged."""
     if isinstance(error, Refusal):
         return refusal_response(error)
     if _lacks_memory(error):

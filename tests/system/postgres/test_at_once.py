@@ -59,7 +59,7 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
     async def release(node: Store, pool: Pool, value: str, fence: int) -> None:
         touched = await node.pools.release(pool, value, START, LeaseCheck("h", fence))
         assert touched is not None
-        ended[pool.name, value, fence] += touched.done
+        ended[pool.name, value, fence] += touched.granted
 
     async def keep_alive(node: Store, pool: Pool, value: str, fence: int) -> None:
         touched = await node.pools.keep_alive(

@@ -74,12 +74,12 @@ class StorePool:
     def keep_alive(self, holder: str, grant: Grant) -> Grant | None:
         claim = LeaseCheck(holder, grant.fence)
         touched = self._run(self._store.pools.keep_alive(POOL, grant.token, self._time(), claim))
-        return grant if touched is not None and touched.done else None
+        return grant if touched is not None and touched.granted else None
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
         claim = LeaseCheck(holder, grant.fence)
         touched = self._run(self._store.pools.release(POOL, grant.token, self._time(), claim))
-        return grant if touched is not None and touched.done else None
+        return grant if touched is not None and touched.granted else None
 
     def generate(self) -> Grant | None:
         value = secrets.token_hex(8)

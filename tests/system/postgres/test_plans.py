@@ -97,7 +97,7 @@ class Direct(DirectEngine):
 
 @pytest.fixture
 async def direct(url: str) -> AsyncIterator[Direct]:
-    connections = Connections(make_url(url), 1, timed=True)
+    connections = Connections(make_url(url), 1, caller_time=True)
     await connections.upgrade()
     async with connections._engine.connect() as connection:
         for table in metadata.tables:

@@ -1,4 +1,4 @@
-"""Changes to the table `marks`: the clock row, and which process has a duty until when."""
+"""Changes to the table `marks`: the clock row, and until when a process has taken a duty."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ _TAKE_DUTY = text("""
 
 
 @dataclass(slots=True)
-class Remember(Change[None]):
-    """Write nothing but the clock row, as every commit does."""
+class SaveTime(Change[None]):
+    """Write only the clock row, which every other change writes as well."""
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[None]:
@@ -56,10 +56,10 @@ class TakeDuty(Change[bool]):
 
 
 def write_clock(db: Transaction, now: Instant) -> None:
-    """Write `now` to the clock row if it is later, so that no restart goes back behind it."""
+    """Write `now` to the clock row if it is later: after a restart, time continues from it."""
     db.execute(_WRITE_CLOCK, {"name": CLOCK, "now": now})
 
 
 def write_probe(db: Transaction) -> None:
-    """Write a row that means nothing."""
+    """Write a row without a meaning."""
     db.execute(_PROBE, {})

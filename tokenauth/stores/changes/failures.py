@@ -15,19 +15,19 @@ from tokenauth.stores.tables import failures
 
 _UPDATE = text("""
     INSERT INTO failures (key, count, last_at)
-    VALUES (:key, CASE WHEN :plus > 0 THEN :plus ELSE 0 END, :at + :later)
+    VALUES (:key, CASE WHEN :increment > 0 THEN :increment ELSE 0 END, :at + :shift)
     ON CONFLICT (key) DO UPDATE SET
         count = CASE
-            WHEN failures.last_at <= :expired THEN excluded.count
-            WHEN failures.count + :plus < 0 THEN 0
-            ELSE failures.count + :plus
+            WHEN failures.last_at <= :cutoff THEN excluded.count
+            WHEN failures.count + :increment < 0 THEN 0
+            ELSE failures.count + :increment
         END,
-        last_at = CASE WHEN failures.last_at > :at THEN failures.last_at ELSE :at END + :later
+        last_at = CASE WHEN failures.last_at > :at THEN failures.last_at ELSE :at END + :shift
 """).bindparams(
-    bindparam("plus", type_=Integer),
+    bindparam("increment", type_=Integer),
     bindparam("at", type_=Float),
-    bindparam("later", type_=Float),
-    bindparam("expired", type_=Float),
+    bindparam("shift", type_=Float),
+    bindparam("cutoff", type_=Float),
 )
 _LOCK = (
     select(failures.c.key, failures.c.count, failures.c.last_at)
@@ -58,15 +58,15 @@ class UpdateFailures(Change[None]):
 
 @dataclass(slots=True)
 class RefundFailures(Change[None]):
-    """Remove the failures that a successful login takes back from the counts they were added to."""
+    """Remove the failures that a successful login refunds from all counts they were added to."""
 
     own: bytes
-    """The count of the user's failures at the place; becomes 0."""
+    """The count of the user's failures at the location; becomes 0."""
     row: bytes | None
     """The count that loses as many as `own` had."""
     shares: Sequence[tuple[bytes, bytes]]
     """Pairs of a share of a bucket and the bucket. The bucket loses what is left of the share; the share is emptied."""
-    expired: Instant
+    cutoff: Instant
     """`own` counts as 0 if it was last changed at or before this instant."""
 
     @classmethod
@@ -84,7 +84,7 @@ class RefundFailures(Change[None]):
             own = kept.get(change.own)
             if own is not None:
                 changed[change.own] = Failures(0, own.last_at)
-                row = None if change.row is None or own.last_at <= change.expired else kept.get(change.row)
+                row = None if change.row is None or own.last_at <= change.cutoff else kept.get(change.row)
                 if change.row is not None and row is not None:
                     changed[change.row] = Failures(max(0, row.count - own.count), row.last_at)
             for share, bucket in change.shares:

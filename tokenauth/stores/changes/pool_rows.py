@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
-from tokenauth.stores.engine import Conflict, Transaction
+from tokenauth.stores.engine import LockConflict, Transaction
 from tokenauth.stores.sql import elements
 from tokenauth.stores.tables import pool_token_columns, pool_tokens
 
@@ -188,7 +188,7 @@ class PoolRows:
             count = self._db.rows(_COUNT_FREE, {**self._parameters, "limit": breadth})[0][0]
             if count < breadth:
                 if count > len(found) and not self._db.exclusive:
-                    raise Conflict  # some may only be locked to be read, or have just been released
+                    raise LockConflict  # some may only be locked to be read, or have just been released
                 return found
             breadth *= 8
 

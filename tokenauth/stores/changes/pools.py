@@ -1,7 +1,7 @@
 """Changes to pools of tokens.
 
-Callers that wait at the same time are served at one time, the latest that any of them has read, in the order in which
-they came. What a change has read is still true when it writes: it has locked the pool, or the rows.
+Changes that wait at the same time are made in one transaction, in order of arrival, all with the latest time that any
+caller has read. A change locks the pool or the rows that it reads, so they are still the same when it writes.
 """
 
 import math
@@ -30,7 +30,7 @@ class PoolChange(Change[A_co]):
 
     pool: Pool
     shares_pool: ClassVar[bool] = True
-    """Whether others may change the pool meanwhile: not if it counts tokens, for none may be added or retired then."""
+    """Whether other transactions may change the pool at the same time: not if this one counts its tokens."""
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[A_co]:
@@ -169,9 +169,9 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
             number, token = found[change.value]
             after = change.changed(pool, token, now)
             if after is None:
-                answers.append(LeaseChange(token, done=False))
+                answers.append(LeaseChange(token, granted=False))
                 continue
-            answers.append(LeaseChange(after, done=True))
+            answers.append(LeaseChange(after, granted=True))
             changed[number] = after
             if pool.is_live(after, now):
                 found[change.value] = number, after
@@ -183,7 +183,7 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
 
 @dataclass(slots=True)
 class KeepAlive(LeaseUpdate):
-    """Extend a lease to its full time from now; `free_too`: or the life of a free token."""
+    """Extend a lease to its full time from now. With `free_too`, extend the life of a free token in the same way."""
 
     free_too: bool
 

@@ -1,4 +1,4 @@
-"""The connections to PostgreSQL, and what it means when they break."""
+"""The connections to PostgreSQL, and how errors of each kind are handled."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,10 +16,10 @@ from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, Kind, Writer
-from tokenauth.stores.changes.clock import PROBE, Remember, write_clock
+from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
 from tokenauth.stores.changes.tokens import REVOKING
 from tokenauth.stores.circuit import Circuit
-from tokenauth.stores.engine import Change, Conflict
+from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.transaction import PostgresTransaction, advisory_key
 from tokenauth.stores.tables import metadata
@@ -81,8 +81,8 @@ _CLOCK_INTERVAL = 1.0
 class Connections:
     """The connections for queries and changes, and how to open one to listen on."""
 
-    def __init__(self, url: URL, connections: int, timed: bool) -> None:
-        """Take `postgresql+asyncpg://...`. `timed`: callers provide the time, not the database."""
+    def __init__(self, url: URL, connections: int, caller_time: bool) -> None:
+        """Take `postgresql+asyncpg://...`. `caller_time`: the time is the callers', not the database's."""
         self.name = hosts.name(url)
         self.notifies = True
         arguments = {
@@ -101,14 +101,14 @@ class Connections:
             hide_parameters=True,
             connect_args={**arguments, "async_creator_fn": hosts.connect},
         )
-        event.listen(self._engine.sync_engine, "checkout", self._demand_open)
-        event.listen(self._engine.sync_engine, "close", _hang_up)
+        event.listen(self._engine.sync_engine, "checkout", self._check_connection)
+        event.listen(self._engine.sync_engine, "close", _abort)
         self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
         for_upgrade = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_TIMEOUT}
         self._upgrade_engine = create_async_engine(
             url, poolclass=NullPool, hide_parameters=True, connect_args=for_upgrade
         )
-        self._timed = timed
+        self._caller_time = caller_time
         self._writers: dict[Kind, Writer] = {}  # each kind of change has transactions of its own
         self._latest: Instant = 0
         self._clock_written: Instant = 0
@@ -116,7 +116,7 @@ class Connections:
             partial(self._probe, _PROBE_READING),
             "store_unreachable",
             "store_reachable_again",
-            probe_failed=self._lose_reach,
+            probe_failed=self._on_unreachable,
         )
         self._writing = Circuit(
             partial(self._probe, _PROBE_WRITING),
@@ -128,20 +128,20 @@ class Connections:
         self.suspect = self._reading.suspect
 
     @property
-    def trouble(self) -> str | None:
+    def problem(self) -> str | None:
         """What is known to keep the database from being read or written, if anything."""
-        if self._reading.trouble is not None:
-            return f"store unreachable: {self._reading.trouble}"
-        return None if self._writing.trouble is None else f"store not writable: {self._writing.trouble}"
+        if self._reading.problem is not None:
+            return f"store unreachable: {self._reading.problem}"
+        return None if self._writing.problem is None else f"store not writable: {self._writing.problem}"
 
-    async def probed_trouble(self) -> str | None:
+    async def probed_problem(self) -> str | None:
         """Return what keeps the database from being read or written, after the probes that are running, if any are."""
         await self._reading.wait_for_probe()
         await self._writing.wait_for_probe()
-        return self.trouble
+        return self.problem
 
-    async def demand_utf8(self) -> None:
-        """Raise StartError for a database that cannot store all names, or treats bytes as characters."""
+    async def check_encoding(self) -> None:
+        """Raise StartError unless the encoding is UTF-8: no other can store all names."""
         encoding = await self.read_once(lambda db: driver(db).driver_connection.get_settings().server_encoding)
         if encoding != "UTF8":
             raise StartError(
@@ -151,10 +151,10 @@ class Connections:
     async def upgrade(self, create: bool = True) -> None:
         """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise.
 
-        A transaction that waits to alter a table blocks all later users of the table. So an upgrade waits only
-        briefly and starts again, as long as others are in its way (a backup reads all tables in one transaction, or
-        another machine upgrades). If there is nothing to do, it waits for nobody. Raises StartError if there are no
-        tables and it may not `create` them.
+        A transaction that waits to alter a table blocks all later users of the table. So an upgrade waits only briefly
+        for its locks, and is retried while others hold them (a backup reads all tables in one transaction, or another
+        machine upgrades). If the schema is up to date, this needs no lock. Raises StartError if there are no tables and
+        it may not `create` them.
         """
         waited = False
         while not schema.serves(had := await self.read_once(schema.version)):
@@ -187,7 +187,7 @@ class Connections:
         """Finish the waiting changes, write the clock row unless `now` is None, and disconnect."""
         if now is not None:
             with suppress(StoreUnavailable):
-                await self.apply(Remember(now=max(now, self._latest)))
+                await self.apply(SaveTime(now=max(now, self._latest)))
         for writer in self._writers.values():
             await writer.finish()
         await self.discard()
@@ -199,7 +199,7 @@ class Connections:
         await self._engine.dispose()
 
     async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run a query, and once more if the connection breaks meanwhile. Raises StoreUnavailable."""
+        """Run a query, and retry it once if its connection breaks. Raises StoreUnavailable."""
         async with self._reading.attempt() as began:
             try:
                 return await self.read_once(query)
@@ -225,7 +225,7 @@ class Connections:
 
     def apply(self, change: Change[A]) -> Awaitable[A]:
         """Make a change; it shares a commit with the others of its kind that wait."""
-        self._writing.demand()
+        self._writing.check_closed()
         kind = type(change)
         writer = self._writers.get(kind)
         if writer is None:
@@ -239,7 +239,7 @@ class Connections:
         try:
             yield connection
         finally:
-            connection.terminate()  # a clean goodbye could take forever
+            connection.terminate()  # closing it properly could block forever
 
     async def _commit(self, batch: Batch) -> None:
         try:
@@ -269,9 +269,9 @@ class Connections:
             return reason(error)
         return None
 
-    def _lose_reach(self) -> None:
+    def _on_unreachable(self) -> None:
         """Refuse changes too, and abort running operations: they will not be answered soon."""
-        self._writing.open(self._reading.trouble or "")
+        self._writing.open(self._reading.problem or "")
         self._reading.give_up()
         self._writing.give_up()
 
@@ -282,7 +282,7 @@ class Connections:
         for writer in self._writers.values():
             writer.refuse_waiting()
 
-    def _demand_open(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
+    def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
         """Replace a connection that the server has closed, or that was opened before the database was unreachable."""
         openings = self._reading.openings
         if connection.driver_connection.is_closed() or record.info.setdefault("openings", openings) != openings:
@@ -292,21 +292,21 @@ class Connections:
         """Make the changes of one kind in one transaction."""
         try:
             self._attempt(db, batch)
-        except Conflict:
+        except LockConflict:
             self._attempt(db, batch, exclusive=True)
 
     def _attempt(self, db: Connection, batch: Batch, exclusive: bool = False) -> None:
         plain = driver(db)
-        transaction = PostgresTransaction(plain, self._timed, self.notifies, exclusive)
+        transaction = PostgresTransaction(plain, self._caller_time, self.notifies, exclusive)
         try:
             plain.run_async(lambda connection: connection.execute(_BEGIN))
             batch.make(transaction)
             self._latest = max(self._latest, batch.now)
-            if batch.now > self._clock_written + _CLOCK_INTERVAL or Remember in batch.groups:
+            if batch.now > self._clock_written + _CLOCK_INTERVAL or SaveTime in batch.groups:
                 write_clock(transaction, self._latest)
                 self._clock_written = batch.now
             plain.run_async(lambda connection: connection.execute("COMMIT"))
-        except (*_BAD_CHANGE, Conflict):
+        except (*_BAD_CHANGE, LockConflict):
             _roll_back(db)
             raise
         except BaseException:  # it is unknown how far it got
@@ -329,13 +329,12 @@ def _roll_back(db: Connection) -> None:
         raise
 
 
-def _hang_up(connection: AdaptedConnection, *_: object) -> None:
-    """Close a connection without a goodbye, which could take forever."""
+def _abort(connection: AdaptedConnection, *_: object) -> None:
+    """Abort a connection: closing it properly could block forever."""
     connection.driver_connection.terminate()
 
 
 _BAD_CHANGE = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-
 """Errors caused by one bad change, not by a broken database."""
 
 _TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)

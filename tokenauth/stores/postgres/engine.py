@@ -73,7 +73,7 @@ class PostgresEngine:
         deadline = loop.time() + (_START_TIMEOUT if self._serving else 0)
         while True:
             try:
-                await self.connections.demand_utf8()
+                await self.connections.check_encoding()
             except UNAVAILABLE as error:
                 if not _is_restarting(error) or loop.time() >= deadline:
                     raise
@@ -88,13 +88,13 @@ class PostgresEngine:
 
     async def ready(self) -> str | None:
         """Return what keeps the database from being used, if anything."""
-        trouble = await self.connections.probed_trouble()
-        if trouble is not None:
-            return trouble
+        problem = await self.connections.probed_problem()
+        if problem is not None:
+            return problem
         try:
             version = await self.connections.read(schema.version)
         except RetryLater as refusal:
-            return await self.connections.probed_trouble() or f"store unreachable: {reason(refusal)}"
+            return await self.connections.probed_problem() or f"store unreachable: {reason(refusal)}"
         return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:

@@ -40,23 +40,23 @@ async def connect(**arguments: Any) -> asyncpg.Connection:
     tries = {asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each}
     waiting: set[asyncio.Task[asyncpg.Connection]] = tries
     chosen: asyncio.Task[asyncpg.Connection] | None = None
-    trouble: BaseException | None = None
+    error: BaseException | None = None
     try:
         while chosen is None and waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for one in done:
-                trouble = one.exception()
-                chosen = one if trouble is None else chosen
+                error = one.exception()
+                chosen = one if error is None else chosen
     finally:
         for one in tries - {chosen}:
             one.cancel()
-            one.add_done_callback(_hang_up)
+            one.add_done_callback(_abort)
     if chosen is None:
-        raise trouble or OSError("no host")
+        raise error or OSError("no host")
     return chosen.result()
 
 
-def _hang_up(late: "asyncio.Task[asyncpg.Connection]") -> None:
+def _abort(late: "asyncio.Task[asyncpg.Connection]") -> None:
     """Close a connection that is not needed any more."""
     if not late.cancelled() and late.exception() is None:
         late.result().terminate()

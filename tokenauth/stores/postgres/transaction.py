@@ -47,16 +47,16 @@ class PostgresTransaction:
     single_writer = False
 
     def __init__(
-        self, connection: AdaptedConnection, timed: bool = True, notifies: bool = False, exclusive: bool = False
+        self, connection: AdaptedConnection, caller_time: bool = True, notifies: bool = False, exclusive: bool = False
     ) -> None:
         """Run statements on a connection; the caller begins and commits.
 
-        `timed`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
+        `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
         """
         self._connection = connection
         self.exclusive = exclusive
         self._notifies = notifies
-        self._timed = timed
+        self._caller_time = caller_time
         self._locked_at: Instant | None = None
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
@@ -88,7 +88,7 @@ class PostgresTransaction:
 
     def now(self, read: Instant) -> Instant:
         """Return the database's time when the last lock was acquired."""
-        if self._timed:
+        if self._caller_time:
             return read
         if self._locked_at is None:
             self._locked_at = self._run(lambda db: db.fetchval(_READ_CLOCK))

@@ -16,7 +16,7 @@ from tokenauth.errors import RetryLater, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Failures, Instant, Token
 from tokenauth.stores import schema
-from tokenauth.stores.changes.clock import Remember
+from tokenauth.stores.changes.clock import SaveTime
 from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
 from tokenauth.stores.sqlite.reader import Reader
@@ -65,7 +65,7 @@ class SqliteEngine:
         self._checking.cancel()
         if self._serving:
             with suppress(StoreUnavailable):
-                await self.apply(Remember(now=now))
+                await self.apply(SaveTime(now=now))
         await self.writer.stop()
         await self._reading.stop()
         await self._readers.dispose()
@@ -76,13 +76,13 @@ class SqliteEngine:
         self._look_at_files()
         if self.writer.file_replaced:
             return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
-        trouble = await self.writer.probed_trouble()
-        if trouble is not None:
-            return trouble
-        trouble = self.feed.trouble()
-        if trouble is not None:
-            self._read_failed(trouble)
-            return f"store unreachable: {trouble}"
+        problem = await self.writer.probed_problem()
+        if problem is not None:
+            return problem
+        problem = self.feed.problem()
+        if problem is not None:
+            self._read_failed(problem)
+            return f"store unreachable: {problem}"
         try:
             version = await self._query(schema.version)
         except StoreUnavailable as error:
@@ -131,7 +131,7 @@ class SqliteEngine:
             self._reading.failed(why, asyncio.get_running_loop().time())
 
     async def _probe(self) -> str | None:
-        return self.feed.trouble()
+        return self.feed.problem()
 
     def _watch(self) -> None:
         """Check every second that the file is still the one at its path, and read the clock row.

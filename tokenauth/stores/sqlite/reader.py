@@ -52,7 +52,7 @@ def reason(error: BaseException) -> str:
 
 
 class Reader:
-    """The read connection of one process, and its feed of revocations."""
+    """The connection on which the event loop of a process reads, and its feed of revocations."""
 
     def __init__(self, path: str, failed: Callable[[str], object]) -> None:
         """`failed` is called with the reason when a read fails."""
@@ -135,7 +135,7 @@ class Reader:
     def invalidate(self) -> None:
         """Do nothing: the file has all revocations."""
 
-    def trouble(self) -> str | None:
+    def problem(self) -> str | None:
         """Run the queries of validations and logins; return what is wrong, if anything.
 
         The digest is random, so this fails as often as look-ups of tokens do.

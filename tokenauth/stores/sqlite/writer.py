@@ -89,7 +89,7 @@ class SqliteWriter:
             self._probe, "store_not_writable", "store_writable_again", opened=self._writer.refuse_waiting
         )
         self._probing: asyncio.Future[str | None] | None = None
-        self._checkpoint_trouble: str | None = None
+        self._checkpoint_problem: str | None = None
         self._wal_alarm = _WAL_ALARM
         self._written = False
         self._lock_requested_at = math.inf
@@ -98,7 +98,7 @@ class SqliteWriter:
     @property
     def refused(self) -> bool:
         """Whether changes are refused at once, because they have failed."""
-        return self._circuit.trouble is not None
+        return self._circuit.problem is not None
 
     async def start(self) -> None:
         """Create the file if that is allowed and it does not exist, and bring its schema up to date.
@@ -124,16 +124,16 @@ class SqliteWriter:
 
     def apply(self, change: Change[A]) -> Awaitable[A]:
         """Make a change; it shares a commit with the others that wait."""
-        self._circuit.demand()
+        self._circuit.check_closed()
         return self._writer.apply(change)
 
-    async def probed_trouble(self) -> str | None:
+    async def probed_problem(self) -> str | None:
         """Return what keeps the file from being written, after the probe that is running, if one is."""
         await self._circuit.wait_for_probe()
-        if self._circuit.trouble is not None:
-            return f"store not writable: {self._circuit.trouble}"
-        if self._checkpoint_trouble is not None:
-            return f"the database's -wal file cannot be copied into it, and grows: {self._checkpoint_trouble}"
+        if self._circuit.problem is not None:
+            return f"store not writable: {self._circuit.problem}"
+        if self._checkpoint_problem is not None:
+            return f"the database's -wal file cannot be copied into it, and grows: {self._checkpoint_problem}"
         return None
 
     async def check(self) -> None:
@@ -141,15 +141,15 @@ class SqliteWriter:
         if not self._written or self.file_replaced or self.refused:
             return
         self._written = False
-        trouble, size = await self._submit(self._checkpoint)
-        if trouble != self._checkpoint_trouble:
-            if trouble is None:
+        problem, size = await self._submit(self._checkpoint)
+        if problem != self._checkpoint_problem:
+            if problem is None:
                 log.info("checkpoint_recovered")
             else:
-                log.error("checkpoint_failed", reason=trouble, action="the -wal file grows until this works")
-        self._checkpoint_trouble = trouble
+                log.error("checkpoint_failed", reason=problem, action="the -wal file grows until this works")
+        self._checkpoint_problem = problem
         self._log_size(size)
-        self._written = self._written or trouble is not None or size > _WAL_LIMIT
+        self._written = self._written or problem is not None or size > _WAL_LIMIT
 
     def _log_size(self, size: int) -> None:
         """Log that a long reader keeps the -wal file from being copied, again each time that its size doubles."""
@@ -303,10 +303,10 @@ class SqliteWriter:
             self._connection.close()
             self._write_lock.close()
 
-    def _explain(self, trouble: str) -> str:
+    def _explain(self, problem: str) -> str:
         """Add what the operator can do to SQLite's message."""
-        if trouble != _LOCKED:
-            return trouble
+        if problem != _LOCKED:
+            return problem
         return f"{_LOCKED}. Another program holds a lock on {self.path}: find it with `fuser -v {self.path}`"
 
     def _prepare(self) -> None:

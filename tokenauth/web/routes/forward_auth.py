@@ -116,6 +116,6 @@ def _required_scopes(query: bytes) -> frozenset[str]:
 
 
 def _resembles_scope(name: str) -> bool:
-    """Whether a name reads as `scope`, with look-alike letters, accents, or punctuation in between."""
+    """Return whether a name looks like `scope`, with look-alike letters, accents or punctuation in it."""
     letters = _NO_LETTERS.sub("", normalize("NFKD", normalize("NFKD", name).casefold()))
     return letters in {"scope", "scopes"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
-from bench.limit import HASH, BareServer, Beside, bare_argon2
+from bench.limit import HASH, BareServer, Comparison, bare_argon2
 from bench.load import CONNECTIONS
 from bench.machine import CORES
 from bench.world import MILLION, Running, value
@@ -32,7 +32,7 @@ _WARM = 2
 """Seconds of load before the first round."""
 
 
-class Rows:
+class TokenRows:
     """The figures, and what they share: a directory, a database, the bare function."""
 
     def __init__(self, directory: Path, bare: BareServer, seconds: int) -> None:
@@ -65,13 +65,13 @@ class Rows:
             _check_probe(server, value(0))
             _check_probe(server, value(MILLION - 1))
             me = server.client.get("/api/me", headers={"X-Token": value(7)}).json()
-            _demand(me["username"] == "user7", f"/api/me answered {me}")
+            _require(me["username"] == "user7", f"/api/me answered {me}")
             found = server.client.post("/oauth/introspect", data={"token": value(7)}, auth=("user0", "secret")).json()
-            _demand(found["active"] and found["username"] == "user7", f"/oauth/introspect answered {found}")
+            _require(found["active"] and found["username"] == "user7", f"/oauth/introspect answered {found}")
             passed = server.client.get("/auth", params={"scope": "introspect"}, headers={"X-Token": value(7)})
-            _demand(passed.headers.get("x-auth-user") == "user7", f"/auth answered {passed.status_code}")
+            _require(passed.headers.get("x-auth-user") == "user7", f"/auth answered {passed.status_code}")
             load.run(server.port, kind, _WARM)
-            yield lambda: _ratio(self._beside(server, kind))
+            yield lambda: _ratio(self._compare(server, kind))
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:
@@ -82,9 +82,9 @@ class Rows:
                 config = world.write_config(directory)
                 with world.tokenauth(config) as server:
                     _check_login(server)
-                    found = self._beside(server, "issue")
+                    found = self._compare(server, "issue")
                 issued = sum(world.counts(config)) - 1  # those beyond `per_user` were revoked
-            _demand_written(found, issued)
+            _require_changes(found, issued)
             return _ratio(found)
 
         yield sample
@@ -106,9 +106,9 @@ class Rows:
                 def sample() -> Sample:
                     nonlocal offset
                     before, _ = world.counts(config)
-                    found = self._beside(server, "revoke", offset)
+                    found = self._compare(server, "revoke", offset)
                     after, _ = world.counts(config)
-                    _demand_written(found, before - after)
+                    _require_changes(found, before - after)
                     offset += found.result.requests + 2 * CONNECTIONS  # wrk does not wait for its last requests
                     return _ratio(found)
 
@@ -137,12 +137,12 @@ class Rows:
             with world.tokenauth(config, None) as server:
                 _check_probe(server, value(0))
                 wrong = server.client.post("/api/token", json={"username": "user0", "password": "wrong"})
-                _demand(wrong.status_code == 401, f"a wrong login was answered {wrong.status_code}")
+                _require(wrong.status_code == 401, f"a wrong login was answered {wrong.status_code}")
                 yield partial(self._flooded, server)
 
     def _flooded(self, server: Running) -> Sample:
         idle = load.run(server.port, "calm", self._seconds, _FEW)
-        with load.beside(server.port, "wrong", self._seconds + 1, _FLOOD) as floods:
+        with load.in_background(server.port, "wrong", self._seconds + 1, _FLOOD) as floods:
             time.sleep(1)  # until the login queue is full
             calm = load.run(server.port, "calm", self._seconds, _FEW)
         _quiet(server)
@@ -177,8 +177,8 @@ class Rows:
 
             yield sample
 
-    def _beside(self, server: Running, kind: str, offset: int = 0) -> Beside:
-        return self._bare.around(lambda: load.run(server.port, kind, self._seconds, offset=offset))
+    def _compare(self, server: Running, kind: str, offset: int = 0) -> Comparison:
+        return self._bare.compare(lambda: load.run(server.port, kind, self._seconds, offset=offset))
 
     def _million(self) -> Path:
         """Return the configuration whose database has a million tokens. It is made at the first call."""
@@ -194,13 +194,13 @@ class Rows:
             yield Path(directory)
 
 
-def _ratio(found: Beside) -> Sample:
+def _ratio(found: Comparison) -> Sample:
     return Sample(found.ratio, found.result.rate, found.result.p99_ms)
 
 
 def _check_probe(server: Running, token: str, valid: bool = True) -> None:
     answer = server.client.get("/api/token", params={"token": token}).json()
-    _demand(answer["valid"] is valid, f"GET /api/token answered {answer}")
+    _require(answer["valid"] is valid, f"GET /api/token answered {answer}")
 
 
 def _check_login(server: Running) -> None:
@@ -213,19 +213,19 @@ def _quiet(server: Running) -> None:
     login = {"username": "user0", "password": "secret"}
     deadline = time.monotonic() + 30
     while server.client.post("/api/token", json=login).status_code != 200:
-        _demand(time.monotonic() < deadline, "after many logins, no login succeeded for 30 s")
+        _require(time.monotonic() < deadline, "after many logins, no login succeeded for 30 s")
         time.sleep(0.1)
 
 
-def _demand_written(found: Beside, count: int) -> None:
+def _require_changes(found: Comparison, count: int) -> None:
     """Compare the responses with the database. At the end wrk does not wait for its last requests."""
     answered = found.result.requests
-    _demand(
+    _require(
         answered <= count <= answered + CONNECTIONS,
         f"{answered} requests were answered, the database has {count} changes",
     )
 
 
-def _demand(right: bool, problem: str) -> None:
+def _require(right: bool, problem: str) -> None:
     if not right:
         raise RuntimeError(problem)

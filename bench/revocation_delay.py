@@ -10,7 +10,7 @@ from statistics import median, quantiles
 from bench.figures import Sample
 
 
-def measure_news(first: int, second: int, tokens: Iterator[str], seconds: int) -> Sample:
+def measure_revocation_delay(first: int, second: int, tokens: Iterator[str], seconds: int) -> Sample:
     """Revoke tokens on the first port for some seconds; after each, ask the second port until it refuses the token."""
     delays: list[float] = []
     at_first_poll = 0
