@@ -80,7 +80,7 @@ class _Node:
         self.size = 0
 
     def leaf(self, path: Sequence[str]) -> "_Node | None":
-        """Return the node at the end of a path."""
+        """Return the node at the end of a path, if there is one."""
         node: _Node | None = self
         for part in path:
             node = None if node is None else node.children.get(part)
@@ -115,7 +115,7 @@ class _Node:
         return True
 
     def rotate(self, path: Sequence[str]) -> None:
-        """Move the path that has had a turn to the end of the rotation, at each level."""
+        """Move a path to the end of the rotation, at each level: it has just had a turn."""
         node = self
         for part in path:
             child = node.children.pop(part, None)
@@ -137,7 +137,7 @@ class _Node:
         for child in list(self.children.values()):
             yield from child.lines()
 
-    def longest(self, path: Sequence[str]) -> Turn | None:
+    def displaced_by(self, path: Sequence[str]) -> Turn | None:
         """Return the turn that a new one with this path displaces, or None if the new one must be refused."""
         node, mine = self, True
         for part in path:
@@ -183,14 +183,14 @@ class LoginQueue:
         await self._wait(turn)
 
     def can_start(self, turn: Turn) -> bool:
-        """Return whether a turn may start now, beside those that are running."""
+        """Return whether a turn may start now, in addition to those that are running."""
         if turn.slot and self._slots <= 0:
             return False
         running = self._running
         return all(running.get(key, 0) < limit for key, limit in turn.limits.items())
 
     def change_limits(self, turn: Turn, limits: Mapping[bytes, int]) -> bool:
-        """Replace the limits of a running turn; return whether it may go on under them."""
+        """Replace the limits of a running turn; return whether it is within the new ones."""
         self._count(turn.limits, -1)
         within = all(self._running.get(key, 0) < limit for key, limit in limits.items())
         turn.limits = limits
@@ -198,7 +198,7 @@ class LoginQueue:
         return within
 
     def release_slot(self, turn: Turn) -> None:
-        """Give back the hashing thread. The turn goes on as a running attempt."""
+        """Free the hashing thread. The attempt is still running."""
         if turn.slot:
             turn.slot = False
             self._slots += 1
@@ -271,7 +271,7 @@ class LoginQueue:
             self._drop_if_gone(each)
         if waiting.size < self._room:
             return
-        displaced = waiting.longest(turn.path)
+        displaced = waiting.displaced_by(turn.path)
         if displaced is None:
             await self._delay_refusal()
             raise Overloaded

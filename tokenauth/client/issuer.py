@@ -1,4 +1,4 @@
-"""What the clients know of the server: how its URL is written, and the responses they read."""
+"""What the clients share about the server: the form of its URL, and the bodies of its responses."""
 
 from typing import Annotated, TypeVar
 

@@ -1,4 +1,4 @@
-"""The state of a lease on the client's side: what to send, how to read the response, and when the lease is lost.
+"""The state of a lease in a client: which requests to send, how to read the responses, when the lease is lost.
 
 There is no I/O here. `tokenauth.client.pools` does it, with threads or with tasks.
 """
@@ -54,7 +54,13 @@ class ClientLease(Generic[Event]):
     """
 
     def __init__(
-        self, pool: str, holder: str | None, wait: float, timeout: float, monotonic: Clock, lost: Callable[..., Event]
+        self,
+        pool: str,
+        holder: str | None,
+        wait: float,
+        timeout: float,
+        monotonic: Clock,
+        new_event: Callable[..., Event],
     ) -> None:
         self.token, self.holder, self.fence = "", holder or "", 0
         self._url = f"/api/pools/{quote(pool, safe='')}/leases"
@@ -65,7 +71,7 @@ class ClientLease(Generic[Event]):
         self._give_up_at = self._sent_at + wait
         self._ttl = self._keep_alive_at = self._ends_at = math.inf
         self._is_lost = self._released = False
-        self.lost: Event = lost(self)
+        self.lost: Event = new_event(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} holder={self.holder!r} fence={self.fence!r}>"
@@ -102,13 +108,13 @@ class ClientLease(Generic[Event]):
 
     def _check_lost(self) -> bool:
         if self._monotonic() >= self._ends_at:
-            self._is_lost = True  # for good, even if a response that extends the lease is being read just now
+            self._is_lost = True  # for good, even if a response that extends the lease arrives now
         return self._is_lost
 
     def _sleep_time(self, until: float = math.inf) -> float:
-        """Return for how long to sleep before the clock must be read again.
+        """Return how long to sleep before the clock must be read again.
 
-        That is short: the time that the machine is suspended does not count as sleep.
+        This is short, because a sleep does not count the time that the machine is suspended.
         """
         return max(0.0, min(1, self._ttl / 100, min(until, self._ends_at) - self._monotonic()))
 
@@ -116,7 +122,7 @@ class ClientLease(Generic[Event]):
         return self._monotonic() >= self._keep_alive_at and not self._check_lost()
 
     def _kept_alive(self, response: httpx.Response | None) -> None:
-        """Read the response, if there was one. A response that comes after the lease was lost changes nothing."""
+        """Read the response, if there is one. After the lease is lost, it changes nothing."""
         retry = min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311 # not a secret
         self._keep_alive_at = self._monotonic() + retry
         try:
@@ -172,7 +178,7 @@ def _refusal(response: httpx.Response, code: str, description: str) -> errors.Re
         return errors.InsufficientScope(*(scope[1].split() if scope else ()))
     if code == errors.InvalidRequest.code:
         return errors.InvalidRequest(description)
-    if code == errors.UnknownToken.code:  # also for a wrong URL, which the description tells
+    if code == errors.UnknownToken.code:  # it also means a wrong URL: the description says which
         return errors.UnknownToken(description)
     if code in _WITHOUT_ARGUMENTS:
         return _WITHOUT_ARGUMENTS[code]()

@@ -24,8 +24,8 @@ SyncLease = ClientLease[threading.Event]
 AsyncLease = ClientLease[asyncio.Event]
 
 
-class _LostByTime:
-    """An event that is also set by time: it does not depend on a thread or task, which may be delayed."""
+class _ExpiringEvent:
+    """An event that is also set when the lease has expired, even if the thread or task that keeps it alive is late."""
 
     def __init__(self, lease: ClientLease[Any]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _LostByTime:
         return self._lease._check_lost()
 
 
-class _Lost(_LostByTime, threading.Event):
+class _LostEvent(_ExpiringEvent, threading.Event):
     def wait(self, timeout: float | None = None) -> bool:
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not self.is_set() and (left := end - time.monotonic()) > 0:
@@ -43,7 +43,7 @@ class _Lost(_LostByTime, threading.Event):
         return self.is_set()
 
 
-class _AsyncLost(_LostByTime, asyncio.Event):
+class _AsyncLostEvent(_ExpiringEvent, asyncio.Event):
     async def wait(self) -> Literal[True]:
         while not self.is_set():
             with contextlib.suppress(TimeoutError):
@@ -83,15 +83,15 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         self.close()
 
     def close(self) -> None:
-        """Close the connections. Leases that are still held are no longer kept alive."""
+        """Close the connections. Leases that are still live are no longer kept alive."""
         self._http.close()
 
     @contextlib.contextmanager
     def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> Iterator[SyncLease]:
         """Hold a lease for the body of a `with` statement, and release it at the end.
 
-        The lease is kept alive meanwhile. If that fails for too long, `lost` of the lease is set and the body goes on:
-        look at it, or call `check()`, before each step that needs the token.
+        The lease is kept alive during the body. If that fails for too long, `lost` of the lease is set, but the body
+        still runs: look at `lost`, or call `check()`, before each step that needs the token.
 
         **Parameters:**
 
@@ -102,7 +102,7 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         Raises `NoFreeToken`, `UnknownPool`, `InsufficientScope`, `InvalidToken`, `InvalidRequest` or
         `IssuerUnavailable` of `tokenauth.errors`, and what `auth` raises.
         """
-        lease = SyncLease(pool, holder, wait, self._timeout, self._monotonic, _Lost)
+        lease = SyncLease(pool, holder, wait, self._timeout, self._monotonic, _LostEvent)
         try:
             while (pause := lease._acquired(self._http.request(**lease._acquire_request()))) is not None:
                 time.sleep(pause)
@@ -121,10 +121,10 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         while not lease.lost.wait(lease._sleep_time(lease._keep_alive_at)):
             if lease._keep_alive_due():
                 lease._kept_alive(self._try(lease._keep_alive_request()))
-        self._try(lease._release_request())  # a late keep-alive may have extended on the server what is lost here
+        self._try(lease._release_request())  # a late keep-alive may have extended the lost lease on the server
 
     def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
-        with contextlib.suppress(Exception):  # whatever fails in the network or in `auth`: a lease ends by itself
+        with contextlib.suppress(Exception):  # any failure of the network or of `auth`: the lease ends by itself
             return None if arguments is None else self._http.request(**arguments)
         return None
 
@@ -165,9 +165,9 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
 
         It is released also when the task is cancelled.
         """
-        lease = AsyncLease(pool, holder, wait, self._timeout, self._monotonic, _AsyncLost)
+        lease = AsyncLease(pool, holder, wait, self._timeout, self._monotonic, _AsyncLostEvent)
         try:
-            while (pause := lease._acquired(await self._acquire(lease))) is not None:  # noqa: ASYNC110  # a server, not a state
+            while (pause := lease._acquired(await self._acquire(lease))) is not None:  # noqa: ASYNC110 - it waits for a server
                 await asyncio.sleep(pause)
         except httpx.HTTPError as error:
             raise errors.IssuerUnavailable from error

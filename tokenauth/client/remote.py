@@ -85,8 +85,8 @@ class RemoteTokens:
     size: made-up tokens never displace a valid one.
     * **timeout** - Seconds for one lookup, in all.
     * **client** - An `httpx.AsyncClient` to use, for your own certificates or proxies; you close it. It follows no
-    redirects here. By default, a client that ignores proxies and `.netrc` of the environment: tokens go straight to
-    tokenauth.
+    redirects here. By default, a client that ignores the proxies and the `.netrc` of the environment, so that tokens
+    are sent to tokenauth only.
     * **clock** - The wall clock by which tokens expire, in Unix seconds.
     * **monotonic** - The clock by which cached responses age. It must never go back.
     """
@@ -184,7 +184,7 @@ class RemoteTokens:
         return lookup
 
     async def _ask(self, lookup: _Lookup, digest: bytes, value: bytes) -> Login | None:
-        """Ask tokenauth and cache the result. If that fails, fall back to a stale one where that is allowed."""
+        """Ask tokenauth and cache the result. If that fails, return a stale result if `stale_grace` allows it."""
         lookup.asked_at = self._monotonic()
         failure = ""
         try:
@@ -195,7 +195,9 @@ class RemoteTokens:
             failure = str(error)
         except Exception as error:
             failure = type(error).__name__
-        if failure:  # outside of the handlers: their exceptions know the request, and with it the token
+        if (
+            failure
+        ):  # not in the handlers: their exceptions, which contain the request and its token, would be the context
             return self._stale(digest, failure)
         self._reachable = True
         self._cache(digest, login, lookup.asked_at)
@@ -240,7 +242,7 @@ class RemoteTokens:
 
 
 class _UnexpectedResponse(Exception):
-    """The response says nothing about the token."""
+    """The response does not tell whether the token is valid."""
 
 
 async def _wait(lookup: _Lookup) -> Login | None:

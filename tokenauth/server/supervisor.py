@@ -76,14 +76,14 @@ class Signals:
     def __init__(self) -> None:
         self._caught: list[signal.Signals] = []
         self._interrupting: frozenset[signal.Signals] = frozenset()
-        self._here, self._wake = socket.socketpair()
-        self._here.setblocking(False)
-        self._wake.setblocking(False)
-        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+        signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
 
     def fileno(self) -> int:
         """Return the file descriptor, for selectors."""
-        return self._here.fileno()
+        return self._receiver.fileno()
 
     def catch(self, *numbers: signal.Signals) -> None:
         """Collect these signals from now on."""
@@ -93,15 +93,15 @@ class Signals:
     def take(self) -> Sequence[signal.Signals]:
         """Return the signals since the last call, in order."""
         with suppress(BlockingIOError):
-            while self._here.recv(4096):
+            while self._receiver.recv(4096):
                 pass
         caught, self._caught = self._caught, []  # a signal that arrives in between is in one of the two lists
         return caught
 
     def close(self) -> None:
         """Close the descriptors; call it when no signal handler is left."""
-        self._here.close()
-        self._wake.close()
+        self._receiver.close()
+        self._sender.close()
 
     @contextmanager
     def interrupting(self, *numbers: signal.Signals) -> Iterator[None]:
@@ -459,7 +459,7 @@ class Supervisor:
                     self._give_up(worker.reason(), worker.failure)
                 else:
                     delay = slot.vacate(served)
-                    log.error("worker_replaced", exit_code=code, reason=worker.reason(), again_in=delay)
+                    log.error("worker_replaced", exit_code=code, reason=worker.reason(), retry_in=delay)
 
     def _start_workers(self) -> None:
         """Start a worker in each slot whose delay is over."""
@@ -473,7 +473,7 @@ class Supervisor:
                 if not self._served:
                     self._give_up(reason)
                     return
-                log.error("worker_not_started", reason=reason, again_in=slot.postpone(_MIN_DELAY))
+                log.error("worker_not_started", reason=reason, retry_in=slot.postpone(_MIN_DELAY))
 
     def _start_worker(self, current: bool) -> _Worker:
         """Start a worker for the current configuration, or for the one that is being loaded."""

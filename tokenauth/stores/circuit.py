@@ -93,7 +93,7 @@ class Circuit:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            self.suspect()
+            self.start_probe()
             raise StoreUnavailable from error
         finally:
             del self._running[limit]
@@ -104,7 +104,7 @@ class Circuit:
             self._log(reason)
         else:
             self.open(reason)
-        self.suspect()
+        self.start_probe()
 
     def open(self, reason: str) -> None:
         """Refuse operations until a probe succeeds."""
@@ -114,9 +114,9 @@ class Circuit:
         if not was_open:
             self.openings += 1
             self._opened()
-        self.suspect()
+        self.start_probe()
 
-    def suspect(self) -> None:
+    def start_probe(self) -> None:
         """Probe the database now, unless a probe is running; open if the probe fails."""
         if self._probing is None:
             self._known.clear()
@@ -126,7 +126,7 @@ class Circuit:
         """Wait for the result of the probe that is running, if one is."""
         await self._known.wait()
 
-    def give_up(self) -> None:
+    def abort_running(self) -> None:
         """Abort the running operations: the database will not answer soon."""
         for limit in self._running:
             _end(limit)
@@ -147,7 +147,7 @@ class Circuit:
             if now >= began + TIMEOUT:
                 _end(limit)
             elif now >= began + SLOW:
-                self.suspect()
+                self.start_probe()
                 due = min(due, began + TIMEOUT)
             else:
                 due = min(due, began + min(SLOW, TIMEOUT))

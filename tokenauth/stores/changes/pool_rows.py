@@ -43,21 +43,21 @@ _idle = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == true())
 _taken = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == false())
 _retired = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == false())
 _retired_idle = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == true())
-_waiting = (*_idle, _at > bindparam("cutoff"))
+_unexpired = (*_idle, _at > bindparam("cutoff"))
 _lapsed = (*_taken, _at > bindparam("lapsed_cutoff"), _at <= bindparam("now"))
 _expired = ((*_idle, _at <= bindparam("cutoff")), (*_taken, _at <= bindparam("lapsed_cutoff")))
 
 Range = tuple[ColumnElement[bool], ...]
 
 _MARGIN = 100
-"""Rows that others may have locked at the same time before a wider range must be read."""
+"""Rows that other transactions may have locked before a wider range must be read."""
 
 
-def _number_of(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
+def _count(*conditions: ColumnElement[bool]) -> ScalarSelect[int]:
     return select(func.count()).select_from(pool_tokens).where(*conditions).scalar_subquery()
 
 
-def _first_of(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
+def _earliest(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
     return select(func.min(_at)).where(*conditions).scalar_subquery()
 
 
@@ -69,56 +69,58 @@ def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
     return union_all(*each).order_by("free_at", "number").limit(_limit)
 
 
-def _rows_in_turn(*ranges: Range) -> CompoundSelect[Any]:
-    """Select the same rows; PostgreSQL sorts whole ranges unless each has an order and a limit of its own."""
+def _rows_by_range(*ranges: Range) -> CompoundSelect[Any]:
+    """Select the same rows, each range with its own order and limit: otherwise PostgreSQL sorts whole ranges."""
     each = [_rows(one).subquery() for one in ranges]
     return union_all(*map(select, each)).order_by("free_at", "number").limit(_limit)
 
 
 def _oldest(*ranges: Range) -> ColumnElement[bool]:
-    return _number.in_(select(_rows_in_turn(*ranges).subquery().c.number))
+    return _number.in_(select(_rows_by_range(*ranges).subquery().c.number))
 
 
 # Statements are constants: compiling one costs more than running it.
-COUNT = select(_number_of(*_waiting) + _number_of(*_lapsed), _number_of(*_taken, _live), _number_of(*_retired, _live))
+COUNT = select(_count(*_unexpired) + _count(*_lapsed), _count(*_taken, _live), _count(*_retired, _live))
 MEMBERS = (
     select(*pool_token_columns)
     .where(_pool, pool_tokens.c.value > bindparam("after"))
-    .where(or_(and_(pool_tokens.c.idle == false(), _live), and_(*_waiting), and_(*_lapsed)))
+    .where(or_(and_(pool_tokens.c.idle == false(), _live), and_(*_unexpired), and_(*_lapsed)))
     .order_by(pool_tokens.c.value)
     .limit(_limit)
 )
-_behind = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
-LEASES = _rows((*_taken, *_behind), (*_retired, *_behind))
-_COUNT_RETIRED = select(_number_of(*_retired, _live))
-_NEXT_END = select(_first_of(*_taken, _live), _first_of(*_retired, _live))
-_FREE = _rows(_waiting, _lapsed)
-# The rows are selected by number, so that no plan reads them another way; their conditions are checked once more.
-_FREE_TO_TAKE = (
+_after_cursor = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
+LEASES = _rows((*_taken, *_after_cursor), (*_retired, *_after_cursor))
+_COUNT_RETIRED = select(_count(*_retired, _live))
+_NEXT_END = select(_earliest(*_taken, _live), _earliest(*_retired, _live))
+_FREE = _rows(_unexpired, _lapsed)
+# The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
+_FREE_UNLOCKED = (
     select(*_row)
-    .where(_number == any_(func.array(select(_rows_in_turn(_waiting, _lapsed).subquery().c.number).scalar_subquery())))
-    .where(case((or_(and_(*_waiting), and_(*_lapsed)), true()), else_=false()))
+    .where(
+        _number == any_(func.array(select(_rows_by_range(_unexpired, _lapsed).subquery().c.number).scalar_subquery()))
+    )
+    .where(case((or_(and_(*_unexpired), and_(*_lapsed)), true()), else_=false()))
     .order_by(_at, _number)
     .limit(bindparam("wanted"))
     .with_for_update(skip_locked=True)
 )
-_COUNT_FREE = select(func.count()).select_from(_rows_in_turn(_waiting, _lapsed).subquery())
+_COUNT_FREE = select(func.count()).select_from(_rows_by_range(_unexpired, _lapsed).subquery())
 _LEASED = _rows((*_taken, _live))
 _LEASED_AND_RETIRED = _rows((*_retired, _live))
 # No index has the usernames: the pool is read in this order, and rows of other users are skipped.
 _of_user = pool_tokens.c.username == bindparam("username")
 _LEASED_TO = _rows((*_taken, _live, _of_user))
 _LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
-_values = select(elements(bindparam("values"), "named").c.value)
-_NAMED = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
-_NAMED_TO_CHANGE = (
+_values = select(elements(bindparam("values"), "wanted").c.value)
+_BY_VALUE = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
+_BY_VALUE_LOCKED = (
     select(*_row)
     .where(_pool, pool_tokens.c.value == any_(func.array(_values.scalar_subquery())))
     .order_by(_number)
     .with_for_update()
 )
 _INSERT = insert(pool_tokens).inline()
-_PUT = text("""
+_UPDATE_LEASE = text("""
     UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username
     WHERE number = :number AND pool = :name
 """)
@@ -130,12 +132,12 @@ _DELETE = text("DELETE FROM pool_tokens WHERE number = :number AND pool = :name"
 _earlier = _at < bindparam("before")
 _EXTEND_FREE = (
     update(pool_tokens)
-    .where(_oldest((*_waiting, _earlier), (*_lapsed, _earlier)))
+    .where(_oldest((*_unexpired, _earlier), (*_lapsed, _earlier)))
     .values(free_at=bindparam("now"), holder=None, username=None)
 )
 _RETIRE = update(pool_tokens).where(_oldest((*_taken, _live))).values(retired=True)
 _REINSTATE = update(pool_tokens).where(_oldest((*_retired, _live))).values(retired=False)
-_DELETE_FREE = delete(pool_tokens).where(_oldest(_waiting, _lapsed))
+_DELETE_FREE = delete(pool_tokens).where(_oldest(_unexpired, _lapsed))
 _DELETE_EXPIRED = delete(pool_tokens).where(_oldest(*_expired))
 _DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _at <= bindparam("now")), _retired_idle))
 
@@ -160,7 +162,7 @@ class PoolRows:
         self._parameters = parameters(pool, now)
 
     def lock_withheld(self) -> None:
-        """Exclude other transactions that withhold free tokens."""
+        """Exclude other transactions that withhold free tokens, until this one ends."""
         self._db.lock(f"turn {self.pool.name}")
 
     def counts(self) -> tuple[int, int, int]:
@@ -182,13 +184,13 @@ class PoolRows:
             return self._found(_FREE, limit=limit)
         breadth = limit + _MARGIN
         while True:
-            found = self._found(_FREE_TO_TAKE, wanted=limit, limit=breadth)
+            found = self._found(_FREE_UNLOCKED, wanted=limit, limit=breadth)
             if len(found) == limit:
                 return found
             count = self._db.rows(_COUNT_FREE, {**self._parameters, "limit": breadth})[0][0]
             if count < breadth:
                 if count > len(found) and not self._db.exclusive:
-                    raise LockConflict  # some may only be locked to be read, or have just been released
+                    raise LockConflict  # other rows may be free: locked only to be read, or just released
                 return found
             breadth *= 8
 
@@ -204,19 +206,19 @@ class PoolRows:
             return self._found(_LEASED_AND_RETIRED, limit=limit)
         return self._found(_LEASED_TO_AND_RETIRED, limit=limit, username=username)
 
-    def named(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
+    def find(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Return the existing tokens with these values, with their numbers, and lock them."""
-        found = self._found(_NAMED if self._db.single_writer else _NAMED_TO_CHANGE, values=json.dumps(list(values)))
+        found = self._found(_BY_VALUE if self._db.single_writer else _BY_VALUE_LOCKED, values=json.dumps(list(values)))
         return {token.value: (number, token) for number, token in found if self.pool.is_live(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:
         """Add free tokens."""
         self._db.execute_each(_INSERT, [PoolToken(self.pool.name, value, self.now)._asdict() for value in values])
 
-    def put(self, changed: Mapping[int, PoolToken]) -> None:
+    def update_leases(self, changed: Mapping[int, PoolToken]) -> None:
         """Write the leases of tokens, by number."""
         self._db.execute_each(
-            _PUT,
+            _UPDATE_LEASE,
             [
                 {
                     "name": self.pool.name,
@@ -240,27 +242,27 @@ class PoolRows:
 
     def extend_free(self, before: Instant, limit: int) -> int:
         """Make tokens that were free before an instant free from now on."""
-        return self._some(_EXTEND_FREE, limit, before=before)
+        return self._change_oldest(_EXTEND_FREE, limit, before=before)
 
     def retire(self, limit: int) -> int:
         """Retire leased tokens."""
-        return self._some(_RETIRE, limit)
+        return self._change_oldest(_RETIRE, limit)
 
     def reinstate(self, limit: int) -> int:
         """Undo the retirement of leased tokens."""
-        return self._some(_REINSTATE, limit)
+        return self._change_oldest(_REINSTATE, limit)
 
     def delete_free(self, limit: int) -> int:
         """Delete free tokens."""
-        return self._some(_DELETE_FREE, limit)
+        return self._change_oldest(_DELETE_FREE, limit)
 
     def delete_expired(self, limit: int) -> int:
         """Delete tokens that have been free for too long."""
-        return self._some(_DELETE_EXPIRED, limit)
+        return self._change_oldest(_DELETE_EXPIRED, limit)
 
     def delete_retired(self, limit: int = 2**31 - 1) -> int:
         """Delete retired tokens whose lease is over."""
-        return self._some(_DELETE_RETIRED, limit)
+        return self._change_oldest(_DELETE_RETIRED, limit)
 
     def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
         rows = self._db.rows(statement, {**self._parameters, **more})
@@ -269,6 +271,6 @@ class PoolRows:
             for number, pool, value, free_at, holder, fence, retired, username in rows
         ]
 
-    def _some(self, statement: Any, limit: int, **more: Any) -> int:
+    def _change_oldest(self, statement: Any, limit: int, **more: Any) -> int:
         """Change at most `limit` rows, the oldest first, and return how many."""
         return self._db.execute(statement, {**self._parameters, "limit": limit, **more}) if limit > 0 else 0

@@ -134,7 +134,7 @@ class Assign(PoolChange[Assignment]):
             number: rows.pool.leased(token, change.holder, change.username, rows.now)
             for (number, token), change in pairs
         }
-        rows.put(leased)
+        rows.update_leases(leased)
         answers = [
             Assignment(token, None, None if left is None else left - place)
             for place, token in enumerate(leased.values(), 1)
@@ -159,7 +159,7 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
         """Change tokens one after the other."""
         pool, now = rows.pool, rows.now
-        found = rows.named(change.value for change in changes)
+        found = rows.find(change.value for change in changes)
         changed: dict[int, PoolToken] = {}
         answers: list[LeaseChange | None] = []
         for change in changes:
@@ -177,7 +177,7 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
                 found[change.value] = number, after
             else:  # a retired token ends with its lease
                 del found[change.value]
-        rows.put(changed)
+        rows.update_leases(changed)
         return answers
 
 
@@ -228,7 +228,7 @@ class ReleaseNext(PoolChange[tuple[bool, int]]):
                 released[number] = rows.pool.released(token, rows.now)
                 free, retired = (free, retired - 1) if token.retired else (free + 1, retired)
             answers.append((token is not None, max(0, free - retired)))
-        rows.put(released)
+        rows.update_leases(released)
         return answers
 
 
@@ -242,7 +242,7 @@ class Delete(PoolChange[bool]):
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
         """Delete or replace tokens; a retired one is not replaced."""
-        found = rows.named(change.value for change in changes)
+        found = rows.find(change.value for change in changes)
         answers = []
         for change in changes:
             number, token = found.pop(change.value, (0, None))

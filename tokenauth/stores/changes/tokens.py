@@ -12,11 +12,11 @@ from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest, elements
 from tokenauth.stores.tables import revocations, tokens
 
-_MANY = 1000
-"""Tokens that one login revokes at most."""
+_MAX_REVOKED = 1000
+"""Maximum number of tokens that one login revokes."""
 
-REVOKING = "revocations"
-"""The lock of everything that revokes: revocations are committed in the order of their numbers."""
+REVOCATION_LOCK = "revocations"
+"""The lock of all transactions that revoke: they commit in the order of the revocations' numbers."""
 
 _now = bindparam("now", type_=Float())
 
@@ -37,11 +37,11 @@ _DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning
 _LOG = insert(revocations).inline()
 
 
-def _too_many() -> Select[bytes]:
+def _surplus() -> Select[bytes]:
     """Select the tokens that users have beyond `per_user` live ones.
 
-    For each user it walks the index, newest first, to the first token too many and no further. It selects a bounded
-    number of tokens, so that they are revoked quickly; a later login revokes the rest after `per_user` was lowered.
+    For each user it reads the index, newest first, up to the first surplus token. The number is limited, so that a
+    login stays quick; when `per_user` was lowered, later logins revoke the rest.
     """
     names = elements(bindparam("names"), "names")
     live = tokens.alias("live")
@@ -52,15 +52,15 @@ def _too_many() -> Select[bytes]:
         select(tokens.c.digest)
         .join_from(edges, tokens, (tokens.c.username == edges.c.username) & (tokens.c.number <= edges.c.number))
         .where(tokens.c.expires_at > _now)
-        .limit(_MANY)
+        .limit(_MAX_REVOKED)
     )
 
 
-_TOO_MANY = _too_many()
+_SURPLUS = _surplus()
 
 
 def _live(of_user: bool, but_one: bool) -> Select[bytes]:
-    """Select live tokens of one user or of all, with or without an exception."""
+    """Select live tokens of one user or of all, except the digest `keep` if `but_one`."""
     chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now).limit(bindparam("limit"))
     if of_user:
         chosen = chosen.where(tokens.c.username == bindparam("username"))
@@ -84,7 +84,7 @@ _PURGE = delete_oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at
 
 
 def _purge_revocations() -> Delete:
-    """Delete old entries of the log, but never the last: its number shows how many a reader has missed."""
+    """Delete old entries of the log, but never the last: from its number, readers know whether they missed any."""
     last = select(func.max(revocations.c.seq)).scalar_subquery()
     oldest = select(revocations).order_by(revocations.c.seq).limit(bindparam("limit")).subquery()
     old = select(oldest.c.seq).where(oldest.c.at < bindparam("before"), oldest.c.seq < last)
@@ -116,7 +116,7 @@ class Issue(Change[Sequence[bytes]]):
         revoked: list[bytes] = []
         for per_user, names in limited.items():
             wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-            surplus = [digest for (digest,) in db.rows(_TOO_MANY, wanted)]
+            surplus = [digest for (digest,) in db.rows(_SURPLUS, wanted)]
             _revoke(db, surplus, now)
             revoked += surplus
         return [revoked] * len(changes)
@@ -145,7 +145,7 @@ class RevokeAll(Change[int]):
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
         """Log the digests, then delete the tokens that are logged."""
-        db.lock(REVOKING)
+        db.lock(REVOCATION_LOCK)
         answers = []
         for change in changes:
             last = db.rows(_LAST, {})[0][0] or 0
@@ -192,7 +192,7 @@ def _revoke(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence
     """Delete tokens and log that for every cache; return for each whether it existed."""
     if not digests:
         return []
-    db.lock(REVOKING)
+    db.lock(REVOCATION_LOCK)
     gone = [digest for (digest,) in db.rows_each(_DELETE, [{"digest": digest} for digest in digests])]
     if gone:
         db.execute_each(_LOG, [{"digest": digest, "at": now} for digest in gone])

@@ -17,7 +17,7 @@ from tokenauth.models import Instant
 from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, Kind, Writer
 from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
-from tokenauth.stores.changes.tokens import REVOKING
+from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
@@ -69,7 +69,7 @@ _PROBE_READING = f"""
 _PROBE_WRITING = f"""
     BEGIN; SET LOCAL lock_timeout = '500ms';
     LOCK TABLE {", ".join(metadata.tables)} IN ROW EXCLUSIVE MODE;
-    SELECT pg_advisory_xact_lock({advisory_key(REVOKING)});
+    SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)});
     {PROBE}; COMMIT
 """
 """Needs the locks that queries and changes need, so that it fails when those would hang."""
@@ -123,9 +123,9 @@ class Connections:
             "store_not_writable",
             "store_writable_again",
             opened=self._refuse_waiting,
-            probe_failed=self._give_up_writing,
+            probe_failed=self._abort_writing,
         )
-        self.suspect = self._reading.suspect
+        self.start_probe = self._reading.start_probe
 
     @property
     def problem(self) -> str | None:
@@ -207,13 +207,13 @@ class Connections:
                 if isinstance(error, _BAD_CHANGE):
                     raise
                 if _is_slow(error):
-                    self._reading.suspect()
+                    self._reading.start_probe()
                     raise StoreUnavailable from error
             try:
                 return await self.read_once(query)
             except UNAVAILABLE as error:
                 if _is_slow(error):
-                    self._reading.suspect()
+                    self._reading.start_probe()
                 else:
                     self._reading.failed(reason(error), began)
                 raise StoreUnavailable from error
@@ -250,7 +250,7 @@ class Connections:
                 raise
             self._clock_written = 0  # the next commit writes in any case, and so reaches a standby
             if _is_slow(error):
-                self._writing.suspect()
+                self._writing.start_probe()
             else:
                 self._writing.failed(reason(error), began)
             raise StoreUnavailable from error
@@ -272,11 +272,11 @@ class Connections:
     def _on_unreachable(self) -> None:
         """Refuse changes too, and abort running operations: they will not be answered soon."""
         self._writing.open(self._reading.problem or "")
-        self._reading.give_up()
-        self._writing.give_up()
+        self._reading.abort_running()
+        self._writing.abort_running()
 
-    def _give_up_writing(self) -> None:
-        self._writing.give_up()
+    def _abort_writing(self) -> None:
+        self._writing.abort_running()
 
     def _refuse_waiting(self) -> None:
         for writer in self._writers.values():

@@ -1,4 +1,4 @@
-"""What PostgreSQL reports to a process: revocations, and its time."""
+"""Listens to PostgreSQL: for revocations, and for its time."""
 
 import asyncio
 from collections.abc import Collection
@@ -22,8 +22,8 @@ HEARTBEAT = BOUND / 4
 _RETRY = 0.1
 """Seconds until a lost connection is opened again."""
 
-_MANY = 10_000
-"""Revocations that are read at once; if there are more, the cache is cleared instead."""
+_MAX_READ = 10_000
+"""Maximum number of revocations that are read at once. If there are more, the cache is cleared."""
 
 _READ = f"""
     SELECT {SERVER_CLOCK} AS now, {CLOCK_ROW} AS latest, seq, digest
@@ -118,7 +118,7 @@ class Listener:
                 if self._connected:
                     log.error("revocation_feed_lost", reason=type(error).__name__, action="every token is looked up")
                 self._connected = False
-                self._connections.suspect()
+                self._connections.start_probe()
             await asyncio.sleep(_RETRY)
 
     async def _listen(self, db: asyncpg.Connection) -> None:
@@ -150,20 +150,20 @@ class Listener:
         """Read the log from the last known entry, which must still be there: otherwise some were missed."""
         asked_at = boottime()
         seq = self._last[0]
-        late = asyncio.get_running_loop().call_later(HEARTBEAT, self._connections.suspect)
+        late = asyncio.get_running_loop().call_later(HEARTBEAT, self._connections.start_probe)
         try:
-            rows = await db.fetch(_READ, seq, _MANY, timeout=BOUND)
+            rows = await db.fetch(_READ, seq, _MAX_READ, timeout=BOUND)
         finally:
             late.cancel()
         self._clock.update(rows[0]["now"], asked_at)
         self.on_clock_advance(rows[0]["latest"] or 0.0)
         entries = [(row["seq"], row["digest"]) for row in rows if row["seq"] is not None]
-        complete = len(entries) < _MANY and (
+        complete = len(entries) < _MAX_READ and (
             entries[:1] == [self._last] if seq else (not entries or entries[0][0] == 1)
         )
         if complete:
             self._pending.update(digest for _, digest in entries[1 if seq else 0 :])
-            if len(self._pending) > _MANY:  # it was not drained for long
+            if len(self._pending) > _MAX_READ:  # nobody has drained it for a long time
                 self._pending.clear()
                 self._missed = True
         else:

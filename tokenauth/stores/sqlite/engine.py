@@ -46,7 +46,7 @@ class SqliteEngine:
         self.clock = clock
         path = os.path.abspath(url.database or "")
         self.writer = SqliteWriter(path, create=serving)
-        self.feed = Reader(path, self._read_failed)
+        self.reader = self.feed = Reader(path, self._read_failed)
         self._serving = serving
         self._readers = _read_engine(url)
         self._reading = Circuit(self._probe, "store_unreachable", "store_reachable_again")
@@ -54,10 +54,10 @@ class SqliteEngine:
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
         """Migrate the schema and connect."""
         await self.writer.start()
-        self.feed.open(on_clock_advance)
+        self.reader.open(on_clock_advance)
         self._watch_later()
-        self._checking = asyncio.create_task(self._check())
-        return self.feed.clock_row()
+        self._checking = asyncio.create_task(self._check_wal())
+        return self.reader.clock_row()
 
     async def stop(self, now: Instant) -> None:
         """Finish what is being written, write `now`, and disconnect."""
@@ -69,17 +69,17 @@ class SqliteEngine:
         await self.writer.stop()
         await self._reading.stop()
         await self._readers.dispose()
-        self.feed.close()
+        self.reader.close()
 
     async def ready(self) -> str | None:
         """Return what keeps the file from being used, if anything."""
-        self._look_at_files()
+        self._check_files()
         if self.writer.file_replaced:
             return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
         problem = await self.writer.probed_problem()
         if problem is not None:
             return problem
-        problem = self.feed.problem()
+        problem = self.reader.problem()
         if problem is not None:
             self._read_failed(problem)
             return f"store unreachable: {problem}"
@@ -92,7 +92,7 @@ class SqliteEngine:
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
         """Run a query, on the event loop if it is `brief`."""
         if brief:
-            return self.feed.rows(query, values)
+            return self.reader.rows(query, values)
         return await self._query(lambda db: db.execute(query, values).all())
 
     def apply(self, change: Change[A]) -> Awaitable[A]:
@@ -101,11 +101,11 @@ class SqliteEngine:
 
     async def token(self, digest: bytes) -> Token | None:
         """Look up a token on the event loop."""
-        return self.feed.token(digest)
+        return self.reader.token(digest)
 
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts on the event loop."""
-        return self.feed.failures(keys)
+        return self.reader.failures(keys)
 
     async def _query(self, query: Callable[[Connection], T]) -> T:
         if self.writer.file_replaced:
@@ -126,40 +126,40 @@ class SqliteEngine:
             await db.close()
 
     def _read_failed(self, why: str) -> None:
-        """Log it, unless that was done lately, and probe until reading works again. Refuses nothing by itself."""
+        """Log a failure, unless it was logged lately, and probe until reading works again. No read is refused."""
         if not self.writer.file_replaced:
             self._reading.failed(why, asyncio.get_running_loop().time())
 
     async def _probe(self) -> str | None:
-        return self.feed.problem()
+        return self.reader.problem()
 
     def _watch(self) -> None:
         """Check every second that the file is still the one at its path, and read the clock row.
 
         If the file was replaced, writes would be acknowledged and lost: nothing is read or written any more.
         """
-        self._look_at_files()
+        self._check_files()
         if not self.writer.file_replaced:
             with suppress(StoreUnavailable):
-                self.feed.read_clock()
+                self.reader.read_clock()
             self.writer.refresh_write_lock()
         self._watch_later()
 
     def _watch_later(self) -> None:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
-    def _look_at_files(self) -> None:
-        replaced = None if self.writer.file_replaced else self.feed.replaced()
+    def _check_files(self) -> None:
+        replaced = None if self.writer.file_replaced else self.reader.replaced()
         if replaced is not None:
             log.error("store_file_replaced", file=replaced, action="restart tokenauth")
             self.writer.file_replaced = True
-            self.feed.close()
+            self.reader.close()
 
-    async def _check(self) -> None:
+    async def _check_wal(self) -> None:
         while True:
             await asyncio.sleep(CHECKPOINT_INTERVAL)
             with suppress(RetryLater):
-                await self.writer.check()
+                await self.writer.check_wal()
 
 
 def _read_engine(url: URL) -> AsyncEngine:

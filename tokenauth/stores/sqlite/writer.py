@@ -136,7 +136,7 @@ class SqliteWriter:
             return f"the database's -wal file cannot be copied into it, and grows: {self._checkpoint_problem}"
         return None
 
-    async def check(self) -> None:
+    async def check_wal(self) -> None:
         """Check that the -wal file can be copied into the database. SQLite copies it, but does not report failures."""
         if not self._written or self.file_replaced or self.refused:
             return
