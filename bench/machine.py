@@ -31,7 +31,7 @@ def require(directory: Path) -> None:
 
 @contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """Run this process, and those that it starts meanwhile, on one core."""
+    """Run this process, and the processes that it starts, on one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:

@@ -117,7 +117,7 @@ class PostgresRows:
 
     @contextmanager
     def _million(self) -> Iterator[Sampler]:
-        """Validate so many tokens that few are cached."""
+        """Validate a million tokens, of which few are cached."""
         server = self._serve()
         load.run(server.port, "million", _WARM)
         yield lambda: self._compare(server, "million", CONNECTIONS)

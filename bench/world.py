@@ -1,4 +1,4 @@
-"""Databases full of tokens, configurations, and server processes pinned to a core."""
+"""Creates configurations and databases full of tokens, and runs servers on one core."""
 
 import os
 import sqlite3
@@ -38,7 +38,7 @@ def write_config(
     """Write a configuration with 500 users, and return its path.
 
     server: further lines of [server]. password: the hash of "secret" of all users. tables: further tables.
-    url: the database; by default, a file beside the configuration.
+    url: the database; by default, a file in the directory of the configuration.
     """
     directory.mkdir(exist_ok=True)
     users = "".join(

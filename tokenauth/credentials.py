@@ -132,7 +132,7 @@ class Credentials:
         # An unknown name may be a password typed into the wrong field: it is not logged.
         shown = " or ".join(name for name in names if name in self._users) or "(unknown)"
         try:
-            # Unknown names are counted too: otherwise the throttle would tell which names exist.
+            # Unknown names are counted too: otherwise the throttle would reveal which names exist.
             async with self._throttle.attempt(names, address, gone, compared=compared) as attempt:
                 user, password = await self._passwords.verify(
                     [candidate for candidate in dict.fromkeys(possible) if candidate.username in attempt.names]
@@ -144,7 +144,7 @@ class Credentials:
             raise
         except CannotHash as error:
             log.error("login_not_checked", user=shown, network=network(address), cost=str(error))
-            raise Overloaded("The server cannot check a password at the moment. Try again shortly.") from None
+            raise Overloaded("The server cannot check a password now. Try again shortly.") from None
         except RetryLater as refusal:
             log.warning("login_refused", user=shown, network=network(address), reason=refusal.code)
             raise

@@ -232,7 +232,7 @@ atexit.register(_writer.flush)
 
 
 def flush() -> None:
-    """Write the waiting lines of this process, within FLUSH_TIMEOUT. At a normal exit this happens by itself."""
+    """Write the waiting lines of this process, within FLUSH_TIMEOUT. A normal exit does this automatically."""
     _writer.flush()
 
 

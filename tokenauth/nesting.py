@@ -1,12 +1,12 @@
-"""How deeply a text is nested, known before a parser recurses into it: how deep it can go differs between Pythons."""
+"""Limits how deeply JSON and TOML are nested, before a parser recurses into them: each Python has another limit."""
 
 import re
 from itertools import accumulate
 
-# A string that is never closed goes on to the end, so the work is linear for any input.
+# A string that is not closed extends to the end, so that the time is linear for any input.
 _JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
 _TOML_TEXT = re.compile(
-    r'"""(?:[^\\]|\\.)*?"{3,5}'  # up to two quotes can stand before the three that close
+    r'"""(?:[^\\]|\\.)*?"{3,5}'  # up to two quotes can precede the three that close it
     r"|'''.*?'{3,5}"
     r'|"(?:[^"\\\n]|\\.)*"'
     r"|'[^'\n]*'"

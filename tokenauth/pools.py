@@ -165,7 +165,7 @@ class Pools:
         _granted(await self._store.pools.release(pool, _checked(value), now, check), check, now)
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> None:
-        """End the lease of any user, and log whose it was, who ended it and why. Raises UnknownToken, LeaseLost."""
+        """End the lease of any user, and log its user, who ended it and the reason. Raises UnknownToken, LeaseLost."""
         now = self._clock()
         token = await self._store.pools.get(pool, _checked(value), now)
         if token is None:

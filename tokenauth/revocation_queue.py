@@ -26,7 +26,7 @@ MAX_HELD = 100_000
 """Maximum number of revocations held: about 15 MB."""
 
 MAX_PER_NETWORK = 1_000
-"""Maximum number held for one network: a stranger who sends made-up tokens must not fill the queue."""
+"""Maximum number held for one network: a client that sends made-up tokens must not fill the queue."""
 
 RETRY = 1.0
 """Seconds between two attempts to write."""
@@ -46,7 +46,7 @@ class RevocationUpdate(msgspec.Struct, omit_defaults=True):
     written: list[bytes] = []
     """Digests that the store has taken since."""
     dropped: int = 0
-    """Number of revocations beyond MAX_HELD. While there are any, no token may be accepted."""
+    """Number of revocations that exceeded MAX_HELD. While there are any, no token may be accepted."""
     dropped_at: Instant = 0.0
     """When the last of those was dropped."""
     all_revoked_at: Instant = 0.0
@@ -104,7 +104,7 @@ class RevocationQueue:
         self.close_deadline = 0.0
         """When `close` gives up, in the time of the event loop; it tries for _MIN_CLOSE_TIME in any case."""
         self.handed_over = False
-        """Whether other workers go on writing when this one stops."""
+        """Whether other workers write what is held after this one stops."""
         self._per_network = Counter[str]()
         self._store = store
         self._clock = clock
@@ -168,7 +168,7 @@ class RevocationQueue:
                 async with asyncio.timeout_at(max(self.close_deadline, earliest)):
                     await self._write_all()
         self._publish()
-        if self.publish is None:  # else the main process knows whether another worker has written it
+        if self.publish is None:  # otherwise the main process logs it, unless another worker writes it
             _log_lost(self.held, self._dropped)
 
     def _hold(self, digest: bytes, network: str) -> bool:

@@ -89,7 +89,7 @@ N = TypeVar("N", IPv4Network, IPv6Network)
 
 
 def _has_many(networks: Sequence[N], space: N) -> bool:
-    """Return whether networks cover an eighth of `space` or more: nobody has that many proxies."""
+    """Return whether networks cover an eighth of `space` or more: no one has that many proxies."""
     inside = [space if network.supernet_of(space) else network for network in networks if network.overlaps(space)]
     return sum(network.num_addresses for network in collapse_addresses(inside)) >= space.num_addresses // 8
 

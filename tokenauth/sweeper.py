@@ -1,4 +1,4 @@
-"""Deletes expired rows in small batches. It only frees disk space: expiry does not depend on it."""
+"""Deletes expired rows in small batches, only to free disk space: expiry does not depend on it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

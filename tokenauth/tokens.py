@@ -108,13 +108,13 @@ class Tokens:
         if digest is not None:
             await self._revoke(digest)
 
-    async def log_out(self, named: Iterable[bytes], address: str, gone: Gone = never_gone) -> None:
-        """Revoke tokens in any case. What the store cannot take is refused by this machine until it is written.
+    async def log_out(self, candidates: Iterable[bytes], address: str, gone: Gone = never_gone) -> None:
+        """Revoke tokens, even while the store cannot be written: then this machine refuses them until they are written.
 
-        If too many revocations wait to be written, no token is accepted. Each network may have only some of them: its
-        further log-outs wait for the store. Raises ClientGone if the client disconnects while it waits.
+        If too many revocations wait to be written, no token is accepted. Each network has a limited share of the queue:
+        beyond it, its log-outs wait for the store. Raises ClientGone if the client disconnects while it waits.
         """
-        digests = list({digest: None for value in named if (digest := values.digest(value)) is not None})
+        digests = list({digest: None for value in candidates if (digest := values.digest(value)) is not None})
         for start in range(0, len(digests), _LOG_OUT_BATCH):
             batch = digests[start : start + _LOG_OUT_BATCH]
             await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in batch))

@@ -7,7 +7,7 @@ Everything starts and works on macOS too; tests simulate that, but do not run th
   the last instant can be.
 - Password hashes are refused when they need more memory than the control group has (`passwords.machine_memory_kib`),
   and `passwords.threads = 0` means the cores that the process may use, not all cores of the machine.
-- Time goes on while the machine is suspended (`clock`: CLOCK_BOOTTIME).
+- Monotonic clocks count the time that the machine is suspended (`clock`: CLOCK_BOOTTIME).
 - Editing config.toml keeps access control lists and labels, and checks that there is room before it overwrites a file
   (`settings.text_file`).
 - `serve` raises its limit of file descriptors to the hard limit. On macOS it raises it to 10,240 if that is refused.

@@ -35,7 +35,7 @@ class Serve(NamedTuple):
 
 
 class ChangeUsers(NamedTuple):
-    """A message to a worker that will be replaced: go on with the users of a new configuration."""
+    """A message to a worker that will be replaced: until then, use the users of the new configuration."""
 
     removed: Sequence[str]
     changed: Mapping[str, User]

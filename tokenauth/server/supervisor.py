@@ -535,7 +535,7 @@ class Supervisor:
                 self._retire(slot.worker)
 
     def _abort_reload(self, reason: str, failure: Report | None = None) -> None:
-        """Go on with the current configuration."""
+        """Keep the current configuration, and log why."""
         self._drop_reload()
         self._send_users(self._settings)
         refused = failure is not None and failure.configuration

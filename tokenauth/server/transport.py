@@ -73,9 +73,9 @@ class CoalescingTransport:
 class LingeringTransport(CoalescingTransport):
     """Closes a connection so that the client can read the last answer, within a time limit.
 
-    Set `lingers` while the client may still be sending. `close` then ends only this side of the connection and goes on
-    reading for LINGER seconds. Closing both sides at once would reset the connection, and the client could lose the
-    answer (RFC 9112 section 9.6).
+    Set `lingers` while the client may still be sending. `close` then ends only this side of the connection, and reads
+    for LINGER seconds more. Closing both sides at once would reset the connection, and the client could lose the answer
+    (RFC 9112 section 9.6).
     """
 
     __slots__ = ("lingers",)

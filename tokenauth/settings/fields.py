@@ -37,7 +37,7 @@ def duration(low: float = 1, high: float = TEN_YEARS) -> Meta:
 
 
 def text(pattern: str, description: str, secret: bool = False) -> Meta:
-    """Require a pattern of a string. An error says that it must be `description`, and does not show a secret."""
+    """Require that a string matches a pattern. An error has the `description` of valid strings, and shows no secret."""
     return Meta(pattern=rf"\A(?:{pattern})\Z", description=description, extra={"secret": secret})
 
 

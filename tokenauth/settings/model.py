@@ -94,7 +94,7 @@ class PasswordSettings(Table, frozen=True):
 
     @property
     def thread_count(self) -> int:
-        """Threads that hash: one per core if the file says 0."""
+        """The number of threads that hash. The setting 0 means one per core."""
         return self.threads or _cores()
 
 

@@ -36,8 +36,8 @@ class TextFile:
     def edit(self, change: Callable[[str], str]) -> None:
         """Replace the current text by what `change` returns for it. It holds a lock on the file.
 
-        Raises ConfigError if the file cannot be written, or if a program that takes no lock (an editor) has changed it
-        meanwhile. Then nothing is changed, and no temporary file is left.
+        Raises ConfigError if the file cannot be written, or if a program without the lock (an editor) has changed it in
+        the meantime. Then nothing is changed, and no temporary file is left.
         """
         with self._reporting(), self._locked() as (descriptor, target):
             before = _read_all(descriptor)

@@ -1,4 +1,4 @@
-"""Edits the users in config.toml. The rest of the file stays as it is."""
+"""Edits the users in config.toml. The rest of the file, with its comments, is not changed."""
 
 import re
 import tomllib

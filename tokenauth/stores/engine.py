@@ -1,4 +1,4 @@
-"""The seam between the stores and a database: what an engine provides, and what a change is.
+"""The interface between the stores and a database: what an engine provides, and what a change is.
 
 An `Engine` is what differs between SQLite and PostgreSQL. The stores, the changes and the cache are written once, on
 top of it.
@@ -104,7 +104,7 @@ class Feed(Protocol):
 
 
 class Engine(Protocol):
-    """A database: how it is read, changed and watched. Every method that reads or changes raises StoreUnavailable."""
+    """A database that is read, changed and watched. Every method that reads or changes can raise StoreUnavailable."""
 
     @property
     def clock(self) -> Clock:

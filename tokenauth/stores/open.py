@@ -17,8 +17,7 @@ from tokenauth.stores.store import Store
 def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
     """Return the store at a URL, not yet started. Raises ConfigError.
 
-    Without a `clock` it uses this machine's, or PostgreSQL's. With `serving`, it creates the database if there is none;
-    without it, a start only reads.
+    Without a `clock` it uses this machine's, or PostgreSQL's. Unless it is for `serving`, a start creates no database.
     """
     try:
         url = make_url(settings.url)

@@ -1,4 +1,4 @@
-"""The version of the schema: which one a database has, and how it is upgraded."""
+"""The version of a database's schema, and its upgrade."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

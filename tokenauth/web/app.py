@@ -75,7 +75,7 @@ def build_app(service: Service) -> Router:
 
 
 BUSIEST = {("GET", PROBE), ("GET", FORWARD_AUTH), ("GET", ME), ("POST", INTROSPECTION)}
-"""Methods and paths that Shortcuts answers. With the routes of four dialects, routing takes 15 microseconds more."""
+"""Methods and paths that Shortcuts handles. Without it, and with four dialects, routing takes 15 microseconds."""
 
 
 def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Middleware]:
@@ -85,7 +85,7 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
     if server.access_log:
         yield Middleware(AccessLog, routes)
     if server.cors_origins:
-        # At /auth a preflight is judged like any request: it is meant for the application behind the proxy.
+        # A preflight at /auth needs a token like any request: it is meant for the application behind the proxy.
         headers = list(chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects))
         yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH})
 
@@ -115,7 +115,7 @@ def find_routes(service: Service) -> list[Route]:
 
 @asynccontextmanager
 async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, object]]:
-    """Run the service and its sweeper, and give the server what it needs to refuse requests by itself."""
+    """Run the service and its sweeper, and pass the refusal rules to the HTTP server."""
     async with service.running():
         await service.pools.prefill()
         sweeper = Sweeper(service.store, service.pools, service.clock, service.settings.throttle.forget)

@@ -14,7 +14,7 @@ from tokenauth.web.responses import error_response
 
 
 def respond(scope: Scope, error: Exception) -> Response:
-    """Return the response to an exception. Log who lacks a right."""
+    """Return the response to an exception. Log the user if a right is missing."""
     if isinstance(error, InsufficientScope | Forbidden):
         log.warning(
             "access_denied",

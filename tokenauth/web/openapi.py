@@ -135,7 +135,7 @@ class Section:
 
 
 def guarded(operation: Operation, *refusals: type[Refusal]) -> Operation:
-    """Return the same operation with a token required, beside what it asks for already."""
+    """Return the same operation with a token required, in addition to its own security."""
     security = [(scheme, *others) for scheme in (X_TOKEN, BEARER) for others in operation.security or [()]]
     return replace(operation, security=security, refusals=[*operation.refusals, *TOKEN_GUARD, *refusals])
 

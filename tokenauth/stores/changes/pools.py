@@ -70,7 +70,7 @@ class Generate(PoolChange[bool]):
         """Add the tokens of each caller whose tokens fit."""
         capacity, room = rows.pool.capacity, math.inf
         if capacity is not None:
-            # Expired rows go first, so that rows never outnumber the capacity, whatever `token_ttl` is tomorrow.
+            # Expired rows are deleted first: if `token_ttl` is raised later, they are live again and count.
             rows.delete_expired(sum(len(change.values) for change in changes) + _SPARE)
             room = capacity - sum(rows.counts())
         answers: list[bool] = []

@@ -1,1 +1,1 @@
-"""PostgreSQL: what differs from the other databases."""
+"""The PostgreSQL engine: what differs from other databases."""

@@ -60,7 +60,7 @@ _UPGRADE_TIMEOUT = 3600.0
 _LOCK_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))")
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""What others committed during a wait for a lock must be visible, whatever the database's default is."""
+"""After a wait for a lock, the commits of others must be visible. The database's default may be another level."""
 
 _PROBE_READING = f"""
     SET lock_timeout = '500ms';

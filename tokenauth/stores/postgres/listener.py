@@ -57,7 +57,7 @@ class Listener:
     """Feed that reads the log of revocations whenever PostgreSQL notifies, and four times a second.
 
     Each read returns all revocations that were committed before it was sent. So the cache may be used for BOUND
-    seconds from then on, whatever happens to the network, and no longer.
+    seconds from then on, even if the network fails, and no longer.
     """
 
     def __init__(self, connections: Connections, clock: DatabaseClock) -> None:
@@ -114,7 +114,7 @@ class Listener:
             try:
                 async with self._connections.listening() as db:
                     await self._listen(db)
-            except Exception as error:  # whatever it is: the cache is not used meanwhile
+            except Exception as error:  # any error: the cache is not used until the log is read again
                 if self._connected:
                     log.error("revocation_feed_lost", reason=type(error).__name__, action="every token is looked up")
                 self._connected = False
@@ -163,7 +163,7 @@ class Listener:
         )
         if complete:
             self._pending.update(digest for _, digest in entries[1 if seq else 0 :])
-            if len(self._pending) > _MAX_READ:  # nobody has drained it for a long time
+            if len(self._pending) > _MAX_READ:  # the cache has not drained it for a long time
                 self._pending.clear()
                 self._missed = True
         else:

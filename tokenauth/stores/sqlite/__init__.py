@@ -1,1 +1,1 @@
-"""SQLite: what differs from the other databases."""
+"""The SQLite engine: what differs from other databases."""

@@ -112,7 +112,7 @@ class Reader:
     def drain(self) -> Collection[bytes] | None:
         """Return the digests revoked since the last call; None if the log no longer has all of them.
 
-        Costs one PRAGMA (4 microseconds) while nobody writes. Raises StoreUnavailable.
+        Costs one PRAGMA (4 microseconds) if nothing was written. Raises StoreUnavailable.
         """
         try:
             version = self._data_version()

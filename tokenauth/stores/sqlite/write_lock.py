@@ -43,7 +43,7 @@ class LockWait:
 
 
 class WriteLock:
-    """The lock file beside a database. A process that dies releases the lock."""
+    """The lock file of a database. A process that dies releases the lock."""
 
     def __init__(self, database: str) -> None:
         self._database = database

@@ -27,7 +27,7 @@ class OptionalTokenRequest(msgspec.Struct):
 
 
 class TokenRequest(msgspec.Struct):
-    """Only documents what is required: an answer of the original says that the token is missing."""
+    """Only for the documentation: shows that `token` is required. If it is missing, the original has its own answer."""
 
     token: Annotated[str, schema_only(minLength=1)]
 

@@ -18,20 +18,20 @@ from tokenauth.web.routing import Handlers, when_complete
 
 
 class _AnyRequest(msgspec.Struct):
-    """What every request is decoded as: an answer of the original says which field is missing."""
+    """All requests are decoded as this. A missing field is no error here: the original has an answer of its own."""
 
     token: str | None = None
     client_id: str | None = None
 
 
 class AssignToClientRequest(msgspec.Struct):
-    """Only documents what is required."""
+    """Only for the documentation: shows the required fields."""
 
     client_id: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="The client. Printable.")]
 
 
 class ClientTokenRequest(msgspec.Struct):
-    """Only documents what is required."""
+    """Only for the documentation: shows the required fields."""
 
     token: Annotated[str, schema_only(minLength=1)]
     client_id: Annotated[str, schema_only(description="The client that has the lease.")] | None = None
