@@ -6,8 +6,8 @@ In one terminal (`make install` installs what the examples need):
 
 In two more (this service calls the second one):
 
-    .venv/bin/uvicorn examples.fastapi_app:app --port 8001
-    .venv/bin/uvicorn examples.starlette_app:app --port 8002
+    .venv/bin/uvicorn examples.fastapi_app:app --http h11 --port 8001
+    .venv/bin/uvicorn examples.starlette_app:app --http h11 --port 8002
 
 Then log in at tokenauth, and call this service with the token:
 

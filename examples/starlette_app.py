@@ -6,7 +6,7 @@ In one terminal (`make install` installs what the examples need):
 
 In another:
 
-    .venv/bin/uvicorn examples.starlette_app:app --port 8002
+    .venv/bin/uvicorn examples.starlette_app:app --http h11 --port 8002
 
 In a third, log in at tokenauth and call this service with the token:
 

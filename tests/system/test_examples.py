@@ -54,7 +54,7 @@ def test_the_example_runs_as_described(server: Server, clock: HandClock, capsys:
 @contextmanager
 def uvicorn(app: str, directory: Path, **environment: str) -> Iterator[httpx.Client]:
     """Run an example as documented, on a free port, and return a client."""
-    command = [sys.executable, "-m", "uvicorn", app, "--port", "0"]
+    command = [sys.executable, "-m", "uvicorn", app, "--http", "h11", "--port", "0"]
     with spawn(command, directory, environment) as running:
         while (found := re.search(r"running on (http://\S+)", running.log.read_text())) is None:
             assert running.process.poll() is None, running.log.read_text()

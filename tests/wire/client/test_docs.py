@@ -39,7 +39,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_other_snippets_are_from_the_examples() -> None:
     assert len(SNIPPETS) == 8
-    assert [in_an_example(snippet) for snippet in SNIPPETS].count(False) == 4
+    assert [in_an_example(snippet) for snippet in SNIPPETS].count(False) == 5
+
+
+@pytest.mark.parametrize("text", [TEXT, *EXAMPLES], ids=["clients.md", "fastapi", "starlette"])
+def test_each_uvicorn_command_chooses_h11(text: str) -> None:
+    commands = re.findall(r"uvicorn (?:--http|examples\.).*", text)
+    assert commands
+    assert [command for command in commands if "--http h11" not in command] == []
+
+
+async def test_the_fastapi_dependency_passes_the_user_on(server: Server) -> None:
+    app = run("FastAPI", server.url)["app"]
+    with server.client() as client:
+        token = log_in(client, "ann", "ann-secret")
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as inside,
+    ):
+        assert (await inside.get("/orders")).status_code == 401
+        assert (await inside.get("/orders", headers={"X-Token": token})).json() == {"for": "ann"}
 
 
 async def test_cors_outside_answers_preflight_and_marks_401() -> None:
