@@ -39,8 +39,6 @@ class Place:
     clock_advances_at_start: list[Instant]
     url: str
     commits: Callable[[], int]
-    rounds: int = 25
-    """How often to repeat what a cache could get wrong."""
     behind: float = 0
     """By how many seconds the clock row may lag at a start: then the database has a clock that is trusted."""
 
@@ -63,7 +61,7 @@ async def sqlite(directory: Path, size: int) -> Place:
     started = await store.start(advances.append)
     parts = (store, store.tokens, store.pools, store.failures)
     times = (started, advances, list(advances))
-    return Place(*parts, *times, url, lambda: wal_commits(file), rounds=300)
+    return Place(*parts, *times, url, lambda: wal_commits(file))
 
 
 class Attentive(TokenStore):

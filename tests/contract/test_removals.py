@@ -14,6 +14,9 @@ from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.engine import Engine
 from tokenauth.stores.store import TokenStore
 
+ROUNDS = pytest.mark.parametrize("rounds", [30, pytest.param(300, marks=pytest.mark.faults)])
+"""How often to repeat what a cache could get wrong."""
+
 
 async def fill(place: Place, number: int, *, one_user: bool = False) -> list[Token]:
     """Add one token for each round of a test."""
@@ -44,8 +47,9 @@ async def busy(place: Place, tokens: Sequence[Token]) -> AsyncIterator[None]:
     await asyncio.gather(reader, return_exceptions=True)
 
 
-async def test_the_other_process_sees_a_removal_at_once(place: Place, other: Place) -> None:
-    added = await fill(place, place.rounds)
+@ROUNDS
+async def test_the_other_process_sees_a_removal_at_once(place: Place, other: Place, rounds: int) -> None:
+    added = await fill(place, rounds)
     await warm(other.tokens, added)
     async with busy(other, added[-5:]):
         for one in added:
@@ -55,8 +59,9 @@ async def test_the_other_process_sees_a_removal_at_once(place: Place, other: Pla
             assert await place.tokens.get(one.digest) is None
 
 
-async def test_the_other_process_sees_revoke_all_at_once(place: Place, other: Place) -> None:
-    added = await fill(place, place.rounds)
+@ROUNDS
+async def test_the_other_process_sees_revoke_all_at_once(place: Place, other: Place, rounds: int) -> None:
+    added = await fill(place, rounds)
     await warm(other.tokens, added)
     async with busy(other, added[-5:]):
         for one in added:
@@ -64,11 +69,12 @@ async def test_the_other_process_sees_revoke_all_at_once(place: Place, other: Pl
             assert await other.tokens.get(one.digest) is None
 
 
-async def test_the_other_process_sees_an_eviction_at_once(place: Place, other: Place) -> None:
+@ROUNDS
+async def test_the_other_process_sees_an_eviction_at_once(place: Place, other: Place, rounds: int) -> None:
     previous = token(0, age=1)
     await place.tokens.issue(previous, 1, START)
     async with busy(other, [previous]):
-        for number in range(1, place.rounds + 1):
+        for number in range(1, rounds + 1):
             one = token(number, age=-number)
             assert await other.tokens.get(previous.digest) == previous
             await place.tokens.issue(one, 1, START)

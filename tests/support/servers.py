@@ -9,7 +9,6 @@ import socket
 import ssl
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,9 +144,12 @@ def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
 
 @contextmanager
 def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Run `tokenauth serve` on a free port, and wait until a worker has started."""
-    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
-    with spawn([*command, *arguments], config.parent, env) as server:
+    """Run the command `tokenauth serve`, on a free port, until it answers. Its workers have their own interpreters."""
+    log = _new_log(config.parent)
+    command = ["tokenauth", "serve", "--config", str(config), "--port", "0", *arguments]
+    streams = [Path(os.devnull), log, log]
+    process = Forked("tokenauth.cli.main", command, config.parent, streams, {**_environment(), **(env or {})})
+    with _ended(Server(process, log)) as server:
         server.wait("started")
         server.port = server.wait("listening")["port"]
         yield server
@@ -159,7 +161,7 @@ def spawn(
 ) -> Iterator[Server]:
     """Start a process that logs to a file in the directory. Kill it and its children at the end."""
     log = _new_log(directory)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    environment = {**_environment(), **(env or {})}
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command,
@@ -171,6 +173,11 @@ def spawn(
         )
     with _ended(Server(process, log)) as server:
         yield server
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a process that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def _new_log(directory: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers import ROOT, log_in, probe, serve, write_config
+from tests.support.servers import ROOT, log_in, probe, spawn, write_config
 from tokenauth.settings import loader
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
@@ -62,7 +62,10 @@ def macos(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_server_runs_without_linux_features(tmp_path: Path, macos: dict[str, str]) -> None:
-    with serve(write_config(tmp_path), env=macos) as server:
+    command = [TOKENAUTH, "serve", "--config", str(write_config(tmp_path)), "--port", "0"]
+    with spawn(command, tmp_path, macos) as server:
+        server.wait("started")
+        server.port = server.wait("listening")["port"]
         with server.client() as client:
             assert probe(client, log_in(client))
             assert client.get("/readyz").status_code == 200

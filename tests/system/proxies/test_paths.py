@@ -141,14 +141,8 @@ FRAMES = [
 ]
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("part", range(4))
-def test_no_broken_escape_leads_to_the_reports(proxy: Proxy, bob: str, part: int) -> None:
-    """A path that cannot be decoded is refused, or needs the scope. No rule may be skipped for it."""
-    asked = [target for target in BROKEN[part::4] if " " not in target and target.startswith(("/", "http"))]
-=======
-def broken(every: bool) -> list[str]:
-    """Fill in the frames: in every way, or so that each frame has each odd escape and each detour once."""
+def list_broken(every: bool) -> list[str]:
+    """Fill in the frames in every way, or so that each frame gets each odd escape and each detour once."""
     found = set[str]()
     for (place, frame), (number, odd) in product(enumerate(FRAMES), enumerate(ODD)):
         detours = DETOUR if every else [DETOUR[(place + number) % len(DETOUR)]]
@@ -158,11 +152,10 @@ def broken(every: bool) -> list[str]:
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["pairs", "all"])
 def test_no_broken_escape_leads_to_the_reports(proxy: Proxy, bob: str, every: bool) -> None:
-    """Whatever cannot be decoded is refused, or asked about with the scope: no rule may be left out for it."""
->>>>>>> 2388d54 (Send a proxy the pairs of the framing and path cases in the fast tests, all under make faults)
+    """A path that cannot be decoded is refused, or needs the scope. No rule may be skipped for it."""
     proxy.upstream.take()
     with ThreadPoolExecutor(8) as threads:
-        asked = threads.map(lambda target: ask(proxy.port, target, [("X-Token", bob)]).status, broken(every))
+        asked = threads.map(lambda target: ask(proxy.port, target, [("X-Token", bob)]).status, list_broken(every))
     assert set(asked) <= {200, 400, 403, 404}
     assert [request.target for request in proxy.upstream.take() if is_report(request.target)] == []
 
