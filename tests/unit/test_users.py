@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lacking import lack
 from tests.support.servers import shipped
+from tests.support.skipping import skip_without
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
 from tokenauth.settings.user_file import UserFile
@@ -181,7 +181,7 @@ def test_the_files_mode_stays(path: Path, mode: int) -> None:
 def test_the_files_owner_stays(path: Path) -> None:
     """Root edits a file that the service must be able to read."""
     if os.geteuid() != 0:
-        lack("root", "run the tests as root: only root can change a file's owner")
+        skip_without("root", "run the tests as root: only root can change a file's owner")
     os.chown(path, 12345, 23456)
     path.chmod(0o600)
     UserFile(path).add("bob", hashed, ())

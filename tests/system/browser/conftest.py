@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
-from tests.support.lacking import lack
 from tests.support.servers import HandClock, Server
+from tests.support.skipping import skip_without
 from tests.system.browser.sites import Site, put, running, shown
 
 # Chromium must not connect to its vendor. Playwright gives it a new profile each time.
@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
     """Run one Chromium for all tests of this package."""
     path = shutil.which("chromium")
     if path is None:
-        lack("chromium", "apt-get install chromium")
+        skip_without("chromium", "apt-get install chromium")
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=_FLAGS) as chromium:
         yield chromium
 

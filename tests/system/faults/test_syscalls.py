@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.connections import LOGIN, Connection
-from tests.support.lacking import lack
 from tests.support.servers import Server, spawn, worker, write_config
+from tests.support.skipping import skip_without
 
 pytestmark = pytest.mark.faults
 
@@ -21,7 +21,7 @@ WAL = "tokenauth.db-wal"
 @pytest.fixture(autouse=True)
 def _strace() -> None:
     if shutil.which("strace") is None:
-        lack("strace", "apt-get install strace")
+        skip_without("strace", "apt-get install strace")
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.lacking import lack
 from tests.support.ports import free_port
 from tests.support.servers import ROOT
+from tests.support.skipping import skip_without
 from tests.system.proxies.peers import Arrived, Relay, Reply, Upstream, ask
 
 DOCUMENT = ROOT / "docs" / "forward-auth.md"
@@ -127,10 +127,10 @@ def find(name: str) -> str | None:
 
 
 def program(name: str) -> str:
-    """Return the path of a proxy's program. If it is not installed, skip the test (see `lack`)."""
+    """Return the path of a proxy's program. If it is not installed, skip the test (see `skip_without`)."""
     found = find(name)
     if found is None:
-        lack(name, PRODUCTS[name].package)
+        skip_without(name, PRODUCTS[name].package)
     return found
 
 
