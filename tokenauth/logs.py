@@ -35,7 +35,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _json(event: Any, **_: Any) -> bytes:
+def _json(event: object, **_: object) -> bytes:
     try:
         line = msgspec.json.encode(event)
     except UnicodeEncodeError:  # a lone surrogate: only an escape can represent it

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
 from tokenauth.web.client_address import client_address
+from tokenauth.web.routing import route_path
 
 
 class AccessLog:
@@ -50,9 +51,3 @@ class AccessLog:
                     scope["route"] = route
                     break
         return route_path(scope)
-
-
-def route_path(scope: Scope) -> str:
-    """Return the template of the route that was found. A path is never logged: it may contain a token by mistake."""
-    route = scope.get("route")
-    return "(none)" if route is None else str(route.path)

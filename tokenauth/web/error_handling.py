@@ -8,9 +8,9 @@ from starlette.websockets import WebSocketClose
 
 from tokenauth.errors import Forbidden, InsufficientScope, StartError
 from tokenauth.logs import describe, log
-from tokenauth.web.access_log import route_path
 from tokenauth.web.exceptions import NotFound
 from tokenauth.web.responses import error_response
+from tokenauth.web.routing import route_path
 
 
 def respond(scope: Scope, error: Exception) -> Response:

@@ -77,6 +77,12 @@ class Route(routing.Route):
         self.guarded = bool(middleware)
 
 
+def route_path(scope: Scope) -> str:
+    """Return the template of the route that was found, for logs: a path may contain a token by mistake."""
+    route = scope.get("route")
+    return "(none)" if route is None else str(route.path)
+
+
 def strict(handler: Handler, query: Collection[str] = (), body: bool = False) -> Handler:
     """Refuse query parameters other than `query`, and a body unless the handler reads it.
 

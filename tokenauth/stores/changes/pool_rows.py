@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import (
     BindParameter,
+    ClauseElement,
     ColumnElement,
     CompoundSelect,
     ScalarSelect,
@@ -29,7 +30,7 @@ from sqlalchemy import (
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.engine import LockConflict, Transaction
 from tokenauth.stores.sql import elements
-from tokenauth.stores.tables import pool_token_columns, pool_tokens
+from tokenauth.stores.tables import as_pool_token, pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
 _row = (_number, *pool_token_columns)
@@ -147,7 +148,7 @@ def counts(free: int, leased: int, retired: int) -> PoolCounts:
     return PoolCounts(max(0, free - retired), leased + retired)
 
 
-def parameters(pool: Pool, now: Instant) -> dict[str, Any]:
+def parameters(pool: Pool, now: Instant) -> dict[str, object]:
     """Return the parameters that statements about a pool share."""
     return {"name": pool.name, "now": now, "cutoff": pool.cutoff(now), "lapsed_cutoff": pool.lapsed_cutoff(now)}
 
@@ -264,13 +265,9 @@ class PoolRows:
         """Delete retired tokens whose lease is over."""
         return self._change_oldest(_DELETE_RETIRED, limit)
 
-    def _found(self, statement: Any, **more: Any) -> list[tuple[int, PoolToken]]:
-        rows = self._db.rows(statement, {**self._parameters, **more})
-        return [
-            (number, PoolToken(pool, value, free_at, holder, fence, bool(retired), username))
-            for number, pool, value, free_at, holder, fence, retired, username in rows
-        ]
+    def _found(self, query: ClauseElement, **more: object) -> list[tuple[int, PoolToken]]:
+        return [(row[0], as_pool_token(row[1:])) for row in self._db.rows(query, {**self._parameters, **more})]
 
-    def _change_oldest(self, statement: Any, limit: int, **more: Any) -> int:
+    def _change_oldest(self, statement: ClauseElement, limit: int, **more: object) -> int:
         """Change at most `limit` rows, the oldest first, and return how many."""
         return self._db.execute(statement, {**self._parameters, "limit": limit, **more}) if limit > 0 else 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import AdaptedConnection, ClauseElement
 from sqlalchemy.dialects import postgresql
@@ -13,6 +13,8 @@ from tokenauth.stores.sql import StatementCache
 
 if TYPE_CHECKING:
     import asyncpg
+
+T = TypeVar("T")
 
 CHANNEL = "tokenauth_revocations"
 """The channel on which PostgreSQL notifies of revocations."""
@@ -62,8 +64,7 @@ class PostgresTransaction:
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query."""
         text, names, constants = _statements.compile(statement, values)
-        rows: Rows = self._run(lambda db: db.fetch(text, *_ordered(names, constants, values)))
-        return rows
+        return self._run(lambda db: db.fetch(text, *_ordered(names, constants, values)))
 
     def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
         """Run a change that returns rows once for each set of values, in one round trip."""
@@ -72,7 +73,7 @@ class PostgresTransaction:
     def execute(self, statement: ClauseElement, values: Values) -> int:
         """Run a change."""
         text, names, constants = _statements.compile(statement, values)
-        status: str = self._run(lambda db: db.execute(text, *_ordered(names, constants, values)))
+        status = self._run(lambda db: db.execute(text, *_ordered(names, constants, values)))
         return int(status.rpartition(" ")[2])
 
     def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
@@ -99,12 +100,18 @@ class PostgresTransaction:
         if self._notifies:
             self._run(lambda db: db.execute(_NOTIFY))
 
-    def _each(self, how: Callable[[Any], Callable[..., Any]], statement: ClauseElement, each: Sequence[Values]) -> Any:
+    def _each(
+        self,
+        how: "Callable[[asyncpg.Connection], Callable[..., Awaitable[T]]]",
+        statement: ClauseElement,
+        each: Sequence[Values],
+    ) -> T:
         text, names, constants = _statements.compile(statement, each[0])
         return self._run(lambda db: how(db)(text, [_ordered(names, constants, values) for values in each]))
 
-    def _run(self, call: "Callable[[asyncpg.Connection], Awaitable[Any]]") -> Any:
-        return self._connection.run_async(call)
+    def _run(self, call: "Callable[[asyncpg.Connection], Awaitable[T]]") -> T:
+        answer: T = self._connection.run_async(call)
+        return answer
 
 
 def _ordered(names: Sequence[str], constants: Values, values: Values) -> list[Any]:
