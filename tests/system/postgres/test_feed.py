@@ -122,7 +122,7 @@ async def test_a_log_that_begins_with_a_gap_is_incomplete(nodes: Sequence[Node],
 async def test_more_removals_than_are_read_at_once_are_not_missed(
     monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node], network: Proxy, count: int
 ) -> None:
-    monkeypatch.setattr(feed, "_MANY", 4)
+    monkeypatch.setattr(feed, "_MAX_READ", 4)
     here, there = nodes
     await lose(there, network)
     await here.remove(*TOKENS[:count])
@@ -138,7 +138,7 @@ async def test_an_idle_node_does_not_queue_removals_without_end(
     monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Node]
 ) -> None:
     """A process that only leases pool tokens, or is a spare, still reads the log."""
-    monkeypatch.setattr(feed, "_MANY", 4)
+    monkeypatch.setattr(feed, "_MAX_READ", 4)
     here, there = nodes
     for one in TOKENS[:5]:
         await here.remove(one)
