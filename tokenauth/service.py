@@ -41,7 +41,7 @@ class Service(NamedTuple):
         behind = self.clock.advance(await self.store.start(self.clock.advance))
         if behind > 1:
             log.warning("clock_behind", seconds=round(behind), action="time continues from the last known time")
-        self.tokens.queue.start()
+        self.tokens.revocations.start()
         saving: set[asyncio.Task[None]] = set()
 
         def save(now: Instant) -> None:

@@ -38,7 +38,7 @@ class Tokens:
         self._store = store
         self._credentials = credentials
         self._clock = clock
-        self.queue = RevocationQueue(store, clock)
+        self.revocations = RevocationQueue(store, clock)
 
     async def issue(
         self, username: str, password: str, address: str, user_agent: str, gone: Gone = never_gone
@@ -59,7 +59,7 @@ class Tokens:
             raise
 
     async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> IssuedToken:
-        if self.queue.problem is not None:  # the new token would be revoked with all others
+        if self.revocations.problem is not None:  # the new token would be revoked with all others
             raise StoreUnavailable
         if gone():
             raise ClientGone
@@ -81,7 +81,7 @@ class Tokens:
         token = await self._store.tokens.get(digest)
         if token is None or self._clock() >= token.expires_at:
             return None
-        if self.queue.active and self.queue.refuses(digest):
+        if self.revocations.active and self.revocations.refuses(digest):
             return None
         user = self._users.get(token.username)
         return token if user is not None and user.credential == token.credential else None
@@ -120,10 +120,10 @@ class Tokens:
             await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in batch))
 
     async def _log_out(self, digest: bytes, source: str, gone: Gone) -> None:
-        while digest not in self.queue.held:
+        while digest not in self.revocations.held:
             if await self._try_revoke(digest):
                 return
-            if self.queue.add(digest, source):
+            if self.revocations.add(digest, source):
                 await asyncio.sleep(0)  # the main process learns of it before the client gets an answer
                 return
             await asyncio.sleep(revocation_queue.RETRY)
@@ -166,12 +166,13 @@ class Tokens:
         return [
             token
             for token in listed
-            if self._status(token) == "valid" and not (self.queue.active and self.queue.refuses(token.digest))
+            if self._status(token) == "valid"
+            and not (self.revocations.active and self.revocations.refuses(token.digest))
         ]
 
     async def ready(self) -> str | None:
         """Return why no token can be accepted, or None."""
-        return self.queue.problem
+        return self.revocations.problem
 
     async def list_unexpired(self, username: str | None) -> Sequence[tuple[Token, str]]:
         """List the unexpired tokens of a user in the store, newest first, at most LIST_LIMIT.
@@ -190,4 +191,4 @@ class Tokens:
 
     async def close(self) -> None:
         """Write the revocations held in memory, if that is possible soon."""
-        await self.queue.close()
+        await self.revocations.close()

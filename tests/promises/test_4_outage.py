@@ -260,11 +260,11 @@ async def test_a_stop_retries_its_queue_for_a_bounded_time(tmp_path: Path, monke
     monkeypatch.setattr("tokenauth.revocation_queue._MIN_CLOSE_TIME", 0.05)
     service = create_service(loader.load(write_config(tmp_path)))
     async with service.running():
-        service.tokens.queue.add(bytes(32), "unknown")
+        service.tokens.revocations.add(bytes(32), "unknown")
         with locked(tmp_path / "tokenauth.db"), structlog.testing.capture_logs() as logs:
             async with asyncio.timeout(2):
                 await service.tokens.close()
-        service.tokens.queue.held.clear()
+        service.tokens.revocations.held.clear()
     assert [entry["event"] for entry in logs] == ["revocation_lost"]
     assert logs[0]["id"] == bytes(12).hex()
 

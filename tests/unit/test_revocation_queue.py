@@ -69,7 +69,7 @@ class Scene:
         self.service = service
         self.store = store
         self.client = client
-        self.queue = service.tokens.queue
+        self.queue = service.tokens.revocations
 
     async def log_in(self) -> str:
         """Return a new token."""
@@ -260,7 +260,7 @@ class Machine:
         self.held = HeldRevocations()
         self.services = services
         self.stores = [Faulty(service.store.tokens) for service in services]
-        self.queues = [service.tokens.queue for service in services]
+        self.queues = [service.tokens.revocations for service in services]
         for service, store, queue in zip(services, self.stores, self.queues, strict=True):
             service.store.tokens = store  # type: ignore[assignment]
             queue.publish = partial(self._share, queue)

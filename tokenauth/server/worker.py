@@ -98,7 +98,7 @@ def _work(channel: Channel, listener: socket.socket) -> None:
     with loader.naming(order.path):
         service = create_service(order.settings)
         app = build_app(service)
-    service.tokens.queue.apply(order.held)
+    service.tokens.revocations.apply(order.held)
     server = WorkerServer(uvicorn_options(lambda: app, order.settings.server), channel, service)
     server.follow(others)
     server.run(sockets=[listener])
@@ -117,8 +117,8 @@ class WorkerServer(AcceptingServer):
         options.lifespan_class = _Lifespan
         self._channel = channel
         self._service = service
-        self._queue = service.tokens.queue
-        self._queue.publish = self._publish
+        self._revocations = service.tokens.revocations
+        self._revocations.publish = self._publish
         self._heartbeats: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
@@ -134,7 +134,7 @@ class WorkerServer(AcceptingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
-        self._queue.close_deadline = asyncio.get_running_loop().time() + GRACE
+        self._revocations.close_deadline = asyncio.get_running_loop().time() + GRACE
         await super().shutdown(sockets)
         while self._channel.pending:
             self._channel.flush()
@@ -152,9 +152,9 @@ class WorkerServer(AcceptingServer):
             if isinstance(order, ChangeUsers):
                 self._service.change_users(order.removed, order.changed)
             elif isinstance(order, RevocationUpdate):
-                self._queue.apply(order)
+                self._revocations.apply(order)
             elif isinstance(order, Stop):
-                self._queue.handed_over = order.replaced
+                self._revocations.handed_over = order.replaced
                 self._stop()
 
     def _receive(self) -> None:
@@ -162,7 +162,7 @@ class WorkerServer(AcceptingServer):
             self.follow(self._channel.receive())
         except EOFError:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
-            self._queue.publish, self._queue.handed_over = None, False
+            self._revocations.publish, self._revocations.handed_over = None, False
             self._stop()
 
     def _publish(self, update: RevocationUpdate) -> None:
