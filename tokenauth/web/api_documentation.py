@@ -63,8 +63,8 @@ Refusals = Sequence[type[Refusal]]
 INTRO = """\
 Issues bearer tokens that expire, checks and revokes them, and leases tokens from pools.
 
-**Try it:** open *Log in*, choose *Try it out* and *Execute*, copy the `token` from the answer, choose *Authorize* and
-paste it under `X-Token`.
+**Try it:** in the group **Token**, open **Log in**, choose **Try it out** and **Execute**. Copy the `token` from the
+answer, choose **Authorize** at the top, and paste it under `X-Token`.
 
 **Tokens** are sent as `X-Token` or as `Authorization: Bearer`. **Times** are Unix seconds. **Errors** are
 `{"error": "<code>", "error_description": "<sentence>"}`, except where an answer shows another form. No answer may be
@@ -151,8 +151,8 @@ TOKEN = Section(
             path="/api/token",
             id="checkToken",
             title="Check a token",
-            text="Tells whether a token is valid: the one in the query, or else the one in the header. For an unknown,"
-            " expired or revoked token the answer is `200`, too, with `valid: false`.",
+            text="Returns whether a token is valid: the one in the query, or else the one in the header. For an"
+            " unknown, expired or revoked token the answer is `200`, too, with `valid: false`.",
             parameters=[Parameter("token", "The token to check. Default: the one in the header.", str, _LOGIN_VALUE)],
             answers=[
                 Answer(200, "Whether it is valid.", token.ValidityAnswer, {"valid": True, "expiry_time": _EXPIRES_AT})
@@ -359,8 +359,8 @@ POOLS = Section(
                 path="/api/pools/{pool}/leases/{token}",
                 id="keepLeaseAlive",
                 title="Keep a lease alive",
-                text="Lets the lease run for its full time from now. `holder` and `fence` may be left out; what is"
-                " sent must be that of the lease.",
+                text="Renews the lease for its full duration. `holder` and `fence` may be left out; what is sent"
+                " must be that of the lease.",
                 parameters=[_POOL, _POOL_TOKEN],
                 body=pools.KeepAliveRequest,
                 body_required=False,
@@ -546,7 +546,7 @@ OAUTH = Section(
             path="/oauth/introspect",
             id="introspectToken",
             title="Introspect a token",
-            text="Tells whether a token is valid and whose it is (RFC 7662). The client authenticates in the form, by"
+            text="Returns whether a token is valid and whose it is (RFC 7662). The client authenticates in the form, by"
             " HTTP Basic or with a token of its own, and needs the scope `introspect`: add it to the user's `scopes`.",
             body=TokenForm,
             media=FORM,

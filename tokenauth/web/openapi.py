@@ -170,7 +170,10 @@ _REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
         (TokenRequired(), "No token was sent."),
         (InvalidToken(), "The token is unknown, expired or revoked."),
         (Forbidden("scope: is empty or no scope."), "The query cannot be understood, so nothing passes."),
-        (ForeignOrigin("https://other.example"), "A web page of another origin sent the request."),
+        (
+            ForeignOrigin("https://other.example"),
+            "A web page of another origin, which `server.cors_origins` does not list, sent the request.",
+        ),
         (NotYourLease(), "The lease belongs to another user."),
         (InsufficientScope("admin"), "The user does not have a scope that this needs."),
         (NotFound(), "It does not exist."),
@@ -314,7 +317,8 @@ def _response(answers: Sequence[Answer], refusals: Sequence[type[Refusal]], sche
         codes = sorted({kind.code for kind in refusals})
         schema = {"allOf": [schemas.of(ErrorAnswer), {"properties": {"error": {"enum": codes}}}]}
         alternatives.setdefault(JSON, []).append(schema)
-    described: Document = {"description": " Or: ".join(dict.fromkeys(texts))}
+    texts = list(dict.fromkeys(texts))
+    described: Document = {"description": texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)}
     if headers:
         described["headers"] = headers
     if alternatives:

@@ -103,6 +103,14 @@ def test_the_page_shows_every_operation_and_only_this_site(visit: Visit, client:
     assert visit.errors == []
 
 
+def test_the_page_opens_at_the_group_of_the_login(page: Page, server: Server) -> None:
+    page.goto(f"{server.url}/docs")
+    opened = page.locator(".opblock-tag[data-is-open=true]")
+    expect(opened).to_have_count(1)
+    expect(opened).to_have_attribute("data-tag", "Token")
+    expect(page.locator(_HEADING).first).to_contain_text("Log in")
+
+
 def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
     """Follows the text at the top of the page: log in with the example, and enter the token."""
     page = visit.page

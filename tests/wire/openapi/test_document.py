@@ -86,6 +86,13 @@ def test_each_operation_has_a_summary_and_a_unique_id(served: Served) -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_several_reasons_of_one_status_are_a_list(served: Served) -> None:
+    (login,) = [operation.described for operation in served.documented if operation.described["operationId"] == "logIn"]
+    assert login["responses"]["401"]["description"] == "The user name or the password is wrong."
+    reasons = login["responses"]["503"]["description"].splitlines()
+    assert [reason[:6] for reason in reasons] == ["- The "] * 2
+
+
 def test_required_authentication_is_documented(served: Served) -> None:
     """Security schemes of operations are defined, and guarded operations document the 401."""
     explained = served.documented.document["components"]["securitySchemes"]

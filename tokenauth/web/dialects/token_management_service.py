@@ -188,8 +188,7 @@ DOCUMENTATION = Section(
             path="/keep-alive",
             id="tokenManagementServiceKeepAlive",
             title="Keep a lease alive",
-            text="Lets the lease run for its full time from now. If `client_id` is sent, the lease must be that"
-            " client's.",
+            text="Renews the lease for its full duration. If `client_id` is sent, the lease must be that client's.",
             body=ClientTokenRequest,
             example=_EXAMPLE,
             answers=[

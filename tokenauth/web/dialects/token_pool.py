@@ -138,7 +138,7 @@ _OPERATIONS = [
         path="/api/keep_alive/{token}",
         id="tokenPoolKeepAlive",
         title="Keep a token alive",
-        text="Lets the token, and its lease if it is leased, live for the full time from now.",
+        text="Renews the token for its full duration, and its lease if it is leased.",
         parameters=[Parameter("token", "The token, a UUID.", str, _EXAMPLE_VALUE)],
         answers=[
             Answer(200, "It is extended.", ResponseAnswer, {"response": "Token refreshed successfully"}),
