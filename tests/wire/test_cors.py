@@ -101,6 +101,7 @@ def test_a_configured_origin_may_read_every_answer(
 def test_a_configured_origin_may_send_tokens_and_json(client: httpx.Client, origin: str, method: str) -> None:
     answer = preflight(client, origin, method, "authorization,content-type,x-token")
     assert answer.status_code in {200, 204}
+    assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["access-control-allow-origin"] == origin
     assert method in answer.headers["access-control-allow-methods"].split(", ")
     allowed = {name.lower() for name in answer.headers["access-control-allow-headers"].split(", ")}

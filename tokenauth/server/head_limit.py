@@ -21,8 +21,9 @@ class HeadLimit:
         elif self.head_limit.size:
             self.head_limit.reset()
 
-    A request that arrives in one piece costs only the first comparison. The parser may have stored one read of the
-    socket (64 KiB in asyncio, 256 KiB in uvloop) more than the limit when the limit is checked.
+    A request that arrives in one piece costs only the first comparison. A head that ends within the data is not
+    counted: it can be one read of the socket (64 KiB in asyncio, 256 KiB in uvloop) larger than the limit. For an exact
+    limit, feed at most `left` bytes at a time.
 
     The lines between the chunks of a body and after the last one (chunk extensions, trailers) have no limit in llhttp
     either. A protocol that limits them calls `exceeded` for them too, and sets `size` to 0 with each piece of the body.
@@ -36,8 +37,13 @@ class HeadLimit:
         self.size = 0
         """Bytes of the incomplete head so far; 0 between requests."""
 
+    @property
+    def left(self) -> int:
+        """Bytes of the head until the limit; the whole limit once the head has exceeded it."""
+        return self._limit - self.size if self.size < self._limit else self._limit
+
     def exceeded(self, head: object, data: bytes) -> bool:
-        """Count data that ended inside a head; return whether the head is larger than the limit now.
+        """Count data that ended inside a head; return whether the head will be larger than the limit.
 
         `head` is an object that identifies the request. The first data of a head may begin with the end of the request
         before it, which is not counted.
@@ -46,7 +52,7 @@ class HeadLimit:
             before = data.rfind(_BLANK_LINE)
             self._head, self.size = head, 0 if before < 0 else -before - len(_BLANK_LINE)
         self.size += len(data)
-        return self.size > self._limit
+        return self.size >= self._limit  # it has not ended: at least one byte is missing
 
     def reset(self) -> None:
         """Start again with the next head."""

@@ -262,7 +262,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feed the parser. Nearly always the data is one whole request, for which this costs one comparison."""
         self._received_at = self.loop.time()
-        if len(data) > _PIECE or self._unread:
+        if len(data) > _PIECE or self._unread or self._head_limit.size:
             self._unread += data
             self._feed_unread()
         else:
@@ -272,8 +272,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Feed the unread data in pieces, until a request waits for an earlier one to be answered."""
         data, start = self._unread, 0
         while start < len(data) and not self.pipeline:
-            self._feed(data[start : start + _PIECE])
-            start += _PIECE
+            end = start + min(_PIECE, self._head_limit.left)
+            self._feed(data[start:end])
+            start = end
         self._unread = data[start:]
         if self._unread and not self.transport.is_closing():
             self.flow.hold()

@@ -115,9 +115,13 @@ class ThrottleSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         if self.max_delay < self.delay:
-            raise SettingError("max_delay", "must not be less than delay")
+            raise SettingError(
+                "max_delay", f"must not be less than delay: {self.max_delay:g} s is less than {self.delay:g} s"
+            )
         if self.forget < self.max_delay:
-            raise SettingError("forget", "must not be less than max_delay")
+            raise SettingError(
+                "forget", f"must not be less than max_delay: {self.forget:g} s is less than {self.max_delay:g} s"
+            )
 
 
 class UserSettings(Table, frozen=True):

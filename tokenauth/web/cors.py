@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Sequence
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -26,3 +28,11 @@ class CORS(CORSMiddleware):
             await self.app(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight, with the header that all other answers have."""
+        response = super().preflight_response(request_headers)
+        response.headers["Cache-Control"] = (
+            "no-store"  # browsers keep preflights for Access-Control-Max-Age all the same
+        )
+        return response

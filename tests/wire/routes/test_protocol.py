@@ -141,6 +141,18 @@ def test_a_long_head_behind_another_request_is_refused(server: Server, first: in
     assert converse(server.port, sent) in ([413], [413, 431], [400], [400, 431])
 
 
+@pytest.mark.parametrize("piece", [700, 1024, 16 * KIB, 40 * KIB])
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "pipelined"])
+def test_the_limit_of_a_head_is_exact(server: Server, before: int, piece: int) -> None:
+    other = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 500 + b"\r\n\r\n"
+    """A refusal behind another request can also be a close without an answer."""
+    for size, status in ((16 * KIB, 200), (16 * KIB + 1, 431), (17 * KIB, 431)):
+        head = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: %s\r\n\r\n"
+        sent = other * before + head % (b"y" * (size + 2 - len(head)))
+        received = converse(server.port, *(sent[start : start + piece] for start in range(0, len(sent), piece)))
+        assert received == [200] * before + [status] or (status == 431 and received == [200] == [200] * before), size
+
+
 def test_100_pipelined_requests_are_all_answered(server: Server) -> None:
     """Together they are longer than the bound on a head, so reads end in the middle of a head."""
     many = [request("GET /healthz", "X-Junk: " + "x" * 1000)] * 99 + [request("GET /healthz", "Connection: close")]
