@@ -4,6 +4,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -186,8 +187,8 @@ class Passwords:
     def _make_dummies(self) -> list[_Dummy]:
         """Create a dummy hash for each cost that hashes of users have. Raises ConfigError."""
         hashes: dict[tuple[str, int], list[str]] = {}
-        for user in self._users.values():
-            dummy = self._dummy_of.get(user.password_hash) or self._make_dummy(user)
+        for number, user in enumerate(self._users.values()):
+            dummy = self._dummy_of.get(user.password_hash) or self._make_dummy(user, f"users[{number}].password")
             group = sha256(user.username.encode(errors="surrogatepass")).digest()[0] % _GROUPS
             hashes.setdefault((dummy, group), []).append(user.password_hash)
         # The smallest hash is a secret that all workers and nodes have, and that few edits of users change.
@@ -196,20 +197,19 @@ class Passwords:
             for (text, group), secrets in hashes.items()
         ]
 
-    def _make_dummy(self, user: User) -> str:
-        """Parse the hash of a user; return a dummy of exactly its cost. Raises ConfigError."""
+    def _make_dummy(self, user: User, key: str) -> str:
+        """Parse the hash of a user; return a dummy of exactly its cost. Raises ConfigError that names the `key`."""
         try:
             read = _read(user.password_hash)
         except ValueError:
             raise ConfigError(
-                f"users: the password of {user.username!r} is not a hash that can be verified"
-                " (argon2, bcrypt, scrypt, pbkdf2_sha256); make one with `tokenauth hash-password`"
+                f"{key}: the password of {user.username!r} is not a hash that can be verified"
+                f" (argon2, bcrypt, scrypt, pbkdf2_sha256); {_fix(user)}"
             ) from None
         self._texts[user.password_hash], self._costs[read.text] = read.text, _cost(read)
         problem = self._too_costly(self._costs[read.text])
         if problem is not None:
-            fix = f"run `tokenauth user passwd {user.username}`"
-            raise ConfigError(f"users: the password hash of {user.username!r} {problem}; {fix}")
+            raise ConfigError(f"{key}: the password hash of {user.username!r} {problem}; {_fix(user)}")
         dummy = self._dummy_of[user.password_hash] = _without_password(read)
         self._costs[dummy] = self._costs[read.text]
         return dummy
@@ -247,6 +247,10 @@ class Passwords:
             return bool(_SCHEMES.verify(secret, hashed)) and secret == sent
         except Exception:  # the hash was parsed before, so the machine is the cause
             raise CannotHash(str(self._costs.get(hashed, "unknown"))) from None
+
+
+def _fix(user: User) -> str:
+    return f"run `tokenauth user passwd {shlex.quote(user.username)}`"
 
 
 def password_problem(password: str) -> str | None:

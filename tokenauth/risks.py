@@ -3,6 +3,7 @@
 import grp
 import os
 import pwd
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
@@ -41,11 +42,11 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
         elif passwords.is_weak(user):
             weak.append(user.username)
     risks = []
-    fix = "run `tokenauth user passwd NAME`"
     if shipped:
-        risks.append(Risk("shipped_password", f"{_some(shipped)} has the password that tokenauth ships with; {fix}"))
+        text = f"{_some(shipped)} has the password that tokenauth ships with; {_fix(shipped)}"
+        risks.append(Risk("shipped_password", text))
     if weak:
-        text = f"the password hash of {_some(weak)} is cheaper to guess than [passwords] asks for; {fix}"
+        text = f"the password hash of {_some(weak)} is cheaper to guess than [passwords] asks for; {_fix(weak)}"
         risks.append(Risk("weak_hash", text))
     risks += _of_costs(passwords, config.server.workers, costs)
     if trusts_everybody(config.server.trusted_proxies):
@@ -66,13 +67,14 @@ def _of_costs(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> 
     if passwords.needs_too_much_memory(new, workers):
         text = "passwords: memory_kib, threads and server.workers can take more than half of this machine's memory"
         yield Risk("costly_hash", f"{text}; lower one of them")
-    fix = "run `tokenauth user passwd NAME`"
     if slow := [name for name, cost in costs.items() if passwords.is_slow(cost)]:
-        yield Risk("costly_hash", f"the password hash of {_some(slow)} takes more than a second to check; {fix}")
+        yield Risk("costly_hash", f"the password hash of {_some(slow)} takes more than a second to check; {_fix(slow)}")
     larger = [name for name, cost in costs.items() if cost.memory_kib > new.memory_kib]
     if large := [name for name in larger if passwords.needs_too_much_memory(costs[name], workers)]:
         text = "takes more than half of this machine's memory when it is checked in all threads at once"
-        yield Risk("costly_hash", f"the password hash of {_some(large)} {text}; {fix}, or lower passwords.threads")
+        yield Risk(
+            "costly_hash", f"the password hash of {_some(large)} {text}; {_fix(large)}, or lower passwords.threads"
+        )
 
 
 def trusts_everybody(proxies: Iterable[str]) -> bool:
@@ -155,6 +157,10 @@ def log_and_check(config: Settings, risks: list[Risk]) -> None:
     for risk in risks:
         log.warning("configuration_risk", risk=risk.name, detail=risk.text)
     check_accepted(config, risks)
+
+
+def _fix(names: list[str]) -> str:
+    return f"run `tokenauth user passwd {shlex.quote(names[0])}`" + (", and so for each" if len(names) > 1 else "")
 
 
 def _some(names: list[str]) -> str:

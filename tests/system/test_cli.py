@@ -282,7 +282,7 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
     "a hash": (
         ["check", "--config", "hash.toml"],
         "",
-        "users: the password of 'ann' is not a hash that",
+        "users[0].password: the password of 'ann' is not a hash that",
     ),
     "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is not supported"),
     "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),

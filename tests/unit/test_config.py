@@ -211,7 +211,7 @@ def test_only_loopback_addresses_are_this_machine(host: str, loopback: bool) -> 
 )
 def test_names_that_look_alike_are_the_same(one: str, another: str) -> None:
     assert canonical(one) == canonical(another)
-    with pytest.raises(ConfigError, match=r"^users: has .* twice"):
+    with pytest.raises(ConfigError, match=r"^users\[1\]\.username: .* exists already"):
         parsed(USER.replace("ann", one) + USER.replace("ann", another))
 
 
@@ -247,6 +247,14 @@ def test_an_origin_is_exact(origin: str) -> None:
     assert parsed('server.cors_origins = ["https://app.example.com", "http://localhost:3000"]')
     with pytest.raises(ConfigError, match=r"^server\.cors_origins\[0\]: must be an origin"):
         parsed(f'server.cors_origins = ["{origin}"]')
+
+
+def test_an_origin_that_nearly_fits_gets_a_hint() -> None:
+    for origin in ("https://a.b/", "https://a.b/path"):
+        with pytest.raises(ConfigError, match=rf"not '{origin}'; write it without the slash and what follows$"):
+            parsed(f'server.cors_origins = ["{origin}"]')
+    with pytest.raises(ConfigError, match=r"; wildcards are not supported, list each origin$"):
+        parsed('server.cors_origins = ["https://*.b"]')
 
 
 @pytest.mark.parametrize("proxy", ["*", "proxy.local", "10.0.0.0/33", "10.0.0.1/8", ""])

@@ -10,6 +10,7 @@ from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.settings.model import ServerSettings, Settings
+from tokenauth.settings.user_file import UserFile
 
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
 
@@ -36,17 +37,17 @@ MISTAKES = {
     "[server]\nhost = 1": "server.host: must be a host or address such as '127.0.0.1' (this machine only) or "
     "'0.0.0.0' (all of IPv4), not an integer",
     "[server]\naccess_log = 1": "server.access_log: must be true or false, not an integer",
-    '[server]\ncors_origins = "x"': "server.cors_origins: must be an array, not a string",
-    "[server]\ncors_origins = [1]": "server.cors_origins[0]: must be an origin such as 'https://app.example.com', "
-    "not an integer",
+    '[server]\ncors_origins = "x"': 'server.cors_origins: must be an array, not a string: write ["..."]',
+    "[server]\ncors_origins = [1]": "server.cors_origins[0]: must be a string, not an integer",
     "server = 1": "server: must be a table, not an integer",
-    "[[server]]": "server: must be a table, not an array",
-    "[users]": "users: must be an array, not a table",
+    "[[server]]": "server: must be a table, not an array: write [server], with one pair of brackets",
+    "[users]": "users: must be an array, not a table: write [[users]], with two pairs of brackets",
+    "[tokens]\nttl = 0": "tokens.ttl: " + DURATION + ", not 0",
     "[[users]]": "users[0].username: is missing",
     '[[users]]\nusername = "ann"': "users[0].password: is missing",
-    USER + 'scopes = "admin"': "users[0].scopes: must be an array, not a string",
+    USER + 'scopes = "admin"': 'users[0].scopes: must be an array, not a string: write ["..."]',
     USER + "scopes = [1]": "users[0].scopes[0]: " + SCOPE + ", not an integer",
-    USER + USER: "users: has 'ann' twice (upper and lower case are the same)",
+    USER + USER: "users[1].username: 'ann' exists already (upper and lower case are the same): remove one of the two",
     "[server]\nport = 65536": "server.port: " + PORT + ", not 65536",
     '[tokens]\nttl = "soon"': "tokens.ttl: " + DURATION + ", not 'soon'",
     "[server]\nhost = '${NO}'": "server.host: the environment has no NO; set it, or write ${NO:-default}",
@@ -66,7 +67,7 @@ MISTAKES = {
     "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, prefill, scope, "
     "manage_scope",
     "[pools]\na = 1": "pools.a: must be a table, not an integer",
-    "[[pools]]": "pools: must be a table, not an array",
+    "[[pools]]": "pools: must be a table, not an array: write [pools.NAME], with one pair of brackets",
     "[pool.a]": "pool: there is no such key; did you mean pools?",
     "[pools.a]\ncapacity = '${WORD}'": "pools.a.capacity: " + CAPACITY + ", not a string, from ${WORD}",
     "[pools.'a.b']\ncapacity = '${BIG}'\nprefill = '${WORD}'": 'pools."a.b".prefill: must be true or false, not a '
@@ -106,6 +107,47 @@ def test_a_mistake_is_one_line_with_its_key_path(text: str) -> None:
 def test_a_file_that_is_not_toml_is_reported_as_such(text: str) -> None:
     assert mistake(text).startswith("not TOML: ")
     assert "\n" not in mistake(text)
+
+
+TWICE = "; this table exists already: put all its keys under one header"
+NOT_TOML = {
+    "[server]\nhost = 127.0.0.1\nport = 1": """line 2, `host = ...`: *; strings need quotes: host = "...\"""",
+    "[server]\nhost = localhost": """line 2, `host = ...`: *; strings need quotes: host = "...\"""",
+    '[server]\nhost = "::1\nport = 1': """line 2, `host = ...`: *; the closing " is missing""",
+    "[server]\nhost = '::1\nport = 1": """line 2, `host = ...`: *; the closing ' is missing""",
+    "[server]\naccess_log = True": "line 2, `access_log = ...`: *; write true",
+    "[server]\naccess_log = off": "line 2, `access_log = ...`: *; write true or false",
+    "[server]\nport = 1\nport = 2": "line 3, `port = ...`: *; `port` is set already: remove one of the two",
+    "[server]\n\n[server] # again": "line 3, `[server]`: *" + TWICE,
+    "[pools.a]\n[pools.a]": "line 2, `[pools.a]`: *" + TWICE,
+    "[server\nport = 1": "line 1, `[server`: Expected ']' at the end of a table declaration",
+}
+
+
+@pytest.mark.parametrize("text", NOT_TOML)
+def test_text_that_is_not_toml_is_reported_with_its_line(text: str) -> None:
+    begin, _, end = NOT_TOML[text].partition("*")
+    found = mistake(text)
+    assert found.startswith(f"not TOML: {begin}")
+    assert found.endswith(end)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'password = "s3cret',
+        "password = s3cret",
+        "password = 's3cret\nx = 1",
+        "s3cret",
+        "url = postgresql+asyncpg://ann:s3cret@host/db",
+        'password = """\ns3cret = x',
+        "password = '''\n[s3cret]\n'",
+        'users = [{username = "ann", password = "s3cret" x}]',
+        '"s3cret" "',
+    ],
+)
+def test_text_that_is_not_toml_shows_no_secret(text: str) -> None:
+    assert "s3cret" not in mistake(text)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +334,14 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, content: bytes | Non
         loader.load(path, {})
     assert str(refusal.value).startswith(f"{path}: ")
     assert "\n" not in str(refusal.value)
+
+
+def test_bytes_that_are_not_utf_8_are_reported_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes("# one\n# zwei\n# drei Käse".encode("latin-1"))
+    for read in (loader.load, UserFile):
+        with pytest.raises(ConfigError, match=r"line 3 is not UTF-8: save the file as UTF-8$"):
+            read(path)
 
 
 def test_a_directory_is_not_a_file(tmp_path: Path) -> None:

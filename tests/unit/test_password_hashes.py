@@ -160,7 +160,7 @@ async def test_a_hash_changed_twice_is_refused_or_can_be_verified(name: str) -> 
     ids=range(34),
 )
 def test_a_hash_that_can_never_be_verified_is_refused(hashed: str) -> None:
-    with pytest.raises(ConfigError, match=r"^users: the password of 'ann' is not a hash that can be verified"):
+    with pytest.raises(ConfigError, match=r"^users\[0\]\.password: the password of 'ann' is not a hash that "):
         Passwords(CHEAP, {"ann": User("ann", hashed)})
 
 
@@ -189,7 +189,7 @@ def test_a_hash_that_costs_too_much_is_refused(name: str) -> None:
     hashed = with_digest(head)
     with pytest.raises(ConfigError) as refusal:
         Passwords(CHEAP, {"ann": User("ann", hashed)})
-    assert str(refusal.value).startswith(f"users: the password hash of 'ann' {expected} to check")
+    assert str(refusal.value).startswith(f"users[0].password: the password hash of 'ann' {expected} to check")
     assert str(refusal.value).endswith("; run `tokenauth user passwd ann`")
     assert hashed not in str(refusal.value)
 

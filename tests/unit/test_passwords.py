@@ -215,7 +215,7 @@ async def test_the_event_loop_runs_while_passwords_are_hashed() -> None:
 def test_an_unreadable_hash_is_a_configuration_error(unreadable: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         Passwords(CHEAP, {"bob": User("bob", HASHES["scrypt"]), "ann": User("ann", unreadable)})
-    assert str(refusal.value).startswith("users: the password of 'ann' is not a hash that can be verified")
+    assert str(refusal.value).startswith("users[1].password: the password of 'ann' is not a hash that can be verified")
     assert "\n" not in str(refusal.value)
     if len(unreadable) > 7:
         assert unreadable not in str(refusal.value)

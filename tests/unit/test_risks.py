@@ -139,7 +139,7 @@ SLOW_HASHES = {
 def test_a_hash_that_stops_all_logins_is_a_risk(passwords: Passwords, hashed: str) -> None:
     risks = find_risks(configured("", SLOW_HASHES[hashed]), passwords)
     assert [risk.name for risk in risks if risk.name != "weak_hash"] == ["costly_hash"]
-    text = "the password hash of 'ann' takes more than a second to check; run `tokenauth user passwd NAME`"
+    text = "the password hash of 'ann' takes more than a second to check; run `tokenauth user passwd ann`"
     assert risks[-1].text == text
     with pytest.raises(ConfigError, match="costly_hash"):
         check_accepted(configured('host = "0.0.0.0"\naccept_risks = ["weak_hash"]'), risks)

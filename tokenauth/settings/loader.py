@@ -35,8 +35,10 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one with --config or TOKENAUTH_CONFIG") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: {not_utf8(error)}") from None
     with naming(path):
         return parse(text, environ)
 
@@ -76,7 +78,56 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except ValueError as error:
-        raise ConfigError(f"not TOML: {error}") from None
+        raise ConfigError(f"not TOML: {_explain(str(error), text)}") from None
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Say where a file is not UTF-8, and what to do."""
+    line = error.object[: error.start].count(b"\n") + 1
+    return f"line {line} is not UTF-8: save the file as UTF-8"
+
+
+_PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+_KEY = r"""\s*(?P<key>(?:[\w.-]|"[\w. -]*"|'[\w. -]*')+)\s*=\s*"""
+_STATEMENT = re.compile(_KEY + "(?P<value>.*)", re.ASCII)
+_UNCLOSED = re.compile(_KEY + "'[^']*$", re.ASCII)
+_HEADER = re.compile(r"\s*(\[{1,2}[\w.-]+\]{0,2})\s*(?:#.*)?$", re.ASCII)
+
+
+def _explain(message: str, text: str) -> str:
+    """Add the beginning of the line to a message of tomllib, and a hint. Values are not shown: they may be secret."""
+    place = _PLACE.search(message)
+    if place is None:
+        return message
+    lines = text.rstrip().split("\n")
+    number = min(int(place[1] or len(lines)), len(lines))
+    problem = message[: place.start()]
+    if problem == 'Expected "\'"':  # tomllib names the end of the file
+        number = next((at for at, line in enumerate(lines, 1) if _UNCLOSED.match(line)), number)
+    if re.search("\"{3}|'{3}", "".join(lines[:number])):  # the line may be a part of a string, and that a secret
+        return f"line {number}: {problem}"
+    if statement := _STATEMENT.match(lines[number - 1]):
+        hint = _value_hint(problem, statement["key"], statement["value"])
+        return f"line {number}, `{statement['key']} = ...`: {problem}{hint}"
+    if header := _HEADER.match(lines[number - 1]):
+        twice = problem.startswith(("Cannot declare", "Cannot overwrite"))
+        hint = "; this table exists already: put all its keys under one header" if twice else ""
+        return f"line {number}, `{header[1]}`: {problem}{hint}"
+    return f"line {number}: {problem}"
+
+
+def _value_hint(problem: str, key: str, value: str) -> str:
+    if problem.startswith("Cannot "):
+        return f"; `{key}` is set already: remove one of the two"
+    if word := re.match(r"(true|false)\b", value, re.IGNORECASE):
+        return f"; write {word[1].lower()}"
+    if re.match(r"(yes|no|on|off)\b", value, re.IGNORECASE):
+        return "; write true or false"
+    if value[:1] in {'"', "'"}:
+        unclosed = value.rstrip().count(value[0]) % 2
+        return f"; the closing {value[0]} is missing" if unclosed else ""
+    bare = value[:1] not in {"[", "{"} and problem.startswith(("Invalid value", "Expected newline"))
+    return f'; strings need quotes: {key} = "..."' if bare else ""
 
 
 class _Field(NamedTuple):
@@ -149,9 +200,10 @@ class _Reader:
         field = _Field.of(annotation)
         origin = get_origin(field.kind)
         if origin is tuple:
-            if not isinstance(value, list):
-                raise ConfigError(f"{path}: must be an array, not {_type_of(value)}")
             inner = get_args(field.kind)[0]
+            if not isinstance(value, list):
+                hint = _array_hint(path, inner, value)
+                raise ConfigError(f"{path}: must be an array, not {_type_of(value)}{hint}")
             return tuple(self.value(inner, one, f"{path}[{number}]") for number, one in enumerate(value))
         if origin is dict:
             kinds = field.option("tables")
@@ -165,13 +217,12 @@ class _Reader:
     def _scalar(self, field: _Field, value: object, path: str) -> Any:
         variable = self._variables.get(path)
         convert = partial(msgspec.convert, strict=variable is None)  # a variable has numbers as text
-        if field.option("duration"):
-            value = _seconds(value)
+        duration = field.option("duration")
         try:
-            return convert(value, field.annotation)
+            return convert(_seconds(value) if duration else value, field.annotation)
         except msgspec.ValidationError:
             with suppress(msgspec.ValidationError):
-                value = convert(value, field.kind)
+                value = value if duration else convert(value, field.kind)
         source = "" if variable is None else f", from {variable}"
         raise ConfigError(f"{path}: must be {field.expected}{field.actual(value)}{source}")
 
@@ -179,13 +230,22 @@ class _Reader:
 def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, Any]:
     """Return what is in a table. Raises ConfigError for a key that is not in `known`; None knows all."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a table, not {_type_of(tree)}")
+        header = path + ("" if known else ".NAME")
+        hint = f": write [{header}], with one pair of brackets" if isinstance(tree, list) and path else ""
+        raise ConfigError(f"{path}: must be a table, not {_type_of(tree)}{hint}")
     for key in tree:
         if known is not None and key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise ConfigError(f"{_join(path, key)}: there is no such key; {hint}")
     return tree
+
+
+def _array_hint(path: str, inner: Any, value: object) -> str:
+    """Say how an array is written, to someone who wrote one value."""
+    if isinstance(inner, type) and issubclass(inner, Table):
+        return f": write [[{path}]], with two pairs of brackets" if isinstance(value, dict) else ""
+    return ': write ["..."]' if isinstance(value, str) else ""
 
 
 _VALUES: Mapping[Any, type | tuple[type, ...]] = {str: str, int: (int, float), float: (int, float), bool: bool}

@@ -32,7 +32,6 @@ RISKS: tuple[RiskName, ...] = get_args(RiskName)
 """What `accept_risks` can name; `tokenauth.risks` finds them."""
 
 _HOST = text(r"[\x21-\x7e]+", "a host or address such as '127.0.0.1' (this machine only) or '0.0.0.0' (all of IPv4)")
-_ORIGIN = text(r"https?://[^/*\s]+", "an origin such as 'https://app.example.com'")
 
 
 class ServerSettings(Table, frozen=True):
@@ -41,13 +40,17 @@ class ServerSettings(Table, frozen=True):
     host: Annotated[str, _HOST] = "127.0.0.1"
     port: Annotated[int, between(0, 65535)] = 8000
     workers: Annotated[int, between(1, 64)] = 1
-    cors_origins: tuple[Annotated[str, _ORIGIN], ...] = ()
+    cors_origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
     accept_risks: tuple[RiskName, ...] = ()
     access_log: bool = False
     docs: bool = True
 
     def __post_init__(self) -> None:
+        for number, origin in enumerate(self.cors_origins):
+            problem = _origin_problem(origin)
+            if problem is not None:
+                raise SettingError(f"cors_origins[{number}]", problem)
         for number, proxy in enumerate(self.trusted_proxies):
             try:
                 ipaddress.ip_network(proxy)
@@ -61,6 +64,18 @@ class ServerSettings(Table, frozen=True):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def _origin_problem(origin: str) -> str | None:
+    """Return why this is not an origin that a browser sends, or None."""
+    if re.fullmatch(r"https?://[^/*\s]+", origin):
+        return None
+    hint = ""
+    if "*" in origin:
+        hint = "; wildcards are not supported, list each origin"
+    elif re.fullmatch(r"https?://[^/\s]+/.*", origin):
+        hint = "; write it without the slash and what follows"
+    return f"must be an origin such as 'https://app.example.com', not {origin[:80]!r}{hint}"
 
 
 class DatabaseSettings(Table, frozen=True):
@@ -204,9 +219,10 @@ class Settings(Table, frozen=True, dict=True):
 
     def _check_users(self) -> None:
         seen: set[str] = set()
-        for user in self.users:
+        for number, user in enumerate(self.users):
             if canonical(user.username) in seen:
-                raise SettingError("users", f"has {user.username!r} twice (upper and lower case are the same)")
+                problem = f"{user.username!r} exists already (upper and lower case are the same): remove one of the two"
+                raise SettingError(f"users[{number}].username", problem)
             seen.add(canonical(user.username))
 
     def _check_pools(self) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenauth.errors import ConfigError
+from tokenauth.settings.loader import not_utf8
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -123,7 +124,7 @@ class TextFile:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be edited: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.path}: cannot be edited: {error}") from None
+            raise ConfigError(f"{self.path}: cannot be edited: {not_utf8(error)}") from None
 
 
 def _target(path: Path) -> Path:
