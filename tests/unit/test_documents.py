@@ -256,3 +256,12 @@ def test_contributing_shows_the_layers_in_order() -> None:
     (block,) = re.findall(r"^```\n(cli\n.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL)
     shown = [set(line.partition("   ")[0].split()) for line in block.splitlines()]
     assert [*reversed(shown), {"client"}] == LAYERS
+
+
+def test_contributing_names_the_methods_of_a_login() -> None:
+    steps = re.findall(r"^([\w/]+\.py) +(\w+)\.(\w+)(?: |$)", CONTRIBUTING, re.MULTILINE)
+    assert len(steps) == 9
+    for path, owner, method in steps:
+        classes = (node for node in ast.parse(read(f"tokenauth/{path}")).body if isinstance(node, ast.ClassDef))
+        (found,) = [node for node in classes if node.name == owner]
+        assert method in {getattr(node, "name", "") for node in found.body}, f"{owner}.{method}"
