@@ -85,7 +85,7 @@ class Server:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the server's log events, or those of one name."""
-        wanted = "{" if name is None else f'"event":"{name}"'
+        wanted = "{" if name is None else f'"{name}"'  # other programs write a space before it
         lines = self.log.read_text().splitlines()
         found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
         return [line for line in found if name in {None, line["event"]}]
