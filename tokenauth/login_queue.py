@@ -1,9 +1,9 @@
 """The login queue: decides which login checks its password next.
 
 A login waits here for a free hashing thread, and while too many other attempts for its name or network are running.
-There are two classes, each with its own limit: users who are known at their location, and strangers. So strangers,
-however many, never take the place of a known user. Known users go first, but while both classes wait, one turn of
-STRANGER_SHARE goes to a stranger.
+There are two classes, each with its own limit: known users, who have logged in from their location before, and
+strangers. So no number of strangers can take the place of a known user. Known users go first, but while both classes
+wait, one turn of STRANGER_SHARE goes to a stranger.
 
 Within a class, turns rotate at each level of a path. For known users the path is the name, whatever the location: an
 attacker with one account and many networks has the share of one user. For strangers it is the region, then the network,

@@ -43,22 +43,22 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             weak.append(user.username)
     risks = []
     if shipped:
-        text = f"{_some(shipped)} has the password that tokenauth ships with; {_fix(shipped)}"
+        text = f"{_names(shipped)} has the password that tokenauth ships with; {_fix(shipped)}"
         risks.append(Risk("shipped_password", text))
     if weak:
-        text = f"the password hash of {_some(weak)} is cheaper to guess than [passwords] asks for; {_fix(weak)}"
+        text = f"the password hash of {_names(weak)} is cheaper to guess than [passwords] asks for; {_fix(weak)}"
         risks.append(Risk("weak_hash", text))
-    risks += _of_costs(passwords, config.server.workers, costs)
+    risks += _cost_risks(passwords, config.server.workers, costs)
     if trusts_everybody(config.server.trusted_proxies):
         text = (
             "server.trusted_proxies covers a large part of all addresses: clients there can claim any address, which"
             " defeats the throttle; list only your proxies"
         )
         risks.append(Risk("trusts_everybody", text))
-    return [*risks, *_of_dialects(config), *_of_files(config, path)]
+    return [*risks, *_dialect_risks(config), *_file_risks(config, path)]
 
 
-def _of_costs(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> Iterator[Risk]:
+def _cost_risks(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> Iterator[Risk]:
     """Find hashes so costly that one client can block all logins with a few wrong passwords at the same time."""
     new = passwords.new_cost
     if passwords.is_slow(new):
@@ -68,12 +68,14 @@ def _of_costs(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> 
         text = "passwords: memory_kib, threads and server.workers can take more than half of this machine's memory"
         yield Risk("costly_hash", f"{text}; lower one of them")
     if slow := [name for name, cost in costs.items() if passwords.is_slow(cost)]:
-        yield Risk("costly_hash", f"the password hash of {_some(slow)} takes more than a second to check; {_fix(slow)}")
+        yield Risk(
+            "costly_hash", f"the password hash of {_names(slow)} takes more than a second to check; {_fix(slow)}"
+        )
     larger = [name for name, cost in costs.items() if cost.memory_kib > new.memory_kib]
     if large := [name for name in larger if passwords.needs_too_much_memory(costs[name], workers)]:
         text = "takes more than half of this machine's memory when it is checked in all threads at once"
         yield Risk(
-            "costly_hash", f"the password hash of {_some(large)} {text}; {_fix(large)}, or lower passwords.threads"
+            "costly_hash", f"the password hash of {_names(large)} {text}; {_fix(large)}, or lower passwords.threads"
         )
 
 
@@ -96,7 +98,7 @@ def _has_many(networks: Sequence[N], space: N) -> bool:
     return sum(network.num_addresses for network in collapse_addresses(inside)) >= space.num_addresses // 8
 
 
-def _of_dialects(config: Settings) -> Iterator[Risk]:
+def _dialect_risks(config: Settings) -> Iterator[Risk]:
     for name, dialect in config.dialects.items():
         if isinstance(dialect, PasswordDialectSettings):
             if dialect.password == SHIPPED_API_PASSWORD:
@@ -107,7 +109,7 @@ def _of_dialects(config: Settings) -> Iterator[Risk]:
             yield Risk("open_dialect", text)
 
 
-def _of_files(config: Settings, path: Path | None) -> Iterator[Risk]:
+def _file_risks(config: Settings, path: Path | None) -> Iterator[Risk]:
     """Find the files that other users of this machine can read or change."""
     if path is not None and path.is_file():  # not a pipe, which no one else can open
         if path.stat().st_mode & stat.S_IROTH:
@@ -163,7 +165,7 @@ def _fix(names: list[str]) -> str:
     return f"run `tokenauth user passwd {shlex.quote(names[0])}`" + (", and so for each" if len(names) > 1 else "")
 
 
-def _some(names: list[str]) -> str:
+def _names(names: list[str]) -> str:
     """Return the first three names and the number of others."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} others"

@@ -227,13 +227,13 @@ class Throttle:
         if more:
             found |= await self._store.failures.get(more)
             now = self._clock()
-        # If one of the names is a known user, the network does not delay that user ...
+        # If one of the names is a known user, only the failures of that user at this location delay the attempt.
         all_strangers = len(strangers) == len(states)
         waits = [self._wait_time(state, all_strangers, found, now) for state in states]
         relevant = [wait for state, wait in zip(states, waits, strict=True) if all_strangers or state.known]
         if max(relevant) > 0:
             raise TooManyAttempts(retry_after=math.ceil(max(relevant)))
-        # ... and neither do failures of the other names: those names are not tried.
+        # Other names that would still have to wait are not tried.
         states = [state for state, wait in zip(states, waits, strict=True) if wait <= 0]
         remaining = {
             bucket.key: bucket.remaining(found, now)

@@ -122,7 +122,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def text(argument: str) -> str:
+def utf8(argument: str) -> str:
     """Return an argument. Raises UnicodeEncodeError if it is not UTF-8."""
     argument.encode()
     return argument

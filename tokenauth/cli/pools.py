@@ -10,7 +10,7 @@ from tokenauth.cli.base import (
     json_option,
     print_json,
     show,
-    text,
+    utf8,
     whole_seconds,
     with_service,
 )
@@ -59,7 +59,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
     async def list_tokens(service: "Service") -> list[dict[str, Any]]:
         pool = service.pools.find(name)
         rows = []
-        for token in await service.pools.list_tokens(pool, text(after)):
+        for token in await service.pools.list_tokens(pool, utf8(after)):
             lease = token.lease(service.clock())
             row = {"token": token.value, "expiry_time": whole_seconds(pool.expires_at(token)), "fence": token.fence}
             row |= {"user": lease and token.username, "holder": lease and lease.holder}
@@ -98,7 +98,7 @@ def pool_release(config_file: str | None, name: str, token: str) -> None:
     It does not matter who holds it. Another client can lease the token at once.
     """
     try:
-        with_service(config_file, lambda service: service.pools.release(service.pools.find(name), text(token)))
+        with_service(config_file, lambda service: service.pools.release(service.pools.find(name), utf8(token)))
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
     audit("pool_lease_released", pool=name)
@@ -114,6 +114,6 @@ def pool_delete(config_file: str | None, name: str, token: str) -> None:
 
     A pool with `prefill` gets a new token in its place.
     """
-    with_service(config_file, lambda service: service.pools.delete(service.pools.find(name), text(token)))
+    with_service(config_file, lambda service: service.pools.delete(service.pools.find(name), utf8(token)))
     audit("pool_token_deleted", pool=name)
     click.echo("deleted 1 token")

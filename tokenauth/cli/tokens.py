@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.cli.base import CommandGroup, config_option, count, json_option, show, text, with_service
+from tokenauth.cli.base import CommandGroup, config_option, count, json_option, show, utf8, with_service
 from tokenauth.logs import audit, printable
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
     """
     from tokenauth.settings.model import canonical
 
-    name = None if username is None else canonical(text(username))
+    name = None if username is None else canonical(utf8(username))
     found = with_service(config_file, lambda service: service.tokens.list_unexpired(name))
     rows: list[dict[str, Any]] = [
         {
@@ -68,7 +68,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
         audit("token_revoked", id=wanted)
         click.echo("revoked 1 token")
         return
-    name = None if username is None else canonical(text(username))
+    name = None if username is None else canonical(utf8(username))
 
     async def revoke(service: "Service") -> tuple[int, bool]:
         return await service.tokens.revoke_all(name), name is None or name in service.users

@@ -54,8 +54,8 @@ _FRAMING_HEADERS = frozenset({b"host", b"expect", b"content-length", b"transfer-
 _CLOSE = (b"connection", b"close")
 
 
-class _Refused(Exception):
-    """The parser accepts this head, but this server does not."""
+class _BadHead(Exception):
+    """The parser accepts a head that this server refuses."""
 
 
 _SECURITY_HEADERS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
@@ -290,7 +290,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 except HttpParserUpgrade as upgrade:
                     self._ignore_upgrade()
                     rest = rest[upgrade.args[0] :]
-        except (HttpParserError, _Refused, MemoryError) as error:
+        except (HttpParserError, _BadHead, MemoryError) as error:
             # an error of a callback is the context of the parser's own error
             no_memory = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)
             target = self.url or data.partition(b" ")[2].partition(b" ")[0]
@@ -305,12 +305,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def _ignore_upgrade(self) -> None:
         """Feed the head again without its Upgrade, so that the body is framed by length or chunks (RFC 9110 7.8).
 
-        The parser assumes that a request with an Upgrade has no body, and the same for CONNECT. Raises _Refused for
+        The parser assumes that a request with an Upgrade has no body, and the same for CONNECT. Raises _BadHead for
         CONNECT: its content has no defined meaning (RFC 9110 9.3.6), and not every proxy frames it in the same way.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
-            raise _Refused
+            raise _BadHead
         lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(lines)))
@@ -353,7 +353,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Start to answer, or queue the request behind earlier ones. Raises _Refused."""
+        """Start to answer, or queue the request behind earlier ones. Raises _BadHead."""
         parser, host = self.parser, self._host
         if parser.should_upgrade():
             self._upgrades = True
@@ -362,11 +362,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if host != self._valid_host or host is None:
             self._check_host(version)
         if self._malformed:
-            raise _Refused
+            raise _BadHead
         scope = self.scope
         if version != "1.1":
             if version != "1.0" or self._chunked:  # RFC 9112 6.1: chunks in HTTP/1.0 are ambiguous
-                raise _Refused
+                raise _BadHead
             scope["http_version"], self.expect_100_continue = version, False
         url = httptools.parse_url(self.url)
         raw_path = url.path or b"/"
@@ -398,12 +398,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, self.app)
 
     def _check_host(self, version: str) -> None:
-        """Check a Host that this connection has not sent before (RFC 9112 3.2). Raises _Refused."""
+        """Check a Host that this connection has not sent before (RFC 9112 3.2). Raises _BadHead."""
         if self._host is None:
             if version != "1.0":
-                raise _Refused
+                raise _BadHead
         elif _HOST.fullmatch(self._host.strip()) is None:
-            raise _Refused
+            raise _BadHead
         else:
             self._valid_host = self._host
 

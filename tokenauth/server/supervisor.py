@@ -88,7 +88,7 @@ class Signals:
     def catch(self, *numbers: signal.Signals) -> None:
         """Collect these signals from now on."""
         for number in numbers:
-            signal.signal(number, self._remember)
+            signal.signal(number, self._on_signal)
 
     def take(self) -> Sequence[signal.Signals]:
         """Return the signals since the last call, in order."""
@@ -112,7 +112,7 @@ class Signals:
         finally:
             self._interrupting = frozenset()
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         found = signal.Signals(number)
         self._caught.append(found)
         if found in self._interrupting:

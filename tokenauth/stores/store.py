@@ -49,7 +49,7 @@ from tokenauth.stores.tables import as_pool_token, as_token, pool_token_columns,
 _STEP = 10_000
 """Tokens that one transaction revokes at most."""
 
-_BRIEF = 2000
+_MAX_BRIEF_COUNT = 2000
 """A pool of at most this capacity is counted faster than a thread wakes up."""
 
 _FIND = select(*token_columns).where(tokens.c.digest.between(bindparam("low"), bindparam("high")))
@@ -186,7 +186,7 @@ class PoolStore:
 
     async def count(self, pool: Pool, now: Instant) -> PoolCounts:
         """Return how many tokens can be leased, and how many are."""
-        brief = pool.capacity is not None and pool.capacity <= _BRIEF
+        brief = pool.capacity is not None and pool.capacity <= _MAX_BRIEF_COUNT
         rows = await self._engine.read(pool_rows.COUNT, pool_rows.parameters(pool, now), brief)
         return pool_rows.counts(*rows[0])
 

@@ -13,7 +13,7 @@ from tokenauth.web.responses import error_response
 from tokenauth.web.routing import route_path
 
 
-def respond(scope: Scope, error: Exception) -> Response:
+def _respond(scope: Scope, error: Exception) -> Response:
     """Return the response to an exception. Log the user if a right is missing."""
     if isinstance(error, InsufficientScope | Forbidden):
         log.warning(
@@ -59,4 +59,4 @@ class ErrorMiddleware:
         try:
             await self._app(scope, receive, send)
         except Exception as error:
-            await respond(scope, error)(scope, receive, send)
+            await _respond(scope, error)(scope, receive, send)
