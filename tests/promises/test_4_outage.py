@@ -251,6 +251,7 @@ def test_a_start_leaves_a_foreign_file_unchanged(tmp_path: Path) -> None:
     done = run(tmp_path, "serve", "--port", "0")
     assert done.returncode not in {0, -6, -9, -11}
     assert "tokenauth.db cannot be used" in done.stderr
+    assert "startup failed" not in done.stderr, "uvicorn's line says nothing"
     assert "Traceback" not in done.stderr
     assert (tmp_path / "tokenauth.db").read_bytes() == b"garbage!" * 1024
 

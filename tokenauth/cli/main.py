@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tokenauth import __version__, logs
+from tokenauth.cli import NOHUP
 from tokenauth.cli.base import (
     CommandGroup,
     config_option,
@@ -43,7 +44,10 @@ for group in (user, tokens, pool):
 @click.option("--port", metavar="P", type=int, help="Port, instead of server.port; 0 picks a free one.")
 @click.option("--workers", metavar="N", type=int, help="Number of processes, instead of server.workers.")
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
-    """Run the server until SIGTERM. SIGHUP reloads the configuration without dropping a request."""
+    """Run the server until SIGTERM, Ctrl-C, or the end of its terminal.
+
+    SIGHUP reloads the configuration without dropping a request.
+    """
     logs.configure()
     try:
         from tokenauth.server import serve as server
@@ -51,7 +55,7 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
     except ImportError as error:
         logs.log.critical("start_failed", detail=logs.describe(error))
         sys.exit(3)
-    sys.exit(server.serve(loader.find(config_file), host, port, workers))
+    sys.exit(server.serve(loader.find(config_file), host, port, workers, NOHUP))
 
 
 @main.command(epilog="Example: tokenauth check && systemctl reload tokenauth")

@@ -12,6 +12,7 @@ from tokenauth.passwords import Passwords
 from tokenauth.risks import find_risks, log_and_check
 from tokenauth.server.listener import listen
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
+from tokenauth.server.terminal import Terminal
 from tokenauth.settings import loader
 from tokenauth.settings.model import Settings
 
@@ -19,12 +20,14 @@ _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 """Signals that have a meaning for other servers. By default they would end or suspend this one."""
 
 
-def serve(path: Path, host: str | None, port: int | None, workers: int | None) -> int:
+def serve(path: Path, host: str | None, port: int | None, workers: int | None, nohup: bool = False) -> int:
     """Serve until SIGTERM or SIGINT, and reload the configuration at SIGHUP. Return the exit code.
 
-    The arguments take precedence over the file. Raises ConfigError for a file that cannot be read.
+    Stop also when the terminal is closed, unless `nohup`. The arguments take precedence over the file. Raises
+    ConfigError for a file that cannot be read.
     """
     file_descriptors.raise_limit()
+    terminal = Terminal(watch=not nohup)
     signals = Signals()
     # Until the file is read, which may take long, SIGINT and SIGTERM end the process.
     signals.catch(signal.SIGHUP, signal.SIGCHLD)
@@ -49,7 +52,8 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None) -
     address = {"host": settings.server.host, "port": listener.getsockname()[1]}
     log.info("listening", **address, workers=settings.server.workers, pid=os.getpid())
     try:
-        supervisor = Supervisor(path, settings, partial(_reload, path, file, settings, workers), listener, signals)
+        reload = partial(_reload, path, file, settings, workers)
+        supervisor = Supervisor(path, settings, reload, listener, signals, terminal)
     except OSError as error:
         log.critical("start_failed", detail=describe(error))
         return START_FAILED

@@ -37,6 +37,7 @@ from tokenauth.server.channel import (
     encode_order,
 )
 from tokenauth.server.listener import stop_handshakes
+from tokenauth.server.terminal import Terminal
 from tokenauth.settings.model import Settings
 
 START_FAILED = 3
@@ -248,10 +249,17 @@ class Supervisor:
     """Keeps the workers of a configuration running, and replaces them all for a new configuration."""
 
     def __init__(
-        self, path: Path, settings: Settings, reload: Callable[[], Settings], listener: socket.socket, signals: Signals
+        self,
+        path: Path,
+        settings: Settings,
+        reload: Callable[[], Settings],
+        listener: socket.socket,
+        signals: Signals,
+        terminal: Terminal,
     ) -> None:
         """Serve `settings`, which were read from `path`, on the listener. At SIGHUP, call `reload` for new ones.
 
+        But the SIGHUP that is sent because the terminal was closed ends it.
         `reload` raises ConfigError for settings that cannot be served. Raises OSError.
         """
         self._path = path
@@ -260,6 +268,7 @@ class Supervisor:
         self._load = reload
         self._listener = listener
         self._signals = signals
+        self._terminal = terminal
         self._log_fd = _duplicate_stderr()
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
@@ -336,7 +345,10 @@ class Supervisor:
                 elif now >= self._stop_requested_at + _REPEAT:
                     self._kill(self._workers(), f"a second signal: {number.name}")
             elif number == signal.SIGHUP and not self._stopping:
-                self._begin_reload()
+                if self._terminal.hung_up():
+                    self._stop(number.name)
+                else:
+                    self._begin_reload()
 
     def _receive(self) -> None:
         """Read reports of the workers, and send orders that are still pending."""
@@ -408,6 +420,8 @@ class Supervisor:
         if time.monotonic() - self._ticked < HEARTBEAT:
             return
         self._ticked = time.monotonic()
+        if self._terminal.check() and not self._stopping:
+            self._stop(signal.SIGHUP.name)
         if self._reload is not None:
             self._reload.ticks += 1
         for worker in self._workers():

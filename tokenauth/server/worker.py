@@ -1,6 +1,7 @@
 """A worker process: serves the settings that the main process sends, until it is ordered to stop."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -182,6 +183,9 @@ class WorkerServer(AcceptingServer):
             await asyncio.sleep(HEARTBEAT)
 
 
+_SILENT = logging.Logger("silent", logging.CRITICAL + 1)
+
+
 class _Lifespan(LifespanOn):
     """Keeps the reason why the application did not start. The main process logs it, so uvicorn does not."""
 
@@ -191,4 +195,5 @@ class _Lifespan(LifespanOn):
         """Receive a message of the application."""
         if message["type"] == "lifespan.startup.failed":
             self.failure, message["message"] = message.get("message", ""), ""
+            self.logger = _SILENT  # uvicorn logs one more line, without the reason
         await super().send(message)

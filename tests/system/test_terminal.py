@@ -1,0 +1,110 @@
+"""`tokenauth` on a real terminal: what closing it does, and how a password is asked for."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.journal import until
+from tests.support.servers import ROOT, write_config
+
+TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+
+
+class OnTerminal:
+    """A command that leads a session with its own terminal. Its standard error is a file."""
+
+    def __init__(self, directory: Path, command: str) -> None:
+        self.log = directory / "terminal.log"
+        self.log.touch()
+        self._master, slave = pty.openpty()
+        # A shell that opens a terminal as the leader of a new session gets it as its controlling terminal.
+        script = f'exec 0<>"{os.ttyname(slave)}" 1>&0; {command}'
+        with self.log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", script],
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=sink,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENAUTH": TOKENAUTH},
+            )
+        os.close(slave)
+
+    def logged(self, event: str) -> bool:
+        return f'"event":"{event}"' in self.log.read_text()
+
+    def server_pid(self) -> int:
+        """Return the process ID of the main process."""
+        events = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return next(int(event["pid"]) for event in events if event["event"] == "listening")
+
+    def close(self) -> None:
+        """Close the terminal, as when its window is closed."""
+        with suppress(OSError):
+            os.close(self._master)
+
+
+@contextmanager
+def on_terminal(directory: Path, command: str) -> Iterator[OnTerminal]:
+    found = OnTerminal(directory, command)
+    try:
+        yield found
+    finally:
+        found.close()
+        with suppress(ProcessLookupError):
+            os.killpg(found.process.pid, signal.SIGKILL)
+        found.process.wait(30)
+
+
+SERVE = '"$TOKENAUTH" serve --port 0'
+
+
+def ended(pid: int) -> bool:
+    """Return whether a process has ended; it may still be a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("command", [f"exec {SERVE}", f"{SERVE}; true"], ids=["leader", "child of a shell"])
+def test_closing_the_terminal_stops_the_server(tmp_path: Path, command: str) -> None:
+    write_config(tmp_path)
+    with on_terminal(tmp_path, command) as found:
+        until(lambda: found.logged("started"), "it serves")
+        pid = found.server_pid()
+        found.close()
+        until(lambda: ended(pid), "it has ended")
+        assert found.logged("stopping")
+        assert '"signal":"SIGHUP"' in found.log.read_text()
+
+
+def test_a_hangup_on_an_open_terminal_is_a_reload(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with on_terminal(tmp_path, f"exec {SERVE}") as found:
+        until(lambda: found.logged("started"), "it serves")
+        os.kill(found.server_pid(), signal.SIGHUP)
+        until(lambda: found.logged("configuration_reloaded"), "it has reloaded")
+        assert not found.logged("stopping")
+
+
+def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with on_terminal(tmp_path, f"nohup {SERVE} 1>&2") as found:
+        until(lambda: found.logged("started"), "it serves")
+        pid = found.server_pid()
+        found.close()
+        os.kill(pid, signal.SIGHUP)
+        until(lambda: found.logged("configuration_reloaded"), "it has reloaded")
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: ended(pid), "it has ended")
+        assert '"signal":"SIGTERM"' in found.log.read_text()
