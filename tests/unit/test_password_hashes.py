@@ -210,6 +210,25 @@ def test_the_default_cost_is_far_from_too_much() -> None:
     assert cost.memory_kib < 32 * 1024
 
 
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [
+        ("$argon2id$v=19$m=16384,t=1,p=1", "$argon2id$v=19$m=16384,t=2,p=1"),
+        ("$argon2id$v=19$m=8192,t=2,p=4", "$argon2id$v=19$m=16384,t=2,p=4"),
+        ("$2b$08$", "$2b$09$"),
+        ("$scrypt$ln=12,r=8,p=1", "$scrypt$ln=13,r=8,p=1"),
+        ("$pbkdf2-sha256$50000", "$pbkdf2-sha256$100000"),
+    ],
+)
+def test_twice_the_work_has_twice_the_estimate(once: str, twice: str) -> None:
+    users = {name: User(name, with_digest(name)) for name in (once, twice)}
+    passwords = Passwords(CHEAP, users)
+    estimates = [passwords.cost(user).seconds for user in users.values()]
+    assert estimates[1] == pytest.approx(2 * estimates[0], rel=0.1)
+    passwords.close()
+
+
+@pytest.mark.faults
 async def test_the_estimates_are_of_the_right_order() -> None:
     """Within a factor of 20, since the machine may be busy."""
     users = {

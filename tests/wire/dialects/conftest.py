@@ -61,6 +61,9 @@ prefix = "/token-management-service"
 
 THREADS = 16
 
+FILLED_AT_ONCE = 5000
+"""Rows of a transaction past the workers: they do not wait long for its lock."""
+
 
 class Reply(NamedTuple):
     """A response: its status and its exact body."""
@@ -197,9 +200,13 @@ def rows(config: Path, pool: str) -> list[Any]:
 def fill(config: Path, pool: str, count: int, now: float) -> list[str]:
     """Put free tokens into a pool, regardless of its capacity, and return them."""
     values = [f"{secrets.token_hex(8)}-{number}" for number in range(count)]
-    with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
-        lines = ((pool, value, now) for value in values)
-        db.executemany("INSERT INTO pool_tokens (pool, value, free_at, fence, retired) VALUES (?, ?, ?, 0, 0)", lines)
+    with closing(sqlite3.connect(config.with_name("tokenauth.db"), timeout=60)) as db:
+        for start in range(0, count, FILLED_AT_ONCE):
+            lines = ((pool, value, now) for value in values[start : start + FILLED_AT_ONCE])
+            with db:
+                db.executemany(
+                    "INSERT INTO pool_tokens (pool, value, free_at, fence, retired) VALUES (?, ?, ?, 0, 0)", lines
+                )
     return values
 
 
