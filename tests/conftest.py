@@ -1,4 +1,4 @@
-"""What most tests need: a configuration, a clock, and workers."""
+"""Fixtures that most tests need: a configuration, a clock, and workers."""
 
 import gc
 from collections.abc import Generator, Iterator
@@ -35,11 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _TOGETHER = ("tests/system/browser", "tests/system/proxies")
-"""What these have in common takes long to start, and they have it in one process."""
+"""Folders that one process runs: what their tests share takes long to start."""
 
 
 class _ByFile(LoadFileScheduling):  # type: ignore[misc]
-    """Gives each file to one process, and each folder of _TOGETHER too."""
+    """Gives all tests of one file, or of one folder of _TOGETHER, to the same process."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = str(super()._split_scope(nodeid))
@@ -66,13 +66,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clock(directory: Path) -> HandClock:
-    """Keep one module's time, moved by hand."""
+    """Return the clock of one module, which tests move."""
     return HandClock(directory / "clock", create=True)
 
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    """Tables that a module's configuration has beside the users; a module overrides this."""
+    """Return the tables of the configuration besides the users. Modules override this."""
     return ""
 
 
@@ -98,25 +98,25 @@ def sibling(config_file: Path, clock: HandClock, server: Server) -> Iterator[Ser
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[httpx.Client]:
-    """Connect to the worker."""
+    """Return an HTTP client of the worker."""
     with server.client() as connected:
         yield connected
 
 
 @pytest.fixture(scope="module")
 def sibling_client(sibling: Server) -> Iterator[httpx.Client]:
-    """Connect to the other worker on the same database."""
+    """Return an HTTP client of the other worker."""
     with sibling.client() as connected:
         yield connected
 
 
 @pytest.fixture
 def time(tmp_path: Path) -> HandTime:
-    """Move the time by hand."""
+    """Return a clock for one test, which moves it."""
     return HandTime(HandClock(tmp_path / "clock", create=True))
 
 
 @pytest.fixture
 def history(time: HandTime) -> History:
-    """Record."""
+    """Return an empty history on that clock."""
     return History(time)

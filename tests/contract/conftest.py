@@ -1,4 +1,4 @@
-"""The stores that the contract suite runs on. One more store is one more line in STORES."""
+"""The stores that the contract suite runs on. To test another store, add it to STORES."""
 
 import asyncio
 import shutil
@@ -40,7 +40,7 @@ class Place:
     url: str
     commits: Callable[[], int]
     behind: float = 0
-    """By how many seconds the clock row may lag at a start: then the database has a clock that is trusted."""
+    """Seconds that the clock row may lag at a start, if the database has a trusted clock of its own."""
 
     @property
     def engine(self) -> Engine:
@@ -53,7 +53,7 @@ class Place:
 
 
 async def sqlite(directory: Path, size: int) -> Place:
-    """Open a store of one machine."""
+    """Open a SQLite store."""
     file = directory / "tokens.db"
     url = f"sqlite+aiosqlite:///{file}"
     store = open_store(DatabaseSettings(url), size)
@@ -77,7 +77,7 @@ class Attentive(TokenStore):
 
 
 async def postgres(directory: Path, size: int) -> Place:
-    """Open a store that several machines share."""
+    """Open a PostgreSQL store."""
     url = (directory / "url").read_text()
     store = open_store(DatabaseSettings(url, connections=4), size, clock=lambda: START)
     advances: list[Instant] = []
@@ -110,7 +110,7 @@ def fetch(url: str, sql: str) -> list[Any]:
 
 
 def apart(work: Coroutine[Any, Any, T]) -> T:
-    """Run something in a thread with a loop of its own: a test may have one that is running."""
+    """Run a coroutine in a thread with its own event loop: a test may have one that is running."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
 
@@ -149,12 +149,12 @@ class Places:
         return place
 
     async def close(self, place: Place, now: Instant = 0) -> None:
-        """Stop one."""
+        """Stop one place."""
         self._open.remove(place)
         await place.store.stop(now)
 
     async def close_all(self) -> None:
-        """Stop all."""
+        """Stop all open places."""
         while self._open:
             await self.close(self._open[-1])
 
@@ -264,17 +264,17 @@ async def other(places: Places, place: Place) -> Place:
 
 @pytest.fixture
 def tokens(place: Place) -> TokenStore:
-    """Take the tokens of the first store."""
+    """Return the tokens of the first store."""
     return place.tokens
 
 
 @pytest.fixture
 def pools(place: Place) -> PoolStore:
-    """Take the pools of the first store."""
+    """Return the pools of the first store."""
     return place.pools
 
 
 @pytest.fixture
 def failures(place: Place) -> FailureStore:
-    """Take the failed logins of the first store."""
+    """Return the failed logins of the first store."""
     return place.failures

@@ -29,7 +29,7 @@ class Model:
         aged = self.pool.lease_ttl if self.pool.ages_while_leased and one.holder is not None else 0
         return one.free_at + self.pool.token_ttl - aged
 
-    def lent(self) -> list[PoolToken]:
+    def leased(self) -> list[PoolToken]:
         """Return the leased tokens, ordered by the end of their lease."""
         return sorted((one for one in self.there.values() if self.now < one.free_at), key=lambda one: one.free_at)
 
@@ -39,18 +39,18 @@ class Model:
         return sorted((one for one in free if not one.retired), key=lambda one: one.free_at)
 
     def retired(self) -> list[PoolToken]:
-        """List what goes when its lease ends."""
-        return [one for one in self.lent() if one.retired]
+        """Return the leased tokens that are deleted when their lease ends."""
+        return [one for one in self.leased() if one.retired]
 
     def live(self) -> list[PoolToken]:
-        """List what is in being, by value."""
-        return sorted(self.lent() + self.free(), key=lambda one: one.value)
+        """Return the live tokens, by value."""
+        return sorted(self.leased() + self.free(), key=lambda one: one.value)
 
     def available(self) -> int:
         """Return how many tokens can be leased."""
         return max(0, len(self.free()) - len(self.retired()))
 
-    def lendable(self, count: int) -> list[float]:
+    def leasable(self, count: int) -> list[float]:
         """Return since when the tokens that are leased next have been free."""
         return [one.free_at for one in self.free()[: min(count, self.available())]]
 
@@ -60,37 +60,37 @@ class Model:
         return live[number % len(live)] if live and number < 7 else self.made[-number % len(self.made)]
 
     def find(self, value: str) -> PoolToken | None:
-        """Find what is in being."""
+        """Return the live token with this value."""
         return next((one for one in self.live() if one.value == value), None)
 
     def holds(self, one: PoolToken, claim: LeaseCheck) -> bool:
-        """Whether this is the lease that a token is under."""
+        """Return whether the check matches the lease of a token."""
         named = {"holder": claim.holder, "fence": claim.fence, "username": claim.username}
         wrong = [key for key, value in named.items() if value not in {None, getattr(one, key)}]
         return self.now < one.free_at and not wrong
 
     def put(self, *changed: PoolToken) -> None:
-        """Keep what has become of tokens."""
+        """Store changed tokens."""
         self.there.update((one.value, one) for one in changed)
 
     def add(self, values: Sequence[str]) -> None:
-        """Keep new tokens."""
+        """Store new tokens."""
         self.put(*(PoolToken(self.pool.name, value, self.now) for value in values))
 
     def freed(self, one: PoolToken) -> PoolToken:
         """Return a token after its release."""
         return one._replace(free_at=self.now, holder=None, username=None)
 
-    def lend(self, got: PoolToken, holder: str, lendable: list[float], user: str | None = None) -> None:
+    def lease(self, got: PoolToken, holder: str, leasable: list[float], user: str | None = None) -> None:
         """Lease a token, and check that it may be leased."""
         one = self.there[got.value]
-        assert one in self.free(), f"somebody has it: {one}"
-        assert one.free_at in lendable, f"another has been free longer: {one}"
+        assert one in self.free(), f"not free: {one}"
+        assert one.free_at in leasable, f"another token has been free longer: {one}"
         assert got == one._replace(
             free_at=self.now + self.pool.lease_ttl, holder=holder, fence=one.fence + 1, username=user
         )
         self.put(got)
-        assert self.pool.capacity is None or len(self.lent()) <= self.pool.capacity, "more are leased than the capacity"
+        assert self.pool.capacity is None or len(self.leased()) <= self.pool.capacity, "more leases than the capacity"
 
     def forget(self, count: int) -> None:
         """Delete this many expired tokens."""

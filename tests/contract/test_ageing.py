@@ -32,8 +32,8 @@ async def test_a_leased_token_does_not_expire(pools: PoolStore) -> None:
     await lease(pools, short)
     assert await pools.purge(short, START + 60 - JUST, 10) == 0
     assert await pools.count(short, START + 60 - JUST) == PoolCounts(0, 1)
-    [lent] = await pools.list_tokens(short, START + 60 - JUST, "", 10)
-    assert short.expires_at(lent) == START + 60
+    [leased] = await pools.list_tokens(short, START + 60 - JUST, "", 10)
+    assert short.expires_at(leased) == START + 60
     assert await pools.keep_alive(short, "t1", START + 60 - JUST) is not None
     assert await members(pools, short, START + 120 - 2 * JUST) == ["t1"]
     assert await members(pools, short, START + 120 - JUST) == []

@@ -73,9 +73,9 @@ async def test_only_a_lease_increments_the_fence(places: Places) -> None:
     place, now = await places.open(), START
     await place.pools.generate(POOL, ["t1"], now)
     for fence in range(1, 7):
-        lent = (await place.pools.assign(POOL, "ann", now)).token
-        assert lent is not None
-        assert lent.fence == fence
+        leased = (await place.pools.assign(POOL, "ann", now)).token
+        assert leased is not None
+        assert leased.fence == fence
         if fence % 3 == 0:
             await places.close(place, now)
             place = await places.open()
@@ -98,9 +98,9 @@ async def test_a_counted_lease_returns_the_number_left(pools: PoolStore) -> None
     assert [(await pools.assign(POOL, "ann", START, counted=True)).left for _ in range(4)] == [2, 1, 0, 0]
     await pools.release(POOL, "b", START + 1)
     counted = [pools.assign(POOL, "ann", START + 60, counted=True) for _ in range(5)]
-    lent = await asyncio.gather(*counted)
-    assert [each.left for each in lent] == [2, 1, 0, 0, 0]
-    assert [each.token is not None for each in lent] == [True, True, True, False, False]
+    leased = await asyncio.gather(*counted)
+    assert [each.left for each in leased] == [2, 1, 0, 0, 0]
+    assert [each.token is not None for each in leased] == [True, True, True, False, False]
 
 
 HELD = [LeaseCheck(holder, fence) for holder in (None, "ann") for fence in (None, 2)]
@@ -128,9 +128,9 @@ async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
     await pools.generate(pool, ["t1"], START)
     await lease(pools, pool)
     await pools.release(pool, "t1", START)
-    lent = (await pools.assign(pool, "ann", START)).token
-    assert lent == PoolToken(pool.name, "t1", START + 60, "ann", fence=2)
-    return lent
+    leased = (await pools.assign(pool, "ann", START)).token
+    assert leased == PoolToken(pool.name, "t1", START + 60, "ann", fence=2)
+    return leased
 
 
 @pytest.mark.parametrize("verb", ["extend", "extend free_too", "release"])
@@ -138,24 +138,24 @@ async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, ve
     """What a check leaves out is not compared; the rest must match."""
     for claim in HELD:
         pool = replace(POOL, name=str(claim))
-        lent = await second_lease(pools, pool)
-        free = lent._replace(free_at=START + 1, holder=None)
-        after = free if verb == "release" else lent._replace(free_at=START + 61)
+        leased = await second_lease(pools, pool)
+        free = leased._replace(free_at=START + 1, holder=None)
+        after = free if verb == "release" else leased._replace(free_at=START + 61)
         assert await touch(pools, verb, START + 1, claim, pool) == LeaseChange(after, True), claim
         assert await pools.get(pool, "t1", START + 1) == after
-    lent = await second_lease(pools, POOL)
+    leased = await second_lease(pools, POOL)
     for claim in LOST:
-        assert await touch(pools, verb, START + 1, claim) == LeaseChange(lent, False), claim
-        assert await pools.get(POOL, "t1", START + 1) == lent
+        assert await touch(pools, verb, START + 1, claim) == LeaseChange(leased, False), claim
+        assert await pools.get(POOL, "t1", START + 1) == leased
 
 
 @pytest.mark.parametrize("claim", [ANY_LEASE, LeaseCheck("ann"), LeaseCheck("ann", 1), LeaseCheck("bob")], ids=str)
 @pytest.mark.parametrize("verb", ["extend", "release"])
 async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, claim: LeaseCheck) -> None:
     await pools.generate(POOL, ["t1"], START)
-    lent = (await pools.assign(POOL, "ann", START)).token
-    assert lent is not None
-    assert await touch(pools, verb, START + 60, claim) == LeaseChange(lent, False), "at `until` it is over"
+    leased = (await pools.assign(POOL, "ann", START)).token
+    assert leased is not None
+    assert await touch(pools, verb, START + 60, claim) == LeaseChange(leased, False), "at `until` it is over"
     assert await lease(pools, now=START + 60, holder="bob") == "t1"
     if claim.holder == "ann":
         touched = await touch(pools, verb, START + 61, claim)
@@ -199,9 +199,9 @@ async def test_an_older_now_still_finds_a_released_token(pools: PoolStore) -> No
     found = await pools.get(one, "t1", START + 0.5)
     assert found is not None
     assert found.lease(START + 0.5) is None
-    lent = await pools.assign(one, "bob", START + 0.5)
-    assert lent.token is not None
-    assert lent.token.holder == "bob"
+    leased = await pools.assign(one, "bob", START + 0.5)
+    assert leased.token is not None
+    assert leased.token.holder == "bob"
 
 
 @pytest.mark.parametrize("lapsed", [False, True])

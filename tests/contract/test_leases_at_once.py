@@ -17,13 +17,13 @@ from tokenauth.stores.store import PoolStore
 async def test_200_concurrent_leases_take_100_tokens_once_each(place: Place, other: Place) -> None:
     await place.pools.generate(POOL, [f"t{number}" for number in range(100)], START)
     asked = [(place, other)[number % 2].pools.assign(POOL, f"h{number}", START) for number in range(200)]
-    lent = await asyncio.gather(*asked)
-    taken = {each.token.value: each.token for each in lent if each.token is not None}
-    assert Counter(each.token is None for each in lent) == {True: 100, False: 100}
+    leased = await asyncio.gather(*asked)
+    taken = {each.token.value: each.token for each in leased if each.token is not None}
+    assert Counter(each.token is None for each in leased) == {True: 100, False: 100}
     assert len(taken) == 100
     assert {token.fence for token in taken.values()} == {1}
     assert await holders(other.pools, START) == {value: token.holder for value, token in taken.items()}
-    assert [each.token.holder for each in lent if each.token] == [f"h{n}" for n in range(200) if lent[n].token], (
+    assert [each.token.holder for each in leased if each.token] == [f"h{n}" for n in range(200) if leased[n].token], (
         "everybody got the answer to his own question"
     )
 
@@ -33,9 +33,9 @@ async def test_as_many_callers_as_free_tokens_all_get_one(place: Place, other: P
     for fence in range(1, 6):
         now = START + 60 * fence
         asked = ((place, other)[number % 2].pools.assign(POOL, f"h{number}", now) for number in range(60))
-        lent = [each.token for each in await asyncio.gather(*asked)]
-        assert None not in lent
-        assert len({token.value for token in lent if token}) == 60
+        leased = [each.token for each in await asyncio.gather(*asked)]
+        assert None not in leased
+        assert len({token.value for token in leased if token}) == 60
 
 
 @pytest.mark.parametrize("verb", ["stale extend", "stale release", "keep free", "replace"])
@@ -57,8 +57,8 @@ async def test_a_free_token_is_leased_despite_other_operations(place: Place, oth
 
     for number in range(40):
         touched = touch(number if verb == "replace" else 0)
-        lent, _ = await asyncio.gather(place.pools.assign(POOL, "ann", START), touched)
-        refused += lent.token is None
+        leased, _ = await asyncio.gather(place.pools.assign(POOL, "ann", START), touched)
+        refused += leased.token is None
         await place.pools.release_next(POOL, START)
     assert refused == 0, f"{refused} times the only token was free, and nobody got it"
 
@@ -107,10 +107,10 @@ async def test_concurrent_leases_use_their_own_pools(pools: PoolStore) -> None:
     terms = [replace(POOL, name=name, lease_ttl=ttl) for ttl, name in enumerate("xyzx", 60)]
     for pool in terms[:3]:
         await pools.generate(pool, [f"{pool.name}{number}" for number in range(2)], START)
-    lent = await asyncio.gather(
+    leased = await asyncio.gather(
         *(pools.assign(pool, pool.name, START) for pool in (*terms, terms[1], terms[2], terms[0]))
     )
-    assert [each.token and each.token.value for each in lent] == ["x0", "y0", "z0", "x1", "y1", "z1", None]
-    assert all(each.token.pool == each.token.holder for each in lent if each.token)
+    assert [each.token and each.token.value for each in leased] == ["x0", "y0", "z0", "x1", "y1", "z1", None]
+    assert all(each.token.pool == each.token.holder for each in leased if each.token)
     released = await asyncio.gather(*(pools.release(pool, f"{pool.name}1", START) for pool in terms[:3]))
     assert [touched and touched.token.value for touched in released] == ["x1", "y1", "z1"]

@@ -14,33 +14,33 @@ from tokenauth.models import LeaseCheck, Pool
 from tokenauth.stores.store import PoolStore
 
 FEW, MANY = 400, 20_000
-MOST_LENT = Pool("most lent", lease_ttl=60, token_ttl=240)
-ALL_LENT, MOST_FREE = replace(MOST_LENT, name="all lent"), replace(MOST_LENT, name="most free")
-AGEING = replace(MOST_LENT, name="most lapsed and expired", ages_while_leased=True)
-LENT = {MOST_LENT: 0.98, ALL_LENT: 1.0, MOST_FREE: 0.02, AGEING: 0.98}
-PREFILLED, BOUNDED = replace(MOST_LENT, capacity=MANY, prefill=True), replace(MOST_LENT, capacity=2 * MANY)
+MOST_LEASED = Pool("most leased", lease_ttl=60, token_ttl=240)
+ALL_LEASED, MOST_FREE = replace(MOST_LEASED, name="all leased"), replace(MOST_LEASED, name="most free")
+AGEING = replace(MOST_LEASED, name="most lapsed and expired", ages_while_leased=True)
+LEASED = {MOST_LEASED: 0.98, ALL_LEASED: 1.0, MOST_FREE: 0.02, AGEING: 0.98}
+PREFILLED, BOUNDED = replace(MOST_LEASED, capacity=MANY, prefill=True), replace(MOST_LEASED, capacity=2 * MANY)
 INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired) VALUES (?, ?, ?, ?, 1, 0)"
 
 
 Ask = Callable[[PoolStore], Awaitable[object]]
 
 CHEAP: dict[str, Ask] = {
-    "assign": lambda pools: pools.assign(MOST_LENT, "ann", START),
+    "assign": lambda pools: pools.assign(MOST_LEASED, "ann", START),
     "assign, and most are free": lambda pools: pools.assign(MOST_FREE, "ann", START),
-    "assign, and none is free": lambda pools: pools.assign(ALL_LENT, "ann", START),
+    "assign, and none is free": lambda pools: pools.assign(ALL_LEASED, "ann", START),
     "assign, and most have expired": lambda pools: pools.assign(AGEING, "ann", START),
     "assign with prefill": lambda pools: pools.assign(PREFILLED, "ann", START),
-    "keep_alive": lambda pools: pools.keep_alive(MOST_LENT, "t300", START, LeaseCheck("ann", 1)),
+    "keep_alive": lambda pools: pools.keep_alive(MOST_LEASED, "t300", START, LeaseCheck("ann", 1)),
     "keep_alive of a free token": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, free_too=True),
-    "release": lambda pools: pools.release(MOST_LENT, "t300", START),
-    "an unknown token": lambda pools: pools.release(MOST_LENT, "t", START),
-    "delete": lambda pools: pools.delete(MOST_LENT, "t300", START),
-    "delete with a successor": lambda pools: pools.delete(MOST_LENT, "t300", START, "x"),
-    "generate": lambda pools: pools.generate(MOST_LENT, ["x"], START),
+    "release": lambda pools: pools.release(MOST_LEASED, "t300", START),
+    "an unknown token": lambda pools: pools.release(MOST_LEASED, "t", START),
+    "delete": lambda pools: pools.delete(MOST_LEASED, "t300", START),
+    "delete with a successor": lambda pools: pools.delete(MOST_LEASED, "t300", START, "x"),
+    "generate": lambda pools: pools.generate(MOST_LEASED, ["x"], START),
     "keep_alive_free": lambda pools: pools.keep_alive_free(MOST_FREE, START, START, 5),
     "purge": lambda pools: pools.purge(MOST_FREE, START, 5),
-    "get": lambda pools: pools.get(MOST_LENT, "t300", START),
-    "list_tokens": lambda pools: pools.list_tokens(MOST_LENT, START, "t300", 5),
+    "get": lambda pools: pools.get(MOST_LEASED, "t300", START),
+    "list_tokens": lambda pools: pools.list_tokens(MOST_LEASED, START, "t300", 5),
 }
 
 COUNTING: dict[str, Ask] = {
@@ -52,10 +52,10 @@ COUNTING: dict[str, Ask] = {
 """These count tokens along an index: a step or two for each."""
 
 
-def rows(pool: Pool, lent: float, count: int) -> Iterator[tuple[str, str, float, str | None]]:
+def rows(pool: Pool, leased: float, count: int) -> Iterator[tuple[str, str, float, str | None]]:
     """Return rows of which some are leased and some have expired."""
     for number in range(count):
-        if number * 7919 % 100 < lent * 100:
+        if number * 7919 % 100 < leased * 100:
             since = -239 if pool is AGEING else 1
             yield pool.name, f"t{number}", START + since + number % 59, "ann"
         else:
@@ -68,8 +68,8 @@ def small_and_large() -> Iterator[tuple[Direct, Direct]]:
     few, many = Direct(), Direct()
     with closing(few.connection), closing(many.connection):
         for database, count in ((few, FEW), (many, MANY)):
-            for pool, lent in LENT.items():
-                database.connection.executemany(INSERT, rows(pool, lent, count))
+            for pool, leased in LEASED.items():
+                database.connection.executemany(INSERT, rows(pool, leased, count))
         yield few, many
 
 

@@ -43,7 +43,7 @@ class Step(NamedTuple):
     amount: int
     holder: str
     user: str | None
-    said: tuple[bool, int | None]
+    holder_and_fence: tuple[bool, int | None]
     """Whether the holder is named, and by how much the fence is wrong, if that is named."""
 
 
@@ -63,7 +63,7 @@ step = st.builds(
 FILL = Step("fit", 0, 0, 5, 7, "", None, (False, None))
 
 
-class Lending:
+class PoolTest:
     """Two processes that use one pool, and the model of it."""
 
     def __init__(self, places: Places, both: list[Place], pool: Pool) -> None:
@@ -109,27 +109,27 @@ class Lending:
 
     async def assign(self, store: PoolStore, step: Step) -> None:
         """Lease the token that has been free longest."""
-        ends, lendable, counted = [one.free_at for one in self.model.lent()], self.model.lendable(1), step.amount > 3
-        lent = await store.assign(self.pool, step.holder, self.model.now, step.user, counted)
-        if lent.token is None:
-            assert not lendable
-            assert lent.next_end == min(ends, default=None)
+        ends, leasable, counted = [one.free_at for one in self.model.leased()], self.model.leasable(1), step.amount > 3
+        leased = await store.assign(self.pool, step.holder, self.model.now, step.user, counted)
+        if leased.token is None:
+            assert not leasable
+            assert leased.next_end == min(ends, default=None)
         else:
-            self.model.lend(lent.token, step.holder, lendable, step.user)
-        assert not counted or lent.left == self.model.available()
+            self.model.lease(leased.token, step.holder, leasable, step.user)
+        assert not counted or leased.left == self.model.available()
 
     async def assign_at_once(self, _: PoolStore, step: Step) -> None:
         """Lease to concurrent callers of both processes."""
         holders = [f"{step.holder}{number}" for number in range(1 + step.amount)]
-        lendable = self.model.lendable(len(holders))
+        leasable = self.model.leasable(len(holders))
         stores = [self._both[number % 2].pools for number in range(len(holders))]
         answers = await asyncio.gather(
             *(each.assign(self.pool, name, self.model.now) for each, name in zip(stores, holders, strict=True))
         )
-        lent = [(each.token, name) for each, name in zip(answers, holders, strict=True) if each.token is not None]
-        assert sorted(self.model.there[one.value].free_at for one, _ in lent) == lendable
-        for one, name in lent:
-            self.model.lend(one, name, lendable)
+        leased = [(each.token, name) for each, name in zip(answers, holders, strict=True) if each.token is not None]
+        assert sorted(self.model.there[one.value].free_at for one, _ in leased) == leasable
+        for one, name in leased:
+            self.model.lease(one, name, leasable)
 
     async def keep_alive(self, store: PoolStore, step: Step) -> None:
         """Let a lease, or a free token, run for its full time from now."""
@@ -152,7 +152,7 @@ class Lending:
         self._compare(touched, one, self.model.freed(one) if one is not None and held else None)
 
     def _claim(self, value: str, step: Step) -> tuple[PoolToken | None, LeaseCheck]:
-        one, (named, error) = self.model.find(value), step.said
+        one, (named, error) = self.model.find(value), step.holder_and_fence
         fence = None if error is None else (one.fence if one else 0) + error
         return one, LeaseCheck(step.holder if named else None, fence, step.user)
 
@@ -164,14 +164,14 @@ class Lending:
             self.model.put(after or one)
 
     async def release_next(self, store: PoolStore, step: Step) -> None:
-        """End the lease that would end first: a user's, or anybody's."""
-        lent = [one for one in self.model.lent() if step.user in {None, one.username}]
+        """End the lease that would end first: of one user or of all."""
+        leased = [one for one in self.model.leased() if step.user in {None, one.username}]
         done, available = await store.release_next(self.pool, self.model.now, step.user)
-        assert done is bool(lent)
-        if lent:
+        assert done is bool(leased)
+        if leased:
             there = await self.members(store)
-            (released,) = [one for one in lent if there.get(one.value) != one]
-            assert released.free_at == lent[0].free_at
+            (released,) = [one for one in leased if there.get(one.value) != one]
+            assert released.free_at == leased[0].free_at
             self.model.put(self.model.freed(released))
         assert available == self.model.available()
 
@@ -211,15 +211,15 @@ class Lending:
             await self.generate(store, step)
             return
         model, offered = self.model, step.number
-        free, lent, retired = model.free(), model.lent(), len(model.retired())
-        capacity = max(0, len(lent) + step.amount - 3)
+        free, leased, retired = model.free(), model.leased(), len(model.retired())
+        capacity = max(0, len(leased) + step.amount - 3)
         model.pool = replace(self.pool, capacity=capacity)
-        surplus = len(free) + len(lent) - retired - capacity
+        surplus = len(free) + len(leased) - retired - capacity
         wanted, values = max(0, -surplus - retired), model.new_values(offered)
         assert await store.fit(self.pool, values, model.now) == max(0, wanted - offered)
         there = await self.members(store)
-        after = [there.pop(one.value) for one in lent]
-        assert [one._replace(retired=False) for one in after] == [one._replace(retired=False) for one in lent]
+        after = [there.pop(one.value) for one in leased]
+        assert [one._replace(retired=False) for one in after] == [one._replace(retired=False) for one in leased]
         assert sum(one.retired for one in after) == max(0, retired + max(surplus - len(free), min(surplus, 0)))
         model.put(*after)
         model.add(values[:wanted])
@@ -249,8 +249,8 @@ class Lending:
         """Compare the other process with the model, and the model with the promises."""
         store, live = self._both[1 - step.process].pools, self.model.live()
         assert list((await self.members(store)).values()) == live
-        assert await self.leases(store, 1 + step.amount) == sorted(self.model.lent(), key=lambda one: one.value)
-        counts = PoolCounts(self.model.available(), len(self.model.lent()))
+        assert await self.leases(store, 1 + step.amount) == sorted(self.model.leased(), key=lambda one: one.value)
+        counts = PoolCounts(self.model.available(), len(self.model.leased()))
         assert await store.count(self.pool, self.model.now) == counts
         value = self.model.pick(step.number)
         assert await store.get(self.pool, value, self.model.now) == self.model.find(value)
@@ -265,11 +265,11 @@ async def live_through(opener: Opener, directory: Path, pool: Pool, script: Sequ
     """Do all steps, and check after each."""
     places = Places(opener, directory)
     try:
-        lending = Lending(places, [await places.open() for _ in range(2)], pool)
+        pool_test = PoolTest(places, [await places.open() for _ in range(2)], pool)
         for step in (FILL, *script):
             if step.kind != "nothing":  # what Hypothesis makes of steps that do not matter
-                await lending.act(step)
-                await lending.check(step)
+                await pool_test.act(step)
+                await pool_test.check(step)
     finally:
         await places.close_all()
 

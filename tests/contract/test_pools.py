@@ -1,4 +1,4 @@
-"""PoolStore: which tokens are in being, and how each of them ends. How many there may be: `test_capacity.py`."""
+"""PoolStore: which tokens exist, and how each of them ends. How many there may be: `test_capacity.py`."""
 
 import asyncio
 import math
@@ -31,8 +31,8 @@ async def members(pools: PoolStore, pool: Pool = POOL, now: float = START) -> li
 
 async def lease(pools: PoolStore, pool: Pool = POOL, now: float = START, holder: str = "ann") -> str | None:
     """Lease a token; return its value."""
-    lent = await pools.assign(pool, holder, now)
-    return None if lent.token is None else lent.token.value
+    leased = await pools.assign(pool, holder, now)
+    return None if leased.token is None else leased.token.value
 
 
 async def test_a_generated_token_is_free_with_fence_zero(pools: PoolStore) -> None:
@@ -46,10 +46,10 @@ async def test_text_comes_back_as_it_was_given(pools: PoolStore) -> None:
     for text in ODD_TEXTS:
         odd = replace(POOL, name=text)
         assert await pools.generate(odd, [text], START)
-        lent = (await pools.assign(odd, text, START)).token
-        assert lent == PoolToken(text, text, START + 60, text, 1)
-        assert await pools.get(odd, text, START) == lent
-        assert await pools.list_tokens(odd, START, "", 10) == [lent]
+        leased = (await pools.assign(odd, text, START)).token
+        assert leased == PoolToken(text, text, START + 60, text, 1)
+        assert await pools.get(odd, text, START) == leased
+        assert await pools.list_tokens(odd, START, "", 10) == [leased]
         for change in (pools.keep_alive, pools.release):
             touched = await change(odd, text, START)
             assert touched is not None
@@ -121,16 +121,16 @@ TOUCHES: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize(
-    ("pool", "lent", "end"),
+    ("pool", "leased", "end"),
     [(POOL, False, END), (POOL, True, END + 60), (AGEING, False, END), (AGEING, True, END)],
     ids=["never leased", "after a lease", "ageing, never leased", "ageing, after a lease"],
 )
-async def test_an_expired_token_is_absent_from_its_end_on(pools: PoolStore, pool: Pool, lent: bool, end: float) -> None:
+async def test_an_expired_token_is_absent_from_its_end(pools: PoolStore, pool: Pool, leased: bool, end: float) -> None:
     """The boundary belongs to the end. No sweeper runs: the row is there."""
     for name, touch in TOUCHES.items():
         own = replace(pool, name=name)
         await pools.generate(own, ["t1"], START)
-        if lent:
+        if leased:
             await lease(pools, own)
         for now in (end, end + 1e6):
             assert not await touch(pools, own, now), name
@@ -187,10 +187,10 @@ async def test_what_has_expired_takes_no_place_on_a_page(pools: PoolStore) -> No
 
 
 async def test_a_deleted_token_is_gone_free_or_leased(place: Place, other: Place) -> None:
-    await place.pools.generate(POOL, ["free", "lent"], START)
+    await place.pools.generate(POOL, ["free", "leased"], START)
     await place.pools.keep_alive(POOL, "free", START + 1, free_too=True)
-    assert await lease(place.pools, now=START + 1) == "lent"
-    for value in ("free", "lent"):
+    assert await lease(place.pools, now=START + 1) == "leased"
+    for value in ("free", "leased"):
         assert await place.pools.delete(POOL, value, START + 1) is True
         assert await place.pools.delete(POOL, value, START + 1) is False
         for pools in (place.pools, other.pools):
@@ -209,11 +209,11 @@ async def test_of_removals_at_once_one_is_true(place: Place, other: Place) -> No
         assert sorted(await asyncio.gather(*removals)) == [False, False, False, True]
 
 
-@pytest.mark.parametrize("lent", [False, True], ids=["free", "lent"])
-async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore, lent: bool) -> None:
+@pytest.mark.parametrize("leased", [False, True], ids=["free", "leased"])
+async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore, leased: bool) -> None:
     pool = replace(POOL, capacity=2)
     await pools.generate(pool, ["t1", "t2"], START)
-    if lent:
+    if leased:
         assert await lease(pools, pool) == "t1"
     assert await pools.delete(pool, "t1", START + 5, "t3") is True
     assert await pools.get(pool, "t1", START + 5) is None

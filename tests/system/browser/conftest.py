@@ -35,7 +35,7 @@ class Sites(NamedTuple):
         return {"by_address": self.one.origin("127.0.0.1"), "by_name": self.other.origin("localhost")}
 
     @property
-    def strangers(self) -> dict[str, str]:
+    def unlisted(self) -> dict[str, str]:
         """Origins that are not allowed, though they are similar."""
         return {"another_name": self.one.origin("localhost"), "another_port": self.other.origin("127.0.0.1")}
 

@@ -40,7 +40,7 @@ class Visit:
         page.on("pageerror", self._fail)
 
     @property
-    def strangers(self) -> list[str]:
+    def foreign_requests(self) -> list[str]:
         """The requests to other hosts."""
         return [url for url in self.requests if self._is_foreign(url)]
 
@@ -98,7 +98,7 @@ def test_the_page_shows_every_operation_and_only_this_site(visit: Visit, client:
     )
     assert {(method, path) for method, path in shown} == described
     assert visit.page.locator(".opblock-tag").evaluate_all("all => all.map((tag) => tag.dataset.tag)") == tags
-    assert visit.strangers == []
+    assert visit.foreign_requests == []
     assert f"{server.url}/openapi.json" in visit.requests
     assert visit.errors == []
 
@@ -128,7 +128,7 @@ def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
     shown = page.locator("[id$=getMe] .live-responses-table")
     expect(shown.locator(".response-col_status").last).to_have_text("200")
     expect(shown.locator(".response-col_description").last).to_contain_text('"username": "admin"')
-    assert visit.strangers == []
+    assert visit.foreign_requests == []
     assert visit.errors == []
 
 
@@ -148,7 +148,7 @@ def test_a_request_to_another_host_is_detected(page: Page, server: Server) -> No
     assert any("Content Security Policy" in error for error in visit.errors)
     with pytest.raises(Error):
         page.goto("http://other.example/page")
-    assert visit.strangers == ["http://other.example/page"]
+    assert visit.foreign_requests == ["http://other.example/page"]
 
 
 def test_no_page_of_another_origin_can_frame_it(page: Page, sites: Sites, server: Server) -> None:

@@ -58,14 +58,14 @@ def listed(request: pytest.FixtureRequest, sites: Sites, page: Page) -> Page:
 
 
 @pytest.fixture
-def guest(sites: Sites, page: Page) -> Page:
+def allowed(sites: Sites, page: Page) -> Page:
     """Open the page under one allowed origin."""
     page.goto(sites.listed["by_address"])
     return page
 
 
 @pytest.fixture(params=["another_name", "another_port", "file", "sandbox"])
-def stranger(request: pytest.FixtureRequest, page: Page, sites: Sites, tmp_path: Path) -> Frame:
+def foreign(request: pytest.FixtureRequest, page: Page, sites: Sites, tmp_path: Path) -> Frame:
     """Open the page under an origin that is not allowed, or is "null"."""
     if request.param == "sandbox":
         page.goto(f"{sites.listed['by_address']}/framed")
@@ -75,7 +75,7 @@ def stranger(request: pytest.FixtureRequest, page: Page, sites: Sites, tmp_path:
         path.write_text(sites.one.page)
         page.goto(path.as_uri())
     else:
-        page.goto(sites.strangers[request.param])
+        page.goto(sites.unlisted[request.param])
     return page.main_frame
 
 
@@ -121,15 +121,15 @@ def test_a_page_logs_in_calls_probes_and_logs_out(listed: Page, server: Server) 
     assert '"valid":false' in ask(listed.main_frame, "/api/token", headers={"X-Token": token})["body"]
 
 
-def test_a_page_leases_from_a_pool_and_ends_its_logins(guest: Page) -> None:
-    token, another = (guest.evaluate(LOG_IN, ["ann", "ann-secret"]) for _ in range(2))
+def test_a_page_leases_from_a_pool_and_ends_its_logins(allowed: Page) -> None:
+    token, another = (allowed.evaluate(LOG_IN, ["ann", "ann-secret"]) for _ in range(2))
     bearer = {"Authorization": f"Bearer {token}"}
     sending = {**bearer, "Content-Type": "application/json"}
-    lease = ask(guest.main_frame, "/api/pools/permits/leases", method="POST", headers=sending, body='{"holder": "p"}')
+    lease = ask(allowed.main_frame, "/api/pools/permits/leases", method="POST", headers=sending, body='{"holder": "p"}')
     assert lease["status"] == 201
     leased = re.findall(r'"token":"(.+?)"', lease["body"])[0]
     done = [
-        ask(guest.main_frame, path, method=method, headers=headers)["status"]
+        ask(allowed.main_frame, path, method=method, headers=headers)["status"]
         for method, path, headers in [
             ("PUT", f"/api/pools/permits/leases/{leased}", bearer),
             ("DELETE", f"/api/pools/permits/leases/{leased}", {"X-Token": token}),
@@ -142,27 +142,27 @@ def test_a_page_leases_from_a_pool_and_ends_its_logins(guest: Page) -> None:
     assert done == [200, 204, 409, 200, 401, 200]
 
 
-def test_a_page_reads_a_wrong_password_and_the_wait(guest: Page, server: Server) -> None:
-    messages = [message(guest, "ann", f"wrong {number}") for number in range(6)]
+def test_a_page_reads_a_wrong_password_and_the_wait(allowed: Page, server: Server) -> None:
+    messages = [message(allowed, "ann", f"wrong {number}") for number in range(6)]
     with server.client() as client:
         refused = client.post("/api/token", json={"username": "ann", "password": "ann-secret"})
     assert refused.status_code == 429
-    assert "password" in message(guest, "ann", 7), "must name the invalid field"
+    assert "password" in message(allowed, "ann", 7), "must name the invalid field"
     assert messages == ["Wrong name or password."] * 5 + [f"Try again in {refused.headers['Retry-After']} seconds."]
 
 
-def test_a_page_reads_the_wait_while_the_store_is_down(guest: Page, server: Server, directory: Path) -> None:
+def test_a_page_reads_the_wait_while_the_store_is_down(allowed: Page, server: Server, directory: Path) -> None:
     with closing(sqlite3.connect(directory / "tokenauth.db", isolation_level=None)) as database:
         database.execute("ALTER TABLE tokens RENAME TO elsewhere")
         try:
-            shown = message(guest, "ann", "ann-secret")
+            shown = message(allowed, "ann", "ann-secret")
         finally:
             database.execute("ALTER TABLE elsewhere RENAME TO tokens")
     assert re.fullmatch(r"Try again in \d+ seconds\.", shown)
 
 
-def test_a_page_can_read_why_it_is_refused(guest: Page) -> None:
-    answers = [ask(guest.main_frame, "/api/me", headers=headers) for headers in ({}, {"X-Token": "x" * 64})]
+def test_a_page_can_read_why_it_is_refused(allowed: Page) -> None:
+    answers = [ask(allowed.main_frame, "/api/me", headers=headers) for headers in ({}, {"X-Token": "x" * 64})]
     assert [answer["status"] for answer in answers] == [401, 401]
     assert [answer["headers"]["www-authenticate"] for answer in answers] == [
         'Bearer realm="tokenauth"',
@@ -170,16 +170,16 @@ def test_a_page_can_read_why_it_is_refused(guest: Page) -> None:
     ]
 
 
-def test_a_page_may_send_only_what_the_service_uses(guest: Page) -> None:
+def test_a_page_may_send_only_what_the_service_uses(allowed: Page) -> None:
     """The browser refuses cookies, other headers and other methods."""
     surplus: list[dict[str, Any]] = [{"credentials": "include"}, {"headers": {"X-Other": "x"}}, {"method": "PATCH"}]
-    assert [ask(guest.main_frame, "/api/token?token=x", **init) for init in surplus] == [REFUSED] * 3
-    assert ask(guest.main_frame, "/api/token?token=x")["status"] == 200
+    assert [ask(allowed.main_frame, "/api/token?token=x", **init) for init in surplus] == [REFUSED] * 3
+    assert ask(allowed.main_frame, "/api/token?token=x")["status"] == 200
 
 
 def test_a_page_of_the_same_origin_needs_no_cors(page: Page, sites: Sites) -> None:
     """Also no cookie is set. The browser would store it here, unlike for a page of another origin."""
-    page.goto(f"{sites.strangers['another_port']}/behind")
+    page.goto(f"{sites.unlisted['another_port']}/behind")
     token = page.evaluate(LOG_IN, ["ann", "ann-secret"])
     assert page.evaluate(WHO_AM_I, token)["username"] == "ann"
     assert page.evaluate(LOG_OUT, token)[0] == 200
@@ -199,15 +199,15 @@ def refusal(frame: Frame, path: str, **init: Any) -> str:
     return console.value.text
 
 
-def test_a_stranger_reads_no_answer(stranger: Frame, sites: Sites, client: httpx.Client) -> None:
+def test_a_foreign_page_reads_no_answer(foreign: Frame, sites: Sites, client: httpx.Client) -> None:
     """It cannot even distinguish a valid token. It can read what allows any origin."""
     token = log_in(client)
     for path in (f"/api/token?token={token}", "/api/token?token=x", "/api/token", "/api/me", "/healthz", "/nothing"):
-        assert "blocked by CORS policy: No 'Access-Control-Allow-Origin' header" in refusal(stranger, path)
-    assert ask(stranger, f"{sites.one.origin('127.0.0.1')}/open")["body"] == "open"
+        assert "blocked by CORS policy: No 'Access-Control-Allow-Origin' header" in refusal(foreign, path)
+    assert ask(foreign, f"{sites.one.origin('127.0.0.1')}/open")["body"] == "open"
 
 
-def test_no_preflighted_request_of_a_stranger_is_sent(stranger: Frame, server: Server, client: httpx.Client) -> None:
+def test_no_preflighted_foreign_request_is_sent(foreign: Frame, server: Server, client: httpx.Client) -> None:
     token = log_in(client, "ann", "ann-secret")
     mine = {"X-Token": token}
     lease = client.post("/api/pools/permits/leases", headers=mine).json()["token"]
@@ -226,7 +226,7 @@ def test_no_preflighted_request_of_a_stranger_is_sent(stranger: Frame, server: S
     ]
     for method, path, headers, body in sent:
         init = {"method": method, "headers": headers} | ({} if body is None else {"body": body})
-        assert "blocked by CORS policy: Response to preflight request" in refusal(stranger, path, **init)
+        assert "blocked by CORS policy: Response to preflight request" in refusal(foreign, path, **init)
     after = served(server, client)
     assert after[: len(before)] == before
     assert {method for method, _ in after[len(before) :]} == {"OPTIONS"}
@@ -237,7 +237,7 @@ def test_no_preflighted_request_of_a_stranger_is_sent(stranger: Frame, server: S
 
 def test_a_foreign_login_without_preflight_is_not_tried(page: Page, sites: Sites, server: Server) -> None:
     """Browsers send bodies of these types, or without a type, without a preflight. They drop other types."""
-    page.goto(sites.strangers["another_name"])
+    page.goto(sites.unlisted["another_name"])
     counts = {}
     for kind in (*FORMS, "application/json", ""):
         before = attempts(server)
@@ -246,9 +246,9 @@ def test_a_foreign_login_without_preflight_is_not_tried(page: Page, sites: Sites
     assert counts == dict.fromkeys(counts, 0)
 
 
-def test_no_form_of_a_stranger_logs_in(page: Page, sites: Sites, server: Server) -> None:
+def test_no_form_of_a_foreign_page_logs_in(page: Page, sites: Sites, server: Server) -> None:
     """Browsers send forms to any origin, and a form of type text/plain can contain JSON."""
-    page.goto(sites.strangers["another_name"])
+    page.goto(sites.unlisted["another_name"])
     before = attempts(server)
     with page.expect_navigation() as navigation:
         page.evaluate(_SUBMIT, [LOGIN[:-1] + ', "more": "', '"}'])

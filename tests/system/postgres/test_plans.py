@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tests.contract.test_pool_cost import CHEAP, FEW, LENT, rows
+from tests.contract.test_pool_cost import CHEAP, FEW, LEASED, rows
 from tests.promises.test_12_cost import CHANGES, EACH, digest, kind
 from tests.support.servers import START
 from tests.support.steps import DirectEngine
@@ -149,7 +149,7 @@ async def test_plans_of_empty_tables_stay_cheap_when_they_grow(direct: Direct) -
         await direct.rows_read(ask)
     for statement in _FILL:
         await direct.execute(statement.format(many=MANY, each=EACH, start=int(START)))
-    await direct.fill((row for pool, lent in LENT.items() for row in rows(pool, lent, MANY)))
+    await direct.fill((row for pool, leased in LEASED.items() for row in rows(pool, leased, MANY)))
     rows_read = {name: await direct.rows_read(ask) for name, ask in OPERATIONS.items()}
     assert {name: count for name, count in rows_read.items() if count > MOST} == {}
     assert sum(rows_read.values()) > len(OPERATIONS), "must count rows"

@@ -108,8 +108,8 @@ async def test_a_cancelled_caller_leaves_the_lookup_to_others(connect: Connect, 
 
 
 async def test_an_abandoned_lookup_fails_silently(connect: Connect, issuer: HeldIssuer) -> None:
-    complaints: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     tokens = connect()
     issuer.gate.clear()
     issuer.reply = lambda _: (500, b"")
@@ -123,7 +123,7 @@ async def test_an_abandoned_lookup_fails_silently(connect: Connect, issuer: Held
     gc.collect()
     await turns()
     assert not tokens._tasks
-    assert complaints == []
+    assert errors == []
 
 
 async def test_an_expired_token_is_not_taken_from_the_cache(connect: Connect, issuer: HeldIssuer, wall: Hand) -> None:
