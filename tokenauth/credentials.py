@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tokenauth.addresses import location, network
 from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
-from tokenauth.login_queue import Gone, never_gone
+from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import Instant, User
 from tokenauth.passwords import CannotHash, Passwords, is_text, password_problem
@@ -36,18 +36,18 @@ class _Cached(NamedTuple):
 
 
 class _SharedCheck:
-    """A password check that several requests wait for. It is abandoned when all of their clients have gone."""
+    """A password check that several requests wait for. It is abandoned when all of their clients have disconnected."""
 
-    def __init__(self, check: Callable[[Gone], Coroutine[Any, Any, tuple[User, str]]]) -> None:
-        self._waiting: list[Gone] = []
-        self.task = asyncio.ensure_future(check(self._all_gone))
+    def __init__(self, check: Callable[[DisconnectCheck], Coroutine[Any, Any, tuple[User, str]]]) -> None:
+        self._waiting: list[DisconnectCheck] = []
+        self.task = asyncio.ensure_future(check(self._all_disconnected))
 
-    def join(self, gone: Gone) -> Awaitable[tuple[User, str]]:
-        self._waiting.append(gone)
+    def join(self, disconnected: DisconnectCheck) -> Awaitable[tuple[User, str]]:
+        self._waiting.append(disconnected)
         return asyncio.shield(self.task)
 
-    def _all_gone(self) -> bool:
-        return all(gone() for gone in self._waiting)
+    def _all_disconnected(self) -> bool:
+        return all(disconnected() for disconnected in self._waiting)
 
 
 class Credentials:
@@ -62,15 +62,19 @@ class Credentials:
         self._cache: dict[tuple[str, str], _Cached] = {}
         self._checks: dict[tuple[object, ...], _SharedCheck] = {}
 
-    async def verify(self, candidate: Candidate, address: str, gone: Gone = never_gone) -> User:
+    async def verify(
+        self, candidate: Candidate, address: str, disconnected: DisconnectCheck = never_disconnected
+    ) -> User:
         """Return the user if the password matches.
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
-        user, _ = await self._verify([candidate], address, gone)
+        user, _ = await self._verify([candidate], address, disconnected)
         return user
 
-    async def verify_cached(self, candidates: Sequence[Candidate], address: str, gone: Gone = never_gone) -> User:
+    async def verify_cached(
+        self, candidates: Sequence[Candidate], address: str, disconnected: DisconnectCheck = never_disconnected
+    ) -> User:
         """Return the user if one of the candidates matches, for clients that send a password with each request.
 
         `candidates` are the possible readings of the same bytes. Together they count as one attempt.
@@ -88,7 +92,7 @@ class Credentials:
         if check is None:
             check = self._checks[key] = _SharedCheck(partial(self._verify, candidates, address, compared=compared))
             check.task.add_done_callback(lambda _: self._checks.pop(key))
-        user, password = await check.join(gone)
+        user, password = await check.join(disconnected)
         self._store(user, password, address, now)
         return user
 
@@ -124,7 +128,7 @@ class Credentials:
             del self._cache[next(iter(self._cache))]
 
     async def _verify(
-        self, candidates: Sequence[Candidate], address: str, gone: Gone, compared: bool = False
+        self, candidates: Sequence[Candidate], address: str, disconnected: DisconnectCheck, compared: bool = False
     ) -> tuple[User, str]:
         """Return the user, and which password matched."""
         possible = [Candidate(canonical(name), password) for name, password in _possible(candidates)]
@@ -133,7 +137,7 @@ class Credentials:
         shown = " or ".join(name for name in names if name in self._users) or "(unknown)"
         try:
             # Unknown names are counted too: otherwise the throttle would reveal which names exist.
-            async with self._throttle.attempt(names, address, gone, compared=compared) as attempt:
+            async with self._throttle.attempt(names, address, disconnected, compared=compared) as attempt:
                 user, password = await self._passwords.verify(
                     [candidate for candidate in dict.fromkeys(possible) if candidate.username in attempt.names]
                 )

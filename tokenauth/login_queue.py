@@ -31,11 +31,11 @@ MAX_DELAYED = 2000
 STRANGER_SHARE = 4
 """One turn in this many goes to a stranger while known users and strangers wait."""
 
-Gone = Callable[[], bool]
+DisconnectCheck = Callable[[], bool]
 """Returns whether the client has disconnected, so that no one would receive the answer."""
 
 
-def never_gone() -> bool:
+def never_disconnected() -> bool:
     """Return False, for callers that cannot know whether the client has disconnected."""
     return False
 
@@ -43,14 +43,14 @@ def never_gone() -> bool:
 class Turn:
     """A login's place in the queue, and what it occupies while its password is checked."""
 
-    __slots__ = ("deadline", "future", "gone", "known", "limits", "path", "running", "slot", "timer")
+    __slots__ = ("deadline", "disconnected", "future", "known", "limits", "path", "running", "slot", "timer")
 
     def __init__(
         self,
         path: Sequence[str],
         limits: Mapping[bytes, int],
         slot: bool = True,
-        gone: Gone = never_gone,
+        disconnected: DisconnectCheck = never_disconnected,
         known: bool = False,
     ) -> None:
         """Create a turn, to be passed to `LoginQueue.enter`.
@@ -62,7 +62,7 @@ class Turn:
         self.known = known
         self.limits = limits
         self.slot = slot
-        self.gone = gone
+        self.disconnected = disconnected
         self.running = False
         self.deadline = 0.0
         self.future: asyncio.Future[None] | None = None
@@ -255,20 +255,20 @@ class LoginQueue:
         if turn.future is not None and not turn.future.done():
             turn.future.set_exception(Overloaded())
 
-    def _drop_if_gone(self, turn: Turn) -> bool:
+    def _drop_if_disconnected(self, turn: Turn) -> bool:
         """Remove a turn if its client has disconnected; return whether it has."""
-        gone = turn.gone()
-        if gone:
+        disconnected = turn.disconnected()
+        if disconnected:
             self._remove(turn)
             if turn.future is not None and not turn.future.done():
                 turn.future.set_exception(ClientGone())
-        return gone
+        return disconnected
 
     async def _make_room(self, turn: Turn) -> None:
         """Refuse the newest turn of the longest line of its class. Raises Overloaded if that is `turn` itself."""
         waiting = self._waiting[turn.known]
         for each in list(waiting.turns()):
-            self._drop_if_gone(each)
+            self._drop_if_disconnected(each)
         if waiting.size < self._room:
             return
         displaced = waiting.displaced_by(turn.path)
@@ -303,6 +303,6 @@ class LoginQueue:
         for known in (not strangers_first, strangers_first):
             for line in self._waiting[known].lines():
                 while line and self.can_start(line[0]):
-                    if not self._drop_if_gone(line[0]):
+                    if not self._drop_if_disconnected(line[0]):
                         return line[0]
         return None

@@ -44,7 +44,7 @@ from typing import NamedTuple
 from tokenauth.addresses import location, network, region
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
-from tokenauth.login_queue import Gone, LoginQueue, Turn, never_gone
+from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
 from tokenauth.models import CountUpdate, Failures, Instant
 from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Store
@@ -135,12 +135,17 @@ class Throttle:
 
     @asynccontextmanager
     async def attempt(
-        self, names: Sequence[str], address: str, gone: Gone = never_gone, hashes: bool = True, compared: bool = False
+        self,
+        names: Sequence[str],
+        address: str,
+        disconnected: DisconnectCheck = never_disconnected,
+        hashes: bool = True,
+        compared: bool = False,
     ) -> AsyncIterator[Attempt]:
         """Admit an attempt, and count a failure of each name if the body raises InvalidCredentials.
 
         names: the names that the request may mean. The attempt may be for only some of them.
-        gone: returns whether the client has disconnected.
+        disconnected: returns whether the client has disconnected.
         hashes: the attempt needs a hashing thread.
         compared: the password was already compared with a cached one and did not match. So if this attempt is refused,
         it counts as a failure too.
@@ -153,7 +158,7 @@ class Throttle:
             states, limits = await self._check(keys)
             known = next((state.keys.username for state in states if state.known), None)
             path = (region(address), network(address), names[0]) if known is None else (known,)
-            turn = Turn(path, limits, hashes, gone, known is not None)
+            turn = Turn(path, limits, hashes, disconnected, known is not None)
             waited = await self._queue.enter(turn)
             while waited:  # others may have failed in the meantime
                 states, limits = await self._check(keys)

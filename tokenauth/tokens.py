@@ -8,7 +8,7 @@ from tokenauth.addresses import network
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
-from tokenauth.login_queue import Gone, never_gone
+from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, IssuedToken, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
@@ -41,27 +41,34 @@ class Tokens:
         self.revocations = RevocationQueue(store, clock)
 
     async def issue(
-        self, username: str, password: str, address: str, user_agent: str, gone: Gone = never_gone
+        self,
+        username: str,
+        password: str,
+        address: str,
+        user_agent: str,
+        disconnected: DisconnectCheck = never_disconnected,
     ) -> IssuedToken:
         """Log in: return a new token if the password matches.
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
-        user = await self._credentials.verify(Candidate(username, password), address, gone)
-        return await self.grant(user, address, user_agent, gone)
+        user = await self._credentials.verify(Candidate(username, password), address, disconnected)
+        return await self.grant(user, address, user_agent, disconnected)
 
-    async def grant(self, user: User, address: str, user_agent: str, gone: Gone = never_gone) -> IssuedToken:
+    async def grant(
+        self, user: User, address: str, user_agent: str, disconnected: DisconnectCheck = never_disconnected
+    ) -> IssuedToken:
         """Issue a token to a user who is already authenticated. Raises ClientGone or StoreUnavailable."""
         try:
-            return await self._grant(user, address, user_agent, gone)
+            return await self._grant(user, address, user_agent, disconnected)
         except RetryLater as refusal:
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
 
-    async def _grant(self, user: User, address: str, user_agent: str, gone: Gone) -> IssuedToken:
+    async def _grant(self, user: User, address: str, user_agent: str, disconnected: DisconnectCheck) -> IssuedToken:
         if self.revocations.problem is not None:  # the new token would be revoked with all others
             raise StoreUnavailable
-        if gone():
+        if disconnected():
             raise ClientGone
         now = self._clock()
         value = values.new_value()
@@ -108,7 +115,9 @@ class Tokens:
         if digest is not None:
             await self._revoke(digest)
 
-    async def log_out(self, candidates: Iterable[bytes], address: str, gone: Gone = never_gone) -> None:
+    async def log_out(
+        self, candidates: Iterable[bytes], address: str, disconnected: DisconnectCheck = never_disconnected
+    ) -> None:
         """Revoke tokens, even while the store cannot be written: then this machine refuses them until they are written.
 
         If too many revocations wait to be written, no token is accepted. Each network has a limited share of the queue:
@@ -117,9 +126,9 @@ class Tokens:
         digests = list({digest: None for value in candidates if (digest := values.digest(value)) is not None})
         for start in range(0, len(digests), _LOG_OUT_BATCH):
             batch = digests[start : start + _LOG_OUT_BATCH]
-            await asyncio.gather(*(self._log_out(digest, network(address), gone) for digest in batch))
+            await asyncio.gather(*(self._log_out(digest, network(address), disconnected) for digest in batch))
 
-    async def _log_out(self, digest: bytes, source: str, gone: Gone) -> None:
+    async def _log_out(self, digest: bytes, source: str, disconnected: DisconnectCheck) -> None:
         while digest not in self.revocations.held:
             if await self._try_revoke(digest):
                 return
@@ -127,7 +136,7 @@ class Tokens:
                 await asyncio.sleep(0)  # the main process learns of it before the client gets an answer
                 return
             await asyncio.sleep(revocation_queue.RETRY)
-            if gone():
+            if disconnected():
                 raise ClientGone
 
     async def _try_revoke(self, digest: bytes) -> bool:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.support.journal import until
 from tokenauth.server.protocol import BoundedProtocol
-from tokenauth.web.asgi_extensions import client_gone
+from tokenauth.web.asgi_extensions import client_disconnected
 
 
 @contextmanager
@@ -62,7 +62,7 @@ class Gate:
 
     def gone(self) -> list[bool]:
         """Return, for each request, whether its client has gone."""
-        return [client_gone(scope) for scope in self.scopes]
+        return [client_disconnected(scope) for scope in self.scopes]
 
     def await_arrivals(self, count: int) -> None:
         """Wait until `count` requests have arrived."""
@@ -71,7 +71,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
         await asyncio.to_thread(self._open.wait)
-        self.answered_gone.append(client_gone(scope))
+        self.answered_gone.append(client_disconnected(scope))
         body = scope["path"].encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})

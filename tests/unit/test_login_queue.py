@@ -78,8 +78,8 @@ async def test_a_full_queue_drops_from_the_longest_line() -> None:
 async def test_a_cancelled_waiter_frees_its_place() -> None:
     queue, holder = LoginQueue(1, 2), turn("x", "x")
     await queue.enter(holder)
-    gone = [Turn(("region of a", "a", "ann"), {}, gone=lambda: True) for _ in range(2)]
-    tasks = await begin(queue, gone)
+    disconnected = [Turn(("region of a", "a", "ann"), {}, disconnected=lambda: True) for _ in range(2)]
+    tasks = await begin(queue, disconnected)
     (late,) = await begin(queue, [turn("a", "ann")])
     for task in tasks:
         with pytest.raises(ClientGone):

@@ -37,7 +37,7 @@ from tokenauth.web.exceptions import (
     InvalidClient,
     InvalidScope,
     NotFound,
-    RetryableError,
+    RetryableInternalError,
     UnsupportedGrantType,
 )
 from tokenauth.web.openapi import (
@@ -293,7 +293,14 @@ FORWARD_AUTH = Section(
                     },
                 )
             ],
-            refusals=[TokenRequired, InvalidToken, InsufficientScope, Forbidden, StoreUnavailable, RetryableError],
+            refusals=[
+                TokenRequired,
+                InvalidToken,
+                InsufficientScope,
+                Forbidden,
+                StoreUnavailable,
+                RetryableInternalError,
+            ],
             security=[(X_TOKEN,), (BEARER,)],
         )
     ],

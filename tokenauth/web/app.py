@@ -96,9 +96,9 @@ def find_routes(service: Service) -> list[Route]:
     Starlette tries one after the other, in half a microsecond each: those of leases are first.
     """
     config, tokens = service.settings, service.tokens
-    hosts = Hosts.of(config.server, config.oauth.issuer)
+    hosts = Hosts.from_settings(config.server, config.oauth.issuer)
     with_token = [Middleware(TokenMiddleware, tokens)]
-    csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, safe=True)]
+    csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [
         *AccountRoutes(tokens).routes(with_token),

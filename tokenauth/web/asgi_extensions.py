@@ -7,7 +7,7 @@ CLIENT = "tokenauth.client"
 """The extension in a request's scope that tells whether the client has disconnected: `{"gone": bool}`."""
 
 
-def client_gone(scope: Mapping[str, Any]) -> bool:
+def client_disconnected(scope: Mapping[str, Any]) -> bool:
     """Return whether the client has disconnected, so that no one would receive the answer. Costs next to nothing.
 
     It is False under a server that does not offer the extension.

@@ -36,7 +36,7 @@ class Hosts:
         self._names = names
 
     @classmethod
-    def of(cls, server: ServerSettings, issuer: str) -> "Hosts":
+    def from_settings(cls, server: ServerSettings, issuer: str) -> "Hosts":
         """Limit the names if they are known: there is an issuer, or only this machine can reach the service."""
         names = {urlsplit(issuer).hostname or ""} if issuer else set()
         limited = bool(issuer) or (server.loopback and not server.trusted_proxies)
@@ -70,12 +70,15 @@ class Hosts:
 class CsrfMiddleware:
     """ASGI middleware that refuses requests of pages whose origin is neither listed nor the service's own."""
 
-    def __init__(self, app: ASGIApp, origins: Collection[str], hosts: Hosts, safe: bool = False) -> None:
-        """Allow pages of `origins`, and of this service at `hosts`. With `safe`, all pages may send safe methods."""
+    def __init__(self, app: ASGIApp, origins: Collection[str], hosts: Hosts, allow_safe_methods: bool = False) -> None:
+        """Allow pages of `origins`, and of this service at `hosts`.
+
+        `allow_safe_methods`: pages of any origin may send GET, HEAD and OPTIONS.
+        """
         self._app = app
         self._origins = frozenset(origin.encode() for origin in origins)
         self._hosts = hosts
-        self._allowed_methods = _SAFE if safe else frozenset[str]()
+        self._allowed_methods = _SAFE if allow_safe_methods else frozenset[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one request. Raises ForeignOrigin."""

@@ -75,8 +75,8 @@ class InternalError(Refusal):
     description = "Something went wrong on the server. Its log says where."
 
 
-class RetryableError(RetryLater):
-    """An unexpected exception where 500 would be misread, such as by a reverse proxy."""
+class RetryableInternalError(RetryLater):
+    """InternalError with status 503, where a 500 would be misread, such as by a reverse proxy."""
 
     code = InternalError.code
     description = InternalError.description

@@ -13,7 +13,7 @@ from tokenauth.web.responses import refusal_response
 
 _DENIAL = "websocket.http.response"
 _WITHOUT_BODY = frozenset({"GET", "HEAD", None})
-_NOT_A_NAME = frozenset({"", ".", ".."})
+_UNSAFE_SEGMENTS = frozenset({"", ".", ".."})
 
 
 class TokenMiddleware:
@@ -69,7 +69,7 @@ class TokenMiddleware:
             await refusal_response(body.refusal)(scope, receive, send)
 
     async def _check_again(self, scope: Scope) -> Refusal | None:
-        """Return why an accepted request must be refused now, or None: its token may have been revoked meanwhile."""
+        """Check an accepted request again; return a Refusal if its token is no longer valid."""
         user: Identity = scope["user"]
         try:
             login = await self._login(scope)
@@ -107,11 +107,13 @@ class TokenMiddleware:
             path = path[len(root) :]
         if path in self._exempt:
             return True
-        return path.startswith(self._exempt_below) and _NOT_A_NAME.isdisjoint(path[1:].removesuffix("/").split("/"))
+        return path.startswith(self._exempt_below) and _UNSAFE_SEGMENTS.isdisjoint(
+            path[1:].removesuffix("/").split("/")
+        )
 
 
 def _is_received(receive: Receive) -> bool:
-    """Return whether all of a body has been received. It is, under uvicorn, for nearly all requests."""
+    """Return whether all of a body has been received. Under uvicorn, nearly all bodies have been."""
     return getattr(getattr(receive, "__self__", None), "more_body", True) is False
 
 
@@ -138,7 +140,7 @@ class _Body:
     async def receive(self) -> Message:
         if self.refusal is not None:
             return {"type": "http.disconnect"}
-        part = _Watched(self._receive())
+        part = _SuspensionProbe(self._receive())
         message: Message = await part
         if message["type"] == "http.request":
             self._late = self._late or part.waited
@@ -157,7 +159,7 @@ class _Body:
             await self._send(message)
 
 
-class _Watched(Generator[Any, Any, Message]):
+class _SuspensionProbe(Generator[Any, Any, Message]):
     """An awaitable that records whether it had to wait."""
 
     __slots__ = ("_awaited", "waited")

@@ -33,7 +33,7 @@ from tokenauth.web.exceptions import (
     InvalidClient,
     InvalidScope,
     NotFound,
-    RetryableError,
+    RetryableInternalError,
     UnsupportedGrantType,
     UnsupportedMediaType,
 )
@@ -187,7 +187,7 @@ _REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
         (TooManyAttempts(), "Too many failed logins. Wait for `Retry-After` seconds."),
         (Overloaded(), "The server is overloaded. Try again shortly."),
         (StoreUnavailable(), "The database is unavailable. This says nothing about any token."),
-        (RetryableError(), "An unexpected error. This says nothing about the token."),
+        (RetryableInternalError(), "An unexpected error. This says nothing about the token."),
     )
 }
 """An example of each refusal, and its text for callers."""

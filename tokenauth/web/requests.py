@@ -1,4 +1,4 @@
-"""Requests: Starlette's, read strictly. What is ambiguous, too long or incomplete is refused."""
+"""A stricter starlette.requests.Request: it refuses what is ambiguous, too long or incomplete."""
 
 import base64
 import json
@@ -13,10 +13,10 @@ from starlette import requests
 from starlette.types import Scope
 
 from tokenauth.errors import ClientGone, InvalidRequest
-from tokenauth.login_queue import Gone
+from tokenauth.login_queue import DisconnectCheck
 from tokenauth.models import Identity, Token
 from tokenauth.nesting import json_opens_more_than
-from tokenauth.web.asgi_extensions import client_gone
+from tokenauth.web.asgi_extensions import client_disconnected
 from tokenauth.web.client_address import client_address
 from tokenauth.web.exceptions import BodyTooLarge, UnsupportedMediaType
 from tokenauth.web.urlencoding import parse_fields
@@ -24,26 +24,26 @@ from tokenauth.web.urlencoding import parse_fields
 T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_BODY = 16 * 1024
-"""Bytes of a body; of a longer one no more are read."""
+"""Maximum size of a body, in bytes. The rest is not read."""
 
 MAX_QUERY = 8 * 1024
-"""Bytes of a query."""
+"""Maximum size of a query, in bytes."""
 
 MAX_FIELDS = 100
-"""Fields of a query or a form."""
+"""Maximum number of fields in a query or a form."""
 
 MAX_NESTED = 32
-"""Arrays and objects in a JSON body. Every body is one flat object."""
+"""Maximum number of arrays and objects in a JSON body. Every body is one flat object."""
 
 MAX_USER_AGENT = 256
-"""Characters of a User-Agent that are kept."""
+"""Maximum length of a User-Agent, in characters. The rest is cut off."""
 
 _FORM = b"application/x-www-form-urlencoded"
 _HARMLESS_NAME = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
 
 
 class Request(requests.Request):
-    """Starlette's request, with methods that raise a refusal for what cannot be read."""
+    """A request whose accessors raise Refusal for invalid input."""
 
     @property
     def user(self) -> Identity:
@@ -71,7 +71,7 @@ class Request(requests.Request):
 
     @property
     def client_address(self) -> str:
-        """The IP address of the client, as a trusted proxy names it."""
+        """The IP address of the client, as reported by a trusted proxy if there is one."""
         return client_address(self.scope)
 
     @property
@@ -80,13 +80,13 @@ class Request(requests.Request):
         return (self.header(b"user-agent") or b"")[:MAX_USER_AGENT].decode("latin-1")
 
     @property
-    def gone(self) -> Gone:
+    def disconnect_check(self) -> DisconnectCheck:
         """A function that returns whether the client has disconnected."""
-        return partial(client_gone, self.scope)
+        return partial(client_disconnected, self.scope)
 
-    def refuse_gone(self) -> None:
-        """Raise ClientGone if the client has disconnected, so that nothing is issued that no one receives."""
-        if client_gone(self.scope):
+    def raise_if_disconnected(self) -> None:
+        """Raise ClientGone if the client has disconnected, so that no token is issued to it."""
+        if client_disconnected(self.scope):
             raise ClientGone
 
     def header(self, name: bytes) -> bytes | None:

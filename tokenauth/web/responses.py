@@ -35,7 +35,7 @@ from tokenauth.web.exceptions import (
     InvalidScope,
     MethodNotAllowed,
     NotFound,
-    RetryableError,
+    RetryableInternalError,
     UnsupportedGrantType,
     UnsupportedMediaType,
 )
@@ -72,12 +72,12 @@ STATUS: dict[type[Refusal], int] = {
     Overloaded: 503,
     IssuerUnavailable: 503,
     StoreUnavailable: 503,
-    RetryableError: 503,
+    RetryableInternalError: 503,
 }
 
 
 class NoStoreResponse(Response):
-    """A response that no cache may store: nearly all of ours carry or judge a token."""
+    """A response that no cache may store: nearly all contain a token, or tell whether one is valid."""
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
         """Add Cache-Control to the headers."""

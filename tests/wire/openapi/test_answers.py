@@ -47,7 +47,7 @@ from tokenauth.web.exceptions import (
     InvalidScope,
     MethodNotAllowed,
     NotFound,
-    RetryableError,
+    RetryableInternalError,
     UnsupportedGrantType,
     UnsupportedMediaType,
 )
@@ -144,7 +144,7 @@ TESTED_BELOW = {
 }
 """Refusals with their own tests below."""
 
-UNDOCUMENTED = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableError}
+UNDOCUMENTED = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableInternalError}
 """Refusals that no operation documents: unsupported methods, internal errors, closed connections."""
 
 

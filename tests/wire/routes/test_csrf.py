@@ -139,7 +139,7 @@ def test_pages_may_use_only_hosts_of_the_service(case: str) -> None:
     server, issuer, host, allowed = HOSTS[case]
     scope = {"headers": [(b"host", host.encode()), (b"sec-fetch-site", b"same-origin")]}
     try:
-        Hosts.of(server, issuer).check(scope)
+        Hosts.from_settings(server, issuer).check(scope)
     except ForeignOrigin:
         assert not allowed
     else:

@@ -72,7 +72,7 @@ class RandomTokenGenerator:
     async def generate(self, request: Request) -> Response:
         pool = self._pools.find_managed(self._pool.name, request.identity)
         body = await request.json_body(_generate_decoder, empty=GenerateTokensRequest())
-        request.refuse_gone()
+        request.raise_if_disconnected()
         try:
             tokens = await self._pools.generate(pool, body.count)
         except PoolFull:
@@ -80,7 +80,7 @@ class RandomTokenGenerator:
         return JSONResponse(TokensAnswer(list(tokens)))
 
     async def assign(self, request: Request) -> Response:
-        request.refuse_gone()
+        request.raise_if_disconnected()
         try:
             token = await self._pools.assign(self._pool, request.username or NAME, request.username)
         except NoFreeToken:

@@ -52,7 +52,7 @@ class SimpleTokenImplement:
 
     async def issue(self, request: Request) -> Response:
         info = _info(request)
-        request.refuse_gone()
+        request.raise_if_disconnected()
         leased, left = await self._pools.acquire(self._pool, request.username or NAME, request.username)
         if not leased:
             return JSONResponse(PermitAnswer("No tokens available.", 0, info), 429)
@@ -94,7 +94,7 @@ class SimpleTokenImplement:
             self._throttle.return_permit(NAME, address, permit)
             return
         compared = permit is not None
-        async with self._throttle.attempt([NAME], address, request.gone, hashes=False, compared=compared):
+        async with self._throttle.attempt([NAME], address, request.disconnect_check, hashes=False, compared=compared):
             if not self._matches(sent):
                 raise InvalidCredentials
 

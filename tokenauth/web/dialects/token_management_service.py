@@ -66,7 +66,7 @@ class TokenManagementService:
         }
 
     async def generate(self, request: Request) -> Response:
-        request.refuse_gone()
+        request.raise_if_disconnected()
         pool = self._pools.find_managed(self._pool.name, request.identity)
         try:
             [token] = await self._pools.generate(pool, 1)
@@ -78,7 +78,7 @@ class TokenManagementService:
         body = await _body(request)
         if not body.client_id:
             return _outcome("client_id is required", 400)
-        request.refuse_gone()
+        request.raise_if_disconnected()
         holder = check_name(body.client_id, "client_id")
         try:
             token = await self._pools.assign(self._pool, holder, request.username)

@@ -64,7 +64,7 @@ class TokenPool:
         return handlers | {f"{path}/": methods for path, methods in handlers.items()}
 
     async def generate(self, request: Request) -> Response:
-        request.refuse_gone()
+        request.raise_if_disconnected()
         pool = self._pools.find_managed(self._pool.name, request.identity)
         [token] = await self._pools.generate(pool, 1)
         return JSONResponse(UuidAnswer(token))
@@ -79,7 +79,7 @@ class TokenPool:
         return JSONResponse(ResponseAnswer("Token deleted successfully"))
 
     async def block(self, request: Request) -> Response:
-        request.refuse_gone()
+        request.raise_if_disconnected()
         try:
             token = await self._pools.assign(self._pool, request.username or NAME, request.username)
         except NoFreeToken:

@@ -13,7 +13,7 @@ from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, Inval
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
-from tokenauth.web.exceptions import RetryableError
+from tokenauth.web.exceptions import RetryableInternalError
 from tokenauth.web.requests import bearer, query_pairs
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
@@ -60,7 +60,7 @@ class ForwardAuth(Endpoint):
             return
         except Exception as error:
             log.error("unexpected_error", at=safe_traceback(error))
-            await refusal_response(RetryableError())(scope, receive, send)
+            await refusal_response(RetryableInternalError())(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})

@@ -94,7 +94,7 @@ class OAuthRoutes:
             raise UnsupportedGrantType
         if not set(form.get("scope", "").split(" ")) <= {*user.scopes, ""}:
             raise InvalidScope
-        issued = await self._tokens.grant(user, request.client_address, request.user_agent, request.gone)
+        issued = await self._tokens.grant(user, request.client_address, request.user_agent, request.disconnect_check)
         lifetime = issued.token.expires_at - int(issued.token.issued_at)
         granted = GrantAnswer(issued.value, lifetime, " ".join(user.scopes))
         return JSONResponse(granted, headers=[(b"pragma", b"no-cache")])
@@ -139,7 +139,9 @@ class OAuthRoutes:
     async def _client(self, request: Request, form: Form) -> User:
         """Return the client that authenticates. Raises InvalidClient, InvalidRequest or a RetryLater."""
         try:
-            return await self._credentials.verify_cached(_claimed(request, form), request.client_address, request.gone)
+            return await self._credentials.verify_cached(
+                _claimed(request, form), request.client_address, request.disconnect_check
+            )
         except InvalidCredentials:
             raise InvalidClient from None
 

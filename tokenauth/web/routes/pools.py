@@ -122,7 +122,7 @@ class PoolRoutes:
     async def generate(self, request: Request) -> Response:
         pool = self._managed(request)
         body = await request.json_body(_generate, empty=GenerateRequest())
-        request.refuse_gone()
+        request.raise_if_disconnected()
         return JSONResponse(GeneratedAnswer([*await self._pools.generate(pool, body.count)]), 201)
 
     async def show_token(self, request: Request) -> Response:
@@ -141,7 +141,7 @@ class PoolRoutes:
         body = await request.json_body(_assign, empty=_EMPTY_ASSIGN)
         username = request.user.username
         holder = username if body.holder is None else check_name(body.holder)
-        request.refuse_gone()
+        request.raise_if_disconnected()
         return _lease(pool, await self._pools.assign(pool, holder, username), 201)
 
     async def keep_alive(self, request: Request) -> Response:

@@ -46,8 +46,8 @@ class LogOutRequest(msgspec.Struct):
 _credentials = msgspec.json.Decoder(LogInRequest)
 
 
-class Probe(Endpoint):
-    """GET /api/token: is a token valid? An ASGI app: as a handler it would lose 4 % of its rate."""
+class CheckToken(Endpoint):
+    """GET /api/token: is a token valid? A plain ASGI app, since a handler would cost 4 % of the throughput."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
@@ -75,19 +75,19 @@ class TokenRoutes:
 
     def routes(self) -> list[Route]:
         """List the routes."""
-        return [Route(PATH, {"GET": Probe(self._tokens), "POST": self.log_in, "DELETE": self.log_out})]
+        return [Route(PATH, {"GET": CheckToken(self._tokens), "POST": self.log_in, "DELETE": self.log_out})]
 
     async def log_in(self, request: Request) -> Response:
         self._hosts.check(request.scope)
         body = await request.json_body(_credentials)
         issued = await self._tokens.issue(
-            body.username, body.password, request.client_address, request.user_agent, request.gone
+            body.username, body.password, request.client_address, request.user_agent, request.disconnect_check
         )
         return JSONResponse(TokenAnswer(issued.value, issued.token.expires_at))
 
     async def log_out(self, request: Request) -> Response:
         tokens = await find_logout_tokens(request)
-        await self._tokens.log_out(tokens, request.client_address, request.gone)
+        await self._tokens.log_out(tokens, request.client_address, request.disconnect_check)
         return NoStoreResponse(_INVALID, media_type="application/json")
 
 
