@@ -4,6 +4,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from passlib.hash import argon2
 
 from tests.support.processes import Forked
 from tests.support.servers import USERS, Server, log_in, probe, serve, worker, write_config
+from tests.support.skipping import skip_without
 from tokenauth import __version__
 from tokenauth.settings import loader
 from tokenauth.stores.schema import HEAD
@@ -286,7 +288,11 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
     ),
     "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is not supported"),
     "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
-    "no directory": (["migrate", "--config", "nowhere.toml"], "", "the database /no/such/place.db cannot be used: "),
+    "no directory": (
+        ["migrate", "--config", "nowhere.toml"],
+        "",
+        "the database /no/such/place.db cannot be used: the directory /no/such does not exist; create it, or change",
+    ),
     "not a database": (["tokens", "list", "--config", "text.toml"], "", "cannot be used: file is not a database"),
     "a short password": (USER_ADD, "short\n", "The password must have 8 to 1024 characters"),
     "a long password": (
@@ -525,3 +531,52 @@ def test_a_name_that_is_a_variable_is_refused(home: Path, name: str) -> None:
     assert refused.returncode == 1
     assert "a user name cannot contain '${'" in refused.stderr
     assert path.read_bytes() == before
+
+
+UNUSABLE = {
+    "no directory": ("", "/no/such/place.db", "database.url: the directory /no/such does not exist; create it, or"),
+    "a file for a directory": ("", "{home}/config.toml/x.db", "config.toml is not a directory; change database.url"),
+    "a directory": ("", "{home}", " is a directory; add a file name to database.url"),
+    "another file": ("", "{home}/config.toml", "config.toml is not an SQLite database; move it away, or change"),
+    "an unknown host": ("example.invalid", "{home}/t.db", "server.host: 'example.invalid' cannot be resolved: "),
+    "a foreign address": ("192.0.2.7", "{home}/t.db", "server.host: '192.0.2.7' cannot be listened on: "),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_check_refuses_what_serve_cannot_use(tmp_path: Path, name: str) -> None:
+    host, database, says = UNUSABLE[name]
+    server = f"server = {{host = '{host}', accept_risks = ['weak_hash']}}\n" if host else ""
+    url = f"sqlite+aiosqlite:///{database.format(home=tmp_path)}"
+    path = tmp_path / "config.toml"
+    path.write_text(f"{server}database.url = '{url}'\n{USERS}")
+    path.chmod(0o600)
+    found = mistake(run(tmp_path, "check"))
+    assert found.startswith("config.toml: ")
+    assert says in found
+    assert os.listdir(tmp_path) == ["config.toml"], "it only looks"
+    served = run(tmp_path, "serve", *(() if host else ("--port", "0")))
+    assert served.returncode == 3
+    assert name == "another file" or says.removeprefix("database.url: ") in served.stderr
+
+
+def test_check_refuses_a_directory_that_is_not_writable(home: Path) -> None:
+    """As a service's user: without the capability with which root writes anywhere."""
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        skip_without("setpriv", "install util-linux")
+    home.chmod(0o500)
+    less = ["--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+    command = [setpriv, *less, TOKENAUTH, "check"]
+    done = subprocess.run(command, cwd=home, capture_output=True, check=False, text=True, env=environment({}))
+    home.chmod(0o700)
+    assert f"database.url: the directory {home} is not writable for this user; run this as the user" in mistake(done)
+
+
+def test_check_says_that_nobody_can_log_in(tmp_path: Path) -> None:
+    write_config(tmp_path, users="")
+    lines = output(run(tmp_path, "check")).splitlines()
+    assert lines[-2:] == [
+        "Nobody can log in: add a user with `tokenauth user add NAME`.",
+        "config.toml: ok, 0 users, 0 pools, 0 risks",
+    ]

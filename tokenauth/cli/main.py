@@ -64,11 +64,14 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
 def check(config_file: str | None, as_json: bool) -> None:
     """Check the configuration for mistakes and risks.
 
-    Exit with 1 if `tokenauth serve` would refuse it.
+    Exit with 1 if `tokenauth serve` would refuse it here and for this user. Changes nothing. Not checked: whether the
+    port is free, and whether a PostgreSQL server answers.
     """
     from tokenauth.risks import Risk, check_accepted, find_risks
+    from tokenauth.server.listener import check_host
     from tokenauth.service import create_service
     from tokenauth.settings import loader
+    from tokenauth.stores.sqlite.files import check_database
     from tokenauth.web.app import find_routes
 
     path = loader.find(config_file)
@@ -81,6 +84,8 @@ def check(config_file: str | None, as_json: bool) -> None:
             find_routes(service)
             risks = find_risks(settings, service.passwords, path)
             check_accepted(settings, risks)
+            check_host(settings.server)
+            check_database(settings.database.url)
     except ConfigError as error:
         mistake = error
     if as_json:
@@ -98,6 +103,8 @@ def check(config_file: str | None, as_json: bool) -> None:
             count(len(settings.pools), "pool"),
             count(len(risks), "risk"),
         )
+        if not settings.users:
+            click.echo("Nobody can log in: add a user with `tokenauth user add NAME`.")
         click.echo(printable(f"{path}: ok, {', '.join(counts)}"))
 
 

@@ -2,26 +2,46 @@
 
 import ctypes
 import errno
+import os
 import socket
 import struct
 import sys
 from contextlib import suppress
 
-from tokenauth.errors import StartError
+from tokenauth.errors import ConfigError, StartError
 from tokenauth.settings.model import ServerSettings
 
 
 def listen(settings: ServerSettings) -> socket.socket:
     """Listen from now on, so that clients that connect while the workers start wait. Raises StartError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        return socket.create_server((settings.host, settings.port), family=_family(settings.host), backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(f"Port {settings.port} is in use: stop the other server or pass --port.") from None
-        raise StartError(
-            f"cannot listen on server.host {settings.host!r}, server.port {settings.port}: {error}"
-        ) from None
+        try:
+            check_host(settings)
+        except ConfigError as problem:
+            raise StartError(str(problem)) from None
+        reason = os.strerror(error.errno or 0)
+        raise StartError(f"server.port: cannot listen on {settings.port}: {reason}; use another port") from None
+
+
+def check_host(settings: ServerSettings) -> None:
+    """Raise ConfigError if no server on this machine can listen on the host, whatever the port."""
+    try:
+        with socket.socket(_family(settings.host)) as probe:
+            probe.bind((settings.host, 0))
+    except OSError as error:
+        problem = f"cannot be resolved: {error.strerror}"
+        if not isinstance(error, socket.gaierror):
+            problem = f"cannot be listened on: {error.strerror}"
+        advice = "write an address of this machine, such as '127.0.0.1' or '0.0.0.0' (all of IPv4)"
+        raise ConfigError(f"server.host: {settings.host!r} {problem}; {advice}") from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def stop_handshakes(listener: socket.socket) -> None:

@@ -24,6 +24,7 @@ from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
 from tokenauth.stores.circuit import PROBE_TIMEOUT, Circuit
 from tokenauth.stores.engine import Change
+from tokenauth.stores.sqlite.files import find_problem
 from tokenauth.stores.sqlite.reader import ERRORS, reason
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
 from tokenauth.stores.sqlite.write_lock import LOCK_TIMEOUT, LockWait, WriteLock
@@ -110,7 +111,8 @@ class SqliteWriter:
             await self._thread.run(self._prepare)
             await self._spare.run(lambda: None)  # starts its thread now, and not when there may be none
         except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
-            raise StartError(f"the database {self.path} cannot be used: {self._explain(describe(error))}") from None
+            problem = find_problem(self.path) or self._explain(describe(error))
+            raise StartError(f"the database {self.path} cannot be used: {problem}") from None
 
     async def stop(self) -> None:
         """Finish the waiting changes, and disconnect."""
