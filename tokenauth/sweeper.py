@@ -52,7 +52,7 @@ class Sweeper:
         await self._pools.prefill()
         now = self._clock()
         until = now + INTERVAL / 2
-        if not await self._store.take_duty("sweep", now, until):
+        if not await self._store.acquire_duty("sweep", now, until):
             return 0
         count = await self._drain(self._store.tokens.purge, now, until)
         for pool in self._pools.usable_by():

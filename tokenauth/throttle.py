@@ -5,8 +5,8 @@ The rules, with the defaults of `[throttle]` in brackets:
 1. A user who has logged in from a location within the last 30 days is *known* there. A location is one IPv4 address, or
    an IPv6 /64. Only failures of that name at that location delay a known user. So nobody elsewhere can use up the
    attempts of a known user, however many logins fail for the same name or in the same network.
-   After `free` [5] failures in a row each attempt has to wait: 1 s, 2 s, 4 s, ... up to `max_delay` [15 min].
-   A success ends the row, and so does an hour (`forget`) without failures.
+   After `free` [5] failures in a row (a *streak*) each attempt has to wait: 1 s, 2 s, 4 s, ... up to `max_delay`
+   [15 min]. A success ends the streak, and so does an hour (`forget`) without failures.
 2. Every other login is one of a *stranger*. It is limited by five counts:
 
    - failures in a row of the name in its network (IPv4 /24, IPv6 /64), with the same delays;
@@ -15,11 +15,12 @@ The rules, with the defaults of `[throttle]` in brackets:
    - failures of all names in the network: `network_free` [100], of which as many an hour are forgotten;
    - failures of all names in the region: 4 x `network_free` [400], of which as many an hour are forgotten.
 
-3. A success is a refund: it removes from the counts of rule 2 the failures of the same name at the same location. So a
-   network is judged by its failures in excess of its successes. Nothing else is refunded: nobody can log in to erase
-   guesses at other names. For this, each bucket has a *share* for each name and location: a bucket of its own with the
-   same rate. A share drains at least as fast as its part of the whole bucket, so it never holds more than what the
-   bucket still holds of it. A success subtracts exactly that from the bucket, once.
+3. A success is a refund: it removes from the counts of rule 2 the failures of the same name at the same location. For
+   example, "ann" fails 3 times and "bob" 5 times in one network, which then has 8 failures. When "ann" logs in, it has
+   5. The failures of "bob" stay: nobody can log in to erase guesses at other names.
+   For this, each bucket has a *share* for each name and location: a bucket of its own with the same rate, which here
+   holds 3. A share drains at least as fast as its part of the whole bucket, so it never holds more than what the bucket
+   still holds of it. A success subtracts exactly that from the bucket, and empties the share.
 4. Failures of one name at one location also fill a bucket that is never refunded: 20 x `free` [100], of which
    2 x `free` an hour are forgotten. So nobody can guess between the logins of a client that logs in all day.
 
@@ -72,11 +73,11 @@ class _Keys(NamedTuple):
     username: str
     known: bytes
     """Until when the user is known at the location."""
-    location_row: bytes
+    location_streak: bytes
     """Failures in a row of the name at the location."""
     location: bytes
     """Failures of the name at the location. These are never refunded."""
-    network_row: bytes
+    network_streak: bytes
     """Failures in a row of the name in the network."""
     name_in_region: bytes
     name: bytes
@@ -92,7 +93,7 @@ class _Bucket(NamedTuple):
     drain_time: float
     """Seconds in which one failure drains."""
     owner: bytes = b""
-    """`location_row` of the only name and location that fill it; empty if all names do."""
+    """`location_streak` of the only name and location that fill it; empty if all names do."""
 
     def remaining(self, found: Mapping[bytes, Failures], now: Instant) -> float:
         """Return how many more failures fit in."""
@@ -190,21 +191,21 @@ class Throttle:
         The comparison counts as an attempt until `return_permit`, which takes the result of this call. Until then all
         other attempts go through `attempt`. Failures in other workers are noticed within a second.
         """
-        key = _keys(name, address).location_row
+        key = _keys(name, address).location_streak
         checked_at = self._permits.get(key)
         if checked_at is None:
             return None
         now = self._clock()
         if now - checked_at >= _RECHECK:
             found = await self._store.failures.get([key])
-            if self._in_row(found.get(key), now):
+            if self._streak_length(found.get(key), now):
                 self._permits.pop(key, None)
             checked_at = now
         return None if self._permits.pop(key, None) is None else checked_at
 
     def return_permit(self, name: str, address: str, permit: Instant) -> None:
         """Report that the secret matched: the next one may be compared too."""
-        self._permits[_keys(name, address).location_row] = permit
+        self._permits[_keys(name, address).location_streak] = permit
 
     async def close(self) -> None:
         """Wait for pending writes."""
@@ -216,7 +217,7 @@ class Throttle:
         Raises TooManyAttempts.
         """
         wanted = [
-            key for keys in names for key in (keys.known, keys.location_row, keys.location, keys.name, keys.region)
+            key for keys in names for key in (keys.known, keys.location_streak, keys.location, keys.name, keys.region)
         ]
         found = dict(await self._store.failures.get(wanted))
         now = self._clock()
@@ -227,7 +228,7 @@ class Throttle:
             key
             for keys in strangers
             if keys.region in found
-            for key in (keys.network_row, keys.name_in_region, keys.network)
+            for key in (keys.network_streak, keys.name_in_region, keys.network)
         ]
         if more:
             found |= await self._store.failures.get(more)
@@ -246,15 +247,15 @@ class Throttle:
             for bucket in self._limiting_buckets(state, all_strangers)
         }
         for state in states:
-            key = _row_key(state)
-            remaining[key] = self._settings.free - self._in_row(found.get(key), now)
+            key = _streak_key(state)
+            remaining[key] = self._settings.free - self._streak_length(found.get(key), now)
         return states, {key: max(1, int(number) // self._workers) for key, number in remaining.items()}
 
     def _wait_time(self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant) -> float:
         waits = [0.0]
-        row = found.get(_row_key(state))
-        if row is not None and (count := self._in_row(row, now)):
-            waits.append(row.last_at + self._delay(count) - now)
+        streak = found.get(_streak_key(state))
+        if streak is not None and (count := self._streak_length(streak, now)):
+            waits.append(streak.last_at + self._delay(count) - now)
         for bucket in self._limiting_buckets(state, all_strangers):
             waits.append((1 - bucket.remaining(found, now)) * bucket.drain_time - _ROUNDING)
         return max(waits)
@@ -265,9 +266,9 @@ class Throttle:
 
     def _state(self, keys: _Keys, found: Mapping[bytes, Failures], now: Instant) -> _State:
         known_until = found.get(keys.known, _NO_FAILURES).last_at
-        return _State(keys, known_until, known_until > now, self._in_row(found.get(keys.location_row), now))
+        return _State(keys, known_until, known_until > now, self._streak_length(found.get(keys.location_streak), now))
 
-    def _in_row(self, failures: Failures | None, now: Instant) -> int:
+    def _streak_length(self, failures: Failures | None, now: Instant) -> int:
         """Return the number of failures in a row that are not forgotten yet."""
         return 0 if failures is None or now >= failures.last_at + self._settings.forget else failures.count
 
@@ -288,7 +289,7 @@ class Throttle:
         free, network_free, forget = settings.free, settings.network_free, float(settings.forget)
         buckets: dict[bytes, _Bucket] = {}
         for keys in names:
-            owner = keys.location_row
+            owner = keys.location_streak
             buckets[keys.name_in_region] = _Bucket(keys.name_in_region, 2 * free, forget / free, owner)
             buckets[keys.name] = _Bucket(keys.name, 20 * free, forget / (2 * free), owner)
             if all_strangers:
@@ -299,10 +300,10 @@ class Throttle:
     async def _count_failure(self, states: Sequence[_State]) -> None:
         now = self._clock()
         strangers = [state.keys for state in states if not state.known]
-        rows = [state.keys.location_row for state in states] + [keys.network_row for keys in strangers]
+        streaks = [state.keys.location_streak for state in states] + [keys.network_streak for keys in strangers]
         for state in states:
-            self._permits.pop(state.keys.location_row, None)
-        updates = [CountUpdate(key, 1, cutoff=now - self._settings.forget, at=now) for key in rows]
+            self._permits.pop(state.keys.location_streak, None)
+        updates = [CountUpdate(key, 1, cutoff=now - self._settings.forget, at=now) for key in streaks]
         filled = [(bucket.key, bucket.drain_time) for bucket in (self._location_bucket(state.keys) for state in states)]
         group = _group(states)
         for bucket in self._refundable_buckets(strangers):
@@ -314,16 +315,16 @@ class Throttle:
         """Refund the failures of the name that logged in, and save that it is known at the location."""
         now = self._clock()
         keys, known_until, known, failures = states[which]
-        self._permits.pop(keys.location_row, None)
-        self._permits[keys.location_row] = now
+        self._permits.pop(keys.location_streak, None)
+        self._permits[keys.location_streak] = now
         while len(self._permits) > _MAX_PERMITS:
             del self._permits[next(iter(self._permits))]
         if failures:
             group = _group(states)
             # failures of a known user were counted nowhere else
             shares = [] if known else [(each.share(group), each.key) for each in self._refundable_buckets([keys])]
-            row = None if known else keys.network_row
-            await self._store.failures.refund(keys.location_row, row, shares, now - self._settings.forget, now)
+            streak = None if known else keys.network_streak
+            await self._store.failures.refund(keys.location_streak, streak, shares, now - self._settings.forget, now)
         if now + KNOWN_FOR - known_until >= _KNOWN_UPDATE:
             # No need to wait: it shares the commit of the token that is issued next.
             task = asyncio.create_task(self._write([CountUpdate(keys.known, at=now + KNOWN_FOR)], now))
@@ -341,9 +342,9 @@ def _keys(name: str, address: str) -> _Keys:
     return _Keys(
         name,
         known=_key("known", name, here),
-        location_row=_key("row of name at location", name, here),
+        location_streak=_key("row of name at location", name, here),
         location=_key("name at location", name, here),
-        network_row=_key("row of name in network", name, net),
+        network_streak=_key("row of name in network", name, net),
         name_in_region=_key("name in region", name, wide),
         name=_key("name", name),
         network=_key("network", net),
@@ -351,13 +352,13 @@ def _keys(name: str, address: str) -> _Keys:
     )
 
 
-def _row_key(state: _State) -> bytes:
-    return state.keys.location_row if state.known else state.keys.network_row
+def _streak_key(state: _State) -> bytes:
+    return state.keys.location_streak if state.known else state.keys.network_streak
 
 
 def _group(states: Sequence[_State]) -> bytes:
     """Return the key of names that were tried together: they are one failure of the network, and refunded once."""
-    return b"".join(sorted(state.keys.location_row for state in states))
+    return b"".join(sorted(state.keys.location_streak for state in states))
 
 
 def _key(*parts: str) -> bytes:

@@ -47,7 +47,7 @@ async def test_an_extended_lapsed_token_gets_its_full_token_ttl(pools: PoolStore
     if all_at_once:
         assert await pools.keep_alive_free(AGEING, now, now, 10) == 1
     else:
-        assert await pools.keep_alive(AGEING, "t1", now, free_too=True) is not None
+        assert await pools.keep_alive(AGEING, "t1", now, include_free=True) is not None
     assert await members(pools, AGEING, now + 240 - JUST) == ["t1"]
     assert await members(pools, AGEING, now + 240) == []
 

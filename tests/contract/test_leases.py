@@ -57,7 +57,7 @@ async def test_the_longest_free_token_is_leased_first(pools: PoolStore) -> None:
     for number, value in enumerate("acdb"):
         await pools.release(POOL, value, START + 10 + number)
     assert [await lease(pools, now=START + 20 + number) for number in range(2)] == ["a", "c"]
-    await pools.keep_alive(POOL, "d", START + 20, free_too=True)
+    await pools.keep_alive(POOL, "d", START + 20, include_free=True)
     assert [await lease(pools, now=START + 22 + number) for number in range(2)] == ["b", "d"]
 
 
@@ -86,7 +86,7 @@ async def test_only_a_lease_increments_the_fence(places: Places) -> None:
             released = await place.pools.release(POOL, "t1", now + 2)
             assert released is not None
             assert released.token.fence == fence
-        free = await place.pools.keep_alive(POOL, "t1", now + 100, free_too=True)
+        free = await place.pools.keep_alive(POOL, "t1", now + 100, include_free=True)
         assert free is not None
         assert free.token.fence == fence
         assert await place.pools.keep_alive_free(POOL, now + 101, now + 101, 9) == 1
@@ -120,7 +120,7 @@ async def touch(
     """Extend or release the lease of t1."""
     if verb == "release":
         return await pools.release(pool, "t1", now, claim)
-    return await pools.keep_alive(pool, "t1", now, claim, free_too=verb == "extend free_too")
+    return await pools.keep_alive(pool, "t1", now, claim, include_free=verb == "extend include_free")
 
 
 async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
@@ -133,7 +133,7 @@ async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
     return leased
 
 
-@pytest.mark.parametrize("verb", ["extend", "extend free_too", "release"])
+@pytest.mark.parametrize("verb", ["extend", "extend include_free", "release"])
 async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, verb: str) -> None:
     """What a check leaves out is not compared; the rest must match."""
     for claim in HELD:
@@ -205,19 +205,21 @@ async def test_an_older_now_still_finds_a_released_token(pools: PoolStore) -> No
 
 
 @pytest.mark.parametrize("lapsed", [False, True])
-async def test_with_free_too_a_free_token_waits_for_its_full_time(pools: PoolStore, lapsed: bool) -> None:
+async def test_with_include_free_a_free_token_waits_for_its_full_time(pools: PoolStore, lapsed: bool) -> None:
     await pools.generate(POOL, ["t1"], START)
     if lapsed:
         await lease(pools)
     assert await pools.keep_alive(POOL, "t1", START + 100) is not None
     now = START + 239
     kept = PoolToken("p", "t1", now, holder=None, fence=int(lapsed))
-    assert await pools.keep_alive(POOL, "t1", now, LeaseCheck("nobody", 99), free_too=True) == LeaseChange(kept, True)
+    assert await pools.keep_alive(POOL, "t1", now, LeaseCheck("nobody", 99), include_free=True) == LeaseChange(
+        kept, True
+    )
     assert await pools.get(POOL, "t1", now + 240 - JUST) == kept
     assert await pools.get(POOL, "t1", now + 240) is None
 
 
-async def test_without_free_too_a_free_token_is_not_touched(pools: PoolStore) -> None:
+async def test_without_include_free_a_free_token_is_not_touched(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     untouched = LeaseChange(PoolToken("p", "t1", START), False)
     assert await pools.keep_alive(POOL, "t1", START + 9) == untouched
@@ -229,7 +231,7 @@ async def test_only_free_tokens_are_extended_in_batches(pools: PoolStore) -> Non
     await pools.generate(POOL, [f"{number}" for number in range(9)], START)
     await lease(pools)
     await lease(pools)
-    await pools.keep_alive(POOL, "8", START + 5, free_too=True)
+    await pools.keep_alive(POOL, "8", START + 5, include_free=True)
     assert await pools.keep_alive_free(POOL, START, START + 5, 10) == 0, "none was free before that"
     assert await pools.keep_alive_free(POOL, START + 5, START + 6, 0) == 0
     assert [await pools.keep_alive_free(POOL, START + 5, START + 6, 4) for _ in range(3)] == [4, 2, 0]

@@ -51,7 +51,7 @@ async def test_a_free_token_is_leased_despite_other_operations(place: Place, oth
         elif verb == "stale release":
             await pools.release(POOL, value, START, LeaseCheck("nobody"))
         elif verb == "keep free":
-            await pools.keep_alive(POOL, value, START, free_too=True)
+            await pools.keep_alive(POOL, value, START, include_free=True)
         else:
             await pools.delete(POOL, value, START, f"t{number + 1}")
 

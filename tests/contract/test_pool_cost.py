@@ -31,7 +31,7 @@ CHEAP: dict[str, Ask] = {
     "assign, and most have expired": lambda pools: pools.assign(AGEING, "ann", START),
     "assign with prefill": lambda pools: pools.assign(PREFILLED, "ann", START),
     "keep_alive": lambda pools: pools.keep_alive(MOST_LEASED, "t300", START, LeaseCheck("ann", 1)),
-    "keep_alive of a free token": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, free_too=True),
+    "keep_alive of a free token": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, include_free=True),
     "release": lambda pools: pools.release(MOST_LEASED, "t300", START),
     "an unknown token": lambda pools: pools.release(MOST_LEASED, "t", START),
     "delete": lambda pools: pools.delete(MOST_LEASED, "t300", START),

@@ -133,13 +133,13 @@ class PoolTest:
 
     async def keep_alive(self, store: PoolStore, step: Step) -> None:
         """Let a lease, or a free token, run for its full time from now."""
-        value, now, free_too = self.model.pick(step.number), self.model.now, step.amount > 3
+        value, now, include_free = self.model.pick(step.number), self.model.now, step.amount > 3
         one, claim = self._claim(value, step)
-        touched = await store.keep_alive(self.pool, value, now, claim, free_too)
+        touched = await store.keep_alive(self.pool, value, now, claim, include_free)
         after = None
         if one is not None and self.model.holds(one, claim):
             after = one._replace(free_at=now + self.pool.lease_ttl)
-        elif one is not None and free_too and one.free_at <= now:
+        elif one is not None and include_free and one.free_at <= now:
             after = self.model.freed(one)
         self._compare(touched, one, after)
 

@@ -63,7 +63,7 @@ async def test_a_token_never_generated_is_absent(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     for value in ("t2", "T1", "t", "t11", "", "%"):
         assert await pools.get(POOL, value, START) is None
-        assert await pools.keep_alive(POOL, value, START, free_too=True) is None
+        assert await pools.keep_alive(POOL, value, START, include_free=True) is None
         assert await pools.release(POOL, value, START) is None
         assert await pools.delete(POOL, value, START) is False
 
@@ -113,7 +113,7 @@ TOUCHES: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
     "get": lambda pools, pool, now: pools.get(pool, "t1", now),
     "members": members,
     "lease": lease,
-    "extend": lambda pools, pool, now: pools.keep_alive(pool, "t1", now, free_too=True),
+    "extend": lambda pools, pool, now: pools.keep_alive(pool, "t1", now, include_free=True),
     "release": lambda pools, pool, now: pools.release(pool, "t1", now),
     "extend_free": lambda pools, pool, now: pools.keep_alive_free(pool, now, now, 10),
     "remove": lambda pools, pool, now: pools.delete(pool, "t1", now, "t2"),
@@ -188,7 +188,7 @@ async def test_what_has_expired_takes_no_place_on_a_page(pools: PoolStore) -> No
 
 async def test_a_deleted_token_is_gone_free_or_leased(place: Place, other: Place) -> None:
     await place.pools.generate(POOL, ["free", "leased"], START)
-    await place.pools.keep_alive(POOL, "free", START + 1, free_too=True)
+    await place.pools.keep_alive(POOL, "free", START + 1, include_free=True)
     assert await lease(place.pools, now=START + 1) == "leased"
     for value in ("free", "leased"):
         assert await place.pools.delete(POOL, value, START + 1) is True

@@ -169,7 +169,7 @@ async def test_a_retired_token_is_gone_with_its_lease(pools: PoolStore, end: str
     now = START + 60 if end == "lapse" else START + 3
     await ENDS[end](pools, pool, now)
     assert await pools.get(pool, "t0", now) is None
-    assert await pools.keep_alive(pool, "t0", now, free_too=True) is None
+    assert await pools.keep_alive(pool, "t0", now, include_free=True) is None
     assert await pools.release(pool, "t0", now) is None
     assert await pools.delete(pool, "t0", now) is False
     assert await members(pools, pool, now) == ["t1"]

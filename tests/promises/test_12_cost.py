@@ -15,7 +15,7 @@ from tests.support.servers import START
 from tests.support.steps import Direct, steps
 from tokenauth.models import CountUpdate, Token, public_id
 from tokenauth.stores.cache import TokenCache
-from tokenauth.stores.changes.clock import SaveTime, TakeDuty, write_clock
+from tokenauth.stores.changes.clock import AcquireDuty, SaveTime, write_clock
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
 from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.engine import Change
@@ -84,7 +84,7 @@ CHANGES: Sequence[Change[Any]] = [
         [CountUpdate(digest(3)[:16], 1, START - 3600, START, 36.0), CountUpdate(b"w" * 16, 1, at=START)], now=START
     ),
     RefundFailures(digest(3)[:16], None, [(digest(3)[:16], digest(5)[:16])], 0.0, now=START - 10**6),
-    TakeDuty("sweep", START + 30, now=START),
+    AcquireDuty("sweep", START + 30, now=START),
     SaveTime(now=START),
 ]
 """Every change, of rows that exist in both databases."""

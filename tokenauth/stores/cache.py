@@ -13,9 +13,13 @@ _NOTHING: dict[bytes, Token] = {}
 class TokenCache:
     """Caches `size` tokens, and drops each as soon as any process has revoked it.
 
-    The feed is drained at most once per iteration of the event loop, before the first answer of that iteration. A
-    client that could have seen a revocation answered sends its next request after that answer. The request is read
-    from its socket in a later iteration than any that began before the revocation, so the feed is drained in between.
+    Why no client gets a token accepted after it has seen the answer to its revocation:
+
+    1. The client sends its next request after that answer.
+    2. So the request is read from its socket in a later iteration of the event loop than any that began before the
+       revocation.
+    3. In each iteration, the feed is drained before the first answer. So the revocation is applied before the request
+       is answered.
 
     While the feed is not current, nothing is answered from the cache: each token is looked up in the store.
 

@@ -21,10 +21,10 @@ PAUSE = 0.5
 """Seconds between two probes."""
 
 QUICK = 0.1
-"""Seconds after which a failure is a slow one: other operations had to wait for it."""
+"""Minimum seconds of a slow failure. Other operations had to wait for it."""
 
 QUIET = 10.0
-"""Seconds for which the same failure is not logged again, even if the database has worked in between."""
+"""Minimum seconds between two log lines for the same failure."""
 
 Probe = Callable[[], Awaitable[str | None]]
 """Checks what operations need; returns what is wrong, or None."""
@@ -63,8 +63,8 @@ class Circuit:
         self._running: dict[asyncio.Timeout, float] = {}
         self._watching = False
         self._probing: asyncio.Task[None] | None = None
-        self._known = asyncio.Event()
-        self._known.set()
+        self._probe_finished = asyncio.Event()
+        self._probe_finished.set()
         self._logged = False
         self._last_logged = ("", -math.inf)
 
@@ -119,12 +119,12 @@ class Circuit:
     def start_probe(self) -> None:
         """Probe the database now, unless a probe is running; open if the probe fails."""
         if self._probing is None:
-            self._known.clear()
+            self._probe_finished.clear()
             self._probing = asyncio.create_task(self._probe_until_it_works())
 
     async def wait_for_probe(self) -> None:
         """Wait for the result of the probe that is running, if one is."""
-        await self._known.wait()
+        await self._probe_finished.wait()
 
     def abort_running(self) -> None:
         """Abort the running operations: the database will not answer soon."""
@@ -159,7 +159,7 @@ class Circuit:
         try:
             while (problem := await self._probe_once()) is not None:
                 self.open(problem)
-                self._known.set()
+                self._probe_finished.set()
                 self._probe_failed()
                 await asyncio.sleep(PAUSE)
             self.problem = None
@@ -167,7 +167,7 @@ class Circuit:
                 self._logged = False
                 log.info(self._works)
         finally:
-            self._known.set()
+            self._probe_finished.set()
             self._probing = None
 
     async def _probe_once(self) -> str | None:

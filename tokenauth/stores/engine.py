@@ -88,12 +88,12 @@ class Feed(Protocol):
     """The revocations that a cache must know of, from all processes."""
 
     def is_current(self) -> bool:
-        """Return whether every revocation that must be known by now is. Until then the cache must not be used."""
+        """Return whether the feed is up to date. While it is not, the cache must not be used."""
 
     def drain(self) -> Collection[bytes] | None:
         """Return the digests revoked since the last call; None if some may have been missed.
 
-        Raises StoreUnavailable if that cannot be known.
+        Raises StoreUnavailable if the revocations cannot be read.
         """
 
     def add(self, digests: Collection[bytes]) -> None:
@@ -124,7 +124,7 @@ class Engine(Protocol):
         """Finish the waiting changes, write `now` to the clock row, and disconnect."""
 
     async def ready(self) -> str | None:
-        """Return what keeps the database from being used; None if it can be."""
+        """Return why the database cannot be used, or None."""
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
         """Run a query. `brief`: it takes microseconds, such as a look-up by key."""

@@ -29,7 +29,7 @@ from tokenauth.models import (
 )
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes import pool_rows
-from tokenauth.stores.changes.clock import SaveTime, TakeDuty
+from tokenauth.stores.changes.clock import AcquireDuty, SaveTime
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
 from tokenauth.stores.changes.pools import (
     Assign,
@@ -136,28 +136,28 @@ class PoolStore:
         return await self._engine.apply(Generate(pool, values, now=now))
 
     async def fit(self, pool: Pool, values: Sequence[str], now: Instant) -> int:
-        """Bring a pool with `prefill` closer to its capacity; return how many values it still lacks, or 0.
+        """Bring a pool with `prefill` closer to its capacity, in one batch.
 
-        Negative while more than one batch of surplus remains. Surplus free tokens are deleted; surplus leased tokens
-        are retired when their lease ends, and one free token is withheld for each until then. As many of `values` are
-        used as are needed.
+        Returns 0 when the pool fits, a number n > 0 if it needs n more values, and -n if n surplus tokens are left for
+        the next batches. As many of `values` are added as are missing. Surplus free tokens are deleted. Surplus leased
+        tokens are retired: they are deleted when their lease ends, and until then one free token is withheld for each.
         """
         return await self._engine.apply(Fit(pool, values, now=now))
 
     async def assign(
         self, pool: Pool, holder: str, now: Instant, username: str | None = None, counted: bool = False
     ) -> Assignment:
-        """Lease the token that has been free longest to a user. `counted`: also return how many are left."""
+        """Lease the token that has been free longest to `holder`. `counted`: also return how many are left."""
         return await self._engine.apply(Assign(pool, holder, username, counted, now=now))
 
     async def keep_alive(
-        self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE, free_too: bool = False
+        self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE, include_free: bool = False
     ) -> LeaseChange | None:
         """Extend a lease to its full time from now if the check matches it; None if there is no such token.
 
-        `free_too`: a free token's life is extended to its full time from now.
+        `include_free`: the life of a free token is extended to its full time from now.
         """
-        return await self._engine.apply(KeepAlive(pool, value, check, free_too, now=now))
+        return await self._engine.apply(KeepAlive(pool, value, check, include_free, now=now))
 
     async def keep_alive_free(self, pool: Pool, before: Instant, now: Instant, limit: int) -> int:
         """Extend the life of at most `limit` tokens that have been free since before an instant; return how many."""
@@ -225,15 +225,18 @@ class FailureStore:
         await self._engine.apply(UpdateFailures(updates, now=now))
 
     async def refund(
-        self, own: bytes, row: bytes | None, shares: Sequence[tuple[bytes, bytes]], cutoff: Instant, now: Instant
+        self, own: bytes, streak: bytes | None, shares: Sequence[tuple[bytes, bytes]], cutoff: Instant, now: Instant
     ) -> None:
         """Remove the failures that precede a successful login. What was refunded once is not refunded again.
 
-        `own` is the count of the user at the location: it becomes 0, and `row` loses as many. `shares` are pairs of a
-        share of a bucket and the bucket: the bucket loses what is left of the share, and the share is emptied. `own`
-        counts as 0 if it was last changed at or before `cutoff`.
+        own: key of the failures in a row of the name at the location. Its count becomes 0. It counts as 0 already if it
+        was last changed at or before `cutoff`.
+        streak: key of the failures in a row of the name in its network. Its count falls by what `own` had: 3 failures
+        in `own` and 5 in `streak` become 0 and 2.
+        shares: pairs of keys, of the share of a bucket and of the bucket. The bucket loses what the share still holds,
+        and the share becomes empty.
         """
-        await self._engine.apply(RefundFailures(own, row, shares, cutoff, now=now))
+        await self._engine.apply(RefundFailures(own, streak, shares, cutoff, now=now))
 
     async def purge(self, before: Instant, limit: int) -> int:
         """Delete at most `limit` keys whose instant is before this one; return how many."""
@@ -269,16 +272,16 @@ class Store:
         await self.engine.stop(now)
 
     async def save_time(self, now: Instant) -> None:
-        """Save `now` for all processes that use this store: after a restart, time continues from it."""
+        """Save `now` for all processes that use this store, so that their time does not go back after a restart."""
         await self.engine.apply(SaveTime(now=now))
 
     async def ready(self) -> str | None:
-        """Return what keeps the store from serving; None if it can serve."""
+        """Return why the store cannot serve, or None."""
         return await self.engine.ready()
 
-    async def take_duty(self, duty: str, now: Instant, until: Instant) -> bool:
-        """Take on a duty until an instant; False if another process has it."""
-        return await self.engine.apply(TakeDuty(duty, until, now=now))
+    async def acquire_duty(self, duty: str, now: Instant, until: Instant) -> bool:
+        """Reserve a periodic task for this process until an instant; False if another process has it."""
+        return await self.engine.apply(AcquireDuty(duty, until, now=now))
 
     async def purge_revocations(self, before: Instant, limit: int) -> int:
         """Delete at most `limit` entries of the revocation log older than an instant; return how many."""

@@ -63,7 +63,7 @@ async def test_leases_locked_in_opposite_orders_end_once(three: Nodes, seed: int
 
     async def keep_alive(node: Store, pool: Pool, value: str, fence: int) -> None:
         touched = await node.pools.keep_alive(
-            pool, value, START, LeaseCheck("h", fence), free_too=chance.random() < 0.5
+            pool, value, START, LeaseCheck("h", fence), include_free=chance.random() < 0.5
         )
         assert touched is not None
 

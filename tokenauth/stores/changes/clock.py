@@ -1,4 +1,4 @@
-"""Changes to the table `marks`: the clock row, and until when a process has taken a duty."""
+"""Changes to the table `marks`: the clock row, and until when a process has a duty."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _WRITE_CLOCK = text("""
     ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at < excluded.at
 """)
 _PROBE = text(PROBE)
-_TAKE_DUTY = text("""
+_ACQUIRE_DUTY = text("""
     INSERT INTO marks (name, at) VALUES (:duty, :until)
     ON CONFLICT (name) DO UPDATE SET at = excluded.at WHERE marks.at <= :now
 """)
@@ -40,23 +40,23 @@ class SaveTime(Change[None]):
 
 
 @dataclass(slots=True)
-class TakeDuty(Change[bool]):
-    """Take on a duty until an instant, unless another process has it."""
+class AcquireDuty(Change[bool]):
+    """Reserve a periodic task for this process until an instant, unless another process has it."""
 
     duty: str
     until: Instant
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[bool]:
-        """Take duties; of several for the same duty the first succeeds."""
+        """Reserve duties. If several ask for the same one, the first gets it."""
         return [
-            db.execute(_TAKE_DUTY, {"duty": change.duty, "until": change.until, "now": change.now}) == 1
+            db.execute(_ACQUIRE_DUTY, {"duty": change.duty, "until": change.until, "now": change.now}) == 1
             for change in changes
         ]
 
 
 def write_clock(db: Transaction, now: Instant) -> None:
-    """Write `now` to the clock row if it is later: after a restart, time continues from it."""
+    """Write `now` to the clock row if it is later, so that time does not go back after a restart."""
     db.execute(_WRITE_CLOCK, {"name": CLOCK, "now": now})
 
 

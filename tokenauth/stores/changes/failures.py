@@ -61,11 +61,11 @@ class RefundFailures(Change[None]):
     """Remove the failures that a successful login refunds from all counts they were added to."""
 
     own: bytes
-    """The count of the user's failures at the location; becomes 0."""
-    row: bytes | None
-    """The count that loses as many as `own` had."""
+    """Key of the failures in a row of the name at the location. The count becomes 0."""
+    streak: bytes | None
+    """Key of the failures in a row of the name in its network. The count falls by what `own` had."""
     shares: Sequence[tuple[bytes, bytes]]
-    """Pairs of a share of a bucket and the bucket. The bucket loses what is left of the share; the share is emptied."""
+    """Keys of a share and of its bucket. The bucket loses what the share still holds, and the share becomes empty."""
     cutoff: Instant
     """`own` counts as 0 if it was last changed at or before this instant."""
 
@@ -74,7 +74,7 @@ class RefundFailures(Change[None]):
         """Remove exactly the failures that are stored, read under a lock."""
         wanted: set[bytes] = set()
         for change in changes:
-            wanted.update([change.own], [] if change.row is None else [change.row], *change.shares)
+            wanted.update([change.own], [] if change.streak is None else [change.streak], *change.shares)
         # in the order in which UpdateFailures locks them
         locked = db.rows_each(_LOCK, [{"wanted": key} for key in sorted(wanted)])
         found = {key: Failures(count, last_at) for key, count, last_at in locked}
@@ -84,9 +84,9 @@ class RefundFailures(Change[None]):
             own = kept.get(change.own)
             if own is not None:
                 changed[change.own] = Failures(0, own.last_at)
-                row = None if change.row is None or own.last_at <= change.cutoff else kept.get(change.row)
-                if change.row is not None and row is not None:
-                    changed[change.row] = Failures(max(0, row.count - own.count), row.last_at)
+                streak = None if change.streak is None or own.last_at <= change.cutoff else kept.get(change.streak)
+                if change.streak is not None and streak is not None:
+                    changed[change.streak] = Failures(max(0, streak.count - own.count), streak.last_at)
             for share, bucket in change.shares:
                 if share not in kept or bucket not in kept:
                     continue

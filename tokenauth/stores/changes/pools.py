@@ -1,7 +1,7 @@
 """Changes to pools of tokens.
 
-Changes that wait at the same time are made in one transaction, in order of arrival, all with the latest time that any
-caller has read. A change locks the pool or the rows that it reads, so they are still the same when it writes.
+Changes that wait at the same time are made in one transaction, in order of arrival. They share one time: the latest
+that any of their callers has read. A change locks the pool or the rows that it reads, so others cannot change them.
 """
 
 import math
@@ -30,7 +30,7 @@ class PoolChange(Change[A_co]):
 
     pool: Pool
     shares_pool: ClassVar[bool] = True
-    """Whether other transactions may change the pool at the same time: not if this one counts its tokens."""
+    """Whether a shared lock on the pool is enough. False for changes that count its tokens."""
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[A_co]:
@@ -87,7 +87,7 @@ class Generate(PoolChange[bool]):
 
 @dataclass(slots=True)
 class Fit(PoolChange[int]):
-    """Bring a pool with `prefill` closer to its capacity; the answer is how many values it still lacks."""
+    """Bring a pool with `prefill` closer to its capacity; the answer is that of `PoolStore.fit`."""
 
     values: Sequence[str]
     shares_pool = False
@@ -183,15 +183,15 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
 
 @dataclass(slots=True)
 class KeepAlive(LeaseUpdate):
-    """Extend a lease to its full time from now. With `free_too`, extend the life of a free token in the same way."""
+    """Extend a lease to its full time from now. With `include_free`, extend the life of a free token, too."""
 
-    free_too: bool
+    include_free: bool
 
     def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
         """Return the extended token."""
         if self.check.matches(token, now):
             return pool.extended(token, now)
-        return pool.released(token, now) if self.free_too and not token.is_leased(now) else None
+        return pool.released(token, now) if self.include_free and not token.is_leased(now) else None
 
 
 @dataclass(slots=True)
