@@ -256,9 +256,11 @@ def test_in_a_wrong_directory_a_command_creates_nothing(tmp_path: Path, command:
 
 def test_revoke_distinguishes_unknown_and_logged_out_users(home: Path) -> None:
     run(home, "migrate")
-    assert output(run(home, "tokens", "revoke", "--user", "ANN")) == "revoked 0 tokens\n"
+    assert output(run(home, "tokens", "revoke", "--user", "ANN")) == "Revoked 0 tokens.\n"
     error = mistake(run(home, "tokens", "revoke", "--user", "anne"))
-    assert error == "There is no user 'anne' in the configuration, and no token of one."
+    assert error == (
+        "No user 'anne' in config.toml, and no tokens of a user with that name. `tokenauth user list` shows the names."
+    )
 
 
 READS = [["tokens", "list"], ["pool", "list"], ["pool", "show", "p"]]
@@ -294,18 +296,22 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
         "the database /no/such/place.db cannot be used: the directory /no/such does not exist; create it, or change",
     ),
     "not a database": (["tokens", "list", "--config", "text.toml"], "", "cannot be used: file is not a database"),
-    "a short password": (USER_ADD, "short\n", "The password must have 8 to 1024 characters"),
+    "a short password": (USER_ADD, "short\n", "The password must have 8 to 1,024 characters"),
     "a long password": (
         ["hash-password", "--password-stdin"],
         "x" * 1025,
-        "The password must have 8 to 1024 characters",
+        "The password must have 8 to 1,024 characters",
     ),
     "a NUL": (USER_ADD, "pass\0word1\n", "password: has a NUL character"),
     "a NUL, to change": (["user", "passwd", "ann", USER_ADD[-1]], "pass\0word1\n", "password: has a NUL character"),
     "a NUL, to hash": (["hash-password", "--password-stdin"], "\0" * 9, "password: has a NUL character"),
     "bytes for a password": (["hash-password", "--password-stdin"], "\udcff" * 9, ""),
     "bytes for a name": ([*USER_ADD[:2], "\udcff", USER_ADD[3]], WORD, "users[3].username: must not have control"),
-    "no such token": (["tokens", "revoke", "--id", "0" * 24], "", "There is no token with this id."),
+    "no such token": (
+        ["tokens", "revoke", "--id", "0" * 24],
+        "",
+        "There is no token with this id. `tokenauth tokens list` shows the ids.",
+    ),
     "no such id": (["tokens", "revoke", "--id", "\udcff"], "", "There is no"),
 }
 
@@ -397,16 +403,16 @@ def test_workers_refuse_at_once_what_the_cli_revoked(served: Server) -> None:
     assert valid(served, values) == [True] * 4
     newest = next(row["id"] for row in listed(served, "--user", "bob"))
     revoked = run(home, "tokens", "revoke", "--id", newest)
-    assert output(revoked) == "revoked 1 token\n"
+    assert output(revoked) == "Revoked 1 token.\n"
     assert recorded(revoked) == [{"event": "token_revoked", "id": newest}]
     assert valid(served, values) == [True, True, False, True]
     revoked = run(home, "tokens", "revoke", "--user", "Ann")
-    assert re.fullmatch(r"revoked [2-9] tokens\n", output(revoked))
+    assert re.fullmatch(r"Revoked [2-9] tokens\.\n", output(revoked))
     [event] = recorded(revoked)
     assert (event["event"], event["user"]) == ("tokens_revoked", "ann")
     assert event["count"] > 1
     assert valid(served, values) == [False, False, False, True]
-    assert re.fullmatch(r"revoked [1-9] tokens?\n", output(run(home, "tokens", "revoke", "--all")))
+    assert re.fullmatch(r"Revoked [1-9] tokens?\.\n", output(run(home, "tokens", "revoke", "--all")))
     assert valid(served, values) == [False] * 4
     assert listed(served) == []
 

@@ -51,12 +51,12 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
             "lease_expiry_time": lease["expiry_time"],
         }
         released = run(home, "pool", "release", "licences", lease["token"])
-        assert output(released) == "released 1 token\n"
+        assert output(released) == "Released 1 token.\n"
         assert recorded(released) == [{"event": "pool_lease_released", "pool": "licences"}]
         assert ann.ask("PUT", f"/licences/leases/{lease['token']}").status == 409
         assert mistake(run(home, "pool", "release", "licences", lease["token"])).startswith("The token is not leased")
         deleted = run(home, "pool", "delete", "licences", lease["token"])
-        assert output(deleted) == "deleted 1 token\n"
+        assert output(deleted) == "Deleted 1 token.\n"
         assert recorded(deleted) == [{"event": "pool_token_deleted", "pool": "licences"}]
         assert ann.ask("GET", f"/licences/tokens/{lease['token']}").status == 404
         assert mistake(run(home, "pool", "delete", "licences", lease["token"])) == "The pool has no such token."
@@ -101,7 +101,10 @@ def test_a_listing_continues_after_a_token_and_shows_dates(home: Path) -> None:
 def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
     assert mistake(run(home, "pool", "generate", "licences", "--count", "4")).startswith("The pool has no room")
     assert mistake(run(home, "pool", "generate", "permits")).startswith("The pool has no room")
-    assert mistake(run(home, "pool", "generate", "waiting", "--count", "0")) == "count: must be from 1 to 1000."
+    for count in ("0", "1001"):
+        refused = run(home, "pool", "generate", "waiting", "--count", count)
+        assert refused.returncode == 2
+        assert f"Error: Invalid value for '--count': {count} is not in the range 1<=x<=1000." in refused.stderr
     assert output(run(home, "pool", "show", "licences", "--json")) == "[]\n"
 
 
@@ -137,4 +140,6 @@ def test_the_commands_for_when_something_happens_work(home: Path) -> None:
 @pytest.mark.parametrize("command", ["show", "generate", "release", "delete"])
 def test_an_unknown_pool_is_one_line(home: Path, command: str) -> None:
     more = ["x"] if command in {"release", "delete"} else []
-    assert mistake(run(home, "pool", command, "nowhere", *more)) == "There is no pool of this name."
+    assert mistake(run(home, "pool", command, "nowhere", *more)) == (
+        "There is no pool 'nowhere' in config.toml; known are: licences, waiting, permits."
+    )

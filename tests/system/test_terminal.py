@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from passlib.hash import argon2
 
 from tests.support.journal import until
 from tests.support.servers import ROOT, write_config
+from tokenauth.settings import loader
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 
@@ -24,7 +27,10 @@ class OnTerminal:
     def __init__(self, directory: Path, command: str) -> None:
         self.log = directory / "terminal.log"
         self.log.touch()
+        self.shown = ""
+        self._seen = 0
         self._master, slave = pty.openpty()
+        self._descriptors = [self._master, slave]
         # A shell that opens a terminal as the leader of a new session gets it as its controlling terminal.
         script = f'exec 0<>"{os.ttyname(slave)}" 1>&0; {command}'
         with self.log.open("wb") as sink:
@@ -37,7 +43,6 @@ class OnTerminal:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENAUTH": TOKENAUTH},
             )
-        os.close(slave)
 
     def logged(self, event: str) -> bool:
         return f'"event":"{event}"' in self.log.read_text()
@@ -47,10 +52,20 @@ class OnTerminal:
         events = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
         return next(int(event["pid"]) for event in events if event["event"] == "listening")
 
+    def expect(self, text: str) -> None:
+        """Wait until the terminal shows a text after what was waited for before."""
+        while text not in self.shown[self._seen :]:
+            assert select.select([self._master], [], [], 60)[0], self.shown
+            self.shown += os.read(self._master, 4096).decode()
+        self._seen = self.shown.index(text, self._seen) + len(text)
+
+    def type(self, line: str) -> None:
+        os.write(self._master, f"{line}\n".encode())
+
     def close(self) -> None:
         """Close the terminal, as when its window is closed."""
-        with suppress(OSError):
-            os.close(self._master)
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 @contextmanager
@@ -108,3 +123,24 @@ def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
         until(lambda: ended(pid), "it has ended")
         assert '"signal":"SIGTERM"' in found.log.read_text()
+
+
+def test_the_password_prompt_states_its_rule_and_asks_again(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    with on_terminal(tmp_path, '"$TOKENAUTH" user add eve 2>&1; echo "exit $?"') as found:
+        found.expect("Password (8 to 1,024 characters): ")
+        found.type("short")
+        found.expect("Error: The password must have 8 to 1,024 characters.")
+        found.expect("Password (8 to 1,024 characters): ")
+        found.type("a long password")
+        found.expect("The same again: ")
+        found.type("another password")
+        found.expect("Error: The two passwords differ.")
+        found.expect("Password (8 to 1,024 characters): ")
+        found.type("a long password")
+        found.expect("The same again: ")
+        found.type("a long password")
+        found.expect("exit 0")
+        assert "a long password" not in found.shown
+    hashed = loader.load(path).users_by_name["eve"].password_hash
+    assert argon2.verify("a long password", hashed)

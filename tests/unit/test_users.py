@@ -106,7 +106,7 @@ def test_all_users_can_be_removed_and_others_added(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ann", "ANN", "\uff21nn"])
 def test_a_name_is_compared_as_logins_compare_it(path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"there is a user .* already"):
+    with pytest.raises(ConfigError, match=r"user 'Ann' exists \(.*\); `tokenauth user passwd Ann`"):
         UserFile(path).add(name, refused, ())
     assert path.read_text() == FILE
     UserFile(path).change_password(name, hashed)
@@ -118,7 +118,7 @@ def test_a_name_is_compared_as_logins_compare_it(path: Path, name: str) -> None:
 @pytest.mark.parametrize("action", ["change_password", "remove"])
 def test_an_unknown_user_name_is_an_error(path: Path, action: str) -> None:
     file = UserFile(path)
-    with pytest.raises(ConfigError, match=r"config\.toml: there is no user 'eve'$"):
+    with pytest.raises(ConfigError, match=r"config\.toml: there is no user 'eve'; `tokenauth user list`"):
         file.remove("eve") if action == "remove" else file.change_password("eve", refused)
     assert path.read_text() == FILE
 

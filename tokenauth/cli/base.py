@@ -72,26 +72,45 @@ def config_path(config_file: str | None) -> Path:
 
 def new_hash(config_file: str | None, password_stdin: bool) -> str:
     """Ask for a password and hash it, at the default cost if there is no configuration file."""
-    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, CannotHash, Passwords, password_problem
+    from tokenauth.passwords import CannotHash, Passwords
     from tokenauth.settings import loader
     from tokenauth.settings.model import Settings
 
     path = loader.find(config_file)
     settings = loader.load(path).passwords if config_file or path.exists() else Settings().passwords
-    if password_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
-    else:
-        password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
-    password.encode()  # raises UnicodeEncodeError for bytes that are not UTF-8
-    if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
-        raise click.ClickException(f"The password must have {MIN_LENGTH} to {MAX_LENGTH} characters.")
-    reason = password_problem(password)
+    password = sys.stdin.readline().rstrip("\r\n") if password_stdin else _ask_password()
+    reason = _password_problem(password)
     if reason is not None:
         raise click.ClickException(reason)
     try:
         return Passwords(settings).hash(password)
     except CannotHash as error:
         raise click.ClickException(f"The hash cannot be computed on this machine now: {error}") from None
+
+
+def _ask_password() -> str:
+    """Ask until a password fits and was typed twice."""
+    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH
+
+    while True:
+        prompt = f"Password ({MIN_LENGTH} to {MAX_LENGTH:,} characters)"
+        password: str = click.prompt(prompt, hide_input=True, err=True)
+        reason = _password_problem(password)
+        if reason is None:
+            if click.prompt("The same again", hide_input=True, err=True) == password:
+                return password
+            reason = "The two passwords differ."
+        click.echo(f"Error: {reason}", err=True)
+
+
+def _password_problem(password: str) -> str | None:
+    """Return why this cannot be a new password, or None. Raises UnicodeEncodeError for bytes that are not UTF-8."""
+    from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH, password_problem
+
+    password.encode()
+    if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
+        return f"The password must have {MIN_LENGTH} to {MAX_LENGTH:,} characters."
+    return password_problem(password)
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tuple[str, ...] = ()) -> None:

@@ -7,6 +7,7 @@ import click
 from tokenauth.cli.base import (
     CommandGroup,
     config_option,
+    config_path,
     json_option,
     print_json,
     show,
@@ -14,10 +15,11 @@ from tokenauth.cli.base import (
     whole_seconds,
     with_service,
 )
-from tokenauth.errors import LeaseLost
+from tokenauth.errors import LeaseLost, UnknownPool
 from tokenauth.logs import audit
 
 if TYPE_CHECKING:
+    from tokenauth.models import Pool
     from tokenauth.service import Service
 
 
@@ -57,7 +59,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
     """
 
     async def list_tokens(service: "Service") -> list[dict[str, Any]]:
-        pool = service.pools.find(name)
+        pool = _find(service, name, config_file)
         rows = []
         for token in await service.pools.list_tokens(pool, utf8(after)):
             lease = token.lease(service.clock())
@@ -74,13 +76,13 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
 @config_option
 @json_option
 @click.argument("name")
-@click.option("--count", metavar="N", type=int, default=1, help="Number of tokens, 1 to 1,000. Default: 1.")
+@click.option("--count", metavar="N", type=click.IntRange(1, 1000), default=1, help="Number of tokens; 1 if not given.")
 def pool_generate(config_file: str | None, as_json: bool, name: str, count: int) -> None:
     """Add free tokens to a pool and print them.
 
     All are added, or none if the pool has no room for all.
     """
-    values = with_service(config_file, lambda service: service.pools.generate(service.pools.find(name), count))
+    values = with_service(config_file, lambda service: service.pools.generate(_find(service, name, config_file), count))
     audit("pool_tokens_generated", pool=name, count=len(values))
     if as_json:
         print_json(values)
@@ -98,11 +100,11 @@ def pool_release(config_file: str | None, name: str, token: str) -> None:
     It does not matter who holds it. Another client can lease the token at once.
     """
     try:
-        with_service(config_file, lambda service: service.pools.release(service.pools.find(name), utf8(token)))
+        with_service(config_file, lambda service: service.pools.release(_find(service, name, config_file), utf8(token)))
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
     audit("pool_lease_released", pool=name)
-    click.echo("released 1 token")
+    click.echo("Released 1 token.")
 
 
 @pool.command("delete", epilog="Example: tokenauth pool delete licences 3f0c...")
@@ -114,6 +116,15 @@ def pool_delete(config_file: str | None, name: str, token: str) -> None:
 
     A pool with `prefill` gets a new token in its place.
     """
-    with_service(config_file, lambda service: service.pools.delete(service.pools.find(name), utf8(token)))
+    with_service(config_file, lambda service: service.pools.delete(_find(service, name, config_file), utf8(token)))
     audit("pool_token_deleted", pool=name)
-    click.echo("deleted 1 token")
+    click.echo("Deleted 1 token.")
+
+
+def _find(service: "Service", name: str, config_file: str | None) -> "Pool":
+    """Return a pool. The error names all pools, as over HTTP it must not."""
+    try:
+        return service.pools.find(name)
+    except UnknownPool:
+        known = ", ".join(pool.name for pool in service.pools.usable_by()) or "none"
+        raise UnknownPool(f"There is no pool {name!r} in {config_path(config_file)}; known are: {known}.") from None

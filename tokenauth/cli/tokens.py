@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.cli.base import CommandGroup, config_option, count, json_option, show, utf8, with_service
+from tokenauth.cli.base import CommandGroup, config_option, config_path, count, json_option, show, utf8, with_service
+from tokenauth.errors import UnknownToken
 from tokenauth.logs import audit, printable
 
 if TYPE_CHECKING:
@@ -64,9 +65,12 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
         raise click.UsageError("Pass exactly one of --user NAME, --id ID and --all.")
     if id_ is not None:
         wanted = id_
-        with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
+        try:
+            with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
+        except UnknownToken as error:
+            raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
         audit("token_revoked", id=wanted)
-        click.echo("revoked 1 token")
+        click.echo("Revoked 1 token.")
         return
     name = None if username is None else canonical(utf8(username))
 
@@ -75,6 +79,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
 
     number, known = with_service(config_file, revoke)
     if not known and not number:
-        raise click.ClickException(printable(f"There is no user {name!r} in the configuration, and no token of one."))
+        problem = f"No user {name!r} in {config_path(config_file)}, and no tokens of a user with that name."
+        raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
     audit("tokens_revoked", user="(all)" if name is None else name, count=number)
-    click.echo(f"revoked {count(number, 'token')}")
+    click.echo(f"Revoked {count(number, 'token')}.")

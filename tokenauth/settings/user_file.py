@@ -1,6 +1,7 @@
 """Edits the users in config.toml. The rest of the file, with its comments, is not changed."""
 
 import re
+import shlex
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,12 +86,15 @@ class UserFile:
     def _number(self, name: str, users: Sequence[Entry]) -> int:
         number = _find(name, users)
         if number is None:
-            raise ConfigError(f"{self.path}: there is no user {name!r}")
+            raise ConfigError(f"{self.path}: there is no user {name!r}; `tokenauth user list` shows the names")
         return number
 
     def _check_new(self, name: str, users: Sequence[Entry]) -> None:
-        if _find(name, users) is not None:
-            raise ConfigError(f"{self.path}: there is a user {name!r} already")
+        number = _find(name, users)
+        if number is not None:
+            existing = str(users[number]["username"])
+            fix = f"`tokenauth user passwd {shlex.quote(existing)}` changes the password"
+            raise ConfigError(f"{self.path}: user {existing!r} exists (upper and lower case are the same); {fix}")
 
     def _checked(self, before: str, after: str, users: Sequence[Entry]) -> str:
         """Return the new text. Raises ConfigError unless it is valid and differs from the old one only in its users."""
