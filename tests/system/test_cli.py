@@ -226,9 +226,10 @@ def test_users_are_added_changed_and_removed(home: Path) -> None:
 
 
 def test_migrate_creates_a_database_and_is_repeatable(home: Path) -> None:
-    for _ in range(2):
+    for events in (["schema_upgraded"], []):
         done = run(home, "migrate")
         assert (done.returncode, done.stdout) == (0, f"The database has schema {HEAD}.\n")
+        assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == events
     assert (home / "tokenauth.db").stat().st_mode & 0o777 == 0o600
     assert output(run(home, "tokens", "list")) == "No tokens.\n"
 

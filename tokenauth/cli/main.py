@@ -118,8 +118,9 @@ _PRIVATE = (
 def migrate(config_file: str | None) -> None:
     """Upgrade the database schema.
 
-    `tokenauth serve` does the same when it starts. Safe while servers run.
+    `tokenauth serve` does the same when it starts. Safe while servers run. An upgrade is logged as `schema_upgraded`.
     """
+    logs.configure(direct=True)
     from tokenauth.stores.schema import HEAD
 
     async def do_nothing(_: "Service") -> None:
