@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from tests.support.postgres import Cluster
 from tests.support.processes import Forked
 from tests.support.servers import START, spawn
 from tests.system.postgres.nodes import connected, fetch, nodes, write_config_for
@@ -129,8 +130,13 @@ def start_together(url: str, count: int, directory: Path) -> None:
     assert events == ["schema_upgraded"], "one process must create the schema, and none may log anything else"
 
 
-def test_three_nodes_upgrade_an_empty_database_at_once(database: str, tmp_path: Path) -> None:
-    start_together(database, 3, tmp_path)
+@pytest.mark.parametrize("isolation", ["read committed", "serializable"])
+def test_nodes_upgrade_an_empty_database_at_once(
+    postgres: Cluster, database: str, tmp_path: Path, isolation: str
+) -> None:
+    name = database.rpartition("/")[2].partition("?")[0]
+    postgres.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{isolation}'")
+    start_together(database, 4, tmp_path)
 
 
 _OTHERS_UPGRADE = "SELECT pg_advisory_xact_lock(hashtextextended('tokenauth schema', 0))"

@@ -106,7 +106,11 @@ class Connections:
         self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
         for_upgrade = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_TIMEOUT}
         self._upgrade_engine = create_async_engine(
-            url, poolclass=NullPool, hide_parameters=True, connect_args=for_upgrade
+            url,
+            poolclass=NullPool,
+            isolation_level="READ COMMITTED",  # as in _BEGIN
+            hide_parameters=True,
+            connect_args=for_upgrade,
         )
         self._caller_time = caller_time
         self._writers: dict[Kind, Writer] = {}  # each kind of change has transactions of its own
