@@ -77,11 +77,13 @@ class Credentials:
     ) -> User:
         """Return the user if one of the candidates matches, for clients that send a password with each request.
 
-        `candidates` are the possible readings of the same bytes. Together they count as one attempt.
+        `candidates` are the possible decodings of the same bytes. Together they count as one attempt.
 
         A password that was right is not hashed again for CACHE_SECONDS: its HMAC, under a key of this process, is kept
         in memory for each user and location. Equal requests that arrive while it is hashed share the result. A wrong
-        password, sent anywhere in this process, ends that. Raises what `verify` raises.
+        password for that user and location, sent to any route of this process, invalidates it.
+
+        Raises what `verify` raises.
         """
         now = self._clock()
         user, compared = await self._find_cached(candidates, address, now)

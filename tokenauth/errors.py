@@ -80,10 +80,10 @@ class UnknownToken(Refusal):
 
 
 class PoolFull(Refusal):
-    """There is no room for as many new tokens as requested. None was generated."""
+    """The new tokens would exceed the capacity of the pool. None was generated."""
 
     code = "pool_full"
-    description = "The pool has no room for that many tokens. None was generated."
+    description = "The pool has no capacity for that many tokens. None was generated."
 
 
 class NoFreeToken(Refusal):

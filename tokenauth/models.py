@@ -131,7 +131,7 @@ class Pool:
     prefill: always keep the pool at its capacity.
     scope: needed to use the pool.
     manage_scope: needed to generate, delete and list all tokens, and to end leases of other users.
-    ages_while_leased: time under a lease that lapsed counts towards `token_ttl`.
+    ages_while_leased: the time of a lease that *lapsed* (ended by itself, not by a release) counts towards `token_ttl`.
     """
 
     name: str

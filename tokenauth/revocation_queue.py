@@ -1,4 +1,4 @@
-"""Revocations that the store could not take yet. They are held in memory and written as soon as it can.
+"""Revocations that could not be written yet. They are held in memory, and written as soon as the store is back.
 
 Each worker has a RevocationQueue. The main process has a HeldRevocations and passes each RevocationUpdate on, so that
 all workers of the machine refuse what one of them holds.
@@ -44,7 +44,7 @@ class RevocationUpdate(msgspec.Struct, omit_defaults=True):
     held: dict[bytes, str] = {}
     """Digests of tokens to refuse, each with the network that revoked it."""
     written: list[bytes] = []
-    """Digests that the store has taken since."""
+    """Digests that have been written to the store since."""
     dropped: int = 0
     """Number of revocations that exceeded MAX_HELD. While there are any, no token may be accepted."""
     dropped_at: Instant = 0.0
@@ -54,7 +54,7 @@ class RevocationUpdate(msgspec.Struct, omit_defaults=True):
 
 
 class HeldRevocations:
-    """What the workers of a machine hold, in the main process: for new workers, and for the log at the end."""
+    """The main process's copy of what the workers hold: for new workers, and for the log at the end."""
 
     def __init__(self) -> None:
         self._held: dict[bytes, tuple[str, Instant]] = {}
@@ -252,7 +252,7 @@ class RevocationQueue:
             removed = await self._store.tokens.revoke(digest, self._clock())
         except Exception as error:
             _log_unexpected(error)
-            if digest in self.held:  # move it to the end: one that cannot be written must not hold up the others
+            if digest in self.held:  # move it to the end: one that cannot be written must not delay the others
                 self.held[digest] = self.held.pop(digest)
             return False
         network = self.held.pop(digest, None)

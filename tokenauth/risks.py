@@ -49,12 +49,12 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
         text = f"the password hash of {_names(weak)} is cheaper to guess than [passwords] asks for; {_fix(weak)}"
         risks.append(Risk("weak_hash", text))
     risks += _cost_risks(passwords, config.server.workers, costs)
-    if trusts_everybody(config.server.trusted_proxies):
+    if are_too_broad(config.server.trusted_proxies):
         text = (
             "server.trusted_proxies covers a large part of all addresses: clients there can claim any address, which"
             " defeats the throttle; list only your proxies"
         )
-        risks.append(Risk("trusts_everybody", text))
+        risks.append(Risk("broad_trusted_proxies", text))
     return [*risks, *_dialect_risks(config), *_file_risks(config, path)]
 
 
@@ -79,7 +79,7 @@ def _cost_risks(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -
         )
 
 
-def trusts_everybody(proxies: Iterable[str]) -> bool:
+def are_too_broad(proxies: Iterable[str]) -> bool:
     """Return whether networks together cover an eighth of all IPv4 addresses, or of the public IPv6 addresses."""
     networks = [ip_network(proxy) for proxy in proxies]
     four = [network for network in networks if isinstance(network, IPv4Network)]

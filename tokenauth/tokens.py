@@ -19,7 +19,7 @@ LIST_LIMIT = 1000
 """Maximum number of tokens in one listing."""
 
 _LOG_OUT_BATCH = 32
-"""Number of tokens of one log-out that are revoked at the same time. More would hold up other clients."""
+"""Number of tokens of one log-out that are revoked at the same time. More would delay other clients."""
 
 
 class Tokens:
@@ -118,7 +118,7 @@ class Tokens:
     async def log_out(
         self, candidates: Iterable[bytes], address: str, disconnected: DisconnectCheck = never_disconnected
     ) -> None:
-        """Revoke tokens, even while the store cannot be written: then this machine refuses them until they are written.
+        """Revoke tokens, even while the store cannot be written: until it can, this machine holds and refuses them.
 
         If too many revocations wait to be written, no token is accepted. Each network has a limited share of the queue:
         beyond it, its log-outs wait for the store. Raises ClientGone if the client disconnects while it waits.
@@ -133,7 +133,7 @@ class Tokens:
             if await self._try_revoke(digest):
                 return
             if self.revocations.add(digest, source):
-                await asyncio.sleep(0)  # the main process learns of it before the client gets an answer
+                await asyncio.sleep(0)  # the main process is notified before the client gets an answer
                 return
             await asyncio.sleep(revocation_queue.RETRY)
             if disconnected():

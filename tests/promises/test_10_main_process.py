@@ -161,5 +161,5 @@ def test_all_risks_are_named_before_anything_listens(tmp_path: Path) -> None:
         assert server.process.wait(30) == 3
         (refusal,) = server.events("configuration_refused")
         assert server.events("listening") == []
-    for risk in ("shipped_password", "trusts_everybody", "open_dialect"):
+    for risk in ("shipped_password", "broad_trusted_proxies", "open_dialect"):
         assert repr(risk) in refusal["detail"]

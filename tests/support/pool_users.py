@@ -13,7 +13,7 @@ REFUSALS = {
     "forbidden": (403, "The lease belongs to another user."),
     "insufficient_scope": (403, "This needs the scope 'admin'."),
     "not_found": (404, "The pool has no such token."),
-    "pool_full": (409, "The pool has no room for that many tokens. None was generated."),
+    "pool_full": (409, "The pool has no capacity for that many tokens. None was generated."),
     "no_free_token": (409, "The pool has no free token."),
     "lease_lost": (409, "The token is no longer leased to you: stop using what it guards."),
 }

@@ -99,8 +99,8 @@ def test_a_listing_continues_after_a_token_and_shows_dates(home: Path) -> None:
 
 
 def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
-    assert mistake(run(home, "pool", "generate", "licences", "--count", "4")).startswith("The pool has no room")
-    assert mistake(run(home, "pool", "generate", "permits")).startswith("The pool has no room")
+    assert mistake(run(home, "pool", "generate", "licences", "--count", "4")).startswith("The pool has no capacity")
+    assert mistake(run(home, "pool", "generate", "permits")).startswith("The pool has no capacity")
     for count in ("0", "1001"):
         refused = run(home, "pool", "generate", "waiting", "--count", count)
         assert refused.returncode == 2

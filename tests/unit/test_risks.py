@@ -20,10 +20,10 @@ from tokenauth.passwords import Passwords, machine_memory_kib
 from tokenauth.risks import (
     SHIPPED_API_PASSWORD,
     SHIPPED_HASH,
+    are_too_broad,
     check_accepted,
     find_risks,
     log_and_check,
-    trusts_everybody,
 )
 from tokenauth.settings import loader
 from tokenauth.settings.model import RISKS, PasswordSettings, Settings
@@ -124,7 +124,7 @@ def test_trusting_an_eighth_of_all_addresses_is_a_risk(
     networks, share = parts(space, chosen, len(chosen).bit_length() - 1)
     listed = [*networks, *proxies]
     order.shuffle(listed)
-    assert trusts_everybody(listed) == (share >= 1 / 8)
+    assert are_too_broad(listed) == (share >= 1 / 8)
 
 
 SLOW_HASHES = {
@@ -189,9 +189,9 @@ def test_all_risks_are_found_and_each_must_be_accepted(passwords: Passwords) -> 
     """
     public = loader.parse(server + users, {})
     risks = find_risks(public, passwords)
-    assert [risk.name for risk in risks] == ["shipped_password", "weak_hash", "trusts_everybody"]
+    assert [risk.name for risk in risks] == ["shipped_password", "weak_hash", "broad_trusted_proxies"]
     assert [risk.text.count("'a'") + 2 * risk.text.count("'b'") for risk in risks] == [1, 2, 0]
-    with pytest.raises(ConfigError, match="trusts_everybody"):
+    with pytest.raises(ConfigError, match="broad_trusted_proxies"):
         check_accepted(public, risks)
 
 

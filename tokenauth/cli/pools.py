@@ -80,7 +80,7 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
 def pool_generate(config_file: str | None, as_json: bool, name: str, count: int) -> None:
     """Add free tokens to a pool and print them.
 
-    All are added, or none if the pool has no room for all.
+    All are added, or none if they would exceed the capacity of the pool.
     """
     values = with_service(config_file, lambda service: service.pools.generate(_find(service, name, config_file), count))
     audit("pool_tokens_generated", pool=name, count=len(values))

@@ -81,8 +81,8 @@ class RemoteTokens:
     * **url** - Where tokenauth is, such as `"https://auth.example.com"`, with its path if it has one.
     * **max_age** - Seconds for which a response is reused; 0 asks for each request.
     * **stale_grace** - Seconds for which a confirmed token is still accepted while tokenauth is unreachable.
-    * **cache_size** - Number of valid tokens that are cached, by their digests. Refused ones have a cache of the same
-    size: made-up tokens never displace a valid one.
+    * **cache_size** - Number of valid tokens that are cached, by their digests. Refused ones have a separate cache
+    of the same size, so that made-up tokens cannot evict valid ones.
     * **timeout** - Seconds for one lookup, in all.
     * **client** - An `httpx.AsyncClient` to use, for your own certificates or proxies; you close it. It follows no
     redirects here. By default, a client that ignores the proxies and the `.netrc` of the environment, so that tokens
@@ -184,7 +184,7 @@ class RemoteTokens:
         return lookup
 
     async def _ask(self, lookup: _Lookup, digest: bytes, value: bytes) -> Login | None:
-        """Ask tokenauth and cache the result. If that fails, return a stale result if `stale_grace` allows it."""
+        """Ask tokenauth and cache the result. If that fails, return a cached login if `stale_grace` allows it."""
         lookup.asked_at = self._monotonic()
         failure = ""
         try:
@@ -195,9 +195,9 @@ class RemoteTokens:
             failure = str(error)
         except Exception as error:
             failure = type(error).__name__
-        if (
-            failure
-        ):  # not in the handlers: their exceptions, which contain the request and its token, would be the context
+        # Not in the handlers: IssuerUnavailable would keep their exceptions as its context, and these reference the
+        # request with its token.
+        if failure:
             return self._stale(digest, failure)
         self._reachable = True
         self._cache(digest, login, lookup.asked_at)
@@ -229,7 +229,7 @@ class RemoteTokens:
             self._valid.put(digest, _Confirmed(login, asked_at))
 
     def _stale(self, digest: bytes, failure: str) -> Login:
-        """Return a login that is stale but within the grace. Raises IssuerUnavailable if there is none."""
+        """Return a cached login that `stale_grace` still allows. Raises IssuerUnavailable if there is none."""
         if self._reachable:
             self._reachable = False
             _log.warning("tokenauth at %s is unreachable: %s.", self._url, failure)
@@ -242,7 +242,7 @@ class RemoteTokens:
 
 
 class _UnexpectedResponse(Exception):
-    """The response does not tell whether the token is valid."""
+    """The response does not say whether the token is valid."""
 
 
 async def _wait(lookup: _Lookup) -> Login | None:

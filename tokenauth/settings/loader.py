@@ -1,4 +1,4 @@
-"""Reads the configuration file: TOML with environment variables becomes records, or one line about a mistake."""
+"""Loads TOML with environment variables into typed settings. A mistake becomes an error of one line."""
 
 import difflib
 import json
@@ -131,7 +131,7 @@ def _value_hint(problem: str, key: str, value: str) -> str:
 
 
 class _Field(NamedTuple):
-    """A field's type, taken apart."""
+    """The parts of a field's type."""
 
     annotation: Any
     kind: Any
@@ -140,9 +140,9 @@ class _Field(NamedTuple):
 
     @classmethod
     def of(cls, annotation: Any) -> "_Field":
-        """Take an annotation apart. `| None` is left out, since TOML has no null."""
+        """Split an annotation. `| None` is left out, since TOML has no null."""
         if get_origin(annotation) in {UnionType, Union}:
-            annotation = next(one for one in get_args(annotation) if one is not type(None))
+            annotation = next(member for member in get_args(annotation) if member is not type(None))
         if get_origin(annotation) is Annotated:
             return cls(annotation, *get_args(annotation))
         return cls(annotation, annotation, Meta())
@@ -166,7 +166,7 @@ class _Field(NamedTuple):
         return f"{_TYPES[self.kind]}{bounds}"
 
     def actual(self, value: object) -> str:
-        """Return what a wrong value is instead: its type or, if that is right, the value unless it is secret."""
+        """Describe a wrong value: by its type or, if the type is right, by itself unless it is secret."""
         right = isinstance(value, _VALUES.get(self.kind, str)) and not isinstance(value, bool)
         if right or (self.option("duration") and isinstance(value, str)):
             return "" if self.option("secret") else f", not {repr(value)[:80]}"
@@ -174,7 +174,7 @@ class _Field(NamedTuple):
 
 
 class _Reader:
-    """Makes records from a parsed file. An error names the key path of the mistake."""
+    """Converts a parsed file into settings. An error names the key path of the mistake."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         """`variables` has the environment variables that were substituted, by key path."""
@@ -204,7 +204,7 @@ class _Reader:
             if not isinstance(value, list):
                 hint = _array_hint(path, inner, value)
                 raise ConfigError(f"{path}: must be an array, not {_type_of(value)}{hint}")
-            return tuple(self.value(inner, one, f"{path}[{number}]") for number, one in enumerate(value))
+            return tuple(self.value(inner, item, f"{path}[{index}]") for index, item in enumerate(value))
         if origin is dict:
             kinds = field.option("tables")
             items = _items(value, path, kinds)
@@ -228,7 +228,7 @@ class _Reader:
 
 
 def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, Any]:
-    """Return what is in a table. Raises ConfigError for a key that is not in `known`; None knows all."""
+    """Return the items of a table. Raises ConfigError for a key that is not in `known`; None allows every key."""
     if not isinstance(tree, dict):
         header = path + ("" if known else ".NAME")
         hint = f": write [{header}], with one pair of brackets" if isinstance(tree, list) and path else ""

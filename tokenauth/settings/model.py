@@ -22,7 +22,7 @@ RiskName = Literal[
     "shipped_password",
     "weak_hash",
     "costly_hash",
-    "trusts_everybody",
+    "broad_trusted_proxies",
     "open_dialect",
     "readable_config",
     "writable_config",
