@@ -72,7 +72,7 @@ class Attentive(TokenStore):
         feed = self._engine.feed
         feed.invalidate()
         while not feed.is_current():  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.0005)
         return await super().get(digest)
 
 

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -445,10 +446,11 @@ def test_commands_that_run_at_once_lose_no_edit(home: Path) -> None:
     assert sorted(os.listdir(home)) == ["config.toml"]
 
 
-UNSAFE = [
-    chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in {"Cc", "Cf", "Zl", "Zp"}
-]
-"""All characters that control a terminal or change how a line is displayed."""
+@cache
+def list_unsafe() -> list[str]:
+    """List all characters that control a terminal or change how a line is displayed."""
+    unsafe = {"Cc", "Cf", "Zl", "Zp"}
+    return [letter for letter in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(letter) in unsafe]
 
 
 @pytest.mark.parametrize("command", [["tokens", "list"], ["pool", "show", "p"]], ids=" ".join)
@@ -457,7 +459,7 @@ def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: 
     write_config(tmp_path, "[pools.p]")
     run(tmp_path, "migrate")
     output(run(tmp_path, "pool", "generate", "p"))
-    sent = "".join(UNSAFE)
+    sent = "".join(list_unsafe())
     with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as database, database:
         now = int(time.time())
         row = (b"d" * 32, "ann", "c", now, now + 1000, sent, sent)
@@ -468,7 +470,7 @@ def test_no_listing_lets_a_client_control_the_terminal(tmp_path: Path, command: 
         )
         database.execute("UPDATE pool_tokens SET holder = ?, free_at = ?", (sent, now + 1000))
     shown = output(run(tmp_path, *command, *options))
-    assert [letter for letter in shown if letter in UNSAFE and letter != "\n"] == []
+    assert [letter for letter in shown if letter in list_unsafe() and letter != "\n"] == []
     escapes = [r"\u009b" if options else r"\x9b", r"\u202e", r"\u001b" if options else r"\x1b"]
     assert [escape for escape in escapes if escape not in shown] == [], "must show the characters escaped"
 
