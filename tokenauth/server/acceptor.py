@@ -22,7 +22,7 @@ from tokenauth.logs import log
 OPEN_PER_ACCEPT = 8
 """In each iteration of the event loop, one connection is accepted, and one more for each 8 that are open.
 
-The more connections are open, the longer an iteration takes, so more are accepted in each. A worker with few
+The more connections are open, the longer an iteration takes. So accepting scales with the load. A worker with few
 connections leaves most of a small burst to the others: the 20 connections of a reverse proxy should not all go to the
 worker that woke up first.
 """
@@ -107,7 +107,7 @@ class Acceptor:
 
     def _accept(self) -> bool:
         """Accept one connection; return False if none waits, or none can be accepted."""
-        if self._answered_once and not self._has_room():
+        if self._answered_once and not self._make_room():
             self._pause()
             return False
         try:
@@ -136,16 +136,18 @@ class Acceptor:
         except (OSError, MemoryError):  # the client has disconnected, or there is no memory for one more
             connection.close()
 
-    def _has_room(self) -> bool:
-        """Return whether one more connection can be answered once. Closes the oldest that waits for its client."""
+    def _make_room(self) -> bool:
+        """Return whether one more connection can be answered once. May close the oldest that waits for its client."""
         self._answered_once = [
-            one for one in self._answered_once if one.transport is None or not one.transport.is_closing()
+            protocol
+            for protocol in self._answered_once
+            if protocol.transport is None or not protocol.transport.is_closing()
         ]
         if len(self._answered_once) < file_descriptors.reserve() // 4:
             return True
-        for one in self._answered_once:
-            if one.transport is not None and _waits_for_client(one.cycle):
-                one.transport.close()
+        for protocol in self._answered_once:
+            if protocol.transport is not None and _waits_for_client(protocol.cycle):
+                protocol.transport.close()
                 return True
         return False
 

@@ -43,17 +43,17 @@ from tokenauth.settings.model import Settings
 START_FAILED = 3
 """The exit code when the first start fails."""
 
-_TICK = 1.0
-"""Seconds that the main process waits at most for an event."""
+_MAX_WAIT = 1.0
+"""Maximum seconds that the main process waits for an event."""
 
 _TIMEOUT = 60
-"""Ticks without a report after which a worker is killed, and ticks after which a reload is given up."""
+"""Heartbeats without a report after which a worker is killed, and heartbeats after which a reload is aborted."""
 
 _CLOSE_TIME = 10.0
-"""Seconds after GRACE that a worker has to close its store before it is killed."""
+"""Seconds to close the store, after the GRACE seconds in which a worker answers its requests. Then it is killed."""
 
 _HEALTHY = 10.0
-"""A worker that served for this many seconds is replaced at once; one that ended sooner, after a growing delay."""
+"""Seconds of service after which a worker that ends is replaced at once; otherwise after a growing delay."""
 
 _MIN_DELAY, _MAX_DELAY = 1.0, 60.0
 """Seconds between two attempts to start a worker. The delay grows by half each time."""
@@ -129,7 +129,7 @@ class _Worker:
         self.reported = False
         self.ready = False
         self.kill_at = math.inf
-        self.silent_ticks = 0
+        self.silent_heartbeats = 0
         self.started_at = time.monotonic()
         self.failure: Report | None = None
         self.killed = False
@@ -228,10 +228,10 @@ class _Slot:
         self.due = time.monotonic() + delay
         return round(delay, 1)
 
-    def vacate(self, served: float) -> float:
-        """Remove a worker that served for some seconds. Return the seconds until the next one starts."""
+    def vacate(self, served_seconds: float) -> float:
+        """Remove a worker that has ended. Return the seconds until the next one starts."""
         self.worker = None
-        if served >= _HEALTHY:
+        if served_seconds >= _HEALTHY:
             self._delay = 0.0
         return self.postpone()
 
@@ -242,7 +242,7 @@ class _Reload:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.slots = [_Slot() for _ in range(settings.server.workers)]
-        self.ticks = 0
+        self.heartbeats = 0
 
 
 class Supervisor:
@@ -276,11 +276,11 @@ class Supervisor:
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
         self._held = HeldRevocations()
-        self._served = False
+        self._has_served = False
         self._stopping = False
         self._stop_requested_at = -math.inf
         self._exit_code = 0
-        self._ticked = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         self._step_failed = False
         self._ready: list[tuple[selectors.SelectorKey, int]] = []
 
@@ -292,10 +292,10 @@ class Supervisor:
         steps = (
             self._handle_signals,
             self._receive,
-            self._tick,
+            self._heartbeat,
             self._reap,
             self._start_workers,
-            self._switch,
+            self._finish_reload,
             self._kill_overdue,
         )
         while not self._stopping or any(True for _ in self._workers()):
@@ -325,7 +325,7 @@ class Supervisor:
             with suppress(OSError):
                 _wait_for(self._signals, _MIN_DELAY)
         now = time.monotonic()
-        due = min([now + _TICK, *(slot.due for slot in self._vacant())])
+        due = min([now + _MAX_WAIT, *(slot.due for slot in self._vacant())])
         self._ready = self._selector.select(max(0.0, due - now))
 
     def _vacant(self) -> list[_Slot]:
@@ -352,7 +352,7 @@ class Supervisor:
 
     def _receive(self) -> None:
         """Read reports of the workers, and send orders that are still pending."""
-        ready, self._ready = self._ready, []  # after a wait that failed, it would be out of date
+        ready, self._ready = self._ready, []  # stale after a failed wait
         for key, events in ready:
             if isinstance(key.data, _Worker):
                 worker = key.data
@@ -374,7 +374,7 @@ class Supervisor:
             return
         if not reports:
             return
-        worker.silent_ticks = 0
+        worker.silent_heartbeats = 0
         if not worker.reported and worker.stderr_line() and reports[0].state != "failed":
             log.warning("worker_stderr", pid=worker.pid, detail=worker.stderr_line())
         worker.reported = True
@@ -386,7 +386,7 @@ class Supervisor:
                 worker.started_at = time.monotonic()
                 if worker.kill_at < math.inf:
                     worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
-                self._served = True
+                self._has_served = True
             if report.revocations is not None:
                 self._share(report.revocations, worker)
 
@@ -415,18 +415,18 @@ class Supervisor:
                 self._selector.unregister(worker.stderr)
             worker.close_stderr()
 
-    def _tick(self) -> None:
+    def _heartbeat(self) -> None:
         """Count seconds in which this process ran: while the machine is suspended, no worker can report."""
-        if time.monotonic() - self._ticked < HEARTBEAT:
+        if time.monotonic() - self._last_heartbeat < HEARTBEAT:
             return
-        self._ticked = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         if self._terminal.check() and not self._stopping:
             self._stop(signal.SIGHUP.name)
         if self._reload is not None:
-            self._reload.ticks += 1
+            self._reload.heartbeats += 1
         for worker in self._workers():
-            worker.silent_ticks += 1
-            if worker.silent_ticks > _TIMEOUT and not worker.killed:
+            worker.silent_heartbeats += 1
+            if worker.silent_heartbeats > _TIMEOUT and not worker.killed:
                 worker.failure = Report("failed", f"sent no report for {_TIMEOUT} seconds")
                 worker.kill()
 
@@ -450,7 +450,7 @@ class Supervisor:
         worker.channel.close()
 
     def _ended(self, worker: _Worker, code: int) -> None:
-        served = time.monotonic() - worker.started_at if worker.ready else 0.0
+        served_seconds = time.monotonic() - worker.started_at if worker.ready else 0.0
         ending = (self._stopping and self._exit_code != START_FAILED) or worker in self._retiring
         if ending and code and (worker.failure is not None or not worker.killed):
             log.error("worker_failed", exit_code=code, reason=worker.reason())
@@ -468,11 +468,11 @@ class Supervisor:
             if slot.worker is worker:
                 if self._stopping:
                     slot.worker = None
-                elif not self._served:
+                elif not self._has_served:
                     slot.worker = None
                     self._give_up(worker.reason(), worker.failure)
                 else:
-                    delay = slot.vacate(served)
+                    delay = slot.vacate(served_seconds)
                     log.error("worker_replaced", exit_code=code, reason=worker.reason(), retry_in=delay)
 
     def _start_workers(self) -> None:
@@ -484,7 +484,7 @@ class Supervisor:
                 slot.worker = self._start_worker(slot in self._slots)
             except Exception as error:  # no descriptors, no memory, no interpreter: it may work later
                 reason = f"cannot start a worker: {logs.describe(error)}"
-                if not self._served:
+                if not self._has_served:
                     self._give_up(reason)
                     return
                 log.error("worker_not_started", reason=reason, retry_in=slot.postpone(_MIN_DELAY))
@@ -555,7 +555,7 @@ class Supervisor:
         refused = failure is not None and failure.configuration
         log.error("configuration_refused" if refused else "reload_failed", detail=reason)
 
-    def _switch(self) -> None:
+    def _finish_reload(self) -> None:
         """Replace the current workers when all workers of the new configuration are ready."""
         reload = self._reload
         if reload is None or self._stopping:
@@ -569,7 +569,7 @@ class Supervisor:
             users, pools = len(self._settings.users_by_name), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
             log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._slots), **held)
-        elif reload.ticks > _TIMEOUT:
+        elif reload.heartbeats > _TIMEOUT:
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
 
     def _retire(self, worker: _Worker) -> None:
@@ -596,7 +596,7 @@ class Supervisor:
         if not worker.reported:
             worker.kill()
             return
-        worker.kill_at = time.monotonic() + (GRACE + _CLOSE_TIME if worker.ready else _TICK)
+        worker.kill_at = time.monotonic() + (GRACE + _CLOSE_TIME if worker.ready else _MAX_WAIT)
         self._send([worker], Stop(replaced=not self._stopping))
 
     def _kill_overdue(self) -> None:

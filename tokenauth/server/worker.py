@@ -1,4 +1,4 @@
-"""A worker process: serves the settings that the main process sends, until it is ordered to stop."""
+"""A worker process: serves the settings that the main process sends, until it receives Stop."""
 
 import asyncio
 import logging
