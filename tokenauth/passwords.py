@@ -33,7 +33,7 @@ _MIN_WORK = {"bcrypt": 2**10, "scrypt": 2**14 * 8, "pbkdf2_sha256": 100_000}
 """Work below which a hash is weak: rounds, for scrypt blocks of memory (N * r)."""
 
 _SLOW = 1.0
-"""Seconds. With a hash that takes longer, a few logins hold up all others."""
+"""Seconds. With a hash that takes longer, a few logins delay all others."""
 
 _MAX_SECONDS = 10.0
 """Seconds. A hash that takes longer is refused, since clients and proxies would give up first."""
@@ -138,7 +138,7 @@ class Passwords:
         return _cost(_read(user.password_hash))
 
     def is_slow(self, cost: Cost) -> bool:
-        """Return whether a few simultaneous logins with such a hash hold up all others."""
+        """Return whether a few simultaneous logins with such a hash delay all others."""
         return cost.seconds > _SLOW
 
     def needs_too_much_memory(self, cost: Cost, workers: int) -> bool:

@@ -24,27 +24,29 @@ class Model:
         self.made += [sha256(b"%d" % number).hexdigest()[:6] for number in range(start, start + count)]
         return self.made[start:]
 
-    def end(self, one: PoolToken) -> float:
+    def end(self, token: PoolToken) -> float:
         """Return when a token expires if nothing changes it."""
-        aged = self.pool.lease_ttl if self.pool.ages_while_leased and one.holder is not None else 0
-        return one.free_at + self.pool.token_ttl - aged
+        aged = self.pool.lease_ttl if self.pool.ages_while_leased and token.holder is not None else 0
+        return token.free_at + self.pool.token_ttl - aged
 
     def leased(self) -> list[PoolToken]:
         """Return the leased tokens, ordered by the end of their lease."""
-        return sorted((one for one in self.there.values() if self.now < one.free_at), key=lambda one: one.free_at)
+        return sorted(
+            (token for token in self.there.values() if self.now < token.free_at), key=lambda token: token.free_at
+        )
 
     def free(self) -> list[PoolToken]:
         """Return the free tokens, the one that has been free longest first."""
-        free = (one for one in self.there.values() if one.free_at <= self.now < self.end(one))
-        return sorted((one for one in free if not one.retired), key=lambda one: one.free_at)
+        free = (token for token in self.there.values() if token.free_at <= self.now < self.end(token))
+        return sorted((token for token in free if not token.retired), key=lambda token: token.free_at)
 
     def retired(self) -> list[PoolToken]:
         """Return the leased tokens that are deleted when their lease ends."""
-        return [one for one in self.leased() if one.retired]
+        return [token for token in self.leased() if token.retired]
 
     def live(self) -> list[PoolToken]:
         """Return the live tokens, by value."""
-        return sorted(self.leased() + self.free(), key=lambda one: one.value)
+        return sorted(self.leased() + self.free(), key=lambda token: token.value)
 
     def available(self) -> int:
         """Return how many tokens can be leased."""
@@ -52,53 +54,53 @@ class Model:
 
     def leasable(self, count: int) -> list[float]:
         """Return since when the tokens that are leased next have been free."""
-        return [one.free_at for one in self.free()[: min(count, self.available())]]
+        return [token.free_at for token in self.free()[: min(count, self.available())]]
 
     def pick(self, number: int) -> str:
         """Choose a token; from 7 on one that may be gone, or may never have existed."""
-        live = [one.value for one in self.live()]
+        live = [token.value for token in self.live()]
         return live[number % len(live)] if live and number < 7 else self.made[-number % len(self.made)]
 
     def find(self, value: str) -> PoolToken | None:
         """Return the live token with this value."""
-        return next((one for one in self.live() if one.value == value), None)
+        return next((token for token in self.live() if token.value == value), None)
 
-    def holds(self, one: PoolToken, claim: LeaseCheck) -> bool:
+    def holds(self, token: PoolToken, check: LeaseCheck) -> bool:
         """Return whether the check matches the lease of a token."""
-        named = {"holder": claim.holder, "fence": claim.fence, "username": claim.username}
-        wrong = [key for key, value in named.items() if value not in {None, getattr(one, key)}]
-        return self.now < one.free_at and not wrong
+        expected = {"holder": check.holder, "fence": check.fence, "username": check.username}
+        wrong = [key for key, value in expected.items() if value not in {None, getattr(token, key)}]
+        return self.now < token.free_at and not wrong
 
     def put(self, *changed: PoolToken) -> None:
         """Store changed tokens."""
-        self.there.update((one.value, one) for one in changed)
+        self.there.update((token.value, token) for token in changed)
 
     def add(self, values: Sequence[str]) -> None:
         """Store new tokens."""
         self.put(*(PoolToken(self.pool.name, value, self.now) for value in values))
 
-    def freed(self, one: PoolToken) -> PoolToken:
+    def freed(self, token: PoolToken) -> PoolToken:
         """Return a token after its release."""
-        return one._replace(free_at=self.now, holder=None, username=None)
+        return token._replace(free_at=self.now, holder=None, username=None)
 
     def lease(self, got: PoolToken, holder: str, leasable: list[float], user: str | None = None) -> None:
         """Lease a token, and check that it may be leased."""
-        one = self.there[got.value]
-        assert one in self.free(), f"not free: {one}"
-        assert one.free_at in leasable, f"another token has been free longer: {one}"
-        assert got == one._replace(
-            free_at=self.now + self.pool.lease_ttl, holder=holder, fence=one.fence + 1, username=user
+        token = self.there[got.value]
+        assert token in self.free(), f"not free: {token}"
+        assert token.free_at in leasable, f"another token has been free longer: {token}"
+        assert got == token._replace(
+            free_at=self.now + self.pool.lease_ttl, holder=holder, fence=token.fence + 1, username=user
         )
         self.put(got)
         assert self.pool.capacity is None or len(self.leased()) <= self.pool.capacity, "more leases than the capacity"
 
     def forget(self, count: int) -> None:
         """Delete this many expired tokens."""
-        dead = self.there.keys() - {one.value for one in self.live()}
+        dead = self.there.keys() - {token.value for token in self.live()}
         for value in sorted(dead, key=lambda value: self.there[value].free_at)[:count]:
             del self.there[value]
 
     def edges(self) -> list[float]:
         """Return the instants at which leases and tokens end."""
-        ends = [at for one in self.there.values() for at in (one.free_at, self.end(one))]
+        ends = [at for token in self.there.values() for at in (token.free_at, self.end(token))]
         return sorted(end for end in ends if self.now < end < math.inf)

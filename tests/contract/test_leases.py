@@ -115,12 +115,12 @@ LOST += [LeaseCheck(None, number) for number in (1, 3, *HUGE)]
 
 
 async def touch(
-    pools: PoolStore, verb: str, now: float, claim: LeaseCheck = ANY_LEASE, pool: Pool = POOL
+    pools: PoolStore, action: str, now: float, check: LeaseCheck = ANY_LEASE, pool: Pool = POOL
 ) -> LeaseChange | None:
     """Extend or release the lease of t1."""
-    if verb == "release":
-        return await pools.release(pool, "t1", now, claim)
-    return await pools.keep_alive(pool, "t1", now, claim, include_free=verb == "extend include_free")
+    if action == "release":
+        return await pools.release(pool, "t1", now, check)
+    return await pools.keep_alive(pool, "t1", now, check, include_free=action == "extend include_free")
 
 
 async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
@@ -133,37 +133,37 @@ async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
     return leased
 
 
-@pytest.mark.parametrize("verb", ["extend", "extend include_free", "release"])
-async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, verb: str) -> None:
+@pytest.mark.parametrize("action", ["extend", "extend include_free", "release"])
+async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, action: str) -> None:
     """What a check leaves out is not compared; the rest must match."""
-    for claim in HELD:
-        pool = replace(POOL, name=str(claim))
+    for check in HELD:
+        pool = replace(POOL, name=str(check))
         leased = await second_lease(pools, pool)
         free = leased._replace(free_at=START + 1, holder=None)
-        after = free if verb == "release" else leased._replace(free_at=START + 61)
-        assert await touch(pools, verb, START + 1, claim, pool) == LeaseChange(after, True), claim
+        after = free if action == "release" else leased._replace(free_at=START + 61)
+        assert await touch(pools, action, START + 1, check, pool) == LeaseChange(after, True), check
         assert await pools.get(pool, "t1", START + 1) == after
     leased = await second_lease(pools, POOL)
-    for claim in LOST:
-        assert await touch(pools, verb, START + 1, claim) == LeaseChange(leased, False), claim
+    for check in LOST:
+        assert await touch(pools, action, START + 1, check) == LeaseChange(leased, False), check
         assert await pools.get(POOL, "t1", START + 1) == leased
 
 
-@pytest.mark.parametrize("claim", [ANY_LEASE, LeaseCheck("ann"), LeaseCheck("ann", 1), LeaseCheck("bob")], ids=str)
-@pytest.mark.parametrize("verb", ["extend", "release"])
-async def test_a_lease_that_has_ended_is_nobodys(pools: PoolStore, verb: str, claim: LeaseCheck) -> None:
+@pytest.mark.parametrize("check", [ANY_LEASE, LeaseCheck("ann"), LeaseCheck("ann", 1), LeaseCheck("bob")], ids=str)
+@pytest.mark.parametrize("action", ["extend", "release"])
+async def test_a_lease_that_has_ended_has_no_holder(pools: PoolStore, action: str, check: LeaseCheck) -> None:
     await pools.generate(POOL, ["t1"], START)
     leased = (await pools.assign(POOL, "ann", START)).token
     assert leased is not None
-    assert await touch(pools, verb, START + 60, claim) == LeaseChange(leased, False), "at `until` it is over"
+    assert await touch(pools, action, START + 60, check) == LeaseChange(leased, False), "at `until` it is over"
     assert await lease(pools, now=START + 60, holder="bob") == "t1"
-    if claim.holder == "ann":
-        touched = await touch(pools, verb, START + 61, claim)
+    if check.holder == "ann":
+        touched = await touch(pools, action, START + 61, check)
         assert touched is not None
         assert not touched.granted
         assert touched.token.lease(START + 61) == ("bob", START + 120)
     await pools.release(POOL, "t1", START + 62)
-    touched = await touch(pools, verb, START + 62, claim)
+    touched = await touch(pools, action, START + 62, check)
     assert touched == LeaseChange(PoolToken("p", "t1", START + 62, None, fence=2), False)
 
 

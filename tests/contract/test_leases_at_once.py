@@ -38,25 +38,25 @@ async def test_as_many_callers_as_free_tokens_all_get_one(place: Place, other: P
         assert len({token.value for token in leased if token}) == 60
 
 
-@pytest.mark.parametrize("verb", ["stale extend", "stale release", "keep free", "replace"])
-async def test_a_free_token_is_leased_despite_other_operations(place: Place, other: Place, verb: str) -> None:
+@pytest.mark.parametrize("operation", ["stale extend", "stale release", "keep free", "replace"])
+async def test_a_free_token_is_leased_despite_other_operations(place: Place, other: Place, operation: str) -> None:
     """Whichever of the two comes first, there is a free token all the time."""
     await place.pools.generate(POOL, ["t0"], START)
     refused = 0
 
     async def touch(number: int) -> None:
         pools, value = other.pools, f"t{number}"
-        if verb == "stale extend":
+        if operation == "stale extend":
             await pools.keep_alive(POOL, value, START, LeaseCheck("nobody"))
-        elif verb == "stale release":
+        elif operation == "stale release":
             await pools.release(POOL, value, START, LeaseCheck("nobody"))
-        elif verb == "keep free":
+        elif operation == "keep free":
             await pools.keep_alive(POOL, value, START, include_free=True)
         else:
             await pools.delete(POOL, value, START, f"t{number + 1}")
 
     for number in range(40):
-        touched = touch(number if verb == "replace" else 0)
+        touched = touch(number if operation == "replace" else 0)
         leased, _ = await asyncio.gather(place.pools.assign(POOL, "ann", START), touched)
         refused += leased.token is None
         await place.pools.release_next(POOL, START)

@@ -48,7 +48,7 @@ WRITES: Mapping[str, Operation] = {
     "failures.update": lambda place: place.failures.update([CountUpdate(bytes(16), 1, at=START)], START),
     "failures.purge": lambda place: place.failures.purge(START, 10),
     "save_time": lambda place: place.store.save_time(START),
-    "claim": lambda place: place.store.acquire_duty("sweep", START, START + 1),
+    "acquire_duty": lambda place: place.store.acquire_duty("sweep", START, START + 1),
     "purge_revocations": lambda place: place.store.purge_revocations(START, 10),
 }
 READS: Mapping[str, Operation] = {

@@ -87,17 +87,17 @@ class PoolTest:
 
     async def members(self, store: PoolStore) -> dict[str, PoolToken]:
         """Return all tokens."""
-        return {one.value: one for one in await store.list_tokens(self.pool, self.model.now, "", 1000)}
+        return {token.value: token for token in await store.list_tokens(self.pool, self.model.now, "", 1000)}
 
     async def leases(self, store: PoolStore, limit: int) -> list[PoolToken]:
         """Return all leased tokens, read page by page, by value."""
         found, place = [], START_OF_LEASES
         while page := await store.list_leases(self.pool, self.model.now, place, limit):
             assert all(place < here for here, _ in page)
-            found += [one for _, one in page]
+            found += [token for _, token in page]
             place = page[-1][0]
-        assert [one.free_at for one in found] == sorted(one.free_at for one in found)
-        return sorted(found, key=lambda one: one.value)
+        assert [token.free_at for token in found] == sorted(token.free_at for token in found)
+        return sorted(found, key=lambda token: token.value)
 
     async def generate(self, store: PoolStore, step: Step) -> None:
         """Add tokens, all or none."""
@@ -109,7 +109,11 @@ class PoolTest:
 
     async def assign(self, store: PoolStore, step: Step) -> None:
         """Lease the token that has been free longest."""
-        ends, leasable, counted = [one.free_at for one in self.model.leased()], self.model.leasable(1), step.amount > 3
+        ends, leasable, counted = (
+            [token.free_at for token in self.model.leased()],
+            self.model.leasable(1),
+            step.amount > 3,
+        )
         leased = await store.assign(self.pool, step.holder, self.model.now, step.user, counted)
         if leased.token is None:
             assert not leasable
@@ -127,50 +131,50 @@ class PoolTest:
             *(each.assign(self.pool, name, self.model.now) for each, name in zip(stores, holders, strict=True))
         )
         leased = [(each.token, name) for each, name in zip(answers, holders, strict=True) if each.token is not None]
-        assert sorted(self.model.there[one.value].free_at for one, _ in leased) == leasable
-        for one, name in leased:
-            self.model.lease(one, name, leasable)
+        assert sorted(self.model.there[token.value].free_at for token, _ in leased) == leasable
+        for token, name in leased:
+            self.model.lease(token, name, leasable)
 
     async def keep_alive(self, store: PoolStore, step: Step) -> None:
         """Let a lease, or a free token, run for its full time from now."""
         value, now, include_free = self.model.pick(step.number), self.model.now, step.amount > 3
-        one, claim = self._claim(value, step)
-        touched = await store.keep_alive(self.pool, value, now, claim, include_free)
+        token, check = self._find_and_check(value, step)
+        touched = await store.keep_alive(self.pool, value, now, check, include_free)
         after = None
-        if one is not None and self.model.holds(one, claim):
-            after = one._replace(free_at=now + self.pool.lease_ttl)
-        elif one is not None and include_free and one.free_at <= now:
-            after = self.model.freed(one)
-        self._compare(touched, one, after)
+        if token is not None and self.model.holds(token, check):
+            after = token._replace(free_at=now + self.pool.lease_ttl)
+        elif token is not None and include_free and token.free_at <= now:
+            after = self.model.freed(token)
+        self._compare(touched, token, after)
 
     async def release(self, store: PoolStore, step: Step) -> None:
         """End a lease."""
         value = self.model.pick(step.number)
-        one, claim = self._claim(value, step)
-        touched = await store.release(self.pool, value, self.model.now, claim)
-        held = one is not None and self.model.holds(one, claim)
-        self._compare(touched, one, self.model.freed(one) if one is not None and held else None)
+        token, check = self._find_and_check(value, step)
+        touched = await store.release(self.pool, value, self.model.now, check)
+        held = token is not None and self.model.holds(token, check)
+        self._compare(touched, token, self.model.freed(token) if token is not None and held else None)
 
-    def _claim(self, value: str, step: Step) -> tuple[PoolToken | None, LeaseCheck]:
-        one, (named, error) = self.model.find(value), step.holder_and_fence
-        fence = None if error is None else (one.fence if one else 0) + error
-        return one, LeaseCheck(step.holder if named else None, fence, step.user)
+    def _find_and_check(self, value: str, step: Step) -> tuple[PoolToken | None, LeaseCheck]:
+        token, (named, error) = self.model.find(value), step.holder_and_fence
+        fence = None if error is None else (token.fence if token else 0) + error
+        return token, LeaseCheck(step.holder if named else None, fence, step.user)
 
-    def _compare(self, touched: LeaseChange | None, one: PoolToken | None, after: PoolToken | None) -> None:
-        if one is None:
+    def _compare(self, touched: LeaseChange | None, token: PoolToken | None, after: PoolToken | None) -> None:
+        if token is None:
             assert touched is None
         else:
-            assert touched == LeaseChange(after or one, after is not None)
-            self.model.put(after or one)
+            assert touched == LeaseChange(after or token, after is not None)
+            self.model.put(after or token)
 
     async def release_next(self, store: PoolStore, step: Step) -> None:
         """End the lease that would end first: of one user or of all."""
-        leased = [one for one in self.model.leased() if step.user in {None, one.username}]
+        leased = [token for token in self.model.leased() if step.user in {None, token.username}]
         done, available = await store.release_next(self.pool, self.model.now, step.user)
         assert done is bool(leased)
         if leased:
             there = await self.members(store)
-            (released,) = [one for one in leased if there.get(one.value) != one]
+            (released,) = [token for token in leased if there.get(token.value) != token]
             assert released.free_at == leased[0].free_at
             self.model.put(self.model.freed(released))
         assert available == self.model.available()
@@ -178,23 +182,23 @@ class PoolTest:
     async def refresh_free(self, store: PoolStore, step: Step) -> None:
         """Let free tokens wait for their full time from now."""
         now, before = self.model.now, self.model.now - step.amount // 6
-        waiting = [one for one in self.model.free() if one.free_at < before]
+        waiting = [token for token in self.model.free() if token.free_at < before]
         count = await store.keep_alive_free(self.pool, before, now, step.number)
         assert count == min(step.number, len(waiting))
         there = await self.members(store)
-        refreshed = [one for one in waiting if there.get(one.value) != one]
+        refreshed = [token for token in waiting if there.get(token.value) != token]
         assert len(refreshed) == count
         self.model.put(*map(self.model.freed, refreshed))
 
     async def delete(self, store: PoolStore, step: Step) -> None:
         """Delete a token; with `prefill` a new one replaces it."""
         value = self.model.pick(step.number)
-        one = self.model.find(value)
+        token = self.model.find(value)
         successor = self.model.new_values(1) if self.pool.prefill else []
-        assert await store.delete(self.pool, value, self.model.now, *successor) is (one is not None)
-        if one is not None:
+        assert await store.delete(self.pool, value, self.model.now, *successor) is (token is not None)
+        if token is not None:
             del self.model.there[value]
-            self.model.add([] if one.retired else successor)
+            self.model.add([] if token.retired else successor)
 
     async def purge(self, store: PoolStore, step: Step) -> None:
         """Delete expired tokens, which nothing but the row count shows."""
@@ -218,15 +222,15 @@ class PoolTest:
         wanted, values = max(0, -surplus - retired), model.new_values(offered)
         assert await store.fit(self.pool, values, model.now) == max(0, wanted - offered)
         there = await self.members(store)
-        after = [there.pop(one.value) for one in leased]
-        assert [one._replace(retired=False) for one in after] == [one._replace(retired=False) for one in leased]
-        assert sum(one.retired for one in after) == max(0, retired + max(surplus - len(free), min(surplus, 0)))
+        after = [there.pop(token.value) for token in leased]
+        assert [token._replace(retired=False) for token in after] == [token._replace(retired=False) for token in leased]
+        assert sum(token.retired for token in after) == max(0, retired + max(surplus - len(free), min(surplus, 0)))
         model.put(*after)
         model.add(values[:wanted])
-        gone = [one for one in free if one.value not in there]
+        gone = [token for token in free if token.value not in there]
         assert len(gone) == min(max(surplus, 0), len(free))
-        for one in gone:
-            del model.there[one.value]
+        for token in gone:
+            del model.there[token.value]
 
     async def later(self, _: PoolStore, step: Step) -> None:
         """Let time pass."""
@@ -249,16 +253,16 @@ class PoolTest:
         """Compare the other process with the model, and the model with the promises."""
         store, live = self._both[1 - step.process].pools, self.model.live()
         assert list((await self.members(store)).values()) == live
-        assert await self.leases(store, 1 + step.amount) == sorted(self.model.leased(), key=lambda one: one.value)
+        assert await self.leases(store, 1 + step.amount) == sorted(self.model.leased(), key=lambda token: token.value)
         counts = PoolCounts(self.model.available(), len(self.model.leased()))
         assert await store.count(self.pool, self.model.now) == counts
         value = self.model.pick(step.number)
         assert await store.get(self.pool, value, self.model.now) == self.model.find(value)
         if self.pool.capacity is not None:
-            assert sum(not one.retired for one in live) <= self.pool.capacity
-        for one in live:
-            assert one.fence >= self._fences.get(one.value, 0), "a fence went back"
-            self._fences[one.value] = one.fence
+            assert sum(not token.retired for token in live) <= self.pool.capacity
+        for token in live:
+            assert token.fence >= self._fences.get(token.value, 0), "a fence went back"
+            self._fences[token.value] = token.fence
 
 
 async def live_through(opener: Opener, directory: Path, pool: Pool, script: Sequence[Step]) -> None:

@@ -21,7 +21,7 @@ WRITES: dict[str, Callable[[Place, float], Awaitable[object]]] = {
     "remove_all": lambda place, now: place.tokens.revoke_all("nobody", now),
     "purge": lambda place, now: place.tokens.purge(now, 10),
     "note": lambda place, now: place.failures.update([CountUpdate(KEY, 1, at=now)], now),
-    "claim": lambda place, now: place.store.acquire_duty("sweep", now, now + 30),
+    "acquire_duty": lambda place, now: place.store.acquire_duty("sweep", now, now + 30),
 }
 
 
@@ -118,8 +118,8 @@ async def test_a_store_that_serves_is_ready(place: Place) -> None:
 
 async def test_of_two_claims_of_a_duty_one_succeeds(place: Place, other: Place) -> None:
     for duty in ("sweep", "count"):
-        claims = [each.store.acquire_duty(duty, START, START + 30) for each in (place, other, place, other)]
-        assert sorted(await asyncio.gather(*claims)) == [False, False, False, True], duty
+        attempts = [each.store.acquire_duty(duty, START, START + 30) for each in (place, other, place, other)]
+        assert sorted(await asyncio.gather(*attempts)) == [False, False, False, True], duty
 
 
 async def test_a_duty_is_free_again_at_its_until(place: Place, other: Place) -> None:
@@ -155,9 +155,9 @@ async def test_concurrent_writes_share_commits_and_not_answers(place: Place) -> 
     assert place.commits() - before <= 5
     removals = [place.tokens.revoke(token(number).digest, START) for number in range(400, 600)]
     clearances = [place.tokens.revoke_all(f"user{number}", START) for number in range(300, 420)]
-    claims = [place.store.acquire_duty(f"duty{number % 50}", START, START + 1) for number in range(100)]
+    attempts = [place.store.acquire_duty(f"duty{number % 50}", START, START + 1) for number in range(100)]
     removed, cleared, claimed = await asyncio.gather(
-        asyncio.gather(*removals), asyncio.gather(*clearances), asyncio.gather(*claims)
+        asyncio.gather(*removals), asyncio.gather(*clearances), asyncio.gather(*attempts)
     )
     assert place.commits() - before <= 10
     assert removed[20:] == [True] * 80 + [False] * 100

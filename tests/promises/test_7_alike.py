@@ -92,12 +92,12 @@ async def test_unknown_names_cost_what_users_do_in_any_scheme(tmp_path: Path) ->
         async with service.running():
             for number in range(20):
                 for names, seen in ((["user {}", "user+{}"], known), (["unknown {}", "unknown+{}"], unknown)):
-                    claims = [
+                    candidates = [
                         Candidate(name.format(number % 3 if seen is known else number), "wrong") for name in names
                     ]
                     calls.clear()
                     with pytest.raises(InvalidCredentials):
-                        await service.credentials.verify_cached(claims, f"10.0.{number}.1")
+                        await service.credentials.verify_cached(candidates, f"10.0.{number}.1")
                     seen.append(hashes(calls))
     assert {len(works) for works in (*known, *unknown)} == {2}
     costs = {works[0] for works in known}

@@ -76,13 +76,13 @@ class PoolUser:
         assert list(document) == list(Lease._fields)
         return Lease(**document)
 
-    def keep_alive(self, pool: str, token: str, **claim: object) -> tuple[int, Any]:
+    def keep_alive(self, pool: str, token: str, **check: object) -> tuple[int, Any]:
         """Extend a lease."""
-        return self.call("PUT", f"/{pool}/leases/{token}", claim or None)
+        return self.call("PUT", f"/{pool}/leases/{token}", check or None)
 
-    def release(self, pool: str, token: str, **claim: object) -> tuple[int, Any]:
+    def release(self, pool: str, token: str, **check: object) -> tuple[int, Any]:
         """Release a token."""
-        return self.call("DELETE", f"/{pool}/leases/{token}", claim or None)
+        return self.call("DELETE", f"/{pool}/leases/{token}", check or None)
 
     def delete(self, pool: str, token: str) -> tuple[int, Any]:
         return self.call("DELETE", f"/{pool}/tokens/{token}")

@@ -102,10 +102,10 @@ async def verifiable(hashed: str) -> bool:
         passwords = Passwords(CHEAP, {"ann": user})
     except ConfigError:
         return False
-    for claim in (("ann", WORD), ("ann", "wrong"), ("unknown", WORD)):
+    for candidate in (("ann", WORD), ("ann", "wrong"), ("unknown", WORD)):
         if passwords.cost(user).seconds < SECONDS:
             with suppress(InvalidCredentials):
-                assert await passwords.verify([claim]) == (user, WORD)
+                assert await passwords.verify([candidate]) == (user, WORD)
     passwords.close()
     return True
 

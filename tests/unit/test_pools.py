@@ -130,11 +130,11 @@ async def test_the_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, cloc
     leased = await pools.assign(POOL, "ann")
     assert leased == PoolToken("p", value, START + 60, "ann", 1)
     clock.now += 30
-    for claim in (LeaseCheck("bob"), LeaseCheck("ann", 2)):
+    for check in (LeaseCheck("bob"), LeaseCheck("ann", 2)):
         with pytest.raises(LeaseLost):
-            await pools.keep_alive(POOL, value, claim)
+            await pools.keep_alive(POOL, value, check)
         with pytest.raises(LeaseLost):
-            await pools.release(POOL, value, claim)
+            await pools.release(POOL, value, check)
     assert await pools.keep_alive(POOL, value, LeaseCheck("ann", 1)) == leased._replace(free_at=START + 90)
     await pools.release(POOL, value, LeaseCheck("ann", 1))
     assert await pools.get(POOL, value) == PoolToken("p", value, START + 30, None, 1)

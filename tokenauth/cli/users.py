@@ -73,5 +73,5 @@ def user_list(config_file: str | None, as_json: bool) -> None:
     from tokenauth.settings import loader
 
     users = loader.load(loader.find(config_file)).users_by_name.values()
-    rows = [{"username": one.username, "scopes": list(one.scopes)} for one in users]
+    rows = [{"username": user.username, "scopes": list(user.scopes)} for user in users]
     show(rows, as_json, "users")

@@ -64,7 +64,7 @@ def _earliest(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
 
 def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
     """Select the rows with the smallest `free_at` in some ranges; no range is read beyond the limit."""
-    each = [select(*_row).where(*one) for one in ranges]
+    each = [select(*_row).where(*conditions) for conditions in ranges]
     if len(each) == 1:
         return each[0].order_by(_at, _number).limit(_limit)
     return union_all(*each).order_by("free_at", "number").limit(_limit)
@@ -72,7 +72,7 @@ def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
 
 def _rows_by_range(*ranges: Range) -> CompoundSelect[Any]:
     """Select the same rows, each range with its own order and limit: otherwise PostgreSQL sorts whole ranges."""
-    each = [_rows(one).subquery() for one in ranges]
+    each = [_rows(conditions).subquery() for conditions in ranges]
     return union_all(*map(select, each)).order_by("free_at", "number").limit(_limit)
 
 

@@ -37,20 +37,22 @@ async def connect(**arguments: Any) -> asyncpg.Connection:
     if not isinstance(arguments.get("host"), list):
         return await asyncpg.connect(**arguments)
     each = zip(arguments["host"], arguments["port"], strict=True)
-    tries = {asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each}
-    waiting: set[asyncio.Task[asyncpg.Connection]] = tries
+    attempts = {
+        asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each
+    }
+    waiting: set[asyncio.Task[asyncpg.Connection]] = attempts
     chosen: asyncio.Task[asyncpg.Connection] | None = None
     error: BaseException | None = None
     try:
         while chosen is None and waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for one in done:
-                error = one.exception()
-                chosen = one if error is None else chosen
+            for attempt in done:
+                error = attempt.exception()
+                chosen = attempt if error is None else chosen
     finally:
-        for one in tries - {chosen}:
-            one.cancel()
-            one.add_done_callback(_abort)
+        for attempt in attempts - {chosen}:
+            attempt.cancel()
+            attempt.add_done_callback(_abort)
     if chosen is None:
         raise error or OSError("no host")
     return chosen.result()

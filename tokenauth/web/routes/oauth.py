@@ -149,7 +149,7 @@ class OAuthRoutes:
 def _claimed(request: Request, form: Form) -> Sequence[Candidate]:
     """Read the name and secret that a client sends (RFC 6749 section 2.3.1). Raises InvalidClient or InvalidRequest.
 
-    In HTTP Basic both should be percent-encoded, and many clients do not encode them: so there are two readings.
+    In HTTP Basic both should be percent-encoded, and many clients do not encode them. So both decodings are candidates.
     """
     sent = request.basic()
     if sent is None:
@@ -159,10 +159,10 @@ def _claimed(request: Request, form: Form) -> Sequence[Candidate]:
     if "client_secret" in form:
         raise InvalidRequest("Authenticate in one way: by HTTP Basic, or in the form.")
     name, _, secret = _decode(sent).partition(":")
-    readings = list(dict.fromkeys((Candidate(_unescaped(name), _unescaped(secret)), Candidate(name, secret))))
-    if "client_id" in form and all(form["client_id"] != reading.username for reading in readings):
+    candidates = list(dict.fromkeys((Candidate(_unescaped(name), _unescaped(secret)), Candidate(name, secret))))
+    if "client_id" in form and all(form["client_id"] != candidate.username for candidate in candidates):
         raise InvalidRequest("client_id: is not the one of Authorization: Basic.")
-    return readings
+    return candidates
 
 
 def _decode(sent: bytes) -> str:

@@ -94,16 +94,16 @@ class PoolRoutes:
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes, the most used ones first: Starlette tries one after the other."""
-        one = "/api/pools/{pool}"
+        path = "/api/pools/{pool}"
         leases = {"PUT": strict(self.keep_alive, body=True), "DELETE": strict(self.release, ["force"], body=True)}
         return [
-            Route(f"{one}/leases/{{token}}", leases, middleware),
-            Route(f"{one}/leases", {"POST": strict(self.assign, body=True)}, middleware),
+            Route(f"{path}/leases/{{token}}", leases, middleware),
+            Route(f"{path}/leases", {"POST": strict(self.assign, body=True)}, middleware),
             Route(
-                f"{one}/tokens/{{token}}", {"GET": strict(self.show_token), "DELETE": strict(self.delete)}, middleware
+                f"{path}/tokens/{{token}}", {"GET": strict(self.show_token), "DELETE": strict(self.delete)}, middleware
             ),
-            Route(f"{one}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
-            Route(one, {"GET": strict(self.show, ["after", "limit"])}, middleware),
+            Route(f"{path}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
+            Route(path, {"GET": strict(self.show, ["after", "limit"])}, middleware),
             Route("/api/pools", {"GET": strict(self.list)}, middleware),
         ]
 
