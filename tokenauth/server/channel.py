@@ -111,7 +111,7 @@ class Channel:
         self.flush()
 
     def flush(self) -> None:
-        """Send as much pending data as the other side has room for."""
+        """Send as much pending data as the socket accepts now."""
         with suppress(BlockingIOError):
             try:
                 while self._out:

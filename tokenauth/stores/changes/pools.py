@@ -60,7 +60,7 @@ class PoolChange(Change[A_co]):
 
 @dataclass(slots=True)
 class Generate(PoolChange[bool]):
-    """Add free tokens, all or none; the answer is whether there was room."""
+    """Add free tokens, all or none; the answer is whether they were within the capacity."""
 
     values: Sequence[str]
     shares_pool = False
