@@ -62,6 +62,9 @@ def elements(strings: BindParameter[str], name: str) -> TableValuedAlias:
 
 
 def delete_oldest(key: Column[Any], age: Column[Any], old: ColumnElement[bool]) -> Delete:
-    """Delete at most `limit` rows of the key's table that are old, the oldest first."""
+    """Delete at most `limit` rows of the key's table that are old, the oldest first.
+
+    PostgreSQL may run a subquery once for each row. This one would then skip what is deleted already, and find more.
+    """
     oldest = select(key).where(old).order_by(age).limit(bindparam("limit")).with_for_update(skip_locked=True)
-    return delete(key.table).where(key.in_(oldest))
+    return delete(key.table).where(key.in_(select(oldest.cte("oldest", nesting=True).c[key.name])))

@@ -196,3 +196,14 @@ async def test_capacity_holds_at_every_default_isolation_level(postgres: Cluster
     async with nodes(url, 4) as opened:
         adding = [opened[number % 4].pools.generate(pool, [f"t{number}"], START) for number in range(60)]
         assert sum(await asyncio.gather(*adding)) == 10
+
+
+async def test_a_purge_keeps_to_its_limit_in_every_plan(postgres: Cluster, url: str) -> None:
+    """PostgreSQL runs a subquery once for each row of a nested loop."""
+    name = url.rpartition("/")[2]
+    for setting in ("enable_hashjoin", "enable_mergejoin", "enable_hashagg", "enable_sort", "enable_material"):
+        postgres.execute(f'ALTER DATABASE "{name}" SET {setting} = off')
+    async with nodes(url) as (node,):
+        for number in range(9):
+            await node.tokens.issue(token(number, life=number + 1), 0, START)
+        assert [await node.tokens.purge(START + 100, 2) for _ in range(5)] == [2, 2, 2, 2, 1]
