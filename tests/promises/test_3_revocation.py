@@ -53,7 +53,7 @@ def _by_evicting(here: Connection, tokens: list[str], config: Path) -> None:
 
 
 def _by_command(here: Connection, tokens: list[str], config: Path) -> None:
-    assert run(config.parent, "tokens", "revoke", "--user", "bob").stdout == f"revoked {len(tokens)} tokens\n"
+    assert run(config.parent, "tokens", "revoke", "--user", "bob").stdout == f"Revoked {len(tokens)} tokens.\n"
 
 
 @pytest.mark.parametrize("end", [_all, _all_but_one, _by_id, _by_an_admin, _by_evicting, _by_command])

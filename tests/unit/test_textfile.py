@@ -225,7 +225,7 @@ def command(path: Path, operation: str, name: str, password: Callable[[], str]) 
         else:
             file.remove(name)
     except ConfigError as error:
-        return re.search("there is (a|no) user", str(error)) is None
+        return re.search("there is no user|user '.*' exists", str(error)) is None
     return True
 
 
