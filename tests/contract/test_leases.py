@@ -205,7 +205,7 @@ async def test_an_older_now_still_finds_a_released_token(pools: PoolStore) -> No
 
 
 @pytest.mark.parametrize("lapsed", [False, True])
-async def test_with_include_free_a_free_token_waits_for_its_full_time(pools: PoolStore, lapsed: bool) -> None:
+async def test_include_free_gives_a_free_token_its_full_time(pools: PoolStore, lapsed: bool) -> None:
     await pools.generate(POOL, ["t1"], START)
     if lapsed:
         await lease(pools)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.servers import ROOT, Server, serve, shipped_with_dialects
+from tests.support.skipping import skip_without
 
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -56,9 +57,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize(("document", "count"), [("README.md", 12), ("docs/pools.md", 3), ("docs/dialects.md", 7)])
 def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, document: str, count: int) -> None:
+    if shutil.which("curl") is None:
+        skip_without("curl", "apt-get install curl")
     shown = commands(document)
     lines = ["API_PASSWORD=secret", LOG_IN]
     for number, (command, _) in enumerate(shown):

@@ -336,7 +336,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, content: bytes | Non
     assert "\n" not in str(refusal.value)
 
 
-def test_bytes_that_are_not_utf_8_are_reported_with_their_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf_8_are_reported_by_line(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes("# one\n# zwei\n# drei Käse".encode("latin-1"))
     for read in (loader.load, UserFile):
