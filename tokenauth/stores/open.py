@@ -1,4 +1,4 @@
-"""Opens the store that a database URL names. No other module looks at the URL's scheme."""
+"""Opens the store that a database URL names. Only `sqlite/files.py` also knows the scheme of SQLite."""
 
 import time
 from urllib.parse import parse_qsl
