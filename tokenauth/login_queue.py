@@ -166,7 +166,7 @@ class LoginQueue:
     async def enter(self, turn: Turn) -> bool:
         """Wait for the turn; return whether it had to wait. Raises Overloaded or ClientGone."""
         waiting = self._waiting[turn.known]
-        if waiting.leaf(turn.path) is None and self.can_start(turn):
+        if waiting.leaf(turn.path) is None and self._can_start(turn):
             self._start(turn)
             return False
         if waiting.size >= self._room:
@@ -181,13 +181,6 @@ class LoginQueue:
         self._append(turn, first=True)
         self._dispatch()
         await self._wait(turn)
-
-    def can_start(self, turn: Turn) -> bool:
-        """Return whether a turn may start now, in addition to those that are running."""
-        if turn.slot and self._slots <= 0:
-            return False
-        running = self._running
-        return all(running.get(key, 0) < limit for key, limit in turn.limits.items())
 
     def change_limits(self, turn: Turn, limits: Mapping[bytes, int]) -> bool:
         """Replace the limits of a running turn; return whether it is within the new ones."""
@@ -209,6 +202,13 @@ class LoginQueue:
         if turn.running:
             self._end(turn)
             self._dispatch()
+
+    def _can_start(self, turn: Turn) -> bool:
+        """Return whether a turn may start now, in addition to those that are running."""
+        if turn.slot and self._slots <= 0:
+            return False
+        running = self._running
+        return all(running.get(key, 0) < limit for key, limit in turn.limits.items())
 
     def _start(self, turn: Turn) -> None:
         turn.running = True
@@ -295,14 +295,15 @@ class LoginQueue:
             self._known_in_a_row = self._known_in_a_row + 1 if turn.known and self._waiting[False].size else 0
             self._start(turn)
             assert turn.future is not None
-            turn.future.set_result(None)
+            if not turn.future.done():  # else its task was just cancelled, and will end the turn: see `_wait`
+                turn.future.set_result(None)
 
     def _next(self) -> Turn | None:
         """Return the turn to start next, or None."""
         strangers_first = self._known_in_a_row >= STRANGER_SHARE - 1
         for known in (not strangers_first, strangers_first):
             for line in self._waiting[known].lines():
-                while line and self.can_start(line[0]):
+                while line and self._can_start(line[0]):
                     if not self._drop_if_disconnected(line[0]):
                         return line[0]
         return None

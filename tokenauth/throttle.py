@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 from tokenauth.addresses import location, network, region
 from tokenauth.clock import Clock
-from tokenauth.errors import ClientGone, InvalidCredentials, RetryLater, TooManyAttempts
+from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
 from tokenauth.models import CountUpdate, Failures, Instant
 from tokenauth.settings.model import ThrottleSettings
@@ -176,7 +176,7 @@ class Throttle:
         except InvalidCredentials:
             await self._count_failure(states)
             raise
-        except (RetryLater, ClientGone):
+        except RetryLater:
             if compared:
                 with suppress(RetryLater):
                     await self._count_failure([_State(each, 0.0, True, 0) for each in keys])

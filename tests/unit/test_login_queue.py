@@ -135,6 +135,19 @@ async def test_a_cancelled_login_gives_up_its_place_or_turn() -> None:
     assert [each.running for each in turns] == [False, False, True]
 
 
+async def test_a_login_cancelled_in_the_same_instant_is_skipped() -> None:
+    queue, holder = LoginQueue(1, 64), turn("x", "x")
+    await queue.enter(holder)
+    turns = [turn("a", name) for name in "ab"]
+    tasks = await begin(queue, turns)
+    tasks[0].cancel()  # its task has not run yet, so the turn is still in the queue
+    queue.finish(holder)
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[0]
+    assert await tasks[1]
+    assert [each.running for each in turns] == [False, True]
+
+
 async def test_strangers_take_no_place_of_a_known_user() -> None:
     queue, holder = LoginQueue(1, 64), turn("x", "x")
     await queue.enter(holder)

@@ -370,7 +370,8 @@ class Supervisor:
         try:
             reports = [decode_report(each) for each in worker.channel.receive()]
         except EOFError:  # it is ending
-            self._selector.unregister(worker.channel)
+            with suppress(KeyError):  # this was noticed before
+                self._selector.unregister(worker.channel)
             return
         if not reports:
             return
