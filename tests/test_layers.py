@@ -94,6 +94,14 @@ def test_web_knows_no_store(module: str) -> None:
     assert not [name for name in imports(MODULES[module]) if name.startswith("tokenauth.stores")]
 
 
+DATABASES = ("stores.sqlite", "stores.postgres")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith(("stores.open", *DATABASES))])
+def test_only_one_module_knows_the_databases(module: str) -> None:
+    assert not [name for name in imports(MODULES[module]) if name.removeprefix("tokenauth.").startswith(DATABASES)]
+
+
 @pytest.mark.parametrize("module", ["tokens", "pools", "throttle", "sweeper"])
 def test_services_know_only_the_contract_of_stores(module: str) -> None:
     known = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.stores")}

@@ -15,7 +15,7 @@ from tokenauth.logs import log
 from tokenauth.passwords import Cost, Passwords
 from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.settings.model import Settings
-from tokenauth.stores.sqlite.files import exposed
+from tokenauth.stores.open import find_exposed_files
 
 SHIPPED_HASH = "$argon2id$v=19$m=19456,t=2,p=1$xdhbq9U6hzAGQOhdK8V4jw$eF1njiHucmqPWL2qBLnrNU3anXn5/Tkd0tLA+QhDfSk"
 """The hash of the password in the shipped config.toml; a test compares them."""
@@ -118,7 +118,7 @@ def _file_risks(config: Settings, path: Path | None) -> Iterator[Risk]:
         for place in _writable(path):
             text = f"others can write to {place}, and so add users to the configuration; run `chmod go-w {place}`"
             yield Risk("writable_config", text)
-    for text in exposed(config.database.url):
+    for text in find_exposed_files(config.database):
         yield Risk("exposed_database", text)
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from tests.support.servers import START
 from tokenauth.settings.model import DatabaseSettings
-from tokenauth.stores.open import open_store
-from tokenauth.stores.sqlite.files import exposed
+from tokenauth.stores.open import find_exposed_files, open_store
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o077, 0o377])
@@ -20,8 +19,8 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
-def url(directory: Path) -> str:
-    return f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}"
+def database(directory: Path) -> DatabaseSettings:
+    return DatabaseSettings(f"sqlite+aiosqlite:///{directory / 'tokenauth.db'}")
 
 
 def modes(directory: Path) -> dict[str, int]:
@@ -29,13 +28,13 @@ def modes(directory: Path) -> dict[str, int]:
 
 
 async def test_new_files_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
-    store = open_store(DatabaseSettings(url(tmp_path)), 10)
+    store = open_store(database(tmp_path), 10)
     await store.start()
     await store.save_time(START)
     found = modes(tmp_path)
     assert {"tokenauth.db", "tokenauth.db-wal", "tokenauth.db-shm"} <= set(found)
     assert set(found.values()) == {0o600}
-    assert exposed(url(tmp_path)) == []
+    assert find_exposed_files(database(tmp_path)) == []
     await store.stop(START)
 
 
@@ -45,7 +44,7 @@ def test_a_file_that_others_can_access_is_reported(tmp_path: Path, suffix: str, 
     file = tmp_path / f"tokenauth.db{suffix}"
     file.touch()
     file.chmod(mode)
-    found = exposed(url(tmp_path))
+    found = find_exposed_files(database(tmp_path))
     assert len(found) == reports
     assert all(f"{file} has mode {mode:04o}" in text for text in found)
 
@@ -55,9 +54,9 @@ def test_a_directory_others_can_write_to_is_reported(tmp_path: Path, mode: int, 
     directory = tmp_path / "place"
     directory.mkdir()
     directory.chmod(mode)
-    assert len(exposed(url(directory))) == reports
+    assert len(find_exposed_files(database(directory))) == reports
 
 
 @pytest.mark.parametrize("other", ["postgresql+asyncpg://ann@db/tokenauth", "sqlite+aiosqlite:///:memory:", "nonsense"])
 def test_a_database_without_a_file_exposes_none(other: str) -> None:
-    assert exposed(other) == []
+    assert find_exposed_files(DatabaseSettings(other)) == []

@@ -71,7 +71,7 @@ def check(config_file: str | None, as_json: bool) -> None:
     from tokenauth.server.listener import check_host
     from tokenauth.service import create_service
     from tokenauth.settings import loader
-    from tokenauth.stores.sqlite.files import check_database
+    from tokenauth.stores.open import check_files
     from tokenauth.web.app import find_routes
 
     path = loader.find(config_file)
@@ -85,7 +85,7 @@ def check(config_file: str | None, as_json: bool) -> None:
             risks = find_risks(settings, service.passwords, path)
             check_accepted(settings, risks)
             check_host(settings.server)
-            check_database(settings.database.url)
+            check_files(settings.database)
     except ConfigError as error:
         mistake = error
     if as_json:

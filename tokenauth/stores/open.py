@@ -1,6 +1,8 @@
-"""Opens the store that a database URL names. Only `sqlite/files.py` also knows the scheme of SQLite."""
+"""Opens the store that a database URL names. No other module knows which databases there are."""
 
+import os
 import time
+from collections.abc import Sequence
 from urllib.parse import parse_qsl
 
 from sqlalchemy import URL, make_url
@@ -10,8 +12,11 @@ from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.engine import Engine
+from tokenauth.stores.sqlite import files
 from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.store import Store
+
+_SQLITE, _POSTGRESQL = "sqlite+aiosqlite", "postgresql+asyncpg"
 
 
 def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
@@ -26,15 +31,51 @@ def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None 
     options = settings.url.rpartition("?")[2] if "?" in settings.url else ""
     if not all(value for _, value in parse_qsl(options, keep_blank_values=True)):
         raise ConfigError("database.url: has an option without a value")  # SQLAlchemy would leave it out
-    if url.drivername == "sqlite+aiosqlite":
+    if url.drivername == _SQLITE:
         return Store(_sqlite(url, clock or time.time, serving), cache_size)
-    if url.drivername == "postgresql+asyncpg":
+    if url.drivername == _POSTGRESQL:
         return Store(_postgres(url, settings.connections, clock, serving), cache_size)
-    raise ConfigError(f"database.url: {url.drivername!r} is not supported; use sqlite+aiosqlite or postgresql+asyncpg")
+    raise ConfigError(f"database.url: {url.drivername!r} is not supported; use {_SQLITE} or {_POSTGRESQL}")
+
+
+def check_files(settings: DatabaseSettings) -> None:
+    """Raise ConfigError if the files of a database show that this user cannot open or create it.
+
+    Not for a process that has it open. A database on a server has no files.
+    """
+    path = _file(settings)
+    if path is None:
+        return
+    problem = files.find_problem(path)
+    if problem is None and os.path.exists(path) and not files.is_database(path):
+        problem = f"{path} is not an SQLite database; move it away, or change database.url"
+    if problem is not None:
+        raise ConfigError(f"database.url: {problem}")
+
+
+def find_exposed_files(settings: DatabaseSettings) -> Sequence[str]:
+    """Return a message for each file of a database that other users of this machine could read or change."""
+    path = _file(settings)
+    return [] if path is None else list(files.find_exposed(path))
+
+
+def _file(settings: DatabaseSettings) -> str | None:
+    """Return the absolute path of the database, or None if it is not a file or the URL is not valid."""
+    try:
+        url = make_url(settings.url)
+    except (ArgumentError, ValueError):
+        return None
+    path = _path(url) if url.drivername == _SQLITE else None
+    return None if path is None else os.path.abspath(path)
+
+
+def _path(url: URL) -> str | None:
+    """Return the path in a URL of SQLite, or None if it names no file."""
+    return None if url.database in {"", ":memory:"} else url.database
 
 
 def _sqlite(url: URL, clock: Clock, serving: bool) -> Engine:
-    if url.database in {None, "", ":memory:"}:
+    if _path(url) is None:
         raise ConfigError(
             "database.url: names no file; write three slashes and a path, as in 'sqlite+aiosqlite:///tokenauth.db'"
         )

@@ -2,30 +2,12 @@
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
-
-from tokenauth.errors import ConfigError
+from collections.abc import Iterator
 
 LOCK = "-lock"
 """Suffix of the file that writers lock: see `write_lock`."""
 
-_SQLITE = "sqlite+aiosqlite:///"
 _SUFFIXES = ("", "-wal", "-shm", "-journal", LOCK)
-
-
-def check_database(url: str) -> None:
-    """Raise ConfigError if its files show that this user cannot open or create the database at a URL.
-
-    Not for a process that has it open: closing any file of it would drop the SQLite locks of the process.
-    """
-    path = _path(url)
-    if path is None:
-        return
-    problem = find_problem(path)
-    if problem is None and os.path.exists(path) and not _is_sqlite(path):
-        problem = f"{path} is not an SQLite database; move it away, or change database.url"
-    if problem is not None:
-        raise ConfigError(f"database.url: {problem}")
 
 
 def find_problem(path: str) -> str | None:
@@ -59,8 +41,11 @@ def _allowed(path: str, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _is_sqlite(path: str) -> bool:
-    """Return whether a file is empty or begins as each SQLite database does."""
+def is_database(path: str) -> bool:
+    """Return whether a file is empty or begins as each SQLite database does.
+
+    Not for a process that has it open: closing any file of it would drop the SQLite locks of the process.
+    """
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) in {b"", _MAGIC}
 
@@ -68,22 +53,11 @@ def _is_sqlite(path: str) -> bool:
 _MAGIC = b"SQLite format 3\0"
 
 
-def _path(url: str) -> str | None:
-    """Return the absolute path of the file, or None if the database is not a file."""
-    path = url.removeprefix(_SQLITE).partition("?")[0]
-    return None if not url.startswith(_SQLITE) or path in {"", ":memory:"} else os.path.abspath(path)
+def find_exposed(path: str) -> Iterator[str]:
+    """Yield a message for each file of the database at an absolute path that other users could read or change.
 
-
-def exposed(url: str) -> Sequence[str]:
-    """Return a message for each database file that other users of this machine could read or change.
-
-    Empty for a database that is not a file or does not exist yet: new files are readable by their owner only.
+    None if it does not exist yet: new files are readable by their owner only.
     """
-    path = _path(url)
-    return [] if path is None else list(_exposed(path))
-
-
-def _exposed(path: str) -> Iterator[str]:
     for name in (path + suffix for suffix in _SUFFIXES):
         mode = _mode(name)
         if mode is not None and (mode & (stat.S_IRWXO | stat.S_IWGRP)):
