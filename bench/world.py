@@ -77,12 +77,16 @@ def fill(config: Path, count: int) -> None:
     rows.sort()
     with closing(sqlite3.connect(database(config))) as db, db:
         db.execute("PRAGMA synchronous = OFF")
-        db.executemany("INSERT INTO tokens VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
+        db.executemany(_INSERT_TOKEN, rows)
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.sync()  # now, not during a measurement
 
 
+_INSERT_TOKEN = """
+    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
 _INSERT = """
     INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired) VALUES (?, ?, ?, ?, ?, ?, 0)
 """

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 Instant = float
 """Unix seconds."""
@@ -68,10 +68,16 @@ class User:
 
 
 class Token(NamedTuple):
-    """A proof of login. Only the digest of its value is kept: the value is known to the client that logged in.
+    """A proof of login, or a named token that its user made for a program. Only the digest of its value is kept.
 
-    `expires_at` is a whole second, so the time that clients see is exactly the time that is enforced. This is a tuple
-    because every lookup makes one, and a database row already is one.
+    This is a tuple because every lookup makes one, and a database row already is one.
+
+    expires_at: when it ends: a whole second, so the time that clients see is exactly the time that is enforced.
+    max_expires_at: the latest time to which its use can move `expires_at`; equal to it if the lifetime is fixed.
+    used_at: the last use that was noted; `issued_at` if none was.
+    address, user_agent: who asked for it.
+    name: None for a login.
+    scopes: what it is limited to; None is no limit. What it may do is decided at each use: see `Tokens.owner`.
     """
 
     digest: bytes
@@ -79,8 +85,33 @@ class Token(NamedTuple):
     credential: str
     issued_at: Instant
     expires_at: int
+    max_expires_at: int
+    used_at: Instant
     address: str = ""
     user_agent: str = ""
+    name: str | None = None
+    scopes: tuple[str, ...] | None = None
+
+    @classmethod
+    def new(
+        cls,
+        digest: bytes,
+        username: str,
+        credential: str,
+        issued_at: Instant,
+        expires_at: int,
+        address: str = "",
+        user_agent: str = "",
+        *,
+        max_expires_at: int | None = None,
+        name: str | None = None,
+        scopes: tuple[str, ...] | None = None,
+    ) -> Self:
+        """Return a token that has not been used yet. Without `max_expires_at`, its lifetime is fixed."""
+        latest = expires_at if max_expires_at is None else max_expires_at
+        return cls(
+            digest, username, credential, issued_at, expires_at, latest, issued_at, address, user_agent, name, scopes
+        )
 
     @property
     def id(self) -> str:

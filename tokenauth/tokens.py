@@ -75,7 +75,7 @@ class Tokens:
         digest = values.digest(value.encode())
         assert digest is not None
         expires_at = int(now) + int(self._settings.ttl)
-        token = Token(digest, user.username, user.credential, now, expires_at, address, user_agent)
+        token = Token.new(digest, user.username, user.credential, now, expires_at, address, user_agent)
         await self._store.tokens.issue(token, self._settings.per_user, now)
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
         return IssuedToken(value, token)

@@ -131,7 +131,7 @@ def wal_commits(file: Path) -> int:
 def token(number: int = 1, username: str = "ann", age: float = 0, life: int = 100, **more: Any) -> Token:
     """Make a token issued `age` seconds before START that lives until `life` seconds after START."""
     digest = sha256(b"%d" % number).digest()
-    return Token(digest, username, "0123456789abcdef", START - age, int(START) + life, **more)
+    return Token.new(digest, username, "0123456789abcdef", START - age, int(START) + life, **more)
 
 
 class Places:

@@ -85,6 +85,15 @@ async def test_only_live_tokens_count(tokens: TokenStore) -> None:
         assert await tokens.find(one.id) == one, "only what was live has been ended"
 
 
+async def test_named_tokens_neither_count_nor_end(tokens: TokenStore) -> None:
+    named = [token(number, name=f"job {number}", scopes=()) for number in range(4)]
+    logins = [token(number) for number in range(10, 14)]
+    for one, login in zip(named, logins, strict=True):
+        await tokens.issue(one, 0, START)
+        await tokens.issue(login, 2, START)
+    assert await tokens.list("ann", START, 100) == [logins[3], named[3], logins[2], *named[2::-1]]
+
+
 async def test_a_lower_limit_ends_all_that_are_too_many(tokens: TokenStore) -> None:
     await asyncio.gather(*(tokens.issue(token(number, age=20 - number), 0, START) for number in range(20)))
     await tokens.issue(token(20), 3, START)

@@ -20,9 +20,24 @@ async def left(tokens: TokenStore, wanted: list[Token]) -> list[Token]:
 
 
 async def test_what_was_added_is_got_as_an_equal_record(tokens: TokenStore) -> None:
-    given = Token(bytes(range(32)), "ann", "fingerprint", START + 0.123456, int(START) + 5, "10.0.0.1", "curl/8")
+    given = Token.new(bytes(range(32)), "ann", "fingerprint", START + 0.123456, int(START) + 5, "10.0.0.1", "curl/8")
     await tokens.issue(given, 0, START)
     assert await tokens.get(given.digest) == given
+    assert await tokens.get(given.digest) == given
+
+
+@pytest.mark.parametrize("scopes", [None, (), ("reports",), ("reports", "admin")])
+async def test_a_named_token_comes_back_with_its_scopes(tokens: TokenStore, scopes: tuple[str, ...] | None) -> None:
+    given = token(name="nightly run", scopes=scopes)
+    await tokens.issue(given, 0, START)
+    assert await tokens.get(given.digest) == given
+    assert await tokens.find(given.id) == given
+    assert await tokens.list("ann", START, 10) == [given]
+
+
+async def test_the_latest_end_and_the_last_use_are_kept(tokens: TokenStore) -> None:
+    given = token(max_expires_at=int(START) + 1000)._replace(used_at=START + 0.25)
+    await tokens.issue(given, 0, START)
     assert await tokens.get(given.digest) == given
 
 
@@ -160,9 +175,9 @@ async def test_a_token_is_found_by_its_public_id(tokens: TokenStore) -> None:
 
 
 async def test_ids_at_the_ends_of_their_range_are_distinct(tokens: TokenStore) -> None:
-    low = Token(bytes(32), "ann", "", START, int(START) + 1)
-    high = Token(b"\xff" * 32, "ann", "", START, int(START) + 1)
-    middle = Token(bytes(11) + b"\x01" + b"\xff" * 20, "ann", "", START, int(START) + 1)
+    low = Token.new(bytes(32), "ann", "", START, int(START) + 1)
+    high = Token.new(b"\xff" * 32, "ann", "", START, int(START) + 1)
+    middle = Token.new(bytes(11) + b"\x01" + b"\xff" * 20, "ann", "", START, int(START) + 1)
     for one in (low, high, middle):
         await tokens.issue(one, 0, START)
         assert await tokens.find(one.id) == one

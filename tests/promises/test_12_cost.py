@@ -74,7 +74,7 @@ def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
 
 
 CHANGES: Sequence[Change[Any]] = [
-    Issue(Token(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, now=START),
+    Issue(Token.new(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, now=START),
     Revoke(digest(13), now=START),
     RevokeAll("user18", None, 100, now=START),
     PurgeTokens(5, now=START),

@@ -15,7 +15,7 @@ async def add(path: str, number: str) -> None:
     store = open_store(DatabaseSettings(url=f"sqlite+aiosqlite:///{path}"), 10)
     await store.start()
     assert await store.ready() is None
-    await store.tokens.issue(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 100), 0, 1.0)
+    await store.tokens.issue(Token.new(sha256(number.encode()).digest(), "ann", "", 1.0, 100), 0, 1.0)
     await store.stop(1.0)
 
 

@@ -87,7 +87,7 @@ class FixedValidator:
     """A validator with fixed logins. With `error`, it fails."""
 
     def __init__(self, *scopes: str, error: Exception | None = None) -> None:
-        token = Token(b"digest", "ann", "", START, int(START) + 60)
+        token = Token.new(b"digest", "ann", "", START, int(START) + 60)
         self.logins = {b"anns": Login(Identity("ann", scopes), token)}
         self.error = error
 

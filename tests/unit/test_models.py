@@ -9,7 +9,7 @@ import pytest
 from tokenauth.models import ANY_LEASE, IssuedToken, Lease, LeaseCheck, Pool, PoolToken, Token, User, public_id
 
 DIGEST = bytes(range(32))
-TOKEN = Token(DIGEST, "ann", "fingerprint", 1_000.5, 2_000)
+TOKEN = Token.new(DIGEST, "ann", "fingerprint", 1_000.5, 2_000)
 POOL = Pool("p", lease_ttl=60, token_ttl=240)
 PERMIT = PoolToken("p", "permit", free_at=1_000, holder="ann", fence=3)
 """Leased to ann until 1,000, then free."""
@@ -41,6 +41,11 @@ def test_a_token_that_is_printed_shows_no_secret() -> None:
     assert "ann" in shown
     for secret in ("the-value", "fingerprint", DIGEST.hex(), repr(DIGEST)):
         assert secret not in shown
+
+
+def test_a_new_token_is_unused_and_its_lifetime_fixed() -> None:
+    assert (TOKEN.used_at, TOKEN.max_expires_at) == (TOKEN.issued_at, TOKEN.expires_at)
+    assert Token.new(DIGEST, "ann", "", 1_000.5, 2_000, max_expires_at=9_000).max_expires_at == 9_000
 
 
 def test_records_cannot_be_changed() -> None:

@@ -41,7 +41,7 @@ class MeBody(msgspec.Struct):
         if self.id != public_id(digest):
             raise ValueError("this is about another token")
         return Login(
-            Identity(self.username, self.scopes), Token(digest, self.username, "", self.issued_at, self.expiry_time)
+            Identity(self.username, self.scopes), Token.new(digest, self.username, "", self.issued_at, self.expiry_time)
         )
 
 

@@ -10,7 +10,7 @@ from tokenauth.errors import StartError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "2.1"
+HEAD = "3.1"
 """The revision that this release needs; the newest in `migrations/versions`.
 
 It is GENERATION.STEP. Releases of one generation can share a database: a step only adds what earlier releases can

@@ -21,11 +21,14 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    text,
 )
 
 from tokenauth.models import PoolToken, Token
 
 metadata = MetaData()
+
+_IS_NAMED = text("name IS NOT NULL")
 
 tokens = Table(
     "tokens",
@@ -38,23 +41,53 @@ tokens = Table(
     Column("expires_at", BigInteger, nullable=False),
     Column("address", String, nullable=False),
     Column("user_agent", String, nullable=False),
+    # Empty in the row of a login whose lifetime is fixed and of which no use was noted: see `token_row`.
+    Column("name", String),
+    Column("scopes", String),
+    Column("max_expires_at", BigInteger),
+    Column("used_at", Float),
     # On SQLite a small numbered row and a dense index of digests cost a random insert a third less than
     # rows ordered by digest. Numbers are the order of issue.
     Index("tokens_by_digest", "digest", unique=True),
-    # with expires_at, so that counting a user's live tokens reads the index alone
-    Index("tokens_by_user", "username", "number", "expires_at"),
+    # with expires_at and name, so that counting a user's live logins reads the index alone
+    Index("tokens_by_user", "username", "number", "expires_at", "name"),
     Index("tokens_by_expiry", "expires_at"),
+    # of named tokens only, so that it costs a login nothing
+    Index("tokens_by_name", "username", "name", sqlite_where=_IS_NAMED, postgresql_where=_IS_NAMED),
 )
 
 token_columns = [column for column in tokens.c if column is not tokens.c.number]
-"""The columns that are fields of a `Token`, in its order."""
+"""The columns that `as_token` reads, in its order."""
 
 
 def as_token(row: Sequence[Any]) -> Token:
     """Make a token from a row. Thousands of tokens share their texts: interning keeps one copy of each in a cache."""
-    digest, username, credential, issued_at, expires_at, address, user_agent = row
-    shared = (intern(username), intern(credential), issued_at, expires_at, intern(address), intern(user_agent))
-    return Token(digest, *shared)
+    digest, username, credential, issued_at, expires_at, address, user_agent, name, scopes, latest, used_at = row
+    return Token(
+        digest,
+        intern(username),
+        intern(credential),
+        issued_at,
+        expires_at,
+        expires_at if latest is None else latest,
+        issued_at if used_at is None else used_at,
+        intern(address),
+        intern(user_agent),
+        name,
+        None if scopes is None else tuple(scopes.split()),
+    )
+
+
+def token_row(token: Token) -> dict[str, Any]:
+    """Make the row of a token, by column. What follows from other columns is left empty: most rows stay small."""
+    row = token._asdict()
+    if token.scopes is not None:
+        row["scopes"] = " ".join(token.scopes)
+    if token.max_expires_at == token.expires_at:
+        row["max_expires_at"] = None
+    if token.used_at == token.issued_at:
+        row["used_at"] = None
+    return row
 
 
 revocations = Table(

@@ -15,7 +15,7 @@ async def add(url: str, number: str) -> None:
     store = open_store(DatabaseSettings(url, connections=1), 10)
     await store.start()
     assert await store.ready() is None
-    await store.tokens.issue(Token(sha256(number.encode()).digest(), "ann", "", 1.0, 2**40), 0, store.clock())
+    await store.tokens.issue(Token.new(sha256(number.encode()).digest(), "ann", "", 1.0, 2**40), 0, store.clock())
     await store.stop(store.clock())
 
 

@@ -38,7 +38,7 @@ def no_deadlock(cluster: Cluster) -> Iterator[None]:
 
 def token(number: int, life: int = 100) -> Token:
     """Return a token of one of the users."""
-    return Token(sha256(b"%d" % number).digest(), USERS[number % len(USERS)], "c", START, int(START) + life)
+    return Token.new(sha256(b"%d" % number).digest(), USERS[number % len(USERS)], "c", START, int(START) + life)
 
 
 async def at_once(chance: random.Random, work: Sequence[Awaitable[object]]) -> None:

@@ -54,7 +54,7 @@ async def start(url: str) -> str | None:
 
 
 def token(number: int, user: str = "ann") -> Token:
-    return Token(sha256(b"%d" % number).digest(), user, "c", START, int(START) + 100)
+    return Token.new(sha256(b"%d" % number).digest(), user, "c", START, int(START) + 100)
 
 
 async def test_the_migrations_build_the_declared_tables(url: str) -> None:

@@ -5,12 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from sqlalchemy import Delete, Float, Insert, Select, bindparam, delete, func, insert, select, text
+from sqlalchemy import (
+    Delete,
+    Float,
+    Insert,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+)
 
 from tokenauth.models import Instant, Token
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest, elements
-from tokenauth.stores.tables import revocations, tokens
+from tokenauth.stores.tables import revocations, token_row, tokens
 
 _MAX_REVOKED = 1000
 """Maximum number of tokens that one login revokes."""
@@ -24,13 +35,17 @@ _now = bindparam("now", type_=Float())
 _INSERT = insert(tokens).inline()
 # With concurrent writers, numbers are times; those of one user grow even if the clock is set back.
 _INSERT_CONCURRENTLY = text("""
-    INSERT INTO tokens (number, digest, username, credential, issued_at, expires_at, address, user_agent)
+    INSERT INTO tokens (
+        number, digest, username, credential, issued_at, expires_at, address, user_agent,
+        name, scopes, max_expires_at, used_at
+    )
     VALUES (
         greatest(
             CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint),
             (SELECT max(number) + 1 FROM tokens WHERE username = :username)
         ),
-        :digest, :username, :credential, :issued_at, :expires_at, :address, :user_agent
+        :digest, :username, :credential, :issued_at, :expires_at, :address, :user_agent,
+        :name, :scopes, :max_expires_at, :used_at
     )
 """)
 _DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning(tokens.c.digest)
@@ -38,22 +53,26 @@ _LOG = insert(revocations).inline()
 
 
 def _surplus() -> Select[bytes]:
-    """Select the tokens that users have beyond `per_user` live ones.
+    """Select the logins that users have beyond `per_user` live ones. Named tokens are not counted.
 
-    For each user it reads the index, newest first, up to the first surplus token. The number is limited, so that a
+    For each user it reads the index, newest first, up to the first surplus login. The number is limited, so that a
     login stays quick; when `per_user` was lowered, later logins revoke the rest.
     """
     names = elements(bindparam("names"), "names")
     live = tokens.alias("live")
-    of_user = select(live.c.number).where(live.c.username == names.c.value, live.c.expires_at > _now)
+    of_user = select(live.c.number).where(
+        live.c.username == names.c.value, live.c.expires_at > _now, live.c.name.is_(None)
+    )
     first = of_user.order_by(live.c.number.desc()).limit(1).offset(bindparam("per_user")).scalar_subquery()
     edges = select(names.c.value.label("username"), first.label("number")).subquery("edges")
-    return (
-        select(tokens.c.digest)
+    older = (
+        select(tokens.c.digest, tokens.c.name)
         .join_from(edges, tokens, (tokens.c.username == edges.c.username) & (tokens.c.number <= edges.c.number))
         .where(tokens.c.expires_at > _now)
-        .limit(_MAX_REVOKED)
+        .offset(0)  # keeps PostgreSQL from planning with the condition on names, which would read all users' tokens
+        .subquery()
     )
+    return select(older.c.digest).where(older.c.name.is_(None)).limit(_MAX_REVOKED)
 
 
 _SURPLUS = _surplus()
@@ -96,7 +115,7 @@ _PURGE_REVOCATIONS = _purge_revocations()
 
 @dataclass(slots=True)
 class Issue(Change[Sequence[bytes]]):
-    """Add a token and revoke the oldest live ones of its user beyond `per_user`; the answer names the revoked ones."""
+    """Add a login and revoke the oldest live ones of its user beyond `per_user`; the answer names the revoked ones."""
 
     token: Token
     per_user: int
@@ -111,7 +130,7 @@ class Issue(Change[Sequence[bytes]]):
         if limited:
             db.lock(*(f"user {name}" for name in set().union(*limited.values())))
         insert_one = _INSERT if db.single_writer else _INSERT_CONCURRENTLY
-        db.execute_each(insert_one, [change.token._asdict() for change in changes])
+        db.execute_each(insert_one, [token_row(change.token) for change in changes])
         now = max(change.now for change in changes)
         revoked: list[bytes] = []
         for per_user, names in limited.items():
