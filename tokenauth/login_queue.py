@@ -80,7 +80,6 @@ class _Node:
         self.size = 0
 
     def leaf(self, path: Sequence[str]) -> "_Node | None":
-        """Return the node at the end of a path, if there is one."""
         node: _Node | None = self
         for part in path:
             node = None if node is None else node.children.get(part)
@@ -198,7 +197,6 @@ class LoginQueue:
             self._dispatch()
 
     def finish(self, turn: Turn) -> None:
-        """End a turn if it is running."""
         if turn.running:
             self._end(turn)
             self._dispatch()
@@ -299,7 +297,6 @@ class LoginQueue:
                 turn.future.set_result(None)
 
     def _next(self) -> Turn | None:
-        """Return the turn to start next, or None."""
         strangers_first = self._known_in_a_row >= STRANGER_SHARE - 1
         for known in (not strangers_first, strangers_first):
             for line in self._waiting[known].lines():

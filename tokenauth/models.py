@@ -12,7 +12,6 @@ Instant = float
 ID_BYTES = 12
 """Length of a token's public id: that many leading bytes of its digest."""
 
-
 SCOPE_PATTERN = r"[\x21\x23-\x5b\x5d-\x7e]+"
 
 

@@ -134,7 +134,6 @@ class Passwords:
             raise CannotHash(str(self.new_cost)) from None
 
     def cost(self, user: User) -> Cost:
-        """Return the cost of checking a password of this user."""
         return _cost(_read(user.password_hash))
 
     def is_slow(self, cost: Cost) -> bool:
@@ -181,7 +180,6 @@ class Passwords:
         return None if problem is None else f"passwords cannot be verified: {problem}"
 
     def close(self) -> None:
-        """Let the threads end."""
         self._executor.close()
 
     def _make_dummies(self) -> list[_Dummy]:

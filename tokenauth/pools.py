@@ -218,10 +218,6 @@ class Pools:
             except RetryLater as refusal:
                 log.warning("pool_not_filled", pool=pool.name, reason=refusal.code)
 
-    async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
-        """Delete at most `limit` expired tokens. Return their number."""
-        return await self._store.pools.purge(pool, now, limit)
-
     async def _fill(self, pool: Pool) -> None:
         first = missing = await self._store.pools.fit(pool, (), self._clock())
         while missing:

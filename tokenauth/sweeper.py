@@ -56,7 +56,7 @@ class Sweeper:
             return 0
         count = await self._drain(self._store.tokens.purge, now, until)
         for pool in self._pools.usable_by():
-            count += await self._drain(partial(self._pools.purge, pool), now, until)
+            count += await self._drain(partial(self._store.pools.purge, pool), now, until)
         count += await self._drain(self._store.purge_revocations, now - LOG_AGE, until)
         count += await self._drain(self._store.failures.purge, now - self._forget, until)
         if count:

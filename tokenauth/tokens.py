@@ -55,9 +55,7 @@ class Tokens:
         user = await self._credentials.verify(Candidate(username, password), address, disconnected)
         return await self.grant(user, address, user_agent, disconnected)
 
-    async def grant(
-        self, user: User, address: str, user_agent: str, disconnected: DisconnectCheck = never_disconnected
-    ) -> IssuedToken:
+    async def grant(self, user: User, address: str, user_agent: str, disconnected: DisconnectCheck) -> IssuedToken:
         """Issue a token to a user who is already authenticated. Raises ClientGone or StoreUnavailable."""
         try:
             return await self._grant(user, address, user_agent, disconnected)

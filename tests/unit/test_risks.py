@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
 from pathlib import Path
 from random import Random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from tokenauth.risks import (
     log_and_check,
 )
 from tokenauth.settings import loader
-from tokenauth.settings.model import RISKS, PasswordSettings, Settings
+from tokenauth.settings.model import PasswordSettings, RiskName, Settings
 from tokenauth.web.app import create_app
 
 STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
@@ -348,4 +349,4 @@ def test_only_an_existing_readable_database_is_a_risk(files: Path, passwords: Pa
 
 def test_the_documentation_names_every_risk() -> None:
     table = (ROOT / "docs/configuration.md").read_text().partition("## Risks")[2].partition("## Users")[0]
-    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(RISKS)
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(get_args(RiskName))

@@ -151,10 +151,6 @@ def print_json(document: object) -> None:
     click.echo(json_text(document, indent=2))
 
 
-def whole_seconds(instant: float | None) -> int | None:
-    return None if instant is None else int(instant)
-
-
 def _date(instant: int | None) -> str | None:
     return None if instant is None else f"{datetime.fromtimestamp(instant, UTC):%Y-%m-%d %H:%M:%S}Z"
 

@@ -12,7 +12,6 @@ from tokenauth.cli.base import (
     print_json,
     show,
     utf8,
-    whole_seconds,
     with_service,
 )
 from tokenauth.errors import LeaseLost, UnknownPool
@@ -63,10 +62,17 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
         rows = []
         for token in await service.pools.list_tokens(pool, utf8(after)):
             lease = token.lease(service.clock())
-            row = {"token": token.value, "expiry_time": whole_seconds(pool.expires_at(token)), "fence": token.fence}
-            row |= {"user": lease and token.username, "holder": lease and lease.holder}
-            row |= {"lease_expiry_time": lease and int(lease.until)}
-            rows.append(row)
+            expires_at = pool.expires_at(token)
+            rows.append(
+                {
+                    "token": token.value,
+                    "expiry_time": None if expires_at is None else int(expires_at),
+                    "fence": token.fence,
+                    "user": lease and token.username,
+                    "holder": lease and lease.holder,
+                    "lease_expiry_time": lease and int(lease.until),
+                }
+            )
         return rows
 
     show(with_service(config_file, list_tokens), as_json, "tokens", instants=("expiry_time", "lease_expiry_time"))

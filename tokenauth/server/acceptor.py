@@ -185,7 +185,6 @@ class AcceptingServer(uvicorn.Server):
     """uvicorn's server, with an Acceptor for each of its sockets."""
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        """Start the application, then accept."""
         await super().startup([])
         protocol = cast(type[HttpToolsProtocol], self.config.http_protocol_class)
 

@@ -74,7 +74,6 @@ def decode_order(encoded: bytes) -> Order:
 
 
 def encode_report(report: Report) -> bytes:
-    """Encode a report."""
     return msgspec.msgpack.encode(report)
 
 
@@ -97,7 +96,6 @@ class Channel:
         self._out = bytearray()
 
     def fileno(self) -> int:
-        """Return the file descriptor, for selectors and event loops."""
         return self._end.fileno()
 
     @property
@@ -153,5 +151,4 @@ class Channel:
                     return messages
 
     def close(self) -> None:
-        """Close this end."""
         self._end.close()

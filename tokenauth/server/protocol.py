@@ -95,7 +95,6 @@ class _Flow(FlowControl):
         self.pause_reading()
 
     def release(self) -> None:
-        """Resume reading."""
         self.held = False
         self.resume_reading()
 
@@ -139,7 +138,6 @@ class _CycleWithBody(RequestResponseCycle):
     send_500_response = _send_500_response
 
     async def send(self, message: ASGISendEvent) -> None:
-        """Send one part of the answer."""
         if self.more_body:
             self.keep_alive = False
             self.transport.lingers = True

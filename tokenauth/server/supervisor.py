@@ -83,7 +83,6 @@ class Signals:
         signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
 
     def fileno(self) -> int:
-        """Return the file descriptor, for selectors."""
         return self._receiver.fileno()
 
     def catch(self, *numbers: signal.Signals) -> None:
@@ -169,7 +168,6 @@ class _Worker:
         return False
 
     def close_stderr(self) -> None:
-        """Close the pipe of standard error."""
         if self.stderr >= 0:
             os.close(self.stderr)
             self.stderr = -1
@@ -181,7 +179,6 @@ class _Worker:
         return (errors or lines or [""])[-1]
 
     def reason(self) -> str:
-        """Return why the process ended."""
         if self.failure is not None:
             return self.failure.reason
         code = self.exit_code() or 0

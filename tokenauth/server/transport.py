@@ -56,7 +56,6 @@ class CoalescingTransport:
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Return whether the connection is closing or closed."""
         return self._closing or self._transport.is_closing()
 
     def __getattr__(self, name: str) -> Any:

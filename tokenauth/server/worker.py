@@ -148,7 +148,6 @@ class WorkerServer(AcceptingServer):
         yield
 
     def follow(self, orders: list[bytes]) -> None:
-        """Do what the main process orders."""
         for order in map(decode_order, orders):
             if isinstance(order, ChangeUsers):
                 self._service.change_users(order.removed, order.changed)
@@ -192,7 +191,6 @@ class _Lifespan(LifespanOn):
     failure = ""
 
     async def send(self, message: LifespanSendMessage) -> None:
-        """Receive a message of the application."""
         if message["type"] == "lifespan.startup.failed":
             self.failure, message["message"] = message.get("message", ""), ""
             self.logger = _SILENT  # uvicorn logs one more line, without the reason

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -28,7 +28,6 @@ RiskName = Literal[
     "writable_config",
     "exposed_database",
 ]
-RISKS: tuple[RiskName, ...] = get_args(RiskName)
 """What `accept_risks` can name; `tokenauth.risks` finds them."""
 
 _HOST = text(r"[\x21-\x7e]+", "a host or address such as '127.0.0.1' (this machine only) or '0.0.0.0' (all of IPv4)")
@@ -124,9 +123,9 @@ class ThrottleSettings(Table, frozen=True):
 
     free: Annotated[int, between(1, 1_000_000)] = 5
     network_free: Annotated[int, between(1, 1_000_000)] = 100
-    delay: Annotated[float, duration(high=3600)] = 1
-    max_delay: Annotated[float, duration(high=86400)] = 15 * 60
-    forget: Annotated[float, duration(high=30 * 86400)] = 3600
+    delay: Annotated[float, duration(3600)] = 1
+    max_delay: Annotated[float, duration(86400)] = 15 * 60
+    forget: Annotated[float, duration(30 * 86400)] = 3600
 
     def __post_init__(self) -> None:
         if self.max_delay < self.delay:
@@ -140,8 +139,6 @@ class ThrottleSettings(Table, frozen=True):
 
 
 class UserSettings(Table, frozen=True):
-    """A user."""
-
     username: str
     password: Annotated[str, SECRET]
     scopes: tuple[ScopeName, ...] = ()

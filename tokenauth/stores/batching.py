@@ -69,7 +69,6 @@ class Batch:
         self.size = 0
 
     def add(self, change: Change[A], future: asyncio.Future[A]) -> None:
-        """Add a change."""
         kind = type(change)
         group = self.groups.get(kind)
         if group is None:

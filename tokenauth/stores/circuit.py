@@ -132,7 +132,6 @@ class Circuit:
             _end(limit)
 
     async def stop(self) -> None:
-        """Stop probing."""
         if self._probing is not None:
             self._probing.cancel()
             with suppress(asyncio.CancelledError):

@@ -468,15 +468,11 @@ class ClientForm(msgspec.Struct):
 
 
 class GrantForm(ClientForm, kw_only=True):
-    """A request for an access token."""
-
     grant_type: Literal["client_credentials"]
     scope: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class TokenForm(ClientForm, kw_only=True):
-    """A token that a client asks about or revokes."""
-
     token: Annotated[str, schema_only(minLength=1)]
     token_type_hint: str | msgspec.UnsetType = msgspec.UNSET
 

@@ -27,7 +27,7 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 class Hosts:
     """The hosts under which web pages may call the service. Programs may use any."""
 
-    def __init__(self, origins: Collection[str] = (), names: Collection[str] | None = None) -> None:
+    def __init__(self, origins: Collection[str], names: Collection[str] | None) -> None:
         """Allow pages to use these names, `localhost` and IP addresses; None allows any name.
 
         Pages of `origins` may use any name, too.

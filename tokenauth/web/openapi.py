@@ -201,14 +201,12 @@ def build_document(sections: Sequence[Section], intro: str, fields: Mapping[str,
     operations = [operation for section in sections for operation in section.operations]
     schemas = _Schemas(operations, fields)
     paths: dict[str, Document] = {}
-    for section in sections:
-        for operation in section.operations:
-            described = {"tags": [section.name], **_describe(operation, schemas)}
-            paths.setdefault(operation.path, {})[operation.method.lower()] = described
     schemes: dict[str, Document] = {}
     for section in sections:
         schemes |= section.schemes
-    schemes |= _SCHEMES
+        for operation in section.operations:
+            described = {"tags": [section.name], **_describe(operation, schemas)}
+            paths.setdefault(operation.path, {})[operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {
@@ -220,7 +218,7 @@ def build_document(sections: Sequence[Section], intro: str, fields: Mapping[str,
         "servers": [{"url": server}],
         "tags": [{"name": section.name, "description": section.text} for section in sections],
         "paths": paths,
-        "components": {"schemas": schemas.components, "securitySchemes": schemes},
+        "components": {"schemas": schemas.components, "securitySchemes": {**schemes, **_SCHEMES}},
     }
 
 
@@ -246,7 +244,6 @@ class _Schemas:
                 component["required"] = list(component["properties"])  # those with defaults are sent, too
 
     def of(self, type: object) -> Document:
-        """Return the schema of a type."""
         return self._schemas[repr(type)]
 
 

@@ -14,7 +14,6 @@ class ProxyHeaders:
     """uvicorn's middleware. Its own option, in place of this, would trust this machine by default."""
 
     def __init__(self, app: ASGIApp, proxies: Sequence[str]) -> None:
-        """Create it for trusted addresses and networks."""
         self._app = ProxyHeadersMiddleware(cast(Any, app), _with_mapped(proxies))  # its types are uvicorn's own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

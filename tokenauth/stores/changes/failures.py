@@ -111,5 +111,4 @@ class PurgeFailures(Change[int]):
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
-        """Delete the oldest keys."""
         return [db.execute(_PURGE, {"before": change.before, "limit": change.limit}) for change in changes]

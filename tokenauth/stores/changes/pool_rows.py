@@ -176,7 +176,6 @@ class PoolRows:
         return int(self._db.rows(_COUNT_RETIRED, self._parameters)[0][0])
 
     def next_end(self) -> Instant | None:
-        """Return when the next lease ends."""
         return min((end for end in self._db.rows(_NEXT_END, self._parameters)[0] if end is not None), default=None)
 
     def free(self, limit: int) -> list[tuple[int, PoolToken]]:
@@ -238,7 +237,6 @@ class PoolRows:
         self._db.execute(_REPLACE, {**self._parameters, "number": number, "value": value})
 
     def delete(self, number: int) -> None:
-        """Delete one token."""
         self._db.execute(_DELETE, {**self._parameters, "number": number})
 
     def extend_free(self, before: Instant, limit: int) -> int:

@@ -157,7 +157,6 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
-        """Change tokens one after the other."""
         pool, now = rows.pool, rows.now
         found = rows.find(change.value for change in changes)
         changed: dict[int, PoolToken] = {}
@@ -188,7 +187,6 @@ class KeepAlive(LeaseUpdate):
     include_free: bool
 
     def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
-        """Return the extended token."""
         if self.check.matches(token, now):
             return pool.extended(token, now)
         return pool.released(token, now) if self.include_free and not token.is_leased(now) else None
@@ -199,7 +197,6 @@ class Release(LeaseUpdate):
     """End a lease."""
 
     def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
-        """Return the free token."""
         return pool.released(token, now) if self.check.matches(token, now) else None
 
 
@@ -265,7 +262,6 @@ class KeepAliveFree(PoolChange[int]):
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[int]:
-        """Extend free tokens to their full time from now."""
         return [rows.extend_free(change.before, change.limit) for change in changes]
 
 
@@ -278,7 +274,6 @@ class PurgePool(PoolChange[int]):
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[int]:
-        """Delete the oldest tokens."""
         answers = []
         for change in changes:
             retired = rows.delete_retired(change.limit)

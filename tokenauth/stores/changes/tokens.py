@@ -149,7 +149,6 @@ class Revoke(Change[bool]):
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[bool]:
-        """Revoke single tokens."""
         return _revoke(db, [change.digest for change in changes], max(change.now for change in changes))
 
 
@@ -202,7 +201,6 @@ class PurgeRevocations(Change[int]):
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
-        """Delete the oldest entries."""
         db.lock("log")
         return [db.execute(_PURGE_REVOCATIONS, {"before": change.before, "limit": change.limit}) for change in changes]
 

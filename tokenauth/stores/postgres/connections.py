@@ -187,7 +187,7 @@ class Connections:
         if not schema.serves(had):
             log.info("schema_upgraded", before=had, after=schema.HEAD)
 
-    async def stop(self, now: Instant | None = 0) -> None:
+    async def stop(self, now: Instant | None) -> None:
         """Finish the waiting changes, write the clock row unless `now` is None, and disconnect."""
         if now is not None:
             with suppress(StoreUnavailable):

@@ -53,7 +53,6 @@ class PostgresEngine:
         self._failures = _lookup(self.connections, _FAILURES, lambda row: Failures(row[1], row[2]))
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
-        """Migrate the schema and connect."""
         try:
             await self._connect()
             await self.connections.upgrade(self._serving)
@@ -82,12 +81,10 @@ class PostgresEngine:
             await asyncio.sleep(_START_PAUSE)
 
     async def stop(self, now: Instant) -> None:
-        """Finish what is being written, write `now`, and disconnect."""
         await self.feed.stop()
         await self.connections.stop(now if self._serving else None)
 
     async def ready(self) -> str | None:
-        """Return what keeps the database from being used, if anything."""
         problem = await self.connections.probed_problem()
         if problem is not None:
             return problem
@@ -98,11 +95,9 @@ class PostgresEngine:
         return None if schema.serves(version) else f"schema is {version}, this release needs {schema.HEAD}"
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:
-        """Run a query."""
         return await self.connections.read(lambda db: PostgresTransaction(driver(db)).rows(query, values))
 
     def apply(self, change: Change[A]) -> Awaitable[A]:
-        """Make a change."""
         return self.connections.apply(change)
 
     async def token(self, digest: bytes) -> Token | None:

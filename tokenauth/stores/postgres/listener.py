@@ -44,7 +44,6 @@ class DatabaseClock:
         self._offset = 0.0
 
     def __call__(self) -> Instant:
-        """Read the time, in Unix seconds."""
         return boottime() + self._offset
 
     def update(self, answered: Instant, asked_at: float) -> None:

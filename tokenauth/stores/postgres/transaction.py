@@ -62,7 +62,6 @@ class PostgresTransaction:
         self._locked_at: Instant | None = None
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
-        """Run a query."""
         text, names, constants = _statements.compile(statement, values)
         return self._run(lambda db: db.fetch(text, *_ordered(names, constants, values)))
 
@@ -71,7 +70,6 @@ class PostgresTransaction:
         return self._each(lambda db: db.fetchmany, statement, each) if each else []
 
     def execute(self, statement: ClauseElement, values: Values) -> int:
-        """Run a change."""
         text, names, constants = _statements.compile(statement, values)
         status = self._run(lambda db: db.execute(text, *_ordered(names, constants, values)))
         return int(status.rpartition(" ")[2])

@@ -52,7 +52,6 @@ class SqliteEngine:
         self._reading = Circuit(self._probe, "store_unreachable", "store_reachable_again")
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
-        """Migrate the schema and connect."""
         await self.writer.start()
         self.reader.open(on_clock_advance)
         self._watch_later()
@@ -60,7 +59,6 @@ class SqliteEngine:
         return self.reader.clock_row()
 
     async def stop(self, now: Instant) -> None:
-        """Finish what is being written, write `now`, and disconnect."""
         self._watcher.cancel()
         self._checking.cancel()
         if self._serving:
@@ -72,7 +70,6 @@ class SqliteEngine:
         self.reader.close()
 
     async def ready(self) -> str | None:
-        """Return what keeps the file from being used, if anything."""
         self._check_files()
         if self.writer.file_replaced:
             return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
@@ -96,7 +93,6 @@ class SqliteEngine:
         return await self._query(lambda db: db.execute(query, values).all())
 
     def apply(self, change: Change[A]) -> Awaitable[A]:
-        """Make a change."""
         return self.writer.apply(change)
 
     async def token(self, digest: bytes) -> Token | None:

@@ -73,7 +73,6 @@ class Reader:
         self._files = {suffix: _identity(self._path + suffix) for suffix in _FILES}  # all are open from here on
 
     def close(self) -> None:
-        """Disconnect."""
         self._db.close()
 
     def rows(self, query: Query, values: Values) -> Rows:

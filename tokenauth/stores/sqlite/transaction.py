@@ -22,16 +22,13 @@ class SqliteTransaction:
         self._statements = StatementCache(sqlite.dialect(paramstyle="named"))
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
-        """Run a query."""
         text, _, constants = self._statements.compile(statement, values)
         return self._connection.execute(text, {**constants, **values} if constants else values).fetchall()
 
     def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
-        """Run a change that returns rows once for each set of values."""
         return [row for values in each for row in self.rows(statement, values)]
 
     def execute(self, statement: ClauseElement, values: Values) -> int:
-        """Run a change."""
         text, _, constants = self._statements.compile(statement, values)
         return self._connection.execute(text, {**constants, **values} if constants else values).rowcount
 

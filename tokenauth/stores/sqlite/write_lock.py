@@ -70,7 +70,6 @@ class WriteLock:
             os.close(file)
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -53,14 +53,11 @@ _token_decoder = msgspec.json.Decoder(OptionalTokenRequest)
 
 
 class RandomTokenGenerator:
-    """The handlers, and their paths."""
-
     def __init__(self, service: Service, settings: DialectSettings) -> None:
         self._pools = service.pools
         self._pool = service.pools.find(settings.pool)
 
     def handlers(self) -> dict[str, Handlers]:
-        """Return the handlers of each path below the prefix."""
         return {
             "/generate": {"POST": self.generate},
             "/assign": {"POST": when_complete(self.assign)},

@@ -33,8 +33,6 @@ class UnauthorizedAnswer(msgspec.Struct):
 
 
 class SimpleTokenImplement:
-    """The handlers, and their paths."""
-
     def __init__(self, service: Service, settings: DialectSettings) -> None:
         assert isinstance(settings, PasswordDialectSettings)
         self._pools = service.pools

@@ -49,14 +49,11 @@ _decoder = msgspec.json.Decoder(_AnyRequest)
 
 
 class TokenManagementService:
-    """The handlers, and their paths."""
-
     def __init__(self, service: Service, settings: DialectSettings) -> None:
         self._pools = service.pools
         self._pool = service.pools.find(settings.pool)
 
     def handlers(self) -> dict[str, Handlers]:
-        """Return the handlers of each path below the prefix."""
         return {
             "/generate-token": {"POST": when_complete(self.generate)},
             "/assign-token": {"POST": self.assign},

@@ -48,8 +48,6 @@ _decoder = msgspec.json.Decoder(UuidRequest)
 
 
 class TokenPool:
-    """The handlers, and their paths."""
-
     def __init__(self, service: Service, settings: DialectSettings) -> None:
         self._pools = service.pools
         self._pool = service.pools.find(settings.pool)

@@ -46,13 +46,10 @@ class RevokedAnswer(msgspec.Struct):
 
 
 class AccountRoutes:
-    """The handlers, and their routes."""
-
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
-        """List the routes."""
         tokens = {"GET": strict(self.list, ["user"]), "DELETE": strict(self.revoke_all, ["keep", "user"])}
         return [
             Route(ME, {"GET": strict(self.me)}, middleware),

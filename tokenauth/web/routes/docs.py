@@ -29,14 +29,11 @@ _HEADERS = {
 
 
 class DocsRoutes:
-    """The handlers, and their routes."""
-
     def __init__(self, describe: Callable[[], Document]) -> None:
         """Serve the document that `describe` returns. It is called once, at the first request."""
         self._describe = describe
 
     def routes(self) -> list[Route]:
-        """List the routes."""
         return [
             Route("/openapi.json", {"GET": self.document}),
             Route("/docs", {"GET": self.page}),

@@ -25,14 +25,11 @@ class NotReadyAnswer(msgspec.Struct):
 
 
 class HealthRoutes:
-    """The handlers, and their routes."""
-
     def __init__(self, problem: Callable[[], Awaitable[str | None]]) -> None:
         """Create them. `problem` returns what keeps the service from serving, if anything does."""
         self._problem = problem
 
     def routes(self) -> list[Route]:
-        """List the routes."""
         return [Route("/healthz", {"GET": self.alive}), Route("/readyz", {"GET": self.ready})]
 
     async def alive(self, request: Request) -> Response:

@@ -69,8 +69,6 @@ class MetadataAnswer(msgspec.Struct):
 
 
 class OAuthRoutes:
-    """The handlers, and their routes."""
-
     def __init__(self, tokens: Tokens, credentials: Credentials, issuer: str) -> None:
         self._tokens = tokens
         self._credentials = credentials

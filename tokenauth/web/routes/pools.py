@@ -87,8 +87,6 @@ _CURSOR = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
 
 
 class PoolRoutes:
-    """The handlers, and their routes."""
-
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
 

@@ -67,14 +67,11 @@ class CheckToken(Endpoint):
 
 
 class TokenRoutes:
-    """The handlers, and their route."""
-
     def __init__(self, tokens: Tokens, hosts: Hosts) -> None:
         self._tokens = tokens
         self._hosts = hosts
 
     def routes(self) -> list[Route]:
-        """List the routes."""
         return [Route(PATH, {"GET": CheckToken(self._tokens), "POST": self.log_in, "DELETE": self.log_out})]
 
     async def log_in(self, request: Request) -> Response:
