@@ -2,9 +2,13 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
+
+Kind = Literal["login", "named"]
+"""The kinds of tokens that users have."""
 
 Instant = float
 """Unix seconds."""
@@ -41,6 +45,10 @@ class Identity:
     @property
     def identity(self) -> str:
         return self.username
+
+    def limited_to(self, scopes: Collection[str]) -> "Identity":
+        """Return the same user with only those of their scopes that are in `scopes`."""
+        return Identity(self.username, tuple(scope for scope in self.scopes if scope in scopes))
 
 
 ANONYMOUS = Identity("")
@@ -111,6 +119,15 @@ class Token(NamedTuple):
         return cls(
             digest, username, credential, issued_at, expires_at, latest, issued_at, address, user_agent, name, scopes
         )
+
+    @property
+    def last_used_at(self) -> Instant | None:
+        """When a use was last noted; None if none was since its issue."""
+        return self.used_at if self.used_at > self.issued_at else None
+
+    @property
+    def kind(self) -> Kind:
+        return "login" if self.name is None else "named"
 
     @property
     def id(self) -> str:

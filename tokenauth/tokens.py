@@ -55,15 +55,32 @@ class Tokens:
         user = await self._credentials.verify(Candidate(username, password), address, disconnected)
         return await self.grant(user, address, user_agent, disconnected)
 
-    async def grant(self, user: User, address: str, user_agent: str, disconnected: DisconnectCheck) -> IssuedToken:
-        """Issue a token to a user who is already authenticated. Raises ClientGone or StoreUnavailable."""
+    async def grant(
+        self,
+        user: User,
+        address: str,
+        user_agent: str,
+        disconnected: DisconnectCheck,
+        scopes: tuple[str, ...] | None = None,
+    ) -> IssuedToken:
+        """Issue a token, limited to `scopes`, to a user who is already authenticated.
+
+        Raises ClientGone or StoreUnavailable.
+        """
         try:
-            return await self._grant(user, address, user_agent, disconnected)
+            return await self._grant(user, address, user_agent, disconnected, scopes)
         except RetryLater as refusal:
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
 
-    async def _grant(self, user: User, address: str, user_agent: str, disconnected: DisconnectCheck) -> IssuedToken:
+    async def _grant(
+        self,
+        user: User,
+        address: str,
+        user_agent: str,
+        disconnected: DisconnectCheck,
+        scopes: tuple[str, ...] | None,
+    ) -> IssuedToken:
         if self.revocations.problem is not None:  # the new token would be revoked with all others
             raise StoreUnavailable
         if disconnected():
@@ -73,7 +90,7 @@ class Tokens:
         digest = values.digest(value.encode())
         assert digest is not None
         expires_at = int(now) + int(self._settings.ttl)
-        token = Token.new(digest, user.username, user.credential, now, expires_at, address, user_agent)
+        token = Token.new(digest, user.username, user.credential, now, expires_at, address, user_agent, scopes=scopes)
         await self._store.tokens.issue(token, self._settings.per_user, now)
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
         return IssuedToken(value, token)
@@ -97,8 +114,9 @@ class Tokens:
         return None if token is None else Login(self.owner(token), token)
 
     def owner(self, token: Token) -> Identity:
-        """Return the user of a valid token, with the scopes that the configuration gives them now."""
-        return self._users[token.username].identity
+        """Return the user of a valid token, with what it may do: the user's scopes now that are also the token's."""
+        user = self._users[token.username].identity
+        return user if token.scopes is None else user.limited_to(token.scopes)
 
     def scope_exists(self, scope: str) -> bool:
         """Return whether any user has this scope."""

@@ -35,14 +35,14 @@ class MeBody(msgspec.Struct):
     id: str
     issued_at: int
     expiry_time: int
+    name: str | None = None
 
     def login(self, digest: bytes) -> Login:
         """Return the login of the token with this digest. Raises ValueError if the response is about another token."""
         if self.id != public_id(digest):
             raise ValueError("this is about another token")
-        return Login(
-            Identity(self.username, self.scopes), Token.new(digest, self.username, "", self.issued_at, self.expiry_time)
-        )
+        token = Token.new(digest, self.username, "", self.issued_at, self.expiry_time, name=self.name)
+        return Login(Identity(self.username, self.scopes), token)
 
 
 class ErrorBody(msgspec.Struct):

@@ -44,14 +44,39 @@ def test_a_token_expires_after_expires_in(client: httpx.Client, clock: HandClock
 
 
 @pytest.mark.parametrize(
-    "scope", ["", "read", "write", "read write", "write read", "read read", " write ", "read  write"]
+    ("scope", "granted"),
+    [
+        ("", "read write"),
+        (" ", "read write"),
+        ("read", "read"),
+        ("write", "write"),
+        ("read write", "read write"),
+        ("write read", "read write"),
+        ("read read", "read"),
+        (" write ", "write"),
+        ("read  write", "read write"),
+    ],
 )
-def test_a_client_gets_all_its_scopes_for_any_request(client: httpx.Client, scope: str) -> None:
+def test_a_client_gets_the_scopes_that_it_requests(
+    client: httpx.Client, sibling_client: httpx.Client, scope: str, granted: str
+) -> None:
     answer = post(client, "token", ANN, **GRANT, scope=scope)
     assert answer.status_code == 200
-    assert answer.json()["scope"] == "read write"
+    assert answer.json()["scope"] == granted
     token = answer.json()["access_token"]
-    assert client.get("/api/me", headers={"X-Token": token}).json()["scopes"] == ["read", "write"]
+    for each in (client, sibling_client):
+        me = each.get("/api/me", headers={"X-Token": token}).json()
+        assert (me["kind"], me["name"], me["scopes"]) == ("login", None, granted.split())
+        assert post(each, "introspect", GATEWAY, token=token).json()["scope"] == granted
+        assert each.get("/auth", headers={"X-Token": token}).headers["x-auth-scopes"] == granted
+
+
+def test_a_narrowed_token_passes_where_its_scopes_suffice(client: httpx.Client) -> None:
+    narrowed = {"X-Token": post(client, "token", ANN, **GRANT, scope="read").json()["access_token"]}
+    full = {"X-Token": fetch(client)}
+    for token, scope, status in [(narrowed, "read", 200), (narrowed, "write", 403), (full, "write", 200)]:
+        for _ in range(2):
+            assert client.get("/auth", params={"scope": scope}, headers=token).status_code == status
 
 
 def test_a_client_without_scopes_gets_an_empty_scope(client: httpx.Client) -> None:

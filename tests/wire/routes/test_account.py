@@ -66,6 +66,8 @@ def test_me_names_the_user_of_the_token(
         assert me == {
             "username": username,
             "scopes": scopes,
+            "kind": "login",
+            "name": None,
             "issued_at": int(clock()),
             "expiry_time": int(clock()) + DAY,
         }
@@ -82,8 +84,12 @@ def test_my_logins_are_listed_newest_first(client: httpx.Client, clock: HandCloc
     for entry, agent, issued_at, current in [(newer, "second/2", now, True), (older, "first/1", now - 60, False)]:
         assert entry == {
             "id": entry["id"],
+            "kind": "login",
+            "name": None,
+            "scopes": None,
             "issued_at": issued_at,
             "expiry_time": issued_at + DAY,
+            "last_used_at": None,
             "address": "127.0.0.1",
             "user_agent": agent,
             "current": current,

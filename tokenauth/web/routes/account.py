@@ -7,7 +7,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest
-from tokenauth.models import Token
+from tokenauth.models import Kind, Token
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.requests import Request
@@ -23,22 +23,28 @@ ADMIN = "admin"
 class MeAnswer(msgspec.Struct):
     username: str
     scopes: tuple[str, ...]
+    kind: Kind
+    name: str | None
     id: str
     issued_at: int
     expiry_time: int
 
 
-class LoginAnswer(msgspec.Struct):
+class ListedTokenAnswer(msgspec.Struct):
     id: str
+    kind: Kind
+    name: str | None
+    scopes: tuple[str, ...] | None
     issued_at: int
     expiry_time: int
+    last_used_at: int | None
     address: str
     user_agent: str
     current: bool
 
 
-class LoginsAnswer(msgspec.Struct):
-    tokens: list[LoginAnswer]
+class ListedTokensAnswer(msgspec.Struct):
+    tokens: list[ListedTokenAnswer]
 
 
 class RevokedAnswer(msgspec.Struct):
@@ -59,11 +65,13 @@ class AccountRoutes:
 
     async def me(self, request: Request) -> Response:
         user, token = request.user, request.token
-        return JSONResponse(MeAnswer(user.username, user.scopes, token.id, int(token.issued_at), token.expires_at))
+        issued_at, expires_at = int(token.issued_at), token.expires_at
+        me = MeAnswer(user.username, user.scopes, token.kind, token.name, token.id, issued_at, expires_at)
+        return JSONResponse(me)
 
     async def list(self, request: Request) -> Response:
         listed = await self._tokens.list_live(_username(request))
-        return JSONResponse(LoginsAnswer([_show(token, request.token) for token in listed]))
+        return JSONResponse(ListedTokensAnswer([_show(token, request.token) for token in listed]))
 
     async def revoke_all(self, request: Request) -> Response:
         keep = request.query_value("keep")
@@ -89,11 +97,15 @@ def _username(request: Request) -> str:
     return canonical(named)
 
 
-def _show(token: Token, current: Token) -> LoginAnswer:
-    return LoginAnswer(
+def _show(token: Token, current: Token) -> ListedTokenAnswer:
+    return ListedTokenAnswer(
         id=token.id,
+        kind=token.kind,
+        name=token.name,
+        scopes=token.scopes,
         issued_at=int(token.issued_at),
         expiry_time=token.expires_at,
+        last_used_at=None if token.last_used_at is None else int(token.last_used_at),
         address=token.address,
         user_agent=token.user_agent,
         current=token.digest == current.digest,

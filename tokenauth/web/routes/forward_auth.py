@@ -41,7 +41,7 @@ class ForwardAuth(Endpoint):
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
-        self._responses: dict[str, _Response] = {}  # at most one for each user
+        self._responses: dict[str, _Response] = {}  # at most one for each user, with all of their scopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send 200 and the user's name if the request may pass."""
@@ -70,9 +70,12 @@ class ForwardAuth(Endpoint):
         if token is None:
             raise TokenRequired if value is None else InvalidToken
         user = self._tokens.owner(token)
-        response = self._responses.get(token.username)
-        if response is None or response.user is not user:
-            response = self._responses[user.username] = _response(user)
+        if token.scopes is None:
+            response = self._responses.get(token.username)
+            if response is None or response.user is not user:
+                response = self._responses[user.username] = _response(user)
+        else:
+            response = _limited_response(user)
         if query and not (required := _required_scopes(query)) <= response.scopes:
             raise InsufficientScope(*sorted(required))
         return (*response.headers, (b"x-auth-expires", b"%d" % token.expires_at))
@@ -88,6 +91,10 @@ def _response(user: Identity) -> _Response:
     name, scopes = quote(user.username, safe=_PLAIN).encode(), " ".join(user.scopes).encode()
     headers = ((b"content-length", b"0"), NO_STORE, (b"x-auth-user", name), (b"x-auth-scopes", scopes))
     return _Response(user, frozenset(user.scopes), headers)
+
+
+_limited_response = lru_cache(maxsize=1024)(_response)
+"""The same for tokens that are limited to some of the user's scopes."""
 
 
 @lru_cache(maxsize=256)

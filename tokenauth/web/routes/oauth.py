@@ -90,11 +90,14 @@ class OAuthRoutes:
         user = await self._client(request, form)
         if grant_type != "client_credentials":
             raise UnsupportedGrantType
-        if not set(form.get("scope", "").split(" ")) <= {*user.scopes, ""}:
+        scopes = tuple(dict.fromkeys(filter(None, form.get("scope", "").split(" "))))
+        if not set(scopes).issubset(user.scopes):
             raise InvalidScope
-        issued = await self._tokens.grant(user, request.client_address, request.user_agent, request.disconnect_check)
+        issued = await self._tokens.grant(
+            user, request.client_address, request.user_agent, request.disconnect_check, scopes or None
+        )
         lifetime = issued.token.expires_at - int(issued.token.issued_at)
-        granted = GrantAnswer(issued.value, lifetime, " ".join(user.scopes))
+        granted = GrantAnswer(issued.value, lifetime, " ".join(self._tokens.owner(issued.token).scopes))
         return JSONResponse(granted, headers=[(b"pragma", b"no-cache")])
 
     async def introspect(self, request: Request) -> Response:
