@@ -1,6 +1,7 @@
 """The layers of the design: a module imports strictly lower ones, and third-party names stay home."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def test_only_one_module_knows_the_databases(module: str) -> None:
 def test_services_know_only_the_contract_of_stores(module: str) -> None:
     known = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.stores")}
     assert {name.split(".")[2] for name in known} <= {"store"}
+
+
+def test_refusals_of_the_domain_know_no_http() -> None:
+    """The texts of `web/responses.py` name headers."""
+    code = PACKAGE.joinpath("errors.py").read_text().partition("class ")[2]
+    assert not re.findall(r"(?i)\bX-Token\b|authorization|retry-after|\bheaders?\b|\bHTTP\b|\bstatus\b", code)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("client.")])

@@ -39,7 +39,7 @@ class TokenRequired(Refusal):
     """No token was sent where one is required."""
 
     code = "token_required"
-    description = "Send a token in the X-Token or the Authorization: Bearer header."
+    description = "No token was sent, and this needs one."
 
 
 class InvalidToken(Refusal):
@@ -122,7 +122,7 @@ class TooManyAttempts(RetryLater):
     """Too many logins failed for this name, or from this network."""
 
     code = "too_many_attempts"
-    description = "Too many failed logins. Wait for as many seconds as Retry-After says."
+    description = "Too many failed logins. Try again later."
 
 
 class Overloaded(RetryLater):

@@ -37,7 +37,7 @@ from tokenauth.web.exceptions import (
     UnsupportedGrantType,
     UnsupportedMediaType,
 )
-from tokenauth.web.responses import STATUS
+from tokenauth.web.responses import STATUS, refusal_document
 
 Document = dict[str, Any]
 
@@ -308,8 +308,7 @@ def _response(answers: Sequence[Answer], refusals: Sequence[type[Refusal]], sche
     for kind in refusals:
         refusal = _REFUSALS[kind][0]
         headers |= _headers(refusal)
-        body = {"error": refusal.code, "error_description": str(refusal)}
-        examples.setdefault(JSON, {})[refusal.code] = body
+        examples.setdefault(JSON, {})[refusal.code] = refusal_document(refusal)
     if refusals:
         codes = sorted({kind.code for kind in refusals})
         schema = {"allOf": [schemas.of(ErrorAnswer), {"properties": {"error": {"enum": codes}}}]}

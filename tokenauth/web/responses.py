@@ -75,6 +75,12 @@ STATUS: dict[type[Refusal], int] = {
     RetryableInternalError: 503,
 }
 
+DESCRIPTIONS: dict[type[Refusal], str] = {
+    TokenRequired: "Send a token in the X-Token or the Authorization: Bearer header.",
+    TooManyAttempts: "Too many failed logins. Wait for as many seconds as Retry-After says.",
+}
+"""Descriptions that name a header, instead of those in tokenauth.errors."""
+
 
 class NoStoreResponse(Response):
     """A response that no cache may store: nearly all contain a token, or tell whether one is valid."""
@@ -120,7 +126,13 @@ def refusal_response(refusal: Refusal) -> Response:
         headers = [(b"connection", b"close")]  # the rest of the body is not read
     elif isinstance(refusal, RetryLater | NoFreeToken) and refusal.retry_after is not None:
         headers = [(b"retry-after", b"%d" % refusal.retry_after)]
-    return JSONResponse({"error": refusal.code, "error_description": str(refusal)}, status, headers)
+    return JSONResponse(refusal_document(refusal), status, headers)
+
+
+def refusal_document(refusal: Refusal) -> Mapping[str, str]:
+    """Return the body of the response to a refusal."""
+    description = DESCRIPTIONS.get(type(refusal)) or str(refusal)
+    return {"error": refusal.code, "error_description": description}
 
 
 def error_response(error: Exception) -> Response:
