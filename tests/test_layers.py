@@ -32,6 +32,8 @@ HOMES = {
     "passlib": {"passwords"},
     "starlette": {"web", "server"},
     "uvicorn": {"web", "server"},
+    "jinja2": {"web"},
+    "markupsafe": {"web"},
     "click": {"cli"},
     "rich": {"cli"},
     "tomlkit": {"settings"},

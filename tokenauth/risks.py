@@ -55,6 +55,12 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             " defeats the throttle; list only your proxies"
         )
         risks.append(Risk("broad_trusted_proxies", text))
+    if config.browser.url and config.browser.origin.secure and not config.server.trusted_proxies:
+        text = (
+            "browser.url is https, so a proxy must be in front of this service, and server.trusted_proxies is empty:"
+            " logins do not lead back, and the throttle takes all clients for one; list the proxy"
+        )
+        risks.append(Risk("no_trusted_proxy", text))
     return [*risks, *_dialect_risks(config), *_file_risks(config, path)]
 
 

@@ -47,13 +47,14 @@ class Tokens:
         address: str,
         user_agent: str,
         disconnected: DisconnectCheck = never_disconnected,
+        ttl: float | None = None,
     ) -> IssuedToken:
-        """Log in: return a new token if the password matches.
+        """Log in: return a new token if the password matches. `ttl` replaces that of the settings.
 
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
         user = await self._credentials.verify(Candidate(username, password), address, disconnected)
-        return await self.grant(user, address, user_agent, disconnected)
+        return await self.grant(user, address, user_agent, disconnected, ttl=ttl)
 
     async def grant(
         self,
@@ -62,13 +63,15 @@ class Tokens:
         user_agent: str,
         disconnected: DisconnectCheck,
         scopes: tuple[str, ...] | None = None,
+        ttl: float | None = None,
     ) -> IssuedToken:
         """Issue a token, limited to `scopes`, to a user who is already authenticated.
 
         Raises ClientGone or StoreUnavailable.
         """
         try:
-            return await self._grant(user, address, user_agent, disconnected, scopes)
+            ttl = self._settings.ttl if ttl is None else ttl
+            return await self._grant(user, address, user_agent, disconnected, scopes, ttl)
         except RetryLater as refusal:
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
@@ -80,6 +83,7 @@ class Tokens:
         user_agent: str,
         disconnected: DisconnectCheck,
         scopes: tuple[str, ...] | None,
+        ttl: float,
     ) -> IssuedToken:
         if self.revocations.problem is not None:  # the new token would be revoked with all others
             raise StoreUnavailable
@@ -89,7 +93,7 @@ class Tokens:
         value = values.new_value()
         digest = values.digest(value.encode())
         assert digest is not None
-        expires_at = int(now) + int(self._settings.ttl)
+        expires_at = int(now) + int(ttl)
         token = Token.new(digest, user.username, user.credential, now, expires_at, address, user_agent, scopes=scopes)
         await self._store.tokens.issue(token, self._settings.per_user, now)
         log.info("token_issued", user=user.username, id=token.id, network=network(address))

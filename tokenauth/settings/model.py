@@ -14,6 +14,7 @@ from msgspec import Meta
 from tokenauth.models import Pool, User
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
+from tokenauth.settings.origin import DOMAIN, Origin, check_origin
 
 MAX_NAME = 256
 """Characters in a user name."""
@@ -27,6 +28,7 @@ RiskName = Literal[
     "readable_config",
     "writable_config",
     "exposed_database",
+    "no_trusted_proxy",
 ]
 """What `accept_risks` can name; `tokenauth.risks` finds them."""
 
@@ -176,6 +178,60 @@ class OAuthSettings(Table, frozen=True):
             raise SettingError("issuer", f"{authority!r} is not a host, or its port is not from 1 to 65535")
 
 
+class BrowserSettings(Table, frozen=True, dict=True):
+    """The login page, its cookie, and the pages that a browser is sent back to. Without a url there are none."""
+
+    url: str = ""
+    domain: str = ""
+    return_to: tuple[str, ...] = ()
+    remember_ttl: Annotated[float, duration()] = 30 * 86400
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            for key in ("domain", "return_to"):
+                if getattr(self, key):
+                    raise SettingError("url", f"is missing: {key} needs it, such as 'https://auth.example.com'")
+            return
+        host = self.origin.host
+        if self.origin.below:
+            raise SettingError("url", f"must name one host, not {self.url!r}")
+        if self.domain:
+            self._check_domain(host)
+        for number, origin in enumerate(self.return_origins):
+            self._check_return(f"return_to[{number}]", origin)
+
+    def _check_domain(self, host: str) -> None:
+        if not DOMAIN.fullmatch(self.domain):
+            hint = f"; write {self.domain[1:]!r}" if self.domain.startswith(".") else ""
+            raise SettingError("domain", f"must be a domain such as 'example.com', not {self.domain[:80]!r}{hint}")
+        if not self.origin.secure:
+            raise SettingError("domain", "needs an https url; on this machine, all ports of a host share its cookies")
+        if host != self.domain and not host.endswith(f".{self.domain}"):
+            raise SettingError("domain", f"must contain the host of url: {host!r} is not in {self.domain!r}")
+
+    def _check_return(self, key: str, origin: Origin) -> None:
+        if origin.secure != self.origin.secure:
+            raise SettingError(key, f"must begin with {self.origin.scheme}, as url does, not with {origin.scheme}")
+        if self.domain:
+            if origin.host != self.domain and not origin.host.endswith(f".{self.domain}"):
+                raise SettingError(key, f"the cookie does not reach {origin.host!r}: it is not in {self.domain!r}")
+        elif origin.below or origin.host != self.origin.host:
+            hint = "set browser.domain to a domain that both are in" if self.origin.secure else "use the host of url"
+            raise SettingError(
+                key, f"the cookie of {self.origin.host!r} does not reach {str(origin).partition('//')[2]!r}: {hint}"
+            )
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The origin of the login page."""
+        return check_origin("url", self.url)
+
+    @cached_property
+    def return_origins(self) -> tuple[Origin, ...]:
+        """The origins that a browser may be sent back to, besides that of the login page."""
+        return tuple(check_origin(f"return_to[{number}]", text) for number, text in enumerate(self.return_to))
+
+
 class PoolSettings(Table, frozen=True):
     """A pool of tokens to lease."""
 
@@ -205,6 +261,7 @@ class Settings(Table, frozen=True, dict=True):
     passwords: PasswordSettings = PasswordSettings()
     throttle: ThrottleSettings = ThrottleSettings()
     oauth: OAuthSettings = OAuthSettings()
+    browser: BrowserSettings = BrowserSettings()
     users: tuple[UserSettings, ...] = ()
     pools: dict[str, PoolSettings] = {}  # noqa: RUF012 - msgspec copies it for each record
     dialects: Annotated[dict[str, DialectSettings], _KINDS] = {}  # noqa: RUF012 - likewise
@@ -213,6 +270,11 @@ class Settings(Table, frozen=True, dict=True):
         self._check_users()
         self._check_pools()
         self._check_dialects()
+        if self.browser.url and self.browser.remember_ttl < self.tokens.ttl:
+            raise SettingError(
+                "browser.remember_ttl",
+                f"must not be less than tokens.ttl: {self.browser.remember_ttl:g} s is less than {self.tokens.ttl:g} s",
+            )
 
     def _check_users(self) -> None:
         seen: set[str] = set()
@@ -262,6 +324,8 @@ class Settings(Table, frozen=True, dict=True):
             return "server.trusted_proxies: names a proxy, through which others can reach the service"
         if self.oauth.issuer.startswith("https:"):
             return f"oauth.issuer: {self.oauth.issuer!r} means that others can reach the service"
+        if self.browser.url.lower().startswith("https:"):
+            return f"browser.url: {self.browser.url!r} means that others can reach the service"
         return None
 
     @cached_property

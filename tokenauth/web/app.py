@@ -23,12 +23,15 @@ from tokenauth.sweeper import Sweeper
 from tokenauth.web.access_log import AccessLog
 from tokenauth.web.api_documentation import describe as describe_api
 from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
+from tokenauth.web.browser_auth import BrowserAuth
+from tokenauth.web.cookies import Cookies
 from tokenauth.web.cors import CORS
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.proxy_headers import ProxyHeaders
+from tokenauth.web.return_to import ReturnTo
 from tokenauth.web.routes.account import ME, AccountRoutes
 from tokenauth.web.routes.docs import DocsRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
@@ -74,6 +77,9 @@ def build_app(service: Service) -> Router:
     )
 
 
+PAGES = {"/", "/login", "/logout"}
+"""Pages for people, which pages of other origins never read."""
+
 BUSIEST = {("GET", PROBE), ("GET", FORWARD_AUTH), ("GET", ME), ("POST", INTROSPECTION)}
 """Methods and paths that Shortcuts handles. Without it, and with four dialects, routing takes 15 microseconds."""
 
@@ -87,7 +93,7 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
     if server.cors_origins:
         # A preflight at /auth needs a token like any request: it is meant for the application behind the proxy.
         headers = list(chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects))
-        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH})
+        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, *PAGES})
 
 
 def find_routes(service: Service) -> list[Route]:
@@ -96,14 +102,16 @@ def find_routes(service: Service) -> list[Route]:
     Starlette tries one after the other, in half a microsecond each: those of leases are first.
     """
     config, tokens = service.settings, service.tokens
-    hosts = Hosts.from_settings(config.server, config.oauth.issuer)
+    hosts = Hosts.from_settings(config.server, config.oauth.issuer, config.browser.url)
+    browser_auth, pages = _create_pages(service, hosts)
     with_token = [Middleware(TokenMiddleware, tokens)]
     csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [
         *AccountRoutes(tokens).routes(with_token),
         *TokenRoutes(tokens, hosts).routes(),
-        Route(FORWARD_AUTH, ForwardAuth(tokens)),
+        Route(FORWARD_AUTH, ForwardAuth(tokens, browser_auth)),
+        *pages,
         *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(csrf_guard),
         *HealthRoutes(service.ready).routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
@@ -111,6 +119,18 @@ def find_routes(service: Service) -> list[Route]:
     dialects = dialect_routes(service, hosts)
     refuse_collisions({"tokenauth itself": [*leasing, *others], **dialects})
     return [*leasing, *chain.from_iterable(dialects.values()), *others]
+
+
+def _create_pages(service: Service, hosts: Hosts) -> tuple[BrowserAuth | None, Sequence[Route]]:
+    """Create what browsers need, if the configuration has a login page: the rules of /auth, and the pages."""
+    config = service.settings
+    if not config.browser.url:
+        return None, ()
+    from tokenauth.web.routes.login import LoginRoutes  # noqa: PLC0415 - only this needs Jinja
+
+    cookies, return_to = Cookies(config.browser), ReturnTo(config.browser)
+    pages = LoginRoutes(config, service.tokens, hosts, cookies, return_to)
+    return BrowserAuth(config.browser, cookies, return_to), pages.routes()
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from tokenauth.web.exceptions import ForeignOrigin
 _OWN = (b"same-origin", b"none")
 """Sec-Fetch-Site of requests from pages of the same origin, and of addresses that a person typed."""
 
-_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110 section 9.2.1)."""
 
 
@@ -36,9 +36,9 @@ class Hosts:
         self._names = names
 
     @classmethod
-    def from_settings(cls, server: ServerSettings, issuer: str) -> "Hosts":
+    def from_settings(cls, server: ServerSettings, issuer: str, login_page: str = "") -> "Hosts":
         """Limit the names if they are known: there is an issuer, or only this machine can reach the service."""
-        names = {urlsplit(issuer).hostname or ""} if issuer else set()
+        names = {urlsplit(url).hostname or "" for url in (issuer, login_page) if url}
         limited = bool(issuer) or (server.loopback and not server.trusted_proxies)
         return cls(server.cors_origins, names if limited else None)
 
@@ -78,7 +78,7 @@ class CsrfMiddleware:
         self._app = app
         self._origins = frozenset(origin.encode() for origin in origins)
         self._hosts = hosts
-        self._allowed_methods = _SAFE if allow_safe_methods else frozenset[str]()
+        self._allowed_methods = SAFE_METHODS if allow_safe_methods else frozenset[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one request. Raises ForeignOrigin."""

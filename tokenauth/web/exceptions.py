@@ -47,6 +47,13 @@ class ForeignOrigin(Refusal):
             )
 
 
+class ForeignPage(ForeignOrigin):
+    """A page that may not use the login of its visitor's browser made it send the request."""
+
+    def __init__(self, problem: str) -> None:
+        Refusal.__init__(self, problem)
+
+
 class InvalidClient(Refusal):
     """An OAuth client did not authenticate (RFC 6749 section 5.2)."""
 

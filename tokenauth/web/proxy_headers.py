@@ -1,4 +1,4 @@
-"""X-Forwarded-For and X-Forwarded-Proto of trusted reverse proxies."""
+"""What trusted reverse proxies say about a request: X-Forwarded-For, X-Forwarded-Proto and the like."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any, cast
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+_TRUSTED = "tokenauth.trusted_proxy"
 _MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
 
 
@@ -15,10 +16,18 @@ class ProxyHeaders:
 
     def __init__(self, app: ASGIApp, proxies: Sequence[str]) -> None:
         self._app = ProxyHeadersMiddleware(cast(Any, app), _with_mapped(proxies))  # its types are uvicorn's own
+        self._trusted = self._app.trusted_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replace the client's address and the scheme by those that a trusted proxy sends."""
+        client = scope.get("client")
+        scope[_TRUSTED] = client is not None and client[0] in self._trusted
         await self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
+
+
+def is_from_trusted_proxy(scope: Scope) -> bool:
+    """Return whether the peer of a request is a trusted proxy."""
+    return bool(scope.get(_TRUSTED))
 
 
 def _with_mapped(proxies: Sequence[str]) -> list[str]:

@@ -282,6 +282,14 @@ def bearer(scope: Scope) -> bytes | None:
     return found
 
 
+def x_token(scope: Scope) -> bytes | None:
+    """Return the token of the X-Token header, and look at no other. Raises InvalidRequest for two different ones."""
+    found = {value.strip() for name, value in scope["headers"] if name == b"x-token"} - {b""}
+    if len(found) > 1:
+        raise InvalidRequest("Two different tokens were sent in X-Token; send one.")
+    return next(iter(found), None)
+
+
 def query_pairs(query: bytes) -> Sequence[tuple[str, str]]:
     """Return the names and values of a query, in order. Raises InvalidRequest if it is too long."""
     if len(query) > MAX_QUERY:

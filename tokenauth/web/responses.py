@@ -30,6 +30,7 @@ from tokenauth.logs import log, safe_traceback
 from tokenauth.web.exceptions import (
     BodyTooLarge,
     ForeignOrigin,
+    ForeignPage,
     InternalError,
     InvalidClient,
     InvalidScope,
@@ -55,6 +56,7 @@ STATUS: dict[type[Refusal], int] = {
     InvalidToken: 401,
     Forbidden: 403,
     ForeignOrigin: 403,
+    ForeignPage: 403,
     NotYourLease: 403,
     InsufficientScope: 403,
     NotFound: 404,

@@ -13,8 +13,9 @@ from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, Inval
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
+from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.exceptions import RetryableInternalError
-from tokenauth.web.requests import bearer, query_pairs
+from tokenauth.web.requests import bearer, query_pairs, x_token
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
 
@@ -32,26 +33,55 @@ class _Response(NamedTuple):
     headers: Sequence[tuple[bytes, bytes]]
 
 
+class _Query(NamedTuple):
+    """What the configuration of the proxy asks for. With a `problem`, no request may pass."""
+
+    scopes: frozenset[str] = frozenset()
+    cookie: bool = False
+    redirect: bool = False
+    x_token_only: bool = False
+    problem: str = ""
+
+
+_EMPTY = _Query()
+
+
 class ForwardAuth(Endpoint):
     """/auth, for all methods. An ASGI app: as a handler it would lose 4 % of its rate.
 
-    It sends only 200, 401, 403 and 503, because proxies differ in how they treat others. It checks the token and the
-    scopes in the query, and ignores everything else that the client sent.
+    It sends only 200, 401, 403 and 503, because proxies differ in how they treat others; with `login=redirect` also
+    302. It checks the token and the scopes in the query, and ignores everything else that the client sent.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, browser: BrowserAuth | None = None) -> None:
+        """Create it. `browser` has the rules for cookies; without it, queries that ask for them are malformed."""
         self._tokens = tokens
+        self._browser = browser
         self._responses: dict[str, _Response] = {}  # at most one for each user, with all of their scopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send 200 and the user's name if the request may pass."""
-        token = None
+        token, asked = None, _EMPTY
         try:
-            value = bearer(scope)
-            token = None if value is None else await self._tokens.validate(value)
-            headers = self._check(value, token, scope["query_string"])
-        except InvalidRequest:  # two different tokens
-            await refusal_response(InvalidToken())(scope, receive, send)
+            if query := scope["query_string"]:
+                asked = _parse(query, self._browser is not None)
+            value = x_token(scope) if asked.x_token_only else bearer(scope)
+            if value is None and asked.cookie:
+                assert self._browser is not None
+                value = self._browser.token_value(scope)
+                token = None if value is None else await self._tokens.validate(value)
+                headers = self._check(value, token, asked)
+                self._browser.check_page(scope)
+            else:
+                token = None if value is None else await self._tokens.validate(value)
+                headers = self._check(value, token, asked)
+        except (TokenRequired, InvalidToken, InvalidRequest) as refusal:  # InvalidRequest: two different tokens
+            error = InvalidToken() if isinstance(refusal, InvalidRequest) else refusal
+            if self._browser is not None and asked.cookie:
+                response = self._browser.log_in_response(error, scope, asked.redirect)
+            else:
+                response = refusal_response(error)
+            await response(scope, receive, send)
             return
         except Refusal as refusal:
             if token is not None:
@@ -65,7 +95,7 @@ class ForwardAuth(Endpoint):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
-    def _check(self, value: bytes | None, token: Token | None, query: bytes) -> Sequence[tuple[bytes, bytes]]:
+    def _check(self, value: bytes | None, token: Token | None, asked: _Query) -> Sequence[tuple[bytes, bytes]]:
         """Return the headers for the user. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""
         if token is None:
             raise TokenRequired if value is None else InvalidToken
@@ -76,8 +106,10 @@ class ForwardAuth(Endpoint):
                 response = self._responses[user.username] = _response(user)
         else:
             response = _limited_response(user)
-        if query and not (required := _required_scopes(query)) <= response.scopes:
-            raise InsufficientScope(*sorted(required))
+        if asked.problem:
+            raise Forbidden(asked.problem)
+        if not asked.scopes <= response.scopes:
+            raise InsufficientScope(*sorted(asked.scopes))
         return (*response.headers, (b"x-auth-expires", b"%d" % token.expires_at))
 
     def _log_denied(self, token: Token, refusal: Refusal) -> None:
@@ -98,28 +130,44 @@ _limited_response = lru_cache(maxsize=1024)(_response)
 
 
 @lru_cache(maxsize=256)
-def _required_scopes(query: bytes) -> frozenset[str]:
-    """Return the scopes that a query requires. Those of several parameters add up.
+def _parse(query: bytes, browsers: bool) -> _Query:
+    """Return what a query asks for. Scopes of several parameters add up.
 
-    Raises Forbidden for a malformed scope, such as the empty value of an unset variable of the proxy, and for any other
-    parameter, which may be a misspelt `scope`. Only `path` and what follows it come from the client.
+    A problem is a malformed scope, such as the empty value of an unset variable of the proxy, and any other parameter,
+    which may be a misspelt `scope`. Only `path` and what follows it come from the client. `browsers`: whether there is
+    a login page; without one, `cookie`, `login` and `header` are unknown.
     """
     try:
         pairs = query_pairs(query)
     except InvalidRequest as error:
-        raise Forbidden(str(error)) from None
-    values, from_client = [], False
+        return _Query(problem=str(error))
+    values, switches, problem, from_client = [], set(), "", False
     for name, value in pairs:
         if name == "scope":
             values.append(value)
         elif name == "path":
             from_client = True
+        elif not from_client and browsers and _SWITCHES.get(name) == value:
+            switches.add(name)
         elif not from_client or _resembles_scope(name):
-            raise Forbidden("The query has an unknown parameter: only 'scope' is known, and 'path' at its end.")
+            problem = problem or _unknown(name, browsers)
     scopes = frozenset(word for value in values for word in value.split(" "))
     if not all(map(is_scope, scopes)):
-        raise Forbidden("scope: is empty or malformed. Leave it out, or name the required scopes.")
-    return scopes
+        problem = problem or "scope: is empty or malformed. Leave it out, or name the required scopes."
+    if "login" in switches and "cookie" not in switches:
+        problem = problem or "login=redirect needs 'cookie', too."
+    return _Query(scopes, "cookie" in switches, "login" in switches, "header" in switches, problem)
+
+
+_SWITCHES = {"cookie": "", "login": "redirect", "header": "x-token"}
+
+
+def _unknown(name: str, browsers: bool) -> str:
+    if name in _SWITCHES:
+        shown = f"{name}={_SWITCHES[name]}".rstrip("=")
+        problem = f"may only be {shown!r}" if browsers else f"{shown!r} needs browser.url in the configuration"
+        return f"The query has {name!r}: {problem}."
+    return "The query has an unknown parameter: only 'scope' is known, and 'path' at its end."
 
 
 def _resembles_scope(name: str) -> bool:

@@ -1,0 +1,126 @@
+"""What /auth does for browsers: reads their cookie, refuses foreign pages, and says where to log in."""
+
+from urllib.parse import quote
+
+from starlette.responses import Response
+from starlette.types import Scope
+
+from tokenauth.addresses import network
+from tokenauth.errors import InvalidToken, Refusal
+from tokenauth.logs import log
+from tokenauth.settings.model import BrowserSettings
+from tokenauth.web.cookies import Cookies
+from tokenauth.web.csrf import SAFE_METHODS
+from tokenauth.web.exceptions import ForeignPage
+from tokenauth.web.proxy_headers import is_from_trusted_proxy
+from tokenauth.web.responses import NoStoreResponse, refusal_response
+from tokenauth.web.return_to import ReturnTo
+
+MAX_TARGET = 2000
+"""Bytes of the page's address in that of the login page: proxies read the headers of an answer into a small buffer."""
+
+_FORWARDED = frozenset({b"x-forwarded-method", b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-uri"})
+_OWN_SITE = frozenset({b"same-origin", b"same-site"})
+
+ignored_peers: list[str] = []
+"""The first peer that said which page is asked for, and is not a trusted proxy."""
+
+
+class BrowserAuth:
+    """The rules for requests that a reverse proxy asks about with `?cookie`."""
+
+    def __init__(self, settings: BrowserSettings, cookies: Cookies, return_to: ReturnTo) -> None:
+        self._cookies = cookies
+        self._return_to = return_to
+        self._login_page = f"{settings.origin}/login"
+
+    def token_value(self, scope: Scope) -> bytes | None:
+        """Return the token of the cookie. Raises InvalidToken for several: another host may have set one of them."""
+        values = self._cookies.login_values(scope)
+        if len(values) > 1:
+            log.warning("cookie_twice", route="/auth")
+            raise InvalidToken
+        return values[0] if values else None
+
+    def check_page(self, scope: Scope) -> None:
+        """Raise ForeignPage for a request that changes something and comes from a page of another site.
+
+        The cookie is SameSite=Lax, so browsers do not send it with such a request. This is a second line of defence,
+        also for WebSockets, which are a GET.
+        """
+        method = _forwarded(scope).get(b"x-forwarded-method", b"").decode("latin-1")
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if method in SAFE_METHODS and headers.get(b"sec-fetch-mode") != b"websocket":
+            return
+        if headers.get(b"sec-fetch-site") in _OWN_SITE:
+            return
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if self._return_to.allows_origin(origin):
+            return
+        if not method:
+            raise ForeignPage(
+                "The method of the request is not known: the proxy must send X-Forwarded-Method, and"
+                " server.trusted_proxies must list the proxy."
+            )
+        raise ForeignPage(
+            f"A page of another site sent this, from {origin[:200]!r}. browser.return_to does not list it."
+        )
+
+    def log_in_response(self, refusal: Refusal, scope: Scope, redirect: bool) -> Response:
+        """Return the response to a request without a valid token, with the address of the login page.
+
+        `redirect` sends browsers there that open a page. Fetches, images and the like get the status of the refusal.
+        """
+        address = self._login_address(scope)
+        if redirect and _is_navigation(scope):
+            response: Response = NoStoreResponse(status_code=302, headers={"Location": address})
+        else:
+            response = refusal_response(refusal)
+        response.raw_headers.append((b"x-auth-login", address.encode()))
+        if self._cookies.login_values(scope):
+            response.raw_headers.extend(self._cookies.log_out())
+        return response
+
+    def _login_address(self, scope: Scope) -> str:
+        """Return the URL of the login page, with that of the page that was asked for. The login page checks it."""
+        sent = _forwarded(scope)
+        scheme, host = sent.get(b"x-forwarded-proto"), sent.get(b"x-forwarded-host")
+        path = sent.get(b"x-forwarded-uri", b"/")
+        if scheme is None or host is None or not path.startswith(b"/"):
+            return self._login_page
+        target = quote(b"%b://%b%b" % (scheme, host, path), safe="")
+        if len(target) > MAX_TARGET:
+            target = quote(b"%b://%b/" % (scheme, host), safe="")[:MAX_TARGET]
+        return f"{self._login_page}?rd={target}"
+
+
+def _forwarded(scope: Scope) -> dict[bytes, bytes]:
+    """Return what a trusted proxy says about the request it asks about, without what it says twice."""
+    pairs = [(name, value) for name, value in scope["headers"] if name in _FORWARDED]
+    if not is_from_trusted_proxy(scope):
+        if pairs and not ignored_peers:
+            _warn(scope)
+        return {}
+    names = [name for name, _ in pairs]
+    return {name: value for name, value in pairs if names.count(name) == 1}
+
+
+def _warn(scope: Scope) -> None:
+    """Log once that a peer may be a proxy that is not trusted: browsers would not get back to the page they opened."""
+    peer = network(str((scope.get("client") or ("",))[0])[:64])
+    ignored_peers.append(peer)
+    log.warning(
+        "forwarded_page_ignored",
+        peer=peer,
+        action="if this is your proxy, list it in server.trusted_proxies: without it, logins do not lead back",
+    )
+
+
+def _is_navigation(scope: Scope) -> bool:
+    """Return whether a browser opens a page, as opposed to a part of one."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    mode = headers.get(b"sec-fetch-mode")
+    if mode is not None:
+        return mode == b"navigate"
+    method = _forwarded(scope).get(b"x-forwarded-method", scope["method"].encode())
+    return method == b"GET" and b"text/html" in headers.get(b"accept", b"")

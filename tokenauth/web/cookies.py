@@ -1,0 +1,108 @@
+"""The cookies of the login page. One of them holds a login token."""
+
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+
+from starlette.types import Scope
+
+from tokenauth.settings.model import BrowserSettings
+
+Header = tuple[bytes, bytes]
+
+_FORM_VALUE = re.compile(rb"[A-Za-z0-9_-]{22}")
+
+
+class Cookies:
+    """Reads, sets and deletes the cookies.
+
+    The name of each begins with a prefix, with which browsers accept only a cookie that is Secure (`__Secure-`), and
+    that no other host has set (`__Host-`). Only on this machine, over http, there is none. The other variants of the
+    login cookie are what another configuration may have left in a browser: they are deleted with it, and never read.
+    """
+
+    def __init__(self, settings: BrowserSettings) -> None:
+        self._secure = settings.origin.secure
+        host, domain = settings.origin.host, settings.domain
+        self._domain = domain
+        if not self._secure:
+            self.name, self._form_name = "tokenauth", "tokenauth-form"
+            self._others: Sequence[tuple[str, str]] = ()
+        else:
+            self._form_name = "__Host-tokenauth-form"
+            self.name = "__Secure-tokenauth" if domain else "__Host-tokenauth"
+            others = [("__Host-tokenauth", ""), ("__Secure-tokenauth", "")]
+            others += [("__Secure-tokenauth", parent) for parent in _domains_of(host)]
+            self._others = [other for other in others if other != (self.name, domain)]
+        self._wanted = self.name.encode() + b"="
+        self._all_wanted = tuple({self._wanted, *(name.encode() + b"=" for name, _ in self._others)})
+        self._form_wanted = self._form_name.encode() + b"="
+
+    def login_values(self, scope: Scope) -> Sequence[bytes]:
+        """Return the different values of the login cookie that a request has.
+
+        Several mean that some other host has set one of them: there is no telling which.
+        """
+        return _read(scope, self._wanted)
+
+    def all_login_values(self, scope: Scope) -> Sequence[bytes]:
+        """Return the values of all variants of the login cookie, so that a log-out ends all of them."""
+        return [value for wanted in self._all_wanted for value in _read(scope, wanted)]
+
+    def form_value(self, scope: Scope) -> str | None:
+        """Return the value that a form must repeat (see `new_form_value`)."""
+        found = _read(scope, self._form_wanted)
+        return found[0].decode() if len(found) == 1 and _FORM_VALUE.fullmatch(found[0]) else None
+
+    def log_in(self, value: str, max_age: int | None) -> list[Header]:
+        """Return the headers that set the login cookie. Without `max_age` it ends with the browser."""
+        return [self._set_cookie(self.name, value, self._domain, max_age), *self._delete_others()]
+
+    def log_out(self) -> list[Header]:
+        """Return the headers that delete the login cookie, in all variants."""
+        return [self._set_cookie(self.name, "", self._domain, 0), *self._delete_others()]
+
+    def set_form_value(self, value: str) -> Header:
+        """Return the header that sets the value that a form must repeat."""
+        return self._set_cookie(self._form_name, value, "", None)
+
+    def _delete_others(self) -> Iterator[Header]:
+        for name, domain in self._others:
+            yield self._set_cookie(name, "", domain, 0)
+
+    def _set_cookie(self, name: str, value: str, domain: str, max_age: int | None) -> Header:
+        """Set or delete a cookie. Browsers ignore a deletion that differs from the setting in Domain or Path."""
+        cookie = f"{name}={value}; Path=/; HttpOnly; SameSite=Lax"
+        if self._secure:
+            cookie += "; Secure"
+        if domain:
+            cookie += f"; Domain={domain}"
+        if max_age is not None:
+            cookie += f"; Max-Age={max_age}"
+        return b"set-cookie", cookie.encode()
+
+
+def new_form_value() -> str:
+    """Return a value for a form and a cookie. A page of another site can neither read nor set the cookie."""
+    return secrets.token_urlsafe(16)
+
+
+def _read(scope: Scope, wanted: bytes) -> list[bytes]:
+    """Return the different values of a cookie; `wanted` is its name and "=". Not with http.cookies: /auth is busy."""
+    found: dict[bytes, None] = {}
+    for name, header in scope["headers"]:
+        if name == b"cookie" and wanted in header:
+            for pair in header.split(b";"):
+                stripped = pair.strip()
+                if stripped.startswith(wanted):
+                    found[stripped[len(wanted) :]] = None
+    return list(found)
+
+
+def _domains_of(host: str) -> Iterator[str]:
+    """Yield the domains that a cookie of a host can have had."""
+    if host.startswith("[") or host.replace(".", "").isdigit():  # an IP address has none
+        return
+    labels = host.split(".")
+    for start in range(len(labels) - 1):
+        yield ".".join(labels[start:])

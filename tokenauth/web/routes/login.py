@@ -1,0 +1,301 @@
+"""The pages for people: log in, log out, and where one is logged in."""
+
+import hmac
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from starlette.responses import Response
+
+from tokenauth.addresses import network
+from tokenauth.errors import InvalidCredentials, InvalidRequest, Refusal, RetryLater, StoreUnavailable, TooManyAttempts
+from tokenauth.logs import log
+from tokenauth.models import Login, Token
+from tokenauth.settings.model import Settings
+from tokenauth.tokens import Tokens
+from tokenauth.web.cookies import Cookies, new_form_value
+from tokenauth.web.csrf import Hosts
+from tokenauth.web.exceptions import ForeignOrigin, ForeignPage
+from tokenauth.web.html import Pages, see_other
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import STATUS, RawHeaders
+from tokenauth.web.return_to import ReturnTo, host_of
+from tokenauth.web.routing import Route
+
+LOGIN, LOGOUT, HOME = "/login", "/logout", "/"
+
+_SHOWN = 20
+"""Logins that the page at / lists."""
+
+_TWO_COOKIES = (
+    "Your browser has two different login cookies. One of them may come from another site of this domain, so neither"
+    " was used. Log in again. If this comes back, delete the cookies of this domain."
+)
+
+
+class LoginRoutes:
+    """The handlers, and their routes."""
+
+    def __init__(self, settings: Settings, tokens: Tokens, hosts: Hosts, cookies: Cookies, return_to: ReturnTo) -> None:
+        self._tokens = tokens
+        self._hosts = hosts
+        self._cookies = cookies
+        self._return_to = return_to
+        self._remember_ttl = settings.browser.remember_ttl
+        self._docs = settings.server.docs
+        self._origin = str(settings.browser.origin)
+        self._host = host_of(self._origin)
+        self._cookie_domain = settings.browser.domain or settings.browser.origin.host
+        self._pages = Pages(self._host, return_to.form_action())
+
+    def routes(self) -> list[Route]:
+        """List the routes."""
+        return [
+            Route(LOGIN, {"GET": self.show_login, "POST": self.log_in}),
+            Route(LOGOUT, {"GET": self.show_logout, "POST": self.log_out}),
+            Route(HOME, {"GET": self.home}),
+        ]
+
+    # Log in
+
+    async def show_login(self, request: Request) -> Response:
+        rd = _one(request.query_values("rd"))
+        try:
+            login, headers, note = await self._find_login(request)
+        except RetryLater as refusal:
+            return self._login_page(request, rd, refusal=refusal)
+        if login is None:
+            return self._login_page(request, rd, headers=headers, note=note)
+        target = self._return_to.allowed(rd)
+        return self._pages.render(
+            "logged_in.html",
+            username=login.user.username,
+            target=target,
+            target_host=target and host_of(target),
+            cookie_domain=self._cookie_domain,
+            note=self._refused_target(rd),
+        )
+
+    async def log_in(self, request: Request) -> Response:
+        form = await request.form_body()
+        rd, username = form.get("rd", ""), form.get("username", "")
+        remember = "remember" in form
+        try:
+            self._check_form(request, form)
+            issued = await self._tokens.issue(
+                username,
+                form.get("password", ""),
+                request.client_address,
+                request.user_agent,
+                request.disconnect_check,
+                self._remember_ttl if remember else None,
+            )
+            await self._end_replaced(request)
+        except Refusal as refusal:
+            return self._login_page(request, rd, username, remember, refusal=refusal)
+        max_age = int(self._remember_ttl) if remember else None
+        return see_other(self._return_to.allowed(rd) or HOME, self._cookies.log_in(issued.value, max_age))
+
+    def _login_page(
+        self,
+        request: Request,
+        rd: str,
+        username: str = "",
+        remember: bool = False,
+        *,
+        refusal: Refusal | None = None,
+        headers: RawHeaders = (),
+        note: str = "",
+    ) -> Response:
+        target = self._return_to.allowed(rd)
+        csrf, form_headers = self._form_value(request)
+        status, retry = _status(refusal)
+        return self._pages.render(
+            "login.html",
+            status,
+            [*headers, *form_headers, *retry],
+            error=_explain(refusal),
+            note=note or self._refused_target(rd),
+            csrf=csrf,
+            rd=rd,
+            target_host=target and host_of(target),
+            username=username,
+            remember=remember,
+            remember_time=in_words(self._remember_ttl),
+        )
+
+    async def _end_replaced(self, request: Request) -> None:
+        """End the login of the cookie that a new one replaces."""
+        replaced = self._cookies.all_login_values(request.scope)
+        await self._tokens.log_out(replaced, request.client_address, request.disconnect_check)
+
+    # Log out
+
+    async def show_logout(self, request: Request) -> Response:
+        rd = _one(request.query_values("rd"))
+        if not self._cookies.all_login_values(request.scope):
+            return self._pages.render("logged_out.html", note=self._refused_target(rd))
+        return await self._logout_page(request, rd)
+
+    async def log_out(self, request: Request) -> Response:
+        form = await request.form_body()
+        rd = form.get("rd", "")
+        try:
+            self._check_form(request, form)
+            ended = self._cookies.all_login_values(request.scope)
+            await self._tokens.log_out(ended, request.client_address, request.disconnect_check)
+        except Refusal as refusal:
+            return await self._logout_page(request, rd, refusal)
+        return see_other(self._return_to.allowed(rd) or LOGOUT, self._cookies.log_out())
+
+    async def _logout_page(self, request: Request, rd: str, refusal: Refusal | None = None) -> Response:
+        try:
+            login, headers, note = await self._find_login(request)
+        except RetryLater:  # logging out works all the same
+            login, headers, note = None, (), ""
+        if login is None and headers and not note:  # the cookie was no longer valid
+            return self._pages.render("logged_out.html", headers=headers, note=self._refused_target(rd))
+        csrf, form_headers = self._form_value(request)
+        status, retry = _status(refusal)
+        return self._pages.render(
+            "logout.html",
+            status,
+            [*form_headers, *retry],
+            error=_explain(refusal),
+            note=self._refused_target(rd),
+            csrf=csrf,
+            rd=rd,
+            username=login and login.user.username,
+        )
+
+    # Where one is logged in
+
+    async def home(self, request: Request) -> Response:
+        try:
+            login, headers, _ = await self._find_login(request)
+            if login is None:
+                return see_other(LOGIN, headers)
+            listed = await self._tokens.list_live(login.user.username)
+        except RetryLater as refusal:
+            return self._login_page(request, "", refusal=refusal)
+        logins = [_describe(token, login.token) for token in listed]
+        logins.sort(key=lambda each: not each["current"])
+        return self._pages.render(
+            "home.html",
+            username=login.user.username,
+            logins=logins[:_SHOWN],
+            more=max(0, len(logins) - _SHOWN),
+            docs=self._docs,
+        )
+
+    # The cookie and the forms
+
+    async def _find_login(self, request: Request) -> tuple[Login | None, RawHeaders, str]:
+        """Return the login of the cookie; without one, the headers that delete a cookie that is not valid, and a note.
+
+        Raises StoreUnavailable.
+        """
+        values = self._cookies.login_values(request.scope)
+        if len(values) > 1:
+            log.warning("cookie_twice", route=request.scope["path"])
+            return None, self._cookies.log_out(), _TWO_COOKIES
+        login = await self._tokens.identify(values[0]) if values else None
+        return login, self._cookies.log_out() if values and login is None else (), ""
+
+    def _form_value(self, request: Request) -> tuple[str, RawHeaders]:
+        """Return the value that a form must repeat, and the header that sets its cookie if there is none yet."""
+        found = self._cookies.form_value(request.scope)
+        if found is not None:
+            return found, ()
+        made = new_form_value()
+        return made, [self._cookies.set_form_value(made)]
+
+    def _check_form(self, request: Request, form: dict[str, str]) -> None:
+        """Raise ForeignPage unless the form was on a page of this service, in the same browser.
+
+        Browsers say where a form comes from in Sec-Fetch-Site, or in Origin, which is "null" because of our
+        Referrer-Policy. For those that say neither, there is the cookie whose value the form repeats: pages of other
+        sites can neither read nor set it.
+        """
+        site, origin = request.header(b"sec-fetch-site"), request.header(b"origin")
+        foreign = site not in {b"same-origin", b"none"} if site is not None else _is_foreign(origin, self._origin)
+        try:
+            if foreign:
+                raise ForeignPage(f"This form came from a page of another site. Open {self._origin} and try again.")
+            self._hosts.check(request.scope)
+            expected = self._cookies.form_value(request.scope)
+            if expected is None:
+                raise ForeignPage(
+                    f"Your browser did not send the cookie of {self._host} with this form. Allow cookies for"
+                    f" {self._host} and try again."
+                )
+            if not hmac.compare_digest(expected.encode(), form.get("csrf", "").encode()):
+                raise ForeignPage("This form was out of date. Try again.")
+        except ForeignOrigin as refusal:
+            log.warning("form_refused", route=request.scope["path"], network=network(request.client_address))
+            raise refusal from None
+
+    def _refused_target(self, rd: str) -> str:
+        """Say that a browser is not sent to a page that it came from."""
+        if not rd or self._return_to.allowed(rd):
+            return ""
+        return f"You will not be sent back to the page that you came from: {self._host} does not know its address."
+
+
+def _is_foreign(origin: bytes | None, own: str) -> bool:
+    return origin not in {None, b"null", own.encode()}
+
+
+def _one(values: Sequence[str]) -> str:
+    """Return a value that was sent once. Several different ones become one that is no address."""
+    different = set(values)
+    return "\n".join(sorted(different))
+
+
+def _status(refusal: Refusal | None) -> tuple[int, RawHeaders]:
+    if refusal is None:
+        return 200, ()
+    retry = [(b"retry-after", b"%d" % refusal.retry_after)] if isinstance(refusal, RetryLater) else ()
+    return STATUS[type(refusal)], retry
+
+
+def _explain(refusal: Refusal | None) -> str:
+    """Say to a person why a form was refused."""
+    match refusal:
+        case None:
+            text = ""
+        case InvalidCredentials():
+            text = "The user name or the password is wrong."
+        case TooManyAttempts():
+            text = f"Too many failed logins. Try again in {in_words(refusal.retry_after)}."
+        case StoreUnavailable():
+            text = "Nobody can log in at the moment: the database is unavailable. Try again shortly."
+        case RetryLater():
+            text = "The server is busy. Try again shortly."
+        case InvalidRequest():
+            text = f"This cannot be a user name and a password: {refusal}."
+        case _:
+            text = str(refusal)
+    return text
+
+
+def _describe(token: Token, current: Token) -> dict[str, object]:
+    return {
+        "current": token.digest == current.digest,
+        "user_agent": token.user_agent,
+        "address": token.address,
+        "since": _time(token.issued_at),
+        "until": _time(token.expires_at),
+    }
+
+
+def _time(instant: float) -> str:
+    return datetime.fromtimestamp(instant, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in the largest unit that it fills, rounded up: "1 second", "3 minutes", "30 days"."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count = -int(-seconds // size)
+        if seconds >= size or unit == "second":
+            return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    raise AssertionError
