@@ -154,7 +154,7 @@ INNER = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
 """A request inside bodies. It must not be answered unless the body ends before it."""
 
 _TARGETS = [b"/a", b"/b?c=d", b"/auth", b"/%61", b"http://x/a"]
-_ODD_TARGETS = [b"*", b"x:443", b"/a#b", b"x", b"http://x"]
+_ODD_TARGETS = [b"*", b"*/a", b"*?a", b"x:443", b"/a#b", b"x", b"http://x"]
 _ODD_HOSTS = [b"", b"Host: x\r\nHost: x\r\n", b"Host: x\r\nhost: y\r\n", b"Host: a b\r\n", b"Host: x, y\r\n"]
 _OTHERS = [
     b"Connection: close\r\n",

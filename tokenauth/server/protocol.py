@@ -52,6 +52,7 @@ _MAX_ORIGIN = 512
 
 _FRAMING_HEADERS = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
+_SLASH = ord("/")
 
 
 class _BadHead(Exception):
@@ -368,6 +369,8 @@ class BoundedProtocol(HttpToolsProtocol):
             scope["http_version"], self.expect_100_continue = version, False
         url = httptools.parse_url(self.url)
         raw_path = url.path or b"/"
+        if raw_path[0] != _SLASH and self.url != b"*":  # the parser accepts all targets that begin with "*"
+            raise _BadHead
         path = raw_path.decode("ascii")
         if "%" in path:
             path = urlencoding.unquote(raw_path).decode(errors="replace")
