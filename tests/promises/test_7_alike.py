@@ -45,8 +45,8 @@ def with_default_cost(directory: Path) -> Path:
 
 
 def attempt(connection: Connection, username: str, network: int) -> Answer:
-    """Try a wrong password from network number `network`."""
-    address = f"10.{network >> 8}.{network & 255}.1"
+    """Try a wrong password from network number `network`. Each of the first 256 is in a region of its own."""
+    address = f"10.{network & 255}.{network >> 8}.1"
     wrong = {"username": username, "password": "not the password"}
     return connection.ask("POST", "/api/token", wrong, X_Forwarded_For=address)
 
