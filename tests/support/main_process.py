@@ -48,9 +48,9 @@ class Breakable(NamedTuple):
 
 
 def workers_of(server: Server) -> list[int]:
-    """Return the PIDs of the workers."""
+    """Return the PIDs of the workers. A new process that is no Python yet has the command line of its parent."""
     pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in pids if b"spawn_main" in _command_line(pid)]
+    return [int(pid) for pid in pids if any(name in _command_line(pid) for name in (b"spawn_main", b"forkserver"))]
 
 
 def _command_line(pid: str) -> bytes:

@@ -18,6 +18,7 @@ _FORKS.set_forkserver_preload(
         "__main__",
         "tests.support.worker",
         "tests.support.opener",
+        "tests.support.serving",
         "tokenauth.cli.main",
         # modules that are imported late
         *("aiosqlite", "alembic.command", "alembic.config", "concurrent.futures.thread", "encodings.idna"),

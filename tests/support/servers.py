@@ -144,11 +144,11 @@ def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
 
 @contextmanager
 def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Run the command `tokenauth serve`, on a free port, until it answers. Its workers have their own interpreters."""
+    """Run the command `tokenauth serve`, on a free port, until it answers. Its workers are forked (`serving.py`)."""
     log = _new_log(config.parent)
     command = ["tokenauth", "serve", "--config", str(config), "--port", "0", *arguments]
     streams = [Path(os.devnull), log, log]
-    process = Forked("tokenauth.cli.main", command, config.parent, streams, {**_environment(), **(env or {})})
+    process = Forked("tests.support.serving", command, config.parent, streams, {**_environment(), **(env or {})})
     with _ended(Server(process, log)) as server:
         server.wait("started")
         server.port = server.wait("listening")["port"]

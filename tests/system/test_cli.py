@@ -57,7 +57,7 @@ def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
     with TemporaryDirectory() as scratch:
         streams = [Path(scratch) / name for name in ("in", "out", "err")]
         streams[0].write_text(stdin, **TEXT)
-        process = Forked("tokenauth.cli.main", ["tokenauth", *arguments], directory, streams, environment(env))
+        process = Forked("tests.support.serving", ["tokenauth", *arguments], directory, streams, environment(env))
         code = process.wait(60)
         out, err = (path.read_text(**TEXT) for path in streams[1:])
     return Done(arguments, code, out, err)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
 from passlib.hash import argon2
 
 from tests.support.journal import until
@@ -91,25 +90,31 @@ def ended(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("command", [f"exec {SERVE}", f"{SERVE}; true"], ids=["leader", "child of a shell"])
-def test_closing_the_terminal_stops_the_server(tmp_path: Path, command: str) -> None:
+def stops_at_closing(found: OnTerminal) -> None:
+    """Close the terminal of a server, which stops it."""
+    pid = found.server_pid()
+    found.close()
+    until(lambda: ended(pid), "it has ended")
+    assert found.logged("stopping")
+    assert '"signal":"SIGHUP"' in found.log.read_text()
+
+
+def test_closing_the_terminal_of_a_shell_stops_the_server(tmp_path: Path) -> None:
     write_config(tmp_path)
-    with on_terminal(tmp_path, command) as found:
+    with on_terminal(tmp_path, f"{SERVE}; true") as found:
         until(lambda: found.logged("started"), "it serves")
-        pid = found.server_pid()
-        found.close()
-        until(lambda: ended(pid), "it has ended")
-        assert found.logged("stopping")
-        assert '"signal":"SIGHUP"' in found.log.read_text()
+        stops_at_closing(found)
 
 
-def test_a_hangup_on_an_open_terminal_is_a_reload(tmp_path: Path) -> None:
+def test_a_hangup_is_a_reload_until_the_terminal_closes(tmp_path: Path) -> None:
+    """Here the server leads the session of the terminal."""
     write_config(tmp_path)
     with on_terminal(tmp_path, f"exec {SERVE}") as found:
         until(lambda: found.logged("started"), "it serves")
         os.kill(found.server_pid(), signal.SIGHUP)
         until(lambda: found.logged("configuration_reloaded"), "it has reloaded")
         assert not found.logged("stopping")
+        stops_at_closing(found)
 
 
 def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:

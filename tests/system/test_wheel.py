@@ -47,7 +47,7 @@ def test_the_installed_wheel_works_outside_the_checkout(wheel: Path, tmp_path: P
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install",
-        "--no-deps", "--no-index", "--quiet", wheel, cwd=tmp_path)  # fmt: skip
+        "--no-deps", "--no-index", "--no-compile", "--quiet", wheel, cwd=tmp_path)  # fmt: skip
     (library,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (library / "dependencies.pth").write_text(
         sysconfig.get_paths()["purelib"] + "\n"
