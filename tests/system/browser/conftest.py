@@ -9,6 +9,7 @@ from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from tests.support.servers import HandClock, Server
 from tests.support.skipping import skip_without
+from tests.system.browser.gate import DOMAIN
 from tests.system.browser.sites import Site, put, running, shown
 
 # Chromium must not connect to its vendor. Playwright gives it a new profile each time.
@@ -20,6 +21,7 @@ _FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    f"--host-resolver-rules=MAP *.{DOMAIN} 127.0.0.1",
 ]
 
 

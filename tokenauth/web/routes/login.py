@@ -177,7 +177,7 @@ class LoginRoutes:
             listed = await self._tokens.list_live(login.user.username)
         except RetryLater as refusal:
             return self._login_page(request, "", refusal=refusal)
-        logins = [_describe(token, login.token) for token in listed]
+        logins = [_describe(token, login.token) for token in listed if token.kind == "login"]
         logins.sort(key=lambda each: not each["current"])
         return self._pages.render(
             "home.html",
@@ -224,9 +224,11 @@ class LoginRoutes:
             self._hosts.check(request.scope)
             expected = self._cookies.form_value(request.scope)
             if expected is None:
+                target = self._return_to.allowed(form.get("rd", ""))
+                purpose = f", so it would not get to {host_of(target)}" if target else ""
                 raise ForeignPage(
-                    f"Your browser did not send the cookie of {self._host} with this form. Allow cookies for"
-                    f" {self._host} and try again."
+                    f"Your browser did not keep the cookie of {self._host}{purpose}. Open {self._origin}{LOGIN}, allow"
+                    " its cookies, and try again."
                 )
             if not hmac.compare_digest(expected.encode(), form.get("csrf", "").encode()):
                 raise ForeignPage("This form was out of date. Try again.")
@@ -238,7 +240,10 @@ class LoginRoutes:
         """Say that a browser is not sent to a page that it came from."""
         if not rd or self._return_to.allowed(rd):
             return ""
-        return f"You will not be sent back to the page that you came from: {self._host} does not know its address."
+        return (
+            f"You will not be sent back to the page that you came from: the settings of {self._host} do not list its"
+            " address (browser.return_to)."
+        )
 
 
 def _is_foreign(origin: bytes | None, own: str) -> bool:
@@ -293,9 +298,8 @@ def _time(instant: float) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """Return a duration in the largest unit that it fills, rounded up: "1 second", "3 minutes", "30 days"."""
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        count = -int(-seconds // size)
-        if seconds >= size or unit == "second":
-            return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
-    raise AssertionError
+    """Return a duration, rounded up: "1 second", "90 seconds", "3 minutes", "30 days"."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60))
+    unit, size = next(((unit, size) for unit, size in units if seconds == size or seconds >= 2 * size), ("second", 1))
+    count = -int(-seconds // size)
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"

@@ -1,0 +1,59 @@
+"""The login page and the application at one host: over TLS without a domain, and over http on this machine."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+
+from tests.support.servers import Server
+from tests.system.browser.gate import DOMAIN, Gate, make_certificate, running
+
+HOSTS = {f"app.{DOMAIN}": "__Host-tokenauth", "localhost": "tokenauth"}
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    """Run the proxy. Paths below /app are the application's."""
+    secure = request.param != "localhost"
+    certificate = make_certificate(tmp_path_factory.mktemp("tls")) if secure else None
+    with running(Gate(request.param, certificate)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def settings(gate: Gate) -> str:
+    return f'[browser]\nurl = "{gate.origin(gate.auth)}"\n[server]\ntrusted_proxies = ["127.0.0.1"]'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gate_asks(gate: Gate, server: Server) -> None:
+    gate.backend = server.url
+
+
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    with browser.new_context(ignore_https_errors=True) as made:
+        yield made
+
+
+def test_a_person_logs_in_and_out_at_one_host(context: BrowserContext, gate: Gate) -> None:
+    with context.new_page() as page:
+        address = f"{gate.origin(gate.auth)}/app/x?y#z"
+        page.goto(address)
+        _fill_in(page)
+        assert page.url == address
+        expect(page.get_by_role("heading")).to_have_text("Private page of ann")
+        [cookie] = [cookie for cookie in context.cookies() if not str(cookie.get("name")).endswith("-form")]
+        assert (cookie["name"], cookie["domain"]) == (HOSTS[gate.auth], gate.auth)
+        assert cookie["secure"] is (gate.scheme == "https")
+        page.goto(f"{gate.origin(gate.auth)}/logout")
+        page.get_by_role("button", name="Log out").click()
+        page.goto(address)
+        expect(page.get_by_role("heading")).to_have_text("Log in")
+        assert gate.served == ["GET /app/x?y"]
+
+
+def _fill_in(page: Page) -> None:
+    page.get_by_label("User name").fill("ann")
+    page.get_by_label("Password").fill("ann-secret")
+    page.get_by_role("button", name="Log in").click()
