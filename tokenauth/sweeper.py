@@ -6,7 +6,7 @@ from functools import partial
 
 from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater
-from tokenauth.logs import log
+from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Instant
 from tokenauth.pools import Pools
 from tokenauth.stores.store import Store
@@ -42,6 +42,8 @@ class Sweeper:
                 await self.sweep()
             except RetryLater as refusal:
                 log.warning("sweep_postponed", reason=refusal.code)
+            except Exception as error:
+                log.error("unexpected_error", at=safe_traceback(error))
             await asyncio.sleep(INTERVAL)
 
     async def sweep(self) -> int:

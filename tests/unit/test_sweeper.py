@@ -7,7 +7,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import structlog
 
+import tokenauth.sweeper
 from tests.support.servers import HandClock, write_config
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
@@ -106,6 +108,27 @@ async def test_of_a_prefilled_pool_only_the_surplus_is_deleted(
         assert await sweeper.sweep() == 2
         assert rows(tmp_path) == {"permits": 1}
         assert await shrunk.pools.count(shrunk.pools.find("permits")) == (1, 0)
+
+
+async def test_an_unexpected_error_does_not_end_the_sweeping(
+    service: Service, sweeper: Sweeper, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenauth.sweeper, "INTERVAL", 0.01)
+    await service.pools.generate(service.pools.find("waiting"), 1)
+    clock.advance(TOKEN_TTL)
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as db:
+        db.execute("CREATE TRIGGER fault BEFORE DELETE ON pool_tokens BEGIN SELECT RAISE(ABORT, 'no'); END")
+        with structlog.testing.capture_logs() as logs:
+            sweeping = asyncio.create_task(sweeper.run())
+            async with asyncio.timeout(20):
+                while not any(line["event"] == "unexpected_error" for line in logs):  # noqa: ASYNC110 - there is no event to wait for
+                    await asyncio.sleep(0.01)
+        db.execute("DROP TRIGGER fault")
+    async with asyncio.timeout(20):
+        while "waiting" in rows(tmp_path):
+            clock.advance(1)
+            await asyncio.sleep(0.01)
+    sweeping.cancel()
 
 
 @pytest.mark.faults  # takes as long as a writer waits for the lock

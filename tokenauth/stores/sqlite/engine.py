@@ -134,12 +134,12 @@ class SqliteEngine:
 
         If the file was replaced, writes would be acknowledged and lost: nothing is read or written any more.
         """
+        self._watch_later()  # first: an error must not end the watch
         self._check_files()
         if not self.writer.file_replaced:
             with suppress(StoreUnavailable):
                 self.reader.read_clock()
             self.writer.refresh_write_lock()
-        self._watch_later()
 
     def _watch_later(self) -> None:
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
