@@ -25,6 +25,7 @@ _FORKS.set_forkserver_preload(
         *("rich._emoji_codes", "rich.table"),
         *(f"passlib.handlers.{name}" for name in ("argon2", "bcrypt", "pbkdf2", "scrypt")),
         *("tokenauth.stores.postgres.engine", "uvicorn.lifespan.on", "uvicorn.loops.uvloop"),
+        "tests.support.warm",
         "tests.support.frozen",
     ]
 )
