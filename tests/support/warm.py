@@ -1,7 +1,7 @@
 """Imported by the process from which others are forked: it starts the service once, logs in and stops.
 
-What Python and the libraries do at the first use only is done here, once for all forks. It takes longer than the rest of
-a start.
+What Python and the libraries do at the first use only is done here, once for all forks. It takes longer than the rest
+of a start.
 """
 
 import asyncio
