@@ -63,6 +63,11 @@ class Cost(NamedTuple):
     seconds: float
     threads: int = 1
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a few simultaneous logins with such a hash delay all others."""
+        return self.seconds > _SLOW
+
     def __str__(self) -> str:
         return f"{self.scheme} with {_size(self.memory_kib)} for about {self.seconds:.2g} s"
 
@@ -135,10 +140,6 @@ class Passwords:
 
     def cost(self, user: User) -> Cost:
         return _cost(_read(user.password_hash))
-
-    def is_slow(self, cost: Cost) -> bool:
-        """Return whether a few simultaneous logins with such a hash delay all others."""
-        return cost.seconds > _SLOW
 
     def needs_too_much_memory(self, cost: Cost, workers: int) -> bool:
         """Return whether the hashes computed at the same time can take more than half of the machine's memory."""

@@ -67,13 +67,13 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
 def _cost_risks(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> Iterator[Risk]:
     """Find hashes so costly that one client can block all logins with a few wrong passwords at the same time."""
     new = passwords.new_cost
-    if passwords.is_slow(new):
+    if new.is_slow:
         text = f"passwords: memory_kib and time_cost make each login take {new.seconds:.1f} seconds; lower one of them"
         yield Risk("costly_hash", text)
     if passwords.needs_too_much_memory(new, workers):
         text = "passwords: memory_kib, threads and server.workers can take more than half of this machine's memory"
         yield Risk("costly_hash", f"{text}; lower one of them")
-    if slow := [name for name, cost in costs.items() if passwords.is_slow(cost)]:
+    if slow := [name for name, cost in costs.items() if cost.is_slow]:
         yield Risk(
             "costly_hash", f"the password hash of {_names(slow)} takes more than a second to check; {_fix(slow)}"
         )

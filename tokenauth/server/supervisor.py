@@ -4,7 +4,6 @@ Only a signal ends it, or a first start that fails. It blocks only while it wait
 signals at once.
 """
 
-import errno
 import math
 import os
 import selectors
@@ -266,7 +265,7 @@ class Supervisor:
         self._listener = listener
         self._signals = signals
         self._terminal = terminal
-        self._log_fd = _duplicate_stderr()
+        self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
         self._slots = [_Slot() for _ in range(settings.server.workers)]
@@ -616,13 +615,3 @@ def _wait_for(signals: Signals, seconds: float) -> None:
     with selectors.PollSelector() as selector:
         selector.register(signals, selectors.EVENT_READ)
         selector.select(seconds)
-
-
-def _duplicate_stderr() -> int:
-    """Return a descriptor for the log of the workers: of /dev/null if standard error is closed. Raises OSError."""
-    try:
-        return os.dup(2)
-    except OSError as error:
-        if error.errno != errno.EBADF:
-            raise
-        return os.open(os.devnull, os.O_WRONLY)
