@@ -1,5 +1,6 @@
 """What /auth does for browsers: reads their cookie, refuses foreign pages, and says where to log in."""
 
+from string import punctuation
 from urllib.parse import quote
 
 from starlette.responses import Response
@@ -88,6 +89,7 @@ class BrowserAuth:
         path = sent.get(b"x-forwarded-uri", b"/")
         if scheme is None or host is None or not path.startswith(b"/"):
             return self._login_page
+        path = quote(path, safe=punctuation).encode()  # what is not ASCII, as browsers do
         target = quote(b"%b://%b%b" % (scheme, host, path), safe="")
         if len(target) > MAX_TARGET:
             target = quote(b"%b://%b/" % (scheme, host), safe="")[:MAX_TARGET]
