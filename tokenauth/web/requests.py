@@ -123,7 +123,7 @@ class Request(requests.Request):
         if query:
             for name, _ in query_pairs(query):
                 if name not in known:
-                    raise InvalidRequest(f"The query has an unknown parameter{_hint(name, known)}")
+                    raise InvalidRequest(f"Unknown query parameter{_hint(name, known)}")
 
     def query_values(self, name: str) -> Sequence[str]:
         """Return all values of a query parameter. Raises InvalidRequest if the query is too long."""
@@ -134,7 +134,7 @@ class Request(requests.Request):
         """Return the value of a query parameter. Raises InvalidRequest if it has several different ones."""
         values = set(self.query_values(name))
         if len(values) > 1:
-            raise InvalidRequest(f"The query has several different values of {name!r}.")
+            raise InvalidRequest(f"The query has several different values of {_quoted(name)}.")
         return next(iter(values), None)
 
     def query_number(self, name: str, default: int, low: int, high: int) -> int:
@@ -216,7 +216,7 @@ class Request(requests.Request):
         """Raise InvalidRequest for a body other than `{}`; `known` are the parameters of the query."""
         body, complete = await self._read()
         if not complete or body.strip() not in {b"", b"{}"}:
-            hint = f": send {' and '.join(map(repr, known))} in the query" if known else ""
+            hint = f": send {' and '.join(map(_quoted, known))} in the query" if known else ""
             raise InvalidRequest(f"The body must be empty{hint}.")
 
     async def completed(self) -> None:
@@ -304,12 +304,13 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         text = body.decode()  # all of it: msgspec does not look into strings that it skips
         if json_opens_more_than(MAX_NESTED, text):  # before a decoder recurses into it
             raise InvalidRequest(f"The body is nested too deeply: it has more than {MAX_NESTED} arrays and objects.")
-        found = decoder.decode(text)
+        try:
+            found = decoder.decode(text)
+        except msgspec.ValidationError:
+            raise InvalidRequest(_explain(text, decoder.type)) from None
         fields = found.__struct_fields__
         if "\\u" in text or any(text.count(f'"{field}"') > 1 for field in fields):  # "\u0061" is the key "a"
             json.loads(text, object_pairs_hook=partial(_refuse_duplicates, fields))
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(_explain(str(error), decoder.type.__struct_fields__)) from None
     except (msgspec.DecodeError, ValueError):
         raise InvalidRequest("The body is not JSON in UTF-8.") from None
     return found
@@ -319,7 +320,7 @@ def _refuse_duplicates(fields: Collection[str], pairs: list[tuple[str, object]])
     names = [name for name, _ in pairs]
     for field in fields:
         if names.count(field) > 1:
-            raise InvalidRequest(f"The body has {field!r} twice.")
+            raise InvalidRequest(f"The body has {_quoted(field)} twice.")
 
 
 def _check_length(announced: bytes) -> None:
@@ -339,23 +340,38 @@ def _is_json_type(content_type: bytes) -> bool:
     return all(value.strip(b'"') == b"utf-8" for name, _, value in settings if name == b"charset")
 
 
-def _explain(error: str, known: Collection[str]) -> str:
-    """Return msgspec's error about a body as a sentence."""
-    problem, _, path = error.partition(" - at ")
-    name = problem.removeprefix("Object contains unknown field ")
-    if name != problem:
-        return f"The body has an unknown field{_hint(name.strip('`'), known)}"
-    name = problem.removeprefix("Object missing required field ")
-    if name != problem:
-        return 'Missing field "{}".'.format(name.strip("`"))
-    field = path.strip("`").removeprefix("$.")
-    return f"Field {field!r}: {problem[0].lower()}{problem[1:]}." if field else f"Wrong body: {problem}."
+def _explain(text: str, record: type[msgspec.Struct]) -> str:
+    """Say what is wrong with a body that is not a `record`. Raises DecodeError if it is not JSON."""
+    try:
+        values = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        return "The body must be a JSON object."
+    fields = {field.encode_name: field for field in msgspec.structs.fields(record)}
+    if record.__struct_config__.forbid_unknown_fields:
+        for name in values:
+            if name not in fields:
+                return f"Unknown field{_hint(name, fields)}"
+    for name, field in fields.items():
+        if name not in values:
+            if field.required:
+                return f"Missing field {_quoted(name)}."
+            continue
+        try:
+            msgspec.json.decode(values[name], type=field.type)
+        except msgspec.ValidationError as error:
+            problem = str(error)
+            return f"{name}: {problem[0].lower()}{problem[1:]}."
+    return "The body has a field twice."  # with a wrong value, and then with a right one
 
 
 def _hint(name: str, known: Collection[str]) -> str:
     """Name what is unknown, and what may be meant. A long or odd name is not repeated: it may be a secret."""
-    shown = f" {name!r}" if _HARMLESS_NAME.fullmatch(name) else ""
+    shown = f" {_quoted(name)}" if _HARMLESS_NAME.fullmatch(name) else ""
     close = get_close_matches(name.lower(), known, 1) if shown else []
     if close:
-        return f"{shown}: did you mean {close[0]!r}?"
-    return f"{shown}: known are {', '.join(map(repr, known))}." if known else f"{shown}: none is expected here."
+        return f"{shown}: did you mean {_quoted(close[0])}?"
+    return f"{shown}: known are {', '.join(map(_quoted, known))}." if known else f"{shown}: none is expected here."
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'

@@ -105,5 +105,5 @@ def test_a_limit_is_a_whole_number_from_1_to_1000(admin: PoolUser, limit: str) -
 def test_two_values_of_one_parameter_are_refused(admin: PoolUser, name: str) -> None:
     status, document = admin.call("GET", f"/p?{name}=1&{name}=2")
     assert (status, document["error"]) == (400, "invalid_request")
-    assert document["error_description"] == f"The query has several different values of {name!r}."
+    assert document["error_description"] == f'The query has several different values of "{name}".'
     assert admin.call("GET", f"/p?x={'x' * 8192}")[0] == 400

@@ -76,7 +76,7 @@ class AccountRoutes:
     async def revoke_all(self, request: Request) -> Response:
         keep = request.query_value("keep")
         if keep not in {None, "current"}:
-            raise InvalidRequest("keep: may only be 'current'.")
+            raise InvalidRequest('keep: must be "current".')
         revoked = await self._tokens.revoke_all(_username(request), request.token if keep else None)
         return JSONResponse(RevokedAnswer(revoked))
 

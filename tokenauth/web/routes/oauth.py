@@ -179,5 +179,5 @@ def _unescaped(text: str) -> str:
 
 def _field(form: Form, name: str) -> str:
     if name not in form:
-        raise InvalidRequest(f"{name}: is missing.")
+        raise InvalidRequest(f'Missing field "{name}".')
     return form[name]
