@@ -80,6 +80,9 @@ def traceback_lines(server: Server) -> list[str]:
     return [line for line in server.log.read_text().splitlines() if not line.startswith("{")]
 
 
+_TOO_LITTLE = 64 * 1024 * 1024
+
+
 def _limit_descriptors(broken: Breakable) -> None:
     pid = broken.server.process.pid
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), 4096))
@@ -90,9 +93,8 @@ def _allow_descriptors(broken: Breakable) -> None:
 
 
 def _limit_memory(broken: Breakable) -> None:
-    pid = broken.server.process.pid
-    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    """Let the main process, which has more already, get no more, and a new one too little to start."""
+    resource.prlimit(broken.server.process.pid, resource.RLIMIT_AS, (_TOO_LITTLE, resource.RLIM_INFINITY))
 
 
 def _allow_memory(broken: Breakable) -> None:

@@ -99,6 +99,6 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
     with serving(write_config(tmp_path)) as server:
         os.kill(workers_of(server)[0], signal.SIGSTOP)
         until(lambda: len(server.events("started")) == 2, "it was replaced", 90)
-        assert "no sign of life" in server.events("worker_replaced")[0]["reason"]
+        assert "sent no report" in server.events("worker_replaced")[0]["reason"]
         with Connection(server.port) as connection:
             assert connection.ask("GET", "/healthz").status == 200
