@@ -24,7 +24,7 @@ async def test_200_concurrent_leases_take_100_tokens_once_each(place: Place, oth
     assert {token.fence for token in taken.values()} == {1}
     assert await holders(other.pools, START) == {value: token.holder for value, token in taken.items()}
     assert [each.token.holder for each in leased if each.token] == [f"h{n}" for n in range(200) if leased[n].token], (
-        "everybody got the answer to his own question"
+        "each client got its own answer"
     )
 
 

@@ -91,7 +91,7 @@ async def refused(place: Place, operation: Operation) -> float:
 async def ready_again(place: Place) -> None:
     """Wait until the store is ready, without a write."""
     async with asyncio.timeout(20):
-        while await place.store.ready() is not None:  # noqa: ASYNC110 - nobody tells
+        while await place.store.ready() is not None:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
 
 
@@ -235,7 +235,7 @@ async def test_an_unreadable_table_is_unready_and_logged_once(filled: Place, tab
         await ready_again(filled)
         await READS[reads[table]](filled)
         async with asyncio.timeout(20):
-            while len(logs) < 2:  # noqa: ASYNC110 - nobody tells
+            while len(logs) < 2:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0.01)
     assert [(entry["event"], entry.get("reason")) for entry in logs] == [
         ("store_unreachable", f"no such table: {table}"),

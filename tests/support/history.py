@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Protocol
 from tests.support.connections import NoAnswer
 from tests.support.servers import HandClock
 
-Verb = Literal["assign", "keep_alive", "release", "generate", "delete"]
+Operation = Literal["assign", "keep_alive", "release", "generate", "delete"]
 
 
 class Outcome(Enum):
@@ -37,7 +37,7 @@ class Outcome(Enum):
 class Event(NamedTuple):
     """One request. `lease` names its lease, even if that has ended, or is ""."""
 
-    verb: Verb
+    operation: Operation
     outcome: Outcome
     invoked: float
     """Read before it was sent."""
@@ -107,26 +107,26 @@ class History:
         self.events: list[Event] = []
 
     def record(
-        self, verb: Verb, ask: Callable[[], Grant | None], lease: str = "", token: str = "", fence: int = 0
+        self, operation: Operation, ask: Callable[[], Grant | None], lease: str = "", token: str = "", fence: int = 0
     ) -> Grant | None:
         """Send a request and record the result. None is a refusal. NoAnswer is recorded and raised again."""
         clock, invoked = self.time(), monotonic()
         try:
             granted = ask()
         except NoAnswer:
-            self.events.append(Event(verb, Outcome.UNKNOWN, invoked, math.inf, clock, lease, token, fence))
+            self.events.append(Event(operation, Outcome.UNKNOWN, invoked, math.inf, clock, lease, token, fence))
             raise
         returned = monotonic()
         outcome = Outcome.DONE if granted else Outcome.REFUSED
-        self.events.append(Event(verb, outcome, invoked, returned, clock, lease, *(granted or (token, fence))))
+        self.events.append(Event(operation, outcome, invoked, returned, clock, lease, *(granted or (token, fence))))
         return granted
 
     def violations(self, lease_ttl: float, capacity: int) -> list[str]:
         return violations(self.events, lease_ttl, capacity, self.time.reached)
 
-    def count(self, verb: Verb, outcome: Outcome = Outcome.DONE) -> int:
+    def count(self, operation: Operation, outcome: Outcome = Outcome.DONE) -> int:
         """Count the requests of a kind with this outcome."""
-        return sum(event.verb == verb and event.outcome is outcome for event in self.events)
+        return sum(event.operation == operation and event.outcome is outcome for event in self.events)
 
 
 @dataclass(frozen=True)
@@ -180,19 +180,23 @@ def find_leases(events: Iterable[Event], lease_ttl: float, reached: Callable[[fl
     leases = []
     for name, touched in touches.items():
         done = [event for event in touched if event.outcome is Outcome.DONE]
-        for assign in (event for event in done if event.verb == "assign"):
-            lapse = reached(max(event.clock for event in done if event.verb != "release") + lease_ttl)
-            given_up = [one.invoked for one in touched if one.verb == "release" and one.outcome is not Outcome.REFUSED]
+        for assign in (event for event in done if event.operation == "assign"):
+            lapse = reached(max(event.clock for event in done if event.operation != "release") + lease_ttl)
+            given_up = [
+                one.invoked for one in touched if one.operation == "release" and one.outcome is not Outcome.REFUSED
+            ]
             end = min(lapse, ended[assign.token], *given_up)
             leases.append(Lease(name, assign.token, assign.fence, assign.invoked, assign.returned, end, touched))
     return sorted(leases, key=attrgetter("start"))
 
 
-def _first(events: Iterable[Event], verb: Verb, instant: str, also: Outcome = Outcome.DONE) -> Mapping[str, float]:
+def _first(
+    events: Iterable[Event], operation: Operation, instant: str, also: Outcome = Outcome.DONE
+) -> Mapping[str, float]:
     """Return when each token was first generated or deleted, as far as that succeeded; else infinity."""
     found: dict[str, float] = defaultdict(lambda: math.inf)
     for event in events:
-        if event.verb == verb and event.outcome in {Outcome.DONE, also}:
+        if event.operation == operation and event.outcome in {Outcome.DONE, also}:
             found[event.token] = min(found[event.token], getattr(event, instant))
     return found
 
@@ -221,7 +225,7 @@ def _losses(leases: Iterable[Lease]) -> Iterator[str]:
     for lease in leases:
         for event in lease.touches:
             if event.outcome is Outcome.REFUSED and event.returned < lease.end:
-                yield f"{event.verb} was refused to {lease}, which certainly held it until {lease.end:.6f}"
+                yield f"{event.operation} was refused to {lease}, which certainly held it until {lease.end:.6f}"
 
 
 def _late_successes(leases: Iterable[Lease], deleted: float) -> Iterator[str]:
@@ -231,7 +235,7 @@ def _late_successes(leases: Iterable[Lease], deleted: float) -> Iterator[str]:
     for lease in asked:
         over = [(deleted, "its token was deleted")]
         for event in lease.touches:
-            if event.verb == "release" and event.outcome is Outcome.DONE:
+            if event.operation == "release" and event.outcome is Outcome.DONE:
                 over.append((event.returned, "it was released"))
         later = bisect_right(asked, lease.start, key=attrgetter("invoked"))
         if later < len(asked):
@@ -239,13 +243,13 @@ def _late_successes(leases: Iterable[Lease], deleted: float) -> Iterator[str]:
         instant, reason = min(over)
         for event in lease.touches:
             if event.outcome is Outcome.DONE and event.invoked > instant:
-                yield f"{event.verb} was done for {lease} after {reason}"
+                yield f"{event.operation} was done for {lease} after {reason}"
 
 
 def _unknown_tokens(events: Sequence[Event], leases: Iterable[Lease]) -> Iterator[str]:
     """Find leases of tokens that had not been generated."""
     begun = _first(events, "generate", "invoked")
-    if not any(event.verb == "generate" and event.outcome is Outcome.UNKNOWN for event in events):
+    if not any(event.operation == "generate" and event.outcome is Outcome.UNKNOWN for event in events):
         for lease in leases:
             if lease.start < begun[lease.token]:
                 yield f"token {lease.token[:8]}: leased to {lease} before it was generated"

@@ -9,14 +9,14 @@ from random import Random
 from typing import Protocol
 
 from tests.support.connections import Answer, Closed, Connection, NoAnswer, Refused
-from tests.support.history import Grant, HandTime, History, Outcome, Time, Verb
+from tests.support.history import Grant, HandTime, History, Operation, Outcome, Time
 from tests.support.journal import until
 
 HANGUP_RATE = 0.03
 """The share of requests after which the client disconnects without waiting for the answer."""
 
 
-STALE: Sequence[Verb] = ["release", "keep_alive"]
+STALE: Sequence[Operation] = ["release", "keep_alive"]
 """What clients try with leases that may have ended."""
 
 
@@ -84,10 +84,10 @@ class Holder:
         elif choice < 0.85:
             self._touch("release", *held)
 
-    def _touch(self, verb: Verb, lease: str, grant: Grant) -> bool:
-        ask = self._api.release if verb == "release" else self._api.keep_alive
-        answer = self._history.record(verb, lambda: ask(self._name, grant), lease, *grant)
-        assert answer in {None, grant}, f"{verb} of {grant} returned {answer}"
+    def _touch(self, operation: Operation, lease: str, grant: Grant) -> bool:
+        ask = self._api.release if operation == "release" else self._api.keep_alive
+        answer = self._history.record(operation, lambda: ask(self._name, grant), lease, *grant)
+        assert answer in {None, grant}, f"{operation} of {grant} returned {answer}"
         return answer is not None
 
     def _change_pool(self, made: MutableSequence[str]) -> None:
@@ -131,8 +131,8 @@ class HttpPoolApi:
         return answer and _granted(answer, holder)
 
     def release(self, holder: str, grant: Grant) -> Grant | None:
-        claim = {"holder": holder, "fence": grant.fence}
-        return self._ask("DELETE", f"leases/{grant.token}", claim, refusals=_LOST) and grant
+        check = {"holder": holder, "fence": grant.fence}
+        return self._ask("DELETE", f"leases/{grant.token}", check, refusals=_LOST) and grant
 
     def generate(self) -> Grant | None:
         answer = self._ask("POST", "tokens", refusals={409: "pool_full"})
@@ -287,9 +287,9 @@ class Race:
 
 def check_remaining(history: History, tokens: set[str]) -> None:
     """Check that exactly the tokens remain that were generated and not deleted."""
-    named: dict[tuple[Verb, Outcome], set[str]] = defaultdict(set)
+    named: dict[tuple[Operation, Outcome], set[str]] = defaultdict(set)
     for event in history.events:
-        named[event.verb, event.outcome].add(event.token)
+        named[event.operation, event.outcome].add(event.token)
     made, deleted = named["generate", Outcome.DONE], named["delete", Outcome.DONE]
     lost = made - deleted - named["delete", Outcome.UNKNOWN] - tokens
     assert not lost, f"generated, never deleted, but gone: {lost}"
@@ -299,12 +299,14 @@ def check_remaining(history: History, tokens: set[str]) -> None:
 
 def check_eventful(history: History, capacity: int) -> None:
     """Check that the race covered every outcome, and that more leases lapsed than there are tokens."""
-    for verb in ("assign", "keep_alive", "release"):
-        assert history.count(verb, Outcome.DONE), f"{verb} never succeeded"
-        assert history.count(verb, Outcome.REFUSED), f"{verb} was never refused"
+    for operation in ("assign", "keep_alive", "release"):
+        assert history.count(operation, Outcome.DONE), f"{operation} never succeeded"
+        assert history.count(operation, Outcome.REFUSED), f"{operation} was never refused"
     assert any(event.outcome is Outcome.UNKNOWN for event in history.events), "all requests were answered"
     asked = [event for event in history.events if event.outcome is not Outcome.REFUSED]
-    ended = {(event.verb, event.lease or event.token) for event in asked if event.verb in {"release", "delete"}}
+    ended = {
+        (event.operation, event.lease or event.token) for event in asked if event.operation in {"release", "delete"}
+    }
     lapsed = history.count("assign") - len(ended) - capacity
     assert lapsed > capacity, f"only {lapsed} leases lapsed"
 

@@ -291,7 +291,7 @@ _SUBMIT = """([action, fields]) => {
 
 @pytest.mark.parametrize("action", ["/login", "/logout"])
 def test_a_form_of_a_sibling_host_is_refused(page: Page, context: BrowserContext, gate: Gate, action: str) -> None:
-    """It is of the same site, so the browser sends the cookies. The login stays as it is."""
+    """It is of the same site, so the browser sends the cookies. The login stays valid."""
     log_in(page, gate)
     before = login_cookie(context)
     page.goto(f"{gate.origin(SIBLING)}/")

@@ -65,9 +65,9 @@ class Load:
             lease = user.ask("POST", "/p/leases")
             statuses = [("lease", lease.status)]
             if lease.status == 201:
-                claim = {"fence": lease.json()["fence"]}
+                check = {"fence": lease.json()["fence"]}
                 path = f"/p/leases/{lease.json()['token']}"
-                statuses += [(verb, user.ask(verb, path, claim).status) for verb in ("PUT", "DELETE")]
+                statuses += [(method, user.ask(method, path, check).status) for method in ("PUT", "DELETE")]
             assert connection.valid(user.token)
             connection.log_out(user.token)
             assert not connection.valid(user.token)

@@ -98,7 +98,7 @@ def test_nothing_else_is_taken_for_the_cookie(connection: Connection, ann: str, 
 
 
 def test_two_different_cookies_are_not_used(connection: Connection, ann: str, bob: str) -> None:
-    """A sibling host may have set one of them (cookie tossing). The browser is told to delete both."""
+    """A sibling host may have set one of them (cookie tossing). The answer deletes both."""
     for first, second in ((ann, bob), (bob, ann), (ann, ""), (ann, "x"), ("x", ann)):
         answer = ask(connection, Cookie=f"{cookie(first)}; {cookie(second)}")
         assert answer.status == 401

@@ -1,4 +1,4 @@
-"""The login page: whoever fills it in gets a cookie with a token, and goes where they came from."""
+"""The login page: a login sets a cookie with a token, and leads back to the page that asked for it."""
 
 import re
 
