@@ -87,6 +87,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"line {line} is not UTF-8: save the file as UTF-8"
 
 
+# Before Python 3.14, tomllib gives the place of a mistake only in its message.
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 _KEY = r"""\s*(?P<key>(?:[\w.-]|"[\w. -]*"|'[\w. -]*')+)\s*=\s*"""
 _STATEMENT = re.compile(_KEY + "(?P<value>.*)", re.ASCII)

@@ -163,13 +163,16 @@ _SCHEMES: Mapping[str, Document] = {
 _REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
     type(example): (example, text)
     for example, text in (
-        (InvalidRequest("The body is empty; send a JSON object."), "The request is malformed."),
+        (InvalidRequest("The body is empty. Send a JSON object."), "The request is malformed."),
         (InvalidScope(), "The client does not have every scope that it asks for."),
         (UnsupportedGrantType(), "The grant type is not supported."),
         (InvalidClient(), "The name or secret of the client is missing or wrong."),
         (TokenRequired(), "No token was sent."),
         (InvalidToken(), "The token is unknown, expired or revoked."),
-        (Forbidden("scope: is empty or no scope."), "The query cannot be understood, so nothing passes."),
+        (
+            Forbidden("scope: is empty or malformed. Leave it out, or name the required scopes."),
+            "The query cannot be understood, so nothing passes.",
+        ),
         (
             ForeignOrigin("https://other.example"),
             "A web page of another origin, which `server.cors_origins` does not list, sent the request.",
