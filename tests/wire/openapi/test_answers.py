@@ -42,6 +42,7 @@ from tokenauth.errors import (
 from tokenauth.web.exceptions import (
     BodyTooLarge,
     ForeignOrigin,
+    ForeignPage,
     InternalError,
     InvalidClient,
     InvalidScope,
@@ -144,8 +145,8 @@ TESTED_BELOW = {
 }
 """Refusals with their own tests below."""
 
-UNDOCUMENTED = {ClientGone, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableInternalError}
-"""Refusals that no operation documents: unsupported methods, internal errors, closed connections."""
+UNDOCUMENTED = {ClientGone, ForeignPage, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableInternalError}
+"""Refusals that no operation documents: unsupported methods, internal errors, closed connections, the login page."""
 
 
 def test_every_kind_of_refusal_is_tested() -> None:
