@@ -37,6 +37,7 @@ def test_the_wheel_holds_only_package_and_migrations(wheel: Path) -> None:
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tokenauth").rglob("*.py")}
     migrations = {f"tokenauth/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "migrations").rglob("*.py")}
     assert package | migrations <= names
+    assert {"tokenauth/web/pages/tokenauth.js", "tokenauth/web/pages/tokenauth.d.ts"} <= names
     assert {f"tokenauth/migrations/versions/{name}.py" for name in ("1_1_tokens", "1_2_pools")} <= names
     assert {name.partition("/")[0] for name in names} == {"tokenauth"}
     assert not [name for name in names if name.endswith((".pyc", ".db", ".toml"))]

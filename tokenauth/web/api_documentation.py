@@ -56,7 +56,7 @@ from tokenauth.web.openapi import (
     guarded,
     schema_only,
 )
-from tokenauth.web.routes import account, health, oauth, pools, token
+from tokenauth.web.routes import account, health, javascript, oauth, pools, token
 
 Refusals = Sequence[type[Refusal]]
 
@@ -67,8 +67,8 @@ Issues bearer tokens that expire, checks and revokes them, and leases tokens fro
 answer, choose **Authorize** at the top, and paste it under `X-Token`.
 
 **Tokens** are sent as `X-Token` or as `Authorization: Bearer`. **Times** are Unix seconds. **Errors** are
-`{"error": "<code>", "error_description": "<sentence>"}`, except where an answer shows another form. No answer may be
-stored by a cache.
+`{"error": "<code>", "error_description": "<sentence>"}`, except where an answer shows another form. No answer but
+`/tokenauth.js` and its types may be stored by a cache.
 """
 
 FIELDS: Mapping[str, str] = {
@@ -115,7 +115,16 @@ FIELDS: Mapping[str, str] = {
 
 def describe(settings: Settings) -> Document:
     """Return the OpenAPI document of a service with this configuration."""
-    sections = [TOKEN, MY_TOKENS, FORWARD_AUTH, POOLS, oauth_section(settings.oauth.issuer), HEALTH, DOCUMENTATION]
+    sections = [
+        TOKEN,
+        MY_TOKENS,
+        FORWARD_AUTH,
+        POOLS,
+        oauth_section(settings.oauth.issuer),
+        WEB_PAGES,
+        HEALTH,
+        DOCUMENTATION,
+    ]
     return build_document([*sections, *dialect_sections(settings)], INTRO, FIELDS, settings.oauth.issuer or "/")
 
 
@@ -599,6 +608,41 @@ OAUTH = Section(
             security=_CLIENT_SECURITY,
         ),
         _METADATA,
+    ],
+)
+
+_FILE_HEADERS = {
+    "ETag": "Names this version of the file. Send it as `If-None-Match` to get `304` while it is the same.",
+    "Access-Control-Allow-Origin": "Always `*`: pages of any origin may load it.",
+}
+
+WEB_PAGES = Section(
+    name="Web pages",
+    text="A JavaScript module for pages that log in.",
+    operations=[
+        Operation(
+            method="GET",
+            path=javascript.MODULE,
+            id="getJavaScriptModule",
+            title="Get the JavaScript module",
+            text='For `import { TokenAuth } from "https://auth.example.com/tokenauth.js"`: log in, log out, and `fetch`'
+            " with the token.",
+            answers=[
+                Answer(200, "The module.", media="text/javascript", headers=_FILE_HEADERS),
+                Answer(304, "The browser has this version.", headers=_FILE_HEADERS),
+            ],
+        ),
+        Operation(
+            method="GET",
+            path=javascript.TYPES,
+            id="getTypeScriptTypes",
+            title="Get the types of the module",
+            text="The types of the module, for TypeScript.",
+            answers=[
+                Answer(200, "The types.", media="text/plain", headers=_FILE_HEADERS),
+                Answer(304, "The client has this version.", headers=_FILE_HEADERS),
+            ],
+        ),
     ],
 )
 

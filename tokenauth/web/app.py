@@ -37,6 +37,7 @@ from tokenauth.web.routes.docs import DocsRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
 from tokenauth.web.routes.forward_auth import ForwardAuth
 from tokenauth.web.routes.health import HealthRoutes
+from tokenauth.web.routes.javascript import MODULE, TYPES, javascript_routes
 from tokenauth.web.routes.oauth import INTROSPECTION, OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
 from tokenauth.web.routes.token import PATH as PROBE
@@ -93,7 +94,7 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
     if server.cors_origins:
         # A preflight at /auth needs a token like any request: it is meant for the application behind the proxy.
         headers = list(chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects))
-        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, *PAGES})
+        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, MODULE, TYPES, *PAGES})
 
 
 def find_routes(service: Service) -> list[Route]:
@@ -114,6 +115,7 @@ def find_routes(service: Service) -> list[Route]:
         *pages,
         *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(csrf_guard),
         *HealthRoutes(service.ready).routes(),
+        *javascript_routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
     ]
     dialects = dialect_routes(service, hosts)

@@ -44,6 +44,8 @@ NEEDS_NO_STORE = {
     ("GET", "/openapi.json"),
     ("GET", "/docs"),
     ("GET", "/docs/{file}"),
+    ("GET", "/tokenauth.js"),
+    ("GET", "/tokenauth.d.ts"),
 }
 
 

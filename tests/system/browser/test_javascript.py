@@ -1,0 +1,693 @@
+"""tokenauth.js in pages of another origin: logging in and out, fetching, renewing, expiring, and where tokens go."""
+
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+
+from tests.support.servers import ROOT, HandClock, Server, probe
+from tests.system.browser.conftest import Sites
+from tests.system.browser.issuer import IDLE, Issuer, running_issuer
+
+_OPEN = """async ([module, options]) => {
+  globalThis.rejected = [];
+  addEventListener("unhandledrejection", (event) => rejected.push(String(event.reason)));
+  addEventListener("error", (event) => rejected.push(event.message));
+  const { TokenAuth } = await import(`${module}/tokenauth.js`);
+  globalThis.TokenAuth = TokenAuth;
+  globalThis.events = [];
+  globalThis.auth = new TokenAuth(options);
+  for (const type of ["login", "logout"]) {
+    auth.addEventListener(type, (event) => events.push(event.detail?.reason ?? type));
+  }
+}"""
+
+_RUN = """async ([code, ...args]) => {
+  try {
+    return await (0, eval)(code)(...args);
+  } catch (error) {
+    return { name: error.name, code: error.code, status: error.status, wait: error.retryAfter, text: error.message };
+  }
+}"""
+
+LOG_IN = "(name) => auth.login(name, `${name}-secret`)"
+LOG_OUT = "() => auth.logout()"
+MANY = "(url) => Promise.all([...Array(40)].map(() => auth.fetch(url).then((answer) => answer.status)))"
+FETCH = "(url, init) => auth.fetch(url, init).then(async (answer) => [answer.status, await answer.text()])"
+
+
+class App:
+    """A page with a TokenAuth, and all that left the page: its requests and its console."""
+
+    def __init__(self, page: Page, module: str) -> None:
+        self.page = page
+        self.module = module
+        self.left: list[str] = []
+        self.tokens: set[str] = set()
+        page.on("request", lambda request: self.left.append(request.url))
+        page.on("console", lambda message: self.left.append(message.text))
+        page.on("response", self._note)
+
+    def open(self, origin: str, **options: object) -> None:
+        """Open the page and create the TokenAuth."""
+        self.page.goto(origin)
+        self.page.evaluate(_OPEN, [self.module, options])
+
+    def run(self, code: str, *args: object) -> Any:
+        """Run a function in the page. Return its result, or its error as a dictionary."""
+        return self.page.evaluate(_RUN, [code, *args])
+
+    def check(self) -> None:
+        """Fail if a rejection was not handled, or a token left the page other than in a header."""
+        assert self.page.evaluate("globalThis.rejected ?? []") == []
+        assert [text for text in self.left for token in self.tokens if token in text] == []
+
+    @property
+    def events(self) -> list[str]:
+        """The events so far: "login", or the reason of a "logout"."""
+        return list(self.page.evaluate("events"))
+
+    def wait_for(self, *events: str) -> None:
+        """Wait until these are all events so far."""
+        self.page.wait_for_function("(count) => events.length >= count", arg=len(events))
+        assert self.events == list(events)
+
+    def _note(self, response: Any) -> None:
+        token = response.request.headers.get("x-token")
+        if token:
+            self.tokens.add(token)
+
+
+Opener = Callable[..., App]
+
+
+@pytest.fixture
+def tabs(browser: Browser) -> Iterator[BrowserContext]:
+    """Open a new browser context: its tabs share storage and channels with each other only."""
+    with browser.new_context() as made:
+        yield made
+
+
+@pytest.fixture
+def open_app(tabs: BrowserContext, sites: Sites, server: Server, clock: HandClock) -> Iterator[Opener]:
+    """Return a function that opens a tab on another origin than the service's, at the service's time."""
+    opened: list[App] = []
+    tabs.clock.install(time=clock())
+
+    def open_tab(origin: str = "", **options: object) -> App:
+        app = App(tabs.new_page(), server.url)
+        opened.append(app)
+        app.open(origin or sites.listed["by_address"], **options)
+        return app
+
+    yield open_tab
+    for app in opened:
+        app.check()
+    assert tabs.cookies() == []
+
+
+@pytest.fixture
+def app(open_app: Opener) -> App:
+    """Open a page for the service."""
+    return open_app()
+
+
+@pytest.fixture
+def ann(app: App) -> App:
+    """Open a page and log in."""
+    assert app.run(LOG_IN, "ann") is None
+    return app
+
+
+@pytest.fixture
+def issuer(clock: HandClock) -> Iterator[Issuer]:
+    """Run the small issuer, at the service's time."""
+    with running_issuer() as running:
+        running.now = int(clock())
+        yield running
+
+
+@pytest.fixture
+def sliding(open_app: Opener, issuer: Issuer) -> App:
+    """Open a page for the small issuer and log in."""
+    app = open_app(url=issuer.url)
+    assert app.run(LOG_IN, "ann") is None
+    return app
+
+
+def advance(app: App, issuer: Issuer, seconds: int) -> None:
+    """Move the clocks of the page and of the issuer."""
+    issuer.now += seconds
+    app.page.clock.fast_forward(seconds * 1000)
+
+
+def token_of(app: App) -> str:
+    """Return the token of a page, from a request that carried it."""
+    with app.page.expect_request(lambda request: "x-token" in request.headers) as sent:
+        app.run(FETCH, f"{app.module}/api/me")
+    return str(sent.value.headers["x-token"])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the small issuer or the service sees."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_page_logs_in_fetches_and_logs_out(app: App, server: Server, client: httpx.Client) -> None:
+    state = "() => [auth.loggedIn, auth.username, auth.expiresAt?.getTime() ?? null]"
+    assert app.run(state) == [False, None, None]
+    assert app.run(LOG_IN, "ann") is None
+    status, text = app.run(FETCH, f"{server.url}/api/me")
+    assert (status, '"username":"ann"' in text) == (200, True)
+    (expiry,) = re.findall(r'"expiry_time":(\d+)', text)
+    assert app.run(state) == [True, "ann", int(expiry) * 1000]
+    token = token_of(app)
+    assert probe(client, token)
+    assert app.run(LOG_OUT) is None
+    assert not probe(client, token)
+    assert app.run(state) == [False, None, None]
+    assert app.events == ["login", "logout"]
+    assert app.run(LOG_OUT) is None
+    assert app.events == ["login", "logout"]
+
+
+def test_a_wrong_password_and_the_wait_are_typed_errors(app: App) -> None:
+    wrong = "() => auth.login('ann', 'wrong')"
+    error = {"name": "TokenAuthError", "code": "invalid_credentials", "status": 401, "wait": None}
+    assert app.run(wrong) == error | {"text": "Wrong user name or password."}
+    found = next(found for _ in range(10) if (found := app.run(wrong))["code"] != "invalid_credentials")
+    assert (found["code"], found["status"], found["wait"] > 0) == ("too_many_attempts", 429, True)
+    assert found["text"] == f"Too many failed logins. Try again in {found['wait']} seconds."
+    missing = app.run("() => auth.login('ann')")
+    assert (missing["code"], missing["status"]) == ("unexpected_answer", 400)
+    assert missing["text"].endswith('answered 400: Missing field "password".')
+    assert app.events == []
+
+
+def test_an_unavailable_store_is_no_logout(ann: App, server: Server, directory: Path) -> None:
+    with closing(sqlite3.connect(directory / "tokenauth.db", isolation_level=None)) as database:
+        database.execute("ALTER TABLE tokens RENAME TO elsewhere")
+        try:
+            error = ann.run("() => auth.login('bob', 'bob-secret')")
+            assert (error["code"], error["status"], error["wait"] > 0) == ("unavailable", 503, True)
+        finally:
+            database.execute("ALTER TABLE elsewhere RENAME TO tokens")
+    assert ann.run("() => [auth.loggedIn, auth.username]") == [True, "ann"]
+    assert ann.run(FETCH, f"{server.url}/api/me")[0] == 200
+
+
+def test_a_page_of_an_unlisted_origin_is_told_the_setting(open_app: Opener, sites: Sites) -> None:
+    origin = sites.unlisted["another_name"]
+    error = open_app(origin).run(LOG_IN, "ann")
+    assert (error["name"], error["code"]) == ("TokenAuthError", "unreachable")
+    assert error["text"].endswith(f"its cors_origins must list {origin}.")
+
+
+def test_another_server_is_an_unexpected_answer(open_app: Opener, issuer: Issuer) -> None:
+    """Single-page applications often answer every path with their page."""
+    app = open_app(url=f"{issuer.url}/base")
+    for status, body in ((200, "<!doctype html>"), (200, "null"), (200, '{"token": 1}'), (404, "no")):
+        issuer.answer("POST", "/base/api/token", status, body)
+        error = app.run(LOG_IN, "ann")
+        assert (error["code"], error["status"]) == ("unexpected_answer", status), body
+        assert error["text"] == f"{issuer.url}/base/ answered {status}: is this the URL of a tokenauth server?"
+    issuer.answer("POST", "/base/api/token", 400, '{"error":"invalid_request","error_description":"Because."}')
+    assert app.run(LOG_IN, "ann")["text"] == f"{issuer.url}/base/ answered 400: Because."
+    assert app.run("() => auth.loggedIn") is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"origins": ["*"]}, "origins: must be an origin such as"),
+        ({"origins": ["https://api.example.com/"]}, "origins: must be an origin such as"),
+        ({"origins": ["https://API.example.com"]}, "origins: must be an origin such as"),
+        ({"origins": ["https://u@api.example.com"]}, "origins: must be an origin such as"),
+        ({"origins": ["null"]}, "origins: must be an origin such as"),
+        ({"url": "javascript:1"}, "url: must be a URL such as"),
+        ({"url": "https://"}, "url: must be a URL such as"),
+        ({"storage": "local"}, 'storage: must be "memory" or "session", not "local".'),
+        ({"header": "Cookie"}, 'header: must be "X-Token" or "Authorization", not "Cookie".'),
+    ],
+)
+def test_a_mistake_in_the_options_is_named(app: App, options: dict[str, Any], message: str) -> None:
+    error = app.run("(options) => new TokenAuth(options)", options)
+    assert (error["name"], error["code"]) == ("TokenAuthError", "invalid_option")
+    assert error["text"].startswith(message)
+
+
+def test_a_double_click_logs_in_once(app: App, server: Server) -> None:
+    before = len(server.events("token_issued"))
+    twice = "() => Promise.all([1, 2].map(() => auth.login('ann', 'ann-secret'))).then(() => auth.loggedIn)"
+    assert app.run(twice) is True
+    assert app.events == ["login"]
+    assert len(server.events("token_issued")) == before + 1
+
+
+def test_another_login_at_the_same_time_is_refused(app: App) -> None:
+    code = "() => Promise.all([auth.login('ann', 'ann-secret'), auth.login('bob', 'bob-secret')])"
+    assert app.run(code)["code"] == "login_pending"
+    app.wait_for("login")
+    assert app.run("() => auth.username") == "ann"
+
+
+def test_a_new_login_revokes_the_token_of_the_old(ann: App, server: Server, client: httpx.Client) -> None:
+    old = token_of(ann)
+    with ann.page.expect_response(lambda answer: answer.request.method == "DELETE" and answer.ok):
+        assert ann.run(LOG_IN, "bob") is None
+    assert ann.run("() => auth.username") == "bob"
+    assert not probe(client, old)
+    assert probe(client, token_of(ann))
+    assert ann.events == ["login", "login"]
+
+
+def test_a_failed_login_keeps_the_one_before(ann: App) -> None:
+    assert ann.run("() => auth.login('bob', 'wrong')")["code"] == "invalid_credentials"
+    assert ann.run("() => auth.username") == "ann"
+
+
+def test_a_logout_waits_for_a_login_under_way(app: App, server: Server) -> None:
+    code = "() => { auth.login('ann', 'ann-secret'); return auth.logout().then(() => auth.loggedIn); }"
+    before = len(server.events("token_revoked"))
+    assert app.run(code) is False
+    assert app.events == ["login", "logout"]
+    assert len(server.events("token_revoked")) == before + 1
+
+
+def test_an_aborted_login_can_be_repeated(app: App, issuer: Issuer, open_app: Opener) -> None:
+    slow = open_app(url=issuer.url)
+    gate = issuer.hold("POST", "/api/token")
+    code = """() => {
+      globalThis.abort = new AbortController();
+      globalThis.first = auth.login("ann", "x", { signal: abort.signal }).catch((error) => error.name);
+    }"""
+    slow.run(code)
+    until(lambda: issuer.count("POST", "/api/token") == 1)
+    assert slow.run("() => { abort.abort(); return first; }") == "AbortError"
+    assert slow.events == []
+    gate.set()
+    assert slow.run(LOG_IN, "ann") is None
+    assert slow.events == ["login"]
+
+
+def test_without_a_login_nothing_is_sent(open_app: Opener, issuer: Issuer) -> None:
+    app = open_app(url=issuer.url)
+    assert app.run(FETCH, f"{issuer.url}/data")["code"] == "logged_out"
+    assert issuer.seen == []
+
+
+FOREIGN = ["http://localhost:{port}/", "https://127.0.0.1:{port}/", "http://127.0.0.1:1/", "http://127.0.0.2:{port}/",
+           "//localhost:{port}/", "/relative", "data:text/plain,x", "\thttp:\\\\localhost:{port}\\"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", FOREIGN)
+def test_an_unlisted_origin_gets_no_request(sliding: App, issuer: Issuer, url: str) -> None:
+    """Not even one without a token: a caller who asked for the token would not notice that it is missing."""
+    before = len(issuer.seen)
+    for code in (FETCH, "(url) => auth.fetch(new Request(url))", "(url) => auth.fetch(new URL(url, location.href))"):
+        error = sliding.run(code, url.format(port=issuer.server_port))
+        assert (error["name"], error["code"]) == ("TokenAuthError", "origin_not_listed")
+    assert len(issuer.seen) == before
+
+
+def test_a_listed_origin_gets_the_token(open_app: Opener, issuer: Issuer) -> None:
+    with running_issuer() as api:
+        api.now, api.tokens = issuer.now, issuer.tokens
+        app = open_app(url=issuer.url, origins=[api.url])
+        app.run(LOG_IN, "ann")
+        assert app.run(FETCH, f"{api.url}/data")[0] == 200
+        bearer = open_app(url=issuer.url, origins=[api.url], header="Authorization")
+        bearer.run(LOG_IN, "bob")
+        assert bearer.run(FETCH, f"{api.url}/data")[0] == 200
+        assert [each.headers.get("x-token") for each in api.seen] == [f"{0:064}", None]
+        assert [each.headers.get("authorization") for each in api.seen] == [None, f"Bearer {1:064}"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("mode", ["follow", "manual", "error"])
+def test_a_redirect_takes_no_token_elsewhere(sliding: App, issuer: Issuer, status: int, mode: str) -> None:
+    with running_issuer() as thief:
+        issuer.answer("GET", "/moved", status, Location=f"{thief.url}/stolen")
+        error = sliding.run(FETCH, f"{issuer.url}/moved?secret=1", {"redirect": mode})
+        assert (error["code"], error["text"].partition(". ")[0]) == (
+            "redirected", f"{issuer.url}/moved answered with a redirect",
+        )  # fmt: skip
+        assert thief.seen == []
+
+
+def test_a_request_object_keeps_all_that_it_has(sliding: App, issuer: Issuer) -> None:
+    url = f"{issuer.url}/upload"
+    code = """async (url) => {
+      const headers = { "X-Trace": "7", "Content-Type": "text/csv", "X-Token": "not this one" };
+      const init = { method: "PUT", body: "a,b", headers, referrerPolicy: "unsafe-url" };
+      await auth.fetch(new Request(url, init));
+      await auth.fetch(new Request(url, { ...init, method: "POST" }), { headers: { "X-Trace": "8" } });
+      const form = new FormData();
+      form.append("file", new Blob(["text"]), "name.txt");
+      await auth.fetch(url, { method: "POST", body: form });
+      await auth.fetch(new Request(url, { referrerPolicy: "no-referrer" }));
+    }"""
+    assert sliding.run(code, url) is None
+    put_, post, form, get = (each for each in issuer.seen if each.path == "/upload")
+    assert (put_.method, put_.body, put_.headers["content-type"]) == ("PUT", b"a,b", "text/csv")
+    assert (put_.headers["x-trace"], put_.token) == ("7", f"{0:064}")
+    assert put_.headers["referer"] == sliding.page.url
+    assert (post.method, post.body, post.headers["x-trace"], post.token) == ("POST", b"a,b", "8", f"{0:064}")
+    assert form.headers["content-type"].startswith("multipart/form-data; boundary=")
+    assert b"name.txt" in form.body
+    assert "referer" not in get.headers
+
+
+def test_fetch_can_be_passed_on_and_streams(sliding: App, issuer: Issuer) -> None:
+    code = """async (url) => {
+      const { fetch } = auth;
+      const answer = await fetch(url);
+      const { value } = await answer.body.getReader().read();
+      return [answer.status, value.length > 0];
+    }"""
+    assert sliding.run(code, f"{issuer.url}/data") == [200, True]
+
+
+def test_a_request_without_cors_is_refused(sliding: App, issuer: Issuer) -> None:
+    assert sliding.run(FETCH, f"{issuer.url}/data", {"mode": "no-cors"})["code"] == "invalid_request"
+    assert issuer.count("GET", "/data") == 0
+
+
+def test_an_aborted_fetch_rejects_as_fetch_does(sliding: App, issuer: Issuer) -> None:
+    issuer.hold("GET", "/slow")
+    code = """(url) => {
+      globalThis.abort = new AbortController();
+      globalThis.slow = auth.fetch(url, { signal: abort.signal }).catch((error) => error);
+    }"""
+    sliding.run(code, f"{issuer.url}/slow")
+    until(lambda: issuer.count("GET", "/slow") == 1)
+    assert sliding.run("() => { abort.abort('mine'); return slow; }") == "mine"
+    assert sliding.run("(url) => auth.fetch(url, { signal: AbortSignal.abort() })", f"{issuer.url}/x")["name"] == (
+        "AbortError"
+    )
+    assert (issuer.count("GET", "/x"), sliding.events) == (0, ["login"])
+
+
+def test_without_a_network_the_login_stays(sliding: App, issuer: Issuer) -> None:
+    """No request is repeated, either."""
+    sliding.page.context.set_offline(True)
+    error = sliding.run(FETCH, f"{issuer.url}/data", {"method": "POST"})
+    assert (error["name"], error["code"]) == ("TypeError", None)
+    sliding.page.context.set_offline(False)
+    assert sliding.run(FETCH, f"{issuer.url}/data", {"method": "POST"})[0] == 200
+    assert (sliding.events, issuer.count("POST", "/data")) == (["login"], 1)
+
+
+def test_a_logout_without_a_network_can_be_repeated(sliding: App, issuer: Issuer) -> None:
+    sliding.page.context.set_offline(True)
+    error = sliding.run(LOG_OUT)
+    assert (error["name"], error["code"]) == ("TokenAuthError", "unreachable")
+    assert error["text"].startswith("This page has logged out, but the token is still valid: try again.")
+    assert (sliding.events, sliding.run("() => auth.loggedIn")) == (["login", "logout"], False)
+    assert len(issuer.tokens) == 1
+    sliding.page.context.set_offline(False)
+    assert sliding.run(LOG_OUT) is None
+    assert (sliding.events, issuer.tokens) == (["login", "logout"], {})
+
+
+def test_many_401s_of_a_revoked_token_are_one_event(ann: App, server: Server, client: httpx.Client) -> None:
+    client.delete("/api/token", headers={"X-Token": token_of(ann)})
+    probes: list[str] = []
+    ann.page.on("request", lambda request: probes.append(request.url) if "touch=0" in request.url else None)
+    assert ann.run(MANY, f"{server.url}/api/me") == [401] * 40
+    assert (ann.events, ann.run("() => auth.loggedIn"), len(probes)) == (["login", "revoked"], False, 1)
+
+
+def test_a_401_of_an_api_for_other_reasons_ends_nothing(sliding: App, issuer: Issuer) -> None:
+    issuer.answer("GET", "/picky", 401, "no")
+    assert sliding.run(FETCH, f"{issuer.url}/picky") == [401, "no"]
+    issuer.answer("GET", "/api/token", 503)
+    assert sliding.run(FETCH, f"{issuer.url}/picky") == [401, "no"]
+    assert sliding.events == ["login"]
+
+
+def test_a_late_401_does_not_end_the_next_login(sliding: App, issuer: Issuer) -> None:
+    issuer.answer("GET", "/old", 401, "no")
+    gate = issuer.hold("GET", "/old")
+    sliding.run("(url) => { globalThis.old = auth.fetch(url).then((answer) => answer.status); }", f"{issuer.url}/old")
+    until(lambda: issuer.count("GET", "/old") == 1)
+    sliding.run(LOG_OUT)
+    sliding.run(LOG_IN, "bob")
+    gate.set()
+    assert sliding.run("() => old") == 401
+    assert sliding.events == ["login", "logout", "login"]
+
+
+def test_a_fixed_lifetime_ends_with_one_event(ann: App, clock: HandClock) -> None:
+    clock.advance(24 * 3600 - 60)
+    ann.page.clock.fast_forward((24 * 3600 - 60) * 1000)
+    assert (ann.run("() => auth.loggedIn"), ann.events) == (True, ["login"])
+    clock.advance(60)
+    ann.page.clock.fast_forward(60_000)
+    ann.wait_for("login", "expired")
+    ann.page.clock.fast_forward(600_000)
+    assert ann.events == ["login", "expired"]
+
+
+def test_an_expired_login_ends_without_a_network(ann: App) -> None:
+    ann.page.context.set_offline(True)
+    ann.page.clock.fast_forward(24 * 3600 * 1000)
+    ann.wait_for("login", "expired")
+
+
+def test_a_tab_that_slept_ends_its_login_when_it_is_seen(sliding: App, issuer: Issuer) -> None:
+    """While a computer sleeps, timers stand still and the clock goes on."""
+    issuer.now += 2 * IDLE
+    sliding.page.clock.set_system_time(issuer.now)
+    assert sliding.events == ["login"]
+    sliding.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    sliding.wait_for("login", "expired")
+
+
+def test_a_request_after_sleep_is_not_sent(sliding: App, issuer: Issuer) -> None:
+    issuer.now += 2 * IDLE
+    sliding.page.clock.set_system_time(issuer.now)
+    assert sliding.run(FETCH, f"{issuer.url}/data")["code"] == "logged_out"
+    assert (sliding.events, issuer.count("GET", "/data")) == (["login", "expired"], 0)
+
+
+def test_many_requests_share_one_renewal(sliding: App, issuer: Issuer) -> None:
+    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40
+    assert issuer.count("POST", "/api/token/renew") == 0
+    advance(sliding, issuer, IDLE)
+    gate = issuer.hold("POST", "/api/token/renew")
+    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40, "must not wait for the renewal"
+    gate.set()
+    end = (issuer.now + IDLE * 5 // 4) * 1000
+    sliding.page.wait_for_function("(end) => auth.expiresAt.getTime() === end", arg=end)
+    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40
+    assert issuer.count("POST", "/api/token/renew") == 1
+    assert sliding.events == ["login"]
+
+
+def test_a_login_in_use_lives_until_its_absolute_end(sliding: App, issuer: Issuer) -> None:
+    latest = issuer.now + issuer.max_ttl
+    for renewals in range(1, 12):
+        advance(sliding, issuer, IDLE - 60)
+        assert sliding.run(FETCH, f"{issuer.url}/data")[0] == 200
+        end = min(issuer.now + IDLE * 5 // 4, latest) * 1000
+        sliding.page.wait_for_function("(end) => auth.expiresAt.getTime() === end", arg=end)
+        assert issuer.count("POST", "/api/token/renew") == renewals
+    advance(sliding, issuer, latest - issuer.now - 60)
+    assert sliding.run(FETCH, f"{issuer.url}/data")[0] == 200
+    advance(sliding, issuer, 60)
+    sliding.wait_for("login", "expired")
+    assert issuer.count("POST", "/api/token/renew") == 11, "cannot be renewed beyond its absolute end"
+
+
+def test_a_fixed_lifetime_is_asked_for_once(sliding: App, issuer: Issuer) -> None:
+    issuer.answer("POST", "/api/token/renew", 409, '{"error":"not_renewable","error_description":"Fixed."}')
+    advance(sliding, issuer, IDLE)
+    with sliding.page.expect_response("**/api/token?touch=0"):
+        assert sliding.run(FETCH, f"{issuer.url}/data")[0] == 200
+    for _ in range(3):
+        advance(sliding, issuer, 60)
+        assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40
+    assert issuer.count("POST", "/api/token/renew") == 1
+    advance(sliding, issuer, IDLE)
+    sliding.wait_for("login", "expired")
+
+
+@pytest.mark.parametrize("status", [404, 500, 503])
+def test_a_failed_renewal_stops_no_request(sliding: App, issuer: Issuer, status: int) -> None:
+    issuer.answer("POST", "/api/token/renew", status, "no")
+    advance(sliding, issuer, IDLE)
+    for count in (1, 2):
+        with sliding.page.expect_response("**/renew"):
+            assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40
+        assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40
+        assert issuer.count("POST", "/api/token/renew") == count
+        advance(sliding, issuer, 11)
+    del issuer.answers["POST", "/api/token/renew"]
+    with sliding.page.expect_response("**/renew"):
+        assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 40
+    assert (issuer.count("POST", "/api/token/renew"), sliding.events) == (3, ["login"])
+
+
+def test_a_renewal_that_is_refused_ends_the_login(sliding: App, issuer: Issuer) -> None:
+    issuer.answer("POST", "/api/token/renew", 401, "{}")
+    advance(sliding, issuer, IDLE)
+    assert sliding.run(FETCH, f"{issuer.url}/data")[0] == 200
+    sliding.wait_for("login", "revoked")
+
+
+def test_a_token_that_was_used_elsewhere_lives_on(sliding: App, issuer: Issuer) -> None:
+    """The page hears of it when the end that it knows is reached."""
+    issuer.now += IDLE
+    issuer.use(f"{0:064}")
+    issuer.now += IDLE
+    end = issuer.tokens[f"{0:064}"][0] * 1000
+    sliding.page.clock.fast_forward(2 * IDLE * 1000)
+    sliding.page.wait_for_function("(end) => auth.expiresAt?.getTime() === end", arg=end)
+    assert sliding.run(FETCH, f"{issuer.url}/data")[0] == 200
+    assert sliding.events == ["login"]
+
+
+@pytest.mark.parametrize("off", [-365 * 86400, -3600, 3600, 365 * 86400])
+def test_a_wrong_clock_ends_no_login(open_app: Opener, issuer: Issuer, off: int) -> None:
+    app = open_app(url=issuer.url)
+    app.page.clock.set_system_time(issuer.now + off)
+    assert app.run(LOG_IN, "ann") is None
+    for _ in range(5):
+        advance(app, issuer, 31)
+        assert app.run(FETCH, f"{issuer.url}/data")[0] == 200
+    assert app.events == ["login"]
+    issuer.tokens.clear()
+    assert app.run(FETCH, f"{issuer.url}/data")[0] == 401
+    assert app.events[0] == "login"
+    assert app.events[1:] in (["revoked"], ["expired"])
+
+
+def test_memory_forgets_at_a_reload(ann: App, sites: Sites) -> None:
+    assert ann.run("() => [sessionStorage.length, localStorage.length, document.cookie]") == [0, 0, ""]
+    ann.open(sites.listed["by_address"])
+    assert ann.run("() => auth.loggedIn") is False
+
+
+def test_session_storage_keeps_over_a_reload(open_app: Opener, server: Server, sites: Sites) -> None:
+    app = open_app(storage="session")
+    app.run(LOG_IN, "ann")
+    app.open(sites.listed["by_address"], storage="session")
+    assert app.run("() => [auth.loggedIn, auth.username, localStorage.length]") == [True, "ann", 0]
+    assert app.run(FETCH, f"{server.url}/api/me")[0] == 200
+    assert app.run(LOG_OUT) is None
+    assert app.run("() => sessionStorage.length") == 0
+    app.open(sites.listed["by_address"], storage="session")
+    assert app.run("() => auth.loggedIn") is False
+
+
+@pytest.mark.parametrize("stored", ["", "{", "null", "7", '"x"', "{}", '{"expiresAt": 1}'])
+def test_nonsense_in_the_storage_is_no_login(open_app: Opener, server: Server, sites: Sites, stored: str) -> None:
+    app = open_app()
+    app.run("(key, value) => sessionStorage.setItem(key, value)", f"tokenauth {server.url}/", stored)
+    app.open(sites.listed["by_address"], storage="session")
+    assert app.run("() => [auth.loggedIn, sessionStorage.length]") == [False, 0]
+
+
+def test_a_sandboxed_page_keeps_the_login_in_memory(open_app: Opener, issuer: Issuer, sites: Sites) -> None:
+    """Its storage throws, and its origin is null."""
+    app = open_app()
+    app.page.goto(f"{sites.listed['by_address']}/framed")
+    frame = app.page.main_frame.child_frames[0]
+    frame.evaluate(_OPEN, [app.module, {"url": issuer.url, "storage": "session"}])
+    assert frame.evaluate("auth.login('ann', 'x').then(() => auth.loggedIn)") is True
+
+
+def test_a_logout_ends_the_other_tabs_of_the_user(open_app: Opener, client: httpx.Client) -> None:
+    one, other, third = (open_app(storage=storage) for storage in ("memory", "session", "memory"))
+    for app, name in ((one, "ann"), (other, "ann"), (third, "bob")):
+        app.run(LOG_IN, name)
+    token = token_of(other)
+    with other.page.expect_response(lambda answer: answer.request.method == "DELETE" and answer.ok):
+        assert one.run(LOG_OUT) is None
+    other.wait_for("login", "other_tab")
+    assert not probe(client, token)
+    assert other.run("() => sessionStorage.length") == 0
+    assert one.events == ["login", "logout"]
+    assert (third.run("() => auth.username"), third.events) == ("bob", ["login"])
+
+
+def test_a_closed_object_does_nothing_more(ann: App, server: Server, clock: HandClock) -> None:
+    assert ann.run("() => auth.close()") is None
+    clock.advance(24 * 3600)
+    ann.page.clock.fast_forward(24 * 3600 * 1000)
+    ann.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    assert (ann.run("() => auth.loggedIn"), ann.events) == (True, ["login"])
+
+
+def test_the_token_is_not_a_property(ann: App) -> None:
+    code = """() => [JSON.stringify(auth), String(auth), Object.keys(auth).join(), JSON.stringify({ ...auth })]"""
+    token = token_of(ann)
+    assert token not in "".join(ann.run(code))
+    assert ann.run("() => Object.keys(auth)") == ["fetch"]
+
+
+def test_a_throwing_listener_stops_nothing(app: App) -> None:
+    app.run("() => auth.addEventListener('login', () => { throw new Error('mine'); })")
+    assert app.run(LOG_IN, "ann") is None
+    assert app.run(LOG_OUT) is None
+    assert app.events == ["login", "logout"]
+    assert app.page.evaluate("rejected.splice(0)") == ["Uncaught Error: mine"]
+
+
+def shown_page() -> str:
+    """Return the page of docs/javascript.md."""
+    (page,) = re.findall(r"^```html\n(.*?)^```$", (ROOT / "docs/javascript.md").read_text(), re.MULTILINE | re.DOTALL)
+    return str(page)
+
+
+@pytest.fixture
+def documented(tabs: BrowserContext, sites: Sites, server: Server, clock: HandClock) -> Iterator[Page]:
+    """Open the page of docs/javascript.md as it is, with the URL of this service."""
+    before = sites.one.page
+    sites.one.page = shown_page().replace("http://localhost:8000", server.url)
+    tabs.clock.install(time=clock())
+    page = tabs.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(error.message))
+    page.goto(sites.listed["by_address"])
+    yield page
+    sites.one.page = before
+    assert problems == []
+
+
+def enter(page: Page, password: str) -> None:
+    page.get_by_label("Name").fill("ann")
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button", name="Log in").click()
+
+
+def test_the_documented_page_works(documented: Page, client: httpx.Client, clock: HandClock) -> None:
+    page, alert = documented, documented.get_by_role("alert")
+    enter(page, "wrong")
+    expect(alert).to_have_text("Wrong user name or password.")
+    enter(page, "ann-secret")
+    expect(page.locator("main")).to_contain_text("ann")
+    expect(page.locator("pre")).to_contain_text('"scopes":["read","write"]')
+    expect(page.locator("form")).to_be_hidden()
+    page.reload()
+    expect(page.locator("pre")).to_contain_text('"username":"ann"')
+    page.get_by_role("button", name="Log out").click()
+    expect(page.locator("form")).to_be_visible()
+    expect(page.locator("pre")).to_have_text("")
+    enter(page, "ann-secret")
+    expect(page.locator("main")).to_be_visible()
+    clock.advance(24 * 3600)
+    page.clock.fast_forward(24 * 3600 * 1000)
+    expect(alert).to_have_text("Your login has expired.")
+    expect(page.locator("main")).to_be_hidden()
