@@ -1,0 +1,159 @@
+"""15. No foreign page can act: nothing changes through any route, whatever cookies the browser sends along."""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.browsing import Visitor, hidden
+from tests.support.servers import log_in, probe, write_config
+from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
+from tokenauth.models import public_id
+from tokenauth.service import create_service
+from tokenauth.settings import loader
+from tokenauth.values import digest
+from tokenauth.web.app import find_routes
+
+SETTINGS = (
+    '[browser]\nurl = "http://localhost:8000"\nreturn_to = ["http://localhost:8080"]\n'
+    '[oauth]\nissuer = "http://localhost:8000"\n' + with_dialects(**ALL_DIALECTS)
+)
+EVIL = "https://evil.example"
+
+PAGES: Mapping[str, Mapping[str, str]] = {
+    "a foreign page": {"Origin": EVIL, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    "a foreign page, old browser": {"Origin": EVIL},
+    "a sandboxed frame": {"Origin": "null", "Sec-Fetch-Site": "cross-site"},
+    "a sibling": {"Origin": "http://sibling.localhost:8000", "Sec-Fetch-Site": "same-site"},
+}
+
+LINK = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+"""What browsers send with a link or an image, which are a GET. With a POST they always send Origin."""
+
+FIELDS = {
+    "username": "bob",
+    "password": "bob-secret",
+    "client_id": "bob",
+    "client_secret": "bob-secret",
+    "grant_type": "client_credentials",
+    "csrf": "AAAAAAAAAAAAAAAAAAAAAA",
+    "rd": "http://localhost:8080/",
+    "name": "planted",
+    "holder": "evil",
+    "count": "1",
+}
+
+BODIES: Mapping[str, tuple[str | None, bytes]] = {
+    "a form": ("application/x-www-form-urlencoded", str(httpx.QueryParams(FIELDS)).encode()),
+    "text": ("text/plain", json.dumps(FIELDS).encode()),
+    "a file": ("multipart/form-data; boundary=x", b"--x--"),
+    "no type": (None, json.dumps(FIELDS).encode()),
+    "nothing": (None, b""),
+}
+
+
+def operations() -> Sequence[tuple[str, str]]:
+    """List methods and paths from the table of routes."""
+    settings = loader.parse(SETTINGS, {})
+    return [
+        (method, route.path)
+        for route in find_routes(create_service(settings))
+        for method in dict.fromkeys(["GET", "POST", *route.handlers])
+    ]
+
+
+OPERATIONS = operations()
+
+
+@pytest.fixture(scope="module")
+def config_file(directory: Path) -> Path:
+    return write_config(directory, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def victim(client: httpx.Client) -> Iterator[Visitor]:
+    """Return a browser that is logged in as the administrator."""
+    visitor = Visitor(client)
+    assert visitor.log_in("admin", "admin").status_code == 303
+    token = visitor.cookies["tokenauth"]
+    yield visitor
+    assert probe(client, token), "the login of the victim lives on"
+
+
+def state(directory: Path) -> list[list[tuple[object, ...]]]:
+    """Return what a request can change: tokens, revocations, leases, failed logins."""
+    with closing(sqlite3.connect(directory / "tokenauth.db")) as database:
+        return [
+            database.execute(query).fetchall()
+            for query in (
+                "SELECT digest FROM tokens ORDER BY 1",
+                "SELECT count(*) FROM revocations",
+                "SELECT pool, value, holder, fence FROM pool_tokens ORDER BY 1, 2",
+                "SELECT * FROM failures ORDER BY 1",
+            )
+        ]
+
+
+def fill(path: str, token: str) -> str:
+    """Return the path of a route with parameters that exist."""
+    found = digest(token.encode())
+    assert found is not None
+    for name, value in {"id": public_id(found), "pool": "uuids", "name": "uuids", "file": "start.js"}.items():
+        path = path.replace(f"{{{name}}}", value)
+    return path.replace("{value}", "x").replace("{token}", "x")
+
+
+@pytest.mark.parametrize("with_cookie", [True, False], ids=["with the cookie", "without"])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda part: part)
+def test_no_route_lets_a_foreign_page_act(
+    client: httpx.Client, victim: Visitor, directory: Path, method: str, path: str, with_cookie: bool
+) -> None:
+    before = state(directory)
+    address = fill(path, victim.cookies["tokenauth"])
+    assert "{" not in address
+    cookie = {"Cookie": "; ".join(f"{name}={value}" for name, value in victim.cookies.items())} if with_cookie else {}
+    for page in [*PAGES.values(), *([LINK] if method == "GET" else [])]:
+        for kind, body in BODIES.values():
+            headers = {**page, **cookie, **({"Content-Type": kind} if kind else {})}
+            status = client.request(method, address, content=body, headers=headers).status_code
+            client.cookies.clear()
+            assert status < 500
+    assert state(directory) == before
+
+
+COOKIE_PAGES = {"/", "/login", "/logout"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [(method, path) for method, path in OPERATIONS if path not in COOKIE_PAGES],
+    ids=lambda part: part,
+)
+def test_the_api_never_reads_the_cookie(client: httpx.Client, victim: Visitor, method: str, path: str) -> None:
+    """Only the pages do, and /auth where the configuration of the proxy says so."""
+    token = victim.cookies["tokenauth"]
+    address = fill(path, token)
+    names = ("tokenauth", "__Host-tokenauth", "__Secure-tokenauth", "token", "X-Token")
+    cookie = "; ".join(f"{name}={token}" for name in names)
+    without = client.request(method, address)
+    answer = client.request(method, address, headers={"Cookie": cookie})
+    assert answer.status_code == without.status_code
+    assert "set-cookie" not in answer.headers
+    if path.startswith("/api/"):
+        assert answer.content == without.content
+
+
+def test_a_form_of_the_login_page_does_change_something(client: httpx.Client, directory: Path) -> None:
+    """The comparison would notice it."""
+    visitor, before = Visitor(client), state(directory)
+    page = visitor.get("/login").text
+    form = {"username": "bob", "password": "bob-secret", "csrf": hidden(page, "csrf")}
+    assert visitor.post("/login", form).status_code == 303
+    after = state(directory)
+    assert after != before
+    log_in(client, "bob", "bob-secret")
+    assert state(directory) != after
