@@ -56,12 +56,13 @@ class Forbidden(Refusal):
 
 
 class InsufficientScope(Refusal):
-    """The token is valid, and its user lacks a scope."""
+    """The token is valid, and its user lacks a scope. Without `scopes`, the error does not say which."""
 
     code = "insufficient_scope"
 
-    def __init__(self, *scopes: str) -> None:
-        super().__init__(f"This needs {'the scope' if len(scopes) == 1 else 'all scopes of'} {' '.join(scopes)!r}.")
+    def __init__(self, *scopes: str, description: str | None = None) -> None:
+        needed = f"This needs {'the scope' if len(scopes) == 1 else 'all scopes of'} {' '.join(scopes)!r}."
+        super().__init__(description or needed)
         self.scope = " ".join(scopes)
 
 
@@ -77,6 +78,33 @@ class UnknownToken(Refusal):
 
     code = "not_found"
     description = "The pool has no such token."
+
+
+class LoginNeeded(Forbidden):
+    """A named token, or one that is limited to some scopes, asks for a new token."""
+
+    description = "A named token, or one with only some of your scopes, makes no tokens. Log in."
+
+
+class NameTaken(Refusal):
+    """The user has a live named token of this name."""
+
+    code = "name_taken"
+    description = "You have a token of this name. Choose another name, or rotate that token."
+
+
+class TooManyTokens(Refusal):
+    """The user has as many named tokens as they may have. None was ended."""
+
+    code = "too_many_tokens"
+    description = "You have too many named tokens. End one that you no longer need."
+
+
+class AlreadyRotated(Refusal):
+    """A newer token has the same name."""
+
+    code = "already_rotated"
+    description = "The token was rotated already. Rotate the newest token of its name, or end it."
 
 
 class PoolFull(Refusal):

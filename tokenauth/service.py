@@ -13,6 +13,7 @@ from tokenauth.errors import RetryLater
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
 from tokenauth.models import Instant, User
+from tokenauth.named_tokens import NamedTokens
 from tokenauth.passwords import Passwords
 from tokenauth.pools import Pools
 from tokenauth.settings.model import Settings
@@ -33,6 +34,7 @@ class Service(NamedTuple):
     throttle: Throttle
     credentials: Credentials
     tokens: Tokens
+    named_tokens: NamedTokens
     pools: Pools
 
     @asynccontextmanager
@@ -99,5 +101,8 @@ def create_service(
     throttle = Throttle(settings.throttle, settings.server.workers, store, monotonic_clock, queue)
     credentials = Credentials(users, passwords, throttle, monotonic_clock)
     tokens = Tokens(settings.tokens, users, store, credentials, monotonic_clock)
+    named_tokens = NamedTokens(settings.tokens, users, store, tokens, monotonic_clock)
     pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
-    return Service(settings, users, monotonic_clock, store, passwords, throttle, credentials, tokens, pools)
+    return Service(
+        settings, users, monotonic_clock, store, passwords, throttle, credentials, tokens, named_tokens, pools
+    )

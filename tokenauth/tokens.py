@@ -10,7 +10,7 @@ from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Identity, IssuedToken, Login, Token, User
+from tokenauth.models import Identity, IssuedToken, Kind, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
@@ -110,7 +110,9 @@ class Tokens:
         if self.revocations.active and self.revocations.refuses(digest):
             return None
         user = self._users.get(token.username)
-        return token if user is not None and user.credential == token.credential else None
+        if user is not None and (user.credential == token.credential or token.credential in user.credentials):
+            return token
+        return None
 
     async def identify(self, value: bytes) -> Login | None:
         """Return the user and the token if it is valid. Raises StoreUnavailable if it cannot be checked now."""
@@ -182,22 +184,22 @@ class Tokens:
         if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
-    async def revoke_all(self, username: str | None, keep: Token | None = None) -> int:
-        """Revoke all tokens of a user, except `keep`. Return their number."""
-        count = await self._store.tokens.revoke_all(username, self._clock(), keep.digest if keep else None)
+    async def revoke_all(self, username: str | None, keep: Token | None = None, kind: Kind | None = None) -> int:
+        """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number."""
+        count = await self._store.tokens.revoke_all(username, self._clock(), keep.digest if keep else None, kind)
         whose = "(all)" if username is None else username if username in self._users else "(unknown)"
-        log.info("tokens_revoked", user=whose, count=count)
+        log.info("tokens_revoked", user=whose, kind=kind or "all", count=count)
         return count
 
     async def list_live(self, username: str | None) -> Sequence[Token]:
         """List the valid tokens of a user, newest first, at most LIST_LIMIT."""
         listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
-        return [
-            token
-            for token in listed
-            if self._status(token) == "valid"
-            and not (self.revocations.active and self.revocations.refuses(token.digest))
-        ]
+        return [token for token in listed if self.accepts(token)]
+
+    def accepts(self, token: Token) -> bool:
+        """Return whether a token of the store that has not expired is valid."""
+        revoked = self.revocations.active and self.revocations.refuses(token.digest)
+        return self.status(token) == "valid" and not revoked
 
     async def ready(self) -> str | None:
         """Return why no token can be accepted, or None."""
@@ -210,13 +212,14 @@ class Tokens:
         server that has not reloaded the configuration may still accept it.
         """
         listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
-        return [(token, self._status(token)) for token in listed]
+        return [(token, self.status(token)) for token in listed]
 
-    def _status(self, token: Token) -> str:
+    def status(self, token: Token) -> str:
+        """Return "valid", or why this configuration refuses a token: "user_removed" or "password_changed"."""
         user = self._users.get(token.username)
         if user is None:
             return "user_removed"
-        return "valid" if user.credential == token.credential else "password_changed"
+        return "valid" if token.credential in user.credentials else "password_changed"
 
     async def close(self) -> None:
         """Write the revocations held in memory, if that is possible soon."""

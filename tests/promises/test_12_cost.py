@@ -17,6 +17,7 @@ from tokenauth.models import CountUpdate, Token, public_id
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes.clock import AcquireDuty, SaveTime, write_clock
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
+from tokenauth.stores.changes.named_tokens import IssueNamed, Rotate
 from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.reader import Reader
@@ -54,9 +55,14 @@ def log(path: Path, numbers: range, at: float) -> None:
 
 
 def build(path: Path, count: int) -> Opened:
-    """Create a database with `count` tokens, revocations and failed logins. A tenth of each is old."""
+    """Create a database with `count` tokens, revocations and failed logins. A tenth of each is old.
+
+    One user in 20 has named tokens.
+    """
     database = Direct(str(path))
     fill(path, count, count // EACH, START - 1, lambda number: int(START) + (-1 if number % 100 < EACH else 86400))
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE tokens SET name = 'job ' || (number - 1) WHERE substr(username, 5) % 20 = 15")
     for numbers, at in ((range(count // 10), START - 1000), (range(count // 10, count), START)):
         log(path, numbers, at)
     reader = Reader(str(path), lambda _: None)
@@ -76,8 +82,18 @@ def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
 
 CHANGES: Sequence[Change[Any]] = [
     Issue(Token.new(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, now=START),
+    IssueNamed(Token.new(b"m" * 32, "user17", "c", START, int(START) + 86400, name="nightly"), ["c"], 50, now=START),
+    Rotate(
+        digest(15),
+        Token.new(b"r" * 32, "user15", "c", START, int(START) + 86400, name="job 15"),
+        ["c"],
+        int(START) + 60,
+        now=START,
+    ),
     Revoke(digest(13), now=START),
     RevokeAll("user18", None, 100, now=START),
+    RevokeAll("user18", None, 100, "login", now=START),
+    RevokeAll("user15", None, 100, "named", now=START),
     PurgeTokens(5, now=START),
     PurgeFailures(START - 1, 5),
     PurgeRevocations(START - 1, 5),
@@ -92,7 +108,8 @@ CHANGES: Sequence[Change[Any]] = [
 
 
 def kind(change: Change[Any]) -> str:
-    return type(change).__name__
+    of = f" of kind {change.kind}" if isinstance(change, RevokeAll) else ""
+    return f"{type(change).__name__}{of}"
 
 
 async def on_loop(found: object) -> object:

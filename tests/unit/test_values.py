@@ -1,13 +1,16 @@
 """Token values: their form and their randomness, and how they are found in text."""
 
+import re
+import string
 from collections import Counter
 from hashlib import sha256
+from zlib import crc32
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenauth.values import ALPHABET, LENGTH, digest, find_values, new_value
+from tokenauth.values import ALPHABET, LENGTH, digest, find_values, new_named_value, new_value
 
 VALUE = b"aB3" * 21 + b"z"
 
@@ -15,6 +18,17 @@ VALUE = b"aB3" * 21 + b"z"
 @pytest.fixture(scope="module")
 def values() -> list[str]:
     return [new_value() for _ in range(100_000)]
+
+
+def test_a_named_value_ends_with_a_checksum_of_the_rest() -> None:
+    made = {new_named_value() for _ in range(1000)}
+    assert len(made) == 1000
+    for value in made:
+        assert re.fullmatch("tkn[A-Za-z0-9]{61}", value)
+        number = 0
+        for letter in value[58:]:
+            number = number * 62 + (string.digits + string.ascii_uppercase + string.ascii_lowercase).index(letter)
+        assert number == crc32(value[:58].encode())
 
 
 def test_the_alphabet_is_ascii_letters_and_digits() -> None:

@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
+from tokenauth.settings import durations
 from tokenauth.settings.fields import SettingError, Table
 from tokenauth.settings.model import ServerSettings, Settings
 
@@ -161,7 +162,7 @@ class _Field(NamedTuple):
         if self.option("duration"):
             assert self.meta.ge is not None
             assert self.meta.le is not None
-            bounds = f"from {_in_units(self.meta.ge)} to {_in_units(self.meta.le)}"
+            bounds = f"from {durations.in_units(self.meta.ge)} to {durations.in_units(self.meta.le)}"
             return f"a duration {bounds}, such as '24h', '5m', '30s' or a number of seconds"
         bounds = "" if self.meta.ge is None else f" from {self.meta.ge} to {self.meta.le}"
         return f"{_TYPES[self.kind]}{bounds}"
@@ -269,20 +270,10 @@ def _type_of(value: object) -> str:
     return next(name for kind, name in _TYPES.items() if isinstance(value, kind))
 
 
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "": 1}
-
-
 def _seconds(value: object) -> object:
     """Return the seconds of a duration such as "24h". Return anything else unchanged."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", value)):
-        return float(match[1]) * _UNITS[match[2]]
-    return value
-
-
-def _in_units(seconds: float) -> str:
-    """Write a duration as the file does."""
-    unit, size = next((unit, size) for unit, size in _UNITS.items() if seconds % size == 0)
-    return f"{seconds / size:.15g}{unit}"
+    seconds = durations.parse(value) if isinstance(value, str) else None
+    return value if seconds is None else seconds
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")

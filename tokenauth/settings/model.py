@@ -87,11 +87,22 @@ class DatabaseSettings(Table, frozen=True):
 
 
 class TokenSettings(Table, frozen=True):
-    """How long login tokens live, and how many there can be."""
+    """How long tokens live, and how many there can be."""
 
     ttl: Annotated[float, duration()] = 24 * 3600
     per_user: Annotated[int, between(0, 1_000_000)] = 100
+    named_ttl: Annotated[float, duration()] = 90 * 86400
+    max_named_ttl: Annotated[float, duration()] = 365 * 86400
+    named_per_user: Annotated[int, between(1, 1000)] = 50
+    named_tokens_end_with_password: bool = True
     cache_size: Annotated[int, between(1, 100_000_000)] = 100_000
+
+    def __post_init__(self) -> None:
+        if self.named_ttl > self.max_named_ttl:
+            raise SettingError(
+                "named_ttl",
+                f"must not be more than max_named_ttl: {self.named_ttl:g} s is more than {self.max_named_ttl:g} s",
+            )
 
 
 class PasswordSettings(Table, frozen=True):
@@ -359,8 +370,11 @@ class Settings(Table, frozen=True, dict=True):
     @cached_property
     def users_by_name(self) -> Mapping[str, User]:
         """The users by canonical name."""
+        ends = self.tokens.named_tokens_end_with_password
         return {
-            name: User(name, user.password, user.scopes) for user in self.users for name in [canonical(user.username)]
+            name: User(name, user.password, user.scopes, ends)
+            for user in self.users
+            for name in [canonical(user.username)]
         }
 
 

@@ -7,11 +7,12 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Float, bindparam, select
 
 from tokenauth.clock import Clock
+from tokenauth.errors import Refusal
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -19,6 +20,7 @@ from tokenauth.models import (
     CountUpdate,
     Failures,
     Instant,
+    Kind,
     LeaseChange,
     LeaseCheck,
     LeaseCursor,
@@ -31,6 +33,7 @@ from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes.clock import AcquireDuty, SaveTime
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
+from tokenauth.stores.changes.named_tokens import IssueNamed, Rotate
 from tokenauth.stores.changes.pools import (
     Assign,
     Delete,
@@ -76,6 +79,26 @@ class TokenStore:
         """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit."""
         self._engine.feed.add(await self._engine.apply(Issue(token, per_user, now=now)))
 
+    async def issue_named(self, token: Token, credentials: Collection[str], limit: int, now: Instant) -> Refusal | None:
+        """Store a named token, unless its user has a live one of the same name, or `limit` names.
+
+        Returns why it was not stored: NameTaken or TooManyTokens. A token with none of `credentials` is not live.
+        """
+        return await self._engine.apply(IssueNamed(token, credentials, limit, now=now))
+
+    async def rotate(
+        self, digest: bytes, successor: Token, credentials: Collection[str], ends_at: int, now: Instant
+    ) -> Refusal | None:
+        """Store the successor of a live named token, and end that token at `ends_at`, unless it ends before.
+
+        Returns why nothing was changed: UnknownToken, AlreadyRotated if it has a successor, or TooManyTokens if too
+        many rotated tokens of its name are live. An `ends_at` that is not after `now` revokes it.
+        After this returns, no `get` of any process returns the token with a later end.
+        """
+        refusal = await self._engine.apply(Rotate(digest, successor, credentials, ends_at, now=now))
+        self._engine.feed.add((digest,))
+        return refusal
+
     async def get(self, digest: bytes) -> Token | None:
         """Return the token with this digest, live or expired, unless it was revoked."""
         return self._cache.cached(digest) or await self._cache.look_up(digest)
@@ -97,12 +120,17 @@ class TokenStore:
         self._engine.feed.add((digest,))  # also if another process revoked it, and its notification has not arrived
         return existed
 
-    async def revoke_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
-        """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many."""
+    async def revoke_all(
+        self, username: str | None, now: Instant, keep: bytes | None = None, kind: Kind | None = None
+    ) -> int:
+        """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many.
+
+        `kind`: only tokens of this kind.
+        """
         total, revoked = 0, _STEP
         try:
             while revoked == _STEP:  # in steps, between which others write
-                revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, now=now))
+                revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now))
                 total += revoked
         finally:
             self._engine.feed.invalidate()

@@ -11,11 +11,14 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from tokenauth.errors import (
+    AlreadyRotated,
     Forbidden,
     InsufficientScope,
     InvalidRequest,
     InvalidToken,
     LeaseLost,
+    LoginNeeded,
+    NameTaken,
     NoFreeToken,
     NotYourLease,
     Overloaded,
@@ -24,6 +27,7 @@ from tokenauth.errors import (
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
+    TooManyTokens,
     UnknownPool,
     UnknownToken,
 )
@@ -100,12 +104,14 @@ FIELDS: Mapping[str, str] = {
     "lease_expiry_time": "When the lease ends, in Unix seconds.",
     "leased": "The number of leased tokens.",
     "name": "The name of the token. Null: it is a login.",
+    "overlap": "How long the old token stays valid. Default: 0.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
     "revoked": "The number of tokens that were revoked.",
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do, and what a token is limited to. Null: it is not limited.",
     "token": "The value of the token.",
     "token_type_hint": "Ignored.",
+    "ttl": "How long the token lives. Default: `tokens.named_ttl`.",
     "user": "The user who holds the lease.",
     "username": "The name of the user.",
     "user_agent": "The User-Agent header of the login.",
@@ -197,9 +203,20 @@ _USER = Parameter(
     Annotated[str, schema_only(pattern=NO_NUL)],
 )
 
+_NAMED_VALUE = "tknV7cQ2mZ9xLr4Ts8YbKf1WnGd6HpJe3AuRo5XiBvMt0EzDqCyNlPk2P1aBx0Zc"
+_ROTATED_VALUE = "tkn4BhYs7GqLw2ZxRj9TcVm5NfKd1PaEu8XoIi3CeQt6DzMkWrJyHlUv0n3vTq8Y"
+_NAMED_ID, _ROTATED_ID = "8b1f6de0c4a25973f8e0d2b6", "c07d93ab5e61f48a2b7c9d10"
+
+
+def _named(value: str, id: str) -> Mapping[str, object]:
+    expiry_time = _ISSUED_AT + 30 * 86400
+    return {"token": value, "id": id, "name": "nightly", "scopes": ["admin"], "expiry_time": expiry_time}
+
+
 MY_TOKENS = Section(
     name="My tokens",
-    text="Who am I, where am I logged in? End one login or all.",
+    text="Who am I, where am I logged in? End one login or all. Make tokens for programs, which have a name, their own"
+    " scopes and their own lifetime.",
     operations=[
         guarded(operation)
         for operation in (
@@ -259,13 +276,42 @@ MY_TOKENS = Section(
                 refusals=[InsufficientScope],
             ),
             Operation(
+                method="POST",
+                path="/api/tokens",
+                id="issueNamedToken",
+                title="Make a token for a program",
+                text="Returns a named token. It is shown only now. It has those of `scopes` that the user has whenever"
+                " it is used; without `scopes`, all that the user has. Without `ttl`, it lives as long as"
+                " `tokens.named_ttl` says. The request needs the token of a login.",
+                body=account.IssueNamedRequest,
+                example={"name": "nightly", "scopes": ["admin"], "ttl": "30d"},
+                answers=[Answer(201, "The new token.", account.NamedTokenAnswer, _named(_NAMED_VALUE, _NAMED_ID))],
+                refusals=[*JSON_BODY, LoginNeeded, InsufficientScope, NameTaken, TooManyTokens],
+            ),
+            Operation(
+                method="POST",
+                path="/api/tokens/{id}/rotate",
+                id="rotateNamedToken",
+                title="Rotate a named token",
+                text="Returns a new token with the same name, scopes and length of life. The old one ends after"
+                " `overlap`; without one, at once. The request needs the token of a login.",
+                parameters=[Parameter("id", "The `id` of the token, from the list.", str, _NAMED_ID)],
+                body=account.RotateRequest,
+                body_required=False,
+                example={"overlap": "1h"},
+                answers=[Answer(201, "The new token.", account.NamedTokenAnswer, _named(_ROTATED_VALUE, _ROTATED_ID))],
+                refusals=[*JSON_BODY, LoginNeeded, NotFound, AlreadyRotated, TooManyTokens],
+            ),
+            Operation(
                 method="DELETE",
                 path="/api/tokens",
                 id="revokeMyTokens",
                 title="Revoke all my tokens",
-                text="Ends all logins of the user. With `keep=current`, the token that is sent stays valid.",
+                text="Ends all logins of the user, or with `kind` their named tokens, or both. With `keep=current`, the"
+                " token that is sent stays valid.",
                 parameters=[
                     Parameter("keep", "Keep the token that is sent.", Literal["current"], "current"),
+                    Parameter("kind", "What to end. Default: `login`.", Literal["login", "named", "all"], "all"),
                     _USER,
                 ],
                 answers=[Answer(200, "How many were revoked.", account.RevokedAnswer, {"revoked": 3})],
@@ -276,7 +322,7 @@ MY_TOKENS = Section(
                 path="/api/tokens/{id}",
                 id="revokeMyToken",
                 title="Revoke one of my tokens",
-                text="Ends one login, for example that of a lost device.",
+                text="Ends one login, for example that of a lost device, or one named token.",
                 parameters=[Parameter("id", "The `id` of the token, from the list.", str, _ID), _USER],
                 answers=[Answer(204, "The token is revoked.")],
                 refusals=[InsufficientScope, NotFound],

@@ -109,7 +109,7 @@ def find_routes(service: Service) -> list[Route]:
     csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [
-        *AccountRoutes(tokens).routes(with_token),
+        *AccountRoutes(tokens, service.named_tokens).routes(with_token),
         *TokenRoutes(tokens, hosts).routes(),
         Route(FORWARD_AUTH, ForwardAuth(tokens, browser_auth)),
         *pages,

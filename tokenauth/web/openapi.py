@@ -10,11 +10,14 @@ import msgspec
 
 from tokenauth import __version__
 from tokenauth.errors import (
+    AlreadyRotated,
     Forbidden,
     InsufficientScope,
     InvalidRequest,
     InvalidToken,
     LeaseLost,
+    LoginNeeded,
+    NameTaken,
     NoFreeToken,
     NotYourLease,
     Overloaded,
@@ -24,6 +27,7 @@ from tokenauth.errors import (
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
+    TooManyTokens,
     UnknownPool,
     UnknownToken,
 )
@@ -182,6 +186,10 @@ _REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
         (NotFound(), "It does not exist."),
         (UnknownPool(), "The pool does not exist."),
         (UnknownToken(), "The token is not in the pool: it was deleted, it expired, or it never existed."),
+        (LoginNeeded(), "The token that was sent is a named one, or has only some of its user's scopes."),
+        (NameTaken(), "The user has a live token of this name."),
+        (TooManyTokens(), "The user has too many named tokens. None was ended."),
+        (AlreadyRotated(), "A newer token has the same name."),
         (PoolFull(), "The pool has too little room. No token was generated."),
         (NoFreeToken(30), "No token is free. `Retry-After` says when the next lease ends."),
         (LeaseLost(), "The lease is over, or another one has replaced it. Stop using the token."),

@@ -6,6 +6,7 @@ import msgspec
 from starlette.responses import Response
 
 from tokenauth.errors import (
+    AlreadyRotated,
     ClientGone,
     Forbidden,
     InsufficientScope,
@@ -14,6 +15,8 @@ from tokenauth.errors import (
     InvalidToken,
     IssuerUnavailable,
     LeaseLost,
+    LoginNeeded,
+    NameTaken,
     NoFreeToken,
     NotYourLease,
     Overloaded,
@@ -23,6 +26,7 @@ from tokenauth.errors import (
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
+    TooManyTokens,
     UnknownPool,
     UnknownToken,
 )
@@ -58,11 +62,15 @@ STATUS: dict[type[Refusal], int] = {
     ForeignOrigin: 403,
     ForeignPage: 403,
     NotYourLease: 403,
+    LoginNeeded: 403,
     InsufficientScope: 403,
     NotFound: 404,
     UnknownPool: 404,
     UnknownToken: 404,
     MethodNotAllowed: 405,
+    NameTaken: 409,
+    TooManyTokens: 409,
+    AlreadyRotated: 409,
     PoolFull: 409,
     NoFreeToken: 409,
     LeaseLost: 409,
@@ -118,8 +126,9 @@ def refusal_response(refusal: Refusal) -> Response:
     elif isinstance(refusal, InvalidToken):
         headers = [(b"www-authenticate", b'Bearer realm="tokenauth", error="invalid_token"')]
     elif isinstance(refusal, InsufficientScope):
-        challenge = b'Bearer realm="tokenauth", error="insufficient_scope", scope="%b"'
-        headers = [(b"www-authenticate", challenge % refusal.scope.encode())]
+        challenge = b'Bearer realm="tokenauth", error="insufficient_scope"'
+        named = b', scope="%b"' % refusal.scope.encode() if refusal.scope else b""
+        headers = [(b"www-authenticate", challenge + named)]
     elif isinstance(refusal, InvalidClient):
         headers = [(b"www-authenticate", b'Basic realm="tokenauth", charset="UTF-8"')]
     elif isinstance(refusal, MethodNotAllowed):

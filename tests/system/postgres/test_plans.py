@@ -37,9 +37,10 @@ MOST = 5 * FEW
 _KEEP = "ALTER TABLE {} SET (autovacuum_enabled = off)"
 _FILL = [
     """
-    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
+    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent, name)
     SELECT sha256(n::text::bytea), 'user' || n % ({many} / {each}), 'c', {start} - 1,
-        {start} + CASE WHEN n % 100 < {each} THEN -1 ELSE 86400 END, '', ''
+        {start} + CASE WHEN n % 100 < {each} THEN -1 ELSE 86400 END, '', '',
+        CASE WHEN n % ({many} / {each}) % 20 = 15 THEN 'job ' || n END
     FROM generate_series(0, {many} - 1) AS n
     """,
     """

@@ -20,6 +20,7 @@ from tests.wire.openapi.checked_client import (
 )
 from tests.wire.openapi.conformance import Documented, Operation
 from tokenauth.errors import (
+    AlreadyRotated,
     ClientGone,
     Forbidden,
     InsufficientScope,
@@ -28,6 +29,8 @@ from tokenauth.errors import (
     InvalidToken,
     IssuerUnavailable,
     LeaseLost,
+    LoginNeeded,
+    NameTaken,
     NoFreeToken,
     NotYourLease,
     Overloaded,
@@ -36,6 +39,7 @@ from tokenauth.errors import (
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
+    TooManyTokens,
     UnknownPool,
     UnknownToken,
 )
@@ -63,6 +67,9 @@ REFUSED: dict[type[Refusal], list[Call]] = {
         Call("GET", f"/api/token?token={'x' * 9000}"),
         Call("GET", "/api/tokens?user=ann&user=bob", "admin"),
         Call("DELETE", "/api/tokens?keep=all", "ann"),
+        Call("DELETE", "/api/tokens?kind=none", "ann"),
+        Call("POST", "/api/tokens", "ann", {"json": {"name": "x", "ttl": "366d"}}),
+        Call("POST", "/api/tokens/x/rotate", "ann", {"json": {"overlap": "soon"}}),
         Call("GET", "/api/pools/uuids?limit=0", "ann"),
         Call("GET", f"/api/pools/uuids?after={'x' * 9000}", "ann"),
         Call("POST", LEASES, "ann", {"json": {"holder": "\n"}}),
@@ -96,6 +103,7 @@ REFUSED: dict[type[Refusal], list[Call]] = {
         Call("GET", "/api/tokens?user=ann", "bob"),
         Call("DELETE", "/api/tokens?user=ann", "bob"),
         Call("DELETE", "/api/tokens/x?user=ann", "bob"),
+        Call("POST", "/api/tokens", "bob", {"json": {"name": "x", "scopes": ["admin"]}}),
         Call("POST", "/oauth/introspect", "", client_form(token="x")),
         *(
             Call(method, f"/api/pools/restricted{path}", "bob")
@@ -117,6 +125,7 @@ REFUSED: dict[type[Refusal], list[Call]] = {
     NotFound: [
         Call("GET", "/.well-known/oauth-authorization-server"),
         Call("DELETE", "/api/tokens/x", "ann"),
+        Call("POST", "/api/tokens/x/rotate", "ann"),
         Call("GET", "/docs/nothing.js"),
         Call("POST", "/pool/api/keep_alive/x", "ann"),
     ],
@@ -139,6 +148,10 @@ TESTED_BELOW = {
     BodyTooLarge,
     LeaseLost,
     NotYourLease,
+    LoginNeeded,
+    NameTaken,
+    TooManyTokens,
+    AlreadyRotated,
     TooManyAttempts,
     Overloaded,
     StoreUnavailable,
@@ -230,6 +243,25 @@ def test_wrong_field_types_are_refused_as_documented(api: CheckedClient, documen
 def test_a_log_out_is_always_answered_as_documented(api: CheckedClient) -> None:
     for _, _, options in UNREADABLE.values():
         assert api.send("DELETE", "/api/token", **options).status_code == 200
+
+
+def test_a_named_token_is_refused_as_documented(api: CheckedClient) -> None:
+    def post(path: str, user: str = "bob", **body: Any) -> Any:
+        return api.send("POST", f"/api/tokens{path}", user, json=body)
+
+    made = [post("", name=f"job {number}").json() for number in range(50)]
+    refused = [
+        (post("", name="job 7"), 409, "name_taken"),
+        (post("", name="another"), 409, "too_many_tokens"),
+        (post(f"/{made[0]['id']}/rotate", overlap=60), 201, None),
+        (post(f"/{made[0]['id']}/rotate"), 409, "already_rotated"),
+    ]
+    for path in ("", f"/{made[1]['id']}/rotate"):
+        answer = api.send("POST", f"/api/tokens{path}", json={"name": "x"}, headers={"X-Token": made[0]["token"]})
+        refused.append((answer, 403, "forbidden"))
+    assert [(answer.status_code, answer.json().get("error")) for answer, *_ in refused] == [
+        (status, code) for _, status, code in refused
+    ]
 
 
 def test_a_lost_lease_is_refused_as_documented(api: CheckedClient) -> None:

@@ -24,6 +24,7 @@ CHANGES = {
 """Changes to the configuration that the texts of the examples mention."""
 
 PREREQUISITES = {
+    "rotateNamedToken": "issueNamedToken",
     "revokeMyToken": "listMyTokens",
     "showPool": "assignToken",
     "deleteToken": "releaseToken",

@@ -20,6 +20,8 @@ GUARDED = [
     ("GET", "/api/tokens"),
     ("DELETE", "/api/tokens"),
     ("DELETE", f"/api/tokens/{UNKNOWN_ID}"),
+    ("POST", "/api/tokens"),
+    ("POST", f"/api/tokens/{UNKNOWN_ID}/rotate"),
     ("POST", "/api/me"),  # 405 only with a valid token
 ]
 
@@ -276,7 +278,8 @@ def test_the_guard_reads_one_token_from_the_headers(client: httpx.Client) -> Non
     ("path", "allowed", "methods"),
     [
         ("/api/me", "GET, HEAD", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]),
-        ("/api/tokens", "GET, HEAD, DELETE", ["POST", "PUT", "PATCH", "OPTIONS", "TRACE"]),
+        ("/api/tokens", "GET, HEAD, POST, DELETE", ["PUT", "PATCH", "OPTIONS", "TRACE"]),
+        (f"/api/tokens/{UNKNOWN_ID}/rotate", "POST", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]),
         (f"/api/tokens/{UNKNOWN_ID}", "DELETE", ["GET", "HEAD", "POST", "PUT", "PATCH", "OPTIONS", "TRACE"]),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Self
 
 from sqlalchemy import (
@@ -18,7 +19,7 @@ from sqlalchemy import (
     text,
 )
 
-from tokenauth.models import Instant, Token
+from tokenauth.models import Instant, Kind, Token
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest, elements
 from tokenauth.stores.tables import revocations, token_row, tokens
@@ -28,6 +29,12 @@ _MAX_REVOKED = 1000
 
 REVOCATION_LOCK = "revocations"
 """The lock of all transactions that revoke: they commit in the order of the revocations' numbers."""
+
+
+def user_lock(username: str) -> str:
+    """Return the lock of transactions that count a user's tokens. It is taken before REVOCATION_LOCK."""
+    return f"user {username}"
+
 
 _now = bindparam("now", type_=Float())
 
@@ -78,13 +85,15 @@ def _surplus() -> Select[bytes]:
 _SURPLUS = _surplus()
 
 
-def _live(of_user: bool, but_one: bool) -> Select[bytes]:
-    """Select live tokens of one user or of all, except the digest `keep` if `but_one`."""
+def _live(of_user: bool, but_one: bool, kind: Kind | None) -> Select[bytes]:
+    """Select live tokens of one user or of all, of one kind or both, except the digest `keep` if `but_one`."""
     chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now).limit(bindparam("limit"))
     if of_user:
         chosen = chosen.where(tokens.c.username == bindparam("username"))
     if but_one:
         chosen = chosen.where(tokens.c.digest != bindparam("keep"))
+    if kind is not None:
+        chosen = chosen.where(tokens.c.name.is_(None) if kind == "login" else tokens.c.name.is_not(None))
     return chosen
 
 
@@ -93,7 +102,8 @@ def _log_of(chosen: Select[bytes]) -> Insert:
     return insert(revocations).from_select(["digest", "at"], named)
 
 
-_LIVE = {(of_user, but_one): _live(of_user, but_one) for of_user in (False, True) for but_one in (False, True)}
+_KINDS: Sequence[Kind | None] = (None, "login", "named")
+_LIVE = {which: _live(*which) for which in product((False, True), (False, True), _KINDS)}
 _LOG_ALL = {which: _log_of(chosen) for which, chosen in _LIVE.items()}
 _LAST = select(func.max(revocations.c.seq))
 _DELETE_LOGGED = delete(tokens).where(
@@ -128,15 +138,14 @@ class Issue(Change[Sequence[bytes]]):
             if change.per_user:
                 limited.setdefault(change.per_user, set()).add(change.token.username)
         if limited:
-            db.lock(*(f"user {name}" for name in set().union(*limited.values())))
-        insert_one = _INSERT if db.single_writer else _INSERT_CONCURRENTLY
-        db.execute_each(insert_one, [token_row(change.token) for change in changes])
+            db.lock(*map(user_lock, set().union(*limited.values())))
+        insert_tokens(db, [change.token for change in changes])
         now = max(change.now for change in changes)
         revoked: list[bytes] = []
         for per_user, names in limited.items():
             wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
             surplus = [digest for (digest,) in db.rows(_SURPLUS, wanted)]
-            _revoke(db, surplus, now)
+            revoke(db, surplus, now)
             revoked += surplus
         return [revoked] * len(changes)
 
@@ -149,16 +158,20 @@ class Revoke(Change[bool]):
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[bool]:
-        return _revoke(db, [change.digest for change in changes], max(change.now for change in changes))
+        return revoke(db, [change.digest for change in changes], max(change.now for change in changes))
 
 
 @dataclass(slots=True)
 class RevokeAll(Change[int]):
-    """Revoke at most `limit` live tokens of one user or of all (None), except `keep`; the answer is how many."""
+    """Revoke at most `limit` live tokens of one user or of all (None), except `keep`; the answer is how many.
+
+    kind: only tokens of this kind.
+    """
 
     username: str | None
     keep: bytes | None
     limit: int
+    kind: Kind | None = None
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
@@ -173,7 +186,7 @@ class RevokeAll(Change[int]):
                 "limit": change.limit,
                 "now": change.now,
             }
-            db.execute(_LOG_ALL[change.username is not None, change.keep is not None], values)
+            db.execute(_LOG_ALL[change.username is not None, change.keep is not None, change.kind], values)
             answers.append(db.execute(_DELETE_LOGGED, {"last": last}))
         db.notify()
         return answers
@@ -205,14 +218,25 @@ class PurgeRevocations(Change[int]):
         return [db.execute(_PURGE_REVOCATIONS, {"before": change.before, "limit": change.limit}) for change in changes]
 
 
-def _revoke(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
+def insert_tokens(db: Transaction, added: Sequence[Token]) -> None:
+    """Add tokens."""
+    insert_one = _INSERT if db.single_writer else _INSERT_CONCURRENTLY
+    db.execute_each(insert_one, [token_row(token) for token in added])
+
+
+def revoke(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
     """Delete tokens and log that for every cache; return for each whether it existed."""
     if not digests:
         return []
     db.lock(REVOCATION_LOCK)
     gone = [digest for (digest,) in db.rows_each(_DELETE, [{"digest": digest} for digest in digests])]
-    if gone:
-        db.execute_each(_LOG, [{"digest": digest, "at": now} for digest in gone])
-        db.notify()
+    log_revoked(db, gone, now)
     left = dict.fromkeys(gone, True)
     return [left.pop(digest, False) for digest in digests]
+
+
+def log_revoked(db: Transaction, digests: Sequence[bytes], now: Instant) -> None:
+    """Have every cache drop tokens that were deleted, or whose rows have changed. Needs REVOCATION_LOCK."""
+    if digests:
+        db.execute_each(_LOG, [{"digest": digest, "at": now} for digest in digests])
+        db.notify()

@@ -1,15 +1,18 @@
 """The caller's own account and tokens: /api/me and /api/tokens. All require a token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import msgspec
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from tokenauth.errors import InsufficientScope, InvalidRequest
-from tokenauth.models import Kind, Token
+from tokenauth.errors import InsufficientScope, InvalidRequest, LoginNeeded
+from tokenauth.models import SCOPE_PATTERN, IssuedToken, Kind, Token
+from tokenauth.named_tokens import MAX_NAME, Duration, NamedTokens, Origin
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
+from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, strict
@@ -18,6 +21,12 @@ ME = "/api/me"
 
 ADMIN = "admin"
 """The scope that may act for other users."""
+
+
+_KINDS: Mapping[str | None, Kind | None] = {None: "login", "login": "login", "named": "named", "all": None}
+"""What `?kind=` chooses; None is all."""
+
+_DURATION = 'Such as "24h" or "90d", or a number of seconds.'
 
 
 class MeAnswer(msgspec.Struct):
@@ -47,20 +56,48 @@ class ListedTokensAnswer(msgspec.Struct):
     tokens: list[ListedTokenAnswer]
 
 
+class IssueNamedRequest(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, schema_only(minLength=1, maxLength=MAX_NAME, description="Printable.")]
+    scopes: tuple[Annotated[str, schema_only(pattern=f"^{SCOPE_PATTERN}$")], ...] | None = None
+    ttl: Annotated[Duration, schema_only(description=_DURATION)] | None = None
+
+
+class RotateRequest(msgspec.Struct, forbid_unknown_fields=True):
+    overlap: Annotated[Duration, schema_only(description=_DURATION)] = 0
+
+
+class NamedTokenAnswer(msgspec.Struct):
+    token: str
+    id: str
+    name: str
+    scopes: tuple[str, ...] | None
+    expiry_time: int
+
+
 class RevokedAnswer(msgspec.Struct):
     revoked: int
 
 
+_issue = msgspec.json.Decoder(IssueNamedRequest)
+_rotate = msgspec.json.Decoder(RotateRequest)
+
+
 class AccountRoutes:
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, named_tokens: NamedTokens) -> None:
         self._tokens = tokens
+        self._named_tokens = named_tokens
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
-        tokens = {"GET": strict(self.list, ["user"]), "DELETE": strict(self.revoke_all, ["keep", "user"])}
+        tokens = {
+            "GET": strict(self.list, ["user"]),
+            "POST": strict(self.issue, body=True),
+            "DELETE": strict(self.revoke_all, ["keep", "kind", "user"]),
+        }
         return [
             Route(ME, {"GET": strict(self.me)}, middleware),
             Route("/api/tokens", tokens, middleware),
             Route("/api/tokens/{id}", {"DELETE": strict(self.revoke, ["user"])}, middleware),
+            Route("/api/tokens/{id}/rotate", {"POST": strict(self.rotate, body=True)}, middleware),
         ]
 
     async def me(self, request: Request) -> Response:
@@ -73,16 +110,45 @@ class AccountRoutes:
         listed = await self._tokens.list_live(_username(request))
         return JSONResponse(ListedTokensAnswer([_show(token, request.token) for token in listed]))
 
+    async def issue(self, request: Request) -> Response:
+        _check_unlimited(request.token)
+        body = await request.json_body(_issue)
+        issued = await self._named_tokens.issue(
+            request.user.username, body.name, body.scopes, body.ttl, _origin(request)
+        )
+        return JSONResponse(_show_issued(issued), 201)
+
+    async def rotate(self, request: Request) -> Response:
+        _check_unlimited(request.token)
+        body = await request.json_body(_rotate, RotateRequest())
+        issued = await self._named_tokens.rotate(
+            request.path_params["id"], request.user.username, body.overlap, _origin(request)
+        )
+        return JSONResponse(_show_issued(issued), 201)
+
     async def revoke_all(self, request: Request) -> Response:
-        keep = request.query_value("keep")
+        keep, kind = request.query_value("keep"), request.query_value("kind")
         if keep not in {None, "current"}:
             raise InvalidRequest('keep: must be "current".')
-        revoked = await self._tokens.revoke_all(_username(request), request.token if keep else None)
+        if kind not in _KINDS:
+            raise InvalidRequest('kind: must be "login", "named" or "all".')
+        kept = request.token if keep else None
+        revoked = await self._tokens.revoke_all(_username(request), kept, _KINDS[kind])
         return JSONResponse(RevokedAnswer(revoked))
 
     async def revoke(self, request: Request) -> Response:
         await self._tokens.revoke_id(request.path_params["id"], _username(request))
         return NO_CONTENT
+
+
+def _check_unlimited(token: Token) -> None:
+    """Raise LoginNeeded for a named or narrowed token: nobody may get one from it that can do more or lives longer."""
+    if token.kind != "login" or token.scopes is not None:
+        raise LoginNeeded
+
+
+def _origin(request: Request) -> Origin:
+    return Origin(request.client_address, request.user_agent, request.disconnect_check)
 
 
 def _username(request: Request) -> str:
@@ -95,6 +161,12 @@ def _username(request: Request) -> str:
     if "\0" in named:
         raise InvalidRequest("user: has a NUL character.")
     return canonical(named)
+
+
+def _show_issued(issued: IssuedToken) -> NamedTokenAnswer:
+    token = issued.token
+    assert token.name is not None
+    return NamedTokenAnswer(issued.value, token.id, token.name, token.scopes, token.expires_at)
 
 
 def _show(token: Token, current: Token) -> ListedTokenAnswer:

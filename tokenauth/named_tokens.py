@@ -1,0 +1,159 @@
+"""Named tokens: a user makes them for programs, each with its own scopes and lifetime, and rotates them."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tokenauth import values
+from tokenauth.addresses import network
+from tokenauth.clock import Clock
+from tokenauth.errors import ClientGone, InsufficientScope, InvalidRequest, InvalidToken, StoreUnavailable, UnknownToken
+from tokenauth.login_queue import DisconnectCheck, never_disconnected
+from tokenauth.logs import log
+from tokenauth.models import IssuedToken, Token, User, is_scope
+from tokenauth.settings import durations
+from tokenauth.settings.fields import TEN_YEARS
+from tokenauth.settings.model import TokenSettings
+from tokenauth.stores.store import Store
+from tokenauth.tokens import Tokens
+
+MAX_NAME = 64
+"""Characters in the name of a token."""
+
+Duration = str | int
+"""A duration as settings write it, such as "90d", or whole seconds."""
+
+
+class Origin(NamedTuple):
+    """Who asks for a token."""
+
+    address: str = ""
+    user_agent: str = ""
+    disconnected: DisconnectCheck = never_disconnected
+
+
+class NamedTokens:
+    """The named tokens of the users in the configuration."""
+
+    def __init__(
+        self, settings: TokenSettings, users: Mapping[str, User], store: Store, tokens: Tokens, clock: Clock
+    ) -> None:
+        self._settings = settings
+        self._users = users
+        self._store = store
+        self._tokens = tokens
+        self._clock = clock
+
+    async def issue(
+        self, username: str, name: str, scopes: Sequence[str] | None, ttl: Duration | None, origin: Origin
+    ) -> IssuedToken:
+        """Return a new token of a user. `scopes` None: all that the user has at each use. `ttl` None: `named_ttl`.
+
+        Raises InvalidRequest, InsufficientScope, NameTaken, TooManyTokens, InvalidToken if the user was removed,
+        ClientGone or StoreUnavailable.
+        """
+        user = self._user(username)
+        _check_name(name)
+        limit = None if scopes is None else _checked_scopes(scopes, user)
+        seconds = self._settings.named_ttl if ttl is None else _seconds("ttl", ttl, 1, self._settings.max_named_ttl)
+        issued = self._new(user, name, limit, seconds, origin)
+        refusal = await self._store.tokens.issue_named(
+            issued.token, user.credentials, self._settings.named_per_user, issued.token.issued_at
+        )
+        if refusal is not None:
+            raise refusal
+        log.info(
+            "named_token_issued", user=user.username, id=issued.token.id, name=name, network=network(origin.address)
+        )
+        return issued
+
+    async def rotate(self, id: str, username: str | None, overlap: Duration, origin: Origin) -> IssuedToken:
+        """Return a successor of the token with this public id, with the same name, scopes and length of life.
+
+        The token itself ends after `overlap`; 0 is at once. `username` None: it may be any user's.
+        Raises InvalidRequest, UnknownToken, AlreadyRotated, TooManyTokens, ClientGone or StoreUnavailable.
+        """
+        seconds = _seconds("overlap", overlap, 0, TEN_YEARS)
+        token = await self._store.tokens.find(id)
+        if token is None or token.name is None or username not in {None, token.username} or not self._is_live(token):
+            raise UnknownToken("There is no named token with this id.")
+        user = self._user(token.username)
+        length = token.expires_at - int(token.issued_at)
+        issued = self._new(user, token.name, token.scopes, length, origin)
+        now = issued.token.issued_at
+        refusal = await self._store.tokens.rotate(
+            token.digest, issued.token, user.credentials, int(now) + int(seconds), now
+        )
+        if refusal is not None:
+            raise refusal
+        log.info(
+            "named_token_rotated",
+            user=user.username,
+            id=token.id,
+            new_id=issued.token.id,
+            name=token.name,
+            overlap=int(seconds),
+            network=network(origin.address),
+        )
+        return issued
+
+    def _user(self, username: str) -> User:
+        user = self._users.get(username)
+        if user is None:
+            raise InvalidToken
+        return user
+
+    def _new(self, user: User, name: str, scopes: tuple[str, ...] | None, ttl: float, origin: Origin) -> IssuedToken:
+        """Make a token. No way of making one exceeds `max_named_ttl`."""
+        if self._tokens.revocations.problem is not None:  # the new token would be revoked with all others
+            raise StoreUnavailable
+        if origin.disconnected():
+            raise ClientGone
+        now = self._clock()
+        value = values.new_named_value()
+        digest = values.digest(value.encode())
+        assert digest is not None
+        expires_at = int(now) + int(min(ttl, self._settings.max_named_ttl))
+        return IssuedToken(
+            value,
+            Token.new(
+                digest,
+                user.username,
+                user.named_credential,
+                now,
+                expires_at,
+                origin.address,
+                origin.user_agent,
+                name=name,
+                scopes=scopes,
+            ),
+        )
+
+    def _is_live(self, token: Token) -> bool:
+        return self._clock() < token.expires_at and self._tokens.accepts(token)
+
+
+def _check_name(name: str) -> None:
+    """Raise InvalidRequest unless this can be the name of a token."""
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
+        raise InvalidRequest(f"name: must have 1 to {MAX_NAME} printable characters, with no blank at either end.")
+    if values.digest(name.encode()) is not None:  # it would be stored and logged
+        raise InvalidRequest("name: has the form of a token. Choose another name.")
+
+
+def _checked_scopes(scopes: Sequence[str], user: User) -> tuple[str, ...]:
+    """Return the scopes, each once. Raises InvalidRequest, or InsufficientScope without naming what was asked for."""
+    if not all(map(is_scope, scopes)):
+        raise InvalidRequest("scopes: each must be a word of printable ASCII without quotes or backslashes.")
+    if not set(scopes).issubset(user.scopes):
+        yours = " ".join(user.scopes) or "none"
+        raise InsufficientScope(description=f"You do not have all of these scopes. Yours are: {yours}.")
+    return tuple(dict.fromkeys(scopes))
+
+
+def _seconds(field: str, value: Duration, low: float, high: float) -> float:
+    """Return the seconds of a duration. Raises InvalidRequest if it is not one from `low` to `high`."""
+    seconds = durations.parse(value) if isinstance(value, str) else value
+    if seconds is None or not low <= seconds <= high:
+        bounds = f"from {durations.in_units(low)} to {durations.in_units(high)}"
+        raise InvalidRequest(f"{field}: must be a duration {bounds}, such as '24h', or a number of seconds.")
+    return seconds

@@ -1,0 +1,113 @@
+"""Changes to named tokens. They are made one after the other: each looks at the names that its user has."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from sqlalchemy import Float, bindparam, select, update
+
+from tokenauth.errors import AlreadyRotated, NameTaken, Refusal, TooManyTokens, UnknownToken
+from tokenauth.models import Instant, Token
+from tokenauth.stores.changes.tokens import REVOCATION_LOCK, insert_tokens, log_revoked, revoke, user_lock
+from tokenauth.stores.engine import Change, Transaction
+from tokenauth.stores.tables import tokens
+
+MAX_OF_NAME = 5
+"""Maximum number of live tokens of one name. All but the newest were rotated and are about to end."""
+
+_NAMED = (
+    select(tokens.c.digest, tokens.c.name, tokens.c.credential)
+    .where(
+        tokens.c.username == bindparam("username"),
+        tokens.c.name.is_not(None),
+        tokens.c.expires_at > bindparam("now", type_=Float()),
+    )
+    .order_by(tokens.c.number)
+)
+_SHORTEN = (
+    update(tokens)
+    .where(tokens.c.digest == bindparam("of"), tokens.c.expires_at > bindparam("end"))
+    .values(expires_at=bindparam("end"), max_expires_at=None)
+)
+
+
+class _Named(NamedTuple):
+    digest: bytes
+    name: str
+    credential: str
+
+
+@dataclass(slots=True)
+class IssueNamed(Change[Refusal | None]):
+    """Add a named token; the answer is why it was not added: NameTaken or TooManyTokens.
+
+    credentials: those of the user's valid tokens. The name of any other is free again.
+    limit: maximum number of names that the user may have.
+    """
+
+    token: Token
+    credentials: Collection[str]
+    limit: int
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Refusal | None]:
+        """Add the tokens whose names are free."""
+        _lock_users(db, [change.token for change in changes])
+        return [change._make(db) for change in changes]
+
+    def _make(self, db: Transaction) -> Refusal | None:
+        names = {row.name for row in _live(db, self.token.username, self.credentials, self.now)}
+        if self.token.name in names:
+            return NameTaken()
+        if len(names) >= self.limit:
+            return TooManyTokens()
+        insert_tokens(db, [self.token])
+        return None
+
+
+@dataclass(slots=True)
+class Rotate(Change[Refusal | None]):
+    """Add the successor of a named token, and end that token at `ends_at` at the latest.
+
+    The answer is why nothing was changed: UnknownToken, AlreadyRotated or TooManyTokens. The token is never extended.
+    """
+
+    digest: bytes
+    successor: Token
+    credentials: Collection[str]
+    ends_at: int
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Refusal | None]:
+        """Rotate the tokens that are the newest of their names."""
+        _lock_users(db, [change.successor for change in changes])
+        db.lock(REVOCATION_LOCK)
+        return [change._make(db) for change in changes]
+
+    def _make(self, db: Transaction) -> Refusal | None:
+        name = self.successor.name
+        live = _live(db, self.successor.username, self.credentials, self.now)
+        digests = [row.digest for row in live if row.name == name]
+        if self.digest not in digests:
+            return UnknownToken()
+        if self.digest != digests[-1]:
+            return AlreadyRotated()
+        if self.ends_at <= self.now:
+            revoke(db, [self.digest], self.now)
+        elif len(digests) < MAX_OF_NAME:
+            db.execute(_SHORTEN, {"of": self.digest, "end": self.ends_at})
+            log_revoked(db, [self.digest], self.now)
+        else:
+            return TooManyTokens("Too many rotated tokens of this name are still valid. Rotate it without an overlap.")
+        insert_tokens(db, [self.successor])
+        return None
+
+
+def _lock_users(db: Transaction, changed: Sequence[Token]) -> None:
+    db.lock(*{user_lock(token.username) for token in changed})
+
+
+def _live(db: Transaction, username: str, credentials: Collection[str], now: Instant) -> list[_Named]:
+    """Return the live named tokens of a user, the oldest first."""
+    rows: Sequence[Any] = db.rows(_NAMED, {"username": username, "now": now})
+    return [named for named in map(_Named._make, rows) if named.credential in credentials]
