@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 
 from tokenauth import revocation_queue, values
 from tokenauth.addresses import network
@@ -17,6 +18,9 @@ from tokenauth.stores.store import Store
 
 LIST_LIMIT = 1000
 """Maximum number of tokens in one listing."""
+
+_LOOKUP_BATCH = 1000
+"""Number of tokens that are looked up at the same time while a text is searched."""
 
 _LOG_OUT_BATCH = 32
 """Number of tokens of one log-out that are revoked at the same time. More would delay other clients."""
@@ -213,6 +217,19 @@ class Tokens:
         """
         listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
         return [(token, self.status(token)) for token in listed]
+
+    async def find_in(self, text: bytes) -> Sequence[tuple[Token, str]]:
+        """Return the unexpired tokens of the store whose values are in a text, each with its status.
+
+        They are found whatever surrounds them and however they are encoded. This is no use of them.
+        """
+        digests = [sha256(value).digest() for value in values.find_values(text)]
+        found = []
+        for start in range(0, len(digests), _LOOKUP_BATCH):
+            batch = digests[start : start + _LOOKUP_BATCH]
+            found += await asyncio.gather(*map(self._store.tokens.get, batch))
+        now = self._clock()
+        return [(token, self.status(token)) for token in found if token is not None and now < token.expires_at]
 
     def status(self, token: Token) -> str:
         """Return "valid", or why this configuration refuses a token: "user_removed" or "password_changed"."""

@@ -40,7 +40,8 @@ class Encoding(TypedDict):
 
 COMMANDS = [
     "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
-    "tokens list", "tokens revoke", "pool list", "pool show", "pool generate", "pool release", "pool delete",
+    "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
+    "pool list", "pool show", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
 PRIVATE = (
     "Only this machine can reach the service."
@@ -387,8 +388,12 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     values = issue(served, "ann", "bob")
     rows = listed(served, "--user", "ANN")
     assert [set(row) for row in rows] == [
-        {"id", "username", "issued_at", "expiry_time", "address", "user_agent", "status"} for _ in rows
-    ]
+        {
+            "id", "username", "kind", "name", "scopes", "issued_at", "expiry_time", "last_used_at", "address",
+            "user_agent", "status",
+        }
+        for _ in rows
+    ]  # fmt: skip
     assert {row["username"] for row in rows} == {"ann"}
     assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
     assert rows[0]["expiry_time"] - rows[0]["issued_at"] == 24 * 3600

@@ -1,20 +1,44 @@
 """The commands for tokens."""
 
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.cli.base import CommandGroup, config_option, config_path, count, json_option, show, utf8, with_service
+from tokenauth.cli.base import (
+    CommandGroup,
+    config_option,
+    config_path,
+    count,
+    json_option,
+    show,
+    utf8,
+    with_service,
+)
 from tokenauth.errors import UnknownToken
 from tokenauth.logs import audit, printable
 
 if TYPE_CHECKING:
+    from tokenauth.models import IssuedToken, Token
+    from tokenauth.named_tokens import Origin
     from tokenauth.service import Service
+    from tokenauth.tokens import Tokens
+
+_FOUND = 3
+"""Exit status of a scan that found live tokens."""
+
+_PART = 1 << 20
+"""Bytes of a file that are searched at once."""
+
+_OVERLAP = 8 * 1024
+"""Bytes that are searched again with the next part: more than the longest encoding of a token takes."""
 
 
 @click.group(cls=CommandGroup)
 def tokens() -> None:
-    """List and revoke login tokens.
+    """List and revoke tokens, issue and rotate named tokens, and find leaked ones.
 
     Running servers refuse a revoked token at once.
     """
@@ -27,8 +51,8 @@ def tokens() -> None:
 def tokens_list(config_file: str | None, as_json: bool, username: str | None) -> None:
     """List live tokens, newest first, at most 1,000.
 
-    Their values are not stored and cannot be shown. A running server accepts tokens with the status user_removed or
-    password_changed until it is reloaded.
+    Their values are not stored and cannot be shown. A token without scopes has all that its user has. A running server
+    accepts tokens with the status user_removed or password_changed until it is reloaded.
     """
     from tokenauth.settings.model import canonical
 
@@ -38,15 +62,128 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
         {
             "id": token.id,
             "username": token.username,
+            "kind": token.kind,
+            "name": token.name,
+            "scopes": None if token.scopes is None else list(token.scopes),
             "issued_at": int(token.issued_at),
             "expiry_time": token.expires_at,
+            "last_used_at": None if token.last_used_at is None else int(token.last_used_at),
             "address": token.address,
             "user_agent": token.user_agent,
             "status": status,
         }
         for token, status in found
     ]
-    show(rows, as_json, "tokens", instants=("issued_at", "expiry_time"))
+    show(rows, as_json, "tokens", instants=("issued_at", "expiry_time", "last_used_at"))
+
+
+@tokens.command("issue", epilog="Example: tokenauth tokens issue --user ci --name nightly --scope reports --ttl 90d")
+@config_option
+@click.option("--user", "username", metavar="NAME", required=True, help="Whose token it is.")
+@click.option("--name", metavar="TEXT", required=True, help="The name of the token.")
+@click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="Limit it to this scope. Repeat for several.")
+@click.option("--ttl", metavar="DURATION", help="Such as 90d or 12h. Default: tokens.named_ttl.")
+def tokens_issue(config_file: str | None, username: str, name: str, scopes: tuple[str, ...], ttl: str | None) -> None:
+    """Issue a named token and print it.
+
+    Only the token goes to standard output, so that it can be piped to where it is needed. It cannot be shown again.
+    Without --scope it has all scopes that the user has whenever it is used.
+    """
+    from tokenauth.settings.model import canonical
+
+    owner = canonical(utf8(username))
+
+    async def issue(service: "Service") -> "IssuedToken":
+        if owner not in service.users:
+            problem = f"No user {owner!r} in {config_path(config_file)}."
+            raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
+        return await service.named_tokens.issue(owner, utf8(name), scopes or None, ttl, _origin())
+
+    issued = with_service(config_file, issue)
+    audit("named_token_issued", user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes)
+    _print_issued(issued)
+
+
+@tokens.command("rotate", epilog="Example: tokenauth tokens rotate 8b1f6de0c4a25973f8e0d2b6 --overlap 1h")
+@config_option
+@click.argument("id_", metavar="ID")
+@click.option("--overlap", metavar="DURATION", default="0", help="How long the old token stays valid. Default: 0.")
+def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
+    """Print a new token with the name, scopes and length of life of the named token ID.
+
+    Only the token goes to standard output. The old one ends after the overlap.
+    """
+    try:
+        issued = with_service(config_file, lambda service: service.named_tokens.rotate(id_, None, overlap, _origin()))
+    except UnknownToken as error:
+        raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
+    new = issued.token
+    audit("named_token_rotated", user=new.username, id=id_, new_id=new.id, name=new.name)
+    _print_issued(issued)
+
+
+@tokens.command("scan", epilog="Examples: git log -p | tokenauth tokens scan; tokenauth tokens scan --revoke app.log")
+@config_option
+@json_option
+@click.option("--revoke", is_flag=True, help="Revoke what is found.")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.pass_context
+def tokens_scan(
+    context: click.Context, config_file: str | None, as_json: bool, revoke: bool, files: tuple[str, ...]
+) -> None:
+    """Find live tokens in files or, without any, in standard input.
+
+    They are named by their ids, and their values are not shown. Exit with 3 if there are any, also with --revoke.
+    """
+
+    async def scan(service: "Service") -> list[dict[str, Any]]:
+        rows = []
+        for file in files or ("-",):
+            for token, status in (await _find_in(service.tokens, file)).values():
+                if revoke:
+                    with suppress(UnknownToken):  # someone else was faster
+                        await service.tokens.revoke_id(token.id, None)
+                        audit("token_revoked", id=token.id)
+                rows.append(
+                    {
+                        "file": file,
+                        "id": token.id,
+                        "username": token.username,
+                        "kind": token.kind,
+                        "name": token.name,
+                        "expiry_time": token.expires_at,
+                        "status": "revoked" if revoke else status,
+                    }
+                )
+        return rows
+
+    rows = with_service(config_file, scan)
+    show(rows, as_json, "live tokens", instants=("expiry_time",))
+    context.exit(_FOUND if rows else 0)
+
+
+async def _find_in(tokens: "Tokens", file: str) -> dict[str, tuple["Token", str]]:
+    """Find the tokens in a file of any size, by id."""
+    found: dict[str, tuple[Token, str]] = {}
+    with click.open_file(file, "rb") as stream:
+        before = b""
+        while part := stream.read(_PART):
+            found |= {token.id: (token, status) for token, status in await tokens.find_in(before + part)}
+            before = (before + part)[-_OVERLAP:]
+    return found
+
+
+def _origin() -> "Origin":
+    from tokenauth.named_tokens import Origin
+
+    return Origin(user_agent="tokenauth command")
+
+
+def _print_issued(issued: "IssuedToken") -> None:
+    click.echo(issued.value)
+    if sys.stderr.isatty():
+        end = f"{datetime.fromtimestamp(issued.token.expires_at, UTC):%Y-%m-%d %H:%M:%S}Z"
+        click.echo(f"It is valid until {end}, and cannot be shown again. Its id is {issued.token.id}.", err=True)
 
 
 @tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann; tokenauth tokens revoke --all")
@@ -55,7 +192,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
 @click.option("--id", "id_", metavar="ID", help="The token with this id.")
 @click.option("--all", "everyone", is_flag=True, help="All tokens of all users.")
 def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everyone: bool) -> None:
-    """Revoke tokens: of one user, by id, or all.
+    """Revoke tokens, logins and named ones: of one user, by id, or all.
 
     Exit with 1 if the user or the token does not exist. A user without tokens is no error.
     """
