@@ -16,7 +16,10 @@ from bench.limit import BareServer
 from bench.postgres import PostgresRows, missing
 from bench.tokens import TokenRows
 
-_TOKENS = ("hot", "me", "auth", "introspect", "million", "issue", "revoke", "login", "flood", "start", "memory")
+_TOKENS = (
+    *("hot", "me", "auth", "cookie", "introspect", "million"),
+    *("issue", "revoke", "login", "flood", "start", "memory"),
+)
 _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")
 _POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-refuse")
 _NAMES = (*_TOKENS, *_LEASES, *_POSTGRES)

@@ -122,6 +122,9 @@ local requests = {
   hot = one_of(function(token) return wrk.format("GET", "/api/token?token=" .. token) end),
   me = one_of(function(token) return wrk.format("GET", "/api/me", {["X-Token"] = token}) end),
   auth = one_of(function(token) return wrk.format("GET", "/auth", {["X-Token"] = token}) end),
+  cookie = one_of(function(token)
+    return wrk.format("GET", "/auth?cookie", {["Cookie"] = "theme=dark; tokenauth=" .. token})
+  end),
   introspect = one_of(function(token) return wrk.format("POST", "/oauth/introspect", client, "token=" .. token) end),
   million = function() return probe(math.random(0, 999999)) end,
   sweep = function()

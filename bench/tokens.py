@@ -28,6 +28,8 @@ _LOGINS = 16
 _FLOOD = 128 * len(CORES)
 """Connections of wrong logins: each sends about one per second, and one core hashes about 60 per second."""
 
+_LOGIN_PAGE = '[browser]\nurl = "http://localhost:8000"'
+
 _WARM = 2
 """Seconds of load before the first round."""
 
@@ -48,6 +50,7 @@ class TokenRows:
             Figure("hot", "GET /api/token, 500 hot tokens", 0.80, "", partial(self._probes, "hot")),
             Figure("me", "GET /api/me", 0.65, "", partial(self._probes, "me")),
             Figure("auth", "GET /auth, forward-auth", 0.75, "", partial(self._probes, "auth")),
+            Figure("cookie", "GET /auth?cookie, forward-auth for browsers", 0.70, "", self._cookie),
             Figure("introspect", "POST /oauth/introspect", 0.45, "", partial(self._probes, "introspect")),
             Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, "", partial(self._probes, "million")),
             Figure("issue", f"POST /api/token, {durable}", 0.20, "", self._issue),
@@ -72,6 +75,18 @@ class TokenRows:
             _require(passed.headers.get("x-auth-user") == "user7", f"/auth answered {passed.status_code}")
             load.run(server.port, kind, _WARM)
             yield lambda: _ratio(self._compare(server, kind))
+
+    @contextmanager
+    def _cookie(self) -> Iterator[Sampler]:
+        """Validate tokens in cookies, as a reverse proxy asks."""
+        with self._scratch() as directory:
+            config = world.write_config(directory, tables=_LOGIN_PAGE)
+            world.fill(config, world.USERS)
+            with world.tokenauth(config) as server:
+                passed = server.client.get("/auth?cookie", headers={"Cookie": f"tokenauth={value(7)}"})
+                _require(passed.headers.get("x-auth-user") == "user7", f"/auth?cookie answered {passed.status_code}")
+                load.run(server.port, "cookie", _WARM)
+                yield lambda: _ratio(self._compare(server, "cookie"))
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:

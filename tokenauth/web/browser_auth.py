@@ -1,5 +1,6 @@
 """What /auth does for browsers: reads their cookie, refuses foreign pages, and says where to log in."""
 
+from collections.abc import Mapping
 from string import punctuation
 from urllib.parse import quote
 
@@ -14,14 +15,19 @@ from tokenauth.web.cookies import Cookies
 from tokenauth.web.csrf import SAFE_METHODS
 from tokenauth.web.exceptions import ForeignPage
 from tokenauth.web.proxy_headers import is_from_trusted_proxy
+from tokenauth.web.requests import bearer, x_token
 from tokenauth.web.responses import NoStoreResponse, refusal_response
 from tokenauth.web.return_to import ReturnTo
 
 MAX_TARGET = 2000
 """Bytes of the page's address in that of the login page: proxies read the headers of an answer into a small buffer."""
 
-_FORWARDED = frozenset({b"x-forwarded-method", b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-uri"})
+_FORWARDED = frozenset({b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-uri"})
+_SAFE_METHODS = frozenset(method.encode() for method in SAFE_METHODS)
 _OWN_SITE = frozenset({b"same-origin", b"same-site"})
+
+Headers = Mapping[bytes, bytes]
+"""Headers by name; of several of one name, the last."""
 
 ignored_peers: list[str] = []
 """The first peer that said which page is asked for, and is not a trusted proxy."""
@@ -35,37 +41,42 @@ class BrowserAuth:
         self._return_to = return_to
         self._login_page = f"{settings.origin}/login"
 
-    def token_value(self, scope: Scope) -> bytes | None:
-        """Return the token of the cookie. Raises InvalidToken for several: another host may have set one of them."""
-        values = self._cookies.login_values(scope)
+    def find_token(self, scope: Scope, x_token_only: bool) -> tuple[bytes | None, Headers | None]:
+        """Return the token of a header, or else of the cookie; and for a cookie the headers, for `check_page`.
+
+        Raises InvalidRequest for two different tokens in headers, and InvalidToken for two cookies: another host may
+        have set one of them.
+        """
+        headers: Headers = dict(scope["headers"])
+        if b"x-token" in headers or b"authorization" in headers:
+            value = x_token(scope) if x_token_only else bearer(scope)
+            if value is not None:
+                return value, None
+        if len(headers) == len(scope["headers"]):  # none is there twice, as in nearly all requests
+            values = self._cookies.values_in(headers.get(b"cookie", b""))
+        else:
+            values = self._cookies.login_values(scope)
         if len(values) > 1:
             log.warning("cookie_twice", route="/auth")
             raise InvalidToken
-        return values[0] if values else None
+        return values[0] if values else None, headers
 
-    def check_page(self, scope: Scope) -> None:
+    def check_page(self, scope: Scope, headers: Headers) -> None:
         """Raise ForeignPage for a request that changes something and comes from a page of another site.
 
         The cookie is SameSite=Lax, so browsers do not send it with such a request. This is a second line of defence,
         also for WebSockets, which are a GET.
         """
-        method = _forwarded(scope).get(b"x-forwarded-method", b"").decode("latin-1")
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        if method in SAFE_METHODS and headers.get(b"sec-fetch-mode") != b"websocket":
+        if _is_safe(scope, headers):
             return
         if headers.get(b"sec-fetch-site") in _OWN_SITE:
             return
         origin = headers.get(b"origin", b"").decode("latin-1")
         if self._return_to.allows_origin(origin):
             return
-        if not method:
-            raise ForeignPage(
-                "The method of the request is not known: the proxy must send X-Forwarded-Method, and"
-                " server.trusted_proxies must list the proxy."
-            )
-        raise ForeignPage(
-            f"A page of another site sent this, from {origin[:200]!r}. browser.return_to does not list it."
-        )
+        text = "A page of another site sent this request with the login cookie"
+        hint = "list its origin in browser.return_to, or send the token in a header"
+        raise ForeignPage(f"{text}, from {origin[:200]!r}: {hint}.")
 
     def log_in_response(self, refusal: Refusal, scope: Scope, redirect: bool) -> Response:
         """Return the response to a request without a valid token, with the address of the login page.
@@ -96,6 +107,22 @@ class BrowserAuth:
         return f"{self._login_page}?rd={target}"
 
 
+def _is_safe(scope: Scope, headers: Headers) -> bool:
+    """Return whether a request changes nothing. It does not, if both its method and X-Forwarded-Method say so.
+
+    No trusted proxy is needed for that: a second method only makes this stricter. Without X-Forwarded-Method (proxies
+    may ask with GET about any request) one with an Origin may be a POST: browsers send it with each of them.
+    """
+    if scope["method"] not in SAFE_METHODS or headers.get(b"sec-fetch-mode") == b"websocket":
+        return False
+    method = headers.get(b"x-forwarded-method")
+    if method is None:
+        return b"origin" not in headers
+    if len(headers) == len(scope["headers"]):
+        return method in _SAFE_METHODS
+    return all(value in _SAFE_METHODS for name, value in scope["headers"] if name == b"x-forwarded-method")
+
+
 def _forwarded(scope: Scope) -> dict[bytes, bytes]:
     """Return what a trusted proxy says about the request it asks about, without what it says twice."""
     pairs = [(name, value) for name, value in scope["headers"] if name in _FORWARDED]
@@ -120,9 +147,9 @@ def _warn(scope: Scope) -> None:
 
 def _is_navigation(scope: Scope) -> bool:
     """Return whether a browser opens a page, as opposed to a part of one."""
-    headers: dict[bytes, bytes] = dict(scope["headers"])
+    headers: Headers = dict(scope["headers"])
     mode = headers.get(b"sec-fetch-mode")
     if mode is not None:
         return mode == b"navigate"
-    method = _forwarded(scope).get(b"x-forwarded-method", scope["method"].encode())
+    method = headers.get(b"x-forwarded-method", scope["method"].encode())
     return method == b"GET" and b"text/html" in headers.get(b"accept", b"")

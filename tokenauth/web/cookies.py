@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from starlette.types import Scope
 
@@ -43,15 +43,24 @@ class Cookies:
 
         Several mean that some other host has set one of them: there is no telling which.
         """
-        return _read(scope, self._wanted)
+        return _read(_headers(scope), self._wanted)
+
+    def values_in(self, header: bytes) -> Sequence[bytes]:
+        """Return the same as `login_values`, of the only Cookie header."""
+        before, name, rest = header.partition(self._wanted)
+        if not name:
+            return ()
+        if self._wanted not in rest and (not before or before.endswith(b"; ")):  # as in nearly all requests
+            return (rest.partition(b";")[0].strip(),)
+        return _read([header], self._wanted)
 
     def all_login_values(self, scope: Scope) -> Sequence[bytes]:
         """Return the values of all variants of the login cookie, so that a log-out ends all of them."""
-        return [value for wanted in self._all_wanted for value in _read(scope, wanted)]
+        return [value for wanted in self._all_wanted for value in _read(_headers(scope), wanted)]
 
     def form_value(self, scope: Scope) -> str | None:
         """Return the value that a form must repeat (see `new_form_value`)."""
-        found = _read(scope, self._form_wanted)
+        found = _read(_headers(scope), self._form_wanted)
         return found[0].decode() if len(found) == 1 and _FORM_VALUE.fullmatch(found[0]) else None
 
     def log_in(self, value: str, max_age: int | None) -> list[Header]:
@@ -87,16 +96,14 @@ def new_form_value() -> str:
     return secrets.token_urlsafe(16)
 
 
-def _read(scope: Scope, wanted: bytes) -> list[bytes]:
-    """Return the different values of a cookie; `wanted` is its name and "=". Not with http.cookies: /auth is busy."""
-    found: dict[bytes, None] = {}
-    for name, header in scope["headers"]:
-        if name == b"cookie" and wanted in header:
-            for pair in header.split(b";"):
-                stripped = pair.strip()
-                if stripped.startswith(wanted):
-                    found[stripped[len(wanted) :]] = None
-    return list(found)
+def _headers(scope: Scope) -> list[bytes]:
+    return [value for name, value in scope["headers"] if name == b"cookie"]
+
+
+def _read(headers: Iterable[bytes], wanted: bytes) -> list[bytes]:
+    """Return the different values of a cookie; `wanted` is its name and "="."""
+    pairs = [pair.strip() for header in headers for pair in header.split(b";")]
+    return list(dict.fromkeys(pair[len(wanted) :] for pair in pairs if pair.startswith(wanted)))
 
 
 def _domains_of(host: str) -> Iterator[str]:

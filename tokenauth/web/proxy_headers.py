@@ -1,7 +1,7 @@
 """What trusted reverse proxies say about a request: X-Forwarded-For, X-Forwarded-Proto and the like."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,11 +18,11 @@ class ProxyHeaders:
         self._app = ProxyHeadersMiddleware(cast(Any, app), _with_mapped(proxies))  # its types are uvicorn's own
         self._trusted = self._app.trusted_hosts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Replace the client's address and the scheme by those that a trusted proxy sends."""
         client = scope.get("client")
         scope[_TRUSTED] = client is not None and client[0] in self._trusted
-        await self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
+        return self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
 
 
 def is_from_trusted_proxy(scope: Scope) -> bool:

@@ -255,13 +255,23 @@ def test_a_websocket_of_another_site_is_refused(connection: Connection, ann: str
     assert ask(connection, Cookie=cookie(ann), Origin=APP, **sent).status == 200
 
 
-def test_without_a_method_a_request_counts_as_unsafe(connection: Connection, server: Server, ann: str) -> None:
-    answer = ask(connection, Cookie=cookie(ann), X_Forwarded_Method="")
-    assert answer.status == 403
-    assert b"X-Forwarded-Method" in answer.body
-    own = {"X_Forwarded_Method": "", "Sec_Fetch_Site": "same-origin"}
-    assert ask(connection, Cookie=cookie(ann), **own).status == 200
+def test_without_a_method_an_origin_makes_a_request_unsafe(connection: Connection, server: Server, ann: str) -> None:
+    """A proxy that does not name the method may ask with GET about a POST, with which browsers send Origin."""
+    assert ask(connection, Cookie=cookie(ann), X_Forwarded_Method="").status == 200
+    foreign = {"X_Forwarded_Method": "", "Origin": "https://evil.example"}
+    assert ask(connection, Cookie=cookie(ann), **foreign).status == 403
     assert server.events("access_denied")[-1]["reason"] == "foreign_origin"
+    assert ask(connection, Cookie=cookie(ann), **foreign, Sec_Fetch_Site="same-origin").status == 200
+    assert ask(connection, Cookie=cookie(ann), X_Forwarded_Method="", Origin=APP).status == 200
+
+
+@pytest.mark.parametrize("forwarded", ["", "GET", "POST"])
+def test_the_method_of_the_question_counts_too(connection: Connection, ann: str, forwarded: str) -> None:
+    """Envoy asks with the method of the request. What a client claims in a header makes nothing safe."""
+    sent = {**PAGE, "X_Forwarded_Method": forwarded, "Cookie": cookie(ann), "Origin": "https://evil.example"}
+    sent = {name: value for name, value in sent.items() if value}
+    assert connection.ask("POST", "/auth?cookie", **sent).status == 403
+    assert connection.ask("POST", "/auth?cookie", **{**sent, "Origin": APP}).status == 200
 
 
 # The query

@@ -65,16 +65,14 @@ class ForwardAuth(Endpoint):
         try:
             if query := scope["query_string"]:
                 asked = _parse(query, self._browser is not None)
-            value = x_token(scope) if asked.x_token_only else bearer(scope)
-            if value is None and asked.cookie:
-                assert self._browser is not None
-                value = self._browser.token_value(scope)
-                token = None if value is None else await self._tokens.validate(value)
-                headers = self._check(value, token, asked)
-                self._browser.check_page(scope)
+            if asked.cookie and self._browser is not None:
+                value, sent = self._browser.find_token(scope, asked.x_token_only)
             else:
-                token = None if value is None else await self._tokens.validate(value)
-                headers = self._check(value, token, asked)
+                value, sent = x_token(scope) if asked.x_token_only else bearer(scope), None
+            token = None if value is None else await self._tokens.validate(value)
+            headers = self._check(value, token, asked)
+            if sent is not None and self._browser is not None:
+                self._browser.check_page(scope, sent)
         except (TokenRequired, InvalidToken, InvalidRequest) as refusal:  # InvalidRequest: two different tokens
             error = InvalidToken() if isinstance(refusal, InvalidRequest) else refusal
             if self._browser is not None and asked.cookie:
