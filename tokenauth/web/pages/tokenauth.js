@@ -105,7 +105,7 @@ export class TokenAuth extends EventTarget {
   async logout() {
     if (this.#pending) await this.#pending.done.catch(() => {});
     if (this.#login) {
-      this.#channel.postMessage({ username: this.#login.username });
+      if (!this.#closing.signal.aborted) this.#channel.postMessage({ username: this.#login.username });
       this.#end("logout");
     }
     await this.#revoke();
