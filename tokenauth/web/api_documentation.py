@@ -82,6 +82,7 @@ FIELDS: Mapping[str, str] = {
     "available": "The number of free tokens.",
     "available_tokens": "The number of free tokens.",
     "capacity": "The maximum number of tokens, free and leased. Null: no limit.",
+    "csrf": "The hidden field of the form. It must be the value of the form's cookie.",
     "client_id": "A user name.",
     "client_secret": "The user's password.",
     "count": "The number of tokens to generate.",
@@ -107,6 +108,8 @@ FIELDS: Mapping[str, str] = {
     "overlap": "How long the old token stays valid. Default: 0.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
     "revoked": "The number of tokens that were revoked.",
+    "rd": "Where the browser goes afterwards.",
+    "remember": "Stay logged in.",
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do, and what a token is limited to. Null: it is not limited.",
     "token": "The value of the token.",
@@ -124,10 +127,11 @@ def describe(settings: Settings) -> Document:
     sections = [
         TOKEN,
         MY_TOKENS,
-        FORWARD_AUTH,
+        forward_auth_section(browsers=bool(settings.browser.url)),
         POOLS,
         oauth_section(settings.oauth.issuer),
         WEB_PAGES,
+        *([LOGIN_PAGE] if settings.browser.url else []),
         HEALTH,
         DOCUMENTATION,
     ]
@@ -331,7 +335,7 @@ MY_TOKENS = Section(
     ],
 )
 
-FORWARD_AUTH = Section(
+_FORWARD_AUTH = Section(
     name="Forward-auth",
     text="For reverse proxies: may this request pass?",
     operations=[
@@ -367,6 +371,135 @@ FORWARD_AUTH = Section(
             ],
             security=[(X_TOKEN,), (BEARER,)],
         )
+    ],
+)
+
+_FOR_BROWSERS = [
+    Parameter("cookie", "Empty. Take the token from the login cookie, if there is none in a header."),
+    Parameter(
+        "login",
+        "With `cookie`: `302` to the login page instead of `401`, if a browser opens a page.",
+        Literal["redirect"],
+    ),
+    Parameter("header", "Take a token from `X-Token` only, and not from `Authorization`.", Literal["x-token"]),
+]
+_LOGIN_ADDRESS = {"X-Auth-Login": "With `cookie`: the complete URL of the login page."}
+_REDIRECTS = [
+    Answer(
+        302,
+        "With `login=redirect`: a browser opens a page without a login.",
+        headers={"Location": "The login page.", **_LOGIN_ADDRESS},
+    ),
+    Answer(401, "No one is logged in.", headers=_LOGIN_ADDRESS),
+]
+
+
+def forward_auth_section(browsers: bool) -> Section:
+    """Return the section about forward-auth. `browsers`: whether there is a login page."""
+    if not browsers:
+        return _FORWARD_AUTH
+    [ask] = _FORWARD_AUTH.operations
+    first, *others = ask.parameters
+    parameters = [first, *_FOR_BROWSERS, *others]
+    changed = replace(
+        ask, parameters=parameters, answers=[*ask.answers, *_REDIRECTS], refusals=[*ask.refusals, ForeignOrigin]
+    )
+    return replace(_FORWARD_AUTH, operations=[changed])
+
+
+class LogInForm(msgspec.Struct):
+    csrf: str
+    username: str
+    password: str
+    remember: Literal["yes"] | None = None
+    rd: str = ""
+
+
+class LogOutForm(msgspec.Struct):
+    csrf: str
+    rd: str = ""
+
+
+_RD = Parameter("rd", "Where the browser goes afterwards, if `browser.return_to` lists it.")
+_COOKIE = {"Set-Cookie": "The login cookie, or its deletion."}
+_RETRY = {"Retry-After": "Seconds to wait before the next attempt."}
+
+
+def _page(status: int, text: str, **headers: str) -> Answer:
+    return Answer(status, text, media="text/html", headers=headers)
+
+
+LOGIN_PAGE = Section(
+    name="Login page",
+    text="Pages for people. They work without script, and set a cookie that `/auth?cookie` reads.",
+    operations=[
+        Operation(
+            method="GET",
+            path="/",
+            id="getHomePage",
+            title="Show where I am logged in",
+            text="The logins of the person whose cookie was sent.",
+            answers=[
+                _page(200, "The page."),
+                Answer(
+                    303, "To the login page: no one is logged in.", headers={"Location": "The login page.", **_COOKIE}
+                ),
+                _page(503, "The database is unavailable.", **_RETRY),
+            ],
+        ),
+        Operation(
+            method="GET",
+            path="/login",
+            id="getLoginPage",
+            title="Show the login page",
+            text="The form, or who is logged in.",
+            parameters=[_RD],
+            answers=[_page(200, "The page.", **_COOKIE), _page(503, "The database is unavailable.", **_RETRY)],
+        ),
+        Operation(
+            method="POST",
+            path="/login",
+            id="sendLoginForm",
+            title="Send the form of the login page",
+            text="Sets a cookie with a new token, and revokes the token that was in it.",
+            body=LogInForm,
+            media=FORM,
+            example={"csrf": "3v4xL0qJcN5yUu8mWw1kRg", "username": "admin", "password": "admin"},
+            answers=[
+                Answer(303, "Logged in: to `rd`, or to `/`.", headers={"Location": "That address.", **_COOKIE}),
+                _page(400, "No user can have this name and this password."),
+                _page(401, "The user name or the password is wrong."),
+                _page(403, "The form was not sent by the login page in this browser."),
+                _page(429, "Too many failed logins.", **_RETRY),
+                _page(503, "The server is busy, or the database is unavailable.", **_RETRY),
+            ],
+            refusals=[InvalidRequest, BodyTooLarge],
+        ),
+        Operation(
+            method="GET",
+            path="/logout",
+            id="getLogoutPage",
+            title="Show the button to log out",
+            text="The button, or that no one is logged in.",
+            parameters=[_RD],
+            answers=[_page(200, "The page.", **_COOKIE)],
+        ),
+        Operation(
+            method="POST",
+            path="/logout",
+            id="sendLogoutForm",
+            title="Press the button to log out",
+            text="Revokes the token of the cookie, and deletes the cookie.",
+            body=LogOutForm,
+            media=FORM,
+            example={"csrf": "3v4xL0qJcN5yUu8mWw1kRg"},
+            answers=[
+                Answer(303, "Logged out: to `rd`, or to a page that says so.", headers={"Location": "It.", **_COOKIE}),
+                _page(403, "The form was not sent by the page in this browser."),
+                _page(503, "The server is busy.", **_RETRY),
+            ],
+            refusals=[InvalidRequest, BodyTooLarge],
+        ),
     ],
 )
 
