@@ -8,9 +8,9 @@ import ast
 import importlib
 import inspect
 import tomllib
+from functools import cache
 
 import httptools
-import pytest
 import uvicorn
 from packaging.requirements import Requirement
 from uvicorn.lifespan.on import LifespanOn
@@ -58,13 +58,16 @@ ADDED = {
 }
 """Names that `server/` adds to those classes."""
 
-SOURCES = {path.name: ast.parse(path.read_text()) for path in sorted((ROOT / "tokenauth/server").glob("*.py"))}
+
+@cache
+def sources() -> list[ast.Module]:
+    return [ast.parse(path.read_text()) for path in (ROOT / "tokenauth/server").glob("*.py")]
 
 
 def imported() -> set[tuple[str, str]]:
     """Return the modules of uvicorn and httptools, and the names that are imported from them."""
     found = set()
-    for tree in SOURCES.values():
+    for tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in {"uvicorn", "httptools"}:
                 found |= {(str(node.module), alias.name) for alias in node.names}
@@ -74,7 +77,7 @@ def imported() -> set[tuple[str, str]]:
 def used() -> set[tuple[type, str]]:
     """Return the classes of uvicorn, and the names of their objects that `server/` uses or overrides."""
     found = set()
-    for tree in SOURCES.values():
+    for tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in OWNERS:
                 found.add((OWNERS[ast.unparse(node.value)], node.attr))
@@ -98,23 +101,24 @@ def names_in(class_: ast.ClassDef) -> set[str]:
 
 def has(owner: type, name: str) -> bool:
     """Return whether a class has an attribute, or gives it to its objects."""
-    if hasattr(owner, name):
-        return True
-    tree = ast.parse(inspect.getsource(owner))
-    return any(isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{name}" for node in ast.walk(tree))
+    return hasattr(owner, name) or name in given(owner)
 
 
-@pytest.mark.parametrize(("module", "name"), sorted(imported()))
-def test_what_is_imported_exists(module: str, name: str) -> None:
-    found = importlib.import_module(module)
-    assert hasattr(found, name), f"{RELEASE}: {module} has no {name}"
+@cache
+def given(owner: type) -> set[str]:
+    """Return the attributes of `self` in the source of a class."""
+    attributes = (node for node in ast.walk(ast.parse(inspect.getsource(owner))) if isinstance(node, ast.Attribute))
+    return {node.attr for node in attributes if ast.unparse(node.value) == "self"}
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), sorted(used(), key=str), ids=lambda value: getattr(value, "__name__", value)
-)
-def test_what_is_used_or_overridden_exists(owner: type, name: str) -> None:
-    assert has(owner, name), f"{RELEASE}: {owner.__name__} has no {name}"
+def test_what_is_imported_exists() -> None:
+    missing = [f"{module}.{name}" for module, name in imported() if not hasattr(importlib.import_module(module), name)]
+    assert missing == [], RELEASE
+
+
+def test_what_is_used_or_overridden_exists() -> None:
+    missing = [f"{owner.__name__}.{name}" for owner, name in used() if not has(owner, name)]
+    assert missing == [], RELEASE
 
 
 def test_the_names_are_found_in_the_source() -> None:

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.support.servers import HandClock, Server
+from tests.support.servers import log_in as log_in_by_api
 from tests.system.browser.gate import DOMAIN, Gate, make_certificate, running
 
 AUTH, APP, OTHER, SIBLING = (f"{name}.{DOMAIN}" for name in ("auth", "app", "other", "sibling"))
@@ -72,6 +74,14 @@ def log_in(page: Page, gate: Gate, path: str = "/", **more: Any) -> None:
     page.goto(gate.origin(APP) + path)
     fill_in(page, **more)
     expect(page.get_by_role("heading")).to_have_text(f"Private page of {more.get('username', 'ann')}")
+
+
+def use_login(context: BrowserContext, client: httpx.Client) -> None:
+    """Give the browser the cookie of a login, for a test that is not about logging in."""
+    token = log_in_by_api(client, "ann", "ann-secret")
+    context.add_cookies(
+        [{"name": COOKIE, "value": token, "domain": f".{DOMAIN}", "path": "/", "secure": True, "httpOnly": True}]
+    )
 
 
 def login_cookie(context: BrowserContext) -> Mapping[str, Any] | None:
@@ -241,13 +251,24 @@ def visit_all(page: Page, gate: Gate) -> Iterator[str]:
     yield "logged out"
 
 
-@pytest.mark.parametrize("colors", ["light", "dark"])
-def test_axe_finds_nothing_on_any_page(page: Page, gate: Gate, colors: Any) -> None:
-    page.emulate_media(color_scheme=colors)
+COLORS: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+
+
+def test_every_page_is_accessible_small_and_correct(page: Page, gate: Gate) -> None:
+    """In both color schemes axe finds nothing. The pages fit into 320 pixels, and none breaks its own policy."""
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
     page.set_viewport_size({"width": 320, "height": 480})
+    seen = []
     for name in visit_all(page, gate):
-        found = Axe().run(page)
-        assert [violation["id"] for violation in found.response["violations"]] == [], name
+        seen.append(name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320, name
+        for colors in COLORS:
+            page.emulate_media(color_scheme=colors)
+            assert [violation["id"] for violation in Axe().run(page).response["violations"]] == [], (name, colors)
+    assert len(seen) == 6
+    assert [problem for problem in problems if "status of 401" not in problem] == []
+    assert len(problems) >= 1, "the console is recorded: the wrong password was a 401"
 
 
 def test_axe_would_find_a_mistake(page: Page, gate: Gate) -> None:
@@ -256,24 +277,10 @@ def test_axe_would_find_a_mistake(page: Page, gate: Gate) -> None:
     assert [violation["id"] for violation in Axe().run(page).response["violations"]] == ["label"]
 
 
-def test_every_page_fits_into_320_pixels(page: Page, gate: Gate) -> None:
-    page.set_viewport_size({"width": 320, "height": 480})
-    for name in visit_all(page, gate):
-        assert page.evaluate("document.documentElement.scrollWidth") <= 320, name
-
-
-def test_no_page_breaks_its_own_policy(page: Page, gate: Gate) -> None:
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text))
-    seen = list(visit_all(page, gate))
-    assert [problem for problem in problems if "status of 401" not in problem] == []
-    assert len(problems) >= 1, "the console is recorded: the wrong password was a 401"
-    assert len(seen) == 6
-
-
-def test_only_navigations_are_redirected(page: Page, gate: Gate) -> None:
-    log_in(page, gate)
-    page.context.clear_cookies()
+def test_only_navigations_are_redirected(page: Page, context: BrowserContext, gate: Gate, client: httpx.Client) -> None:
+    use_login(context, client)
+    page.goto(gate.origin(APP))
+    context.clear_cookies()
     answer = page.evaluate("fetch('/x').then((answer) => [answer.status, answer.headers.get('x-auth-login')])")
     assert answer[0] == 401
     assert answer[1].startswith(f"{gate.origin(AUTH)}/login?rd=")
@@ -290,9 +297,11 @@ _SUBMIT = """([action, fields]) => {
 
 
 @pytest.mark.parametrize("action", ["/login", "/logout"])
-def test_a_form_of_a_sibling_host_is_refused(page: Page, context: BrowserContext, gate: Gate, action: str) -> None:
+def test_a_form_of_a_sibling_host_is_refused(
+    page: Page, context: BrowserContext, gate: Gate, client: httpx.Client, action: str
+) -> None:
     """It is of the same site, so the browser sends the cookies. The login stays valid."""
-    log_in(page, gate)
+    use_login(context, client)
     before = login_cookie(context)
     page.goto(f"{gate.origin(SIBLING)}/")
     form = {"username": "bob", "password": "bob-secret", "csrf": "x", "rd": gate.origin(APP)}
@@ -317,9 +326,11 @@ def test_a_form_of_another_site_cannot_use_the_login(page: Page, gate: Gate, tmp
     assert gate.served == []
 
 
-def test_a_cookie_tossed_by_a_sibling_is_not_used(page: Page, context: BrowserContext, gate: Gate) -> None:
+def test_a_cookie_tossed_by_a_sibling_is_not_used(
+    page: Page, context: BrowserContext, gate: Gate, client: httpx.Client
+) -> None:
     """A sibling host can set a second cookie for some path. No one is logged in as the sibling's user there."""
-    log_in(page, gate)
+    use_login(context, client)
     page.goto(f"{gate.origin(SIBLING)}/")
     page.evaluate(f"document.cookie = '{COOKIE}=tossed; Domain={DOMAIN}; Path=/login; Secure'")
     assert len([cookie for cookie in context.cookies() if cookie.get("name") == COOKIE]) == 2
@@ -328,8 +339,9 @@ def test_a_cookie_tossed_by_a_sibling_is_not_used(page: Page, context: BrowserCo
     expect(page.get_by_role("heading")).to_have_text("Log in")
 
 
-def test_no_page_can_frame_the_login(page: Page, gate: Gate) -> None:
-    log_in(page, gate)
+def test_no_page_can_frame_the_login(page: Page, context: BrowserContext, gate: Gate, client: httpx.Client) -> None:
+    use_login(context, client)
+    page.goto(gate.origin(APP))
     frame = """(url) => new Promise((done) => {
       const frame = document.createElement("iframe");
       frame.addEventListener("load", () => done());

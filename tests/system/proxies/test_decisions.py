@@ -83,19 +83,23 @@ def test_a_revoked_token_is_refused_at_once(proxy: Proxy, server: Server) -> Non
             assert (reply.status, arrived) == (401, [])
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_a_client_cannot_name_its_own_user(proxy: Proxy, bob: str, name: str) -> None:
+def test_a_client_cannot_name_its_own_user(proxy: Proxy, bob: str) -> None:
     """Neither with the exact header names nor with spellings that some applications treat as the same name."""
+    for name in SPELLINGS:
+        cannot_name_a_user(proxy, bob, name)
+
+
+def cannot_name_a_user(proxy: Proxy, bob: str, name: str) -> None:
     spoofed = [(name, "mallory"), ("X-Token", bob), (name, "mallory")]
     reply, arrived = proxy.ask("/", headers=spoofed)
     for request in arrived:
         assert request.values("X-Auth-User") == [b"bob"]
         assert request.values("X-Auth-Scopes") in ([], [b""])
         assert b"mallory" not in b"".join(value for _, value in request.headers)
-    assert reply.status == 200 or (reply.status == 400 and not arrived)
+    assert reply.status == 200 or (reply.status == 400 and not arrived), name
     reply, arrived = proxy.ask("/", headers=[(name, "mallory")])
-    assert reply.status in {400, 401}
-    assert not arrived
+    assert reply.status in {400, 401}, name
+    assert not arrived, name
 
 
 @pytest.mark.parametrize("name", ["X-Auth-User", "X-AUTH-SCOPES", "X_Auth_User", "X-Auth_User"])

@@ -90,13 +90,13 @@ def is_report(target: bytes) -> bool:
     return any(path == b"/reports" or path.startswith(b"/reports/") for path in readings(target))
 
 
-@pytest.mark.parametrize("target", DETOURS)
-def test_no_detour_leads_to_the_reports(proxy: Proxy, bob: str, target: str) -> None:
-    assert is_report(target.encode())
-    reply, arrived = proxy.ask(target, bob)
-    assert not [request.target for request in arrived if is_report(request.target)]
-    assert reply.status in {400, 403, 404} or arrived
-    assert proxy.ask(target)[1] == []
+def test_no_detour_leads_to_the_reports(proxy: Proxy, bob: str) -> None:
+    for target in DETOURS:
+        assert is_report(target.encode())
+        reply, arrived = proxy.ask(target, bob)
+        assert not [request.target for request in arrived if is_report(request.target)], target
+        assert reply.status in {400, 403, 404} or arrived, target
+        assert proxy.ask(target)[1] == [], target
 
 
 ODD = ["%", "%z", "%zz", "%2", "%2g", "%g2", "%%", "%%72", "%2%65", "%e", "%u0072", "% ", "%+1", "%0x", "%00", "%c0%af"]
