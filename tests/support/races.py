@@ -253,9 +253,11 @@ class Race:
         pools = ["permits"] * 20 + ["bounded"] * 10
         with ThreadPoolExecutor(len(pools)) as threads:
             running = [threads.submit(self._run, pool, number, more, between) for number, pool in enumerate(pools)]
-            yield
-            for one in running:
-                one.result()
+            try:
+                yield
+            finally:
+                for one in running:  # an error of a holder explains why a test timed out
+                    one.result()
 
     def finish(self, pass_time: Callable[[], object] = lambda: None) -> None:
         """Let all leases end. Check that no promise was broken, and that each remaining token can be leased once."""

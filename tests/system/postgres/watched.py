@@ -27,12 +27,14 @@ class Pair(NamedTuple):
     network: Proxy
 
     def until_quiet(self) -> None:
-        """Wait until the second has its feed back, after each time that it was lost."""
+        """Wait until the second has its feed back, after each time that it was lost, and reads the database again."""
         there = self.there
         until(
             lambda: len(there.events("revocation_feed_lost")) == len(there.events("revocation_feed_restored")),
             "the feed is back",
         )
+        with Connection(there.port) as connection:
+            until(lambda: connection.ask("GET", "/readyz").status == 200, "the database is read")
 
 
 @contextmanager
