@@ -73,6 +73,10 @@ def requests_with(token: str) -> Iterator[bytes]:
         for kind in ("application/json", "text/plain", "application/json; charset=utf-16"):
             head = f"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
             yield (head + body).encode()
+    for field in (f'"scopes": ["{token}"]', f'"ttl": "{token}"', f'"{token}": 1', f'"name": "{token}"'):
+        body = f'{{"name": "job", {field}}}'.replace('"name": "job", "name"', '"name"')
+        head = f"POST /api/tokens HTTP/1.1\r\nHost: x\r\nX-Token: {token}\r\nContent-Length: {len(body)}\r\n\r\n"
+        yield (head + body).encode()
 
 
 def broken_requests_with(token: str) -> Iterator[bytes]:
@@ -165,6 +169,17 @@ def use_pool(server: Server, session: str, tokens: list[str], database: Path | N
     return answers
 
 
+def make_named(connection: Connection, login: str) -> list[str]:
+    """Make a named token and its successor, and use both."""
+    made = connection.ask("POST", "/api/tokens", {"name": "canary"}, X_Token=login).json()
+    rotate = f"/api/tokens/{made['id']}/rotate"
+    new = connection.ask("POST", rotate, {"overlap": "1h"}, X_Token=login).json()
+    for token in (made["token"], new["token"]):
+        assert connection.ask("GET", "/api/me", X_Token=token).status == 200
+        connection.ask("POST", rotate, {"overlap": token}, X_Token=token)
+    return [made["token"], new["token"]]
+
+
 class Aftermath(NamedTuple):
     """The files, the tokens of users and of a pool, and all answers."""
 
@@ -190,6 +205,7 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
         with serving(config, "--workers", "2") as server:
             with Connection(server.port) as connection:
                 mine = [connection.log_in("ben" if broken else "ann", PASSWORD) for _ in range(TOKENS)]
+                mine += make_named(connection, mine[0])
             done.tokens.extend(mine)
             database = directory / "tokenauth.db"
             done.pool_answers.extend(use_pool(server, mine[0], done.pool_tokens, database if broken else None))
@@ -210,7 +226,7 @@ def test_no_file_or_log_contains_a_token_or_password(aftermath: Aftermath) -> No
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert {"tokenauth.db", "tokenauth.db-wal", "server-0.log", "server-1.log"} <= {path.name for path in files}
     log = (directory / "server-0.log").read_text() + (directory / "server-1.log").read_text()
-    for event in ("request", "login_failed", "token_issued", "token_revoked", "login_refused"):
+    for event in ("request", "login_failed", "token_issued", "token_revoked", "login_refused", "named_token_rotated"):
         assert f'"event":"{event}"' in log, "the canaries must have reached code that logs"
     for secret in (*tokens, PASSWORD, WRONG, AS_NAME):
         for form in forms(secret):

@@ -51,6 +51,21 @@ async def test_it_returns_the_identity_that_the_issuer_has(
     )  # fmt: skip
 
 
+def make_named(client: httpx.Client, name: str, scopes: list[str]) -> str:
+    login = {"X-Token": log_in(client, "ann", "ann-secret")}
+    return str(client.post("/api/tokens", headers=login, json={"name": name, "scopes": scopes}).json()["token"])
+
+
+async def test_a_named_token_has_its_name_and_only_its_scopes(
+    server: Server, client: httpx.Client, clock: HandClock
+) -> None:
+    value = make_named(client, "nightly", ["read"])
+    async with RemoteTokens(server.url, clock=clock) as tokens:
+        found = await tokens.identify(value.encode())
+    assert found is not None
+    assert (found.user.scopes, found.token.kind, found.token.name) == (("read",), "named", "nightly")
+
+
 async def test_without_max_age_a_revoked_token_fails_at_once(
     server: Server, client: httpx.Client, clock: HandClock
 ) -> None:

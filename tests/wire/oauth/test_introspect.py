@@ -191,3 +191,11 @@ def test_a_form_without_a_token_is_400(client: httpx.Client, form: dict[str, str
     answer = post(client, "introspect", GATEWAY, **{"x": "y", **form})
     assert refusal(answer) == (400, "invalid_request")
     assert "token" in answer.json()["error_description"]
+
+
+def test_a_named_token_is_active_with_its_scopes(client: httpx.Client) -> None:
+    login = {"X-Token": fetch(client, ANN)}
+    made = client.post("/api/tokens", headers=login, json={"name": "nightly", "scopes": ["write"]}).json()
+    found = post(client, "introspect", token=made["token"]).json()
+    assert (found["active"], found["sub"], found["scope"]) == (True, "ann", "write")
+    assert (found["exp"], found["jti"]) == (made["expiry_time"], made["id"])

@@ -6,6 +6,7 @@ schemathesis imports this module in its own process (SCHEMATHESIS_HOOKS).
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from uuid import uuid4
 from zlib import crc32
 
 import requests
@@ -93,9 +94,9 @@ def _named() -> dict[str, Any]:
 
 
 def _unnamed() -> dict[str, Any]:
-    """Return the fields of a token whose name is free: few random texts are durations or scopes of the user."""
+    """Return the fields of a token with a free name. Few random texts are durations or scopes of the user."""
     _send("DELETE", "/api/tokens?kind=named")
-    return {"name": "free", "scopes": ["admin"], "ttl": "1h"}
+    return {"name": str(uuid4()), "scopes": ["admin"], "ttl": "1h"}
 
 
 def _uuid() -> dict[str, Any]:
