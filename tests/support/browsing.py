@@ -3,6 +3,7 @@
 import re
 from html import unescape
 from typing import NamedTuple
+from urllib.parse import quote
 
 import httpx
 
@@ -42,6 +43,10 @@ def text_of(page: str) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
+def _with(path: str, rd: str | None) -> str:
+    return path if rd is None else f"{path}?rd={quote(rd, safe='')}"
+
+
 class Visitor:
     """One browser at the login page."""
 
@@ -49,16 +54,16 @@ class Visitor:
         self._client = client
         self.cookies: dict[str, str] = {}
 
-    def get(self, path: str, **headers: str) -> httpx.Response:
-        return self._keep(self._client.get(path, headers=self._headers(headers)))
+    def get(self, path: str, rd: str | None = None, **headers: str) -> httpx.Response:
+        return self._keep(self._client.get(_with(path, rd), headers=self._headers(headers)))
 
-    def post(self, path: str, fields: dict[str, str], **headers: str) -> httpx.Response:
-        """Send a form."""
-        return self._keep(self._client.post(path, data=fields, headers=self._headers(headers)))
+    def post(self, path: str, fields: dict[str, str], rd: str | None = None, **headers: str) -> httpx.Response:
+        """Send a form, with `rd` in the query."""
+        return self._keep(self._client.post(_with(path, rd), data=fields, headers=self._headers(headers)))
 
     def log_in(self, username: str = "ann", password: str = "ann-secret", rd: str = "", **more: str) -> httpx.Response:
         """Open the login page and send its form."""
-        page = self.get("/login" + (f"?rd={rd}" if rd else "")).text
+        page = self.get("/login", rd or None).text
         fields = {"csrf": hidden(page, "csrf"), "rd": hidden(page, "rd"), "username": username, "password": password}
         return self.post("/login", {**fields, **more})
 
@@ -68,12 +73,12 @@ class Visitor:
         return self.post("/logout", {"csrf": hidden(page, "csrf"), "rd": hidden(page, "rd")})
 
     def _headers(self, headers: dict[str, str]) -> dict[str, str]:
+        self._client.cookies.clear()  # the client is shared
         cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         return {"Cookie": cookies, **sent} if cookies else sent
 
     def _keep(self, answer: httpx.Response) -> httpx.Response:
-        self._client.cookies.clear()  # it is shared by all visitors
         for cookie in cookies_of(answer):
             if cookie.deletes:
                 self.cookies.pop(cookie.name, None)

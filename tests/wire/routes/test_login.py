@@ -23,7 +23,7 @@ def visitor(client: httpx.Client) -> Visitor:
 
 
 def test_a_login_sets_the_cookie_and_leads_back(client: httpx.Client, visitor: Visitor) -> None:
-    answer = visitor.log_in(rd=f"{APP}/reports%3Fyear=2026")
+    answer = visitor.log_in(rd=f"{APP}/reports?year=2026")
     assert (answer.status_code, answer.headers["location"]) == (303, f"{APP}/reports?year=2026")
     [cookie] = cookies_of(answer)
     assert (cookie.name, set(cookie.attributes)) == ("tokenauth", {"Path=/", "HttpOnly", "SameSite=Lax"})

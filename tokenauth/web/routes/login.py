@@ -1,7 +1,7 @@
 """The pages for people: log in, log out, and where one is logged in."""
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from starlette.responses import Response
@@ -58,7 +58,7 @@ class LoginRoutes:
     # Log in
 
     async def show_login(self, request: Request) -> Response:
-        rd = _one(request.query_values("rd"))
+        rd = _find_target(request)
         try:
             login, headers, note = await self._find_login(request)
         except RetryLater as refusal:
@@ -77,7 +77,7 @@ class LoginRoutes:
 
     async def log_in(self, request: Request) -> Response:
         form = await request.form_body()
-        rd, username = form.get("rd", ""), form.get("username", "")
+        rd, username = _find_target(request, form), form.get("username", "")
         remember = "remember" in form
         try:
             self._check_form(request, form)
@@ -116,7 +116,7 @@ class LoginRoutes:
             error=_explain(refusal),
             note=note or self._refused_target(rd),
             csrf=csrf,
-            rd=rd,
+            rd=target or "",
             target_host=target and host_of(target),
             username=username,
             remember=remember,
@@ -131,14 +131,14 @@ class LoginRoutes:
     # Log out
 
     async def show_logout(self, request: Request) -> Response:
-        rd = _one(request.query_values("rd"))
+        rd = _find_target(request)
         if not self._cookies.all_login_values(request.scope):
             return self._pages.render("logged_out.html", note=self._refused_target(rd))
         return await self._logout_page(request, rd)
 
     async def log_out(self, request: Request) -> Response:
         form = await request.form_body()
-        rd = form.get("rd", "")
+        rd = _find_target(request, form)
         try:
             self._check_form(request, form)
             ended = self._cookies.all_login_values(request.scope)
@@ -163,7 +163,7 @@ class LoginRoutes:
             error=_explain(refusal),
             note=self._refused_target(rd),
             csrf=csrf,
-            rd=rd,
+            rd=self._return_to.allowed(rd) or "",
             username=login and login.user.username,
         )
 
@@ -224,7 +224,7 @@ class LoginRoutes:
             self._hosts.check(request.scope)
             expected = self._cookies.form_value(request.scope)
             if expected is None:
-                target = self._return_to.allowed(form.get("rd", ""))
+                target = self._return_to.allowed(_find_target(request, form))
                 purpose = f", so it would not get to {host_of(target)}" if target else ""
                 raise ForeignPage(
                     f"Your browser did not keep the cookie of {self._host}{purpose}. Open {self._origin}{LOGIN}, allow"
@@ -250,10 +250,14 @@ def _is_foreign(origin: bytes | None, own: str) -> bool:
     return origin not in {None, b"null", own.encode()}
 
 
-def _one(values: Sequence[str]) -> str:
-    """Return a value that was sent once. Several different ones become one that is no address."""
-    different = set(values)
-    return "\n".join(sorted(different))
+def _find_target(request: Request, form: Mapping[str, str] | None = None) -> str:
+    """Return where the browser wants to go: by the form, or else by the query. Nothing has checked it yet.
+
+    The form repeats an address that was allowed. It is sent to the URL of its page, whose query has the others.
+    """
+    found = set(request.query_values("rd"))
+    in_form = "" if form is None else form.get("rd", "")
+    return in_form or "\n".join(sorted(found))  # several different ones become one that is no address
 
 
 def _status(refusal: Refusal | None) -> tuple[int, RawHeaders]:
