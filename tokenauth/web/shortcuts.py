@@ -1,6 +1,6 @@
-"""Answers the busiest paths ahead of the router."""
+"""Answers the paths without parameters ahead of the router."""
 
-from collections.abc import Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -9,19 +9,20 @@ from tokenauth.web.routing import Endpoint, Route
 
 
 class Shortcuts:
-    """ASGI middleware that finds the busiest routes in a dictionary. Starlette's router tries one after the other.
+    """ASGI middleware that finds a route in a dictionary. Starlette's router tries one after the other.
 
-    Their paths have no parameters. The middleware of a route is called as usual.
+    With four dialects, that takes up to 15 microseconds. Paths with parameters, and methods that a path does not
+    support, are left to the router. The middleware of a route is called as usual.
     """
 
-    def __init__(self, app: ASGIApp, routes: Iterable[Route], busiest: Collection[tuple[str, str]]) -> None:
-        """`busiest` are methods and paths of the routes."""
+    def __init__(self, app: ASGIApp, routes: Iterable[Route]) -> None:
         self._app = app
         self._apps: dict[tuple[str, str], tuple[Route, ASGIApp]] = {}
         for route in routes:
-            for method, handler in route.handlers.items():
-                if (method, route.path) in busiest:
-                    app = handler if isinstance(handler, Endpoint) and not route.guarded else ErrorMiddleware(route.app)
+            if "{" not in route.path:
+                guarded = ErrorMiddleware(route.app)
+                for method, handler in route.handlers.items():
+                    app = handler if isinstance(handler, Endpoint) and not route.guarded else guarded
                     self._apps[method, route.path] = route, app
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:

@@ -17,8 +17,6 @@ from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, strict
 
-ME = "/api/me"
-
 ADMIN = "admin"
 """The scope that may act for other users."""
 
@@ -94,7 +92,7 @@ class AccountRoutes:
             "DELETE": strict(self.revoke_all, ["keep", "kind", "user"]),
         }
         return [
-            Route(ME, {"GET": strict(self.me)}, middleware),
+            Route("/api/me", {"GET": strict(self.me)}, middleware),
             Route("/api/tokens", tokens, middleware),
             Route("/api/tokens/{id}", {"DELETE": strict(self.revoke, ["user"])}, middleware),
             Route("/api/tokens/{id}/rotate", {"POST": strict(self.rotate, body=True)}, middleware),
