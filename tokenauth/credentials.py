@@ -5,6 +5,7 @@ import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from tokenauth.addresses import location, network
@@ -79,9 +80,9 @@ class Credentials:
 
         `candidates` are the possible decodings of the same bytes. Together they count as one attempt.
 
-        A password that was right is not hashed again for CACHE_SECONDS: its HMAC, under a key of this process, is kept
-        in memory for each user and location. Equal requests that arrive while it is hashed share the result. A wrong
-        password for that user and location, sent to any route of this process, invalidates it.
+        A password that was right is not hashed again for CACHE_SECONDS: its BLAKE2b hash, under a key of this process,
+        is kept in memory for each user and location. Equal requests that arrive while it is hashed share the result. A
+        wrong password for that user and location, sent to any route of this process, invalidates it.
 
         Raises what `verify` raises.
         """
@@ -157,7 +158,8 @@ class Credentials:
 
     def _fingerprint(self, user: User, password: str) -> bytes:
         # With the credential: a changed password hash makes the cached fingerprint worthless.
-        return hmac.digest(self._key, f"{user.username}\0{user.credential}\0{password}".encode(), "sha256")
+        secret = f"{user.username}\0{user.credential}\0{password}".encode()
+        return blake2b(secret, key=self._key, digest_size=32).digest()
 
 
 def _possible(candidates: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -77,7 +77,11 @@ async def test_nothing_is_issued_to_a_disconnected_client(tmp_path: Path, path: 
             "method": "POST",
             "path": path,
             "query_string": b"",
-            "headers": [(b"content-type", kind), (b"x-api-password", b"permits-secret")],
+            "headers": [
+                (b"content-type", kind),
+                (b"content-length", b"%d" % len(ISSUING[path])),
+                (b"x-api-password", b"permits-secret"),
+            ],
             "client": ("127.0.0.1", 4711),
             "user": Identity("ann", ("admin",)),
             "extensions": {CLIENT: {"gone": True}},

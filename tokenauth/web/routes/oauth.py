@@ -24,7 +24,6 @@ from tokenauth.web.routing import Route
 INTROSPECT = "introspect"
 """The scope that may ask about the tokens of others."""
 
-INTROSPECTION = "/oauth/introspect"
 METADATA = "/.well-known/oauth-authorization-server"
 
 _BEARER = "Bearer"
@@ -78,7 +77,7 @@ class OAuthRoutes:
         """List the routes. An issuer with a path has its metadata at two paths (RFC 8414 section 3.1)."""
         metadata = {METADATA, METADATA + unquote(urlsplit(self._issuer).path)}
         return [
-            Route(INTROSPECTION, {"POST": self.introspect}, middleware),
+            Route("/oauth/introspect", {"POST": self.introspect}, middleware),
             Route("/oauth/token", {"POST": self.token}, middleware),
             Route("/oauth/revoke", {"POST": self.revoke}, middleware),
             *(Route(path, {"GET": self.metadata}, middleware) for path in sorted(metadata)),
@@ -160,7 +159,9 @@ def _claimed(request: Request, form: Form) -> Sequence[Candidate]:
     if "client_secret" in form:
         raise InvalidRequest("Authenticate in one way: by HTTP Basic, or in the form.")
     name, _, secret = _decode(sent).partition(":")
-    candidates = list(dict.fromkeys((Candidate(_unescaped(name), _unescaped(secret)), Candidate(name, secret))))
+    candidates = [Candidate(name, secret)]
+    if b"%" in sent or b"+" in sent:
+        candidates = list(dict.fromkeys((Candidate(_unescaped(name), _unescaped(secret)), *candidates)))
     if "client_id" in form and all(form["client_id"] != candidate.username for candidate in candidates):
         raise InvalidRequest("client_id: is not the one of Authorization: Basic.")
     return candidates
