@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import ClauseElement
 from sqlalchemy.dialects import sqlite
@@ -19,23 +20,22 @@ class SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         """Run statements on a connection; the caller begins and commits."""
         self._connection = connection
-        self._statements = StatementCache(sqlite.dialect(paramstyle="named"))
+        self._statements = StatementCache(sqlite.dialect(paramstyle="qmark"))
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
-        text, _, constants = self._statements.compile(statement, values)
-        return self._connection.execute(text, {**constants, **values} if constants else values).fetchall()
+        return self._run(statement, values).fetchall()
 
     def rows_each(self, statement: ClauseElement, each: Sequence[Values]) -> Rows:
         return [row for values in each for row in self.rows(statement, values)]
 
     def execute(self, statement: ClauseElement, values: Values) -> int:
-        text, _, constants = self._statements.compile(statement, values)
-        return self._connection.execute(text, {**constants, **values} if constants else values).rowcount
+        return self._run(statement, values).rowcount
 
     def execute_each(self, statement: ClauseElement, each: Sequence[Values]) -> None:
         """Run a change, which has no constants, once for each set of values."""
         if each:
-            self._connection.executemany(self._statements.compile(statement, each[0])[0], each)
+            text, names, _ = self._statements.compile(statement, each[0])
+            self._connection.executemany(text, [_ordered(names, values) for values in each])
 
     def lock(self, *names: str, shared: bool = False) -> None:
         """Do nothing: the whole database is locked."""
@@ -46,3 +46,12 @@ class SqliteTransaction:
 
     def notify(self) -> None:
         """Do nothing: caches ask the file."""
+
+    def _run(self, statement: ClauseElement, values: Values) -> sqlite3.Cursor:
+        text, names, constants = self._statements.compile(statement, values)
+        return self._connection.execute(text, _ordered(names, {**constants, **values} if constants else values))
+
+
+def _ordered(names: Sequence[str], values: Values) -> tuple[Any, ...]:
+    """Return parameters in order: the driver takes a third longer to find each one by its name."""
+    return tuple(map(values.__getitem__, names))
