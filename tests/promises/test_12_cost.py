@@ -112,19 +112,19 @@ def kind(change: Change[Any]) -> str:
     return f"{type(change).__name__}{of}"
 
 
-async def on_loop(found: object) -> object:
-    """Return the result of a read on the event loop."""
-    return found
+async def on_loop(read: Callable[[], object]) -> object:
+    """Read on the event loop."""
+    return read()
 
 
 Read = Callable[[Opened], Awaitable[Any]]
 
 READS: dict[str, Read] = {
-    "a token": lambda opened: on_loop(opened.reader.token(digest(13))),
-    "an unknown token": lambda opened: on_loop(opened.reader.token(b"?" * 32) is None),
-    "the clock row": lambda opened: on_loop(opened.reader.clock_row() == 0),
-    "the throttle": lambda opened: on_loop(opened.reader.failures([digest(3)[:16], b"?" * 16])),
-    "new revocations": lambda opened: on_loop(opened.reader.drain()),
+    "a token": lambda opened: on_loop(lambda: opened.reader.token(digest(13))),
+    "an unknown token": lambda opened: on_loop(lambda: opened.reader.token(b"?" * 32) is None),
+    "the clock row": lambda opened: on_loop(lambda: opened.reader.clock_row() == 0),
+    "the throttle": lambda opened: on_loop(lambda: opened.reader.failures([digest(3)[:16], b"?" * 16])),
+    "new revocations": lambda opened: on_loop(opened.reader.drain),
     "a token by its id": lambda opened: opened.tokens.find(public_id(digest(13))),
     "a user's tokens": lambda opened: opened.tokens.list("user13", START, 1000),
     "the newest tokens of all users": lambda opened: opened.tokens.list(None, START, 5),

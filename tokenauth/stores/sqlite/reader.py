@@ -4,6 +4,7 @@ A look-up by key takes a few microseconds; a thread would cost a hundred times a
 waits for a writer.
 """
 
+import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -52,13 +53,19 @@ def reason(error: BaseException) -> str:
 
 
 class Reader:
-    """The connection on which the event loop of a process reads, and its feed of revocations."""
+    """The connection on which the event loop of a process reads, and its feed of revocations.
+
+    All look-ups of tokens in one iteration of the event loop read the same snapshot of the file: its locks then cost
+    two system calls an iteration, instead of two a look-up. A request sees what was committed before it was received:
+    its task runs after `_end_snapshot`, which the iteration before has scheduled.
+    """
 
     def __init__(self, path: str, failed: Callable[[str], object]) -> None:
         """`failed` is called with the reason when a read fails."""
         self._path = path
         self._failed = failed
         self._on_clock_advance: OnClockAdvance = ignore_clock
+        self._has_snapshot = False
 
     def open(self, on_clock_advance: OnClockAdvance = ignore_clock) -> None:
         """Open the file, which must exist with its schema. Raises what SQLite raises."""
@@ -74,6 +81,7 @@ class Reader:
 
     def close(self) -> None:
         self._db.close()
+        self._has_snapshot = False
 
     def rows(self, query: Query, values: Values) -> Rows:
         """Run a query. Raises StoreUnavailable."""
@@ -84,6 +92,8 @@ class Reader:
 
     def token(self, digest: bytes) -> Token | None:
         """Look up a token. Raises StoreUnavailable."""
+        if not self._has_snapshot:
+            self._begin_snapshot()
         row = self._one(_TOKEN, digest)
         return None if row is None else as_token(row)
 
@@ -114,6 +124,7 @@ class Reader:
         Costs one PRAGMA (4 microseconds) if nothing was written. Raises StoreUnavailable.
         """
         try:
+            self._end_snapshot()
             version = self._data_version()
             if version == self._version:
                 return ()
@@ -160,6 +171,20 @@ class Reader:
             if _identity(self._path + suffix) != identity:
                 return os.path.basename(self._path) + suffix
         return None
+
+    def _begin_snapshot(self) -> None:
+        """Keep what the next query sees until the next iteration of the event loop, or until `drain`."""
+        asyncio.get_running_loop().call_soon(self._end_snapshot)
+        try:
+            self._cursor.execute("BEGIN")
+        except ERRORS as error:
+            raise self._unavailable(error) from error
+        self._has_snapshot = True
+
+    def _end_snapshot(self) -> None:
+        if self._has_snapshot:
+            self._db.rollback()
+            self._has_snapshot = False
 
     def _data_version(self) -> int:
         return int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
