@@ -18,7 +18,14 @@ from queue import SimpleQueue
 from typing import Any
 
 import msgspec
+
+if "rich" not in sys.modules:
+    # structlog would load it to format tracebacks, which are never logged: that is a fifth of the time of a start.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # an import of it fails
 import structlog
+
+if sys.modules["rich"] is None:
+    del sys.modules["rich"]
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 """The logger of all modules: `log.info("token_issued", user=...)`."""
