@@ -27,7 +27,8 @@ def unquote_plus(text: bytes) -> bytes:
 
 def parse_fields(text: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Iterate over the names and values of a query or a form."""
+    decode = unquote_plus if b"%" in text or b"+" in text else bytes
     for field in text.split(b"&"):
         if field:
             name, _, value = field.partition(b"=")
-            yield unquote_plus(name), unquote_plus(value)
+            yield decode(name), decode(value)
