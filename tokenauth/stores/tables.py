@@ -59,6 +59,9 @@ tokens = Table(
 token_columns = [column for column in tokens.c if column is not tokens.c.number]
 """The columns that `as_token` reads, in its order."""
 
+OPTIONAL_COLUMNS = [column.name for column in token_columns if column.nullable]
+PLAIN_COLUMNS = [column.name for column in token_columns if not column.nullable]
+
 
 def as_token(row: Sequence[Any]) -> Token:
     """Make a token from a row. Thousands of tokens share their texts: interning keeps one copy of each in a cache."""
@@ -79,15 +82,25 @@ def as_token(row: Sequence[Any]) -> Token:
 
 
 def token_row(token: Token) -> dict[str, Any]:
-    """Make the row of a token, by column. What follows from other columns is left empty: most rows stay small."""
-    row = token._asdict()
-    if token.scopes is not None:
-        row["scopes"] = " ".join(token.scopes)
-    if token.max_expires_at == token.expires_at:
-        row["max_expires_at"] = None
-    if token.used_at == token.issued_at:
-        row["used_at"] = None
-    return row
+    """Make the row of a token, by column. An ordinary login has only PLAIN_COLUMNS, so that it costs least."""
+    row = {
+        "digest": token.digest,
+        "username": token.username,
+        "credential": token.credential,
+        "issued_at": token.issued_at,
+        "expires_at": token.expires_at,
+        "address": token.address,
+        "user_agent": token.user_agent,
+    }
+    fixed, unused = token.max_expires_at == token.expires_at, token.used_at == token.issued_at
+    if fixed and unused and token.name is None and token.scopes is None:
+        return row
+    return row | {
+        "name": token.name,
+        "scopes": None if token.scopes is None else " ".join(token.scopes),
+        "max_expires_at": None if fixed else token.max_expires_at,
+        "used_at": None if unused else token.used_at,
+    }
 
 
 revocations = Table(

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Float,
     Insert,
     Select,
+    TextClause,
     bindparam,
     delete,
     func,
@@ -22,7 +23,7 @@ from sqlalchemy import (
 from tokenauth.models import Instant, Kind, Token
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest, elements
-from tokenauth.stores.tables import revocations, token_row, tokens
+from tokenauth.stores.tables import OPTIONAL_COLUMNS, PLAIN_COLUMNS, revocations, token_row, tokens
 
 _MAX_REVOKED = 1000
 """Maximum number of tokens that one login revokes."""
@@ -39,22 +40,25 @@ def user_lock(username: str) -> str:
 _now = bindparam("now", type_=Float())
 
 # Statements are constants: compiling one costs more than running it.
-_INSERT = insert(tokens).inline()
-# With concurrent writers, numbers are times; those of one user grow even if the clock is set back.
-_INSERT_CONCURRENTLY = text("""
-    INSERT INTO tokens (
-        number, digest, username, credential, issued_at, expires_at, address, user_agent,
-        name, scopes, max_expires_at, used_at
-    )
-    VALUES (
-        greatest(
-            CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint),
-            (SELECT max(number) + 1 FROM tokens WHERE username = :username)
-        ),
-        :digest, :username, :credential, :issued_at, :expires_at, :address, :user_agent,
-        :name, :scopes, :max_expires_at, :used_at
-    )
-""")
+_INSERT_PLAIN, _INSERT = insert(tokens).inline(), insert(tokens).inline()
+
+
+def _insert_concurrently(columns: Sequence[str]) -> TextClause:
+    """With concurrent writers, numbers are times; those of one user grow even if the clock is set back."""
+    return text(f"""
+        INSERT INTO tokens (number, {", ".join(columns)})
+        VALUES (
+            greatest(
+                CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint),
+                (SELECT max(number) + 1 FROM tokens WHERE username = :username)
+            ),
+            {", ".join(f":{column}" for column in columns)}
+        )
+    """)  # noqa: S608 - constants
+
+
+_INSERT_PLAIN_CONCURRENTLY = _insert_concurrently(PLAIN_COLUMNS)
+_INSERT_CONCURRENTLY = _insert_concurrently([*PLAIN_COLUMNS, *OPTIONAL_COLUMNS])
 _DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning(tokens.c.digest)
 _LOG = insert(revocations).inline()
 
@@ -220,8 +224,11 @@ class PurgeRevocations(Change[int]):
 
 def insert_tokens(db: Transaction, added: Sequence[Token]) -> None:
     """Add tokens."""
-    insert_one = _INSERT if db.single_writer else _INSERT_CONCURRENTLY
-    db.execute_each(insert_one, [token_row(token) for token in added])
+    rows = [token_row(token) for token in added]
+    plain = [row for row in rows if len(row) == len(PLAIN_COLUMNS)]
+    others = [row for row in rows if len(row) > len(PLAIN_COLUMNS)]
+    db.execute_each(_INSERT_PLAIN if db.single_writer else _INSERT_PLAIN_CONCURRENTLY, plain)
+    db.execute_each(_INSERT if db.single_writer else _INSERT_CONCURRENTLY, others)
 
 
 def revoke(db: Transaction, digests: Sequence[bytes], now: Instant) -> Sequence[bool]:
