@@ -341,13 +341,27 @@ def test_pools_and_proxies_see_the_scopes_of_the_token(client: httpx.Client, ann
     assert client.get("/auth", headers=ann).headers["x-auth-scopes"] == "read write"
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "application/json"])
 def test_a_leak_is_ended_by_anyone_who_finds_it(
-    client: httpx.Client, sibling_client: httpx.Client, ann: Header
+    client: httpx.Client, sibling_client: httpx.Client, ann: Header, kind: str | None
 ) -> None:
-    made = make(client, ann)
-    line = f"2026-11-28 curl -H 'X-Token: {made['token']}' https://example.com"
-    assert client.request("DELETE", "/api/token", content=line).json() == {"valid": False, "expiry_time": None}
-    assert not probe(sibling_client, made["token"])
+    made = [make(client, ann, name)["token"] for name in ("one", "two")]
+    text = f"2026-11-28 curl -H 'X-Token: {made[0]}' https://example.com\n+ TOKEN={made[1]} ./nightly\n"
+    headers = {"Content-Type": kind} if kind else {}
+    answer = client.request("DELETE", "/api/token", content=text, headers=headers)
+    assert answer.json() == {"valid": False, "expiry_time": None}
+    assert not any(probe(sibling_client, token) for token in made)
+
+
+@pytest.mark.parametrize(
+    "ttl", ["1e3", "1e400", "-0", "01", "1" * 5000, '"\\ud800"', '"1\\u0000d"', '"\u0663d"', "[[[[]]]]"]
+)
+def test_no_odd_number_makes_a_server_error(client: httpx.Client, ann: Header, ttl: str) -> None:
+    for path in ("/api/tokens", "/api/tokens/x/rotate"):
+        body = f'{{"name": "odd", "ttl": {ttl}}}' if path.endswith("tokens") else f'{{"overlap": {ttl}}}'
+        headers = {**ann, "Content-Type": "application/json"}
+        answer = client.post(path, content=body.encode(), headers=headers)
+        assert answer.status_code in {201, 400, 404}, answer.text
 
 
 def test_a_rotated_token_has_a_successor(
