@@ -23,7 +23,7 @@ Duration = str | int
 """A duration as settings write it, such as "90d", or whole seconds."""
 
 
-class Origin(NamedTuple):
+class Requester(NamedTuple):
     """Who asks for a token."""
 
     address: str = ""
@@ -44,7 +44,7 @@ class NamedTokens:
         self._clock = clock
 
     async def issue(
-        self, username: str, name: str, scopes: Sequence[str] | None, ttl: Duration | None, origin: Origin
+        self, username: str, name: str, scopes: Sequence[str] | None, ttl: Duration | None, requester: Requester
     ) -> IssuedToken:
         """Return a new token of a user. `scopes` None: all that the user has at each use. `ttl` None: `named_ttl`.
 
@@ -55,18 +55,18 @@ class NamedTokens:
         _check_name(name)
         limit = None if scopes is None else _checked_scopes(scopes, user)
         seconds = self._settings.named_ttl if ttl is None else _seconds("ttl", ttl, 1, self._settings.max_named_ttl)
-        issued = self._new(user, name, limit, seconds, origin)
+        issued = self._new(user, name, limit, seconds, requester)
         refusal = await self._store.tokens.issue_named(
             issued.token, user.credentials, self._settings.named_per_user, issued.token.issued_at
         )
         if refusal is not None:
             raise refusal
         log.info(
-            "named_token_issued", user=user.username, id=issued.token.id, name=name, network=network(origin.address)
+            "named_token_issued", user=user.username, id=issued.token.id, name=name, network=network(requester.address)
         )
         return issued
 
-    async def rotate(self, id: str, username: str | None, overlap: Duration, origin: Origin) -> IssuedToken:
+    async def rotate(self, id: str, username: str | None, overlap: Duration, requester: Requester) -> IssuedToken:
         """Return a successor of the token with this public id, with the same name, scopes and length of life.
 
         The token itself ends after `overlap`; 0 is at once. `username` None: it may be any user's.
@@ -77,8 +77,8 @@ class NamedTokens:
         if token is None or token.name is None or username not in {None, token.username} or not self._is_live(token):
             raise UnknownToken("There is no named token with this id.")
         user = self._user(token.username)
-        length = token.expires_at - int(token.issued_at)
-        issued = self._new(user, token.name, token.scopes, length, origin)
+        length = token.expires_at - int(token.issued_at)  # less if it is ending, and its successor was revoked
+        issued = self._new(user, token.name, token.scopes, length, requester)
         now = issued.token.issued_at
         refusal = await self._store.tokens.rotate(
             token.digest, issued.token, user.credentials, int(now) + int(seconds), now
@@ -92,7 +92,7 @@ class NamedTokens:
             new_id=issued.token.id,
             name=token.name,
             overlap=int(seconds),
-            network=network(origin.address),
+            network=network(requester.address),
         )
         return issued
 
@@ -102,11 +102,13 @@ class NamedTokens:
             raise InvalidToken
         return user
 
-    def _new(self, user: User, name: str, scopes: tuple[str, ...] | None, ttl: float, origin: Origin) -> IssuedToken:
+    def _new(
+        self, user: User, name: str, scopes: tuple[str, ...] | None, ttl: float, requester: Requester
+    ) -> IssuedToken:
         """Make a token. No way of making one exceeds `max_named_ttl`."""
         if self._tokens.revocations.problem is not None:  # the new token would be revoked with all others
             raise StoreUnavailable
-        if origin.disconnected():
+        if requester.disconnected():
             raise ClientGone
         now = self._clock()
         value = values.new_named_value()
@@ -121,8 +123,8 @@ class NamedTokens:
                 user.named_credential,
                 now,
                 expires_at,
-                origin.address,
-                origin.user_agent,
+                requester.address,
+                requester.user_agent,
                 name=name,
                 scopes=scopes,
             ),

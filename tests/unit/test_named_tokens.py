@@ -9,12 +9,12 @@ import pytest
 from tests.support.servers import START, write_config
 from tokenauth.errors import InvalidToken, NameTaken, StoreUnavailable, UnknownToken
 from tokenauth.models import IssuedToken, User
-from tokenauth.named_tokens import Origin
+from tokenauth.named_tokens import Requester
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 
 DAY = 86400
-ORIGIN = Origin()
+REQUESTER = Requester()
 
 
 class Opener:
@@ -39,7 +39,7 @@ async def opener(tmp_path: Path) -> AsyncIterator[Opener]:
 
 
 async def issue(service: Service, name: str = "nightly", scopes: list[str] | None = None) -> IssuedToken:
-    return await service.named_tokens.issue("ann", name, scopes, None, ORIGIN)
+    return await service.named_tokens.issue("ann", name, scopes, None, REQUESTER)
 
 
 async def scopes_of(service: Service, issued: IssuedToken) -> tuple[str, ...] | None:
@@ -74,7 +74,7 @@ async def test_it_ends_with_the_password_and_frees_its_name(opener: Opener) -> N
     assert await scopes_of(service, old) is None
     assert await service.tokens.list_live("ann") == []
     with pytest.raises(UnknownToken):
-        await service.named_tokens.rotate(old.token.id, "ann", 0, ORIGIN)
+        await service.named_tokens.rotate(old.token.id, "ann", 0, REQUESTER)
     assert await scopes_of(service, await issue(service)) == ("read", "write")
 
 
@@ -87,7 +87,7 @@ async def test_it_can_outlive_a_password(opener: Opener) -> None:
     assert await scopes_of(service, login) is None, "logins end in any case"
     with pytest.raises(NameTaken):
         await issue(service)
-    assert await scopes_of(service, await service.named_tokens.rotate(made.token.id, "ann", 0, ORIGIN)) is not None
+    assert await scopes_of(service, await service.named_tokens.rotate(made.token.id, "ann", 0, REQUESTER)) is not None
 
 
 async def test_what_has_ended_stays_so_when_the_setting_changes(opener: Opener) -> None:
@@ -111,15 +111,15 @@ async def test_it_ends_with_its_user(opener: Opener) -> None:
         with pytest.raises(InvalidToken):
             await issue(service, "another")
         with pytest.raises(UnknownToken):
-            await service.named_tokens.rotate(made.token.id, None, 0, ORIGIN)
+            await service.named_tokens.rotate(made.token.id, None, 0, REQUESTER)
 
 
 async def test_a_shorter_maximum_applies_to_a_rotation(opener: Opener) -> None:
     service = await opener.open()
-    made = await service.named_tokens.issue("ann", "nightly", None, "300d", ORIGIN)
+    made = await service.named_tokens.issue("ann", "nightly", None, "300d", REQUESTER)
     shorter = await opener.open('named_ttl = "5d"\nmax_named_ttl = "30d"')
     opener.now += DAY
-    new = (await shorter.named_tokens.rotate(made.token.id, "ann", "1h", ORIGIN)).token
+    new = (await shorter.named_tokens.rotate(made.token.id, "ann", "1h", REQUESTER)).token
     assert new.expires_at == int(START) + 31 * DAY
 
 
@@ -128,7 +128,7 @@ async def test_none_is_made_while_all_would_be_revoked(opener: Opener) -> None:
     service = await opener.open()
     made = await issue(service)
     service.tokens.revocations._dropped = 1
-    for attempt in (issue(service, "another"), service.named_tokens.rotate(made.token.id, "ann", 0, ORIGIN)):
+    for attempt in (issue(service, "another"), service.named_tokens.rotate(made.token.id, "ann", 0, REQUESTER)):
         with pytest.raises(StoreUnavailable):
             await attempt
     service.tokens.revocations._dropped = 0
@@ -140,4 +140,4 @@ async def test_a_held_revocation_keeps_a_token_from_rotation(opener: Opener) -> 
     made = await issue(service)
     assert service.tokens.revocations.add(made.token.digest, "network")
     with pytest.raises(UnknownToken):
-        await service.named_tokens.rotate(made.token.id, "ann", 0, ORIGIN)
+        await service.named_tokens.rotate(made.token.id, "ann", 0, REQUESTER)

@@ -22,7 +22,7 @@ from tokenauth.logs import audit, printable
 
 if TYPE_CHECKING:
     from tokenauth.models import IssuedToken, Token
-    from tokenauth.named_tokens import Origin
+    from tokenauth.named_tokens import Requester
     from tokenauth.service import Service
     from tokenauth.tokens import Tokens
 
@@ -97,7 +97,7 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
         if owner not in service.users:
             problem = f"No user {owner!r} in {config_path(config_file)}."
             raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
-        return await service.named_tokens.issue(owner, utf8(name), scopes or None, ttl, _origin())
+        return await service.named_tokens.issue(owner, utf8(name), scopes or None, ttl, _requester())
 
     issued = with_service(config_file, issue)
     audit("named_token_issued", user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes)
@@ -114,7 +114,9 @@ def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
     Only the token goes to standard output. The old one ends after the overlap.
     """
     try:
-        issued = with_service(config_file, lambda service: service.named_tokens.rotate(id_, None, overlap, _origin()))
+        issued = with_service(
+            config_file, lambda service: service.named_tokens.rotate(id_, None, overlap, _requester())
+        )
     except UnknownToken as error:
         raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
     new = issued.token
@@ -173,10 +175,10 @@ async def _find_in(tokens: "Tokens", file: str) -> dict[str, tuple["Token", str]
     return found
 
 
-def _origin() -> "Origin":
-    from tokenauth.named_tokens import Origin
+def _requester() -> "Requester":
+    from tokenauth.named_tokens import Requester
 
-    return Origin(user_agent="tokenauth command")
+    return Requester(user_agent="tokenauth command")
 
 
 def _print_issued(issued: "IssuedToken") -> None:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest, LoginNeeded
 from tokenauth.models import SCOPE_PATTERN, IssuedToken, Kind, Token
-from tokenauth.named_tokens import MAX_NAME, Duration, NamedTokens, Origin
+from tokenauth.named_tokens import MAX_NAME, Duration, NamedTokens, Requester
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.openapi import schema_only
@@ -112,7 +112,7 @@ class AccountRoutes:
         _check_unlimited(request.token)
         body = await request.json_body(_issue)
         issued = await self._named_tokens.issue(
-            request.user.username, body.name, body.scopes, body.ttl, _origin(request)
+            request.user.username, body.name, body.scopes, body.ttl, _requester(request)
         )
         return JSONResponse(_show_issued(issued), 201)
 
@@ -120,7 +120,7 @@ class AccountRoutes:
         _check_unlimited(request.token)
         body = await request.json_body(_rotate, RotateRequest())
         issued = await self._named_tokens.rotate(
-            request.path_params["id"], request.user.username, body.overlap, _origin(request)
+            request.path_params["id"], request.user.username, body.overlap, _requester(request)
         )
         return JSONResponse(_show_issued(issued), 201)
 
@@ -145,8 +145,8 @@ def _check_unlimited(token: Token) -> None:
         raise LoginNeeded
 
 
-def _origin(request: Request) -> Origin:
-    return Origin(request.client_address, request.user_agent, request.disconnect_check)
+def _requester(request: Request) -> Requester:
+    return Requester(request.client_address, request.user_agent, request.disconnect_check)
 
 
 def _username(request: Request) -> str:
