@@ -7,6 +7,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import quote
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, InvalidToken, Refusal, TokenRequired
@@ -61,37 +62,42 @@ class ForwardAuth(Endpoint):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send 200 and the user's name if the request may pass."""
-        token, asked = None, _EMPTY
+        token, asked, sent = None, _EMPTY, None
         try:
             if query := scope["query_string"]:
                 asked = _parse(query, self._browser is not None)
-            if asked.cookie and self._browser is not None:
-                value, sent = self._browser.find_token(scope, asked.x_token_only)
+                if asked.cookie and self._browser is not None:
+                    value, sent = self._browser.find_token(scope, asked.x_token_only)
+                else:
+                    value = x_token(scope) if asked.x_token_only else bearer(scope)
             else:
-                value, sent = x_token(scope) if asked.x_token_only else bearer(scope), None
+                value = bearer(scope)
             token = None if value is None else await self._tokens.validate(value)
             headers = self._check(value, token, asked)
             if sent is not None and self._browser is not None:
                 self._browser.check_page(scope, sent)
-        except (TokenRequired, InvalidToken, InvalidRequest) as refusal:  # InvalidRequest: two different tokens
-            error = InvalidToken() if isinstance(refusal, InvalidRequest) else refusal
-            if self._browser is not None and asked.cookie:
-                response = self._browser.log_in_response(error, scope, asked.redirect)
-            else:
-                response = refusal_response(error)
-            await response(scope, receive, send)
-            return
-        except Refusal as refusal:
-            if token is not None:
-                self._log_denied(token, refusal)
-            await refusal_response(refusal)(scope, receive, send)
-            return
         except Exception as error:
-            log.error("unexpected_error", at=safe_traceback(error))
-            await refusal_response(RetryableInternalError())(scope, receive, send)
+            await self._refuse(scope, error, token, asked)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
+
+    def _refuse(self, scope: Scope, error: Exception, token: Token | None, asked: _Query) -> Response:
+        """Return the response to a request that may not pass. Whatever happens here, it is none that lets it pass."""
+        try:
+            if isinstance(error, TokenRequired | InvalidToken | InvalidRequest):
+                refusal = InvalidToken() if isinstance(error, InvalidRequest) else error  # two different tokens
+                if asked.cookie and self._browser is not None:
+                    return self._browser.log_in_response(refusal, scope, asked.redirect)
+                return refusal_response(refusal)
+            if isinstance(error, Refusal):
+                if token is not None:
+                    self._log_denied(token, error)
+                return refusal_response(error)
+        except Exception as unexpected:
+            error = unexpected
+        log.error("unexpected_error", at=safe_traceback(error))
+        return refusal_response(RetryableInternalError())
 
     def _check(self, value: bytes | None, token: Token | None, asked: _Query) -> Sequence[tuple[bytes, bytes]]:
         """Return the headers for the user. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""
@@ -104,10 +110,11 @@ class ForwardAuth(Endpoint):
                 response = self._responses[user.username] = _response(user)
         else:
             response = _limited_response(user)
-        if asked.problem:
-            raise Forbidden(asked.problem)
-        if not asked.scopes <= response.scopes:
-            raise InsufficientScope(*sorted(asked.scopes))
+        if asked is not _EMPTY:
+            if asked.problem:
+                raise Forbidden(asked.problem)
+            if not asked.scopes <= response.scopes:
+                raise InsufficientScope(*sorted(asked.scopes))
         return (*response.headers, (b"x-auth-expires", b"%d" % token.expires_at))
 
     def _log_denied(self, token: Token, refusal: Refusal) -> None:
