@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from tests.support.connections import Answer, Connection
 from tests.support.servers import HandClock, Server
@@ -106,6 +109,21 @@ def test_two_different_cookies_are_not_used(connection: Connection, ann: str, bo
         assert deleted(answer)[0].startswith(f"{NAME}=;")
     head = f"GET /auth?cookie HTTP/1.1\r\nHost: x\r\nCookie: {cookie(ann)}\r\nCookie: {cookie(bob)}\r\n\r\n"
     assert connection.send(head.encode()).status == 401
+
+
+def test_no_malformed_cookie_lets_a_request_pass(server: Server) -> None:
+    pieces = st.sampled_from([NAME.encode(), b"=", b";", b" ", b'"', b"A" * 64, b"\t", b"%00", b",", b"\xff", b"\\"])
+    headers = st.lists(st.lists(pieces | st.binary(max_size=3), max_size=8).map(b"".join), min_size=1, max_size=3)
+
+    @hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
+    @given(headers, st.sampled_from(["?cookie", "?cookie&login=redirect", "?cookie&header=x-token"]))
+    def check(cookies: list[bytes], query: str) -> None:
+        lines = b"".join(b"Cookie: %s\r\n" % cookie.replace(b"\r", b"").replace(b"\n", b"") for cookie in cookies)
+        with Connection(server.port) as fresh:
+            answer = fresh.send(b"GET /auth%s HTTP/1.1\r\nHost: x\r\n%s\r\n" % (query.encode(), lines))
+        assert answer.status == 401
+
+    check()
 
 
 def test_a_header_wins_over_the_cookie(connection: Connection, ann: str, bob: str) -> None:

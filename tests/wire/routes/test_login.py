@@ -113,3 +113,16 @@ def test_two_cookies_of_one_name_are_not_used(client: httpx.Client) -> None:
         assert "two different login cookies" in text_of(answer.text)
         assert any(cookie.name == "tokenauth" and cookie.deletes for cookie in cookies_of(answer))
         assert "ann" not in text_of(answer.text)
+
+
+def test_one_call_ends_the_cookie_and_a_script_token(client: httpx.Client, visitor: Visitor) -> None:
+    """Both are ordinary tokens: each lists and ends the other."""
+    visitor.log_in()
+    cookie, script = visitor.cookies["tokenauth"], log_in(client, "ann", "ann-secret")
+    me = {"X-Token": script}
+    assert len(client.get("/api/tokens", headers=me).json()["tokens"]) == 2
+    assert client.get("/auth?cookie", headers={"Cookie": f"tokenauth={cookie}"}).headers["x-auth-user"] == "ann"
+    assert client.delete("/api/tokens", headers=me).json() == {"revoked": 2}
+    assert client.get("/auth?cookie", headers={"Cookie": f"tokenauth={cookie}"}).status_code == 401
+    assert not probe(client, script)
+    assert "password" in visitor.get("/login").text

@@ -113,7 +113,7 @@ class LoginRoutes:
             "login.html",
             status,
             [*headers, *form_headers, *retry],
-            error=_explain(refusal),
+            error=explain(refusal),
             note=note or self._refused_target(rd),
             csrf=csrf,
             rd=target or "",
@@ -160,7 +160,7 @@ class LoginRoutes:
             "logout.html",
             status,
             [*form_headers, *retry],
-            error=_explain(refusal),
+            error=explain(refusal),
             note=self._refused_target(rd),
             csrf=csrf,
             rd=self._return_to.allowed(rd) or "",
@@ -267,7 +267,7 @@ def _status(refusal: Refusal | None) -> tuple[int, RawHeaders]:
     return STATUS[type(refusal)], retry
 
 
-def _explain(refusal: Refusal | None) -> str:
+def explain(refusal: Refusal | None) -> str:
     """Say to a person why a form was refused."""
     match refusal:
         case None:
