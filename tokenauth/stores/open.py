@@ -3,27 +3,36 @@
 import os
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
-
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
 from tokenauth.settings.model import DatabaseSettings
-from tokenauth.stores.engine import Engine
 from tokenauth.stores.sqlite import files
-from tokenauth.stores.sqlite.engine import SqliteEngine
-from tokenauth.stores.store import Store
 
+if TYPE_CHECKING:  # the main process only asks for files: it starts in half the time without SQLAlchemy
+    from sqlalchemy import URL
+
+    from tokenauth.stores.engine import Engine
+    from tokenauth.stores.store import Store
+
+_NO_FILE = {None, "", ":memory:"}
 _SQLITE, _POSTGRESQL = "sqlite+aiosqlite", "postgresql+asyncpg"
 
 
-def open_store(settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True) -> Store:
+def open_store(
+    settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True
+) -> "Store":
     """Return the store at a URL, not yet started. Raises ConfigError.
 
     Without a `clock` it uses this machine's, or PostgreSQL's. Unless it is for `serving`, a start creates no database.
     """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    from tokenauth.stores.store import Store
+
     try:
         url = make_url(settings.url)
     except (ArgumentError, ValueError):
@@ -60,22 +69,16 @@ def find_exposed_files(settings: DatabaseSettings) -> Sequence[str]:
 
 
 def _file(settings: DatabaseSettings) -> str | None:
-    """Return the absolute path of the database, or None if it is not a file or the URL is not valid."""
-    try:
-        url = make_url(settings.url)
-    except (ArgumentError, ValueError):
-        return None
-    path = _path(url) if url.drivername == _SQLITE else None
-    return None if path is None else os.path.abspath(path)
+    """Return the absolute path of the database, or None if it is not a file."""
+    scheme, _, location = settings.url.partition(":///")
+    path = location.partition("?")[0]
+    return None if scheme != _SQLITE or path in _NO_FILE else os.path.abspath(path)
 
 
-def _path(url: URL) -> str | None:
-    """Return the path in a URL of SQLite, or None if it names no file."""
-    return None if url.database in {"", ":memory:"} else url.database
+def _sqlite(url: "URL", clock: Clock, serving: bool) -> "Engine":
+    from tokenauth.stores.sqlite.engine import SqliteEngine
 
-
-def _sqlite(url: URL, clock: Clock, serving: bool) -> Engine:
-    if _path(url) is None:
+    if url.database in _NO_FILE:
         raise ConfigError(
             "database.url: names no file; write three slashes and a path, as in 'sqlite+aiosqlite:///tokenauth.db'"
         )
@@ -89,7 +92,9 @@ def _sqlite(url: URL, clock: Clock, serving: bool) -> Engine:
     return SqliteEngine(url, clock, serving)
 
 
-def _postgres(url: URL, connections: int, clock: Clock | None, serving: bool) -> Engine:
+def _postgres(url: "URL", connections: int, clock: Clock | None, serving: bool) -> "Engine":
+    from sqlalchemy.exc import ArgumentError
+
     if not url.database:
         raise ConfigError("database.url: names no database, as in 'postgresql+asyncpg://user@host/tokenauth'")
     try:
