@@ -5,12 +5,13 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache
@@ -292,7 +293,8 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
         "users[0].password: the password of 'ann' is not a hash that",
     ),
     "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is not supported"),
-    "a key, served": (["serve", "--config", "key.toml"], "", "key.toml: server.prot: there is no such key"),
+    "no file name": (["check", "--config", ""], "", "--config: is empty; name a file, or leave the option out"),
+    "no terminal": (USER_ADD[:3], "", "There is no terminal to ask for the password: pass it with --password-stdin."),
     "no directory": (
         ["migrate", "--config", "nowhere.toml"],
         "",
@@ -585,6 +587,122 @@ def test_check_refuses_a_directory_that_is_not_writable(home: Path) -> None:
     done = subprocess.run(command, cwd=home, capture_output=True, check=False, text=True, env=environment({}))
     home.chmod(0o700)
     assert f"database.url: the directory {home} is not writable for this user; run this as the user" in mistake(done)
+
+
+def with_database(directory: Path, url: str, more: str = "") -> None:
+    """Write a configuration with a database at a URL."""
+    path = directory / "config.toml"
+    path.write_text(f"database.url = '{url}'\n{more}\n{USERS}")
+    path.chmod(0o600)
+
+
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+ODD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (os.mkfifo, "/t.db is not a regular file; move it away, or change database.url"),
+    "a socket": (bind_socket, "/t.db is not a regular file; move it"),
+    "a device": (lambda path: path.symlink_to("/dev/null"), "/dev/null is not a regular file; move it away, or change"),
+    "a loop": (lambda path: path.symlink_to(path), "/t.db cannot be opened: Too many levels of symbolic links; change"),
+    "a dangling link": (lambda path: path.symlink_to("/no/such/x"), "the directory /no/such does not exist; create"),
+    "a directory for the log": (lambda path: Path(f"{path}-wal").mkdir(), "/t.db-wal is not a regular file; move it"),
+}
+
+
+@pytest.mark.parametrize("what", ODD_FILES)
+def test_check_refuses_files_that_are_no_database(tmp_path: Path, what: str) -> None:
+    make, says = ODD_FILES[what]
+    with_database(tmp_path, f"sqlite+aiosqlite:///{tmp_path / 't.db'}")
+    make(tmp_path / "t.db")
+    done = run(tmp_path, "check")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert run(tmp_path, "serve", "--port", "0").returncode == 3
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "p%q", "ж"])
+def test_check_looks_at_the_file_that_serve_opens(tmp_path: Path, name: str) -> None:
+    """SQLAlchemy decodes the path of a URL."""
+    url = f"sqlite+aiosqlite:///{tmp_path}/{name}.db"
+    with_database(tmp_path, url)
+    assert run(tmp_path, "migrate").returncode == 0
+    (found,) = tmp_path.glob("*.db")
+    found.chmod(0o666)
+    with_database(tmp_path, url, "server.trusted_proxies = ['127.0.0.1']")
+    assert f"{found} has mode 0666" in run(tmp_path, "check").stdout
+
+
+def test_check_refuses_a_port_that_needs_a_right(home: Path) -> None:
+    if sys.platform != "linux" or int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80:
+        pytest.skip("every user may listen on each port of this machine")
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        skip_without("setpriv", "install util-linux")
+    less = ["--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"] if os.geteuid() == 0 else []
+    config = home / "config.toml"
+    config.write_text(f"server.port = 80\n{config.read_text()}")
+    for command in ("check", "serve"):
+        line = [setpriv, *less, TOKENAUTH, command]
+        done = subprocess.run(line, cwd=home, capture_output=True, check=False, text=True, env=environment({}))
+        assert done.returncode == {"check": 1, "serve": 3}[command]
+        assert "server.port: 80 cannot be listened on by this user: Permission denied; use a port from 1024" in (
+            done.stderr
+        )
+
+
+def test_check_and_serve_read_an_address_alike(home: Path) -> None:
+    """No IPv6 socket of the server takes IPv4 connections."""
+    config = home / "config.toml"
+    config.write_text(f"server.host = '::ffff:127.0.0.1'\nserver.accept_risks = ['weak_hash']\n{config.read_text()}")
+    config.chmod(0o600)
+    says = "server.host: '::ffff:127.0.0.1' cannot be listened on: "
+    assert says in mistake(run(home, "check"))
+    assert says in run(home, "serve").stderr
+
+
+@pytest.mark.parametrize("port", [89526, 65536])
+def test_a_database_port_that_cannot_exist_is_refused(tmp_path: Path, port: int) -> None:
+    for url in (f"u@h:{port}/d", f"u@/d?host=h:{port}", f"u@/d?host=a:1&host=h:{port}", f"u@/d?host=h&port={port}"):
+        with_database(tmp_path, f"postgresql+asyncpg://{url}")
+        assert "database.url: has a port that is not from 1 to 65535" in mistake(run(tmp_path, "check"))
+
+
+def test_a_wrong_configuration_is_a_log_event_at_start(tmp_path: Path) -> None:
+    """Whatever is wrong with it: an operator watches for one event."""
+    for text in ("[serve]", "server.port = '${NONE}'", "[", "database.url = 'mysql://x'", None):
+        if text is not None:
+            (tmp_path / "config.toml").write_text(text)
+        done = run(tmp_path, "serve", "--config", "config.toml" if text else "none.toml")
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 3
+        assert json.loads(line)["event"] == "configuration_refused"
+        assert ".toml: " in json.loads(line)["detail"]
+
+
+def test_output_is_escaped_where_it_cannot_be_shown(home: Path) -> None:
+    latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    assert "Saved." in script(home, *USER_ADD[:2], "жук", USER_ADD[3], stdin=WORD, **latin).stdout
+    listed = script(home, "user", "list", **latin)
+    assert listed.returncode == 0
+    assert r"\u0436\u0443\u043a" in listed.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["user", "--help"], ["check"]])
+def test_a_full_disk_under_the_output_is_one_line(home: Path, arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [TOKENAUTH, *arguments], cwd=home, stdout=full, stderr=subprocess.PIPE, check=False, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "Error: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_input_has_no_password(home: Path) -> None:
+    for command in ("hash-password", "user add eve", "user passwd ann"):
+        line = f"{TOKENAUTH} {command} --password-stdin <&-"
+        done = subprocess.run(line, shell=True, cwd=home, capture_output=True, check=False, text=True)  # noqa: S602
+        assert mistake(done) == "The standard input is closed: pass the password in its first line."
 
 
 def test_check_says_that_nobody_can_log_in(tmp_path: Path) -> None:

@@ -255,6 +255,15 @@ def test_an_origin_that_nearly_fits_gets_a_hint() -> None:
             parsed(f'server.cors_origins = ["{origin}"]')
     with pytest.raises(ConfigError, match=r"; wildcards are not supported, list each origin$"):
         parsed('server.cors_origins = ["https://*.b"]')
+    with pytest.raises(ConfigError, match=r"; write it in lower case, as browsers send it$"):
+        parsed('server.cors_origins = ["https://A.b"]')
+
+
+def test_an_origin_with_a_password_is_not_shown() -> None:
+    for origin in ("https://ann:very-secret@a.b", "https://ann:very-secret@a.b/", "https://very-secret@*.b"):
+        with pytest.raises(ConfigError, match=r"\[0\]: must have no user and no password") as refusal:
+            parsed(f'server.cors_origins = ["{origin}"]')
+        assert "very-secret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("proxy", ["*", "proxy.local", "10.0.0.0/33", "10.0.0.1/8", ""])
@@ -285,15 +294,15 @@ def test_a_record_cannot_be_changed(record: Table) -> None:
         ("https://ann:very-secret@auth.example.com", "must have no user and no password"),
         ("https://@auth.example.com", "must have no user and no password"),
         ("http://ann:very-secret@localhost", "must have no user and no password"),
-        ("https://auth.example.com:99999", "its port is not from 1 to 65535"),
-        ("https://auth.example.com:0", "its port is not from 1 to 65535"),
-        ("https://auth.example.com:", "its port is not from 1 to 65535"),
-        ("https://auth.example.com:port", "is not a host"),
-        ("http://localhost:70000", "its port is not from 1 to 65535"),
+        ("https://auth.example.com:99999", "a port from 1 to 65535 or none, not 'auth.example.com:99999'"),
+        ("https://auth.example.com:0", "a port from 1 to 65535"),
+        ("https://auth.example.com:", "a port from 1 to 65535"),
+        ("https://auth.example.com:port", "must have a host"),
+        ("http://localhost:70000", "a port from 1 to 65535"),
         ("https://auth.exämple.com", "write it as 'xn--...'"),
-        ("https://:8443", "is not a host"),
-        ("https://[::1", "is not a host"),
-        ("https://a%20b", "is not a host"),
+        ("https://:8443", "must have a host"),
+        ("https://[::1", "must have a host"),
+        ("https://a%20b", "must have a host"),
         ("https://auth.example.com/", "must be a URL"),
     ],
 )

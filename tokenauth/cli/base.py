@@ -2,8 +2,11 @@
 
 import asyncio
 import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +24,18 @@ T = TypeVar("T")
 
 class CommandGroup(click.Group):
     """A group of commands that report an error in one line, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line. Output that the encoding of the terminal does not have is escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # of the output of --help and --version
+            with suppress(OSError):
+                click.echo(f"Error: {printable(str(error))}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Exit with 1 for errors that the operator can fix."""
@@ -78,7 +93,7 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
 
     path = loader.find(config_file)
     settings = loader.load(path).passwords if config_file or path.exists() else Settings().passwords
-    password = sys.stdin.readline().rstrip("\r\n") if password_stdin else _ask_password()
+    password = _read_password() if password_stdin else _ask_password()
     reason = _password_problem(password)
     if reason is not None:
         raise click.ClickException(reason)
@@ -88,10 +103,18 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
         raise click.ClickException(f"The hash cannot be computed on this machine now: {error}") from None
 
 
+def _read_password() -> str:
+    if sys.stdin is None:
+        raise click.ClickException("The standard input is closed: pass the password in its first line.")
+    return sys.stdin.readline().rstrip("\r\n")
+
+
 def _ask_password() -> str:
     """Ask until a password fits and was typed twice."""
     from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH
 
+    if not _has_terminal():
+        raise click.ClickException("There is no terminal to ask for the password: pass it with --password-stdin.")
     while True:
         prompt = f"Password ({MIN_LENGTH} to {MAX_LENGTH:,} characters)"
         password: str = click.prompt(prompt, hide_input=True, err=True)
@@ -101,6 +124,14 @@ def _ask_password() -> str:
                 return password
             reason = "The two passwords differ."
         click.echo(f"Error: {reason}", err=True)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return sys.stdin is not None and sys.stdin.isatty()
+    return True
 
 
 def _password_problem(password: str) -> str | None:

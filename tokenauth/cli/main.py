@@ -68,7 +68,7 @@ def check(config_file: str | None, as_json: bool) -> None:
     port is free, and whether a PostgreSQL server answers.
     """
     from tokenauth.risks import Risk, check_accepted, find_risks
-    from tokenauth.server.listener import check_host
+    from tokenauth.server.listener import check_address
     from tokenauth.service import create_service
     from tokenauth.settings import loader
     from tokenauth.stores.open import check_files
@@ -84,7 +84,7 @@ def check(config_file: str | None, as_json: bool) -> None:
             find_routes(service)
             risks = find_risks(settings, service.passwords, path)
             check_accepted(settings, risks)
-            check_host(settings.server)
+            check_address(settings.server)
             check_files(settings.database)
     except ConfigError as error:
         mistake = error

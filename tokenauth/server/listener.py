@@ -20,24 +20,40 @@ def listen(settings: ServerSettings) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise StartError(f"Port {settings.port} is in use: stop the other server or pass --port.") from None
         try:
-            check_host(settings)
+            check_address(settings)
         except ConfigError as problem:
             raise StartError(str(problem)) from None
         reason = os.strerror(error.errno or 0)
         raise StartError(f"server.port: cannot listen on {settings.port}: {reason}; use another port") from None
 
 
-def check_host(settings: ServerSettings) -> None:
-    """Raise ConfigError if no server on this machine can listen on the host, whatever the port."""
+def check_address(settings: ServerSettings) -> None:
+    """Raise ConfigError if no server of this user can listen on the address. Whether the port is free is not asked."""
     try:
-        with socket.socket(_family(settings.host)) as probe:
-            probe.bind((settings.host, 0))
+        _bind(settings.host, 0)
     except OSError as error:
         problem = f"cannot be resolved: {error.strerror}"
         if not isinstance(error, socket.gaierror):
             problem = f"cannot be listened on: {error.strerror}"
         advice = "write an address of this machine, such as '127.0.0.1' or '0.0.0.0' (all of IPv4)"
         raise ConfigError(f"server.host: {settings.host!r} {problem}; {advice}") from None
+    try:
+        _bind(settings.host, settings.port)
+    except PermissionError as error:
+        problem = f"cannot be listened on by this user: {error.strerror}"
+        raise ConfigError(f"server.port: {settings.port} {problem}; use a port from 1024 to 65535") from None
+    except OSError:
+        pass  # a server has it
+
+
+def _bind(host: str, port: int) -> None:
+    """Reserve an address, as `listen` does, and give it back."""
+    family = _family(host)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind((host, port))
 
 
 def _family(host: str) -> socket.AddressFamily:

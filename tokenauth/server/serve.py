@@ -23,17 +23,16 @@ _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 def serve(path: Path, host: str | None, port: int | None, workers: int | None, nohup: bool = False) -> int:
     """Serve until SIGTERM or SIGINT, and reload the configuration at SIGHUP. Return the exit code.
 
-    Stop also when the terminal is closed, unless `nohup`. The arguments take precedence over the file. Raises
-    ConfigError for a file that cannot be read.
+    Stop also when the terminal is closed, unless `nohup`. The arguments take precedence over the file.
     """
     file_descriptors.raise_limit()
     terminal = Terminal(watch=not nohup)
     signals = Signals()
     # Until the file is read, which may take long, SIGINT and SIGTERM end the process.
     signals.catch(signal.SIGHUP, signal.SIGCHLD)
-    file = loader.load(path)
-    settings = loader.override(file, host=host, port=port, workers=workers)
     try:
+        file = loader.load(path)
+        settings = loader.override(file, host=host, port=port, workers=workers)
         _check_risks(path, settings)
     except ConfigError as error:
         log.critical("configuration_refused", detail=str(error))

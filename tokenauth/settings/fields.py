@@ -18,10 +18,14 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SettingError(ValueError):
-    """A value that cannot be used. `key` is its path in the table, `problem` a phrase such as "must be a string"."""
+    """A value that cannot be used.
 
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key}: {problem}")
+    `key` is its path in the table, `problem` a phrase such as "must be a string". `shown` quotes the value and is added
+    to the problem, unless the value comes from an environment variable: that may be the wrong one, which has a secret.
+    """
+
+    def __init__(self, key: str, problem: str, shown: str = "") -> None:
+        super().__init__(f"{key}: {problem}{shown}")
         self.key = key
         self.problem = problem
 

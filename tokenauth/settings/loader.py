@@ -26,14 +26,17 @@ T = TypeVar("T", bound=Table)
 
 
 def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the path of the file: the one given, then TOKENAUTH_CONFIG, then ./config.toml."""
+    """Return the path of the file: the one given, then TOKENAUTH_CONFIG, then ./config.toml. Raises ConfigError."""
+    if path == "":
+        raise ConfigError("--config: is empty; name a file, or leave the option out")
     return Path(path or environ.get("TOKENAUTH_CONFIG") or "config.toml")
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the file. Raises ConfigError: one line with the key path, what is wrong, and a hint."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:  # TOML knows which line ends it allows
+            text = file.read()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one with --config or TOKENAUTH_CONFIG") from None
     except OSError as error:
@@ -93,6 +96,7 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 _KEY = r"""\s*(?P<key>(?:[\w.-]|"[\w. -]*"|'[\w. -]*')+)\s*=\s*"""
 _STATEMENT = re.compile(_KEY + "(?P<value>.*)", re.ASCII)
 _UNCLOSED = re.compile(_KEY + "'[^']*$", re.ASCII)
+_LONG_NUMBER = re.compile(r"^[\w .\"'-]+=\s*[+-]?[0-9_]{4300,}", re.ASCII | re.MULTILINE)
 _HEADER = re.compile(r"\s*(\[{1,2}[\w.-]+\]{0,2})\s*(?:#.*)?$", re.ASCII)
 
 
@@ -100,7 +104,11 @@ def _explain(message: str, text: str) -> str:
     """Add the beginning of the line to a message of tomllib, and a hint. Values are not shown: they may be secret."""
     place = _PLACE.search(message)
     if place is None:
-        return message
+        long = _LONG_NUMBER.search(text)
+        if long is None:
+            return message
+        line = text.count("\n", 0, long.end()) + 1
+        return f"line {line}: this number is too long"
     lines = text.rstrip().split("\n")
     number = min(int(place[1] or len(lines)), len(lines))
     problem = message[: place.start()]
@@ -167,11 +175,11 @@ class _Field(NamedTuple):
         bounds = "" if self.meta.ge is None else f" from {self.meta.ge} to {self.meta.le}"
         return f"{_TYPES[self.kind]}{bounds}"
 
-    def actual(self, value: object) -> str:
+    def actual(self, value: object, secret: bool) -> str:
         """Describe a wrong value: by its type or, if the type is right, by itself unless it is secret."""
         right = isinstance(value, _VALUES.get(self.kind, str)) and not isinstance(value, bool)
         if right or (self.option("duration") and isinstance(value, str)):
-            return "" if self.option("secret") else f", not {repr(value)[:80]}"
+            return "" if secret or self.option("secret") else f", not {_shorten(value)}"
         return f", not {_type_of(value)}"
 
 
@@ -195,7 +203,9 @@ class _Reader:
         try:
             return record(**values)
         except SettingError as error:
-            raise ConfigError(f"{path}.{error}".lstrip(".")) from None
+            variable = self._variables.get(f"{path}.{error.key}".lstrip("."))
+            text = str(error) if variable is None else f"{error.key}: {error.problem}, from {variable}"
+            raise ConfigError(f"{path}.{text}".lstrip(".")) from None
 
     def value(self, annotation: Any, value: object, path: str) -> Any:
         """Read the value at `path` as the annotated type."""
@@ -225,8 +235,10 @@ class _Reader:
         except msgspec.ValidationError:
             with suppress(msgspec.ValidationError):
                 value = value if duration else convert(value, field.kind)
+        # A variable's value is not shown: it may be the wrong variable, which has a secret.
+        actual = field.actual(value, secret=variable is not None)
         source = "" if variable is None else f", from {variable}"
-        raise ConfigError(f"{path}: must be {field.expected}{field.actual(value)}{source}")
+        raise ConfigError(f"{path}: must be {field.expected}{actual}{source}")
 
 
 def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, Any]:
@@ -239,7 +251,7 @@ def _items(tree: object, path: str, known: Collection[str] | None) -> dict[str, 
         if known is not None and key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"{_join(path, key)}: there is no such key; {hint}")
+            raise ConfigError(f"{_join(path, key[:80])}: there is no such key; {hint}")
     return tree
 
 
@@ -268,6 +280,14 @@ def _type_of(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return next(name for kind, name in _TYPES.items() if isinstance(value, kind))
+
+
+def _shorten(value: object) -> str:
+    """Return a value as TOML or Python writes it, at most 80 characters."""
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python refuses to convert more than 4,300 digits
+        return "so long a number"
 
 
 def _seconds(value: object) -> object:

@@ -14,7 +14,7 @@ from msgspec import Meta
 from tokenauth.models import Pool, User
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
-from tokenauth.settings.origin import DOMAIN, Origin, check_origin
+from tokenauth.settings.origin import DOMAIN, Origin, check_origin, parse_origin
 
 MAX_NAME = 256
 """Characters in a user name."""
@@ -49,14 +49,13 @@ class ServerSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         for number, origin in enumerate(self.cors_origins):
-            problem = _origin_problem(origin)
-            if problem is not None:
-                raise SettingError(f"cors_origins[{number}]", problem)
+            _check_cors_origin(f"cors_origins[{number}]", origin)
         for number, proxy in enumerate(self.trusted_proxies):
             try:
                 ipaddress.ip_network(proxy)
             except ValueError as error:
-                raise SettingError(f"trusted_proxies[{number}]", f"must be an IP address or network: {error}") from None
+                problem = "must be an IP address or network"
+                raise SettingError(f"trusted_proxies[{number}]", problem, f": {error}") from None
 
     @property
     def loopback(self) -> bool:
@@ -67,16 +66,21 @@ class ServerSettings(Table, frozen=True):
             return self.host == "localhost"
 
 
-def _origin_problem(origin: str) -> str | None:
-    """Return why this is not an origin that a browser sends, or None."""
-    if re.fullmatch(r"https?://[^/*\s]+", origin):
-        return None
+def _check_cors_origin(key: str, text: str) -> None:
+    """Raise SettingError unless this is an origin that a browser sends."""
+    origin = parse_origin(text)
+    if origin is not None and not origin.below:
+        return
+    if "@" in text:  # what is before it may be a password
+        raise SettingError(key, "must have no user and no password: remove everything between '//' and '@'")
     hint = ""
-    if "*" in origin:
+    if "*" in text:
         hint = "; wildcards are not supported, list each origin"
-    elif re.fullmatch(r"https?://[^/\s]+/.*", origin):
+    elif re.fullmatch(r"https?://[^/\s]+/.*", text):
         hint = "; write it without the slash and what follows"
-    return f"must be an origin such as 'https://app.example.com', not {origin[:80]!r}{hint}"
+    elif text != text.lower():
+        hint = "; write it in lower case, as browsers send it"
+    raise SettingError(key, "must be an origin such as 'https://app.example.com'", f", not {text[:80]!r}{hint}")
 
 
 class DatabaseSettings(Table, frozen=True):
@@ -180,13 +184,17 @@ class OAuthSettings(Table, frozen=True):
             raise SettingError(
                 "issuer",
                 "must be a URL such as 'https://auth.example.com', without a query or a slash at its end (http only for"
-                f" this machine), not {self.issuer!r}",
+                " this machine)",
+                f", not {self.issuer!r}",
             )
         if not authority.isascii():
-            raise SettingError("issuer", f"the host {authority!r} has letters outside ASCII: write it as 'xn--...'")
+            raise SettingError(
+                "issuer", "the host has letters outside ASCII: write it as 'xn--...'", f", not {authority!r}"
+            )
         match = _AUTHORITY.fullmatch(authority)
         if self.issuer and (match is None or not 1 <= int(match["port"] or 1) <= 65535):
-            raise SettingError("issuer", f"{authority!r} is not a host, or its port is not from 1 to 65535")
+            problem = "must have a host, and a port from 1 to 65535 or none"
+            raise SettingError("issuer", problem, f", not {authority!r}")
 
 
 class BrowserSettings(Table, frozen=True, dict=True):
@@ -205,7 +213,7 @@ class BrowserSettings(Table, frozen=True, dict=True):
             return
         host = self.origin.host
         if self.origin.below:
-            raise SettingError("url", f"must name one host, not {self.url!r}")
+            raise SettingError("url", "must name one host", f", not {self.url!r}")
         if self.domain:
             self._check_domain(host)
         for number, origin in enumerate(self.return_origins):
@@ -214,23 +222,24 @@ class BrowserSettings(Table, frozen=True, dict=True):
     def _check_domain(self, host: str) -> None:
         if not DOMAIN.fullmatch(self.domain):
             hint = f"; write {self.domain[1:]!r}" if self.domain.startswith(".") else ""
-            raise SettingError("domain", f"must be a domain such as 'example.com', not {self.domain[:80]!r}{hint}")
+            raise SettingError("domain", "must be a domain such as 'example.com'", f", not {self.domain[:80]!r}{hint}")
         if not self.origin.secure:
             raise SettingError("domain", "needs an https url; on this machine, all ports of a host share its cookies")
         if host != self.domain and not host.endswith(f".{self.domain}"):
-            raise SettingError("domain", f"must contain the host of url: {host!r} is not in {self.domain!r}")
+            shown = f": {host!r} is not in {self.domain!r}"
+            raise SettingError("domain", "must contain the host of url", shown)
 
     def _check_return(self, key: str, origin: Origin) -> None:
         if origin.secure != self.origin.secure:
             raise SettingError(key, f"must begin with {self.origin.scheme}, as url does, not with {origin.scheme}")
         if self.domain:
             if origin.host != self.domain and not origin.host.endswith(f".{self.domain}"):
-                raise SettingError(key, f"the cookie does not reach {origin.host!r}: it is not in {self.domain!r}")
+                shown = f": {origin.host!r} is not in {self.domain!r}"
+                raise SettingError(key, "must be in domain, or the cookie does not reach it", shown)
         elif origin.below or origin.host != self.origin.host:
             hint = "set browser.domain to a domain that both are in" if self.origin.secure else "use the host of url"
-            raise SettingError(
-                key, f"the cookie of {self.origin.host!r} does not reach {str(origin).partition('//')[2]!r}: {hint}"
-            )
+            shown = f"; the cookie of {self.origin.host!r} does not reach {str(origin).partition('//')[2]!r}"
+            raise SettingError(key, f"is not reached by the cookie: {hint}", shown)
 
     @cached_property
     def origin(self) -> Origin:
@@ -308,7 +317,8 @@ class Settings(Table, frozen=True, dict=True):
             pool = self.pools.get(dialect.pool)
             if pool is None:
                 known = ", ".join(self.pools) or "none"
-                raise SettingError(f"{key}.pool", f"there is no [pools.{dialect.pool}]; known are: {known}")
+                shown = f": there is no [pools.{dialect.pool[:80]}]"
+                raise SettingError(f"{key}.pool", f"must be one of the pools ({known})", shown)
             if pool.scope is not None and not dialect.require_token:
                 raise SettingError(
                     f"{key}.require_token", f"must be true, because [pools.{dialect.pool}] needs a scope"

@@ -59,9 +59,10 @@ def check_origin(key: str, text: str) -> Origin:
             hint = "; the only wildcard is '*.' in front of a host"
         elif "://" not in text:
             hint = f"; write 'https://{text[:80]}'"
-        raise SettingError(key, f"must be an origin such as 'https://auth.example.com', not {text[:80]!r}{hint}")
+        raise SettingError(key, "must be an origin such as 'https://auth.example.com'", f", not {text[:80]!r}{hint}")
     if not origin.secure and origin.host not in _THIS_MACHINE:
-        raise SettingError(key, f"must begin with https (http only for localhost, 127.0.0.1 and [::1]), not {text!r}")
+        problem = "must begin with https (http only for localhost, 127.0.0.1 and [::1])"
+        raise SettingError(key, problem, f", not {text[:80]!r}")
     if origin.below and not DOMAIN.fullmatch(origin.host):
-        raise SettingError(key, f"'*.' needs a domain such as 'example.com', not {origin.host!r}")
+        raise SettingError(key, "'*.' needs a domain such as 'example.com'", f", not {origin.host!r}")
     return origin

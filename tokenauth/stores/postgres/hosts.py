@@ -1,6 +1,7 @@
 """The hosts of a PostgreSQL URL: which URLs are valid, and which host is the primary."""
 
 import asyncio
+import re
 from typing import Any
 
 import asyncpg
@@ -13,6 +14,10 @@ _SSL = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 """The values of `ssl`."""
 
 
+_MAX_PORT = 65535
+_PORT = re.compile(r":(\d+)$", re.ASCII)
+
+
 def check(url: URL) -> None:
     """Raise ValueError for a URL that is probably mistyped. The message quotes no part of a password."""
     unknown = sorted(url.query.keys() - _OPTIONS)
@@ -20,8 +25,20 @@ def check(url: URL) -> None:
         raise ValueError(f"has no option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
     if url.query.get("ssl", "prefer") not in _SSL:
         raise ValueError(f"has an ssl that is not one of {', '.join(_SSL)}")
+    hosts, ports = _several(url, "host"), _several(url, "port")
+    numbers = [*ports, str(url.port or 1), *(found[1] for host in hosts if (found := _PORT.search(host)))]
+    if not all(number.isdecimal() and 1 <= int(number) <= _MAX_PORT for number in numbers if number):
+        raise ValueError(f"has a port that is not from 1 to {_MAX_PORT}")
+    if any(".." in host or host.startswith(".") for host in [*hosts, url.host or ""] if "/" not in host):
+        raise ValueError("has a host that begins with a dot, or has two dots in a row")
     if "@" in (url.host or "") or not set("@/:").isdisjoint(url.database or ""):
         raise ValueError("has more of @, / and : than it should; in a name or a password write %40, %2F and %3A")
+
+
+def _several(url: URL, option: str) -> list[str]:
+    """Return the values of an option that can be repeated, or have commas."""
+    values = url.query.get(option, ())
+    return ",".join([values] if isinstance(values, str) else values).split(",")
 
 
 def name(url: URL) -> str:

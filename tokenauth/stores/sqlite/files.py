@@ -12,14 +12,42 @@ _SUFFIXES = ("", "-wal", "-shm", "-journal", LOCK)
 
 def find_problem(path: str) -> str | None:
     """Return why this user cannot open or create a database at an absolute path, or None."""
+    path = os.path.realpath(path)
     directory = os.path.dirname(path)
-    if not os.path.exists(directory):
-        return f"the directory {directory} does not exist; create it, or change database.url"
-    if not os.path.isdir(directory):
-        return f"{directory} is not a directory; change database.url"
+    problem = _directory_problem(directory)
+    if problem is not None:
+        return problem
     if os.path.isdir(path):
         return f"{path} is a directory; add a file name to database.url"
+    for suffix in _SUFFIXES:
+        problem = _file_problem(path + suffix)
+        if problem is not None:
+            return problem
     return None if os.path.exists(path + "-wal") and os.path.exists(path + "-shm") else _forbidden(directory, path)
+
+
+def _directory_problem(directory: str) -> str | None:
+    try:
+        mode = os.stat(directory).st_mode
+    except PermissionError as error:
+        return f"the directory {directory} cannot be looked at: {error.strerror}; {_OWNER}"
+    except OSError:
+        return f"the directory {directory} does not exist; create it, or change database.url"
+    return None if stat.S_ISDIR(mode) else f"{directory} is not a directory; change database.url"
+
+
+def _file_problem(name: str) -> str | None:
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{name} cannot be opened: {error.strerror}; change database.url"
+    if not stat.S_ISREG(mode):
+        return f"{name} is not a regular file; move it away, or change database.url"
+    if _allowed(name, os.R_OK | os.W_OK) or os.statvfs(name).f_flag & os.ST_RDONLY:
+        return None
+    return f"{name} is not readable and writable for this user; {_OWNER}"
 
 
 def _forbidden(directory: str, path: str) -> str | None:
