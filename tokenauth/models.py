@@ -51,6 +51,20 @@ class Identity:
         return Identity(self.username, tuple(scope for scope in self.scopes if scope in scopes))
 
 
+DATABASE_LOST = "lost"
+"""The identity of a database that was moved, deleted or replaced. No database has it."""
+
+
+class ServedDatabase(NamedTuple):
+    """The database that a server has been serving, for a worker that starts later."""
+
+    identity: str
+    """What `Engine.identity` of the earlier workers says."""
+
+    required: bool
+    """Whether the start fails without it. Otherwise it succeeds, and every operation raises StoreUnavailable."""
+
+
 ANONYMOUS = Identity("")
 """The identity of a request that needs no token."""
 

@@ -12,7 +12,7 @@ from tokenauth.credentials import Credentials
 from tokenauth.errors import RetryLater
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
-from tokenauth.models import Instant, User
+from tokenauth.models import Instant, ServedDatabase, User
 from tokenauth.named_tokens import NamedTokens
 from tokenauth.passwords import Passwords
 from tokenauth.pools import Pools
@@ -86,16 +86,21 @@ class Service(NamedTuple):
 
 
 def create_service(
-    settings: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic, serving: bool = True
+    settings: Settings,
+    clock: Clock | None = None,
+    monotonic: Clock = time.monotonic,
+    serving: bool = True,
+    served: ServedDatabase | None = None,
 ) -> Service:
     """Build the service that the settings describe. Raises ConfigError.
 
     clock: replaces the clock of the store. monotonic: sets the pace of time after `clock` is set back.
     serving: create the database if it does not exist. Commands do not: a wrong directory would look like success.
+    served: the database that the server has been serving. No other is used, and none is created.
     """
     users = dict(settings.users_by_name)
     passwords = Passwords(settings.passwords, users)
-    store = open_store(settings.database, settings.tokens.cache_size, clock, serving)
+    store = open_store(settings.database, settings.tokens.cache_size, clock, serving, served)
     monotonic_clock = MonotonicClock(store.clock, monotonic)
     queue = LoginQueue(settings.passwords.thread_count, settings.passwords.queue)
     throttle = Throttle(settings.throttle, settings.server.workers, store, monotonic_clock, queue)

@@ -18,7 +18,7 @@ from sqlalchemy import make_url
 from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
-from tokenauth.errors import StoreUnavailable
+from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.models import CountUpdate, Pool
 from tokenauth.stores import circuit
 from tokenauth.stores.engine import Change, Transaction
@@ -457,6 +457,18 @@ async def test_a_log_of_writes_that_is_cut_off_is_no_other_file(places: Places) 
     with closing(sqlite3.connect(make_url(place.url).database or "")) as db:
         assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
     assert await place.store.ready() is None
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_reader_that_cannot_open_ends_the_start(places: Places) -> None:
+    """The writer has opened the file, which says that it has the schema of this release."""
+    place = await places.open()
+    file = make_url(place.url).database or ""
+    await places.close(place)
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("DROP TABLE revocations")
+    with pytest.raises(StartError, match=f"the database {file} cannot be used: no such table: revocations"):
+        await places.open()
 
 
 def _smaller(pragma: str) -> str:

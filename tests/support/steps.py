@@ -41,6 +41,7 @@ class DirectEngine:
 
     clock = staticmethod(lambda: 0.0)
     feed = NoFeed()
+    identity = "direct"
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
         return 0.0

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from tokenauth.models import User
+from tokenauth.models import ServedDatabase, User
 from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.settings.model import Settings
 
@@ -32,6 +32,8 @@ class Serve(NamedTuple):
     path: Path
     settings: Settings
     held: RevocationUpdate
+    database: ServedDatabase | None = None
+    """The database that earlier workers serve. The first ones may create it."""
 
 
 class ChangeUsers(NamedTuple):
@@ -60,6 +62,8 @@ class Report(msgspec.Struct, omit_defaults=True):
     configuration: bool = False
     """Whether an error in the configuration is the reason."""
     revocations: RevocationUpdate | None = None
+    database: str | None = None
+    """The identity of the database that this worker serves."""
 
 
 def encode_order(order: Order) -> bytes:

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from tokenauth import logs
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
+from tokenauth.models import DATABASE_LOST, ServedDatabase
 from tokenauth.revocation_queue import HeldRevocations, RevocationUpdate
 from tokenauth.server.channel import (
     GRACE,
@@ -130,6 +131,7 @@ class _Worker:
         self.silent_heartbeats = 0
         self.started_at = time.monotonic()
         self.failure: Report | None = None
+        self.database: str | None = None
         self.killed = False
         self._stderr = b""
         here, there = socket.socketpair()
@@ -273,6 +275,7 @@ class Supervisor:
         self._retiring: set[_Worker] = set()
         self._held = HeldRevocations()
         self._has_served = False
+        self._database: str | None = None
         self._stopping = False
         self._stop_requested_at = -math.inf
         self._exit_code = 0
@@ -384,8 +387,18 @@ class Supervisor:
                 if worker.kill_at < math.inf:
                     worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
                 self._has_served = True
+            if report.database is not None:
+                worker.database = report.database
+                self._note_database(worker)
             if report.revocations is not None:
                 self._share(report.revocations, worker)
+
+    def _note_database(self, worker: _Worker) -> None:
+        """Remember which database the current workers serve. Once one has lost it, no later worker opens another."""
+        if (self._database is None or worker.database == DATABASE_LOST) and any(
+            slot.worker is worker for slot in self._slots
+        ):
+            self._database = worker.database
 
     def _share(self, update: RevocationUpdate, source: _Worker) -> None:
         """Pass on what a worker holds, so that all others refuse it too."""
@@ -492,7 +505,9 @@ class Supervisor:
         if self._reload is not None:
             users = self._reload.settings.users
             settings = replace(settings, users=users) if current else self._reload.settings
-        order = encode_order(Serve(self._path, settings, self._held.snapshot()))
+        order = encode_order(
+            Serve(self._path, settings, self._held.snapshot(), self._served_database(settings, current))
+        )
         worker = _Worker(self._listener, self._log_fd)
         try:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -504,6 +519,16 @@ class Supervisor:
             self._forget(worker)
             raise
         return worker
+
+    def _served_database(self, settings: Settings, current: bool) -> ServedDatabase | None:
+        """Return the database that a new worker must find; None for the first ones, also those of a new address.
+
+        Without it, the worker of a new configuration does not start, so the current workers stay. One that replaces a
+        current worker answers 503.
+        """
+        if self._database is None or settings.database.url != self._settings.database.url:
+            return None
+        return ServedDatabase(self._database, required=not current)
 
     def _give_up(self, reason: str, failure: Report | None = None) -> None:
         """Log why the first start failed, and stop."""
@@ -559,7 +584,12 @@ class Supervisor:
             return
         if all(slot.worker is not None and slot.worker.ready for slot in reload.slots):
             old, self._slots = self._slots, reload.slots
+            if reload.settings.database.url != self._settings.database.url:
+                self._database = None
             self._settings, self._reload = reload.settings, None
+            for slot in reload.slots:
+                if slot.worker is not None:
+                    self._note_database(slot.worker)
             for slot in old:
                 if slot.worker is not None:
                     self._retire(slot.worker)

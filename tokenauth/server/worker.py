@@ -97,7 +97,7 @@ def _work(channel: Channel, listener: socket.socket) -> None:
     from tokenauth.web.app import build_app  # here, so that the main process does not load it
 
     with loader.naming(order.path):
-        service = create_service(order.settings)
+        service = create_service(order.settings, served=order.database)
         app = build_app(service)
     service.tokens.revocations.apply(order.held)
     server = WorkerServer(uvicorn_options(lambda: app, order.settings.server), channel, service)
@@ -131,7 +131,7 @@ class WorkerServer(AcceptingServer):
         except SystemExit:
             reason = self.lifespan.failure if isinstance(self.lifespan, _Lifespan) else ""
             raise StartError(reason or "the application did not start") from None
-        _send(self._channel, Report("ready"))
+        _send(self._channel, Report("ready", database=self._service.store.identity))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
@@ -178,7 +178,7 @@ class WorkerServer(AcceptingServer):
             if self._channel.pending:  # the main process does not read: one heartbeat is enough
                 self._channel.flush()
             else:
-                _send(self._channel, Report("alive"))
+                _send(self._channel, Report("alive", database=self._service.store.identity if self.started else None))
             await asyncio.sleep(HEARTBEAT)
 
 

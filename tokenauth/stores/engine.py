@@ -114,6 +114,10 @@ class Engine(Protocol):
     def feed(self) -> Feed:
         """The revocations of all processes that use this database."""
 
+    @property
+    def identity(self) -> str:
+        """What tells the open database from another one at the same address; DATABASE_LOST after it was replaced."""
+
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
         """Migrate the schema, connect, and return the time in the clock row. Raises StartError.
 

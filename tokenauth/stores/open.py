@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
+from tokenauth.models import ServedDatabase
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.sqlite import files
 
@@ -22,11 +23,16 @@ _SQLITE, _POSTGRESQL = "sqlite+aiosqlite", "postgresql+asyncpg"
 
 
 def open_store(
-    settings: DatabaseSettings, cache_size: int, clock: Clock | None = None, serving: bool = True
+    settings: DatabaseSettings,
+    cache_size: int,
+    clock: Clock | None = None,
+    serving: bool = True,
+    served: ServedDatabase | None = None,
 ) -> "Store":
     """Return the store at a URL, not yet started. Raises ConfigError.
 
     Without a `clock` it uses this machine's, or PostgreSQL's. Unless it is for `serving`, a start creates no database.
+    Neither does a start for a database that is already `served`.
     """
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
@@ -41,9 +47,9 @@ def open_store(
     if not all(value for _, value in parse_qsl(options, keep_blank_values=True)):
         raise ConfigError("database.url: has an option without a value")  # SQLAlchemy would leave it out
     if url.drivername == _SQLITE:
-        return Store(_sqlite(url, clock or time.time, serving), cache_size)
+        return Store(_sqlite(url, clock or time.time, serving, served), cache_size)
     if url.drivername == _POSTGRESQL:
-        return Store(_postgres(url, settings.connections, clock, serving), cache_size)
+        return Store(_postgres(url, settings.connections, clock, serving, served), cache_size)
     raise ConfigError(f"database.url: {url.drivername!r} is not supported; use {_SQLITE} or {_POSTGRESQL}")
 
 
@@ -75,7 +81,7 @@ def _file(settings: DatabaseSettings) -> str | None:
     return None if scheme != _SQLITE or path in _NO_FILE else os.path.abspath(path)
 
 
-def _sqlite(url: "URL", clock: Clock, serving: bool) -> "Engine":
+def _sqlite(url: "URL", clock: Clock, serving: bool, served: ServedDatabase | None) -> "Engine":
     from tokenauth.stores.sqlite.engine import SqliteEngine
 
     if url.database in _NO_FILE:
@@ -89,10 +95,12 @@ def _sqlite(url: "URL", clock: Clock, serving: bool) -> "Engine":
         )
     if url.query:
         raise ConfigError(f"database.url: has no option {min(url.query)!r}; SQLite takes a path and no options")
-    return SqliteEngine(url, clock, serving)
+    return SqliteEngine(url, clock, serving, served)
 
 
-def _postgres(url: "URL", connections: int, clock: Clock | None, serving: bool) -> "Engine":
+def _postgres(
+    url: "URL", connections: int, clock: Clock | None, serving: bool, served: ServedDatabase | None
+) -> "Engine":
     from sqlalchemy.exc import ArgumentError
 
     if not url.database:
@@ -109,7 +117,7 @@ def _postgres(url: "URL", connections: int, clock: Clock | None, serving: bool) 
     except ValueError as error:
         raise ConfigError(f"database.url: {error}") from None
     try:
-        return PostgresEngine(url, connections, clock, serving)
+        return PostgresEngine(url, connections, clock, serving, create=serving and served is None)
     except (ArgumentError, ValueError):
         raise ConfigError(
             "database.url: has options that do not fit together; each host needs a port, as in ?host=a:5432&host=b:5432"

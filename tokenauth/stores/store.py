@@ -303,6 +303,11 @@ class Store:
         """Save `now` for all processes that use this store, so that their time does not go back after a restart."""
         await self.engine.apply(SaveTime(now=now))
 
+    @property
+    def identity(self) -> str:
+        """What tells the open database from another one at the same address; DATABASE_LOST after it was replaced."""
+        return self.engine.identity
+
     async def ready(self) -> str | None:
         """Return why the store cannot serve, or None."""
         return await self.engine.ready()

@@ -39,13 +39,19 @@ _CLOCK = select(marks.c.at).where(marks.c.name == CLOCK)
 class PostgresEngine:
     """Engine of one PostgreSQL database, which other machines may use at the same time."""
 
-    def __init__(self, url: URL, connections: int, clock: Clock | None = None, serving: bool = True) -> None:
+    identity = "any"
+    """A database that replaces another of its name is used, if it has tables: `Listener` then clears the cache."""
+
+    def __init__(
+        self, url: URL, connections: int, clock: Clock | None = None, serving: bool = True, create: bool = True
+    ) -> None:
         """Take `postgresql+asyncpg://...` and the number of connections. Without a `clock` the time is the database's.
 
-        Unless it is for `serving`, no tables are created.
+        Unless it is for `serving`, it writes only the changes that are asked for. `create`: make missing tables.
         """
         self.connections = Connections(url, connections, clock is not None)
         self._serving = serving
+        self._create = create
         database_clock = DatabaseClock()
         self.clock: Clock = clock or database_clock
         self.feed = Listener(self.connections, database_clock)
@@ -55,7 +61,7 @@ class PostgresEngine:
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
         try:
             await self._connect()
-            await self.connections.upgrade(self._serving)
+            await self.connections.upgrade(self._create)
             await self.feed.start()
             row = await self.connections.read_once(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:

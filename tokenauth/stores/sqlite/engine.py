@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 from sqlalchemy import URL, Connection, event
@@ -12,14 +13,15 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from tokenauth.clock import Clock
-from tokenauth.errors import RetryLater, StoreUnavailable
-from tokenauth.logs import log
-from tokenauth.models import Failures, Instant, Token
+from tokenauth.errors import RetryLater, StartError, StoreUnavailable
+from tokenauth.logs import log, safe_traceback
+from tokenauth.models import DATABASE_LOST, Failures, Instant, ServedDatabase, Token
 from tokenauth.stores import schema
 from tokenauth.stores.changes.clock import SaveTime
 from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
-from tokenauth.stores.sqlite.reader import Reader
+from tokenauth.stores.sqlite import files
+from tokenauth.stores.sqlite.reader import ERRORS, Reader
 from tokenauth.stores.sqlite.writer import SqliteWriter, describe
 
 A = TypeVar("A")
@@ -31,6 +33,8 @@ _READ_TIMEOUT = 0.25
 _POOL_TIMEOUT = 2.0
 """Seconds that a query waits for a connection that others use."""
 
+_ACTION = "restart tokenauth"
+
 CHECKPOINT_INTERVAL = 10.0
 """Seconds between two checks that the -wal file can be copied into the database."""
 
@@ -38,25 +42,62 @@ CHECKPOINT_INTERVAL = 10.0
 class SqliteEngine:
     """Engine of one SQLite file. Changes go to one thread, brief queries run on the event loop, others in threads."""
 
-    def __init__(self, url: URL, clock: Clock = time.time, serving: bool = True) -> None:
+    def __init__(
+        self, url: URL, clock: Clock = time.time, serving: bool = True, served: ServedDatabase | None = None
+    ) -> None:
         """Take `sqlite+aiosqlite:///PATH` and the machine's clock.
 
-        Unless it is for `serving`, it creates no file, and writes only the changes that are asked for.
+        Unless it is for `serving`, it creates no file, and writes only the changes that are asked for. If a file is
+        already `served`, no other is used, and none is created.
         """
         self.clock = clock
-        path = os.path.abspath(url.database or "")
-        self.writer = SqliteWriter(path, create=serving)
+        self._path = path = os.path.abspath(url.database or "")
+        self.writer = SqliteWriter(path, create=serving and served is None)
         self.reader = self.feed = Reader(path, self._read_failed)
         self._serving = serving
-        self._readers = _read_engine(url)
+        self._served = served
+        self._readers = _read_engine(url, path)
         self._reading = Circuit(self._probe, "store_unreachable", "store_reachable_again")
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
-        await self.writer.start()
-        self.reader.open(on_clock_advance)
+        latest = 0.0
+        if self._may_be_used():
+            latest = await self._open(on_clock_advance)
+        if not self._may_be_used():  # also if it was replaced meanwhile
+            self._open_nothing()
         self._watch_later()
         self._checking = asyncio.create_task(self._check_wal())
-        return self.reader.clock_row()
+        return latest
+
+    def _may_be_used(self) -> bool:
+        """Return whether the file at the path is the one that is served, or none is served yet."""
+        return self._served is None or files.identity(self._path) == self._served.identity
+
+    async def _open(self, on_clock_advance: OnClockAdvance) -> Instant:
+        """Open the file and return the time in the clock row. Raises StartError."""
+        await self.writer.start()
+        try:
+            self.reader.open(on_clock_advance)
+            return self.reader.clock_row()
+        except (*ERRORS, StoreUnavailable) as error:
+            await self.writer.stop()
+            await self._reading.stop()
+            cause = error.__cause__ if isinstance(error, StoreUnavailable) else error
+            raise StartError(f"the database {self._path} cannot be used: {describe(cause)}") from None
+
+    def _open_nothing(self) -> None:
+        """Refuse every operation, since the file was replaced. Raises StartError if the start needs it."""
+        if self._served is not None and self._served.required:
+            raise StartError(
+                f"the database file {self._path}, its -wal or its -shm was moved, deleted or replaced; {_ACTION}"
+            )
+        log.error("store_file_replaced", file=os.path.basename(self._path), action=_ACTION)
+        self.writer.open_nothing()
+        self.reader.open_nothing()
+
+    @property
+    def identity(self) -> str:
+        return DATABASE_LOST if self.writer.file_replaced else self.reader.identity
 
     async def stop(self, now: Instant) -> None:
         self._watcher.cancel()
@@ -72,7 +113,7 @@ class SqliteEngine:
     async def ready(self) -> str | None:
         self._check_files()
         if self.writer.file_replaced:
-            return "the database file, its -wal or its -shm was moved, deleted or replaced; restart tokenauth"
+            return f"the database file, its -wal or its -shm was moved, deleted or replaced; {_ACTION}"
         problem = await self.writer.probed_problem()
         if problem is not None:
             return problem
@@ -147,20 +188,25 @@ class SqliteEngine:
     def _check_files(self) -> None:
         replaced = None if self.writer.file_replaced else self.reader.replaced()
         if replaced is not None:
-            log.error("store_file_replaced", file=replaced, action="restart tokenauth")
+            log.error("store_file_replaced", file=replaced, action=_ACTION)
             self.writer.file_replaced = True
             self.reader.close()
 
     async def _check_wal(self) -> None:
         while True:
             await asyncio.sleep(CHECKPOINT_INTERVAL)
-            with suppress(RetryLater):
+            try:
                 await self.writer.check_wal()
+            except RetryLater:
+                pass
+            except Exception as error:
+                log.error("unexpected_error", at=safe_traceback(error))
 
 
-def _read_engine(url: URL) -> AsyncEngine:
+def _read_engine(url: URL, path: str) -> AsyncEngine:
+    existing = url.set(database=Path(path).as_uri(), query={"mode": "rw", "uri": "true"})
     engine = create_async_engine(
-        url, hide_parameters=True, pool_timeout=_POOL_TIMEOUT, connect_args={"timeout": _READ_TIMEOUT}
+        existing, hide_parameters=True, pool_timeout=_POOL_TIMEOUT, connect_args={"timeout": _READ_TIMEOUT}
     )
     event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
     return engine

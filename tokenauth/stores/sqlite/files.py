@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 LOCK = "-lock"
 """Suffix of the file that writers lock: see `write_lock`."""
@@ -94,6 +95,20 @@ def find_exposed(path: str) -> Iterator[str]:
     mode = _mode(directory)
     if mode is not None and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         yield f"{directory} has mode {stat.S_IMODE(mode):04o}: other users can replace the database in it"
+
+
+def identity(path: str) -> str | None:
+    """Return the device and the inode of a file, or None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def existing(path: str) -> str:
+    """Return the URI with which SQLite opens a file at an absolute path, but never creates it."""
+    return f"{Path(path).as_uri()}?mode=rw"
 
 
 def _mode(path: str) -> int | None:

@@ -17,6 +17,7 @@ from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Failures, Instant, Token
 from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.engine import OnClockAdvance, Query, Rows, Values, ignore_clock
+from tokenauth.stores.sqlite import files
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
 from tokenauth.stores.tables import as_token, marks, revocations, token_columns, tokens
 
@@ -70,14 +71,26 @@ class Reader:
     def open(self, on_clock_advance: OnClockAdvance = ignore_clock) -> None:
         """Open the file, which must exist with its schema. Raises what SQLite raises."""
         self._on_clock_advance = on_clock_advance
-        self._db = sqlite3.connect(self._path, timeout=_TIMEOUT, isolation_level=None)
+        self._db = sqlite3.connect(files.existing(self._path), timeout=_TIMEOUT, isolation_level=None, uri=True)
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
         self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens
         self._transaction = SqliteTransaction(self._db)
         self._version = self._data_version()
         self._seq: int = self._cursor.execute(_LAST_SEQ).fetchone()[0] or 0
-        self._files = {suffix: _identity(self._path + suffix) for suffix in _FILES}  # all are open from here on
+        self._files = {suffix: files.identity(self._path + suffix) for suffix in _FILES}  # all are open from here on
+
+    def open_nothing(self) -> None:
+        """Make every read raise StoreUnavailable."""
+        self._db = sqlite3.connect(":memory:")
+        self._cursor = self._db.cursor()
+        self._transaction = SqliteTransaction(self._db)
+        self._db.close()
+
+    @property
+    def identity(self) -> str:
+        """The identity of the open file; empty if it was deleted while it was opened."""
+        return self._files[""] or ""
 
     def close(self) -> None:
         self._db.close()
@@ -168,7 +181,7 @@ class Reader:
         if not _has_content(self._path):
             return os.path.basename(self._path)
         for suffix, identity in self._files.items():
-            if _identity(self._path + suffix) != identity:
+            if files.identity(self._path + suffix) != identity:
                 return os.path.basename(self._path) + suffix
         return None
 
@@ -199,14 +212,6 @@ class Reader:
         except ERRORS as error:
             raise self._unavailable(error) from error
         return row
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _has_content(path: str) -> bool:

@@ -24,7 +24,7 @@ from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
 from tokenauth.stores.circuit import PROBE_TIMEOUT, Circuit
 from tokenauth.stores.engine import Change
-from tokenauth.stores.sqlite.files import find_problem
+from tokenauth.stores.sqlite.files import existing, find_problem
 from tokenauth.stores.sqlite.reader import ERRORS, reason
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
 from tokenauth.stores.sqlite.write_lock import LOCK_TIMEOUT, LockWait, WriteLock
@@ -113,6 +113,12 @@ class SqliteWriter:
         except (OSError, sqlite3.Error, DBAPIError, Overloaded) as error:
             problem = find_problem(self.path) or self._explain(describe(error))
             raise StartError(f"the database {self.path} cannot be used: {problem}") from None
+
+    def open_nothing(self) -> None:
+        """Make every change raise StoreUnavailable."""
+        self.file_replaced = True
+        self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        self._connection.close()
 
     async def stop(self) -> None:
         """Finish the waiting changes, and disconnect."""
@@ -360,7 +366,7 @@ def _executor() -> Executor[Callable[[], Any], Any]:
 
 def _connect(path: str) -> sqlite3.Connection:
     """Open the connection that writes; one thread at a time uses it."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(existing(path), isolation_level=None, check_same_thread=False, uri=True)
     for pragma in _PRAGMAS:
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
