@@ -107,6 +107,13 @@ class AlreadyRotated(Refusal):
     description = "The token was rotated already. Rotate the newest token of its name, or end it."
 
 
+class NotRenewable(Refusal):
+    """The lifetime of the token is fixed."""
+
+    code = "not_renewable"
+    description = "The lifetime of this token is fixed: use does not extend it."
+
+
 class PoolFull(Refusal):
     """The new tokens would exceed the capacity of the pool. None was generated."""
 

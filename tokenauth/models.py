@@ -13,6 +13,12 @@ Kind = Literal["login", "named"]
 Instant = float
 """Unix seconds."""
 
+LATE_USE = 60
+"""Seconds after the end of a token in which a use of before can still extend it: uses are written later.
+
+So the sweeper keeps a token for that time, and revoking all tokens of a user includes those that could be extended.
+"""
+
 ID_BYTES = 12
 """Length of a token's public id: that many leading bytes of its digest."""
 
@@ -103,7 +109,7 @@ class Token(NamedTuple):
     This is a tuple because every lookup makes one, and a database row already is one.
 
     expires_at: when it ends: a whole second, so the time that clients see is exactly the time that is enforced.
-    max_expires_at: the latest time to which its use can move `expires_at`; equal to it if the lifetime is fixed.
+    max_expires_at: the latest time to which its use can move `expires_at`; None if its lifetime is fixed.
     used_at: the last use that was noted; `issued_at` if none was.
     address, user_agent: who asked for it.
     name: None for a login.
@@ -115,7 +121,7 @@ class Token(NamedTuple):
     credential: str
     issued_at: Instant
     expires_at: int
-    max_expires_at: int
+    max_expires_at: int | None
     used_at: Instant
     address: str = ""
     user_agent: str = ""
@@ -138,10 +144,24 @@ class Token(NamedTuple):
         scopes: tuple[str, ...] | None = None,
     ) -> Self:
         """Return a token that has not been used yet. Without `max_expires_at`, its lifetime is fixed."""
-        latest = expires_at if max_expires_at is None else max_expires_at
         return cls(
-            digest, username, credential, issued_at, expires_at, latest, issued_at, address, user_agent, name, scopes
+            digest,
+            username,
+            credential,
+            issued_at,
+            expires_at,
+            max_expires_at,
+            issued_at,
+            address,
+            user_agent,
+            name,
+            scopes,
         )
+
+    @property
+    def is_extendable(self) -> bool:
+        """Whether use can move `expires_at`."""
+        return self.max_expires_at is not None and self.expires_at < self.max_expires_at
 
     @property
     def last_used_at(self) -> Instant | None:
@@ -181,6 +201,22 @@ class Validator(Protocol):
 def public_id(digest: bytes) -> str:
     """Return the public id of a token: the first 24 hexadecimal digits of its digest."""
     return digest[:ID_BYTES].hex()
+
+
+class Use(NamedTuple):
+    """A use of a token that is to be written to the store.
+
+    used_at: when it was used.
+    end: the time to which `expires_at` moves, unless `max_expires_at` is earlier.
+    stale: written if the last use that the store knows is not after this.
+    needed: also written if the token can be extended and ends before this.
+    """
+
+    digest: bytes
+    used_at: Instant
+    end: int
+    stale: Instant
+    needed: Instant
 
 
 @dataclass(frozen=True, slots=True)

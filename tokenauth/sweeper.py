@@ -7,7 +7,7 @@ from functools import partial
 from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Instant
+from tokenauth.models import LATE_USE, Instant
 from tokenauth.pools import Pools
 from tokenauth.stores.store import Store
 
@@ -56,7 +56,7 @@ class Sweeper:
         until = now + INTERVAL / 2
         if not await self._store.acquire_duty("sweep", now, until):
             return 0
-        count = await self._drain(self._store.tokens.purge, now, until)
+        count = await self._drain(self._store.tokens.purge, now - LATE_USE, until)
         for pool in self._pools.usable_by():
             count += await self._drain(partial(self._store.pools.purge, pool), now, until)
         count += await self._drain(self._store.purge_revocations, now - LOG_AGE, until)

@@ -11,10 +11,11 @@ from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Identity, IssuedToken, Kind, Login, Token, User
+from tokenauth.models import Identity, Instant, IssuedToken, Kind, Login, Token, User
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
+from tokenauth.uses import Uses
 
 LIST_LIMIT = 1000
 """Maximum number of tokens in one listing."""
@@ -43,6 +44,8 @@ class Tokens:
         self._credentials = credentials
         self._clock = clock
         self.revocations = RevocationQueue(store, clock)
+        self.uses = Uses(store.tokens, clock, int(settings.idle) or None)
+        self._use_period = self.uses.period
 
     async def issue(
         self,
@@ -53,12 +56,13 @@ class Tokens:
         disconnected: DisconnectCheck = never_disconnected,
         ttl: float | None = None,
     ) -> IssuedToken:
-        """Log in: return a new token if the password matches. `ttl` replaces that of the settings.
+        """Log in: return a new token if the password matches.
 
+        `ttl` replaces that of the settings, and such a login does not end early when it is idle.
         Raises InvalidRequest, InvalidCredentials, TooManyAttempts, Overloaded, ClientGone or StoreUnavailable.
         """
         user = await self._credentials.verify(Candidate(username, password), address, disconnected)
-        return await self.grant(user, address, user_agent, disconnected, ttl=ttl)
+        return await self.grant(user, address, user_agent, disconnected, ttl=ttl, slides=ttl is None)
 
     async def grant(
         self,
@@ -68,14 +72,16 @@ class Tokens:
         disconnected: DisconnectCheck,
         scopes: tuple[str, ...] | None = None,
         ttl: float | None = None,
+        slides: bool = False,
     ) -> IssuedToken:
         """Issue a token, limited to `scopes`, to a user who is already authenticated.
 
+        slides: whether it ends early when it is idle, if the settings say so.
         Raises ClientGone or StoreUnavailable.
         """
         try:
             ttl = self._settings.ttl if ttl is None else ttl
-            return await self._grant(user, address, user_agent, disconnected, scopes, ttl)
+            return await self._grant(user, address, user_agent, disconnected, scopes, ttl, slides)
         except RetryLater as refusal:
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
@@ -88,6 +94,7 @@ class Tokens:
         disconnected: DisconnectCheck,
         scopes: tuple[str, ...] | None,
         ttl: float,
+        slides: bool,
     ) -> IssuedToken:
         if self.revocations.problem is not None:  # the new token would be revoked with all others
             raise StoreUnavailable
@@ -97,30 +104,64 @@ class Tokens:
         value = values.new_value()
         digest = values.digest(value.encode())
         assert digest is not None
-        expires_at = int(now) + int(ttl)
-        token = Token.new(digest, user.username, user.credential, now, expires_at, address, user_agent, scopes=scopes)
+        expires_at, latest = int(now) + int(ttl), None
+        if slides and self._settings.idle:
+            expires_at, latest = self.uses.first_end(now, expires_at), expires_at
+        token = Token.new(
+            digest,
+            user.username,
+            user.credential,
+            now,
+            expires_at,
+            address,
+            user_agent,
+            max_expires_at=latest,
+            scopes=scopes,
+        )
         await self._store.tokens.issue(token, self._settings.per_user, now)
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
         return IssuedToken(value, token)
 
-    async def validate(self, value: bytes) -> Token | None:
-        """Return the token if it is valid. Raises StoreUnavailable if it cannot be checked now."""
+    async def validate(self, value: bytes, touch: bool = True) -> Token | None:
+        """Return the token if it is valid. Unless `touch` is False, this is a use of it.
+
+        Raises StoreUnavailable if it cannot be checked now.
+        """
         digest = values.digest(value)
         if digest is None:
             return None
         token = await self._store.tokens.get(digest)
-        if token is None or self._clock() >= token.expires_at:
+        if token is None:
             return None
+        now = self._clock()
+        if now >= token.expires_at:
+            token = await self._extended(token, now)
+            if token is None:
+                return None
         if self.revocations.active and self.revocations.refuses(digest):
             return None
         user = self._users.get(token.username)
         if user is not None and (user.credential == token.credential or token.credential in user.credentials):
+            if now - token.used_at >= self._use_period and touch:
+                self.uses.note(token, now)
             return token
         return None
 
-    async def identify(self, value: bytes) -> Login | None:
-        """Return the user and the token if it is valid. Raises StoreUnavailable if it cannot be checked now."""
-        token = await self.validate(value)
+    async def _extended(self, token: Token, now: Instant) -> Token | None:
+        """Return an expired token with its later end, if use has extended it."""
+        if not token.is_extendable:
+            return None
+        extended = self.uses.extended(token, now)
+        if extended is None:
+            extended = await self._store.tokens.get_current(token.digest)  # another process may have written a use
+        return extended if extended is not None and now < extended.expires_at else None
+
+    async def identify(self, value: bytes, touch: bool = True) -> Login | None:
+        """Return the user and the token if it is valid. Unless `touch` is False, this is a use of it.
+
+        Raises StoreUnavailable if it cannot be checked now.
+        """
+        token = await self.validate(value, touch)
         return None if token is None else Login(self.owner(token), token)
 
     def owner(self, token: Token) -> Identity:
@@ -239,5 +280,6 @@ class Tokens:
         return "valid" if token.credential in user.credentials else "password_changed"
 
     async def close(self) -> None:
-        """Write the revocations held in memory, if that is possible soon."""
+        """Write the revocations and uses held in memory, if that is possible soon."""
         await self.revocations.close()
+        await self.uses.close()

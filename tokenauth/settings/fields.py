@@ -34,9 +34,9 @@ def between(low: int, high: int) -> Meta:
     return Meta(ge=low, le=high)
 
 
-def duration(high: float = TEN_YEARS) -> Meta:
-    """Bound a number of seconds, from 1, which the file can also write as "30s", "5m", "24h" or "7d"."""
-    return Meta(ge=1, le=high, extra={"duration": True})
+def duration(high: float = TEN_YEARS, low: float = 1) -> Meta:
+    """Bound a number of seconds, which the file can also write as "30s", "5m", "24h" or "7d"."""
+    return Meta(ge=low, le=high, extra={"duration": True})
 
 
 def text(pattern: str, description: str, secret: bool = False) -> Meta:

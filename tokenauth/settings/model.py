@@ -90,10 +90,15 @@ class DatabaseSettings(Table, frozen=True):
     connections: Annotated[int, between(1, 1000)] = 8
 
 
+_MIN_IDLE = 60
+"""Seconds. Uses are written some seconds later, and clients cache answers for a few seconds."""
+
+
 class TokenSettings(Table, frozen=True):
     """How long tokens live, and how many there can be."""
 
     ttl: Annotated[float, duration()] = 24 * 3600
+    idle: Annotated[float, duration(low=0)] = 0
     per_user: Annotated[int, between(0, 1_000_000)] = 100
     named_ttl: Annotated[float, duration()] = 90 * 86400
     max_named_ttl: Annotated[float, duration()] = 365 * 86400
@@ -102,6 +107,13 @@ class TokenSettings(Table, frozen=True):
     cache_size: Annotated[int, between(1, 100_000_000)] = 100_000
 
     def __post_init__(self) -> None:
+        if 0 < self.idle < _MIN_IDLE:
+            raise SettingError("idle", f"must be at least {_MIN_IDLE} s, or 0 (logins live for ttl), not {self.idle:g}")
+        if self.idle % 4:
+            whole = int(self.idle) // 4 * 4
+            raise SettingError("idle", f"must be a multiple of 4 seconds, such as {whole}, not {self.idle:g}")
+        if self.idle > self.ttl:
+            raise SettingError("idle", f"must not be more than ttl: {self.idle:g} s is more than {self.ttl:g} s")
         if self.named_ttl > self.max_named_ttl:
             raise SettingError(
                 "named_ttl",

@@ -1,7 +1,7 @@
 """A cache of tokens that never returns a revoked one: it applies all known revocations before it answers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Token
@@ -44,7 +44,7 @@ class TokenCache:
         return self._usable.get(digest)
 
     async def look_up(self, digest: bytes) -> Token | None:
-        """Look up a token that is not cached, and cache it unless anything was revoked during the look-up."""
+        """Look up a token, cached or not, and cache it unless anything was revoked during the look-up."""
         generation = self._generation
         token = await self._look_up(digest)
         if token is None:
@@ -52,6 +52,23 @@ class TokenCache:
         elif generation == self._generation and self._usable is self._tokens:
             self._insert(token)
         return token
+
+    @property
+    def generation(self) -> int:
+        """A number that grows when tokens are dropped. Tokens that were read before may be revoked."""
+        return self._generation
+
+    def replace(self, digests: Collection[bytes], tokens: Mapping[bytes, Token], generation: int) -> None:
+        """Replace those of `digests` that are cached by what the store had at a generation; drop the others."""
+        for digest in digests:
+            if digest in self._tokens:
+                token = tokens.get(digest)
+                if token is None:
+                    self._drop(digest)
+                elif generation == self._generation:
+                    self._tokens[digest] = token
+                else:
+                    del self._tokens[digest]
 
     def _catch_up(self) -> None:
         """Drop what was revoked since the last iteration of the event loop, or everything if that is not known."""
@@ -92,6 +109,9 @@ class TokenCache:
         self._next = 0
 
     def _insert(self, token: Token) -> None:
+        if token.digest in self._tokens:
+            self._tokens[token.digest] = token
+            return
         if len(self._ring) < self._size:
             self._ring.append(token.digest)
         else:

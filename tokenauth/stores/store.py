@@ -28,6 +28,7 @@ from tokenauth.models import (
     PoolCounts,
     PoolToken,
     Token,
+    Use,
 )
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes import pool_rows
@@ -45,7 +46,7 @@ from tokenauth.stores.changes.pools import (
     Release,
     ReleaseNext,
 )
-from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
+from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
 from tokenauth.stores.tables import as_pool_token, as_token, pool_token_columns, pool_tokens, token_columns, tokens
 
@@ -103,6 +104,22 @@ class TokenStore:
         """Return the token with this digest, live or expired, unless it was revoked."""
         return self._cache.cached(digest) or await self._cache.look_up(digest)
 
+    async def get_current(self, digest: bytes) -> Token | None:
+        """Return the token with this digest as the store has it now: another process may have extended it."""
+        self._cache.cached(digest)  # applies the revocations that are known
+        return await self._cache.look_up(digest)
+
+    async def note_uses(self, uses: Sequence[Use], now: Instant) -> Mapping[bytes, Token]:
+        """Write uses of tokens. Return these tokens as they are now, by their digests.
+
+        A use never shortens a token, and extends none that was revoked, or that ended long before `now`. A use may not
+        be written while other processes write the same token: then the token that is returned shows that.
+        """
+        generation = self._cache.generation
+        found = await self._engine.apply(NoteUses(uses, now=now))
+        self._cache.replace([use.digest for use in uses], found, generation)
+        return found
+
     async def find(self, id: str) -> Token | None:
         """Return the token with this public id, live or expired, unless it was revoked."""
         try:
@@ -127,11 +144,12 @@ class TokenStore:
 
         `kind`: only tokens of this kind.
         """
-        total, revoked = 0, _STEP
+        total, more = 0, True
         try:
-            while revoked == _STEP:  # in steps, between which others write
+            while more:  # in steps, between which others write
                 revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now))
-                total += revoked
+                total += revoked.live
+                more = _STEP in revoked
         finally:
             self._engine.feed.invalidate()
         return total

@@ -72,7 +72,7 @@ def as_token(row: Sequence[Any]) -> Token:
         intern(credential),
         issued_at,
         expires_at,
-        expires_at if latest is None else latest,
+        latest,
         issued_at if used_at is None else used_at,
         intern(address),
         intern(user_agent),
@@ -92,13 +92,13 @@ def token_row(token: Token) -> dict[str, Any]:
         "address": token.address,
         "user_agent": token.user_agent,
     }
-    fixed, unused = token.max_expires_at == token.expires_at, token.used_at == token.issued_at
-    if fixed and unused and token.name is None and token.scopes is None:
+    unused = token.used_at == token.issued_at
+    if unused and token.max_expires_at is None and token.name is None and token.scopes is None:
         return row
     return row | {
         "name": token.name,
         "scopes": None if token.scopes is None else " ".join(token.scopes),
-        "max_expires_at": None if fixed else token.max_expires_at,
+        "max_expires_at": token.max_expires_at,
         "used_at": None if unused else token.used_at,
     }
 

@@ -20,6 +20,7 @@ from tokenauth.errors import (
     LoginNeeded,
     NameTaken,
     NoFreeToken,
+    NotRenewable,
     NotYourLease,
     Overloaded,
     PoolFull,
@@ -104,6 +105,7 @@ FIELDS: Mapping[str, str] = {
     "last_used_at": "When its last use was noted, in Unix seconds. Null: none was yet.",
     "lease_expiry_time": "When the lease ends, in Unix seconds.",
     "leased": "The number of leased tokens.",
+    "max_expiry_time": "The latest time to which use can extend it, in Unix seconds.",
     "name": "The name of the token. Null: it is a login.",
     "overlap": "How long the old token stays valid. Default: 0.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
@@ -144,6 +146,8 @@ _ISSUED_AT, _EXPIRES_AT = 1_800_000_000, 1_800_086_400
 
 _POOL_VALUE = "8Wm2TqZ5rXbN7cKvJ0dHfLyP3sGa9eUi1nQoEkRj4wYtCxBz6uVhMgSlDpFiAOTq"
 
+_TOUCH = Parameter("touch", "`0`: this is no use of the token, so it does not extend it.", Literal["0"])
+
 TOKEN = Section(
     name="Token",
     text="Log in, check a token, log out.",
@@ -175,12 +179,34 @@ TOKEN = Section(
             title="Check a token",
             text="Returns whether a token is valid: the one in the query, or else the one in the header. For an"
             " unknown, expired or revoked token the answer is `200`, too, with `valid: false`.",
-            parameters=[Parameter("token", "The token to check. Default: the one in the header.", str, _LOGIN_VALUE)],
+            parameters=[
+                Parameter("token", "The token to check. Default: the one in the header.", str, _LOGIN_VALUE),
+                _TOUCH,
+            ],
             answers=[
                 Answer(200, "Whether it is valid.", token.ValidityAnswer, {"valid": True, "expiry_time": _EXPIRES_AT})
             ],
             refusals=[InvalidRequest, StoreUnavailable],
             security=[(), (X_TOKEN,), (BEARER,)],
+        ),
+        guarded(
+            Operation(
+                method="POST",
+                path="/api/token/renew",
+                id="renewToken",
+                title="Renew a token",
+                text="Extends a login that ends early when it is idle (`tokens.idle`), as any use of it does, and"
+                " returns when it ends now. It never lives beyond `max_expiry_time`.",
+                answers=[
+                    Answer(
+                        200,
+                        "When the token ends.",
+                        token.RenewedAnswer,
+                        {"expiry_time": _ISSUED_AT + 9000, "max_expiry_time": _EXPIRES_AT, "valid": True},
+                    )
+                ],
+                refusals=[NotRenewable, Overloaded],
+            )
         ),
         Operation(
             method="DELETE",
@@ -348,6 +374,7 @@ _FORWARD_AUTH = Section(
             " `200`. All methods are answered alike.",
             parameters=[
                 Parameter("scope", "Scopes that the user must have, separated by spaces.", str, "admin"),
+                _TOUCH,
                 Parameter("path", "The path of the client's request. It is ignored, with all that follows it."),
             ],
             answers=[
@@ -750,6 +777,7 @@ OAUTH = Section(
             " HTTP Basic or with a token of its own, and needs the scope `introspect`: add it to the user's `scopes`.",
             body=TokenForm,
             media=FORM,
+            parameters=[_TOUCH],
             example={"token": _ACCESS_VALUE, **_CLIENT_EXAMPLE},
             answers=[
                 Answer(

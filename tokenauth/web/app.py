@@ -109,7 +109,7 @@ def find_routes(service: Service) -> list[Route]:
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [
         *AccountRoutes(tokens, service.named_tokens).routes(with_token),
-        *TokenRoutes(tokens, hosts).routes(),
+        *TokenRoutes(tokens, hosts).routes(with_token),
         Route(FORWARD_AUTH, ForwardAuth(tokens, browser_auth)),
         *pages,
         *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(csrf_guard),

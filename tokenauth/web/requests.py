@@ -153,6 +153,13 @@ class Request(requests.Request):
             raise InvalidRequest(f"{name}: must be true or false.")
         return text == "true"
 
+    def touches(self) -> bool:
+        """Return whether this is a use of the token that is asked about: not with `?touch=0`. Raises InvalidRequest."""
+        text = self.query_value("touch")
+        if text not in {None, "0"}:
+            raise InvalidRequest("touch: must be 0, or left out.")
+        return text is None
+
     # The body
 
     async def json_body(self, decoder: msgspec.json.Decoder[T], empty: T | None = None) -> T:

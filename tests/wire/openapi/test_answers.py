@@ -32,6 +32,7 @@ from tokenauth.errors import (
     LoginNeeded,
     NameTaken,
     NoFreeToken,
+    NotRenewable,
     NotYourLease,
     Overloaded,
     PoolFull,
@@ -137,6 +138,7 @@ REFUSED: dict[type[Refusal], list[Call]] = {
         Call("DELETE", f"{LEASES}/x", "ann"),
     ],
     PoolFull: [Call("POST", TOKENS, "ann", {"json": {"count": 2}})],
+    NotRenewable: [Call("POST", "/api/token/renew", "ann")],
     NoFreeToken: [Call("POST", LEASES, "ann")],
     UnsupportedMediaType: [Call("POST", "/api/token", "", {"content": "x", "headers": {"Content-Type": "text/plain"}})],
 }

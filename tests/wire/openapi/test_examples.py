@@ -16,6 +16,7 @@ from tests.wire.openapi.configurations import API_PASSWORD
 from tests.wire.openapi.conformance import Documented, Operation
 
 CHANGES = {
+    "idle = 0 ": 'idle = "2h" ',
     'issuer = ""': 'issuer = "https://auth.example.com"',
     'scopes = ["admin"]': 'scopes = ["admin", "introspect"]',
     "accept_risks = []": 'accept_risks = ["shipped_password", "open_dialect"]',

@@ -241,7 +241,7 @@ class BrokenTokens(Tokens):
     def __init__(self) -> None:
         pass
 
-    async def validate(self, value: bytes) -> Token | None:
+    async def validate(self, value: bytes, touch: bool = True) -> Token | None:
         raise ZeroDivisionError(value)
 
 

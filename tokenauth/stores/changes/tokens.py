@@ -1,29 +1,42 @@
 """Changes to tokens, and to the log of revocations that caches read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Self
+from typing import NamedTuple, Self
 
 from sqlalchemy import (
+    BigInteger,
     Delete,
     Float,
     Insert,
+    LargeBinary,
     Select,
     TextClause,
+    Update,
     bindparam,
+    case,
     delete,
     func,
     insert,
     select,
     text,
+    update,
 )
 
-from tokenauth.models import Instant, Kind, Token
+from tokenauth.models import LATE_USE, Instant, Kind, Token, Use
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest, elements
-from tokenauth.stores.tables import OPTIONAL_COLUMNS, PLAIN_COLUMNS, revocations, token_row, tokens
+from tokenauth.stores.tables import (
+    OPTIONAL_COLUMNS,
+    PLAIN_COLUMNS,
+    as_token,
+    revocations,
+    token_columns,
+    token_row,
+    tokens,
+)
 
 _MAX_REVOKED = 1000
 """Maximum number of tokens that one login revokes."""
@@ -89,15 +102,27 @@ def _surplus() -> Select[bytes]:
 _SURPLUS = _surplus()
 
 
-def _live(of_user: bool, but_one: bool, kind: Kind | None) -> Select[bytes]:
-    """Select live tokens of one user or of all, of one kind or both, except the digest `keep` if `but_one`."""
-    chosen = select(tokens.c.digest).where(tokens.c.expires_at > _now).limit(bindparam("limit"))
+def _chosen(lapsed: bool, of_user: bool, but_one: bool, kind: Kind | None) -> Select[bytes]:
+    """Select live tokens of one user or of all, of one kind or both, except the digest `keep` if `but_one`.
+
+    `lapsed`: instead of live ones, those that have expired and could still be extended.
+    """
+    candidates = select(*tokens.c)
     if of_user:
-        chosen = chosen.where(tokens.c.username == bindparam("username"))
+        candidates = candidates.where(tokens.c.username == bindparam("username"))
+        if lapsed:  # keeps PostgreSQL from planning with their ends, which would read the tokens of all users
+            candidates = candidates.offset(0)
+    found = candidates.subquery().c
+    chosen = select(found.digest).limit(bindparam("limit"))
+    if lapsed:
+        late, ended = bindparam("late", type_=BigInteger()), bindparam("ended", type_=BigInteger())
+        chosen = chosen.where(found.expires_at > late, found.expires_at <= ended, found.max_expires_at > _now)
+    else:
+        chosen = chosen.where(found.expires_at > _now)
     if but_one:
-        chosen = chosen.where(tokens.c.digest != bindparam("keep"))
+        chosen = chosen.where(found.digest != bindparam("keep"))
     if kind is not None:
-        chosen = chosen.where(tokens.c.name.is_(None) if kind == "login" else tokens.c.name.is_not(None))
+        chosen = chosen.where(found.name.is_(None) if kind == "login" else found.name.is_not(None))
     return chosen
 
 
@@ -107,12 +132,51 @@ def _log_of(chosen: Select[bytes]) -> Insert:
 
 
 _KINDS: Sequence[Kind | None] = (None, "login", "named")
-_LIVE = {which: _live(*which) for which in product((False, True), (False, True), _KINDS)}
-_LOG_ALL = {which: _log_of(chosen) for which, chosen in _LIVE.items()}
+_LOG_ALL = {which: _log_of(_chosen(*which)) for which in product((False, True), (False, True), (False, True), _KINDS)}
 _LAST = select(func.max(revocations.c.seq))
 _DELETE_LOGGED = delete(tokens).where(
     tokens.c.digest.in_(select(revocations.c.digest).where(revocations.c.seq > bindparam("last")))
 )
+
+
+def _note() -> Update:
+    """Write one use, unless the store knows a later one or the token has ended too long ago.
+
+    Rows that others have locked are skipped, so that no transaction waits for this one while this one waits for it.
+    """
+    noted_at = func.coalesce(tokens.c.used_at, tokens.c.issued_at)
+    used_at = bindparam("used_at", type_=Float())
+    end = bindparam("end", type_=BigInteger())
+    fixed = tokens.c.max_expires_at.is_(None)
+    needed = (tokens.c.expires_at < bindparam("needed", type_=Float())) & (
+        tokens.c.expires_at < tokens.c.max_expires_at
+    )
+    due = (
+        select(tokens.c.digest)
+        .where(
+            tokens.c.digest == bindparam("of", type_=LargeBinary()),
+            tokens.c.expires_at > bindparam("late", type_=BigInteger()),
+            (noted_at <= bindparam("stale", type_=Float())) | needed,
+        )
+        .with_for_update(skip_locked=True)
+        .cte("due", nesting=True)
+    )
+    return (
+        update(tokens)
+        .where(tokens.c.digest.in_(select(due.c.digest)))
+        .values(
+            used_at=case((noted_at < used_at, used_at), else_=tokens.c.used_at),
+            expires_at=case(
+                (fixed | (tokens.c.expires_at >= end), tokens.c.expires_at),
+                (tokens.c.max_expires_at < end, tokens.c.max_expires_at),
+                else_=end,
+            ),
+        )
+    )
+
+
+_NOTE = _note()
+_TOKEN = select(*token_columns).where(tokens.c.digest == bindparam("of", type_=LargeBinary()))
 _PURGE = delete_oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
 
 
@@ -165,9 +229,16 @@ class Revoke(Change[bool]):
         return revoke(db, [change.digest for change in changes], max(change.now for change in changes))
 
 
+class RevokedCounts(NamedTuple):
+    """How many tokens were revoked: live ones, and those that had expired and could still have been extended."""
+
+    live: int
+    lapsed: int
+
+
 @dataclass(slots=True)
-class RevokeAll(Change[int]):
-    """Revoke at most `limit` live tokens of one user or of all (None), except `keep`; the answer is how many.
+class RevokeAll(Change[RevokedCounts]):
+    """Revoke tokens of one user or of all (None), except `keep`: at most `limit` live ones and as many lapsed ones.
 
     kind: only tokens of this kind.
     """
@@ -178,7 +249,7 @@ class RevokeAll(Change[int]):
     kind: Kind | None = None
 
     @classmethod
-    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[int]:
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[RevokedCounts]:
         """Log the digests, then delete the tokens that are logged."""
         db.lock(REVOCATION_LOCK)
         answers = []
@@ -189,11 +260,36 @@ class RevokeAll(Change[int]):
                 "keep": change.keep,
                 "limit": change.limit,
                 "now": change.now,
+                "ended": int(change.now),
+                "late": int(change.now) - LATE_USE,
             }
-            db.execute(_LOG_ALL[change.username is not None, change.keep is not None, change.kind], values)
-            answers.append(db.execute(_DELETE_LOGGED, {"last": last}))
+            which = change.username is not None, change.keep is not None, change.kind
+            # What has lapsed may be extended in between: then it is live.
+            lapsed = db.execute(_LOG_ALL[True, *which], values)
+            answers.append(RevokedCounts(db.execute(_LOG_ALL[False, *which], values), lapsed))
+            db.execute(_DELETE_LOGGED, {"last": last})
         db.notify()
         return answers
+
+
+@dataclass(slots=True)
+class NoteUses(Change[Mapping[bytes, Token]]):
+    """Write uses of tokens. The answer has these tokens as they are now, without those that do not exist."""
+
+    uses: Sequence[Use]
+
+    @classmethod
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Mapping[bytes, Token]]:
+        """Write the uses that need it, then read the tokens."""
+        late = int(max(change.now for change in changes)) - LATE_USE
+        uses = [use for change in changes for use in change.uses]
+        db.execute_each(_NOTE, [{"of": use.digest, "late": late, **_values(use)} for use in uses])
+        found = map(as_token, db.rows_each(_TOKEN, [{"of": use.digest} for use in uses]))
+        return [{token.digest: token for token in found}] * len(changes)
+
+
+def _values(use: Use) -> dict[str, Instant]:
+    return {"used_at": use.used_at, "end": use.end, "stale": use.stale, "needed": use.needed}
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ class _Query(NamedTuple):
     cookie: bool = False
     redirect: bool = False
     x_token_only: bool = False
+    touch: bool = True
     problem: str = ""
 
 
@@ -72,7 +73,7 @@ class ForwardAuth(Endpoint):
                     value = x_token(scope) if asked.x_token_only else bearer(scope)
             else:
                 value = bearer(scope)
-            token = None if value is None else await self._tokens.validate(value)
+            token = None if value is None else await self._tokens.validate(value, asked.touch)
             headers = self._check(value, token, asked)
             if sent is not None and self._browser is not None:
                 self._browser.check_page(scope, sent)
@@ -140,7 +141,7 @@ def _parse(query: bytes, browsers: bool) -> _Query:
 
     A problem is a malformed scope, such as the empty value of an unset variable of the proxy, and any other parameter,
     which may be a misspelt `scope`. Only `path` and what follows it come from the client. `browsers`: whether there is
-    a login page; without one, `cookie`, `login` and `header` are unknown.
+    a login page; without one, `cookie`, `login` and `header` are unknown. `touch=0`: this is no use of the token.
     """
     try:
         pairs = query_pairs(query)
@@ -152,7 +153,7 @@ def _parse(query: bytes, browsers: bool) -> _Query:
             values.append(value)
         elif name == "path":
             from_client = True
-        elif not from_client and browsers and _SWITCHES.get(name) == value:
+        elif not from_client and (browsers or name == "touch") and _SWITCHES.get(name) == value:
             switches.add(name)
         elif not from_client or _resembles_scope(name):
             problem = problem or _unknown(name, browsers)
@@ -161,18 +162,23 @@ def _parse(query: bytes, browsers: bool) -> _Query:
         problem = problem or "scope: is empty or malformed. Leave it out, or name the required scopes."
     if "login" in switches and "cookie" not in switches:
         problem = problem or "login=redirect needs 'cookie', too."
-    return _Query(scopes, "cookie" in switches, "login" in switches, "header" in switches, problem)
+    cookie, redirect, x_token_only, touch = (name in switches for name in ("cookie", "login", "header", "touch"))
+    return _Query(scopes, cookie, redirect, x_token_only, not touch, problem)
 
 
-_SWITCHES = {"cookie": "", "login": "redirect", "header": "x-token"}
+_SWITCHES = {"cookie": "", "login": "redirect", "header": "x-token", "touch": "0"}
 
 
 def _unknown(name: str, browsers: bool) -> str:
     if name in _SWITCHES:
         shown = f"{name}={_SWITCHES[name]}".rstrip("=")
-        problem = f"may only be {shown!r}" if browsers else f"{shown!r} needs browser.url in the configuration"
+        problem = (
+            f"may only be {shown!r}"
+            if browsers or name == "touch"
+            else f"{shown!r} needs browser.url in the configuration"
+        )
         return f"The query has {name!r}: {problem}."
-    return "The query has an unknown parameter: only 'scope' is known, and 'path' at its end."
+    return "The query has an unknown parameter: only 'scope' and 'touch' are known, and 'path' at its end."
 
 
 def _resembles_scope(name: str) -> bool:

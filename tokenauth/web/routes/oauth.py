@@ -105,7 +105,7 @@ class OAuthRoutes:
         request.scope["user"] = caller  # the log names the user if the scope is missing
         if INTROSPECT not in caller.scopes:
             raise InsufficientScope(INTROSPECT)
-        login = await self._tokens.identify(_field(form, "token").encode())
+        login = await self._tokens.identify(_field(form, "token").encode(), request.touches())
         if login is None:
             return JSONResponse(InactiveAnswer())
         user, token = login

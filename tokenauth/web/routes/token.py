@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
+from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -17,9 +18,10 @@ from tokenauth.web.logout_tokens import find_logout_tokens
 from tokenauth.web.openapi import NO_NUL, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSON, NO_STORE, JSONResponse, NoStoreResponse, error_response
-from tokenauth.web.routing import Endpoint, Route
+from tokenauth.web.routing import Endpoint, Route, strict
 
 PATH = "/api/token"
+RENEW = f"{PATH}/renew"
 
 _INVALID = b'{"valid":false,"expiry_time":null}'
 
@@ -39,6 +41,12 @@ class ValidityAnswer(msgspec.Struct):
     expiry_time: int | None
 
 
+class RenewedAnswer(msgspec.Struct):
+    expiry_time: int
+    max_expiry_time: int
+    valid: Literal[True] = True
+
+
 class LogOutRequest(msgspec.Struct):
     token: str
 
@@ -56,8 +64,11 @@ class CheckToken(Endpoint):
         """Send whether the token of the query, or else of a header, is valid."""
         try:
             query: bytes = scope["query_string"]
-            plain = len(query) == 70 and query.startswith(b"token=")  # as in nearly all requests
-            token = await self._tokens.validate(query[6:] if plain else _find_token(Request(scope)))
+            if len(query) == 70 and query.startswith(b"token="):  # as in nearly all requests
+                token = await self._tokens.validate(query[6:])
+            else:
+                request = Request(scope)
+                token = await self._tokens.validate(_find_token(request), request.touches())
         except Exception as error:
             await error_response(error)(scope, receive, send)
             return
@@ -71,8 +82,12 @@ class TokenRoutes:
         self._tokens = tokens
         self._hosts = hosts
 
-    def routes(self) -> list[Route]:
-        return [Route(PATH, {"GET": CheckToken(self._tokens), "POST": self.log_in, "DELETE": self.log_out})]
+    def routes(self, with_token: Sequence[Middleware]) -> list[Route]:
+        """List the routes; `with_token` guards what needs a token."""
+        return [
+            Route(PATH, {"GET": CheckToken(self._tokens), "POST": self.log_in, "DELETE": self.log_out}),
+            Route(RENEW, {"POST": strict(self.renew)}, with_token),
+        ]
 
     async def log_in(self, request: Request) -> Response:
         self._hosts.check(request.scope)
@@ -81,6 +96,11 @@ class TokenRoutes:
             body.username, body.password, request.client_address, request.user_agent, request.disconnect_check
         )
         return JSONResponse(TokenAnswer(issued.value, issued.token.expires_at))
+
+    async def renew(self, request: Request) -> Response:
+        token = await self._tokens.uses.renew(request.token)
+        assert token.max_expires_at is not None
+        return JSONResponse(RenewedAnswer(token.expires_at, token.max_expires_at))
 
     async def log_out(self, request: Request) -> Response:
         tokens = await find_logout_tokens(request)
