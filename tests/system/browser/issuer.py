@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from typing import NamedTuple
 
 IDLE = 7200
@@ -46,6 +47,7 @@ class Issuer(ThreadingHTTPServer):
         self.answers: dict[tuple[str, str], Answer] = {}
         self.gates: dict[tuple[str, str], threading.Event] = {}
         self.tokens: dict[str, tuple[int, int]] = {}
+        self._numbers = count()
 
     @property
     def url(self) -> str:
@@ -77,7 +79,7 @@ class Issuer(ThreadingHTTPServer):
     def _reply_as_tokenauth(self, request: Seen, path: str) -> Answer | None:
         match request.method, path:
             case "POST", "/api/token":
-                token = f"{len(self.tokens):064}"
+                token = f"{next(self._numbers):064}"
                 self.tokens[token] = (self._slide(), self.now + self.max_ttl)
                 return _json(200, token=token, expiry_time=self.tokens[token][0])
             case "POST", "/api/token/renew" if self._is_valid(request.token):
