@@ -126,8 +126,11 @@ def test_the_commands_for_when_something_happens_work(home: Path) -> None:
         ann, bob = PoolUser(connection, "ann"), PoolUser(connection, "bob")
         value = bob.ask("POST", "/licences/leases").json()["token"]
         [token] = json.loads(output(run(home, "tokens", "list", "--user", "bob", "--json")))
+        named = connection.ask("POST", "/api/tokens", {"name": "nightly"}, X_Token=bob.token).json()
+        (home / "leak.txt").write_text("no token\n")
         for line in lines:
-            words = line.replace("TOKEN", value).replace("ID", token["id"]).split()[1:]
+            id = (named if " rotate " in line else token)["id"]
+            words = line.replace("TOKEN", value).replace("ID", id).split()[1:]
             more = ["--password-stdin"] if "passwd" in words else []
             output(run(home, *words, *more, stdin="a long password\n"))
         with Connection(server.port) as later:  # the first one may have been closed while it was idle

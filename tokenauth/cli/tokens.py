@@ -167,11 +167,14 @@ def tokens_scan(
 async def _find_in(tokens: "Tokens", file: str) -> dict[str, tuple["Token", str]]:
     """Find the tokens in a file of any size, by id."""
     found: dict[str, tuple[Token, str]] = {}
-    with click.open_file(file, "rb") as stream:
-        before = b""
-        while part := stream.read(_PART):
-            found |= {token.id: (token, status) for token, status in await tokens.find_in(before + part)}
-            before = (before + part)[-_OVERLAP:]
+    try:
+        with click.open_file(file, "rb") as stream:
+            before = b""
+            while part := stream.read(_PART):
+                found |= {token.id: (token, status) for token, status in await tokens.find_in(before + part)}
+                before = (before + part)[-_OVERLAP:]
+    except OSError as error:
+        raise click.ClickException(printable(f"{file}: cannot be read: {error.strerror}.")) from None
     return found
 
 
