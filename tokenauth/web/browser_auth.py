@@ -110,14 +110,17 @@ class BrowserAuth:
 def _is_safe(scope: Scope, headers: Headers) -> bool:
     """Return whether a request changes nothing. It does not, if both its method and X-Forwarded-Method say so.
 
-    No trusted proxy is needed for that: a second method only makes this stricter. Without X-Forwarded-Method (proxies
-    may ask with GET about any request) one with an Origin may be a POST: browsers send it with each of them.
+    No trusted proxy is needed for that: a second method only makes this stricter. A GET with an Origin may be a POST,
+    if there is no X-Forwarded-Method (proxies may ask with GET about any request), and a WebSocket, if there is no
+    Sec-Fetch-Mode (not all browsers send it with one).
     """
-    if scope["method"] not in SAFE_METHODS or headers.get(b"sec-fetch-mode") == b"websocket":
+    mode, method = headers.get(b"sec-fetch-mode"), headers.get(b"x-forwarded-method")
+    if scope["method"] not in SAFE_METHODS or mode == b"websocket":
         return False
-    method = headers.get(b"x-forwarded-method")
+    if b"origin" in headers and (method is None or mode is None):
+        return False
     if method is None:
-        return b"origin" not in headers
+        return True
     if len(headers) == len(scope["headers"]):
         return method in _SAFE_METHODS
     return all(value in _SAFE_METHODS for name, value in scope["headers"] if name == b"x-forwarded-method")

@@ -13,7 +13,7 @@ from tests.system.browser.gate import DOMAIN
 from tests.system.browser.sites import Site, put, running, shown
 
 # Chromium must not connect to its vendor. Playwright gives it a new profile each time.
-_FLAGS = [
+FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     if path is None:
         skip_without("chromium", "apt-get install chromium")
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=_FLAGS) as chromium:
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=FLAGS) as chromium:
         yield chromium
 
 

@@ -11,6 +11,20 @@ from tests.system.proxies.running import PRODUCTS, Proxy, running
 
 Start = Callable[[str], Proxy]
 
+BROWSERS = ["nginx"]
+
+SETTINGS = """
+[tokens]
+per_user = 0
+[server]
+trusted_proxies = ["127.0.0.1"]
+[browser]
+url = "https://auth.example.com"
+domain = "example.com"
+return_to = ["https://app.example.com"]
+"""
+"""As docs/browser-login.md shows them."""
+
 
 @pytest.fixture(scope="package")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,7 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(directory: Path) -> Iterator[Server]:
     """Run an issuer. ann has the scope that /reports needs, bob has no scope."""
     users = USERS.replace('["read", "write"]', '["reports", "read"]')
-    with worker(write_config(directory, "[tokens]\nper_user = 0", users)) as issuer:
+    with worker(write_config(directory, SETTINGS, users)) as issuer:
         yield issuer
 
 
@@ -45,6 +59,12 @@ def proxy(request: pytest.FixtureRequest, start: Start) -> Proxy:
     found = start(request.param)
     found.relay.take()
     return found
+
+
+@pytest.fixture(params=BROWSERS)
+def browser_proxy(request: pytest.FixtureRequest, start: Start) -> Proxy:
+    """Return each proxy whose configuration also serves browsers."""
+    return start(request.param)
 
 
 @pytest.fixture(scope="package")

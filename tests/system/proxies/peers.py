@@ -6,7 +6,9 @@ import http.client
 import socket
 import threading
 from abc import ABC, abstractmethod
+from base64 import b64encode
 from collections.abc import Coroutine, Iterator, Sequence
+from hashlib import sha1
 from typing import Any, NamedTuple, Self
 
 HANG = b""
@@ -105,8 +107,12 @@ class Peer(ABC):
         """Serve one connection."""
 
 
+_PAGE = b"""<!doctype html><title>app</title><h1>Private page of %b</h1>
+<form method="post" action="/posted"><input name="x" value="y"><button>Send</button></form>"""
+
+
 class Upstream(Peer):
-    """The application. It accepts all requests, and records them."""
+    """The application. It accepts all requests, and records them. WebSockets get their first message back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +127,24 @@ class Upstream(Peer):
         while True:
             request = await read_request(reader)
             self._arrived.append(request)
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nin")
+            if key := request.values("Sec-WebSocket-Key") if request.values("Upgrade") else []:
+                accept = b64encode(sha1(key[0] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())  # noqa: S324 - RFC 6455
+                writer.write(
+                    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                    b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
+                )
+                head = await reader.readexactly(6)
+                payload = await reader.readexactly(head[1] & 127)
+                plain = bytes(byte ^ head[2 + place % 4] for place, byte in enumerate(payload))
+                writer.write(bytes([0x81, len(plain)]) + plain)
+                await reader.read()  # until it ends
+                return
+            content, kind = b"in", b"text/plain"
+            if any(b"text/html" in value for value in request.values("Accept")):
+                content, kind = _PAGE % b", ".join(request.values("X-Auth-User")), b"text/html"
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (kind, len(content), content)
+            )
             await writer.drain()
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tests.support.ports import free_port
 from tests.support.servers import ROOT
 from tests.support.skipping import skip_without
+from tests.system.browser.gate import make_certificate
 from tests.system.proxies.peers import Arrived, Relay, Reply, Upstream, ask
 
 DOCUMENT = ROOT / "docs" / "forward-auth.md"
@@ -59,6 +60,8 @@ PRODUCTS: Mapping[str, Product] = {
         ("/etc/nginx/conf.d/app.conf",),
         {
             "0.0.0.0:8080": "127.0.0.1:{listens}",
+            "0.0.0.0:443": "127.0.0.1:{listens_tls}",
+            "/etc/ssl/private/example.com.pem": "{certificate}",
             "127.0.0.1:8000": "127.0.0.1:{issuer}",
             "127.0.0.1:9000": "127.0.0.1:{app}",
             "/var/log/nginx": "{directory}",
@@ -135,20 +138,21 @@ def program(name: str) -> str:
 
 
 def documented() -> dict[str, str]:
-    """Return the files that the document shows, by their path, which is written before each."""
+    """Return the files that the document shows, by their path, which is written before each. TLS is switched on."""
     found = re.findall(r"^`(/[^`]+)`:\n\n```\w*\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     assert len(found) == len(dict(found))
-    return dict(found)
+    return {path: text.replace("#TLS ", "") for path, text in found}
 
 
 class Proxy:
     """A running proxy and its peers."""
 
     def __init__(
-        self, name: str, port: int, relay: Relay, upstream: Upstream, process: subprocess.Popen[bytes]
+        self, name: str, port: int, tls_port: int, relay: Relay, upstream: Upstream, process: subprocess.Popen[bytes]
     ) -> None:
         self.name = name
         self.port = port
+        self.tls_port = tls_port
         self.relay = relay
         self.upstream = upstream
         self._process = process
@@ -183,9 +187,11 @@ def running(
     product, command = PRODUCTS[name], program(name)
     directory.mkdir()
     with Relay(issuer) as relay, Upstream() as upstream:
-        port = free_port()
-        values = {"listens": port, "issuer": relay.port, "app": upstream.port, "inside": free_port()}
-        written = write_files(product, directory, {**values, "directory": directory}, files or documented())
+        port, tls_port = free_port(), free_port()
+        values: dict[str, object] = {"listens": port, "listens_tls": tls_port}
+        values |= {"issuer": relay.port, "app": upstream.port}
+        values |= {"inside": free_port(), "directory": directory, "certificate": make_certificate(directory)}
+        written = write_files(product, directory, values, files or documented())
         assert files or not written, f"no longer in the document: {written}"
         with (directory / "output.log").open("wb") as sink:
             process = subprocess.Popen(
@@ -199,7 +205,7 @@ def running(
             )
         try:
             await_answer(*ready, port, process, directory / "output.log")
-            yield Proxy(name, port, relay, upstream, process)
+            yield Proxy(name, port, tls_port, relay, upstream, process)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -142,14 +142,11 @@ def test_only_the_application_gets_the_body(proxy: Proxy, ann: str, chunked: boo
     assert (reply.status, request.method, request.body) == (200, b"GET", b"")
 
 
-def test_the_issuer_gets_no_cookies(proxy: Proxy, ann: str) -> None:
-    """They may be longer than the issuer's limit for heads."""
+def test_long_cookies_of_the_application_pass(proxy: Proxy, ann: str) -> None:
+    """They count towards the issuer's limit for heads."""
     cookie = "session=" + "c" * 14_000
     reply, [request] = proxy.ask("/", ann, headers=[("Cookie", cookie)])
     assert (reply.status, request.values("Cookie")) == (200, [cookie.encode()])
-    asked = proxy.relay.take()
-    assert ann.encode() in asked
-    assert b"session" not in asked
 
 
 def test_connections_to_the_issuer_are_reused(proxy: Proxy, ann: str) -> None:

@@ -46,7 +46,7 @@ def test_the_fast_cases_have_every_two_kinds_together() -> None:
     assert pairs[0] == pairs[1]
 
 
-def encode(case: int, method: str, framing: str, headers: str) -> bytes:
+def encode(case: int, method: str, framing: str, headers: str, path: str) -> bytes:
     """Return a request with another one in its body."""
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(INNER), INNER)
     measures, body = {
@@ -55,16 +55,16 @@ def encode(case: int, method: str, framing: str, headers: str) -> bytes:
         "both": (f"Content-Length: {len(chunked)}\r\nTransfer-Encoding: chunked\r\n", chunked),
         "neither": ("", b""),
     }[framing]
-    head = f"{method} /healthz?{case} HTTP/1.1\r\nHost: app.example.com\r\n{measures}{headers}\r\n"
+    head = f"{method} {path}?{case} HTTP/1.1\r\nHost: app.example.com\r\n{measures}{headers}\r\n"
     return head.encode() + body
 
 
-def converse_all(port: int, cases: Sequence[int], headers: str = "") -> dict[int, list[int]]:
+def converse_all(port: int, cases: Sequence[int], headers: str = "", path: str = "/healthz") -> dict[int, list[int]]:
     """Send each case on its own connection. Return the statuses of the answers to each."""
 
     def converse_one(case: int) -> list[int]:
         method, framing, segments, upgrade = CASES[case]
-        return converse(port, encode(case, method, framing, upgrade + headers), segments)
+        return converse(port, encode(case, method, framing, upgrade + headers, path), segments)
 
     with ThreadPoolExecutor(48) as threads:
         return dict(zip(cases, threads.map(converse_one, cases), strict=True))
@@ -88,18 +88,25 @@ def converse(port: int, sent: bytes, segments: str) -> list[int]:
 
 
 @EVERY_CASE
-def test_no_body_reaches_the_application_as_a_request(proxy: Proxy, ann: str, cases: Sequence[int]) -> None:
-    """Nor does CONNECT: it has no body, and many servers parse the bytes after it as the next request."""
+@pytest.mark.parametrize("path", ["/healthz", "/ws"])
+def test_no_body_reaches_the_application_as_a_request(proxy: Proxy, ann: str, cases: Sequence[int], path: str) -> None:
+    """Nor does CONNECT: it has no body, and many servers parse the bytes after it as the next request.
+
+    WebSockets may be opened at /ws, if the request has no body.
+    """
     proxy.upstream.take()
-    answers = converse_all(proxy.port, cases, f"X-Token: {ann}\r\n")
+    answers = converse_all(proxy.port, cases, f"X-Token: {ann}\r\n", path)
     requests = proxy.upstream.take()
     arrived = Counter(request.target for request in requests)
     for case, statuses in answers.items():
         assert statuses[1:] in ([], [401]), CASES[case]
-        assert arrived.pop(b"/healthz?%d" % case, 0) <= (0 if CASES[case][0] == "CONNECT" else 1), CASES[case]
+        assert arrived.pop(f"{path}?{case}".encode(), 0) <= (0 if CASES[case][0] == "CONNECT" else 1), CASES[case]
     assert not arrived
     for request in requests:
-        assert (request.values("Upgrade"), request.values("X-Auth-User")) == ([], [b"ann"]), request
+        assert request.values("X-Auth-User") == [b"ann"], request
+        if path != "/ws" or request.method != b"GET" or request.body or request.values("Transfer-Encoding"):
+            assert request.values("Upgrade") == [], request
+        assert request.values("Upgrade") in ([], [b"websocket"]), request
 
 
 TARGETS = [

@@ -273,6 +273,14 @@ def test_a_websocket_of_another_site_is_refused(connection: Connection, ann: str
     assert ask(connection, Cookie=cookie(ann), Origin=APP, **sent).status == 200
 
 
+def test_a_websocket_without_a_mode_is_unsafe(connection: Connection, ann: str) -> None:
+    """Not all browsers send Sec-Fetch-Mode with a WebSocket, which is a GET. They send Origin with each."""
+    sent = {"Cookie": cookie(ann), "X_Forwarded_Method": "GET"}
+    assert ask(connection, **sent, Origin="https://evil.example").status == 403
+    assert ask(connection, **sent, Origin=APP).status == 200
+    assert ask(connection, **sent, Origin="https://evil.example", Sec_Fetch_Mode="cors").status == 200
+
+
 def test_without_a_method_an_origin_makes_a_request_unsafe(connection: Connection, server: Server, ann: str) -> None:
     """A proxy that does not name the method may ask with GET about a POST, with which browsers send Origin."""
     assert ask(connection, Cookie=cookie(ann), X_Forwarded_Method="").status == 200

@@ -1,0 +1,112 @@
+"""A person uses an application behind each proxy, in a real Chromium over TLS, at the host names of the document."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
+
+from tests.support.skipping import skip_without
+from tests.system.browser.conftest import FLAGS
+from tests.system.proxies.peers import Arrived, Relay
+from tests.system.proxies.running import Proxy
+
+APP = "https://app.example.com"
+AUTH = "https://auth.example.com"
+COOKIE = "__Secure-tokenauth"
+
+KEEP_COOKIE = {"traefik"}
+"""Proxies that cannot remove one cookie of several."""
+
+_FETCH = """([path, init]) => fetch(path, init).then(
+  async (answer) => [answer.status, answer.headers.get("X-Auth-Login"), await answer.text()]
+)"""
+
+_WEBSOCKET = """(path) => new Promise((done) => {
+  const socket = new WebSocket(new URL(path, location).href.replace("http", "ws"));
+  socket.onopen = () => socket.send("hello");
+  socket.onmessage = (message) => { socket.close(); done(message.data); };
+  socket.onerror = () => done("refused");
+})"""
+
+
+@pytest.fixture(scope="module")
+def port_443() -> Iterator[Relay]:
+    """Listen in place of port 443 of all hosts of example.com. It leads to one proxy at a time."""
+    with Relay(0) as relay:
+        yield relay
+
+
+@pytest.fixture(scope="module")
+def browser(port_443: Relay) -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    if path is None:
+        skip_without("chromium", "apt-get install chromium")
+    address = f"127.0.0.1:{port_443.port}"
+    flags = [*FLAGS, f"--host-resolver-rules=MAP *.example.com {address}"]
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=flags) as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def context(browser: Browser, browser_proxy: Proxy, port_443: Relay) -> Iterator[BrowserContext]:
+    """Open a browser without cookies, whose requests go to the proxy."""
+    with port_443.leading_to(browser_proxy.tls_port), browser.new_context(ignore_https_errors=True) as opened:
+        yield opened
+
+
+def test_a_person_uses_an_application(context: BrowserContext, browser_proxy: Proxy) -> None:
+    """From the first visit to the log-out. Fetches of someone who is not logged in get 401, not a login page."""
+    proxy = browser_proxy
+    with context.new_page() as page:
+        proxy.upstream.take()
+        address = f"{APP}/dash/a%20b?year=2026&q=a+b%2Fc#part"
+        page.goto(address)
+        assert page.url.startswith(f"{AUTH}/login?rd=")
+        page.get_by_label("User name").fill("ann")
+        page.get_by_label("Password").fill("ann-secret")
+        page.get_by_role("button", name="Log in").click()
+        assert page.url == address
+        expect(page.get_by_role("heading")).to_have_text("Private page of ann")
+        [request] = _take(proxy)
+        assert request.target == b"/dash/a%20b?year=2026&q=a+b%2Fc"
+
+        context.add_cookies([{"name": "own", "value": "kept", "domain": "app.example.com", "path": "/"}])
+        assert page.evaluate(_FETCH, ["/x?y=z", {}]) == [200, None, "in"]
+        assert page.evaluate(_FETCH, ["/x", {"method": "POST", "body": "text"}]) == [200, None, "in"]
+        assert page.evaluate(_FETCH, ["/reports/x", {"method": "DELETE"}]) == [200, None, "in"]
+        assert page.evaluate(_WEBSOCKET, "/ws/x?y=z") == "hello"
+        assert page.evaluate(_WEBSOCKET, "/x") == "refused"
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_role("heading")).to_have_text("Private page of ann")
+        requests = _take(proxy)
+        targets = [(request.method + b" " + request.target).decode() for request in requests]
+        assert targets[:4] == ["GET /x?y=z", "POST /x", "DELETE /reports/x", "GET /ws/x?y=z"]
+        assert targets[-1] == "POST /posted"
+        assert [request.body for request in requests if request.method == b"POST"] == [b"text", b"x=y"]
+        [token] = [str(each.get("value")) for each in context.cookies(AUTH) if each.get("name") == COOKIE]
+        for request in requests:
+            assert request.values("X-Auth-User") == [b"ann"], request
+            assert request.values("X-Forwarded-Proto") == [b"https"], request
+            sent = b"; ".join(request.values("Cookie"))
+            assert b"own=kept" in sent
+            assert (token.encode() in sent) is (proxy.name in KEEP_COOKIE)
+
+        with context.new_page() as other:
+            other.goto(f"{AUTH}/logout")
+            other.get_by_role("button", name="Log out").click()
+            expect(other.get_by_role("heading")).to_have_text("You are logged out")
+        status, login_page, _ = page.evaluate(_FETCH, ["/x", {}])
+        assert (status, login_page.partition("?rd=")[0]) == (401, f"{AUTH}/login")
+        assert page.evaluate(_WEBSOCKET, "/ws") == "refused"
+        page.goto(f"{APP}/x")
+        expect(page.get_by_role("heading")).to_have_text("Log in")
+        assert _take(proxy) == []
+        context.add_cookies([{"name": COOKIE, "value": token, "domain": ".example.com", "path": "/", "secure": True}])
+        page.goto(f"{APP}/x")
+        expect(page.get_by_role("heading")).to_have_text("Log in")
+        assert _take(proxy) == []
+
+
+def _take(proxy: Proxy) -> list[Arrived]:
+    return [request for request in proxy.upstream.take() if request.target != b"/favicon.ico"]
