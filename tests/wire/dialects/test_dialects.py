@@ -158,10 +158,10 @@ COLLIDING = '[pools.p]\n[pools.q]\n[dialects.random-token-generator]\npool = "p"
 FORMATS = "dialects.token-management-service.pool: the tokens in [pools.p] have the form of another dialect; give each"
 
 MISTAKES: dict[str, tuple[str, str]] = {
-    "no pools": (TOKEN_POOL, "dialects.token-pool.pool: there is no [pools.p]; known are: none"),
+    "no pools": (TOKEN_POOL, "dialects.token-pool.pool: must be one of the pools (none): there is no [pools.p]"),
     "other pools": (
         f"[pools.q]\n[pools.r]\n{SERVICE}",
-        "dialects.token-management-service.pool: there is no [pools.p]; known are: q, r",
+        "dialects.token-management-service.pool: must be one of the pools (q, r): there is no [pools.p]",
     ),
     "permits without prefill": (
         f'{POOL}capacity = 1\n{SIMPLE}password = "x"',

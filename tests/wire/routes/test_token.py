@@ -61,7 +61,7 @@ def test_a_wrong_name_or_password_is_401_in_plain_text(client: httpx.Client, use
         ("not JSON", "not JSON"),
         ('{"username": "admin", "password": "admin",}', "not JSON"),
         ("username=admin&password=admin", "not JSON"),
-        ("[]", "array"),
+        ("[]", "must be a JSON object"),
         ("{}", "username"),
         ('{"username": "admin"}', "password"),
         ('{"password": "admin"}', "username"),
