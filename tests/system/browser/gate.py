@@ -22,12 +22,12 @@ _PAGE = """<!doctype html><title>{host}</title><h1>Private page of {user}</h1>
 <p><a href="{auth}/logout">Log out</a></p>"""
 
 
-def make_certificate(directory: Path) -> Path:
-    """Create a certificate for all hosts of DOMAIN and for localhost, and its key, in one file."""
+def make_certificate(directory: Path, domain: str = DOMAIN) -> Path:
+    """Create a certificate for all hosts of a domain and for localhost, and its key, in one file."""
     file = directory / "certificate.pem"
-    names = f"subjectAltName=DNS:{DOMAIN},DNS:*.{DOMAIN},DNS:localhost"
+    names = f"subjectAltName=DNS:{domain},DNS:*.{domain},DNS:localhost"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-days", "2", "-subj", f"/CN={DOMAIN}", "-addext", names, "-keyout", str(file), "-out", "-"]
+    command += ["-days", "2", "-subj", f"/CN={domain}", "-addext", names, "-keyout", str(file), "-out", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     file.write_text(file.read_text() + done.stdout)
     return file

@@ -74,6 +74,8 @@ PRODUCTS: Mapping[str, Product] = {
         ("/etc/caddy/Caddyfile",),
         {
             "http://:8080": "http://:{listens}",
+            "https://:443": "https://:{listens_tls}",
+            "/etc/ssl/private/example.com.pem": "{certificate}",
             "bind 0.0.0.0": "bind 127.0.0.1",
             "127.0.0.1:8000": "127.0.0.1:{issuer}",
             "127.0.0.1:9000": "127.0.0.1:{app}",
@@ -190,7 +192,11 @@ def running(
         port, tls_port = free_port(), free_port()
         values: dict[str, object] = {"listens": port, "listens_tls": tls_port}
         values |= {"issuer": relay.port, "app": upstream.port}
-        values |= {"inside": free_port(), "directory": directory, "certificate": make_certificate(directory)}
+        values |= {
+            "inside": free_port(),
+            "directory": directory,
+            "certificate": make_certificate(directory, "example.com"),
+        }
         written = write_files(product, directory, values, files or documented())
         assert files or not written, f"no longer in the document: {written}"
         with (directory / "output.log").open("wb") as sink:

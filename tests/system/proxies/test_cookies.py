@@ -196,6 +196,11 @@ def test_a_websocket_is_open_to_its_own_pages_only(browser_proxy: Proxy, ann: st
 def test_nothing_else_is_upgraded(
     browser_proxy: Proxy, ann: str, method: str, target: str, headers: list[tuple[str, str]], body: bytes
 ) -> None:
+    """Caddy drops the body."""
     reply, arrived = browser_proxy.ask(target, ann, method=method, headers=headers, body=body)
+    if browser_proxy.name == "caddy" and body:
+        [request] = arrived
+        assert (request.body, request.values("Content-Length", "Transfer-Encoding")) == (b"", [])
+        return
     assert reply.status != 101
     assert not [request for request in arrived if request.values("Upgrade")]
