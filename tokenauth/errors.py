@@ -167,6 +167,12 @@ class Overloaded(RetryLater):
     description = "The server is overloaded. Try again shortly."
 
 
+class Stopping(Overloaded):
+    """The server stops, and the time for answers is over."""
+
+    description = "The server is stopping. Try again shortly."
+
+
 class ClientGone(RetryLater):
     """The client disconnected before the request was answered. Nothing was changed."""
 

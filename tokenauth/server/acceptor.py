@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 
 from tokenauth import file_descriptors
 from tokenauth.logs import log
+from tokenauth.server.protocol import BoundedProtocol
 
 OPEN_PER_ACCEPT = 8
 """In each iteration of the event loop, one connection is accepted, and one more for each 8 that are open.
@@ -29,6 +30,9 @@ worker that woke up first.
 
 LINGER = 0.2
 """Seconds in which a worker that stops still accepts, since a handshake may be half done."""
+
+CUT_OFF = 5
+"""Seconds before the end of a stop at which unanswered requests get 503: a log-out still has time to be written."""
 
 _RETRY = 0.05
 """Seconds until the next attempt to accept, when file descriptors or memory are short."""
@@ -195,6 +199,22 @@ class AcceptingServer(uvicorn.Server):
         self.servers = cast(list[Any], self._acceptors)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept what is queued, then stop as uvicorn does."""
+        """Accept what is queued, then stop as uvicorn does. Shortly before its timeout, answer 503 to what is left."""
+        loop, timers = asyncio.get_running_loop(), []
+        if self.config.timeout_graceful_shutdown is not None:
+            grace = self.config.timeout_graceful_shutdown - CUT_OFF
+            timers = [loop.call_later(grace, self._cut_off), loop.call_later(grace + 1, self._cancel)]
         await asyncio.gather(*(acceptor.drain() for acceptor in self._acceptors))
         await super().shutdown(sockets)
+        for timer in timers:
+            timer.cancel()
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, BoundedProtocol):
+                connection.cut_off()
+
+    def _cancel(self) -> None:
+        """Cancel the requests that are still running: the application answers 503."""
+        for task in self.server_state.tasks:
+            task.cancel()

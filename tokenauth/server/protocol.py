@@ -21,6 +21,7 @@ from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from tokenauth.errors import Stopping
 from tokenauth.server.head_limit import HeadLimit
 from tokenauth.server.transport import LingeringTransport
 from tokenauth.web import urlencoding
@@ -66,9 +67,9 @@ _Refusal = tuple[bytes, bytes]
 """An answer of this module, as head and body: more headers can be put between them."""
 
 
-def _refusal(status: str, message: str) -> _Refusal:
+def _refusal(status: str, message: str, media_type: str = "text/plain; charset=utf-8") -> _Refusal:
     head = f"HTTP/1.1 {status}\r\n{_SECURITY_HEADERS.decode()}connection: close\r\ncache-control: no-store\r\n"
-    content = f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(message)}\r\n"
+    content = f"content-type: {media_type}\r\ncontent-length: {len(message)}\r\n"
     return f"{head}{content}".encode(), f"\r\n{message}".encode()
 
 
@@ -76,6 +77,11 @@ _HEAD_TOO_LARGE = _refusal("431 Request Header Fields Too Large", "The request h
 _BAD_REQUEST = _refusal("400 Bad Request", "Invalid HTTP request received.")
 _OUT_OF_MEMORY = _refusal(
     "503 Service Unavailable\r\nretry-after: 1", "The server is short of memory. Try again shortly."
+)
+_STOPPING = _refusal(
+    "503 Service Unavailable\r\nretry-after: 1",
+    f'{{"error":"{Stopping.code}","error_description":"{Stopping.description}"}}',
+    "application/json",
 )
 _UNAUTHORIZED = _refusal(
     '401 Unauthorized\r\nwww-authenticate: Bearer realm="tokenauth"', "The request headers are too large or broken."
@@ -116,8 +122,8 @@ _send = FunctionType(
 
 
 async def _send_500_response(cycle: RequestResponseCycle) -> None:
-    """Answer a request whose application raised an error: 503 for lack of memory, else 500."""
-    if not isinstance(sys.exception(), MemoryError):
+    """Answer a request whose application raised an error: 503 for lack of memory, and at a stop, else 500."""
+    if not isinstance(sys.exception(), MemoryError | asyncio.CancelledError):
         await RequestResponseCycle.send_500_response(cycle)
         return
     headers = [(b"retry-after", b"1"), (b"content-length", b"0"), _CLOSE]
@@ -223,6 +229,17 @@ class BoundedProtocol(HttpToolsProtocol):
         if _CLOSE not in state.default_headers:
             state.default_headers = [*state.default_headers, _CLOSE]
         self.loop.call_later(DRAIN, super().shutdown)
+
+    def cut_off(self) -> None:
+        """Answer 503 to a request whose body is incomplete. Its application gets what has arrived, then a disconnect.
+
+        Reset the connection if its client does not read.
+        """
+        cycle = self.cycle
+        if self.flow.write_paused:
+            self.transport.abort()
+        elif cycle is not None and cycle.more_body and not cycle.response_complete:
+            self._refuse(_STOPPING, self.url, b"")
 
     def pause_writing(self) -> None:
         """Stop sending to a client that does not read; reset the connection after SLOW seconds."""
@@ -475,7 +492,7 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.keep_alive = False  # the next request is refused; this one is answered first
             return
         head_continues = refusal is _HEAD_TOO_LARGE
-        if refusal is not _OUT_OF_MEMORY and _path(target) in self._rules.fail_closed_paths:
+        if refusal not in {_OUT_OF_MEMORY, _STOPPING} and _path(target) in self._rules.fail_closed_paths:
             refusal = _UNAUTHORIZED
         origin = next((value for name, value in headers or () if name == b"origin"), None)
         match = _ORIGIN.search(self._unread or data)

@@ -18,7 +18,7 @@ from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 from tokenauth import logs
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.revocation_queue import RevocationUpdate
-from tokenauth.server.acceptor import AcceptingServer
+from tokenauth.server.acceptor import CUT_OFF, AcceptingServer
 from tokenauth.server.channel import (
     GRACE,
     HEARTBEAT,
@@ -61,7 +61,7 @@ def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvi
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=GRACE + CUT_OFF,
     )
 
 

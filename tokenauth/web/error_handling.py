@@ -1,12 +1,13 @@
 """Turns exceptions into responses, and the exception of a failed start into one line."""
 
+import asyncio
 import sys
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from tokenauth.errors import Forbidden, InsufficientScope, StartError
+from tokenauth.errors import Forbidden, InsufficientScope, StartError, Stopping
 from tokenauth.logs import describe, log
 from tokenauth.web.exceptions import NotFound
 from tokenauth.web.responses import error_response
@@ -58,5 +59,7 @@ class ErrorMiddleware:
             return
         try:
             await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # at the end of a stop
+            await _respond(scope, Stopping())(scope, receive, send)
         except Exception as error:
             await _respond(scope, error)(scope, receive, send)
