@@ -46,13 +46,13 @@ def test_the_application_does_not_get_the_login(browser_proxy: Proxy, ann: str, 
     cookie = f"{COOKIE}={ann}"
     reply, [request] = browser_proxy.ask("/", headers=[("Cookie", sent.format(cookie))])
     assert (reply.status, request.values("X-Auth-User")) == (200, [b"ann"])
-    forwarded = b"; ".join(request.values("Cookie"))
+    forwarded = "; ".join(value.decode() for value in request.values("Cookie"))
     if browser_proxy.name in KEEP_COOKIES:
-        assert forwarded == sent.format(cookie).encode()
+        assert forwarded == sent.format(cookie)
     elif kept is None:
-        assert forwarded in {b"", b"a=b"}
+        assert forwarded in {"", "a=b"}
     else:
-        assert forwarded == kept.format(cookie).encode()
+        assert forwarded.replace("; ", ";") == kept.format(cookie).replace("; ", ";")
 
 
 def test_a_cookie_gives_the_rights_of_its_user(browser_proxy: Proxy, ann: str, bob: str) -> None:

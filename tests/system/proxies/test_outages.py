@@ -23,7 +23,12 @@ ANSWERS = {
     "too long a head": b"HTTP/1.1 200 OK\r\nX-Auth-User: " + b"a" * 2_000_000 + b"\r\nContent-Length: 0\r\n\r\n",
 }
 
-PASS_ON = {"caddy": {"302"}, "traefik": {"302", "404", "429", "500"}, "envoy": {"302", "404", "429"}}
+PASS_ON = {
+    "caddy": {"302"},
+    "haproxy": {"302"},
+    "traefik": {"302", "404", "429", "500"},
+    "envoy": {"302", "404", "429"},
+}
 """Statuses of the issuer, other than 401 and 403, that a proxy forwards to the client."""
 
 
