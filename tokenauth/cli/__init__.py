@@ -1,5 +1,6 @@
 """The `tokenauth` command."""
 
+import os
 import signal
 import sys
 
@@ -9,3 +10,22 @@ NOHUP = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 if sys.argv[1:2] == ["serve"]:
     # Before the other imports, which take half a second: SIGHUP must not end the start, and nothing can reload yet.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # without a traceback; nothing has been opened yet
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+def _open_streams() -> None:
+    """Open /dev/null in the place of standard streams that are closed.
+
+    Otherwise the next file or socket that is opened becomes standard output, and libuv aborts when it closes that.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+
+
+_open_streams()

@@ -28,7 +28,7 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None, n
     file_descriptors.raise_limit()
     terminal = Terminal(watch=not nohup)
     signals = Signals()
-    # Until the file is read, which may take long, SIGINT and SIGTERM end the process.
+    # Until the file is read, which may take long, SIGINT and SIGTERM end the process: see `tokenauth.cli`.
     signals.catch(signal.SIGHUP, signal.SIGCHLD)
     try:
         file = loader.load(path)
