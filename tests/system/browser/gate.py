@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 DOMAIN = "example.test"
 """Chromium finds all hosts of this domain on this machine."""
 
+VISITOR = "192.0.2.7"
+"""The address of everyone who comes through the proxy."""
+
 _ASKED_WITH = ("cookie", "x-token", "authorization", "accept", "origin", "sec-fetch-site", "sec-fetch-mode")
 
 _PAGE = """<!doctype html><title>{host}</title><h1>Private page of {user}</h1>
@@ -70,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         sent = {name.lower(): value for name, value in self.headers.items()}
         host = sent.get("host", "")
-        named = {"x-forwarded-for": "192.0.2.7", "x-forwarded-proto": gate.scheme, "x-forwarded-host": host}
+        named = {"x-forwarded-for": VISITOR, "x-forwarded-proto": gate.scheme, "x-forwarded-host": host}
         if host == urlsplit(gate.origin(gate.auth)).netloc and not self.path.startswith("/app"):
             self._pass_on(self.path, {**sent, **named}, body)
             return
