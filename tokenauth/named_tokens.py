@@ -24,11 +24,15 @@ Duration = str | int
 
 
 class Requester(NamedTuple):
-    """Who asks for a token."""
+    """Who asks for a token.
+
+    login: digest of the login with which they ask; None for an operator.
+    """
 
     address: str = ""
     user_agent: str = ""
     disconnected: DisconnectCheck = never_disconnected
+    login: bytes | None = None
 
 
 class NamedTokens:
@@ -48,8 +52,8 @@ class NamedTokens:
     ) -> IssuedToken:
         """Return a new token of a user. `scopes` None: all that the user has at each use. `ttl` None: `named_ttl`.
 
-        Raises InvalidRequest, InsufficientScope, NameTaken, TooManyTokens, InvalidToken if the user was removed,
-        ClientGone or StoreUnavailable.
+        Raises InvalidRequest, InsufficientScope, NameTaken, TooManyTokens, InvalidToken if the user was removed or the
+        login of the requester was revoked, ClientGone or StoreUnavailable.
         """
         user = self._user(username)
         _check_name(name)
@@ -57,7 +61,7 @@ class NamedTokens:
         seconds = self._settings.named_ttl if ttl is None else _seconds("ttl", ttl, 1, self._settings.max_named_ttl)
         issued = self._new(user, name, limit, seconds, requester)
         refusal = await self._store.tokens.issue_named(
-            issued.token, user.credentials, self._settings.named_per_user, issued.token.issued_at
+            issued.token, user.credentials, self._settings.named_per_user, issued.token.issued_at, requester.login
         )
         if refusal is not None:
             raise refusal
@@ -70,7 +74,8 @@ class NamedTokens:
         """Return a successor of the token with this public id, with the same name, scopes and length of life.
 
         The token itself ends after `overlap`; 0 is at once. `username` None: it may be any user's.
-        Raises InvalidRequest, UnknownToken, AlreadyRotated, TooManyTokens, ClientGone or StoreUnavailable.
+        Raises InvalidRequest, UnknownToken, AlreadyRotated, TooManyTokens, InvalidToken as `issue` does, ClientGone or
+        StoreUnavailable.
         """
         seconds = _seconds("overlap", overlap, 0, TEN_YEARS)
         token = await self._store.tokens.find(id)
@@ -81,7 +86,7 @@ class NamedTokens:
         issued = self._new(user, token.name, token.scopes, length, requester)
         now = issued.token.issued_at
         refusal = await self._store.tokens.rotate(
-            token.digest, issued.token, user.credentials, int(now) + int(seconds), now
+            token.digest, issued.token, user.credentials, int(now) + int(seconds), now, requester.login
         )
         if refusal is not None:
             raise refusal

@@ -7,7 +7,7 @@ import pytest
 
 from tests.contract.conftest import Place, token
 from tests.support.servers import START
-from tokenauth.errors import AlreadyRotated, NameTaken, Refusal, TooManyTokens, UnknownToken
+from tokenauth.errors import AlreadyRotated, InvalidToken, NameTaken, Refusal, TooManyTokens, UnknownToken
 from tokenauth.models import Kind, Token
 from tokenauth.stores.changes.named_tokens import MAX_OF_NAME
 from tokenauth.stores.store import TokenStore
@@ -186,6 +186,30 @@ async def test_a_rotation_and_a_revocation_at_once(place: Place, other: Place, o
             assert await each.tokens.get(old.digest) is None
             assert (await each.tokens.get(new.digest) is None) is (refusal is not None)
         assert revoked or (refusal is None and not overlap)
+
+
+async def test_a_revoked_login_makes_no_token(place: Place, other: Place) -> None:
+    """Also while another process does not know of the revocation yet: its named token would live for months."""
+    login, old = token(1), named(2)
+    await place.tokens.issue(login, 0, START)
+    assert await place.tokens.issue_named(old, CREDENTIALS, LIMIT, START, login.digest) is None
+    await place.tokens.revoke(login.digest, START)
+    made = await other.tokens.issue_named(named(3, "daily"), CREDENTIALS, LIMIT, START, login.digest)
+    rotated = await other.tokens.rotate(old.digest, named(4), CREDENTIALS, int(START), START, login.digest)
+    assert (type(made), type(rotated)) == (InvalidToken, InvalidToken)
+    assert await place.tokens.list("ann", START, 10) == [old]
+
+
+async def test_revoking_all_at_once_with_an_issue(place: Place, other: Place) -> None:
+    """In either order nothing is left, also of what the revoked login asks for at the same time."""
+    for number in range(20):
+        login, new = token(2 * number), named(2 * number + 1)
+        await place.tokens.issue(login, 0, START)
+        await asyncio.gather(
+            other.tokens.issue_named(new, CREDENTIALS, LIMIT, START, login.digest),
+            place.tokens.revoke_all("ann", START),
+        )
+        assert await other.tokens.list("ann", START, 10) == []
 
 
 @pytest.mark.parametrize(("kind", "left"), [("login", {2}), ("named", {1}), (None, set())])

@@ -82,12 +82,15 @@ def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
 
 CHANGES: Sequence[Change[Any]] = [
     Issue(Token.new(b"n" * 32, "user17", "c", START, int(START) + 86400), EACH, now=START),
-    IssueNamed(Token.new(b"m" * 32, "user17", "c", START, int(START) + 86400, name="nightly"), ["c"], 50, now=START),
+    IssueNamed(
+        Token.new(b"m" * 32, "user17", "c", START, int(START) + 86400, name="nightly"), ["c"], 50, digest(17), now=START
+    ),
     Rotate(
         digest(15),
         Token.new(b"r" * 32, "user15", "c", START, int(START) + 86400, name="job 15"),
         ["c"],
         int(START) + 60,
+        digest(15),
         now=START,
     ),
     Revoke(digest(13), now=START),

@@ -80,23 +80,33 @@ class TokenStore:
         """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit."""
         self._engine.feed.add(await self._engine.apply(Issue(token, per_user, now=now)))
 
-    async def issue_named(self, token: Token, credentials: Collection[str], limit: int, now: Instant) -> Refusal | None:
+    async def issue_named(
+        self, token: Token, credentials: Collection[str], limit: int, now: Instant, by: bytes | None = None
+    ) -> Refusal | None:
         """Store a named token, unless its user has a live one of the same name, or `limit` names.
 
-        Returns why it was not stored: NameTaken or TooManyTokens. A token with none of `credentials` is not live.
+        Returns why it was not stored: NameTaken, TooManyTokens, or InvalidToken if the login `by` was revoked. A token
+        with none of `credentials` is not live.
         """
-        return await self._engine.apply(IssueNamed(token, credentials, limit, now=now))
+        return await self._engine.apply(IssueNamed(token, credentials, limit, by, now=now))
 
     async def rotate(
-        self, digest: bytes, successor: Token, credentials: Collection[str], ends_at: int, now: Instant
+        self,
+        digest: bytes,
+        successor: Token,
+        credentials: Collection[str],
+        ends_at: int,
+        now: Instant,
+        by: bytes | None = None,
     ) -> Refusal | None:
         """Store the successor of a live named token, and end that token at `ends_at`, unless it ends before.
 
-        Returns why nothing was changed: UnknownToken, AlreadyRotated if it has a successor, or TooManyTokens if too
-        many rotated tokens of its name are live. An `ends_at` that is not after `now` revokes it.
+        Returns why nothing was changed: InvalidToken if the login `by` was revoked, UnknownToken, AlreadyRotated if it
+        has a successor, or TooManyTokens if too many rotated tokens of its name are live. An `ends_at` that is not
+        after `now` revokes it.
         After this returns, no `get` of any process returns the token with a later end.
         """
-        refusal = await self._engine.apply(Rotate(digest, successor, credentials, ends_at, now=now))
+        refusal = await self._engine.apply(Rotate(digest, successor, credentials, ends_at, by, now=now))
         self._engine.feed.add((digest,))
         return refusal
 

@@ -4,9 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from sqlalchemy import Float, bindparam, select, update
+from sqlalchemy import Float, LargeBinary, bindparam, select, update
 
-from tokenauth.errors import AlreadyRotated, NameTaken, Refusal, TooManyTokens, UnknownToken
+from tokenauth.errors import AlreadyRotated, InvalidToken, NameTaken, Refusal, TooManyTokens, UnknownToken
 from tokenauth.models import Instant, Token
 from tokenauth.stores.changes.tokens import REVOCATION_LOCK, insert_tokens, log_revoked, revoke, user_lock
 from tokenauth.stores.engine import Change, Transaction
@@ -24,6 +24,7 @@ _NAMED = (
     )
     .order_by(tokens.c.number)
 )
+_EXISTS = select(tokens.c.digest).where(tokens.c.digest == bindparam("digest", type_=LargeBinary()))
 _SHORTEN = (
     update(tokens)
     .where(tokens.c.digest == bindparam("of"), tokens.c.expires_at > bindparam("end"))
@@ -39,23 +40,27 @@ class _Named(NamedTuple):
 
 @dataclass(slots=True)
 class IssueNamed(Change[Refusal | None]):
-    """Add a named token; the answer is why it was not added: NameTaken or TooManyTokens.
+    """Add a named token; the answer is why it was not added: InvalidToken, NameTaken or TooManyTokens.
 
     credentials: those of the user's valid tokens. The name of any other is free again.
     limit: maximum number of names that the user may have.
+    by: digest of the login that asks for it, which must not be revoked; None for an operator.
     """
 
     token: Token
     credentials: Collection[str]
     limit: int
+    by: bytes | None = None
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Refusal | None]:
         """Add the tokens whose names are free."""
-        _lock_users(db, [change.token for change in changes])
+        _lock(db, [change.token for change in changes])
         return [change._make(db) for change in changes]
 
     def _make(self, db: Transaction) -> Refusal | None:
+        if _is_revoked(db, self.by):
+            return InvalidToken()
         names = {row.name for row in _live(db, self.token.username, self.credentials, self.now)}
         if self.token.name in names:
             return NameTaken()
@@ -69,22 +74,27 @@ class IssueNamed(Change[Refusal | None]):
 class Rotate(Change[Refusal | None]):
     """Add the successor of a named token, and end that token at `ends_at` at the latest.
 
-    The answer is why nothing was changed: UnknownToken, AlreadyRotated or TooManyTokens. The token is never extended.
+    The answer is why nothing was changed: InvalidToken, UnknownToken, AlreadyRotated or TooManyTokens. The token is
+    never extended.
+
+    by: digest of the login that asks for it, which must not be revoked; None for an operator.
     """
 
     digest: bytes
     successor: Token
     credentials: Collection[str]
     ends_at: int
+    by: bytes | None = None
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Refusal | None]:
         """Rotate the tokens that are the newest of their names."""
-        _lock_users(db, [change.successor for change in changes])
-        db.lock(REVOCATION_LOCK)
+        _lock(db, [change.successor for change in changes])
         return [change._make(db) for change in changes]
 
     def _make(self, db: Transaction) -> Refusal | None:
+        if _is_revoked(db, self.by):
+            return InvalidToken()
         name = self.successor.name
         live = _live(db, self.successor.username, self.credentials, self.now)
         digests = [row.digest for row in live if row.name == name]
@@ -103,8 +113,17 @@ class Rotate(Change[Refusal | None]):
         return None
 
 
-def _lock_users(db: Transaction, changed: Sequence[Token]) -> None:
-    db.lock(*{user_lock(token.username) for token in changed})
+def _lock(db: Transaction, added: Sequence[Token]) -> None:
+    """Wait for others who change the names of these users, and for revocations.
+
+    A login that is revoked at the same time, or that this process does not know to be revoked, leaves no token behind.
+    """
+    db.lock(*{user_lock(token.username) for token in added})
+    db.lock(REVOCATION_LOCK)
+
+
+def _is_revoked(db: Transaction, login: bytes | None) -> bool:
+    return login is not None and not db.rows(_EXISTS, {"digest": login})
 
 
 def _live(db: Transaction, username: str, credentials: Collection[str], now: Instant) -> list[_Named]:

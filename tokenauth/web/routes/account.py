@@ -146,7 +146,7 @@ def _check_unlimited(token: Token) -> None:
 
 
 def _requester(request: Request) -> Requester:
-    return Requester(request.client_address, request.user_agent, request.disconnect_check)
+    return Requester(request.client_address, request.user_agent, request.disconnect_check, request.token.digest)
 
 
 def _username(request: Request) -> str:
