@@ -15,7 +15,7 @@ from tokenauth.web.cookies import Cookies
 from tokenauth.web.csrf import SAFE_METHODS
 from tokenauth.web.exceptions import ForeignPage
 from tokenauth.web.proxy_headers import is_from_trusted_proxy
-from tokenauth.web.requests import bearer, x_token
+from tokenauth.web.requests import header_token
 from tokenauth.web.responses import NoStoreResponse, refusal_response
 from tokenauth.web.return_to import ReturnTo
 
@@ -49,7 +49,7 @@ class BrowserAuth:
         """
         headers: Headers = dict(scope["headers"])
         if b"x-token" in headers or b"authorization" in headers:
-            value = x_token(scope) if x_token_only else bearer(scope)
+            value = header_token(scope, x_token_only)
             if value is not None:
                 return value, None
         if len(headers) == len(scope["headers"]):  # none is there twice, as in nearly all requests
@@ -78,10 +78,11 @@ class BrowserAuth:
         hint = "list its origin in browser.return_to, or send the token in a header"
         raise ForeignPage(f"{text}, from {origin[:200]!r}: {hint}.")
 
-    def log_in_response(self, refusal: Refusal, scope: Scope, redirect: bool) -> Response:
+    def log_in_response(self, refusal: Refusal, scope: Scope, redirect: bool, cookie_read: bool) -> Response:
         """Return the response to a request without a valid token, with the address of the login page.
 
-        `redirect` sends browsers there that open a page. Fetches, images and the like get the status of the refusal.
+        redirect: send browsers there that open a page. Fetches, images and the like get the status of the refusal.
+        cookie_read: the cookie was not valid, so it is deleted. If a header had a token, it may be valid.
         """
         address = self._login_address(scope)
         if redirect and _is_navigation(scope):
@@ -89,7 +90,7 @@ class BrowserAuth:
         else:
             response = refusal_response(refusal)
         response.raw_headers.append((b"x-auth-login", address.encode()))
-        if self._cookies.login_values(scope):
+        if cookie_read and self._cookies.login_values(scope):
             response.raw_headers.extend(self._cookies.log_out())
         return response
 

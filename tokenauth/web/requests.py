@@ -291,8 +291,13 @@ def bearer(scope: Scope) -> bytes | None:
     return found
 
 
-def x_token(scope: Scope) -> bytes | None:
-    """Return the token of the X-Token header, and look at no other. Raises InvalidRequest for two different ones."""
+def header_token(scope: Scope, x_token_only: bool) -> bytes | None:
+    """Return the token of a header, as `bearer` does, or that of X-Token without a look at Authorization.
+
+    Raises InvalidRequest for two different ones.
+    """
+    if not x_token_only:
+        return bearer(scope)
     found = {value.strip() for name, value in scope["headers"] if name == b"x-token"} - {b""}
     if len(found) > 1:
         raise InvalidRequest("Two different tokens were sent in X-Token; send one.")

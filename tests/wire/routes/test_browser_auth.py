@@ -200,6 +200,15 @@ def test_a_cookie_that_is_not_valid_is_deleted(connection: Connection, clock: Ha
             ]
 
 
+def test_a_refused_header_does_not_delete_the_cookie(connection: Connection, ann: str, bob: str) -> None:
+    """The cookie was not looked at: a script with an old token logs nobody out."""
+    for header in ({"X_Token": "x"}, {"Authorization": "Bearer x"}, {"X_Token": bob, "Authorization": f"Bearer {ann}"}):
+        answer = ask(connection, Cookie=cookie(ann), **header)
+        assert (answer.status, deleted(answer)) == (401, [])
+    other = ask(connection, "?cookie&header=x-token", Cookie=cookie("x"), Authorization="Bearer x")
+    assert (other.status, len(deleted(other))) == (401, 4), "this Authorization is the application's"
+
+
 def deleted(answer: Answer) -> list[str]:
     lines = answer.head.decode().split("\r\n")
     return [line.partition(": ")[2] for line in lines if line.startswith("set-cookie: ")]

@@ -16,7 +16,7 @@ from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.exceptions import RetryableInternalError
-from tokenauth.web.requests import bearer, query_pairs, x_token
+from tokenauth.web.requests import bearer, header_token, query_pairs
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
 
@@ -70,7 +70,7 @@ class ForwardAuth(Endpoint):
                 if asked.cookie and self._browser is not None:
                     value, sent = self._browser.find_token(scope, asked.x_token_only)
                 else:
-                    value = x_token(scope) if asked.x_token_only else bearer(scope)
+                    value = header_token(scope, asked.x_token_only)
             else:
                 value = bearer(scope)
             token = None if value is None else await self._tokens.validate(value, asked.touch)
@@ -89,7 +89,8 @@ class ForwardAuth(Endpoint):
             if isinstance(error, TokenRequired | InvalidToken | InvalidRequest):
                 refusal = InvalidToken() if isinstance(error, InvalidRequest) else error  # two different tokens
                 if asked.cookie and self._browser is not None:
-                    return self._browser.log_in_response(refusal, scope, asked.redirect)
+                    cookie_read = not _has_token(scope, asked.x_token_only)
+                    return self._browser.log_in_response(refusal, scope, asked.redirect, cookie_read)
                 return refusal_response(refusal)
             if isinstance(error, Refusal):
                 if token is not None:
@@ -123,6 +124,13 @@ class ForwardAuth(Endpoint):
         lacking = refusal.scope.split(" ") if isinstance(refusal, InsufficientScope) else []
         named = " ".join(scope if self._tokens.scope_exists(scope) else "(unknown)" for scope in lacking)
         log.warning("access_denied", user=token.username, route=PATH, scope=named, reason=refusal.code)
+
+
+def _has_token(scope: Scope, x_token_only: bool) -> bool:
+    try:
+        return header_token(scope, x_token_only) is not None
+    except InvalidRequest:  # two different ones
+        return True
 
 
 def _response(user: Identity) -> _Response:
