@@ -242,6 +242,10 @@ SECRETIVE = [
     "server.accept_risks = ['${S}']",
     "database.connections = '${S}'",
     "tokens.ttl = '${S}'",
+    "tokens.idle = '${N}'",
+    "tokens = {ttl = 60, idle = '${N}'}",
+    "tokens.max_named_ttl = 60\ntokens.named_ttl = '${N}'",
+    "throttle.max_delay = '2h'\nthrottle.forget = '${N}'",
     "oauth.issuer = '${S}'",
     "oauth.issuer = 'https://${S}:x'",
     "browser.url = '${S}'",
@@ -262,9 +266,10 @@ SECRETIVE = [
 @pytest.mark.parametrize("text", SECRETIVE)
 def test_no_mistake_shows_the_value_of_a_variable(text: str) -> None:
     """It may be the wrong variable, which has a password."""
-    with pytest.raises(ConfigError, match=r", from \$\{[SD]\}$") as refusal:
-        loader.parse(text, {"S": "hunter2 hunter2", "D": "hunter2.example"})
+    with pytest.raises(ConfigError, match=r", from \$\{[SDN]\}$") as refusal:
+        loader.parse(text, {"S": "hunter2 hunter2", "D": "hunter2.example", "N": "4711"})
     assert "hunter2" not in str(refusal.value)
+    assert "471" not in str(refusal.value)
 
 
 HUGE = {

@@ -107,18 +107,15 @@ class TokenSettings(Table, frozen=True):
     cache_size: Annotated[int, between(1, 100_000_000)] = 100_000
 
     def __post_init__(self) -> None:
+        shown = f", not {self.idle:g}"
         if 0 < self.idle < _MIN_IDLE:
-            raise SettingError("idle", f"must be at least {_MIN_IDLE} s, or 0 (logins live for ttl), not {self.idle:g}")
+            raise SettingError("idle", f"must be at least {_MIN_IDLE} s, or 0 (logins live for ttl)", shown)
         if self.idle % 4:
-            whole = int(self.idle) // 4 * 4
-            raise SettingError("idle", f"must be a multiple of 4 seconds, such as {whole}, not {self.idle:g}")
+            raise SettingError("idle", "must be a multiple of 4 seconds", f"{shown}; write {int(self.idle) // 4 * 4}")
         if self.idle > self.ttl:
-            raise SettingError("idle", f"must not be more than ttl: {self.idle:g} s is more than {self.ttl:g} s")
+            raise SettingError("idle", "must not be more than ttl")
         if self.named_ttl > self.max_named_ttl:
-            raise SettingError(
-                "named_ttl",
-                f"must not be more than max_named_ttl: {self.named_ttl:g} s is more than {self.max_named_ttl:g} s",
-            )
+            raise SettingError("named_ttl", "must not be more than max_named_ttl")
 
 
 class PasswordSettings(Table, frozen=True):
@@ -158,13 +155,9 @@ class ThrottleSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         if self.max_delay < self.delay:
-            raise SettingError(
-                "max_delay", f"must not be less than delay: {self.max_delay:g} s is less than {self.delay:g} s"
-            )
+            raise SettingError("max_delay", "must not be less than delay")
         if self.forget < self.max_delay:
-            raise SettingError(
-                "forget", f"must not be less than max_delay: {self.forget:g} s is less than {self.max_delay:g} s"
-            )
+            raise SettingError("forget", "must not be less than max_delay")
 
 
 class UserSettings(Table, frozen=True):
@@ -303,10 +296,7 @@ class Settings(Table, frozen=True, dict=True):
         self._check_pools()
         self._check_dialects()
         if self.browser.url and self.browser.remember_ttl < self.tokens.ttl:
-            raise SettingError(
-                "browser.remember_ttl",
-                f"must not be less than tokens.ttl: {self.browser.remember_ttl:g} s is less than {self.tokens.ttl:g} s",
-            )
+            raise SettingError("browser.remember_ttl", "must not be less than tokens.ttl")
 
     def _check_users(self) -> None:
         seen: set[str] = set()
