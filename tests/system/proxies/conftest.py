@@ -11,7 +11,7 @@ from tests.system.proxies.running import PRODUCTS, Proxy, running
 
 Start = Callable[[str], Proxy]
 
-BROWSERS = ["nginx", "caddy", "haproxy"]
+BROWSERS = ["nginx", "caddy", "haproxy", "traefik"]
 
 SETTINGS = """
 [tokens]

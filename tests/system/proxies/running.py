@@ -103,6 +103,8 @@ PRODUCTS: Mapping[str, Product] = {
         ("/etc/traefik/traefik.yml", "/etc/traefik/app.yml"),
         {
             "0.0.0.0:8080": "127.0.0.1:{listens}",
+            "0.0.0.0:443": "127.0.0.1:{listens_tls}",
+            "/etc/ssl/private/example.com.pem": "{certificate}",
             "127.0.0.1:8001": "127.0.0.1:{inside}",
             "127.0.0.1:8000": "127.0.0.1:{issuer}",
             "127.0.0.1:9000": "127.0.0.1:{app}",

@@ -5,6 +5,7 @@ import pytest
 from tests.support.servers import Server, log_in
 from tests.system.proxies.peers import Arrived
 from tests.system.proxies.running import Proxy
+from tests.system.proxies.test_paths import is_report
 
 COOKIE = "__Secure-tokenauth"
 
@@ -196,11 +197,21 @@ def test_a_websocket_is_open_to_its_own_pages_only(browser_proxy: Proxy, ann: st
 def test_nothing_else_is_upgraded(
     browser_proxy: Proxy, ann: str, method: str, target: str, headers: list[tuple[str, str]], body: bytes
 ) -> None:
-    """Caddy drops the body."""
+    """A request with a body is refused, or loses its body."""
     reply, arrived = browser_proxy.ask(target, ann, method=method, headers=headers, body=body)
-    if browser_proxy.name == "caddy" and body:
-        [request] = arrived
-        assert (request.body, request.values("Content-Length", "Transfer-Encoding")) == (b"", [])
-        return
-    assert reply.status != 101
-    assert not [request for request in arrived if request.values("Upgrade")]
+    upgraded = [request for request in arrived if request.values("Upgrade")]
+    assert upgraded == [] or (body and target == "/ws")
+    assert (reply.status == 101) is bool(upgraded)
+    for request in upgraded:
+        assert (request.body, request.values("Transfer-Encoding")) == (b"", [])
+        assert request.values("Content-Length") in ([], [b"0"])
+
+
+@pytest.mark.parametrize("way", ["/", "/x/", "//", "/./", "/;/", "\\", "%2f", "%5c", "/%2e/", "/x/../"])
+@pytest.mark.parametrize("up", ["..", "%2e%2e", ".%2e", "..;", "..%00"])
+def test_no_websocket_leads_to_the_reports(browser_proxy: Proxy, bob: str, way: str, up: str) -> None:
+    """No path below /ws that an application may read as one below /reports."""
+    ups = "/".join([up] * (1 + way.count("x")))
+    for end in ("/reports/x", "%2freports/x", "\\reports", "//reports"):
+        _, arrived = browser_proxy.ask(f"/ws{way}{ups}{end}", bob, headers=WEBSOCKET)
+        assert not [request.target for request in arrived if is_report(request.target)]
