@@ -57,6 +57,9 @@ class Identity:
         return Identity(self.username, tuple(scope for scope in self.scopes if scope in scopes))
 
 
+ANONYMOUS = Identity("")
+"""The identity of a request that needs no token."""
+
 DATABASE_LOST = "lost"
 """The identity of a database that was moved, deleted or replaced. No database has it."""
 
@@ -69,10 +72,6 @@ class ServedDatabase(NamedTuple):
 
     required: bool
     """Whether the start fails without it. Otherwise it succeeds, and every operation raises StoreUnavailable."""
-
-
-ANONYMOUS = Identity("")
-"""The identity of a request that needs no token."""
 
 
 @dataclass(frozen=True, slots=True)

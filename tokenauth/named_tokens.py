@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tokenauth import values
 from tokenauth.addresses import network
 from tokenauth.clock import Clock
-from tokenauth.errors import ClientGone, InsufficientScope, InvalidRequest, InvalidToken, StoreUnavailable, UnknownToken
+from tokenauth.errors import InsufficientScope, InvalidRequest, InvalidToken, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import IssuedToken, Token, User, is_scope
@@ -111,10 +111,7 @@ class NamedTokens:
         self, user: User, name: str, scopes: tuple[str, ...] | None, ttl: float, requester: Requester
     ) -> IssuedToken:
         """Make a token. No way of making one exceeds `max_named_ttl`."""
-        if self._tokens.revocations.problem is not None:  # the new token would be revoked with all others
-            raise StoreUnavailable
-        if requester.disconnected():
-            raise ClientGone
+        self._tokens.check_can_issue(requester.disconnected)
         now = self._clock()
         value = values.new_named_value()
         digest = values.digest(value.encode())

@@ -80,47 +80,38 @@ class Tokens:
         Raises ClientGone or StoreUnavailable.
         """
         try:
-            ttl = self._settings.ttl if ttl is None else ttl
-            return await self._grant(user, address, user_agent, disconnected, scopes, ttl, slides)
+            self.check_can_issue(disconnected)
+            now = self._clock()
+            value = values.new_value()
+            digest = values.digest(value.encode())
+            assert digest is not None
+            expires_at, latest = int(now) + int(self._settings.ttl if ttl is None else ttl), None
+            if slides and self._settings.idle:
+                expires_at, latest = self.uses.first_end(now, expires_at), expires_at
+            token = Token.new(
+                digest,
+                user.username,
+                user.credential,
+                now,
+                expires_at,
+                address,
+                user_agent,
+                max_expires_at=latest,
+                scopes=scopes,
+            )
+            await self._store.tokens.issue(token, self._settings.per_user, now)
         except RetryLater as refusal:
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
+        log.info("token_issued", user=user.username, id=token.id, network=network(address))
+        return IssuedToken(value, token)
 
-    async def _grant(
-        self,
-        user: User,
-        address: str,
-        user_agent: str,
-        disconnected: DisconnectCheck,
-        scopes: tuple[str, ...] | None,
-        ttl: float,
-        slides: bool,
-    ) -> IssuedToken:
-        if self.revocations.problem is not None:  # the new token would be revoked with all others
+    def check_can_issue(self, disconnected: DisconnectCheck) -> None:
+        """Raise ClientGone, or StoreUnavailable while all tokens are about to be revoked: a new one would be, too."""
+        if self.revocations.problem is not None:
             raise StoreUnavailable
         if disconnected():
             raise ClientGone
-        now = self._clock()
-        value = values.new_value()
-        digest = values.digest(value.encode())
-        assert digest is not None
-        expires_at, latest = int(now) + int(ttl), None
-        if slides and self._settings.idle:
-            expires_at, latest = self.uses.first_end(now, expires_at), expires_at
-        token = Token.new(
-            digest,
-            user.username,
-            user.credential,
-            now,
-            expires_at,
-            address,
-            user_agent,
-            max_expires_at=latest,
-            scopes=scopes,
-        )
-        await self._store.tokens.issue(token, self._settings.per_user, now)
-        log.info("token_issued", user=user.username, id=token.id, network=network(address))
-        return IssuedToken(value, token)
 
     async def validate(self, value: bytes, touch: bool = True) -> Token | None:
         """Return the token if it is valid. Unless `touch` is False, this is a use of it.
