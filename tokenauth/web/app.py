@@ -38,6 +38,8 @@ from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
 from tokenauth.web.routes.forward_auth import ForwardAuth
 from tokenauth.web.routes.health import HealthRoutes
 from tokenauth.web.routes.javascript import MODULE, TYPES, javascript_routes
+from tokenauth.web.routes.login import PATHS as PAGES
+from tokenauth.web.routes.login import LoginRoutes
 from tokenauth.web.routes.oauth import OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
 from tokenauth.web.routes.token import TokenRoutes
@@ -80,10 +82,6 @@ def build_app(service: Service) -> Router:
     )
 
 
-PAGES = {"/", "/login", "/logout"}
-"""Pages for people, which pages of other origins never read."""
-
-
 def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Middleware]:
     server = config.server
     if server.trusted_proxies:
@@ -92,6 +90,7 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
         yield Middleware(AccessLog, routes)
     if server.cors_origins:
         # A preflight at /auth needs a token like any request: it is meant for the application behind the proxy.
+        # Pages of other origins may read the JavaScript module, and never read the pages for people.
         headers = list(chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects))
         yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, MODULE, TYPES, *PAGES})
 
@@ -127,8 +126,6 @@ def _create_pages(service: Service, hosts: Hosts) -> tuple[BrowserAuth | None, S
     config = service.settings
     if not config.browser.url:
         return None, ()
-    from tokenauth.web.routes.login import LoginRoutes  # noqa: PLC0415 - only this needs Jinja
-
     cookies, return_to = Cookies(config.browser), ReturnTo(config.browser)
     pages = LoginRoutes(config, service.tokens, hosts, cookies, return_to)
     return BrowserAuth(config.browser, cookies, return_to), pages.routes()

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from starlette.responses import Response
 
 from tokenauth.web.responses import NoStoreResponse, RawHeaders
@@ -20,6 +18,10 @@ class Pages:
 
     def __init__(self, host: str, form_action: str) -> None:
         """`host` is what the pages call this service; `form_action` lists where forms may lead, also by redirects."""
+        # Most configurations have no login page: then Jinja is not loaded.
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+        from markupsafe import Markup  # noqa: PLC0415
+
         self._templates = Environment(
             loader=PackageLoader("tokenauth.web", "pages"),
             autoescape=True,

@@ -1,4 +1,4 @@
-"""The pages for people: log in, log out, and where one is logged in."""
+"""The pages for people: log in, log out, and where the user is logged in."""
 
 import hmac
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from tokenauth.web.responses import STATUS, RawHeaders
 from tokenauth.web.return_to import ReturnTo, host_of
 from tokenauth.web.routing import Route
 
-LOGIN, LOGOUT, HOME = "/login", "/logout", "/"
+LOGIN, LOGOUT, HOME = PATHS = "/login", "/logout", "/"
 
 _SHOWN = 20
 """Logins that the page at / lists."""
@@ -167,7 +167,7 @@ class LoginRoutes:
             username=login and login.user.username,
         )
 
-    # Where one is logged in
+    # Where the user is logged in
 
     async def home(self, request: Request) -> Response:
         try:
