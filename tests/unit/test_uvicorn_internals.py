@@ -52,6 +52,7 @@ OWNERS: dict[str, type] = {
 """Expressions in `server/` that are objects of uvicorn."""
 
 ADDED = {
+    "cut_off",
     *("failure", "follow"),  # of a worker's server and its lifespan
     *("held", "hold", "release"),  # of the flow control
     *("on_chunk_header", "on_chunk_complete"),  # callbacks of httptools that uvicorn does not use

@@ -26,7 +26,7 @@ class HeadLimit:
     limit, feed at most `left` bytes at a time.
 
     The lines between the chunks of a body and after the last one (chunk extensions, trailers) have no limit in llhttp
-    either. A protocol that limits them calls `exceeded` for them too, and sets `size` to 0 with each piece of the body.
+    either. A protocol that limits them calls `add` for them, and `reset` at the end of each.
     """
 
     __slots__ = ("_head", "_limit", "size")
@@ -46,11 +46,16 @@ class HeadLimit:
         """Count data that ended inside a head; return whether the head will be larger than the limit.
 
         `head` is an object that identifies the request. The first data of a head may begin with the end of the request
-        before it, which is not counted.
+        before it, which is not counted if it has no body, and with blank lines, which are never counted.
         """
         if head is not self._head:
             before = data.rfind(_BLANK_LINE)
-            self._head, self.size = head, 0 if before < 0 else -before - len(_BLANK_LINE)
+            data = data[0 if before < 0 else before + len(_BLANK_LINE) :].lstrip(b"\r\n")
+            self._head, self.size = head, 0
+        return self.add(data)
+
+    def add(self, data: bytes) -> bool:
+        """Count data of the same part; return whether the part will be larger than the limit."""
         self.size += len(data)
         return self.size >= self._limit  # it has not ended: at least one byte is missing
 

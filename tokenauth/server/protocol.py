@@ -8,7 +8,8 @@ import asyncio
 import re
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from types import FunctionType
 from typing import cast
@@ -16,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import httptools
 from httptools import HttpParserError, HttpParserUpgrade
+from httptools.parser.url_parser import URL
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -53,7 +55,8 @@ _MAX_ORIGIN = 512
 
 _FRAMING_HEADERS = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
-_SLASH = ord("/")
+_BLANK_LINE = b"\r\n\r\n"
+_BLANK, _SLASH = b" /"
 
 
 class _BadHead(Exception):
@@ -62,6 +65,8 @@ class _BadHead(Exception):
 
 _SECURITY_HEADERS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
 """Headers of every answer: browsers must not guess its type, and must not tell other sites the address of the page."""
+
+Headers = Collection[tuple[bytes, bytes]]
 
 _Refusal = tuple[bytes, bytes]
 """An answer of this module, as head and body: more headers can be put between them."""
@@ -88,6 +93,7 @@ _UNAUTHORIZED = _refusal(
 )
 
 _ORIGIN = re.compile(rb"(?:^|\n)origin:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+_USER = re.compile(rb"[^/?]*//[^/?]*@")
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(?::\d*)?", re.ASCII)
 
 
@@ -166,7 +172,10 @@ class BoundedProtocol(HttpToolsProtocol):
     flow: _Flow
     url = b""
     _rules = RefusalRules()
+    _line = b""
+    _body_left = 0
     _between_chunks = False
+    _line_ended = False
     _eof = False
     _upgrades = False
     _malformed = False
@@ -179,6 +188,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _received_at = 0.0
     _idle_since = 0.0
     _incomplete: object = None
+    _last_answer: Callable[[], object] | None = None
     _timeout: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
@@ -212,11 +222,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return False
         cycle = self.cycle
+        if self._last_answer is not None:
+            return True
         if cycle is not None and not cycle.more_body and not cycle.response_complete:
             cycle.keep_alive = False
-        elif self.pipeline:
-            self._drop_last()
-        else:
+        elif cycle is None or cycle.response_complete or not self._drop_last():
             self.transport.close()
         return True
 
@@ -276,24 +286,51 @@ class BoundedProtocol(HttpToolsProtocol):
     # Data from the client
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser. Nearly always the data is one whole request, for which this costs one comparison."""
+        """Feed the parser. Nearly always the data is one whole request without a body, which goes the short way."""
         self._received_at = self.loop.time()
-        if len(data) > _PIECE or self._unread or self._head_limit.size:
+        size = len(data)
+        if (
+            size > _PIECE
+            or data.find(_BLANK_LINE) != size - 4
+            or data[0] <= _BLANK
+            or self._body_left
+            or self._unread
+            or self._head_limit.size
+        ):
             self._unread += data
             self._feed_unread()
         else:
+            self._line = data
             self._feed(data)
 
     def _feed_unread(self) -> None:
         """Feed the unread data in pieces, until a request waits for an earlier one to be answered."""
         data, start = self._unread, 0
         while start < len(data) and not self.pipeline:
-            end = start + min(_PIECE, self._head_limit.left)
-            self._feed(data[start:end])
+            end = min(start + min(_PIECE, self._head_limit.left), self._end_of_part(data, start))
+            piece = data[start:end]
+            if not self._head_limit.size:
+                self._line = piece.lstrip(b"\r\n")
+            elif b"\n" not in self._line:
+                self._line += piece
+            self._feed(piece)
             start = end
         self._unread = data[start:]
         if self._unread and not self.transport.is_closing():
             self.flow.hold()
+
+    def _end_of_part(self, data: bytes, start: int) -> int:
+        """Return where the head, the body or the line of a chunk that goes on at `start` ends, at the latest.
+
+        No piece has the end of one and the beginning of another, so that each is counted by itself.
+        """
+        if self._body_left:
+            return start + self._body_left
+        if self._head_limit.size or (self._chunked and self.cycle is not None and self.cycle.more_body):
+            end, length = data.find(b"\n", start), 1
+        else:
+            end, length = data.find(_BLANK_LINE, start), len(_BLANK_LINE)
+        return len(data) if end < 0 else end + length
 
     def _feed(self, data: bytes) -> None:
         """Feed the parser. It stops at an Upgrade, which this server ignores: the request is framed like all others."""
@@ -309,11 +346,18 @@ class BoundedProtocol(HttpToolsProtocol):
         except (HttpParserError, _BadHead, MemoryError) as error:
             # an error of a callback is the context of the parser's own error
             no_memory = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)
-            target = self.url or data.partition(b" ")[2].partition(b" ")[0]
+            in_body = self.cycle is not None and self.cycle.more_body and "method" in self.scope
+            target = self.url if in_body else _target(self._line)
             self._refuse(_OUT_OF_MEMORY if no_memory else _BAD_REQUEST, target, data)
             return
-        if self._between_chunks or (self.scope is not None and "method" not in self.scope):
+        if self.scope is not None and "method" not in self.scope:
             if self._head_limit.exceeded(self.scope, data):
+                self._refuse(_HEAD_TOO_LARGE, self.url, data)
+        elif self._between_chunks:
+            if self._line_ended:
+                self._line_ended = False
+                self._head_limit.reset()
+            elif self._head_limit.add(data):
                 self._refuse(_HEAD_TOO_LARGE, self.url, data)
         elif self._head_limit.size:
             self._head_limit.reset()
@@ -336,6 +380,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self.url = b""
         self.expect_100_continue = self._malformed = self._has_body = self._chunked = self._upgrades = False
+        self._body_left = 0
         self._host = None
         self.headers = []
         self.scope = {  # type: ignore[typeddict-item]
@@ -362,23 +407,25 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.expect_100_continue = value.lower() == b"100-continue"
             elif name == b"content-length":
                 self._has_body = True
+                self._body_left = int(value)
             elif value.strip().lower() != b"chunked":
                 self._malformed = True  # no other transfer coding is supported
             else:
-                self._has_body = self._chunked = self._between_chunks = True
+                self._has_body = self._chunked = self._between_chunks = self._line_ended = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Start to answer, or queue the request behind earlier ones. Raises _BadHead."""
         parser, host = self.parser, self._host
+        method = parser.get_method()
         if parser.should_upgrade():
             self._upgrades = True
             return
         version = parser.get_http_version()
         if host != self._valid_host or host is None:
             self._check_host(version)
-        if self._malformed:
-            raise _BadHead
+        if self._malformed or not self._line.startswith(b" HTTP/", len(method) + 1 + len(self.url)):
+            raise _BadHead  # the parser accepts other protocols, and several blanks
         scope = self.scope
         if version != "1.1":
             if version != "1.0" or self._chunked:  # RFC 9112 6.1: chunks in HTTP/1.0 are ambiguous
@@ -386,12 +433,12 @@ class BoundedProtocol(HttpToolsProtocol):
             scope["http_version"], self.expect_100_continue = version, False
         url = httptools.parse_url(self.url)
         raw_path = url.path or b"/"
-        if raw_path[0] != _SLASH and self.url != b"*":  # the parser accepts all targets that begin with "*"
-            raise _BadHead
+        if self.url[0] != _SLASH or b"#" in self.url:
+            _check_target(self.url, url)
         path = raw_path.decode("ascii")
         if "%" in path:
             path = urlencoding.unquote(raw_path).decode(errors="replace")
-        scope["method"] = parser.get_method().decode("ascii")
+        scope["method"] = method.decode("ascii")
         scope["path"] = self.root_path + path
         scope["raw_path"] = self.root_path.encode("ascii") + raw_path
         scope["query_string"] = url.query or b""
@@ -426,8 +473,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._valid_host = self._host
 
     def on_body(self, body: bytes) -> None:
-        self._between_chunks = False
-        self._head_limit.size = 0
+        if self._chunked:
+            self._between_chunks = False
+            self._head_limit.size = 0
+        else:
+            self._body_left -= len(body)
         cycle = self.cycle
         if cycle.response_complete:
             return
@@ -439,10 +489,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         """Drop trailers: fields after the last chunk are not headers (RFC 9112 section 7.1.2)."""
         self.headers = deque(maxlen=0)  # type: ignore[assignment]
+        self._line_ended = True
 
     def on_chunk_complete(self) -> None:
         """End a chunk. After the last one, the parser has also applied a `Connection: close` among the trailers."""
-        self._between_chunks = True
+        self._between_chunks = self._line_ended = True
         if not self.parser.should_keep_alive():
             self.cycle.keep_alive = False
 
@@ -465,6 +516,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._idle_since = self.loop.time()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+        elif self._last_answer is not None:
+            self.flow.release()
+            self._last_answer()
+            return
         if self.pipeline or self._eof:
             return
         if self.flow.read_paused:
@@ -482,20 +537,25 @@ class BoundedProtocol(HttpToolsProtocol):
         headers, cycle = self.headers, self.cycle
         if cycle is not None and cycle.more_body:  # the request is refused in the middle of its body
             headers = cycle.scope["headers"]  # type: ignore[assignment]
-            self._drop_last()
-            if self.pipeline:  # earlier requests are answered first
-                return
-            if cycle.response_started:
+            waits = self._drop_last()
+            if not waits and cycle.response_started:
                 self.transport.close()
                 return
-        elif cycle is not None and not cycle.response_complete:
-            cycle.keep_alive = False  # the next request is refused; this one is answered first
-            return
+        else:
+            waits = cycle is not None and not cycle.response_complete
+        answer = partial(self._send_refusal, refusal, target, headers, self._unread or data)
+        if waits:  # earlier requests are answered first
+            self._last_answer = answer
+        else:
+            answer()
+
+    def _send_refusal(self, refusal: _Refusal, target: bytes, headers: Headers, data: bytes) -> None:
+        """Answer the last request of this connection with a refusal."""
         head_continues = refusal is _HEAD_TOO_LARGE
         if refusal not in {_OUT_OF_MEMORY, _STOPPING} and _path(target) in self._rules.fail_closed_paths:
             refusal = _UNAUTHORIZED
         origin = next((value for name, value in headers or () if name == b"origin"), None)
-        match = _ORIGIN.search(self._unread or data)
+        match = _ORIGIN.search(data)
         if origin is None and match is not None:
             origin = match[1]
         if origin is None and head_continues and self._rules.cors_origins:
@@ -514,16 +574,18 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write(head + body)
             self.transport.close()
 
-    def _drop_last(self) -> None:
-        """Do not answer the last request, whose body never ends; close the connection when it is its turn."""
+    def _drop_last(self) -> bool:
+        """Do not answer the last request, whose body never ends. Return whether it waits for earlier ones.
+
+        Then the connection is closed when they have been answered.
+        """
         self.cycle.disconnected = True
         self.cycle.message_event.set()
-        if self.pipeline:
-            self.pipeline[0] = self.cycle, self._hang_up
-
-    async def _hang_up(self, *_: object) -> None:
-        """Close the connection instead of answering: an ASGI application."""
-        self.transport.close()
+        if not self.pipeline:
+            return False
+        self.pipeline.popleft()
+        self._last_answer = self.transport.close
+        return True
 
 
 class _Discard:
@@ -554,6 +616,33 @@ class _FindOrigin(_Discard):
         if match is not None or b"\r\n\r\n" in text:
             self._answer(None if match is None else match[1])
         self._tail = text[-_MAX_ORIGIN:]
+
+
+def _check_target(target: bytes, url: URL) -> None:
+    """Check a target that is not just a path and a query (RFC 9112 3.2). Raises _BadHead."""
+    if target == b"*":
+        return
+    scheme = (url.schema or b"").lower()
+    if b"#" in target or scheme not in {b"http", b"https"} or not url.host or _USER.match(target) is not None:
+        raise _BadHead
+
+
+class _FindTarget:
+    """Keeps the target of a request line, for `_target`."""
+
+    target = b""
+
+    def on_url(self, url: bytes) -> None:
+        self.target = url
+
+
+def _target(head: bytes) -> bytes:
+    """Return the target of a head that was refused, if the target was valid, whatever the reads of the socket were."""
+    found = _FindTarget()
+    line, end, _ = head.lstrip(b"\r\n").partition(b"\n")
+    with suppress(HttpParserError, HttpParserUpgrade):
+        httptools.HttpRequestParser(found).feed_data(line + end)
+    return found.target
 
 
 def _path(target: bytes) -> str:
