@@ -10,41 +10,12 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from tokenauth.errors import (
-    AlreadyRotated,
-    Forbidden,
-    InsufficientScope,
-    InvalidRequest,
-    InvalidToken,
-    LeaseLost,
-    LoginNeeded,
-    NameTaken,
-    NoFreeToken,
-    NotRenewable,
-    NotYourLease,
-    Overloaded,
-    PoolFull,
-    Refusal,
-    StoreUnavailable,
-    TokenRequired,
-    TooManyAttempts,
-    TooManyTokens,
-    UnknownPool,
-    UnknownToken,
-)
+from tokenauth import errors
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.pools import MAX_COUNT
 from tokenauth.settings.model import MAX_NAME, Settings
+from tokenauth.web import exceptions
 from tokenauth.web.dialects.serving import dialect_sections
-from tokenauth.web.exceptions import (
-    BodyTooLarge,
-    ForeignOrigin,
-    InvalidClient,
-    InvalidScope,
-    NotFound,
-    RetryableInternalError,
-    UnsupportedGrantType,
-)
 from tokenauth.web.openapi import (
     BASIC,
     BEARER,
@@ -63,7 +34,7 @@ from tokenauth.web.openapi import (
 )
 from tokenauth.web.routes import account, health, javascript, oauth, pools, token
 
-Refusals = Sequence[type[Refusal]]
+Refusals = Sequence[type[errors.Refusal]]
 
 INTRO = """\
 Issues bearer tokens that expire, checks and revokes them, and leases tokens from pools.
@@ -170,7 +141,13 @@ TOKEN = Section(
                     "text/plain",
                 ),
             ],
-            refusals=[*JSON_BODY, ForeignOrigin, TooManyAttempts, Overloaded, StoreUnavailable],
+            refusals=[
+                *JSON_BODY,
+                exceptions.ForeignOrigin,
+                errors.TooManyAttempts,
+                errors.Overloaded,
+                errors.StoreUnavailable,
+            ],
         ),
         Operation(
             method="GET",
@@ -186,7 +163,7 @@ TOKEN = Section(
             answers=[
                 Answer(200, "Whether it is valid.", token.ValidityAnswer, {"valid": True, "expiry_time": _EXPIRES_AT})
             ],
-            refusals=[InvalidRequest, StoreUnavailable],
+            refusals=[errors.InvalidRequest, errors.StoreUnavailable],
             security=[(), (X_TOKEN,), (BEARER,)],
         ),
         guarded(
@@ -205,7 +182,7 @@ TOKEN = Section(
                         {"expiry_time": _ISSUED_AT + 9000, "max_expiry_time": _EXPIRES_AT, "valid": True},
                     )
                 ],
-                refusals=[NotRenewable, Overloaded],
+                refusals=[errors.NotRenewable, errors.Overloaded],
             )
         ),
         Operation(
@@ -303,7 +280,7 @@ MY_TOKENS = Section(
                         },
                     )
                 ],
-                refusals=[InsufficientScope],
+                refusals=[errors.InsufficientScope],
             ),
             Operation(
                 method="POST",
@@ -316,7 +293,13 @@ MY_TOKENS = Section(
                 body=account.IssueNamedRequest,
                 example={"name": "nightly", "scopes": ["admin"], "ttl": "30d"},
                 answers=[Answer(201, "The new token.", account.NamedTokenAnswer, _named(_NAMED_VALUE, _NAMED_ID))],
-                refusals=[*JSON_BODY, LoginNeeded, InsufficientScope, NameTaken, TooManyTokens],
+                refusals=[
+                    *JSON_BODY,
+                    errors.LoginNeeded,
+                    errors.InsufficientScope,
+                    errors.NameTaken,
+                    errors.TooManyTokens,
+                ],
             ),
             Operation(
                 method="POST",
@@ -330,7 +313,13 @@ MY_TOKENS = Section(
                 body_required=False,
                 example={"overlap": "1h"},
                 answers=[Answer(201, "The new token.", account.NamedTokenAnswer, _named(_ROTATED_VALUE, _ROTATED_ID))],
-                refusals=[*JSON_BODY, LoginNeeded, NotFound, AlreadyRotated, TooManyTokens],
+                refusals=[
+                    *JSON_BODY,
+                    errors.LoginNeeded,
+                    exceptions.NotFound,
+                    errors.AlreadyRotated,
+                    errors.TooManyTokens,
+                ],
             ),
             Operation(
                 method="DELETE",
@@ -345,7 +334,7 @@ MY_TOKENS = Section(
                     _USER,
                 ],
                 answers=[Answer(200, "How many were revoked.", account.RevokedAnswer, {"revoked": 3})],
-                refusals=[InsufficientScope],
+                refusals=[errors.InsufficientScope],
             ),
             Operation(
                 method="DELETE",
@@ -355,7 +344,7 @@ MY_TOKENS = Section(
                 text="Ends one login, for example that of a lost device, or one named token.",
                 parameters=[Parameter("id", "The `id` of the token, from the list.", str, _ID), _USER],
                 answers=[Answer(204, "The token is revoked.")],
-                refusals=[InsufficientScope, NotFound],
+                refusals=[errors.InsufficientScope, exceptions.NotFound],
             ),
         )
     ],
@@ -389,12 +378,12 @@ _FORWARD_AUTH = Section(
                 )
             ],
             refusals=[
-                TokenRequired,
-                InvalidToken,
-                InsufficientScope,
-                Forbidden,
-                StoreUnavailable,
-                RetryableInternalError,
+                errors.TokenRequired,
+                errors.InvalidToken,
+                errors.InsufficientScope,
+                errors.Forbidden,
+                errors.StoreUnavailable,
+                exceptions.RetryableInternalError,
             ],
             security=[(X_TOKEN,), (BEARER,)],
         )
@@ -429,7 +418,10 @@ def forward_auth_section(browsers: bool) -> Section:
     first, *others = ask.parameters
     parameters = [first, *_FOR_BROWSERS, *others]
     changed = replace(
-        ask, parameters=parameters, answers=[*ask.answers, *_REDIRECTS], refusals=[*ask.refusals, ForeignOrigin]
+        ask,
+        parameters=parameters,
+        answers=[*ask.answers, *_REDIRECTS],
+        refusals=[*ask.refusals, exceptions.ForeignOrigin],
     )
     return replace(_FORWARD_AUTH, operations=[changed])
 
@@ -500,7 +492,7 @@ LOGIN_PAGE = Section(
                 _page(429, "Too many failed logins.", **_RETRY),
                 _page(503, "The server is busy, or the database is unavailable.", **_RETRY),
             ],
-            refusals=[InvalidRequest, BodyTooLarge],
+            refusals=[errors.InvalidRequest, exceptions.BodyTooLarge],
         ),
         Operation(
             method="GET",
@@ -525,14 +517,14 @@ LOGIN_PAGE = Section(
                 _page(403, "The form was not sent by the page in this browser."),
                 _page(503, "The server is busy.", **_RETRY),
             ],
-            refusals=[InvalidRequest, BodyTooLarge],
+            refusals=[errors.InvalidRequest, exceptions.BodyTooLarge],
         ),
     ],
 )
 
 _POOL = Parameter("pool", "The name of a pool in the configuration.", str, "permits")
 _POOL_TOKEN = Parameter("token", "The value of a token of the pool.", str, _POOL_VALUE)
-_IN_POOL: Refusals = (UnknownPool, InsufficientScope)
+_IN_POOL: Refusals = (errors.UnknownPool, errors.InsufficientScope)
 _LEASE = {
     "token": _POOL_VALUE,
     "holder": "build-7",
@@ -583,7 +575,7 @@ POOLS = Section(
                 body_required=False,
                 example={"holder": "build-7"},
                 answers=[Answer(201, "The lease.", pools.LeaseAnswer, _LEASE)],
-                refusals=[*_IN_POOL, *JSON_BODY, NoFreeToken],
+                refusals=[*_IN_POOL, *JSON_BODY, errors.NoFreeToken],
             ),
             Operation(
                 method="PUT",
@@ -597,7 +589,7 @@ POOLS = Section(
                 body_required=False,
                 example={"holder": "build-7"},
                 answers=[Answer(200, "The lease.", pools.LeaseAnswer, _LEASE)],
-                refusals=[*_IN_POOL, UnknownToken, *JSON_BODY, LeaseLost, NotYourLease],
+                refusals=[*_IN_POOL, errors.UnknownToken, *JSON_BODY, errors.LeaseLost, errors.NotYourLease],
             ),
             Operation(
                 method="DELETE",
@@ -611,7 +603,7 @@ POOLS = Section(
                 body_required=False,
                 example={"holder": "build-7"},
                 answers=[Answer(204, "The lease has ended.")],
-                refusals=[*_IN_POOL, UnknownToken, *JSON_BODY, LeaseLost, NotYourLease],
+                refusals=[*_IN_POOL, errors.UnknownToken, *JSON_BODY, errors.LeaseLost, errors.NotYourLease],
             ),
             Operation(
                 method="GET",
@@ -657,7 +649,7 @@ POOLS = Section(
                 body_required=False,
                 example={"count": 1},
                 answers=[Answer(201, "The new tokens.", pools.GeneratedAnswer, {"tokens": [_GENERATED_VALUE]})],
-                refusals=[*_IN_POOL, *JSON_BODY, PoolFull],
+                refusals=[*_IN_POOL, *JSON_BODY, errors.PoolFull],
             ),
             Operation(
                 method="GET",
@@ -667,7 +659,7 @@ POOLS = Section(
                 text="Returns one token, and its lease if it is leased. `fence` is that of the latest lease.",
                 parameters=[_POOL, _POOL_TOKEN],
                 answers=[Answer(200, "The token.", pools.PoolTokenAnswer, _MEMBER)],
-                refusals=[*_IN_POOL, UnknownToken],
+                refusals=[*_IN_POOL, errors.UnknownToken],
             ),
             Operation(
                 method="DELETE",
@@ -677,7 +669,7 @@ POOLS = Section(
                 text="Deletes a token, also while it is leased. This needs the scope that manages the pool.",
                 parameters=[_POOL._replace(example="bounded"), _POOL_TOKEN._replace(example=_GENERATED_VALUE)],
                 answers=[Answer(204, "The token is deleted.")],
-                refusals=[*_IN_POOL, UnknownToken],
+                refusals=[*_IN_POOL, errors.UnknownToken],
             ),
         )
     ],
@@ -702,13 +694,13 @@ class TokenForm(ClientForm, kw_only=True):
 
 
 _CLIENT: Refusals = (
-    InvalidRequest,
-    BodyTooLarge,
-    InvalidClient,
-    TooManyAttempts,
-    Overloaded,
-    StoreUnavailable,
-    ForeignOrigin,
+    errors.InvalidRequest,
+    exceptions.BodyTooLarge,
+    exceptions.InvalidClient,
+    errors.TooManyAttempts,
+    errors.Overloaded,
+    errors.StoreUnavailable,
+    exceptions.ForeignOrigin,
 )
 _CLIENT_SECURITY = ((), (BASIC,))
 _CLIENT_EXAMPLE = {"client_id": "admin", "client_secret": "admin"}
@@ -731,7 +723,7 @@ _METADATA = Operation(
             ),
         )
     ],
-    refusals=[NotFound],
+    refusals=[exceptions.NotFound],
 )
 
 
@@ -765,7 +757,7 @@ OAUTH = Section(
                     {"access_token": _ACCESS_VALUE, "expires_in": 86400, "scope": "admin", "token_type": "Bearer"},
                 )
             ],
-            refusals=[*_CLIENT, InvalidScope, UnsupportedGrantType],
+            refusals=[*_CLIENT, exceptions.InvalidScope, exceptions.UnsupportedGrantType],
             security=_CLIENT_SECURITY,
         ),
         Operation(
@@ -798,7 +790,7 @@ OAUTH = Section(
                 ),
                 Answer(200, "Any other token.", oauth.InactiveAnswer, {"active": False}),
             ],
-            refusals=[*_CLIENT, InvalidToken, InsufficientScope],
+            refusals=[*_CLIENT, errors.InvalidToken, errors.InsufficientScope],
             security=(*_CLIENT_SECURITY, (X_TOKEN,), (BEARER,)),
         ),
         Operation(
@@ -912,7 +904,7 @@ DOCUMENTATION = Section(
             text="The scripts and styles of the page.",
             parameters=[Parameter("file", "The name of a file of the page.", str, "start.js")],
             answers=[Answer(200, "The file.", media="*/*")],
-            refusals=[NotFound],
+            refusals=[exceptions.NotFound],
         ),
     ],
 )

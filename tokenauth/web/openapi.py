@@ -8,40 +8,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tokenauth import __version__
-from tokenauth.errors import (
-    AlreadyRotated,
-    Forbidden,
-    InsufficientScope,
-    InvalidRequest,
-    InvalidToken,
-    LeaseLost,
-    LoginNeeded,
-    NameTaken,
-    NoFreeToken,
-    NotRenewable,
-    NotYourLease,
-    Overloaded,
-    PoolFull,
-    Refusal,
-    RetryLater,
-    StoreUnavailable,
-    TokenRequired,
-    TooManyAttempts,
-    TooManyTokens,
-    UnknownPool,
-    UnknownToken,
-)
-from tokenauth.web.exceptions import (
-    BodyTooLarge,
-    ForeignOrigin,
-    InvalidClient,
-    InvalidScope,
-    NotFound,
-    RetryableInternalError,
-    UnsupportedGrantType,
-    UnsupportedMediaType,
-)
+from tokenauth import __version__, errors
+from tokenauth.web import exceptions
 from tokenauth.web.responses import STATUS, refusal_document
 
 Document = dict[str, Any]
@@ -51,10 +19,19 @@ FORM = "application/x-www-form-urlencoded"
 
 X_TOKEN, BEARER, BASIC = "X-Token", "Bearer", "Basic"
 
-JSON_BODY: Sequence[type[Refusal]] = (InvalidRequest, BodyTooLarge, UnsupportedMediaType)
+JSON_BODY: Sequence[type[errors.Refusal]] = (
+    errors.InvalidRequest,
+    exceptions.BodyTooLarge,
+    exceptions.UnsupportedMediaType,
+)
 """How a JSON body can be refused."""
 
-TOKEN_GUARD: Sequence[type[Refusal]] = (InvalidRequest, TokenRequired, InvalidToken, StoreUnavailable)
+TOKEN_GUARD: Sequence[type[errors.Refusal]] = (
+    errors.InvalidRequest,
+    errors.TokenRequired,
+    errors.InvalidToken,
+    errors.StoreUnavailable,
+)
 """How an operation that requires a token can refuse a request before it looks at it."""
 
 NO_NUL = r"^[^\u0000]*$"
@@ -107,7 +84,7 @@ class Operation:
     title: str
     text: str
     answers: Sequence[Answer]
-    refusals: Sequence[type[Refusal]] = ()
+    refusals: Sequence[type[errors.Refusal]] = ()
     parameters: Sequence[Parameter] = ()
     body: object = None
     media: str = JSON
@@ -129,17 +106,17 @@ class Section:
         """Return the same section with all paths below a prefix."""
         return replace(self, operations=[replace(each, path=prefix + each.path) for each in self.operations])
 
-    def guarded(self, *refusals: type[Refusal]) -> "Section":
+    def guarded(self, *refusals: type[errors.Refusal]) -> "Section":
         """Return the same section with a token required everywhere, and with more refusals."""
         return replace(self, operations=[guarded(each, *refusals) for each in self.operations])
 
-    def refusing(self, *refusals: type[Refusal]) -> "Section":
+    def refusing(self, *refusals: type[errors.Refusal]) -> "Section":
         """Return the same section with more refusals everywhere."""
         changed = [replace(each, refusals=[*each.refusals, *refusals]) for each in self.operations]
         return replace(self, operations=changed)
 
 
-def guarded(operation: Operation, *refusals: type[Refusal]) -> Operation:
+def guarded(operation: Operation, *refusals: type[errors.Refusal]) -> Operation:
     """Return the same operation with a token required, in addition to its own security."""
     security = [(scheme, *others) for scheme in (X_TOKEN, BEARER) for others in operation.security or [()]]
     return replace(operation, security=security, refusals=[*operation.refusals, *TOKEN_GUARD, *refusals])
@@ -165,42 +142,42 @@ _SCHEMES: Mapping[str, Document] = {
     },
 }
 
-_REFUSALS: Mapping[type[Refusal], tuple[Refusal, str]] = {
+_REFUSALS: Mapping[type[errors.Refusal], tuple[errors.Refusal, str]] = {
     type(example): (example, text)
     for example, text in (
-        (InvalidRequest("The body is empty. Send a JSON object."), "The request is malformed."),
-        (InvalidScope(), "The client does not have every scope that it asks for."),
-        (UnsupportedGrantType(), "The grant type is not supported."),
-        (InvalidClient(), "The name or secret of the client is missing or wrong."),
-        (TokenRequired(), "No token was sent."),
-        (InvalidToken(), "The token is unknown, expired or revoked."),
+        (errors.InvalidRequest("The body is empty. Send a JSON object."), "The request is malformed."),
+        (exceptions.InvalidScope(), "The client does not have every scope that it asks for."),
+        (exceptions.UnsupportedGrantType(), "The grant type is not supported."),
+        (exceptions.InvalidClient(), "The name or secret of the client is missing or wrong."),
+        (errors.TokenRequired(), "No token was sent."),
+        (errors.InvalidToken(), "The token is unknown, expired or revoked."),
         (
-            Forbidden("scope: is empty or malformed. Leave it out, or name the required scopes."),
+            errors.Forbidden("scope: is empty or malformed. Leave it out, or name the required scopes."),
             "The query cannot be understood, so nothing passes.",
         ),
         (
-            ForeignOrigin("https://other.example"),
+            exceptions.ForeignOrigin("https://other.example"),
             "A web page of another origin, which `server.cors_origins` does not list, sent the request.",
         ),
-        (NotYourLease(), "The lease belongs to another user."),
-        (InsufficientScope("admin"), "The user does not have a scope that this needs."),
-        (NotFound(), "It does not exist."),
-        (UnknownPool(), "The pool does not exist."),
-        (UnknownToken(), "The token is not in the pool: it was deleted, it expired, or it never existed."),
-        (LoginNeeded(), "The token that was sent is a named one, or has only some of its user's scopes."),
-        (NameTaken(), "The user has a live token of this name."),
-        (TooManyTokens(), "The user has too many named tokens. None was ended."),
-        (AlreadyRotated(), "A newer token has the same name."),
-        (NotRenewable(), "The lifetime of the token is fixed."),
-        (PoolFull(), "The pool has too little room. No token was generated."),
-        (NoFreeToken(30), "No token is free. `Retry-After` says when the next lease ends."),
-        (LeaseLost(), "The lease is over, or another one has replaced it. Stop using the token."),
-        (BodyTooLarge(), "The body is larger than 16 KiB."),
-        (UnsupportedMediaType(), "The body is not JSON in UTF-8."),
-        (TooManyAttempts(), "Too many failed logins. Wait for `Retry-After` seconds."),
-        (Overloaded(), "The server is overloaded. Try again shortly."),
-        (StoreUnavailable(), "The database is unavailable. This says nothing about any token."),
-        (RetryableInternalError(), "An unexpected error. This says nothing about the token."),
+        (errors.NotYourLease(), "The lease belongs to another user."),
+        (errors.InsufficientScope("admin"), "The user does not have a scope that this needs."),
+        (exceptions.NotFound(), "It does not exist."),
+        (errors.UnknownPool(), "The pool does not exist."),
+        (errors.UnknownToken(), "The token is not in the pool: it was deleted, it expired, or it never existed."),
+        (errors.LoginNeeded(), "The token that was sent is a named one, or has only some of its user's scopes."),
+        (errors.NameTaken(), "The user has a live token of this name."),
+        (errors.TooManyTokens(), "The user has too many named tokens. None was ended."),
+        (errors.AlreadyRotated(), "A newer token has the same name."),
+        (errors.NotRenewable(), "The lifetime of the token is fixed."),
+        (errors.PoolFull(), "The pool has too little room. No token was generated."),
+        (errors.NoFreeToken(30), "No token is free. `Retry-After` says when the next lease ends."),
+        (errors.LeaseLost(), "The lease is over, or another one has replaced it. Stop using the token."),
+        (exceptions.BodyTooLarge(), "The body is larger than 16 KiB."),
+        (exceptions.UnsupportedMediaType(), "The body is not JSON in UTF-8."),
+        (errors.TooManyAttempts(), "Too many failed logins. Wait for `Retry-After` seconds."),
+        (errors.Overloaded(), "The server is overloaded. Try again shortly."),
+        (errors.StoreUnavailable(), "The database is unavailable. This says nothing about any token."),
+        (exceptions.RetryableInternalError(), "An unexpected error. This says nothing about the token."),
     )
 }
 """An example of each refusal, and its text for callers."""
@@ -305,7 +282,7 @@ def _responses(operation: Operation, schemas: _Schemas) -> Document:
     }
 
 
-def _response(answers: Sequence[Answer], refusals: Sequence[type[Refusal]], schemas: _Schemas) -> Document:
+def _response(answers: Sequence[Answer], refusals: Sequence[type[errors.Refusal]], schemas: _Schemas) -> Document:
     """Describe all answers and refusals of one status."""
     texts = [answer.text for answer in answers] + [_REFUSALS[kind][1] for kind in refusals]
     headers: Document = {}
@@ -348,9 +325,9 @@ def _content(schemas: Sequence[Document], examples: Mapping[str, object]) -> Doc
     return content
 
 
-def _headers(refusal: Refusal) -> Document:
-    if isinstance(refusal, RetryLater | NoFreeToken):
+def _headers(refusal: errors.Refusal) -> Document:
+    if isinstance(refusal, errors.RetryLater | errors.NoFreeToken):
         return {"Retry-After": _SECONDS}
-    if isinstance(refusal, InsufficientScope) or STATUS[type(refusal)] == 401:
+    if isinstance(refusal, errors.InsufficientScope) or STATUS[type(refusal)] == 401:
         return {"WWW-Authenticate": _CHALLENGE}
     return {}

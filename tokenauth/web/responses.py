@@ -5,93 +5,55 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import (
-    AlreadyRotated,
-    ClientGone,
-    Forbidden,
-    InsufficientScope,
-    InvalidCredentials,
-    InvalidRequest,
-    InvalidToken,
-    IssuerUnavailable,
-    LeaseLost,
-    LoginNeeded,
-    NameTaken,
-    NoFreeToken,
-    NotRenewable,
-    NotYourLease,
-    Overloaded,
-    PoolFull,
-    Refusal,
-    RetryLater,
-    Stopping,
-    StoreUnavailable,
-    TokenRequired,
-    TooManyAttempts,
-    TooManyTokens,
-    UnknownPool,
-    UnknownToken,
-)
+from tokenauth import errors
 from tokenauth.logs import log, safe_traceback
-from tokenauth.web.exceptions import (
-    BodyTooLarge,
-    ForeignOrigin,
-    ForeignPage,
-    InternalError,
-    InvalidClient,
-    InvalidScope,
-    MethodNotAllowed,
-    NotFound,
-    RetryableInternalError,
-    UnsupportedGrantType,
-    UnsupportedMediaType,
-)
+from tokenauth.web import exceptions
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
 
-STATUS: dict[type[Refusal], int] = {
-    InvalidRequest: 400,
-    InvalidScope: 400,
-    UnsupportedGrantType: 400,
-    InvalidClient: 401,
-    InvalidCredentials: 401,
-    TokenRequired: 401,
-    InvalidToken: 401,
-    Forbidden: 403,
-    ForeignOrigin: 403,
-    ForeignPage: 403,
-    NotYourLease: 403,
-    LoginNeeded: 403,
-    InsufficientScope: 403,
-    NotFound: 404,
-    UnknownPool: 404,
-    UnknownToken: 404,
-    MethodNotAllowed: 405,
-    NameTaken: 409,
-    TooManyTokens: 409,
-    AlreadyRotated: 409,
-    PoolFull: 409,
-    NoFreeToken: 409,
-    NotRenewable: 409,
-    LeaseLost: 409,
-    BodyTooLarge: 413,
-    UnsupportedMediaType: 415,
-    TooManyAttempts: 429,
-    InternalError: 500,
-    ClientGone: 503,
-    Overloaded: 503,
-    Stopping: 503,
-    IssuerUnavailable: 503,
-    StoreUnavailable: 503,
-    RetryableInternalError: 503,
+STATUS: dict[type[errors.Refusal], int] = {
+    errors.InvalidRequest: 400,
+    exceptions.InvalidScope: 400,
+    exceptions.UnsupportedGrantType: 400,
+    exceptions.InvalidClient: 401,
+    errors.InvalidCredentials: 401,
+    errors.TokenRequired: 401,
+    errors.InvalidToken: 401,
+    errors.Forbidden: 403,
+    exceptions.ForeignOrigin: 403,
+    exceptions.ForeignPage: 403,
+    errors.NotYourLease: 403,
+    errors.LoginNeeded: 403,
+    errors.InsufficientScope: 403,
+    exceptions.NotFound: 404,
+    errors.UnknownPool: 404,
+    errors.UnknownToken: 404,
+    exceptions.MethodNotAllowed: 405,
+    errors.NameTaken: 409,
+    errors.TooManyTokens: 409,
+    errors.AlreadyRotated: 409,
+    errors.PoolFull: 409,
+    errors.NoFreeToken: 409,
+    errors.NotRenewable: 409,
+    errors.LeaseLost: 409,
+    exceptions.BodyTooLarge: 413,
+    exceptions.UnsupportedMediaType: 415,
+    errors.TooManyAttempts: 429,
+    exceptions.InternalError: 500,
+    errors.ClientGone: 503,
+    errors.Overloaded: 503,
+    errors.Stopping: 503,
+    errors.IssuerUnavailable: 503,
+    errors.StoreUnavailable: 503,
+    exceptions.RetryableInternalError: 503,
 }
 
-DESCRIPTIONS: dict[type[Refusal], str] = {
-    TokenRequired: "Send a token in the X-Token or the Authorization: Bearer header.",
-    TooManyAttempts: "Too many failed logins. Wait for as many seconds as Retry-After says.",
+DESCRIPTIONS: dict[type[errors.Refusal], str] = {
+    errors.TokenRequired: "Send a token in the X-Token or the Authorization: Bearer header.",
+    errors.TooManyAttempts: "Too many failed logins. Wait for as many seconds as Retry-After says.",
 }
 """Descriptions that name a header, instead of those in tokenauth.errors."""
 
@@ -119,32 +81,32 @@ class JSONResponse(Response):
         self.raw_headers = [(b"content-length", b"%d" % len(body)), JSON, NO_STORE, *headers]
 
 
-def refusal_response(refusal: Refusal) -> Response:
+def refusal_response(refusal: errors.Refusal) -> Response:
     """Return the response to a refusal, with the headers of its kind (RFC 6749 section 5.2, RFC 6750 section 3)."""
     status = STATUS[type(refusal)]
-    if isinstance(refusal, InvalidCredentials):  # the only one that is plain text, by contract
+    if isinstance(refusal, errors.InvalidCredentials):  # the only one that is plain text, by contract
         return NoStoreResponse("invalid credentials", status, media_type="text/plain")
     headers: RawHeaders = ()
-    if isinstance(refusal, TokenRequired):
+    if isinstance(refusal, errors.TokenRequired):
         headers = [(b"www-authenticate", b'Bearer realm="tokenauth"')]
-    elif isinstance(refusal, InvalidToken):
+    elif isinstance(refusal, errors.InvalidToken):
         headers = [(b"www-authenticate", b'Bearer realm="tokenauth", error="invalid_token"')]
-    elif isinstance(refusal, InsufficientScope):
+    elif isinstance(refusal, errors.InsufficientScope):
         challenge = b'Bearer realm="tokenauth", error="insufficient_scope"'
         named = b', scope="%b"' % refusal.scope.encode() if refusal.scope else b""
         headers = [(b"www-authenticate", challenge + named)]
-    elif isinstance(refusal, InvalidClient):
+    elif isinstance(refusal, exceptions.InvalidClient):
         headers = [(b"www-authenticate", b'Basic realm="tokenauth", charset="UTF-8"')]
-    elif isinstance(refusal, MethodNotAllowed):
+    elif isinstance(refusal, exceptions.MethodNotAllowed):
         headers = [(b"allow", ", ".join(refusal.allowed).encode())]
-    elif isinstance(refusal, BodyTooLarge):
+    elif isinstance(refusal, exceptions.BodyTooLarge):
         headers = [(b"connection", b"close")]  # the rest of the body is not read
-    elif isinstance(refusal, RetryLater | NoFreeToken) and refusal.retry_after is not None:
+    elif isinstance(refusal, errors.RetryLater | errors.NoFreeToken) and refusal.retry_after is not None:
         headers = [(b"retry-after", b"%d" % refusal.retry_after)]
     return JSONResponse(refusal_document(refusal), status, headers)
 
 
-def refusal_document(refusal: Refusal) -> Mapping[str, str]:
+def refusal_document(refusal: errors.Refusal) -> Mapping[str, str]:
     """Return the body of the response to a refusal."""
     description = DESCRIPTIONS.get(type(refusal)) or str(refusal)
     return {"error": refusal.code, "error_description": description}
@@ -152,14 +114,14 @@ def refusal_document(refusal: Refusal) -> Mapping[str, str]:
 
 def error_response(error: Exception) -> Response:
     """Return the response to an exception: that of a refusal, or 500 for any other, which is logged."""
-    if isinstance(error, Refusal):
+    if isinstance(error, errors.Refusal):
         return refusal_response(error)
     if _lacks_memory(error):
-        response = refusal_response(Overloaded("The server is short of memory. Try again shortly."))
+        response = refusal_response(errors.Overloaded("The server is short of memory. Try again shortly."))
         log.error("out_of_memory", at=safe_traceback(error))
         return response
     log.error("unexpected_error", at=safe_traceback(error))
-    return refusal_response(InternalError())
+    return refusal_response(exceptions.InternalError())
 
 
 def _lacks_memory(error: Exception) -> bool:
