@@ -80,6 +80,7 @@ class User:
 
     credential: a fingerprint of the password hash. Tokens keep it, so they end when the password changes.
     named_credential: what new named tokens keep: the same, or "" if they outlive a change of the password.
+    credentials: both. A token with any other is not valid.
     """
 
     username: str
@@ -88,18 +89,15 @@ class User:
     named_tokens_end_with_password: bool = True
     credential: str = field(init=False, repr=False)
     named_credential: str = field(init=False, repr=False)
+    credentials: tuple[str, str] = field(init=False, repr=False)
     identity: Identity = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fingerprint = sha256(self.password_hash.encode()).hexdigest()[:16]
         object.__setattr__(self, "credential", fingerprint)
         object.__setattr__(self, "named_credential", fingerprint if self.named_tokens_end_with_password else "")
+        object.__setattr__(self, "credentials", (self.credential, self.named_credential))
         object.__setattr__(self, "identity", Identity(self.username, self.scopes))
-
-    @property
-    def credentials(self) -> tuple[str, str]:
-        """The credentials of this user's valid tokens. Logins have the first, named tokens either."""
-        return self.credential, self.named_credential
 
 
 class Token(NamedTuple):

@@ -132,7 +132,7 @@ class Tokens:
         if self.revocations.active and self.revocations.refuses(digest):
             return None
         user = self._users.get(token.username)
-        if user is not None and (user.credential == token.credential or token.credential in user.credentials):
+        if user is not None and token.credential in user.credentials:
             if now - token.used_at >= self._use_period and touch:
                 self.uses.note(token, now)
             return token

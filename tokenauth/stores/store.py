@@ -159,7 +159,7 @@ class TokenStore:
             while more:  # in steps, between which others write
                 revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now))
                 total += revoked.live
-                more = _STEP in revoked
+                more = _STEP in {revoked.live, revoked.lapsed}
         finally:
             self._engine.feed.invalidate()
         return total
