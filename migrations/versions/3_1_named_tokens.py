@@ -24,8 +24,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the columns. Named tokens are deleted: without a name, each would have all scopes of its user."""
-    op.execute("DELETE FROM tokens WHERE name IS NOT NULL")
+    """Drop the columns. Tokens with scopes of their own are deleted: each would have all scopes of its user."""
+    op.execute("DELETE FROM tokens WHERE name IS NOT NULL OR scopes IS NOT NULL")
     op.drop_index("tokens_by_name", "tokens")
     op.drop_index("tokens_by_user", "tokens")
     op.create_index("tokens_by_user", "tokens", ["username", "number", "expires_at"])

@@ -118,17 +118,17 @@ async def test_an_upgrade_keeps_the_first_release_s_rows(tmp_path: Path) -> None
         assert db.exec_driver_sql("SELECT seq FROM revocations").scalars().all() == [3, 4]
 
 
-def test_a_downgrade_leaves_no_named_token(db: Connection) -> None:
-    """Without its name, it would be a login with all scopes of its user."""
+def test_a_downgrade_leaves_no_limited_token(db: Connection) -> None:
+    """Without its name and scopes, it would be a login with all scopes of its user."""
     upgrade_to(db, "2.1")
     before = statements(db)
     upgrade_to(db, "3.1")
     insert = text(
-        "INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent, name)"
-        " VALUES (:digest, 'ann', 'c', 1, 2, '', '', :name)"
+        "INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent, name,"
+        " scopes) VALUES (:digest, 'ann', 'c', 1, 2, '', '', :name, :scopes)"
     )
-    for digest, name in (("1", None), ("2", "nightly")):
-        db.execute(insert, {"digest": digest, "name": name})
+    for digest, name, scopes in (("1", None, None), ("2", "nightly", None), ("3", None, "read"), ("4", None, "")):
+        db.execute(insert, {"digest": digest, "name": name, "scopes": scopes})
     settings = schema.migrations()
     settings.attributes["connection"] = db
     command.downgrade(settings, "2.1")

@@ -1,6 +1,7 @@
 """The pages for people: what they show, to whom, and that nothing a client sends can break or forge them."""
 
 import html
+import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
@@ -50,6 +51,13 @@ def test_every_page_has_its_policy_and_is_not_stored(visitor: Visitor, path: str
     ]
     assert "<script" not in answer.text
     assert " style=" not in answer.text
+
+
+def test_password_managers_recognize_the_form(visitor: Visitor) -> None:
+    fields = re.findall(r"<input [^>]+>", visitor.get("/login").text)
+    assert sum('name="username"' in field and 'autocomplete="username"' in field for field in fields) == 1
+    password = 'type="password"', 'autocomplete="current-password"'
+    assert sum(all(word in field for word in password) for field in fields) == 1
 
 
 def test_home_shows_where_i_am_logged_in_and_no_one_else(client: httpx.Client, visitor: Visitor) -> None:
