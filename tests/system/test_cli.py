@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -698,11 +699,11 @@ def test_a_full_disk_under_the_output_is_one_line(home: Path, arguments: list[st
     assert (done.returncode, done.stderr) == (1, "Error: [Errno 28] No space left on device\n")
 
 
-def test_a_closed_input_has_no_password(home: Path) -> None:
-    for command in ("hash-password", "user add eve", "user passwd ann"):
-        line = f"{TOKENAUTH} {command} --password-stdin <&-"
+def test_a_closed_or_empty_input_has_no_password(home: Path) -> None:
+    for command, closed in product(("hash-password", "user add eve", "user passwd ann"), ("<&-", "</dev/null")):
+        line = f"{TOKENAUTH} {command} --password-stdin {closed}"
         done = subprocess.run(line, shell=True, cwd=home, capture_output=True, check=False, text=True)  # noqa: S602
-        assert mistake(done) == "The standard input is closed: pass the password in its first line."
+        assert mistake(done) == "The standard input is empty: pass the password in its first line."
 
 
 def test_check_says_that_nobody_can_log_in(tmp_path: Path) -> None:

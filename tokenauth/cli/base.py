@@ -104,9 +104,10 @@ def new_hash(config_file: str | None, password_stdin: bool) -> str:
 
 
 def _read_password() -> str:
-    if sys.stdin is None:
-        raise click.ClickException("The standard input is closed: pass the password in its first line.")
-    return sys.stdin.readline().rstrip("\r\n")
+    line = sys.stdin.readline()
+    if not line:
+        raise click.ClickException("The standard input is empty: pass the password in its first line.")
+    return line.rstrip("\r\n")
 
 
 def _ask_password() -> str:

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
@@ -77,7 +77,7 @@ def find_exposed_files(settings: DatabaseSettings) -> Sequence[str]:
 def _file(settings: DatabaseSettings) -> str | None:
     """Return the absolute path of the database, or None if it is not a file."""
     scheme, _, location = settings.url.partition(":///")
-    path = location.partition("?")[0]
+    path = unquote(location.partition("?")[0])  # as SQLAlchemy decodes it
     return None if scheme != _SQLITE or path in _NO_FILE else os.path.abspath(path)
 
 

@@ -26,8 +26,9 @@ def check(url: URL) -> None:
     if url.query.get("ssl", "prefer") not in _SSL:
         raise ValueError(f"has an ssl that is not one of {', '.join(_SSL)}")
     hosts, ports = _several(url, "host"), _several(url, "port")
-    numbers = [*ports, str(url.port or 1), *(found[1] for host in hosts if (found := _PORT.search(host)))]
-    if not all(number.isdecimal() and 1 <= int(number) <= _MAX_PORT for number in numbers if number):
+    ports += [found[1] for host in hosts if (found := _PORT.search(host))]
+    ports += [] if url.port is None else [str(url.port)]
+    if not all(port.isdecimal() and 1 <= int(port) <= _MAX_PORT for port in ports if port):
         raise ValueError(f"has a port that is not from 1 to {_MAX_PORT}")
     if any(".." in host or host.startswith(".") for host in [*hosts, url.host or ""] if "/" not in host):
         raise ValueError("has a host that begins with a dot, or has two dots in a row")
