@@ -12,6 +12,7 @@ from tokenauth import logs
 from tokenauth.logs import log
 from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.protocol import BoundedProtocol
+from tokenauth.server.worker import KEEP_ALIVE
 from tokenauth.settings import loader
 from tokenauth.web.app import create_app
 
@@ -48,6 +49,7 @@ def main() -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
     )
     Worker(options).run()
 

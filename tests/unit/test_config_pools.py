@@ -121,8 +121,9 @@ def test_a_dialect_password_must_fit_in_a_header(password: str) -> None:
 
 
 UNSUITABLE = {
-    dialect(pool=""): "dialects.token-pool.pool: there is no [pools.p]; known are: none",
-    dialect(pool="[pools.a]\n[pools.b]\n"): "dialects.token-pool.pool: there is no [pools.p]; known are: a, b",
+    dialect(pool=""): "dialects.token-pool.pool: must be one of the pools (none): there is no [pools.p]",
+    dialect(pool="[pools.a]\n[pools.b]\n"): "dialects.token-pool.pool: must be one of the pools (a, b): there is no"
+    " [pools.p]",
     dialect(pool='[pools.p]\nscope = "x"\n'): "dialects.token-pool.require_token: must be true, because [pools.p]"
     " needs a scope",
     dialect('password = "x"', "simple-token-implement"): "dialects.simple-token-implement.pool: [pools.p] must have"

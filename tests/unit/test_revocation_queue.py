@@ -15,7 +15,7 @@ import structlog
 from tests.support.servers import write_config
 from tokenauth import revocation_queue
 from tokenauth.errors import Overloaded, StoreUnavailable
-from tokenauth.models import Instant, Token
+from tokenauth.models import Instant, Kind, Token
 from tokenauth.revocation_queue import MAX_HELD, HeldRevocations, RevocationQueue, RevocationUpdate
 from tokenauth.server.channel import HEARTBEAT, Serve, decode_order, encode_order
 from tokenauth.service import Service, create_service
@@ -56,10 +56,12 @@ class Faulty:
             raise self.writing or ZeroDivisionError
         return await self._tokens.revoke(digest, now)
 
-    async def revoke_all(self, username: str | None, now: Instant, keep: bytes | None = None) -> int:
+    async def revoke_all(
+        self, username: str | None, now: Instant, keep: bytes | None = None, kind: Kind | None = None
+    ) -> int:
         if self.writing is not None:
             raise self.writing
-        return await self._tokens.revoke_all(username, now, keep)
+        return await self._tokens.revoke_all(username, now, keep, kind)
 
 
 class Scene:

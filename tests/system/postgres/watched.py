@@ -155,7 +155,7 @@ def sleep_through(pair: Pair, changes: Sequence[tuple[str, Callable[[], object]]
     with ExitStack() as stack:
         connections = [stack.enter_context(Connection(pair.there.port)) for _ in range(clients)]
         for connection in connections:
-            assert all(connection.valid(token) for token, _ in changes)
+            assert all(_judgement(connection, token) for token, _ in changes)
         os.kill(pair.there.process.pid, signal.SIGSTOP)
         try:
             for _, change in changes:

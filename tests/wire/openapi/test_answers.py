@@ -37,6 +37,7 @@ from tokenauth.errors import (
     Overloaded,
     PoolFull,
     Refusal,
+    Stopping,
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
@@ -160,8 +161,11 @@ TESTED_BELOW = {
 }
 """Refusals with their own tests below."""
 
-UNDOCUMENTED = {ClientGone, ForeignPage, MethodNotAllowed, InternalError, IssuerUnavailable, RetryableInternalError}
-"""Refusals that no operation documents: unsupported methods, internal errors, closed connections, the login page."""
+UNDOCUMENTED = {
+    *(ClientGone, ForeignPage, InternalError, IssuerUnavailable, MethodNotAllowed, RetryableInternalError, Stopping)
+}
+"""Refusals that no operation documents: unsupported methods, internal errors, closed connections, the login page, and
+the end of the server."""
 
 
 def test_every_kind_of_refusal_is_tested() -> None:
