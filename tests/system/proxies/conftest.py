@@ -11,8 +11,6 @@ from tests.system.proxies.running import PRODUCTS, Proxy, running
 
 Start = Callable[[str], Proxy]
 
-BROWSERS = ["nginx", "caddy", "haproxy", "traefik"]
-
 SETTINGS = """
 [tokens]
 per_user = 0
@@ -59,12 +57,6 @@ def proxy(request: pytest.FixtureRequest, start: Start) -> Proxy:
     found = start(request.param)
     found.relay.take()
     return found
-
-
-@pytest.fixture(params=BROWSERS)
-def browser_proxy(request: pytest.FixtureRequest, start: Start) -> Proxy:
-    """Return each proxy whose configuration also serves browsers."""
-    return start(request.param)
 
 
 @pytest.fixture(scope="package")

@@ -112,7 +112,7 @@ _PAGE = b"""<!doctype html><title>app</title><h1>Private page of %b</h1>
 
 
 class Upstream(Peer):
-    """The application. It accepts all requests, and records them. WebSockets get their first message back."""
+    """The application. It accepts all requests, and records them. It opens WebSockets, except at /ws/refused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,17 +127,9 @@ class Upstream(Peer):
         while True:
             request = await read_request(reader)
             self._arrived.append(request)
-            if key := request.values("Sec-WebSocket-Key") if request.values("Upgrade") else []:
-                accept = b64encode(sha1(key[0] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())  # noqa: S324 - RFC 6455
-                writer.write(
-                    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                    b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
-                )
-                head = await reader.readexactly(6)
-                payload = await reader.readexactly(head[1] & 127)
-                plain = bytes(byte ^ head[2 + place % 4] for place, byte in enumerate(payload))
-                writer.write(bytes([0x81, len(plain)]) + plain)
-                await reader.read()  # until it ends
+            key = request.values("Sec-WebSocket-Key")
+            if key and request.values("Upgrade") and request.target != b"/ws/refused":
+                await self._echo(key[0], reader, writer)
                 return
             content, kind = b"in", b"text/plain"
             if any(b"text/html" in value for value in request.values("Accept")):
@@ -146,6 +138,17 @@ class Upstream(Peer):
                 b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (kind, len(content), content)
             )
             await writer.drain()
+
+    async def _echo(self, key: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Open a WebSocket (RFC 6455), send its first message back, and wait until it ends."""
+        accept = b64encode(sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())  # noqa: S324 - as the RFC says
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n")
+        writer.write(b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept)
+        head = await reader.readexactly(6)
+        payload = await reader.readexactly(head[1] & 127)
+        plain = bytes(byte ^ head[2 + place % 4] for place, byte in enumerate(payload))
+        writer.write(bytes([0x81, len(plain)]) + plain)
+        await reader.read()
 
 
 class Relay(Peer):

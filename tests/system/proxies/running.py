@@ -118,6 +118,8 @@ PRODUCTS: Mapping[str, Product] = {
         ("/etc/envoy/envoy.yaml",),
         {
             "address: 0.0.0.0, port_value: 8080": "address: 127.0.0.1, port_value: {listens}",
+            "address: 0.0.0.0, port_value: 443": "address: 127.0.0.1, port_value: {listens_tls}",
+            "/etc/ssl/private/example.com.pem": "{certificate}",
             "port_value: 8000": "port_value: {issuer}",
             "port_value: 9000": "port_value: {app}",
         },

@@ -46,15 +46,14 @@ def browser(port_443: Relay) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def context(browser: Browser, browser_proxy: Proxy, port_443: Relay) -> Iterator[BrowserContext]:
+def context(browser: Browser, proxy: Proxy, port_443: Relay) -> Iterator[BrowserContext]:
     """Open a browser without cookies, whose requests go to the proxy."""
-    with port_443.leading_to(browser_proxy.tls_port), browser.new_context(ignore_https_errors=True) as opened:
+    with port_443.leading_to(proxy.tls_port), browser.new_context(ignore_https_errors=True) as opened:
         yield opened
 
 
-def test_a_person_uses_an_application(context: BrowserContext, browser_proxy: Proxy) -> None:
+def test_a_person_uses_an_application(context: BrowserContext, proxy: Proxy) -> None:
     """From the first visit to the log-out. Fetches of someone who is not logged in get 401, not a login page."""
-    proxy = browser_proxy
     with context.new_page() as page:
         proxy.upstream.take()
         address = f"{APP}/dash/a%20b?year=2026&q=a+b%2Fc#part"
