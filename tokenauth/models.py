@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal, NamedTuple, Protocol, Self
 
-Kind = Literal["login", "named"]
+TokenKind = Literal["login", "named"]
 """The kinds of tokens that users have."""
 
 Instant = float
@@ -166,7 +166,7 @@ class Token(NamedTuple):
         return self.used_at if self.used_at > self.issued_at else None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TokenKind:
         return "login" if self.name is None else "named"
 
     @property

@@ -16,7 +16,7 @@ from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
 from tokenauth.tokens import Tokens
 
-MAX_NAME = 64
+MAX_TOKEN_NAME = 64
 """Characters in the name of a token."""
 
 Duration = str | int
@@ -138,8 +138,10 @@ class NamedTokens:
 
 def _check_name(name: str) -> None:
     """Raise InvalidRequest unless this can be the name of a token."""
-    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
-        raise InvalidRequest(f"name: must have 1 to {MAX_NAME} printable characters, with no blank at either end.")
+    if not 1 <= len(name) <= MAX_TOKEN_NAME or not name.isprintable() or name != name.strip():
+        raise InvalidRequest(
+            f"name: must have 1 to {MAX_TOKEN_NAME} printable characters, with no blank at either end."
+        )
     if values.digest(name.encode()) is not None:  # it would be stored and logged
         raise InvalidRequest("name: has the form of a token. Choose another name.")
 

@@ -11,7 +11,7 @@ from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Identity, Instant, IssuedToken, Kind, Login, Token, User
+from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenKind, User
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
@@ -220,7 +220,7 @@ class Tokens:
         if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
-    async def revoke_all(self, username: str | None, keep: Token | None = None, kind: Kind | None = None) -> int:
+    async def revoke_all(self, username: str | None, keep: Token | None = None, kind: TokenKind | None = None) -> int:
         """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number."""
         count = await self._store.tokens.revoke_all(username, self._clock(), keep.digest if keep else None, kind)
         whose = "(all)" if username is None else username if username in self._users else "(unknown)"

@@ -8,7 +8,7 @@ import pytest
 from tests.contract.conftest import Place, token
 from tests.support.servers import START
 from tokenauth.errors import AlreadyRotated, InvalidToken, NameTaken, Refusal, TooManyTokens, UnknownToken
-from tokenauth.models import Kind, Token
+from tokenauth.models import Token, TokenKind
 from tokenauth.stores.changes.named_tokens import MAX_OF_NAME
 from tokenauth.stores.store import TokenStore
 
@@ -213,7 +213,7 @@ async def test_revoking_all_at_once_with_an_issue(place: Place, other: Place) ->
 
 
 @pytest.mark.parametrize(("kind", "left"), [("login", {2}), ("named", {1}), (None, set())])
-async def test_revoke_all_ends_one_kind_or_both(tokens: TokenStore, kind: Kind | None, left: set[int]) -> None:
+async def test_revoke_all_ends_one_kind_or_both(tokens: TokenStore, kind: TokenKind | None, left: set[int]) -> None:
     await tokens.issue(token(1), 0, START)
     await issue(tokens, named(2))
     assert await tokens.revoke_all("ann", START, kind=kind) == 2 - len(left)

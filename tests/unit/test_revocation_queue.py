@@ -15,7 +15,7 @@ import structlog
 from tests.support.servers import write_config
 from tokenauth import revocation_queue
 from tokenauth.errors import Overloaded, StoreUnavailable
-from tokenauth.models import Instant, Kind, Token
+from tokenauth.models import Instant, Token, TokenKind
 from tokenauth.revocation_queue import MAX_HELD, HeldRevocations, RevocationQueue, RevocationUpdate
 from tokenauth.server.channel import HEARTBEAT, Serve, decode_order, encode_order
 from tokenauth.service import Service, create_service
@@ -57,7 +57,7 @@ class Faulty:
         return await self._tokens.revoke(digest, now)
 
     async def revoke_all(
-        self, username: str | None, now: Instant, keep: bytes | None = None, kind: Kind | None = None
+        self, username: str | None, now: Instant, keep: bytes | None = None, kind: TokenKind | None = None
     ) -> int:
         if self.writing is not None:
             raise self.writing

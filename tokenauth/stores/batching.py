@@ -55,7 +55,7 @@ class Group(Generic[A]):
             yield alone
 
 
-Kind = type[Change[Any]]
+ChangeKind = type[Change[Any]]
 
 
 class Batch:
@@ -64,7 +64,7 @@ class Batch:
     __slots__ = ("groups", "now", "size")
 
     def __init__(self, now: Instant = 0.0) -> None:
-        self.groups: dict[Kind, Group[Any]] = {}  # Any: each kind has its own type of answer
+        self.groups: dict[ChangeKind, Group[Any]] = {}  # Any: each kind has its own type of answer
         self.now = now
         self.size = 0
 

@@ -20,7 +20,6 @@ from tokenauth.models import (
     CountUpdate,
     Failures,
     Instant,
-    Kind,
     LeaseChange,
     LeaseCheck,
     LeaseCursor,
@@ -28,6 +27,7 @@ from tokenauth.models import (
     PoolCounts,
     PoolToken,
     Token,
+    TokenKind,
     Use,
 )
 from tokenauth.stores.cache import TokenCache
@@ -148,7 +148,7 @@ class TokenStore:
         return existed
 
     async def revoke_all(
-        self, username: str | None, now: Instant, keep: bytes | None = None, kind: Kind | None = None
+        self, username: str | None, now: Instant, keep: bytes | None = None, kind: TokenKind | None = None
     ) -> int:
         """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many.
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenauth.settings.model import ServerSettings
 from tokenauth.web.exceptions import ForeignOrigin
 
-_OWN = (b"same-origin", b"none")
+OWN_ORIGIN = frozenset({b"same-origin", b"none"})
 """Sec-Fetch-Site of requests from pages of the same origin, and of addresses that a person typed."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -90,7 +90,7 @@ class CsrfMiddleware:
         await self._app(scope, receive, send)
 
     def _check(self, origin: bytes | None, site: bytes | None, host: bytes) -> None:
-        if site in _OWN or origin in self._origins:
+        if site in OWN_ORIGIN or origin in self._origins:
             return
         if site is None and origin is not None and _same_host(origin, host):  # a browser without Sec-Fetch-Site
             return

@@ -25,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from tokenauth.models import LATE_USE, Instant, Kind, Token, Use
+from tokenauth.models import LATE_USE, Instant, Token, TokenKind, Use
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest, elements
 from tokenauth.stores.tables import (
@@ -102,7 +102,7 @@ def _surplus() -> Select[bytes]:
 _SURPLUS = _surplus()
 
 
-def _chosen(lapsed: bool, of_user: bool, but_one: bool, kind: Kind | None) -> Select[bytes]:
+def _chosen(lapsed: bool, of_user: bool, but_one: bool, kind: TokenKind | None) -> Select[bytes]:
     """Select live tokens of one user or of all, of one kind or both, except the digest `keep` if `but_one`.
 
     `lapsed`: instead of live ones, those that have expired and could still be extended.
@@ -131,7 +131,7 @@ def _log_of(chosen: Select[bytes]) -> Insert:
     return insert(revocations).from_select(["digest", "at"], named)
 
 
-_KINDS: Sequence[Kind | None] = (None, "login", "named")
+_KINDS: Sequence[TokenKind | None] = (None, "login", "named")
 _LOG_ALL = {which: _log_of(_chosen(*which)) for which in product((False, True), (False, True), (False, True), _KINDS)}
 _LAST = select(func.max(revocations.c.seq))
 _DELETE_LOGGED = delete(tokens).where(
@@ -246,7 +246,7 @@ class RevokeAll(Change[RevokedCounts]):
     username: str | None
     keep: bytes | None
     limit: int
-    kind: Kind | None = None
+    kind: TokenKind | None = None
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[RevokedCounts]:

@@ -15,7 +15,7 @@ from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores import schema
-from tokenauth.stores.batching import Batch, Kind, Writer
+from tokenauth.stores.batching import Batch, ChangeKind, Writer
 from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
 from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.circuit import Circuit
@@ -113,7 +113,7 @@ class Connections:
             connect_args=for_upgrade,
         )
         self._caller_time = caller_time
-        self._writers: dict[Kind, Writer] = {}  # each kind of change has transactions of its own
+        self._writers: dict[ChangeKind, Writer] = {}  # each kind of change has transactions of its own
         self._latest: Instant = 0
         self._clock_written: Instant = 0
         self._reading = Circuit(

@@ -8,8 +8,8 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest, LoginNeeded
-from tokenauth.models import SCOPE_PATTERN, IssuedToken, Kind, Token
-from tokenauth.named_tokens import MAX_NAME, Duration, NamedTokens, Requester
+from tokenauth.models import SCOPE_PATTERN, IssuedToken, Token, TokenKind
+from tokenauth.named_tokens import MAX_TOKEN_NAME, Duration, NamedTokens, Requester
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.openapi import schema_only
@@ -21,7 +21,7 @@ ADMIN = "admin"
 """The scope that may act for other users."""
 
 
-_KINDS: Mapping[str | None, Kind | None] = {None: "login", "login": "login", "named": "named", "all": None}
+_KINDS: Mapping[str | None, TokenKind | None] = {None: "login", "login": "login", "named": "named", "all": None}
 """What `?kind=` chooses; None is all."""
 
 _DURATION = 'Such as "24h" or "90d", or a number of seconds.'
@@ -30,7 +30,7 @@ _DURATION = 'Such as "24h" or "90d", or a number of seconds.'
 class MeAnswer(msgspec.Struct):
     username: str
     scopes: tuple[str, ...]
-    kind: Kind
+    kind: TokenKind
     name: str | None
     id: str
     issued_at: int
@@ -39,7 +39,7 @@ class MeAnswer(msgspec.Struct):
 
 class ListedTokenAnswer(msgspec.Struct):
     id: str
-    kind: Kind
+    kind: TokenKind
     name: str | None
     scopes: tuple[str, ...] | None
     issued_at: int
@@ -55,7 +55,7 @@ class ListedTokensAnswer(msgspec.Struct):
 
 
 class IssueNamedRequest(msgspec.Struct, forbid_unknown_fields=True):
-    name: Annotated[str, schema_only(minLength=1, maxLength=MAX_NAME, description="Printable.")]
+    name: Annotated[str, schema_only(minLength=1, maxLength=MAX_TOKEN_NAME, description="Printable.")]
     scopes: tuple[Annotated[str, schema_only(pattern=f"^{SCOPE_PATTERN}$")], ...] | None = None
     ttl: Annotated[Duration, schema_only(description=_DURATION)] | None = None
 

@@ -13,7 +13,7 @@ from tokenauth.models import Login, Token
 from tokenauth.settings.model import Settings
 from tokenauth.tokens import Tokens
 from tokenauth.web.cookies import Cookies, new_form_value
-from tokenauth.web.csrf import Hosts
+from tokenauth.web.csrf import OWN_ORIGIN, Hosts
 from tokenauth.web.exceptions import ForeignOrigin, ForeignPage
 from tokenauth.web.html import Pages, see_other
 from tokenauth.web.requests import Request
@@ -217,7 +217,7 @@ class LoginRoutes:
         sites can neither read nor set it.
         """
         site, origin = request.header(b"sec-fetch-site"), request.header(b"origin")
-        foreign = site not in {b"same-origin", b"none"} if site is not None else _is_foreign(origin, self._origin)
+        foreign = _is_foreign(origin, self._origin) if site is None else site not in OWN_ORIGIN
         try:
             if foreign:
                 raise ForeignPage(f"This form came from a page of another site. Open {self._origin} and try again.")
