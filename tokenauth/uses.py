@@ -121,8 +121,10 @@ class Uses:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
                 await self.flush()
-        except (RetryLater, TimeoutError):
+        except Exception as error:
             log.warning("uses_lost", count=len(self._notes))
+            if not isinstance(error, RetryLater | TimeoutError):
+                log.error("unexpected_error", at=safe_traceback(error))
 
     def _end(self, used_at: Instant) -> int:
         idle = self._idle or 0
@@ -133,18 +135,20 @@ class Uses:
         return -math.inf if self._idle is None else used_at + self._idle
 
     def _is_due(self, token: Token, now: Instant) -> bool:
-        return now - token.used_at >= self._stale or (token.is_extendable and token.expires_at < self._needed(now))
+        # as the store compares: a use that is due here and not there would be written again and again
+        return token.used_at <= now - self._stale or (token.is_extendable and token.expires_at < self._needed(now))
 
     async def _write(self, batch: dict[bytes, Instant]) -> None:
         uses = [
             Use(digest, used_at, self._end(used_at), used_at - self._stale, self._needed(used_at))
             for digest, used_at in sorted(batch.items())
         ]
-        found = await self._store.note_uses(uses, self._clock())
+        now = self._clock()
+        found = await self._store.note_uses(uses, now)
         for digest in batch:
             latest = self._notes.pop(digest, None)
             token = found.get(digest)
-            if latest is not None and token is not None:
+            if latest is not None and token is not None and int(now) < token.expires_at + LATE_USE:
                 self.note(token, latest)  # it was used again, or others were writing it
         self._full = False
 

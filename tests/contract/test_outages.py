@@ -19,7 +19,7 @@ from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
 from tokenauth.errors import StartError, StoreUnavailable
-from tokenauth.models import CountUpdate, Pool
+from tokenauth.models import CountUpdate, Pool, Use
 from tokenauth.stores import circuit
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sqlite import writer as sqlite
@@ -35,6 +35,9 @@ WRITES: Mapping[str, Operation] = {
     "tokens.issue": lambda place: place.tokens.issue(token(2), 5, START),
     "tokens.revoke": lambda place: place.tokens.revoke(token(1).digest, START),
     "tokens.revoke_all": lambda place: place.tokens.revoke_all("ann", START),
+    "tokens.note_uses": lambda place: place.tokens.note_uses(
+        [Use(token(1).digest, START, int(START), 0, START)], START
+    ),
     "tokens.purge": lambda place: place.tokens.purge(START, 10),
     "pools.generate": lambda place: place.pools.generate(POOL, ["c"], START),
     "pools.fit": lambda place: place.pools.fit(replace(POOL, capacity=5), ["d"], START),

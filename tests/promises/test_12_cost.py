@@ -13,12 +13,12 @@ import pytest
 from tests.support.journal import fill
 from tests.support.servers import START
 from tests.support.steps import Direct, steps
-from tokenauth.models import CountUpdate, Token, public_id
+from tokenauth.models import CountUpdate, Token, Use, public_id
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes.clock import AcquireDuty, SaveTime, write_clock
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
 from tokenauth.stores.changes.named_tokens import IssueNamed, Rotate
-from tokenauth.stores.changes.tokens import Issue, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
+from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.reader import Reader
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
@@ -97,6 +97,7 @@ CHANGES: Sequence[Change[Any]] = [
     RevokeAll("user18", None, 100, now=START),
     RevokeAll("user18", None, 100, "login", now=START),
     RevokeAll("user15", None, 100, "named", now=START),
+    NoteUses([Use(digest(number), START + 9, int(START) + 99, START, START + 9) for number in (13, 15)], now=START),
     PurgeTokens(5, now=START),
     PurgeFailures(START - 1, 5),
     PurgeRevocations(START - 1, 5),

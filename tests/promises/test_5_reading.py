@@ -1,18 +1,20 @@
 """Promise 5: validation never writes, and never waits for a writer."""
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.support.connections import LOGIN, Connection
 from tests.support.journal import locked, until
-from tests.support.servers import Server, worker, write_config
+from tests.support.servers import HandClock, Server, worker, write_config
 
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    return "[tokens]\nper_user = 0"
+    return "[tokens]\nper_user = 0\nidle = 400"
 
 
 def content(directory: Path) -> dict[str, tuple[bytes, int]]:
@@ -34,6 +36,31 @@ def test_validation_never_writes(server: Server, directory: Path) -> None:
             assert connection.ask("GET", "/api/me", X_Token=token[::-1]).status == 401
         assert connection.ask("GET", "/readyz").status == 200
         assert content(directory) == before
+
+
+def test_uses_are_written_later_by_no_request(server: Server, directory: Path, clock: HandClock) -> None:
+    """Uses that extend tokens are answered while the store is locked, and written when it is not."""
+    with Connection(server.port) as connection:
+        tokens = [connection.log_in() for _ in range(20)]
+        end = int(clock()) + 500
+        clock.set(end - 1)  # so short before the end, uses are written as soon as possible
+        with locked(directory / "tokenauth.db"):
+            before = content(directory)
+            for token in tokens * 3:
+                assert connection.valid(token)
+                assert connection.ask("GET", "/api/me", X_Token=token).status == 200
+                assert connection.ask("GET", "/auth", X_Token=token).status == 200
+            assert content(directory) == before
+            clock.set(end + 1)
+            assert all(connection.valid(token) for token in tokens)
+        until(lambda: latest_use(directory) == end - 1, "the uses are written")
+        assert all(connection.valid(token) for token in tokens)
+
+
+def latest_use(directory: Path) -> float | None:
+    with closing(sqlite3.connect(directory / "tokenauth.db")) as db:
+        found: float | None = db.execute("SELECT min(used_at) FROM tokens").fetchone()[0]
+    return found
 
 
 @pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
