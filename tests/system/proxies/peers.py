@@ -254,9 +254,10 @@ def ask(
     headers: Sequence[tuple[str, str]] = (),
     method: str = "GET",
     body: bytes = b"",
+    host: str = "app.example.com",
 ) -> Reply:
     """Send a request unchanged on a new connection. Status 0 means that the connection was closed."""
-    lines = [f"{method} {target} HTTP/1.1", "Host: app.example.com"]
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in headers]
     names = {name for name, _ in headers}
     if "Connection" not in names:

@@ -186,16 +186,21 @@ class Proxy:
 
 @contextmanager
 def running(
-    name: str, directory: Path, issuer: int, files: Mapping[str, str] | None = None, ready: tuple[str, int] = ("/", 401)
+    name: str,
+    directory: Path,
+    issuer: int,
+    files: Mapping[str, str] | None = None,
+    ready: tuple[str, int] = ("/", 401),
+    port: int | None = None,
 ) -> Iterator[Proxy]:
-    """Run one proxy on free ports, with its files in a directory of the test.
+    """Run one proxy on free ports, or at `port`, with its files in a directory of the test.
 
     `files` replace those of the document. `ready` is a target without a token, and its status once the proxy works.
     """
     product, command = PRODUCTS[name], program(name)
     directory.mkdir()
     with Relay(issuer) as relay, Upstream() as upstream:
-        port, tls_port = free_port(), free_port()
+        port, tls_port = port or free_port(), free_port()
         values: dict[str, object] = {"listens": port, "listens_tls": tls_port}
         values |= {"issuer": relay.port, "app": upstream.port}
         values |= {

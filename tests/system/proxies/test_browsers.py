@@ -2,14 +2,17 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from tests.support.ports import free_port
+from tests.support.servers import serve, write_config
 from tests.support.skipping import skip_without
 from tests.system.browser.conftest import FLAGS
 from tests.system.proxies.peers import Arrived, Relay
-from tests.system.proxies.running import Proxy
+from tests.system.proxies.running import PRODUCTS, Proxy, running
 from tests.system.proxies.test_cookies import COOKIE, KEEP_COOKIES
 
 APP = "https://app.example.com"
@@ -59,9 +62,7 @@ def test_a_person_uses_an_application(context: BrowserContext, proxy: Proxy) -> 
         address = f"{APP}/dash/a%20b?year=2026&q=a+b%2Fc#part"
         page.goto(address)
         assert page.url.startswith(f"{AUTH}/login?rd=")
-        page.get_by_label("User name").fill("ann")
-        page.get_by_label("Password").fill("ann-secret")
-        page.get_by_role("button", name="Log in").click()
+        log_in(page)
         assert page.url == address
         expect(page.get_by_role("heading")).to_have_text("Private page of ann")
         [request] = _take(proxy)
@@ -102,6 +103,45 @@ def test_a_person_uses_an_application(context: BrowserContext, proxy: Proxy) -> 
         page.goto(f"{APP}/x")
         expect(page.get_by_role("heading")).to_have_text("Log in")
         assert _take(proxy) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["nginx", *(pytest.param(name, marks=pytest.mark.faults) for name in PRODUCTS if name != "nginx")]
+)
+def test_it_can_be_tried_on_this_machine(browser: Browser, tmp_path: Path, name: str) -> None:
+    """Over http, at localhost, as docs/browser-login.md says."""
+    port, own = free_port(), free_port()
+    settings = f"""
+[server]
+trusted_proxies = ["127.0.0.1"]
+[browser]
+url = "http://localhost:{own}"
+return_to = ["http://localhost:{port}"]
+"""
+    with serve(write_config(tmp_path, settings), "--port", str(own)) as issuer:
+        assert issuer.port == own
+        with running(name, tmp_path / name, own, port=port) as proxy, browser.new_context() as context:
+            page = context.new_page()
+            address = f"http://localhost:{port}/x?y=z#part"
+            page.goto(address)
+            log_in(page)
+            assert page.url == address
+            expect(page.get_by_role("heading")).to_have_text("Private page of ann")
+            page.get_by_role("button", name="Send").click()
+            expect(page.get_by_role("heading")).to_have_text("Private page of ann")
+            page.goto(f"http://localhost:{own}/logout")
+            page.get_by_role("button", name="Log out").click()
+            expect(page.get_by_role("heading")).to_have_text("You are logged out")
+            _take(proxy)
+            page.goto(address)
+            expect(page.get_by_role("heading")).to_have_text("Log in")
+            assert _take(proxy) == []
+
+
+def log_in(page: Page) -> None:
+    page.get_by_label("User name").fill("ann")
+    page.get_by_label("Password").fill("ann-secret")
+    page.get_by_role("button", name="Log in").click()
 
 
 def _take(proxy: Proxy) -> list[Arrived]:

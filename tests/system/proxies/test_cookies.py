@@ -1,9 +1,11 @@
 """What each proxy does with the cookie of a login: who passes, who is sent to the login page, what is forwarded."""
 
+from json import loads
+
 import pytest
 
 from tests.support.servers import Server, log_in
-from tests.system.proxies.peers import Arrived
+from tests.system.proxies.peers import Arrived, ask
 from tests.system.proxies.running import Proxy
 from tests.system.proxies.test_framing import INNER, converse
 from tests.system.proxies.test_paths import is_report
@@ -153,6 +155,19 @@ def test_the_application_learns_the_address_from_the_proxy(proxy: Proxy, ann: st
     assert request.values("X-Forwarded-Host") == [b"app.example.com"]
     assert request.values("Host") == [b"app.example.com"]
     assert b"192.0.2.1" not in b",".join(request.values("X-Forwarded-For")).split(b",")[-1]
+
+
+def test_a_client_cannot_forge_its_address(proxy: Proxy) -> None:
+    """The login page and the API are at a host of their own, where tokens in headers pass."""
+    forged = [(f"X-Forwarded-{name}", value) for name, value in FORGED] + [("Forwarded", "for=192.0.2.1")]
+    login = b'{"username": "bob", "password": "bob-secret"}'
+    json = ("Content-Type", "application/json")
+    made = ask(proxy.port, "/api/token", [*forged, json], "POST", login, host="auth.example.com")
+    token = loads(made.body)["token"]
+    listed = ask(proxy.port, "/api/tokens", [("X-Token", token)], host="auth.example.com:8080")
+    [current] = [each for each in loads(listed.body)["tokens"] if each["current"]]
+    assert current["address"] != "192.0.2.1"
+    assert ask(proxy.port, "/api/token", [("X-Token", token)], "DELETE", host="auth.example.com").status == 200
 
 
 def open_websocket(proxy: Proxy, *headers: tuple[str, str], target: str = "/ws/x") -> tuple[int, list[Arrived]]:
