@@ -9,7 +9,6 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from functools import partial
 from types import FunctionType
 from typing import cast
@@ -93,6 +92,7 @@ _UNAUTHORIZED = _refusal(
 )
 
 _ORIGIN = re.compile(rb"(?:^|\n)origin:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+_TARGET = re.compile(rb"[^ \r\n]+ +([^ ?#\r\n]*)[ ?#\r\n]")
 _USER = re.compile(rb"[^/?]*//[^/?]*@")
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(?::\d*)?", re.ASCII)
 
@@ -273,7 +273,7 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle, after = self.cycle, SLOW
         if cycle is not None and not cycle.response_complete:
             slow: object = cycle if cycle.more_body else None
-        elif self.scope is not None and "method" not in self.scope:
+        elif self._in_head():
             slow = self.scope
         else:
             slow, after = None, self._idle_since + self.timeout_keep_alive - self.loop.time()
@@ -311,7 +311,7 @@ class BoundedProtocol(HttpToolsProtocol):
             piece = data[start:end]
             if not self._head_limit.size:
                 self._line = piece.lstrip(b"\r\n")
-            elif b"\n" not in self._line:
+            elif self._in_head() and b"\n" not in self._line:
                 self._line += piece
             self._feed(piece)
             start = end
@@ -319,17 +319,23 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._unread and not self.transport.is_closing():
             self.flow.hold()
 
+    def _in_head(self) -> bool:
+        """Return whether the head of a request has begun and not ended."""
+        return self.scope is not None and "method" not in self.scope
+
     def _end_of_part(self, data: bytes, start: int) -> int:
         """Return where the head, the body or the line of a chunk that goes on at `start` ends, at the latest.
 
         No piece has the end of one and the beginning of another, so that each is counted by itself.
         """
+        if self._refused:
+            return len(data)
         if self._body_left:
             return start + self._body_left
         if self._head_limit.size or (self._chunked and self.cycle is not None and self.cycle.more_body):
-            end, length = data.find(b"\n", start), 1
+            end, length = data.find(b"\n", start, start + _PIECE), 1
         else:
-            end, length = data.find(_BLANK_LINE, start), len(_BLANK_LINE)
+            end, length = data.find(_BLANK_LINE, start, start + _PIECE), len(_BLANK_LINE)
         return len(data) if end < 0 else end + length
 
     def _feed(self, data: bytes) -> None:
@@ -627,22 +633,23 @@ def _check_target(target: bytes, url: URL) -> None:
         raise _BadHead
 
 
-class _FindTarget:
-    """Keeps the target of a request line, for `_target`."""
-
-    target = b""
-
-    def on_url(self, url: bytes) -> None:
-        self.target = url
-
-
 def _target(head: bytes) -> bytes:
-    """Return the target of a head that was refused, if the target was valid, whatever the reads of the socket were."""
-    found = _FindTarget()
-    line, end, _ = head.lstrip(b"\r\n").partition(b"\n")
-    with suppress(HttpParserError, HttpParserUpgrade):
-        httptools.HttpRequestParser(found).feed_data(line + end)
-    return found.target
+    """Return the target of a head that was refused, up to its query; empty if the mistake comes before its end.
+
+    It depends only on the bytes up to the mistake: `head` may have more, if they came with the same read.
+    """
+    found = _TARGET.match(head.lstrip(b"\r\n"))
+    if found is None:
+        return b""
+    try:
+        httptools.HttpRequestParser(_Nothing()).feed_data(found[0])
+    except HttpParserError:
+        return b""
+    return found[1]
+
+
+class _Nothing:
+    """Callbacks of a parser whose findings do not matter."""
 
 
 def _path(target: bytes) -> str:

@@ -166,7 +166,6 @@ def test_100_pipelined_requests_are_all_answered(server: Server) -> None:
 BROKEN = {
     "a broken head": request("GET /auth", "no colon"),
     "a long head": request("GET /auth", LONG),
-    "an unknown method": request("BREW /auth"),
     "a broken chunk": request("POST /auth", "Transfer-Encoding: chunked", body=b"zz\r\n"),
 }
 
@@ -293,7 +292,7 @@ def test_ambiguous_framing_is_refused_and_closes(server: Server, what: str) -> N
     assert converse(server.port, UNFRAMED[what] + LAST) == [400]
 
 
-@pytest.mark.parametrize("target", ["http://x/healthz", "http://x/healthz?a#b", "/healthz#a", "/%68ealthz"])
+@pytest.mark.parametrize("target", ["http://x/healthz", "HTTPS://x:1/healthz?a", "/%68ealthz"])
 def test_other_forms_of_a_target_are_accepted(server: Server, target: str) -> None:
     assert converse(server.port, request(f"GET {target}") + LAST) == [200, 200]
 
@@ -313,7 +312,7 @@ def test_a_connection_close_in_a_trailer_closes(server: Server) -> None:
     assert converse(server.port, login + LAST) == [200]
 
 
-TARGETS = ["/auth", "/auth?scope=read", "http://issuer/auth", "/%61uth", "/auth#x"]
+TARGETS = ["/auth", "/auth?scope=read", "http://issuer/auth", "/%61uth"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -323,10 +322,8 @@ TARGETS = ["/auth", "/auth?scope=read", "http://issuer/auth", "/%61uth", "/auth#
         ("GET", ["no colon"], 1),
         ("GET", [LONG], 1),
         ("GET", [LONG], 2),
-        ("BREW", [], 1),
-        ("get", [], 1),
     ],
-    ids=["a broken header", "a long head", "a long head in pieces", "an unknown method", "small letters"],
+    ids=["a broken header", "a long head", "a long head in pieces"],
 )
 def test_malformed_requests_to_auth_are_401(
     server: Server, target: str, method: str, headers: list[str], pieces: int
