@@ -17,19 +17,19 @@ STALE = 3600.0
 MAX_NOTES = 100_000
 """Maximum number of uses that wait to be written: about 15 MB."""
 
-BATCH = 500
-"""Maximum number of uses that one transaction writes."""
+BATCH = 200
+"""Maximum number of uses that one transaction writes. With 500, other requests waited up to 80 ms."""
 
 MAX_INTERVAL = 5.0
 """Seconds for which a use waits to be written, at most, while the store works."""
 
-_PAUSE = 0.05
+_PAUSE = 0.02
 """Seconds between two batches, in which others can write."""
 
 _CLOSE_TIMEOUT = 5.0
 """Seconds for which a worker that stops still writes."""
 
-_RENEW_ATTEMPTS = 20
+_RENEW_ATTEMPTS = 50
 
 
 class Uses:

@@ -1,13 +1,17 @@
 """TokenStore: uses extend tokens, never shorten them, and revive none that was revoked."""
 
 import asyncio
+from typing import TypeVar
 
 import pytest
 
 from tests.contract.conftest import Place, token
 from tests.support.servers import START
 from tokenauth.models import LATE_USE, Token, Use
+from tokenauth.stores.engine import Change
 from tokenauth.stores.store import TokenStore
+
+A = TypeVar("A")
 
 FIRST = int(START) + 100
 LATEST = int(START) + 1000
@@ -153,15 +157,24 @@ async def test_an_extended_login_counts_as_live(tokens: TokenStore) -> None:
     assert await tokens.purge(FIRST + 50, 10) == 1
 
 
-async def test_a_use_read_before_a_rotation_shows_no_later_end(place: Place, other: Place) -> None:
+async def test_a_use_read_before_a_rotation_shows_no_later_end(
+    place: Place, other: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A token whose life became shorter is not replaced in a cache by what was read before."""
     named = token(1, name="nightly", life=900)
     await place.tokens.issue(named, 0, START)
     assert await other.tokens.get(named.digest) == named
-    writing = asyncio.create_task(noted(other.tokens, use(1, stale=50)))
     successor = token(2, name="nightly", life=900)
-    rotating = place.tokens.rotate(named.digest, successor, [named.credential], int(START) + 60, START)
-    await asyncio.gather(writing, rotating)
+    apply = other.engine.apply
+
+    async def rotated_meanwhile(change: Change[A]) -> A:
+        answer = await apply(change)
+        await place.tokens.rotate(named.digest, successor, [named.credential], int(START) + 60, START)
+        assert await other.tokens.get(named.digest) is not None
+        return answer
+
+    monkeypatch.setattr(other.engine, "apply", rotated_meanwhile)
+    assert await noted(other.tokens, use(1, stale=50)) == [named._replace(used_at=START + 50)]
     found = await other.tokens.get(named.digest)
     assert found is not None
     assert found.expires_at == int(START) + 60

@@ -11,6 +11,7 @@ import structlog
 
 import tokenauth.sweeper
 from tests.support.servers import HandClock, write_config
+from tokenauth.models import LATE_USE
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.sweeper import BATCH, INTERVAL, Sweeper
@@ -148,3 +149,15 @@ async def test_a_pool_not_filled_at_the_start_is_filled_later(tmp_path: Path, cl
     await Sweeper(service.store, service.pools, service.clock, forget=3600).sweep()
     assert rows(tmp_path) == {"permits": 5}
     await service.store.stop(clock())
+
+
+async def test_tokens_are_deleted_when_no_late_use_can_extend_them(
+    service: Service, sweeper: Sweeper, clock: HandClock
+) -> None:
+    issued = await service.tokens.issue("ann", "ann-secret", "", "")
+    clock.set(issued.token.expires_at + LATE_USE - 0.1)
+    await sweeper.sweep()
+    assert await service.store.tokens.find(issued.token.id) == issued.token
+    clock.advance(INTERVAL)
+    await sweeper.sweep()
+    assert await service.store.tokens.find(issued.token.id) is None

@@ -139,6 +139,7 @@ async def test_a_use_shortly_before_the_end_is_written_at_once(opener: Opener) -
     assert service.tokens.uses._timer.when() > asyncio.get_running_loop().time() + 1, "not urgent yet"
     opener.now += 0.5
     assert await use(service, late) is not None
+    assert service.tokens.uses._timer.when() <= asyncio.get_running_loop().time() + 0.001
     while (await stored(service, late)).expires_at == late.token.expires_at:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     assert (await stored(service, early)).used_at == START + 490

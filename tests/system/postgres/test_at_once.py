@@ -12,7 +12,7 @@ import pytest
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tests.system.postgres.nodes import Nodes, busy, connected, fetch, fresh, nodes
-from tokenauth.models import CountUpdate, LeaseCheck, Pool, Token
+from tokenauth.models import CountUpdate, LeaseCheck, Pool, Token, Use
 from tokenauth.stores.store import Store
 
 POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
@@ -207,3 +207,18 @@ async def test_a_purge_keeps_to_its_limit_in_every_plan(postgres: Cluster, url: 
         for number in range(9):
             await node.tokens.issue(token(number, life=number + 1), 0, START)
         assert [await node.tokens.purge(START + 100, 2) for _ in range(5)] == [2, 2, 2, 2, 1]
+
+
+async def test_uses_wait_for_no_row_that_others_have_locked(three: Nodes, url: str) -> None:
+    """They are written later, so no revocation can wait for them while they wait for it."""
+    slides = [token(number)._replace(max_expires_at=int(START) + 1000) for number in range(2)]
+    for one in slides:
+        await three[0].tokens.issue(one, 0, START)
+    uses = [Use(one.digest, START + 50, int(START) + 150, START - 3550, START + 110) for one in slides]
+    async with connected(url) as other, other.transaction():
+        await other.execute("SELECT FROM tokens WHERE digest = $1 FOR UPDATE", slides[0].digest)
+        async with asyncio.timeout(2):
+            found = await three[1].tokens.note_uses(uses, START)
+        assert [found[one.digest].expires_at - int(START) for one in slides] == [100, 150]
+    found = await three[1].tokens.note_uses(uses, START)
+    assert [found[one.digest].expires_at - int(START) for one in slides] == [150, 150]
