@@ -253,7 +253,7 @@ class Tokens:
     async def find_in(self, text: bytes) -> Sequence[tuple[Token, str]]:
         """Return the unexpired tokens of the store whose values are in a text, each with its status.
 
-        They are found whatever surrounds them and however they are encoded. This is no use of them.
+        They are found in the usual encodings (`values.find_values`). This is no use of them.
         """
         digests = [sha256(value).digest() for value in values.find_values(text)]
         found = []

@@ -1,5 +1,6 @@
 """Token values: random strings that are looked up by their digest."""
 
+import re
 import secrets
 import uuid
 from binascii import a2b_qp
@@ -8,7 +9,7 @@ from hashlib import sha256
 from zlib import crc32
 
 LENGTH = 64
-MAX_ENCODED_LENGTH = 4 * LENGTH * len(r"\u0041")
+MAX_ENCODED_LENGTH = 4 * LENGTH * len("&#x0041;")
 """Maximum length of an encoded value, in bytes: escaped, in UTF-32."""
 
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -30,6 +31,15 @@ _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BLANKS = b" \t\r\n\v\f"
 _SEPARATOR = 10
 _IS_LETTER = bytes(97 if byte in ALPHABET else _SEPARATOR for byte in range(256))
+
+# Colours of terminals (ECMA-48 section 5.4), also as `\033`, `\e` or `^[` write them. Each match ends before the next.
+_COLOUR = re.compile(rb"(?:\x1b|\\033|\\e|\^\[)\[[0-?]*[ -/]*[@-~]")
+# A line break, and what mail, diffs and comments put before the next line. The second joins every other line.
+_BREAK = re.compile(rb"\n[ \t>+|#*/\n-]*")
+_EVERY_OTHER_BREAK = re.compile(rb"\n[ \t>+|#*/-]*([^\n]*\n*)")
+_HEX_REFERENCE = re.compile(rb"&#[xX]0*([0-9a-fA-F]{2});")
+_DECIMAL_REFERENCE = re.compile(rb"&#0*([0-9]{1,3});")
+_REFERENCED = {str(code).encode(): bytes([code]) for code in range(32, 127)}
 
 # Escapes of one character, rewritten to `%41`, and escapes of line breaks. The order matters.
 _ESCAPES = (
@@ -90,10 +100,11 @@ def digest(value: bytes) -> bytes | None:
 
 
 def find_values(text: bytes) -> list[bytes]:
-    """Return everything in a text that has the form of a token value, whatever surrounds it and however it is encoded.
+    """Return what in a text has the form of a token value, in the usual encodings and between any other characters.
 
-    This decodes percent-encoding, quoted-printable, escapes of JSON strings, UTF-16 and UTF-32, and joins values that
-    line breaks or blanks have split. It takes linear time for any input.
+    This decodes percent-encoding, quoted-printable, escapes of JSON strings, numeric references of HTML, UTF-16 and
+    UTF-32, removes colours of terminals, and joins values that line breaks or blanks have split, also where mail or a
+    diff marks each line. Named values are found inside longer words, too. It takes linear time for any input.
     """
     text = text.replace(b"\0", b"")
     if text.isalnum() and len(text) <= LENGTH:
@@ -103,27 +114,47 @@ def find_values(text: bytes) -> list[bytes]:
         for start, end in _long_words(variant):
             if end - start == LENGTH:
                 found[variant[start:end]] = None
+            else:
+                found.update(dict.fromkeys(_named_values(variant, start, end)))
     return list(found)
 
 
 def _variants(text: bytes) -> Iterator[bytes]:
-    """Yield the text and its decodings, each also with its lines joined and without blanks."""
+    """Yield the text and its decodings, each also without colours, with its lines joined and without blanks."""
     for _ in range(1 + _DECODINGS):
-        for variant in (text, *_joined(text)):
-            yield variant
-            lines = variant.replace(b"\r", b"").replace(b"\n ", b"").replace(b"\n\t", b"").replace(b"\n", b"")
-            if len(lines) < len(variant):
-                yield lines
-            joined = lines.translate(None, _BLANKS)
-            if len(joined) < len(lines):
-                yield joined
+        yield from _rejoined(text)
+        colourless, number = _COLOUR.subn(b"", text)
+        if number:
+            yield from _rejoined(colourless)
+            yield from _rejoined(_COLOUR.sub(b" ", text))
         decoded = text
+        if b"&" in text:
+            decoded = text.replace(b"&amp;", b"&")
+            decoded = _DECIMAL_REFERENCE.sub(lambda match: _REFERENCED.get(match[1], b" "), decoded)
+            decoded = _HEX_REFERENCE.sub(rb"%\1", decoded)
         for escape, plain in _ESCAPES:
             decoded = decoded.replace(escape, plain)
         decoded = a2b_qp(decoded)
         if decoded == text:
             return
         text = decoded
+
+
+def _rejoined(text: bytes) -> Iterator[bytes]:
+    """Yield the text, also with its lines joined and without blanks."""
+    for variant in (text, *_joined(text)):
+        yield variant
+        lines = variant.replace(b"\r", b"").replace(b"\n ", b"").replace(b"\n\t", b"").replace(b"\n", b"")
+        if len(lines) < len(variant):
+            yield lines
+        joined = lines.translate(None, _BLANKS)
+        if len(joined) < len(lines):
+            yield joined
+    if b"\n" in text:
+        lines = text.replace(b"\r", b"")
+        yield _BREAK.sub(b"", lines)
+        yield _EVERY_OTHER_BREAK.sub(rb"\1", lines)
+        yield _EVERY_OTHER_BREAK.sub(rb"\1", b"\n" + lines)
 
 
 def _joined(text: bytes, nested: bool = True) -> Iterator[bytes]:
@@ -158,3 +189,15 @@ def _long_words(text: bytes) -> Iterator[tuple[int, int]]:
         if end - start >= LENGTH:
             yield start, end
         at = end + LENGTH
+
+
+def _named_values(text: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Yield the values of named tokens in a longer word: their checksum tells where they are."""
+    prefix = NAMED_PREFIX.encode()
+    while (start := text.find(prefix, start, end)) >= 0 and start + LENGTH <= end:
+        value = text[start : start + LENGTH]
+        body, checksum = value[:-_CHECKSUM_LENGTH], value[-_CHECKSUM_LENGTH:].decode()
+        # The last digit is compared first, because a text can be full of prefixes.
+        if checksum[-1] == _DIGITS[crc32(body) % len(_DIGITS)] and checksum == _checksum(body.decode()):
+            yield value
+        start += 1

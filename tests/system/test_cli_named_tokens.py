@@ -168,3 +168,16 @@ def test_a_scan_of_nothing_finds_nothing(home: Path, client: httpx.Client) -> No
     assert output(scan(home)) == "No live tokens.\n"
     assert output(scan(home, "--json")) == "[]\n"
     assert mistake(scan(home, "missing.txt")) == "missing.txt: cannot be read: No such file or directory."
+
+
+@pytest.mark.parametrize("revoke", [(), ("--revoke",)])
+def test_an_unreadable_file_hides_no_finding(home: Path, client: httpx.Client, revoke: tuple[str, ...]) -> None:
+    token = issue(home)
+    id = me(client, token)["id"]
+    (home / "leak.txt").write_text(f"\x1b[32m{token}\x1b[0m")
+    done = scan(home, "missing.txt", "leak.txt", "/nonexistent", "--json", *revoke)
+    assert done.returncode == 3
+    assert [(row["file"], row["id"]) for row in json.loads(done.stdout)] == [("leak.txt", id)]
+    for file in ("missing.txt", "/nonexistent"):
+        assert f"Error: {file}: cannot be read: No such file or directory.\n" in done.stderr
+    assert probe(client, token) is not bool(revoke)

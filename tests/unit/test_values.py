@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from hashlib import sha256
+from time import thread_time
 from zlib import crc32
 
 import pytest
@@ -124,3 +125,60 @@ def test_only_64_letters_of_the_alphabet_have_a_digest(value: bytes) -> None:
 )
 def test_values_are_found_between_any_characters(text: bytes, found: list[bytes]) -> None:
     assert find_values(text) == found
+
+
+HALVES = VALUE[:40], VALUE[40:]
+WRITTEN = {
+    "in colour": b"token \x1b[32m%s\x1b[0m." % VALUE,
+    "as grep colours it": b"a:\x1b[01;31m\x1b[K%s\x1b[m\x1b[K\n" % VALUE,
+    "half in colour": b"\x1b[31m%s\x1b[0m%s\x1b[0m" % HALVES,
+    "in colour between letters": b"a\x1b[31m%s\x1b[0mb" % VALUE,
+    "in colour in JSON": b'{"log": "\\u001b[32m%s\\u001b[0m"}' % VALUE,
+    "in colour in JSON in JSON": b'{"log": "{\\"a\\": \\"\\\\u001b[32m%s\\\\u001b[0m\\"}"}' % VALUE,
+    "in colour in a shell": b"echo '\\e[32m%s\\e[0m' '\\033[1mx'" % VALUE,
+    "in colour as cat shows it": b"^[[32m%s^[[0m" % VALUE,
+    "in colour, percent-encoded": b"%%1B[32m%s%%1B[0m" % VALUE,
+    "in hexadecimal references": b"<p>" + b"".join(b"&#x%x;" % byte for byte in VALUE) + b"</p>",
+    "in padded references": b"".join(b"&#X%04X;" % byte for byte in VALUE),
+    "in decimal references": b"x=" + b"".join(b"&#%d;" % byte for byte in VALUE),
+    "in references in HTML": b"".join(b"&amp;#%d;" % byte for byte in VALUE),
+    "with one reference": b"a " + VALUE.replace(b"a", b"&#97;", 1) + b" b",
+    "in quoted mail": b"> it is %s\n> %s and\n> this\n" % HALVES,
+    "in mail quoted twice": b">> %s\r\n>> %s\r\n>> words\r\n" % HALVES,
+    "in removed lines": b"-%s\n-%s\n-more\n" % HALVES,
+    "in added lines": b"+one\n+%s\n+%s\n+more\n" % HALVES,
+    "in a comment": b"# %s\n# %s\n# more\n" % HALVES,
+    "between lines of words": b"words\n%s\n%s\nwords\n" % HALVES,
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_a_value_in_a_log_mail_or_page_is_found(how: str) -> None:
+    assert VALUE in find_values(WRITTEN[how])
+
+
+def test_named_values_are_found_inside_longer_words() -> None:
+    named = [new_named_value().encode() for _ in range(3)]
+    assert find_values(b"m%s" % named[0]) == find_values(b"%s1" % named[0]) == [named[0]]
+    assert find_values(b"tkn" + b"".join(named)) == named
+    assert find_values(b"m%sa" % named[0][:-1]) == [], "the checksum is wrong"
+
+
+# The worst that is known for each step of the search.
+HOSTILE = [
+    b"\x1b[", b"\x1b[1", b"\\033[", b"^[", b"\n", b"\n ", b"\n>", b"a\n", b"-", b"&#x0", b"&#0", b"&#", b"&amp;",
+    b"&#65;", b"&#x41;", b"tkn", b"tkna", b"=\n", b"%41",
+]  # fmt: skip
+
+
+def seconds(text: bytes) -> float:
+    start = thread_time()
+    find_values(text)
+    return thread_time() - start
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_the_search_takes_linear_time_for_any_text(piece: bytes) -> None:
+    """Four times the text takes 4 times as long; 16 times, if one step were quadratic."""
+    short, long = (piece * (size // len(piece)) for size in (1 << 14, 1 << 16))
+    assert min(seconds(long) for _ in range(3)) < 9 * min(seconds(short) for _ in range(3)) + 0.01

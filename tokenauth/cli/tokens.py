@@ -135,13 +135,17 @@ def tokens_scan(
 ) -> None:
     """Find live tokens in files or, without any, in standard input.
 
-    They are named by their ids, and their values are not shown. Exit with 3 if there are any, also with --revoke.
+    They are named by their ids, and their values are not shown. Exit with 3 if there are any, also with --revoke, or
+    else with 1 if a file cannot be read.
     """
+    unreadable: list[str] = []
 
     async def scan(service: "Service") -> list[dict[str, Any]]:
         rows = []
         for file in files or ("-",):
-            for token, status in (await _find_in(service.tokens, file)).values():
+            found, problem = await _find_in(service.tokens, file)
+            unreadable.extend(problem)
+            for token, status in found.values():
                 if revoke:
                     with suppress(UnknownToken):  # someone else was faster
                         await service.tokens.revoke_id(token.id, None)
@@ -160,12 +164,15 @@ def tokens_scan(
         return rows
 
     rows = with_service(config_file, scan)
-    show(rows, as_json, "live tokens", instants=("expiry_time",))
-    context.exit(_FOUND if rows else 0)
+    if rows or not unreadable:
+        show(rows, as_json, "live tokens", instants=("expiry_time",))
+    for problem in unreadable:
+        click.echo(f"Error: {printable(problem)}", err=True)
+    context.exit(_FOUND if rows else 1 if unreadable else 0)
 
 
-async def _find_in(tokens: "Tokens", file: str) -> dict[str, tuple["Token", str]]:
-    """Find the tokens in a file of any size, by id."""
+async def _find_in(tokens: "Tokens", file: str) -> tuple[dict[str, tuple["Token", str]], list[str]]:
+    """Find the tokens in a file of any size, by id. Also say why the rest of it cannot be read, if so."""
     found: dict[str, tuple[Token, str]] = {}
     try:
         with click.open_file(file, "rb") as stream:
@@ -174,8 +181,8 @@ async def _find_in(tokens: "Tokens", file: str) -> dict[str, tuple["Token", str]
                 found |= {token.id: (token, status) for token, status in await tokens.find_in(before + part)}
                 before = (before + part)[-_OVERLAP:]
     except OSError as error:
-        raise click.ClickException(printable(f"{file}: cannot be read: {error.strerror}.")) from None
-    return found
+        return found, [f"{file}: cannot be read: {error.strerror}."]
+    return found, []
 
 
 def _requester() -> "Requester":

@@ -27,7 +27,7 @@ MAX_MEMBERS = 8
 """Members of a gzip file that are decompressed (RFC 1952 section 2.2)."""
 
 _SLICE = 8 * 1024
-"""Bytes that are searched at a time, which takes less than a millisecond; then other requests have their turn."""
+"""Bytes that are searched at a time, which takes a few milliseconds at most; then other requests have their turn."""
 
 _GZIP = b"\x1f\x8b"
 _ZLIB_OR_GZIP = zlib.MAX_WBITS | 32  # zlib tells them apart
