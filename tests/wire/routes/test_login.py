@@ -63,10 +63,10 @@ def test_log_out_ends_the_token_and_clears_the_cookie(client: httpx.Client, visi
     visitor.log_in()
     token = visitor.cookies["tokenauth"]
     answer = visitor.log_out()
-    assert (answer.status_code, answer.headers["location"]) == (303, "/logout")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/logout?done=1")
     assert "tokenauth" not in visitor.cookies
     assert not probe(client, token)
-    assert "You are logged out" in text_of(visitor.get("/logout").text)
+    assert "You are logged out" in text_of(visitor.get("/logout?done=1").text)
 
 
 def test_a_login_replaces_the_token_of_the_cookie(client: httpx.Client, visitor: Visitor) -> None:

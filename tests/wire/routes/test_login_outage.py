@@ -31,7 +31,7 @@ def test_a_full_disk_refuses_a_login_and_no_log_out(tmp_path: Path) -> None:
 
         assert "You are logged in as ann" in text_of(visitor.get("/login").text), "validation does not write"
         answer = visitor.log_out()
-        assert (answer.status_code, answer.headers["location"]) == (303, "/logout")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/logout?done=1")
         assert "tokenauth" not in visitor.cookies
         assert not probe(client, token)
         assert server.events("revocation_held_in_memory")

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.browsing import Visitor, cookies_of, hidden, text_of
+from tests.support.journal import until
 from tests.support.servers import HandClock, Server, log_in, probe
 from tests.unit.test_return_to import REFUSED
+from tokenauth.web.routes.login import browser_name
 
 APP = "http://localhost:8080"
 
@@ -65,10 +67,79 @@ def test_home_shows_where_i_am_logged_in_and_no_one_else(client: httpx.Client, v
     log_in(client, "bob", "bob-secret", headers={"User-Agent": "Bob's phone"})
     visitor.log_in()
     text = text_of(visitor.get("/").text)
-    assert "ann You are logged in at localhost:8000." in text
+    assert "Logged in as ann at localhost:8000" in text
     assert "This browser" in text
     assert "Ann's phone" in text
     assert "Bob" not in text
+
+
+def test_home_lists_named_tokens_and_their_last_use(client: httpx.Client, visitor: Visitor, clock: HandClock) -> None:
+    header = {"X-Token": log_in(client, "bob", "bob-secret")}
+    made = client.post("/api/tokens", json={"name": "nightly"}, headers=header).json()["token"]
+    client.post("/api/tokens", json={"name": "spare"}, headers=header)
+    visitor.log_in("bob", "bob-secret")
+    assert "nightly not used yet, until" in text_of(visitor.get("/").text)
+    clock.advance(7200)
+    assert probe(client, made)
+    until(lambda: "nightly last used" in text_of(visitor.get("/").text), "the use is written")
+    assert "spare not used yet, until" in text_of(visitor.get("/").text)
+
+
+def test_log_out_everywhere_ends_logins_and_no_named_token(client: httpx.Client, visitor: Visitor) -> None:
+    other, of_bob = log_in(client, "ann", "ann-secret"), log_in(client, "bob", "bob-secret")
+    named = client.post("/api/tokens", json={"name": "kept"}, headers={"X-Token": other}).json()["token"]
+    visitor.log_in()
+    page = visitor.get("/").text
+    assert "Log out everywhere" in text_of(page)
+    mine = visitor.cookies["tokenauth"]
+    form = {"csrf": hidden(page, "csrf"), "everywhere": hidden(page, "everywhere")}
+    assert visitor.post("/logout", {**form, "csrf": "x"}).status_code == 403
+    assert visitor.post("/logout", form, Sec_Fetch_Site="cross-site").status_code == 403
+    assert probe(client, other)
+    answer = visitor.post("/logout", form)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/logout?done=1")
+    assert "tokenauth" not in visitor.cookies
+    assert [probe(client, token) for token in (mine, other, named, of_bob)] == [False, False, True, True]
+
+
+def test_log_out_everywhere_without_a_login_says_that_none_ended(client: httpx.Client, visitor: Visitor) -> None:
+    visitor.log_in()
+    page, other = visitor.get("/").text, log_in(client, "ann", "ann-secret")
+    client.delete("/api/token", headers={"X-Token": visitor.cookies["tokenauth"]})
+    answer = visitor.post("/logout", {"csrf": hidden(page, "csrf"), "everywhere": "1"})
+    assert answer.status_code == 200
+    assert "could not end your other logins" in text_of(answer.text)
+    assert probe(client, other)
+
+
+def test_a_log_out_page_without_a_cookie_claims_nothing(client: httpx.Client, visitor: Visitor) -> None:
+    """A proxy may have removed the cookie."""
+    assert "This browser is not logged in here." in text_of(visitor.get("/logout").text)
+    csrf = hidden(visitor.get("/login").text, "csrf")
+    assert visitor.post("/logout", {"csrf": csrf}).headers["location"] == "/logout"
+
+
+_CHROME = "AppleWebKit/537.36 (KHTML, like Gecko) Chrome/120.0.0.0 Safari/537.36"
+
+
+@pytest.mark.parametrize(
+    ("user_agent", "name"),
+    [
+        (f"Mozilla/5.0 (X11; Linux x86_64) {_CHROME}", "Chrome on Linux"),
+        (f"Mozilla/5.0 (Linux; Android 10; K) {_CHROME}", "Chrome on Android"),
+        (f"Mozilla/5.0 (Windows NT 10.0; Win64; x64) {_CHROME} Edg/120.0", "Edge on Windows"),
+        ("Mozilla/5.0 (X11; Linux x86_64; rv:120.0) Gecko/20100101 Firefox/120.0", "Firefox on Linux"),
+        (
+            "Mozilla/5.0 (iPhone; CPU iPhone OS 17_0 like Mac OS X) AppleWebKit/605 Version/17.0 Safari/604.1",
+            "Safari on iPhone",
+        ),
+        ("curl/8.5.0", "curl/8.5.0"),
+        ("Mozilla/5.0 (Plan 9) " + "x" * 60, "Mozilla/5.0 (Plan 9) xxxxxxxxxxxxxxxxxx…"),
+        ("", ""),
+    ],
+)
+def test_a_browser_has_a_short_name(user_agent: str, name: str) -> None:
+    assert browser_name(user_agent) == name
 
 
 def test_home_leads_to_the_login_page_without_a_login(visitor: Visitor) -> None:
@@ -110,7 +181,7 @@ def test_no_login_and_no_log_out_leads_elsewhere(client: httpx.Client, address: 
         answer = visitor.post("/login", form, rd=address)
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
         answer = visitor.post("/logout", {"csrf": csrf, **({"rd": address} if number else {})}, rd=address)
-        assert (answer.status_code, answer.headers["location"]) == (303, "/logout")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/logout?done=1")
 
 
 def test_a_log_out_can_lead_back(visitor: Visitor) -> None:

@@ -23,8 +23,36 @@ from tokenauth.web.routing import Route
 
 LOGIN, LOGOUT, HOME = PATHS = "/login", "/logout", "/"
 
+_LOGGED_OUT = f"{LOGOUT}?done=1"
+"""Where a log-out leads that ended the token of a cookie. One without a cookie must not claim that."""
+
 _SHOWN = 20
-"""Logins that the page at / lists."""
+"""Logins that the page at / lists, and named tokens."""
+
+_BROWSERS = (
+    ("Edg/", "Edge"),
+    ("OPR/", "Opera"),
+    ("Firefox/", "Firefox"),
+    ("FxiOS/", "Firefox"),
+    ("CriOS/", "Chrome"),
+    ("Chrome/", "Chrome"),
+    ("Safari/", "Safari"),
+)
+_SYSTEMS = (
+    ("Android", "Android"),
+    ("iPhone", "iPhone"),
+    ("iPad", "iPad"),
+    ("Windows", "Windows"),
+    ("Mac OS X", "macOS"),
+    ("CrOS", "ChromeOS"),
+    ("Linux", "Linux"),
+)
+"""What is in a User-Agent, and whose it is. The first that matches counts: most browsers also name others."""
+
+_AGENT_SHOWN = 40
+"""Characters of a User-Agent that has no short name."""
+
+_NOTHING_ENDED = "Your login had ended already, so it could not end your other logins. Log in and try again."
 
 _TWO_COOKIES = (
     "Your browser has two different login cookies. One of them may come from another site of this domain, so neither"
@@ -41,7 +69,6 @@ class LoginRoutes:
         self._cookies = cookies
         self._return_to = return_to
         self._remember_ttl = settings.browser.remember_ttl
-        self._docs = settings.server.docs
         self._origin = str(settings.browser.origin)
         self._host = host_of(self._origin)
         self._cookie_domain = settings.browser.domain or settings.browser.origin.host
@@ -133,27 +160,37 @@ class LoginRoutes:
     async def show_logout(self, request: Request) -> Response:
         rd = _find_target(request)
         if not self._cookies.all_login_values(request.scope):
-            return self._pages.render("logged_out.html", note=self._refused_target(rd))
+            done = request.query_value("done") is not None
+            return self._pages.render("logged_out.html", note=self._refused_target(rd), done=done)
         return await self._logout_page(request, rd)
 
     async def log_out(self, request: Request) -> Response:
         form = await request.form_body()
         rd = _find_target(request, form)
+        everywhere = "everywhere" in form
         try:
             self._check_form(request, form)
+            if everywhere:
+                login, headers, note = await self._find_login(request)
+                if login is None:
+                    return self._login_page(request, rd, headers=headers, note=note or _NOTHING_ENDED)
+                await self._tokens.revoke_all(login.user.username, kind="login")
             ended = self._cookies.all_login_values(request.scope)
             await self._tokens.log_out(ended, request.client_address, request.disconnect_check)
         except Refusal as refusal:
-            return await self._logout_page(request, rd, refusal)
-        return see_other(self._return_to.allowed(rd) or LOGOUT, self._cookies.log_out())
+            return await self._logout_page(request, rd, refusal, everywhere)
+        default = _LOGGED_OUT if ended else LOGOUT
+        return see_other(self._return_to.allowed(rd) or default, self._cookies.log_out())
 
-    async def _logout_page(self, request: Request, rd: str, refusal: Refusal | None = None) -> Response:
+    async def _logout_page(
+        self, request: Request, rd: str, refusal: Refusal | None = None, everywhere: bool = False
+    ) -> Response:
         try:
             login, headers, note = await self._find_login(request)
         except RetryLater:  # logging out works all the same
             login, headers, note = None, (), ""
         if login is None and headers and not note:  # the cookie was no longer valid
-            return self._pages.render("logged_out.html", headers=headers, note=self._refused_target(rd))
+            return self._pages.render("logged_out.html", headers=headers, note=self._refused_target(rd), done=False)
         csrf, form_headers = self._form_value(request)
         status, retry = _status(refusal)
         return self._pages.render(
@@ -165,6 +202,7 @@ class LoginRoutes:
             csrf=csrf,
             rd=self._return_to.allowed(rd) or "",
             username=login and login.user.username,
+            everywhere=everywhere,
         )
 
     # Where the user is logged in
@@ -177,14 +215,19 @@ class LoginRoutes:
             listed = await self._tokens.list_live(login.user.username)
         except RetryLater as refusal:
             return self._login_page(request, "", refusal=refusal)
-        logins = [_describe(token, login.token) for token in listed if token.kind == "login"]
-        logins.sort(key=lambda each: not each["current"])
+        described = [_describe(token, login.token) for token in listed]
+        logins = sorted((one for one in described if one["name"] is None), key=lambda one: not one["current"])
+        named = [one for one in described if one["name"] is not None]
+        csrf, form_headers = self._form_value(request)
         return self._pages.render(
             "home.html",
+            headers=form_headers,
             username=login.user.username,
             logins=logins[:_SHOWN],
-            more=max(0, len(logins) - _SHOWN),
-            docs=self._docs,
+            more_logins=max(0, len(logins) - _SHOWN),
+            named=named[:_SHOWN],
+            more_named=max(0, len(named) - _SHOWN),
+            csrf=csrf,
         )
 
     # The cookie and the forms
@@ -241,8 +284,8 @@ class LoginRoutes:
         if not rd or self._return_to.allowed(rd):
             return ""
         return (
-            f"You will not be sent back to the page that you came from: the settings of {self._host} do not list its"
-            " address (browser.return_to)."
+            "You will not be sent back to the page that you came from. Tell your administrator: browser.return_to of"
+            f" {self._host} does not list its address."
         )
 
 
@@ -290,11 +333,25 @@ def explain(refusal: Refusal | None) -> str:
 def _describe(token: Token, current: Token) -> dict[str, object]:
     return {
         "current": token.digest == current.digest,
-        "user_agent": token.user_agent,
+        "name": token.name,
+        "browser": browser_name(token.user_agent),
         "address": token.address,
         "since": _time(token.issued_at),
+        "used": token.last_used_at and _time(token.last_used_at),
         "until": _time(token.expires_at),
+        "slides": token.is_extendable,
     }
+
+
+def browser_name(user_agent: str) -> str:
+    """Return a short name of a browser and its system, or else the beginning of its User-Agent."""
+    if user_agent.startswith("Mozilla/"):
+        browser, system = (
+            next((name for mark, name in known if mark in user_agent), None) for known in (_BROWSERS, _SYSTEMS)
+        )
+        if browser and system:
+            return f"{browser} on {system}"
+    return user_agent if len(user_agent) <= _AGENT_SHOWN else f"{user_agent[: _AGENT_SHOWN - 1]}…"
 
 
 def _time(instant: float) -> str:
