@@ -59,7 +59,7 @@ def offering(request: pytest.FixtureRequest, start: Start) -> Proxy:
 
 def converse_all(proxy: Proxy, requests: Iterable[bytes]) -> list[Arrived]:
     """Send each on its own connection. Return what reached the application. A proxy may keep each for a second."""
-    with ThreadPoolExecutor(32) as threads:
+    with ThreadPoolExecutor(128) as threads:
         assert None not in set(threads.map(lambda sent: converse(proxy, sent), requests))
     return proxy.upstream.take()
 
