@@ -60,10 +60,11 @@ class InsufficientScope(Refusal):
 
     code = "insufficient_scope"
 
-    def __init__(self, *scopes: str, description: str | None = None) -> None:
+    def __init__(self, *scopes: str, description: str | None = None, logged: str | None = None) -> None:
         needed = f"This needs {'the scope' if len(scopes) == 1 else 'all scopes of'} {' '.join(scopes)!r}."
         super().__init__(description or needed)
         self.scope = " ".join(scopes)
+        self.logged_scope = self.scope if logged is None else logged
 
 
 class UnknownPool(Refusal):

@@ -57,7 +57,7 @@ class NamedTokens:
         """
         user = self._user(username)
         _check_name(name)
-        limit = None if scopes is None else _checked_scopes(scopes, user)
+        limit = None if scopes is None else self._checked_scopes(scopes, user)
         seconds = self._settings.named_ttl if ttl is None else _seconds("ttl", ttl, 1, self._settings.max_named_ttl)
         issued = self._new(user, name, limit, seconds, requester)
         refusal = await self._store.tokens.issue_named(
@@ -107,6 +107,22 @@ class NamedTokens:
             raise InvalidToken
         return user
 
+    def _checked_scopes(self, scopes: Sequence[str], user: User) -> tuple[str, ...]:
+        """Return the scopes, each once. Raises InvalidRequest or InsufficientScope.
+
+        The refusal names only scopes that some user has: any other text may be a secret.
+        """
+        if not all(map(is_scope, scopes)):
+            raise InvalidRequest("scopes: each must be a word of printable ASCII without quotes or backslashes.")
+        lacking = [scope for scope in scopes if scope not in user.scopes]
+        if lacking:
+            shown = " ".join({s if self._tokens.scope_exists(s) else "(unknown)": None for s in lacking})
+            noun, yours = "scopes" if " " in shown else "scope", " ".join(user.scopes) or "none"
+            raise InsufficientScope(
+                description=f"You do not have the {noun} {shown}. Yours are: {yours}.", logged=shown
+            )
+        return tuple(dict.fromkeys(scopes))
+
     def _new(
         self, user: User, name: str, scopes: tuple[str, ...] | None, ttl: float, requester: Requester
     ) -> IssuedToken:
@@ -144,16 +160,6 @@ def _check_name(name: str) -> None:
         )
     if values.digest(name.encode()) is not None:  # it would be stored and logged
         raise InvalidRequest("name: has the form of a token. Choose another name.")
-
-
-def _checked_scopes(scopes: Sequence[str], user: User) -> tuple[str, ...]:
-    """Return the scopes, each once. Raises InvalidRequest, or InsufficientScope without naming what was asked for."""
-    if not all(map(is_scope, scopes)):
-        raise InvalidRequest("scopes: each must be a word of printable ASCII without quotes or backslashes.")
-    if not set(scopes).issubset(user.scopes):
-        yours = " ".join(user.scopes) or "none"
-        raise InsufficientScope(description=f"You do not have all of these scopes. Yours are: {yours}.")
-    return tuple(dict.fromkeys(scopes))
 
 
 def _seconds(field: str, value: Duration, low: float, high: float) -> float:

@@ -403,6 +403,13 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     assert rows[0]["address"] == "127.0.0.1"
     table = output(script(served.log.parent, "tokens", "list"))
     assert rows[0]["id"] in table
+    with served.client() as client:
+        log_in(client, "ann", "ann-secret", headers={"User-Agent": "y" * 100})
+    heading, *lines = output(run(served.log.parent, "tokens", "list")).splitlines()
+    assert heading.split()[:3] == ["id", "username", "status"]
+    assert lines[0].endswith(f" {'y' * 27}...")
+    assert not any(line.endswith(" ") for line in (heading, *lines))
+    assert listed(served)[0]["user_agent"] == "y" * 100
     for value in values:
         assert value not in table + str(rows)
 

@@ -165,7 +165,9 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tup
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 1000  # do not wrap lines for programs
-    console.print(table)
+    with console.capture() as capture:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def count(number: int, noun: str) -> str:

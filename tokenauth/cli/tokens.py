@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _FOUND = 3
 """Exit status of a scan that found live tokens."""
 
+_AGENT_SHOWN = 30
+"""Characters of a User-Agent in the table of tokens."""
+
 _PART = 1 << 20
 """Bytes of a file that are searched at once."""
 
@@ -62,6 +65,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
         {
             "id": token.id,
             "username": token.username,
+            "status": status,
             "kind": token.kind,
             "name": token.name,
             "scopes": None if token.scopes is None else list(token.scopes),
@@ -70,11 +74,17 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
             "last_used_at": None if token.last_used_at is None else int(token.last_used_at),
             "address": token.address,
             "user_agent": token.user_agent,
-            "status": status,
         }
         for token, status in found
     ]
+    if not as_json:
+        for row in rows:
+            row["user_agent"] = _shortened(row["user_agent"])
     show(rows, as_json, "tokens", instants=("issued_at", "expiry_time", "last_used_at"))
+
+
+def _shortened(user_agent: str) -> str:
+    return user_agent if len(user_agent) <= _AGENT_SHOWN else f"{user_agent[: _AGENT_SHOWN - 3]}..."
 
 
 @tokens.command("issue", epilog="Example: tokenauth tokens issue --user ci --name nightly --scope reports --ttl 90d")

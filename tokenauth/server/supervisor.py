@@ -638,7 +638,8 @@ class Supervisor:
             worker.kill()
         if any(worker.ready for worker in killed):
             log.warning("workers_killed", count=len(killed), reason=reason)
-            self._exit_code = self._exit_code or 1
+            if self._stopping:  # not for a worker that was replaced long before
+                self._exit_code = self._exit_code or 1
 
 
 def _wait_for(signals: Signals, seconds: float) -> None:

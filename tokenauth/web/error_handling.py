@@ -21,7 +21,7 @@ def _respond(scope: Scope, error: Exception) -> Response:
             "access_denied",
             user=scope["user"].username if "user" in scope else "(unknown)",
             route=route_path(scope),
-            scope=getattr(error, "scope", ""),
+            scope=getattr(error, "logged_scope", ""),
             reason=error.code,
         )
     return error_response(error)

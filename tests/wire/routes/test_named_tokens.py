@@ -161,16 +161,27 @@ def test_without_scopes_it_has_all_of_the_user_s(client: httpx.Client, ann: Head
     assert me(client, twice["token"])["scopes"] == ["read", "write"]
 
 
-@pytest.mark.parametrize("scopes", [["admin"], ["read", "admin"], ["READ"], ["nobody-has-this"], ["x" * 64]])
+@pytest.mark.parametrize(
+    ("scopes", "named"),
+    [
+        (["admin"], "admin"),
+        (["read", "admin"], "admin"),
+        (["READ"], "(unknown)"),
+        (["nobody-has-this", "x" * 64], "(unknown)"),
+        (["nobody-has-this", "admin", "admin"], "(unknown) admin"),
+    ],
+)
 def test_a_scope_that_the_user_lacks_is_refused(
-    client: httpx.Client, server: Server, ann: Header, scopes: list[str]
+    client: httpx.Client, server: Server, ann: Header, scopes: list[str], named: str
 ) -> None:
     answer = post(client, ann, name="nightly", scopes=scopes)
     assert refusal(answer) == (403, "insufficient_scope")
-    assert answer.json()["error_description"] == "You do not have all of these scopes. Yours are: read write."
+    assert answer.json()["error_description"] == (
+        f"You do not have the scope{'s' * (' ' in named)} {named}. Yours are: read write."
+    )
     assert answer.headers["www-authenticate"] == 'Bearer realm="tokenauth", error="insufficient_scope"'
     assert len(listed(client, ann)) == 1
-    assert server.events("access_denied")[-1]["scope"] == "", "what was asked for may be a secret"
+    assert server.events("access_denied")[-1]["scope"] == named, "other text may be a secret"
 
 
 @pytest.mark.parametrize(
