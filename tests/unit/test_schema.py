@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import structlog
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -218,3 +219,12 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
         assert count_elsewhere(path) == count, "an acknowledged token is missing"
     for store in stores:
         await store.stop(START)
+
+
+@pytest.mark.parametrize(("had", "warned"), [(None, False), ("3.0", False), ("2.1", True), ("1.4", True)])
+def test_an_upgrade_to_a_new_generation_says_what_to_stop(had: str | None, warned: bool) -> None:
+    with structlog.testing.capture_logs() as logs:
+        schema.log_upgrade(had)
+    [logged] = logs
+    assert (logged["event"], logged["before"], logged["after"]) == ("schema_upgraded", had, schema.HEAD)
+    assert (logged.get("action") == "stop all servers of the older release") is warned

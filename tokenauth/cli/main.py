@@ -118,7 +118,8 @@ _PRIVATE = (
 def migrate(config_file: str | None) -> None:
     """Upgrade the database schema.
 
-    `tokenauth serve` does the same when it starts. Safe while servers run. An upgrade is logged as `schema_upgraded`.
+    `tokenauth serve` does the same when it starts. An upgrade is logged as `schema_upgraded`. Servers may run
+    meanwhile, unless the upgrade starts a new generation: then stop those of the older release first.
     """
     logs.configure(direct=True)
     from tokenauth.stores.schema import HEAD

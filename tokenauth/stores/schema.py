@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, inspect, text
 
 from tokenauth.errors import StartError
+from tokenauth.logs import log
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -24,6 +25,18 @@ def serves(version: str | None) -> bool:
         return False
     (generation, _, step), (own, _, needed) = version.partition("."), HEAD.partition(".")
     return generation == own and step.isdecimal() and int(step) >= int(needed)
+
+
+def log_upgrade(had: str | None) -> None:
+    """Log that the schema was upgraded from a revision.
+
+    Servers of an older generation do not look at the revision again while they run, and would misread what is new: they
+    would give named tokens all scopes. Who else uses a database cannot be seen reliably, so this is always said.
+    """
+    if had is not None and had.partition(".")[0] != HEAD.partition(".")[0]:
+        log.warning("schema_upgraded", before=had, after=HEAD, action="stop all servers of the older release")
+    else:
+        log.info("schema_upgraded", before=had, after=HEAD)
 
 
 def version(db: Connection) -> str | None:

@@ -185,7 +185,7 @@ class Connections:
             await db.execute(text("SET LOCAL statement_timeout = 0"))
             had = await db.run_sync(schema.upgrade)
         if not schema.serves(had):
-            log.info("schema_upgraded", before=had, after=schema.HEAD)
+            schema.log_upgrade(had)
 
     async def stop(self, now: Instant | None) -> None:
         """Finish the waiting changes, write the clock row unless `now` is None, and disconnect."""

@@ -334,7 +334,7 @@ class SqliteWriter:
             self._transaction = SqliteTransaction(self._connection)
             had = self._upgrade()
             if not schema.serves(had):
-                log.info("schema_upgraded", before=had, after=schema.HEAD)
+                schema.log_upgrade(had)
         finally:
             os.close(lock)
 
