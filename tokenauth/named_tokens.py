@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from unicodedata import normalize
 
 from tokenauth import values
 from tokenauth.addresses import network
@@ -56,6 +57,7 @@ class NamedTokens:
         login of the requester was revoked, ClientGone or StoreUnavailable.
         """
         user = self._user(username)
+        name = normalize("NFC", name)
         _check_name(name)
         limit = None if scopes is None else self._checked_scopes(scopes, user)
         seconds = self._settings.named_ttl if ttl is None else _seconds("ttl", ttl, 1, self._settings.max_named_ttl)
@@ -158,13 +160,12 @@ def _check_name(name: str) -> None:
         raise InvalidRequest(
             f"name: must have 1 to {MAX_TOKEN_NAME} printable characters, with no blank at either end."
         )
-    if values.digest(name.encode()) is not None:  # it would be stored and logged
-        raise InvalidRequest("name: has the form of a token. Choose another name.")
+    values.refuse_value(name, "name")
 
 
 def _seconds(field: str, value: Duration, low: float, high: float) -> float:
     """Return the seconds of a duration. Raises InvalidRequest if it is not one from `low` to `high`."""
-    seconds = durations.parse(value) if isinstance(value, str) else value
+    seconds = durations.parse_exact(value) if isinstance(value, str) else value
     if seconds is None or not low <= seconds <= high:
         bounds = f"from {durations.in_units(low)} to {durations.in_units(high)}"
         raise InvalidRequest(f"{field}: must be a duration {bounds}, such as '24h', or a number of seconds.")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 from zlib import crc32
 
+from tokenauth.errors import InvalidRequest
+
 LENGTH = 64
 MAX_ENCODED_LENGTH = 4 * LENGTH * len("&#x0041;")
 """Maximum length of an encoded value, in bytes: escaped, in UTF-32."""
@@ -97,6 +99,12 @@ def digest(value: bytes) -> bytes | None:
     if len(value) == LENGTH and value.isalnum():
         return sha256(value).digest()
     return None
+
+
+def refuse_value(text: str, field: str) -> None:
+    """Raise InvalidRequest about `field` if a text has the form of a token value: it would be stored and logged."""
+    if digest(text.encode(errors="replace")) is not None:
+        raise InvalidRequest(f"{field}: has the form of a token. Choose another text.")
 
 
 def find_values(text: bytes) -> list[bytes]:

@@ -1,14 +1,22 @@
 """Durations as text: "90d", "24h", "5m", "30s", or seconds without a unit."""
 
 import re
+from decimal import Decimal
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "": 1}
 
 
 def parse(text: str) -> float | None:
     """Return the seconds of a duration, or None if the text is not one."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)", text)
     return float(match[1]) * _UNITS[match[2]] if match else None
+
+
+def parse_exact(text: str) -> int | None:
+    """Return the same for a text from a client: without blanks, and a whole number of seconds."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([smhd]?)", text)
+    seconds = Decimal(match[1]) * _UNITS[match[2]] if match else None
+    return int(seconds) if seconds is not None and seconds == int(seconds) else None
 
 
 def in_units(seconds: float) -> str:

@@ -286,3 +286,15 @@ def test_a_restart_keeps_tokens_leases_and_fences(tmp_path: Path) -> None:
         assert user.keep_alive("any", lease.token, fence=1) == refusal("lease_lost")
         clock.advance(LEASE_TTL)
         assert sorted(user.assign("any").fence for _ in range(2)) == [2, 3]
+
+
+def test_no_token_is_taken_for_a_holder(admin: PoolUser, server: Server) -> None:
+    """It would be stored, listed and logged in clear."""
+    with Connection(server.port) as connection:
+        token = connection.log_in()
+        connection.ask("POST", "/api/pools/any/tokens", {"count": 1}, X_Token=token)
+        answer = connection.ask("POST", "/api/pools/any/leases", {"holder": token}, X_Token=token)
+        assert (answer.status, answer.json()["error"]) == (400, "invalid_request")
+        answer = connection.ask("DELETE", "/api/pools/any/leases/x?force=true", {"reason": token}, X_Token=token)
+        assert (answer.status, answer.json()["error"]) == (400, "invalid_request")
+        assert token not in str(answer.json())

@@ -468,3 +468,16 @@ def test_named_tokens_are_logged_without_their_value(client: httpx.Client, serve
     text = server.log.read_text()
     assert made["token"] not in text
     assert new["token"] not in text
+
+
+@pytest.mark.parametrize(
+    "ttl", ["\u0661\u0662h", "5 ", "1 h", "1.999s", "0.5s", "1\n", "9" * 5000, "1." + "0" * 40 + "1h"]
+)
+def test_a_ttl_is_ascii_and_whole_seconds(client: httpx.Client, ann: Header, ttl: str) -> None:
+    assert refusal(post(client, ann, name="nightly", ttl=ttl)) == (400, "invalid_request")
+
+
+def test_composed_and_decomposed_names_are_one(client: httpx.Client, ann: Header) -> None:
+    made = make(client, ann, "cafe\N{COMBINING ACUTE ACCENT}")
+    assert made["name"] == "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert post(client, ann, name=made["name"]).status_code == 409

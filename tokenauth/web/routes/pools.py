@@ -11,6 +11,7 @@ from starlette.responses import Response
 from tokenauth.errors import InvalidRequest
 from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor, Pool, PoolToken
 from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
+from tokenauth.values import refuse_value
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
@@ -138,7 +139,7 @@ class PoolRoutes:
         pool = self._pool(request)
         body = await request.json_body(_assign, empty=_EMPTY_ASSIGN)
         username = request.user.username
-        holder = username if body.holder is None else check_name(body.holder)
+        holder = username if body.holder is None else _label(body.holder)
         request.raise_if_disconnected()
         return _lease(pool, await self._pools.assign(pool, holder, username), 201)
 
@@ -157,7 +158,7 @@ class PoolRoutes:
         if body.reason is not None and not force:
             raise InvalidRequest("reason: goes with ?force=true only.")
         if force:
-            reason = None if body.reason is None else check_name(body.reason, "reason")
+            reason = None if body.reason is None else _label(body.reason, "reason")
             await self._pools.force_release(pool, token, LeaseCheck(body.holder, body.fence), username, reason)
         else:
             await self._pools.release(pool, token, LeaseCheck(body.holder, body.fence, username))
@@ -193,6 +194,11 @@ class PoolRoutes:
             shown.user, shown.holder, shown.lease_expiry_time = token.username, lease.holder, int(lease.until)
             shown.fence = token.fence
         return shown
+
+
+def _label(text: str, field: str = "holder") -> str:
+    refuse_value(text, field)
+    return check_name(text, field)
 
 
 def _cursor(after: str) -> LeaseCursor:
