@@ -22,6 +22,9 @@ from tokenauth.web.return_to import ReturnTo
 MAX_TARGET = 2000
 """Bytes of the page's address in that of the login page: proxies read the headers of an answer into a small buffer."""
 
+TWO_COOKIES = "note=cookies"
+"""What the query of the login page has if a browser was sent there because of two different login cookies."""
+
 _FORWARDED = frozenset({b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-uri"})
 _SAFE_METHODS = frozenset(method.encode() for method in SAFE_METHODS)
 _OWN_SITE = frozenset({b"same-origin", b"same-site"})
@@ -85,12 +88,15 @@ class BrowserAuth:
         cookie_read: the cookie was not valid, so it is deleted. If a header had a token, it may be valid.
         """
         address = self._login_address(scope)
+        values = self._cookies.login_values(scope) if cookie_read else ()
+        if len(values) > 1:  # they are deleted here, or the proxy drops that: the page cannot see it
+            address += f"{'&' if '?' in address else '?'}{TWO_COOKIES}"
         if redirect and _is_navigation(scope):
             response: Response = NoStoreResponse(status_code=302, headers={"Location": address})
         else:
             response = refusal_response(refusal)
         response.raw_headers.append((b"x-auth-login", address.encode()))
-        if cookie_read and self._cookies.login_values(scope):
+        if values:
             response.raw_headers.extend(self._cookies.log_out())
         return response
 

@@ -58,10 +58,20 @@ class Cookies:
         """Return the values of all variants of the login cookie, so that a log-out ends all of them."""
         return [value for wanted in self._all_wanted for value in _read(_headers(scope), wanted)]
 
-    def form_value(self, scope: Scope) -> str | None:
-        """Return the value that a form must repeat (see `new_form_value`)."""
+    def has_form_value(self, scope: Scope) -> bool:
+        """Return whether a request has the cookie, with whatever value."""
+        return bool(_read(_headers(scope), self._form_wanted))
+
+    def form_values(self, scope: Scope) -> Sequence[str]:
+        """Return the values of which a form must repeat one (see `new_form_value`).
+
+        Several are none, except over http: there the name has no prefix, so servers on other ports of this machine can
+        set one. Browsers say in Sec-Fetch-Site or Origin that their pages are foreign.
+        """
         found = _read(_headers(scope), self._form_wanted)
-        return found[0].decode() if len(found) == 1 and _FORM_VALUE.fullmatch(found[0]) else None
+        if len(found) > 1 and self._secure:
+            return ()
+        return [value.decode() for value in found if _FORM_VALUE.fullmatch(value)]
 
     def log_in(self, value: str, max_age: int | None) -> list[Header]:
         """Return the headers that set the login cookie. Without `max_age` it ends with the browser."""

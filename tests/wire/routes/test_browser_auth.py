@@ -107,6 +107,8 @@ def test_two_different_cookies_are_not_used(connection: Connection, ann: str, bo
         assert answer.status == 401
         assert "x-auth-user" not in answer.headers
         assert deleted(answer)[0].startswith(f"{NAME}=;")
+        assert answer.headers["x-auth-login"].endswith("&note=cookies"), "the page must say why"
+    assert "note" not in ask(connection, Cookie=cookie("x")).headers["x-auth-login"]
     head = f"GET /auth?cookie HTTP/1.1\r\nHost: x\r\nCookie: {cookie(ann)}\r\nCookie: {cookie(bob)}\r\n\r\n"
     assert connection.send(head.encode()).status == 401
 
@@ -341,3 +343,10 @@ def test_scopes_are_required_as_ever(connection: Connection, ann: str, bob: str)
         assert ask(connection, query, Cookie=cookie(ann)).status == 200
     assert ask(connection, "?cookie&scope=read", Cookie=cookie(bob)).status == 403
     assert ask(connection, "?cookie&path=/x&scope=admin", Cookie=cookie(ann)).status == 403
+
+
+@pytest.mark.parametrize("filler", ["x" * 9000, "&" * 200])
+def test_a_long_path_of_a_client_forgets_no_switch(connection: Connection, filler: str) -> None:
+    answer = ask(connection, f"?cookie&login=redirect&path=/{filler}", Accept="text/html", Sec_Fetch_Mode="navigate")
+    assert answer.status == 302
+    assert answer.headers["location"].startswith(f"{AUTH}/login?rd=")

@@ -126,3 +126,32 @@ def test_one_call_ends_the_cookie_and_a_script_token(client: httpx.Client, visit
     assert client.get("/auth?cookie", headers={"Cookie": f"tokenauth={cookie}"}).status_code == 401
     assert not probe(client, script)
     assert "password" in visitor.get("/login").text
+
+
+@pytest.mark.parametrize("query", ["note=cookies", "rd=http%3A%2F%2Flocalhost%3A8080%2F&note=cookies"])
+def test_the_page_says_that_auth_saw_two_cookies(visitor: Visitor, query: str) -> None:
+    assert "two different login cookies" in text_of(visitor.get(f"/login?{query}").text)
+    visitor.log_in()
+    assert "two different login cookies" in text_of(visitor.get(f"/login?{query}").text)
+    assert "two different" not in text_of(visitor.get("/login?note=text+of+others&xnote=cookies").text)
+
+
+def test_another_port_cannot_block_the_form(client: httpx.Client) -> None:
+    """Over http, cookies of one name come from any port of this machine."""
+    mine, other = "A" * 22, "B" * 22
+    form = {"csrf": mine, "username": "ann", "password": "ann-secret"}
+    for cookies in ((other, mine), (mine, other), ("x", mine)):
+        header = "; ".join(f"tokenauth-form={cookie}" for cookie in cookies)
+        page = client.get("/login", headers={"Cookie": header})
+        answer = client.post("/login", data=form, headers={"Cookie": header})
+        assert answer.status_code == 303, page.text
+    answer = client.post("/login", data=form, headers={"Cookie": "tokenauth-form=x"})
+    assert answer.status_code == 403
+    assert "a cookie that another site set" in text_of(answer.text)
+
+
+def test_a_login_address_that_is_too_long_gets_a_page(client: httpx.Client) -> None:
+    for method in ("GET", "POST"):
+        for path in ("/login", "/logout"):
+            answer = client.request(method, f"{path}?rd={'x' * 9000}", data={"csrf": "x"})
+            assert answer.headers["content-type"] == "text/html; charset=utf-8", (method, path)

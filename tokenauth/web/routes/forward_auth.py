@@ -153,8 +153,9 @@ def _parse(query: bytes, browsers: bool) -> _Query:
     """
     try:
         pairs = query_pairs(query)
-    except InvalidRequest as error:
-        return _Query(problem=str(error))
+    except InvalidRequest as error:  # the client can make it too long, but not change what comes before `path`
+        before, has_path, _ = query.partition(b"&path=")
+        return (_parse(before, browsers) if has_path else _EMPTY)._replace(problem=str(error))
     values, switches, problem, from_client = [], set(), "", False
     for name, value in pairs:
         if name == "scope":

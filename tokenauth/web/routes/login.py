@@ -12,6 +12,7 @@ from tokenauth.logs import log
 from tokenauth.models import Login, Token
 from tokenauth.settings.model import Settings
 from tokenauth.tokens import Tokens
+from tokenauth.web.browser_auth import TWO_COOKIES
 from tokenauth.web.cookies import Cookies, new_form_value
 from tokenauth.web.csrf import OWN_ORIGIN, Hosts
 from tokenauth.web.exceptions import ForeignOrigin, ForeignPage
@@ -91,7 +92,7 @@ class LoginRoutes:
         except RetryLater as refusal:
             return self._login_page(request, rd, refusal=refusal)
         if login is None:
-            return self._login_page(request, rd, headers=headers, note=note)
+            return self._login_page(request, rd, headers=headers, note=note or _sent_note(request))
         target = self._return_to.allowed(rd)
         return self._pages.render(
             "logged_in.html",
@@ -99,7 +100,7 @@ class LoginRoutes:
             target=target,
             target_host=target and host_of(target),
             cookie_domain=self._cookie_domain,
-            note=self._refused_target(rd),
+            note=_sent_note(request) or self._refused_target(rd),
         )
 
     async def log_in(self, request: Request) -> Response:
@@ -246,9 +247,9 @@ class LoginRoutes:
 
     def _form_value(self, request: Request) -> tuple[str, RawHeaders]:
         """Return the value that a form must repeat, and the header that sets its cookie if there is none yet."""
-        found = self._cookies.form_value(request.scope)
-        if found is not None:
-            return found, ()
+        found = self._cookies.form_values(request.scope)
+        if found:
+            return found[0], ()
         made = new_form_value()
         return made, [self._cookies.set_form_value(made)]
 
@@ -265,15 +266,21 @@ class LoginRoutes:
             if foreign:
                 raise ForeignPage(f"This form came from a page of another site. Open {self._origin} and try again.")
             self._hosts.check(request.scope)
-            expected = self._cookies.form_value(request.scope)
-            if expected is None:
+            expected = self._cookies.form_values(request.scope)
+            if not expected and self._cookies.has_form_value(request.scope):
+                raise ForeignPage(
+                    f"Your browser has a cookie that another site set for {self._host}. Delete its cookies, open"
+                    f" {self._origin}{LOGIN}, and try again."
+                )
+            if not expected:
                 target = self._return_to.allowed(_find_target(request, form))
                 purpose = f", so it would not get to {host_of(target)}" if target else ""
                 raise ForeignPage(
                     f"Your browser did not keep the cookie of {self._host}{purpose}. Open {self._origin}{LOGIN}, allow"
                     " its cookies, and try again."
                 )
-            if not hmac.compare_digest(expected.encode(), form.get("csrf", "").encode()):
+            repeated = form.get("csrf", "").encode()
+            if not any(hmac.compare_digest(value.encode(), repeated) for value in expected):
                 raise ForeignPage("This form was out of date. Try again.")
         except ForeignOrigin as refusal:
             log.warning("form_refused", route=request.scope["path"], network=network(request.client_address))
@@ -298,9 +305,17 @@ def _find_target(request: Request, form: Mapping[str, str] | None = None) -> str
 
     The form repeats an address that was allowed. It is sent to the URL of its page, whose query has the others.
     """
-    found = set(request.query_values("rd"))
+    try:
+        found = set(request.query_values("rd"))
+    except InvalidRequest:  # too long: people get a page
+        found = {"\n"}  # no address, so the page says that it leads nowhere else
     in_form = "" if form is None else form.get("rd", "")
     return in_form or "\n".join(sorted(found))  # several different ones become one that is no address
+
+
+def _sent_note(request: Request) -> str:
+    """Return what /auth has found out about the cookies: a proxy may have kept one of them from this page."""
+    return _TWO_COOKIES if TWO_COOKIES.encode() in request.scope["query_string"].split(b"&") else ""
 
 
 def _status(refusal: Refusal | None) -> tuple[int, RawHeaders]:
