@@ -1,5 +1,6 @@
 """A person uses an application behind each proxy, in a real Chromium over TLS, at the host names of the document."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,11 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.support.ports import free_port
-from tests.support.servers import serve, write_config
+from tests.support.servers import serve, worker, write_config
 from tests.support.skipping import skip_without
 from tests.system.browser.conftest import FLAGS
 from tests.system.proxies.peers import Arrived, Relay
-from tests.system.proxies.running import PRODUCTS, Proxy, running
+from tests.system.proxies.running import DOCUMENT, PRODUCTS, Proxy, documented, running
 from tests.system.proxies.test_cookies import COOKIE, KEEP_COOKIES
 
 APP = "https://app.example.com"
@@ -135,6 +136,34 @@ return_to = ["http://localhost:{port}"]
             _take(proxy)
             page.goto(address)
             expect(page.get_by_role("heading")).to_have_text("Log in")
+            assert _take(proxy) == []
+
+
+@pytest.mark.faults
+def test_login_page_and_application_share_a_host(browser: Browser, port_443: Relay, tmp_path: Path) -> None:
+    """With nginx, and a cookie that no other host can set."""
+    settings = f'[server]\ntrusted_proxies = ["127.0.0.1"]\n[browser]\nurl = "{APP}"'
+    [location] = re.findall(r"^```nginx\n( {4}location .*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    [(path, text)] = ((path, text) for path, text in documented().items() if "nginx" in path)
+    files = {path: text.replace("    location / {", f"{location}\n    location / {{", 1)}
+    with (
+        worker(write_config(tmp_path, settings)) as issuer,
+        running("nginx", tmp_path / "nginx", issuer.port, files) as proxy,
+        port_443.leading_to(proxy.tls_port),
+        browser.new_context(ignore_https_errors=True) as context,
+    ):
+        page = context.new_page()
+        for target in ("/x?y=z#part", "/login-x"):
+            page.goto(APP + target)
+            log_in(page)
+            assert page.url == APP + target
+            [request] = _take(proxy)
+            assert request.values("X-Auth-User") == [b"ann"]
+            assert b"tokenauth=" not in b"".join(request.values("Cookie"))
+            assert "__Host-tokenauth" in {cookie.get("name") for cookie in context.cookies()}
+            page.goto(f"{APP}/logout")
+            page.get_by_role("button", name="Log out").click()
+            expect(page.get_by_role("heading")).to_have_text("You are logged out")
             assert _take(proxy) == []
 
 

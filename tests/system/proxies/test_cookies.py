@@ -192,6 +192,14 @@ def test_a_websocket_is_open_to_its_own_pages_only(proxy: Proxy, ann: str) -> No
         assert ann.encode() not in b"".join(value for _, value in request.headers) or "traefik" in proxy.name
 
 
+def test_connection_cannot_remove_the_user_of_a_websocket(proxy: Proxy, ann: str) -> None:
+    headers = [("Connection", "Upgrade, X-Auth-User, X-Auth-Scopes, X-Auth-Expires"), *WEBSOCKET[1:]]
+    reply, [request] = proxy.ask("/ws", ann, headers=headers)
+    assert (reply.status, request.values("X-Auth-User")) == (101, [b"ann"])
+    assert request.values("X-Auth-Scopes") == [b"reports read"]
+    assert [value.lower() for value in request.values("Connection")] == [b"upgrade"]
+
+
 @pytest.mark.parametrize(
     ("method", "target", "headers", "body"),
     [
