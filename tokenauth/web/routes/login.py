@@ -161,7 +161,7 @@ class LoginRoutes:
     async def show_logout(self, request: Request) -> Response:
         rd = _find_target(request)
         if not self._cookies.all_login_values(request.scope):
-            done = request.query_value("done") is not None
+            done = bool(_query_values(request, "done"))
             return self._pages.render("logged_out.html", note=self._refused_target(rd), done=done)
         return await self._logout_page(request, rd)
 
@@ -305,12 +305,17 @@ def _find_target(request: Request, form: Mapping[str, str] | None = None) -> str
 
     The form repeats an address that was allowed. It is sent to the URL of its page, whose query has the others.
     """
-    try:
-        found = set(request.query_values("rd"))
-    except InvalidRequest:  # too long: people get a page
-        found = {"\n"}  # no address, so the page says that it leads nowhere else
+    found = _query_values(request, "rd")
     in_form = "" if form is None else form.get("rd", "")
     return in_form or "\n".join(sorted(found))  # several different ones become one that is no address
+
+
+def _query_values(request: Request, name: str) -> set[str]:
+    """Return the values of a query parameter. In a query that is too long: none, except an `rd` that is no address."""
+    try:
+        return set(request.query_values(name))
+    except InvalidRequest:  # people get a page, which says that it leads nowhere else
+        return {"\n"} if name == "rd" else set()
 
 
 def _sent_note(request: Request) -> str:
