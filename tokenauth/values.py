@@ -30,6 +30,7 @@ NAMED_PREFIX = "tkn"
 _CHECKSUM_LENGTH = 6
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
+_HEX = frozenset("0123456789abcdef")
 _BLANKS = b" \t\r\n\v\f"
 _SEPARATOR = 10
 _IS_LETTER = bytes(97 if byte in ALPHABET else _SEPARATOR for byte in range(256))
@@ -102,8 +103,11 @@ def digest(value: bytes) -> bytes | None:
 
 
 def refuse_value(text: str, field: str) -> None:
-    """Raise InvalidRequest about `field` if a text has the form of a token value: it would be stored and logged."""
-    if digest(text.encode(errors="replace")) is not None:
+    """Raise InvalidRequest about `field` if a text has the form of a token value: it would be stored and logged.
+
+    64 hexadecimal digits are accepted: they name a container or a commit, and no random value has only those.
+    """
+    if digest(text.encode(errors="replace")) is not None and not _HEX.issuperset(text):
         raise InvalidRequest(f"{field}: has the form of a token. Choose another text.")
 
 

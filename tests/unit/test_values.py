@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenauth.values import ALPHABET, LENGTH, digest, find_values, new_named_value, new_value
+from tokenauth.errors import InvalidRequest
+from tokenauth.values import ALPHABET, LENGTH, digest, find_values, new_named_value, new_value, refuse_value
 
 VALUE = b"aB3" * 21 + b"z"
 
@@ -182,3 +183,11 @@ def test_the_search_takes_linear_time_for_any_text(piece: bytes) -> None:
     """Four times the text takes 4 times as long; 16 times, if one step were quadratic."""
     short, long = (piece * (size // len(piece)) for size in (1 << 14, 1 << 16))
     assert min(seconds(long) for _ in range(3)) < 9 * min(seconds(short) for _ in range(3)) + 0.01
+
+
+def test_a_text_in_the_form_of_a_token_is_refused_as_a_name() -> None:
+    for value in (new_value(), new_named_value(), "A" * 64):
+        with pytest.raises(InvalidRequest, match="holder: has the form of a token"):
+            refuse_value(value, "holder")
+    for text in ("ci-7", "f" * 63, sha256(b"a container").hexdigest()):
+        refuse_value(text, "holder")
