@@ -23,6 +23,8 @@ def test_a_closed_stream_is_like_dev_null(tmp_path: Path, closed: str) -> None:
     command = f"exec {TOKENAUTH} serve --config {write_config(tmp_path)} --port {port} {closed}"
     with spawn(["sh", "-c", command], tmp_path) as server:
         until(lambda: takes_connections(port), "the server accepts connections")
+        if "2>" not in closed:
+            server.wait("started")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         if "2>" not in closed:

@@ -77,8 +77,7 @@ class SqliteEngine:
         """Open the file and return the time in the clock row. Raises StartError."""
         await self.writer.start()
         try:
-            self.reader.open(on_clock_advance)
-            return self.reader.clock_row()
+            return self.reader.open(on_clock_advance)
         except (*ERRORS, StoreUnavailable) as error:
             await self.writer.stop()
             await self._reading.stop()

@@ -68,10 +68,21 @@ class Reader:
         self._on_clock_advance: OnClockAdvance = ignore_clock
         self._has_snapshot = False
 
-    def open(self, on_clock_advance: OnClockAdvance = ignore_clock) -> None:
-        """Open the file, which must exist with its schema. Raises what SQLite raises."""
+    def open(self, on_clock_advance: OnClockAdvance = ignore_clock) -> Instant:
+        """Open the file, which must exist with its schema; return the clock row.
+
+        Raises what SQLite raises, or StoreUnavailable.
+        """
         self._on_clock_advance = on_clock_advance
         self._db = sqlite3.connect(files.existing(self._path), timeout=_TIMEOUT, isolation_level=None, uri=True)
+        try:
+            self._read_state()
+            return self.clock_row()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _read_state(self) -> None:
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
         self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens

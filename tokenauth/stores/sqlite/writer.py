@@ -367,8 +367,12 @@ def _executor() -> Executor[Callable[[], Any], Any]:
 def _connect(path: str) -> sqlite3.Connection:
     """Open the connection that writes; one thread at a time uses it."""
     connection = sqlite3.connect(existing(path), isolation_level=None, check_same_thread=False, uri=True)
-    for pragma in _PRAGMAS:
-        connection.execute(f"PRAGMA {pragma}").close()
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}").close()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
