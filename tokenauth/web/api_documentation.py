@@ -179,7 +179,7 @@ TOKEN = Section(
                         200,
                         "When the token ends.",
                         token.RenewedAnswer,
-                        {"expiry_time": _ISSUED_AT + 9000, "max_expiry_time": _EXPIRES_AT, "valid": True},
+                        {"valid": True, "expiry_time": _ISSUED_AT + 9000, "max_expiry_time": _EXPIRES_AT},
                     )
                 ],
                 refusals=[errors.NotRenewable, errors.Overloaded],

@@ -41,10 +41,10 @@ class ValidityAnswer(msgspec.Struct):
     expiry_time: int | None
 
 
-class RenewedAnswer(msgspec.Struct):
+class RenewedAnswer(msgspec.Struct, kw_only=True):
+    valid: Literal[True] = True
     expiry_time: int
     max_expiry_time: int
-    valid: Literal[True] = True
 
 
 class LogOutRequest(msgspec.Struct):
@@ -100,7 +100,7 @@ class TokenRoutes:
     async def renew(self, request: Request) -> Response:
         token = await self._tokens.uses.renew(request.token)
         assert token.max_expires_at is not None
-        return JSONResponse(RenewedAnswer(token.expires_at, token.max_expires_at))
+        return JSONResponse(RenewedAnswer(expiry_time=token.expires_at, max_expiry_time=token.max_expires_at))
 
     async def log_out(self, request: Request) -> Response:
         tokens = await find_logout_tokens(request)
