@@ -129,8 +129,8 @@ def test_the_commands_for_when_something_happens_work(home: Path) -> None:
         named = connection.ask("POST", "/api/tokens", {"name": "nightly"}, X_Token=bob.token).json()
         (home / "leak.txt").write_text("no token\n")
         for line in lines:
-            id = (named if " rotate " in line else token)["id"]
-            words = line.replace("TOKEN", value).replace("ID", id).split()[1:]
+            given = {"TOKEN": value, "ID": (named if " rotate " in line else token)["id"]}
+            words = [given.get(word, word) for word in line.split()[1:]]
             more = ["--password-stdin"] if "passwd" in words else []
             output(run(home, *words, *more, stdin="a long password\n"))
         with Connection(server.port) as later:  # the first one may have been closed while it was idle
