@@ -135,7 +135,7 @@ async def test_none_is_made_while_all_would_be_revoked(opener: Opener) -> None:
 
 
 async def test_a_held_revocation_keeps_a_token_from_rotation(opener: Opener) -> None:
-    """Otherwise whoever has the login token could replace a token that was just revoked."""
+    """Otherwise a thief of the login token could replace a token that was just revoked."""
     service = await opener.open()
     made = await issue(service)
     assert service.tokens.revocations.add(made.token.digest, "network")
