@@ -227,9 +227,9 @@ class Tokens:
         log.info("tokens_revoked", user=whose, kind=kind or "all", count=count)
         return count
 
-    async def list_live(self, username: str | None) -> Sequence[Token]:
-        """List the valid tokens of a user, newest first, at most LIST_LIMIT."""
-        listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
+    async def list_live(self, username: str | None, kind: TokenKind | None = None) -> Sequence[Token]:
+        """List the valid tokens of a user, or those of one kind, newest first, at most LIST_LIMIT."""
+        listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT, kind)
         return [token for token in listed if self.accepts(token)]
 
     def accepts(self, token: Token) -> bool:
@@ -241,13 +241,13 @@ class Tokens:
         """Return why no token can be accepted, or None."""
         return self.revocations.problem
 
-    async def list_unexpired(self, username: str | None) -> Sequence[tuple[Token, str]]:
-        """List the unexpired tokens of a user in the store, newest first, at most LIST_LIMIT.
+    async def list_unexpired(self, username: str | None, kind: TokenKind | None = None) -> Sequence[tuple[Token, str]]:
+        """List the unexpired tokens of a user in the store, or those of one kind, newest first, at most LIST_LIMIT.
 
         Each comes with "valid" or with why this configuration refuses it: "user_removed" or "password_changed". A
         server that has not reloaded the configuration may still accept it.
         """
-        listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT)
+        listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT, kind)
         return [(token, self.status(token)) for token in listed]
 
     async def find_in(self, text: bytes) -> Sequence[tuple[Token, str]]:

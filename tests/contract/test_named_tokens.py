@@ -220,6 +220,31 @@ async def test_revoke_all_ends_one_kind_or_both(tokens: TokenStore, kind: TokenK
     assert {number for number in (1, 2) if await tokens.get(token(number).digest)} == left
 
 
+async def test_a_list_of_one_kind_has_no_other_tokens(tokens: TokenStore) -> None:
+    await issue(tokens, named(1))
+    await tokens.issue(token(2, "bob"), 0, START)
+    await tokens.issue(token(3), 0, START)
+    await issue(tokens, named(4, "job", "bob"))
+    kinds: list[TokenKind | None] = ["login", "named", None]
+    listed = {
+        (username, kind): [one.id for one in await tokens.list(username, START, 1, kind)]
+        for username in ("ann", "bob", "eve", None)
+        for kind in kinds
+    }
+    newest: dict[tuple[str | None, str | None], int] = {
+        ("ann", "login"): 3,
+        ("ann", "named"): 1,
+        ("ann", None): 3,
+        ("bob", "login"): 2,
+        ("bob", "named"): 4,
+        ("bob", None): 4,
+        (None, "login"): 3,
+        (None, "named"): 4,
+        (None, None): 4,
+    }
+    assert listed == {which: [token(newest[which]).id] if which in newest else [] for which in listed}
+
+
 async def test_revoke_all_of_one_kind_keeps_one(tokens: TokenStore) -> None:
     for number in range(3):
         await issue(tokens, named(number, f"job {number}"))

@@ -131,6 +131,8 @@ READS: dict[str, Read] = {
     "new revocations": lambda opened: on_loop(opened.reader.drain),
     "a token by its id": lambda opened: opened.tokens.find(public_id(digest(13))),
     "a user's tokens": lambda opened: opened.tokens.list("user13", START, 1000),
+    "a user's logins": lambda opened: opened.tokens.list("user13", START, 1000, "login"),
+    "a user's named tokens": lambda opened: opened.tokens.list("user15", START, 1000, "named"),
     "the newest tokens of all users": lambda opened: opened.tokens.list(None, START, 5),
 }
 """All reads of a running service."""

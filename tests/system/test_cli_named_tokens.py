@@ -45,9 +45,19 @@ def me(client: httpx.Client, token: str) -> Any:
     return client.get("/api/me", headers={"X-Token": token}).json()
 
 
-def listed(home: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(output(run(home, "tokens", "list", "--json")))
+def listed(home: Path, *options: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(output(run(home, "tokens", "list", "--json", *options)))
     return rows
+
+
+def test_the_list_can_be_of_one_kind(home: Path, client: httpx.Client) -> None:
+    issue(home)
+    log_in(client)
+    shown = {kind: {row["kind"] for row in listed(home, "--kind", kind)} for kind in ("login", "named")}
+    assert shown == {"login": {"login"}, "named": {"named"}}
+    assert {row["kind"] for row in listed(home)} == {"login", "named"}
+    assert listed(home, "--user", "admin", "--kind", "named") == []
+    assert run(home, "tokens", "list", "--kind", "all").returncode == 2
 
 
 def test_an_issued_token_works_on_a_running_server(home: Path, client: httpx.Client) -> None:

@@ -21,7 +21,7 @@ from tokenauth.errors import UnknownToken
 from tokenauth.logs import audit, printable
 
 if TYPE_CHECKING:
-    from tokenauth.models import IssuedToken, Token
+    from tokenauth.models import IssuedToken, Token, TokenKind
     from tokenauth.named_tokens import Requester
     from tokenauth.service import Service
     from tokenauth.tokens import Tokens
@@ -51,7 +51,8 @@ def tokens() -> None:
 @config_option
 @json_option
 @click.option("--user", "username", metavar="NAME", help="Only tokens of this user.")
-def tokens_list(config_file: str | None, as_json: bool, username: str | None) -> None:
+@click.option("--kind", type=click.Choice(["login", "named"]), help="Only tokens of this kind.")
+def tokens_list(config_file: str | None, as_json: bool, username: str | None, kind: "TokenKind | None") -> None:
     """List live tokens, newest first, at most 1,000.
 
     Their values are not stored and cannot be shown. A token without scopes has all that its user has. A running server
@@ -60,7 +61,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None) ->
     from tokenauth.settings.model import canonical
 
     name = None if username is None else canonical(utf8(username))
-    found = with_service(config_file, lambda service: service.tokens.list_unexpired(name))
+    found = with_service(config_file, lambda service: service.tokens.list_unexpired(name, kind))
     rows: list[dict[str, Any]] = [
         {
             "id": token.id,

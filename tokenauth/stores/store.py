@@ -8,8 +8,9 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import Float, bindparam, select
+from sqlalchemy import Float, Select, bindparam, select
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
@@ -63,7 +64,12 @@ _LIST = (
     .order_by(tokens.c.number.desc())
     .limit(bindparam("limit"))
 )
-_LIST_OF_USER = _LIST.where(tokens.c.username == bindparam("username"))
+_LISTS: Mapping[TokenKind | None, Select[Any]] = {
+    None: _LIST,
+    "login": _LIST.where(tokens.c.name.is_(None)),
+    "named": _LIST.where(tokens.c.name.is_not(None)),
+}
+_LISTS_OF_USER = {kind: listed.where(tokens.c.username == bindparam("username")) for kind, listed in _LISTS.items()}
 _POOL_TOKEN = select(*pool_token_columns).where(
     pool_tokens.c.pool == bindparam("pool"), pool_tokens.c.value == bindparam("value")
 )
@@ -164,13 +170,18 @@ class TokenStore:
             self._engine.feed.invalidate()
         return total
 
-    async def list(self, username: str | None, now: Instant, limit: int) -> Sequence[Token]:
-        """Return the live tokens of a user, or of all users, newest first, at most `limit`."""
+    async def list(
+        self, username: str | None, now: Instant, limit: int, kind: TokenKind | None = None
+    ) -> Sequence[Token]:
+        """Return the live tokens of a user, or of all users, newest first, at most `limit`.
+
+        `kind`: only tokens of this kind.
+        """
         values = {"now": now, "limit": limit}
         if username is None:
-            rows = await self._engine.read(_LIST, values)
+            rows = await self._engine.read(_LISTS[kind], values)
         else:
-            rows = await self._engine.read(_LIST_OF_USER, {**values, "username": username})
+            rows = await self._engine.read(_LISTS_OF_USER[kind], {**values, "username": username})
         return [as_token(row) for row in rows]
 
     async def purge(self, now: Instant, limit: int) -> int:

@@ -210,6 +210,8 @@ _USER = Parameter(
     Annotated[str, schema_only(pattern=NO_NUL)],
 )
 
+_Kinds = Literal["login", "named", "all"]
+
 _NAMED_VALUE = "tknV7cQ2mZ9xLr4Ts8YbKf1WnGd6HpJe3AuRo5XiBvMt0EzDqCyNlPk2P1aBx0Zc"
 _ROTATED_VALUE = "tkn4BhYs7GqLw2ZxRj9TcVm5NfKd1PaEu8XoIi3CeQt6DzMkWrJyHlUv0n3vTq8Y"
 _NAMED_ID, _ROTATED_ID = "8b1f6de0c4a25973f8e0d2b6", "c07d93ab5e61f48a2b7c9d10"
@@ -255,8 +257,9 @@ MY_TOKENS = Section(
                 path="/api/tokens",
                 id="listMyTokens",
                 title="List my tokens",
-                text="Lists the valid tokens of the user, the newest first. The tokens themselves are not shown.",
-                parameters=[_USER],
+                text="Lists the valid tokens of the user, the newest first, at most 1,000. The tokens themselves are"
+                " not shown.",
+                parameters=[Parameter("kind", "What to list. Default: `all`.", _Kinds, "login"), _USER],
                 answers=[
                     Answer(
                         200,
@@ -330,7 +333,7 @@ MY_TOKENS = Section(
                 " token that is sent stays valid.",
                 parameters=[
                     Parameter("keep", "Keep the token that is sent.", Literal["current"], "current"),
-                    Parameter("kind", "What to end. Default: `login`.", Literal["login", "named", "all"], "all"),
+                    Parameter("kind", "What to end. Default: `login`.", _Kinds, "all"),
                     _USER,
                 ],
                 answers=[Answer(200, "How many were revoked.", account.RevokedAnswer, {"revoked": 3})],

@@ -127,6 +127,8 @@ KEYS = [digest(3)[:16], b"?" * 16]
 READS: dict[str, Operation] = {
     "a token by its id": lambda direct: tokens(direct).find(public_id(digest(13))),
     "a user's tokens": lambda direct: tokens(direct).list("user13", START, 1000),
+    "a user's logins": lambda direct: tokens(direct).list("user13", START, 1000, "login"),
+    "a user's named tokens": lambda direct: tokens(direct).list("user13", START, 1000, "named"),
     "the throttle": lambda direct: direct.read(engine._FAILURES, {"keys": KEYS}),
 }
 

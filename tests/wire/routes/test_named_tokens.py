@@ -293,6 +293,26 @@ def test_kind_chooses_what_ends(client: httpx.Client, sibling_client: httpx.Clie
             client.delete("/api/token", headers=header(token))
 
 
+@pytest.mark.parametrize(
+    ("query", "kinds"),
+    [
+        ("", ["named", "login"]),
+        ("?kind=all", ["named", "login"]),
+        ("?kind=login", ["login"]),
+        ("?kind=named", ["named"]),
+    ],
+)
+def test_kind_chooses_what_is_listed(client: httpx.Client, ann: Header, query: str, kinds: list[str]) -> None:
+    make(client, ann)
+    answer = client.get(f"/api/tokens{query}", headers=ann)
+    assert [entry["kind"] for entry in answer.json()["tokens"]] == kinds
+
+
+@pytest.mark.parametrize("kind", ["", "logins", "Named", "named,login", "login&kind=named"])
+def test_an_unknown_kind_lists_nothing(client: httpx.Client, ann: Header, kind: str) -> None:
+    assert refusal(client.get(f"/api/tokens?kind={kind}", headers=ann)) == (400, "invalid_request")
+
+
 @pytest.mark.parametrize("kind", ["", "logins", "Named", "named,login", "login&kind=named"])
 def test_an_unknown_kind_ends_nothing(client: httpx.Client, ann: Header, kind: str) -> None:
     made = make(client, ann)

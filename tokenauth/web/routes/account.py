@@ -21,7 +21,7 @@ ADMIN = "admin"
 """The scope that may act for other users."""
 
 
-_KINDS: Mapping[str | None, TokenKind | None] = {None: "login", "login": "login", "named": "named", "all": None}
+_KINDS: Mapping[str, TokenKind | None] = {"login": "login", "named": "named", "all": None}
 """What `?kind=` chooses; None is all."""
 
 _DURATION = 'Such as "24h" or "90d", or a number of seconds.'
@@ -87,7 +87,7 @@ class AccountRoutes:
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         tokens = {
-            "GET": strict(self.list, ["user"]),
+            "GET": strict(self.list, ["kind", "user"]),
             "POST": strict(self.issue, body=True),
             "DELETE": strict(self.revoke_all, ["keep", "kind", "user"]),
         }
@@ -105,7 +105,7 @@ class AccountRoutes:
         return JSONResponse(me)
 
     async def list(self, request: Request) -> Response:
-        listed = await self._tokens.list_live(_username(request))
+        listed = await self._tokens.list_live(_username(request), _kind(request, "all"))
         return JSONResponse(ListedTokensAnswer([_show(token, request.token) for token in listed]))
 
     async def issue(self, request: Request) -> Response:
@@ -125,13 +125,11 @@ class AccountRoutes:
         return JSONResponse(_show_issued(issued), 201)
 
     async def revoke_all(self, request: Request) -> Response:
-        keep, kind = request.query_value("keep"), request.query_value("kind")
+        keep, kind = request.query_value("keep"), _kind(request, "login")
         if keep not in {None, "current"}:
             raise InvalidRequest('keep: must be "current".')
-        if kind not in _KINDS:
-            raise InvalidRequest('kind: must be "login", "named" or "all".')
         kept = request.token if keep else None
-        revoked = await self._tokens.revoke_all(_username(request), kept, _KINDS[kind])
+        revoked = await self._tokens.revoke_all(_username(request), kept, kind)
         return JSONResponse(RevokedAnswer(revoked))
 
     async def revoke(self, request: Request) -> Response:
@@ -147,6 +145,16 @@ def _check_unlimited(token: Token) -> None:
 
 def _requester(request: Request) -> Requester:
     return Requester(request.client_address, request.user_agent, request.disconnect_check, request.token.digest)
+
+
+def _kind(request: Request, default: str) -> TokenKind | None:
+    """Return the kind of tokens that `?kind=` chooses; None is all."""
+    kind = request.query_value("kind")
+    if kind is None:
+        kind = default
+    if kind not in _KINDS:
+        raise InvalidRequest('kind: must be "login", "named" or "all".')
+    return _KINDS[kind]
 
 
 def _username(request: Request) -> str:

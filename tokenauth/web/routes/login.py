@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tokenauth.addresses import network
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Refusal, RetryLater, StoreUnavailable, TooManyAttempts
 from tokenauth.logs import log
-from tokenauth.models import Login, Token
+from tokenauth.models import Login, Token, TokenKind
 from tokenauth.settings.model import Settings
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import TWO_COOKIES
@@ -213,12 +213,11 @@ class LoginRoutes:
             login, headers, _ = await self._find_login(request)
             if login is None:
                 return see_other(LOGIN, headers)
-            listed = await self._tokens.list_live(login.user.username)
+            logins = await self._list(login, "login")
+            named = await self._list(login, "named")
         except RetryLater as refusal:
             return self._login_page(request, "", refusal=refusal)
-        described = [_describe(token, login.token) for token in listed]
-        logins = sorted((one for one in described if one["name"] is None), key=lambda one: not one["current"])
-        named = [one for one in described if one["name"] is not None]
+        logins.sort(key=lambda one: not one["current"])
         csrf, form_headers = self._form_value(request)
         return self._pages.render(
             "home.html",
@@ -230,6 +229,10 @@ class LoginRoutes:
             more_named=max(0, len(named) - _SHOWN),
             csrf=csrf,
         )
+
+    async def _list(self, login: Login, kind: TokenKind) -> list[dict[str, object]]:
+        listed = await self._tokens.list_live(login.user.username, kind)
+        return [_describe(token, login.token) for token in listed]
 
     # The cookie and the forms
 
