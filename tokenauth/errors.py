@@ -102,10 +102,10 @@ class TooManyTokens(Refusal):
 
 
 class AlreadyRotated(Refusal):
-    """A newer token has the same name."""
+    """The token was rotated before."""
 
     code = "already_rotated"
-    description = "The token was rotated already. Rotate the newest token of its name, or end it."
+    description = "The token was rotated already. Rotate the newest token of its name, or end it and make a new one."
 
 
 class NotRenewable(Refusal):

@@ -106,7 +106,8 @@ class Token(NamedTuple):
     This is a tuple because every lookup makes one, and a database row already is one.
 
     expires_at: when it ends: a whole second, so the time that clients see is exactly the time that is enforced.
-    max_expires_at: the latest time to which its use can move `expires_at`; None if its lifetime is fixed.
+    max_expires_at: the latest time to which its use can move `expires_at`; None if its lifetime is fixed. A named token
+        that was rotated has its end here, too.
     used_at: the last use that was noted; `issued_at` if none was.
     address, user_agent: who asked for it.
     name: None for a login.

@@ -75,7 +75,8 @@ class NamedTokens:
     async def rotate(self, id: str, username: str | None, overlap: Duration, requester: Requester) -> IssuedToken:
         """Return a successor of the token with this public id, with the same name, scopes and length of life.
 
-        The token itself ends after `overlap`; 0 is at once. `username` None: it may be any user's.
+        The token itself ends after `overlap`; 0 is at once. It cannot be rotated again. `username` None: it may be any
+        user's.
         Raises InvalidRequest, UnknownToken, AlreadyRotated, TooManyTokens, InvalidToken as `issue` does, ClientGone or
         StoreUnavailable.
         """
@@ -84,7 +85,7 @@ class NamedTokens:
         if token is None or token.name is None or username not in {None, token.username} or not self._is_live(token):
             raise UnknownToken("There is no named token with this id.")
         user = self._user(token.username)
-        length = token.expires_at - int(token.issued_at)  # less if it is ending, and its successor was revoked
+        length = token.expires_at - int(token.issued_at)
         issued = self._new(user, token.name, token.scopes, length, requester)
         now = issued.token.issued_at
         refusal = await self._store.tokens.rotate(

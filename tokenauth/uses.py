@@ -86,7 +86,7 @@ class Uses:
 
         Raises NotRenewable, InvalidToken if it has ended, or StoreUnavailable.
         """
-        if self._idle is None or token.max_expires_at is None:
+        if self._idle is None or token.max_expires_at is None or token.kind != "login":
             raise NotRenewable
         for _ in range(_RENEW_ATTEMPTS):
             now = self._clock()

@@ -99,7 +99,7 @@ async def test_every_cache_has_the_new_end_of_the_old_one(place: Place, other: P
     for each in (place, other):
         old = await each.tokens.get(named(1).digest)
         assert old is not None
-        assert (old.expires_at, old.max_expires_at) == (end, None)
+        assert (old.expires_at, old.is_extendable) == (end, False)
         assert await each.tokens.list("ann", START, 10) == [named(2), old]
     assert await place.tokens.list("ann", end, 10) == [named(2)]
 
@@ -107,7 +107,20 @@ async def test_every_cache_has_the_new_end_of_the_old_one(place: Place, other: P
 async def test_an_overlap_never_extends_the_old_one(tokens: TokenStore) -> None:
     await issue(tokens, named(1, life=10))
     assert await rotate(tokens, named(1, life=10), named(2), 60) is None
-    assert await tokens.get(named(1).digest) == named(1, life=10)
+    old = await tokens.get(named(1).digest)
+    assert old is not None
+    assert (old.expires_at, old.is_extendable) == (int(START) + 10, False)
+
+
+@pytest.mark.parametrize(("life", "overlap"), [(1000, 60), (10, 60)])
+async def test_a_token_is_rotated_once(tokens: TokenStore, life: int, overlap: int) -> None:
+    """Also after its successor was revoked: the next one would live only as long as the overlap has left it."""
+    await issue(tokens, named(1, life=life))
+    assert await rotate(tokens, named(1), named(2), overlap) is None
+    await tokens.revoke(named(2).digest, START)
+    assert isinstance(await rotate(tokens, named(1), named(3), overlap), AlreadyRotated)
+    assert isinstance(await rotate(tokens, named(1), named(3), 0), AlreadyRotated)
+    assert [one.id for one in await tokens.list("ann", START, 10)] == [named(1).id]
 
 
 async def test_only_the_newest_of_a_name_is_rotated(tokens: TokenStore) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.servers import START, write_config
-from tokenauth.errors import InvalidToken, NameTaken, StoreUnavailable, UnknownToken
+from tokenauth.errors import AlreadyRotated, InvalidToken, NameTaken, StoreUnavailable, UnknownToken
 from tokenauth.models import IssuedToken, User
 from tokenauth.named_tokens import Requester
 from tokenauth.service import Service, create_service
@@ -112,6 +112,18 @@ async def test_it_ends_with_its_user(opener: Opener) -> None:
             await issue(service, "another")
         with pytest.raises(UnknownToken):
             await service.named_tokens.rotate(made.token.id, None, 0, REQUESTER)
+
+
+async def test_each_successor_lives_as_long_as_the_first(opener: Opener) -> None:
+    service = await opener.open()
+    token = (await service.named_tokens.issue("ann", "nightly", None, "5d", REQUESTER)).token
+    for age in (1, 1.5 * DAY, 5 * DAY - 1, 5 * DAY - 0.001):
+        opener.now = int(token.issued_at) + age
+        new = (await service.named_tokens.rotate(token.id, "ann", "1h", REQUESTER)).token
+        assert new.expires_at - int(new.issued_at) == 5 * DAY
+        with pytest.raises(AlreadyRotated):
+            await service.named_tokens.rotate(token.id, "ann", 0, REQUESTER)
+        token = new
 
 
 async def test_a_shorter_maximum_applies_to_a_rotation(opener: Opener) -> None:

@@ -108,7 +108,7 @@ class TokenStore:
         """Store the successor of a live named token, and end that token at `ends_at`, unless it ends before.
 
         Returns why nothing was changed: InvalidToken if the login `by` was revoked, UnknownToken, AlreadyRotated if it
-        has a successor, or TooManyTokens if too many rotated tokens of its name are live. An `ends_at` that is not
+        had a successor, or TooManyTokens if too many rotated tokens of its name are live. An `ends_at` that is not
         after `now` revokes it.
         After this returns, no `get` of any process returns the token with a later end.
         """

@@ -167,7 +167,7 @@ _REFUSALS: Mapping[type[errors.Refusal], tuple[errors.Refusal, str]] = {
         (errors.LoginNeeded(), "The token that was sent is a named one, or has only some of its user's scopes."),
         (errors.NameTaken(), "The user has a live token of this name."),
         (errors.TooManyTokens(), "The user has too many named tokens. None was ended."),
-        (errors.AlreadyRotated(), "A newer token has the same name."),
+        (errors.AlreadyRotated(), "The token was rotated before. A newer one has its name, or had it."),
         (errors.NotRenewable(), "The lifetime of the token is fixed."),
         (errors.PoolFull(), "The pool has too little room. No token was generated."),
         (errors.NoFreeToken(30), "No token is free. `Retry-After` says when the next lease ends."),

@@ -447,6 +447,8 @@ def test_a_token_is_rotated_once(client: httpx.Client, ann: Header) -> None:
     newest = rotate(client, ann, new["id"]).json()
     assert [probe(client, each["token"]) for each in (old, new, newest)] == [True, False, True]
     assert refusal(rotate(client, ann, new["id"])) == (404, "not_found")
+    assert client.delete(f"/api/tokens/{newest['id']}", headers=ann).status_code == 204
+    assert refusal(rotate(client, ann, old["id"])) == (409, "already_rotated"), "it would live only for an hour"
 
 
 def test_only_a_live_named_token_is_rotated(client: httpx.Client, clock: HandClock, ann: Header) -> None:

@@ -75,7 +75,14 @@ def granted(client: httpx.Client, **more: str) -> str:
     return str(client.post("/oauth/token", data=form).json()["access_token"])
 
 
-@pytest.mark.parametrize("make", [named, granted, lambda client: granted(client, scope="read")])
+def rotated(client: httpx.Client) -> str:
+    login = {"X-Token": log_in(client)}
+    made = client.post("/api/tokens", json={"name": "hourly"}, headers=login).json()
+    client.post(f"/api/tokens/{made['id']}/rotate", json={"overlap": "1d"}, headers=login)
+    return str(made["token"])
+
+
+@pytest.mark.parametrize("make", [named, rotated, granted, lambda client: granted(client, scope="read")])
 def test_fixed_lifetimes_cannot_be_renewed(client: httpx.Client, make: Callable[[httpx.Client], str]) -> None:
     """But the tokens are valid, and for longer than logins."""
     token = make(client)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from sqlalchemy import Float, LargeBinary, bindparam, select, update
+from sqlalchemy import BigInteger, Float, LargeBinary, bindparam, case, select, update
 
 from tokenauth.errors import AlreadyRotated, InvalidToken, NameTaken, Refusal, TooManyTokens, UnknownToken
 from tokenauth.models import Instant, Token
@@ -16,7 +16,7 @@ MAX_OF_NAME = 5
 """Maximum number of live tokens of one name. All but the newest were rotated and are about to end."""
 
 _NAMED = (
-    select(tokens.c.digest, tokens.c.name, tokens.c.credential)
+    select(tokens.c.digest, tokens.c.name, tokens.c.credential, tokens.c.max_expires_at)
     .where(
         tokens.c.username == bindparam("username"),
         tokens.c.name.is_not(None),
@@ -25,10 +25,12 @@ _NAMED = (
     .order_by(tokens.c.number)
 )
 _EXISTS = select(tokens.c.digest).where(tokens.c.digest == bindparam("digest", type_=LargeBinary()))
+_end = bindparam("end", type_=BigInteger())
+_last = case((tokens.c.expires_at > _end, _end), else_=tokens.c.expires_at)
 _SHORTEN = (
     update(tokens)
-    .where(tokens.c.digest == bindparam("of"), tokens.c.expires_at > bindparam("end"))
-    .values(expires_at=bindparam("end"), max_expires_at=None)
+    .where(tokens.c.digest == bindparam("of", type_=LargeBinary()))
+    .values(expires_at=_last, max_expires_at=_last)  # that they are the same marks what was rotated
 )
 
 
@@ -36,6 +38,11 @@ class _Named(NamedTuple):
     digest: bytes
     name: str
     credential: str
+    max_expires_at: int | None
+
+    @property
+    def rotated(self) -> bool:
+        return self.max_expires_at is not None
 
 
 @dataclass(slots=True)
@@ -75,7 +82,7 @@ class Rotate(Change[Refusal | None]):
     """Add the successor of a named token, and end that token at `ends_at` at the latest.
 
     The answer is why nothing was changed: InvalidToken, UnknownToken, AlreadyRotated or TooManyTokens. The token is
-    never extended.
+    never extended, and rotated once: its lifetime is no longer the one with which it was issued.
 
     by: digest of the login that asks for it, which must not be revoked; None for an operator.
     """
@@ -88,7 +95,7 @@ class Rotate(Change[Refusal | None]):
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Refusal | None]:
-        """Rotate the tokens that are the newest of their names."""
+        """Rotate the tokens that are the newest of their names and were not rotated before."""
         _lock(db, [change.successor for change in changes])
         return [change._make(db) for change in changes]
 
@@ -97,14 +104,15 @@ class Rotate(Change[Refusal | None]):
             return InvalidToken()
         name = self.successor.name
         live = _live(db, self.successor.username, self.credentials, self.now)
-        digests = [row.digest for row in live if row.name == name]
-        if self.digest not in digests:
+        of_name = [row for row in live if row.name == name]
+        old = next((row for row in of_name if row.digest == self.digest), None)
+        if old is None:
             return UnknownToken()
-        if self.digest != digests[-1]:
+        if old.rotated or old is not of_name[-1]:
             return AlreadyRotated()
         if self.ends_at <= self.now:
             revoke(db, [self.digest], self.now)
-        elif len(digests) < MAX_OF_NAME:
+        elif len(of_name) < MAX_OF_NAME:
             db.execute(_SHORTEN, {"of": self.digest, "end": self.ends_at})
             log_revoked(db, [self.digest], self.now)
         else:
