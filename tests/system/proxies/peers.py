@@ -112,7 +112,10 @@ _PAGE = b"""<!doctype html><title>app</title><h1>Private page of %b</h1>
 
 
 class Upstream(Peer):
-    """The application. It accepts all requests, and records them. It opens WebSockets, except at /ws/refused."""
+    """The application. It accepts all requests, and records them. It opens WebSockets, except at /ws/refused.
+
+    Browsers may cache its pages. It says so at /cached only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,9 +137,11 @@ class Upstream(Peer):
             content, kind = b"in", b"text/plain"
             if any(b"text/html" in value for value in request.values("Accept")):
                 content, kind = _PAGE % b", ".join(request.values("X-Auth-User")), b"text/html"
-            writer.write(
-                b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (kind, len(content), content)
-            )
+            status = b"404 Not Found" if request.target == b"/missing" else b"200 OK"
+            cache = b"Cache-Control: max-age=60\r\n" if request.target == b"/cached" else b""
+            writer.write(b"HTTP/1.1 %b\r\nContent-Type: %b\r\n%b" % (status, kind, cache))
+            writer.write(b"Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n")
+            writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(content), content))
             await writer.drain()
 
     async def _echo(self, key: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -45,7 +45,14 @@ def browser(port_443: Relay) -> Iterator[Browser]:
         skip_without("chromium", "apt-get install chromium")
     address = f"127.0.0.1:{port_443.port}"
     flags = [*FLAGS, f"--host-resolver-rules=MAP *.example.com {address}"]
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=flags) as chromium:
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(
+            executable_path=path,
+            args=flags,
+            ignore_default_args=["--disable-back-forward-cache"],  # people's browsers have it, too
+        ) as chromium,
+    ):
         yield chromium
 
 
@@ -130,10 +137,20 @@ return_to = ["http://localhost:{port}"]
             expect(page.get_by_role("heading")).to_have_text("Private page of ann")
             page.get_by_role("button", name="Send").click()
             expect(page.get_by_role("heading")).to_have_text("Private page of ann")
+            for target in ("/y", "/z"):
+                page.goto(f"http://localhost:{port}{target}")
+                expect(page.get_by_role("heading")).to_have_text("Private page of ann")
             page.goto(f"http://localhost:{own}/logout")
             page.get_by_role("button", name="Log out").click()
             expect(page.get_by_role("heading")).to_have_text("You are logged out")
             _take(proxy)
+            page.go_back()
+            expect(page.get_by_role("heading")).to_have_text("Not logged in")
+            for _ in ("/z", "/y"):
+                page.go_back()
+                expect(page.get_by_role("heading")).to_have_text("Log in")
+            page.reload()
+            expect(page.get_by_role("heading")).to_have_text("Log in")
             page.goto(address)
             expect(page.get_by_role("heading")).to_have_text("Log in")
             assert _take(proxy) == []

@@ -3,12 +3,16 @@
 import pytest
 
 from tests.support.servers import Server, log_in
+from tests.system.proxies.peers import ask
 from tests.system.proxies.running import Proxy
 
 STRANGER = "x" * 64
 """An unknown token."""
 
 IDENTITY = ("X-Auth-User", "X-Auth-Scopes", "X-Auth-Expires")
+
+REPLACE_CACHE_CONTROL = {"traefik"}
+"""Proxies that cannot keep the Cache-Control of the application."""
 
 SPELLINGS = [
     *(spelling for name in IDENTITY for spelling in (name, name.lower(), name.upper())),
@@ -81,6 +85,38 @@ def test_a_revoked_token_is_refused_at_once(proxy: Proxy, server: Server) -> Non
             assert client.delete("/api/token", headers={"X-Token": token}).status_code == 200
             reply, arrived = proxy.ask("/", token)
             assert (reply.status, arrived) == (401, [])
+
+
+def test_browsers_keep_an_answer_only_if_told_to(proxy: Proxy, ann: str) -> None:
+    """Otherwise they would show it from their cache after a log-out."""
+    for target, kept in (
+        ("/", "no-store"),
+        ("/reports/x", "no-store"),
+        ("/missing", "no-store"),
+        ("/cached", "max-age=60"),
+    ):
+        reply, [_] = proxy.ask(target, ann)
+        replaced = proxy.name in REPLACE_CACHE_CONTROL
+        assert reply.headers.get_all("Cache-Control") == ["no-store" if replaced else kept], target
+
+
+READYZ = [
+    "/readyz",
+    "/readyz?x",
+    "/%72eadyz",
+    "//readyz",
+    "/./readyz",
+    "/x/../readyz",
+    "http://auth.example.com/readyz",
+]
+
+
+def test_the_login_host_does_not_publish_readyz(proxy: Proxy) -> None:
+    for target in READYZ:
+        reply = ask(proxy.port, target, host="auth.example.com")
+        assert reply.status in {400, 404, 418}, target
+        assert b'ready"' not in reply.body, target
+    assert ask(proxy.port, "/healthz", host="auth.example.com").status == 200
 
 
 def test_a_client_cannot_name_its_own_user(proxy: Proxy, bob: str) -> None:
