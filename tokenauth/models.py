@@ -378,10 +378,19 @@ class Assignment(NamedTuple):
 
 
 class LeaseChange(NamedTuple):
-    """A token after a request to change its lease, and whether the request was granted."""
+    """A token before a request to change its lease, and after it; None if the request was refused."""
 
-    token: PoolToken
-    granted: bool
+    before: PoolToken
+    after: PoolToken | None
+
+    @property
+    def granted(self) -> bool:
+        return self.after is not None
+
+    @property
+    def token(self) -> PoolToken:
+        """The token as it is now."""
+        return self.before if self.after is None else self.after
 
 
 class CountUpdate(NamedTuple):

@@ -164,20 +164,17 @@ class Pools:
         now = self._clock()
         _granted(await self._store.pools.release(pool, _checked(value), now, check), check, now)
 
-    async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> None:
-        """End the lease of any user, and log its user, who ended it and the reason. Raises UnknownToken, LeaseLost."""
-        now = self._clock()
-        token = await self._store.pools.get(pool, _checked(value), now)
-        if token is None:
-            raise UnknownToken
-        if check.fence is None:
-            check = check._replace(fence=token.fence)  # end exactly the lease that is logged
-        try:
-            _granted(await self._store.pools.release(pool, value, now, check), check, now)
-        except LeaseLost:
-            raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.") from None
-        ended = {"user": token.username, "holder": token.holder, "fence": check.fence}
-        log.warning("lease_force_released", pool=pool.name, **ended, by=by, reason=reason)
+    async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
+        """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
+        change = await self._store.pools.release(pool, _checked(value), self._clock(), check)
+        return _forced(pool, change, by, reason, taken=False).before
+
+    async def take_over(
+        self, pool: Pool, value: str, holder: str, username: str, check: LeaseCheck, reason: str | None
+    ) -> PoolToken:
+        """End the lease of any user, log it, and lease the token to `username`. Raises UnknownToken, LeaseLost."""
+        change = await self._store.pools.take_over(pool, _checked(value), holder, username, self._clock(), check)
+        return _forced(pool, change, username, reason, taken=True).token
 
     async def delete(self, pool: Pool, value: str) -> None:
         """Delete a token, free or leased. A pool with `prefill` gets a new one instead. Raises UnknownToken."""
@@ -241,6 +238,12 @@ def check_name(name: str, field: str = "holder") -> str:
     return name
 
 
+def check_label(text: str, field: str = "holder") -> str:
+    """Return a text that others see. Raises InvalidRequest as `check_name` does, and if it has the form of a token."""
+    values.refuse_value(text, field)
+    return check_name(text, field)
+
+
 def _granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
     """Return the changed token. Raises UnknownToken, NotYourLease or LeaseLost if the change was not granted."""
     if change is None:
@@ -250,6 +253,17 @@ def _granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> Poo
     if change.token.is_leased(now) and not check.matches_user(change.token):
         raise NotYourLease
     raise LeaseLost
+
+
+def _forced(pool: Pool, change: LeaseChange | None, by: str, reason: str | None, taken: bool) -> LeaseChange:
+    """Log whose lease was ended. Raises UnknownToken or LeaseLost if none was."""
+    if change is None:
+        raise UnknownToken
+    if not change.granted:
+        raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.")
+    ended = {"user": change.before.username, "holder": change.before.holder, "fence": change.before.fence}
+    log.info("lease_forced", pool=pool.name, **ended, by=by, reason=reason, taken=taken)
+    return change
 
 
 def _checked(value: str) -> str:

@@ -141,11 +141,11 @@ async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, ac
         leased = await second_lease(pools, pool)
         free = leased._replace(free_at=START + 1, holder=None)
         after = free if action == "release" else leased._replace(free_at=START + 61)
-        assert await touch(pools, action, START + 1, check, pool) == LeaseChange(after, True), check
+        assert await touch(pools, action, START + 1, check, pool) == LeaseChange(leased, after), check
         assert await pools.get(pool, "t1", START + 1) == after
     leased = await second_lease(pools, POOL)
     for check in LOST:
-        assert await touch(pools, action, START + 1, check) == LeaseChange(leased, False), check
+        assert await touch(pools, action, START + 1, check) == LeaseChange(leased, None), check
         assert await pools.get(POOL, "t1", START + 1) == leased
 
 
@@ -155,7 +155,7 @@ async def test_a_lease_that_has_ended_has_no_holder(pools: PoolStore, action: st
     await pools.generate(POOL, ["t1"], START)
     leased = (await pools.assign(POOL, "ann", START)).token
     assert leased is not None
-    assert await touch(pools, action, START + 60, check) == LeaseChange(leased, False), "at `until` it is over"
+    assert await touch(pools, action, START + 60, check) == LeaseChange(leased, None), "at `until` it is over"
     assert await lease(pools, now=START + 60, holder="bob") == "t1"
     if check.holder == "ann":
         touched = await touch(pools, action, START + 61, check)
@@ -164,7 +164,7 @@ async def test_a_lease_that_has_ended_has_no_holder(pools: PoolStore, action: st
         assert touched.token.lease(START + 61) == ("bob", START + 120)
     await pools.release(POOL, "t1", START + 62)
     touched = await touch(pools, action, START + 62, check)
-    assert touched == LeaseChange(PoolToken("p", "t1", START + 62, None, fence=2), False)
+    assert touched == LeaseChange(PoolToken("p", "t1", START + 62, None, fence=2), None)
 
 
 async def test_an_extension_at_the_last_instant_is_complete(pools: PoolStore) -> None:
@@ -173,7 +173,9 @@ async def test_an_extension_at_the_last_instant_is_complete(pools: PoolStore) ->
     now = START
     for _ in range(10):  # far past `token_ttl`: a leased token does not expire
         now += 60 - JUST
-        assert await pools.keep_alive(POOL, "t1", now) == LeaseChange(PoolToken("p", "t1", now + 60, "ann", 1), True)
+        extended = await pools.keep_alive(POOL, "t1", now)
+        assert extended is not None
+        assert extended.after == PoolToken("p", "t1", now + 60, "ann", 1)
         assert (await pools.assign(POOL, "bob", now)).token is None
     assert await members(pools, now=now + 300 - JUST) == ["t1"]
     assert await members(pools, now=now + 300) == []
@@ -212,16 +214,16 @@ async def test_include_free_gives_a_free_token_its_full_time(pools: PoolStore, l
     assert await pools.keep_alive(POOL, "t1", START + 100) is not None
     now = START + 239
     kept = PoolToken("p", "t1", now, holder=None, fence=int(lapsed))
-    assert await pools.keep_alive(POOL, "t1", now, LeaseCheck("nobody", 99), include_free=True) == LeaseChange(
-        kept, True
-    )
+    touched = await pools.keep_alive(POOL, "t1", now, LeaseCheck("nobody", 99), include_free=True)
+    assert touched is not None
+    assert touched.after == kept
     assert await pools.get(POOL, "t1", now + 240 - JUST) == kept
     assert await pools.get(POOL, "t1", now + 240) is None
 
 
 async def test_without_include_free_a_free_token_is_not_touched(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
-    untouched = LeaseChange(PoolToken("p", "t1", START), False)
+    untouched = LeaseChange(PoolToken("p", "t1", START), None)
     assert await pools.keep_alive(POOL, "t1", START + 9) == untouched
     assert await pools.release(POOL, "t1", START + 9) == untouched
     assert await pools.get(POOL, "t1", START + 240) is None

@@ -45,6 +45,7 @@ WRITES: Mapping[str, Operation] = {
     "pools.keep_alive": lambda place: place.pools.keep_alive(POOL, "a", START),
     "pools.keep_alive_free": lambda place: place.pools.keep_alive_free(POOL, START, START, 10),
     "pools.release": lambda place: place.pools.release(POOL, "a", START),
+    "pools.take_over": lambda place: place.pools.take_over(POOL, "a", "ops", "ops", START),
     "pools.release_next": lambda place: place.pools.release_next(POOL, START),
     "pools.delete": lambda place: place.pools.delete(POOL, "a", START),
     "pools.purge": lambda place: place.pools.purge(POOL, START, 10),

@@ -33,6 +33,7 @@ CHEAP: dict[str, Ask] = {
     "keep_alive": lambda pools: pools.keep_alive(MOST_LEASED, "t300", START, LeaseCheck("ann", 1)),
     "keep_alive of a free token": lambda pools: pools.keep_alive(MOST_FREE, "t101", START, include_free=True),
     "release": lambda pools: pools.release(MOST_LEASED, "t300", START),
+    "take_over": lambda pools: pools.take_over(MOST_LEASED, "t300", "ops", "ops", START),
     "an unknown token": lambda pools: pools.release(MOST_LEASED, "t", START),
     "delete": lambda pools: pools.delete(MOST_LEASED, "t300", START),
     "delete with a successor": lambda pools: pools.delete(MOST_LEASED, "t300", START, "x"),

@@ -28,7 +28,7 @@ AGEING = replace(BOUNDED, name="ageing", ages_while_leased=True)
 TERMS = [PREFILLED, BOUNDED, UNBOUNDED, *FOR_EVER, AGEING, PREFILLED]
 
 OFTEN = {"assign": 3, "release": 3, "keep_alive": 2, "fit": 2, "delete": 2}
-ONCE = ["assign_at_once", "release_next", "generate", "refresh_free", "purge", "later", "edge", "restart"]
+ONCE = ["assign_at_once", "take_over", "release_next", "generate", "refresh_free", "purge", "later", "edge", "restart"]
 KINDS = ["nothing", *(kind for kind, weight in OFTEN.items() for _ in range(weight)), *ONCE]
 
 
@@ -155,6 +155,18 @@ class PoolTest:
         held = token is not None and self.model.holds(token, check)
         self._compare(touched, token, self.model.freed(token) if token is not None and held else None)
 
+    async def take_over(self, store: PoolStore, step: Step) -> None:
+        """Give a leased token to another user."""
+        value, now = self.model.pick(step.number), self.model.now
+        token, check = self._find_and_check(value, step)
+        touched = await store.take_over(self.pool, value, step.holder, "ops", now, check)
+        after = None
+        if token is not None and self.model.holds(token, check):
+            after = token._replace(
+                free_at=now + self.pool.lease_ttl, holder=step.holder, fence=token.fence + 1, username="ops"
+            )
+        self._compare(touched, token, after)
+
     def _find_and_check(self, value: str, step: Step) -> tuple[PoolToken | None, LeaseCheck]:
         token, (named, error) = self.model.find(value), step.holder_and_fence
         fence = None if error is None else (token.fence if token else 0) + error
@@ -164,7 +176,7 @@ class PoolTest:
         if token is None:
             assert touched is None
         else:
-            assert touched == LeaseChange(after or token, after is not None)
+            assert touched == LeaseChange(token, after)
             self.model.put(after or token)
 
     async def release_next(self, store: PoolStore, step: Step) -> None:

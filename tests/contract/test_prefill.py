@@ -104,7 +104,7 @@ async def test_leases_that_are_too_many_go_on(pools: PoolStore, capacity: int) -
     assert await pools.count(pool, START + 5) == PoolCounts(0, 4)
     for value in values:
         extended = await pools.keep_alive(pool, value, START + 6)
-        assert extended == LeaseChange(after[value]._replace(free_at=START + 66), True)
+        assert extended == LeaseChange(after[value], after[value]._replace(free_at=START + 66))
     assert (await pools.assign(pool, "more", START + 6))[:2] == (None, START + 66)
     for value in values:
         released = await pools.release(pool, value, START + 7)

@@ -90,11 +90,14 @@ class Server:
         found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
         return [line for line in found if name in {None, line["event"]}]
 
-    def wait(self, event: str, seconds: float = 60) -> dict[str, Any]:
-        """Wait until the server has logged an event, and return it. Fails with its log at a timeout or its end."""
+    def wait(self, event: str, seconds: float = 60, **fields: object) -> dict[str, Any]:
+        """Wait until the server has logged an event with these fields, and return it.
+
+        Fails with its log at a timeout or its end.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            found = self.events(event)
+            found = [line for line in self.events(event) if fields.items() <= line.items()]
             if found:
                 return found[0]
             if self.process.poll() is not None:

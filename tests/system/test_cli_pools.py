@@ -50,9 +50,15 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
             "holder": "ann",
             "lease_expiry_time": lease["expiry_time"],
         }
-        released = run(home, "pool", "release", "licences", lease["token"])
+        release = ("pool", "release", "licences", lease["token"])
+        assert mistake(run(home, *release)) == ("The lease belongs to 'ann', holder 'ann': add --force to end it.")
+        assert mistake(run(home, *release, "--force", "--reason", "a\nb")).startswith("reason: ")
+        assert "--reason needs --force" in run(home, *release, "--reason", "x").stderr
+        assert ann.ask("PUT", f"/licences/leases/{lease['token']}").status == 200
+        released = run(home, *release, "--force", "--reason", "device is stuck")
         assert output(released) == "Released 1 token.\n"
-        assert recorded(released) == [{"event": "pool_lease_released", "pool": "licences"}]
+        ended = {"user": "ann", "holder": "ann", "fence": 1, "reason": "device is stuck"}
+        assert recorded(released) == [{"event": "pool_lease_released", "pool": "licences", **ended}]
         assert ann.ask("PUT", f"/licences/leases/{lease['token']}").status == 409
         assert mistake(run(home, "pool", "release", "licences", lease["token"])).startswith("The token is not leased")
         deleted = run(home, "pool", "delete", "licences", lease["token"])

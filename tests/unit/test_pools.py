@@ -148,6 +148,7 @@ NAMED: dict[str, Callable[[Pools, str], Awaitable[object]]] = {
     "keep_alive_any": lambda pools, value: pools.keep_alive_any(ROOMY, value),
     "release": lambda pools, value: pools.release(ROOMY, value),
     "force_release": lambda pools, value: pools.force_release(ROOMY, value, ANY_LEASE, "ops", None),
+    "take_over": lambda pools, value: pools.take_over(ROOMY, value, "ops", "ops", ANY_LEASE, None),
     "delete": lambda pools, value: pools.delete(ROOMY, value),
     "get": lambda pools, value: pools.get(ROOMY, value),
 }

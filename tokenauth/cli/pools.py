@@ -16,9 +16,10 @@ from tokenauth.cli.base import (
 )
 from tokenauth.errors import LeaseLost, UnknownPool
 from tokenauth.logs import audit
+from tokenauth.models import LeaseCheck
 
 if TYPE_CHECKING:
-    from tokenauth.models import Pool
+    from tokenauth.models import Pool, PoolToken
     from tokenauth.service import Service
 
 
@@ -96,20 +97,40 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
         click.echo("\n".join(values))
 
 
-@pool.command("release", epilog="Example: tokenauth pool release licences 3f0c...")
+@pool.command("release", epilog="Example: tokenauth pool release licences 3f0c... --force --reason 'device is stuck'")
 @config_option
 @click.argument("name")
 @click.argument("token")
-def pool_release(config_file: str | None, name: str, token: str) -> None:
+@click.option("--force", is_flag=True, help="End the lease of a user.")
+@click.option("--reason", metavar="TEXT", help="Why, for the log. Needs --force.")
+def pool_release(config_file: str | None, name: str, token: str, force: bool, reason: str | None) -> None:
     """End the lease of a token.
 
-    It does not matter who holds it. Another client can lease the token at once.
+    A lease that belongs to a user needs --force. Another client can lease the token at once.
     """
+    if reason is not None and not force:
+        raise click.UsageError("--reason needs --force.")
+
+    async def release(service: "Service") -> "PoolToken":
+        pool, fence = _find(service, name, config_file), None
+        if not force:
+            found = await service.pools.get(pool, utf8(token))
+            lease, fence = found.lease(service.clock()), found.fence
+            if lease is not None and found.username is not None:
+                raise click.ClickException(
+                    f"The lease belongs to {found.username!r}, holder {lease.holder!r}: add --force to end it."
+                )
+        return await service.pools.force_release(pool, utf8(token), LeaseCheck(fence=fence), "", reason)
+
+    from tokenauth.pools import check_label
+
+    if reason is not None:
+        check_label(utf8(reason), "reason")
     try:
-        with_service(config_file, lambda service: service.pools.release(_find(service, name, config_file), utf8(token)))
+        ended = with_service(config_file, release)
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
-    audit("pool_lease_released", pool=name)
+    audit("pool_lease_released", pool=name, user=ended.username, holder=ended.holder, fence=ended.fence, reason=reason)
     click.echo("Released 1 token.")
 
 

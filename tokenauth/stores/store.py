@@ -46,6 +46,7 @@ from tokenauth.stores.changes.pools import (
     PurgePool,
     Release,
     ReleaseNext,
+    TakeOver,
 )
 from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
@@ -233,6 +234,12 @@ class PoolStore:
     async def release(self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE) -> LeaseChange | None:
         """End a lease if the check matches it; the token is free from now on. None if there is no such token."""
         return await self._engine.apply(Release(pool, value, check, now=now))
+
+    async def take_over(
+        self, pool: Pool, value: str, holder: str, username: str, now: Instant, check: LeaseCheck = ANY_LEASE
+    ) -> LeaseChange | None:
+        """End a lease if the check matches it, and lease the token to another user. None if there is no such token."""
+        return await self._engine.apply(TakeOver(pool, value, check, holder, username, now=now))
 
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
         """End the lease that would end first, of a user or of all users; False if there is none.

@@ -86,6 +86,7 @@ FIELDS: Mapping[str, str] = {
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do, and what a token is limited to. Null: it is not limited.",
     "token": "The value of the token.",
+    "take": "With `force`: lease the token to me.",
     "token_type_hint": "Ignored.",
     "ttl": "How long the token lives. Default: `tokens.named_ttl`.",
     "user": "The user who holds the lease.",
@@ -600,12 +601,21 @@ POOLS = Section(
                 id="releaseToken",
                 title="Release a leased token",
                 text="Ends the lease; the token is free at once. With `force=true`, a manager of the pool ends the"
-                " lease of another user, and can give a `reason`, which is logged.",
-                parameters=[_POOL, _POOL_TOKEN, Parameter("force", "End the lease of another user.", bool)],
+                " lease of another user, and can give a `reason`, which is logged. With `take=true` too, the manager"
+                " gets the token in the same step, with a new lease.",
+                parameters=[
+                    _POOL,
+                    _POOL_TOKEN,
+                    Parameter("force", "End the lease of another user.", bool),
+                    Parameter("take", "With `force`: lease the token to me.", bool),
+                ],
                 body=pools.ReleaseRequest,
                 body_required=False,
                 example={"holder": "build-7"},
-                answers=[Answer(204, "The lease has ended.")],
+                answers=[
+                    Answer(204, "The lease has ended."),
+                    Answer(200, "The lease has ended, and this is the new one.", pools.LeaseAnswer, _LEASE),
+                ],
                 refusals=[*_IN_POOL, errors.UnknownToken, *JSON_BODY, errors.LeaseLost, errors.NotYourLease],
             ),
             Operation(

@@ -74,10 +74,11 @@ class ExampleRunner:
             example = described["requestBody"]["content"][operation.body]["example"]
             options["data" if operation.body == FORM else "json"] = self._translate(example)
         answer = self._client.request(operation.method, path, **options)
-        (granted,) = (int(status) for status in described["responses"] if status.startswith("2"))
-        assert answer.status_code == granted, (operation.id, answer.text)
+        granted = str(answer.status_code)
+        assert granted in described["responses"], (operation.id, answer.text)
+        assert granted.startswith("2"), (operation.id, answer.text)
         self._documented.check(answer)
-        content = described["responses"][str(granted)].get("content", {}).get("application/json")
+        content = described["responses"][granted].get("content", {}).get("application/json")
         if content is not None and operation.path != "/openapi.json":
             shown = content["example"] if "example" in content else content["examples"]["answer 1"]["value"]
             self._compare(operation.id, shown, answer.json())

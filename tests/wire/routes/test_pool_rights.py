@@ -161,8 +161,41 @@ def test_a_forced_release_is_logged(admin: PoolUser, ann: PoolUser, server: Serv
     admin.generate("p")
     lease = ann.assign("p", "ci")
     admin.call("DELETE", f"/p/leases/{lease.token}?force=true", {"reason": "device is stuck"})
-    line = server.wait("lease_force_released")
-    assert {key: line[key] for key in ("pool", "user", "holder", "by", "reason", "fence")} == {
+    line = server.wait("lease_forced", reason="device is stuck", taken=False)
+    assert {key: line[key] for key in ("pool", "user", "holder", "by", "reason", "fence", "taken")} == {
         "pool": "p", "user": "ann", "holder": "ci", "by": "admin", "reason": "device is stuck", "fence": 1,
+        "taken": False,
     }  # fmt: skip
     assert lease.token not in str(line)
+
+
+def test_a_manager_takes_a_lease_over_in_one_step(
+    admin: PoolUser, ann: PoolUser, bob: PoolUser, server: Server, clock: HandClock
+) -> None:
+    admin.generate("p")
+    lease = ann.assign("p", "ci")
+    clock.advance(30)
+    take = f"/p/leases/{lease.token}?force=true&take=true"
+    assert bob.call("DELETE", take) == refusal("insufficient_scope")
+    assert admin.call("DELETE", take, {"fence": 2}) == NOT_ENDED
+    status, taken = admin.call("DELETE", take, {"holder": "ci", "fence": 1, "reason": "I need it"})
+    assert status == 200
+    assert taken == {
+        "token": lease.token, "holder": "admin", "fence": 2, "expiry_time": lease.expiry_time + 30, "expires_in": 60,
+    }  # fmt: skip
+    assert ann.keep_alive("p", lease.token) == refusal("forbidden")
+    assert admin.keep_alive("p", lease.token, fence=2)[0] == 200
+    line = server.wait("lease_forced", taken=True)
+    assert (line["user"], line["holder"], line["fence"], line["by"]) == ("ann", "ci", 1, "admin")
+    assert line["reason"] == "I need it"
+    assert admin.release("p", lease.token) == (204, None)
+    assert admin.call("DELETE", take) == NOT_ENDED
+
+
+def test_nobody_takes_a_lease_over_without_force(admin: PoolUser, ann: PoolUser) -> None:
+    admin.generate("p")
+    lease = ann.assign("p")
+    for user in (admin, ann):
+        status, answer = user.call("DELETE", f"/p/leases/{lease.token}?take=true")
+        assert (status, answer["error_description"]) == (400, "take: goes with ?force=true only.")
+    assert ann.keep_alive("p", lease.token)[0] == 200

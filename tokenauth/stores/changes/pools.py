@@ -167,10 +167,9 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
                 continue
             number, token = found[change.value]
             after = change.changed(pool, token, now)
+            answers.append(LeaseChange(token, after))
             if after is None:
-                answers.append(LeaseChange(token, granted=False))
                 continue
-            answers.append(LeaseChange(after, granted=True))
             changed[number] = after
             if pool.is_live(after, now):
                 found[change.value] = number, after
@@ -198,6 +197,17 @@ class Release(LeaseUpdate):
 
     def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
         return pool.released(token, now) if self.check.matches(token, now) else None
+
+
+@dataclass(slots=True)
+class TakeOver(LeaseUpdate):
+    """End a lease and give the token to another user, with the next fence."""
+
+    holder: str
+    username: str
+
+    def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
+        return pool.leased(token, self.holder, self.username, now) if self.check.matches(token, now) else None
 
 
 @dataclass(slots=True)

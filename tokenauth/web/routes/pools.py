@@ -10,8 +10,7 @@ from starlette.responses import Response
 
 from tokenauth.errors import InvalidRequest
 from tokenauth.models import START_OF_LEASES, Identity, LeaseCheck, LeaseCursor, Pool, PoolToken
-from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_name
-from tokenauth.values import refuse_value
+from tokenauth.pools import MAX_COUNT, MAX_TEXT, Pools, check_label
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
@@ -94,7 +93,10 @@ class PoolRoutes:
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         """List the routes, the most used ones first: Starlette tries one after the other."""
         path = "/api/pools/{pool}"
-        leases = {"PUT": strict(self.keep_alive, body=True), "DELETE": strict(self.release, ["force"], body=True)}
+        leases = {
+            "PUT": strict(self.keep_alive, body=True),
+            "DELETE": strict(self.release, ["force", "take"], body=True),
+        }
         return [
             Route(f"{path}/leases/{{token}}", leases, middleware),
             Route(f"{path}/leases", {"POST": strict(self.assign, body=True)}, middleware),
@@ -139,7 +141,7 @@ class PoolRoutes:
         pool = self._pool(request)
         body = await request.json_body(_assign, empty=_EMPTY_ASSIGN)
         username = request.user.username
-        holder = username if body.holder is None else _label(body.holder)
+        holder = username if body.holder is None else check_label(body.holder)
         request.raise_if_disconnected()
         return _lease(pool, await self._pools.assign(pool, holder, username), 201)
 
@@ -154,14 +156,19 @@ class PoolRoutes:
         username = request.user.username
         if force := request.query_flag("force"):
             self._managed(request)
+        take = request.query_flag("take")
         body = await request.json_body(_release, empty=_EMPTY_RELEASE)
-        if body.reason is not None and not force:
-            raise InvalidRequest("reason: goes with ?force=true only.")
-        if force:
-            reason = None if body.reason is None else _label(body.reason, "reason")
-            await self._pools.force_release(pool, token, LeaseCheck(body.holder, body.fence), username, reason)
-        else:
+        if not force:
+            if take or body.reason is not None:
+                raise InvalidRequest(f"{'take' if take else 'reason'}: goes with ?force=true only.")
             await self._pools.release(pool, token, LeaseCheck(body.holder, body.fence, username))
+            return NO_CONTENT
+        reason = None if body.reason is None else check_label(body.reason, "reason")
+        check = LeaseCheck(body.holder, body.fence)
+        if take:
+            request.raise_if_disconnected()
+            return _lease(pool, await self._pools.take_over(pool, token, username, username, check, reason))
+        await self._pools.force_release(pool, token, check, username, reason)
         return NO_CONTENT
 
     def _pool(self, request: Request) -> Pool:
@@ -194,11 +201,6 @@ class PoolRoutes:
             shown.user, shown.holder, shown.lease_expiry_time = token.username, lease.holder, int(lease.until)
             shown.fence = token.fence
         return shown
-
-
-def _label(text: str, field: str = "holder") -> str:
-    refuse_value(text, field)
-    return check_name(text, field)
 
 
 def _cursor(after: str) -> LeaseCursor:
