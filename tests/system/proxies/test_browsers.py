@@ -1,6 +1,5 @@
 """A person uses an application behind each proxy, in a real Chromium over TLS, at the host names of the document."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,9 @@ from tests.support.ports import free_port
 from tests.support.servers import serve, worker, write_config
 from tests.support.skipping import skip_without
 from tests.system.browser.conftest import FLAGS
+from tests.system.proxies import test_one_host as one_host
 from tests.system.proxies.peers import Arrived, Relay
-from tests.system.proxies.running import DOCUMENT, PRODUCTS, Proxy, documented, running
+from tests.system.proxies.running import PRODUCTS, Proxy, running
 from tests.system.proxies.test_cookies import COOKIE, KEEP_COOKIES
 
 APP = "https://app.example.com"
@@ -160,12 +160,9 @@ return_to = ["http://localhost:{port}"]
 def test_login_page_and_application_share_a_host(browser: Browser, port_443: Relay, tmp_path: Path) -> None:
     """With nginx, and a cookie that no other host can set."""
     settings = f'[server]\ntrusted_proxies = ["127.0.0.1"]\n[browser]\nurl = "{APP}"'
-    [location] = re.findall(r"^```nginx\n( {4}location .*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-    [(path, text)] = ((path, text) for path, text in documented().items() if "nginx" in path)
-    files = {path: text.replace("    location / {", f"{location}\n    location / {{", 1)}
     with (
         worker(write_config(tmp_path, settings)) as issuer,
-        running("nginx", tmp_path / "nginx", issuer.port, files) as proxy,
+        running("nginx", tmp_path / "nginx", issuer.port, one_host.files()) as proxy,
         port_443.leading_to(proxy.tls_port),
         browser.new_context(ignore_https_errors=True) as context,
     ):

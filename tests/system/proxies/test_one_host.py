@@ -12,15 +12,20 @@ from tests.system.proxies.running import documented, running
 
 APP = "/etc/nginx/conf.d/app.conf"
 
+FIRST_QUESTION = "        location = /_auth/any {\n"
+"""The first line inside `location /_auth/` that is not a setting."""
 
-def _files() -> dict[str, str]:
-    """Return nginx's configuration as docs/browser-login.md says: without the second server, with the block."""
+
+def files() -> dict[str, str]:
+    """Return nginx's configuration as docs/browser-login.md says: without the second server, with its three blocks."""
     page = (ROOT / "docs" / "browser-login.md").read_text()
-    [block] = re.findall(r"^```nginx\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    [pages, polled, question] = re.findall(r"^```nginx\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     before, marker, _ = documented()[APP].partition("\n# The login page.\n")
     assert marker
     server, brace, rest = before.rpartition("}")
-    return {APP: f"{server}\n{block}{brace}{rest}"}
+    assert server.count(FIRST_QUESTION) == 1
+    server = server.replace(FIRST_QUESTION, question + FIRST_QUESTION)
+    return {APP: f"{server}\n{pages}{polled}{brace}{rest}"}
 
 
 def test_a_log_out_at_one_host_ends_the_token(tmp_path: Path) -> None:
@@ -29,7 +34,7 @@ def test_a_log_out_at_one_host_ends_the_token(tmp_path: Path) -> None:
     config = write_config(tmp_path, f'[browser]\nurl = "{url}"\n[server]\ntrusted_proxies = ["127.0.0.1"]')
     with (
         worker(config) as server,
-        running("nginx", tmp_path / "nginx", server.port, _files(), port=port) as proxy,
+        running("nginx", tmp_path / "nginx", server.port, files(), port=port) as proxy,
         httpx.Client(base_url=url) as browser,
         server.client() as client,
     ):
@@ -48,6 +53,10 @@ def test_a_log_out_at_one_host_ends_the_token(tmp_path: Path) -> None:
             [b"ann"],
             [b"tokenauth-form=" + visitor.cookies["tokenauth-form"].encode()],
         )
+        proxy.relay.take()
+        assert visitor.get("/api/live?since=1").status_code == 200
+        assert proxy.relay.take().startswith(b"GET /auth?cookie&touch=0 ")
+        assert [request.target for request in proxy.upstream.take()] == [b"/api/live?since=1"]
         assert probe(client, token)
         assert visitor.log_out().headers["location"] == "/logout?done=1"
         assert not probe(client, token)
