@@ -90,6 +90,10 @@ class Server:
         found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
         return [line for line in found if name in {None, line["event"]}]
 
+    def errors(self) -> list[dict[str, Any]]:
+        """Return the log events that are worse than a warning."""
+        return [event for event in self.events() if event["level"] not in {"info", "warning"}]
+
     def wait(self, event: str, seconds: float = 60, **fields: object) -> dict[str, Any]:
         """Wait until the server has logged an event with these fields, and return it.
 

@@ -22,6 +22,7 @@ from tokenauth.web.openapi import (
     FORM,
     JSON_BODY,
     NO_NUL,
+    STORE,
     X_TOKEN,
     Answer,
     Document,
@@ -146,8 +147,7 @@ TOKEN = Section(
                 *JSON_BODY,
                 exceptions.ForeignOrigin,
                 errors.TooManyAttempts,
-                errors.Overloaded,
-                errors.StoreUnavailable,
+                *STORE,
             ],
         ),
         Operation(
@@ -164,7 +164,7 @@ TOKEN = Section(
             answers=[
                 Answer(200, "Whether it is valid.", token.ValidityAnswer, {"valid": True, "expiry_time": _EXPIRES_AT})
             ],
-            refusals=[errors.InvalidRequest, errors.StoreUnavailable],
+            refusals=[errors.InvalidRequest, *STORE],
             security=[(), (X_TOKEN,), (BEARER,)],
         ),
         guarded(
@@ -183,7 +183,7 @@ TOKEN = Section(
                         {"valid": True, "expiry_time": _ISSUED_AT + 9000, "max_expiry_time": _EXPIRES_AT},
                     )
                 ],
-                refusals=[errors.NotRenewable, errors.Overloaded],
+                refusals=[errors.NotRenewable],
             )
         ),
         Operation(
@@ -386,7 +386,7 @@ _FORWARD_AUTH = Section(
                 errors.InvalidToken,
                 errors.InsufficientScope,
                 errors.Forbidden,
-                errors.StoreUnavailable,
+                *STORE,
                 exceptions.RetryableInternalError,
             ],
             security=[(X_TOKEN,), (BEARER,)],
@@ -711,8 +711,7 @@ _CLIENT: Refusals = (
     exceptions.BodyTooLarge,
     exceptions.InvalidClient,
     errors.TooManyAttempts,
-    errors.Overloaded,
-    errors.StoreUnavailable,
+    *STORE,
     exceptions.ForeignOrigin,
 )
 _CLIENT_SECURITY = ((), (BASIC,))

@@ -26,11 +26,14 @@ JSON_BODY: Sequence[type[errors.Refusal]] = (
 )
 """How a JSON body can be refused."""
 
+STORE: Sequence[type[errors.Refusal]] = (errors.Overloaded, errors.StoreUnavailable)
+"""How an operation that reads or writes the database can refuse."""
+
 TOKEN_GUARD: Sequence[type[errors.Refusal]] = (
     errors.InvalidRequest,
     errors.TokenRequired,
     errors.InvalidToken,
-    errors.StoreUnavailable,
+    *STORE,
 )
 """How an operation that requires a token can refuse a request before it looks at it."""
 

@@ -188,7 +188,7 @@ def connect(stack: ExitStack, servers: Iterable[Server]) -> Sequence[httpx.Clien
 
 def execute(config: Path, statement: str, *values: object) -> list[Any]:
     """Execute a statement in the database, past the workers."""
-    with closing(sqlite3.connect(config.with_name("tokenauth.db"))) as db, db:
+    with closing(sqlite3.connect(config.with_name("tokenauth.db"), timeout=60)) as db, db:
         return db.execute(statement, values).fetchall()
 
 

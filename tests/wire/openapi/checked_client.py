@@ -24,6 +24,11 @@ BODIES: dict[str | None, dict[str, Any]] = {
 """A body of each content type that every operation can read."""
 
 
+def example_path(operation: Operation) -> str:
+    """Return the path of an operation, with parameters that may not exist."""
+    return operation.path.format(**_EXAMPLES)
+
+
 class CheckedClient:
     """Sends requests and checks each response against the document."""
 
@@ -41,8 +46,8 @@ class CheckedClient:
         return answer
 
     def send_to(self, operation: Operation, user: str = "", **options: Any) -> httpx.Response:
-        """Send a request to an operation, with path parameters that may not exist."""
-        return self.send(operation.method, operation.path.format(**_EXAMPLES), user, **options)
+        """Send a request to an operation, at its example path."""
+        return self.send(operation.method, example_path(operation), user, **options)
 
     def token(self, user: str) -> str:
         """Log in and return the token."""

@@ -50,8 +50,8 @@ class Documented:
         (found,) = (each for each in self if each.method == method and _pattern(each.path).fullmatch(path))
         return found
 
-    def check(self, answer: httpx.Response) -> None:
-        """Fail unless the document has the status, media type, headers and body of the response."""
+    def check(self, answer: httpx.Response) -> Operation:
+        """Return the operation. Fail unless it documents the status, media type, headers and body of the response."""
         operation = self.find(answer.request.method, answer.request.url.path)
         what = f"{operation.method} {operation.path} answered {answer.status_code}"
         described = operation.described["responses"].get(str(answer.status_code))
@@ -67,6 +67,7 @@ class Documented:
                 body = answer.json() if media == "application/json" else answer.text
                 faults = [str(fault) for fault in self._validator(content[media]["schema"]).iter_errors(body)]
                 assert not faults, f"{what} with {body!r}: {faults}"
+        return operation
 
     def fits(self, schema: Mapping[str, Any], document: object) -> bool:
         """Return whether a value is valid for a schema of the document."""

@@ -234,6 +234,29 @@ def test_an_unreadable_body_is_refused_as_documented(api: CheckedClient, documen
             assert answer.status_code == STATUS[as_json if operation.body == JSON else as_form], operation
 
 
+ODD: dict[str, dict[str, Any]] = {
+    "an unknown parameter": {"params": {"unknown": "1"}},
+    "a long query": {"params": {"x": "y" * 9000}},
+    "many parameters": {"params": {f"x{number}": "1" for number in range(120)}},
+    "wrong values": {
+        "params": dict.fromkeys(
+            ["after", "force", "info", "keep", "kind", "limit", "scope", "token", "touch", "user"], "\0"
+        )
+    },
+    "a foreign page": {"headers": {"Origin": "https://foreign.example", "Sec-Fetch-Site": "cross-site"}},
+    "a rebound host": {"headers": {"Host": "foreign.example", "Sec-Fetch-Site": "same-origin"}},
+}
+"""Requests that some operations refuse."""
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_request_is_answered_as_documented(api: CheckedClient, documented: Documented, odd: str) -> None:
+    options = ODD[odd]
+    headers = {"X-Token": api.token("admin"), **PASSWORD, **options.get("headers", {})}
+    for operation in documented:
+        api.send_to(operation, **{**BODIES[operation.body], **options, "headers": headers})
+
+
 @pytest.mark.parametrize("value", ['[1, "x"]', "true"])
 def test_wrong_field_types_are_refused_as_documented(api: CheckedClient, documented: Documented, value: str) -> None:
     """Except by a log-out, which always succeeds. token-pool answers as for an unknown token."""

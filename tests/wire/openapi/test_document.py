@@ -188,3 +188,10 @@ def _references(node: Any) -> Iterator[str]:
     elif isinstance(node, list):
         for child in node:
             yield from _references(child)
+
+
+def test_what_needs_the_database_can_be_overloaded(served: Served) -> None:
+    """Each queue of the database is limited, that of writes and those of threads that read."""
+    for operation in served.documented:
+        codes = json.dumps(operation.described["responses"].get("503", {}))
+        assert ("store_unavailable" in codes) == ("overloaded" in codes), operation

@@ -196,7 +196,7 @@ def check(server: Server, requests: Sequence[Sent]) -> None:
     assert [(request, answer) for request, answer in refused if answer.status >= 500] == []
     assert [(request, answer) for request, answer in refused if not names_the_fault(answer)] == []
     assert len(refused) > len(answers) // 4
-    assert [event for event in server.events() if event["level"] not in {"info", "warning"}] == []
+    assert server.errors() == []
     assert "Traceback" not in server.log.read_text()
 
 

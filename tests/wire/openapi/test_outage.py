@@ -1,7 +1,8 @@
 """The responses of a server with a broken store or a full queue are documented."""
 
+import asyncio
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,9 +13,24 @@ import httpx
 import pytest
 
 from tests.support.servers import worker, write_config
-from tests.wire.openapi.checked_client import BODIES, FORM, GRANT, PASSWORD, CheckedClient, client_form, login
+from tests.wire.openapi.checked_client import (
+    BODIES,
+    FORM,
+    GRANT,
+    PASSWORD,
+    CheckedClient,
+    client_form,
+    example_path,
+    login,
+)
 from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
-from tests.wire.openapi.conformance import Documented
+from tests.wire.openapi.conformance import Documented, Operation
+from tokenauth.errors import Overloaded
+from tokenauth.service import Service, create_service
+from tokenauth.settings import loader
+from tokenauth.stores.batching import LIMIT
+from tokenauth.stores.changes.clock import SaveTime
+from tokenauth.web.app import build_app
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +95,48 @@ def test_not_ready_is_answered_as_documented(api: CheckedClient, directory: Path
         answer = api.send("GET", "/readyz")
         assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
     assert api.send("GET", "/readyz").status_code == 200
+
+
+async def fill_queue(service: Service) -> list[Awaitable[None]]:
+    """Add changes until no more may wait behind the commit that is being made."""
+    added: list[Awaitable[None]] = []
+    while len(added) < 2 * LIMIT:
+        try:
+            added.append(service.store.engine.apply(SaveTime(now=service.clock())))
+        except Overloaded:
+            await asyncio.sleep(0)  # until the commit has begun, with the first half
+    return added
+
+
+def example(operation: Operation) -> dict[str, Any]:
+    """Return the body that the document shows for an operation."""
+    if operation.body is None:
+        return {}
+    content = operation.described["requestBody"]["content"][operation.body]["example"]
+    return {"data" if operation.body == FORM else "json": content}
+
+
+async def test_a_full_queue_of_writes_is_refused_as_documented(tmp_path: Path, settings: str) -> None:
+    """Another program holds SQLite's lock meanwhile."""
+    service = create_service(loader.load(write_config(tmp_path, settings)))
+    transport = httpx.ASGITransport(build_app(service))
+    async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        documented = Documented((await client.get("/openapi.json")).json())
+        token = (await client.post("/api/token", **login("ann-secret"))).json()["token"]
+        headers = {"X-Token": token, **PASSWORD}
+        with closing(sqlite3.connect(tmp_path / "tokenauth.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            waiting = await fill_queue(service)
+            operations = [each for each in documented if each.id != "logOut"]  # it would end the token of the others
+            answers = await asyncio.gather(
+                *(
+                    client.request(each.method, example_path(each), headers=headers, **example(each))
+                    for each in operations
+                )
+            )
+        await asyncio.gather(*waiting, return_exceptions=True)
+    overloaded = {documented.check(answer).id for answer in answers if '"error":"overloaded"' in answer.text}
+    assert overloaded >= {"logIn", "assignToken", "keepLeaseAlive", "generateTokens", "tokenPoolGenerate"}
 
 
 def test_a_full_login_queue_is_refused_as_documented(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def scene(shared: Scene, server: Server) -> Iterator[Scene]:
     before = scene.admin.call("GET", "/any")
     yield scene
     assert scene.admin.call("GET", "/any") == before
-    assert [event for event in server.events() if event["level"] not in {"info", "warning"}] == []
+    assert server.errors() == []
     assert "Traceback" not in server.log.read_text()
 
 

@@ -5,12 +5,12 @@ from typing import Annotated
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
 from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_COUNT
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Section, schema_only
+from tokenauth.web.openapi import JSON_BODY, STORE, Answer, Operation, Section, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Handlers, when_complete
@@ -132,7 +132,7 @@ def _token_not_found() -> Response:
     return JSONResponse(FailureAnswer("Token not found"), 404)
 
 
-_BODY = (*JSON_BODY, StoreUnavailable)
+_BODY = (*JSON_BODY, *STORE)
 _EXAMPLE_VALUE = "5d1f69b3-7c8a-4ed0-8622-150959fee9cd"
 _EXAMPLE = {"token": _EXAMPLE_VALUE}
 _NOT_FOUND = Answer(404, "The token does not exist.", FailureAnswer, {"error": "Token not found"})
@@ -169,7 +169,7 @@ DOCUMENTATION = Section(
                     404, "No token is free.", FailureAnswer, {"error": "No free token available or token TTL expired"}
                 ),
             ],
-            refusals=[StoreUnavailable],
+            refusals=STORE,
         ),
         Operation(
             method="POST",

@@ -1,16 +1,17 @@
 """The HTTP of simple-token-implement: permits without names, behind one password."""
 
 import hmac
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, StoreUnavailable, TooManyAttempts
+from tokenauth.errors import InvalidCredentials, InvalidRequest, Refusal, TooManyAttempts
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings, PasswordDialectSettings
-from tokenauth.web.openapi import Answer, Document, Operation, Parameter, Section
+from tokenauth.web.openapi import STORE, Answer, Document, Operation, Parameter, Section
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Handler, Handlers, when_complete
@@ -105,7 +106,7 @@ def _info(request: Request) -> str:
 
 
 _SCHEMES = ("X-API-PASSWORD",)
-_LATER = (TooManyAttempts, Overloaded, StoreUnavailable)
+_LATER: Sequence[type[Refusal]] = (TooManyAttempts, *STORE)
 _INFO = Parameter("info", "A text that the answer repeats.", str, "from build 7")
 _UNAUTHORIZED = Answer(401, "The password is missing or wrong.", UnauthorizedAnswer, {"error": "Unauthorized"})
 _SCHEME: Document = {

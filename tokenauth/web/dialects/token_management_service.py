@@ -6,12 +6,12 @@ from typing import Annotated
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
+from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
 from tokenauth.models import LeaseCheck
 from tokenauth.pools import MAX_TEXT, check_name
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
-from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Section, schema_only
+from tokenauth.web.openapi import JSON_BODY, STORE, Answer, Operation, Section, schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Handlers, when_complete
@@ -128,7 +128,7 @@ def _token_required() -> Response:
     return _outcome("token is required", 400)
 
 
-_BODY = (*JSON_BODY, StoreUnavailable)
+_BODY = (*JSON_BODY, *STORE)
 _EXAMPLE_VALUE = "token_m3Kz8RwYqBc5VnXh9TjLp0DsFg6AeUo2iKxQ7rBtCy4ZjHvNwMaSfGdPl1EuOIqT"
 _EXAMPLE = {"token": _EXAMPLE_VALUE, "client_id": "client-7"}
 _NO_TOKEN = Answer(400, "No token was named.", OutcomeAnswer, {"message": "token is required"})
@@ -163,7 +163,7 @@ DOCUMENTATION = Section(
                 Answer(201, "The new token.", NewTokenAnswer, {"token": _EXAMPLE_VALUE}),
                 Answer(403, "The pool is full.", OutcomeAnswer, {"message": "Token pool size limit reached"}),
             ],
-            refusals=[StoreUnavailable],
+            refusals=STORE,
         ),
         Operation(
             method="POST",

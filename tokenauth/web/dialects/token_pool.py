@@ -7,11 +7,11 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
-from tokenauth.errors import NoFreeToken, PoolFull, StoreUnavailable, UnknownToken
+from tokenauth.errors import NoFreeToken, PoolFull, UnknownToken
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web.exceptions import NotFound
-from tokenauth.web.openapi import JSON_BODY, Answer, Operation, Parameter, Section
+from tokenauth.web.openapi import JSON_BODY, STORE, Answer, Operation, Parameter, Section
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Handlers, when_complete
@@ -117,7 +117,7 @@ _OPERATIONS = [
         title="Generate a token",
         text="Adds a free token to the pool.",
         answers=[Answer(200, "The new token.", UuidAnswer, {"token": _EXAMPLE_VALUE})],
-        refusals=[PoolFull, StoreUnavailable],
+        refusals=[PoolFull, *STORE],
     ),
     Operation(
         method="POST",
@@ -129,7 +129,7 @@ _OPERATIONS = [
             Answer(200, "The token.", BlockedAnswer, {"blocked_token": _EXAMPLE_VALUE}),
             Answer(404, "No token is free.", NoneFreeAnswer, {"error": "No free tokens"}),
         ],
-        refusals=[StoreUnavailable],
+        refusals=STORE,
     ),
     Operation(
         method="POST",
@@ -142,7 +142,7 @@ _OPERATIONS = [
             Answer(200, "It is extended.", ResponseAnswer, {"response": "Token refreshed successfully"}),
             _INVALID,
         ],
-        refusals=[NotFound, StoreUnavailable],
+        refusals=[NotFound, *STORE],
     ),
     Operation(
         method="DELETE",
@@ -157,7 +157,7 @@ _OPERATIONS = [
             Answer(200, "The token is deleted.", ResponseAnswer, {"response": "Token deleted successfully"}),
             _INVALID,
         ],
-        refusals=[*JSON_BODY, StoreUnavailable],
+        refusals=[*JSON_BODY, *STORE],
     ),
 ]
 
