@@ -19,8 +19,8 @@ LAYERS = [
     {"web.routes", "web.dialects"},
     {"web.app", "web.api_documentation"},
     {"server"},
-    {"cli"},
     {"client"},  # independent of the server
+    {"cli"},
 ]
 
 HOMES = {

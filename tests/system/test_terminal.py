@@ -15,6 +15,7 @@ from passlib.hash import argon2
 
 from tests.support.journal import until
 from tests.support.servers import ROOT, write_config
+from tests.support.wrapped import ended
 from tokenauth.settings import loader
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
@@ -61,6 +62,10 @@ class OnTerminal:
     def type(self, line: str) -> None:
         os.write(self._master, f"{line}\n".encode())
 
+    def press(self, letter: str) -> None:
+        """Press a letter together with Ctrl."""
+        os.write(self._master, bytes([ord(letter) & 0x1F]))
+
     def close(self) -> None:
         """Close the terminal, as when its window is closed."""
         while self._descriptors:
@@ -80,14 +85,6 @@ def on_terminal(directory: Path, command: str) -> Iterator[OnTerminal]:
 
 
 SERVE = '"$TOKENAUTH" serve --port 0'
-
-
-def ended(pid: int) -> bool:
-    """Return whether a process has ended; it may still be a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def stops_at_closing(found: OnTerminal) -> None:

@@ -1,4 +1,4 @@
-"""The command `tokenauth`, and its subcommands for the whole service. Others are in `users`, `tokens` and `pools`."""
+"""The command `tokenauth`, and its subcommands for the whole service. Others have modules of their own."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from tokenauth.cli.base import (
     with_service,
 )
 from tokenauth.cli.pools import pool
+from tokenauth.cli.run import run
 from tokenauth.cli.tokens import tokens
 from tokenauth.cli.users import user
 from tokenauth.errors import ConfigError
@@ -34,8 +35,8 @@ def main() -> None:
     logs.configure(quiet=True)
 
 
-for group in (user, tokens, pool):
-    main.add_command(group)
+for command in (user, tokens, pool, run):
+    main.add_command(command)
 
 
 @main.command(epilog="Example: tokenauth serve --config /etc/tokenauth/config.toml --workers 2")

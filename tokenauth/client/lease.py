@@ -48,6 +48,9 @@ class ClientLease(Generic[Event]):
     * **holder** - The name in which it is leased.
     * **fence** - The fencing token: a number that grows with each lease of this token. Send it along with each write to
     the resource that the lease protects, and have that resource refuse a smaller number than it has seen.
+    * **ttl** - Seconds for which it is leased from each keep-alive on.
+    * **ends_at** - When it ends unless it is kept alive again, by the `monotonic` clock of the client.
+    * **on_change** - Called after each change of `ends_at`, and when the lease is lost, if you set it.
     * **lost** - An event that is set as soon as the program can no longer rely on the lease: its time is up by the
     program's own clock, the server says that it is over, or the token was released. It is never cleared.
 
@@ -69,7 +72,8 @@ class ClientLease(Generic[Event]):
         self._monotonic = monotonic
         self._sent_at = monotonic()
         self._give_up_at = self._sent_at + wait
-        self._ttl = self._keep_alive_at = self._ends_at = math.inf
+        self.ttl = self._keep_alive_at = self.ends_at = math.inf
+        self.on_change: Callable[[], object] | None = None
         self._is_lost = self._released = False
         self.lost: Event = new_event(self)
 
@@ -102,12 +106,13 @@ class ClientLease(Generic[Event]):
 
     def _start(self, grant: Grant) -> None:
         # From when the request was sent: the server starts to count later.
-        self.token, self.holder, self.fence, self._ttl = grant
-        self._keep_alive_at = self._sent_at + self._ttl / 3
-        self._ends_at = self._sent_at + self._ttl
+        self.token, self.holder, self.fence, self.ttl = grant
+        self._keep_alive_at = self._sent_at + self.ttl / 3
+        self.ends_at = self._sent_at + self.ttl
+        self._changed()
 
     def _check_lost(self) -> bool:
-        if self._monotonic() >= self._ends_at:
+        if self._monotonic() >= self.ends_at:
             self._is_lost = True  # for good, even if a response that extends the lease arrives now
         return self._is_lost
 
@@ -116,14 +121,14 @@ class ClientLease(Generic[Event]):
 
         This is short, because a sleep does not count the time that the machine is suspended.
         """
-        return max(0.0, min(1, self._ttl / 100, min(until, self._ends_at) - self._monotonic()))
+        return max(0.0, min(1, self.ttl / 100, min(until, self.ends_at) - self._monotonic()))
 
     def _keep_alive_due(self) -> bool:
         return self._monotonic() >= self._keep_alive_at and not self._check_lost()
 
     def _kept_alive(self, response: httpx.Response | None) -> None:
         """Read the response, if there is one. After the lease is lost, it changes nothing."""
-        retry = min(1, self._ttl / 10) * random.uniform(0.5, 1)  # noqa: S311 # not a secret
+        retry = min(1, self.ttl / 10) * random.uniform(0.5, 1)  # noqa: S311 # not a secret
         self._keep_alive_at = self._monotonic() + retry
         try:
             grant = _read(response) if response is not None else None
@@ -151,11 +156,16 @@ class ClientLease(Generic[Event]):
     def _lose(self) -> None:
         self._is_lost = True
         self.lost.set()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def _lease_request(self, method: str) -> RequestArguments:
         self._sent_at = self._monotonic()
         url = f"{self._url}/{quote(self.token, safe='')}"
-        timeout = min(self._timeout, self._ttl / 3)  # a keep-alive that hangs leaves time for a second one
+        timeout = min(self._timeout, self.ttl / 3)  # a keep-alive that hangs leaves time for a second one
         return {"method": method, "url": url, "json": {"holder": self.holder, "fence": self.fence}, "timeout": timeout}
 
 

@@ -1,0 +1,418 @@
+"""`tokenauth run`: a command that runs while a token is leased, and is dead when the lease is over."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.connections import Connection
+from tests.support.journal import until
+from tests.support.pool_users import PoolUser
+from tests.support.ports import free_port
+from tests.support.servers import Server, worker
+from tests.support.tcp_proxy import Proxy
+from tests.support.wrapped import LOGIN, Wrapper, ended, guard_of, wrapping
+from tests.system.test_terminal import OnTerminal, on_terminal
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+
+TTL = 2
+"""Seconds that a lease lasts."""
+
+SLEEP = ("sh", "-c", "echo $$; exec sleep 1000")
+STUBBORN = ("sh", "-c", "trap 'echo got TERM' TERM; echo $$; while :; do sleep 0.05; done")
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return f"""
+        [pools]
+        permit = {{capacity = 1, prefill = true, lease_ttl = {TTL}}}
+        long = {{capacity = 1, prefill = true, lease_ttl = 600}}
+        guarded = {{capacity = 1, prefill = true, scope = "nobody-has-this"}}
+    """
+
+
+@pytest.fixture(scope="module")
+def server(config_file: Path) -> Iterator[Server]:
+    """Run a worker with the real clock: the processes of `tokenauth run` have no other."""
+    with worker(config_file) as running:
+        yield running
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[PoolUser]:
+    """Log in as the administrator, and make all tokens free."""
+    with Connection(server.port) as connection:
+        admin = PoolUser(connection)
+        for pool in ("permit", "long"):
+            admin.empty(pool)
+        yield admin
+
+
+@pytest.fixture
+def network(server: Server) -> Iterator[Proxy]:
+    """Return the network between `tokenauth run` and the server."""
+    with Proxy(server.port) as network:
+        yield network
+
+
+@pytest.fixture
+def wrap(tmp_path: Path, admin: PoolUser, network: Proxy) -> Iterator[Wrapper]:
+    """Return what starts `tokenauth run`, which connects through the network."""
+    with wrapping(tmp_path, f"http://127.0.0.1:{network.port}") as wrapper:
+        yield wrapper
+
+
+def is_leased(admin: PoolUser, pool: str) -> bool:
+    return admin.counts(pool) == (0, 1)
+
+
+def rival_leases(admin: PoolUser) -> None:
+    """Wait until another client gets the permit."""
+    until(lambda: admin.ask("POST", "/permit/leases").status == 201, "another client gets the permit")
+
+
+def lease_end(admin: PoolUser) -> int:
+    return int(admin.members("permit")[0]["lease_expiry_time"])
+
+
+def test_the_command_gets_the_lease_but_no_login(wrap: Wrapper, admin: PoolUser) -> None:
+    run = wrap("--pool", "long", "--holder", "ci-7", "--", "sh", "-c", "env; echo done; sleep 1000")
+    run.expect("done")
+    (lease,) = admin.members("long")
+    variables = dict(line.split("=", 1) for line in run.out.splitlines() if line.startswith("TOKENAUTH_"))
+    assert variables == {
+        "TOKENAUTH_URL": variables["TOKENAUTH_URL"],
+        "TOKENAUTH_LEASE_POOL": "long",
+        "TOKENAUTH_LEASE_TOKEN": lease["token"],
+        "TOKENAUTH_LEASE_FENCE": str(lease["fence"]),
+        "TOKENAUTH_LEASE_MEMBER": "",
+    }
+    assert (lease["user"], lease["holder"]) == ("ann", "ci-7")
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 3"], 3),
+        (["sh", "-c", "kill -9 $$"], 128 + signal.SIGKILL),
+        (["sh", "-c", "kill -TERM $$"], 128 + signal.SIGTERM),
+        (["no-such-command"], 127),
+        (["/etc/passwd"], 126),
+    ],
+)
+def test_the_exit_status_is_that_of_the_command(
+    wrap: Wrapper, admin: PoolUser, command: list[str], status: int
+) -> None:
+    run = wrap("--pool", "long", *command)
+    assert run.wait() == status
+    assert admin.counts("long") == (1, 0), "the token is released"
+    problems = {
+        127: "Error: no-such-command: No such file or directory.\n",
+        126: "Error: /etc/passwd: Permission denied.\n",
+    }
+    assert run.err == problems.get(status, "")
+
+
+def test_no_free_token_exits_with_75(wrap: Wrapper, admin: PoolUser) -> None:
+    admin.assign("long")
+    run = wrap("--pool", "long", "true")
+    assert run.wait() == 75
+    assert run.err == "Error: No token of the pool long was free in time.\n"
+
+
+def test_a_server_that_is_away_exits_with_69(wrap: Wrapper) -> None:
+    run = wrap("--pool", "long", "--wait", "1m", "true", url=f"http://127.0.0.1:{free_port()}")
+    assert run.wait() == 69
+    assert "tokenauth is unreachable" in run.err
+
+
+@pytest.mark.parametrize(
+    ("pool", "env"),
+    [
+        ("guarded", {}),
+        ("long", {"TOKENAUTH_PASSWORD": "wrong"}),
+        ("long", {"TOKENAUTH_TOKEN": "t" * 64}),
+    ],
+    ids=["scope", "password", "token"],
+)
+def test_a_refused_user_exits_with_77(wrap: Wrapper, pool: str, env: dict[str, str]) -> None:
+    run = wrap("--pool", pool, "true", **env)
+    assert run.wait() == 77
+    assert run.err.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "problem"),
+    [
+        (["--pool", "long"], {}, "Missing argument"),
+        (["true"], {}, "Missing option '--pool'"),
+        (["--pool", "long", "--nonsense", "true"], {}, "No such option '--nonsense'"),
+        (["--pool", "long", "--wait", "soon", "true"], {}, "'soon' is not a duration"),
+        (["--pool", "nowhere", "true"], {}, "no pool of this name"),
+        (["--pool", "long", "--url", "localhost:8000", "true"], {}, "url: must be http"),
+        (["--pool", "long", "true"], {"TOKENAUTH_USERNAME": ""}, "Set TOKENAUTH_TOKEN, or"),
+        (["--pool", "long", "true"], {"TOKENAUTH_TOKEN": "short"}, "TOKENAUTH_TOKEN is not a token"),
+        (["--pool", "long", "true"], {"TOKENAUTH_TOKEN_FILE": "missing"}, "missing cannot be read: No such file"),
+        (["--pool", "long", "true"], {"TOKENAUTH_PASSWORD_FILE": "missing"}, "Set TOKENAUTH_PASSWORD or"),
+    ],
+)
+def test_wrong_usage_exits_with_64(wrap: Wrapper, arguments: list[str], env: dict[str, str], problem: str) -> None:
+    run = wrap(*arguments, **env)
+    assert run.wait() == 64
+    assert problem in run.err
+    assert "short" not in run.err
+
+
+def test_a_token_in_a_file_is_a_login(wrap: Wrapper, admin: PoolUser, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(f"{admin.token}\n")
+    run = wrap("--pool", "long", *SLEEP, TOKENAUTH_TOKEN_FILE=str(tmp_path / "token"), TOKENAUTH_USERNAME="")
+    run.command()
+    assert admin.members("long")[0]["user"] == "admin"
+
+
+def test_the_lease_is_kept_while_the_command_runs(wrap: Wrapper, admin: PoolUser) -> None:
+    run = wrap("--pool", "permit", *SLEEP)
+    command = run.command()
+    first = lease_end(admin)
+    until(lambda: lease_end(admin) > first + TTL, "the lease is kept alive")
+    assert not ended(command)
+    os.kill(command, signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM
+    assert admin.counts("permit") == (1, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_are_passed_on_to_the_command(wrap: Wrapper, admin: PoolUser, number: signal.Signals) -> None:
+    name = number.name.removeprefix("SIG")
+    run = wrap("--pool", "long", "sh", "-c", f"trap 'exit 5' {name}; echo $$; while :; do sleep 0.05; done")
+    run.command()
+    run.signal(number)
+    assert run.wait() == 5
+    assert admin.counts("long") == (1, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_a_token(
+    wrap: Wrapper, admin: PoolUser, network: Proxy, number: signal.Signals
+) -> None:
+    before = admin.assign("long")
+    run = wrap("--pool", "long", "--wait", "10m", "touch", "ran")
+    until(lambda: bool(network.connections), "it asks for a token")
+    run.signal(number)
+    assert run.wait() == 128 + number
+    admin.release("long", before.token)
+    assert admin.counts("long") == (1, 0)
+    assert not (run.directory / "ran").exists()
+
+
+def test_a_waiting_command_starts_when_a_token_is_free(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
+    before = admin.assign("long")
+    run = wrap("--pool", "long", "--wait", "10m", *SLEEP)
+    until(lambda: bool(network.connections), "it asks for a token")
+    admin.release("long", before.token)
+    run.command()
+    assert admin.members("long")[0]["fence"] == before.fence + 1
+
+
+def test_a_lost_network_kills_before_anyone_gets_the_token(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
+    run = wrap("--pool", "permit", "--kill-after", "0.5s", *STUBBORN)
+    command = run.command()
+    network.cut()
+    rival_leases(admin)
+    assert ended(command)
+    assert "got TERM" in run.out, "it had time to stop"
+    network.heal()
+    assert run.wait() == 76
+    assert run.err.endswith("Error: The lease could not be kept, so the command was ended.\n")
+    assert is_leased(admin, "permit"), "the lease of the rival was not released"
+
+
+def test_a_frozen_network_is_like_a_cut_one(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
+    run = wrap("--pool", "permit", "--kill-after", "0", *STUBBORN)
+    command = run.command()
+    network.freeze()
+    rival_leases(admin)
+    assert ended(command)
+    network.heal()
+    assert run.wait() == 76
+
+
+def test_an_outage_shorter_than_the_lease_kills_nothing(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
+    run = wrap("--pool", "permit", "--kill-after", "0.1s", *SLEEP)
+    command = run.command()
+    first = lease_end(admin)
+    network.freeze()
+    until(lambda: lease_end(admin) <= first and bool(network.connections), "a keep-alive hangs")
+    network.heal()
+    until(lambda: lease_end(admin) > first + TTL, "the lease is kept alive again")
+    assert not ended(command)
+
+
+def test_a_stopped_wrapper_does_not_delay_the_kill(wrap: Wrapper, admin: PoolUser) -> None:
+    run = wrap("--pool", "permit", *STUBBORN)
+    command = run.command()
+    run.stop()
+    rival_leases(admin)
+    assert ended(command)
+    run.signal(signal.SIGCONT)
+    assert run.wait() == 76
+    assert is_leased(admin, "permit"), "the lease of the rival was not released"
+
+
+def test_a_killed_wrapper_ends_the_command_and_lapses(wrap: Wrapper, admin: PoolUser) -> None:
+    run = wrap("--pool", "permit", "--kill-after", "0.5s", *STUBBORN)
+    command = run.command()
+    run.signal(signal.SIGKILL)
+    run.expect("got TERM")
+    rival_leases(admin)
+    assert ended(command)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the parent-death signal of Linux")
+def test_killing_all_of_tokenauth_kills_the_command(wrap: Wrapper) -> None:
+    run = wrap("--pool", "long", *STUBBORN)
+    command = run.command()
+    guard = guard_of(run.process.pid)
+    run.stop()
+    os.kill(guard, signal.SIGKILL)
+    run.signal(signal.SIGKILL)
+    until(lambda: ended(command), "the command is killed")
+
+
+def test_a_killed_guard_ends_the_run(wrap: Wrapper, admin: PoolUser) -> None:
+    run = wrap("--pool", "long", *STUBBORN)
+    command = run.command()
+    os.kill(guard_of(run.process.pid), signal.SIGKILL)
+    assert run.wait() == 70
+    assert ended(command)
+    assert admin.counts("long") == (1, 0)
+
+
+def test_background_processes_of_the_command_die_too(wrap: Wrapper, admin: PoolUser) -> None:
+    """The command itself ends at SIGTERM, what it has started does not."""
+    script = "(trap '' TERM; while :; do sleep 0.05; done) & echo $!; wait"
+    run = wrap("--pool", "permit", "--kill-after", "0.5s", "sh", "-c", script)
+    child = run.command()
+    run.stop()
+    rival_leases(admin)
+    assert ended(child)
+
+
+def test_a_forced_release_ends_the_command(wrap: Wrapper, admin: PoolUser) -> None:
+    run = wrap("--pool", "permit", "--kill-after", "0.5s", *SLEEP)
+    command = run.command()
+    token = admin.members("permit")[0]["token"]
+    assert admin.ask("DELETE", f"/permit/leases/{token}?force=true").status == 204
+    assert run.wait() == 76
+    assert ended(command)
+
+
+def test_on_lost_warn_lets_the_command_go_on(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
+    run = wrap("--pool", "permit", "--on-lost", "warn", "sh", "-c", "echo $$; while [ ! -e end ]; do sleep 0.05; done")
+    command = run.command()
+    network.cut()
+    rival_leases(admin)
+    until(lambda: "The lease is lost. The command goes on without it." in run.err, "it says so")
+    assert not ended(command)
+    (run.directory / "end").touch()
+    assert run.wait() == 76, "0 would say that all went well"
+
+
+@contextmanager
+def shell(directory: Path, url: str, **jobs: str) -> Iterator[OnTerminal]:
+    """Run an interactive shell on a terminal. The jobs are scripts in its directory: so their text is not shown."""
+    for name, script in jobs.items():
+        (directory / name).write_text(script)
+    variables = " ".join(f"{name}={value}" for name, value in {**LOGIN, "TOKENAUTH_URL": url}.items())
+    with on_terminal(directory, f"export {variables}; exec bash --norc --noprofile --noediting -i 2>&1") as found:
+        found.type("PS1='prompt-'; run=\"$TOKENAUTH run --pool long\"")
+        found.expect("prompt-")
+        yield found
+
+
+def test_the_command_has_the_terminal_and_job_control(tmp_path: Path, server: Server, admin: PoolUser) -> None:
+    job = "echo ready; read line; echo line=$line; read line; echo second=$line; exec sleep 1000"
+    with shell(tmp_path, server.url, job=job) as terminal:
+        terminal.type("$run -- sh job")
+        terminal.expect("ready")
+        terminal.type("hello")
+        terminal.expect("line=hello")
+        terminal.press("Z")
+        terminal.expect("Stopped")
+        terminal.expect("prompt-")
+        terminal.type("fg")
+        terminal.type("again")
+        terminal.expect("second=again")
+        terminal.press("C")
+        terminal.expect("prompt-")
+        assert admin.counts("long") == (1, 0)
+        terminal.type("echo status=$?")
+        terminal.expect("status=130")
+
+
+def test_a_command_in_the_background_stops_when_it_reads(tmp_path: Path, server: Server, admin: PoolUser) -> None:
+    with shell(tmp_path, server.url, job="echo ready; read line; echo line=$line") as terminal:
+        terminal.type("$run -- sh job & sleep 0.1")
+        terminal.expect("ready")
+        terminal.type("wait %1")
+        terminal.expect("Stopped")
+        terminal.type("fg")
+        terminal.type("hello")
+        terminal.expect("line=hello")
+        terminal.expect("prompt-")
+        assert admin.counts("long") == (1, 0)
+
+
+def test_a_command_in_a_pipeline_leaves_others_the_terminal(tmp_path: Path, server: Server, admin: PoolUser) -> None:
+    """Keys that send signals reach it all the same."""
+    pager = "read data; echo data=$data; read line < /dev/tty; echo line=$line; exec cat"
+    with shell(tmp_path, server.url, job="echo ready; exec sleep 1000", pager=pager) as terminal:
+        terminal.type("$run -- sh job | sh pager")
+        terminal.expect("data=ready")
+        terminal.type("hello")
+        terminal.expect("line=hello")
+        terminal.press("C")
+        terminal.expect("prompt-")
+        assert admin.counts("long") == (1, 0)
+        terminal.type("$run -- sh -c 'read line; echo line=$line' | cat")
+        terminal.type("again")
+        terminal.expect("line=again")
+
+
+def test_the_terminal_is_given_back_to_a_script(tmp_path: Path, server: Server, admin: PoolUser) -> None:
+    with shell(tmp_path, server.url, script="$run -- true; read line; echo line=$line") as terminal:
+        terminal.type('export run="$TOKENAUTH run --pool long"; sh script')
+        terminal.type("hello")
+        terminal.expect("line=hello")
+
+
+def test_it_starts_without_the_server(tmp_path: Path) -> None:
+    """It loads neither the configuration nor the database, and needs no configuration file."""
+    tokenauth = Path(sys.executable).with_name("tokenauth")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", tokenauth, "run", "--pool", "p", "--url", "http://127.0.0.1:9", "true"],
+        cwd=tmp_path, env={**os.environ, **LOGIN}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 69, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "tokenauth.client.pools" in loaded
+    unwanted = {"sqlalchemy", "starlette", "uvicorn", "rich.text", "tokenauth.service", "tokenauth.settings.loader"}
+    assert loaded & unwanted == set()
+
+
+def test_without_httpx_it_names_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['httpx'] = None; from tokenauth.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--pool", "p", "--url", "http://127.0.0.1:9", "true"],
+        cwd=tmp_path, env={**os.environ, **LOGIN}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 64
+    assert done.stderr.endswith("Error: httpx is missing: install the extra `client` of tokenauth-server.\n")

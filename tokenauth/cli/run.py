@@ -1,0 +1,231 @@
+"""The command `tokenauth run`: lease a token, run another command while the lease is kept alive, release the token."""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tokenauth import errors, values
+from tokenauth.cli.guard import Command, Ended, Terminal
+from tokenauth.clock import boottime
+from tokenauth.logs import printable
+from tokenauth.settings import durations
+
+if TYPE_CHECKING:
+    from tokenauth.client.pools import AsyncLease, AsyncPoolClient
+
+_LEASE_LOST = 76
+_LOGIN = ("TOKENAUTH_TOKEN", "TOKENAUTH_USERNAME", "TOKENAUTH_PASSWORD")
+_STATUSES: dict[type[errors.Refusal], int] = {
+    errors.NoFreeToken: os.EX_TEMPFAIL,
+    errors.LeaseLost: _LEASE_LOST,
+    errors.Forbidden: os.EX_NOPERM,
+    errors.InsufficientScope: os.EX_NOPERM,
+    errors.InvalidCredentials: os.EX_NOPERM,
+    errors.InvalidToken: os.EX_NOPERM,
+    errors.RetryLater: os.EX_UNAVAILABLE,
+    errors.Refusal: os.EX_USAGE,
+}
+_STOPPING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+_FORWARDED = (*_STOPPING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+
+
+class _WrongUsage(click.UsageError):
+    exit_code = os.EX_USAGE
+
+
+class _RunCommand(click.Command):
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            raise _WrongUsage(error.format_message(), error.ctx) from None
+
+
+class _Duration(click.ParamType[float]):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = value if isinstance(value, float) else durations.parse(value)
+        if seconds is None:
+            self.fail(f"{value!r} is not a duration such as '10m', '30s' or a number of seconds.", param, ctx)
+        return seconds
+
+
+@click.command(
+    cls=_RunCommand,
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: tokenauth run --pool licences --wait 10m -- make test",
+)
+@click.option("--url", metavar="URL", envvar="TOKENAUTH_URL", required=True, help="Default: $TOKENAUTH_URL.")
+@click.option("--pool", metavar="NAME", required=True, help="The pool to lease from.")
+@click.option("--wait", metavar="DURATION", type=_Duration(), default=0.0, help="How long to wait for a free token.")
+@click.option("--holder", metavar="TEXT", help="What others see as the holder of the lease. Default: the user.")
+@click.option(
+    "--kill-after",
+    metavar="DURATION",
+    type=_Duration(),
+    default=5.0,
+    help="Time between SIGTERM and SIGKILL if the lease cannot be kept. Default: 5s, at most a third of the lease.",
+)
+@click.option(
+    "--on-lost",
+    type=click.Choice(["kill", "warn"]),
+    default="kill",
+    help="What to do if the lease cannot be kept: end the command before it is over (kill), or say so (warn).",
+)
+@click.argument("command", nargs=-1, required=True, metavar="[--] COMMAND [ARGUMENT]...")
+def run(
+    url: str, pool: str, wait: float, holder: str | None, kill_after: float, on_lost: str, command: tuple[str, ...]
+) -> None:
+    """Run COMMAND while a token of a pool is leased.
+
+    A client of the server at --url: it needs no configuration file. It logs in with a named token in $TOKENAUTH_TOKEN,
+    or with $TOKENAUTH_USERNAME and $TOKENAUTH_PASSWORD. $TOKENAUTH_TOKEN_FILE and $TOKENAUTH_PASSWORD_FILE name files
+    that contain them.
+
+    The command gets $TOKENAUTH_LEASE_TOKEN, $TOKENAUTH_LEASE_FENCE, $TOKENAUTH_LEASE_POOL and
+    $TOKENAUTH_LEASE_MEMBER.
+
+    The exit status is that of the command, 128 + the number of the signal that ended it, or: 75 no token was free in
+    time, 76 the lease was lost, 69 the server is away, 77 no permission, 64 wrong usage.
+    """
+    login = _take_login()
+    kill = on_lost == "kill"
+    running = Command(command, Terminal(), kill=kill)
+    client = _connect(url, login)
+    status, problem = _Run(pool, holder, wait, kill_after, running, kill=kill).run(client)
+    if problem:
+        _complain(problem)
+    os._exit(status)  # at once, also if a thread waits for the address of the server
+
+
+def _take_login() -> dict[str, str]:
+    """Return the variables of the login, and remove them from the environment, which the command will get."""
+    login = {}
+    for name in _LOGIN:
+        value, file = os.environ.pop(name, ""), os.environ.pop(f"{name}_FILE", "")
+        if value and file:
+            raise _WrongUsage(f"Set {name} or {name}_FILE, not both.")
+        if file:
+            try:
+                value = Path(file).read_text().partition("\n")[0].rstrip("\r")
+            except (OSError, UnicodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+                raise _WrongUsage(f"{name}_FILE: {file} cannot be read: {reason}.") from None
+        login[name] = value
+    if not login["TOKENAUTH_TOKEN"] and not (login["TOKENAUTH_USERNAME"] and login["TOKENAUTH_PASSWORD"]):
+        raise _WrongUsage("Set TOKENAUTH_TOKEN, or TOKENAUTH_USERNAME and TOKENAUTH_PASSWORD, to log in.")
+    return login
+
+
+def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
+    # httpx would load rich for a command of its own, which takes a fifth of a start. This process ends without rich.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        from tokenauth.client import AsyncPoolClient, TokenAuth
+    except ImportError:
+        raise _WrongUsage("httpx is missing: install the extra `client` of tokenauth-server.") from None
+    token = login["TOKENAUTH_TOKEN"]
+    if token and values.digest(token.encode(errors="replace")) is None:
+        raise _WrongUsage("TOKENAUTH_TOKEN is not a token.")
+    try:
+        auth = TokenAuth(url, login["TOKENAUTH_USERNAME"], login["TOKENAUTH_PASSWORD"])
+    except ValueError as error:
+        raise _WrongUsage(str(error)) from None
+    return AsyncPoolClient(url, headers={"X-Token": token}) if token else AsyncPoolClient(url, auth=auth)
+
+
+def _complain(problem: str) -> None:
+    with suppress(OSError):
+        click.echo(printable(f"Error: {problem}"), err=True)
+
+
+class _Run:
+    """One run of a command."""
+
+    def __init__(
+        self, pool: str, holder: str | None, wait: float, kill_after: float, command: Command, *, kill: bool
+    ) -> None:
+        self._pool = pool
+        self._holder = holder
+        self._wait = wait
+        self._kill_after = kill_after
+        self._command = command
+        self._kills = kill
+        self._started = False
+        self._lease_lost = False
+        self._signal: signal.Signals | None = None
+        self._main_task: asyncio.Task[tuple[int, str]] | None = None
+
+    def run(self, pools: "AsyncPoolClient") -> tuple[int, str]:
+        """Return the exit status, and the problem if there is one."""
+        try:
+            return asyncio.Runner().run(self._main(pools))
+        except errors.NoFreeToken:
+            return os.EX_TEMPFAIL, f"No token of the pool {self._pool} was free in time."
+        except errors.Refusal as error:
+            kind = next(kind for kind in type(error).__mro__ if kind in _STATUSES)
+            return _STATUSES[kind], str(error)
+
+    async def _main(self, pools: "AsyncPoolClient") -> tuple[int, str]:
+        self._main_task = asyncio.current_task()
+        for number in _FORWARDED:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                asyncio.get_running_loop().add_signal_handler(number, self._take_signal, number)
+        try:
+            async with pools, pools.lease(self._pool, holder=self._holder, wait=self._wait) as lease:
+                ended = await self._run_command(lease)
+        except asyncio.CancelledError:
+            if self._signal is None:
+                raise
+            return 128 + self._signal, ""
+        if ended.problem:
+            return ended.status, f"{self._command}: {ended.problem}."
+        if ended.lease_over:
+            return _LEASE_LOST, "The lease could not be kept, so the command was ended."
+        if self._lease_lost:
+            return ended.status or _LEASE_LOST, "The lease was lost while the command ran."
+        return ended.status, ""
+
+    async def _run_command(self, lease: "AsyncLease") -> Ended:
+        """Run the command. Return when it has ended."""
+        environment = {
+            "TOKENAUTH_LEASE_TOKEN": lease.token,
+            "TOKENAUTH_LEASE_FENCE": str(lease.fence),
+            "TOKENAUTH_LEASE_POOL": self._pool,
+            "TOKENAUTH_LEASE_MEMBER": "",
+        }
+        kill_after = min(self._kill_after, lease.ttl / 3)
+        self._started = True
+        lease.on_change = lambda: self._follow(lease, kill_after)
+        try:
+            return await self._command.run(environment, lease.ends_at, kill_after)
+        finally:
+            lease.on_change = None
+
+    def _follow(self, lease: "AsyncLease", kill_after: float) -> None:
+        """Tell the guard when the lease ends, after a keep-alive or a refusal of it."""
+        if not lease.lost.is_set():
+            self._command.extend(lease.ends_at)
+        elif not self._lease_lost:
+            self._lease_lost = True
+            self._command.extend(boottime() + kill_after)  # SIGTERM now
+            if not self._kills:
+                _complain("The lease is lost. The command goes on without it.")
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        """Pass a signal on to the command. While there is none, stop waiting."""
+        if self._started:
+            self._command.signal(number)
+        elif number in _STOPPING:
+            if self._signal is not None:  # the second one
+                os._exit(128 + number)
+            self._signal = number
+            if self._main_task is not None:
+                self._main_task.cancel()
