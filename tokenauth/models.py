@@ -229,7 +229,8 @@ class IssuedToken:
 class Pool:
     """The settings of a pool. They apply to all of its tokens, also to those made under earlier settings.
 
-    lease_ttl: seconds that a lease lasts.
+    lease_ttl: seconds that a lease lasts, unless its request asks for less.
+    lease_max: seconds after its start in which a lease ends, however often it is kept alive.
     token_ttl: seconds that a token stays free before it expires.
     capacity: maximum number of live tokens (free + leased); None is no limit.
     prefill: always keep the pool at its capacity.
@@ -246,6 +247,7 @@ class Pool:
     scope: str | None = None
     manage_scope: str = "admin"
     ages_while_leased: bool = False
+    lease_max: float = math.inf
 
     def managed_by(self, user: Identity) -> bool:
         return self.manage_scope in user.scopes
@@ -265,17 +267,27 @@ class Pool:
         cutoff = self.cutoff(now) if token.holder is None else self.lapsed_cutoff(now)
         return not token.retired and cutoff < token.free_at
 
-    def leased(self, token: "PoolToken", holder: str, username: str | None, now: Instant) -> "PoolToken":
-        """Return the token with a new lease that starts now."""
-        return token.changed(now + self.lease_ttl, holder, token.fence + 1, username)
+    def leased(
+        self, token: "PoolToken", holder: str, username: str | None, now: Instant, ttl: float | None = None
+    ) -> "PoolToken":
+        """Return the token with a new lease that starts now, and lasts `ttl` seconds instead of `lease_ttl`."""
+        end = now + min(self.lease_ttl if ttl is None else ttl, self.lease_max)
+        return token.changed(end, holder, token.fence + 1, username, now, ttl)
 
     def extended(self, token: "PoolToken", now: Instant) -> "PoolToken":
-        """Return the token with its lease extended to a full `lease_ttl` from now, and never shortened."""
-        return token.changed(max(token.free_at, now + self.lease_ttl), token.holder, token.fence, token.username)
+        """Return the token with its lease extended to its full time from now: not past `lease_max`, never shortened."""
+        start = now if token.leased_at is None else token.leased_at
+        ttl = self.lease_ttl if token.lease_ttl is None else token.lease_ttl
+        end = max(token.free_at, min(now + ttl, start + self.lease_max))
+        return token.changed(end, token.holder, token.fence, token.username, start, token.lease_ttl)
 
     def released(self, token: "PoolToken", now: Instant) -> "PoolToken":
         """Return the token, free from now on."""
-        return token.changed(now, None, token.fence, None)
+        return token.changed(now, None, token.fence, None, None, None)
+
+    def lease_ends_by(self, token: "PoolToken") -> Instant | None:
+        """Return the latest time to which the lease of a token can be kept alive; None if there is none."""
+        return None if token.leased_at is None or math.isinf(self.lease_max) else token.leased_at + self.lease_max
 
     def expires_at(self, token: "PoolToken") -> Instant | None:
         """Return when the token expires if nothing changes it before; None is never."""
@@ -296,6 +308,10 @@ class PoolToken(NamedTuple):
     fence: number of leases so far (a fencing token).
     retired: it is not leased again.
     username: the user of the latest lease; None if a dialect granted it without a login.
+    leased_at: when the lease started; None if the token is free, and after its lapse was logged.
+    lease_ttl: seconds that this lease lasts; None for the pool's.
+    member: its name in the configuration, if the pool has members.
+    reservation: keeps it from being leased; None if it has none, or one that has ended and was deleted.
     """
 
     pool: str
@@ -305,6 +321,10 @@ class PoolToken(NamedTuple):
     fence: int = 0
     retired: bool = False
     username: str | None = None
+    leased_at: Instant | None = None
+    lease_ttl: float | None = None
+    member: str | None = None
+    reservation: "Reservation | None" = None
 
     def is_leased(self, now: Instant) -> bool:
         return self.holder is not None and now < self.free_at
@@ -313,9 +333,18 @@ class PoolToken(NamedTuple):
         """Return the lease that it is under now."""
         return Lease(self.holder, self.free_at) if self.holder is not None and now < self.free_at else None
 
-    def changed(self, free_at: Instant, holder: str | None, fence: int, username: str | None) -> "PoolToken":
+    def changed(
+        self,
+        free_at: Instant,
+        holder: str | None,
+        fence: int,
+        username: str | None,
+        leased_at: Instant | None,
+        lease_ttl: float | None,
+    ) -> "PoolToken":
         # Every write calls this, and `_replace` takes three times as long.
-        return PoolToken(self.pool, self.value, free_at, holder, fence, self.retired, username)
+        changed = (self.pool, self.value, free_at, holder, fence, self.retired, username, leased_at, lease_ttl)
+        return PoolToken(*changed, *self[9:])
 
     def __repr__(self) -> str:
         # Without the value: it may be a secret.
@@ -327,6 +356,46 @@ class Lease(NamedTuple):
 
     holder: str
     until: Instant
+
+
+class Reservation(NamedTuple):
+    """What keeps a member of a pool from being leased until an instant, except by one user if `username` names one."""
+
+    until: Instant
+    username: str | None
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """A request for leases of a pool that has a place in its waiting line, or had one and was granted.
+
+    id: chosen by the client, or made for it; one user's requests for a pool have different ones.
+    count: number of tokens, which are leased together.
+    priority: one point is worth as much as one minute of waiting.
+    ttl: seconds that the leases are to last; None for the pool's.
+    labels: which a token must have, all of them.
+    since: when it joined the line.
+    turn: its place is before those of a later turn, and of a later number.
+    kept_until: when the place lapses unless the client asks again; once granted, until when this is remembered.
+    granted_at: when it was granted; None while it waits.
+    leases: the numbers and fences of its tokens; None while it waits, and after its leases are known to be over.
+    """
+
+    number: int
+    pool: str
+    username: str
+    id: str
+    holder: str
+    count: int
+    priority: int
+    ttl: float | None
+    labels: tuple[str, ...]
+    since: Instant
+    turn: Instant
+    kept_until: Instant
+    granted_at: Instant | None = None
+    leases: tuple[tuple[int, int], ...] | None = None
 
 
 LeaseCursor = tuple[Instant, int]

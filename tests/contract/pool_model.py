@@ -81,7 +81,7 @@ class Model:
 
     def freed(self, token: PoolToken) -> PoolToken:
         """Return a token after its release."""
-        return token._replace(free_at=self.now, holder=None, username=None)
+        return token._replace(free_at=self.now, holder=None, username=None, leased_at=None)
 
     def lease(self, got: PoolToken, holder: str, leasable: list[float], user: str | None = None) -> None:
         """Lease a token, and check that it may be leased."""
@@ -89,7 +89,11 @@ class Model:
         assert token in self.free(), f"not free: {token}"
         assert token.free_at in leasable, f"another token has been free longer: {token}"
         assert got == token._replace(
-            free_at=self.now + self.pool.lease_ttl, holder=holder, fence=token.fence + 1, username=user
+            free_at=self.now + self.pool.lease_ttl,
+            holder=holder,
+            fence=token.fence + 1,
+            username=user,
+            leased_at=self.now,
         )
         self.put(got)
         assert self.pool.capacity is None or len(self.leased()) <= self.pool.capacity, "more leases than the capacity"

@@ -23,11 +23,13 @@ async def holders(pools: PoolStore, now: float) -> dict[str, str]:
 async def test_a_lapsed_lease_is_free_again(pools: PoolStore) -> None:
     """Time alone frees a token."""
     await pools.generate(POOL, ["t1"], START)
-    assert await pools.assign(POOL, "ann", START) == Assignment(PoolToken("p", "t1", START + 60, "ann", fence=1))
+    assert await pools.assign(POOL, "ann", START) == Assignment(
+        PoolToken("p", "t1", START + 60, "ann", fence=1, leased_at=START)
+    )
 
     assert (await pools.assign(POOL, "bob", START + 60 - JUST)).token is None
     taken = await pools.assign(POOL, "bob", START + 60)
-    assert taken.token == PoolToken("p", "t1", START + 120, "bob", fence=2)
+    assert taken.token == PoolToken("p", "t1", START + 120, "bob", fence=2, leased_at=START + 60)
 
 
 async def test_a_failed_lease_says_when_the_next_lease_ends(pools: PoolStore) -> None:
@@ -129,7 +131,7 @@ async def second_lease(pools: PoolStore, pool: Pool) -> PoolToken:
     await lease(pools, pool)
     await pools.release(pool, "t1", START)
     leased = (await pools.assign(pool, "ann", START)).token
-    assert leased == PoolToken(pool.name, "t1", START + 60, "ann", fence=2)
+    assert leased == PoolToken(pool.name, "t1", START + 60, "ann", fence=2, leased_at=START)
     return leased
 
 
@@ -139,7 +141,7 @@ async def test_a_lease_is_changed_only_if_its_check_matches(pools: PoolStore, ac
     for check in HELD:
         pool = replace(POOL, name=str(check))
         leased = await second_lease(pools, pool)
-        free = leased._replace(free_at=START + 1, holder=None)
+        free = leased._replace(free_at=START + 1, holder=None, leased_at=None)
         after = free if action == "release" else leased._replace(free_at=START + 61)
         assert await touch(pools, action, START + 1, check, pool) == LeaseChange(leased, after), check
         assert await pools.get(pool, "t1", START + 1) == after
@@ -175,7 +177,7 @@ async def test_an_extension_at_the_last_instant_is_complete(pools: PoolStore) ->
         now += 60 - JUST
         extended = await pools.keep_alive(POOL, "t1", now)
         assert extended is not None
-        assert extended.after == PoolToken("p", "t1", now + 60, "ann", 1)
+        assert extended.after == PoolToken("p", "t1", now + 60, "ann", 1, leased_at=START)
         assert (await pools.assign(POOL, "bob", now)).token is None
     assert await members(pools, now=now + 300 - JUST) == ["t1"]
     assert await members(pools, now=now + 300) == []

@@ -163,7 +163,11 @@ class PoolTest:
         after = None
         if token is not None and self.model.holds(token, check):
             after = token._replace(
-                free_at=now + self.pool.lease_ttl, holder=step.holder, fence=token.fence + 1, username="ops"
+                free_at=now + self.pool.lease_ttl,
+                holder=step.holder,
+                fence=token.fence + 1,
+                username="ops",
+                leased_at=now,
             )
         self._compare(touched, token, after)
 

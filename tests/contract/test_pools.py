@@ -47,7 +47,7 @@ async def test_text_comes_back_as_it_was_given(pools: PoolStore) -> None:
         odd = replace(POOL, name=text)
         assert await pools.generate(odd, [text], START)
         leased = (await pools.assign(odd, text, START)).token
-        assert leased == PoolToken(text, text, START + 60, text, 1)
+        assert leased == PoolToken(text, text, START + 60, text, 1, leased_at=START)
         assert await pools.get(odd, text, START) == leased
         assert await pools.list_tokens(odd, START, "", 10) == [leased]
         for change in (pools.keep_alive, pools.release):

@@ -165,7 +165,7 @@ async def test_a_retired_token_is_gone_with_its_lease(pools: PoolStore, end: str
     pool = of(1)
     await pools.fit(pool, (), START + 2)
     retired = await pools.get(pool, "t0", START + 2)
-    assert retired == PoolToken("permits", "t0", START + 60, "h0", 1, retired=True)
+    assert retired == PoolToken("permits", "t0", START + 60, "h0", 1, retired=True, leased_at=START)
     now = START + 60 if end == "lapse" else START + 3
     await ENDS[end](pools, pool, now)
     assert await pools.get(pool, "t0", now) is None

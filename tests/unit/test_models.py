@@ -90,12 +90,30 @@ def test_a_token_expires_at_the_instant_that_is_shown(pool: Pool, retired: bool,
 def test_each_lease_operation_changes_only_its_own_fields() -> None:
     free = PERMIT._replace(free_at=900, holder=None)
     leased = POOL.leased(free, "bob", "ann", 1_000)
-    assert leased == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4, username="ann")
+    assert leased == PoolToken("p", "permit", free_at=1_060, holder="bob", fence=4, username="ann", leased_at=1_000)
     assert POOL.extended(leased, 1_050) == leased._replace(free_at=1_110)
-    assert POOL.released(leased, 1_050) == leased._replace(free_at=1_050, holder=None, username=None)
+    assert POOL.released(leased, 1_050) == leased._replace(free_at=1_050, holder=None, username=None, leased_at=None)
     retired = leased._replace(retired=True)
     assert POOL.extended(retired, 1_050).retired
     assert POOL.released(retired, 1_050).retired
+
+
+def test_a_lease_lasts_as_long_as_its_request_asked() -> None:
+    leased = POOL.leased(PERMIT, "bob", None, 1_000, ttl=20)
+    assert (leased.free_at, leased.lease_ttl) == (1_020, 20)
+    assert POOL.extended(leased, 1_015) == leased._replace(free_at=1_035)
+    assert POOL.released(leased, 1_015).lease_ttl is None
+
+
+def test_no_lease_is_kept_alive_past_lease_max() -> None:
+    pool = replace(POOL, lease_max=100)
+    leased = pool.leased(PERMIT, "bob", None, 1_000)
+    assert pool.extended(leased, 1_030).free_at == 1_090
+    assert pool.extended(leased, 1_050).free_at == 1_100
+    assert pool.lease_ends_by(leased) == 1_100
+    assert POOL.lease_ends_by(leased) is None
+    assert replace(POOL, lease_max=30).leased(PERMIT, "bob", None, 1_000).free_at == 1_030
+    assert pool.extended(PERMIT, 950).leased_at == 950, "of a lease from before its start was stored"
 
 
 @pytest.mark.parametrize("holder", [None, "ann", "bob", "", "Ann"])

@@ -128,7 +128,7 @@ async def test_a_pool_without_leases_names_no_wait(pools: Pools) -> None:
 async def test_the_holder_keeps_a_lease_alive_and_releases_it(pools: Pools, clock: ManualClock) -> None:
     (value,) = await pools.generate(POOL, 1)
     leased = await pools.assign(POOL, "ann")
-    assert leased == PoolToken("p", value, START + 60, "ann", 1)
+    assert leased == PoolToken("p", value, START + 60, "ann", 1, leased_at=START)
     clock.now += 30
     for check in (LeaseCheck("bob"), LeaseCheck("ann", 2)):
         with pytest.raises(LeaseLost):

@@ -221,7 +221,7 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
         await store.stop(START)
 
 
-@pytest.mark.parametrize(("had", "warned"), [(None, False), ("3.0", False), ("2.1", True), ("1.4", True)])
+@pytest.mark.parametrize(("had", "warned"), [(None, False), ("4.0", False), ("3.1", True), ("1.4", True)])
 def test_an_upgrade_to_a_new_generation_says_what_to_stop(had: str | None, warned: bool) -> None:
     with structlog.testing.capture_logs() as logs:
         schema.log_upgrade(had)

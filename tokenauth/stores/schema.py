@@ -11,7 +11,7 @@ from tokenauth.logs import log
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "3.1"
+HEAD = "4.1"
 """The revision that this release needs; the newest in `migrations/versions`.
 
 It is GENERATION.STEP. Releases of one generation can share a database: a step only adds what earlier releases can
@@ -31,7 +31,7 @@ def log_upgrade(had: str | None) -> None:
     """Log that the schema was upgraded from a revision.
 
     Servers of an older generation do not look at the revision again while they run, and would misread what is new: they
-    would give named tokens all scopes. Who else uses a database cannot be seen reliably, so this is always said.
+    would lease tokens past clients that wait. Who else uses a database cannot be seen reliably, so this is always said.
     """
     if had is not None and had.partition(".")[0] != HEAD.partition(".")[0]:
         log.warning("schema_upgraded", before=had, after=HEAD, action="stop all servers of the older release")

@@ -5,6 +5,7 @@ There a token's number is the microsecond in which it was added, or one more tha
 sequence, that needs no lock.
 """
 
+import json
 from collections.abc import Sequence
 from sys import intern
 from typing import Any
@@ -24,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-from tokenauth.models import PoolToken, Token
+from tokenauth.models import LeaseRequest, PoolToken, Reservation, Token
 
 metadata = MetaData()
 
@@ -124,6 +125,12 @@ pool_tokens = Table(
     Column("retired", Boolean, nullable=False),
     Column("idle", Boolean, Computed("holder IS NULL", persisted=True), nullable=False),  # neither leased nor lapsed
     Column("username", String),
+    Column("leased_at", Float),
+    Column("lease_ttl", Float),
+    Column("member", String),
+    # A JSON array, the fields of a Reservation: one column, since PostgreSQL plans for a table that was never analyzed
+    # by the width of its rows, and takes the wrong index if they are wide.
+    Column("reservation", String),
     Index("pool_tokens_by_value", "pool", "value", unique=True),
     # Every query of a pool reads a range of this index: what is free longest, how many are leased, what has expired.
     Index("pool_tokens_by_turn", "pool", "retired", "idle", "free_at", "number"),
@@ -135,8 +142,72 @@ pool_token_columns = [column for column in pool_tokens.c if column.name not in {
 
 def as_pool_token(row: Sequence[Any]) -> PoolToken:
     """Make a pool token from a row; SQLite's plain driver returns a boolean as a number."""
-    pool, value, free_at, holder, fence, retired, username = row
-    return PoolToken(pool, value, free_at, holder, fence, bool(retired), username)
+    pool, value, free_at, holder, fence, retired, username, leased_at, lease_ttl, member, reservation = row
+    lease = holder, fence, bool(retired), username, leased_at, lease_ttl
+    return PoolToken(pool, value, free_at, *lease, member, as_reservation(reservation))
+
+
+def as_reservation(text: str | None) -> Reservation | None:
+    """Make a reservation from its column."""
+    return None if text is None else Reservation(*json.loads(text))
+
+
+_IS_WAITING, _IS_GRANTED = text("granted_at IS NULL"), text("granted_at IS NOT NULL")
+
+pool_requests = Table(
+    "pool_requests",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("pool", String, nullable=False),
+    Column("username", String, nullable=False),
+    Column("id", String, nullable=False),
+    Column("holder", String, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("ttl", Float),
+    Column("labels", String, nullable=False),  # a JSON array, as are `leases`
+    Column("since", Float, nullable=False),
+    Column("turn", Float, nullable=False),
+    Column("kept_until", Float, nullable=False),
+    Column("granted_at", Float),
+    Column("leases", String),
+    Index("pool_requests_by_id", "pool", "id", "username", unique=True),
+    # the waiting line in its order, with kept_until, so that counting it reads the index alone
+    Index(
+        "pool_requests_by_turn",
+        *("pool", "turn", "number", "kept_until"),
+        sqlite_where=_IS_WAITING,
+        postgresql_where=_IS_WAITING,
+    ),
+    # whether anyone waits, and what has lapsed
+    Index("pool_requests_by_end", "pool", "kept_until", sqlite_where=_IS_WAITING, postgresql_where=_IS_WAITING),
+    # what was granted, by when it is forgotten
+    Index("pool_requests_granted", "pool", "kept_until", sqlite_where=_IS_GRANTED, postgresql_where=_IS_GRANTED),
+)
+
+pool_request_columns = list(pool_requests.c)
+"""The columns that `as_lease_request` reads, in its order."""
+
+
+def as_lease_request(row: Sequence[Any]) -> LeaseRequest:
+    """Make a request for leases from a row."""
+    number, pool, username, id, holder, count, priority, ttl, labels, since, turn, kept_until, granted_at, leases = row
+    return LeaseRequest(
+        number,
+        pool,
+        username,
+        id,
+        holder,
+        count,
+        priority,
+        ttl,
+        tuple(json.loads(labels)),
+        since,
+        turn,
+        kept_until,
+        granted_at,
+        None if leases is None else tuple((number, fence) for number, fence in json.loads(leases)),
+    )
 
 
 failures = Table(

@@ -79,6 +79,7 @@ async def test_primary_keys_spread_over_their_index(url: str) -> None:
         "failures": "PRIMARY KEY (key)",
         "marks": "PRIMARY KEY (name)",
         "pool_tokens": "PRIMARY KEY (number, pool)",
+        "pool_requests": "PRIMARY KEY (number)",
     }
 
 
@@ -91,7 +92,7 @@ async def test_issuing_and_leasing_use_no_sequence(url: str) -> None:
     async with nodes(url) as (store,):
         await store.pools.generate(Pool("p", 60), ["t1"], START)
         before = dict(await fetch(url, SEQUENCES))
-        assert before == {"revocations_seq_seq": None, "pool_tokens_number_seq": 1}
+        assert before == {"revocations_seq_seq": None, "pool_tokens_number_seq": 1, "pool_requests_number_seq": None}
         await asyncio.gather(*(store.tokens.issue(token(number), 100, START) for number in range(50)))
         await store.pools.assign(Pool("p", 60), "ann", START)
         await store.failures.update([CountUpdate(bytes(16), 1, at=START)], START)

@@ -30,7 +30,7 @@ from sqlalchemy import (
 from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
 from tokenauth.stores.engine import LockConflict, Transaction
 from tokenauth.stores.sql import elements
-from tokenauth.stores.tables import pool_token_columns, pool_tokens
+from tokenauth.stores.tables import as_reservation, pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
 _row = (_number, *pool_token_columns)
@@ -122,11 +122,13 @@ _BY_VALUE_LOCKED = (
 )
 _INSERT = insert(pool_tokens).inline()
 _UPDATE_LEASE = text("""
-    UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username
+    UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username,
+        leased_at = :leased_at, lease_ttl = :lease_ttl
     WHERE number = :number AND pool = :name
 """)
 _REPLACE = text("""
-    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0, username = NULL
+    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0, username = NULL,
+        leased_at = NULL, lease_ttl = NULL
     WHERE number = :number AND pool = :name
 """)
 _DELETE = text("DELETE FROM pool_tokens WHERE number = :number AND pool = :name")
@@ -134,7 +136,7 @@ _earlier = _at < bindparam("before")
 _EXTEND_FREE = (
     update(pool_tokens)
     .where(_oldest((*_unexpired, _earlier), (*_lapsed, _earlier)))
-    .values(free_at=bindparam("now"), holder=None, username=None)
+    .values(free_at=bindparam("now"), holder=None, username=None, leased_at=None, lease_ttl=None)
 )
 _RETIRE = update(pool_tokens).where(_oldest((*_taken, _live))).values(retired=True)
 _REINSTATE = update(pool_tokens).where(_oldest((*_retired, _live))).values(retired=False)
@@ -227,6 +229,8 @@ class PoolRows:
                     "holder": token.holder,
                     "fence": token.fence,
                     "username": token.username,
+                    "leased_at": token.leased_at,
+                    "lease_ttl": token.lease_ttl,
                 }
                 for number, token in changed.items()
             ],
@@ -266,8 +270,11 @@ class PoolRows:
     def _found(self, query: ClauseElement, **more: object) -> list[tuple[int, PoolToken]]:
         rows = self._db.rows(query, {**self._parameters, **more})
         return [  # every lease is read here: a call of `as_pool_token` takes twice as long
-            (number, PoolToken(pool, value, free_at, holder, fence, bool(retired), username))
-            for number, pool, value, free_at, holder, fence, retired, username in rows
+            (
+                number,
+                PoolToken(pool, value, end, holder, fence, bool(retired), user, start, ttl, name, as_reservation(kept)),
+            )
+            for number, pool, value, end, holder, fence, retired, user, start, ttl, name, kept in rows
         ]
 
     def _change_oldest(self, statement: ClauseElement, limit: int, **more: object) -> int:
