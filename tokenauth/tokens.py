@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 
 from tokenauth import revocation_queue, values
@@ -185,6 +186,11 @@ class Tokens:
         for start in range(0, len(digests), _LOG_OUT_BATCH):
             batch = digests[start : start + _LOG_OUT_BATCH]
             await asyncio.gather(*(self._log_out(digest, network(address), disconnected) for digest in batch))
+
+    async def take_back(self, issued: IssuedToken, address: str) -> None:
+        """Revoke a token whose user will not get it. This does not wait for a store that cannot be written."""
+        with suppress(ClientGone):
+            await self.log_out([issued.value.encode()], address, lambda: True)
 
     async def _log_out(self, digest: bytes, source: str, disconnected: DisconnectCheck) -> None:
         while digest not in self.revocations.held:

@@ -12,56 +12,20 @@ import httpx
 import pytest
 import structlog
 
+from tests.support.faulty import Faulty
 from tests.support.servers import write_config
 from tokenauth import revocation_queue
 from tokenauth.errors import Overloaded, StoreUnavailable
-from tokenauth.models import Instant, Token, TokenKind
 from tokenauth.revocation_queue import MAX_HELD, HeldRevocations, RevocationQueue, RevocationUpdate
 from tokenauth.server.channel import HEARTBEAT, Serve, decode_order, encode_order
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.settings.model import Settings
-from tokenauth.stores.store import TokenStore
 from tokenauth.values import digest
 from tokenauth.web.app import build_app
 
 INVALID = {"valid": False, "expiry_time": None}
 ADMIN = {"username": "admin", "password": "admin"}
-
-
-class Faulty:
-    """The tokens of a real store. It can be made to raise errors."""
-
-    def __init__(self, tokens: TokenStore) -> None:
-        self._tokens = tokens
-        self.reading: Exception | None = None
-        self.writing: Exception | None = None
-        self.poison: bytes | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokens, name)
-
-    async def get(self, digest: bytes) -> Token | None:
-        if self.reading is not None:
-            raise self.reading
-        return await self._tokens.get(digest)
-
-    async def issue(self, token: Token, per_user: int, now: Instant) -> None:
-        if self.writing is not None:
-            raise self.writing
-        await self._tokens.issue(token, per_user, now)
-
-    async def revoke(self, digest: bytes, now: Instant) -> bool:
-        if self.writing is not None or digest == self.poison:
-            raise self.writing or ZeroDivisionError
-        return await self._tokens.revoke(digest, now)
-
-    async def revoke_all(
-        self, username: str | None, now: Instant, keep: bytes | None = None, kind: TokenKind | None = None
-    ) -> int:
-        if self.writing is not None:
-            raise self.writing
-        return await self._tokens.revoke_all(username, now, keep, kind)
 
 
 class Scene:

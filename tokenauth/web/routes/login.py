@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tokenauth.addresses import network
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Refusal, RetryLater, StoreUnavailable, TooManyAttempts
 from tokenauth.logs import log
-from tokenauth.models import Login, Token, TokenKind
+from tokenauth.models import IssuedToken, Login, Token, TokenKind
 from tokenauth.settings.model import Settings
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import TWO_COOKIES
@@ -117,7 +117,7 @@ class LoginRoutes:
                 request.disconnect_check,
                 self._remember_ttl if remember else None,
             )
-            await self._end_replaced(request)
+            await self._end_replaced(request, issued)
         except Refusal as refusal:
             return self._login_page(request, rd, username, remember, refusal=refusal)
         max_age = int(self._remember_ttl) if remember else None
@@ -151,10 +151,17 @@ class LoginRoutes:
             remember_time=in_words(self._remember_ttl),
         )
 
-    async def _end_replaced(self, request: Request) -> None:
-        """End the login of the cookie that a new one replaces."""
+    async def _end_replaced(self, request: Request, issued: IssuedToken) -> None:
+        """End the login of the cookie that a new one replaces. If that fails, the new one ends, and the old one stays.
+
+        This comes after the new login, which would otherwise fail with the person logged out for nothing.
+        """
         replaced = self._cookies.all_login_values(request.scope)
-        await self._tokens.log_out(replaced, request.client_address, request.disconnect_check)
+        try:
+            await self._tokens.log_out(replaced, request.client_address, request.disconnect_check)
+        except BaseException:  # also at the end of a stop: nobody gets the new cookie
+            await self._tokens.take_back(issued, request.client_address)
+            raise
 
     # Log out
 
