@@ -7,9 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from tests.support.servers import HandClock, Server, exchange, log_in, probe, worker, write_config
-from tokenauth.web.client_address import client_address, ignored_proxies
+from tokenauth.web.asgi_extensions import LOGGED_ONCE
+from tokenauth.web.client_address import client_address
 
 FREE = 5
 NETWORK_FREE = 20
@@ -409,7 +411,8 @@ def test_an_unknown_name_does_not_block_its_network(
 )
 def test_only_an_untrusted_proxy_is_logged(client: str, forwarded: list[str], noticed: bool) -> None:
     headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
-    ignored_proxies.clear()
-    for _ in range(2):
-        client_address({"type": "http", "client": (client, 4711), "headers": headers})
-    assert ignored_proxies == [client] * noticed
+    logged: set[str] = set()
+    with capture_logs() as events:
+        for _ in range(2):
+            client_address({"client": (client, 4711), "headers": headers, "state": {LOGGED_ONCE: logged}})
+    assert [event["event"] for event in events] == ["forwarded_for_ignored"] * noticed

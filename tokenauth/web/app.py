@@ -22,7 +22,7 @@ from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web.access_log import AccessLog
 from tokenauth.web.api_documentation import describe as describe_api
-from tokenauth.web.asgi_extensions import REFUSAL_RULES, RefusalRules
+from tokenauth.web.asgi_extensions import LOGGED_ONCE, REFUSAL_RULES, RefusalRules
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.cookies import Cookies
 from tokenauth.web.cors import CORS
@@ -133,7 +133,7 @@ def _create_pages(service: Service, hosts: Hosts) -> tuple[BrowserAuth | None, S
 
 @asynccontextmanager
 async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, object]]:
-    """Run the service and its sweeper, and pass the refusal rules to the HTTP server."""
+    """Run the service and its sweeper. The state has the refusal rules for the HTTP server, and what is logged once."""
     async with service.running():
         await service.pools.prefill()
         sweeper = Sweeper(service.store, service.pools, service.clock, service.settings.throttle.forget)
@@ -144,7 +144,7 @@ async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, o
         log.info("started", version=__version__, users=len(service.settings.users_by_name))
         try:
             origins = frozenset(service.settings.server.cors_origins)
-            yield {REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH}))}
+            yield {REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH})), LOGGED_ONCE: set[str]()}
         finally:
             sweeping.cancel()
             with suppress(asyncio.CancelledError):

@@ -19,6 +19,16 @@ REFUSAL_RULES = "tokenauth.refusal_rules"
 """The key of the lifespan state under which the application passes its RefusalRules to the server."""
 
 
+LOGGED_ONCE = "tokenauth.logged_once"
+"""The key of the lifespan state under which the application keeps the events that it logs only once."""
+
+
+def logged_once(scope: Mapping[str, Any]) -> set[str]:
+    """Return the events that this application logs only once, and has logged. The caller adds to them."""
+    found: set[str] = scope.get("state", {}).get(LOGGED_ONCE, set())
+    return found
+
+
 class RefusalRules(NamedTuple):
     """What the server must know to refuse a request that the application never sees, such as one with a broken head."""
 

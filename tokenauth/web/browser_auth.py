@@ -11,6 +11,7 @@ from tokenauth.addresses import network
 from tokenauth.errors import InvalidToken, Refusal
 from tokenauth.logs import log
 from tokenauth.settings.model import BrowserSettings
+from tokenauth.web.asgi_extensions import logged_once
 from tokenauth.web.cookies import Cookies
 from tokenauth.web.csrf import SAFE_METHODS
 from tokenauth.web.exceptions import ForeignPage
@@ -32,8 +33,7 @@ _OWN_SITE = frozenset({b"same-origin", b"same-site"})
 Headers = Mapping[bytes, bytes]
 """Headers by name; of several of one name, the last."""
 
-ignored_peers: list[str] = []
-"""The first peer that said which page is asked for, and is not a trusted proxy."""
+_IGNORED = "forwarded_page_ignored"
 
 
 class BrowserAuth:
@@ -137,7 +137,8 @@ def _forwarded(scope: Scope) -> dict[bytes, bytes]:
     """Return what a trusted proxy says about the request it asks about, without what it says twice."""
     pairs = [(name, value) for name, value in scope["headers"] if name in _FORWARDED]
     if not is_from_trusted_proxy(scope):
-        if pairs and not ignored_peers:
+        if pairs and _IGNORED not in (logged := logged_once(scope)):
+            logged.add(_IGNORED)
             _warn(scope)
         return {}
     names = [name for name, _ in pairs]
@@ -145,9 +146,8 @@ def _forwarded(scope: Scope) -> dict[bytes, bytes]:
 
 
 def _warn(scope: Scope) -> None:
-    """Log once that a peer may be a proxy that is not trusted: browsers would not get back to the page they opened."""
+    """Log that a peer may be a proxy that is not trusted: browsers would not get back to the page they opened."""
     peer = network(str((scope.get("client") or ("",))[0])[:64])
-    ignored_peers.append(peer)
     log.warning(
         "forwarded_page_ignored",
         peer=peer,

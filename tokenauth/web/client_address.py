@@ -7,12 +7,12 @@ from starlette.types import Scope
 
 from tokenauth.addresses import network
 from tokenauth.logs import log
+from tokenauth.web.asgi_extensions import logged_once
 
 MAX_ADDRESS = 64
 """Characters of an address that are read; the longest IPv6 address has 45, before its zone."""
 
-ignored_proxies: list[str] = []
-"""The first peer that sent X-Forwarded-For and is not a trusted proxy."""
+_IGNORED = "forwarded_for_ignored"
 
 
 def client_address(scope: Scope) -> str:
@@ -21,17 +21,17 @@ def client_address(scope: Scope) -> str:
     if not client:
         return ""
     address = _normalize(str(client[0])[:MAX_ADDRESS])
-    if not ignored_proxies:
+    if _IGNORED not in (logged := logged_once(scope)):
         forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
         named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
         if forwarded and not any(named in value for value in forwarded):
+            logged.add(_IGNORED)
             _warn(address)
     return address
 
 
 def _warn(peer: str) -> None:
-    """Log once that a peer may be a proxy that is not trusted: the throttle would treat its clients as one."""
-    ignored_proxies.append(peer)
+    """Log that a peer may be a proxy that is not trusted: the throttle would treat its clients as one."""
     log.warning(
         "forwarded_for_ignored",
         peer=network(peer),

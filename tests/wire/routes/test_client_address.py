@@ -67,3 +67,15 @@ def test_only_ip_addresses_are_stored_or_logged(behind: tuple[httpx.Client, Path
     assert next(row["address"] for row in listed if row["current"]) == kept
     assert sent not in log.read_text() or sent == kept
     assert "\x9b" not in log.read_text()
+
+
+def test_an_untrusted_proxy_is_logged_once(tmp_path: Path) -> None:
+    """For the addresses that it sends, and for the pages that it asks about."""
+    page = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "localhost:8000", "X-Forwarded-Uri": "/"}
+    config = write_config(tmp_path, '[browser]\nurl = "http://localhost:8000"')
+    with worker(config) as server, server.client() as client:
+        for _ in range(2):
+            log_in(client, headers={"X-Forwarded-For": "203.0.113.7"})
+            assert client.get("/auth?cookie", headers=page).status_code == 401
+        for event in ("forwarded_for_ignored", "forwarded_page_ignored"):
+            assert [each["peer"] for each in server.events(event)] == ["127.0.0.0/24"]
