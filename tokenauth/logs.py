@@ -239,7 +239,7 @@ atexit.register(_writer.flush)
 
 
 def flush() -> None:
-    """Write the waiting lines of this process, within FLUSH_TIMEOUT. A normal exit does this automatically."""
+    """Write the waiting lines of this process, within FLUSH_TIMEOUT. Every exit but `os._exit` does this."""
     _writer.flush()
 
 

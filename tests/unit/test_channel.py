@@ -64,7 +64,8 @@ def signals() -> Iterator[Signals]:
     signals.catch(*numbers)
     yield signals
     signal.set_wakeup_fd(-1)
-    signals.close()
+    signals._receiver.close()  # a main process keeps them until it ends
+    signals._sender.close()
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 

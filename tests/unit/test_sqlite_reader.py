@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +21,9 @@ DIGEST = b"d" * 32
 @pytest.fixture
 async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
     """Return an engine whose file has one token."""
-    engine = SqliteEngine(make_url(f"sqlite+aiosqlite:///{tmp_path / 'tokens.db'}"))
+    engine = SqliteEngine(
+        make_url(f"sqlite+aiosqlite:///{tmp_path / 'tokens.db'}"), time.time, serving=True, served=None
+    )
     await engine.start(ignore_clock)
     await engine.apply(Issue(Token.new(DIGEST, "ann", "c", 1.0, 9), 0, now=1.0))
     yield engine

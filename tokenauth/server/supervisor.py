@@ -98,11 +98,6 @@ class Signals:
         caught, self._caught = self._caught, []  # a signal that arrives in between is in one of the two lists
         return caught
 
-    def close(self) -> None:
-        """Close the descriptors; call it when no signal handler is left."""
-        self._receiver.close()
-        self._sender.close()
-
     @contextmanager
     def interrupting(self, *numbers: signal.Signals) -> Iterator[None]:
         """Make these signals raise Interrupted as well, in an operation that may take long."""

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.settings.model import ServerSettings
-from tokenauth.web.exceptions import ForeignOrigin
+from tokenauth.web.exceptions import ForeignHost, ForeignOrigin
 
 OWN_ORIGIN = frozenset({b"same-origin", b"none"})
 """Sec-Fetch-Site of requests from pages of the same origin, and of addresses that a person typed."""
@@ -43,14 +43,14 @@ class Hosts:
         return cls(server.cors_origins, names if limited else None)
 
     def check(self, scope: Scope) -> None:
-        """Raise ForeignOrigin if a page calls the service under another host."""
+        """Raise ForeignHost if a page calls the service under another host."""
         if self._names is None:
             return
         origin, site, host = _page(scope)
         if (site is None and origin is None) or origin in self._origins:
             return
         if not self._is_allowed(host.decode("latin-1")):
-            raise ForeignOrigin("", host.decode("latin-1"))
+            raise ForeignHost(host.decode("latin-1"))
 
     def _is_allowed(self, host: str) -> bool:
         assert self._names is not None
@@ -81,7 +81,7 @@ class CsrfMiddleware:
         self._allowed_methods = SAFE_METHODS if allow_safe_methods else frozenset[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Guard one request. Raises ForeignOrigin."""
+        """Guard one request. Raises ForeignOrigin or ForeignHost."""
         if scope["method"] not in self._allowed_methods:
             origin, site, host = _page(scope)
             if origin is not None or site is not None:  # a page, not a program

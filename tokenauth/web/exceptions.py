@@ -37,14 +37,19 @@ class ForeignOrigin(Refusal):
 
     code = "foreign_origin"
 
-    def __init__(self, origin: str, host: str | None = None) -> None:
-        if host is None:
-            super().__init__(f"Pages of {origin[:200]!r} may not call this: list their origin in server.cors_origins.")
-        else:
-            super().__init__(
-                f"Pages may not call this at the host {host[:200]!r}: set oauth.issuer to the URL of this service, or"
-                " list the origin of the page in server.cors_origins."
-            )
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"Pages of {origin[:200]!r} may not call this: list their origin in server.cors_origins.")
+
+
+class ForeignHost(ForeignOrigin):
+    """A web page called the service under a name that is not its own: its host may resolve to this machine."""
+
+    def __init__(self, host: str) -> None:
+        Refusal.__init__(
+            self,
+            f"Pages may not call this at the host {host[:200]!r}: set oauth.issuer to the URL of this service, or list"
+            " the origin of the page in server.cors_origins.",
+        )
 
 
 class ForeignPage(ForeignOrigin):

@@ -215,11 +215,11 @@ class Request(requests.Request):
 
     @property
     def has_body(self) -> bool:
-        """Whether the headers announce a body. Otherwise there is none (RFC 9112 section 6.3)."""
+        """Whether there may be a body. In HTTP/1, the headers announce it (RFC 9112 section 6.3)."""
         for name, value in self.scope["headers"]:  # in a third of the time of `any`
             if (name == b"content-length" and value != b"0") or name == b"transfer-encoding":
                 return True
-        return False
+        return not self.scope.get("http_version", "").startswith("1.")
 
     async def refuse_body(self, known: Collection[str] = ()) -> None:
         """Raise InvalidRequest for a body other than `{}`; `known` are the parameters of the query."""

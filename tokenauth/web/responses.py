@@ -24,6 +24,7 @@ STATUS: dict[type[errors.Refusal], int] = {
     errors.InvalidToken: 401,
     errors.Forbidden: 403,
     exceptions.ForeignOrigin: 403,
+    exceptions.ForeignHost: 403,
     exceptions.ForeignPage: 403,
     errors.NotYourLease: 403,
     errors.LoginNeeded: 403,

@@ -93,7 +93,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Node]:
     """Open a database, as another process would."""
-    node = Node(PostgresEngine(make_url(url), 2, clock=lambda: START))
+    node = Node(PostgresEngine(make_url(url), 2, lambda: START, serving=True, create=True))
     await node.store.start()
     try:
         yield node

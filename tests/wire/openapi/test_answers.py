@@ -47,6 +47,7 @@ from tokenauth.errors import (
 )
 from tokenauth.web.exceptions import (
     BodyTooLarge,
+    ForeignHost,
     ForeignOrigin,
     ForeignPage,
     InternalError,
@@ -99,6 +100,10 @@ REFUSED: dict[type[Refusal], list[Call]] = {
             ("POST", "/random/generate"),
             ("POST", "/managed/assign-token"),
         ]
+    ],
+    ForeignHost: [
+        Call("POST", path, "", {"headers": {"Host": "foreign.example", "Sec-Fetch-Site": "same-origin"}})
+        for path in ("/api/token", "/oauth/token", "/random/generate")
     ],
     InsufficientScope: [
         Call("GET", "/auth?scope=admin", "ann"),

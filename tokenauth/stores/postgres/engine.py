@@ -42,9 +42,7 @@ class PostgresEngine:
     identity = "any"
     """A database that replaces another of its name is used, if it has tables: `Listener` then clears the cache."""
 
-    def __init__(
-        self, url: URL, connections: int, clock: Clock | None = None, serving: bool = True, create: bool = True
-    ) -> None:
+    def __init__(self, url: URL, connections: int, clock: Clock | None, serving: bool, create: bool) -> None:
         """Take `postgresql+asyncpg://...` and the number of connections. Without a `clock` the time is the database's.
 
         Unless it is for `serving`, it writes only the changes that are asked for. `create`: make missing tables.

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,9 +41,7 @@ CHECKPOINT_INTERVAL = 10.0
 class SqliteEngine:
     """Engine of one SQLite file. Changes go to one thread, brief queries run on the event loop, others in threads."""
 
-    def __init__(
-        self, url: URL, clock: Clock = time.time, serving: bool = True, served: ServedDatabase | None = None
-    ) -> None:
+    def __init__(self, url: URL, clock: Clock, serving: bool, served: ServedDatabase | None) -> None:
         """Take `sqlite+aiosqlite:///PATH` and the machine's clock.
 
         Unless it is for `serving`, it creates no file, and writes only the changes that are asked for. If a file is

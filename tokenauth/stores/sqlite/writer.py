@@ -75,7 +75,7 @@ _BAD_CHANGE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingErr
 class SqliteWriter:
     """Makes changes in batches, probes while they fail, and checks that the -wal file can be copied."""
 
-    def __init__(self, path: str, create: bool = True) -> None:
+    def __init__(self, path: str, create: bool) -> None:
         """`create` the file if it does not exist."""
         self.path = path
         self.file_replaced = False
