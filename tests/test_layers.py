@@ -26,7 +26,6 @@ LAYERS = [
 HOMES = {
     "httpx": {"client"},
     "sqlalchemy": {"stores"},
-    "aiosqlite": {"stores"},
     "asyncpg": {"stores"},
     "alembic": {"stores"},
     "sqlite3": {"stores"},

@@ -293,7 +293,7 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
     )
     logging.raiseExceptions = False
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    for noisy in ("alembic", "aiosqlite", "sqlalchemy", "asyncio"):
+    for noisy in ("alembic", "sqlalchemy", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its messages call each worker a server
     if not quiet:

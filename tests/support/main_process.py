@@ -145,11 +145,11 @@ BREAKAGES = {
     "no python": Breakage(_hide_python, _show_python, "No such file"),
     "no program": Breakage(_replace_python, _show_python, "Permission denied"),
     "no module": Breakage(*_break_module("uvloop.py", "raise ImportError('there is no uvloop')"), "there is no uvloop"),
-    "no start": Breakage(*_break_module("aiosqlite.py", "1 / 0"), "ZeroDivisionError"),
+    "no start": Breakage(*_break_module("sqlalchemy.py", "1 / 0"), "ZeroDivisionError"),
     "no worker": Breakage(*_break_module("httptools.py", "raise ImportError('there is no tool')"), "there is no tool"),
     "no encoding": Breakage(*_break_module("encodings.py", ""), ""),
-    "an exit": Breakage(*_break_module("aiosqlite.py", "import os; os._exit(7)"), "exit code 7"),
-    "a kill": Breakage(*_break_module("aiosqlite.py", "import os; os.kill(os.getpid(), 9)"), "SIGKILL"),
+    "an exit": Breakage(*_break_module("sqlalchemy.py", "import os; os._exit(7)"), "exit code 7"),
+    "a kill": Breakage(*_break_module("sqlalchemy.py", "import os; os.kill(os.getpid(), 9)"), "SIGKILL"),
 }
 
 

@@ -21,7 +21,7 @@ _FORKS.set_forkserver_preload(
         "tests.support.serving",
         "tokenauth.cli.main",
         # modules that are imported late
-        *("aiosqlite", "alembic.command", "alembic.config", "concurrent.futures.thread", "encodings.idna"),
+        *("alembic.command", "alembic.config", "concurrent.futures.thread", "encodings.idna"),
         *("rich._emoji_codes", "rich.table"),
         *(f"passlib.handlers.{name}" for name in ("argon2", "bcrypt", "pbkdf2", "scrypt")),
         *("tokenauth.stores.postgres.engine", "uvicorn.lifespan.on", "uvicorn.loops.uvloop"),

@@ -37,7 +37,7 @@ for name, script in json.load(sys.stdin).items():
 """
 
 FORGERIES = ["two\nlines", '{"event": "forged"}', "\x1b[2J", "\x00\u2028\u202e", "a\udcffb"]
-CHATTY = ["alembic", "alembic.runtime.migration", "aiosqlite", "sqlalchemy.engine", "asyncio"]
+CHATTY = ["alembic", "alembic.runtime.migration", "sqlalchemy.engine", "asyncio"]
 
 LEAKS = {
     "logger.exception": """

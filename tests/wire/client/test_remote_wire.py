@@ -13,7 +13,7 @@ from tests.support.servers import ROOT, HandClock, Server, log_in
 from tests.wire.client.issuers import HeldIssuer, token
 from tokenauth.client import RemoteTokens
 
-SERVER_MODULES = {"sqlalchemy", "aiosqlite", "argon2", "passlib", "bcrypt", "uvicorn", "alembic", "tomlkit"}
+SERVER_MODULES = {"sqlalchemy", "argon2", "passlib", "bcrypt", "uvicorn", "alembic", "tomlkit"}
 
 
 @pytest.fixture(autouse=True)

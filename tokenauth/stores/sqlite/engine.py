@@ -4,15 +4,13 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import URL, Connection, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import DBAPIError
 
 from tokenauth.clock import Clock
-from tokenauth.errors import RetryLater, StartError, StoreUnavailable
+from tokenauth.errors import Overloaded, RetryLater, StartError, StoreUnavailable
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import DATABASE_LOST, Failures, Instant, ServedDatabase, Token
 from tokenauth.stores import schema
@@ -21,16 +19,11 @@ from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
 from tokenauth.stores.sqlite import files
 from tokenauth.stores.sqlite.reader import ERRORS, Reader
+from tokenauth.stores.sqlite.reader_threads import ReaderThreads
 from tokenauth.stores.sqlite.writer import SqliteWriter, describe
 
 A = TypeVar("A")
 T = TypeVar("T")
-
-_READ_TIMEOUT = 0.25
-"""Seconds that a query waits where even SQLite's readers must: while a crashed process's log is recovered."""
-
-_POOL_TIMEOUT = 2.0
-"""Seconds that a query waits for a connection that others use."""
 
 _ACTION = "restart tokenauth"
 
@@ -53,7 +46,7 @@ class SqliteEngine:
         self.reader = self.feed = Reader(path, self._read_failed)
         self._serving = serving
         self._served = served
-        self._readers = _read_engine(url, path)
+        self._threads = ReaderThreads(path)
         self._reading = Circuit(self._probe, "store_unreachable", "store_reachable_again")
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
@@ -103,7 +96,7 @@ class SqliteEngine:
                 await self.apply(SaveTime(now=now))
         await self.writer.stop()
         await self._reading.stop()
-        await self._readers.dispose()
+        self._threads.close()
         self.reader.close()
 
     async def ready(self) -> str | None:
@@ -144,19 +137,10 @@ class SqliteEngine:
         if self.writer.file_replaced:
             raise StoreUnavailable
         try:
-            db = await self._readers.connect()
-        except (SQLAlchemyError, RuntimeError, MemoryError) as error:
-            # A RuntimeError means that no thread can be started. Other SQLAlchemyErrors: all connections are in use.
-            if isinstance(error, DBAPIError | RuntimeError | MemoryError):
-                self._read_failed(describe(error))
-            raise StoreUnavailable from error
-        try:
-            return await db.run_sync(query)
-        except (DBAPIError, MemoryError) as error:
+            return await self._threads.run(query)
+        except (DBAPIError, MemoryError, Overloaded) as error:  # Overloaded: no thread can be started
             self._read_failed(describe(error))
             raise StoreUnavailable from error
-        finally:
-            await db.close()
 
     def _read_failed(self, why: str) -> None:
         """Log a failure, unless it was logged lately, and probe until reading works again. No read is refused."""
@@ -197,12 +181,3 @@ class SqliteEngine:
                 pass
             except Exception as error:
                 log.error("unexpected_error", at=safe_traceback(error))
-
-
-def _read_engine(url: URL, path: str) -> AsyncEngine:
-    existing = url.set(database=Path(path).as_uri(), query={"mode": "rw", "uri": "true"})
-    engine = create_async_engine(
-        existing, hide_parameters=True, pool_timeout=_POOL_TIMEOUT, connect_args={"timeout": _READ_TIMEOUT}
-    )
-    event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
-    return engine
