@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import cycle, product
 from pathlib import Path
 
 import httpx
@@ -107,21 +108,28 @@ def fill(path: str, token: str) -> str:
     return path.replace("{value}", "x").replace("{token}", "x")
 
 
+def visits(method: str, every: bool) -> list[tuple[Mapping[str, str], str | None, bytes]]:
+    """Return pages and bodies: each with each other, or so that each page and each body is there."""
+    pages = [*PAGES.values(), *([LINK] if method == "GET" else [])]
+    pairs = product(pages, BODIES.values()) if every else zip(cycle(pages), BODIES.values(), strict=False)
+    return [(page, kind, body) for page, (kind, body) in pairs]
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["each", "all"])
 @pytest.mark.parametrize("with_cookie", [True, False], ids=["with the cookie", "without"])
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda part: part)
 def test_no_route_lets_a_foreign_page_act(
-    client: httpx.Client, victim: Visitor, directory: Path, method: str, path: str, with_cookie: bool
+    client: httpx.Client, victim: Visitor, directory: Path, method: str, path: str, with_cookie: bool, every: bool
 ) -> None:
     before = state(directory)
     address = fill(path, victim.cookies["tokenauth"])
     assert "{" not in address
     cookie = {"Cookie": "; ".join(f"{name}={value}" for name, value in victim.cookies.items())} if with_cookie else {}
-    for page in [*PAGES.values(), *([LINK] if method == "GET" else [])]:
-        for kind, body in BODIES.values():
-            headers = {**page, **cookie, **({"Content-Type": kind} if kind else {})}
-            status = client.request(method, address, content=body, headers=headers).status_code
-            client.cookies.clear()
-            assert status < 500
+    for page, kind, body in visits(method, every):
+        headers = {**page, **cookie, **({"Content-Type": kind} if kind else {})}
+        status = client.request(method, address, content=body, headers=headers).status_code
+        client.cookies.clear()
+        assert status < 500
     assert state(directory) == before
 
 

@@ -24,6 +24,24 @@ return_to = ["https://app.example.com"]
 """As docs/browser-login.md shows them."""
 
 
+FIRST, *OTHERS = PRODUCTS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `make faults` what repeats a test behind another proxy than FIRST, with other parameters."""
+    begun = set[tuple[str, str]]()
+    for item in items:
+        if item.path.parent != Path(__file__).parent or not isinstance(item, pytest.Function):
+            continue
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for name in OTHERS:
+            if name in parameters and not any(item.iter_markers("faults")):
+                test = (item.nodeid.partition("[")[0], name)
+                if test in begun:
+                    item.add_marker(pytest.mark.faults)
+                begun.add(test)
+
+
 @pytest.fixture(scope="package")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("proxies")

@@ -12,6 +12,7 @@ from tests.support.servers import serve, worker, write_config
 from tests.support.skipping import skip_without
 from tests.system.browser.conftest import FLAGS
 from tests.system.proxies import test_one_host as one_host
+from tests.system.proxies.conftest import FIRST
 from tests.system.proxies.peers import Arrived, Relay
 from tests.system.proxies.running import PRODUCTS, Proxy, running
 from tests.system.proxies.test_cookies import COOKIE, KEEP_COOKIES
@@ -63,6 +64,11 @@ def context(browser: Browser, proxy: Proxy, port_443: Relay) -> Iterator[Browser
         yield opened
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    [name if name == FIRST else pytest.param(name, marks=pytest.mark.faults) for name in PRODUCTS],
+    indirect=True,
+)
 def test_a_person_uses_an_application(context: BrowserContext, proxy: Proxy) -> None:
     """From the first visit to the log-out. Fetches of someone who is not logged in get 401, not a login page."""
     with context.new_page() as page:
@@ -114,7 +120,7 @@ def test_a_person_uses_an_application(context: BrowserContext, proxy: Proxy) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["nginx", *(pytest.param(name, marks=pytest.mark.faults) for name in PRODUCTS if name != "nginx")]
+    "name", [FIRST, *(pytest.param(name, marks=pytest.mark.faults) for name in PRODUCTS if name != FIRST)]
 )
 def test_it_can_be_tried_on_this_machine(browser: Browser, tmp_path: Path, name: str) -> None:
     """Over http, at localhost, as docs/browser-login.md says."""
