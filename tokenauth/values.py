@@ -31,6 +31,7 @@ _CHECKSUM_LENGTH = 6
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 _HEX = frozenset("0123456789abcdef")
+_WORD = re.compile(r"[A-Za-z0-9]+")
 _BLANKS = b" \t\r\n\v\f"
 _SEPARATOR = 10
 _IS_LETTER = bytes(97 if byte in ALPHABET else _SEPARATOR for byte in range(256))
@@ -103,12 +104,12 @@ def digest(value: bytes) -> bytes | None:
 
 
 def refuse_value(text: str, field: str) -> None:
-    """Raise InvalidRequest about `field` if a text has the form of a token value: it would be stored and logged.
+    """Raise InvalidRequest about `field` if a word of a text has the form of a token: it would be stored and logged.
 
     64 hexadecimal digits are accepted: they name a container or a commit, and no random value has only those.
     """
-    if digest(text.encode(errors="replace")) is not None and not _HEX.issuperset(text):
-        raise InvalidRequest(f"{field}: has the form of a token. Choose another text.")
+    if any(len(word) == LENGTH and not _HEX.issuperset(word) for word in _WORD.findall(text)):
+        raise InvalidRequest(f"{field}: has the form of a token, or contains one. Choose another text.")
 
 
 def find_values(text: bytes) -> list[bytes]:

@@ -186,8 +186,18 @@ def test_the_search_takes_linear_time_for_any_text(piece: bytes) -> None:
 
 
 def test_a_text_in_the_form_of_a_token_is_refused_as_a_name() -> None:
-    for value in (new_value(), new_named_value(), "A" * 64):
+    named = new_named_value()
+    for value in (
+        new_value(),
+        named,
+        "A" * 64,
+        f"Bearer {named}",
+        f"leaked ({named}).",
+        f"{new_value()}\n",
+        f"x_{named}",
+    ):
         with pytest.raises(InvalidRequest, match="holder: has the form of a token"):
             refuse_value(value, "holder")
-    for text in ("ci-7", "f" * 63, sha256(b"a container").hexdigest()):
+    container = sha256(b"a container").hexdigest()
+    for text in ("ci-7", "F" * 63, "F" * 65, "F" * 40 + " " + "F" * 24, container, f"sha256:{container}"):
         refuse_value(text, "holder")
