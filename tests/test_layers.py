@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors"},
+    {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
     {"tokens", "named_tokens", "pools", "credentials", "throttle", "revocation_queue", "uses", "risks"},
     {"service", "sweeper"},
@@ -124,4 +124,4 @@ def test_clients_know_nothing_of_the_server(module: str) -> None:
     own = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.")} & {
         f"tokenauth.{other}" for other in MODULES
     }
-    assert {name.split(".")[1] for name in own} <= {"models", "clock", "errors", "values", "nesting", "client"}
+    assert {name.split(".")[1] for name in own} <= {"models", "line", "clock", "errors", "values", "nesting", "client"}

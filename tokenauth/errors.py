@@ -146,6 +146,34 @@ class LeaseLost(Refusal):
     description = "The token is no longer leased to you: stop using what it guards."
 
 
+class RequestDiffers(Refusal):
+    """The user has a request of this id for the pool, with other terms."""
+
+    code = "request_differs"
+    description = "You sent a request of this id with other terms. Choose another id."
+
+
+class TooManyPlaces(Refusal):
+    """The user has as many places in the pool's waiting line as one user may have."""
+
+    code = "too_many_places"
+    description = "You have too many requests in the line of this pool."
+
+
+class PlaceLost(Refusal):
+    """The request was taken out of the waiting line."""
+
+    code = "place_lost"
+    description = "The request was taken out of the waiting line."
+
+
+class UnknownRequest(Refusal):
+    """The user has no such request in the pool's waiting line."""
+
+    code = "not_found"
+    description = "The waiting line has no such request."
+
+
 class RetryLater(Refusal):
     """The request may succeed after `retry_after` whole seconds."""
 

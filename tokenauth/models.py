@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal, NamedTuple, Protocol, Self
@@ -343,8 +343,10 @@ class PoolToken(NamedTuple):
         lease_ttl: float | None,
     ) -> "PoolToken":
         # Every write calls this, and `_replace` takes three times as long.
-        changed = (self.pool, self.value, free_at, holder, fence, self.retired, username, leased_at, lease_ttl)
-        return PoolToken(*changed, *self[9:])
+        pool, value, _, _, _, retired, _, _, _, member, reservation = self
+        return PoolToken(
+            pool, value, free_at, holder, fence, retired, username, leased_at, lease_ttl, member, reservation
+        )
 
     def __repr__(self) -> str:
         # Without the value: it may be a secret.
@@ -396,6 +398,42 @@ class LeaseRequest:
     kept_until: Instant
     granted_at: Instant | None = None
     leases: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def key(self) -> "RequestKey":
+        return self.username, self.id
+
+    def has(self, number: int, token: PoolToken) -> bool:
+        """Return whether a token, with this number, is under a lease that this request was granted."""
+        # A token that replaced another one has its number, and may reach the same fence, but with a later start.
+        return (number, token.fence) in (self.leases or ()) and token.leased_at == self.granted_at
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """What must be the same when the request is repeated."""
+        return self.holder, self.count, self.priority, self.ttl, self.labels
+
+
+RequestKey = tuple[str, str]
+"""What tells requests for one pool apart: the user and the id."""
+
+
+class Grant(NamedTuple):
+    """The leases that a request was granted: all of its tokens, as they were before and as they are now.
+
+    `before` is empty if they had been granted already.
+    """
+
+    request: LeaseRequest
+    tokens: Sequence[PoolToken]
+    before: Sequence[PoolToken] = ()
+
+
+class Place(NamedTuple):
+    """A place in the waiting line: how many are before it and itself, of how many."""
+
+    position: int
+    waiting: int
 
 
 LeaseCursor = tuple[Instant, int]

@@ -44,7 +44,7 @@ def upgrade() -> None:
     )
     op.create_index("pool_requests_by_id", "pool_requests", ["pool", "id", "username"], unique=True)
     for name, condition, columns in (
-        ("pool_requests_by_turn", WAITING, ["pool", "turn", "number", "kept_until"]),
+        ("pool_requests_by_turn", WAITING, ["pool", "turn", "number", "kept_until", "since"]),
         ("pool_requests_by_end", WAITING, ["pool", "kept_until"]),
         ("pool_requests_granted", GRANTED, ["pool", "kept_until"]),
     ):

@@ -20,19 +20,23 @@ from tokenauth.models import (
     Assignment,
     CountUpdate,
     Failures,
+    Grant,
     Instant,
     LeaseChange,
     LeaseCheck,
     LeaseCursor,
+    LeaseRequest,
+    Place,
     Pool,
     PoolCounts,
     PoolToken,
+    RequestKey,
     Token,
     TokenKind,
     Use,
 )
 from tokenauth.stores.cache import TokenCache
-from tokenauth.stores.changes import pool_rows
+from tokenauth.stores.changes import pool_rows, request_rows
 from tokenauth.stores.changes.clock import AcquireDuty, SaveTime
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
 from tokenauth.stores.changes.named_tokens import IssueNamed, Rotate
@@ -49,8 +53,17 @@ from tokenauth.stores.changes.pools import (
     TakeOver,
 )
 from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
+from tokenauth.stores.changes.waiting import Ask, Leave, PutBack, TakeTurns
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
-from tokenauth.stores.tables import as_pool_token, as_token, pool_token_columns, pool_tokens, token_columns, tokens
+from tokenauth.stores.tables import (
+    as_lease_request,
+    as_pool_token,
+    as_token,
+    pool_token_columns,
+    pool_tokens,
+    token_columns,
+    tokens,
+)
 
 _STEP = 10_000
 """Tokens that one transaction revokes at most."""
@@ -240,6 +253,86 @@ class PoolStore:
     ) -> LeaseChange | None:
         """End a lease if the check matches it, and lease the token to another user. None if there is no such token."""
         return await self._engine.apply(TakeOver(pool, value, check, holder, username, now=now))
+
+    async def ask(
+        self,
+        pool: Pool,
+        username: str,
+        id: str,
+        holder: str,
+        now: Instant,
+        count: int = 1,
+        priority: int = 0,
+        ttl: float | None = None,
+        labels: tuple[str, ...] = (),
+        keep: float | None = None,
+    ) -> Grant | LeaseRequest | Refusal:
+        """Lease `count` tokens, all or none, to a request if it is its turn; otherwise it waits, or is refused.
+
+        Requests are served in the order of `tokenauth.line`. One that waits keeps its place for `keep` seconds, and as
+        long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A request that
+        was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them is over.
+        RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES.
+        """
+        return await self._engine.apply(Ask(pool, username, id, holder, count, priority, ttl, labels, keep, now=now))
+
+    async def take_turns(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> Sequence[Grant]:
+        """Serve those of some waiting requests whose turn it is."""
+        return await self._engine.apply(TakeTurns(pool, keys, now=now))
+
+    async def may_have_turn(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> bool:
+        """Return whether `take_turns` could serve a request, from what was committed when this was called."""
+        values = pool_rows.parameters(pool, now)
+        [(free,)] = await self._engine.read(pool_rows.SOME_FREE, values, brief=True)
+        if free <= 0:
+            return False
+        first = {"name": pool.name, "now": now, **request_rows.START_OF_LINE, "limit": free}
+        for request in map(as_lease_request, await self._engine.read(request_rows.LINE, first, brief=True)):
+            free -= request.count
+            if free < 0:
+                return False
+            if request.key in keys:
+                return True
+        return False
+
+    async def leave(
+        self,
+        pool: Pool,
+        key: RequestKey,
+        now: Instant,
+        keep: float | None = None,
+        kept_until: Instant | None = None,
+    ) -> bool:
+        """Give up a place in the line, or keep it for at most `keep` seconds more; False if there is none.
+
+        `kept_until`: only if the place is kept until then: otherwise the client has asked again.
+        """
+        return await self._engine.apply(Leave(pool, key, keep, kept_until, now=now))
+
+    async def put_back(self, pool: Pool, request: LeaseRequest, keep: float | None, now: Instant) -> bool:
+        """End the leases of a request that was granted to a client which has gone, unless it has asked again.
+
+        With `keep` the request gets its place back, for that many seconds. Returns whether it was undone.
+        """
+        return await self._engine.apply(PutBack(pool, request, keep, now=now))
+
+    async def find_place(self, pool: Pool, key: RequestKey, now: Instant) -> Place | None:
+        """Return the place of a request in the line; None if it does not wait."""
+        values: dict[str, object] = {"name": pool.name, "now": now}
+        rows = await self._engine.read(request_rows.FIND, {**values, "username": key[0], "id": key[1]}, brief=True)
+        if not rows:
+            return None
+        request = as_lease_request(rows[0])
+        if request.granted_at is not None or request.kept_until <= now:
+            return None
+        place = {"turn": request.turn, "number": request.number}
+        [(position, waiting)] = await self._engine.read(request_rows.PLACE, {**values, **place}, brief=True)
+        return Place(position, waiting)
+
+    async def list_requests(self, pool: Pool, now: Instant, limit: int) -> Sequence[LeaseRequest]:
+        """Return the requests that wait, in order, at most `limit`."""
+        values = {"name": pool.name, "now": now, **request_rows.START_OF_LINE, "limit": limit}
+        return [as_lease_request(row) for row in await self._engine.read(request_rows.LINE, values)]
 
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
         """End the lease that would end first, of a user or of all users; False if there is none.

@@ -172,10 +172,10 @@ pool_requests = Table(
     Column("granted_at", Float),
     Column("leases", String),
     Index("pool_requests_by_id", "pool", "id", "username", unique=True),
-    # the waiting line in its order, with kept_until, so that counting it reads the index alone
+    # the waiting line in its order, with what else is counted, so that this reads the index alone
     Index(
         "pool_requests_by_turn",
-        *("pool", "turn", "number", "kept_until"),
+        *("pool", "turn", "number", "kept_until", "since"),
         sqlite_where=_IS_WAITING,
         postgresql_where=_IS_WAITING,
     ),

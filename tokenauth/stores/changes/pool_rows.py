@@ -1,7 +1,8 @@
 """The rows of one pool at one instant, read and changed within a transaction."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import merge
 from typing import Any
 
 from sqlalchemy import (
@@ -19,6 +20,7 @@ from sqlalchemy import (
     false,
     func,
     insert,
+    literal,
     or_,
     select,
     text,
@@ -27,10 +29,12 @@ from sqlalchemy import (
     update,
 )
 
-from tokenauth.models import Instant, Pool, PoolCounts, PoolToken
+from tokenauth.line import Row, share_out
+from tokenauth.models import Instant, LeaseRequest, Pool, PoolCounts, PoolToken, RequestKey
+from tokenauth.stores.changes.request_rows import SOMEONE_WAITS, RequestRows
 from tokenauth.stores.engine import LockConflict, Transaction
 from tokenauth.stores.sql import elements
-from tokenauth.stores.tables import as_reservation, pool_token_columns, pool_tokens
+from tokenauth.stores.tables import as_pool_token, as_reservation, pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
 _row = (_number, *pool_token_columns)
@@ -49,6 +53,9 @@ _lapsed = (*_taken, _at > bindparam("lapsed_cutoff"), _at <= bindparam("now"))
 _expired = ((*_idle, _at <= bindparam("cutoff")), (*_taken, _at <= bindparam("lapsed_cutoff")))
 
 Range = tuple[ColumnElement[bool], ...]
+
+_AHEAD = 1000
+"""Free tokens that are read for those who wait, if anyone does: those in front may need that many."""
 
 _MARGIN = 100
 """Rows that other transactions may have locked before a wider range must be read."""
@@ -91,7 +98,7 @@ MEMBERS = (
 )
 _after_cursor = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
 LEASES = _rows((*_taken, *_after_cursor), (*_retired, *_after_cursor))
-_COUNT_RETIRED = select(_count(*_retired, _live))
+_COUNT_RETIRED = select(_count(*_retired, _live), SOMEONE_WAITS)
 _NEXT_END = select(_earliest(*_taken, _live), _earliest(*_retired, _live))
 _FREE = _rows(_unexpired, _lapsed)
 # The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
@@ -105,6 +112,9 @@ _FREE_UNLOCKED = (
     .limit(bindparam("wanted"))
     .with_for_update(skip_locked=True)
 )
+_some_free = select(func.count()).select_from(select(literal(1)).where(*_unexpired).limit(_AHEAD).subquery())
+_some_lapsed = select(func.count()).select_from(select(literal(1)).where(*_lapsed).limit(_AHEAD).subquery())
+SOME_FREE = select(_some_free.scalar_subquery() + _some_lapsed.scalar_subquery() - _count(*_retired, _live))
 _COUNT_FREE = select(func.count()).select_from(_rows_by_range(_unexpired, _lapsed).subquery())
 _LEASED = _rows((*_taken, _live))
 _LEASED_AND_RETIRED = _rows((*_retired, _live))
@@ -120,6 +130,7 @@ _BY_VALUE_LOCKED = (
     .order_by(_number)
     .with_for_update()
 )
+_BY_NUMBER = select(*_row).where(_pool, _number == bindparam("number"))
 _INSERT = insert(pool_tokens).inline()
 _UPDATE_LEASE = text("""
     UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username,
@@ -145,6 +156,10 @@ _DELETE_EXPIRED = delete(pool_tokens).where(_oldest(*_expired))
 _DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _at <= bindparam("now")), _retired_idle))
 
 
+def _place(request: LeaseRequest) -> tuple[Instant, int]:
+    return request.turn, request.number
+
+
 def counts(free: int, leased: int, retired: int) -> PoolCounts:
     """Return how many tokens can be leased and how many are, from the numbers that COUNT selects."""
     return PoolCounts(max(0, free - retired), leased + retired)
@@ -158,9 +173,11 @@ def parameters(pool: Pool, now: Instant) -> dict[str, object]:
 class PoolRows:
     """The rows of a pool at the instant `now`: free, leased, expired, and retired ones whose lease is live."""
 
-    def __init__(self, db: Transaction, pool: Pool, now: Instant) -> None:
+    def __init__(self, db: Transaction, pool: Pool, now: Instant, alone: bool = False) -> None:
+        """`alone`: whether no other transaction can lease, extend or release a token of the pool until this ends."""
         self.pool = pool
         self.now = now
+        self.alone = alone or db.exclusive
         self._db = db
         self._parameters = parameters(pool, now)
 
@@ -173,9 +190,46 @@ class PoolRows:
         free, leased, retired = self._db.rows(COUNT, self._parameters)[0]
         return free, leased, retired
 
-    def retired(self) -> int:
-        """Count the retired tokens whose lease is live."""
-        return int(self._db.rows(_COUNT_RETIRED, self._parameters)[0][0])
+    def retired(self) -> tuple[int, bool]:
+        """Count the retired tokens whose lease is live; also return whether anyone waits in line."""
+        count, someone_waits = self._db.rows(_COUNT_RETIRED, self._parameters)[0]
+        return count, bool(someone_waits)
+
+    def requests(self) -> RequestRows:
+        """Return the waiting line. Raises LockConflict unless this transaction is alone."""
+        if not self.alone:
+            raise LockConflict
+        return RequestRows(self._db, self.pool.name, self.now)
+
+    def leasable(self, limit: int, withheld: int) -> list[tuple[int, PoolToken]]:
+        """Return the tokens that have been free longest, without as many as are `withheld`."""
+        found = self.free(limit + withheld)
+        return found[: max(0, len(found) - withheld)]
+
+    def share_out(
+        self, wanted: int, own: Collection[RequestKey], new: Iterable[LeaseRequest] = ()
+    ) -> Sequence[tuple[LeaseRequest, Sequence[Row]]]:
+        """Find the requests of `own` that can be served now, and their tokens. Nothing is written.
+
+        wanted: how many tokens they need at most. new: those of them that have no row, in the order of their numbers.
+        """
+        withheld, someone_waits = self.retired()
+        line = self.requests().line() if someone_waits else ()
+        free = self.leasable(wanted + (_AHEAD if someone_waits else 0), withheld)
+        if not free:
+            return ()
+        in_order = merge(line, sorted(new, key=_place), key=_place)
+        return [served for served in share_out(in_order, free, self._may_use) if served[0].key in own]
+
+    def _may_use(self, request: LeaseRequest, token: PoolToken) -> bool:
+        """Return whether a request could use a free token."""
+        return not request.labels
+
+    def numbered(self, numbers: Iterable[int]) -> dict[int, PoolToken]:
+        """Return the existing tokens with these numbers."""
+        rows = self._db.rows_each(_BY_NUMBER, [{**self._parameters, "number": number} for number in numbers])
+        found = {row[0]: as_pool_token(row[1:]) for row in rows}
+        return {number: token for number, token in found.items() if self.pool.is_live(token, self.now)}
 
     def next_end(self) -> Instant | None:
         return min((end for end in self._db.rows(_NEXT_END, self._parameters)[0] if end is not None), default=None)

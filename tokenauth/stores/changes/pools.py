@@ -7,11 +7,11 @@ that any of their callers has read. A change locks the pool or the rows that it 
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeVar
 
-from tokenauth.models import Assignment, Instant, LeaseChange, LeaseCheck, Pool, PoolToken
+from tokenauth.line import LAST, REMEMBERED, new_request
+from tokenauth.models import Assignment, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.engine import Change, Transaction
 
@@ -50,7 +50,8 @@ class PoolChange(Change[A_co]):
     @classmethod
     def _lock_and_make(cls, db: Transaction, pool: Pool, changes: Sequence[Self]) -> Sequence[A_co]:
         db.lock(f"pool {pool.name}", shared=cls.shares_pool)
-        return cls.make_in_pool(PoolRows(db, pool, db.now(max(change.now for change in changes))), changes)
+        rows = PoolRows(db, pool, db.now(max(change.now for change in changes)), alone=not cls.shares_pool)
+        return cls.make_in_pool(rows, changes)
 
     @classmethod
     @abstractmethod
@@ -122,14 +123,15 @@ class Assign(PoolChange[Assignment]):
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
         """Lease free tokens. For each retired token whose lease is live, one free token is withheld."""
-        withheld, left = rows.retired(), None
+        (withheld, someone_waits), left = rows.retired(), None
+        if someone_waits:
+            return cls._make_behind_the_line(rows, changes)
         if withheld:  # two transactions must not count what they withhold at the same time
             rows.lock_withheld()
-            withheld = rows.retired()
+            withheld, _ = rows.retired()
         if any(change.counted for change in changes):
             left = max(0, rows.counts()[0] - withheld)
-        found = rows.free(len(changes) + withheld)
-        pairs = zip(islice(found, max(0, len(found) - withheld)), changes, strict=False)
+        pairs = zip(rows.leasable(len(changes), withheld), changes, strict=False)
         leased = {
             number: rows.pool.leased(token, change.holder, change.username, rows.now)
             for (number, token), change in pairs
@@ -141,6 +143,26 @@ class Assign(PoolChange[Assignment]):
         ]
         if len(answers) < len(changes):
             answers += [Assignment(None, rows.next_end(), 0)] * (len(changes) - len(answers))
+        return answers
+
+    @classmethod
+    def _make_behind_the_line(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
+        """Lease what is left when those who wait have what they could use. What is counted as left is 0."""
+        requests = [
+            new_request(rows.pool, change.username or "", str(number), change.holder, since=rows.now, number=number)
+            for number, change in enumerate(changes, LAST)
+        ]
+        found = rows.share_out(len(changes), {request.key for request in requests}, requests)
+        answers = [Assignment(None, None, 0)] * len(changes)
+        leased: dict[int, PoolToken] = {}
+        for request, [(number, token)] in found:
+            change = changes[request.number - LAST]
+            leased[number] = rows.pool.leased(token, change.holder, change.username, rows.now)
+            answers[request.number - LAST] = Assignment(leased[number], None, 0)
+        rows.update_leases(leased)
+        if len(found) < len(changes):
+            refused = Assignment(None, rows.next_end(), 0)
+            answers = [refused if answer.token is None else answer for answer in answers]
         return answers
 
 
@@ -277,7 +299,10 @@ class KeepAliveFree(PoolChange[int]):
 
 @dataclass(slots=True)
 class PurgePool(PoolChange[int]):
-    """Delete at most `limit` tokens that have expired, or were retired and whose lease is over."""
+    """Delete at most `limit` tokens that have expired, or were retired and whose lease is over.
+
+    Lapsed places in line, and requests whose leases have been over for long, are deleted, too, and counted.
+    """
 
     limit: int
     shares_pool = False
@@ -287,5 +312,29 @@ class PurgePool(PoolChange[int]):
         answers = []
         for change in changes:
             retired = rows.delete_retired(change.limit)
-            answers.append(retired + rows.delete_expired(change.limit - retired))
+            count = retired + rows.delete_expired(change.limit - retired)
+            count += rows.requests().delete_lapsed(change.limit - count)
+            answers.append(count + forget(rows, change.limit - count))
         return answers
+
+
+def forget(rows: PoolRows, limit: int) -> int:
+    """Delete granted requests whose leases have been over for long enough; return how many were looked at."""
+    requests = rows.requests()
+    old = requests.old(limit)
+    over = [request for request in old if request.leases is None]
+    requests.delete(over)
+    later = rows.now + REMEMBERED
+    requests.update(
+        replace(request, kept_until=later, leases=request.leases if running(rows, request) else None)
+        for request in old
+        if request.leases is not None
+    )
+    return len(old)
+
+
+def running(rows: PoolRows, request: LeaseRequest) -> Sequence[PoolToken] | None:
+    """Return the tokens of a granted request if all of its leases run; None if one is over."""
+    found = rows.numbered(number for number, _ in request.leases or ())
+    tokens = [token for number, token in found.items() if request.has(number, token) and token.is_leased(rows.now)]
+    return tokens if tokens and len(tokens) == request.count else None

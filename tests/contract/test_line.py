@@ -1,0 +1,318 @@
+"""The waiting line of a pool: its order, places that are kept, safe repetition, and what cannot be passed."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from tests.contract.conftest import Place
+from tests.support.servers import START
+from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyPlaces
+from tokenauth.line import MAX_PLACES, REMEMBERED
+from tokenauth.models import Grant, LeaseRequest, Pool, PoolToken
+from tokenauth.models import Place as InLine
+from tokenauth.stores.store import PoolStore
+
+POOL = Pool("p", lease_ttl=60, capacity=10)
+KEEP = 40.0
+
+
+async def ask(
+    pools: PoolStore,
+    id: str,
+    now: float = START,
+    user: str = "ann",
+    count: int = 1,
+    priority: int = 0,
+    keep: float | None = KEEP,
+    ttl: float | None = None,
+    pool: Pool = POOL,
+) -> Grant | LeaseRequest | Refusal:
+    """Ask for leases; the holder is named for the request."""
+    return await pools.ask(pool, user, id, f"holder of {id}", now, count, priority, ttl, keep=keep)
+
+
+def tokens(answer: object) -> Sequence[PoolToken]:
+    """Return the tokens that were granted."""
+    assert isinstance(answer, Grant), answer
+    return answer.tokens
+
+
+async def in_line(pools: PoolStore, now: float = START) -> list[str]:
+    """Return the ids of those who wait, in order."""
+    return [request.id for request in await pools.list_requests(POOL, now, 1000)]
+
+
+async def turns(pools: PoolStore, *ids: str, now: float = START, user: str = "ann") -> list[str]:
+    """Let a worker that has these requests serve them; return which were."""
+    keys = {(user, id) for id in ids}
+    may = await pools.may_have_turn(POOL, keys, now)
+    served = [grant.request.id for grant in await pools.take_turns(POOL, keys, now)]
+    assert may or not served, "a worker that looks first would not have served them"
+    return served
+
+
+async def lease_all(pools: PoolStore, count: int = 1) -> list[str]:
+    """Generate tokens and lease all of them."""
+    values = [f"t{number}" for number in range(count)]
+    assert await pools.generate(POOL, values, START)
+    for _ in values:
+        assert (await pools.assign(POOL, "x", START)).token
+    return values
+
+
+async def test_a_request_is_served_at_once_where_a_token_is_free(pools: PoolStore) -> None:
+    await pools.generate(POOL, ["t1"], START)
+    [token] = tokens(await ask(pools, "a"))
+    assert token == PoolToken("p", "t1", START + 60, "holder of a", 1, username="ann", leased_at=START)
+    assert await in_line(pools) == []
+
+
+async def test_a_request_waits_and_is_served_in_its_turn(pools: PoolStore) -> None:
+    [value] = await lease_all(pools)
+    for number, id in enumerate("abc"):
+        waiting = await ask(pools, id, START + number)
+        assert isinstance(waiting, LeaseRequest)
+        assert waiting.kept_until == START + number + KEEP
+        assert await pools.find_place(POOL, ("ann", id), START + 3) == InLine(number + 1, number + 1)
+    assert await turns(pools, "a", "b", "c", now=START + 3) == []
+    await pools.release(POOL, value, START + 4)
+    assert await turns(pools, "b", "c", now=START + 4) == [], "its turn is a's, whose worker is another one"
+    assert await turns(pools, "a", "b", "c", now=START + 4) == ["a"]
+    assert await in_line(pools, START + 4) == ["b", "c"]
+    assert await pools.find_place(POOL, ("ann", "c"), START + 4) == InLine(2, 2)
+    assert await pools.find_place(POOL, ("ann", "a"), START + 4) is None
+
+
+async def test_nobody_passes_those_who_wait(pools: PoolStore, other: Place) -> None:
+    values = await lease_all(pools, 2)
+    await ask(pools, "a")
+    await pools.release(POOL, values[0], START + 1)
+    for store in (pools, other.pools):
+        assert (await store.assign(POOL, "late", START + 1)).token is None
+        assert (await store.assign(POOL, "late", START + 1, counted=True)).left == 0
+        assert isinstance(await ask(store, "late", START + 1, keep=None), NoFreeToken)
+        assert isinstance(await ask(store, f"after {id(store)}", START + 1), LeaseRequest)
+    await pools.release(POOL, values[1], START + 1)
+    assert (await pools.assign(POOL, "late", START + 1)).token is None, "three wait for two tokens"
+    assert await turns(pools, "a", now=START + 1) == ["a"]
+
+
+async def test_what_no_one_in_line_can_use_is_left_to_others(pools: PoolStore) -> None:
+    values = await lease_all(pools, 2)
+    await ask(pools, "a")
+    for value in values:
+        await pools.release(POOL, value, START + 1)
+    got = await asyncio.gather(*(pools.assign(POOL, "late", START + 1) for _ in range(3)))
+    assert [each.token is not None for each in got].count(True) == 1
+    assert await turns(pools, "a", now=START + 1) == ["a"]
+
+
+async def test_a_count_gathers_and_is_not_passed(pools: PoolStore) -> None:
+    values = await lease_all(pools, 3)
+    await ask(pools, "three", count=3)
+    await ask(pools, "one", START + 1)
+    for value in values[:2]:
+        await pools.release(POOL, value, START + 2)
+        assert await turns(pools, "three", "one", now=START + 2) == []
+        assert (await pools.assign(POOL, "late", START + 2)).token is None
+    await pools.release(POOL, values[2], START + 3)
+    assert await turns(pools, "three", "one", now=START + 3) == ["three"]
+    again = tokens(await ask(pools, "three", START + 3, count=3))
+    assert sorted(token.value for token in again) == values
+
+
+async def test_a_point_of_priority_is_a_minute_of_waiting(pools: PoolStore) -> None:
+    await lease_all(pools)
+    await ask(pools, "first", START, keep=9999)
+    await ask(pools, "second", START + 61, keep=9999)
+    await ask(pools, "low", START + 62, priority=-1, keep=9999)
+    await ask(pools, "raised", START + 119, priority=1, keep=9999)
+    await ask(pools, "a minute later", START + 123, keep=9999)
+    await ask(pools, "too late", START + 181, priority=2, keep=9999)
+    wanted = ["first", "raised", "second", "too late", "low", "a minute later"]
+    assert await in_line(pools, START + 200) == wanted
+
+
+async def test_who_comes_later_is_never_before(pools: PoolStore) -> None:
+    """The clock of one process is behind."""
+    await lease_all(pools)
+    await ask(pools, "a", START + 5)
+    await ask(pools, "b", START + 3)
+    assert await in_line(pools, START + 5) == ["a", "b"]
+
+
+async def test_a_place_lapses_unless_it_is_asked_for_again(pools: PoolStore) -> None:
+    [value] = await lease_all(pools)
+    await ask(pools, "dead")
+    await ask(pools, "alive", START + 1)
+    await ask(pools, "alive", START + 30)
+    await pools.release(POOL, value, START + 30)
+    assert await turns(pools, "alive", now=START + KEEP - 0.001) == []
+    assert await in_line(pools, START + KEEP) == ["alive"]
+    assert await turns(pools, "dead", "alive", now=START + KEEP) == ["alive"]
+    assert await pools.find_place(POOL, ("ann", "dead"), START + KEEP) is None
+    assert isinstance(await ask(pools, "dead", START + KEEP), LeaseRequest), "it joins again, at the end"
+    assert await pools.find_place(POOL, ("ann", "dead"), START + KEEP) == InLine(1, 1)
+
+
+async def test_a_repeated_request_keeps_its_place(pools: PoolStore) -> None:
+    await lease_all(pools)
+    for id in "ab":
+        await ask(pools, id)
+    first = await ask(pools, "a", START + 20)
+    assert isinstance(first, LeaseRequest)
+    assert (first.since, first.kept_until) == (START, START + 20 + KEEP)
+    assert await in_line(pools, START + KEEP) == ["a"]
+    assert isinstance(await ask(pools, "a", START + 21, keep=None), NoFreeToken)
+    assert await in_line(pools, START + 59) == ["a"], "that one neither takes nor keeps it"
+
+
+async def test_a_repeated_request_has_the_same_lease(pools: PoolStore, other: Place) -> None:
+    await pools.generate(POOL, ["t1", "t2", "t3"], START)
+    for keep in (KEEP, None):
+        got = tokens(await ask(pools, f"a{keep}", count=1, keep=keep))
+        for store in (pools, other.pools):
+            assert tokens(await ask(store, f"a{keep}", START + 59, keep=keep)) == got
+    kept = await pools.keep_alive(POOL, "t1", START + 59)
+    assert kept is not None
+    assert tokens(await ask(pools, f"a{KEEP}", START + 100)) == [kept.after]
+    assert (await pools.count(POOL, START + 59)).leased == 2
+
+
+@pytest.mark.parametrize("how", ["lapse", "release", "delete", "replace", "lease to another"])
+async def test_a_repeated_request_whose_lease_is_over_is_lost(pools: PoolStore, how: str) -> None:
+    await pools.generate(POOL, ["t1"], START)
+    await ask(pools, "a")
+    now = START + (60 if how == "lapse" else 1)
+    if how == "release":
+        await pools.release(POOL, "t1", now)
+    elif how in {"delete", "replace"}:
+        await pools.delete(POOL, "t1", now, "t2" if how == "replace" else None)
+        assert how == "delete" or (await pools.assign(POOL, "holder of a", now, "ann")).token is not None
+    elif how == "lease to another":
+        await pools.take_over(POOL, "t1", "bob", "bob", now)
+    for _ in range(2):
+        assert isinstance(await ask(pools, "a", now), LeaseLost)
+    while await pools.purge(POOL, now, 1000):
+        pass
+    assert isinstance(await ask(pools, "a", now + REMEMBERED - 1), LeaseLost)
+
+
+async def test_the_same_id_with_other_terms_is_refused(pools: PoolStore) -> None:
+    await lease_all(pools)
+    await ask(pools, "a")
+    for other_terms in (ask(pools, "a", count=2), ask(pools, "a", priority=1), ask(pools, "a", ttl=9)):
+        assert isinstance(await other_terms, RequestDiffers)
+    assert isinstance(await ask(pools, "a", user="bob"), LeaseRequest), "ids belong to users"
+    assert isinstance(await ask(pools, "a", pool=replace(POOL, name="q")), LeaseRequest), "and to pools"
+
+
+async def test_requests_at_the_same_time_get_different_tokens(pools: PoolStore, other: Place) -> None:
+    await pools.generate(POOL, [f"t{number}" for number in range(7)], START)
+    answers = await asyncio.gather(
+        *(ask((pools, other.pools)[n % 2], f"r{n}", START, count=1 + n % 2) for n in range(10)),
+        *(ask(pools, "twice", START) for _ in range(2)),
+    )
+    granted = {grant.request.id: grant.tokens for grant in answers if isinstance(grant, Grant)}
+    values = [token.value for leases in granted.values() for token in leases]
+    assert len(values) == len(set(values)) >= 6, "the last one may be withheld for a request of two"
+    assert answers[-1] == answers[-2] or isinstance(answers[-1], Grant)
+
+
+async def test_a_user_has_at_most_so_many_places(pools: PoolStore) -> None:
+    await lease_all(pools)
+    await asyncio.gather(*(ask(pools, f"r{number}") for number in range(MAX_PLACES)))
+    assert isinstance(await ask(pools, "one more"), TooManyPlaces)
+    assert isinstance(await ask(pools, "r7"), LeaseRequest)
+    assert isinstance(await ask(pools, "other user", user="bob"), LeaseRequest)
+    assert len(await in_line(pools)) == MAX_PLACES
+
+
+async def test_a_place_is_given_up(pools: PoolStore) -> None:
+    await lease_all(pools)
+    for id in "abc":
+        await ask(pools, id)
+    assert await pools.leave(POOL, ("ann", "a"), START)
+    assert not await pools.leave(POOL, ("ann", "a"), START)
+    assert not await pools.leave(POOL, ("bob", "b"), START)
+    assert await pools.leave(POOL, ("ann", "b"), START + 1, keep=10, kept_until=START + KEEP)
+    assert not await pools.leave(POOL, ("ann", "c"), START + 1, kept_until=START)
+    assert await in_line(pools, START + 10) == ["b", "c"]
+    assert await in_line(pools, START + 11) == ["c"]
+
+
+@pytest.mark.parametrize("keep", [None, 10.0])
+async def test_what_a_gone_client_was_granted_is_taken_back(pools: PoolStore, keep: float | None) -> None:
+    [value] = await lease_all(pools)
+    await ask(pools, "a")
+    await ask(pools, "b", START + 1)
+    await pools.release(POOL, value, START + 2)
+    [granted] = await pools.take_turns(POOL, {("ann", "a")}, START + 2)
+    assert await pools.put_back(POOL, granted.request, keep, START + 3)
+    assert not await pools.put_back(POOL, granted.request, keep, START + 3)
+    assert await in_line(pools, START + 3) == (["b"] if keep is None else ["a", "b"])
+    assert await turns(pools, "a", "b", now=START + 4) == ["b" if keep is None else "a"]
+
+
+async def test_a_client_that_asked_again_keeps_its_lease(pools: PoolStore, other: Place) -> None:
+    await pools.generate(POOL, ["t1"], START)
+    first = await ask(pools, "a")
+    assert isinstance(first, Grant)
+    again = tokens(await ask(other.pools, "a"))
+    assert not await pools.put_back(POOL, first.request, 10, START)
+    assert tokens(await ask(pools, "a")) == again
+    assert (await pools.count(POOL, START)).leased == 1
+
+
+async def test_a_lapsed_lease_goes_to_the_first_in_line(pools: PoolStore) -> None:
+    await lease_all(pools)
+    await ask(pools, "a", keep=100)
+    assert (await pools.assign(POOL, "late", START + 60)).token is None
+    assert await turns(pools, "a", now=START + 59.999) == []
+    assert await turns(pools, "a", now=START + 60) == ["a"]
+
+
+async def test_those_who_wait_get_no_withheld_token(pools: PoolStore) -> None:
+    """The capacity was lowered while all tokens were leased."""
+    pool = replace(POOL, capacity=2, prefill=True)
+    await pools.fit(pool, ["t0", "t1"], START)
+    for _ in range(2):
+        await pools.assign(pool, "x", START)
+    await ask(pools, "a", pool=pool)
+    lowered = replace(pool, capacity=1)
+    await pools.fit(lowered, (), START)
+    tokens_now = await pools.list_tokens(lowered, START, "", 9)
+    kept = next(token.value for token in tokens_now if not token.retired)
+    await pools.release(lowered, kept, START + 1)
+    assert await turns(pools, "a", now=START + 1) == [], "the retired token is still leased"
+    retired = next(token.value for token in tokens_now if token.retired)
+    await pools.release(lowered, retired, START + 2)
+    assert await turns(pools, "a", now=START + 2) == ["a"]
+
+
+async def test_leases_last_as_long_as_the_request_asked(pools: PoolStore) -> None:
+    await pools.generate(POOL, ["t1"], START)
+    [token] = tokens(await ask(pools, "a", ttl=5))
+    assert token.free_at == START + 5
+    kept = await pools.keep_alive(POOL, "t1", START + 4)
+    assert kept is not None
+    assert kept.token.free_at == START + 9
+
+
+async def test_the_sweeper_forgets_old_requests(pools: PoolStore) -> None:
+    await pools.generate(POOL, ["t1"], START)
+    await ask(pools, "granted")
+    await ask(pools, "lapsed")
+    later = START
+    for _ in range(5):
+        later += 30
+        await pools.keep_alive(POOL, "t1", later)
+    assert await pools.purge(POOL, later, 10) == 1, "the lapsed place"
+    assert isinstance(await ask(pools, "granted", later), Grant)
+    later += 3 * REMEMBERED
+    for _ in range(3):
+        await pools.purge(POOL, later, 10)
+        later += REMEMBERED
+    assert not isinstance(await ask(pools, "granted", later), LeaseLost), "it is a new request"

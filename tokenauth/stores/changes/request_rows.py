@@ -1,0 +1,145 @@
+"""The rows of the waiting line of one pool at one instant, read and changed within a transaction."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Float,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    text,
+    tuple_,
+)
+
+from tokenauth.models import Instant, LeaseRequest, RequestKey
+from tokenauth.stores.engine import Transaction
+from tokenauth.stores.sql import elements
+from tokenauth.stores.tables import as_lease_request, pool_request_columns, pool_requests
+
+_PAGE = 100
+"""Requests that one query reads of the line. Most often the first few take all free tokens."""
+
+_number, _turn, _kept = pool_requests.c.number, pool_requests.c.turn, pool_requests.c.kept_until
+_limit: BindParameter[int] = bindparam("limit")
+_pool = pool_requests.c.pool == bindparam("name")
+_waiting = (_pool, pool_requests.c.granted_at.is_(None), _kept > bindparam("now"))
+_place = tuple_(_turn, _number)
+_of_place = tuple_(bindparam("turn", type_=Float()), bindparam("number", type_=BigInteger()))
+
+SOMEONE_WAITS = exists().where(*_waiting)
+LINE = select(*pool_request_columns).where(*_waiting, _place > _of_place).order_by(_turn, _number).limit(_limit)
+START_OF_LINE = {"turn": float("-inf"), "number": 0}
+_count = select(func.count()).select_from(pool_requests).where(*_waiting)
+PLACE = select(_count.where(_place <= _of_place).scalar_subquery(), _count.scalar_subquery())
+FIND = select(*pool_request_columns).where(
+    _pool, pool_requests.c.id == bindparam("id"), pool_requests.c.username == bindparam("username")
+)
+_SUMMARY = select(func.count(), func.max(pool_requests.c.since)).where(*_waiting)
+_COUNT_OF_USER = _count.where(pool_requests.c.username == bindparam("username"))
+_FIND_MANY = select(*pool_request_columns).where(
+    _pool, pool_requests.c.id.in_(select(elements(bindparam("ids"), "wanted").c.value))
+)
+_INSERT = insert(pool_requests).inline()
+_GRANT = text("""
+    UPDATE pool_requests SET granted_at = :granted_at, leases = :leases, kept_until = :kept_until WHERE number = :number
+""")
+_DELETE = text("DELETE FROM pool_requests WHERE number = :number")
+_lapsed = (_pool, pool_requests.c.granted_at.is_(None), _kept <= bindparam("now"))
+_DELETE_LAPSED = delete(pool_requests).where(
+    _number.in_(select(_number).where(*_lapsed).order_by(_kept).limit(_limit).scalar_subquery())
+)
+_OLD = (
+    select(*pool_request_columns)
+    .where(_pool, pool_requests.c.granted_at.is_not(None), _kept <= bindparam("now"))
+    .order_by(_kept)
+    .limit(_limit)
+)
+
+
+class RequestRows:
+    """The requests for the leases of a pool at the instant `now`. Whoever uses it has the pool to itself."""
+
+    def __init__(self, db: Transaction, name: str, now: Instant) -> None:
+        self._db = db
+        self._now = now
+        self._parameters = {"name": name, "now": now}
+
+    def line(self) -> Iterator[LeaseRequest]:
+        """Yield those who wait, in order. Only as much is read as is used."""
+        place, more = START_OF_LINE, True
+        while more:
+            page = self._db.rows(LINE, {**self._parameters, **place, "limit": _PAGE})
+            for request in map(as_lease_request, page):
+                yield request
+                place = {"turn": request.turn, "number": request.number}
+            more = len(page) == _PAGE
+
+    def summary(self) -> tuple[int, Instant]:
+        """Return how many wait, and when the last of them came."""
+        count, latest = self._db.rows(_SUMMARY, self._parameters)[0]
+        return count, latest or 0.0
+
+    def count_of(self, username: str) -> int:
+        """Return how many requests of a user wait."""
+        return int(self._db.rows(_COUNT_OF_USER, {**self._parameters, "username": username})[0][0])
+
+    def find(self, ids: Iterable[str]) -> dict[RequestKey, LeaseRequest]:
+        """Return the requests with these ids, also granted ones and lapsed ones."""
+        rows = self._db.rows(_FIND_MANY, {**self._parameters, "ids": json.dumps(list(ids))})
+        return {request.key: request for request in map(as_lease_request, rows)}
+
+    def insert(self, requests: Iterable[LeaseRequest]) -> None:
+        """Add requests; the database numbers them."""
+        self._db.execute_each(_INSERT, [_row(request) for request in requests])
+
+    def update(self, requests: Iterable[LeaseRequest]) -> None:
+        """Write until when requests are kept, and what they were granted."""
+        self._db.execute_each(
+            _GRANT,
+            [
+                {
+                    "number": request.number,
+                    "granted_at": request.granted_at,
+                    "leases": None if request.leases is None else json.dumps(request.leases),
+                    "kept_until": request.kept_until,
+                }
+                for request in requests
+            ],
+        )
+
+    def delete(self, requests: Iterable[LeaseRequest]) -> None:
+        self._db.execute_each(_DELETE, [{"number": request.number} for request in requests])
+
+    def delete_lapsed(self, limit: int) -> int:
+        """Delete lapsed places, the oldest first; return how many."""
+        return self._db.execute(_DELETE_LAPSED, {**self._parameters, "limit": limit}) if limit > 0 else 0
+
+    def old(self, limit: int) -> Sequence[LeaseRequest]:
+        """Return granted requests that were to be remembered until now."""
+        if limit <= 0:
+            return ()
+        return [as_lease_request(row) for row in self._db.rows(_OLD, {**self._parameters, "limit": limit})]
+
+
+def _row(request: LeaseRequest) -> Mapping[str, object]:
+    return {
+        "pool": request.pool,
+        "username": request.username,
+        "id": request.id,
+        "holder": request.holder,
+        "count": request.count,
+        "priority": request.priority,
+        "ttl": request.ttl,
+        "labels": json.dumps(request.labels),
+        "since": request.since,
+        "turn": request.turn,
+        "kept_until": request.kept_until,
+        "granted_at": request.granted_at,
+        "leases": None if request.leases is None else json.dumps(request.leases),
+    }

@@ -1,0 +1,210 @@
+"""Changes to the waiting line of a pool. Each has the pool to itself."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyPlaces
+from tokenauth.line import LAST, MAX_PLACES, REMEMBERED, Row, new_request
+from tokenauth.models import Grant, Instant, LeaseRequest, PoolToken, RequestKey
+from tokenauth.stores.changes.pool_rows import PoolRows
+from tokenauth.stores.changes.pools import PoolChange, running
+from tokenauth.stores.changes.request_rows import RequestRows
+
+
+@dataclass(slots=True)
+class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
+    """Serve a request for leases if it is its turn; otherwise give it a place in the line, or keep its place.
+
+    keep: seconds for which the place is kept; None if it is to get none.
+    """
+
+    username: str
+    id: str
+    holder: str
+    count: int
+    priority: int
+    ttl: float | None
+    labels: tuple[str, ...]
+    keep: float | None
+    shares_pool = False
+
+    def request(self, since: Instant, now: Instant, number: int) -> LeaseRequest:
+        terms = self.holder, self.count, self.priority, self.ttl, self.labels
+        return new_request(self.pool, self.username, self.id, *terms, since, now + (self.keep or 0), number)
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Grant | LeaseRequest | Refusal]:
+        """Find what is repeated, share out the free tokens once, and write what has changed."""
+        requests = rows.requests()
+        waiting, latest = requests.summary()
+        since = max(rows.now, latest)  # whoever comes later must not be before one that has its place
+        known = requests.find(change.id for change in changes)
+        lapsed = [request for request in known.values() if not _waits(request, rows.now) and request.granted_at is None]
+        for request in lapsed:
+            del known[request.key]
+        places: dict[RequestKey, LeaseRequest] = {}
+        joining: set[RequestKey] = set()
+        repeated: dict[RequestKey, LeaseRequest] = {}
+        answers: dict[int, Grant | Refusal] = {}
+        for position, change in enumerate(changes):
+            asked = change.request(since, rows.now, LAST + position)
+            place = places.get(asked.key) or known.get(asked.key)
+            if place is not None and place.terms != asked.terms:
+                answers[position] = RequestDiffers()
+            elif place is not None and place.granted_at is not None:
+                tokens = running(rows, place)
+                answers[position] = LeaseLost() if tokens is None else Grant(place, tokens)
+                # always another time: see `PutBack`
+                later = math.nextafter(max(place.kept_until, rows.now + REMEMBERED), math.inf)
+                repeated[asked.key] = known[asked.key] = replace(place, kept_until=later)
+            elif place is None and change.keep is not None and _has_too_many(requests, asked, waiting, joining):
+                answers[position] = TooManyPlaces()
+            elif place is None:
+                places[asked.key] = asked
+            else:
+                places[asked.key] = place if change.keep is None else replace(place, kept_until=asked.kept_until)
+            if asked.key in places and change.keep is not None:
+                joining.add(asked.key)
+        new = [place for place in places.values() if place.number >= LAST]
+        served = rows.share_out(sum(place.count for place in places.values()), places.keys(), new)
+        granted = _grant(rows, served)
+        requests.delete(lapsed)
+        left = {key: place for key, place in places.items() if key not in granted and key in joining}
+        written = [*(grant.request for grant in granted.values()), *left.values()]
+        requests.insert(request for request in written if request.number >= LAST)
+        requests.update([*repeated.values(), *(request for request in written if request.number < LAST)])
+        refused = _no_free_token(rows) if len(answers) + len(granted) < len(changes) else NoFreeToken()
+        for position, change in enumerate(changes):
+            if position not in answers:
+                key = change.username, change.id
+                answers[position] = granted.get(key, refused)
+        return [
+            places[change.username, change.id]
+            if answers[position] is refused and change.keep is not None
+            else answers[position]
+            for position, change in enumerate(changes)
+        ]
+
+
+@dataclass(slots=True)
+class TakeTurns(PoolChange[Sequence[Grant]]):
+    """Serve those of some requests whose turn it is: only theirs, since no client may wait for others any more."""
+
+    keys: Collection[RequestKey]
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Sequence[Grant]]:
+        answers = []
+        for change in changes:
+            granted = [*_grant(rows, rows.share_out(0, change.keys)).values()]
+            rows.requests().update(grant.request for grant in granted)
+            answers.append(granted)
+        return answers
+
+
+@dataclass(slots=True)
+class Leave(PoolChange[bool]):
+    """Give up a place in the line, or keep it for `keep` seconds at most; the answer is whether there was one.
+
+    kept_until: until when it is kept, if another client that asked again meanwhile is not to lose it.
+    """
+
+    key: RequestKey
+    keep: float | None = None
+    kept_until: Instant | None = None
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
+        requests = rows.requests()
+        known = requests.find(change.key[1] for change in changes)
+        answers = []
+        for change in changes:
+            place = known.get(change.key)
+            left = place is not None and _waits(place, rows.now) and change.kept_until in {None, place.kept_until}
+            answers.append(left)
+            if place is None or not left:
+                continue
+            if change.keep is None:
+                requests.delete([known.pop(change.key)])
+            else:
+                known[change.key] = replace(place, kept_until=min(place.kept_until, rows.now + change.keep))
+                requests.update([known[change.key]])
+        return answers
+
+
+@dataclass(slots=True)
+class PutBack(PoolChange[bool]):
+    """Take back what was granted to a client that has gone; the answer is whether it was.
+
+    It was not if the client asked again meanwhile, and has got the leases. With `keep` the request has its place again,
+    for that many seconds.
+    """
+
+    request: LeaseRequest
+    keep: float | None
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
+        requests = rows.requests()
+        known = requests.find(change.request.id for change in changes)
+        answers = []
+        for change in changes:
+            request = known.pop(change.request.key, None)
+            expected = change.request.granted_at, change.request.kept_until
+            found = request is not None and (request.granted_at, request.kept_until) == expected
+            answers.append(found)
+            if request is None or not found:
+                continue
+            held = rows.numbered(number for number, _ in request.leases or ())
+            rows.update_leases(
+                {
+                    number: rows.pool.released(token, rows.now)
+                    for number, token in held.items()
+                    if request.has(number, token) and token.is_leased(rows.now)
+                }
+            )
+            if change.keep is None:
+                requests.delete([request])
+            else:
+                until = rows.now + change.keep
+                requests.update([replace(request, granted_at=None, leases=None, kept_until=until)])
+        return answers
+
+
+def _waits(request: LeaseRequest, now: Instant) -> bool:
+    return request.granted_at is None and now < request.kept_until
+
+
+def _has_too_many(requests: RequestRows, asked: LeaseRequest, waiting: int, joining: Collection[RequestKey]) -> bool:
+    if waiting + len(joining) < MAX_PLACES:
+        return False
+    own = sum(username == asked.username for username, _ in joining)
+    return requests.count_of(asked.username) + own >= MAX_PLACES
+
+
+def _grant(rows: PoolRows, served: Sequence[tuple[LeaseRequest, Sequence[Row]]]) -> dict[RequestKey, Grant]:
+    """Lease tokens to requests. The rows of the requests are left to the caller."""
+    leased: dict[int, PoolToken] = {}
+    granted = {}
+    for request, found in served:
+        after = {
+            number: rows.pool.leased(token, request.holder, request.username, rows.now, request.ttl)
+            for number, token in found
+        }
+        leased |= after
+        until = max(token.free_at for token in after.values()) + REMEMBERED
+        numbers = tuple((number, token.fence) for number, token in after.items())
+        done = replace(request, granted_at=rows.now, kept_until=until, leases=numbers)
+        granted[request.key] = Grant(done, [*after.values()], [token for _, token in found])
+    rows.update_leases(leased)
+    return granted
+
+
+def _no_free_token(rows: PoolRows) -> NoFreeToken:
+    end = rows.next_end()
+    return NoFreeToken(None if end is None else max(1, math.ceil(end - rows.now)))
