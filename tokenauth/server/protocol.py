@@ -8,10 +8,10 @@ import asyncio
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from types import FunctionType
-from typing import cast
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -150,11 +150,12 @@ class _CycleWithBody(RequestResponseCycle):
     transport: LingeringTransport  # type: ignore[assignment]
     send_500_response = _send_500_response
 
-    async def send(self, message: ASGISendEvent) -> None:
+    def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
         if self.more_body:
             self.keep_alive = False
             self.transport.lingers = True
-        await _send(self, message)
+        sent: Coroutine[Any, Any, None] = _send(self, message)
+        return sent
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -286,22 +287,32 @@ class BoundedProtocol(HttpToolsProtocol):
     # Data from the client
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser. Nearly always the data is one whole request without a body, which goes the short way."""
+        """Feed the parser. Nearly always the data is one whole request, which goes the short way."""
         self._received_at = self.loop.time()
         size = len(data)
+        end = data.find(_BLANK_LINE) + len(_BLANK_LINE)
         if (
             size > _PIECE
-            or data.find(_BLANK_LINE) != size - 4
+            or end < len(_BLANK_LINE)
             or data[0] <= _BLANK
             or self._body_left
             or self._unread
             or self._head_limit.size
+            or (end < size and self._chunked)
         ):
             self._unread += data
             self._feed_unread()
-        else:
-            self._line = data
+            return
+        self._line = data
+        if end == size:
             self._feed(data)
+            return
+        self._feed(data[:end])
+        if self._body_left == size - end and not self.pipeline:
+            self._feed(data[end:])
+        else:
+            self._unread = data[end:]
+            self._feed_unread()
 
     def _feed_unread(self) -> None:
         """Feed the unread data in pieces, until a request waits for an earlier one to be answered."""
