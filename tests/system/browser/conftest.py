@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from tests.support.servers import HandClock, Server
 from tests.support.skipping import skip_without
-from tests.system.browser.gate import DOMAIN
+from tests.system.browser.gate import DOMAIN, Gate
 from tests.system.browser.sites import Site, put, running, shown
 
 # Chromium must not connect to its vendor. Playwright gives it a new profile each time.
@@ -55,8 +55,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """Open one browser context for all tests of a module, since opening one takes as long as a test."""
-    with browser.new_context() as made:
+    """Open one browser context for all tests of a module, since opening one takes as long as a test.
+
+    It trusts the certificate of a Gate.
+    """
+    with browser.new_context(ignore_https_errors=True) as made:
         yield made
 
 
@@ -79,6 +82,12 @@ def settings(sites: Sites) -> str:
 def _sites_call(sites: Sites, server: Server) -> None:
     for site in sites:
         site.call(server.url)
+
+
+@pytest.fixture(scope="module")
+def _gate_asks(gate: Gate, server: Server) -> None:
+    """Let the proxy of a module ask the service."""
+    gate.backend = server.url
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.support.servers import Server
 from tests.system.browser.gate import DOMAIN, Gate, make_certificate, running
 
 HOSTS = {f"app.{DOMAIN}": "__Host-tokenauth", "localhost": "tokenauth"}
 """The cookie at each host. tests/system/proxies/test_browsers.py uses localhost, too: here it is for `make faults`."""
+
+pytestmark = pytest.mark.usefixtures("_gate_asks")
 
 
 @pytest.fixture(scope="module", params=[f"app.{DOMAIN}", pytest.param("localhost", marks=pytest.mark.faults)])
@@ -24,17 +25,6 @@ def gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def settings(gate: Gate) -> str:
     return f'[browser]\nurl = "{gate.origin(gate.auth)}"\n[server]\ntrusted_proxies = ["127.0.0.1"]'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _gate_asks(gate: Gate, server: Server) -> None:
-    gate.backend = server.url
-
-
-@pytest.fixture(scope="module")
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    with browser.new_context(ignore_https_errors=True) as made:
-        yield made
 
 
 def test_a_person_logs_in_and_out_at_one_host(context: BrowserContext, gate: Gate) -> None:

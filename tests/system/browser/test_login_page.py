@@ -8,14 +8,16 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect
 
-from tests.support.servers import HandClock, Server
+from tests.support.servers import HandClock
 from tests.support.servers import log_in as log_in_by_api
 from tests.system.browser.gate import DOMAIN, VISITOR, Gate, make_certificate, running
 
 AUTH, APP, OTHER, SIBLING = (f"{name}.{DOMAIN}" for name in ("auth", "app", "other", "sibling"))
 COOKIE = "__Secure-tokenauth"
+
+pytestmark = pytest.mark.usefixtures("_gate_asks")
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +39,6 @@ return_to = [{listed}]
 [server]
 trusted_proxies = ["127.0.0.1"]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _gate_asks(gate: Gate, server: Server) -> None:
-    gate.backend = server.url
-
-
-@pytest.fixture(scope="module")
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """Open a context that trusts our certificate."""
-    with browser.new_context(ignore_https_errors=True) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,23 @@
 """Each test of the routes starts a day later than the one before."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.support.servers import HandClock
+from tests.support.connections import Connection
+from tests.support.servers import HandClock, Server
+
+
+@pytest.fixture(scope="module")
+def connection(server: Server) -> Iterator[Connection]:
+    with Connection(server.port) as connected:
+        yield connected
+
+
+@pytest.fixture
+def ann(connection: Connection) -> str:
+    """Log in, and return the token."""
+    return connection.log_in("ann", "ann-secret")
 
 
 @pytest.fixture(autouse=True)

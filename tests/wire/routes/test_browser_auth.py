@@ -1,6 +1,5 @@
 """/auth?cookie: browsers pass with their cookie, are sent to the login page, and foreign pages are refused."""
 
-from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -31,17 +30,6 @@ return_to = ["https://*.example.com"]
 [server]
 trusted_proxies = ["127.0.0.1"]
 """
-
-
-@pytest.fixture(scope="module")
-def connection(server: Server) -> Iterator[Connection]:
-    with Connection(server.port) as connected:
-        yield connected
-
-
-@pytest.fixture
-def ann(connection: Connection) -> str:
-    return connection.log_in("ann", "ann-secret")
 
 
 @pytest.fixture

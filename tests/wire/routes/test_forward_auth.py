@@ -1,7 +1,6 @@
 """/auth answers 200, 401, 403 or 503, for any request that a client sends through a proxy."""
 
 import string
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -27,17 +26,6 @@ FRAMING = {"content-length", "transfer-encoding", "connection", "upgrade", "expe
 @pytest.fixture(scope="module")
 def config_file(directory: Path) -> Path:
     return write_config(directory, users=MORE_USERS)
-
-
-@pytest.fixture(scope="module")
-def connection(server: Server) -> Iterator[Connection]:
-    with Connection(server.port) as connected:
-        yield connected
-
-
-@pytest.fixture
-def ann(connection: Connection) -> str:
-    return connection.log_in("ann", "ann-secret")
 
 
 def ask(connection: Connection, query: str = "", method: str = "GET", **headers: str) -> Answer:
