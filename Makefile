@@ -2,24 +2,34 @@
 # server (also on PostgreSQL) and for building the wheel, requirements.lock for the tests and checks as well.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
+# On all cores, which pip does on one. Some packages have files that are not for this Python.
+COMPILE_PACKAGES := $(BIN)/python -m compileall -qq -j 0 .venv/lib || :
 
 .PHONY: install serve test test-interpreters check bench faults lock swagger-ui wheel clean
 
 install: .venv/.installed
 
 .venv/.serves: requirements-serve.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(PIP) --require-hashes -r requirements-serve.lock
-	$(PIP) --no-build-isolation --no-deps -e .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tokenauth needs Python 3.11 or newer:\
+	 name one, as in \`make serve PYTHON=python3.11\`."; exit 1; }
+	@echo "Making .venv, with $$($(PYTHON) --version)..."
+	@$(PYTHON) -m venv .venv
+	@echo "Installing $$(grep -c '^[^ #].*==' $<) packages into it, from $<..."
+	@$(PIP) --require-hashes -r $<
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@$(COMPILE_PACKAGES)
+	@touch $@
 
 .venv/.installed: .venv/.serves requirements.lock
-	$(PIP) --require-hashes -r requirements.lock
-	touch $@
+	@echo "Installing what tests and checks need into .venv, from requirements.lock..."
+	@$(PIP) --require-hashes -r requirements.lock
+	@$(COMPILE_PACKAGES)
+	@touch $@
 
+# Uses ./tokenauth.toml if there is one (`.venv/bin/tokenauth init`), or else config.toml.
 serve: .venv/.serves
-	$(BIN)/tokenauth serve --config config.toml
+	@$(BIN)/tokenauth serve $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 
 # Tests start many processes: bytecode is kept, whatever the environment says.
 test: install

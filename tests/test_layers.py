@@ -43,7 +43,7 @@ HOMES = {
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "__init__.py" and "migrations" not in path.parts
+    if path.name not in {"__init__.py", "__main__.py"} and "migrations" not in path.parts
 }
 
 

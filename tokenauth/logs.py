@@ -82,6 +82,39 @@ def _name_of(uid: int) -> str:
         return str(uid)
 
 
+def on_terminal() -> bool:
+    """Return whether people read the log on a terminal, and not a program."""
+    return sys.stderr.isatty()
+
+
+def show(text: str) -> None:
+    """Write a text for people among the lines of a server's log. Never blocks."""
+    _writer.write(text.removesuffix("\n"))
+
+
+_LEFT_OUT = frozenset({"listening", "started", "stopped", "pool_filled"})
+"""Events that are not logged on a terminal: people there see the greeting of `serve`, and stop it themselves."""
+
+_MISTAKES = frozenset({"configuration_refused", "start_failed"})
+"""Events whose `detail` is an error message."""
+
+
+def _leave_out(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    new_database = event["event"] == "schema_upgraded" and event["before"] is None
+    if event["event"] in _LEFT_OUT or new_database or event.get("signal") == "SIGINT":
+        raise structlog.DropEvent
+    return event
+
+
+class _TerminalRenderer(structlog.dev.ConsoleRenderer):
+    """Colored text. Errors that end the start are shown as those of commands are."""
+
+    def __call__(self, logger: Any, name: str, event: structlog.typing.EventDict) -> str:
+        if event["event"] in _MISTAKES:
+            return f"Error: {event['detail']}"
+        return super().__call__(logger, name, event)
+
+
 class _DirectWriter:
     """Writes to standard error at once, for commands."""
 
@@ -267,14 +300,14 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    terminal = sys.stderr.isatty()
+    terminal = on_terminal()
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(serializer=_json)
+        _TerminalRenderer() if terminal else structlog.processors.JSONRenderer(serializer=_json)
     )
     if terminal:
         shared.append(_printable)
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*([_leave_out] if terminal and sink is _writer else []), *shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: sink,
         cache_logger_on_first_use=not quiet,
@@ -285,7 +318,7 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[
-                _without_exception_text,
+                _as_library_message,
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _text(renderer),
             ],
@@ -332,10 +365,15 @@ def _text(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
     return render
 
 
-def _without_exception_text(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Log where an exception was raised, without its text: that may contain what a client sent."""
-    if event["_record"].name == "asyncio":  # its messages quote tasks, futures and their values
-        event["event"] = re.split(r"[(<\n]", str(event["event"]))[0].strip()
+def _as_library_message(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Log the message of a library as `detail`: it is text for people, and not the name of an event.
+
+    An exception is logged as where it was raised, without its text: that may contain what a client sent.
+    """
+    event["logger"], event["detail"] = event["_record"].name, str(event["event"])
+    event["event"] = "library_message"
+    if event["logger"] == "asyncio":  # its messages quote tasks, futures and their values
+        event["detail"] = re.split(r"[(<\n]", event["detail"])[0].strip()
     exc_info = event.pop("exc_info", None)
     if exc_info and exc_info[1] is not None:
         event["at"] = safe_traceback(exc_info[1])

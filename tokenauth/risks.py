@@ -147,7 +147,7 @@ def _private(found: os.stat_result) -> bool:
         return False
 
 
-def check_accepted(config: Settings, risks: list[Risk]) -> None:
+def check_accepted(config: Settings, risks: Sequence[Risk]) -> None:
     """Raise ConfigError if others can reach the service and a risk is not in `accept_risks`."""
     if config.exposure is None:
         return
@@ -160,7 +160,7 @@ def check_accepted(config: Settings, risks: list[Risk]) -> None:
         )
 
 
-def log_and_check(config: Settings, risks: list[Risk]) -> None:
+def log_and_check(config: Settings, risks: Sequence[Risk]) -> None:
     """Log the risks. Raises ConfigError as `check_accepted` does."""
     for risk in risks:
         log.warning("configuration_risk", risk=risk.name, detail=risk.text)

@@ -76,7 +76,7 @@ class Visitor:
         self._client.cookies.clear()  # the client is shared
         cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        return {"Cookie": cookies, **sent} if cookies else sent
+        return {"Accept": "text/html,*/*;q=0.8", **({"Cookie": cookies} if cookies else {}), **sent}
 
     def _keep(self, answer: httpx.Response) -> httpx.Response:
         for cookie in cookies_of(answer):

@@ -41,7 +41,7 @@ class Encoding(TypedDict):
 
 
 COMMANDS = [
-    "serve", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
+    "serve", "init", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
@@ -66,10 +66,10 @@ def run(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
     return Done(arguments, code, out, err)
 
 
-def script(directory: Path, *arguments: str, stdin: str = "", **env: str) -> Done:
+def script(directory: Path, *arguments: str, stdin: str = "", program: str = TOKENAUTH, **env: str) -> Done:
     """Run a command in a directory with a new interpreter, as an operator does."""
     return subprocess.run(
-        [TOKENAUTH, *arguments],
+        [program, *arguments],
         cwd=directory,
         env={**environment(env), "PYTHONUTF8": "1"},
         input=stdin,
@@ -287,7 +287,11 @@ def test_reading_commands_work_on_a_locked_database(tmp_path: Path) -> None:
 USER_ADD = ["user", "add", "eve", "--password-stdin"]
 
 MISTAKES: dict[str, tuple[list[str], str, str]] = {
-    "no such file": (["check", "--config", "no.toml"], "", "no.toml: no such file; name one with --config or"),
+    "no such file": (
+        ["check", "--config", "no.toml"],
+        "",
+        "no.toml: no such file; write one with `tokenauth init`, or",
+    ),
     "a hash": (
         ["check", "--config", "hash.toml"],
         "",
@@ -295,7 +299,7 @@ MISTAKES: dict[str, tuple[list[str], str, str]] = {
     ),
     "a store": (["check", "--config", "store.toml"], "", "database.url: 'mysql' is not supported"),
     "no file name": (["check", "--config", ""], "", "--config: is empty; name a file, or leave the option out"),
-    "no terminal": (USER_ADD[:3], "", "There is no terminal to ask for the password: pass it with --password-stdin."),
+    "no terminal": (USER_ADD[:3], "", "There is no terminal to ask for the password. Pass it with --password-stdin."),
     "no directory": (
         ["migrate", "--config", "nowhere.toml"],
         "",

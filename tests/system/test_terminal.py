@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 from passlib.hash import argon2
 
 from tests.support.journal import until
-from tests.support.servers import ROOT, write_config
+from tests.support.servers import ROOT, shipped, write_config
 from tests.support.wrapped import ended
+from tokenauth import __version__
 from tokenauth.settings import loader
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
@@ -125,6 +127,33 @@ def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
         until(lambda: ended(pid), "it has ended")
         assert '"signal":"SIGTERM"' in found.log.read_text()
+
+
+def test_serve_greets_people_and_ends_quietly_at_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(shipped())
+    with on_terminal(tmp_path, f'trap : INT; {SERVE} 2>&1; echo "exit $?"') as found:
+        found.expect("Ctrl-C stops.")
+        found.type("\x03")
+        found.expect("exit 0")
+    shown = re.sub(r"\d{4,5}", "PORT", found.shown.replace("\r", ""))
+    greeting, _, end = shown.partition("Ctrl-C stops.\n")
+    lines = [line for line in greeting.splitlines() if line]
+    assert lines[:4] == [
+        f"tokenauth {__version__} is ready.",
+        "  http://127.0.0.1:PORT",
+        "  http://127.0.0.1:PORT/docs  try the API",
+        "Log in as admin / admin.",
+    ]
+    assert re.fullmatch(rf"\d settings? (is|are) unsafe on a public address: {TOKENAUTH} check", lines[4])
+    assert len(lines) == 5
+    assert end.split() == ["^C", "exit", "0"]
+
+
+def test_a_refused_start_is_one_line_on_a_terminal(tmp_path: Path) -> None:
+    write_config(tmp_path, "[server]\nprot = 1")
+    with on_terminal(tmp_path, f'{SERVE} 2>&1; echo "exit $?"') as found:
+        found.expect("exit 3")
+    assert found.shown.splitlines()[0] == "Error: config.toml: server.prot: there is no such key; did you mean port?"
 
 
 def test_the_password_prompt_states_its_rule_and_asks_again(tmp_path: Path) -> None:

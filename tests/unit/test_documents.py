@@ -212,7 +212,7 @@ def constants(tree: ast.AST, node: ast.expr) -> list[str]:
 
 OTHERWISE = {
     "store_not_writable", "store_writable_again", "store_unreachable", "store_reachable_again",  # names for a circuit
-    "log_lines_dropped",  # made by the log itself
+    "log_lines_dropped", "library_message",  # made by the log itself
 }  # fmt: skip
 
 

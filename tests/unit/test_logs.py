@@ -150,7 +150,9 @@ def test_a_value_can_neither_forge_nor_lose_a_line(logged: Logged, number: int) 
 
 
 def test_other_libraries_log_in_the_same_form(logged: Logged) -> None:
-    assert [(event["event"], event["level"]) for event in events(logged["foreign"])] == [("started 3", "info")]
+    (event,) = events(logged["foreign"])
+    assert (event["event"], event["level"]) == ("library_message", "info")
+    assert (event["logger"], event["detail"]) == ("httptools", "started 3")
 
 
 def test_chatty_libraries_log_only_warnings(logged: Logged) -> None:

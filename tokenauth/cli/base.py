@@ -4,6 +4,8 @@ import asyncio
 import errno
 import io
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -18,6 +20,7 @@ from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
     from tokenauth.service import Service
+    from tokenauth.settings.model import PasswordSettings
 
 T = TypeVar("T")
 
@@ -52,7 +55,11 @@ class CommandGroup(click.Group):
 
 
 config_option = click.option(
-    "--config", "config_file", metavar="FILE", help="Configuration file. Default: $TOKENAUTH_CONFIG or ./config.toml."
+    "-c",
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Configuration file. Default: $TOKENAUTH_CONFIG, ./tokenauth.toml or ./config.toml.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 password_option = click.option(
@@ -78,6 +85,20 @@ def with_service(
     return asyncio.run(run())
 
 
+def program() -> str:
+    """Return how a person in this directory runs this program."""
+    name = sys.argv[0]
+    if name.endswith("__main__.py"):
+        return "python -m tokenauth"
+    found = shutil.which("tokenauth")
+    return "tokenauth" if found is not None and os.path.abspath(name) == found else shlex.quote(name)
+
+
+def options(config_file: str | None) -> str:
+    """Return the options, after a blank, that another command needs to use the same configuration."""
+    return "" if config_file is None else f" -c {shlex.quote(config_file)}"
+
+
 def config_path(config_file: str | None) -> Path:
     """Return the path of the configuration file."""
     from tokenauth.settings import loader
@@ -87,16 +108,26 @@ def config_path(config_file: str | None) -> Path:
 
 def new_hash(config_file: str | None, password_stdin: bool) -> str:
     """Ask for a password and hash it, at the default cost if there is no configuration file."""
-    from tokenauth.passwords import CannotHash, Passwords
     from tokenauth.settings import loader
     from tokenauth.settings.model import Settings
 
     path = loader.find(config_file)
     settings = loader.load(path).passwords if config_file or path.exists() else Settings().passwords
+    return hash_new(settings, read_new_password(password_stdin))
+
+
+def read_new_password(password_stdin: bool) -> str:
+    """Read a password from standard input, or ask for it."""
     password = _read_password() if password_stdin else _ask_password()
     reason = _password_problem(password)
     if reason is not None:
         raise click.ClickException(reason)
+    return password
+
+
+def hash_new(settings: "PasswordSettings", password: str) -> str:
+    from tokenauth.passwords import CannotHash, Passwords
+
     try:
         return Passwords(settings).hash(password)
     except CannotHash as error:
@@ -114,8 +145,7 @@ def _ask_password() -> str:
     """Ask until a password fits and was typed twice."""
     from tokenauth.passwords import MAX_LENGTH, MIN_LENGTH
 
-    if not _has_terminal():
-        raise click.ClickException("There is no terminal to ask for the password: pass it with --password-stdin.")
+    require_terminal("Pass it with --password-stdin.")
     while True:
         prompt = f"Password ({MIN_LENGTH} to {MAX_LENGTH:,} characters)"
         password: str = click.prompt(prompt, hide_input=True, err=True)
@@ -127,12 +157,13 @@ def _ask_password() -> str:
         click.echo(f"Error: {reason}", err=True)
 
 
-def _has_terminal() -> bool:
+def require_terminal(otherwise: str) -> None:
+    """Fail if there is no terminal on which to ask for a password. `otherwise` says what to do."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:
-        return sys.stdin is not None and sys.stdin.isatty()
-    return True
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise click.ClickException(f"There is no terminal to ask for the password. {otherwise}") from None
 
 
 def _password_problem(password: str) -> str | None:

@@ -13,10 +13,13 @@ from tokenauth.cli.base import (
     count,
     json_option,
     new_hash,
+    options,
     password_option,
     print_json,
+    program,
     with_service,
 )
+from tokenauth.cli.init import init
 from tokenauth.cli.pools import pool
 from tokenauth.cli.run import run
 from tokenauth.cli.tokens import tokens
@@ -29,20 +32,20 @@ if TYPE_CHECKING:
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="tokenauth")
+@click.version_option(__version__, "-V", "--version", prog_name="tokenauth")
 def main() -> None:
     """Issue, check and revoke bearer tokens, and lease tokens from pools."""
     logs.configure(quiet=True)
 
 
-for command in (user, tokens, pool, run):
+for command in (init, user, tokens, pool, run):
     main.add_command(command)
 
 
 @main.command(epilog="Example: tokenauth serve --config /etc/tokenauth/config.toml --workers 2")
 @config_option
 @click.option("--host", metavar="H", help="Address to listen on, instead of server.host.")
-@click.option("--port", metavar="P", type=int, help="Port, instead of server.port; 0 picks a free one.")
+@click.option("-p", "--port", metavar="P", type=int, help="Port, instead of server.port; 0 picks a free one.")
 @click.option("--workers", metavar="N", type=int, help="Number of processes, instead of server.workers.")
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Run the server until SIGTERM, Ctrl-C, or the end of its terminal.
@@ -56,7 +59,8 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
     except ImportError as error:
         logs.log.critical("start_failed", detail=logs.describe(error))
         sys.exit(3)
-    sys.exit(server.serve(loader.find(config_file), host, port, workers, NOHUP))
+    path = loader.find(config_file)
+    sys.exit(server.serve(path, host, port, workers, NOHUP, server.Invocation(program(), options(config_file))))
 
 
 @main.command(epilog="Example: tokenauth check && systemctl reload tokenauth")

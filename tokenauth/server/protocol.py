@@ -73,8 +73,8 @@ _Refusal = tuple[bytes, bytes]
 
 def _refusal(status: str, message: str, media_type: str = "text/plain; charset=utf-8") -> _Refusal:
     head = f"HTTP/1.1 {status}\r\n{_SECURITY_HEADERS.decode()}connection: close\r\ncache-control: no-store\r\n"
-    content = f"content-type: {media_type}\r\ncontent-length: {len(message)}\r\n"
-    return f"{head}{content}".encode(), f"\r\n{message}".encode()
+    content = f"content-type: {media_type}\r\ncontent-length: {len(message) + 1}\r\n"
+    return f"{head}{content}".encode(), f"\r\n{message}\n".encode()
 
 
 _HEAD_TOO_LARGE = _refusal("431 Request Header Fields Too Large", "The request headers are larger than 16 KiB.")

@@ -2,14 +2,18 @@
 
 import os
 import signal
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from tokenauth import file_descriptors
+from tokenauth import file_descriptors, logs
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
 from tokenauth.passwords import Passwords
-from tokenauth.risks import find_risks, log_and_check
+from tokenauth.risks import Risk, check_accepted, find_risks, log_and_check
+from tokenauth.server.greeting import greeting
 from tokenauth.server.listener import listen
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
 from tokenauth.server.terminal import Terminal
@@ -20,7 +24,21 @@ _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 """Signals that have a meaning for other servers. By default they would end or suspend this one."""
 
 
-def serve(path: Path, host: str | None, port: int | None, workers: int | None, nohup: bool = False) -> int:
+class Invocation(NamedTuple):
+    """How a person runs other commands, as `serve` was run: the program, and the options that they need as well."""
+
+    program: str = "tokenauth"
+    options: str = ""
+
+
+def serve(
+    path: Path,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    nohup: bool = False,
+    command: Invocation = Invocation(),  # noqa: B008  (immutable)
+) -> int:
     """Serve until SIGTERM or SIGINT, and reload the configuration at SIGHUP. Return the exit code.
 
     Stop also when the terminal is closed, unless `nohup`. The arguments take precedence over the file.
@@ -33,7 +51,8 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None, n
     try:
         file = loader.load(path)
         settings = loader.override(file, host=host, port=port, workers=workers)
-        _check_risks(path, settings)
+        risks = _find_risks(path, settings)
+        _check_risks(path, settings, risks, quiet=logs.on_terminal())
     except ConfigError as error:
         log.critical("configuration_refused", detail=str(error))
         return START_FAILED
@@ -48,21 +67,32 @@ def serve(path: Path, host: str | None, port: int | None, workers: int | None, n
     except StartError as error:
         log.critical("start_failed", detail=str(error))
         return START_FAILED
-    address = {"host": settings.server.host, "port": listener.getsockname()[1]}
-    log.info("listening", **address, workers=settings.server.workers, pid=os.getpid())
+    port = listener.getsockname()[1]
+    log.info("listening", host=settings.server.host, port=port, workers=settings.server.workers, pid=os.getpid())
     try:
         reload = partial(_reload, path, file, settings, workers)
         supervisor = Supervisor(path, settings, reload, listener, signals, terminal)
+        if logs.on_terminal():
+            supervisor.greeting = greeting(settings, port, risks, *command)
     except OSError as error:
         log.critical("start_failed", detail=describe(error))
         return START_FAILED
     return supervisor.run()
 
 
-def _check_risks(path: Path, settings: Settings) -> None:
-    """Log the risks. Raises ConfigError for settings that cannot work, or are not allowed on this address."""
+def _find_risks(path: Path, settings: Settings) -> Sequence[Risk]:
+    """Return the risks. Raises ConfigError for settings that cannot work."""
     with loader.naming(path):
-        log_and_check(settings, find_risks(settings, Passwords(settings.passwords, settings.users_by_name), path))
+        return find_risks(settings, Passwords(settings.passwords, settings.users_by_name), path)
+
+
+def _check_risks(path: Path, settings: Settings, risks: Sequence[Risk], quiet: bool = False) -> None:
+    """Log the risks; if `quiet`, only when one is not allowed on this address. Raises ConfigError for that."""
+    with loader.naming(path):
+        if quiet:
+            with suppress(ConfigError):
+                return check_accepted(settings, risks)
+        return log_and_check(settings, risks)
 
 
 def _reload(path: Path, first: Settings, served: Settings, workers: int | None) -> Settings:
@@ -73,5 +103,5 @@ def _reload(path: Path, first: Settings, served: Settings, workers: int | None) 
     if (file.server.host, file.server.port) != (first.server.host, first.server.port):
         log.warning("restart_needed", detail=f"{path}: server.host and server.port change only at a restart")
     settings = loader.override(file, host=served.server.host, port=served.server.port, workers=workers)
-    _check_risks(path, settings)
+    _check_risks(path, settings, _find_risks(path, settings))
     return settings

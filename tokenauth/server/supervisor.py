@@ -255,6 +255,8 @@ class Supervisor:
         But the SIGHUP that is sent because the terminal was closed ends it.
         `reload` raises ConfigError for settings that cannot be served. Raises OSError.
         """
+        self.greeting = ""
+        """A text for people, shown once a worker serves."""
         self._path = path
         self._settings = settings
         self._users = settings.users_by_name
@@ -333,6 +335,8 @@ class Supervisor:
         for number in self._signals.take():
             if number in {signal.SIGTERM, signal.SIGINT}:
                 now = time.monotonic()
+                if number == signal.SIGINT and logs.on_terminal():
+                    logs.show("")  # the shell's prompt does not follow on the line with "^C"
                 if not self._stopping:
                     self._stop_requested_at = now
                     self._stop(number.name)
@@ -382,11 +386,17 @@ class Supervisor:
                 if worker.kill_at < math.inf:
                     worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
                 self._has_served = True
+                self._greet()
             if report.database is not None:
                 worker.database = report.database
                 self._note_database(worker)
             if report.revocations is not None:
                 self._share(report.revocations, worker)
+
+    def _greet(self) -> None:
+        text, self.greeting = self.greeting, ""
+        if text:
+            logs.show(text)
 
     def _note_database(self, worker: _Worker) -> None:
         """Remember which database the current workers serve. Once one has lost it, no later worker opens another."""

@@ -25,11 +25,19 @@ from tokenauth.settings.model import ServerSettings, Settings
 T = TypeVar("T", bound=Table)
 
 
+OWN, SHIPPED = Path("tokenauth.toml"), Path("config.toml")
+"""In the working directory: the file that `tokenauth init` writes, and the one that the checkout has."""
+
+
 def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the path of the file: the one given, then TOKENAUTH_CONFIG, then ./config.toml. Raises ConfigError."""
+    """Return the path of the file: the one given, or TOKENAUTH_CONFIG, or what is in the working directory.
+
+    Raises ConfigError.
+    """
     if path == "":
         raise ConfigError("--config: is empty; name a file, or leave the option out")
-    return Path(path or environ.get("TOKENAUTH_CONFIG") or "config.toml")
+    own = OWN if OWN.exists() else SHIPPED
+    return Path(path or environ.get("TOKENAUTH_CONFIG") or own)
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -38,7 +46,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
         with path.open(encoding="utf-8-sig", newline="") as file:  # TOML knows which line ends it allows
             text = file.read()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; name one with --config or TOKENAUTH_CONFIG") from None
+        raise ConfigError(f"{path}: no such file; write one with `tokenauth init`, or name one with --config") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -45,7 +45,7 @@ class UserFile:
         def change(text: str) -> str:
             users = self._parse(text)
             self._check_new(name, users)
-            return self._checked(text, _added(text, entry), [*users, entry])
+            return self._checked(text, with_user(text, entry), [*users, entry])
 
         self._file.edit(change)
 
@@ -111,8 +111,8 @@ def _find(name: str, users: Sequence[Entry]) -> int | None:
     return next((at for at, user in enumerate(users) if canonical(str(user.get("username", ""))) == wanted), None)
 
 
-def _added(text: str, entry: Entry) -> str:
-    """Insert a user after the last one, or at the end."""
+def with_user(text: str, entry: Entry) -> str:
+    """Return the text with one more user, after the last one or at the end."""
     lines = _lines(text)
     begins = _begins(lines)
     end = _end(lines, begins[-1]) if begins else len(lines)

@@ -33,7 +33,7 @@ from tokenauth.web.openapi import (
     guarded,
     schema_only,
 )
-from tokenauth.web.routes import account, health, javascript, oauth, pools, token
+from tokenauth.web.routes import account, health, home, javascript, oauth, pools, token
 
 Refusals = Sequence[type[errors.Refusal]]
 
@@ -60,6 +60,7 @@ FIELDS: Mapping[str, str] = {
     "client_secret": "The user's password.",
     "count": "The number of tokens to generate.",
     "current": "Whether this is the token that was sent with the request.",
+    "docs": "The page that shows this document.",
     "error": "A code for programs.",
     "error_description": "A sentence for people.",
     "exp": "When the token expires, in Unix seconds.",
@@ -68,6 +69,7 @@ FIELDS: Mapping[str, str] = {
     "fence": "Grows with each lease of the token. A resource can reject a holder with a lower number than it has seen.",
     "force": "End the lease of another user.",
     "grant_type": "Always `client_credentials`.",
+    "health": "Where to ask whether the service can serve.",
     "holder": "Which job or machine holds the lease. Default: the user name.",
     "iat": "When the token was issued, in Unix seconds.",
     "id": "A public name of the token. It cannot be used to log in.",
@@ -77,15 +79,18 @@ FIELDS: Mapping[str, str] = {
     "last_used_at": "When its last use was noted, in Unix seconds. Null: none was yet.",
     "lease_expiry_time": "When the lease ends, in Unix seconds.",
     "leased": "The number of leased tokens.",
+    "login": "The login page for people. Absent: there is none.",
     "max_expiry_time": "The latest time to which use can extend it, in Unix seconds.",
     "name": "The name of the token. Null: it is a login.",
     "overlap": "How long the old token stays valid. Default: 0.",
+    "openapi": "This document.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
     "revoked": "The number of tokens that were revoked.",
     "rd": "Where the browser goes afterwards.",
     "remember": "Stay logged in.",
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do, and what a token is limited to. Null: it is not limited.",
+    "service": "Always `tokenauth`.",
     "token": "The value of the token.",
     "take": "With `force`: lease the token to me.",
     "token_type_hint": "Ignored.",
@@ -108,7 +113,7 @@ def describe(settings: Settings) -> Document:
         WEB_PAGES,
         *([LOGIN_PAGE] if settings.browser.url else []),
         HEALTH,
-        DOCUMENTATION,
+        replace(DOCUMENTATION, operations=[_home(bool(settings.browser.url)), *DOCUMENTATION.operations]),
     ]
     return build_document([*sections, *dialect_sections(settings)], INTRO, FIELDS, settings.oauth.issuer or "/")
 
@@ -456,20 +461,6 @@ LOGIN_PAGE = Section(
     name="Login page",
     text="Pages for people. They work without script, and set a cookie that `/auth?cookie` reads.",
     operations=[
-        Operation(
-            method="GET",
-            path="/",
-            id="getHomePage",
-            title="Show where I am logged in",
-            text="The logins of the person whose cookie was sent.",
-            answers=[
-                _page(200, "The page."),
-                Answer(
-                    303, "To the login page: no one is logged in.", headers={"Location": "The login page.", **_COOKIE}
-                ),
-                _page(503, "The database is unavailable.", **_RETRY),
-            ],
-        ),
         Operation(
             method="GET",
             path="/login",
@@ -920,3 +911,24 @@ DOCUMENTATION = Section(
         ),
     ],
 )
+
+
+def _home(browsers: bool) -> Operation:
+    example = {"service": "tokenauth", "health": "/readyz", "docs": "/docs", "openapi": "/openapi.json"}
+    answers = [Answer(200, "Where to find what, for programs.", home.HomeAnswer, example)]
+    if browsers:
+        answers += [
+            _page(200, "A page with the logins of the person whose cookie was sent."),
+            Answer(303, "To the login page: no one is logged in.", headers={"Location": "The login page.", **_COOKIE}),
+            _page(503, "The database is unavailable.", **_RETRY),
+        ]
+    else:
+        answers.append(_page(200, "A page for people: what this service is."))
+    return Operation(
+        method="GET",
+        path="/",
+        id="getHomePage",
+        title="Find out what this service is",
+        text="A page for browsers, which send `Accept: text/html`. JSON for all others.",
+        answers=answers,
+    )

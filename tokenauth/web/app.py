@@ -37,13 +37,14 @@ from tokenauth.web.routes.docs import DocsRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
 from tokenauth.web.routes.forward_auth import ForwardAuth
 from tokenauth.web.routes.health import HealthRoutes
+from tokenauth.web.routes.home import HomeRoutes
 from tokenauth.web.routes.javascript import MODULE, TYPES, javascript_routes
 from tokenauth.web.routes.login import PATHS as PAGES
 from tokenauth.web.routes.login import LoginRoutes
 from tokenauth.web.routes.oauth import OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
 from tokenauth.web.routes.token import TokenRoutes
-from tokenauth.web.routing import Route, refuse_collisions
+from tokenauth.web.routing import Handler, Route, refuse_collisions
 from tokenauth.web.shortcuts import Shortcuts
 
 GC_THRESHOLD = 20_000
@@ -102,7 +103,7 @@ def find_routes(service: Service) -> list[Route]:
     """
     config, tokens = service.settings, service.tokens
     hosts = Hosts.from_settings(config.server, config.oauth.issuer, config.browser.url)
-    browser_auth, pages = _create_pages(service, hosts)
+    browser_auth, pages, show_logins = _create_pages(service, hosts)
     with_token = [Middleware(TokenMiddleware, tokens)]
     csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
@@ -110,6 +111,7 @@ def find_routes(service: Service) -> list[Route]:
         *AccountRoutes(tokens, service.named_tokens).routes(with_token),
         *TokenRoutes(tokens, hosts).routes(with_token),
         Route(FORWARD_AUTH, ForwardAuth(tokens, browser_auth)),
+        *HomeRoutes(config, show_logins).routes(),
         *pages,
         *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(csrf_guard),
         *HealthRoutes(service.ready).routes(),
@@ -121,14 +123,14 @@ def find_routes(service: Service) -> list[Route]:
     return [*leasing, *chain.from_iterable(dialects.values()), *others]
 
 
-def _create_pages(service: Service, hosts: Hosts) -> tuple[BrowserAuth | None, Sequence[Route]]:
-    """Create what browsers need, if the configuration has a login page: the rules of /auth, and the pages."""
+def _create_pages(service: Service, hosts: Hosts) -> tuple[BrowserAuth | None, Sequence[Route], Handler | None]:
+    """Create what browsers need, if there is a login page: the rules of /auth, the pages, and the one at /."""
     config = service.settings
     if not config.browser.url:
-        return None, ()
+        return None, (), None
     cookies, return_to = Cookies(config.browser), ReturnTo(config.browser)
     pages = LoginRoutes(config, service.tokens, hosts, cookies, return_to)
-    return BrowserAuth(config.browser, cookies, return_to), pages.routes()
+    return BrowserAuth(config.browser, cookies, return_to), pages.routes(), pages.home
 
 
 @asynccontextmanager

@@ -9,8 +9,16 @@ from starlette.responses import Response
 
 from tokenauth.web.responses import NoStoreResponse, RawHeaders
 
-_STYLE = (files("tokenauth.web") / "pages" / "style.css").read_text(encoding="utf-8")
-_STYLE_HASH = base64.b64encode(sha256(_STYLE.encode()).digest()).decode()
+STYLE = (files("tokenauth.web") / "pages" / "style.css").read_text(encoding="utf-8")
+_STYLE_HASH = base64.b64encode(sha256(STYLE.encode()).digest()).decode()
+
+
+def policy(form_action: str) -> str:
+    """Return the Content-Security-Policy of a page. `form_action` lists where its forms may lead."""
+    return (
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; form-action {form_action};"
+        " frame-ancestors 'none'; base-uri 'none'"
+    )
 
 
 class Pages:
@@ -30,11 +38,8 @@ class Pages:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self._templates.globals.update(host=host, style=Markup(_STYLE))  # noqa: S704 - our own file
-        self._policy = (
-            f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; form-action {form_action};"
-            " frame-ancestors 'none'; base-uri 'none'"
-        )
+        self._templates.globals.update(host=host, style=Markup(STYLE))  # noqa: S704 - our own file
+        self._policy = policy(form_action)
 
     def render(self, name: str, status: int = 200, headers: RawHeaders = (), **values: object) -> Response:
         """Return the page that the template `name` makes of the values."""

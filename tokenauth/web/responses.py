@@ -73,12 +73,15 @@ NO_CONTENT = NoStoreResponse(status_code=204)
 
 
 class JSONResponse(Response):
-    """A document that msgspec encodes, and no cache may store. It costs a third of Starlette's own."""
+    """A document that msgspec encodes, and no cache may store. It costs a third of Starlette's own.
+
+    It ends with a line break: otherwise a shell's prompt follows on the line on which curl prints it.
+    """
 
     def __init__(self, document: object, status: int = 200, headers: RawHeaders = ()) -> None:
         self.status_code = status
         self.background = None
-        self.body = body = msgspec.json.encode(document)
+        self.body = body = msgspec.json.encode(document) + b"\n"
         self.raw_headers = [(b"content-length", b"%d" % len(body)), JSON, NO_STORE, *headers]
 
 

@@ -112,7 +112,7 @@ def test_a_page_logs_in_calls_probes_and_logs_out(listed: Page, server: Server) 
     me = listed.evaluate(WHO_AM_I, token)
     assert (me["username"], me["scopes"]) == ("ann", ["read", "write"])
     probed = ask(listed.main_frame, "/api/token", headers={"X-Token": token})
-    assert (probed["status"], probed["body"]) == (200, f'{{"valid":true,"expiry_time":{me["expiry_time"]}}}')
+    assert (probed["status"], probed["body"]) == (200, f'{{"valid":true,"expiry_time":{me["expiry_time"]}}}\n')
     with server.client() as client:
         assert probe(client, token)
         assert listed.evaluate(LOG_OUT, token) == [200, {"valid": False, "expiry_time": None}]

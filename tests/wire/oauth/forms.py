@@ -10,7 +10,7 @@ from passlib.hash import argon2
 from tests.support.servers import USERS
 
 UNKNOWN = "u" * 64
-INACTIVE = b'{"active":false}'
+INACTIVE = b'{"active":false}\n'
 
 GATEWAY = ("gateway", "gateway-secret")
 """A client with the scope `introspect`."""

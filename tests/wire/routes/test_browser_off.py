@@ -6,7 +6,7 @@ import pytest
 from tests.support.servers import log_in
 
 
-@pytest.mark.parametrize("path", ["/", "/login", "/logout"])
+@pytest.mark.parametrize("path", ["/login", "/logout"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_the_pages_do_not_exist(client: httpx.Client, path: str, method: str) -> None:
     assert client.request(method, path).status_code == 404

@@ -68,3 +68,14 @@ def test_pipelined_answers_are_framed_correctly(server: Server) -> None:
         while data.count(b'{"status":"ok"}') < 2:
             data += connection.recv(65536)
     assert data.count(b"\r\n\r\n") == data.count(b"HTTP/1.1 200 OK\r\n") == 2
+
+
+def test_every_document_ends_with_a_line_break(client: httpx.Client, paths: list[str]) -> None:
+    """Otherwise a shell's prompt follows on the line on which curl prints it."""
+    token = log_in(client)
+    answers = [client.request(method, path, headers={"X-Token": token}) for path in paths for method in METHODS]
+    documents = [answer for answer in answers if answer.headers.get("content-type") == "application/json"]
+    assert len(documents) > 100
+    assert [
+        answer.request for answer in documents if answer.content and not answer.content.endswith((b"}\n", b"]\n"))
+    ] == []

@@ -51,7 +51,7 @@ class DocsRoutes:
 
     @cached_property
     def _document(self) -> bytes:
-        return msgspec.json.encode(self._describe())
+        return msgspec.json.encode(self._describe()) + b"\n"
 
 
 def _file_response(name: str) -> Response:

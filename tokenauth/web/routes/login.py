@@ -80,7 +80,6 @@ class LoginRoutes:
         return [
             Route(LOGIN, {"GET": self.show_login, "POST": self.log_in}),
             Route(LOGOUT, {"GET": self.show_logout, "POST": self.log_out}),
-            Route(HOME, {"GET": self.home}),
         ]
 
     # Log in

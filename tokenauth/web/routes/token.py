@@ -23,7 +23,7 @@ from tokenauth.web.routing import Endpoint, Route, strict
 PATH = "/api/token"
 RENEW = f"{PATH}/renew"
 
-_INVALID = b'{"valid":false,"expiry_time":null}'
+_INVALID = b'{"valid":false,"expiry_time":null}\n'
 
 
 class LogInRequest(msgspec.Struct):
@@ -72,7 +72,7 @@ class CheckToken(Endpoint):
         except Exception as error:
             await error_response(error)(scope, receive, send)
             return
-        body = _INVALID if token is None else b'{"valid":true,"expiry_time":%d}' % token.expires_at
+        body = _INVALID if token is None else b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
         await send({"type": "http.response.start", "status": 200, "headers": _headers(len(body))})
         await send({"type": "http.response.body", "body": body})
 

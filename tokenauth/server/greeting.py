@@ -1,0 +1,40 @@
+"""What `serve` says on a terminal when it is ready. Elsewhere it logs events."""
+
+from collections.abc import Iterator, Sequence
+
+from tokenauth import __version__
+from tokenauth.risks import SHIPPED_HASH, Risk
+from tokenauth.settings.model import Settings
+
+_WILDCARDS = frozenset({"0.0.0.0", "::"})
+
+
+def greeting(settings: Settings, port: int, risks: Sequence[Risk], command: str, options: str) -> str:
+    """Return the text, with line breaks. `command` and `options` are how a person runs other commands."""
+    lines = [f"tokenauth {__version__} is ready.", "", *_addresses(settings, port), "", *_users(settings, command)]
+    if risks:
+        what = "setting is" if len(risks) == 1 else "settings are"
+        lines.append(f"{len(risks)} {what} unsafe on a public address: {command} check{options}")
+    return "\n".join(["", *lines, "Ctrl-C stops.", "", ""])
+
+
+def _addresses(settings: Settings, port: int) -> Iterator[str]:
+    host = settings.server.host
+    shown = "localhost" if host in _WILDCARDS else f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    found = [(url, "and all other addresses of this machine" if host in _WILDCARDS else "")]
+    if settings.server.docs:
+        found.append((f"{url}/docs", "try the API"))
+    if settings.browser.url:
+        found.append((f"{settings.browser.origin}/login", "login page"))
+    width = max(len(address) for address, _ in found)
+    for address, what in found:
+        yield f"  {address:{width}}  {what}".rstrip()
+
+
+def _users(settings: Settings, command: str) -> Iterator[str]:
+    users = settings.users_by_name.values()
+    if not users:
+        yield f"Nobody can log in yet. Write a configuration with a user: {command} init"
+    elif any((user.username, user.password_hash) == ("admin", SHIPPED_HASH) for user in users):
+        yield "Log in as admin / admin."
