@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Response, expect
 
-from tests.support.servers import ROOT, HandClock, Server, probe
+from tests.support.servers import ROOT, HandClock, Server, probe, worker, write_config
 from tests.system.browser.conftest import Sites
 from tests.system.browser.issuer import IDLE, Issuer, running_issuer
 
@@ -168,6 +168,14 @@ def issuer(clock: HandClock) -> Iterator[Issuer]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def sliding_server(tmp_path_factory: pytest.TempPathFactory, settings: str, clock: HandClock) -> Iterator[Server]:
+    """Run a service whose logins slide, at the same time."""
+    config = write_config(tmp_path_factory.mktemp("sliding"), f"{settings}\n[tokens]\nidle = {IDLE}")
+    with worker(config, clock) as running:
+        yield running
+
+
 @pytest.fixture
 def sliding(app: App, issuer: Issuer) -> App:
     """Log in at the small issuer."""
@@ -190,6 +198,18 @@ def advance(app: App, issuer: Issuer, seconds: int) -> None:
     """Move the clocks of the page and of the issuer."""
     issuer.now += seconds
     app.page.clock.fast_forward(seconds * 1000)
+
+
+def advance_both(app: App, clock: HandClock, seconds: int) -> None:
+    """Move the clocks of the page and of the service."""
+    clock.advance(seconds)
+    app.page.clock.fast_forward(seconds * 1000)
+
+
+def renewals(server: Server) -> list[int]:
+    """Return the statuses with which the service has answered renewals."""
+    lines = server.events("request")
+    return [line["status"] for line in lines if (line["method"], line["route"]) == ("POST", "/api/token/renew")]
 
 
 def token_of(app: App) -> str:
@@ -503,11 +523,9 @@ def test_a_late_answer_does_not_end_the_next_login(sliding: App, issuer: Issuer,
 
 
 def test_a_fixed_lifetime_ends_with_one_event(ann: App, clock: HandClock) -> None:
-    clock.advance(24 * 3600 - 60)
-    ann.page.clock.fast_forward((24 * 3600 - 60) * 1000)
+    advance_both(ann, clock, 24 * 3600 - 60)
     assert (ann.run("() => auth.loggedIn"), ann.events) == (True, ["login"])
-    clock.advance(60)
-    ann.page.clock.fast_forward(60_000)
+    advance_both(ann, clock, 60)
     ann.wait_for("login", "expired")
     ann.page.clock.fast_forward(600_000)
     assert ann.events == ["login", "expired"]
@@ -562,18 +580,28 @@ def test_a_request_after_sleep_is_not_sent(sliding: App, issuer: Issuer) -> None
     assert (sliding.events, issuer.count("GET", "/data")) == (["login", "expired"], 0)
 
 
-def test_many_requests_share_one_renewal(sliding: App, issuer: Issuer) -> None:
-    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 16
-    assert issuer.count("POST", "/api/token/renew") == 0
+def test_many_requests_share_one_renewal(app: App, sliding_server: Server, clock: HandClock) -> None:
+    app.open(url=sliding_server.url)
+    assert app.run(LOG_IN, "ann") is None
+    data = f"{sliding_server.url}/api/me"
+    assert app.run(MANY, data) == [200] * 16
+    assert renewals(sliding_server) == []
+    advance_both(app, clock, IDLE)
+    assert app.run(MANY, data) == [200] * 16
+    end = (int(clock()) + IDLE * 5 // 4) * 1000
+    app.page.wait_for_function("(end) => auth.expiresAt.getTime() >= end", arg=end)
+    assert app.run(MANY, data) == [200] * 16
+    assert renewals(sliding_server) == [200]
+    assert app.events == ["login"]
+
+
+def test_no_request_waits_for_a_renewal(sliding: App, issuer: Issuer) -> None:
     advance(sliding, issuer, IDLE)
     gate = issuer.hold("POST", "/api/token/renew")
-    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 16, "must not wait for the renewal"
+    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 16
     gate.set()
     end = (issuer.now + IDLE * 5 // 4) * 1000
     sliding.page.wait_for_function("(end) => auth.expiresAt.getTime() === end", arg=end)
-    assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 16
-    assert issuer.count("POST", "/api/token/renew") == 1
-    assert sliding.events == ["login"]
 
 
 def test_a_login_in_use_lives_until_its_absolute_end(sliding: App, issuer: Issuer) -> None:
@@ -591,17 +619,17 @@ def test_a_login_in_use_lives_until_its_absolute_end(sliding: App, issuer: Issue
     assert issuer.count("POST", "/api/token/renew") == 11, "cannot be renewed beyond its absolute end"
 
 
-def test_a_fixed_lifetime_is_asked_for_once(sliding: App, issuer: Issuer) -> None:
-    issuer.answer("POST", "/api/token/renew", 409, '{"error":"not_renewable","error_description":"Fixed."}')
-    advance(sliding, issuer, IDLE)
-    with sliding.page.expect_response("**/api/token?touch=0"):
-        assert sliding.run(FETCH, f"{issuer.url}/data")[0] == 200
+def test_a_fixed_lifetime_is_asked_for_once(ann: App, server: Server, clock: HandClock) -> None:
+    before, data = len(renewals(server)), f"{server.url}/api/me"
+    advance_both(ann, clock, 19 * 3600)
+    with ann.page.expect_response("**/api/token?touch=0"):
+        assert ann.run(FETCH, data)[0] == 200
     for _ in range(3):
-        advance(sliding, issuer, 60)
-        assert sliding.run(MANY, f"{issuer.url}/data") == [200] * 16
-    assert issuer.count("POST", "/api/token/renew") == 1
-    advance(sliding, issuer, IDLE)
-    sliding.wait_for("login", "expired")
+        advance_both(ann, clock, 3600)
+        assert ann.run(MANY, data) == [200] * 16
+    assert renewals(server)[before:] == [409]
+    advance_both(ann, clock, 2 * 3600)
+    ann.wait_for("login", "expired")
 
 
 def test_a_failed_renewal_stops_no_request(sliding: App, issuer: Issuer) -> None:
