@@ -103,10 +103,10 @@ class Credentials:
         self, candidates: Sequence[Candidate], address: str, now: Instant
     ) -> tuple[User | None, bool]:
         """Return the user whose cached password this is, and whether any password was compared."""
-        compared = False
+        compared, here = False, location(address)
         pairs = [(canonical(name), password) for name, password in candidates]
         for name in dict(pairs):
-            cached, user = self._cache.get((name, location(address))), self._users.get(name)
+            cached, user = self._cache.get((name, here)), self._users.get(name)
             if cached is None or user is None or now >= cached.until:
                 continue
             try:
@@ -117,10 +117,10 @@ class Credentials:
             if permit is None:
                 continue
             compared = True
-            fingerprints = [self._fingerprint(user, password) for other, password in pairs if other == name]
-            if any(hmac.compare_digest(cached.fingerprint, fingerprint) for fingerprint in fingerprints):
-                self._throttle.return_permit(name, address, permit)
-                return user, compared
+            for other, password in pairs:
+                if other == name and hmac.compare_digest(cached.fingerprint, self._fingerprint(user, password)):
+                    self._throttle.return_permit(name, address, permit)
+                    return user, compared
         return None, compared
 
     def _store(self, user: User, password: str, address: str, now: Instant) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from binascii import a2b_qp
-from collections.abc import Iterator
 
 _LITERAL_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
@@ -25,10 +24,9 @@ def unquote_plus(text: bytes) -> bytes:
     return unquote(text.replace(b"+", b" "))
 
 
-def parse_fields(text: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Iterate over the names and values of a query or a form."""
-    decode = unquote_plus if b"%" in text or b"+" in text else bytes
-    for field in text.split(b"&"):
-        if field:
-            name, _, value = field.partition(b"=")
-            yield decode(name), decode(value)
+def parse_fields(text: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the names and values of a query or a form, in order."""
+    fields = [field.partition(b"=") for field in text.split(b"&") if field]
+    if b"%" in text or b"+" in text:
+        return [(unquote_plus(name), unquote_plus(value)) for name, _, value in fields]
+    return [(name, value) for name, _, value in fields]
