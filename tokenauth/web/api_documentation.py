@@ -63,6 +63,7 @@ FIELDS: Mapping[str, str] = {
     "docs": "The page that shows this document.",
     "error": "A code for programs.",
     "error_description": "A sentence for people.",
+    "everywhere": "End all logins of the user.",
     "exp": "When the token expires, in Unix seconds.",
     "expires_in": "Seconds until it expires, for clients whose clock may be wrong.",
     "expiry_time": "When it expires, in Unix seconds. Null: never, or not valid.",
@@ -445,6 +446,7 @@ class LogInForm(msgspec.Struct):
 
 class LogOutForm(msgspec.Struct):
     csrf: str
+    everywhere: Literal["1"] | None = None
     rd: str = ""
 
 
@@ -503,12 +505,14 @@ LOGIN_PAGE = Section(
             path="/logout",
             id="sendLogoutForm",
             title="Press the button to log out",
-            text="Revokes the token of the cookie, and deletes the cookie.",
+            text="Revokes the token of the cookie, and deletes the cookie. With `everywhere`, it ends all logins of the"
+            " user.",
             body=LogOutForm,
             media=FORM,
             example={"csrf": "3v4xL0qJcN5yUu8mWw1kRg"},
             answers=[
                 Answer(303, "Logged out: to `rd`, or to a page that says so.", headers={"Location": "It.", **_COOKIE}),
+                _page(200, "With `everywhere`: no one is logged in, so no other login was ended.", **_COOKIE),
                 _page(403, "The form was not sent by the page in this browser."),
                 _page(503, "The server is busy.", **_RETRY),
             ],

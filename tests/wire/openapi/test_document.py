@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from tests.support.servers import worker, write_config
+from tests.support.servers import ROOT, worker, write_config
 from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 from tests.wire.openapi.conformance import Documented
 from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.settings.model import Settings
-from tokenauth.web.api_documentation import describe
+from tokenauth.web.api_documentation import LogInForm, LogOutForm, describe
 from tokenauth.web.app import find_routes
 from tokenauth.web.routes.health import HealthRoutes
 from tokenauth.web.routing import Route
@@ -204,3 +205,11 @@ def test_what_needs_the_database_can_be_overloaded(served: Served) -> None:
     for operation in served.documented:
         codes = json.dumps(operation.described["responses"].get("503", {}))
         assert ("store_unavailable" in codes) == ("overloaded" in codes), operation
+
+
+def test_the_forms_of_the_pages_are_documented() -> None:
+    sent: dict[type[msgspec.Struct], set[str]] = {LogInForm: set(), LogOutForm: set()}
+    for page, form in (("login", LogInForm), ("logout", LogOutForm), ("home", LogOutForm)):
+        text = (ROOT / f"tokenauth/web/pages/{page}.html").read_text()
+        sent[form] |= set(re.findall(r'<input[^>]* name="(\w+)"', text))
+    assert sent == {form: set(form.__struct_fields__) for form in sent}
