@@ -26,6 +26,27 @@ from tokenauth.stores.tables import metadata
 T = TypeVar("T")
 
 
+ENGINE_TESTS = {
+    *("test_store", "test_tokens", "test_removals", "test_leases", "test_leases_at_once", "test_capacity"),
+    *("test_failures", "test_outages", "test_pool_cost", "test_sliding"),
+}
+"""Modules that test what the engines do differently: locks, conflicts, commits, the feed, plans and failures."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave PostgreSQL to `make faults` where both engines make the same changes, and all but the first parameters."""
+    begun = set[str]()
+    for item in items:
+        if item.path.parent != Path(__file__).parent or not isinstance(item, pytest.Function):
+            continue
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "postgres" in parameters and not any(item.iter_markers("faults")):
+            test = item.nodeid.partition("[")[0]
+            if item.path.stem not in ENGINE_TESTS or (test in begun and item.path.stem != "test_outages"):
+                item.add_marker(pytest.mark.faults)
+            begun.add(test)
+
+
 @dataclass(frozen=True)
 class Place:
     """A store as one process has it open; two places on one directory are two processes."""

@@ -93,6 +93,7 @@ def test_the_page_opens_at_the_group_of_the_login(visit: Visit) -> None:
     expect(visit.page.locator(_HEADING).first).to_contain_text("Log in")
 
 
+@pytest.mark.faults  # slow: tests/wire/openapi/test_examples.py sends the same examples without a browser
 def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
     """Follows the text at the top of the page: log in with the example, and enter the token."""
     page = visit.page
