@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors"},
+    {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors", "user_agents"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
     {"tokens", "named_tokens", "pools", "credentials", "throttle", "revocation_queue", "uses", "risks"},
     {"service", "sweeper"},

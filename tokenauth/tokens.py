@@ -1,7 +1,7 @@
 """Tokens: issue, validate, list and revoke them."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 
@@ -226,9 +226,19 @@ class Tokens:
         if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
-    async def revoke_all(self, username: str | None, keep: Token | None = None, kind: TokenKind | None = None) -> int:
-        """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number."""
-        count = await self._store.tokens.revoke_all(username, self._clock(), keep.digest if keep else None, kind)
+    async def revoke_all(
+        self,
+        username: str | None,
+        keep: Token | None = None,
+        kind: TokenKind | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number.
+
+        `progress` is called with the number so far.
+        """
+        kept = keep.digest if keep else None
+        count = await self._store.tokens.revoke_all(username, self._clock(), kept, kind, progress)
         whose = "(all)" if username is None else username if username in self._users else "(unknown)"
         log.info("tokens_revoked", user=whose, kind=kind or "all", count=count)
         return count

@@ -41,7 +41,8 @@ class Encoding(TypedDict):
 
 
 COMMANDS = [
-    "serve", "init", "check", "migrate", "hash-password", "user add", "user passwd", "user remove", "user list",
+    "serve", "init", "check", "migrate", "hash-password",
+    "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
@@ -222,7 +223,14 @@ def test_users_are_added_changed_and_removed(home: Path) -> None:
     assert after.credential != before.credential
     assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(output(run(home, "user", "list", "--json")))
     shown = [line.split() for line in output(run(home, "user", "list")).splitlines()]
-    assert shown == [["username", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
+    assert shown == [["user", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
+    scoped = run(home, "user", "set-scopes", "eve", "--scope", "c")
+    assert output(scoped) == f"Saved. The scopes change when you reload: {reload}\n"
+    assert recorded(scoped) == [{"event": "user_scopes_changed", "user": "eve", "scopes": ["c"]}]
+    eve = loader.load(path).users_by_name["eve"]
+    assert (eve.scopes, eve.credential) == (("c",), after.credential)
+    output(run(home, "user", "set-scopes", "eve"))
+    assert loader.load(path).users_by_name["eve"].scopes == ()
     removed = run(home, "user", "remove", "EVE")
     assert output(removed) == output(changed)
     assert recorded(removed) == [{"event": "user_removed", "user": "EVE"}]
@@ -261,7 +269,10 @@ def test_in_a_wrong_directory_a_command_creates_nothing(tmp_path: Path, command:
 
 def test_revoke_distinguishes_unknown_and_logged_out_users(home: Path) -> None:
     run(home, "migrate")
-    assert output(run(home, "tokens", "revoke", "--user", "ANN")) == "Revoked 0 tokens.\n"
+    done = run(home, "tokens", "revoke", "--user", "ANN")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == "Error: 'ann' has no tokens."
+    assert run(home, "tokens", "revoke", "--all").stderr.splitlines()[-1] == "Error: No tokens."
     error = mistake(run(home, "tokens", "revoke", "--user", "anne"))
     assert error == (
         "No user 'anne' in config.toml, and no tokens of a user with that name. `tokenauth user list` shows the names."
@@ -410,8 +421,8 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     with served.client() as client:
         log_in(client, "ann", "ann-secret", headers={"User-Agent": "y" * 100})
     heading, *lines = output(run(served.log.parent, "tokens", "list")).splitlines()
-    assert heading.split()[:3] == ["id", "username", "status"]
-    assert lines[0].endswith(f" {'y' * 27}...")
+    assert heading.split() == ["id", "user", "kind", "issued", "expires", "address", "agent"]
+    assert lines[0].endswith(f" {'y' * 39}…")
     assert not any(line.endswith(" ") for line in (heading, *lines))
     assert listed(served)[0]["user_agent"] == "y" * 100
     for value in values:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 from passlib.hash import argon2
 
 from tests.support.journal import until
-from tests.support.servers import ROOT, shipped, write_config
+from tests.support.servers import ROOT, log_in, shipped, worker, write_config
 from tests.support.wrapped import ended
 from tokenauth import __version__
 from tokenauth.settings import loader
@@ -175,3 +176,44 @@ def test_the_password_prompt_states_its_rule_and_asks_again(tmp_path: Path) -> N
         assert "a long password" not in found.shown
     hashed = loader.load(path).users_by_name["eve"].password_hash
     assert argon2.verify("a long password", hashed)
+
+
+@pytest.fixture
+def logins(tmp_path: Path) -> Path:
+    """Return a directory with a configuration and a database that has two logins."""
+    with worker(write_config(tmp_path)) as server, server.client() as client:
+        log_in(client)
+        log_in(
+            client, "ann", "ann-secret", headers={"User-Agent": f"Mozilla/5.0 (X11; Linux x86_64) Firefox/{'1' * 99}"}
+        )
+    return tmp_path
+
+
+def test_a_listing_fits_80_columns(logins: Path) -> None:
+    with on_terminal(logins, 'stty cols 80; "$TOKENAUTH" tokens list 2>&1; echo "exit $?"') as found:
+        found.expect("exit 0")
+    lines = found.shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.fullmatch("[0-9a-f]{24}", lines[0])
+    assert re.fullmatch(r"    user ann, kind login, issued \d+s ago, expires in 23h, address 127.0.0.1,", lines[1])
+    assert lines[2] == "    agent Firefox on Linux"
+
+
+def test_a_wide_terminal_shows_the_same_as_a_table(logins: Path) -> None:
+    with on_terminal(logins, 'stty cols 120; "$TOKENAUTH" tokens list 2>&1; echo "exit $?"') as found:
+        found.expect("exit 0")
+    heading, *rows = re.sub(r"\x1b\[[0-9;]*m", "", found.shown).splitlines()[:3]
+    assert heading.split() == ["id", "user", "kind", "issued", "expires", "address", "agent"]
+    assert rows[0].endswith("Firefox on Linux")
+
+
+def test_revoking_all_asks_first(logins: Path) -> None:
+    command = '"$TOKENAUTH" tokens revoke --all {} 2>&1; echo "exit $?"'
+    with on_terminal(logins, command.format("")) as found:
+        found.expect("Everyone must log in again, and named tokens end. [y/N]: ")
+        found.type("n")
+        found.expect("Aborted!")
+        found.expect("exit 1")
+    with on_terminal(logins, command.format("--yes")) as found:
+        found.expect("Revoked 2 tokens.")
+        found.expect("exit 0")

@@ -7,9 +7,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+import textwrap
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,6 +63,7 @@ config_option = click.option(
     help="Configuration file. Default: $TOKENAUTH_CONFIG, ./tokenauth.toml or ./config.toml.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 password_option = click.option(
     "--password-stdin", is_flag=True, help="Read the password from the first line of standard input."
 )
@@ -176,29 +178,79 @@ def _password_problem(password: str) -> str | None:
     return password_problem(password)
 
 
+def confirm(question: str, yes: bool) -> None:
+    """Ask a person on a terminal whether to go on. A script has decided that."""
+    if not yes and sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        click.confirm(question, abort=True, err=True)
+
+
+def progress(text: str, noun: str) -> Callable[[int], None] | None:
+    """Return a function that tells a person how many there are so far, once a second; None without a terminal."""
+    told_at = time.monotonic()
+
+    def tell(number: int) -> None:
+        nonlocal told_at
+        if time.monotonic() > told_at + 1:
+            told_at = time.monotonic()
+            click.echo(text.format(count(number, noun)), err=True)
+
+    return tell if sys.stderr.isatty() else None
+
+
+_HEADINGS = {
+    "issued_at": "issued",
+    "expiry_time": "expires",
+    "last_used_at": "used",
+    "lease_expiry_time": "lease ends",
+    "username": "user",
+    "user_agent": "agent",
+}
+"""What tables call the fields of the JSON, if not by their names."""
+
+
 def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tuple[str, ...] = ()) -> None:
-    """Print rows as JSON, or as a table that shows the columns `instants` as dates. `what` is the plural noun."""
+    """Print rows as JSON or, for people, as a table without empty columns. `what` is the plural noun.
+
+    The table shows the columns `instants` relative to now. On a terminal that is too narrow for it, each row is a
+    block of lines.
+    """
     if as_json:
         print_json(rows)
         return
     if not rows:
         click.echo(f"No {what}.")
         return
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for key in rows[0]:
-        table.add_column(key, no_wrap=key == "id" or key in instants, overflow="fold")
-    for row in rows:
-        shown = {key: _date(row[key]) for key in instants}
-        table.add_row(*map(_cell, {**row, **shown}.values()))
+    now = time.time()
+    shown = [{key: _relative(it, now) if key in instants else _cell(it) for key, it in row.items()} for row in rows]
+    keys = [key for key in rows[0] if any(row[key] for row in shown)]
+    headings = {key: _HEADINGS.get(key, key) for key in keys}
     console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
+    if console.is_terminal:
+        widths = [max(cell_len(text) for text in (headings[key], *(row[key] for row in shown))) for key in keys]
+        if sum(widths) + 2 * (len(widths) - 1) > console.width:
+            click.echo("\n".join(_block(row, headings, console.width) for row in shown))
+            return
+    else:
         console.width = 1000  # do not wrap lines for programs
+    table = Table(box=None, pad_edge=False)
+    for key in keys:
+        table.add_column(headings[key], overflow="fold")
+    for row in shown:
+        table.add_row(*(row[key] for key in keys))
     with console.capture() as capture:
         console.print(table)
     click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _block(row: Mapping[str, str], headings: Mapping[str, str], width: int) -> str:
+    """Return a row as lines: its first cell, and below it the others with their headings."""
+    first, *others = [key for key in headings if row[key]]
+    text = ", ".join(f"{headings[key]} {row[key]}" for key in others)
+    return "\n".join([row[first], *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")])
 
 
 def count(number: int, noun: str) -> str:
@@ -216,8 +268,16 @@ def print_json(document: object) -> None:
     click.echo(json_text(document, indent=2))
 
 
-def _date(instant: int | None) -> str | None:
-    return None if instant is None else f"{datetime.fromtimestamp(instant, UTC):%Y-%m-%d %H:%M:%S}Z"
+def _relative(instant: float | None, now: float) -> str:
+    """Return "2h ago", "in 90d", or "" for None."""
+    if instant is None:
+        return ""
+    seconds = int(abs(instant - now))
+    unit, size = next(((unit, size) for unit, size in _UNITS if seconds >= 2 * size), ("s", 1))
+    return f"in {seconds // size}{unit}" if instant > now else f"{seconds // size}{unit} ago"
+
+
+_UNITS = (("d", 86400), ("h", 3600), ("m", 60))
 
 
 def _cell(content: object) -> str:

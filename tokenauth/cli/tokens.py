@@ -11,11 +11,14 @@ from tokenauth.cli.base import (
     CommandGroup,
     config_option,
     config_path,
+    confirm,
     count,
     json_option,
+    progress,
     show,
     utf8,
     with_service,
+    yes_option,
 )
 from tokenauth.errors import UnknownToken
 from tokenauth.logs import audit, printable
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
 
 _FOUND = 3
 """Exit status of a scan that found live tokens."""
-
-_AGENT_SHOWN = 30
-"""Characters of a User-Agent in the table of tokens."""
 
 _PART = 1 << 20
 """Bytes of a file that are searched at once."""
@@ -59,6 +59,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None, ki
     accepts tokens with the status user_removed or password_changed until it is reloaded.
     """
     from tokenauth.settings.model import canonical
+    from tokenauth.user_agents import short_name
 
     name = None if username is None else canonical(utf8(username))
     found = with_service(config_file, lambda service: service.tokens.list_unexpired(name, kind))
@@ -80,12 +81,10 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None, ki
     ]
     if not as_json:
         for row in rows:
-            row["user_agent"] = _shortened(row["user_agent"])
+            row["user_agent"] = short_name(row["user_agent"])
+            if row["status"] == "valid":
+                row["status"] = None
     show(rows, as_json, "tokens", instants=("issued_at", "expiry_time", "last_used_at"))
-
-
-def _shortened(user_agent: str) -> str:
-    return user_agent if len(user_agent) <= _AGENT_SHOWN else f"{user_agent[: _AGENT_SHOWN - 3]}..."
 
 
 @tokens.command("issue", epilog="Example: tokenauth tokens issue --user ci --name nightly --scope reports --ttl 90d")
@@ -213,11 +212,12 @@ def _print_issued(issued: "IssuedToken") -> None:
 @config_option
 @click.option("--user", "username", metavar="NAME", help="All tokens of this user.")
 @click.option("--id", "id_", metavar="ID", help="The token with this id.")
-@click.option("--all", "everyone", is_flag=True, help="All tokens of all users.")
-def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everyone: bool) -> None:
+@click.option("--all", "everyone", is_flag=True, help="All tokens of all users. On a terminal, asks first.")
+@yes_option
+def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everyone: bool, yes: bool) -> None:
     """Revoke tokens, logins and named ones: of one user, by id, or all.
 
-    Exit with 1 if the user or the token does not exist. A user without tokens is no error.
+    Exit with 1 if there are none.
     """
     from tokenauth.settings.model import canonical
 
@@ -233,13 +233,18 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
         click.echo("Revoked 1 token.")
         return
     name = None if username is None else canonical(utf8(username))
+    if everyone:
+        confirm("Revoke all tokens of all users? Everyone must log in again, and named tokens end.", yes)
 
     async def revoke(service: "Service") -> tuple[int, bool]:
-        return await service.tokens.revoke_all(name), name is None or name in service.users
+        number = await service.tokens.revoke_all(name, progress=progress("Revoked {} so far.", "token"))
+        return number, name is None or name in service.users
 
     number, known = with_service(config_file, revoke)
     if not known and not number:
         problem = f"No user {name!r} in {config_path(config_file)}, and no tokens of a user with that name."
         raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
     audit("tokens_revoked", user="(all)" if name is None else name, count=number)
+    if not number:
+        raise click.ClickException(printable("No tokens." if name is None else f"{name!r} has no tokens."))
     click.echo(f"Revoked {count(number, 'token')}.")

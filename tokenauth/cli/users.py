@@ -49,6 +49,23 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
     click.echo(_SAVED)
 
 
+@user.command("set-scopes", epilog="Example: tokenauth user set-scopes ann --scope reports")
+@config_option
+@click.argument("name")
+@click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user. Repeat for several.")
+def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...]) -> None:
+    """Replace the scopes of NAME. Without --scope, it has none.
+
+    The next reload applies them to existing tokens, too.
+    """
+    from tokenauth.settings.user_file import UserFile
+
+    file = UserFile(config_path(config_file))
+    file.change_scopes(name, scopes)
+    audit("user_scopes_changed", user=name, scopes=scopes)
+    click.echo(f"Saved. The scopes change when you reload: {_RELOAD}")
+
+
 @user.command("remove", epilog="Example: tokenauth user remove ann")
 @config_option
 @click.argument("name")

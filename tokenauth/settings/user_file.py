@@ -52,13 +52,18 @@ class UserFile:
     def change_password(self, name: str, password_hash: Callable[[], str]) -> None:
         """Change a user's password. Raises ConfigError if the name does not exist."""
         self._number(name, self._parse(self._file.read()))
-        hashed = password_hash()
+        self._change(name, "password", password_hash())
 
+    def change_scopes(self, name: str, scopes: tuple[str, ...]) -> None:
+        """Change a user's scopes. Raises ConfigError if the name does not exist."""
+        self._change(name, "scopes", list(scopes))
+
+    def _change(self, name: str, key: str, value: object) -> None:
         def change(text: str) -> str:
             users = self._parse(text)
             number = self._number(name, users)
-            wanted = [*users[:number], users[number] | {"password": hashed}, *users[number + 1 :]]
-            return self._checked(text, _with_password(text, number, hashed), wanted)
+            wanted = [*users[:number], users[number] | {key: value}, *users[number + 1 :]]
+            return self._checked(text, _with_value(text, number, key, value), wanted)
 
         self._file.edit(change)
 
@@ -122,13 +127,13 @@ def with_user(text: str, entry: Entry) -> str:
     return (newline * 2).join(part for part in parts if part) + newline
 
 
-def _with_password(text: str, number: int, hashed: str) -> str:
-    """Change a password. Only the table of that user is rewritten."""
+def _with_value(text: str, number: int, key: str, value: object) -> str:
+    """Set a key of a user. Only the table of that user is rewritten."""
     lines = _lines(text)
     begin = _begins(lines)[number]
     end = _end(lines, begin)
     table: Any = tomlkit.parse("".join(lines[begin:end]))
-    table["users"][0]["password"] = hashed
+    table["users"][0][key] = value
     return "".join([*lines[:begin], tomlkit.dumps(table), *lines[end:]])
 
 

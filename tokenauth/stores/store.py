@@ -7,7 +7,7 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Float, Select, bindparam, select
@@ -168,11 +168,16 @@ class TokenStore:
         return existed
 
     async def revoke_all(
-        self, username: str | None, now: Instant, keep: bytes | None = None, kind: TokenKind | None = None
+        self,
+        username: str | None,
+        now: Instant,
+        keep: bytes | None = None,
+        kind: TokenKind | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> int:
         """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many.
 
-        `kind`: only tokens of this kind.
+        `kind`: only tokens of this kind. `progress` is called after each of several steps with the number so far.
         """
         total, more = 0, True
         try:
@@ -180,6 +185,8 @@ class TokenStore:
                 revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now))
                 total += revoked.live
                 more = _STEP in {revoked.live, revoked.lapsed}
+                if more and progress is not None:
+                    progress(total)
         finally:
             self._engine.feed.invalidate()
         return total

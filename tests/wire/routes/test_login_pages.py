@@ -14,7 +14,7 @@ from tests.support.browsing import Visitor, cookies_of, hidden, text_of
 from tests.support.journal import until
 from tests.support.servers import HandClock, Server, log_in, probe
 from tests.unit.test_return_to import REFUSED
-from tokenauth.web.routes.login import browser_name
+from tokenauth.user_agents import short_name
 
 APP = "http://localhost:8080"
 
@@ -139,7 +139,7 @@ _CHROME = "AppleWebKit/537.36 (KHTML, like Gecko) Chrome/120.0.0.0 Safari/537.36
     ],
 )
 def test_a_browser_has_a_short_name(user_agent: str, name: str) -> None:
-    assert browser_name(user_agent) == name
+    assert short_name(user_agent) == name
 
 
 def test_home_leads_to_the_login_page_without_a_login(visitor: Visitor) -> None:

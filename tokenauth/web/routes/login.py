@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from starlette.responses import Response
 
+from tokenauth import user_agents
 from tokenauth.addresses import network
 from tokenauth.errors import InvalidCredentials, InvalidRequest, Refusal, RetryLater, StoreUnavailable, TooManyAttempts
 from tokenauth.logs import log
@@ -29,29 +30,6 @@ _LOGGED_OUT = f"{LOGOUT}?done=1"
 
 _SHOWN = 20
 """Logins that the page at / lists, and named tokens."""
-
-_BROWSERS = (
-    ("Edg/", "Edge"),
-    ("OPR/", "Opera"),
-    ("Firefox/", "Firefox"),
-    ("FxiOS/", "Firefox"),
-    ("CriOS/", "Chrome"),
-    ("Chrome/", "Chrome"),
-    ("Safari/", "Safari"),
-)
-_SYSTEMS = (
-    ("Android", "Android"),
-    ("iPhone", "iPhone"),
-    ("iPad", "iPad"),
-    ("Windows", "Windows"),
-    ("Mac OS X", "macOS"),
-    ("CrOS", "ChromeOS"),
-    ("Linux", "Linux"),
-)
-"""What is in a User-Agent, and whose it is. The first that matches counts: most browsers also name others."""
-
-_AGENT_SHOWN = 40
-"""Characters of a User-Agent that has no short name."""
 
 _NOTHING_ENDED = "Your login had ended already, so it could not end your other logins. Log in and try again."
 
@@ -363,24 +341,13 @@ def _describe(token: Token, current: Token) -> dict[str, object]:
     return {
         "current": token.digest == current.digest,
         "name": token.name,
-        "browser": browser_name(token.user_agent),
+        "browser": user_agents.short_name(token.user_agent),
         "address": token.address,
         "since": _time(token.issued_at),
         "used": token.last_used_at and _time(token.last_used_at),
         "until": _time(token.expires_at),
         "slides": token.is_extendable,
     }
-
-
-def browser_name(user_agent: str) -> str:
-    """Return a short name of a browser and its system, or else the beginning of its User-Agent."""
-    if user_agent.startswith("Mozilla/"):
-        browser, system = (
-            next((name for mark, name in known if mark in user_agent), None) for known in (_BROWSERS, _SYSTEMS)
-        )
-        if browser and system:
-            return f"{browser} on {system}"
-    return user_agent if len(user_agent) <= _AGENT_SHOWN else f"{user_agent[: _AGENT_SHOWN - 1]}…"
 
 
 def _time(instant: float) -> str:
