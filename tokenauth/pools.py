@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tokenauth import values
 from tokenauth.clock import Clock
 from tokenauth.errors import (
+    AlreadyReserved,
     InsufficientScope,
     InvalidRequest,
     LeaseLost,
@@ -14,6 +15,8 @@ from tokenauth.errors import (
     NotYourLease,
     PoolFull,
     RetryLater,
+    TooManyLeases,
+    UnknownMember,
     UnknownPool,
     UnknownToken,
 )
@@ -28,7 +31,10 @@ from tokenauth.models import (
     Pool,
     PoolCounts,
     PoolToken,
+    Reservation,
 )
+from tokenauth.settings import durations
+from tokenauth.settings.durations import Duration
 from tokenauth.stores.store import Store
 
 MAX_COUNT = 1000
@@ -36,6 +42,12 @@ MAX_COUNT = 1000
 
 MAX_TEXT = 256
 """Maximum length of a holder's name, and of a token, in characters."""
+
+MAX_RESERVATION = 366 * 86400
+"""Maximum number of seconds for which a member is reserved."""
+
+MAX_LABELS = 20
+"""Maximum number of labels in a request."""
 
 _PAUSE = 0.005
 """Seconds between two steps of a long change, in which other processes can write."""
@@ -61,7 +73,7 @@ class Pools:
         self._store = store
         self._clock = clock
         self._new_value = new_values or {}
-        self._unfilled = [pool for pool in pools.values() if pool.prefill]
+        self._unfilled = [pool for pool in pools.values() if pool.prefill or pool.members]
 
     def find(self, name: str, user: Identity | None = None) -> Pool:
         """Return a pool. Raises UnknownPool, or InsufficientScope if the user may not use it."""
@@ -90,6 +102,8 @@ class Pools:
 
         Raises PoolFull, or InvalidRequest if `count` is not from 1 to MAX_COUNT.
         """
+        if pool.members:
+            raise PoolFull("The pool has exactly the members in the configuration. No token was generated.")
         if pool.capacity is not None and count > pool.capacity:
             raise PoolFull
         if not 1 <= count <= MAX_COUNT:
@@ -99,13 +113,26 @@ class Pools:
             raise PoolFull
         return values
 
-    async def assign(self, pool: Pool, holder: str, username: str | None = None) -> PoolToken:
-        """Lease the token that has been free longest. Raises NoFreeToken.
+    async def assign(
+        self,
+        pool: Pool,
+        holder: str,
+        username: str | None = None,
+        ttl: Duration | None = None,
+        labels: Sequence[str] = (),
+    ) -> PoolToken:
+        """Lease the token that has been free longest, for `ttl` instead of `lease_ttl`.
 
-        A lease without a `username` belongs to no user: anyone may extend or release it.
+        Raises NoFreeToken, TooManyLeases, or InvalidRequest if no member of the pool has all of `labels`, or `ttl` is
+        not from 1 s to the pool's `lease_ttl`. A lease without a `username` belongs to no user: anyone may extend or
+        release it.
         """
+        check_labels(pool, labels)
+        seconds = None if ttl is None else durations.checked("ttl", ttl, 1, pool.lease_ttl)
         now = self._clock()
-        result = await self._store.pools.assign(pool, holder, now, username)
+        result = await self._store.pools.assign(pool, holder, now, username, False, seconds, labels)
+        if result.over_limit:
+            raise TooManyLeases
         if result.token is None:
             raise NoFreeToken(None if result.next_end is None else max(1, math.ceil(result.next_end - now)))
         return result.token
@@ -177,10 +204,55 @@ class Pools:
         return _forced(pool, change, username, reason, taken=True).token
 
     async def delete(self, pool: Pool, value: str) -> None:
-        """Delete a token, free or leased. A pool with `prefill` gets a new one instead. Raises UnknownToken."""
-        successor = self._new_values(pool, 1)[0] if pool.prefill else None
+        """Delete a token, free or leased. With `prefill` or members, a new one replaces it. Raises UnknownToken."""
+        successor = self._new_values(pool, 1)[0] if pool.prefill or pool.members else None
         if not await self._store.pools.delete(pool, _checked(value), self._clock(), successor):
             raise UnknownToken
+
+    async def reserve(
+        self, pool: Pool, member: str, until: Duration, username: str | None, note: str, by: str, replace: bool = False
+    ) -> PoolToken:
+        """Keep a member from being leased, except by `username`. A lease that it has goes on.
+
+        until: an instant, or as text, the time from now. `replace`: also if someone else has reserved it.
+        Raises UnknownMember, AlreadyReserved, or InvalidRequest unless it ends within MAX_RESERVATION.
+        """
+        now = self._clock()
+        seconds = durations.parse_exact(until) if isinstance(until, str) else until - now
+        if seconds is None or not 0 < seconds <= MAX_RESERVATION:
+            raise InvalidRequest(
+                "until: must be an instant in Unix seconds, or a duration from now such as '2h', and in at most"
+                f" {MAX_RESERVATION // 86400} days."
+            )
+        end = int(now) + seconds if isinstance(until, str) else until
+        reservation = Reservation(end, username, note, by)
+        change = await self._change_reservation(pool, member, reservation, now, replace)
+        if change.after is None:
+            raise AlreadyReserved
+        log.info("member_reserved", pool=pool.name, member=member, until=end, user=username, note=note, by=by)
+        return change.after
+
+    async def unreserve(self, pool: Pool, member: str, by: str) -> None:
+        """End the reservation of a member, if it has one. Raises UnknownMember."""
+        now = self._clock()
+        change = await self._change_reservation(pool, member, None, now)
+        if pool.reservation(change.before, now) is not None:
+            log.info("member_unreserved", pool=pool.name, member=member, by=by)
+
+    async def _change_reservation(
+        self, pool: Pool, member: str, reservation: Reservation | None, now: Instant, replace: bool = False
+    ) -> LeaseChange:
+        if member not in pool.members:
+            raise UnknownMember
+        change = await self._store.pools.reserve(pool, member, reservation, now, replace)
+        if change is None:
+            raise UnknownMember
+        return change
+
+    async def members(self, pool: Pool) -> Sequence[PoolToken]:
+        """List the members of a pool, and what was taken out of the configuration and is still leased, by name."""
+        found = await self._store.pools.members(pool, self._clock())
+        return sorted(found, key=lambda token: token.member or "")
 
     async def get(self, pool: Pool, value: str) -> PoolToken:
         """Return a token. Raises UnknownToken."""
@@ -204,7 +276,7 @@ class Pools:
         return self._clock()
 
     async def prefill(self) -> None:
-        """Fill each pool with `prefill` to its capacity, once. This ends no lease.
+        """Fill each pool with `prefill` or members to its capacity, once. This ends no lease.
 
         A pool that cannot be written is left for the next call: a server that only validates tokens must still start.
         """
@@ -236,6 +308,19 @@ def check_name(name: str, field: str = "holder") -> str:
     if not name.isprintable():
         raise InvalidRequest(f"{field}: has a character that cannot be printed.")
     return name
+
+
+def check_labels(pool: Pool, labels: Sequence[str], count: int = 1) -> None:
+    """Raise InvalidRequest unless the pool can have `count` tokens with all of these labels."""
+    matching = pool.matching(labels)
+    if labels and matching == 0:
+        raise InvalidRequest(
+            "labels: no member of this pool has all of them."
+            if pool.members
+            else "labels: this pool has no members with labels."
+        )
+    if count > max(1, matching):
+        raise InvalidRequest(f"count: is more than the pool has of these, {matching:.0f}.")
 
 
 def check_label(text: str, field: str = "holder") -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.servers import HandClock
+from tests.support.servers import HandClock, log_in
 from tests.wire.openapi.checked_client import (
     BODIES,
     GRANT,
@@ -20,6 +20,7 @@ from tests.wire.openapi.checked_client import (
 )
 from tests.wire.openapi.conformance import Documented, Operation
 from tokenauth.errors import (
+    AlreadyReserved,
     AlreadyRotated,
     ClientGone,
     Forbidden,
@@ -41,7 +42,9 @@ from tokenauth.errors import (
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
+    TooManyLeases,
     TooManyTokens,
+    UnknownMember,
     UnknownPool,
     UnknownToken,
 )
@@ -136,6 +139,10 @@ REFUSED: dict[type[Refusal], list[Call]] = {
         Call("GET", "/docs/nothing.js"),
         Call("POST", "/pool/api/keep_alive/x", "ann"),
     ],
+    UnknownMember: [
+        Call("PUT", "/api/pools/phones/members/none/reservation", "admin", {"json": {"until": "1h"}}),
+        Call("DELETE", "/api/pools/uuids/members/none/reservation", "ann"),
+    ],
     UnknownPool: [Call("GET", "/api/pools/none", "ann"), Call("POST", "/api/pools/none/leases", "ann")],
     UnknownToken: [
         Call("GET", f"{TOKENS}/x", "ann"),
@@ -156,6 +163,8 @@ TESTED_BELOW = {
     BodyTooLarge,
     LeaseLost,
     NotYourLease,
+    TooManyLeases,
+    AlreadyReserved,
     LoginNeeded,
     NameTaken,
     TooManyTokens,
@@ -312,6 +321,28 @@ def test_a_foreign_lease_is_refused_as_documented(api: CheckedClient) -> None:
         answer = api.send(method, f"/api/pools/uuids/leases/{token}", "bob")
         assert (answer.status_code, answer.json()["error"]) == (403, "forbidden")
     assert api.send("DELETE", f"/api/pools/uuids/tokens/{token}", "ann").status_code == 204
+
+
+def test_leases_over_per_user_are_refused_as_documented(api: CheckedClient) -> None:
+    leases = "/api/pools/phones/leases"
+    granted = api.send("POST", leases, "bob", json={"labels": ["pixel-8"], "ttl": "30s"})
+    assert (granted.status_code, granted.json()["name"]) == (201, "pixel-8")
+    answer = api.send("POST", leases, "bob")
+    assert (answer.status_code, answer.json()["error"]) == (409, "too_many_leases")
+    assert api.send("GET", "/api/pools/phones", "ann").json()["leased"] == 1
+    taken = api.send("DELETE", f"{leases}/{granted.json()['token']}?force=true&take=true", "admin")
+    assert (taken.status_code, taken.json()["holder"]) == (200, "admin")
+    assert api.send("DELETE", f"{leases}/{granted.json()['token']}", "admin").status_code == 204
+
+
+def test_a_foreign_reservation_is_refused_as_documented(api: CheckedClient) -> None:
+    reservation = "/api/pools/tablets/members/tab/reservation"
+    eve = {"X-Token": log_in(api.client, "eve", "bob-secret")}
+    assert api.send("PUT", reservation, json={"until": "1h", "for": "bob"}, headers=eve).status_code == 200
+    answer = api.send("PUT", reservation, "ann", json={"until": "1h"})
+    assert (answer.status_code, answer.json()["error"]) == (409, "already_reserved")
+    assert api.send("PUT", f"{reservation}?force=true", "ann", json={"until": "1h"}).status_code == 200
+    assert api.send("DELETE", reservation, "ann").status_code == 204
 
 
 def test_a_fully_leased_pool_is_refused_as_documented(api: CheckedClient, clock: HandClock) -> None:

@@ -46,6 +46,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for shipped, needed in CHANGES.items():
         assert shipped in text, shipped
         text = text.replace(shipped, needed)
+    text += (
+        '[pools.phones]\n[[pools.phones.members]]\nname = "pixel-8"\nlabels = ["android", "arm"]\nnote = "shelf 3"\n'
+    )
     config = directory / "config.toml"
     config.write_text(text.replace(":///tokenauth.db", f":///{directory}/tokenauth.db"))
     config.chmod(0o600)

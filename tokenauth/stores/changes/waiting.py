@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyPlaces
+from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
 from tokenauth.line import LAST, MAX_PLACES, REMEMBERED, Row, new_request
 from tokenauth.models import Grant, Instant, LeaseRequest, PoolToken, RequestKey
 from tokenauth.stores.changes.pool_rows import PoolRows
@@ -75,16 +75,12 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
         written = [*(grant.request for grant in granted.values()), *left.values()]
         requests.insert(request for request in written if request.number >= LAST)
         requests.update([*repeated.values(), *(request for request in written if request.number < LAST)])
-        refused = _no_free_token(rows) if len(answers) + len(granted) < len(changes) else NoFreeToken()
-        for position, change in enumerate(changes):
-            if position not in answers:
-                key = change.username, change.id
-                answers[position] = granted.get(key, refused)
         return [
-            places[change.username, change.id]
-            if answers[position] is refused and change.keep is not None
-            else answers[position]
+            answers.get(position)
+            or granted.get(key)
+            or (_refusal(rows, places[key]) if change.keep is None else places[key])
             for position, change in enumerate(changes)
+            for key in [(change.username, change.id)]
         ]
 
 
@@ -205,6 +201,8 @@ def _grant(rows: PoolRows, served: Sequence[tuple[LeaseRequest, Sequence[Row]]])
     return granted
 
 
-def _no_free_token(rows: PoolRows) -> NoFreeToken:
-    end = rows.next_end()
+def _refusal(rows: PoolRows, request: LeaseRequest) -> Refusal:
+    end, over_limit = rows.refusal(request)
+    if over_limit:
+        return TooManyLeases()
     return NoFreeToken(None if end is None else max(1, math.ceil(end - rows.now)))
