@@ -81,6 +81,13 @@ class UnknownToken(Refusal):
     description = "The pool has no such token."
 
 
+class UnknownMember(Refusal):
+    """The pool has no member of this name."""
+
+    code = "unknown_member"
+    description = "The pool has no member of this name."
+
+
 class LoginNeeded(Forbidden):
     """A named token, or one that is limited to some scopes, asks for a new token."""
 
@@ -137,6 +144,20 @@ class NotYourLease(Forbidden):
     """The lease belongs to another user, who alone keeps it alive or releases it."""
 
     description = "The lease belongs to another user."
+
+
+class TooManyLeases(Refusal):
+    """The user has leased as many tokens of the pool as one user may."""
+
+    code = "too_many_leases"
+    description = "You have leased as many tokens of this pool as one user may. Release one first."
+
+
+class AlreadyReserved(Refusal):
+    """Another manager has reserved the member. That reservation is as it was."""
+
+    code = "already_reserved"
+    description = "Another user has reserved this member. Send ?force=true to replace the reservation."
 
 
 class LeaseLost(Refusal):

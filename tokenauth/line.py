@@ -1,6 +1,6 @@
 """The waiting line of a pool: who goes before whom, and who gets which of the free tokens. No I/O."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 
 from tokenauth.models import Instant, LeaseRequest, Pool, PoolToken
 
@@ -54,28 +54,41 @@ def new_request(
     return LeaseRequest(number, pool.name, username, id, *terms, since, turn, kept_until)
 
 
+def find_use(pool: Pool, now: Instant) -> MayUse:
+    """Return what tells whether a request could use a free token of a pool."""
+    if not pool.members:
+        return lambda request, _: not request.labels
+    return lambda request, token: pool.can_lease(token, request.username or None, request.labels, now)
+
+
 def share_out(
-    line: Iterable[LeaseRequest], free: Sequence[Row], may_use: MayUse
+    line: Iterable[LeaseRequest], free: Sequence[Row], may_use: MayUse, quotas: MutableMapping[str, int] | None = None
 ) -> Iterator[tuple[LeaseRequest, Sequence[Row]]]:
     """Yield the requests that can be served now, each with its tokens.
 
     line: those who wait, in order. No more of it is read than is needed.
     free: the tokens that can be leased, the one that has been free longest first.
     may_use: whether a request could use a token.
+    quotas: how many more tokens each user may lease, if that is limited. It is reduced by what is yielded.
 
     A request that lacks tokens withholds those that it could use, so nobody later takes what someone earlier could use.
+    One for more than its user may lease now withholds none.
     """
     left = list(free)
     hopeless: set[tuple[str, Sequence[str]]] = set()  # users and labels for which no token is left
     for request in line:
         if not left:
             return
+        if quotas is not None and request.username and quotas[request.username] < request.count:
+            continue
         kind = request.username, request.labels
         if kind in hopeless:
             continue
         usable = [row for row in left if may_use(request, row[1])]
         taken = usable[: request.count]
         if len(taken) == request.count:
+            if quotas is not None and request.username:
+                quotas[request.username] -= request.count
             yield request, taken
         if len(taken) == len(usable):
             hopeless.add(kind)

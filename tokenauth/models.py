@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal, NamedTuple, Protocol, Self
@@ -225,6 +225,18 @@ class IssuedToken:
     token: Token
 
 
+class Member(NamedTuple):
+    """A token of a pool that stands for one thing with a name, as the configuration defines it."""
+
+    name: str
+    labels: tuple[str, ...] = ()
+    note: str = ""
+
+    def has(self, labels: Collection[str]) -> bool:
+        """Return whether each of `labels` is a label of this member, or its name."""
+        return all(label in self.labels or label == self.name for label in labels)
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """The settings of a pool. They apply to all of its tokens, also to those made under earlier settings.
@@ -232,11 +244,13 @@ class Pool:
     lease_ttl: seconds that a lease lasts, unless its request asks for less.
     lease_max: seconds after its start in which a lease ends, however often it is kept alive.
     token_ttl: seconds that a token stays free before it expires.
+    reclaim_delay: seconds after a lease lapsed in which its token is not leased again. Until then it counts as leased.
+    per_user: maximum number of tokens that one user leases; None is no limit.
+    members: the only tokens that the pool has, by name. Without any, its tokens are generated.
     capacity: maximum number of live tokens (free + leased); None is no limit.
     prefill: always keep the pool at its capacity.
     scope: needed to use the pool.
     manage_scope: needed to generate, delete and list all tokens, and to end leases of other users.
-    log_leases: log each lease and each release; what lapses is logged in any case.
     ages_while_leased: the time of a lease that *lapsed* (ended by itself, not by a release) counts towards `token_ttl`.
     """
 
@@ -249,7 +263,14 @@ class Pool:
     manage_scope: str = "admin"
     ages_while_leased: bool = False
     lease_max: float = math.inf
-    log_leases: bool = False
+    reclaim_delay: float = 0
+    per_user: int | None = None
+    members: Mapping[str, Member] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether a user may be unable to lease a token that is free."""
+        return bool(self.members) or self.per_user is not None
 
     def managed_by(self, user: Identity) -> bool:
         return self.manage_scope in user.scopes
@@ -259,8 +280,72 @@ class Pool:
         return now - self.token_ttl
 
     def lapsed_cutoff(self, now: Instant) -> Instant:
-        """Return the expiry cutoff of tokens whose last lease lapsed. A token never expires during its lease."""
-        return min(now, self.cutoff(now) + (self.lease_ttl if self.ages_while_leased else 0))
+        """Return the expiry cutoff of tokens whose last lease lapsed.
+
+        A token never expires during its lease, nor before it can be leased again.
+        """
+        return min(self.reclaim_cutoff(now), self.cutoff(now) + (self.lease_ttl if self.ages_while_leased else 0))
+
+    def reclaim_cutoff(self, now: Instant) -> Instant:
+        """Return the cutoff of `reclaim_delay`: tokens whose lease lapsed then or earlier can be leased again."""
+        return now - self.reclaim_delay
+
+    def is_taken(self, token: "PoolToken", now: Instant) -> bool:
+        """Return whether a token counts as leased: its lease lasts, or lapsed less than `reclaim_delay` ago."""
+        return token.holder is not None and self.reclaim_cutoff(now) < token.free_at
+
+    def is_free(self, token: "PoolToken", now: Instant) -> bool:
+        """Return whether a token can be leased by anyone or, if it is reserved, by the user it is reserved for."""
+        known = not self.members or token.member in self.members
+        return known and not self.is_taken(token, now) and self.is_live(token, now)
+
+    def can_lease(self, token: "PoolToken", username: str | None, labels: Collection[str], now: Instant) -> bool:
+        """Return whether a user can lease this token if they ask for `labels`. `per_user` is not considered."""
+        if not self.is_free(token, now) or not self.has(token, labels):
+            return False
+        reservation = self.reservation(token, now)
+        return reservation is None or (username is not None and reservation.username == username)
+
+    def reservation(self, token: "PoolToken", now: Instant) -> "Reservation | None":
+        """Return the reservation of a member, also if the member is still leased."""
+        found = token.reservation if token.member in self.members else None
+        return found if found is not None and now < found.until else None
+
+    def next_free_at(self, members: "Iterable[PoolToken]", username: str | None, now: Instant) -> Instant | None:
+        """Return when a user can lease the first of these members, if nothing changes before."""
+        instants = []
+        for token in members:
+            if not token.retired and token.member in self.members:
+                free_at = token.free_at if token.holder is None else token.free_at + self.reclaim_delay
+                reservation = self.reservation(token, now)
+                if reservation is not None and (username is None or reservation.username != username):
+                    free_at = max(free_at, reservation.until)
+                instants.append(free_at)
+        return min(instants, default=None)
+
+    def count(self, tokens: "Iterable[PoolToken]", now: Instant) -> "MemberCounts":
+        """Count members: those that anyone can lease, those that count as leased, and those that are reserved."""
+        free = leased = reserved = 0
+        for token in tokens:
+            if self.is_taken(token, now):
+                leased += 1
+            elif self.is_free(token, now):
+                if self.reservation(token, now) is None:
+                    free += 1
+                else:
+                    reserved += 1
+        return MemberCounts(free, leased, reserved)
+
+    def has(self, token: "PoolToken", labels: Collection[str]) -> bool:
+        """Return whether a token is a member with all of these labels. A token without a name has no label."""
+        member = None if token.member is None else self.members.get(token.member)
+        return not labels if member is None else member.has(labels)
+
+    def matching(self, labels: Collection[str]) -> float:
+        """Return how many tokens with these labels the pool can have at most."""
+        if self.members:
+            return sum(member.has(labels) for member in self.members.values())
+        return 0 if labels else math.inf if self.capacity is None else self.capacity
 
     def is_live(self, token: "PoolToken", now: Instant) -> bool:
         """Return whether a token is leased, or free and not expired."""
@@ -297,8 +382,10 @@ class Pool:
             return token.free_at
         if math.isinf(self.token_ttl):
             return None
-        aged = self.lease_ttl if self.ages_while_leased and token.holder is not None else 0
-        return token.free_at + max(0, self.token_ttl - aged)
+        if token.holder is None:
+            return token.free_at + self.token_ttl
+        aged = self.lease_ttl if self.ages_while_leased else 0
+        return token.free_at + max(self.reclaim_delay, self.token_ttl - aged)
 
 
 class PoolToken(NamedTuple):
@@ -330,11 +417,6 @@ class PoolToken(NamedTuple):
 
     def is_leased(self, now: Instant) -> bool:
         return self.holder is not None and now < self.free_at
-
-    @property
-    def unlogged(self) -> "PoolToken | None":
-        """The token itself if its lease is over, has lapsed, and nothing has logged that."""
-        return None if self.leased_at is None or self.holder is None else self
 
     def lease(self, now: Instant) -> "Lease | None":
         """Return the lease that it is under now."""
@@ -368,11 +450,15 @@ class Lease(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """What keeps a member of a pool from being leased until an instant, except by one user if `username` names one."""
+    """What keeps a member of a pool from being leased until an instant, except by one user if `username` names one.
+
+    by: the manager who made it.
+    """
 
     until: Instant
     username: str | None
     note: str
+    by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,24 +509,6 @@ class LeaseRequest:
 
 RequestKey = tuple[str, str]
 """What tells requests for one pool apart: the user and the id."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseTerms:
-    """What a client asks for.
-
-    id: its own id of the request; None if it has none.
-    wait: seconds that it waits for its turn; None if it takes no place in the line.
-    The others are those of a `LeaseRequest`.
-    """
-
-    holder: str
-    id: str | None = None
-    wait: float | None = None
-    count: int = 1
-    priority: int = 0
-    ttl: float | None = None
-    labels: tuple[str, ...] = ()
 
 
 class Grant(NamedTuple):
@@ -498,21 +566,29 @@ class PoolCounts(NamedTuple):
     leased: int
 
 
+class MemberCounts(NamedTuple):
+    """The number of members of a pool that are free, leased, and reserved but not leased."""
+
+    available: int
+    leased: int
+    reserved: int
+
+
 class Assignment(NamedTuple):
     """The result of a request for a token: the token, or when the next lease ends, if any is live.
 
-    `left` is how many more tokens can be leased, if the caller asked for that. `lapsed` is the token before, if its
-    lease lapsed and nothing has logged that.
+    `left` is how many more tokens can be leased, if the caller asked for that. `over_limit`: the user has leased as
+    many as one user may.
     """
 
     token: PoolToken | None
     next_end: Instant | None = None
     left: int | None = None
-    lapsed: PoolToken | None = None
+    over_limit: bool = False
 
 
 class LeaseChange(NamedTuple):
-    """A token before a request to change its lease, and after it; None if the request was refused."""
+    """A token before a request to change its lease or reservation, and after it; None if the request was refused."""
 
     before: PoolToken
     after: PoolToken | None

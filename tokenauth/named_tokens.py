@@ -12,6 +12,7 @@ from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import IssuedToken, Token, User, is_scope
 from tokenauth.settings import durations
+from tokenauth.settings.durations import Duration
 from tokenauth.settings.fields import TEN_YEARS
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
@@ -19,9 +20,6 @@ from tokenauth.tokens import Tokens
 
 MAX_TOKEN_NAME = 64
 """Characters in the name of a token."""
-
-Duration = str | int
-"""A duration as settings write it, such as "90d", or whole seconds."""
 
 
 class Requester(NamedTuple):
@@ -60,7 +58,8 @@ class NamedTokens:
         name = normalize("NFC", name)
         _check_name(name)
         limit = None if scopes is None else self._checked_scopes(scopes, user)
-        seconds = self._settings.named_ttl if ttl is None else _seconds("ttl", ttl, 1, self._settings.max_named_ttl)
+        longest = self._settings.max_named_ttl
+        seconds = self._settings.named_ttl if ttl is None else durations.checked("ttl", ttl, 1, longest)
         issued = self._new(user, name, limit, seconds, requester)
         refusal = await self._store.tokens.issue_named(
             issued.token, user.credentials, self._settings.named_per_user, issued.token.issued_at, requester.login
@@ -80,7 +79,7 @@ class NamedTokens:
         Raises InvalidRequest, UnknownToken, AlreadyRotated, TooManyTokens, InvalidToken as `issue` does, ClientGone or
         StoreUnavailable.
         """
-        seconds = _seconds("overlap", overlap, 0, TEN_YEARS)
+        seconds = durations.checked("overlap", overlap, 0, TEN_YEARS)
         token = await self._store.tokens.find(id)
         if token is None or token.name is None or username not in {None, token.username} or not self._is_live(token):
             raise UnknownToken("There is no named token with this id.")
@@ -162,12 +161,3 @@ def _check_name(name: str) -> None:
             f"name: must have 1 to {MAX_TOKEN_NAME} printable characters, with no blank at either end."
         )
     values.refuse_value(name, "name")
-
-
-def _seconds(field: str, value: Duration, low: float, high: float) -> float:
-    """Return the seconds of a duration. Raises InvalidRequest if it is not one from `low` to `high`."""
-    seconds = durations.parse_exact(value) if isinstance(value, str) else value
-    if seconds is None or not low <= seconds <= high:
-        bounds = f"from {durations.in_units(low)} to {durations.in_units(high)}"
-        raise InvalidRequest(f"{field}: must be a duration {bounds}, such as '24h', or a number of seconds.")
-    return seconds

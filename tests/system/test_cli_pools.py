@@ -49,6 +49,7 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
             "fence": 1,
             "user": "ann",
             "holder": "ann",
+            "leased_at": lease["expiry_time"] - 3600,
             "lease_expiry_time": lease["expiry_time"],
         }
         release = ("pool", "release", "licences", lease["token"])
@@ -100,6 +101,35 @@ def test_a_listing_continues_after_a_token_and_shows_times(home: Path) -> None:
     head, row = output(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
     assert head.split() == ["token", "expires", "fence"]
     assert re.fullmatch(rf"{second}  in (59|60)m +0", row)
+
+
+def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> None:
+    text = """
+    [pools.phones]
+    [[pools.phones.members]]
+    name = "pixel-8"
+    labels = ["android", "arm"]
+    note = "shelf 3"
+    [[pools.phones.members]]
+    name = "moto"
+    """
+    with worker(write_config(tmp_path, text)) as server, Connection(server.port) as connection:
+        admin, ann = PoolUser(connection), PoolUser(connection, "ann")
+        lease = ann.ask("POST", "/phones/leases", {"labels": ["arm"], "holder": "ci-7"}).json()
+        reservation = {"until": "2h", "note": "demo", "for": "Bob"}
+        until = admin.ask("PUT", "/phones/members/moto/reservation", reservation).json()["reservation"]["until"]
+        moto, pixel = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
+        assert list(moto) == list(pixel)
+        assert (moto["name"], moto["labels"], moto["user"], moto["note"]) == ("moto", [], None, "demo")
+        assert (moto["reserved_until"], moto["reserved_for"], moto["reserved_by"]) == (until, "bob", "admin")
+        assert pixel == {
+            "name": "pixel-8", "labels": ["android", "arm"], "token": lease["token"], "fence": 1, "user": "ann",
+            "holder": "ci-7", "leased_at": lease["expiry_time"] - 60, "lease_expiry_time": lease["expiry_time"],
+            "reserved_until": None, "reserved_for": None, "reserved_by": None, "note": "shelf 3",
+        }  # fmt: skip
+        head, *rows = output(run(tmp_path, "pool", "show", "phones")).splitlines()
+        assert head.split()[:3] == ["name", "labels", "token"]
+        assert [row.split()[0] for row in rows] == ["moto", "pixel-8"]
 
 
 def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tokenauth.errors import ConfigError
-from tokenauth.models import Pool
+from tokenauth.models import Member, Pool
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.settings.model import Settings
@@ -36,6 +36,8 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "capacity": (0, 100_000_000),
     "token_ttl": (1, YEARS),
     "lease_ttl": (1, YEARS),
+    "reclaim_delay": (0, 86400),
+    "per_user": (1, 1_000_000),
 }
 
 
@@ -99,6 +101,72 @@ def test_prefill_requires_capacity_and_excludes_token_ttl(text: str, message: st
     assert mistake(f"[pools.p]\n{text}").startswith(message)
 
 
+def members(*lines: str, before: str = "") -> str:
+    """Return TOML for a pool with a member for each line."""
+    return f"[pools.p]\n{before}\n" + "\n".join(f"[[pools.p.members]]\n{line}" for line in lines)
+
+
+def test_members_are_read_from_the_file() -> None:
+    pool = parsed(
+        members(
+            'name = "pixel-8"\nlabels = ["android", "os:14", "gpu=a/1"]\nnote = "shelf 3"',
+            'name = "moto"',
+            before='lease_max = "8h"\nreclaim_delay = "15s"\nper_user = 1',
+        )
+    ).pools_by_name["p"]
+    assert pool.members == {
+        "pixel-8": Member("pixel-8", ("android", "os:14", "gpu=a/1"), "shelf 3"),
+        "moto": Member("moto"),
+    }
+    assert (pool.capacity, pool.lease_max, pool.reclaim_delay, pool.per_user) == (2, 8 * 3600, 15, 1)
+
+
+NO_MEMBERS = {
+    members('note = "x"'): "members[0].name: is missing",
+    members(
+        'name = "a b"'
+    ): "members[0].name: must be 1 to 64 letters, digits, dots, dashes and underscores, not 'a b'",
+    members('name = ".."'): "members[0].name: must be 1 to 64 letters, digits, dots, dashes and underscores, not '..'",
+    members(
+        'name = "a"', 'name = "b"', 'name = "a"'
+    ): "members[2].name: 'a' is the name of members[0]: use another one",
+    members('name = "a"\nlabels = ["a b"]'): "members[0].labels[0]: must be 1 to 64 letters, digits and any of"
+    " . _ : = / + -, not 'a b'",
+    members('name = "a"\nlabels = ["x", "x"]'): "members[0].labels: has a label twice",
+    members('name = "a"\nlabels = ["b"]', 'name = "b"'): "members[0].labels: 'b' is the name of a member, and so"
+    " selects that one: use another word",
+    members('name = "a"\nnote = "x\\ny"'): "members[0].note: must be one line of at most 256 printable characters",
+    members(f'name = "a"\nnote = "{"x" * 257}"'): "members[0].note: must be one line of at most 256 printable"
+    " characters",
+    members('name = "a"', before="capacity = 1"): "capacity: must not be set with members: the pool has exactly these"
+    " tokens",
+    members('name = "a"', before="capacity = 0"): "capacity: must not be set with members: the pool has exactly these"
+    " tokens",
+    members('name = "a"', before="prefill = true"): "prefill: must not be set with members: the pool has exactly these"
+    " tokens",
+    members('name = "a"', before="token_ttl = 9"): "token_ttl: must not be set with members: the pool has exactly these"
+    " tokens",
+    members(*(f'name = "m{number}"' for number in range(1001))): "members: must be at most 1000, not 1001",
+    '[pools.p.members]\nname = "a"': "members: must be an array, not a table: write [[pools.p.members]], with two"
+    " pairs of brackets",
+    members('nmae = "a"'): "members[0].nmae: there is no such key; did you mean name?",
+}
+
+
+@pytest.mark.parametrize("text", NO_MEMBERS, ids=NO_MEMBERS.values())
+def test_a_mistake_in_a_member_is_named(text: str) -> None:
+    assert mistake(text) == f"pools.p.{NO_MEMBERS[text]}"
+
+
+def test_a_pool_has_up_to_1000_members() -> None:
+    assert len(parsed(members(*(f'name = "m{number}"' for number in range(1000)))).pools_by_name["p"].members) == 1000
+
+
+def test_lease_max_is_at_least_lease_ttl() -> None:
+    assert parsed("[pools.p]\nlease_max = 60").pools_by_name["p"].lease_max == 60
+    assert mistake("[pools.p]\nlease_max = 59") == "pools.p.lease_max: must not be less than lease_ttl"
+
+
 @pytest.mark.parametrize("prefix", ["", "/a", "/a/b", "/token-pool", "/v1.2/~x_y"])
 def test_a_prefix_is_empty_or_a_path(prefix: str) -> None:
     assert parsed(dialect(f'prefix = "{prefix}"')).dialects["token-pool"] == DialectSettings(pool="p", prefix=prefix)
@@ -126,6 +194,11 @@ UNSUITABLE = {
     " [pools.p]",
     dialect(pool='[pools.p]\nscope = "x"\n'): "dialects.token-pool.require_token: must be true, because [pools.p]"
     " needs a scope",
+    dialect(
+        pool=members('name = "a"') + "\n"
+    ): "dialects.token-pool.pool: [pools.p] must have no members: use another pool",
+    dialect(pool="[pools.p]\nper_user = 1\n"): "dialects.token-pool.require_token: must be true, because [pools.p] has"
+    " per_user",
     dialect('password = "x"', "simple-token-implement"): "dialects.simple-token-implement.pool: [pools.p] must have"
     " prefill = true",
 }

@@ -20,7 +20,7 @@ from tokenauth.errors import ConfigError
 from tokenauth.logs import audit
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import DIALECTS
-from tokenauth.settings.model import Settings
+from tokenauth.settings.model import MemberSettings, Settings
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
@@ -97,7 +97,11 @@ def tables(kind: Any = Settings, path: str = "") -> Iterator[tuple[str, str, set
             keys.add(field.encode_name)
         else:
             heading = {"users": "[[users]]", "pools": "[pools.NAME]"}.get(name, f"[{name}]")
-            yield heading, heading.replace("NAME", "name"), {key.encode_name for key in _keys_of(inner[0])}
+            keys_of_table = {key.encode_name for key in _keys_of(inner[0])}
+            if name == "pools":
+                keys_of_table.remove("members")
+                yield "[[pools.NAME.members]]", "", {key.encode_name for key in _keys_of(MemberSettings)}
+            yield heading, heading.replace("NAME", "name"), keys_of_table
     assert not keys, f"keys outside of any table: {keys}"
 
 

@@ -201,7 +201,11 @@ _HEADINGS = {
     "issued_at": "issued",
     "expiry_time": "expires",
     "last_used_at": "used",
+    "leased_at": "leased",
     "lease_expiry_time": "lease ends",
+    "reserved_until": "reserved until",
+    "reserved_for": "reserved for",
+    "reserved_by": "reserved by",
     "username": "user",
     "user_agent": "agent",
 }

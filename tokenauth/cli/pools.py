@@ -19,7 +19,7 @@ from tokenauth.logs import audit
 from tokenauth.models import LeaseCheck
 
 if TYPE_CHECKING:
-    from tokenauth.models import Pool, PoolToken
+    from tokenauth.models import Instant, Pool, PoolToken
     from tokenauth.service import Service
 
 
@@ -55,28 +55,48 @@ def pool_list(config_file: str | None, as_json: bool) -> None:
 def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> None:
     """List the tokens of a pool and who holds them.
 
-    At most 1,000; continue with --after and the last one.
+    At most 1,000; continue with --after and the last one. The tokens of a pool with members are ordered by name, and
+    all of them are shown.
     """
 
     async def list_tokens(service: "Service") -> list[dict[str, Any]]:
         pool = _find(service, name, config_file)
-        rows = []
-        for token in await service.pools.list_tokens(pool, utf8(after)):
-            lease = token.lease(service.clock())
-            expires_at = pool.expires_at(token)
-            rows.append(
-                {
-                    "token": token.value,
-                    "expiry_time": None if expires_at is None else int(expires_at),
-                    "fence": token.fence,
-                    "user": lease and token.username,
-                    "holder": lease and lease.holder,
-                    "lease_expiry_time": lease and int(lease.until),
-                }
-            )
-        return rows
+        if pool.members:
+            return [_member(pool, token, service.clock()) for token in await service.pools.members(pool)]
+        return [_row(pool, token, service.clock()) for token in await service.pools.list_tokens(pool, utf8(after))]
 
-    show(with_service(config_file, list_tokens), as_json, "tokens", instants=("expiry_time", "lease_expiry_time"))
+    instants = ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until")
+    show(with_service(config_file, list_tokens), as_json, "tokens", instants)
+
+
+def _row(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
+    lease = token.lease(now)
+    expires_at = pool.expires_at(token)
+    return {
+        "token": token.value,
+        "expiry_time": None if expires_at is None else int(expires_at),
+        "fence": token.fence,
+        "user": lease and token.username,
+        "holder": lease and lease.holder,
+        "leased_at": lease and token.leased_at and int(token.leased_at),
+        "lease_expiry_time": lease and int(lease.until),
+    }
+
+
+def _member(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
+    """Return a row of a pool with members, whose tokens do not expire."""
+    row = _row(pool, token, now)
+    member = pool.members.get(token.member or "")
+    reservation = pool.reservation(token, now)
+    return {
+        "name": token.member,
+        "labels": [] if member is None else list(member.labels),
+        **{key: row[key] for key in row if key != "expiry_time"},
+        "reserved_until": reservation and int(reservation.until),
+        "reserved_for": reservation and reservation.username,
+        "reserved_by": reservation and reservation.by,
+        "note": (reservation and reservation.note) or (member and member.note) or None,
+    }
 
 
 @pool.command("generate", epilog="Example: tokenauth pool generate vouchers --count 10")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tokenauth.models import Pool, User
+from tokenauth.models import Member, Pool, User
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
 from tokenauth.settings.origin import DOMAIN, Origin, check_origin, parse_origin
@@ -31,6 +31,15 @@ RiskName = Literal[
     "no_trusted_proxy",
 ]
 """What `accept_risks` can name; `tokenauth.risks` finds them."""
+
+_MAX_MEMBERS = 1000
+_MAX_NOTE = 256
+
+MEMBER_NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}"
+"""The form of a member's name. It needs no encoding in a URL."""
+
+LABEL = r"[A-Za-z0-9._:=/+-]{1,64}"
+"""The form of a member's label."""
 
 _HOST = text(r"[\x21-\x7e]+", "a host or address such as '127.0.0.1' (this machine only) or '0.0.0.0' (all of IPv4)")
 
@@ -257,22 +266,63 @@ class BrowserSettings(Table, frozen=True, dict=True):
         return tuple(check_origin(f"return_to[{number}]", text) for number, text in enumerate(self.return_to))
 
 
+class MemberSettings(Table, frozen=True):
+    """A member of a pool: a token that stands for one thing with a name, such as a device."""
+
+    name: Annotated[str, text(MEMBER_NAME, "1 to 64 letters, digits, dots, dashes and underscores")]
+    labels: tuple[Annotated[str, text(LABEL, "1 to 64 letters, digits and any of . _ : = / + -")], ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            raise SettingError("labels", "has a label twice")
+        if len(self.note) > _MAX_NOTE or not self.note.isprintable():
+            raise SettingError("note", f"must be one line of at most {_MAX_NOTE} printable characters")
+
+
 class PoolSettings(Table, frozen=True):
     """A pool of tokens to lease."""
 
     capacity: Annotated[int, between(0, 100_000_000)] | None = None
     token_ttl: Annotated[float, duration()] | None = None
     lease_ttl: Annotated[float, duration()] = 60
+    lease_max: Annotated[float, duration()] | None = None
+    reclaim_delay: Annotated[float, duration(86400, low=0)] = 0
+    per_user: Annotated[int, between(1, 1_000_000)] | None = None
     prefill: bool = False
     scope: ScopeName | None = None
     manage_scope: ScopeName = "admin"
-    log_leases: bool = False
+    members: tuple[MemberSettings, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.lease_max is not None and self.lease_max < self.lease_ttl:
+            raise SettingError("lease_max", "must not be less than lease_ttl")
+        if self.members:
+            self._check_members()
         if self.prefill and self.capacity is None:
             raise SettingError("prefill", "needs `capacity`, the number of tokens to keep")
         if self.prefill and self.token_ttl is not None:
             raise SettingError("token_ttl", "must not be set with prefill, whose free tokens do not expire")
+
+    def _check_members(self) -> None:
+        for key, value in (
+            ("capacity", self.capacity),
+            ("token_ttl", self.token_ttl),
+            ("prefill", self.prefill or None),
+        ):
+            if value is not None:
+                raise SettingError(key, "must not be set with members: the pool has exactly these tokens")
+        if len(self.members) > _MAX_MEMBERS:
+            raise SettingError("members", f"must be at most {_MAX_MEMBERS}", f", not {len(self.members)}")
+        names = {member.name: number for number, member in reversed([*enumerate(self.members)])}
+        for number, member in enumerate(self.members):
+            if names[member.name] != number:
+                problem = f"{member.name!r} is the name of members[{names[member.name]}]: use another one"
+                raise SettingError(f"members[{number}].name", problem)
+            for label in member.labels:
+                if label in names:
+                    problem = f"{label!r} is the name of a member, and so selects that one: use another word"
+                    raise SettingError(f"members[{number}].labels", problem)
 
 
 _KINDS = Meta(extra={"tables": {name: dialect.settings for name, dialect in DIALECTS.items()}})
@@ -326,6 +376,10 @@ class Settings(Table, frozen=True, dict=True):
                 raise SettingError(
                     f"{key}.require_token", f"must be true, because [pools.{dialect.pool}] needs a scope"
                 )
+            if pool.members:
+                raise SettingError(f"{key}.pool", f"[pools.{dialect.pool}] must have no members: use another pool")
+            if pool.per_user is not None and not dialect.require_token:
+                raise SettingError(f"{key}.require_token", f"must be true, because [pools.{dialect.pool}] has per_user")
             if DIALECTS[name].needs_prefill and not pool.prefill:
                 raise SettingError(f"{key}.pool", f"[pools.{dialect.pool}] must have prefill = true")
             new_value = DIALECTS[name].new_value
@@ -361,12 +415,15 @@ class Settings(Table, frozen=True, dict=True):
                 name,
                 lease_ttl=pool.lease_ttl,
                 token_ttl=math.inf if pool.token_ttl is None else pool.token_ttl,
-                capacity=pool.capacity,
+                capacity=len(pool.members) if pool.members else pool.capacity,
                 prefill=pool.prefill,
                 scope=pool.scope,
                 manage_scope=pool.manage_scope,
-                log_leases=pool.log_leases,
                 ages_while_leased=name in ageing,
+                lease_max=math.inf if pool.lease_max is None else pool.lease_max,
+                reclaim_delay=pool.reclaim_delay,
+                per_user=pool.per_user,
+                members={member.name: Member(member.name, member.labels, member.note) for member in pool.members},
             )
             for name, pool in self.pools.items()
         }

@@ -7,6 +7,7 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy import Float, Select, bindparam, select
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
+from tokenauth.line import Row, find_use, share_out
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -31,6 +33,7 @@ from tokenauth.models import (
     PoolCounts,
     PoolToken,
     RequestKey,
+    Reservation,
     Token,
     TokenKind,
     Use,
@@ -50,6 +53,7 @@ from tokenauth.stores.changes.pools import (
     PurgePool,
     Release,
     ReleaseNext,
+    Reserve,
     TakeOver,
 )
 from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
@@ -70,6 +74,12 @@ _STEP = 10_000
 
 _MAX_BRIEF_COUNT = 2000
 """A pool of at most this capacity is counted faster than a thread wakes up."""
+
+_PAGE = 1000
+"""Requests of a waiting line that are read at once."""
+
+_MAX_BRIEF_MEMBERS = 20
+"""So many members are read faster than a thread wakes up."""
 
 _FIND = select(*token_columns).where(tokens.c.digest.between(bindparam("low"), bindparam("high")))
 _LIST = (
@@ -224,19 +234,34 @@ class PoolStore:
         return await self._engine.apply(Generate(pool, values, now=now))
 
     async def fit(self, pool: Pool, values: Sequence[str], now: Instant) -> int:
-        """Bring a pool with `prefill` closer to its capacity, in one batch.
+        """Bring a pool with `prefill` or members closer to its capacity, in one batch.
 
         Returns 0 when the pool fits, a number n > 0 if it needs n more values, and -n if n surplus tokens are left for
         the next batches. As many of `values` are added as are missing. Surplus free tokens are deleted. Surplus leased
         tokens are retired: they are deleted when their lease ends, and until then one free token is withheld for each.
+
+        A pool with members gets a token for each name, and loses tokens without a name. A member that the settings do
+        not have is retired, also while it is free, and nothing is withheld for it. It is reinstated when its name
+        returns, with its value and its fence.
         """
         return await self._engine.apply(Fit(pool, values, now=now))
 
     async def assign(
-        self, pool: Pool, holder: str, now: Instant, username: str | None = None, counted: bool = False
+        self,
+        pool: Pool,
+        holder: str,
+        now: Instant,
+        username: str | None = None,
+        counted: bool = False,
+        ttl: float | None = None,
+        labels: Sequence[str] = (),
     ) -> Assignment:
-        """Lease the token that has been free longest to `holder`. `counted`: also return how many are left."""
-        return await self._engine.apply(Assign(pool, holder, username, counted, now=now))
+        """Lease the token that has been free longest to `holder`. `counted`: also return how many are left.
+
+        ttl: seconds that the lease lasts, instead of those of the pool.
+        labels: lease a member that has all of these. A member that is reserved for the user comes first.
+        """
+        return await self._engine.apply(Assign(pool, holder, username, counted, ttl, labels, now=now))
 
     async def keep_alive(
         self, pool: Pool, value: str, now: Instant, check: LeaseCheck = ANY_LEASE, include_free: bool = False
@@ -265,7 +290,7 @@ class PoolStore:
         self,
         pool: Pool,
         username: str,
-        id: str | None,
+        id: str,
         holder: str,
         now: Instant,
         count: int = 1,
@@ -279,8 +304,7 @@ class PoolStore:
         Requests are served in the order of `tokenauth.line`. One that waits keeps its place for `keep` seconds, and as
         long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A request that
         was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them is over.
-        RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES. Without an
-        `id` it cannot wait, nor be asked for again.
+        RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES.
         """
         return await self._engine.apply(Ask(pool, username, id, holder, count, priority, ttl, labels, keep, now=now))
 
@@ -290,6 +314,8 @@ class PoolStore:
 
     async def may_have_turn(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> bool:
         """Return whether `take_turns` could serve a request, from what was committed when this was called."""
+        if pool.is_selective:
+            return await self._may_be_served(pool, keys, now)
         values = pool_rows.parameters(pool, now)
         [(free,)] = await self._engine.read(pool_rows.SOME_FREE, values, brief=True)
         if free <= 0:
@@ -302,6 +328,32 @@ class PoolStore:
             if request.key in keys:
                 return True
         return False
+
+    async def _may_be_served(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> bool:
+        """Share the free tokens out as `take_turns` does, and return whether a request would get some."""
+        values = pool_rows.parameters(pool, now)
+        if pool.members:
+            free = pool_rows.free_members(pool, await self._members(pool, now), now)
+        else:
+            [(count,)] = await self._engine.read(pool_rows.SOME_FREE, values, brief=True)
+            free = [(number, PoolToken(pool.name, "", now)) for number in range(count)]
+        if not free:
+            return False
+        quotas: dict[str, int] | None = None
+        if pool.per_user is not None:
+            quotas = defaultdict(lambda: pool.per_user or 0)
+            for username, held in await self._engine.read(pool_rows.HELD, values):
+                quotas[username] -= held
+        line: list[LeaseRequest] = []
+        place: Mapping[str, object] = request_rows.START_OF_LINE
+        more = True
+        while more:
+            first = {"name": pool.name, "now": now, **place, "limit": _PAGE}
+            page = [as_lease_request(row) for row in await self._engine.read(request_rows.LINE, first)]
+            line += page
+            more = len(page) == _PAGE
+            place = {"turn": page[-1].turn, "number": page[-1].number} if more else {}
+        return any(request.key in keys for request, _ in share_out(line, free, find_use(pool, now), quotas))
 
     async def leave(
         self,
@@ -337,11 +389,6 @@ class PoolStore:
         [(position, waiting)] = await self._engine.read(request_rows.PLACE, {**values, **place}, brief=True)
         return Place(position, waiting)
 
-    async def count_requests(self, pool: Pool, now: Instant) -> int:
-        """Return how many requests wait."""
-        rows = await self._engine.read(request_rows.COUNT, {"name": pool.name, "now": now}, brief=True)
-        return int(rows[0][0])
-
     async def list_requests(self, pool: Pool, now: Instant, limit: int) -> Sequence[LeaseRequest]:
         """Return the requests that wait, in order, at most `limit`."""
         values = {"name": pool.name, "now": now, **request_rows.START_OF_LINE, "limit": limit}
@@ -358,6 +405,29 @@ class PoolStore:
         """Delete a token, free or leased; False if there was none. A `successor` replaces it, free from now on."""
         return await self._engine.apply(Delete(pool, value, successor, now=now))
 
+    async def reserve(
+        self, pool: Pool, member: str, reservation: Reservation | None, now: Instant, replace: bool = False
+    ) -> LeaseChange | None:
+        """Reserve a member, or end its reservation (None); None if there is no such member.
+
+        Refused if someone else has reserved it, unless `replace`. A lease goes on, and the reservation applies when it
+        is over.
+        """
+        return await self._engine.apply(Reserve(pool, member, reservation, replace, now=now))
+
+    async def members(self, pool: Pool, now: Instant) -> Sequence[PoolToken]:
+        """Return the members of a pool: those in its settings, and retired ones that are still leased."""
+        return [
+            token
+            for _, token in await self._members(pool, now)
+            if token.is_leased(now) or (not token.retired and token.member in pool.members)
+        ]
+
+    async def _members(self, pool: Pool, now: Instant) -> Sequence[Row]:
+        brief = len(pool.members) <= _MAX_BRIEF_MEMBERS
+        rows = await self._engine.read(pool_rows.NAMED, pool_rows.parameters(pool, now), brief)
+        return [(row[0], as_pool_token(row[1:])) for row in rows]
+
     async def get(self, pool: Pool, value: str, now: Instant) -> PoolToken | None:
         """Return the token with this value."""
         rows = await self._engine.read(_POOL_TOKEN, {"pool": pool.name, "value": value}, brief=True)
@@ -365,7 +435,9 @@ class PoolStore:
         return token if token is not None and pool.is_live(token, now) else None
 
     async def count(self, pool: Pool, now: Instant) -> PoolCounts:
-        """Return how many tokens can be leased, and how many are."""
+        """Return how many tokens can be leased, by anyone, and how many are."""
+        if pool.members:
+            return PoolCounts(*pool.count(await self.members(pool, now), now)[:2])
         brief = pool.capacity is not None and pool.capacity <= _MAX_BRIEF_COUNT
         rows = await self._engine.read(pool_rows.COUNT, pool_rows.parameters(pool, now), brief)
         return pool_rows.counts(*rows[0])

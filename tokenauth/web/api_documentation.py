@@ -53,12 +53,13 @@ FIELDS: Mapping[str, str] = {
     "active": "Whether the token is valid.",
     "address": "The IP address that the login came from.",
     "available": "The number of free tokens.",
+    "by": "Who made the reservation.",
     "available_tokens": "The number of free tokens.",
     "capacity": "The maximum number of tokens, free and leased. Null: no limit.",
     "csrf": "The hidden field of the form. It must be the value of the form's cookie.",
     "client_id": "A user name.",
     "client_secret": "The user's password.",
-    "count": "The number of tokens.",
+    "count": "The number of tokens to generate.",
     "current": "Whether this is the token that was sent with the request.",
     "docs": "The page that shows this document.",
     "error": "A code for programs.",
@@ -68,34 +69,30 @@ FIELDS: Mapping[str, str] = {
     "expires_in": "Seconds until it expires, for clients whose clock may be wrong.",
     "expiry_time": "When it expires, in Unix seconds. Null: never, or not valid.",
     "fence": "Grows with each lease of the token. A resource can reject a holder with a lower number than it has seen.",
-    "force": "End the lease of another user.",
+    "for": "The only user who can lease it. Null: nobody can.",
+    "force": "End the lease of another user, or replace their reservation.",
     "grant_type": "Always `client_credentials`.",
     "health": "Where to ask whether the service can serve.",
     "holder": "Which job or machine holds the lease. Default: the user name.",
-    "labels": "Labels that the tokens must have, all of them.",
-    "leases": "The leases, all at once.",
-    "position": "The place in the waiting line. 1 is the next.",
-    "priority": "One point counts as one minute of waiting. More than 0 needs the scope that manages the pool.",
-    "request": "Your own id of the request, to repeat it safely.",
-    "requests": "The requests that wait, in order.",
-    "retry_after": "Seconds after which to send the request again.",
-    "since": "When it joined the line, in Unix seconds.",
-    "wait": "Seconds to wait for a free token. Without it the answer comes at once.",
-    "waiting": "The number of requests in the line.",
     "iat": "When the token was issued, in Unix seconds.",
     "id": "A public name of the token. It cannot be used to log in.",
     "issued_at": "When the token was issued, in Unix seconds.",
     "kind": "`login`, or `named` for a token that was made for a program.",
     "jti": "The `id` of the token.",
+    "labels": "Labels of a member of a pool. A request wants one that has all of them.",
     "last_used_at": "When its last use was noted, in Unix seconds. Null: none was yet.",
     "lease_expiry_time": "When the lease ends, in Unix seconds.",
     "leased": "The number of leased tokens.",
     "login": "The login page for people. Absent: there is none.",
-    "max_expiry_time": "The latest time to which use can extend it, in Unix seconds.",
-    "name": "The name of the token. Null: it is a login.",
+    "leased_at": "When the lease started, in Unix seconds.",
+    "max_expiry_time": "The latest time to which use, or keeping alive, can extend it, in Unix seconds.",
+    "name": "The name of a token, a pool, or a member of a pool. Null: the token is a login.",
+    "note": "A remark for people.",
     "overlap": "How long the old token stays valid. Default: 0.",
     "openapi": "This document.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
+    "reservation": "Until when a member is not leased, except to one user.",
+    "reserved": "The number of members that are reserved, and not leased.",
     "revoked": "The number of tokens that were revoked.",
     "rd": "Where the browser goes afterwards.",
     "remember": "Stay logged in.",
@@ -105,7 +102,8 @@ FIELDS: Mapping[str, str] = {
     "token": "The value of the token.",
     "take": "With `force`: lease the token to me.",
     "token_type_hint": "Ignored.",
-    "ttl": "How long it lasts. Default: `tokens.named_ttl`; of a lease, the pool's `lease_ttl`.",
+    "ttl": "How long the token lives, or the lease lasts. Default: as the configuration says.",
+    "until": "When it ends, in Unix seconds.",
     "user": "The user who holds the lease.",
     "username": "The name of the user.",
     "user_agent": "The User-Agent header of the login.",
@@ -534,6 +532,8 @@ LOGIN_PAGE = Section(
 _POOL = Parameter("pool", "The name of a pool in the configuration.", str, "permits")
 _POOL_TOKEN = Parameter("token", "The value of a token of the pool.", str, _POOL_VALUE)
 _IN_POOL: Refusals = (errors.UnknownPool, errors.InsufficientScope)
+_MEMBER_NAME = Parameter("name", "The name of a member.", str, "pixel-8")
+_PHONES = Parameter("pool", "The name of a pool with members.", str, "phones")
 _LEASE = {
     "token": _POOL_VALUE,
     "holder": "build-7",
@@ -547,17 +547,16 @@ _MEMBER = {
     "user": "admin",
     "holder": "build-7",
     "fence": 1,
+    "leased_at": _ISSUED_AT,
     "lease_expiry_time": _ISSUED_AT + 1800,
 }
-_IN_LINE = {
-    "position": 1,
-    "user": "admin",
-    "holder": "build-7",
-    "since": _ISSUED_AT,
-    "count": 1,
-    "priority": 0,
-    "labels": [],
-    "request": "job-42",
+_PHONE = {
+    "token": "tQ9mWx2RkZ5cVbN8dJfHsLyP3gKa7eUi1nYoEwTj4rXtCxBz6uVhMqSlDpFiAO0G",
+    "expiry_time": None,
+    "name": "pixel-8",
+    "labels": ["android", "arm"],
+    "note": "shelf 3",
+    "reservation": {"until": _ISSUED_AT + 86400, "note": "battery swap", "for": None, "by": "admin"},
 }
 _GENERATED_VALUE = "h4JzRk7WqYc2VnXb9TmLp0DsFg6AeUo3iKxQ8rBtCy5ZjHvNwMaSfGdPl1EuOIqT"
 
@@ -588,66 +587,14 @@ POOLS = Section(
                 id="assignToken",
                 title="Lease a token",
                 text="Leases the token that has been free for the longest time. The lease ends by itself unless it is"
-                " kept alive. With `wait`, the request waits in line. If it is not served in that time, the answer is"
-                " 202: send the same request again within 10 seconds to keep its place. With `request`, the same"
-                " request has the same lease while that runs, so a lost answer costs nothing. With `count`, the answer"
-                " has `leases`: all of them, or none.",
+                " kept alive. `ttl` shortens it. In a pool with members, `labels` chooses among those that have all of"
+                " these labels; the name of a member counts as one.",
                 parameters=[_POOL],
                 body=pools.AssignRequest,
                 body_required=False,
                 example={"holder": "build-7"},
-                answers=[
-                    Answer(201, "The lease, or with `count` the leases.", pools.LeasesAnswer, _LEASE),
-                    Answer(
-                        202,
-                        "The request waits, and its place is kept.",
-                        pools.WaitsAnswer,
-                        {"request": "job-42", "position": 2, "waiting": 5, "retry_after": 0},
-                        headers={"Retry-After": "Seconds after which to send the request again."},
-                    ),
-                ],
-                refusals=[
-                    *_IN_POOL,
-                    *JSON_BODY,
-                    errors.NoFreeToken,
-                    errors.LeaseLost,
-                    errors.RequestDiffers,
-                    errors.TooManyPlaces,
-                    errors.PlaceLost,
-                ],
-            ),
-            Operation(
-                method="GET",
-                path="/api/pools/{pool}/requests",
-                id="listRequests",
-                title="List who waits",
-                text="Lists the waiting line of a pool in its order. Ids of requests are shown to their users and to"
-                " managers of the pool.",
-                parameters=[
-                    _POOL,
-                    Parameter(
-                        "limit",
-                        "Requests in the answer. Default: 100.",
-                        Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)],
-                    ),
-                ],
-                answers=[Answer(200, "The waiting line.", pools.LineAnswer, {"waiting": 1, "requests": [_IN_LINE]})],
-                refusals=_IN_POOL,
-            ),
-            Operation(
-                method="DELETE",
-                path="/api/pools/{pool}/requests/{request}",
-                id="leaveLine",
-                title="Leave the line",
-                text="Takes a request out of the waiting line. A manager of the pool can take out that of another"
-                " `user`.",
-                parameters=[
-                    _POOL,
-                    Parameter("request", "The id of the request.", example="job-42"),
-                    Parameter("user", "The user whose request it is. Default: you."),
-                ],
-                answers=[Answer(204, "It no longer waits.")],
-                refusals=[*_IN_POOL, errors.UnknownRequest],
+                answers=[Answer(201, "The lease.", pools.LeaseAnswer, _LEASE)],
+                refusals=[*_IN_POOL, *JSON_BODY, errors.NoFreeToken, errors.TooManyLeases],
             ),
             Operation(
                 method="PUT",
@@ -687,12 +634,36 @@ POOLS = Section(
                 refusals=[*_IN_POOL, errors.UnknownToken, *JSON_BODY, errors.LeaseLost, errors.NotYourLease],
             ),
             Operation(
+                method="PUT",
+                path="/api/pools/{pool}/members/{name}/reservation",
+                id="reserveMember",
+                title="Reserve a member",
+                text="Keeps a member from being leased until an instant, or lets only one user lease it. A lease that"
+                " it has goes on; the reservation applies when it is over. This needs the scope that manages the pool.",
+                parameters=[_PHONES, _MEMBER_NAME, Parameter("force", "Replace a reservation of another user.", bool)],
+                body=pools.ReserveRequest,
+                example={"until": "24h", "note": "battery swap"},
+                answers=[Answer(200, "The member.", pools.PoolTokenAnswer, _PHONE)],
+                refusals=[*_IN_POOL, errors.UnknownMember, *JSON_BODY, errors.AlreadyReserved],
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/pools/{pool}/members/{name}/reservation",
+                id="endReservation",
+                title="End a reservation",
+                text="The member can be leased again, at once or when its lease is over. This needs the scope that"
+                " manages the pool.",
+                parameters=[_PHONES, _MEMBER_NAME],
+                answers=[Answer(204, "The member is not reserved.")],
+                refusals=[*_IN_POOL, errors.UnknownMember],
+            ),
+            Operation(
                 method="GET",
                 path="/api/pools/{pool}",
                 id="showPool",
                 title="Show a pool",
                 text="Lists the tokens of a pool, page by page. Managers of the pool see all tokens; other users see"
-                " the leased ones, and the values of their own.",
+                " the leased ones, and the values of their own. In a pool with members, everyone sees all members.",
                 parameters=[
                     _POOL,
                     Parameter("after", "Where the page begins: the `next` of the page before."),

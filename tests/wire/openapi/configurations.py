@@ -21,6 +21,26 @@ manage_scope = "read"
 capacity = 1
 manage_scope = "read"
 
+[pools.phones]
+lease_max = "8h"
+per_user = 1
+[[pools.phones.members]]
+name = "pixel-8"
+labels = ["android", "arm"]
+[[pools.phones.members]]
+name = "moto"
+
+[pools.tablets]
+manage_scope = "read"
+[[pools.tablets.members]]
+name = "tab"
+
+# with the password bob-secret
+[[users]]
+username = "eve"
+password = "$argon2id$v=19$m=8,t=1,p=1$LIVwzhljLKW0tvbeW2tNqQ$9JC3XMtZhQy2Oi5GB4ktwLx5ktUmIdEa8FXN6h6E8S4"
+scopes = ["read"]
+
 [pools.restricted]
 scope = "write"
 manage_scope = "write"

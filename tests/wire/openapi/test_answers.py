@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.support.servers import HandClock
+from tests.support.servers import HandClock, log_in
 from tests.wire.openapi.checked_client import (
     BODIES,
     GRANT,
@@ -21,6 +20,7 @@ from tests.wire.openapi.checked_client import (
 )
 from tests.wire.openapi.conformance import Documented, Operation
 from tokenauth.errors import (
+    AlreadyReserved,
     AlreadyRotated,
     ClientGone,
     Forbidden,
@@ -36,21 +36,18 @@ from tokenauth.errors import (
     NotRenewable,
     NotYourLease,
     Overloaded,
-    PlaceLost,
     PoolFull,
     Refusal,
-    RequestDiffers,
     Stopping,
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
-    TooManyPlaces,
+    TooManyLeases,
     TooManyTokens,
+    UnknownMember,
     UnknownPool,
-    UnknownRequest,
     UnknownToken,
 )
-from tokenauth.line import MAX_PLACES
 from tokenauth.web.exceptions import (
     BodyTooLarge,
     ForeignHost,
@@ -69,7 +66,6 @@ from tokenauth.web.responses import STATUS
 
 LEASES = "/api/pools/small/leases"
 TOKENS = "/api/pools/small/tokens"
-LINE = "/api/pools/small/requests"
 
 REFUSED: dict[type[Refusal], list[Call]] = {
     InvalidRequest: [
@@ -143,6 +139,10 @@ REFUSED: dict[type[Refusal], list[Call]] = {
         Call("GET", "/docs/nothing.js"),
         Call("POST", "/pool/api/keep_alive/x", "ann"),
     ],
+    UnknownMember: [
+        Call("PUT", "/api/pools/phones/members/none/reservation", "admin", {"json": {"until": "1h"}}),
+        Call("DELETE", "/api/pools/uuids/members/none/reservation", "ann"),
+    ],
     UnknownPool: [Call("GET", "/api/pools/none", "ann"), Call("POST", "/api/pools/none/leases", "ann")],
     UnknownToken: [
         Call("GET", f"{TOKENS}/x", "ann"),
@@ -152,12 +152,7 @@ REFUSED: dict[type[Refusal], list[Call]] = {
     ],
     PoolFull: [Call("POST", TOKENS, "ann", {"json": {"count": 2}})],
     NotRenewable: [Call("POST", "/api/token/renew", "ann")],
-    NoFreeToken: [Call("POST", LEASES, "ann"), Call("POST", LEASES, "ann", {"json": {"request": "none", "count": 1}})],
-    UnknownRequest: [
-        Call("DELETE", f"{LINE}/none", "ann"),
-        Call("DELETE", f"{LINE}/none", "ann", {"params": {"user": "bob"}}),
-        Call("DELETE", f"{LINE}/%00", "ann"),
-    ],
+    NoFreeToken: [Call("POST", LEASES, "ann")],
     UnsupportedMediaType: [Call("POST", "/api/token", "", {"content": "x", "headers": {"Content-Type": "text/plain"}})],
 }
 """Requests that are refused in any state. Refusals that need a state have their own tests."""
@@ -168,13 +163,12 @@ TESTED_BELOW = {
     BodyTooLarge,
     LeaseLost,
     NotYourLease,
+    TooManyLeases,
+    AlreadyReserved,
     LoginNeeded,
     NameTaken,
     TooManyTokens,
     AlreadyRotated,
-    RequestDiffers,
-    TooManyPlaces,
-    PlaceLost,
     TooManyAttempts,
     Overloaded,
     StoreUnavailable,
@@ -320,30 +314,6 @@ def test_a_lost_lease_is_refused_as_documented(api: CheckedClient) -> None:
         assert (answer.status_code, answer.json()["error"]) == (409, "lease_lost")
 
 
-def test_the_waiting_line_answers_as_documented(api: CheckedClient) -> None:
-    def ask(user: str = "bob", **terms: object) -> tuple[int, str | None]:
-        answer = api.send("POST", LEASES, user, json=terms)
-        return answer.status_code, answer.json().get("error")
-
-    assert ask(request="0", wait=0) == (202, None)
-    assert ask(request="0", wait=0, priority=-1) == (409, "request_differs")
-    assert ask(wait=0, priority=1) == (403, "insufficient_scope")
-    shown = api.send("GET", LINE, "ann").json()
-    assert (shown["waiting"], shown["requests"][0]["position"], "request" in shown["requests"][0]) == (1, 1, True)
-    assert api.send("DELETE", f"{LINE}/0", "bob", params={"user": "ann"}).status_code == 403
-    with ThreadPoolExecutor(1) as thread:
-        held = thread.submit(ask, request="held by me", wait=60)
-        while [each["request"] for each in api.send("GET", LINE, "bob").json()["requests"]] != ["0", "held by me"]:
-            assert not held.done()
-        assert api.send("DELETE", f"{LINE}/held by me", "ann", params={"user": "bob"}).status_code == 204
-        assert held.result() == (409, "place_lost")
-    for number in range(1, MAX_PLACES):
-        assert ask(request=str(number), wait=0) == (202, None)
-    assert ask(wait=0) == (409, "too_many_places")
-    for number in range(MAX_PLACES):
-        assert api.send("DELETE", f"{LINE}/{number}", "bob").status_code == 204
-
-
 def test_a_foreign_lease_is_refused_as_documented(api: CheckedClient) -> None:
     api.send("POST", "/api/pools/uuids/tokens", "ann")
     token = api.send("POST", "/api/pools/uuids/leases", "ann").json()["token"]
@@ -351,6 +321,28 @@ def test_a_foreign_lease_is_refused_as_documented(api: CheckedClient) -> None:
         answer = api.send(method, f"/api/pools/uuids/leases/{token}", "bob")
         assert (answer.status_code, answer.json()["error"]) == (403, "forbidden")
     assert api.send("DELETE", f"/api/pools/uuids/tokens/{token}", "ann").status_code == 204
+
+
+def test_leases_over_per_user_are_refused_as_documented(api: CheckedClient) -> None:
+    leases = "/api/pools/phones/leases"
+    granted = api.send("POST", leases, "bob", json={"labels": ["pixel-8"], "ttl": "30s"})
+    assert (granted.status_code, granted.json()["name"]) == (201, "pixel-8")
+    answer = api.send("POST", leases, "bob")
+    assert (answer.status_code, answer.json()["error"]) == (409, "too_many_leases")
+    assert api.send("GET", "/api/pools/phones", "ann").json()["leased"] == 1
+    taken = api.send("DELETE", f"{leases}/{granted.json()['token']}?force=true&take=true", "admin")
+    assert (taken.status_code, taken.json()["holder"]) == (200, "admin")
+    assert api.send("DELETE", f"{leases}/{granted.json()['token']}", "admin").status_code == 204
+
+
+def test_a_foreign_reservation_is_refused_as_documented(api: CheckedClient) -> None:
+    reservation = "/api/pools/tablets/members/tab/reservation"
+    eve = {"X-Token": log_in(api.client, "eve", "bob-secret")}
+    assert api.send("PUT", reservation, json={"until": "1h", "for": "bob"}, headers=eve).status_code == 200
+    answer = api.send("PUT", reservation, "ann", json={"until": "1h"})
+    assert (answer.status_code, answer.json()["error"]) == (409, "already_reserved")
+    assert api.send("PUT", f"{reservation}?force=true", "ann", json={"until": "1h"}).status_code == 200
+    assert api.send("DELETE", reservation, "ann").status_code == 204
 
 
 def test_a_fully_leased_pool_is_refused_as_documented(api: CheckedClient, clock: HandClock) -> None:

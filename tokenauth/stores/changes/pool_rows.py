@@ -29,7 +29,7 @@ from sqlalchemy import (
     update,
 )
 
-from tokenauth.line import Row, share_out
+from tokenauth.line import Row, find_use, share_out
 from tokenauth.models import Instant, LeaseRequest, Pool, PoolCounts, PoolToken, RequestKey
 from tokenauth.stores.changes.request_rows import SOMEONE_WAITS, RequestRows
 from tokenauth.stores.engine import LockConflict, Transaction
@@ -41,6 +41,8 @@ _row = (_number, *pool_token_columns)
 _limit: BindParameter[int] = bindparam("limit")
 _pool = pool_tokens.c.pool == bindparam("name")
 _live = _at > bindparam("now")
+_unclaimed = _at <= bindparam("reclaim_cutoff")  # `reclaim_delay` is over: before, a lapsed token counts as leased
+_claimed = _at > bindparam("reclaim_cutoff")
 
 # Ranges of the index `pool_tokens_by_turn`. `_idle` rows were never leased or have been released; `_taken` rows are
 # leased, or their lease has lapsed: those may expire earlier than idle ones.
@@ -49,7 +51,8 @@ _taken = (_pool, pool_tokens.c.retired == false(), pool_tokens.c.idle == false()
 _retired = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == false())
 _retired_idle = (_pool, pool_tokens.c.retired == true(), pool_tokens.c.idle == true())
 _unexpired = (*_idle, _at > bindparam("cutoff"))
-_lapsed = (*_taken, _at > bindparam("lapsed_cutoff"), _at <= bindparam("now"))
+_lapsed = (*_taken, _at > bindparam("lapsed_cutoff"), _unclaimed)
+_lapsed_or_claimed = (*_taken, _at > bindparam("lapsed_cutoff"))
 _expired = ((*_idle, _at <= bindparam("cutoff")), (*_taken, _at <= bindparam("lapsed_cutoff")))
 
 Range = tuple[ColumnElement[bool], ...]
@@ -88,18 +91,18 @@ def _oldest(*ranges: Range) -> ColumnElement[bool]:
 
 
 # Statements are constants: compiling one costs more than running it.
-COUNT = select(_count(*_unexpired) + _count(*_lapsed), _count(*_taken, _live), _count(*_retired, _live))
+COUNT = select(_count(*_unexpired) + _count(*_lapsed), _count(*_taken, _claimed), _count(*_retired, _claimed))
 MEMBERS = (
     select(*pool_token_columns)
     .where(_pool, pool_tokens.c.value > bindparam("after"))
-    .where(or_(and_(pool_tokens.c.idle == false(), _live), and_(*_unexpired), and_(*_lapsed)))
+    .where(or_(and_(pool_tokens.c.idle == false(), _live), and_(*_unexpired), and_(*_lapsed_or_claimed)))
     .order_by(pool_tokens.c.value)
     .limit(_limit)
 )
 _after_cursor = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
 LEASES = _rows((*_taken, *_after_cursor), (*_retired, *_after_cursor))
-_COUNT_RETIRED = select(_count(*_retired, _live), SOMEONE_WAITS)
-_NEXT_END = select(_earliest(*_taken, _live), _earliest(*_retired, _live))
+_COUNT_RETIRED = select(_count(*_retired, _claimed), SOMEONE_WAITS)
+_NEXT_END = select(_earliest(*_taken, _claimed), _earliest(*_retired, _claimed))
 _FREE = _rows(_unexpired, _lapsed)
 # The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
 _FREE_UNLOCKED = (
@@ -114,12 +117,17 @@ _FREE_UNLOCKED = (
 )
 _some_free = select(func.count()).select_from(select(literal(1)).where(*_unexpired).limit(_AHEAD).subquery())
 _some_lapsed = select(func.count()).select_from(select(literal(1)).where(*_lapsed).limit(_AHEAD).subquery())
-SOME_FREE = select(_some_free.scalar_subquery() + _some_lapsed.scalar_subquery() - _count(*_retired, _live))
+SOME_FREE = select(_some_free.scalar_subquery() + _some_lapsed.scalar_subquery() - _count(*_retired, _claimed))
 _COUNT_FREE = select(func.count()).select_from(_rows_by_range(_unexpired, _lapsed).subquery())
 _LEASED = _rows((*_taken, _live))
 _LEASED_AND_RETIRED = _rows((*_retired, _live))
 # No index has the usernames: the pool is read in this order, and rows of other users are skipped.
 _of_user = pool_tokens.c.username == bindparam("username")
+_COUNT_HELD = select(_count(*_taken, _claimed, _of_user) + _count(*_retired, _claimed, _of_user))
+_held = union_all(
+    *(select(pool_tokens.c.username).where(*conditions, _claimed) for conditions in (_taken, _retired))
+).subquery()
+HELD = select(_held.c.username, func.count()).group_by(_held.c.username)
 _LEASED_TO = _rows((*_taken, _live, _of_user))
 _LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
 _values = select(elements(bindparam("values"), "wanted").c.value)
@@ -138,7 +146,7 @@ _UPDATE_LEASE = text("""
     WHERE number = :number AND pool = :name
 """)
 _REPLACE = text("""
-    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = 0, username = NULL,
+    UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = :fence, username = NULL,
         leased_at = NULL, lease_ttl = NULL
     WHERE number = :number AND pool = :name
 """)
@@ -149,15 +157,40 @@ _EXTEND_FREE = (
     .where(_oldest((*_unexpired, _earlier), (*_lapsed, _earlier)))
     .values(free_at=bindparam("now"), holder=None, username=None, leased_at=None, lease_ttl=None)
 )
-_RETIRE = update(pool_tokens).where(_oldest((*_taken, _live))).values(retired=True)
-_REINSTATE = update(pool_tokens).where(_oldest((*_retired, _live))).values(retired=False)
+_RETIRE = update(pool_tokens).where(_oldest((*_taken, _claimed))).values(retired=True)
+_REINSTATE = update(pool_tokens).where(_oldest((*_retired, _claimed))).values(retired=False)
 _DELETE_FREE = delete(pool_tokens).where(_oldest(_unexpired, _lapsed))
 _DELETE_EXPIRED = delete(pool_tokens).where(_oldest(*_expired))
-_DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _at <= bindparam("now")), _retired_idle))
+_unnamed = pool_tokens.c.member.is_(None)
+# A retired member stays: if its name returns to the configuration, its fences go on.
+_DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _unclaimed, _unnamed), (*_retired_idle, _unnamed)))
+_DELETE_UNNAMED = delete(pool_tokens).where(_oldest((*_idle, _unnamed), (*_taken, _unclaimed, _unnamed)))
+_RETIRE_UNNAMED = update(pool_tokens).where(_oldest((*_taken, _claimed, _unnamed))).values(retired=True)
+_named = (_pool, pool_tokens.c.member.is_not(None))
+NAMED = select(*_row).where(*_named).order_by(_number)
+_SET_RETIRED = text("UPDATE pool_tokens SET retired = :retired WHERE number = :number AND pool = :name")
+_RESERVE = text("UPDATE pool_tokens SET reservation = :reservation WHERE number = :number AND pool = :name")
 
 
 def _place(request: LeaseRequest) -> tuple[Instant, int]:
     return request.turn, request.number
+
+
+def free_members(pool: Pool, members: Iterable[Row], now: Instant) -> list[Row]:
+    """Return the members that are free, those that are reserved first: only some can use them."""
+    free = ((number, token) for number, token in members if pool.is_free(token, now))
+    return sorted(free, key=lambda row: (pool.reservation(row[1], now) is None, row[1].free_at, row[0]))
+
+
+class _Quotas(dict[str, int]):
+    """How many more tokens each user may lease. Each is counted when it is first needed."""
+
+    def __init__(self, rows: "PoolRows") -> None:
+        self._rows = rows
+
+    def __missing__(self, username: str) -> int:
+        self[username] = quota = self._rows.quota(username)
+        return quota
 
 
 def counts(free: int, leased: int, retired: int) -> PoolCounts:
@@ -167,7 +200,13 @@ def counts(free: int, leased: int, retired: int) -> PoolCounts:
 
 def parameters(pool: Pool, now: Instant) -> dict[str, object]:
     """Return the parameters that statements about a pool share."""
-    return {"name": pool.name, "now": now, "cutoff": pool.cutoff(now), "lapsed_cutoff": pool.lapsed_cutoff(now)}
+    return {
+        "name": pool.name,
+        "now": now,
+        "cutoff": pool.cutoff(now),
+        "lapsed_cutoff": pool.lapsed_cutoff(now),
+        "reclaim_cutoff": pool.reclaim_cutoff(now),
+    }
 
 
 class PoolRows:
@@ -202,7 +241,12 @@ class PoolRows:
         return RequestRows(self._db, self.pool.name, self.now)
 
     def leasable(self, limit: int, withheld: int) -> list[tuple[int, PoolToken]]:
-        """Return the tokens that have been free longest, without as many as are `withheld`."""
+        """Return the tokens that have been free longest, without as many as are `withheld`.
+
+        If the pool has members, all free ones, first those that are reserved: only some can use them.
+        """
+        if self.pool.members:
+            return free_members(self.pool, self.members(), self.now)
         found = self.free(limit + withheld)
         return found[: max(0, len(found) - withheld)]
 
@@ -219,11 +263,32 @@ class PoolRows:
         if not free:
             return ()
         in_order = merge(line, sorted(new, key=_place), key=_place)
-        return [served for served in share_out(in_order, free, self._may_use) if served[0].key in own]
+        quotas = None if self.pool.per_user is None else _Quotas(self)
+        return [
+            served
+            for served in share_out(in_order, free, find_use(self.pool, self.now), quotas)
+            if served[0].key in own
+        ]
 
-    def _may_use(self, request: LeaseRequest, token: PoolToken) -> bool:
-        """Return whether a request could use a free token."""
-        return not request.labels
+    def quota(self, username: str) -> int:
+        """Return how many more tokens a user may lease by `per_user`."""
+        assert self.pool.per_user is not None
+        return self.pool.per_user - int(self._db.rows(_COUNT_HELD, {**self._parameters, "username": username})[0][0])
+
+    def left(self) -> int:
+        """Return how many more tokens could be leased to someone who asks now."""
+        free, _, retired = self.counts()
+        _, someone_waits = self.retired()
+        return 0 if someone_waits else max(0, free - retired)
+
+    def refusal(self, request: LeaseRequest) -> tuple[Instant | None, bool]:
+        """Return when the next token is free that a refused request could use, and whether its user has enough."""
+        if self.pool.per_user is not None and request.username and self.quota(request.username) < request.count:
+            return None, True
+        if not self.pool.members:
+            return self.next_end(), False
+        fitting = (token for _, token in self.members() if self.pool.has(token, request.labels))
+        return self.pool.next_free_at(fitting, request.username or None, self.now), False
 
     def numbered(self, numbers: Iterable[int]) -> dict[int, PoolToken]:
         """Return the existing tokens with these numbers."""
@@ -232,7 +297,16 @@ class PoolRows:
         return {number: token for number, token in found.items() if self.pool.is_live(token, self.now)}
 
     def next_end(self) -> Instant | None:
-        return min((end for end in self._db.rows(_NEXT_END, self._parameters)[0] if end is not None), default=None)
+        """Return when the next leased token can be leased again if nothing changes its lease."""
+        ends = [end for end in self._db.rows(_NEXT_END, self._parameters)[0] if end is not None]
+        return min(ends) + self.pool.reclaim_delay if ends else None
+
+    def members(self) -> list[tuple[int, PoolToken]]:
+        """Return the tokens that have a name, with their numbers, also those that were retired long ago.
+
+        They are not locked: a change that reads them has an exclusive lock on the pool.
+        """
+        return self._found(NAMED)
 
     def free(self, limit: int) -> list[tuple[int, PoolToken]]:
         """Return the tokens that have been free longest, with their numbers, except rows that others have locked."""
@@ -269,7 +343,14 @@ class PoolRows:
 
     def insert(self, values: Iterable[str]) -> None:
         """Add free tokens."""
-        self._db.execute_each(_INSERT, [PoolToken(self.pool.name, value, self.now)._asdict() for value in values])
+        self._insert(PoolToken(self.pool.name, value, self.now) for value in values)
+
+    def insert_members(self, values: Mapping[str, str]) -> None:
+        """Add free members; `values` has their values by name."""
+        self._insert(PoolToken(self.pool.name, value, self.now, member=name) for name, value in values.items())
+
+    def _insert(self, tokens: Iterable[PoolToken]) -> None:
+        self._db.execute_each(_INSERT, [token._asdict() for token in tokens])
 
     def update_leases(self, changed: Mapping[int, PoolToken]) -> None:
         """Write the leases of tokens, by number."""
@@ -290,9 +371,30 @@ class PoolRows:
             ],
         )
 
-    def replace(self, number: int, value: str) -> None:
+    def replace(self, number: int, value: str, fence: int) -> None:
         """Replace a token by a new free one."""
-        self._db.execute(_REPLACE, {**self._parameters, "number": number, "value": value})
+        self._db.execute(_REPLACE, {**self._parameters, "number": number, "value": value, "fence": fence})
+
+    def set_retired(self, retired: Mapping[int, bool]) -> None:
+        """Retire members, or undo that, by number."""
+        self._db.execute_each(
+            _SET_RETIRED,
+            [{"name": self.pool.name, "number": number, "retired": each} for number, each in retired.items()],
+        )
+
+    def reserve(self, changed: Mapping[int, PoolToken]) -> None:
+        """Write the reservations of members, by number."""
+        self._db.execute_each(
+            _RESERVE,
+            [
+                {
+                    "name": self.pool.name,
+                    "number": number,
+                    "reservation": None if token.reservation is None else json.dumps(token.reservation),
+                }
+                for number, token in changed.items()
+            ],
+        )
 
     def delete(self, number: int) -> None:
         self._db.execute(_DELETE, {**self._parameters, "number": number})
@@ -313,12 +415,17 @@ class PoolRows:
         """Delete free tokens."""
         return self._change_oldest(_DELETE_FREE, limit)
 
+    def drop_unnamed(self, limit: int) -> int:
+        """Delete the tokens without a name that are free, and retire the others; return how many were changed."""
+        deleted = self._change_oldest(_DELETE_UNNAMED, limit)
+        return deleted + self._change_oldest(_RETIRE_UNNAMED, limit - deleted)
+
     def delete_expired(self, limit: int) -> int:
         """Delete tokens that have been free for too long."""
         return self._change_oldest(_DELETE_EXPIRED, limit)
 
     def delete_retired(self, limit: int = 2**31 - 1) -> int:
-        """Delete retired tokens whose lease is over."""
+        """Delete retired tokens without a name whose lease is over."""
         return self._change_oldest(_DELETE_RETIRED, limit)
 
     def _found(self, query: ClauseElement, **more: object) -> list[tuple[int, PoolToken]]:

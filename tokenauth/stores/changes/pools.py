@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeVar
 
 from tokenauth.line import LAST, REMEMBERED, new_request
-from tokenauth.models import Assignment, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken
+from tokenauth.models import Assignment, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken, Reservation
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.engine import Change, Transaction
 
@@ -33,6 +33,11 @@ class PoolChange(Change[A_co]):
     """Whether a shared lock on the pool is enough. False for changes that count its tokens."""
 
     @classmethod
+    def shares(cls, pool: Pool) -> bool:
+        """Return whether a shared lock on this pool is enough. Members are few, and read all at once."""
+        return cls.shares_pool and not pool.members
+
+    @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[A_co]:
         """Make the changes pool by pool."""
         pool = changes[0].pool
@@ -49,8 +54,9 @@ class PoolChange(Change[A_co]):
 
     @classmethod
     def _lock_and_make(cls, db: Transaction, pool: Pool, changes: Sequence[Self]) -> Sequence[A_co]:
-        db.lock(f"pool {pool.name}", shared=cls.shares_pool)
-        rows = PoolRows(db, pool, db.now(max(change.now for change in changes)), alone=not cls.shares_pool)
+        shared = cls.shares(pool)
+        db.lock(f"pool {pool.name}", shared=shared)
+        rows = PoolRows(db, pool, db.now(max(change.now for change in changes)), alone=not shared)
         return cls.make_in_pool(rows, changes)
 
     @classmethod
@@ -88,7 +94,7 @@ class Generate(PoolChange[bool]):
 
 @dataclass(slots=True)
 class Fit(PoolChange[int]):
-    """Bring a pool with `prefill` closer to its capacity; the answer is that of `PoolStore.fit`."""
+    """Bring a pool with `prefill` or members closer to its capacity; the answer is that of `PoolStore.fit`."""
 
     values: Sequence[str]
     shares_pool = False
@@ -98,6 +104,9 @@ class Fit(PoolChange[int]):
         """Delete or retire surplus tokens, or reinstate retired ones and add new ones."""
         answers = []
         for change in changes:
+            if rows.pool.members:
+                answers.append(cls._fit_members(rows, change.values))
+                continue
             rows.delete_retired()
             free, leased, _ = rows.counts()
             surplus = free + leased - (rows.pool.capacity or 0)
@@ -111,6 +120,25 @@ class Fit(PoolChange[int]):
                 answers.append(max(0, lacking - len(change.values)))
         return answers
 
+    @classmethod
+    def _fit_members(cls, rows: PoolRows, values: Sequence[str]) -> int:
+        """Add members that are missing, and retire those that the configuration does not have: none is deleted."""
+        if rows.drop_unnamed(_STEP) == _STEP:
+            return -1
+        rows.delete_retired()
+        found = rows.members()
+        names = {token.member for _, token in found}
+        rows.set_retired(
+            {
+                number: not token.retired
+                for number, token in found
+                if token.retired is (token.member in rows.pool.members)
+            }
+        )
+        lacking = [name for name in rows.pool.members if name not in names]
+        rows.insert_members(dict(zip(lacking, values, strict=False)))
+        return max(0, len(lacking) - len(values))
+
 
 @dataclass(slots=True)
 class Assign(PoolChange[Assignment]):
@@ -119,50 +147,71 @@ class Assign(PoolChange[Assignment]):
     holder: str
     username: str | None
     counted: bool
+    ttl: float | None = None
+    labels: Sequence[str] = ()
+
+    @classmethod
+    def shares(cls, pool: Pool) -> bool:
+        """Return whether a shared lock is enough: not if the leases of a user are counted."""
+        return cls.shares_pool and not pool.members and pool.per_user is None
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
         """Lease free tokens. For each retired token whose lease is live, one free token is withheld."""
         (withheld, someone_waits), left = rows.retired(), None
-        if someone_waits:
-            return cls._make_behind_the_line(rows, changes)
+        if someone_waits or rows.pool.is_selective:
+            return cls._share_out(rows, changes)
         if withheld:  # two transactions must not count what they withhold at the same time
             rows.lock_withheld()
             withheld, _ = rows.retired()
         if any(change.counted for change in changes):
             left = max(0, rows.counts()[0] - withheld)
-        found = rows.leasable(len(changes), withheld)
+        pairs = zip(rows.leasable(len(changes), withheld), changes, strict=False)
         leased = {
-            number: rows.pool.leased(token, change.holder, change.username, rows.now)
-            for (number, token), change in zip(found, changes, strict=False)
+            number: rows.pool.leased(token, change.holder, change.username, rows.now, change.ttl)
+            for (number, token), change in pairs
         }
         rows.update_leases(leased)
         answers = [
-            Assignment(token, None, None if left is None else left - place, before.unlogged)
-            for place, (token, (_, before)) in enumerate(zip(leased.values(), found, strict=True), 1)
+            Assignment(token, None, None if left is None else left - place)
+            for place, token in enumerate(leased.values(), 1)
         ]
         if len(answers) < len(changes):
             answers += [Assignment(None, rows.next_end(), 0)] * (len(changes) - len(answers))
         return answers
 
     @classmethod
-    def _make_behind_the_line(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
-        """Lease what is left when those who wait have what they could use. What is counted as left is 0."""
+    def _share_out(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
+        """Lease what each can use, when those who wait have what they could use."""
         requests = [
-            new_request(rows.pool, change.username or "", str(number), change.holder, since=rows.now, number=number)
+            new_request(
+                rows.pool,
+                change.username or "",
+                str(number),
+                change.holder,
+                ttl=change.ttl,
+                labels=tuple(change.labels),
+                since=rows.now,
+                number=number,
+            )
             for number, change in enumerate(changes, LAST)
         ]
-        found = rows.share_out(len(changes), {request.key for request in requests}, requests)
-        answers = [Assignment(None, None, 0)] * len(changes)
-        leased: dict[int, PoolToken] = {}
-        for request, [(number, token)] in found:
-            change = changes[request.number - LAST]
-            leased[number] = rows.pool.leased(token, change.holder, change.username, rows.now)
-            answers[request.number - LAST] = Assignment(leased[number], None, 0, token.unlogged)
-        rows.update_leases(leased)
-        if len(found) < len(changes):
-            refused = Assignment(None, rows.next_end(), 0)
-            answers = [refused if answer.token is None else answer for answer in answers]
+        leased = {
+            request.number: (
+                number,
+                rows.pool.leased(token, request.holder, request.username or None, rows.now, request.ttl),
+            )
+            for request, [(number, token)] in rows.share_out(len(changes), {one.key for one in requests}, requests)
+        }
+        rows.update_leases(dict(leased.values()))
+        left = rows.left() if any(change.counted for change in changes) else None
+        answers = []
+        for request in requests:
+            if request.number in leased:
+                answers.append(Assignment(leased[request.number][1], None, left))
+            else:
+                next_end, over_limit = rows.refusal(request)
+                answers.append(Assignment(None, next_end, 0, over_limit))
         return answers
 
 
@@ -210,7 +259,7 @@ class KeepAlive(LeaseUpdate):
     def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
         if self.check.matches(token, now):
             return pool.extended(token, now)
-        return pool.released(token, now) if self.include_free and not token.is_leased(now) else None
+        return pool.released(token, now) if self.include_free and not pool.is_taken(token, now) else None
 
 
 @dataclass(slots=True)
@@ -270,17 +319,50 @@ class Delete(PoolChange[bool]):
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
-        """Delete or replace tokens; a retired one is not replaced."""
+        """Delete or replace tokens; a retired one without a name is not replaced."""
         found = rows.find(change.value for change in changes)
         answers = []
         for change in changes:
             number, token = found.pop(change.value, (0, None))
             if token is not None:
-                if change.successor is None or token.retired:
+                if token.member is not None and change.successor is not None:
+                    rows.replace(number, change.successor, token.fence)  # the same thing: its fences go on
+                elif change.successor is None or token.retired:
                     rows.delete(number)
                 else:
-                    rows.replace(number, change.successor)
+                    rows.replace(number, change.successor, 0)
             answers.append(token is not None)
+        return answers
+
+
+@dataclass(slots=True)
+class Reserve(PoolChange[LeaseChange | None]):
+    """Reserve a member, or end its reservation (None); the answer is None if there is no such member."""
+
+    member: str
+    reservation: Reservation | None
+    replace: bool
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
+        """Reserve members that no other manager has reserved; with `replace`, all."""
+        found = {token.member: (number, token) for number, token in rows.members() if not token.retired}
+        answers: list[LeaseChange | None] = []
+        changed: dict[int, PoolToken] = {}
+        for change in changes:
+            if change.member not in found:
+                answers.append(None)
+                continue
+            number, token = found[change.member]
+            earlier, later = rows.pool.reservation(token, rows.now), change.reservation
+            if later is not None and earlier is not None and earlier.by != later.by and not change.replace:
+                answers.append(LeaseChange(token, None))
+                continue
+            changed[number] = after = token._replace(reservation=later)
+            found[change.member] = number, after
+            answers.append(LeaseChange(token, after))
+        rows.reserve(changed)
         return answers
 
 

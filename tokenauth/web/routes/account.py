@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest, LoginNeeded
 from tokenauth.models import SCOPE_PATTERN, IssuedToken, Token, TokenKind
-from tokenauth.named_tokens import MAX_TOKEN_NAME, Duration, NamedTokens, Requester
+from tokenauth.named_tokens import MAX_TOKEN_NAME, NamedTokens, Requester
+from tokenauth.settings.durations import Duration
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import Tokens
 from tokenauth.web.openapi import schema_only
@@ -24,7 +25,7 @@ ADMIN = "admin"
 _KINDS: Mapping[str, TokenKind | None] = {"login": "login", "named": "named", "all": None}
 """What `?kind=` chooses; None is all."""
 
-_DURATION = 'Such as "24h" or "90d", or a number of seconds.'
+DURATION = 'Such as "24h" or "90d", or a number of seconds.'
 
 
 class MeAnswer(msgspec.Struct):
@@ -57,11 +58,11 @@ class ListedTokensAnswer(msgspec.Struct):
 class IssueNamedRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[str, schema_only(minLength=1, maxLength=MAX_TOKEN_NAME, description="Printable.")]
     scopes: tuple[Annotated[str, schema_only(pattern=f"^{SCOPE_PATTERN}$")], ...] | None = None
-    ttl: Annotated[Duration, schema_only(description=_DURATION)] | None = None
+    ttl: Annotated[Duration, schema_only(description=DURATION)] | None = None
 
 
 class RotateRequest(msgspec.Struct, forbid_unknown_fields=True):
-    overlap: Annotated[Duration, schema_only(description=_DURATION)] = 0
+    overlap: Annotated[Duration, schema_only(description=DURATION)] = 0
 
 
 class NamedTokenAnswer(msgspec.Struct):

@@ -15,25 +15,17 @@ from tokenauth.models import (
     Instant,
     LeaseCheck,
     LeaseCursor,
-    LeaseTerms,
+    Member,
     Pool,
     PoolToken,
 )
-from tokenauth.pools import (
-    MAX_COUNT,
-    MAX_ID,
-    MAX_LABELS,
-    MAX_LEASES,
-    MAX_PRIORITY,
-    MAX_TEXT,
-    MAX_WAIT,
-    Pools,
-    Waits,
-    check_label,
-)
+from tokenauth.pools import MAX_COUNT, MAX_LABELS, MAX_TEXT, Pools, check_label
+from tokenauth.settings.durations import Duration
+from tokenauth.settings.model import canonical
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
+from tokenauth.web.routes.account import DURATION
 from tokenauth.web.routing import Route, strict
 
 PAGE = 100
@@ -44,26 +36,14 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True):
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)] = 1
 
 
-class AssignRequest(msgspec.Struct, forbid_unknown_fields=True):
-    holder: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
-    request: Annotated[str, schema_only(minLength=1, maxLength=MAX_ID, description="Printable.")] | None = None
-    wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT)] | None = None
-    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_LEASES)] | None = None
-    priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
-    ttl: Annotated[float, msgspec.Meta(ge=1)] | None = None
-    labels: Annotated[list[str], msgspec.Meta(max_length=MAX_LABELS)] = []
+_UNTIL = 'In Unix seconds, or a duration from now such as "2h".'
+_Text = Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="Printable.")]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it asks for any one token, at once."""
-        return (
-            self.wait is None
-            and self.request is None
-            and self.count is None
-            and self.ttl is None
-            and not self.priority
-            and not self.labels
-        )
+
+class AssignRequest(msgspec.Struct, forbid_unknown_fields=True):
+    holder: _Text | None = None
+    ttl: Annotated[Duration, schema_only(description=DURATION)] | None = None
+    labels: Annotated[list[str], msgspec.Meta(max_length=MAX_LABELS)] = []
 
 
 class KeepAliveRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -72,80 +52,67 @@ class KeepAliveRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ReleaseRequest(KeepAliveRequest):
-    reason: Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description="Printable.")] | None = None
+    reason: _Text | None = None
 
 
-class PoolAnswer(msgspec.Struct):
+class ReserveRequest(msgspec.Struct, forbid_unknown_fields=True):
+    until: Annotated[Duration, schema_only(description=_UNTIL)]
+    note: _Text | None = None
+    user: _Text | None = msgspec.field(name="for", default=None)
+
+
+class PoolAnswer(msgspec.Struct, omit_defaults=True):
+    """A pool. Only one with members has `reserved`."""
+
     name: str
     capacity: int | None
     available: int
     leased: int
+    reserved: int | msgspec.UnsetType = msgspec.UNSET
 
 
-class PoolTokenAnswer(msgspec.Struct, omit_defaults=True):
-    """A token. Another user's leased token has no `token`; one that is free has no lease."""
+class ReservationAnswer(msgspec.Struct):
+    until: int
+    note: str | None
+    user: str | None = msgspec.field(name="for")
+    by: str
 
-    token: str | msgspec.UnsetType
+
+class PoolTokenAnswer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A token. Another user's token has no `token`, one that is free has no lease, and only a member has a name."""
+
+    token: str | msgspec.UnsetType = msgspec.UNSET
     expiry_time: int | None
     user: str | msgspec.UnsetType | None = msgspec.UNSET
     holder: str | msgspec.UnsetType = msgspec.UNSET
     fence: int | msgspec.UnsetType = msgspec.UNSET
+    leased_at: int | msgspec.UnsetType = msgspec.UNSET
     lease_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
+    max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    labels: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
+    note: str | msgspec.UnsetType = msgspec.UNSET
+    reservation: ReservationAnswer | msgspec.UnsetType = msgspec.UNSET
 
 
 class LeaseAnswer(msgspec.Struct, omit_defaults=True):
+    """A lease. Only that of a member has `name` and `labels`, and only one that ends for good `max_expiry_time`."""
+
     token: str
     holder: str
     fence: int
     expiry_time: int
     expires_in: int
     max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
-    request: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class LeasesAnswer(msgspec.Struct, omit_defaults=True):
-    """The fields of a lease; with `count`, `leases` instead."""
-
-    token: str | msgspec.UnsetType = msgspec.UNSET
-    holder: str | msgspec.UnsetType = msgspec.UNSET
-    fence: int | msgspec.UnsetType = msgspec.UNSET
-    expiry_time: int | msgspec.UnsetType = msgspec.UNSET
-    expires_in: int | msgspec.UnsetType = msgspec.UNSET
-    max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
-    leases: list[LeaseAnswer] | msgspec.UnsetType = msgspec.UNSET
-    request: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class WaitsAnswer(msgspec.Struct):
-    request: str
-    position: int
-    waiting: int
-    retry_after: int
-
-
-class InLineAnswer(msgspec.Struct, omit_defaults=True):
-    """A request that waits. Only its user and managers of the pool see its id."""
-
-    position: int
-    user: str
-    holder: str
-    since: int
-    count: int
-    priority: int
-    labels: list[str]
-    request: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class LineAnswer(msgspec.Struct):
-    waiting: int
-    requests: list[InLineAnswer]
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    labels: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class PoolsAnswer(msgspec.Struct):
     pools: list[PoolAnswer]
 
 
-class PoolPageAnswer(PoolAnswer):
+class PoolPageAnswer(PoolAnswer, kw_only=True):
     tokens: list[PoolTokenAnswer]
     next: str | None
 
@@ -158,6 +125,7 @@ _generate = msgspec.json.Decoder(GenerateRequest)
 _assign = msgspec.json.Decoder(AssignRequest)
 _keep_alive = msgspec.json.Decoder(KeepAliveRequest)
 _release = msgspec.json.Decoder(ReleaseRequest)
+_reserve = msgspec.json.Decoder(ReserveRequest)
 _EMPTY_ASSIGN, _EMPTY_KEEP_ALIVE, _EMPTY_RELEASE = AssignRequest(), KeepAliveRequest(), ReleaseRequest()
 
 
@@ -181,8 +149,11 @@ class PoolRoutes:
             Route(
                 f"{path}/tokens/{{token}}", {"GET": strict(self.show_token), "DELETE": strict(self.delete)}, middleware
             ),
-            Route(f"{path}/requests/{{request:path}}", {"DELETE": strict(self.leave_line, ["user"])}, middleware),
-            Route(f"{path}/requests", {"GET": strict(self.show_line, ["limit"])}, middleware),
+            Route(
+                f"{path}/members/{{name}}/reservation",
+                {"PUT": strict(self.reserve, ["force"], body=True), "DELETE": strict(self.unreserve)},
+                middleware,
+            ),
             Route(f"{path}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
             Route(path, {"GET": strict(self.show, ["after", "limit"])}, middleware),
             Route("/api/pools", {"GET": strict(self.list)}, middleware),
@@ -195,10 +166,11 @@ class PoolRoutes:
         pool, user = self._pool(request), request.user
         limit = request.query_number("limit", PAGE, 1, MAX_COUNT)
         after = request.query_value("after") or ""
-        page, following = await (self._all if pool.managed_by(user) else self._leases)(pool, after, limit)
-        available, leased = await self._pools.count(pool)
-        members = [self._show(pool, token, user) for token in page]
-        return JSONResponse(PoolPageAnswer(pool.name, pool.capacity, available, leased, members, following))
+        read = self._members if pool.members else self._all if pool.managed_by(user) else self._leases
+        page, following = await read(pool, after, limit)
+        counted = await self._count(pool)
+        shown = [self._show(pool, token, user) for token in page]
+        return JSONResponse(PoolPageAnswer(**msgspec.structs.asdict(counted), tokens=shown, next=following))
 
     async def generate(self, request: Request) -> Response:
         pool = self._managed(request)
@@ -223,50 +195,15 @@ class PoolRoutes:
         username = request.user.username
         holder = username if body.holder is None else check_label(body.holder)
         request.raise_if_disconnected()
-        if body.is_plain:
-            return _lease(pool, await self._pools.assign(pool, holder, username), 201)
-        id = None if body.request is None else check_label(body.request, "request", MAX_ID)
-        count = 1 if body.count is None else body.count
-        terms = LeaseTerms(holder, id, body.wait, count, body.priority, body.ttl, tuple(body.labels))
-        answer = await self._pools.lease(pool, request.user, terms, request.disconnect_check)
-        if isinstance(answer, Waits):
-            # who was held asks again at once, which is to be held again
-            retry_after = 0 if body.wait else 1
-            return JSONResponse(
-                WaitsAnswer(answer.id, *answer.place, retry_after), 202, [(b"retry-after", b"%d" % retry_after)]
-            )
-        leases = [_leased(pool, token, self._pools.now(), new=bool(answer.before)) for token in answer.tokens]
-        sent = answer.request.id if body.wait is not None or id is not None else msgspec.UNSET
-        if body.count is not None:
-            return JSONResponse(LeasesAnswer(leases=leases, request=sent), 201)
-        leases[0].request = sent
-        return JSONResponse(leases[0], 201)
-
-    async def show_line(self, request: Request) -> Response:
-        pool, user = self._pool(request), request.user
-        limit = request.query_number("limit", PAGE, 1, MAX_COUNT)
-        waiting, found = await self._pools.list_requests(pool, limit)
-        shown = [
-            InLineAnswer(
-                *(position, each.username, each.holder, int(each.since), each.count, each.priority, [*each.labels]),
-                each.id if each.username == user.username or pool.managed_by(user) else msgspec.UNSET,
-            )
-            for position, each in enumerate(found, 1)
-        ]
-        return JSONResponse(LineAnswer(waiting, shown))
-
-    async def leave_line(self, request: Request) -> Response:
-        pool, user = self._pool(request), request.query_value("user")
-        if user not in {None, request.user.username}:
-            self._managed(request)
-        await self._pools.leave_line(pool, user or request.user.username, request.path_params["request"])
-        return NO_CONTENT
+        leased = await self._pools.assign(pool, holder, username, body.ttl, body.labels)
+        return _lease(pool, leased, self._pools.now(), 201)
 
     async def keep_alive(self, request: Request) -> Response:
         pool = self._pool(request)
         body = await request.json_body(_keep_alive, empty=_EMPTY_KEEP_ALIVE)
         check = LeaseCheck(body.holder, body.fence, request.user.username)
-        return _lease(pool, await self._pools.keep_alive(pool, request.path_params["token"], check))
+        kept = await self._pools.keep_alive(pool, request.path_params["token"], check)
+        return _lease(pool, kept, self._pools.now())
 
     async def release(self, request: Request) -> Response:
         pool, token = self._pool(request), request.path_params["token"]
@@ -284,8 +221,24 @@ class PoolRoutes:
         check = LeaseCheck(body.holder, body.fence)
         if take:
             request.raise_if_disconnected()
-            return _lease(pool, await self._pools.take_over(pool, token, username, username, check, reason))
+            taken = await self._pools.take_over(pool, token, username, username, check, reason)
+            return _lease(pool, taken, self._pools.now())
         await self._pools.force_release(pool, token, check, username, reason)
+        return NO_CONTENT
+
+    async def reserve(self, request: Request) -> Response:
+        pool, by = self._managed(request), request.user.username
+        replace = request.query_flag("force")
+        body = await request.json_body(_reserve)
+        note = "" if body.note is None else check_label(body.note, "note")
+        user = None if body.user is None else canonical(check_label(body.user, "for"))
+        name = request.path_params["name"]
+        token = await self._pools.reserve(pool, name, body.until, user, note, by, replace)
+        return JSONResponse(self._show(pool, token, request.user))
+
+    async def unreserve(self, request: Request) -> Response:
+        pool = self._managed(request)
+        await self._pools.unreserve(pool, request.path_params["name"], request.user.username)
         return NO_CONTENT
 
     def _pool(self, request: Request) -> Pool:
@@ -305,18 +258,39 @@ class PoolRoutes:
         following = "{!r}-{}".format(*found[limit - 1][0]) if len(found) > limit else None
         return [token for _, token in found[:limit]], following
 
+    async def _members(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
+        """Return a page of the members, ordered by name, and where the next page begins."""
+        found = [token for token in await self._pools.members(pool) if (token.member or "") > after]
+        return found[:limit], found[limit - 1].member if len(found) > limit else None
+
     async def _count(self, pool: Pool) -> PoolAnswer:
+        if pool.members:
+            counts = pool.count(await self._pools.members(pool), self._pools.now())
+            return PoolAnswer(pool.name, pool.capacity, *counts)
         available, leased = await self._pools.count(pool)
         return PoolAnswer(pool.name, pool.capacity, available, leased)
 
     def _show(self, pool: Pool, token: PoolToken, user: Identity) -> PoolTokenAnswer:
         expires_at = pool.expires_at(token)
         own = token.username == user.username or pool.managed_by(user)
-        shown = PoolTokenAnswer(token.value if own else msgspec.UNSET, None if expires_at is None else int(expires_at))
-        lease = token.lease(self._pools.now())
+        shown = PoolTokenAnswer(expiry_time=None if expires_at is None else int(expires_at))
+        if own:
+            shown.token = token.value
+        now = self._pools.now()
+        lease = token.lease(now)
         if lease is not None:
             shown.user, shown.holder, shown.lease_expiry_time = token.username, lease.holder, int(lease.until)
-            shown.fence = token.fence
+            shown.fence, latest = token.fence, pool.lease_ends_by(token)
+            if token.leased_at is not None:
+                shown.leased_at = int(token.leased_at)
+            if latest is not None:
+                shown.max_expiry_time = int(latest)
+        if token.member is not None and pool.members:
+            shown.name, shown.labels, shown.note = _member(pool, token.member)
+            reservation = pool.reservation(token, now)
+            if reservation is not None:
+                until, username, note, by = reservation
+                shown.reservation = ReservationAnswer(int(until), note or None, username, by)
         return shown
 
 
@@ -330,21 +304,20 @@ def _cursor(after: str) -> LeaseCursor:
     return float(place[1]), int(place[2])
 
 
-def _lease(pool: Pool, token: PoolToken, status: int = 200) -> Response:
-    """Show a lease whose full time starts now."""
-    return JSONResponse(_leased(pool, token), status)
-
-
-def _leased(pool: Pool, token: PoolToken, now: Instant = 0.0, new: bool = True) -> LeaseAnswer:
-    """Show a lease. Unless it is `new`, or its full time starts now for another reason, `now` counts.
-
-    `expires_in` is for clients whose clock may be wrong.
-    """
-    seconds = pool.lease_ttl if token.lease_ttl is None else token.lease_ttl
+def _lease(pool: Pool, token: PoolToken, now: Instant, status: int = 200) -> Response:
+    """Show a lease that was just granted or extended. `expires_in` is for clients whose clock may be wrong."""
+    expires_in = pool.lease_ttl if token.lease_ttl is None else token.lease_ttl
     latest = pool.lease_ends_by(token)
-    if not new:
-        seconds = max(0.0, token.free_at - now)
-    shown = LeaseAnswer(token.value, token.holder or "", token.fence, int(token.free_at), int(seconds))
+    if latest is not None:
+        expires_in = max(0, min(expires_in, latest - now))
+    shown = LeaseAnswer(token.value, token.holder or "", token.fence, int(token.free_at), int(expires_in))
     if latest is not None:
         shown.max_expiry_time = int(latest)
-    return shown
+    if token.member is not None and pool.members:
+        shown.name, shown.labels, _ = _member(pool, token.member)
+    return JSONResponse(shown, status)
+
+
+def _member(pool: Pool, name: str) -> Member:
+    """Return a member; one that was taken out of the configuration has no labels."""
+    return pool.members.get(name) or Member(name)
