@@ -183,7 +183,7 @@ def test_a_token_shows_its_holder_and_its_highest_fence(
     (token,) = admin.generate("waiting")
     free = {"token": token, "expiry_time": now + TOKEN_TTL}
     leased = {"token": token, "expiry_time": now + LEASE_TTL + TOKEN_TTL, "user": "admin", "holder": "ci-7"}
-    leased |= {"fence": 1, "lease_expiry_time": now + LEASE_TTL}
+    leased |= {"fence": 1, "leased_at": now, "lease_expiry_time": now + LEASE_TTL}
 
     def shown(expected: dict[str, Any], fence: int) -> None:
         for user in (admin, sibling_admin):

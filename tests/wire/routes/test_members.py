@@ -112,6 +112,13 @@ def test_all_users_see_all_members_and_who_has_them(
     assert listed == {"name": "phones", "capacity": 2, "available": 0, "leased": 1, "reserved": 1}
 
 
+def test_a_lapsed_lease_shows_its_user_no_token(ann: PoolUser, clock: HandClock) -> None:
+    _, leased = lease(ann, "moto")
+    assert ann.members("phones")[0]["token"] == leased["token"]
+    clock.advance(60)
+    assert "token" not in ann.members("phones")[0]
+
+
 def test_members_come_in_pages_ordered_by_name(bob: PoolUser) -> None:
     _, first = bob.call("GET", "/phones?limit=1")
     assert ([member["name"] for member in first["tokens"]], first["next"]) == (["moto"], "moto")

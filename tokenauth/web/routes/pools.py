@@ -272,12 +272,11 @@ class PoolRoutes:
 
     def _show(self, pool: Pool, token: PoolToken, user: Identity) -> PoolTokenAnswer:
         expires_at = pool.expires_at(token)
-        own = token.username == user.username or pool.managed_by(user)
-        shown = PoolTokenAnswer(expiry_time=None if expires_at is None else int(expires_at))
-        if own:
-            shown.token = token.value
         now = self._pools.now()
         lease = token.lease(now)
+        shown = PoolTokenAnswer(expiry_time=None if expires_at is None else int(expires_at))
+        if pool.managed_by(user) or (lease is not None and token.username == user.username):
+            shown.token = token.value
         if lease is not None:
             shown.user, shown.holder, shown.lease_expiry_time = token.username, lease.holder, int(lease.until)
             shown.fence, latest = token.fence, pool.lease_ends_by(token)
