@@ -64,6 +64,24 @@ DATABASE_LOST = "lost"
 """The identity of a database that was moved, deleted or replaced. No database has it."""
 
 
+@dataclass
+class DatabaseReport:
+    """What a look at a database has found.
+
+    problem: why it cannot be read or written. schema: its revision; None if it is empty.
+    written_at: the latest time written to it. network: the kind of its file system, if that is on another machine.
+    clock_ahead: seconds by which the clock of its machine is ahead of this one's.
+    """
+
+    name: str
+    exists: bool = True
+    problem: str | None = None
+    schema: str | None = None
+    written_at: float | None = None
+    network: str | None = None
+    clock_ahead: float = 0.0
+
+
 class ServedDatabase(NamedTuple):
     """The database that a server has been serving, for a worker that starts later."""
 

@@ -41,7 +41,7 @@ class Encoding(TypedDict):
 
 
 COMMANDS = [
-    "serve", "init", "check", "migrate", "hash-password",
+    "serve", "init", "check", "doctor", "migrate", "hash-password",
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool generate", "pool release", "pool delete",

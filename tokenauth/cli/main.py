@@ -1,5 +1,6 @@
 """The command `tokenauth`, and its subcommands for the whole service. Others have modules of their own."""
 
+import asyncio
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from tokenauth.cli import NOHUP
 from tokenauth.cli.base import (
     CommandGroup,
     config_option,
+    confirm,
     count,
     json_option,
     new_hash,
@@ -18,6 +20,7 @@ from tokenauth.cli.base import (
     print_json,
     program,
     with_service,
+    yes_option,
 )
 from tokenauth.cli.init import init
 from tokenauth.cli.pools import pool
@@ -66,12 +69,17 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
 @main.command(epilog="Example: tokenauth check && systemctl reload tokenauth")
 @config_option
 @json_option
-def check(config_file: str | None, as_json: bool) -> None:
+@click.option("--deep", is_flag=True, help="The same as `tokenauth doctor`.")
+def check(config_file: str | None, as_json: bool, deep: bool) -> None:
     """Check the configuration for mistakes and risks.
 
-    Exit with 1 if `tokenauth serve` would refuse it here and for this user. Changes nothing. Not checked: whether the
-    port is free, and whether a PostgreSQL server answers.
+    Exit with 1 if `tokenauth serve` would refuse it here and for this user. Changes nothing. Not checked without
+    --deep: whether the port is free, and whether a PostgreSQL server answers.
     """
+    if deep:
+        from tokenauth.cli.doctor import diagnose
+
+        diagnose(config_file, as_json)
     from tokenauth.risks import Risk, check_accepted, find_risks
     from tokenauth.server.listener import check_address
     from tokenauth.service import create_service
@@ -118,22 +126,49 @@ _PRIVATE = (
 )
 
 
+@main.command(epilog="Example: tokenauth doctor --config /etc/tokenauth/config.toml")
+@config_option
+@json_option
+def doctor(config_file: str | None, as_json: bool) -> None:
+    """Check the configuration, the database and this machine, and say what to do.
+
+    Exit with 1 if there is an error: something with which the service cannot start or cannot work. Changes nothing.
+    Run it as the user of the service and in its directory.
+    """
+    from tokenauth.cli.doctor import diagnose
+
+    diagnose(config_file, as_json)
+
+
 @main.command(epilog="Example: tokenauth migrate --config /etc/tokenauth/config.toml")
 @config_option
-def migrate(config_file: str | None) -> None:
+@yes_option
+def migrate(config_file: str | None, yes: bool) -> None:
     """Upgrade the database schema.
 
     `tokenauth serve` does the same when it starts. An upgrade is logged as `schema_upgraded`. Servers may run
-    meanwhile, unless the upgrade starts a new generation: then stop those of the older release first.
+    meanwhile, unless the upgrade starts a new generation: then stop those of the older release first. On a terminal,
+    it asks before that, unless --yes.
     """
     logs.configure(direct=True)
-    from tokenauth.stores.schema import HEAD
+    from tokenauth.settings import loader
+    from tokenauth.stores import schema
+    from tokenauth.stores.open import examine
 
     async def do_nothing(_: "Service") -> None:
         return None
 
+    if sys.stderr.isatty():
+        path = loader.find(config_file)
+        settings = loader.load(path)
+        with loader.naming(path):
+            had = asyncio.run(examine(settings.database)).schema
+        if had is not None and not schema.serves(had):
+            click.echo(f"The database has schema {had}. Upgrading it to {schema.HEAD} may take minutes.", err=True)
+            if schema.starts_generation(had):
+                confirm(f"Have a backup. {schema.STOP_FIRST} Go on?", yes)
     with_service(config_file, do_nothing, create=True)
-    click.echo(f"The database has schema {HEAD}.")
+    click.echo(f"The database has schema {schema.HEAD}.")
 
 
 @main.command("hash-password", epilog="Example: echo 'a long password' | tokenauth hash-password --password-stdin")

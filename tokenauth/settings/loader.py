@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date, time
 from functools import partial
@@ -42,17 +42,22 @@ def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the file. Raises ConfigError: one line with the key path, what is wrong, and a hint."""
+    text = read(path)
+    with naming(path):
+        return parse(text, environ)
+
+
+def read(path: Path) -> str:
+    """Return the text of the file. Raises ConfigError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # TOML knows which line ends it allows
-            text = file.read()
+            return file.read()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; write one with `tokenauth init`, or name one with --config") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: {not_utf8(error)}") from None
-    with naming(path):
-        return parse(text, environ)
 
 
 @contextmanager
@@ -69,6 +74,17 @@ def parse(text: str, environ: Mapping[str, str] = os.environ) -> Settings:
     tree = parse_toml(text)
     variables = _substitute(tree, environ)
     return _Reader(variables).table(Settings, tree, "")
+
+
+def find_mistakes(text: str, environ: Mapping[str, str] = os.environ) -> Sequence[str]:
+    """Return all mistakes in TOML text, each as the message of a ConfigError."""
+    mistakes: list[str] = []
+    try:
+        tree = parse_toml(text)
+        _Reader(_substitute(tree, environ), mistakes).table(Settings, tree, "")
+    except ConfigError as error:
+        mistakes.append(str(error))
+    return list(dict.fromkeys(mistakes))
 
 
 def override(settings: Settings, **options: object) -> Settings:
@@ -194,26 +210,45 @@ class _Field(NamedTuple):
 class _Reader:
     """Converts a parsed file into settings. An error names the key path of the mistake."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        """`variables` has the environment variables that were substituted, by key path."""
+    def __init__(self, variables: Mapping[str, str], mistakes: list[str] | None = None) -> None:
+        """`variables` has the environment variables that were substituted, by key path.
+
+        With `mistakes`, it adds all but the last one to that list, and reads on.
+        """
         self._variables = variables
+        self._mistakes = mistakes
 
     def table(self, record: type[T], tree: object, path: str) -> T:
         """Read one table."""
         fields = {field.encode_name: field for field in msgspec.structs.fields(record)}
-        items = _items(tree, path, list(fields))
+        with self._reading_on():
+            _items(tree, path, list(fields))
+        items = tree if isinstance(tree, dict) else {}
         values = {}
         for key, field in fields.items():
-            if key in items:
-                values[field.name] = self.value(field.type, items[key], _join(path, key))
-            elif field.required:
-                raise ConfigError(f"{_join(path, key)}: is missing")
+            with self._reading_on():
+                if key in items:
+                    values[field.name] = self.value(field.type, items[key], _join(path, key))
+                elif field.required:
+                    raise ConfigError(f"{_join(path, key)}: is missing")
+        if self._mistakes and any(field.required and field.name not in values for field in fields.values()):
+            raise ConfigError(self._mistakes[-1])
         try:
             return record(**values)
         except SettingError as error:
             variable = self._variables.get(f"{path}.{error.key}".lstrip("."))
             text = str(error) if variable is None else f"{error.key}: {error.problem}, from {variable}"
             raise ConfigError(f"{path}.{text}".lstrip(".")) from None
+
+    @contextmanager
+    def _reading_on(self) -> Iterator[None]:
+        """Collect a mistake, if all are wanted."""
+        try:
+            yield
+        except ConfigError as error:
+            if self._mistakes is None:
+                raise
+            self._mistakes.append(str(error))
 
     def value(self, annotation: Any, value: object, path: str) -> Any:
         """Read the value at `path` as the annotated type."""

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ConfigError
-from tokenauth.models import ServedDatabase
+from tokenauth.models import DatabaseReport, ServedDatabase
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.sqlite import files
 
@@ -68,6 +68,24 @@ def check_files(settings: DatabaseSettings) -> None:
         raise ConfigError(f"database.url: {problem}")
 
 
+async def examine(settings: DatabaseSettings) -> DatabaseReport:
+    """Look at the database without creating, upgrading or changing it. Raises ConfigError for a URL that is wrong.
+
+    Not for a process that has it open.
+    """
+    open_store(settings, 1).clock  # noqa: B018  (for the errors of the URL; nothing is opened)
+    path = _file(settings)
+    if path is not None:
+        from tokenauth.stores.sqlite.examination import examine as examine_file
+
+        return examine_file(path)
+    from sqlalchemy import make_url
+
+    from tokenauth.stores.postgres.examination import examine as examine_server
+
+    return await examine_server(make_url(settings.url))
+
+
 def find_exposed_files(settings: DatabaseSettings) -> Sequence[str]:
     """Return a message for each file of a database that other users of this machine could read or change."""
     path = _file(settings)
@@ -111,7 +129,9 @@ def _postgres(
     except ModuleNotFoundError as error:
         if error.name != "asyncpg":
             raise
-        raise ConfigError("database.url: PostgreSQL needs one more package: pip install asyncpg") from None
+        raise ConfigError(
+            "database.url: PostgreSQL needs asyncpg: install the extra `postgres` of tokenauth-server"
+        ) from None
     try:
         hosts.check(url)
     except ValueError as error:

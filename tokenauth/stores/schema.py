@@ -27,13 +27,27 @@ def serves(version: str | None) -> bool:
     return generation == own and step.isdecimal() and int(step) >= int(needed)
 
 
+def is_newer(version: str) -> bool:
+    """Return whether a revision is of a later generation than this release."""
+    generation = version.partition(".")[0]
+    return generation.isdecimal() and int(generation) > int(HEAD.partition(".")[0])
+
+
+def starts_generation(had: str) -> bool:
+    """Return whether an upgrade from a revision starts a new generation."""
+    return had.partition(".")[0] != HEAD.partition(".")[0]
+
+
+STOP_FIRST = "Stop all servers of an older generation first."
+
+
 def log_upgrade(had: str | None) -> None:
     """Log that the schema was upgraded from a revision.
 
     Servers of an older generation do not look at the revision again while they run, and would misread what is new: they
     would lease tokens past clients that wait. Who else uses a database cannot be seen reliably, so this is always said.
     """
-    if had is not None and had.partition(".")[0] != HEAD.partition(".")[0]:
+    if had is not None and starts_generation(had):
         log.warning("schema_upgraded", before=had, after=HEAD, action="stop all servers of the older release")
     else:
         log.info("schema_upgraded", before=had, after=HEAD)

@@ -1,0 +1,205 @@
+"""`tokenauth doctor`: what it finds, and that it changes nothing."""
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.ports import free_port
+from tests.support.servers import worker, write_config
+from tests.system.test_cli import TOKENAUTH, environment, output, run
+from tests.system.test_terminal import on_terminal
+from tokenauth.server.versions import KNOWN_UVICORN
+from tokenauth.stores.schema import HEAD
+from tokenauth.stores.sqlite.examination import network_file_system
+
+
+def examined(home: Path, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Return the exit status, and what was found by the name of the check. The last one of a name counts."""
+    done = run(home, "doctor", "--json", *arguments)
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert report["ok"] == (done.returncode == 0)
+    return done.returncode, {found["check"]: found for found in report["checks"]}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return a directory with a configuration and a database."""
+    write_config(tmp_path, f"[server]\nport = {free_port()}")
+    run(tmp_path, "migrate")
+    return tmp_path
+
+
+@contextmanager
+def database(home: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(home / "tokenauth.db", isolation_level=None)) as opened:
+        yield opened
+
+
+def test_all_is_well_and_nothing_is_changed(home: Path) -> None:
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    code, found = examined(home)
+    assert code == 0
+    checks = ["configuration", "exposure", "port", "database", "disk", "clock", "login", "open files", "uvicorn"]
+    assert list(found) == checks
+    assert {one["status"] for name, one in found.items() if name not in {"disk", "open files"}} == {"ok"}
+    assert f"with schema {HEAD}" in found["database"]["text"]
+    assert "logins a second on" in found["login"]["text"]
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+
+
+def test_check_deep_is_the_same(home: Path) -> None:
+    shown = output(run(home, "check", "--deep"))
+    assert shown.startswith("ok       configuration: config.toml has 3 users and 0 pools\n")
+    assert shown.endswith("0 errors, 0 warnings.\n")
+
+
+def test_all_mistakes_are_found_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[server]\nprot = 1\nport = "x"\n\n[tokens]\nidle = 5\n\n[[users]]\nusername = "ann"\n')
+    done = run(tmp_path, "doctor", "--json")
+    found = [one for one in json.loads(done.stdout)["checks"] if one["check"] == "configuration"]
+    assert done.returncode == 1
+    assert [(one["line"], one["text"].partition(": ")[0]) for one in found] == [
+        (2, "server.prot"),
+        (3, "server.port"),
+        (6, "tokens.idle"),
+        (8, "users[0].password"),
+    ]
+    assert found[0]["fix"] == "did you mean port?"
+
+
+@pytest.mark.parametrize("more", ["", '[server]\nhost = "0.0.0.0"\nport = 0'])
+def test_a_risk_has_its_line_and_is_an_error_in_public(tmp_path: Path, more: str) -> None:
+    path = write_config(tmp_path, f"{more}\n[passwords]\nmemory_kib = 16\ntime_cost = 1", _ONE_USER)
+    code, found = examined(tmp_path)
+    assert (code, found["risk weak_hash"]["status"]) == ((1, "error") if more else (0, "warning"))
+    assert "$m=8,t=1" in path.read_text().splitlines()[found["risk weak_hash"]["line"] - 1]
+    assert found["risk weak_hash"]["fix"] == "run `tokenauth user passwd ann`"
+
+
+_ONE_USER = """
+[[users]]
+username = "ann"
+password = "$argon2id$v=19$m=8,t=1,p=1$ACCE8N47B2DMOYfw/p/zng$ZwQLf+PKlO3PPaSNi0ba7hmCNp5dHfkyEhJ16bQr+KQ"
+"""
+
+
+def test_a_hash_that_cannot_be_used_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[[users]]\nusername = "ann"\npassword = "plain"\n')
+    code, found = examined(tmp_path)
+    assert (code, found["configuration"]["line"]) == (1, 3)
+
+
+def test_a_port_of_another_program_is_an_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        write_config(tmp_path, f"[server]\nport = {other.getsockname()[1]}")
+        code, found = examined(tmp_path)
+    assert (code, found["port"]["status"]) == (1, "error")
+    assert "is in use: stop the other server" in found["port"]["text"]
+
+
+def test_a_running_server_is_no_error(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with worker(tmp_path / "config.toml") as server:
+        own = tmp_path / "own.toml"
+        own.write_text((tmp_path / "config.toml").read_text() + f"\n[server]\nport = {server.port}\n")
+        own.chmod(0o600)
+        code, found = examined(tmp_path, "-c", "own.toml")
+    assert (code, found["port"]["text"]) == (0, f"tokenauth serves on 127.0.0.1 port {server.port}")
+
+
+def test_a_locked_database_is_an_error(home: Path) -> None:
+    with database(home) as other:
+        other.execute("BEGIN IMMEDIATE")
+        code, found = examined(home)
+    assert (code, found["database"]["status"]) == (1, "error")
+    assert "cannot be written: database is locked" in found["database"]["text"]
+
+
+@pytest.mark.parametrize(("schema", "status", "fix"), [("2.1", "warning", "back it up"), ("9.1", "error", "install")])
+def test_another_schema_is_said(home: Path, schema: str, status: str, fix: str) -> None:
+    with database(home) as db:
+        db.execute("UPDATE alembic_version SET version_num = ?", (schema,))
+    code, found = examined(home)
+    assert (code, found["database"]["status"]) == (int(status == "error"), status)
+    assert found["database"]["fix"].startswith(fix)
+
+
+def test_a_clock_that_was_set_back_is_an_error(home: Path) -> None:
+    with database(home) as db:
+        db.execute("INSERT OR REPLACE INTO marks (name, at) VALUES ('clock', 4000000000)")
+    code, found = examined(home)
+    assert (code, found["clock"]["status"]) == (1, "error")
+    assert "behind the latest time in the database" in found["clock"]["text"]
+
+
+def test_a_database_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
+    write_config(tmp_path, "[server]\nport = 0")
+    code, found = examined(tmp_path)
+    assert (code, found["database"]["status"]) == (0, "ok")
+    assert os.listdir(tmp_path) == ["config.toml"]
+
+
+def test_a_file_that_is_no_database_is_an_error(home: Path) -> None:
+    (home / "tokenauth.db").write_text("precious")
+    code, found = examined(home)
+    assert (code, found["database"]["status"]) == (1, "error")
+    assert (home / "tokenauth.db").read_text() == "precious"
+
+
+def test_few_open_files_are_a_warning(home: Path) -> None:
+    command = f"ulimit -n 1000; {TOKENAUTH} doctor --json"
+    done = subprocess.run(["sh", "-c", command], cwd=home, env=environment({}), capture_output=True, check=True)
+    (found,) = [one for one in json.loads(done.stdout)["checks"] if one["check"] == "open files"]
+    assert found["status"] == "warning"
+    assert "LimitNOFILE=65536" in found["fix"]
+
+
+MOUNTS = """overlay / overlay rw 0 0
+/dev/sda1 /srv ext4 rw 0 0
+nas:/a /srv/my\\040share nfs4 rw 0 0
+//nas/b /mnt cifs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("directory", "kind"),
+    [("/srv/my share/x", "nfs4"), ("/srv/my", None), ("/mnt", "cifs"), ("/mnt2", None), ("/", None)],
+)
+def test_network_file_systems_are_recognized(tmp_path: Path, directory: str, kind: str | None) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert network_file_system(directory, str(tmp_path / "mounts")) == kind
+
+
+def test_the_known_releases_are_those_of_the_package() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"uvicorn>=0.53,<0.55"' in text
+    assert KNOWN_UVICORN == ("0.53.", "0.54.")
+
+
+def test_it_fits_80_columns(home: Path) -> None:
+    with on_terminal(home, 'stty cols 80; "$TOKENAUTH" doctor 2>&1; echo "exit $?"') as found:
+        found.expect("exit 0")
+    assert max(map(len, found.shown.splitlines())) <= 80
+
+
+def test_migrate_asks_before_a_new_generation(home: Path) -> None:
+    with database(home) as db:
+        db.execute("UPDATE alembic_version SET version_num = '2.1'")
+    with on_terminal(home, '"$TOKENAUTH" migrate 2>&1; echo "exit $?"') as found:
+        found.expect("The database has schema 2.1. Upgrading it to")
+        found.expect("Stop all servers of an older generation first. Go on? [y/N]: ")
+        found.type("n")
+        found.expect("Aborted!")
+        found.expect("exit 1")
+    with database(home) as db:
+        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [("2.1",)]

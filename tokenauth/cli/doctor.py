@@ -1,0 +1,268 @@
+"""`tokenauth doctor`: everything that can be checked before or while a server runs, and what to do about it."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import click
+
+from tokenauth import file_descriptors
+from tokenauth.cli.base import count, print_json
+from tokenauth.errors import ConfigError
+from tokenauth.logs import printable
+from tokenauth.models import DatabaseReport
+from tokenauth.passwords import Passwords
+from tokenauth.risks import check_accepted, find_risks
+from tokenauth.settings import loader
+from tokenauth.settings.lines import find_line
+from tokenauth.settings.model import ServerSettings, Settings, canonical
+
+_LOW_DISK = 200 << 20
+"""Bytes. The -wal file of a busy database can grow to 64 MiB, and more while a backup reads."""
+
+_LOW_LIMIT = 4096
+"""Open files. Each connection is one."""
+
+_SKEW = 2.0
+"""Seconds by which the clocks of two machines may differ."""
+
+_ANSWER_TIME = 2.0
+"""Seconds to wait for what listens on the port."""
+
+
+class Finding(NamedTuple):
+    """What a check has found. `fix` is what to do; `line` is in the configuration."""
+
+    status: Literal["ok", "warning", "error"]
+    check: str
+    text: str
+    fix: str = ""
+    line: int | None = None
+
+
+def diagnose(config_file: str | None, as_json: bool) -> None:
+    """Print what all checks find, and end with the exit status."""
+    path = loader.find(config_file)
+    findings = list(_examine(path))
+    failed = any(finding.status == "error" for finding in findings)
+    if as_json:
+        print_json({"ok": not failed, "checks": [finding._asdict() for finding in findings]})
+    else:
+        for finding in findings:
+            _show(path, finding)
+        numbers = [(sum(one.status == status for one in findings), status) for status in ("error", "warning")]
+        click.echo(f"{', '.join(count(number, status) for number, status in numbers)}.")
+    click.get_current_context().exit(1 if failed else 0)
+
+
+def _show(path: Path, finding: Finding) -> None:
+    where = f"{path}, line {finding.line}: " if finding.line else ""
+    width = min(shutil.get_terminal_size().columns, 120)
+    fill = partial(textwrap.fill, width=width, subsequent_indent=" " * 12, break_on_hyphens=False)
+    text = printable(f"{finding.check}: {where}{finding.text}")
+    click.echo(fill(text, initial_indent=f"{finding.status:9}"))
+    if finding.fix:
+        click.echo(fill(printable(f"-> {finding.fix}"), initial_indent=" " * 9))
+
+
+def _examine(path: Path) -> Iterator[Finding]:
+    settings = None
+    try:
+        text = loader.read(path)
+    except ConfigError as error:
+        yield Finding("error", "configuration", str(error))
+    else:
+        mistakes = [*loader.find_mistakes(text)]
+        if not mistakes:
+            settings = loader.parse(text)
+        for mistake in mistakes:
+            problem, _, fix = mistake.partition("; ")
+            yield Finding("error", "configuration", problem, fix, _line(text, mistake))
+    if settings is not None:
+        yield from _examine_settings(path, text, settings)
+    yield from _examine_machine()
+
+
+def _line(text: str, mistake: str) -> int | None:
+    """Return the line of a mistake, which begins with the path of a key."""
+    return find_line(text, mistake.partition(": ")[0])
+
+
+def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Finding]:
+    from tokenauth.service import create_service
+    from tokenauth.web.app import find_routes
+
+    try:
+        service = create_service(settings)
+        find_routes(service)
+    except ConfigError as error:
+        problem, _, fix = str(error).partition("; ")
+        yield Finding("error", "configuration", problem, fix, _line(text, str(error)))
+        return
+    users, pools = count(len(settings.users_by_name), "user"), count(len(settings.pools), "pool")
+    if settings.users:
+        yield Finding("ok", "configuration", f"{path} has {users} and {pools}")
+    else:
+        yield Finding("warning", "configuration", "nobody can log in", "add a user with `tokenauth user add NAME`")
+    yield from _risks(path, text, settings, service.passwords)
+    yield _port(settings.server)
+    yield from _database(settings)
+    yield from _login(settings, service.passwords)
+
+
+def _risks(path: Path, text: str, settings: Settings, passwords: Passwords) -> Iterator[Finding]:
+    risks = find_risks(settings, passwords, path)
+    try:
+        check_accepted(settings, risks)
+        refused = False
+    except ConfigError:
+        refused = True
+    for risk in risks:
+        accepted = risk.name in settings.server.accept_risks
+        problem, _, fix = risk.text.partition("; ")
+        status: Literal["warning", "error"] = "error" if refused and not accepted else "warning"
+        yield Finding(status, f"risk {risk.name}", problem, fix, _risk_line(text, settings, risk.text))
+    if settings.exposure is not None:
+        yield Finding("ok", "exposure", settings.exposure)
+    else:
+        fix = "if a reverse proxy passes requests on to it, set server.trusted_proxies"
+        yield Finding("ok", "exposure", "only this machine can reach the service", fix)
+
+
+def _risk_line(text: str, settings: Settings, risk: str) -> int | None:
+    """Return the line of the user or of the key that the text of a risk names first."""
+    if key := re.match(r"(server|browser|dialects|passwords)\b[\w.-]*", risk):
+        return find_line(text, key[0])
+    for number, user in enumerate(settings.users):
+        if repr(canonical(user.username)) == next(iter(re.findall(r"'[^']*'", risk)), None):
+            return find_line(text, f"users[{number}].password")
+    return None
+
+
+def _port(settings: ServerSettings) -> Finding:
+    """Look whether the address can be listened on, and who does."""
+    from tokenauth.errors import StartError
+    from tokenauth.server.listener import check_address, listen
+
+    where = f"{settings.host} port {settings.port}"
+    try:
+        check_address(settings)
+        listen(settings).close()
+    except (ConfigError, StartError) as error:
+        problem, _, fix = str(error).partition("; ")
+        if settings.port and _is_tokenauth(settings):
+            return Finding("ok", "port", f"tokenauth serves on {where}")
+        return Finding("error", "port", problem, fix)
+    return Finding("ok", "port", f"{where} is free")
+
+
+def _is_tokenauth(settings: ServerSettings) -> bool:
+    """Ask whether a tokenauth serves on the port."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    answer = b""
+    with suppress(OSError), socket.create_connection((host, settings.port), timeout=_ANSWER_TIME) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        while len(answer) < 4096 and (part := connection.recv(4096)):
+            answer += part
+    with suppress(ValueError):
+        document = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return isinstance(document, dict) and document.get("service") == "tokenauth"
+    return False
+
+
+def _database(settings: Settings) -> Iterator[Finding]:
+    from tokenauth.stores.open import check_files, examine
+
+    try:
+        check_files(settings.database)
+        report = asyncio.run(examine(settings.database))
+    except ConfigError as error:
+        problem, _, fix = str(error).partition("; ")
+        yield Finding("error", "database", problem, fix)
+        return
+    yield _schema(report)
+    if report.network is not None:
+        text = f"{report.name} is on {report.network}, a file system of another machine"
+        yield Finding("error", "database", text, "move it to a local disk: SQLite's locks are not reliable there")
+    if settings.database.url.startswith("sqlite"):
+        free = shutil.disk_usage(Path(report.name).parent).free
+        space = f"{free / (1 << 30):,.1f} GiB are free for the database"
+        yield Finding("warning" if free < _LOW_DISK else "ok", "disk", space, "free some space" * (free < _LOW_DISK))
+    yield _clock(report)
+
+
+def _schema(report: DatabaseReport) -> Finding:
+    from tokenauth.stores import schema
+
+    if not report.exists:
+        return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
+    if report.problem is not None:
+        return Finding("error", "database", f"{report.name}: {report.problem}", "see docs/production.md")
+    if report.schema is None:
+        return Finding("ok", "database", f"{report.name} is empty; `serve` makes its tables")
+    if schema.serves(report.schema):
+        return Finding("ok", "database", f"{report.name} is readable and writable, with schema {report.schema}")
+    text = f"{report.name} has schema {report.schema}; this release needs {schema.HEAD}"
+    if schema.is_newer(report.schema):
+        return Finding("error", "database", text, "install the newer release that has upgraded it, or restore a backup")
+    return Finding("warning", "database", text, f"back it up; `serve` and `migrate` upgrade it. {schema.STOP_FIRST}")
+
+
+def _clock(report: DatabaseReport) -> Finding:
+    now = time.time()
+    if report.written_at is not None and report.written_at > now + report.clock_ahead + _SKEW:
+        seconds = round(report.written_at - now)
+        text = f"it is {seconds} s behind the latest time in the database; until then, time stands still"
+        return Finding("error", "clock", text, "correct the clock, for example with NTP")
+    if abs(report.clock_ahead) > _SKEW:
+        text = f"that of the database's machine differs by {report.clock_ahead:+.0f} s"
+        return Finding("warning", "clock", text, "run NTP on both")
+    if now < Path(__file__).stat().st_mtime - 86400:
+        return Finding("error", "clock", "it is earlier than this installation", "correct it, for example with NTP")
+    return Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)))
+
+
+def _login(settings: Settings, passwords: Passwords) -> Iterator[Finding]:
+    """Measure what a login costs, with the settings for new hashes."""
+    seconds = min(_seconds_to_hash(passwords) for _ in range(3))
+    threads = settings.passwords.thread_count * settings.server.workers
+    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, threads)
+    memory = settings.passwords.memory_kib / 1024
+    text = (
+        f"a password takes {seconds * 1000:.0f} ms of a core and {memory:.0f} MiB to check: about"
+        f" {cores / seconds:,.0f} logins a second on {count(cores, 'core')}"
+    )
+    slow = seconds > 1
+    yield Finding("warning" if slow else "ok", "login", text, "lower passwords.memory_kib or time_cost" * slow)
+
+
+def _seconds_to_hash(passwords: Passwords) -> float:
+    started = time.perf_counter()
+    passwords.hash("a password to measure")
+    return time.perf_counter() - started
+
+
+def _examine_machine() -> Iterator[Finding]:
+    from tokenauth.server.versions import KNOWN_UVICORN, uvicorn_version
+
+    file_descriptors.raise_limit()
+    limit = file_descriptors.limit()
+    low = limit < _LOW_LIMIT
+    text = f"{limit:,} are allowed, so each worker keeps at most {limit - file_descriptors.reserve():,} connections"
+    yield Finding("warning" if low else "ok", "open files", text, "raise it: LimitNOFILE=65536 in systemd" * low)
+    version = uvicorn_version()
+    if version.startswith(KNOWN_UVICORN):
+        yield Finding("ok", "uvicorn", f"{version} is a release that this one was tested with")
+    else:
+        fix = "install the packages of requirements-serve.lock"
+        yield Finding("error", "uvicorn", f"{version} was not tested: tokenauth uses its private names", fix)

@@ -1,0 +1,39 @@
+"""Looks at a PostgreSQL database without creating, upgrading or changing it."""
+
+import time
+
+from sqlalchemy import URL, Connection, select, text
+
+from tokenauth.errors import StartError, StoreUnavailable
+from tokenauth.models import DatabaseReport
+from tokenauth.stores import schema
+from tokenauth.stores.changes.clock import CLOCK
+from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, reason
+from tokenauth.stores.tables import marks
+
+_READ_ONLY = text("SELECT current_setting('transaction_read_only') = 'on', extract(epoch FROM clock_timestamp())")
+
+
+async def examine(url: URL) -> DatabaseReport:
+    """Look at the database at a URL."""
+    connections = Connections(url, 1, caller_time=True)
+    report = DatabaseReport(connections.name)
+    try:
+        await connections.check_encoding()
+        await connections.read_once(lambda db: _read(db, report))
+    except (*UNAVAILABLE, StoreUnavailable, StartError, ValueError, OverflowError) as error:
+        report.problem = f"it cannot be used: {reason(error)}"
+    finally:
+        await connections.discard()
+    return report
+
+
+def _read(db: Connection, report: DatabaseReport) -> None:
+    [(read_only, now)] = db.execute(_READ_ONLY).all()
+    report.clock_ahead = float(now) - time.time()
+    if read_only:
+        report.problem = "it cannot be written: it is a standby, or read-only"
+    report.schema = schema.version(db)
+    if report.schema is not None:
+        row = db.execute(select(marks.c.at).where(marks.c.name == CLOCK)).first()
+        report.written_at = None if row is None else float(row[0])
