@@ -1,5 +1,6 @@
 """A store whose operations fail when a test says so."""
 
+from collections.abc import Callable
 from typing import Any
 
 from tokenauth.models import Instant, Token, TokenKind
@@ -34,8 +35,13 @@ class Faulty:
         return await self._tokens.revoke(digest, now)
 
     async def revoke_all(
-        self, username: str | None, now: Instant, keep: bytes | None = None, kind: TokenKind | None = None
+        self,
+        username: str | None,
+        now: Instant,
+        keep: bytes | None = None,
+        kind: TokenKind | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> int:
         if self.writing is not None:
             raise self.writing
-        return await self._tokens.revoke_all(username, now, keep, kind)
+        return await self._tokens.revoke_all(username, now, keep, kind, progress)

@@ -74,7 +74,7 @@ def test_a_login_without_a_thread_is_503_until_one_starts(worker_without_spare_s
 
 
 def test_a_list_that_needs_a_thread_is_503_until_one_starts(worker_without_spare_stacks: Server) -> None:
-    """SQLAlchemy's driver starts the threads that read lists."""
+    """Lists are read by threads that start when they are needed."""
     server = worker_without_spare_stacks
     with Connection(server.port) as connection:
         token = connection.log_in()
@@ -83,7 +83,10 @@ def test_a_list_that_needs_a_thread_is_503_until_one_starts(worker_without_spare
             assert (answer.status, answer.json()["error"]) == (503, "store_unavailable")
             assert readiness(connection) == (
                 503,
-                {"reason": "store unreachable: can't start new thread", "status": "not ready"},
+                {
+                    "reason": "store unreachable: The server cannot start a thread. Try again shortly.",
+                    "status": "not ready",
+                },
             )
             assert connection.valid(token)
         assert readiness(connection) == READY

@@ -1,6 +1,7 @@
 """Responses: none may be stored by a cache, refusals have one form, and one table gives each its status."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import msgspec
 from starlette.responses import Response
@@ -81,11 +82,19 @@ class JSONResponse(Response):
     It ends with a line break: otherwise a shell's prompt follows on the line on which curl prints it.
     """
 
+    end: ClassVar[bytes] = b"\n"
+
     def __init__(self, document: object, status: int = 200, headers: RawHeaders = ()) -> None:
         self.status_code = status
         self.background = None
-        self.body = body = msgspec.json.encode(document) + b"\n"
+        self.body = body = msgspec.json.encode(document) + self.end
         self.raw_headers = [(b"content-length", b"%d" % len(body)), JSON, NO_STORE, *headers]
+
+
+class DialectResponse(JSONResponse):
+    """A document as the original of a dialect sends it, byte for byte: without the line break."""
+
+    end = b""
 
 
 def refusal_response(refusal: errors.Refusal) -> Response:

@@ -166,7 +166,7 @@ def test_an_empty_body_counts_as_no_body(wire: Wire, headers: dict[str, str]) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/token-pool", "/token-pool/", "/generate", "/random-token-generator/generate/", "/api/token_pool/",
+    "path", ["/token-pool", "/token-pool/", "/generate", "/random-token-generator/generate/", "/api/token_pool/",
              "/random-token-generator//assign", "/RANDOM-TOKEN-GENERATOR/assign", "/simple-token-implement/tokens/"],
 )  # fmt: skip
 def test_a_path_without_a_route_is_404(wire: Wire, path: str) -> None:

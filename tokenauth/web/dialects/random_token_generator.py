@@ -12,7 +12,7 @@ from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web.openapi import JSON_BODY, STORE, Answer, Operation, Section, schema_only
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSONResponse
+from tokenauth.web.responses import DialectResponse
 from tokenauth.web.routing import Handlers, when_complete
 
 NAME = "random-token-generator"
@@ -73,16 +73,16 @@ class RandomTokenGenerator:
         try:
             tokens = await self._pools.generate(pool, body.count)
         except PoolFull:
-            return JSONResponse(FailureAnswer("Pool max size exceeded"), 400)
-        return JSONResponse(TokensAnswer(list(tokens)))
+            return DialectResponse(FailureAnswer("Pool max size exceeded"), 400)
+        return DialectResponse(TokensAnswer(list(tokens)))
 
     async def assign(self, request: Request) -> Response:
         request.raise_if_disconnected()
         try:
             token = await self._pools.assign(self._pool, request.username or NAME, request.username)
         except NoFreeToken:
-            return JSONResponse(FailureAnswer("No free token available or token TTL expired"), 404)
-        return JSONResponse(AssignedAnswer(token.value))
+            return DialectResponse(FailureAnswer("No free token available or token TTL expired"), 404)
+        return DialectResponse(AssignedAnswer(token.value))
 
     async def unblock(self, request: Request) -> Response:
         token = await _token(request)
@@ -93,8 +93,8 @@ class RandomTokenGenerator:
         except UnknownToken:
             return _token_not_found()
         except LeaseLost:
-            return JSONResponse(FailureAnswer("Token not assigned"), 404)
-        return JSONResponse(MessageAnswer(f"Token {token} unblocked successfully"))
+            return DialectResponse(FailureAnswer("Token not assigned"), 404)
+        return DialectResponse(MessageAnswer(f"Token {token} unblocked successfully"))
 
     async def delete(self, request: Request) -> Response:
         pool = self._pools.find_managed(self._pool.name, request.identity)
@@ -105,19 +105,19 @@ class RandomTokenGenerator:
             await self._pools.delete(pool, token)
         except UnknownToken:
             return _token_not_found()
-        return JSONResponse(MessageAnswer(f"Token {token} deleted successfully"))
+        return DialectResponse(MessageAnswer(f"Token {token} deleted successfully"))
 
     async def keep_alive(self, request: Request) -> Response:
         token = await _token(request)
         if not token:
             count = await self._pools.keep_alive_free(self._pool, request.identity)
-            return JSONResponse(MessageAnswer(f"TTL extended successfully for {count} tokens"))
+            return DialectResponse(MessageAnswer(f"TTL extended successfully for {count} tokens"))
         try:
             leased = await self._pools.keep_alive_any(self._pool, token, request.identity)
         except UnknownToken:
             return _token_not_found()
         subject = f"Assigned token {token}" if leased else f"Token {token}"
-        return JSONResponse(MessageAnswer(f"{subject} TTL extended successfully"))
+        return DialectResponse(MessageAnswer(f"{subject} TTL extended successfully"))
 
 
 async def _token(request: Request) -> str | None:
@@ -125,11 +125,11 @@ async def _token(request: Request) -> str | None:
 
 
 def _token_required() -> Response:
-    return JSONResponse(MessageAnswer("Token is a required field"), 400)
+    return DialectResponse(MessageAnswer("Token is a required field"), 400)
 
 
 def _token_not_found() -> Response:
-    return JSONResponse(FailureAnswer("Token not found"), 404)
+    return DialectResponse(FailureAnswer("Token not found"), 404)
 
 
 _BODY = (*JSON_BODY, *STORE)

@@ -13,7 +13,7 @@ from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings, PasswordDialectSettings
 from tokenauth.web.openapi import STORE, Answer, Document, Operation, Parameter, Section
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSONResponse
+from tokenauth.web.responses import DialectResponse
 from tokenauth.web.routing import Handler, Handlers, when_complete
 
 NAME = "simple-token-implement"
@@ -54,27 +54,27 @@ class SimpleTokenImplement:
         request.raise_if_disconnected()
         leased, left = await self._pools.acquire(self._pool, request.username or NAME, request.username)
         if not leased:
-            return JSONResponse(PermitAnswer("No tokens available.", 0, info), 429)
-        return JSONResponse(PermitAnswer("Token issued successfully.", left, info))
+            return DialectResponse(PermitAnswer("No tokens available.", 0, info), 429)
+        return DialectResponse(PermitAnswer("Token issued successfully.", left, info))
 
     async def recycle(self, request: Request) -> Response:
         """Release the oldest lease; where a token is required, the oldest lease of its user."""
         info = _info(request)
         released, left = await self._pools.release_next(self._pool, request.username)
         if not released:
-            return JSONResponse(PermitAnswer("All tokens are already available.", left, info), 400)
-        return JSONResponse(PermitAnswer("Token recycled successfully.", left, info))
+            return DialectResponse(PermitAnswer("All tokens are already available.", left, info), 400)
+        return DialectResponse(PermitAnswer("Token recycled successfully.", left, info))
 
     async def count(self, request: Request) -> Response:
         available, _ = await self._pools.count(self._pool)
-        return JSONResponse(AvailableAnswer(available))
+        return DialectResponse(AvailableAnswer(available))
 
     def _guarded(self, handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
             try:
                 await self._check_password(request)
             except InvalidCredentials:
-                return JSONResponse(UnauthorizedAnswer(), 401)
+                return DialectResponse(UnauthorizedAnswer(), 401)
             return await handler(request)
 
         return guarded

@@ -13,7 +13,7 @@ from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web.openapi import JSON_BODY, STORE, Answer, Operation, Section, schema_only
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSONResponse
+from tokenauth.web.responses import DialectResponse
 from tokenauth.web.routing import Handlers, when_complete
 
 
@@ -69,7 +69,7 @@ class TokenManagementService:
             [token] = await self._pools.generate(pool, 1)
         except PoolFull:
             return _outcome("Token pool size limit reached", 403)
-        return JSONResponse(NewTokenAnswer(token), 201)
+        return DialectResponse(NewTokenAnswer(token), 201)
 
     async def assign(self, request: Request) -> Response:
         body = await _body(request)
@@ -81,7 +81,7 @@ class TokenManagementService:
             token = await self._pools.assign(self._pool, holder, request.username)
         except NoFreeToken:
             return _outcome("No free token available", 404)
-        return JSONResponse(NewTokenAnswer(token.value))
+        return DialectResponse(NewTokenAnswer(token.value))
 
     async def keep_alive(self, request: Request) -> Response:
         body = await _body(request)
@@ -121,7 +121,7 @@ async def _body(request: Request) -> _AnyRequest:
 
 
 def _outcome(message: str, status: int = 200) -> Response:
-    return JSONResponse(OutcomeAnswer(message), status)
+    return DialectResponse(OutcomeAnswer(message), status)
 
 
 def _token_required() -> Response:

@@ -13,7 +13,7 @@ from tokenauth.settings.dialects import DialectSettings
 from tokenauth.web.exceptions import NotFound
 from tokenauth.web.openapi import JSON_BODY, STORE, Answer, Operation, Parameter, Section
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSONResponse
+from tokenauth.web.responses import DialectResponse
 from tokenauth.web.routing import Handlers, when_complete
 
 NAME = "token-pool"
@@ -65,7 +65,7 @@ class TokenPool:
         request.raise_if_disconnected()
         pool = self._pools.find_managed(self._pool.name, request.identity)
         [token] = await self._pools.generate(pool, 1)
-        return JSONResponse(UuidAnswer(token))
+        return DialectResponse(UuidAnswer(token))
 
     async def delete(self, request: Request) -> Response:
         pool = self._pools.find_managed(self._pool.name, request.identity)
@@ -74,15 +74,15 @@ class TokenPool:
             await self._pools.delete(pool, _uuid(body.token or body.token_uuid))
         except UnknownToken:
             return _invalid_token()
-        return JSONResponse(ResponseAnswer("Token deleted successfully"))
+        return DialectResponse(ResponseAnswer("Token deleted successfully"))
 
     async def block(self, request: Request) -> Response:
         request.raise_if_disconnected()
         try:
             token = await self._pools.assign(self._pool, request.username or NAME, request.username)
         except NoFreeToken:
-            return JSONResponse(NoneFreeAnswer(), 404)
-        return JSONResponse(BlockedAnswer(token.value))
+            return DialectResponse(NoneFreeAnswer(), 404)
+        return DialectResponse(BlockedAnswer(token.value))
 
     async def keep_alive(self, request: Request) -> Response:
         try:
@@ -93,7 +93,7 @@ class TokenPool:
             await self._pools.keep_alive_any(self._pool, value, request.identity)
         except UnknownToken:
             return _invalid_token()
-        return JSONResponse(ResponseAnswer("Token refreshed successfully"))
+        return DialectResponse(ResponseAnswer("Token refreshed successfully"))
 
 
 def _uuid(value: object) -> str:
@@ -104,7 +104,7 @@ def _uuid(value: object) -> str:
 
 
 def _invalid_token() -> Response:
-    return JSONResponse(["Invalid token id"], 400)
+    return DialectResponse(["Invalid token id"], 400)
 
 
 _EXAMPLE_VALUE = "0b5e7f36-41cb-4d1c-9f0f-5c3b8f7c2a10"
