@@ -1,8 +1,11 @@
 """The commands in README.md, docs/pools.md and docs/dialects.md run in a shell, and print the shown output."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,15 +52,18 @@ def alike(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serve the shipped configuration, with its dialects, and with the pool that the documents show."""
+    """Serve the shipped configuration, with its dialects, and with the pools that the documents show."""
     config = tmp_path_factory.mktemp("server") / "config.toml"
-    (pool,) = [block for block in blocks("README.md", "toml") if "[pools." in block]
-    config.write_text(f"{shipped_with_dialects()}\n{pool}")
+    shown = [block for name in ("README.md", "docs/pools.md") for block in blocks(name, "toml") if "[pools." in block]
+    pools = {block.partition("]")[0]: block for block in shown}
+    assert len(pools) == 3
+    assert tomllib.loads(shown[0]) == tomllib.loads(pools["[pools.licences"])
+    config.write_text("\n".join([shipped_with_dialects(), *pools.values()]))
     with serve(config, env={"API_PASSWORD": "secret"}) as running:
         yield running
 
 
-@pytest.mark.parametrize(("document", "count"), [("README.md", 12), ("docs/pools.md", 3), ("docs/dialects.md", 7)])
+@pytest.mark.parametrize(("document", "count"), [("README.md", 12), ("docs/pools.md", 9), ("docs/dialects.md", 7)])
 def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, document: str, count: int) -> None:
     if shutil.which("curl") is None:
         skip_without("curl", "apt-get install curl")
@@ -67,8 +73,10 @@ def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, docum
         if command.startswith("LEASE="):  # here the README has logged out, and asks the reader to log in again
             lines.append(LOG_IN)
         lines.append(f"{{ {command}\n}} > {number}")
-    script = "\n".join(lines).replace("localhost:8000", server.url)
-    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    script = "\n".join(lines).replace("http://localhost:8000", server.url).replace("localhost:8000", server.url)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=environment, check=True, timeout=60, capture_output=True)
     answers = [(tmp_path / str(number)).read_text() for number in range(len(shown))]
     for answer, (command, output) in zip(answers, shown, strict=True):
         assert alike(answer)[: len(alike(output)) or None] == alike(output), command
