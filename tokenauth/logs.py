@@ -296,13 +296,15 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
     """
     sink = _DirectWriter() if quiet or direct else _writer
     level = logging.WARNING if quiet else logging.INFO
+    terminal = on_terminal()
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
     ]
-    terminal = on_terminal()
     renderer: structlog.typing.Processor = (
-        _TerminalRenderer() if terminal else structlog.processors.JSONRenderer(serializer=_json)
+        _TerminalRenderer(pad_event_to=0, pad_level=False)
+        if terminal
+        else structlog.processors.JSONRenderer(serializer=_json)
     )
     if terminal:
         shared.append(_printable)

@@ -1,6 +1,8 @@
 """The documented install: lock files with hashes, and a systemd unit that writes no core dumps."""
 
+import os
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -49,6 +51,21 @@ def test_the_documented_install_requires_hashes() -> None:
         "--require-hashes -r requirements-serve.lock",
         "--force-reinstall --no-deps dist/tokenauth_server-*.whl",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ([], "serve"),
+        (["PORT=8001"], 'serve --port "8001"'),
+        (["HOST=0.0.0.0", "PORT=8001"], 'serve --host "0.0.0.0" --port "8001"'),
+    ],
+)
+def test_make_serve_takes_host_and_port(arguments: list[str], command: str) -> None:
+    make = ["make", "--dry-run", "--assume-old=.venv/.serves", "serve", *arguments]
+    environment = {name: os.environ[name] for name in os.environ if name not in {"HOST", "PORT", "MAKEFLAGS"}}
+    done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert " ".join(done.stdout.split()).endswith(f".venv/bin/tokenauth {command}")
 
 
 def test_the_documented_unit_writes_no_core_dump() -> None:
