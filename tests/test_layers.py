@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 LAYERS = [
     {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors", "user_agents"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
-    {"tokens", "named_tokens", "pools", "credentials", "throttle", "revocation_queue", "uses", "risks"},
+    {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
     {"service", "sweeper"},
     {"web"},
     {"web.routes", "web.dialects"},

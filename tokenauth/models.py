@@ -269,6 +269,7 @@ class Pool:
     prefill: always keep the pool at its capacity.
     scope: needed to use the pool.
     manage_scope: needed to generate, delete and list all tokens, and to end leases of other users.
+    log_leases: log each lease and each release; what lapses is logged in any case.
     ages_while_leased: the time of a lease that *lapsed* (ended by itself, not by a release) counts towards `token_ttl`.
     """
 
@@ -283,6 +284,7 @@ class Pool:
     lease_max: float = math.inf
     reclaim_delay: float = 0
     per_user: int | None = None
+    log_leases: bool = False
     members: Mapping[str, Member] = field(default_factory=dict, hash=False)
 
     @property
@@ -436,6 +438,11 @@ class PoolToken(NamedTuple):
     def is_leased(self, now: Instant) -> bool:
         return self.holder is not None and now < self.free_at
 
+    @property
+    def unlogged(self) -> "PoolToken | None":
+        """The token itself if its lease is over, has lapsed, and nothing has logged that."""
+        return None if self.leased_at is None or self.holder is None else self
+
     def lease(self, now: Instant) -> "Lease | None":
         """Return the lease that it is under now."""
         return Lease(self.holder, self.free_at) if self.holder is not None and now < self.free_at else None
@@ -529,6 +536,25 @@ RequestKey = tuple[str, str]
 """What tells requests for one pool apart: the user and the id."""
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseTerms:
+    """What a client asks for.
+
+    id: its own id of the request; None if it has none.
+    wait: seconds that it waits for its turn; None if it takes no place in the line.
+    ttl: how long the leases last, in seconds or as "2m"; None for the pool's `lease_ttl`.
+    The others are those of a `LeaseRequest`.
+    """
+
+    holder: str
+    id: str | None = None
+    wait: float | None = None
+    count: int = 1
+    priority: int = 0
+    ttl: int | str | None = None
+    labels: tuple[str, ...] = ()
+
+
 class Grant(NamedTuple):
     """The leases that a request was granted: all of its tokens, as they were before and as they are now.
 
@@ -596,13 +622,14 @@ class Assignment(NamedTuple):
     """The result of a request for a token: the token, or when the next lease ends, if any is live.
 
     `left` is how many more tokens can be leased, if the caller asked for that. `over_limit`: the user has leased as
-    many as one user may.
+    many as one user may. `lapsed` is the token before, if its lease lapsed and nothing has logged that.
     """
 
     token: PoolToken | None
     next_end: Instant | None = None
     left: int | None = None
     over_limit: bool = False
+    lapsed: PoolToken | None = None
 
 
 class LeaseChange(NamedTuple):

@@ -2,32 +2,45 @@
 
 import asyncio
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenauth import values
 from tokenauth.clock import Clock
 from tokenauth.errors import (
     AlreadyReserved,
+    ClientGone,
     InsufficientScope,
     InvalidRequest,
     LeaseLost,
     NoFreeToken,
     NotYourLease,
+    PlaceLost,
     PoolFull,
+    Refusal,
     RetryLater,
     TooManyLeases,
     UnknownMember,
     UnknownPool,
+    UnknownRequest,
     UnknownToken,
 )
+from tokenauth.line import KEPT, LAST
+from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import (
     ANY_LEASE,
+    Grant,
     Identity,
     Instant,
     LeaseChange,
     LeaseCheck,
     LeaseCursor,
+    LeaseRequest,
+    LeaseTerms,
+    Place,
     Pool,
     PoolCounts,
     PoolToken,
@@ -36,6 +49,7 @@ from tokenauth.models import (
 from tokenauth.settings import durations
 from tokenauth.settings.durations import Duration
 from tokenauth.stores.store import Store
+from tokenauth.waiting import Waiter, Waiting
 
 MAX_COUNT = 1000
 """Maximum number of tokens that are generated, listed or changed in one step."""
@@ -45,6 +59,18 @@ MAX_TEXT = 256
 
 MAX_RESERVATION = 366 * 86400
 """Maximum number of seconds for which a member is reserved."""
+
+MAX_WAIT = 60.0
+"""Maximum number of seconds for which a request is held."""
+
+MAX_LEASES = 100
+"""Maximum number of tokens that one request leases."""
+
+MAX_PRIORITY = 100
+"""Priorities are from minus this to this."""
+
+MAX_ID = 128
+"""Maximum length of a request's id, in characters."""
 
 MAX_LABELS = 20
 """Maximum number of labels in a request."""
@@ -57,6 +83,30 @@ _FILL_BATCH = 10_000
 
 NewValue = Callable[[], str]
 """Makes the value of a new token."""
+
+
+@dataclass(slots=True)
+class LeaseCounters:
+    """What this process has seen of a pool since its start.
+
+    denied: requests without a place in line that got nothing. waited: requests that had one and were granted.
+    """
+
+    granted: int = 0
+    denied: int = 0
+    waited: int = 0
+    released: int = 0
+    lapsed: int = 0
+    forced: int = 0
+    seconds_waited: float = 0.0
+    seconds_held: float = 0.0
+
+
+class Waits(NamedTuple):
+    """A request that still waits, and is to be sent again."""
+
+    id: str
+    place: Place
 
 
 class Pools:
@@ -74,6 +124,8 @@ class Pools:
         self._clock = clock
         self._new_value = new_values or {}
         self._unfilled = [pool for pool in pools.values() if pool.prefill or pool.members]
+        self.waiting = Waiting(store.pools, clock)
+        self.counters = {name: LeaseCounters() for name in pools}
 
     def find(self, name: str, user: Identity | None = None) -> Pool:
         """Return a pool. Raises UnknownPool, or InsufficientScope if the user may not use it."""
@@ -111,6 +163,7 @@ class Pools:
         values = self._new_values(pool, count)
         if not await self._store.pools.generate(pool, values, self._clock()):
             raise PoolFull
+        self.waiting.wake(pool)
         return values
 
     async def assign(
@@ -132,10 +185,84 @@ class Pools:
         now = self._clock()
         result = await self._store.pools.assign(pool, holder, now, username, False, seconds, labels)
         if result.over_limit:
+            self.counters[pool.name].denied += 1
             raise TooManyLeases
         if result.token is None:
+            self.counters[pool.name].denied += 1
             raise NoFreeToken(None if result.next_end is None else max(1, math.ceil(result.next_end - now)))
+        self._note_lease(pool, result.token, result.lapsed)
         return result.token
+
+    async def lease(
+        self, pool: Pool, user: Identity, terms: LeaseTerms, disconnected: DisconnectCheck = never_disconnected
+    ) -> Grant | Waits:
+        """Lease as many tokens as the terms say, or wait for them in line, for as long as the terms say.
+
+        A request that is sent again keeps its place, and has the same leases while they run. If the client has
+        disconnected before it is answered, it gets no lease.
+        Raises InvalidRequest, InsufficientScope, NoFreeToken, TooManyLeases, LeaseLost, RequestDiffers, TooManyPlaces,
+        PlaceLost, ClientGone.
+        """
+        _check_terms(pool, user, terms)
+        seconds = None if terms.ttl is None else durations.checked("ttl", terms.ttl, 1, pool.lease_ttl)
+        start = self._clock()
+        id, keep = terms.id, None
+        if terms.wait is not None:
+            id, keep = id or secrets.token_hex(12), terms.wait + KEPT
+        answer = await self._ask(pool, user.username, id, terms, seconds, keep)
+        if isinstance(answer, LeaseRequest) and id is not None:
+            if answer.number >= LAST:
+                shown = {"count": answer.count, "priority": answer.priority}
+                log.info("request_waits", pool=pool.name, user=user.username, holder=answer.holder, **shown)
+            waiter = Waiter(answer, terms.id is not None, disconnected)
+            granted = await self.waiting.wait(pool, waiter, terms.wait or 0)
+            if granted is None:
+                place = await self._store.pools.find_place(pool, answer.key, self._clock())
+                if place is not None:
+                    return Waits(id, place)
+                # it was taken out of the line, or served when it was sent once more, to another process
+                answer = await self._ask(pool, user.username, id, terms, seconds, None)
+                if isinstance(answer, NoFreeToken):
+                    raise PlaceLost
+            else:
+                answer = granted
+        if isinstance(answer, Refusal):
+            self.counters[pool.name].denied += 1
+            raise answer
+        assert isinstance(answer, Grant)
+        if answer.before:
+            if disconnected():
+                self.waiting.put_back(pool, answer.request, terms.id is not None)
+                raise ClientGone
+            self._note_grant(pool, answer, start)
+        return answer
+
+    async def _ask(
+        self,
+        pool: Pool,
+        username: str,
+        id: str | None,
+        terms: LeaseTerms,
+        ttl: float | None,
+        keep: float | None,
+    ) -> Grant | LeaseRequest | Refusal:
+        wanted = terms.count, terms.priority, ttl, terms.labels
+        return await self._store.pools.ask(pool, username, id, terms.holder, self._clock(), *wanted, keep)
+
+    async def list_requests(self, pool: Pool, limit: int) -> tuple[int, Sequence[LeaseRequest]]:
+        """Return how many requests wait, and the first of them in order."""
+        now = self._clock()
+        found = await self._store.pools.list_requests(pool, now, limit)
+        waiting = len(found) if len(found) < limit else await self._store.pools.count_requests(pool, now)
+        return waiting, found
+
+    async def leave_line(self, pool: Pool, username: str, id: str) -> None:
+        """Take a request out of the line. Raises UnknownRequest."""
+        if not id.isprintable() or not await self._store.pools.leave(pool, (username, id), self._clock()):
+            raise UnknownRequest
+        log.info("request_left", pool=pool.name, user=username)
+        self.waiting.drop(pool, (username, id))
+        self.waiting.wake(pool)
 
     async def acquire(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
         """Lease any token, as one acquires a counting semaphore.
@@ -143,6 +270,10 @@ class Pools:
         Return whether there was a free one, and how many are free now.
         """
         result = await self._store.pools.assign(pool, holder, self._clock(), username, counted=True)
+        if result.token is None:
+            self.counters[pool.name].denied += 1
+        else:
+            self._note_lease(pool, result.token, result.lapsed)
         return result.token is not None, result.left or 0
 
     async def release_next(self, pool: Pool, username: str | None = None) -> tuple[bool, int]:
@@ -150,7 +281,11 @@ class Pools:
 
         Return whether there was a lease, and how many tokens are free now.
         """
-        return await self._store.pools.release_next(pool, self._clock(), username)
+        done, left = await self._store.pools.release_next(pool, self._clock(), username)
+        if done:
+            self.counters[pool.name].released += 1
+            self.waiting.wake(pool)
+        return done, left
 
     async def keep_alive(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> PoolToken:
         """Extend a lease to its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
@@ -189,25 +324,34 @@ class Pools:
     async def release(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> None:
         """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        _granted(await self._store.pools.release(pool, _checked(value), now, check), check, now)
+        change = await self._store.pools.release(pool, _checked(value), now, check)
+        _granted(change, check, now)
+        if change is not None:
+            self._note_release(pool, change.before, now)
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
         """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
         change = await self._store.pools.release(pool, _checked(value), self._clock(), check)
-        return _forced(pool, change, by, reason, taken=False).before
+        forced = _forced(pool, change, by, reason, taken=False)
+        self.counters[pool.name].forced += 1
+        self.waiting.wake(pool)
+        return forced.before
 
     async def take_over(
         self, pool: Pool, value: str, holder: str, username: str, check: LeaseCheck, reason: str | None
     ) -> PoolToken:
         """End the lease of any user, log it, and lease the token to `username`. Raises UnknownToken, LeaseLost."""
         change = await self._store.pools.take_over(pool, _checked(value), holder, username, self._clock(), check)
-        return _forced(pool, change, username, reason, taken=True).token
+        forced = _forced(pool, change, username, reason, taken=True)
+        self.counters[pool.name].forced += 1
+        return forced.token
 
     async def delete(self, pool: Pool, value: str) -> None:
         """Delete a token, free or leased. With `prefill` or members, a new one replaces it. Raises UnknownToken."""
         successor = self._new_values(pool, 1)[0] if pool.prefill or pool.members else None
         if not await self._store.pools.delete(pool, _checked(value), self._clock(), successor):
             raise UnknownToken
+        self.waiting.wake(pool)
 
     async def reserve(
         self, pool: Pool, member: str, until: Duration, username: str | None, note: str, by: str, replace: bool = False
@@ -247,6 +391,7 @@ class Pools:
         change = await self._store.pools.reserve(pool, member, reservation, now, replace)
         if change is None:
             raise UnknownMember
+        self.waiting.wake(pool)
         return change
 
     async def members(self, pool: Pool) -> Sequence[PoolToken]:
@@ -296,15 +441,52 @@ class Pools:
         if first > 0:
             log.info("pool_filled", pool=pool.name, capacity=pool.capacity)
 
+    def _note_grant(self, pool: Pool, grant: Grant, asked_at: Instant) -> None:
+        """Count and log what a request was granted."""
+        granted_at = grant.request.granted_at or 0.0
+        waited = max(0.0, granted_at - min(grant.request.since, asked_at))
+        counters = self.counters[pool.name]
+        if grant.request.number < LAST:
+            counters.waited += 1
+            counters.seconds_waited += waited
+        for before, token in zip(grant.before, grant.tokens, strict=True):
+            self._note_lease(pool, token, before.unlogged, waited)
+
+    def _note_lease(self, pool: Pool, token: PoolToken, lapsed: PoolToken | None, waited: float = 0.0) -> None:
+        """Count and log a lease, and the lapse of the one before."""
+        counters = self.counters[pool.name]
+        counters.granted += 1
+        if lapsed is not None:
+            self.note_lapse(pool, lapsed)
+        if pool.log_leases:
+            log.info("lease_granted", **_shown(pool, token), waited=round(waited, 3))
+
+    def note_lapse(self, pool: Pool, token: PoolToken) -> None:
+        """Count and log a lease that has lapsed."""
+        held = token.free_at - (token.leased_at or token.free_at)
+        self.counters[pool.name].lapsed += 1
+        self.counters[pool.name].seconds_held += held
+        log.info("lease_lapsed", **_shown(pool, token), held=round(held, 3))
+
+    def _note_release(self, pool: Pool, token: PoolToken, now: Instant) -> None:
+        """Count and log a release, and look whether anyone waits for the token."""
+        counters = self.counters[pool.name]
+        held = max(0.0, now - (token.leased_at or now))
+        counters.released += 1
+        counters.seconds_held += held
+        if pool.log_leases:
+            log.info("lease_released", **_shown(pool, token), held=round(held, 3))
+        self.waiting.wake(pool)
+
     def _new_values(self, pool: Pool, count: int) -> list[str]:
         make = self._new_value.get(pool.name, values.new_value)
         return [make() for _ in range(count)]
 
 
-def check_name(name: str, field: str = "holder") -> str:
-    """Return a name of 1 to MAX_TEXT printable characters. Raises InvalidRequest about `field` for any other."""
-    if not 1 <= len(name) <= MAX_TEXT:
-        raise InvalidRequest(f"{field}: must have 1 to {MAX_TEXT} characters.")
+def check_name(name: str, field: str = "holder", longest: int = MAX_TEXT) -> str:
+    """Return a name of 1 to `longest` printable characters. Raises InvalidRequest about `field` for any other."""
+    if not 1 <= len(name) <= longest:
+        raise InvalidRequest(f"{field}: must have 1 to {longest} characters.")
     if not name.isprintable():
         raise InvalidRequest(f"{field}: has a character that cannot be printed.")
     return name
@@ -323,10 +505,32 @@ def check_labels(pool: Pool, labels: Sequence[str], count: int = 1) -> None:
         raise InvalidRequest(f"count: is more than the pool has of these, {matching:.0f}.")
 
 
-def check_label(text: str, field: str = "holder") -> str:
+def check_label(text: str, field: str = "holder", longest: int = MAX_TEXT) -> str:
     """Return a text that others see. Raises InvalidRequest as `check_name` does, and if it has the form of a token."""
     values.refuse_value(text, field)
-    return check_name(text, field)
+    return check_name(text, field, longest)
+
+
+def _check_terms(pool: Pool, user: Identity, terms: LeaseTerms) -> None:
+    """Raise InvalidRequest for terms that can never be granted, InsufficientScope for a priority that needs it."""
+    most = MAX_LEASES if pool.capacity is None else min(MAX_LEASES, pool.capacity)
+    if not 1 <= terms.count <= most:
+        raise InvalidRequest(f"count: must be from 1 to {most}." if most else "count: the pool has no tokens.")
+    if not -MAX_PRIORITY <= terms.priority <= MAX_PRIORITY:
+        raise InvalidRequest(f"priority: must be from -{MAX_PRIORITY} to {MAX_PRIORITY}.")
+    if terms.priority > 0 and not pool.managed_by(user):
+        raise InsufficientScope(pool.manage_scope)
+    if terms.wait is not None and not 0 <= terms.wait <= MAX_WAIT:
+        raise InvalidRequest(f"wait: must be from 0 to {MAX_WAIT:.0f} seconds.")
+    if pool.per_user is not None and terms.count > pool.per_user:
+        raise InvalidRequest(f"count: is more than one user may lease, {pool.per_user}.")
+    check_labels(pool, terms.labels, terms.count)
+
+
+def _shown(pool: Pool, token: PoolToken) -> dict[str, object]:
+    """Return what the log says of a lease: never the token."""
+    named = {"member": token.member} if token.member is not None else {}
+    return {"pool": pool.name, "user": token.username, "holder": token.holder, **named, "fence": token.fence}
 
 
 def _granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:

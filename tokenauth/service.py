@@ -57,6 +57,7 @@ class Service(NamedTuple):
         finally:
             self.clock.on_advance = None
             await asyncio.gather(*saving)
+            await self.pools.waiting.close()
             await self.throttle.close()
             await self.tokens.close()
             await self.store.stop(self.clock())

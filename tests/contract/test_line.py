@@ -221,6 +221,14 @@ async def test_requests_at_the_same_time_get_different_tokens(pools: PoolStore, 
     assert answers[-1] == answers[-2] or isinstance(answers[-1], Grant)
 
 
+async def test_a_request_without_an_id_leaves_nothing(pools: PoolStore) -> None:
+    await pools.generate(POOL, ["t1", "t2", "t3"], START)
+    answers = await asyncio.gather(*(pools.ask(POOL, "ann", None, "x", START, count=2) for _ in range(2)))
+    assert sorted(type(answer).__name__ for answer in answers) == ["Grant", "NoFreeToken"]
+    assert (await pools.count(POOL, START)).leased == 2
+    assert await pools.purge(POOL, START + 9 * REMEMBERED, 9) == 0
+
+
 async def test_a_user_has_at_most_so_many_places(pools: PoolStore) -> None:
     await lease_all(pools)
     await asyncio.gather(*(ask(pools, f"r{number}") for number in range(MAX_PLACES)))

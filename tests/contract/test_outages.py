@@ -24,6 +24,7 @@ from tokenauth.stores import circuit
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sqlite import writer as sqlite
 from tokenauth.stores.sqlite.engine import SqliteEngine
+from tokenauth.stores.tables import metadata
 
 POOL = Pool("p", lease_ttl=60)
 AT_ONCE = 0.05
@@ -49,6 +50,9 @@ WRITES: Mapping[str, Operation] = {
     "pools.release_next": lambda place: place.pools.release_next(POOL, START),
     "pools.delete": lambda place: place.pools.delete(POOL, "a", START),
     "pools.purge": lambda place: place.pools.purge(POOL, START, 10),
+    "pools.ask": lambda place: place.pools.ask(POOL, "ann", "1", "x", START, keep=9),
+    "pools.take_turns": lambda place: place.pools.take_turns(POOL, {("ann", "1")}, START),
+    "pools.leave": lambda place: place.pools.leave(POOL, ("ann", "1"), START),
     "failures.update": lambda place: place.failures.update([CountUpdate(bytes(16), 1, at=START)], START),
     "failures.purge": lambda place: place.failures.purge(START, 10),
     "save_time": lambda place: place.store.save_time(START),
@@ -61,6 +65,9 @@ READS: Mapping[str, Operation] = {
     "tokens.list": lambda place: place.tokens.list("ann", START, 10),
     "pools.get": lambda place: place.pools.get(POOL, "a", START),
     "pools.count": lambda place: place.pools.count(POOL, START),
+    "pools.list_requests": lambda place: place.pools.list_requests(POOL, START, 10),
+    "pools.find_place": lambda place: place.pools.find_place(POOL, ("ann", "1"), START),
+    "pools.may_have_turn": lambda place: place.pools.may_have_turn(POOL, {("ann", "1")}, START),
     "pools.list_tokens": lambda place: place.pools.list_tokens(POOL, START, "", 10),
     "failures.get": lambda place: place.failures.get([bytes(16)]),
 }
@@ -111,7 +118,7 @@ async def locked(place: Place) -> AsyncIterator[None]:
     db = await asyncpg.connect(place.url.replace("+asyncpg", ""))
     try:
         async with db.transaction():
-            await db.execute("LOCK TABLE tokens, pool_tokens, failures, marks, revocations IN SHARE MODE")
+            await db.execute(f"LOCK TABLE {', '.join(metadata.tables)} IN SHARE MODE")
             yield
     finally:
         await db.close()

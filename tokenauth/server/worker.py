@@ -135,6 +135,7 @@ class WorkerServer(AcceptingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
+        self._service.pools.waiting.stop()
         self._revocations.close_deadline = asyncio.get_running_loop().time() + GRACE
         await super().shutdown(sockets)
         while self._channel.pending:

@@ -292,6 +292,7 @@ class PoolSettings(Table, frozen=True):
     prefill: bool = False
     scope: ScopeName | None = None
     manage_scope: ScopeName = "admin"
+    log_leases: bool = False
     members: tuple[MemberSettings, ...] = ()
 
     def __post_init__(self) -> None:
@@ -419,6 +420,7 @@ class Settings(Table, frozen=True, dict=True):
                 prefill=pool.prefill,
                 scope=pool.scope,
                 manage_scope=pool.manage_scope,
+                log_leases=pool.log_leases,
                 ages_while_leased=name in ageing,
                 lease_max=math.inf if pool.lease_max is None else pool.lease_max,
                 reclaim_delay=pool.reclaim_delay,

@@ -290,7 +290,7 @@ class PoolStore:
         self,
         pool: Pool,
         username: str,
-        id: str,
+        id: str | None,
         holder: str,
         now: Instant,
         count: int = 1,
@@ -304,7 +304,8 @@ class PoolStore:
         Requests are served in the order of `tokenauth.line`. One that waits keeps its place for `keep` seconds, and as
         long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A request that
         was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them is over.
-        RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES.
+        RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES. Without an
+        `id` it cannot wait, nor be asked for again.
         """
         return await self._engine.apply(Ask(pool, username, id, holder, count, priority, ttl, labels, keep, now=now))
 
@@ -388,6 +389,11 @@ class PoolStore:
         place = {"turn": request.turn, "number": request.number}
         [(position, waiting)] = await self._engine.read(request_rows.PLACE, {**values, **place}, brief=True)
         return Place(position, waiting)
+
+    async def count_requests(self, pool: Pool, now: Instant) -> int:
+        """Return how many requests wait."""
+        rows = await self._engine.read(request_rows.COUNT, {"name": pool.name, "now": now}, brief=True)
+        return int(rows[0][0])
 
     async def list_requests(self, pool: Pool, now: Instant, limit: int) -> Sequence[LeaseRequest]:
         """Return the requests that wait, in order, at most `limit`."""

@@ -59,7 +59,7 @@ FIELDS: Mapping[str, str] = {
     "csrf": "The hidden field of the form. It must be the value of the form's cookie.",
     "client_id": "A user name.",
     "client_secret": "The user's password.",
-    "count": "The number of tokens to generate.",
+    "count": "The number of tokens.",
     "current": "Whether this is the token that was sent with the request.",
     "docs": "The page that shows this document.",
     "error": "A code for programs.",
@@ -74,6 +74,15 @@ FIELDS: Mapping[str, str] = {
     "grant_type": "Always `client_credentials`.",
     "health": "Where to ask whether the service can serve.",
     "holder": "Which job or machine holds the lease. Default: the user name.",
+    "leases": "The leases, all at once.",
+    "position": "The place in the waiting line. 1 is the next.",
+    "priority": "One point counts as one minute of waiting. More than 0 needs the scope that manages the pool.",
+    "request": "Your own id of the request, to repeat it safely.",
+    "requests": "The requests that wait, in order.",
+    "retry_after": "Seconds after which to send the request again.",
+    "since": "When it joined the line, in Unix seconds.",
+    "wait": "Seconds to wait for a free token. Without it the answer comes at once.",
+    "waiting": "The number of requests in the line.",
     "iat": "When the token was issued, in Unix seconds.",
     "id": "A public name of the token. It cannot be used to log in.",
     "issued_at": "When the token was issued, in Unix seconds.",
@@ -558,6 +567,16 @@ _PHONE = {
     "note": "shelf 3",
     "reservation": {"until": _ISSUED_AT + 86400, "note": "battery swap", "for": None, "by": "admin"},
 }
+_IN_LINE = {
+    "position": 1,
+    "user": "admin",
+    "holder": "build-7",
+    "since": _ISSUED_AT,
+    "count": 1,
+    "priority": 0,
+    "labels": [],
+    "request": "job-42",
+}
 _GENERATED_VALUE = "h4JzRk7WqYc2VnXb9TmLp0DsFg6AeUo3iKxQ8rBtCy5ZjHvNwMaSfGdPl1EuOIqT"
 
 POOLS = Section(
@@ -588,13 +607,68 @@ POOLS = Section(
                 title="Lease a token",
                 text="Leases the token that has been free for the longest time. The lease ends by itself unless it is"
                 " kept alive. `ttl` shortens it. In a pool with members, `labels` chooses among those that have all of"
-                " these labels; the name of a member counts as one.",
+                " these labels; the name of a member counts as one."
+                " With `wait`, the request waits in line. If it is not served in that time, the answer is"
+                " 202: send the same request again within 10 seconds to keep its place. With `request`, the same"
+                " request has the same lease while that runs, so a lost answer costs nothing. With `count`, the answer"
+                " has `leases`: all of them, or none.",
                 parameters=[_POOL],
                 body=pools.AssignRequest,
                 body_required=False,
                 example={"holder": "build-7"},
-                answers=[Answer(201, "The lease.", pools.LeaseAnswer, _LEASE)],
-                refusals=[*_IN_POOL, *JSON_BODY, errors.NoFreeToken, errors.TooManyLeases],
+                answers=[
+                    Answer(201, "The lease, or with `count` the leases.", pools.LeasesAnswer, _LEASE),
+                    Answer(
+                        202,
+                        "The request waits, and its place is kept.",
+                        pools.WaitsAnswer,
+                        {"request": "job-42", "position": 2, "waiting": 5, "retry_after": 0},
+                        headers={"Retry-After": "Seconds after which to send the request again."},
+                    ),
+                ],
+                refusals=[
+                    *_IN_POOL,
+                    *JSON_BODY,
+                    errors.NoFreeToken,
+                    errors.TooManyLeases,
+                    errors.LeaseLost,
+                    errors.RequestDiffers,
+                    errors.TooManyPlaces,
+                    errors.PlaceLost,
+                ],
+            ),
+            Operation(
+                method="GET",
+                path="/api/pools/{pool}/requests",
+                id="listRequests",
+                title="List who waits",
+                text="Lists the waiting line of a pool in its order. Ids of requests are shown to their users and to"
+                " managers of the pool.",
+                parameters=[
+                    _POOL,
+                    Parameter(
+                        "limit",
+                        "Requests in the answer. Default: 100.",
+                        Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)],
+                    ),
+                ],
+                answers=[Answer(200, "The waiting line.", pools.LineAnswer, {"waiting": 1, "requests": [_IN_LINE]})],
+                refusals=_IN_POOL,
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/pools/{pool}/requests/{request}",
+                id="leaveLine",
+                title="Leave the line",
+                text="Takes a request out of the waiting line. A manager of the pool can take out that of another"
+                " `user`.",
+                parameters=[
+                    _POOL,
+                    Parameter("request", "The id of the request.", example="job-42"),
+                    Parameter("user", "The user whose request it is. Default: you."),
+                ],
+                answers=[Answer(204, "It no longer waits.")],
+                refusals=[*_IN_POOL, errors.UnknownRequest],
             ),
             Operation(
                 method="PUT",

@@ -73,6 +73,7 @@ class Route(routing.Route):
         super().__init__(path, app, middleware=middleware)
         # Starlette's pattern ends with "$", which also matches before a newline: "/api/me%0A" is another path.
         self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+        self.path = path.replace(":path}", "}")  # as it is documented and logged
         self.handlers: Handlers = {"GET": endpoint} if isinstance(endpoint, Endpoint) else endpoint
         self.guarded = bool(middleware)
 

@@ -15,7 +15,10 @@ FORM = "application/x-www-form-urlencoded"
 PASSWORD = {"X-API-PASSWORD": API_PASSWORD}
 NO_TOKEN = "00000000-0000-4000-8000-000000000000"
 
-_EXAMPLES = {"pool": "uuids", "token": NO_TOKEN, "id": "0" * 24, "file": "start.js", "name": "none"}
+_EXAMPLES = {
+    **{"pool": "uuids", "token": NO_TOKEN, "id": "0" * 24},
+    **{"file": "start.js", "name": "none", "request": "x"},
+}
 BODIES: dict[str | None, dict[str, Any]] = {
     None: {},
     JSON: {"json": {"username": "ann", "password": "ann-secret", "token": NO_TOKEN, "client_id": "me"}},

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -36,18 +37,23 @@ from tokenauth.errors import (
     NotRenewable,
     NotYourLease,
     Overloaded,
+    PlaceLost,
     PoolFull,
     Refusal,
+    RequestDiffers,
     Stopping,
     StoreUnavailable,
     TokenRequired,
     TooManyAttempts,
     TooManyLeases,
+    TooManyPlaces,
     TooManyTokens,
     UnknownMember,
     UnknownPool,
+    UnknownRequest,
     UnknownToken,
 )
+from tokenauth.line import MAX_PLACES
 from tokenauth.web.exceptions import (
     BodyTooLarge,
     ForeignHost,
@@ -66,6 +72,7 @@ from tokenauth.web.responses import STATUS
 
 LEASES = "/api/pools/small/leases"
 TOKENS = "/api/pools/small/tokens"
+LINE = "/api/pools/small/requests"
 
 REFUSED: dict[type[Refusal], list[Call]] = {
     InvalidRequest: [
@@ -152,7 +159,12 @@ REFUSED: dict[type[Refusal], list[Call]] = {
     ],
     PoolFull: [Call("POST", TOKENS, "ann", {"json": {"count": 2}})],
     NotRenewable: [Call("POST", "/api/token/renew", "ann")],
-    NoFreeToken: [Call("POST", LEASES, "ann")],
+    NoFreeToken: [Call("POST", LEASES, "ann"), Call("POST", LEASES, "ann", {"json": {"request": "none", "count": 1}})],
+    UnknownRequest: [
+        Call("DELETE", f"{LINE}/none", "ann"),
+        Call("DELETE", f"{LINE}/none", "ann", {"params": {"user": "bob"}}),
+        Call("DELETE", f"{LINE}/%00", "ann"),
+    ],
     UnsupportedMediaType: [Call("POST", "/api/token", "", {"content": "x", "headers": {"Content-Type": "text/plain"}})],
 }
 """Requests that are refused in any state. Refusals that need a state have their own tests."""
@@ -169,6 +181,9 @@ TESTED_BELOW = {
     NameTaken,
     TooManyTokens,
     AlreadyRotated,
+    RequestDiffers,
+    TooManyPlaces,
+    PlaceLost,
     TooManyAttempts,
     Overloaded,
     StoreUnavailable,
@@ -312,6 +327,30 @@ def test_a_lost_lease_is_refused_as_documented(api: CheckedClient) -> None:
     for method in ("PUT", "DELETE"):
         answer = api.send(method, f"/api/pools/uuids/leases/{token}", "ann")
         assert (answer.status_code, answer.json()["error"]) == (409, "lease_lost")
+
+
+def test_the_waiting_line_answers_as_documented(api: CheckedClient) -> None:
+    def ask(user: str = "bob", **terms: object) -> tuple[int, str | None]:
+        answer = api.send("POST", LEASES, user, json=terms)
+        return answer.status_code, answer.json().get("error")
+
+    assert ask(request="0", wait=0) == (202, None)
+    assert ask(request="0", wait=0, priority=-1) == (409, "request_differs")
+    assert ask(wait=0, priority=1) == (403, "insufficient_scope")
+    shown = api.send("GET", LINE, "ann").json()
+    assert (shown["waiting"], shown["requests"][0]["position"], "request" in shown["requests"][0]) == (1, 1, True)
+    assert api.send("DELETE", f"{LINE}/0", "bob", params={"user": "ann"}).status_code == 403
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(ask, request="held by me", wait=60)
+        while [each["request"] for each in api.send("GET", LINE, "bob").json()["requests"]] != ["0", "held by me"]:
+            assert not held.done()
+        assert api.send("DELETE", f"{LINE}/held by me", "ann", params={"user": "bob"}).status_code == 204
+        assert held.result() == (409, "place_lost")
+    for number in range(1, MAX_PLACES):
+        assert ask(request=str(number), wait=0) == (202, None)
+    assert ask(wait=0) == (409, "too_many_places")
+    for number in range(MAX_PLACES):
+        assert api.send("DELETE", f"{LINE}/{number}", "bob").status_code == 204
 
 
 def test_a_foreign_lease_is_refused_as_documented(api: CheckedClient) -> None:

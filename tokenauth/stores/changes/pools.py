@@ -166,15 +166,15 @@ class Assign(PoolChange[Assignment]):
             withheld, _ = rows.retired()
         if any(change.counted for change in changes):
             left = max(0, rows.counts()[0] - withheld)
-        pairs = zip(rows.leasable(len(changes), withheld), changes, strict=False)
+        found = rows.leasable(len(changes), withheld)
         leased = {
             number: rows.pool.leased(token, change.holder, change.username, rows.now, change.ttl)
-            for (number, token), change in pairs
+            for (number, token), change in zip(found, changes, strict=False)
         }
         rows.update_leases(leased)
         answers = [
-            Assignment(token, None, None if left is None else left - place)
-            for place, token in enumerate(leased.values(), 1)
+            Assignment(token, None, None if left is None else left - place, lapsed=before.unlogged)
+            for place, (token, (_, before)) in enumerate(zip(leased.values(), found, strict=True), 1)
         ]
         if len(answers) < len(changes):
             answers += [Assignment(None, rows.next_end(), 0)] * (len(changes) - len(answers))
@@ -196,19 +196,21 @@ class Assign(PoolChange[Assignment]):
             )
             for number, change in enumerate(changes, LAST)
         ]
-        leased = {
+        leased: dict[int, tuple[int, PoolToken, PoolToken]] = {
             request.number: (
                 number,
+                token,
                 rows.pool.leased(token, request.holder, request.username or None, rows.now, request.ttl),
             )
             for request, [(number, token)] in rows.share_out(len(changes), {one.key for one in requests}, requests)
         }
-        rows.update_leases(dict(leased.values()))
+        rows.update_leases({number: after for number, _, after in leased.values()})
         left = rows.left() if any(change.counted for change in changes) else None
         answers = []
         for request in requests:
             if request.number in leased:
-                answers.append(Assignment(leased[request.number][1], None, left))
+                _, before, after = leased[request.number]
+                answers.append(Assignment(after, None, left, lapsed=before.unlogged))
             else:
                 next_end, over_limit = rows.refusal(request)
                 answers.append(Assignment(None, next_end, 0, over_limit))

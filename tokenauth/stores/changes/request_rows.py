@@ -35,13 +35,13 @@ _of_place = tuple_(bindparam("turn", type_=Float()), bindparam("number", type_=B
 SOMEONE_WAITS = exists().where(*_waiting)
 LINE = select(*pool_request_columns).where(*_waiting, _place > _of_place).order_by(_turn, _number).limit(_limit)
 START_OF_LINE = {"turn": float("-inf"), "number": 0}
-_count = select(func.count()).select_from(pool_requests).where(*_waiting)
-PLACE = select(_count.where(_place <= _of_place).scalar_subquery(), _count.scalar_subquery())
+COUNT = select(func.count()).select_from(pool_requests).where(*_waiting)
+PLACE = select(COUNT.where(_place <= _of_place).scalar_subquery(), COUNT.scalar_subquery())
 FIND = select(*pool_request_columns).where(
     _pool, pool_requests.c.id == bindparam("id"), pool_requests.c.username == bindparam("username")
 )
 _SUMMARY = select(func.count(), func.max(pool_requests.c.since)).where(*_waiting)
-_COUNT_OF_USER = _count.where(pool_requests.c.username == bindparam("username"))
+_COUNT_OF_USER = COUNT.where(pool_requests.c.username == bindparam("username"))
 _FIND_MANY = select(*pool_request_columns).where(
     _pool, pool_requests.c.id.in_(select(elements(bindparam("ids"), "wanted").c.value))
 )

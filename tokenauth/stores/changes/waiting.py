@@ -12,16 +12,20 @@ from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.changes.pools import PoolChange, running
 from tokenauth.stores.changes.request_rows import RequestRows
 
+_NAMELESS = "\0"
+"""Begins the ids of requests without one. No client can send it."""
+
 
 @dataclass(slots=True)
 class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
     """Serve a request for leases if it is its turn; otherwise give it a place in the line, or keep its place.
 
+    id: None for a request that cannot be repeated: nothing is kept of it.
     keep: seconds for which the place is kept; None if it is to get none.
     """
 
     username: str
-    id: str
+    id: str | None
     holder: str
     count: int
     priority: int
@@ -31,8 +35,9 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
     shares_pool = False
 
     def request(self, since: Instant, now: Instant, number: int) -> LeaseRequest:
+        id = f"{_NAMELESS}{number}" if self.id is None else self.id
         terms = self.holder, self.count, self.priority, self.ttl, self.labels
-        return new_request(self.pool, self.username, self.id, *terms, since, now + (self.keep or 0), number)
+        return new_request(self.pool, self.username, id, *terms, since, now + (self.keep or 0), number)
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Grant | LeaseRequest | Refusal]:
@@ -40,7 +45,7 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
         requests = rows.requests()
         waiting, latest = requests.summary()
         since = max(rows.now, latest)  # whoever comes later must not be before one that has its place
-        known = requests.find(change.id for change in changes)
+        known = requests.find(change.id for change in changes if change.id is not None)
         lapsed = [request for request in known.values() if not _waits(request, rows.now) and request.granted_at is None]
         for request in lapsed:
             del known[request.key]
@@ -48,8 +53,8 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
         joining: set[RequestKey] = set()
         repeated: dict[RequestKey, LeaseRequest] = {}
         answers: dict[int, Grant | Refusal] = {}
-        for position, change in enumerate(changes):
-            asked = change.request(since, rows.now, LAST + position)
+        asking = [change.request(since, rows.now, LAST + position) for position, change in enumerate(changes)]
+        for position, (change, asked) in enumerate(zip(changes, asking, strict=True)):
             place = places.get(asked.key) or known.get(asked.key)
             if place is not None and place.terms != asked.terms:
                 answers[position] = RequestDiffers()
@@ -73,14 +78,13 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
         requests.delete(lapsed)
         left = {key: place for key, place in places.items() if key not in granted and key in joining}
         written = [*(grant.request for grant in granted.values()), *left.values()]
-        requests.insert(request for request in written if request.number >= LAST)
+        requests.insert(request for request in written if request.number >= LAST and request.id[0] != _NAMELESS)
         requests.update([*repeated.values(), *(request for request in written if request.number < LAST)])
         return [
             answers.get(position)
-            or granted.get(key)
-            or (_refusal(rows, places[key]) if change.keep is None else places[key])
-            for position, change in enumerate(changes)
-            for key in [(change.username, change.id)]
+            or granted.get(asked.key)
+            or (_refusal(rows, places[asked.key]) if change.keep is None else places[asked.key])
+            for position, (change, asked) in enumerate(zip(changes, asking, strict=True))
         ]
 
 

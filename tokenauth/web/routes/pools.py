@@ -15,11 +15,23 @@ from tokenauth.models import (
     Instant,
     LeaseCheck,
     LeaseCursor,
+    LeaseTerms,
     Member,
     Pool,
     PoolToken,
 )
-from tokenauth.pools import MAX_COUNT, MAX_LABELS, MAX_TEXT, Pools, check_label
+from tokenauth.pools import (
+    MAX_COUNT,
+    MAX_ID,
+    MAX_LABELS,
+    MAX_LEASES,
+    MAX_PRIORITY,
+    MAX_TEXT,
+    MAX_WAIT,
+    Pools,
+    Waits,
+    check_label,
+)
 from tokenauth.settings.durations import Duration
 from tokenauth.settings.model import canonical
 from tokenauth.web.openapi import schema_only
@@ -42,8 +54,17 @@ _Text = Annotated[str, schema_only(minLength=1, maxLength=MAX_TEXT, description=
 
 class AssignRequest(msgspec.Struct, forbid_unknown_fields=True):
     holder: _Text | None = None
+    request: Annotated[str, schema_only(minLength=1, maxLength=MAX_ID, description="Printable.")] | None = None
+    wait: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT)] | None = None
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_LEASES)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     ttl: Annotated[Duration, schema_only(description=DURATION)] | None = None
     labels: Annotated[list[str], msgspec.Meta(max_length=MAX_LABELS)] = []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for one token at once, and is not to be repeated."""
+        return self.wait is None and self.request is None and self.count is None and not self.priority
 
 
 class KeepAliveRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -106,6 +127,47 @@ class LeaseAnswer(msgspec.Struct, omit_defaults=True):
     max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
     name: str | msgspec.UnsetType = msgspec.UNSET
     labels: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
+    request: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class LeasesAnswer(msgspec.Struct, omit_defaults=True):
+    """The fields of a lease; with `count`, `leases` instead."""
+
+    token: str | msgspec.UnsetType = msgspec.UNSET
+    holder: str | msgspec.UnsetType = msgspec.UNSET
+    fence: int | msgspec.UnsetType = msgspec.UNSET
+    expiry_time: int | msgspec.UnsetType = msgspec.UNSET
+    expires_in: int | msgspec.UnsetType = msgspec.UNSET
+    max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    labels: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
+    leases: list[LeaseAnswer] | msgspec.UnsetType = msgspec.UNSET
+    request: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class WaitsAnswer(msgspec.Struct):
+    request: str
+    position: int
+    waiting: int
+    retry_after: int
+
+
+class InLineAnswer(msgspec.Struct, omit_defaults=True):
+    """A request that waits. Only its user and managers of the pool see its id."""
+
+    position: int
+    user: str
+    holder: str
+    since: int
+    count: int
+    priority: int
+    labels: list[str]
+    request: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class LineAnswer(msgspec.Struct):
+    waiting: int
+    requests: list[InLineAnswer]
 
 
 class PoolsAnswer(msgspec.Struct):
@@ -154,6 +216,8 @@ class PoolRoutes:
                 {"PUT": strict(self.reserve, ["force"], body=True), "DELETE": strict(self.unreserve)},
                 middleware,
             ),
+            Route(f"{path}/requests/{{request:path}}", {"DELETE": strict(self.leave_line, ["user"])}, middleware),
+            Route(f"{path}/requests", {"GET": strict(self.show_line, ["limit"])}, middleware),
             Route(f"{path}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
             Route(path, {"GET": strict(self.show, ["after", "limit"])}, middleware),
             Route("/api/pools", {"GET": strict(self.list)}, middleware),
@@ -195,8 +259,45 @@ class PoolRoutes:
         username = request.user.username
         holder = username if body.holder is None else check_label(body.holder)
         request.raise_if_disconnected()
-        leased = await self._pools.assign(pool, holder, username, body.ttl, body.labels)
-        return _lease(pool, leased, self._pools.now(), 201)
+        if body.is_plain:
+            leased = await self._pools.assign(pool, holder, username, body.ttl, body.labels)
+            return _lease(pool, leased, self._pools.now(), 201)
+        id = None if body.request is None else check_label(body.request, "request", MAX_ID)
+        count = 1 if body.count is None else body.count
+        terms = LeaseTerms(holder, id, body.wait, count, body.priority, body.ttl, tuple(body.labels))
+        answer = await self._pools.lease(pool, request.user, terms, request.disconnect_check)
+        if isinstance(answer, Waits):
+            # who was held asks again at once, which is to be held again
+            retry_after = 0 if body.wait else 1
+            return JSONResponse(
+                WaitsAnswer(answer.id, *answer.place, retry_after), 202, [(b"retry-after", b"%d" % retry_after)]
+            )
+        leases = [_leased(pool, token, self._pools.now(), new=bool(answer.before)) for token in answer.tokens]
+        sent = answer.request.id if body.wait is not None or id is not None else msgspec.UNSET
+        if body.count is not None:
+            return JSONResponse(LeasesAnswer(leases=leases, request=sent), 201)
+        leases[0].request = sent
+        return JSONResponse(leases[0], 201)
+
+    async def show_line(self, request: Request) -> Response:
+        pool, user = self._pool(request), request.user
+        limit = request.query_number("limit", PAGE, 1, MAX_COUNT)
+        waiting, found = await self._pools.list_requests(pool, limit)
+        shown = [
+            InLineAnswer(
+                *(position, each.username, each.holder, int(each.since), each.count, each.priority, [*each.labels]),
+                each.id if each.username == user.username or pool.managed_by(user) else msgspec.UNSET,
+            )
+            for position, each in enumerate(found, 1)
+        ]
+        return JSONResponse(LineAnswer(waiting, shown))
+
+    async def leave_line(self, request: Request) -> Response:
+        pool, user = self._pool(request), request.query_value("user")
+        if user not in {None, request.user.username}:
+            self._managed(request)
+        await self._pools.leave_line(pool, user or request.user.username, request.path_params["request"])
+        return NO_CONTENT
 
     async def keep_alive(self, request: Request) -> Response:
         pool = self._pool(request)
@@ -304,17 +405,23 @@ def _cursor(after: str) -> LeaseCursor:
 
 
 def _lease(pool: Pool, token: PoolToken, now: Instant, status: int = 200) -> Response:
-    """Show a lease that was just granted or extended. `expires_in` is for clients whose clock may be wrong."""
+    return JSONResponse(_leased(pool, token, now), status)
+
+
+def _leased(pool: Pool, token: PoolToken, now: Instant, new: bool = True) -> LeaseAnswer:
+    """Show a lease. `new`: it was just granted or extended. `expires_in` is for clients whose clock may be wrong."""
     expires_in = pool.lease_ttl if token.lease_ttl is None else token.lease_ttl
     latest = pool.lease_ends_by(token)
-    if latest is not None:
+    if not new:
+        expires_in = max(0, token.free_at - now)
+    elif latest is not None:
         expires_in = max(0, min(expires_in, latest - now))
     shown = LeaseAnswer(token.value, token.holder or "", token.fence, int(token.free_at), int(expires_in))
     if latest is not None:
         shown.max_expiry_time = int(latest)
     if token.member is not None and pool.members:
         shown.name, shown.labels, _ = _member(pool, token.member)
-    return JSONResponse(shown, status)
+    return shown
 
 
 def _member(pool: Pool, name: str) -> Member:

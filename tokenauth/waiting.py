@@ -1,0 +1,220 @@
+"""Who waits for leases in this process, and how they are served.
+
+Each pool that someone waits for has a task, which looks at the database every POLL seconds, and at once when this
+process has freed a token. The database decides whose turn it is. Only the process that a client waits in serves its
+request, so no lease is granted to a client whose process has died.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from copy import copy
+
+from tokenauth.clock import Clock
+from tokenauth.errors import ClientGone, PlaceLost, RetryLater
+from tokenauth.line import KEPT
+from tokenauth.login_queue import DisconnectCheck
+from tokenauth.models import Grant, LeaseRequest, Pool, RequestKey
+from tokenauth.stores.store import PoolStore
+
+POLL = 0.05
+"""Seconds between two looks at the database: so much later, at most, does a token reach another process."""
+
+CHECK = 1.0
+"""Seconds between two looks for clients that have disconnected."""
+
+
+class Waiter:
+    """A client that waits for its request to be served, in this process."""
+
+    __slots__ = ("disconnected", "future", "repeatable", "request")
+
+    def __init__(self, request: LeaseRequest, repeatable: bool, disconnected: DisconnectCheck) -> None:
+        """`repeatable`: the client can ask again, as it knows the id of the request."""
+        self.request = request
+        self.repeatable = repeatable
+        self.disconnected = disconnected
+        self.future: asyncio.Future[Grant | None] = asyncio.get_running_loop().create_future()
+
+    def end(self, result: Grant | Exception | None) -> None:
+        """End the wait: with leases, an exception, or None where the client is to ask again."""
+        if self.future.done():
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+class Waiting:
+    """The clients that wait in this process, for any pool."""
+
+    def __init__(self, store: PoolStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._lines: dict[str, _Line] = {}
+        self._stopping = False
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def wait(self, pool: Pool, waiter: Waiter, seconds: float) -> Grant | None:
+        """Wait for the turn of a request that has its place; None if it still waits after so many seconds.
+
+        Also None, at once, when the process stops, or the same request is waited for once more. Raises ClientGone,
+        PlaceLost, StoreUnavailable.
+        """
+        if self._stopping or seconds <= 0:
+            return None
+        line = self._lines.get(pool.name)
+        if line is None or line.task.done():
+            line = self._lines[pool.name] = _Line(pool, self._store, self._clock, self.put_back)
+        line.add(waiter)
+        timer = asyncio.get_running_loop().call_later(seconds, line.expire, waiter)
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            line.remove(waiter)
+            raise
+        finally:
+            timer.cancel()
+
+    def wake(self, pool: Pool) -> None:
+        """Look at the line of a pool at once: a token may be free."""
+        line = self._lines.get(pool.name)
+        if line is not None:
+            line.wake()
+
+    def drop(self, pool: Pool, key: RequestKey) -> None:
+        """End the wait of a request that has left the line."""
+        line = self._lines.get(pool.name)
+        waiter = None if line is None else line.waiters.pop(key, None)
+        if waiter is not None:
+            waiter.end(PlaceLost())
+
+    def put_back(self, pool: Pool, request: LeaseRequest, repeatable: bool) -> None:
+        """Take back the leases of a client that has gone, soon."""
+        self._later(self._put_back(pool, request, KEPT if repeatable else None))
+
+    async def _put_back(self, pool: Pool, request: LeaseRequest, keep: float | None) -> None:
+        with suppress(RetryLater):  # the leases lapse
+            await self._store.put_back(pool, request, keep, self._clock())
+        self.wake(pool)
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def stop(self) -> None:
+        """Let all clients ask again, elsewhere: their places are kept. From now on nobody waits here."""
+        self._stopping = True
+        for line in self._lines.values():
+            for waiter in [*line.waiters.values()]:
+                line.expire(waiter)
+            line.wake()
+
+    async def close(self) -> None:
+        """Finish what is under way."""
+        self.stop()
+        await asyncio.gather(*(line.task for line in self._lines.values()), *self._background, return_exceptions=True)
+
+
+class _Line:
+    """The clients that wait for one pool in this process, and the task that serves them."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        store: PoolStore,
+        clock: Clock,
+        put_back: Callable[[Pool, LeaseRequest, bool], None],
+    ) -> None:
+        self.waiters: dict[RequestKey, Waiter] = {}
+        self._pool = pool
+        self._store = store
+        self._clock = clock
+        self._put_back = put_back
+        self._serving: frozenset[RequestKey] = frozenset()
+        self._expired: set[Waiter] = set()
+        self._woken = asyncio.Event()
+        self._next_check = 0.0
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    def add(self, waiter: Waiter) -> None:
+        """Add a client. One that waits for the same request already is told to ask again."""
+        earlier = self.waiters.get(waiter.request.key)
+        self.waiters[waiter.request.key] = waiter
+        if earlier is not None:
+            earlier.end(None)
+        self.wake()
+
+    def remove(self, waiter: Waiter) -> None:
+        """Remove a client. If it is being served right now, its leases are taken back."""
+        if self.waiters.get(waiter.request.key) is waiter:
+            del self.waiters[waiter.request.key]
+
+    def expire(self, waiter: Waiter) -> None:
+        """End a wait without leases, unless it is being served right now: then soon, with or without."""
+        if waiter.request.key in self._serving:
+            self._expired.add(waiter)
+        else:
+            self.remove(waiter)
+            waiter.end(None)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.waiters:
+            self._woken.clear()
+            try:
+                served = await self._serve(loop.time())
+            except Exception as error:  # whoever waits gets it, and their places stay
+                self._end_all(error)
+                return
+            if not served and self.waiters:
+                timer = loop.call_later(POLL, self._woken.set)
+                await self._woken.wait()
+                timer.cancel()
+
+    async def _serve(self, time: float) -> bool:
+        """Serve those whose turn it is; return whether there were any."""
+        if time >= self._next_check:
+            self._next_check = time + CHECK
+            await self._drop_gone()
+        if not await self._store.may_have_turn(self._pool, self.waiters.keys(), self._clock()):
+            return False
+        self._serving = frozenset(key for key, waiter in self.waiters.items() if not waiter.disconnected())
+        try:
+            granted = await self._store.take_turns(self._pool, self._serving, self._clock())
+            for grant in granted:
+                self._deliver(grant)
+        finally:
+            self._serving = frozenset()
+            expired, self._expired = self._expired, set()
+            for waiter in expired:
+                self.expire(waiter)
+        return bool(granted)
+
+    def _deliver(self, grant: Grant) -> None:
+        waiter = self.waiters.pop(grant.request.key, None)
+        if waiter is None or waiter.future.done() or waiter.disconnected():
+            self._put_back(self._pool, grant.request, waiter is None or waiter.repeatable)
+            if waiter is not None:
+                waiter.end(ClientGone())
+        else:
+            waiter.end(grant)
+
+    async def _drop_gone(self) -> None:
+        """Give up the places of clients that have disconnected; those who can ask again keep theirs for a while."""
+        for key, waiter in [*self.waiters.items()]:
+            if waiter.disconnected() and self.waiters.get(key) is waiter:
+                del self.waiters[key]
+                waiter.end(ClientGone())
+                keep = KEPT if waiter.repeatable else None
+                await self._store.leave(self._pool, key, self._clock(), keep, waiter.request.kept_until)
+
+    def _end_all(self, error: Exception) -> None:
+        waiters, self.waiters = self.waiters, {}
+        for waiter in waiters.values():
+            waiter.end(copy(error))
