@@ -263,3 +263,24 @@ def test_a_user_leases_at_most_per_user(ann: PoolUser, bob: PoolUser, clock: Han
     clock.advance(15)
     assert ann.counts("single") == (5, 0)
     assert lease(ann, pool="single")[0] == 201
+
+
+def test_a_request_waits_for_the_member_with_its_labels(admin: PoolUser, ann: PoolUser, bob: PoolUser) -> None:
+    _, held = lease(ann, "arm")
+    status, waits = lease(bob, "android", "arm", wait=0, request="mine")
+    assert (status, waits["position"]) == (202, 1)
+    assert lease(ann)[1]["name"] == "moto", "it withholds only what it could use"
+    assert ann.call("GET", "/phones/requests")[1]["requests"][0]["labels"] == ["android", "arm"]
+    assert lease(bob, "arm", "android", "arm", wait=0, request="mine")[0] == 202, "the same labels in another order"
+    assert lease(bob, "arm", wait=0, request="mine")[1]["error"] == "request_differs"
+    assert ann.release("phones", held["token"]) == (204, None)
+    status, granted = lease(bob, "android", "arm", wait=0, request="mine")
+    assert (status, granted["name"], granted["request"]) == (201, "pixel-8", "mine")
+
+
+def test_a_count_above_the_matching_members_is_400(ann: PoolUser) -> None:
+    assert lease(ann, "arm", count=2)[1]["error_description"] == "count: is more than the pool has of these, 1."
+    assert lease(ann, count=3)[0] == 400
+    assert lease(ann, pool="single", count=2)[1]["error_description"] == "count: is more than one user may lease, 1."
+    status, answer = lease(ann, "android", count=2)
+    assert (status, {each["name"] for each in answer["leases"]}) == (201, {"moto", "pixel-8"})

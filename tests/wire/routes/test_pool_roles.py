@@ -26,7 +26,7 @@ def settings() -> str:
 
 NO_TOKEN, INVALID = (401, "token_required"), (400, "invalid_request")
 NO_SCOPE, FORBIDDEN = (403, "insufficient_scope"), (403, "forbidden")
-UNKNOWN_POOL, UNKNOWN_MEMBER = (404, "unknown_pool"), (404, "unknown_member")
+UNKNOWN_POOL, UNKNOWN_MEMBER, UNKNOWN_REQUEST = (404, "unknown_pool"), (404, "unknown_member"), (404, "not_found")
 OK, CREATED, DONE = (200, None), (201, None), (204, None)
 
 Expected = tuple[int, str | None]
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 LEASE, TOKEN = "/{pool}/leases/{held}", "/{pool}/tokens/{held}"
-RESERVATION = "/{pool}/members/{name}/reservation"
+LINE = "/{pool}/requests"
 
 CASES = [
     Case("GET", "", OK, OK, OK, stranger=OK),
@@ -64,6 +64,11 @@ CASES = [
     Case("DELETE", LEASE, INVALID, INVALID, INVALID, {"reason": "stuck"}),
     Case("GET", TOKEN, OK, OK, OK),
     Case("DELETE", TOKEN, NO_SCOPE, NO_SCOPE, DONE),
+    Case("GET", LINE, OK, OK, OK),
+    Case("DELETE", f"{LINE}/{{request}}", UNKNOWN_REQUEST, DONE, UNKNOWN_REQUEST),
+    Case("DELETE", f"{LINE}/{{request}}?user=owner", NO_SCOPE, DONE, DONE),
+    Case("POST", "/{pool}/leases", CREATED, CREATED, CREATED, {"wait": 0}),
+    Case("POST", "/{pool}/leases", NO_SCOPE, NO_SCOPE, CREATED, {"wait": 0, "priority": 1}),
     Case("POST", "/lab/tokens", NO_SCOPE, NO_SCOPE, CREATED),
     Case("POST", "/phones/tokens", NO_SCOPE, NO_SCOPE, (409, "pool_full")),
     Case("PUT", "/phones/members/moto/reservation", NO_SCOPE, NO_SCOPE, OK, {"until": "1h", "for": "owner"}),
@@ -109,6 +114,13 @@ class Scene:
         assert answer.status == 201, answer
         return answer.json()["token"], answer.json()["fence"]
 
+    def wait(self, pool: str) -> str:
+        """Let `owner` wait for one token more than the pool has, and return the id of the request."""
+        while (answer := self.ask("owner", "POST", f"/{pool}/leases", {"wait": 0})).status == 201:
+            pass
+        assert answer.status == 202, answer
+        return str(answer.json()["request"])
+
     def tokens_of(self, pool: str, caller: str) -> list[dict[str, Any]]:
         return list(self.ask(caller, "GET", f"/{pool}").json()["tokens"])
 
@@ -142,13 +154,17 @@ def scene(connection: Connection) -> Scene:
 def test_each_caller_gets_the_answer_of_their_role(scene: Scene, case: Case, pool: str) -> None:
     for caller, expected in EXPECTED.items():
         held, fence = scene.lease(pool)
+        request = scene.wait(pool) if LINE in case.path else ""
         before = scene.tokens_of(pool, "manager")
         body = case.body and {key: fence if key == "fence" else value for key, value in case.body.items()}
-        answer = scene.ask(caller, case.method, case.path.format(pool=pool, held=held), body)
+        answer = scene.ask(caller, case.method, case.path.format(pool=pool, held=held, request=request), body)
         error = answer.json().get("error") if answer.body else None
         assert (answer.status, error) == expected(case), (caller, answer)
         if answer.status >= 400 or case.method == "GET":
             assert scene.tokens_of(pool, "manager") == before, caller
+        if request:
+            left = scene.ask("owner", "DELETE", f"/{pool}/requests/{request}").status
+            assert left == (404 if answer.status == 204 else 204), caller
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -165,6 +181,12 @@ def test_each_caller_sees_the_values_of_their_role(scene: Scene, pool: str) -> N
         assert (leased["user"], leased["holder"], leased["fence"]) == ("owner", "ci-7", fence), caller
         assert leased["lease_expiry_time"] - leased["leased_at"] == 60, caller
     listed = {caller: scene.ask(caller, "GET", "").json()["pools"] for caller in EXPECTED if caller != "nobody"}
+    request = scene.wait(pool)
+    for caller, sees in {"user": False, "owner": True, "manager": True}.items():
+        (waits,) = scene.ask(caller, "GET", f"/{pool}/requests").json()["requests"]
+        assert (waits["user"], waits["position"], waits["count"]) == ("owner", 1, 1), caller
+        assert (waits.get("request") == request) is sees, caller
+    assert scene.ask("owner", "DELETE", f"/{pool}/requests/{request}").status == 204
     usable = {caller for caller, pools in listed.items() if pools}
     assert usable == {"user", "owner", "manager", "manager who sends a token for use only"}
 

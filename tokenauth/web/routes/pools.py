@@ -264,7 +264,7 @@ class PoolRoutes:
             return _lease(pool, leased, self._pools.now(), 201)
         id = None if body.request is None else check_label(body.request, "request", MAX_ID)
         count = 1 if body.count is None else body.count
-        terms = LeaseTerms(holder, id, body.wait, count, body.priority, body.ttl, tuple(body.labels))
+        terms = LeaseTerms(holder, id, body.wait, count, body.priority, body.ttl, tuple(sorted({*body.labels})))
         answer = await self._pools.lease(pool, request.user, terms, request.disconnect_check)
         if isinstance(answer, Waits):
             # who was held asks again at once, which is to be held again
