@@ -7,6 +7,7 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from sqlalchemy import Float, Select, bindparam, select
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
-from tokenauth.line import Row, find_use, share_out
+from tokenauth.line import Row, find_use, new_request, share_out
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -345,6 +346,15 @@ class PoolStore:
             quotas = defaultdict(lambda: pool.per_user or 0)
             for username, held in await self._engine.read(pool_rows.HELD, values):
                 quotas[username] -= held
+        may_use = find_use(pool, now)
+        # Most often nobody can use what is free, and the line is long.
+        personal = quotas is not None or any(pool.reservation(token, now) for _, token in free)
+        kinds = await self._engine.read(request_rows.LABELS_BY_USER if personal else request_rows.LABELS, values)
+        one_each = (
+            new_request(pool, "".join(user), "", "", labels=tuple(json.loads(labels))) for labels, *user in kinds
+        )
+        if next(share_out(one_each, free, may_use, None if quotas is None else quotas.copy()), None) is None:
+            return False
         line: list[LeaseRequest] = []
         place: Mapping[str, object] = request_rows.START_OF_LINE
         more = True
@@ -354,7 +364,7 @@ class PoolStore:
             line += page
             more = len(page) == _PAGE
             place = {"turn": page[-1].turn, "number": page[-1].number} if more else {}
-        return any(request.key in keys for request, _ in share_out(line, free, find_use(pool, now), quotas))
+        return any(request.key in keys for request, _ in share_out(line, free, may_use, quotas))
 
     async def leave(
         self,

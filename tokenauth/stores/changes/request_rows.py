@@ -35,6 +35,8 @@ _of_place = tuple_(bindparam("turn", type_=Float()), bindparam("number", type_=B
 SOMEONE_WAITS = exists().where(*_waiting)
 LINE = select(*pool_request_columns).where(*_waiting, _place > _of_place).order_by(_turn, _number).limit(_limit)
 START_OF_LINE = {"turn": float("-inf"), "number": 0}
+LABELS = select(pool_requests.c.labels).where(*_waiting).distinct()
+LABELS_BY_USER = select(pool_requests.c.labels, pool_requests.c.username).where(*_waiting).distinct()
 COUNT = select(func.count()).select_from(pool_requests).where(*_waiting)
 PLACE = select(COUNT.where(_place <= _of_place).scalar_subquery(), COUNT.scalar_subquery())
 FIND = select(*pool_request_columns).where(
