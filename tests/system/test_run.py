@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,8 @@ def settings() -> str:
         [pools]
         permit = {{capacity = 1, prefill = true, lease_ttl = {TTL}}}
         long = {{capacity = 1, prefill = true, lease_ttl = 600}}
+        pair = {{capacity = 2, prefill = true, lease_ttl = 600}}
+        phones.members = [{{name = "pixel-8", labels = ["arm"]}}, {{name = "iphone-15", labels = ["arm", "ios"]}}]
         guarded = {{capacity = 1, prefill = true, scope = "nobody-has-this"}}
     """
 
@@ -50,7 +53,7 @@ def admin(server: Server) -> Iterator[PoolUser]:
     """Log in as the administrator, and make all tokens free."""
     with Connection(server.port) as connection:
         admin = PoolUser(connection)
-        for pool in ("permit", "long"):
+        for pool in ("permit", "long", "pair"):
             admin.empty(pool)
         yield admin
 
@@ -67,6 +70,13 @@ def wrap(tmp_path: Path, admin: PoolUser, network: Proxy) -> Iterator[Wrapper]:
     """Return what starts `tokenauth run`, which connects through the network."""
     with wrapping(tmp_path, f"http://127.0.0.1:{network.port}") as wrapper:
         yield wrapper
+
+
+def waiting(admin: PoolUser) -> list[dict[str, Any]]:
+    """Return the requests that wait for the long lease."""
+    status, document = admin.call("GET", "/long/requests")
+    assert status == 200, document
+    return list(document["requests"])
 
 
 def is_leased(admin: PoolUser, pool: str) -> bool:
@@ -97,6 +107,12 @@ def test_the_command_gets_the_lease_but_no_login(wrap: Wrapper, admin: PoolUser)
     assert (lease["user"], lease["holder"]) == ("ann", "ci-7")
 
 
+def test_labels_choose_the_member(wrap: Wrapper) -> None:
+    run = wrap("--pool", "phones", "--label", "arm", "--label", "ios", "sh", "-c", "echo $TOKENAUTH_LEASE_MEMBER")
+    assert run.wait() == 0
+    assert run.out == "iphone-15\n"
+
+
 @pytest.mark.parametrize(
     ("command", "status"),
     [
@@ -125,13 +141,21 @@ def test_no_free_token_exits_with_75(wrap: Wrapper, admin: PoolUser) -> None:
     admin.assign("long")
     run = wrap("--pool", "long", "true")
     assert run.wait() == 75
-    assert run.err == "Error: No token of the pool long was free in time.\n"
+    assert run.err == "Error: Could not get a token of the pool long in time.\n"
+
+
+def test_a_wait_that_is_too_short_exits_with_75(wrap: Wrapper, admin: PoolUser) -> None:
+    admin.assign("long")
+    run = wrap("--pool", "long", "--wait", "0.5s", "touch", "ran")
+    assert run.wait() == 75
+    assert waiting(admin) == []
+    assert not (run.directory / "ran").exists()
 
 
 def test_a_server_that_is_away_exits_with_69(wrap: Wrapper) -> None:
     run = wrap("--pool", "long", "--wait", "1m", "true", url=f"http://127.0.0.1:{free_port()}")
     assert run.wait() == 69
-    assert "tokenauth is unreachable" in run.err
+    assert run.err.startswith("Error: The server at http://127.0.0.1:")
 
 
 @pytest.mark.parametrize(
@@ -200,26 +224,37 @@ def test_signals_are_passed_on_to_the_command(wrap: Wrapper, admin: PoolUser, nu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_wait_for_a_token(
-    wrap: Wrapper, admin: PoolUser, network: Proxy, number: signal.Signals
-) -> None:
-    before = admin.assign("long")
+def test_a_signal_ends_the_wait_and_leaves_the_line(wrap: Wrapper, admin: PoolUser, number: signal.Signals) -> None:
+    admin.assign("long")
     run = wrap("--pool", "long", "--wait", "10m", "touch", "ran")
-    until(lambda: bool(network.connections), "it asks for a token")
+    until(lambda: bool(waiting(admin)), "it waits")
     run.signal(number)
     assert run.wait() == 128 + number
-    admin.release("long", before.token)
-    assert admin.counts("long") == (1, 0)
+    assert waiting(admin) == []
     assert not (run.directory / "ran").exists()
 
 
-def test_a_waiting_command_starts_when_a_token_is_free(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
+def test_a_command_waits_for_its_turn(wrap: Wrapper, admin: PoolUser) -> None:
     before = admin.assign("long")
-    run = wrap("--pool", "long", "--wait", "10m", *SLEEP)
-    until(lambda: bool(network.connections), "it asks for a token")
+    run = wrap("--pool", "long", "--wait", "10m", "--holder", "ci-7", *SLEEP)
+    until(lambda: "Waiting" in run.err, "it waits")
+    assert run.err == "Waiting for a token of the pool long: place 1 of 1.\n"
+    assert [request["holder"] for request in waiting(admin)] == ["ci-7"]
     admin.release("long", before.token)
     run.command()
     assert admin.members("long")[0]["fence"] == before.fence + 1
+
+
+def test_several_tokens_are_lists_of_words(wrap: Wrapper, admin: PoolUser) -> None:
+    script = 'for token in $TOKENAUTH_LEASE_TOKEN; do echo "$token"; done; echo "$TOKENAUTH_LEASE_FENCE"; sleep 1000'
+    run = wrap("--pool", "pair", "--count", "2", "--ttl", "90", "sh", "-c", script)
+    until(lambda: run.out.count("\n") == 3, "it has written all lines")
+    *tokens, fences = run.out.splitlines()
+    leased = {lease["token"]: lease["fence"] for lease in admin.members("pair")}
+    assert leased == dict(zip(tokens, map(int, fences.split()), strict=True))
+    run.signal(signal.SIGTERM)
+    run.wait()
+    assert admin.counts("pair") == (2, 0)
 
 
 def test_a_lost_network_kills_before_anyone_gets_the_token(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
@@ -385,6 +420,15 @@ def test_a_command_in_a_pipeline_leaves_others_the_terminal(tmp_path: Path, serv
         terminal.type("$run -- sh -c 'read line; echo line=$line' | cat")
         terminal.type("again")
         terminal.expect("line=again")
+
+
+def test_a_terminal_shows_the_place_in_one_line(tmp_path: Path, server: Server, admin: PoolUser) -> None:
+    before = admin.assign("long")
+    with shell(tmp_path, server.url) as terminal:
+        terminal.type("$run --wait 10m -- echo go")
+        terminal.expect("\r\x1b[KWaiting for a token of the pool long: place 1 of 1.")
+        admin.release("long", before.token)
+        terminal.expect("\r\x1b[Kgo")
 
 
 def test_the_terminal_is_given_back_to_a_script(tmp_path: Path, server: Server, admin: PoolUser) -> None:

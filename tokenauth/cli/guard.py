@@ -83,6 +83,9 @@ class Command:
         self._send("start", dict(environment), lease_end, kill_after)
         try:
             return await self._follow(reader)
+        except BaseException:
+            self.signal(signal.SIGKILL)  # the caller is about to release the lease
+            raise
         finally:
             self._terminal.take_back(self._group)
             self._writer.close()

@@ -1,6 +1,7 @@
 """The command `tokenauth run`: lease a token, run another command while the lease is kept alive, release the token."""
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ _LEASE_LOST = 76
 _LOGIN = ("TOKENAUTH_TOKEN", "TOKENAUTH_USERNAME", "TOKENAUTH_PASSWORD")
 _STATUSES: dict[type[errors.Refusal], int] = {
     errors.NoFreeToken: os.EX_TEMPFAIL,
+    errors.PlaceLost: os.EX_TEMPFAIL,
+    errors.TooManyPlaces: os.EX_TEMPFAIL,
     errors.LeaseLost: _LEASE_LOST,
     errors.Forbidden: os.EX_NOPERM,
     errors.InsufficientScope: os.EX_NOPERM,
@@ -31,6 +34,9 @@ _STATUSES: dict[type[errors.Refusal], int] = {
     errors.RetryLater: os.EX_UNAVAILABLE,
     errors.Refusal: os.EX_USAGE,
 }
+_SHOWN_EVERY = 60
+"""Seconds between two lines about the place in the line, where there is no terminal."""
+
 _STOPPING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _FORWARDED = (*_STOPPING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
@@ -64,7 +70,13 @@ class _Duration(click.ParamType[float]):
 )
 @click.option("--url", metavar="URL", envvar="TOKENAUTH_URL", required=True, help="Default: $TOKENAUTH_URL.")
 @click.option("--pool", metavar="NAME", required=True, help="The pool to lease from.")
-@click.option("--wait", metavar="DURATION", type=_Duration(), default=0.0, help="How long to wait for a free token.")
+@click.option("--wait", metavar="DURATION", type=_Duration(), default=0.0, help="How long to wait in line. Default: 0.")
+@click.option("--count", metavar="N", type=click.IntRange(1, 100), default=1, help="Lease N tokens, all or none.")
+@click.option("--label", "labels", metavar="LABEL", multiple=True, help="Only members with this label. Repeat for all.")
+@click.option(
+    "--priority", metavar="N", type=click.IntRange(-100, 100), default=0, help="Place in the line. Default: 0."
+)
+@click.option("--ttl", metavar="DURATION", type=_Duration(), help="Length of the lease. Default and most: the pool's.")
 @click.option("--holder", metavar="TEXT", help="What others see as the holder of the lease. Default: the user.")
 @click.option(
     "--kill-after",
@@ -80,9 +92,7 @@ class _Duration(click.ParamType[float]):
     help="What to do if the lease cannot be kept: end the command before it is over (kill), or say so (warn).",
 )
 @click.argument("command", nargs=-1, required=True, metavar="[--] COMMAND [ARGUMENT]...")
-def run(
-    url: str, pool: str, wait: float, holder: str | None, kill_after: float, on_lost: str, command: tuple[str, ...]
-) -> None:
+def run(url: str, kill_after: float, on_lost: str, command: tuple[str, ...], **terms: Any) -> None:
     """Run COMMAND while a token of a pool is leased.
 
     A client of the server at --url: it needs no configuration file. It logs in with a named token in $TOKENAUTH_TOKEN,
@@ -99,7 +109,7 @@ def run(
     kill = on_lost == "kill"
     running = Command(command, Terminal(), kill=kill)
     client = _connect(url, login)
-    status, problem = _Run(pool, holder, wait, kill_after, running, kill=kill).run(client)
+    status, problem = _Run(url, terms, kill_after, running, kill=kill).run(client)
     if problem:
         _complain(problem)
     os._exit(status)  # at once, also if a thread waits for the address of the server
@@ -146,15 +156,43 @@ def _complain(problem: str) -> None:
         click.echo(printable(f"Error: {problem}"), err=True)
 
 
+class _Progress:
+    """Shows the place in the line: in one line on a terminal, else in a line for each change, at most every minute."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._terminal = sys.stderr.isatty()
+        self._shown = ""
+        self._next_at = -math.inf
+
+    def show(self, position: int, waiting: int) -> None:
+        text = f"Waiting for {self._what}: place {position} of {waiting}."
+        if self._terminal:
+            self._write(f"\r\x1b[K{text}")
+        elif text != self._shown and boottime() >= self._next_at:
+            self._next_at = boottime() + _SHOWN_EVERY
+            self._write(f"{text}\n")
+        self._shown = text
+
+    def clear(self) -> None:
+        if self._terminal and self._shown:
+            self._shown = ""
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
+            click.echo(text, err=True, nl=False)
+
+
 class _Run:
     """One run of a command."""
 
-    def __init__(
-        self, pool: str, holder: str | None, wait: float, kill_after: float, command: Command, *, kill: bool
-    ) -> None:
-        self._pool = pool
-        self._holder = holder
-        self._wait = wait
+    def __init__(self, url: str, terms: dict[str, Any], kill_after: float, command: Command, *, kill: bool) -> None:
+        count, pool = terms["count"], terms["pool"]
+        self._what = f"{'a token' if count == 1 else f'{count} tokens'} of the pool {printable(pool)}"
+        self._progress = _Progress(self._what)
+        self._url = url
+        self._terms = terms
         self._kill_after = kill_after
         self._command = command
         self._kills = kill
@@ -168,10 +206,17 @@ class _Run:
         try:
             return asyncio.Runner().run(self._main(pools))
         except errors.NoFreeToken:
-            return os.EX_TEMPFAIL, f"No token of the pool {self._pool} was free in time."
+            return os.EX_TEMPFAIL, f"Could not get {self._what} in time."
+        except errors.IssuerUnavailable:
+            return (
+                os.EX_UNAVAILABLE,
+                f"The server at {self._url} cannot be reached, or does not answer as tokenauth does.",
+            )
         except errors.Refusal as error:
             kind = next(kind for kind in type(error).__mro__ if kind in _STATUSES)
             return _STATUSES[kind], str(error)
+        finally:
+            self._progress.clear()
 
     async def _main(self, pools: "AsyncPoolClient") -> tuple[int, str]:
         self._main_task = asyncio.current_task()
@@ -179,7 +224,7 @@ class _Run:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._take_signal, number)
         try:
-            async with pools, pools.lease(self._pool, holder=self._holder, wait=self._wait) as lease:
+            async with pools, pools.lease(**self._terms, on_wait=self._progress.show) as lease:
                 ended = await self._run_command(lease)
         except asyncio.CancelledError:
             if self._signal is None:
@@ -195,11 +240,12 @@ class _Run:
 
     async def _run_command(self, lease: "AsyncLease") -> Ended:
         """Run the command. Return when it has ended."""
+        self._progress.clear()
         environment = {
-            "TOKENAUTH_LEASE_TOKEN": lease.token,
-            "TOKENAUTH_LEASE_FENCE": str(lease.fence),
-            "TOKENAUTH_LEASE_POOL": self._pool,
-            "TOKENAUTH_LEASE_MEMBER": "",
+            "TOKENAUTH_LEASE_POOL": self._terms["pool"],
+            "TOKENAUTH_LEASE_TOKEN": " ".join(grant.token for grant in lease.grants),
+            "TOKENAUTH_LEASE_FENCE": " ".join(str(grant.fence) for grant in lease.grants),
+            "TOKENAUTH_LEASE_MEMBER": " ".join(grant.name or "" for grant in lease.grants).strip(),
         }
         kill_after = min(self._kill_after, lease.ttl / 3)
         self._started = True

@@ -8,20 +8,21 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Literal
 
 import httpx
 
 from tokenauth import errors
 from tokenauth.client import redaction
-from tokenauth.client.lease import ClientLease, RequestArguments
+from tokenauth.client.lease import ClientLease, RequestArguments, Terms
 from tokenauth.clock import Clock, boottime
 
 redaction.install()
 
 SyncLease = ClientLease[threading.Event]
 AsyncLease = ClientLease[asyncio.Event]
+OnWait = Callable[[int, int], object]
 
 
 class _ExpiringEvent:
@@ -87,7 +88,19 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         self._http.close()
 
     @contextlib.contextmanager
-    def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> Iterator[SyncLease]:
+    def lease(
+        self,
+        pool: str,
+        *,
+        holder: str | None = None,
+        wait: float = 0,
+        request: str | None = None,
+        count: int = 1,
+        labels: Sequence[str] = (),
+        priority: int = 0,
+        ttl: float | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Iterator[SyncLease]:
         """Hold a lease for the body of a `with` statement, and release it at the end.
 
         The lease is kept alive during the body. If that fails for too long, `lost` of the lease is set, but the body
@@ -97,31 +110,65 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
 
         * **pool** - The name of the pool.
         * **holder** - The name of the holder, shown in listings; by default, the name of the user.
-        * **wait** - Seconds for which to try again while no token is free.
+        * **wait** - Seconds for which to wait in line if no token is free.
+        * **request** - Your own name for this request. With the same name, a program that was restarted keeps its
+        place, or gets the lease that it has. By default a random one, which leaves the line when the wait is over.
+        * **count** - Lease so many tokens, all or none. `grants` of the lease has them.
+        * **labels** - Labels that each token must have, all of them.
+        * **priority** - One point counts as a minute of waiting. More than 0 needs the pool's `manage_scope`.
+        * **ttl** - Seconds from a keep-alive to the end of the lease, at most the pool's `lease_ttl`.
+        * **on_wait** - Called with the position in the line (1 is the next) and the number of requests in it: at once
+        if it must wait, then every few seconds.
 
         Raises `NoFreeToken`, `UnknownPool`, `InsufficientScope`, `InvalidToken`, `InvalidRequest` or
         `IssuerUnavailable` of `tokenauth.errors`, and what `auth` raises.
         """
-        lease = SyncLease(pool, holder, wait, self._timeout, self._monotonic, _LostEvent)
+        terms = Terms(pool, holder, wait, request, count, labels, priority, ttl, on_wait)
+        lease = SyncLease(terms, self._timeout, self._monotonic, _LostEvent)
         try:
-            while (pause := lease._acquired(self._http.request(**lease._acquire_request()))) is not None:
+            while (pause := self._ask(lease)) is not None:
                 time.sleep(pause)
-        except httpx.HTTPError as error:
-            raise errors.IssuerUnavailable from error
+        except BaseException:  # KeyboardInterrupt, too
+            self._give_up(lease)
+            raise
         keeper = threading.Thread(target=self._keep_alive, args=(lease,), name="lease-keeper", daemon=True)
         keeper.start()
         try:
             lease.check()
             yield lease
         finally:
-            self._try(lease._release_request())
+            self._release(lease)
             keeper.join(self._timeout)
 
+    def _ask(self, lease: SyncLease) -> float | None:
+        """Ask for the lease. Return None if it was granted, else the seconds to wait before asking again."""
+        try:
+            response = self._http.request(**lease._acquire_request())
+        except (httpx.HTTPError, errors.IssuerUnavailable) as error:
+            return lease._not_answered(error)
+        return lease._acquired(response)
+
+    def _give_up(self, lease: SyncLease) -> None:
+        """Leave the line. Release what was granted meanwhile."""
+        left = self._try(lease._leave_request())
+        if left is not None and left.status_code != 204:
+            response = self._try(lease._recover_request())
+            with contextlib.suppress(errors.Refusal):
+                if response is not None and lease._acquired(response) is None:
+                    self._release(lease)
+
     def _keep_alive(self, lease: SyncLease) -> None:
-        while not lease.lost.wait(lease._sleep_time(lease._keep_alive_at)):
+        while not lease.lost.wait(lease._sleep_time(lease._next.keep_alive_at)):
             if lease._keep_alive_due():
-                lease._kept_alive(self._try(lease._keep_alive_request()))
-        self._try(lease._release_request())  # a late keep-alive may have extended the lost lease on the server
+                held = lease._next
+                lease._kept_alive(held, self._try(lease._keep_alive_request(held)))
+        if lease._monotonic() >= lease.ends_at:
+            self._release(lease)  # a late keep-alive may have extended the lost lease on the server
+
+    def _release(self, lease: SyncLease) -> None:
+        for arguments in lease._release_requests():
+            if self._try(arguments) is None:
+                break
 
     def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
         with contextlib.suppress(Exception):  # any failure of the network or of `auth`: the lease ends by itself
@@ -148,69 +195,106 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
     def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout, **options)
         self._timeout, self._monotonic = timeout, monotonic
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._working: set[asyncio.Task[None]] = set()
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
         """Wait until tokens that are being released are released, and close the connections."""
-        if self._releasing:
-            await asyncio.wait(self._releasing)
+        if self._working:
+            await asyncio.wait(self._working)
         await self._http.aclose()
 
     @contextlib.asynccontextmanager
-    async def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> AsyncIterator[AsyncLease]:
+    async def lease(
+        self,
+        pool: str,
+        *,
+        holder: str | None = None,
+        wait: float = 0,
+        request: str | None = None,
+        count: int = 1,
+        labels: Sequence[str] = (),
+        priority: int = 0,
+        ttl: float | None = None,
+        on_wait: OnWait | None = None,
+    ) -> AsyncIterator[AsyncLease]:
         """Hold a lease for the body of an `async with` statement, as `PoolClient.lease` does.
 
         It is released also when the task is cancelled.
         """
-        lease = AsyncLease(pool, holder, wait, self._timeout, self._monotonic, _AsyncLostEvent)
+        terms = Terms(pool, holder, wait, request, count, labels, priority, ttl, on_wait)
+        lease = AsyncLease(terms, self._timeout, self._monotonic, _AsyncLostEvent)
+        asking: asyncio.Task[httpx.Response] | None = None
         try:
-            while (pause := lease._acquired(await self._acquire(lease))) is not None:  # noqa: ASYNC110 - it waits for a server
+            pause: float | None = 0
+            while pause is not None:
                 await asyncio.sleep(pause)
-        except httpx.HTTPError as error:
-            raise errors.IssuerUnavailable from error
+                asking = asyncio.create_task(self._http.request(**lease._acquire_request()))
+                pause = await self._answer(lease, asking)
+                asking = None
+        except BaseException:
+            self._start(self._give_up(lease, asking))
+            raise
         keeper = asyncio.create_task(self._keep_alive(lease))
         try:
             lease.check()
             yield lease
         finally:
-            await asyncio.shield(self._start(self._release(lease, keeper)))
+            await asyncio.shield(self._start(self._end(lease, keeper)))
 
-    async def _acquire(self, lease: AsyncLease) -> httpx.Response:
-        """Request a token. If this is cancelled, the token that may still be granted is released."""
-        request = asyncio.create_task(self._http.request(**lease._acquire_request()))
+    async def _answer(self, lease: AsyncLease, asking: "asyncio.Task[httpx.Response]") -> float | None:
+        """Return None if the lease was granted, else the seconds to wait before asking again."""
         try:
-            return await asyncio.shield(request)
-        except asyncio.CancelledError:
-            self._start(self._release_unused(lease, request))
-            raise
+            response = await asyncio.shield(asking)
+        except (httpx.HTTPError, errors.IssuerUnavailable) as error:
+            return lease._not_answered(error)
+        return lease._acquired(response)
 
-    async def _release_unused(self, lease: AsyncLease, request: "asyncio.Task[httpx.Response]") -> None:
-        with contextlib.suppress(Exception):
-            if lease._acquired(await request) is None:
-                await self._try(lease._release_request())
+    async def _give_up(self, lease: AsyncLease, asking: "asyncio.Task[httpx.Response] | None") -> None:
+        """Leave the line. Release what was granted meanwhile."""
+        left = await self._try(lease._leave_request())
+        gone = left is not None and left.status_code == 204
+        response = None
+        if asking is not None and gone:
+            asking.cancel()
+        elif asking is not None:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(self._timeout):
+                    response = await asking
+        if response is None and left is not None and not gone:
+            response = await self._try(lease._recover_request())
+        with contextlib.suppress(errors.Refusal):
+            if response is not None and lease._acquired(response) is None:
+                await self._release(lease)
 
-    def _start(self, release: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Start a task that `aclose` waits for."""
-        task = asyncio.create_task(release)
-        self._releasing.add(task)
-        task.add_done_callback(self._releasing.discard)
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
         return task
 
     async def _keep_alive(self, lease: AsyncLease) -> None:
         while not lease.lost.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(lease._sleep_time(lease._keep_alive_at)):
+                async with asyncio.timeout(lease._sleep_time(lease._next.keep_alive_at)):
                     await lease.lost.wait()
             if lease._keep_alive_due():
-                lease._kept_alive(await self._try(lease._keep_alive_request()))
-        await self._try(lease._release_request())
+                held = lease._next
+                lease._kept_alive(held, await self._try(lease._keep_alive_request(held)))
+        if lease._monotonic() >= lease.ends_at:
+            await self._release(lease)
 
-    async def _release(self, lease: AsyncLease, keeper: asyncio.Task[None]) -> None:
-        await self._try(lease._release_request())
+    async def _end(self, lease: AsyncLease, keeper: asyncio.Task[None]) -> None:
+        await self._release(lease)
         await asyncio.wait([keeper])
+
+    async def _release(self, lease: AsyncLease) -> None:
+        for arguments in lease._release_requests():
+            if await self._try(arguments) is None:
+                break
 
     async def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
         with contextlib.suppress(Exception):

@@ -8,6 +8,7 @@ from anyio import move_on_after
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from tests.support.servers import NO_TLS
+from tokenauth.client.lease import Grant
 from tokenauth.client.pools import AsyncLease, AsyncPoolClient, PoolClient
 
 KINDS = ["threads", "asyncio"]
@@ -38,6 +39,16 @@ class Held(Protocol):
     token: str
     holder: str
     fence: int
+    name: str | None
+    labels: tuple[str, ...]
+
+    @property
+    def ends_at(self) -> float:
+        """When it ends, by the client's clock."""
+
+    @property
+    def grants(self) -> tuple[Grant, ...]:
+        """All tokens."""
 
     @property
     def lost(self) -> Lost:
@@ -48,8 +59,9 @@ class Held(Protocol):
 
 
 class Client(Protocol):
-    def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> AbstractContextManager[Held]:
-        """Hold a token."""
+    @property
+    def lease(self) -> Callable[..., AbstractContextManager[Held]]:
+        """Hold a token. The arguments are those of `PoolClient.lease`."""
 
 
 Connect = Callable[..., Client]
@@ -81,9 +93,9 @@ class _Client:
         self._client = client
 
     @contextmanager
-    def lease(self, pool: str, *, holder: str | None = None, wait: float = 0) -> Iterator[Held]:
+    def lease(self, pool: str, **options: Any) -> Iterator[Held]:
         """Hold a token."""
-        held = self._client.lease(pool, holder=holder, wait=wait)
+        held = self._client.lease(pool, **options)
         with self._portal.wrap_async_context_manager(held) as lease:
             yield _Held(self._portal, lease)
 
@@ -92,12 +104,18 @@ class _Held:
     """A lease of an AsyncPoolClient, used from outside its event loop. It is also its own `lost`."""
 
     def __init__(self, portal: BlockingPortal, lease: AsyncLease) -> None:
-        self.token, self.holder, self.fence = lease.token, lease.holder, lease.fence
+        self.token, self.holder, self.fence, self.grants = lease.token, lease.holder, lease.fence, lease.grants
+        self.name, self.labels = lease.name, lease.labels
         self._portal = portal
         self._lease = lease
 
     def __repr__(self) -> str:
         return repr(self._lease)
+
+    @property
+    def ends_at(self) -> float:
+        """When it ends, by the client's clock."""
+        return self._lease.ends_at
 
     @property
     def lost(self) -> Lost:

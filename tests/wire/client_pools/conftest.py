@@ -23,6 +23,11 @@ def settings() -> str:
         [pools]
         permit = {{capacity = 1, prefill = true, lease_ttl = {TTL}}}
         permits = {{capacity = {MANY}, prefill = true, lease_ttl = {TTL}}}
+        capped = {{capacity = 1, prefill = true, lease_ttl = {TTL}, lease_max = {2 * TTL}}}
+        phones.members = [
+            {{name = "pixel-8", labels = ["android", "arm"]}},
+            {{name = "iphone-15", labels = ["ios", "arm"]}},
+        ]
         long = {{capacity = 1, prefill = true, lease_ttl = 30}}
         guarded = {{capacity = 1, prefill = true, scope = "write"}}
     """

@@ -42,6 +42,13 @@ class Proxy:
         """Send the responses that were held back."""
         self._open.set()
 
+    def drop(self) -> None:
+        """Close all connections. The responses that were held back are lost."""
+        connections, self._sockets[1:] = self._sockets[1:], []
+        for one in connections:
+            _close(one)
+        self._open.set()
+
     def replace(self, answer: bytes) -> None:
         """Answer each request with this, and close the connection. The server receives nothing."""
         self.replaced = 0

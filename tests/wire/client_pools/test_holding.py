@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server
-from tests.wire.client_pools.clients import Client, Connect, Watch
+from tests.wire.client_pools.clients import Client, Connect
 from tests.wire.client_pools.conftest import MANY, TTL
 from tests.wire.client_pools.proxy import Proxy
 from tokenauth import errors
@@ -102,37 +101,6 @@ def test_many_leases_are_held_at_once(client: Client, admin: PoolUser, clock: Ha
         pass_time(TTL / 3)
         until(lambda: lease_ends(admin, "permits") == [clock() + TTL] * MANY, "all leases run from now")
     assert admin.counts("permits") == (MANY, 0)
-
-
-def test_a_client_waits_until_a_token_is_released(client: Client, admin: PoolUser, proxy: Proxy) -> None:
-    def hold() -> int:
-        with client.lease("permit", wait=60) as lease:
-            return lease.fence
-
-    before = admin.assign("permit")
-    proxy.hold()
-    with ThreadPoolExecutor(1) as threads:
-        fence = threads.submit(hold)
-        proxy.wait_for_response()
-        admin.release("permit", before.token)
-        proxy.resume()
-        assert fence.result() == before.fence + 1
-
-
-def test_a_client_waits_no_longer_than_its_limit(client: Client, admin: PoolUser, proxy: Proxy, watch: Watch) -> None:
-    def hold() -> None:
-        with client.lease("permit", wait=60):
-            raise AssertionError("there was no token")
-
-    admin.assign("permit")
-    proxy.hold()
-    with ThreadPoolExecutor(1) as threads:
-        held = threads.submit(hold)
-        proxy.wait_for_response()
-        watch.advance(60)
-        proxy.resume()
-        with pytest.raises(errors.NoFreeToken):
-            held.result()
 
 
 def test_a_refusal_says_when_the_next_lease_ends(client: Client, admin: PoolUser, clock: HandClock) -> None:
