@@ -64,8 +64,8 @@ MISTAKES = {
     '[pools."v1.2"]\nlease_ttl = "soon"': 'pools."v1.2".lease_ttl: ' + DURATION + ", not 'soon'",
     '[pools."a\\"]\\n[b"]\ncapacity = -1': 'pools."a\\"]\\n[b".capacity: ' + CAPACITY + ", not -1",
     '[pools."[...]"]\ncapacity = []': 'pools."[...]".capacity: ' + CAPACITY + ", not an array",
-    "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, prefill, scope, "
-    "manage_scope",
+    "[pools.a.b]": "pools.a.b: there is no such key; known are capacity, token_ttl, lease_ttl, lease_max, "
+    "reclaim_delay, per_user, prefill, scope, manage_scope, log_leases, members",
     "[pools]\na = 1": "pools.a: must be a table, not an integer",
     "[[pools]]": "pools: must be a table, not an array: write [pools.NAME], with one pair of brackets",
     "[pool.a]": "pool: there is no such key; did you mean pools?",

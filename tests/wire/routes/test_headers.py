@@ -10,6 +10,7 @@ from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 
 ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 METHODS = ["GET", "HEAD", "POST", "DELETE", "OPTIONS", "TRACE"]
+NATIVE = ("/api/", "/oauth/", "/.well-known/", "/healthz", "/readyz", "/openapi.json", "/nothing", "/auth")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,17 @@ def test_pipelined_answers_are_framed_correctly(server: Server) -> None:
 
 
 def test_every_document_ends_with_a_line_break(client: httpx.Client, paths: list[str]) -> None:
-    """Otherwise a shell's prompt follows on the line on which curl prints it."""
+    """Otherwise a shell's prompt follows on the line on which curl prints it.
+
+    Dialects send what their original sends.
+    """
     token = log_in(client)
-    answers = [client.request(method, path, headers={"X-Token": token}) for path in paths for method in METHODS]
+    answers = [
+        client.request(method, path, headers={"X-Token": token})
+        for path in paths
+        if path.startswith(NATIVE)
+        for method in METHODS
+    ]
     documents = [answer for answer in answers if answer.headers.get("content-type") == "application/json"]
     assert len(documents) > 100
     assert [
