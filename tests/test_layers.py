@@ -11,10 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "file_descriptors", "user_agents"},
+    {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "metrics", "file_descriptors"}
+    | {"user_agents"},
     {"stores", "passwords", "login_queue", "executor", "settings"},
     {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
-    {"service", "sweeper"},
+    {"service", "sweeper", "gauges"},
     {"web"},
     {"web.routes", "web.dialects"},
     {"web.app", "web.api_documentation"},
@@ -38,6 +39,7 @@ HOMES = {
     "rich": {"cli"},
     "tomlkit": {"settings"},
     "structlog": {"logs"},
+    "prometheus_client": {"server"},
 }
 
 MODULES = {

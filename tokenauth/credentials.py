@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 from tokenauth.addresses import location, network
 from tokenauth.clock import Clock
-from tokenauth.errors import InvalidCredentials, InvalidRequest, Overloaded, RetryLater
+from tokenauth.errors import (
+    ClientGone,
+    InvalidCredentials,
+    InvalidRequest,
+    Overloaded,
+    Refusal,
+    RetryLater,
+    StoreUnavailable,
+    TooManyAttempts,
+)
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import Instant, User
@@ -22,6 +31,8 @@ CACHE_SECONDS = 60.0
 """Seconds for which `verify_cached` accepts a password without hashing it again."""
 
 _CACHE_SIZE = 10_000
+
+_REFUSALS = (InvalidCredentials, TooManyAttempts, Overloaded, ClientGone, StoreUnavailable)
 
 
 class Candidate(NamedTuple):
@@ -59,6 +70,8 @@ class Credentials:
         self._passwords = passwords
         self._throttle = throttle
         self._clock = clock
+        self.results = dict.fromkeys(("ok", *(refusal.code for refusal in _REFUSALS)), 0)
+        """Logins by result: "ok", which is counted where a token is issued, or the code of a refusal."""
         self._key = secrets.token_bytes(32)
         self._cache: dict[tuple[str, str], _Cached] = {}
         self._checks: dict[tuple[object, ...], _SharedCheck] = {}
@@ -112,6 +125,7 @@ class Credentials:
             try:
                 permit = await self._throttle.permit_comparison(name, address)
             except RetryLater as refusal:
+                self.count(refusal)
                 log.warning("login_refused", user=name, network=network(address), reason=refusal.code)
                 raise
             if permit is None:
@@ -146,15 +160,24 @@ class Credentials:
                 )
                 attempt.username = user.username
                 return user, password
-        except InvalidCredentials:
+        except InvalidCredentials as refusal:
+            self.count(refusal)
             log.warning("login_failed", user=shown, network=network(address))
             raise
         except CannotHash as error:
             log.error("login_not_checked", user=shown, network=network(address), cost=str(error))
-            raise Overloaded("The server cannot check a password now. Try again shortly.") from None
+            overloaded = Overloaded("The server cannot check a password now. Try again shortly.")
+            self.count(overloaded)
+            raise overloaded from None
         except RetryLater as refusal:
+            self.count(refusal)
             log.warning("login_refused", user=shown, network=network(address), reason=refusal.code)
             raise
+
+    def count(self, refusal: Refusal | None = None) -> None:
+        """Count a login: with a refusal a refused one, else one that got its token."""
+        result = "ok" if refusal is None else refusal.code
+        self.results[result] = self.results.get(result, 0) + 1
 
     def _fingerprint(self, user: User, password: str) -> bytes:
         # With the credential: a changed password hash makes the cached fingerprint worthless.

@@ -162,6 +162,11 @@ class LoginQueue:
         self._known_in_a_row = 0
         self._delayed = 0
 
+    @property
+    def size(self) -> int:
+        """The number of logins that wait."""
+        return sum(waiting.size for waiting in self._waiting.values())
+
     async def enter(self, turn: Turn) -> bool:
         """Wait for the turn; return whether it had to wait. Raises Overloaded or ClientGone."""
         waiting = self._waiting[turn.known]

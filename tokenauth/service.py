@@ -12,6 +12,7 @@ from tokenauth.credentials import Credentials
 from tokenauth.errors import RetryLater
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
+from tokenauth.metrics import Metrics
 from tokenauth.models import Instant, ServedDatabase, User
 from tokenauth.named_tokens import NamedTokens
 from tokenauth.passwords import Passwords
@@ -36,6 +37,7 @@ class Service(NamedTuple):
     tokens: Tokens
     named_tokens: NamedTokens
     pools: Pools
+    metrics: Metrics
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -109,6 +111,5 @@ def create_service(
     tokens = Tokens(settings.tokens, users, store, credentials, monotonic_clock)
     named_tokens = NamedTokens(settings.tokens, users, store, tokens, monotonic_clock)
     pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
-    return Service(
-        settings, users, monotonic_clock, store, passwords, throttle, credentials, tokens, named_tokens, pools
-    )
+    parts = store, passwords, throttle, credentials, tokens, named_tokens, pools
+    return Service(settings, users, monotonic_clock, *parts, Metrics())

@@ -131,6 +131,8 @@ class Throttle:
         self._store = store
         self._clock = clock
         self._queue = queue
+        self.refusals = 0
+        """Attempts that were refused because of earlier failures."""
         self._permits: dict[bytes, Instant] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
@@ -207,6 +209,11 @@ class Throttle:
         """Report that the secret matched: the next one may be compared too."""
         self._permits[_keys(name, address).location_streak] = permit
 
+    @property
+    def queued(self) -> int:
+        """The number of logins that wait for a hashing thread."""
+        return self._queue.size
+
     async def close(self) -> None:
         """Wait for pending writes."""
         await asyncio.gather(*self._writing)
@@ -238,6 +245,7 @@ class Throttle:
         waits = [self._wait_time(state, all_strangers, found, now) for state in states]
         relevant = [wait for state, wait in zip(states, waits, strict=True) if all_strangers or state.known]
         if max(relevant) > 0:
+            self.refusals += 1
             raise TooManyAttempts(retry_after=math.ceil(max(relevant)))
         # Other names that would still have to wait are not tried.
         states = [state for state, wait in zip(states, waits, strict=True) if wait <= 0]

@@ -102,8 +102,10 @@ class Tokens:
             )
             await self._store.tokens.issue(token, self._settings.per_user, now)
         except RetryLater as refusal:
+            self._credentials.count(refusal)
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
+        self._credentials.count()
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
         return IssuedToken(value, token)
 

@@ -267,3 +267,14 @@ async def test_a_purged_token_is_gone_or_at_least_expired(place: Place, other: P
         assert await each.tokens.get(token().digest) in {None, token(life=10)}
         assert await each.tokens.find(token().id) is None
         assert await each.tokens.revoke(token().digest, START + 10) is False
+
+
+async def test_tokens_are_counted_by_when_they_expire(tokens: TokenStore) -> None:
+    assert await tokens.last_expiry() == 0
+    for number, life in enumerate((1, 2, 2, 3, 100)):
+        await tokens.issue(token(number, life=life), 0, START)
+    assert await tokens.last_expiry() == START + 100
+    assert await tokens.count_expiring(START + 2, START + 3, 10) == 2
+    assert await tokens.count_expiring(START + 1, START + 100, 10) == 4
+    assert await tokens.count_expiring(START, START + 101, 3) == 3
+    assert await tokens.count_expiring(START + 101, START + 200, 3) == 0

@@ -26,6 +26,9 @@ class NoFeed:
     def is_current(self) -> bool:
         return True
 
+    def age(self) -> float:
+        return 0.0
+
     def drain(self) -> Collection[bytes]:
         return ()
 

@@ -18,6 +18,7 @@ from tokenauth.cli.main import main
 from tokenauth.cli.run import run
 from tokenauth.errors import ConfigError
 from tokenauth.logs import audit
+from tokenauth.metrics import FAMILIES
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import MemberSettings, Settings
@@ -115,6 +116,7 @@ def _keys_of(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
 
 
 SETTINGS = read("docs/configuration.md")
+METRICS = read("docs/metrics.md")
 TABLES = list(tables())
 
 
@@ -238,6 +240,17 @@ def test_each_log_event_has_a_row() -> None:
 def test_each_field_of_an_event_is_documented() -> None:
     documented = documented_events()
     assert {event: fields - documented[event] for event, fields in logged().items() if fields - documented[event]} == {}
+
+
+def test_each_metric_has_a_row() -> None:
+    documented = {name.strip("`"): (kind, re.findall(r"`(\w+)`", labels)) for name, kind, labels, _ in rows(METRICS)}
+    assert documented == {f"tokenauth_{one.name}": (one.kind, list(one.labels)) for one in FAMILIES}
+
+
+def test_alerts_name_only_metrics_that_exist() -> None:
+    named = set(re.findall(r"\btokenauth_\w+", section(METRICS, "## Five alerts")))
+    assert named
+    assert named <= {f"tokenauth_{one.name}" for one in FAMILIES}
 
 
 def test_each_promise_has_its_section_and_tests() -> None:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from tokenauth.metrics import Snapshot
 from tokenauth.models import ServedDatabase, User
 from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.settings.model import Settings
@@ -34,6 +35,8 @@ class Serve(NamedTuple):
     held: RevocationUpdate
     database: ServedDatabase | None = None
     """The database that earlier workers serve. The first ones may create it."""
+    counts_store: bool = False
+    """Whether this worker counts for metrics what is the same for all: live tokens and leases."""
 
 
 class ChangeUsers(NamedTuple):
@@ -64,6 +67,8 @@ class Report(msgspec.Struct, omit_defaults=True):
     revocations: RevocationUpdate | None = None
     database: str | None = None
     """The identity of the database that this worker serves."""
+    metrics: Snapshot | None = None
+    """What this worker has counted since its start."""
 
 
 def encode_order(order: Order) -> bytes:

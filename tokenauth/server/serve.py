@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from tokenauth import file_descriptors, logs
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
@@ -17,6 +19,7 @@ from tokenauth.server.greeting import greeting
 from tokenauth.server.listener import listen
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
 from tokenauth.server.terminal import Terminal
+from tokenauth.server.totals import Totals
 from tokenauth.settings import loader
 from tokenauth.settings.model import Settings
 
@@ -62,8 +65,14 @@ def serve(
     signals.catch(signal.SIGINT, signal.SIGTERM)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    totals = None
     try:
         listener = listen(settings.server)
+        if settings.metrics.listen:
+            from tokenauth.server.exporter import Exporter
+
+            totals = Totals(settings.server.workers)
+            log.info("metrics_listening", port=Exporter(settings.metrics, totals).port)
     except StartError as error:
         log.critical("start_failed", detail=str(error))
         return START_FAILED
@@ -71,7 +80,7 @@ def serve(
     log.info("listening", host=settings.server.host, port=port, workers=settings.server.workers, pid=os.getpid())
     try:
         reload = partial(_reload, path, file, settings, workers)
-        supervisor = Supervisor(path, settings, reload, listener, signals, terminal)
+        supervisor = Supervisor(path, settings, reload, listener, signals, terminal, totals)
         if logs.on_terminal():
             supervisor.greeting = greeting(settings, port, risks, *command)
     except OSError as error:
@@ -102,6 +111,9 @@ def _reload(path: Path, first: Settings, served: Settings, workers: int | None) 
     file = loader.load(path)
     if (file.server.host, file.server.port) != (first.server.host, first.server.port):
         log.warning("restart_needed", detail=f"{path}: server.host and server.port change only at a restart")
+    if file.metrics != served.metrics:
+        log.warning("restart_needed", detail=f"{path}: metrics.listen changes only at a restart")
+        file = replace(file, metrics=served.metrics)
     settings = loader.override(file, host=served.server.host, port=served.server.port, workers=workers)
     _check_risks(path, settings, _find_risks(path, settings))
     return settings

@@ -38,6 +38,7 @@ from tokenauth.server.channel import (
 )
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.terminal import Terminal
+from tokenauth.server.totals import Totals
 from tokenauth.settings.model import Settings
 
 START_FAILED = 3
@@ -249,10 +250,12 @@ class Supervisor:
         listener: socket.socket,
         signals: Signals,
         terminal: Terminal,
+        totals: Totals | None = None,
     ) -> None:
         """Serve `settings`, which were read from `path`, on the listener. At SIGHUP, call `reload` for new ones.
 
         But the SIGHUP that is sent because the terminal was closed ends it.
+        `totals` gets what the workers count, for metrics.
         `reload` raises ConfigError for settings that cannot be served. Raises OSError.
         """
         self.greeting = ""
@@ -264,6 +267,7 @@ class Supervisor:
         self._listener = listener
         self._signals = signals
         self._terminal = terminal
+        self._totals = totals
         self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
@@ -390,6 +394,8 @@ class Supervisor:
             if report.database is not None:
                 worker.database = report.database
                 self._note_database(worker)
+            if report.metrics is not None and self._totals is not None:
+                self._totals.update(worker.pid, report.metrics)
             if report.revocations is not None:
                 self._share(report.revocations, worker)
 
@@ -451,6 +457,8 @@ class Supervisor:
             code = worker.exit_code()
             if code is not None:
                 self._forget(worker)
+                if self._totals is not None:
+                    self._totals.end(worker.pid)
                 self._ended(worker, code)
 
     def _forget(self, worker: _Worker) -> None:
@@ -488,6 +496,8 @@ class Supervisor:
                     self._give_up(worker.reason(), worker.failure)
                 else:
                     delay = slot.vacate(served_seconds)
+                    if self._totals is not None:
+                        self._totals.crashes += 1
                     log.error("worker_replaced", exit_code=code, reason=worker.reason(), retry_in=delay)
 
     def _start_workers(self) -> None:
@@ -496,7 +506,9 @@ class Supervisor:
             if slot.due > time.monotonic():
                 continue
             try:
-                slot.worker = self._start_worker(slot in self._slots)
+                current = slot in self._slots
+                slots = self._slots if current or self._reload is None else self._reload.slots
+                slot.worker = self._start_worker(current, counts_store=slot is slots[0])
             except Exception as error:  # no descriptors, no memory, no interpreter: it may work later
                 reason = f"cannot start a worker: {logs.describe(error)}"
                 if not self._has_served:
@@ -504,14 +516,14 @@ class Supervisor:
                     return
                 log.error("worker_not_started", reason=reason, retry_in=slot.postpone(_MIN_DELAY))
 
-    def _start_worker(self, current: bool) -> _Worker:
+    def _start_worker(self, current: bool, counts_store: bool) -> _Worker:
         """Start a worker for the current configuration, or for the one that is being loaded."""
         settings = self._settings
         if self._reload is not None:
             users = self._reload.settings.users
             settings = replace(settings, users=users) if current else self._reload.settings
         order = encode_order(
-            Serve(self._path, settings, self._held.snapshot(), self._served_database(settings, current))
+            Serve(self._path, settings, self._held.snapshot(), self._served_database(settings, current), counts_store)
         )
         worker = _Worker(self._listener, self._log_fd)
         try:
@@ -598,6 +610,8 @@ class Supervisor:
             for slot in old:
                 if slot.worker is not None:
                     self._retire(slot.worker)
+            if self._totals is not None:
+                self._totals.configured = len(self._slots)
             users, pools = len(self._settings.users_by_name), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
             log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._slots), **held)

@@ -17,6 +17,7 @@ from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 
 from tokenauth import logs
 from tokenauth.errors import ConfigError, StartError
+from tokenauth.metrics import Snapshot
 from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.server.acceptor import CUT_OFF, AcceptingServer
 from tokenauth.server.channel import (
@@ -35,6 +36,7 @@ from tokenauth.settings import loader
 from tokenauth.settings.model import ServerSettings
 
 if TYPE_CHECKING:
+    from tokenauth.gauges import Gauges
     from tokenauth.service import Service
 
 KEEP_ALIVE = 75
@@ -44,7 +46,9 @@ _RETRY = 0.01
 """Seconds between two attempts to send the last reports of a worker."""
 
 
-def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvicorn.Config:
+def uvicorn_options(
+    app: Callable[[], ASGIApp], settings: ServerSettings, protocol: type[BoundedProtocol] = BoundedProtocol
+) -> uvicorn.Config:
     """Return the options of the HTTP server. The benchmark's yardstick uses them as well."""
     return uvicorn.Config(
         app,
@@ -53,7 +57,7 @@ def uvicorn_options(app: Callable[[], ASGIApp], settings: ServerSettings) -> uvi
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=BoundedProtocol,
+        http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -100,7 +104,14 @@ def _work(channel: Channel, listener: socket.socket) -> None:
         service = create_service(order.settings, served=order.database)
         app = build_app(service)
     service.tokens.revocations.apply(order.held)
-    server = WorkerServer(uvicorn_options(lambda: app, order.settings.server), channel, service)
+    gauges, protocol = None, BoundedProtocol
+    if order.settings.metrics.listen:
+        from tokenauth.gauges import Gauges
+        from tokenauth.server.metered_protocol import MeteredProtocol
+
+        gauges, protocol = Gauges(service, order.counts_store), MeteredProtocol
+    options = uvicorn_options(lambda: app, order.settings.server, protocol)
+    server = WorkerServer(options, channel, service, gauges)
     server.follow(others)
     server.run(sockets=[listener])
 
@@ -112,7 +123,10 @@ def _send(channel: Channel, report: Report) -> None:
 class WorkerServer(AcceptingServer):
     """uvicorn's server, which follows the orders of the main process and stops when that process is gone."""
 
-    def __init__(self, options: uvicorn.Config, channel: Channel, service: "Service") -> None:
+    def __init__(
+        self, options: uvicorn.Config, channel: Channel, service: "Service", gauges: "Gauges | None" = None
+    ) -> None:
+        """Create it. `gauges` are for metrics; None if there are none."""
         super().__init__(options)
         options.load()
         options.lifespan_class = _Lifespan
@@ -120,7 +134,9 @@ class WorkerServer(AcceptingServer):
         self._service = service
         self._revocations = service.tokens.revocations
         self._revocations.publish = self._publish
+        self._gauges = gauges
         self._heartbeats: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Start, and report it. Raises StartError."""
@@ -131,13 +147,19 @@ class WorkerServer(AcceptingServer):
         except SystemExit:
             reason = self.lifespan.failure if isinstance(self.lifespan, _Lifespan) else ""
             raise StartError(reason or "the application did not start") from None
-        _send(self._channel, Report("ready", database=self._service.store.identity))
+        _send(self._channel, Report("ready", database=self._service.store.identity, metrics=self._snapshot()))
+        if self._gauges is not None:
+            self._reading = asyncio.create_task(self._gauges.run())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
         self._service.pools.waiting.stop()
         self._revocations.close_deadline = asyncio.get_running_loop().time() + GRACE
+        if self._reading is not None:
+            self._reading.cancel()
         await super().shutdown(sockets)
+        if self._gauges is not None:
+            _send(self._channel, Report("alive", metrics=self._snapshot()))
         while self._channel.pending:
             self._channel.flush()
             await asyncio.sleep(_RETRY)
@@ -166,6 +188,10 @@ class WorkerServer(AcceptingServer):
             self._revocations.publish, self._revocations.handed_over = None, False
             self._stop()
 
+    def _snapshot(self) -> Snapshot | None:
+        """Return what metrics show of this worker; None while it starts, or if there are none."""
+        return None if self._gauges is None or not self.started else self._gauges.snapshot()
+
     def _publish(self, update: RevocationUpdate) -> None:
         _send(self._channel, Report("alive", revocations=update))
 
@@ -179,7 +205,8 @@ class WorkerServer(AcceptingServer):
             if self._channel.pending:  # the main process does not read: one heartbeat is enough
                 self._channel.flush()
             else:
-                _send(self._channel, Report("alive", database=self._service.store.identity if self.started else None))
+                database = self._service.store.identity if self.started else None
+                _send(self._channel, Report("alive", database=database, metrics=self._snapshot()))
             await asyncio.sleep(HEARTBEAT)
 
 

@@ -280,6 +280,26 @@ class MemberSettings(Table, frozen=True):
             raise SettingError("note", f"must be one line of at most {_MAX_NOTE} printable characters")
 
 
+_LISTEN = re.compile(r"(?:[!-9;-Z^-~]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", re.ASCII)
+
+
+class MetricsSettings(Table, frozen=True):
+    """Where Prometheus reads metrics; without an address there are none."""
+
+    listen: str = ""
+
+    def __post_init__(self) -> None:
+        if self.listen and (_LISTEN.fullmatch(self.listen) is None or self.address[1] > 65535):
+            problem = "must be an address and a port, such as '127.0.0.1:9100' or '[::1]:9100'"
+            raise SettingError("listen", problem, f", not {self.listen[:80]!r}")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and the port to listen on."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
 class PoolSettings(Table, frozen=True):
     """A pool of tokens to lease."""
 
@@ -339,6 +359,7 @@ class Settings(Table, frozen=True, dict=True):
     throttle: ThrottleSettings = ThrottleSettings()
     oauth: OAuthSettings = OAuthSettings()
     browser: BrowserSettings = BrowserSettings()
+    metrics: MetricsSettings = MetricsSettings()
     users: tuple[UserSettings, ...] = ()
     pools: dict[str, PoolSettings] = {}  # noqa: RUF012 - msgspec copies it for each record
     dialects: Annotated[dict[str, DialectSettings], _KINDS] = {}  # noqa: RUF012 - likewise

@@ -90,6 +90,9 @@ class Feed(Protocol):
     def is_current(self) -> bool:
         """Return whether the feed is up to date. While it is not, the cache must not be used."""
 
+    def age(self) -> float:
+        """Return the seconds since the feed was last known to have all revocations."""
+
     def drain(self) -> Collection[bytes] | None:
         """Return the digests revoked since the last call; None if some may have been missed.
 

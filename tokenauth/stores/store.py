@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Float, Select, bindparam, select
+from sqlalchemy import Float, Select, bindparam, func, select
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
@@ -95,6 +95,13 @@ _LISTS: Mapping[TokenKind | None, Select[Any]] = {
     "named": _LIST.where(tokens.c.name.is_not(None)),
 }
 _LISTS_OF_USER = {kind: listed.where(tokens.c.username == bindparam("username")) for kind, listed in _LISTS.items()}
+_LAST_EXPIRY = select(func.max(tokens.c.expires_at))
+_COUNT_EXPIRING = select(func.count()).select_from(
+    select(tokens.c.expires_at)
+    .where(tokens.c.expires_at >= bindparam("start"), tokens.c.expires_at < bindparam("end"))
+    .limit(bindparam("limit"))
+    .subquery()
+)
 _POOL_TOKEN = select(*pool_token_columns).where(
     pool_tokens.c.pool == bindparam("pool"), pool_tokens.c.value == bindparam("value")
 )
@@ -215,6 +222,16 @@ class TokenStore:
         else:
             rows = await self._engine.read(_LISTS_OF_USER[kind], {**values, "username": username})
         return [as_token(row) for row in rows]
+
+    async def count_expiring(self, start: Instant, end: Instant, limit: int) -> int:
+        """Return how many tokens expire from `start` on and before `end`, at most `limit`."""
+        rows = await self._engine.read(_COUNT_EXPIRING, {"start": start, "end": end, "limit": limit})
+        return int(rows[0][0])
+
+    async def last_expiry(self) -> Instant:
+        """Return when the last token expires; 0 if there is none."""
+        rows = await self._engine.read(_LAST_EXPIRY, {})
+        return rows[0][0] or 0
 
     async def purge(self, now: Instant, limit: int) -> int:
         """Delete at most `limit` expired tokens, the oldest first; return how many."""
@@ -547,6 +564,11 @@ class Store:
     def identity(self) -> str:
         """What tells the open database from another one at the same address; DATABASE_LOST after it was replaced."""
         return self.engine.identity
+
+    @property
+    def feed_age(self) -> float:
+        """Seconds since this process knew all revocations of all processes; 0 if it looks before each answer."""
+        return self.engine.feed.age()
 
     async def ready(self) -> str | None:
         """Return why the store cannot serve, or None."""

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from tokenauth import __version__
 from tokenauth.clock import Clock
 from tokenauth.logs import log
+from tokenauth.metrics import OTHERS
 from tokenauth.risks import check_accepted, find_risks
 from tokenauth.service import Service, create_service
 from tokenauth.settings.dialects import DIALECTS
@@ -22,10 +23,11 @@ from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web.access_log import AccessLog
 from tokenauth.web.api_documentation import describe as describe_api
-from tokenauth.web.asgi_extensions import LOGGED_ONCE, REFUSAL_RULES, RefusalRules
+from tokenauth.web.asgi_extensions import DURATIONS, LOGGED_ONCE, REFUSAL_RULES, RefusalRules
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.cookies import Cookies
 from tokenauth.web.cors import CORS
+from tokenauth.web.counting import counted
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
@@ -41,8 +43,9 @@ from tokenauth.web.routes.home import HomeRoutes
 from tokenauth.web.routes.javascript import MODULE, TYPES, javascript_routes
 from tokenauth.web.routes.login import PATHS as PAGES
 from tokenauth.web.routes.login import LoginRoutes
-from tokenauth.web.routes.oauth import OAuthRoutes
+from tokenauth.web.routes.oauth import INTROSPECTION, OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
+from tokenauth.web.routes.token import PATH as TOKEN
 from tokenauth.web.routes.token import TokenRoutes
 from tokenauth.web.routing import Handler, Route, refuse_collisions
 from tokenauth.web.shortcuts import Shortcuts
@@ -104,16 +107,19 @@ def find_routes(service: Service) -> list[Route]:
     config, tokens = service.settings, service.tokens
     hosts = Hosts.from_settings(config.server, config.oauth.issuer, config.browser.url)
     browser_auth, pages, show_logins = _create_pages(service, hosts)
-    with_token = [Middleware(TokenMiddleware, tokens)]
+    metrics = service.metrics
+    with_token = [Middleware(TokenMiddleware, counted(service, OTHERS))]
     csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [
         *AccountRoutes(tokens, service.named_tokens).routes(with_token),
-        *TokenRoutes(tokens, hosts).routes(with_token),
-        Route(FORWARD_AUTH, ForwardAuth(tokens, browser_auth)),
+        *TokenRoutes(tokens, hosts, metrics.validations(TOKEN)).routes(with_token),
+        Route(FORWARD_AUTH, ForwardAuth(tokens, metrics.validations(FORWARD_AUTH), browser_auth)),
         *HomeRoutes(config, show_logins).routes(),
         *pages,
-        *OAuthRoutes(tokens, service.credentials, config.oauth.issuer).routes(csrf_guard),
+        *OAuthRoutes(tokens, service.credentials, config.oauth.issuer, counted(service, INTROSPECTION)).routes(
+            csrf_guard
+        ),
         *HealthRoutes(service.ready).routes(),
         *javascript_routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
@@ -146,7 +152,11 @@ async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, o
         log.info("started", version=__version__, users=len(service.settings.users_by_name))
         try:
             origins = frozenset(service.settings.server.cors_origins)
-            yield {REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH})), LOGGED_ONCE: set[str]()}
+            yield {
+                REFUSAL_RULES: RefusalRules(origins, frozenset({FORWARD_AUTH})),
+                LOGGED_ONCE: set[str](),
+                DURATIONS: service.metrics.durations,
+            }
         finally:
             sweeping.cancel()
             with suppress(asyncio.CancelledError):

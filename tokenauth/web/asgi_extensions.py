@@ -19,6 +19,10 @@ REFUSAL_RULES = "tokenauth.refusal_rules"
 """The key of the lifespan state under which the application passes its RefusalRules to the server."""
 
 
+DURATIONS = "tokenauth.durations"
+"""The key of the lifespan state under which the application passes the Durations that the server adds to."""
+
+
 LOGGED_ONCE = "tokenauth.logged_once"
 """The key of the lifespan state under which the application keeps the events that it logs only once."""
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from itertools import combinations
+from typing import Any
 
 from starlette import routing
 from starlette.middleware import Middleware
@@ -78,8 +79,8 @@ class Route(routing.Route):
         self.guarded = bool(middleware)
 
 
-def route_path(scope: Scope) -> str:
-    """Return the template of the route that was found, for logs: a path may contain a token by mistake."""
+def route_path(scope: Mapping[str, Any]) -> str:
+    """Return the template of the route that was found, for logs and metrics: a path may contain a token by mistake."""
     route = scope.get("route")
     return "(none)" if route is None else str(route.path)
 

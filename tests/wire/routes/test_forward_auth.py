@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.connections import Answer, Connection
 from tests.support.servers import USERS, HandClock, Server, write_config
+from tokenauth.metrics import ValidationCounts
 from tokenauth.models import Token
 from tokenauth.tokens import Tokens
 from tokenauth.web.routes.forward_auth import ForwardAuth
@@ -234,7 +235,7 @@ class BrokenTokens(Tokens):
 
 
 async def test_an_unexpected_error_is_503() -> None:
-    transport = httpx.ASGITransport(ForwardAuth(BrokenTokens()))
+    transport = httpx.ASGITransport(ForwardAuth(BrokenTokens(), ValidationCounts()))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         answer = await client.get("/auth", headers={"X-Token": "x"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

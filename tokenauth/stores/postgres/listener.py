@@ -93,6 +93,10 @@ class Listener:
         """Return whether the log was read within the last BOUND seconds, and since the last `invalidate`."""
         return boottime() - BOUND < self._read_at >= self._invalidated_at
 
+    def age(self) -> float:
+        """Return the seconds since the log was last read."""
+        return boottime() - self._read_at
+
     def drain(self) -> Collection[bytes] | None:
         """Return the digests revoked since the last call; None if some may have been missed."""
         missed, self._missed = self._missed, False

@@ -142,6 +142,10 @@ class Reader:
         """Return True: the file has all revocations."""
         return True
 
+    def age(self) -> float:
+        """Return 0: the file is read before each answer."""
+        return 0.0
+
     def drain(self) -> Collection[bytes] | None:
         """Return the digests revoked since the last call; None if the log no longer has all of them.
 

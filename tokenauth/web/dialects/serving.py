@@ -7,10 +7,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.errors import InsufficientScope
+from tokenauth.metrics import OTHERS
 from tokenauth.pools import Pools
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.settings.model import Settings
+from tokenauth.web.counting import counted
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects import (
     random_token_generator,
@@ -70,7 +72,10 @@ def dialect_sections(config: Settings) -> list[Section]:
 def _middleware(service: Service, hosts: Hosts, settings: DialectSettings) -> Sequence[Middleware]:
     if settings.require_token:
         # No CsrfMiddleware: a page of another origin cannot send a token unless its origin is listed.
-        return [Middleware(TokenMiddleware, service.tokens), Middleware(PoolGuard, service.pools, settings.pool)]
+        return [
+            Middleware(TokenMiddleware, counted(service, OTHERS)),
+            Middleware(PoolGuard, service.pools, settings.pool),
+        ]
     return [Middleware(CsrfMiddleware, service.settings.server.cors_origins, hosts)]
 
 

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, InvalidToken, Refusal, TokenRequired
 from tokenauth.logs import log, safe_traceback
+from tokenauth.metrics import ValidationCounts
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import BrowserAuth
@@ -55,9 +56,10 @@ class ForwardAuth(Endpoint):
     302. It checks the token and the scopes in the query, and ignores everything else that the client sent.
     """
 
-    def __init__(self, tokens: Tokens, browser: BrowserAuth | None = None) -> None:
+    def __init__(self, tokens: Tokens, counts: ValidationCounts, browser: BrowserAuth | None = None) -> None:
         """Create it. `browser` has the rules for cookies; without it, queries that ask for them are malformed."""
         self._tokens = tokens
+        self._counts = counts
         self._browser = browser
         self._responses: dict[str, _Response] = {}  # at most one for each user, with all of their scopes
 
@@ -78,8 +80,10 @@ class ForwardAuth(Endpoint):
             if sent is not None and self._browser is not None:
                 self._browser.check_page(scope, sent)
         except Exception as error:
+            self._counts.refuse(error)
             await self._refuse(scope, error, token, asked)(scope, receive, send)
             return
+        self._counts.valid += 1
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 

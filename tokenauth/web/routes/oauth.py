@@ -16,6 +16,7 @@ from tokenauth.errors import InsufficientScope, InvalidCredentials, InvalidReque
 from tokenauth.models import Identity, User
 from tokenauth.tokens import Tokens
 from tokenauth.web import urlencoding
+from tokenauth.web.counting import CountingValidator
 from tokenauth.web.exceptions import InvalidClient, InvalidScope, NotFound, UnsupportedGrantType
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
@@ -23,6 +24,8 @@ from tokenauth.web.routing import Route
 
 INTROSPECT = "introspect"
 """The scope that may ask about the tokens of others."""
+
+INTROSPECTION = "/oauth/introspect"
 
 METADATA = "/.well-known/oauth-authorization-server"
 
@@ -68,8 +71,11 @@ class MetadataAnswer(msgspec.Struct):
 
 
 class OAuthRoutes:
-    def __init__(self, tokens: Tokens, credentials: Credentials, issuer: str) -> None:
+    def __init__(
+        self, tokens: Tokens, credentials: Credentials, issuer: str, introspected: CountingValidator | Tokens
+    ) -> None:
         self._tokens = tokens
+        self._introspected = introspected
         self._credentials = credentials
         self._issuer = issuer
 
@@ -77,7 +83,7 @@ class OAuthRoutes:
         """List the routes. An issuer with a path has its metadata at two paths (RFC 8414 section 3.1)."""
         metadata = {METADATA, METADATA + unquote(urlsplit(self._issuer).path)}
         return [
-            Route("/oauth/introspect", {"POST": self.introspect}, middleware),
+            Route(INTROSPECTION, {"POST": self.introspect}, middleware),
             Route("/oauth/token", {"POST": self.token}, middleware),
             Route("/oauth/revoke", {"POST": self.revoke}, middleware),
             *(Route(path, {"GET": self.metadata}, middleware) for path in sorted(metadata)),
@@ -105,7 +111,7 @@ class OAuthRoutes:
         request.scope["user"] = caller  # the log names the user if the scope is missing
         if INTROSPECT not in caller.scopes:
             raise InsufficientScope(INTROSPECT)
-        login = await self._tokens.identify(_field(form, "token").encode(), request.touches())
+        login = await self._introspected.identify(_field(form, "token").encode(), request.touches())
         if login is None:
             return JSONResponse(InactiveAnswer())
         user, token = login

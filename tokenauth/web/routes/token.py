@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokenauth.errors import InvalidRequest
+from tokenauth.metrics import ValidationCounts
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
@@ -57,8 +58,9 @@ _credentials = msgspec.json.Decoder(LogInRequest)
 class CheckToken(Endpoint):
     """GET /api/token: is a token valid? A plain ASGI app, since a handler would cost 4 % of the throughput."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, counts: ValidationCounts) -> None:
         self._tokens = tokens
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send whether the token of the query, or else of a header, is valid."""
@@ -70,22 +72,29 @@ class CheckToken(Endpoint):
                 request = Request(scope)
                 token = await self._tokens.validate(_find_token(request), request.touches())
         except Exception as error:
+            self._counts.refuse(error)
             await error_response(error)(scope, receive, send)
             return
-        body = _INVALID if token is None else b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
+        if token is None:
+            self._counts.invalid += 1
+            body = _INVALID
+        else:
+            self._counts.valid += 1
+            body = b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
         await send({"type": "http.response.start", "status": 200, "headers": _headers(len(body))})
         await send({"type": "http.response.body", "body": body})
 
 
 class TokenRoutes:
-    def __init__(self, tokens: Tokens, hosts: Hosts) -> None:
+    def __init__(self, tokens: Tokens, hosts: Hosts, counts: ValidationCounts) -> None:
         self._tokens = tokens
+        self._counts = counts
         self._hosts = hosts
 
     def routes(self, with_token: Sequence[Middleware]) -> list[Route]:
         """List the routes; `with_token` guards what needs a token."""
         return [
-            Route(PATH, {"GET": CheckToken(self._tokens), "POST": self.log_in, "DELETE": self.log_out}),
+            Route(PATH, {"GET": CheckToken(self._tokens, self._counts), "POST": self.log_in, "DELETE": self.log_out}),
             Route(RENEW, {"POST": strict(self.renew)}, with_token),
         ]
 
