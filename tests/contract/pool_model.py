@@ -26,8 +26,18 @@ class Model:
 
     def end(self, token: PoolToken) -> float:
         """Return when a token expires if nothing changes it."""
-        aged = self.pool.lease_ttl if self.pool.ages_while_leased and token.holder is not None else 0
-        return token.free_at + self.pool.token_ttl - aged
+        if token.holder is None:
+            return token.free_at + self.pool.token_ttl
+        aged = self.pool.lease_ttl if self.pool.ages_while_leased else 0
+        return token.free_at + max(self.pool.reclaim_delay, self.pool.token_ttl - aged)
+
+    def free_again(self, token: PoolToken) -> float:
+        """Return when a leased token can be leased again if its lease lapses."""
+        return token.free_at + (0 if token.holder is None else self.pool.reclaim_delay)
+
+    def taken(self) -> list[PoolToken]:
+        """Return the tokens that count as leased: also those whose lease has just lapsed."""
+        return [token for token in self.there.values() if self.now < self.free_again(token)]
 
     def leased(self) -> list[PoolToken]:
         """Return the leased tokens, ordered by the end of their lease."""
@@ -37,16 +47,21 @@ class Model:
 
     def free(self) -> list[PoolToken]:
         """Return the free tokens, the one that has been free longest first."""
-        free = (token for token in self.there.values() if token.free_at <= self.now < self.end(token))
+        free = (token for token in self.there.values() if self.free_again(token) <= self.now < self.end(token))
         return sorted((token for token in free if not token.retired), key=lambda token: token.free_at)
 
     def retired(self) -> list[PoolToken]:
-        """Return the leased tokens that are deleted when their lease ends."""
-        return [token for token in self.leased() if token.retired]
+        """Return the tokens that count as leased, and are deleted then."""
+        return [token for token in self.taken() if token.retired]
 
     def live(self) -> list[PoolToken]:
-        """Return the live tokens, by value."""
-        return sorted(self.leased() + self.free(), key=lambda token: token.value)
+        """Return the live tokens, by value. A retired one is live during its lease only."""
+        waiting = [token for token in self.taken() if token.free_at <= self.now and not token.retired]
+        return sorted(self.leased() + waiting + self.free(), key=lambda token: token.value)
+
+    def dead(self) -> int:
+        """Return how many tokens neither count as leased nor are free."""
+        return len(self.there) - len(self.taken()) - len(self.free())
 
     def available(self) -> int:
         """Return how many tokens can be leased."""
@@ -96,15 +111,15 @@ class Model:
             leased_at=self.now,
         )
         self.put(got)
-        assert self.pool.capacity is None or len(self.leased()) <= self.pool.capacity, "more leases than the capacity"
+        assert self.pool.capacity is None or len(self.taken()) <= self.pool.capacity, "more leases than the capacity"
 
     def forget(self, count: int) -> None:
         """Delete this many expired tokens."""
-        dead = self.there.keys() - {token.value for token in self.live()}
+        dead = self.there.keys() - {token.value for token in self.taken() + self.free()}
         for value in sorted(dead, key=lambda value: self.there[value].free_at)[:count]:
             del self.there[value]
 
     def edges(self) -> list[float]:
         """Return the instants at which leases and tokens end."""
-        ends = [at for token in self.there.values() for at in (token.free_at, self.end(token))]
+        ends = [at for token in self.there.values() for at in (token.free_at, self.free_again(token), self.end(token))]
         return sorted(end for end in ends if self.now < end < math.inf)

@@ -25,7 +25,8 @@ UNBOUNDED = replace(BOUNDED, name="unbounded", capacity=None)
 PREFILLED = Pool("prefilled", lease_ttl=30, capacity=5, prefill=True)
 FOR_EVER = [replace(pool, token_ttl=math.inf) for pool in (BOUNDED, UNBOUNDED)]
 AGEING = replace(BOUNDED, name="ageing", ages_while_leased=True)
-TERMS = [PREFILLED, BOUNDED, UNBOUNDED, *FOR_EVER, AGEING, PREFILLED]
+RECLAIMED = [replace(pool, reclaim_delay=4) for pool in (BOUNDED, AGEING, PREFILLED)]
+TERMS = [PREFILLED, BOUNDED, UNBOUNDED, *FOR_EVER, AGEING, PREFILLED, *RECLAIMED]
 
 OFTEN = {"assign": 3, "release": 3, "keep_alive": 2, "fit": 2, "delete": 2}
 ONCE = ["assign_at_once", "take_over", "release_next", "generate", "refresh_free", "purge", "later", "edge", "restart"]
@@ -102,7 +103,7 @@ class PoolTest:
     async def generate(self, store: PoolStore, step: Step) -> None:
         """Add tokens, all or none."""
         values, capacity = self.model.new_values(1 + step.amount // 2), self.pool.capacity
-        room = capacity is None or len(self.model.live()) + len(values) <= capacity
+        room = capacity is None or len(self.model.there) - self.model.dead() + len(values) <= capacity
         assert await store.generate(self.pool, values, self.model.now) is room
         if room:
             self.model.add(values)
@@ -110,7 +111,7 @@ class PoolTest:
     async def assign(self, store: PoolStore, step: Step) -> None:
         """Lease the token that has been free longest."""
         ends, leasable, counted = (
-            [token.free_at for token in self.model.leased()],
+            [self.model.free_again(token) for token in self.model.taken()],
             self.model.leasable(1),
             step.amount > 3,
         )
@@ -144,7 +145,7 @@ class PoolTest:
         if token is not None and self.model.holds(token, check):
             after = token._replace(free_at=now + self.pool.lease_ttl)
         elif token is not None and include_free and token.free_at <= now:
-            after = self.model.freed(token)
+            after = self.model.freed(token) if self.model.free_again(token) <= now else token
         self._compare(touched, token, after)
 
     async def release(self, store: PoolStore, step: Step) -> None:
@@ -218,7 +219,7 @@ class PoolTest:
 
     async def purge(self, store: PoolStore, step: Step) -> None:
         """Delete expired tokens, which nothing but the row count shows."""
-        dead = len(self.model.there) - len(self.model.live())
+        dead = self.model.dead()
         count = await store.purge(self.pool, self.model.now, step.number)
         assert count <= min(step.number, dead), "a pool with a capacity gives up expired ones for new ones"
         if self.pool.capacity is None:
@@ -231,14 +232,14 @@ class PoolTest:
             await self.generate(store, step)
             return
         model, offered = self.model, step.number
-        free, leased, retired = model.free(), model.leased(), len(model.retired())
+        free, leased, retired = model.free(), model.taken(), len(model.retired())
         capacity = max(0, len(leased) + step.amount - 3)
         model.pool = replace(self.pool, capacity=capacity)
         surplus = len(free) + len(leased) - retired - capacity
         wanted, values = max(0, -surplus - retired), model.new_values(offered)
         assert await store.fit(self.pool, values, model.now) == max(0, wanted - offered)
         there = await self.members(store)
-        after = [there.pop(token.value) for token in leased]
+        after = [there.pop(token.value, token._replace(retired=True)) for token in leased]
         assert [token._replace(retired=False) for token in after] == [token._replace(retired=False) for token in leased]
         assert sum(token.retired for token in after) == max(0, retired + max(surplus - len(free), min(surplus, 0)))
         model.put(*after)
@@ -270,7 +271,7 @@ class PoolTest:
         store, live = self._both[1 - step.process].pools, self.model.live()
         assert list((await self.members(store)).values()) == live
         assert await self.leases(store, 1 + step.amount) == sorted(self.model.leased(), key=lambda token: token.value)
-        counts = PoolCounts(self.model.available(), len(self.model.leased()))
+        counts = PoolCounts(self.model.available(), len(self.model.taken()))
         assert await store.count(self.pool, self.model.now) == counts
         value = self.model.pick(step.number)
         assert await store.get(self.pool, value, self.model.now) == self.model.find(value)

@@ -286,7 +286,8 @@ class PoolStore:
     ) -> LeaseChange | None:
         """Extend a lease to its full time from now if the check matches it; None if there is no such token.
 
-        `include_free`: the life of a free token is extended to its full time from now.
+        `include_free`: the life of a free token is extended to its full time from now. One that is still to be
+        reclaimed stays as it is.
         """
         return await self._engine.apply(KeepAlive(pool, value, check, include_free, now=now))
 

@@ -261,7 +261,9 @@ class KeepAlive(LeaseUpdate):
     def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
         if self.check.matches(token, now):
             return pool.extended(token, now)
-        return pool.released(token, now) if self.include_free and not pool.is_taken(token, now) else None
+        if not self.include_free or token.is_leased(now):
+            return None
+        return token if pool.is_taken(token, now) else pool.released(token, now)
 
 
 @dataclass(slots=True)
