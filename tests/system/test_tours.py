@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize(("document", "count"), [("README.md", 12), ("docs/pools.md", 9), ("docs/dialects.md", 7)])
+@pytest.mark.parametrize(("document", "count"), [("README.md", 12), ("docs/pools.md", 10), ("docs/dialects.md", 7)])
 def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, document: str, count: int) -> None:
     if shutil.which("curl") is None:
         skip_without("curl", "apt-get install curl")
