@@ -3,6 +3,7 @@
 import re
 import sqlite3
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import product
@@ -16,6 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from tests.support.servers import ROOT, HandClock, Server, probe, worker, write_config
 from tests.system.browser.conftest import Sites
 from tests.system.browser.issuer import IDLE, Issuer, running_issuer
+from tokenauth.settings.model import canonical
 
 _OPEN = """async ([module, options]) => {
   if (!globalThis.TokenAuth) {
@@ -277,6 +279,16 @@ def test_a_page_of_an_unlisted_origin_is_told_the_setting(open_tab: Opener, site
     assert error["text"].endswith(f"its cors_origins must list {origin}.")
 
 
+NO_LOGINS = [
+    *(
+        f'{{"token": "{token}", "expiry_time": 2000000000}}'
+        for token in ("", "a b", r"a\r\nX-A: 1", r"\u4e2d", r"\u00e9")
+    ),
+    *(f'{{"token": "a", "expiry_time": {time}}}' for time in ("1e400", "8.64e15", "-1", "null", '"2000000000"')),
+]
+"""Answers to a login whose token cannot be sent, or whose time no Date can have."""
+
+
 def test_another_server_is_an_unexpected_answer(app: App, issuer: Issuer) -> None:
     """Single-page applications often answer every path with their page."""
     app.open(url=f"{issuer.url}/base")
@@ -285,6 +297,14 @@ def test_another_server_is_an_unexpected_answer(app: App, issuer: Issuer) -> Non
         error = app.run(LOG_IN, "ann")
         assert (error["code"], error["status"]) == ("unexpected_answer", status), body
         assert error["text"] == f"{issuer.url}/base/ answered {status}: is this the URL of a tokenauth server?"
+    for body in NO_LOGINS:
+        issuer.answer("POST", "/base/api/token", 200, body)
+        assert app.run(LOG_IN, "ann")["code"] == "unexpected_answer", body
+        assert app.run(LOG_OUT) is None, body
+    for body in ('{"error_description": {"toString": 1}}', '{"error_description": ["a"]}', '{"error_description": 1}'):
+        issuer.answer("POST", "/base/api/token", 400, body)
+        error = app.run(LOG_IN, "ann")
+        assert error["text"] == f"{issuer.url}/base/ answered 400: is this the URL of a tokenauth server?", body
     issuer.answer("POST", "/base/api/token", 400, '{"error":"invalid_request","error_description":"Because."}')
     assert app.run(LOG_IN, "ann")["text"] == f"{issuer.url}/base/ answered 400: Because."
     assert app.run("() => auth.loggedIn") is False
@@ -344,12 +364,102 @@ def test_a_failed_login_keeps_the_one_before(ann: App) -> None:
     assert ann.run("() => auth.username") == "ann"
 
 
-def test_a_logout_waits_for_a_login_under_way(app: App, server: Server) -> None:
-    code = "() => { auth.login('ann', 'ann-secret'); return auth.logout().then(() => auth.loggedIn); }"
-    before = len(server.events("token_revoked"))
-    assert app.run(code) is False
-    assert app.events == ["login", "logout"]
-    assert len(server.events("token_revoked")) == before + 1
+HELD = """(name) => {
+  globalThis.held = auth.login(name, "x").then(() => "done", (error) => error.code);
+}"""
+
+
+def test_a_logout_does_not_wait_for_a_login(sliding: App, issuer: Issuer, open_tab: Opener) -> None:
+    """Neither here nor in other tabs, whose logins it ends, too, also one that has not finished."""
+    more, waiting = open_tab(url=issuer.url), open_tab(url=issuer.url)
+    assert more.run(LOG_IN, "ann") is None
+    gate = issuer.hold("POST", "/api/token")
+    sliding.run(HELD, "bob")
+    waiting.run(HELD, "ann")
+    until(lambda: issuer.count("POST", "/api/token") == 4)
+    assert sliding.run(LOG_OUT) is None
+    assert sliding.run("() => held") == "logged_out"
+    assert sliding.run(FETCH, f"{issuer.url}/data")["code"] == "logged_out"
+    more.wait_for("login", "other_tab")
+    assert waiting.run("() => held") == "logged_out"
+    until(lambda: not issuer.tokens)
+    gate.set()
+    until(lambda: issuer.count("DELETE", "/api/token") == 4)
+    assert (sliding.events, waiting.events, issuer.tokens) == (["login", "logout"], [], {})
+
+
+def test_a_token_that_comes_after_its_abort_is_revoked(app: App, issuer: Issuer) -> None:
+    app.open(url=issuer.url)
+    gate = issuer.hold("POST", "/api/token")
+    abort = """(name) => {
+      const abort = new AbortController();
+      globalThis.held = auth.login(name, "x", { signal: abort.signal }).catch((error) => error.name);
+      abort.abort();
+      return held;
+    }"""
+    assert app.run(abort, "ann") == "AbortError"
+    gate.set()
+    until(lambda: issuer.count("DELETE", "/api/token") == 1)
+    assert (app.events, issuer.tokens) == ([], {})
+
+
+def test_who_joins_a_login_can_leave_it(app: App, issuer: Issuer) -> None:
+    app.open(url=issuer.url)
+    gate = issuer.hold("POST", "/api/token")
+    app.run(HELD, "ann")
+    join = "() => auth.login('ann', 'x', { signal: AbortSignal.abort() })"
+    assert app.run(join)["name"] == "AbortError"
+    leave = """() => {
+      const abort = new AbortController();
+      const joined = auth.login("ann", "x", { signal: abort.signal });
+      abort.abort();
+      return joined;
+    }"""
+    assert app.run(leave)["name"] == "AbortError"
+    gate.set()
+    assert app.run("() => held") == "done"
+    assert (app.events, issuer.count("POST", "/api/token")) == (["login"], 1)
+
+
+def test_an_abort_after_a_login_changes_nothing(app: App, issuer: Issuer) -> None:
+    app.open(url=issuer.url)
+    code = """() => {
+      const abort = new AbortController();
+      auth.addEventListener("login", () => abort.abort());
+      return auth.login("ann", "x", { signal: abort.signal });
+    }"""
+    assert app.run(code) is None
+    assert app.run("() => auth.username") == "ann"
+
+
+@pytest.mark.parametrize(("method", "seconds"), [("POST", 30), ("DELETE", 10)])
+def test_no_answer_is_waited_for_without_a_limit(app: App, issuer: Issuer, method: str, seconds: int) -> None:
+    app.open(url=issuer.url)
+    gate = issuer.hold(method, "/api/token")
+    if method == "DELETE":
+        app.run(LOG_IN, "ann")
+    code = "() => { globalThis.held = %s.catch((error) => [error.code, error.message.split(' ').at(-2)]); }"
+    app.run(code % ("auth.logout()" if method == "DELETE" else "auth.login('ann', 'x')"))
+    until(lambda: issuer.count(method, "/api/token") == 1)
+    app.page.clock.fast_forward(seconds * 1000)
+    assert app.run("() => held") == ["unreachable", str(seconds)]
+    gate.set()
+    assert app.run(LOG_IN, "bob") is None
+    assert app.run(LOG_OUT) is None
+
+
+def test_one_failed_revocation_stops_no_other(app: App, issuer: Issuer) -> None:
+    app.open(url=issuer.url)
+    issuer.answer("DELETE", "/api/token", 503)
+    with app.page.expect_response(lambda answer: answer.request.method == "DELETE"):
+        for name in ("ann", "bob"):
+            app.run(LOG_IN, name)
+    assert app.run(LOG_OUT)["code"] == "unavailable"
+    sent = {each.token for each in issuer.seen if each.method == "DELETE"}
+    assert sent == {f"{0:064}", f"{1:064}"}
+    issuer.answers.clear()
+    assert app.run(LOG_OUT) is None
+    assert issuer.tokens == {}
 
 
 def test_an_aborted_login_can_be_repeated(app: App, issuer: Issuer) -> None:
@@ -704,7 +814,9 @@ def test_session_storage_keeps_over_a_reload(app: App, server: Server) -> None:
 
 
 def test_nonsense_in_the_storage_is_no_login(app: App, server: Server) -> None:
-    for stored in ("", "{", "null", "7", '"x"', "{}", '{"expiresAt": 1}'):
+    login = '{"username": "ann", "token": "%s", "expiresAt": %s}'
+    wrong = [login % each for each in ((r"a\r\nb", "9e14"), ("", "9e14"), ("a", "9e15"), ("a", '"9e14"'))]
+    for stored in ("", "{", "null", "7", '"x"', "{}", '{"expiresAt": 1}', '{"expiresAt": 9e14}', *wrong):
         app.run("(key, value) => sessionStorage.setItem(key, value)", f"tokenauth {server.url}/", stored)
         app.open(storage="session")
         assert app.run("() => [auth.loggedIn, sessionStorage.length]") == [False, 0], stored
@@ -716,6 +828,29 @@ def test_a_sandboxed_page_keeps_the_login_in_memory(open_tab: Opener, issuer: Is
     frame = app.page.main_frame.child_frames[0]
     frame.evaluate(_OPEN, [app.module, {"url": issuer.url, "storage": "session"}])
     assert frame.evaluate("auth.login('ann', 'x').then(() => auth.loggedIn)") is True
+
+
+@pytest.mark.parametrize("typed", ["ANN", "\uff21nn"])
+def test_a_user_is_the_same_however_typed(ann: App, open_tab: Opener, typed: str) -> None:
+    other = open_tab()
+    assert other.run("(name) => auth.login(name, 'ann-secret')", typed) is None
+    assert ann.run(LOG_OUT) is None
+    other.wait_for("login", "other_tab")
+
+
+def test_names_are_the_same_that_the_server_says(app: App) -> None:
+    """For every character that this Python knows."""
+    code = """async ([module, letters]) => {
+      const source = await (await fetch(`${module}/tokenauth.js`)).text();
+      const url = URL.createObjectURL(new Blob([source, "export { canonical };"], { type: "text/javascript" }));
+      const { canonical } = await import(url);
+      return letters.map(canonical);
+    }"""
+    letters = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in {"Cn", "Cs", "Co"}]
+    found = app.page.evaluate(code, [app.module, letters])
+    pairs = {(canonical(letter), name) for letter, name in zip(letters, found, strict=True)}
+    assert len(letters) > 100_000
+    assert len({ours for ours, _ in pairs}) == len({theirs for _, theirs in pairs}) == len(pairs)
 
 
 def test_a_logout_ends_the_other_tabs_of_the_user(ann: App, open_tab: Opener, client: httpx.Client) -> None:

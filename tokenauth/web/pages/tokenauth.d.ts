@@ -26,10 +26,10 @@ export type TokenAuthErrorCode =
   | "invalid_credentials" // wrong user name or password
   | "too_many_attempts" // see retryAfter
   | "unavailable" // the server is overloaded or has no database; see retryAfter
-  | "unreachable" // no connection, or the page's origin is not in cors_origins
+  | "unreachable" // no connection, no answer in time, or the page's origin is not in cors_origins
   | "unexpected_answer" // an answer that makes no sense here; see status and message
   | "login_pending" // login() was called while another login was under way
-  | "logged_out" // fetch() without a login
+  | "logged_out" // fetch() without a login, or login() that a logout() came before
   | "origin_not_listed" // fetch() to an origin that may not have the token
   | "redirected" // fetch() got a redirect, which it does not follow
   | "invalid_request" // fetch() with mode "no-cors", which cannot carry a token
@@ -61,11 +61,13 @@ export class TokenAuth extends EventTarget {
   get expiresAt(): Date | null;
   /**
    * Log in. An earlier login is replaced, and its token revoked. A second call with the same name and password, as of
-   * a double click, joins the first. Rejects with a TokenAuthError, or with the reason of the signal.
+   * a double click, joins the first. Rejects with a TokenAuthError, or with the reason of the signal. If the token
+   * arrives after that, it is revoked.
    */
   login(username: string, password: string, options?: { signal?: AbortSignal }): Promise<void>;
   /**
-   * Log out here and in the user's other tabs, at once, then revoke the token at the server. Rejects with a
+   * Log out here and in the user's other tabs, at once, then revoke the token at the server. A login() that has not
+   * finished is rejected with "logged_out". Rejects with a
    * TokenAuthError if the server could not do that: the token is still valid, and another logout() tries again.
    */
   logout(): Promise<void>;

@@ -18,14 +18,21 @@
  * @typedef {import("./tokenauth.js").LogoutReason} LogoutReason
  * @typedef {{ token: string, username: string, expiresAt: number, lifetime: number, renewable: boolean,
  *   renewAfter: number, asking?: Promise<void> }} Login Times are in milliseconds, of this computer's clock.
+ * @typedef {{ username: string, password: string, cancelled: AbortController, done: Promise<void> }} Pending
  * @typedef {{ status: number, text: string, retryAfter: number | undefined }} Answer
  */
 
 /** Look at the clock this often: one long timer would be late after the computer has slept. */
 const RECHECK = 30_000;
 
-/** How long a question about the token may take, and how long to wait after one that failed. */
+/** How long a question about the token and its revocation may take, and how long to wait after one that failed. */
 const TIMEOUT = 10_000;
+
+/** How long a login may take: it may have to wait at the server. */
+const LOGIN_TIMEOUT = 30_000;
+
+/** The latest time that a Date can have, in seconds. */
+const LATEST = 8.64e12;
 
 export class TokenAuthError extends Error {
   /**
@@ -50,7 +57,7 @@ export class TokenAuth extends EventTarget {
   /** @type {Storage | undefined} */ #storage;
   /** @type {BroadcastChannel} */ #channel;
   /** @type {Login | undefined} */ #login;
-  /** @type {{ username: string, password: string, done: Promise<void> } | undefined} */ #pending;
+  /** @type {Pending | undefined} */ #pending;
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer;
   /** @type {Set<string>} No longer used here, but perhaps valid. */ #unrevoked = new Set();
   #closing = new AbortController();
@@ -93,21 +100,31 @@ export class TokenAuth extends EventTarget {
    * @param {{ signal?: AbortSignal }} options
    */
   async login(username, password, { signal } = {}) {
+    signal?.throwIfAborted();
     if (!this.#pending) {
-      const done = this.#logIn(username, password, signal).finally(() => (this.#pending = undefined));
-      this.#pending = { username, password, done };
-    } else if (this.#pending.username !== username || this.#pending.password !== password) {
+      /** @type {Pending} */
+      const pending = { username, password, cancelled: new AbortController(), done: Promise.resolve() };
+      const cancel = () => this.#cancel(pending, signal?.reason);
+      signal?.addEventListener("abort", cancel);
+      this.#pending = pending;
+      pending.done = unlessAborted(pending.cancelled.signal, this.#logIn(pending)).finally(() => {
+        signal?.removeEventListener("abort", cancel);
+        if (this.#pending === pending) this.#pending = undefined;
+      });
+      return pending.done;
+    }
+    if (this.#pending.username !== username || this.#pending.password !== password) {
       throw new TokenAuthError("login_pending", "Another login has not finished yet. Wait for it.");
     }
-    return this.#pending.done;
+    return signal ? unlessAborted(signal, this.#pending.done) : this.#pending.done;
   }
 
   async logout() {
-    if (this.#pending) await this.#pending.done.catch(() => {});
-    if (this.#login) {
-      if (!this.#closing.signal.aborted) this.#channel.postMessage({ username: this.#login.username });
-      this.#end("logout");
+    for (const found of [this.#pending, this.#login]) {
+      if (found && !this.#closing.signal.aborted) this.#channel.postMessage({ username: found.username });
     }
+    this.#cancel(this.#pending);
+    if (this.#login) this.#end("logout");
     await this.#revoke();
   }
 
@@ -151,21 +168,39 @@ export class TokenAuth extends EventTarget {
     clearTimeout(this.#timer);
   }
 
-  /** @param {string} username @param {string} password @param {AbortSignal | undefined} signal */
-  async #logIn(username, password, signal) {
-    const answer = await this.#call("POST", "api/token", { body: JSON.stringify({ username, password }), signal });
+  /** @param {Pending} pending */
+  async #logIn(pending) {
+    const { username, password } = pending;
+    const body = JSON.stringify({ username, password });
+    const answer = await this.#call("POST", "api/token", { body }, LOGIN_TIMEOUT);
     if (answer.status === 401) {
       throw new TokenAuthError("invalid_credentials", "Wrong user name or password.", { status: 401 });
     }
     const { token, expiry_time } = this.#read(answer);
-    if (typeof token !== "string" || typeof expiry_time !== "number") throw this.#unexpected(answer);
-    if (this.#login) this.#unrevoked.add(this.#login.token);
-    const expiresAt = toLocalTime(expiry_time);
-    this.#login = { token, username, expiresAt, lifetime: expiresAt - Date.now(), renewable: true, renewAfter: 0 };
-    this.#save();
-    this.#look();
-    this.dispatchEvent(new Event("login"));
-    this.#revoke().catch(() => {}); // the replaced token; logout() tries again
+    if (!isToken(token) || !isTime(expiry_time)) throw this.#unexpected(answer);
+    if (this.#pending !== pending) {
+      this.#unrevoked.add(token); // it was cancelled
+    } else {
+      this.#pending = undefined;
+      if (this.#login) this.#unrevoked.add(this.#login.token);
+      const expiresAt = toLocalTime(expiry_time);
+      this.#login = { token, username, expiresAt, lifetime: expiresAt - Date.now(), renewable: true, renewAfter: 0 };
+      this.#save();
+      this.#look();
+      this.dispatchEvent(new Event("login"));
+    }
+    this.#revoke().catch(() => {}); // the replaced or cancelled token; logout() tries again
+  }
+
+  /**
+   * Reject a login that has not finished. If its token arrives, it is revoked.
+   * @param {Pending | undefined} pending
+   * @param {unknown} reason
+   */
+  #cancel(pending, reason = new TokenAuthError("logged_out", "A logout came before the login had finished.")) {
+    if (!pending || this.#pending !== pending) return;
+    this.#pending = undefined;
+    pending.cancelled.abort(reason);
   }
 
   /** @param {LogoutReason} reason */
@@ -179,22 +214,27 @@ export class TokenAuth extends EventTarget {
 
   /** @param {string} username Who has logged out in another tab. */
   #followLogout(username) {
-    if (!this.#login || this.#login.username !== username) return;
+    if (this.#pending && isSameUser(this.#pending.username, username)) this.#cancel(this.#pending);
+    if (!this.#login || !isSameUser(this.#login.username, username)) return;
     this.#end("other_tab");
     this.#revoke().catch(() => {});
   }
 
   async #revoke() {
-    for (const token of this.#unrevoked) {
-      try {
-        this.#read(await this.#call("DELETE", "api/token", { token, keepalive: true }));
-      } catch (error) {
-        if (!(error instanceof TokenAuthError)) throw error;
-        const message = `This page has logged out, but the token is still valid: try again. ${error.message}`;
-        throw new TokenAuthError(error.code, message, error);
-      }
-      this.#unrevoked.delete(token);
+    // All at once: one that fails or hangs must not keep the others valid.
+    await Promise.all(Array.from(this.#unrevoked, (token) => this.#revokeOne(token)));
+  }
+
+  /** @param {string} token */
+  async #revokeOne(token) {
+    try {
+      this.#read(await this.#call("DELETE", "api/token", { token, keepalive: true }));
+    } catch (error) {
+      if (!(error instanceof TokenAuthError)) throw error;
+      const message = `This page has logged out, but the token is still valid: try again. ${error.message}`;
+      throw new TokenAuthError(error.code, message, error);
     }
+    this.#unrevoked.delete(token);
   }
 
   /** End the login if its time is over. Otherwise look again later. */
@@ -220,7 +260,7 @@ export class TokenAuth extends EventTarget {
     const { valid, expiry_time, max_expiry_time } = await this.#validity(login, renew).catch(() => ({}));
     if (login !== this.#login) return; // it has ended or was replaced meanwhile
     const now = Date.now();
-    if (valid && typeof expiry_time === "number") {
+    if (valid && isTime(expiry_time)) {
       login.expiresAt = toLocalTime(expiry_time);
       if (renew && login.renewable) {
         login.lifetime = login.expiresAt - now;
@@ -237,35 +277,43 @@ export class TokenAuth extends EventTarget {
 
   /** @param {Login} login @param {boolean} renew */
   async #validity(login, renew) {
-    const options = () => ({ token: login.token, signal: AbortSignal.timeout(TIMEOUT) });
+    const { token } = login;
     if (renew) {
-      const answer = await this.#call("POST", "api/token/renew", options());
+      const answer = await this.#call("POST", "api/token/renew", { token });
       if (answer.status === 401) return { valid: false };
       if (answer.status !== 409) return this.#read(answer);
       login.renewable = false; // its lifetime is fixed
     }
     // touch=0: this is no use of the token, and does not lengthen a sliding lifetime.
-    return this.#read(await this.#call("GET", "api/token?touch=0", options()));
+    return this.#read(await this.#call("GET", "api/token?touch=0", { token }));
   }
 
   /**
+   * Send a request to the server and read the whole answer, within `timeout`. Rejects with a TokenAuthError.
    * @param {string} method
    * @param {string} path
-   * @param {{ token?: string, body?: string, signal?: AbortSignal, keepalive?: boolean }} options
+   * @param {{ token?: string, body?: string, keepalive?: boolean }} options
    * @returns {Promise<Answer>}
    */
-  async #call(method, path, { token, ...init }) {
+  async #call(method, path, { token, ...init }, timeout = TIMEOUT) {
     const headers = new Headers(init.body === undefined ? {} : { "Content-Type": "application/json" });
     if (token !== undefined) headers.set("X-Token", token);
+    const late = new AbortController();
+    const timer = setTimeout(() => late.abort(), timeout);
     try {
       const url = new URL(path, this.#url);
-      const response = await fetch(url, { method, headers, credentials: "omit", redirect: "error", ...init });
-      const retryAfter = Number(response.headers.get("Retry-After")) || undefined;
+      const { signal } = late;
+      const response = await fetch(url, { method, headers, credentials: "omit", redirect: "error", signal, ...init });
+      const wait = response.headers.get("Retry-After") ?? "";
+      const retryAfter = /^\d{1,9}$/.test(wait) ? Number(wait) || undefined : undefined;
       return { status: response.status, text: await response.text(), retryAfter };
     } catch (cause) {
-      init.signal?.throwIfAborted();
-      const hint = `If it is running, its cors_origins must list ${globalThis.origin}.`;
-      throw new TokenAuthError("unreachable", `${this.#url} did not answer this page. ${hint}`, { cause });
+      const problem = late.signal.aborted
+        ? `did not answer within ${timeout / 1000} seconds.`
+        : `did not answer this page. If it is running, its cors_origins must list ${globalThis.origin}.`;
+      throw new TokenAuthError("unreachable", `${this.#url} ${problem}`, { cause });
+    } finally {
+      clearTimeout(timer);
     }
   }
 
@@ -282,7 +330,8 @@ export class TokenAuth extends EventTarget {
 
   /** @param {Answer} answer */
   #unexpected({ status, text }) {
-    const reason = parseJson(text)?.error_description ?? "is this the URL of a tokenauth server?";
+    const description = parseJson(text)?.error_description;
+    const reason = typeof description === "string" ? description : "is this the URL of a tokenauth server?";
     const message = `${this.#url} answered ${status}: ${reason}`;
     return new TokenAuthError("unexpected_answer", message, { status });
   }
@@ -300,13 +349,50 @@ export class TokenAuth extends EventTarget {
   #restore() {
     try {
       const login = JSON.parse(this.#storage?.getItem(this.#key) ?? "null");
-      if (login?.expiresAt > Date.now()) return login;
+      const { token, username, expiresAt } = login;
+      const usable = isToken(token) && typeof username === "string" && typeof expiresAt === "number";
+      if (usable && isTime(expiresAt / 1000) && expiresAt > Date.now()) return login;
     } catch {
       // Something else wrote it.
     }
     this.#storage?.removeItem(this.#key);
     return undefined;
   }
+}
+
+/**
+ * Return whether it can be sent in a header.
+ * @param {unknown} value
+ * @returns {value is string}
+ */
+function isToken(value) {
+  return typeof value === "string" && /^[\x21-\x7e]+$/.test(value);
+}
+
+/**
+ * Return whether it is a time in seconds that a Date can have.
+ * @param {unknown} value
+ * @returns {value is number}
+ */
+function isTime(value) {
+  return typeof value === "number" && value >= 0 && value <= LATEST;
+}
+
+/**
+ * Compare as the server does: by NFKC and case folding.
+ * @param {string} one
+ * @param {string} other
+ */
+function isSameUser(one, other) {
+  return canonical(one) === canonical(other);
+}
+
+/** @param {string} username */
+function canonical(username) {
+  // Each character alone, since the lower case of a final sigma is another one. Three times, since "ß" folds to "ss".
+  const fold = (/** @type {string} */ letter) => letter.toLowerCase().toUpperCase().toLowerCase();
+  const letters = Array.from(username.normalize("NFKC"), (letter) => (letter === "ı" ? letter : fold(letter)));
+  return letters.join("").normalize("NFKC");
 }
 
 /**
