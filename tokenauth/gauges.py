@@ -48,6 +48,13 @@ class Gauges:
         counts["throttle_refusals_total",] = [service.throttle.refusals]
         for result, number in service.credentials.results.items():
             counts["logins_total", result] = [number]
+        for pool, leases in service.pools.counters.items():
+            counts["pool_granted_total", pool] = [leases.granted]
+            counts["pool_denied_total", pool] = [leases.denied]
+            counts["pool_lapsed_total", pool] = [leases.lapsed]
+            counts["pool_forced_total", pool] = [leases.forced]
+            counts["pool_wait_seconds", pool] = [leases.waited, leases.seconds_waited]
+            counts["pool_hold_seconds", pool] = [leases.released + leases.lapsed, leases.seconds_held]
         gauges: dict[Key, float] = {
             ("password_queue",): service.throttle.queued,
             ("revocations_held",): len(service.tokens.revocations.held),
@@ -85,6 +92,7 @@ class Gauges:
             capacity = counts.available + counts.leased if pool.capacity is None else pool.capacity
             self._store["pool_capacity", pool.name] = capacity
             self._store["pool_leased", pool.name] = counts.leased
+            self._store["pool_waiting", pool.name] = await self._service.pools.count_waiting(pool)
 
     async def _count_tokens(self) -> int:
         """Count the live tokens, in ranges of time that have at most _STEP of them."""

@@ -17,6 +17,8 @@ Counts = dict[Key, list[float]]
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper bounds of the durations of requests, in seconds. One more bucket has all longer ones."""
 
+_FIRST = BUCKETS[0]
+
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 OTHERS = "(others)"
@@ -45,6 +47,13 @@ FAMILIES = (
     Family("feed_age_seconds", "gauge", (), "Seconds since the worker that is furthest behind knew all revocations."),
     Family("pool_capacity", "gauge", ("pool",), "Configured capacity; without one, the tokens that exist."),
     Family("pool_leased", "gauge", ("pool",), "Tokens that are leased."),
+    Family("pool_waiting", "gauge", ("pool",), "Requests that wait in line."),
+    Family("pool_granted_total", "counter", ("pool",), "Leases."),
+    Family("pool_denied_total", "counter", ("pool",), "Requests that got nothing and did not wait."),
+    Family("pool_lapsed_total", "counter", ("pool",), "Leases that ended because nobody extended or released them."),
+    Family("pool_forced_total", "counter", ("pool",), "Leases that a manager ended."),
+    Family("pool_wait_seconds", "summary", ("pool",), "How long requests waited in line before they were granted."),
+    Family("pool_hold_seconds", "summary", ("pool",), "How long leases lasted that were released or have lapsed."),
     # The main process knows these itself.
     Family("workers", "gauge", (), "Workers that report."),
     Family("workers_configured", "gauge", (), "Workers that the configuration asks for."),
@@ -82,20 +91,24 @@ class ValidationCounts:
 
 
 class Durations:
-    """The durations of requests by route, in buckets."""
+    """The durations of requests by route and method, in buckets."""
 
     def __init__(self) -> None:
-        self.by_route: dict[tuple[str, str], list[float]] = {}
-        """By method and route: the number of requests in each bucket, and at the end the sum of seconds."""
+        self.by_route: dict[str, dict[str, list[float]]] = {}
 
-    def add(self, method: str, route: str, seconds: float) -> None:
-        """Count a request. `route` is the template of its path: clients cannot make up labels."""
-        counts = self.by_route.get((method, route))
-        if counts is None:
-            key = method if method in _METHODS else "(other)", route
-            counts = self.by_route.setdefault(key, [0.0] * (len(BUCKETS) + 2))
-        counts[0 if seconds <= BUCKETS[0] else bisect_left(BUCKETS, seconds)] += 1
-        counts[-1] += seconds
+    def find(self, route: str, method: str) -> list[float]:
+        """Return the number of requests in each bucket, and at the end the sum of seconds, for `add_duration`.
+
+        `route` is the template of a path, and unknown methods are one: clients cannot make up labels.
+        """
+        methods = self.by_route.setdefault(route, {})
+        return methods.setdefault(method if method in _METHODS else "(other)", [0.0] * (len(BUCKETS) + 2))
+
+
+def add_duration(counts: list[float], seconds: float) -> None:
+    """Count a request of this duration."""
+    counts[0 if seconds <= _FIRST else bisect_left(BUCKETS, seconds)] += 1
+    counts[-1] += seconds
 
 
 class Metrics:
@@ -115,8 +128,9 @@ class Metrics:
         for route, validations in self._validations.items():
             for result, number in validations.by_result().items():
                 found["validations_total", route, result] = [number]
-        for labels, durations in self.durations.by_route.items():
-            found["request_seconds", *labels] = durations.copy()
+        for route, methods in self.durations.by_route.items():
+            for method, durations in methods.items():
+                found["request_seconds", method, route] = durations.copy()
         return found
 
 

@@ -409,6 +409,10 @@ class Pools:
     async def count(self, pool: Pool) -> PoolCounts:
         return await self._store.pools.count(pool, self._clock())
 
+    async def count_waiting(self, pool: Pool) -> int:
+        """Return how many requests wait in line."""
+        return await self._store.pools.count_requests(pool, self._clock())
+
     async def list_tokens(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
         """List tokens ordered by value, starting after the value `after`."""
         return await self._store.pools.list_tokens(pool, self._clock(), after, limit)

@@ -1,5 +1,6 @@
 """What is counted, and the sums over workers."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -10,9 +11,10 @@ import pytest
 from tests.contract.conftest import token
 from tests.support.servers import ROOT, START, HandClock, write_config
 from tokenauth import gauges
-from tokenauth.errors import Forbidden, InvalidRequest, InvalidToken, StoreUnavailable, TokenRequired
+from tokenauth.errors import Forbidden, InvalidRequest, InvalidToken, NoFreeToken, StoreUnavailable, TokenRequired
 from tokenauth.gauges import Gauges
-from tokenauth.metrics import BUCKETS, Durations, Snapshot, ValidationCounts
+from tokenauth.metrics import BUCKETS, Durations, Snapshot, ValidationCounts, add_duration
+from tokenauth.models import ANY_LEASE, Grant, Identity, LeaseTerms
 from tokenauth.server import totals
 from tokenauth.server.channel import Report, decode_report, encode_report
 from tokenauth.server.totals import Totals
@@ -23,9 +25,13 @@ POOLS = "[pools.phones]\ncapacity = 3\nprefill = true\n[pools.endless]\n"
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Service]:
+def clock(tmp_path: Path) -> HandClock:
+    return HandClock(tmp_path / "clock", create=True)
+
+
+@pytest.fixture
+async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
     """Run a service."""
-    clock = HandClock(tmp_path / "clock", create=True)
     service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, monotonic=lambda: 0.0)
     async with service.running():
         await service.pools.prefill()
@@ -34,10 +40,10 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 @pytest.mark.parametrize(("seconds", "bucket"), [(0.0, 0), (0.001, 0), (0.0011, 1), (0.3, 8), (5.0, 11), (5.1, 12)])
 def test_a_duration_is_counted_in_its_bucket(seconds: float, bucket: int) -> None:
-    durations = Durations()
-    durations.add("GET", "/auth", seconds)
-    durations.add("GET", "/auth", 1.0)
-    *counts, total = durations.by_route["GET", "/auth"]
+    found = Durations().find("/auth", "GET")
+    add_duration(found, seconds)
+    add_duration(found, 1.0)
+    *counts, total = found
     assert len(counts) == len(BUCKETS) + 1
     assert counts[bucket] == 1
     assert sum(counts) == 2
@@ -47,9 +53,9 @@ def test_a_duration_is_counted_in_its_bucket(seconds: float, bucket: int) -> Non
 def test_made_up_methods_share_one_label() -> None:
     durations = Durations()
     for method in ("GET", "SECRET", "X" * 100):
-        durations.add(method, "/auth", 0.1)
-    assert set(durations.by_route) == {("GET", "/auth"), ("(other)", "/auth")}
-    assert sum(durations.by_route["(other)", "/auth"][:-1]) == 2
+        add_duration(durations.find("/auth", method), 0.1)
+    assert set(durations.by_route["/auth"]) == {"GET", "(other)"}
+    assert sum(durations.find("/auth", "PURGE")[:-1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_a_silent_worker_has_counts_and_no_gauges(monkeypatch: pytest.MonkeyPatc
 async def test_a_snapshot_passes_the_channel(service: Service) -> None:
     reader = Gauges(service, counts_store=True)
     await reader.read()
-    service.metrics.durations.add("GET", "/auth", 0.1)
+    add_duration(service.metrics.durations.find("/auth", "GET"), 0.1)
     snapshot = reader.snapshot()
     assert decode_report(encode_report(Report("alive", metrics=snapshot))).metrics == snapshot
 
@@ -132,9 +138,49 @@ async def test_one_worker_counts_what_all_share(service: Service) -> None:
         ("pool_leased", "phones"): 1,
         ("pool_capacity", "endless"): 2,
         ("pool_leased", "endless"): 0,
+        ("pool_waiting", "phones"): 0,
+        ("pool_waiting", "endless"): 0,
     }
     assert not {key for key in other.snapshot().gauges if key[0] in {"live_tokens", "pool_leased"}}
     assert other.snapshot().gauges["store_up",] == 1
+
+
+async def test_leases_are_counted_by_how_they_end(service: Service, clock: HandClock) -> None:
+    pools, phones = service.pools, service.pools.find("phones")
+    kept, taken, _ = [await pools.assign(phones, "worker-1", "ann") for _ in range(3)]
+    with pytest.raises(NoFreeToken):
+        await pools.assign(phones, "worker-2", "ann")
+    clock.advance(10)
+    await pools.release(phones, kept.value)
+    await pools.force_release(phones, taken.value, ANY_LEASE, "admin", None)
+    clock.advance(60)  # the third one lapses
+    for _ in range(3):
+        await pools.assign(phones, "worker-3", "ann")
+    counts = Gauges(service, counts_store=False).snapshot().counts
+    assert {key[0]: numbers for key, numbers in counts.items() if key[1:] == ("phones",)} == {
+        "pool_granted_total": [6],
+        "pool_denied_total": [1],
+        "pool_lapsed_total": [1],
+        "pool_forced_total": [1],
+        "pool_wait_seconds": [0, 0],
+        "pool_hold_seconds": [2, 10 + phones.lease_ttl],
+    }
+
+
+async def test_waits_in_line_are_counted(service: Service, clock: HandClock) -> None:
+    pools, endless = service.pools, service.pools.find("endless")
+    (value,) = await pools.generate(endless, 1)
+    await pools.assign(endless, "worker-1", "ann")
+    waiting = asyncio.create_task(pools.lease(endless, Identity("ann"), LeaseTerms("worker-2", wait=30)))
+    while await pools.count_waiting(endless) == 0:  # noqa: ASYNC110  (the line is in the database, which has no event)
+        await asyncio.sleep(0)
+    reader = Gauges(service, counts_store=True)
+    await reader.read()
+    assert reader.snapshot().gauges["pool_waiting", "endless"] == 1
+    clock.advance(5)
+    await pools.release(endless, value)
+    assert isinstance(await waiting, Grant)
+    assert reader.snapshot().counts["pool_wait_seconds", "endless"] == [1, 5]
 
 
 async def test_a_lost_database_is_a_store_that_is_down(service: Service, tmp_path: Path) -> None:

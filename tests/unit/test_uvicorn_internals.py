@@ -164,3 +164,9 @@ def test_the_wheel_bounds_uvicorn_above() -> None:
     (requirement,) = (one for one in map(Requirement, dependencies) if one.name == "uvicorn")
     assert uvicorn.__version__ in requirement.specifier
     assert [one.operator for one in requirement.specifier if one.operator.startswith("<")] == ["<"]
+
+
+def test_a_measured_request_is_started_as_by_uvicorn() -> None:
+    theirs = getsource(HttpToolsProtocol._start_asgi_task).split("\n")
+    ours = {line.strip() for line in getsource(MeteredProtocol._start_asgi_task).split("\n") if "task" in line}
+    assert len(ours & {line.strip() for line in theirs}) == 4
