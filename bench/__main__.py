@@ -17,7 +17,7 @@ from bench.postgres import PostgresRows, missing
 from bench.tokens import TokenRows
 
 _TOKENS = (
-    *("hot", "me", "auth", "cookie", "introspect", "million"),
+    *("hot", "metered", "me", "auth", "cookie", "introspect", "million"),
     *("issue", "revoke", "login", "flood", "start", "memory"),
 )
 _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")

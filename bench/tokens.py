@@ -28,6 +28,8 @@ _LOGINS = 16
 _FLOOD = 128 * len(CORES)
 """Connections of wrong logins: each sends about one per second, and one core hashes about 60 per second."""
 
+_METRICS = '[metrics]\nlisten = "127.0.0.1:0"'
+
 _LOGIN_PAGE = '[browser]\nurl = "http://localhost:8000"'
 
 _WARM = 2
@@ -48,6 +50,7 @@ class TokenRows:
         durable = "durable, 64 connections"
         return (
             Figure("hot", "GET /api/token, 500 hot tokens", 0.80, "", partial(self._probes, "hot")),
+            Figure("metered", "GET /api/token, with metrics", 0.80, "", self._metered),
             Figure("me", "GET /api/me", 0.65, "", partial(self._probes, "me")),
             Figure("auth", "GET /auth, forward-auth", 0.75, "", partial(self._probes, "auth")),
             Figure("cookie", "GET /auth?cookie, forward-auth for browsers", 0.70, "", self._cookie),
@@ -75,6 +78,17 @@ class TokenRows:
             _require(passed.headers.get("x-auth-user") == "user7", f"/auth answered {passed.status_code}")
             load.run(server.port, kind, _WARM)
             yield lambda: _ratio(self._compare(server, kind))
+
+    @contextmanager
+    def _metered(self) -> Iterator[Sampler]:
+        """Validate tokens while requests are counted and measured."""
+        with self._scratch() as directory:
+            config = world.write_config(directory, tables=_METRICS)
+            world.fill(config, world.USERS)
+            with world.tokenauth(config) as server:
+                _check_probe(server, value(0))
+                load.run(server.port, "hot", _WARM)
+                yield lambda: _ratio(self._compare(server, "hot"))
 
     @contextmanager
     def _cookie(self) -> Iterator[Sampler]:

@@ -8,6 +8,7 @@ import ast
 import importlib
 import inspect
 import tomllib
+from collections.abc import Callable
 from functools import cache
 
 import httptools
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from tests.support.servers import ROOT
+from tokenauth.server.metered_protocol import MeteredProtocol
 
 RELEASE = f"uvicorn {uvicorn.__version__}, httptools {httptools.__version__}"
 
@@ -26,6 +28,7 @@ BASES: dict[str, type] = {
     "uvicorn.Server": uvicorn.Server,
     "AcceptingServer": uvicorn.Server,
     "HttpToolsProtocol": HttpToolsProtocol,
+    "BoundedProtocol": HttpToolsProtocol,
     "RequestResponseCycle": RequestResponseCycle,
     "FlowControl": FlowControl,
     "LifespanOn": LifespanOn,
@@ -167,6 +170,12 @@ def test_the_wheel_bounds_uvicorn_above() -> None:
 
 
 def test_a_measured_request_is_started_as_by_uvicorn() -> None:
-    theirs = getsource(HttpToolsProtocol._start_asgi_task).split("\n")
-    ours = {line.strip() for line in getsource(MeteredProtocol._start_asgi_task).split("\n") if "task" in line}
-    assert len(ours & {line.strip() for line in theirs}) == 4
+    theirs = _lines(HttpToolsProtocol._start_asgi_task)
+    wanted = ["task = self.loop.create_task(cycle.run_asgi(app))"]
+    wanted += ["task.add_done_callback(self.tasks.discard)", "self.tasks.add(task)"]
+    assert theirs[-3:] == wanted, RELEASE
+    assert [line for line in _lines(MeteredProtocol._start_asgi_task) if "task" in line][1:] == wanted
+
+
+def _lines(function: Callable[..., object]) -> list[str]:
+    return [line.strip() for line in inspect.getsource(function).strip().split("\n")]
