@@ -64,10 +64,13 @@ class Gauges:
 
     async def run(self) -> None:
         """Read until cancelled."""
-        while True:
-            began = monotonic()
-            await self.read()
-            await asyncio.sleep(max(_INTERVAL, (monotonic() - began) / _SHARE))
+        try:
+            while True:
+                began = monotonic()
+                await self.read()
+                await asyncio.sleep(max(_INTERVAL, (monotonic() - began) / _SHARE))
+        finally:
+            self._store = {}  # what is no longer read is not shown
 
     async def read(self) -> None:
         """Read the database once; the tokens only when they are due."""

@@ -92,7 +92,7 @@ def show(text: str) -> None:
     _writer.write(text.removesuffix("\n"))
 
 
-_LEFT_OUT = frozenset({"listening", "started", "stopped", "pool_filled"})
+_LEFT_OUT = frozenset({"listening", "metrics_listening", "started", "stopped", "pool_filled"})
 """Events that are not logged on a terminal: people there see the greeting of `serve`, and stop it themselves."""
 
 _MISTAKES = frozenset({"configuration_refused", "start_failed"})

@@ -36,6 +36,11 @@ def test_the_login_page_is_named() -> None:
     assert shown[1:] == ["  https://auth.example.com/login  login page"]
 
 
+def test_the_address_of_metrics_is_named() -> None:
+    shown = lines('[server]\ndocs = false\n[metrics]\nlisten = "[::1]:9100"')
+    assert shown[1:] == ["  http://[::1]:9100/metrics  metrics for Prometheus"]
+
+
 def test_risks_are_one_line() -> None:
     one = "1 setting is unsafe on a public address: .venv/bin/tokenauth check -c mine.toml"
     assert lines("server.docs = false\n", RISK)[1:] == [one]

@@ -27,6 +27,8 @@ def _addresses(settings: Settings, port: int) -> Iterator[str]:
         found.append((f"{url}/docs", "try the API"))
     if settings.browser.url:
         found.append((f"{settings.browser.origin}/login", "login page"))
+    if settings.metrics.listen:
+        found.append((f"http://{settings.metrics.listen}/metrics", "metrics for Prometheus"))
     width = max(len(address) for address, _ in found)
     for address, what in found:
         yield f"  {address:{width}}  {what}".rstrip()
