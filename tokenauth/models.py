@@ -25,6 +25,24 @@ ID_BYTES = 12
 SCOPE_PATTERN = r"[\x21\x23-\x5b\x5d-\x7e]+"
 
 
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff"  # default ignorable
+    "\u2800\U00013441\U00013442\U00016fe4\U0001d159]"  # blank
+)
+"""Characters that Unicode calls letters, marks or symbols, and that show nothing or a blank.
+
+The first are all of Default_Ignorable_Code_Point (DerivedCoreProperties.txt) that `str.isprintable` accepts.
+"""
+
+
+def is_visible(text: str) -> bool:
+    """Return whether people see each character of a text, and so can tell it from any other.
+
+    Spaces are allowed, but not alone.
+    """
+    return text.isprintable() and not text.isspace() and not _BLANK.search(text)
+
+
 def is_scope(word: str) -> bool:
     """Return whether a word is a valid scope: printable ASCII without blank, quote or backslash (RFC 6749 §3.3)."""
     return re.fullmatch(SCOPE_PATTERN, word) is not None

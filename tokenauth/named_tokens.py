@@ -10,7 +10,7 @@ from tokenauth.clock import Clock
 from tokenauth.errors import InsufficientScope, InvalidRequest, InvalidToken, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
-from tokenauth.models import IssuedToken, Token, User, is_scope
+from tokenauth.models import IssuedToken, Token, User, is_scope, is_visible
 from tokenauth.settings import durations
 from tokenauth.settings.durations import Duration
 from tokenauth.settings.fields import TEN_YEARS
@@ -156,8 +156,6 @@ class NamedTokens:
 
 def _check_name(name: str) -> None:
     """Raise InvalidRequest unless this can be the name of a token."""
-    if not 1 <= len(name) <= MAX_TOKEN_NAME or not name.isprintable() or name != name.strip():
-        raise InvalidRequest(
-            f"name: must have 1 to {MAX_TOKEN_NAME} printable characters, with no blank at either end."
-        )
+    if not 1 <= len(name) <= MAX_TOKEN_NAME or not is_visible(name) or name != name.strip():
+        raise InvalidRequest(f"name: must have 1 to {MAX_TOKEN_NAME} visible characters, with no blank at either end.")
     values.refuse_value(name, "name")

@@ -45,6 +45,7 @@ from tokenauth.models import (
     PoolCounts,
     PoolToken,
     Reservation,
+    is_visible,
 )
 from tokenauth.settings import durations
 from tokenauth.settings.durations import Duration
@@ -488,11 +489,11 @@ class Pools:
 
 
 def check_name(name: str, field: str = "holder", longest: int = MAX_TEXT) -> str:
-    """Return a name of 1 to `longest` printable characters. Raises InvalidRequest about `field` for any other."""
+    """Return a name of 1 to `longest` visible characters. Raises InvalidRequest about `field` for any other."""
     if not 1 <= len(name) <= longest:
         raise InvalidRequest(f"{field}: must have 1 to {longest} characters.")
-    if not name.isprintable():
-        raise InvalidRequest(f"{field}: has a character that cannot be printed.")
+    if not is_visible(name):
+        raise InvalidRequest(f"{field}: has an invisible character, or only blanks.")
     return name
 
 

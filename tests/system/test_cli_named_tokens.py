@@ -86,7 +86,7 @@ MISTAKES = {
     "no scope": (["--user", "ann", "--name", "x", "--scope", "a b"], "scopes: each must be a word"),
     "too long": (["--user", "ann", "--name", "x", "--ttl", "366d"], "ttl: must be a duration from 1s to 365d"),
     "no duration": (["--user", "ann", "--name", "x", "--ttl", "never"], "ttl: must be a duration"),
-    "no name": (["--user", "ann", "--name", ""], "name: must have 1 to 64 printable characters"),
+    "no name": (["--user", "ann", "--name", ""], "name: must have 1 to 64 visible characters"),
     "not UTF-8": (["--user", "ann", "--name", "\udcff"], "not UTF-8"),
 }
 

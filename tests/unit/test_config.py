@@ -225,7 +225,9 @@ def test_users_are_found_by_their_canonical_name() -> None:
     assert (user.username, user.password_hash, user.scopes) == ("ann", "x", ("read",))
 
 
-@pytest.mark.parametrize("name", ["", " ann", "ann ", "\\u0000", "a\\nb", "a\\u200bb", "a\\u202eb", "a" * 257])
+@pytest.mark.parametrize(
+    "name", ["", " ann", "ann ", "\\u0000", "a\\nb", "a\\u200bb", "a\\u202eb", "a\\u3164", "a" * 257]
+)
 def test_a_name_that_cannot_be_shown_or_typed_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^users\[0\]\.username: must (not )?have "):
         parsed(f'[[users]]\nusername = "{name}"\npassword = "x"')

@@ -135,9 +135,9 @@ NO_MEMBERS = {
     members('name = "a"\nlabels = ["x", "x"]'): "members[0].labels: has a label twice",
     members('name = "a"\nlabels = ["b"]', 'name = "b"'): "members[0].labels: 'b' is the name of a member, and so"
     " selects that one: use another word",
-    members('name = "a"\nnote = "x\\ny"'): "members[0].note: must be one line of at most 256 printable characters",
-    members(f'name = "a"\nnote = "{"x" * 257}"'): "members[0].note: must be one line of at most 256 printable"
-    " characters",
+    members('name = "a"\nnote = "x\\u3164"'): "members[0].note: must be one line of at most 256 visible characters",
+    members('name = "a"\nnote = "x\\ny"'): "members[0].note: must be one line of at most 256 visible characters",
+    members(f'name = "a"\nnote = "{"x" * 257}"'): "members[0].note: must be one line of at most 256 visible characters",
     members('name = "a"', before="capacity = 1"): "capacity: must not be set with members: the pool has exactly these"
     " tokens",
     members('name = "a"', before="capacity = 0"): "capacity: must not be set with members: the pool has exactly these"

@@ -6,7 +6,18 @@ from hashlib import sha256
 
 import pytest
 
-from tokenauth.models import ANY_LEASE, IssuedToken, Lease, LeaseCheck, Pool, PoolToken, Token, User, public_id
+from tokenauth.models import (
+    ANY_LEASE,
+    IssuedToken,
+    Lease,
+    LeaseCheck,
+    Pool,
+    PoolToken,
+    Token,
+    User,
+    is_visible,
+    public_id,
+)
 
 DIGEST = bytes(range(32))
 TOKEN = Token.new(DIGEST, "ann", "fingerprint", 1_000.5, 2_000)
@@ -138,3 +149,21 @@ def test_a_lease_belongs_to_its_user_or_to_anyone(lessee: str | None, user: str,
 def test_the_repr_of_a_pool_token_hides_its_value() -> None:
     assert "ann" in repr(PERMIT)
     assert "permit" not in repr(PERMIT)
+
+
+INVISIBLE = (
+    "\u00ad \u034f \u115f \u1160 \u17b4 \u180b \u180f \u200d \u2028 \u2064 \u2800 \u3164 \ufe00 \ufe0f \ufeff \uffa0"
+)
+FURTHER = "\U00013441 \U00016fe4 \U0001bca0 \U0001d159 \U0001d173 \U000e0001 \U000e0100 \U000e01ef"
+
+
+@pytest.mark.parametrize("letter", ["\u3000", *INVISIBLE.split(" "), *FURTHER.split(" ")], ids=ascii)
+def test_what_shows_nothing_or_a_blank_is_not_visible(letter: str) -> None:
+    assert [is_visible(text) for text in (letter, f"nightly{letter}", f"a{letter}b")] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a b", "Größe 3 / prod", "e\u0301", "日本", "한글", "\u1112\u1161", "⠁", "👍🏽", "კ"]
+)
+def test_texts_of_any_script_are_visible(text: str) -> None:
+    assert is_visible(text)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tokenauth.models import Member, Pool, User
+from tokenauth.models import Member, Pool, User, is_visible
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
 from tokenauth.settings.origin import DOMAIN, Origin, check_origin, parse_origin
@@ -177,7 +177,7 @@ class UserSettings(Table, frozen=True):
     def __post_init__(self) -> None:
         if not self.username or len(self.username) > MAX_NAME or self.username != self.username.strip():
             raise SettingError("username", f"must have 1 to {MAX_NAME} characters, with no blank at either end")
-        if any(unicodedata.category(letter) in {"Cc", "Cf", "Cs"} for letter in self.username):
+        if not is_visible(self.username):
             raise SettingError("username", "must not have control characters or invisible ones")
 
 
@@ -276,8 +276,8 @@ class MemberSettings(Table, frozen=True):
     def __post_init__(self) -> None:
         if len(set(self.labels)) < len(self.labels):
             raise SettingError("labels", "has a label twice")
-        if len(self.note) > _MAX_NOTE or not self.note.isprintable():
-            raise SettingError("note", f"must be one line of at most {_MAX_NOTE} printable characters")
+        if len(self.note) > _MAX_NOTE or not is_visible(self.note):
+            raise SettingError("note", f"must be one line of at most {_MAX_NOTE} visible characters")
 
 
 _LISTEN = re.compile(r"(?:[!-9;-Z^-~]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", re.ASCII)

@@ -197,6 +197,8 @@ def test_a_scope_that_the_user_lacks_is_refused(
         {"name": "night\x00ly"},
         {"name": "night\u202ely"},
         {"name": "\u200b"},
+        {"name": "nightly\u3164"},
+        {"name": "\u2800"},
         {"name": None},
         {"name": 5},
         {"name": new_value()},
