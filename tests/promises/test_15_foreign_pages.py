@@ -105,7 +105,7 @@ def fill(path: str, token: str) -> str:
     assert found is not None
     for name, value in {"id": public_id(found), "pool": "uuids", "name": "uuids", "file": "start.js"}.items():
         path = path.replace(f"{{{name}}}", value)
-    return path.replace("{value}", "x").replace("{token}", "x")
+    return path.replace("{value}", "x").replace("{token}", "x").replace("{request}", "x")
 
 
 def visits(method: str, every: bool) -> list[tuple[Mapping[str, str], str | None, bytes]]:
