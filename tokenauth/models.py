@@ -36,11 +36,8 @@ The first are all of Default_Ignorable_Code_Point (DerivedCoreProperties.txt) th
 
 
 def is_visible(text: str) -> bool:
-    """Return whether people see each character of a text, and so can tell it from any other.
-
-    Spaces are allowed, but not alone.
-    """
-    return text.isprintable() and not text.isspace() and not _BLANK.search(text)
+    """Return whether each character of a text is a space or shows something: nothing in it is hidden."""
+    return text.isprintable() and not _BLANK.search(text)
 
 
 def is_scope(word: str) -> bool:

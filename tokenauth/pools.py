@@ -493,7 +493,7 @@ def check_name(name: str, field: str = "holder", longest: int = MAX_TEXT) -> str
     if not 1 <= len(name) <= longest:
         raise InvalidRequest(f"{field}: must have 1 to {longest} characters.")
     if not is_visible(name):
-        raise InvalidRequest(f"{field}: has an invisible character, or only blanks.")
+        raise InvalidRequest(f"{field}: has an invisible character.")
     return name
 
 

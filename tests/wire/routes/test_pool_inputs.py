@@ -15,7 +15,7 @@ from tests.support.servers import USERS, HandClock, Server, write_config
 
 KIB = 1024
 DIGITS = "9" * 5000
-ODD_NAMES = ["жанна\u0301 \N{OLD KEY}", "\N{LATIN SMALL LIGATURE FFI}" * 256]
+ODD_NAMES = ["жанна\u0301 \N{BLACK CHESS KING}", "\N{LATIN SMALL LIGATURE FFI}" * 256]
 
 
 @pytest.fixture(scope="module")
