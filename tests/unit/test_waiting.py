@@ -25,6 +25,7 @@ from tokenauth.pools import Pools, Waits
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.stores.sqlite.engine import SqliteEngine
+from tokenauth.waiting import Waiter
 
 ANN, BOB, OPS = Identity("ann"), Identity("bob"), Identity("ops", ("admin",))
 AT_ONCE = 5.0
@@ -47,21 +48,18 @@ class Workers:
     async def ask(
         self, id: str | None = None, pools: Pools | None = None, gone: Callable[[], bool] | None = None, **terms: Any
     ) -> asyncio.Task[Grant | Waits]:
-        """Begin to wait, and return when there is a place in the line."""
+        """Begin to wait, and return when the process holds the request."""
         pools = pools or self.pools
         wanted = LeaseTerms("job", id, **{"wait": 30, **terms})
-        before, _ = await self.pools.list_requests(self.pool, 1)
+        before = self._waiters(pools)
         more = () if gone is None else (gone,)
         task = self._start(pools.lease(self.pool, ANN, wanted, *more))
-        while not task.done() and (await self.pools.list_requests(self.pool, 1))[0] == before:
+        while not task.done() and self._waiters(pools) <= before:  # noqa: ASYNC110 - a waiter has no event for this
             await asyncio.sleep(0.001)
-            if id is not None and (id, pools) in [(waiter_id, pools) for waiter_id in self.held(pools)]:
-                break
         return task
 
-    def held(self, pools: Pools) -> list[str]:
-        """Return the ids of the requests that wait in a process."""
-        return [id for line in pools.waiting._lines.values() for _, id in line.waiters]
+    def _waiters(self, pools: Pools) -> set[Waiter]:
+        return {waiter for line in pools.waiting._lines.values() for waiter in line.waiters.values()}
 
     def _start(self, work: Coroutine[Any, Any, Grant | Waits]) -> asyncio.Task[Grant | Waits]:
         task = asyncio.get_running_loop().create_task(work)
