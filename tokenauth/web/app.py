@@ -106,7 +106,7 @@ def find_routes(service: Service) -> list[Route]:
     """
     config, tokens = service.settings, service.tokens
     hosts = Hosts.from_settings(config.server, config.oauth.issuer, config.browser.url)
-    browser_auth, pages, show_logins = _create_pages(service, hosts)
+    browser_auth, pages, show_logins = _create_pages(service)
     metrics = service.metrics
     with_token = [Middleware(TokenMiddleware, counted(service, OTHERS))]
     csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
@@ -129,13 +129,13 @@ def find_routes(service: Service) -> list[Route]:
     return [*leasing, *chain.from_iterable(dialects.values()), *others]
 
 
-def _create_pages(service: Service, hosts: Hosts) -> tuple[BrowserAuth | None, Sequence[Route], Handler | None]:
+def _create_pages(service: Service) -> tuple[BrowserAuth | None, Sequence[Route], Handler | None]:
     """Create what browsers need, if there is a login page: the rules of /auth, the pages, and the one at /."""
     config = service.settings
     if not config.browser.url:
         return None, (), None
     cookies, return_to = Cookies(config.browser), ReturnTo(config.browser)
-    pages = LoginRoutes(config, service.tokens, hosts, cookies, return_to)
+    pages = LoginRoutes(config, service.tokens, cookies, return_to)
     return BrowserAuth(config.browser, cookies, return_to), pages.routes(), pages.home
 
 

@@ -37,7 +37,10 @@ class Hosts:
 
     @classmethod
     def from_settings(cls, server: ServerSettings, issuer: str, login_page: str = "") -> "Hosts":
-        """Limit the names if they are known: there is an issuer, or only this machine can reach the service."""
+        """Limit the names if they are known: there is an issuer, or only this machine can reach the service.
+
+        The login page alone limits its own forms only: pages may call the API under a name of their own.
+        """
         names = {urlsplit(url).hostname or "" for url in (issuer, login_page) if url}
         limited = bool(issuer) or (server.loopback and not server.trusted_proxies)
         return cls(server.cors_origins, names if limited else None)

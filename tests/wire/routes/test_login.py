@@ -14,7 +14,8 @@ DAY = 24 * 3600
 
 @pytest.fixture(scope="module")
 def settings() -> str:
-    return f'[browser]\nurl = "http://localhost:8000"\nreturn_to = ["{APP}"]'
+    proxies = '[server]\ntrusted_proxies = ["192.0.2.1"]'
+    return f'{proxies}\n[browser]\nurl = "http://localhost:8000"\nreturn_to = ["{APP}"]'
 
 
 @pytest.fixture
@@ -85,6 +86,8 @@ FORMS = {
     "a page of this service": ({"Sec-Fetch-Site": "same-origin", "Origin": "null"}, True, 303),
     "an old browser": ({}, True, 303),
     "an old browser that sends Origin": ({"Origin": "http://localhost:8000"}, True, 303),
+    "an address of this machine": ({"Sec-Fetch-Site": "same-origin", "Host": "127.0.0.1:8000"}, True, 303),
+    "a rebound name": ({"Sec-Fetch-Site": "same-origin", "Origin": "null", "Host": "evil.example:8000"}, True, 403),
     "a foreign page": ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, True, 403),
     "a sibling": ({"Sec-Fetch-Site": "same-site", "Origin": APP}, True, 403),
     "a foreign page, old browser": ({"Origin": "https://evil.example"}, True, 403),

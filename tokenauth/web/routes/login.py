@@ -42,9 +42,9 @@ _TWO_COOKIES = (
 class LoginRoutes:
     """The handlers, and their routes."""
 
-    def __init__(self, settings: Settings, tokens: Tokens, hosts: Hosts, cookies: Cookies, return_to: ReturnTo) -> None:
+    def __init__(self, settings: Settings, tokens: Tokens, cookies: Cookies, return_to: ReturnTo) -> None:
         self._tokens = tokens
-        self._hosts = hosts
+        self._hosts = Hosts((), {settings.browser.origin.host})
         self._cookies = cookies
         self._return_to = return_to
         self._remember_ttl = settings.browser.remember_ttl
