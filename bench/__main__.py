@@ -15,6 +15,7 @@ from bench.leasing import LeaseRows
 from bench.limit import BareServer
 from bench.postgres import PostgresRows, missing
 from bench.tokens import TokenRows
+from bench.waiting import TABLES, WaitRows
 
 _TOKENS = (
     *("hot", "metered", "me", "auth", "cookie", "introspect", "million"),
@@ -22,7 +23,9 @@ _TOKENS = (
 )
 _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")
 _POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-refuse")
-_NAMES = (*_TOKENS, *_LEASES, *_POSTGRES)
+_WAITING = ("hand-over", "hand-over-far", "behind", "waiters")
+_POSTGRES_WAITING = tuple(f"pg-{name}" for name in _WAITING)
+_NAMES = (*_TOKENS, *_LEASES, *_WAITING, *_POSTGRES, *_POSTGRES_WAITING)
 
 
 def main() -> int:
@@ -39,17 +42,19 @@ def main() -> int:
 
 def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
     names = set(options.only)
-    lacking = missing() if names.intersection(_POSTGRES) else None
+    lacking = missing() if names.intersection({*_POSTGRES, *_POSTGRES_WAITING}) else None
     if lacking:
         log_progress(f"without the rows of PostgreSQL: {lacking}")
-        names.difference_update(_POSTGRES)
+        names.difference_update({*_POSTGRES, *_POSTGRES_WAITING})
     with ExitStack() as stack:
         bare = BareServer(stack.enter_context(world.bare(directory)).port, 1)
         postgres = stack.enter_context(PostgresRows(directory, bare, options.seconds))
         figures = [
             *TokenRows(directory, bare, options.seconds).figures(),
             *LeaseRows(directory, bare, options.seconds).figures(),
+            *WaitRows("", "", lambda: _waiting_config(directory), 50, options.seconds).figures(),
             *postgres.figures(),
+            *WaitRows("pg-", "PostgreSQL: ", postgres.waiting_config, 100, options.seconds).figures(),
         ]
         deadline = time.monotonic() + options.minutes * 60
         chosen = [figure for figure in figures if figure.name in names]
@@ -62,6 +67,10 @@ def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
     if options.chart:
         chart.draw(rows, options.chart)
     return rows
+
+
+def _waiting_config(directory: Path) -> Path:
+    return world.write_config(Path(tempfile.mkdtemp(dir=directory)), tables=TABLES)
 
 
 def _parser() -> argparse.ArgumentParser:

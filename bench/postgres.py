@@ -14,6 +14,7 @@ from bench.limit import BareServer
 from bench.load import CONNECTIONS, Result
 from bench.machine import LOAD_CORE, on_core
 from bench.revocation_delay import measure_revocation_delay
+from bench.waiting import TABLES
 from bench.world import MILLION, Running, value
 from tests.support import postgres_programs
 from tests.support.postgres import Cluster, cluster
@@ -182,6 +183,11 @@ class PostgresRows:
         tokens = map(value, range(MILLION + _REVOKED, MILLION + _REVOKED + _WATCHED))
         with world.tokenauth(self._config, None) as second:
             yield lambda: measure_revocation_delay(first.port, second.port, tokens, self._seconds)
+
+    def waiting_config(self) -> Path:
+        """Create a database for the figures about the waiting line."""
+        name = next(self._names)
+        return world.write_config(self._directory / name, tables=TABLES, url=self._running().create(name))
 
     def _changing(
         self, kind: str, connections: int, counted: Callable[[], int], offset: int, server: Running | None = None

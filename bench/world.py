@@ -137,6 +137,12 @@ class Running:
         worker, *others = sorted(map(_rollup, [str(pid), *children]), key=lambda sizes: sizes["Rss"], reverse=True)
         return {"rss": worker["Rss"], "pss": worker["Pss"], "others": sum(sizes["Pss"] for sizes in others)}
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that all of its processes have used."""
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return sum(map(_cpu_seconds, [str(pid), *children]))
+
 
 @contextmanager
 def tokenauth(config: Path, core: int | None = SERVER_CORE) -> Iterator[Running]:
@@ -190,6 +196,11 @@ def _answers(client: httpx.Client, path: str, process: "subprocess.Popen[bytes]"
             pass
         time.sleep(0.005)
     return False
+
+
+def _cpu_seconds(pid: str) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _rollup(pid: str) -> dict[str, float]:
