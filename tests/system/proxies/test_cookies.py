@@ -187,7 +187,9 @@ def test_a_websocket_is_open_to_its_own_pages_only(proxy: Proxy, ann: str) -> No
     ):
         assert open_websocket(proxy, *headers) == (status, []), headers
     for headers in ([login, own], [("X-Token", ann)]):
-        status, [request] = open_websocket(proxy, *headers, ("X-Auth-User", "mallory"))
+        named = [("X-Auth-User", "mallory"), ("X-Original-URL", "/reports/"), ("X-Rewrite-URL", "/reports/")]
+        status, [request] = open_websocket(proxy, *headers, *named)
+        assert not request.values("X-Original-URL") + request.values("X-Rewrite-URL")
         assert (status, request.values("X-Auth-User"), request.values("Upgrade")) == (101, [b"ann"], [b"websocket"])
         assert ann.encode() not in b"".join(value for _, value in request.headers) or "traefik" in proxy.name
 

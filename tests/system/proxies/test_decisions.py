@@ -143,6 +143,17 @@ def test_user_headers_of_clients_are_cleared_not_refused(proxy: Proxy, bob: str,
     assert proxy.ask("/", bob, headers=[(name, "mallory")])[0].status == 200
 
 
+def test_a_client_cannot_name_another_path(proxy: Proxy, ann: str) -> None:
+    """Some frameworks take the path from these headers, after the proxy has judged the one of the request."""
+    for name in ("X-Original-URL", "X-Rewrite-URL", "x-original-url", "X_Rewrite_URL"):
+        for target in ("/", "/reports/"):
+            named = [(name, "/reports/secret"), (name, "/reports/secret"), ("X-HTTP-Method-Override", "PUT")]
+            reply, [request] = proxy.ask(target, ann, headers=named)
+            assert (reply.status, request.target) == (200, target.encode())
+            assert b"secret" not in b"".join(value for _, value in request.headers), name
+            assert request.values("X-HTTP-Method-Override") == [b"PUT"], "applications may need it"
+
+
 def test_connection_cannot_remove_the_user_headers(proxy: Proxy, ann: str) -> None:
     named = ", ".join(("close", *IDENTITY))
     reply, [request] = proxy.ask("/", ann, headers=[("Connection", named)])
