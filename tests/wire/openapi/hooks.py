@@ -83,6 +83,12 @@ def _leased() -> dict[str, Any]:
     return {"pool": "uuids", **lease}
 
 
+def _in_line() -> dict[str, Any]:
+    for _ in range(2):  # one user leases one phone at most, and then waits
+        answer = _send("POST", "/api/pools/phones/leases", {"wait": 0})
+    return {"pool": "phones", "request": answer["request"], "user": "admin"}
+
+
 def _login_id() -> dict[str, Any]:
     _log_in("ann")
     (newest, *_) = _send("GET", "/api/tokens?user=ann")["tokens"]
@@ -148,6 +154,8 @@ LIVE: dict[str, Callable[[], dict[str, Any]]] = {
     "GET /api/pools/{pool}/tokens/{token}": _in_pool,
     "DELETE /api/pools/{pool}/tokens/{token}": _in_pool,
     "POST /api/pools/{pool}/leases": _in_pool,
+    "DELETE /api/pools/{pool}/requests/{request}": _in_line,
+    "PUT /api/pools/{pool}/members/{name}/reservation": lambda: {"pool": "phones", "name": "moto", "until": "1h"},
     "PUT /api/pools/{pool}/leases/{token}": _leased,
     "DELETE /api/pools/{pool}/leases/{token}": _leased,
     "POST /random/assign": _random,
@@ -179,7 +187,7 @@ def map_case(context: HookContext, case: Case[Any]) -> Case[Any]:
     """Use existing values in well-formed requests: in all of the coverage phase, in about half of the fuzzed ones."""
     meta = case.meta
     wait = case.body.get("wait") if isinstance(case.body, dict) else None
-    if isinstance(case.body, dict) and isinstance(wait, int | float) and wait > 0:
+    if isinstance(case.body, dict) and isinstance(wait, int | float) and 0 < wait <= 60:
         case.body["wait"] = 0.01  # nobody frees what it would wait for
     if meta is None or not meta.generation.mode.is_positive or not USER or not _wanted(case, meta):
         return case
@@ -194,6 +202,7 @@ _ALWAYS = {
     ("POST", "/oauth/token"),  # a scope that the client lacks is 400
     ("POST", "/api/tokens"),  # a duration that is too long is 400
     ("POST", "/api/tokens/{id}/rotate"),
+    ("PUT", "/api/pools/{pool}/members/{name}/reservation"),
 }
 """Operations that refuse some values with 400, which a schema cannot express."""
 
@@ -215,8 +224,15 @@ def filter_case(context: HookContext, case: Case[Any]) -> bool:
         return True
     if case.meta.phase.name.value == "stateful" and case.operation.path.startswith("/api/tokens"):
         return False  # random texts are no durations; the other phases send some
+    if case.meta.phase.name.value == "stateful" and case.operation.path.endswith("/reservation"):
+        return False
+    if case.body.get("labels"):
+        return False  # no member has random labels
+    ttl = case.body.get("ttl")
+    if case.operation.path.endswith("/leases") and not (ttl is None or (isinstance(ttl, int) and 1 <= ttl <= 60)):
+        return False
     # 1.0 is an integer for JSON Schema
     whole = all(not isinstance(case.body.get(name), float) for name in ("count", "fence"))
     # no regular expression that works in all schema readers matches only visible characters
-    named = (case.body.get(name) for name in ("holder", "client_id"))
+    named = (case.body.get(name) for name in ("holder", "client_id", "note", "for"))
     return whole and all(not isinstance(name, str) or is_visible(name) for name in named)
