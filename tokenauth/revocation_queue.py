@@ -1,12 +1,13 @@
 """Revocations that could not be written yet. They are held in memory, and written as soon as the store is back.
 
 Each worker has a RevocationQueue. The main process has a HeldRevocations and passes each RevocationUpdate on, so that
-all workers of the machine refuse what one of them holds.
+all workers of the machine refuse what one of them holds. In the same way it passes on what one of them has written to a
+store whose other processes learn of that later.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from itertools import islice
 from time import monotonic
@@ -31,6 +32,10 @@ MAX_PER_NETWORK = 1_000
 RETRY = 1.0
 """Seconds between two attempts to write."""
 
+ANSWER_TIMEOUT = 1.25
+"""Seconds to wait until the other workers have applied an update. A cache of PostgreSQL's tokens is not used for longer
+without news (`BOUND`), so a worker that is late then looks each token up."""
+
 _BATCH = 100
 """Number of revocations written at a time. They share a commit."""
 
@@ -39,7 +44,7 @@ _MIN_CLOSE_TIME = 5.0
 
 
 class RevocationUpdate(msgspec.Struct, omit_defaults=True):
-    """A change to what one worker holds, for the others. Times are of the monotonic clock, the same for all of them."""
+    """What one worker holds or has revoked, for the others. Times are of the monotonic clock, the same for all."""
 
     held: dict[bytes, str] = {}
     """Digests of tokens to refuse, each with the network that revoked it."""
@@ -51,6 +56,14 @@ class RevocationUpdate(msgspec.Struct, omit_defaults=True):
     """When the last of those was dropped."""
     all_revoked_at: Instant = 0.0
     """All tokens issued before this time have been revoked."""
+    revoked: set[bytes] = set()
+    """Digests of tokens that were revoked in the store: no cache may return them."""
+    missing: set[bytes] = set()
+    """Digests of tokens that the store does not have: they may have been revoked just now."""
+    outdated: bool = False
+    """Whether the store has revoked tokens that are not named here: no cache may be used until it knows which."""
+    number: int = 0
+    """Identifies an update whose sender waits until it is applied; 0 if none does."""
 
 
 class HeldRevocations:
@@ -101,6 +114,8 @@ class RevocationQueue:
         """Whether anything is held or was dropped. While it is False, no token is refused."""
         self.publish: Callable[[RevocationUpdate], None] | None = None
         """Sends an update to the main process; None if there is none."""
+        self.alone = False
+        """Whether this is the only worker of the machine: then nobody needs to apply its updates."""
         self.close_deadline = 0.0
         """When `close` gives up, in the time of the event loop; it tries for _MIN_CLOSE_TIME in any case."""
         self.handed_over = False
@@ -113,6 +128,9 @@ class RevocationQueue:
         self._started = self._closing = False
         self._writing: asyncio.Task[None] | None = None
         self._update: RevocationUpdate | None = None
+        self._awaited: asyncio.Event | None = None  # of the update that is not sent yet
+        self._unanswered: dict[int, tuple[asyncio.Event, asyncio.TimerHandle]] = {}
+        self._number = 0
 
     @property
     def problem(self) -> str | None:
@@ -146,8 +164,51 @@ class RevocationQueue:
         self._changed()
         return True
 
+    async def share(self, digests: Collection[bytes] | None, missing: bool = False) -> None:
+        """Have the other workers refuse tokens that were revoked in the store; None: which tokens is not known.
+
+        Once this returns they do, or ANSWER_TIMEOUT is over. All that is shared in one iteration of the event loop is
+        sent in one message. `missing`: the store does not have the tokens, and this process has not revoked them.
+        """
+        if self._has_others:
+            update = self._outgoing()
+            if digests is None:
+                update.outdated = True
+            elif missing:
+                update.missing.update(digests)
+            else:
+                update.revoked.update(digests)
+            await self.applied()
+
+    async def applied(self) -> None:
+        """Wait until the other workers have applied all that is held here, or ANSWER_TIMEOUT is over."""
+        if self._has_others:
+            self._outgoing()
+            if self._awaited is None:
+                self._awaited = asyncio.Event()
+            await self._awaited.wait()
+        else:
+            await asyncio.sleep(0)  # the main process is notified before the client gets an answer
+
+    def answered(self, number: int) -> None:
+        """End the wait for an update: all workers have applied it, or it is too late."""
+        if number in self._unanswered:
+            event, timeout = self._unanswered.pop(number)
+            timeout.cancel()
+            event.set()
+
+    @property
+    def _has_others(self) -> bool:
+        return self.publish is not None and self._started and not self.alone
+
     def apply(self, update: RevocationUpdate) -> None:
-        """Hold what another worker holds."""
+        """Refuse what another worker holds or has revoked."""
+        if update.outdated:
+            self._store.tokens.forget(None)
+        if update.revoked:
+            self._store.tokens.forget(update.revoked)
+        if update.missing:
+            self._store.tokens.forget_missing(update.missing)
         for digest, network in update.held.items():
             if digest not in self.held:
                 self._hold(digest, network)
@@ -201,8 +262,16 @@ class RevocationQueue:
 
     def _publish(self) -> None:
         update, self._update = self._update, None
+        event, self._awaited = self._awaited, None
         if update is not None and self.publish is not None:
+            if event is not None:
+                self._number += 1
+                update.number = self._number
+                timeout = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, self.answered, update.number)
+                self._unanswered[update.number] = event, timeout
             self.publish(update)
+        elif event is not None:
+            event.set()
 
     async def _write_later(self) -> None:
         try:

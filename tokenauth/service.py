@@ -109,6 +109,7 @@ def create_service(
     throttle = Throttle(settings.throttle, settings.server.workers, store, monotonic_clock, queue)
     credentials = Credentials(users, passwords, throttle, monotonic_clock)
     tokens = Tokens(settings.tokens, users, store, credentials, monotonic_clock)
+    store.tokens.share = tokens.revocations.share
     named_tokens = NamedTokens(settings.tokens, users, store, tokens, monotonic_clock)
     pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
     parts = store, passwords, throttle, credentials, tokens, named_tokens, pools

@@ -199,11 +199,11 @@ class Tokens:
             if await self._try_revoke(digest):
                 return
             if self.revocations.add(digest, source):
-                await asyncio.sleep(0)  # the main process is notified before the client gets an answer
-                return
+                break
             await asyncio.sleep(revocation_queue.RETRY)
             if disconnected():
                 raise ClientGone
+        await self.revocations.applied()
 
     async def _try_revoke(self, digest: bytes) -> bool:
         """Return whether the store could be written."""
@@ -217,7 +217,9 @@ class Tokens:
 
     async def _revoke(self, digest: bytes) -> None:
         token = await self._store.tokens.get(digest)
-        if token is not None and await self._store.tokens.revoke(digest, self._clock()):
+        if token is None:
+            await self._store.tokens.share_missing(digest)
+        elif await self._store.tokens.revoke(digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
     async def revoke_id(self, id: str, username: str | None) -> None:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 class NoFeed:
     """The feed of a database without revocations."""
 
+    sees_commits = True
+
     def is_current(self) -> bool:
         return True
 

@@ -236,6 +236,7 @@ class Machine:
         for queue in self.queues:
             if queue is not source:
                 queue.apply(update)
+        source.answered(update.number)
 
     def fail_writes(self, error: Exception | None) -> None:
         """Make all writes fail; with None, succeed again."""
@@ -332,6 +333,38 @@ async def test_queues_that_are_full_together_accept_nothing(machine: Machine) ->
     machine.fail_writes(None)
     await machine.settled()
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]
+
+
+async def test_revocations_of_one_turn_share_a_message(scene: Scene) -> None:
+    """They wait for its answer. A worker without others sends none."""
+    sent: list[RevocationUpdate] = []
+    scene.queue.publish = sent.append
+    digests = [number.to_bytes(32) for number in range(50)]
+    waiting = [asyncio.create_task(scene.queue.share([digest])) for digest in digests]
+    waiting.append(asyncio.create_task(scene.queue.share([b"x" * 32], missing=True)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    [update] = sent
+    assert (update.revoked, update.missing, update.outdated) == (set(digests), {b"x" * 32}, False)
+    assert not any(task.done() for task in waiting)
+    scene.queue.answered(update.number)
+    await asyncio.gather(*waiting)
+    scene.queue.alone = True
+    await scene.queue.share(digests)
+    await asyncio.sleep(0)
+    assert sent == [update]
+
+
+async def test_a_worker_that_never_answers_is_not_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocation_queue, "ANSWER_TIMEOUT", 0.05)
+    sent: list[RevocationUpdate] = []
+    scene.queue.publish = sent.append
+    began = time.monotonic()
+    await scene.queue.share(None)
+    assert time.monotonic() - began > 0.04
+    [update] = sent
+    assert update.outdated
+    scene.queue.answered(update.number)  # too late: it changes nothing
 
 
 def test_one_message_hands_over_100_000_revocations() -> None:

@@ -53,7 +53,19 @@ class Stop(NamedTuple):
     """Whether other workers take over the revocations that this one holds."""
 
 
-Order = Serve | ChangeUsers | RevocationUpdate | Stop
+class Applied(NamedTuple):
+    """A message to a worker: all others have applied its update of this number."""
+
+    number: int
+
+
+class Alone(NamedTuple):
+    """A message to a worker: whether it is the only one."""
+
+    alone: bool
+
+
+Order = Serve | ChangeUsers | RevocationUpdate | Applied | Alone | Stop
 """A message from the main process to a worker."""
 
 
@@ -69,6 +81,8 @@ class Report(msgspec.Struct, omit_defaults=True):
     """The identity of the database that this worker serves."""
     metrics: Snapshot | None = None
     """What this worker has counted since its start."""
+    applied: int = 0
+    """The number of an update that this worker has applied; 0 if there is none."""
 
 
 def encode_order(order: Order) -> bytes:

@@ -27,6 +27,8 @@ from tokenauth.revocation_queue import HeldRevocations, RevocationUpdate
 from tokenauth.server.channel import (
     GRACE,
     HEARTBEAT,
+    Alone,
+    Applied,
     ChangeUsers,
     Channel,
     Order,
@@ -129,6 +131,8 @@ class _Worker:
         self.failure: Report | None = None
         self.database: str | None = None
         self.killed = False
+        self.alone = False
+        self.ended = False
         self._stderr = b""
         here, there = socket.socketpair()
         self.stderr, stderr_end = -1, -1
@@ -230,6 +234,15 @@ class _Slot:
         return self.postpone()
 
 
+class _Passing:
+    """An update of a worker that is being passed on, and the workers that have not applied it yet."""
+
+    def __init__(self, source: _Worker, number: int, waiting: set[_Worker]) -> None:
+        self.source = source
+        self.number = number
+        self.waiting = waiting
+
+
 class _Reload:
     """A new configuration, and its workers, which serve it when all of them are ready."""
 
@@ -275,6 +288,9 @@ class Supervisor:
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
         self._held = HeldRevocations()
+        self._updates: list[tuple[RevocationUpdate, _Worker]] = []
+        self._passing: dict[int, _Passing] = {}
+        self._passed = 0
         self._has_served = False
         self._database: str | None = None
         self._stopping = False
@@ -295,6 +311,7 @@ class Supervisor:
             self._heartbeat,
             self._reap,
             self._start_workers,
+            self._note_alone,
             self._finish_reload,
             self._kill_overdue,
         )
@@ -367,6 +384,7 @@ class Supervisor:
                     self._watch(worker)
                 if events & selectors.EVENT_READ:
                     self._take_reports(worker)
+        self._pass_on()
 
     def _take_reports(self, worker: _Worker) -> None:
         try:
@@ -374,6 +392,7 @@ class Supervisor:
         except EOFError:  # it is ending
             with suppress(KeyError):  # this was noticed before
                 self._selector.unregister(worker.channel)
+            self._applied_all(worker)
             return
         if not reports:
             return
@@ -397,7 +416,9 @@ class Supervisor:
             if report.metrics is not None and self._totals is not None:
                 self._totals.update(worker.pid, report.metrics)
             if report.revocations is not None:
-                self._share(report.revocations, worker)
+                self._updates.append((report.revocations, worker))
+            if report.applied:
+                self._applied(report.applied, worker)
 
     def _greet(self) -> None:
         text, self.greeting = self.greeting, ""
@@ -411,11 +432,54 @@ class Supervisor:
         ):
             self._database = worker.database
 
-    def _share(self, update: RevocationUpdate, source: _Worker) -> None:
-        """Pass on what a worker holds, so that all others refuse it too."""
-        self._held.apply(update)
-        if update.held or update.dropped or update.all_revoked_at:
-            self._send([worker for worker in self._workers() if worker is not source], replace(update, written=[]))
+    def _pass_on(self) -> None:
+        """Pass on what workers hold or have revoked, so that all others refuse it too.
+
+        Before that, all reports have been read. So a worker that has not reported yet has cached no token that was
+        revoked before, and is not waited for.
+        """
+        while self._updates:
+            update, source = self._updates.pop(0)
+            self._held.apply(update)
+            others = [worker for worker in self._workers() if worker is not source]
+            order = replace(update, written=[], number=0)
+            waiting: set[_Worker] = set()
+            if update.number and not source.ended:
+                waiting = {worker for worker in others if worker.reported and not worker.ended}
+                if waiting:
+                    self._passed += 1
+                    self._passing[self._passed] = _Passing(source, update.number, waiting)
+                    self._send(waiting, replace(order, number=self._passed))
+                else:
+                    self._send([source], Applied(update.number))
+            if order != RevocationUpdate():
+                self._send([worker for worker in others if worker not in waiting], order)
+
+    def _applied(self, number: int, worker: _Worker) -> None:
+        """Note that a worker has applied an update, and answer its source once all have."""
+        passing = self._passing.get(number)
+        if passing is not None:
+            passing.waiting.discard(worker)
+            if not passing.waiting:
+                del self._passing[number]
+                self._send([passing.source], Applied(passing.number))
+
+    def _applied_all(self, worker: _Worker) -> None:
+        """Wait for nothing more from a worker that is ending: it has closed its channel, so it answers no request."""
+        worker.ended = True
+        for number, passing in list(self._passing.items()):
+            if passing.source is worker:
+                del self._passing[number]
+            else:
+                self._applied(number, worker)
+
+    def _note_alone(self) -> None:
+        """Tell each worker whether it is the only one. A new one needs far longer to start than this takes."""
+        workers = list(self._workers())
+        for worker in workers:
+            if worker.alone != (len(workers) == 1):
+                worker.alone = not worker.alone
+                self._send([worker], Alone(worker.alone))
 
     def _send(self, workers: Iterable[_Worker], order: Order) -> None:
         encoded = encode_order(order)
@@ -460,6 +524,7 @@ class Supervisor:
                 if self._totals is not None:
                     self._totals.end(worker.pid)
                 self._ended(worker, code)
+                self._pass_on()  # its last reports
 
     def _forget(self, worker: _Worker) -> None:
         """Read the last reports of a worker that has ended, and close its descriptors."""
@@ -470,6 +535,7 @@ class Supervisor:
         self._close_stderr(worker)
         with suppress(KeyError):
             self._selector.unregister(worker.channel)
+        self._applied_all(worker)
         worker.channel.close()
 
     def _ended(self, worker: _Worker, code: int) -> None:

@@ -23,6 +23,8 @@ from tokenauth.server.acceptor import CUT_OFF, AcceptingServer
 from tokenauth.server.channel import (
     GRACE,
     HEARTBEAT,
+    Alone,
+    Applied,
     ChangeUsers,
     Channel,
     Report,
@@ -176,6 +178,12 @@ class WorkerServer(AcceptingServer):
                 self._service.change_users(order.removed, order.changed)
             elif isinstance(order, RevocationUpdate):
                 self._revocations.apply(order)
+                if order.number:  # answered when no request of this iteration can use the cache as it was
+                    asyncio.get_running_loop().call_soon(_send, self._channel, Report("alive", applied=order.number))
+            elif isinstance(order, Applied):
+                self._revocations.answered(order.number)
+            elif isinstance(order, Alone):
+                self._revocations.alone = order.alone
             elif isinstance(order, Stop):
                 self._revocations.handed_over = order.replaced
                 self._stop()

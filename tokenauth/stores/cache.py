@@ -1,6 +1,7 @@
 """A cache of tokens that never returns a revoked one: it applies all known revocations before it answers."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from tokenauth.errors import StoreUnavailable
@@ -36,6 +37,7 @@ class TokenCache:
         self._next = 0
         self._generation = 0  # grows when tokens are dropped: what was looked up before may be revoked
         self._drained = False
+        self._looking_up: defaultdict[bytes, int] = defaultdict(int)  # how many look-ups of each digest are running
 
     def cached(self, digest: bytes) -> Token | None:
         """Return a token if it is cached. Raises StoreUnavailable if revocations cannot be read."""
@@ -46,12 +48,27 @@ class TokenCache:
     async def look_up(self, digest: bytes) -> Token | None:
         """Look up a token, cached or not, and cache it unless anything was revoked during the look-up."""
         generation = self._generation
-        token = await self._look_up(digest)
+        self._looking_up[digest] += 1
+        try:
+            token = await self._look_up(digest)
+        finally:
+            self._looking_up[digest] -= 1
+            if not self._looking_up[digest]:
+                del self._looking_up[digest]
         if token is None:
             self._drop(digest)
         elif generation == self._generation and self._usable is self._tokens:
             self._insert(token)
         return token
+
+    def forget(self, digests: Collection[bytes]) -> None:
+        """Drop tokens that the store did not have, even before their revocations arrive.
+
+        Anyone can name tokens that do not exist. So they keep no other token out of the cache.
+        """
+        for digest in digests:
+            if self._tokens.pop(digest, None) is not None or digest in self._looking_up:
+                self._generation += 1
 
     @property
     def generation(self) -> int:

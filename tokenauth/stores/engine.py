@@ -87,6 +87,9 @@ class Change(Generic[A_co]):
 class Feed(Protocol):
     """The revocations that a cache must know of, from all processes."""
 
+    sees_commits: bool
+    """Whether it has what other processes of this machine have committed as soon as they know of it themselves."""
+
     def is_current(self) -> bool:
         """Return whether the feed is up to date. While it is not, the cache must not be used."""
 
@@ -100,7 +103,7 @@ class Feed(Protocol):
         """
 
     def add(self, digests: Collection[bytes]) -> None:
-        """Add digests that this process has revoked."""
+        """Add digests that were revoked."""
 
     def invalidate(self) -> None:
         """Stop being current until the log of revocations has been read again, which starts now."""

@@ -10,7 +10,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Float, Select, bindparam, func, select
 
@@ -107,16 +107,47 @@ _POOL_TOKEN = select(*pool_token_columns).where(
 )
 
 
+class Share(Protocol):
+    """Has the other workers of this machine call `forget`, or `forget_missing`, and waits until they have."""
+
+    async def __call__(self, digests: Collection[bytes] | None, missing: bool = False) -> None:
+        """`digests` None: it is not known which. `missing`: the store does not have them."""
+
+
 class TokenStore:
     """Tokens by the digest of their value."""
 
     def __init__(self, engine: Engine, cache: TokenCache) -> None:
         self._engine = engine
         self._cache = cache
+        self.share: Share | None = None
+        """Reaches the other workers of this machine; None if there are none."""
+
+    def forget(self, digests: Collection[bytes] | None) -> None:
+        """Never return tokens again that another process has revoked; None: which tokens is not known."""
+        if digests is None:
+            self._engine.feed.invalidate()
+        else:
+            self._engine.feed.add(digests)
+
+    async def _revoked(self, digests: Collection[bytes] | None) -> None:
+        """Make sure that no process of this machine returns tokens that this one has revoked."""
+        self.forget(digests)
+        if self.share is not None and not self._engine.feed.sees_commits and (digests is None or digests):
+            await self.share(digests)
+
+    def forget_missing(self, digests: Collection[bytes]) -> None:
+        """Never return tokens again that the store did not have when another process looked."""
+        self._cache.forget(digests)
+
+    async def share_missing(self, digest: bytes) -> None:
+        """After `get` has returned None: make sure that no process of this machine returns the token either."""
+        if self.share is not None and not self._engine.feed.sees_commits:
+            await self.share((digest,), missing=True)
 
     async def issue(self, token: Token, per_user: int, now: Instant) -> None:
         """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit."""
-        self._engine.feed.add(await self._engine.apply(Issue(token, per_user, now=now)))
+        await self._revoked(await self._engine.apply(Issue(token, per_user, now=now)))
 
     async def issue_named(
         self, token: Token, credentials: Collection[str], limit: int, now: Instant, by: bytes | None = None
@@ -145,7 +176,7 @@ class TokenStore:
         After this returns, no `get` of any process returns the token with a later end.
         """
         refusal = await self._engine.apply(Rotate(digest, successor, credentials, ends_at, by, now=now))
-        self._engine.feed.add((digest,))
+        await self._revoked((digest,))
         return refusal
 
     async def get(self, digest: bytes) -> Token | None:
@@ -182,7 +213,7 @@ class TokenStore:
     async def revoke(self, digest: bytes, now: Instant) -> bool:
         """Revoke a token; False if there was none. After this returns, no `get` of any process returns it."""
         existed = await self._engine.apply(Revoke(digest, now=now))
-        self._engine.feed.add((digest,))  # also if another process revoked it, and its notification has not arrived
+        await self._revoked((digest,))  # also if another process revoked it, and its notification has not arrived
         return existed
 
     async def revoke_all(
@@ -206,7 +237,7 @@ class TokenStore:
                 if more and progress is not None:
                     progress(total)
         finally:
-            self._engine.feed.invalidate()
+            await self._revoked(None)
         return total
 
     async def list(

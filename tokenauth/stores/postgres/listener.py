@@ -59,6 +59,8 @@ class Listener:
     seconds from then on, even if the network fails, and no longer.
     """
 
+    sees_commits = False
+
     def __init__(self, connections: Connections, clock: DatabaseClock) -> None:
         """Listen on a connection of its own."""
         self._connections = connections
@@ -104,7 +106,7 @@ class Listener:
         return None if missed else pending
 
     def add(self, digests: Collection[bytes]) -> None:
-        """Add digests that this process has revoked."""
+        """Add digests that this process or another has revoked."""
         self._pending.update(digests)
 
     def invalidate(self) -> None:

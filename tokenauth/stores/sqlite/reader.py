@@ -61,6 +61,8 @@ class Reader:
     its task runs after `_end_snapshot`, which the iteration before has scheduled.
     """
 
+    sees_commits = True
+
     def __init__(self, path: str, failed: Callable[[str], object]) -> None:
         """`failed` is called with the reason when a read fails."""
         self._path = path
