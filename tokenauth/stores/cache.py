@@ -22,6 +22,9 @@ class TokenCache:
     3. In each iteration, the feed is drained before the first answer. So the revocation is applied before the request
        is answered.
 
+    A feed that does not have the commits of other processes at once (`sees_commits`) has revocations before they are
+    answered because `TokenStore.share` adds them to it, on each worker of the machine.
+
     While the feed is not current, nothing is answered from the cache: each token is looked up in the store.
 
     Expired tokens are cached too: the caller compares the expiry with its time at each use.
