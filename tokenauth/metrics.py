@@ -17,7 +17,7 @@ Counts = dict[Key, list[float]]
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper bounds of the durations of requests, in seconds. One more bucket has all longer ones."""
 
-_FIRST = BUCKETS[0]
+FIRST_BUCKET = BUCKETS[0]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -107,7 +107,7 @@ class Durations:
 
 def add_duration(counts: list[float], seconds: float) -> None:
     """Count a request of this duration."""
-    counts[0 if seconds <= _FIRST else bisect_left(BUCKETS, seconds)] += 1
+    counts[bisect_left(BUCKETS, seconds)] += 1
     counts[-1] += seconds
 
 
