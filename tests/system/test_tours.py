@@ -25,7 +25,7 @@ VARYING = [
     (r'"current":\w+', "CURRENT"),  # two logins within one second may be listed either way
 ]
 DIALECTS = ("/simple-token-implement", "/token-pool", "/random-token-generator", "/token-management-service")
-LOG_IN = """TOKEN=$(curl -s localhost:8000/api/token -H 'Content-Type: application/json' \\
+LOG_IN = """TOKEN=$(curl -sf localhost:8000/api/token -H 'Content-Type: application/json' \\
     -d '{"username": "admin", "password": "admin"}' | cut -d'"' -f4)"""
 
 
