@@ -28,7 +28,8 @@ def test_a_failed_first_start_ends_with_its_reason(tmp_path: Path, kind: str) ->
     fails_at_first(tmp_path, kind)
 
 
-STEPS = ["wait", "handle_signals", "receive", "heartbeat", "reap", "start_workers", "finish_reload", "kill_overdue"]
+STEPS = ["wait", "handle_signals", "receive", "heartbeat", "reap", "start_workers", "note_alone"]
+STEPS += ["finish_reload", "kill_overdue"]
 
 
 @pytest.mark.parametrize("step", STEPS)
