@@ -73,9 +73,9 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
 def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
     output(run(home, "pool", "generate", "waiting"))
     assert json.loads(output(run(home, "pool", "list", "--json"))) == [
-        {"name": "licences", "capacity": 3, "available": 0, "leased": 0},
-        {"name": "waiting", "capacity": None, "available": 1, "leased": 0},
-        {"name": "permits", "capacity": 1, "available": 1, "leased": 0},
+        {"name": "licences", "capacity": 3, "available": 0, "leased": 0, "reserved": None},
+        {"name": "waiting", "capacity": None, "available": 1, "leased": 0, "reserved": None},
+        {"name": "permits", "capacity": 1, "available": 1, "leased": 0, "reserved": None},
     ]
     head, *rows = output(run(home, "pool", "list")).splitlines()
     assert head.split() == ["name", "capacity", "available", "leased"]
@@ -118,6 +118,8 @@ def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> Non
         lease = ann.ask("POST", "/phones/leases", {"labels": ["arm"], "holder": "ci-7"}).json()
         reservation = {"until": "2h", "note": "demo", "for": "Bob"}
         until = admin.ask("PUT", "/phones/members/moto/reservation", reservation).json()["reservation"]["until"]
+        [counts] = json.loads(output(run(tmp_path, "pool", "list", "--json")))
+        assert counts == {"name": "phones", "capacity": 2, "available": 0, "leased": 1, "reserved": 1}
         moto, pixel = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
         assert list(moto) == list(pixel)
         assert (moto["name"], moto["labels"], moto["user"], moto["note"]) == ("moto", [], None, "demo")

@@ -459,4 +459,4 @@ def test_without_httpx_it_names_the_extra(tmp_path: Path) -> None:
         cwd=tmp_path, env={**os.environ, **LOGIN}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 64
-    assert done.stderr.endswith("Error: httpx is missing: install the extra `client` of tokenauth-server.\n")
+    assert done.stderr.endswith("the extra `client` of tokenauth-server; in a checkout, `make install`.\n")

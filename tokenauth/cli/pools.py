@@ -35,13 +35,18 @@ def pool() -> None:
 @config_option
 @json_option
 def pool_list(config_file: str | None, as_json: bool) -> None:
-    """List the pools, with their numbers of free and leased tokens."""
+    """List the pools, with their numbers of tokens that are free, leased and reserved."""
 
     async def count(service: "Service") -> list[dict[str, Any]]:
         rows = []
         for pool in service.pools.usable_by():
-            available, leased = await service.pools.count(pool)
-            rows.append({"name": pool.name, "capacity": pool.capacity, "available": available, "leased": leased})
+            reserved = None
+            if pool.members:
+                available, leased, reserved = pool.count(await service.pools.members(pool), service.clock())
+            else:
+                available, leased = await service.pools.count(pool)
+            counts = {"available": available, "leased": leased, "reserved": reserved}
+            rows.append({"name": pool.name, "capacity": pool.capacity, **counts})
         return rows
 
     show(with_service(config_file, count), as_json, "pools")

@@ -140,7 +140,9 @@ def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
     try:
         from tokenauth.client import AsyncPoolClient, TokenAuth
     except ImportError:
-        raise _WrongUsage("httpx is missing: install the extra `client` of tokenauth-server.") from None
+        raise _WrongUsage(
+            "httpx is missing: install the extra `client` of tokenauth-server; in a checkout, `make install`."
+        ) from None
     token = login["TOKENAUTH_TOKEN"]
     if token and values.digest(token.encode(errors="replace")) is None:
         raise _WrongUsage("TOKENAUTH_TOKEN is not a token.")

@@ -27,7 +27,9 @@ Event = TypeVar("Event", threading.Event, asyncio.Event)
 RequestArguments = dict[str, Any]
 """Arguments for the `request` method of httpx.Client and httpx.AsyncClient."""
 
-_DESCRIBED = {kind.code: kind for kind in (errors.Forbidden, errors.InvalidRequest, errors.UnknownToken)}
+_DESCRIBED = {
+    kind.code: kind for kind in (errors.Forbidden, errors.InvalidRequest, errors.LeaseLost, errors.UnknownToken)
+}
 """Refusals of several kinds of mistakes: the description says which it is."""
 
 
@@ -111,7 +113,6 @@ _WITHOUT_ARGUMENTS = {
     kind.code: kind
     for kind in (
         errors.InvalidToken,
-        errors.LeaseLost,
         errors.PlaceLost,
         errors.RequestDiffers,
         errors.TokenRequired,

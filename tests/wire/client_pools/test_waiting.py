@@ -107,6 +107,14 @@ def test_a_client_waits_no_longer_than_its_limit(client: Client, admin: PoolUser
     until(lambda: line(admin) == [], "it has left the line")
 
 
+def test_a_request_whose_lease_is_over_says_so(client: Client, name: str) -> None:
+    with client.lease("permit", request=name):
+        pass
+    over = "its lease is over: use a new id for a new lease"
+    with pytest.raises(errors.LeaseLost, match=over), client.lease("permit", request=name):
+        raise AssertionError("there was no new lease")
+
+
 def test_a_client_that_is_interrupted_leaves_the_line(client: Client, admin: PoolUser, before: Lease) -> None:
     class Interrupted(Exception):
         pass

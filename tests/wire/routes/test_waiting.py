@@ -112,6 +112,8 @@ def test_a_lost_answer_costs_nothing(ann: User) -> None:
     ann.release(first["token"])
     lost = ann.lease(request="r1")
     assert (lost.status_code, lost.json()["error"]) == (409, "lease_lost")
+    over = "This request was granted, and its lease is over: use a new id for a new lease."
+    assert lost.json()["error_description"] == over
 
 
 def test_several_tokens_are_leased_together(ann: User) -> None:

@@ -15,6 +15,8 @@ from tokenauth.stores.changes.request_rows import RequestRows
 _NAMELESS = "\0"
 """Begins the ids of requests without one. No client can send it."""
 
+_OVER = "This request was granted, and its lease is over: use a new id for a new lease."
+
 
 @dataclass(slots=True)
 class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
@@ -60,7 +62,7 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 answers[position] = RequestDiffers()
             elif place is not None and place.granted_at is not None:
                 tokens = running(rows, place)
-                answers[position] = LeaseLost() if tokens is None else Grant(place, tokens)
+                answers[position] = LeaseLost(_OVER) if tokens is None else Grant(place, tokens)
                 # always another time: see `PutBack`
                 later = math.nextafter(max(place.kept_until, rows.now + REMEMBERED), math.inf)
                 repeated[asked.key] = known[asked.key] = replace(place, kept_until=later)
