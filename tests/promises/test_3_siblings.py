@@ -208,6 +208,23 @@ def test_a_killed_sibling_is_not_waited_for(two: Server) -> None:
     until(lambda: len(two.events("started")) > before, "the worker is replaced")
 
 
+def test_a_single_worker_waits_for_nobody(postgres: Cluster, tmp_path: Path) -> None:
+    """It does not even need the main process."""
+    with (
+        fresh(postgres) as url,
+        serving(write_config_for(url, tmp_path), "--workers", "1") as server,
+        Connection(server.port) as connection,
+    ):
+        token = connection.log_in()
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            began = monotonic()
+            connection.log_out(token)
+            assert monotonic() - began < BOUND
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+
+
 def test_the_wait_outlasts_every_cache() -> None:
     """Timers may fire a few milliseconds early."""
     assert ANSWER_TIMEOUT >= BOUND + 0.2
