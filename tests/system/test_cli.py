@@ -44,7 +44,7 @@ COMMANDS = [
     "serve", "init", "check", "doctor", "migrate", "hash-password",
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
-    "pool list", "pool show", "pool generate", "pool release", "pool delete",
+    "pool list", "pool show", "pool line", "pool generate", "pool release", "pool delete",
 ]  # fmt: skip
 PRIVATE = (
     "Only this machine can reach the service."
@@ -134,6 +134,8 @@ def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) 
 def test_the_help_lists_the_commands(tmp_path: Path) -> None:
     text = output(script(tmp_path, "-h"))
     assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
+    for group in ((), ("user",), ("tokens",), ("pool",)):
+        assert "..." not in output(run(tmp_path, *group, "--help")).partition("Commands:")[2], "a summary is cut"
     assert output(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
 
 

@@ -82,7 +82,10 @@ def test_without_options_it_has_all_scopes_and_90_days(home: Path, client: httpx
 
 MISTAKES = {
     "no such user": (["--user", "anne", "--name", "x"], "No user 'anne' in "),
-    "a scope that the user lacks": (["--user", "ann", "--name", "x", "--scope", "admin"], "Yours are: read write."),
+    "a scope that the user lacks": (
+        ["--user", "ann", "--name", "x", "--scope", "reports"],
+        "The user 'ann' does not have the scope 'reports'. Theirs are: read write.",
+    ),
     "no scope": (["--user", "ann", "--name", "x", "--scope", "a b"], "scopes: each must be a word"),
     "too long": (["--user", "ann", "--name", "x", "--ttl", "366d"], "ttl: must be a duration from 1s to 365d"),
     "no duration": (["--user", "ann", "--name", "x", "--ttl", "never"], "ttl: must be a duration"),

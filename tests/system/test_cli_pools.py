@@ -132,6 +132,30 @@ def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> Non
         head, *rows = output(run(tmp_path, "pool", "show", "phones")).splitlines()
         assert head.split()[:3] == ["name", "labels", "token"]
         assert [row.split()[0] for row in rows] == ["moto", "pixel-8"]
+        deleted = run(tmp_path, "pool", "delete", "phones", "pixel-8")
+        assert mistake(deleted).startswith("'pixel-8' is a member: remove it from config.toml")
+        release = ("pool", "release", "phones", "pixel-8")
+        assert mistake(run(tmp_path, *release)).startswith("The lease belongs to 'ann', holder 'ci-7'")
+        assert output(run(tmp_path, *release, "--force")) == "Released 1 token.\n"
+        assert ann.ask("PUT", f"/phones/leases/{lease['token']}").status == 409
+        assert mistake(run(tmp_path, "pool", "release", "phones", "pixel")) == "The pool has no such token."
+
+
+def test_the_waiting_line_is_listed_in_order(home: Path) -> None:
+    with worker(home / "config.toml") as server, Connection(server.port) as connection:
+        admin, ann = PoolUser(connection), PoolUser(connection, "ann")
+        assert output(run(home, "pool", "line", "licences")) == "No requests in line.\n"
+        assert ann.ask("POST", "/licences/leases", {"wait": 0, "request": "a", "holder": "ci-7"}).status == 202
+        first = {"wait": 0, "request": "b", "count": 2, "priority": 5}
+        assert admin.ask("POST", "/licences/leases", first).status == 202
+        rows = json.loads(output(run(home, "pool", "line", "licences", "--json")))
+        assert [{**row, "since": 0} for row in rows] == [
+            {"position": 1, "user": "admin", "holder": "admin", "since": 0, "count": 2, "priority": 5, "labels": []},
+            {"position": 2, "user": "ann", "holder": "ci-7", "since": 0, "count": 1, "priority": 0, "labels": []},
+        ]
+        head, *rows = output(run(home, "pool", "line", "licences")).splitlines()
+        assert head.split() == ["position", "user", "holder", "waits", "since", "count", "priority"]
+        assert [row.split()[1] for row in rows] == ["admin", "ann"]
 
 
 def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
@@ -176,7 +200,7 @@ def test_the_commands_for_when_something_happens_work(home: Path) -> None:
         assert [row["user"] for row in shown] == [None]
 
 
-@pytest.mark.parametrize("command", ["show", "generate", "release", "delete"])
+@pytest.mark.parametrize("command", ["show", "line", "generate", "release", "delete"])
 def test_an_unknown_pool_is_one_line(home: Path, command: str) -> None:
     more = ["x"] if command in {"release", "delete"} else []
     assert mistake(run(home, "pool", command, "nowhere", *more)) == (

@@ -202,6 +202,7 @@ _HEADINGS = {
     "expiry_time": "expires",
     "last_used_at": "used",
     "leased_at": "leased",
+    "since": "waits since",
     "lease_expiry_time": "lease ends",
     "reserved_until": "reserved until",
     "reserved_for": "reserved for",

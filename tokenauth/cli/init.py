@@ -62,9 +62,10 @@ ttl = "24h"             # lifetime of a login
 @password_option
 @click.option("-y", "--yes", is_flag=True, help="Ask nothing: without --password-stdin, make a password and print it.")
 def init(config_file: str | None, username: str | None, password_stdin: bool, yes: bool) -> None:
-    """Write a small configuration with one user, who has the scope admin.
+    """Write a small configuration with one user.
 
-    It never overwrites a file. Without --config, all commands find it in the working directory.
+    The user has the scope admin. It never overwrites a file. Without --config, all commands find it in the
+    working directory.
     """
     from tokenauth.settings import loader
     from tokenauth.settings.model import Settings
@@ -87,7 +88,7 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, ye
     click.echo(f"Wrote {printable(str(path))}.", err=True)
     if path == loader.OWN and loader.SHIPPED.exists():
         click.echo(f"Commands in this directory now use it instead of {loader.SHIPPED}.", err=True)
-    click.echo(f"Next: {program()} serve{options(config_file)}", err=True)
+    click.echo(f"Next: {program()} serve{options(config_file)} (restart it if it runs)", err=True)
 
 
 def _text(name: str, password_hash: str) -> str:

@@ -51,9 +51,9 @@ for command in (init, user, tokens, pool, run):
 @click.option("-p", "--port", metavar="P", type=int, help="Port, instead of server.port; 0 picks a free one.")
 @click.option("--workers", metavar="N", type=int, help="Number of processes, instead of server.workers.")
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
-    """Run the server until SIGTERM, Ctrl-C, or the end of its terminal.
+    """Run the server.
 
-    SIGHUP reloads the configuration without dropping a request.
+    SIGTERM, Ctrl-C or the end of its terminal stops it. SIGHUP reloads the configuration without dropping a request.
     """
     logs.configure()
     try:
@@ -130,10 +130,10 @@ _PRIVATE = (
 @config_option
 @json_option
 def doctor(config_file: str | None, as_json: bool) -> None:
-    """Check the configuration, the database and this machine, and say what to do.
+    """Check the configuration, the database and this machine.
 
-    Exit with 1 if there is an error: something with which the service cannot start or cannot work. Changes nothing.
-    Run it as the user of the service and in its directory.
+    Each line says what to do. Exit with 1 if there is an error: something with which the service cannot start or cannot
+    work. Changes nothing. Run it as the user of the service and in its directory.
     """
     from tokenauth.cli.doctor import diagnose
 

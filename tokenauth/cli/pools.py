@@ -15,7 +15,7 @@ from tokenauth.cli.base import (
     with_service,
 )
 from tokenauth.errors import LeaseLost, UnknownPool
-from tokenauth.logs import audit
+from tokenauth.logs import audit, printable
 from tokenauth.models import LeaseCheck
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def pool() -> None:
 @config_option
 @json_option
 def pool_list(config_file: str | None, as_json: bool) -> None:
-    """List the pools, with their numbers of tokens that are free, leased and reserved."""
+    """List the pools, with their free, leased and reserved tokens."""
 
     async def count(service: "Service") -> list[dict[str, Any]]:
         rows = []
@@ -104,6 +104,34 @@ def _member(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
     }
 
 
+@pool.command("line", epilog="Example: tokenauth pool line licences")
+@config_option
+@json_option
+@click.argument("name")
+def pool_line(config_file: str | None, as_json: bool, name: str) -> None:
+    """List who waits for tokens of a pool, in order.
+
+    At most 1,000. A higher priority comes before a longer wait: one point counts as a minute.
+    """
+
+    async def list_line(service: "Service") -> list[dict[str, Any]]:
+        _, found = await service.pools.list_requests(_find(service, name, config_file), 1000)
+        return [
+            {
+                "position": position,
+                "user": request.username,
+                "holder": request.holder,
+                "since": int(request.since),
+                "count": request.count,
+                "priority": request.priority,
+                "labels": [*request.labels],
+            }
+            for position, request in enumerate(found, 1)
+        ]
+
+    show(with_service(config_file, list_line), as_json, "requests in line", ("since",))
+
+
 @pool.command("generate", epilog="Example: tokenauth pool generate vouchers --count 10")
 @config_option
 @json_option
@@ -122,14 +150,14 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
         click.echo("\n".join(values))
 
 
-@pool.command("release", epilog="Example: tokenauth pool release licences 3f0c... --force --reason 'device is stuck'")
+@pool.command("release", epilog="Example: tokenauth pool release phones pixel-8 --force --reason 'device is stuck'")
 @config_option
 @click.argument("name")
-@click.argument("token")
+@click.argument("token", metavar="TOKEN|MEMBER")
 @click.option("--force", is_flag=True, help="End the lease of a user.")
 @click.option("--reason", metavar="TEXT", help="Why, for the log. Needs --force.")
 def pool_release(config_file: str | None, name: str, token: str, force: bool, reason: str | None) -> None:
-    """End the lease of a token.
+    """End the lease of a token, or of a member by its name.
 
     A lease that belongs to a user needs --force. Another client can lease the token at once.
     """
@@ -138,14 +166,16 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
 
     async def release(service: "Service") -> "PoolToken":
         pool, fence = _find(service, name, config_file), None
+        members = await service.pools.members(pool) if pool.members else ()
+        value = next((member.value for member in members if member.member == token), utf8(token))
         if not force:
-            found = await service.pools.get(pool, utf8(token))
+            found = await service.pools.get(pool, value)
             lease, fence = found.lease(service.clock()), found.fence
             if lease is not None and found.username is not None:
                 raise click.ClickException(
                     f"The lease belongs to {found.username!r}, holder {lease.holder!r}: add --force to end it."
                 )
-        return await service.pools.force_release(pool, utf8(token), LeaseCheck(fence=fence), "", reason)
+        return await service.pools.force_release(pool, value, LeaseCheck(fence=fence), "", reason)
 
     from tokenauth.pools import check_label
 
@@ -166,9 +196,17 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
 def pool_delete(config_file: str | None, name: str, token: str) -> None:
     """Delete a token, free or leased.
 
-    A pool with `prefill` gets a new token in its place.
+    A pool with `prefill` or with members gets a new token in its place.
     """
-    with_service(config_file, lambda service: service.pools.delete(_find(service, name, config_file), utf8(token)))
+
+    async def delete(service: "Service") -> None:
+        pool = _find(service, name, config_file)
+        if token in pool.members:
+            problem = f"{token!r} is a member: remove it from {config_path(config_file)} and reload the servers."
+            raise click.ClickException(printable(f"{problem} `tokenauth pool release` ends its lease."))
+        await service.pools.delete(pool, utf8(token))
+
+    with_service(config_file, delete)
     audit("pool_token_deleted", pool=name)
     click.echo("Deleted 1 token.")
 

@@ -63,18 +63,41 @@ class _Duration(click.ParamType[float]):
         return seconds
 
 
+class _Number(click.IntRange):
+    def _describe_range(self) -> str:
+        return f"{self.min} to {self.max}"
+
+
 @click.command(
     cls=_RunCommand,
     context_settings={"allow_interspersed_args": False},
     epilog="Example: tokenauth run --pool licences --wait 10m -- make test",
 )
-@click.option("--url", metavar="URL", envvar="TOKENAUTH_URL", required=True, help="Default: $TOKENAUTH_URL.")
-@click.option("--pool", metavar="NAME", required=True, help="The pool to lease from.")
-@click.option("--wait", metavar="DURATION", type=_Duration(), default=0.0, help="How long to wait in line. Default: 0.")
-@click.option("--count", metavar="N", type=click.IntRange(1, 100), default=1, help="Lease N tokens, all or none.")
-@click.option("--label", "labels", metavar="LABEL", multiple=True, help="Only members with this label. Repeat for all.")
 @click.option(
-    "--priority", metavar="N", type=click.IntRange(-100, 100), default=0, help="Place in the line. Default: 0."
+    "--url", metavar="URL", envvar="TOKENAUTH_URL", show_envvar=True, required=True, help="Where the server is."
+)
+@click.option("--pool", metavar="NAME", required=True, help="The pool to lease from.")
+@click.option(
+    "--wait",
+    metavar="DURATION",
+    type=_Duration(),
+    default=0.0,
+    help="How long to wait in line, such as 10m or 30s. Default: 0.",
+)
+@click.option("--count", metavar="N", type=_Number(1, 100), default=1, help="Lease N tokens, all or none. Default: 1.")
+@click.option(
+    "--label",
+    "labels",
+    metavar="LABEL",
+    multiple=True,
+    help="Only members with this label. Repeat it for members that have all of several.",
+)
+@click.option(
+    "--priority",
+    metavar="N",
+    type=_Number(-100, 100),
+    default=0,
+    help="A higher one is served earlier. Above 0, you must be a manager of the pool. Default: 0.",
 )
 @click.option("--ttl", metavar="DURATION", type=_Duration(), help="Length of the lease. Default and most: the pool's.")
 @click.option("--holder", metavar="TEXT", help="What others see as the holder of the lease. Default: the user.")
@@ -103,7 +126,8 @@ def run(url: str, kill_after: float, on_lost: str, command: tuple[str, ...], **t
     $TOKENAUTH_LEASE_MEMBER.
 
     The exit status is that of the command, 128 + the number of the signal that ended it, or: 75 no token was free in
-    time, 76 the lease was lost, 69 the server is away, 77 no permission, 64 wrong usage.
+    time, 76 the lease was lost, 69 the server is away, 77 no permission, 64 wrong usage, 70 the process that guards
+    COMMAND was killed.
     """
     login = _take_login()
     kill = on_lost == "kill"

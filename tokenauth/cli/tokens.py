@@ -20,7 +20,7 @@ from tokenauth.cli.base import (
     with_service,
     yes_option,
 )
-from tokenauth.errors import UnknownToken
+from tokenauth.errors import InsufficientScope, UnknownToken
 from tokenauth.logs import audit, printable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _OVERLAP = 8 * 1024
 
 @click.group(cls=CommandGroup)
 def tokens() -> None:
-    """List and revoke tokens, issue and rotate named tokens, and find leaked ones.
+    """List, issue, rotate and revoke tokens, and find leaks.
 
     Running servers refuse a revoked token at once.
     """
@@ -107,7 +107,14 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
         if owner not in service.users:
             problem = f"No user {owner!r} in {config_path(config_file)}."
             raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
-        return await service.named_tokens.issue(owner, utf8(name), scopes or None, ttl, _requester())
+        try:
+            return await service.named_tokens.issue(owner, utf8(name), scopes or None, ttl, _requester())
+        except InsufficientScope:
+            has = service.users[owner].scopes
+            lacking = " ".join(dict.fromkeys(scope for scope in scopes if scope not in has))
+            noun, theirs = "scopes" if " " in lacking else "scope", " ".join(has) or "none"
+            problem = f"The user {owner!r} does not have the {noun} {lacking!r}. Theirs are: {theirs}."
+            raise click.ClickException(printable(problem)) from None
 
     issued = with_service(config_file, issue)
     audit("named_token_issued", user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes)
@@ -119,9 +126,10 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
 @click.argument("id_", metavar="ID")
 @click.option("--overlap", metavar="DURATION", default="0", help="How long the old token stays valid. Default: 0.")
 def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
-    """Print a new token with the name, scopes and length of life of the named token ID.
+    """Print a successor of the named token ID.
 
-    Only the token goes to standard output. The old one ends after the overlap.
+    It has the same name, scopes and length of life. Only the token goes to standard output. The old one ends after the
+    overlap.
     """
     try:
         issued = with_service(
