@@ -17,7 +17,7 @@ from tokenauth.login_queue import DisconnectCheck
 from tokenauth.models import Grant, LeaseRequest, Pool, RequestKey
 from tokenauth.stores.store import PoolStore
 
-POLL = 0.05
+POLL = 0.06
 """Seconds between two looks at the database: so much later, at most, does a token reach another process."""
 
 CHECK = 1.0
@@ -78,10 +78,10 @@ class Waiting:
             timer.cancel()
 
     def wake(self, pool: Pool) -> None:
-        """Look at the line of a pool at once: a token may be free."""
+        """Serve the line of a pool at once: this process has freed a token, or changed who may have one."""
         line = self._lines.get(pool.name)
         if line is not None:
-            line.wake()
+            line.serve()
 
     def drop(self, pool: Pool, key: RequestKey) -> None:
         """End the wait of a request that has left the line."""
@@ -136,6 +136,7 @@ class _Line:
         self._serving: frozenset[RequestKey] = frozenset()
         self._expired: set[Waiter] = set()
         self._woken = asyncio.Event()
+        self._some_free = False
         self._next_check = 0.0
         self.task = asyncio.get_running_loop().create_task(self._run())
 
@@ -161,6 +162,12 @@ class _Line:
             waiter.end(None)
 
     def wake(self) -> None:
+        """Look at the database at once."""
+        self._woken.set()
+
+    def serve(self) -> None:
+        """Try to take turns at once, without a look whether there is any: that would delay the client."""
+        self._some_free = True
         self._woken.set()
 
     async def _run(self) -> None:
@@ -182,7 +189,8 @@ class _Line:
         if time >= self._next_check:
             self._next_check = time + CHECK
             await self._drop_gone()
-        if not await self._store.may_have_turn(self._pool, self.waiters.keys(), self._clock()):
+        some_free, self._some_free = self._some_free, False
+        if not some_free and not await self._store.may_have_turn(self._pool, self.waiters.keys(), self._clock()):
             return False
         self._serving = frozenset(key for key, waiter in self.waiters.items() if not waiter.disconnected())
         try:
