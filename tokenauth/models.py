@@ -515,6 +515,7 @@ class LeaseRequest:
     kept_until: when the place lapses unless the client asks again; once granted, until when this is remembered.
     granted_at: when it was granted; None while it waits.
     leases: the numbers and fences of its tokens; None while it waits, and after its leases are known to be over.
+    answers: how many answers have its leases, without those whose client is known to have gone before it got them.
     """
 
     number: int
@@ -531,6 +532,7 @@ class LeaseRequest:
     kept_until: Instant
     granted_at: Instant | None = None
     leases: tuple[tuple[int, int], ...] | None = None
+    answers: int = 0
 
     @property
     def key(self) -> "RequestKey":
@@ -573,7 +575,7 @@ class LeaseTerms:
 class Grant(NamedTuple):
     """The leases that a request was granted: all of its tokens, as they were before and as they are now.
 
-    `before` is empty if they had been granted already.
+    `before` is empty if they had been granted already, and where the same batch answers the request once more.
     """
 
     request: LeaseRequest

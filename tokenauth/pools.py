@@ -231,10 +231,10 @@ class Pools:
             self.counters[pool.name].denied += 1
             raise answer
         assert isinstance(answer, Grant)
+        if disconnected():
+            self.waiting.put_back(pool, answer.request, terms.id is not None)
+            raise ClientGone
         if answer.before:
-            if disconnected():
-                self.waiting.put_back(pool, answer.request, terms.id is not None)
-                raise ClientGone
             self._note_grant(pool, answer, start)
         return answer
 

@@ -430,7 +430,7 @@ class PoolStore:
         return await self._engine.apply(Leave(pool, key, keep, kept_until, now=now))
 
     async def put_back(self, pool: Pool, request: LeaseRequest, keep: float | None, now: Instant) -> bool:
-        """End the leases of a request that was granted to a client which has gone, unless it has asked again.
+        """End the leases of a request whose client has gone, unless another answer has them too.
 
         With `keep` the request gets its place back, for that many seconds. Returns whether it was undone.
         """

@@ -49,7 +49,8 @@ _FIND_MANY = select(*pool_request_columns).where(
 )
 _INSERT = insert(pool_requests).inline()
 _GRANT = text("""
-    UPDATE pool_requests SET granted_at = :granted_at, leases = :leases, kept_until = :kept_until WHERE number = :number
+    UPDATE pool_requests SET granted_at = :granted_at, leases = :leases, kept_until = :kept_until, answers = :answers
+    WHERE number = :number
 """)
 _DELETE = text("DELETE FROM pool_requests WHERE number = :number")
 _lapsed = (_pool, pool_requests.c.granted_at.is_(None), _kept <= bindparam("now"))
@@ -110,6 +111,7 @@ class RequestRows:
                     "granted_at": request.granted_at,
                     "leases": None if request.leases is None else json.dumps(request.leases),
                     "kept_until": request.kept_until,
+                    "answers": request.answers,
                 }
                 for request in requests
             ],
@@ -144,4 +146,5 @@ def _row(request: LeaseRequest) -> Mapping[str, object]:
         "kept_until": request.kept_until,
         "granted_at": request.granted_at,
         "leases": None if request.leases is None else json.dumps(request.leases),
+        "answers": request.answers,
     }

@@ -1,7 +1,8 @@
 """Changes to the waiting line of a pool. Each has the pool to itself."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -62,10 +63,10 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 answers[position] = RequestDiffers()
             elif place is not None and place.granted_at is not None:
                 tokens = running(rows, place)
+                later = max(place.kept_until, rows.now + REMEMBERED)
+                place = replace(place, kept_until=later, answers=place.answers + (tokens is not None))
                 answers[position] = LeaseLost(_OVER) if tokens is None else Grant(place, tokens)
-                # always another time: see `PutBack`
-                later = math.nextafter(max(place.kept_until, rows.now + REMEMBERED), math.inf)
-                repeated[asked.key] = known[asked.key] = replace(place, kept_until=later)
+                repeated[asked.key] = known[asked.key] = place
             elif place is None and change.keep is not None and _has_too_many(requests, asked, waiting, joining):
                 answers[position] = TooManyPlaces()
             elif place is None:
@@ -76,16 +77,20 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 joining.add(asked.key)
         new = [place for place in places.values() if place.number >= LAST]
         served = rows.share_out(sum(place.count for place in places.values()), places.keys(), new)
-        granted = _grant(rows, served)
+        copies = {position: asked.key for position, asked in enumerate(asking) if position not in answers}
+        granted = _grant(rows, served, Counter(copies.values()))
+        last = {key: position for position, key in copies.items()}
+        for position, key in copies.items():
+            if key in granted:
+                grant = granted[key]
+                answers[position] = grant if position == last[key] else grant._replace(before=())
         requests.delete(lapsed)
         left = {key: place for key, place in places.items() if key not in granted and key in joining}
         written = [*(grant.request for grant in granted.values()), *left.values()]
         requests.insert(request for request in written if request.number >= LAST and request.id[0] != _NAMELESS)
         requests.update([*repeated.values(), *(request for request in written if request.number < LAST)])
         return [
-            answers.get(position)
-            or granted.get(asked.key)
-            or (_refusal(rows, places[asked.key]) if change.keep is None else places[asked.key])
+            answers.get(position) or (_refusal(rows, places[asked.key]) if change.keep is None else places[asked.key])
             for position, (change, asked) in enumerate(zip(changes, asking, strict=True))
         ]
 
@@ -101,7 +106,7 @@ class TakeTurns(PoolChange[Sequence[Grant]]):
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Sequence[Grant]]:
         answers = []
         for change in changes:
-            granted = [*_grant(rows, rows.share_out(0, change.keys)).values()]
+            granted = [*_grant(rows, rows.share_out(0, change.keys), Counter(change.keys)).values()]
             rows.requests().update(grant.request for grant in granted)
             answers.append(granted)
         return answers
@@ -142,8 +147,8 @@ class Leave(PoolChange[bool]):
 class PutBack(PoolChange[bool]):
     """Take back what was granted to a client that has gone; the answer is whether it was.
 
-    It was not if the client asked again meanwhile, and has got the leases. With `keep` the request has its place again,
-    for that many seconds.
+    It was not if another answer has the same leases: its client may have got them. With `keep` the request has its
+    place again, for that many seconds.
     """
 
     request: LeaseRequest
@@ -153,14 +158,18 @@ class PutBack(PoolChange[bool]):
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
         requests = rows.requests()
-        known = requests.find(change.request.id for change in changes)
+        known = requests.find(change.request.id for change in changes if change.request.id[0] != _NAMELESS)
         answers = []
         for change in changes:
-            request = known.pop(change.request.key, None)
-            expected = change.request.granted_at, change.request.kept_until
-            found = request is not None and (request.granted_at, request.kept_until) == expected
-            answers.append(found)
+            key = change.request.key
+            request = change.request if change.request.id[0] == _NAMELESS else known.pop(key, None)
+            found = request is not None and request.granted_at == change.request.granted_at
+            answers.append(found and request is not None and request.answers == 1)
             if request is None or not found:
+                continue
+            if request.answers > 1:
+                known[key] = replace(request, answers=request.answers - 1)
+                requests.update([known[key]])
                 continue
             held = rows.numbered(number for number, _ in request.leases or ())
             rows.update_leases(
@@ -170,11 +179,13 @@ class PutBack(PoolChange[bool]):
                     if request.has(number, token) and token.is_leased(rows.now)
                 }
             )
+            if request.id[0] == _NAMELESS:
+                continue
             if change.keep is None:
                 requests.delete([request])
             else:
                 until = rows.now + change.keep
-                requests.update([replace(request, granted_at=None, leases=None, kept_until=until)])
+                requests.update([replace(request, granted_at=None, leases=None, kept_until=until, answers=0)])
         return answers
 
 
@@ -189,8 +200,10 @@ def _has_too_many(requests: RequestRows, asked: LeaseRequest, waiting: int, join
     return requests.count_of(asked.username) + own >= MAX_PLACES
 
 
-def _grant(rows: PoolRows, served: Sequence[tuple[LeaseRequest, Sequence[Row]]]) -> dict[RequestKey, Grant]:
-    """Lease tokens to requests. The rows of the requests are left to the caller."""
+def _grant(
+    rows: PoolRows, served: Sequence[tuple[LeaseRequest, Sequence[Row]]], answers: Mapping[RequestKey, int]
+) -> dict[RequestKey, Grant]:
+    """Lease tokens to requests, each for so many answers. The rows of the requests are left to the caller."""
     leased: dict[int, PoolToken] = {}
     granted = {}
     for request, found in served:
@@ -201,7 +214,7 @@ def _grant(rows: PoolRows, served: Sequence[tuple[LeaseRequest, Sequence[Row]]])
         leased |= after
         until = max(token.free_at for token in after.values()) + REMEMBERED
         numbers = tuple((number, token.fence) for number, token in after.items())
-        done = replace(request, granted_at=rows.now, kept_until=until, leases=numbers)
+        done = replace(request, granted_at=rows.now, kept_until=until, leases=numbers, answers=answers[request.key])
         granted[request.key] = Grant(done, [*after.values()], [token for _, token in found])
     rows.update_leases(leased)
     return granted
