@@ -515,6 +515,7 @@ class LeaseRequest:
     kept_until: when the place lapses unless the client asks again; once granted, until when this is remembered.
     granted_at: when it was granted; None while it waits.
     leases: the numbers and fences of its tokens; None while it waits, and after its leases are known to be over.
+    asks: how often a client has asked to wait for it: only the last one is served.
     answers: how many answers have its leases, without those whose client is known to have gone before it got them.
     """
 
@@ -532,6 +533,7 @@ class LeaseRequest:
     kept_until: Instant
     granted_at: Instant | None = None
     leases: tuple[tuple[int, int], ...] | None = None
+    asks: int = 1
     answers: int = 0
 
     @property

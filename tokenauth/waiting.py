@@ -2,11 +2,11 @@
 
 Each pool that someone waits for has a task, which looks at the database every POLL seconds, and at once when this
 process has freed a token. The database decides whose turn it is. Only the process that a client waits in serves its
-request, so no lease is granted to a client whose process has died.
+request, so no lease is granted to a client whose process has died: of several, the one that was asked last.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from copy import copy
 
@@ -21,7 +21,7 @@ POLL = 0.06
 """Seconds between two looks at the database: so much later, at most, does a token reach another process."""
 
 CHECK = 1.0
-"""Seconds between two looks for clients that have disconnected."""
+"""Seconds between two looks for clients that have disconnected, or whose request is served elsewhere."""
 
 
 class Waiter:
@@ -133,7 +133,7 @@ class _Line:
         self._store = store
         self._clock = clock
         self._put_back = put_back
-        self._serving: frozenset[RequestKey] = frozenset()
+        self._serving: Mapping[RequestKey, int] = {}
         self._expired: set[Waiter] = set()
         self._woken = asyncio.Event()
         self._some_free = False
@@ -189,20 +189,24 @@ class _Line:
         if time >= self._next_check:
             self._next_check = time + CHECK
             await self._drop_gone()
+            await self._drop_lost()
         some_free, self._some_free = self._some_free, False
-        if not some_free and not await self._store.may_have_turn(self._pool, self.waiters.keys(), self._clock()):
+        if not some_free and not await self._store.may_have_turn(self._pool, self._asks(), self._clock()):
             return False
-        self._serving = frozenset(key for key, waiter in self.waiters.items() if not waiter.disconnected())
+        self._serving = {key: asks for key, asks in self._asks().items() if not self.waiters[key].disconnected()}
         try:
             granted = await self._store.take_turns(self._pool, self._serving, self._clock())
             for grant in granted:
                 self._deliver(grant)
         finally:
-            self._serving = frozenset()
+            self._serving = {}
             expired, self._expired = self._expired, set()
             for waiter in expired:
                 self.expire(waiter)
         return bool(granted)
+
+    def _asks(self) -> Mapping[RequestKey, int]:
+        return {key: waiter.request.asks for key, waiter in self.waiters.items()}
 
     def _deliver(self, grant: Grant) -> None:
         waiter = self.waiters.pop(grant.request.key, None)
@@ -221,6 +225,13 @@ class _Line:
                 waiter.end(ClientGone())
                 keep = KEPT if waiter.repeatable else None
                 await self._store.leave(self._pool, key, self._clock(), keep, waiter.request.kept_until)
+
+    async def _drop_lost(self) -> None:
+        """Let those ask again who were asked for elsewhere, granted elsewhere, or taken out of the line elsewhere."""
+        waiters = {**self.waiters}
+        for key in await self._store.lost_places(self._pool, self._asks(), self._clock()):
+            if self.waiters.get(key) is waiters[key]:
+                self.expire(waiters[key])
 
     def _end_all(self, error: Exception) -> None:
         waiters, self.waiters = self.waiters, {}

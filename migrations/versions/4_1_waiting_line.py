@@ -41,6 +41,7 @@ def upgrade() -> None:
         sa.Column("kept_until", sa.Float, nullable=False),
         sa.Column("granted_at", sa.Float),
         sa.Column("leases", sa.String),
+        sa.Column("asks", sa.Integer, nullable=False),
         sa.Column("answers", sa.Integer, nullable=False),
     )
     op.create_index("pool_requests_by_id", "pool_requests", ["pool", "id", "username"], unique=True)

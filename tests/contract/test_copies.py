@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.contract.conftest import STORES, Place, Places, Templates
 from tests.support.servers import START
-from tokenauth.models import Grant, Pool
+from tokenauth.line import KEPT
+from tokenauth.models import Grant, LeaseRequest, Pool
 from tokenauth.stores.store import PoolStore
 
 POOL = Pool("p", lease_ttl=60, capacity=1)
@@ -24,6 +25,19 @@ async def ask(pools: PoolStore, copies: int = 1) -> list[Grant]:
     """Send copies of the same request, in one batch; return what was granted."""
     asked = (pools.ask(POOL, *KEY, "x", START, keep=40.0) for _ in range(copies))
     return [answer for answer in await asyncio.gather(*asked) if isinstance(answer, Grant)]
+
+
+async def busy(pools: PoolStore) -> list[str]:
+    """Fill the pool, and lease its token to someone else."""
+    await pools.generate(POOL, ["t1"], START)
+    token = (await pools.assign(POOL, "busy", START)).token
+    assert token is not None
+    return [token.value]
+
+
+async def asks(pools: PoolStore) -> dict[tuple[str, str], int]:
+    """Return how often each waiting request was asked for: only a process that knows this can serve it."""
+    return {request.key: request.asks for request in await pools.list_requests(POOL, START, 10)}
 
 
 async def is_leased(pools: PoolStore, grant: Grant) -> bool:
@@ -52,6 +66,25 @@ async def test_a_request_without_an_id_is_taken_back(pools: PoolStore) -> None:
     assert isinstance(grant, Grant)
     assert await pools.put_back(POOL, grant.request, None, START)
     assert not await is_leased(pools, grant)
+
+
+async def test_the_process_that_was_asked_last_serves(pools: PoolStore, other: Place) -> None:
+    [held], first, last = await busy(pools), {KEY: 1}, {KEY: 2}
+    await ask(pools)
+    assert await pools.lost_places(POOL, first, START) == []
+    await ask(other.pools)
+    assert isinstance(await pools.ask(POOL, *KEY, "x", START, keep=KEPT), LeaseRequest), "that one does not wait"
+    assert await pools.lost_places(POOL, first, START) == [KEY]
+    assert await other.pools.lost_places(POOL, last, START) == []
+    await pools.release(POOL, held, START)
+    assert not await pools.may_have_turn(POOL, first, START)
+    assert await pools.take_turns(POOL, first, START) == []
+    assert await other.pools.may_have_turn(POOL, last, START)
+    [grant] = await other.pools.take_turns(POOL, last, START)
+    assert await other.pools.lost_places(POOL, last, START) == [KEY]
+    assert await other.pools.put_back(POOL, grant.request, 10, START)
+    assert await pools.take_turns(POOL, first, START) == []
+    assert len(await other.pools.take_turns(POOL, last, START)) == 1
 
 
 class Step(NamedTuple):
@@ -100,7 +133,7 @@ async def make(step: Step, stores: Sequence[PoolStore], clients: Clients) -> Non
         )
         clients.under_way += granted
     elif step.what == "grant":
-        clients.under_way += await store.take_turns(POOL, {KEY}, START)
+        clients.under_way += await store.take_turns(POOL, await asks(store), START)
     elif step.what == "reach" and clients.under_way:
         clients.reached.append(clients.under_way.pop(step.pick % len(clients.under_way)))
     elif step.what == "release" and clients.reached:

@@ -46,9 +46,10 @@ async def in_line(pools: PoolStore, now: float = START) -> list[str]:
 
 async def turns(pools: PoolStore, *ids: str, now: float = START, user: str = "ann") -> list[str]:
     """Let a worker that has these requests serve them; return which were."""
-    keys = {(user, id) for id in ids}
-    may = await pools.may_have_turn(POOL, keys, now)
-    served = [grant.request.id for grant in await pools.take_turns(POOL, keys, now)]
+    waiting = await pools.list_requests(POOL, now, 1000)
+    asks = {request.key: request.asks for request in waiting if request.key in {(user, id) for id in ids}}
+    may = await pools.may_have_turn(POOL, asks, now)
+    served = [grant.request.id for grant in await pools.take_turns(POOL, asks, now)]
     assert may or not served, "a worker that looks first would not have served them"
     return served
 
@@ -257,7 +258,7 @@ async def test_what_a_gone_client_was_granted_is_taken_back(pools: PoolStore, ke
     await ask(pools, "a")
     await ask(pools, "b", START + 1)
     await pools.release(POOL, value, START + 2)
-    [granted] = await pools.take_turns(POOL, {("ann", "a")}, START + 2)
+    [granted] = await pools.take_turns(POOL, {("ann", "a"): 1}, START + 2)
     assert await pools.put_back(POOL, granted.request, keep, START + 3)
     assert not await pools.put_back(POOL, granted.request, keep, START + 3)
     assert await in_line(pools, START + 3) == (["b"] if keep is None else ["a", "b"])

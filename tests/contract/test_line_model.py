@@ -136,7 +136,8 @@ async def take_turns(store: PoolStore, model: Model, step: Step) -> None:
     """Serve the requests of a process that has some of them."""
     own = [id for number, id in enumerate(IDS) if (step.number + 1) * 37 >> number & 1]
     wanted = model.turns(own)
-    keys = {("ann", id) for id in own}
+    waiting = await store.list_requests(POOL, model.now, 100)
+    keys = {request.key: request.asks for request in waiting if request.id in own}
     assert await store.may_have_turn(POOL, keys, model.now) is bool(wanted)
     counts = {id: model.waiting[id].count for id in wanted}
     found = await store.take_turns(POOL, keys, model.now)

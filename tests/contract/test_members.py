@@ -355,8 +355,9 @@ async def ask(pools: PoolStore, id: str, pool: Pool, now: float = START, user: s
 
 async def turns(pools: PoolStore, pool: Pool, *keys: tuple[str, str], now: float = START) -> dict[str, list[str]]:
     """Serve those of some requests whose turn it is, as a worker does; return the members that each got."""
-    may = await pools.may_have_turn(pool, keys, now)
-    served = await pools.take_turns(pool, keys, now)
+    asks = dict.fromkeys(keys, 1)
+    may = await pools.may_have_turn(pool, asks, now)
+    served = await pools.take_turns(pool, asks, now)
     assert may is bool(served), "a worker looks first"
     return {grant.request.id: [token.member or token.value for token in grant.tokens] for grant in served}
 

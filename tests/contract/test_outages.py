@@ -51,7 +51,7 @@ WRITES: Mapping[str, Operation] = {
     "pools.delete": lambda place: place.pools.delete(POOL, "a", START),
     "pools.purge": lambda place: place.pools.purge(POOL, START, 10),
     "pools.ask": lambda place: place.pools.ask(POOL, "ann", "1", "x", START, keep=9),
-    "pools.take_turns": lambda place: place.pools.take_turns(POOL, {("ann", "1")}, START),
+    "pools.take_turns": lambda place: place.pools.take_turns(POOL, {("ann", "1"): 1}, START),
     "pools.leave": lambda place: place.pools.leave(POOL, ("ann", "1"), START),
     "failures.update": lambda place: place.failures.update([CountUpdate(bytes(16), 1, at=START)], START),
     "failures.purge": lambda place: place.failures.purge(START, 10),
@@ -67,7 +67,8 @@ READS: Mapping[str, Operation] = {
     "pools.count": lambda place: place.pools.count(POOL, START),
     "pools.list_requests": lambda place: place.pools.list_requests(POOL, START, 10),
     "pools.find_place": lambda place: place.pools.find_place(POOL, ("ann", "1"), START),
-    "pools.may_have_turn": lambda place: place.pools.may_have_turn(POOL, {("ann", "1")}, START),
+    "pools.may_have_turn": lambda place: place.pools.may_have_turn(POOL, {("ann", "1"): 1}, START),
+    "pools.lost_places": lambda place: place.pools.lost_places(POOL, {("ann", "1"): 1}, START),
     "pools.list_tokens": lambda place: place.pools.list_tokens(POOL, START, "", 10),
     "failures.get": lambda place: place.failures.get([bytes(16)]),
 }

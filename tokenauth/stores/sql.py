@@ -49,6 +49,7 @@ class _Elements(GenericFunction[str]):
     """The strings of a JSON array, one per row."""
 
     name = "json_each"
+    inherit_cache = True
 
 
 @compiles(_Elements, "postgresql")

@@ -359,14 +359,21 @@ class PoolStore:
         """
         return await self._engine.apply(Ask(pool, username, id, holder, count, priority, ttl, labels, keep, now=now))
 
-    async def take_turns(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> Sequence[Grant]:
-        """Serve those of some waiting requests whose turn it is."""
-        return await self._engine.apply(TakeTurns(pool, keys, now=now))
+    async def take_turns(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> Sequence[Grant]:
+        """Serve those of some waiting requests whose turn it is, and which were not asked for more often than given."""
+        return await self._engine.apply(TakeTurns(pool, asks, now=now))
 
-    async def may_have_turn(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> bool:
+    async def lost_places(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> Collection[RequestKey]:
+        """Return which of some requests `take_turns` will not serve: not waiting any more, or asked for once more."""
+        ids = json.dumps([id for _, id in asks])
+        rows = await self._engine.read(request_rows.WAITS_STILL, {"name": pool.name, "now": now, "ids": ids})
+        kept = {(username, id): count for username, id, count in rows}
+        return [key for key, count in asks.items() if kept.get(key) != count]
+
+    async def may_have_turn(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> bool:
         """Return whether `take_turns` could serve a request, from what was committed when this was called."""
         if pool.is_selective:
-            return await self._may_be_served(pool, keys, now)
+            return await self._may_be_served(pool, asks, now)
         values = pool_rows.parameters(pool, now)
         [(free,)] = await self._engine.read(pool_rows.SOME_FREE, values, brief=True)
         if free <= 0:
@@ -376,11 +383,11 @@ class PoolStore:
             free -= request.count
             if free < 0:
                 return False
-            if request.key in keys:
+            if asks.get(request.key) == request.asks:
                 return True
         return False
 
-    async def _may_be_served(self, pool: Pool, keys: Collection[RequestKey], now: Instant) -> bool:
+    async def _may_be_served(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> bool:
         """Share the free tokens out as `take_turns` does, and return whether a request would get some."""
         values = pool_rows.parameters(pool, now)
         if pool.members:
@@ -413,7 +420,7 @@ class PoolStore:
             line += page
             more = len(page) == _PAGE
             place = {"turn": page[-1].turn, "number": page[-1].number} if more else {}
-        return any(request.key in keys for request, _ in share_out(line, free, may_use, quotas))
+        return any(asks.get(request.key) == request.asks for request, _ in share_out(line, free, may_use, quotas))
 
     async def leave(
         self,

@@ -171,6 +171,7 @@ pool_requests = Table(
     Column("kept_until", Float, nullable=False),
     Column("granted_at", Float),
     Column("leases", String),
+    Column("asks", Integer, nullable=False),
     Column("answers", Integer, nullable=False),
     Index("pool_requests_by_id", "pool", "id", "username", unique=True),
     # the waiting line in its order, with what else is counted, so that this reads the index alone
@@ -193,7 +194,7 @@ pool_request_columns = list(pool_requests.c)
 def as_lease_request(row: Sequence[Any]) -> LeaseRequest:
     """Make a request for leases from a row."""
     number, pool, username, id, holder, count, priority, ttl, labels, since, turn, kept_until, *granted = row
-    granted_at, leases, answers = granted
+    granted_at, leases, asks, answers = granted
     return LeaseRequest(
         number,
         pool,
@@ -209,6 +210,7 @@ def as_lease_request(row: Sequence[Any]) -> LeaseRequest:
         kept_until,
         granted_at,
         None if leases is None else tuple((number, fence) for number, fence in json.loads(leases)),
+        asks,
         answers,
     )
 

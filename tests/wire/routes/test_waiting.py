@@ -116,6 +116,18 @@ def test_a_lost_answer_costs_nothing(ann: User) -> None:
     assert lost.json()["error_description"] == over
 
 
+def test_the_copy_that_was_sent_last_gets_the_lease(ann: User) -> None:
+    """In whichever worker the copies wait: twelve times, so that it is not always the same one."""
+    for number in range(12):
+        held = ann.lease().json()["token"]
+        first = ann.wait(request=f"sent twice/{number}")
+        last = ann._threads.submit(ann.lease, wait=50, request=f"sent twice/{number}")
+        assert first.result(10).status_code == 202
+        ann.release(held)
+        assert last.result(10).status_code == 201
+        ann.release(held)
+
+
 def test_several_tokens_are_leased_together(ann: User) -> None:
     answer = ann.lease("p", count=2, ttl=5, request="both")
     assert (answer.status_code, [*answer.json()]) == (201, ["leases", "request"])

@@ -47,9 +47,13 @@ _COUNT_OF_USER = COUNT.where(pool_requests.c.username == bindparam("username"))
 _FIND_MANY = select(*pool_request_columns).where(
     _pool, pool_requests.c.id.in_(select(elements(bindparam("ids"), "wanted").c.value))
 )
+WAITS_STILL = select(pool_requests.c.username, pool_requests.c.id, pool_requests.c.asks).where(
+    *_waiting, pool_requests.c.id.in_(select(elements(bindparam("ids"), "wanted").c.value))
+)
 _INSERT = insert(pool_requests).inline()
 _GRANT = text("""
-    UPDATE pool_requests SET granted_at = :granted_at, leases = :leases, kept_until = :kept_until, answers = :answers
+    UPDATE pool_requests SET granted_at = :granted_at, leases = :leases, kept_until = :kept_until, asks = :asks,
+        answers = :answers
     WHERE number = :number
 """)
 _DELETE = text("DELETE FROM pool_requests WHERE number = :number")
@@ -111,6 +115,7 @@ class RequestRows:
                     "granted_at": request.granted_at,
                     "leases": None if request.leases is None else json.dumps(request.leases),
                     "kept_until": request.kept_until,
+                    "asks": request.asks,
                     "answers": request.answers,
                 }
                 for request in requests
@@ -146,5 +151,6 @@ def _row(request: LeaseRequest) -> Mapping[str, object]:
         "kept_until": request.kept_until,
         "granted_at": request.granted_at,
         "leases": None if request.leases is None else json.dumps(request.leases),
+        "asks": request.asks,
         "answers": request.answers,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
-from tokenauth.line import LAST, MAX_PLACES, REMEMBERED, Row, new_request
+from tokenauth.line import KEPT, LAST, MAX_PLACES, REMEMBERED, Row, new_request
 from tokenauth.models import Grant, Instant, LeaseRequest, PoolToken, RequestKey
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.changes.pools import PoolChange, running
@@ -71,8 +71,11 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 answers[position] = TooManyPlaces()
             elif place is None:
                 places[asked.key] = asked
+            elif change.keep is not None:
+                asks = place.asks + (change.keep > KEPT)
+                places[asked.key] = replace(place, kept_until=asked.kept_until, asks=asks)
             else:
-                places[asked.key] = place if change.keep is None else replace(place, kept_until=asked.kept_until)
+                places[asked.key] = place
             if asked.key in places and change.keep is not None:
                 joining.add(asked.key)
         new = [place for place in places.values() if place.number >= LAST]
@@ -97,16 +100,20 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
 
 @dataclass(slots=True)
 class TakeTurns(PoolChange[Sequence[Grant]]):
-    """Serve those of some requests whose turn it is: only theirs, since no client may wait for others any more."""
+    """Serve those of some requests whose turn it is: only theirs, since no client may wait for others any more.
 
-    keys: Collection[RequestKey]
+    asks: the requests, and for each how often it had been asked for. Where that is more now, another process serves it.
+    """
+
+    asks: Mapping[RequestKey, int]
     shares_pool = False
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Sequence[Grant]]:
         answers = []
         for change in changes:
-            granted = [*_grant(rows, rows.share_out(0, change.keys), Counter(change.keys)).values()]
+            served = [each for each in rows.share_out(0, change.asks) if each[0].asks == change.asks[each[0].key]]
+            granted = [*_grant(rows, served, dict.fromkeys(change.asks, 1)).values()]
             rows.requests().update(grant.request for grant in granted)
             answers.append(granted)
         return answers
