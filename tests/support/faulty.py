@@ -15,6 +15,7 @@ class Faulty:
         self.reading: Exception | None = None
         self.writing: Exception | None = None
         self.poison: bytes | None = None
+        self.poisoned = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokens, name)
@@ -30,6 +31,7 @@ class Faulty:
         await self._tokens.issue(token, per_user, now)
 
     async def revoke(self, digest: bytes, now: Instant) -> bool:
+        self.poisoned |= digest == self.poison
         if self.writing is not None or digest == self.poison:
             raise self.writing or ZeroDivisionError
         return await self._tokens.revoke(digest, now)
