@@ -585,6 +585,13 @@ class Grant(NamedTuple):
     before: Sequence[PoolToken] = ()
 
 
+class Lapsed(NamedTuple):
+    """What lapsed in a pool, and was not known to have: leases, by their tokens, and places in line."""
+
+    leases: Sequence[PoolToken]
+    places: Sequence[LeaseRequest]
+
+
 class Place(NamedTuple):
     """A place in the waiting line: how many are before it and itself, of how many."""
 

@@ -50,7 +50,7 @@ from tokenauth.models import (
 from tokenauth.settings import durations
 from tokenauth.settings.durations import Duration
 from tokenauth.stores.store import Store
-from tokenauth.waiting import Waiter, Waiting
+from tokenauth.waiting import Waiter, Waiting, note_left
 
 MAX_COUNT = 1000
 """Maximum number of tokens that are generated, listed or changed in one step."""
@@ -78,6 +78,9 @@ MAX_LABELS = 20
 
 _PAUSE = 0.005
 """Seconds between two steps of a long change, in which other processes can write."""
+
+_LATE = 60.0
+"""Seconds in which a lease that lapsed is looked for once more: the clocks of nodes differ."""
 
 _FILL_BATCH = 10_000
 """Maximum number of tokens that one step adds while a pool is filled to its capacity."""
@@ -125,8 +128,9 @@ class Pools:
         self._clock = clock
         self._new_value = new_values or {}
         self._unfilled = [pool for pool in pools.values() if pool.prefill or pool.members]
-        self.waiting = Waiting(store.pools, clock)
+        self.waiting = Waiting(store.pools, clock, self.note_lapse)
         self.counters = {name: LeaseCounters() for name in pools}
+        self._noted: dict[str, Instant] = {}
 
     def find(self, name: str, user: Identity | None = None) -> Pool:
         """Return a pool. Raises UnknownPool, or InsufficientScope if the user may not use it."""
@@ -232,7 +236,7 @@ class Pools:
             raise answer
         assert isinstance(answer, Grant)
         if disconnected():
-            self.waiting.put_back(pool, answer.request, terms.id is not None)
+            self.waiting.put_back(pool, answer, terms.id is not None)
             raise ClientGone
         if answer.before:
             self._note_grant(pool, answer, start)
@@ -259,9 +263,11 @@ class Pools:
 
     async def leave_line(self, pool: Pool, username: str, id: str) -> None:
         """Take a request out of the line. Raises UnknownRequest."""
-        if not id.isprintable() or not await self._store.pools.leave(pool, (username, id), self._clock()):
+        now = self._clock()
+        left = await self._store.pools.leave(pool, (username, id), now) if id.isprintable() else None
+        if left is None:
             raise UnknownRequest
-        log.info("request_left", pool=pool.name, user=username)
+        note_left(pool, left, now)
         self.waiting.drop(pool, (username, id))
         self.waiting.wake(pool)
 
@@ -302,8 +308,11 @@ class Pools:
         now = self._clock()
         check = LeaseCheck(username=None if user is None else user.username)
         managed = user is None or pool.managed_by(user)
+        change = await self._store.pools.keep_alive(pool, _checked(value), now, check, managed)
+        if change is not None and change.before.unlogged is not None and change.token.holder is None:
+            self.note_lapse(pool, change.before)
         try:
-            token = _granted(await self._store.pools.keep_alive(pool, _checked(value), now, check, managed), check, now)
+            token = _granted(change, check, now)
         except LeaseLost:
             raise InsufficientScope(pool.manage_scope) from None
         return token.holder is not None
@@ -315,6 +324,10 @@ class Pools:
         """
         self.find_managed(pool.name, user)
         start = self._clock()
+        more = True
+        while more:  # what is extended is free: nothing tells afterwards whose lease lapsed
+            more = await self.note_lapsed(pool, start, MAX_COUNT) == MAX_COUNT
+            await asyncio.sleep(_PAUSE)
         counts = await self._store.pools.count(pool, start)
         more = counts.available > 0
         while more:
@@ -332,8 +345,9 @@ class Pools:
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
         """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
-        change = await self._store.pools.release(pool, _checked(value), self._clock(), check)
-        forced = _forced(pool, change, by, reason, taken=False)
+        now = self._clock()
+        change = await self._store.pools.release(pool, _checked(value), now, check)
+        forced = _forced(pool, change, now, by, reason, taken=False)
         self.counters[pool.name].forced += 1
         self.waiting.wake(pool)
         return forced.before
@@ -342,8 +356,9 @@ class Pools:
         self, pool: Pool, value: str, holder: str, username: str, check: LeaseCheck, reason: str | None
     ) -> PoolToken:
         """End the lease of any user, log it, and lease the token to `username`. Raises UnknownToken, LeaseLost."""
-        change = await self._store.pools.take_over(pool, _checked(value), holder, username, self._clock(), check)
-        forced = _forced(pool, change, username, reason, taken=True)
+        now = self._clock()
+        change = await self._store.pools.take_over(pool, _checked(value), holder, username, now, check)
+        forced = _forced(pool, change, now, username, reason, taken=True)
         self.counters[pool.name].forced += 1
         return forced.token
 
@@ -466,6 +481,22 @@ class Pools:
         if pool.log_leases:
             log.info("lease_granted", **_shown(pool, token), waited=round(waited, 3))
 
+    async def note_lapsed(self, pool: Pool, now: Instant, limit: int) -> int:
+        """Count and log leases that have lapsed, and places in line, which are deleted: at most `limit` of each.
+
+        Return `limit` if there may be more.
+        """
+        lapsed = await self._store.pools.note_lapsed(pool, self._noted.get(pool.name, 0.0), now, limit)
+        for token in lapsed.leases:
+            self.note_lapse(pool, token)
+        for place in lapsed.places:
+            note_left(pool, place, place.kept_until)
+        if len(lapsed.leases) < limit:
+            self._noted[pool.name] = now - _LATE
+        if lapsed.places:
+            self.waiting.wake(pool)
+        return max(map(len, lapsed))
+
     def note_lapse(self, pool: Pool, token: PoolToken) -> None:
         """Count and log a lease that has lapsed."""
         held = token.free_at - (token.leased_at or token.free_at)
@@ -549,14 +580,16 @@ def _granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> Poo
     raise LeaseLost
 
 
-def _forced(pool: Pool, change: LeaseChange | None, by: str, reason: str | None, taken: bool) -> LeaseChange:
+def _forced(
+    pool: Pool, change: LeaseChange | None, now: Instant, by: str, reason: str | None, taken: bool
+) -> LeaseChange:
     """Log whose lease was ended. Raises UnknownToken or LeaseLost if none was."""
     if change is None:
         raise UnknownToken
     if not change.granted:
         raise LeaseLost("The token is free, or under another lease than you named. No lease was ended.")
-    ended = {"user": change.before.username, "holder": change.before.holder, "fence": change.before.fence}
-    log.info("lease_forced", pool=pool.name, **ended, by=by, reason=reason, taken=taken)
+    held = round(max(0.0, now - (change.before.leased_at or now)), 3)
+    log.info("lease_forced", **_shown(pool, change.before), held=held, by=by, reason=reason, taken=taken)
     return change
 
 

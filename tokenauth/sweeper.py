@@ -58,6 +58,7 @@ class Sweeper:
             return 0
         count = await self._drain(self._store.tokens.purge, now - LATE_USE, until)
         for pool in self._pools.usable_by():
+            await self._drain(partial(self._pools.note_lapsed, pool), now, until)  # before their rows are deleted
             count += await self._drain(partial(self._store.pools.purge, pool), now, until)
         count += await self._drain(self._store.purge_revocations, now - LOG_AGE, until)
         count += await self._drain(self._store.failures.purge, now - self._forget, until)

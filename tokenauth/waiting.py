@@ -12,9 +12,10 @@ from copy import copy
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, PlaceLost, RetryLater
-from tokenauth.line import KEPT
+from tokenauth.line import KEPT, LAST
 from tokenauth.login_queue import DisconnectCheck
-from tokenauth.models import Grant, LeaseRequest, Pool, RequestKey
+from tokenauth.logs import log
+from tokenauth.models import Grant, Instant, LeaseRequest, Pool, PoolToken, RequestKey
 from tokenauth.stores.store import PoolStore
 
 POLL = 0.06
@@ -49,9 +50,11 @@ class Waiter:
 class Waiting:
     """The clients that wait in this process, for any pool."""
 
-    def __init__(self, store: PoolStore, clock: Clock) -> None:
+    def __init__(self, store: PoolStore, clock: Clock, note_lapse: Callable[[Pool, PoolToken], None]) -> None:
+        """`note_lapse` is called for each lease that lapsed before its token was leased to a client that has gone."""
         self._store = store
         self._clock = clock
+        self._note_lapse = note_lapse
         self._lines: dict[str, _Line] = {}
         self._stopping = False
         self._background: set[asyncio.Task[None]] = set()
@@ -90,13 +93,18 @@ class Waiting:
         if waiter is not None:
             waiter.end(PlaceLost())
 
-    def put_back(self, pool: Pool, request: LeaseRequest, repeatable: bool) -> None:
+    def put_back(self, pool: Pool, grant: Grant, repeatable: bool) -> None:
         """Take back the leases of a client that has gone, soon."""
-        self._later(self._put_back(pool, request, KEPT if repeatable else None))
+        for before in grant.before:
+            if before.unlogged is not None:
+                self._note_lapse(pool, before)
+        self._later(self._put_back(pool, grant.request, KEPT if repeatable else None))
 
     async def _put_back(self, pool: Pool, request: LeaseRequest, keep: float | None) -> None:
         with suppress(RetryLater):  # the leases lapse
-            await self._store.put_back(pool, request, keep, self._clock())
+            done = await self._store.put_back(pool, request, keep, self._clock())
+            if done and keep is None and request.number < LAST:
+                note_left(pool, request, self._clock())
         self.wake(pool)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
@@ -126,7 +134,7 @@ class _Line:
         pool: Pool,
         store: PoolStore,
         clock: Clock,
-        put_back: Callable[[Pool, LeaseRequest, bool], None],
+        put_back: Callable[[Pool, Grant, bool], None],
     ) -> None:
         self.waiters: dict[RequestKey, Waiter] = {}
         self._pool = pool
@@ -211,7 +219,7 @@ class _Line:
     def _deliver(self, grant: Grant) -> None:
         waiter = self.waiters.pop(grant.request.key, None)
         if waiter is None or waiter.future.done() or waiter.disconnected():
-            self._put_back(self._pool, grant.request, waiter is None or waiter.repeatable)
+            self._put_back(self._pool, grant, waiter is None or waiter.repeatable)
             if waiter is not None:
                 waiter.end(ClientGone())
         else:
@@ -224,7 +232,10 @@ class _Line:
                 del self.waiters[key]
                 waiter.end(ClientGone())
                 keep = KEPT if waiter.repeatable else None
-                await self._store.leave(self._pool, key, self._clock(), keep, waiter.request.kept_until)
+                now = self._clock()
+                left = await self._store.leave(self._pool, key, now, keep, waiter.request.kept_until)
+                if left is not None and keep is None:
+                    note_left(self._pool, left, now)
 
     async def _drop_lost(self) -> None:
         """Let those ask again who were asked for elsewhere, granted elsewhere, or taken out of the line elsewhere."""
@@ -237,3 +248,9 @@ class _Line:
         waiters, self.waiters = self.waiters, {}
         for waiter in waiters.values():
             waiter.end(copy(error))
+
+
+def note_left(pool: Pool, request: LeaseRequest, now: Instant) -> None:
+    """Log that a request has left the line without leases."""
+    waited = round(max(0.0, now - request.since), 3)
+    log.info("request_left", pool=pool.name, user=request.username, holder=request.holder, waited=waited)

@@ -318,10 +318,49 @@ async def test_the_sweeper_forgets_old_requests(pools: PoolStore) -> None:
     for _ in range(5):
         later += 30
         await pools.keep_alive(POOL, "t1", later)
-    assert await pools.purge(POOL, later, 10) == 1, "the lapsed place"
+    lapsed = await pools.note_lapsed(POOL, START, later, 10)
+    assert ([place.id for place in lapsed.places], lapsed.leases) == (["lapsed"], [])
+    assert await pools.purge(POOL, later, 10) == 0
     assert isinstance(await ask(pools, "granted", later), Grant)
     later += 3 * REMEMBERED
     for _ in range(3):
         await pools.purge(POOL, later, 10)
         later += REMEMBERED
     assert not isinstance(await ask(pools, "granted", later), LeaseLost), "it is a new request"
+
+
+async def test_a_lapsed_place_is_noted_once(pools: PoolStore) -> None:
+    await lease_all(pools)
+    first = await ask(pools, "a", keep=10)
+    await ask(pools, "b", START + 1, keep=10)
+    assert not any(await pools.note_lapsed(POOL, START, START + 9.9, 10))
+    [place] = (await pools.note_lapsed(POOL, START, START + 10.5, 10)).places
+    assert isinstance(first, LeaseRequest)
+    assert replace(place, number=first.number) == first
+    assert [place.id for place in (await pools.note_lapsed(POOL, START, START + 11, 10)).places] == ["b"]
+    assert not any(await pools.note_lapsed(POOL, START, START + 12, 10))
+
+
+@pytest.mark.parametrize("retired", [False, True])
+async def test_a_lapsed_lease_is_noted_once(pools: PoolStore, retired: bool) -> None:
+    values = await lease_all(pools, 3)
+    await pools.keep_alive(POOL, "t1", START + 1)
+    if retired:
+        assert await pools.fit(replace(POOL, capacity=0, prefill=True), (), START + 2) == 0
+    assert not any(await pools.note_lapsed(POOL, START, START + 59.9, 10))
+    noted = [(await pools.note_lapsed(POOL, START, START + 62, 2)).leases for _ in range(3)]
+    assert [[token.value for token in tokens] for tokens in noted] == [["t0", "t2"], ["t1"], []]
+    assert {token.leased_at for tokens in noted for token in tokens} == {START}
+    if not retired:
+        again = [await pools.assign(POOL, "y", START + 63) for _ in values]
+        assert [answer.lapsed for answer in again] == [None] * 3
+        later = [await pools.assign(POOL, "z", START + 123) for _ in values]
+        assert [answer.lapsed is not None for answer in later] == [True] * 3
+        assert not any(await pools.note_lapsed(POOL, START, START + 124, 10))
+
+
+async def test_what_lapsed_long_ago_is_not_looked_at(pools: PoolStore) -> None:
+    await lease_all(pools, 2)
+    await pools.release(POOL, "t0", START + 1)
+    assert not any(await pools.note_lapsed(POOL, START + 60.1, START + 99, 10))
+    assert [token.value for token in (await pools.note_lapsed(POOL, START + 60, START + 99, 10)).leases] == ["t1"]

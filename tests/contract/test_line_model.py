@@ -164,10 +164,12 @@ async def release(store: PoolStore, model: Model, step: Step) -> None:
 
 
 async def leave(store: PoolStore, model: Model, step: Step) -> None:
-    assert await store.leave(POOL, ("ann", step.id), model.now) is (model.waiting.pop(step.id, None) is not None)
+    left = await store.leave(POOL, ("ann", step.id), model.now)
+    assert (left is not None) is (model.waiting.pop(step.id, None) is not None)
 
 
 async def purge(store: PoolStore, model: Model, _: Step) -> None:
+    await store.note_lapsed(POOL, START, model.now, 100)
     await store.purge(POOL, model.now, 100)
 
 

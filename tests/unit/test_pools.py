@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.support.servers import START
 from tokenauth import values
@@ -176,6 +177,24 @@ async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: ManualC
     clock.now += 60
     assert not await pools.keep_alive_any(POOL, leased.value)
     assert await pools.get(POOL, leased.value) == PoolToken("p", leased.value, START + 90, None, 1)
+
+
+@pytest.mark.parametrize("operation", ["keep_alive_any", "keep_alive_free"])
+async def test_a_lapse_is_logged_where_a_token_is_kept(pools: Pools, clock: ManualClock, operation: str) -> None:
+    (value,) = await pools.generate(ROOMY, 1)
+    await pools.assign(ROOMY, "job", "ann")
+    clock.now += 60
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            if operation == "keep_alive_any":
+                await pools.keep_alive_any(ROOMY, value)
+            else:
+                await pools.keep_alive_free(ROOMY)
+        assert (await pools.assign(ROOMY, "job")).fence == 2
+    shown = [(event["event"], event["user"], event["holder"], event["fence"], event["held"]) for event in logs]
+    assert shown == [("lease_lapsed", "ann", "job", 1, 60.0)]
+    assert pools.counters[ROOMY.name].lapsed == 1
+    assert value not in str(logs)
 
 
 async def test_all_free_tokens_are_kept_alive_in_batches(pools: Pools, clock: ManualClock) -> None:

@@ -11,7 +11,9 @@ import structlog
 
 import tokenauth.sweeper
 from tests.support.servers import HandClock, write_config
-from tokenauth.models import LATE_USE
+from tokenauth.line import KEPT
+from tokenauth.models import LATE_USE, Identity, LeaseTerms
+from tokenauth.pools import Waits
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.sweeper import BATCH, INTERVAL, Sweeper
@@ -161,3 +163,23 @@ async def test_tokens_are_deleted_when_no_late_use_can_extend_them(
     clock.advance(INTERVAL)
     await sweeper.sweep()
     assert await service.store.tokens.find(issued.token.id) is None
+
+
+async def test_what_lapsed_is_logged_once(service: Service, sweeper: Sweeper, clock: HandClock) -> None:
+    pools = service.pools
+    pool = pools.find("permits")
+    leases = [await pools.assign(pool, f"job {number}", "ann") for number in range(3)]
+    waits = await pools.lease(pool, Identity("bob"), LeaseTerms("patient", "mine", wait=0))
+    assert isinstance(waits, Waits)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            clock.advance(INTERVAL)
+            await sweeper.sweep()
+    lapses = [event for event in logs if event["event"] == "lease_lapsed"]
+    assert sorted(event["holder"] for event in lapses) == ["job 0", "job 1", "job 2"]
+    assert {event["held"] for event in lapses} == {leases[0].free_at - (leases[0].leased_at or 0)}
+    [left] = [event for event in logs if event["event"] == "request_left"]
+    assert (left["user"], left["holder"], left["waited"]) == ("bob", "patient", KEPT)
+    assert pools.counters["permits"].lapsed == 3
+    assert (await pools.assign(pool, "next")).fence == 2
+    assert pools.counters["permits"].lapsed == 3

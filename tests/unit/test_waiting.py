@@ -148,17 +148,20 @@ async def test_a_client_that_disconnects_leaves_the_line(workers: Workers, id: s
     gone: list[bool] = []
     waiting = await workers.ask(id, gone=lambda: bool(gone))
     gone.append(True)
-    with pytest.raises(ClientGone):
+    with structlog.testing.capture_logs() as logs:
+        with pytest.raises(ClientGone):
+            async with asyncio.timeout(AT_ONCE):
+                await waiting
         async with asyncio.timeout(AT_ONCE):
-            await waiting
-    async with asyncio.timeout(AT_ONCE):
-        while True:
-            count, found = await workers.pools.list_requests(workers.pool, 9)
-            if id is None and count == 0:
-                break
-            if id is not None and found[0].kept_until < workers.pools.now() + 11:
-                break
-            await asyncio.sleep(0.01)
+            while True:
+                count, found = await workers.pools.list_requests(workers.pool, 9)
+                if id is None and count == 0 and logs:
+                    break
+                if id is not None and found[0].kept_until < workers.pools.now() + 11:
+                    break
+                await asyncio.sleep(0.01)
+    left = [event["holder"] for event in logs if event["event"] == "request_left"]
+    assert left == (["job"] if id is None else []), "who can ask again keeps the place for a while"
 
 
 @pytest.mark.parametrize("id", [None, "mine"])
@@ -207,7 +210,8 @@ async def test_a_request_that_is_taken_out_is_refused(workers: Workers, where: s
     deleting = workers.pools if where == "the same worker" else workers.other
     with structlog.testing.capture_logs() as logs:
         await deleting.leave_line(workers.pool, "ann", "mine")
-    assert [event["event"] for event in logs] == ["request_left"]
+    assert [(event["event"], event["user"], event["holder"]) for event in logs] == [("request_left", "ann", "job")]
+    assert 0 <= logs[0]["waited"] < AT_ONCE
     with pytest.raises(PlaceLost):
         await waiting
     with pytest.raises(UnknownRequest):

@@ -25,6 +25,7 @@ from tokenauth.models import (
     Failures,
     Grant,
     Instant,
+    Lapsed,
     LeaseChange,
     LeaseCheck,
     LeaseCursor,
@@ -51,6 +52,7 @@ from tokenauth.stores.changes.pools import (
     Generate,
     KeepAlive,
     KeepAliveFree,
+    NoteLapsed,
     PurgePool,
     Release,
     ReleaseNext,
@@ -429,8 +431,8 @@ class PoolStore:
         now: Instant,
         keep: float | None = None,
         kept_until: Instant | None = None,
-    ) -> bool:
-        """Give up a place in the line, or keep it for at most `keep` seconds more; False if there is none.
+    ) -> LeaseRequest | None:
+        """Give up a place in the line, or keep it for at most `keep` seconds more; None if there is none.
 
         `kept_until`: only if the place is kept until then: otherwise the client has asked again.
         """
@@ -442,6 +444,18 @@ class PoolStore:
         With `keep` the request gets its place back, for that many seconds. Returns whether it was undone.
         """
         return await self._engine.apply(PutBack(pool, request, keep, now=now))
+
+    async def note_lapsed(self, pool: Pool, since: Instant, now: Instant, limit: int) -> Lapsed:
+        """Note what lapsed, each once: leases whose end was at `since` or later, and places, which are deleted.
+
+        At most `limit` of each. A lease that is noted here is not when its token is leased again.
+        """
+        values = {**pool_rows.parameters(pool, now), "since": since, "limit": 1}
+        first = await self._engine.read(pool_rows.UNLOGGED, values)  # it may look at many rows, so it locks none
+        if not first and not await self._engine.read(request_rows.LAPSED, values):
+            return Lapsed((), ())
+        start = min((as_pool_token(row[1:]).free_at for row in first), default=now)
+        return await self._engine.apply(NoteLapsed(pool, start, limit, now=now))
 
     async def find_place(self, pool: Pool, key: RequestKey, now: Instant) -> Place | None:
         """Return the place of a request in the line; None if it does not wait."""

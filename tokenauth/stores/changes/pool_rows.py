@@ -118,6 +118,8 @@ _FREE_UNLOCKED = (
 _some_free = select(func.count()).select_from(select(literal(1)).where(*_unexpired).limit(_AHEAD).subquery())
 _some_lapsed = select(func.count()).select_from(select(literal(1)).where(*_lapsed).limit(_AHEAD).subquery())
 SOME_FREE = select(_some_free.scalar_subquery() + _some_lapsed.scalar_subquery() - _count(*_retired, _claimed))
+_over = (_at >= bindparam("since"), _at <= bindparam("now"), pool_tokens.c.leased_at.is_not(None))
+UNLOGGED = _rows_by_range((*_taken, *_over), (*_retired, *_over))
 _COUNT_FREE = select(func.count()).select_from(_rows_by_range(_unexpired, _lapsed).subquery())
 _LEASED = _rows((*_taken, _live))
 _LEASED_AND_RETIRED = _rows((*_retired, _live))
@@ -335,6 +337,10 @@ class PoolRows:
         if username is None:
             return self._found(_LEASED_AND_RETIRED, limit=limit)
         return self._found(_LEASED_TO_AND_RETIRED, limit=limit, username=username)
+
+    def unlogged(self, since: Instant, limit: int) -> list[tuple[int, PoolToken]]:
+        """Return the tokens whose lease lapsed since an instant, if nothing has logged that, with their numbers."""
+        return self._found(UNLOGGED, since=since, limit=limit)
 
     def find(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Return the existing tokens with these values, with their numbers, and lock them."""

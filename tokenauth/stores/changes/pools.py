@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeVar
 
 from tokenauth.line import LAST, REMEMBERED, new_request
-from tokenauth.models import Assignment, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken, Reservation
+from tokenauth.models import (
+    Assignment,
+    Instant,
+    Lapsed,
+    LeaseChange,
+    LeaseCheck,
+    LeaseRequest,
+    Pool,
+    PoolToken,
+    Reservation,
+)
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.engine import Change, Transaction
 
@@ -387,7 +397,7 @@ class KeepAliveFree(PoolChange[int]):
 class PurgePool(PoolChange[int]):
     """Delete at most `limit` tokens that have expired, or were retired and whose lease is over.
 
-    Lapsed places in line, and requests whose leases have been over for long, are deleted, too, and counted.
+    Requests whose leases have been over for long are deleted, too, and counted.
     """
 
     limit: int
@@ -399,8 +409,28 @@ class PurgePool(PoolChange[int]):
         for change in changes:
             retired = rows.delete_retired(change.limit)
             count = retired + rows.delete_expired(change.limit - retired)
-            count += rows.requests().delete_lapsed(change.limit - count)
             answers.append(count + forget(rows, change.limit - count))
+        return answers
+
+
+@dataclass(slots=True)
+class NoteLapsed(PoolChange[Lapsed]):
+    """Note that leases lapsed since an instant, and delete lapsed places: at most `limit` of each, each once."""
+
+    since: Instant
+    limit: int
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Lapsed]:
+        answers = []
+        for change in changes:
+            found = rows.unlogged(change.since, change.limit)
+            rows.update_leases({number: token._replace(leased_at=None) for number, token in found})
+            requests = rows.requests()
+            places = requests.lapsed(change.limit)
+            requests.delete(places)
+            answers.append(Lapsed([token for _, token in found], places))
         return answers
 
 

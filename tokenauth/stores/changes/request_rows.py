@@ -8,7 +8,6 @@ from sqlalchemy import (
     BindParameter,
     Float,
     bindparam,
-    delete,
     exists,
     func,
     insert,
@@ -58,9 +57,7 @@ _GRANT = text("""
 """)
 _DELETE = text("DELETE FROM pool_requests WHERE number = :number")
 _lapsed = (_pool, pool_requests.c.granted_at.is_(None), _kept <= bindparam("now"))
-_DELETE_LAPSED = delete(pool_requests).where(
-    _number.in_(select(_number).where(*_lapsed).order_by(_kept).limit(_limit).scalar_subquery())
-)
+LAPSED = select(*pool_request_columns).where(*_lapsed).order_by(_kept).limit(_limit)
 _OLD = (
     select(*pool_request_columns)
     .where(_pool, pool_requests.c.granted_at.is_not(None), _kept <= bindparam("now"))
@@ -125,9 +122,9 @@ class RequestRows:
     def delete(self, requests: Iterable[LeaseRequest]) -> None:
         self._db.execute_each(_DELETE, [{"number": request.number} for request in requests])
 
-    def delete_lapsed(self, limit: int) -> int:
-        """Delete lapsed places, the oldest first; return how many."""
-        return self._db.execute(_DELETE_LAPSED, {**self._parameters, "limit": limit}) if limit > 0 else 0
+    def lapsed(self, limit: int) -> Sequence[LeaseRequest]:
+        """Return lapsed places, the oldest first."""
+        return [as_lease_request(row) for row in self._db.rows(LAPSED, {**self._parameters, "limit": limit})]
 
     def old(self, limit: int) -> Sequence[LeaseRequest]:
         """Return granted requests that were to be remembered until now."""

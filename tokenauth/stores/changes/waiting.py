@@ -120,8 +120,8 @@ class TakeTurns(PoolChange[Sequence[Grant]]):
 
 
 @dataclass(slots=True)
-class Leave(PoolChange[bool]):
-    """Give up a place in the line, or keep it for `keep` seconds at most; the answer is whether there was one.
+class Leave(PoolChange[LeaseRequest | None]):
+    """Give up a place in the line, or keep it for `keep` seconds at most; the answer is None if there was none.
 
     kept_until: until when it is kept, if another client that asked again meanwhile is not to lose it.
     """
@@ -132,14 +132,14 @@ class Leave(PoolChange[bool]):
     shares_pool = False
 
     @classmethod
-    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseRequest | None]:
         requests = rows.requests()
         known = requests.find(change.key[1] for change in changes)
-        answers = []
+        answers: list[LeaseRequest | None] = []
         for change in changes:
             place = known.get(change.key)
             left = place is not None and _waits(place, rows.now) and change.kept_until in {None, place.kept_until}
-            answers.append(left)
+            answers.append(place if left else None)
             if place is None or not left:
                 continue
             if change.keep is None:
