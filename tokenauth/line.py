@@ -61,6 +61,19 @@ def find_use(pool: Pool, now: Instant) -> MayUse:
     return lambda request, token: pool.can_lease(token, request.username or None, request.labels, now)
 
 
+def skip_hopeless(pool: Pool, line: Iterable[LeaseRequest]) -> Iterator[LeaseRequest]:
+    """Yield those who wait without those for more tokens than the pool can have since its settings were changed.
+
+    They would hold up all others until their places lapse. Those over `per_user` hold up nobody.
+    """
+    most: dict[tuple[str, ...], float] = {}
+    for request in line:
+        if request.labels not in most:
+            most[request.labels] = pool.matching(request.labels)
+        if request.count <= most[request.labels]:
+            yield request
+
+
 def share_out(
     line: Iterable[LeaseRequest], free: Sequence[Row], may_use: MayUse, quotas: MutableMapping[str, int] | None = None
 ) -> Iterator[tuple[LeaseRequest, Sequence[Row]]]:

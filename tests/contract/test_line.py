@@ -301,6 +301,24 @@ async def test_those_who_wait_get_no_withheld_token(pools: PoolStore) -> None:
     assert await turns(pools, "a", now=START + 2) == ["a"]
 
 
+async def test_who_can_no_longer_be_served_holds_up_nobody(pools: PoolStore) -> None:
+    """The capacity was lowered."""
+    values = await lease_all(pools, 3)
+    for id in ("three", "also three"):
+        await ask(pools, id, count=3)
+    await ask(pools, "two", count=2)
+    await ask(pools, "one")
+    lowered, asks = replace(POOL, capacity=2), {("ann", "one"): 1}
+    await pools.release(lowered, values[0], START)
+    assert not await pools.may_have_turn(lowered, asks, START), "it is two's turn"
+    await pools.leave(lowered, ("ann", "two"), START)
+    assert await pools.may_have_turn(lowered, asks, START)
+    [grant] = await pools.take_turns(lowered, asks, START)
+    assert [token.value for token in grant.tokens] == values[:1]
+    await pools.release(lowered, values[0], START)
+    assert (await pools.assign(lowered, "late", START)).token is not None
+
+
 async def test_leases_last_as_long_as_the_request_asked(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     [token] = tokens(await ask(pools, "a", ttl=5))

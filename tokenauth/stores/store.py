@@ -16,7 +16,7 @@ from sqlalchemy import Float, Select, bindparam, func, select
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
-from tokenauth.line import Row, find_use, new_request, share_out
+from tokenauth.line import Row, find_use, new_request, share_out, skip_hopeless
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -380,14 +380,19 @@ class PoolStore:
         [(free,)] = await self._engine.read(pool_rows.SOME_FREE, values, brief=True)
         if free <= 0:
             return False
-        first = {"name": pool.name, "now": now, **request_rows.START_OF_LINE, "limit": free}
-        for request in map(as_lease_request, await self._engine.read(request_rows.LINE, first, brief=True)):
-            free -= request.count
-            if free < 0:
+        place: Mapping[str, object] = request_rows.START_OF_LINE
+        while True:
+            first = {"name": pool.name, "now": now, **place, "limit": free}
+            limit, page = free, [*map(as_lease_request, await self._engine.read(request_rows.LINE, first, brief=True))]
+            for request in skip_hopeless(pool, page):
+                free -= request.count
+                if free < 0:
+                    return False
+                if asks.get(request.key) == request.asks:
+                    return True
+            if len(page) < limit or free == 0:
                 return False
-            if asks.get(request.key) == request.asks:
-                return True
-        return False
+            place = {"turn": page[-1].turn, "number": page[-1].number}
 
     async def _may_be_served(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> bool:
         """Share the free tokens out as `take_turns` does, and return whether a request would get some."""
@@ -422,7 +427,8 @@ class PoolStore:
             line += page
             more = len(page) == _PAGE
             place = {"turn": page[-1].turn, "number": page[-1].number} if more else {}
-        return any(asks.get(request.key) == request.asks for request, _ in share_out(line, free, may_use, quotas))
+        served = share_out(skip_hopeless(pool, line), free, may_use, quotas)
+        return any(asks.get(request.key) == request.asks for request, _ in served)
 
     async def leave(
         self,

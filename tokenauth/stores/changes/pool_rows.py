@@ -29,7 +29,7 @@ from sqlalchemy import (
     update,
 )
 
-from tokenauth.line import Row, find_use, share_out
+from tokenauth.line import Row, find_use, share_out, skip_hopeless
 from tokenauth.models import Instant, LeaseRequest, Pool, PoolCounts, PoolToken, RequestKey
 from tokenauth.stores.changes.request_rows import SOMEONE_WAITS, RequestRows
 from tokenauth.stores.engine import LockConflict, Transaction
@@ -260,7 +260,7 @@ class PoolRows:
         wanted: how many tokens they need at most. new: those of them that have no row, in the order of their numbers.
         """
         withheld, someone_waits = self.retired()
-        line = self.requests().line() if someone_waits else ()
+        line = skip_hopeless(self.pool, self.requests().line()) if someone_waits else ()
         free = self.leasable(wanted + (_AHEAD if someone_waits else 0), withheld)
         if not free:
             return ()
