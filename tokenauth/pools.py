@@ -549,6 +549,8 @@ def check_label(text: str, field: str = "holder", longest: int = MAX_TEXT) -> st
 
 def _check_terms(pool: Pool, user: Identity, terms: LeaseTerms) -> None:
     """Raise InvalidRequest for terms that can never be granted, InsufficientScope for a priority that needs it."""
+    if terms.id in {".", ".."}:
+        raise InvalidRequest("request: must not be '.' or '..': many clients leave them out of a URL.")
     most = MAX_LEASES if pool.capacity is None else min(MAX_LEASES, pool.capacity)
     if not 1 <= terms.count <= most:
         raise InvalidRequest(f"count: must be from 1 to {most}." if most else "count: the pool has no tokens.")

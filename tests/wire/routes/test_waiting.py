@@ -200,6 +200,12 @@ def test_wrong_terms_are_refused(ann: User, terms: dict[str, Any]) -> None:
     assert answer.json()["error_description"].startswith(field)
 
 
+@pytest.mark.parametrize("id", [".", ".."])
+def test_an_id_that_no_url_can_have_is_refused(ann: User, id: str) -> None:
+    answer = ann.lease(wait=0, request=id)
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+
+
 def test_a_disconnected_client_leaves_the_line(server: Server, ann: User, bob: User) -> None:
     held = ann.lease().json()["token"]
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.5) as client:
