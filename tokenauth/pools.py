@@ -203,8 +203,9 @@ class Pools:
     ) -> Grant | Waits:
         """Lease as many tokens as the terms say, or wait for them in line, for as long as the terms say.
 
-        A request that is sent again keeps its place, and has the same leases while they run. If the client has
-        disconnected before it is answered, it gets no lease.
+        A request that is sent again keeps its place, and has the same leases while they run. If the client is seen to
+        have disconnected before it is answered, it gets no lease. The server does not see it of one that ends its side
+        right after the request, which may still read: that lease lapses.
         Raises InvalidRequest, InsufficientScope, NoFreeToken, TooManyLeases, LeaseLost, RequestDiffers, TooManyPlaces,
         PlaceLost, ClientGone.
         """
