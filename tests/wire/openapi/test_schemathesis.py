@@ -30,8 +30,9 @@ issuer = "https://auth.example.com"
 [server]
 accept_risks = ["open_dialect"]
 
-[tokens]  # logins must not end each other
-per_user = 0
+[tokens]
+per_user = 0  # logins must not end each other
+idle = 600  # otherwise none can be renewed
 
 [throttle]  # otherwise most responses would be 429
 free = 1000000
