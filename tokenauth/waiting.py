@@ -255,7 +255,7 @@ class _Line:
                 waiter.end(ClientGone())
                 keep = KEPT if waiter.repeatable else None
                 now = self._clock()
-                left = await self._store.leave(self._pool, key, now, keep, waiter.request.kept_until)
+                left = await self._store.leave(self._pool, key, now, keep, waiter.request)
                 if left is not None and keep is None:
                     note_left(self._pool, left, now)
 

@@ -241,13 +241,16 @@ async def test_a_user_has_at_most_so_many_places(pools: PoolStore) -> None:
 
 async def test_a_place_is_given_up(pools: PoolStore) -> None:
     await lease_all(pools)
-    for id in "abc":
-        await ask(pools, id)
+    places = {id: await ask(pools, id) for id in "abc"}
+    seen = {id: place for id, place in places.items() if isinstance(place, LeaseRequest)}
+    await ask(pools, "c")
     assert await pools.leave(POOL, ("ann", "a"), START)
     assert not await pools.leave(POOL, ("ann", "a"), START)
     assert not await pools.leave(POOL, ("bob", "b"), START)
-    assert await pools.leave(POOL, ("ann", "b"), START + 1, keep=10, kept_until=START + KEEP)
-    assert not await pools.leave(POOL, ("ann", "c"), START + 1, kept_until=START)
+    assert await pools.leave(POOL, ("ann", "b"), START + 1, keep=10, seen=seen["b"])
+    assert not await pools.leave(POOL, ("ann", "c"), START + 1, seen=seen["c"]), (
+        "it was asked for again at the same instant"
+    )
     assert await in_line(pools, START + 10) == ["b", "c"]
     assert await in_line(pools, START + 11) == ["c"]
 

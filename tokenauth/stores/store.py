@@ -436,13 +436,13 @@ class PoolStore:
         key: RequestKey,
         now: Instant,
         keep: float | None = None,
-        kept_until: Instant | None = None,
+        seen: LeaseRequest | None = None,
     ) -> LeaseRequest | None:
         """Give up a place in the line, or keep it for at most `keep` seconds more; None if there is none.
 
-        `kept_until`: only if the place is kept until then: otherwise the client has asked again.
+        seen: the request when it was last asked for here; it keeps its place if it was asked for again since, anywhere.
         """
-        return await self._engine.apply(Leave(pool, key, keep, kept_until, now=now))
+        return await self._engine.apply(Leave(pool, key, keep, seen, now=now))
 
     async def put_back(self, pool: Pool, request: LeaseRequest, keep: float | None, now: Instant) -> bool:
         """End the leases of a request whose client has gone, unless another answer has them too.

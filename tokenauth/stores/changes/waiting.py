@@ -123,12 +123,12 @@ class TakeTurns(PoolChange[Sequence[Grant]]):
 class Leave(PoolChange[LeaseRequest | None]):
     """Give up a place in the line, or keep it for `keep` seconds at most; the answer is None if there was none.
 
-    kept_until: until when it is kept, if another client that asked again meanwhile is not to lose it.
+    seen: the request when it was last asked for here. One that was asked for again since, anywhere, keeps its place.
     """
 
     key: RequestKey
     keep: float | None = None
-    kept_until: Instant | None = None
+    seen: LeaseRequest | None = None
     shares_pool = False
 
     @classmethod
@@ -138,7 +138,9 @@ class Leave(PoolChange[LeaseRequest | None]):
         answers: list[LeaseRequest | None] = []
         for change in changes:
             place = known.get(change.key)
-            left = place is not None and _waits(place, rows.now) and change.kept_until in {None, place.kept_until}
+            left = place is not None and _waits(place, rows.now)
+            if place is not None and change.seen is not None:
+                left &= (place.kept_until, place.asks) == (change.seen.kept_until, change.seen.asks)
             answers.append(place if left else None)
             if place is None or not left:
                 continue
