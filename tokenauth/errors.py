@@ -134,9 +134,10 @@ class NoFreeToken(Refusal):
 
     code = "no_free_token"
     description = "The pool has no free token."
+    of_members = "The pool has no free member that you may have now."
 
-    def __init__(self, retry_after: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, retry_after: int | None = None, description: str | None = None) -> None:
+        super().__init__(description)
         self.retry_after = retry_after
 
 

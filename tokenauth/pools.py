@@ -194,7 +194,8 @@ class Pools:
             raise TooManyLeases
         if result.token is None:
             self.counters[pool.name].denied += 1
-            raise NoFreeToken(None if result.next_end is None else max(1, math.ceil(result.next_end - now)))
+            retry_after = None if result.next_end is None else max(1, math.ceil(result.next_end - now))
+            raise NoFreeToken(retry_after, NoFreeToken.of_members if pool.members else None)
         self._note_lease(pool, result.token, result.lapsed)
         return result.token
 

@@ -360,7 +360,7 @@ def _grants(leases: Sequence[object]) -> list[Grant]:
 
 def _refusal(response: httpx.Response, code: str, description: str) -> errors.Refusal:
     if code == errors.NoFreeToken.code:
-        return errors.NoFreeToken(issuer.retry_after(response))
+        return errors.NoFreeToken(issuer.retry_after(response), description)
     if code == errors.InsufficientScope.code:
         scope = re.search('scope="([^"]*)"', response.headers.get("www-authenticate", ""))
         return errors.InsufficientScope(*(scope[1].split() if scope else ()))

@@ -254,7 +254,7 @@ def test_only_managers_raise_their_priority(connect: Connect, server: Server) ->
 def test_labels_choose_the_member(client: Client) -> None:
     with client.lease("phones", labels=["ios", "arm"]) as lease:
         assert (lease.name, lease.labels) == ("iphone-15", ("ios", "arm"))
-        with pytest.raises(errors.NoFreeToken), client.lease("phones", labels=["ios"]):
+        with pytest.raises(errors.NoFreeToken, match="no free member"), client.lease("phones", labels=["ios"]):
             raise AssertionError("there was no other")
 
 

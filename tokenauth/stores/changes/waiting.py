@@ -233,4 +233,5 @@ def _refusal(rows: PoolRows, request: LeaseRequest) -> Refusal:
     end, over_limit = rows.refusal(request)
     if over_limit:
         return TooManyLeases()
-    return NoFreeToken(None if end is None else max(1, math.ceil(end - rows.now)))
+    retry_after = None if end is None else max(1, math.ceil(end - rows.now))
+    return NoFreeToken(retry_after, NoFreeToken.of_members if rows.pool.members else None)
