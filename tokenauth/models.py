@@ -259,7 +259,7 @@ class IssuedToken:
 
 
 class Member(NamedTuple):
-    """A token of a pool that stands for one thing with a name, as the configuration defines it."""
+    """The token of one thing with a name, such as a device, as the configuration defines it."""
 
     name: str
     labels: tuple[str, ...] = ()

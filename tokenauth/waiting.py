@@ -79,7 +79,7 @@ class Waiting:
         self._background: set[asyncio.Task[None]] = set()
 
     async def wait(self, pool: Pool, waiter: Waiter, seconds: float) -> Grant | None:
-        """Wait for the turn of a request that has its place; None if it still waits after so many seconds.
+        """Wait for the turn of a request that has its place; None if it still waits after `seconds`.
 
         Also None, at once, when the process stops, or the same request is waited for once more. Raises ClientGone,
         PlaceLost, StoreUnavailable.
@@ -204,7 +204,7 @@ class _Line:
             self._woken.clear()
             try:
                 served = await self._serve(loop.time())
-            except Exception as error:  # whoever waits gets it, and their places stay
+            except Exception as error:  # all waiting clients get it, and keep their places
                 self._end_all(error)
                 return
             if not served and self.waiters:

@@ -113,7 +113,7 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         * **wait** - Seconds for which to wait in line if no token is free.
         * **request** - Your own name for this request. With the same name, a program that was restarted keeps its
         place, or gets the lease that it has. By default a random one, which leaves the line when the wait is over.
-        * **count** - Lease so many tokens, all or none. `grants` of the lease has them.
+        * **count** - Lease this many tokens, all or none. `grants` of the lease has them.
         * **labels** - Labels that each token must have, all of them.
         * **priority** - One point counts as a minute of waiting. More than 0 needs the pool's `manage_scope`.
         * **ttl** - Seconds from a keep-alive to the end of the lease, at most the pool's `lease_ttl`.

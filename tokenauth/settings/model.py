@@ -267,7 +267,7 @@ class BrowserSettings(Table, frozen=True, dict=True):
 
 
 class MemberSettings(Table, frozen=True):
-    """A member of a pool: a token that stands for one thing with a name, such as a device."""
+    """A member of a pool: the token of one thing with a name, such as a device."""
 
     name: Annotated[str, text(MEMBER_NAME, "1 to 64 letters, digits, dots, dashes and underscores")]
     labels: tuple[Annotated[str, text(LABEL, "1 to 64 letters, digits and any of . _ : = / + -")], ...] = ()

@@ -67,7 +67,7 @@ _OLD = (
 
 
 class RequestRows:
-    """The requests for the leases of a pool at the instant `now`. Whoever uses it has the pool to itself."""
+    """The requests for the leases of a pool at the instant `now`. Its user has an exclusive lock on the pool."""
 
     def __init__(self, db: Transaction, name: str, now: Instant) -> None:
         self._db = db

@@ -47,7 +47,7 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
         """Find what is repeated, share out the free tokens once, and write what has changed."""
         requests = rows.requests()
         waiting, latest = requests.summary()
-        since = max(rows.now, latest)  # whoever comes later must not be before one that has its place
+        since = max(rows.now, latest)  # a later request must not get an earlier place
         known = requests.find(change.id for change in changes if change.id is not None)
         lapsed = [request for request in known.values() if not _waits(request, rows.now) and request.granted_at is None]
         for request in lapsed:
@@ -212,7 +212,7 @@ def _has_too_many(requests: RequestRows, asked: LeaseRequest, waiting: int, join
 def _grant(
     rows: PoolRows, served: Sequence[tuple[LeaseRequest, Sequence[Row]]], answers: Mapping[RequestKey, int]
 ) -> dict[RequestKey, Grant]:
-    """Lease tokens to requests, each for so many answers. The rows of the requests are left to the caller."""
+    """Lease tokens to requests. `answers` counts the answers that each will get. This writes no row of a request."""
     leased: dict[int, PoolToken] = {}
     granted = {}
     for request, found in served:
