@@ -94,7 +94,7 @@ def state(directory: Path) -> list[list[tuple[object, ...]]]:
                 "SELECT digest FROM tokens ORDER BY 1",
                 "SELECT count(*) FROM revocations",
                 "SELECT pool, value, holder, fence FROM pool_tokens ORDER BY 1, 2",
-                "SELECT * FROM failures ORDER BY 1",
+                "SELECT * FROM failures WHERE count > 0 ORDER BY 1",  # a login's refund may be written later
             )
         ]
 

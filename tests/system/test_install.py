@@ -62,7 +62,7 @@ def test_the_documented_install_requires_hashes() -> None:
     ],
 )
 def test_make_serve_takes_host_and_port(arguments: list[str], command: str) -> None:
-    make = ["make", "--dry-run", "--assume-old=.venv/.serves", "serve", *arguments]
+    make = ["make", "--dry-run", "--no-print-directory", "--assume-old=.venv/.serves", "serve", *arguments]
     environment = {name: os.environ[name] for name in os.environ if name not in {"HOST", "PORT", "MAKEFLAGS"}}
     done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert " ".join(done.stdout.split()).endswith(f".venv/bin/tokenauth {command}")

@@ -22,6 +22,9 @@ from tokenauth.clock import boottime
 _NAP = 0.5
 """Seconds after which the clock is read again at the latest: a pause does not count the time of a suspended machine."""
 
+_DYING = 0.05
+"""Seconds that processes are given to end after SIGKILL, before the lease is over."""
+
 _GROUP_NAP = 0.05
 """Seconds between two looks at what is left of the process group of a command that has ended."""
 
@@ -226,20 +229,21 @@ class _Guard:
     def _pause(self) -> float | None:
         if self._pid == 0 or self._killed:
             return None
-        if self._status is not None:
-            return _GROUP_NAP
-        due = self._lease_end if self._lease_over else self._lease_end - self._kill_after
-        return max(0.0, min(_NAP, due - boottime())) if due < math.inf else None
+        nap = _NAP if self._status is None else _GROUP_NAP
+        due = self._lease_end - (_DYING if self._lease_over else self._kill_after)
+        if due == math.inf:
+            return None if self._status is None else nap
+        return max(0.0, min(nap, due - boottime()))
 
     def _enforce(self) -> None:
-        """Send SIGTERM when the end of the lease is near, and SIGKILL at its end."""
+        """Send SIGTERM when the end of the lease is near, and SIGKILL just before it."""
         now = boottime()
         if not self._lease_over and now >= self._lease_end - self._kill_after:
             self._lease_over = True
             self._signal(signal.SIGTERM)
             self._signal(signal.SIGCONT)  # so that a stopped process gets it
             self._send("lease_over")
-        if self._lease_over and not self._killed and now >= self._lease_end:
+        if self._lease_over and not self._killed and now >= self._lease_end - _DYING:
             self._killed = True
             self._signal(signal.SIGKILL)
 
