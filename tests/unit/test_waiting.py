@@ -139,7 +139,11 @@ async def test_a_request_served_elsewhere_is_found_at_its_end(workers: Workers) 
     here = await workers.ask("mine", wait=0.4)
     there = await workers.ask("mine", workers.other)
     await workers.other.release(workers.pool, first.value)
-    assert await granted(there) == await granted(here)
+    answer = await here
+    if isinstance(answer, Waits):  # its wait was over before the release: the client asks again
+        answer = await workers.pools.lease(workers.pool, ANN, LeaseTerms("job", "mine", wait=30))
+    assert isinstance(answer, Grant)
+    assert [*answer.tokens] == [await granted(there)]
 
 
 @pytest.mark.parametrize("id", [None, "mine"])
