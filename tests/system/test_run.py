@@ -16,17 +16,22 @@ from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.ports import free_port
 from tests.support.servers import Server, worker
+from tests.support.skipping import skip_without
 from tests.support.tcp_proxy import Proxy
 from tests.support.wrapped import LOGIN, Wrapper, ended, guard_of, wrapping
 from tests.system.test_terminal import OnTerminal, on_terminal
-
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 
 TTL = 2
 """Seconds that a lease lasts."""
 
 SLEEP = ("sh", "-c", "echo $$; exec sleep 1000")
 STUBBORN = ("sh", "-c", "trap 'echo got TERM' TERM; echo $$; while :; do sleep 0.05; done")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def linux() -> None:
+    if sys.platform != "linux":
+        skip_without("Linux", "these tests look at processes in /proc, and use the parent-death signal")
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +316,6 @@ def test_a_killed_wrapper_ends_the_command_and_lapses(wrap: Wrapper, admin: Pool
     assert ended(command)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the parent-death signal of Linux")
 def test_killing_all_of_tokenauth_kills_the_command(wrap: Wrapper) -> None:
     run = wrap("--pool", "long", *STUBBORN)
     command = run.command()
