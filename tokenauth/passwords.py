@@ -203,7 +203,7 @@ class Passwords:
         except ValueError:
             raise ConfigError(
                 f"{key}: the password of {user.username!r} is not a hash that can be verified"
-                f" (argon2, bcrypt, scrypt, pbkdf2_sha256); {_fix(user)}"
+                f" (argon2, bcrypt, scrypt, pbkdf2_sha256){_eaten(user.password_hash)}; {_fix(user)}"
             ) from None
         self._texts[user.password_hash], self._costs[read.text] = read.text, _cost(read)
         problem = self._too_costly(self._costs[read.text])
@@ -246,6 +246,27 @@ class Passwords:
             return bool(_SCHEMES.verify(secret, hashed)) and secret == sent
         except Exception:  # the hash was parsed before, so the machine is the cause
             raise CannotHash(str(self._costs.get(hashed, "unknown"))) from None
+
+
+_DOLLARS = {"argon2": 5, "2a": 3, "2b": 3, "2y": 3, "scrypt": 4, "pbkdf2-sha256": 4}
+"""The number of `$` in a hash, by the name that it begins with."""
+
+_ANONYMOUS = re.compile(r"=\d+=\d+,t=|(ln)?=\d+,r=\d+,p=|-sha256\$|[!-#%-~]{20,}\Z")
+"""What can be left of a hash when its first `$` is gone with the word behind it."""
+
+
+def _eaten(hashed: str) -> str:
+    """Return a hint if a program may have replaced each `$...` of a hash: Docker Compose does, and so does a shell."""
+    scheme = next((one for one in _DOLLARS if re.match(rf"\$?{one}", hashed)), None)
+    if scheme is None:
+        lacks = _ANONYMOUS.match(hashed) is not None
+    else:
+        optional = scheme == "argon2" and "v=" not in hashed
+        lacks = hashed.count("$") < _DOLLARS[scheme] - optional
+    hint = (
+        ": it lacks `$` signs; if it came through Docker Compose, write each as `$$`, through a shell, quote it with '"
+    )
+    return hint if lacks else ""
 
 
 def _fix(user: User) -> str:

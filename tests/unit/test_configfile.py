@@ -356,6 +356,67 @@ def test_pools_and_dialects_expand_variables_too() -> None:
     assert (served.password, served.require_token) == ("1", True)
 
 
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [(b"s3cret\n", "s3cret"), (b"s3cret\r\n", "s3cret"), (b"s3cret", "s3cret"), (b" s3cret ", " s3cret "), (b"", "")],
+)
+def test_a_variable_can_be_read_from_a_file(tmp_path: Path, content: bytes, value: str) -> None:
+    """As Docker and Kubernetes pass secrets."""
+    file = tmp_path / "secret"
+    file.write_bytes(content)
+    text = "[[users]]\nusername = 'ann'\npassword = 'x${HASH}'"
+    for more in ({}, {"HASH": ""}):
+        assert loader.parse(text, {"HASH_FILE": str(file), **more}).users[0].password == f"x{value}"
+
+
+def test_a_file_of_a_variable_overrides_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "port"
+    file.write_text("8001\n")
+    text = "server.port = '${PORT:-8000}'"
+    assert loader.parse(text, {"PORT_FILE": str(file)}).server.port == 8001
+    file.write_text("\n")
+    assert loader.parse(text, {"PORT_FILE": str(file)}).server.port == 8000
+
+
+def test_a_variable_and_its_file_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        loader.parse("server.port = '${PORT}'", {"PORT": "8001", "PORT_FILE": "hunter2"})
+    assert str(refusal.value) == "server.port: PORT and PORT_FILE are both set in the environment; unset one of them"
+
+
+BROKEN_SECRETS = {
+    "two lines": (b"hunter2\nhunter2\n", "must have one line of printable text, at most 65536 bytes"),
+    "two line breaks": (b"hunter2\n\n", "must have one line of printable text, at most 65536 bytes"),
+    "too long": (b"hunter2" * 10_000, "must have one line of printable text, at most 65536 bytes"),
+    "no UTF-8": (b"hunter2\xff", "is not printable text"),
+    "a directory": (None, "is not a regular file"),
+    "nothing": (None, "cannot be read: No such file or directory"),
+    "a NUL": (None, "is not printable text"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_SECRETS)
+def test_a_broken_file_of_a_variable_is_not_shown(tmp_path: Path, kind: str) -> None:
+    """Nor its path: someone may have set the variable to the secret itself."""
+    content, problem = BROKEN_SECRETS[kind]
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    named = {"a directory": str(tmp_path), "nothing": "hunter2", "a NUL": "hunter2\0"}.get(kind, str(file))
+    with pytest.raises(ConfigError) as refusal:
+        loader.parse("[[users]]\nusername = 'ann'\npassword = '${HASH}'", {"HASH_FILE": named})
+    expected = f"users[0].password: the file that HASH_FILE in the environment names {problem}"
+    assert str(refusal.value) == expected
+
+
+def test_a_mistake_in_a_value_from_a_file_names_only_its_variable(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("hunter2\n")
+    with pytest.raises(ConfigError) as refusal:
+        loader.parse("server.port = '${PORT}'", {"PORT_FILE": str(file)})
+    assert str(refusal.value) == "server.port: must be an integer from 0 to 65535, not a string, from ${PORT}"
+
+
 def test_numeric_text_stays_text_for_a_text_field() -> None:
     text = "[[users]]\nusername = '${ONE}'\npassword = '${YES}'\nscopes = ['${ONE}']"
     assert loader.parse(text, ENVIRON).users[0].username == "1"

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from passlib.hash import argon2, bcrypt, pbkdf2_sha256, scrypt
 from tokenauth.errors import ConfigError, InvalidCredentials, Overloaded
 from tokenauth.models import User
 from tokenauth.passwords import Passwords
+from tokenauth.risks import SHIPPED_HASH
 from tokenauth.settings.model import PasswordSettings
 
 CHEAP = PasswordSettings(memory_kib=64, time_cost=2, threads=1, queue=2)
@@ -220,6 +222,36 @@ def test_an_unreadable_hash_is_a_configuration_error(unreadable: str) -> None:
     assert "\n" not in str(refusal.value)
     if len(unreadable) > 7:
         assert unreadable not in str(refusal.value)
+
+
+def compose(text: str) -> str:
+    """Return what Docker Compose makes of a value: it replaces variables, here all unset."""
+    return re.sub(r"\$([A-Za-z_]\w*)", "", text)
+
+
+EATEN = {
+    "argon2 by Compose": compose(SHIPPED_HASH),
+    "argon2 by a shell": re.sub(r"\$(\w)\w*", "", SHIPPED_HASH),
+    "bcrypt with one": HASHES["bcrypt"].replace("$", "")[:-1] + "$",
+    "bcrypt with none": HASHES["bcrypt"].replace("$", ""),
+    "scrypt by Compose": compose(HASHES["scrypt"]),
+    "only the first": HASHES["argon2id"].removeprefix("$"),
+    "pbkdf2 by Compose": compose(HASHES["pbkdf2_sha256"]),
+}
+
+
+@pytest.mark.parametrize("hashed", EATEN.values(), ids=EATEN)
+def test_a_hash_without_its_dollars_is_recognised(hashed: str) -> None:
+    with pytest.raises(ConfigError, match=r"it lacks `\$` signs; if it came through Docker Compose") as refusal:
+        Passwords(CHEAP, {"ann": User("ann", hashed)})
+    assert hashed not in str(refusal.value)
+
+
+@pytest.mark.parametrize("hashed", ["short", "", "$1$salt$qJH7.N4xYta3aEG/dfqo/0", HASHES["argon2id"][:-1], "$2b$12$x"])
+def test_other_broken_hashes_get_no_hint_of_dollars(hashed: str) -> None:
+    with pytest.raises(ConfigError, match="is not a hash") as refusal:
+        Passwords(CHEAP, {"ann": User("ann", hashed)})
+    assert "Compose" not in str(refusal.value)
 
 
 def argon(memory: int, rounds: int, lanes: int = 1, type: str = "ID") -> str:

@@ -416,3 +416,15 @@ def test_only_an_untrusted_proxy_is_logged(client: str, forwarded: list[str], no
         for _ in range(2):
             client_address({"client": (client, 4711), "headers": headers, "state": {LOGGED_ONCE: logged}})
     assert [event["event"] for event in events] == ["forwarded_for_ignored"] * noticed
+
+
+def test_each_network_of_an_untrusted_proxy_is_logged_once() -> None:
+    """At most 100 of them: strangers can send the header from any number of networks."""
+    logged: set[str] = set()
+    headers = [(b"x-forwarded-for", b"198.51.100.7")]
+    with capture_logs() as events:
+        for number in (*range(150), *range(150)):
+            client_address(
+                {"client": (f"10.0.{number}.{number}", 1), "headers": headers, "state": {LOGGED_ONCE: logged}}
+            )
+    assert [event["peer"] for event in events] == [f"10.0.{number}.0/24" for number in range(100)]

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -339,6 +340,9 @@ def _seconds(value: object) -> object:
     return value if seconds is None else seconds
 
 
+_MAX_SECRET = 64 * 1024
+"""Bytes of a file that has the value of a variable."""
+
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -352,11 +356,11 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, s
 
         def value(match: re.Match[str], path: str = path) -> str:
             name, default = match.groups()
-            value = environ.get(name) or (environ.get(name) if default is None else default)
+            with _naming_key(path):
+                found = _variable(name, environ)
+            value = found or (found if default is None else default)
             if value is None:
                 raise ConfigError(f"{path}: the environment has no {name}; set it, or write ${{{name}:-default}}")
-            if not value.isprintable():
-                raise ConfigError(f"{path}: the value of {name} in the environment is not printable text")
             return value
 
         names = [f"${{{match[1]}}}" for match in _VARIABLE.finditer(text)]
@@ -364,6 +368,49 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, s
             found[path] = " and ".join(names)
             holder[key] = _VARIABLE.sub(value, text)
     return found
+
+
+def _variable(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the value of a variable, or the content of the file that NAME_FILE names; None if there is neither.
+
+    Raises ConfigError. No error shows a value, nor the path: someone may have put the secret there.
+    """
+    value, file = environ.get(name), environ.get(f"{name}_FILE")
+    if file and not value:
+        return _read_secret(f"{name}_FILE", file)
+    if file:
+        raise ConfigError(f"{name} and {name}_FILE are both set in the environment; unset one of them")
+    if value is not None and not value.isprintable():
+        raise ConfigError(f"the value of {name} in the environment is not printable text")
+    return value
+
+
+def _read_secret(variable: str, file: str) -> str:
+    """Return the text of a file that has one value, without the line break at its end. Raises ConfigError."""
+    what = f"the file that {variable} in the environment names"
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ConfigError(f"{what} is not a regular file")
+        with open(file, "rb") as opened:
+            data = opened.read(_MAX_SECRET + 1)
+        text = data.decode()
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read: {error.strerror or error}") from None
+    except ValueError:  # not UTF-8, or a path with a NUL
+        raise ConfigError(f"{what} is not printable text") from None
+    text = re.sub(r"\r?\n\Z", "", text)
+    if len(data) > _MAX_SECRET or not text.isprintable():
+        raise ConfigError(f"{what} must have one line of printable text, at most {_MAX_SECRET} bytes")
+    return text
+
+
+@contextmanager
+def _naming_key(path: str) -> Iterator[None]:
+    """Put the path of a key in front of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _strings(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any, str | int]]:

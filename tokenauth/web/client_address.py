@@ -12,7 +12,8 @@ from tokenauth.web.asgi_extensions import logged_once
 MAX_ADDRESS = 64
 """Characters of an address that are read; the longest IPv6 address has 45, before its zone."""
 
-_IGNORED = "forwarded_for_ignored"
+MAX_PEERS = 100
+"""Networks of untrusted proxies that each process logs; strangers can send the header from any number of them."""
 
 
 def client_address(scope: Scope) -> str:
@@ -21,20 +22,22 @@ def client_address(scope: Scope) -> str:
     if not client:
         return ""
     address = _normalize(str(client[0])[:MAX_ADDRESS])
-    if _IGNORED not in (logged := logged_once(scope)):
-        forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
-        named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
-        if forwarded and not any(named in value for value in forwarded):
-            logged.add(_IGNORED)
-            _warn(address)
+    forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
+    if forwarded and not any(named in value for value in forwarded):
+        _warn(network(address), logged_once(scope))
     return address
 
 
-def _warn(peer: str) -> None:
-    """Log that a peer may be a proxy that is not trusted: the throttle would treat its clients as one."""
+def _warn(peer: str, logged: set[str]) -> None:
+    """Log once that a peer may be a proxy that is not trusted: the throttle would treat its clients as one."""
+    event = f"forwarded_for_ignored {peer}"
+    if event in logged or len(logged) >= MAX_PEERS:
+        return
+    logged.add(event)
     log.warning(
         "forwarded_for_ignored",
-        peer=network(peer),
+        peer=peer,
         action="if this is your proxy, list it in server.trusted_proxies: without it, its clients are throttled as one",
     )
 
