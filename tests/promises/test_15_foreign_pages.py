@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support.browsing import Visitor, hidden
-from tests.support.servers import log_in, probe, write_config
+from tests.support.servers import log_in, probe, worker, write_config
 from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 from tokenauth.models import public_id
 from tokenauth.service import create_service
@@ -134,25 +134,93 @@ def test_no_route_lets_a_foreign_page_act(
 
 
 COOKIE_PAGES = {"/", "/login", "/logout"}
+API = [(method, path) for method, path in OPERATIONS if path not in COOKIE_PAGES]
+
+CONSOLE = {"X-Tokenauth-Console": "1"}
+OWN_PAGE = {**CONSOLE, "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}
+
+NOT_THE_CONSOLE: Mapping[str, Mapping[str, str]] = {
+    "a program": {},
+    "a page of ours without the header": {"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost:8000"},
+    "another value": {**OWN_PAGE, "X-Tokenauth-Console": "2"},
+    **{f"{name} with the header": {**page, **CONSOLE} for name, page in PAGES.items()},
+    "a link with the header": {**LINK, **CONSOLE},
+    "an address that was typed": {**CONSOLE, "Sec-Fetch-Site": "none"},
+    "a sibling, old browser": {**CONSOLE, "Origin": "http://sibling.localhost:8000"},
+    "another port, old browser": {**CONSOLE, "Origin": "http://localhost:8001"},
+}
+
+
+def of(visitor: Visitor) -> str:
+    """Return a Cookie header with the login, also under the names that other configurations use."""
+    names = ("tokenauth", "__Host-tokenauth", "__Secure-tokenauth", "token", "X-Token")
+    return "; ".join(f"{name}={visitor.cookies['tokenauth']}" for name in names)
+
+
+@pytest.mark.parametrize(("method", "path"), API, ids=lambda part: part)
+def test_the_api_reads_the_cookie_of_the_console_only(
+    client: httpx.Client, victim: Visitor, method: str, path: str
+) -> None:
+    """Else only the pages do, and /auth where the configuration of the proxy says so."""
+    address = fill(path, victim.cookies["tokenauth"])
+    for page, headers in NOT_THE_CONSOLE.items():
+        without = client.request(method, address, headers=headers)
+        answer = client.request(method, address, headers={**headers, "Cookie": of(victim)})
+        assert answer.status_code == without.status_code, page
+        assert "set-cookie" not in answer.headers
+        if path.startswith("/api/"):
+            assert answer.content == without.content, page
+
+
+OWN_ORIGIN = {"Origin": "http://localhost:8000"}
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [(method, path) for method, path in OPERATIONS if path not in COOKIE_PAGES],
-    ids=lambda part: part,
+    "page",
+    [OWN_PAGE, {**OWN_PAGE, **OWN_ORIGIN}, {**CONSOLE, **OWN_ORIGIN}, CONSOLE],
+    ids=["a GET", "a POST", "a POST, old browser", "a GET, old browser"],
 )
-def test_the_api_never_reads_the_cookie(client: httpx.Client, victim: Visitor, method: str, path: str) -> None:
-    """Only the pages do, and /auth where the configuration of the proxy says so."""
-    token = victim.cookies["tokenauth"]
-    address = fill(path, token)
-    names = ("tokenauth", "__Host-tokenauth", "__Secure-tokenauth", "token", "X-Token")
-    cookie = "; ".join(f"{name}={token}" for name in names)
-    without = client.request(method, address)
-    answer = client.request(method, address, headers={"Cookie": cookie})
-    assert answer.status_code == without.status_code
-    assert "set-cookie" not in answer.headers
-    if path.startswith("/api/"):
-        assert answer.content == without.content
+def test_the_console_uses_the_cookie(client: httpx.Client, victim: Visitor, page: dict[str, str]) -> None:
+    """The comparison above would notice it."""
+    answer = client.get("/api/me", headers={**page, "Cookie": of(victim)})
+    assert (answer.status_code, answer.json()["username"]) == (200, "admin")
+    assert client.get("/api/me", headers=page).status_code == 401
+    twice = client.get("/api/me", headers={**page, "Cookie": f"{of(victim)}; tokenauth=planted"})
+    assert (twice.status_code, twice.json()["error"]) == (401, "invalid_token")
+
+
+def test_a_token_in_a_header_wins_over_the_cookie(client: httpx.Client, victim: Visitor) -> None:
+    bob = log_in(client, "bob", "bob-secret")
+    for headers in ({"X-Token": bob}, {"Authorization": f"Bearer {bob}"}):
+        answer = client.get("/api/me", headers={**OWN_PAGE, **headers, "Cookie": of(victim)})
+        assert answer.json()["username"] == "bob"
+    assert client.get("/api/me", headers={**OWN_PAGE, "X-Token": "x", "Cookie": of(victim)}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/api/token", "/auth", "/oauth/introspect"])
+def test_what_checks_tokens_never_reads_it(client: httpx.Client, victim: Visitor, path: str) -> None:
+    method = "POST" if path.startswith("/oauth") else "GET"
+    without = client.request(method, path, headers=OWN_PAGE)
+    answer = client.request(method, path, headers={**OWN_PAGE, "Cookie": of(victim)})
+    assert (answer.status_code, answer.content) == (without.status_code, without.content)
+    assert answer.status_code in {400, 401}
+
+
+@pytest.mark.parametrize("origin", [EVIL, "http://app.example.com:3000"], ids=["foreign", "allowed"])
+def test_no_preflight_allows_the_header_of_the_console(tmp_path: Path, origin: str) -> None:
+    """Not even for the origins that may call the API with a token."""
+    allowed = SETTINGS + '\n[server]\ncors_origins = ["http://app.example.com:3000"]\n'
+    with worker(write_config(tmp_path, allowed)) as server, server.client() as client:
+        asked = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+        for path in ("/api/me", "/api/tokens", "/api/pools/uuids"):
+            refused = client.options(
+                path, headers={**asked, "Access-Control-Request-Headers": "x-tokenauth-console, x-token"}
+            )
+            assert refused.status_code == 400
+            assert "tokenauth-console" not in refused.headers.get("access-control-allow-headers", "").lower()
+            assert "access-control-allow-credentials" not in refused.headers
+            plain = client.options(path, headers={**asked, "Access-Control-Request-Headers": "x-token"})
+            assert plain.status_code == (400 if origin == EVIL else 200)
 
 
 def test_a_form_of_the_login_page_does_change_something(client: httpx.Client, directory: Path) -> None:

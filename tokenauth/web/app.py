@@ -25,13 +25,13 @@ from tokenauth.web.access_log import AccessLog
 from tokenauth.web.api_documentation import describe as describe_api
 from tokenauth.web.asgi_extensions import DURATIONS, LOGGED_ONCE, REFUSAL_RULES, RefusalRules
 from tokenauth.web.browser_auth import BrowserAuth
+from tokenauth.web.console_guard import ConsoleGuard
 from tokenauth.web.cookies import Cookies
 from tokenauth.web.cors import CORS
 from tokenauth.web.counting import counted
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
-from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.proxy_headers import ProxyHeaders
 from tokenauth.web.return_to import ReturnTo
 from tokenauth.web.routes.account import AccountRoutes
@@ -108,7 +108,7 @@ def find_routes(service: Service) -> list[Route]:
     hosts = Hosts.from_settings(config.server, config.oauth.issuer, config.browser.url)
     browser_auth, pages, show_logins = _create_pages(service)
     metrics = service.metrics
-    with_token = [Middleware(TokenMiddleware, counted(service, OTHERS))]
+    with_token = [Middleware(ConsoleGuard, counted(service, OTHERS), config.browser)]
     csrf_guard = [Middleware(CsrfMiddleware, config.server.cors_origins, hosts, allow_safe_methods=True)]
     leasing = PoolRoutes(service.pools).routes(with_token)
     others = [

@@ -80,15 +80,19 @@ class TokenMiddleware:
         return None
 
     async def _login(self, scope: Scope) -> Login:
-        value = bearer(scope)
-        if value is None:
-            raise TokenRequired
-        login = await self._tokens.identify(value)
+        login = await self._identify(scope)
         if login is None:
             raise InvalidToken
         if not self._scopes.issubset(login.user.scopes):
             raise InsufficientScope(*sorted(self._scopes))
         return login
+
+    def _identify(self, scope: Scope) -> Awaitable[Login | None]:
+        """Return the login that a request proves, soon; None if its token is not valid. Raises TokenRequired."""
+        value = bearer(scope)
+        if value is None:
+            raise TokenRequired
+        return self._tokens.identify(value)
 
     def _is_exempt(self, scope: Scope) -> bool:
         """Return whether a path, as the app sees it, needs no token. A path that contains `..` always needs one.

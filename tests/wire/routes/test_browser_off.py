@@ -25,3 +25,5 @@ def test_no_cookie_is_read(client: httpx.Client, name: str) -> None:
     answer = client.get("/auth?cookie", headers={"Cookie": f"{name}={log_in(client)}"})
     assert answer.status_code == 401
     assert not {"set-cookie", "x-auth-login"} & set(answer.headers)
+    console = {"X-Tokenauth-Console": "1", "Sec-Fetch-Site": "same-origin", "Cookie": f"{name}={log_in(client)}"}
+    assert client.get("/api/me", headers=console).json()["error"] == "token_required"
