@@ -492,7 +492,7 @@ class Lease(NamedTuple):
 class Reservation(NamedTuple):
     """What keeps a member of a pool from being leased until an instant, except by one user if `username` names one.
 
-    by: the manager who made it.
+    by: the manager who made it; empty for a command on the server.
     """
 
     until: Instant

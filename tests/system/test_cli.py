@@ -44,7 +44,8 @@ COMMANDS = [
     "serve", "init", "check", "doctor", "migrate", "hash-password",
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
-    "pool list", "pool show", "pool line", "pool generate", "pool release", "pool delete",
+    "pool list", "pool show", "pool line", "pool generate", "pool release",
+    "pool reserve", "pool unreserve", "pool delete",
 ]  # fmt: skip
 PRIVATE = (
     "Only this machine can reach the service."

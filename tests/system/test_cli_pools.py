@@ -141,6 +141,52 @@ def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> Non
         assert mistake(run(tmp_path, "pool", "release", "phones", "pixel")) == "The pool has no such token."
 
 
+def test_members_are_reserved_for_a_user(tmp_path: Path) -> None:
+    text = "[pools.phones]\nmembers = [{name = 'moto'}, {name = 'pixel-8'}]"
+    with worker(write_config(tmp_path, text)) as server, Connection(server.port) as connection:
+        admin, ann, bob = PoolUser(connection), PoolUser(connection, "ann"), PoolUser(connection, "bob")
+        reserve = ("pool", "reserve", "phones", "moto")
+        done = run(tmp_path, *reserve, "--until", "2h", "--note", "battery swap", "--for", "Bob")
+        assert output(done) == "Reserved 1 member.\n"
+        [event] = recorded(done)
+        until = event.pop("until")
+        named = {"pool": "phones", "member": "moto"}
+        assert event == {"event": "pool_member_reserved", **named, "user": "bob", "note": "battery swap"}
+        moto, _ = admin.members("phones")
+        assert moto["reservation"] == {"until": until, "note": "battery swap", "for": "bob", "by": None}
+        shown, _ = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
+        assert [shown[f"reserved_{name}"] for name in ("until", "for", "by")] == [until, "bob", None]
+        assert ann.ask("POST", "/phones/leases", {"labels": ["moto"]}).status == 409
+        assert bob.ask("POST", "/phones/leases", {"labels": ["moto"]}).status == 201
+        assert output(run(tmp_path, *reserve, "--until", "1h")) == "Reserved 1 member.\n"
+        assert admin.ask("PUT", "/phones/members/moto/reservation", {"until": "1h"}).status == 409
+        assert admin.ask("PUT", "/phones/members/moto/reservation?force=true", {"until": "1h"}).status == 200
+        refused = "A user has reserved this member: add --force to replace the reservation."
+        assert mistake(run(tmp_path, *reserve, "--until", "3h")) == refused
+        assert output(run(tmp_path, *reserve, "--until", "3h", "--force")) == "Reserved 1 member.\n"
+        ended = run(tmp_path, "pool", "unreserve", "phones", "moto")
+        assert output(ended) == "The member is not reserved.\n"
+        assert recorded(ended) == [{"event": "pool_member_unreserved", **named}]
+        assert "reservation" not in admin.members("phones")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        (["nokia", "--until", "1h"], 1, "The pool has no member of this name."),
+        (["moto", "--until", "400d"], 1, "until: must be"),
+        (["moto", "--until", "1h", "--note", "a\nb"], 1, "note: "),
+        (["moto", "--until", "soon"], 2, "'soon' is not a duration such as '2h'."),
+        (["moto"], 2, "Missing option '--until'"),
+    ],
+)
+def test_a_wrong_reservation_is_one_line(tmp_path: Path, arguments: list[str], status: int, problem: str) -> None:
+    with worker(write_config(tmp_path, "[pools.phones]\nmembers = [{name = 'moto'}]")):
+        done = run(tmp_path, "pool", "reserve", "phones", *arguments)
+        assert done.returncode == status
+        assert problem in done.stderr.splitlines()[-1]
+
+
 def test_the_waiting_line_is_listed_in_order(home: Path) -> None:
     with worker(home / "config.toml") as server, Connection(server.port) as connection:
         admin, ann = PoolUser(connection), PoolUser(connection, "ann")
@@ -200,9 +246,9 @@ def test_the_commands_for_when_something_happens_work(home: Path) -> None:
         assert [row["user"] for row in shown] == [None]
 
 
-@pytest.mark.parametrize("command", ["show", "line", "generate", "release", "delete"])
+@pytest.mark.parametrize("command", ["show", "line", "generate", "release", "reserve", "unreserve", "delete"])
 def test_an_unknown_pool_is_one_line(home: Path, command: str) -> None:
-    more = ["x"] if command in {"release", "delete"} else []
+    more = {"release": ["x"], "delete": ["x"], "reserve": ["x", "--until", "1h"], "unreserve": ["x"]}.get(command, [])
     assert mistake(run(home, "pool", command, "nowhere", *more)) == (
         "There is no pool 'nowhere' in config.toml; known are: licences, waiting, permits."
     )

@@ -15,7 +15,7 @@ from tests.support.connections import Connection
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.ports import free_port
-from tests.support.servers import Server, worker
+from tests.support.servers import Server, serve, worker, write_config
 from tests.support.skipping import skip_without
 from tests.support.tcp_proxy import Proxy
 from tests.support.wrapped import LOGIN, Wrapper, ended, guard_of, wrapping
@@ -157,10 +157,24 @@ def test_a_wait_that_is_too_short_exits_with_75(wrap: Wrapper, admin: PoolUser) 
     assert not (run.directory / "ran").exists()
 
 
-def test_a_server_that_is_away_exits_with_69(wrap: Wrapper) -> None:
-    run = wrap("--pool", "long", "--wait", "1m", "true", url=f"http://127.0.0.1:{free_port()}")
+@pytest.mark.parametrize("login", [{}, {"TOKENAUTH_TOKEN": "t" * 64}], ids=["password", "token"])
+@pytest.mark.parametrize("wait", ["0", "1.1s"])
+def test_a_server_that_is_away_exits_with_69(wrap: Wrapper, wait: str, login: dict[str, str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    run = wrap("--pool", "long", "--wait", wait, "true", url=url, **login)
     assert run.wait() == 69
-    assert run.err.startswith("Error: The server at http://127.0.0.1:")
+    late = "" if wait == "0" else f"Waiting for the server at {url}, which has not answered yet.\n"
+    problem = f"Error: The server at {url} cannot be reached, or does not answer as tokenauth does.\n"
+    assert run.err == late + problem
+
+
+def test_a_server_that_restarts_is_waited_for(wrap: Wrapper, tmp_path: Path, settings: str) -> None:
+    port = free_port()
+    run = wrap("--pool", "long", "--wait", "10m", "echo", "ran", url=f"http://127.0.0.1:{port}")
+    until(lambda: "has not answered yet" in run.err, "it waits")
+    with serve(write_config(tmp_path, settings), "--port", str(port)):
+        assert run.wait() == 0
+    assert run.out == "ran\n"
 
 
 @pytest.mark.parametrize(

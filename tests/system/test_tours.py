@@ -1,4 +1,4 @@
-"""The commands in README.md, docs/pools.md and docs/dialects.md run in a shell, and print the shown output."""
+"""The commands in README.md, docs/pools.md and docs/dialects.md run, and print the shown output."""
 
 import os
 import re
@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.servers import ROOT, Server, serve, shipped_with_dialects
+from tests.support.servers import ROOT, Server, log_in, serve, shipped_with_dialects
 from tests.support.skipping import skip_without
 
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = tmp_path_factory.mktemp("server") / "config.toml"
     shown = [block for name in ("README.md", "docs/pools.md") for block in blocks(name, "toml") if "[pools." in block]
     pools = {block.partition("]")[0]: block for block in shown}
-    assert len(pools) == 3
+    assert len(pools) == 4
     assert tomllib.loads(shown[0]) == tomllib.loads(pools["[pools.licences"])
     config.write_text("\n".join([shipped_with_dialects(), *pools.values()]))
     with serve(config, env={"API_PASSWORD": "secret"}) as running:
@@ -99,6 +99,56 @@ def test_the_python_of_the_pools_guide_runs(server: Server) -> None:
     exec(code, names)  # noqa: S102
     assert len(fences) == 2
     assert fences[0] == fences[1] >= 1
+
+
+CronJob = Callable[[str], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def cron_job(server: Server, tmp_path: Path) -> CronJob:
+    """Return what runs the crontab of the pools guide as cron does, with another `--wait`. The job must be alone."""
+    (crontab,) = blocks("docs/pools.md", "crontab")
+    (tmp_path / "report").write_text("#!/bin/sh\nmkdir alone && echo ran && rmdir alone\n")
+    (tmp_path / "report").chmod(0o755)
+    with server.client() as client:
+        (tmp_path / "token").write_text(f"{log_in(client)}\n")
+    for there, here in (
+        ("https://auth.example.com", server.url),
+        ("/etc/ci/token", tmp_path / "token"),
+        ("/opt/tokenauth/bin", Path(sys.executable).parent),
+        ("/usr/local/bin/report", tmp_path / "report"),
+    ):
+        assert there in crontab
+        crontab = crontab.replace(there, str(here))
+    *variables, line = crontab.splitlines()
+    times, command = line.split("  ci  ")
+    assert len(times.split()) == 5
+    assert " --wait 5m " in command
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **dict(each.split("=", 1) for each in variables)}
+
+    def start(wait: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["/bin/sh", "-c", command.replace(" --wait 5m ", wait)], cwd=tmp_path, env=environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return start
+
+
+def test_only_one_cron_job_of_the_guide_runs_at_a_time(cron_job: CronJob) -> None:
+    runs = [cron_job(" --wait 5m ") for _ in range(3)]
+    assert [run.communicate(timeout=60)[0] for run in runs] == ["ran\n"] * 3
+    assert [run.returncode for run in runs] == [0] * 3
+
+
+def test_a_cron_job_without_a_wait_is_skipped(server: Server, cron_job: CronJob) -> None:
+    with server.client() as client:
+        headers = {"X-Token": log_in(client)}
+        lease = client.post("/api/pools/report/leases", headers=headers).json()["token"]
+        skipped = cron_job(" ")
+        assert skipped.communicate(timeout=60) == ("", "Error: Could not get a token of the pool report in time.\n")
+        assert skipped.returncode == 75
+        client.delete(f"/api/pools/report/leases/{lease}", headers=headers)
 
 
 def test_the_guides_name_every_route(server: Server) -> None:

@@ -14,7 +14,7 @@ from tokenauth.cli.base import (
     utf8,
     with_service,
 )
-from tokenauth.errors import LeaseLost, UnknownPool
+from tokenauth.errors import AlreadyReserved, LeaseLost, UnknownPool
 from tokenauth.logs import audit, printable
 from tokenauth.models import LeaseCheck
 
@@ -99,7 +99,7 @@ def _member(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
         **{key: row[key] for key in row if key != "expiry_time"},
         "reserved_until": reservation and int(reservation.until),
         "reserved_for": reservation and reservation.username,
-        "reserved_by": reservation and reservation.by,
+        "reserved_by": (reservation and reservation.by) or None,
         "note": (reservation and reservation.note) or (member and member.note) or None,
     }
 
@@ -187,6 +187,54 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
         raise click.ClickException("The token is not leased.") from None
     audit("pool_lease_released", pool=name, user=ended.username, holder=ended.holder, fence=ended.fence, reason=reason)
     click.echo("Released 1 token.")
+
+
+@pool.command("reserve", epilog="Example: tokenauth pool reserve phones pixel-8 --until 2h --note 'battery swap'")
+@config_option
+@click.argument("name")
+@click.argument("member")
+@click.option("--until", metavar="DURATION", required=True, help="How long from now, such as 30m, 2h or 1d.")
+@click.option("--note", metavar="TEXT", help="Why; all users of the pool see it.")
+@click.option("--for", "user", metavar="USER", help="Let this user lease the member.")
+@click.option("--force", is_flag=True, help="Replace the reservation of a user.")
+def pool_reserve(
+    config_file: str | None, name: str, member: str, until: str, note: str | None, user: str | None, force: bool
+) -> None:
+    """Keep a member from being leased for some time.
+
+    A lease that it has goes on. Nobody gets it after that, until the reservation ends.
+    """
+    from tokenauth.pools import check_label
+    from tokenauth.settings import durations
+    from tokenauth.settings.model import canonical
+
+    if durations.parse_exact(until) is None:
+        raise click.BadParameter(f"{until!r} is not a duration such as '2h'.", param_hint="--until")
+    shown = "" if note is None else check_label(utf8(note), "note")
+    username = None if user is None else canonical(check_label(utf8(user), "for"))
+
+    async def reserve(service: "Service") -> "PoolToken":
+        found = _find(service, name, config_file)
+        return await service.pools.reserve(found, member, until, username, shown, "", force)
+
+    try:
+        reserved = with_service(config_file, reserve).reservation
+    except AlreadyReserved:
+        raise click.ClickException("A user has reserved this member: add --force to replace the reservation.") from None
+    end = reserved and int(reserved.until)
+    audit("pool_member_reserved", pool=name, member=member, until=end, user=username, note=shown)
+    click.echo("Reserved 1 member.")
+
+
+@pool.command("unreserve", epilog="Example: tokenauth pool unreserve phones pixel-8")
+@config_option
+@click.argument("name")
+@click.argument("member")
+def pool_unreserve(config_file: str | None, name: str, member: str) -> None:
+    """End the reservation of a member, whoever made it."""
+    with_service(config_file, lambda service: service.pools.unreserve(_find(service, name, config_file), member, ""))
+    audit("pool_member_unreserved", pool=name, member=member)
+    click.echo("The member is not reserved.")
 
 
 @pool.command("delete", epilog="Example: tokenauth pool delete licences 3f0c...")

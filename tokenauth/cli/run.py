@@ -37,6 +37,9 @@ _STATUSES: dict[type[errors.Refusal], int] = {
 _SHOWN_EVERY = 60
 """Seconds between two lines about the place in the line, where there is no terminal."""
 
+_LATE = 1.0
+"""Seconds after which it says that the server has not answered."""
+
 _STOPPING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _FORWARDED = (*_STOPPING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
@@ -193,12 +196,19 @@ class _Progress:
 
     def show(self, position: int, waiting: int) -> None:
         text = f"Waiting for {self._what}: place {position} of {waiting}."
-        if self._terminal:
-            self._write(f"\r\x1b[K{text}")
-        elif text != self._shown and boottime() >= self._next_at:
+        if self._terminal or (text != self._shown and boottime() >= self._next_at):
             self._next_at = boottime() + _SHOWN_EVERY
-            self._write(f"{text}\n")
+            self._show(text)
         self._shown = text
+
+    def show_late(self, url: str) -> None:
+        """Say that the server has not answered, if it has not."""
+        if not self._shown:
+            self._show(f"Waiting for the server at {printable(url)}, which has not answered yet.")
+
+    def _show(self, text: str) -> None:
+        self._shown = text
+        self._write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
 
     def clear(self) -> None:
         if self._terminal and self._shown:
@@ -249,8 +259,10 @@ class _Run:
         for number in _FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._take_signal, number)
+        late = asyncio.get_running_loop().call_later(_LATE, self._progress.show_late, self._url)
         try:
             async with pools, pools.lease(**self._terms, on_wait=self._progress.show) as lease:
+                late.cancel()
                 ended = await self._run_command(lease)
         except asyncio.CancelledError:
             if self._signal is None:

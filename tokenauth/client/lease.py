@@ -105,10 +105,9 @@ _POSITION_WAIT = 5
 """The same if the program wants to know its position."""
 
 _REPEATS = 2
-"""How often a request that was not answered is repeated before it has a place in the line."""
+"""How often a request that was not answered is repeated after its wait, unless it is known to have a place in line."""
 
 _LOST = (errors.LeaseLost, errors.NotYourLease, errors.UnknownToken)
-_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, errors.IssuerUnavailable)
 _WITHOUT_ARGUMENTS = {
     kind.code: kind
     for kind in (
@@ -228,17 +227,14 @@ class ClientLease(Generic[Event]):
         return _random(0.5) if early else 0
 
     def _not_answered(self, error: httpx.HTTPError | errors.IssuerUnavailable) -> float:
-        """Return the seconds to wait before asking again. Raises IssuerUnavailable if that is of no use."""
+        """Return the seconds to wait before asking again. Raises IssuerUnavailable when the wait is over."""
         unavailable = errors.IssuerUnavailable()
         unavailable.__cause__ = error
-        if not self._in_line and isinstance(error, _NOT_SENT):
-            self._may_be_in_line = False
-            raise unavailable
         return self._repeat(unavailable)
 
     def _repeat(self, error: errors.IssuerUnavailable) -> float:
         """Ask again with the same `request`, which keeps the place, or gets the lease whose answer was lost."""
-        if self._in_line and self._monotonic() < self._give_up_at:
+        if self._monotonic() < self._give_up_at:
             return _random(1)
         if self._in_line or self._request is None or self._repeats_left == 0:
             raise error

@@ -199,6 +199,20 @@ def test_an_outage_does_not_cost_the_place(client: Client, admin: PoolUser, befo
     assert later.let_go() == [before.fence + 2]
 
 
+@pytest.mark.parametrize("answer", [b"", BUSY], ids=["none", "busy"])
+def test_a_client_waits_for_a_server_that_starts(
+    client: Client, admin: PoolUser, before: Lease, proxy: Proxy, answer: bytes
+) -> None:
+    """Before it has a place, too."""
+    proxy.replace(answer)
+    waiter = Waiter(client)
+    until(lambda: proxy.replaced > 4, "it has asked more often than for a lost answer")
+    proxy.restore()
+    waiter.waits()
+    admin.release("permit", before.token)
+    assert waiter.let_go() == [before.fence + 1]
+
+
 def test_several_tokens_are_leased_together(
     client: Client, admin: PoolUser, clock: HandClock, pass_time: PassTime
 ) -> None:

@@ -93,10 +93,12 @@ class PoolAnswer(msgspec.Struct, omit_defaults=True):
 
 
 class ReservationAnswer(msgspec.Struct):
+    """A reservation. `by` is `null` if it was made on the server's command line."""
+
     until: int
     note: str | None
     user: str | None = msgspec.field(name="for")
-    by: str
+    by: str | None
 
 
 class PoolTokenAnswer(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -390,7 +392,7 @@ class PoolRoutes:
             reservation = pool.reservation(token, now)
             if reservation is not None:
                 until, username, note, by = reservation
-                shown.reservation = ReservationAnswer(int(until), note or None, username, by)
+                shown.reservation = ReservationAnswer(int(until), note or None, username, by or None)
         return shown
 
 
