@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 # On all cores, which pip does on one. Some packages have files that are not for this Python.
 COMPILE_PACKAGES := $(BIN)/python -m compileall -qq -j 0 .venv/lib || :
 
-.PHONY: install serve test test-interpreters check bench faults lock swagger-ui wheel clean
+.PHONY: install serve test test-interpreters check bench faults lock swagger-ui console-libraries wheel clean
 
 install: .venv/.installed
 
@@ -69,6 +69,22 @@ swagger-ui:
 	cp package/LICENSE tokenauth/web/pages/LICENSE.swagger-ui
 	{ cat package/NOTICE; echo; cat package/swagger-ui-bundle.js.LICENSE.txt; } > tokenauth/web/pages/NOTICE.swagger-ui
 	rm -r package swagger-ui-dist-$(SWAGGER_UI).tgz
+
+# What the console loads: npm's htm, in its form with Preact inside, and npm's uplot, unchanged. Scripts are compressed.
+HTM := 3.1.1
+UPLOT := 1.6.32
+CONSOLE := tokenauth/web/pages/console
+console-libraries:
+	npm pack --silent htm@$(HTM) uplot@$(UPLOT)
+	mkdir htm uplot
+	tar xzf htm-$(HTM).tgz -C htm
+	tar xzf uplot-$(UPLOT).tgz -C uplot
+	gzip -9nc htm/package/preact/standalone.module.js > $(CONSOLE)/preact.js.gz
+	gzip -9nc uplot/package/dist/uPlot.esm.js > $(CONSOLE)/uplot.js.gz
+	cp uplot/package/dist/uPlot.min.css $(CONSOLE)/uplot.css
+	cp htm/package/LICENSE $(CONSOLE)/LICENSE.htm
+	cp uplot/package/LICENSE $(CONSOLE)/LICENSE.uplot
+	rm -r htm htm-$(HTM).tgz uplot uplot-$(UPLOT).tgz
 
 clean:
 	rm -rf .venv .venv-3.* dist

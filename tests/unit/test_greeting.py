@@ -20,32 +20,34 @@ def lines(toml: str, *risks: Risk, users: str = USERS) -> list[str]:
 
 @pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000")])
 def test_the_url_can_be_opened(host: str, url: str) -> None:
-    assert lines(f'[server]\nhost = "{host}"\ndocs = false') == [f"  {url}"]
+    shown = lines(f'[server]\nhost = "{host}"\ndocs = false')
+    assert [line.split()[0] for line in shown] == [url, f"{url}/console"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_all_addresses_are_said(host: str) -> None:
     assert lines(f'[server]\nhost = "{host}"') == [
-        "  http://localhost:8000       and all other addresses of this machine",
-        "  http://localhost:8000/docs  try the API",
+        "  http://localhost:8000          and all other addresses of this machine",
+        "  http://localhost:8000/console  see logins, named tokens and pools",
+        "  http://localhost:8000/docs     try the API",
     ]
 
 
 def test_the_login_page_is_named() -> None:
     shown = lines('[server]\ndocs = false\n[browser]\nurl = "https://auth.example.com"')
-    assert shown[1:] == ["  https://auth.example.com/login  login page"]
+    assert shown[2:] == ["  https://auth.example.com/login  login page"]
 
 
 def test_the_address_of_metrics_is_named() -> None:
     shown = lines('[server]\ndocs = false\n[metrics]\nlisten = "[::1]:9100"')
-    assert shown[1:] == ["  http://[::1]:9100/metrics  metrics for Prometheus"]
+    assert shown[2:] == ["  http://[::1]:9100/metrics      metrics for Prometheus"]
 
 
 def test_risks_are_one_line() -> None:
     one = "1 setting is unsafe on a public address: .venv/bin/tokenauth check -c mine.toml"
-    assert lines("server.docs = false\n", RISK)[1:] == [one]
+    assert lines("server.docs = false\n", RISK)[2:] == [one]
     several = lines("server.docs = false\n", *[RISK] * 4)
-    assert several[1:] == [one.replace("1 setting is", "4 settings are")]
+    assert several[2:] == [one.replace("1 setting is", "4 settings are")]
 
 
 def test_only_the_shipped_password_is_shown() -> None:

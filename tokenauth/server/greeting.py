@@ -22,7 +22,10 @@ def _addresses(settings: Settings, port: int) -> Iterator[str]:
     host = settings.server.host
     shown = "localhost" if host in _WILDCARDS else f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    found = [(url, "and all other addresses of this machine" if host in _WILDCARDS else "")]
+    found = [
+        (url, "and all other addresses of this machine" if host in _WILDCARDS else ""),
+        (f"{url}/console", "see logins, named tokens and pools"),
+    ]
     if settings.server.docs:
         found.append((f"{url}/docs", "try the API"))
     if settings.browser.url:

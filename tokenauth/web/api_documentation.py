@@ -33,7 +33,7 @@ from tokenauth.web.openapi import (
     guarded,
     schema_only,
 )
-from tokenauth.web.routes import account, health, home, javascript, oauth, pools, token
+from tokenauth.web.routes import account, console, health, home, javascript, oauth, pools, token
 
 Refusals = Sequence[type[errors.Refusal]]
 
@@ -130,6 +130,7 @@ def describe(settings: Settings) -> Document:
         oauth_section(settings.oauth.issuer),
         WEB_PAGES,
         *([LOGIN_PAGE] if settings.browser.url else []),
+        _console(),
         HEALTH,
         replace(DOCUMENTATION, operations=[_home(bool(settings.browser.url)), *DOCUMENTATION.operations]),
     ]
@@ -1035,8 +1036,44 @@ DOCUMENTATION = Section(
 )
 
 
+def _console() -> Section:
+    return Section(
+        name="Console",
+        text="A page for people and operators: logins, named tokens and pools. It calls this API.",
+        operations=[
+            Operation(
+                method="GET",
+                path="/console",
+                id="getConsole",
+                title="Open the console",
+                text="The page. It shows what the person who logs in there may see.",
+                answers=[Answer(200, "The page.", media="text/html")],
+            ),
+            Operation(
+                method="GET",
+                path="/console/{version}/{file}",
+                id="getConsoleFile",
+                title="Get a file of the console",
+                text="The scripts and styles of the page. Their address changes with each version of them.",
+                parameters=[
+                    Parameter("version", "The version that the page names.", str, console.version()),
+                    Parameter("file", "The name of a file of the page.", str, "app.js"),
+                ],
+                answers=[Answer(200, "The file.", media="*/*", headers={"Cache-Control": "`immutable`: keep it."})],
+                refusals=[exceptions.NotFound],
+            ),
+        ],
+    )
+
+
 def _home(browsers: bool) -> Operation:
-    example = {"service": "tokenauth", "health": "/readyz", "docs": "/docs", "openapi": "/openapi.json"}
+    example = {
+        "service": "tokenauth",
+        "health": "/readyz",
+        "console": "/console",
+        "docs": "/docs",
+        "openapi": "/openapi.json",
+    }
     answers = [Answer(200, "Where to find what, for programs.", home.HomeAnswer, example)]
     if browsers:
         answers += [

@@ -35,6 +35,7 @@ from tokenauth.web.error_handling import ErrorMiddleware, not_found
 from tokenauth.web.proxy_headers import ProxyHeaders
 from tokenauth.web.return_to import ReturnTo
 from tokenauth.web.routes.account import AccountRoutes
+from tokenauth.web.routes.console import CONSOLE, ConsoleRoutes
 from tokenauth.web.routes.docs import DocsRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
 from tokenauth.web.routes.forward_auth import ForwardAuth
@@ -96,7 +97,7 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
         # A preflight at /auth needs a token like any request: it is meant for the application behind the proxy.
         # Pages of other origins may read the JavaScript module, and never read the pages for people.
         headers = list(chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects))
-        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, MODULE, TYPES, *PAGES})
+        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, MODULE, TYPES, CONSOLE, *PAGES})
 
 
 def find_routes(service: Service) -> list[Route]:
@@ -121,6 +122,7 @@ def find_routes(service: Service) -> list[Route]:
             csrf_guard
         ),
         *HealthRoutes(service.ready).routes(),
+        *ConsoleRoutes().routes(),
         *javascript_routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
     ]

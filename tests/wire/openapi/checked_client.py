@@ -17,7 +17,7 @@ NO_TOKEN = "00000000-0000-4000-8000-000000000000"
 
 _EXAMPLES = {
     **{"pool": "uuids", "token": NO_TOKEN, "id": "0" * 24},
-    **{"file": "start.js", "name": "none", "request": "x"},
+    **{"file": "start.js", "name": "none", "request": "x", "version": "x"},
 }
 BODIES: dict[str | None, dict[str, Any]] = {
     None: {},

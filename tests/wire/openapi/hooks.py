@@ -17,6 +17,7 @@ from schemathesis.generation.meta import CaseMetadata
 
 from tests.wire.openapi.configurations import API_PASSWORD
 from tokenauth.models import is_visible
+from tokenauth.web.routes import console
 
 URL = os.environ.get("TOKENAUTH_URL", "")
 USER = os.environ.get("TOKENAUTH_USER", "")
@@ -149,6 +150,7 @@ LIVE: dict[str, Callable[[], dict[str, Any]]] = {
     "POST /oauth/introspect": _introspectable,
     "POST /oauth/revoke": _introspectable,
     "GET /docs/{file}": lambda: {"file": "start.js"},
+    "GET /console/{version}/{file}": lambda: {"version": console.version(), "file": "app.js"},
     "GET /api/pools/{pool}": _in_pool,
     "POST /api/pools/{pool}/tokens": lambda: {"pool": "uuids"},
     "GET /api/pools/{pool}/tokens/{token}": _in_pool,

@@ -59,6 +59,8 @@ NEEDS_NO_STORE = {
     ("DELETE", "/api/token"),  # kept in memory until it can be written
     ("GET", "/.well-known/oauth-authorization-server"),
     ("GET", "/openapi.json"),
+    ("GET", "/console"),
+    ("GET", "/console/{version}/{file}"),
     ("GET", "/docs"),
     ("GET", "/docs/{file}"),
     ("GET", "/tokenauth.js"),

@@ -19,8 +19,8 @@ def test_programs_get_json(client: httpx.Client, accept: str) -> None:
     assert answer.text.endswith("}\n")
     document = answer.json()
     assert document.pop("service") == "tokenauth"
-    assert document == {"docs": "/docs", "openapi": "/openapi.json", "health": "/readyz"}
-    assert [client.get(path).status_code for path in document.values()] == [200, 200, 200]
+    assert document == {"docs": "/docs", "openapi": "/openapi.json", "health": "/readyz", "console": "/console"}
+    assert [client.get(path).status_code for path in document.values()] == [200] * 4
 
 
 def test_browsers_get_a_page_with_links_that_work(client: httpx.Client) -> None:
@@ -30,15 +30,15 @@ def test_browsers_get_a_page_with_links_that_work(client: httpx.Client) -> None:
     assert "This service logs users in" in text_of(answer.text)
     assert "$" not in text_of(answer.text)
     links = re.findall(r'<a [^>]*href="([^"]*)"', answer.text)
-    assert links == ["docs", "openapi.json", "readyz"]
-    assert [client.get(f"/{link}").status_code for link in links] == [200, 200, 200]
+    assert links == ["console", "docs", "openapi.json", "readyz"]
+    assert [client.get(f"/{link}").status_code for link in links] == [200] * 4
 
 
 def test_without_docs_nothing_leads_to_them(tmp_path: Path) -> None:
     with worker(write_config(tmp_path, "[server]\ndocs = false")) as server, server.client() as client:
         page, document = client.get("/", headers=BROWSER), client.get("/")
-    assert re.findall(r'href="([^"]*)"', page.text) == ["data:,", "readyz"]
-    assert document.json() == {"service": "tokenauth", "health": "/readyz"}
+    assert re.findall(r'href="([^"]*)"', page.text) == ["data:,", "console", "readyz"]
+    assert document.json() == {"service": "tokenauth", "health": "/readyz", "console": "/console"}
 
 
 def test_programs_are_told_the_login_page(tmp_path: Path) -> None:

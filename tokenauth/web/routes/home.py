@@ -10,6 +10,7 @@ from tokenauth.settings.model import Settings
 from tokenauth.web.html import STYLE, policy
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
+from tokenauth.web.routes.console import CONSOLE
 from tokenauth.web.routes.login import HOME, LOGIN
 from tokenauth.web.routing import Handler, Route
 
@@ -17,6 +18,7 @@ from tokenauth.web.routing import Handler, Route
 class HomeAnswer(msgspec.Struct, omit_defaults=True):
     service: str
     health: str
+    console: str
     docs: str | None = None
     openapi: str | None = None
     login: str | None = None
@@ -29,6 +31,7 @@ class HomeRoutes:
         found = HomeAnswer(
             "tokenauth",
             "/readyz",
+            CONSOLE,
             "/docs" if docs else None,
             "/openapi.json" if docs else None,
             login or None,
@@ -53,9 +56,8 @@ class HomeRoutes:
 def _page(docs: bool) -> Response:
     links = [("readyz", "Is it ready?")]
     if docs:
-        links = [("openapi.json", "OpenAPI document"), *links]
+        links = [("docs", "API documentation"), ("openapi.json", "OpenAPI document"), *links]
     template = Template((files("tokenauth.web") / "pages" / "start.html").read_text(encoding="utf-8"))
-    first = '<p><a class="button" href="docs">API documentation</a></p>' if docs else ""
     others = " ".join(f'<a href="{address}">{text}</a>' for address, text in links)
-    text = template.substitute(style=STYLE, docs=first, links=others)
+    text = template.substitute(style=STYLE, links=others)
     return NoStoreResponse(text, headers={"Content-Security-Policy": policy("'none'")}, media_type="text/html")

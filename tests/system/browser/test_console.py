@@ -1,0 +1,290 @@
+"""The console in a browser, as its users act. On both stores; on PostgreSQL in `make faults`."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect
+
+from tests.support.postgres import Cluster
+from tests.support.servers import Server, log_in, probe, worker, write_config
+from tests.system.browser.test_login_page import violations
+
+POOLS = """
+[pools.licences]
+capacity = 2
+prefill = true
+lease_ttl = "10m"
+[pools.phones]
+lease_ttl = "10m"
+[[pools.phones.members]]
+name = "pixel-8"
+labels = ["android"]
+note = "shelf 3"
+[[pools.phones.members]]
+name = "iphone-15"
+labels = ["ios"]
+"""
+
+
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.faults)])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a service whose clock is that of the browser."""
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    config = write_config(directory, POOLS)
+    if request.param == "postgres":
+        cluster: Cluster = request.getfixturevalue("postgres")
+        url = cluster.create(directory.name)
+        config.write_text(re.sub('url = ".*"', f'url = "{url}"', config.read_text(), count=1))
+    with worker(config) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def tab(context: BrowserContext) -> Page:
+    """Open one tab for all tests: each further tab starts a process."""
+    return context.new_page()
+
+
+@pytest.fixture
+def page(tab: Page, client: httpx.Client) -> Page:
+    """Return the tab at its usual size. No leases, logins and reservations of other tests are left."""
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    admin = {"X-Token": log_in(client)}
+    for pool in ("licences", "phones"):
+        for token in client.get(f"/api/pools/{pool}", headers=admin).json()["tokens"]:
+            if "holder" in token:
+                client.delete(f"/api/pools/{pool}/leases/{token['token']}?force=true", headers=admin)
+            if "reservation" in token:
+                client.delete(f"/api/pools/{pool}/members/{token['name']}/reservation", headers=admin)
+    for name in ("ann", "bob", "admin"):
+        client.delete(f"/api/tokens?kind=all&user={name}", headers=admin)
+    return tab
+
+
+def enter(page: Page, server: Server, username: str = "ann", password: str = "ann-secret", view: str = "") -> None:
+    """Open the console and log in, as a person does who finds the fields by their labels."""
+    page.goto("about:blank")
+    page.goto(f"{server.url}/console{view}")
+    fill_in(page, username, password)
+    expect(page.get_by_role("navigation")).to_be_visible()
+
+
+def fill_in(page: Page, username: str = "ann", password: str = "ann-secret") -> None:
+    page.get_by_label("User name").fill(username)
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button", name="Log in", exact=True).click()
+
+
+def row(page: Page, table: str, text: str) -> Locator:
+    return page.get_by_role("table", name=table).get_by_role("row").filter(has_text=text)
+
+
+def confirm(page: Page, button: str) -> None:
+    """Press the button of the dialog, and wait until it is closed."""
+    page.get_by_role("dialog").get_by_role("button", name=button).click()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_the_token_of_a_login_is_kept_nowhere(page: Page, server: Server, client: httpx.Client) -> None:
+    """Not in the address, not in a cookie, not in storage, not in the log. A reload asks to log in again."""
+    with page.expect_response("**/api/token") as answered:
+        enter(page, server)
+    token = answered.value.json()["token"]
+    kept = page.evaluate(
+        "[location.href, document.cookie, {...localStorage}, {...sessionStorage}, document.body.innerHTML]"
+    )
+    assert token not in repr(kept)
+    assert token not in server.log.read_text()
+    assert kept[1:4] == ["", {}, {}]
+    page.reload()
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible()
+    assert probe(client, token)
+
+
+def test_a_wrong_password_and_a_wrong_token_are_said(page: Page, server: Server, client: httpx.Client) -> None:
+    page.goto(f"{server.url}/console")
+    fill_in(page, password="wrong")
+    expect(page.get_by_role("alert")).to_have_text("The user name or the password is wrong.")
+    page.get_by_text("Use a token instead").click()
+    for value in ("x" * 64, "not a tökén"):
+        page.get_by_label("Token").fill(value)
+        page.get_by_role("button", name="Use this token").click()
+        expect(page.get_by_role("alert")).to_contain_text("not valid")
+    page.get_by_label("Token").fill(log_in(client, "bob", "bob-secret"))
+    page.get_by_role("button", name="Use this token").click()
+    expect(page.get_by_role("banner")).to_contain_text("bob")
+
+
+def test_one_login_is_ended_and_then_all_others(page: Page, server: Server, client: httpx.Client) -> None:
+    enter(page, server)
+    mine = client.get("/api/tokens", headers={"X-Token": log_in(client, "ann", "ann-secret")}).json()["tokens"]
+    tokens = [log_in(client, "ann", "ann-secret", headers={"User-Agent": f"job-{number}"}) for number in range(3)]
+    assert len(mine) == 2
+    row(page, "My logins", "job-1").get_by_role("button").click(timeout=15_000)
+    expect(page.get_by_role("dialog")).to_contain_text("job-1 from 127.0.0.1")
+    confirm(page, "End login")
+    expect(row(page, "My logins", "job-1")).to_have_count(0)
+    assert [probe(client, token) for token in tokens] == [True, False, True]
+    page.get_by_role("button", name="End all others").click()
+    confirm(page, "End all others")
+    expect(page.get_by_role("table", name="My logins").get_by_role("row")).to_have_count(2)
+    assert [probe(client, token) for token in tokens] == [False] * 3
+    expect(page.get_by_text("this login")).to_be_visible()
+
+
+def test_a_named_token_is_made_shown_once_and_rotated(page: Page, server: Server, client: httpx.Client) -> None:
+    enter(page, server)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="New named token").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Name").fill("nightly")
+    dialog.get_by_label("read").check()
+    dialog.get_by_label("Ends in").select_option("30 days")
+    dialog.get_by_role("button", name="Make token").click()
+    dialog.get_by_role("button", name="Copy").click()
+    made = page.evaluate("navigator.clipboard.readText()")
+    assert re.fullmatch("tkn[A-Za-z0-9]{61}", made)
+    expect(dialog.get_by_label("Token nightly")).to_have_value(made)
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_visible()
+    confirm(page, "Done")
+    assert made not in page.content()
+    assert client.get("/api/me", headers={"X-Token": made}).json()["scopes"] == ["read"]
+    expect(row(page, "My named tokens", "nightly")).to_contain_text("in 30 days")
+    row(page, "My named tokens", "nightly").get_by_role("button", name="Rotate").click()
+    dialog.get_by_role("button", name="Rotate").click()
+    successor = dialog.get_by_label("New token nightly").input_value()
+    confirm(page, "Done")
+    assert [probe(client, token) for token in (made, successor)] == [False, True]
+    row(page, "My named tokens", "nightly").get_by_role("button", name="End").click()
+    confirm(page, "End token")
+    expect(page.get_by_text("You have no named tokens.")).to_be_visible()
+    assert not probe(client, successor)
+
+
+def test_a_refused_action_says_why_in_its_dialog(page: Page, server: Server) -> None:
+    enter(page, server)
+    dialog = page.get_by_role("dialog")
+    for button in ("Done", "Cancel"):
+        page.get_by_role("button", name="New named token").click()
+        dialog.get_by_label("Name").fill("twice")
+        dialog.get_by_role("button", name="Make token").click()
+        if button == "Cancel":
+            expect(dialog.get_by_role("alert")).to_contain_text("You have a token of this name.")
+        confirm(page, button)
+
+
+def test_a_user_sees_leases_places_and_no_controls(page: Page, server: Server, client: httpx.Client) -> None:
+    ann, bob = ({"X-Token": log_in(client, name, f"{name}-secret")} for name in ("ann", "bob"))
+    for headers, holder in ((ann, "ci-7"), (bob, "laptop")):
+        client.post("/api/pools/licences/leases", json={"holder": holder}, headers=headers)
+    client.post("/api/pools/licences/leases", json={"holder": "ci-8", "wait": 0, "request": "r1"}, headers=ann)
+    enter(page, server)
+    expect(row(page, "My leases", "ci-7")).to_contain_text("licences")
+    expect(row(page, "My places in line", "ci-8")).to_contain_text("1 of 1")
+    page.get_by_role("link", name="Pools").click()
+    expect(page.get_by_role("heading", name="Pools")).to_be_focused()
+    page.get_by_role("link", name="licences").click()
+    expect(row(page, "Tokens", "bob, laptop").get_by_role("button")).to_have_count(0)
+    row(page, "Tokens", "ann, ci-7").get_by_role("button", name="Release").click()
+    confirm(page, "Release")
+    expect(row(page, "Tokens", "ann, ci-7")).to_have_count(0)
+
+
+def test_a_manager_reserves_ends_and_takes_over(page: Page, server: Server, client: httpx.Client) -> None:
+    ann = {"X-Token": log_in(client, "ann", "ann-secret")}
+    for label in ("android", "ios"):
+        client.post("/api/pools/phones/leases", json={"holder": "ci", "labels": [label]}, headers=ann)
+    enter(page, server, "admin", "admin", "#pools/phones")
+    member = row(page, "Members", "pixel-8")
+    member.get_by_role("button", name="Reserve").click()
+    page.get_by_label("Note").fill("battery swap")
+    confirm(page, "Reserve")
+    expect(member).to_contain_text("battery swap")
+    expect(member).to_contain_text("in 2 hours")
+    member.get_by_role("button", name="End the lease").click()
+    page.get_by_label("Reason").fill("stuck")
+    confirm(page, "End lease")
+    expect(member.get_by_role("button", name="Release")).to_have_count(0)
+    member.get_by_role("button", name="End the reservation").click()
+    confirm(page, "End reservation")
+    expect(member).to_contain_text("free")
+    other = row(page, "Members", "iphone-15")
+    other.get_by_role("button", name="Take over").click()
+    confirm(page, "Take over")
+    expect(other).to_contain_text("admin")
+    forced = server.events("lease_forced")[-2:]
+    assert [event.get("reason") for event in forced] == ["stuck", None]
+
+
+def test_a_login_that_ended_asks_again_at_the_same_place(page: Page, server: Server, client: httpx.Client) -> None:
+    enter(page, server, view="#pools/phones")
+    expect(row(page, "Members", "pixel-8")).to_be_visible()
+    client.delete("/api/tokens?user=ann", headers={"X-Token": log_in(client)})
+    expect(page.get_by_text("Your login has ended.")).to_be_visible(timeout=15_000)
+    fill_in(page)
+    expect(row(page, "Members", "pixel-8")).to_be_visible()
+
+
+def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, context: BrowserContext) -> None:
+    enter(page, server, view="#pools/phones")
+    expect(row(page, "Members", "pixel-8")).to_be_visible()
+    context.set_offline(True)
+    expect(page.get_by_text("tokenauth does not answer.")).to_be_visible(timeout=15_000)
+    expect(row(page, "Members", "pixel-8")).to_be_visible()
+    context.set_offline(False)
+    page.get_by_role("button", name="Try now").click()
+    expect(page.get_by_text("tokenauth does not answer.")).to_have_count(0)
+
+
+def test_markup_in_names_is_text(page: Page, server: Server, client: httpx.Client) -> None:
+    """Also the browser would refuse to make HTML of text: the page requires Trusted Types."""
+    ann = {"X-Token": log_in(client, "ann", "ann-secret", headers={"User-Agent": "<img src=x onerror=alert(1)>"})}
+    client.post("/api/tokens", json={"name": "<b>x</b>"}, headers=ann)
+    enter(page, server)
+    expect(row(page, "My named tokens", "<b>x</b>")).to_be_visible()
+    expect(row(page, "My logins", "<img src=x onerror=alert(1)>")).to_be_visible()
+    assert page.evaluate("document.querySelectorAll('img, b').length") == 0
+    assert (
+        page.evaluate("try { document.body.innerHTML = '<b>x</b>'; 'written' } catch (error) { error.name }")
+        == "TypeError"
+    )
+
+
+def test_every_view_is_accessible_and_fits(page: Page, server: Server, client: httpx.Client) -> None:
+    """In both color schemes axe finds nothing. The views fit into 360 pixels, and none breaks the page's policy."""
+    ann = {"X-Token": log_in(client, "ann", "ann-secret")}
+    client.post("/api/tokens", json={"name": "nightly"}, headers=ann)
+    client.post("/api/pools/phones/leases", json={"labels": ["android"]}, headers=ann)
+    problems: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        problems.append(message.text)
+
+    page.on("console", note)
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(f"{server.url}/console")
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible()
+    assert violations(page) == []
+    enter(page, server, "admin", "admin")
+    for view, there in (("mine", "My logins"), ("pools", "phones"), ("pools/phones", "pixel-8")):
+        page.evaluate("(view) => { location.hash = view }", view)
+        expect(page.get_by_text(there).first).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
+        page.emulate_media(color_scheme="dark")
+        assert violations(page, "color-contrast") == [], view
+        page.emulate_media(color_scheme="light")
+        assert violations(page) == [], view
+    page.get_by_role("button", name="Reserve pixel-8").click()
+    assert violations(page) == []
+    page.remove_listener("console", note)
+    assert [text for text in problems if "status of 40" not in text] == []

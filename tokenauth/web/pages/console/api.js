@@ -1,0 +1,147 @@
+// The public API of this service. A token that was got with a password stays in this module: nothing keeps it longer
+// than the page is open. Addresses are relative, so that the console also works below a prefix of a reverse proxy.
+
+const HEADER = "X-Tokenauth-Console"; // with it, the API accepts the login page's cookie from this page
+const TIMEOUT = 20_000;
+
+let token = null;
+let ahead = 0; // seconds by which the server's clock is ahead of this one
+let online = true;
+const listeners = new Set();
+
+/** The service did not answer, or something in front of it answered instead. */
+export class Offline extends Error {
+  constructor() {
+    super("tokenauth does not answer.");
+  }
+}
+
+/** The service refused a request. `message` is its own description. */
+export class Refused extends Error {
+  constructor(status, code, message, retryAfter) {
+    super(message);
+    Object.assign(this, { status, code, retryAfter });
+  }
+}
+
+/** Call `listener` with "online", "offline" and "ended" (the login is over). Returns how to stop that. */
+export function onChange(listener) {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
+}
+
+function tell(event) {
+  listeners.forEach((listener) => listener(event));
+}
+
+function setOnline(now) {
+  if (online !== now) {
+    online = now;
+    tell(now ? "online" : "offline");
+  }
+}
+
+/** Unix seconds by the server's clock: the times that it sends are compared with this. */
+export function now() {
+  return Date.now() / 1000 + ahead;
+}
+
+export function hasToken() {
+  return token !== null;
+}
+
+/** Return the path of a route, with each parameter escaped: path`api/pools/${name}`. */
+export function path(strings, ...values) {
+  return strings.reduce((text, part, index) => text + encodeURIComponent(values[index - 1]) + part);
+}
+
+/** Send a request, and return the response. Throws Offline. Its `sent` is the token that was sent. */
+export async function send(method, address, { headers = {}, body, signal = AbortSignal.timeout(TIMEOUT) } = {}) {
+  const all = { [HEADER]: "1", Accept: "application/json", ...headers };
+  if (token !== null) all["X-Token"] = token;
+  if (body !== undefined) all["Content-Type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(address, {
+      method,
+      headers: all,
+      body: body === undefined ? undefined : JSON.stringify(body),
+      cache: "no-store",
+      credentials: "same-origin",
+      redirect: "error",
+      signal,
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    setOnline(false);
+    throw new Offline();
+  }
+  const date = Date.parse(answer.headers.get("Date"));
+  if (Math.abs(date - Date.now() - ahead * 1000) > 2000) ahead = (date - Date.now()) / 1000;
+  return answer;
+}
+
+/** Send a request, and return the document of the answer. Throws Refused or Offline. */
+export async function call(method, address, body) {
+  const sent = token;
+  const answer = await send(method, address, { body });
+  if (answer.status === 204) {
+    setOnline(true);
+    return null;
+  }
+  const text = await answer.text().catch(() => "");
+  let document = null;
+  try {
+    document = JSON.parse(text);
+  } catch {
+    if (answer.status !== 401) {
+      setOnline(false); // a proxy answers in place of the service, or the answer was cut off
+      throw new Offline();
+    }
+  }
+  setOnline(true);
+  if (answer.ok) return document;
+  // A refused login, and an answer to an earlier login, say nothing about this one.
+  const ended = answer.status === 401 && (method !== "POST" || address !== "api/token") && sent === token;
+  if (ended) {
+    token = null;
+    tell("ended");
+  }
+  throw new Refused(
+    answer.status,
+    document?.error ?? "invalid_credentials",
+    document?.error_description ?? "The user name or the password is wrong.",
+    Number(answer.headers.get("Retry-After")) || null,
+  );
+}
+
+/** Return who is logged in, by the token or by the login page's cookie, or null. */
+export async function whoAmI() {
+  try {
+    return await call("GET", "api/me");
+  } catch (error) {
+    // Without a login page, the cookie is not read, and the API asks for a token.
+    if (error instanceof Refused && error.status === 401) return null;
+    throw error;
+  }
+}
+
+/** Log in with a password. Throws Refused. */
+export async function logIn(username, password) {
+  token = null;
+  token = (await call("POST", "api/token", { username, password })).token;
+}
+
+/** Log in with a token that the user has. */
+export function useToken(value) {
+  token = value;
+}
+
+/** End the token of this page. Whether the service can be reached or not, the page forgets it. */
+export async function logOut() {
+  try {
+    await call("DELETE", "api/token");
+  } finally {
+    token = null;
+  }
+}

@@ -1,0 +1,149 @@
+// News from the service: hints to read something again. They come over a stream of events. While there is no stream,
+// everything is read again every few seconds instead.
+
+import { Offline, now, onChange, send } from "./api.js";
+
+const POLL = 5_000;
+const UPKEEP = 30_000; // what ends by itself, such as a lease, may come without an event
+const AGAIN = 60_000; // until a stream that the service does not offer is tried again
+const SILENCE = 40_000; // a stream has a line every 15 seconds
+
+const readers = new Set();
+let stopped = new AbortController();
+let streaming = false;
+let readAt = 0;
+
+/** Call `read` when something of these topics has changed: "tokens", "pool", "pool:NAME", "throttle", "status". */
+export function subscribe(topics, read) {
+  const reader = { topics: new Set(topics), read };
+  readers.add(reader);
+  return () => readers.delete(reader);
+}
+
+/** Have everything read again. */
+export function readAll() {
+  readAt = now();
+  readers.forEach((reader) => reader.read());
+}
+
+function notify(...topics) {
+  readers.forEach((reader) => topics.some((topic) => reader.topics.has(topic)) && reader.read());
+}
+
+/** Whether news come as they happen. */
+export function isStreaming() {
+  return streaming;
+}
+
+/** Follow the news of this login until `stop`. */
+export function start() {
+  stop();
+  stopped = new AbortController();
+  const { signal } = stopped;
+  follow(signal);
+  const timer = setInterval(() => {
+    const due = (streaming ? UPKEEP : POLL) / 1000;
+    if (!document.hidden && now() - readAt >= due) readAll();
+  }, 1000);
+  const shown = () => document.hidden || readAll();
+  document.addEventListener("visibilitychange", shown);
+  const forget = onChange((event) => event === "online" && readAll());
+  signal.addEventListener("abort", () => {
+    clearInterval(timer);
+    document.removeEventListener("visibilitychange", shown);
+    forget();
+  });
+}
+
+export function stop() {
+  stopped.abort();
+  streaming = false;
+}
+
+async function follow(signal) {
+  let last = null;
+  let pause = 1000;
+  let missed = false;
+  while (!signal.aborted) {
+    try {
+      const headers = { Accept: "text/event-stream", ...(last === null ? {} : { "Last-Event-ID": last }) };
+      const answer = await send("GET", "api/events", { headers, signal });
+      if (answer.ok && answer.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+        pause = 1000;
+        if (missed) readAll();
+        for await (const event of events(answer.body, signal)) {
+          streaming = true;
+          last = event.id ?? last;
+          handle(event, last);
+        }
+      } else {
+        await answer.body?.cancel();
+        pause = answer.status === 503 ? 5000 : AGAIN;
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof Offline)) pause = 1000;
+      else pause = Math.min(pause * 2, 15_000);
+    }
+    if (!signal.aborted && streaming) {
+      streaming = false;
+      readAll(); // also finds out whether the login is over
+    }
+    missed = true;
+    await sleep(pause * (0.75 + Math.random() / 2), signal);
+  }
+}
+
+function handle(event) {
+  if (event.name === "reset") readAll();
+  else if (event.name === "pool") notify("pool", `pool:${parse(event.data).name}`);
+  else if (event.name !== "hello" && event.name !== "bye") notify(event.name);
+}
+
+function parse(data) {
+  try {
+    return JSON.parse(data) ?? {};
+  } catch {
+    return {};
+  }
+}
+
+/** Yield the events of a stream (HTML Standard, section 9.2.6). Ends when it is silent for too long. */
+async function* events(body, signal) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  let timer;
+  const watchdog = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => reader.cancel().catch(() => {}), SILENCE);
+  };
+  try {
+    for (watchdog(); !signal.aborted; watchdog()) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      text += value;
+      const blocks = text.split(/\r?\n\r?\n/);
+      text = blocks.pop();
+      for (const block of blocks) {
+        const event = { name: "message", data: "", id: null };
+        for (const line of block.split(/\r?\n/)) {
+          const [, field, content] = /^(\w*): ?(.*)$/.exec(line) ?? [null, line, ""];
+          if (field === "event") event.name = content;
+          else if (field === "data") event.data += content;
+          else if (field === "id") event.id = content;
+        }
+        if (event.name !== "message" || event.data) yield event;
+      }
+    }
+  } finally {
+    clearTimeout(timer);
+    reader.cancel().catch(() => {});
+  }
+}
+
+function sleep(milliseconds, signal) {
+  return new Promise((done) => {
+    const timer = setTimeout(done, milliseconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
+  });
+}
