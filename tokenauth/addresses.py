@@ -3,6 +3,9 @@
 import ipaddress
 from functools import lru_cache
 
+LOCAL = "local"
+"""What stands for the address of a peer on a Unix socket."""
+
 
 @lru_cache(maxsize=4096)
 def network(address: str) -> str:
@@ -23,6 +26,8 @@ def region(address: str) -> str:
 
 
 def _prefix(address: str, ipv4: int, ipv6: int) -> str:
+    if address == LOCAL:
+        return LOCAL
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

@@ -55,7 +55,13 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             " defeats the throttle; list only your proxies"
         )
         risks.append(Risk("broad_trusted_proxies", text))
-    if config.browser.url and config.browser.origin.secure and not config.server.trusted_proxies:
+    if config.server.socket and int(config.server.socket_mode, 8) & stat.S_IWOTH:
+        text = (
+            f"server.socket_mode {config.server.socket_mode} lets all users of this machine connect: they can claim any"
+            " address, which defeats the throttle; write '0660', and add the user of the proxy to the group"
+        )
+        risks.append(Risk("broad_trusted_proxies", text))
+    if config.browser.url and config.browser.origin.secure and not config.server.behind_proxy:
         text = (
             "browser.url is https, so a proxy must be in front of this service, and server.trusted_proxies is empty:"
             " logins do not lead back, and the throttle takes all clients for one; list the proxy"

@@ -2,6 +2,7 @@
 
 import select
 import socket
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,6 +20,22 @@ class Closed(Exception):
 
 class NoAnswer(Exception):
     """A request was sent, but no complete answer arrived."""
+
+
+def connect(port: int | Path, timeout: float = 30) -> socket.socket:
+    """Connect to a port of this machine, or to a Unix socket. Raises OSError."""
+    if isinstance(port, Path):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout)
+        try:
+            connection.connect(str(port))
+        except OSError:
+            connection.close()
+            raise
+        return connection
+    connection = socket.create_connection(("127.0.0.1", port), timeout)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 class Answer(NamedTuple):
@@ -41,11 +58,10 @@ class Answer(NamedTuple):
 class Connection:
     """One keep-alive connection without a client library. It never retries."""
 
-    def __init__(self, port: int, timeout: float = 30) -> None:
-        """Connect. Raises Refused."""
+    def __init__(self, port: int | Path, timeout: float = 30) -> None:
+        """Connect to a port of this machine, or to a Unix socket. Raises Refused."""
         try:
-            self._socket = socket.create_connection(("127.0.0.1", port), timeout)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket = connect(port, timeout)
         except OSError as error:
             raise Refused from error
         self._ended = False
@@ -107,7 +123,7 @@ class Connection:
         assert self.ask("DELETE", "/api/token", {"token": token}).status == 200
 
 
-def takes_connections(port: int) -> bool:
+def takes_connections(port: int | Path) -> bool:
     """Whether a server answers there."""
     try:
         with Connection(port) as connection:

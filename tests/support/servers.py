@@ -150,15 +150,19 @@ def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
 
 
 @contextmanager
-def serve(config: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Run the command `tokenauth serve`, on a free port, until it answers. Its workers are forked (`serving.py`)."""
+def serve(config: Path, *arguments: str, env: dict[str, str] | None = None, on_port: bool = True) -> Iterator[Server]:
+    """Run the command `tokenauth serve`, on a free port, until it answers. Its workers are forked (`serving.py`).
+
+    Without `on_port`, it listens where its configuration says.
+    """
     log = _new_log(config.parent)
-    command = ["tokenauth", "serve", "--config", str(config), "--port", "0", *arguments]
+    port = ["--port", "0"] if on_port else []
+    command = ["tokenauth", "serve", "--config", str(config), *port, *arguments]
     streams = [Path(os.devnull), log, log]
     process = Forked("tests.support.serving", command, config.parent, streams, {**_environment(), **(env or {})})
     with _ended(Server(process, log)) as server:
         server.wait("started")
-        server.port = server.wait("listening")["port"]
+        server.port = server.wait("listening").get("port", 0)
         yield server
 
 

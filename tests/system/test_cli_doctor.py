@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.support.ports import free_port
-from tests.support.servers import worker, write_config
-from tests.system.test_cli import TOKENAUTH, environment, output, run
+from tests.support.servers import serve, worker, write_config
+from tests.system.test_cli import TOKENAUTH, environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
 from tokenauth.server.versions import KNOWN_UVICORN
 from tokenauth.stores.schema import HEAD
@@ -115,6 +115,28 @@ def test_a_running_server_is_no_error(tmp_path: Path) -> None:
         own.chmod(0o600)
         code, found = examined(tmp_path, "-c", "own.toml")
     assert (code, found["port"]["text"]) == (0, f"tokenauth serves on 127.0.0.1 port {server.port}")
+
+
+def test_a_unix_socket_is_examined_and_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "t.sock"
+    write_config(tmp_path, f'[server]\nsocket = "{path}"\naccept_risks = ["weak_hash"]')
+    run(tmp_path, "migrate")
+    code, found = examined(tmp_path)
+    assert (code, found["socket"]["text"]) == (0, f"{path} is free")
+    assert "is for a proxy" in found["exposure"]["text"]
+    assert "port" not in found
+    assert not path.exists()
+    with serve(tmp_path / "config.toml", on_port=False) as server:
+        server.wait("started")
+        code, found = examined(tmp_path)
+        assert (code, found["socket"]["text"]) == (0, f"tokenauth serves on {path}")
+    path.unlink(missing_ok=True)
+    path.write_text("kept")
+    code, found = examined(tmp_path)
+    assert (code, found["socket"]["status"]) == (1, "error")
+    assert found["socket"]["fix"] == "move it away, or change the path"
+    assert "exists and is not a socket" in mistake(run(tmp_path, "check"))
+    assert path.read_text() == "kept"
 
 
 def test_a_locked_database_is_an_error(home: Path) -> None:

@@ -38,6 +38,10 @@ def test_the_login_page_is_named() -> None:
     assert shown[2:] == ["  https://auth.example.com/login  login page"]
 
 
+def test_a_unix_socket_is_named_without_a_url() -> None:
+    assert lines('[server]\nsocket = "/run/t.sock"') == ["  unix:/run/t.sock  for a reverse proxy"]
+
+
 def test_the_address_of_metrics_is_named() -> None:
     shown = lines('[server]\ndocs = false\n[metrics]\nlisten = "[::1]:9100"')
     assert shown[2:] == ["  http://[::1]:9100/metrics      metrics for Prometheus"]

@@ -350,3 +350,10 @@ def test_only_an_existing_readable_database_is_a_risk(files: Path, passwords: Pa
 def test_the_documentation_names_every_risk() -> None:
     table = (ROOT / "docs/configuration.md").read_text().partition("## Risks")[2].partition("## Users")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(get_args(RiskName))
+
+
+@pytest.mark.parametrize(("mode", "found"), [("0660", []), ("0664", []), ("0666", ["broad_trusted_proxies"])])
+def test_a_socket_for_all_users_is_a_risk(passwords: Passwords, mode: str, found: list[str]) -> None:
+    settings = configured(f'socket = "/run/t.sock"\nsocket_mode = "{mode}"')
+    assert names(settings, passwords) == found
+    assert settings.exposure is not None

@@ -115,7 +115,7 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
     else:
         yield Finding("warning", "configuration", "nobody can log in", "add a user with `tokenauth user add NAME`")
     yield from _risks(path, text, settings, service.passwords)
-    yield _port(settings.server)
+    yield _socket(settings.server) if settings.server.socket else _port(settings.server)
     yield from _database(settings)
     yield from _login(settings, service.passwords)
 
@@ -160,17 +160,49 @@ def _port(settings: ServerSettings) -> Finding:
         listen(settings).close()
     except (ConfigError, StartError) as error:
         problem, _, fix = str(error).partition("; ")
-        if settings.port and _is_tokenauth(settings):
+        if settings.port and _is_tokenauth(_connect(settings)):
             return Finding("ok", "port", f"tokenauth serves on {where}")
         return Finding("error", "port", problem, fix)
     return Finding("ok", "port", f"{where} is free")
 
 
-def _is_tokenauth(settings: ServerSettings) -> bool:
-    """Ask whether a tokenauth serves on the port."""
+def _socket(settings: ServerSettings) -> Finding:
+    """Look whether the Unix socket can be listened on, and who does."""
+    from tokenauth.errors import StartError
+    from tokenauth.server import unix_socket
+
+    try:
+        unix_socket.check(settings.socket)
+        served = unix_socket.is_served(settings.socket)
+    except (ConfigError, StartError) as error:
+        problem, _, fix = str(error).partition("; ")
+        return Finding("error", "socket", problem, fix)
+    if not served:
+        return Finding("ok", "socket", f"{settings.socket} is free")
+    if _is_tokenauth(_connect(settings)):
+        return Finding("ok", "socket", f"tokenauth serves on {settings.socket}")
+    return Finding("error", "socket", f"another program serves on {settings.socket}", "stop it, or use another path")
+
+
+def _connect(settings: ServerSettings) -> socket.socket | None:
+    """Connect to what listens there; None if nothing answers."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    with suppress(OSError):
+        if not settings.socket:
+            return socket.create_connection((host, settings.port), timeout=_ANSWER_TIME)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(_ANSWER_TIME)
+        connection.connect(settings.socket)
+        return connection
+    return None
+
+
+def _is_tokenauth(connection: socket.socket | None) -> bool:
+    """Ask whether a tokenauth serves there."""
     answer = b""
-    with suppress(OSError), socket.create_connection((host, settings.port), timeout=_ANSWER_TIME) as connection:
+    if connection is None:
+        return False
+    with suppress(OSError), connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         while len(answer) < 4096 and (part := connection.recv(4096)):
             answer += part

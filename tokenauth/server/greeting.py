@@ -19,14 +19,15 @@ def greeting(settings: Settings, port: int, risks: Sequence[Risk], command: str,
 
 
 def _addresses(settings: Settings, port: int) -> Iterator[str]:
-    host = settings.server.host
+    host, found = settings.server.host, list[tuple[str, str]]()
     shown = "localhost" if host in _WILDCARDS else f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    found = [
-        (url, "and all other addresses of this machine" if host in _WILDCARDS else ""),
-        (f"{url}/console", "see logins, named tokens and pools"),
-    ]
-    if settings.server.docs:
+    if settings.server.socket:
+        found.append((f"unix:{settings.server.socket}", "for a reverse proxy"))
+    else:
+        found.append((url, "and all other addresses of this machine" if host in _WILDCARDS else ""))
+        found.append((f"{url}/console", "see logins, named tokens and pools"))
+    if settings.server.docs and not settings.server.socket:
         found.append((f"{url}/docs", "try the API"))
     if settings.browser.url:
         found.append((f"{settings.browser.origin}/login", "login page"))

@@ -9,11 +9,14 @@ import sys
 from contextlib import suppress
 
 from tokenauth.errors import ConfigError, StartError
+from tokenauth.server import unix_socket
 from tokenauth.settings.model import ServerSettings
 
 
 def listen(settings: ServerSettings) -> socket.socket:
     """Listen from now on, so that clients that connect while the workers start wait. Raises StartError."""
+    if settings.socket:
+        return unix_socket.UnixListener(settings.socket, int(settings.socket_mode, 8))
     try:
         return socket.create_server((settings.host, settings.port), family=_family(settings.host), backlog=2048)
     except OSError as error:
@@ -28,7 +31,10 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 
 def check_address(settings: ServerSettings) -> None:
-    """Raise ConfigError if no server of this user can listen on the address. Whether the port is free is not asked."""
+    """Raise ConfigError if no server of this user can listen on the address. Whether it is free is not asked."""
+    if settings.socket:
+        unix_socket.check(settings.socket)
+        return
     try:
         _bind(settings.host, 0)
     except OSError as error:
@@ -66,8 +72,11 @@ def stop_handshakes(listener: socket.socket) -> None:
     Otherwise a connection could enter the queue after the last look at it, and be reset when the socket is closed.
     Linux drops the first packet (SYN) of a new connection, and the client sends it again after a second. By then the
     socket is closed and refuses the connection, or another server has the port. Other systems have no such filter:
-    there, a client that connects at the very end can be reset.
+    there, a client that connects at the very end can be reset. A Unix socket needs none: its file is removed.
     """
+    if isinstance(listener, unix_socket.UnixListener):
+        listener.remove_file()
+        return
     if sys.platform != "linux":
         return
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)

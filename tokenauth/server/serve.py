@@ -53,7 +53,8 @@ def serve(
     signals.catch(signal.SIGHUP, signal.SIGCHLD)
     try:
         file = loader.load(path)
-        settings = loader.override(file, host=host, port=port, workers=workers)
+        socket = None if host is None and port is None else ""
+        settings = loader.override(file, host=host, port=port, socket=socket, workers=workers)
         risks = _find_risks(path, settings)
         _check_risks(path, settings, risks, quiet=logs.on_terminal())
     except ConfigError as error:
@@ -67,17 +68,21 @@ def serve(
         signal.signal(number, signal.SIG_IGN)
     totals = None
     try:
-        listener = listen(settings.server)
         if settings.metrics.listen:
             from tokenauth.server.exporter import Exporter
 
             totals = Totals(settings.server.workers)
             log.info("metrics_listening", port=Exporter(settings.metrics, totals).port)
+        listener = listen(settings.server)
     except StartError as error:
         log.critical("start_failed", detail=str(error))
         return START_FAILED
-    port = listener.getsockname()[1]
-    log.info("listening", host=settings.server.host, port=port, workers=settings.server.workers, pid=os.getpid())
+    if settings.server.socket:
+        port = 0
+        log.info("listening", socket=settings.server.socket, workers=settings.server.workers, pid=os.getpid())
+    else:
+        port = listener.getsockname()[1]
+        log.info("listening", host=settings.server.host, port=port, workers=settings.server.workers, pid=os.getpid())
     try:
         reload = partial(_reload, path, file, settings, workers)
         supervisor = Supervisor(path, settings, reload, listener, signals, terminal, totals)
@@ -105,15 +110,23 @@ def _check_risks(path: Path, settings: Settings, risks: Sequence[Risk], quiet: b
 
 
 def _reload(path: Path, first: Settings, served: Settings, workers: int | None) -> Settings:
-    """Read the file again; host and port stay. Raises ConfigError."""
+    """Read the file again; the address stays. Raises ConfigError."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: is not a regular file, so it cannot be reloaded: restart to change the settings")
     file = loader.load(path)
-    if (file.server.host, file.server.port) != (first.server.host, first.server.port):
-        log.warning("restart_needed", detail=f"{path}: server.host and server.port change only at a restart")
+    if _address(file) != _address(first):
+        log.warning("restart_needed", detail=f"{path}: server.host, port and socket change only at a restart")
     if file.metrics != served.metrics:
         log.warning("restart_needed", detail=f"{path}: metrics.listen changes only at a restart")
         file = replace(file, metrics=served.metrics)
-    settings = loader.override(file, host=served.server.host, port=served.server.port, workers=workers)
+    settings = loader.override(
+        file, host=served.server.host, port=served.server.port, socket=served.server.socket, workers=workers
+    )
     _check_risks(path, settings, _find_risks(path, settings))
     return settings
+
+
+def _address(settings: Settings) -> tuple[object, ...]:
+    """Return the settings of the listening socket."""
+    server = settings.server
+    return server.host, server.port, server.socket, server.socket_mode

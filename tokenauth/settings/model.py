@@ -4,6 +4,7 @@ import ipaddress
 import math
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -44,11 +45,19 @@ LABEL = r"[A-Za-z0-9._:=/+-]{1,64}"
 _HOST = text(r"[\x21-\x7e]+", "a host or address such as '127.0.0.1' (this machine only) or '0.0.0.0' (all of IPv4)")
 
 
+_SOCKET_MODE = text(r"0?[0-7]{3}", "a mode in octal digits, such as '0660'")
+
+_MAX_SOCKET = 103 if sys.platform == "darwin" else 107
+"""Bytes of the path of a Unix socket."""
+
+
 class ServerSettings(Table, frozen=True):
     """Where the service listens, and which pages and proxies it trusts."""
 
     host: Annotated[str, _HOST] = "127.0.0.1"
     port: Annotated[int, between(0, 65535)] = 8000
+    socket: str = ""
+    socket_mode: Annotated[str, _SOCKET_MODE] = "0660"
     workers: Annotated[int, between(1, 64)] = 1
     cors_origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
@@ -59,6 +68,11 @@ class ServerSettings(Table, frozen=True):
     def __post_init__(self) -> None:
         for number, origin in enumerate(self.cors_origins):
             _check_cors_origin(f"cors_origins[{number}]", origin)
+        size = len(os.fsencode(self.socket)) if self.socket.isprintable() else -1
+        if size > _MAX_SOCKET:
+            raise SettingError("socket", f"is a path of {size} bytes; a socket can have at most {_MAX_SOCKET}")
+        if size < 0 or self.socket.startswith("@"):
+            raise SettingError("socket", "must be a path such as '/run/tokenauth/tokenauth.sock'")
         for number, proxy in enumerate(self.trusted_proxies):
             try:
                 ipaddress.ip_network(proxy)
@@ -67,8 +81,13 @@ class ServerSettings(Table, frozen=True):
                 raise SettingError(f"trusted_proxies[{number}]", problem, f": {error}") from None
 
     @property
+    def behind_proxy(self) -> bool:
+        """Whether a reverse proxy is trusted, which passes on requests of others."""
+        return bool(self.trusted_proxies or self.socket)
+
+    @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the service."""
+        """Whether only this machine can connect to `host`."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -418,6 +437,8 @@ class Settings(Table, frozen=True, dict=True):
 
         A loopback address is no protection behind a reverse proxy that passes on requests from outside.
         """
+        if self.server.socket:
+            return f"server.socket: {self.server.socket!r} is for a proxy, through which others can reach the service"
         if not self.server.loopback:
             return f"server.host: {self.server.host!r} can be reached by others"
         if self.server.trusted_proxies:

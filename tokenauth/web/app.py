@@ -89,8 +89,8 @@ def build_app(service: Service) -> Router:
 
 def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Middleware]:
     server = config.server
-    if server.trusted_proxies:
-        yield Middleware(ProxyHeaders, server.trusted_proxies)
+    if server.behind_proxy:
+        yield Middleware(ProxyHeaders, server.trusted_proxies, bool(server.socket))
     if server.access_log:
         yield Middleware(AccessLog, routes)
     if server.cors_origins:

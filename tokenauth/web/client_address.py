@@ -5,7 +5,7 @@ from ipaddress import ip_address
 
 from starlette.types import Scope
 
-from tokenauth.addresses import network
+from tokenauth.addresses import LOCAL, network
 from tokenauth.logs import log
 from tokenauth.web.asgi_extensions import logged_once
 
@@ -17,10 +17,16 @@ MAX_PEERS = 100
 
 
 def client_address(scope: Scope) -> str:
-    """Return the address of the peer, or the one that a trusted proxy names; "unknown" if it is not an IP address."""
+    """Return the address of the peer, or the one that a trusted proxy names; "unknown" if it is not an IP address.
+
+    Return LOCAL for a peer on a Unix socket that names none.
+    """
     client = scope.get("client")
     if not client:
         return ""
+    if client[0] == LOCAL:
+        _warn_of_missing(logged_once(scope))
+        return LOCAL
     address = _normalize(str(client[0])[:MAX_ADDRESS])
     forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
     named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
@@ -40,6 +46,16 @@ def _warn(peer: str, logged: set[str]) -> None:
         peer=peer,
         action="if this is your proxy, list it in server.trusted_proxies: without it, its clients are throttled as one",
     )
+
+
+def _warn_of_missing(logged: set[str]) -> None:
+    """Log once that the proxy on the Unix socket names no clients."""
+    if "forwarded_for_missing" not in logged:
+        logged.add("forwarded_for_missing")
+        log.warning(
+            "forwarded_for_missing",
+            action="have the proxy on server.socket send X-Forwarded-For: without it, its clients are throttled as one",
+        )
 
 
 @lru_cache(maxsize=4096)

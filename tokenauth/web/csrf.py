@@ -42,7 +42,7 @@ class Hosts:
         The login page alone limits its own forms only: pages may call the API under a name of their own.
         """
         names = {urlsplit(url).hostname or "" for url in (issuer, login_page) if url}
-        limited = bool(issuer) or (server.loopback and not server.trusted_proxies)
+        limited = bool(issuer) or (server.loopback and not server.behind_proxy)
         return cls(server.cors_origins, names if limited else None)
 
     def check(self, scope: Scope) -> None:

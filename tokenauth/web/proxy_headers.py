@@ -7,6 +7,8 @@ from typing import Any, cast
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from tokenauth.addresses import LOCAL
+
 _TRUSTED = "tokenauth.trusted_proxy"
 _MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
 
@@ -14,13 +16,18 @@ _MAPPED = int(ipaddress.IPv6Address("::ffff:0.0.0.0"))
 class ProxyHeaders:
     """uvicorn's middleware. Its own option, in place of this, would trust this machine by default."""
 
-    def __init__(self, app: ASGIApp, proxies: Sequence[str]) -> None:
-        self._app = ProxyHeadersMiddleware(cast(Any, app), _with_mapped(proxies))  # its types are uvicorn's own
+    def __init__(self, app: ASGIApp, proxies: Sequence[str], on_socket: bool = False) -> None:
+        """Trust these proxies. On a Unix socket, trust any peer: the mode of its file says who can connect."""
+        trusted = [*_with_mapped(proxies), *([LOCAL] if on_socket else [])]
+        self._on_socket = on_socket
+        self._app = ProxyHeadersMiddleware(cast(Any, app), trusted)  # its types are uvicorn's own
         self._trusted = self._app.trusted_hosts
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Replace the client's address and the scheme by those that a trusted proxy sends."""
         client = scope.get("client")
+        if client is None and self._on_socket:
+            scope["client"] = client = (LOCAL, 0)
         scope[_TRUSTED] = client is not None and client[0] in self._trusted
         return self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
 

@@ -1,0 +1,125 @@
+"""The Unix socket on which the service can listen instead of a port."""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tokenauth.errors import ConfigError, StartError
+
+_BACKLOG = 2048
+
+_LOCK_TIMEOUT = 2.0
+"""Seconds to wait for another server that starts in the same directory. Each holds the lock for milliseconds."""
+
+
+class UnixListener(socket.socket):
+    """A listening Unix socket, which can remove its own file."""
+
+    def __init__(self, path: str, mode: int) -> None:
+        """Listen, and replace a file that an earlier server has left behind. Raises StartError.
+
+        No other program can connect before the file has its mode: until `listen`, all are refused.
+        """
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._path = os.path.abspath(path)
+        try:
+            with _locked(os.path.dirname(self._path)):
+                _make_way(path)
+                before = os.umask(0o777 & ~mode)
+                try:
+                    self.bind(path)
+                finally:
+                    os.umask(before)
+                os.chmod(path, mode)  # the directory may have a default access control list
+                self._file = os.stat(path)
+                self.listen(_BACKLOG)
+        except OSError as error:
+            self.close()
+            _check(path)
+            reason = os.strerror(error.errno or 0)
+            raise StartError(f"server.socket: cannot listen on {path}: {reason}; use another path") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def remove_file(self) -> None:
+        """Remove the file, unless another program has replaced it. From then on nobody can connect."""
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(self._path), self._file):
+                os.unlink(self._path)
+
+
+def _make_way(path: str) -> None:
+    """Remove the file of a server that has ended. Raises StartError."""
+    if is_served(path):
+        raise StartError(f"Socket {path} is in use: stop the other server or change server.socket.")
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def check(path: str) -> None:
+    """Raise ConfigError if no server of this user can listen there. Whether another one does is not asked."""
+    try:
+        _check(path)
+    except StartError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check(path: str) -> None:
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(directory):
+        raise StartError(f"server.socket: there is no directory {directory}; create it, or change the path")
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise StartError(f"server.socket: {path} exists and is not a socket; move it away, or change the path")
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise StartError(
+            f"server.socket: the directory {directory} is not writable for this user; give it to the user of the"
+            " service, or change the path"
+        )
+
+
+def is_served(path: str) -> bool:
+    """Return whether a server listens on a socket. Raises StartError if the file is something else."""
+    if not os.path.lexists(path):
+        return False
+    _check(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except BlockingIOError:  # its queue is full
+            return True
+        except OSError as error:
+            raise StartError(f"server.socket: {path} cannot be used: {error.strerror}; use another path") from None
+    return True
+
+
+@contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """Lock a directory, so that of two servers that start at the same time only one replaces a file.
+
+    Go on without the lock if another program keeps it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _LOCK_TIMEOUT
+        while not _lock(descriptor) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in {errno.EWOULDBLOCK, errno.EINTR}
+    return True
