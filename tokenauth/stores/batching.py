@@ -109,6 +109,7 @@ class Writer:
         """`commit` makes and commits a batch, or changes nothing and raises."""
         self._commit = commit
         self._waiting = Batch()
+        self._expected = 0  # changes that may come soon: those who were answered last may go on, and others wait
         self._task: asyncio.Task[None] | None = None
 
     def apply(self, change: Change[A]) -> asyncio.Future[A]:
@@ -141,14 +142,16 @@ class Writer:
         try:
             while self._waiting.size:
                 await self._gather()
-                await self._write(self._take())
+                batch = self._take()
+                await self._write(batch)
+                self._expected = batch.size + self._waiting.size
         finally:
             self._task = None
 
     async def _gather(self) -> None:
-        """Wait briefly for changes that are about to arrive, if several wait already: they share the commit."""
+        """Wait briefly for the changes that are expected: they share the commit. A client that is alone never waits."""
         idle, count, deadline = 0, self._waiting.size, monotonic() + GATHER
-        while count > 1 and idle < IDLE and monotonic() < deadline:
+        while count < self._expected and idle < IDLE and monotonic() < deadline:
             await asyncio.sleep(0)
             idle = idle + 1 if count == self._waiting.size else 0
             count = self._waiting.size
