@@ -6,6 +6,7 @@ import pwd
 import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -61,10 +62,12 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             " address, which defeats the throttle; write '0660', and add the user of the proxy to the group"
         )
         risks.append(Risk("broad_trusted_proxies", text))
-    if config.browser.url and config.browser.origin.secure and not config.server.behind_proxy:
+    secured = config.server.behind_proxy or config.server.tls_certificate
+    if config.browser.url and config.browser.origin.secure and not secured:
         text = (
             "browser.url is https, so a proxy must be in front of this service, and server.trusted_proxies is empty:"
-            " logins do not lead back, and the throttle takes all clients for one; list the proxy"
+            " logins do not lead back, and the throttle takes all clients for one; list the proxy, or set"
+            " server.tls_certificate if there is none"
         )
         risks.append(Risk("no_trusted_proxy", text))
     return [*risks, *_dialect_risks(config), *_file_risks(config, path)]
@@ -130,8 +133,17 @@ def _file_risks(config: Settings, path: Path | None) -> Iterator[Risk]:
         for place in _writable(path):
             text = f"others can write to {place}, and so add users to the configuration; run `chmod go-w {place}`"
             yield Risk("writable_config", text)
+    yield from _key_risks(config.server.tls_key)
     for text in find_exposed_files(config.database):
         yield Risk("exposed_database", text)
+
+
+def _key_risks(key: str) -> Iterator[Risk]:
+    with suppress(OSError):  # the start says why it cannot be read
+        mode = os.stat(key).st_mode if key else 0
+        if mode & (stat.S_IRWXO | stat.S_IWGRP):
+            text = f"server.tls_key: {key} has mode {stat.S_IMODE(mode):04o}: other users can read or change it"
+            yield Risk("readable_tls_key", f"{text}; run `chmod go-w,o-rwx {key}`")
 
 
 def _writable(path: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.certificates import Certificate, make_certificate, make_expired
 from tests.support.ports import free_port
 from tests.support.servers import serve, worker, write_config
 from tests.system.test_cli import TOKENAUTH, environment, mistake, output, run
@@ -137,6 +138,26 @@ def test_a_unix_socket_is_examined_and_not_made(tmp_path: Path) -> None:
     assert found["socket"]["fix"] == "move it away, or change the path"
     assert "exists and is not a socket" in mistake(run(tmp_path, "check"))
     assert path.read_text() == "kept"
+
+
+def test_a_certificate_is_examined(tmp_path: Path) -> None:
+    def written(certificate: Certificate) -> None:
+        write_config(tmp_path, f"[server]\nport = {port}\n{certificate.settings()}")
+
+    port, made = free_port(), make_certificate(tmp_path)
+    written(made)
+    with serve(tmp_path / "config.toml", on_port=False) as server:
+        server.wait("started")
+        code, found = examined(tmp_path)
+    assert (code, found["port"]["text"]) == (0, f"tokenauth serves on 127.0.0.1 port {port}")
+    assert found["certificate"]["text"].startswith("it is for 127.0.0.1, localhost, until 20")
+    written(make_expired(tmp_path))
+    code, found = examined(tmp_path)
+    assert (code, found["certificate"]["status"]) == (1, "error")
+    assert found["certificate"]["text"] == "clients refuse it: certificate has expired"
+    assert found["certificate"]["line"] == 5
+    written(Certificate(made.certificate, tmp_path / "none"))
+    assert "none cannot be read" in mistake(run(tmp_path, "check"))
 
 
 def test_a_locked_database_is_an_error(home: Path) -> None:

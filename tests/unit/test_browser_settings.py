@@ -109,6 +109,7 @@ def test_a_login_page_behind_no_trusted_proxy_is_a_risk() -> None:
         return [risk.name for risk in find_risks(settings, create_service(settings).passwords)]
 
     assert risks(parsed(URL)) == ["no_trusted_proxy"]
+    assert risks(parsed(URL, '[server]\ntls_certificate = "/c"\ntls_key = "/k"')) == []
     assert risks(parsed(URL, '[server]\nsocket = "/run/t.sock"')) == []
     assert risks(parsed(URL, '[server]\ntrusted_proxies = ["127.0.0.1"]')) == []
     assert risks(parsed(LOCAL)) == []

@@ -22,8 +22,8 @@ SCOPE = "must be a word of printable ASCII without blanks, quotes or backslashes
 MISTAKES = {
     "[sever]": "sever: there is no such key; did you mean server?",
     "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
-    "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, socket, socket_mode, workers, "
-    "cors_origins, trusted_proxies, accept_risks, access_log, docs",
+    "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, socket, socket_mode, "
+    "tls_certificate, tls_key, workers, cors_origins, trusted_proxies, accept_risks, access_log, docs",
     "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, browser, "
     "metrics, users, pools, dialects",
     "[[user]]": "user: there is no such key; did you mean users?",
@@ -70,6 +70,12 @@ MISTAKES = {
     f"server.socket = '/{'x' * 107}'": "server.socket: is a path of 108 bytes; a socket can have at most 107",
     "server.socket = '@name'": "server.socket: must be a path such as '/run/tokenauth/tokenauth.sock'",
     'server.socket = "/a\\u0000"': "server.socket: must be a path such as '/run/tokenauth/tokenauth.sock'",
+    "server.tls_key = '/k'": "server.tls_certificate: is missing: tls_key needs it",
+    "server.tls_certificate = '/c'": "server.tls_key: is missing: tls_certificate needs it",
+    "server = {socket = '/s', tls_certificate = '/c', tls_key = '/k'}": "server.tls_certificate: must not be set with "
+    "socket: TLS is the job of the proxy there",
+    "server = {tls_certificate = '/c', tls_key = '/k'}\nbrowser.url = 'http://localhost:8000'": "browser.url: "
+    "must begin with https, as there is a server.tls_certificate",
     "server.socket_mode = 660": "server.socket_mode: must be a mode in octal digits, such as '0660', not an integer",
     "server.socket_mode = '0980'": "server.socket_mode: must be a mode in octal digits, such as '0660', not '0980'",
     "[[pools]]": "pools: must be a table, not an array: write [pools.NAME], with one pair of brackets",

@@ -42,6 +42,11 @@ def test_a_unix_socket_is_named_without_a_url() -> None:
     assert lines('[server]\nsocket = "/run/t.sock"') == ["  unix:/run/t.sock  for a reverse proxy"]
 
 
+def test_the_url_is_https_with_a_certificate() -> None:
+    tls = 'tls_certificate = "/c"\ntls_key = "/k"'
+    assert lines(f"[server]\ndocs = false\n{tls}")[0].startswith("  https://127.0.0.1:8000")
+
+
 def test_the_address_of_metrics_is_named() -> None:
     shown = lines('[server]\ndocs = false\n[metrics]\nlisten = "[::1]:9100"')
     assert shown[2:] == ["  http://[::1]:9100/metrics      metrics for Prometheus"]

@@ -357,3 +357,12 @@ def test_a_socket_for_all_users_is_a_risk(passwords: Passwords, mode: str, found
     settings = configured(f'socket = "/run/t.sock"\nsocket_mode = "{mode}"')
     assert names(settings, passwords) == found
     assert settings.exposure is not None
+
+
+@pytest.mark.parametrize(("mode", "found"), [(0o600, []), (0o640, []), (0o644, True), (0o620, True)])
+def test_a_tls_key_of_others_is_a_risk(passwords: Passwords, tmp_path: Path, mode: int, found: object) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    key.chmod(mode)
+    settings = configured(f'tls_certificate = "/c"\ntls_key = "{key}"')
+    assert names(settings, passwords) == (["readable_tls_key"] if found else [])

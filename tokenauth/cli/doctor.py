@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import textwrap
 import time
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ _LOW_DISK = 200 << 20
 
 _LOW_LIMIT = 4096
 """Open files. Each connection is one."""
+
+_RENEWAL = 7 * 86400
+"""Seconds before its end at which a certificate should have been renewed."""
 
 _SKEW = 2.0
 """Seconds by which the clocks of two machines may differ."""
@@ -115,6 +119,8 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
     else:
         yield Finding("warning", "configuration", "nobody can log in", "add a user with `tokenauth user add NAME`")
     yield from _risks(path, text, settings, service.passwords)
+    if settings.server.tls_certificate:
+        yield _certificate(text, settings.server)
     yield _socket(settings.server) if settings.server.socket else _port(settings.server)
     yield from _database(settings)
     yield from _login(settings, service.passwords)
@@ -166,6 +172,24 @@ def _port(settings: ServerSettings) -> Finding:
     return Finding("ok", "port", f"{where} is free")
 
 
+def _certificate(text: str, settings: ServerSettings) -> Finding:
+    """Look whether the certificate and the key can be used, for which names and until when."""
+    from tokenauth.server import tls
+
+    try:
+        pair = tls.read(settings)
+        assert pair is not None
+    except ConfigError as error:
+        problem, _, fix = str(error).partition("; ")
+        return Finding("error", "certificate", problem, fix, _line(text, problem))
+    found, line, fix = tls.Validity(pair), find_line(text, "server.tls_certificate"), "renew it, then reload"
+    if found.until is None:
+        return Finding("error", "certificate", f"clients refuse it: {found.problem}", fix, line)
+    soon = found.until.timestamp() - time.time() < _RENEWAL
+    names = f"{', '.join(found.names) or 'no name'}, until {found.until:%Y-%m-%d %H:%M} UTC"
+    return Finding("warning" if soon else "ok", "certificate", f"it is for {names}", fix * soon, line if soon else None)
+
+
 def _socket(settings: ServerSettings) -> Finding:
     """Look whether the Unix socket can be listened on, and who does."""
     from tokenauth.errors import StartError
@@ -189,7 +213,12 @@ def _connect(settings: ServerSettings) -> socket.socket | None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     with suppress(OSError):
         if not settings.socket:
-            return socket.create_connection((host, settings.port), timeout=_ANSWER_TIME)
+            connection = socket.create_connection((host, settings.port), timeout=_ANSWER_TIME)
+            if not settings.tls_certificate:
+                return connection
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
+            return context.wrap_socket(connection)
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(_ANSWER_TIME)
         connection.connect(settings.socket)

@@ -81,6 +81,7 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
 
         diagnose(config_file, as_json)
     from tokenauth.risks import Risk, check_accepted, find_risks
+    from tokenauth.server import tls
     from tokenauth.server.listener import check_address
     from tokenauth.service import create_service
     from tokenauth.settings import loader
@@ -97,6 +98,7 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
             find_routes(service)
             risks = find_risks(settings, service.passwords, path)
             check_accepted(settings, risks)
+            tls.read(settings.server)
             check_address(settings.server)
             check_files(settings.database)
     except ConfigError as error:

@@ -8,6 +8,7 @@ socket is closed.
 import asyncio
 import errno
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, cast
@@ -19,6 +20,7 @@ from uvicorn.server import ServerState
 from tokenauth import file_descriptors
 from tokenauth.logs import log
 from tokenauth.server.protocol import BoundedProtocol
+from tokenauth.server.tls import HANDSHAKE_TIMEOUT, SHUTDOWN_TIMEOUT
 
 OPEN_PER_ACCEPT = 8
 """In each iteration of the event loop, one connection is accepted, and one more for each 8 that are open.
@@ -33,6 +35,9 @@ LINGER = 0.2
 
 CUT_OFF = 5
 """Seconds before the end of a stop at which unanswered requests get 503: a log-out still has time to be written."""
+
+_LAST_HANDSHAKES = 2.0
+"""Seconds in which a worker that stops still completes TLS handshakes."""
 
 _RETRY = 0.05
 """Seconds until the next attempt to accept, when file descriptors or memory are short."""
@@ -69,7 +74,11 @@ class Acceptor:
     """
 
     def __init__(
-        self, listener: socket.socket, protocol: Callable[[ServerState], HttpToolsProtocol], state: ServerState
+        self,
+        listener: socket.socket,
+        protocol: Callable[[ServerState], HttpToolsProtocol],
+        state: ServerState,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Accept from now on. `protocol` creates the protocol of a connection."""
         listener.setblocking(False)
@@ -77,6 +86,10 @@ class Acceptor:
         self._listener = listener
         self._protocol = protocol
         self._state = state
+        self._tls: dict[str, Any] = {}
+        if tls is not None:
+            times = {"ssl_handshake_timeout": HANDSHAKE_TIMEOUT, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
+            self._tls = {"ssl": tls, **times}
         self._closing_state = _ClosingState(state)
         self._answered_once: list[HttpToolsProtocol] = []
         self._connecting: set[asyncio.Task[object]] = set()
@@ -92,7 +105,10 @@ class Acceptor:
         while self._accept():
             pass
         self.close()
-        await asyncio.gather(*self._connecting, return_exceptions=True)
+        if self._connecting:
+            _, slow = await asyncio.wait(self._connecting, timeout=_LAST_HANDSHAKES)
+            for task in slow:
+                task.cancel()
 
     def close(self) -> None:
         """Accept no more connections."""
@@ -136,8 +152,8 @@ class Acceptor:
 
     async def _connect(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: protocol, connection)
-        except (OSError, MemoryError):  # the client has disconnected, or there is no memory for one more
+            await self._loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
+        except (OSError, MemoryError):  # the client has disconnected or speaks no TLS, or memory is short
             connection.close()
 
     def _make_room(self) -> bool:
@@ -195,7 +211,7 @@ class AcceptingServer(uvicorn.Server):
         def create(state: ServerState) -> HttpToolsProtocol:
             return protocol(self.config, state, self.lifespan.state)
 
-        self._acceptors = [Acceptor(listener, create, self.server_state) for listener in sockets or ()]
+        self._acceptors = [Acceptor(listener, create, self.server_state, self.config.ssl) for listener in sockets or ()]
         self.servers = cast(list[Any], self._acceptors)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

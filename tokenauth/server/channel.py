@@ -14,6 +14,7 @@ import msgspec
 from tokenauth.metrics import Snapshot
 from tokenauth.models import ServedDatabase, User
 from tokenauth.revocation_queue import RevocationUpdate
+from tokenauth.server.tls import KeyPair
 from tokenauth.settings.model import Settings
 
 _LENGTH = struct.Struct("!I")
@@ -37,6 +38,7 @@ class Serve(NamedTuple):
     """The database that earlier workers serve. The first ones may create it."""
     counts_store: bool = False
     """Whether this worker counts for metrics what is the same for all: live tokens and leases."""
+    certificate: KeyPair | None = None
 
 
 class ChangeUsers(NamedTuple):

@@ -21,7 +21,7 @@ def greeting(settings: Settings, port: int, risks: Sequence[Risk], command: str,
 def _addresses(settings: Settings, port: int) -> Iterator[str]:
     host, found = settings.server.host, list[tuple[str, str]]()
     shown = "localhost" if host in _WILDCARDS else f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{port}"
+    url = f"{'https' if settings.server.tls_certificate else 'http'}://{shown}:{port}"
     if settings.server.socket:
         found.append((f"unix:{settings.server.socket}", "for a reverse proxy"))
     else:

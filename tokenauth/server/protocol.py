@@ -216,8 +216,14 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Close the connection when the requests that were received whole have been answered."""
+        """Close the connection when the requests that were received whole have been answered. With TLS, at once.
+
+        asyncio cannot send over TLS once the client has ended its side.
+        """
         self._eof = self.flow.held = True
+        if self.scheme == "https":
+            self._client["gone"] = True
+            return False
         if self.loop.time() - self._received_at > HALF_CLOSE:
             self._client["gone"] = True
         if self.transport.is_closing():

@@ -38,6 +38,7 @@ from tokenauth.server.channel import (
     decode_report,
     encode_order,
 )
+from tokenauth.server.configuration import Configuration
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.terminal import Terminal
 from tokenauth.server.totals import Totals
@@ -246,9 +247,9 @@ class _Passing:
 class _Reload:
     """A new configuration, and its workers, which serve it when all of them are ready."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.slots = [_Slot() for _ in range(settings.server.workers)]
+    def __init__(self, configuration: Configuration) -> None:
+        self.settings, self.certificate = configuration
+        self.slots = [_Slot() for _ in range(self.settings.server.workers)]
         self.heartbeats = 0
 
 
@@ -258,23 +259,23 @@ class Supervisor:
     def __init__(
         self,
         path: Path,
-        settings: Settings,
-        reload: Callable[[], Settings],
+        configuration: Configuration,
+        reload: Callable[[], Configuration],
         listener: socket.socket,
         signals: Signals,
         terminal: Terminal,
         totals: Totals | None = None,
     ) -> None:
-        """Serve `settings`, which were read from `path`, on the listener. At SIGHUP, call `reload` for new ones.
+        """Serve a configuration, which was read from `path`, on the listener. At SIGHUP, call `reload` for a new one.
 
         But the SIGHUP that is sent because the terminal was closed ends it.
         `totals` gets what the workers count, for metrics.
-        `reload` raises ConfigError for settings that cannot be served. Raises OSError.
+        `reload` raises ConfigError for a configuration that cannot be served. Raises OSError.
         """
         self.greeting = ""
         """A text for people, shown once a worker serves."""
         self._path = path
-        self._settings = settings
+        self._settings, self._certificate = settings, _ = configuration
         self._users = settings.users_by_name
         self._load = reload
         self._listener = listener
@@ -584,13 +585,13 @@ class Supervisor:
 
     def _start_worker(self, current: bool, counts_store: bool) -> _Worker:
         """Start a worker for the current configuration, or for the one that is being loaded."""
-        settings = self._settings
-        if self._reload is not None:
-            users = self._reload.settings.users
-            settings = replace(settings, users=users) if current else self._reload.settings
-        order = encode_order(
-            Serve(self._path, settings, self._held.snapshot(), self._served_database(settings, current), counts_store)
-        )
+        settings, certificate = self._settings, self._certificate
+        if self._reload is not None and current:
+            settings = replace(settings, users=self._reload.settings.users)
+        elif self._reload is not None:
+            settings, certificate = self._reload.settings, self._reload.certificate
+        database = self._served_database(settings, current)
+        order = encode_order(Serve(self._path, settings, self._held.snapshot(), database, counts_store, certificate))
         worker = _Worker(self._listener, self._log_fd)
         try:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -624,7 +625,7 @@ class Supervisor:
         """Read the configuration and start workers for it. The current workers get its users at once."""
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
-                settings = self._load()
+                configuration = self._load()
         except Interrupted:
             return
         except ConfigError as error:
@@ -634,8 +635,8 @@ class Supervisor:
             log.error("configuration_refused", detail=f"{self._path}: cannot be read: {logs.describe(error)}")
             return
         self._drop_reload()
-        self._reload = _Reload(settings)
-        self._send_users(settings)
+        self._reload = _Reload(configuration)
+        self._send_users(configuration.settings)
 
     def _send_users(self, settings: Settings) -> None:
         """Send the users of these settings to the current workers and to those that are stopping."""
@@ -669,7 +670,7 @@ class Supervisor:
             old, self._slots = self._slots, reload.slots
             if reload.settings.database.url != self._settings.database.url:
                 self._database = None
-            self._settings, self._reload = reload.settings, None
+            self._settings, self._certificate, self._reload = reload.settings, reload.certificate, None
             for slot in reload.slots:
                 if slot.worker is not None:
                     self._note_database(slot.worker)

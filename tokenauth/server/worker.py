@@ -19,6 +19,7 @@ from tokenauth import logs
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.metrics import Snapshot
 from tokenauth.revocation_queue import RevocationUpdate
+from tokenauth.server import tls
 from tokenauth.server.acceptor import CUT_OFF, AcceptingServer
 from tokenauth.server.channel import (
     GRACE,
@@ -114,6 +115,7 @@ def _work(channel: Channel, listener: socket.socket) -> None:
         gauges, protocol = Gauges(service, order.counts_store), MeteredProtocol
     options = uvicorn_options(lambda: app, order.settings.server, protocol)
     server = WorkerServer(options, channel, service, gauges)
+    options.ssl = None if order.certificate is None else tls.create_context(order.certificate)
     server.follow(others)
     server.run(sockets=[listener])
 

@@ -30,6 +30,7 @@ RiskName = Literal[
     "writable_config",
     "exposed_database",
     "no_trusted_proxy",
+    "readable_tls_key",
 ]
 """What `accept_risks` can name; `tokenauth.risks` finds them."""
 
@@ -58,6 +59,8 @@ class ServerSettings(Table, frozen=True):
     port: Annotated[int, between(0, 65535)] = 8000
     socket: str = ""
     socket_mode: Annotated[str, _SOCKET_MODE] = "0660"
+    tls_certificate: str = ""
+    tls_key: str = ""
     workers: Annotated[int, between(1, 64)] = 1
     cors_origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
@@ -73,6 +76,11 @@ class ServerSettings(Table, frozen=True):
             raise SettingError("socket", f"is a path of {size} bytes; a socket can have at most {_MAX_SOCKET}")
         if size < 0 or self.socket.startswith("@"):
             raise SettingError("socket", "must be a path such as '/run/tokenauth/tokenauth.sock'")
+        for key, other in (("tls_key", "tls_certificate"), ("tls_certificate", "tls_key")):
+            if getattr(self, other) and not getattr(self, key):
+                raise SettingError(key, f"is missing: {other} needs it")
+        if self.socket and self.tls_certificate:
+            raise SettingError("tls_certificate", "must not be set with socket: TLS is the job of the proxy there")
         for number, proxy in enumerate(self.trusted_proxies):
             try:
                 ipaddress.ip_network(proxy)
@@ -389,6 +397,8 @@ class Settings(Table, frozen=True, dict=True):
         self._check_dialects()
         if self.browser.url and self.browser.remember_ttl < self.tokens.ttl:
             raise SettingError("browser.remember_ttl", "must not be less than tokens.ttl")
+        if self.server.tls_certificate and self.browser.url and not self.browser.origin.secure:
+            raise SettingError("browser.url", "must begin with https, as there is a server.tls_certificate")
 
     def _check_users(self) -> None:
         seen: set[str] = set()

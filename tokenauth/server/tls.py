@@ -1,0 +1,131 @@
+"""TLS by this service itself: its certificate and its private key."""
+
+import os
+import ssl
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from tokenauth.errors import ConfigError
+from tokenauth.settings.model import ServerSettings
+
+HANDSHAKE_TIMEOUT = 10.0
+"""Seconds that a client has for the TLS handshake."""
+
+SHUTDOWN_TIMEOUT = 2.0
+"""Seconds to wait for the other side to end TLS, which idle clients do not do."""
+
+_MAX_FILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """The content of both files, so that workers that start later do not depend on what is in them then."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+def read(settings: ServerSettings) -> KeyPair | None:
+    """Read the certificate and the key, and check that they belong together. None without TLS. Raises ConfigError."""
+    if not settings.tls_certificate:
+        return None
+    pair = KeyPair(_read("server.tls_certificate", settings.tls_certificate), _read("server.tls_key", settings.tls_key))
+    if b"-----BEGIN CERTIFICATE-----" not in pair.certificate:
+        problem = "has no certificate in PEM form (-----BEGIN CERTIFICATE-----)"
+        raise ConfigError(f"server.tls_certificate: {settings.tls_certificate} {problem}")
+    if b"PRIVATE KEY-----" not in pair.key:
+        raise ConfigError(f"server.tls_key: {settings.tls_key} has no private key in PEM form (PRIVATE KEY-----)")
+    if b"ENCRYPTED" in pair.key:
+        fix = "store it without a passphrase, readable for the service only"
+        raise ConfigError(f"server.tls_key: {settings.tls_key} is encrypted; {fix}")
+    try:
+        create_context(pair)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            problem = f"{settings.tls_key} does not belong to the certificate in {settings.tls_certificate}"
+            raise ConfigError(f"server.tls_key: {problem}; renew both") from None
+        reason = (error.reason or "broken").replace("_", " ").lower()
+        what = f"{settings.tls_certificate} and {settings.tls_key}"
+        raise ConfigError(f"server.tls_certificate: {what} cannot be used: {reason}") from None
+    return pair
+
+
+def _read(key: str, path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_FILE)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{key}: {path} cannot be read: {reason}") from None
+    return content
+
+
+def create_context(pair: KeyPair) -> ssl.SSLContext:
+    """Return what a server needs: TLS 1.2 or 1.3, HTTP/1.1. Raises ssl.SSLError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    with _as_file(pair.key + b"\n" + pair.certificate) as path:  # `ssl` takes only files
+        context.load_cert_chain(path, password=b"")  # a passphrase would be asked for on the terminal
+    return context
+
+
+@contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """Yield the path of a file that no other user can read: on Linux, one in memory."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{descriptor}"
+    else:
+        with tempfile.NamedTemporaryFile() as temporary:
+            temporary.write(content)
+            temporary.flush()
+            yield temporary.name
+
+
+class Validity:
+    """For which names and until when a certificate is valid. `problem` says why it is not."""
+
+    def __init__(self, pair: KeyPair) -> None:
+        """Do a handshake in memory, in which the certificate itself is the one that is trusted."""
+        self.names: tuple[str, ...] = ()
+        self.until: datetime | None = None
+        self.problem = ""
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname = False
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        try:
+            client.load_verify_locations(cadata=pair.certificate.decode("latin-1"))
+            found = _handshake(create_context(pair), client)
+        except ssl.SSLCertVerificationError as error:
+            self.problem = error.verify_message
+            return
+        except ssl.SSLError as error:
+            self.problem = error.reason or "broken"
+            return
+        self.names = tuple(str(pair[1]) for pair in found.get("subjectAltName", ()))
+        self.until = datetime.fromtimestamp(ssl.cert_time_to_seconds(found["notAfter"]), UTC)
+
+
+def _handshake(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> dict[str, Any]:
+    """Return the certificate as the client sees it. Raises ssl.SSLError."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+    client = client_context.wrap_bio(to_client, to_server)
+    pending = [client, server]
+    while pending:
+        for side in list(pending):
+            try:
+                side.do_handshake()
+                pending.remove(side)
+            except ssl.SSLWantReadError:
+                continue
+    return client.getpeercert() or {}
