@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "metrics", "file_descriptors"}
-    | {"user_agents"},
-    {"stores", "passwords", "login_queue", "executor", "settings"},
+    | {"user_agents", "request_context"},
+    {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
     {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
     {"service", "sweeper", "gauges"},
     {"web"},

@@ -60,6 +60,9 @@ class Gauges:
             ("revocations_held",): len(service.tokens.revocations.held),
             ("feed_age_seconds",): service.store.feed_age,
         }
+        if service.audit is not None:
+            counts["audit_lost_total",] = [service.audit.lost]
+            gauges["audit_up",] = float(service.audit.problem is None)
         return Snapshot(counts, gauges | self._store)
 
     async def run(self) -> None:

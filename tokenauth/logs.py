@@ -10,14 +10,16 @@ import select
 import sys
 import syslog
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import msgspec
+
+from tokenauth.request_context import current_request
 
 if "rich" not in sys.modules:
     # structlog would load it to format tracebacks, which are never logged: that is a fifth of the time of a start.
@@ -42,7 +44,8 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _json(event: object, **_: object) -> bytes:
+def json_line(event: object, **_: object) -> bytes:
+    """Encode an event as one line of JSON that is safe to show on a terminal."""
     try:
         line = msgspec.json.encode(event)
     except UnicodeEncodeError:  # a lone surrogate: only an escape can represent it
@@ -61,6 +64,32 @@ def _printable(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.
     return {key: printable(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
+Observer = Callable[[Mapping[str, object]], None]
+
+_observers: list[Observer] = []
+os.register_at_fork(after_in_child=_observers.clear)  # their threads and locks are the parent's
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Also pass each event that this process logs to a function, which must not raise."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _complete(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Pass an event to the observers, and add the trace of the request that it is about."""
+    for observe in _observers:
+        observe(event)
+    request = current_request.get()
+    if request is not None:
+        event.update(request.trace())
+    return event
+
+
 def audit(event: str, **fields: object) -> None:
     """Log a change that an operator made with a command, and who made it, to syslog (facility authpriv).
 
@@ -68,7 +97,7 @@ def audit(event: str, **fields: object) -> None:
     """
     by = os.environ.get("SUDO_USER") or _name_of(os.getuid())
     timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    line = _json({"event": event, **fields, "by": by, "level": "info", "timestamp": timestamp})
+    line = json_line({"event": event, **fields, "by": by, "level": "info", "timestamp": timestamp})
     syslog.openlog("tokenauth", syslog.LOG_PID, syslog.LOG_AUTHPRIV)
     syslog.syslog(syslog.LOG_INFO, line.decode())
     if not sys.stderr.isatty():
@@ -304,12 +333,12 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
     renderer: structlog.typing.Processor = (
         _TerminalRenderer(pad_event_to=0, pad_level=False)
         if terminal
-        else structlog.processors.JSONRenderer(serializer=_json)
+        else structlog.processors.JSONRenderer(serializer=json_line)
     )
     if terminal:
         shared.append(_printable)
     structlog.configure(
-        processors=[*([_leave_out] if terminal and sink is _writer else []), *shared, renderer],
+        processors=[_complete, *([_leave_out] if terminal and sink is _writer else []), *shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: sink,
         cache_logger_on_first_use=not quiet,

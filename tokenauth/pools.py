@@ -154,8 +154,8 @@ class Pools:
             pool for pool in self._pools.values() if user is None or pool.scope is None or pool.scope in user.scopes
         ]
 
-    async def generate(self, pool: Pool, count: int) -> Sequence[str]:
-        """Add `count` free tokens, all or none, and return their values.
+    async def generate(self, pool: Pool, count: int, by: str | None = None) -> Sequence[str]:
+        """Add `count` free tokens, all or none, and return their values. Log which manager did that, if one did.
 
         Raises PoolFull, or InvalidRequest if `count` is not from 1 to MAX_COUNT.
         """
@@ -168,6 +168,8 @@ class Pools:
         values = self._new_values(pool, count)
         if not await self._store.pools.generate(pool, values, self._clock()):
             raise PoolFull
+        if by is not None:
+            log.info("pool_tokens_generated", pool=pool.name, count=count, by=by)
         self.waiting.wake(pool)
         return values
 
@@ -364,11 +366,16 @@ class Pools:
         self.counters[pool.name].forced += 1
         return forced.token
 
-    async def delete(self, pool: Pool, value: str) -> None:
-        """Delete a token, free or leased. With `prefill` or members, a new one replaces it. Raises UnknownToken."""
+    async def delete(self, pool: Pool, value: str, by: str | None = None) -> None:
+        """Delete a token, free or leased. With `prefill` or members, a new one replaces it.
+
+        Log which manager did that, if one did. Raises UnknownToken.
+        """
         successor = self._new_values(pool, 1)[0] if pool.prefill or pool.members else None
         if not await self._store.pools.delete(pool, _checked(value), self._clock(), successor):
             raise UnknownToken
+        if by is not None:
+            log.info("pool_token_deleted", pool=pool.name, by=by)
         self.waiting.wake(pool)
 
     async def reserve(

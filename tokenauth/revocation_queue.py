@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from contextvars import Context
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -250,7 +251,7 @@ class RevocationQueue:
     def _changed(self) -> None:
         self.active = bool(self.held or self._dropped)
         if self.active and self._started and not self._closing and self._writing is None:
-            self._writing = asyncio.create_task(self._write_later())
+            self._writing = asyncio.create_task(self._write_later(), context=Context())
 
     def _outgoing(self) -> RevocationUpdate:
         """Return the update that is published in the next iteration of the event loop."""

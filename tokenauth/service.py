@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from tokenauth import file_descriptors
+from tokenauth.audit.log import AuditLog
 from tokenauth.clock import Clock, MonotonicClock
 from tokenauth.credentials import Credentials
 from tokenauth.errors import RetryLater
@@ -38,6 +39,7 @@ class Service(NamedTuple):
     named_tokens: NamedTokens
     pools: Pools
     metrics: Metrics
+    audit: AuditLog | None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -113,4 +115,5 @@ def create_service(
     named_tokens = NamedTokens(settings.tokens, users, store, tokens, monotonic_clock)
     pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
     parts = store, passwords, throttle, credentials, tokens, named_tokens, pools
-    return Service(settings, users, monotonic_clock, *parts, Metrics())
+    audit = AuditLog(settings.audit) if settings.audit.file else None
+    return Service(settings, users, monotonic_clock, *parts, Metrics(), audit)

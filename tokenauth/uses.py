@@ -3,6 +3,7 @@
 import asyncio
 import math
 from contextlib import suppress
+from contextvars import Context
 from itertools import islice
 
 from tokenauth.clock import Clock
@@ -162,7 +163,7 @@ class Uses:
 
     def _start(self) -> None:
         self._timer = None
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(self._run(), context=Context())
 
     async def _run(self) -> None:
         self._failed, self._urgent = True, False

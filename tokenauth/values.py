@@ -108,8 +108,15 @@ def refuse_value(text: str, field: str) -> None:
 
     64 hexadecimal digits are accepted: they name a container or a commit, and no random value has only those.
     """
-    if any(len(word) == LENGTH and not _HEX.issuperset(word) for word in _WORD.findall(text)):
+    if redact(text) != text:
         raise InvalidRequest(f"{field}: has the form of a token, or contains one. Choose another text.")
+
+
+def redact(text: str) -> str:
+    """Replace each word of a text that has the form of a token, as `refuse_value` does not allow it."""
+    return _WORD.sub(
+        lambda word: "(token)" if len(word[0]) == LENGTH and not _HEX.issuperset(word[0]) else word[0], text
+    )
 
 
 def find_values(text: bytes) -> list[bytes]:

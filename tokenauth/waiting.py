@@ -8,6 +8,7 @@ request, so no lease is granted to a client whose process has died: of several, 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
+from contextvars import Context
 from copy import copy
 
 from tokenauth.clock import Clock
@@ -166,7 +167,7 @@ class _Line:
         self._some_free = False
         self._next_check = 0.0
         self._next_lost = 0.0
-        self.task = asyncio.get_running_loop().create_task(self._run())
+        self.task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
     def add(self, waiter: Waiter) -> None:
         """Add a client. One that waits for the same request already is told to ask again."""

@@ -19,7 +19,7 @@ import pytest
 from passlib.hash import argon2
 
 from tests.support.connections import Answer, Connection
-from tests.support.journal import serving
+from tests.support.journal import serving, until
 from tests.support.servers import Server, worker, write_config
 
 TOKENS = 40
@@ -199,7 +199,8 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
     users += "".join(
         f'[[users]]\nusername = "{name}"\npassword = "{cheap}"\nscopes = ["admin"]\n' for name in ("ann", "ben")
     )
-    config = write_config(directory, "[server]\naccess_log = true\n[pools.canaries]", users)
+    audit = f'[audit]\nfile = "{directory}/audit.jsonl"\n'
+    config = write_config(directory, f"[server]\naccess_log = true\n{audit}[pools.canaries]", users)
     done = Aftermath(directory, [], [], [], [])
     for broken in (False, True):
         with serving(config, "--workers", "2") as server:
@@ -215,7 +216,8 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
                 db.close()
             done.answers.extend(provoke(server, mine))
             if not broken:
-                server.wait("token_revoked")  # a thread writes the log
+                server.wait("token_revoked")  # threads write the log and the audit log
+                until(lambda: '"logout"' in (directory / "audit.jsonl").read_text(), "log-outs are audited")
             server.kill()
     return done
 
@@ -228,6 +230,8 @@ def test_no_file_or_log_contains_a_token_or_password(aftermath: Aftermath) -> No
     log = (directory / "server-0.log").read_text() + (directory / "server-1.log").read_text()
     for event in ("request", "login_failed", "token_issued", "token_revoked", "login_refused", "named_token_rotated"):
         assert f'"event":"{event}"' in log, "the canaries must have reached code that logs"
+    for action in ("login", "logout", "issue_token", "rotate_token", "access"):
+        assert f'"action":"{action}"' in (directory / "audit.jsonl").read_text()
     for secret in (*tokens, PASSWORD, WRONG, AS_NAME):
         for form in forms(secret):
             assert not [path.name for path in files if form in path.read_bytes()], form
@@ -236,7 +240,7 @@ def test_no_file_or_log_contains_a_token_or_password(aftermath: Aftermath) -> No
 def test_no_log_or_error_contains_a_pool_token(aftermath: Aftermath) -> None:
     """The database stores them in clear, since they are leased again."""
     directory, _, _, pool_tokens, pool_answers = aftermath
-    logs = b"".join(path.read_bytes() for path in directory.glob("server-*.log"))
+    logs = b"".join(path.read_bytes() for path in (*directory.glob("server-*.log"), directory / "audit.jsonl"))
     for route in (
         "",
         "/{pool}",

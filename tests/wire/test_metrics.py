@@ -27,7 +27,8 @@ ODD = ["Pa55word-typed-as-name", "ann\N{ZERO WIDTH SPACE}", 'a"b\\c{d="e"}', "x"
 @pytest.fixture(scope="module")
 def running(directory: Path) -> Iterator[tuple[Server, Scraper]]:
     """Run two workers with metrics."""
-    with metered(write_config(directory, SETTINGS + POOLS), "--workers", "2") as found:
+    audit = f'[audit]\nfile = "{directory}/audit.jsonl"\n'
+    with metered(write_config(directory, SETTINGS + audit + POOLS), "--workers", "2") as found:
         found[1].wait(2, "workers")
         yield found
 

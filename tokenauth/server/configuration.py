@@ -60,6 +60,9 @@ class ConfigurationFile:
         if file.metrics != served.metrics:
             log.warning("restart_needed", detail=f"{path}: metrics.listen changes only at a restart")
             file = replace(file, metrics=served.metrics)
+        if file.audit != served.audit:
+            log.warning("restart_needed", detail=f"{path}: [audit] changes only at a restart")
+            file = replace(file, audit=served.audit)
         address = {"host": served.server.host, "port": served.server.port, "socket": served.server.socket}
         return self._checked(loader.override(file, workers=self._workers, **address))[0]
 

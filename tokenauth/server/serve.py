@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenauth import file_descriptors, logs
+from tokenauth.audit.log import AuditLog, auditing
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
 from tokenauth.server.configuration import ConfigurationFile
@@ -67,17 +68,18 @@ def serve(
     except StartError as error:
         log.critical("start_failed", detail=str(error))
         return START_FAILED
-    if settings.server.socket:
-        port = 0
-        log.info("listening", socket=settings.server.socket, workers=settings.server.workers, pid=os.getpid())
-    else:
-        port = listener.getsockname()[1]
-        log.info("listening", host=settings.server.host, port=port, workers=settings.server.workers, pid=os.getpid())
-    try:
-        supervisor = Supervisor(path, configuration, file.read_again, listener, signals, terminal, totals)
-        if logs.on_terminal():
-            supervisor.greeting = greeting(settings, port, risks, *command)
-    except OSError as error:
-        log.critical("start_failed", detail=describe(error))
-        return START_FAILED
-    return supervisor.run()
+    with auditing(AuditLog(settings.audit) if settings.audit.file else None):
+        if settings.server.socket:
+            port = 0
+            log.info("listening", socket=settings.server.socket, workers=settings.server.workers, pid=os.getpid())
+        else:
+            port, host = listener.getsockname()[1], settings.server.host
+            log.info("listening", host=host, port=port, workers=settings.server.workers, pid=os.getpid())
+        try:
+            supervisor = Supervisor(path, configuration, file.read_again, listener, signals, terminal, totals)
+            if logs.on_terminal():
+                supervisor.greeting = greeting(settings, port, risks, *command)
+        except OSError as error:
+            log.critical("start_failed", detail=describe(error))
+            return START_FAILED
+        return supervisor.run()

@@ -327,6 +327,25 @@ class MetricsSettings(Table, frozen=True):
         return host.strip("[]"), int(port)
 
 
+_MIN_KEY = 16
+"""Characters of a key for the audit log."""
+
+
+class AuditSettings(Table, frozen=True):
+    """Where the audit log is written; without a file there is none."""
+
+    file: str = ""
+    max_mib: Annotated[int, between(0, 1 << 20)] = 64
+    keep: Annotated[int, between(1, 1000)] = 10
+    key: Annotated[str, SECRET] = ""
+
+    def __post_init__(self) -> None:
+        if "\0" in self.file or self.file.endswith("/"):
+            raise SettingError("file", "must be the path of a file", f", not {self.file[:80]!r}")
+        if 0 < len(self.key) < _MIN_KEY:
+            raise SettingError("key", f"must have at least {_MIN_KEY} characters, or be empty")
+
+
 class PoolSettings(Table, frozen=True):
     """A pool of tokens to lease."""
 
@@ -387,6 +406,7 @@ class Settings(Table, frozen=True, dict=True):
     oauth: OAuthSettings = OAuthSettings()
     browser: BrowserSettings = BrowserSettings()
     metrics: MetricsSettings = MetricsSettings()
+    audit: AuditSettings = AuditSettings()
     users: tuple[UserSettings, ...] = ()
     pools: dict[str, PoolSettings] = {}  # noqa: RUF012 - msgspec copies it for each record
     dialects: Annotated[dict[str, DialectSettings], _KINDS] = {}  # noqa: RUF012 - likewise

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from contextvars import Context
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -122,7 +123,7 @@ class Writer:
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.add(change, future)
         if self._task is None:
-            self._task = asyncio.create_task(self._work())
+            self._task = asyncio.create_task(self._work(), context=Context())
         return future
 
     def refuse_waiting(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
 
 from tokenauth.errors import StoreUnavailable
 from tokenauth.logs import log
@@ -120,7 +121,7 @@ class Circuit:
         """Probe the database now, unless a probe is running; open if the probe fails."""
         if self._probing is None:
             self._probe_finished.clear()
-            self._probing = asyncio.create_task(self._probe_until_it_works())
+            self._probing = asyncio.create_task(self._probe_until_it_works(), context=Context())
 
     async def wait_for_probe(self) -> None:
         """Wait for the result of the probe that is running, if one is."""

@@ -13,6 +13,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp
 
 from tokenauth import __version__
+from tokenauth.audit.log import auditing
 from tokenauth.clock import Clock
 from tokenauth.logs import log
 from tokenauth.metrics import OTHERS
@@ -121,7 +122,7 @@ def find_routes(service: Service) -> list[Route]:
         *OAuthRoutes(tokens, service.credentials, config.oauth.issuer, counted(service, INTROSPECTION)).routes(
             csrf_guard
         ),
-        *HealthRoutes(service.ready).routes(),
+        *HealthRoutes(service.ready, service.audit).routes(),
         *ConsoleRoutes().routes(),
         *javascript_routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
@@ -144,6 +145,14 @@ def _create_pages(service: Service) -> tuple[BrowserAuth | None, Sequence[Route]
 @asynccontextmanager
 async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, object]]:
     """Run the service and its sweeper. The state has the refusal rules for the HTTP server, and what is logged once."""
+    with auditing(service.audit):
+        async with _serving(service) as state:
+            yield state
+    log.info("stopped")
+
+
+@asynccontextmanager
+async def _serving(service: Service) -> AsyncIterator[Mapping[str, object]]:
     async with service.running():
         await service.pools.prefill()
         sweeper = Sweeper(service.store, service.pools, service.clock, service.settings.throttle.forget)
@@ -163,4 +172,3 @@ async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, o
             sweeping.cancel()
             with suppress(asyncio.CancelledError):
                 await sweeping
-    log.info("stopped")

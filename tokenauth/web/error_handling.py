@@ -10,6 +10,7 @@ from starlette.websockets import WebSocketClose
 from tokenauth.errors import Forbidden, InsufficientScope, StartError, Stopping
 from tokenauth.logs import describe, log
 from tokenauth.web.exceptions import NotFound
+from tokenauth.web.request_context import set_current
 from tokenauth.web.responses import error_response
 from tokenauth.web.routing import route_path
 
@@ -57,6 +58,7 @@ class ErrorMiddleware:
 
             await self._app(scope, receive, send_in_one_line)
             return
+        set_current(scope)
         try:
             await self._app(scope, receive, send)
         except asyncio.CancelledError:  # at the end of a stop

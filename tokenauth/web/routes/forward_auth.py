@@ -17,6 +17,7 @@ from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.exceptions import RetryableInternalError
+from tokenauth.web.request_context import set_current
 from tokenauth.web.requests import bearer, header_token, query_pairs
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
@@ -89,6 +90,7 @@ class ForwardAuth(Endpoint):
 
     def _refuse(self, scope: Scope, error: Exception, token: Token | None, asked: _Query) -> Response:
         """Return the response to a request that may not pass. Whatever happens here, it is none that lets it pass."""
+        set_current(scope)
         try:
             if isinstance(error, TokenRequired | InvalidToken | InvalidRequest):
                 refusal = InvalidToken() if isinstance(error, InvalidRequest) else error  # two different tokens
@@ -98,6 +100,7 @@ class ForwardAuth(Endpoint):
                 return refusal_response(refusal)
             if isinstance(error, Refusal):
                 if token is not None:
+                    scope["token"] = token
                     self._log_denied(token, error)
                 return refusal_response(error)
         except Exception as unexpected:

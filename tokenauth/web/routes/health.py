@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 from starlette.responses import Response
 
+from tokenauth.audit.log import AuditLog
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Route
@@ -15,8 +16,10 @@ class AliveAnswer(msgspec.Struct):
     status: Literal["ok"] = "ok"
 
 
-class ReadyAnswer(msgspec.Struct):
-    status: Literal["ready"] = "ready"
+class ReadyAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
+    status: Literal["ready"]
+    audit: str | None = None
+    """Why the audit log cannot be written, if so: that stops no request."""
 
 
 class NotReadyAnswer(msgspec.Struct):
@@ -25,9 +28,10 @@ class NotReadyAnswer(msgspec.Struct):
 
 
 class HealthRoutes:
-    def __init__(self, problem: Callable[[], Awaitable[str | None]]) -> None:
+    def __init__(self, problem: Callable[[], Awaitable[str | None]], audit: AuditLog | None) -> None:
         """Create them. `problem` returns what keeps the service from serving, if anything does."""
         self._problem = problem
+        self._audit = audit
 
     def routes(self) -> list[Route]:
         return [Route("/healthz", {"GET": self.alive}), Route("/readyz", {"GET": self.ready})]
@@ -37,4 +41,8 @@ class HealthRoutes:
 
     async def ready(self, request: Request) -> Response:
         problem = await self._problem()
-        return JSONResponse(ReadyAnswer()) if problem is None else JSONResponse(NotReadyAnswer(problem), 503)
+        if problem is not None:
+            return JSONResponse(NotReadyAnswer(problem), 503)
+        reason = None if self._audit is None else self._audit.problem
+        audit = None if reason is None else f"cannot be written: {reason}"
+        return JSONResponse(ReadyAnswer(status="ready", audit=audit))

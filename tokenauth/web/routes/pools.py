@@ -242,7 +242,9 @@ class PoolRoutes:
         pool = self._managed(request)
         body = await request.json_body(_generate, empty=GenerateRequest())
         request.raise_if_disconnected()
-        return JSONResponse(GeneratedAnswer([*await self._pools.generate(pool, body.count)]), 201)
+        return JSONResponse(
+            GeneratedAnswer([*await self._pools.generate(pool, body.count, request.user.username)]), 201
+        )
 
     async def show_token(self, request: Request) -> Response:
         pool = self._pool(request)
@@ -252,7 +254,7 @@ class PoolRoutes:
         return JSONResponse(shown)
 
     async def delete(self, request: Request) -> Response:
-        await self._pools.delete(self._managed(request), request.path_params["token"])
+        await self._pools.delete(self._managed(request), request.path_params["token"], request.user.username)
         return NO_CONTENT
 
     async def assign(self, request: Request) -> Response:

@@ -17,6 +17,7 @@ from tokenauth.tokens import Tokens
 from tokenauth.web.csrf import Hosts
 from tokenauth.web.logout_tokens import find_logout_tokens
 from tokenauth.web.openapi import NO_NUL, schema_only
+from tokenauth.web.request_context import set_current
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSON, NO_STORE, JSONResponse, NoStoreResponse, error_response
 from tokenauth.web.routing import Endpoint, Route, strict
@@ -73,6 +74,7 @@ class CheckToken(Endpoint):
                 token = await self._tokens.validate(_find_token(request), request.touches())
         except Exception as error:
             self._counts.refuse(error)
+            set_current(scope)
             await error_response(error)(scope, receive, send)
             return
         if token is None:

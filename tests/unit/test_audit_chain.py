@@ -1,0 +1,313 @@
+"""The chain of an audit file: what was removed, changed, inserted, swapped or cut shows, and a crash is harmless."""
+
+import fcntl
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import ROOT
+from tokenauth.audit import chain as module
+from tokenauth.audit.chain import CUT, Chain
+
+Lines = list[bytes]
+
+
+def record(number: int) -> bytes:
+    return json.dumps({"action": "test", "number": number}).encode()
+
+
+def filled(path: Path, count: int, **options: int | str) -> Chain:
+    """Return a chain with that many lines, each appended by itself."""
+    chain = Chain(path / "audit.jsonl", **options)  # type: ignore[arg-type]
+    for number in range(1, count + 1):
+        chain.append([record(number)])
+    return chain
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def edit(chain: Chain, change: Callable[[Lines], Lines]) -> None:
+    """Change the lines of the file, and leave its head alone."""
+    lines = chain.path.read_bytes().splitlines(keepends=True)
+    chain.path.write_bytes(b"".join(change(lines)))
+
+
+def forge(line: bytes) -> bytes:
+    """Change a line and compute its hash anew, as anyone can without a key."""
+    body = line.partition(b',"hash"')[0].replace(b'"test"', b'"fake"')
+    return body + b',"hash":"' + sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def test_a_filled_chain_is_right(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 5)
+    verdict = chain.verify()
+    assert (verdict.problem, verdict.lines, verdict.first, verdict.last) == (None, 5, 1, 5)
+    assert verdict.hash == read(chain.path)[-1]["hash"]
+    assert [line["number"] for line in read(chain.path)] == [1, 2, 3, 4, 5]
+
+
+TAMPERED: dict[str, tuple[Callable[[Lines], Lines], int | None, str]] = {
+    "removed": (lambda lines: lines[:4] + lines[5:], 5, "line 5 is missing"),
+    "several removed": (lambda lines: lines[:4] + lines[7:], 5, "lines from 5 on are missing"),
+    "changed": (lambda lines: [*lines[:4], lines[4].replace(b"test", b"best"), *lines[5:]], 5, "was changed"),
+    "changed with its hash": (lambda lines: [*lines[:4], forge(lines[4]), *lines[5:]], 6, "does not follow"),
+    "inserted": (lambda lines: [*lines[:4], b'{"action":"x"}\n', *lines[4:]], 5, "did not write it"),
+    "repeated": (lambda lines: [*lines[:4], lines[2], *lines[4:]], 5, "line 3 is repeated"),
+    "swapped": (lambda lines: [*lines[:4], lines[5], lines[4], *lines[6:]], 5, "line 5 is missing here, or moved"),
+    "cut in the middle": (lambda lines: [*lines[:4], lines[4][:30] + b"\n", *lines[5:]], 5, "changed or cut"),
+    "cut at the end": (lambda lines: lines[:-2], None, "the last 2 lines are missing"),
+    "cut in the last line": (lambda lines: [*lines[:-1], lines[-1][:-20]], 9, "changed or cut"),
+    "the last one changed with its hash": (lambda lines: [*lines[:-1], forge(lines[-1])], None, "not the one"),
+    "the first one removed and renumbered": (
+        lambda lines: [forge(lines[1].replace(b'"n":2', b'"n":1')), *lines[2:]], 1, "numbered 1, and follows others"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_verify_finds_the_first_tampered_line(tmp_path: Path, case: str) -> None:
+    change, line, problem = TAMPERED[case]
+    chain = filled(tmp_path, 9)
+    edit(chain, change)
+    verdict = chain.verify()
+    assert problem in str(verdict.problem)
+    assert (verdict.position and verdict.position.line) == line
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_later_lines_do_not_hide_tampering(tmp_path: Path, case: str) -> None:
+    chain = filled(tmp_path, 9)
+    edit(chain, TAMPERED[case][0])
+    chain.append([record(10)])
+    assert chain.verify().problem is not None
+
+
+def test_a_key_shows_lines_that_were_all_rewritten(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3, key="a key of the operator")
+    assert chain.verify().problem is None
+    assert Chain(chain.path).verify().problem is not None
+    chain.path.unlink()
+    chain.head_path.unlink()
+    filled(tmp_path, 3)
+    assert "line 1" not in str(chain.verify().problem)
+    assert chain.verify().position is not None
+
+
+@pytest.mark.parametrize("rest", [b'{"n":4,"action":"te', b"\0" * 70_000, b"{}"])
+def test_a_line_that_a_crash_has_cut_is_marked(tmp_path: Path, rest: bytes) -> None:
+    chain = filled(tmp_path, 3)
+    with chain.path.open("ab") as file:
+        file.write(rest)
+    chain.append([record(4)])
+    verdict = chain.verify()
+    assert (verdict.problem, verdict.lines, verdict.cut) == (None, 5, 1)
+    lines = chain.path.read_bytes().splitlines()
+    assert lines[3] == rest
+    assert json.loads(lines[4])["action"] == CUT
+
+
+def test_a_cut_line_is_not_hidden_by_another_mark(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3)
+    with chain.path.open("ab") as file:
+        file.write(b"cut")
+    chain.append([record(4)])
+    edit(chain, lambda lines: [*lines[:3], b"cat\n", *lines[4:]])
+    assert chain.verify().problem is not None
+
+
+def test_a_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3)
+    before = chain.head_path.read_bytes()
+    chain.append([record(4)])
+    chain.path.write_bytes(chain.path.read_bytes().removesuffix(b"\n"))
+    chain.head_path.write_bytes(before)
+    chain.append([record(5)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 5)
+
+
+def test_lines_written_before_the_head_are_kept(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3)
+    before = chain.head_path.read_bytes()
+    chain.append([record(4), record(5)])
+    chain.head_path.write_bytes(before)
+    assert chain.verify().problem is None
+    chain.append([record(6)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 6)
+
+
+@pytest.mark.parametrize("head", [None, b"", b"torn {"])
+def test_without_a_head_the_chain_goes_on(tmp_path: Path, head: bytes | None) -> None:
+    chain = filled(tmp_path, 3)
+    if head is None:
+        chain.head_path.unlink()
+    else:
+        chain.head_path.write_bytes(head)
+    chain.append([record(4)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 4)
+
+
+def test_rotation_by_size_keeps_the_chain(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 40, max_size=1000, keep=3)
+    names = [path.name for path in chain.files()]
+    assert names == ["audit.jsonl.3", "audit.jsonl.2", "audit.jsonl.1", "audit.jsonl"]
+    assert all(path.stat().st_size <= 1000 for path in chain.files())
+    verdict = chain.verify()
+    assert (verdict.problem, verdict.last) == (None, 40)
+    assert verdict.lines == 40 - verdict.first + 1
+
+
+def test_a_rotated_file_that_is_missing_shows(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 40, max_size=1000, keep=3)
+    chain.files()[1].unlink()
+    assert "missing" in str(chain.verify().problem)
+
+
+def test_a_file_renamed_by_another_program_goes_on(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3)
+    chain.path.rename(tmp_path / "audit.jsonl-20261128")
+    chain.append([record(4)])
+    with gzip.open(tmp_path / "audit.jsonl-20261128.gz", "wb") as file:
+        file.write((tmp_path / "audit.jsonl-20261128").read_bytes())
+    (tmp_path / "audit.jsonl-20261128").unlink()
+    assert [path.name for path in chain.files()] == ["audit.jsonl-20261128.gz", "audit.jsonl"]
+    assert (chain.verify().problem, chain.verify().lines) == (None, 4)
+
+
+def test_a_restored_copy_goes_on(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3)
+    copy = chain.path.read_bytes()
+    chain.path.unlink()
+    chain.path.write_bytes(copy)
+    chain.append([record(4)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 4)
+
+
+def test_new_files_are_closed_to_other_accounts(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        chain = filled(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (chain.path, chain.head_path)} == {0o640}
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Let no file grow beyond this size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_on_a_full_disk_all_or_nothing_is_written(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 3)
+    before = chain.path.read_bytes()
+    with room(len(before) + 100), pytest.raises(OSError, match="too large"):
+        chain.append([record(4), record(5)])
+    assert chain.path.read_bytes() == before
+    chain.append([record(6)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 4)
+
+
+WRITER = """
+import json, sys
+from pathlib import Path
+from tokenauth.audit.chain import Chain
+chain = Chain(Path(sys.argv[1]), max_size=20_000, keep=100)
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(sys.argv[3])):
+    chain.append([json.dumps({"writer": sys.argv[2], "number": number}).encode()])
+    print(number, flush=True)
+"""
+
+
+@contextmanager
+def writers(path: Path, count: int, lines: int) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Start processes that append as soon as a line is sent to them."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), str(number), str(lines)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_four_processes_append_to_one_chain(tmp_path: Path) -> None:
+    chain = Chain(tmp_path / "audit.jsonl", keep=100)
+    with writers(chain.path, 4, 100) as processes:
+        for process in processes:
+            process.communicate()
+    verdict = chain.verify()
+    assert (verdict.problem, verdict.lines, verdict.first) == (None, 400, 1)
+    assert len(chain.files()) > 3
+    lines = [line for path in chain.files() for line in read(path)]
+    for writer in "0123":
+        assert [line["number"] for line in lines if line["writer"] == writer] == list(range(100))
+
+
+def test_writers_killed_at_any_instant_break_nothing(tmp_path: Path) -> None:
+    chain = Chain(tmp_path / "audit.jsonl", keep=100)
+    answered = [0, 0, 0, 0]
+    for _ in range(3):
+        with writers(chain.path, 4, 1_000_000) as processes:
+            for number, process in enumerate(processes):
+                assert process.stdout is not None
+                for _ in range(5 + 3 * number):
+                    process.stdout.readline()
+                process.kill()
+                output, _ = process.communicate()
+                answered[number] += 5 + 3 * number + output.count("\n")
+    chain.append([b'{"writer":"last"}'])
+    verdict = chain.verify()
+    assert verdict.problem is None
+    lines = [line for path in chain.files() for line in read_whole(path)]
+    for writer, count in enumerate(answered):
+        assert sum(line.get("writer") == str(writer) for line in lines) >= count
+
+
+def read_whole(path: Path) -> list[dict[str, object]]:
+    """Return the lines that were not cut."""
+    return [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b'"}')]
+
+
+def test_a_writer_waits_only_so_long_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = filled(tmp_path, 1)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
+    with chain.head_path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            chain.append([record(2)])
+    chain.append([record(2)])
+    assert chain.verify().lines == 2

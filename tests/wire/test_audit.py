@@ -1,0 +1,285 @@
+"""The audit log of `tokenauth serve` with two workers: each act is one line, with who, to whom, from where and how."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.auditing import read_audit, wait_for
+from tests.support.journal import until
+from tests.support.main_process import workers_of
+from tests.support.servers import Server, log_in, serve, write_config
+from tokenauth.audit.chain import Chain
+
+SETTINGS = """
+[server]
+workers = 2
+trusted_proxies = ["127.0.0.1"]
+accept_risks = ["shipped_password", "weak_hash", "no_trusted_proxy"]
+[throttle]
+free = 100
+[audit]
+file = "{directory}/audit.jsonl"
+[pools.phones]
+capacity = 3
+[[pools.devices.members]]
+name = "pixel"
+"""
+
+TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+TRACED = {"trace_id": "0af7651916cd43dd8448eb211c80319c", "span_id": "b7ad6b7169203331"}
+REQUEST_ID = "7d1c1b7e-7c9b-4a6e-9d2a-7d1c1b7e7c9b"
+SENT = {"X-Forwarded-For": "192.0.2.7", "User-Agent": "probe/1.0", "X-Request-ID": REQUEST_ID, **TRACE}
+FROM = {"via": "http", "address": "192.0.2.7", "user_agent": "probe/1.0", "request_id": REQUEST_ID, **TRACED}
+
+
+class Audited:
+    """A server, a client, and what was audited since the last look."""
+
+    def __init__(self, server: Server, client: httpx.Client, file: Path) -> None:
+        self.server = server
+        self.client = client
+        self.file = file
+        self._seen = len(read_audit(file))
+
+    def new(self, count: int) -> list[dict[str, Any]]:
+        """Wait for that many records since the last call, and check that they say where they come from."""
+        records = wait_for(self.file, self._seen + count)[self._seen :]
+        self._seen += len(records)
+        assert len(records) == count
+        for record in records:
+            assert FROM.items() <= record.items()
+        return [{key: record[key] for key in record if key in SHOWN} for record in records]
+
+
+SHOWN = {"action", "result", "by", "user", "target", "by_token", "details"}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    directory = tmp_path_factory.mktemp("audit")
+    with serve(write_config(directory, SETTINGS.format(directory=directory))) as server:
+        wait_for(directory / "audit.jsonl", action="upgrade_schema")
+        yield server, directory / "audit.jsonl"
+
+
+@pytest.fixture
+def audited(running: tuple[Server, Path]) -> Iterator[Audited]:
+    server, file = running
+    with server.client(headers=SENT) as client:
+        yield Audited(server, client, file)
+
+
+def id_of(client: httpx.Client, token: str) -> str:
+    return str(client.get("/api/me", headers={"X-Token": token}).json()["id"])
+
+
+def test_login_and_logout_name_the_user(audited: Audited) -> None:
+    token = log_in(audited.client)
+    id_ = id_of(audited.client, token)
+    audited.client.delete("/api/token", headers={"X-Token": token}).raise_for_status()
+    assert audited.new(2) == [
+        {"action": "login", "result": "ok", "by": "admin", "user": "admin", "target": id_},
+        {"action": "logout", "result": "ok", "by": "admin", "user": "admin", "target": id_},
+    ]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("ANN", "ann"), ("hunter2-typed-as-name", "(unknown)")])
+def test_a_failed_login_names_only_users(audited: Audited, name: str, shown: str) -> None:
+    answer = audited.client.post("/api/token", json={"username": name, "password": "wrong"})
+    assert answer.status_code == 401
+    assert audited.new(1) == [{"action": "login", "result": "invalid_credentials", "user": shown}]
+    assert "hunter2" not in audited.file.read_text()
+
+
+def test_tokens_are_issued_rotated_and_revoked_by_whom(audited: Audited) -> None:
+    login = {"X-Token": log_in(audited.client, "ann", "ann-secret")}
+    mine = id_of(audited.client, login["X-Token"])
+    named = audited.client.post("/api/tokens", json={"name": "ci"}, headers=login).json()["id"]
+    new = audited.client.post(f"/api/tokens/{named}/rotate", json={"overlap": "1h"}, headers=login).json()["id"]
+    audited.client.delete(f"/api/tokens/{new}", headers=login).raise_for_status()
+    audited.client.delete("/api/tokens?keep=current", headers=login).raise_for_status()
+    by = {"result": "ok", "by": "ann", "user": "ann", "by_token": mine}
+    assert audited.new(5)[1:] == [
+        {"action": "issue_token", "target": named, "details": {"name": "ci"}, **by},
+        {"action": "rotate_token", "target": named, "details": {"new_id": new, "name": "ci", "overlap": 3600}, **by},
+        {"action": "revoke_token", "target": new, **by},
+        {"action": "revoke_tokens", "target": "login", "details": {"count": 0}, **by},
+    ]
+
+
+def test_an_admin_who_revokes_is_not_the_owner(audited: Audited) -> None:
+    log_in(audited.client, "ann", "ann-secret")
+    admin = {"X-Token": log_in(audited.client)}
+    audited.client.delete("/api/tokens?user=ann", headers=admin).raise_for_status()
+    *_, revoked = audited.new(3)
+    assert (revoked["action"], revoked["by"], revoked["user"]) == ("revoke_tokens", "admin", "ann")
+    assert revoked["details"]["count"] >= 1
+
+
+@pytest.mark.parametrize("path", ["/api/tokens?user=admin", "/auth?scope=admin", "/api/pools/phones/tokens"])
+def test_a_missing_scope_is_an_act(audited: Audited, path: str) -> None:
+    token = log_in(audited.client, "ann", "ann-secret")
+    method = "POST" if path.startswith("/api/pools") else "GET"
+    answer = audited.client.request(method, path, headers={"X-Token": token})
+    assert answer.status_code == 403
+    _, refused = audited.new(2)
+    assert (refused["action"], refused["result"], refused["by"]) == ("access", "insufficient_scope", "ann")
+    assert refused["by_token"] == id_of(audited.client, token)
+    assert refused["details"] == {"scope": "admin"}
+
+
+def test_managers_of_pools_are_audited(audited: Audited) -> None:
+    admin = {"X-Token": log_in(audited.client)}
+    pool = "/api/pools/devices"
+    reservation = f"{pool}/members/pixel/reservation"
+    lease = audited.client.post(f"{pool}/leases", json={"holder": "ci-7"}, headers=admin).json()["token"]
+    audited.client.put(reservation, json={"until": "1h", "note": "repair"}, headers=admin).raise_for_status()
+    audited.client.delete(reservation, headers=admin).raise_for_status()
+    forced = audited.client.request(
+        "DELETE", f"{pool}/leases/{lease}?force=true", json={"reason": "stuck"}, headers=admin
+    )
+    forced.raise_for_status()
+    made = audited.client.post("/api/pools/phones/tokens", json={"count": 2}, headers=admin).json()["tokens"]
+    audited.client.delete(f"/api/pools/phones/tokens/{made[0]}", headers=admin).raise_for_status()
+    records = audited.new(6)[1:]
+    assert [(record["action"], record["target"], record["by"]) for record in records] == [
+        ("reserve_member", "devices/pixel", "admin"),
+        ("unreserve_member", "devices/pixel", "admin"),
+        ("end_lease", "devices/pixel", "admin"),
+        ("generate_pool_tokens", "phones", "admin"),
+        ("delete_pool_token", "phones", "admin"),
+    ]
+    assert records[0]["details"]["note"] == "repair"
+    assert records[2]["details"]["reason"] == "stuck"
+    assert records[3]["details"] == {"count": 2}
+    text = audited.file.read_text()
+    assert not [value for value in (lease, *made) if value in text]
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        ("cc-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-what-ever", True),
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", False),
+        ("ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", False),
+        ("00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01", False),
+        ("00-00000000000000000000000000000000-b7ad6b7169203331-01", False),
+        ("00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01", False),
+        ("hunter2", False),
+        ("", False),
+    ],
+)
+def test_only_a_valid_traceparent_is_logged(audited: Audited, sent: str, found: bool) -> None:
+    body = {"username": "ann", "password": "wrong"}
+    before = len(audited.server.events("login_failed")), len(read_audit(audited.file))
+    audited.client.post("/api/token", json=body, headers={"traceparent": sent})
+    record = wait_for(audited.file, before[1] + 1)[-1]
+    until(lambda: len(audited.server.events("login_failed")) > before[0], "the failure is logged")
+    line = audited.server.events("login_failed")[before[0]]
+    for each in (record, line):
+        assert (TRACED.items() <= each.items()) is found
+        assert ("trace_id" in each) is found
+
+
+def test_two_traceparents_are_ignored(audited: Audited) -> None:
+    before = len(read_audit(audited.file))
+    headers = [*SENT.items(), *TRACE.items()]
+    httpx.post(f"{audited.server.url}/api/token", json={"username": "ann", "password": "wrong"}, headers=headers)
+    assert "trace_id" not in wait_for(audited.file, before + 1)[-1]
+
+
+def test_a_token_in_an_agent_is_hidden(audited: Audited) -> None:
+    token = log_in(audited.client)
+    before = len(wait_for(audited.file, action="login", by="admin"))
+    log_in(audited.client, headers={"User-Agent": f"me/{token} (x)", "X-Request-ID": token})
+    record = wait_for(audited.file, before + 1, action="login", by="admin")[-1]
+    assert record["user_agent"] == "me/(token) (x)"
+    assert "request_id" not in record
+
+
+def test_an_address_is_believed_of_proxies_only(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n')) as server, server.client(headers=SENT) as client:
+        log_in(client)
+        [record] = wait_for(file, action="login")
+    assert record["address"] == "127.0.0.1"
+
+
+def test_start_reload_and_stop_are_audited(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    config = write_config(tmp_path, f'[audit]\nfile = "{file}"\n')
+    with serve(config) as server:
+        [start] = wait_for(file, action="start")
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(file, action="reload", result="ok")
+        config.write_text(config.read_text() + "\n[nonsense]\n")
+        server.process.send_signal(signal.SIGHUP)
+        [refused] = wait_for(file, action="reload", result="configuration_refused")
+        assert "nonsense" in refused["details"]["detail"]
+        assert server.stop() == 0
+    [stop] = wait_for(file, action="stop")
+    assert {record["via"] for record in (start, refused, stop)} == {"server"}
+    assert Chain(file).verify().problem is None
+
+
+def test_a_stop_writes_all_acts(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n'), "--workers", "2") as server:
+        with server.client() as client:
+            for _ in range(20):
+                log_in(client)
+        assert server.stop() == 0
+    assert sum(record["action"] == "login" for record in read_audit(file)) == 20
+    assert Chain(file).verify().problem is None
+
+
+def test_a_killed_worker_breaks_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n'), "--workers", "2") as server:
+        for count in (1, 2, 3):
+            with server.client() as client:
+                log_in(client)
+            wait_for(file, count, action="login")
+            os.kill(workers_of(server)[0], signal.SIGKILL)
+        with server.client() as client:
+            log_in(client)
+        assert server.stop() == 0
+    verdict = Chain(file).verify()
+    assert verdict.problem is None
+    assert len(wait_for(file, action="login")) == 4
+
+
+def test_logins_go_on_without_the_directory(tmp_path: Path) -> None:
+    """What waits is written when the directory is there; `/readyz` says it, and stays 200."""
+    directory = tmp_path / "later"
+    file = directory / "audit.jsonl"
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n')) as server:
+        with server.client() as client:
+            token = log_in(client)
+            client.delete("/api/token", headers={"X-Token": token}).raise_for_status()
+            until(lambda: len(server.events("audit_not_writable")) == 2, "the main process and the worker log it")
+            ready = client.get("/readyz")
+            assert ready.status_code == 200
+            assert ready.json() == {"status": "ready", "audit": "cannot be written: No such file or directory"}
+            directory.mkdir()
+            until(lambda: len(server.events("audit_writable_again")) == 2, "both can write again")
+            assert client.get("/readyz").json() == {"status": "ready"}
+        wait_for(file, action="start")
+        wait_for(file, action="logout")
+        assert server.stop() == 0
+        assert len(server.events("audit_not_writable")) == 2
+    assert Chain(file).verify().problem is None
+
+
+def test_what_a_stop_cannot_write_is_counted(tmp_path: Path) -> None:
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/none/audit.jsonl"\n')) as server:
+        with server.client() as client:
+            log_in(client)
+        server.wait("audit_not_writable")
+        assert server.stop() == 0
+        assert sum(line["count"] for line in server.events("audit_lines_lost")) >= 3

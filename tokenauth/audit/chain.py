@@ -1,0 +1,367 @@
+"""A file of JSON lines, each of which contains the hash of the line before it: what is changed or removed shows.
+
+A line is a record with three fields more: `n`, the number of the line; `previous`, the hash of the line before it; and
+at its end `hash`, the SHA-256 of the line up to there, or with a key its HMAC (RFC 2104). Numbers and hashes go on in
+the next file when the file is rotated.
+
+Any number of processes append to it. Beside it is the *head* file, which each of them locks: it has the number and the
+hash of the last line, and where that ends. So the chain goes on when the file was renamed, and lines that are cut off
+at the end show as well, as long as the head is left alone.
+"""
+
+import fcntl
+import glob
+import gzip
+import hmac
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from hashlib import sha256
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+CUT = "line_cut"
+"""The action of a record that follows a line without an end, which a crash has left."""
+
+MODE = 0o640
+"""Of new files: other accounts do not read them."""
+
+FIRST = "0" * 64
+"""What the first line of all has as the hash of the line before it."""
+
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for another process to unlock the head. It needs some milliseconds, unless it is stopped."""
+
+_LOCK_RETRY = 0.005
+
+_WINDOW = 64 * 1024
+"""Bytes at the end of a file in which its last line is looked for: far more than one record has."""
+
+_HEAD_SIZE = 160
+"""Bytes of the head file. It never grows, so it can be written when the disk is full."""
+
+_APPEND = os.O_RDWR | os.O_APPEND
+
+_HASH_FIELD, _HASH_END = b',"hash":"', b'"}'
+_HASHED = -len(_HASH_FIELD) - len(FIRST) - len(_HASH_END)
+"""Where the part of a line ends that its hash is of."""
+
+
+class _Links(msgspec.Struct):
+    """What binds a line to the others."""
+
+    n: int
+    previous: str
+    hash: str
+
+
+class _CutDetails(msgspec.Struct):
+    bytes: int
+    sha256: str
+
+
+class _CutRecord(msgspec.Struct):
+    """The record that marks the line before it as cut."""
+
+    time: str
+    details: _CutDetails
+    action: str = CUT
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The end of the chain: the last line, and where it ends."""
+
+    n: int = 0
+    hash: str = FIRST
+    inode: int = 0
+    size: int = 0
+
+
+class Position(NamedTuple):
+    """A line of a file, counted from 1."""
+
+    file: Path
+    line: int
+
+
+class Verdict(NamedTuple):
+    """What a check has found: how many lines are right, and the first problem, if there is one."""
+
+    lines: int = 0
+    first: int = 0
+    """The number of the first line."""
+    last: int = 0
+    hash: str = FIRST
+    """Of the last line."""
+    cut: int = 0
+    """How many lines a crash has cut. They are marked, so they are no problem."""
+    problem: str | None = None
+    position: Position | None = None
+
+
+class _Opened(NamedTuple):
+    path: Path
+    file: BufferedReader | gzip.GzipFile
+    size: float
+
+
+class Chain:
+    """The file that the configuration names, and the files that it was renamed to."""
+
+    def __init__(self, path: Path, max_size: int = 0, keep: int = 1, key: str = "") -> None:
+        """Open nothing yet.
+
+        max_size: bytes after which the file is renamed and a new one begins; 0 is never. keep: how many of those stay.
+        """
+        self.path = path
+        self.head_path = path.with_name(f"{path.name}.head")
+        self._max_size = max_size
+        self._keep = keep
+        self._key = key.encode()
+
+    def append(self, records: Sequence[bytes]) -> None:
+        """Append records, each a JSON object with at least one field, and write them to the disk: all of them or none.
+
+        Raises OSError.
+        """
+        with _opened(self.head_path, os.O_RDWR) as head_file:
+            _lock(head_file, fcntl.LOCK_EX)
+            with _opened(self.path, _APPEND) as file:
+                end = self._append(file, _read_head(head_file), records)
+            os.pwrite(head_file, msgspec.json.encode(end).ljust(_HEAD_SIZE - 1) + b"\n", 0)
+
+    def _append(self, file: int, head: Head | None, records: Sequence[bytes]) -> Head:
+        """Append to an open file, and return the new head."""
+        found = os.fstat(file)
+        size, data = found.st_size, b""
+        if head is None or (head.inode, head.size) != (found.st_ino, size):
+            head, data, mark = self._recover(file, size, head)
+            records = [*mark, *records]
+        n, previous, complete = head.n, head.hash, not data
+        for record in records:
+            n += 1
+            line = b'{"n":%d,%b,"previous":"%b"' % (n, record[1:-1], previous.encode())
+            previous = self._hash(line)
+            data += line + _HASH_FIELD + previous.encode() + _HASH_END + b"\n"
+        if self._max_size and size and complete and size + len(data) > self._max_size:
+            with suppress(OSError):  # then the file goes on
+                self._rotate(file)
+                size = 0
+        try:
+            _write_all(file, data)
+            os.fdatasync(file)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file, size)
+            raise
+        return Head(n, previous, os.fstat(file).st_ino, size + len(data))
+
+    def _recover(self, file: int, size: int, head: Head | None) -> tuple[Head, bytes, Sequence[bytes]]:
+        """Find where the chain ends, if the head does not say it: after a crash or a rotation, or without a head.
+
+        Return also what to write before the next line: the end of a line that has none, and the record that marks it.
+        """
+        tail = os.pread(file, _WINDOW, max(0, size - _WINDOW))
+        if size > _WINDOW and b"\n" not in tail:
+            tail = os.pread(file, size, 0)
+        *complete, rest = tail.split(b"\n")
+        end = head or Head()
+        last = self._read(complete[-1]) if complete else None
+        if last is not None and last.n > end.n:  # a process was killed before it wrote the head
+            end = Head(last.n, last.hash)
+        if not rest:
+            return end, b"", ()
+        last = self._read(rest)
+        if last is not None and last.previous == end.hash:  # only the line break is missing
+            return Head(last.n, last.hash), b"\n", ()
+        details = _CutDetails(len(rest), sha256(rest).hexdigest())
+        return end, b"\n", [msgspec.json.encode(_CutRecord(timestamp(), details))]
+
+    def _rotate(self, file: int) -> None:
+        """Rename the file, and make its descriptor that of a new one. Raises OSError."""
+        for number in range(self._keep - 1, 0, -1):
+            with suppress(FileNotFoundError):
+                os.replace(self._rotated(number), self._rotated(number + 1))
+        os.replace(self.path, self._rotated(1))
+        with _opened(self.path, _APPEND) as new:
+            os.dup2(new, file, inheritable=False)
+
+    def _rotated(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def files(self) -> Sequence[Path]:
+        """Return the file and those that it was renamed to, also by other programs, in the order of their lines."""
+        others = self.path.parent.glob(f"{glob.escape(self.path.name)}[.-]*")
+        found = sorted((_first_number(path), path) for path in others if path != self.head_path)
+        return [path for number, path in found if number] + ([self.path] if self.path.exists() else [])
+
+    def verify(self, files: Sequence[Path] = ()) -> Verdict:
+        """Check files, in this order; without `files` all, and that the last line is the one that the head names.
+
+        Raises OSError.
+        """
+        with ExitStack() as stack:
+            head = None
+            if files:
+                opened = [_open_to_read(stack, path) for path in files]
+            else:
+                head, opened = self._snapshot(stack)
+            verdict = self._verify(_lines(opened))
+        if head is None or verdict.problem is not None or head.n < verdict.last:
+            return verdict
+        if head.n > verdict.last:
+            missing = head.n - verdict.last
+            lines = "the last line is" if missing == 1 else f"the last {missing} lines are"
+            return verdict._replace(problem=f"{lines} missing: {self.head_path.name} knows line {head.n}")
+        if head.hash != verdict.hash:
+            return verdict._replace(problem=f"the last line is not the one that {self.head_path.name} knows")
+        return verdict
+
+    def _snapshot(self, stack: ExitStack) -> tuple[Head | None, list[_Opened]]:
+        """Open all files as they are between two writes."""
+        try:
+            head_file = os.open(self.head_path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None, [_open_to_read(stack, path) for path in self.files()]
+        try:
+            _lock(head_file, fcntl.LOCK_SH)
+            return _read_head(head_file), [_open_to_read(stack, path) for path in self.files()]
+        finally:
+            os.close(head_file)
+
+    def _verify(self, lines: Iterable[tuple[Position, bytes]]) -> Verdict:
+        verdict, broken = Verdict(), None
+        for position, line in lines:
+            found = self._read(line)
+            if found is None:
+                if broken is not None:
+                    break
+                broken = position, line  # the next line may say that it was cut
+                continue
+            if broken is not None:
+                if not _marks_cut(line, broken[1]):
+                    break
+                verdict, broken = verdict._replace(cut=verdict.cut + 1), None
+            problem = _problem(verdict, found)
+            if problem is not None:
+                return verdict._replace(problem=problem, position=position)
+            verdict = verdict._replace(
+                lines=verdict.lines + 1, first=verdict.first or found.n, last=found.n, hash=found.hash
+            )
+        if broken is not None:
+            problem = "this line was changed or cut, or tokenauth did not write it"
+            return verdict._replace(problem=problem, position=broken[0])
+        return verdict
+
+    def _read(self, line: bytes) -> _Links | None:
+        """Return what binds a line to the others; None unless its own hash is right."""
+        expected = _HASH_FIELD + self._hash(line[:_HASHED]).encode() + _HASH_END
+        if not hmac.compare_digest(line[_HASHED:], expected):
+            return None
+        with suppress(msgspec.DecodeError, ValueError):
+            return msgspec.json.decode(line, type=_Links)
+        return None
+
+    def _hash(self, line: bytes) -> str:
+        return hmac.digest(self._key, line, "sha256").hex() if self._key else sha256(line).hexdigest()
+
+
+def timestamp() -> str:
+    """Return the time, in UTC with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """Open a file. Create it if it is missing, for the owner of the directory if root does that. Raises OSError."""
+    try:
+        file = os.open(path, flags | os.O_CLOEXEC)
+    except FileNotFoundError:
+        file = os.open(path, flags | os.O_CLOEXEC | os.O_CREAT, MODE)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            with suppress(OSError):
+                os.fchown(file, owner.st_uid, owner.st_gid)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _read_head(file: int) -> Head | None:
+    """Return the head; None if there is none, or no valid one."""
+    with suppress(msgspec.DecodeError, ValueError):
+        return msgspec.json.decode(os.pread(file, _HEAD_SIZE, 0), type=Head)
+    return None
+
+
+def _lock(file: int, kind: int) -> None:
+    """Lock a file. Raises OSError if another process does not unlock it in time."""
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOCK_RETRY)
+        else:
+            return
+
+
+def _write_all(file: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def _marks_cut(line: bytes, cut: bytes) -> bool:
+    """Return whether a line is the record that marks this other line as cut."""
+    try:
+        record = msgspec.json.decode(line, type=_CutRecord)
+    except msgspec.DecodeError:
+        return False
+    return record.action == CUT and record.details.sha256 == sha256(cut).hexdigest()
+
+
+def _problem(verdict: Verdict, found: _Links) -> str | None:
+    """Return what is wrong between the last line and this one."""
+    if verdict.lines == 0:  # earlier files may have been deleted
+        return "this line is numbered 1, and follows others" if found.n == 1 and found.previous != FIRST else None
+    if found.n == verdict.last + 1:
+        return None if found.previous == verdict.hash else "this line does not follow from the one before it"
+    if found.n <= verdict.last:
+        return f"line {found.n} is repeated, inserted or moved: line {verdict.last + 1} should be here"
+    lines = f"line {verdict.last + 1} is" if found.n == verdict.last + 2 else f"lines from {verdict.last + 1} on are"
+    return f"{lines} missing here, or moved: this is line {found.n}"
+
+
+def _open_to_read(stack: ExitStack, path: Path) -> _Opened:
+    """Open a file, which may be compressed by gzip. Of one that grows, only what it has now is read. Raises OSError."""
+    if path.suffix == ".gz":
+        return _Opened(path, stack.enter_context(gzip.open(path, "rb")), float("inf"))
+    file = stack.enter_context(path.open("rb"))
+    return _Opened(path, file, os.fstat(file.fileno()).st_size)
+
+
+def _lines(opened: Iterable[_Opened]) -> Iterator[tuple[Position, bytes]]:
+    """Yield the lines of files. Raises OSError."""
+    for path, file, size in opened:
+        left = size
+        for number, line in enumerate(file, 1):
+            left -= len(line)
+            if left < 0:
+                break
+            yield Position(path, number), line.removesuffix(b"\n")
+
+
+def _first_number(path: Path) -> int:
+    """Return the number of the first line; 0 if this is no file of a chain."""
+    with suppress(OSError, EOFError, msgspec.DecodeError, ValueError), ExitStack() as stack:
+        return msgspec.json.decode(_open_to_read(stack, path).file.readline(_WINDOW), type=_Links).n
+    return 0

@@ -1,0 +1,163 @@
+"""The audit log of a process: records wait in memory until a thread has written them. No caller waits for a disk."""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tokenauth.audit.chain import Chain, timestamp
+from tokenauth.audit.records import ACTS, make_record
+from tokenauth.logs import json_line, log, observed
+from tokenauth.request_context import current_request
+from tokenauth.settings.model import AuditSettings
+
+CAPACITY = 4 << 20
+"""Maximum size of the records that wait while the file cannot be written, in bytes: about 10,000."""
+
+DROPPED = "lines_dropped"
+"""The action of a record that stands for those that did not fit in."""
+
+FLUSH_TIMEOUT = 2.0
+"""Seconds that a process waits at its end for the last records to be written."""
+
+_DELAY = 0.1
+"""Seconds for which records are collected, to be written at once."""
+
+_RETRY = 1.0
+"""Seconds between two attempts to write."""
+
+
+class _Dropped:
+    """Stands for records that did not fit in, in their place."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._since = self._until = timestamp()
+
+    def add(self) -> None:
+        self.count += 1
+        self._until = timestamp()
+
+    def encode(self) -> bytes:
+        details = {"count": self.count, "since": self._since, "until": self._until}
+        return json_line({"time": timestamp(), "action": DROPPED, "details": details, "pid": os.getpid()})
+
+
+def open_chain(settings: AuditSettings) -> Chain:
+    """Return the file of the audit log, which need not exist."""
+    return Chain(Path(settings.file), settings.max_mib << 20, settings.keep, settings.key)
+
+
+class AuditLog:
+    """Writes the acts among the events of a process. Nothing here raises or blocks, except `close` for a short time."""
+
+    def __init__(self, settings: AuditSettings) -> None:
+        self.problem: str | None = None
+        """Why the file cannot be written now."""
+        self.lost = 0
+        """Records that did not fit in, or could not be written before the end."""
+        self._chain = open_chain(settings)
+        self._changed = threading.Condition(threading.RLock())  # a destructor may log in the middle of another line
+        self._waiting: list[bytes | _Dropped] = []
+        self._size = 0
+        self._writing = False
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def observe(self, event: Mapping[str, object]) -> None:
+        """Add the record of an event, if it is an act."""
+        if event["event"] in ACTS:
+            try:
+                self._add(json_line(make_record(event, current_request.get())))
+            except Exception:
+                self.lost += 1
+
+    def close(self) -> None:
+        """Write what waits, within FLUSH_TIMEOUT. What cannot be written is lost, and logged as a number."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(FLUSH_TIMEOUT)
+        with self._changed:
+            lost = sum(one.count if isinstance(one, _Dropped) else 1 for one in self._waiting)
+            self.lost += sum(not isinstance(one, _Dropped) for one in self._waiting)
+            self._waiting, self._size = [], 0
+        if lost:
+            log.error("audit_lines_lost", count=lost, reason=self.problem)
+
+    def _add(self, record: bytes) -> None:
+        with self._changed:
+            if self._size + len(record) <= CAPACITY:
+                self._waiting.append(record)
+                self._size += len(record)
+            else:
+                if not self._waiting or not isinstance(self._waiting[-1], _Dropped):
+                    self._waiting.append(_Dropped())
+                self._waiting[-1].add()  # type: ignore[union-attr]
+                self.lost += 1
+            if len(self._waiting) == 1:
+                self._changed.notify_all()
+            if self._thread is None:
+                self._start()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        with suppress(RuntimeError, MemoryError):  # the next record tries again
+            thread.start()
+            self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
+                if not self._waiting:
+                    return
+            self._closing.wait(_DELAY if self.problem is None else _RETRY)
+            last = self._closing.is_set()
+            if not self._write() and last:
+                return
+
+    def _write(self) -> bool:
+        """Write what waits. Return whether that worked; otherwise it waits on."""
+        with self._changed:
+            taken, self._waiting = self._waiting, []
+        try:
+            self._chain.append([one if isinstance(one, bytes) else one.encode() for one in taken])
+        except Exception as error:
+            with self._changed:
+                self._waiting = [*taken, *self._waiting]
+            self._note(getattr(error, "strerror", None) or type(error).__name__)
+            return False
+        with self._changed:
+            self._size -= sum(len(one) for one in taken if isinstance(one, bytes))
+        self._note(None, len(taken))
+        return True
+
+    def _note(self, problem: str | None, written: int = 0) -> None:
+        """Log that the file cannot be written, or that it can again: each once."""
+        before, self.problem = self.problem, problem
+        if problem is not None and before is None:
+            action = "acts wait in memory; `tokenauth doctor` looks at the file"
+            log.error("audit_not_writable", reason=problem, action=action)
+        elif problem is None and before is not None:
+            log.info("audit_writable_again", written=written, lost=self.lost)
+
+
+@contextmanager
+def auditing(audit: AuditLog | None) -> Iterator[None]:
+    """Write the acts of this process to an audit log, if there is one, and close it at the end."""
+    if audit is None:
+        yield
+        return
+    try:
+        with observed(audit.observe):
+            yield
+    finally:
+        audit.close()
+
+
+def append_now(settings: AuditSettings, event: Mapping[str, object]) -> None:
+    """Write the record of an event whose name is in ACTS, which an operator caused by a command. Raises OSError."""
+    open_chain(settings).append([json_line(make_record(event, None, command=True))])

@@ -1,0 +1,112 @@
+"""Which events of the log are acts for the audit log, and what a record says of them."""
+
+import os
+import socket
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal, NamedTuple
+
+from tokenauth.audit.chain import timestamp
+from tokenauth.request_context import RequestContext
+
+
+class Act(NamedTuple):
+    """An act of which an event tells."""
+
+    action: str
+    target: tuple[str, ...] = ()
+    """Fields of the event that name what was acted on."""
+    result: str | None = "ok"
+    """How it ended; None if the `reason` of the event says it."""
+
+
+ACTS: Mapping[str, Act] = {
+    "token_issued": Act("login", ("id",)),
+    "login_failed": Act("login", result="invalid_credentials"),
+    "login_refused": Act("login", result=None),
+    "login_not_checked": Act("login", result="overloaded"),
+    "token_revoked": Act("revoke_token", ("id",)),
+    "revocation_held_in_memory": Act("revoke_token", ("id",), "held"),
+    "revocation_lost": Act("revoke_token", ("id",), "lost"),
+    "revocations_lost": Act("revoke_tokens", result="lost"),
+    "tokens_revoked": Act("revoke_tokens", ("kind",)),
+    "named_token_issued": Act("issue_token", ("id",)),
+    "named_token_rotated": Act("rotate_token", ("id",)),
+    "access_denied": Act("access", ("route",), None),
+    "member_reserved": Act("reserve_member", ("pool", "member")),
+    "member_unreserved": Act("unreserve_member", ("pool", "member")),
+    "lease_forced": Act("end_lease", ("pool", "member")),
+    "pool_lease_released": Act("end_lease", ("pool",)),
+    "pool_tokens_generated": Act("generate_pool_tokens", ("pool",)),
+    "pool_token_deleted": Act("delete_pool_token", ("pool",)),
+    "user_added": Act("add_user"),
+    "user_password_changed": Act("change_password"),
+    "user_scopes_changed": Act("change_scopes"),
+    "user_removed": Act("remove_user"),
+    "configuration_written": Act("write_configuration", ("file",)),
+    "configuration_reloaded": Act("reload"),
+    "configuration_refused": Act("reload", result="configuration_refused"),
+    "reload_failed": Act("reload", result="reload_failed"),
+    "schema_upgraded": Act("upgrade_schema"),
+    "listening": Act("start"),
+    "stopping": Act("stop"),
+}
+"""The acts by event. Events that are not here are not audited."""
+
+LOGOUT = "logout"
+"""The action of `token_revoked` when the client sent the token itself, and not another one that may revoke it."""
+
+_MAX_TEXT = 1000
+"""Characters of one text in a record."""
+
+_LEFT_OUT = frozenset({"event", "level", "timestamp", "user", "by", "network", "trace_id", "span_id"})
+
+Via = Literal["http", "command", "server"]
+
+
+def make_record(
+    event: Mapping[str, object], request: RequestContext | None, command: bool = False
+) -> dict[str, object]:
+    """Return the record of an event whose name is in ACTS.
+
+    request: the one that caused it. command: whether an operator did it with a command.
+    """
+    name = str(event["event"])
+    act = ACTS[name]
+    origin = {} if request is None else dict(request.origin())
+    by, user = event.get("by") or origin.get("by"), event.get("user")
+    action, details = act.action, {key: value for key, value in event.items() if key not in _LEFT_OUT}
+    if action == "revoke_token" and not command and by is None:
+        action, by = LOGOUT, user
+    elif name in {"token_issued", "access_denied"}:
+        by = by or user
+    result = act.result or str(details.pop("reason"))
+    target = "/".join(str(found) for field in act.target if (found := details.pop(field, None)) is not None)
+    via: Via = "command" if command else "server" if request is None else "http"
+    record: dict[str, object] = {
+        "time": timestamp(),
+        "action": action,
+        "result": result,
+        "by": by,
+        "user": user,
+        "target": target,
+        "via": via,
+        "address": origin.get("address"),
+        "user_agent": origin.get("user_agent"),
+        "by_token": origin.get("by_token"),
+        "request_id": origin.get("request_id"),
+        **({} if request is None else request.trace()),
+        "details": {key: _shorten(value) for key, value in details.items() if value is not None},
+        "host": _host(),
+        "pid": os.getpid(),
+    }
+    return {key: _shorten(value) for key, value in record.items() if value not in (None, "", {})}
+
+
+def _shorten(value: object) -> object:
+    return value[:_MAX_TEXT] if isinstance(value, str) else value
+
+
+@cache
+def _host() -> str:
+    return socket.gethostname()
