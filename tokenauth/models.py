@@ -658,6 +658,32 @@ class Assignment(NamedTuple):
     lapsed: PoolToken | None = None
 
 
+class ForcedEnd(NamedTuple):
+    """How a manager ended a lease of a token: the last one that was ended so.
+
+    fence, username, holder: those of the lease.
+    by: the manager; empty for a command on the server.
+    taken: whether the manager got the token in the same step.
+    """
+
+    fence: int
+    username: str | None
+    holder: str
+    by: str
+    reason: str | None
+    taken: bool
+
+    def was_of(self, check: LeaseCheck, token: PoolToken, now: Instant) -> bool:
+        """Return whether it ended the lease that a request is about, which does not match that of the token now."""
+        # A user without a lease who sends no fence means the latest lease, before that of another user.
+        latest = token.fence - (token.is_leased(now) and not check.matches_user(token))
+        return (
+            self.username == check.username
+            and self.fence == (latest if check.fence is None else check.fence)
+            and check.holder in {None, self.holder}
+        )
+
+
 class LeaseChange(NamedTuple):
     """A token before a request to change its lease or reservation, and after it; None if the request was refused."""
 

@@ -32,6 +32,7 @@ from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import (
     ANY_LEASE,
+    ForcedEnd,
     Grant,
     Identity,
     Instant,
@@ -301,7 +302,8 @@ class Pools:
     async def keep_alive(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> PoolToken:
         """Extend a lease to its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        return _granted(await self._store.pools.keep_alive(pool, _checked(value), now, check), check, now)
+        change = await self._store.pools.keep_alive(pool, _checked(value), now, check)
+        return await self._granted(pool, change, check, now)
 
     async def keep_alive_any(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
         """Extend the lease of a token, or the life of a free one, to its full time from now.
@@ -343,14 +345,14 @@ class Pools:
         """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
         change = await self._store.pools.release(pool, _checked(value), now, check)
-        _granted(change, check, now)
+        await self._granted(pool, change, check, now)
         if change is not None:
             self._note_release(pool, change.before, now)
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
         """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
         now = self._clock()
-        change = await self._store.pools.release(pool, _checked(value), now, check)
+        change = await self._store.pools.force_end(pool, _checked(value), now, by, reason, check)
         forced = _forced(pool, change, now, by, reason, taken=False)
         self.counters[pool.name].forced += 1
         self.waiting.wake(pool)
@@ -361,7 +363,7 @@ class Pools:
     ) -> PoolToken:
         """End the lease of any user, log it, and lease the token to `username`. Raises UnknownToken, LeaseLost."""
         now = self._clock()
-        change = await self._store.pools.take_over(pool, _checked(value), holder, username, now, check)
+        change = await self._store.pools.force_end(pool, _checked(value), now, username, reason, check, holder)
         forced = _forced(pool, change, now, username, reason, taken=True)
         self.counters[pool.name].forced += 1
         return forced.token
@@ -523,6 +525,17 @@ class Pools:
             log.info("lease_released", **_shown(pool, token), held=round(held, 3))
         self.waiting.wake(pool)
 
+    async def _granted(self, pool: Pool, change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
+        """Return the changed token. Raises UnknownToken, NotYourLease or LeaseLost if the change was not granted."""
+        try:
+            return _granted(change, check, now)
+        except (LeaseLost, NotYourLease):
+            if change is not None and check.username is not None:
+                end = await self._store.pools.find_forced_end(pool, change.before.value)
+                if end is not None and end.was_of(check, change.before, now):
+                    raise LeaseLost(_describe(end)) from None
+            raise
+
     def _new_values(self, pool: Pool, count: int) -> list[str]:
         make = self._new_value.get(pool.name, values.new_value)
         return [make() for _ in range(count)]
@@ -602,6 +615,13 @@ def _forced(
     held = round(max(0.0, now - (change.before.leased_at or now)), 3)
     log.info("lease_forced", **_shown(pool, change.before), held=held, by=by, reason=reason, taken=taken)
     return change
+
+
+def _describe(end: ForcedEnd) -> str:
+    """Tell the user of a lease who has ended it."""
+    who = f"The manager {end.by!r}" if end.by else "A command on the server"
+    reason = "" if end.reason is None else f" Reason: {end.reason}."
+    return f"{who} has {'taken over' if end.taken else 'ended'} your lease.{reason}"
 
 
 def _checked(value: str) -> str:

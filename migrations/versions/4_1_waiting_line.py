@@ -16,6 +16,7 @@ TOKEN_COLUMNS = {
     "lease_ttl": sa.Float,
     "member": sa.String,
     "reservation": sa.String,
+    "forced_end": sa.String,
 }
 
 

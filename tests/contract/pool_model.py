@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from tests.support.servers import START
-from tokenauth.models import LeaseCheck, Pool, PoolToken
+from tokenauth.models import ForcedEnd, LeaseCheck, Pool, PoolToken
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Model:
     now: float = START
     made: list[str] = field(default_factory=list)
     there: dict[str, PoolToken] = field(default_factory=dict)
+    forced_ends: dict[str, ForcedEnd] = field(default_factory=dict)
 
     def new_values(self, count: int) -> list[str]:
         """Return values whose order is arbitrary."""
@@ -97,6 +98,11 @@ class Model:
     def freed(self, token: PoolToken) -> PoolToken:
         """Return a token after its release."""
         return token._replace(free_at=self.now, holder=None, username=None, leased_at=None)
+
+    def end_by_force(self, token: PoolToken, reason: str | None, taken: bool) -> None:
+        """Note that the manager `ops` has ended the lease of a token."""
+        end = ForcedEnd(token.fence, token.username, token.holder or "", "ops", reason, taken)
+        self.forced_ends[token.value] = end
 
     def lease(self, got: PoolToken, holder: str, leasable: list[float], user: str | None = None) -> None:
         """Lease a token, and check that it may be leased."""

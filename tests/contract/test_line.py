@@ -193,7 +193,7 @@ async def test_a_repeated_request_whose_lease_is_over_is_lost(pools: PoolStore, 
         await pools.delete(POOL, "t1", now, "t2" if how == "replace" else None)
         assert how == "delete" or (await pools.assign(POOL, "holder of a", now, "ann")).token is not None
     elif how == "lease to another":
-        await pools.take_over(POOL, "t1", "bob", "bob", now)
+        await pools.force_end(POOL, "t1", now, "bob", holder="bob")
     for _ in range(2):
         assert isinstance(await ask(pools, "a", now), LeaseLost)
     while await pools.purge(POOL, now, 1000):

@@ -29,7 +29,8 @@ RECLAIMED = [replace(pool, reclaim_delay=4) for pool in (BOUNDED, AGEING, PREFIL
 TERMS = [PREFILLED, BOUNDED, UNBOUNDED, *FOR_EVER, AGEING, PREFILLED, *RECLAIMED]
 
 OFTEN = {"assign": 3, "release": 3, "keep_alive": 2, "fit": 2, "delete": 2}
-ONCE = ["assign_at_once", "take_over", "release_next", "generate", "refresh_free", "purge", "later", "edge", "restart"]
+FORCED = ["take_over", "force_end"]
+ONCE = ["assign_at_once", *FORCED, "release_next", "generate", "refresh_free", "purge", "later", "edge", "restart"]
 KINDS = ["nothing", *(kind for kind, weight in OFTEN.items() for _ in range(weight)), *ONCE]
 
 
@@ -160,7 +161,7 @@ class PoolTest:
         """Give a leased token to another user."""
         value, now = self.model.pick(step.number), self.model.now
         token, check = self._find_and_check(value, step)
-        touched = await store.take_over(self.pool, value, step.holder, "ops", now, check)
+        touched = await store.force_end(self.pool, value, now, "ops", "it is mine", check, step.holder)
         after = None
         if token is not None and self.model.holds(token, check):
             after = token._replace(
@@ -170,7 +171,18 @@ class PoolTest:
                 username="ops",
                 leased_at=now,
             )
+            self.model.end_by_force(token, "it is mine", taken=True)
         self._compare(touched, token, after)
+
+    async def force_end(self, store: PoolStore, step: Step) -> None:
+        """End a lease by force."""
+        value = self.model.pick(step.number)
+        token, check = self._find_and_check(value, step)
+        touched = await store.force_end(self.pool, value, self.model.now, "ops", None, check)
+        held = token is not None and self.model.holds(token, check)
+        if token is not None and held:
+            self.model.end_by_force(token, None, taken=False)
+        self._compare(touched, token, self.model.freed(token) if token is not None and held else None)
 
     def _find_and_check(self, value: str, step: Step) -> tuple[PoolToken | None, LeaseCheck]:
         token, (named, error) = self.model.find(value), step.holder_and_fence
@@ -275,6 +287,8 @@ class PoolTest:
         assert await store.count(self.pool, self.model.now) == counts
         value = self.model.pick(step.number)
         assert await store.get(self.pool, value, self.model.now) == self.model.find(value)
+        if value in {token.value for token in live}:
+            assert await store.find_forced_end(self.pool, value) == self.model.forced_ends.get(value)
         if self.pool.capacity is not None:
             assert sum(not token.retired for token in live) <= self.pool.capacity
         for token in live:

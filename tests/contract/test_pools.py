@@ -115,7 +115,7 @@ TOUCHES: dict[str, Callable[[PoolStore, Pool, float], Awaitable[object]]] = {
     "lease": lease,
     "extend": lambda pools, pool, now: pools.keep_alive(pool, "t1", now, include_free=True),
     "release": lambda pools, pool, now: pools.release(pool, "t1", now),
-    "take_over": lambda pools, pool, now: pools.take_over(pool, "t1", "ops", "ops", now),
+    "force_end": lambda pools, pool, now: pools.force_end(pool, "t1", now, "ops"),
     "extend_free": lambda pools, pool, now: pools.keep_alive_free(pool, now, now, 10),
     "remove": lambda pools, pool, now: pools.delete(pool, "t1", now, "t2"),
 }

@@ -359,13 +359,18 @@ def test_background_processes_of_the_command_die_too(wrap: Wrapper, admin: PoolU
     assert ended(child)
 
 
-def test_a_forced_release_ends_the_command(wrap: Wrapper, admin: PoolUser) -> None:
+@pytest.mark.parametrize(
+    ("query", "did"), [("force=true", "ended"), ("force=true&take=true", "taken over")], ids=["ended", "taken over"]
+)
+def test_a_forced_release_ends_the_command(wrap: Wrapper, admin: PoolUser, query: str, did: str) -> None:
     run = wrap("--pool", "permit", "--kill-after", "0.5s", *SLEEP)
     command = run.command()
     token = admin.members("permit")[0]["token"]
-    assert admin.ask("DELETE", f"/permit/leases/{token}?force=true").status == 204
+    assert admin.ask("DELETE", f"/permit/leases/{token}?{query}", {"reason": "device is stuck"}).status in {200, 204}
     assert run.wait() == 76
     assert ended(command)
+    why = f"The manager 'admin' has {did} your lease. Reason: device is stuck."
+    assert run.err == f"Error: The lease could not be kept, so the command was ended. {why}\n"
 
 
 def test_on_lost_warn_lets_the_command_go_on(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:

@@ -234,6 +234,7 @@ class _Run:
         self._kills = kill
         self._started = False
         self._lease_lost = False
+        self._lost_reason = ""
         self._signal: signal.Signals | None = None
         self._main_task: asyncio.Task[tuple[int, str]] | None = None
 
@@ -271,9 +272,9 @@ class _Run:
         if ended.problem:
             return ended.status, f"{self._command}: {ended.problem}."
         if ended.lease_over:
-            return _LEASE_LOST, "The lease could not be kept, so the command was ended."
+            return _LEASE_LOST, f"The lease could not be kept, so the command was ended.{self._lost_reason}"
         if self._lease_lost:
-            return ended.status or _LEASE_LOST, "The lease was lost while the command ran."
+            return ended.status or _LEASE_LOST, f"The lease was lost while the command ran.{self._lost_reason}"
         return ended.status, ""
 
     async def _run_command(self, lease: "AsyncLease") -> Ended:
@@ -299,9 +300,10 @@ class _Run:
             self._command.extend(lease.ends_at)
         elif not self._lease_lost:
             self._lease_lost = True
+            self._lost_reason = f" {lease.lost_reason}" if lease.lost_reason else ""
             self._command.extend(boottime() + kill_after)  # SIGTERM now
             if not self._kills:
-                _complain("The lease is lost. The command goes on without it.")
+                _complain(f"The lease is lost. The command goes on without it.{self._lost_reason}")
 
     def _take_signal(self, number: signal.Signals) -> None:
         """Pass a signal on to the command. While there is none, stop waiting."""

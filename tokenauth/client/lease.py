@@ -133,6 +133,8 @@ class ClientLease(Generic[Event]):
     * **grants** - All tokens, each with its `token`, `fence`, `name` and `labels`.
     * **ttl** - Seconds for which the lease was granted.
     * **ends_at** - When it ends unless it is kept alive again, by the `monotonic` clock of the client.
+    * **lost_reason** - What the server said when it refused to keep the lease alive, else `None`. If a manager has
+    ended the lease, it names the manager and the reason.
     * **on_change** - Called after each change of `ends_at`, and when the lease is lost, if you set it.
     * **lost** - An event that is set as soon as the program can no longer rely on the lease: its time is up by the
     program's own clock, the server says that it is over, or the token was released. It is never cleared. With several
@@ -147,6 +149,7 @@ class ClientLease(Generic[Event]):
         self.name: str | None = None
         self.labels: tuple[str, ...] = ()
         self.ttl = math.inf
+        self.lost_reason: str | None = None
         self.on_change: Callable[[], object] | None = None
         self._terms = terms
         self._pool_url = f"/api/pools/{quote(terms.pool, safe='')}"
@@ -178,7 +181,7 @@ class ClientLease(Generic[Event]):
     def check(self) -> None:
         """Raise LeaseLost if the program can no longer rely on the lease."""
         if self._check_lost():
-            raise errors.LeaseLost
+            raise errors.LeaseLost(self.lost_reason)
 
     def _acquire_request(self) -> RequestArguments:
         self._sent_at = self._monotonic()
@@ -286,8 +289,9 @@ class ClientLease(Generic[Event]):
         held.keep_alive_at = self._monotonic() + _random(min(1, self.ttl / 10))
         try:
             answer = _read(response) if response is not None else None
-        except _LOST:
+        except _LOST as refusal:
             held.over = True
+            self.lost_reason = str(refusal)
             self._lose()
         except errors.Refusal:
             return

@@ -23,6 +23,7 @@ from tokenauth.models import (
     Assignment,
     CountUpdate,
     Failures,
+    ForcedEnd,
     Grant,
     Instant,
     Lapsed,
@@ -44,6 +45,7 @@ from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes import pool_rows, request_rows
 from tokenauth.stores.changes.clock import AcquireDuty, SaveTime
 from tokenauth.stores.changes.failures import PurgeFailures, RefundFailures, UpdateFailures
+from tokenauth.stores.changes.forced_ends import ForceEnd
 from tokenauth.stores.changes.named_tokens import IssueNamed, Rotate
 from tokenauth.stores.changes.pools import (
     Assign,
@@ -57,7 +59,6 @@ from tokenauth.stores.changes.pools import (
     Release,
     ReleaseNext,
     Reserve,
-    TakeOver,
 )
 from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.changes.waiting import Ask, Leave, PutBack, TakeTurns
@@ -107,6 +108,7 @@ _COUNT_EXPIRING = select(func.count()).select_from(
 _POOL_TOKEN = select(*pool_token_columns).where(
     pool_tokens.c.pool == bindparam("pool"), pool_tokens.c.value == bindparam("value")
 )
+_FORCED_END = _POOL_TOKEN.with_only_columns(pool_tokens.c.forced_end)
 
 
 class Share(Protocol):
@@ -332,11 +334,26 @@ class PoolStore:
         """End a lease if the check matches it; the token is free from now on. None if there is no such token."""
         return await self._engine.apply(Release(pool, value, check, now=now))
 
-    async def take_over(
-        self, pool: Pool, value: str, holder: str, username: str, now: Instant, check: LeaseCheck = ANY_LEASE
+    async def force_end(
+        self,
+        pool: Pool,
+        value: str,
+        now: Instant,
+        by: str,
+        reason: str | None = None,
+        check: LeaseCheck = ANY_LEASE,
+        holder: str | None = None,
     ) -> LeaseChange | None:
-        """End a lease if the check matches it, and lease the token to another user. None if there is no such token."""
-        return await self._engine.apply(TakeOver(pool, value, check, holder, username, now=now))
+        """End a lease if the check matches it, and keep who did it and why. None if there is no such token.
+
+        With a `holder`, lease the token to the user `by` in the same step.
+        """
+        return await self._engine.apply(ForceEnd(pool, value, check, by, reason, holder, now=now))
+
+    async def find_forced_end(self, pool: Pool, value: str) -> ForcedEnd | None:
+        """Return how a manager has ended a lease of a token, the last one that was ended so."""
+        rows = await self._engine.read(_FORCED_END, {"pool": pool.name, "value": value}, brief=True)
+        return ForcedEnd(*json.loads(rows[0][0])) if rows and rows[0][0] is not None else None
 
     async def ask(
         self,

@@ -131,12 +131,15 @@ pool_tokens = Table(
     # A JSON array, the fields of a Reservation: one column, since PostgreSQL plans for a table that was never analyzed
     # by the width of its rows, and takes the wrong index if they are wide.
     Column("reservation", String),
+    Column(
+        "forced_end", String
+    ),  # a JSON array, the fields of a ForcedEnd; read only when a lease turns out to be over
     Index("pool_tokens_by_value", "pool", "value", unique=True),
     # Every query of a pool reads a range of this index: what is free longest, how many are leased, what has expired.
     Index("pool_tokens_by_turn", "pool", "retired", "idle", "free_at", "number"),
 )
 
-pool_token_columns = [column for column in pool_tokens.c if column.name not in {"number", "idle"}]
+pool_token_columns = [column for column in pool_tokens.c if column.name not in {"number", "idle", "forced_end"}]
 """The columns that are fields of a `PoolToken`, in its order."""
 
 

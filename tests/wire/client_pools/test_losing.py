@@ -70,6 +70,16 @@ def test_a_lost_lease_does_not_release_the_next_one(client: Client, admin: PoolU
     assert admin.keep_alive("permit", after.token, fence=lease.fence + 1)[0] == 200
 
 
+def test_a_lost_lease_says_who_has_ended_it(client: Client, admin: PoolUser, watch: Watch) -> None:
+    with client.lease("permit") as lease:
+        forced = f"/permit/leases/{lease.token}?force=true"
+        assert admin.call("DELETE", forced, {"reason": "device is stuck"}) == (204, None)
+        watch.advance(TTL / 3)
+        assert lease.lost.wait(20)
+        with pytest.raises(errors.LeaseLost, match="'admin' has ended your lease"):
+            lease.check()
+
+
 def test_a_lease_lost_unnoticed_costs_no_other_holder(client: Client, admin: PoolUser) -> None:
     with client.lease("permit") as lease:
         admin.release("permit", lease.token)

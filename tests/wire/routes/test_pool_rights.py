@@ -153,8 +153,52 @@ def test_managers_release_by_force_with_a_reason(admin: PoolUser, ann: PoolUser,
         assert admin.call("DELETE", forced, other) == NOT_ENDED
     assert ann.keep_alive("p", lease.token)[0] == 200
     assert admin.call("DELETE", forced, {"reason": "device is stuck", "fence": 1}) == (204, None)
-    assert ann.keep_alive("p", lease.token) == refusal("lease_lost")
+    assert ann.keep_alive("p", lease.token)[1]["error"] == "lease_lost"
     assert admin.call("DELETE", forced, {"reason": "again"}) == NOT_ENDED
+
+
+def told(answer: tuple[int, Any]) -> str:
+    """Return what the client of a lost lease is told."""
+    status, document = answer
+    assert (status, document["error"]) == (409, "lease_lost"), document
+    return str(document["error_description"])
+
+
+@pytest.mark.parametrize(
+    ("query", "did"), [("force=true", "ended"), ("force=true&take=true", "taken over")], ids=["ended", "taken over"]
+)
+def test_the_holder_is_told_who_ended_its_lease(
+    admin: PoolUser, ann: PoolUser, bob: PoolUser, query: str, did: str
+) -> None:
+    admin.generate("p")
+    lease = ann.assign("p", "ci")
+    forced = f"/p/leases/{lease.token}?{query}"
+    assert admin.call("DELETE", forced, {"reason": "device is stuck"})[0] in {200, 204}
+    sentence = f"The manager 'admin' has {did} your lease. Reason: device is stuck."
+    for verb in (ann.keep_alive, ann.release):
+        for check in ({}, {"holder": "ci"}, {"fence": 1}, {"holder": "ci", "fence": 1}):
+            assert told(verb("p", lease.token, **check)) == sentence
+        for other in ({"fence": 2}, {"holder": "cd"}):
+            assert "admin" not in str(verb("p", lease.token, **other))
+        assert "admin" not in str(bob.keep_alive("p", lease.token, fence=1)), "it was not this user's lease"
+    again = bob.assign("p") if did == "ended" else admin.keep_alive("p", lease.token)[1]
+    assert told(ann.keep_alive("p", lease.token, fence=1)) == sentence, "also while another user has the token"
+    if did == "ended":
+        assert told(ann.keep_alive("p", lease.token)) == sentence
+        assert bob.release("p", again.token) == (204, None)
+        assert told(ann.keep_alive("p", lease.token, fence=1)) == sentence
+        assert ann.keep_alive("p", lease.token) == refusal("lease_lost"), "it is about the latest lease"
+    assert admin.call("DELETE", f"/p/tokens/{lease.token}") == (204, None)
+
+
+def test_a_released_lease_was_not_ended_by_a_manager(admin: PoolUser, ann: PoolUser) -> None:
+    admin.generate("p")
+    lease = ann.assign("p")
+    assert admin.call("DELETE", f"/p/leases/{lease.token}?force=true") == (204, None)
+    assert told(ann.keep_alive("p", lease.token)) == "The manager 'admin' has ended your lease."
+    assert ann.assign("p").token == lease.token
+    assert ann.release("p", lease.token) == (204, None)
+    assert ann.release("p", lease.token) == refusal("lease_lost")
 
 
 def test_a_forced_release_is_logged(admin: PoolUser, ann: PoolUser, server: Server) -> None:
@@ -183,11 +227,11 @@ def test_a_manager_takes_a_lease_over_in_one_step(
     assert taken == {
         "token": lease.token, "holder": "admin", "fence": 2, "expiry_time": lease.expiry_time + 30, "expires_in": 60,
     }  # fmt: skip
-    assert ann.keep_alive("p", lease.token) == refusal("forbidden")
+    assert ann.keep_alive("p", lease.token)[1]["error"] == "lease_lost"
+    assert bob.keep_alive("p", lease.token) == refusal("forbidden")
     assert admin.keep_alive("p", lease.token, fence=2)[0] == 200
-    line = server.wait("lease_forced", taken=True)
+    line = server.wait("lease_forced", taken=True, reason="I need it")
     assert (line["user"], line["holder"], line["fence"], line["by"]) == ("ann", "ci", 1, "admin")
-    assert line["reason"] == "I need it"
     assert admin.release("p", lease.token) == (204, None)
     assert admin.call("DELETE", take) == NOT_ENDED
 

@@ -149,7 +149,7 @@ _UPDATE_LEASE = text("""
 """)
 _REPLACE = text("""
     UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = :fence, username = NULL,
-        leased_at = NULL, lease_ttl = NULL
+        leased_at = NULL, lease_ttl = NULL, forced_end = NULL
     WHERE number = :number AND pool = :name
 """)
 _DELETE = text("DELETE FROM pool_tokens WHERE number = :number AND pool = :name")
@@ -171,6 +171,7 @@ _RETIRE_UNNAMED = update(pool_tokens).where(_oldest((*_taken, _claimed, _unnamed
 _named = (_pool, pool_tokens.c.member.is_not(None))
 NAMED = select(*_row).where(*_named).order_by(_number)
 _SET_RETIRED = text("UPDATE pool_tokens SET retired = :retired WHERE number = :number AND pool = :name")
+_SET_FORCED_END = text("UPDATE pool_tokens SET forced_end = :forced_end WHERE number = :number AND pool = :name")
 _RESERVE = text("UPDATE pool_tokens SET reservation = :reservation WHERE number = :number AND pool = :name")
 
 
@@ -401,6 +402,10 @@ class PoolRows:
                 for number, token in changed.items()
             ],
         )
+
+    def set_forced_end(self, number: int, forced_end: str) -> None:
+        """Keep with a token how a manager has ended its lease."""
+        self._db.execute(_SET_FORCED_END, {**self._parameters, "number": number, "forced_end": forced_end})
 
     def delete(self, number: int) -> None:
         self._db.execute(_DELETE, {**self._parameters, "number": number})

@@ -285,17 +285,6 @@ class Release(LeaseUpdate):
 
 
 @dataclass(slots=True)
-class TakeOver(LeaseUpdate):
-    """End a lease and give the token to another user, with the next fence."""
-
-    holder: str
-    username: str
-
-    def changed(self, pool: Pool, token: PoolToken, now: Instant) -> PoolToken | None:
-        return pool.leased(token, self.holder, self.username, now) if self.check.matches(token, now) else None
-
-
-@dataclass(slots=True)
 class ReleaseNext(PoolChange[tuple[bool, int]]):
     """End the lease that would end first, of one user or of all (None); the answer also has the free tokens left."""
 
