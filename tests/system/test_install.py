@@ -1,4 +1,4 @@
-"""The documented install: lock files with hashes, and a systemd unit that writes no core dumps."""
+"""The documented install: lock files with hashes."""
 
 import os
 import re
@@ -66,8 +66,3 @@ def test_make_serve_takes_host_and_port(arguments: list[str], command: str) -> N
     environment = {name: os.environ[name] for name in os.environ if name not in {"HOST", "PORT", "MAKEFLAGS"}}
     done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert " ".join(done.stdout.split()).endswith(f".venv/bin/tokenauth {command}")
-
-
-def test_the_documented_unit_writes_no_core_dump() -> None:
-    unit = GUIDE.partition("```ini\n[Unit]")[2].partition("```")[0].splitlines()
-    assert {"LimitCORE=0", "UMask=0077", "StateDirectoryMode=0700", "NoNewPrivileges=yes"} <= set(unit)

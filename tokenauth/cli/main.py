@@ -22,9 +22,11 @@ from tokenauth.cli.base import (
     with_service,
     yes_option,
 )
+from tokenauth.cli.health import health
 from tokenauth.cli.init import init
 from tokenauth.cli.pools import pool
 from tokenauth.cli.run import run
+from tokenauth.cli.systemd_unit import systemd_unit
 from tokenauth.cli.tokens import tokens
 from tokenauth.cli.users import user
 from tokenauth.errors import ConfigError
@@ -41,7 +43,7 @@ def main() -> None:
     logs.configure(quiet=True)
 
 
-for command in (init, user, tokens, pool, run):
+for command in (init, health, systemd_unit, user, tokens, pool, run):
     main.add_command(command)
 
 

@@ -12,6 +12,7 @@ from tokenauth.logs import describe, log
 from tokenauth.server.configuration import ConfigurationFile
 from tokenauth.server.greeting import greeting
 from tokenauth.server.listener import listen
+from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.supervisor import START_FAILED, Signals, Supervisor
 from tokenauth.server.terminal import Terminal
 from tokenauth.server.totals import Totals
@@ -40,6 +41,7 @@ def serve(
     Stop also when the terminal is closed, unless `nohup`. The arguments take precedence over the file.
     """
     file_descriptors.raise_limit()
+    manager = ServiceManager(os.environ)
     terminal = Terminal(watch=not nohup)
     signals = Signals()
     # Until the file is read, which may take long, SIGINT and SIGTERM end the process: see `tokenauth.cli`.
@@ -76,7 +78,7 @@ def serve(
             port, host = listener.getsockname()[1], settings.server.host
             log.info("listening", host=host, port=port, workers=settings.server.workers, pid=os.getpid())
         try:
-            supervisor = Supervisor(path, configuration, file.read_again, listener, signals, terminal, totals)
+            supervisor = Supervisor(path, configuration, file.read_again, listener, signals, terminal, manager, totals)
             if logs.on_terminal():
                 supervisor.greeting = greeting(settings, port, risks, *command)
         except OSError as error:

@@ -40,6 +40,7 @@ from tokenauth.server.channel import (
 )
 from tokenauth.server.configuration import Configuration
 from tokenauth.server.listener import stop_handshakes
+from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
 from tokenauth.server.totals import Totals
 from tokenauth.settings.model import Settings
@@ -264,6 +265,7 @@ class Supervisor:
         listener: socket.socket,
         signals: Signals,
         terminal: Terminal,
+        manager: ServiceManager,
         totals: Totals | None = None,
     ) -> None:
         """Serve a configuration, which was read from `path`, on the listener. At SIGHUP, call `reload` for a new one.
@@ -281,6 +283,7 @@ class Supervisor:
         self._listener = listener
         self._signals = signals
         self._terminal = terminal
+        self._manager = manager
         self._totals = totals
         self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
@@ -409,8 +412,10 @@ class Supervisor:
                 worker.started_at = time.monotonic()
                 if worker.kill_at < math.inf:
                     worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
-                self._has_served = True
-                self._greet()
+                if not self._has_served:
+                    self._has_served = True
+                    self._manager.ready()
+                    self._greet()
             if report.database is not None:
                 worker.database = report.database
                 self._note_database(worker)
@@ -506,6 +511,7 @@ class Supervisor:
         if time.monotonic() - self._last_heartbeat < HEARTBEAT:
             return
         self._last_heartbeat = time.monotonic()
+        self._manager.alive()
         if self._terminal.check() and not self._stopping:
             self._stop(signal.SIGHUP.name)
         if self._reload is not None:
@@ -623,6 +629,7 @@ class Supervisor:
 
     def _begin_reload(self) -> None:
         """Read the configuration and start workers for it. The current workers get its users at once."""
+        self._manager.reloading()
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
                 configuration = self._load()
@@ -630,9 +637,11 @@ class Supervisor:
             return
         except ConfigError as error:
             log.error("configuration_refused", detail=str(error))
+            self._manager.ready()
             return
         except Exception as error:
             log.error("configuration_refused", detail=f"{self._path}: cannot be read: {logs.describe(error)}")
+            self._manager.ready()
             return
         self._drop_reload()
         self._reload = _Reload(configuration)
@@ -660,6 +669,7 @@ class Supervisor:
         self._send_users(self._settings)
         refused = failure is not None and failure.configuration
         log.error("configuration_refused" if refused else "reload_failed", detail=reason)
+        self._manager.ready()
 
     def _finish_reload(self) -> None:
         """Replace the current workers when all workers of the new configuration are ready."""
@@ -682,6 +692,7 @@ class Supervisor:
             users, pools = len(self._settings.users_by_name), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
             log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._slots), **held)
+            self._manager.ready()
         elif reload.heartbeats > _TIMEOUT:
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
 
@@ -693,6 +704,7 @@ class Supervisor:
     def _stop(self, signal_name: str | None) -> None:
         """Stop listening and stop the workers."""
         self._stopping = True
+        self._manager.stopping()
         if signal_name is not None:
             log.info("stopping", signal=signal_name)
         stop_handshakes(self._listener)  # or a connection could enter the queue after the last worker has emptied it

@@ -1,0 +1,122 @@
+"""`tokenauth health`: asks a running server how it is, for a container or a process manager.
+
+It runs every few seconds: it loads no more than it needs.
+"""
+
+import http.client
+import json
+import os
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from urllib.parse import urlsplit
+
+import click
+
+from tokenauth.cli.base import config_option
+from tokenauth.errors import ConfigError
+from tokenauth.logs import printable
+
+_WILDCARDS: Mapping[str, str] = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+_MAX_ANSWER = 1 << 16
+
+Connect = Callable[[float], http.client.HTTPConnection]
+
+
+@click.command(epilog="Example: tokenauth health --ready")
+@config_option
+@click.option("--url", metavar="URL", help="Address of the server, instead of that in the configuration.")
+@click.option("--ready", is_flag=True, help="Ask whether it can serve, and not only whether it answers.")
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(0.1, 60), default=5.0, show_default=True)
+def health(config_file: str | None, url: str | None, ready: bool, timeout: float) -> None:
+    """Ask the running server whether it is well. Exit with 1 if it is not.
+
+    It asks GET /healthz, or with --ready GET /readyz, at the address in the configuration. If the server was started
+    with --host or --port, or with port 0, name its address with --url.
+    """
+    where, connect = _of_url(url) if url is not None else _of_configuration(config_file)
+    try:
+        status, body = _get(connect(timeout), "/readyz" if ready else "/healthz")
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(printable(f"{where}: {_reason(error)}")) from None
+    expected = "ready" if ready else "ok"
+    found = _read(body)
+    if status != http.HTTPStatus.OK or found.get("status") != expected:
+        reason = found.get("reason", f"the answer has status {status}, and is not that of tokenauth")
+        raise click.ClickException(printable(f"{where}: {reason}"))
+    click.echo(expected)
+
+
+def _reason(error: OSError | http.client.HTTPException) -> str:
+    if isinstance(error, TimeoutError):
+        return "did not answer in time"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "the answer is not HTTP"
+
+
+def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]:
+    with closing(connection):
+        connection.request("GET", path, headers={"Connection": "close"})
+        answer = connection.getresponse()
+        return answer.status, answer.read(_MAX_ANSWER)
+
+
+def _read(body: bytes) -> dict[str, str]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return {name: str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _of_url(url: str) -> tuple[str, Connect]:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    else:
+        if parts.scheme not in {"http", "https"} or parts.username is not None or parts.path not in {"", "/"}:
+            host = None
+    if not host:
+        raise click.UsageError("--url: must be an address such as 'http://127.0.0.1:8000'.")
+    return _tcp(host, port or (443 if parts.scheme == "https" else 80), parts.scheme == "https")
+
+
+def _of_configuration(config_file: str | None) -> tuple[str, Connect]:
+    from tokenauth.settings import loader
+
+    path = loader.find(config_file)
+    server = loader.load(path).server
+    if server.socket:
+        return server.socket, lambda timeout: _UnixConnection(server.socket, timeout)
+    if server.port == 0:
+        raise ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
+    return _tcp(_WILDCARDS.get(server.host, server.host), server.port, bool(server.tls_certificate))
+
+
+def _tcp(host: str, port: int, tls: bool) -> tuple[str, Connect]:
+    where = f"{f'[{host}]' if ':' in host else host}:{port}"
+    if not tls:
+        return where, lambda timeout: http.client.HTTPConnection(host, port, timeout=timeout)
+    # The certificate is for the public name. Nothing secret is sent, and "ok" of a stranger opens no door.
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return where, lambda timeout: http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = os.path.abspath(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
