@@ -6,10 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Route, expect
 
+from tests.support.ports import free_port
 from tests.support.postgres import Cluster
-from tests.support.servers import Server, log_in, probe, worker, write_config
+from tests.support.servers import Server, log_in, probe, serve, write_config
 from tests.system.browser.test_login_page import violations
 
 POOLS = """
@@ -29,16 +30,25 @@ labels = ["ios"]
 """
 
 
+VIEWS = {
+    "mine": "My logins",
+    "pools": "phones",
+    "pools/phones": "pixel-8",
+}
+"""The views, and what each of them shows when it is there."""
+
+
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.faults)])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run a service whose clock is that of the browser."""
+    """Run a service with a login page, whose clock is that of the browser."""
     directory: Path = tmp_path_factory.mktemp(request.param)
-    config = write_config(directory, POOLS)
+    port = free_port()
+    config = write_config(directory, f'[browser]\nurl = "http://localhost:{port}"\n{POOLS}')
     if request.param == "postgres":
         cluster: Cluster = request.getfixturevalue("postgres")
         url = cluster.create(directory.name)
         config.write_text(re.sub('url = ".*"', f'url = "{url}"', config.read_text(), count=1))
-    with worker(config) as running:
+    with serve(config, "--port", str(port), "--workers", "1") as running:
         yield running
 
 
@@ -56,8 +66,10 @@ def tab(context: BrowserContext) -> Page:
 
 @pytest.fixture
 def page(tab: Page, client: httpx.Client) -> Page:
-    """Return the tab at its usual size. No leases, logins and reservations of other tests are left."""
+    """Return the tab at its usual size. No cookies, leases, logins and reservations of other tests are left."""
     tab.set_viewport_size({"width": 1280, "height": 800})
+    tab.context.clear_cookies()
+    tab.goto("about:blank")  # another address of the same page would not load it again
     admin = {"X-Token": log_in(client)}
     for pool in ("licences", "phones"):
         for token in client.get(f"/api/pools/{pool}", headers=admin).json()["tokens"]:
@@ -70,10 +82,14 @@ def page(tab: Page, client: httpx.Client) -> Page:
     return tab
 
 
+def console(server: Server) -> str:
+    """Return the address of the console, at the host of the login page."""
+    return f"http://localhost:{server.port}/console"
+
+
 def enter(page: Page, server: Server, username: str = "ann", password: str = "ann-secret", view: str = "") -> None:
     """Open the console and log in, as a person does who finds the fields by their labels."""
-    page.goto("about:blank")
-    page.goto(f"{server.url}/console{view}")
+    page.goto(f"{console(server)}{view}")
     fill_in(page, username, password)
     expect(page.get_by_role("navigation")).to_be_visible()
 
@@ -81,7 +97,7 @@ def enter(page: Page, server: Server, username: str = "ann", password: str = "an
 def fill_in(page: Page, username: str = "ann", password: str = "ann-secret") -> None:
     page.get_by_label("User name").fill(username)
     page.get_by_label("Password").fill(password)
-    page.get_by_role("button", name="Log in", exact=True).click()
+    page.get_by_role("button", name=re.compile("^Log in")).click()
 
 
 def row(page: Page, table: str, text: str) -> Locator:
@@ -110,8 +126,25 @@ def test_the_token_of_a_login_is_kept_nowhere(page: Page, server: Server, client
     assert probe(client, token)
 
 
+def test_the_login_page_leads_back_to_the_same_place(page: Page, server: Server, client: httpx.Client) -> None:
+    """Its cookie survives a reload, and ends with the log-out of the console."""
+    page.goto(f"{console(server)}#pools/phones")
+    page.get_by_role("link", name="Log in with the login page").click()
+    fill_in(page)
+    expect(page.get_by_role("heading", name="phones")).to_be_visible()
+    page.reload()
+    expect(page.get_by_role("heading", name="phones")).to_be_visible()
+    (token,) = [cookie["value"] for cookie in page.context.cookies() if cookie.get("name") == "tokenauth"]
+    assert token not in page.evaluate("document.cookie + document.body.innerHTML")
+    page.get_by_role("button", name="Log out").click()
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible()
+    assert page.url == console(server)
+    assert not probe(client, token)
+
+
 def test_a_wrong_password_and_a_wrong_token_are_said(page: Page, server: Server, client: httpx.Client) -> None:
-    page.goto(f"{server.url}/console")
+    page.goto(f"{console(server)}")
     fill_in(page, password="wrong")
     expect(page.get_by_role("alert")).to_have_text("The user name or the password is wrong.")
     page.get_by_text("Use a token instead").click()
@@ -154,8 +187,9 @@ def test_a_named_token_is_made_shown_once_and_rotated(page: Page, server: Server
     made = page.evaluate("navigator.clipboard.readText()")
     assert re.fullmatch("tkn[A-Za-z0-9]{61}", made)
     expect(dialog.get_by_label("Token nightly")).to_have_value(made)
-    page.keyboard.press("Escape")
-    expect(dialog).to_be_visible()
+    for _ in range(2):
+        page.keyboard.press("Escape")
+    expect(dialog.get_by_label("Token nightly")).to_be_visible()
     confirm(page, "Done")
     assert made not in page.content()
     assert client.get("/api/me", headers={"X-Token": made}).json()["scopes"] == ["read"]
@@ -169,6 +203,64 @@ def test_a_named_token_is_made_shown_once_and_rotated(page: Page, server: Server
     confirm(page, "End token")
     expect(page.get_by_text("You have no named tokens.")).to_be_visible()
     assert not probe(client, successor)
+
+
+def test_the_keyboard_is_enough(page: Page, server: Server, client: httpx.Client) -> None:
+    """Tab reaches each button and each time, dialogs keep the focus, and it is never lost."""
+    other = log_in(client, "ann", "ann-secret", headers={"User-Agent": "job"})
+    page.goto(console(server))
+    page.get_by_label("User name").focus()
+    page.keyboard.type("ann")
+    page.keyboard.press("Tab")
+    page.keyboard.type("ann-secret")
+    page.keyboard.press("Enter")
+    end = row(page, "My logins", "job").get_by_role("button")
+    expect(end).to_be_visible()
+    page.get_by_role("link", name="To the content").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Mine")).to_be_focused()
+    seen = 0
+    while not end.evaluate("(button) => button === document.activeElement"):
+        page.keyboard.press("Tab")
+        seen += page.locator(".exact:visible").count()
+        assert seen < 20
+    assert seen > 2
+    cancel = page.get_by_role("dialog").get_by_role("button", name="Cancel")
+    page.keyboard.press("Enter")
+    expect(cancel).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(end).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(cancel).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("The login is ended.")).to_be_visible()
+    expect(page.get_by_role("heading", name="Mine")).to_be_focused()
+    assert not probe(client, other)
+
+
+DISTANCES = {
+    0.4: "now",
+    -1: "1 second ago",
+    59.7: "in 1 minute",
+    -90: "2 minutes ago",
+    3599: "in 1 hour",
+    86_399: "in 1 day",
+    90 * 86_400: "in 90 days",
+    -400 * 86_400: "1 year ago",
+}
+
+
+def test_times_are_said_as_distances(page: Page, server: Server) -> None:
+    page.goto(console(server))
+    module = page.locator("script").get_attribute("src")
+    assert module is not None
+    address = f"./{module.replace('app.js', 'words.js')}"
+    say = """async ([address, distances]) => {
+      const { fromNow } = await import(address);
+      return distances.map((distance) => fromNow(1e9 + distance, 1e9));
+    }"""
+    assert page.evaluate(say, [address, [*DISTANCES]]) == [*DISTANCES.values()]
 
 
 def test_a_refused_action_says_why_in_its_dialog(page: Page, server: Server) -> None:
@@ -246,6 +338,19 @@ def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, 
     expect(page.get_by_text("tokenauth does not answer.")).to_have_count(0)
 
 
+def test_it_works_below_a_prefix_of_a_proxy(page: Page, server: Server) -> None:
+    def forward(route: Route) -> None:
+        route.fulfill(response=route.fetch(url=route.request.url.replace("/prefix/", "/")))
+
+    page.route("**/prefix/**", forward)
+    page.goto(console(server).replace("/console", "/prefix/console"))
+    fill_in(page)
+    page.get_by_role("link", name="Pools").click()
+    page.get_by_role("link", name="phones").click()
+    expect(row(page, "Members", "pixel-8")).to_be_visible()
+    page.unroute("**/prefix/**")
+
+
 def test_markup_in_names_is_text(page: Page, server: Server, client: httpx.Client) -> None:
     """Also the browser would refuse to make HTML of text: the page requires Trusted Types."""
     ann = {"X-Token": log_in(client, "ann", "ann-secret", headers={"User-Agent": "<img src=x onerror=alert(1)>"})}
@@ -260,6 +365,12 @@ def test_markup_in_names_is_text(page: Page, server: Server, client: httpx.Clien
     )
 
 
+def test_who_lacks_a_scope_sees_no_view_of_it(page: Page, server: Server) -> None:
+    enter(page, server, view="#tokens")
+    expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Mine", "Pools"])
+    expect(page.get_by_text("There is no such view")).to_be_visible()
+
+
 def test_every_view_is_accessible_and_fits(page: Page, server: Server, client: httpx.Client) -> None:
     """In both color schemes axe finds nothing. The views fit into 360 pixels, and none breaks the page's policy."""
     ann = {"X-Token": log_in(client, "ann", "ann-secret")}
@@ -272,11 +383,11 @@ def test_every_view_is_accessible_and_fits(page: Page, server: Server, client: h
 
     page.on("console", note)
     page.set_viewport_size({"width": 360, "height": 740})
-    page.goto(f"{server.url}/console")
+    page.goto(f"{console(server)}")
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
     assert violations(page) == []
     enter(page, server, "admin", "admin")
-    for view, there in (("mine", "My logins"), ("pools", "phones"), ("pools/phones", "pixel-8")):
+    for view, there in VIEWS.items():
         page.evaluate("(view) => { location.hash = view }", view)
         expect(page.get_by_text(there).first).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
@@ -284,6 +395,7 @@ def test_every_view_is_accessible_and_fits(page: Page, server: Server, client: h
         assert violations(page, "color-contrast") == [], view
         page.emulate_media(color_scheme="light")
         assert violations(page) == [], view
+    page.evaluate("location.hash = 'pools/phones'")
     page.get_by_role("button", name="Reserve pixel-8").click()
     assert violations(page) == []
     page.remove_listener("console", note)

@@ -55,10 +55,11 @@ export function path(strings, ...values) {
   return strings.reduce((text, part, index) => text + encodeURIComponent(values[index - 1]) + part);
 }
 
-/** Send a request, and return the response. Throws Offline. Its `sent` is the token that was sent. */
-export async function send(method, address, { headers = {}, body, signal = AbortSignal.timeout(TIMEOUT) } = {}) {
+/** Send a request with the token, unless it is `anonymous`, and return the response. Throws Offline. */
+export async function send(method, address, options = {}) {
+  const { headers = {}, body, anonymous = false, signal = AbortSignal.timeout(TIMEOUT) } = options;
   const all = { [HEADER]: "1", Accept: "application/json", ...headers };
-  if (token !== null) all["X-Token"] = token;
+  if (token !== null && !anonymous) all["X-Token"] = token;
   if (body !== undefined) all["Content-Type"] = "application/json";
   let answer;
   try {
@@ -82,9 +83,9 @@ export async function send(method, address, { headers = {}, body, signal = Abort
 }
 
 /** Send a request, and return the document of the answer. Throws Refused or Offline. */
-export async function call(method, address, body) {
+export async function call(method, address, body, anonymous = false) {
   const sent = token;
-  const answer = await send(method, address, { body });
+  const answer = await send(method, address, { body, anonymous });
   if (answer.status === 204) {
     setOnline(true);
     return null;
@@ -135,6 +136,21 @@ export async function logIn(username, password) {
 /** Log in with a token that the user has. */
 export function useToken(value) {
   token = value;
+}
+
+/** End all tokens in a text. The request has no token of ours: it would end, too. */
+export async function endLeaked(text) {
+  await call("DELETE", "api/token", { text }, true);
+}
+
+/** Extend the login, as each use of it does. Reading does not. Returns false if its lifetime is fixed. */
+export async function renew() {
+  try {
+    await call("POST", "api/token/renew");
+    return true;
+  } catch (error) {
+    return !(error instanceof Refused && error.code === "not_renewable");
+  }
 }
 
 /** End the token of this page. Whether the service can be reached or not, the page forgets it. */

@@ -1,12 +1,12 @@
 // The console: who is logged in, which view is shown, and whether the service answers.
 
 import { hasToken, logOut, now, onChange, whoAmI } from "./api.js";
-import { readAll, start, stop } from "./live.js";
+import { readAll, start, stop, subscribe } from "./live.js";
 import { LogIn } from "./login.js";
 import { Mine } from "./mine.js";
 import { Dialogs, Problem, Time } from "./parts.js";
 import { Pool, Pools } from "./pools.js";
-import { html, render, useEffect, useRef, useState } from "./preact.js";
+import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./preact.js";
 
 const VERSION = new URL(".", import.meta.url).pathname.split("/").at(-2);
 
@@ -66,8 +66,17 @@ function App() {
     return () => clearInterval(timer);
   }, [error]);
   useEffect(() => {
-    if (me) start();
-    return stop;
+    if (!me) return undefined;
+    const look = async () => {
+      const found = await whoAmI().catch(() => null);
+      if (found && found.scopes.join() !== me.scopes.join()) setMe(found);
+    };
+    const unsubscribe = subscribe(["hello"], look, { always: false });
+    start();
+    return () => {
+      unsubscribe();
+      stop();
+    };
   }, [me]);
   const entered = (found) => {
     setNote("");
@@ -93,6 +102,13 @@ function App() {
   if (me === undefined) return html`<main class="narrow"><h1>Console</h1><p class="soft loading" role="status">Loading…</p></main>`;
   if (me === null) return html`<${LogIn} entered=${entered} note=${note} />`;
   return html`<${Shell} me=${me} logOut=${leave} />`;
+}
+
+/** A view. If it fails, the others go on. */
+function Guarded({ children }) {
+  const [failure, restart] = useErrorBoundary();
+  if (failure) return html`<${Problem} error=${failure} retry=${restart} />`;
+  return children;
 }
 
 function Shell({ me, logOut }) {
@@ -123,7 +139,9 @@ function Shell({ me, logOut }) {
     <${Banner} />
     <main>
       <h1 tabindex="-1" ref=${heading}>${inPool ? detail : title}</h1>
-      ${inPool ? html`<${Pool} key=${detail} name=${detail} me=${me} />` : html`<${View} me=${me} logOut=${logOut} />`}
+      <${Guarded} key=${place}>
+        ${inPool ? html`<${Pool} name=${detail} me=${me} />` : html`<${View} me=${me} logOut=${logOut} />`}
+      <//>
     </main>
     <${Dialogs} />
   `;
@@ -148,6 +166,7 @@ function Banner() {
       }),
     [],
   );
+  useEffect(() => subscribe(["reconnected"], () => checkVersion().then(setOld), { always: false }), []);
   return html`<div role="status" class="banners">
     ${since !== null &&
     html`<p class="error banner">

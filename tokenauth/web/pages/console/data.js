@@ -6,7 +6,7 @@ import { useEffect, useRef, useState } from "./preact.js";
 
 const PAUSE = 300; // milliseconds, where much is going on
 
-/** Read an address of the API, or what a function returns, which must be the same one each time. Return `data` (undefined until it has come), `error` of the latest attempt, and `reload`. */
+/** Read an address of the API, or what a function returns, and then that of a new one. Return `data` (undefined until it has come), `error` of the latest attempt, and `reload`. */
 export function useData(address, ...topics) {
   const [state, setState] = useState({});
   const reload = useRef(() => {});
@@ -14,16 +14,15 @@ export function useData(address, ...topics) {
     let current = true;
     let reading = false;
     let again = false;
-    setState({ address });
     const read = async () => {
       again = reading; // what has changed meanwhile may be missing in the answer that is on its way
       if (reading || address === null) return;
       reading = true;
       try {
         const data = typeof address === "function" ? await address() : await call("GET", address);
-        if (current) setState({ address, data });
+        if (current) setState({ data });
       } catch (error) {
-        if (current) setState((before) => ({ address, data: before.data, error }));
+        if (current) setState((before) => ({ data: before.data, error }));
       }
       if (again) await new Promise((done) => setTimeout(done, PAUSE));
       reading = false;
@@ -37,6 +36,5 @@ export function useData(address, ...topics) {
       unsubscribe();
     };
   }, [address]);
-  const { data, error } = state.address === address ? state : {};
-  return { data, error, reload: () => reload.current() };
+  return { ...state, reload: () => reload.current() };
 }

@@ -1,11 +1,12 @@
 // News from the service: hints to read something again. They come over a stream of events. While there is no stream,
 // everything is read again every few seconds instead.
 
-import { Offline, now, onChange, send } from "./api.js";
+import { Offline, now, onChange, renew, send } from "./api.js";
 
 const POLL = 5_000;
 const UPKEEP = 30_000; // what ends by itself, such as a lease, may come without an event
 const AGAIN = 60_000; // until a stream that the service does not offer is tried again
+const RENEWAL = 60; // seconds: reading keeps no login alive, and what the person does is a use
 const SILENCE = 40_000; // a stream has a line every 15 seconds
 
 const readers = new Set();
@@ -13,9 +14,11 @@ let stopped = new AbortController();
 let streaming = false;
 let readAt = 0;
 
-/** Call `read` when something of these topics has changed: "tokens", "pool", "pool:NAME", "throttle", "status". */
-export function subscribe(topics, read) {
-  const reader = { topics: new Set(topics), read };
+/** Call `read` when something of these topics has changed: "tokens", "pool", "pool:NAME", "throttle", "status";
+ * "hello" (a stream begins, or the scopes of the user have changed), "reconnected". `always`: also when everything is
+ * read again. */
+export function subscribe(topics, read, { always = true } = {}) {
+  const reader = { topics: new Set(topics), read, always };
   readers.add(reader);
   return () => readers.delete(reader);
 }
@@ -23,7 +26,7 @@ export function subscribe(topics, read) {
 /** Have everything read again. */
 export function readAll() {
   readAt = now();
-  readers.forEach((reader) => reader.read());
+  readers.forEach((reader) => reader.always && reader.read());
 }
 
 function notify(...topics) {
@@ -47,10 +50,21 @@ export function start() {
   }, 1000);
   const shown = () => document.hidden || readAll();
   document.addEventListener("visibilitychange", shown);
+  let renewedAt = now();
+  let renewable = true;
+  const active = async () => {
+    if (!renewable || now() - renewedAt < RENEWAL) return;
+    renewedAt = now();
+    renewable = await renew();
+  };
+  document.addEventListener("keydown", active);
+  document.addEventListener("pointerdown", active);
   const forget = onChange((event) => event === "online" && readAll());
   signal.addEventListener("abort", () => {
     clearInterval(timer);
     document.removeEventListener("visibilitychange", shown);
+    document.removeEventListener("keydown", active);
+    document.removeEventListener("pointerdown", active);
     forget();
   });
 }
@@ -70,7 +84,10 @@ async function follow(signal) {
       const answer = await send("GET", "api/events", { headers, signal });
       if (answer.ok && answer.headers.get("Content-Type")?.startsWith("text/event-stream")) {
         pause = 1000;
-        if (missed) readAll();
+        if (missed) {
+          readAll();
+          notify("reconnected");
+        }
         for await (const event of events(answer.body, signal)) {
           streaming = true;
           last = event.id ?? last;
@@ -79,6 +96,7 @@ async function follow(signal) {
       } else {
         await answer.body?.cancel();
         pause = answer.status === 503 ? 5000 : AGAIN;
+        if (answer.status === 401) readAll(); // which finds that the login is over
       }
     } catch (error) {
       if (signal.aborted) return;
@@ -97,7 +115,7 @@ async function follow(signal) {
 function handle(event) {
   if (event.name === "reset") readAll();
   else if (event.name === "pool") notify("pool", `pool:${parse(event.data).name}`);
-  else if (event.name !== "hello" && event.name !== "bye") notify(event.name);
+  else notify(event.name);
 }
 
 function parse(data) {

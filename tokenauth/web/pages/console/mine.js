@@ -28,7 +28,7 @@ export function Mine({ me, logOut }) {
   return html`
     <${Logins} tokens=${tokens} logOut=${logOut} />
     <${NamedTokens} tokens=${tokens} me=${me} />
-    <${Claims} me=${me} />
+    <${Claims} />
   `;
 }
 
@@ -107,7 +107,7 @@ function NamedTokens({ tokens, me }) {
           label: "Scopes",
           kind: "choices",
           options: me.scopes.map((scope) => [scope, scope, false]),
-          help: "What it may do. Without any it can only say whose it is.",
+          help: "Without a scope it can still use pools that need none, and list and end your tokens.",
         },
         { name: "ttl", label: "Ends in", kind: "select", options: LIFETIMES },
       ].filter(Boolean),

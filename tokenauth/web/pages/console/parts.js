@@ -6,6 +6,7 @@ import { html, useEffect, useRef, useState } from "./preact.js";
 
 // Times
 
+let times = 0;
 const tickers = { 1: new Set(), 15: new Set() };
 for (const [seconds, ticked] of Object.entries(tickers)) {
   setInterval(() => document.hidden || ticked.forEach((tick) => tick()), seconds * 1000);
@@ -14,6 +15,7 @@ for (const [seconds, ticked] of Object.entries(tickers)) {
 /** An instant, as its distance from now. On hover and focus it shows the instant itself. */
 export function Time({ at, never = "never" }) {
   const [, tick] = useState(0);
+  const [id] = useState(() => `time-${(times += 1)}`);
   const pace = at && Math.abs(at - now()) < 100 ? 1 : 15;
   useEffect(() => {
     const ticked = () => tick((count) => count + 1);
@@ -21,9 +23,9 @@ export function Time({ at, never = "never" }) {
     return () => tickers[pace].delete(ticked);
   }, [pace]);
   if (at === null || at === undefined) return html`<span class="soft">${never}</span>`;
-  return html`<span class="time" tabindex="0"
+  return html`<span class="time" tabindex="0" aria-describedby=${id}
     ><time datetime=${new Date(at * 1000).toISOString()}>${fromNow(at, now())}</time
-    ><span class="exact" role="tooltip">${exact(at)}</span></span
+    ><span class="exact" role="tooltip" id=${id}>${exact(at)}</span></span
   >`;
 }
 
@@ -36,7 +38,7 @@ export function Problem({ error, retry }) {
       ? error.message
       : error instanceof Offline
         ? "tokenauth does not answer. Is it running? This page tries again by itself."
-        : "This page has failed. Reload it.";
+        : "This page has failed. Try again, or reload it.";
   return html`<div class="error" role="alert">
     <p>${text}</p>
     ${retry && html`<button class="small" onClick=${retry}>Try again</button>`}
@@ -49,6 +51,7 @@ export function Loaded({ read, children }) {
     if (read.error) return html`<${Problem} error=${read.error} retry=${read.reload} />`;
     return html`<p class="soft loading" role="status">Loading…</p>`;
   }
+  if (read.error instanceof Refused && [403, 404].includes(read.error.status)) return html`<${Problem} error=${read.error} />`;
   const old = read.error && !(read.error instanceof Offline); // then a banner says it
   return html`${old && html`<${Problem} error=${read.error} retry=${read.reload} />`}${children(read.data)}`;
 }
@@ -63,7 +66,7 @@ export function Table({ label, columns, rows, keyOf, empty, rowClass = () => "" 
   if (!rows.length) return html`<p class="soft empty">${empty}</p>`;
   return html`<div class="table" role="table" aria-label=${label}>
     <div class="row head" role="row">
-      ${columns.map(([title]) => html`<span role="columnheader" key=${title}>${title}</span>`)}
+      ${columns.map(([title, , style]) => html`<span role="columnheader" class=${style ?? ""} key=${title}>${title}</span>`)}
     </div>
     ${rows.map(
       (row) => html`<div class=${`row ${rowClass(row)}`} role="row" key=${keyOf(row)}>
@@ -132,9 +135,8 @@ function Dialog({ title, text, fields, action, danger, run, close }) {
     const before = document.activeElement;
     element.current.showModal();
     return () => {
-      // The button that opened it may be gone, with its row.
-      const next = before?.isConnected ? before : document.querySelector("h1");
-      next?.focus();
+      // The button that opened it may be gone with its row, when all has been drawn.
+      setTimeout(() => (before?.isConnected ? before : document.querySelector("h1"))?.focus());
     };
   }, []);
   const submit = async (event) => {
@@ -157,11 +159,9 @@ function Dialog({ title, text, fields, action, danger, run, close }) {
     }
     setBusy(false);
   };
-  const cancel = (event) => {
-    event.preventDefault();
-    if (!result) close(); // what is shown only once is not lost by Escape
-  };
-  return html`<dialog ref=${element} aria-labelledby="dialog-title" onCancel=${cancel} onClose=${close}>
+  // What is shown only once is not lost by Escape, also not by two of them, which no page can prevent.
+  const closed = () => (result ? element.current.showModal() : close());
+  return html`<dialog ref=${element} aria-labelledby="dialog-title" onClose=${closed}>
     <h2 id="dialog-title">${title}</h2>
     ${result
       ? html`${result}<div class="buttons"><button class="main" autofocus onClick=${close}>Done</button></div>`
@@ -201,6 +201,8 @@ function Field({ name, label, kind = "text", value = "", help, required = false,
             ([choice, text]) => html`<option key=${choice} value=${choice} selected=${choice === value}>${text}</option>`,
           )}
         </select>`
+      : kind === "textarea"
+      ? html`<textarea id=${id} name=${name} rows="6" required=${required} spellcheck=${false} aria-describedby=${described}></textarea>`
       : html`<input
           id=${id}
           name=${name}

@@ -26,7 +26,7 @@ export function fromNow(at, now) {
   const size = Math.abs(distance);
   if (size < 1) return "now";
   const [, unit, name] = SPANS.find(([limit, unit]) => Math.round(size / unit) * unit < limit);
-  return relative.format(Math.round(distance / unit), name);
+  return relative.format(Math.sign(distance) * Math.round(size / unit), name);
 }
 
 /** Return an instant as the clock on the wall of the reader shows it. */
