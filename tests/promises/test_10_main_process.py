@@ -41,14 +41,14 @@ def survives_breakage(directory: Path, kind: str) -> None:
         until(lambda: len(failures(server)) >= 4, "SIGHUP is handled")
         breakage.end(broken)
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: len(server.events("configuration_reloaded")) == 1, "the workers were replaced")
+        until(lambda: len(server.events("reloaded")) == 1, "the workers were replaced")
         assert server.stop() == 0
         assert traceback_lines(server) == []
 
 
 def failures(server: Server) -> list[dict[str, Any]]:
     """Return the log events of workers that ended or could not start, in order."""
-    names = {"worker_replaced", "worker_not_started", "reload_failed", "configuration_refused"}
+    names = {"worker_replaced", "worker_not_started", "reload_refused"}
     return [event for event in server.events() if event["event"] in names]
 
 
@@ -82,7 +82,7 @@ def test_a_terminal_s_signals_reach_the_main_process_only(tmp_path: Path) -> Non
     """The first Ctrl-C waits for the old worker's request, also after a reload. One more a second later does not."""
     with serving(write_config(tmp_path)) as server, half_a_login(server):
         os.killpg(server.process.pid, signal.SIGHUP)
-        until(lambda: len(server.events("configuration_reloaded")) == 1, "the new worker serves")
+        until(lambda: len(server.events("reloaded")) == 1, "the new worker serves")
         for _ in range(2):
             os.killpg(server.process.pid, signal.SIGINT)  # two signals within one second count as one
         until(lambda: refuses(server), "the port is closed", 5)
@@ -101,7 +101,7 @@ def test_the_only_pid_in_the_log_is_the_one_to_signal(tmp_path: Path) -> None:
     """`kill -HUP` with the PID of a worker would do nothing."""
     with serving(write_config(tmp_path)) as server:
         os.kill(server.wait("listening")["pid"], signal.SIGHUP)
-        until(lambda: len(server.events("configuration_reloaded")) == 1, "the server reloads")
+        until(lambda: len(server.events("reloaded")) == 1, "the server reloads")
         server.stop()
         named = [event["event"] for event in server.events() if "pid" in event or "process [" in event["event"]]
         assert named == ["listening"]
@@ -146,8 +146,8 @@ def test_a_configuration_from_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer.start()
     with serving(pipe) as server:
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.events("configuration_refused") != [], "the failed reload is logged")
-        assert "cannot be reloaded" in server.events("configuration_refused")[0]["detail"]
+        until(lambda: server.events("reload_refused") != [], "the failed reload is logged")
+        assert "cannot be reloaded" in server.events("reload_refused")[0]["detail"]
         with Connection(server.port) as connection:
             assert connection.valid(connection.log_in("bob", "bob-secret"))
 

@@ -97,9 +97,9 @@ def test_a_queued_logout_survives_kill_reload_and_stop(tmp_path: Path) -> None:
         assert accepted_by(server, ended) == []
         before = set(workers_of(server))
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.events("configuration_reloaded") != [], "the new workers serve")
+        until(lambda: server.events("reloaded") != [], "the new workers serve")
         until(lambda: not before & set(workers_of(server)), "the old workers ended")
-        assert server.events("configuration_reloaded")[0]["revocations_held"] == 1
+        assert server.events("reloaded")[0]["revocations_held"] == 1
         assert accepted_by(server, ended) == []
         assert sorted(accepted_by(server, kept)) == sorted(workers_of(server))
         server.process.send_signal(signal.SIGTERM)

@@ -80,7 +80,7 @@ def test_a_reload_without_the_file_is_refused(tmp_path: Path) -> None:
             token = connection.log_in()
         move(tmp_path)
         server.process.send_signal(signal.SIGHUP)
-        failure = server.wait("reload_failed")
+        failure = server.wait("reload_refused")
         assert f"{tmp_path}/{FILE}" in failure["detail"]
         assert "restart tokenauth" in failure["detail"]
         assert not (tmp_path / FILE).exists()
@@ -99,7 +99,7 @@ def test_once_lost_a_database_needs_a_restart(tmp_path: Path, suffix: str) -> No
         noticed = time.monotonic()
         until(lambda: time.monotonic() > noticed + 2 * HEARTBEAT, "the main process knows of it")
         server.process.send_signal(signal.SIGHUP)
-        server.wait("reload_failed")
+        server.wait("reload_refused")
         kill_workers(server)
         assert unavailable(server, token)
 

@@ -41,7 +41,7 @@ class Encoding(TypedDict):
 
 
 COMMANDS = [
-    "serve", "init", "check", "doctor", "health", "systemd-unit", "migrate", "hash-password",
+    "serve", "init", "check", "reload", "doctor", "health", "systemd-unit", "migrate", "hash-password",
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool line", "pool generate", "pool release",
@@ -213,7 +213,7 @@ def test_without_a_file_a_password_gets_the_default_cost(tmp_path: Path) -> None
 def test_users_are_added_changed_and_removed(home: Path) -> None:
     path = home / "config.toml"
     added = run(home, "user", "add", "Eve", "--scope", "a", "--scope", "b", "--password-stdin", stdin=WORD)
-    reload = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
+    reload = "`tokenauth reload`, or `systemctl reload tokenauth`."
     assert output(added) == f"Saved. 'Eve' can log in once you reload: {reload}\n"
     assert recorded(added) == [{"event": "user_added", "user": "Eve", "scopes": ["a", "b"]}]
     before = loader.load(path).users_by_name["eve"]

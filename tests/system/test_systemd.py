@@ -85,13 +85,13 @@ def test_the_manager_hears_of_every_state(tmp_path: Path, abstract: bool) -> Non
         manager.expect("READY=1")
         until(lambda: manager.listen() is not None and "WATCHDOG=1" in manager.heard, "it says that it is alive")
         server.process.send_signal(signal.SIGHUP)
-        server.wait("configuration_reloaded")
+        server.wait("reloaded")
         manager.expect("READY=1", "RELOADING=1", "READY=1")
         reloading = next(message for message in manager.heard if message.startswith("RELOADING"))
         assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", reloading)
         config.write_text("broken")
         server.process.send_signal(signal.SIGHUP)
-        server.wait("configuration_refused")
+        server.wait("reload_refused")
         manager.expect("READY=1", *["RELOADING=1", "READY=1"] * 2)
         assert server.stop() == 0
         assert manager.listen()[-1] == "STOPPING=1"
@@ -102,7 +102,7 @@ def test_a_manager_that_is_gone_stops_nothing(tmp_path: Path) -> None:
         manager.socket.close()
         (tmp_path / "notify").unlink()
         server.process.send_signal(signal.SIGHUP)
-        server.wait("configuration_reloaded")
+        server.wait("reloaded")
         assert server.errors() == []
 
 

@@ -113,7 +113,7 @@ def test_a_hangup_is_a_reload_until_the_terminal_closes(tmp_path: Path) -> None:
     with on_terminal(tmp_path, f"exec {SERVE}") as found:
         until(lambda: found.logged("started"), "it serves")
         os.kill(found.server_pid(), signal.SIGHUP)
-        until(lambda: found.logged("configuration_reloaded"), "it has reloaded")
+        until(lambda: found.logged("reloaded"), "it has reloaded")
         assert not found.logged("stopping")
         stops_at_closing(found)
 
@@ -125,7 +125,7 @@ def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:
         pid = found.server_pid()
         found.close()
         os.kill(pid, signal.SIGHUP)
-        until(lambda: found.logged("configuration_reloaded"), "it has reloaded")
+        until(lambda: found.logged("reloaded"), "it has reloaded")
         os.kill(pid, signal.SIGTERM)
         until(lambda: ended(pid), "it has ended")
         assert '"signal":"SIGTERM"' in found.log.read_text()

@@ -23,7 +23,7 @@ MISTAKES = {
     "[sever]": "sever: there is no such key; did you mean server?",
     "[server]\nprot = 1": "server.prot: there is no such key; did you mean port?",
     "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, socket, socket_mode, "
-    "tls_certificate, tls_key, workers, cors_origins, trusted_proxies, accept_risks, access_log, docs",
+    "tls_certificate, tls_key, workers, cors_origins, trusted_proxies, accept_risks, access_log, docs, reload",
     "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, browser, "
     "metrics, audit, users, pools, dialects",
     "[[user]]": "user: there is no such key; did you mean users?",

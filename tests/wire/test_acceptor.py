@@ -129,7 +129,7 @@ def test_a_reload_loses_no_queued_connection(tmp_path: Path) -> None:
         assert answers(clients) == [200] * WAITING, "the new workers answer: the old ones are still held by SIGSTOP"
         for process in workers:
             os.kill(process, signal.SIGCONT)
-        server.wait("configuration_reloaded")
+        server.wait("reloaded")
         assert server.stop() == 0
 
 

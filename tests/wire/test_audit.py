@@ -219,7 +219,7 @@ def test_start_reload_and_stop_are_audited(tmp_path: Path) -> None:
         wait_for(file, action="reload", result="ok")
         config.write_text(config.read_text() + "\n[nonsense]\n")
         server.process.send_signal(signal.SIGHUP)
-        [refused] = wait_for(file, action="reload", result="configuration_refused")
+        [refused] = wait_for(file, action="reload", result="refused")
         assert "nonsense" in refused["details"]["detail"]
         assert server.stop() == 0
     [stop] = wait_for(file, action="stop")

@@ -200,7 +200,7 @@ def test_a_changed_address_needs_a_restart(tmp_path: Path) -> None:
         write_config(tmp_path, '[metrics]\nlisten = "127.0.0.1:1"\n')
         server.process.send_signal(signal.SIGHUP)
         assert "metrics.listen" in server.wait("restart_needed")["detail"]
-        server.wait("configuration_reloaded")
+        server.wait("reloaded")
         server.wait("stopped")
         scraper.wait(1, "workers")
 
@@ -210,7 +210,7 @@ def test_metrics_that_are_new_need_a_restart(tmp_path: Path) -> None:
         write_config(tmp_path, SETTINGS)
         server.process.send_signal(signal.SIGHUP)
         assert "metrics.listen" in server.wait("restart_needed")["detail"]
-        server.wait("configuration_reloaded")
+        server.wait("reloaded")
         assert server.events("metrics_listening") == []
 
 

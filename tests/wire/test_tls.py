@@ -216,7 +216,7 @@ def test_a_broken_renewal_leaves_the_old_certificate(tmp_path: Path) -> None:
     with secured(tmp_path, shown) as server:
         shutil.copy(new.certificate, shown.certificate)  # and not its key
         server.process.send_signal(signal.SIGHUP)
-        refused = server.wait("configuration_refused")
+        refused = server.wait("reload_refused")
         assert f"server.tls_key: {shown.key} does not belong to the certificate in" in refused["detail"]
         os.kill(workers_of(server)[0], signal.SIGKILL)
         server.wait("worker_replaced")
@@ -225,7 +225,7 @@ def test_a_broken_renewal_leaves_the_old_certificate(tmp_path: Path) -> None:
             assert (ask(connection), organization(connection)) == (200, "old")
         shutil.copy(new.key, shown.key)
         server.process.send_signal(signal.SIGHUP)
-        server.wait("configuration_reloaded")
+        server.wait("reloaded")
         server.wait("stopped")
         with connect(server, context) as connection:
             assert (ask(connection), organization(connection)) == (200, "new")

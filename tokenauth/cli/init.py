@@ -20,7 +20,7 @@ from tokenauth.logs import audit, printable
 
 _TEMPLATE = """\
 # The configuration of tokenauth. docs/configuration.md explains all settings; what is not here has a default.
-# `tokenauth check` looks for mistakes and risks. A running server uses the file again after `kill -HUP PID`.
+# `tokenauth check` looks for mistakes and risks. After a change: `tokenauth reload`.
 
 [server]
 host = "127.0.0.1"      # only this machine can reach it; "0.0.0.0": everyone

@@ -68,7 +68,7 @@ def serve(config_file: str | None, host: str | None, port: int | None, workers: 
     sys.exit(server.serve(path, host, port, workers, NOHUP, server.Invocation(program(), options(config_file))))
 
 
-@main.command(epilog="Example: tokenauth check && systemctl reload tokenauth")
+@main.command(epilog="Example: tokenauth check && tokenauth reload")
 @config_option
 @json_option
 @click.option("--deep", is_flag=True, help="The same as `tokenauth doctor`.")
@@ -128,6 +128,33 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
 _PRIVATE = (
     "Only this machine can reach the service. If a reverse proxy passes requests on to it, set server.trusted_proxies."
 )
+
+
+@main.command(epilog="Example: tokenauth reload --config /etc/tokenauth/config.toml")
+@config_option
+def reload(config_file: str | None) -> None:
+    """Have the running server use the changed configuration.
+
+    Wait until it does, or says why it does not: then it goes on with the old one, and the command exits with 1. Run it
+    as the user of the service, or as root. It finds the server by the configuration file.
+    """
+    from tokenauth.server.control import ask_for_reload
+    from tokenauth.settings import loader
+
+    path = loader.find(config_file)
+    refused = False
+    for pid, answer in ask_for_reload(path).items():
+        shown = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in answer.changes.items()]
+        changes = "; ".join(shown) or "nothing has changed"
+        if answer.accepted:
+            click.echo(printable(f"Reloaded by process {pid}: {changes}."))
+        else:
+            refused = True
+            click.echo(
+                printable(f"Error: refused by process {pid}, which keeps its settings: {answer.detail}"), err=True
+            )
+    if refused:
+        sys.exit(1)
 
 
 @main.command(epilog="Example: tokenauth doctor --config /etc/tokenauth/config.toml")

@@ -5,7 +5,7 @@ import click
 from tokenauth.cli.base import CommandGroup, config_option, config_path, json_option, new_hash, password_option, show
 from tokenauth.logs import audit
 
-_RELOAD = "`systemctl reload tokenauth`, or `kill -HUP PID` with the `pid` of the `listening` line in its log."
+_RELOAD = "`tokenauth reload`, or `systemctl reload tokenauth`."
 _SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
 
 

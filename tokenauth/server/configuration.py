@@ -13,6 +13,7 @@ from tokenauth.passwords import Passwords
 from tokenauth.risks import Risk, check_accepted, find_risks, log_and_check
 from tokenauth.server import tls
 from tokenauth.settings import loader
+from tokenauth.settings.files_read import FilesRead
 from tokenauth.settings.model import Settings
 
 
@@ -28,7 +29,8 @@ class ConfigurationFile:
 
     def __init__(self, path: Path, host: str | None, port: int | None, workers: int | None) -> None:
         """Prefer the arguments that are not None to the settings in the file."""
-        self._path = path
+        self.path = path
+        self._files = FilesRead()
         self._host = host
         self._port = port
         self._workers = workers
@@ -40,7 +42,7 @@ class ConfigurationFile:
 
         Raises ConfigError for settings that cannot be served.
         """
-        self._first = loader.load(self._path)
+        self._first = loader.load(self.path, files=self._files)
         socket = None if self._host is None and self._port is None else ""
         self._served = loader.override(
             self._first, host=self._host, port=self._port, socket=socket, workers=self._workers
@@ -49,12 +51,13 @@ class ConfigurationFile:
 
     def read_again(self) -> Configuration:
         """Read the file for a reload; the address stays. Raises ConfigError."""
-        path, served = self._path, self._served
+        path, served = self.path, self._served
+        self._files = FilesRead()
         if path.exists() and not path.is_file():
             raise ConfigError(
                 f"{path}: is not a regular file, so it cannot be reloaded: restart to change the settings"
             )
-        file = loader.load(path)
+        file = loader.load(path, files=self._files)
         if _address(file) != _address(self._first):
             log.warning("restart_needed", detail=f"{path}: server.host, port and socket change only at a restart")
         if file.metrics != served.metrics:
@@ -66,10 +69,14 @@ class ConfigurationFile:
         address = {"host": served.server.host, "port": served.server.port, "socket": served.server.socket}
         return self._checked(loader.override(file, workers=self._workers, **address))[0]
 
+    def changed(self) -> bool:
+        """Return whether a file has changed since the last attempt to read it. To be called once a second."""
+        return self._files.changed()
+
     def _checked(self, settings: Settings, quiet: bool = False) -> tuple[Configuration, Sequence[Risk]]:
-        with loader.naming(self._path):
-            risks = find_risks(settings, Passwords(settings.passwords, settings.users_by_name), self._path)
-            certificate = tls.read(settings.server)
+        with loader.naming(self.path):
+            risks = find_risks(settings, Passwords(settings.passwords, settings.users_by_name), self.path)
+            certificate = tls.read(settings.server, self._files)
             if quiet:
                 with suppress(ConfigError):
                     check_accepted(settings, risks)

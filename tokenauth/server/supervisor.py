@@ -12,9 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 from msgspec.structs import replace
@@ -38,11 +37,13 @@ from tokenauth.server.channel import (
     decode_report,
     encode_order,
 )
-from tokenauth.server.configuration import Configuration
+from tokenauth.server.configuration import Configuration, ConfigurationFile
+from tokenauth.server.control import Answer, Control
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
 from tokenauth.server.totals import Totals
+from tokenauth.settings.differences import find_differences
 from tokenauth.settings.model import Settings
 
 START_FAILED = 3
@@ -248,8 +249,10 @@ class _Passing:
 class _Reload:
     """A new configuration, and its workers, which serve it when all of them are ready."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, cause: str, changes: Mapping[str, Sequence[str]]) -> None:
         self.settings, self.certificate = configuration
+        self.cause = cause
+        self.changes = changes
         self.slots = [_Slot() for _ in range(self.settings.server.workers)]
         self.heartbeats = 0
 
@@ -259,27 +262,28 @@ class Supervisor:
 
     def __init__(
         self,
-        path: Path,
+        file: ConfigurationFile,
         configuration: Configuration,
-        reload: Callable[[], Configuration],
         listener: socket.socket,
         signals: Signals,
         terminal: Terminal,
         manager: ServiceManager,
         totals: Totals | None = None,
+        control: Control | None = None,
     ) -> None:
-        """Serve a configuration, which was read from `path`, on the listener. At SIGHUP, call `reload` for a new one.
+        """Serve a configuration, which was read from `file`, on the listener. At SIGHUP, read it again.
 
+        So it does when a command asks for that by `control`, and with `reload = "watch"` when a file has changed.
         But the SIGHUP that is sent because the terminal was closed ends it.
         `totals` gets what the workers count, for metrics.
-        `reload` raises ConfigError for a configuration that cannot be served. Raises OSError.
+        Raises OSError.
         """
         self.greeting = ""
         """A text for people, shown once a worker serves."""
-        self._path = path
+        self._file = file
+        self._control = control
         self._settings, self._certificate = settings, _ = configuration
         self._users = settings.users_by_name
-        self._load = reload
         self._listener = listener
         self._signals = signals
         self._terminal = terminal
@@ -288,6 +292,8 @@ class Supervisor:
         self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
+        if control is not None:
+            self._selector.register(control, selectors.EVENT_READ, control)
         self._slots = [_Slot() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
@@ -371,13 +377,18 @@ class Supervisor:
                 if self._terminal.hung_up():
                     self._stop(number.name)
                 else:
-                    self._begin_reload()
+                    self._begin_reload("signal")
 
     def _receive(self) -> None:
         """Read reports of the workers, and send orders that are still pending."""
         ready, self._ready = self._ready, []  # stale after a failed wait
         for key, events in ready:
-            if isinstance(key.data, _Worker):
+            if isinstance(key.data, Control) and key.data.take():
+                if self._stopping:
+                    key.data.close_waiting()
+                else:
+                    self._begin_reload("command")
+            elif isinstance(key.data, _Worker):
                 worker = key.data
                 if key.fileobj is not worker.channel:
                     if not worker.read_stderr():
@@ -516,6 +527,8 @@ class Supervisor:
             self._stop(signal.SIGHUP.name)
         if self._reload is not None:
             self._reload.heartbeats += 1
+        elif self._settings.server.reload == "watch" and not self._stopping and self._file.changed():
+            self._begin_reload("watch")
         for worker in self._workers():
             worker.silent_heartbeats += 1
             if worker.silent_heartbeats > _TIMEOUT and not worker.killed:
@@ -558,7 +571,7 @@ class Supervisor:
                 if slot.worker is worker:
                     slot.worker = None
                     if not self._stopping:
-                        self._abort_reload(worker.reason(), worker.failure)
+                        self._abort_reload(worker.reason())
                     return
         for slot in self._slots:
             if slot.worker is worker:
@@ -597,7 +610,9 @@ class Supervisor:
         elif self._reload is not None:
             settings, certificate = self._reload.settings, self._reload.certificate
         database = self._served_database(settings, current)
-        order = encode_order(Serve(self._path, settings, self._held.snapshot(), database, counts_store, certificate))
+        order = encode_order(
+            Serve(self._file.path, settings, self._held.snapshot(), database, counts_store, certificate)
+        )
         worker = _Worker(self._listener, self._log_fd)
         try:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -627,25 +642,38 @@ class Supervisor:
         self._exit_code = START_FAILED
         self._stop(None)
 
-    def _begin_reload(self) -> None:
+    def _begin_reload(self, cause: str) -> None:
         """Read the configuration and start workers for it. The current workers get its users at once."""
         self._manager.reloading()
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
-                configuration = self._load()
+                configuration = self._file.read_again()
         except Interrupted:
             return
         except ConfigError as error:
-            log.error("configuration_refused", detail=str(error))
-            self._manager.ready()
+            self._refuse_reload(cause, str(error))
             return
         except Exception as error:
-            log.error("configuration_refused", detail=f"{self._path}: cannot be read: {logs.describe(error)}")
-            self._manager.ready()
+            self._refuse_reload(cause, f"{self._file.path}: cannot be read: {logs.describe(error)}")
             return
         self._drop_reload()
-        self._reload = _Reload(configuration)
+        self._reload = _Reload(configuration, cause, self._differences(configuration))
         self._send_users(configuration.settings)
+
+    def _differences(self, configuration: Configuration) -> Mapping[str, Sequence[str]]:
+        """Return what differs from what is served, as names."""
+        found = dict(find_differences(self._settings, configuration.settings))
+        if configuration.certificate != self._certificate:
+            changed = found.get("settings_changed", ())
+            found["settings_changed"] = [*dict.fromkeys([*changed, "server.tls_certificate"])]
+        return found
+
+    def _refuse_reload(self, cause: str, detail: str, changes: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Log why the current configuration stays, and say it to the commands that wait."""
+        log.error("reload_refused", cause=cause, detail=detail, **(changes or {}))
+        self._manager.ready()
+        if self._control is not None:
+            self._control.answer(Answer(False, detail, changes or {}))
 
     def _send_users(self, settings: Settings) -> None:
         """Send the users of these settings to the current workers and to those that are stopping."""
@@ -663,13 +691,13 @@ class Supervisor:
             if slot.worker is not None:
                 self._retire(slot.worker)
 
-    def _abort_reload(self, reason: str, failure: Report | None = None) -> None:
+    def _abort_reload(self, reason: str) -> None:
         """Keep the current configuration, and log why."""
+        reload = self._reload
+        assert reload is not None
         self._drop_reload()
         self._send_users(self._settings)
-        refused = failure is not None and failure.configuration
-        log.error("configuration_refused" if refused else "reload_failed", detail=reason)
-        self._manager.ready()
+        self._refuse_reload(reload.cause, reason, reload.changes)
 
     def _finish_reload(self) -> None:
         """Replace the current workers when all workers of the new configuration are ready."""
@@ -691,8 +719,18 @@ class Supervisor:
                 self._totals.configured = len(self._slots)
             users, pools = len(self._settings.users_by_name), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
-            log.info("configuration_reloaded", users=users, pools=pools, workers=len(self._slots), **held)
+            log.info(
+                "reloaded",
+                cause=reload.cause,
+                users=users,
+                pools=pools,
+                workers=len(self._slots),
+                **held,
+                **reload.changes,
+            )
             self._manager.ready()
+            if self._control is not None:
+                self._control.answer(Answer(True, "", reload.changes))
         elif reload.heartbeats > _TIMEOUT:
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
 
@@ -704,6 +742,8 @@ class Supervisor:
     def _stop(self, signal_name: str | None) -> None:
         """Stop listening and stop the workers."""
         self._stopping = True
+        if self._control is not None:
+            self._control.close_waiting()
         self._manager.stopping()
         if signal_name is not None:
             log.info("stopping", signal=signal_name)

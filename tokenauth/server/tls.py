@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tokenauth.errors import ConfigError
+from tokenauth.settings.files_read import FilesRead
 from tokenauth.settings.model import ServerSettings
 
 HANDSHAKE_TIMEOUT = 10.0
@@ -29,10 +30,13 @@ class KeyPair:
     key: bytes = field(repr=False)
 
 
-def read(settings: ServerSettings) -> KeyPair | None:
+def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | None:
     """Read the certificate and the key, and check that they belong together. None without TLS. Raises ConfigError."""
     if not settings.tls_certificate:
         return None
+    if files is not None:
+        files.note(settings.tls_certificate)
+        files.note(settings.tls_key)
     pair = KeyPair(_read("server.tls_certificate", settings.tls_certificate), _read("server.tls_key", settings.tls_key))
     if b"-----BEGIN CERTIFICATE-----" not in pair.certificate:
         problem = "has no certificate in PEM form (-----BEGIN CERTIFICATE-----)"

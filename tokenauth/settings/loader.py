@@ -21,6 +21,7 @@ from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import durations
 from tokenauth.settings.fields import SettingError, Table
+from tokenauth.settings.files_read import FilesRead
 from tokenauth.settings.model import ServerSettings, Settings
 
 T = TypeVar("T", bound=Table)
@@ -41,11 +42,16 @@ def find(path: str | None, environ: Mapping[str, str] = os.environ) -> Path:
     return Path(path or environ.get("TOKENAUTH_CONFIG") or own)
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read the file. Raises ConfigError: one line with the key path, what is wrong, and a hint."""
+def load(path: Path, environ: Mapping[str, str] = os.environ, files: FilesRead | None = None) -> Settings:
+    """Read the file. Raises ConfigError: one line with the key path, what is wrong, and a hint.
+
+    `files` gets all files that are read.
+    """
+    if files is not None:
+        files.note(path)
     text = read(path)
     with naming(path):
-        return parse(text, environ)
+        return parse(text, environ, files)
 
 
 def read(path: Path) -> str:
@@ -70,10 +76,10 @@ def naming(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def parse(text: str, environ: Mapping[str, str] = os.environ) -> Settings:
+def parse(text: str, environ: Mapping[str, str] = os.environ, files: FilesRead | None = None) -> Settings:
     """Read TOML text. Raises ConfigError as `load` does."""
     tree = parse_toml(text)
-    variables = _substitute(tree, environ)
+    variables = _substitute(tree, environ, FilesRead() if files is None else files)
     return _Reader(variables).table(Settings, tree, "")
 
 
@@ -82,7 +88,7 @@ def find_mistakes(text: str, environ: Mapping[str, str] = os.environ) -> Sequenc
     mistakes: list[str] = []
     try:
         tree = parse_toml(text)
-        _Reader(_substitute(tree, environ), mistakes).table(Settings, tree, "")
+        _Reader(_substitute(tree, environ, FilesRead()), mistakes).table(Settings, tree, "")
     except ConfigError as error:
         mistakes.append(str(error))
     return list(dict.fromkeys(mistakes))
@@ -346,7 +352,7 @@ _MAX_SECRET = 64 * 1024
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-def _substitute(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+def _substitute(tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead) -> dict[str, str]:
     """Replace variables in strings by the environment's values. Return their names, such as "${PORT}", by key path."""
     found = {}
     for path, holder, key in list(_strings(tree, "", _MAX_DEPTH)):
@@ -357,7 +363,7 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, s
         def value(match: re.Match[str], path: str = path) -> str:
             name, default = match.groups()
             with _naming_key(path):
-                found = _variable(name, environ)
+                found = _variable(name, environ, files)
             value = found or (found if default is None else default)
             if value is None:
                 raise ConfigError(f"{path}: the environment has no {name}; set it, or write ${{{name}:-default}}")
@@ -370,13 +376,14 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, s
     return found
 
 
-def _variable(name: str, environ: Mapping[str, str]) -> str | None:
+def _variable(name: str, environ: Mapping[str, str], files: FilesRead) -> str | None:
     """Return the value of a variable, or the content of the file that NAME_FILE names; None if there is neither.
 
     Raises ConfigError. No error shows a value, nor the path: someone may have put the secret there.
     """
     value, file = environ.get(name), environ.get(f"{name}_FILE")
     if file and not value:
+        files.note(file)
         return _read_secret(f"{name}_FILE", file)
     if file:
         raise ConfigError(f"{name} and {name}_FILE are both set in the environment; unset one of them")

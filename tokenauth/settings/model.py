@@ -67,6 +67,7 @@ class ServerSettings(Table, frozen=True):
     accept_risks: tuple[RiskName, ...] = ()
     access_log: bool = False
     docs: bool = True
+    reload: Literal["signal", "watch"] = "signal"
 
     def __post_init__(self) -> None:
         for number, origin in enumerate(self.cors_origins):

@@ -50,7 +50,7 @@ def test_a_step_that_fails_ends_nothing(tmp_path: Path, step: str) -> None:
         until(lambda: len(server.events("started")) == 3, "the worker was replaced")
         (broken.here / "2").touch()
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: len(server.events("configuration_reloaded")) == 1, "it is reloaded")
+        until(lambda: len(server.events("reloaded")) == 1, "it is reloaded")
         (broken.here / "3").touch()
         assert server.stop() == 0
         assert {event["step"] for event in server.events("main_process_failed")} == {step}
@@ -64,7 +64,7 @@ def test_a_directory_that_is_removed_ends_nothing(tmp_path: Path) -> None:
         kill_a_worker(broken.server)
         until(lambda: len(broken.server.events("started")) == 3, "the worker was replaced")
         broken.server.process.send_signal(signal.SIGHUP)
-        until(lambda: len(broken.server.events("configuration_reloaded")) == 1, "it is reloaded")
+        until(lambda: len(broken.server.events("reloaded")) == 1, "it is reloaded")
         assert broken.server.stop() == 0
 
 

@@ -1,0 +1,222 @@
+"""`tokenauth reload`, and `reload = "watch"`: how the server is found, what it answers, and what is noticed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.support.certificates import Certificate, make_certificate
+from tests.support.connections import Connection
+from tests.support.journal import serving, until
+from tests.support.main_process import workers_of
+from tests.support.servers import USERS, Server, serve, spawn, write_config
+from tests.system.test_cli import Done, mistake, output, run
+from tokenauth.server.control import _prefix
+
+POOL = "[pools.licences]\ncapacity = 3\n"
+WITHOUT_BOB = USERS[: USERS.rindex("[[users]]")]
+
+
+def reload(directory: Path, *arguments: str) -> Done:
+    return run(directory, "reload", *arguments)
+
+
+def refused(done: Done, pid: int) -> str:
+    """Return why the server has refused a reload."""
+    assert (done.returncode, done.stdout) == (1, "")
+    begin = f"Error: refused by process {pid}, which keeps its settings: "
+    assert done.stderr.startswith(begin)
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix(begin)
+
+
+def can_log_in(server: Server, name: str) -> bool:
+    with Connection(server.port) as connection:
+        login = {"username": name, "password": f"{name}-secret"}
+        return connection.ask("POST", "/api/token", login, Connection="close").status == 200
+
+
+def test_the_command_waits_and_says_what_has_changed(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    with serving(config, "--workers", "2") as server:
+        pid = server.process.pid
+        assert output(reload(tmp_path)) == f"Reloaded by process {pid}: nothing has changed.\n"
+        write_config(tmp_path, POOL, WITHOUT_BOB)
+        changed = "users removed: bob; pools added: licences"
+        assert output(reload(tmp_path)) == f"Reloaded by process {pid}: {changed}.\n"
+        assert not can_log_in(server, "bob"), "it is in use when the command ends"
+        event = server.events("reloaded")[-1]
+        assert (event["cause"], event["users"], event["users_removed"], event["pools_added"]) == (
+            "command", 2, ["bob"], ["licences"],
+        )  # fmt: skip
+        assert "passwords_changed" not in event
+        assert len(server.events("reloaded")) == 2
+
+
+def test_each_refusal_is_said_and_logged_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    with serving(config) as server:
+        pid = server.process.pid
+        write_config(tmp_path, "[tokens]\nttl = 'soon'\n")
+        assert "tokens.ttl: must be a duration" in refused(reload(tmp_path), pid)
+        config.write_text(f'[database]\nurl = "sqlite+aiosqlite:////nowhere/t.db"\n{WITHOUT_BOB}')
+        assert "/nowhere" in refused(reload(tmp_path), pid), "its workers cannot start"
+        until(lambda: len(server.events("reload_refused")) == 2, "both are logged")
+        first, second = server.events("reload_refused")
+        assert "users_removed" not in first
+        assert (second["users_removed"], second["settings_changed"]) == (["bob"], ["database.url"])
+        assert "nowhere/t.db" not in str(second["settings_changed"])
+        assert server.events("reloaded") == []
+        assert can_log_in(server, "bob")
+
+
+def test_without_a_server_the_command_fails(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    expected = "No server of this user serves config.toml: start one with `tokenauth serve`."
+    assert mistake(reload(tmp_path)) == expected
+    other = tmp_path / "other"
+    other.mkdir()
+    write_config(other)
+    with serving(config) as server:
+        assert mistake(reload(other)) == expected, "that of another configuration is left alone"
+        assert output(reload(other, "-c", "../config.toml")).startswith("Reloaded by process")
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(30)
+    assert mistake(reload(tmp_path)) == expected, "a killed server leaves nothing behind"
+    assert "none: No such file or directory" in mistake(reload(tmp_path, "-c", "none/config.toml"))
+
+
+def test_all_servers_of_a_configuration_reload(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    with serving(config) as one, serving(config) as other:
+        lines = output(reload(tmp_path)).splitlines()
+        pids = {one.process.pid, other.process.pid}
+        assert {line.partition(":")[0] for line in lines} == {f"Reloaded by process {pid}" for pid in pids}
+
+
+def test_a_replaced_file_is_found_and_users_are_edited(tmp_path: Path) -> None:
+    """`user` commands replace the file by a rename."""
+    with serving(write_config(tmp_path)) as server:
+        assert "`tokenauth reload`" in output(run(tmp_path, "user", "remove", "bob"))
+        assert "users removed: bob" in output(reload(tmp_path))
+        assert not can_log_in(server, "bob")
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Return a directory that all users may enter."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_can_neither_reload_nor_pretend(public: Path) -> None:
+    config = write_config(public)
+    become = "import os, sys; from pathlib import Path; from tokenauth.server import control; os.setgid(65534)"
+    begin = f"{become}; os.setuid(65534); path = Path({str(config)!r})"
+    ask = f"{begin}; control.ask_for_reload(path)"
+    pretend = f"{begin}; found = control.Control(path); print('ready', flush=True); sys.stdin.readline()"
+    with serving(config) as server:
+        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=False)
+        assert "No server of this user serves" in done.stderr
+        with subprocess.Popen(
+            [sys.executable, "-c", pretend], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "ready\n"
+            assert output(reload(public)) == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
+            other.communicate("\n")
+        until(lambda: len(server.events("reloaded")) == 1, "only root's is logged")
+
+
+def test_a_server_that_ends_does_not_leave_the_command_waiting(tmp_path: Path) -> None:
+    """SIGSTOP holds the new worker, so that the reload is under way at SIGTERM."""
+    config = write_config(tmp_path)
+    with serving(config) as server:
+        (old,) = workers_of(server)
+        with subprocess.Popen(
+            [str(Path(sys.executable).with_name("tokenauth")), "reload", "-c", str(config)],
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command:
+            until(lambda: len(workers_of(server)) == 2, "a new worker starts")
+            (new,) = set(workers_of(server)) - {old}
+            os.kill(new, signal.SIGSTOP)
+            server.process.send_signal(signal.SIGTERM)
+            _, shown = command.communicate(timeout=30)
+            assert command.returncode == 1
+            assert f"The server with process {server.process.pid} has ended" in shown
+        server.process.wait(60)
+
+
+WATCH = '[server]\nreload = "watch"\n'
+
+
+def test_a_watched_file_is_reloaded_and_a_broken_one_said_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path, WATCH)
+    with serving(config) as server:
+        other = tmp_path / "new.toml"
+        shutil.copy(config, other)
+        other.write_text(config.read_text().replace('"bob"', '"eve"'))
+        os.replace(other, config)
+        assert server.wait("reloaded", cause="watch")["users_added"] == ["eve"]
+        config.write_text("[server")
+        assert "not TOML" in server.wait("reload_refused", cause="watch")["detail"]
+        started = len(server.events("started"))
+        config.write_text(config.read_text())  # the same again, at another time
+        until(lambda: len(server.events("reload_refused")) == 2, "the next version is said, too")
+        write_config(tmp_path, WATCH + POOL)
+        server.wait("reloaded", pools_added=["licences"])
+        assert len(server.events("reload_refused")) == 2
+        assert len(server.events("started")) == started + 1
+        write_config(tmp_path)
+        server.wait("reloaded", settings_changed=["server.reload"])
+
+
+def test_links_that_are_swapped_and_other_files_are_watched(tmp_path: Path) -> None:
+    """As Kubernetes renews a ConfigMap and a Secret."""
+    old, new = make_certificate(tmp_path, "old"), make_certificate(tmp_path, "new")
+    for number, source in enumerate((old, new), 1):
+        (tmp_path / f"v{number}").mkdir()
+        shutil.copy(source.certificate, tmp_path / f"v{number}" / "tls.pem")
+        shutil.copy(source.key, tmp_path / f"v{number}" / "tls.key")
+        (tmp_path / f"v{number}" / "tls.key").chmod(0o600)
+    (tmp_path / "data").symlink_to("v1")
+    shown = Certificate(tmp_path / "data" / "tls.pem", tmp_path / "data" / "tls.key")
+    config = write_config(tmp_path, WATCH + shown.settings())
+    with serve(config) as server:
+        server.wait("started")
+        (tmp_path / "next").symlink_to("v2")
+        os.replace(tmp_path / "next", tmp_path / "data")
+        assert server.wait("reloaded", cause="watch")["settings_changed"] == ["server.tls_certificate"]
+
+
+def test_a_file_is_not_watched_by_default(tmp_path: Path) -> None:
+    """A second file that is watched shows that enough time has passed."""
+    other = tmp_path / "other"
+    other.mkdir()
+    with serving(write_config(tmp_path)) as server, serving(write_config(other, WATCH)) as watching:
+        write_config(tmp_path, POOL)
+        write_config(other, WATCH + POOL)
+        watching.wait("reloaded")
+        assert server.events("reloaded") == []
+
+
+def test_a_control_socket_that_is_taken_is_said(tmp_path: Path) -> None:
+    """The server goes on without it."""
+    config = write_config(tmp_path)
+    program = (
+        "import os, socket, sys; taken = socket.socket(socket.AF_UNIX);"
+        f" taken.bind('\\0{_prefix(config)}' + str(os.getpid())); taken.listen();"
+        " sys.argv[0] = 'tokenauth'; from tokenauth.cli.main import main; main()"
+    )
+    with spawn([sys.executable, "-c", program, "serve", "-c", str(config), "-p", "0"], tmp_path) as server:
+        assert "Address already in use" in server.wait("control_unavailable")["reason"]
+        server.wait("started")
