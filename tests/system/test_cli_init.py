@@ -45,6 +45,32 @@ def test_the_configuration_differs_from_the_defaults_only_in_its_user(tmp_path: 
     assert written == Settings(users=written.users)
 
 
+def test_settings_can_be_named(tmp_path: Path) -> None:
+    named = ["server.port=8001", 'server.trusted_proxies=["10.0.0.1"]', "browser.url=https://auth.example.com"]
+    options = [word for setting in named for word in ("--set", setting)]
+    run(tmp_path, "init", *STDIN, *options, stdin=WORD)
+    settings = loader.load(tmp_path / "tokenauth.toml")
+    assert (settings.server.port, settings.server.trusted_proxies) == (8001, ("10.0.0.1",))
+    assert settings.browser.url == "https://auth.example.com"
+    text = (tmp_path / "tokenauth.toml").read_text()
+    assert "port = 8001" in text
+    assert text.count("[server]") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("port=8001", "must have the form TABLE.KEY=VALUE"),
+        ("server.prot=8001", "server.prot: there is no such key; did you mean port?"),
+        ("server.port=x", "server.port: must be an integer"),
+        ("users.name=x", "users"),
+    ],
+)
+def test_a_wrong_setting_writes_nothing(tmp_path: Path, setting: str, problem: str) -> None:
+    assert problem in mistake(run(tmp_path, "init", *STDIN, "--set", setting, stdin=WORD))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_commented_out_is_valid(tmp_path: Path) -> None:
     run(tmp_path, "init", *STDIN, stdin=WORD)
     path = tmp_path / "tokenauth.toml"

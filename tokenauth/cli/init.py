@@ -18,37 +18,6 @@ from tokenauth.cli.base import (
 from tokenauth.errors import ConfigError
 from tokenauth.logs import audit, printable
 
-_TEMPLATE = """\
-# The configuration of tokenauth. docs/configuration.md explains all settings; what is not here has a default.
-# `tokenauth check` looks for mistakes and risks. After a change: `tokenauth reload`.
-
-[server]
-host = "127.0.0.1"      # only this machine can reach it; "0.0.0.0": everyone
-port = 8000
-cors_origins = []       # origins whose web pages may call, such as "https://app.example.com"
-trusted_proxies = []    # reverse proxies in front of it, such as "127.0.0.1"
-
-[database]
-url = "sqlite+aiosqlite:///tokenauth.db"   # three slashes: relative to the working directory; four: absolute
-
-[tokens]
-ttl = "24h"             # lifetime of a login
-
-# A login page for people, for all hosts of a domain: docs/browser-login.md
-# [browser]
-# url = "https://auth.example.com"
-# domain = "example.com"
-# return_to = ["https://*.example.com"]
-
-# Tokens to lease, to limit how many clients use something at once: docs/pools.md
-# [pools.licences]
-# capacity = 3
-# prefill = true
-# lease_ttl = "60s"
-
-# Users: `tokenauth user add NAME`, `tokenauth user passwd NAME`.
-"""
-
 
 @click.command(epilog="Examples: tokenauth init; tokenauth init --yes -c /etc/tokenauth/config.toml")
 @click.option(
@@ -60,8 +29,15 @@ ttl = "24h"             # lifetime of a login
 )
 @click.option("--username", metavar="NAME", help="The first user. Default: admin.")
 @password_option
+@click.option(
+    "--set",
+    "sets",
+    metavar="TABLE.KEY=VALUE",
+    multiple=True,
+    help="A setting, such as server.port=8001. May be repeated.",
+)
 @click.option("-y", "--yes", is_flag=True, help="Ask nothing: without --password-stdin, make a password and print it.")
-def init(config_file: str | None, username: str | None, password_stdin: bool, yes: bool) -> None:
+def init(config_file: str | None, username: str | None, password_stdin: bool, sets: tuple[str, ...], yes: bool) -> None:
     """Write a small configuration with one user.
 
     The user has the scope admin. It never overwrites a file. Without --config, all commands find it in the
@@ -69,6 +45,7 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, ye
     """
     from tokenauth.settings import loader
     from tokenauth.settings.model import Settings
+    from tokenauth.settings.starter import starter
 
     path = Path(config_file or os.environ.get("TOKENAUTH_CONFIG") or loader.OWN)
     if path.exists() or path.is_symlink():
@@ -79,7 +56,9 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, ye
     made = secrets.token_urlsafe(15) if yes and not password_stdin else None
     password = made or read_new_password(password_stdin)
     name = utf8(username or "admin")
-    text = _text(name, hash_new(Settings().passwords, password))
+    text = starter(
+        {"username": name, "password": hash_new(Settings().passwords, password), "scopes": ["admin"]}, [*sets]
+    )
     _write(path, text)
     audit("configuration_written", file=str(path), user=name)
     if made is not None:
@@ -89,16 +68,6 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, ye
     if path == loader.OWN and loader.SHIPPED.exists():
         click.echo(f"Commands in this directory now use it instead of {loader.SHIPPED}.", err=True)
     click.echo(f"Next: {program()} serve{options(config_file)} (restart it if it runs)", err=True)
-
-
-def _text(name: str, password_hash: str) -> str:
-    """Return a valid configuration with this user. Raises ConfigError if the name cannot be used."""
-    from tokenauth.settings import loader
-    from tokenauth.settings.user_file import with_user
-
-    text = with_user(_TEMPLATE, {"username": name, "password": password_hash, "scopes": ["admin"]})
-    loader.parse(text)
-    return text
 
 
 def _write(path: Path, text: str) -> None:
