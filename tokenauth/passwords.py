@@ -19,6 +19,7 @@ from passlib.hash import argon2
 from tokenauth.errors import ConfigError, InvalidCredentials
 from tokenauth.executor import Executor
 from tokenauth.models import User
+from tokenauth.settings import users_file
 from tokenauth.settings.model import PasswordSettings
 
 MIN_LENGTH = 8
@@ -187,7 +188,8 @@ class Passwords:
         """Create a dummy hash for each cost that hashes of users have. Raises ConfigError."""
         hashes: dict[tuple[str, int], list[str]] = {}
         for number, user in enumerate(self._users.values()):
-            dummy = self._dummy_of.get(user.password_hash) or self._make_dummy(user, f"users[{number}].password")
+            key = f"users_file.path: {user.origin}" if user.origin else f"users[{number}].password"
+            dummy = self._dummy_of.get(user.password_hash) or self._make_dummy(user, key)
             group = sha256(user.username.encode(errors="surrogatepass")).digest()[0] % _GROUPS
             hashes.setdefault((dummy, group), []).append(user.password_hash)
         # The smallest hash is a secret that all workers and nodes have, and that few edits of users change.
@@ -203,12 +205,12 @@ class Passwords:
         except ValueError:
             raise ConfigError(
                 f"{key}: the password of {user.username!r} is not a hash that can be verified"
-                f" (argon2, bcrypt, scrypt, pbkdf2_sha256){_eaten(user.password_hash)}; {_fix(user)}"
+                f" (argon2, bcrypt, scrypt, pbkdf2_sha256){_eaten(user.password_hash)}; {how_to_renew(user)}"
             ) from None
         self._texts[user.password_hash], self._costs[read.text] = read.text, _cost(read)
         problem = self._too_costly(self._costs[read.text])
         if problem is not None:
-            raise ConfigError(f"{key}: the password hash of {user.username!r} {problem}; {_fix(user)}")
+            raise ConfigError(f"{key}: the password hash of {user.username!r} {problem}; {how_to_renew(user)}")
         dummy = self._dummy_of[user.password_hash] = _without_password(read)
         self._costs[dummy] = self._costs[read.text]
         return dummy
@@ -269,7 +271,10 @@ def _eaten(hashed: str) -> str:
     return hint if lacks else ""
 
 
-def _fix(user: User) -> str:
+def how_to_renew(user: User) -> str:
+    """Return the command that sets a new password."""
+    if user.origin:
+        return users_file.how_to_renew(user.origin.rpartition(", line ")[0], user.username)
     return f"run `tokenauth user passwd {shlex.quote(user.username)}`"
 
 

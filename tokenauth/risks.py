@@ -3,7 +3,6 @@
 import grp
 import os
 import pwd
-import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +12,8 @@ from typing import NamedTuple, TypeVar
 
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
-from tokenauth.passwords import Cost, Passwords
+from tokenauth.models import User
+from tokenauth.passwords import Cost, Passwords, how_to_renew
 from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.settings.model import Settings
 from tokenauth.stores.open import find_exposed_files
@@ -36,7 +36,8 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
     """Return the risks of a configuration and of its file at `path`, whether or not others can reach the service."""
     shipped, weak = [], []
     costs = {}
-    for user in config.users_by_name.values():
+    users = config.users_by_name
+    for user in users.values():
         costs[user.username] = passwords.cost(user)
         if user.password_hash == SHIPPED_HASH:
             shipped.append(user.username)
@@ -44,12 +45,12 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             weak.append(user.username)
     risks = []
     if shipped:
-        text = f"{_names(shipped)} has the password that tokenauth ships with; {_fix(shipped)}"
+        text = f"{_names(shipped)} has the password that tokenauth ships with; {_fix(users, shipped)}"
         risks.append(Risk("shipped_password", text))
     if weak:
-        text = f"the password hash of {_names(weak)} is cheaper to guess than [passwords] asks for; {_fix(weak)}"
+        text = f"the password hash of {_names(weak)} is cheaper to guess than [passwords] asks for; {_fix(users, weak)}"
         risks.append(Risk("weak_hash", text))
-    risks += _cost_risks(passwords, config.server.workers, costs)
+    risks += _cost_risks(passwords, users, config.server.workers, costs)
     if are_too_broad(config.server.trusted_proxies):
         text = (
             "server.trusted_proxies covers a large part of all addresses: clients there can claim any address, which"
@@ -73,7 +74,9 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
     return [*risks, *_dialect_risks(config), *_file_risks(config, path)]
 
 
-def _cost_risks(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -> Iterator[Risk]:
+def _cost_risks(
+    passwords: Passwords, users: Mapping[str, User], workers: int, costs: Mapping[str, Cost]
+) -> Iterator[Risk]:
     """Find hashes so costly that one client can block all logins with a few wrong passwords at the same time."""
     new = passwords.new_cost
     if new.is_slow:
@@ -84,13 +87,14 @@ def _cost_risks(passwords: Passwords, workers: int, costs: Mapping[str, Cost]) -
         yield Risk("costly_hash", f"{text}; lower one of them")
     if slow := [name for name, cost in costs.items() if cost.is_slow]:
         yield Risk(
-            "costly_hash", f"the password hash of {_names(slow)} takes more than a second to check; {_fix(slow)}"
+            "costly_hash", f"the password hash of {_names(slow)} takes more than a second to check; {_fix(users, slow)}"
         )
     larger = [name for name, cost in costs.items() if cost.memory_kib > new.memory_kib]
     if large := [name for name in larger if passwords.needs_too_much_memory(costs[name], workers)]:
         text = "takes more than half of this machine's memory when it is checked in all threads at once"
         yield Risk(
-            "costly_hash", f"the password hash of {_names(large)} {text}; {_fix(large)}, or lower passwords.threads"
+            "costly_hash",
+            f"the password hash of {_names(large)} {text}; {_fix(users, large)}, or lower passwords.threads",
         )
 
 
@@ -126,13 +130,15 @@ def _dialect_risks(config: Settings) -> Iterator[Risk]:
 
 def _file_risks(config: Settings, path: Path | None) -> Iterator[Risk]:
     """Find the files that other users of this machine can read or change."""
-    if path is not None and path.is_file():  # not a pipe, which no one else can open
-        if path.stat().st_mode & stat.S_IROTH:
-            text = f"{path} contains password hashes, and all users of this machine can read it; run `chmod o-r {path}`"
+    other = Path(config.users_file.path) if config.users_file.path else None
+    found = [one for one in (path, other) if one is not None and one.is_file()]  # not a pipe, which others cannot open
+    for file in found:
+        if file.stat().st_mode & stat.S_IROTH:
+            text = f"{file} contains password hashes, and all users of this machine can read it; run `chmod o-r {file}`"
             yield Risk("readable_config", text)
-        for place in _writable(path):
-            text = f"others can write to {place}, and so add users to the configuration; run `chmod go-w {place}`"
-            yield Risk("writable_config", text)
+    for place in dict.fromkeys(place for file in found for place in _writable(file)):
+        text = f"others can write to {place}, and so add users to the configuration; run `chmod go-w {place}`"
+        yield Risk("writable_config", text)
     yield from _key_risks(config.server.tls_key)
     for text in find_exposed_files(config.database):
         yield Risk("exposed_database", text)
@@ -185,8 +191,8 @@ def log_and_check(config: Settings, risks: Sequence[Risk]) -> None:
     check_accepted(config, risks)
 
 
-def _fix(names: list[str]) -> str:
-    return f"run `tokenauth user passwd {shlex.quote(names[0])}`" + (", and so for each" if len(names) > 1 else "")
+def _fix(users: Mapping[str, User], names: list[str]) -> str:
+    return how_to_renew(users[names[0]]) + (", and so for each" if len(names) > 1 else "")
 
 
 def _names(names: list[str]) -> str:

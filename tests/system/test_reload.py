@@ -1,5 +1,6 @@
 """`tokenauth reload`, and `reload = "watch"`: how the server is found, what it answers, and what is noticed."""
 
+import json
 import os
 import shutil
 import signal
@@ -196,6 +197,35 @@ def test_links_that_are_swapped_and_other_files_are_watched(tmp_path: Path) -> N
         (tmp_path / "next").symlink_to("v2")
         os.replace(tmp_path / "next", tmp_path / "data")
         assert server.wait("reloaded", cause="watch")["settings_changed"] == ["server.tls_certificate"]
+
+
+def test_users_of_an_htpasswd_file_come_and_go(tmp_path: Path) -> None:
+    """One is added and removed with the file, and its tokens end."""
+    file = tmp_path / "htpasswd"
+    eve = "eve:$2y$04$kygwPyB9qU5JU7ZUsCgEDujcV4EpglcwXIBVqx6/PURWdhUZt/gHC\n"
+    file.write_text("# none yet\n")
+    config = write_config(tmp_path, f'{WATCH}[users_file]\npath = "{file}"\nscopes = ["read"]\n')
+    with serving(config) as server:
+        file.write_text(eve)
+        assert server.wait("reloaded", cause="watch")["users_added"] == ["eve"]
+        with Connection(server.port) as connection:
+            token = connection.log_in("eve", "correct horse battery staple")
+            assert connection.ask("GET", "/api/me", X_Token=token).json()["scopes"] == ["read"]
+        listed = json.loads(output(run(tmp_path, "user", "list", "--json")))
+        assert {row["username"]: row["origin"] for row in listed} == {
+            **dict.fromkeys(("admin", "ann", "bob"), "config.toml"),
+            "eve": f"{file}, line 1",
+        }
+        assert "`tokenauth user` edits this file only" in mistake(run(tmp_path, "user", "remove", "eve"))
+        file.write_text(eve.replace("$2y$04$", "$apr1$"))
+        refusal = server.wait("reload_refused", cause="watch")["detail"]
+        assert f"{file}, line 1: the password of 'eve' is an MD5 hash (apr1)" in refusal
+        with Connection(server.port) as connection:
+            assert connection.valid(token)
+        file.write_text("")
+        server.wait("reloaded", users_removed=["eve"])
+        with Connection(server.port) as connection:
+            assert not connection.valid(token)
 
 
 def test_a_file_is_not_watched_by_default(tmp_path: Path) -> None:

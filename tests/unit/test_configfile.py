@@ -25,7 +25,7 @@ MISTAKES = {
     "[server]\nzzz = 1": "server.zzz: there is no such key; known are host, port, socket, socket_mode, "
     "tls_certificate, tls_key, workers, cors_origins, trusted_proxies, accept_risks, access_log, docs, reload",
     "zzz = 1": "zzz: there is no such key; known are server, database, tokens, passwords, throttle, oauth, browser, "
-    "metrics, audit, users, pools, dialects",
+    "metrics, audit, users_file, users, pools, dialects",
     "[[user]]": "user: there is no such key; did you mean users?",
     USER + 'scope = ["x"]': "users[0].scope: there is no such key; did you mean scopes?",
     USER + USER.replace("ann", "bob") + "x = 1": "users[1].x: there is no such key; known are username, "

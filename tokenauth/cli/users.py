@@ -13,7 +13,8 @@ _SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
 def user() -> None:
     """Edit the users in config.toml.
 
-    Comments stay. A running server applies the change when you reload it.
+    Comments stay. A running server applies the change when you reload it. Users of a users_file are listed, and not
+    edited: run htpasswd for these.
     """
 
 
@@ -86,9 +87,16 @@ def user_remove(config_file: str | None, name: str) -> None:
 @config_option
 @json_option
 def user_list(config_file: str | None, as_json: bool) -> None:
-    """List the users and their scopes."""
+    """List the users and their scopes, and with a users_file where they are defined."""
     from tokenauth.settings import loader
 
-    users = loader.load(loader.find(config_file)).users_by_name.values()
-    rows = [{"username": user.username, "scopes": list(user.scopes)} for user in users]
+    path = loader.find(config_file)
+    settings = loader.load(path)
+    rows: list[dict[str, object]] = [
+        {"username": user.username, "scopes": list(user.scopes), "origin": user.origin or str(path)}
+        for user in settings.users_by_name.values()
+    ]
+    if not settings.users_file.path:
+        for row in rows:
+            del row["origin"]
     show(rows, as_json, "users")

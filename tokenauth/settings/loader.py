@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
-from tokenauth.settings import durations
+from tokenauth.settings import durations, users_file
 from tokenauth.settings.fields import SettingError, Table
 from tokenauth.settings.files_read import FilesRead
 from tokenauth.settings.model import ServerSettings, Settings
@@ -78,20 +78,30 @@ def naming(path: Path) -> Iterator[None]:
 
 def parse(text: str, environ: Mapping[str, str] = os.environ, files: FilesRead | None = None) -> Settings:
     """Read TOML text. Raises ConfigError as `load` does."""
-    tree = parse_toml(text)
-    variables = _substitute(tree, environ, FilesRead() if files is None else files)
-    return _Reader(variables).table(Settings, tree, "")
+    return _read_tree(parse_toml(text), environ, FilesRead() if files is None else files, None)
 
 
 def find_mistakes(text: str, environ: Mapping[str, str] = os.environ) -> Sequence[str]:
     """Return all mistakes in TOML text, each as the message of a ConfigError."""
     mistakes: list[str] = []
     try:
-        tree = parse_toml(text)
-        _Reader(_substitute(tree, environ, FilesRead()), mistakes).table(Settings, tree, "")
+        _read_tree(parse_toml(text), environ, FilesRead(), mistakes)
     except ConfigError as error:
         mistakes.append(str(error))
     return list(dict.fromkeys(mistakes))
+
+
+def _read_tree(
+    tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead, mistakes: list[str] | None
+) -> Settings:
+    if isinstance(tree.get("users_file"), str):  # the short form
+        tree["users_file"] = {"path": tree["users_file"]}
+    settings = _Reader(_substitute(tree, environ, files), mistakes).table(Settings, tree, "")
+    if not settings.users_file.path:
+        return settings
+    files.note(settings.users_file.path)
+    more = users_file.read(settings.users_file, settings.users_by_name)
+    return msgspec.structs.replace(settings, users=(*settings.users, *more))
 
 
 def override(settings: Settings, **options: object) -> Settings:

@@ -209,6 +209,23 @@ class UserSettings(Table, frozen=True):
             raise SettingError("username", "must not have control characters or invisible ones")
 
 
+class FileUserSettings(UserSettings, frozen=True):
+    """A user of the users_file. `origin` is the place there, such as "htpasswd, line 3"."""
+
+    origin: str = ""
+
+
+class UsersFileSettings(Table, frozen=True):
+    """A file of Apache's htpasswd with more users, and the scopes of all of them."""
+
+    path: str = ""
+    scopes: tuple[ScopeName, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.path.isprintable():
+            raise SettingError("path", "must be a path such as '/etc/tokenauth/htpasswd'")
+
+
 _ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\{}]+)*")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
 
@@ -408,6 +425,7 @@ class Settings(Table, frozen=True, dict=True):
     browser: BrowserSettings = BrowserSettings()
     metrics: MetricsSettings = MetricsSettings()
     audit: AuditSettings = AuditSettings()
+    users_file: UsersFileSettings = UsersFileSettings()
     users: tuple[UserSettings, ...] = ()
     pools: dict[str, PoolSettings] = {}  # noqa: RUF012 - msgspec copies it for each record
     dialects: Annotated[dict[str, DialectSettings], _KINDS] = {}  # noqa: RUF012 - likewise
@@ -517,11 +535,11 @@ class Settings(Table, frozen=True, dict=True):
     def users_by_name(self) -> Mapping[str, User]:
         """The users by canonical name."""
         ends = self.tokens.named_tokens_end_with_password
-        return {
-            name: User(name, user.password, user.scopes, ends)
-            for user in self.users
-            for name in [canonical(user.username)]
-        }
+        found = {}
+        for user in self.users:
+            name, origin = canonical(user.username), user.origin if isinstance(user, FileUserSettings) else ""
+            found[name] = User(name, user.password, user.scopes, ends, origin)
+        return found
 
 
 def canonical(username: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import tomlkit
 
 from tokenauth.errors import ConfigError
-from tokenauth.settings import loader
+from tokenauth.settings import loader, users_file
 from tokenauth.settings.model import canonical
 from tokenauth.settings.text_file import TextFile
 
@@ -91,6 +91,7 @@ class UserFile:
     def _number(self, name: str, users: Sequence[Entry]) -> int:
         number = _find(name, users)
         if number is None:
+            self._check_other_file(name)
             raise ConfigError(f"{self.path}: there is no user {name!r}; `tokenauth user list` shows the names")
         return number
 
@@ -100,6 +101,22 @@ class UserFile:
             existing = str(users[number]["username"])
             fix = f"`tokenauth user passwd {shlex.quote(existing)}` changes the password"
             raise ConfigError(f"{self.path}: user {existing!r} exists (upper and lower case are the same); {fix}")
+        self._check_other_file(name)
+
+    def _check_other_file(self, name: str) -> None:
+        """Raise ConfigError if the user is in the users_file, which the `user` commands do not edit."""
+        try:
+            user = loader.parse(self._file.read()).users_by_name.get(canonical(name))
+        except ConfigError:  # it is said when the edit is checked
+            return
+        if user is not None and user.origin:
+            file, _, line = user.origin.rpartition(", line ")
+            fix = users_file.how_to_renew(file, user.username)
+            command = fix.replace("-B -C 12", "-D")
+            raise ConfigError(
+                f"{self.path}: {user.username!r} is in line {line} of the users_file {file}, and `tokenauth user` edits"
+                f" this file only; {fix} for a new password, or {command.removeprefix('run ')} to remove the user"
+            )
 
     def _checked(self, before: str, after: str, users: Sequence[Entry]) -> str:
         """Return the new text. Raises ConfigError unless it is valid and differs from the old one only in its users."""
