@@ -440,6 +440,23 @@ class Pools:
         """Return how many requests wait in line."""
         return await self._store.pools.count_requests(pool, self._clock())
 
+    async def list_claims(
+        self, user: Identity, limit: int
+    ) -> tuple[Sequence[tuple[Pool, PoolToken]], Sequence[tuple[Pool, LeaseRequest, Place]]]:
+        """List what a user has leased, and where the user waits, in all pools that they may use, at most `limit` each.
+
+        It reads all leases and the whole line of each pool.
+        """
+        leases: list[tuple[Pool, PoolToken]] = []
+        places: list[tuple[Pool, LeaseRequest, Place]] = []
+        now = self._clock()
+        for pool in self.usable_by(user):
+            found = await self._store.pools.list_leases_of(pool, user.username, now, limit)
+            leases += [(pool, token) for token in found]
+            waits = await self._store.pools.list_places_of(pool, user.username, now, limit)
+            places += [(pool, *each) for each in waits]
+        return leases[:limit], places[:limit]
+
     async def list_tokens(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
         """List tokens ordered by value, starting after the value `after`."""
         return await self._store.pools.list_tokens(pool, self._clock(), after, limit)

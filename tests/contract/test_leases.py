@@ -71,6 +71,21 @@ async def test_a_lapsed_token_is_free_since_its_lease_ended(pools: PoolStore) ->
     assert [await lease(pools, now=START + 70) for _ in range(3)] == ["b", "a", "c"]
 
 
+async def test_the_leases_of_a_user_are_listed_by_their_end(pools: PoolStore) -> None:
+    """Also those that were retired. Those that have lapsed, and those of others and of other pools, are left out."""
+    await pools.generate(POOL, ["a", "b", "c", "d"], START)
+    for number, user in enumerate(["ann", "bob", "ann", "ann"]):
+        await pools.assign(POOL, "h", START + number, user)
+    await pools.generate(replace(POOL, name="q"), ["x"], START)
+    await pools.assign(replace(POOL, name="q"), "h", START, "ann")
+    await pools.keep_alive(POOL, "c", START + 30)
+    found = await pools.list_leases_of(POOL, "ann", START + 4, 10)
+    assert [token.value for token in found] == ["a", "d", "c"]
+    assert [token.value for token in await pools.list_leases_of(POOL, "ann", START + 60, 1)] == ["d"]
+    await pools.fit(replace(POOL, capacity=1, prefill=True), (), START + 61)
+    assert [token.value for token in await pools.list_leases_of(POOL, "ann", START + 62, 10)] == ["d", "c"]
+
+
 async def test_only_a_lease_increments_the_fence(places: Places) -> None:
     place, now = await places.open(), START
     await place.pools.generate(POOL, ["t1"], now)

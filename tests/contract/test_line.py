@@ -144,6 +144,21 @@ async def test_who_comes_later_is_never_before(pools: PoolStore) -> None:
     assert await in_line(pools, START + 5) == ["a", "b"]
 
 
+async def test_a_user_has_places_among_all_who_wait(pools: PoolStore) -> None:
+    """They are numbered in the line of all users, and listed in order. Lapsed places and other pools are left out."""
+    await lease_all(pools)
+    for now, (user, id, priority) in enumerate(
+        [("ann", "a1", 0), ("bob", "b", 0), ("ann", "a2", 5), ("ann", "gone", 0)]
+    ):
+        await ask(pools, id, START + now, user, priority=priority, keep=5 if id == "gone" else KEEP)
+    await ask(pools, "elsewhere", START, "ann", pool=Pool("q", lease_ttl=60))
+    found = await pools.list_places_of(POOL, "ann", START + 20, 10)
+    assert [(request.id, tuple(place)) for request, place in found] == [("a2", (1, 3)), ("a1", (2, 3))]
+    assert found[0][0].holder == "holder of a2"
+    assert [request.id for request, _ in await pools.list_places_of(POOL, "ann", START + 20, 1)] == ["a2"]
+    assert await pools.list_places_of(POOL, "eve", START + 20, 10) == []
+
+
 async def test_a_place_lapses_unless_it_is_asked_for_again(pools: PoolStore) -> None:
     [value] = await lease_all(pools)
     await ask(pools, "dead")

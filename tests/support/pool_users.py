@@ -63,6 +63,12 @@ class PoolUser:
         """Send a request and return the status and the document of the response."""
         return parse(self.ask(method, path, document))
 
+    def mine(self) -> Any:
+        """Return the user's leases and places in line."""
+        status, document = parse(self._connection.ask("GET", "/api/leases", X_Token=self.token))
+        assert status == 200, document
+        return document
+
     def generate(self, pool: str, count: int = 1) -> list[str]:
         """Generate tokens and return them."""
         status, document = self.call("POST", f"/{pool}/tokens", {"count": count})

@@ -503,6 +503,19 @@ class PoolStore:
         values = {"name": pool.name, "now": now, **request_rows.START_OF_LINE, "limit": limit}
         return [as_lease_request(row) for row in await self._engine.read(request_rows.LINE, values)]
 
+    async def list_leases_of(self, pool: Pool, username: str, now: Instant, limit: int) -> Sequence[PoolToken]:
+        """Return the tokens that a user has leased, ordered by the end of the lease, at most `limit`."""
+        values = {**pool_rows.parameters(pool, now), "username": username, "limit": limit}
+        return [as_pool_token(row[1:]) for row in await self._engine.read(pool_rows.LEASES_OF_USER, values)]
+
+    async def list_places_of(
+        self, pool: Pool, username: str, now: Instant, limit: int
+    ) -> Sequence[tuple[LeaseRequest, Place]]:
+        """Return the requests of a user that wait, in order and with their places, at most `limit`."""
+        values = {"name": pool.name, "now": now, "username": username, "limit": limit}
+        rows = await self._engine.read(request_rows.LINE_OF_USER, values)
+        return [(as_lease_request(row[:-2]), Place(*row[-2:])) for row in rows]
+
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
         """End the lease that would end first, of a user or of all users; False if there is none.
 

@@ -53,6 +53,7 @@ FIELDS: Mapping[str, str] = {
     "active": "Whether the token is valid.",
     "address": "The IP address that the login came from.",
     "available": "The number of free tokens.",
+    "manager": "Whether the user manages the pool.",
     "by": "Who made the reservation.",
     "available_tokens": "The number of free tokens.",
     "capacity": "The maximum number of tokens, free and leased. Null: no limit.",
@@ -580,6 +581,8 @@ _IN_LINE = {
 }
 _GENERATED_VALUE = "h4JzRk7WqYc2VnXb9TmLp0DsFg6AeUo3iKxQ8rBtCy5ZjHvNwMaSfGdPl1EuOIqT"
 
+_COUNTED = {"name": "permits", "capacity": 1, "available": 1, "leased": 0, "waiting": 0, "manager": False}
+
 POOLS = Section(
     name="Pools",
     text="Lease tokens, to limit how many clients use something at once. Pools are defined in the configuration.",
@@ -597,7 +600,7 @@ POOLS = Section(
                         200,
                         "The pools.",
                         pools.PoolsAnswer,
-                        {"pools": [{"name": "permits", "capacity": 1, "available": 1, "leased": 0}]},
+                        {"pools": [_COUNTED]},
                     )
                 ],
             ),
@@ -636,6 +639,33 @@ POOLS = Section(
                     errors.RequestDiffers,
                     errors.TooManyPlaces,
                     errors.PlaceLost,
+                ],
+            ),
+            Operation(
+                method="GET",
+                path="/api/leases",
+                id="listMyLeases",
+                title="List my leases and places in line",
+                text="Lists what the user has leased and where the user waits, in all pools that they may use.",
+                answers=[
+                    Answer(
+                        200,
+                        "The leases and the places.",
+                        pools.MyLeasesAnswer,
+                        {
+                            "leases": [
+                                {
+                                    "pool": "permits",
+                                    "token": _MEMBER["token"],
+                                    "holder": "build-7",
+                                    "fence": 1,
+                                    "leased_at": 1795235764,
+                                    "lease_expiry_time": 1795235824,
+                                }
+                            ],
+                            "places": [],
+                        },
+                    )
                 ],
             ),
             Operation(
@@ -758,6 +788,8 @@ POOLS = Section(
                             "capacity": 1,
                             "available": 0,
                             "leased": 1,
+                            "waiting": 0,
+                            "manager": False,
                             "tokens": [_MEMBER],
                             "next": None,
                         },

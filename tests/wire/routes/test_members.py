@@ -113,7 +113,15 @@ def test_all_users_see_all_members_and_who_has_them(
             "reservation": {"until": now + 7200, "note": "battery swap", "for": None, "by": "admin"},
         }  # fmt: skip
     (listed,) = (pool for pool in bob.call("GET")[1]["pools"] if pool["name"] == "phones")
-    assert listed == {"name": "phones", "capacity": 2, "available": 0, "leased": 1, "reserved": 1}
+    assert listed == {
+        "name": "phones",
+        "capacity": 2,
+        "available": 0,
+        "leased": 1,
+        "waiting": 0,
+        "manager": False,
+        "reserved": 1,
+    }
 
 
 def test_a_lapsed_lease_shows_its_user_no_token(ann: PoolUser, clock: HandClock) -> None:

@@ -35,12 +35,13 @@ def page(user: PoolUser, query: str) -> tuple[list[str], str | None]:
     """Return the tokens of a page and its `next` cursor."""
     status, document = user.call("GET", f"/p{query}")
     assert status == 200, document
-    assert list(document) == ["name", "capacity", "available", "leased", "tokens", "next"]
+    assert list(document) == ["name", "capacity", "available", "leased", "waiting", "manager", "tokens", "next"]
     return [member["token"] for member in document["tokens"]], document["next"]
 
 
 def test_an_empty_pool_has_one_page(admin: PoolUser) -> None:
-    document = {"name": "p", "capacity": 2000, "available": 0, "leased": 0, "tokens": [], "next": None}
+    document = {"name": "p", "capacity": 2000, "available": 0, "leased": 0, "waiting": 0, "manager": True}
+    document |= {"tokens": [], "next": None}
     for query in ("", "?limit=1", "?after=x"):
         assert admin.call("GET", f"/p{query}") == (200, document)
 

@@ -73,9 +73,14 @@ def bob(connections: tuple[Connection, Connection]) -> PoolUser:
     return PoolUser(connections[0], "bob")
 
 
-def row(name: str, capacity: int | None = None, available: int = 0, leased: int = 0) -> dict[str, object]:
+def row(
+    name: str, capacity: int | None = None, available: int = 0, leased: int = 0, manager: bool = True
+) -> dict[str, object]:
     """Return the listing of a pool."""
-    return {"name": name, "capacity": capacity, "available": available, "leased": leased}
+    return {
+        **{"name": name, "capacity": capacity, "available": available, "leased": leased},
+        **{"waiting": 0, "manager": manager},
+    }
 
 
 def test_pools_are_listed_with_their_token_counts(admin: PoolUser, sibling_admin: PoolUser, ann: PoolUser) -> None:
@@ -84,8 +89,42 @@ def test_pools_are_listed_with_their_token_counts(admin: PoolUser, sibling_admin
     sibling_admin.assign("three")
     open_to_all = [row("any", None, 3, 0), row("three", 3, 1, 1), row("waiting"), row("v1.2_a-b")]
     assert admin.call("GET") == (200, {"pools": open_to_all})
-    assert ann.call("GET") == (200, {"pools": [*open_to_all, row("guarded")]})
-    assert list(admin.ask("GET").json()["pools"][0]) == ["name", "capacity", "available", "leased"]
+    not_managed = [{**pool, "manager": False} for pool in open_to_all]
+    assert ann.call("GET") == (200, {"pools": [*not_managed, row("guarded")]})
+    order = ["name", "capacity", "available", "leased", "waiting", "manager"]
+    assert list(admin.ask("GET").json()["pools"][0]) == order
+
+
+def test_a_user_lists_leases_and_places_in_all_pools(
+    admin: PoolUser, ann: PoolUser, bob: PoolUser, clock: HandClock
+) -> None:
+    ann.empty("guarded")
+    for pool in ("three", "any"):
+        admin.generate(pool)
+    mine, others = ann.assign("three", "ci-7"), bob.assign("any", "laptop")
+    now = int(clock())
+    for user, request in ((bob, "b"), (ann, "a")):
+        wish = {"request": request, "wait": 0, "holder": f"job {request}"}
+        assert user.call("POST", "/any/leases", wish)[0] == 202
+    assert ann.mine() == {
+        "leases": [
+            {
+                **{"pool": "three", "token": mine.token, "holder": "ci-7", "fence": mine.fence},
+                **{"leased_at": now, "lease_expiry_time": mine.expiry_time},
+            }
+        ],
+        "places": [
+            {
+                **{"pool": "any", "request": "a", "position": 2, "waiting": 2, "since": now},
+                **{"holder": "job a", "count": 1},
+            }
+        ],
+    }
+    assert [lease["token"] for lease in bob.mine()["leases"]] == [others.token]
+    assert admin.mine() == {"leases": [], "places": []}
+    assert {pool["name"]: pool["waiting"] for pool in bob.call("GET")[1]["pools"]}["any"] == 2
+    for user, request in ((ann, "a"), (bob, "b")):
+        assert user.call("DELETE", f"/any/requests/{request}")[0] == 204
 
 
 def test_only_users_with_its_scope_see_a_pool(bob: PoolUser, ann: PoolUser) -> None:

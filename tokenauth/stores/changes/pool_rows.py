@@ -132,6 +132,7 @@ _held = union_all(
 HELD = select(_held.c.username, func.count()).group_by(_held.c.username)
 _LEASED_TO = _rows((*_taken, _live, _of_user))
 _LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
+LEASES_OF_USER = _rows((*_taken, _live, _of_user), (*_retired, _live, _of_user))
 _values = select(elements(bindparam("values"), "wanted").c.value)
 _BY_VALUE = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
 _BY_VALUE_LOCKED = (

@@ -36,6 +36,13 @@ LINE = select(*pool_request_columns).where(*_waiting, _place > _of_place).order_
 START_OF_LINE = {"turn": float("-inf"), "number": 0}
 LABELS = select(pool_requests.c.labels).where(*_waiting).distinct()
 LABELS_BY_USER = select(pool_requests.c.labels, pool_requests.c.username).where(*_waiting).distinct()
+_in_line = select(
+    *pool_request_columns,
+    func.row_number().over(order_by=(_turn, _number)).label("position"),
+    func.count().over().label("waiting"),
+).where(*_waiting)
+_line = _in_line.subquery()
+LINE_OF_USER = select(_line).where(_line.c.username == bindparam("username")).order_by(_line.c.position).limit(_limit)
 COUNT = select(func.count()).select_from(pool_requests).where(*_waiting)
 PLACE = select(COUNT.where(_place <= _of_place).scalar_subquery(), COUNT.scalar_subquery())
 FIND = select(*pool_request_columns).where(

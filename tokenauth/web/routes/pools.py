@@ -15,8 +15,10 @@ from tokenauth.models import (
     Instant,
     LeaseCheck,
     LeaseCursor,
+    LeaseRequest,
     LeaseTerms,
     Member,
+    Place,
     Pool,
     PoolToken,
 )
@@ -83,12 +85,14 @@ class ReserveRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PoolAnswer(msgspec.Struct, omit_defaults=True):
-    """A pool. Only one with members has `reserved`."""
+    """A pool. Only one with members has `reserved`. `manager`: whether the caller manages it."""
 
     name: str
     capacity: int | None
     available: int
     leased: int
+    waiting: int
+    manager: bool
     reserved: int | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -172,6 +176,34 @@ class LineAnswer(msgspec.Struct):
     requests: list[InLineAnswer]
 
 
+class MyLeaseAnswer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A lease of the caller. Only that of a member has `name`."""
+
+    pool: str
+    token: str
+    holder: str
+    fence: int
+    leased_at: int | None
+    lease_expiry_time: int
+    max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class MyPlaceAnswer(msgspec.Struct, kw_only=True):
+    pool: str
+    request: str
+    position: int
+    waiting: int
+    since: int
+    holder: str
+    count: int
+
+
+class MyLeasesAnswer(msgspec.Struct):
+    leases: list[MyLeaseAnswer]
+    places: list[MyPlaceAnswer]
+
+
 class PoolsAnswer(msgspec.Struct):
     pools: list[PoolAnswer]
 
@@ -223,10 +255,22 @@ class PoolRoutes:
             Route(f"{path}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
             Route(path, {"GET": strict(self.show, ["after", "limit"])}, middleware),
             Route("/api/pools", {"GET": strict(self.list)}, middleware),
+            Route("/api/leases", {"GET": strict(self.mine)}, middleware),
         ]
 
     async def list(self, request: Request) -> Response:
-        return JSONResponse(PoolsAnswer([await self._count(pool) for pool in self._pools.usable_by(request.user)]))
+        return JSONResponse(
+            PoolsAnswer([await self._count(pool, request.user) for pool in self._pools.usable_by(request.user)])
+        )
+
+    async def mine(self, request: Request) -> Response:
+        leases, places = await self._pools.list_claims(request.user, MAX_COUNT)
+        return JSONResponse(
+            MyLeasesAnswer(
+                [_my_lease(pool, token) for pool, token in leases],
+                [_my_place(*claim) for claim in places],
+            )
+        )
 
     async def show(self, request: Request) -> Response:
         pool, user = self._pool(request), request.user
@@ -234,7 +278,7 @@ class PoolRoutes:
         after = request.query_value("after") or ""
         read = self._members if pool.members else self._all if pool.managed_by(user) else self._leases
         page, following = await read(pool, after, limit)
-        counted = await self._count(pool)
+        counted = await self._count(pool, user)
         shown = [self._show(pool, token, user) for token in page]
         return JSONResponse(PoolPageAnswer(**msgspec.structs.asdict(counted), tokens=shown, next=following))
 
@@ -368,12 +412,13 @@ class PoolRoutes:
         found = [token for token in await self._pools.members(pool) if (token.member or "") > after]
         return found[:limit], found[limit - 1].member if len(found) > limit else None
 
-    async def _count(self, pool: Pool) -> PoolAnswer:
+    async def _count(self, pool: Pool, user: Identity) -> PoolAnswer:
+        line = await self._pools.count_waiting(pool), pool.managed_by(user)
         if pool.members:
-            counts = pool.count(await self._pools.members(pool), self._pools.now())
-            return PoolAnswer(pool.name, pool.capacity, *counts)
+            available, leased, reserved = pool.count(await self._pools.members(pool), self._pools.now())
+            return PoolAnswer(pool.name, pool.capacity, available, leased, *line, reserved)
         available, leased = await self._pools.count(pool)
-        return PoolAnswer(pool.name, pool.capacity, available, leased)
+        return PoolAnswer(pool.name, pool.capacity, available, leased, *line)
 
     def _show(self, pool: Pool, token: PoolToken, user: Identity) -> PoolTokenAnswer:
         expires_at = pool.expires_at(token)
@@ -426,6 +471,35 @@ def _leased(pool: Pool, token: PoolToken, now: Instant, new: bool = True) -> Lea
     if token.member is not None and pool.members:
         shown.name, shown.labels, _ = _member(pool, token.member)
     return shown
+
+
+def _my_lease(pool: Pool, token: PoolToken) -> MyLeaseAnswer:
+    latest = pool.lease_ends_by(token)
+    shown = MyLeaseAnswer(
+        pool=pool.name,
+        token=token.value,
+        holder=token.holder or "",
+        fence=token.fence,
+        leased_at=None if token.leased_at is None else int(token.leased_at),
+        lease_expiry_time=int(token.free_at),
+    )
+    if latest is not None:
+        shown.max_expiry_time = int(latest)
+    if token.member is not None and pool.members:
+        shown.name = token.member
+    return shown
+
+
+def _my_place(pool: Pool, request: LeaseRequest, place: Place) -> MyPlaceAnswer:
+    return MyPlaceAnswer(
+        pool=pool.name,
+        request=request.id,
+        position=place.position,
+        waiting=place.waiting,
+        since=int(request.since),
+        holder=request.holder,
+        count=request.count,
+    )
 
 
 def _member(pool: Pool, name: str) -> Member:
