@@ -90,18 +90,24 @@ def _complete(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.t
     return event
 
 
-def audit(event: str, **fields: object) -> None:
+def audit(event: str, **fields: object) -> Mapping[str, object]:
     """Log a change that an operator made with a command, and who made it, to syslog (facility authpriv).
 
-    It also goes to standard error, unless that is a terminal: there the command prints a sentence.
+    It also goes to standard error, unless that is a terminal: there the command prints a sentence. Return all fields.
     """
-    by = os.environ.get("SUDO_USER") or _name_of(os.getuid())
     timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    line = json_line({"event": event, **fields, "by": by, "level": "info", "timestamp": timestamp})
+    logged = {"event": event, **fields, "by": operator(), "level": "info", "timestamp": timestamp}
+    line = json_line(logged)
     syslog.openlog("tokenauth", syslog.LOG_PID, syslog.LOG_AUTHPRIV)
     syslog.syslog(syslog.LOG_INFO, line.decode())
     if not sys.stderr.isatty():
         _DirectWriter().write(line)
+    return logged
+
+
+def operator() -> str:
+    """Return the login name of whoever runs this command."""
+    return os.environ.get("SUDO_USER") or _name_of(os.getuid())
 
 
 def _name_of(uid: int) -> str:

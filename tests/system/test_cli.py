@@ -45,7 +45,7 @@ COMMANDS = [
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool line", "pool generate", "pool release",
-    "pool reserve", "pool unreserve", "pool delete",
+    "pool reserve", "pool unreserve", "pool delete", "audit verify", "audit tail",
 ]  # fmt: skip
 PRIVATE = (
     "Only this machine can reach the service."

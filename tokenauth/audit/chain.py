@@ -119,10 +119,13 @@ class Chain:
         max_size: bytes after which the file is renamed and a new one begins; 0 is never. keep: how many of those stay.
         """
         self.path = path
-        self.head_path = path.with_name(f"{path.name}.head")
         self._max_size = max_size
         self._keep = keep
         self._key = key.encode()
+
+    @property
+    def head_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.head")
 
     def append(self, records: Sequence[bytes]) -> None:
         """Append records, each a JSON object with at least one field, and write them to the disk: all of them or none.
@@ -269,6 +272,13 @@ class Chain:
 
     def _hash(self, line: bytes) -> str:
         return hmac.digest(self._key, line, "sha256").hex() if self._key else sha256(line).hexdigest()
+
+
+def read(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, which may be compressed by gzip. Raises OSError."""
+    with ExitStack() as stack:
+        for _, line in _lines([_open_to_read(stack, path)]):
+            yield line
 
 
 def timestamp() -> str:

@@ -7,16 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenauth.audit.chain import Chain, timestamp
-from tokenauth.audit.records import ACTS, make_record
+from tokenauth.audit.records import ACTS, DROPPED, make_record
 from tokenauth.logs import json_line, log, observed
 from tokenauth.request_context import current_request
 from tokenauth.settings.model import AuditSettings
 
 CAPACITY = 4 << 20
 """Maximum size of the records that wait while the file cannot be written, in bytes: about 10,000."""
-
-DROPPED = "lines_dropped"
-"""The action of a record that stands for those that did not fit in."""
 
 FLUSH_TIMEOUT = 2.0
 """Seconds that a process waits at its end for the last records to be written."""
@@ -42,6 +39,21 @@ class _Dropped:
     def encode(self) -> bytes:
         details = {"count": self.count, "since": self._since, "until": self._until}
         return json_line({"time": timestamp(), "action": DROPPED, "details": details, "pid": os.getpid()})
+
+
+def find_problem(settings: AuditSettings) -> str | None:
+    """Return why this user cannot write the audit log; None if that is possible, or there is none."""
+    if not settings.file:
+        return None
+    path = Path(settings.file)
+    if not path.parent.is_dir():
+        return f"the directory {path.parent} does not exist; create it for the user of the service"
+    for file in (path, open_chain(settings).head_path):
+        if file.exists() and not (file.is_file() and os.access(file, os.R_OK | os.W_OK)):
+            return f"{file} cannot be read and written by this user; run this as the user of the service, or chown it"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"this user cannot create files in {path.parent}; run this as the user of the service, or chown it"
+    return None
 
 
 def open_chain(settings: AuditSettings) -> Chain:
@@ -159,5 +171,6 @@ def auditing(audit: AuditLog | None) -> Iterator[None]:
 
 
 def append_now(settings: AuditSettings, event: Mapping[str, object]) -> None:
-    """Write the record of an event whose name is in ACTS, which an operator caused by a command. Raises OSError."""
-    open_chain(settings).append([json_line(make_record(event, None, command=True))])
+    """Write what an operator did with a command, if there is an audit log. Raises OSError."""
+    if settings.file:
+        open_chain(settings).append([json_line(make_record(event, None, command=True))])

@@ -36,6 +36,8 @@ ACTS: Mapping[str, Act] = {
     "member_reserved": Act("reserve_member", ("pool", "member")),
     "member_unreserved": Act("unreserve_member", ("pool", "member")),
     "lease_forced": Act("end_lease", ("pool", "member")),
+    "pool_member_reserved": Act("reserve_member", ("pool", "member")),
+    "pool_member_unreserved": Act("unreserve_member", ("pool", "member")),
     "pool_lease_released": Act("end_lease", ("pool",)),
     "pool_tokens_generated": Act("generate_pool_tokens", ("pool",)),
     "pool_token_deleted": Act("delete_pool_token", ("pool",)),
@@ -55,6 +57,9 @@ ACTS: Mapping[str, Act] = {
 
 LOGOUT = "logout"
 """The action of `token_revoked` when the client sent the token itself, and not another one that may revoke it."""
+
+DROPPED = "lines_dropped"
+"""The action of a record that stands for those that did not fit into memory."""
 
 _MAX_TEXT = 1000
 """Characters of one text in a record."""

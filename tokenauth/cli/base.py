@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tokenauth import logs
 from tokenauth.errors import ConfigError, Refusal, StartError
 from tokenauth.logs import json_text, printable
 
@@ -85,6 +86,23 @@ def with_service(
             return await use(service)
 
     return asyncio.run(run())
+
+
+def audit(event: str, config_file: str | None, **fields: object) -> None:
+    """Log a change that the operator has made, in the system's log and in the audit log."""
+    record(config_file, logs.audit(event, **fields))
+
+
+def record(config_file: str | None, event: Mapping[str, object]) -> None:
+    """Write an event into the audit log, if there is one. If that fails, say so: what was done stays."""
+    from tokenauth.audit.log import append_now
+    from tokenauth.settings import loader
+
+    try:
+        append_now(loader.load(loader.find(config_file)).audit, event)
+    except (ConfigError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        click.echo(printable(f"Warning: this is missing in the audit log, which cannot be written: {reason}"), err=True)
 
 
 def program() -> str:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import click
 
 from tokenauth import file_descriptors
+from tokenauth.audit import log as audit_log
 from tokenauth.cli.base import count, print_json
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
@@ -26,7 +27,7 @@ from tokenauth.passwords import Passwords
 from tokenauth.risks import check_accepted, find_risks
 from tokenauth.settings import loader
 from tokenauth.settings.lines import find_line
-from tokenauth.settings.model import ServerSettings, Settings, canonical
+from tokenauth.settings.model import AuditSettings, ServerSettings, Settings, canonical
 
 _LOW_DISK = 200 << 20
 """Bytes. The -wal file of a busy database can grow to 64 MiB, and more while a backup reads."""
@@ -123,6 +124,7 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
         yield _certificate(text, settings.server)
     yield _socket(settings.server) if settings.server.socket else _port(settings.server)
     yield from _database(settings)
+    yield from _audit(settings.audit)
     yield from _login(settings, service.passwords)
 
 
@@ -239,6 +241,15 @@ def _is_tokenauth(connection: socket.socket | None) -> bool:
         document = json.loads(answer.partition(b"\r\n\r\n")[2])
         return isinstance(document, dict) and document.get("service") == "tokenauth"
     return False
+
+
+def _audit(settings: AuditSettings) -> Iterator[Finding]:
+    problem = audit_log.find_problem(settings)
+    if problem is not None:
+        text, _, fix = problem.partition("; ")
+        yield Finding("warning", "audit log", text, fix)
+    elif settings.file:
+        yield Finding("ok", "audit log", f"{settings.file} is writable")
 
 
 def _database(settings: Settings) -> Iterator[Finding]:

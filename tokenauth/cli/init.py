@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tokenauth.cli.base import (
+    audit,
     hash_new,
     options,
     password_option,
@@ -16,7 +17,7 @@ from tokenauth.cli.base import (
     utf8,
 )
 from tokenauth.errors import ConfigError
-from tokenauth.logs import audit, printable
+from tokenauth.logs import printable
 
 
 @click.command(epilog="Examples: tokenauth init; tokenauth init --yes -c /etc/tokenauth/config.toml")
@@ -60,7 +61,7 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, se
         {"username": name, "password": hash_new(Settings().passwords, password), "scopes": ["admin"]}, [*sets]
     )
     _write(path, text)
-    audit("configuration_written", file=str(path), user=name)
+    audit("configuration_written", str(path), file=str(path), user=name)
     if made is not None:
         click.echo(f"Password of {printable(name)}: {made}")
         click.echo("It is stored as a hash only, and cannot be shown again.", err=True)

@@ -2,12 +2,14 @@
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
 
 from tokenauth import __version__, logs
 from tokenauth.cli import NOHUP
+from tokenauth.cli.audit import audit_log
 from tokenauth.cli.base import (
     CommandGroup,
     config_option,
@@ -19,6 +21,7 @@ from tokenauth.cli.base import (
     password_option,
     print_json,
     program,
+    record,
     with_service,
     yes_option,
 )
@@ -43,7 +46,7 @@ def main() -> None:
     logs.configure(quiet=True)
 
 
-for command in (init, health, systemd_unit, user, tokens, pool, run):
+for command in (init, health, systemd_unit, user, tokens, pool, audit_log, run):
     main.add_command(command)
 
 
@@ -82,6 +85,7 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
         from tokenauth.cli.doctor import diagnose
 
         diagnose(config_file, as_json)
+    from tokenauth.audit.log import find_problem
     from tokenauth.risks import Risk, check_accepted, find_risks
     from tokenauth.server import tls
     from tokenauth.server.listener import check_address
@@ -111,6 +115,8 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
     else:
         for risk in risks:
             click.echo(printable(f"risk: {risk.name}: {risk.text}"))
+        if mistake is None and (problem := find_problem(settings.audit)):
+            click.echo(printable(f"warning: audit log: {problem}"))
     if mistake is not None:
         raise mistake
     if not as_json:
@@ -182,6 +188,7 @@ def migrate(config_file: str | None, yes: bool) -> None:
     it asks before that, unless --yes.
     """
     logs.configure(direct=True)
+    from tokenauth.audit.records import ACTS
     from tokenauth.settings import loader
     from tokenauth.stores import schema
     from tokenauth.stores.open import examine
@@ -198,7 +205,13 @@ def migrate(config_file: str | None, yes: bool) -> None:
             click.echo(f"The database has schema {had}. Upgrading it to {schema.HEAD} may take minutes.", err=True)
             if schema.starts_generation(had):
                 confirm(f"Have a backup. {schema.STOP_FIRST} Go on?", yes)
-    with_service(config_file, do_nothing, create=True)
+
+    def observe(event: Mapping[str, object]) -> None:
+        if event["event"] in ACTS:
+            record(config_file, {**event, "by": logs.operator()})
+
+    with logs.observed(observe):
+        with_service(config_file, do_nothing, create=True)
     click.echo(f"The database has schema {schema.HEAD}.")
 
 

@@ -6,6 +6,7 @@ import click
 
 from tokenauth.cli.base import (
     CommandGroup,
+    audit,
     config_option,
     config_path,
     json_option,
@@ -15,7 +16,7 @@ from tokenauth.cli.base import (
     with_service,
 )
 from tokenauth.errors import AlreadyReserved, LeaseLost, UnknownPool
-from tokenauth.logs import audit, printable
+from tokenauth.logs import printable
 from tokenauth.models import LeaseCheck
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
     All are added, or none if they would exceed the capacity of the pool.
     """
     values = with_service(config_file, lambda service: service.pools.generate(_find(service, name, config_file), count))
-    audit("pool_tokens_generated", pool=name, count=len(values))
+    audit("pool_tokens_generated", config_file, pool=name, count=len(values))
     if as_json:
         print_json(values)
     else:
@@ -185,7 +186,15 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
         ended = with_service(config_file, release)
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
-    audit("pool_lease_released", pool=name, user=ended.username, holder=ended.holder, fence=ended.fence, reason=reason)
+    audit(
+        "pool_lease_released",
+        config_file,
+        pool=name,
+        user=ended.username,
+        holder=ended.holder,
+        fence=ended.fence,
+        reason=reason,
+    )
     click.echo("Released 1 token.")
 
 
@@ -222,7 +231,7 @@ def pool_reserve(
     except AlreadyReserved:
         raise click.ClickException("A user has reserved this member: add --force to replace the reservation.") from None
     end = reserved and int(reserved.until)
-    audit("pool_member_reserved", pool=name, member=member, until=end, user=username, note=shown)
+    audit("pool_member_reserved", config_file, pool=name, member=member, until=end, user=username, note=shown)
     click.echo("Reserved 1 member.")
 
 
@@ -233,7 +242,7 @@ def pool_reserve(
 def pool_unreserve(config_file: str | None, name: str, member: str) -> None:
     """End the reservation of a member, whoever made it."""
     with_service(config_file, lambda service: service.pools.unreserve(_find(service, name, config_file), member, ""))
-    audit("pool_member_unreserved", pool=name, member=member)
+    audit("pool_member_unreserved", config_file, pool=name, member=member)
     click.echo("The member is not reserved.")
 
 
@@ -255,7 +264,7 @@ def pool_delete(config_file: str | None, name: str, token: str) -> None:
         await service.pools.delete(pool, utf8(token))
 
     with_service(config_file, delete)
-    audit("pool_token_deleted", pool=name)
+    audit("pool_token_deleted", config_file, pool=name)
     click.echo("Deleted 1 token.")
 
 

@@ -9,6 +9,7 @@ import click
 
 from tokenauth.cli.base import (
     CommandGroup,
+    audit,
     config_option,
     config_path,
     confirm,
@@ -21,7 +22,7 @@ from tokenauth.cli.base import (
     yes_option,
 )
 from tokenauth.errors import InsufficientScope, UnknownToken
-from tokenauth.logs import audit, printable
+from tokenauth.logs import printable
 
 if TYPE_CHECKING:
     from tokenauth.models import IssuedToken, Token, TokenKind
@@ -117,7 +118,7 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
             raise click.ClickException(printable(problem)) from None
 
     issued = with_service(config_file, issue)
-    audit("named_token_issued", user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes)
+    audit("named_token_issued", config_file, user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes)
     _print_issued(issued)
 
 
@@ -138,7 +139,7 @@ def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
     except UnknownToken as error:
         raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
     new = issued.token
-    audit("named_token_rotated", user=new.username, id=id_, new_id=new.id, name=new.name)
+    audit("named_token_rotated", config_file, user=new.username, id=id_, new_id=new.id, name=new.name)
     _print_issued(issued)
 
 
@@ -167,7 +168,7 @@ def tokens_scan(
                 if revoke:
                     with suppress(UnknownToken):  # someone else was faster
                         await service.tokens.revoke_id(token.id, None)
-                        audit("token_revoked", id=token.id)
+                        audit("token_revoked", config_file, id=token.id)
                 rows.append(
                     {
                         "file": file,
@@ -237,7 +238,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
             with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
         except UnknownToken as error:
             raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
-        audit("token_revoked", id=wanted)
+        audit("token_revoked", config_file, id=wanted)
         click.echo("Revoked 1 token.")
         return
     name = None if username is None else canonical(utf8(username))
@@ -252,7 +253,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     if not known and not number:
         problem = f"No user {name!r} in {config_path(config_file)}, and no tokens of a user with that name."
         raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
-    audit("tokens_revoked", user="(all)" if name is None else name, count=number)
+    audit("tokens_revoked", config_file, user="(all)" if name is None else name, count=number)
     if not number:
         raise click.ClickException(printable("No tokens." if name is None else f"{name!r} has no tokens."))
     click.echo(f"Revoked {count(number, 'token')}.")

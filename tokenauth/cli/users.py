@@ -2,8 +2,16 @@
 
 import click
 
-from tokenauth.cli.base import CommandGroup, config_option, config_path, json_option, new_hash, password_option, show
-from tokenauth.logs import audit
+from tokenauth.cli.base import (
+    CommandGroup,
+    audit,
+    config_option,
+    config_path,
+    json_option,
+    new_hash,
+    password_option,
+    show,
+)
 
 _RELOAD = "`tokenauth reload`, or `systemctl reload tokenauth`."
 _SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
@@ -29,7 +37,7 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
 
     file = UserFile(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
-    audit("user_added", user=name, scopes=scopes)
+    audit("user_added", config_file, user=name, scopes=scopes)
     click.echo(f"Saved. {name!r} can log in once you reload: {_RELOAD}")
 
 
@@ -46,7 +54,7 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
 
     file = UserFile(config_path(config_file))
     file.change_password(name, lambda: new_hash(config_file, password_stdin))
-    audit("user_password_changed", user=name)
+    audit("user_password_changed", config_file, user=name)
     click.echo(_SAVED)
 
 
@@ -63,7 +71,7 @@ def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...])
 
     file = UserFile(config_path(config_file))
     file.change_scopes(name, scopes)
-    audit("user_scopes_changed", user=name, scopes=scopes)
+    audit("user_scopes_changed", config_file, user=name, scopes=scopes)
     click.echo(f"Saved. The scopes change when you reload: {_RELOAD}")
 
 
@@ -79,7 +87,7 @@ def user_remove(config_file: str | None, name: str) -> None:
 
     file = UserFile(config_path(config_file))
     file.remove(name)
-    audit("user_removed", user=name)
+    audit("user_removed", config_file, user=name)
     click.echo(_SAVED)
 
 

@@ -358,8 +358,9 @@ class AuditSettings(Table, frozen=True):
     key: Annotated[str, SECRET] = ""
 
     def __post_init__(self) -> None:
-        if "\0" in self.file or self.file.endswith("/"):
-            raise SettingError("file", "must be the path of a file", f", not {self.file[:80]!r}")
+        if self.file and (not self.file.startswith("/") or self.file.endswith("/") or "\0" in self.file):
+            problem = "must be the full path of a file, such as '/var/log/tokenauth/audit.jsonl'"
+            raise SettingError("file", problem, f", not {self.file[:80]!r}")
         if 0 < len(self.key) < _MIN_KEY:
             raise SettingError("key", f"must have at least {_MIN_KEY} characters, or be empty")
 

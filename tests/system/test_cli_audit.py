@@ -1,0 +1,217 @@
+"""`tokenauth audit`, and the acts of commands in the audit log."""
+
+import json
+import os
+import pwd
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.auditing import read_audit, wait_for
+from tests.support.journal import until
+from tests.support.servers import log_in, serve, worker, write_config
+from tests.system.test_cli import TOKENAUTH, environment, mistake, output, run
+from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
+
+OPERATOR = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+
+POOLS = """
+[pools.licences]
+[pools.devices]
+[[pools.devices.members]]
+name = "pixel"
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return a directory with a configuration that has an audit log, and a database."""
+    write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/audit.jsonl"\n{POOLS}')
+    assert run(tmp_path, "migrate").returncode == 0
+    return tmp_path
+
+
+def acts(home: Path) -> list[dict[str, Any]]:
+    """Return what was audited, without what differs each time."""
+    shown = {"action", "result", "user", "target", "details"}
+    records = read_audit(home / "audit.jsonl")
+    for record in records:
+        assert (record["by"], record["via"]) == (OPERATOR, "command")
+        assert record["pid"] > 1
+    return [{key: record[key] for key in record if key in shown} for record in records]
+
+
+def test_each_command_that_changes_something_is_an_act(home: Path) -> None:
+    changes = [
+        ("user", "add", "eve", "--scope", "read", "--password-stdin"),
+        ("user", "passwd", "eve", "--password-stdin"),
+        ("user", "set-scopes", "eve", "--scope", "write"),
+        ("user", "remove", "eve"),
+        ("tokens", "issue", "--user", "ann", "--name", "ci"),
+        ("pool", "generate", "licences", "--count", "2"),
+        ("pool", "reserve", "devices", "pixel", "--until", "1h", "--note", "repair"),
+        ("pool", "unreserve", "devices", "pixel"),
+    ]
+    with worker(home / "config.toml"):  # adds the member
+        pass
+    printed = [output(run(home, *change, stdin="a long password\n")) for change in changes]
+    token = json.loads(output(run(home, "tokens", "list", "--json")))[0]["id"]
+    new = output(run(home, "tokens", "rotate", token))
+    output(run(home, "tokens", "revoke", "--user", "ann"))
+    licence = printed[5].split()[0]
+    output(run(home, "pool", "delete", "licences", licence))
+    found = acts(home)
+    assert [(act["action"], act.get("user"), act.get("target")) for act in found] == [
+        ("upgrade_schema", None, None),
+        ("add_user", "eve", None),
+        ("change_password", "eve", None),
+        ("change_scopes", "eve", None),
+        ("remove_user", "eve", None),
+        ("issue_token", "ann", token),
+        ("generate_pool_tokens", None, "licences"),
+        ("reserve_member", None, "devices/pixel"),
+        ("unreserve_member", None, "devices/pixel"),
+        ("rotate_token", "ann", token),
+        ("revoke_tokens", "ann", None),
+        ("delete_pool_token", None, "licences"),
+    ]
+    assert {act["result"] for act in found} == {"ok"}
+    assert found[3]["details"] == {"scopes": ["write"]}
+    text = (home / "audit.jsonl").read_text()
+    assert [
+        secret for secret in (*printed[4].split(), *printed[5].split(), *new.split(), "long") if secret in text
+    ] == []
+    assert output(run(home, "audit", "verify")).startswith("ok: 12 lines, from 1 to 12\nThe last hash is ")
+
+
+def test_what_commands_only_read_is_no_act(home: Path) -> None:
+    for command in (("user", "list"), ("tokens", "list"), ("pool", "list"), ("check",), ("doctor",), ("migrate",)):
+        assert run(home, *command).returncode == 0
+    assert [act["action"] for act in acts(home)] == ["upgrade_schema"]
+
+
+def test_a_command_works_without_the_audit_log(home: Path) -> None:
+    (home / "audit.jsonl").unlink()
+    (home / "audit.jsonl").mkdir()
+    done = run(home, "user", "remove", "ann")
+    assert done.returncode == 0
+    assert "Warning: this is missing in the audit log, which cannot be written: Is a directory" in done.stderr
+    assert "ann" not in output(run(home, "user", "list"))
+    checked = run(home, "check")
+    assert checked.returncode == 0
+    assert f"warning: audit log: {home}/audit.jsonl cannot be read and written by this user" in checked.stdout
+    assert "warning  audit log:" in run(home, "doctor").stdout
+
+
+def test_verify_says_where_a_line_is_missing(home: Path) -> None:
+    for name in ("ann", "bob"):
+        output(run(home, "user", "remove", name))
+    file = home / "audit.jsonl"
+    first, _, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + last)
+    problem = "line 2 is missing here, or moved: this is line 3"
+    done = run(home, "audit", "verify")
+    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 line before that: ok\n")
+    done = run(home, "audit", "verify", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["problem"]) == (1, False, problem)
+    assert report["position"] == {"file": str(file), "line": 2}
+
+
+def test_verify_checks_copies_elsewhere(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    copy = tmp_path_factory.mktemp("copy") / "audit.jsonl"
+    copy.write_bytes((home / "audit.jsonl").read_bytes())
+    assert output(run(copy.parent, "audit", "verify", str(copy))).startswith("ok: 1 line, from 1 to 1\n")
+    copy.write_bytes(copy.read_bytes().replace(b"upgrade", b"updated"))
+    assert run(copy.parent, "audit", "verify", str(copy)).returncode == 1
+    missing = run(copy.parent, "audit", "verify", str(copy.with_name("none")))
+    assert "No such file" in mistake(missing)
+
+
+def test_a_key_is_needed_to_verify(tmp_path: Path) -> None:
+    table = f'[audit]\nfile = "{tmp_path}/audit.jsonl"\nkey = "${{AUDIT_KEY}}"\n'
+    write_config(tmp_path, table)
+    assert run(tmp_path, "migrate", AUDIT_KEY="k" * 32).returncode == 0
+    assert run(tmp_path, "audit", "verify", AUDIT_KEY="k" * 32).returncode == 0
+    assert run(tmp_path, "audit", "verify", AUDIT_KEY="j" * 32).returncode == 1
+
+
+def test_without_an_audit_log_the_commands_say_so(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    for command in ("verify", "tail"):
+        assert "audit.file: is not set" in mistake(run(tmp_path, "audit", command))
+    write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/audit.jsonl"\n')
+    assert output(run(tmp_path, "audit", "verify")) == "No lines.\n"
+    assert output(run(tmp_path, "audit", "tail")) == "No acts.\n"
+
+
+@contextmanager
+def following(home: Path, *options: str) -> Iterator[Path]:
+    """Run `audit tail --follow`, and yield the file with its output."""
+    printed = home / "printed"
+    with printed.open("wb") as file:
+        process = subprocess.Popen(
+            [TOKENAUTH, "audit", "tail", "--follow", *options],
+            cwd=home,
+            env=environment({}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield printed
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_tail_selects_by_user_action_and_time(home: Path) -> None:
+    for name in ("bob", "ann", "admin"):
+        output(run(home, "user", "remove", name))
+    lines = (home / "audit.jsonl").read_text().splitlines()
+    assert output(run(home, "audit", "tail", "--json")).splitlines() == lines
+    assert output(run(home, "audit", "tail", "--json", "-n", "2")).splitlines() == lines[-2:]
+    assert output(run(home, "audit", "tail", "--json", "-n", "0")) == ""
+    assert output(run(home, "audit", "tail", "--json", "--user", "ANN")).splitlines() == [lines[2]]
+    assert output(run(home, "audit", "tail", "--json", "--user", OPERATOR)).splitlines() == lines
+    assert output(run(home, "audit", "tail", "--json", "--action", "upgrade_schema")).splitlines() == [lines[0]]
+    assert output(run(home, "audit", "tail", "--json", "--since", "1h")).splitlines() == lines
+    assert output(run(home, "audit", "tail", "--json", "--since", "0s")) == ""
+    assert "must be a duration" in run(home, "audit", "tail", "--since", "now").stderr
+    table = output(run(home, "audit", "tail", "--user", "ann")).splitlines()
+    assert table[0].split() == ["time", "action", "result", "by", "user", "address"]
+    assert table[1].split()[2:] == ["remove_user", "ok", OPERATOR, "ann", "command"]
+
+
+def test_tail_reads_renamed_files_too(home: Path) -> None:
+    (home / "audit.jsonl").rename(home / "audit.jsonl-20261128")
+    output(run(home, "user", "remove", "ann"))
+    (home / "audit.jsonl").rename(home / "audit.jsonl-20261129")
+    output(run(home, "user", "remove", "bob"))
+    lines = [json.loads(line)["n"] for line in output(run(home, "audit", "tail", "--json")).splitlines()]
+    assert lines == [1, 2, 3]
+    assert json.loads(output(run(home, "audit", "tail", "--json", "-n", "2")).splitlines()[0])["n"] == 2
+    assert output(run(home, "audit", "verify")).startswith("ok: 3 lines")
+
+
+def test_tail_follows_a_server_and_a_rename(home: Path) -> None:
+    with serve(home / "config.toml") as server, following(home, "--json", "-n", "1") as printed:
+        until(lambda: "\n" in printed.read_text(), "the last act is shown")
+        with server.client() as client:
+            log_in(client)
+            wait_for(home / "audit.jsonl", action="login")
+            until(lambda: '"login"' in printed.read_text(), "the login is shown")
+            (home / "audit.jsonl").rename(home / "audit.jsonl.1")
+            log_in(client)
+            until(lambda: printed.read_text().count('"login"') == 2, "the login after the rename is shown")
+        assert server.stop() == 0
+    assert run(home, "audit", "verify").returncode == 0
+
+
+def test_the_document_names_each_action() -> None:
+    text = (Path(__file__).parents[2] / "docs/audit.md").read_text()
+    actions = {act.action for act in ACTS.values()} | {LOGOUT, DROPPED, "line_cut"}
+    assert [action for action in actions if f"`{action}`" not in text] == []

@@ -1,0 +1,212 @@
+"""The commands for the audit log."""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tokenauth.audit.chain import CUT, read
+from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
+from tokenauth.cli.base import CommandGroup, config_option, count, json_option, print_json, show, utf8
+from tokenauth.errors import ConfigError
+from tokenauth.logs import printable
+
+if TYPE_CHECKING:
+    from tokenauth.audit.chain import Chain
+
+_LINES = 20
+"""Acts that are shown if neither --lines nor --since says how many."""
+
+_POLL = 0.25
+"""Seconds between two looks for new lines."""
+
+ACTIONS = sorted({act.action for act in ACTS.values()} | {LOGOUT, CUT, DROPPED})
+
+
+@click.group("audit", cls=CommandGroup)
+def audit_log() -> None:
+    """Read and verify the audit log."""
+
+
+@audit_log.command("verify", epilog="Example: tokenauth audit verify && echo untouched")
+@config_option
+@json_option
+@click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(dir_okay=False, path_type=Path))
+@click.pass_context
+def audit_verify(context: click.Context, config_file: str | None, as_json: bool, files: tuple[Path, ...]) -> None:
+    """Find lines that were removed, changed or inserted.
+
+    Without FILE it checks all files, and that the last line is there. Name other files oldest first. Exit with 1 if
+    something is wrong. What this cannot find is in docs/audit.md.
+    """
+    verdict = _chain(config_file, bool(files)).verify(files)
+    where = "" if verdict.position is None else f"{verdict.position.file}, line {verdict.position.line}: "
+    if as_json:
+        document = verdict._asdict() | {"ok": verdict.problem is None, "position": None}
+        if verdict.position is not None:
+            document["position"] = {"file": str(verdict.position.file), "line": verdict.position.line}
+        print_json(document)
+    elif verdict.problem is not None:
+        click.echo(printable(f"{where}{verdict.problem}"))
+        click.echo(f"{count(verdict.lines, 'line')} before that: ok" if verdict.lines else "No line before that is ok.")
+    elif not verdict.lines:
+        click.echo("No lines.")
+    else:
+        cut = f"; a crash has cut {count(verdict.cut, 'more line')}, which is marked" if verdict.cut else ""
+        click.echo(f"ok: {count(verdict.lines, 'line')}, from {verdict.first} to {verdict.last}{cut}")
+        click.echo(f"The last hash is {verdict.hash}")
+    context.exit(0 if verdict.problem is None else 1)
+
+
+@audit_log.command("tail", epilog="Example: tokenauth audit tail --since 2h --user ann")
+@config_option
+@click.option("-n", "--lines", metavar="N", type=click.IntRange(0), help="At most N acts. Default: 20, or all --since.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
+@click.option("--user", "username", metavar="NAME", help="Only acts by this user, or on something of this user.")
+@click.option("--since", metavar="DURATION", help="Only the last 2h, 30m, 7d.")
+@click.option("--action", "actions", multiple=True, type=click.Choice(ACTIONS), help="Only this. Repeat for several.")
+@click.option("--json", "as_json", is_flag=True, help="Print the lines as they are in the file.")
+def audit_tail(
+    config_file: str | None,
+    lines: int | None,
+    follow: bool,
+    username: str | None,
+    since: str | None,
+    actions: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show the last acts, oldest first. Times are in UTC."""
+    from tokenauth.settings import durations
+
+    oldest = 0.0
+    if since is not None:
+        seconds = durations.parse(since)
+        if seconds is None:
+            raise click.BadParameter("must be a duration such as '2h', '30m' or '7d'.", param_hint="--since")
+        oldest = time.time() - seconds
+    wanted = _Filter(None if username is None else utf8(username), oldest, actions)
+    chain = _chain(config_file)
+    growing = _Growing(chain.path)
+    found = _last(chain, growing, wanted, (None if since else _LINES) if lines is None else lines)
+    if as_json:
+        _print_lines(found)
+    elif found or not follow:
+        show([_row(json.loads(line)) for line in found], False, "acts")
+    while follow:
+        time.sleep(_POLL)
+        new = [*filter(wanted.matches, growing.new_lines())]
+        if as_json:
+            _print_lines(new)
+        else:
+            for line in new:
+                click.echo("  ".join(filter(None, _row(json.loads(line)).values())))
+
+
+class _Filter:
+    def __init__(self, username: str | None, oldest: float, actions: Sequence[str]) -> None:
+        from tokenauth.settings.model import canonical
+
+        self._canonical = canonical
+        self._username = None if username is None else canonical(username)
+        self.oldest = oldest
+        self._oldest = datetime.fromtimestamp(oldest, UTC).isoformat(timespec="milliseconds")
+        self._actions = actions
+
+    def matches(self, line: bytes) -> bool:
+        """Return whether a line is a record that is asked for. A line that a crash has cut is none."""
+        try:
+            record = json.loads(line)
+            names = {self._canonical(str(record[key])) for key in ("by", "user") if key in record}
+            return (
+                record["time"] >= self._oldest
+                and (not self._actions or record["action"] in self._actions)
+                and (self._username is None or self._username in names)
+            )
+        except (ValueError, KeyError, TypeError):
+            return False
+
+
+class _Growing:
+    """The file that is being written, also after it was renamed and a new one has begun."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = self._open()
+
+    def new_lines(self) -> Iterator[bytes]:
+        """Yield the lines since the last call that have an end."""
+        yield from self._rest()
+        current = self._open()
+        if current is None or (self._file is not None and os.path.sameopenfile(current.fileno(), self._file.fileno())):
+            if current is not None:
+                current.close()
+            return
+        yield from self._rest()  # what was written before it was renamed
+        if self._file is not None:
+            self._file.close()
+        self._file = current
+        yield from self._rest()
+
+    def _rest(self) -> Iterator[bytes]:
+        while self._file is not None and (line := self._file.readline()):
+            if not line.endswith(b"\n"):
+                self._file.seek(-len(line), os.SEEK_CUR)
+                return
+            yield line
+
+    def _open(self) -> Any:
+        try:
+            return self._path.open("rb")
+        except FileNotFoundError:
+            return None
+
+
+def _last(chain: "Chain", growing: _Growing, wanted: _Filter, most: int | None) -> Sequence[bytes]:
+    """Return the last lines that are asked for. Older files are read only if the newer ones do not have enough."""
+    found = deque(filter(wanted.matches, growing.new_lines()), most)
+    for path in reversed(chain.files()):
+        if path == chain.path:
+            continue
+        if (most is not None and len(found) >= most) or path.stat().st_mtime < wanted.oldest:
+            break
+        older = deque(filter(wanted.matches, read(path)), None if most is None else most - len(found))
+        found.extendleft(reversed(older))
+    return list(found)
+
+
+def _chain(config_file: str | None, other_files: bool = False) -> "Chain":
+    """Return the audit log of the configuration. Raises ConfigError if it has none, unless `other_files` are read."""
+    from tokenauth.audit.log import open_chain
+    from tokenauth.settings import loader
+    from tokenauth.settings.model import AuditSettings
+
+    path = loader.find(config_file)
+    settings = AuditSettings() if other_files and not (config_file or path.exists()) else loader.load(path).audit
+    if not settings.file and not other_files:
+        raise ConfigError(f"{path}: audit.file: is not set, so there is no audit log")
+    return open_chain(settings)
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return what a person looks for first."""
+    by, user = record.get("by"), record.get("user")
+    return {
+        "time": record["time"][:19].replace("T", " "),
+        "action": record["action"],
+        "result": record.get("result"),
+        "by": by,
+        "username": None if user == by else user,
+        "target": record.get("target"),
+        "address": record.get("address", record.get("via")),
+    }
+
+
+def _print_lines(lines: Sequence[bytes]) -> None:
+    for line in lines:
+        click.echo(line.decode().removesuffix("\n"))
