@@ -140,14 +140,15 @@ def test_serve_greets_people_and_ends_quietly_at_ctrl_c(tmp_path: Path) -> None:
     shown = re.sub(r"\d{4,5}", "PORT", found.shown.replace("\r", ""))
     greeting, _, end = shown.partition("Ctrl-C stops.\n")
     lines = [line for line in greeting.splitlines() if line]
-    assert lines[:4] == [
+    assert lines[:5] == [
         f"tokenauth {__version__} is ready.",
         "  http://127.0.0.1:PORT",
-        "  http://127.0.0.1:PORT/docs  try the API",
+        "  http://127.0.0.1:PORT/console  see logins, named tokens and pools",
+        "  http://127.0.0.1:PORT/docs     try the API",
         "Log in as admin / admin.",
     ]
-    assert re.fullmatch(rf"\d settings? (is|are) unsafe on a public address: {TOKENAUTH} check", lines[4])
-    assert len(lines) == 5
+    assert re.fullmatch(rf"\d settings? (is|are) unsafe on a public address: {TOKENAUTH} check", lines[5])
+    assert len(lines) == 6
     assert end.split() == ["^C", "exit", "0"]
 
 
