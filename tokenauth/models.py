@@ -601,6 +601,12 @@ class Place(NamedTuple):
     waiting: int
 
 
+TokenCursor = tuple[int, bytes]
+"""A position in a list of tokens, the latest end first: an end and the start of a digest. A page starts after it."""
+
+START_OF_TOKENS: TokenCursor = (2**62, b"")
+"""Before all of them."""
+
 LeaseCursor = tuple[Instant, int]
 """A position in a list of leases: the end of a lease and its row number. A page starts after it."""
 

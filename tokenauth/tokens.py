@@ -12,7 +12,7 @@ from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenKind, User
+from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenCursor, TokenKind, User
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
@@ -20,6 +20,11 @@ from tokenauth.uses import Uses
 
 LIST_LIMIT = 1000
 """Maximum number of tokens in one listing."""
+
+MAX_SEARCHED = 10_000
+"""Tokens that a search looks at before it answers."""
+
+_SEARCH_STEP = 1000
 
 _LOOKUP_BATCH = 1000
 """Number of tokens that are looked up at the same time while a text is searched."""
@@ -252,6 +257,30 @@ class Tokens:
         listed = await self._store.tokens.list(username, self._clock(), LIST_LIMIT, kind)
         return [token for token in listed if self.accepts(token)]
 
+    async def search(
+        self, text: str, kind: TokenKind | None, after: TokenCursor, limit: int
+    ) -> tuple[Sequence[Token], TokenCursor | None]:
+        """List valid tokens of all users, the latest end first, from a cursor on, and where the next page begins.
+
+        Found is `text`, whatever the case, in the name of the user or the token, in the address or the client, and at
+        the start of an id. It looks at MAX_SEARCHED tokens at most: a page may have fewer than `limit`, or none, and
+        yet a next one.
+        """
+        wanted, found = text.casefold(), list[Token]()
+        looked, now = 0, self._clock()
+        while looked < MAX_SEARCHED:
+            page = await self._store.tokens.list_by_end(after, now, _SEARCH_STEP)
+            for token in page:
+                looked += 1
+                after = token.expires_at, bytes.fromhex(token.id)
+                if (kind is None or token.kind == kind) and _matches(token, wanted) and self.accepts(token):
+                    found.append(token)
+                    if len(found) == limit:
+                        return found, after
+            if len(page) < _SEARCH_STEP:
+                return found, None
+        return found, after
+
     def accepts(self, token: Token) -> bool:
         """Return whether a token of the store that has not expired is valid."""
         revoked = self.revocations.active and self.revocations.refuses(token.digest)
@@ -294,3 +323,11 @@ class Tokens:
         """Write the revocations and uses held in memory, if that is possible soon."""
         await self.revocations.close()
         await self.uses.close()
+
+
+def _matches(token: Token, wanted: str) -> bool:
+    """Return whether a text that is casefolded is in what people know of a token."""
+    if not wanted or token.id.startswith(wanted):
+        return True
+    known = token.username, token.name or "", token.address, token.user_agent
+    return any(wanted in text.casefold() for text in known)

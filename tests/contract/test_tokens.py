@@ -7,7 +7,7 @@ import pytest
 from tests.contract.conftest import Place, token
 from tests.support.servers import START
 from tokenauth.errors import StoreUnavailable
-from tokenauth.models import Token
+from tokenauth.models import START_OF_TOKENS, Token
 from tokenauth.stores import store as stores
 from tokenauth.stores.store import TokenStore
 
@@ -231,6 +231,19 @@ async def test_a_list_has_live_tokens_only(tokens: TokenStore) -> None:
     assert await tokens.list("ann", START + 9.999, 10) == [token(life=10)]
     assert await tokens.list("ann", START + 10, 10) == []
     assert await tokens.list(None, START + 10, 10) == []
+
+
+async def test_all_tokens_are_listed_by_their_end(tokens: TokenStore) -> None:
+    """Page after page, the latest end first, each once, also among those that end in the same second."""
+    added = [token(number, "ann" if number % 2 else "bob", life=[10, 30, 30, 30, 20, 5][number]) for number in range(6)]
+    for one in added:
+        await tokens.issue(one, 0, START)
+    expected = sorted(added[:5], key=lambda one: (one.expires_at, one.digest), reverse=True)
+    after, found = START_OF_TOKENS, list[Token]()
+    while page := await tokens.list_by_end(after, START + 5, 2):
+        found += page
+        after = page[-1].expires_at, bytes.fromhex(page[-1].id)
+    assert found == expected
 
 
 async def test_purge_deletes_what_has_expired_and_nothing_else(tokens: TokenStore) -> None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from sqlalchemy import Float, Select, bindparam, func, select
+from sqlalchemy import BigInteger, Float, LargeBinary, Select, bindparam, func, select
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
@@ -38,6 +38,7 @@ from tokenauth.models import (
     RequestKey,
     Reservation,
     Token,
+    TokenCursor,
     TokenKind,
     Use,
 )
@@ -98,6 +99,14 @@ _LISTS: Mapping[TokenKind | None, Select[Any]] = {
     "named": _LIST.where(tokens.c.name.is_not(None)),
 }
 _LISTS_OF_USER = {kind: listed.where(tokens.c.username == bindparam("username")) for kind, listed in _LISTS.items()}
+_end, _low = bindparam("end", type_=BigInteger()), bindparam("low", type_=LargeBinary())
+_LIST_BY_END = (
+    select(*token_columns)
+    .where(tokens.c.expires_at > bindparam("now", type_=Float()), tokens.c.expires_at <= _end)
+    .where((tokens.c.expires_at < _end) | (tokens.c.digest < _low))
+    .order_by(tokens.c.expires_at.desc(), tokens.c.digest.desc())
+    .limit(bindparam("limit"))
+)
 _LAST_EXPIRY = select(func.max(tokens.c.expires_at))
 _COUNT_EXPIRING = select(func.count()).select_from(
     select(tokens.c.expires_at)
@@ -256,6 +265,12 @@ class TokenStore:
             rows = await self._engine.read(_LISTS[kind], values)
         else:
             rows = await self._engine.read(_LISTS_OF_USER[kind], {**values, "username": username})
+        return [as_token(row) for row in rows]
+
+    async def list_by_end(self, before: TokenCursor, now: Instant, limit: int) -> Sequence[Token]:
+        """Return live tokens of all users, the latest end first, at most `limit`, that come after a cursor."""
+        end, id = before
+        rows = await self._engine.read(_LIST_BY_END, {"end": end, "low": id, "now": now, "limit": limit})
         return [as_token(row) for row in rows]
 
     async def count_expiring(self, start: Instant, end: Instant, limit: int) -> int:

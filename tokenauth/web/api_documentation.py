@@ -14,6 +14,7 @@ from tokenauth import errors
 from tokenauth.passwords import MAX_LENGTH
 from tokenauth.pools import MAX_COUNT
 from tokenauth.settings.model import MAX_NAME, Settings
+from tokenauth.tokens import LIST_LIMIT
 from tokenauth.web import exceptions
 from tokenauth.web.dialects.serving import dialect_sections
 from tokenauth.web.openapi import (
@@ -284,8 +285,23 @@ MY_TOKENS = Section(
                 id="listMyTokens",
                 title="List my tokens",
                 text="Lists the valid tokens of the user, the newest first, at most 1,000. The tokens themselves are"
-                " not shown.",
-                parameters=[Parameter("kind", "What to list. Default: `all`.", _Kinds, "login"), _USER],
+                " not shown. With `user=*`, admins get pages of the tokens of all users, the latest end first. `next`"
+                " is the `after` of the next page; while a search is under way, a page may have no token and yet a"
+                " next one.",
+                parameters=[
+                    Parameter("kind", "What to list. Default: `all`.", _Kinds, "login"),
+                    _USER,
+                    Parameter(
+                        "search",
+                        "With `user=*`: part of a user, name, address or user agent, or the beginning of an id.",
+                    ),
+                    Parameter(
+                        "limit",
+                        "With `user=*`: tokens on a page. Default: 100.",
+                        Annotated[int, msgspec.Meta(ge=1, le=LIST_LIMIT)],
+                    ),
+                    Parameter("after", "With `user=*`: where the page begins, the `next` of the page before."),
+                ],
                 answers=[
                     Answer(
                         200,
@@ -295,6 +311,7 @@ MY_TOKENS = Section(
                             "tokens": [
                                 {
                                     "id": _ID,
+                                    "user": "ann",
                                     "kind": "login",
                                     "name": None,
                                     "scopes": None,

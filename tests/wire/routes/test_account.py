@@ -86,6 +86,7 @@ def test_my_logins_are_listed_newest_first(client: httpx.Client, clock: HandCloc
     for entry, agent, issued_at, current in [(newer, "second/2", now, True), (older, "first/1", now - 60, False)]:
         assert entry == {
             "id": entry["id"],
+            "user": "ann",
             "kind": "login",
             "name": None,
             "scopes": None,
@@ -98,6 +99,61 @@ def test_my_logins_are_listed_newest_first(client: httpx.Client, clock: HandCloc
         }
     assert newer["id"] != older["id"]
     assert [entry["current"] for entry in listed(client, first)] == [False, True]
+
+
+def everyones(client: httpx.Client, token: str, **query: str | int) -> tuple[list[tuple[str, str]], str | None]:
+    """Return the user and the client of each token on a page of those of all users, and where the next page begins."""
+    answer = client.get("/api/tokens", params={"user": "*", **query}, headers=token_header(token))
+    assert answer.status_code == 200, answer.text
+    document = answer.json()
+    return [(one["user"], one["user_agent"]) for one in document["tokens"]], document["next"]
+
+
+def test_an_admin_searches_the_tokens_of_all_users(client: httpx.Client, clock: HandClock) -> None:
+    admin = log_in(client)
+    for number in range(3):
+        clock.advance(1)
+        ann(client, headers={"User-Agent": f"Job-{number}"})
+    gone = log_in(client, "bob", "bob-secret", headers={"User-Agent": "job-3"})
+    client.delete("/api/token", params={"token": gone})
+    mine = log_in(client, "bob", "bob-secret", headers={"User-Agent": "phone"})
+    jobs = [("ann", f"Job-{number}") for number in (2, 1, 0)]
+    assert everyones(client, admin, search="JOB") == (jobs, None)
+    assert everyones(client, admin, search="Bob") == ([("bob", "phone")], None)
+    assert everyones(client, admin, search=id_of(client, mine)[:6])[0] == [("bob", "phone")]
+    assert len(everyones(client, admin, search="127.0.0.1")[0]) == 5
+    assert everyones(client, admin, search="nothing", kind="named") == ([], None)
+    page, after = everyones(client, admin, search="job", limit=2)
+    assert page == jobs[:2]
+    assert after is not None
+    assert everyones(client, admin, search="job", limit=2, after=after) == (jobs[2:], None)
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("?user=*&limit=0", "invalid_request"),
+        ("?user=*&limit=1001", "invalid_request"),
+        ("?user=*&after=x", "invalid_request"),
+        ("?user=*&after=9999999999999999999-000000000000000000000000", "invalid_request"),
+        ("?user=*&kind=other", "invalid_request"),
+        ("?search=x", "invalid_request"),
+        ("?user=ann&limit=5", "invalid_request"),
+    ],
+)
+def test_a_search_with_wrong_parameters_is_refused(client: httpx.Client, query: str, code: str) -> None:
+    answer = client.get(f"/api/tokens{query}", headers=token_header(log_in(client)))
+    assert (answer.status_code, answer.json()["error"]) == (400, code)
+
+
+def test_only_an_admin_sees_the_tokens_of_all_users(client: httpx.Client) -> None:
+    mine = ann(client)
+    assert client.get("/api/tokens?user=*", headers=token_header(mine)).status_code == 403
+    assert client.delete(f"/api/tokens/{id_of(client, mine)}?user=*", headers=token_header(mine)).status_code == 403
+    admin = token_header(log_in(client))
+    assert client.delete("/api/tokens?user=*", headers=admin).status_code == 400
+    assert client.delete(f"/api/tokens/{id_of(client, mine)}?user=*", headers=admin).status_code == 204
+    assert not probe(client, mine)
 
 
 def test_logins_that_have_ended_are_not_listed(client: httpx.Client, clock: HandClock) -> None:

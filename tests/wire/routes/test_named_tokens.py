@@ -328,6 +328,7 @@ def test_the_list_says_what_each_token_is(client: httpx.Client, clock: HandClock
     named, login = listed(client, ann)
     assert named == {
         "id": made["id"],
+        "user": "ann",
         "kind": "named",
         "name": "nightly",
         "scopes": ["read"],

@@ -1,5 +1,6 @@
 """The caller's own account and tokens: /api/me and /api/tokens. All require a token."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -8,11 +9,11 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.errors import InsufficientScope, InvalidRequest, LoginNeeded
-from tokenauth.models import SCOPE_PATTERN, IssuedToken, Token, TokenKind
+from tokenauth.models import SCOPE_PATTERN, START_OF_TOKENS, IssuedToken, Token, TokenCursor, TokenKind
 from tokenauth.named_tokens import MAX_TOKEN_NAME, NamedTokens, Requester
 from tokenauth.settings.durations import Duration
 from tokenauth.settings.model import canonical
-from tokenauth.tokens import Tokens
+from tokenauth.tokens import LIST_LIMIT, Tokens
 from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
@@ -21,6 +22,15 @@ from tokenauth.web.routing import Route, strict
 ADMIN = "admin"
 """The scope that may act for other users."""
 
+
+EVERYONE = "*"
+"""What `?user=` says for the tokens of all users."""
+
+PAGE = 100
+"""Tokens on a page, unless `?limit=` is given."""
+
+_PAGING = ("search", "limit", "after")
+_CURSOR = re.compile(r"(\d{1,18})-([0-9a-f]{24})", re.ASCII)
 
 _KINDS: Mapping[str, TokenKind | None] = {"login": "login", "named": "named", "all": None}
 """What `?kind=` chooses; None is all."""
@@ -40,6 +50,7 @@ class MeAnswer(msgspec.Struct):
 
 class ListedTokenAnswer(msgspec.Struct):
     id: str
+    user: str
     kind: TokenKind
     name: str | None
     scopes: tuple[str, ...] | None
@@ -51,8 +62,11 @@ class ListedTokenAnswer(msgspec.Struct):
     current: bool
 
 
-class ListedTokensAnswer(msgspec.Struct):
+class ListedTokensAnswer(msgspec.Struct, omit_defaults=True):
+    """Tokens. Only pages of those of all users have `next`."""
+
     tokens: list[ListedTokenAnswer]
+    next: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class IssueNamedRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -88,7 +102,7 @@ class AccountRoutes:
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
         tokens = {
-            "GET": strict(self.list, ["kind", "user"]),
+            "GET": strict(self.list, ["kind", "user", *_PAGING]),
             "POST": strict(self.issue, body=True),
             "DELETE": strict(self.revoke_all, ["keep", "kind", "user"]),
         }
@@ -106,8 +120,22 @@ class AccountRoutes:
         return JSONResponse(me)
 
     async def list(self, request: Request) -> Response:
+        if request.query_value("user") == EVERYONE:
+            return await self._search(request)
+        for name in _PAGING:
+            if request.query_value(name) is not None:
+                raise InvalidRequest(f"{name}: goes with ?user={EVERYONE} only.")
         listed = await self._tokens.list_live(_username(request), _kind(request, "all"))
         return JSONResponse(ListedTokensAnswer([_show(token, request.token) for token in listed]))
+
+    async def _search(self, request: Request) -> Response:
+        if ADMIN not in request.user.scopes:
+            raise InsufficientScope(ADMIN)
+        text, after = request.query_value("search") or "", request.query_value("after") or ""
+        limit = request.query_number("limit", PAGE, 1, LIST_LIMIT)
+        found, following = await self._tokens.search(text, _kind(request, "all"), _cursor(after), limit)
+        shown = [_show(token, request.token) for token in found]
+        return JSONResponse(ListedTokensAnswer(shown, following and f"{following[0]}-{following[1].hex()}"))
 
     async def issue(self, request: Request) -> Response:
         _check_unlimited(request.token)
@@ -129,12 +157,15 @@ class AccountRoutes:
         keep, kind = request.query_value("keep"), _kind(request, "login")
         if keep not in {None, "current"}:
             raise InvalidRequest('keep: must be "current".')
+        if request.query_value("user") == EVERYONE:
+            raise InvalidRequest("user: must be the name of one user.")
         kept = request.token if keep else None
         revoked = await self._tokens.revoke_all(_username(request), kept, kind)
         return JSONResponse(RevokedAnswer(revoked))
 
     async def revoke(self, request: Request) -> Response:
-        await self._tokens.revoke_id(request.path_params["id"], _username(request))
+        username = _username(request)
+        await self._tokens.revoke_id(request.path_params["id"], None if username == EVERYONE else username)
         return NO_CONTENT
 
 
@@ -158,6 +189,16 @@ def _kind(request: Request, default: str) -> TokenKind | None:
     return _KINDS[kind]
 
 
+def _cursor(after: str) -> TokenCursor:
+    """Parse where a page begins. Raises InvalidRequest."""
+    if not after:
+        return START_OF_TOKENS
+    place = _CURSOR.fullmatch(after)
+    if place is None:
+        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    return int(place[1]), bytes.fromhex(place[2])
+
+
 def _username(request: Request) -> str:
     """Return the user that is asked about: `?user=`, for admins only, or the caller."""
     named = request.query_value("user")
@@ -179,6 +220,7 @@ def _show_issued(issued: IssuedToken) -> NamedTokenAnswer:
 def _show(token: Token, current: Token) -> ListedTokenAnswer:
     return ListedTokenAnswer(
         id=token.id,
+        user=token.username,
         kind=token.kind,
         name=token.name,
         scopes=token.scopes,
