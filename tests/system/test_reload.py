@@ -137,6 +137,26 @@ def test_another_user_can_neither_reload_nor_pretend(public: Path) -> None:
         until(lambda: len(server.events("reloaded")) == 1, "only root's is logged")
 
 
+def test_a_later_broken_file_is_no_answer_to_an_earlier_reload(tmp_path: Path) -> None:
+    """SIGSTOP holds the new worker, so that the first reload is under way."""
+    config = write_config(tmp_path)
+    with serving(config) as server:
+        (old,) = workers_of(server)
+        with subprocess.Popen(
+            [str(Path(sys.executable).with_name("tokenauth")), "reload", "-c", str(config)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as command:
+            until(lambda: len(workers_of(server)) == 2, "a new worker starts")
+            (new,) = set(workers_of(server)) - {old}
+            os.kill(new, signal.SIGSTOP)
+            config.write_text("[server")
+            assert "not TOML" in refused(reload(tmp_path), server.process.pid)
+            os.kill(new, signal.SIGCONT)
+            shown, _ = command.communicate(timeout=60)
+            assert shown == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
+
+
 def test_a_server_that_ends_does_not_leave_the_command_waiting(tmp_path: Path) -> None:
     """SIGSTOP holds the new worker, so that the reload is under way at SIGTERM."""
     config = write_config(tmp_path)

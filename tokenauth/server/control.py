@@ -59,6 +59,7 @@ class Control:
 
     def __init__(self, path: Path) -> None:
         """Listen for commands that name this configuration file. Raises OSError."""
+        self._asking: list[socket.socket] = []
         self._waiting: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
         try:
@@ -73,31 +74,47 @@ class Control:
         return self._listener.fileno()
 
     def take(self) -> bool:
-        """Accept the commands that have arrived; return whether there were any of root or of this user."""
-        found = False
-        with suppress(OSError):  # none is left, or it has gone
+        """Accept the commands that have arrived; return whether there were any of root or of this user.
+
+        Each of them then gets the answer of the next attempt: call `started` if that lasts, or else `refuse`. Raises
+        OSError if descriptors are short.
+        """
+        with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
             while True:
                 connection, _ = self._listener.accept()
-                if Peer.of(connection).uid in {0, os.geteuid()} and len(self._waiting) < _MAX_WAITING:
+                if Peer.of(connection).uid in {0, os.geteuid()} and len(self._asking) < _MAX_WAITING:
                     connection.setblocking(False)
-                    self._waiting.append(connection)
-                    found = True
+                    self._asking.append(connection)
                 else:
                     connection.close()
-        return found
+        return bool(self._asking)
 
-    def answer(self, answer: Answer) -> None:
-        """Answer all that wait."""
+    def started(self) -> None:
+        """Note that a reload has begun, which also replaces one that was under way: all wait for its end."""
+        self._waiting += self._asking
+        self._asking = []
+
+    def refuse(self, answer: Answer) -> None:
+        """Answer those whose reload could not begin. One that is under way goes on."""
+        asking, self._asking = self._asking, []
+        _answer(asking, answer)
+
+    def end(self, answer: Answer) -> None:
+        """Answer those who wait for the end of the reload."""
         waiting, self._waiting = self._waiting, []
-        for connection in waiting:
-            with suppress(OSError), connection:
-                connection.send(msgspec.json.encode(answer))
+        _answer(waiting, answer)
 
-    def close_waiting(self) -> None:
+    def stop(self) -> None:
         """Close the connections of all that wait: they get no answer."""
-        waiting, self._waiting = self._waiting, []
-        for connection in waiting:
+        for connection in (*self._asking, *self._waiting):
             connection.close()
+        self._asking, self._waiting = [], []
+
+
+def _answer(connections: Sequence[socket.socket], answer: Answer) -> None:
+    for connection in connections:
+        with suppress(OSError), connection:
+            connection.send(msgspec.json.encode(answer))
 
 
 def ask_for_reload(path: Path) -> Mapping[int, Answer]:

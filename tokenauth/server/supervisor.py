@@ -385,7 +385,7 @@ class Supervisor:
         for key, events in ready:
             if isinstance(key.data, Control) and key.data.take():
                 if self._stopping:
-                    key.data.close_waiting()
+                    key.data.stop()
                 else:
                     self._begin_reload("command")
             elif isinstance(key.data, _Worker):
@@ -651,13 +651,15 @@ class Supervisor:
         except Interrupted:
             return
         except ConfigError as error:
-            self._refuse_reload(cause, str(error))
+            self._refuse(cause, str(error))
             return
         except Exception as error:
-            self._refuse_reload(cause, f"{self._file.path}: cannot be read: {logs.describe(error)}")
+            self._refuse(cause, f"{self._file.path}: cannot be read: {logs.describe(error)}")
             return
         self._drop_reload()
         self._reload = _Reload(configuration, cause, self._differences(configuration))
+        if self._control is not None:
+            self._control.started()
         self._send_users(configuration.settings)
 
     def _differences(self, configuration: Configuration) -> Mapping[str, Sequence[str]]:
@@ -668,12 +670,13 @@ class Supervisor:
             found["settings_changed"] = [*dict.fromkeys([*changed, "server.tls_certificate"])]
         return found
 
-    def _refuse_reload(self, cause: str, detail: str, changes: Mapping[str, Sequence[str]] | None = None) -> None:
-        """Log why the current configuration stays, and say it to the commands that wait."""
-        log.error("reload_refused", cause=cause, detail=detail, **(changes or {}))
-        self._manager.ready()
+    def _refuse(self, cause: str, detail: str) -> None:
+        """Log why the configuration could not be read, and say it to the commands that asked for that."""
+        log.error("reload_refused", cause=cause, detail=detail)
+        if self._reload is None:
+            self._manager.ready()
         if self._control is not None:
-            self._control.answer(Answer(False, detail, changes or {}))
+            self._control.refuse(Answer(False, detail, {}))
 
     def _send_users(self, settings: Settings) -> None:
         """Send the users of these settings to the current workers and to those that are stopping."""
@@ -697,7 +700,10 @@ class Supervisor:
         assert reload is not None
         self._drop_reload()
         self._send_users(self._settings)
-        self._refuse_reload(reload.cause, reason, reload.changes)
+        log.error("reload_refused", cause=reload.cause, detail=reason, **reload.changes)
+        self._manager.ready()
+        if self._control is not None:
+            self._control.end(Answer(False, reason, reload.changes))
 
     def _finish_reload(self) -> None:
         """Replace the current workers when all workers of the new configuration are ready."""
@@ -730,7 +736,7 @@ class Supervisor:
             )
             self._manager.ready()
             if self._control is not None:
-                self._control.answer(Answer(True, "", reload.changes))
+                self._control.end(Answer(True, "", reload.changes))
         elif reload.heartbeats > _TIMEOUT:
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
 
@@ -743,7 +749,7 @@ class Supervisor:
         """Stop listening and stop the workers."""
         self._stopping = True
         if self._control is not None:
-            self._control.close_waiting()
+            self._control.stop()
         self._manager.stopping()
         if signal_name is not None:
             log.info("stopping", signal=signal_name)
