@@ -34,6 +34,7 @@ VIEWS = {
     "mine": "My logins",
     "pools": "phones",
     "pools/phones": "pixel-8",
+    "tokens": "nightly",
 }
 """The views, and what each of them shows when it is there."""
 
@@ -363,6 +364,31 @@ def test_markup_in_names_is_text(page: Page, server: Server, client: httpx.Clien
         page.evaluate("try { document.body.innerHTML = '<b>x</b>'; 'written' } catch (error) { error.name }")
         == "TypeError"
     )
+
+
+def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, client: httpx.Client) -> None:
+    bob = [log_in(client, "bob", "bob-secret", headers={"User-Agent": f"job-{number}"}) for number in range(2)]
+    ann = log_in(client, "ann", "ann-secret")
+    client.post("/api/tokens", json={"name": "bobs-helper"}, headers={"X-Token": ann})
+    enter(page, server, "admin", "admin", "#tokens")
+    expect(row(page, "Tokens", "job-")).to_have_count(2)
+    page.get_by_label("Search").fill("JOB-1")
+    expect(row(page, "Tokens", "job-")).to_have_count(1)
+    row(page, "Tokens", "job-1").get_by_role("button", name="End job-1 of bob").click()
+    confirm(page, "End token")
+    expect(page.get_by_text('No live token matches "JOB-1".')).to_be_visible()
+    assert [probe(client, token) for token in bob] == [True, False]
+    page.get_by_label("Search").fill("bob")
+    expect(row(page, "Tokens", "bobs-helper")).to_be_visible()
+    page.get_by_role("button", name="End all tokens of bob").click()
+    confirm(page, "End all")
+    expect(row(page, "Tokens", "job-")).to_have_count(0)
+    assert [probe(client, token) for token in (bob[0], ann)] == [False, True]
+    page.get_by_role("button", name="End leaked tokens").click()
+    page.get_by_label("Text").fill(f"GET /?token={ann}\n200 OK")
+    confirm(page, "End them")
+    assert not probe(client, ann)
+    expect(page.get_by_role("banner")).to_contain_text("admin")
 
 
 def test_who_lacks_a_scope_sees_no_view_of_it(page: Page, server: Server) -> None:

@@ -6,6 +6,7 @@ import { LogIn } from "./login.js";
 import { Mine } from "./mine.js";
 import { Dialogs, Problem, Time } from "./parts.js";
 import { Pool, Pools } from "./pools.js";
+import { Tokens } from "./tokens.js";
 import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./preact.js";
 
 const VERSION = new URL(".", import.meta.url).pathname.split("/").at(-2);
@@ -14,6 +15,7 @@ const VERSION = new URL(".", import.meta.url).pathname.split("/").at(-2);
 const VIEWS = {
   mine: ["Mine", Mine],
   pools: ["Pools", Pools],
+  tokens: ["Tokens", Tokens, "admin"],
 };
 
 function useRoute() {

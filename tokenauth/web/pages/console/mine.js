@@ -186,30 +186,8 @@ function NamedTokens({ tokens, me }) {
   </section>`;
 }
 
-async function readClaims() {
-  const { pools } = await call("GET", "api/pools");
-  const found = await Promise.all(
-    pools.map(async ({ name }) => {
-      const [{ tokens }, { waiting, requests }] = await Promise.all([
-        call("GET", path`api/pools/${name}?limit=1000`),
-        call("GET", path`api/pools/${name}/requests?limit=1000`),
-      ]);
-      return { pool: name, tokens, waiting, requests };
-    }),
-  );
-  const { username } = await call("GET", "api/me");
-  return {
-    leases: found.flatMap(({ pool, tokens }) =>
-      tokens.filter((token) => token.user === username).map((token) => ({ ...token, pool })),
-    ),
-    places: found.flatMap(({ pool, waiting, requests }) =>
-      requests.filter((place) => place.user === username).map((place) => ({ ...place, pool, waiting })),
-    ),
-  };
-}
-
 function Claims() {
-  const claims = useData(readClaims, "pool");
+  const claims = useData("api/leases", "pool");
   const release = (lease) =>
     ask({
       title: `Release ${lease.name ?? "this token"} of ${lease.pool}?`,

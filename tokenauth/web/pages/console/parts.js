@@ -94,6 +94,7 @@ export function Actions({ actions }) {
 
 // Dialogs and messages
 
+let dialogs = 0;
 let openDialog = () => {};
 let showMessage = () => {};
 
@@ -107,7 +108,7 @@ export function say(text) {
  * it throws, the dialog says why; if it returns something, the dialog shows that.
  */
 export function ask({ title, text, fields = [], action, danger = false, run }) {
-  openDialog({ title, text, fields, action, danger, run });
+  openDialog({ key: (dialogs += 1), title, text, fields, action, danger, run });
 }
 
 export function Dialogs() {
@@ -121,7 +122,7 @@ export function Dialogs() {
     return () => clearTimeout(timer);
   }, [message]);
   return html`
-    ${spec && html`<${Dialog} ...${spec} close=${() => setSpec(null)} />`}
+    ${spec && html`<${Dialog} ...${spec} close=${() => setSpec((shown) => (shown === spec ? null : shown))} />`}
     <div class="message" role="status">${message && html`<p>${message}</p>`}</div>
   `;
 }

@@ -36,6 +36,7 @@ function Counts({ pool }) {
     [pool.leased, "leased"],
     [pool.available, "free"],
     ...(pool.reserved === undefined ? [] : [[pool.reserved, "reserved"]]),
+    [pool.waiting, "waiting"],
     ...(pool.capacity === null ? [] : [[pool.capacity, "in all"]]),
   ];
   return html`<p class="counts">
@@ -54,7 +55,7 @@ export function Pool({ name, me }) {
     <p><a href="#pools">All pools</a></p>
     <${Loaded} read=${pool}>
       ${(found) => {
-        const manager = me.scopes.includes("admin");
+        const manager = found.manager;
         return html`
           <section aria-labelledby="tokens">
             <h2 id="tokens">${found.tokens.some((token) => token.name) ? "Members" : manager ? "Tokens" : "Leases"}</h2>
