@@ -211,6 +211,15 @@ def test_tail_follows_a_server_and_a_rename(home: Path) -> None:
     assert run(home, "audit", "verify").returncode == 0
 
 
+def test_an_ordered_reload_names_the_operator(home: Path) -> None:
+    with serve(home / "config.toml") as server:
+        assert run(home, "reload").returncode == 0
+        [order] = wait_for(home / "audit.jsonl", action="order_reload")
+        [done] = wait_for(home / "audit.jsonl", action="reload")
+    assert (order["by"], order["via"], order["details"]) == (OPERATOR, "command", {"server": server.process.pid})
+    assert (done["via"], done["result"], done["details"]["cause"]) == ("server", "ok", "command")
+
+
 def test_the_document_names_each_action() -> None:
     text = (Path(__file__).parents[2] / "docs/audit.md").read_text()
     actions = {act.action for act in ACTS.values()} | {LOGOUT, DROPPED, "line_cut"}

@@ -49,6 +49,7 @@ ACTS: Mapping[str, Act] = {
     "configuration_refused": Act("start", result="configuration_refused"),
     "reloaded": Act("reload"),
     "reload_refused": Act("reload", result="refused"),
+    "reload_ordered": Act("order_reload"),
     "schema_upgraded": Act("upgrade_schema"),
     "listening": Act("start"),
     "stopping": Act("stop"),
@@ -101,15 +102,18 @@ def make_record(
         "by_token": origin.get("by_token"),
         "request_id": origin.get("request_id"),
         **({} if request is None else request.trace()),
-        "details": {key: _shorten(value) for key, value in details.items() if value is not None},
+        "details": {key: _clean(value) for key, value in details.items() if value is not None},
         "host": _host(),
         "pid": os.getpid(),
     }
-    return {key: _shorten(value) for key, value in record.items() if value not in (None, "", {})}
+    return {key: _clean(value) for key, value in record.items() if value not in (None, "", {})}
 
 
-def _shorten(value: object) -> object:
-    return value[:_MAX_TEXT] if isinstance(value, str) else value
+def _clean(value: object) -> object:
+    """Shorten texts, and escape lone surrogates, which JSON in UTF-8 cannot have."""
+    if isinstance(value, str):
+        return value[:_MAX_TEXT].encode(errors="backslashreplace").decode()
+    return [*map(_clean, value)] if isinstance(value, list | tuple) else value
 
 
 @cache

@@ -153,6 +153,7 @@ def reload(config_file: str | None) -> None:
         shown = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in answer.changes.items()]
         changes = "; ".join(shown) or "nothing has changed"
         if answer.accepted:
+            record(config_file, {"event": "reload_ordered", "server": pid, "by": logs.operator()})
             click.echo(printable(f"Reloaded by process {pid}: {changes}."))
         else:
             refused = True
