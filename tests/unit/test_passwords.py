@@ -247,7 +247,11 @@ def test_a_hash_without_its_dollars_is_recognised(hashed: str) -> None:
     assert hashed not in str(refusal.value)
 
 
-@pytest.mark.parametrize("hashed", ["short", "", "$1$salt$qJH7.N4xYta3aEG/dfqo/0", HASHES["argon2id"][:-1], "$2b$12$x"])
+@pytest.mark.parametrize(
+    "hashed",
+    ["short", "", "$1$salt$qJH7.N4xYta3aEG/dfqo/0", HASHES["argon2id"][:-1], "$2b$12$x"],
+    ids=["short", "empty", "md5", "cut argon2id", "cut bcrypt"],
+)
 def test_other_broken_hashes_get_no_hint_of_dollars(hashed: str) -> None:
     with pytest.raises(ConfigError, match="is not a hash") as refusal:
         Passwords(CHEAP, {"ann": User("ann", hashed)})
