@@ -19,6 +19,7 @@ from tokenauth.named_tokens import NamedTokens
 from tokenauth.passwords import Passwords
 from tokenauth.pools import Pools
 from tokenauth.settings.model import Settings
+from tokenauth.status import Node
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
@@ -40,6 +41,7 @@ class Service(NamedTuple):
     pools: Pools
     metrics: Metrics
     audit: AuditLog | None
+    node: Node
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -116,4 +118,4 @@ def create_service(
     pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
     parts = store, passwords, throttle, credentials, tokens, named_tokens, pools
     audit = AuditLog(settings.audit) if settings.audit.file else None
-    return Service(settings, users, monotonic_clock, *parts, Metrics(), audit)
+    return Service(settings, users, monotonic_clock, *parts, Metrics(), audit, Node())

@@ -16,6 +16,7 @@ from tokenauth.models import ServedDatabase, User
 from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.server.tls import KeyPair
 from tokenauth.settings.model import Settings
+from tokenauth.status import NodeStatus
 
 _LENGTH = struct.Struct("!I")
 _READ = 16 * 1024
@@ -67,7 +68,13 @@ class Alone(NamedTuple):
     alone: bool
 
 
-Order = Serve | ChangeUsers | RevocationUpdate | Applied | Alone | Stop
+class NodeAnswer(NamedTuple):
+    """A message to a worker that has asked how the node is doing."""
+
+    status: NodeStatus
+
+
+Order = Serve | ChangeUsers | RevocationUpdate | Applied | Alone | NodeAnswer | Stop
 """A message from the main process to a worker."""
 
 
@@ -83,6 +90,8 @@ class Report(msgspec.Struct, omit_defaults=True):
     """The identity of the database that this worker serves."""
     metrics: Snapshot | None = None
     """What this worker has counted since its start."""
+    asks: bool = False
+    """Whether this worker asks how the node is doing."""
     applied: int = 0
     """The number of an update that this worker has applied; 0 if there is none."""
 

@@ -60,12 +60,11 @@ def serve(
     signals.catch(signal.SIGINT, signal.SIGTERM)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    totals = None
+    totals = Totals(settings.server.workers)
     try:
         if settings.metrics.listen:
             from tokenauth.server.exporter import Exporter
 
-            totals = Totals(settings.server.workers)
             log.info("metrics_listening", port=Exporter(settings.metrics, totals).port)
         listener = listen(settings.server)
     except StartError as error:

@@ -30,6 +30,7 @@ from tokenauth.server.channel import (
     Applied,
     ChangeUsers,
     Channel,
+    NodeAnswer,
     Order,
     Report,
     Serve,
@@ -45,6 +46,7 @@ from tokenauth.server.terminal import Terminal
 from tokenauth.server.totals import Totals
 from tokenauth.settings.differences import find_differences
 from tokenauth.settings.model import Settings
+from tokenauth.status import WorkerStatus
 
 START_FAILED = 3
 """The exit code when the first start fails."""
@@ -268,14 +270,14 @@ class Supervisor:
         signals: Signals,
         terminal: Terminal,
         manager: ServiceManager,
-        totals: Totals | None = None,
+        totals: Totals,
         control: Control | None = None,
     ) -> None:
         """Serve a configuration, which was read from `file`, on the listener. At SIGHUP, read it again.
 
         So it does when a command asks for that by `control`, and with `reload = "watch"` when a file has changed.
         But the SIGHUP that is sent because the terminal was closed ends it.
-        `totals` gets what the workers count, for metrics.
+        `totals` gets what the workers count, for metrics and for /api/status.
         Raises OSError.
         """
         self.greeting = ""
@@ -416,26 +418,38 @@ class Supervisor:
             log.warning("worker_stderr", pid=worker.pid, detail=worker.stderr_line())
         worker.reported = True
         for report in reports:
-            if report.state == "failed":
-                worker.failure = report
-            elif report.state == "ready":
-                worker.ready = True
-                worker.started_at = time.monotonic()
-                if worker.kill_at < math.inf:
-                    worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
-                if not self._has_served:
-                    self._has_served = True
-                    self._manager.ready()
-                    self._greet()
-            if report.database is not None:
-                worker.database = report.database
-                self._note_database(worker)
-            if report.metrics is not None and self._totals is not None:
-                self._totals.update(worker.pid, report.metrics)
-            if report.revocations is not None:
-                self._updates.append((report.revocations, worker))
-            if report.applied:
-                self._applied(report.applied, worker)
+            self._take_report(worker, report)
+
+    def _take_report(self, worker: _Worker, report: Report) -> None:
+        if report.state == "failed":
+            worker.failure = report
+        elif report.state == "ready":
+            worker.ready = True
+            worker.started_at = time.monotonic()
+            if worker.kill_at < math.inf:
+                worker.kill_at = worker.started_at + GRACE + _CLOSE_TIME
+            if not self._has_served:
+                self._has_served = True
+                self._manager.ready()
+                self._greet()
+        if report.database is not None:
+            worker.database = report.database
+            self._note_database(worker)
+        if report.metrics is not None:
+            self._totals.update(worker.pid, report.metrics)
+        if report.revocations is not None:
+            self._updates.append((report.revocations, worker))
+        if report.asks:
+            self._send([worker], NodeAnswer(self._totals.status([*self._running()])))
+        if report.applied:
+            self._applied(report.applied, worker)
+
+    def _running(self) -> Iterator[WorkerStatus]:
+        """Yield the workers that serve, without those that were replaced."""
+        now, monotonic = time.time(), time.monotonic()
+        for slot in self._slots:
+            if slot.worker is not None and slot.worker.ready:
+                yield WorkerStatus(slot.worker.pid, int(now - monotonic + slot.worker.started_at))
 
     def _greet(self) -> None:
         text, self.greeting = self.greeting, ""
@@ -523,6 +537,7 @@ class Supervisor:
             return
         self._last_heartbeat = time.monotonic()
         self._manager.alive()
+        self._totals.note()
         if self._terminal.check() and not self._stopping:
             self._stop(signal.SIGHUP.name)
         if self._reload is not None:
@@ -541,8 +556,7 @@ class Supervisor:
             code = worker.exit_code()
             if code is not None:
                 self._forget(worker)
-                if self._totals is not None:
-                    self._totals.end(worker.pid)
+                self._totals.end(worker.pid)
                 self._ended(worker, code)
                 self._pass_on()  # its last reports
 
@@ -582,8 +596,7 @@ class Supervisor:
                     self._give_up(worker.reason(), worker.failure)
                 else:
                     delay = slot.vacate(served_seconds)
-                    if self._totals is not None:
-                        self._totals.crashes += 1
+                    self._totals.crashes += 1
                     log.error("worker_replaced", exit_code=code, reason=worker.reason(), retry_in=delay)
 
     def _start_workers(self) -> None:
@@ -721,8 +734,7 @@ class Supervisor:
             for slot in old:
                 if slot.worker is not None:
                     self._retire(slot.worker)
-            if self._totals is not None:
-                self._totals.configured = len(self._slots)
+            self._totals.configured = len(self._slots)
             users, pools = len(self._settings.users_by_name), len(self._settings.pools)
             held = {"revocations_held": len(self._held)} if len(self._held) else {}
             log.info(

@@ -2,11 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tokenauth import __version__
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
+from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
 
 STALE = 10.0
 """Seconds after which the gauges of a worker that sends no report are left out."""
@@ -18,6 +20,19 @@ _MERGE = {family.name: _MERGES[family.merge] for family in FAMILIES}
 class _Last(NamedTuple):
     snapshot: Snapshot
     at: float
+
+
+class _Minute:
+    """What was counted before a minute and until now, and the levels of now."""
+
+    def __init__(self, number: int, before: Sequence[int]) -> None:
+        self.number = number
+        self.before = self.counted = before
+        self.levels: Sequence[int | None] = (None, None)
+
+    def numbers(self) -> Sequence[int | None]:
+        changes = (after - before for after, before in zip(self.counted, self.before, strict=True))
+        return (*changes, *self.levels)
 
 
 class Totals:
@@ -34,6 +49,8 @@ class Totals:
         """How many workers there should be."""
         self.crashes = 0
         """Workers that had to be replaced."""
+        self._started_at = int(time.time())
+        self._minutes: deque[_Minute] = deque(maxlen=LENGTH)
         self._lock = threading.Lock()
         self._workers: dict[int, _Last] = {}
         self._ended: Counts = {}
@@ -67,3 +84,50 @@ class Totals:
         counts["worker_crashes_total",] = [self.crashes]
         own = {("workers",): reporting, ("workers_configured",): self.configured, ("build_info", __version__): 1}
         return counts, {**gauges, **own}
+
+    def note(self) -> None:
+        """Write down for the history what has been counted until now. It is called about once a second."""
+        counts, gauges = self.read()
+        minute = _minute()
+        if not self._minutes or self._minutes[-1].number != minute:
+            before = self._minutes[-1].counted if self._minutes else (0, 0, 0)
+            self._minutes.append(_Minute(minute, before))
+        self._minutes[-1].counted = _happened(counts)
+        self._minutes[-1].levels = [_level(gauges, name) for name in ("pool_leased", "pool_waiting")]
+
+    def status(self, workers: Sequence[WorkerStatus]) -> NodeStatus:
+        """Return how the node is doing now, with these workers."""
+        self.note()
+        counts, gauges = self.read()
+        return NodeStatus(
+            self._started_at, workers, self.configured, self.crashes, counts, dict(gauges), self._history()
+        )
+
+    def _history(self) -> History:
+        known, last = {minute.number: minute.numbers() for minute in self._minutes}, _minute()
+        unknown = (None,) * 5
+        rows = [known.get(number, unknown) for number in range(last - LENGTH + 1, last + 1)]
+        return History(int(time.time()), *map(list, zip(*rows, strict=True)))
+
+
+def _minute() -> int:
+    return int(time.monotonic() // STEP)
+
+
+def _happened(counts: Counts) -> Sequence[int]:
+    """Return how many logins succeeded, how many failed, and how many tokens were checked."""
+    succeeded = failed = checked = 0.0
+    for key, numbers in counts.items():
+        if key[0] == "validations_total":
+            checked += numbers[0]
+        elif key == ("logins_total", "ok"):
+            succeeded += numbers[0]
+        elif key[0] == "logins_total":
+            failed += numbers[0]
+    return int(succeeded), int(failed), int(checked)
+
+
+def _level(gauges: Mapping[Key, float], name: str) -> int | None:
+    """Return the sum of all pools; None while it is not known."""
+    found = [value for key, value in gauges.items() if key[0] == name]
+    return int(sum(found)) if found else None

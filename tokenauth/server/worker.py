@@ -16,7 +16,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 
 from tokenauth import logs
-from tokenauth.errors import ConfigError, StartError
+from tokenauth.errors import ConfigError, Overloaded, StartError
 from tokenauth.metrics import Snapshot
 from tokenauth.revocation_queue import RevocationUpdate
 from tokenauth.server import tls
@@ -28,6 +28,7 @@ from tokenauth.server.channel import (
     Applied,
     ChangeUsers,
     Channel,
+    NodeAnswer,
     Report,
     Serve,
     Stop,
@@ -37,6 +38,7 @@ from tokenauth.server.channel import (
 from tokenauth.server.protocol import BoundedProtocol
 from tokenauth.settings import loader
 from tokenauth.settings.model import ServerSettings
+from tokenauth.status import NodeStatus
 
 if TYPE_CHECKING:
     from tokenauth.gauges import Gauges
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = 75
 """Seconds before an idle connection is closed. nginx closes after 60 by default, so it is nginx that closes."""
+
+_PATIENCE = 5.0
+"""Seconds in which the main process must answer a question."""
 
 _RETRY = 0.01
 """Seconds between two attempts to send the last reports of a worker."""
@@ -107,12 +112,13 @@ def _work(channel: Channel, listener: socket.socket) -> None:
         service = create_service(order.settings, served=order.database)
         app = build_app(service)
     service.tokens.revocations.apply(order.held)
-    gauges, protocol = None, BoundedProtocol
+    from tokenauth.gauges import Gauges
+
+    gauges, protocol = Gauges(service, order.counts_store), BoundedProtocol
     if order.settings.metrics.listen:
-        from tokenauth.gauges import Gauges
         from tokenauth.server.metered_protocol import MeteredProtocol
 
-        gauges, protocol = Gauges(service, order.counts_store), MeteredProtocol
+        protocol = MeteredProtocol
     options = uvicorn_options(lambda: app, order.settings.server, protocol)
     server = WorkerServer(options, channel, service, gauges)
     options.ssl = None if order.certificate is None else tls.create_context(order.certificate)
@@ -127,10 +133,8 @@ def _send(channel: Channel, report: Report) -> None:
 class WorkerServer(AcceptingServer):
     """uvicorn's server, which follows the orders of the main process and stops when that process is gone."""
 
-    def __init__(
-        self, options: uvicorn.Config, channel: Channel, service: "Service", gauges: "Gauges | None" = None
-    ) -> None:
-        """Create it. `gauges` are for metrics; None if there are none."""
+    def __init__(self, options: uvicorn.Config, channel: Channel, service: "Service", gauges: "Gauges") -> None:
+        """Create it. `gauges` are what the main process gets for metrics and for /api/status."""
         super().__init__(options)
         options.load()
         options.lifespan_class = _Lifespan
@@ -139,6 +143,8 @@ class WorkerServer(AcceptingServer):
         self._revocations = service.tokens.revocations
         self._revocations.publish = self._publish
         self._gauges = gauges
+        self._asking: asyncio.Future[NodeStatus] | None = None
+        service.node.ask = self._ask
         self._heartbeats: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
 
@@ -152,8 +158,7 @@ class WorkerServer(AcceptingServer):
             reason = self.lifespan.failure if isinstance(self.lifespan, _Lifespan) else ""
             raise StartError(reason or "the application did not start") from None
         _send(self._channel, Report("ready", database=self._service.store.identity, metrics=self._snapshot()))
-        if self._gauges is not None:
-            self._reading = asyncio.create_task(self._gauges.run())
+        self._reading = asyncio.create_task(self._gauges.run())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
@@ -162,8 +167,7 @@ class WorkerServer(AcceptingServer):
         if self._reading is not None:
             self._reading.cancel()
         await super().shutdown(sockets)
-        if self._gauges is not None:
-            _send(self._channel, Report("alive", metrics=self._snapshot()))
+        _send(self._channel, Report("alive", metrics=self._snapshot()))
         while self._channel.pending:
             self._channel.flush()
             await asyncio.sleep(_RETRY)
@@ -186,6 +190,9 @@ class WorkerServer(AcceptingServer):
                 self._revocations.answered(order.number)
             elif isinstance(order, Alone):
                 self._revocations.alone = order.alone
+            elif isinstance(order, NodeAnswer):
+                if self._asking is not None and not self._asking.done():
+                    self._asking.set_result(order.status)
             elif isinstance(order, Stop):
                 self._revocations.handed_over = order.replaced
                 self._stop()
@@ -199,8 +206,19 @@ class WorkerServer(AcceptingServer):
             self._stop()
 
     def _snapshot(self) -> Snapshot | None:
-        """Return what metrics show of this worker; None while it starts, or if there are none."""
-        return None if self._gauges is None or not self.started else self._gauges.snapshot()
+        """Return what metrics show of this worker; None while it starts."""
+        return self._gauges.snapshot() if self.started else None
+
+    async def _ask(self) -> NodeStatus:
+        """Ask the main process how the node is doing, once for all who wish to know. Raises Overloaded."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.get_running_loop().create_future()
+            _send(self._channel, Report("alive", asks=True, metrics=self._snapshot()))
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await asyncio.shield(self._asking)
+        except TimeoutError:
+            raise Overloaded("The main process does not answer. Try again shortly.") from None
 
     def _publish(self, update: RevocationUpdate) -> None:
         _send(self._channel, Report("alive", revocations=update))

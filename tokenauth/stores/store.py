@@ -64,6 +64,7 @@ from tokenauth.stores.changes.pools import (
 from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
 from tokenauth.stores.changes.waiting import Ask, Leave, PutBack, TakeTurns
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
+from tokenauth.stores.schema import HEAD
 from tokenauth.stores.tables import (
     as_lease_request,
     as_pool_token,
@@ -663,6 +664,11 @@ class Store:
     async def save_time(self, now: Instant) -> None:
         """Save `now` for all processes that use this store, so that their time does not go back after a restart."""
         await self.engine.apply(SaveTime(now=now))
+
+    @property
+    def schema(self) -> str:
+        """The version of the schema that this release needs."""
+        return HEAD
 
     @property
     def identity(self) -> str:

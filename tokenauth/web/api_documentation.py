@@ -34,7 +34,7 @@ from tokenauth.web.openapi import (
     guarded,
     schema_only,
 )
-from tokenauth.web.routes import account, console, health, home, javascript, oauth, pools, token
+from tokenauth.web.routes import account, console, health, home, javascript, oauth, pools, status, token
 
 Refusals = Sequence[type[errors.Refusal]]
 
@@ -1020,10 +1020,58 @@ WEB_PAGES = Section(
     ],
 )
 
+_HOUR = [None] * 58
+_STATUS = {
+    "version": "0.1.0",
+    "time": _ISSUED_AT,
+    "started_at": _ISSUED_AT - 90,
+    "workers": [{"pid": 4711, "started_at": _ISSUED_AT - 89}],
+    "workers_configured": 1,
+    "worker_crashes": 0,
+    "store": {
+        **{"kind": "sqlite", "schema": "4.1", "up": True},
+        **{"feed_age": 0.0, "revocations_held": 0, "live_tokens": 17},
+    },
+    "password_queue": 0,
+    "risks": [
+        {
+            "name": "shipped_password",
+            "text": "'admin' has the password that tokenauth ships with; run `tokenauth user passwd admin`",
+        }
+    ],
+    "totals": {
+        "logins": {"ok": 12, "invalid_credentials": 3},
+        "validations": {"valid": 40, "invalid": 2},
+        "throttle_refusals": 0,
+    },
+    "pools": [
+        {
+            **{"name": "permits", "capacity": 1, "leased": 1, "waiting": 2},
+            **{"granted": 9, "denied": 1, "lapsed": 0, "forced": 0},
+        }
+    ],
+    "history": {
+        **{"step": 60, "end": _ISSUED_AT, "logins": [*_HOUR, 8, 4], "failures": [*_HOUR, 3, 0]},
+        **{"validations": [*_HOUR, 30, 12], "leases": [*_HOUR, 0, 1], "waiting": [*_HOUR, 0, 2]},
+    },
+}
+
 HEALTH = Section(
     name="Health",
     text="For load balancers and monitoring.",
     operations=[
+        guarded(
+            Operation(
+                method="GET",
+                path="/api/status",
+                id="getStatus",
+                title="Find out how the service is doing",
+                text="Returns the sums of all workers of the node that answers, and the last hour, minute by minute."
+                " The user needs the scope `admin`.",
+                answers=[Answer(200, "The status.", status.StatusAnswer, _STATUS)],
+                refusals=[errors.InsufficientScope],
+            )
+        ),
         Operation(
             method="GET",
             path="/healthz",

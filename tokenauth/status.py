@@ -1,0 +1,53 @@
+"""How a node is doing: what its main process knows of all its workers, for GET /api/status."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from tokenauth.metrics import Counts, Key
+
+STEP = 60
+"""Seconds of one number of the history."""
+
+LENGTH = 60
+"""Numbers in the history."""
+
+Numbers = Sequence[int | None]
+
+
+class History(NamedTuple):
+    """What happened in each minute until `end`, the oldest first; None where that is not known.
+
+    The last minute is not over. `leases` and `waiting` are what there was at its end.
+    """
+
+    end: int
+    logins: Numbers
+    failures: Numbers
+    validations: Numbers
+    leases: Numbers
+    waiting: Numbers
+
+
+class WorkerStatus(NamedTuple):
+    pid: int
+    started_at: int
+
+
+class NodeStatus(NamedTuple):
+    """The sums of all workers, since the start of the main process."""
+
+    started_at: int
+    workers: Sequence[WorkerStatus]
+    configured: int
+    crashes: int
+    counts: Counts
+    gauges: dict[Key, float]
+    history: History
+
+
+class Node:
+    """The node of a worker."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], Awaitable[NodeStatus]] | None = None
+        """Asks the main process; None if there is none. Raises Overloaded."""

@@ -1,0 +1,171 @@
+"""GET /api/status: how this node is doing, for admins."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from tokenauth import __version__
+from tokenauth.errors import InsufficientScope
+from tokenauth.gauges import Gauges
+from tokenauth.metrics import Key
+from tokenauth.risks import find_risks
+from tokenauth.service import Service
+from tokenauth.status import LENGTH, STEP, History, NodeStatus, Numbers, WorkerStatus
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import JSONResponse
+from tokenauth.web.routes.account import ADMIN
+from tokenauth.web.routing import Route, strict
+
+_RISKS_FOR = 60.0
+"""Seconds for which the risks that were found are shown: looking for them reads files."""
+
+
+class WorkerAnswer(msgspec.Struct):
+    pid: int
+    started_at: int
+
+
+class StoreAnswer(msgspec.Struct):
+    kind: str
+    schema: str
+    up: bool | None
+    feed_age: float | None
+    revocations_held: int
+    live_tokens: int | None
+
+
+class RiskAnswer(msgspec.Struct):
+    name: str
+    text: str
+
+
+class TotalsAnswer(msgspec.Struct):
+    logins: dict[str, int]
+    validations: dict[str, int]
+    throttle_refusals: int
+
+
+class PoolStatusAnswer(msgspec.Struct):
+    name: str
+    capacity: int | None
+    leased: int | None
+    waiting: int | None
+    granted: int
+    denied: int
+    lapsed: int
+    forced: int
+
+
+class HistoryAnswer(msgspec.Struct):
+    step: int
+    end: int
+    logins: Numbers
+    failures: Numbers
+    validations: Numbers
+    leases: Numbers
+    waiting: Numbers
+
+
+class StatusAnswer(msgspec.Struct):
+    version: str
+    time: int
+    started_at: int
+    workers: list[WorkerAnswer]
+    workers_configured: int
+    worker_crashes: int
+    store: StoreAnswer
+    password_queue: int
+    risks: list[RiskAnswer]
+    totals: TotalsAnswer
+    pools: list[PoolStatusAnswer]
+    history: HistoryAnswer
+
+
+class StatusRoutes:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._risks: list[RiskAnswer] = []
+        self._risks_due = 0.0
+        self._started_at = int(time.time())
+
+    def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
+        return [Route("/api/status", {"GET": strict(self.show)}, middleware)]
+
+    async def show(self, request: Request) -> Response:
+        if ADMIN not in request.user.scopes:
+            raise InsufficientScope(ADMIN)
+        ask = self._service.node.ask
+        return JSONResponse(self._describe(await self._alone() if ask is None else await ask()))
+
+    async def _alone(self) -> NodeStatus:
+        """Return the status of a process that is the whole service, such as one of another server than ours."""
+        gauges = Gauges(self._service, counts_store=True)
+        await gauges.read()
+        counts, found = gauges.snapshot().counts, gauges.snapshot().gauges
+        unknown: Numbers = [None] * LENGTH
+        history = History(int(time.time()), *[unknown] * 5)
+        return NodeStatus(self._started_at, [WorkerStatus(os.getpid(), self._started_at)], 1, 0, counts, found, history)
+
+    def _describe(self, node: NodeStatus) -> StatusAnswer:
+        service, gauges = self._service, node.gauges
+        logins, validations = Counter[str](), Counter[str]()
+        for (name, *labels), numbers in node.counts.items():
+            if name == "logins_total":
+                logins[labels[0]] += int(numbers[0])
+            elif name == "validations_total":
+                validations[labels[1]] += int(numbers[0])
+
+        def count(*key: str) -> int:
+            return int(node.counts.get(key, [0])[0])
+
+        def gauge(*key: str) -> int | None:
+            return _whole(gauges, key)
+
+        up, feed_age = gauges.get(("store_up",)), gauges.get(("feed_age_seconds",))
+        return StatusAnswer(
+            version=__version__,
+            time=int(service.clock()),
+            started_at=node.started_at,
+            workers=[WorkerAnswer(*worker) for worker in node.workers],
+            workers_configured=node.configured,
+            worker_crashes=node.crashes,
+            store=StoreAnswer(
+                kind=service.settings.database.url.partition("+")[0],
+                schema=service.store.schema,
+                up=None if up is None else bool(up),
+                feed_age=None if feed_age is None else round(feed_age, 3),
+                revocations_held=gauge("revocations_held") or 0,
+                live_tokens=gauge("live_tokens"),
+            ),
+            password_queue=gauge("password_queue") or 0,
+            risks=self._find_risks(),
+            totals=TotalsAnswer(dict(logins), dict(validations), count("throttle_refusals_total")),
+            pools=[
+                PoolStatusAnswer(
+                    name,
+                    pool.capacity,
+                    gauge("pool_leased", name),
+                    gauge("pool_waiting", name),
+                    *(count(f"pool_{what}_total", name) for what in ("granted", "denied", "lapsed", "forced")),
+                )
+                for name, pool in service.settings.pools_by_name.items()
+            ],
+            history=HistoryAnswer(STEP, *node.history),
+        )
+
+    def _find_risks(self) -> list[RiskAnswer]:
+        now = time.monotonic()
+        if now >= self._risks_due:
+            found = find_risks(self._service.settings, self._service.passwords)
+            self._risks, self._risks_due = [RiskAnswer(*risk) for risk in found], now + _RISKS_FOR
+        return self._risks
+
+
+def _whole(gauges: dict[Key, float], key: Key) -> int | None:
+    value = gauges.get(key)
+    return None if value is None else int(value)
