@@ -1020,7 +1020,7 @@ WEB_PAGES = Section(
     ],
 )
 
-_HOUR = [None] * 58
+_HOUR = [None] * 60  # as of a service that was just started
 _STATUS = {
     "version": "0.1.0",
     "time": _ISSUED_AT,
@@ -1040,8 +1040,11 @@ _STATUS = {
         }
     ],
     "totals": {
-        "logins": {"ok": 12, "invalid_credentials": 3},
-        "validations": {"valid": 40, "invalid": 2},
+        "logins": {
+            **{"ok": 12, "invalid_credentials": 3, "too_many_attempts": 0},
+            **{"overloaded": 0, "client_gone": 0, "store_unavailable": 0},
+        },
+        "validations": {"valid": 40, "invalid": 2, "denied": 0, "unavailable": 0},
         "throttle_refusals": 0,
     },
     "pools": [
@@ -1051,8 +1054,8 @@ _STATUS = {
         }
     ],
     "history": {
-        **{"step": 60, "end": _ISSUED_AT, "logins": [*_HOUR, 8, 4], "failures": [*_HOUR, 3, 0]},
-        **{"validations": [*_HOUR, 30, 12], "leases": [*_HOUR, 0, 1], "waiting": [*_HOUR, 0, 2]},
+        **{"step": 60, "end": _ISSUED_AT, "logins": _HOUR, "failures": _HOUR},
+        **{"validations": _HOUR, "leases": _HOUR, "waiting": _HOUR},
     },
 }
 
