@@ -13,7 +13,14 @@ from tests.support.journal import until
 from tests.support.main_process import workers_of
 from tests.support.servers import Server, log_in, serve, worker, write_config
 
-POOLS = "[server]\ntrusted_proxies = ['0.0.0.0/0']\naccept_risks = ['broad_trusted_proxies']\n[pools.phones]\ncapacity = 3\nprefill = true\n"
+POOLS = """
+[server]
+trusted_proxies = ["0.0.0.0/0"]
+accept_risks = ["broad_trusted_proxies"]
+[pools.phones]
+capacity = 3
+prefill = true
+"""
 
 
 @pytest.fixture(scope="module")

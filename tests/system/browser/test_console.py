@@ -13,7 +13,10 @@ from tests.support.postgres import Cluster
 from tests.support.servers import Server, log_in, probe, serve, write_config
 from tests.system.browser.test_login_page import violations
 
-POOLS = """
+SETTINGS = """
+[server]
+trusted_proxies = ["0.0.0.0/0"]
+accept_risks = ["broad_trusted_proxies"]
 [pools.licences]
 capacity = 2
 prefill = true
@@ -35,6 +38,7 @@ VIEWS = {
     "pools": "phones",
     "pools/phones": "pixel-8",
     "tokens": "nightly",
+    "health": "in the last hour",
 }
 """The views, and what each of them shows when it is there."""
 
@@ -44,7 +48,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Run a service with a login page, whose clock is that of the browser."""
     directory: Path = tmp_path_factory.mktemp(request.param)
     port = free_port()
-    config = write_config(directory, f'[browser]\nurl = "http://localhost:{port}"\n{POOLS}')
+    config = write_config(directory, f'[browser]\nurl = "http://localhost:{port}"\n{SETTINGS}')
     if request.param == "postgres":
         cluster: Cluster = request.getfixturevalue("postgres")
         url = cluster.create(directory.name)
@@ -389,6 +393,19 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     confirm(page, "End them")
     assert not probe(client, ann)
     expect(page.get_by_role("banner")).to_contain_text("admin")
+
+
+def test_the_health_view_shows_what_happens(page: Page, server: Server, client: httpx.Client) -> None:
+    enter(page, server, "admin", "admin", "#health")
+    main = page.get_by_role("main")
+    expect(main).to_contain_text("Workers1 of 1")
+    expect(main).to_contain_text("Storeup")
+    expect(main).to_contain_text("broad_trusted_proxies")
+    expect(page.get_by_role("img", name=re.compile(r"^Logins: \d+ in the last hour"))).to_be_visible()
+    expect(page.locator("canvas")).to_have_count(5)
+    before = page.get_by_role("img", name=re.compile("^Logins:")).get_attribute("aria-label")
+    log_in(client, "ann", "ann-secret")
+    expect(page.get_by_role("img", name=before or "", exact=True)).to_have_count(0, timeout=15_000)
 
 
 def test_who_lacks_a_scope_sees_no_view_of_it(page: Page, server: Server) -> None:

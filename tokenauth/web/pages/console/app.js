@@ -5,6 +5,7 @@ import { readAll, start, stop, subscribe } from "./live.js";
 import { LogIn } from "./login.js";
 import { Mine } from "./mine.js";
 import { Dialogs, Problem, Time } from "./parts.js";
+import { Health } from "./health.js";
 import { Pool, Pools } from "./pools.js";
 import { Tokens } from "./tokens.js";
 import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./preact.js";
@@ -16,6 +17,7 @@ const VIEWS = {
   mine: ["Mine", Mine],
   pools: ["Pools", Pools],
   tokens: ["Tokens", Tokens, "admin"],
+  health: ["Health", Health, "admin"],
 };
 
 function useRoute() {
