@@ -231,7 +231,7 @@ class Pools:
                 if place is not None:
                     return Waits(id, place)
                 # it was taken out of the line, or served when it was sent once more, to another process
-                answer = await self._ask(pool, user.username, id, terms, seconds, None)
+                answer = await self._ask(pool, user.username, id, terms, seconds, None, known=True)
                 if isinstance(answer, NoFreeToken):
                     raise PlaceLost
             else:
@@ -255,9 +255,10 @@ class Pools:
         terms: LeaseTerms,
         ttl: float | None,
         keep: float | None,
+        known: bool = False,
     ) -> Grant | LeaseRequest | Refusal:
         wanted = terms.count, terms.priority, ttl, terms.labels
-        return await self._store.pools.ask(pool, username, id, terms.holder, self._clock(), *wanted, keep)
+        return await self._store.pools.ask(pool, username, id, terms.holder, self._clock(), *wanted, keep, known)
 
     async def list_requests(self, pool: Pool, limit: int) -> tuple[int, Sequence[LeaseRequest]]:
         """Return how many requests wait, and the first of them in order."""
@@ -330,10 +331,7 @@ class Pools:
         """
         self.find_managed(pool.name, user)
         start = self._clock()
-        more = True
-        while more:  # what is extended is free: nothing tells afterwards whose lease lapsed
-            more = await self.note_lapsed(pool, start, MAX_COUNT) == MAX_COUNT
-            await asyncio.sleep(_PAUSE)
+        await self._note_all_lapsed(pool, start)
         counts = await self._store.pools.count(pool, start)
         more = counts.available > 0
         while more:
@@ -481,6 +479,7 @@ class Pools:
                 log.warning("pool_not_filled", pool=pool.name, reason=refusal.code)
 
     async def _fill(self, pool: Pool) -> None:
+        await self._note_all_lapsed(pool, self._clock())
         first = missing = await self._store.pools.fit(pool, (), self._clock())
         while missing:
             await asyncio.sleep(_PAUSE)
@@ -524,6 +523,13 @@ class Pools:
         if lapsed.places:
             self.waiting.wake(pool)
         return max(map(len, lapsed))
+
+    async def _note_all_lapsed(self, pool: Pool, now: Instant) -> None:
+        """Count and log what has lapsed, before tokens are deleted or extended: they do not show it afterwards."""
+        more = True
+        while more:
+            more = await self.note_lapsed(pool, now, MAX_COUNT) == MAX_COUNT
+            await asyncio.sleep(_PAUSE)
 
     def note_lapse(self, pool: Pool, token: PoolToken) -> None:
         """Count and log a lease that has lapsed."""

@@ -8,7 +8,7 @@ import pytest
 
 from tests.contract.conftest import Place
 from tests.support.servers import START
-from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyPlaces
+from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyPlaces
 from tokenauth.line import MAX_PLACES, REMEMBERED
 from tokenauth.models import Grant, LeaseRequest, Pool, PoolToken
 from tokenauth.models import Place as InLine
@@ -28,9 +28,10 @@ async def ask(
     keep: float | None = KEEP,
     ttl: float | None = None,
     pool: Pool = POOL,
+    known: bool = False,
 ) -> Grant | LeaseRequest | Refusal:
     """Ask for leases; the holder is named for the request."""
-    return await pools.ask(pool, user, id, f"holder of {id}", now, count, priority, ttl, keep=keep)
+    return await pools.ask(pool, user, id, f"holder of {id}", now, count, priority, ttl, keep=keep, known=known)
 
 
 def tokens(answer: object) -> Sequence[PoolToken]:
@@ -214,6 +215,13 @@ async def test_a_repeated_request_whose_lease_is_over_is_lost(pools: PoolStore, 
     while await pools.purge(POOL, now, 1000):
         pass
     assert isinstance(await ask(pools, "a", now + REMEMBERED - 1), LeaseLost)
+
+
+async def test_a_request_asked_for_only_if_known_gets_no_new_place(pools: PoolStore) -> None:
+    await pools.generate(POOL, ["t1", "t2"], START)
+    assert isinstance(await ask(pools, "a", known=True), PlaceLost)
+    assert tokens(await ask(pools, "a")) == tokens(await ask(pools, "a", known=True))
+    assert await pools.count(POOL, START) == (1, 1)
 
 
 async def test_the_same_id_with_other_terms_is_refused(pools: PoolStore) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import structlog
 
 from tests.support.servers import HandClock, write_config
 from tokenauth.errors import LeaseLost, NoFreeToken, PoolFull, UnknownToken
@@ -68,6 +69,17 @@ async def check(pools: Pools, pool: Pool, leased: int) -> None:
         await pools.generate(pool, 1)
     for token in taken:
         await pools.release(pool, token)
+
+
+async def test_a_lapse_is_logged_before_its_token_is_deleted(home: Home) -> None:
+    async with home.open(permits(2)) as pools:
+        await lease(pools, pools.find("permits"), 2)
+    home.clock.advance(LEASE_TTL)
+    with structlog.testing.capture_logs() as logs:
+        async with home.open(permits(0)) as pools:
+            assert await values(pools) == set()
+            assert pools.counters["permits"].lapsed == 2
+    assert [event["held"] for event in logs if event["event"] == "lease_lapsed"] == [LEASE_TTL] * 2
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 7])

@@ -209,15 +209,18 @@ async def test_a_process_that_stops_lets_clients_ask_again(workers: Workers) -> 
 
 @pytest.mark.parametrize("where", ["the same worker", "another worker"])
 async def test_a_request_that_is_taken_out_is_refused(workers: Workers, where: str) -> None:
-    await workers.lease_all()
+    """Also if a token is free when its process notices."""
+    first = await workers.lease_all()
     waiting = await workers.ask("mine", wait=0.3)
     deleting = workers.pools if where == "the same worker" else workers.other
     with structlog.testing.capture_logs() as logs:
         await deleting.leave_line(workers.pool, "ann", "mine")
     assert [(event["event"], event["user"], event["holder"]) for event in logs] == [("request_left", "ann", "job")]
     assert 0 <= logs[0]["waited"] < AT_ONCE
+    await deleting.release(workers.pool, first.value)
     with pytest.raises(PlaceLost):
         await waiting
+    assert await deleting.count(workers.pool) == (1, 0)
     with pytest.raises(UnknownRequest):
         await deleting.leave_line(workers.pool, "ann", "mine")
 

@@ -383,6 +383,7 @@ class PoolStore:
         ttl: float | None = None,
         labels: tuple[str, ...] = (),
         keep: float | None = None,
+        known: bool = False,
     ) -> Grant | LeaseRequest | Refusal:
         """Lease `count` tokens, all or none, to a request if it is its turn; otherwise it waits, or is refused.
 
@@ -390,9 +391,11 @@ class PoolStore:
         long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A request that
         was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them is over.
         RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES. Without an
-        `id` it cannot wait, nor be asked for again.
+        `id` it cannot wait, nor be asked for again. With `known`, PlaceLost is returned if it does not wait and was not
+        granted.
         """
-        return await self._engine.apply(Ask(pool, username, id, holder, count, priority, ttl, labels, keep, now=now))
+        wanted = count, priority, ttl, labels
+        return await self._engine.apply(Ask(pool, username, id, holder, *wanted, keep, known, now=now))
 
     async def take_turns(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> Sequence[Grant]:
         """Serve those of some waiting requests whose turn it is, and which were not asked for more often than given."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from tokenauth.errors import LeaseLost, NoFreeToken, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
+from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
 from tokenauth.line import KEPT, LAST, MAX_PLACES, REMEMBERED, Row, new_request
 from tokenauth.models import Grant, Instant, LeaseRequest, PoolToken, RequestKey
 from tokenauth.stores.changes.pool_rows import PoolRows
@@ -25,6 +25,7 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
 
     id: None for a request that cannot be repeated: nothing is kept of it.
     keep: seconds for which the place is kept; None if it is to get none.
+    known: whether it is served only if it has a place, or was granted before.
     """
 
     username: str
@@ -35,6 +36,7 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
     ttl: float | None
     labels: tuple[str, ...]
     keep: float | None
+    known: bool = False
     shares_pool = False
 
     def request(self, since: Instant, now: Instant, number: int) -> LeaseRequest:
@@ -67,6 +69,8 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 place = replace(place, kept_until=later, answers=place.answers + (tokens is not None))
                 answers[position] = LeaseLost(_OVER) if tokens is None else Grant(place, tokens)
                 repeated[asked.key] = known[asked.key] = place
+            elif place is None and change.known:
+                answers[position] = PlaceLost()
             elif place is None and change.keep is not None and _has_too_many(requests, asked, waiting, joining):
                 answers[position] = TooManyPlaces()
             elif place is None:
