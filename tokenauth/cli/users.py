@@ -9,12 +9,24 @@ from tokenauth.cli.base import (
     config_path,
     json_option,
     new_hash,
+    options,
     password_option,
+    program,
     show,
 )
 
-_RELOAD = "`tokenauth reload`, or `systemctl reload tokenauth`."
-_SAVED = f"Saved. Existing logins stay valid until you reload: {_RELOAD}"
+_STAYS = "Existing logins stay valid until you reload"
+
+
+def _say_saved(config_file: str | None, until: str) -> None:
+    """Say when a running server uses the new file; `until` is what holds until a reload."""
+    from tokenauth.settings import loader
+
+    if loader.load(loader.find(config_file)).server.reload == "watch":
+        click.echo("Saved. A running server uses it within a few seconds.")
+    else:
+        command = f"`{program()} reload{options(config_file)}`"
+        click.echo(f"Saved. {until}: {command}, or `systemctl reload tokenauth`.")
 
 
 @click.group(cls=CommandGroup)
@@ -38,7 +50,7 @@ def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: t
     file = UserFile(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
     audit("user_added", config_file, user=name, scopes=scopes)
-    click.echo(f"Saved. {name!r} can log in once you reload: {_RELOAD}")
+    _say_saved(config_file, f"{name!r} can log in once you reload")
 
 
 @user.command("passwd", epilog="Example: tokenauth user passwd admin")
@@ -55,7 +67,7 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
     file = UserFile(config_path(config_file))
     file.change_password(name, lambda: new_hash(config_file, password_stdin))
     audit("user_password_changed", config_file, user=name)
-    click.echo(_SAVED)
+    _say_saved(config_file, _STAYS)
 
 
 @user.command("set-scopes", epilog="Example: tokenauth user set-scopes ann --scope reports")
@@ -72,7 +84,7 @@ def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...])
     file = UserFile(config_path(config_file))
     file.change_scopes(name, scopes)
     audit("user_scopes_changed", config_file, user=name, scopes=scopes)
-    click.echo(f"Saved. The scopes change when you reload: {_RELOAD}")
+    _say_saved(config_file, "The scopes change when you reload")
 
 
 @user.command("remove", epilog="Example: tokenauth user remove ann")
@@ -88,7 +100,7 @@ def user_remove(config_file: str | None, name: str) -> None:
     file = UserFile(config_path(config_file))
     file.remove(name)
     audit("user_removed", config_file, user=name)
-    click.echo(_SAVED)
+    _say_saved(config_file, _STAYS)
 
 
 @user.command("list", epilog="Example: tokenauth user list --json")
