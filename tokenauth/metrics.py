@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from tokenauth.errors import Forbidden, InsufficientScope, InvalidToken, Refusal, RetryLater
+from tokenauth.models import HeldUp
 
 Key = tuple[str, ...]
 """The name of a family, and the values of its labels."""
@@ -69,6 +70,8 @@ class Snapshot(msgspec.Struct):
 
     counts: Counts
     gauges: dict[Key, float]
+    held_up: Sequence[HeldUp] = ()
+    """Whom this worker has refused, and who still has to wait."""
 
 
 class ValidationCounts:

@@ -732,3 +732,22 @@ class Failures:
 
     count: int
     last_at: Instant
+
+
+MAX_HELD_UP = 100
+"""Maximum number of HeldUp in one list."""
+
+
+class HeldUp(NamedTuple):
+    """Logins that are refused for a while, because of earlier ones that failed.
+
+    kind: "user": the logins of `user` from `address`; "network": all logins from that range of addresses; "unknown":
+    those with a name that no user has, which may be a password, from that range.
+    failures: how many are counted.
+    """
+
+    kind: Literal["user", "network", "unknown"]
+    user: str | None
+    address: str
+    failures: int
+    until: Instant

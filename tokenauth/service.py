@@ -110,7 +110,7 @@ def create_service(
     store = open_store(settings.database, settings.tokens.cache_size, clock, serving, served)
     monotonic_clock = MonotonicClock(store.clock, monotonic)
     queue = LoginQueue(settings.passwords.thread_count, settings.passwords.queue)
-    throttle = Throttle(settings.throttle, settings.server.workers, store, monotonic_clock, queue)
+    throttle = Throttle(settings.throttle, settings.server.workers, store, monotonic_clock, queue, users)
     credentials = Credentials(users, passwords, throttle, monotonic_clock)
     tokens = Tokens(settings.tokens, users, store, credentials, monotonic_clock)
     store.tokens.share = tokens.revocations.share

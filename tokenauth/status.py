@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from tokenauth.metrics import Counts, Key
+from tokenauth.models import HeldUp
 
 STEP = 60
 """Seconds of one number of the history."""
@@ -43,6 +44,8 @@ class NodeStatus(NamedTuple):
     counts: Counts
     gauges: dict[Key, float]
     history: History
+    held_up: Sequence[HeldUp] = ()
+    """Whom the workers have refused after failed logins, and who may still have to wait; also those that have ended."""
 
 
 class Node:

@@ -35,18 +35,20 @@ same instant, one worker lets `free` fail, and each further worker at most its p
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from tokenauth.addresses import location, network, region
 from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
-from tokenauth.models import CountUpdate, Failures, Instant
+from tokenauth.logs import log
+from tokenauth.models import MAX_HELD_UP, CountUpdate, Failures, HeldUp, Instant
 from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Store
 
@@ -71,6 +73,7 @@ class _Keys(NamedTuple):
     """The keys under which one name at one address is counted. They are hashes: people type passwords as names."""
 
     username: str
+    address: str
     known: bytes
     """Until when the user is known at the location."""
     location_streak: bytes
@@ -104,6 +107,20 @@ class _Bucket(NamedTuple):
         return _key("share", self.key.hex(), (self.owner or group).hex())
 
 
+class _Wait(NamedTuple):
+    """A delay in seconds, the key that it follows from, and how many failures are counted there."""
+
+    seconds: float
+    key: bytes = b""
+    failures: int = 0
+
+
+_NO_WAIT = _Wait(0.0)
+_seconds = itemgetter(0)
+_until = attrgetter("until")
+_who = attrgetter("kind", "user", "address")
+
+
 class _State(NamedTuple):
     """The history of one name at one address."""
 
@@ -112,6 +129,24 @@ class _State(NamedTuple):
     known: bool
     failures: int
     """Failures in a row of the name at the location."""
+
+
+class _History(NamedTuple):
+    """What the store has about names that are tried together, and the delay of each."""
+
+    states: Sequence[_State]
+    waits: Sequence[_Wait]
+    found: Mapping[bytes, Failures]
+    now: Instant
+    all_strangers: bool
+
+    def longest(self) -> tuple[_Wait, _State]:
+        """Return the delay of an attempt, and the name that it is for.
+
+        If one of the names is a known user, only the failures of that user at this location delay the attempt.
+        """
+        pairs = zip(self.waits, self.states, strict=True)
+        return max((pair for pair in pairs if self.all_strangers or pair[1].known), key=_seconds)
 
 
 @dataclass(slots=True)
@@ -125,7 +160,18 @@ class Attempt:
 class Throttle:
     """Delays and limits logins after failed ones."""
 
-    def __init__(self, settings: ThrottleSettings, workers: int, store: Store, clock: Clock, queue: LoginQueue) -> None:
+    def __init__(
+        self,
+        settings: ThrottleSettings,
+        workers: int,
+        store: Store,
+        clock: Clock,
+        queue: LoginQueue,
+        users: Container[str] = (),
+    ) -> None:
+        """`users` are the names that may be shown to operators: any other may be a password."""
+        self._users = users
+        self._held_up: dict[tuple[object, ...], HeldUp] = {}
         self._settings = settings
         self._workers = workers
         self._store = store
@@ -214,6 +260,78 @@ class Throttle:
         """The number of logins that wait for a hashing thread."""
         return self._queue.size
 
+    def held_up(self) -> Sequence[HeldUp]:
+        """Return who was refused in this process and still has to wait, the longest wait first."""
+        now = self._clock()
+        self._held_up = {key: each for key, each in self._held_up.items() if each.until > now}
+        return sorted(self._held_up.values(), key=_until, reverse=True)[:MAX_HELD_UP]
+
+    async def check_held_up(self, listed: Iterable[HeldUp]) -> Sequence[HeldUp]:
+        """Return those of a list who still have to wait, as all processes have counted it, the longest wait first."""
+        checked = [await self._check_again(each) for each in listed]
+        return sorted((each for each in checked if each is not None), key=_until, reverse=True)[:MAX_HELD_UP]
+
+    async def let_go(self, username: str, address: str, by: str) -> bool:
+        """Forget the failures of a user at a location, in its network and region, and anywhere; False if it has none.
+
+        Those of other names in the same network stay. It is logged with who did it (`by`).
+        """
+        keys = _keys(username, address)
+        streaks, buckets = (keys.location_streak, keys.network_streak), (keys.location, keys.name_in_region, keys.name)
+        done = await self._forget(streaks, buckets)
+        if done:
+            log.info("throttle_let_go", user=username, addresses=network(address), by=by)
+        return done
+
+    async def let_network_go(self, addresses: str, by: str) -> bool:
+        """Forget the failures of all names in a network or region; False if there are none. It is logged.
+
+        Those of each name stay.
+        """
+        done = await self._forget((), (_key("network", addresses), _key("region", addresses)))
+        if done:
+            log.info("throttle_let_go", user=None, addresses=addresses, by=by)
+        return done
+
+    async def _forget(self, streaks: Sequence[bytes], buckets: Sequence[bytes]) -> bool:
+        found = await self._store.failures.get([*streaks, *buckets])
+        now = self._clock()
+        counted = [key for key in streaks if self._streak_length(found.get(key), now)]
+        filled = [key for key in buckets if key in found and found[key].last_at > now]
+        updates = [CountUpdate(key, -found[key].count, at=now) for key in counted]
+        updates += [CountUpdate(key, at=now, shift=now - found[key].last_at) for key in filled]
+        if updates:
+            await self._store.failures.update(updates, now)
+        return bool(updates)
+
+    async def _check_again(self, listed: HeldUp) -> HeldUp | None:
+        """Return what someone who is listed has to wait now; None if nothing."""
+        if listed.kind == "unknown":  # its name is not known here
+            return listed if listed.until > self._clock() else None
+        if listed.kind == "network":
+            buckets = self._range_buckets(_key("network", listed.address), _key("region", listed.address))
+            found = await self._store.failures.get([bucket.key for bucket in buckets])
+            now = self._clock()
+            wait = max(_bucket_wait(bucket, found, now) for bucket in buckets)
+        else:
+            history = await self._read([_keys(listed.user or "", listed.address)])
+            wait, now = history.longest()[0], history.now
+        return listed._replace(failures=wait.failures, until=now + wait.seconds) if wait.seconds > 0 else None
+
+    def _note(self, keys: _Keys, wait: _Wait, now: Instant) -> None:
+        """Remember that an attempt was refused, without its name if it may be a password."""
+        username, address = keys.username, keys.address
+        held_up = HeldUp("unknown", None, network(address), wait.failures, now + wait.seconds)
+        if wait.key == keys.network:
+            held_up = held_up._replace(kind="network")
+        elif wait.key == keys.region:
+            held_up = held_up._replace(kind="network", address=region(address))
+        elif username in self._users:
+            held_up = held_up._replace(kind="user", user=username, address=address)
+        if len(self._held_up) >= 2 * MAX_HELD_UP:
+            self._held_up = {_who(each): each for each in self.held_up()}
+        self._held_up[_who(held_up)] = held_up
+
     async def close(self) -> None:
         """Wait for pending writes."""
         await asyncio.gather(*self._writing)
@@ -223,6 +341,27 @@ class Throttle:
 
         Raises TooManyAttempts.
         """
+        history = await self._read(names)
+        longest, held_up = history.longest()
+        if longest.seconds > 0:
+            self.refusals += 1
+            self._note(held_up.keys, longest, history.now)
+            raise TooManyAttempts(retry_after=math.ceil(longest.seconds))
+        # Other names that would still have to wait are not tried.
+        states = [state for state, wait in zip(history.states, history.waits, strict=True) if wait.seconds <= 0]
+        found, now = history.found, history.now
+        remaining = {
+            bucket.key: bucket.remaining(found, now)
+            for state in states
+            for bucket in self._limiting_buckets(state, history.all_strangers)
+        }
+        for state in states:
+            key = _streak_key(state)
+            remaining[key] = self._settings.free - self._streak_length(found.get(key), now)
+        return states, {key: max(1, int(number) // self._workers) for key, number in remaining.items()}
+
+    async def _read(self, names: Sequence[_Keys]) -> _History:
+        """Read what has failed under these names, and how long each has to wait."""
         wanted = [
             key for keys in names for key in (keys.known, keys.location_streak, keys.location, keys.name, keys.region)
         ]
@@ -240,33 +379,18 @@ class Throttle:
         if more:
             found |= await self._store.failures.get(more)
             now = self._clock()
-        # If one of the names is a known user, only the failures of that user at this location delay the attempt.
         all_strangers = len(strangers) == len(states)
         waits = [self._wait_time(state, all_strangers, found, now) for state in states]
-        relevant = [wait for state, wait in zip(states, waits, strict=True) if all_strangers or state.known]
-        if max(relevant) > 0:
-            self.refusals += 1
-            raise TooManyAttempts(retry_after=math.ceil(max(relevant)))
-        # Other names that would still have to wait are not tried.
-        states = [state for state, wait in zip(states, waits, strict=True) if wait <= 0]
-        remaining = {
-            bucket.key: bucket.remaining(found, now)
-            for state in states
-            for bucket in self._limiting_buckets(state, all_strangers)
-        }
-        for state in states:
-            key = _streak_key(state)
-            remaining[key] = self._settings.free - self._streak_length(found.get(key), now)
-        return states, {key: max(1, int(number) // self._workers) for key, number in remaining.items()}
+        return _History(states, waits, found, now, all_strangers)
 
-    def _wait_time(self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant) -> float:
-        waits = [0.0]
+    def _wait_time(self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant) -> _Wait:
+        """Return the longest of the delays that apply."""
+        waits = [_NO_WAIT]
         streak = found.get(_streak_key(state))
         if streak is not None and (count := self._streak_length(streak, now)):
-            waits.append(streak.last_at + self._delay(count) - now)
-        for bucket in self._limiting_buckets(state, all_strangers):
-            waits.append((1 - bucket.remaining(found, now)) * bucket.drain_time - _ROUNDING)
-        return max(waits)
+            waits.append(_Wait(streak.last_at + self._delay(count) - now, _streak_key(state), count))
+        waits += [_bucket_wait(bucket, found, now) for bucket in self._limiting_buckets(state, all_strangers)]
+        return max(waits, key=_seconds)
 
     def _limiting_buckets(self, state: _State, all_strangers: bool) -> Iterable[_Bucket]:
         shared = [] if state.known else self._refundable_buckets([state.keys], all_strangers)
@@ -293,17 +417,20 @@ class Throttle:
 
     def _refundable_buckets(self, names: Iterable[_Keys], all_strangers: bool = True) -> Iterable[_Bucket]:
         """Return the buckets that failures of strangers fill: those of the names, and of their network and region."""
-        settings = self._settings
-        free, network_free, forget = settings.free, settings.network_free, float(settings.forget)
+        free, forget = self._settings.free, float(self._settings.forget)
         buckets: dict[bytes, _Bucket] = {}
         for keys in names:
             owner = keys.location_streak
             buckets[keys.name_in_region] = _Bucket(keys.name_in_region, 2 * free, forget / free, owner)
             buckets[keys.name] = _Bucket(keys.name, 20 * free, forget / (2 * free), owner)
             if all_strangers:
-                buckets[keys.network] = _Bucket(keys.network, network_free, forget / network_free)
-                buckets[keys.region] = _Bucket(keys.region, 4 * network_free, forget / (4 * network_free))
+                buckets |= {bucket.key: bucket for bucket in self._range_buckets(keys.network, keys.region)}
         return buckets.values()
+
+    def _range_buckets(self, network_key: bytes, region_key: bytes) -> Sequence[_Bucket]:
+        """Return the buckets that the failures of all names in a network and a region fill."""
+        free, forget = self._settings.network_free, float(self._settings.forget)
+        return _Bucket(network_key, free, forget / free), _Bucket(region_key, 4 * free, forget / (4 * free))
 
     async def _count_failure(self, states: Sequence[_State]) -> None:
         now = self._clock()
@@ -349,6 +476,7 @@ def _keys(name: str, address: str) -> _Keys:
     here, net, wide = location(address), network(address), region(address)
     return _Keys(
         name,
+        address,
         known=_key("known", name, here),
         location_streak=_key("row of name at location", name, here),
         location=_key("name at location", name, here),
@@ -358,6 +486,11 @@ def _keys(name: str, address: str) -> _Keys:
         network=_key("network", net),
         region=_key("region", wide),
     )
+
+
+def _bucket_wait(bucket: _Bucket, found: Mapping[bytes, Failures], now: Instant) -> _Wait:
+    remaining = bucket.remaining(found, now)
+    return _Wait((1 - remaining) * bucket.drain_time - _ROUNDING, bucket.key, math.ceil(bucket.capacity - remaining))
 
 
 def _streak_key(state: _State) -> bytes:

@@ -4,10 +4,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from tokenauth import __version__
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
+from tokenauth.models import MAX_HELD_UP, HeldUp
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
 
 STALE = 10.0
@@ -54,6 +56,7 @@ class Totals:
         self._lock = threading.Lock()
         self._workers: dict[int, _Last] = {}
         self._ended: Counts = {}
+        self._held_up: Sequence[HeldUp] = ()
 
     def update(self, pid: int, snapshot: Snapshot) -> None:
         """Replace the snapshot of a worker by a later one."""
@@ -66,6 +69,8 @@ class Totals:
             last = self._workers.pop(pid, None)
             if last is not None:
                 add(self._ended, last.snapshot.counts)
+                held_up = sorted([*self._held_up, *last.snapshot.held_up], key=attrgetter("until"))
+                self._held_up = held_up[-MAX_HELD_UP:]
 
     def read(self) -> tuple[Counts, Mapping[Key, float]]:
         """Return the sums of all counts, and the gauges of the workers that report."""
@@ -99,9 +104,18 @@ class Totals:
         """Return how the node is doing now, with these workers."""
         self.note()
         counts, gauges = self.read()
+        levels, history = dict(gauges), self._history()
         return NodeStatus(
-            self._started_at, workers, self.configured, self.crashes, counts, dict(gauges), self._history()
+            self._started_at, workers, self.configured, self.crashes, counts, levels, history, self._list_held_up()
         )
+
+    def _list_held_up(self) -> Sequence[HeldUp]:
+        """Return each once, with the longest wait, at most MAX_HELD_UP."""
+        with self._lock:
+            found = [*self._held_up, *(each for last in self._workers.values() for each in last.snapshot.held_up)]
+        found.sort(key=attrgetter("until"))
+        latest = {each[:3]: each for each in found}
+        return sorted(latest.values(), key=attrgetter("until"))[-MAX_HELD_UP:]
 
     def _history(self) -> History:
         known, last = {minute.number: minute.numbers() for minute in self._minutes}, _minute()

@@ -34,7 +34,7 @@ from tokenauth.web.openapi import (
     guarded,
     schema_only,
 )
-from tokenauth.web.routes import account, console, health, home, javascript, oauth, pools, status, token
+from tokenauth.web.routes import account, console, health, home, javascript, oauth, pools, status, throttle, token
 
 Refusals = Sequence[type[errors.Refusal]]
 
@@ -70,6 +70,8 @@ FIELDS: Mapping[str, str] = {
     "exp": "When the token expires, in Unix seconds.",
     "expires_in": "Seconds until it expires, for clients whose clock may be wrong.",
     "expiry_time": "When it expires, in Unix seconds. Null: never, or not valid.",
+    "failures": "The number of failed logins that are counted.",
+    "held_up": "The logins that are refused for a while.",
     "fence": "Grows with each lease of the token. A resource can reject a holder with a lower number than it has seen.",
     "for": "The only user who can lease it. Null: nobody can.",
     "force": "End the lease of another user, or replace their reservation.",
@@ -129,6 +131,7 @@ def describe(settings: Settings) -> Document:
         MY_TOKENS,
         forward_auth_section(browsers=bool(settings.browser.url)),
         POOLS,
+        THROTTLE,
         oauth_section(settings.oauth.issuer),
         WEB_PAGES,
         *([LOGIN_PAGE] if settings.browser.url else []),
@@ -231,10 +234,11 @@ TOKEN = Section(
 )
 
 _ID = "5f0c9be2a7d1438e6b90fa13"
+_WITHOUT_NUL = Annotated[str, schema_only(pattern=NO_NUL)]
 _USER = Parameter(
     "user",
     "Whose tokens; another user than yourself needs the scope `admin`.",
-    Annotated[str, schema_only(pattern=NO_NUL)],
+    _WITHOUT_NUL,
 )
 
 _Kinds = Literal["login", "named", "all"]
@@ -391,6 +395,59 @@ MY_TOKENS = Section(
                 parameters=[Parameter("id", "The `id` of the token, from the list.", str, _ID), _USER],
                 answers=[Answer(204, "The token is revoked.")],
                 refusals=[errors.InsufficientScope, exceptions.NotFound],
+            ),
+        )
+    ],
+)
+
+_FAILED_FROM = "198.51.100.7"
+
+THROTTLE = Section(
+    name="Throttle",
+    text="Who has to wait after failed logins, and letting them go. All of this needs the scope `admin`.",
+    operations=[
+        guarded(operation, errors.InsufficientScope)
+        for operation in (
+            Operation(
+                method="GET",
+                path="/api/throttle",
+                id="listHeldUp",
+                title="List who is held up",
+                text="Lists the logins that this machine has refused and that still have to wait, at most 100, the"
+                " longest wait first. Names that no user has are not shown.",
+                answers=[
+                    Answer(
+                        200,
+                        "Who has to wait.",
+                        throttle.ThrottleAnswer,
+                        {
+                            "held_up": [
+                                {
+                                    "kind": "user",
+                                    "user": "admin",
+                                    "address": _FAILED_FROM,
+                                    "failures": 5,
+                                    "until": _ISSUED_AT + 1,
+                                }
+                            ]
+                        },
+                    )
+                ],
+            ),
+            Operation(
+                method="DELETE",
+                path="/api/throttle",
+                id="letGo",
+                title="Let a user or a network go",
+                text="Forgets failed logins: those of a user at an address (`user` and `address`), or those of all"
+                " names in a range together (`network`). It applies on all workers and machines at once.",
+                parameters=[
+                    Parameter("user", "The name of the user.", _WITHOUT_NUL, "admin"),
+                    Parameter("address", "The IP address that they log in from.", str, _FAILED_FROM),
+                    Parameter("network", "Such as `203.0.113.0/24`. A /24 or /16, or an IPv6 /64 or /48."),
+                ],
+                answers=[Answer(204, "The failed logins are forgotten.")],
+                refusals=[exceptions.NotFound],
             ),
         )
     ],

@@ -48,6 +48,7 @@ from tokenauth.web.routes.login import LoginRoutes
 from tokenauth.web.routes.oauth import INTROSPECTION, OAuthRoutes
 from tokenauth.web.routes.pools import PoolRoutes
 from tokenauth.web.routes.status import StatusRoutes
+from tokenauth.web.routes.throttle import ThrottleRoutes
 from tokenauth.web.routes.token import PATH as TOKEN
 from tokenauth.web.routes.token import TokenRoutes
 from tokenauth.web.routing import Handler, Route, refuse_collisions
@@ -117,6 +118,7 @@ def find_routes(service: Service) -> list[Route]:
     others = [
         *AccountRoutes(tokens, service.named_tokens).routes(with_token),
         *StatusRoutes(service).routes(with_token),
+        *ThrottleRoutes(service.throttle, service.users, service.node).routes(with_token),
         *TokenRoutes(tokens, hosts, metrics.validations(TOKEN)).routes(with_token),
         Route(FORWARD_AUTH, ForwardAuth(tokens, metrics.validations(FORWARD_AUTH), browser_auth)),
         *HomeRoutes(config, show_logins).routes(),

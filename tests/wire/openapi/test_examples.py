@@ -19,6 +19,8 @@ CHANGES = {
     "idle = 0 ": 'idle = "2h" ',
     'issuer = ""': 'issuer = "https://auth.example.com"',
     'scopes = ["admin"]': 'scopes = ["admin", "introspect"]',
+    'delay = "1s"': 'delay = "10m"',
+    "trusted_proxies = []": 'trusted_proxies = ["127.0.0.1"]',
     "accept_risks = []": 'accept_risks = ["shipped_password", "open_dialect"]',
     "${API_PASSWORD}": API_PASSWORD,
 }
@@ -39,6 +41,9 @@ PREREQUISITES = {
 
 IN_LINE = {"listRequests", "leaveLine"}
 """Examples that need a request in the waiting line."""
+
+HELD_UP = {"listHeldUp", "letGo"}
+"""Examples that need failed logins."""
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,12 @@ class ExampleRunner:
         assert answer.status_code == 202, answer.text
         self._documented.check(answer)
 
+    def fail(self) -> None:
+        """Fail to log in, from the address that the examples use, until it is refused."""
+        wrong, address = {"username": "admin", "password": "wrong"}, {"X-Forwarded-For": "198.51.100.7"}
+        while (answer := self._client.post("/api/token", json=wrong, headers=address)).status_code != 429:
+            self._documented.check(answer)
+
     def _credentials(self, operation: Operation) -> dict[str, str]:
         if any("X-Token" in schemes for schemes in operation.schemes) and set() not in operation.schemes:
             return {"X-Token": log_in(self._client)}
@@ -137,6 +148,8 @@ def test_the_examples_work_in_the_order_of_the_page(server: Server) -> None:
         for operation in operations:
             if operation.id in PREREQUISITES:
                 runner.send(by_id[PREREQUISITES[operation.id]])
+            if operation.id in HELD_UP:
+                runner.fail()
             if operation.id in IN_LINE:
                 runner.join_line()
             runner.send(operation)

@@ -1,0 +1,99 @@
+"""/api/throttle: who is held up after failed logins, and letting them go. For admins only."""
+
+import ipaddress
+import math
+from collections.abc import Container, Sequence
+from typing import Literal
+
+import msgspec
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from tokenauth.errors import InsufficientScope, InvalidRequest
+from tokenauth.settings.model import canonical
+from tokenauth.status import Node
+from tokenauth.throttle import Throttle
+from tokenauth.web.exceptions import NotFound
+from tokenauth.web.requests import Request
+from tokenauth.web.responses import NO_CONTENT, JSONResponse
+from tokenauth.web.routes.account import ADMIN
+from tokenauth.web.routing import Route, strict
+
+_UNKNOWN = "unknown"
+"""What stands for all addresses that cannot be read."""
+
+_RANGES = {4: {24, 16}, 6: {64, 48}}
+"""The lengths of the prefixes of networks and regions, by IP version."""
+
+
+class HeldUpAnswer(msgspec.Struct):
+    kind: Literal["user", "network", "unknown"]
+    user: str | None
+    address: str
+    failures: int
+    until: int
+
+
+class ThrottleAnswer(msgspec.Struct):
+    held_up: list[HeldUpAnswer]
+
+
+class ThrottleRoutes:
+    def __init__(self, throttle: Throttle, users: Container[str], node: Node) -> None:
+        self._throttle = throttle
+        self._users = users
+        self._node = node
+
+    def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
+        handlers = {"GET": strict(self.show), "DELETE": strict(self.let_go, ["user", "address", "network"])}
+        return [Route("/api/throttle", handlers, middleware)]
+
+    async def show(self, request: Request) -> Response:
+        _check_admin(request)
+        listed = self._throttle.held_up() if self._node.ask is None else (await self._node.ask()).held_up
+        found = await self._throttle.check_held_up(listed)
+        shown = [HeldUpAnswer(*each[:-1], math.ceil(each.until)) for each in found]
+        return JSONResponse(ThrottleAnswer(shown))
+
+    async def let_go(self, request: Request) -> Response:
+        _check_admin(request)
+        user, address, network = (request.query_value(name) for name in ("user", "address", "network"))
+        by = request.user.username
+        if network is not None and user is None and address is None:
+            done = await self._throttle.let_network_go(_range(network), by)
+        elif network is None and user is not None and address is not None:
+            name = canonical(user)
+            _check_address(address)
+            # A name that no user has may be a password: it is not looked for, and not logged.
+            done = name in self._users and await self._throttle.let_go(name, address, by)
+        else:
+            raise InvalidRequest("Send user and address, or network.")
+        if not done:
+            raise NotFound("No failed login is counted there.")
+        return NO_CONTENT
+
+
+def _check_admin(request: Request) -> None:
+    if ADMIN not in request.user.scopes:
+        raise InsufficientScope(ADMIN)
+
+
+def _check_address(address: str) -> None:
+    try:
+        if address != _UNKNOWN:
+            ipaddress.ip_address(address)
+    except ValueError:
+        raise InvalidRequest("address: must be an IP address.") from None
+
+
+def _range(network: str) -> str:
+    """Return the network or region that a text names, as the throttle names it. Raises InvalidRequest."""
+    if network == _UNKNOWN:
+        return network
+    try:
+        found = ipaddress.ip_network(network)
+        if found.prefixlen in _RANGES[found.version]:
+            return str(found)
+    except ValueError:
+        pass
+    raise InvalidRequest("network: must be a range of addresses of /24 or /16, or of IPv6 /64 or /48.")
