@@ -16,12 +16,11 @@ TOKEN_COLUMNS = {
     "lease_ttl": sa.Float,
     "member": sa.String,
     "reservation": sa.String,
-    "forced_end": sa.String,
 }
 
 
 def upgrade() -> None:
-    """Add the columns and the table. Leases that run start, for `lease_max`, when they are next kept alive."""
+    """Add the columns and the tables. Leases that run start, for `lease_max`, when they are next kept alive."""
     for name, kind in TOKEN_COLUMNS.items():
         op.add_column("pool_tokens", sa.Column(name, kind))
     postgres = op.get_context().dialect.name == "postgresql"
@@ -53,9 +52,20 @@ def upgrade() -> None:
     ):
         op.create_index(name, "pool_requests", columns, sqlite_where=condition, postgresql_where=condition)
 
+    op.create_table(
+        "forced_ends",
+        sa.Column("pool", sa.String, primary_key=True),
+        sa.Column("value", sa.String, primary_key=True),
+        sa.Column("at", sa.Float, nullable=False),
+        sa.Column("end", sa.String, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("forced_ends_by_age", "forced_ends", ["pool", "at"])
+
 
 def downgrade() -> None:
     """Drop them. Who waits asks again; members stay as tokens without a name."""
+    op.drop_table("forced_ends")
     op.drop_table("pool_requests")
     for name in TOKEN_COLUMNS:
         op.drop_column("pool_tokens", name)

@@ -7,6 +7,7 @@ from hashlib import sha256
 
 from tests.support.servers import START
 from tokenauth.models import ForcedEnd, LeaseCheck, Pool, PoolToken
+from tokenauth.stores.changes.forced_ends import KEPT
 
 
 @dataclass
@@ -17,7 +18,7 @@ class Model:
     now: float = START
     made: list[str] = field(default_factory=list)
     there: dict[str, PoolToken] = field(default_factory=dict)
-    forced_ends: dict[str, ForcedEnd] = field(default_factory=dict)
+    forced_ends: dict[str, tuple[float, ForcedEnd]] = field(default_factory=dict)
 
     def new_values(self, count: int) -> list[str]:
         """Return values whose order is arbitrary."""
@@ -102,7 +103,15 @@ class Model:
     def end_by_force(self, token: PoolToken, reason: str | None, taken: bool) -> None:
         """Note that the manager `ops` has ended the lease of a token."""
         end = ForcedEnd(token.fence, token.username, token.holder or "", "ops", reason, taken)
-        self.forced_ends[token.value] = end
+        self.forced_ends[token.value] = self.now, end
+
+    def forget_forced_ends(self) -> None:
+        """Forget, as each attempt to end a lease by force does, what is older than a day."""
+        kept = {value: (at, end) for value, (at, end) in self.forced_ends.items() if at >= self.now - KEPT}
+        self.forced_ends = kept
+
+    def forced_end(self, value: str) -> ForcedEnd | None:
+        return self.forced_ends[value][1] if value in self.forced_ends else None
 
     def lease(self, got: PoolToken, holder: str, leasable: list[float], user: str | None = None) -> None:
         """Lease a token, and check that it may be leased."""

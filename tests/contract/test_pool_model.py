@@ -161,6 +161,7 @@ class PoolTest:
         """Give a leased token to another user."""
         value, now = self.model.pick(step.number), self.model.now
         token, check = self._find_and_check(value, step)
+        self.model.forget_forced_ends()
         touched = await store.force_end(self.pool, value, now, "ops", "it is mine", check, step.holder)
         after = None
         if token is not None and self.model.holds(token, check):
@@ -178,6 +179,7 @@ class PoolTest:
         """End a lease by force."""
         value = self.model.pick(step.number)
         token, check = self._find_and_check(value, step)
+        self.model.forget_forced_ends()
         touched = await store.force_end(self.pool, value, self.model.now, "ops", None, check)
         held = token is not None and self.model.holds(token, check)
         if token is not None and held:
@@ -288,7 +290,7 @@ class PoolTest:
         value = self.model.pick(step.number)
         assert await store.get(self.pool, value, self.model.now) == self.model.find(value)
         if value in {token.value for token in live}:
-            assert await store.find_forced_end(self.pool, value) == self.model.forced_ends.get(value)
+            assert await store.find_forced_end(self.pool, value) == self.model.forced_end(value)
         if self.pool.capacity is not None:
             assert sum(not token.retired for token in live) <= self.pool.capacity
         for token in live:

@@ -69,6 +69,7 @@ from tokenauth.stores.tables import (
     as_lease_request,
     as_pool_token,
     as_token,
+    forced_ends,
     pool_token_columns,
     pool_tokens,
     token_columns,
@@ -118,7 +119,9 @@ _COUNT_EXPIRING = select(func.count()).select_from(
 _POOL_TOKEN = select(*pool_token_columns).where(
     pool_tokens.c.pool == bindparam("pool"), pool_tokens.c.value == bindparam("value")
 )
-_FORCED_END = _POOL_TOKEN.with_only_columns(pool_tokens.c.forced_end)
+_FORCED_END = select(forced_ends.c.end).where(
+    forced_ends.c.pool == bindparam("pool"), forced_ends.c.value == bindparam("value")
+)
 
 
 class Share(Protocol):
@@ -367,9 +370,9 @@ class PoolStore:
         return await self._engine.apply(ForceEnd(pool, value, check, by, reason, holder, now=now))
 
     async def find_forced_end(self, pool: Pool, value: str) -> ForcedEnd | None:
-        """Return how a manager has ended a lease of a token, the last one that was ended so."""
+        """Return how a manager has ended a lease of a token: the last one that was ended so, for a day at least."""
         rows = await self._engine.read(_FORCED_END, {"pool": pool.name, "value": value}, brief=True)
-        return ForcedEnd(*json.loads(rows[0][0])) if rows and rows[0][0] is not None else None
+        return ForcedEnd(*json.loads(rows[0][0])) if rows else None
 
     async def ask(
         self,

@@ -131,16 +131,25 @@ pool_tokens = Table(
     # A JSON array, the fields of a Reservation: one column, since PostgreSQL plans for a table that was never analyzed
     # by the width of its rows, and takes the wrong index if they are wide.
     Column("reservation", String),
-    Column(
-        "forced_end", String
-    ),  # a JSON array, the fields of a ForcedEnd; read only when a lease turns out to be over
     Index("pool_tokens_by_value", "pool", "value", unique=True),
     # Every query of a pool reads a range of this index: what is free longest, how many are leased, what has expired.
     Index("pool_tokens_by_turn", "pool", "retired", "idle", "free_at", "number"),
 )
 
-pool_token_columns = [column for column in pool_tokens.c if column.name not in {"number", "idle", "forced_end"}]
+pool_token_columns = [column for column in pool_tokens.c if column.name not in {"number", "idle"}]
 """The columns that are fields of a `PoolToken`, in its order."""
+
+
+forced_ends = Table(
+    "forced_ends",
+    metadata,
+    Column("pool", String, primary_key=True),
+    Column("value", String, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("end", String, nullable=False),  # a JSON array, the fields of a ForcedEnd
+    Index("forced_ends_by_age", "pool", "at"),
+    sqlite_with_rowid=False,
+)
 
 
 def as_pool_token(row: Sequence[Any]) -> PoolToken:

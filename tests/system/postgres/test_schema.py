@@ -80,6 +80,7 @@ async def test_primary_keys_spread_over_their_index(url: str) -> None:
         "marks": "PRIMARY KEY (name)",
         "pool_tokens": "PRIMARY KEY (number, pool)",
         "pool_requests": "PRIMARY KEY (number)",
+        "forced_ends": "PRIMARY KEY (pool, value)",
     }
 
 

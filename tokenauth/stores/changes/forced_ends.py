@@ -1,4 +1,4 @@
-"""Leases that a manager ends, and who did it, and why: kept with the token, for the client that had the lease."""
+"""Leases that a manager ends, and who did it, and why: kept for the client that had the lease."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,9 @@ from typing import Self
 from tokenauth.models import ForcedEnd, LeaseChange, LeaseCheck
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.changes.pools import PoolChange
+
+KEPT = 86400.0
+"""Seconds for which it is kept who has ended a lease."""
 
 
 @dataclass(slots=True)
@@ -20,10 +23,13 @@ class ForceEnd(PoolChange[LeaseChange | None]):
     reason: str | None
     holder: str | None
     """Under which name the manager takes it over; None if not."""
+    shares_pool = False
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[LeaseChange | None]:
-        return [change._make(rows) for change in changes]  # rare, so one after the other
+        """End the leases one after the other: they are few."""
+        rows.forget_forced_ends(rows.now - KEPT)
+        return [change._make(rows) for change in changes]
 
     def _make(self, rows: PoolRows) -> LeaseChange | None:
         number, token = rows.find([self.value]).get(self.value, (0, None))
@@ -37,5 +43,5 @@ class ForceEnd(PoolChange[LeaseChange | None]):
             after = rows.pool.leased(token, self.holder, self.by, rows.now)
         rows.update_leases({number: after})
         end = ForcedEnd(token.fence, token.username, token.holder, self.by, self.reason, self.holder is not None)
-        rows.set_forced_end(number, json.dumps(end))
+        rows.keep_forced_end(self.value, json.dumps(end))
         return LeaseChange(token, after)

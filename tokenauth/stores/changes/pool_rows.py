@@ -150,7 +150,7 @@ _UPDATE_LEASE = text("""
 """)
 _REPLACE = text("""
     UPDATE pool_tokens SET value = :value, free_at = :now, holder = NULL, fence = :fence, username = NULL,
-        leased_at = NULL, lease_ttl = NULL, forced_end = NULL
+        leased_at = NULL, lease_ttl = NULL
     WHERE number = :number AND pool = :name
 """)
 _DELETE = text("DELETE FROM pool_tokens WHERE number = :number AND pool = :name")
@@ -172,7 +172,11 @@ _RETIRE_UNNAMED = update(pool_tokens).where(_oldest((*_taken, _claimed, _unnamed
 _named = (_pool, pool_tokens.c.member.is_not(None))
 NAMED = select(*_row).where(*_named).order_by(_number)
 _SET_RETIRED = text("UPDATE pool_tokens SET retired = :retired WHERE number = :number AND pool = :name")
-_SET_FORCED_END = text("UPDATE pool_tokens SET forced_end = :forced_end WHERE number = :number AND pool = :name")
+_KEEP_FORCED_END = text("""
+    INSERT INTO forced_ends (pool, value, at, "end") VALUES (:name, :value, :now, :end)
+    ON CONFLICT (pool, value) DO UPDATE SET at = excluded.at, "end" = excluded."end"
+""")
+_FORGET_FORCED_ENDS = text("DELETE FROM forced_ends WHERE pool = :name AND at < :before")
 _RESERVE = text("UPDATE pool_tokens SET reservation = :reservation WHERE number = :number AND pool = :name")
 
 
@@ -404,9 +408,11 @@ class PoolRows:
             ],
         )
 
-    def set_forced_end(self, number: int, forced_end: str) -> None:
-        """Keep with a token how a manager has ended its lease."""
-        self._db.execute(_SET_FORCED_END, {**self._parameters, "number": number, "forced_end": forced_end})
+    def keep_forced_end(self, value: str, end: str) -> None:
+        self._db.execute(_KEEP_FORCED_END, {**self._parameters, "value": value, "end": end})
+
+    def forget_forced_ends(self, before: Instant) -> None:
+        self._db.execute(_FORGET_FORCED_ENDS, {**self._parameters, "before": before})
 
     def delete(self, number: int) -> None:
         self._db.execute(_DELETE, {**self._parameters, "number": number})
