@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 # On all cores, which pip does on one. Some packages have files that are not for this Python.
 COMPILE_PACKAGES := $(BIN)/python -m compileall -qq -j 0 .venv/lib || :
 
-.PHONY: install serve test test-interpreters check bench faults lock swagger-ui console-libraries wheel clean
+.PHONY: install serve test test-interpreters check bench faults lock swagger-ui console-libraries pictures wheel clean
 
 install: .venv/.installed
 
@@ -49,6 +49,11 @@ bench: install
 
 faults: install
 	$(BIN)/pytest -m faults
+
+# The pictures of the console in docs/console.md.
+pictures: install
+	mkdir -p docs/images
+	PICTURES=docs/images $(BIN)/pytest -p no:xdist -m faults tests/system/browser/test_console_pictures.py
 
 wheel: .venv/.serves
 	$(BIN)/python -m hatchling build -t wheel

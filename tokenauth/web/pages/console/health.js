@@ -28,6 +28,8 @@ export function Health() {
           )}
         </div>
       </section>
+      <${Risks} risks=${found.risks} />
+      <${Workers} workers=${found.workers} />
       <${PoolTotals} pools=${found.pools} />
       <${Totals} totals=${found.totals} />
     `}
@@ -35,7 +37,7 @@ export function Health() {
 }
 
 function Facts({ status }) {
-  const { store, workers, risks } = status;
+  const { store, workers } = status;
   const missing = status.workers_configured - workers.length;
   return html`
     <div class="facts">
@@ -54,28 +56,34 @@ function Facts({ status }) {
       <//>
       <${Fact} title="Password queue" value=${status.password_queue} bad=${status.password_queue > 20}>logins that wait to be checked<//>
     </div>
-    <section aria-labelledby="risks">
-      <h2 id="risks">Risks</h2>
-      ${risks.length
-        ? html`<ul class="risks">
-            ${risks.map((risk) => html`<li key=${risk.name}><strong>${risk.name}</strong> ${risk.text}</li>`)}
-          </ul>`
-        : html`<p class="soft empty">The configuration has no setting that is unsafe on a public address.</p>`}
-    </section>
-    <section aria-labelledby="workers">
-      <h2 id="workers">Workers</h2>
-      <${Table}
-        label="Workers"
-        columns=${[
-          ["Process", (worker) => worker.pid, "first"],
-          ["Started", (worker) => html`<${Time} at=${worker.started_at} />`],
-        ]}
-        rows=${workers}
-        keyOf=${(worker) => worker.pid}
-        empty="No worker has reported yet."
-      />
-    </section>
   `;
+}
+
+function Risks({ risks }) {
+  return html`<section aria-labelledby="risks">
+    <h2 id="risks">Risks</h2>
+    ${risks.length
+      ? html`<ul class="risks">
+          ${risks.map((risk) => html`<li key=${risk.name}><strong>${risk.name}</strong> ${risk.text}</li>`)}
+        </ul>`
+      : html`<p class="soft empty">The configuration has no setting that is unsafe on a public address.</p>`}
+  </section>`;
+}
+
+function Workers({ workers }) {
+  return html`<section aria-labelledby="workers">
+    <h2 id="workers">Workers</h2>
+    <${Table}
+      label="Workers"
+      columns=${[
+        ["Process", (worker) => worker.pid, "first"],
+        ["Started", (worker) => html`<${Time} at=${worker.started_at} />`],
+      ]}
+      rows=${workers}
+      keyOf=${(worker) => worker.pid}
+      empty="No worker has reported yet."
+    />
+  </section>`;
 }
 
 function Fact({ title, value, bad, children }) {
@@ -105,7 +113,9 @@ function PoolTotals({ pools }) {
 
 function Totals({ totals }) {
   const rows = ["logins", "validations"].flatMap((kind) =>
-    Object.entries(totals[kind]).map(([result, number]) => ({ kind, result: result.replaceAll("_", " "), number })),
+    Object.entries(totals[kind])
+      .filter(([, number]) => number > 0)
+      .map(([result, number]) => ({ kind, result: result.replaceAll("_", " "), number })),
   );
   const columns = [
     ["What", ({ kind }) => kind, "first"],
