@@ -7,6 +7,7 @@ import { Mine } from "./mine.js";
 import { Dialogs, Problem, Time } from "./parts.js";
 import { Health } from "./health.js";
 import { Pool, Pools } from "./pools.js";
+import { Throttle } from "./throttle.js";
 import { Tokens } from "./tokens.js";
 import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./preact.js";
 
@@ -17,6 +18,7 @@ const VIEWS = {
   mine: ["Mine", Mine],
   pools: ["Pools", Pools],
   tokens: ["Tokens", Tokens, "admin"],
+  throttle: ["Throttle", Throttle, "admin"],
   health: ["Health", Health, "admin"],
 };
 

@@ -1,0 +1,74 @@
+// Throttle: who has to wait after failed logins, for admins.
+
+import { call, path } from "./api.js";
+import { useData } from "./data.js";
+import { Actions, Loaded, Table, Time, ask, say } from "./parts.js";
+import { html } from "./preact.js";
+
+export function Throttle() {
+  const throttle = useData("api/throttle", "throttle");
+  const letGo = async (address, who) => {
+    await call("DELETE", address);
+    say(`${who} can log in again.`);
+    await throttle.reload();
+  };
+  const askFirst = (held) =>
+    ask({
+      title: `Let ${whoOf(held)} go?`,
+      text: "The failed logins are forgotten, and the next login is checked at once. If someone guesses passwords there, they have new attempts, too.",
+      action: "Let go",
+      run: () =>
+        letGo(
+          held.kind === "network" ? path`api/throttle?network=${held.address}` : path`api/throttle?user=${held.user}&address=${held.address}`,
+          whoOf(held),
+        ),
+    });
+  const askWhom = () =>
+    ask({
+      title: "Let a user go",
+      text: "For a user who has to wait and is not in the list, such as one who was refused by another node.",
+      fields: [
+        { name: "user", label: "User name", required: true, maxLength: 256 },
+        { name: "address", label: "Their IP address", required: true, maxLength: 64 },
+      ],
+      action: "Let go",
+      run: ({ user, address }) => letGo(path`api/throttle?user=${user}&address=${address}`, user),
+    });
+  const columns = [
+    ["Who", (held) => html`<span class="name">${whoOf(held)}</span>`, "first"],
+    ["From", (held) => held.address],
+    ["Failed logins", (held) => held.failures],
+    ["Waits until", (held) => html`<${Time} at=${held.until} />`],
+    [
+      "Actions",
+      (held) => html`<${Actions} actions=${[held.kind !== "unknown" && ["Let go", () => askFirst(held), `Let ${whoOf(held)} from ${held.address} go`]]} />`,
+      "last",
+    ],
+  ];
+  return html`
+    <p class="soft">
+      After failed logins, tokenauth makes the next ones wait. Here is who was refused by this machine and still has to wait.
+      Names that no user has are not shown: one may be a password in the wrong field.
+    </p>
+    <section aria-labelledby="held">
+      <div class="title">
+        <h2 id="held">Held up</h2>
+        <button class="small" onClick=${askWhom}>Let a user go</button>
+      </div>
+      <${Loaded} read=${throttle}>
+        ${({ held_up: listed }) =>
+          html`<${Table}
+            label="Held up"
+            columns=${columns}
+            rows=${listed}
+            keyOf=${(held) => `${held.kind} ${held.user} ${held.address}`}
+            empty="Nobody has to wait."
+          />`}
+      <//>
+    </section>
+  `;
+}
+
+function whoOf({ kind, user }) {
+  return kind === "user" ? user : kind === "network" ? "everyone there" : "unknown names";
+}
