@@ -107,7 +107,7 @@ def user_remove(config_file: str | None, name: str) -> None:
 @config_option
 @json_option
 def user_list(config_file: str | None, as_json: bool) -> None:
-    """List the users and their scopes, and with a users_file where they are defined."""
+    """List the users, their scopes and their files."""
     from tokenauth.settings import loader
 
     path = loader.find(config_file)
