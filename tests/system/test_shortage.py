@@ -5,14 +5,17 @@ import resource
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import make_certificate
 from tests.support.connections import LOGIN, Connection
 from tests.support.journal import until
+from tests.support.main_process import workers_of
 from tests.support.servers import Server, spawn, worker, write_config
+from tests.wire.test_tls import ask, connect, secured, trusting
 
 READY = (200, {"status": "ready"})
 
@@ -139,6 +142,29 @@ def test_without_descriptors_a_connection_gets_one_answer(server: Server) -> Non
         until(lambda: new_connection_is_kept(server), "a new connection is kept again")
         assert readiness(first) == READY
     assert len(server.events("file_descriptors_short")) == len(server.events("file_descriptors_free_again")) == 1
+
+
+def test_without_descriptors_handshakes_hold_up_nobody(tmp_path: Path) -> None:
+    """Neither those that fail, nor those that never end."""
+    made = make_certificate(tmp_path)
+    with ExitStack() as stack, secured(tmp_path, made) as server:
+        (worker,) = workers_of(server)
+        context = trusting(made.certificate)
+        stack.enter_context(descriptors_limited(worker, 96))
+        kept = [stack.enter_context(connect(server, context)) for _ in range(64)]
+        assert [ask(one) for one in kept[:5]] == [200] * 5
+        server.wait("file_descriptors_short")
+        for _ in range(60):
+            with socket.create_connection(("127.0.0.1", server.port), 30) as other:
+                other.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                with suppress(ConnectionResetError):
+                    assert other.recv(100) == b""
+        with connect(server, context) as connection:
+            assert ask(connection) == 200, "must answer after 60 failed handshakes"
+        for _ in range(60):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        with connect(server, context) as connection:
+            assert ask(connection) == 200, "must answer beside 60 stalled handshakes"
 
 
 def test_without_descriptors_open_connections_work(server: Server) -> None:

@@ -92,7 +92,7 @@ class Acceptor:
             self._tls = {"ssl": tls, **times}
         self._closing_state = _ClosingState(state)
         self._answered_once: list[HttpToolsProtocol] = []
-        self._connecting: set[asyncio.Task[object]] = set()
+        self._connecting: dict[asyncio.Task[None], HttpToolsProtocol] = {}
         self._loop = asyncio.get_running_loop()
         self._logged_at = -_LOG_INTERVAL
         self._short = False
@@ -146,15 +146,17 @@ class Acceptor:
         if short:
             self._answered_once.append(protocol)
         task = self._loop.create_task(self._connect(protocol, connection))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._connecting[task] = protocol
+        task.add_done_callback(self._connecting.pop)
         return True
 
     async def _connect(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
-        except (OSError, MemoryError):  # the client has disconnected or speaks no TLS, or memory is short
+        except (OSError, MemoryError, asyncio.CancelledError):  # it has disconnected or speaks no TLS; memory is short
             connection.close()
+            if protocol in self._answered_once:
+                self._answered_once.remove(protocol)
 
     def _make_room(self) -> bool:
         """Return whether one more connection can be answered once. May close the oldest that waits for its client."""
@@ -168,6 +170,11 @@ class Acceptor:
         for protocol in self._answered_once:
             if protocol.transport is not None and _waits_for_client(protocol.cycle):
                 protocol.transport.close()
+                return True
+        for task, protocol in self._connecting.items():  # in a TLS handshake
+            if protocol in self._answered_once:
+                task.cancel()
+                self._answered_once.remove(protocol)
                 return True
         return False
 
