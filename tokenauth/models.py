@@ -623,8 +623,9 @@ class LeaseCheck(NamedTuple):
     def matches(self, token: PoolToken, now: Instant) -> bool:
         """Return whether the token is leased now and its lease has these properties."""
         return (
-            token.is_leased(now)
-            and self.matches_user(token)
+            token.holder is not None
+            and now < token.free_at
+            and (self.username is None or self.username == token.username)
             and (self.holder is None or self.holder == token.holder)
             and (self.fence is None or self.fence == token.fence)
         )

@@ -188,7 +188,8 @@ class Pools:
         not from 1 s to the pool's `lease_ttl`. A lease without a `username` belongs to no user: anyone may extend or
         release it.
         """
-        check_labels(pool, labels)
+        if labels:
+            check_labels(pool, labels)
         seconds = None if ttl is None else durations.checked("ttl", ttl, 1, pool.lease_ttl)
         now = self._clock()
         result = await self._store.pools.assign(pool, holder, now, username, False, seconds, labels)

@@ -104,10 +104,7 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
 
 
 def find_routes(service: Service) -> list[Route]:
-    """List the routes of a service. Raises ConfigError when two of them match one path.
-
-    Starlette tries those with parameters one after the other: those of leases are first.
-    """
+    """List the routes of a service. Raises ConfigError when two of them match one path."""
     config, tokens = service.settings, service.tokens
     hosts = Hosts.from_settings(config.server, config.oauth.issuer, config.browser.url)
     browser_auth, pages, show_logins = _create_pages(service)

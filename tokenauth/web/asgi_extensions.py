@@ -12,7 +12,10 @@ def client_disconnected(scope: Mapping[str, Any]) -> bool:
 
     It is False under a server that does not offer the extension.
     """
-    return bool(scope.get("extensions", {}).get(CLIENT, {}).get("gone"))
+    try:
+        return bool(scope["extensions"][CLIENT]["gone"])
+    except KeyError:
+        return False
 
 
 REFUSAL_RULES = "tokenauth.refusal_rules"

@@ -29,9 +29,10 @@ def client_address(scope: Scope) -> str:
         return LOCAL
     address = _normalize(str(client[0])[:MAX_ADDRESS])
     forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
-    named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
-    if forwarded and not any(named in value for value in forwarded):
-        _warn(network(address), logged_once(scope))
+    if forwarded:
+        named = str(client[0]).encode("latin-1", "replace")  # a trusted proxy has named it
+        if not any(named in value for value in forwarded):
+            _warn(network(address), logged_once(scope))
     return address
 
 

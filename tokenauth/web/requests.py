@@ -99,11 +99,10 @@ class Request(requests.Request):
 
     def basic(self) -> bytes | None:
         """Return `name:password` of Authorization: Basic (RFC 7617). Raises InvalidRequest."""
-        found = [
-            value
-            for name, value in self.scope["headers"]
-            if name == b"authorization" and value[:6].lower() == b"basic "
-        ]
+        found = []
+        for name, value in self.scope["headers"]:  # in half of the time of a comprehension
+            if name == b"authorization" and value[:6].lower() == b"basic ":
+                found.append(value)
         if not found:
             return None
         try:
@@ -132,6 +131,8 @@ class Request(requests.Request):
 
     def query_value(self, name: str) -> str | None:
         """Return the value of a query parameter. Raises InvalidRequest if it has several different ones."""
+        if not self.scope["query_string"]:
+            return None
         values = set(self.query_values(name))
         if len(values) > 1:
             raise InvalidRequest(f"The query has several different values of {_quoted(name)}.")

@@ -451,7 +451,10 @@ class PoolRows:
         return [  # every lease is read here: a call of `as_pool_token` takes twice as long
             (
                 number,
-                PoolToken(pool, value, end, holder, fence, bool(retired), user, start, ttl, name, as_reservation(kept)),
+                PoolToken(
+                    *(pool, value, end, holder, fence, bool(retired), user, start, ttl, name),
+                    None if kept is None else as_reservation(kept),
+                ),
             )
             for number, pool, value, end, holder, fence, retired, user, start, ttl, name, kept in rows
         ]

@@ -8,11 +8,11 @@ import msgspec
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
+from tokenauth.clock import Clock
 from tokenauth.errors import InvalidRequest
 from tokenauth.models import (
     START_OF_LEASES,
     Identity,
-    Instant,
     LeaseCheck,
     LeaseCursor,
     LeaseRequest,
@@ -233,7 +233,7 @@ class PoolRoutes:
         self._pools = pools
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
-        """List the routes, the most used ones first: Starlette tries one after the other."""
+        """List the routes; `middleware` guards all of them."""
         path = "/api/pools/{pool}"
         leases = {
             "PUT": strict(self.keep_alive, body=True),
@@ -309,7 +309,7 @@ class PoolRoutes:
         request.raise_if_disconnected()
         if body.is_plain:
             leased = await self._pools.assign(pool, holder, username, body.ttl, body.labels)
-            return _lease(pool, leased, self._pools.now(), 201)
+            return _lease(pool, leased, self._pools.now, 201)
         id = None if body.request is None else check_label(body.request, "request", MAX_ID)
         count = 1 if body.count is None else body.count
         terms = LeaseTerms(holder, id, body.wait, count, body.priority, body.ttl, tuple(sorted({*body.labels})))
@@ -320,7 +320,7 @@ class PoolRoutes:
             return JSONResponse(
                 WaitsAnswer(answer.id, *answer.place, retry_after), 202, [(b"retry-after", b"%d" % retry_after)]
             )
-        leases = [_leased(pool, token, self._pools.now(), new=bool(answer.before)) for token in answer.tokens]
+        leases = [_leased(pool, token, self._pools.now, new=bool(answer.before)) for token in answer.tokens]
         sent = answer.request.id if body.wait is not None or id is not None else msgspec.UNSET
         if body.count is not None:
             return JSONResponse(LeasesAnswer(leases=leases, request=sent), 201)
@@ -352,7 +352,7 @@ class PoolRoutes:
         body = await request.json_body(_keep_alive, empty=_EMPTY_KEEP_ALIVE)
         check = LeaseCheck(body.holder, body.fence, request.user.username)
         kept = await self._pools.keep_alive(pool, request.path_params["token"], check)
-        return _lease(pool, kept, self._pools.now())
+        return _lease(pool, kept, self._pools.now)
 
     async def release(self, request: Request) -> Response:
         pool, token = self._pool(request), request.path_params["token"]
@@ -371,7 +371,7 @@ class PoolRoutes:
         if take:
             request.raise_if_disconnected()
             taken = await self._pools.take_over(pool, token, username, username, check, reason)
-            return _lease(pool, taken, self._pools.now())
+            return _lease(pool, taken, self._pools.now)
         await self._pools.force_release(pool, token, check, username, reason)
         return NO_CONTENT
 
@@ -453,18 +453,18 @@ def _cursor(after: str) -> LeaseCursor:
     return float(place[1]), int(place[2])
 
 
-def _lease(pool: Pool, token: PoolToken, now: Instant, status: int = 200) -> Response:
+def _lease(pool: Pool, token: PoolToken, now: Clock, status: int = 200) -> Response:
     return JSONResponse(_leased(pool, token, now), status)
 
 
-def _leased(pool: Pool, token: PoolToken, now: Instant, new: bool = True) -> LeaseAnswer:
+def _leased(pool: Pool, token: PoolToken, now: Clock, new: bool = True) -> LeaseAnswer:
     """Show a lease. `new`: it was just granted or extended. `expires_in` is for clients whose clock may be wrong."""
     expires_in = pool.lease_ttl if token.lease_ttl is None else token.lease_ttl
     latest = pool.lease_ends_by(token)
     if not new:
-        expires_in = max(0, token.free_at - now)
+        expires_in = max(0, token.free_at - now())
     elif latest is not None:
-        expires_in = max(0, min(expires_in, latest - now))
+        expires_in = max(0, min(expires_in, latest - now()))
     shown = LeaseAnswer(token.value, token.holder or "", token.fence, int(token.free_at), int(expires_in))
     if latest is not None:
         shown.max_expiry_time = int(latest)
