@@ -19,7 +19,7 @@ export function Chart({ title, unit, values, end, step, counts }) {
       const { default: UPlot } = await import("./uplot.js");
       if (!current) return;
       drawn.current?.destroy();
-      drawn.current = new UPlot(options(UPlot, element.current, counts, setPointed), [times, values], element.current);
+      drawn.current = new UPlot(options(UPlot, element.current, counts && step, setPointed), [times, values], element.current);
     };
     const resize = new ResizeObserver(() => drawn.current?.setSize(sizeOf(element.current)));
     draw();
@@ -62,7 +62,8 @@ function sizeOf(element) {
   return { width: element.clientWidth, height: Math.round(HEIGHT * text) };
 }
 
-function options(UPlot, element, counts, point) {
+/** `bar`: what is counted in how many seconds is shown as a bar of this width. Other values are levels. */
+function options(UPlot, element, bar, point) {
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(name).trim();
   const size = Number.parseFloat(style.fontSize);
@@ -73,7 +74,7 @@ function options(UPlot, element, counts, point) {
     padding: [size / 2, size / 2, 0, 0],
     legend: { show: false },
     cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
-    scales: { y: { range: (_, low, high) => [0, Math.max(1, high * 1.1)] } },
+    scales: { x: { range: (_, first, last) => [first - bar / 2, last + bar / 2] }, y: { range: (_, low, high) => [0, Math.max(1, high * 1.1)] } },
     axes: [
       { ...axis, grid: { show: false }, size: size * 1.6, values: (_, splits) => splits.map((at) => clock.format(at * 1000)) },
       { ...axis, size: size * 3, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7] },
@@ -83,10 +84,10 @@ function options(UPlot, element, counts, point) {
       {
         stroke: color("--accent"),
         fill: color("--fill"),
-        width: counts ? 0 : 2,
+        width: bar ? 0 : 2,
         points: { show: false },
-        paths: counts ? UPlot.paths.bars({ size: [0.8, 20] }) : UPlot.paths.stepped({ align: -1 }),
-        ...(counts && { fill: color("--accent") }),
+        paths: bar ? UPlot.paths.bars({ size: [0.8, 20] }) : UPlot.paths.stepped({ align: -1 }),
+        ...(bar && { fill: color("--accent") }),
       },
     ],
     hooks: { setCursor: [(plot) => point(plot.cursor.idx ?? null)] },
