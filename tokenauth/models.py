@@ -386,7 +386,7 @@ class Pool:
 
     def is_live(self, token: "PoolToken", now: Instant) -> bool:
         """Return whether a token is leased, or free and not expired."""
-        if token.is_leased(now):
+        if token.holder is not None and now < token.free_at:  # a call takes twice as long
             return True
         cutoff = self.cutoff(now) if token.holder is None else self.lapsed_cutoff(now)
         return not token.retired and cutoff < token.free_at

@@ -192,7 +192,7 @@ class Request(requests.Request):
         is_form = False
         for name, value in self.scope["headers"]:
             if name == b"content-type":
-                is_form = value.partition(b";")[0].strip().lower() == _FORM
+                is_form = value == _FORM or value.partition(b";")[0].strip().lower() == _FORM
             elif name == b"content-encoding":
                 raise InvalidRequest("The body must not have a Content-Encoding.")
             elif name == b"content-length":

@@ -254,10 +254,10 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
             if after is None:
                 continue
             changed[number] = after
-            if pool.is_live(after, now):
-                found[change.value] = number, after
-            else:  # a retired token ends with its lease
+            if after.retired and not pool.is_live(after, now):  # it ends with its lease
                 del found[change.value]
+            else:
+                found[change.value] = number, after
         rows.update_leases(changed)
         return answers
 
