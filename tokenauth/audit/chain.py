@@ -141,17 +141,18 @@ class Chain:
     def _append(self, file: int, head: Head | None, records: Sequence[bytes]) -> Head:
         """Append to an open file, and return the new head."""
         found = os.fstat(file)
-        size, data = found.st_size, b""
+        size, end = found.st_size, b""
         if head is None or (head.inode, head.size) != (found.st_ino, size):
-            head, data, mark = self._recover(file, size, head)
+            head, end, mark = self._recover(file, size, head)
             records = [*mark, *records]
-        n, previous, complete = head.n, head.hash, not data
+        n, previous, parts = head.n, head.hash, [end]
         for record in records:
             n += 1
             line = b'{"n":%d,%b,"previous":"%b"' % (n, record[1:-1], previous.encode())
             previous = self._hash(line)
-            data += line + _HASH_FIELD + previous.encode() + _HASH_END + b"\n"
-        if self._max_size and size and complete and size + len(data) > self._max_size:
+            parts += line, _HASH_FIELD, previous.encode(), _HASH_END, b"\n"
+        data = b"".join(parts)
+        if self._max_size and size and not end and size + len(data) > self._max_size:
             with suppress(OSError):  # then the file goes on
                 self._rotate(file)
                 size = 0

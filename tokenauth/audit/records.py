@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tokenauth.audit.chain import timestamp
 from tokenauth.request_context import RequestContext
@@ -68,8 +68,6 @@ _MAX_TEXT = 1000
 
 _LEFT_OUT = frozenset({"event", "level", "timestamp", "user", "by", "network", "trace_id", "span_id"})
 
-Via = Literal["http", "command", "server"]
-
 
 def make_record(
     event: Mapping[str, object], request: RequestContext | None, command: bool = False
@@ -80,40 +78,35 @@ def make_record(
     """
     name = str(event["event"])
     act = ACTS[name]
-    origin = {} if request is None else dict(request.origin())
-    by, user = event.get("by") or origin.get("by"), event.get("user")
-    action, details = act.action, {key: value for key, value in event.items() if key not in _LEFT_OUT}
+    origin = {} if request is None else {**request.origin(), **request.trace()}
+    asked_by = origin.pop("by", None)
+    by, user = event.get("by") or asked_by, event.get("user")
+    action, details = act.action, {key: _clean(event[key]) for key in event if key not in _LEFT_OUT}
     if action == "revoke_token" and not command and by is None:
         action, by = LOGOUT, user
     elif name in {"token_issued", "access_denied"}:
         by = by or user
-    result = act.result or str(details.pop("reason"))
-    target = "/".join(str(found) for field in act.target if (found := details.pop(field, None)) is not None)
-    via: Via = "command" if command else "server" if request is None else "http"
-    record: dict[str, object] = {
-        "time": timestamp(),
-        "action": action,
-        "result": result,
-        "by": by,
-        "user": user,
-        "target": target,
-        "via": via,
-        "address": origin.get("address"),
-        "user_agent": origin.get("user_agent"),
-        "by_token": origin.get("by_token"),
-        "request_id": origin.get("request_id"),
-        **({} if request is None else request.trace()),
-        "details": {key: _clean(value) for key, value in details.items() if value is not None},
-        "host": _host(),
-        "pid": os.getpid(),
-    }
-    return {key: _clean(value) for key, value in record.items() if value not in (None, "", {})}
+    record: dict[str, object] = {"time": timestamp(), "action": action}
+    record["result"] = details.pop("reason") if act.result is None else act.result
+    if by:
+        record["by"] = _clean(by)
+    if user:
+        record["user"] = _clean(user)
+    if target := [str(found) for field in act.target if (found := details.pop(field, None)) is not None]:
+        record["target"] = "/".join(target)
+    record["via"] = "command" if command else "server" if request is None else "http"
+    record |= origin
+    if details := {key: value for key, value in details.items() if value is not None}:
+        record["details"] = details
+    record["host"], record["pid"] = _host(), os.getpid()
+    return record
 
 
 def _clean(value: object) -> object:
     """Shorten texts, and escape lone surrogates, which JSON in UTF-8 cannot have."""
     if isinstance(value, str):
-        return value[:_MAX_TEXT].encode(errors="backslashreplace").decode()
+        shortened = value[:_MAX_TEXT]
+        return shortened if shortened.isascii() else shortened.encode(errors="backslashreplace").decode()
     return [*map(_clean, value)] if isinstance(value, list | tuple) else value
 
 

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from starlette.types import Scope
 
-from tokenauth.models import Identity, Token
 from tokenauth.request_context import RequestContext, current_request
 from tokenauth.values import redact
 from tokenauth.web.client_address import client_address
-from tokenauth.web.requests import Request
+from tokenauth.web.requests import MAX_USER_AGENT
 
 # W3C Trace Context, section 3.2. Later versions may append fields.
 _TRACE_PARENT = re.compile(
@@ -31,29 +31,40 @@ class HttpContext(RequestContext):
         self._scope = scope
 
     def trace(self) -> Mapping[str, str]:
-        found = _TRACE_PARENT.fullmatch(self._only(b"traceparent"))
-        if found is None or (found["version"] == b"00" and found["more"]):
-            return {}
-        return {"trace_id": found["trace"].decode(), "span_id": found["span"].decode()}
+        sent = b""
+        for name, value in self._scope["headers"]:
+            if name == b"traceparent":
+                if sent:  # of several, none can be trusted to be right
+                    return {}
+                sent = value
+        return _trace(sent) if sent else {}
 
     def origin(self) -> Mapping[str, str]:
         scope = self._scope
-        token: Token | None = scope.get("token")
-        user: Identity | None = scope.get("user")
-        request_id = _REQUEST_ID.fullmatch(self._only(b"x-request-id"))
-        known = {
-            "by": user and user.username,
-            "by_token": token and token.id,
-            "address": client_address(scope),
-            "user_agent": redact(Request(scope).user_agent),
-            "request_id": request_id and request_id[0].decode(),
-        }
-        return {key: value for key, value in known.items() if value}
+        found = {"address": client_address(scope)}
+        for name, value in scope["headers"]:
+            if name == b"user-agent":
+                found.setdefault("user_agent", _agent(value))
+            elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                found.setdefault("request_id", value.decode())
+        if "user" in scope and scope["user"].username:
+            found["by"] = scope["user"].username
+        if "token" in scope:
+            found["by_token"] = scope["token"].id
+        return found
 
-    def _only(self, name: bytes) -> bytes:
-        """Return the only header of a name; of several, none can be trusted to be right."""
-        found = [value for key, value in self._scope["headers"] if key == name]
-        return found[0].strip() if len(found) == 1 else b""
+
+def _trace(sent: bytes) -> Mapping[str, str]:
+    found = _TRACE_PARENT.fullmatch(sent.strip())
+    if found is None or (found["version"] == b"00" and found["more"]):
+        return {}
+    return {"trace_id": found["trace"].decode(), "span_id": found["span"].decode()}
+
+
+@lru_cache(maxsize=1024)
+def _agent(sent: bytes) -> str:
+    """Return a User-Agent as it may be written."""
+    return redact(sent[:MAX_USER_AGENT].decode("latin-1"))
 
 
 def set_current(scope: Scope) -> None:

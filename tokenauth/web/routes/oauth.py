@@ -120,7 +120,7 @@ class OAuthRoutes:
 
     async def revoke(self, request: Request) -> Response:
         form = await request.form_body()
-        await self._client(request, form)
+        request.scope["user"] = (await self._client(request, form)).identity  # for the audit log
         await self._tokens.revoke(_field(form, "token").encode())
         return NoStoreResponse()
 
