@@ -1,6 +1,8 @@
 """The audit log of `tokenauth serve` with two workers: each act is one line, with who, to whom, from where and how."""
 
+import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.promises.test_3_held_log_outs import fill_the_disk, limit_files
 from tests.support.auditing import read_audit, wait_for
 from tests.support.journal import until
 from tests.support.main_process import workers_of
@@ -274,6 +277,61 @@ def test_logins_go_on_without_the_directory(tmp_path: Path) -> None:
         assert server.stop() == 0
         assert len(server.events("audit_not_writable")) == 2
     assert Chain(file).verify().problem is None
+
+
+def test_a_full_disk_stops_no_login(tmp_path: Path) -> None:
+    """The file is longer than the server may make any file; its database is not."""
+    file = tmp_path / "audit.jsonl"
+    chain = Chain(file)
+    chain.append([json.dumps({"action": "test", "text": "x" * 8_000_000}).encode()])
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n')) as server, server.client() as client:
+        wait_for(file, action="upgrade_schema")
+        limit_files(server, file.stat().st_size)
+        token = log_in(client)
+        client.delete("/api/token", headers={"X-Token": token}).raise_for_status()
+        server.wait("audit_not_writable", reason="File too large")
+        assert client.get("/readyz").json() == {"status": "ready", "audit": "cannot be written: File too large"}
+        log_in(client)
+        limit_files(server, resource.RLIM_INFINITY)
+        wait_for(file, 2, action="login")
+        assert server.stop() == 0
+    assert [record["action"] for record in read_audit(file)][3:6] == ["login", "logout", "login"]
+    assert chain.verify().problem is None
+
+
+def test_a_held_logout_is_not_of_a_later_request(tmp_path: Path) -> None:
+    """It is written by a task that outlives the request."""
+    file = tmp_path / "audit.jsonl"
+    with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n')) as server, server.client(headers=SENT) as client:
+        token, *_ = [log_in(client) for _ in range(30)]
+        fill_the_disk(server, tmp_path / "tokenauth.db")
+        client.delete("/api/token", headers={"X-Token": token}).raise_for_status()
+        [held] = wait_for(file, action="logout", result="held")
+        assert TRACED.items() <= held.items()
+        limit_files(server, resource.RLIM_INFINITY)
+        [late] = wait_for(file, action="logout", result="ok")
+        assert (late["via"], late["details"]["late"], late["target"]) == ("server", True, held["target"])
+        line = server.wait("token_revoked")
+        assert "trace_id" not in {**late, **line}
+
+
+def test_an_oauth_client_that_revokes_is_named(audited: Audited) -> None:
+    token = log_in(audited.client, "ann", "ann-secret")
+    answer = audited.client.post("/oauth/revoke", data={"token": token}, auth=("bob", "bob-secret"))
+    assert answer.status_code == 200
+    _, revoked = audited.new(2)
+    assert (revoked["action"], revoked["by"], revoked["user"]) == ("revoke_token", "bob", "ann")
+
+
+def test_an_admin_lets_a_user_go(audited: Audited) -> None:
+    admin = {"X-Token": log_in(audited.client)}
+    audited.client.post("/api/token", json={"username": "bob", "password": "wrong"})
+    freed = audited.client.delete("/api/throttle", params={"user": "bob", "address": "192.0.2.7"}, headers=admin)
+    assert freed.status_code == 204
+    *_, record = audited.new(3)
+    assert (record["action"], record["by"], record["user"], record["target"]) == (
+        "let_go", "admin", "bob", "192.0.2.0/24",
+    )  # fmt: skip
 
 
 def test_what_a_stop_cannot_write_is_counted(tmp_path: Path) -> None:
