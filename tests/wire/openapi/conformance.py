@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import httpx
@@ -39,6 +40,8 @@ class Documented:
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self.document = document
+        self._operations = list(self)
+        self._validators: dict[int, jsonschema_rs.Draft202012Validator] = {}
 
     def __iter__(self) -> Iterator[Operation]:
         for path, methods in self.document["paths"].items():
@@ -47,7 +50,7 @@ class Documented:
 
     def find(self, method: str, path: str) -> Operation:
         """Return the operation of a request."""
-        (found,) = (each for each in self if each.method == method and _pattern(each.path).fullmatch(path))
+        (found,) = (each for each in self._operations if each.method == method and _pattern(each.path).fullmatch(path))
         return found
 
     def check(self, answer: httpx.Response) -> Operation:
@@ -83,8 +86,14 @@ class Documented:
                 assert self._validator(schema).is_valid(int(value) if schema["type"] == "integer" else value)
 
     def _validator(self, schema: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
-        return jsonschema_rs.Draft202012Validator({**schema, "components": self.document["components"]})
+        """Return the validator of a schema of the document. Making one takes longer than a request."""
+        found = self._validators.get(id(schema))
+        if found is None:
+            found = jsonschema_rs.Draft202012Validator({**schema, "components": self.document["components"]})
+            self._validators[id(schema)] = found
+        return found
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("[^/]+".join(map(re.escape, re.split(r"\{\w+\}", template))))
