@@ -1,6 +1,5 @@
 """A person uses an application behind each proxy, in a real Chromium over TLS, at the host names of the document."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +8,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from tests.support.ports import free_port
 from tests.support.servers import serve, worker, write_config
-from tests.support.skipping import skip_without
-from tests.system.browser.conftest import FLAGS
+from tests.system.browser.conftest import FLAGS, chromium_path
 from tests.system.proxies import test_one_host as one_host
 from tests.system.proxies.conftest import FIRST
 from tests.system.proxies.peers import Arrived, Relay
@@ -41,15 +39,12 @@ def port_443() -> Iterator[Relay]:
 
 @pytest.fixture(scope="module")
 def browser(port_443: Relay) -> Iterator[Browser]:
-    path = shutil.which("chromium")
-    if path is None:
-        skip_without("chromium", "apt-get install chromium")
     address = f"127.0.0.1:{port_443.port}"
     flags = [*FLAGS, f"--host-resolver-rules=MAP *.example.com {address}"]
     with (
         sync_playwright() as playwright,
         playwright.chromium.launch(
-            executable_path=path,
+            executable_path=chromium_path(),
             args=flags,
             ignore_default_args=["--disable-back-forward-cache"],  # people's browsers have it, too
         ) as chromium,
