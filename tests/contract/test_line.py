@@ -224,6 +224,21 @@ async def test_a_request_asked_for_only_if_known_gets_no_new_place(pools: PoolSt
     assert await pools.count(POOL, START) == (1, 1)
 
 
+async def test_a_count_is_without_what_those_who_wait_will_have(pools: PoolStore) -> None:
+    await lease_all(pools)
+    await pools.generate(POOL, [f"more {number}" for number in range(5)], START)
+    assert isinstance(await ask(pools, "a", count=9), LeaseRequest)
+    lower = replace(POOL, capacity=8)  # from now on, nobody waits for that request
+    first = await pools.assign(lower, "x", START, counted=True)
+    assert (first.token is not None, first.left) == (True, 4)
+    assert isinstance(await ask(pools, "b", count=2), LeaseRequest)
+    second = await pools.assign(lower, "x", START, counted=True)
+    assert (second.token is not None, second.left) == (True, 1)
+    limited = replace(lower, per_user=1)
+    third = await pools.assign(limited, "x", START, counted=True)
+    assert (third.token is not None, third.left) == (True, 2), "who may not have more holds up nobody"
+
+
 async def test_the_same_id_with_other_terms_is_refused(pools: PoolStore) -> None:
     await lease_all(pools)
     await ask(pools, "a")

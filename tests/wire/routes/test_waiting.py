@@ -42,11 +42,11 @@ class User:
     def lease(self, pool: str = "one", **terms: Any) -> httpx.Response:
         return self.ask("POST", f"{pool}/leases", **terms)
 
-    def wait(self, **terms: Any) -> Future[httpx.Response]:
+    def wait(self, pool: str = "one", **terms: Any) -> Future[httpx.Response]:
         """Ask in the background, and return when the request is in the line."""
-        before = self.line()["waiting"]
-        waiting = self._threads.submit(self.lease, **{"wait": 50, **terms})
-        while self.line()["waiting"] == before:
+        before = self.line(pool)["waiting"]
+        waiting = self._threads.submit(self.lease, pool, **{"wait": 50, **terms})
+        while self.line(pool)["waiting"] == before:
             assert not waiting.done(), waiting.result().text
         return waiting
 
@@ -231,8 +231,42 @@ def test_a_server_that_stops_lets_clients_ask_again(tmp_path: Path, number: sign
             assert again.result().status_code == 201
 
 
-def ask_until_served(user: User) -> httpx.Response:
+def ask_until_served(user: User, pool: str = "one", request: str = "mine") -> httpx.Response:
     """Ask as clients do: a worker that is stopping says at once that the request has to be sent again."""
-    while (answer := user.lease(wait=50, request="mine")).status_code == 202:
+    while (answer := user.lease(pool, wait=50, request=request)).status_code == 202:
         pass
     return answer
+
+
+def test_a_lower_capacity_lets_others_pass_who_want_too_much(tmp_path: Path) -> None:
+    dialect = '[dialects.simple-token-implement]\npool = "p"\nprefix = "/simple"\npassword = "secret"\n'
+    with serve(write_config(tmp_path, POOLS + dialect)) as server:
+        ann, bob = User(server, "ann"), User(server, "bob")
+        held = [ann.lease("p").json()["token"] for _ in range(3)]
+        big, small = ann.wait("p", count=3, request="big"), bob.wait("p", request="small")
+        write_config(tmp_path, POOLS.replace("capacity = 3", "capacity = 2") + dialect)
+        server.process.send_signal(signal.SIGHUP)
+        assert [(each.result().status_code, each.result().json()["position"]) for each in (big, small)] == [
+            (202, 1),
+            (202, 2),
+        ]
+        server.wait("reloaded")
+        refused = ann.lease("p", count=3, request="big", wait=50)
+        assert (refused.status_code, refused.json()["error_description"]) == (400, "count: must be from 1 to 2.")
+        again = bob._threads.submit(ask_until_served, bob, "p", "small")
+        for token in held:
+            ann.release(token, "p")
+        assert again.result().status_code == 201
+        assert ann.line("p")["waiting"] == 1, "the other one has its place until that lapses"
+        with server.client() as client:
+            answer = client.post("/simple/issue_token?info=job-7", headers={"X-API-PASSWORD": "secret"})
+        assert (answer.status_code, answer.json()) == (
+            200,
+            {"message": "Token issued successfully.", "available_tokens": 0, "info": "job-7"},
+        )
+        bob.release(again.result().json()["token"], "p")
+        with server.client() as client:
+            answer = client.post("/simple/recycle_token?info=job-7", headers={"X-API-PASSWORD": "secret"})
+            assert answer.json()["available_tokens"] == 2
+            answer = client.post("/simple/issue_token?info=job-8", headers={"X-API-PASSWORD": "secret"})
+            assert answer.json()["available_tokens"] == 1

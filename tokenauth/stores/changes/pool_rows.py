@@ -284,10 +284,20 @@ class PoolRows:
         return self.pool.per_user - int(self._db.rows(_COUNT_HELD, {**self._parameters, "username": username})[0][0])
 
     def left(self) -> int:
-        """Return how many more tokens could be leased to someone who asks now."""
+        """Return how many more tokens could be leased to someone who asks now, when those who wait have theirs."""
         free, _, retired = self.counts()
-        _, someone_waits = self.retired()
-        return 0 if someone_waits else max(0, free - retired)
+        left = free - retired
+        quotas = None if self.pool.per_user is None else _Quotas(self)
+        line = skip_hopeless(self.pool, self.requests().line()) if left > 0 and self.retired()[1] else ()
+        for request in line:
+            if quotas is not None and request.username:
+                if quotas[request.username] < request.count:
+                    continue
+                quotas[request.username] -= request.count
+            left -= request.count
+            if left <= 0:
+                break
+        return max(0, left)
 
     def refusal(self, request: LeaseRequest) -> tuple[Instant | None, bool]:
         """Return when the next token is free that a refused request could use, and whether its user has enough."""
