@@ -203,6 +203,14 @@ def test_new_files_are_closed_to_other_accounts(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (chain.path, chain.head_path)} == {0o640}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes files as root")
+def test_files_made_by_root_belong_to_the_service(tmp_path: Path) -> None:
+    os.chown(tmp_path, 4711, 4712)
+    chain = filled(tmp_path, 30, max_size=1000)
+    for path in (*chain.files(), chain.head_path):
+        assert (path.stat().st_uid, path.stat().st_gid) == (4711, 4712)
+
+
 @contextmanager
 def room(size: int) -> Iterator[None]:
     """Let no file grow beyond this size, as on a full disk."""

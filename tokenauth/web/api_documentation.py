@@ -1145,7 +1145,8 @@ HEALTH = Section(
             path="/readyz",
             id="getReadiness",
             title="Check that the service can serve",
-            text="The answer is `503` with a reason while the service cannot serve, for example without a database.",
+            text="The answer is `503` with a reason while the service cannot serve, for example without a database."
+            " With `200`, `audit` says why the audit log cannot be written, if so: that stops no request.",
             answers=[
                 Answer(200, "It can serve.", health.ReadyAnswer, {"status": "ready"}),
                 Answer(
