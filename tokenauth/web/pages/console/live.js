@@ -48,8 +48,8 @@ export function start() {
     const due = (streaming ? UPKEEP : POLL) / 1000;
     if (!document.hidden && now() - readAt >= due) readAll();
   }, 1000);
-  const shown = () => document.hidden || readAll();
-  document.addEventListener("visibilitychange", shown);
+  const readWhenShown = () => document.hidden || readAll();
+  document.addEventListener("visibilitychange", readWhenShown);
   let renewedAt = now();
   let renewable = true;
   const active = async () => {
@@ -62,7 +62,7 @@ export function start() {
   const forget = onChange((event) => event === "online" && readAll());
   signal.addEventListener("abort", () => {
     clearInterval(timer);
-    document.removeEventListener("visibilitychange", shown);
+    document.removeEventListener("visibilitychange", readWhenShown);
     document.removeEventListener("keydown", active);
     document.removeEventListener("pointerdown", active);
     forget();
@@ -74,24 +74,34 @@ export function stop() {
   streaming = false;
 }
 
+/**
+ * Follow the stream while the page is shown: browsers have 6 connections for all tabs of a host, and tabs in the
+ * background would use them up.
+ */
 async function follow(signal) {
   let last = null;
   let pause = 1000;
   let missed = false;
   while (!signal.aborted) {
+    await shown(signal);
+    const connection = new AbortController();
+    const close = () => connection.abort();
+    const hide = () => document.hidden && close();
+    signal.addEventListener("abort", close, { once: true });
+    document.addEventListener("visibilitychange", hide);
     try {
       const headers = { Accept: "text/event-stream", ...(last === null ? {} : { "Last-Event-ID": last }) };
-      const answer = await send("GET", "api/events", { headers, signal });
+      const answer = await send("GET", "api/events", { headers, signal: connection.signal });
       if (answer.ok && answer.headers.get("Content-Type")?.startsWith("text/event-stream")) {
         pause = 1000;
         if (missed) {
           readAll();
           notify("reconnected");
         }
-        for await (const event of events(answer.body, signal)) {
+        for await (const event of events(answer.body, connection.signal)) {
           streaming = true;
           last = event.id ?? last;
-          handle(event, last);
+          handle(event);
         }
       } else {
         await answer.body?.cancel();
@@ -99,17 +109,30 @@ async function follow(signal) {
         if (answer.status === 401) readAll(); // which finds that the login is over
       }
     } catch (error) {
-      if (signal.aborted) return;
-      if (!(error instanceof Offline)) pause = 1000;
-      else pause = Math.min(pause * 2, 15_000);
+      pause = error instanceof Offline ? Math.min(pause * 2, 15_000) : 1000;
     }
-    if (!signal.aborted && streaming) {
-      streaming = false;
-      readAll(); // also finds out whether the login is over
-    }
+    signal.removeEventListener("abort", close);
+    document.removeEventListener("visibilitychange", hide);
+    const ended = streaming && !connection.signal.aborted;
+    streaming = false;
+    if (ended) readAll(); // also finds out whether the login is over
     missed = true;
-    await sleep(pause * (0.75 + Math.random() / 2), signal);
+    if (!connection.signal.aborted) await sleep(pause * (0.75 + Math.random() / 2), signal);
   }
+}
+
+/** Wait until the page is shown. */
+function shown(signal) {
+  return new Promise((done) => {
+    const look = () => {
+      if (document.hidden && !signal.aborted) return;
+      document.removeEventListener("visibilitychange", look);
+      done();
+    };
+    document.addEventListener("visibilitychange", look);
+    signal.addEventListener("abort", look, { once: true });
+    look();
+  });
 }
 
 function handle(event) {

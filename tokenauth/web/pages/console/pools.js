@@ -110,7 +110,7 @@ function Tokens({ pool, address, me, manager, reload }) {
     const take = () =>
       ask({
         title: `Take over ${name}?`,
-        text: `${holderOf(token)} loses it at once, and you have it in the same step: nobody comes between.`,
+        text: `${holderOf(token)} loses it at once, and you have it in the same step: nobody comes between. Your lease ends by itself after the time that the pool gives.`,
         fields: [REASON],
         action: "Take over",
         danger: true,
