@@ -9,7 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.journal import until
+from tests.support.main_process import workers_of
 from tests.support.servers import NO_TLS, Server, log_in, serve, write_config
+from tests.support.wrapped import ended
 
 POOLS = """
 [server]
@@ -22,6 +25,8 @@ lease_ttl = "60s"
 capacity = 1
 prefill = true
 """
+PASSWORD = {"X-API-PASSWORD": "secret"}
+ISSUED = {"message": "Token issued successfully.", "info": "job-7"}
 LEASE = ["token", "holder", "fence", "expiry_time", "expires_in"]
 
 
@@ -231,9 +236,9 @@ def test_a_server_that_stops_lets_clients_ask_again(tmp_path: Path, number: sign
             assert again.result().status_code == 201
 
 
-def ask_until_served(user: User, pool: str = "one", request: str = "mine") -> httpx.Response:
+def ask_until_served(user: User) -> httpx.Response:
     """Ask as clients do: a worker that is stopping says at once that the request has to be sent again."""
-    while (answer := user.lease(pool, wait=50, request=request)).status_code == 202:
+    while (answer := user.lease(wait=50, request="mine")).status_code == 202:
         pass
     return answer
 
@@ -244,29 +249,33 @@ def test_a_lower_capacity_lets_others_pass_who_want_too_much(tmp_path: Path) -> 
         ann, bob = User(server, "ann"), User(server, "bob")
         held = [ann.lease("p").json()["token"] for _ in range(3)]
         big, small = ann.wait("p", count=3, request="big"), bob.wait("p", request="small")
+        old = workers_of(server)
+        assert len(old) == 2
         write_config(tmp_path, POOLS.replace("capacity = 3", "capacity = 2") + dialect)
         server.process.send_signal(signal.SIGHUP)
         assert [(each.result().status_code, each.result().json()["position"]) for each in (big, small)] == [
             (202, 1),
             (202, 2),
         ]
-        server.wait("reloaded")
+        until(lambda: all(map(ended, old)), "the workers with the earlier capacity have ended")
         refused = ann.lease("p", count=3, request="big", wait=50)
         assert (refused.status_code, refused.json()["error_description"]) == (400, "count: must be from 1 to 2.")
-        again = bob._threads.submit(ask_until_served, bob, "p", "small")
+        again = bob._threads.submit(bob.lease, "p", request="small", wait=50)
         for token in held:
             ann.release(token, "p")
         assert again.result().status_code == 201
         assert ann.line("p")["waiting"] == 1, "the other one has its place until that lapses"
-        with server.client() as client:
-            answer = client.post("/simple/issue_token?info=job-7", headers={"X-API-PASSWORD": "secret"})
-        assert (answer.status_code, answer.json()) == (
-            200,
-            {"message": "Token issued successfully.", "available_tokens": 0, "info": "job-7"},
-        )
+        assert issue(server) == (200, {**ISSUED, "available_tokens": 0})
         bob.release(again.result().json()["token"], "p")
-        with server.client() as client:
-            answer = client.post("/simple/recycle_token?info=job-7", headers={"X-API-PASSWORD": "secret"})
-            assert answer.json()["available_tokens"] == 2
-            answer = client.post("/simple/issue_token?info=job-8", headers={"X-API-PASSWORD": "secret"})
-            assert answer.json()["available_tokens"] == 1
+        assert issue(server) == (200, {**ISSUED, "available_tokens": 0})
+        with server.client(headers=PASSWORD) as client:
+            assert client.post("/simple/recycle_token?info=job-7").json()["available_tokens"] == 1
+            assert client.post("/simple/recycle_token?info=job-7").json()["available_tokens"] == 2
+        assert issue(server) == (200, {**ISSUED, "available_tokens": 1})
+
+
+def issue(server: Server) -> tuple[int, Any]:
+    """Lease a token through the dialect."""
+    with server.client(headers=PASSWORD) as client:
+        answer = client.post("/simple/issue_token?info=job-7")
+        return answer.status_code, answer.json()
