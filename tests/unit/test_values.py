@@ -162,7 +162,8 @@ def test_named_values_are_found_inside_longer_words() -> None:
     named = [new_named_value().encode() for _ in range(3)]
     assert find_values(b"m%s" % named[0]) == find_values(b"%s1" % named[0]) == [named[0]]
     assert find_values(b"tkn" + b"".join(named)) == named
-    assert find_values(b"m%sa" % named[0][:-1]) == [], "the checksum is wrong"
+    wrong = b"b" if named[0].endswith(b"a") else b"a"
+    assert find_values(b"m%s%s" % (named[0][:-1], wrong)) == [], "the checksum is wrong"
 
 
 # The worst that is known for each step of the search.
