@@ -15,6 +15,7 @@ LAYERS = [
     | {"user_agents", "request_context", "status"},
     {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
     {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
+    {"events"},
     {"service", "sweeper", "gauges"},
     {"web"},
     {"web.routes", "web.dialects"},

@@ -11,6 +11,7 @@ from tokenauth.audit.log import AuditLog
 from tokenauth.clock import Clock, MonotonicClock
 from tokenauth.credentials import Credentials
 from tokenauth.errors import RetryLater
+from tokenauth.events import Events
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
 from tokenauth.metrics import Metrics
@@ -42,6 +43,7 @@ class Service(NamedTuple):
     metrics: Metrics
     audit: AuditLog | None
     node: Node
+    events: Events
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -63,6 +65,7 @@ class Service(NamedTuple):
         finally:
             self.clock.on_advance = None
             await asyncio.gather(*saving)
+            await self.events.shut_down()
             await self.pools.waiting.close()
             await self.throttle.close()
             await self.tokens.close()
@@ -118,4 +121,6 @@ def create_service(
     pools = Pools(settings.pools_by_name, store, monotonic_clock, settings.new_values)
     parts = store, passwords, throttle, credentials, tokens, named_tokens, pools
     audit = AuditLog(settings.audit) if settings.audit.file else None
-    return Service(settings, users, monotonic_clock, *parts, Metrics(), audit, Node())
+    node = Node()
+    events = Events(tokens, pools, throttle, store, node, monotonic_clock)
+    return Service(settings, users, monotonic_clock, *parts, Metrics(), audit, node, events)

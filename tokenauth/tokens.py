@@ -163,6 +163,17 @@ class Tokens:
         token = await self.validate(value, touch)
         return None if token is None else Login(self.owner(token), token)
 
+    async def identify_again(self, token: Token) -> Identity | None:
+        """Return the user of a token that was valid before, if it still is. This is no use of it.
+
+        Raises StoreUnavailable if it cannot be checked now.
+        """
+        found = await self._store.tokens.get(token.digest)
+        now = self._clock()
+        if found is not None and now >= found.expires_at:
+            found = await self._extended(found, now)
+        return None if found is None or not self.accepts(found) else self.owner(found)
+
     def owner(self, token: Token) -> Identity:
         """Return the user of a valid token, with what it may do: the user's scopes now that are also the token's."""
         user = self._users[token.username].identity

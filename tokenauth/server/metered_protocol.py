@@ -10,7 +10,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from tokenauth.metrics import FIRST_BUCKET, Durations, add_duration
 from tokenauth.server.protocol import BoundedProtocol
-from tokenauth.web.asgi_extensions import DURATIONS
+from tokenauth.web.asgi_extensions import DURATIONS, EVENTS
 from tokenauth.web.routing import route_path
 
 
@@ -47,7 +47,11 @@ class MeteredProtocol(BoundedProtocol):
         try:
             counts = self._by_route[scope["route"].path][scope["method"]]
         except KeyError:  # the first one of its kind, or an unknown path
-            counts = self._durations.find(route_path(scope), scope["method"])
+            route = route_path(scope)
+            if route == EVENTS:  # it lasts as long as a page is open
+                BoundedProtocol.on_response_complete(self)
+                return
+            counts = self._durations.find(route, scope["method"])
         if seconds <= FIRST_BUCKET:  # as nearly always; a call would cost a third of all this
             counts[0] += 1
             counts[-1] += seconds

@@ -201,7 +201,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.flow = _Flow(cast(asyncio.Transport, wrapped))
         self._rules = self.app_state.get(REFUSAL_RULES, RefusalRules())
         self._head_limit = HeadLimit(MAX_HEAD)
-        self._client = {"gone": False}
+        self._client = {"gone": False, "stopping": False, "transport": wrapped}
         self._extensions = {CLIENT: self._client}
         self._idle_since = self.loop.time()
         self._timeout = self.loop.call_later(self.timeout_keep_alive, self._check_timeouts)
@@ -239,6 +239,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection after the next answer, or after DRAIN seconds without a request."""
+        self._client["stopping"] = True
         if self.cycle is not None and not self.cycle.response_complete:
             super().shutdown()
             return

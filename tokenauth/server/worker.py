@@ -163,6 +163,7 @@ class WorkerServer(AcceptingServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop within GRACE: answer what was accepted, write held revocations, and send the last reports."""
         self._service.pools.waiting.stop()
+        self._service.events.stop()
         self._revocations.close_deadline = asyncio.get_running_loop().time() + GRACE
         if self._reading is not None:
             self._reading.cancel()

@@ -65,6 +65,7 @@ from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, P
 from tokenauth.stores.changes.waiting import Ask, Leave, PutBack, TakeTurns
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
 from tokenauth.stores.schema import HEAD
+from tokenauth.stores.sql import elements
 from tokenauth.stores.tables import (
     as_lease_request,
     as_pool_token,
@@ -109,6 +110,14 @@ _LIST_BY_END = (
     .order_by(tokens.c.expires_at.desc(), tokens.c.digest.desc())
     .limit(bindparam("limit"))
 )
+_FINGERPRINTS = (
+    select(tokens.c.username, func.count(), func.max(tokens.c.number))
+    .where(
+        tokens.c.username.in_(select(elements(bindparam("usernames"), "wanted").c.value)),
+        tokens.c.expires_at > bindparam("now", type_=Float()),
+    )
+    .group_by(tokens.c.username)
+)
 _LAST_EXPIRY = select(func.max(tokens.c.expires_at))
 _COUNT_EXPIRING = select(func.count()).select_from(
     select(tokens.c.expires_at)
@@ -122,6 +131,10 @@ _POOL_TOKEN = select(*pool_token_columns).where(
 _FORCED_END = select(forced_ends.c.end).where(
     forced_ends.c.pool == bindparam("pool"), forced_ends.c.value == bindparam("value")
 )
+
+
+Fingerprint = tuple[object, ...]
+"""A value that is compared with earlier ones."""
 
 
 class Share(Protocol):
@@ -276,6 +289,11 @@ class TokenStore:
         end, id = before
         rows = await self._engine.read(_LIST_BY_END, {"end": end, "low": id, "now": now, "limit": limit})
         return [as_token(row) for row in rows]
+
+    async def fingerprints(self, usernames: Collection[str], now: Instant) -> Mapping[str, Fingerprint]:
+        """Return for each user who has live tokens a value that differs once a token was added, or has ended."""
+        values = {"usernames": json.dumps([*usernames]), "now": now}
+        return {row[0]: (*row[1:],) for row in await self._engine.read(_FINGERPRINTS, values)}
 
     async def count_expiring(self, start: Instant, end: Instant, limit: int) -> int:
         """Return how many tokens expire from `start` on and before `end`, at most `limit`."""
@@ -600,6 +618,23 @@ class PoolStore:
         values = {**pool_rows.parameters(pool, now), "end": end, "number": number, "limit": limit}
         rows = await self._engine.read(pool_rows.LEASES, values)
         return [((token.free_at, row[0]), token) for row in rows for token in [as_pool_token(row[1:])]]
+
+    async def fingerprint(self, pool: Pool, now: Instant) -> Fingerprint:
+        """Return a value that differs once leases, the waiting line or reservations of a pool have changed.
+
+        Rarely it does not, as after a lease for a shorter time than others, if there was no free token that was free
+        longest.
+        """
+        values = pool_rows.parameters(pool, now)
+        [ends] = await self._engine.read(pool_rows.ENDS, values, brief=True)
+        [line] = await self._engine.read(request_rows.NEWEST, {"name": pool.name, "now": now}, brief=True)
+        if not pool.members:
+            return (*ends, *line)
+        members = (
+            (token.member, token.fence, token.is_leased(now), token.retired, pool.reservation(token, now))
+            for _, token in await self._members(pool, now)
+        )
+        return (*ends, *line, *members)
 
     async def purge(self, pool: Pool, now: Instant, limit: int) -> int:
         """Delete at most `limit` expired tokens, the oldest first; return how many."""

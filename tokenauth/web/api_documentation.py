@@ -16,6 +16,7 @@ from tokenauth.pools import MAX_COUNT
 from tokenauth.settings.model import MAX_NAME, Settings
 from tokenauth.tokens import LIST_LIMIT
 from tokenauth.web import exceptions
+from tokenauth.web.asgi_extensions import EVENTS as EVENTS_PATH
 from tokenauth.web.dialects.serving import dialect_sections
 from tokenauth.web.openapi import (
     BASIC,
@@ -132,6 +133,7 @@ def describe(settings: Settings) -> Document:
         forward_auth_section(browsers=bool(settings.browser.url)),
         POOLS,
         THROTTLE,
+        EVENTS,
         oauth_section(settings.oauth.issuer),
         WEB_PAGES,
         *([LOGIN_PAGE] if settings.browser.url else []),
@@ -449,6 +451,39 @@ THROTTLE = Section(
                 answers=[Answer(204, "The failed logins are forgotten.")],
                 refusals=[exceptions.NotFound],
             ),
+        )
+    ],
+)
+
+_EVENT_TEXT = """\
+id: 5f0c9be2-7
+retry: 3000
+event: hello
+data: {"user":"admin","scopes":["admin"]}
+
+id: 5f0c9be2-8
+event: pool
+data: {"name":"permits"}
+
+"""
+
+EVENTS = Section(
+    name="Events",
+    text="Hints of what to read again, as server-sent events.",
+    operations=[
+        guarded(
+            Operation(
+                method="GET",
+                path=EVENTS_PATH,
+                id="streamEvents",
+                title="Be told of changes",
+                text="Sends an event when something has changed that the user may see, within about a second:"
+                " `tokens` (my tokens), `pool` with its `name`, and for the scope `admin` `throttle` and `status`."
+                " The data are to be read again. `hello` is the first event, and `reset` after an unknown"
+                " `Last-Event-ID`: read everything. `bye` is the last one, with a `reason`: `logged_out`, `stop` or"
+                " `unavailable`. Browsers can read it with `fetch`; their `EventSource` cannot send a token.",
+                answers=[Answer(200, "The events, until the token ends.", str, _EVENT_TEXT, "text/event-stream")],
+            )
         )
     ],
 )

@@ -38,6 +38,7 @@ from tokenauth.web.return_to import ReturnTo
 from tokenauth.web.routes.account import AccountRoutes
 from tokenauth.web.routes.console import CONSOLE, ConsoleRoutes
 from tokenauth.web.routes.docs import DocsRoutes
+from tokenauth.web.routes.events import EventRoutes
 from tokenauth.web.routes.forward_auth import PATH as FORWARD_AUTH
 from tokenauth.web.routes.forward_auth import ForwardAuth
 from tokenauth.web.routes.health import HealthRoutes
@@ -115,6 +116,7 @@ def find_routes(service: Service) -> list[Route]:
     others = [
         *AccountRoutes(tokens, service.named_tokens).routes(with_token),
         *StatusRoutes(service).routes(with_token),
+        *EventRoutes(service.events).routes(with_token),
         *ThrottleRoutes(service.throttle, service.users, service.node).routes(with_token),
         *TokenRoutes(tokens, hosts, metrics.validations(TOKEN)).routes(with_token),
         Route(FORWARD_AUTH, ForwardAuth(tokens, metrics.validations(FORWARD_AUTH), browser_auth)),

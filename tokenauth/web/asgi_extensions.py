@@ -4,7 +4,13 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 CLIENT = "tokenauth.client"
-"""The extension in a request's scope that tells whether the client has disconnected: `{"gone": bool}`."""
+"""The extension in a request's scope that tells of its connection.
+
+`gone`: whether the client has disconnected; `stopping`: whether the server stops; `transport`: for long answers only.
+"""
+
+EVENTS = "/api/events"
+"""The address of streams. The server does not measure how long they last."""
 
 
 def client_disconnected(scope: Mapping[str, Any]) -> bool:

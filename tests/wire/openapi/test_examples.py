@@ -152,7 +152,8 @@ def test_the_examples_work_in_the_order_of_the_page(server: Server) -> None:
                 runner.fail()
             if operation.id in IN_LINE:
                 runner.join_line()
-            runner.send(operation)
+            if operation.id != "streamEvents":  # it does not end: tests/wire/routes/test_events.py reads it
+                runner.send(operation)
     assert len(operations) > 40
 
 

@@ -90,6 +90,10 @@ def _oldest(*ranges: Range) -> ColumnElement[bool]:
     return _number.in_(select(_rows_by_range(*ranges).subquery().c.number))
 
 
+def _latest(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
+    return select(func.max(_at)).where(*conditions).scalar_subquery()
+
+
 # Statements are constants: compiling one costs more than running it.
 COUNT = select(_count(*_unexpired) + _count(*_lapsed), _count(*_taken, _claimed), _count(*_retired, _claimed))
 MEMBERS = (
@@ -103,6 +107,11 @@ _after_cursor = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end")
 LEASES = _rows((*_taken, *_after_cursor), (*_retired, *_after_cursor))
 _COUNT_RETIRED = select(_count(*_retired, _claimed), SOMEONE_WAITS)
 _NEXT_END = select(_earliest(*_taken, _claimed), _earliest(*_retired, _claimed))
+# Nearly each lease, release and lapse changes one of these, and reading them costs the same for any number of tokens.
+ENDS = select(
+    *(_earliest(*rows) for rows in (_idle, (*_taken, _live), (*_retired, _live))),
+    *(_latest(*rows) for rows in (_idle, (*_taken, _live), (*_retired, _live))),
+)
 _FREE = _rows(_unexpired, _lapsed)
 # The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
 _FREE_UNLOCKED = (

@@ -44,6 +44,7 @@ _in_line = select(
 _line = _in_line.subquery()
 LINE_OF_USER = select(_line).where(_line.c.username == bindparam("username")).order_by(_line.c.position).limit(_limit)
 COUNT = select(func.count()).select_from(pool_requests).where(*_waiting)
+NEWEST = select(func.count(), func.max(_number), func.min(_turn)).where(*_waiting)
 PLACE = select(COUNT.where(_place <= _of_place).scalar_subquery(), COUNT.scalar_subquery())
 FIND = select(*pool_request_columns).where(
     _pool, pool_requests.c.id == bindparam("id"), pool_requests.c.username == bindparam("username")

@@ -1,0 +1,229 @@
+"""GET /api/events: hints to read again, for those who may, until the token ends."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.journal import until
+from tests.support.servers import HandClock, Server, exchange, log_in, worker, write_config
+from tests.support.streaming import EventStream
+
+SECRET = "write"
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@pytest.fixture(scope="module")
+def settings() -> str:
+    return f"""
+    [server]
+    access_log = true
+    cors_origins = ["https://app.example.com"]
+    [pools.open]
+    capacity = 2
+    prefill = true
+    lease_ttl = "10m"
+    [pools.secret]
+    scope = "{SECRET}"
+    capacity = 1
+    prefill = true
+    [pools.phones]
+    [[pools.phones.members]]
+    name = "pixel"
+    """
+
+
+@pytest.fixture
+def admin(client: httpx.Client) -> dict[str, str]:
+    return {"X-Token": log_in(client)}
+
+
+def open_stream(server: Server, token: str, headers: Mapping[str, str] = NOTHING) -> EventStream:
+    stream = EventStream(server.port, token, headers)
+    assert stream.status == 200
+    return stream
+
+
+def lease(client: httpx.Client, token: str, pool: str = "open", **terms: Any) -> httpx.Response:
+    return client.post(f"/api/pools/{pool}/leases", json=terms, headers={"X-Token": token})
+
+
+def test_a_stream_begins_with_who_i_am(server: Server, ann: str) -> None:
+    with open_stream(server, ann) as stream:
+        assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert stream.headers["cache-control"] == "no-store"
+        assert stream.headers["x-accel-buffering"] == "no"
+        assert stream.headers["transfer-encoding"] == "chunked"
+        hello = stream.next()
+        assert (hello.name, hello.data) == ("hello", {"user": "ann", "scopes": ["read", "write"]})
+        assert hello.id
+
+
+def test_leases_line_and_reservations_are_told(
+    server: Server, sibling_client: httpx.Client, ann: str, admin: dict[str, str]
+) -> None:
+    """Also those of another worker."""
+    with open_stream(server, ann) as stream:
+        stream.next()
+        leased = lease(sibling_client, ann).json()["token"]
+        assert stream.wait("pool").data == {"name": "open"}
+        sibling_client.delete(f"/api/pools/open/leases/{leased}", headers={"X-Token": ann})
+        assert stream.wait("pool").data == {"name": "open"}
+        for _ in range(2):
+            assert lease(sibling_client, ann).status_code == 201
+        stream.wait("pool")
+        assert lease(sibling_client, ann, wait=0, request="r").status_code == 202
+        assert stream.wait("pool").data == {"name": "open"}
+        reservation = {"until": "1h"}
+        sibling_client.put("/api/pools/phones/members/pixel/reservation", json=reservation, headers=admin)
+        assert stream.wait("pool").data == {"name": "phones"}
+
+
+def test_a_lapsed_lease_is_told(server: Server, client: httpx.Client, ann: str, clock: HandClock) -> None:
+    assert lease(client, ann).status_code == 201
+    with open_stream(server, ann) as stream:
+        stream.next()
+        clock.advance(601)
+        assert stream.wait("pool").data == {"name": "open"}
+
+
+def test_my_tokens_are_told_and_those_of_others_not(server: Server, sibling_client: httpx.Client, ann: str) -> None:
+    with open_stream(server, ann) as stream:
+        stream.next()
+        mine = log_in(sibling_client, "ann", "ann-secret")
+        assert stream.wait("tokens").data == {}
+        sibling_client.delete("/api/token", headers={"X-Token": mine})
+        stream.wait("tokens")
+        log_in(sibling_client, "bob", "bob-secret")
+        assert "tokens" not in stream.names(2.5)
+
+
+def test_nobody_is_told_of_what_needs_another_scope(server: Server, client: httpx.Client, ann: str) -> None:
+    bob = log_in(client, "bob", "bob-secret")
+    with open_stream(server, bob) as his, open_stream(server, ann) as hers:
+        his.next(), hers.next()
+        assert lease(client, ann, "secret").status_code == 201
+        assert hers.wait("pool").data == {"name": "secret"}
+        assert set(his.names(6)) == set(), "nor of the status, nor of the throttle"
+
+
+def test_admins_are_told_of_the_throttle_and_the_status(
+    server: Server, client: httpx.Client, admin: dict[str, str]
+) -> None:
+    with open_stream(server, admin["X-Token"]) as stream:
+        stream.next()
+        assert stream.wait("status").data == {}
+        while client.post("/api/token", json={"username": "bob", "password": "no"}).status_code != 429:
+            pass
+        assert stream.wait("throttle").data == {}
+
+
+def test_a_quiet_stream_has_comments(server: Server, ann: str) -> None:
+    with open_stream(server, ann) as stream:
+        stream.next()
+        until(lambda: stream.next(20).name == "", "a comment came", 40)
+
+
+@pytest.mark.parametrize("end", ["logged out", "revoked elsewhere", "expired"])
+def test_the_stream_of_a_token_that_ended_ends_at_once(
+    server: Server, client: httpx.Client, sibling_client: httpx.Client, ann: str, clock: HandClock, end: str
+) -> None:
+    with open_stream(server, ann) as stream:
+        stream.next()
+        if end == "expired":
+            clock.advance(24 * 3600)
+        else:
+            caller = client if end == "logged out" else sibling_client
+            caller.delete("/api/token", headers={"X-Token": ann})
+        began = time.monotonic()
+        assert stream.wait("bye").data == {"reason": "logged_out"}
+        stream.wait_end()
+        assert time.monotonic() - began < 1
+        with EventStream(server.port, ann) as again:
+            assert again.status == 401
+
+
+def test_a_stream_that_comes_back_is_told_what_it_missed(server: Server, client: httpx.Client, ann: str) -> None:
+    with open_stream(server, ann) as stream, open_stream(server, ann) as other:
+        stream.next(), other.next()
+        other.names(2.5)  # what earlier tests have changed
+        with open_stream(server, ann) as current:
+            first = current.next().id
+        with open_stream(server, ann, {"Last-Event-ID": first}) as back:
+            assert back.names(0.8) == ["hello"], "nothing was missed"
+        stream.close()
+        assert lease(client, ann).status_code == 201
+        last = other.wait("pool")
+        assert last.id
+    with open_stream(server, ann, {"Last-Event-ID": first}) as back:
+        assert back.next().name == "hello"
+        assert back.next() == ("pool", {"name": "open"}, last.id)
+    with open_stream(server, ann, {"Last-Event-ID": last.id}) as back:
+        assert back.names(0.8) == ["hello"]
+
+
+@pytest.mark.parametrize("unknown", ["0", "00000000-1", "x" * 5000, "%00", "-", "1-2-3", "²"])
+def test_an_id_of_another_worker_has_everything_read_again(server: Server, ann: str, unknown: str) -> None:
+    with open_stream(server, ann, {"Last-Event-ID": unknown}) as stream:
+        assert [stream.next().name for _ in range(2)] == ["hello", "reset"]
+
+
+def test_a_stream_is_no_use_of_the_token(server: Server, client: httpx.Client, ann: str) -> None:
+    console = {"X-Tokenauth-Console": "1"}
+    with open_stream(server, ann, console) as stream:
+        stream.next()
+    listed = client.get("/api/tokens", headers={"X-Token": ann, "X-Tokenauth-Console": "1"}).json()["tokens"]
+    assert [each["last_used_at"] for each in listed if each["current"]] == [None]
+
+
+def test_head_and_other_methods_are_answered_at_once(server: Server, client: httpx.Client, ann: str) -> None:
+    header = {"X-Token": ann}
+    answer = client.head("/api/events", headers=header)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    refused = client.post("/api/events", headers=header)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+    assert client.get("/api/events").status_code == 401
+    assert client.get("/api/events?x=1", headers=header).status_code == 400
+    assert exchange(server.port, b"GET /api/events HTTP/1.1\r\nHost: a\r\nX-Token: x\r\n\r\n")[0] == 401
+
+
+def test_the_access_log_has_one_line_at_the_end(tmp_path: Path) -> None:
+    def lines() -> list[dict[str, Any]]:
+        return [line for line in server.events("request") if line["route"] == "/api/events"]
+
+    with worker(write_config(tmp_path, "[server]\naccess_log = true")) as server, server.client() as client:
+        with open_stream(server, log_in(client)) as stream:
+            stream.next(), stream.wait("status")
+            assert lines() == []
+        until(lambda: len(lines()) == 1, "the end was logged")
+        assert (lines()[0]["status"], lines()[0]["ms"] > 500) == (200, True)
+
+
+def test_pages_of_allowed_origins_may_read_it(server: Server, ann: str) -> None:
+    with open_stream(server, ann, {"Origin": "https://app.example.com"}) as stream:
+        assert stream.headers["access-control-allow-origin"] == "https://app.example.com"
+
+
+def test_a_user_has_a_limited_number_of_streams(server: Server, client: httpx.Client, ann: str) -> None:
+    streams = []
+    try:
+        while (stream := EventStream(server.port, ann)).status == 200:
+            streams.append(stream)
+        assert 240 < len(streams) <= 250  # some of earlier tests may not have ended yet
+        assert (stream.status, stream.headers["retry-after"]) == (503, "30")
+        with open_stream(server, log_in(client, "bob", "bob-secret")) as other:
+            assert other.next().name == "hello"
+    finally:
+        for each in [*streams, stream]:
+            each.close()
+
+    def may_open() -> bool:
+        with EventStream(server.port, ann) as again:
+            return again.status == 200
+
+    until(may_open, "streams of clients that have gone are forgotten")
