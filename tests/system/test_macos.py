@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import make_certificate
+from tests.support.connections import Connection
 from tests.support.servers import ROOT, log_in, probe, spawn, write_config
+from tests.wire.test_tls import ask, connect, trusting
 from tokenauth.settings import loader
 
 TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
@@ -75,6 +78,25 @@ def test_a_server_runs_without_linux_features(tmp_path: Path, macos: dict[str, s
         assert priorities == {0}, "must not change a priority: on macOS a thread's id could be that of a process"
         assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[0] == min(10_240, HARD_LIMIT)
         assert server.stop() == 0
+
+
+def test_https_and_a_unix_socket_need_no_linux_features(tmp_path: Path, macos: dict[str, str]) -> None:
+    made, path = make_certificate(tmp_path), tmp_path / "t.sock"
+    command = [TOKENAUTH, "serve", "--config", str(tmp_path / "config.toml")]
+    write_config(tmp_path, f"[server]\nport = 0\n{made.settings()}")
+    with spawn(command, tmp_path, macos) as server:
+        server.wait("started")
+        server.port = server.wait("listening")["port"]
+        with connect(server, trusting(made.certificate)) as connection:
+            assert ask(connection) == 200
+    write_config(tmp_path, f'[server]\nsocket = "{path}"\naccept_risks = ["weak_hash"]')
+    with spawn(command, tmp_path, macos) as server:
+        server.wait("started")
+        with Connection(path) as local:
+            assert local.valid(local.log_in())
+        assert server.events("control_unavailable") == []
+        assert server.stop() == 0
+    assert not path.exists()
 
 
 def test_a_user_is_added_without_linux_features(tmp_path: Path, macos: dict[str, str]) -> None:
