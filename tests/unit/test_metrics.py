@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.contract.conftest import token
-from tests.support.servers import ROOT, START, HandClock, write_config
+from tests.support.servers import ROOT, START, HandClock
+from tests.support.services import running
 from tokenauth import gauges
 from tokenauth.errors import Forbidden, InvalidRequest, InvalidToken, NoFreeToken, StoreUnavailable, TokenRequired
 from tokenauth.gauges import Gauges
@@ -18,23 +19,14 @@ from tokenauth.models import ANY_LEASE, Grant, Identity, LeaseTerms
 from tokenauth.server import totals
 from tokenauth.server.channel import Report, decode_report, encode_report
 from tokenauth.server.totals import Totals
-from tokenauth.service import Service, create_service
-from tokenauth.settings import loader
+from tokenauth.service import Service
 
 POOLS = "[pools.phones]\ncapacity = 3\nprefill = true\n[pools.endless]\n"
 
 
 @pytest.fixture
-def clock(tmp_path: Path) -> HandClock:
-    return HandClock(tmp_path / "clock", create=True)
-
-
-@pytest.fixture
-async def service(tmp_path: Path, clock: HandClock) -> AsyncIterator[Service]:
-    """Run a service."""
-    service = create_service(loader.load(write_config(tmp_path, POOLS)), clock, monotonic=lambda: 0.0)
-    async with service.running():
-        await service.pools.prefill()
+async def service(tmp_path: Path, hand_clock: HandClock) -> AsyncIterator[Service]:
+    async with running(tmp_path, POOLS, hand_clock) as service:
         yield service
 
 
@@ -145,15 +137,15 @@ async def test_one_worker_counts_what_all_share(service: Service) -> None:
     assert other.snapshot().gauges["store_up",] == 1
 
 
-async def test_leases_are_counted_by_how_they_end(service: Service, clock: HandClock) -> None:
+async def test_leases_are_counted_by_how_they_end(service: Service, hand_clock: HandClock) -> None:
     pools, phones = service.pools, service.pools.find("phones")
     kept, taken, _ = [await pools.assign(phones, "worker-1", "ann") for _ in range(3)]
     with pytest.raises(NoFreeToken):
         await pools.assign(phones, "worker-2", "ann")
-    clock.advance(10)
+    hand_clock.advance(10)
     await pools.release(phones, kept.value)
     await pools.force_release(phones, taken.value, ANY_LEASE, "admin", None)
-    clock.advance(60)  # the third one lapses
+    hand_clock.advance(60)  # the third one lapses
     for _ in range(3):
         await pools.assign(phones, "worker-3", "ann")
     counts = Gauges(service, counts_store=False).snapshot().counts
@@ -167,7 +159,7 @@ async def test_leases_are_counted_by_how_they_end(service: Service, clock: HandC
     }
 
 
-async def test_waits_in_line_are_counted(service: Service, clock: HandClock) -> None:
+async def test_waits_in_line_are_counted(service: Service, hand_clock: HandClock) -> None:
     pools, endless = service.pools, service.pools.find("endless")
     (value,) = await pools.generate(endless, 1)
     await pools.assign(endless, "worker-1", "ann")
@@ -177,7 +169,7 @@ async def test_waits_in_line_are_counted(service: Service, clock: HandClock) -> 
     reader = Gauges(service, counts_store=True)
     await reader.read()
     assert reader.snapshot().gauges["pool_waiting", "endless"] == 1
-    clock.advance(5)
+    hand_clock.advance(5)
     await pools.release(endless, value)
     assert isinstance(await waiting, Grant)
     assert reader.snapshot().counts["pool_wait_seconds", "endless"] == [1, 5]

@@ -1,41 +1,16 @@
 """Named tokens when the configuration changes: users, passwords, scopes and limits."""
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from pathlib import Path
-
 import pytest
 
-from tests.support.servers import START, write_config
+from tests.support.servers import START
+from tests.support.services import Opener
 from tokenauth.errors import AlreadyRotated, InvalidToken, NameTaken, StoreUnavailable, UnknownToken
 from tokenauth.models import IssuedToken, User
 from tokenauth.named_tokens import Requester
-from tokenauth.service import Service, create_service
-from tokenauth.settings import loader
+from tokenauth.service import Service
 
 DAY = 86400
 REQUESTER = Requester()
-
-
-class Opener:
-    """Opens services on one database, each with its own settings."""
-
-    def __init__(self, directory: Path, stack: AsyncExitStack) -> None:
-        self._directory = directory
-        self._stack = stack
-        self.now = START
-
-    async def open(self, tokens: str = "") -> Service:
-        settings = loader.load(write_config(self._directory, f"[tokens]\n{tokens}"))
-        service = create_service(settings, lambda: self.now)
-        await self._stack.enter_async_context(service.running())
-        return service
-
-
-@pytest.fixture
-async def opener(tmp_path: Path) -> AsyncIterator[Opener]:
-    async with AsyncExitStack() as stack:
-        yield Opener(tmp_path, stack)
 
 
 async def issue(service: Service, name: str = "nightly", scopes: list[str] | None = None) -> IssuedToken:

@@ -1,47 +1,24 @@
 """Uses of tokens: what is noted, when it is written, and what happens while it cannot be."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from tests.contract.conftest import token
 from tests.support.journal import locked
-from tests.support.servers import START, write_config
+from tests.support.servers import START
+from tests.support.services import Opener
 from tokenauth import uses
 from tokenauth.errors import InvalidToken, NotRenewable, StoreUnavailable
 from tokenauth.login_queue import never_disconnected
 from tokenauth.models import Instant, IssuedToken, Token, Use
-from tokenauth.service import Service, create_service
+from tokenauth.service import Service
 from tokenauth.settings import loader
 from tokenauth.uses import Uses
 
 IDLE, TTL = 400, 3600
 SLIDING = f"idle = {IDLE}\nttl = {TTL}"
-
-
-class Opener:
-    """Opens services on one database, with a clock that the test sets."""
-
-    def __init__(self, directory: Path, stack: AsyncExitStack) -> None:
-        self.database = directory / "tokenauth.db"
-        self._directory = directory
-        self._stack = stack
-        self.now = START
-
-    async def open(self, tokens: str = SLIDING) -> Service:
-        settings = loader.load(write_config(self._directory, f"[tokens]\n{tokens}"))
-        service = create_service(settings, lambda: self.now, lambda: 0.0)
-        await self._stack.enter_async_context(service.running())
-        return service
-
-
-@pytest.fixture
-async def opener(tmp_path: Path) -> AsyncIterator[Opener]:
-    async with AsyncExitStack() as stack:
-        yield Opener(tmp_path, stack)
 
 
 async def log_in(service: Service, slides: bool = True, scopes: tuple[str, ...] | None = None) -> IssuedToken:
@@ -73,7 +50,7 @@ async def test_without_idle_lifetimes_are_fixed_to_the_second(opener: Opener) ->
 
 async def test_a_login_with_a_ttl_of_its_own_is_not_ended_by_idle(opener: Opener) -> None:
     """Such as one with "Stay logged in"."""
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     plain = await service.tokens.issue("ann", "ann-secret", "", "")
     remembered = await service.tokens.issue("ann", "ann-secret", "", "", ttl=30 * 86400)
     assert (plain.token.expires_at, plain.token.max_expires_at) == (int(START) + 500, int(START) + TTL)
@@ -98,7 +75,7 @@ async def test_the_last_use_is_written_once_in_a_period(opener: Opener, tokens: 
 
 
 async def test_a_look_is_no_use(opener: Opener) -> None:
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     issued = await log_in(service)
     opener.now += IDLE
     assert await use(service, issued, touch=False) == issued.token
@@ -131,7 +108,7 @@ async def test_uses_of_many_tokens_share_a_commit(opener: Opener, monkeypatch: p
 
 
 async def test_a_use_shortly_before_the_end_is_written_at_once(opener: Opener) -> None:
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     early, late = await log_in(service), await log_in(service)
     opener.now = early.token.expires_at - 2 * uses.MAX_INTERVAL
     assert await use(service, early) is not None
@@ -147,7 +124,7 @@ async def test_a_use_shortly_before_the_end_is_written_at_once(opener: Opener) -
 
 async def test_a_use_counts_here_before_it_is_written(opener: Opener) -> None:
     """While the store cannot be written, for a minute after the end that is written; elsewhere not."""
-    service, elsewhere = await opener.open(), await opener.open()
+    service, elsewhere = await opener.open(SLIDING), await opener.open(SLIDING)
     issued = await log_in(service)
     with locked(opener.database):
         opener.now = issued.token.expires_at - 0.5
@@ -166,7 +143,7 @@ async def test_a_use_counts_here_before_it_is_written(opener: Opener) -> None:
 
 
 async def test_a_use_that_is_not_written_for_a_minute_is_lost(opener: Opener) -> None:
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     issued = await log_in(service)
     with locked(opener.database):
         opener.now = issued.token.expires_at - 0.5
@@ -190,7 +167,7 @@ async def flushed(service: Service) -> None:
 
 
 async def test_a_renewal_says_when_it_is_written_or_fails(opener: Opener) -> None:
-    service, elsewhere = await opener.open(), await opener.open()
+    service, elsewhere = await opener.open(SLIDING), await opener.open(SLIDING)
     issued = await log_in(service)
     assert await use(elsewhere, issued) == issued.token
     opener.now += 10
@@ -207,7 +184,7 @@ async def test_a_renewal_says_when_it_is_written_or_fails(opener: Opener) -> Non
 
 async def test_a_login_that_has_slid_to_its_end_can_be_renewed(opener: Opener) -> None:
     """It stays as it is: a client need not know when to stop."""
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     token = (await log_in(service)).token
     while token.expires_at < int(START) + TTL:
         opener.now = token.expires_at - 1
@@ -220,7 +197,7 @@ async def test_a_login_that_has_slid_to_its_end_can_be_renewed(opener: Opener) -
 @pytest.mark.parametrize("how", ["revoked", "all revoked", "purged"])
 async def test_what_has_ended_elsewhere_is_not_revived(opener: Opener, how: str) -> None:
     """Not by a use that was noted before, and not by a renewal."""
-    service, elsewhere = await opener.open(), await opener.open()
+    service, elsewhere = await opener.open(SLIDING), await opener.open(SLIDING)
     issued = await log_in(service)
     opener.now += IDLE
     assert await use(service, issued) is not None
@@ -242,7 +219,7 @@ async def test_what_has_ended_elsewhere_is_not_revived(opener: Opener, how: str)
 async def test_no_more_uses_are_held_than_the_limit(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tokens whose uses are held, later ones still are."""
     monkeypatch.setattr(uses, "MAX_NOTES", 2)
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     held = Uses(service.store.tokens, lambda: opener.now, IDLE)
     tokens = [token(number, max_expires_at=int(START) + TTL) for number in range(3)]
     for after in (50, 60):
@@ -257,7 +234,7 @@ async def test_no_more_uses_are_held_than_the_limit(opener: Opener, monkeypatch:
 
 
 async def test_uses_are_written_at_the_end(opener: Opener) -> None:
-    service = await opener.open()
+    service = await opener.open(SLIDING)
     issued = await log_in(service)
     opener.now += IDLE / 2
     assert await use(service, issued) is not None

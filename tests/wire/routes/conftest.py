@@ -20,6 +20,13 @@ def ann(connection: Connection) -> str:
     return connection.log_in("ann", "ann-secret")
 
 
+@pytest.fixture
+def now(clock: HandClock) -> int:
+    """Set the clock to a whole second and return it."""
+    clock.set(int(clock()) + 1)
+    return int(clock())
+
+
 @pytest.fixture(autouse=True)
 def _next_day(clock: HandClock) -> None:
     """Expire all tokens and failure counters, so that tests are independent."""

@@ -32,13 +32,6 @@ def settings() -> str:
 
 
 @pytest.fixture
-def now(clock: HandClock) -> int:
-    """Set the clock to a whole second and return it."""
-    clock.set(int(clock()) + 1)
-    return int(clock())
-
-
-@pytest.fixture
 def admin(server: Server, now: int) -> Iterator[PoolUser]:
     """Log in as admin at one worker, and empty a pool."""
     with Connection(server.port) as connection:
