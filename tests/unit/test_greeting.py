@@ -13,8 +13,9 @@ RISK = Risk("weak_hash", "a text")
 def lines(toml: str, *risks: Risk, users: str = USERS) -> list[str]:
     """Return the lines between the first one and the last one."""
     text = greeting(loader.parse(toml + users, {}), 8000, risks, ".venv/bin/tokenauth", " -c mine.toml")
-    first, *found, last = [line for line in text.splitlines() if line]
+    first, *found, reload, last = [line for line in text.splitlines() if line]
     assert (first[:10], last) == ("tokenauth ", "Ctrl-C stops.")
+    assert reload == "After a change of the configuration: .venv/bin/tokenauth reload -c mine.toml"
     return found
 
 

@@ -15,6 +15,7 @@ def greeting(settings: Settings, port: int, risks: Sequence[Risk], command: str,
     if risks:
         what = "setting is" if len(risks) == 1 else "settings are"
         lines.append(f"{len(risks)} {what} unsafe on a public address: {command} check{options}")
+    lines.append(f"After a change of the configuration: {command} reload{options}")
     return "\n".join(["", *lines, "Ctrl-C stops.", "", ""])
 
 
