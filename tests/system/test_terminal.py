@@ -148,7 +148,7 @@ def test_serve_greets_people_and_ends_quietly_at_ctrl_c(tmp_path: Path) -> None:
         "Log in as admin / admin.",
     ]
     assert re.fullmatch(rf"\d settings? (is|are) unsafe on a public address: {TOKENAUTH} check", lines[5])
-    assert len(lines) == 6
+    assert lines[6:] == [f"After a change of the configuration: {TOKENAUTH} reload"]
     assert end.split() == ["^C", "exit", "0"]
 
 
