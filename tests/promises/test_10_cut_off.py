@@ -12,18 +12,17 @@ import pytest
 from tests.promises.test_10_shutdown import SLOW_USER
 from tests.support.connections import Connection, takes_connections
 from tests.support.journal import serving, until
-from tests.support.main_process import breakable, traceback_lines
-from tests.support.servers import Server, write_config
+from tests.support.main_process import traceback_lines
+from tests.support.servers import Server, serve, write_config
 
-SHORT = "import tokenauth.server.channel as channel; channel.GRACE = 1"
+SHORT = {"GRACE": "1"}
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """Start a server that waits for 1 second, and not for 30, when it stops."""
-    with breakable(write_config(tmp_path), every=SHORT) as broken:
-        broken.ready(1)
-        yield broken.server
+    with serve(write_config(tmp_path), env=SHORT) as running:
+        yield running
 
 
 def open_request(server: Server, head: str, body: bytes = b"{") -> socket.socket:
@@ -93,15 +92,14 @@ def test_a_login_that_hashes_for_too_long_gets_503(tmp_path: Path) -> None:
     hash_ = SLOW_USER.replace("t=12", "t=60")
     assert hash_ != SLOW_USER
     config = write_config(tmp_path, "[passwords]\nmemory_kib = 8\ntime_cost = 1\nthreads = 1\n", users=hash_)
-    with breakable(config, every=SHORT) as broken:
-        broken.ready(1)
-        with socket.create_connection(("127.0.0.1", broken.server.port), 30) as connection:
+    with serve(config, env=SHORT) as server:
+        with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
             body = msgspec.json.encode({"username": "slow", "password": "admin"})
             connection.sendall(
                 b"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
             )
-            until(lambda: takes_connections(broken.server.port), "the login has been received")
-            broken.server.process.send_signal(signal.SIGTERM)
+            until(lambda: takes_connections(server.port), "the login has been received")
+            server.process.send_signal(signal.SIGTERM)
             status, headers, body = answer_of(connection)
         assert (status, headers["connection"], msgspec.json.decode(body)["error"]) == (503, "close", "overloaded")
-        assert traceback_lines(broken.server) == []
+        assert traceback_lines(server) == []

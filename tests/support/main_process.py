@@ -17,10 +17,10 @@ _PROGRAM = "import sys; sys.argv[0] = 'tokenauth'; {}; from tokenauth.cli.main i
 
 
 @contextmanager
-def breakable(config: Path, *arguments: str, patch: str = "pass", every: str = "") -> Iterator["Breakable"]:
+def breakable(config: Path, *arguments: str, patch: str = "pass") -> Iterator["Breakable"]:
     """Run `tokenauth serve` with its own Python, and a directory of modules that are imported before all others.
 
-    The main process runs `patch` first; it and each worker run `every` before that.
+    The main process runs `patch` first.
     """
     directory = config.parent
     home, shadow = directory / "python", directory / "shadow"
@@ -28,8 +28,6 @@ def breakable(config: Path, *arguments: str, patch: str = "pass", every: str = "
     (home / "bin" / "python").symlink_to(Path(sys.executable).resolve())
     (home / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
     shadow.mkdir()
-    if every:
-        (shadow / "sitecustomize.py").write_text(every)
     here = directory / "here"
     here.mkdir()
     path = os.pathsep.join([str(shadow), str(ROOT), sysconfig.get_path("purelib")])

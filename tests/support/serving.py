@@ -9,7 +9,7 @@ import traceback
 
 from tokenauth import logs
 from tokenauth.cli.main import main as tokenauth
-from tokenauth.server import supervisor
+from tokenauth.server import supervisor, worker
 from tokenauth.server.worker import spawn_main
 
 
@@ -61,5 +61,9 @@ def fork_worker(descriptors: tuple[int, int, int], standard_error: int) -> Forke
 
 
 def main() -> None:
+    """Run the command. A variable GRACE has the seconds that a stopping worker gets, instead of 30."""
+    if "GRACE" in os.environ:
+        for module in (supervisor, worker):
+            vars(module)["GRACE"] = int(os.environ["GRACE"])
     supervisor._start_python = fork_worker  # type: ignore[assignment]  # it uses what a ForkedWorker has
     tokenauth()
