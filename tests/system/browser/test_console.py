@@ -351,6 +351,9 @@ def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, 
 
 def test_it_works_below_a_prefix_of_a_proxy(page: Page, server: Server) -> None:
     def forward(route: Route) -> None:
+        if route.request.url.endswith("/api/events"):  # a stream, which `fetch` would read to its end
+            route.abort()
+            return
         route.fulfill(response=route.fetch(url=route.request.url.replace("/prefix/", "/")))
 
     page.route("**/prefix/**", forward)
@@ -424,6 +427,34 @@ def test_the_health_view_shows_what_happens(page: Page, server: Server, client: 
     before = page.get_by_role("img", name=re.compile("^Logins:")).get_attribute("aria-label")
     log_in(client, "ann", "ann-secret")
     expect(page.get_by_role("img", name=before or "", exact=True)).to_have_count(0, timeout=15_000)
+
+
+def test_news_are_shown_at_once(page: Page, server: Server, client: httpx.Client) -> None:
+    """Well before everything is read again, which is after 30 seconds. A tab in the background follows nothing."""
+    enter(page, server, view="#pools/phones")
+    member = row(page, "Members", "pixel-8")
+    expect(member).to_contain_text("free")
+    ann = {"X-Token": log_in(client, "ann", "ann-secret")}
+    wish = {"holder": "ci-7", "labels": ["android"]}
+    lease = client.post("/api/pools/phones/leases", json=wish, headers=ann).json()["token"]
+    expect(member).to_contain_text("ci-7", timeout=4_000)
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/api/events")):
+        _show(page, False)
+    client.delete(f"/api/pools/phones/leases/{lease}", headers=ann)
+    with page.expect_request("**/api/events"):
+        _show(page, True)
+    expect(member).to_contain_text("free")
+
+
+def _show(page: Page, shown: bool) -> None:
+    """Do as if the tab came to the front, or went to the back."""
+    page.evaluate(
+        """(hidden) => {
+          Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+          document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        not shown,
+    )
 
 
 def test_who_lacks_a_scope_sees_no_view_of_it(page: Page, server: Server) -> None:
