@@ -9,7 +9,7 @@ header still has the name of the page, which cannot be an IP address or `localho
 """
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -83,14 +83,14 @@ class CsrfMiddleware:
         self._hosts = hosts
         self._allowed_methods = SAFE_METHODS if allow_safe_methods else frozenset[str]()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Guard one request. Raises ForeignOrigin or ForeignHost."""
         if scope["method"] not in self._allowed_methods:
             origin, site, host = _page(scope)
             if origin is not None or site is not None:  # a page, not a program
                 self._check(origin, site, host)
                 self._hosts.check(scope)
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _check(self, origin: bytes | None, site: bytes | None, host: bytes) -> None:
         if site in OWN_ORIGIN or origin in self._origins:
