@@ -23,7 +23,7 @@ _TOKENS = (
 )
 _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")
 _POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-refuse")
-_WAITING = ("hand-over", "hand-over-far", "behind", "waiters")
+_WAITING = ("hand-over", "hand-over-far", "behind", "waiters", "consoles")
 _POSTGRES_WAITING = tuple(f"pg-{name}" for name in _WAITING)
 _NAMES = (*_TOKENS, *_LEASES, *_WAITING, *_POSTGRES, *_POSTGRES_WAITING)
 

@@ -19,6 +19,9 @@ from bench.world import Running
 WAITING = 1000
 """Clients in the line, where many wait. One user may have as many."""
 
+CONSOLES = 200
+"""Streams of events, where many consoles are open."""
+
 TABLES = """
 [pools.one]
 capacity = 1
@@ -51,6 +54,7 @@ class WaitRows:
             Figure(f"{name}hand-over-far", f"{shown}the same, {far}", self._far, "ms", partial(self._near, 1), True),
             Figure(f"{name}behind", f"{shown}assign while 1,000 wait", None, "ms", self._behind, True),
             Figure(f"{name}waiters", f"{shown}1,000 waiting, a core", 2, "%", self._idle, True, 1),
+            Figure(f"{name}consoles", f"{shown}200 open consoles, a core", 5, "%", self._consoles, True, 1),
         )
 
     @contextmanager
@@ -127,14 +131,30 @@ class WaitRows:
 
             yield sample
 
+    @contextmanager
+    def _consoles(self) -> Iterator[Sampler]:
+        """Measure the CPU time of an idle server to which many streams of events are open, each of its own login."""
+        with self._servers() as clients, ExitStack() as stack:
+            server = clients[0].server
+            for number in range(CONSOLES):
+                with closing(_Client(server, f"user{number % world.USERS}")) as console:
+                    stack.enter_context(closing(console.open_events()))
+
+            def sample() -> Sample:
+                before, began = server.cpu_seconds(), time.perf_counter()
+                time.sleep(20)
+                return Sample((server.cpu_seconds() - before) / (time.perf_counter() - began) * 100)
+
+            yield sample
+
 
 class _Client:
     """A logged-in user with one connection to a server."""
 
-    def __init__(self, server: Running) -> None:
+    def __init__(self, server: Running, username: str = "user0") -> None:
         self.server = server
         self._connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
-        login = self._ask("POST", "/api/token", {"username": "user0", "password": "secret"}, 200)
+        login = self._ask("POST", "/api/token", {"username": username, "password": "secret"}, 200)
         self._token = str(login["token"])
 
     def close(self) -> None:
@@ -167,6 +187,19 @@ class _Client:
         )
         connection = socket.create_connection(("127.0.0.1", self.server.port), 60)
         connection.sendall(head.encode() + body)
+        return connection
+
+    def open_events(self) -> socket.socket:
+        """Open a stream of events, on a connection of its own, and wait for the first one."""
+        connection = socket.create_connection(("127.0.0.1", self.server.port), 60)
+        head = f"GET /api/events HTTP/1.1\r\nHost: bench\r\nX-Token: {self._token}\r\n\r\n"
+        connection.sendall(head.encode())
+        found = b""
+        while b"event: hello" not in found:
+            more = connection.recv(65536)
+            if not more:
+                raise RuntimeError("the stream of events was refused")
+            found += more
         return connection
 
     def _ask(self, method: str, path: str, document: object, status: int) -> Any:

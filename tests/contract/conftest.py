@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 ENGINE_TESTS = {
     *("test_store", "test_tokens", "test_removals", "test_leases", "test_leases_at_once", "test_capacity"),
-    *("test_failures", "test_outages", "test_pool_cost", "test_sliding"),
+    *("test_failures", "test_outages", "test_pool_cost", "test_sliding", "test_fingerprints"),
 }
 """Modules that test what the engines do differently: locks, conflicts, commits, the feed, plans and failures."""
 
