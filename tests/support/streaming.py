@@ -68,6 +68,10 @@ class EventStream:
             if event.name == name:
                 return event
 
+    def pending(self) -> str:
+        """Return what has been read and not returned yet."""
+        return self._text if "\n\n" in self._text else ""
+
     def names(self, seconds: float) -> list[str]:
         """Return the names of the events of some seconds."""
         found, deadline = [], time.monotonic() + seconds
