@@ -182,7 +182,7 @@ def test_tail_selects_by_user_action_and_time(home: Path) -> None:
     assert output(run(home, "audit", "tail", "--json", "--since", "0s")) == ""
     assert "must be a duration" in run(home, "audit", "tail", "--since", "now").stderr
     table = output(run(home, "audit", "tail", "--user", "ann")).splitlines()
-    assert table[0].split() == ["time", "action", "result", "by", "user", "address"]
+    assert table[0].split() == ["time", "action", "result", "by", "user", "from"]
     assert table[1].split()[2:] == ["remove_user", "ok", OPERATOR, "ann", "command"]
 
 

@@ -203,7 +203,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, str | None]:
         "by": by,
         "username": None if user == by else user,
         "target": record.get("target"),
-        "address": record.get("address", record.get("via")),
+        "from": record.get("address", record.get("via")),
     }
 
 
