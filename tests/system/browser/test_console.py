@@ -17,6 +17,8 @@ SETTINGS = """
 [server]
 trusted_proxies = ["0.0.0.0/0"]
 accept_risks = ["broad_trusted_proxies"]
+[throttle]
+delay = "2m"
 [pools.licences]
 capacity = 2
 prefill = true
