@@ -135,6 +135,20 @@ def test_a_restored_backup_admits_nobody_by_itself(machine: Machine) -> None:
         assert probe(client, log_in(client, "admin", PASSWORD))
 
 
+def test_a_restore_without_revoking_revives_tokens(machine: Machine) -> None:
+    backup, restore = blocks("Backup")
+    (machine.var / "backup-of-today.db").unlink(missing_ok=True)
+    with machine.serving() as server, server.client() as client:
+        token = log_in(client, "admin", PASSWORD)
+        machine.run(backup)
+        client.request("DELETE", "/api/token", json={"token": token})
+        assert not probe(client, token)
+    machine.run(restore.replace("tokens revoke --all", "tokens list"))
+    assert machine.requests() == ["stop", "start"]
+    with machine.serving() as server, server.client() as client:
+        assert probe(client, token)
+
+
 def installed(machine: Machine) -> Path:
     (found,) = machine.opt.glob("lib/python3*/site-packages/tokenauth/__init__.py")
     return found
