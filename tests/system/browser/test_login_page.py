@@ -230,6 +230,7 @@ def test_the_page_is_usable_by_keyboard_alone(page: Page, gate: Gate) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading")).to_have_text("Private page of ann")
     page.goto(f"{gate.origin(AUTH)}/logout")
+    expect(page.get_by_role("button", name="Log out")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading")).to_have_text("You are logged out")
 
