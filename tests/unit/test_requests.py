@@ -48,3 +48,10 @@ async def test_http_1_announces_each_body(version: str) -> None:
     assert not request(b"", version).has_body
     assert request(b"{}", version, (b"content-length", b"2")).has_body
     assert request(b"{}", version, (b"transfer-encoding", b"chunked")).has_body
+
+
+@pytest.mark.parametrize("before", [0, 200, 255])
+def test_no_part_of_a_token_is_left_of_an_agent(before: int) -> None:
+    value = "Zy9" * 21 + "x"
+    sent = request(b"", "1.1", (b"user-agent", f"{'-' * before}{value} more".encode()))
+    assert sent.user_agent == f"{'-' * before}(token) more"[:256]

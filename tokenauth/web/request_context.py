@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 
 from starlette.types import Scope
 
 from tokenauth.request_context import RequestContext, current_request
-from tokenauth.values import redact
 from tokenauth.web.client_address import client_address
-from tokenauth.web.requests import MAX_USER_AGENT
+from tokenauth.web.requests import describe_agent
 
 # W3C Trace Context, section 3.2. Later versions may append fields.
 _TRACE_PARENT = re.compile(
@@ -44,7 +42,7 @@ class HttpContext(RequestContext):
         found = {"address": client_address(scope)}
         for name, value in scope["headers"]:
             if name == b"user-agent":
-                found.setdefault("user_agent", _agent(value))
+                found.setdefault("user_agent", describe_agent(value))
             elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 found.setdefault("request_id", value.decode())
         if "user" in scope and scope["user"].username:
@@ -59,12 +57,6 @@ def _trace(sent: bytes) -> Mapping[str, str]:
     if found is None or (found["version"] == b"00" and found["more"]):
         return {}
     return {"trace_id": found["trace"].decode(), "span_id": found["span"].decode()}
-
-
-@lru_cache(maxsize=1024)
-def _agent(sent: bytes) -> str:
-    """Return a User-Agent as it may be written."""
-    return redact(sent[:MAX_USER_AGENT].decode("latin-1"))
 
 
 def set_current(scope: Scope) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import msgspec
@@ -16,6 +16,7 @@ from tokenauth.errors import ClientGone, InvalidRequest
 from tokenauth.login_queue import DisconnectCheck
 from tokenauth.models import Identity, Token
 from tokenauth.nesting import json_opens_more_than
+from tokenauth.values import redact
 from tokenauth.web.asgi_extensions import client_disconnected
 from tokenauth.web.client_address import client_address
 from tokenauth.web.exceptions import BodyTooLarge, UnsupportedMediaType
@@ -40,6 +41,15 @@ MAX_USER_AGENT = 256
 
 _FORM = b"application/x-www-form-urlencoded"
 _HARMLESS_NAME = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
+
+
+@lru_cache(maxsize=1024)
+def describe_agent(sent: bytes) -> str:
+    """Return a User-Agent as it may be stored and logged: without tokens, and cut to MAX_USER_AGENT characters.
+
+    It is cut last: what is left of a token would not be found.
+    """
+    return redact(sent.decode("latin-1"))[:MAX_USER_AGENT]
 
 
 class Request(requests.Request):
@@ -76,8 +86,8 @@ class Request(requests.Request):
 
     @property
     def user_agent(self) -> str:
-        """The User-Agent, cut to MAX_USER_AGENT characters."""
-        return (self.header(b"user-agent") or b"")[:MAX_USER_AGENT].decode("latin-1")
+        """The User-Agent as it may be stored and shown."""
+        return describe_agent(self.header(b"user-agent") or b"")
 
     @property
     def disconnect_check(self) -> DisconnectCheck:
