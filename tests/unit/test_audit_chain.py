@@ -319,3 +319,12 @@ def test_a_writer_waits_only_so_long_for_another(tmp_path: Path, monkeypatch: py
             chain.append([record(2)])
     chain.append([record(2)])
     assert chain.verify().lines == 2
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+def test_no_file_is_created_through_a_link(tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / name).symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic links"):
+        Chain(tmp_path / "audit.jsonl").append([record(1)])
+    assert not elsewhere.exists()

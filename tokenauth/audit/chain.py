@@ -293,15 +293,27 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     try:
         file = os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:
-        file = os.open(path, flags | os.O_CLOEXEC | os.O_CREAT, MODE)
-        if os.geteuid() == 0:
-            owner = path.parent.stat()
-            with suppress(OSError):
-                os.fchown(file, owner.st_uid, owner.st_gid)
+        file = _create(path, flags | os.O_CLOEXEC)
     try:
         yield file
     finally:
         os.close(file)
+
+
+def _create(path: Path, flags: int) -> int:
+    """Create a file, or open the one that another process has just created. Raises OSError.
+
+    No link is followed: root would give the owner of the directory a file anywhere.
+    """
+    try:
+        file = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
+    except FileExistsError:
+        return os.open(path, flags | os.O_NOFOLLOW)
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        with suppress(OSError):
+            os.fchown(file, owner.st_uid, owner.st_gid)
+    return file
 
 
 def _read_head(file: int) -> Head | None:
