@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from tokenauth import __version__
 from tokenauth.errors import InsufficientScope
+from tokenauth.executor import Executor
 from tokenauth.gauges import Gauges
 from tokenauth.metrics import Key
 from tokenauth.risks import find_risks
@@ -22,7 +23,10 @@ from tokenauth.web.routes.account import ADMIN
 from tokenauth.web.routing import Route, strict
 
 _RISKS_FOR = 60.0
-"""Seconds for which the risks that were found are shown: looking for them reads files."""
+"""Seconds for which the risks that were found are shown."""
+
+_MAX_WAITING = 100
+"""Requests that can wait for the risks at the same time."""
 
 
 class WorkerAnswer(msgspec.Struct):
@@ -91,6 +95,8 @@ class StatusRoutes:
         self._service = service
         self._risks: list[RiskAnswer] = []
         self._risks_due = 0.0
+        # It looks at files and at each user's hash: 0.3 seconds for 10,000 users, measured.
+        self._finder = Executor(self._find_risks, threads=1, queue=_MAX_WAITING, low_priority=True)
         self._started_at = int(time.time())
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
@@ -100,7 +106,9 @@ class StatusRoutes:
         if ADMIN not in request.user.scopes:
             raise InsufficientScope(ADMIN)
         ask = self._service.node.ask
-        return JSONResponse(self._describe(await self._alone() if ask is None else await ask()))
+        node = await self._alone() if ask is None else await ask()
+        risks = self._risks if time.monotonic() < self._risks_due else await self._finder.run(None)
+        return JSONResponse(self._describe(node, risks))
 
     async def _alone(self) -> NodeStatus:
         """Return the status of a process that is the whole service, such as one of another server than ours."""
@@ -111,7 +119,7 @@ class StatusRoutes:
         history = History(int(time.time()), *[unknown] * 5)
         return NodeStatus(self._started_at, [WorkerStatus(os.getpid(), self._started_at)], 1, 0, counts, found, history)
 
-    def _describe(self, node: NodeStatus) -> StatusAnswer:
+    def _describe(self, node: NodeStatus, risks: list[RiskAnswer]) -> StatusAnswer:
         service, gauges = self._service, node.gauges
         logins, validations = Counter[str](), Counter[str]()
         for (name, *labels), numbers in node.counts.items():
@@ -143,7 +151,7 @@ class StatusRoutes:
                 live_tokens=gauge("live_tokens"),
             ),
             password_queue=gauge("password_queue") or 0,
-            risks=self._find_risks(),
+            risks=risks,
             totals=TotalsAnswer(dict(logins), dict(validations), count("throttle_refusals_total")),
             pools=[
                 PoolStatusAnswer(
@@ -158,11 +166,11 @@ class StatusRoutes:
             history=HistoryAnswer(STEP, *node.history),
         )
 
-    def _find_risks(self) -> list[RiskAnswer]:
-        now = time.monotonic()
-        if now >= self._risks_due:
+    def _find_risks(self, _: None) -> list[RiskAnswer]:
+        """Find the risks, in a thread, unless an earlier job has just found them."""
+        if time.monotonic() >= self._risks_due:
             found = find_risks(self._service.settings, self._service.passwords)
-            self._risks, self._risks_due = [RiskAnswer(*risk) for risk in found], now + _RISKS_FOR
+            self._risks, self._risks_due = [RiskAnswer(*risk) for risk in found], time.monotonic() + _RISKS_FOR
         return self._risks
 
 
