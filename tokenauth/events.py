@@ -9,6 +9,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import Context
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -207,7 +208,7 @@ class Events:
             else:
                 stream.tell(missed, self._id())
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
         if self._stopping:
             stream.end("stop")
         return stream

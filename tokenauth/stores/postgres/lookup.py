@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
@@ -28,7 +29,7 @@ class Lookup(Generic[V]):
         future: asyncio.Future[Mapping[bytes, V]] = asyncio.get_running_loop().create_future()
         self._waiting.append((keys, future))
         if self._task is None:
-            self._task = asyncio.create_task(self._work())
+            self._task = asyncio.create_task(self._work(), context=Context())
         return await future
 
     async def _work(self) -> None:

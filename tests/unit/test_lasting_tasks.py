@@ -1,0 +1,50 @@
+"""Tasks that a request starts and that outlive it: what they log is not of that request, and they do not keep it."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.support.servers import HandClock, write_config
+from tokenauth.events import LOOK, Connection, Events
+from tokenauth.request_context import current_request
+from tokenauth.service import create_service
+from tokenauth.settings import loader
+from tokenauth.stores.postgres.lookup import Lookup
+from tokenauth.web.request_context import set_current
+
+
+async def test_events_are_not_of_the_first_client(tmp_path: Path, hand_clock: HandClock) -> None:
+    seen: list[object] = []
+    looked_again = asyncio.Event()
+
+    def clock() -> float:
+        if seen:
+            looked_again.set()
+        seen.append(current_request.get())
+        return hand_clock()
+
+    service = create_service(loader.load(write_config(tmp_path)), hand_clock)
+    async with service.running():
+        issued = await service.tokens.issue("ann", "ann-secret", "127.0.0.1", "")
+        user = service.tokens.owner(issued.token)
+        assert user is not None
+        events = Events(service.tokens, service.pools, service.throttle, service.store, service.node, clock)
+        set_current({"type": "http", "headers": []})
+        await events.open(user, issued.token, Connection(), None)
+        async with asyncio.timeout(10 * LOOK):
+            await looked_again.wait()
+        await events.shut_down()
+    assert seen[0] is not None
+    assert seen[1:] == [None] * len(seen[1:])
+
+
+async def test_look_ups_are_not_of_the_first_request() -> None:
+    seen = []
+
+    async def fetch(keys: Sequence[bytes]) -> Mapping[bytes, int]:
+        seen.append(current_request.get())
+        return {}
+
+    set_current({"type": "http", "headers": []})
+    assert await Lookup(fetch).find(b"key") == {}
+    assert seen == [None]
