@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from tokenauth.clock import Clock
-from tokenauth.errors import Overloaded, RetryLater, Stopping
+from tokenauth.errors import Overloaded, RetryLater
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import HeldUp, Identity, Token
 from tokenauth.pools import Pools
@@ -185,9 +185,14 @@ class Events:
         self._stopping = False
 
     async def open(self, user: Identity, token: Token, connection: Connection, last_id: str | None) -> Stream:
-        """Start a stream. `last_id`: of the last event that the client got. Raises Overloaded, StoreUnavailable."""
+        """Start a stream. `last_id`: of the last event that the client got. Raises Overloaded, StoreUnavailable.
+
+        While the server stops, the stream ends at once: the client connects again, to the worker that serves then.
+        """
         if self._stopping:
-            raise Stopping
+            stream = Stream(user, token, connection)
+            stream.end("stop")
+            return stream
         of_user = sum(stream.user.username == user.username for stream in self._streams)
         if len(self._streams) >= MAX_STREAMS or of_user >= MAX_PER_USER:
             raise Overloaded("Too many streams are open. Ask for what you need instead.", _BUSY)
@@ -293,6 +298,9 @@ class Events:
             try:
                 found[digest] = await self._tokens.identify_again(token) or "logged_out"
             except RetryLater:
+                found[digest] = "unavailable"
+            except Exception as error:
+                log.error("unexpected_error", at=safe_traceback(error))
                 found[digest] = "unavailable"
 
         with suppress(TimeoutError):

@@ -60,6 +60,15 @@ async def test_copies_of_a_batch_lose_no_lease(pools: PoolStore, other: Place, k
     assert not await is_leased(pools, copies[2]), "all have gone"
 
 
+@pytest.mark.parametrize("keep", [KEPT, 20.0], ids=["does not wait", "waits less"])
+async def test_a_copy_shortens_no_wait(pools: PoolStore, other: Place, keep: float) -> None:
+    await busy(pools)
+    await ask(pools)
+    await other.pools.ask(POOL, *KEY, "x", START, keep=keep)
+    [place] = await pools.list_requests(POOL, START + 39, 10)
+    assert place.kept_until == START + 40
+
+
 async def test_a_request_without_an_id_is_taken_back(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
     grant = await pools.ask(POOL, "ann", None, "x", START)

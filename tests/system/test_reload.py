@@ -245,7 +245,7 @@ def test_users_of_an_htpasswd_file_come_and_go(tmp_path: Path) -> None:
         assert f"{file}, line 1: the password of 'eve' is an MD5 hash (apr1)" in refusal
         with Connection(server.port) as connection:
             assert connection.valid(token)
-        file.write_text("")
+        file.write_text("# none left\n")
         server.wait("reloaded", users_removed=["eve"])
         with Connection(server.port) as connection:
             assert not connection.valid(token)

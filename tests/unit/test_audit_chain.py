@@ -321,6 +321,25 @@ def test_a_writer_waits_only_so_long_for_another(tmp_path: Path, monkeypatch: py
     assert chain.verify().lines == 2
 
 
+def test_a_check_says_that_there_is_no_head(tmp_path: Path) -> None:
+    chain = Chain(tmp_path / "audit.jsonl")
+    chain.append([record(1)])
+    assert not chain.verify().headless
+    chain.head_path.unlink()
+    verdict = chain.verify()
+    assert (verdict.problem, verdict.headless) == (None, True)
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    (tmp_path / name).symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic links"):
+        Chain(tmp_path / "audit.jsonl").append([record(1)])
+    assert elsewhere.read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
 def test_no_file_is_created_through_a_link(tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "elsewhere"

@@ -400,7 +400,7 @@ BROKEN_SECRETS = {
     "two line breaks": (b"hunter2\n\n", "must have one line of printable text, at most 65536 bytes"),
     "too long": (b"hunter2" * 10_000, "must have one line of printable text, at most 65536 bytes"),
     "no UTF-8": (b"hunter2\xff", "is not printable text"),
-    "a directory": (None, "is not a regular file"),
+    "a directory": (None, "cannot be read: it is not a regular file"),
     "nothing": (None, "cannot be read: No such file or directory"),
     "a NUL": (None, "is not printable text"),
 }

@@ -38,6 +38,18 @@ async def test_events_are_not_of_the_first_client(tmp_path: Path, hand_clock: Ha
     assert seen[1:] == [None] * len(seen[1:])
 
 
+async def test_a_stream_opened_at_a_stop_says_bye(tmp_path: Path, hand_clock: HandClock) -> None:
+    service = create_service(loader.load(write_config(tmp_path)), hand_clock)
+    async with service.running():
+        issued = await service.tokens.issue("ann", "ann-secret", "127.0.0.1", "")
+        user = service.tokens.owner(issued.token)
+        assert user is not None
+        service.events.stop()
+        stream = await service.events.open(user, issued.token, Connection(), None)
+        assert stream.ended
+        assert await stream.next() == b'event: bye\ndata: {"reason":"stop"}\n\n'
+
+
 async def test_look_ups_are_not_of_the_first_request() -> None:
     seen = []
 

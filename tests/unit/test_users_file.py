@@ -1,5 +1,6 @@
 """Users from an htpasswd file: which are accepted, and what is said of the others."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 from tokenauth.errors import ConfigError
 from tokenauth.passwords import Passwords
 from tokenauth.risks import find_risks
+from tokenauth.server import tls
 from tokenauth.settings import loader
-from tokenauth.settings.model import PasswordSettings, Settings
+from tokenauth.settings.model import PasswordSettings, ServerSettings, Settings
 from tokenauth.settings.user_file import UserFile
 
 BCRYPT = "$2y$04$kygwPyB9qU5JU7ZUsCgEDujcV4EpglcwXIBVqx6/PURWdhUZt/gHC"
@@ -102,6 +104,30 @@ def test_a_missing_file_is_a_mistake(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"^users_file\.path: .*htpasswd cannot be read: No such file or directory$"):
         loader.parse(f'users_file = "{file}"', {})
     assert "cannot be read" in loader.find_mistakes(f'users_file = "{file}"', {})[0]
+
+
+def test_an_empty_file_may_be_half_written(file: Path) -> None:
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="is empty; if it is to have no users, write # into it"):
+        loader.parse(f'users_file = "{file}"', {})
+    assert len(parsed(file, "#\n").users_by_name) == 1
+
+
+@pytest.mark.parametrize("setting", ["users_file.path", "server.tls_certificate", "server.tls_key", "a secret"])
+def test_no_file_that_is_a_pipe_is_opened(tmp_path: Path, setting: str) -> None:
+    """Opening it would wait for a writer for ever, and a main process with it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    certificate = tmp_path / "certificate"
+    certificate.write_text("-----BEGIN CERTIFICATE-----")
+    pair = [pipe, certificate] if setting == "server.tls_certificate" else [certificate, pipe]
+    with pytest.raises(ConfigError, match="it is not a regular file"):  # noqa: PT012  (one of three)
+        if setting == "users_file.path":
+            loader.parse(f'users_file = "{pipe}"', {})
+        elif setting == "a secret":
+            loader.parse('[database]\nurl = "${URL}"', {"URL_FILE": str(pipe)})
+        else:
+            tls.read(ServerSettings(tls_certificate=str(pair[0]), tls_key=str(pair[1])))
 
 
 def test_a_hash_that_is_cut_off_names_its_line(file: Path) -> None:

@@ -102,6 +102,8 @@ class Verdict(NamedTuple):
     """How many lines a crash has cut. They are marked, so they are no problem."""
     problem: str | None = None
     position: Position | None = None
+    headless: bool = False
+    """Whether there is no head, so that lines missing at the end would not show."""
 
 
 class _Opened(NamedTuple):
@@ -217,7 +219,7 @@ class Chain:
                 head, opened = self._snapshot(stack)
             verdict = self._verify(_lines(opened))
         if head is None or verdict.problem is not None or head.n < verdict.last:
-            return verdict
+            return verdict._replace(headless=head is None and not files)
         if head.n > verdict.last:
             missing = head.n - verdict.last
             lines = "the last line is" if missing == 1 else f"the last {missing} lines are"
@@ -289,11 +291,15 @@ def timestamp() -> str:
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file. Create it if it is missing, for the owner of the directory if root does that. Raises OSError."""
+    """Open a file. Create it if it is missing, for the owner of the directory if root does that. Raises OSError.
+
+    No link is followed: root would write into a file that the owner of the directory has chosen.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        file = os.open(path, flags | os.O_CLOEXEC)
+        file = os.open(path, flags)
     except FileNotFoundError:
-        file = _create(path, flags | os.O_CLOEXEC)
+        file = _create(path, flags)
     try:
         yield file
     finally:
@@ -301,14 +307,11 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _create(path: Path, flags: int) -> int:
-    """Create a file, or open the one that another process has just created. Raises OSError.
-
-    No link is followed: root would give the owner of the directory a file anywhere.
-    """
+    """Create a file, or open the one that another process has just created. Raises OSError."""
     try:
         file = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
     except FileExistsError:
-        return os.open(path, flags | os.O_NOFOLLOW)
+        return os.open(path, flags)
     if os.geteuid() == 0:
         owner = path.parent.stat()
         with suppress(OSError):

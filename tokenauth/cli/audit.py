@@ -61,6 +61,8 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
         cut = f"; a crash has cut {count(verdict.cut, 'more line')}, which is marked" if verdict.cut else ""
         click.echo(f"ok: {count(verdict.lines, 'line')}, from {verdict.first} to {verdict.last}{cut}")
         click.echo(f"The last hash is {verdict.hash}")
+        if verdict.headless:
+            click.echo("There is no valid .head file beside it: lines that are missing at the end would not show.")
     context.exit(0 if verdict.problem is None else 1)
 
 

@@ -5,6 +5,7 @@ It runs every few seconds: it loads no more than it needs.
 
 import http.client
 import json
+import math
 import os
 import socket
 import ssl
@@ -36,6 +37,8 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
     It asks GET /healthz, or with --ready GET /readyz, at the address in the configuration. If the server was started
     with --host or --port, or with port 0, name its address with --url.
     """
+    if math.isnan(timeout):
+        raise click.UsageError("--timeout: must be a number of seconds.")
     where, connect = _of_url(url) if url is not None else _of_configuration(config_file)
     try:
         status, body = _get(connect(timeout), "/readyz" if ready else "/healthz")

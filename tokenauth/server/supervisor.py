@@ -385,12 +385,7 @@ class Supervisor:
         """Read reports of the workers, and send orders that are still pending."""
         ready, self._ready = self._ready, []  # stale after a failed wait
         for key, events in ready:
-            if isinstance(key.data, Control) and key.data.take():
-                if self._stopping:
-                    key.data.stop()
-                else:
-                    self._begin_reload("command")
-            elif isinstance(key.data, _Worker):
+            if isinstance(key.data, _Worker):
                 worker = key.data
                 if key.fileobj is not worker.channel:
                     if not worker.read_stderr():
@@ -402,6 +397,12 @@ class Supervisor:
                 if events & selectors.EVENT_READ:
                     self._take_reports(worker)
         self._pass_on()
+        for key, _ in ready:  # last, as it fails when descriptors are short
+            if isinstance(key.data, Control) and key.data.take():
+                if self._stopping:
+                    key.data.stop()
+                else:
+                    self._begin_reload("command")
 
     def _take_reports(self, worker: _Worker) -> None:
         try:

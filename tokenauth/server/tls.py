@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tokenauth.errors import ConfigError
-from tokenauth.settings.files_read import FilesRead
+from tokenauth.settings.files_read import FilesRead, open_regular
 from tokenauth.settings.model import ServerSettings
 
 HANDSHAKE_TIMEOUT = 10.0
@@ -60,7 +60,7 @@ def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | 
 
 def _read(key: str, path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(_MAX_FILE)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -211,7 +211,7 @@ class WorkerServer(AcceptingServer):
         return self._gauges.snapshot() if self.started else None
 
     async def _ask(self) -> NodeStatus:
-        """Ask the main process how the node is doing, once for all who wish to know. Raises Overloaded."""
+        """Ask the main process how the node is doing, once for all requests that wait. Raises Overloaded."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_future()
             _send(self._channel, Report("alive", asks=True, metrics=self._snapshot()))
@@ -219,6 +219,7 @@ class WorkerServer(AcceptingServer):
             async with asyncio.timeout(_PATIENCE):
                 return await asyncio.shield(self._asking)
         except TimeoutError:
+            self._asking = None  # the next request asks again
             raise Overloaded("The main process does not answer. Try again shortly.") from None
 
     def _publish(self, update: RevocationUpdate) -> None:

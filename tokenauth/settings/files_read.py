@@ -1,7 +1,10 @@
 """Which files a configuration came from, and whether they have changed since."""
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 Identity = tuple[int, int, int, int] | None
 """Device, inode, size and time of the last change of a file; None if it cannot be looked at."""
@@ -14,6 +17,15 @@ def identify(path: str) -> Identity:
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a file to read. Raises OSError for what is no regular file: opening a pipe might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 class FilesRead:

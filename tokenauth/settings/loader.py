@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 import re
-import stat
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import durations, users_file
 from tokenauth.settings.fields import SettingError, Table
-from tokenauth.settings.files_read import FilesRead
+from tokenauth.settings.files_read import FilesRead, open_regular
 from tokenauth.settings.model import ServerSettings, Settings
 
 T = TypeVar("T", bound=Table)
@@ -406,9 +405,7 @@ def _read_secret(variable: str, file: str) -> str:
     """Return the text of a file that has one value, without the line break at its end. Raises ConfigError."""
     what = f"the file that {variable} in the environment names"
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise ConfigError(f"{what} is not a regular file")
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             data = opened.read(_MAX_SECRET + 1)
         text = data.decode()
     except OSError as error:

@@ -3,10 +3,10 @@
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 
 from tokenauth.errors import ConfigError
 from tokenauth.settings.fields import SettingError
+from tokenauth.settings.files_read import open_regular
 from tokenauth.settings.model import FileUserSettings, UsersFileSettings, canonical
 
 _MAX_SIZE = 16 << 20
@@ -62,10 +62,12 @@ def how_to_renew(path: str, name: str) -> str:
 
 def _text(path: str) -> str:
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_MAX_SIZE + 1)
         if len(data) > _MAX_SIZE:
             raise ConfigError(f"users_file.path: {path} has more than {_MAX_SIZE >> 20} MiB")
+        if not data.strip():  # a program may be writing it
+            raise ConfigError(f"users_file.path: {path} is empty; if it is to have no users, write # into it")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1

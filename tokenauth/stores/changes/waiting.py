@@ -77,7 +77,8 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 places[asked.key] = asked
             elif change.keep is not None:
                 asks = place.asks + (change.keep > KEPT)
-                places[asked.key] = replace(place, kept_until=asked.kept_until, asks=asks)
+                kept_until = max(place.kept_until, asked.kept_until)  # a copy that waits less shortens no wait
+                places[asked.key] = replace(place, kept_until=kept_until, asks=asks)
             else:
                 places[asked.key] = place
             if asked.key in places and change.keep is not None:
