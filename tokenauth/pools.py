@@ -214,8 +214,11 @@ class Pools:
         Raises InvalidRequest, InsufficientScope, NoFreeToken, TooManyLeases, LeaseLost, RequestDiffers, TooManyPlaces,
         PlaceLost, ClientGone.
         """
-        _check_terms(pool, user, terms)
-        seconds = None if terms.ttl is None else durations.checked("ttl", terms.ttl, 1, pool.lease_ttl)
+        try:
+            _check_terms(pool, user, terms)
+            seconds = None if terms.ttl is None else durations.checked("ttl", terms.ttl, 1, pool.lease_ttl)
+        except InvalidRequest as refusal:
+            return await self._repeat(pool, user, terms, refusal)
         start = self._clock()
         id, keep = terms.id, None
         if terms.wait is not None:
@@ -247,6 +250,17 @@ class Pools:
         if answer.before:
             self._note_grant(pool, answer, start)
         return answer
+
+    async def _repeat(self, pool: Pool, user: Identity, terms: LeaseTerms, refusal: InvalidRequest) -> Grant:
+        """Answer a request that was granted before the settings of the pool changed. Raises `refusal` for others."""
+        if terms.id is not None:
+            ttl = None if terms.ttl is None else durations.checked("ttl", terms.ttl, 1, math.inf)
+            answer = await self._ask(pool, user.username, terms.id, terms, ttl, None, known=True)
+            if isinstance(answer, LeaseLost):
+                raise answer
+            if isinstance(answer, Grant) and not answer.before:
+                return answer
+        raise refusal
 
     async def _ask(
         self,

@@ -3,6 +3,7 @@
 import math
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tokenauth.errors import (
     UnknownPool,
     UnknownToken,
 )
-from tokenauth.models import ANY_LEASE, Identity, LeaseCheck, Pool, PoolCounts, PoolToken
+from tokenauth.models import ANY_LEASE, Grant, Identity, LeaseCheck, LeaseTerms, Pool, PoolCounts, PoolToken
 from tokenauth.pools import MAX_COUNT, Pools, check_name
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
@@ -296,3 +297,23 @@ async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: Manu
     clock.now += 1e9
     assert SECRET.token_ttl == math.inf
     assert (await pools.assign(SECRET, "ops")).value == value
+
+
+async def test_a_repetition_outlives_changed_settings(store: Store, clock: ManualClock) -> None:
+    """The pool can no longer grant it: a client that has lost its answer still gets its leases, or hears they end."""
+    pool = Pool("p", lease_ttl=60, capacity=2)
+    pools, terms = Pools({"p": pool}, store, clock), LeaseTerms("ci", "r", 0, 2, ttl=60)
+    await pools.generate(pool, 2)
+    granted = await pools.lease(pool, ANN, terms)
+    assert isinstance(granted, Grant)
+    smaller = Pool("p", lease_ttl=30, capacity=1)
+    later = Pools({"p": smaller}, store, clock)
+    again = await later.lease(smaller, ANN, terms)
+    assert isinstance(again, Grant)
+    assert again.tokens == granted.tokens
+    for user, id in ((ANN, "another"), (OPS, "r"), (ANN, None)):
+        with pytest.raises(InvalidRequest, match="count: must be from 1 to 1"):
+            await later.lease(smaller, user, replace(terms, id=id))
+    clock.now += 60
+    with pytest.raises(LeaseLost):
+        await later.lease(smaller, ANN, terms)

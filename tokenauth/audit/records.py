@@ -39,7 +39,7 @@ ACTS: Mapping[str, Act] = {
     "lease_forced": Act("end_lease", ("pool", "member")),
     "pool_member_reserved": Act("reserve_member", ("pool", "member")),
     "pool_member_unreserved": Act("unreserve_member", ("pool", "member")),
-    "pool_lease_released": Act("end_lease", ("pool",)),
+    "pool_lease_released": Act("end_lease", ("pool", "member")),
     "pool_tokens_generated": Act("generate_pool_tokens", ("pool",)),
     "pool_token_deleted": Act("delete_pool_token", ("pool",)),
     "user_added": Act("add_user"),

@@ -190,6 +190,7 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
         "pool_lease_released",
         config_file,
         pool=name,
+        **({} if ended.member is None else {"member": ended.member}),
         user=ended.username,
         holder=ended.holder,
         fence=ended.fence,
