@@ -14,6 +14,7 @@ import glob
 import gzip
 import hmac
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -160,7 +161,7 @@ class Chain:
                 size = 0
         try:
             _write_all(file, data)
-            os.fdatasync(file)
+            _sync(file)
         except OSError:
             with suppress(OSError):
                 os.ftruncate(file, size)
@@ -304,6 +305,14 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+def _sync(file: int) -> None:
+    """Make what was written durable."""
+    if sys.platform == "linux":
+        os.fdatasync(file)
+    else:
+        os.fsync(file)
 
 
 def _create(path: Path, flags: int) -> int:

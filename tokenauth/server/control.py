@@ -48,7 +48,9 @@ class Peer(NamedTuple):
 
     @classmethod
     def of(cls, connection: socket.socket) -> "Peer":
-        """Return the peer. It does not matter whether it still exists."""
+        """Return the peer. It does not matter whether it still exists. Raises OSError on other systems than Linux."""
+        if sys.platform != "linux":
+            raise OSError("the peer of a socket is known on Linux only")
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(found)
         return cls(pid, uid)

@@ -83,7 +83,7 @@ def create_context(pair: KeyPair) -> ssl.SSLContext:
 def _as_file(content: bytes) -> Iterator[str]:
     """Yield the path of a file that no other user can read: on Linux, one in memory."""
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("tls")
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
