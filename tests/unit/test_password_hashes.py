@@ -143,7 +143,8 @@ async def test_a_hash_changed_twice_is_refused_or_can_be_verified(name: str) -> 
     once = sorted(set(mutations(VALID[name])))
     chance = random.Random(name)
     await check_all(chance.sample(once, 1000))
-    await check_all([chance.choice(list(mutations(hashed))) for hashed in chance.sample(once, 250)])
+    for hashed in chance.sample(once, 250):
+        await verifiable(chance.choice(list(mutations(hashed))))  # of some kinds, all are refused
 
 
 @pytest.mark.parametrize(

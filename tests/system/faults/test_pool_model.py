@@ -13,4 +13,4 @@ pytestmark = pytest.mark.faults
 
 @pytest.mark.parametrize("name", STORES)
 def test_the_pool_model_holds_in_a_long_run(templates: Templates, name: str) -> None:
-    hold_to_the_model(templates, name, 250, 120, Phase.shrink)
+    hold_to_the_model(templates, name, 100, 120, Phase.shrink)
