@@ -106,7 +106,7 @@ def audit(event: str, **fields: object) -> Mapping[str, object]:
 
 
 def operator() -> str:
-    """Return the login name of whoever runs this command."""
+    """Return the login name of the person who runs this command."""
     return os.environ.get("SUDO_USER") or _name_of(os.getuid())
 
 

@@ -17,6 +17,7 @@ from tests.support.connections import Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import workers_of
 from tests.support.servers import USERS, Server, serve, spawn, write_config
+from tests.support.skipping import skip_without
 from tests.system.test_cli import Done, mistake, output, run
 from tokenauth.server.control import _prefix
 
@@ -117,8 +118,9 @@ def public() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_another_user_can_neither_reload_nor_pretend(public: Path) -> None:
+    if os.geteuid() != 0:
+        skip_without("root", "run the tests as root")
     config = write_config(public)
     become = "import os, sys; from pathlib import Path; from tokenauth.server import control; os.setgid(65534)"
     begin = f"{become}; os.setuid(65534); path = Path({str(config)!r})"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.servers import ROOT
+from tests.support.skipping import skip_without
 from tokenauth.audit import chain as module
 from tokenauth.audit.chain import CUT, Chain
 
@@ -45,7 +46,7 @@ def edit(chain: Chain, change: Callable[[Lines], Lines]) -> None:
 
 
 def forge(line: bytes) -> bytes:
-    """Change a line and compute its hash anew, as anyone can without a key."""
+    """Change a line and compute its hash again, as anyone can without a key."""
     body = line.partition(b',"hash"')[0].replace(b'"test"', b'"fake"')
     return body + b',"hash":"' + sha256(body).hexdigest().encode() + b'"}\n'
 
@@ -203,8 +204,9 @@ def test_new_files_are_closed_to_other_accounts(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (chain.path, chain.head_path)} == {0o640}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="makes files as root")
 def test_files_made_by_root_belong_to_the_service(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        skip_without("root", "run the tests as root")
     os.chown(tmp_path, 4711, 4712)
     chain = filled(tmp_path, 30, max_size=1000)
     for path in (*chain.files(), chain.head_path):

@@ -115,7 +115,7 @@ def test_an_empty_file_may_be_half_written(file: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["users_file.path", "server.tls_certificate", "server.tls_key", "a secret"])
 def test_no_file_that_is_a_pipe_is_opened(tmp_path: Path, setting: str) -> None:
-    """Opening it would wait for a writer for ever, and a main process with it."""
+    """Opening it would block the main process until someone writes."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     certificate = tmp_path / "certificate"

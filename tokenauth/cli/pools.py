@@ -241,7 +241,7 @@ def pool_reserve(
 @click.argument("name")
 @click.argument("member")
 def pool_unreserve(config_file: str | None, name: str, member: str) -> None:
-    """End the reservation of a member, whoever made it."""
+    """End the reservation of a member, also that of another manager."""
     with_service(config_file, lambda service: service.pools.unreserve(_find(service, name, config_file), member, ""))
     audit("pool_member_unreserved", config_file, pool=name, member=member)
     click.echo("The member is not reserved.")

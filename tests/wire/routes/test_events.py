@@ -105,11 +105,11 @@ def test_my_tokens_are_told_and_those_of_others_not(server: Server, sibling_clie
 
 def test_nobody_is_told_of_what_needs_another_scope(server: Server, client: httpx.Client, ann: str) -> None:
     bob = log_in(client, "bob", "bob-secret")
-    with open_stream(server, bob) as his, open_stream(server, ann) as hers:
-        his.next(), hers.next()
+    with open_stream(server, bob) as of_bob, open_stream(server, ann) as of_ann:
+        of_bob.next(), of_ann.next()
         assert lease(client, ann, "secret").status_code == 201
-        assert hers.wait("pool").data == {"name": "secret"}
-        assert set(his.names(6)) == set(), "nor of the status, nor of the throttle"
+        assert of_ann.wait("pool").data == {"name": "secret"}
+        assert set(of_bob.names(6)) == set(), "nor of the status, nor of the throttle"
 
 
 def test_admins_are_told_of_the_throttle_and_the_status(
