@@ -2,6 +2,10 @@
 
 import asyncio
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
 
 from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import SaveTime
@@ -11,10 +15,10 @@ from tokenauth.stores.sqlite.transaction import SqliteTransaction
 class Commits:
     """A writer, and the sizes of its batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, database: sqlite3.Connection) -> None:
         self.sizes: list[int] = []
         self._writer = Writer(self._commit)
-        self._transaction = SqliteTransaction(sqlite3.connect(":memory:"))
+        self._transaction = SqliteTransaction(database)
 
     async def _commit(self, batch: Batch) -> None:
         self.sizes.append(batch.size)
@@ -29,15 +33,19 @@ class Commits:
             await self._writer.apply(SaveTime())
 
 
-async def test_a_client_that_is_first_waits_for_the_others() -> None:
+@pytest.fixture
+def commits() -> Iterator[Commits]:
+    with closing(sqlite3.connect(":memory:")) as database:
+        yield Commits(database)
+
+
+async def test_a_client_that_is_first_waits_for_the_others(commits: Commits) -> None:
     """They were answered together, and one of them is sooner with its next change."""
-    commits = Commits()
     await asyncio.gather(commits.change(10), *(commits.change(10, pause=3) for _ in range(7)))
     assert commits.sizes == [1, *[8] * 9, 7]
 
 
-async def test_clients_that_have_gone_are_not_awaited() -> None:
-    commits = Commits()
+async def test_clients_that_have_gone_are_not_awaited(commits: Commits) -> None:
     await asyncio.gather(*(commits.change(1) for _ in range(8)))
     await asyncio.wait_for(commits.change(2), 5)
     assert commits.sizes == [8, 1, 1]

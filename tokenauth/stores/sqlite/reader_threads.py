@@ -41,6 +41,7 @@ class ReaderThreads:
         )
         self._executor: Executor[Callable[[Connection], Any], Any] = Executor(self._query, _THREADS, _THREADS)
         self._free = asyncio.Semaphore(_THREADS)
+        self._closed = False
 
     async def run(self, query: Callable[[Connection], T]) -> T:
         """Run a query and return its result.
@@ -59,13 +60,18 @@ class ReaderThreads:
         return result
 
     def close(self) -> None:
-        """Close the connections that no query uses, and let the threads end."""
+        """Let the threads end, and close the connections; a query that still runs closes its own."""
+        self._closed = True
         self._executor.close()
-        self._engine.dispose()
+        self._engine.pool.dispose()
 
     def _query(self, query: Callable[[Connection], T]) -> T:
-        with self._engine.connect() as db:
-            return query(db)
+        try:
+            with self._engine.connect() as db:
+                return query(db)
+        finally:
+            if self._closed:
+                self._engine.pool.dispose()
 
 
 def _connect(path: str) -> sqlite3.Connection:
