@@ -17,7 +17,7 @@ import msgspec
 from tokenauth.clock import Clock
 from tokenauth.errors import Overloaded, RetryLater
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import HeldUp, Identity, Token
+from tokenauth.models import ADMIN, HeldUp, Identity, Token
 from tokenauth.pools import Pools
 from tokenauth.status import Node
 from tokenauth.stores.store import Store
@@ -29,9 +29,6 @@ MAX_STREAMS = 1000
 
 MAX_PER_USER = 250
 """Maximum number of clients of one user and worker."""
-
-ADMIN = "admin"
-"""The scope of those who are told of the throttle and the status."""
 
 CHECK = 0.5
 """Seconds between two checks of the clients' tokens."""

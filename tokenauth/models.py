@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal, NamedTuple, Protocol, Self
 
+from tokenauth.errors import InsufficientScope
+
 TokenKind = Literal["login", "named"]
 """The kinds of tokens that users have."""
 
@@ -23,6 +25,9 @@ ID_BYTES = 12
 """Length of a token's public id: that many leading bytes of its digest."""
 
 SCOPE_PATTERN = r"[\x21\x23-\x5b\x5d-\x7e]+"
+
+ADMIN = "admin"
+"""The scope that may act for other users, and see how the service does."""
 
 
 _BLANK = re.compile(
@@ -70,6 +75,11 @@ class Identity:
     def limited_to(self, scopes: Collection[str]) -> "Identity":
         """Return the same user with only those of their scopes that are in `scopes`."""
         return Identity(self.username, tuple(scope for scope in self.scopes if scope in scopes))
+
+    def require_scope(self, scope: str) -> None:
+        """Raise InsufficientScope unless the user has the scope."""
+        if scope not in self.scopes:
+            raise InsufficientScope(scope)
 
 
 ANONYMOUS = Identity("")
@@ -296,7 +306,7 @@ class Pool:
     capacity: int | None = None
     prefill: bool = False
     scope: str | None = None
-    manage_scope: str = "admin"
+    manage_scope: str = ADMIN
     ages_while_leased: bool = False
     lease_max: float = math.inf
     reclaim_delay: float = 0

@@ -138,15 +138,15 @@ class Pools:
         pool = self._pools.get(name)
         if pool is None:
             raise UnknownPool
-        if user is not None and pool.scope is not None and pool.scope not in user.scopes:
-            raise InsufficientScope(pool.scope)
+        if user is not None and pool.scope is not None:
+            user.require_scope(pool.scope)
         return pool
 
     def find_managed(self, name: str, user: Identity | None) -> Pool:
         """Return a pool that the user manages. Raises UnknownPool, InsufficientScope."""
         pool = self.find(name, user)
-        if user is not None and not pool.managed_by(user):
-            raise InsufficientScope(pool.manage_scope)
+        if user is not None:
+            user.require_scope(pool.manage_scope)
         return pool
 
     def usable_by(self, user: Identity | None = None) -> Sequence[Pool]:
@@ -616,8 +616,8 @@ def _check_terms(pool: Pool, user: Identity, terms: LeaseTerms) -> None:
         raise InvalidRequest(f"count: must be from 1 to {most}." if most else "count: the pool has no tokens.")
     if not -MAX_PRIORITY <= terms.priority <= MAX_PRIORITY:
         raise InvalidRequest(f"priority: must be from -{MAX_PRIORITY} to {MAX_PRIORITY}.")
-    if terms.priority > 0 and not pool.managed_by(user):
-        raise InsufficientScope(pool.manage_scope)
+    if terms.priority > 0:
+        user.require_scope(pool.manage_scope)
     if terms.wait is not None and not 0 <= terms.wait <= MAX_WAIT:
         raise InvalidRequest(f"wait: must be from 0 to {MAX_WAIT:.0f} seconds.")
     if pool.per_user is not None and terms.count > pool.per_user:

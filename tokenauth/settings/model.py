@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tokenauth.models import Member, Pool, User, is_visible
+from tokenauth.models import ADMIN, Member, Pool, User, is_visible
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
 from tokenauth.settings.origin import DOMAIN, Origin, check_origin, parse_origin
@@ -376,7 +376,7 @@ class PoolSettings(Table, frozen=True):
     per_user: Annotated[int, between(1, 1_000_000)] | None = None
     prefill: bool = False
     scope: ScopeName | None = None
-    manage_scope: ScopeName = "admin"
+    manage_scope: ScopeName = ADMIN
     log_leases: bool = False
     members: tuple[MemberSettings, ...] = ()
 

@@ -16,7 +16,7 @@ PASSWORD = {"X-API-PASSWORD": API_PASSWORD}
 NO_TOKEN = "00000000-0000-4000-8000-000000000000"
 
 _EXAMPLES = {
-    **{"pool": "uuids", "token": NO_TOKEN, "id": "0" * 24},
+    **{"token": NO_TOKEN, "id": "0" * 24},
     **{"file": "start.js", "name": "none", "request": "x", "version": "x"},
 }
 BODIES: dict[str | None, dict[str, Any]] = {
@@ -27,9 +27,9 @@ BODIES: dict[str | None, dict[str, Any]] = {
 """A body of each content type that every operation can read."""
 
 
-def example_path(operation: Operation) -> str:
+def example_path(operation: Operation, pool: str = "uuids") -> str:
     """Return the path of an operation, with parameters that may not exist."""
-    return operation.path.format(**_EXAMPLES)
+    return operation.path.format(pool=pool, **_EXAMPLES)
 
 
 class CheckedClient:

@@ -12,11 +12,11 @@ from tests.wire.openapi.checked_client import (
     BODIES,
     GRANT,
     JSON,
-    NO_TOKEN,
     PASSWORD,
     Call,
     CheckedClient,
     client_form,
+    example_path,
     login,
 )
 from tests.wire.openapi.conformance import Documented, Operation
@@ -116,28 +116,8 @@ REFUSED: dict[type[Refusal], list[Call]] = {
         for path in ("/api/token", "/oauth/token", "/random/generate")
     ],
     InsufficientScope: [
-        Call("GET", "/auth?scope=admin", "ann"),
-        Call("GET", "/api/tokens?user=ann", "bob"),
-        Call("DELETE", "/api/tokens?user=ann", "bob"),
-        Call("DELETE", "/api/tokens/x?user=ann", "bob"),
-        Call("POST", "/api/tokens", "bob", {"json": {"name": "x", "scopes": ["admin"]}}),
-        Call("POST", "/oauth/introspect", "", client_form(token="x")),
-        *(
-            Call(method, f"/api/pools/restricted{path}", "bob")
-            for method, path in [
-                ("GET", ""),
-                ("POST", "/tokens"),
-                ("GET", "/tokens/x"),
-                ("DELETE", "/tokens/x"),
-                ("POST", "/leases"),
-                ("PUT", "/leases/x"),
-                ("DELETE", "/leases/x"),
-            ]
-        ),
-        Call("POST", "/pool/api/token_pool", "bob"),
+        Call("POST", "/api/pools/small/leases", "bob", {"json": {"wait": 0, "priority": 1}}),
         Call("DELETE", "/pool/api/token_pool/", "bob"),
-        Call("POST", "/pool/api/block_token", "bob"),
-        Call("POST", f"/pool/api/keep_alive/{NO_TOKEN}", "bob"),
     ],
     NotFound: [
         Call("GET", "/.well-known/oauth-authorization-server"),
@@ -223,6 +203,30 @@ def test_a_missing_token_is_refused_as_documented(api: CheckedClient, documented
         assert answer.status_code == 401, operation
         known = "Unauthorized" if operation.path.startswith("/simple/") else "token_required"
         assert answer.json()["error"] == known, operation
+
+
+LACKING: dict[str, tuple[str, dict[str, Any]]] = {
+    "GET /auth": ("scope=admin", {}),
+    "GET /api/tokens": ("user=ann", {}),
+    "DELETE /api/tokens": ("user=ann", {}),
+    "DELETE /api/tokens/{id}": ("user=ann", {}),
+    "POST /api/tokens": ("", {"json": {"name": "x", "scopes": ["admin"]}}),
+    "POST /oauth/introspect": ("", {"data": {"token": "x"}}),
+    "PUT /api/pools/{pool}/members/{name}/reservation": ("", {"json": {"until": "1h"}}),
+    "DELETE /api/throttle": ("network=192.0.2.0/24", {}),
+}
+"""The queries and bodies of requests that need a scope. Others need one with any query, and with any body."""
+
+
+def test_what_documents_a_scope_refuses_a_user_without(api: CheckedClient, documented: Documented) -> None:
+    operations = [each for each in documented if InsufficientScope.code in json.dumps(each.described["responses"])]
+    named = {f"{operation.method} {operation.path}" for operation in operations}
+    assert named >= {*LACKING, "GET /api/status", "GET /api/throttle", "POST /pool/api/block_token"}
+    for operation in operations:
+        query, options = LACKING.get(f"{operation.method} {operation.path}", ("", BODIES[operation.body]))
+        path = example_path(operation, pool="restricted")
+        answer = api.send(operation.method, f"{path}?{query}", "bob", **options)
+        assert (answer.status_code, answer.json()["error"]) == (403, InsufficientScope.code), (operation, answer.text)
 
 
 def test_an_invalid_token_is_refused_as_documented(api: CheckedClient, documented: Documented) -> None:

@@ -8,8 +8,8 @@ import msgspec
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from tokenauth.errors import InsufficientScope, InvalidRequest, LoginNeeded
-from tokenauth.models import SCOPE_PATTERN, START_OF_TOKENS, IssuedToken, Token, TokenCursor, TokenKind
+from tokenauth.errors import InvalidRequest, LoginNeeded
+from tokenauth.models import ADMIN, SCOPE_PATTERN, START_OF_TOKENS, IssuedToken, Token, TokenCursor, TokenKind
 from tokenauth.named_tokens import MAX_TOKEN_NAME, NamedTokens, Requester
 from tokenauth.settings.durations import Duration
 from tokenauth.settings.model import canonical
@@ -18,10 +18,6 @@ from tokenauth.web.openapi import schema_only
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, strict
-
-ADMIN = "admin"
-"""The scope that may act for other users."""
-
 
 EVERYONE = "*"
 """What `?user=` says for the tokens of all users."""
@@ -129,8 +125,7 @@ class AccountRoutes:
         return JSONResponse(ListedTokensAnswer([_show(token, request.token) for token in listed]))
 
     async def _search(self, request: Request) -> Response:
-        if ADMIN not in request.user.scopes:
-            raise InsufficientScope(ADMIN)
+        request.user.require_scope(ADMIN)
         text, after = request.query_value("search") or "", request.query_value("after") or ""
         limit = request.query_number("limit", PAGE, 1, LIST_LIMIT)
         found, following = await self._tokens.search(text, _kind(request, "all"), _cursor(after), limit)
@@ -204,8 +199,7 @@ def _username(request: Request) -> str:
     named = request.query_value("user")
     if named is None or canonical(named) == request.user.username:
         return request.user.username
-    if ADMIN not in request.user.scopes:
-        raise InsufficientScope(ADMIN)
+    request.user.require_scope(ADMIN)
     if "\0" in named:
         raise InvalidRequest("user: has a NUL character.")
     return canonical(named)

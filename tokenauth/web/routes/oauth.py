@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth.credentials import Candidate, Credentials
-from tokenauth.errors import InsufficientScope, InvalidCredentials, InvalidRequest, InvalidToken
+from tokenauth.errors import InvalidCredentials, InvalidRequest, InvalidToken
 from tokenauth.models import Identity, User
 from tokenauth.tokens import Tokens
 from tokenauth.web import urlencoding
@@ -109,8 +109,7 @@ class OAuthRoutes:
         form = await request.form_body()
         caller = await self._caller(request, form)
         request.scope["user"] = caller  # the log names the user if the scope is missing
-        if INTROSPECT not in caller.scopes:
-            raise InsufficientScope(INTROSPECT)
+        caller.require_scope(INTROSPECT)
         login = await self._introspected.identify(_field(form, "token").encode(), request.touches())
         if login is None:
             return JSONResponse(InactiveAnswer())

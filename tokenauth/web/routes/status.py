@@ -10,16 +10,15 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from tokenauth import __version__
-from tokenauth.errors import InsufficientScope
 from tokenauth.executor import Executor
 from tokenauth.gauges import Gauges
 from tokenauth.metrics import Key
+from tokenauth.models import ADMIN
 from tokenauth.risks import find_risks
 from tokenauth.service import Service
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, Numbers, WorkerStatus
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
-from tokenauth.web.routes.account import ADMIN
 from tokenauth.web.routing import Route, strict
 
 _RISKS_FOR = 60.0
@@ -103,8 +102,7 @@ class StatusRoutes:
         return [Route("/api/status", {"GET": strict(self.show)}, middleware)]
 
     async def show(self, request: Request) -> Response:
-        if ADMIN not in request.user.scopes:
-            raise InsufficientScope(ADMIN)
+        request.user.require_scope(ADMIN)
         ask = self._service.node.ask
         node = await self._alone() if ask is None else await ask()
         risks = self._risks if time.monotonic() < self._risks_due else await self._finder.run(None)

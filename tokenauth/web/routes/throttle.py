@@ -9,14 +9,14 @@ import msgspec
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from tokenauth.errors import InsufficientScope, InvalidRequest
+from tokenauth.errors import InvalidRequest
+from tokenauth.models import ADMIN
 from tokenauth.settings.model import canonical
 from tokenauth.status import Node
 from tokenauth.throttle import Throttle
 from tokenauth.web.exceptions import NotFound
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
-from tokenauth.web.routes.account import ADMIN
 from tokenauth.web.routing import Route, strict
 
 _UNKNOWN = "unknown"
@@ -49,14 +49,14 @@ class ThrottleRoutes:
         return [Route("/api/throttle", handlers, middleware)]
 
     async def show(self, request: Request) -> Response:
-        _check_admin(request)
+        request.user.require_scope(ADMIN)
         listed = self._throttle.held_up() if self._node.ask is None else (await self._node.ask()).held_up
         found = await self._throttle.check_held_up(listed)
         shown = [HeldUpAnswer(*each[:-1], math.ceil(each.until)) for each in found]
         return JSONResponse(ThrottleAnswer(shown))
 
     async def let_go(self, request: Request) -> Response:
-        _check_admin(request)
+        request.user.require_scope(ADMIN)
         user, address, network = (request.query_value(name) for name in ("user", "address", "network"))
         by = request.user.username
         if network is not None and user is None and address is None:
@@ -71,11 +71,6 @@ class ThrottleRoutes:
         if not done:
             raise NotFound("No failed login is counted there.")
         return NO_CONTENT
-
-
-def _check_admin(request: Request) -> None:
-    if ADMIN not in request.user.scopes:
-        raise InsufficientScope(ADMIN)
 
 
 def _check_address(address: str) -> None:
