@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ def test_a_scan_names_the_live_tokens_in_a_text(home: Path, client: httpx.Client
     table = scan(home, stdin=text)
     assert table.returncode == 3
     assert rows[0]["id"] in table.stdout
+    assert abs(rows[0]["issued_at"] - time.time()) < 300
+    assert (rows[1]["address"], rows[1]["last_used_at"]) == ("127.0.0.1", None)
+    heading, *lines = table.stdout.splitlines()
+    assert "last use" in heading
+    assert [line for line in lines if "not noted" not in line] == []
     for value in (named, login, ended):
         assert value not in done.stdout + done.stderr + table.stdout + table.stderr
     assert probe(client, named), "only --revoke ends them"

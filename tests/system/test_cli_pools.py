@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -101,7 +103,25 @@ def test_a_listing_continues_after_a_token_and_shows_times(home: Path) -> None:
     first, second = sorted(json.loads(output(run(home, "pool", "generate", "waiting", "--count", "2", "--json"))))
     head, row = output(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
     assert head.split() == ["token", "expires", "fence"]
-    assert re.fullmatch(rf"{second}  in (59|60)m +0", row)
+    assert re.fullmatch(rf"{second[:8]}…  in (59|60)m +0", row)
+    [_, row] = output(run(home, "pool", "show", "waiting", "--after", first, "--full")).splitlines()
+    assert row.startswith(f"{second}  in ")
+
+
+def test_the_beginning_of_a_token_names_it(home: Path) -> None:
+    with closing(sqlite3.connect(home / "tokenauth.db")) as database, database:
+        for ending in ("1", "2"):
+            row = ("licences", "abcdefgh" + ending * 56)
+            database.execute(
+                "INSERT INTO pool_tokens (pool, value, free_at, fence, retired) VALUES (?, ?, 0, 0, 0)", row
+            )
+    both = run(home, "pool", "delete", "licences", "abcdefgh")
+    assert mistake(both) == "More than one token begins with that: write more of it."
+    assert mistake(run(home, "pool", "delete", "licences", "abcdefg")) == "The pool has no such token."
+    assert mistake(run(home, "pool", "release", "licences", "abcdefgh1")) == "The token is not leased."
+    assert output(run(home, "pool", "delete", "licences", "abcdefgh1")) == "Deleted 1 token.\n"
+    assert output(run(home, "pool", "delete", "licences", "abcdefgh")) == "Deleted 1 token.\n"
+    assert output(run(home, "pool", "show", "licences")) == "No tokens.\n"
 
 
 def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> None:
@@ -133,6 +153,7 @@ def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> Non
         head, *rows = output(run(tmp_path, "pool", "show", "phones")).splitlines()
         assert head.split()[:3] == ["name", "labels", "token"]
         assert [row.split()[0] for row in rows] == ["moto", "pixel-8"]
+        assert f"  {lease['token'][:8]}…  " in rows[1]
         deleted = run(tmp_path, "pool", "delete", "phones", "pixel-8")
         assert mistake(deleted).startswith("'pixel-8' is a member: remove it from config.toml")
         release = ("pool", "release", "phones", "pixel-8")
@@ -158,13 +179,20 @@ def test_members_are_reserved_for_a_user(tmp_path: Path) -> None:
         shown, _ = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
         assert [shown[f"reserved_{name}"] for name in ("until", "for", "by")] == [until, "bob", None]
         assert ann.ask("POST", "/phones/leases", {"labels": ["moto"]}).status == 409
-        assert bob.ask("POST", "/phones/leases", {"labels": ["moto"]}).status == 201
-        assert output(run(tmp_path, *reserve, "--until", "1h")) == "Reserved 1 member.\n"
+        lease = {"labels": ["moto"], "holder": "ci-7"}
+        assert bob.ask("POST", "/phones/leases", lease).status == 201
+        shown = output(run(tmp_path, *reserve, "--until", "1h"))
+        assert re.fullmatch(
+            r"Reserved 1 member.\nbob \(holder ci-7\) still has it. The lease ends in \d+s unless its client extends"
+            r" it; `tokenauth pool release phones moto --force` ends it now.\n",
+            shown,
+        )
+        assert output(run(tmp_path, *reserve, "--until", "1h", "--for", "bob")) == "Reserved 1 member.\n"
         assert admin.ask("PUT", "/phones/members/moto/reservation", {"until": "1h"}).status == 409
         assert admin.ask("PUT", "/phones/members/moto/reservation?force=true", {"until": "1h"}).status == 200
         refused = "A user has reserved this member: add --force to replace the reservation."
         assert mistake(run(tmp_path, *reserve, "--until", "3h")) == refused
-        assert output(run(tmp_path, *reserve, "--until", "3h", "--force")) == "Reserved 1 member.\n"
+        assert output(run(tmp_path, *reserve, "--until", "3h", "--force")).startswith("Reserved 1 member.\n")
         ended = run(tmp_path, "pool", "unreserve", "phones", "moto")
         assert output(ended) == "The member is not reserved.\n"
         assert recorded(ended) == [{"event": "pool_member_unreserved", **named}]

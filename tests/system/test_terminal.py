@@ -197,15 +197,15 @@ def test_a_listing_fits_80_columns(logins: Path) -> None:
     lines = found.shown.splitlines()
     assert max(map(len, lines)) <= 80
     assert re.fullmatch("[0-9a-f]{24}", lines[0])
-    assert re.fullmatch(r"    user ann, kind login, issued \d+s ago, expires in 23h, address 127.0.0.1,", lines[1])
-    assert lines[2] == "    agent Firefox on Linux"
+    assert re.fullmatch(r"    user ann, kind login, issued \d+s ago, expires in 23h, last use not noted,", lines[1])
+    assert lines[2] == "    address 127.0.0.1, agent Firefox on Linux"
 
 
 def test_a_wide_terminal_shows_the_same_as_a_table(logins: Path) -> None:
     with on_terminal(logins, 'stty cols 120; "$TOKENAUTH" tokens list 2>&1; echo "exit $?"') as found:
         found.expect("exit 0")
     heading, *rows = re.sub(r"\x1b\[[0-9;]*m", "", found.shown).splitlines()[:3]
-    assert heading.split() == ["id", "user", "kind", "issued", "expires", "address", "agent"]
+    assert heading.split() == ["id", "user", "kind", "issued", "expires", "last", "use", "address", "agent"]
     assert rows[0].endswith("Firefox on Linux")
 
 

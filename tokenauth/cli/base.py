@@ -218,7 +218,7 @@ def progress(text: str, noun: str) -> Callable[[int], None] | None:
 _HEADINGS = {
     "issued_at": "issued",
     "expiry_time": "expires",
-    "last_used_at": "used",
+    "last_used_at": "last use",
     "leased_at": "leased",
     "since": "waits since",
     "lease_expiry_time": "lease ends",
@@ -234,8 +234,8 @@ _HEADINGS = {
 def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tuple[str, ...] = ()) -> None:
     """Print rows as JSON or, for people, as a table without empty columns. `what` is the plural noun.
 
-    The table shows the columns `instants` relative to now. On a terminal that is too narrow for it, each row is a
-    block of lines.
+    The table shows the columns `instants` relative to now, unless they are texts. On a terminal that is too narrow for
+    it, each row is a block of lines.
     """
     if as_json:
         print_json(rows)
@@ -248,7 +248,13 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tup
     from rich.table import Table
 
     now = time.time()
-    shown = [{key: _relative(it, now) if key in instants else _cell(it) for key, it in row.items()} for row in rows]
+    shown = [
+        {
+            key: relative(it, now) if key in instants and not isinstance(it, str) else _cell(it)
+            for key, it in row.items()
+        }
+        for row in rows
+    ]
     keys = [key for key in rows[0] if any(row[key] for row in shown)]
     headings = {key: _HEADINGS.get(key, key) for key in keys}
     console = Console(highlight=False, markup=False, emoji=False)
@@ -291,7 +297,7 @@ def print_json(document: object) -> None:
     click.echo(json_text(document, indent=2))
 
 
-def _relative(instant: float | None, now: float) -> str:
+def relative(instant: float | None, now: float) -> str:
     """Return "2h ago", "in 90d", or "" for None."""
     if instant is None:
         return ""

@@ -1,5 +1,6 @@
 """The commands for pools."""
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from tokenauth.cli.base import (
     config_path,
     json_option,
     print_json,
+    relative,
     show,
     utf8,
     with_service,
@@ -22,6 +24,9 @@ from tokenauth.models import LeaseCheck
 if TYPE_CHECKING:
     from tokenauth.models import Instant, Pool, PoolToken
     from tokenauth.service import Service
+
+_SHORT = 8
+"""Characters by which a table names a token, and a command finds it."""
 
 
 @click.group(cls=CommandGroup)
@@ -57,12 +62,13 @@ def pool_list(config_file: str | None, as_json: bool) -> None:
 @config_option
 @json_option
 @click.argument("name")
-@click.option("--after", metavar="TOKEN", default="", help="Start after this token.")
-def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> None:
+@click.option("--after", metavar="TOKEN", default="", help="Start after this token, written in full.")
+@click.option("--full", is_flag=True, help="Show the tokens in full. With --json they always are.")
+def pool_show(config_file: str | None, as_json: bool, name: str, after: str, full: bool) -> None:
     """List the tokens of a pool and who holds them.
 
-    At most 1,000; continue with --after and the last one. The tokens of a pool with members are ordered by name, and
-    all of them are shown.
+    The beginning of a token is enough for `pool release` and `pool delete`. At most 1,000; continue with --after and
+    the last one. The tokens of a pool with members are ordered by name, and all of them are shown.
     """
 
     async def list_tokens(service: "Service") -> list[dict[str, Any]]:
@@ -71,8 +77,11 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str) -> 
             return [_member(pool, token, service.clock()) for token in await service.pools.members(pool)]
         return [_row(pool, token, service.clock()) for token in await service.pools.list_tokens(pool, utf8(after))]
 
-    instants = ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until")
-    show(with_service(config_file, list_tokens), as_json, "tokens", instants)
+    rows = with_service(config_file, list_tokens)
+    if not (full or as_json):
+        for row in rows:
+            row["token"] = f"{row['token'][:_SHORT]}…"
+    show(rows, as_json, "tokens", ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until"))
 
 
 def _row(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
@@ -160,15 +169,15 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
 def pool_release(config_file: str | None, name: str, token: str, force: bool, reason: str | None) -> None:
     """End the lease of a token, or of a member by its name.
 
-    A lease that belongs to a user needs --force. Another client can lease the token at once.
+    The first 8 characters of the token are enough. A lease that belongs to a user needs --force. Another client can
+    lease the token at once.
     """
     if reason is not None and not force:
         raise click.UsageError("--reason needs --force.")
 
     async def release(service: "Service") -> "PoolToken":
         pool, fence = _find(service, name, config_file), None
-        members = await service.pools.members(pool) if pool.members else ()
-        value = next((member.value for member in members if member.member == token), utf8(token))
+        value = await _find_token(service, pool, utf8(token))
         if not force:
             found = await service.pools.get(pool, value)
             lease, fence = found.lease(service.clock()), found.fence
@@ -223,17 +232,27 @@ def pool_reserve(
     shown = "" if note is None else check_label(utf8(note), "note")
     username = None if user is None else canonical(check_label(utf8(user), "for"))
 
-    async def reserve(service: "Service") -> "PoolToken":
+    async def reserve(service: "Service") -> "tuple[PoolToken, Instant]":
         found = _find(service, name, config_file)
-        return await service.pools.reserve(found, member, until, username, shown, "", force)
+        return await service.pools.reserve(found, member, until, username, shown, "", force), service.clock()
 
     try:
-        reserved = with_service(config_file, reserve).reservation
+        token, now = with_service(config_file, reserve)
     except AlreadyReserved:
         raise click.ClickException("A user has reserved this member: add --force to replace the reservation.") from None
-    end = reserved and int(reserved.until)
+    reservation, lease = token.reservation, token.lease(now)
+    end = reservation and int(reservation.until)
     audit("pool_member_reserved", config_file, pool=name, member=member, until=end, user=username, note=shown)
     click.echo("Reserved 1 member.")
+    if lease is not None and token.username != username:
+        who = "A client" if token.username is None else token.username
+        ends = relative(lease.until, now)
+        click.echo(
+            printable(
+                f"{who} (holder {lease.holder}) still has it. The lease ends {ends} unless its client extends it;"
+                f" `tokenauth pool release {shlex.quote(name)} {shlex.quote(member)} --force` ends it now."
+            )
+        )
 
 
 @pool.command("unreserve", epilog="Example: tokenauth pool unreserve phones pixel-8")
@@ -254,7 +273,7 @@ def pool_unreserve(config_file: str | None, name: str, member: str) -> None:
 def pool_delete(config_file: str | None, name: str, token: str) -> None:
     """Delete a token, free or leased.
 
-    A pool with `prefill` or with members gets a new token in its place.
+    The first 8 characters of the token are enough. A pool with `prefill` or with members gets a new token in its place.
     """
 
     async def delete(service: "Service") -> None:
@@ -262,11 +281,26 @@ def pool_delete(config_file: str | None, name: str, token: str) -> None:
         if token in pool.members:
             problem = f"{token!r} is a member: remove it from {config_path(config_file)} and reload the servers."
             raise click.ClickException(printable(f"{problem} `tokenauth pool release` ends its lease."))
-        await service.pools.delete(pool, utf8(token))
+        await service.pools.delete(pool, await _find_token(service, pool, utf8(token)))
 
     with_service(config_file, delete)
     audit("pool_token_deleted", config_file, pool=name)
     click.echo("Deleted 1 token.")
+
+
+async def _find_token(service: "Service", pool: "Pool", text: str) -> str:
+    """Return the token of the member with this name, or the only one that begins with this text, or else the text."""
+    for member in await service.pools.members(pool) if pool.members else ():
+        if member.member == text:
+            return member.value
+    if len(text) < _SHORT:
+        return text
+    # They are ordered by code point: those that begin with the text come next after it.
+    first = await service.pools.list_tokens(pool, text, 2)
+    found = [token.value for token in first if token.value.startswith(text)]
+    if len(found) > 1:
+        raise click.ClickException("More than one token begins with that: write more of it.")
+    return found[0] if found else text
 
 
 def _find(service: "Service", name: str, config_file: str | None) -> "Pool":

@@ -56,36 +56,15 @@ def tokens() -> None:
 def tokens_list(config_file: str | None, as_json: bool, username: str | None, kind: "TokenKind | None") -> None:
     """List live tokens, newest first, at most 1,000.
 
-    Their values are not stored and cannot be shown. A token without scopes has all that its user has. A running server
-    accepts tokens with the status user_removed or password_changed until it is reloaded.
+    Their values are not stored and cannot be shown. The last use is noted at most once an hour, and not in the first
+    hour. A token without scopes has all that its user has. A running server accepts tokens with the status user_removed
+    or password_changed until it is reloaded.
     """
     from tokenauth.settings.model import canonical
-    from tokenauth.user_agents import short_name
 
     name = None if username is None else canonical(utf8(username))
     found = with_service(config_file, lambda service: service.tokens.list_unexpired(name, kind))
-    rows: list[dict[str, Any]] = [
-        {
-            "id": token.id,
-            "username": token.username,
-            "status": status,
-            "kind": token.kind,
-            "name": token.name,
-            "scopes": None if token.scopes is None else list(token.scopes),
-            "issued_at": int(token.issued_at),
-            "expiry_time": token.expires_at,
-            "last_used_at": None if token.last_used_at is None else int(token.last_used_at),
-            "address": token.address,
-            "user_agent": token.user_agent,
-        }
-        for token, status in found
-    ]
-    if not as_json:
-        for row in rows:
-            row["user_agent"] = short_name(row["user_agent"])
-            if row["status"] == "valid":
-                row["status"] = None
-    show(rows, as_json, "tokens", instants=("issued_at", "expiry_time", "last_used_at"))
+    _show([_row(token, status) for token, status in found], as_json, "tokens")
 
 
 @tokens.command("issue", epilog="Example: tokenauth tokens issue --user ci --name nightly --scope reports --ttl 90d")
@@ -154,7 +133,7 @@ def tokens_scan(
 ) -> None:
     """Find live tokens in files or, without any, in standard input.
 
-    They are named by their ids, and their values are not shown. Exit with 3 if there are any, also with --revoke, or
+    They are listed as by `tokens list`, without their values. Exit with 3 if there are any, also with --revoke, or
     else with 1 if a file cannot be read.
     """
     unreadable: list[str] = []
@@ -169,25 +148,44 @@ def tokens_scan(
                     with suppress(UnknownToken):  # someone else was faster
                         await service.tokens.revoke_id(token.id, None)
                         audit("token_revoked", config_file, id=token.id)
-                rows.append(
-                    {
-                        "file": file,
-                        "id": token.id,
-                        "username": token.username,
-                        "kind": token.kind,
-                        "name": token.name,
-                        "expiry_time": token.expires_at,
-                        "status": "revoked" if revoke else status,
-                    }
-                )
+                rows.append({"file": file, **_row(token, "revoked" if revoke else status)})
         return rows
 
     rows = with_service(config_file, scan)
     if rows or not unreadable:
-        show(rows, as_json, "live tokens", instants=("expiry_time",))
+        _show(rows, as_json, "live tokens")
     for problem in unreadable:
         click.echo(f"Error: {printable(problem)}", err=True)
     context.exit(_FOUND if rows else 1 if unreadable else 0)
+
+
+def _row(token: "Token", status: str) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "username": token.username,
+        "status": status,
+        "kind": token.kind,
+        "name": token.name,
+        "scopes": None if token.scopes is None else list(token.scopes),
+        "issued_at": int(token.issued_at),
+        "expiry_time": token.expires_at,
+        "last_used_at": None if token.last_used_at is None else int(token.last_used_at),
+        "address": token.address,
+        "user_agent": token.user_agent,
+    }
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool, what: str) -> None:
+    """Print tokens. A table always says what is known of their last use: an operator looks for it after a leak."""
+    from tokenauth.user_agents import short_name
+
+    if not as_json:
+        for row in rows:
+            row["user_agent"] = short_name(row["user_agent"])
+            row["last_used_at"] = row["last_used_at"] or "not noted"
+            if row["status"] == "valid":
+                row["status"] = None
+    show(rows, as_json, what, instants=("issued_at", "expiry_time", "last_used_at"))
 
 
 async def _find_in(tokens: "Tokens", file: str) -> tuple[dict[str, tuple["Token", str]], list[str]]:
