@@ -17,7 +17,7 @@ class Commits:
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self.sizes: list[int] = []
-        self._writer = Writer(self._commit)
+        self._writer = Writer(self._commit, gather=60)  # a slow machine does not end the wait, only idle iterations do
         self._transaction = SqliteTransaction(database)
 
     async def _commit(self, batch: Batch) -> None:

@@ -106,9 +106,10 @@ class Batch:
 class Writer:
     """Collects changes, commits them in one transaction, then delivers the answers."""
 
-    def __init__(self, commit: Callable[[Batch], Awaitable[None]]) -> None:
-        """`commit` makes and commits a batch, or changes nothing and raises."""
+    def __init__(self, commit: Callable[[Batch], Awaitable[None]], gather: float = GATHER) -> None:
+        """`commit` makes and commits a batch, or changes nothing and raises; it waits `gather` seconds at most."""
         self._commit = commit
+        self._gather_time = gather
         self._waiting = Batch()
         self._expected = 0  # changes that may come soon: those who were answered last may go on, and others wait
         self._task: asyncio.Task[None] | None = None
@@ -151,7 +152,7 @@ class Writer:
 
     async def _gather(self) -> None:
         """Wait briefly for the changes that are expected: they share the commit. A client that is alone never waits."""
-        idle, count, deadline = 0, self._waiting.size, monotonic() + GATHER
+        idle, count, deadline = 0, self._waiting.size, monotonic() + self._gather_time
         while count < self._expected and idle < IDLE and monotonic() < deadline:
             await asyncio.sleep(0)
             idle = idle + 1 if count == self._waiting.size else 0
