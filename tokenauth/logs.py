@@ -90,7 +90,7 @@ def _complete(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.t
     return event
 
 
-def audit(event: str, **fields: object) -> Mapping[str, object]:
+def log_command(event: str, **fields: object) -> Mapping[str, object]:
     """Log a change that an operator made with a command, and who made it, to syslog (facility authpriv).
 
     It also goes to standard error, unless that is a terminal: there the command prints a sentence. Return all fields.

@@ -19,7 +19,7 @@ from passlib.hash import argon2
 from tokenauth.errors import ConfigError, InvalidCredentials
 from tokenauth.executor import Executor
 from tokenauth.models import User
-from tokenauth.settings import users_file
+from tokenauth.settings import htpasswd
 from tokenauth.settings.model import PasswordSettings
 
 MIN_LENGTH = 8
@@ -274,7 +274,7 @@ def _eaten(hashed: str) -> str:
 def how_to_renew(user: User) -> str:
     """Return the command that sets a new password."""
     if user.origin:
-        return users_file.how_to_renew(user.origin.rpartition(", line ")[0], user.username)
+        return htpasswd.how_to_renew(user.origin.rpartition(", line ")[0], user.username)
     return f"run `tokenauth user passwd {shlex.quote(user.username)}`"
 
 

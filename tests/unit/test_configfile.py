@@ -10,7 +10,7 @@ from tokenauth.nesting import toml_is_deeper_than
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.settings.model import ServerSettings, Settings
-from tokenauth.settings.user_file import UserFile
+from tokenauth.settings.user_editor import UserEditor
 
 USER = '[[users]]\nusername = "ann"\npassword = "x"\n'
 
@@ -471,7 +471,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, content: bytes | Non
 def test_bytes_that_are_not_utf_8_are_reported_by_line(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes("# one\n# zwei\n# drei Käse".encode("latin-1"))
-    for read in (loader.load, UserFile):
+    for read in (loader.load, UserEditor):
         with pytest.raises(ConfigError, match=r"line 3 is not UTF-8: save the file as UTF-8$"):
             read(path)
 

@@ -14,10 +14,10 @@ import pytest
 from tests.support.servers import ROOT
 from tests.test_layers import LAYERS
 from tests.test_security import PROMISES
+from tokenauth.cli.base import record_change
 from tokenauth.cli.main import main
 from tokenauth.cli.run import run
 from tokenauth.errors import ConfigError
-from tokenauth.logs import audit
 from tokenauth.metrics import FAMILIES
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import DIALECTS
@@ -182,7 +182,7 @@ def logged() -> dict[str, set[str]]:
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             for event in events(tree, call):
                 found.setdefault(event, set()).update(one.arg for one in call.keywords if one.arg)
-                if name(call.func) == audit.__name__:
+                if name(call.func) == record_change.__name__:
                     found[event].add("by")
     return found
 
@@ -196,7 +196,7 @@ def events(tree: ast.AST, call: ast.Call) -> list[str]:
     """Return the events that a call logs."""
     if isinstance(call.func, ast.Attribute) and call.func.attr in LEVELS and name(call.func.value) == "log":
         return constants(tree, call.args[0])
-    return constants(tree, call.args[0]) if name(call.func) == audit.__name__ else []
+    return constants(tree, call.args[0]) if name(call.func) == record_change.__name__ else []
 
 
 def constants(tree: ast.AST, node: ast.expr) -> list[str]:

@@ -1,4 +1,4 @@
-"""TextFile and UserFile: an edit is atomic, keeps concurrent edits, and leaves no other file behind."""
+"""TextFile and UserEditor: an edit is atomic, keeps concurrent edits, and leaves no other file behind."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from tests.support.skipping import skip_without
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
 from tokenauth.settings.text_file import TextFile
-from tokenauth.settings.user_file import UserFile
+from tokenauth.settings.user_editor import UserEditor
 
 FILE = '# Жанна\n[tokens]\nttl = "5m"\n\n# Ann.\n[[users]]\nusername = "ann"\npassword = "a"\n\n[throttle]\nfree = 3\n'
 BOM = b"\xef\xbb\xbf"
@@ -110,7 +110,7 @@ def a_leftover(directory: Path) -> Iterator[None]:
 
 FAILS = [no_room, read_only]
 WORKS = [nothing_wrong, only_the_directory_read_only, mounted, two_names, a_leftover]
-EDITS: dict[str, Callable[[UserFile], None]] = {
+EDITS: dict[str, Callable[[UserEditor], None]] = {
     "add": lambda file: file.add("bob", lambda: "b", ("read",)),
     "passwd": lambda file: file.change_password("ann", lambda: "new"),
     "remove": lambda file: file.remove("ann"),
@@ -144,7 +144,7 @@ def test_an_edit_is_complete_or_has_no_effect(
     path.chmod(0o640)
     if linked:
         (tmp_path / "link.toml").symlink_to(path)
-    file = UserFile(tmp_path / "link.toml" if linked else path)
+    file = UserEditor(tmp_path / "link.toml" if linked else path)
     with state(directory):
         mode = path.stat().st_mode
         if state in FAILS:
@@ -216,7 +216,7 @@ def done(users: dict[str, str], operation: str, name: str, password: str) -> dic
 
 def command(path: Path, operation: str, name: str, password: Callable[[], str]) -> bool:
     """Run a command. Return whether it succeeded."""
-    file = UserFile(path)
+    file = UserEditor(path)
     try:
         if operation == "add":
             file.add(name, password, ())
@@ -296,14 +296,14 @@ def test_an_edit_changes_no_other_line(
         return Counter(line for line in data.removeprefix(BOM).decode().replace("\r", "").split("\n") if line.strip())
 
     before = lines()
-    UserFile(path).add("eve", lambda: "new", ())
+    UserEditor(path).add("eve", lambda: "new", ())
     assert lines() - before == Counter(["[[users]]", 'username = "eve"', 'password = "new"'])
     assert before - lines() == Counter()
     for number in range(len(users)):
-        UserFile(path).change_password(f"u{number}", lambda: "changed")
+        UserEditor(path).change_password(f"u{number}", lambda: "changed")
     assert lines()['password = "changed" # a hash'] == before['password = "old" # a hash'] == len(users)
     for name in ("eve", *(f"u{number}" for number in range(len(users)))):
-        UserFile(path).remove(name)
+        UserEditor(path).remove(name)
     assert lines() - before == Counter()
     own = Counter(line for user in users for line in user.split("\n") if line)
     assert all(line.startswith("#") for line in before - lines() - own), "only the comment right above goes, too"

@@ -88,12 +88,12 @@ def with_service(
     return asyncio.run(run())
 
 
-def audit(event: str, config_file: str | None, **fields: object) -> None:
+def record_change(event: str, config_file: str | None, **fields: object) -> None:
     """Log a change that the operator has made, in the system's log and in the audit log."""
-    record(config_file, logs.audit(event, **fields))
+    append_to_audit_log(config_file, logs.log_command(event, **fields))
 
 
-def record(config_file: str | None, event: Mapping[str, object]) -> None:
+def append_to_audit_log(config_file: str | None, event: Mapping[str, object]) -> None:
     """Write an event into the audit log, if there is one. If that fails, say so: what was done stays."""
     from tokenauth.audit.log import append_now
     from tokenauth.settings import loader

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from tokenauth.cli.base import (
-    audit,
     hash_new,
     options,
     password_option,
     program,
     read_new_password,
+    record_change,
     require_terminal,
     utf8,
 )
@@ -61,7 +61,7 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, se
         {"username": name, "password": hash_new(Settings().passwords, password), "scopes": ["admin"]}, [*sets]
     )
     _write(path, text)
-    audit("configuration_written", str(path), file=str(path), user=name)
+    record_change("configuration_written", str(path), file=str(path), user=name)
     if made is not None:
         click.echo(f"Password of {printable(name)}: {made}")
         click.echo("It is stored as a hash only, and cannot be shown again.", err=True)

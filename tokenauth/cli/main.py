@@ -12,6 +12,7 @@ from tokenauth.cli import NOHUP
 from tokenauth.cli.audit import audit_log
 from tokenauth.cli.base import (
     CommandGroup,
+    append_to_audit_log,
     config_option,
     confirm,
     count,
@@ -21,7 +22,6 @@ from tokenauth.cli.base import (
     password_option,
     print_json,
     program,
-    record,
     with_service,
     yes_option,
 )
@@ -153,7 +153,7 @@ def reload(config_file: str | None) -> None:
         shown = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in answer.changes.items()]
         changes = "; ".join(shown) or "nothing has changed"
         if answer.accepted:
-            record(config_file, {"event": "reload_ordered", "server": pid, "by": logs.operator()})
+            append_to_audit_log(config_file, {"event": "reload_ordered", "server": pid, "by": logs.operator()})
             click.echo(printable(f"Reloaded by process {pid}: {changes}."))
         else:
             refused = True
@@ -209,7 +209,7 @@ def migrate(config_file: str | None, yes: bool) -> None:
 
     def observe(event: Mapping[str, object]) -> None:
         if event["event"] in ACTS:
-            record(config_file, {**event, "by": logs.operator()})
+            append_to_audit_log(config_file, {**event, "by": logs.operator()})
 
     with logs.observed(observe):
         with_service(config_file, do_nothing, create=True)

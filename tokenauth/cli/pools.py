@@ -7,11 +7,11 @@ import click
 
 from tokenauth.cli.base import (
     CommandGroup,
-    audit,
     config_option,
     config_path,
     json_option,
     print_json,
+    record_change,
     relative,
     show,
     utf8,
@@ -153,7 +153,7 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
     All are added, or none if they would exceed the capacity of the pool.
     """
     values = with_service(config_file, lambda service: service.pools.generate(_find(service, name, config_file), count))
-    audit("pool_tokens_generated", config_file, pool=name, count=len(values))
+    record_change("pool_tokens_generated", config_file, pool=name, count=len(values))
     if as_json:
         print_json(values)
     else:
@@ -195,7 +195,7 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
         ended = with_service(config_file, release)
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
-    audit(
+    record_change(
         "pool_lease_released",
         config_file,
         pool=name,
@@ -242,7 +242,7 @@ def pool_reserve(
         raise click.ClickException("A user has reserved this member: add --force to replace the reservation.") from None
     reservation, lease = token.reservation, token.lease(now)
     end = reservation and int(reservation.until)
-    audit("pool_member_reserved", config_file, pool=name, member=member, until=end, user=username, note=shown)
+    record_change("pool_member_reserved", config_file, pool=name, member=member, until=end, user=username, note=shown)
     click.echo("Reserved 1 member.")
     if lease is not None and token.username != username:
         who = "A client" if token.username is None else token.username
@@ -262,7 +262,7 @@ def pool_reserve(
 def pool_unreserve(config_file: str | None, name: str, member: str) -> None:
     """End the reservation of a member, also that of another manager."""
     with_service(config_file, lambda service: service.pools.unreserve(_find(service, name, config_file), member, ""))
-    audit("pool_member_unreserved", config_file, pool=name, member=member)
+    record_change("pool_member_unreserved", config_file, pool=name, member=member)
     click.echo("The member is not reserved.")
 
 
@@ -284,7 +284,7 @@ def pool_delete(config_file: str | None, name: str, token: str) -> None:
         await service.pools.delete(pool, await _find_token(service, pool, utf8(token)))
 
     with_service(config_file, delete)
-    audit("pool_token_deleted", config_file, pool=name)
+    record_change("pool_token_deleted", config_file, pool=name)
     click.echo("Deleted 1 token.")
 
 

@@ -9,13 +9,13 @@ import click
 
 from tokenauth.cli.base import (
     CommandGroup,
-    audit,
     config_option,
     config_path,
     confirm,
     count,
     json_option,
     progress,
+    record_change,
     show,
     utf8,
     with_service,
@@ -97,7 +97,9 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
             raise click.ClickException(printable(problem)) from None
 
     issued = with_service(config_file, issue)
-    audit("named_token_issued", config_file, user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes)
+    record_change(
+        "named_token_issued", config_file, user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes
+    )
     _print_issued(issued)
 
 
@@ -118,7 +120,7 @@ def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
     except UnknownToken as error:
         raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
     new = issued.token
-    audit("named_token_rotated", config_file, user=new.username, id=id_, new_id=new.id, name=new.name)
+    record_change("named_token_rotated", config_file, user=new.username, id=id_, new_id=new.id, name=new.name)
     _print_issued(issued)
 
 
@@ -147,7 +149,7 @@ def tokens_scan(
                 if revoke:
                     with suppress(UnknownToken):  # someone else was faster
                         await service.tokens.revoke_id(token.id, None)
-                        audit("token_revoked", config_file, id=token.id)
+                        record_change("token_revoked", config_file, id=token.id)
                 rows.append({"file": file, **_row(token, "revoked" if revoke else status)})
         return rows
 
@@ -236,7 +238,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
             with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
         except UnknownToken as error:
             raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
-        audit("token_revoked", config_file, id=wanted)
+        record_change("token_revoked", config_file, id=wanted)
         click.echo("Revoked 1 token.")
         return
     name = None if username is None else canonical(utf8(username))
@@ -251,7 +253,7 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     if not known and not number:
         problem = f"No user {name!r} in {config_path(config_file)}, and no tokens of a user with that name."
         raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
-    audit("tokens_revoked", config_file, user="(all)" if name is None else name, count=number)
+    record_change("tokens_revoked", config_file, user="(all)" if name is None else name, count=number)
     if not number:
         raise click.ClickException(printable("No tokens." if name is None else f"{name!r} has no tokens."))
     click.echo(f"Revoked {count(number, 'token')}.")

@@ -4,7 +4,6 @@ import click
 
 from tokenauth.cli.base import (
     CommandGroup,
-    audit,
     config_option,
     config_path,
     json_option,
@@ -12,6 +11,7 @@ from tokenauth.cli.base import (
     options,
     password_option,
     program,
+    record_change,
     show,
 )
 
@@ -45,11 +45,11 @@ def user() -> None:
 @click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user. Repeat for several.")
 def user_add(config_file: str | None, password_stdin: bool, name: str, scopes: tuple[str, ...]) -> None:
     """Add the user NAME."""
-    from tokenauth.settings.user_file import UserFile
+    from tokenauth.settings.user_editor import UserEditor
 
-    file = UserFile(config_path(config_file))
+    file = UserEditor(config_path(config_file))
     file.add(name, lambda: new_hash(config_file, password_stdin), scopes)
-    audit("user_added", config_file, user=name, scopes=scopes)
+    record_change("user_added", config_file, user=name, scopes=scopes)
     _say_saved(config_file, f"{name!r} can log in once you reload")
 
 
@@ -62,11 +62,11 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
 
     The next reload revokes the tokens that were issued for the old password.
     """
-    from tokenauth.settings.user_file import UserFile
+    from tokenauth.settings.user_editor import UserEditor
 
-    file = UserFile(config_path(config_file))
+    file = UserEditor(config_path(config_file))
     file.change_password(name, lambda: new_hash(config_file, password_stdin))
-    audit("user_password_changed", config_file, user=name)
+    record_change("user_password_changed", config_file, user=name)
     _say_saved(config_file, _STAYS)
 
 
@@ -79,11 +79,11 @@ def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...])
 
     The next reload applies them to existing tokens, too.
     """
-    from tokenauth.settings.user_file import UserFile
+    from tokenauth.settings.user_editor import UserEditor
 
-    file = UserFile(config_path(config_file))
+    file = UserEditor(config_path(config_file))
     file.change_scopes(name, scopes)
-    audit("user_scopes_changed", config_file, user=name, scopes=scopes)
+    record_change("user_scopes_changed", config_file, user=name, scopes=scopes)
     _say_saved(config_file, "The scopes change when you reload")
 
 
@@ -95,11 +95,11 @@ def user_remove(config_file: str | None, name: str) -> None:
 
     The next reload revokes their tokens. `tokenauth tokens revoke --user NAME` revokes them now.
     """
-    from tokenauth.settings.user_file import UserFile
+    from tokenauth.settings.user_editor import UserEditor
 
-    file = UserFile(config_path(config_file))
+    file = UserEditor(config_path(config_file))
     file.remove(name)
-    audit("user_removed", config_file, user=name)
+    record_change("user_removed", config_file, user=name)
     _say_saved(config_file, _STAYS)
 
 

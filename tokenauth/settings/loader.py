@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from tokenauth.errors import ConfigError
 from tokenauth.nesting import toml_is_deeper_than
-from tokenauth.settings import durations, users_file
+from tokenauth.settings import durations, htpasswd
 from tokenauth.settings.fields import SettingError, Table
 from tokenauth.settings.files_read import FilesRead, open_regular
 from tokenauth.settings.model import ServerSettings, Settings
@@ -99,7 +99,7 @@ def _read_tree(
     if not settings.users_file.path:
         return settings
     files.note(settings.users_file.path)
-    more = users_file.read(settings.users_file, settings.users_by_name)
+    more = htpasswd.read(settings.users_file, settings.users_by_name)
     return msgspec.structs.replace(settings, users=(*settings.users, *more))
 
 

@@ -9,7 +9,7 @@ import tomlkit
 
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
-from tokenauth.settings.user_file import with_user
+from tokenauth.settings.user_editor import with_user
 
 _SETTINGS = """\
 # The configuration of tokenauth. docs/configuration.md explains all settings; what is not here has a default.

@@ -1,4 +1,4 @@
-"""UserFile edits the users in place and leaves the rest of the file unchanged."""
+"""UserEditor edits the users in place and leaves the rest of the file unchanged."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.support.servers import shipped
 from tests.support.skipping import skip_without
 from tokenauth.errors import ConfigError
 from tokenauth.settings import loader
-from tokenauth.settings.user_file import UserFile
+from tokenauth.settings.user_editor import UserEditor
 
 FILE = """# The head of the file.
 
@@ -61,7 +61,7 @@ OLD = [line for line in FILE.splitlines() if line]
 
 
 def test_adding_a_user_changes_nothing_else(path: Path) -> None:
-    UserFile(path).add("bob", hashed, ("read", "write"))
+    UserEditor(path).add("bob", hashed, ("read", "write"))
     new = ["[[users]]", 'username = "bob"', 'password = "new-hash"', 'scopes = ["read", "write"]']
     assert [line for line in lines(path) if line not in new] == [line for line in OLD if line not in new]
     bob = loader.load(path, {}).users_by_name["bob"]
@@ -70,12 +70,12 @@ def test_adding_a_user_changes_nothing_else(path: Path) -> None:
 
 
 def test_a_user_without_scopes_has_no_line_about_them(path: Path) -> None:
-    UserFile(path).add("bob", hashed, ())
+    UserEditor(path).add("bob", hashed, ())
     assert path.read_text().count("scopes") == 2
 
 
 def test_a_changed_password_is_all_that_changes(path: Path) -> None:
-    UserFile(path).change_password("admin", hashed)
+    UserEditor(path).change_password("admin", hashed)
     spaced = [" ".join(line.split()) for line in lines(path)]
     assert spaced == [" ".join(line.replace('"old"', '"new-hash"').split()) for line in OLD]
     assert loader.load(path, {}).users_by_name["admin"].password_hash == "new-hash"
@@ -83,7 +83,7 @@ def test_a_changed_password_is_all_that_changes(path: Path) -> None:
 
 
 def test_removing_a_user_removes_nothing_else(path: Path) -> None:
-    UserFile(path).remove("admin")
+    UserEditor(path).remove("admin")
     settings = loader.load(path, {})
     assert set(settings.users_by_name) == {"ann"}
     assert (settings.server.port, settings.tokens.ttl) == (9000, 300)
@@ -98,26 +98,26 @@ def test_removing_a_user_removes_nothing_else(path: Path) -> None:
 
 def test_all_users_can_be_removed_and_others_added(path: Path) -> None:
     for name in ("ann", "admin"):
-        UserFile(path).remove(name)
+        UserEditor(path).remove(name)
     assert loader.load(path, {}).users_by_name == {}
-    UserFile(path).add("eve", hashed, ())
+    UserEditor(path).add("eve", hashed, ())
     assert set(loader.load(path, {}).users_by_name) == {"eve"}
 
 
 @pytest.mark.parametrize("name", ["ann", "ANN", "\uff21nn"])
 def test_a_name_is_compared_as_logins_compare_it(path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"user 'Ann' exists \(.*\); `tokenauth user passwd Ann`"):
-        UserFile(path).add(name, refused, ())
+        UserEditor(path).add(name, refused, ())
     assert path.read_text() == FILE
-    UserFile(path).change_password(name, hashed)
+    UserEditor(path).change_password(name, hashed)
     assert loader.load(path, {}).users_by_name["ann"].password_hash == "new-hash"
-    UserFile(path).remove(name)
+    UserEditor(path).remove(name)
     assert set(loader.load(path, {}).users_by_name) == {"admin"}
 
 
 @pytest.mark.parametrize("action", ["change_password", "remove"])
 def test_an_unknown_user_name_is_an_error(path: Path, action: str) -> None:
-    file = UserFile(path)
+    file = UserEditor(path)
     with pytest.raises(ConfigError, match=r"config\.toml: there is no user 'eve'; `tokenauth user list`"):
         file.remove("eve") if action == "remove" else file.change_password("eve", refused)
     assert path.read_text() == FILE
@@ -138,7 +138,7 @@ def test_an_unknown_user_name_is_an_error(path: Path, action: str) -> None:
 )
 def test_an_edit_that_would_be_invalid_is_not_written(path: Path, name: str, scopes: tuple[str, ...], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"users\[2\]\.{key}(\[0\])?: ") as refusal:
-        UserFile(path).add(name, hashed, scopes)
+        UserEditor(path).add(name, hashed, scopes)
     assert "\n" not in str(refusal.value)
     assert path.read_text() == FILE
     assert os.listdir(path.parent) == ["config.toml"]
@@ -150,7 +150,7 @@ def test_an_edit_that_would_be_invalid_is_not_written(path: Path, name: str, sco
 def test_a_file_that_is_broken_already_is_not_edited(path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match="server"):
-        UserFile(path).add("bob", hashed, ())
+        UserEditor(path).add("bob", hashed, ())
     assert path.read_text() == text
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_is_broken_already_is_not_edited(path: Path, text: str) -> N
 def test_a_file_that_cannot_be_edited_is_a_mistake(path: Path, text: bytes) -> None:
     path.write_bytes(text)
     with pytest.raises(ConfigError) as refusal:
-        UserFile(path).add("bob", refused, ())
+        UserEditor(path).add("bob", refused, ())
     assert str(refusal.value).startswith(f"{path}: ")
     assert "\n" not in str(refusal.value)
     assert path.read_bytes() == text
@@ -168,13 +168,13 @@ def test_a_file_that_cannot_be_edited_is_a_mistake(path: Path, text: bytes) -> N
 
 def test_a_missing_file_cannot_be_edited(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be edited"):
-        UserFile(tmp_path / "config.toml")
+        UserEditor(tmp_path / "config.toml")
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
 def test_the_files_mode_stays(path: Path, mode: int) -> None:
     path.chmod(mode)
-    UserFile(path).add("bob", hashed, ())
+    UserEditor(path).add("bob", hashed, ())
     assert path.stat().st_mode & 0o777 == mode
 
 
@@ -184,13 +184,13 @@ def test_the_files_owner_stays(path: Path) -> None:
         skip_without("root", "run the tests as root: only root can change a file's owner")
     os.chown(path, 12345, 23456)
     path.chmod(0o600)
-    UserFile(path).add("bob", hashed, ())
+    UserEditor(path).add("bob", hashed, ())
     assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456)
 
 
 def test_a_byte_order_mark_is_accepted(path: Path) -> None:
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    UserFile(path).add("bob", hashed, ())
+    UserEditor(path).add("bob", hashed, ())
     assert "bob" in loader.load(path, {}).users_by_name
 
 
@@ -198,29 +198,29 @@ def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
     link = tmp_path / "linked" / "config.toml"
     link.parent.mkdir()
     link.symlink_to(path)
-    UserFile(link).add("bob", hashed, ())
+    UserEditor(link).add("bob", hashed, ())
     assert link.is_symlink()
     assert "bob" in loader.load(path, {}).users_by_name
 
 
 def test_no_other_file_is_left_in_the_directory(path: Path) -> None:
-    UserFile(path).add("bob", hashed, ())
-    UserFile(path).remove("bob")
+    UserEditor(path).add("bob", hashed, ())
+    UserEditor(path).remove("bob")
     assert os.listdir(path.parent) == ["config.toml"]
 
 
 def test_references_to_the_environment_stay_references(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANNS_HASH", "from-the-environment")
     path.write_text(FILE.replace('"hers"', '"${ANNS_HASH}"'))
-    UserFile(path).add("bob", hashed, ())
+    UserEditor(path).add("bob", hashed, ())
     assert '"${ANNS_HASH}"' in path.read_text()
     assert loader.load(path).users_by_name["ann"].password_hash == "from-the-environment"
 
 
 def test_the_shipped_file_can_be_edited(path: Path) -> None:
     path.write_text(shipped())
-    UserFile(path).add("bob", hashed, ("read",))
-    UserFile(path).change_password("admin", hashed)
+    UserEditor(path).add("bob", hashed, ("read",))
+    UserEditor(path).change_password("admin", hashed)
     edited = loader.load(path, {})
     assert {name: user.password_hash for name, user in edited.users_by_name.items()} == dict.fromkeys(
         ("admin", "bob"), "new-hash"

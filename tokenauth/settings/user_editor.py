@@ -10,7 +10,7 @@ from typing import Any
 import tomlkit
 
 from tokenauth.errors import ConfigError
-from tokenauth.settings import loader, users_file
+from tokenauth.settings import htpasswd, loader
 from tokenauth.settings.model import canonical
 from tokenauth.settings.text_file import TextFile
 
@@ -22,7 +22,7 @@ Entry = dict[str, Any]
 """A [[users]] table, parsed."""
 
 
-class UserFile:
+class UserEditor:
     """The `[[users]]` of one configuration file.
 
     Each change is checked before the password is asked for, and again when it is made: other commands and editors may
@@ -111,7 +111,7 @@ class UserFile:
             return
         if user is not None and user.origin:
             file, _, line = user.origin.rpartition(", line ")
-            fix = users_file.how_to_renew(file, user.username)
+            fix = htpasswd.how_to_renew(file, user.username)
             command = fix.replace("-B -C 12", "-D")
             raise ConfigError(
                 f"{self.path}: {user.username!r} is in line {line} of the users_file {file}, and `tokenauth user` edits"

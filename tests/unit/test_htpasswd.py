@@ -12,7 +12,7 @@ from tokenauth.risks import find_risks
 from tokenauth.server import tls
 from tokenauth.settings import loader
 from tokenauth.settings.model import PasswordSettings, ServerSettings, Settings
-from tokenauth.settings.user_file import UserFile
+from tokenauth.settings.user_editor import UserEditor
 
 BCRYPT = "$2y$04$kygwPyB9qU5JU7ZUsCgEDujcV4EpglcwXIBVqx6/PURWdhUZt/gHC"
 """The hash of WORD, as htpasswd -B writes it."""
@@ -154,7 +154,7 @@ def test_the_user_commands_edit_their_own_file_only(file: Path) -> None:
     config = file.with_name("config.toml")
     config.write_text(f'users_file = "{file}"\n{BOB}')
     before = config.read_text(), file.read_text()
-    edited = UserFile(config)
+    edited = UserEditor(config)
 
     def no_password() -> str:
         raise AssertionError("must not ask for a password")
