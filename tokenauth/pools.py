@@ -4,6 +4,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +53,9 @@ from tokenauth.settings import durations
 from tokenauth.settings.durations import Duration
 from tokenauth.stores.store import Store
 from tokenauth.waiting import Waiter, Waiting, note_left
+
+_ALL = 1 << 30
+"""More than any user has leased or waits for."""
 
 MAX_COUNT = 1000
 """Maximum number of tokens that are generated, listed or changed in one step."""
@@ -291,6 +295,31 @@ class Pools:
         note_left(pool, left, now)
         self.waiting.drop(pool, (username, id))
         self.waiting.wake(pool)
+
+    async def count_leases_of(self, username: str) -> int:
+        """Return how many tokens a user has leased, in all pools."""
+        now = self._clock()
+        found = [await self._store.pools.list_leases_of(pool, username, now, _ALL) for pool in self.usable_by()]
+        return sum(map(len, found))
+
+    async def end_claims(self, username: str, reason: str | None) -> tuple[Sequence[tuple[Pool, PoolToken]], int]:
+        """End all leases of a user, and take the user's requests out of all lines, as a command does.
+
+        Return the tokens as they were, and the number of requests.
+        """
+        ended: list[tuple[Pool, PoolToken]] = []
+        left = 0
+        for pool in self.usable_by():
+            # First the requests: otherwise the next one in line gets the token that its own user has lost.
+            for request, _ in await self._store.pools.list_places_of(pool, username, self._clock(), _ALL):
+                with suppress(UnknownRequest):  # it has just left
+                    await self.leave_line(pool, username, request.id)
+                    left += 1
+            for token in await self._store.pools.list_leases_of(pool, username, self._clock(), _ALL):
+                with suppress(LeaseLost, UnknownToken):  # it has just ended
+                    check = LeaseCheck(fence=token.fence)
+                    ended.append((pool, await self.force_release(pool, token.value, check, "", reason)))
+        return ended, left
 
     async def acquire(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
         """Lease any token, as one acquires a counting semaphore.

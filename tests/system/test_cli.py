@@ -229,14 +229,17 @@ def test_users_are_added_changed_and_removed(home: Path) -> None:
     assert shown == [["user", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
     scoped = run(home, "user", "set-scopes", "eve", "--scope", "c")
     assert output(scoped) == f"Saved. The scopes change when you reload: {reload}\n"
-    assert recorded(scoped) == [{"event": "user_scopes_changed", "user": "eve", "scopes": ["c"]}]
+    assert recorded(scoped) == [
+        {"event": "user_scopes_changed", "user": "eve", "scopes": ["c"], "scopes_before": ["a", "b"]}
+    ]
     eve = loader.load(path).users_by_name["eve"]
     assert (eve.scopes, eve.credential) == (("c",), after.credential)
     output(run(home, "user", "set-scopes", "eve"))
     assert loader.load(path).users_by_name["eve"].scopes == ()
     removed = run(home, "user", "remove", "EVE")
-    assert output(removed) == output(changed)
-    assert recorded(removed) == [{"event": "user_removed", "user": "EVE"}]
+    then = "Then `tokenauth tokens revoke --user EVE --leases` ends what is left.\n"
+    assert output(removed) == output(changed) + then
+    assert recorded(removed) == [{"event": "user_removed", "user": "EVE", "scopes_before": []}]
     assert "ok, 3 users" in output(run(home, "check"))
 
 

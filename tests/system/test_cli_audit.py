@@ -80,7 +80,8 @@ def test_each_command_that_changes_something_is_an_act(home: Path) -> None:
         ("delete_pool_token", None, "licences"),
     ]
     assert {act["result"] for act in found} == {"ok"}
-    assert found[3]["details"] == {"scopes": ["write"]}
+    assert found[3]["details"] == {"scopes": ["write"], "scopes_before": ["read"]}
+    assert found[4]["details"] == {"scopes_before": ["write"]}
     text = (home / "audit.jsonl").read_text()
     assert [
         secret for secret in (*printed[4].split(), *printed[5].split(), *new.split(), "long") if secret in text

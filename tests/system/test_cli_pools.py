@@ -233,6 +233,58 @@ def test_the_waiting_line_is_listed_in_order(home: Path) -> None:
         assert [row.split()[1] for row in rows] == ["admin", "ann"]
 
 
+def test_one_command_ends_everything_of_a_user(home: Path) -> None:
+    with worker(home / "config.toml") as server, Connection(server.port) as connection:
+        ann, bob = PoolUser(connection, "ann"), PoolUser(connection, "bob")
+        output(run(home, "pool", "generate", "licences", "--count", "3"))
+        leases = [ann.ask("POST", "/licences/leases", {"holder": f"ci-{number}"}).json() for number in (1, 2)]
+        others = bob.ask("POST", "/licences/leases").json()
+        assert ann.ask("POST", "/permits/leases").status == 201
+        assert bob.ask("POST", "/permits/leases", {"wait": 0, "request": "b"}).status == 202
+        assert ann.ask("POST", "/permits/leases", {"wait": 0, "request": "a"}).status == 202
+        command = ("tokens", "revoke", "--user", "ann")
+        assert output(run(home, *command)) == "Revoked 1 token. 3 leases go on: --leases ends them.\n"
+        again = run(home, *command)
+        problem = "Error: 'ann' has no tokens. 3 leases go on: --leases ends them."
+        assert (again.returncode, again.stderr.splitlines()[-1]) == (1, problem)
+        ann = PoolUser(connection, "ann")
+        assert ann.ask("PUT", f"/licences/leases/{leases[0]['token']}").status == 200
+        done = run(home, *command, "--leases", "--reason", "left")
+        assert output(done) == "Ended 1 token, 3 leases and 1 place in line of ann.\n"
+        *ended, total = recorded(done)
+        released = {"event": "pool_lease_released", "user": "ann", "fence": 1, "reason": "left"}
+        assert sorted(ended, key=lambda event: str(event["holder"])) == [
+            {**released, "pool": "permits", "holder": "ann"},
+            {**released, "pool": "licences", "holder": "ci-1"},
+            {**released, "pool": "licences", "holder": "ci-2"},
+        ]
+        assert total == {"event": "tokens_revoked", "user": "ann", "count": 1, "leases": 3, "requests": 1}
+        ann = PoolUser(connection, "ann")
+        lost = ann.ask("PUT", f"/licences/leases/{leases[0]['token']}")
+        assert (lost.status, "Reason: left." in lost.json()["error_description"]) == (409, True)
+        assert bob.ask("PUT", f"/licences/leases/{others['token']}").status == 200
+        assert bob.ask("POST", "/permits/leases", {"wait": 0, "request": "b"}).status == 201, "the next one in line"
+        assert output(run(home, *command, "--leases")) == "Ended 1 token, 0 leases and 0 places in line of ann.\n"
+        again = run(home, *command, "--leases")
+        problem = "Error: 'ann' has no tokens, no lease and no place in line."
+        assert (again.returncode, again.stderr.splitlines()[-1]) == (1, problem)
+        output(run(home, "user", "remove", "ann"))
+        assert mistake(run(home, *command, "--leases")) == (
+            "No user 'ann' in config.toml, and no tokens, leases or places in line of a user with that name."
+            " `tokenauth user list` shows the names."
+        )
+
+
+def test_leases_end_only_with_those_of_a_user(home: Path) -> None:
+    for arguments, problem in (
+        (["--all", "--leases"], "--leases needs --user."),
+        (["--user", "ann", "--reason", "left"], "--reason needs --leases."),
+    ):
+        done = run(home, "tokens", "revoke", *arguments)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"Error: {problem}")
+    assert "reason: " in mistake(run(home, "tokens", "revoke", "--user", "ann", "--leases", "--reason", "a\nb"))
+
+
 def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
     assert mistake(run(home, "pool", "generate", "licences", "--count", "4")).startswith("The pool has no capacity")
     assert mistake(run(home, "pool", "generate", "permits")).startswith("The pool has no capacity")

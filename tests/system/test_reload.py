@@ -240,7 +240,7 @@ def test_users_of_an_htpasswd_file_come_and_go(tmp_path: Path) -> None:
         }
         done = run(tmp_path, "user", "set-scopes", "bob", "--scope", "x")
         assert output(done) == "Saved. A running server uses it within a few seconds.\n"
-        server.wait("reloaded", scopes_changed=["bob"])
+        server.wait("reloaded", scopes_changed=["bob: none -> x"])
         assert "`tokenauth user` edits this file only" in mistake(run(tmp_path, "user", "remove", "eve"))
         file.write_text(eve.replace("$2y$04$", "$apr1$"))
         refusal = server.wait("reload_refused", cause="watch")["detail"]

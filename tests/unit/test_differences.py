@@ -45,7 +45,7 @@ password = "s3cret"
         ('pool = "b"', 'pool = "b"\nprefix = "/x"', {"settings_changed": ["dialects.token-pool.prefix"]}),
         ('[dialects.token-pool]\npool = "b"', "", {"settings_changed": ["dialects.token-pool"]}),
         ('"bob"\npassword = "s3cret"', '"bob"\npassword = "s3cret2"', {"passwords_changed": ["bob"]}),
-        ('username = "bob"', 'username = "bob"\nscopes = ["s3cret"]', {"scopes_changed": ["bob"]}),
+        ('username = "bob"', 'username = "bob"\nscopes = ["a", "b"]', {"scopes_changed": ["bob: none -> a b"]}),
         ('username = "bob"', 'username = "eve"', {"users_added": ["eve"], "users_removed": ["bob"]}),
         ('username = "Ann"', 'username = "ann"', {}),
     ],

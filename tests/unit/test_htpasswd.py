@@ -159,7 +159,7 @@ def test_the_user_commands_edit_their_own_file_only(file: Path) -> None:
     def no_password() -> str:
         raise AssertionError("must not ask for a password")
 
-    edits: list[Callable[[], None]] = [
+    edits: list[Callable[[], object]] = [
         lambda: edited.add("ANN", no_password, ()),
         lambda: edited.change_password("ann", no_password),
         lambda: edited.change_scopes("ann", ("x",)),

@@ -110,7 +110,7 @@ def a_leftover(directory: Path) -> Iterator[None]:
 
 FAILS = [no_room, read_only]
 WORKS = [nothing_wrong, only_the_directory_read_only, mounted, two_names, a_leftover]
-EDITS: dict[str, Callable[[UserEditor], None]] = {
+EDITS: dict[str, Callable[[UserEditor], object]] = {
     "add": lambda file: file.add("bob", lambda: "b", ("read",)),
     "passwd": lambda file: file.change_password("ann", lambda: "new"),
     "remove": lambda file: file.remove("ann"),

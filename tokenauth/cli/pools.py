@@ -187,25 +187,35 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
                 )
         return await service.pools.force_release(pool, value, LeaseCheck(fence=fence), "", reason)
 
-    from tokenauth.pools import check_label
-
-    if reason is not None:
-        check_label(utf8(reason), "reason")
+    check_reason(reason)
     try:
         ended = with_service(config_file, release)
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
+    record_release(config_file, name, ended, reason)
+    click.echo("Released 1 token.")
+
+
+def check_reason(reason: str | None) -> None:
+    """Raise InvalidRequest for a text that cannot be a reason."""
+    from tokenauth.pools import check_label
+
+    if reason is not None:
+        check_label(utf8(reason), "reason")
+
+
+def record_release(config_file: str | None, pool: str, ended: "PoolToken", reason: str | None) -> None:
+    """Log that the operator has ended a lease. `ended` is the token as it was."""
     record_change(
         "pool_lease_released",
         config_file,
-        pool=name,
+        pool=pool,
         **({} if ended.member is None else {"member": ended.member}),
         user=ended.username,
         holder=ended.holder,
         fence=ended.fence,
         reason=reason,
     )
-    click.echo("Released 1 token.")
 
 
 @pool.command("reserve", epilog="Example: tokenauth pool reserve phones pixel-8 --until 2h --note 'battery swap'")

@@ -3,7 +3,7 @@
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -21,11 +21,14 @@ from tokenauth.cli.base import (
     with_service,
     yes_option,
 )
+from tokenauth.cli.pools import check_reason, record_release
 from tokenauth.errors import InsufficientScope, UnknownToken
 from tokenauth.logs import printable
 
 if TYPE_CHECKING:
-    from tokenauth.models import IssuedToken, Token, TokenKind
+    from collections.abc import Sequence
+
+    from tokenauth.models import IssuedToken, Pool, PoolToken, Token, TokenKind
     from tokenauth.named_tokens import Requester
     from tokenauth.service import Service
     from tokenauth.tokens import Tokens
@@ -217,21 +220,37 @@ def _print_issued(issued: "IssuedToken") -> None:
         click.echo(f"It is valid until {end}, and cannot be shown again. Its id is {issued.token.id}.", err=True)
 
 
-@tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann; tokenauth tokens revoke --all")
+@tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann --leases; tokenauth tokens revoke --all")
 @config_option
 @click.option("--user", "username", metavar="NAME", help="All tokens of this user.")
 @click.option("--id", "id_", metavar="ID", help="The token with this id.")
 @click.option("--all", "everyone", is_flag=True, help="All tokens of all users. On a terminal, asks first.")
+@click.option("--leases", is_flag=True, help="Also end the leases of the user, and their places in line.")
+@click.option("--reason", metavar="TEXT", help="Why the leases end: their holders see it. Needs --leases.")
 @yes_option
-def tokens_revoke(config_file: str | None, username: str | None, id_: str | None, everyone: bool, yes: bool) -> None:
+def tokens_revoke(
+    config_file: str | None,
+    username: str | None,
+    id_: str | None,
+    everyone: bool,
+    leases: bool,
+    reason: str | None,
+    yes: bool,
+) -> None:
     """Revoke tokens, logins and named ones: of one user, by id, or all.
 
-    Exit with 1 if there are none.
+    Leases go on without --leases: after a new login, their clients can extend them. Exit with 1 if there is nothing to
+    end.
     """
     from tokenauth.settings.model import canonical
 
     if sum([username is not None, id_ is not None, everyone]) != 1:
         raise click.UsageError("Pass exactly one of --user NAME, --id ID and --all.")
+    if leases and username is None:
+        raise click.UsageError("--leases needs --user.")
+    if reason is not None and not leases:
+        raise click.UsageError("--reason needs --leases.")
+    check_reason(reason)
     if id_ is not None:
         wanted = id_
         try:
@@ -245,15 +264,47 @@ def tokens_revoke(config_file: str | None, username: str | None, id_: str | None
     if everyone:
         confirm("Revoke all tokens of all users? Everyone must log in again, and named tokens end.", yes)
 
-    async def revoke(service: "Service") -> tuple[int, bool]:
+    async def revoke(service: "Service") -> _Ended:
         number = await service.tokens.revoke_all(name, progress=progress("Revoked {} so far.", "token"))
-        return number, name is None or name in service.users
+        if name is None:
+            return _Ended(number)
+        known = name in service.users
+        if not leases:
+            return _Ended(number, known, going_on=await service.pools.count_leases_of(name))
+        return _Ended(number, known, *await service.pools.end_claims(name, reason))
 
-    number, known = with_service(config_file, revoke)
-    if not known and not number:
-        problem = f"No user {name!r} in {config_path(config_file)}, and no tokens of a user with that name."
+    ended = with_service(config_file, revoke)
+    for pool, token in ended.leases:
+        record_release(config_file, pool.name, token, reason)
+    claims = {"leases": len(ended.leases), "requests": ended.requests} if leases else {}
+    nothing = not (ended.tokens or ended.leases or ended.requests)
+    if not ended.known and nothing and not ended.going_on:
+        what = "tokens, leases or places in line" if leases else "tokens"
+        problem = f"No user {name!r} in {config_path(config_file)}, and no {what} of a user with that name."
         raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
-    record_change("tokens_revoked", config_file, user="(all)" if name is None else name, count=number)
-    if not number:
-        raise click.ClickException(printable("No tokens." if name is None else f"{name!r} has no tokens."))
-    click.echo(f"Revoked {count(number, 'token')}.")
+    record_change("tokens_revoked", config_file, user="(all)" if name is None else name, count=ended.tokens, **claims)
+    rest = _describe_rest(ended.going_on)
+    if nothing:
+        also = ", no lease and no place in line" if leases else ""
+        raise click.ClickException(printable("No tokens." if name is None else f"{name!r} has no tokens{also}.{rest}"))
+    if leases:
+        others = f"{count(len(ended.leases), 'lease')} and {count(ended.requests, 'place')} in line"
+        click.echo(printable(f"Ended {count(ended.tokens, 'token')}, {others} of {name}."))
+    else:
+        click.echo(f"Revoked {count(ended.tokens, 'token')}.{rest}")
+
+
+class _Ended(NamedTuple):
+    """What was ended, and how many leases of the user go on."""
+
+    tokens: int
+    known: bool = True
+    leases: "Sequence[tuple[Pool, PoolToken]]" = ()
+    requests: int = 0
+    going_on: int = 0
+
+
+def _describe_rest(leases: int) -> str:
+    if not leases:
+        return ""
+    return f" {leases} leases go on: --leases ends them." if leases > 1 else " 1 lease goes on: --leases ends it."

@@ -1,5 +1,7 @@
 """Edit the users in config.toml."""
 
+import shlex
+
 import click
 
 from tokenauth.cli.base import (
@@ -82,8 +84,8 @@ def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...])
     from tokenauth.settings.user_editor import UserEditor
 
     file = UserEditor(config_path(config_file))
-    file.change_scopes(name, scopes)
-    record_change("user_scopes_changed", config_file, user=name, scopes=scopes)
+    before = file.change_scopes(name, scopes)
+    record_change("user_scopes_changed", config_file, user=name, scopes=scopes, scopes_before=before)
     _say_saved(config_file, "The scopes change when you reload")
 
 
@@ -93,14 +95,18 @@ def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...])
 def user_remove(config_file: str | None, name: str) -> None:
     """Remove the user NAME.
 
-    The next reload revokes their tokens. `tokenauth tokens revoke --user NAME` revokes them now.
+    The next reload ends their tokens as long as they are not in the file. `tokenauth tokens revoke --user NAME
+    --leases` after it ends these for good, and their leases.
     """
     from tokenauth.settings.user_editor import UserEditor
 
     file = UserEditor(config_path(config_file))
-    file.remove(name)
-    record_change("user_removed", config_file, user=name)
+    before = file.remove(name)
+    record_change("user_removed", config_file, user=name, scopes_before=before)
     _say_saved(config_file, _STAYS)
+    click.echo(
+        f"Then `{program()} tokens revoke --user {shlex.quote(name)} --leases{options(config_file)}` ends what is left."
+    )
 
 
 @user.command("list", epilog="Example: tokenauth user list --json")

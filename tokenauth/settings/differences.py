@@ -1,7 +1,8 @@
-"""What differs between two configurations, as names: never a value, which may be a secret."""
+"""What differs between two configurations, as names: of values only scopes, since all others may be secrets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from tokenauth.models import User
 from tokenauth.settings.fields import Table
 from tokenauth.settings.model import Settings
 
@@ -12,14 +13,19 @@ _NAMED_ELSEWHERE = frozenset({"users", "pools"})
 
 
 def find_differences(before: Settings, after: Settings) -> Mapping[str, Sequence[str]]:
-    """Return what was added, removed and changed: the names of users, pools and settings. Leave out what is empty."""
+    """Return what was added, removed and changed: the names of users, pools and settings. Leave out what is empty.
+
+    Scopes are shown as "ann: read -> read admin".
+    """
     old, new = before.users_by_name, after.users_by_name
     both = [(name, old[name], new[name]) for name in old if name in new]
     found = {
         "users_added": [name for name in new if name not in old],
         "users_removed": [name for name in old if name not in new],
         "passwords_changed": [name for name, one, other in both if one.password_hash != other.password_hash],
-        "scopes_changed": [name for name, one, other in both if one.scopes != other.scopes],
+        "scopes_changed": [
+            f"{name}: {_scopes(one)} -> {_scopes(other)}" for name, one, other in both if one.scopes != other.scopes
+        ],
         "pools_added": [name for name in after.pools if name not in before.pools],
         "pools_removed": [name for name in before.pools if name not in after.pools],
         "pools_changed": [
@@ -28,6 +34,10 @@ def find_differences(before: Settings, after: Settings) -> Mapping[str, Sequence
         "settings_changed": list(_changed(before, after, "", _NAMED_ELSEWHERE)),
     }
     return {kind: _bounded(names) for kind, names in found.items() if names}
+
+
+def _scopes(user: User) -> str:
+    return " ".join(user.scopes) or "none"
 
 
 def _changed(before: object, after: object, path: str, left_out: frozenset[str] = frozenset()) -> Iterable[str]:

@@ -54,28 +54,38 @@ class UserEditor:
         self._number(name, self._parse(self._file.read()))
         self._change(name, "password", password_hash())
 
-    def change_scopes(self, name: str, scopes: tuple[str, ...]) -> None:
-        """Change a user's scopes. Raises ConfigError if the name does not exist."""
-        self._change(name, "scopes", list(scopes))
+    def change_scopes(self, name: str, scopes: tuple[str, ...]) -> Sequence[str]:
+        """Change a user's scopes. Return what they were. Raises ConfigError if the name does not exist."""
+        return _scopes(self._change(name, "scopes", list(scopes)))
 
-    def _change(self, name: str, key: str, value: object) -> None:
+    def _change(self, name: str, key: str, value: object) -> Entry:
+        """Change a key of a user. Return the user as they were."""
+        before: Entry = {}
+
         def change(text: str) -> str:
+            nonlocal before
             users = self._parse(text)
             number = self._number(name, users)
+            before = users[number]
             wanted = [*users[:number], users[number] | {key: value}, *users[number + 1 :]]
             return self._checked(text, _with_value(text, number, key, value), wanted)
 
         self._file.edit(change)
+        return before
 
-    def remove(self, name: str) -> None:
-        """Remove a user, with the comment right above. Raises ConfigError if the name does not exist."""
+    def remove(self, name: str) -> Sequence[str]:
+        """Remove a user, with the comment right above. Return the scopes. Raises ConfigError if there is none."""
+        before: Entry = {}
 
         def change(text: str) -> str:
+            nonlocal before
             users = self._parse(text)
             number = self._number(name, users)
+            before = users[number]
             return self._checked(text, _without(text, number), [*users[:number], *users[number + 1 :]])
 
         self._file.edit(change)
+        return _scopes(before)
 
     def _parse(self, text: str) -> list[Entry]:
         """Return the users. Raises ConfigError unless each has a [[users]] table of its own."""
@@ -126,6 +136,10 @@ class UserEditor:
         if tomllib.loads(after) | {"users": self._parse(after)} != wanted:
             raise ConfigError(f"{self.path}: users: an edit would change the rest of the file; edit it by hand")
         return after
+
+
+def _scopes(entry: Entry) -> Sequence[str]:
+    return [str(scope) for scope in entry.get("scopes", ())]
 
 
 def _find(name: str, users: Sequence[Entry]) -> int | None:
