@@ -5,9 +5,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 from tokenauth.errors import InsufficientScope
+
+T = TypeVar("T")
 
 TokenKind = Literal["login", "named"]
 """The kinds of tokens that users have."""
@@ -552,6 +554,11 @@ class LeaseRequest:
     def key(self) -> "RequestKey":
         return self.username, self.id
 
+    @property
+    def cursor(self) -> "PlaceCursor":
+        """Its position in the line, of which the order is that of these values."""
+        return self.turn, self.number
+
     def has(self, number: int, token: PoolToken) -> bool:
         """Return whether a token, with this number, is under a lease that this request was granted."""
         # A token that replaced another one has its number, and may reach the same fence, but with a later start.
@@ -621,6 +628,38 @@ LeaseCursor = tuple[Instant, int]
 """A position in a list of leases: the end of a lease and its row number. A page starts after it."""
 
 START_OF_LEASES: LeaseCursor = (0.0, 0)
+
+PlaceCursor = tuple[Instant, int]
+"""A position in a waiting line: the turn of a request and its number. A page starts after it."""
+
+START_OF_LINE: PlaceCursor = (-math.inf, 0)
+
+
+class Looked(NamedTuple, Generic[T]):
+    """What was found in a part of a list, how much of it was looked at, and where the next part begins, if any does."""
+
+    found: Sequence[T]
+    looked: int
+    following: tuple[Instant, int] | None
+
+
+ClaimKind = Literal["leases", "places"]
+
+
+class ClaimCursor(NamedTuple):
+    """A position in a list of leases or in a waiting line, of one of the pools. A page starts after it."""
+
+    kind: ClaimKind
+    pool: str
+    cursor: LeaseCursor | PlaceCursor
+
+
+class Claims(NamedTuple):
+    """What a user has leased, and where the user waits. `following`: where the next page begins."""
+
+    leases: Sequence[tuple[Pool, PoolToken]]
+    places: Sequence[tuple[Pool, LeaseRequest, Place]]
+    following: ClaimCursor | None
 
 
 class LeaseCheck(NamedTuple):

@@ -3,10 +3,11 @@
 import asyncio
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from tokenauth import values
 from tokenauth.clock import Clock
@@ -33,6 +34,11 @@ from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import (
     ANY_LEASE,
+    START_OF_LEASES,
+    START_OF_LINE,
+    ClaimCursor,
+    ClaimKind,
+    Claims,
     ForcedEnd,
     Grant,
     Identity,
@@ -42,6 +48,7 @@ from tokenauth.models import (
     LeaseCursor,
     LeaseRequest,
     LeaseTerms,
+    Looked,
     Place,
     Pool,
     PoolCounts,
@@ -54,8 +61,7 @@ from tokenauth.settings.durations import Duration
 from tokenauth.stores.store import Store
 from tokenauth.waiting import Waiter, Waiting, note_left
 
-_ALL = 1 << 30
-"""More than any user has leased or waits for."""
+T = TypeVar("T")
 
 MAX_COUNT = 1000
 """Maximum number of tokens that are generated, listed or changed in one step."""
@@ -80,6 +86,9 @@ MAX_ID = 128
 
 MAX_LABELS = 20
 """Maximum number of labels in a request."""
+
+MAX_LOOKED = 10_000
+"""Leases and requests of all users that are looked at for those of one, before an answer."""
 
 _PAUSE = 0.005
 """Seconds between two steps of a long change, in which other processes can write."""
@@ -298,9 +307,7 @@ class Pools:
 
     async def count_leases_of(self, username: str) -> int:
         """Return how many tokens a user has leased, in all pools."""
-        now = self._clock()
-        found = [await self._store.pools.list_leases_of(pool, username, now, _ALL) for pool in self.usable_by()]
-        return sum(map(len, found))
+        return sum([len(await self._leases_of(pool, username)) for pool in self.usable_by()])
 
     async def end_claims(self, username: str, reason: str | None) -> tuple[Sequence[tuple[Pool, PoolToken]], int]:
         """End all leases of a user, and take the user's requests out of all lines, as a command does.
@@ -311,15 +318,23 @@ class Pools:
         left = 0
         for pool in self.usable_by():
             # First the requests: otherwise the next one in line gets the token that its own user has lost.
-            for request, _ in await self._store.pools.list_places_of(pool, username, self._clock(), _ALL):
+            for request, _ in await self._places_of(pool, username):
                 with suppress(UnknownRequest):  # it has just left
                     await self.leave_line(pool, username, request.id)
                     left += 1
-            for token in await self._store.pools.list_leases_of(pool, username, self._clock(), _ALL):
+            for token in await self._leases_of(pool, username):
                 with suppress(LeaseLost, UnknownToken):  # it has just ended
                     check = LeaseCheck(fence=token.fence)
                     ended.append((pool, await self.force_release(pool, token.value, check, "", reason)))
         return ended, left
+
+    async def _leases_of(self, pool: Pool, username: str) -> Sequence[PoolToken]:
+        return await _read_all(
+            partial(self._store.pools.list_leases_of, pool, username, self._clock()), START_OF_LEASES
+        )
+
+    async def _places_of(self, pool: Pool, username: str) -> Sequence[tuple[LeaseRequest, Place]]:
+        return await _read_all(partial(self._store.pools.list_places_of, pool, username, self._clock()), START_OF_LINE)
 
     async def acquire(self, pool: Pool, holder: str, username: str | None = None) -> tuple[bool, int]:
         """Lease any token, as one acquires a counting semaphore.
@@ -482,22 +497,28 @@ class Pools:
         """Return how many requests wait in line."""
         return await self._store.pools.count_requests(pool, self._clock())
 
-    async def list_claims(
-        self, user: Identity, limit: int
-    ) -> tuple[Sequence[tuple[Pool, PoolToken]], Sequence[tuple[Pool, LeaseRequest, Place]]]:
-        """List what a user has leased, and where the user waits, in all pools that they may use, at most `limit` each.
+    async def list_claims(self, user: Identity, after: ClaimCursor | None = None) -> Claims:
+        """List what a user has leased in all pools that they may use, and then where the user waits, from a cursor on.
 
-        It reads all leases and the whole line of each pool.
+        A page ends when MAX_COUNT or more were found, or MAX_LOOKED leases and requests of all users were looked at:
+        it may be empty, and yet there is a next one. Raises InvalidRequest for a cursor of an unknown pool.
         """
         leases: list[tuple[Pool, PoolToken]] = []
         places: list[tuple[Pool, LeaseRequest, Place]] = []
-        now = self._clock()
-        for pool in self.usable_by(user):
-            found = await self._store.pools.list_leases_of(pool, user.username, now, limit)
-            leases += [(pool, token) for token in found]
-            waits = await self._store.pools.list_places_of(pool, user.username, now, limit)
-            places += [(pool, *each) for each in waits]
-        return leases[:limit], places[:limit]
+        looked, now, store = 0, self._clock(), self._store.pools
+        for kind, pool, start in _lists_from(after, self.usable_by(user)):
+            cursor: tuple[Instant, int] | None = start
+            while cursor is not None:
+                if looked >= MAX_LOOKED or len(leases) + len(places) >= MAX_COUNT:
+                    return Claims(leases, places, ClaimCursor(kind, pool.name, cursor))
+                if kind == "leases":
+                    tokens, count, cursor = await store.list_leases_of(pool, user.username, now, cursor)
+                    leases += [(pool, token) for token in tokens]
+                else:
+                    waits, count, cursor = await store.list_places_of(pool, user.username, now, cursor)
+                    places += [(pool, *each) for each in waits]
+                looked += count
+        return Claims(leases, places, None)
 
     async def list_tokens(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
         """List tokens ordered by value, starting after the value `after`."""
@@ -606,6 +627,33 @@ class Pools:
     def _new_values(self, pool: Pool, count: int) -> list[str]:
         make = self._new_value.get(pool.name, values.new_value)
         return [make() for _ in range(count)]
+
+
+async def _read_all(
+    read: Callable[[tuple[Instant, int]], Awaitable[Looked[T]]], start: tuple[Instant, int]
+) -> Sequence[T]:
+    found: list[T] = []
+    cursor: tuple[Instant, int] | None = start
+    while cursor is not None:
+        part, _, cursor = await read(cursor)
+        found += part
+    return found
+
+
+def _lists_from(
+    after: ClaimCursor | None, pools: Sequence[Pool]
+) -> Sequence[tuple[ClaimKind, Pool, tuple[Instant, int]]]:
+    """Return the lists of leases, then the lines, from a cursor on, each with where it begins."""
+    lists: list[tuple[ClaimKind, Pool, tuple[Instant, int]]] = [
+        *(("leases", pool, START_OF_LEASES) for pool in pools),
+        *(("places", pool, START_OF_LINE) for pool in pools),
+    ]
+    if after is None:
+        return lists
+    for number, (kind, pool, _) in enumerate(lists):
+        if (kind, pool.name) == (after.kind, after.pool):
+            return [(kind, pool, after.cursor), *lists[number + 1 :]]
+    raise InvalidRequest("after: must be the `next` of an earlier page.")
 
 
 def check_name(name: str, field: str = "holder", longest: int = MAX_TEXT) -> str:

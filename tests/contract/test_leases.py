@@ -8,7 +8,17 @@ import pytest
 from tests.contract.conftest import Place, Places
 from tests.contract.test_pools import JUST, POOL, lease, members
 from tests.support.servers import START
-from tokenauth.models import ANY_LEASE, Assignment, LeaseChange, LeaseCheck, Pool, PoolCounts, PoolToken
+from tokenauth.models import (
+    ANY_LEASE,
+    START_OF_LEASES,
+    Assignment,
+    LeaseChange,
+    LeaseCheck,
+    LeaseCursor,
+    Pool,
+    PoolCounts,
+    PoolToken,
+)
 from tokenauth.stores.store import PoolStore
 
 HUGE = [2**31, 2**53 + 1, 2**63 - 1, 2**63, 10**40, 0, -1, -(10**40)]
@@ -79,11 +89,18 @@ async def test_the_leases_of_a_user_are_listed_by_their_end(pools: PoolStore) ->
     await pools.generate(replace(POOL, name="q"), ["x"], START)
     await pools.assign(replace(POOL, name="q"), "h", START, "ann")
     await pools.keep_alive(POOL, "c", START + 30)
-    found = await pools.list_leases_of(POOL, "ann", START + 4, 10)
-    assert [token.value for token in found] == ["a", "d", "c"]
-    assert [token.value for token in await pools.list_leases_of(POOL, "ann", START + 60, 1)] == ["d"]
+
+    async def of_ann(now: float, after: LeaseCursor = START_OF_LEASES) -> list[str]:
+        looked = await pools.list_leases_of(POOL, "ann", now, after)
+        assert looked.following is None
+        return [token.value for token in looked.found]
+
+    assert await of_ann(START + 4) == ["a", "d", "c"]
+    assert await of_ann(START + 60) == ["d", "c"]
+    (first, _), *_ = await pools.list_leases(POOL, START + 4, START_OF_LEASES, 1)
+    assert await of_ann(START + 4, after=first) == ["d", "c"]
     await pools.fit(replace(POOL, capacity=1, prefill=True), (), START + 61)
-    assert [token.value for token in await pools.list_leases_of(POOL, "ann", START + 62, 10)] == ["d", "c"]
+    assert await of_ann(START + 62) == ["d", "c"]
 
 
 async def test_only_a_lease_increments_the_fence(places: Places) -> None:

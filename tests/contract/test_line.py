@@ -10,7 +10,7 @@ from tests.contract.conftest import Place
 from tests.support.servers import START
 from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyPlaces
 from tokenauth.line import MAX_PLACES, REMEMBERED
-from tokenauth.models import Grant, LeaseRequest, Pool, PoolToken
+from tokenauth.models import START_OF_LINE, Grant, LeaseRequest, PlaceCursor, Pool, PoolToken
 from tokenauth.models import Place as InLine
 from tokenauth.stores.store import PoolStore
 
@@ -153,11 +153,17 @@ async def test_a_user_has_places_among_all_who_wait(pools: PoolStore) -> None:
     ):
         await ask(pools, id, START + now, user, priority=priority, keep=5 if id == "gone" else KEEP)
     await ask(pools, "elsewhere", START, "ann", pool=Pool("q", lease_ttl=60))
-    found = await pools.list_places_of(POOL, "ann", START + 20, 10)
-    assert [(request.id, tuple(place)) for request, place in found] == [("a2", (1, 3)), ("a1", (2, 3))]
-    assert found[0][0].holder == "holder of a2"
-    assert [request.id for request, _ in await pools.list_places_of(POOL, "ann", START + 20, 1)] == ["a2"]
-    assert await pools.list_places_of(POOL, "eve", START + 20, 10) == []
+
+    async def of(user: str, after: PlaceCursor = START_OF_LINE) -> list[tuple[str, tuple[int, int]]]:
+        found, _, following = await pools.list_places_of(POOL, user, START + 20, after)
+        assert following is None
+        assert {request.holder for request, _ in found} == {f"holder of {request.id}" for request, _ in found}
+        return [(request.id, (place.position, place.waiting)) for request, place in found]
+
+    assert await of("ann") == [("a2", (1, 3)), ("a1", (2, 3))]
+    [first] = await pools.list_requests(POOL, START + 20, 1)
+    assert await of("ann", after=first.cursor) == [("a1", (2, 3))]
+    assert await of("eve") == []
 
 
 async def test_a_place_lapses_unless_it_is_asked_for_again(pools: PoolStore) -> None:

@@ -19,8 +19,13 @@ ALL_LEASED, MOST_FREE = replace(MOST_LEASED, name="all leased"), replace(MOST_LE
 AGEING = replace(MOST_LEASED, name="most lapsed and expired", ages_while_leased=True)
 LEASED = {MOST_LEASED: 0.98, ALL_LEASED: 1.0, MOST_FREE: 0.02, AGEING: 0.98}
 PREFILLED, BOUNDED = replace(MOST_LEASED, capacity=MANY, prefill=True), replace(MOST_LEASED, capacity=2 * MANY)
+IN_LINE = Pool("a line", lease_ttl=60)
 INSERT = "INSERT INTO pool_tokens (pool, value, free_at, holder, fence, retired) VALUES (?, ?, ?, ?, 1, 0)"
 
+INSERT_REQUEST = (
+    "INSERT INTO pool_requests (number, pool, username, id, holder, count, priority, labels, since, turn, kept_until,"
+    " asks, answers) VALUES (?, ?, ?, ?, '', 1, 0, '[]', ?, ?, ?, 1, 0)"
+)
 
 Ask = Callable[[PoolStore], Awaitable[object]]
 
@@ -43,6 +48,8 @@ CHEAP: dict[str, Ask] = {
     "purge": lambda pools: pools.purge(MOST_FREE, START, 5),
     "get": lambda pools: pools.get(MOST_LEASED, "t300", START),
     "list_tokens": lambda pools: pools.list_tokens(MOST_LEASED, START, "t300", 5),
+    "list_leases": lambda pools: pools.list_leases(MOST_LEASED, START, (START + 30, 0), 5),
+    "list_requests": lambda pools: pools.list_requests(IN_LINE, START, 5, (START - 200, 0)),
 }
 
 COUNTING: dict[str, Ask] = {
@@ -50,8 +57,9 @@ COUNTING: dict[str, Ask] = {
     "release_next": lambda pools: pools.release_next(PREFILLED, START),
     "generate with a capacity": lambda pools: pools.generate(BOUNDED, ["x"], START),
     "count": lambda pools: pools.count(BOUNDED, START),
+    "count_line": lambda pools: pools.count_line(IN_LINE, (START - 200, 0), START),
 }
-"""These count tokens along an index: a step or two for each."""
+"""These count tokens or requests along an index: a step or two for each."""
 
 
 def rows(pool: Pool, leased: float, count: int) -> Iterator[tuple[str, str, float, str | None]]:
@@ -64,6 +72,13 @@ def rows(pool: Pool, leased: float, count: int) -> Iterator[tuple[str, str, floa
             yield pool.name, f"t{number}", START - (300 if number % 20 == 0 else number % 200), None
 
 
+def requests(count: int) -> Iterator[tuple[int, str, str, str, float, float, float]]:
+    """Return the rows of a line."""
+    for number in range(count):
+        at = START - 300 + number % 300
+        yield number + 1, IN_LINE.name, f"user {number}", f"r{number}", at, at, START + 60
+
+
 @pytest.fixture(scope="module")
 def small_and_large() -> Iterator[tuple[Direct, Direct]]:
     """Create two databases of very different size."""
@@ -72,6 +87,7 @@ def small_and_large() -> Iterator[tuple[Direct, Direct]]:
         for database, count in ((few, FEW), (many, MANY)):
             for pool, leased in LEASED.items():
                 database.connection.executemany(INSERT, rows(pool, leased, count))
+            database.connection.executemany(INSERT_REQUEST, requests(count))
         yield few, many
 
 
@@ -91,10 +107,11 @@ def test_it_finds_its_rows_through_an_index(small_and_large: tuple[Direct, Direc
     connection.set_trace_callback(statements.append)
     asyncio.run(answer((CHEAP | COUNTING)[what](PoolStore(small_and_large[1]))))
     connection.set_trace_callback(None)
-    asked = [statement for statement in statements if "pool_tokens" in statement or "forced_ends" in statement]
+    tables = ("pool_tokens", "forced_ends", "pool_requests")
+    asked = [statement for statement in statements if any(table in statement for table in tables)]
     assert asked
     for statement in asked:
         for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {statement}"):
-            assert not step.startswith("SCAN pool_tokens"), f"{step}: {statement}"
+            assert not step.startswith(("SCAN pool_tokens", "SCAN pool_requests")), f"{step}: {statement}"
             few = statement.count("LIMIT") > 2
             assert few or "TEMP B-TREE" not in step, f"{step}: {statement}"

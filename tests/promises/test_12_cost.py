@@ -60,7 +60,13 @@ def build(path: Path, count: int) -> Opened:
     One user in 20 has named tokens.
     """
     database = Direct(str(path))
-    fill(path, count, count // EACH, START - 1, lambda number: int(START) + (-1 if number % 100 < EACH else 86400))
+    fill(
+        path,
+        count,
+        count // EACH,
+        START - 1,
+        lambda number: int(START) + (-1 if number % 100 < EACH else 86400 + number),
+    )
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE tokens SET name = 'job ' || (number - 1) WHERE substr(username, 5) % 20 = 15")
     for numbers, at in ((range(count // 10), START - 1000), (range(count // 10, count), START)):
@@ -121,6 +127,9 @@ async def on_loop(read: Callable[[], object]) -> object:
     return read()
 
 
+PAGE = int(START) + 86400 + 150, digest(150)
+"""Where a page of the tokens of all users begins. Each live one has its own end: those with the same are sorted."""
+
 Read = Callable[[Opened], Awaitable[Any]]
 
 READS: dict[str, Read] = {
@@ -133,6 +142,7 @@ READS: dict[str, Read] = {
     "a user's tokens": lambda opened: opened.tokens.list("user13", START, 1000),
     "a user's logins": lambda opened: opened.tokens.list("user13", START, 1000, "login"),
     "a user's named tokens": lambda opened: opened.tokens.list("user15", START, 1000, "named"),
+    "a page of all users' tokens": lambda opened: opened.tokens.list_by_end(PAGE, START, 5),
     "the newest tokens of all users": lambda opened: opened.tokens.list(None, START, 5),
 }
 """All reads of a running service."""

@@ -63,11 +63,14 @@ class PoolUser:
         """Send a request and return the status and the document of the response."""
         return parse(self.ask(method, path, document))
 
-    def mine(self) -> Any:
-        """Return the user's leases and places in line."""
-        status, document = parse(self._connection.ask("GET", "/api/leases", X_Token=self.token))
+    def mine(self, after: str = "") -> Any:
+        """Return a page of the user's leases and places in line."""
+        status, document = parse(self.ask_for_mine(after))
         assert status == 200, document
         return document
+
+    def ask_for_mine(self, after: str = "") -> Answer:
+        return self._connection.ask("GET", f"/api/leases?after={after}", X_Token=self.token)
 
     def generate(self, pool: str, count: int = 1) -> list[str]:
         """Generate tokens and return them."""

@@ -20,6 +20,8 @@ from tokenauth.line import Row, find_use, new_request, share_out, skip_hopeless
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
+    START_OF_LEASES,
+    START_OF_LINE,
     Assignment,
     CountUpdate,
     Failures,
@@ -31,7 +33,9 @@ from tokenauth.models import (
     LeaseCheck,
     LeaseCursor,
     LeaseRequest,
+    Looked,
     Place,
+    PlaceCursor,
     Pool,
     PoolCounts,
     PoolToken,
@@ -85,6 +89,12 @@ _MAX_BRIEF_COUNT = 2000
 
 _PAGE = 1000
 """Requests of a waiting line that are read at once."""
+
+LOOK = 1000
+"""Leases or requests that are looked at in one step."""
+
+_LAST_NUMBER = 2**63 - 1
+"""No row has a greater number."""
 
 _MAX_BRIEF_MEMBERS = 20
 """So many members are read faster than a thread wakes up."""
@@ -285,7 +295,10 @@ class TokenStore:
         return [as_token(row) for row in rows]
 
     async def list_by_end(self, before: TokenCursor, now: Instant, limit: int) -> Sequence[Token]:
-        """Return live tokens of all users, the latest end first, at most `limit`, that come after a cursor."""
+        """Return live tokens of all users, the latest end first, at most `limit`, that come after a cursor.
+
+        Those that end in the same second as one of them are read, too.
+        """
         end, id = before
         rows = await self._engine.read(_LIST_BY_END, {"end": end, "low": id, "now": now, "limit": limit})
         return [as_token(row) for row in rows]
@@ -437,9 +450,9 @@ class PoolStore:
         [(free,)] = await self._engine.read(pool_rows.SOME_FREE, values, brief=True)
         if free <= 0:
             return False
-        place: Mapping[str, object] = request_rows.START_OF_LINE
+        place = START_OF_LINE
         while True:
-            first = {"name": pool.name, "now": now, **place, "limit": free}
+            first = {"name": pool.name, "now": now, **request_rows.beyond(place), "limit": free}
             limit, page = free, [*map(as_lease_request, await self._engine.read(request_rows.LINE, first, brief=True))]
             for request in skip_hopeless(pool, page):
                 free -= request.count
@@ -449,7 +462,7 @@ class PoolStore:
                     return True
             if len(page) < limit or free == 0:
                 return False
-            place = {"turn": page[-1].turn, "number": page[-1].number}
+            place = page[-1].cursor
 
     async def _may_be_served(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> bool:
         """Share the free tokens out as `take_turns` does, and return whether a request would get some."""
@@ -476,14 +489,14 @@ class PoolStore:
         if next(share_out(one_each, free, may_use, None if quotas is None else quotas.copy()), None) is None:
             return False
         line: list[LeaseRequest] = []
-        place: Mapping[str, object] = request_rows.START_OF_LINE
+        place = START_OF_LINE
         more = True
         while more:
-            first = {"name": pool.name, "now": now, **place, "limit": _PAGE}
+            first = {"name": pool.name, "now": now, **request_rows.beyond(place), "limit": _PAGE}
             page = [as_lease_request(row) for row in await self._engine.read(request_rows.LINE, first)]
             line += page
             more = len(page) == _PAGE
-            place = {"turn": page[-1].turn, "number": page[-1].number} if more else {}
+            place = page[-1].cursor if more else place
         served = share_out(skip_hopeless(pool, line), free, may_use, quotas)
         return any(asks.get(request.key) == request.asks for request, _ in served)
 
@@ -529,8 +542,12 @@ class PoolStore:
         request = as_lease_request(rows[0])
         if request.granted_at is not None or request.kept_until <= now:
             return None
-        place = {"turn": request.turn, "number": request.number}
-        [(position, waiting)] = await self._engine.read(request_rows.PLACE, {**values, **place}, brief=True)
+        return await self.count_line(pool, request.cursor, now, brief=True)
+
+    async def count_line(self, pool: Pool, until: PlaceCursor, now: Instant, brief: bool = False) -> Place:
+        """Return how many requests wait, up to a cursor and in all."""
+        values = {"name": pool.name, "now": now, **request_rows.beyond(until)}
+        [(position, waiting)] = await self._engine.read(request_rows.PLACE, values, brief)
         return Place(position, waiting)
 
     async def count_requests(self, pool: Pool, now: Instant) -> int:
@@ -538,23 +555,30 @@ class PoolStore:
         rows = await self._engine.read(request_rows.COUNT, {"name": pool.name, "now": now}, brief=True)
         return int(rows[0][0])
 
-    async def list_requests(self, pool: Pool, now: Instant, limit: int) -> Sequence[LeaseRequest]:
-        """Return the requests that wait, in order, at most `limit`."""
-        values = {"name": pool.name, "now": now, **request_rows.START_OF_LINE, "limit": limit}
+    async def list_requests(
+        self, pool: Pool, now: Instant, limit: int, after: PlaceCursor = START_OF_LINE
+    ) -> Sequence[LeaseRequest]:
+        """Return the requests that wait, in order, at most `limit`, after a cursor."""
+        values = {"name": pool.name, "now": now, **request_rows.beyond(after), "limit": limit}
         return [as_lease_request(row) for row in await self._engine.read(request_rows.LINE, values)]
 
-    async def list_leases_of(self, pool: Pool, username: str, now: Instant, limit: int) -> Sequence[PoolToken]:
-        """Return the tokens that a user has leased, ordered by the end of the lease, at most `limit`."""
-        values = {**pool_rows.parameters(pool, now), "username": username, "limit": limit}
-        return [as_pool_token(row[1:]) for row in await self._engine.read(pool_rows.LEASES_OF_USER, values)]
+    async def list_leases_of(
+        self, pool: Pool, username: str, now: Instant, after: LeaseCursor = START_OF_LEASES
+    ) -> Looked[PoolToken]:
+        """Look at the next LOOK leases, ordered by their end, for those of a user."""
+        page = await self.list_leases(pool, now, after, LOOK)
+        found = [token for _, token in page if token.username == username]
+        return Looked(found, len(page), page[-1][0] if len(page) == LOOK else None)
 
     async def list_places_of(
-        self, pool: Pool, username: str, now: Instant, limit: int
-    ) -> Sequence[tuple[LeaseRequest, Place]]:
-        """Return the requests of a user that wait, in order and with their places, at most `limit`."""
-        values = {"name": pool.name, "now": now, "username": username, "limit": limit}
-        rows = await self._engine.read(request_rows.LINE_OF_USER, values)
-        return [(as_lease_request(row[:-2]), Place(*row[-2:])) for row in rows]
+        self, pool: Pool, username: str, now: Instant, after: PlaceCursor = START_OF_LINE
+    ) -> Looked[tuple[LeaseRequest, Place]]:
+        """Look at the next LOOK requests that wait, in order, for those of a user."""
+        before, waiting = await self.count_line(pool, after, now)
+        page = await self.list_requests(pool, now, LOOK, after) if waiting > before else ()
+        numbered = ((request, Place(number, waiting)) for number, request in enumerate(page, before + 1))
+        found = [(request, place) for request, place in numbered if request.username == username]
+        return Looked(found, len(page), page[-1].cursor if len(page) == LOOK else None)
 
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
         """End the lease that would end first, of a user or of all users; False if there is none.
@@ -614,7 +638,7 @@ class PoolStore:
         self, pool: Pool, now: Instant, after: LeaseCursor, limit: int
     ) -> Sequence[tuple[LeaseCursor, PoolToken]]:
         """Return at most `limit` leased tokens and their cursors, ordered by the end of their lease, after a cursor."""
-        end, number = after
+        end, number = max(after, (now, _LAST_NUMBER))  # a lease that ends now has ended
         values = {**pool_rows.parameters(pool, now), "end": end, "number": number, "limit": limit}
         rows = await self._engine.read(pool_rows.LEASES, values)
         return [((token.free_at, row[0]), token) for row in rows for token in [as_pool_token(row[1:])]]

@@ -755,7 +755,10 @@ POOLS = Section(
                 path="/api/leases",
                 id="listMyLeases",
                 title="List my leases and places in line",
-                text="Lists what the user has leased and where the user waits, in all pools that they may use.",
+                text="Lists what the user has leased and then where the user waits, in all pools that they may use, in"
+                " pages. `next` is `null` on the last one. A page may have nothing, and yet a `next`: one request looks"
+                " at about 10,000 leases and places.",
+                parameters=[Parameter("after", "Where the page begins: the `next` of the page before.")],
                 answers=[
                     Answer(
                         200,
@@ -773,6 +776,7 @@ POOLS = Section(
                                 }
                             ],
                             "places": [],
+                            "next": None,
                         },
                     )
                 ],

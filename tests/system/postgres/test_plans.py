@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tests.contract.test_pool_cost import CHEAP, FEW, LEASED, rows
-from tests.promises.test_12_cost import CHANGES, EACH, digest, kind
+from tests.contract.test_pool_cost import CHEAP, FEW, IN_LINE, LEASED, rows
+from tests.promises.test_12_cost import CHANGES, EACH, PAGE, digest, kind
 from tests.support.servers import START
 from tests.support.steps import DirectEngine
 from tokenauth.models import public_id
@@ -39,13 +39,19 @@ _FILL = [
     """
     INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent, name)
     SELECT sha256(n::text::bytea), 'user' || n % ({many} / {each}), 'c', {start} - 1,
-        {start} + CASE WHEN n % 100 < {each} THEN -1 ELSE 86400 END, '', '',
+        {start} + CASE WHEN n % 100 < {each} THEN -1 ELSE 86400 + n END, '', '',
         CASE WHEN n % ({many} / {each}) % 20 = 15 THEN 'job ' || n END
     FROM generate_series(0, {many} - 1) AS n
     """,
     """
     INSERT INTO revocations (digest, at)
     SELECT sha256(n::text::bytea), {start} - CASE WHEN n < {many} / 10 THEN 1000 ELSE 0 END
+    FROM generate_series(0, {many} - 1) AS n
+    """,
+    """
+    INSERT INTO pool_requests
+        (pool, username, id, holder, count, priority, labels, since, turn, kept_until, asks, answers)
+    SELECT '{line}', 'user ' || n, 'r' || n, '', 1, 0, '[]', {start} - 300, {start} - 300 + n % 300, {start} + 60, 1, 0
     FROM generate_series(0, {many} - 1) AS n
     """,
     "INSERT INTO failures (key, count, last_at) SELECT substr(digest, 1, 16), 1, at FROM revocations",
@@ -129,6 +135,7 @@ READS: dict[str, Operation] = {
     "a user's tokens": lambda direct: tokens(direct).list("user13", START, 1000),
     "a user's logins": lambda direct: tokens(direct).list("user13", START, 1000, "login"),
     "a user's named tokens": lambda direct: tokens(direct).list("user13", START, 1000, "named"),
+    "a page of all users' tokens": lambda direct: tokens(direct).list_by_end(PAGE, START, 5),
     "the throttle": lambda direct: direct.read(engine._FAILURES, {"keys": KEYS}),
 }
 
@@ -151,7 +158,7 @@ async def test_plans_of_empty_tables_stay_cheap_when_they_grow(direct: Direct) -
     for ask in OPERATIONS.values():
         await direct.rows_read(ask)
     for statement in _FILL:
-        await direct.execute(statement.format(many=MANY, each=EACH, start=int(START)))
+        await direct.execute(statement.format(many=MANY, each=EACH, start=int(START), line=IN_LINE.name))
     await direct.fill((row for pool, leased in LEASED.items() for row in rows(pool, leased, MANY)))
     rows_read = {name: await direct.rows_read(ask) for name, ask in OPERATIONS.items()}
     assert {name: count for name, count in rows_read.items() if count > MOST} == {}

@@ -119,12 +119,32 @@ def test_a_user_lists_leases_and_places_in_all_pools(
                 **{"holder": "job a", "count": 1},
             }
         ],
+        "next": None,
     }
     assert [lease["token"] for lease in bob.mine()["leases"]] == [others.token]
-    assert admin.mine() == {"leases": [], "places": []}
+    assert admin.mine() == {"leases": [], "places": [], "next": None}
     assert {pool["name"]: pool["waiting"] for pool in bob.call("GET")[1]["pools"]}["any"] == 2
     for user, request in ((ann, "a"), (bob, "b")):
         assert user.call("DELETE", f"/any/requests/{request}")[0] == 204
+
+
+def test_many_leases_of_a_user_are_listed_in_pages(admin: PoolUser, ann: PoolUser, bob: PoolUser) -> None:
+    for _ in range(12):
+        admin.generate("any", 100)
+        assert ann.call("POST", "/any/leases", {"count": 100})[0] == 201
+    assert ann.call("POST", "/any/leases", {"request": "a", "wait": 0})[0] == 202
+    assert bob.mine() == {"leases": [], "places": [], "next": None}
+    first = ann.mine()
+    assert (len(first["leases"]), first["places"]) == (1000, [])
+    second = ann.mine(first["next"])
+    assert (len(second["leases"]), len(second["places"]), second["next"]) == (200, 1, None)
+    assert len({lease["token"] for page in (first, second) for lease in page["leases"]}) == 1200
+    assert ann.call("DELETE", "/any/requests/a")[0] == 204
+
+
+@pytest.mark.parametrize("after", ["x", "leases-1.0-1", "leases-1-1-any", "leases-1.0-1-guarded", "lines-1.0-1-any"])
+def test_a_cursor_that_no_page_has_is_refused(bob: PoolUser, after: str) -> None:
+    assert bob.ask_for_mine(after).status == 400
 
 
 def test_only_users_with_its_scope_see_a_pool(bob: PoolUser, ann: PoolUser) -> None:

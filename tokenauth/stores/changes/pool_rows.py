@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import merge
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -103,8 +104,9 @@ MEMBERS = (
     .order_by(pool_tokens.c.value)
     .limit(_limit)
 )
-_after_cursor = (_live, or_(_at > bindparam("end"), and_(_at == bindparam("end"), _number > bindparam("number"))))
-LEASES = _rows((*_taken, *_after_cursor), (*_retired, *_after_cursor))
+# of the form of which both databases make one range of the index
+_after_cursor = (_at >= bindparam("end"), or_(_at > bindparam("end"), _number > bindparam("number")))
+LEASES = _rows_by_range((*_taken, *_after_cursor), (*_retired, *_after_cursor))
 _COUNT_RETIRED = select(_count(*_retired, _claimed), SOMEONE_WAITS)
 _NEXT_END = select(_earliest(*_taken, _claimed), _earliest(*_retired, _claimed))
 # Nearly each lease, release and lapse changes one of these, and reading them costs the same for any number of tokens.
@@ -141,7 +143,6 @@ _held = union_all(
 HELD = select(_held.c.username, func.count()).group_by(_held.c.username)
 _LEASED_TO = _rows((*_taken, _live, _of_user))
 _LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
-LEASES_OF_USER = _rows((*_taken, _live, _of_user), (*_retired, _live, _of_user))
 _values = select(elements(bindparam("values"), "wanted").c.value)
 _BY_VALUE = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
 _BY_VALUE_LOCKED = (
@@ -187,10 +188,6 @@ _KEEP_FORCED_END = text("""
 """)
 _FORGET_FORCED_ENDS = text("DELETE FROM forced_ends WHERE pool = :name AND at < :before")
 _RESERVE = text("UPDATE pool_tokens SET reservation = :reservation WHERE number = :number AND pool = :name")
-
-
-def _place(request: LeaseRequest) -> tuple[Instant, int]:
-    return request.turn, request.number
 
 
 def free_members(pool: Pool, members: Iterable[Row], now: Instant) -> list[Row]:
@@ -279,7 +276,8 @@ class PoolRows:
         free = self.leasable(wanted + (_AHEAD if someone_waits else 0), withheld)
         if not free:
             return ()
-        in_order = merge(line, sorted(new, key=_place), key=_place)
+        cursor = attrgetter("cursor")
+        in_order = merge(line, sorted(new, key=cursor), key=cursor)
         quotas = None if self.pool.per_user is None else _Quotas(self)
         return [
             served

@@ -16,7 +16,7 @@ from sqlalchemy import (
     tuple_,
 )
 
-from tokenauth.models import Instant, LeaseRequest, RequestKey
+from tokenauth.models import START_OF_LINE, Instant, LeaseRequest, PlaceCursor, RequestKey
 from tokenauth.stores.engine import Transaction
 from tokenauth.stores.sql import elements
 from tokenauth.stores.tables import as_lease_request, pool_request_columns, pool_requests
@@ -33,16 +33,8 @@ _of_place = tuple_(bindparam("turn", type_=Float()), bindparam("number", type_=B
 
 SOMEONE_WAITS = exists().where(*_waiting)
 LINE = select(*pool_request_columns).where(*_waiting, _place > _of_place).order_by(_turn, _number).limit(_limit)
-START_OF_LINE = {"turn": float("-inf"), "number": 0}
 LABELS = select(pool_requests.c.labels).where(*_waiting).distinct()
 LABELS_BY_USER = select(pool_requests.c.labels, pool_requests.c.username).where(*_waiting).distinct()
-_in_line = select(
-    *pool_request_columns,
-    func.row_number().over(order_by=(_turn, _number)).label("position"),
-    func.count().over().label("waiting"),
-).where(*_waiting)
-_line = _in_line.subquery()
-LINE_OF_USER = select(_line).where(_line.c.username == bindparam("username")).order_by(_line.c.position).limit(_limit)
 COUNT = select(func.count()).select_from(pool_requests).where(*_waiting)
 NEWEST = select(func.count(), func.max(_number), func.min(_turn)).where(*_waiting)
 PLACE = select(COUNT.where(_place <= _of_place).scalar_subquery(), COUNT.scalar_subquery())
@@ -74,6 +66,11 @@ _OLD = (
 )
 
 
+def beyond(cursor: PlaceCursor) -> Mapping[str, object]:
+    """Return the parameters of a cursor in the line."""
+    return dict(zip(("turn", "number"), cursor, strict=True))
+
+
 class RequestRows:
     """The requests for the leases of a pool at the instant `now`. Its user has an exclusive lock on the pool."""
 
@@ -86,10 +83,10 @@ class RequestRows:
         """Yield those who wait, in order. Only as much is read as is used."""
         place, more = START_OF_LINE, True
         while more:
-            page = self._db.rows(LINE, {**self._parameters, **place, "limit": _PAGE})
+            page = self._db.rows(LINE, {**self._parameters, **beyond(place), "limit": _PAGE})
             for request in map(as_lease_request, page):
                 yield request
-                place = {"turn": request.turn, "number": request.number}
+                place = request.cursor
             more = len(page) == _PAGE
 
     def summary(self) -> tuple[int, Instant]:

@@ -12,6 +12,7 @@ from tokenauth.clock import Clock
 from tokenauth.errors import InvalidRequest
 from tokenauth.models import (
     START_OF_LEASES,
+    ClaimCursor,
     Identity,
     LeaseCheck,
     LeaseCursor,
@@ -19,6 +20,7 @@ from tokenauth.models import (
     LeaseTerms,
     Member,
     Place,
+    PlaceCursor,
     Pool,
     PoolToken,
 )
@@ -202,6 +204,7 @@ class MyPlaceAnswer(msgspec.Struct, kw_only=True):
 class MyLeasesAnswer(msgspec.Struct):
     leases: list[MyLeaseAnswer]
     places: list[MyPlaceAnswer]
+    next: str | None
 
 
 class PoolsAnswer(msgspec.Struct):
@@ -226,6 +229,7 @@ _EMPTY_ASSIGN, _EMPTY_KEEP_ALIVE, _EMPTY_RELEASE = AssignRequest(), KeepAliveReq
 
 
 _CURSOR = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
+_CLAIM_CURSOR = re.compile(rf"(leases|places)-({_CURSOR.pattern})-(.+)", re.ASCII)
 
 
 class PoolRoutes:
@@ -255,7 +259,7 @@ class PoolRoutes:
             Route(f"{path}/tokens", {"POST": strict(self.generate, body=True)}, middleware),
             Route(path, {"GET": strict(self.show, ["after", "limit"])}, middleware),
             Route("/api/pools", {"GET": strict(self.list)}, middleware),
-            Route("/api/leases", {"GET": strict(self.mine)}, middleware),
+            Route("/api/leases", {"GET": strict(self.mine, ["after"])}, middleware),
         ]
 
     async def list(self, request: Request) -> Response:
@@ -264,11 +268,13 @@ class PoolRoutes:
         )
 
     async def mine(self, request: Request) -> Response:
-        leases, places = await self._pools.list_claims(request.user, MAX_COUNT)
+        after = _claim_cursor(request.query_value("after") or "")
+        leases, places, following = await self._pools.list_claims(request.user, after)
         return JSONResponse(
             MyLeasesAnswer(
                 [_my_lease(pool, token) for pool, token in leases],
                 [_my_place(*claim) for claim in places],
+                following and f"{following.kind}-{_show_cursor(following.cursor)}-{following.pool}",
             )
         )
 
@@ -404,7 +410,7 @@ class PoolRoutes:
     async def _leases(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of the leased tokens, and where the next page begins, which reveals no value."""
         found = await self._pools.list_leases(pool, _cursor(after), limit + 1)
-        following = "{!r}-{}".format(*found[limit - 1][0]) if len(found) > limit else None
+        following = _show_cursor(found[limit - 1][0]) if len(found) > limit else None
         return [token for _, token in found[:limit]], following
 
     async def _members(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
@@ -451,6 +457,20 @@ def _cursor(after: str) -> LeaseCursor:
     if place is None:
         raise InvalidRequest("after: must be the `next` of an earlier page.")
     return float(place[1]), int(place[2])
+
+
+def _show_cursor(cursor: LeaseCursor | PlaceCursor) -> str:
+    return "{!r}-{}".format(*cursor)
+
+
+def _claim_cursor(after: str) -> ClaimCursor | None:
+    """Parse where a page of what a user has leased begins. Raises InvalidRequest."""
+    if not after:
+        return None
+    place = _CLAIM_CURSOR.fullmatch(after)
+    if place is None:
+        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    return ClaimCursor("leases" if place[1] == "leases" else "places", place[5], _cursor(place[2]))
 
 
 def _lease(pool: Pool, token: PoolToken, now: Clock, status: int = 200) -> Response:

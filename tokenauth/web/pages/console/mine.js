@@ -23,6 +23,8 @@ const OVERLAPS = [
   [7 * DAY, "In 7 days"],
 ];
 
+const LOOKS = 20; // pages of leases that are read at most: one of them may have none, and yet a next one
+
 export function Mine({ me, logOut }) {
   const tokens = useData("api/tokens", "tokens");
   return html`
@@ -186,8 +188,21 @@ function NamedTokens({ tokens, me }) {
   </section>`;
 }
 
+async function readClaims() {
+  const leases = [];
+  const places = [];
+  let next = "";
+  for (let look = 0; look < LOOKS && next !== null; look += 1) {
+    const page = await call("GET", next ? path`api/leases?after=${next}` : "api/leases");
+    leases.push(...page.leases);
+    places.push(...page.places);
+    next = page.next;
+  }
+  return { leases, places };
+}
+
 function Claims() {
-  const claims = useData("api/leases", "pool");
+  const claims = useData(readClaims, "pool");
   const release = (lease) =>
     ask({
       title: `Release ${lease.name ?? "this token"} of ${lease.pool}?`,
