@@ -17,7 +17,7 @@ import msgspec
 from tokenauth.clock import Clock
 from tokenauth.errors import Overloaded, RetryLater
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import ADMIN, HeldUp, Identity, Token
+from tokenauth.models import ADMIN, Identity, Token
 from tokenauth.pools import Pools
 from tokenauth.status import Node
 from tokenauth.stores.store import Store
@@ -341,7 +341,8 @@ class Events:
             if name == "pool":
                 seen[name, about] = await self._store.pools.fingerprint(pools[about], at)
         if THROTTLE_TOPIC in topics:
-            seen[THROTTLE_TOPIC] = {each[:3] for each in await self._held_up() if each.until > at}
+            held_up = await self._node.held_up(self._throttle.held_up)
+            seen[THROTTLE_TOPIC] = {each[:3] for each in held_up if each.until > at}
         changed = {topic for topic, value in seen.items() if self._differs(topic, value)}
         if changed:
             self._number += 1
@@ -359,9 +360,6 @@ class Events:
     def _differs(self, topic: Topic, value: object) -> bool:
         watched = self._watched.get(topic)
         return watched is not None and watched.seen != value
-
-    async def _held_up(self) -> Sequence[HeldUp]:
-        return self._throttle.held_up() if self._node.ask is None else (await self._node.ask()).held_up
 
 
 def _format(event: str, data: object) -> str:

@@ -54,3 +54,7 @@ class Node:
     def __init__(self) -> None:
         self.ask: Callable[[], Awaitable[NodeStatus]] | None = None
         """Asks the main process; None if there is none. Raises Overloaded."""
+
+    async def held_up(self, own: Callable[[], Sequence[HeldUp]]) -> Sequence[HeldUp]:
+        """Return who was refused on this node; `own` returns who was in this process, if that is the whole node."""
+        return own() if self.ask is None else (await self.ask()).held_up

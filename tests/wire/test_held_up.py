@@ -2,8 +2,9 @@
 
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_all_workers_of_a_machine_are_listed(tmp_path: Path) -> None:
     with serve(config, "--workers", "2") as server:
         first, second = workers_of(server)
         for worker, address in ((first, "10.0.0.7"), (second, "10.1.0.7")):
-            with suspended(worker), server.client() as client:
+            with suspended(worker, tmp_path / "tokenauth.db"), server.client() as client:
                 hold_up(client, address)
         with server.client() as client:
             admin = {"X-Token": log_in(client)}
@@ -222,8 +223,11 @@ def test_all_workers_of_a_machine_are_listed(tmp_path: Path) -> None:
 
 
 @contextmanager
-def suspended(process: int) -> Iterator[None]:
-    os.kill(process, signal.SIGSTOP)
+def suspended(process: int, database: Path) -> Iterator[None]:
+    """Suspend a worker while it does not write: otherwise it would keep the lock, and nobody could."""
+    with closing(sqlite3.connect(database, timeout=30)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        os.kill(process, signal.SIGSTOP)
     try:
         yield
     finally:

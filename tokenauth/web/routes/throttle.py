@@ -50,8 +50,7 @@ class ThrottleRoutes:
 
     async def show(self, request: Request) -> Response:
         request.user.require_scope(ADMIN)
-        listed = self._throttle.held_up() if self._node.ask is None else (await self._node.ask()).held_up
-        found = await self._throttle.check_held_up(listed)
+        found = await self._throttle.check_held_up(await self._node.held_up(self._throttle.held_up))
         shown = [HeldUpAnswer(*each[:-1], math.ceil(each.until)) for each in found]
         return JSONResponse(ThrottleAnswer(shown))
 
