@@ -401,10 +401,10 @@ class Pools:
     async def release(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> None:
         """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        change = await self._store.pools.release(pool, _checked(value), now, check)
+        change = await self.waiting.release(
+            pool, _checked(value), now, check, lambda change: self._note_release(pool, change.before, now)
+        )
         await self._granted(pool, change, check, now)
-        if change is not None:
-            self._note_release(pool, change.before, now)
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
         """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
@@ -604,14 +604,13 @@ class Pools:
         log.info("lease_lapsed", **_shown(pool, token), held=round(held, 3))
 
     def _note_release(self, pool: Pool, token: PoolToken, now: Instant) -> None:
-        """Count and log a release, and look whether anyone waits for the token."""
+        """Count and log a release."""
         counters = self.counters[pool.name]
         held = max(0.0, now - (token.leased_at or now))
         counters.released += 1
         counters.seconds_held += held
         if pool.log_leases:
             log.info("lease_released", **_shown(pool, token), held=round(held, 3))
-        self.waiting.wake(pool)
 
     async def _granted(self, pool: Pool, change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
         """Return the changed token. Raises UnknownToken, NotYourLease or LeaseLost if the change was not granted."""

@@ -1,13 +1,14 @@
 """Who waits for leases in this process, and how they are served.
 
 Each pool that someone waits for has a task, which looks at the database every POLL seconds, and at once when this
-process has freed a token. The database decides whose turn it is. Only the process that a client waits in serves its
-request, so no lease is granted to a client whose process has died: of several, the one that was asked last.
+process has freed a token. A release in this process serves them in the same transaction. The database decides whose
+turn it is. Only the process that a client waits in serves its request, so no lease is granted to a client whose process
+has died: of several, the one that was asked last.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from copy import copy
 
@@ -16,7 +17,7 @@ from tokenauth.errors import ClientGone, PlaceLost, RetryLater
 from tokenauth.line import KEPT, LAST
 from tokenauth.login_queue import DisconnectCheck
 from tokenauth.logs import log
-from tokenauth.models import Grant, Instant, LeaseRequest, Pool, PoolToken, RequestKey
+from tokenauth.models import Grant, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken, RequestKey
 from tokenauth.stores.store import PoolStore
 
 POLL = 0.06
@@ -106,6 +107,22 @@ class Waiting:
         if line is not None:
             line.serve()
 
+    async def release(
+        self, pool: Pool, value: str, now: Instant, check: LeaseCheck, note: Callable[[LeaseChange], None]
+    ) -> LeaseChange | None:
+        """End a lease, and serve those who wait here and whose turn it is then, in one step.
+
+        `note` is called before they are answered, if the lease was ended. Raises StoreUnavailable.
+        """
+        line = self._lines.get(pool.name)
+        if line is not None and line.waiters:
+            return await line.release(value, now, check, note)
+        change = await self._store.release(pool, value, now, check)
+        if change is not None and change.granted:
+            note(change)
+            self.wake(pool)
+        return change
+
     def drop(self, pool: Pool, key: RequestKey) -> None:
         """End the wait of a request that has left the line."""
         line = self._lines.get(pool.name)
@@ -161,7 +178,7 @@ class _Line:
         self._store = store
         self._clock = clock
         self._put_back = put_back
-        self._serving: Mapping[RequestKey, int] = {}
+        self._serving: list[Mapping[RequestKey, int]] = []
         self._expired: set[Waiter] = set()
         self._woken = asyncio.Event()
         self._some_free = False
@@ -184,7 +201,7 @@ class _Line:
 
     def expire(self, waiter: Waiter) -> None:
         """End a wait without leases, unless it is being served right now: then soon, with or without."""
-        if waiter.request.key in self._serving:
+        if any(waiter.request.key in asks for asks in self._serving):
             self._expired.add(waiter)
         else:
             self.remove(waiter)
@@ -198,6 +215,37 @@ class _Line:
         """Try to take turns at once, without a look whether there is any: that would delay the client."""
         self._some_free = True
         self._woken.set()
+
+    async def release(
+        self, value: str, now: Instant, check: LeaseCheck, note: Callable[[LeaseChange], None]
+    ) -> LeaseChange | None:
+        """End a lease, and serve those whose turn it is then, in one step."""
+        with self._step() as asks:
+            change, granted = await self._store.hand_over(self._pool, value, asks, now, check)
+            if change is not None and change.granted:
+                note(change)
+            for grant in granted:
+                self._deliver(grant)
+        if any(asks.get(key) != waiter.request.asks for key, waiter in self.waiters.items()):
+            self.serve()  # they came meanwhile
+        return change
+
+    @contextmanager
+    def _step(self) -> Iterator[Mapping[RequestKey, int]]:
+        """Yield the requests that one step may serve. A wait that is over ends after the step, which may serve it."""
+        asks = {
+            key: waiter.request.asks
+            for key, waiter in self.waiters.items()
+            if waiter not in self._expired and not waiter.disconnected()
+        }
+        self._serving.append(asks)
+        try:
+            yield asks
+        finally:
+            self._serving.remove(asks)
+            expired, self._expired = self._expired, set()
+            for waiter in expired:
+                self.expire(waiter)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -224,16 +272,10 @@ class _Line:
         some_free, self._some_free = self._some_free, False
         if not some_free and not await self._store.may_have_turn(self._pool, _Asks(self.waiters), self._clock()):
             return False
-        self._serving = {key: asks for key, asks in self._asks().items() if not self.waiters[key].disconnected()}
-        try:
-            granted = await self._store.take_turns(self._pool, self._serving, self._clock())
+        with self._step() as asks:
+            granted = await self._store.take_turns(self._pool, asks, self._clock())
             for grant in granted:
                 self._deliver(grant)
-        finally:
-            self._serving = {}
-            expired, self._expired = self._expired, set()
-            for waiter in expired:
-                self.expire(waiter)
         return bool(granted)
 
     def _asks(self) -> Mapping[RequestKey, int]:

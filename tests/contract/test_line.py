@@ -10,7 +10,7 @@ from tests.contract.conftest import Place
 from tests.support.servers import START
 from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyPlaces
 from tokenauth.line import MAX_PLACES, REMEMBERED
-from tokenauth.models import START_OF_LINE, Grant, LeaseRequest, PlaceCursor, Pool, PoolToken
+from tokenauth.models import START_OF_LINE, Grant, LeaseCheck, LeaseRequest, PlaceCursor, Pool, PoolToken
 from tokenauth.models import Place as InLine
 from tokenauth.stores.store import PoolStore
 
@@ -85,6 +85,59 @@ async def test_a_request_waits_and_is_served_in_its_turn(pools: PoolStore) -> No
     assert await in_line(pools, START + 4) == ["b", "c"]
     assert await pools.find_place(POOL, ("ann", "c"), START + 4) == InLine(2, 2)
     assert await pools.find_place(POOL, ("ann", "a"), START + 4) is None
+
+
+async def test_a_release_serves_the_first_with_one_commit(place: Place) -> None:
+    pools = place.pools
+    [value] = await lease_all(pools)
+    for number, id in enumerate("abc"):
+        await ask(pools, id, START + number)
+    before = place.commits()
+    released, [grant] = await pools.hand_over(POOL, value, {("ann", "a"): 1, ("ann", "b"): 1}, START + 3)
+    assert place.commits() - before == 1
+    assert released is not None
+    assert (released.before.holder, released.token.holder, released.token.free_at) == ("x", None, START + 3)
+    assert (grant.request.id, [token.fence for token in grant.tokens]) == ("a", [2])
+    assert tokens(await ask(pools, "a", START + 3)) == grant.tokens
+    assert [token.unlogged for token in grant.before] == [None], "it was released, and has not lapsed"
+    _, granted = await pools.hand_over(POOL, value, {("ann", "c"): 1}, START + 4)
+    assert granted == [], "its turn is b's, whose worker is another one"
+    assert (await pools.assign(POOL, "late", START + 4)).token is None
+    assert await turns(pools, "b", "c", now=START + 4) == ["b"]
+
+
+async def test_a_release_that_is_refused_serves_nobody(pools: PoolStore) -> None:
+    [value] = await lease_all(pools)
+    await ask(pools, "a")
+    await pools.generate(POOL, ["free"], START)
+    refused, granted = await pools.hand_over(POOL, value, {("ann", "a"): 1}, START, LeaseCheck("y"))
+    assert refused is not None
+    assert (refused.granted, granted) == (False, [])
+    assert await pools.hand_over(POOL, "unknown", {("ann", "a"): 1}, START) == (None, [])
+    assert await turns(pools, "a") == ["a"]
+
+
+async def test_releases_at_once_serve_each_request_once(pools: PoolStore, other: Place) -> None:
+    """Also a copy of a request that was asked for again since."""
+    values = await lease_all(pools, 5)
+    for id in "abcd":
+        await ask(pools, id)
+    await ask(other.pools, "b")
+    here = {("ann", id): 1 for id in "abd"}
+    there = {("ann", "b"): 2, ("ann", "c"): 1}
+    again = {("ann", "a"): 1}
+    steps = [(pools, here), (other.pools, there), (pools, again), (other.pools, there), (pools, here)]
+    done = await asyncio.gather(
+        *(store.hand_over(POOL, value, asks, START) for value, (store, asks) in zip(values, steps, strict=True))
+    )
+    granted = [
+        (grant.request.id, store is pools) for (store, _), (_, all) in zip(steps, done, strict=True) for grant in all
+    ]
+    assert all(released is not None and released.granted for released, _ in done)
+    left = await turns(pools, "a", "d") + await turns(other.pools, "b", "c")
+    assert sorted([id for id, _ in granted] + left) == [*"abcd"]
+    assert all(here is (id in "ad") for id, here in granted), "b was asked for again, elsewhere"
+    assert (await pools.count(POOL, START)) == (1, 4)
 
 
 async def test_nobody_passes_those_who_wait(pools: PoolStore, other: Place) -> None:

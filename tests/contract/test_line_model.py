@@ -2,7 +2,7 @@
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.contract.conftest import STORES, Places, Templates
 from tests.support.servers import START
 from tokenauth.errors import LeaseLost, NoFreeToken, RequestDiffers
-from tokenauth.models import Grant, LeaseRequest, Pool
+from tokenauth.models import Grant, LeaseRequest, Pool, RequestKey
 from tokenauth.stores.store import PoolStore
 
 POOL = Pool("p", lease_ttl=60, capacity=3)
@@ -134,13 +134,32 @@ async def ask(store: PoolStore, model: Model, step: Step) -> None:
 
 async def take_turns(store: PoolStore, model: Model, step: Step) -> None:
     """Serve the requests of a process that has some of them."""
-    own = [id for number, id in enumerate(IDS) if (step.number + 1) * 37 >> number & 1]
+    own, keys = await some(store, model, step)
     wanted = model.turns(own)
-    waiting = await store.list_requests(POOL, model.now, 100)
-    keys = {request.key: request.asks for request in waiting if request.id in own}
     assert await store.may_have_turn(POOL, keys, model.now) is bool(wanted)
+    serve(model, wanted, await store.take_turns(POOL, keys, model.now))
+
+
+async def hand_over(store: PoolStore, model: Model, step: Step) -> None:
+    """Release a token, and serve the requests of a process that has some of them."""
+    own, keys = await some(store, model, step)
+    token = f"t{step.number % 3}"
+    ended = model.leases.pop(token, None) is not None
+    released, found = await store.hand_over(POOL, token, keys, model.now)
+    assert released is not None
+    assert released.granted is ended
+    serve(model, model.turns(own) if ended else [], found)
+
+
+async def some(store: PoolStore, model: Model, step: Step) -> tuple[Sequence[str], Mapping[RequestKey, int]]:
+    """Return some ids, and those of them that wait as a process has them."""
+    own = [id for number, id in enumerate(IDS) if (step.number + 1) * 37 >> number & 1]
+    waiting = await store.list_requests(POOL, model.now, 100)
+    return own, {request.key: request.asks for request in waiting if request.id in own}
+
+
+def serve(model: Model, wanted: Sequence[str], found: Sequence[Grant]) -> None:
     counts = {id: model.waiting[id].count for id in wanted}
-    found = await store.take_turns(POOL, keys, model.now)
     assert [grant.request.id for grant in found] == wanted
     for grant in found:
         model.grant(grant, counts[grant.request.id])
@@ -173,12 +192,15 @@ async def purge(store: PoolStore, model: Model, _: Step) -> None:
     await store.purge(POOL, model.now, 100)
 
 
-DO = {each.__name__: each for each in (ask, take_turns, assign, release, leave, purge)}
+DO = {each.__name__: each for each in (ask, take_turns, hand_over, assign, release, leave, purge)}
 
 steps = st.builds(
     Step,
     st.sampled_from(
-        ["ask", "ask", "ask", "take_turns", "take_turns", "release", "release", "assign", "leave", "purge"]
+        [
+            *("ask", "ask", "ask", "take_turns", "take_turns", "hand_over", "hand_over"),
+            *("release", "release", "assign", "leave", "purge"),
+        ]
     ),
     st.sampled_from(IDS),
     st.integers(0, 9),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.contract.conftest import STORES, Places, Templates
 from tests.support.servers import START
 from tokenauth.errors import NoFreeToken, TooManyLeases
-from tokenauth.models import Grant, LeaseCheck, LeaseRequest, Member, Pool, Reservation
+from tokenauth.models import Grant, LeaseCheck, LeaseRequest, Member, Pool, RequestKey, Reservation
 from tokenauth.stores.store import PoolStore
 
 NAMES, USERS = ("moto", "nokia", "pixel", "sony"), ("ann", "bob")
@@ -184,14 +184,35 @@ class MemberTest:
 
     async def take_turns(self, store: PoolStore, step: Step) -> None:
         """Serve the requests of a process that has some of them."""
-        model = self.model
-        own = {each.key: 1 for place, each in enumerate(model.line) if step.number != place % 4}
-        turns = {each.key: names for each in model.line if (names := model.turns().get(each.id)) and each.key in own}
-        assert await store.may_have_turn(self.pool, own, model.now) is bool(turns)
-        found = await store.take_turns(self.pool, own, model.now)
+        own = self._some(step)
+        assert await store.may_have_turn(self.pool, own, self.model.now) is bool(self._turns(own))
+        self._serve(own, await store.take_turns(self.pool, own, self.model.now))
+
+    async def hand_over(self, store: PoolStore, step: Step) -> None:
+        """Release a member, and serve the requests of a process that has some of them."""
+        model, phone, own = self.model, self.model.phones.get(step.name), self._some(step)
+        check = LeaseCheck(username=step.user)
+        released, found = await store.hand_over(self.pool, f"value of {step.name}", own, model.now, check)
+        ended = phone is not None and phone.user == step.user
+        assert (released is not None and released.granted) is ended
+        if phone is None or not ended:
+            assert found == []
+            return
+        phone.free_at, phone.user = model.now, None
+        self._serve(own, found)
+
+    def _some(self, step: Step) -> Mapping[RequestKey, int]:
+        return {each.key: 1 for place, each in enumerate(self.model.line) if step.number != place % 4}
+
+    def _turns(self, own: Mapping[RequestKey, int]) -> Mapping[RequestKey, Sequence[str]]:
+        turns = self.model.turns()
+        return {each.key: turns[each.id] for each in self.model.line if each.id in turns and each.key in own}
+
+    def _serve(self, own: Mapping[RequestKey, int], found: Sequence[Grant]) -> None:
+        turns = self._turns(own)
         assert [grant.request.key for grant in found] == [*turns]
         for grant in found:
-            model.grant(grant, turns[grant.request.key])
+            self.model.grant(grant, turns[grant.request.key])
 
     async def assign(self, store: PoolStore, step: Step) -> None:
         """Lease a member without a place in the line."""
@@ -267,7 +288,14 @@ configurations = st.builds(
 steps = st.builds(
     Step,
     st.sampled_from(
-        [*("ask", "take_turns", "release", "reload") * 2, "ask", "assign", "keep_alive", "reserve", "purge"]
+        [
+            *("ask", "take_turns", "hand_over", "release", "reload") * 2,
+            "ask",
+            "assign",
+            "keep_alive",
+            "reserve",
+            "purge",
+        ]
     ),
     st.sampled_from(USERS),
     st.sampled_from(NAMES),

@@ -102,6 +102,29 @@ async def test_a_released_token_goes_to_who_waits(workers: Workers, where: str) 
     assert (counters.granted, counters.waited) == (2, 1)
 
 
+async def test_releases_at_once_go_to_all_who_wait(workers: Workers) -> None:
+    """Each process has some of them, and releases some tokens."""
+    await workers.pools.generate(workers.pool, 5)
+    held = [await workers.pools.assign(workers.pool, "first", "bob") for _ in range(5)]
+    waiting = [await workers.ask(pools=(workers.pools, workers.other)[n % 2]) for n in range(5)]
+    both = [workers.pools, workers.pools, workers.other, workers.pools, workers.other]
+    await asyncio.gather(*(pools.release(workers.pool, token.value) for pools, token in zip(both, held, strict=True)))
+    got = [await granted(task) for task in waiting]
+    assert {token.value for token in got} == {token.value for token in held}
+    assert await workers.pools.count(workers.pool) == (0, 5)
+
+
+async def test_a_wait_that_ends_with_a_release_is_served(workers: Workers) -> None:
+    """The release has begun, so it may have been served, and its client must not be told to ask again."""
+    first = await workers.lease_all()
+    waiting = await workers.ask()
+    releasing = asyncio.get_running_loop().create_task(workers.pools.release(workers.pool, first.value))
+    await asyncio.sleep(0)
+    workers.pools.waiting.stop()
+    await releasing
+    assert (await granted(waiting)).fence == 2
+
+
 async def test_clients_are_served_in_their_order(workers: Workers) -> None:
     token = await workers.lease_all()
     waiting = [await workers.ask(pools=(workers.pools, workers.other)[n % 2]) for n in range(6)]

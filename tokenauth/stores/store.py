@@ -66,7 +66,7 @@ from tokenauth.stores.changes.pools import (
     Reserve,
 )
 from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
-from tokenauth.stores.changes.waiting import Ask, Leave, PutBack, TakeTurns
+from tokenauth.stores.changes.waiting import Ask, HandOver, Leave, PutBack, TakeTurns
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
 from tokenauth.stores.schema import HEAD
 from tokenauth.stores.sql import elements
@@ -434,6 +434,15 @@ class PoolStore:
     async def take_turns(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> Sequence[Grant]:
         """Serve those of some waiting requests whose turn it is, and which were not asked for more often than given."""
         return await self._engine.apply(TakeTurns(pool, asks, now=now))
+
+    async def hand_over(
+        self, pool: Pool, value: str, asks: Mapping[RequestKey, int], now: Instant, check: LeaseCheck = ANY_LEASE
+    ) -> tuple[LeaseChange | None, Sequence[Grant]]:
+        """End a lease as `release` does, and in the same step serve waiting requests as `take_turns` does.
+
+        Nobody is served if no lease was ended.
+        """
+        return await self._engine.apply(HandOver(pool, value, check, asks, now=now))
 
     async def lost_places(self, pool: Pool, asks: Mapping[RequestKey, int], now: Instant) -> Collection[RequestKey]:
         """Return which of some requests `take_turns` will not serve: not waiting any more, or asked for once more."""

@@ -115,6 +115,7 @@ ENDS = select(
     *(_latest(*rows) for rows in (_idle, (*_taken, _live), (*_retired, _live))),
 )
 _FREE = _rows(_unexpired, _lapsed)
+_FREE_BY_RANGE = _rows_by_range(_unexpired, _lapsed)
 # The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
 _FREE_UNLOCKED = (
     select(*_row)
@@ -337,6 +338,8 @@ class PoolRows:
         """Return the tokens that have been free longest, with their numbers, except rows that others have locked."""
         if self._db.single_writer:
             return self._found(_FREE, limit=limit)
+        if self.alone and not self._db.exclusive:  # no other change to the pool runs, so no row is locked
+            return self._found(_FREE_BY_RANGE, limit=limit)
         breadth = limit + _MARGIN
         while True:
             found = self._found(_FREE_UNLOCKED, wanted=limit, limit=breadth)

@@ -8,9 +8,9 @@ from typing import Self
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
 from tokenauth.line import KEPT, LAST, MAX_PLACES, REMEMBERED, Row, new_request
-from tokenauth.models import Grant, Instant, LeaseRequest, PoolToken, RequestKey
+from tokenauth.models import Grant, Instant, LeaseChange, LeaseCheck, LeaseRequest, PoolToken, RequestKey
 from tokenauth.stores.changes.pool_rows import PoolRows
-from tokenauth.stores.changes.pools import PoolChange, running
+from tokenauth.stores.changes.pools import PoolChange, Release, running
 from tokenauth.stores.changes.request_rows import RequestRows
 
 _NAMELESS = "\0"
@@ -115,12 +115,34 @@ class TakeTurns(PoolChange[Sequence[Grant]]):
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Sequence[Grant]]:
+        return [_take_turns(rows, change.asks) for change in changes]
+
+
+@dataclass(slots=True)
+class HandOver(PoolChange[tuple[LeaseChange | None, Sequence[Grant]]]):
+    """End a lease, and serve those of some requests whose turn it is then.
+
+    The answer has those of `Release` and of `TakeTurns`. Nobody is served if no lease was ended.
+    """
+
+    value: str
+    check: LeaseCheck
+    asks: Mapping[RequestKey, int]
+    shares_pool = False
+
+    @classmethod
+    def make_in_pool(
+        cls, rows: PoolRows, changes: Sequence[Self]
+    ) -> Sequence[tuple[LeaseChange | None, Sequence[Grant]]]:
+        """End all leases, then share the tokens out once; each caller gets the grants of its own requests."""
+        ended = Release.make_in_pool(rows, [Release(change.pool, change.value, change.check) for change in changes])
+        left: Sequence[Grant] = ()
+        if any(each is not None and each.granted for each in ended):
+            left = _take_turns(rows, {key: asks for change in changes for key, asks in change.asks.items()})
         answers = []
-        for change in changes:
-            served = [each for each in rows.share_out(0, change.asks) if each[0].asks == change.asks[each[0].key]]
-            granted = [*_grant(rows, served, dict.fromkeys(change.asks, 1)).values()]
-            rows.requests().update(grant.request for grant in granted)
-            answers.append(granted)
+        for change, each in zip(changes, ended, strict=True):
+            answers.append((each, [grant for grant in left if grant.request.key in change.asks]))
+            left = [grant for grant in left if grant.request.key not in change.asks]
         return answers
 
 
@@ -201,6 +223,13 @@ class PutBack(PoolChange[bool]):
                 until = rows.now + change.keep
                 requests.update([replace(request, granted_at=None, leases=None, kept_until=until, answers=0)])
         return answers
+
+
+def _take_turns(rows: PoolRows, asks: Mapping[RequestKey, int]) -> Sequence[Grant]:
+    served = [each for each in rows.share_out(0, asks) if each[0].asks == asks[each[0].key]]
+    granted = [*_grant(rows, served, dict.fromkeys(asks, 1)).values()]
+    rows.requests().update(grant.request for grant in granted)
+    return granted
 
 
 def _waits(request: LeaseRequest, now: Instant) -> bool:
