@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -137,6 +140,25 @@ def test_another_user_can_neither_reload_nor_pretend(public: Path) -> None:
             assert output(reload(public)) == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
             other.communicate("\n")
         until(lambda: len(server.events("reloaded")) == 1, "only root's is logged")
+
+
+def test_a_name_that_takes_no_connection_stops_no_reload(tmp_path: Path) -> None:
+    """Any local program can listen under such a name: here it is one of this user, and its queue is full."""
+    config = write_config(tmp_path)
+    with ExitStack() as stack:
+        other = stack.enter_context(socket.socket(socket.AF_UNIX))
+        other.bind(f"\0{_prefix(config)}1")
+        other.listen(0)
+        with suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(other.getsockname())
+        began = time.monotonic()
+        assert "takes no more connections" in mistake(reload(tmp_path))
+        with serving(config) as server:
+            assert output(reload(tmp_path)) == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
+        assert time.monotonic() - began < 60
 
 
 def test_a_later_broken_file_is_no_answer_to_an_earlier_reload(tmp_path: Path) -> None:

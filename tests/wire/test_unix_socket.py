@@ -255,6 +255,30 @@ def test_a_replaced_file_is_not_removed(tmp_path: Path) -> None:
     assert path.read_text() == "of another program"
 
 
+def test_a_file_that_a_new_server_makes_meanwhile_is_kept(tmp_path: Path) -> None:
+    """The new server starts between the last look at the file and its removal."""
+    path = tmp_path / "t.sock"
+    started: list[UnixListener] = []
+
+    def start() -> None:
+        path.unlink()
+        started.append(UnixListener(str(path), 0o660))
+
+    starting = threading.Thread(target=start)
+
+    def on_event(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.remove" and arguments[0] == str(path) and starting.ident is None:
+            starting.start()
+            starting.join(0.5)  # longer than it takes, unless it waits for us
+
+    with UnixListener(str(path), 0o660) as listener:
+        sys.addaudithook(on_event)
+        listener.remove_file()
+    starting.join()
+    with started[0], closing(connect(path)):
+        pass
+
+
 def test_a_reload_keeps_the_socket_and_every_request(tmp_path: Path) -> None:
     with on_socket(tmp_path, "--workers", "2") as (server, path):
         before = path.stat().st_ino

@@ -11,6 +11,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -25,6 +26,9 @@ AVAILABLE = sys.platform == "linux"
 
 _ANSWER_TIME = 150.0
 """Seconds to wait for an answer. A reload takes at most a minute, and waits for one that is under way."""
+
+_CONNECT_TIME = 3.0
+"""Seconds in which a server must take a connection: programs of other users can listen under its name, and take none."""
 
 _MAX_WAITING = 16
 """Commands that can wait for the same answer."""
@@ -127,21 +131,33 @@ def ask_for_reload(path: Path) -> Mapping[int, Answer]:
     if not AVAILABLE:
         raise StartError("`tokenauth reload` works on Linux only; run `kill -HUP PID` instead, and look at the log.")
     answers: dict[int, Answer] = {}
-    for name in _names(_prefix(path)):
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_ANSWER_TIME)
-            try:
-                connection.connect(f"\0{name}")
-                peer = Peer.of(connection)
-                if _is_ours(peer, path):
-                    answers[peer.pid] = _receive(connection, peer)
-            except ConnectionRefusedError:  # it has just ended
-                continue
-            except TimeoutError:
-                raise StartError(f"The server has not answered within {_ANSWER_TIME:.0f} seconds.") from None
+    names = [name for name in _names(_prefix(path)) if not _ask(name, path, answers)]
+    deadline = time.monotonic() + _CONNECT_TIME
+    while names and time.monotonic() < deadline:
+        time.sleep(0.05)
+        names = [name for name in names if not _ask(name, path, answers)]
     if not answers:
-        raise StartError(f"No server of this user serves {path}: start one with `tokenauth serve`.")
+        busy = " One, of whatever user, takes no more connections." if names else ""
+        raise StartError(f"No server of this user serves {path}: start one with `tokenauth serve`.{busy}")
     return answers
+
+
+def _ask(name: str, path: Path, answers: dict[int, Answer]) -> bool:
+    """Note the answer of a server under its process ID, if it is ours. Return False if its queue is full for now."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_ANSWER_TIME)
+        try:
+            connection.connect(f"\0{name}")
+            peer = Peer.of(connection)
+            if _is_ours(peer, path):
+                answers[peer.pid] = _receive(connection, peer)
+        except BlockingIOError:
+            return False
+        except ConnectionRefusedError:  # it has just ended
+            pass
+        except TimeoutError:
+            raise StartError(f"The server has not answered within {_ANSWER_TIME:.0f} seconds.") from None
+    return True
 
 
 def _receive(connection: socket.socket, peer: Peer) -> Answer:

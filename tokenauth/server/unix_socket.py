@@ -49,7 +49,7 @@ class UnixListener(socket.socket):
 
     def remove_file(self) -> None:
         """Remove the file, unless another program has replaced it. From then on nobody can connect."""
-        with suppress(OSError):
+        with suppress(OSError), _locked(os.path.dirname(self._path)):
             if os.path.samestat(os.lstat(self._path), self._file):
                 os.unlink(self._path)
 
@@ -103,7 +103,7 @@ def is_served(path: str) -> bool:
 
 @contextmanager
 def _locked(directory: str) -> Iterator[None]:
-    """Lock a directory, so that of two servers that start at the same time only one replaces a file.
+    """Lock a directory, so that of two servers only one replaces a file, and none removes that of the other.
 
     Go on without the lock if another program keeps it.
     """
