@@ -28,7 +28,7 @@ _ANSWER_TIME = 150.0
 """Seconds to wait for an answer. A reload takes at most a minute, and waits for one that is under way."""
 
 _CONNECT_TIME = 3.0
-"""Seconds in which a server must take a connection: programs of other users can listen under its name, and take none."""
+"""Seconds in which a server must take a connection: a program of another user can listen under its name."""
 
 _MAX_WAITING = 16
 """Commands that can wait for the same answer."""
