@@ -180,6 +180,8 @@ class Pools:
         if not 1 <= count <= MAX_COUNT:
             raise InvalidRequest(f"count: must be from 1 to {MAX_COUNT}.")
         values = self._new_values(pool, count)
+        if pool.capacity is not None and pool.token_ttl < math.inf:  # expired tokens are deleted for new ones
+            await self._note_all_lapsed(pool, self._clock())
         if not await self._store.pools.generate(pool, values, self._clock()):
             raise PoolFull
         if by is not None:
@@ -265,7 +267,10 @@ class Pools:
         return answer
 
     async def _repeat(self, pool: Pool, user: Identity, terms: LeaseTerms, refusal: InvalidRequest) -> Grant:
-        """Answer a request that was granted before the settings of the pool changed. Raises `refusal` for others."""
+        """Answer a request that was granted before the settings of the pool changed. Raises `refusal` for others.
+
+        One that waits leaves the line.
+        """
         if terms.id is not None:
             ttl = None if terms.ttl is None else durations.checked("ttl", terms.ttl, 1, math.inf)
             answer = await self._ask(pool, user.username, terms.id, terms, ttl, None, known=True)
@@ -273,6 +278,11 @@ class Pools:
                 raise answer
             if isinstance(answer, Grant) and not answer.before:
                 return answer
+            if isinstance(answer, Grant):
+                self.waiting.put_back(pool, answer, repeatable=False)
+            elif isinstance(answer, NoFreeToken | TooManyLeases):
+                with suppress(UnknownRequest):
+                    await self.leave_line(pool, user.username, terms.id)
         raise refusal
 
     async def _ask(
@@ -431,8 +441,12 @@ class Pools:
         Log which manager did that, if one did. Raises UnknownToken.
         """
         successor = self._new_values(pool, 1)[0] if pool.prefill or pool.members else None
-        if not await self._store.pools.delete(pool, _checked(value), self._clock(), successor):
+        now = self._clock()
+        deleted = await self._store.pools.delete(pool, _checked(value), now, successor)
+        if deleted is None:
             raise UnknownToken
+        if deleted.unlogged is not None and not deleted.is_leased(now):
+            self.note_lapse(pool, deleted)
         if by is not None:
             log.info("pool_token_deleted", pool=pool.name, by=by)
         self.waiting.wake(pool)
@@ -591,9 +605,9 @@ class Pools:
 
     async def _note_all_lapsed(self, pool: Pool, now: Instant) -> None:
         """Count and log what has lapsed, before tokens are deleted or extended: they do not show it afterwards."""
-        more = True
-        while more:
-            more = await self.note_lapsed(pool, now, MAX_COUNT) == MAX_COUNT
+        while True:
+            if await self.note_lapsed(pool, now, MAX_COUNT) < MAX_COUNT:
+                return
             await asyncio.sleep(_PAUSE)
 
     def note_lapse(self, pool: Pool, token: PoolToken) -> None:

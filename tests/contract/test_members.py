@@ -166,7 +166,7 @@ async def test_tokens_without_a_name_leave_a_pool_with_members(pools: PoolStore)
 async def test_a_deleted_member_is_replaced_and_its_fences_go_on(pools: PoolStore) -> None:
     await fill(pools)
     assert await lease(pools, ["pixel"]) == "pixel"
-    assert await pools.delete(PHONES, "value of pixel", START + 1, "new") is True
+    assert await pools.delete(PHONES, "value of pixel", START + 1, "new")
     assert await pools.get(PHONES, "value of pixel", START + 1) is None
     again = (await pools.assign(PHONES, "ci", START + 1, "bob", labels=["pixel"])).token
     assert again is not None

@@ -226,7 +226,8 @@ class PoolTest:
         value = self.model.pick(step.number)
         token = self.model.find(value)
         successor = self.model.new_values(1) if self.pool.prefill else []
-        assert await store.delete(self.pool, value, self.model.now, *successor) is (token is not None)
+        deleted = await store.delete(self.pool, value, self.model.now, *successor)
+        assert (deleted is not None) is (token is not None)
         if token is not None:
             del self.model.there[value]
             self.model.add([] if token.retired else successor)

@@ -65,7 +65,7 @@ async def test_a_token_never_generated_is_absent(pools: PoolStore) -> None:
         assert await pools.get(POOL, value, START) is None
         assert await pools.keep_alive(POOL, value, START, include_free=True) is None
         assert await pools.release(POOL, value, START) is None
-        assert await pools.delete(POOL, value, START) is False
+        assert await pools.delete(POOL, value, START) is None
 
 
 async def test_one_value_is_never_two_tokens(pools: PoolStore) -> None:
@@ -192,8 +192,8 @@ async def test_a_deleted_token_is_gone_free_or_leased(place: Place, other: Place
     await place.pools.keep_alive(POOL, "free", START + 1, include_free=True)
     assert await lease(place.pools, now=START + 1) == "leased"
     for value in ("free", "leased"):
-        assert await place.pools.delete(POOL, value, START + 1) is True
-        assert await place.pools.delete(POOL, value, START + 1) is False
+        assert await place.pools.delete(POOL, value, START + 1)
+        assert await place.pools.delete(POOL, value, START + 1) is None
         for pools in (place.pools, other.pools):
             assert await pools.get(POOL, value, START + 1) is None
             assert await pools.keep_alive(POOL, value, START + 1) is None
@@ -202,12 +202,13 @@ async def test_a_deleted_token_is_gone_free_or_leased(place: Place, other: Place
     assert await lease(place.pools, now=START + 100) is None
 
 
-async def test_of_removals_at_once_one_is_true(place: Place, other: Place) -> None:
+async def test_of_removals_at_once_one_finds_the_token(place: Place, other: Place) -> None:
     """Within one process they share a commit; between two they do not."""
     await place.pools.generate(POOL, [f"t{number}" for number in range(10)], START)
     for number in range(10):
         removals = [each.pools.delete(POOL, f"t{number}", START) for each in (place, other, place, other)]
-        assert sorted(await asyncio.gather(*removals)) == [False, False, False, True]
+        found = [token.value for token in await asyncio.gather(*removals) if token is not None]
+        assert found == [f"t{number}"]
 
 
 @pytest.mark.parametrize("leased", [False, True], ids=["free", "leased"])
@@ -216,7 +217,9 @@ async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore,
     await pools.generate(pool, ["t1", "t2"], START)
     if leased:
         assert await lease(pools, pool) == "t1"
-    assert await pools.delete(pool, "t1", START + 5, "t3") is True
+    deleted = await pools.delete(pool, "t1", START + 5, "t3")
+    assert deleted is not None
+    assert (deleted.value, deleted.holder is not None) == ("t1", leased)
     assert await pools.get(pool, "t1", START + 5) is None
     assert await pools.get(pool, "t3", START + 5) == PoolToken("p", "t3", START + 5)
     assert await members(pools, pool, START + 5) == ["t2", "t3"]
@@ -225,7 +228,7 @@ async def test_a_successor_takes_the_place_of_what_was_removed(pools: PoolStore,
 
 async def test_deleting_an_absent_token_adds_no_successor(pools: PoolStore) -> None:
     await pools.generate(POOL, ["t1"], START)
-    assert await pools.delete(POOL, "t9", START, "t2") is False
+    assert await pools.delete(POOL, "t9", START, "t2") is None
     assert await members(pools) == ["t1"]
 
 

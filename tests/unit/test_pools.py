@@ -21,7 +21,7 @@ from tokenauth.errors import (
     UnknownToken,
 )
 from tokenauth.models import ANY_LEASE, Grant, Identity, LeaseCheck, LeaseTerms, Pool, PoolCounts, PoolToken
-from tokenauth.pools import MAX_COUNT, Pools, check_name
+from tokenauth.pools import MAX_COUNT, Pools, Waits, check_name
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
@@ -180,6 +180,32 @@ async def test_a_leased_or_free_token_is_kept_alive(pools: Pools, clock: ManualC
     assert await pools.get(POOL, leased.value) == PoolToken("p", leased.value, START + 90, None, 1)
 
 
+@pytest.mark.parametrize("operation", ["delete", "generate"])
+async def test_a_lapse_is_logged_where_its_token_is_deleted(pools: Pools, clock: ManualClock, operation: str) -> None:
+    """To generate tokens deletes those that have expired."""
+    (value,) = await pools.generate(POOL, 1)
+    await pools.assign(POOL, "job", "ann")
+    clock.now += 60 if operation == "delete" else 300
+    with structlog.testing.capture_logs() as logs:
+        if operation == "delete":
+            await pools.delete(POOL, value)
+        else:
+            await pools.generate(POOL, 5)
+        while await pools.note_lapsed(POOL, clock.now, 10):
+            pass
+    shown = [(event["event"], event["user"], event["fence"], event["held"]) for event in logs]
+    assert shown == [("lease_lapsed", "ann", 1, 60.0)]
+    assert pools.counters[POOL.name].lapsed == 1
+
+
+async def test_no_lapse_is_logged_of_a_deleted_lease(pools: Pools) -> None:
+    (value,) = await pools.generate(POOL, 1)
+    await pools.assign(POOL, "job", "ann")
+    with structlog.testing.capture_logs() as logs:
+        await pools.delete(POOL, value)
+    assert logs == []
+
+
 @pytest.mark.parametrize("operation", ["keep_alive_any", "keep_alive_free"])
 async def test_a_lapse_is_logged_where_a_token_is_kept(pools: Pools, clock: ManualClock, operation: str) -> None:
     (value,) = await pools.generate(ROOMY, 1)
@@ -297,6 +323,29 @@ async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: Manu
     clock.now += 1e9
     assert SECRET.token_ttl == math.inf
     assert (await pools.assign(SECRET, "ops")).value == value
+
+
+@pytest.mark.parametrize("free", [False, True])
+async def test_a_refused_request_leaves_the_line(store: Store, clock: ManualClock, free: bool) -> None:
+    """It waited when the settings of the pool changed. It holds up nobody, and gets no lease."""
+    pool = Pool("p", lease_ttl=60, capacity=2)
+    pools, terms = Pools({"p": pool}, store, clock), LeaseTerms("ci", "r", 0, ttl=60)
+    await pools.generate(pool, 1)
+    leased = await pools.assign(pool, "job", "bob")
+    assert isinstance(await pools.lease(pool, ANN, terms), Waits)
+    if free:
+        await pools.release(pool, leased.value)
+    shorter = Pool("p", lease_ttl=30, capacity=2)
+    later = Pools({"p": shorter}, store, clock)
+    with pytest.raises(InvalidRequest, match="count"):
+        await later.lease(shorter, ANN, replace(terms, count=3))
+    assert await later.count_waiting(shorter) == 1, "those are other terms"
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="ttl"):
+            await later.lease(shorter, ANN, terms)
+        await later.waiting.close()
+        assert await later.count_waiting(shorter) == 0
+        assert await later.count(shorter) == (free, not free)
 
 
 async def test_a_repetition_outlives_changed_settings(store: Store, clock: ManualClock) -> None:

@@ -596,8 +596,11 @@ class PoolStore:
         """
         return await self._engine.apply(ReleaseNext(pool, username, now=now))
 
-    async def delete(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> bool:
-        """Delete a token, free or leased; False if there was none. A `successor` replaces it, free from now on."""
+    async def delete(self, pool: Pool, value: str, now: Instant, successor: str | None = None) -> PoolToken | None:
+        """Delete a token, free or leased, and return it; None if there was none.
+
+        A `successor` replaces it, free from now on.
+        """
         return await self._engine.apply(Delete(pool, value, successor, now=now))
 
     async def reserve(

@@ -314,17 +314,17 @@ class ReleaseNext(PoolChange[tuple[bool, int]]):
 
 
 @dataclass(slots=True)
-class Delete(PoolChange[bool]):
-    """Delete one token or replace it by `successor`; the answer is whether it existed."""
+class Delete(PoolChange[PoolToken | None]):
+    """Delete one token or replace it by `successor`; the answer is the token as it was, or None."""
 
     value: str
     successor: str | None
 
     @classmethod
-    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[bool]:
+    def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[PoolToken | None]:
         """Delete or replace tokens; a retired one without a name is not replaced."""
         found = rows.find(change.value for change in changes)
-        answers = []
+        answers: list[PoolToken | None] = []
         for change in changes:
             number, token = found.pop(change.value, (0, None))
             if token is not None:
@@ -334,7 +334,7 @@ class Delete(PoolChange[bool]):
                     rows.delete(number)
                 else:
                     rows.replace(number, change.successor, 0)
-            answers.append(token is not None)
+            answers.append(token)
         return answers
 
 
