@@ -1,6 +1,7 @@
 """How a node is doing: what its main process knows of all its workers, for GET /api/status."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenauth.metrics import Counts, Key
@@ -54,6 +55,8 @@ class Node:
     def __init__(self) -> None:
         self.ask: Callable[[], Awaitable[NodeStatus]] | None = None
         """Asks the main process; None if there is none. Raises Overloaded."""
+        self.config_file: Path | None = None
+        """Where the settings were read; None if that is not known."""
 
     async def held_up(self, own: Callable[[], Sequence[HeldUp]]) -> Sequence[HeldUp]:
         """Return who was refused on this node; `own` returns who was in this process, if that is the whole node."""

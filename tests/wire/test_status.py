@@ -62,6 +62,14 @@ def test_all_workers_are_summed(server: Server, client: httpx.Client, admin: dic
     assert "broad_trusted_proxies" in [risk["name"] for risk in found["risks"]]
 
 
+def test_a_configuration_that_others_can_change_is_a_risk(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    config.chmod(0o646)
+    with serve(config) as running, running.client() as client:
+        found = status(client, {"X-Token": log_in(client)})
+        assert {risk["name"] for risk in found["risks"]} >= {"readable_config", "writable_config"}
+
+
 def test_pools_and_live_tokens_are_read_in_the_background(client: httpx.Client, admin: dict[str, str]) -> None:
     until(lambda: status(client, admin)["pools"][0]["leased"] is not None, "the first look", 30)
     found = status(client, admin)

@@ -111,6 +111,7 @@ def _work(channel: Channel, listener: socket.socket) -> None:
     with loader.naming(order.path):
         service = create_service(order.settings, served=order.database)
         app = build_app(service)
+    service.node.config_file = order.path
     service.tokens.revocations.apply(order.held)
     from tokenauth.gauges import Gauges
 

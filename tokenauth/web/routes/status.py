@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 from starlette.middleware import Middleware
@@ -167,8 +168,10 @@ class StatusRoutes:
     def _find_risks(self, _: None) -> list[RiskAnswer]:
         """Find the risks, in a thread, unless an earlier job has just found them."""
         if time.monotonic() >= self._risks_due:
-            found = find_risks(self._service.settings, self._service.passwords)
-            self._risks, self._risks_due = [RiskAnswer(*risk) for risk in found], time.monotonic() + _RISKS_FOR
+            service = self._service
+            with suppress(OSError):  # a file is just being replaced: the next look finds what it has become
+                found = find_risks(service.settings, service.passwords, service.node.config_file)
+                self._risks, self._risks_due = [RiskAnswer(*risk) for risk in found], time.monotonic() + _RISKS_FOR
         return self._risks
 
 
