@@ -30,6 +30,7 @@ BASES: dict[str, type] = {
     "HttpToolsProtocol": HttpToolsProtocol,
     "BoundedProtocol": HttpToolsProtocol,
     "RequestResponseCycle": RequestResponseCycle,
+    "_CycleWithBody": RequestResponseCycle,
     "FlowControl": FlowControl,
     "LifespanOn": LifespanOn,
     "ServerState": ServerState,

@@ -158,6 +158,21 @@ class _CycleWithBody(RequestResponseCycle):
         return sent
 
 
+class _CycleOfHTTP10(_CycleWithBody):
+    """A request of HTTP/1.0, which knows no chunks: an answer without a length ends with the connection."""
+
+    _has_length = True
+
+    def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._has_length:
+                self.chunked_encoding = False
+        elif message["type"] == "http.response.body" and not self._has_length:
+            self.expected_content_length = len(message.get("body", b""))  # what uvicorn expects of this part
+        return super().send(message)
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Answers the requests of a connection in order, loses none at shutdown, and keeps little memory for it.
 
@@ -467,7 +482,8 @@ class BoundedProtocol(HttpToolsProtocol):
         scope["raw_path"] = self.root_path.encode("ascii") + raw_path
         scope["query_string"] = url.query or b""
         waits = self.cycle is not None and not self.cycle.response_complete
-        self.cycle = (_CycleWithBody if self._has_body else _Cycle)(
+        kind = _CycleOfHTTP10 if version == "1.0" else _CycleWithBody if self._has_body else _Cycle
+        self.cycle = kind(
             scope=scope,
             transport=cast(asyncio.Transport, self.transport),
             flow=self.flow,

@@ -1,5 +1,6 @@
 """GET /api/events: hints to read again, for those who may, until the token ends."""
 
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_a_stream_begins_with_who_i_am(server: Server, ann: str) -> None:
         hello = stream.next()
         assert (hello.name, hello.data) == ("hello", {"user": "ann", "scopes": ["read", "write"]})
         assert hello.id
+
+
+def test_a_stream_to_an_http10_client_has_no_chunks(server: Server, client: httpx.Client, ann: str) -> None:
+    """It ends with the connection."""
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.sendall(f"GET /api/events HTTP/1.0\r\nX-Token: {ann}\r\n\r\n".encode())
+        received = b""
+        while b"event: hello" not in received:
+            received += connection.recv(65536)
+        client.delete("/api/token", headers={"X-Token": ann})
+        while part := connection.recv(65536):
+            received += part
+    head, _, body = received.decode().partition("\r\n\r\n")
+    assert "connection: close" in head.lower()
+    assert "transfer-encoding" not in head.lower()
+    assert body.startswith("id: ")
+    assert body.endswith('event: bye\ndata: {"reason":"logged_out"}\n\n')
 
 
 def test_leases_line_and_reservations_are_told(
