@@ -9,7 +9,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -26,7 +26,7 @@ from tokenauth.errors import Stopping
 from tokenauth.server.head_limit import HeadLimit
 from tokenauth.server.transport import LingeringTransport
 from tokenauth.web import urlencoding
-from tokenauth.web.asgi_extensions import CLIENT, REFUSAL_RULES, RefusalRules
+from tokenauth.web.asgi_extensions import CLIENT, REFUSAL_RULES, RefusalRules, RenderedHeaders
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line with its headers, of a chunk's head, and of trailers. More are answered 431."""
@@ -117,13 +117,9 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-_send = FunctionType(
-    RequestResponseCycle.send.__code__,
-    {
-        **vars(httptools_impl),
-        "STATUS_LINE": {status: line + _SECURITY_HEADERS for status, line in STATUS_LINE.items()},
-    },
-)
+_STATUS_LINES = {status: line + _SECURITY_HEADERS for status, line in STATUS_LINE.items()}
+
+_send = FunctionType(RequestResponseCycle.send.__code__, {**vars(httptools_impl), "STATUS_LINE": _STATUS_LINES})
 """uvicorn's `send`, with _SECURITY_HEADERS in each status line. As headers, they cost 1 microsecond an answer."""
 
 
@@ -137,25 +133,51 @@ async def _send_500_response(cycle: RequestResponseCycle) -> None:
     await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+@lru_cache(maxsize=2)
+def _render(headers: Headers) -> bytes | None:
+    """Return the lines of the headers that the server adds to each answer; None if they close the connection."""
+    return None if _CLOSE in headers else b"".join(b"%b: %b\r\n" % header for header in headers)
+
+
+async def _sent() -> None:
+    """Return what `send` returns when all is sent."""
+
+
 class _Cycle(RequestResponseCycle):
     """A request without a body, and its answer."""
 
-    send = _send
     send_500_response = _send_500_response
 
+    def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
+        """Send as uvicorn does, and RenderedHeaders in a fifth of the time."""
+        headers = message.get("headers")
+        if (
+            type(headers) is RenderedHeaders
+            and self.keep_alive
+            and not (self.response_started or self.disconnected or self.flow.write_paused)
+        ):
+            lines = _render(tuple(self.default_headers))
+            if lines is not None:
+                self.response_started = True
+                self.waiting_for_100_continue = self.chunked_encoding = False
+                self.expected_content_length = headers.content_length
+                status: int = message["status"]  # type: ignore[typeddict-item]
+                self.transport.write(b"%b%b%b\r\n" % (_STATUS_LINES[status], lines, headers.lines))
+                return _sent()
+        sent: Coroutine[Any, Any, None] = _send(self, message)
+        return sent
 
-class _CycleWithBody(RequestResponseCycle):
+
+class _CycleWithBody(_Cycle):
     """A request with a body, and its answer. An answer before the end of the body closes the connection."""
 
     transport: LingeringTransport  # type: ignore[assignment]
-    send_500_response = _send_500_response
 
     def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
         if self.more_body:
             self.keep_alive = False
             self.transport.lingers = True
-        sent: Coroutine[Any, Any, None] = _send(self, message)
-        return sent
+        return _Cycle.send(self, message)
 
 
 class _CycleOfHTTP10(_CycleWithBody):

@@ -95,9 +95,8 @@ class BrowserAuth:
             response: Response = NoStoreResponse(status_code=302, headers={"Location": address})
         else:
             response = refusal_response(refusal)
-        response.raw_headers.append((b"x-auth-login", address.encode()))
-        if values:
-            response.raw_headers.extend(self._cookies.log_out())
+        more = self._cookies.log_out() if values else ()
+        response.raw_headers = [*response.raw_headers, (b"x-auth-login", address.encode()), *more]
         return response
 
     def _login_address(self, scope: Scope) -> str:

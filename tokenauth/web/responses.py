@@ -1,6 +1,7 @@
 """Responses: none may be stored by a cache, refusals have one form, and one table gives each its status."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import msgspec
@@ -9,6 +10,7 @@ from starlette.responses import Response
 from tokenauth import errors
 from tokenauth.logs import log, safe_traceback
 from tokenauth.web import exceptions
+from tokenauth.web.asgi_extensions import RenderedHeaders
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
@@ -78,6 +80,13 @@ class NoStoreResponse(Response):
 
 NO_CONTENT = NoStoreResponse(status_code=204)
 """A response that all requests can share: sending it does not change it."""
+NO_CONTENT.raw_headers = RenderedHeaders(0, NO_CONTENT.raw_headers)  # type: ignore[assignment]  # as in JSONResponse
+
+
+@lru_cache(maxsize=256)
+def json_headers(length: int) -> RenderedHeaders:
+    """Return the headers of a JSON document of this length."""
+    return RenderedHeaders(length, [(b"content-length", b"%d" % length), JSON, NO_STORE])
 
 
 class JSONResponse(Response):
@@ -92,7 +101,9 @@ class JSONResponse(Response):
         self.status_code = status
         self.background = None
         self.body = body = msgspec.json.encode(document) + self.end
-        self.raw_headers = [(b"content-length", b"%d" % len(body)), JSON, NO_STORE, *headers]
+        usual = json_headers(len(body))
+        # Only a tuple stays as it was rendered; Starlette declares a list.
+        self.raw_headers = [*usual, *headers] if headers else usual  # type: ignore[assignment]
 
 
 class DialectResponse(JSONResponse):

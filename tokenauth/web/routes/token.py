@@ -1,7 +1,6 @@
 """Log in, check a token, log out."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Annotated, Literal
 
 import msgspec
@@ -19,7 +18,7 @@ from tokenauth.web.logout_tokens import find_logout_tokens
 from tokenauth.web.openapi import NO_NUL, schema_only
 from tokenauth.web.request_context import set_current
 from tokenauth.web.requests import Request
-from tokenauth.web.responses import JSON, NO_STORE, JSONResponse, NoStoreResponse, error_response
+from tokenauth.web.responses import JSONResponse, NoStoreResponse, error_response, json_headers
 from tokenauth.web.routing import Endpoint, Route, strict
 
 PATH = "/api/token"
@@ -83,7 +82,7 @@ class CheckToken(Endpoint):
         else:
             self._counts.valid += 1
             body = b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
-        await send({"type": "http.response.start", "status": 200, "headers": _headers(len(body))})
+        await send({"type": "http.response.start", "status": 200, "headers": json_headers(len(body))})
         await send({"type": "http.response.body", "body": body})
 
 
@@ -117,11 +116,6 @@ class TokenRoutes:
         tokens = await find_logout_tokens(request)
         await self._tokens.log_out(tokens, request.client_address, request.disconnect_check)
         return NoStoreResponse(_INVALID, media_type="application/json")
-
-
-@cache
-def _headers(length: int) -> Sequence[tuple[bytes, bytes]]:
-    return ((b"content-length", b"%d" % length), JSON, NO_STORE)
 
 
 def _find_token(request: Request) -> bytes:
