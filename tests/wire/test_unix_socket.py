@@ -152,13 +152,21 @@ def test_the_file_never_has_another_mode(tmp_path: Path) -> None:
     assert seen == {0o640}
 
 
-def refusal(directory: Path) -> str:
+def refusal(directory: Path, *options: str, event: str = "start_failed") -> str:
     """Start a server that does not come up, and return why."""
     command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(configured(directory))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "start_failed" in line]
+    (line,) = [line for line in done.stderr.splitlines() if event in line]
     return line
+
+
+def test_a_host_alone_does_not_replace_the_socket(tmp_path: Path) -> None:
+    """As the command of the image has it. With a port, it is clear what is meant."""
+    assert "has server.socket" in refusal(tmp_path, "--host", "0.0.0.0", event="configuration_refused")
+    with serve(configured(tmp_path), "--host", "127.0.0.1") as server:
+        assert server.port
+        assert not (tmp_path / "t.sock").exists()
 
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -43,7 +43,12 @@ class ConfigurationFile:
         Raises ConfigError for settings that cannot be served.
         """
         self._first = loader.load(self.path, files=self._files)
-        socket = None if self._host is None and self._port is None else ""
+        if self._first.server.socket and self._host is not None and self._port is None:
+            raise ConfigError(
+                f"--host: {self.path} has server.socket, where no address is used; leave out --host, or add --port to"
+                " open a port instead of the socket"
+            )
+        socket = None if self._port is None else ""
         self._served = loader.override(
             self._first, host=self._host, port=self._port, socket=socket, workers=self._workers
         )
