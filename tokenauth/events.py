@@ -341,8 +341,8 @@ class Events:
             if name == "pool":
                 seen[name, about] = await self._store.pools.fingerprint(pools[about], at)
         if THROTTLE_TOPIC in topics:
-            held_up = await self._node.held_up(self._throttle.held_up)
-            seen[THROTTLE_TOPIC] = {each[:3] for each in held_up if each.until > at}
+            throttled = await self._node.throttled(self._throttle.list_throttled)
+            seen[THROTTLE_TOPIC] = {each[:3] for each in throttled if each.until > at}
         changed = {topic for topic, value in seen.items() if self._differs(topic, value)}
         if changed:
             self._number += 1

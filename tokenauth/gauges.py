@@ -63,7 +63,7 @@ class Gauges:
         if service.audit is not None:
             counts["audit_lost_total",] = [service.audit.lost]
             gauges["audit_up",] = float(service.audit.problem is None)
-        return Snapshot(counts, gauges | self._store, service.throttle.held_up())
+        return Snapshot(counts, gauges | self._store, service.throttle.list_throttled())
 
     async def run(self) -> None:
         """Read until cancelled."""

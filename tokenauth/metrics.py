@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from tokenauth.errors import Forbidden, InsufficientScope, InvalidToken, Refusal, RetryLater
-from tokenauth.models import HeldUp
+from tokenauth.models import Throttled
 
 Key = tuple[str, ...]
 """The name of a family, and the values of its labels."""
@@ -70,7 +70,7 @@ class Snapshot(msgspec.Struct):
 
     counts: Counts
     gauges: dict[Key, float]
-    held_up: Sequence[HeldUp] = ()
+    throttled: Sequence[Throttled] = ()
     """Whom this worker has refused, and who still has to wait."""
 
 

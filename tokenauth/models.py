@@ -784,11 +784,11 @@ class Failures:
     last_at: Instant
 
 
-MAX_HELD_UP = 100
-"""Maximum number of HeldUp in one list."""
+MAX_THROTTLED = 100
+"""Maximum number of Throttled in one list."""
 
 
-class HeldUp(NamedTuple):
+class Throttled(NamedTuple):
     """Logins that are refused for a while, because of earlier ones that failed.
 
     kind: "user": the logins of `user` from `address`; "network": all logins from that range of addresses; "unknown":

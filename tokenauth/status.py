@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenauth.metrics import Counts, Key
-from tokenauth.models import HeldUp
+from tokenauth.models import Throttled
 
 STEP = 60
 """Seconds of one number of the history."""
@@ -45,7 +45,7 @@ class NodeStatus(NamedTuple):
     counts: Counts
     gauges: dict[Key, float]
     history: History
-    held_up: Sequence[HeldUp] = ()
+    throttled: Sequence[Throttled] = ()
     """Whom the workers have refused after failed logins, and who may still have to wait; also those that have ended."""
 
 
@@ -58,6 +58,6 @@ class Node:
         self.config_file: Path | None = None
         """Where the settings were read; None if that is not known."""
 
-    async def held_up(self, own: Callable[[], Sequence[HeldUp]]) -> Sequence[HeldUp]:
+    async def throttled(self, own: Callable[[], Sequence[Throttled]]) -> Sequence[Throttled]:
         """Return who was refused on this node; `own` returns who was in this process, if that is the whole node."""
-        return own() if self.ask is None else (await self.ask()).held_up
+        return own() if self.ask is None else (await self.ask()).throttled

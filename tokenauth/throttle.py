@@ -48,7 +48,7 @@ from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
 from tokenauth.logs import log
-from tokenauth.models import MAX_HELD_UP, CountUpdate, Failures, HeldUp, Instant
+from tokenauth.models import MAX_THROTTLED, CountUpdate, Failures, Instant, Throttled
 from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Store
 
@@ -171,7 +171,7 @@ class Throttle:
     ) -> None:
         """`users` are the names that may be shown to operators: any other may be a password."""
         self._users = users
-        self._held_up: dict[tuple[object, ...], HeldUp] = {}
+        self._throttled: dict[tuple[object, ...], Throttled] = {}
         self._settings = settings
         self._workers = workers
         self._store = store
@@ -260,18 +260,18 @@ class Throttle:
         """The number of logins that wait for a hashing thread."""
         return self._queue.size
 
-    def held_up(self) -> Sequence[HeldUp]:
+    def list_throttled(self) -> Sequence[Throttled]:
         """Return who was refused in this process and still has to wait, the longest wait first."""
         now = self._clock()
-        self._held_up = {key: each for key, each in self._held_up.items() if each.until > now}
-        return sorted(self._held_up.values(), key=_until, reverse=True)[:MAX_HELD_UP]
+        self._throttled = {key: each for key, each in self._throttled.items() if each.until > now}
+        return sorted(self._throttled.values(), key=_until, reverse=True)[:MAX_THROTTLED]
 
-    async def check_held_up(self, listed: Iterable[HeldUp]) -> Sequence[HeldUp]:
+    async def check_throttled(self, listed: Iterable[Throttled]) -> Sequence[Throttled]:
         """Return those of a list who still have to wait, as all processes have counted it, the longest wait first."""
         checked = [await self._check_again(each) for each in listed]
-        return sorted((each for each in checked if each is not None), key=_until, reverse=True)[:MAX_HELD_UP]
+        return sorted((each for each in checked if each is not None), key=_until, reverse=True)[:MAX_THROTTLED]
 
-    async def let_go(self, username: str, address: str, by: str) -> bool:
+    async def clear_user(self, username: str, address: str, by: str) -> bool:
         """Forget the failures of a user at a location, in its network and region, and anywhere; False if it has none.
 
         Those of other names in the same network stay. It is logged with who did it (`by`).
@@ -280,17 +280,17 @@ class Throttle:
         streaks, buckets = (keys.location_streak, keys.network_streak), (keys.location, keys.name_in_region, keys.name)
         done = await self._forget(streaks, buckets)
         if done:
-            log.info("throttle_let_go", user=username, addresses=network(address), by=by)
+            log.info("throttle_cleared", user=username, addresses=network(address), by=by)
         return done
 
-    async def let_network_go(self, addresses: str, by: str) -> bool:
+    async def clear_network(self, addresses: str, by: str) -> bool:
         """Forget the failures of all names in a network or region; False if there are none. It is logged.
 
         Those of each name stay.
         """
         done = await self._forget((), (_key("network", addresses), _key("region", addresses)))
         if done:
-            log.info("throttle_let_go", user=None, addresses=addresses, by=by)
+            log.info("throttle_cleared", range=addresses, by=by)
         return done
 
     async def _forget(self, streaks: Sequence[bytes], buckets: Sequence[bytes]) -> bool:
@@ -304,7 +304,7 @@ class Throttle:
             await self._store.failures.update(updates, now)
         return bool(updates)
 
-    async def _check_again(self, listed: HeldUp) -> HeldUp | None:
+    async def _check_again(self, listed: Throttled) -> Throttled | None:
         """Return what someone who is listed has to wait now; None if nothing."""
         if listed.kind == "unknown":  # its name is not known here
             return listed if listed.until > self._clock() else None
@@ -321,16 +321,16 @@ class Throttle:
     def _note(self, keys: _Keys, wait: _Wait, now: Instant) -> None:
         """Remember that an attempt was refused, without its name if it may be a password."""
         username, address = keys.username, keys.address
-        held_up = HeldUp("unknown", None, network(address), wait.failures, now + wait.seconds)
+        throttled = Throttled("unknown", None, network(address), wait.failures, now + wait.seconds)
         if wait.key == keys.network:
-            held_up = held_up._replace(kind="network")
+            throttled = throttled._replace(kind="network")
         elif wait.key == keys.region:
-            held_up = held_up._replace(kind="network", address=region(address))
+            throttled = throttled._replace(kind="network", address=region(address))
         elif username in self._users:
-            held_up = held_up._replace(kind="user", user=username, address=address)
-        if len(self._held_up) >= 2 * MAX_HELD_UP:
-            self._held_up = {_who(each): each for each in self.held_up()}
-        self._held_up[_who(held_up)] = held_up
+            throttled = throttled._replace(kind="user", user=username, address=address)
+        if len(self._throttled) >= 2 * MAX_THROTTLED:
+            self._throttled = {_who(each): each for each in self.list_throttled()}
+        self._throttled[_who(throttled)] = throttled
 
     async def close(self) -> None:
         """Wait for pending writes."""
@@ -342,10 +342,10 @@ class Throttle:
         Raises TooManyAttempts.
         """
         history = await self._read(names)
-        longest, held_up = history.longest()
+        longest, state = history.longest()
         if longest.seconds > 0:
             self.refusals += 1
-            self._note(held_up.keys, longest, history.now)
+            self._note(state.keys, longest, history.now)
             raise TooManyAttempts(retry_after=math.ceil(longest.seconds))
         # Other names that would still have to wait are not tried.
         states = [state for state, wait in zip(history.states, history.waits, strict=True) if wait.seconds <= 0]

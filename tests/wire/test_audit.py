@@ -323,15 +323,21 @@ def test_an_oauth_client_that_revokes_is_named(audited: Audited) -> None:
     assert (revoked["action"], revoked["by"], revoked["user"]) == ("revoke_token", "bob", "ann")
 
 
-def test_an_admin_lets_a_user_go(audited: Audited) -> None:
+def test_an_admin_clears_a_user_and_a_network(audited: Audited) -> None:
     admin = {"X-Token": log_in(audited.client)}
     audited.client.post("/api/token", json={"username": "bob", "password": "wrong"})
     freed = audited.client.delete("/api/throttle", params={"user": "bob", "address": "192.0.2.7"}, headers=admin)
     assert freed.status_code == 204
     *_, record = audited.new(3)
-    assert (record["action"], record["by"], record["user"], record["target"]) == (
-        "let_go", "admin", "bob", "192.0.2.0/24",
-    )  # fmt: skip
+    assert (record["action"], record["by"], record["user"]) == ("clear_throttle", "admin", "bob")
+    assert (record.get("target"), record["details"]) == (None, {"addresses": "192.0.2.0/24"})
+    audited.client.post("/api/token", json={"username": "bob", "password": "wrong"})
+    freed = audited.client.delete("/api/throttle", params={"network": "192.0.2.0/24"}, headers=admin)
+    assert freed.status_code == 204
+    *_, record = audited.new(2)
+    assert (record["action"], record["by"], record["target"]) == ("clear_throttle", "admin", "192.0.2.0/24")
+    assert "user" not in record
+    assert "details" not in record
 
 
 def test_what_a_stop_cannot_write_is_counted(tmp_path: Path) -> None:

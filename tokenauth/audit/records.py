@@ -33,7 +33,7 @@ ACTS: Mapping[str, Act] = {
     "named_token_issued": Act("issue_token", ("id",)),
     "named_token_rotated": Act("rotate_token", ("id",)),
     "access_denied": Act("access", ("route",), None),
-    "throttle_let_go": Act("let_go", ("addresses",)),
+    "throttle_cleared": Act("clear_throttle", ("range",)),
     "member_reserved": Act("reserve_member", ("pool", "member")),
     "member_unreserved": Act("unreserve_member", ("pool", "member")),
     "lease_forced": Act("end_lease", ("pool", "member")),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tokenauth import __version__
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
-from tokenauth.models import MAX_HELD_UP, HeldUp
+from tokenauth.models import MAX_THROTTLED, Throttled
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
 
 STALE = 10.0
@@ -56,7 +56,7 @@ class Totals:
         self._lock = threading.Lock()
         self._workers: dict[int, _Last] = {}
         self._ended: Counts = {}
-        self._held_up: Sequence[HeldUp] = ()
+        self._throttled: Sequence[Throttled] = ()
 
     def update(self, pid: int, snapshot: Snapshot) -> None:
         """Replace the snapshot of a worker by a later one."""
@@ -69,8 +69,8 @@ class Totals:
             last = self._workers.pop(pid, None)
             if last is not None:
                 add(self._ended, last.snapshot.counts)
-                held_up = sorted([*self._held_up, *last.snapshot.held_up], key=attrgetter("until"))
-                self._held_up = held_up[-MAX_HELD_UP:]
+                throttled = sorted([*self._throttled, *last.snapshot.throttled], key=attrgetter("until"))
+                self._throttled = throttled[-MAX_THROTTLED:]
 
     def read(self) -> tuple[Counts, Mapping[Key, float]]:
         """Return the sums of all counts, and the gauges of the workers that report."""
@@ -106,16 +106,16 @@ class Totals:
         counts, gauges = self.read()
         levels, history = dict(gauges), self._history()
         return NodeStatus(
-            self._started_at, workers, self.configured, self.crashes, counts, levels, history, self._list_held_up()
+            self._started_at, workers, self.configured, self.crashes, counts, levels, history, self._list_throttled()
         )
 
-    def _list_held_up(self) -> Sequence[HeldUp]:
-        """Return each once, with the longest wait, at most MAX_HELD_UP."""
+    def _list_throttled(self) -> Sequence[Throttled]:
+        """Return each once, with the longest wait, at most MAX_THROTTLED."""
         with self._lock:
-            found = [*self._held_up, *(each for last in self._workers.values() for each in last.snapshot.held_up)]
+            found = [*self._throttled, *(each for last in self._workers.values() for each in last.snapshot.throttled)]
         found.sort(key=attrgetter("until"))
         latest = {each[:3]: each for each in found}
-        return sorted(latest.values(), key=attrgetter("until"))[-MAX_HELD_UP:]
+        return sorted(latest.values(), key=attrgetter("until"))[-MAX_THROTTLED:]
 
     def _history(self) -> History:
         known, last = {minute.number: minute.numbers() for minute in self._minutes}, _minute()

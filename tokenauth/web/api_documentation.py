@@ -72,7 +72,6 @@ FIELDS: Mapping[str, str] = {
     "expires_in": "Seconds until it expires, for clients whose clock may be wrong.",
     "expiry_time": "When it expires, in Unix seconds. Null: never, or not valid.",
     "failures": "The number of failed logins that are counted.",
-    "held_up": "The logins that are refused for a while.",
     "fence": "Grows with each lease of the token. A resource can reject a holder with a lower number than it has seen.",
     "for": "The only user who can lease it. Null: nobody can.",
     "force": "End the lease of another user, or replace their reservation.",
@@ -113,6 +112,7 @@ FIELDS: Mapping[str, str] = {
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do, and what a token is limited to. Null: it is not limited.",
     "service": "Always `tokenauth`.",
+    "throttled": "The logins that are refused for a while.",
     "token": "The value of the token.",
     "take": "With `force`: lease the token to me.",
     "token_type_hint": "Ignored.",
@@ -406,15 +406,15 @@ _FAILED_FROM = "198.51.100.7"
 
 THROTTLE = Section(
     name="Throttle",
-    text="Who has to wait after failed logins, and letting them go. All of this needs the scope `admin`.",
+    text="Who has to wait after failed logins, and how to clear that. All of this needs the scope `admin`.",
     operations=[
         guarded(operation, errors.InsufficientScope)
         for operation in (
             Operation(
                 method="GET",
                 path="/api/throttle",
-                id="listHeldUp",
-                title="List who is held up",
+                id="listThrottled",
+                title="List who is throttled",
                 text="Lists the logins that this machine has refused and that still have to wait, at most 100, the"
                 " longest wait first. Names that no user has are not shown.",
                 answers=[
@@ -423,7 +423,7 @@ THROTTLE = Section(
                         "Who has to wait.",
                         throttle.ThrottleAnswer,
                         {
-                            "held_up": [
+                            "throttled": [
                                 {
                                     "kind": "user",
                                     "user": "admin",
@@ -439,8 +439,8 @@ THROTTLE = Section(
             Operation(
                 method="DELETE",
                 path="/api/throttle",
-                id="letGo",
-                title="Let a user or a network go",
+                id="clearThrottle",
+                title="Clear a user or a network",
                 text="Forgets failed logins: those of a user at an address (`user` and `address`), or those of all"
                 " names in a range together (`network`). It applies on all workers and machines at once.",
                 parameters=[

@@ -40,7 +40,7 @@ VIEWS = {
     "pools": "phones",
     "pools/phones": "pixel-8",
     "tokens": "nightly",
-    "throttle": "Held up",
+    "throttle": "Throttled logins",
     "health": "in the last hour",
 }
 """The views, and what each of them shows when it is there."""
@@ -406,14 +406,14 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     expect(page.get_by_role("banner")).to_contain_text("admin")
 
 
-def test_an_admin_lets_a_throttled_user_go(page: Page, server: Server, client: httpx.Client) -> None:
+def test_an_admin_clears_a_throttled_user(page: Page, server: Server, client: httpx.Client) -> None:
     for number in range(7):
         client.post("/api/token", json={"username": "bob", "password": f"guess {number}"})
     right = {"username": "bob", "password": "bob-secret"}
     assert client.post("/api/token", json=right).status_code == 429
     enter(page, server, "admin", "admin", "#throttle")
-    row(page, "Held up", "bob").get_by_role("button").click()
-    confirm(page, "Let go")
+    row(page, "Throttled logins", "bob").get_by_role("button").click()
+    confirm(page, "Clear")
     expect(page.get_by_text("Nobody has to wait.")).to_be_visible()
     assert client.post("/api/token", json=right).status_code == 200
 

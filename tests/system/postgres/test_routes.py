@@ -53,9 +53,9 @@ def test_who_waits_after_failed_logins_is_let_go_on_all_nodes(two: tuple[Server,
         admin = {"X-Token": log_in(here)}
         while attempt(here, "wrong") != 429:
             pass
-        [waits] = here.get("/api/throttle", headers=admin).json()["held_up"]
+        [waits] = here.get("/api/throttle", headers=admin).json()["throttled"]
         assert (waits["kind"], waits["user"], waits["address"]) == ("user", "ann", HOME)
         address = {"user": "ann", "address": HOME}
         assert there.delete("/api/throttle", headers=admin, params=address).status_code == 204
-        assert here.get("/api/throttle", headers=admin).json() == {"held_up": []}
+        assert here.get("/api/throttle", headers=admin).json() == {"throttled": []}
         assert [attempt(client, "ann-secret") for client in (here, there)] == [200, 200]

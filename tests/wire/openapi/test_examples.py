@@ -42,7 +42,7 @@ PREREQUISITES = {
 IN_LINE = {"listRequests", "leaveLine"}
 """Examples that need a request in the waiting line."""
 
-HELD_UP = {"listHeldUp", "letGo"}
+THROTTLED = {"listThrottled", "clearThrottle"}
 """Examples that need failed logins."""
 
 
@@ -148,7 +148,7 @@ def test_the_examples_work_in_the_order_of_the_page(server: Server) -> None:
         for operation in operations:
             if operation.id in PREREQUISITES:
                 runner.send(by_id[PREREQUISITES[operation.id]])
-            if operation.id in HELD_UP:
+            if operation.id in THROTTLED:
                 runner.fail()
             if operation.id in IN_LINE:
                 runner.join_line()

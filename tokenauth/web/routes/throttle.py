@@ -1,4 +1,4 @@
-"""/api/throttle: who is held up after failed logins, and letting them go. For admins only."""
+"""/api/throttle: who is throttled after failed logins, and clearing that. For admins only."""
 
 import ipaddress
 import math
@@ -26,7 +26,7 @@ _RANGES = {4: {24, 16}, 6: {64, 48}}
 """The lengths of the prefixes of networks and regions, by IP version."""
 
 
-class HeldUpAnswer(msgspec.Struct):
+class ThrottledAnswer(msgspec.Struct):
     kind: Literal["user", "network", "unknown"]
     user: str | None
     address: str
@@ -35,7 +35,7 @@ class HeldUpAnswer(msgspec.Struct):
 
 
 class ThrottleAnswer(msgspec.Struct):
-    held_up: list[HeldUpAnswer]
+    throttled: list[ThrottledAnswer]
 
 
 class ThrottleRoutes:
@@ -45,26 +45,26 @@ class ThrottleRoutes:
         self._node = node
 
     def routes(self, middleware: Sequence[Middleware]) -> list[Route]:
-        handlers = {"GET": strict(self.show), "DELETE": strict(self.let_go, ["user", "address", "network"])}
+        handlers = {"GET": strict(self.show), "DELETE": strict(self.clear, ["user", "address", "network"])}
         return [Route("/api/throttle", handlers, middleware)]
 
     async def show(self, request: Request) -> Response:
         request.user.require_scope(ADMIN)
-        found = await self._throttle.check_held_up(await self._node.held_up(self._throttle.held_up))
-        shown = [HeldUpAnswer(*each[:-1], math.ceil(each.until)) for each in found]
+        found = await self._throttle.check_throttled(await self._node.throttled(self._throttle.list_throttled))
+        shown = [ThrottledAnswer(*each[:-1], math.ceil(each.until)) for each in found]
         return JSONResponse(ThrottleAnswer(shown))
 
-    async def let_go(self, request: Request) -> Response:
+    async def clear(self, request: Request) -> Response:
         request.user.require_scope(ADMIN)
         user, address, network = (request.query_value(name) for name in ("user", "address", "network"))
         by = request.user.username
         if network is not None and user is None and address is None:
-            done = await self._throttle.let_network_go(_range(network), by)
+            done = await self._throttle.clear_network(_range(network), by)
         elif network is None and user is not None and address is not None:
             name = canonical(user)
             _check_address(address)
             # A name that no user has may be a password: it is not looked for, and not logged.
-            done = name in self._users and await self._throttle.let_go(name, address, by)
+            done = name in self._users and await self._throttle.clear_user(name, address, by)
         else:
             raise InvalidRequest("Send user and address, or network.")
         if not done:

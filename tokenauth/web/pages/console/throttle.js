@@ -7,32 +7,32 @@ import { html } from "./preact.js";
 
 export function Throttle() {
   const throttle = useData("api/throttle", "throttle");
-  const letGo = async (address, who) => {
+  const clear = async (address, who) => {
     await call("DELETE", address);
     say(`${who} can log in again.`);
     await throttle.reload();
   };
   const askFirst = (held) =>
     ask({
-      title: `Let ${whoOf(held)} go?`,
-      text: "The failed logins are forgotten, and the next login is checked at once. If someone guesses passwords there, they have new attempts, too.",
-      action: "Let go",
+      title: `Clear the failed logins of ${whoOf(held)}?`,
+      text: "They are forgotten, and the next login is checked at once. If someone guesses passwords there, they have new attempts, too.",
+      action: "Clear",
       run: () =>
-        letGo(
+        clear(
           held.kind === "network" ? path`api/throttle?network=${held.address}` : path`api/throttle?user=${held.user}&address=${held.address}`,
           whoOf(held),
         ),
     });
   const askWhom = () =>
     ask({
-      title: "Let a user go",
+      title: "Clear a user",
       text: "For a user who has to wait and is not in the list, such as one who was refused by another node.",
       fields: [
         { name: "user", label: "User name", required: true, maxLength: 256 },
         { name: "address", label: "Their IP address", required: true, maxLength: 64 },
       ],
-      action: "Let go",
-      run: ({ user, address }) => letGo(path`api/throttle?user=${user}&address=${address}`, user),
+      action: "Clear",
+      run: ({ user, address }) => clear(path`api/throttle?user=${user}&address=${address}`, user),
     });
   const columns = [
     ["Who", (held) => html`<span class="name">${whoOf(held)}</span>`, "first"],
@@ -41,7 +41,7 @@ export function Throttle() {
     ["Waits until", (held) => html`<${Time} at=${held.until} />`],
     [
       "Actions",
-      (held) => html`<${Actions} actions=${[held.kind !== "unknown" && ["Let go", () => askFirst(held), `Let ${whoOf(held)} from ${held.address} go`]]} />`,
+      (held) => html`<${Actions} actions=${[held.kind !== "unknown" && ["Clear", () => askFirst(held), `Clear ${whoOf(held)} from ${held.address}`]]} />`,
       "last",
     ],
   ];
@@ -52,13 +52,13 @@ export function Throttle() {
     </p>
     <section aria-labelledby="held">
       <div class="title">
-        <h2 id="held">Held up</h2>
-        <button class="small" onClick=${askWhom}>Let a user go</button>
+        <h2 id="held">Throttled logins</h2>
+        <button class="small" onClick=${askWhom}>Clear a user</button>
       </div>
       <${Loaded} read=${throttle}>
-        ${({ held_up: listed }) =>
+        ${({ throttled: listed }) =>
           html`<${Table}
-            label="Held up"
+            label="Throttled logins"
             columns=${columns}
             rows=${listed}
             keyOf=${(held) => `${held.kind} ${held.user} ${held.address}`}

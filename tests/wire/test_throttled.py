@@ -1,4 +1,4 @@
-"""GET and DELETE /api/throttle: who is held up, shown without what strangers typed, and let go on every worker."""
+"""GET and DELETE /api/throttle: who is throttled, shown without what strangers typed, and cleared on every worker."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def attempt(client: httpx.Client, address: str, username: str = "ann", password:
     return client.post("/api/token", json=body, headers={"X-Forwarded-For": address}).status_code
 
 
-def hold_up(client: httpx.Client, address: str, username: str = "ann") -> None:
+def fill(client: httpx.Client, address: str, username: str = "ann") -> None:
     """Fail until attempts are refused."""
     assert [attempt(client, address, username) for _ in range(FREE + 1)] == [401] * FREE + [429]
 
@@ -57,19 +57,19 @@ def hold_up(client: httpx.Client, address: str, username: str = "ann") -> None:
 def listed(client: httpx.Client, admin: dict[str, str]) -> list[dict[str, Any]]:
     answer = client.get("/api/throttle", headers=admin)
     assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
-    return list(answer.json()["held_up"])
+    return list(answer.json()["throttled"])
 
 
-def let_go(client: httpx.Client, admin: dict[str, str], **query: str) -> int:
+def clear(client: httpx.Client, admin: dict[str, str], **query: str) -> int:
     return client.delete("/api/throttle", headers=admin, params=query).status_code
 
 
-def test_who_is_held_up_is_listed_until_then(
+def test_who_is_throttled_is_listed_until_then(
     client: httpx.Client, admin: dict[str, str], clock: HandClock, region: str
 ) -> None:
     home = f"{region}.1.7"
     assert listed(client, admin) == []
-    hold_up(client, home)
+    fill(client, home)
     [found] = listed(client, admin)
     until = int(clock()) + 1
     assert found == {"kind": "user", "user": "ann", "address": home, "failures": FREE, "until": until}
@@ -78,38 +78,38 @@ def test_who_is_held_up_is_listed_until_then(
     assert attempt(client, home, password="ann-secret") == 200
 
 
-def test_a_release_applies_on_every_worker(
+def test_clearing_applies_on_every_worker(
     client: httpx.Client, sibling_client: httpx.Client, admin: dict[str, str], region: str
 ) -> None:
     home = f"{region}.1.7"
-    hold_up(client, home)
+    fill(client, home)
     assert attempt(sibling_client, home, password="ann-secret") == 429
-    assert let_go(sibling_client, admin, user="Ann", address=home) == 204
+    assert clear(sibling_client, admin, user="Ann", address=home) == 204
     assert listed(client, admin) == listed(sibling_client, admin) == []
     for worker in (sibling_client, client):
         assert attempt(worker, home, password="ann-secret") == 200
-    assert let_go(client, admin, user="ann", address=home) == 404
+    assert clear(client, admin, user="ann", address=home) == 404
 
 
-def test_a_release_is_logged_with_who_did_it(
+def test_clearing_is_logged_with_who_did_it(
     client: httpx.Client, admin: dict[str, str], server: Server, region: str
 ) -> None:
-    hold_up(client, f"{region}.1.7")
-    assert let_go(client, admin, user="ann", address=f"{region}.1.7") == 204
-    event = server.events("throttle_let_go")[-1]
+    fill(client, f"{region}.1.7")
+    assert clear(client, admin, user="ann", address=f"{region}.1.7") == 204
+    event = server.events("throttle_cleared")[-1]
     assert (event["user"], event["addresses"], event["by"]) == ("ann", f"{region}.1.0/24", "admin")
 
 
-def test_after_a_release_attempts_are_counted_anew(client: httpx.Client, admin: dict[str, str], region: str) -> None:
+def test_after_clearing_attempts_are_counted_again(client: httpx.Client, admin: dict[str, str], region: str) -> None:
     home = f"{region}.1.7"
-    hold_up(client, home)
-    assert let_go(client, admin, user="ann", address=home) == 204
-    hold_up(client, home)
+    fill(client, home)
+    assert clear(client, admin, user="ann", address=home) == 204
+    fill(client, home)
     assert [each["failures"] for each in listed(client, admin)] == [FREE]
 
 
-def test_a_user_held_up_everywhere_is_let_go(client: httpx.Client, admin: dict[str, str], region: str) -> None:
-    """Failures from many networks hold a name up in its region."""
+def test_a_user_throttled_everywhere_is_cleared(client: httpx.Client, admin: dict[str, str], region: str) -> None:
+    """Failures from many networks throttle a name in its region."""
     for network in range(2, 4):
         for _ in range(FREE):
             assert attempt(client, f"{region}.{network}.1") == 401
@@ -117,29 +117,29 @@ def test_a_user_held_up_everywhere_is_let_go(client: httpx.Client, admin: dict[s
     assert attempt(client, home, password="ann-secret") == 429
     [found] = listed(client, admin)
     assert (found["kind"], found["user"], found["address"], found["failures"]) == ("user", "ann", home, 2 * FREE)
-    assert let_go(client, admin, user="ann", address=home) == 204
+    assert clear(client, admin, user="ann", address=home) == 204
     assert attempt(client, home, password="ann-secret") == 200
 
 
-def test_a_network_is_held_up_and_let_go(client: httpx.Client, admin: dict[str, str], region: str) -> None:
+def test_a_network_is_throttled_and_cleared(client: httpx.Client, admin: dict[str, str], region: str) -> None:
     for number in range(NETWORK_FREE):
         assert attempt(client, f"{region}.1.{number}", f"name{number}") == 401
     assert attempt(client, f"{region}.1.200", password="ann-secret") == 429
     [found] = listed(client, admin)
     shown = {"kind": "network", "user": None, "address": f"{region}.1.0/24", "failures": NETWORK_FREE}
     assert shown.items() <= found.items()
-    assert let_go(client, admin, network=f"{region}.2.0/24") == 404
-    assert let_go(client, admin, network=found["address"]) == 204
+    assert clear(client, admin, network=f"{region}.2.0/24") == 404
+    assert clear(client, admin, network=found["address"]) == 204
     assert attempt(client, f"{region}.1.200", password="ann-secret") == 200
     assert listed(client, admin) == []
 
 
-def test_letting_a_user_go_leaves_the_failures_of_others(
+def test_clearing_a_user_leaves_the_failures_of_others(
     client: httpx.Client, admin: dict[str, str], region: str
 ) -> None:
-    hold_up(client, f"{region}.1.7")
-    hold_up(client, f"{region}.1.7", "bob")
-    assert let_go(client, admin, user="ann", address=f"{region}.1.7") == 204
+    fill(client, f"{region}.1.7")
+    fill(client, f"{region}.1.7", "bob")
+    assert clear(client, admin, user="ann", address=f"{region}.1.7") == 204
     assert attempt(client, f"{region}.1.7", "bob", "bob-secret") == 429
     assert [each["user"] for each in listed(client, admin)] == ["bob"]
 
@@ -147,9 +147,9 @@ def test_letting_a_user_go_leaves_the_failures_of_others(
 def test_names_that_no_user_has_are_never_shown(
     client: httpx.Client, admin: dict[str, str], server: Server, region: str
 ) -> None:
-    hold_up(client, f"{region}.1.7", TYPED)
+    fill(client, f"{region}.1.7", TYPED)
     answer = client.get("/api/throttle", headers=admin)
-    [found] = answer.json()["held_up"]
+    [found] = answer.json()["throttled"]
     assert (found["kind"], found["user"], found["address"]) == ("unknown", None, f"{region}.1.0/24")
     assert TYPED not in answer.text
     refused = client.delete("/api/throttle", headers=admin, params={"user": TYPED, "address": f"{region}.1.7"})
@@ -158,16 +158,16 @@ def test_names_that_no_user_has_are_never_shown(
     assert TYPED not in server.log.read_text()
 
 
-def test_ipv6_users_and_networks_are_let_go(client: httpx.Client, admin: dict[str, str]) -> None:
-    hold_up(client, "2001:db8:5:1::7")
+def test_ipv6_users_and_networks_are_cleared(client: httpx.Client, admin: dict[str, str]) -> None:
+    fill(client, "2001:db8:5:1::7")
     assert [each["address"] for each in listed(client, admin)] == ["2001:db8:5:1::7"]
-    assert let_go(client, admin, user="ann", address="2001:db8:5:1::8") == 204, "one /64 is one location"
-    assert let_go(client, admin, network="2001:db8:5:1::/64") == 204
-    assert let_go(client, admin, network="2001:db8:5:1::/64") == 404
-    assert let_go(client, admin, network="2001:db8:5::/48") == 204, "a region is counted by itself"
+    assert clear(client, admin, user="ann", address="2001:db8:5:1::8") == 204, "one /64 is one location"
+    assert clear(client, admin, network="2001:db8:5:1::/64") == 204
+    assert clear(client, admin, network="2001:db8:5:1::/64") == 404
+    assert clear(client, admin, network="2001:db8:5::/48") == 204, "a region is counted by itself"
 
 
-def test_only_admins_list_and_let_go(client: httpx.Client, region: str) -> None:
+def test_only_admins_list_and_clear(client: httpx.Client, region: str) -> None:
     token = {"X-Token": log_in(client, "ann", "ann-secret")}
     for method in ("GET", "DELETE"):
         answer = client.request(method, "/api/throttle", headers=token, params=None)
@@ -193,7 +193,7 @@ def test_only_admins_list_and_let_go(client: httpx.Client, region: str) -> None:
         {"name": "ann"},
     ],
 )
-def test_a_release_says_whom(client: httpx.Client, admin: dict[str, str], query: dict[str, str]) -> None:
+def test_a_request_to_clear_says_whom(client: httpx.Client, admin: dict[str, str], query: dict[str, str]) -> None:
     answer = client.delete("/api/throttle", headers=admin, params=query)
     assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
 
@@ -205,7 +205,7 @@ def test_all_workers_of_a_machine_are_listed(tmp_path: Path) -> None:
         first, second = workers_of(server)
         for worker, address in ((first, "10.0.0.7"), (second, "10.1.0.7")):
             with suspended(worker, tmp_path / "tokenauth.db"), server.client() as client:
-                hold_up(client, address)
+                fill(client, address)
         with server.client() as client:
             admin = {"X-Token": log_in(client)}
 
@@ -218,7 +218,7 @@ def test_all_workers_of_a_machine_are_listed(tmp_path: Path) -> None:
         until(lambda: not {first, second} & set(workers_of(server)), "both workers are replaced")
         with server.client() as client:
             until(both, "both are listed after a reload")
-            assert let_go(client, admin, user="ann", address="10.0.0.7") == 204
+            assert clear(client, admin, user="ann", address="10.0.0.7") == 204
             assert [each["address"] for each in listed(client, admin)] == ["10.1.0.7"]
 
 
