@@ -224,6 +224,7 @@ _HEADINGS = {
     "last_used_at": "last use",
     "leased_at": "leased",
     "since": "waits since",
+    "until": "wait ends",
     "lease_expiry_time": "lease ends",
     "reserved_until": "reserved until",
     "reserved_for": "reserved for",
