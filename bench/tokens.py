@@ -82,25 +82,28 @@ class TokenRows:
     @contextmanager
     def _metered(self) -> Iterator[Sampler]:
         """Validate tokens while requests are counted and measured."""
-        with self._scratch() as directory:
-            config = world.write_config(directory, tables=_METRICS)
-            world.fill(config, world.USERS)
-            with world.tokenauth(config) as server:
-                _check_probe(server, value(0))
-                load.run(server.port, "hot", _WARM)
-                yield lambda: _ratio(self._compare(server, "hot"))
+        with self._serving(_METRICS) as server:
+            _check_probe(server, value(0))
+            load.run(server.port, "hot", _WARM)
+            yield lambda: _ratio(self._compare(server, "hot"))
 
     @contextmanager
     def _cookie(self) -> Iterator[Sampler]:
         """Validate tokens in cookies, as a reverse proxy asks."""
+        with self._serving(_LOGIN_PAGE) as server:
+            passed = server.client.get("/auth?cookie", headers={"Cookie": f"tokenauth={value(7)}"})
+            _require(passed.headers.get("x-auth-user") == "user7", f"/auth?cookie answered {passed.status_code}")
+            load.run(server.port, "cookie", _WARM)
+            yield lambda: _ratio(self._compare(server, "cookie"))
+
+    @contextmanager
+    def _serving(self, tables: str) -> Iterator[world.Running]:
+        """Serve a token of each user, with more tables in the configuration."""
         with self._scratch() as directory:
-            config = world.write_config(directory, tables=_LOGIN_PAGE)
+            config = world.write_config(directory, tables=tables)
             world.fill(config, world.USERS)
             with world.tokenauth(config) as server:
-                passed = server.client.get("/auth?cookie", headers={"Cookie": f"tokenauth={value(7)}"})
-                _require(passed.headers.get("x-auth-user") == "user7", f"/auth?cookie answered {passed.status_code}")
-                load.run(server.port, "cookie", _WARM)
-                yield lambda: _ratio(self._compare(server, "cookie"))
+                yield server
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:

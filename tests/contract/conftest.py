@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.support.postgres import Cluster
 from tests.support.servers import START
@@ -25,6 +26,8 @@ from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")
 
+SCRIPTS = settings(phases=[Phase.generate], deadline=None, database=None, suppress_health_check=list(HealthCheck))
+"""For tests of a model with random scripts, each of which takes long. A failing one is not made shorter."""
 
 ENGINE_TESTS = {
     *("test_store", "test_tokens", "test_removals", "test_leases", "test_leases_at_once", "test_capacity"),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.contract.conftest import STORES, Place, Places, Templates
+from tests.contract.conftest import SCRIPTS, STORES, Place, Places, Templates
 from tests.support.servers import START
 from tokenauth.line import KEPT
 from tokenauth.models import Grant, LeaseRequest, Pool
@@ -176,13 +176,7 @@ async def live_through(name: str, directory: Path, script: Sequence[Step]) -> No
 
 @pytest.mark.parametrize("name", STORES)
 def test_no_order_of_events_takes_an_answered_lease(templates: Templates, name: str) -> None:
-    @settings(
-        max_examples=40 if name == "sqlite" else 12,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(SCRIPTS, max_examples=40 if name == "sqlite" else 12)
     @given(st.lists(steps, min_size=10, max_size=40))
     def holds(script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

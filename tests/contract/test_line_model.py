@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.contract.conftest import STORES, Places, Templates
+from tests.contract.conftest import SCRIPTS, STORES, Places, Templates
 from tests.support.servers import START
 from tokenauth.errors import LeaseLost, NoFreeToken, RequestDiffers
 from tokenauth.models import Grant, LeaseRequest, Pool, RequestKey
@@ -229,13 +229,7 @@ async def live_through(name: str, directory: Path, script: Sequence[Step]) -> No
 
 @pytest.mark.parametrize("name", STORES)
 def test_the_line_is_as_its_model_after_each_step(templates: Templates, name: str) -> None:
-    @settings(
-        max_examples=30 if name == "sqlite" else 12,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(SCRIPTS, max_examples=30 if name == "sqlite" else 12)
     @given(st.lists(steps, min_size=20, max_size=50))
     def holds(script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

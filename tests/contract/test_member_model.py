@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.contract.conftest import STORES, Places, Templates
+from tests.contract.conftest import SCRIPTS, STORES, Places, Templates
 from tests.support.servers import START
 from tokenauth.errors import NoFreeToken, TooManyLeases
 from tokenauth.models import Grant, LeaseCheck, LeaseRequest, Member, Pool, RequestKey, Reservation
@@ -322,13 +322,7 @@ async def live_through(name: str, directory: Path, first: Settings, script: Sequ
 
 @pytest.mark.parametrize("name", STORES)
 def test_members_are_as_their_model_while_settings_change(templates: Templates, name: str) -> None:
-    @settings(
-        max_examples=30 if name == "sqlite" else 12,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(SCRIPTS, max_examples=30 if name == "sqlite" else 12)
     @given(configurations, st.lists(steps, min_size=20, max_size=50))
     def holds(first: Settings, script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

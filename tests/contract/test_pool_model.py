@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.contract.conftest import STORES, Opener, Place, Places, Templates
+from tests.contract.conftest import SCRIPTS, STORES, Opener, Place, Places, Templates
 from tests.contract.pool_model import Model
 from tokenauth.models import START_OF_LEASES, LeaseChange, LeaseCheck, Pool, PoolCounts, PoolToken
 from tokenauth.stores.store import PoolStore
@@ -315,13 +315,7 @@ async def live_through(opener: Opener, directory: Path, pool: Pool, script: Sequ
 def hold_to_the_model(templates: Templates, name: str, examples: int, length: int, *more: Phase) -> None:
     """Run this many scripts; Phase.shrink would shorten one that fails, and takes minutes."""
 
-    @settings(
-        max_examples=examples,
-        phases=[Phase.generate, *more],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(SCRIPTS, max_examples=examples, phases=[Phase.generate, *more])
     @given(st.sampled_from(TERMS), st.lists(step, min_size=length // 2, max_size=length))
     def holds(pool: Pool, script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

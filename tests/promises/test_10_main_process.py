@@ -15,7 +15,7 @@ from tests.promises.test_10_shutdown import half_a_login, refuses
 from tests.support.connections import Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import BREAKAGES, breakable, kill_a_worker, session_of, traceback_lines
-from tests.support.servers import USERS, Server, spawn, write_config
+from tests.support.servers import TOKENAUTH, USERS, Server, spawn, write_config
 from tokenauth.risks import SHIPPED_HASH
 
 
@@ -156,7 +156,7 @@ def test_all_risks_are_named_before_anything_listens(tmp_path: Path) -> None:
     users = f'{USERS}\n[[users]]\nusername = "shipped"\npassword = "{SHIPPED_HASH}"'
     tables = '[server]\nhost = "0.0.0.0"\ntrusted_proxies = ["0.0.0.0/0"]\n[pools.p]\n[dialects.token-pool]\npool = "p"'
     config = write_config(tmp_path, tables, users=users)
-    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
+    command = [TOKENAUTH, "serve", "--config", str(config), "--port", "0"]
     with spawn(command, tmp_path) as server:
         assert server.process.wait(30) == 3
         (refusal,) = server.events("configuration_refused")

@@ -18,7 +18,7 @@ import structlog
 from tests.support.connections import LOGIN, Answer, Connection, takes_connections
 from tests.support.journal import locked, until, workers
 from tests.support.ports import free_port
-from tests.support.servers import spawn, worker, write_config
+from tests.support.servers import TOKENAUTH, spawn, worker, write_config
 from tests.system.test_cli import run
 from tokenauth.service import create_service
 from tokenauth.settings import loader
@@ -274,14 +274,7 @@ def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
     """The log is often on the same full disk."""
     config = write_config(tmp_path)
     port = free_port()
-    command: list[str | Path] = [
-        Path(sys.executable).with_name("tokenauth"),
-        "serve",
-        "--config",
-        config,
-        "--port",
-        str(port),
-    ]
+    command = [TOKENAUTH, "serve", "--config", str(config), "--port", str(port)]
     with open("/dev/full", "wb") as full:
         process = subprocess.Popen(command, stdout=full, stderr=full)
     try:

@@ -324,3 +324,15 @@ def run_race(ports: Sequence[int], time: HandTime, lease_ttl: float, requests: i
     with race.running(lambda: race.length < requests, jump):
         pass
     race.finish(lambda: time.advance(lease_ttl))
+
+
+def release_late(history: History, time: HandTime, ttl: float, one: PoolApi, other: PoolApi) -> None:
+    """Let A sleep past the end of its lease, B get the token, A release it, and C get it, too."""
+    history.record("generate", one.generate)
+    stale = Holder("a", one, history, Random(1)).assign()
+    assert stale is not None
+    time.advance(ttl)
+    assert Holder("b", other, history, Random(2)).assign() is not None
+    history.record("release", lambda: one.release("a", stale), "a/1", *stale)
+    Holder("c", other, history, Random(3)).assign()
+    time.advance(ttl)

@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ import httpx
 from tests.support.processes import Forked, Process
 
 ROOT = Path(__file__).parents[2]
+
+TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
+"""The command that is tested."""
 
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """For clients that use plain HTTP only. By default each client would load all CA certificates."""

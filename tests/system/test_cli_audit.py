@@ -13,8 +13,8 @@ import pytest
 
 from tests.support.auditing import read_audit, wait_for
 from tests.support.journal import until
-from tests.support.servers import log_in, serve, worker, write_config
-from tests.system.test_cli import TOKENAUTH, environment, mistake, output, run
+from tests.support.servers import TOKENAUTH, log_in, serve, worker, write_config
+from tests.system.test_cli import environment, mistake, output, run
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 
 OPERATOR = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name

@@ -14,8 +14,8 @@ import pytest
 
 from tests.support.certificates import Certificate, make_certificate, make_expired
 from tests.support.ports import free_port
-from tests.support.servers import serve, worker, write_config
-from tests.system.test_cli import TOKENAUTH, environment, mistake, output, run
+from tests.support.servers import TOKENAUTH, serve, worker, write_config
+from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
 from tokenauth.server.versions import KNOWN_UVICORN
 from tokenauth.stores.schema import HEAD

@@ -5,26 +5,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.support.connections import LOGIN, Connection
 from tests.support.ports import free_port
-from tests.support.servers import write_config
+from tests.support.servers import TOKENAUTH, write_config
 
 
 def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:
     """Main process and worker. Before the fix 400 logins filled the pipe, and the server stopped answering."""
     port = free_port()
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
-    command: list[str | Path] = [
-        Path(sys.executable).with_name("tokenauth"),
-        "serve",
-        "--config",
-        config,
-        "--port",
-        str(port),
-    ]
+    command = [TOKENAUTH, "serve", "--config", str(config), "--port", str(port)]
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     with subprocess.Popen(command, stderr=writing) as server, os.fdopen(reading) as log:

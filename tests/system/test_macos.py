@@ -6,18 +6,16 @@ These tests simulate macOS on Linux: `sys.platform` is "darwin", and what Python
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.certificates import make_certificate
 from tests.support.connections import Connection
-from tests.support.servers import ROOT, log_in, probe, spawn, write_config
+from tests.support.servers import ROOT, TOKENAUTH, log_in, probe, spawn, write_config
 from tests.wire.test_tls import ask, connect, trusting
 from tokenauth.settings import loader
 
-TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 SECRET = "dora-and-emil"
 HARD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +19,7 @@ from tests.support.certificates import Certificate, make_certificate
 from tests.support.connections import Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import workers_of
-from tests.support.servers import USERS, Server, serve, spawn, write_config
+from tests.support.servers import TOKENAUTH, USERS, Server, serve, spawn, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import Done, mistake, output, run
 from tokenauth.server.control import _prefix
@@ -161,39 +161,33 @@ def test_a_name_that_takes_no_connection_stops_no_reload(tmp_path: Path) -> None
         assert time.monotonic() - began < 60
 
 
+@contextmanager
+def held_reload(server: Server, config: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Run `tokenauth reload`, which cannot end: SIGSTOP holds the new worker, whose process ID is yielded, too."""
+    (old,) = workers_of(server)
+    with subprocess.Popen(
+        [TOKENAUTH, "reload", "-c", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        until(lambda: len(workers_of(server)) == 2, "a new worker starts")
+        (new,) = set(workers_of(server)) - {old}
+        os.kill(new, signal.SIGSTOP)
+        yield command, new
+
+
 def test_a_later_broken_file_is_no_answer_to_an_earlier_reload(tmp_path: Path) -> None:
-    """SIGSTOP holds the new worker, so that the first reload is under way."""
     config = write_config(tmp_path)
-    with serving(config) as server:
-        (old,) = workers_of(server)
-        with subprocess.Popen(
-            [str(Path(sys.executable).with_name("tokenauth")), "reload", "-c", str(config)],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as command:
-            until(lambda: len(workers_of(server)) == 2, "a new worker starts")
-            (new,) = set(workers_of(server)) - {old}
-            os.kill(new, signal.SIGSTOP)
-            config.write_text("[server")
-            assert "not TOML" in refused(reload(tmp_path), server.process.pid)
-            os.kill(new, signal.SIGCONT)
-            shown, _ = command.communicate(timeout=60)
-            assert shown == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
+    with serving(config) as server, held_reload(server, config) as (command, new):
+        config.write_text("[server")
+        assert "not TOML" in refused(reload(tmp_path), server.process.pid)
+        os.kill(new, signal.SIGCONT)
+        shown, _ = command.communicate(timeout=60)
+        assert shown == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
 
 
 def test_a_server_that_ends_does_not_leave_the_command_waiting(tmp_path: Path) -> None:
-    """SIGSTOP holds the new worker, so that the reload is under way at SIGTERM."""
     config = write_config(tmp_path)
     with serving(config) as server:
-        (old,) = workers_of(server)
-        with subprocess.Popen(
-            [str(Path(sys.executable).with_name("tokenauth")), "reload", "-c", str(config)],
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as command:
-            until(lambda: len(workers_of(server)) == 2, "a new worker starts")
-            (new,) = set(workers_of(server)) - {old}
-            os.kill(new, signal.SIGSTOP)
+        with held_reload(server, config) as (command, _):
             server.process.send_signal(signal.SIGTERM)
             _, shown = command.communicate(timeout=30)
             assert command.returncode == 1

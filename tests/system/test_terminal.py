@@ -7,7 +7,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +15,10 @@ import pytest
 from passlib.hash import argon2
 
 from tests.support.journal import until
-from tests.support.servers import ROOT, log_in, shipped, worker, write_config
+from tests.support.servers import ROOT, TOKENAUTH, log_in, shipped, worker, write_config
 from tests.support.wrapped import ended
 from tokenauth import __version__
 from tokenauth.settings import loader
-
-TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 
 
 class OnTerminal:

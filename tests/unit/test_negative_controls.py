@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.support.history import Grant, HandTime, History
-from tests.support.races import Holder
+from tests.support.races import Holder, release_late
 
 TTL, CAPACITY = 10.0, 2
 
@@ -178,16 +178,8 @@ def test_the_check_detects_a_racy_generate(
 def test_the_check_detects_a_release_by_a_stale_holder(
     history: History, time: HandTime, tiny_pool: Opener, faults: Faults, sentences: list[str]
 ) -> None:
-    """A sleeps past the end of its lease, B gets the token, A releases it, and C gets it, too."""
     pool = tiny_pool(faults)
-    history.record("generate", pool.generate)
-    stale = Holder("a", pool, history, Random(1)).assign()
-    assert stale is not None
-    time.advance(TTL)
-    assert Holder("b", pool, history, Random(2)).assign() is not None
-    history.record("release", lambda: pool.release("a", stale), "a/1", *stale)
-    Holder("c", pool, history, Random(3)).assign()
-    time.advance(TTL)
+    release_late(history, time, TTL, pool, pool)
     assert_like(history.violations(TTL, 1), sentences)
 
 

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from uvicorn.server import ServerState
 
 from tests.support.journal import until
-from tests.support.servers import Server, spawn, worker, write_config
+from tests.support.servers import TOKENAUTH, Server, spawn, worker, write_config
 from tokenauth.server.acceptor import OPEN_PER_ACCEPT, Acceptor
 from tokenauth.server.listener import stop_handshakes
 
@@ -136,9 +135,8 @@ def test_a_reload_loses_no_queued_connection(tmp_path: Path) -> None:
 @contextmanager
 def two_workers(directory: Path) -> Iterator[tuple[Server, list[int]]]:
     """Run `tokenauth serve` with a hard limit on descriptors that is above the soft limit."""
-    program = Path(sys.executable).with_name("tokenauth")
     config = write_config(directory)
-    command = ["prlimit", "--nofile=256:2048", str(program), "serve", "--config", str(config), "--port", "0"]
+    command = ["prlimit", "--nofile=256:2048", TOKENAUTH, "serve", "--config", str(config), "--port", "0"]
     with spawn([*command, "--workers", "2"], directory) as server:
         server.port = server.wait("listening")["port"]
         until(lambda: len(server.events("started")) == 2, "both workers have started")

@@ -6,7 +6,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -19,7 +18,7 @@ from tests.support.certificates import Certificate, make_certificate, make_expir
 from tests.support.framing import sequences
 from tests.support.journal import background, serving, until
 from tests.support.main_process import workers_of
-from tests.support.servers import Server, serve, write_config
+from tests.support.servers import TOKENAUTH, Server, serve, write_config
 from tokenauth.errors import ConfigError
 from tokenauth.server import tls
 from tokenauth.settings.model import ServerSettings
@@ -306,7 +305,7 @@ def test_one_file_can_have_both(tmp_path: Path, one: Certificate) -> None:
 def test_a_broken_pair_ends_the_start_with_its_reason(tmp_path: Path, one: Certificate) -> None:
     other = make_certificate(tmp_path, "other")
     config = write_config(tmp_path, f"[server]\n{Certificate(one.certificate, other.key).settings()}")
-    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "-c", str(config), "-p", "0"]
+    command = [TOKENAUTH, "serve", "-c", str(config), "-p", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3
     assert "configuration_refused" in done.stderr

@@ -18,7 +18,7 @@ from tests.support.connections import Closed, Connection, Refused, connect, take
 from tests.support.framing import sequences
 from tests.support.journal import background, serving, until
 from tests.support.main_process import workers_of
-from tests.support.servers import Server, serve, write_config
+from tests.support.servers import TOKENAUTH, Server, serve, write_config
 from tokenauth.errors import StartError
 from tokenauth.server.unix_socket import UnixListener
 
@@ -154,7 +154,7 @@ def test_the_file_never_has_another_mode(tmp_path: Path) -> None:
 
 def refusal(directory: Path, *options: str, event: str = "start_failed") -> str:
     """Start a server that does not come up, and return why."""
-    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(configured(directory))]
+    command = [TOKENAUTH, "serve", "--config", str(configured(directory))]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if event in line]

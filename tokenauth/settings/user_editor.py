@@ -60,21 +60,18 @@ class UserEditor:
 
     def _change(self, name: str, key: str, value: object) -> Entry:
         """Change a key of a user. Return the user as they were."""
-        before: Entry = {}
-
-        def change(text: str) -> str:
-            nonlocal before
-            users = self._parse(text)
-            number = self._number(name, users)
-            before = users[number]
-            wanted = [*users[:number], users[number] | {key: value}, *users[number + 1 :]]
-            return self._checked(text, _with_value(text, number, key, value), wanted)
-
-        self._file.edit(change)
-        return before
+        return self._edit(name, lambda text, at, user: (_with_value(text, at, key, value), [user | {key: value}]))
 
     def remove(self, name: str) -> Sequence[str]:
         """Remove a user, with the comment right above. Return the scopes. Raises ConfigError if there is none."""
+        return _scopes(self._edit(name, lambda text, at, _: (_without(text, at), [])))
+
+    def _edit(self, name: str, edit: Callable[[str, int, Entry], tuple[str, list[Entry]]]) -> Entry:
+        """Replace the text of a user, and check that this changes no other. Return the user as they were.
+
+        `edit` gets the text of the file, the number of the user and the user. It returns the new text, and the user as
+        it then is, or none.
+        """
         before: Entry = {}
 
         def change(text: str) -> str:
@@ -82,10 +79,11 @@ class UserEditor:
             users = self._parse(text)
             number = self._number(name, users)
             before = users[number]
-            return self._checked(text, _without(text, number), [*users[:number], *users[number + 1 :]])
+            edited, after = edit(text, number, before)
+            return self._checked(text, edited, [*users[:number], *after, *users[number + 1 :]])
 
         self._file.edit(change)
-        return _scopes(before)
+        return before
 
     def _parse(self, text: str) -> list[Entry]:
         """Return the users. Raises ConfigError unless each has a [[users]] table of its own."""

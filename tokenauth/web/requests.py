@@ -315,6 +315,14 @@ def header_token(scope: Scope, x_token_only: bool) -> bytes | None:
     return next(iter(found), None)
 
 
+def match_cursor(pattern: re.Pattern[str], after: str) -> re.Match[str]:
+    """Parse where a page begins. Raises InvalidRequest."""
+    found = pattern.fullmatch(after)
+    if found is None:
+        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    return found
+
+
 def query_pairs(query: bytes) -> Sequence[tuple[str, str]]:
     """Return the names and values of a query, in order. Raises InvalidRequest if it is too long."""
     if len(query) > MAX_QUERY:

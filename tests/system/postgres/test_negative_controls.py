@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.history import Grant, HandTime, History
 from tests.support.postgres import Cluster
-from tests.support.races import Holder
+from tests.support.races import Holder, release_late
 from tests.system.postgres.nodes import fresh
 from tests.unit.test_negative_controls import assert_like, interleave
 from tokenauth.models import LeaseCheck, Pool, PoolToken
@@ -141,16 +141,7 @@ def test_the_check_detects_a_release_by_a_stale_holder(
     checks: bool,
     sentences: list[str],
 ) -> None:
-    """A sleeps past the end of its lease, B gets the token, A releases it, and C gets it, too."""
     if not checks:
         monkeypatch.setattr(LeaseCheck, "matches", matches_any_user)
-    one, other = machine(), machine()
-    history.record("generate", one.generate)
-    stale = Holder("a", one, history, Random(1)).assign()
-    assert stale is not None
-    time.advance(TTL)
-    assert Holder("b", other, history, Random(2)).assign() is not None
-    history.record("release", lambda: one.release("a", stale), "a/1", *stale)
-    Holder("c", other, history, Random(3)).assign()
-    time.advance(TTL)
+    release_late(history, time, TTL, machine(), machine())
     assert_like(history.violations(TTL, 1), sentences)

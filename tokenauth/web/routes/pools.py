@@ -39,7 +39,7 @@ from tokenauth.pools import (
 from tokenauth.settings.durations import Duration
 from tokenauth.settings.model import canonical
 from tokenauth.web.openapi import schema_only
-from tokenauth.web.requests import Request
+from tokenauth.web.requests import Request, match_cursor
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routes.account import DURATION
 from tokenauth.web.routing import Route, strict
@@ -453,9 +453,7 @@ def _cursor(after: str) -> LeaseCursor:
     """Parse where a page of leases begins. Raises InvalidRequest."""
     if not after:
         return START_OF_LEASES
-    place = _CURSOR.fullmatch(after)
-    if place is None:
-        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    place = match_cursor(_CURSOR, after)
     return float(place[1]), int(place[2])
 
 
@@ -467,9 +465,7 @@ def _claim_cursor(after: str) -> ClaimCursor | None:
     """Parse where a page of what a user has leased begins. Raises InvalidRequest."""
     if not after:
         return None
-    place = _CLAIM_CURSOR.fullmatch(after)
-    if place is None:
-        raise InvalidRequest("after: must be the `next` of an earlier page.")
+    place = match_cursor(_CLAIM_CURSOR, after)
     return ClaimCursor("leases" if place[1] == "leases" else "places", place[5], _cursor(place[2]))
 
 
