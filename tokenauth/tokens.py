@@ -238,13 +238,14 @@ class Tokens:
         elif await self._store.tokens.revoke(digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
-    async def revoke_id(self, id: str, username: str | None) -> None:
-        """Revoke the token of a user with this public id. Raises UnknownToken."""
+    async def revoke_id(self, id: str, username: str | None) -> Token:
+        """Revoke the token of a user with this public id, and return it. Raises UnknownToken."""
         token = await self._store.tokens.find(id)
         if token is None or username not in {None, token.username}:
             raise UnknownToken("There is no token with this id.")
         if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
+        return token
 
     async def revoke_all(
         self,

@@ -89,6 +89,17 @@ def test_each_command_that_changes_something_is_an_act(home: Path) -> None:
     assert output(run(home, "audit", "verify")).startswith("ok: 12 lines, from 1 to 12\nThe last hash is ")
 
 
+@pytest.mark.parametrize("by", ["id", "scan"])
+def test_a_revoked_token_is_of_a_user(home: Path, by: str) -> None:
+    token = output(run(home, "tokens", "issue", "--user", "ann", "--name", "ci")).strip()
+    id_ = json.loads(output(run(home, "tokens", "list", "--json")))[0]["id"]
+    if by == "id":
+        output(run(home, "tokens", "revoke", "--id", id_))
+    else:
+        assert run(home, "tokens", "scan", "--revoke", stdin=token).returncode == 3
+    assert acts(home)[-1] == {"action": "revoke_token", "result": "ok", "user": "ann", "target": id_}
+
+
 def test_what_commands_only_read_is_no_act(home: Path) -> None:
     for command in (("user", "list"), ("tokens", "list"), ("pool", "list"), ("check",), ("doctor",), ("migrate",)):
         assert run(home, *command).returncode == 0
@@ -151,10 +162,10 @@ def test_without_an_audit_log_the_commands_say_so(tmp_path: Path) -> None:
 
 
 @contextmanager
-def following(home: Path, *options: str) -> Iterator[Path]:
+def following(home: Path, *options: str, printed: str = "printed") -> Iterator[Path]:
     """Run `audit tail --follow`, and yield the file with its output."""
-    printed = home / "printed"
-    with printed.open("wb") as file:
+    path = home / printed
+    with path.open("wb") as file:
         process = subprocess.Popen(
             [TOKENAUTH, "audit", "tail", "--follow", *options],
             cwd=home,
@@ -163,7 +174,7 @@ def following(home: Path, *options: str) -> Iterator[Path]:
             stderr=subprocess.STDOUT,
         )
     try:
-        yield printed
+        yield path
     finally:
         process.kill()
         process.wait()
@@ -210,6 +221,23 @@ def test_tail_follows_a_server_and_a_rename(home: Path) -> None:
             until(lambda: printed.read_text().count('"login"') == 2, "the login after the rename is shown")
         assert server.stop() == 0
     assert run(home, "audit", "verify").returncode == 0
+
+
+def test_tail_passes_nothing_on_that_controls_a_terminal(home: Path) -> None:
+    """What others have written into the file: tokenauth escapes what it writes."""
+    forged = {"time": "9999-01-01T00:00:00.000Z", "action": "\x1b[2J", "result": 5, "by": "\x9b2J", "target": "\u202e"}
+    with following(home) as printed, following(home, "--json", printed="json") as lines:
+        until(lambda: "upgrade_schema" in printed.read_text() and "upgrade_schema" in lines.read_text(), "both read it")
+        with (home / "audit.jsonl").open("ab") as file:
+            for line in (json.dumps(forged), json.dumps(forged, ensure_ascii=False)):
+                file.write(line.encode() + b"\n")
+            file.write(json.dumps(forged).encode("utf-16-le") + b"\n")
+        output(run(home, "user", "remove", "ann"))
+        for path in (printed, lines):
+            until(lambda path=path: "remove_user" in path.read_text(), "all lines are shown")  # type: ignore[misc]
+    assert printed.read_text().count(r"\x1b[2J  5  \x9b2J  \u202e") == 2
+    assert lines.read_text().count(r'"by": "\u009b2J"') == 2
+    assert all(line.isprintable() for path in (printed, lines) for line in path.read_text().splitlines())
 
 
 def test_an_ordered_reload_names_the_operator(home: Path) -> None:

@@ -148,6 +148,16 @@ def test_lines_written_before_the_head_are_kept(tmp_path: Path) -> None:
     assert (chain.verify().problem, chain.verify().lines) == (None, 6)
 
 
+@pytest.mark.parametrize("size", [1_000, 70_000, 300_000])
+def test_a_long_line_before_the_head_is_kept(tmp_path: Path, size: int) -> None:
+    chain = filled(tmp_path, 3)
+    before = chain.head_path.read_bytes()
+    chain.append([json.dumps({"action": "test", "text": "x" * size}).encode()])
+    chain.head_path.write_bytes(before)
+    chain.append([record(5)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 5)
+
+
 @pytest.mark.parametrize("head", [None, b"", b"torn {"])
 def test_without_a_head_the_chain_goes_on(tmp_path: Path, head: bytes | None) -> None:
     chain = filled(tmp_path, 3)
@@ -184,6 +194,18 @@ def test_a_file_renamed_by_another_program_goes_on(tmp_path: Path) -> None:
     (tmp_path / "audit.jsonl-20261128").unlink()
     assert [path.name for path in chain.files()] == ["audit.jsonl-20261128.gz", "audit.jsonl"]
     assert (chain.verify().problem, chain.verify().lines) == (None, 4)
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"n":4,"acti'])
+def test_a_file_that_begins_oddly_is_one_of_the_chain(tmp_path: Path, cut: bytes) -> None:
+    chain = filled(tmp_path, 3)
+    chain.path.rename(tmp_path / "audit.jsonl-20261128")
+    chain.path.write_bytes(cut)
+    chain.append([json.dumps({"action": "test", "text": "x" * 80_000}).encode(), record(5)])
+    chain.path.rename(tmp_path / "audit.jsonl-20261129")
+    chain.append([record(6)])
+    assert [path.name for path in chain.files()] == ["audit.jsonl-20261128", "audit.jsonl-20261129", "audit.jsonl"]
+    assert (chain.verify().problem, chain.verify().cut) == (None, int(bool(cut)))
 
 
 def test_a_restored_copy_goes_on(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """The audit log of a process: acts wait in memory while the file cannot be written, up to a limit, and in order."""
 
+import fcntl
 import json
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.support.auditing import read_audit
 from tests.support.journal import until
 from tokenauth.audit import log as module
-from tokenauth.audit.log import AuditLog, auditing
+from tokenauth.audit.chain import LOCK_TIMEOUT
+from tokenauth.audit.log import AuditLog, append_now, auditing, find_problem
 from tokenauth.audit.records import ACTS, DROPPED, make_record
 from tokenauth.settings.model import AuditSettings
 
@@ -61,11 +65,33 @@ def test_what_does_not_fit_in_is_one_counted_line(audit: AuditLog, file: Path, m
     kept = 50 - audit.lost
     assert 3 <= kept <= 10
     file.parent.mkdir()
-    until(lambda: len(read_audit(file)) == kept + 1, "what was kept is written")
+    until(lambda: audit.problem is None, "what was kept is written")
     observe(audit, 1, start=99)
     until(lambda: len(read_audit(file)) == kept + 2, "it goes on")
     assert targets(file) == [*(str(number) for number in range(kept)), DROPPED, "99"]
     assert read_audit(file)[kept]["details"]["count"] == 50 - kept
+
+
+def test_each_retry_adds_to_the_same_counted_line(audit: AuditLog, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPACITY", 1000)
+    attempts = 0
+    append = audit._chain.append
+
+    def count(records: Sequence[bytes]) -> None:
+        nonlocal attempts
+        attempts += 1
+        observe(audit, 1)  # arrives while the others are being written
+        append(records)
+
+    monkeypatch.setattr(audit._chain, "append", count)
+    observe(audit, 50)
+    until(lambda: attempts >= 5, "it tries again and again")
+    monkeypatch.setattr(audit._chain, "append", append)
+    file.parent.mkdir()
+    until(lambda: audit.problem is None, "it is written")
+    assert targets(file).count(DROPPED) == 1
+    assert read_audit(file)[-1]["details"]["count"] == audit.lost
+    assert len(read_audit(file)) - 1 + audit.lost == 50 + attempts
 
 
 def test_other_events_are_not_written(audit: AuditLog, file: Path) -> None:
@@ -82,6 +108,25 @@ def test_closing_writes_what_waits(audit: AuditLog, file: Path, monkeypatch: pyt
     observe(audit, 10)
     audit.close()
     assert len(read_audit(file)) == 10
+
+
+def test_a_stop_counts_what_is_being_written(audit: AuditLog, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLUSH_TIMEOUT", 0.05)
+    file.parent.mkdir()
+    observe(audit, 1)
+    until(lambda: len(read_audit(file)) == 1, "the first is written")
+    with file.with_name("audit.jsonl.head").open("rb") as head:
+        fcntl.flock(head, fcntl.LOCK_EX)  # as a process that was stopped in the middle
+        observe(audit, 5)
+        until(lambda: len(audit._taken) == 5, "the thread has taken them")
+        with capture_logs() as logs:
+            audit.close()
+    assert audit.lost == 5
+    assert [(line["event"], line["count"]) for line in logs] == [("audit_lines_lost", 5)]
+
+
+def test_a_stop_waits_longer_than_for_the_lock() -> None:
+    assert module.FLUSH_TIMEOUT > LOCK_TIMEOUT
 
 
 def test_an_event_that_cannot_be_written_is_counted(audit: AuditLog) -> None:
@@ -122,3 +167,35 @@ def test_each_act_has_an_action_and_a_result(event: str) -> None:
     record = make_record({"event": event, "user": "ann", "reason": "because"}, None)
     assert record["action"]
     assert record["result"]
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+def test_a_link_is_reported_before_it_is_met(tmp_path: Path, name: str) -> None:
+    (tmp_path / "real").touch()
+    (tmp_path / name).symlink_to(tmp_path / "real")
+    settings = AuditSettings(file=str(tmp_path / "audit.jsonl"))
+    with pytest.raises(OSError, match="symbolic links"):
+        append_now(settings, {"event": "listening"})
+    assert f"{tmp_path / name} is a link" in str(find_problem(settings))
+
+
+def test_a_directory_of_another_user_is_reported(tmp_path: Path) -> None:
+    settings = AuditSettings(file=str(tmp_path / "audit.jsonl"))
+    assert find_problem(settings) is None
+    tmp_path.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        problem = find_problem(settings)
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+    expected = f"this user cannot look into {tmp_path}: Permission denied; run this as the user of the service"
+    assert str(problem).startswith(expected)
+
+
+def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, problem in (("none", "does not exist"), ("file/in", "does not exist"), ("file", "is not a directory")):
+        assert problem in str(find_problem(AuditSettings(file=f"{tmp_path}/{name}/audit.jsonl")))

@@ -1,4 +1,4 @@
-"""A file of JSON lines, each of which contains the hash of the line before it: what is changed or removed shows.
+"""Tamper-evident log: a hash chain of JSON lines.
 
 A line is a record with three fields more: `n`, the number of the line; `previous`, the hash of the line before it; and
 at its end `hash`, the SHA-256 of the line up to there, or with a key its HMAC (RFC 2104). Numbers and hashes go on in
@@ -35,13 +35,16 @@ MODE = 0o640
 FIRST = "0" * 64
 """What the first line of all has as the hash of the line before it."""
 
-LOCK_TIMEOUT = 5.0
+LOCK_TIMEOUT = 3.0
 """Seconds to wait for another process to unlock the head. It needs some milliseconds, unless it is stopped."""
 
 _LOCK_RETRY = 0.005
 
 _WINDOW = 64 * 1024
-"""Bytes at the end of a file in which its last line is looked for: far more than one record has."""
+"""Bytes at the end of a file that are first read to find its last line: a record has at most 16 KiB."""
+
+_MAX_LINE = 1 << 20
+"""Bytes of a line that are read to find out whether a file is one of the chain."""
 
 _HEAD_SIZE = 160
 """Bytes of the head file. It never grows, so it can be written when the disk is full."""
@@ -135,18 +138,18 @@ class Chain:
 
         Raises OSError.
         """
-        with _opened(self.head_path, os.O_RDWR) as head_file:
-            _lock(head_file, fcntl.LOCK_EX)
-            with _opened(self.path, _APPEND) as file:
-                end = self._append(file, _read_head(head_file), records)
-            os.pwrite(head_file, msgspec.json.encode(end).ljust(_HEAD_SIZE - 1) + b"\n", 0)
+        with _opened(self.head_path, os.O_RDWR) as head_fd:
+            _lock(head_fd, fcntl.LOCK_EX)
+            with _opened(self.path, _APPEND) as fd:
+                end = self._append(fd, _read_head(head_fd), records)
+            os.pwrite(head_fd, msgspec.json.encode(end).ljust(_HEAD_SIZE - 1) + b"\n", 0)
 
-    def _append(self, file: int, head: Head | None, records: Sequence[bytes]) -> Head:
+    def _append(self, fd: int, head: Head | None, records: Sequence[bytes]) -> Head:
         """Append to an open file, and return the new head."""
-        found = os.fstat(file)
+        found = os.fstat(fd)
         size, end = found.st_size, b""
         if head is None or (head.inode, head.size) != (found.st_ino, size):
-            head, end, mark = self._recover(file, size, head)
+            head, end, mark = self._recover(fd, size, head)
             records = [*mark, *records]
         n, previous, parts = head.n, head.hash, [end]
         for record in records:
@@ -157,26 +160,23 @@ class Chain:
         data = b"".join(parts)
         if self._max_size and size and not end and size + len(data) > self._max_size:
             with suppress(OSError):  # then the file goes on
-                self._rotate(file)
+                self._rotate(fd)
                 size = 0
         try:
-            _write_all(file, data)
-            _sync(file)
+            _write_all(fd, data)
+            _sync(fd)
         except OSError:
             with suppress(OSError):
-                os.ftruncate(file, size)
+                os.ftruncate(fd, size)
             raise
-        return Head(n, previous, os.fstat(file).st_ino, size + len(data))
+        return Head(n, previous, os.fstat(fd).st_ino, size + len(data))
 
-    def _recover(self, file: int, size: int, head: Head | None) -> tuple[Head, bytes, Sequence[bytes]]:
+    def _recover(self, fd: int, size: int, head: Head | None) -> tuple[Head, bytes, Sequence[bytes]]:
         """Find where the chain ends, if the head does not say it: after a crash or a rotation, or without a head.
 
         Return also what to write before the next line: the end of a line that has none, and the record that marks it.
         """
-        tail = os.pread(file, _WINDOW, max(0, size - _WINDOW))
-        if size > _WINDOW and b"\n" not in tail:
-            tail = os.pread(file, size, 0)
-        *complete, rest = tail.split(b"\n")
+        *complete, rest = _read_end(fd, size).split(b"\n")
         end = head or Head()
         last = self._read(complete[-1]) if complete else None
         if last is not None and last.n > end.n:  # a process was killed before it wrote the head
@@ -189,14 +189,14 @@ class Chain:
         details = _CutDetails(len(rest), sha256(rest).hexdigest())
         return end, b"\n", [msgspec.json.encode(_CutRecord(timestamp(), details))]
 
-    def _rotate(self, file: int) -> None:
+    def _rotate(self, fd: int) -> None:
         """Rename the file, and make its descriptor that of a new one. Raises OSError."""
         for number in range(self._keep - 1, 0, -1):
             with suppress(FileNotFoundError):
                 os.replace(self._rotated(number), self._rotated(number + 1))
         os.replace(self.path, self._rotated(1))
-        with _opened(self.path, _APPEND) as new:
-            os.dup2(new, file, inheritable=False)
+        with _opened(self.path, _APPEND) as new_fd:
+            os.dup2(new_fd, fd, inheritable=False)
 
     def _rotated(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
@@ -232,14 +232,14 @@ class Chain:
     def _snapshot(self, stack: ExitStack) -> tuple[Head | None, list[_Opened]]:
         """Open all files as they are between two writes."""
         try:
-            head_file = os.open(self.head_path, os.O_RDONLY | os.O_CLOEXEC)
+            head_fd = os.open(self.head_path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None, [_open_to_read(stack, path) for path in self.files()]
         try:
-            _lock(head_file, fcntl.LOCK_SH)
-            return _read_head(head_file), [_open_to_read(stack, path) for path in self.files()]
+            _lock(head_fd, fcntl.LOCK_SH)
+            return _read_head(head_fd), [_open_to_read(stack, path) for path in self.files()]
         finally:
-            os.close(head_file)
+            os.close(head_fd)
 
     def _verify(self, lines: Iterable[tuple[Position, bytes]]) -> Verdict:
         verdict, broken = Verdict(), None
@@ -298,49 +298,59 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     """
     flags |= os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        file = os.open(path, flags)
+        fd = os.open(path, flags)
     except FileNotFoundError:
-        file = _create(path, flags)
+        fd = _create(path, flags)
     try:
-        yield file
+        yield fd
     finally:
-        os.close(file)
+        os.close(fd)
 
 
-def _sync(file: int) -> None:
+def _sync(fd: int) -> None:
     """Make what was written durable."""
     if sys.platform == "linux":
-        os.fdatasync(file)
+        os.fdatasync(fd)
     else:
-        os.fsync(file)
+        os.fsync(fd)
 
 
 def _create(path: Path, flags: int) -> int:
     """Create a file, or open the one that another process has just created. Raises OSError."""
     try:
-        file = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
     except FileExistsError:
         return os.open(path, flags)
     if os.geteuid() == 0:
         owner = path.parent.stat()
         with suppress(OSError):
-            os.fchown(file, owner.st_uid, owner.st_gid)
-    return file
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+    return fd
 
 
-def _read_head(file: int) -> Head | None:
+def _read_head(fd: int) -> Head | None:
     """Return the head; None if there is none, or no valid one."""
     with suppress(msgspec.DecodeError, ValueError):
-        return msgspec.json.decode(os.pread(file, _HEAD_SIZE, 0), type=Head)
+        return msgspec.json.decode(os.pread(fd, _HEAD_SIZE, 0), type=Head)
     return None
 
 
-def _lock(file: int, kind: int) -> None:
+def _read_end(fd: int, size: int) -> bytes:
+    """Return the end of a file, with at least its last complete line."""
+    window = min(_WINDOW, size)
+    end = os.pread(fd, window, size - window)
+    while window < size and end.count(b"\n") < 2:
+        window = min(4 * window, size)
+        end = os.pread(fd, window, size - window)
+    return end
+
+
+def _lock(fd: int, kind: int) -> None:
     """Lock a file. Raises OSError if another process does not unlock it in time."""
     deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise
@@ -349,10 +359,10 @@ def _lock(file: int, kind: int) -> None:
             return
 
 
-def _write_all(file: int, data: bytes) -> None:
+def _write_all(fd: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
-        left = left[os.write(file, left) :]
+        left = left[os.write(fd, left) :]
 
 
 def _marks_cut(line: bytes, cut: bytes) -> bool:
@@ -396,7 +406,13 @@ def _lines(opened: Iterable[_Opened]) -> Iterator[tuple[Position, bytes]]:
 
 
 def _first_number(path: Path) -> int:
-    """Return the number of the first line; 0 if this is no file of a chain."""
-    with suppress(OSError, EOFError, msgspec.DecodeError, ValueError), ExitStack() as stack:
-        return msgspec.json.decode(_open_to_read(stack, path).file.readline(_WINDOW), type=_Links).n
+    """Return the number of the first line, or of the second if a crash has cut the first one.
+
+    It is 0 if this is no file of a chain.
+    """
+    with suppress(OSError, EOFError), ExitStack() as stack:
+        file = _open_to_read(stack, path).file
+        for _ in range(2):
+            with suppress(msgspec.DecodeError, ValueError):
+                return msgspec.json.decode(file.readline(_MAX_LINE), type=_Links).n
     return 0

@@ -1,12 +1,13 @@
 """The audit log of a process: records wait in memory until a thread has written them. No caller waits for a disk."""
 
 import os
+import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tokenauth.audit.chain import Chain, timestamp
+from tokenauth.audit.chain import LOCK_TIMEOUT, Chain, timestamp
 from tokenauth.audit.records import ACTS, DROPPED, make_record
 from tokenauth.logs import json_line, log, observed
 from tokenauth.request_context import current_request
@@ -15,8 +16,8 @@ from tokenauth.settings.model import AuditSettings
 CAPACITY = 4 << 20
 """Maximum size of the records that wait while the file cannot be written, in bytes: about 10,000."""
 
-FLUSH_TIMEOUT = 2.0
-"""Seconds that a process waits at its end for the last records to be written."""
+FLUSH_TIMEOUT = LOCK_TIMEOUT + 1.0
+"""Seconds that a process waits at its end for the last records to be written, also if another one holds the lock."""
 
 _DELAY = 0.1
 """Seconds for which records are collected, to be written at once."""
@@ -26,7 +27,7 @@ _RETRY = 1.0
 
 
 class _Dropped:
-    """Stands for records that did not fit in, in their place."""
+    """Stands for records that did not fit into memory, in their place."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -36,9 +37,16 @@ class _Dropped:
         self.count += 1
         self._until = timestamp()
 
+    def merge(self, later: "_Dropped") -> None:
+        self.count += later.count
+        self._until = later._until
+
     def encode(self) -> bytes:
         details = {"count": self.count, "since": self._since, "until": self._until}
         return json_line({"time": timestamp(), "action": DROPPED, "details": details, "pid": os.getpid()})
+
+
+_REMEDY = "run this as the user of the service, or chown it"
 
 
 def find_problem(settings: AuditSettings) -> str | None:
@@ -46,13 +54,29 @@ def find_problem(settings: AuditSettings) -> str | None:
     if not settings.file:
         return None
     path = Path(settings.file)
-    if not path.parent.is_dir():
+    try:
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            return f"{path.parent} is not a directory; change audit.file"
+        problem = _file_problem(path) or _file_problem(open_chain(settings).head_path)
+    except (FileNotFoundError, NotADirectoryError):
         return f"the directory {path.parent} does not exist; create it for the user of the service"
-    for file in (path, open_chain(settings).head_path):
-        if file.exists() and not (file.is_file() and os.access(file, os.R_OK | os.W_OK)):
-            return f"{file} cannot be read and written by this user; run this as the user of the service, or chown it"
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        return f"this user cannot create files in {path.parent}; run this as the user of the service, or chown it"
+    except OSError as error:
+        return f"this user cannot look into {path.parent}: {error.strerror}; {_REMEDY}"
+    if problem is None and not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"this user cannot create files in {path.parent}; {_REMEDY}"
+    return problem
+
+
+def _file_problem(file: Path) -> str | None:
+    """Return why a file cannot be written; None if it can, or is missing. Raises OSError."""
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(mode):
+        return f"{file} is a link, and none is followed; put the file itself there, or change audit.file"
+    if not (stat.S_ISREG(mode) and os.access(file, os.R_OK | os.W_OK)):
+        return f"{file} cannot be read and written by this user; {_REMEDY}"
     return None
 
 
@@ -72,6 +96,7 @@ class AuditLog:
         self._chain = open_chain(settings)
         self._changed = threading.Condition(threading.RLock())  # a destructor may log in the middle of another line
         self._waiting: list[bytes | _Dropped] = []
+        self._taken: Sequence[bytes | _Dropped] = ()  # being written
         self._size = 0
         self._writing = False
         self._closing = threading.Event()
@@ -93,9 +118,10 @@ class AuditLog:
         if self._thread is not None:
             self._thread.join(FLUSH_TIMEOUT)
         with self._changed:
-            lost = sum(one.count if isinstance(one, _Dropped) else 1 for one in self._waiting)
-            self.lost += sum(not isinstance(one, _Dropped) for one in self._waiting)
-            self._waiting, self._size = [], 0
+            unwritten = [*self._taken, *self._waiting]
+            lost = sum(one.count if isinstance(one, _Dropped) else 1 for one in unwritten)
+            self.lost += sum(not isinstance(one, _Dropped) for one in unwritten)
+            self._taken, self._waiting, self._size = (), [], 0
         if lost:
             log.error("audit_lines_lost", count=lost, reason=self.problem)
 
@@ -127,22 +153,24 @@ class AuditLog:
                 if not self._waiting:
                     return
             self._closing.wait(_DELAY if self.problem is None else _RETRY)
-            last = self._closing.is_set()
-            if not self._write() and last:
+            if not self._write() and self._closing.is_set():
                 return
 
     def _write(self) -> bool:
         """Write what waits. Return whether that worked; otherwise it waits on."""
         with self._changed:
-            taken, self._waiting = self._waiting, []
+            taken = self._taken = self._waiting
+            self._waiting = []
         try:
             self._chain.append([one if isinstance(one, bytes) else one.encode() for one in taken])
         except Exception as error:
             with self._changed:
-                self._waiting = [*taken, *self._waiting]
+                if self._taken:  # `close` has not counted them as lost
+                    self._taken, self._waiting = (), _join(taken, self._waiting)
             self._note(getattr(error, "strerror", None) or type(error).__name__)
             return False
         with self._changed:
+            self._taken = ()
             self._size -= sum(len(one) for one in taken if isinstance(one, bytes))
         self._note(None, len(taken))
         return True
@@ -155,6 +183,16 @@ class AuditLog:
             log.error("audit_not_writable", reason=problem, action=action)
         elif problem is None and before is not None:
             log.info("audit_writable_again", written=written, lost=self.lost)
+
+
+def _join(first: list[bytes | _Dropped], second: list[bytes | _Dropped]) -> list[bytes | _Dropped]:
+    """Join what waited before an attempt and since then. What did not fit in before and after is one line."""
+    if first and second:
+        before, after = first[-1], second[0]
+        if isinstance(before, _Dropped) and isinstance(after, _Dropped):
+            before.merge(after)
+            second = second[1:]
+    return [*first, *second]
 
 
 @contextmanager

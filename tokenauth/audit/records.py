@@ -11,7 +11,7 @@ from tokenauth.request_context import RequestContext
 
 
 class Act(NamedTuple):
-    """An act of which an event tells."""
+    """How an event is audited."""
 
     action: str
     target: tuple[str, ...] = ()

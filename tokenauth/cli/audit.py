@@ -15,7 +15,7 @@ from tokenauth.audit.chain import CUT, read
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 from tokenauth.cli.base import CommandGroup, config_option, count, json_option, print_json, show, utf8
 from tokenauth.errors import ConfigError
-from tokenauth.logs import printable
+from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
     from tokenauth.audit.chain import Chain
@@ -107,7 +107,7 @@ def audit_tail(
             _print_lines(new)
         else:
             for line in new:
-                click.echo("  ".join(filter(None, _row(json.loads(line)).values())))
+                click.echo(printable("  ".join(str(value) for value in _row(json.loads(line)).values() if value)))
 
 
 class _Filter:
@@ -123,7 +123,7 @@ class _Filter:
     def matches(self, line: bytes) -> bool:
         """Return whether a line is a record that is asked for. A line that a crash has cut is none."""
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())  # bytes could also be UTF-16
             names = {self._canonical(str(record[key])) for key in ("by", "user") if key in record}
             return (
                 record["time"] >= self._oldest
@@ -211,4 +211,5 @@ def _row(record: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _print_lines(lines: Sequence[bytes]) -> None:
     for line in lines:
-        click.echo(line.decode().removesuffix("\n"))
+        text = line.decode().removesuffix("\n")
+        click.echo(text if text.isprintable() else json_text(json.loads(text)))  # tokenauth has not written such a line

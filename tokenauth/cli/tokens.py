@@ -152,7 +152,7 @@ def tokens_scan(
                 if revoke:
                     with suppress(UnknownToken):  # someone else was faster
                         await service.tokens.revoke_id(token.id, None)
-                        record_change("token_revoked", config_file, id=token.id)
+                        record_change("token_revoked", config_file, user=token.username, id=token.id)
                 rows.append({"file": file, **_row(token, "revoked" if revoke else status)})
         return rows
 
@@ -254,10 +254,10 @@ def tokens_revoke(
     if id_ is not None:
         wanted = id_
         try:
-            with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
+            revoked = with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
         except UnknownToken as error:
             raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
-        record_change("token_revoked", config_file, id=wanted)
+        record_change("token_revoked", config_file, user=revoked.username, id=wanted)
         click.echo("Revoked 1 token.")
         return
     name = None if username is None else canonical(utf8(username))
