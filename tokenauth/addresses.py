@@ -6,6 +6,12 @@ from functools import lru_cache
 LOCAL = "local"
 """What stands for the address of a peer on a Unix socket."""
 
+UNKNOWN = "unknown"
+"""What stands for all addresses that cannot be read."""
+
+_RANGES = {4: {24, 16}, 6: {64, 48}}
+"""The lengths of the prefixes of networks and regions, by IP version."""
+
 
 @lru_cache(maxsize=4096)
 def network(address: str) -> str:
@@ -25,13 +31,32 @@ def region(address: str) -> str:
     return _prefix(address, 16, 48)
 
 
+def is_address(text: str) -> bool:
+    """Return whether a text names the address of a client."""
+    try:
+        return text in {LOCAL, UNKNOWN} or bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+def read_range(text: str) -> str | None:
+    """Return the network or region that a text names, as it is counted; None if it names none."""
+    if text in {LOCAL, UNKNOWN}:
+        return text
+    try:
+        found = ipaddress.ip_network(text)
+    except ValueError:
+        return None
+    return str(found) if found.prefixlen in _RANGES[found.version] else None
+
+
 def _prefix(address: str, ipv4: int, ipv6: int) -> str:
     if address == LOCAL:
         return LOCAL
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return "unknown"
+        return UNKNOWN
     if isinstance(parsed, ipaddress.IPv6Address):
         parsed = parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed))  # without the zone of a link-local address
     return str(ipaddress.ip_network((parsed, ipv4 if parsed.version == 4 else ipv6), strict=False))

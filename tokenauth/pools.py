@@ -232,7 +232,7 @@ class Pools:
         try:
             _check_terms(pool, user, terms)
             seconds = None if terms.ttl is None else durations.checked("ttl", terms.ttl, 1, pool.lease_ttl)
-        except InvalidRequest as refusal:
+        except (InvalidRequest, InsufficientScope) as refusal:
             return await self._repeat(pool, user, terms, refusal)
         start = self._clock()
         id, keep = terms.id, None
@@ -251,8 +251,6 @@ class Pools:
                     return Waits(id, place)
                 # it was taken out of the line, or served when it was sent once more, to another process
                 answer = await self._ask(pool, user.username, id, terms, seconds, None, known=True)
-                if isinstance(answer, NoFreeToken):
-                    raise PlaceLost
             else:
                 answer = granted
         if isinstance(answer, Refusal):
@@ -266,8 +264,8 @@ class Pools:
             self._note_grant(pool, answer, start)
         return answer
 
-    async def _repeat(self, pool: Pool, user: Identity, terms: LeaseTerms, refusal: InvalidRequest) -> Grant:
-        """Answer a request that was granted before the settings of the pool changed. Raises `refusal` for others.
+    async def _repeat(self, pool: Pool, user: Identity, terms: LeaseTerms, refusal: Refusal) -> Grant:
+        """Answer a request that was granted before the settings changed. Raises `refusal` for others.
 
         One that waits leaves the line.
         """
@@ -276,11 +274,9 @@ class Pools:
             answer = await self._ask(pool, user.username, terms.id, terms, ttl, None, known=True)
             if isinstance(answer, LeaseLost):
                 raise answer
-            if isinstance(answer, Grant) and not answer.before:
-                return answer
             if isinstance(answer, Grant):
-                self.waiting.put_back(pool, answer, repeatable=False)
-            elif isinstance(answer, NoFreeToken | TooManyLeases):
+                return answer
+            if isinstance(answer, PlaceLost):
                 with suppress(UnknownRequest):
                     await self.leave_line(pool, user.username, terms.id)
         raise refusal

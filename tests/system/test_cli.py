@@ -43,7 +43,7 @@ COMMANDS = [
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool line", "pool generate", "pool release",
-    "pool reserve", "pool unreserve", "pool delete", "audit verify", "audit tail",
+    "pool reserve", "pool unreserve", "pool delete", "throttle list", "throttle clear", "audit verify", "audit tail",
 ]  # fmt: skip
 PRIVATE = (
     "Only this machine can reach the service."
@@ -133,7 +133,7 @@ def test_the_help_of_every_command_has_an_example(tmp_path: Path, command: str) 
 def test_the_help_lists_the_commands(tmp_path: Path) -> None:
     text = output(script(tmp_path, "-h"))
     assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
-    for group in ((), ("user",), ("tokens",), ("pool",)):
+    for group in ((), ("user",), ("tokens",), ("pool",), ("throttle",)):
         assert "..." not in output(run(tmp_path, *group, "--help")).partition("Commands:")[2], "a summary is cut"
     assert output(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
 

@@ -201,6 +201,7 @@ def test_a_refused_user_exits_with_77(wrap: Wrapper, pool: str, env: dict[str, s
         (["--pool", "long", "--wait", "soon", "true"], {}, "'soon' is not a duration"),
         (["--pool", "nowhere", "true"], {}, "no pool of this name"),
         (["--pool", "long", "--url", "localhost:8000", "true"], {}, "url: must be http"),
+        (["--pool", "long", "--url", "http://localhost:99999", "true"], {}, "url: must be http"),
         (["--pool", "long", "true"], {"TOKENAUTH_USERNAME": ""}, "Set TOKENAUTH_TOKEN, or"),
         (["--pool", "long", "true"], {"TOKENAUTH_TOKEN": "short"}, "TOKENAUTH_TOKEN is not a token"),
         (["--pool", "long", "true"], {"TOKENAUTH_TOKEN_FILE": "missing"}, "missing cannot be read: No such file"),
@@ -472,6 +473,22 @@ def test_it_starts_without_the_server(tmp_path: Path) -> None:
     assert "tokenauth.client.pools" in loaded
     unwanted = {"sqlalchemy", "starlette", "uvicorn", "rich.text", "tokenauth.service", "tokenauth.settings.loader"}
     assert loaded & unwanted == set()
+
+
+@pytest.mark.parametrize("loaded", ["tokenauth.cli.guard", "tokenauth.client", "httpx", "tokenauth.client.pools"])
+def test_an_interrupt_at_the_start_is_no_failure(tmp_path: Path, loaded: str) -> None:
+    """The process ends as of the signal: by itself, or with the status that a shell shows for it."""
+    tokenauth = Path(sys.executable).with_name("tokenauth")
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", tokenauth, "run", "--pool", "p", "--url", "http://127.0.0.1:9",
+         "--wait", "1m", "true"],
+        cwd=tmp_path, env={**os.environ, **LOGIN}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert any(line.split()[-1:] == [loaded] for line in process.stderr), "it is loaded"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode in {-signal.SIGINT, 128 + signal.SIGINT}, rest
 
 
 def test_without_httpx_it_names_the_extra(tmp_path: Path) -> None:

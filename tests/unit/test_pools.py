@@ -325,6 +325,19 @@ async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: Manu
     assert (await pools.assign(SECRET, "ops")).value == value
 
 
+async def test_a_priority_that_is_no_longer_allowed_is_lost(store: Store, clock: ManualClock) -> None:
+    boss = Identity("boss", ("admin",))
+    pools, terms = Pools({"p": POOL}, store, clock), LeaseTerms("ci", "r", 0, priority=5)
+    await pools.generate(POOL, 1)
+    leased = await pools.assign(POOL, "job", "bob")
+    assert isinstance(await pools.lease(POOL, boss, terms), Waits)
+    await pools.release(POOL, leased.value)
+    with pytest.raises(InsufficientScope):
+        await pools.lease(POOL, Identity(boss.username, ()), terms)
+    assert await pools.count_waiting(POOL) == 0
+    assert await pools.count(POOL) == (1, 0)
+
+
 @pytest.mark.parametrize("free", [False, True])
 async def test_a_refused_request_leaves_the_line(store: Store, clock: ManualClock, free: bool) -> None:
     """It waited when the settings of the pool changed. It holds up nobody, and gets no lease."""

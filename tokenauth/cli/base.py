@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -43,9 +44,11 @@ class CommandGroup(click.Group):
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Exit with 1 for errors that the operator can fix."""
+        """Run the command. Exit with 1 for errors that the operator can fix, and with 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         except (ConfigError, StartError, Refusal) as error:
             raise click.ClickException(printable(str(error))) from None
         except OSError as error:
@@ -221,6 +224,7 @@ _HEADINGS = {
     "last_used_at": "last use",
     "leased_at": "leased",
     "since": "waits since",
+    "until": "wait ends",
     "lease_expiry_time": "lease ends",
     "reserved_until": "reserved until",
     "reserved_for": "reserved for",

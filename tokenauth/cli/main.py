@@ -30,6 +30,7 @@ from tokenauth.cli.init import init
 from tokenauth.cli.pools import pool
 from tokenauth.cli.run import run
 from tokenauth.cli.systemd_unit import systemd_unit
+from tokenauth.cli.throttle import throttle
 from tokenauth.cli.tokens import tokens
 from tokenauth.cli.users import user
 from tokenauth.errors import ConfigError
@@ -46,7 +47,7 @@ def main() -> None:
     logs.configure(quiet=True)
 
 
-for command in (init, health, systemd_unit, user, tokens, pool, audit_log, run):
+for command in (init, health, systemd_unit, user, tokens, pool, throttle, audit_log, run):
     main.add_command(command)
 
 

@@ -174,10 +174,11 @@ def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
     if token and values.digest(token.encode(errors="replace")) is None:
         raise _WrongUsage("TOKENAUTH_TOKEN is not a token.")
     try:
-        auth = TokenAuth(url, login["TOKENAUTH_USERNAME"], login["TOKENAUTH_PASSWORD"])
+        if token:
+            return AsyncPoolClient(url, headers={"X-Token": token})
+        return AsyncPoolClient(url, auth=TokenAuth(url, login["TOKENAUTH_USERNAME"], login["TOKENAUTH_PASSWORD"]))
     except ValueError as error:
         raise _WrongUsage(str(error)) from None
-    return AsyncPoolClient(url, headers={"X-Token": token}) if token else AsyncPoolClient(url, auth=auth)
 
 
 def _complain(problem: str) -> None:

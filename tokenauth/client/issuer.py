@@ -57,7 +57,8 @@ def base_url(url: str) -> str:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         parsed = httpx.URL()
-    if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.userinfo or parsed.query or parsed.fragment:
+    unknown = parsed.scheme not in {"http", "https"} or not parsed.host or not 0 < (parsed.port or 80) < 2**16
+    if unknown or parsed.userinfo or parsed.query or parsed.fragment:
         raise ValueError("url: must be http:// or https:// and a host, perhaps with a port and a path, and no more")
     return str(parsed).rstrip("/")
 

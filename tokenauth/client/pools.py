@@ -14,7 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from tokenauth import errors
-from tokenauth.client import redaction
+from tokenauth.client import issuer, redaction
 from tokenauth.client.lease import ClientLease, RequestArguments, Terms
 from tokenauth.clock import Clock, boottime
 
@@ -77,7 +77,7 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
     """
 
     def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout, **options)
+        self._http = httpx.Client(base_url=issuer.base_url(url), timeout=timeout, **options)
         self._timeout, self._monotonic = timeout, monotonic
 
     def __exit__(self, *_: object) -> None:
@@ -193,7 +193,7 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
     """
 
     def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, **options)
+        self._http = httpx.AsyncClient(base_url=issuer.base_url(url), timeout=timeout, **options)
         self._timeout, self._monotonic = timeout, monotonic
         self._working: set[asyncio.Task[None]] = set()
 

@@ -1,8 +1,8 @@
-"""How `tokenauth reload` finds the servers of a configuration, asks them to reload, and gets their answer.
+"""How `tokenauth reload` and `tokenauth throttle` find the servers of a configuration, and get their answers.
 
-Each main process listens on a Unix socket without a file (Linux's abstract namespace). Its name is made of the
-directory and the name of the configuration file, and of the process. So nothing is left behind by a killed server, and
-the database may be anywhere. Both sides ask the kernel which user is at the other end.
+For each of the two, a main process listens on a Unix socket without a file (Linux's abstract namespace). Its name is
+made of the directory and the name of the configuration file, and of the process. So nothing is left behind by a killed
+server, and the database may be anywhere. Both sides ask the kernel which user is at the other end.
 """
 
 import os
@@ -12,7 +12,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from tokenauth.errors import ConfigError, StartError
+from tokenauth.models import Throttled
 
 AVAILABLE = sys.platform == "linux"
 
@@ -29,6 +30,8 @@ _ANSWER_TIME = 150.0
 
 _CONNECT_TIME = 3.0
 """Seconds in which a server must take a connection: a program of another user can listen under its name."""
+
+_THROTTLE = "throttle-"
 
 _MAX_WAITING = 16
 """Commands that can wait for the same answer."""
@@ -67,14 +70,7 @@ class Control:
         """Listen for commands that name this configuration file. Raises OSError."""
         self._asking: list[socket.socket] = []
         self._waiting: list[socket.socket] = []
-        self._listener = socket.socket(socket.AF_UNIX)
-        try:
-            self._listener.bind(f"\0{_prefix(path)}{os.getpid()}")
-            self._listener.listen(_MAX_WAITING)
-            self._listener.setblocking(False)
-        except BaseException:
-            self._listener.close()
-            raise
+        self._listener = _listen(_prefix(path))
 
     def fileno(self) -> int:
         return self._listener.fileno()
@@ -85,14 +81,11 @@ class Control:
         Each of them then gets the answer of the next attempt: call `started` if that lasts, or else `refuse`. Raises
         OSError if descriptors are short.
         """
-        with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
-            while True:
-                connection, _ = self._listener.accept()
-                if Peer.of(connection).uid in {0, os.geteuid()} and len(self._asking) < _MAX_WAITING:
-                    connection.setblocking(False)
-                    self._asking.append(connection)
-                else:
-                    connection.close()
+        for connection in _accept(self._listener):
+            if len(self._asking) < _MAX_WAITING:
+                self._asking.append(connection)
+            else:
+                connection.close()
         return bool(self._asking)
 
     def started(self) -> None:
@@ -103,12 +96,12 @@ class Control:
     def refuse(self, answer: Answer) -> None:
         """Answer those whose reload could not begin. One that is under way goes on."""
         asking, self._asking = self._asking, []
-        _answer(asking, answer)
+        _answer(asking, msgspec.json.encode(answer))
 
     def end(self, answer: Answer) -> None:
         """Answer those who wait for the end of the reload."""
         waiting, self._waiting = self._waiting, []
-        _answer(waiting, answer)
+        _answer(waiting, msgspec.json.encode(answer))
 
     def stop(self) -> None:
         """Close the connections of all that wait: they get no answer."""
@@ -117,10 +110,49 @@ class Control:
         self._asking, self._waiting = [], []
 
 
-def _answer(connections: Sequence[socket.socket], answer: Answer) -> None:
+class ThrottleControl:
+    """The end of the main process: commands that ask who is throttled. They are answered at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Listen for commands that name this configuration file. Raises OSError."""
+        self._listener = _listen(_prefix(path, _THROTTLE))
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def answer(self, throttled: Sequence[Throttled]) -> None:
+        """Answer the commands of root or of this user that have arrived. Raises OSError if descriptors are short."""
+        _answer([*_accept(self._listener)], msgspec.json.encode(throttled))
+
+
+def _listen(prefix: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(f"\0{prefix}{os.getpid()}")
+        listener.listen(_MAX_WAITING)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _accept(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections of root or of this user that have arrived. Raises OSError if descriptors are short."""
+    with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
+        while True:
+            connection, _ = listener.accept()
+            if Peer.of(connection).uid in {0, os.geteuid()}:
+                connection.setblocking(False)
+                yield connection
+            else:
+                connection.close()
+
+
+def _answer(connections: Sequence[socket.socket], answer: bytes) -> None:
     for connection in connections:
         with suppress(OSError), connection:
-            connection.send(msgspec.json.encode(answer))
+            connection.send(answer)
 
 
 def ask_for_reload(path: Path) -> Mapping[int, Answer]:
@@ -130,8 +162,25 @@ def ask_for_reload(path: Path) -> Mapping[int, Answer]:
     """
     if not AVAILABLE:
         raise StartError("`tokenauth reload` works on Linux only; run `kill -HUP PID` instead, and look at the log.")
-    answers: dict[int, Answer] = {}
-    names = [name for name in _names(_prefix(path)) if not _ask(name, path, answers)]
+    answers = _ask_all(path, _prefix(path))
+    return {pid: msgspec.json.decode(data, type=Answer) for pid, data in answers.items()}
+
+
+def ask_who_is_throttled(path: Path) -> Sequence[Throttled]:
+    """Return whom the running servers of a configuration file have refused, and who may still have to wait.
+
+    Raises StartError if there is no server, or if one does not answer.
+    """
+    if not AVAILABLE:
+        raise StartError("The list of throttled logins works on Linux only; use GET /api/throttle instead.")
+    answers = _ask_all(path, _prefix(path, _THROTTLE)).values()
+    return [each for data in answers for each in msgspec.json.decode(data, type=list[Throttled])]
+
+
+def _ask_all(path: Path, prefix: str) -> Mapping[int, bytes]:
+    """Return the answers of the servers that listen under such names, by process ID. Raises StartError."""
+    answers: dict[int, bytes] = {}
+    names = [name for name in _names(prefix) if not _ask(name, path, answers)]
     deadline = time.monotonic() + _CONNECT_TIME
     while names and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -142,7 +191,7 @@ def ask_for_reload(path: Path) -> Mapping[int, Answer]:
     return answers
 
 
-def _ask(name: str, path: Path, answers: dict[int, Answer]) -> bool:
+def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
     """Note the answer of a server under its process ID, if it is ours. Return False if its queue is full for now."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_ANSWER_TIME)
@@ -160,17 +209,17 @@ def _ask(name: str, path: Path, answers: dict[int, Answer]) -> bool:
     return True
 
 
-def _receive(connection: socket.socket, peer: Peer) -> Answer:
+def _receive(connection: socket.socket, peer: Peer) -> bytes:
     data = b""
     with suppress(ConnectionResetError):
         while part := connection.recv(65536):
             data += part
     if not data:
         raise StartError(f"The server with process {peer.pid} has ended, or does not take orders of this user.")
-    return msgspec.json.decode(data, type=Answer)
+    return data
 
 
-def _prefix(path: Path) -> str:
+def _prefix(path: Path, purpose: str = "") -> str:
     """Return how the names of a configuration's sockets begin: links of the file itself are not followed.
 
     Raises ConfigError.
@@ -181,7 +230,7 @@ def _prefix(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path.parent}: {error.strerror}") from None
     digest = sha256(f"{directory.st_dev} {directory.st_ino} {path.name}".encode(errors="surrogateescape")).hexdigest()
-    return f"tokenauth-{digest[:32]}-"
+    return f"tokenauth-{purpose}{digest[:32]}-"
 
 
 def _names(prefix: str) -> Sequence[str]:

@@ -10,7 +10,7 @@ from tokenauth.audit.log import AuditLog, auditing
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
 from tokenauth.server.configuration import ConfigurationFile
-from tokenauth.server.control import AVAILABLE, Control
+from tokenauth.server.control import AVAILABLE, Control, ThrottleControl
 from tokenauth.server.greeting import greeting
 from tokenauth.server.listener import listen
 from tokenauth.server.service_manager import ServiceManager
@@ -78,7 +78,8 @@ def serve(
             port, host = listener.getsockname()[1], settings.server.host
             log.info("listening", host=host, port=port, workers=settings.server.workers, pid=os.getpid())
         try:
-            supervisor = Supervisor(file, configuration, listener, signals, terminal, manager, totals, _control(path))
+            controls = _control(path)
+            supervisor = Supervisor(file, configuration, listener, signals, terminal, manager, totals, *controls)
             if logs.on_terminal():
                 supervisor.greeting = greeting(settings, port, risks, *command)
         except OSError as error:
@@ -87,12 +88,12 @@ def serve(
         return supervisor.run()
 
 
-def _control(path: Path) -> Control | None:
-    """Return the end of `tokenauth reload`, or None where there is none: signals work in any case."""
+def _control(path: Path) -> tuple[Control, ThrottleControl] | tuple[None, None]:
+    """Return the ends of `tokenauth reload` and `tokenauth throttle`; None where they do not work: signals do."""
     if not AVAILABLE:
-        return None
+        return None, None
     try:
-        return Control(path)
+        return Control(path), ThrottleControl(path)
     except (OSError, ConfigError) as error:
         log.warning("control_unavailable", reason=str(error), action="send SIGHUP instead of `tokenauth reload`")
-        return None
+        return None, None

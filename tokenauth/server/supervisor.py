@@ -39,7 +39,7 @@ from tokenauth.server.channel import (
     encode_order,
 )
 from tokenauth.server.configuration import Configuration, ConfigurationFile
-from tokenauth.server.control import Answer, Control
+from tokenauth.server.control import Answer, Control, ThrottleControl
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
@@ -272,12 +272,13 @@ class Supervisor:
         manager: ServiceManager,
         totals: Totals,
         control: Control | None = None,
+        throttle_control: ThrottleControl | None = None,
     ) -> None:
         """Serve a configuration, which was read from `file`, on the listener. At SIGHUP, read it again.
 
         So it does when a command asks for that by `control`, and with `reload = "watch"` when a file has changed.
         But the SIGHUP that is sent because the terminal was closed ends it.
-        `totals` gets what the workers count, for metrics and for /api/status.
+        `totals` gets what the workers count, for metrics, for /api/status, and for the commands of `throttle_control`.
         Raises OSError.
         """
         self.greeting = ""
@@ -294,8 +295,9 @@ class Supervisor:
         self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
-        if control is not None:
-            self._selector.register(control, selectors.EVENT_READ, control)
+        for each in (control, throttle_control):
+            if each is not None:
+                self._selector.register(each, selectors.EVENT_READ, each)
         self._slots = [_Slot() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
         self._retiring: set[_Worker] = set()
@@ -398,7 +400,9 @@ class Supervisor:
                     self._take_reports(worker)
         self._pass_on()
         for key, _ in ready:  # last, as it fails when descriptors are short
-            if isinstance(key.data, Control) and key.data.take():
+            if isinstance(key.data, ThrottleControl):
+                key.data.answer(self._totals.list_throttled())
+            elif isinstance(key.data, Control) and key.data.take():
                 if self._stopping:
                     key.data.stop()
                 else:

@@ -106,11 +106,11 @@ class Totals:
         counts, gauges = self.read()
         levels, history = dict(gauges), self._history()
         return NodeStatus(
-            self._started_at, workers, self.configured, self.crashes, counts, levels, history, self._list_throttled()
+            self._started_at, workers, self.configured, self.crashes, counts, levels, history, self.list_throttled()
         )
 
-    def _list_throttled(self) -> Sequence[Throttled]:
-        """Return each once, with the longest wait, at most MAX_THROTTLED."""
+    def list_throttled(self) -> Sequence[Throttled]:
+        """Return whom the workers have refused: each once, with the longest wait, at most MAX_THROTTLED."""
         with self._lock:
             found = [*self._throttled, *(each for last in self._workers.values() for each in last.snapshot.throttled)]
         found.sort(key=attrgetter("until"))

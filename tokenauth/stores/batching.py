@@ -107,7 +107,7 @@ class Writer:
     """Collects changes, commits them in one transaction, then delivers the answers."""
 
     def __init__(self, commit: Callable[[Batch], Awaitable[None]], gather: float = GATHER) -> None:
-        """`commit` makes and commits a batch, or changes nothing and raises; it waits `gather` seconds at most."""
+        """`commit` makes and commits a batch, or changes nothing and raises. `gather`: seconds to wait for changes."""
         self._commit = commit
         self._gather_time = gather
         self._waiting = Batch()

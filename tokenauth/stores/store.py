@@ -425,8 +425,8 @@ class PoolStore:
         long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A request that
         was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them is over.
         RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES. Without an
-        `id` it cannot wait, nor be asked for again. With `known`, PlaceLost is returned if it does not wait and was not
-        granted.
+        `id` it cannot wait, nor be asked for again. With `known`, nothing is leased: PlaceLost is returned if nothing
+        was granted to the request before.
         """
         wanted = count, priority, ttl, labels
         return await self._engine.apply(Ask(pool, username, id, holder, *wanted, keep, known, now=now))

@@ -2,12 +2,14 @@
 
 import re
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support.servers import HandClock, Server, exchange, log_in, probe
+from tests.support.servers import HandClock, Server, exchange, log_in, probe, worker, write_config
+from tests.wire.oauth.forms import table
 
 DAY = 24 * 3600
 PER_USER = 4
@@ -347,3 +349,15 @@ def test_other_methods_are_405_with_an_allow_header(
         answer = client.request(method, path, headers=token_header(token))
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
     assert probe(client, token)
+
+
+def test_a_user_who_is_named_as_everyone_is_one_user(tmp_path: Path) -> None:
+    users = table("ann", "ann-secret") + table("*", "star-secret")
+    with worker(write_config(tmp_path, "", users)) as server, server.client() as client:
+        mine, star = ann(client), log_in(client, "*", "star-secret")
+        for query in ({}, {"user": "*"}):
+            answer = client.delete(f"/api/tokens/{id_of(client, mine)}", params=query, headers=token_header(star))
+            assert answer.status_code == (403 if query else 404)
+        assert client.get("/api/tokens", params={"user": "*"}, headers=token_header(star)).status_code == 403
+        assert probe(client, mine)
+        assert client.delete(f"/api/tokens/{id_of(client, star)}", headers=token_header(star)).status_code == 204

@@ -69,7 +69,7 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
                 place = replace(place, kept_until=later, answers=place.answers + (tokens is not None))
                 answers[position] = LeaseLost(_OVER) if tokens is None else Grant(place, tokens)
                 repeated[asked.key] = known[asked.key] = place
-            elif place is None and change.known:
+            elif change.known:
                 answers[position] = PlaceLost()
             elif place is None and change.keep is not None and _has_too_many(requests, asked, waiting, joining):
                 answers[position] = TooManyPlaces()

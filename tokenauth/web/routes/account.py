@@ -159,8 +159,11 @@ class AccountRoutes:
         return JSONResponse(RevokedAnswer(revoked))
 
     async def revoke(self, request: Request) -> Response:
-        username = _username(request)
-        await self._tokens.revoke_id(request.path_params["id"], None if username == EVERYONE else username)
+        username: str | None = _username(request)
+        if request.query_value("user") == EVERYONE:
+            request.user.require_scope(ADMIN)  # a user may have that name
+            username = None
+        await self._tokens.revoke_id(request.path_params["id"], username)
         return NO_CONTENT
 
 

@@ -1,6 +1,5 @@
 """/api/throttle: who is throttled after failed logins, and clearing that. For admins only."""
 
-import ipaddress
 import math
 from collections.abc import Container, Sequence
 from typing import Literal
@@ -9,6 +8,7 @@ import msgspec
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
+from tokenauth.addresses import is_address, read_range
 from tokenauth.errors import InvalidRequest
 from tokenauth.models import ADMIN
 from tokenauth.settings.model import canonical
@@ -18,12 +18,6 @@ from tokenauth.web.exceptions import NotFound
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_CONTENT, JSONResponse
 from tokenauth.web.routing import Route, strict
-
-_UNKNOWN = "unknown"
-"""What stands for all addresses that cannot be read."""
-
-_RANGES = {4: {24, 16}, 6: {64, 48}}
-"""The lengths of the prefixes of networks and regions, by IP version."""
 
 
 class ThrottledAnswer(msgspec.Struct):
@@ -59,10 +53,14 @@ class ThrottleRoutes:
         user, address, network = (request.query_value(name) for name in ("user", "address", "network"))
         by = request.user.username
         if network is not None and user is None and address is None:
-            done = await self._throttle.clear_network(_range(network), by)
+            addresses = read_range(network)
+            if addresses is None:
+                raise InvalidRequest("network: must be a range of addresses of /24 or /16, or of IPv6 /64 or /48.")
+            done = await self._throttle.clear_network(addresses, by)
         elif network is None and user is not None and address is not None:
             name = canonical(user)
-            _check_address(address)
+            if not is_address(address):
+                raise InvalidRequest("address: must be an IP address.")
             # A name that no user has may be a password: it is not looked for, and not logged.
             done = name in self._users and await self._throttle.clear_user(name, address, by)
         else:
@@ -70,24 +68,3 @@ class ThrottleRoutes:
         if not done:
             raise NotFound("No failed login is counted there.")
         return NO_CONTENT
-
-
-def _check_address(address: str) -> None:
-    try:
-        if address != _UNKNOWN:
-            ipaddress.ip_address(address)
-    except ValueError:
-        raise InvalidRequest("address: must be an IP address.") from None
-
-
-def _range(network: str) -> str:
-    """Return the network or region that a text names, as the throttle names it. Raises InvalidRequest."""
-    if network == _UNKNOWN:
-        return network
-    try:
-        found = ipaddress.ip_network(network)
-        if found.prefixlen in _RANGES[found.version]:
-            return str(found)
-    except ValueError:
-        pass
-    raise InvalidRequest("network: must be a range of addresses of /24 or /16, or of IPv6 /64 or /48.")
