@@ -15,7 +15,7 @@ from tests.support.journal import until
 from tokenauth.audit import log as module
 from tokenauth.audit.chain import LOCK_TIMEOUT
 from tokenauth.audit.log import AuditLog, append_now, auditing, find_problem
-from tokenauth.audit.records import ACTS, DROPPED, make_record
+from tokenauth.audit.records import ACTS, DROPPED, MAX_RECORD, encode, make_record
 from tokenauth.settings.model import AuditSettings
 
 
@@ -199,3 +199,36 @@ def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, problem in (("none", "does not exist"), ("file/in", "does not exist"), ("file", "is not a directory")):
         assert problem in str(find_problem(AuditSettings(file=f"{tmp_path}/{name}/audit.jsonl")))
+
+
+def long_names(count: int, letter: str) -> list[str]:
+    return [f"{number}{letter * 250}" for number in range(count)]
+
+
+@pytest.mark.parametrize(("letter", "names"), [("\u4e00", 3), ("\U000e0001", 3), ("x", 10)])
+def test_a_long_record_is_cut_and_says_so(letter: str, names: int) -> None:
+    kinds = ("users_added", "users_removed", "passwords_changed", "scopes_changed", "pools_added", "pools_removed")
+    changes = {kind: long_names(51, letter) for kind in kinds}
+    line = encode(make_record({"event": "reloaded", "cause": "command", "users": 100, **changes}, None))
+    record = json.loads(line)
+    assert len(line) <= MAX_RECORD
+    assert (record["action"], record["result"], record["cut"]) == ("reload", "ok", True)
+    assert (record["details"]["cause"], record["details"]["users"]) == ("command", 100)
+    assert len(record["details"]["users_added"]) == names + 1
+    assert record["details"]["users_added"][0].startswith(f"0{letter}")
+    assert record["details"]["users_added"][-1] == "and more"
+
+
+def test_no_record_is_longer_than_the_limit() -> None:
+    text = "\U000e0001" * 100_000
+    fields = {f"field_{number}": text for number in range(20)}
+    line = encode(make_record({"event": "member_reserved", "user": text, "by": text, "pool": text, **fields}, None))
+    assert len(line) <= MAX_RECORD
+    assert json.loads(line)["cut"] is True
+
+
+def test_a_record_that_fits_is_not_cut() -> None:
+    line = encode(make_record({"event": "reloaded", "users_added": long_names(51, "x")}, None))
+    record = json.loads(line)
+    assert record["details"]["users_added"] == long_names(51, "x")
+    assert "cut" not in record

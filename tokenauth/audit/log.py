@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenauth.audit.chain import LOCK_TIMEOUT, Chain, timestamp
-from tokenauth.audit.records import ACTS, DROPPED, make_record
+from tokenauth.audit.records import ACTS, DROPPED, encode, make_record
 from tokenauth.logs import json_line, log, observed
 from tokenauth.request_context import current_request
 from tokenauth.settings.model import AuditSettings
@@ -106,7 +106,7 @@ class AuditLog:
         """Add the record of an event, if it is an act."""
         if event["event"] in ACTS:
             try:
-                self._add(json_line(make_record(event, current_request.get())))
+                self._add(encode(make_record(event, current_request.get())))
             except Exception:
                 self.lost += 1
 
@@ -211,4 +211,4 @@ def auditing(audit: AuditLog | None) -> Iterator[None]:
 def append_now(settings: AuditSettings, event: Mapping[str, object]) -> None:
     """Write what an operator did with a command, if there is an audit log. Raises OSError."""
     if settings.file:
-        open_chain(settings).append([json_line(make_record(event, None, command=True))])
+        open_chain(settings).append([encode(make_record(event, None, command=True))])

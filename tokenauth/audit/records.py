@@ -7,6 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from tokenauth.audit.chain import timestamp
+from tokenauth.logs import json_line
 from tokenauth.request_context import RequestContext
 
 
@@ -63,8 +64,14 @@ LOGOUT = "logout"
 DROPPED = "lines_dropped"
 """The action of a record that stands for those that did not fit into memory."""
 
-_MAX_TEXT = 1000
-"""Characters of one text in a record."""
+MAX_RECORD = 16 * 1024
+"""Bytes of a record."""
+
+_MAX_TEXT, _MAX_ITEMS = 1000, 1000
+"""Characters of one text in a record, and items of one list."""
+
+_CUTS = (_MAX_TEXT, 10), (_MAX_TEXT, 3), (100, 3), (30, 3)
+"""The same for a record that is too long. The last makes any short enough."""
 
 _LEFT_OUT = frozenset({"event", "level", "timestamp", "user", "by", "network", "trace_id", "span_id"})
 
@@ -93,7 +100,7 @@ def make_record(
     if user:
         record["user"] = _clean(user)
     if target := [str(found) for field in act.target if (found := details.pop(field, None)) is not None]:
-        record["target"] = "/".join(target)
+        record["target"] = _clean("/".join(target))
     record["via"] = "command" if command else "server" if request is None else "http"
     record |= origin
     if details := {key: value for key, value in details.items() if value is not None}:
@@ -102,12 +109,26 @@ def make_record(
     return record
 
 
-def _clean(value: object) -> object:
-    """Shorten texts, and escape lone surrogates, which JSON in UTF-8 cannot have."""
+def encode(record: Mapping[str, object]) -> bytes:
+    """Return a record as JSON of at most MAX_RECORD bytes. If it is cut for that, it says so."""
+    line = json_line(record)
+    for max_text, max_items in _CUTS:
+        if len(line) <= MAX_RECORD:
+            break
+        line = json_line({key: _clean(record[key], max_text, max_items) for key in record} | {"cut": True})
+    return line
+
+
+def _clean(value: object, max_text: int = _MAX_TEXT, max_items: int = _MAX_ITEMS) -> object:
+    """Shorten texts and lists, and escape lone surrogates, which JSON in UTF-8 cannot have."""
     if isinstance(value, str):
-        shortened = value[:_MAX_TEXT]
+        shortened = value[:max_text]
         return shortened if shortened.isascii() else shortened.encode(errors="backslashreplace").decode()
-    return [*map(_clean, value)] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_clean(item, max_text) for item in value[:max_items]] + ["and more"] * (len(value) > max_items)
+    if isinstance(value, dict):
+        return {key: _clean(item, max_text, max_items) for key, item in value.items()}
+    return value
 
 
 @cache
