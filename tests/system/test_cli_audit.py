@@ -15,6 +15,7 @@ from tests.support.auditing import read_audit, wait_for
 from tests.support.journal import until
 from tests.support.servers import TOKENAUTH, log_in, serve, worker, write_config
 from tests.system.test_cli import environment, mistake, output, run
+from tests.system.test_terminal import on_terminal
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 
 OPERATOR = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
@@ -134,10 +135,28 @@ def test_verify_says_where_a_line_is_missing(home: Path) -> None:
     assert report["position"] == {"file": str(file), "line": 2}
 
 
+def test_verify_says_what_it_cannot_find(home: Path) -> None:
+    """As when somebody deletes the log and its head: it begins again with line 1, and is right."""
+    shown = output(run(home, "audit", "verify"))
+    assert "; the last line is the one that the .head file knows.\n" in shown
+    (home / "audit.jsonl.head").unlink()
+    assert "would not show, since there is no valid .head file.\n" in output(run(home, "audit", "verify"))
+    (home / "audit.jsonl").unlink()
+    output(run(home, "user", "remove", "ann"))
+    shown = output(run(home, "audit", "verify"))
+    assert shown.startswith("ok: 1 line, from 1 to 1\n")
+    assert "\nNot shown: whether an older log existed and was deleted, with its .head file, or all" in shown
+    (home / "audit.jsonl").unlink()
+    output(run(home, "user", "remove", "bob"))
+    assert "\nNot shown: whether lines before 2 existed" in output(run(home, "audit", "verify"))
+
+
 def test_verify_checks_copies_elsewhere(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     copy = tmp_path_factory.mktemp("copy") / "audit.jsonl"
     copy.write_bytes((home / "audit.jsonl").read_bytes())
-    assert output(run(copy.parent, "audit", "verify", str(copy))).startswith("ok: 1 line, from 1 to 1\n")
+    found = output(run(copy.parent, "audit", "verify", str(copy)))
+    assert found.startswith("ok: 1 line, from 1 to 1\n")
+    assert "lines missing at the end would not show, since named files are checked without the .head file" in found
     copy.write_bytes(copy.read_bytes().replace(b"upgrade", b"updated"))
     assert run(copy.parent, "audit", "verify", str(copy)).returncode == 1
     missing = run(copy.parent, "audit", "verify", str(copy.with_name("none")))
@@ -193,9 +212,26 @@ def test_tail_selects_by_user_action_and_time(home: Path) -> None:
     assert output(run(home, "audit", "tail", "--json", "--since", "1h")).splitlines() == lines
     assert output(run(home, "audit", "tail", "--json", "--since", "0s")) == ""
     assert "must be a duration" in run(home, "audit", "tail", "--since", "now").stderr
-    table = output(run(home, "audit", "tail", "--user", "ann")).splitlines()
-    assert table[0].split() == ["time", "action", "result", "by", "user", "from"]
-    assert table[1].split()[2:] == ["remove_user", "ok", OPERATOR, "ann", "command"]
+    [line] = output(run(home, "audit", "tail", "--user", "ann")).splitlines()
+    removed = f"remove_user ok, by {OPERATOR}, user ann, from command; scopes before read write"
+    assert line.partition("  ")[2] == removed
+
+
+def test_tail_shows_details_within_80_columns(home: Path) -> None:
+    with worker(home / "config.toml"):  # adds the member
+        pass
+    output(run(home, "pool", "reserve", "devices", "pixel", "--until", "1h", "--note", "a new battery " * 6))
+    with on_terminal(home, 'stty cols 80; "$TOKENAUTH" audit tail -n 1 2>&1; echo "exit $?"') as found:
+        found.expect("exit 0")
+    lines = found.shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0][21:] == f"reserve_member ok, by {OPERATOR}, target devices/pixel, from"
+    assert lines[1] == " " * 21 + "command"
+    assert lines[2].startswith(" " * 21 + "until ")
+    text = " ".join(" ".join(lines[2:]).split())
+    assert "note a new battery a new battery" in text
+    [line] = output(run(home, "audit", "tail", "-n", "1")).splitlines()
+    assert line.partition("; ")[2] in text
 
 
 def test_tail_reads_renamed_files_too(home: Path) -> None:
@@ -225,7 +261,10 @@ def test_tail_follows_a_server_and_a_rename(home: Path) -> None:
 
 def test_tail_passes_nothing_on_that_controls_a_terminal(home: Path) -> None:
     """What others have written into the file: tokenauth escapes what it writes."""
-    forged = {"time": "9999-01-01T00:00:00.000Z", "action": "\x1b[2J", "result": 5, "by": "\x9b2J", "target": "\u202e"}
+    forged = {
+        "time": "9999-01-01T00:00:00.000Z", "action": "\x1b[2J", "result": 5, "by": "\x9b2J", "target": "\u202e",
+        "details": [{}],
+    }  # fmt: skip
     with following(home) as printed, following(home, "--json", printed="json") as lines:
         until(lambda: "upgrade_schema" in printed.read_text() and "upgrade_schema" in lines.read_text(), "both read it")
         with (home / "audit.jsonl").open("ab") as file:
@@ -235,7 +274,7 @@ def test_tail_passes_nothing_on_that_controls_a_terminal(home: Path) -> None:
         output(run(home, "user", "remove", "ann"))
         for path in (printed, lines):
             until(lambda path=path: "remove_user" in path.read_text(), "all lines are shown")  # type: ignore[misc]
-    assert printed.read_text().count(r"\x1b[2J  5  \x9b2J  \u202e") == 2
+    assert printed.read_text().count(r"\x1b[2J 5, by \x9b2J, target \u202e") == 2
     assert lines.read_text().count(r'"by": "\u009b2J"') == 2
     assert all(line.isprintable() for path in (printed, lines) for line in path.read_text().splitlines())
 

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +16,12 @@ import click
 
 from tokenauth.audit.chain import CUT, read
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
-from tokenauth.cli.base import CommandGroup, config_option, count, json_option, print_json, show, utf8
+from tokenauth.cli.base import CommandGroup, config_option, count, json_option, print_json, utf8
 from tokenauth.errors import ConfigError
 from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
-    from tokenauth.audit.chain import Chain
+    from tokenauth.audit.chain import Chain, Verdict
 
 _LINES = 20
 """Acts that are shown if neither --lines nor --since says how many."""
@@ -43,7 +46,7 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
     """Find lines that were removed, changed or inserted.
 
     Without FILE it checks all files, and that the last line is there. Name other files oldest first. Exit with 1 if
-    something is wrong. What this cannot find is in docs/audit.md.
+    something is wrong. It says what it cannot find.
     """
     verdict = _chain(config_file, bool(files)).verify(files)
     where = "" if verdict.position is None else f"{verdict.position.file}, line {verdict.position.line}: "
@@ -61,9 +64,24 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
         cut = f"; a crash has cut {count(verdict.cut, 'more line')}, which is marked" if verdict.cut else ""
         click.echo(f"ok: {count(verdict.lines, 'line')}, from {verdict.first} to {verdict.last}{cut}")
         click.echo(f"The last hash is {verdict.hash}")
-        if verdict.headless:
-            click.echo("There is no valid .head file beside it: lines that are missing at the end would not show.")
+        for line in _describe_proof(verdict, bool(files)):
+            click.echo(line)
     context.exit(0 if verdict.problem is None else 1)
+
+
+def _describe_proof(verdict: "Verdict", other_files: bool) -> Sequence[str]:
+    """Return what a check without a problem proves, and what it cannot."""
+    ends = "the last line is the one that the .head file knows"
+    if other_files:
+        ends = "lines missing at the end would not show, since named files are checked without the .head file"
+    elif verdict.headless:
+        ends = "lines missing at the end would not show, since there is no valid .head file"
+    lost = f"lines before {verdict.first}" if verdict.first > 1 else "an older log"
+    return [
+        f"Shown: no line in between was removed, changed, inserted or moved; {ends}.",
+        f"Not shown: whether {lost} existed and was deleted, with its .head file, or all lines were written again."
+        " For that, compare the last hash with one that you keep elsewhere.",
+    ]
 
 
 @audit_log.command("tail", epilog="Example: tokenauth audit tail --since 2h --user ann")
@@ -83,7 +101,10 @@ def audit_tail(
     actions: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Show the last acts, oldest first. Times are in UTC."""
+    """Show the last acts, oldest first. Times are in UTC.
+
+    On a terminal, details are in lines of their own; otherwise each act is one line.
+    """
     from tokenauth.settings import durations
 
     oldest = 0.0
@@ -99,7 +120,7 @@ def audit_tail(
     if as_json:
         _print_lines(found)
     elif found or not follow:
-        show([_row(json.loads(line)) for line in found], False, "acts")
+        click.echo("\n".join(_describe(json.loads(line)) for line in found) or "No acts.")
     while follow:
         time.sleep(_POLL)
         new = [*filter(wanted.matches, growing.new_lines())]
@@ -107,7 +128,7 @@ def audit_tail(
             _print_lines(new)
         else:
             for line in new:
-                click.echo(printable("  ".join(str(value) for value in _row(json.loads(line)).values() if value)))
+                click.echo(_describe(json.loads(line)))
 
 
 class _Filter:
@@ -195,18 +216,32 @@ def _chain(config_file: str | None, other_files: bool = False) -> "Chain":
     return open_chain(settings)
 
 
-def _row(record: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return what a person looks for first."""
+def _describe(record: Mapping[str, Any]) -> str:
+    """Return an act for people: what a person looks for first, and the details."""
     by, user = record.get("by"), record.get("user")
-    return {
-        "time": record["time"][:19].replace("T", " "),
-        "action": record["action"],
-        "result": record.get("result"),
+    fields = {
         "by": by,
-        "username": None if user == by else user,
+        "user": None if user == by else user,
         "target": record.get("target"),
         "from": record.get("address", record.get("via")),
     }
+    at = f"{record['time'][:19].replace('T', ' ')}  "
+    act = ", ".join([f"{record.get('action', '')} {record.get('result', '')}".strip(), *_named(fields)])
+    details = ", ".join(_named(record.get("details")))
+    if not sys.stdout.isatty():
+        return printable(f"{at}{act}; {details}" if details else f"{at}{act}")
+    width, indent = shutil.get_terminal_size().columns, " " * len(at)
+    lines = textwrap.wrap(printable(act), width, initial_indent=at, subsequent_indent=indent)
+    lines += textwrap.wrap(printable(details), width, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines)
+
+
+def _named(fields: object) -> Sequence[str]:
+    """Return each field that has a value as its name and its value. Anyone may have written the line: see `verify`."""
+    if not isinstance(fields, dict):
+        return []
+    shown = {key: " ".join(map(str, it)) or "none" if isinstance(it, list) else it for key, it in fields.items()}
+    return [f"{key.replace('_', ' ')} {it}" for key, it in shown.items() if it is not None and it != ""]
 
 
 def _print_lines(lines: Sequence[bytes]) -> None:
