@@ -4,10 +4,10 @@ import ipaddress
 from functools import lru_cache
 
 LOCAL = "local"
-"""What stands for the address of a peer on a Unix socket."""
+"""Used as the address of every peer on a Unix socket: such a peer has none."""
 
 UNKNOWN = "unknown"
-"""What stands for all addresses that cannot be read."""
+"""Used as the network of all addresses that cannot be read."""
 
 _RANGES = {4: {24, 16}, 6: {64, 48}}
 """The lengths of the prefixes of networks and regions, by IP version."""

@@ -95,15 +95,18 @@ class Stream:
         self._sent_at = asyncio.get_running_loop().time()
         self._stalled_since: float | None = None
 
-    def tell(self, topics: Iterable[Topic], id: str) -> None:
-        """Tell the client of changes. With `id`, it can ask later what it has missed since."""
+    def add_changes(self, topics: Iterable[Topic], id: str) -> None:
+        """Send an event for each topic; one that waits already is sent once.
+
+        `id`: with it, the client can later ask for what it has missed since.
+        """
         self._changes.update(dict.fromkeys(topics))
         if self._changes:
             self._last_id = id
             self._wakeup.set()
 
-    def say(self, event: str, data: object, id: str) -> None:
-        """Send an event that is not about a change. A stream has few of them, so they are kept one by one."""
+    def add_event(self, event: str, data: object, id: str) -> None:
+        """Send an event that is not about a change. A stream has few of them, so each is kept."""
         self._lines.append(_format(event, data))
         self._last_id = id
         self._wakeup.set()
@@ -198,17 +201,17 @@ class Events:
         try:
             topics = self._topics(user)
             new = [topic for topic in topics if topic not in self._watched]
-            await self._look(new)  # what changes after this is told: a client reads once it has the first event
+            await self._look(new)  # later changes are events, and the client reads all once it has the first event
         except BaseException:
             self._streams.discard(stream)
             raise
-        stream.say("hello", {"user": user.username, "scopes": user.scopes}, self._id())
+        stream.add_event("hello", {"user": user.username, "scopes": user.scopes}, self._id())
         if last_id:
             missed = self._missed(last_id, topics, new)
             if missed is None:
-                stream.say("reset", {}, self._id())
+                stream.add_event("reset", {}, self._id())
             else:
-                stream.tell(missed, self._id())
+                stream.add_changes(missed, self._id())
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
         if self._stopping:
@@ -283,7 +286,7 @@ class Events:
                 stream.end(user)
             elif user != stream.user:
                 stream.user = user
-                stream.say("hello", {"user": user.username, "scopes": user.scopes}, self._id())
+                stream.add_event("hello", {"user": user.username, "scopes": user.scopes}, self._id())
             else:
                 stream.keep_alive(now)
 
@@ -324,7 +327,7 @@ class Events:
             self._status_due = now + STATUS
             for stream in self._streams:
                 if ADMIN in stream.user.scopes:
-                    stream.tell([STATUS_TOPIC], self._id())
+                    stream.add_changes([STATUS_TOPIC], self._id())
 
     async def _look(self, topics: Collection[Topic]) -> None:
         """Look at topics once, and tell the clients which of them have changed since the look before."""
@@ -355,7 +358,7 @@ class Events:
                 watched.seen, watched.changed = value, self._number
         if changed:
             for stream in self._streams:
-                stream.tell([topic for topic in self._topics(stream.user) if topic in changed], self._id())
+                stream.add_changes([topic for topic in self._topics(stream.user) if topic in changed], self._id())
 
     def _differs(self, topic: Topic, value: object) -> bool:
         watched = self._watched.get(topic)

@@ -27,7 +27,7 @@ _RETRY = 1.0
 
 
 class _Dropped:
-    """Stands for records that did not fit into memory, in their place."""
+    """Counts records that did not fit into memory. It is in the queue in their place."""
 
     def __init__(self) -> None:
         self.count = 0

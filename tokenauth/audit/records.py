@@ -62,7 +62,7 @@ LOGOUT = "logout"
 """The action of `token_revoked` when the client sent the token itself, and not another one that may revoke it."""
 
 DROPPED = "lines_dropped"
-"""The action of a record that stands for those that did not fit into memory."""
+"""The action of a record that counts those that did not fit into memory."""
 
 MAX_RECORD = 16 * 1024
 """Bytes of a record."""

@@ -78,8 +78,8 @@ class Control:
     def take(self) -> bool:
         """Accept the commands that have arrived; return whether there were any of root or of this user.
 
-        Each of them then gets the answer of the next attempt: call `started` if that lasts, or else `refuse`. Raises
-        OSError if descriptors are short.
+        Then call `started` once a reload has begun, or `refuse` if it cannot begin. Raises OSError if descriptors are
+        short.
         """
         for connection in _accept(self._listener):
             if len(self._asking) < _MAX_WAITING:

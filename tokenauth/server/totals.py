@@ -91,7 +91,7 @@ class Totals:
         return counts, {**gauges, **own}
 
     def note(self) -> None:
-        """Write down for the history what has been counted until now. It is called about once a second."""
+        """Add what has been counted until now to the history. To be called about once a second."""
         counts, gauges = self.read()
         minute = _minute()
         if not self._minutes or self._minutes[-1].number != minute:

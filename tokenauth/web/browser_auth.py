@@ -21,7 +21,7 @@ from tokenauth.web.responses import NoStoreResponse, refusal_response
 from tokenauth.web.return_to import ReturnTo
 
 MAX_TARGET = 2000
-"""Bytes of the page's address in that of the login page: proxies read the headers of an answer into a small buffer."""
+"""Maximum bytes of `rd` in the login page's address: proxies read the headers of an answer into a small buffer."""
 
 TWO_COOKIES = "note=cookies"
 """What the query of the login page has if a browser was sent there because of two different login cookies."""

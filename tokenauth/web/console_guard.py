@@ -27,8 +27,8 @@ _SAFE_METHODS = frozenset({"GET", "HEAD"})
 class ConsoleGuard(TokenMiddleware):
     """Requires a valid token as TokenMiddleware does, and also takes that of the cookie, from the console only.
 
-    What the console reads by itself, while nobody touches it, is no use of the token: an open console does not keep a
-    login alive.
+    What the console only reads does not count as a use of the token: otherwise an open console would keep a login alive
+    while nobody is there.
     """
 
     def __init__(self, app: ASGIApp, tokens: CountingValidator | Tokens, browser: BrowserSettings) -> None:
@@ -63,8 +63,8 @@ class ConsoleGuard(TokenMiddleware):
     def _is_own_page(self, scope: Scope) -> bool:
         """Return whether a page of this service has sent a request.
 
-        Browsers without Sec-Fetch-Site send Origin with all requests but a GET, and with a GET of another page that has
-        HEADER.
+        A browser without Sec-Fetch-Site sends Origin with each POST, PUT and DELETE. With a GET of a page of another
+        origin it does so as well, because of HEADER.
         """
         sites = {value for name, value in scope["headers"] if name == b"sec-fetch-site"}
         if sites:

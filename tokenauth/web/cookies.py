@@ -16,9 +16,9 @@ _FORM_VALUE = re.compile(rb"[A-Za-z0-9_-]{22}")
 class Cookies:
     """Reads, sets and deletes the cookies.
 
-    The name of each begins with a prefix, with which browsers accept only a cookie that is Secure (`__Secure-`), and
-    that no other host has set (`__Host-`). Only on this machine, over http, there is none. The other variants of the
-    login cookie are what another configuration may have left in a browser: they are deleted with it, and never read.
+    Each name has a prefix: browsers accept a `__Secure-` cookie only over https, and a `__Host-` cookie only from the
+    host that uses it. Over http, which is for this machine only, there is no prefix. Another configuration may have
+    left other variants of the login cookie in a browser. They log nobody in, and a log-out ends and deletes them.
     """
 
     def __init__(self, settings: BrowserSettings) -> None:
@@ -59,14 +59,14 @@ class Cookies:
         return [value for wanted in self._all_wanted for value in _read(_headers(scope), wanted)]
 
     def has_form_value(self, scope: Scope) -> bool:
-        """Return whether a request has the cookie, with whatever value."""
+        """Return whether a request has the cookie of forms, whatever its value."""
         return bool(_read(_headers(scope), self._form_wanted))
 
     def form_values(self, scope: Scope) -> Sequence[str]:
         """Return the values of which a form must repeat one (see `new_form_value`).
 
-        Several are none, except over http: there the name has no prefix, so servers on other ports of this machine can
-        set one. Browsers say in Sec-Fetch-Site or Origin that their pages are foreign.
+        Over https several count as none: another host has set one of them. Over http they count, since servers on other
+        ports of this machine can set one; requests of their pages are refused by Sec-Fetch-Site or Origin.
         """
         found = _read(_headers(scope), self._form_wanted)
         if len(found) > 1 and self._secure:

@@ -164,8 +164,11 @@ class Request(requests.Request):
             raise InvalidRequest(f"{name}: must be true or false.")
         return text == "true"
 
-    def touches(self) -> bool:
-        """Return whether this is a use of the token that is asked about: not with `?touch=0`. Raises InvalidRequest."""
+    def counts_as_use(self) -> bool:
+        """Return whether this counts as a use of the token to check; with `?touch=0` it does not.
+
+        Raises InvalidRequest.
+        """
         text = self.query_value("touch")
         if text not in {None, "0"}:
             raise InvalidRequest("touch: must be 0, or left out.")
@@ -239,8 +242,8 @@ class Request(requests.Request):
             hint = f": send {' and '.join(map(_quoted, known))} in the query" if known else ""
             raise InvalidRequest(f"The body must be empty{hint}.")
 
-    async def completed(self) -> None:
-        """Wait for the end of a request whose body is ignored. Raises InvalidRequest if the client disconnects."""
+    async def discard_body(self) -> None:
+        """Receive the body, and ignore it. Raises InvalidRequest if the client disconnects before its end."""
         more = True
         while more:
             _, more = await self.read_part()

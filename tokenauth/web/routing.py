@@ -106,11 +106,11 @@ def strict(handler: Handler, query: Collection[str] = (), body: bool = False) ->
 
 
 def when_complete(handler: Handler) -> Handler:
-    """Wait for the end of a request whose body is ignored, then handle it: one that is cut off changes nothing."""
+    """Ignore the body, and handle the request once it is complete: one that is cut off changes nothing."""
 
     @wraps(handler)
     async def waiting(request: Request) -> Response:
-        await request.completed()
+        await request.discard_body()
         return await handler(request)
 
     return waiting

@@ -66,20 +66,20 @@ class ForwardAuth(Endpoint):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send 200 and the user's name if the request may pass."""
-        token, asked, sent = None, _EMPTY, None
+        token, asked, cookie_headers = None, _EMPTY, None
         try:
             if query := scope["query_string"]:
                 asked = _parse(query, self._browser is not None)
                 if asked.cookie and self._browser is not None:
-                    value, sent = self._browser.find_token(scope, asked.x_token_only)
+                    value, cookie_headers = self._browser.find_token(scope, asked.x_token_only)
                 else:
                     value = header_token(scope, asked.x_token_only)
             else:
                 value = bearer(scope)
             token = None if value is None else await self._tokens.validate(value, asked.touch)
             headers = self._check(value, token, asked)
-            if sent is not None and self._browser is not None:
-                self._browser.check_page(scope, sent)
+            if cookie_headers is not None and self._browser is not None:
+                self._browser.check_page(scope, cookie_headers)
         except Exception as error:
             self._counts.refuse(error)
             await self._refuse(scope, error, token, asked)(scope, receive, send)
@@ -89,7 +89,7 @@ class ForwardAuth(Endpoint):
         await send({"type": "http.response.body", "body": b""})
 
     def _refuse(self, scope: Scope, error: Exception, token: Token | None, asked: _Query) -> Response:
-        """Return the response to a request that may not pass. Whatever happens here, it is none that lets it pass."""
+        """Return the response to a request that may not pass. Errors in here do not let it pass either."""
         set_current(scope)
         try:
             if isinstance(error, TokenRequired | InvalidToken | InvalidRequest):

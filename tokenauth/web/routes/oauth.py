@@ -110,7 +110,7 @@ class OAuthRoutes:
         caller = await self._caller(request, form)
         request.scope["user"] = caller  # the log names the user if the scope is missing
         caller.require_scope(INTROSPECT)
-        login = await self._introspected.identify(_field(form, "token").encode(), request.touches())
+        login = await self._introspected.identify(_field(form, "token").encode(), request.counts_as_use())
         if login is None:
             return JSONResponse(InactiveAnswer())
         user, token = login

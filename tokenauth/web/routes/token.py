@@ -70,7 +70,7 @@ class CheckToken(Endpoint):
                 token = await self._tokens.validate(query[6:])
             else:
                 request = Request(scope)
-                token = await self._tokens.validate(_find_token(request), request.touches())
+                token = await self._tokens.validate(_find_token(request), request.counts_as_use())
         except Exception as error:
             self._counts.refuse(error)
             set_current(scope)
