@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -300,33 +299,6 @@ def test_a_permit_that_is_deleted_is_replaced(home: Path) -> None:
     output(run(home, "pool", "delete", "permits", before["token"]))
     [after] = json.loads(output(run(home, "pool", "show", "permits", "--json")))
     assert after["token"] != before["token"]
-
-
-def test_the_commands_for_when_something_happens_work(home: Path) -> None:
-    """Runs the tokenauth commands of docs/production.md in order."""
-    text = (Path(__file__).parents[2] / "docs/production.md").read_text()
-    section = text.partition("## When something happens")[2].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("tokenauth ")]
-    assert len(lines) >= 7
-    config = home / "config.toml"
-    config.write_text(config.read_text() + '\n[[pools.phones.members]]\nname = "pixel-8"\n')
-    with worker(config) as server, Connection(server.port) as connection:
-        ann, bob = PoolUser(connection, "ann"), PoolUser(connection, "bob")
-        assert bob.ask("POST", "/phones/leases").json()["name"] == "pixel-8"
-        [token] = json.loads(output(run(home, "tokens", "list", "--user", "bob", "--json")))
-        named = connection.ask("POST", "/api/tokens", {"name": "nightly"}, X_Token=bob.token).json()
-        (home / "leak.txt").write_text("no token\n")
-        for line in lines:
-            given = {"NAME": "bob", "ID": (named if " rotate " in line else token)["id"]}
-            words = [given.get(word, word) for word in shlex.split(line)[1:]]
-            more = ["--password-stdin"] if "passwd" in words else []
-            output(run(home, *words, *more, stdin="a long password\n"))
-        with Connection(server.port) as later:  # the first one may have been closed while it was idle
-            for user in (ann, bob):
-                assert later.ask("GET", "/api/pools", X_Token=user.token).status == 401
-        [phone] = json.loads(output(run(home, "pool", "show", "phones", "--json")))
-        assert phone["user"] is None
-        assert "repair" in phone.values()
 
 
 @pytest.mark.parametrize("command", ["show", "line", "generate", "release", "reserve", "unreserve", "delete"])
