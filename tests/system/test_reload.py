@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.support.certificates import Certificate, make_certificate
-from tests.support.connections import Connection
+from tests.support.connections import Closed, Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import workers_of
 from tests.support.servers import TOKENAUTH, USERS, Server, serve, spawn, write_config
@@ -62,6 +62,41 @@ def test_the_command_waits_and_says_what_has_changed(tmp_path: Path) -> None:
         )  # fmt: skip
         assert "passwords_changed" not in event
         assert len(server.events("reloaded")) == 2
+
+
+def test_no_request_gets_the_old_settings_afterwards(tmp_path: Path) -> None:
+    """Neither over new connections nor over those of before, which old workers may still serve."""
+    with serving(write_config(tmp_path, POOL), "--workers", "2") as server:
+        with Connection(server.port) as connection:
+            token = connection.log_in("bob", "bob-secret")
+
+        def status(connection: Connection) -> int:
+            return connection.ask("GET", "/api/pools/licences", X_Token=token).status
+
+        for scope, expected in [("s", 403), ("", 200)] * 2:
+            with ExitStack() as stack:
+                kept = [stack.enter_context(Connection(server.port)) for _ in range(8)]
+                assert {status(connection) for connection in kept} == {200 if scope else 403}
+                write_config(tmp_path, f'{POOL}scope = "{scope}"\n' if scope else POOL)
+                output(reload(tmp_path))
+                for connection in kept:
+                    with suppress(Closed):
+                        assert status(connection) == expected
+            for _ in range(20):
+                with Connection(server.port) as connection:
+                    assert status(connection) == expected
+
+
+def test_a_hanging_worker_delays_a_reload_and_is_named(tmp_path: Path) -> None:
+    with serving(write_config(tmp_path), "--workers", "2") as server:
+        hanging = workers_of(server)[0]
+        os.kill(hanging, signal.SIGSTOP)
+        try:
+            done = reload(tmp_path)
+        finally:
+            os.kill(hanging, signal.SIGCONT)
+        assert (done.returncode, done.stderr) == (0, f"Warning: workers that still take requests: {hanging}\n")
+        assert server.events("reloaded")[-1]["busy"] == [hanging]
 
 
 def test_each_refusal_is_said_and_logged_once(tmp_path: Path) -> None:
@@ -147,7 +182,7 @@ def test_a_name_that_takes_no_connection_stops_no_reload(tmp_path: Path) -> None
     config = write_config(tmp_path)
     with ExitStack() as stack:
         other = stack.enter_context(socket.socket(socket.AF_UNIX))
-        other.bind(f"\0{_prefix(config)}1")
+        other.bind(f"\0{_prefix(config, 'reload')}1")
         other.listen(0)
         with suppress(BlockingIOError):
             while True:
@@ -285,7 +320,7 @@ def test_a_control_socket_that_is_taken_is_said(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     program = (
         "import os, socket, sys; taken = socket.socket(socket.AF_UNIX);"
-        f" taken.bind('\\0{_prefix(config)}' + str(os.getpid())); taken.listen();"
+        f" taken.bind('\\0{_prefix(config, 'reload')}' + str(os.getpid())); taken.listen();"
         " sys.argv[0] = 'tokenauth'; from tokenauth.cli.main import main; main()"
     )
     with spawn([sys.executable, "-c", program, "serve", "-c", str(config), "-p", "0"], tmp_path) as server:

@@ -107,6 +107,17 @@ def test_a_renamed_file_and_a_missing_one_are_seen(tmp_path: Path) -> None:
     assert changes(files) == [False, True, True]
 
 
+def test_a_copy_that_keeps_size_and_time_is_seen(tmp_path: Path) -> None:
+    """As `cp -p` writes it: into the file that is there."""
+    path, files = tmp_path / "file", FilesRead()
+    path.write_text("one")
+    os.utime(path, (1, 1))
+    files.note(path)
+    path.write_text("two")
+    os.utime(path, (1, 1))
+    assert changes(files) == [False, True, True]
+
+
 def test_all_files_of_a_configuration_are_noted(tmp_path: Path) -> None:
     config, secret = tmp_path / "config.toml", tmp_path / "secret"
     config.write_text("[oauth]\nissuer = '${ISSUER}'")

@@ -20,7 +20,7 @@ from tests.support.journal import background, serving, until
 from tests.support.main_process import workers_of
 from tests.support.servers import TOKENAUTH, Server, serve, write_config
 from tokenauth.errors import StartError
-from tokenauth.server.unix_socket import UnixListener
+from tokenauth.server.unix_socket import UnixListener, is_served
 
 FREE = 2
 
@@ -350,3 +350,15 @@ def test_a_changed_socket_needs_a_restart(tmp_path: Path) -> None:
         server.wait("stopped")
         assert takes_connections(path)
         assert not (tmp_path / "other.sock").exists()
+
+
+def test_a_server_that_refuses_for_a_time_is_found(tmp_path: Path) -> None:
+    """As on macOS, where a connection is refused while the queue is full."""
+    path = str(tmp_path / "t.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        assert not is_served(path, 0)
+        timer = threading.Timer(0.1, listener.listen)
+        timer.start()
+        assert is_served(path, 30)
+        timer.join()

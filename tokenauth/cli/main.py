@@ -156,6 +156,8 @@ def reload(config_file: str | None) -> None:
         if answer.accepted:
             append_to_audit_log(config_file, {"event": "reload_ordered", "server": pid, "by": logs.operator()})
             click.echo(printable(f"Reloaded by process {pid}: {changes}."))
+            if answer.detail:
+                click.echo(f"Warning: {answer.detail}", err=True)
         else:
             refused = True
             click.echo(

@@ -227,10 +227,14 @@ class AcceptingServer(uvicorn.Server):
         if self.config.timeout_graceful_shutdown is not None:
             grace = self.config.timeout_graceful_shutdown - CUT_OFF
             timers = [loop.call_later(grace, self._cut_off), loop.call_later(grace + 1, self._cancel)]
-        await asyncio.gather(*(acceptor.drain() for acceptor in self._acceptors))
+        await self.drain()
         await super().shutdown(sockets)
         for timer in timers:
             timer.cancel()
+
+    async def drain(self) -> None:
+        """Accept the connections that are queued, and no more."""
+        await asyncio.gather(*(acceptor.drain() for acceptor in self._acceptors))
 
     def _cut_off(self) -> None:
         for connection in list(self.server_state.connections):

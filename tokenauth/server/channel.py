@@ -92,6 +92,8 @@ class Report(msgspec.Struct, omit_defaults=True):
     """What this worker has counted since its start."""
     asks: bool = False
     """Whether this worker asks how the node is doing."""
+    drained: bool = False
+    """Whether this worker takes no more requests: it only answers those that it has."""
     applied: int = 0
     """The number of an update that this worker has applied; 0 if there is none."""
 

@@ -12,11 +12,11 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -31,20 +31,26 @@ _ANSWER_TIME = 150.0
 _CONNECT_TIME = 3.0
 """Seconds in which a server must take a connection: a program of another user can listen under its name."""
 
-_THROTTLE = "throttle-"
-
 _MAX_WAITING = 16
 """Commands that can wait for the same answer."""
+
+_Answer = TypeVar("_Answer")
 
 _CREDENTIALS = struct.Struct("3i")
 
 
-class Answer(msgspec.Struct):
-    """What a server says after a reload. `changes` are names of users, pools and settings by kind."""
+Purpose = Literal["reload", "throttle"]
+"""What a command asks for: a reload, or who is throttled."""
+
+
+class ReloadAnswer(msgspec.Struct):
+    """The answer of a server to `tokenauth reload`."""
 
     accepted: bool
     detail: str
+    """Why it was refused, or what is not as it should be after it."""
     changes: Mapping[str, Sequence[str]]
+    """Names of users, pools and settings by kind of change."""
 
 
 class Peer(NamedTuple):
@@ -63,107 +69,91 @@ class Peer(NamedTuple):
         return cls(pid, uid)
 
 
+class Command:
+    """A command that waits for an answer."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._unsent = b""
+        self.closed = False
+
+    def answer(self, answer: ReloadAnswer | Sequence[Throttled]) -> None:
+        """Send the answer, now or at a later `flush`, and close the connection."""
+        self._unsent = msgspec.json.encode(answer)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send as much of the answer as the socket accepts now: no command can block the main process."""
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._connection.send(self._unsent) :]
+                if not self._unsent:
+                    self.close()
+        except BlockingIOError:
+            pass
+        except OSError:  # the command has ended
+            self.close()
+
+    def close(self) -> None:
+        self._unsent = b""
+        self._connection.close()
+        self.closed = True
+
+
 class Control:
-    """The end of the main process: commands that ask for a reload, and wait for the answer."""
+    """The end of the main process: accepts commands that ask for one thing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, purpose: Purpose = "reload") -> None:
         """Listen for commands that name this configuration file. Raises OSError."""
-        self._asking: list[socket.socket] = []
-        self._waiting: list[socket.socket] = []
-        self._listener = _listen(_prefix(path))
+        self.purpose = purpose
+        self._commands: list[Command] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            self._listener.bind(f"\0{_prefix(path, purpose)}{os.getpid()}")
+            self._listener.listen(_MAX_WAITING)
+            self._listener.setblocking(False)
+        except BaseException:
+            self._listener.close()
+            raise
 
     def fileno(self) -> int:
         return self._listener.fileno()
 
-    def take(self) -> bool:
-        """Accept the commands that have arrived; return whether there were any of root or of this user.
+    def accept(self) -> Sequence[Command]:
+        """Accept the commands of root and of this user that have arrived. Raises OSError if descriptors are short."""
+        accepted: list[Command] = []
+        with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
+            while True:
+                connection, _ = self._listener.accept()
+                if Peer.of(connection).uid in {0, os.geteuid()} and len(self._commands) < _MAX_WAITING:
+                    accepted.append(Command(connection))
+                    self._commands.append(accepted[-1])
+                else:
+                    connection.close()
+        return accepted
 
-        Then call `started` once a reload has begun, or `refuse` if it cannot begin. Raises OSError if descriptors are
-        short.
-        """
-        for connection in _accept(self._listener):
-            if len(self._asking) < _MAX_WAITING:
-                self._asking.append(connection)
-            else:
-                connection.close()
-        return bool(self._asking)
+    def flush(self) -> None:
+        """Send what is left of answers. To be called now and then."""
+        for command in self._commands:
+            command.flush()
+        self._commands = [command for command in self._commands if not command.closed]
 
-    def started(self) -> None:
-        """Note that a reload has begun, which also replaces one that was under way: all wait for its end."""
-        self._waiting += self._asking
-        self._asking = []
-
-    def refuse(self, answer: Answer) -> None:
-        """Answer those whose reload could not begin. One that is under way goes on."""
-        asking, self._asking = self._asking, []
-        _answer(asking, msgspec.json.encode(answer))
-
-    def end(self, answer: Answer) -> None:
-        """Answer those who wait for the end of the reload."""
-        waiting, self._waiting = self._waiting, []
-        _answer(waiting, msgspec.json.encode(answer))
-
-    def stop(self) -> None:
-        """Close the connections of all that wait: they get no answer."""
-        for connection in (*self._asking, *self._waiting):
-            connection.close()
-        self._asking, self._waiting = [], []
+    def close(self) -> None:
+        """Stop listening. Commands that still wait get no answer."""
+        self._listener.close()
+        for command in self._commands:
+            command.close()
 
 
-class ThrottleControl:
-    """The end of the main process: commands that ask who is throttled. They are answered at once."""
-
-    def __init__(self, path: Path) -> None:
-        """Listen for commands that name this configuration file. Raises OSError."""
-        self._listener = _listen(_prefix(path, _THROTTLE))
-
-    def fileno(self) -> int:
-        return self._listener.fileno()
-
-    def answer(self, throttled: Sequence[Throttled]) -> None:
-        """Answer the commands of root or of this user that have arrived. Raises OSError if descriptors are short."""
-        _answer([*_accept(self._listener)], msgspec.json.encode(throttled))
-
-
-def _listen(prefix: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        listener.bind(f"\0{prefix}{os.getpid()}")
-        listener.listen(_MAX_WAITING)
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _accept(listener: socket.socket) -> Iterator[socket.socket]:
-    """Yield the connections of root or of this user that have arrived. Raises OSError if descriptors are short."""
-    with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
-        while True:
-            connection, _ = listener.accept()
-            if Peer.of(connection).uid in {0, os.geteuid()}:
-                connection.setblocking(False)
-                yield connection
-            else:
-                connection.close()
-
-
-def _answer(connections: Sequence[socket.socket], answer: bytes) -> None:
-    for connection in connections:
-        with suppress(OSError), connection:
-            connection.send(answer)
-
-
-def ask_for_reload(path: Path) -> Mapping[int, Answer]:
+def ask_for_reload(path: Path) -> Mapping[int, ReloadAnswer]:
     """Have each running server of a configuration file reload it. Return the answers by process ID.
 
     Raises StartError if there is none, if one cannot be asked, and if one ends before it answers.
     """
     if not AVAILABLE:
         raise StartError("`tokenauth reload` works on Linux only; run `kill -HUP PID` instead, and look at the log.")
-    answers = _ask_all(path, _prefix(path))
-    return {pid: msgspec.json.decode(data, type=Answer) for pid, data in answers.items()}
+    return _ask_all(path, "reload", ReloadAnswer)
 
 
 def ask_who_is_throttled(path: Path) -> Sequence[Throttled]:
@@ -173,12 +163,12 @@ def ask_who_is_throttled(path: Path) -> Sequence[Throttled]:
     """
     if not AVAILABLE:
         raise StartError("The list of throttled logins works on Linux only; use GET /api/throttle instead.")
-    answers = _ask_all(path, _prefix(path, _THROTTLE)).values()
-    return [each for data in answers for each in msgspec.json.decode(data, type=list[Throttled])]
+    return [each for answer in _ask_all(path, "throttle", list[Throttled]).values() for each in answer]
 
 
-def _ask_all(path: Path, prefix: str) -> Mapping[int, bytes]:
-    """Return the answers of the servers that listen under such names, by process ID. Raises StartError."""
+def _ask_all(path: Path, purpose: Purpose, type: type[_Answer]) -> Mapping[int, _Answer]:
+    """Return the answers of the servers of a configuration file, by process ID. Raises StartError."""
+    prefix = _prefix(path, purpose)
     answers: dict[int, bytes] = {}
     names = [name for name in _names(prefix) if not _ask(name, path, answers)]
     deadline = time.monotonic() + _CONNECT_TIME
@@ -188,7 +178,7 @@ def _ask_all(path: Path, prefix: str) -> Mapping[int, bytes]:
     if not answers:
         busy = " One, of whatever user, takes no more connections." if names else ""
         raise StartError(f"No server of this user serves {path}: start one with `tokenauth serve`.{busy}")
-    return answers
+    return {pid: _decode(pid, data, type) for pid, data in answers.items()}
 
 
 def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
@@ -199,7 +189,7 @@ def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
             connection.connect(f"\0{name}")
             peer = Peer.of(connection)
             if _is_ours(peer, path):
-                answers[peer.pid] = _receive(connection, peer)
+                answers[peer.pid] = _receive(connection)
         except BlockingIOError:
             return False
         except ConnectionRefusedError:  # it has just ended
@@ -209,17 +199,23 @@ def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
     return True
 
 
-def _receive(connection: socket.socket, peer: Peer) -> bytes:
+def _receive(connection: socket.socket) -> bytes:
     data = b""
     with suppress(ConnectionResetError):
         while part := connection.recv(65536):
             data += part
-    if not data:
-        raise StartError(f"The server with process {peer.pid} has ended, or does not take orders of this user.")
     return data
 
 
-def _prefix(path: Path, purpose: str = "") -> str:
+def _decode(pid: int, data: bytes, type: type[_Answer]) -> _Answer:
+    try:
+        return msgspec.json.decode(data, type=type)
+    except msgspec.DecodeError:  # nothing, or a part
+        message = f"The server with process {pid} has ended, or does not take orders of this user."
+        raise StartError(message) from None
+
+
+def _prefix(path: Path, purpose: Purpose) -> str:
     """Return how the names of a configuration's sockets begin: links of the file itself are not followed.
 
     Raises ConfigError.
@@ -230,7 +226,7 @@ def _prefix(path: Path, purpose: str = "") -> str:
     except OSError as error:
         raise ConfigError(f"{path.parent}: {error.strerror}") from None
     digest = sha256(f"{directory.st_dev} {directory.st_ino} {path.name}".encode(errors="surrogateescape")).hexdigest()
-    return f"tokenauth-{purpose}{digest[:32]}-"
+    return f"tokenauth-{purpose}-{digest[:32]}-"
 
 
 def _names(prefix: str) -> Sequence[str]:

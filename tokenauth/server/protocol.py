@@ -274,10 +274,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         return True
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
     def shutdown(self) -> None:
         """Close the connection after the next answer, or after DRAIN seconds without a request."""
         self._client["stopping"] = True
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self.idle:
             super().shutdown()
             return
         state = self.server_state

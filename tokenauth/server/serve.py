@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from tokenauth.audit.log import AuditLog, auditing
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.logs import describe, log
 from tokenauth.server.configuration import ConfigurationFile
-from tokenauth.server.control import AVAILABLE, Control, ThrottleControl
+from tokenauth.server.control import AVAILABLE, Control
 from tokenauth.server.greeting import greeting
 from tokenauth.server.listener import listen
 from tokenauth.server.service_manager import ServiceManager
@@ -78,8 +79,8 @@ def serve(
             port, host = listener.getsockname()[1], settings.server.host
             log.info("listening", host=host, port=port, workers=settings.server.workers, pid=os.getpid())
         try:
-            controls = _control(path)
-            supervisor = Supervisor(file, configuration, listener, signals, terminal, manager, totals, *controls)
+            controls = _controls(path)
+            supervisor = Supervisor(file, configuration, listener, signals, terminal, manager, totals, controls)
             if logs.on_terminal():
                 supervisor.greeting = greeting(settings, port, risks, *command)
         except OSError as error:
@@ -88,12 +89,12 @@ def serve(
         return supervisor.run()
 
 
-def _control(path: Path) -> tuple[Control, ThrottleControl] | tuple[None, None]:
-    """Return the ends of `tokenauth reload` and `tokenauth throttle`; None where they do not work: signals do."""
+def _controls(path: Path) -> Sequence[Control]:
+    """Return the ends of `tokenauth reload` and `tokenauth throttle`; none where they do not work: signals do."""
     if not AVAILABLE:
-        return None, None
+        return ()
     try:
-        return Control(path), ThrottleControl(path)
+        return Control(path), Control(path, "throttle")
     except (OSError, ConfigError) as error:
         log.warning("control_unavailable", reason=str(error), action="send SIGHUP instead of `tokenauth reload`")
-        return None, None
+        return ()

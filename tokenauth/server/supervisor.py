@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from tokenauth import logs
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
-from tokenauth.models import DATABASE_LOST, ServedDatabase
+from tokenauth.models import DATABASE_LOST, ServedDatabase, Throttled
 from tokenauth.revocation_queue import HeldRevocations, RevocationUpdate
 from tokenauth.server.channel import (
     GRACE,
@@ -39,7 +39,7 @@ from tokenauth.server.channel import (
     encode_order,
 )
 from tokenauth.server.configuration import Configuration, ConfigurationFile
-from tokenauth.server.control import Answer, Control, ThrottleControl
+from tokenauth.server.control import Command, Control, ReloadAnswer
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
@@ -59,6 +59,9 @@ _TIMEOUT = 60
 
 _CLOSE_TIME = 10.0
 """Seconds to close the store, after the GRACE seconds in which a worker answers its requests. Then it is killed."""
+
+_REPLACE_TIME = 5.0
+"""Seconds that a reload waits until no replaced worker takes a request any more. One that hangs may need longer."""
 
 _HEALTHY = 10.0
 """Seconds of service after which a worker that ends is replaced at once; otherwise after a growing delay."""
@@ -130,6 +133,7 @@ class _Worker:
         """Start the process, which waits for its first order. Raises OSError."""
         self.reported = False
         self.ready = False
+        self.drained = False
         self.kill_at = math.inf
         self.silent_heartbeats = 0
         self.started_at = time.monotonic()
@@ -251,10 +255,17 @@ class _Passing:
 class _Reload:
     """A new configuration, and its workers, which serve it when all of them are ready."""
 
-    def __init__(self, configuration: Configuration, cause: str, changes: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        cause: str,
+        changes: Mapping[str, Sequence[str]],
+        commands: Sequence[Command],
+    ) -> None:
         self.settings, self.certificate = configuration
         self.cause = cause
         self.changes = changes
+        self.commands = commands
         self.slots = [_Slot() for _ in range(self.settings.server.workers)]
         self.heartbeats = 0
 
@@ -271,20 +282,19 @@ class Supervisor:
         terminal: Terminal,
         manager: ServiceManager,
         totals: Totals,
-        control: Control | None = None,
-        throttle_control: ThrottleControl | None = None,
+        controls: Sequence[Control] = (),
     ) -> None:
         """Serve a configuration, which was read from `file`, on the listener. At SIGHUP, read it again.
 
-        So it does when a command asks for that by `control`, and with `reload = "watch"` when a file has changed.
-        But the SIGHUP that is sent because the terminal was closed ends it.
-        `totals` gets what the workers count, for metrics, for /api/status, and for the commands of `throttle_control`.
+        So it does when a command asks for that, and with `reload = "watch"` when a file has changed. But the SIGHUP
+        that is sent because the terminal was closed ends it.
+        `totals` gets what the workers count, for metrics and for /api/status. Commands arrive at the `controls`.
         Raises OSError.
         """
         self.greeting = ""
         """A text for people, shown once a worker serves."""
         self._file = file
-        self._control = control
+        self._controls = controls
         self._settings, self._certificate = settings, _ = configuration
         self._users = settings.users_by_name
         self._listener = listener
@@ -295,11 +305,14 @@ class Supervisor:
         self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
-        for each in (control, throttle_control):
-            if each is not None:
-                self._selector.register(each, selectors.EVENT_READ, each)
+        for control in controls:
+            self._selector.register(control, selectors.EVENT_READ, control)
         self._slots = [_Slot() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
+        self._replacing: _Reload | None = None
+        self._replaced_by = math.inf
+        self._commands: Sequence[Command] = ()
+        self._requested: str | None = None
         self._retiring: set[_Worker] = set()
         self._held = HeldRevocations()
         self._updates: list[tuple[RevocationUpdate, _Worker]] = []
@@ -323,9 +336,11 @@ class Supervisor:
             self._handle_signals,
             self._receive,
             self._heartbeat,
+            self._begin_reload,
             self._reap,
             self._start_workers,
             self._note_alone,
+            self._replace_workers,
             self._finish_reload,
             self._kill_overdue,
         )
@@ -381,10 +396,12 @@ class Supervisor:
                 if self._terminal.hung_up():
                     self._stop(number.name)
                 else:
-                    self._begin_reload("signal")
+                    self._requested = "signal"
 
     def _receive(self) -> None:
         """Read reports of the workers, and send orders that are still pending."""
+        for control in self._controls:
+            control.flush()
         ready, self._ready = self._ready, []  # stale after a failed wait
         for key, events in ready:
             if isinstance(key.data, _Worker):
@@ -400,13 +417,16 @@ class Supervisor:
                     self._take_reports(worker)
         self._pass_on()
         for key, _ in ready:  # last, as it fails when descriptors are short
-            if isinstance(key.data, ThrottleControl):
-                key.data.answer(self._totals.list_throttled())
-            elif isinstance(key.data, Control) and key.data.take():
-                if self._stopping:
-                    key.data.stop()
-                else:
-                    self._begin_reload("command")
+            if isinstance(key.data, Control) and key.data in self._controls:
+                self._take_commands(key.data)
+
+    def _take_commands(self, control: Control) -> None:
+        commands = control.accept()
+        if control.purpose == "throttle":
+            _answer(commands, self._totals.list_throttled())
+        elif commands:
+            self._commands = [*self._commands, *commands]
+            self._requested = "command"
 
     def _take_reports(self, worker: _Worker) -> None:
         try:
@@ -448,6 +468,8 @@ class Supervisor:
             self._send([worker], NodeAnswer(self._totals.status([*self._running()])))
         if report.applied:
             self._applied(report.applied, worker)
+        if report.drained:
+            worker.drained = True
 
     def _running(self) -> Iterator[WorkerStatus]:
         """Yield the workers that serve, without those that were replaced."""
@@ -547,8 +569,8 @@ class Supervisor:
             self._stop(signal.SIGHUP.name)
         if self._reload is not None:
             self._reload.heartbeats += 1
-        elif self._settings.server.reload == "watch" and not self._stopping and self._file.changed():
-            self._begin_reload("watch")
+        elif self._settings.server.reload == "watch" and self._file.changed():
+            self._requested = self._requested or "watch"
         for worker in self._workers():
             worker.silent_heartbeats += 1
             if worker.silent_heartbeats > _TIMEOUT and not worker.killed:
@@ -660,8 +682,15 @@ class Supervisor:
         self._exit_code = START_FAILED
         self._stop(None)
 
-    def _begin_reload(self, cause: str) -> None:
-        """Read the configuration and start workers for it. The current workers get its users at once."""
+    def _begin_reload(self) -> None:
+        """Read the configuration and start workers for it. The current workers get its users at once.
+
+        Only one that is not in use yet is replaced by a later one: what was said of the others is true.
+        """
+        cause = self._requested
+        if cause is None or self._stopping or self._replacing is not None:
+            return
+        self._requested = None
         self._manager.reloading()
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
@@ -674,10 +703,10 @@ class Supervisor:
         except Exception as error:
             self._refuse(cause, f"{self._file.path}: cannot be read: {logs.describe(error)}")
             return
+        commands = [*(self._reload.commands if self._reload is not None else ()), *self._commands]
         self._drop_reload()
-        self._reload = _Reload(configuration, cause, self._differences(configuration))
-        if self._control is not None:
-            self._control.started()
+        self._reload = _Reload(configuration, cause, self._differences(configuration), commands)
+        self._commands = ()
         self._send_users(configuration.settings)
 
     def _differences(self, configuration: Configuration) -> Mapping[str, Sequence[str]]:
@@ -693,8 +722,8 @@ class Supervisor:
         log.error("reload_refused", cause=cause, detail=detail)
         if self._reload is None:
             self._manager.ready()
-        if self._control is not None:
-            self._control.refuse(Answer(False, detail, {}))
+        commands, self._commands = self._commands, ()
+        _answer(commands, ReloadAnswer(False, detail, {}))
 
     def _send_users(self, settings: Settings) -> None:
         """Send the users of these settings to the current workers and to those that are stopping."""
@@ -720,10 +749,9 @@ class Supervisor:
         self._send_users(self._settings)
         log.error("reload_refused", cause=reload.cause, detail=reason, **reload.changes)
         self._manager.ready()
-        if self._control is not None:
-            self._control.end(Answer(False, reason, reload.changes))
+        _answer(reload.commands, ReloadAnswer(False, reason, reload.changes))
 
-    def _finish_reload(self) -> None:
+    def _replace_workers(self) -> None:
         """Replace the current workers when all workers of the new configuration are ready."""
         reload = self._reload
         if reload is None or self._stopping:
@@ -740,22 +768,32 @@ class Supervisor:
                 if slot.worker is not None:
                     self._retire(slot.worker)
             self._totals.configured = len(self._slots)
-            users, pools = len(self._settings.users_by_name), len(self._settings.pools)
-            held = {"revocations_held": len(self._held)} if len(self._held) else {}
-            log.info(
-                "reloaded",
-                cause=reload.cause,
-                users=users,
-                pools=pools,
-                workers=len(self._slots),
-                **held,
-                **reload.changes,
-            )
-            self._manager.ready()
-            if self._control is not None:
-                self._control.end(Answer(True, "", reload.changes))
+            self._replacing, self._replaced_by = reload, time.monotonic() + _REPLACE_TIME
         elif reload.heartbeats > _TIMEOUT:
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
+
+    def _finish_reload(self) -> None:
+        """Say that the new configuration is in use, once no replaced worker takes a request any more."""
+        reload = self._replacing
+        if reload is None:
+            return
+        busy = [worker.pid for worker in self._retiring if not worker.drained and not worker.ended]
+        if busy and not self._stopping and time.monotonic() < self._replaced_by:
+            return
+        self._replacing = None
+        log.info(
+            "reloaded",
+            cause=reload.cause,
+            users=len(reload.settings.users_by_name),
+            pools=len(reload.settings.pools),
+            workers=len(reload.slots),
+            **({"revocations_held": len(self._held)} if len(self._held) else {}),
+            **({"busy": busy} if busy else {}),
+            **reload.changes,
+        )
+        self._manager.ready()
+        detail = f"workers that still take requests: {', '.join(map(str, busy))}" if busy else ""
+        _answer(reload.commands, ReloadAnswer(True, detail, reload.changes))
 
     def _retire(self, worker: _Worker) -> None:
         """Stop a worker that was replaced."""
@@ -765,8 +803,11 @@ class Supervisor:
     def _stop(self, signal_name: str | None) -> None:
         """Stop listening and stop the workers."""
         self._stopping = True
-        if self._control is not None:
-            self._control.stop()
+        self._finish_reload()
+        for control in self._controls:
+            self._selector.unregister(control)
+            control.close()
+        self._controls = ()
         self._manager.stopping()
         if signal_name is not None:
             log.info("stopping", signal=signal_name)
@@ -801,6 +842,11 @@ class Supervisor:
             log.warning("workers_killed", count=len(killed), reason=reason)
             if self._stopping:  # not for a worker that was replaced long before
                 self._exit_code = self._exit_code or 1
+
+
+def _answer(commands: Iterable[Command], answer: ReloadAnswer | Sequence[Throttled]) -> None:
+    for command in commands:
+        command.answer(answer)
 
 
 def _wait_for(signals: Signals, seconds: float) -> None:

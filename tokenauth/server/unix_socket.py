@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ _BACKLOG = 2048
 
 _LOCK_TIMEOUT = 2.0
 """Seconds to wait for another server that starts in the same directory. Each holds the lock for milliseconds."""
+
+_PATIENCE = 0.0 if sys.platform == "linux" else 1.0
+"""Seconds to look for a server where connections are refused: macOS also refuses them while its queue is full."""
 
 
 class UnixListener(socket.socket):
@@ -83,8 +87,18 @@ def _check(path: str) -> None:
         )
 
 
-def is_served(path: str) -> bool:
-    """Return whether a server listens on a socket. Raises StartError if the file is something else."""
+def is_served(path: str, patience: float = _PATIENCE) -> bool:
+    """Return whether a server listens on a socket; look for `patience` seconds, as one may be busy.
+
+    Raises StartError if the file is something else.
+    """
+    deadline = time.monotonic() + patience
+    while not (served := _accepts(path)) and os.path.lexists(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return served
+
+
+def _accepts(path: str) -> bool:
     if not os.path.lexists(path):
         return False
     _check(path)
@@ -121,5 +135,5 @@ def _lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in {errno.EWOULDBLOCK, errno.EINTR}
+        return error.errno != errno.EWOULDBLOCK
     return True

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -35,7 +36,7 @@ from tokenauth.server.channel import (
     decode_order,
     encode_report,
 )
-from tokenauth.server.protocol import BoundedProtocol
+from tokenauth.server.protocol import DRAIN, BoundedProtocol
 from tokenauth.settings import loader
 from tokenauth.settings.model import ServerSettings
 from tokenauth.status import NodeStatus
@@ -131,6 +132,35 @@ def _send(channel: Channel, report: Report) -> None:
     channel.send(encode_report(report))
 
 
+class StatusQuestion:
+    """The question to the main process how the node is doing: one for all requests that wait."""
+
+    def __init__(self, send: Callable[[], None], patience: float = _PATIENCE) -> None:
+        self._send = send
+        self._patience = patience
+        self._answer: asyncio.Future[NodeStatus] | None = None
+        self._sent_at = -math.inf
+
+    async def ask(self) -> NodeStatus:
+        """Wait for an answer. Raises Overloaded."""
+        loop, answer = asyncio.get_running_loop(), self._answer
+        if answer is None or answer.done():
+            answer, self._sent_at = loop.create_future(), -math.inf
+            self._answer = answer
+        if loop.time() >= self._sent_at + self._patience:  # it may have been lost
+            self._sent_at = loop.time()
+            self._send()
+        try:
+            async with asyncio.timeout(self._patience):
+                return await asyncio.shield(answer)
+        except TimeoutError:  # others may still wait for the same answer
+            raise Overloaded("The main process does not answer. Try again shortly.") from None
+
+    def answer(self, status: NodeStatus) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(status)
+
+
 class WorkerServer(AcceptingServer):
     """uvicorn's server, which follows the orders of the main process and stops when that process is gone."""
 
@@ -144,8 +174,8 @@ class WorkerServer(AcceptingServer):
         self._revocations = service.tokens.revocations
         self._revocations.publish = self._publish
         self._gauges = gauges
-        self._asking: asyncio.Future[NodeStatus] | None = None
-        service.node.ask = self._ask
+        self._question = StatusQuestion(self._ask)
+        service.node.ask = self._question.ask
         self._heartbeats: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
 
@@ -174,6 +204,13 @@ class WorkerServer(AcceptingServer):
             self._channel.flush()
             await asyncio.sleep(_RETRY)
 
+    async def drain(self) -> None:
+        """Report when this worker takes no more requests: then a reload is complete."""
+        await super().drain()
+        idle = any(cast(BoundedProtocol, each).idle for each in self.server_state.connections)
+        loop = asyncio.get_running_loop()
+        loop.call_later(DRAIN + _RETRY if idle else 0, _send, self._channel, Report("alive", drained=True))
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop at SIGTERM, as after the order Stop. Other signals go to the main process."""
@@ -193,8 +230,7 @@ class WorkerServer(AcceptingServer):
             elif isinstance(order, Alone):
                 self._revocations.alone = order.alone
             elif isinstance(order, NodeAnswer):
-                if self._asking is not None and not self._asking.done():
-                    self._asking.set_result(order.status)
+                self._question.answer(order.status)
             elif isinstance(order, Stop):
                 self._revocations.handed_over = order.replaced
                 self._stop()
@@ -211,17 +247,8 @@ class WorkerServer(AcceptingServer):
         """Return what metrics show of this worker; None while it starts."""
         return self._gauges.snapshot() if self.started else None
 
-    async def _ask(self) -> NodeStatus:
-        """Ask the main process how the node is doing, once for all requests that wait. Raises Overloaded."""
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.get_running_loop().create_future()
-            _send(self._channel, Report("alive", asks=True, metrics=self._snapshot()))
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                return await asyncio.shield(self._asking)
-        except TimeoutError:
-            self._asking = None  # the next request asks again
-            raise Overloaded("The main process does not answer. Try again shortly.") from None
+    def _ask(self) -> None:
+        _send(self._channel, Report("alive", asks=True, metrics=self._snapshot()))
 
     def _publish(self, update: RevocationUpdate) -> None:
         _send(self._channel, Report("alive", revocations=update))

@@ -6,17 +6,18 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-Identity = tuple[int, int, int, int] | None
-"""Device, inode, size and time of the last change of a file; None if it cannot be looked at."""
+Stamp = tuple[int, ...] | None
+"""What changes with a file; None if it cannot be looked at."""
 
 
-def identify(path: str) -> Identity:
+def stamp(path: str) -> Stamp:
     """Look at the file that a path leads to, through all links."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    # `cp -p` sets the time of the content back, but not that of the inode
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -32,19 +33,19 @@ class FilesRead:
     """The files that were read, each as it was right before."""
 
     def __init__(self) -> None:
-        self._read: dict[str, Identity] = {}
-        self._last: dict[str, Identity] = {}
+        self._read: dict[str, Stamp] = {}
+        self._last: dict[str, Stamp] = {}
 
     def note(self, path: str | Path) -> None:
         """Remember a file that is going to be read."""
         name = os.path.abspath(path)
-        self._read[name] = self._last[name] = identify(name)
+        self._read[name] = self._last[name] = stamp(name)
 
     def changed(self) -> bool:
         """Return whether one differs from what was read, and has not changed since the last call.
 
         So an editor or a copy that writes a file in several steps is seen once, when it is done.
         """
-        now = {name: identify(name) for name in self._read}
+        now = {name: stamp(name) for name in self._read}
         settled, self._last = now == self._last, now
         return settled and now != self._read
