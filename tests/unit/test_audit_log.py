@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from tests.support.auditing import read_audit
 from tests.support.journal import until
 from tokenauth.audit import log as module
+from tokenauth.audit import repeats
 from tokenauth.audit.chain import LOCK_TIMEOUT
 from tokenauth.audit.log import AuditLog, append_now, auditing, find_problem
 from tokenauth.audit.records import ACTS, DROPPED, MAX_RECORD, encode, make_record
@@ -92,6 +93,31 @@ def test_each_retry_adds_to_the_same_counted_line(audit: AuditLog, file: Path, m
     assert targets(file).count(DROPPED) == 1
     assert read_audit(file)[-1]["details"]["count"] == audit.lost
     assert len(read_audit(file)) - 1 + audit.lost == 50 + attempts
+
+
+def refuse(audit: AuditLog, count: int) -> None:
+    for _ in range(count):
+        audit.observe({"event": "login_refused", "user": "ann", "network": "192.0.2.0/24", "reason": "overloaded"})
+
+
+def test_refusals_that_repeat_are_written_after_a_minute(
+    audit: AuditLog, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeats, "PERIOD", 0.2)
+    file.parent.mkdir()
+    refuse(audit, 100)
+    until(lambda: len(read_audit(file)) == 2, "the first, and the others as one")
+    assert [record.get("details") for record in read_audit(file)] == [None, {"count": 99}]
+    until(lambda: audit._repeats.next_due() is None, "nothing is counted any more")
+    refuse(audit, 1)
+    until(lambda: len(read_audit(file)) == 3, "it is written at once")
+
+
+def test_a_stop_writes_what_was_counted(audit: AuditLog, file: Path) -> None:
+    file.parent.mkdir()
+    refuse(audit, 100)
+    audit.close()
+    assert [record.get("details") for record in read_audit(file)] == [None, {"count": 99}]
 
 
 def test_other_events_are_not_written(audit: AuditLog, file: Path) -> None:

@@ -40,6 +40,9 @@ SENT = {"X-Forwarded-For": "192.0.2.7", "User-Agent": "probe/1.0", "X-Request-ID
 FROM = {"via": "http", "address": "192.0.2.7", "user_agent": "probe/1.0", "request_id": REQUEST_ID, **TRACED}
 
 
+OTHER_NETWORKS = iter(range(200))
+
+
 class Audited:
     """A server, a client, and what was audited since the last look."""
 
@@ -178,9 +181,9 @@ def test_managers_of_pools_are_audited(audited: Audited) -> None:
     ],
 )
 def test_only_a_valid_traceparent_is_logged(audited: Audited, sent: str, found: bool) -> None:
-    body = {"username": "ann", "password": "wrong"}
     before = len(audited.server.events("login_failed")), len(read_audit(audited.file))
-    audited.client.post("/api/token", json=body, headers={"traceparent": sent})
+    headers = {"traceparent": sent, "X-Forwarded-For": f"198.51.{next(OTHER_NETWORKS)}.1"}  # or it would be counted
+    audited.client.post("/api/token", json={"username": "ann", "password": "wrong"}, headers=headers)
     record = wait_for(audited.file, before[1] + 1)[-1]
     until(lambda: len(audited.server.events("login_failed")) > before[0], "the failure is logged")
     line = audited.server.events("login_failed")[before[0]]
@@ -191,7 +194,7 @@ def test_only_a_valid_traceparent_is_logged(audited: Audited, sent: str, found: 
 
 def test_two_traceparents_are_ignored(audited: Audited) -> None:
     before = len(read_audit(audited.file))
-    headers = [*SENT.items(), *TRACE.items()]
+    headers = [*(SENT | {"X-Forwarded-For": "203.0.113.7"}).items(), *TRACE.items()]
     httpx.post(f"{audited.server.url}/api/token", json={"username": "ann", "password": "wrong"}, headers=headers)
     assert "trace_id" not in wait_for(audited.file, before + 1)[-1]
 
@@ -211,6 +214,26 @@ def test_an_address_is_believed_of_proxies_only(tmp_path: Path) -> None:
         log_in(client)
         [record] = wait_for(file, action="login")
     assert record["address"] == "127.0.0.1"
+
+
+def test_a_flood_of_wrong_logins_rotates_nothing_away(tmp_path: Path) -> None:
+    """Its lines are few, and say how many requests they stand for."""
+    settings = f'[throttle]\nfree = 3\n[audit]\nfile = "{tmp_path}/audit.jsonl"\n'
+    with serve(write_config(tmp_path, settings), "--workers", "2") as server, server.client() as client:
+        statuses = [
+            client.post("/api/token", json={"username": name, "password": "wrong"}).status_code
+            for name in ("ann", "typed-as-name") * 200
+        ]
+        assert server.stop() == 0
+    assert set(statuses) == {401, 429}
+    logins = [record for record in read_audit(tmp_path / "audit.jsonl") if record["action"] == "login"]
+    assert sum(record.get("details", {}).get("count", 1) for record in logins) == 400
+    assert len(logins) <= 2 * 2 * 2 * 2  # by worker, name and result: the first, and all others
+    assert {record["user"] for record in logins} == {"ann", "(unknown)"}
+    refused = sum(
+        record.get("details", {}).get("count", 1) for record in logins if record["result"] == "too_many_attempts"
+    )
+    assert refused == statuses.count(429)
 
 
 def test_start_reload_and_stop_are_audited(tmp_path: Path) -> None:
@@ -331,7 +354,7 @@ def test_an_admin_clears_a_user_and_a_network(audited: Audited) -> None:
     *_, record = audited.new(3)
     assert (record["action"], record["by"], record["user"]) == ("clear_throttle", "admin", "bob")
     assert (record.get("target"), record["details"]) == (None, {"addresses": "192.0.2.0/24"})
-    audited.client.post("/api/token", json={"username": "bob", "password": "wrong"})
+    audited.client.post("/api/token", json={"username": "admin", "password": "wrong"})  # bob's next would be counted
     freed = audited.client.delete("/api/throttle", params={"network": "192.0.2.0/24"}, headers=admin)
     assert freed.status_code == 204
     *_, record = audited.new(2)

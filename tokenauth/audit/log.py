@@ -5,10 +5,13 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
+from time import monotonic
 
 from tokenauth.audit.chain import LOCK_TIMEOUT, Chain, timestamp
 from tokenauth.audit.records import ACTS, DROPPED, encode, make_record
+from tokenauth.audit.repeats import REPEATED, Repeats
 from tokenauth.logs import json_line, log, observed
 from tokenauth.request_context import current_request
 from tokenauth.settings.model import AuditSettings
@@ -98,22 +101,31 @@ class AuditLog:
         self._waiting: list[bytes | _Dropped] = []
         self._taken: Sequence[bytes | _Dropped] = ()  # being written
         self._size = 0
-        self._writing = False
+        self._repeats = Repeats()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def observe(self, event: Mapping[str, object]) -> None:
         """Add the record of an event, if it is an act."""
-        if event["event"] in ACTS:
+        name = event["event"]
+        if name in ACTS:
             try:
-                self._add(encode(make_record(event, current_request.get())))
+                request = current_request.get()
+                if name in REPEATED:
+                    with self._changed:
+                        record = self._repeats.add(event, request, monotonic())
+                else:
+                    record = make_record(event, request)
+                if record is not None:
+                    self._add(encode(record))
             except Exception:
                 self.lost += 1
 
     def close(self) -> None:
         """Write what waits, within FLUSH_TIMEOUT. What cannot be written is lost, and logged as a number."""
-        self._closing.set()
         with self._changed:
+            self._add_counted(inf)
+            self._closing.set()
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(FLUSH_TIMEOUT)
@@ -140,6 +152,10 @@ class AuditLog:
             if self._thread is None:
                 self._start()
 
+    def _add_counted(self, now: float) -> None:
+        for record in self._repeats.due(now):
+            self._add(encode(record))
+
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="audit", daemon=True)
         with suppress(RuntimeError, MemoryError):  # the next record tries again
@@ -149,9 +165,14 @@ class AuditLog:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
+                due_at = self._repeats.next_due()
+                timeout = None if due_at is None else due_at - monotonic()
+                self._changed.wait_for(lambda: self._waiting or self._closing.is_set(), timeout)
+                self._add_counted(monotonic())
                 if not self._waiting:
-                    return
+                    if self._closing.is_set():
+                        return
+                    continue
             self._closing.wait(_DELAY if self.problem is None else _RETRY)
             if not self._write() and self._closing.is_set():
                 return
