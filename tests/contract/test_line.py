@@ -401,6 +401,21 @@ async def test_those_who_wait_get_no_withheld_token(pools: PoolStore) -> None:
     assert await turns(pools, "a", now=START + 2) == ["a"]
 
 
+async def test_more_may_be_withheld_than_is_read_at_once(pools: PoolStore) -> None:
+    """1,000 free tokens are withheld, and one is left."""
+    pool = replace(POOL, capacity=2001, prefill=True)
+    assert await pools.fit(pool, [f"t{number}" for number in range(2001)], START) == 0
+    await asyncio.gather(*(pools.assign(pool, "x", START) for _ in range(2001)))
+    lowered = replace(pool, capacity=1001)
+    await ask(pools, "a", pool=lowered)
+    assert await pools.fit(lowered, (), START) == 0
+    kept = [token.value for token in await pools.list_tokens(lowered, START, "", 2001) if not token.retired]
+    await asyncio.gather(*(pools.release(lowered, value, START + 1) for value in kept[1:]))
+    assert await pools.take_turns(lowered, {("ann", "a"): 1}, START + 1) == []
+    _, [grant] = await pools.hand_over(lowered, kept[0], {("ann", "a"): 1}, START + 1)
+    assert len(grant.tokens) == 1
+
+
 async def test_who_can_no_longer_be_served_holds_up_nobody(pools: PoolStore) -> None:
     """The capacity was lowered."""
     values = await lease_all(pools, 3)

@@ -116,6 +116,8 @@ ENDS = select(
 )
 _FREE = _rows(_unexpired, _lapsed)
 _FREE_BY_RANGE = _rows_by_range(_unexpired, _lapsed)
+_free = _FREE_BY_RANGE.subquery()
+_FREE_AND_WITHHELD = select(_free, _count(*_retired, _claimed)).order_by(_free.c.free_at, _free.c.number)
 # The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
 _FREE_UNLOCKED = (
     select(*_row)
@@ -189,6 +191,19 @@ _KEEP_FORCED_END = text("""
 """)
 _FORGET_FORCED_ENDS = text("DELETE FROM forced_ends WHERE pool = :name AND at < :before")
 _RESERVE = text("UPDATE pool_tokens SET reservation = :reservation WHERE number = :number AND pool = :name")
+
+
+def _parsed(rows: Iterable[Any]) -> list[Row]:
+    return [  # every lease is read here: a call of `as_pool_token` takes twice as long
+        (
+            number,
+            PoolToken(
+                *(pool, value, end, holder, fence, bool(retired), user, start, ttl, name),
+                None if kept is None else as_reservation(kept),
+            ),
+        )
+        for number, pool, value, end, holder, fence, retired, user, start, ttl, name, kept in rows
+    ]
 
 
 def free_members(pool: Pool, members: Iterable[Row], now: Instant) -> list[Row]:
@@ -265,18 +280,33 @@ class PoolRows:
         found = self.free(limit + withheld)
         return found[: max(0, len(found) - withheld)]
 
+    def _leasable_to_line(self) -> list[Row]:
+        """Return what `leasable` does of the tokens that those who wait may need, with one query."""
+        if self.pool.members:
+            return self.leasable(_AHEAD, 0)
+        rows = self._db.rows(_FREE_AND_WITHHELD, {**self._parameters, "limit": _AHEAD})
+        withheld = rows[0][-1] if rows else 0
+        if withheld and len(rows) == _AHEAD:
+            return self.leasable(_AHEAD, withheld)
+        return _parsed(row[:-1] for row in rows[: max(0, len(rows) - withheld)])
+
     def share_out(
-        self, wanted: int, own: Collection[RequestKey], new: Iterable[LeaseRequest] = ()
+        self, wanted: int, own: Collection[RequestKey], new: Collection[LeaseRequest] = ()
     ) -> Sequence[tuple[LeaseRequest, Sequence[Row]]]:
         """Find the requests of `own` that can be served now, and their tokens. Nothing is written.
 
         wanted: how many tokens they need at most. new: those of them that have no row, in the order of their numbers.
         """
-        withheld, someone_waits = self.retired()
-        line = skip_hopeless(self.pool, self.requests().line()) if someone_waits else ()
-        free = self.leasable(wanted + (_AHEAD if someone_waits else 0), withheld)
+        if not own:
+            return ()
+        if new:
+            withheld, someone_waits = self.retired()
+            free = self.leasable(wanted + (_AHEAD if someone_waits else 0), withheld)
+        else:
+            free, someone_waits = self._leasable_to_line(), True
         if not free:
             return ()
+        line = skip_hopeless(self.pool, self.requests().line()) if someone_waits else ()
         cursor = attrgetter("cursor")
         in_order = merge(line, sorted(new, key=cursor), key=cursor)
         quotas = None if self.pool.per_user is None else _Quotas(self)
@@ -467,17 +497,7 @@ class PoolRows:
         return self._change_oldest(_DELETE_RETIRED, limit)
 
     def _found(self, query: ClauseElement, **more: object) -> list[tuple[int, PoolToken]]:
-        rows = self._db.rows(query, {**self._parameters, **more})
-        return [  # every lease is read here: a call of `as_pool_token` takes twice as long
-            (
-                number,
-                PoolToken(
-                    *(pool, value, end, holder, fence, bool(retired), user, start, ttl, name),
-                    None if kept is None else as_reservation(kept),
-                ),
-            )
-            for number, pool, value, end, holder, fence, retired, user, start, ttl, name, kept in rows
-        ]
+        return _parsed(self._db.rows(query, {**self._parameters, **more}))
 
     def _change_oldest(self, statement: ClauseElement, limit: int, **more: object) -> int:
         """Change at most `limit` rows, the oldest first, and return how many."""
