@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.certificates import Certificate, make_certificate, make_expired
+from tests.support.journal import until
 from tests.support.ports import free_port
 from tests.support.servers import TOKENAUTH, serve, worker, write_config
 from tests.system.test_cli import environment, mistake, output, run
@@ -116,6 +117,19 @@ def test_a_running_server_is_no_error(tmp_path: Path) -> None:
         own.chmod(0o600)
         code, found = examined(tmp_path, "-c", "own.toml")
     assert (code, found["port"]["text"]) == (0, f"tokenauth serves on 127.0.0.1 port {server.port}")
+
+
+def test_a_running_server_that_is_not_ready_is_an_error(tmp_path: Path) -> None:
+    port = free_port()
+    write_config(tmp_path, f"[server]\nport = {port}")
+    with serve(tmp_path / "config.toml", "--workers", "1", on_port=False) as server, server.client() as client:
+        (tmp_path / "tokenauth.db").rename(tmp_path / "elsewhere.db")
+        until(lambda: client.get("/readyz").status_code == 503, "the server has noticed")
+        code, found = examined(tmp_path)
+        reason = client.get("/readyz").json()["reason"]
+    assert (code, found["port"]["status"]) == (1, "error")
+    assert found["port"]["text"] == f"tokenauth serves on 127.0.0.1 port {port}, and is not ready: {reason}"
+    assert "When something happens" in found["port"]["fix"]
 
 
 def test_a_unix_socket_is_examined_and_not_made(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import click
 from tokenauth import file_descriptors
 from tokenauth.audit import log as audit_log
 from tokenauth.cli.base import count, print_json
+from tokenauth.cli.health import find_problem
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
 from tokenauth.models import DatabaseReport
@@ -169,7 +170,7 @@ def _port(settings: ServerSettings) -> Finding:
     except (ConfigError, StartError) as error:
         problem, _, fix = str(error).partition("; ")
         if settings.port and _is_tokenauth(_connect(settings)):
-            return Finding("ok", "port", f"tokenauth serves on {where}")
+            return _running("port", f"tokenauth serves on {where}", settings)
         return Finding("error", "port", problem, fix)
     return Finding("ok", "port", f"{where} is free")
 
@@ -206,8 +207,18 @@ def _socket(settings: ServerSettings) -> Finding:
     if not served:
         return Finding("ok", "socket", f"{settings.socket} is free")
     if _is_tokenauth(_connect(settings)):
-        return Finding("ok", "socket", f"tokenauth serves on {settings.socket}")
+        return _running("socket", f"tokenauth serves on {settings.socket}", settings)
     return Finding("error", "socket", f"another program serves on {settings.socket}", "stop it, or use another path")
+
+
+def _running(check: str, text: str, settings: ServerSettings) -> Finding:
+    """Ask the running server whether it is ready: what keeps it from that may not show from here."""
+    problem = find_problem(settings)
+    if problem is None:
+        return Finding("ok", check, text)
+    return Finding(
+        "error", check, f"{text}, and is not ready: {problem}", "see docs/production.md, When something happens"
+    )
 
 
 def _connect(settings: ServerSettings) -> socket.socket | None:

@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
@@ -19,9 +20,14 @@ from tokenauth.cli.base import config_option
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
 
+if TYPE_CHECKING:
+    from tokenauth.settings.model import ServerSettings
+
 _WILDCARDS: Mapping[str, str] = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 _MAX_ANSWER = 1 << 16
+
+_ANSWER_TIME = 5.0
 
 Connect = Callable[[float], http.client.HTTPConnection]
 
@@ -39,7 +45,16 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
     """
     if math.isnan(timeout):
         raise click.UsageError("--timeout: must be a number of seconds.")
-    where, connect = _of_url(url) if url is not None else _of_configuration(config_file)
+    if url is not None:
+        where, connect = _of_url(url)
+    else:
+        from tokenauth.settings import loader
+
+        path = loader.find(config_file)
+        settings = loader.load(path).server
+        if not settings.socket and settings.port == 0:
+            raise ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
+        where, connect = _of_settings(settings)
     try:
         status, body = _get(connect(timeout), "/readyz" if ready else "/healthz")
     except (OSError, http.client.HTTPException) as error:
@@ -89,15 +104,19 @@ def _of_url(url: str) -> tuple[str, Connect]:
     return _tcp(host, port or (443 if parts.scheme == "https" else 80), parts.scheme == "https")
 
 
-def _of_configuration(config_file: str | None) -> tuple[str, Connect]:
-    from tokenauth.settings import loader
+def find_problem(server: "ServerSettings") -> str | None:
+    """Return why the server that runs there says that it is not ready; None if it is, or does not answer."""
+    _, connect = _of_settings(server)
+    try:
+        _, body = _get(connect(_ANSWER_TIME), "/readyz")
+    except (OSError, http.client.HTTPException):
+        return None
+    return _read(body).get("reason")
 
-    path = loader.find(config_file)
-    server = loader.load(path).server
+
+def _of_settings(server: "ServerSettings") -> tuple[str, Connect]:
     if server.socket:
         return server.socket, lambda timeout: _UnixConnection(server.socket, timeout)
-    if server.port == 0:
-        raise ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
     return _tcp(_WILDCARDS.get(server.host, server.host), server.port, bool(server.tls_certificate))
 
 
