@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "metrics", "file_descriptors"}
-    | {"user_agents", "request_context", "status"},
+    | {"file_locks", "user_agents", "request_context", "status"},
     {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
     {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
     {"events"},

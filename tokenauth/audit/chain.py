@@ -9,6 +9,7 @@ hash of the last line, and where that ends. So the chain goes on when the file w
 at the end show as well, as long as the head is left alone.
 """
 
+import errno
 import fcntl
 import glob
 import gzip
@@ -26,6 +27,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from tokenauth.file_locks import lock
+
 CUT = "line_cut"
 """The action of a record that follows a line without an end, which a crash has left."""
 
@@ -37,8 +40,6 @@ FIRST = "0" * 64
 
 LOCK_TIMEOUT = 3.0
 """Seconds to wait for another process to unlock the head. It needs some milliseconds, unless it is stopped."""
-
-_LOCK_RETRY = 0.005
 
 _WINDOW = 64 * 1024
 """Bytes at the end of a file that are first read to find its last line: a record has at most 16 KiB."""
@@ -346,17 +347,9 @@ def _read_end(fd: int, size: int) -> bytes:
 
 
 def _lock(fd: int, kind: int) -> None:
-    """Lock a file. Raises OSError if another process does not unlock it in time."""
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_LOCK_RETRY)
-        else:
-            return
+    """Lock the head. Raises OSError if another process does not unlock it in time."""
+    if not lock(fd, time.monotonic() + LOCK_TIMEOUT, kind):
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process does not unlock it")
 
 
 def _write_all(fd: int, data: bytes) -> None:

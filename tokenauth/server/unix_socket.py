@@ -1,7 +1,5 @@
 """The Unix socket on which the service can listen instead of a port."""
 
-import errno
-import fcntl
 import os
 import socket
 import stat
@@ -11,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from tokenauth.errors import ConfigError, StartError
+from tokenauth.file_locks import lock
 
 _BACKLOG = 2048
 
@@ -119,21 +118,12 @@ def _accepts(path: str) -> bool:
 def _locked(directory: str) -> Iterator[None]:
     """Lock a directory, so that of two servers only one replaces a file, and none removes that of the other.
 
-    Go on without the lock if another program keeps it.
+    Go on without the lock if another program keeps it, or if there are no locks.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_TIMEOUT
-        while not _lock(descriptor) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with suppress(OSError):
+            lock(descriptor, time.monotonic() + _LOCK_TIMEOUT)
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno != errno.EWOULDBLOCK
-    return True

@@ -1,7 +1,6 @@
 """A text file that several programs edit. It is locked, and replaced in one step or not at all."""
 
 import errno
-import fcntl
 import os
 import stat
 import sys
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenauth.errors import ConfigError
+from tokenauth.file_locks import lock
 from tokenauth.settings.loader import not_utf8
 
 _BOM = b"\xef\xbb\xbf"
@@ -107,10 +107,8 @@ class TextFile:
             target = _target(self.path)
             descriptor = _open(target)
             try:
-                while not _lock(descriptor):
-                    if time.monotonic() > deadline:
-                        raise ConfigError(f"{self.path}: another program holds a lock on the file; nothing was saved")
-                    time.sleep(0.01)
+                if not lock(descriptor, deadline):
+                    raise ConfigError(f"{self.path}: another program holds a lock on the file; nothing was saved")
                 if _is(descriptor, target):
                     yield descriptor, target
                     return
@@ -154,14 +152,6 @@ def _is(descriptor: int, target: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), target.stat())
     return False
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read_all(descriptor: int) -> bytes:
