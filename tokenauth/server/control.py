@@ -121,10 +121,13 @@ class Control:
         return self._listener.fileno()
 
     def accept(self) -> Sequence[Command]:
-        """Accept the commands of root and of this user that have arrived. Raises OSError if descriptors are short."""
+        """Accept the commands of root and of this user that have arrived. Raises OSError if descriptors are short.
+
+        It looks at _MAX_WAITING connections: any user can make more all the time, and the main process has other work.
+        """
         accepted: list[Command] = []
         with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
-            while True:
+            for _ in range(_MAX_WAITING):
                 connection, _ = self._listener.accept()
                 if Peer.of(connection).uid in {0, os.geteuid()} and len(self._commands) < _MAX_WAITING:
                     accepted.append(Command(connection))
