@@ -153,7 +153,7 @@ def tokens_scan(
                     with suppress(UnknownToken):  # someone else was faster
                         await service.tokens.revoke_id(token.id, None)
                         record_change("token_revoked", config_file, user=token.username, id=token.id)
-                rows.append({"file": file, **_row(token, "revoked" if revoke else status)})
+                rows.append({**_row(token, "revoked" if revoke else status), "file": file})
         return rows
 
     rows = with_service(config_file, scan)
