@@ -279,6 +279,16 @@ def test_tail_passes_nothing_on_that_controls_a_terminal(home: Path) -> None:
     assert all(line.isprintable() for path in (printed, lines) for line in path.read_text().splitlines())
 
 
+def test_a_terminal_is_not_controlled_by_any_field(home: Path) -> None:
+    forged = {"time": "9999\x1b[2J", "action": "\x1b[2J", "by": "\x9b2J", "details": {"\x1b[2J": "\x1b[2J"}}
+    with (home / "audit.jsonl").open("ab") as file:
+        file.write(json.dumps(forged).encode() + b"\n")
+    with on_terminal(home, 'stty cols 80; "$TOKENAUTH" audit tail -n 1 2>&1; echo "exit $?"') as found:
+        found.expect("exit 0")
+    assert found.shown.count(r"\x1b[2J") == 4
+    assert "\x1b" not in found.shown
+
+
 def test_an_ordered_reload_names_the_operator(home: Path) -> None:
     with serve(home / "config.toml") as server:
         assert run(home, "reload").returncode == 0

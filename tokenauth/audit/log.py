@@ -154,7 +154,10 @@ class AuditLog:
 
     def _add_counted(self, now: float) -> None:
         for record in self._repeats.due(now):
-            self._add(encode(record))
+            try:
+                self._add(encode(record))
+            except Exception:  # the thread must go on
+                self.lost += 1
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="audit", daemon=True)

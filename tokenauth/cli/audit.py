@@ -225,11 +225,11 @@ def _describe(record: Mapping[str, Any]) -> str:
         "target": record.get("target"),
         "from": record.get("address", record.get("via")),
     }
-    at = f"{record['time'][:19].replace('T', ' ')}  "
+    at = printable(f"{record['time'][:19].replace('T', ' ')}  ")
     act = ", ".join([f"{record.get('action', '')} {record.get('result', '')}".strip(), *_named(fields)])
     details = ", ".join(_named(record.get("details")))
     if not sys.stdout.isatty():
-        return printable(f"{at}{act}; {details}" if details else f"{at}{act}")
+        return at + printable(f"{act}; {details}" if details else act)
     width, indent = shutil.get_terminal_size().columns, " " * len(at)
     lines = textwrap.wrap(printable(act), width, initial_indent=at, subsequent_indent=indent)
     lines += textwrap.wrap(printable(details), width, initial_indent=indent, subsequent_indent=indent)
