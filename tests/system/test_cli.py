@@ -441,7 +441,7 @@ def test_workers_refuse_at_once_what_the_cli_revoked(served: Server) -> None:
     newest = next(row["id"] for row in listed(served, "--user", "bob"))
     revoked = run(home, "tokens", "revoke", "--id", newest)
     assert output(revoked) == "Revoked 1 token.\n"
-    assert recorded(revoked) == [{"event": "token_revoked", "id": newest}]
+    assert recorded(revoked) == [{"event": "token_revoked", "user": "bob", "id": newest}]
     assert valid(served, values) == [True, True, False, True]
     revoked = run(home, "tokens", "revoke", "--user", "Ann")
     assert re.fullmatch(r"Revoked [2-9] tokens\.\n", output(revoked))

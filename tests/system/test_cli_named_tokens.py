@@ -168,7 +168,7 @@ def test_a_scan_that_revokes_ends_what_it_finds(home: Path, client: httpx.Client
     done = scan(home, "--revoke", "clean.txt", "leak.txt", "--json")
     assert done.returncode == 3
     assert [(row["file"], row["id"], row["status"]) for row in json.loads(done.stdout)] == [("leak.txt", id, "revoked")]
-    assert recorded(done) == [{"event": "token_revoked", "id": id}]
+    assert recorded(done) == [{"event": "token_revoked", "user": "ann", "id": id}]
     assert not probe(client, named)
     assert probe(client, login)
     again = scan(home, "--revoke", "leak.txt")
