@@ -1,10 +1,10 @@
 """Counts refusals that repeat, so that clients without a password cannot fill the audit log.
 
-The first refusal of a user, at a network and a target, is a record. Those that follow within PERIOD are one more, which
-is written at the end of it and has their number. This goes on until there was none for a PERIOD.
+Refusals are a group if they have the same user, network, target and result. The first one is a record at once. Those
+that follow within PERIOD are one record at its end, with their number, and so on until a PERIOD has none.
 
-MAX_GROUPS such groups are told apart at a time. Refusals beyond that are counted by user, wherever they come from, and
-those of more than MAX_GROUPS users by result. So memory is bounded, and so are the records of a minute.
+There are at most MAX_GROUPS such groups at a time. Further refusals are grouped by user and result only, and those of
+more than MAX_GROUPS users by result. So memory is bounded, and so is the number of records in a minute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,10 @@ REPEATED = frozenset(
 """Events that are counted. Anyone can cause those of failed logins, and of log-outs that wait for the store."""
 
 PERIOD = 60.0
-"""Seconds."""
+"""Seconds for which refusals are counted."""
 
 MAX_GROUPS = 20
+"""Groups at a time, and users at a time beyond them. The sizes in docs/audit.md follow from it."""
 
 _Record = dict[str, object]
 
@@ -33,7 +34,7 @@ _FIELDS = (None, _SHARED | {"user"}, _SHARED)
 
 
 class _Group:
-    """Refusals that are alike. `record` is that of the first one that was counted."""
+    """Refusals that are counted together. `record` is that of the first one of the period."""
 
     __slots__ = ("count", "ends_at", "record")
 
@@ -57,7 +58,7 @@ class Repeats:
         self._levels: Sequence[dict[tuple[object, ...], _Group]] = [{} for _ in _FIELDS]
 
     def add(self, event: Mapping[str, object], request: RequestContext | None, now: float) -> _Record | None:
-        """Return the record of an event that is to be written now; None if it is counted, and `due` will return it."""
+        """Return the record to write now for an event; None if the event is counted, for a record of `due`."""
         kind = event["event"], event.get("reason")
         user = event.get("user")
         keys = (*kind, user, _network(event, request), event.get("route")), (*kind, user), kind
@@ -76,7 +77,7 @@ class Repeats:
         return None
 
     def due(self, now: float = inf) -> list[_Record]:
-        """Return the records of what was counted in periods that have ended; without `now` all."""
+        """Return the records of the periods that have ended; without `now`, of all."""
         records = []
         for groups in self._levels:
             for key, group in [*groups.items()]:
