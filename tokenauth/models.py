@@ -764,6 +764,7 @@ class CountUpdate(NamedTuple):
     increment: is added to `count`, which never falls below 0.
     cutoff: if `last_at` is not after it, the count starts again at 0.
     at: `last_at` is raised to this instant if it is earlier, and then moved by `shift` seconds.
+    initial: is the `count` of a new key, if it is not incremented.
     """
 
     key: bytes
@@ -771,13 +772,27 @@ class CountUpdate(NamedTuple):
     cutoff: Instant = 0.0
     at: Instant = 0.0
     shift: float = 0.0
+    initial: int = 0
+
+
+class ShareUpdate(NamedTuple):
+    """A change to the share of a bucket, as a CountUpdate changes `last_at`.
+
+    Its `count` is that of the bucket. If it has another one, the bucket has been cleared since: the share is empty.
+    """
+
+    key: bytes
+    bucket: bytes
+    at: Instant
+    shift: float
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
     """What the store keeps under one throttle key: the number of failures in a row, and when the last one happened.
 
-    A leaky bucket uses only `last_at`: the instant at which it will be empty (see `tokenauth.throttle`).
+    For a leaky bucket, `last_at` is the instant at which it will be empty, and `count` changes when it is cleared (see
+    `tokenauth.throttle`).
     """
 
     count: int

@@ -20,7 +20,8 @@ The rules, with the defaults of `[throttle]` in brackets:
    5. The failures of "bob" stay: nobody can log in to erase guesses at other names.
    For this, each bucket has a *share* for each name and location: a bucket of its own with the same rate, which here
    holds 3. A share drains at least as fast as its part of the whole bucket, so it never holds more than what the bucket
-   still holds of it. A success subtracts exactly that from the bucket, and empties the share.
+   still holds of it. A success subtracts exactly that from the bucket, and empties the share. When an operator clears
+   the bucket, its number (`count` in the store) changes, and shares with another number are empty.
 4. Failures of one name at one location also fill a bucket that is never refunded: 20 x `free` [100], of which
    2 x `free` an hour are forgotten. So nobody can guess between the logins of a client that logs in all day.
 
@@ -35,6 +36,7 @@ same instant, one worker lets `free` fail, and each further worker at most its p
 
 import asyncio
 import math
+import secrets
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
 from tokenauth.logs import log
-from tokenauth.models import MAX_THROTTLED, CountUpdate, Failures, Instant, Throttled
+from tokenauth.models import MAX_THROTTLED, CountUpdate, Failures, Instant, ShareUpdate, Throttled
 from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Store
 
@@ -65,6 +67,9 @@ _MAX_PERMITS = 10_000
 
 _ROUNDING = 0.001
 """Seconds by which floating point may be wrong about an instant."""
+
+_NUMBER_BITS = 30
+"""Bits of the first number of a bucket. It is random, so that no share of an earlier bucket has the same."""
 
 _NO_FAILURES = Failures(0, 0.0)
 
@@ -299,7 +304,7 @@ class Throttle:
         counted = [key for key in streaks if self._streak_length(found.get(key), now)]
         filled = [key for key in buckets if key in found and found[key].last_at > now]
         updates = [CountUpdate(key, -found[key].count, at=now) for key in counted]
-        updates += [CountUpdate(key, at=now, shift=now - found[key].last_at) for key in filled]
+        updates += [CountUpdate(key, 1, at=now, shift=now - found[key].last_at) for key in filled]
         if updates:
             await self._store.failures.update(updates, now)
         return bool(updates)
@@ -439,12 +444,15 @@ class Throttle:
         for state in states:
             self._permits.pop(state.keys.location_streak, None)
         updates = [CountUpdate(key, 1, cutoff=now - self._settings.forget, at=now) for key in streaks]
-        filled = [(bucket.key, bucket.drain_time) for bucket in (self._location_bucket(state.keys) for state in states)]
-        group = _group(states)
-        for bucket in self._refundable_buckets(strangers):
-            filled += [(bucket.key, bucket.drain_time), (bucket.share(group), bucket.drain_time)]
-        updates += [CountUpdate(key, at=now, shift=drain_time) for key, drain_time in filled]
-        await self._store.failures.update(updates, now)
+        location_buckets = [self._location_bucket(state.keys) for state in states]
+        shared = [*self._refundable_buckets(strangers)]
+        number, group = secrets.randbits(_NUMBER_BITS), _group(states)
+        updates += [
+            CountUpdate(bucket.key, at=now, shift=bucket.drain_time, initial=number)
+            for bucket in (*location_buckets, *shared)
+        ]
+        shares = [ShareUpdate(bucket.share(group), bucket.key, now, bucket.drain_time) for bucket in shared]
+        await self._store.failures.update(updates, now, shares)
 
     async def _count_success(self, states: Sequence[_State], which: int) -> None:
         """Refund the failures of the name that logged in, and save that it is known at the location."""

@@ -6,7 +6,7 @@ import pytest
 
 from tests.contract.conftest import Place
 from tests.support.servers import START
-from tokenauth.models import CountUpdate, Failures
+from tokenauth.models import CountUpdate, Failures, ShareUpdate
 from tokenauth.stores.store import FailureStore
 
 FORGET = 60.0
@@ -117,9 +117,10 @@ async def test_a_purge_deletes_only_what_is_before_its_instant(
 async def test_a_refund_takes_back_what_is_counted_and_once(place: Place, other: Place) -> None:
     """However many callers there are; a bucket loses what is left of a share."""
     share, bucket = bytes([7]) * 16, bytes([8]) * 16
-    filled = [CountUpdate(share, at=START, shift=30.0), CountUpdate(bucket, at=START, shift=30.0)]
+    filled = CountUpdate(bucket, at=START, shift=30.0, initial=7)
+    of_share = ShareUpdate(share, bucket, START, 30.0)
     for number in range(1, 4):
-        await place.failures.update([*failed(ANN, BOB), *filled], START)
+        await place.failures.update([*failed(ANN, BOB), filled], START, [of_share])
         await place.failures.update([*failed(BOB), CountUpdate(bucket, at=START, shift=50.0)], START)
         refund = (ANN, BOB, [(share, bucket)], START - FORGET, START + 10)
         await asyncio.gather(*(each.failures.refund(*refund) for each in (place, other) * 10))
@@ -128,3 +129,19 @@ async def test_a_refund_takes_back_what_is_counted_and_once(place: Place, other:
         assert found[BOB].count == number
         assert found[share].last_at == START + 10
         assert found[bucket].last_at == START + 10 + 50 * number
+
+
+async def test_a_share_is_empty_once_its_bucket_is_cleared(failures: FailureStore) -> None:
+    bucket, old, new = (bytes([number]) * 16 for number in (7, 1, 9))
+    fill = CountUpdate(bucket, at=START, shift=30.0, initial=5)
+    await failures.update([fill], START, [ShareUpdate(old, bucket, START, 30.0)])
+    await failures.update([CountUpdate(bucket, 1, shift=-30.0)], START)
+    await failures.update([fill], START, [ShareUpdate(new, bucket, START, 30.0)])
+    await failures.refund(ANN, None, [(old, bucket)], START - FORGET, START)
+    assert (await failures.get([bucket]))[bucket] == Failures(6, START + 30)
+    await failures.update([fill], START, [ShareUpdate(old, bucket, START, 30.0)])
+    found = await failures.get([bucket, old])
+    assert found == {bucket: Failures(6, START + 60), old: Failures(6, START + 30)}
+    for share in (old, new):
+        await failures.refund(ANN, None, [(share, bucket)], START - FORGET, START)
+    assert (await failures.get([bucket]))[bucket] == Failures(6, START)

@@ -180,3 +180,18 @@ async def test_a_user_is_not_throttled_by_another_reading(tmp_path: Path) -> Non
             await world.log_in(["john%40corp"], 1)
         async with world.throttle.attempt(["john@corp", "john%40corp"], f"{world.home}1") as attempt:
             assert attempt.names == ["john@corp"]
+
+
+async def test_a_refund_spares_what_failed_after_a_clear(tmp_path: Path) -> None:
+    """An operator has cleared the network, so nothing of the user's own failures is left in it."""
+    async with opened(tmp_path) as world:
+        for _ in range(4):
+            await world.log_in(["eve"], 1)
+        assert await world.throttle.clear_network(f"{world.home}0/24", "operator")
+        assert await world.level() == 0
+        await world.fail_others(3)
+        await world.log_in(["eve"], 1, "eve")
+        assert await world.level() == pytest.approx(3 * EACH)
+        await world.log_in(["john doe"], 2)
+        await world.log_in(["john doe"], 2, "john doe")
+        assert await world.level() == pytest.approx(3 * EACH), "a later failure is refunded"

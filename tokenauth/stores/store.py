@@ -41,6 +41,7 @@ from tokenauth.models import (
     PoolToken,
     RequestKey,
     Reservation,
+    ShareUpdate,
     Token,
     TokenCursor,
     TokenKind,
@@ -687,9 +688,12 @@ class FailureStore:
         """Return what is stored under these keys; missing keys are left out."""
         return await self._engine.failures(keys)
 
-    async def update(self, updates: Sequence[CountUpdate], now: Instant) -> None:
-        """Make all of these updates in one step. No key may appear twice."""
-        await self._engine.apply(UpdateFailures(updates, now=now))
+    async def update(self, updates: Sequence[CountUpdate], now: Instant, shares: Sequence[ShareUpdate] = ()) -> None:
+        """Make all of these updates in one step. No key may appear twice.
+
+        shares: shares of buckets that exist, or that `updates` create.
+        """
+        await self._engine.apply(UpdateFailures(updates, shares, now=now))
 
     async def refund(
         self, own: bytes, streak: bytes | None, shares: Sequence[tuple[bytes, bytes]], cutoff: Instant, now: Instant
@@ -701,7 +705,7 @@ class FailureStore:
         streak: key of the failures in a row of the name in its network. Its count falls by what `own` had: 3 failures
         in `own` and 5 in `streak` become 0 and 2.
         shares: pairs of keys, of the share of a bucket and of the bucket. The bucket loses what the share still holds,
-        and the share becomes empty.
+        and the share becomes empty. It holds nothing if the bucket was cleared since.
         """
         await self._engine.apply(RefundFailures(own, streak, shares, cutoff, now=now))
 

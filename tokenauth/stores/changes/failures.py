@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Self
 
-from sqlalchemy import Float, Integer, bindparam, select, text, update
+from sqlalchemy import Float, Integer, LargeBinary, bindparam, select, text, update
 
-from tokenauth.models import CountUpdate, Failures, Instant
+from tokenauth.models import CountUpdate, Failures, Instant, ShareUpdate
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sql import delete_oldest
 from tokenauth.stores.tables import failures
 
 _UPDATE = text("""
     INSERT INTO failures (key, count, last_at)
-    VALUES (:key, CASE WHEN :increment > 0 THEN :increment ELSE 0 END, :at + :shift)
+    VALUES (:key, CASE WHEN :increment > 0 THEN :increment ELSE :initial END, :at + :shift)
     ON CONFLICT (key) DO UPDATE SET
         count = CASE
             WHEN failures.last_at <= :cutoff THEN excluded.count
@@ -25,9 +25,25 @@ _UPDATE = text("""
         last_at = CASE WHEN failures.last_at > :at THEN failures.last_at ELSE :at END + :shift
 """).bindparams(
     bindparam("increment", type_=Integer),
+    bindparam("initial", type_=Integer),
     bindparam("at", type_=Float),
     bindparam("shift", type_=Float),
     bindparam("cutoff", type_=Float),
+)
+_UPDATE_SHARE = text("""
+    INSERT INTO failures (key, count, last_at)
+    SELECT :key, bucket.count, :at + :shift FROM failures AS bucket WHERE bucket.key = :bucket
+    ON CONFLICT (key) DO UPDATE SET
+        count = excluded.count,
+        last_at = CASE
+            WHEN failures.count = excluded.count AND failures.last_at > :at THEN failures.last_at
+            ELSE :at
+        END + :shift
+""").bindparams(
+    bindparam("key", type_=LargeBinary),
+    bindparam("bucket", type_=LargeBinary),
+    bindparam("at", type_=Float),
+    bindparam("shift", type_=Float),
 )
 _LOCK = (
     select(failures.c.key, failures.c.count, failures.c.last_at)
@@ -44,15 +60,19 @@ _PURGE = delete_oldest(failures.c.key, failures.c.last_at, failures.c.last_at < 
 
 @dataclass(slots=True)
 class UpdateFailures(Change[None]):
-    """Update several counts, each key at most once."""
+    """Update several counts and then shares, each key at most once."""
 
     updates: Sequence[CountUpdate]
+    shares: Sequence[ShareUpdate] = ()
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[None]:
-        """Update counts in the order of their keys, so that no two transactions deadlock."""
-        each = [update._asdict() for change in changes for update in change.updates]
-        db.execute_each(_UPDATE, sorted(each, key=itemgetter("key")))
+        """Update in the order of the keys, and shares last, so that no two transactions deadlock."""
+        updates = [update._asdict() for change in changes for update in change.updates]
+        db.execute_each(_UPDATE, sorted(updates, key=itemgetter("key")))
+        shares = [share._asdict() for change in changes for share in change.shares]
+        if shares:
+            db.execute_each(_UPDATE_SHARE, sorted(shares, key=itemgetter("key")))
         return [None] * len(changes)
 
 
@@ -65,18 +85,23 @@ class RefundFailures(Change[None]):
     streak: bytes | None
     """Key of the failures in a row of the name in its network. The count falls by what `own` had."""
     shares: Sequence[tuple[bytes, bytes]]
-    """Keys of a share and of its bucket. The bucket loses what the share still holds, and the share becomes empty."""
+    """Keys of a share and of its bucket. The bucket loses what the share still holds, and the share becomes empty.
+
+    A share whose count is not that of the bucket is from before the bucket was cleared: nothing of it is left.
+    """
     cutoff: Instant
     """`own` counts as 0 if it was last changed at or before this instant."""
 
     @classmethod
     def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[None]:
         """Remove exactly the failures that are stored, read under a lock."""
-        wanted: set[bytes] = set()
+        wanted, shares = set[bytes](), set[bytes]()
         for change in changes:
-            wanted.update([change.own], [] if change.streak is None else [change.streak], *change.shares)
+            wanted.update([change.own], [] if change.streak is None else [change.streak])
+            wanted.update(bucket for _, bucket in change.shares)
+            shares.update(share for share, _ in change.shares)
         # in the order in which UpdateFailures locks them
-        locked = db.rows_each(_LOCK, [{"wanted": key} for key in sorted(wanted)])
+        locked = db.rows_each(_LOCK, [{"wanted": key} for key in (*sorted(wanted), *sorted(shares))])
         found = {key: Failures(count, last_at) for key, count, last_at in locked}
         changed: dict[bytes, Failures] = {}
         for change in changes:
@@ -88,7 +113,7 @@ class RefundFailures(Change[None]):
                 if change.streak is not None and streak is not None:
                     changed[change.streak] = Failures(max(0, streak.count - own.count), streak.last_at)
             for share, bucket in change.shares:
-                if share not in kept or bucket not in kept:
+                if share not in kept or bucket not in kept or kept[share].count != kept[bucket].count:
                     continue
                 left = kept[share].last_at - change.now
                 full = kept[bucket].last_at - change.now
