@@ -201,6 +201,9 @@ class Tokens:
         beyond it, its log-outs wait for the store. Raises ClientGone if the client disconnects while it waits.
         """
         digests = list({digest: None for value in candidates if (digest := values.digest(value)) is not None})
+        if len(digests) == 1:  # the usual case needs no task
+            await self._log_out(digests[0], network(address), disconnected)
+            return
         for start in range(0, len(digests), _LOG_OUT_BATCH):
             batch = digests[start : start + _LOG_OUT_BATCH]
             await asyncio.gather(*(self._log_out(digest, network(address), disconnected) for digest in batch))
