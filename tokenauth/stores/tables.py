@@ -67,18 +67,20 @@ PLAIN_COLUMNS = [column.name for column in token_columns if not column.nullable]
 def as_token(row: Sequence[Any]) -> Token:
     """Make a token from a row. Thousands of tokens share their texts: interning keeps one copy of each in a cache."""
     digest, username, credential, issued_at, expires_at, address, user_agent, name, scopes, latest, used_at = row
-    return Token(
-        digest,
-        intern(username),
-        intern(credential),
-        issued_at,
-        expires_at,
-        latest,
-        issued_at if used_at is None else used_at,
-        intern(address),
-        intern(user_agent),
-        name,
-        None if scopes is None else tuple(scopes.split()),
+    return Token._make(  # in half the time of a call of Token
+        (
+            digest,
+            intern(username),
+            intern(credential),
+            issued_at,
+            expires_at,
+            latest,
+            issued_at if used_at is None else used_at,
+            intern(address),
+            intern(user_agent),
+            name,
+            None if scopes is None else tuple(scopes.split()),
+        )
     )
 
 

@@ -83,10 +83,10 @@ NO_CONTENT = NoStoreResponse(status_code=204)
 NO_CONTENT.raw_headers = RenderedHeaders(0, NO_CONTENT.raw_headers)  # type: ignore[assignment]  # as in JSONResponse
 
 
-@lru_cache(maxsize=256)
-def json_headers(length: int) -> RenderedHeaders:
+@lru_cache(maxsize=512)
+def json_headers(length: int, *more: tuple[bytes, bytes]) -> RenderedHeaders:
     """Return the headers of a JSON document of this length."""
-    return RenderedHeaders(length, [(b"content-length", b"%d" % length), JSON, NO_STORE])
+    return RenderedHeaders(length, [(b"content-length", b"%d" % length), JSON, NO_STORE, *more])
 
 
 class JSONResponse(Response):
@@ -101,9 +101,8 @@ class JSONResponse(Response):
         self.status_code = status
         self.background = None
         self.body = body = msgspec.json.encode(document) + self.end
-        usual = json_headers(len(body))
         # Only a tuple stays as it was rendered; Starlette declares a list.
-        self.raw_headers = [*usual, *headers] if headers else usual  # type: ignore[assignment]
+        self.raw_headers = json_headers(len(body), *headers)  # type: ignore[assignment]
 
 
 class DialectResponse(JSONResponse):

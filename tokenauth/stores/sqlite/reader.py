@@ -120,7 +120,7 @@ class Reader:
         """Look up a token. Raises StoreUnavailable."""
         if not self._has_snapshot:
             self._begin_snapshot()
-        row = self._one(_TOKEN, digest)
+        row = self._one(_TOKEN, bytearray(digest))  # of `bytes`, the driver would first look for an adapter
         return None if row is None else as_token(row)
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
@@ -223,7 +223,7 @@ class Reader:
         self._failed(reason(error))
         return StoreUnavailable()
 
-    def _one(self, sql: str, *key: bytes | str) -> tuple[Any, ...] | None:
+    def _one(self, sql: str, *key: bytearray | str) -> tuple[Any, ...] | None:
         try:
             row: tuple[Any, ...] | None = self._cursor.execute(sql, key).fetchone()
         except ERRORS as error:
