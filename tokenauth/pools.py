@@ -3,7 +3,7 @@
 import asyncio
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -315,24 +315,21 @@ class Pools:
         """Return how many tokens a user has leased, in all pools."""
         return sum([len(await self._leases_of(pool, username)) for pool in self.usable_by()])
 
-    async def end_claims(self, username: str, reason: str | None) -> tuple[Sequence[tuple[Pool, PoolToken]], int]:
+    async def end_claims(self, username: str, reason: str | None) -> AsyncIterator[tuple[Pool, PoolToken | None]]:
         """End all leases of a user, and take the user's requests out of all lines, as a command does.
 
-        Return the tokens as they were, and the number of requests.
+        Yield each: the token as it was, or None for a request.
         """
-        ended: list[tuple[Pool, PoolToken]] = []
-        left = 0
         for pool in self.usable_by():
             # First the requests: otherwise the next one in line gets the token that its own user has lost.
             for request, _ in await self._places_of(pool, username):
                 with suppress(UnknownRequest):  # it has just left
                     await self.leave_line(pool, username, request.id)
-                    left += 1
+                    yield pool, None
             for token in await self._leases_of(pool, username):
                 with suppress(LeaseLost, UnknownToken):  # it has just ended
                     check = LeaseCheck(fence=token.fence)
-                    ended.append((pool, await self.force_release(pool, token.value, check, "", reason)))
-        return ended, left
+                    yield pool, await self.force_release(pool, token.value, check, "", reason)
 
     async def _leases_of(self, pool: Pool, username: str) -> Sequence[PoolToken]:
         return await _read_all(

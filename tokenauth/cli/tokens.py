@@ -2,8 +2,9 @@
 
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,9 +27,7 @@ from tokenauth.errors import InsufficientScope, UnknownToken
 from tokenauth.logs import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokenauth.models import IssuedToken, Pool, PoolToken, Token, TokenKind
+    from tokenauth.models import IssuedToken, Token, TokenKind
     from tokenauth.named_tokens import Requester
     from tokenauth.service import Service
     from tokenauth.tokens import Tokens
@@ -252,54 +251,66 @@ def tokens_revoke(
         raise click.UsageError("--reason needs --leases.")
     check_reason(reason)
     if id_ is not None:
-        wanted = id_
-        try:
-            revoked = with_service(config_file, lambda service: service.tokens.revoke_id(wanted, None))
-        except UnknownToken as error:
-            raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
-        record_change("token_revoked", config_file, user=revoked.username, id=wanted)
-        click.echo("Revoked 1 token.")
+        _revoke_one(config_file, id_)
         return
     name = None if username is None else canonical(utf8(username))
     if everyone:
         confirm("Revoke all tokens of all users? Everyone must log in again, and named tokens end.", yes)
 
-    async def revoke(service: "Service") -> _Ended:
-        number = await service.tokens.revoke_all(name, progress=progress("Revoked {} so far.", "token"))
-        if name is None:
-            return _Ended(number)
-        known = name in service.users
-        if not leases:
-            return _Ended(number, known, going_on=await service.pools.count_leases_of(name))
-        return _Ended(number, known, *await service.pools.end_claims(name, reason))
+    ended = _Ended()
 
-    ended = with_service(config_file, revoke)
-    for pool, token in ended.leases:
-        record_release(config_file, pool.name, token, reason)
-    claims = {"leases": len(ended.leases), "requests": ended.requests} if leases else {}
-    nothing = not (ended.tokens or ended.leases or ended.requests)
+    async def revoke(service: "Service") -> None:
+        ended.known = name is None or name in service.users
+        ended.tokens = await service.tokens.revoke_all(name, progress=progress("Revoked {} so far.", "token"))
+        if name is not None and leases:
+            async for pool, token in service.pools.end_claims(name, reason):
+                if token is None:
+                    ended.requests += 1
+                else:
+                    ended.leases += 1
+                    record_release(config_file, pool.name, token, reason)
+        elif name is not None:
+            ended.going_on = await service.pools.count_leases_of(name)
+
+    try:
+        with_service(config_file, revoke)
+    finally:  # what was done is recorded, also if the database failed then
+        nothing = not (ended.tokens or ended.leases or ended.requests)
+        if ended.known or not nothing:
+            claims = {"leases": ended.leases, "requests": ended.requests} if leases else {}
+            who = "(all)" if name is None else name
+            record_change("tokens_revoked", config_file, user=who, count=ended.tokens, **claims)
     if not ended.known and nothing and not ended.going_on:
         what = "tokens, leases or places in line" if leases else "tokens"
         problem = f"No user {name!r} in {config_path(config_file)}, and no {what} of a user with that name."
         raise click.ClickException(printable(f"{problem} `tokenauth user list` shows the names."))
-    record_change("tokens_revoked", config_file, user="(all)" if name is None else name, count=ended.tokens, **claims)
     rest = _describe_rest(ended.going_on)
     if nothing:
         also = ", no lease and no place in line" if leases else ""
         raise click.ClickException(printable("No tokens." if name is None else f"{name!r} has no tokens{also}.{rest}"))
     if leases:
-        others = f"{count(len(ended.leases), 'lease')} and {count(ended.requests, 'place')} in line"
+        others = f"{count(ended.leases, 'lease')} and {count(ended.requests, 'place')} in line"
         click.echo(printable(f"Ended {count(ended.tokens, 'token')}, {others} of {name}."))
     else:
         click.echo(f"Revoked {count(ended.tokens, 'token')}.{rest}")
 
 
-class _Ended(NamedTuple):
+def _revoke_one(config_file: str | None, id_: str) -> None:
+    try:
+        revoked = with_service(config_file, lambda service: service.tokens.revoke_id(id_, None))
+    except UnknownToken as error:
+        raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
+    record_change("token_revoked", config_file, user=revoked.username, id=id_)
+    click.echo("Revoked 1 token.")
+
+
+@dataclass
+class _Ended:
     """What was ended, and how many leases of the user go on."""
 
-    tokens: int
-    known: bool = True
-    leases: "Sequence[tuple[Pool, PoolToken]]" = ()
+    known: bool = False
+    tokens: int = 0
+    leases: int = 0
     requests: int = 0
     going_on: int = 0
 

@@ -16,6 +16,7 @@ from tokenauth.cli.base import (
     record_change,
     show,
 )
+from tokenauth.logs import printable
 
 _STAYS = "Existing logins stay valid until you reload"
 
@@ -104,9 +105,8 @@ def user_remove(config_file: str | None, name: str) -> None:
     before = file.remove(name)
     record_change("user_removed", config_file, user=name, scopes_before=before)
     _say_saved(config_file, _STAYS)
-    click.echo(
-        f"Then `{program()} tokens revoke --user {shlex.quote(name)} --leases{options(config_file)}` ends what is left."
-    )
+    command = f"{program()} tokens revoke --user {shlex.quote(name)} --leases{options(config_file)}"
+    click.echo(printable(f"Then `{command}` ends what is left."))
 
 
 @user.command("list", epilog="Example: tokenauth user list --json")
