@@ -15,7 +15,7 @@ LAYERS = [
     | {"file_locks", "user_agents", "request_context", "status"},
     {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
     {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
-    {"events"},
+    {"events", "watcher"},
     {"service", "sweeper", "gauges"},
     {"web"},
     {"web.routes", "web.dialects"},

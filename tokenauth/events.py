@@ -1,28 +1,23 @@
-"""What clients of /api/events are told: that something which they may see has changed, so that they read it again.
+"""Server-sent events: hints of what to read again.
 
 An event has no data that needs a right. Each worker looks for changes once a second, once for all of its clients: at
-the tokens of those users who are connected, and at the pools that they may use. No client slows another one down: what
-a client is told is kept as a set of names until its connection takes it, so it never grows.
+the tokens of those users who are connected, and at the pools that they may use. No client slows another one down: the
+changes that it has not been sent are a set of names, which never grows.
 """
 
 import asyncio
-import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from contextvars import Context
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
-from tokenauth.clock import Clock
 from tokenauth.errors import Overloaded, RetryLater
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import ADMIN, Identity, Token
-from tokenauth.pools import Pools
-from tokenauth.status import Node
-from tokenauth.stores.store import Store
-from tokenauth.throttle import Throttle
 from tokenauth.tokens import Tokens
+from tokenauth.watcher import STATUS_TOPIC, Topic, Watcher
 
 MAX_STREAMS = 1000
 """Maximum number of clients of one worker."""
@@ -34,9 +29,12 @@ CHECK = 0.5
 """Seconds between two checks of the clients' tokens."""
 
 LOOK = 1.0
-"""Seconds between two looks at the database. They take at most _SHARE of the time."""
+"""Seconds between two looks at the database; more if they are slow, so that they take at most _SHARE of the time."""
 
 _SHARE = 0.02
+
+_MAX_PAUSE = 10.0
+"""Seconds between two looks after which _SHARE does not count: one may be slow by chance."""
 
 STATUS = 5.0
 """Seconds between two events for the status, and between two looks at the throttle."""
@@ -47,45 +45,40 @@ QUIET = 15.0
 STALLED = 10.0
 """Seconds in which a client must read what was sent, before it is disconnected."""
 
-_KEPT = 60.0
-"""Seconds for which changes are looked for after the last client that wants to know: it may come back."""
-
 _RETRY = 3000
 """Milliseconds after which a client connects again."""
 
 _BUSY = 30
 """Seconds after which a client that got no stream may try again."""
 
-Topic = tuple[str, str]
-"""The name of an event, and the pool or user that it is about."""
-
-STATUS_TOPIC: Topic = ("status", "")
-THROTTLE_TOPIC: Topic = ("throttle", "")
-
 Reason = Literal["stop", "logged_out", "unavailable"]
 """Why a stream ends: the server stops; the token is no longer valid; that cannot be checked now."""
 
 
-class Connection(NamedTuple):
-    """What a stream needs to know of its connection, and to do with it."""
+class Client:
+    """The connection of a client, of which nothing is known."""
 
-    disconnected: Callable[[], bool] = lambda: False
-    """Whether the client has disconnected."""
-    stopping: Callable[[], bool] = lambda: False
-    """Whether the server stops."""
-    unsent: Callable[[], int] = lambda: 0
-    """How many bytes wait until the client reads."""
-    abort: Callable[[], object] = lambda: None
-    """Disconnects a client that does not read."""
+    def disconnected(self) -> bool:
+        return False
+
+    def server_stops(self) -> bool:
+        return False
+
+    def unsent(self) -> int:
+        """Return how many bytes wait until the client reads."""
+        return 0
+
+    def abort(self) -> None:
+        """Disconnect a client that does not read."""
 
 
 class Stream:
     """The events of one client, as text of the type `text/event-stream`."""
 
-    def __init__(self, user: Identity, token: Token, connection: Connection) -> None:
+    def __init__(self, user: Identity, token: Token, client: Client) -> None:
         self.user = user
         self.token = token
-        self.connection = connection
+        self.client = client
         self.ended = False
         self._changes: dict[Topic, None] = {}
         self._lines: list[str] = []
@@ -132,12 +125,12 @@ class Stream:
 
     def check_reading(self, now: float) -> None:
         """Disconnect a client that does not read."""
-        if not self.connection.unsent():
+        if not self.client.unsent():
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = now
         elif self.ended or now - self._stalled_since >= STALLED:
-            self.connection.abort()
+            self.client.abort()
             self.drop()
 
     async def next(self) -> bytes:
@@ -155,63 +148,46 @@ class Stream:
         return text.encode()
 
 
-class _Watched:
-    """What was last seen of a topic, and at which number of a change."""
-
-    def __init__(self, seen: object, changed: int, until: float) -> None:
-        self.seen = seen
-        self.changed = changed
-        self.until = until
-
-
 class Events:
     """The clients of this worker, and the task that tells them what has changed."""
 
-    def __init__(
-        self, tokens: Tokens, pools: Pools, throttle: Throttle, store: Store, node: Node, clock: Clock
-    ) -> None:
+    def __init__(self, tokens: Tokens, watcher: Watcher) -> None:
         self._tokens = tokens
-        self._pools = pools
-        self._throttle = throttle
-        self._store = store
-        self._node = node
-        self._clock = clock
+        self._watcher = watcher
         self._streams: set[Stream] = set()
-        self._watched: dict[Topic, _Watched] = {}
-        self._epoch = secrets.token_hex(4)
-        self._number = 0
         self._status_due = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._throttle_task: asyncio.Task[None] | None = None
         self._stopping = False
 
-    async def open(self, user: Identity, token: Token, connection: Connection, last_id: str | None) -> Stream:
+    async def open(self, user: Identity, token: Token, client: Client, last_id: str | None) -> Stream:
         """Start a stream. `last_id`: of the last event that the client got. Raises Overloaded, StoreUnavailable.
 
         While the server stops, the stream ends at once: the client connects again, to the worker that serves then.
         """
         if self._stopping:
-            stream = Stream(user, token, connection)
+            stream = Stream(user, token, client)
             stream.end("stop")
             return stream
         of_user = sum(stream.user.username == user.username for stream in self._streams)
         if len(self._streams) >= MAX_STREAMS or of_user >= MAX_PER_USER:
             raise Overloaded("Too many streams are open. Ask for what you need instead.", _BUSY)
-        stream = Stream(user, token, connection)
+        stream = Stream(user, token, client)
         self._streams.add(stream)
         try:
-            topics = self._topics(user)
-            new = [topic for topic in topics if topic not in self._watched]
-            await self._look(new)  # later changes are events, and the client reads all once it has the first event
+            topics = self._watcher.visible_to(user)
+            new = self._watcher.unwatched(topics)
+            await self._watcher.look(new)  # from here on changes are events; the client reads what was before
         except BaseException:
             self._streams.discard(stream)
             raise
-        stream.add_event("hello", {"user": user.username, "scopes": user.scopes}, self._id())
+        stream.add_event("hello", {"user": user.username, "scopes": user.scopes}, self._watcher.id)
         if last_id:
-            missed = self._missed(last_id, topics, new)
+            missed = self._watcher.missed(last_id, topics, new)
             if missed is None:
-                stream.add_event("reset", {}, self._id())
+                stream.add_event("reset", {}, self._watcher.id)
             else:
-                stream.add_changes(missed, self._id())
+                stream.add_changes(missed, self._watcher.id)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
         if self._stopping:
@@ -231,38 +207,24 @@ class Events:
     async def shut_down(self) -> None:
         """Stop looking for changes."""
         self.stop()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    def _id(self) -> str:
-        return f"{self._epoch}-{self._number}"
-
-    def _missed(self, last_id: str, topics: Collection[Topic], new: Collection[Topic]) -> Sequence[Topic] | None:
-        """Return what has changed since an event; None if it is not of this worker."""
-        epoch, _, number = last_id.partition("-")
-        if epoch != self._epoch or not (number.isascii() and number.isdigit() and len(number) <= 18):
-            return None
-        since = int(number)
-        return [topic for topic in topics if topic in new or self._watched[topic].changed > since]
-
-    def _topics(self, user: Identity) -> Sequence[Topic]:
-        """Return what a user is told of."""
-        pools = [("pool", pool.name) for pool in self._pools.usable_by(user)]
-        return [("tokens", user.username), *pools, *([THROTTLE_TOPIC] if ADMIN in user.scopes else [])]
+        tasks = [task for task in (self._task, self._throttle_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         """Check the tokens and look for changes, until there is no client, and none that may come back."""
         loop = asyncio.get_running_loop()
         look_due = 0.0
-        while self._streams or self._watched:
+        while self._streams or self._watcher.watching:
             await asyncio.sleep(CHECK)
             try:
                 await self._check_all()
+                self._check_status()
                 began = loop.time()
                 if began >= look_due:
-                    await self._tell_changes()
-                    look_due = began + max(LOOK - CHECK / 2, (loop.time() - began) / _SHARE)
+                    await self._look()
+                    look_due = loop.time() + pause(loop.time() - began)
             except RetryLater:
                 pass  # the next look finds what has changed meanwhile
             except Exception as error:
@@ -274,9 +236,9 @@ class Events:
         now = asyncio.get_running_loop().time()
         for stream in self._streams:
             stream.check_reading(now)
-            if stream.connection.disconnected():
+            if stream.client.disconnected():
                 stream.drop()
-            elif self._stopping or stream.connection.stopping():
+            elif self._stopping or stream.client.server_stops():
                 stream.end("stop")
         streams = [stream for stream in self._streams if not stream.ended]
         users = await self._identify({stream.token.digest: stream.token for stream in streams})
@@ -286,7 +248,7 @@ class Events:
                 stream.end(user)
             elif user != stream.user:
                 stream.user = user
-                stream.add_event("hello", {"user": user.username, "scopes": user.scopes}, self._id())
+                stream.add_event("hello", {"user": user.username, "scopes": user.scopes}, self._watcher.id)
             else:
                 stream.keep_alive(now)
 
@@ -308,61 +270,47 @@ class Events:
                 await asyncio.gather(*(identify(digest, token) for digest, token in tokens.items()))
         return found
 
-    async def _tell_changes(self) -> None:
-        """Look for changes, and tell those who may know."""
-        now = asyncio.get_running_loop().time()
+    async def _look(self) -> None:
+        """Look for changes, and send them to those who may see them."""
         users = {stream.user for stream in self._streams}
-        wanted = {topic for user in users for topic in self._topics(user)}
-        for topic, watched in [*self._watched.items()]:
-            if topic in wanted:
-                watched.until = now + _KEPT
-            elif watched.until < now:
-                del self._watched[topic]
-        due = now >= self._status_due
-        await self._look([topic for topic in self._watched if due or topic != THROTTLE_TOPIC])
-        new = wanted.difference(self._watched)  # of users whose scopes have changed: their clients read everything
-        if new:
-            await self._look([*new])
-        if due:
-            self._status_due = now + STATUS
-            for stream in self._streams:
-                if ADMIN in stream.user.scopes:
-                    stream.add_changes([STATUS_TOPIC], self._id())
+        wanted = {topic for user in users for topic in self._watcher.visible_to(user)}
+        self._watcher.keep(wanted)
+        self._send(await self._watcher.look_again())
+        await self._watcher.look(self._watcher.unwatched(wanted))  # after new scopes: those clients read everything
 
-    async def _look(self, topics: Collection[Topic]) -> None:
-        """Look at topics once, and tell the clients which of them have changed since the look before."""
-        if not topics:
+    def _check_status(self) -> None:
+        """Every few seconds, have admins read the status, and look at the throttle.
+
+        No other event waits for that: the main process is asked, which may hang.
+        """
+        now = asyncio.get_running_loop().time()
+        admins = [stream for stream in self._streams if ADMIN in stream.user.scopes]
+        if now < self._status_due or not admins:
             return
-        seen: dict[Topic, object] = {}
-        at = self._clock()
-        users = [about for name, about in topics if name == "tokens"]
-        if users:
-            found = await self._store.tokens.fingerprints(users, at)
-            seen |= {("tokens", user): found.get(user) for user in users}
-        pools = {pool.name: pool for pool in self._pools.usable_by()}
-        for name, about in topics:
-            if name == "pool":
-                seen[name, about] = await self._store.pools.fingerprint(pools[about], at)
-        if THROTTLE_TOPIC in topics:
-            throttled = await self._node.throttled(self._throttle.list_throttled)
-            seen[THROTTLE_TOPIC] = {each[:3] for each in throttled if each.until > at}
-        changed = {topic for topic, value in seen.items() if self._differs(topic, value)}
-        if changed:
-            self._number += 1
-        until = asyncio.get_running_loop().time() + _KEPT
-        for topic, value in seen.items():
-            watched = self._watched.get(topic)
-            if watched is None:
-                self._watched[topic] = _Watched(value, self._number, until)
-            elif topic in changed:
-                watched.seen, watched.changed = value, self._number
+        self._status_due = now + STATUS
+        for stream in admins:
+            stream.add_changes([STATUS_TOPIC], self._watcher.id)
+        if self._throttle_task is None or self._throttle_task.done():
+            self._throttle_task = asyncio.create_task(self._look_at_throttle())
+
+    async def _look_at_throttle(self) -> None:
+        try:
+            self._send(await self._watcher.look_at_throttle())
+        except RetryLater:
+            pass  # as in _run
+        except Exception as error:
+            log.error("unexpected_error", at=safe_traceback(error))
+
+    def _send(self, changed: Set[Topic]) -> None:
         if changed:
             for stream in self._streams:
-                stream.add_changes([topic for topic in self._topics(stream.user) if topic in changed], self._id())
+                visible = self._watcher.visible_to(stream.user)
+                stream.add_changes([topic for topic in visible if topic in changed], self._watcher.id)
 
-    def _differs(self, topic: Topic, value: object) -> bool:
-        watched = self._watched.get(topic)
-        return watched is not None and watched.seen != value
+
+def pause(seconds: float) -> float:
+    """Return the seconds to wait after a look that took some `seconds`."""
+    return min(max(LOOK - CHECK / 2, seconds / _SHARE), _MAX_PAUSE)
 
 
 def _format(event: str, data: object) -> str:

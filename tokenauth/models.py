@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from operator import attrgetter
 from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 from tokenauth.errors import InsufficientScope
@@ -816,3 +817,16 @@ class Throttled(NamedTuple):
     address: str
     failures: int
     until: Instant
+
+    @property
+    def key(self) -> tuple[str, str | None, str]:
+        """Which logins are refused."""
+        return self[:3]
+
+
+def longest_waits(throttled: Iterable[Throttled]) -> list[Throttled]:
+    """Return the longest waits first, one of each key, at most MAX_THROTTLED."""
+    found: dict[object, Throttled] = {}
+    for each in sorted(throttled, key=attrgetter("until"), reverse=True):
+        found.setdefault(each.key, each)
+    return [*found.values()][:MAX_THROTTLED]

@@ -25,6 +25,7 @@ from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
 from tokenauth.tokens import Tokens
+from tokenauth.watcher import Watcher
 
 
 class Service(NamedTuple):
@@ -122,5 +123,5 @@ def create_service(
     parts = store, passwords, throttle, credentials, tokens, named_tokens, pools
     audit = AuditLog(settings.audit) if settings.audit.file else None
     node = Node()
-    events = Events(tokens, pools, throttle, store, node, monotonic_clock)
+    events = Events(tokens, Watcher(pools, throttle, store, node, monotonic_clock))
     return Service(settings, users, monotonic_clock, *parts, Metrics(), audit, node, events)

@@ -42,7 +42,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import NamedTuple
 
 from tokenauth.addresses import location, network, region
@@ -50,7 +50,7 @@ from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
 from tokenauth.logs import log
-from tokenauth.models import MAX_THROTTLED, CountUpdate, Failures, Instant, ShareUpdate, Throttled
+from tokenauth.models import MAX_THROTTLED, CountUpdate, Failures, Instant, ShareUpdate, Throttled, longest_waits
 from tokenauth.settings.model import ThrottleSettings
 from tokenauth.stores.store import Store
 
@@ -122,8 +122,6 @@ class _Wait(NamedTuple):
 
 _NO_WAIT = _Wait(0.0)
 _seconds = itemgetter(0)
-_until = attrgetter("until")
-_who = attrgetter("kind", "user", "address")
 
 
 class _State(NamedTuple):
@@ -269,12 +267,12 @@ class Throttle:
         """Return who was refused in this process and still has to wait, the longest wait first."""
         now = self._clock()
         self._throttled = {key: each for key, each in self._throttled.items() if each.until > now}
-        return sorted(self._throttled.values(), key=_until, reverse=True)[:MAX_THROTTLED]
+        return longest_waits(self._throttled.values())
 
     async def check_throttled(self, listed: Iterable[Throttled]) -> Sequence[Throttled]:
         """Return those of a list who still have to wait, as all processes have counted it, the longest wait first."""
         checked = [await self._check_again(each) for each in listed]
-        return sorted((each for each in checked if each is not None), key=_until, reverse=True)[:MAX_THROTTLED]
+        return longest_waits(each for each in checked if each is not None)
 
     async def clear_user(self, username: str, address: str, by: str) -> bool:
         """Forget the failures of a user at a location, in its network and region, and anywhere; False if it has none.
@@ -334,8 +332,8 @@ class Throttle:
         elif username in self._users:
             throttled = throttled._replace(kind="user", user=username, address=address)
         if len(self._throttled) >= 2 * MAX_THROTTLED:
-            self._throttled = {_who(each): each for each in self.list_throttled()}
-        self._throttled[_who(throttled)] = throttled
+            self._throttled = {each.key: each for each in self.list_throttled()}
+        self._throttled[throttled.key] = throttled
 
     async def close(self) -> None:
         """Wait for pending writes."""

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.servers import HandClock, write_config
-from tokenauth.events import LOOK, Connection, Events
+from tokenauth.events import LOOK, Client, Events
 from tokenauth.request_context import current_request
 from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.stores.postgres.lookup import Lookup
+from tokenauth.watcher import Watcher
 from tokenauth.web.request_context import set_current
 
 
@@ -28,9 +29,10 @@ async def test_events_are_not_of_the_first_client(tmp_path: Path, hand_clock: Ha
         issued = await service.tokens.issue("ann", "ann-secret", "127.0.0.1", "")
         user = service.tokens.owner(issued.token)
         assert user is not None
-        events = Events(service.tokens, service.pools, service.throttle, service.store, service.node, clock)
+        watcher = Watcher(service.pools, service.throttle, service.store, service.node, clock)
+        events = Events(service.tokens, watcher)
         set_current({"type": "http", "headers": []})
-        await events.open(user, issued.token, Connection(), None)
+        await events.open(user, issued.token, Client(), None)
         async with asyncio.timeout(10 * LOOK):
             await looked_again.wait()
         await events.shut_down()
@@ -45,7 +47,7 @@ async def test_a_stream_opened_at_a_stop_says_bye(tmp_path: Path, hand_clock: Ha
         user = service.tokens.owner(issued.token)
         assert user is not None
         service.events.stop()
-        stream = await service.events.open(user, issued.token, Connection(), None)
+        stream = await service.events.open(user, issued.token, Client(), None)
         assert stream.ended
         assert await stream.next() == b'event: bye\ndata: {"reason":"stop"}\n\n'
 

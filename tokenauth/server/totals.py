@@ -4,12 +4,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 from tokenauth import __version__
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
-from tokenauth.models import MAX_THROTTLED, Throttled
+from tokenauth.models import Throttled, longest_waits
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
 
 STALE = 10.0
@@ -69,8 +68,7 @@ class Totals:
             last = self._workers.pop(pid, None)
             if last is not None:
                 add(self._ended, last.snapshot.counts)
-                throttled = sorted([*self._throttled, *last.snapshot.throttled], key=attrgetter("until"))
-                self._throttled = throttled[-MAX_THROTTLED:]
+                self._throttled = longest_waits([*self._throttled, *last.snapshot.throttled])
 
     def read(self) -> tuple[Counts, Mapping[Key, float]]:
         """Return the sums of all counts, and the gauges of the workers that report."""
@@ -113,9 +111,7 @@ class Totals:
         """Return whom the workers have refused: each once, with the longest wait, at most MAX_THROTTLED."""
         with self._lock:
             found = [*self._throttled, *(each for last in self._workers.values() for each in last.snapshot.throttled)]
-        found.sort(key=attrgetter("until"))
-        latest = {each[:3]: each for each in found}
-        return sorted(latest.values(), key=attrgetter("until"))[-MAX_THROTTLED:]
+        return longest_waits(found)
 
     def _history(self) -> History:
         known, last = {minute.number: minute.numbers() for minute in self._minutes}, _minute()

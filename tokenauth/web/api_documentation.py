@@ -476,7 +476,7 @@ EVENTS = Section(
                 method="GET",
                 path=EVENTS_PATH,
                 id="streamEvents",
-                title="Be told of changes",
+                title="Stream changes",
                 text="Sends an event when something has changed that the user may see, within about a second:"
                 " `tokens` (my tokens), `pool` with its `name`, and for the scope `admin` `throttle` and `status`."
                 " The data are to be read again. `hello` is the first event, and `reset` after an unknown"

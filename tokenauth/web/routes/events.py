@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.events import Connection, Events, Stream
+from tokenauth.events import Client, Events, Stream
 from tokenauth.web.asgi_extensions import CLIENT, EVENTS, client_disconnected
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_STORE
@@ -37,10 +37,10 @@ class EventRoutes:
     async def stream(self, request: Request) -> Response:
         if request.method == "HEAD":
             return EventResponse(self._events, None)
-        connection = _connect(request.scope)
+        client = _client(request.scope)
         last_id = (request.header(b"last-event-id") or b"")[:64].decode("latin-1")
         return EventResponse(
-            self._events, await self._events.open(request.user, request.token, connection, last_id or None)
+            self._events, await self._events.open(request.user, request.token, client, last_id or None)
         )
 
 
@@ -72,17 +72,29 @@ class EventResponse(Response):
                 self._events.close(stream)
 
 
-def _connect(scope: Scope) -> Connection:
-    """Return what a stream needs of its connection. Another server than ours offers nothing of it."""
-    client: dict[str, Any] = scope.get("extensions", {}).get(CLIENT, {})
-    if "transport" not in client:
-        return Connection()
-    transport: asyncio.Transport = client["transport"]
-    with suppress(OSError):
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-    return Connection(
-        lambda: client_disconnected(scope),
-        lambda: bool(client["stopping"]),
-        transport.get_write_buffer_size,
-        transport.abort,
-    )
+class _ServerClient(Client):
+    """A client of our server, which offers what other servers do not."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._state: dict[str, Any] = scope["extensions"][CLIENT]
+        self._transport: asyncio.Transport = self._state["transport"]
+        with suppress(OSError):
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+
+    def disconnected(self) -> bool:
+        return client_disconnected(self._scope)
+
+    def server_stops(self) -> bool:
+        return bool(self._state["stopping"])
+
+    def unsent(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+
+def _client(scope: Scope) -> Client:
+    known = "transport" in scope.get("extensions", {}).get(CLIENT, {})
+    return _ServerClient(scope) if known else Client()

@@ -45,7 +45,9 @@ class ThrottleRoutes:
     async def show(self, request: Request) -> Response:
         request.user.require_scope(ADMIN)
         found = await self._throttle.check_throttled(await self._node.throttled(self._throttle.list_throttled))
-        shown = [ThrottledAnswer(*each[:-1], math.ceil(each.until)) for each in found]
+        shown = [
+            ThrottledAnswer(each.kind, each.user, each.address, each.failures, math.ceil(each.until)) for each in found
+        ]
         return JSONResponse(ThrottleAnswer(shown))
 
     async def clear(self, request: Request) -> Response:

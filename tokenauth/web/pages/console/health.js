@@ -48,7 +48,7 @@ function Facts({ status }) {
       <${Fact} title="Store" value=${store.up === null ? "not known yet" : store.up ? "up" : "unavailable"} bad=${store.up === false}>
         ${store.kind}, schema ${store.schema}
       <//>
-      <${Fact} title="Revocation news" value=${store.feed_age === null ? "not known yet" : `${store.feed_age.toFixed(1)} s old`} bad=${store.feed_age > 5}>
+      <${Fact} title="Revocation feed" value=${store.feed_age === null ? "not known yet" : `${store.feed_age.toFixed(1)} s old`} bad=${store.feed_age > 5}>
         ${store.revocations_held ? html`<strong>${count(store.revocations_held, "revocation")} not written yet</strong>` : "all revocations are written"}
       <//>
       <${Fact} title="Live tokens" value=${store.live_tokens === null ? "not known yet" : store.live_tokens.toLocaleString("en")}>
