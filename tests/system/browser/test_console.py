@@ -12,6 +12,7 @@ from tests.support.ports import free_port
 from tests.support.postgres import Cluster
 from tests.support.servers import Server, log_in, probe, serve, write_config
 from tests.system.browser.test_login_page import violations
+from tests.system.test_cli import output, run
 
 SETTINGS = """
 [server]
@@ -298,6 +299,17 @@ def test_a_user_sees_leases_places_and_no_controls(page: Page, server: Server, c
     row(page, "Tokens", "ann, ci-7").get_by_role("button", name="Release").click()
     confirm(page, "Release")
     expect(row(page, "Tokens", "ann, ci-7")).to_have_count(0)
+
+
+def test_a_reservation_by_a_command_names_the_operator(page: Page, server: Server) -> None:
+    output(run(server.log.parent, "pool", "reserve", "phones", "pixel-8", "--until", "1h"))
+    enter(page, server, "admin", "admin", "#pools/phones")
+    member = row(page, "Members", "pixel-8")
+    expect(member).to_contain_text("by the server's operator")
+    member.get_by_role("button", name="End the reservation").click()
+    expect(page.get_by_role("dialog")).to_contain_text("It is reserved by the server's operator.")
+    confirm(page, "End reservation")
+    expect(member).to_contain_text("free")
 
 
 def test_a_manager_reserves_ends_and_takes_over(page: Page, server: Server, client: httpx.Client) -> None:

@@ -18,9 +18,9 @@ export class Offline extends Error {
 
 /** The service refused a request. `message` is its own description. */
 export class Refused extends Error {
-  constructor(status, code, message, retryAfter) {
+  constructor(status, code, message) {
     super(message);
-    Object.assign(this, { status, code, retryAfter });
+    Object.assign(this, { status, code });
   }
 }
 
@@ -30,14 +30,14 @@ export function onChange(listener) {
   return () => listeners.delete(listener);
 }
 
-function tell(event) {
+function notify(event) {
   listeners.forEach((listener) => listener(event));
 }
 
 function setOnline(now) {
   if (online !== now) {
     online = now;
-    tell(now ? "online" : "offline");
+    notify(now ? "online" : "offline");
   }
 }
 
@@ -106,13 +106,12 @@ export async function call(method, address, body, anonymous = false) {
   const ended = answer.status === 401 && (method !== "POST" || address !== "api/token") && sent === token;
   if (ended) {
     token = null;
-    tell("ended");
+    notify("ended");
   }
   throw new Refused(
     answer.status,
     document?.error ?? "invalid_credentials",
     document?.error_description ?? "The user name or the password is wrong.",
-    Number(answer.headers.get("Retry-After")) || null,
   );
 }
 

@@ -1,5 +1,5 @@
-// News from the service: hints to read something again. They come over a stream of events. While there is no stream,
-// everything is read again every few seconds instead.
+// Hints of the service to read something again. They come over a stream of events. While there is no stream, everything
+// is read again every few seconds instead.
 
 import { Offline, now, onChange, renew, send } from "./api.js";
 
@@ -33,12 +33,7 @@ function notify(...topics) {
   readers.forEach((reader) => topics.some((topic) => reader.topics.has(topic)) && reader.read());
 }
 
-/** Whether news come as they happen. */
-export function isStreaming() {
-  return streaming;
-}
-
-/** Follow the news of this login until `stop`. */
+/** Follow the events of this login until `stop`. */
 export function start() {
   stop();
   stopped = new AbortController();
@@ -127,10 +122,11 @@ function shown(signal) {
     const look = () => {
       if (document.hidden && !signal.aborted) return;
       document.removeEventListener("visibilitychange", look);
+      signal.removeEventListener("abort", look);
       done();
     };
     document.addEventListener("visibilitychange", look);
-    signal.addEventListener("abort", look, { once: true });
+    signal.addEventListener("abort", look);
     look();
   });
 }
@@ -184,7 +180,12 @@ async function* events(body, signal) {
 
 function sleep(milliseconds, signal) {
   return new Promise((done) => {
-    const timer = setTimeout(done, milliseconds);
-    signal.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
+    const wake = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", wake);
+      done();
+    };
+    const timer = setTimeout(wake, milliseconds);
+    signal.addEventListener("abort", wake);
   });
 }

@@ -140,7 +140,7 @@ function Tokens({ pool, address, me, manager, reload }) {
     const unreserve = () =>
       ask({
         title: `End the reservation of ${name}?`,
-        text: `${token.reservation.by} has reserved it${token.reservation.note ? `: ${token.reservation.note}` : ""}.`,
+        text: `It is reserved by ${reservedBy(token.reservation)}${token.reservation.note ? `: ${token.reservation.note}` : ""}.`,
         action: "End reservation",
         run: async () => {
           await call("DELETE", address + member);
@@ -187,8 +187,12 @@ function Tokens({ pool, address, me, manager, reload }) {
 
 function Reservation({ reservation }) {
   if (!reservation) return "–";
-  return html`ends <${Time} at=${reservation.until} />, by ${reservation.by}${reservation.for && ` for ${reservation.for}`}
+  return html`ends <${Time} at=${reservation.until} />, by ${reservedBy(reservation)}${reservation.for && ` for ${reservation.for}`}
     ${reservation.note && html`<div class="soft small">${reservation.note}</div>`}`;
+}
+
+function reservedBy({ by }) {
+  return by ?? "the server's operator";
 }
 
 function holderOf({ user, holder }) {
