@@ -1,8 +1,10 @@
 """The console in a browser, as its users act. On both stores; on PostgreSQL in `make faults`."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -13,6 +15,8 @@ from tests.support.postgres import Cluster
 from tests.support.servers import Server, log_in, probe, serve, write_config
 from tests.system.browser.test_login_page import violations
 from tests.system.test_cli import output, run
+from tests.unit.test_values import VALUE, WRITTEN
+from tokenauth.values import find_values, new_named_value
 
 SETTINGS = """
 [server]
@@ -261,15 +265,20 @@ DISTANCES = {
 
 
 def test_times_are_said_as_distances(page: Page, server: Server) -> None:
-    page.goto(console(server))
-    module = page.locator("script").get_attribute("src")
-    assert module is not None
-    address = f"./{module.replace('app.js', 'words.js')}"
     say = """async ([address, distances]) => {
       const { fromNow } = await import(address);
       return distances.map((distance) => fromNow(1e9 + distance, 1e9));
     }"""
-    assert page.evaluate(say, [address, [*DISTANCES]]) == [*DISTANCES.values()]
+    assert page_import(page, server, "words.js", say, [*DISTANCES]) == [*DISTANCES.values()]
+
+
+def page_import(page: Page, server: Server, file: str, function: str, argument: object) -> object:
+    """Open the console, and call a function with the address of one of its files, and `argument`."""
+    page.goto(console(server))
+    module = page.locator("script").get_attribute("src")
+    assert module is not None
+    found: object = page.evaluate(function, [f"./{module.replace('app.js', file)}", argument])
+    return found
 
 
 def test_a_refused_action_says_why_in_its_dialog(page: Page, server: Server) -> None:
@@ -411,11 +420,68 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     confirm(page, "End all")
     expect(row(page, "Tokens", "job-")).to_have_count(0)
     assert [probe(client, token) for token in (bob[0], ann)] == [False, True]
+
+
+def test_leaked_tokens_are_shown_and_then_ended(page: Page, server: Server, client: httpx.Client) -> None:
+    """The text is not sent. Whose a token is, is shown before it ends. The list is read again at once."""
+    bob = log_in(client, "bob", "bob-secret", headers={"User-Agent": "job-1"})
+    ann = {"X-Token": log_in(client, "ann", "ann-secret", headers={"User-Agent": "job-2"})}
+    named = client.post("/api/tokens", json={"name": "nightly"}, headers=ann).json()["token"]
+    enter(page, server, "admin", "admin", "#tokens")
+    expect(row(page, "Tokens", "nightly")).to_be_visible()
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(f"{request.url} {request.post_data}"))
+    dialog = page.get_by_role("dialog")
+    for text, said in (
+        ("secret words", "No live token in the text."),
+        (f"secret {'x' * 64}", "No live token in the text. 1 word has the form of a token."),
+    ):
+        find_leaked(page, text)
+        expect(dialog.get_by_role("status")).to_have_text(said)
+        confirm(page, "Done")
+    find_leaked(page, f"secret GET /?token={bob}\n> {named[:30]}\n> {named[30:]}\n")
+    expect(dialog).to_contain_text("2 live tokens are in the text.")
+    assert violations(page) == []
+    for each in ("bob: job-1", "ann: nightly", "from 127.0.0.1", "not noted yet (at most once an hour)"):
+        expect(dialog).to_contain_text(each)
+    assert [probe(client, token) for token in (bob, named)] == [True, True]
+    dialog.get_by_role("button", name="End them").click()
+    expect(dialog.get_by_role("status")).to_have_text(re.compile(r"2 tokens ended: .*\bbob \(job-1\)"))
+    expect(dialog.get_by_role("status")).to_contain_text("ann (nightly)")
+    confirm(page, "Done")
+    expect(row(page, "Tokens", "nightly")).to_have_count(0)
+    assert [probe(client, token) for token in (bob, named, ann["X-Token"])] == [False, False, True]
+    assert [request for request in sent if "secret" in request] == []
+
+
+def test_what_the_database_cannot_take_is_held(page: Page, server: Server, client: httpx.Client) -> None:
+    bob = log_in(client, "bob", "bob-secret")
+    enter(page, server, "admin", "admin", "#tokens")
+    full = {"error": "store_unavailable", "error_description": "The disk is full."}
+    page.route("**/api/tokens/*", lambda route: route.fulfill(status=503, json=full))
+    find_leaked(page, bob)
+    page.get_by_role("dialog").get_by_role("button", name="End it").click()
+    expect(page.get_by_role("dialog")).to_contain_text("held in memory until the database can be written")
+    page.unroute("**/api/tokens/*")
+    confirm(page, "Done")
+    assert not probe(client, bob)
+
+
+def find_leaked(page: Page, text: str) -> None:
     page.get_by_role("button", name="End leaked tokens").click()
-    page.get_by_label("Text").fill(f"GET /?token={ann}\n200 OK")
-    confirm(page, "End them")
-    assert not probe(client, ann)
-    expect(page.get_by_role("banner")).to_contain_text("admin")
+    page.get_by_label("Text").fill(text)
+    page.get_by_role("dialog").get_by_role("button", name="Find tokens").click()
+
+
+def test_a_text_has_the_tokens_that_a_log_out_finds(page: Page, server: Server) -> None:
+    named = new_named_value()
+    value = VALUE.decode()
+    texts = [text.decode() for text in WRITTEN.values()]
+    texts += [value, f"{value}1", f"m{named}1", f"tkn{named}{named}", f"{value[:40]}=\n{value[40:]}", "\0".join(value)]
+    texts += [quote("".join(f"%{byte:02x}" for byte in VALUE)), json.dumps(json.dumps(f"a\n{named}\t"))]
+    find = "async ([address, texts]) => texts.map((await import(address)).findValues)"
+    found = page_import(page, server, "leaks.js", find, texts)
+    assert found == [[value.decode() for value in find_values(text.encode())] for text in texts]
 
 
 def test_an_admin_clears_a_throttled_user(page: Page, server: Server, client: httpx.Client) -> None:

@@ -55,11 +55,15 @@ export function path(strings, ...values) {
   return strings.reduce((text, part, index) => text + encodeURIComponent(values[index - 1]) + part);
 }
 
-/** Send a request with the token, unless it is `anonymous`, and return the response. Throws Offline. */
+/**
+ * Send a request with the token of this page, and return the response. Throws Offline. `as`: another token in its
+ * place, or null for none.
+ */
 export async function send(method, address, options = {}) {
-  const { headers = {}, body, anonymous = false, signal = AbortSignal.timeout(TIMEOUT) } = options;
+  const { headers = {}, body, as, signal = AbortSignal.timeout(TIMEOUT) } = options;
   const all = { [HEADER]: "1", Accept: "application/json", ...headers };
-  if (token !== null && !anonymous) all["X-Token"] = token;
+  const sent = as === undefined ? token : as;
+  if (sent !== null) all["X-Token"] = sent;
   if (body !== undefined) all["Content-Type"] = "application/json";
   let answer;
   try {
@@ -68,7 +72,7 @@ export async function send(method, address, options = {}) {
       headers: all,
       body: body === undefined ? undefined : JSON.stringify(body),
       cache: "no-store",
-      credentials: "same-origin",
+      credentials: as === undefined ? "same-origin" : "omit",
       redirect: "error",
       signal,
     });
@@ -82,10 +86,10 @@ export async function send(method, address, options = {}) {
   return answer;
 }
 
-/** Send a request, and return the document of the answer. Throws Refused or Offline. */
-export async function call(method, address, body, anonymous = false) {
+/** Send a request, and return the document of the answer. Throws Refused or Offline. `as`: see `send`. */
+export async function call(method, address, body, as) {
   const sent = token;
-  const answer = await send(method, address, { body, anonymous });
+  const answer = await send(method, address, { body, as });
   if (answer.status === 204) {
     setOnline(true);
     return null;
@@ -102,8 +106,8 @@ export async function call(method, address, body, anonymous = false) {
   }
   setOnline(true);
   if (answer.ok) return document;
-  // A refused login, and an answer to an earlier login, say nothing about this one.
-  const ended = answer.status === 401 && (method !== "POST" || address !== "api/token") && sent === token;
+  // A refused login, another token, and an answer to an earlier login say nothing about this one.
+  const ended = answer.status === 401 && as === undefined && (method !== "POST" || address !== "api/token") && sent === token;
   if (ended) {
     token = null;
     notify("ended");
@@ -116,9 +120,14 @@ export async function call(method, address, body, anonymous = false) {
 }
 
 /** Return who is logged in, by the token or by the login page's cookie, or null. */
-export async function whoAmI() {
+export function whoAmI() {
+  return whoIs(undefined);
+}
+
+/** Return whose token a value is, or null. This is no use of it. */
+export async function whoIs(value) {
   try {
-    return await call("GET", "api/me");
+    return await call("GET", "api/me", undefined, value);
   } catch (error) {
     // Without a login page, the cookie is not read, and the API asks for a token.
     if (error instanceof Refused && error.status === 401) return null;
@@ -137,9 +146,21 @@ export function useToken(value) {
   token = value;
 }
 
-/** End all tokens in a text. The request has no token of ours: it would end, too. */
-export async function endLeaked(text) {
-  await call("DELETE", "api/token", { text }, true);
+/**
+ * End a token of a user, of which the value is known. Returns whether that is written: while the database cannot be
+ * written, a log-out with the value is held in memory.
+ */
+export async function endLeaked({ id, user, value }) {
+  try {
+    await call("DELETE", path`api/tokens/${id}?user=${user}`);
+  } catch (error) {
+    if (!(error instanceof Refused) || ![404, 503].includes(error.status)) throw error;
+    if (error.status === 503) {
+      await call("DELETE", "api/token", { token: value }, null);
+      return false;
+    }
+  }
+  return true;
 }
 
 /** Extend the login, as each use of it does. Reading does not. Returns false if its lifetime is fixed. */

@@ -104,11 +104,11 @@ export function say(text) {
 }
 
 /**
- * Open a dialog. `fields` are [{name, label, kind?, value?, help?, required?, options?}]. `run` gets their values: if
- * it throws, the dialog says why; if it returns something, the dialog shows that.
+ * Open a dialog. `content` is shown below `text`. `fields` are [{name, label, kind?, value?, help?, required?,
+ * options?}]. `run` gets their values: if it throws, the dialog says why; if it returns something, the dialog shows that.
  */
-export function ask({ title, text, fields = [], action, danger = false, run }) {
-  openDialog({ key: (dialogs += 1), title, text, fields, action, danger, run });
+export function ask({ title, text, content, fields = [], action, danger = false, run }) {
+  openDialog({ key: (dialogs += 1), title, text, content, fields, action, danger, run });
 }
 
 export function Dialogs() {
@@ -127,7 +127,7 @@ export function Dialogs() {
   `;
 }
 
-function Dialog({ title, text, fields, action, danger, run, close }) {
+function Dialog({ title, text, content, fields, action, danger, run, close }) {
   const element = useRef(null);
   const [error, setError] = useState(null);
   const [busy, setBusy] = useState(false);
@@ -168,6 +168,7 @@ function Dialog({ title, text, fields, action, danger, run, close }) {
       ? html`${result}<div class="buttons"><button class="main" autofocus onClick=${close}>Done</button></div>`
       : html`<form onSubmit=${submit}>
           ${text && html`<p>${text}</p>`}
+          ${content}
           ${fields.map((field) => html`<${Field} key=${field.name} ...${field} />`)}
           ${error && html`<${Problem} error=${error} />`}
           <div class="buttons">

@@ -1,12 +1,14 @@
 // Tokens: those of all users, for admins.
 
-import { call, endLeaked, path } from "./api.js";
+import { call, endLeaked, path, whoIs } from "./api.js";
 import { useData } from "./data.js";
+import { findValues } from "./leaks.js";
 import { Actions, Loaded, Table, Time, ask, say } from "./parts.js";
 import { html, useCallback, useEffect, useState } from "./preact.js";
-import { agentName, count } from "./words.js";
+import { NO_USE, agentName, count, exact } from "./words.js";
 
 const PAGE = 100;
+const ABREAST = 6; // words of a text that are looked up at a time
 const LOOKS = 20; // pages that one search reads at most: one of them may have no match, and yet a next one
 
 export function Tokens() {
@@ -16,7 +18,7 @@ export function Tokens() {
   const read = useCallback(() => readTokens(search, kind, wanted), [search, kind, wanted]);
   const tokens = useData(read, "tokens");
   return html`
-    <${Search} search=${search} setSearch=${setSearch} kind=${kind} setKind=${setKind} />
+    <${Search} search=${search} setSearch=${setSearch} kind=${kind} setKind=${setKind} reload=${tokens.reload} />
     <${Loaded} read=${tokens}>
       ${(found) => html`
         <${OfOneUser} tokens=${found.tokens} search=${search} reload=${tokens.reload} />
@@ -40,24 +42,12 @@ async function readTokens(search, kind, wanted) {
   return { tokens, more: next !== null };
 }
 
-function Search({ search, setSearch, kind, setKind }) {
+function Search({ search, setSearch, kind, setKind, reload }) {
   const [text, setText] = useState(search);
   useEffect(() => {
     const timer = setTimeout(() => setSearch(text.trim()), 300);
     return () => clearTimeout(timer);
   }, [text]);
-  const leaked = () =>
-    ask({
-      title: "End leaked tokens",
-      text: "Paste the token, or the log or message that has it. All tokens in it end at once, of whatever user.",
-      fields: [{ name: "text", label: "Text", kind: "textarea", required: true, help: "It is sent to tokenauth, and kept nowhere. The first 64 KiB count." }],
-      action: "End them",
-      danger: true,
-      run: async ({ text: leak }) => {
-        await endLeaked(leak);
-        say("Every token in the text has ended.");
-      },
-    });
   return html`<form class="filter" role="search" onSubmit=${(event) => event.preventDefault()}>
     <div>
       <label for="search">Search</label>
@@ -71,8 +61,89 @@ function Search({ search, setSearch, kind, setKind }) {
         <option value="named">Named tokens</option>
       </select>
     </div>
-    <button type="button" onClick=${leaked}>End leaked tokens</button>
+    <button type="button" onClick=${() => askForLeak(reload)}>End leaked tokens</button>
   </form>`;
+}
+
+function askForLeak(reload) {
+  ask({
+    title: "End leaked tokens",
+    text: "Paste the token, or the log or message that has it. You see whose tokens are in it before any of them ends.",
+    fields: [
+      { name: "text", label: "Text", kind: "textarea", required: true, help: "It stays in this page. Only words of 64 letters and digits are looked up." },
+    ],
+    action: "Find tokens",
+    run: async ({ text }) => {
+      const words = findValues(text);
+      const found = await findLive(words);
+      if (found.length) return void askToEnd(found, reload);
+      return html`<p role="status">
+        No live token in the text. ${words.length > 0 && `${count(words.length, "word has", "words have")} the form of a token.`}
+      </p>`;
+    },
+  });
+}
+
+/** Return the live tokens with these values, as the API lists them, each with its value. */
+async function findLive(values) {
+  const found = [];
+  for (let at = 0; at < values.length; at += ABREAST) {
+    const some = values.slice(at, at + ABREAST);
+    found.push(...(await Promise.all(some.map(describe))).filter((token) => token !== null));
+  }
+  return found.sort((one, other) => one.current - other.current); // who ends their own login can end no other after it
+}
+
+async function describe(value) {
+  const owner = await whoIs(value);
+  if (owner === null) return null;
+  const { tokens } = await call("GET", path`api/tokens?user=${owner.username}&kind=all`);
+  const listed = tokens.find((token) => token.id === owner.id);
+  return { ...owner, user: owner.username, current: false, ...listed, value }; // who has very many has others listed
+}
+
+function askToEnd(found, reload) {
+  const one = found.length === 1;
+  ask({
+    title: "Leaked tokens",
+    text: `${count(found.length, "live token is", "live tokens are")} in the text. End ${one ? "it, and it is" : "them, and they are"} refused at once, everywhere. Copy what you need to know before: a token that has ended is in no list.`,
+    content: html`<${Leaked} tokens=${found} />`,
+    action: one ? "End it" : "End them",
+    danger: true,
+    run: async () => {
+      let held = 0;
+      for (const token of found) held += (await endLeaked(token)) ? 0 : 1;
+      await reload();
+      return html`
+        <p role="status">
+          ${count(found.length, "token")} ended: ${found.map((token) => `${token.user} (${nameOf(token)})`).join(", ")}.${" "}
+          ${held > 0 && html`<strong>${held === 1 ? "It is" : "They are"} refused, and held in memory until the database can be written: do not restart tokenauth before.</strong>`}
+        </p>
+        <${Leaked} tokens=${found} />
+      `;
+    },
+  });
+}
+
+function Leaked({ tokens }) {
+  return html`<ul class="leaked">
+    ${tokens.map(
+      (token) => html`<li key=${token.id}>
+        <span class="name">${token.user}</span>: ${nameOf(token)} ${token.name && html`<span class="badge">named</span>`}
+        ${token.current && html`<strong class="badge">this login</strong>`}
+        <div class="soft small">
+          from ${token.address || "an unknown address"}${token.name && token.user_agent && `, ${agentName(token.user_agent)}`};
+          ${" "}since ${exact(token.issued_at)};
+          ${" "}last use ${token.last_used_at ? exact(token.last_used_at) : NO_USE};
+          ${" "}id <code>${token.id}</code>
+        </div>
+      </li>`,
+    )}
+  </ul>`;
+}
+
+function nameOf(token) {
+  return token.name ?? agentName(token.user_agent);
 }
 
 /** Where the search is the name of a user: end all of their tokens. */
@@ -94,7 +165,6 @@ function OfOneUser({ tokens, search, reload }) {
 }
 
 function Found({ tokens, search, reload }) {
-  const nameOf = (token) => token.name ?? agentName(token.user_agent);
   const end = (token) =>
     ask({
       title: `End this token of ${token.user}?`,

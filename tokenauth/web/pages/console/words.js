@@ -38,6 +38,9 @@ export function count(number, one, many = `${one}s`) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 }
 
+/** What is said of a token of which no use is known: it may have been used all the same. */
+export const NO_USE = "not noted yet (at most once an hour)";
+
 const BROWSERS = [
   ["Edg/", "Edge"],
   ["OPR/", "Opera"],
