@@ -120,11 +120,21 @@ class ServedDatabase(NamedTuple):
     """Whether the start fails without it. Otherwise it succeeds, and every operation raises StoreUnavailable."""
 
 
+class FileLine(NamedTuple):
+    """A line of a file."""
+
+    path: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}"
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """A name that may log in, as the configuration defines it.
 
-    origin: the place in another file than the configuration, such as "htpasswd, line 3".
+    origin: the place in another file than the configuration.
     credential: a fingerprint of the password hash. Tokens keep it, so they end when the password changes.
     named_credential: what new named tokens keep: the same, or "" if they outlive a change of the password.
     credentials: both. A token with any other is not valid.
@@ -134,7 +144,7 @@ class User:
     password_hash: str = field(repr=False)
     scopes: tuple[str, ...] = ()
     named_tokens_end_with_password: bool = True
-    origin: str = field(default="", compare=False)
+    origin: FileLine | None = field(default=None, compare=False)
     credential: str = field(init=False, repr=False)
     named_credential: str = field(init=False, repr=False)
     credentials: tuple[str, str] = field(init=False, repr=False)

@@ -273,8 +273,8 @@ def _eaten(hashed: str) -> str:
 
 def how_to_renew(user: User) -> str:
     """Return the command that sets a new password."""
-    if user.origin:
-        return htpasswd.how_to_renew(user.origin.rpartition(", line ")[0], user.username)
+    if user.origin is not None:
+        return htpasswd.how_to_renew(user.origin.path, user.username)
     return f"run `tokenauth user passwd {shlex.quote(user.username)}`"
 
 

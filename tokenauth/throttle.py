@@ -134,7 +134,7 @@ class _State(NamedTuple):
     """Failures in a row of the name at the location."""
 
 
-class _History(NamedTuple):
+class _Delays(NamedTuple):
     """What the store has about names that are tried together, and the delay of each."""
 
     states: Sequence[_State]
@@ -317,8 +317,8 @@ class Throttle:
             now = self._clock()
             wait = max(_bucket_wait(bucket, found, now) for bucket in buckets)
         else:
-            history = await self._read([_keys(listed.user or "", listed.address)])
-            wait, now = history.longest()[0], history.now
+            delays = await self._read([_keys(listed.user or "", listed.address)])
+            wait, now = delays.longest()[0], delays.now
         return listed._replace(failures=wait.failures, until=now + wait.seconds) if wait.seconds > 0 else None
 
     def _note(self, keys: _Keys, wait: _Wait, now: Instant) -> None:
@@ -344,26 +344,26 @@ class Throttle:
 
         Raises TooManyAttempts.
         """
-        history = await self._read(names)
-        longest, state = history.longest()
+        delays = await self._read(names)
+        longest, state = delays.longest()
         if longest.seconds > 0:
             self.refusals += 1
-            self._note(state.keys, longest, history.now)
+            self._note(state.keys, longest, delays.now)
             raise TooManyAttempts(retry_after=math.ceil(longest.seconds))
         # Other names that would still have to wait are not tried.
-        states = [state for state, wait in zip(history.states, history.waits, strict=True) if wait.seconds <= 0]
-        found, now = history.found, history.now
+        states = [state for state, wait in zip(delays.states, delays.waits, strict=True) if wait.seconds <= 0]
+        found, now = delays.found, delays.now
         remaining = {
             bucket.key: bucket.remaining(found, now)
             for state in states
-            for bucket in self._limiting_buckets(state, history.all_strangers)
+            for bucket in self._limiting_buckets(state, delays.all_strangers)
         }
         for state in states:
             key = _streak_key(state)
             remaining[key] = self._settings.free - self._streak_length(found.get(key), now)
         return states, {key: max(1, int(number) // self._workers) for key, number in remaining.items()}
 
-    async def _read(self, names: Sequence[_Keys]) -> _History:
+    async def _read(self, names: Sequence[_Keys]) -> _Delays:
         """Read what has failed under these names, and how long each has to wait."""
         wanted = [
             key for keys in names for key in (keys.known, keys.location_streak, keys.location, keys.name, keys.region)
@@ -384,7 +384,7 @@ class Throttle:
             now = self._clock()
         all_strangers = len(strangers) == len(states)
         waits = [self._wait_time(state, all_strangers, found, now) for state in states]
-        return _History(states, waits, found, now, all_strangers)
+        return _Delays(states, waits, found, now, all_strangers)
 
     def _wait_time(self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant) -> _Wait:
         """Return the longest of the delays that apply."""

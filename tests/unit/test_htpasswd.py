@@ -37,7 +37,7 @@ async def test_users_of_both_can_log_in(file: Path) -> None:
     settings = parsed(file, content, 'scopes = ["read"]')
     users = settings.users_by_name
     assert {name: user.scopes for name, user in users.items()} == {"bob": ("own",), "ann": ("read",), "eve": ("read",)}
-    assert (users["bob"].origin, users["ann"].origin) == ("", f"{file}, line 3")
+    assert (users["bob"].origin, str(users["ann"].origin)) == (None, f"{file}, line 3")
     passwords = Passwords(PasswordSettings(memory_kib=8, time_cost=1, threads=1), users)
     try:
         found, _ = await passwords.verify([("ann", WORD)])

@@ -1,16 +1,12 @@
 """`tokenauth doctor`: everything that can be checked before or while a server runs, and what to do about it."""
 
 import asyncio
-import json
 import os
 import re
 import shutil
-import socket
-import ssl
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +16,7 @@ import click
 from tokenauth import file_descriptors
 from tokenauth.audit import log as audit_log
 from tokenauth.cli.base import count, print_json
-from tokenauth.cli.health import find_problem
+from tokenauth.cli.health import ask
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
 from tokenauth.models import DatabaseReport
@@ -41,9 +37,6 @@ _RENEWAL = 7 * 86400
 
 _SKEW = 2.0
 """Seconds by which the clocks of two machines may differ."""
-
-_ANSWER_TIME = 2.0
-"""Seconds to wait for what listens on the port."""
 
 
 class Finding(NamedTuple):
@@ -169,7 +162,7 @@ def _port(settings: ServerSettings) -> Finding:
         listen(settings).close()
     except (ConfigError, StartError) as error:
         problem, _, fix = str(error).partition("; ")
-        if settings.port and _is_tokenauth(_connect(settings)):
+        if settings.port and _is_tokenauth(settings):
             return _running("port", f"tokenauth serves on {where}", settings)
         return Finding("error", "port", problem, fix)
     return Finding("ok", "port", f"{where} is free")
@@ -206,14 +199,14 @@ def _socket(settings: ServerSettings) -> Finding:
         return Finding("error", "socket", problem, fix)
     if not served:
         return Finding("ok", "socket", f"{settings.socket} is free")
-    if _is_tokenauth(_connect(settings)):
+    if _is_tokenauth(settings):
         return _running("socket", f"tokenauth serves on {settings.socket}", settings)
     return Finding("error", "socket", f"another program serves on {settings.socket}", "stop it, or use another path")
 
 
 def _running(check: str, text: str, settings: ServerSettings) -> Finding:
     """Ask the running server whether it is ready: what keeps it from that may not show from here."""
-    problem = find_problem(settings)
+    problem = ask(settings, "/readyz").get("reason")
     if problem is None:
         return Finding("ok", check, text)
     return Finding(
@@ -221,37 +214,8 @@ def _running(check: str, text: str, settings: ServerSettings) -> Finding:
     )
 
 
-def _connect(settings: ServerSettings) -> socket.socket | None:
-    """Connect to what listens there; None if nothing answers."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    with suppress(OSError):
-        if not settings.socket:
-            connection = socket.create_connection((host, settings.port), timeout=_ANSWER_TIME)
-            if not settings.tls_certificate:
-                return connection
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
-            return context.wrap_socket(connection)
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(_ANSWER_TIME)
-        connection.connect(settings.socket)
-        return connection
-    return None
-
-
-def _is_tokenauth(connection: socket.socket | None) -> bool:
-    """Ask whether a tokenauth serves there."""
-    answer = b""
-    if connection is None:
-        return False
-    with suppress(OSError), connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        while len(answer) < 4096 and (part := connection.recv(4096)):
-            answer += part
-    with suppress(ValueError):
-        document = json.loads(answer.partition(b"\r\n\r\n")[2])
-        return isinstance(document, dict) and document.get("service") == "tokenauth"
-    return False
+def _is_tokenauth(settings: ServerSettings) -> bool:
+    return ask(settings, "/").get("service") == "tokenauth"
 
 
 def _audit(settings: AuditSettings) -> Iterator[Finding]:

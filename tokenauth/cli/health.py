@@ -23,8 +23,6 @@ from tokenauth.logs import printable
 if TYPE_CHECKING:
     from tokenauth.settings.model import ServerSettings
 
-_WILDCARDS: Mapping[str, str] = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-
 _MAX_ANSWER = 1 << 16
 
 _ANSWER_TIME = 5.0
@@ -82,7 +80,7 @@ def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]
         return answer.status, answer.read(_MAX_ANSWER)
 
 
-def _read(body: bytes) -> dict[str, str]:
+def _read(body: bytes) -> Mapping[str, str]:
     try:
         found = json.loads(body)
     except ValueError:
@@ -104,20 +102,20 @@ def _of_url(url: str) -> tuple[str, Connect]:
     return _tcp(host, port or (443 if parts.scheme == "https" else 80), parts.scheme == "https")
 
 
-def find_problem(server: "ServerSettings") -> str | None:
-    """Return why the server that runs there says that it is not ready; None if it is, or does not answer."""
+def ask(server: "ServerSettings", path: str) -> Mapping[str, str]:
+    """Return the JSON object that the server of these settings answers; an empty one if it does not."""
     _, connect = _of_settings(server)
     try:
-        _, body = _get(connect(_ANSWER_TIME), "/readyz")
+        _, body = _get(connect(_ANSWER_TIME), path)
     except (OSError, http.client.HTTPException):
-        return None
-    return _read(body).get("reason")
+        return {}
+    return _read(body)
 
 
 def _of_settings(server: "ServerSettings") -> tuple[str, Connect]:
     if server.socket:
         return server.socket, lambda timeout: _UnixConnection(server.socket, timeout)
-    return _tcp(_WILDCARDS.get(server.host, server.host), server.port, bool(server.tls_certificate))
+    return _tcp(server.reachable_host, server.port, bool(server.tls_certificate))
 
 
 def _tcp(host: str, port: int, tls: bool) -> tuple[str, Connect]:

@@ -119,7 +119,7 @@ def user_list(config_file: str | None, as_json: bool) -> None:
     path = loader.find(config_file)
     settings = loader.load(path)
     rows: list[dict[str, object]] = [
-        {"username": user.username, "scopes": list(user.scopes), "origin": user.origin or str(path)}
+        {"username": user.username, "scopes": list(user.scopes), "origin": str(user.origin or path)}
         for user in settings.users_by_name.values()
     ]
     if not settings.users_file.path:

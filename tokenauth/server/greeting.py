@@ -6,8 +6,6 @@ from tokenauth import __version__
 from tokenauth.risks import SHIPPED_HASH, Risk
 from tokenauth.settings.model import Settings
 
-_WILDCARDS = frozenset({"0.0.0.0", "::"})
-
 
 def greeting(settings: Settings, port: int, risks: Sequence[Risk], command: str, options: str) -> str:
     """Return the text, with line breaks. `command` and `options` are how a person runs other commands."""
@@ -21,12 +19,13 @@ def greeting(settings: Settings, port: int, risks: Sequence[Risk], command: str,
 
 def _addresses(settings: Settings, port: int) -> Iterator[str]:
     host, found = settings.server.host, list[tuple[str, str]]()
-    shown = "localhost" if host in _WILDCARDS else f"[{host}]" if ":" in host else host
+    everywhere = host != settings.server.reachable_host
+    shown = "localhost" if everywhere else f"[{host}]" if ":" in host else host
     url = f"{'https' if settings.server.tls_certificate else 'http'}://{shown}:{port}"
     if settings.server.socket:
         found.append((f"unix:{settings.server.socket}", "for a reverse proxy"))
     else:
-        found.append((url, "and all other addresses of this machine" if host in _WILDCARDS else ""))
+        found.append((url, "and all other addresses of this machine" if everywhere else ""))
         found.append((f"{url}/console", "see logins, named tokens and pools"))
     if settings.server.docs and not settings.server.socket:
         found.append((f"{url}/docs", "try the API"))

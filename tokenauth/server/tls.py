@@ -115,7 +115,7 @@ class Validity:
         except ssl.SSLError as error:
             self.problem = error.reason or "broken"
             return
-        self.names = tuple(str(pair[1]) for pair in found.get("subjectAltName", ()))
+        self.names = tuple(str(name) for _, name in found.get("subjectAltName", ()))
         self.until = datetime.fromtimestamp(ssl.cert_time_to_seconds(found["notAfter"]), UTC)
 
 

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 
 from tokenauth.errors import ConfigError
+from tokenauth.models import FileLine
 from tokenauth.settings.fields import SettingError
 from tokenauth.settings.files_read import open_regular
 from tokenauth.settings.model import FileUserSettings, UsersFileSettings, canonical
@@ -31,7 +32,7 @@ def read(settings: UsersFileSettings, known: Mapping[str, object]) -> tuple[File
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        where = f"{path}, line {number}"
+        where = FileLine(path, number)
         name, colon, rest = line.rstrip("\r").partition(":")
         if not colon:
             raise ConfigError(f"users_file.path: {where}: has no colon between a name and a hash")
@@ -58,6 +59,11 @@ def read(settings: UsersFileSettings, known: Mapping[str, object]) -> tuple[File
 def how_to_renew(path: str, name: str) -> str:
     """Return the command that sets a new password."""
     return f"run `htpasswd -B -C 12 {shlex.quote(path)} {shlex.quote(name)}`"
+
+
+def how_to_remove(path: str, name: str) -> str:
+    """Return the command that removes a user."""
+    return f"run `htpasswd -D {shlex.quote(path)} {shlex.quote(name)}`"
 
 
 def _text(path: str) -> str:

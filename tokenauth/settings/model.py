@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tokenauth.models import ADMIN, Member, Pool, User, is_visible
+from tokenauth.models import ADMIN, FileLine, Member, Pool, User, is_visible
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
 from tokenauth.settings.origin import DOMAIN, Origin, check_origin, parse_origin
@@ -68,6 +68,11 @@ class ServerSettings(Table, frozen=True):
     access_log: bool = False
     docs: bool = True
     reload: Literal["signal", "watch"] = "signal"
+
+    @property
+    def reachable_host(self) -> str:
+        """The host under which a program on this machine reaches the service."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
     def __post_init__(self) -> None:
         for number, origin in enumerate(self.cors_origins):
@@ -210,9 +215,9 @@ class UserSettings(Table, frozen=True):
 
 
 class FileUserSettings(UserSettings, frozen=True):
-    """A user of the users_file. `origin` is the place there, such as "htpasswd, line 3"."""
+    """A user of the users_file. `origin` is the place there."""
 
-    origin: str = ""
+    origin: FileLine | None = None
 
 
 class UsersFileSettings(Table, frozen=True):
@@ -538,7 +543,7 @@ class Settings(Table, frozen=True, dict=True):
         ends = self.tokens.named_tokens_end_with_password
         found = {}
         for user in self.users:
-            name, origin = canonical(user.username), user.origin if isinstance(user, FileUserSettings) else ""
+            name, origin = canonical(user.username), user.origin if isinstance(user, FileUserSettings) else None
             found[name] = User(name, user.password, user.scopes, ends, origin)
         return found
 

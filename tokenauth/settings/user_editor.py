@@ -117,13 +117,12 @@ class UserEditor:
             user = loader.parse(self._file.read()).users_by_name.get(canonical(name))
         except ConfigError:  # it is said when the edit is checked
             return
-        if user is not None and user.origin:
-            file, _, line = user.origin.rpartition(", line ")
-            fix = htpasswd.how_to_renew(file, user.username)
-            command = fix.replace("-B -C 12", "-D")
+        if user is not None and user.origin is not None:
+            file, line = user.origin
+            renew, remove = htpasswd.how_to_renew(file, user.username), htpasswd.how_to_remove(file, user.username)
             raise ConfigError(
                 f"{self.path}: {user.username!r} is in line {line} of the users_file {file}, and `tokenauth user` edits"
-                f" this file only; {fix} for a new password, or {command.removeprefix('run ')} to remove the user"
+                f" this file only; {renew} for a new password, or {remove} to remove the user"
             )
 
     def _checked(self, before: str, after: str, users: Sequence[Entry]) -> str:
