@@ -161,9 +161,11 @@ async def _serving(service: Service) -> AsyncIterator[Mapping[str, object]]:
         await service.pools.prefill()
         sweeper = Sweeper(service.store, service.pools, service.clock, service.settings.throttle.forget)
         sweeping = asyncio.create_task(sweeper.run())
-        gc.collect()
+        if gc.isenabled():
+            gc.collect()
         gc.freeze()  # objects that live until the end need not be collected again and again
         gc.set_threshold(GC_THRESHOLD)
+        gc.enable()  # a worker starts without it, and leaves next to nothing to collect
         log.info("started", version=__version__, users=len(service.settings.users_by_name))
         try:
             origins = frozenset(service.settings.server.cors_origins)
