@@ -484,16 +484,28 @@ def test_a_text_has_the_tokens_that_a_log_out_finds(page: Page, server: Server) 
     assert found == [[value.decode() for value in find_values(text.encode())] for text in texts]
 
 
-def test_an_admin_clears_a_throttled_user(page: Page, server: Server, client: httpx.Client) -> None:
-    for number in range(7):
-        client.post("/api/token", json={"username": "bob", "password": f"guess {number}"})
+def test_an_admin_clears_a_user_at_one_address(page: Page, server: Server, client: httpx.Client) -> None:
+    """The dialog and the message say at which one, and from where the user still has to wait."""
     right = {"username": "bob", "password": "bob-secret"}
-    assert client.post("/api/token", json=right).status_code == 429
+    attacker, home = ({"X-Forwarded-For": address} for address in ("198.51.100.7", "203.0.113.9"))
+    for number in range(7):
+        for headers in (attacker, home):
+            client.post("/api/token", json={"username": "bob", "password": f"guess {number}"}, headers=headers)
+    assert client.post("/api/token", json=right, headers=home).status_code == 429
     enter(page, server, "admin", "admin", "#throttle")
-    row(page, "Throttled logins", "bob").get_by_role("button").click()
+    row(page, "Throttled logins", "203.0.113.9").get_by_role("button", name="Clear bob from 203.0.113.9").click()
+    expect(page.get_by_role("dialog")).to_contain_text("Clear the failed logins of bob from 203.0.113.9?")
+    expect(page.get_by_role("dialog")).to_contain_text("bob is also throttled from 198.51.100.7, and stays so.")
     confirm(page, "Clear")
+    expect(
+        page.get_by_text("bob can log in from 203.0.113.9 again; still throttled from 198.51.100.7.")
+    ).to_be_visible()
+    assert [client.post("/api/token", json=right, headers=who).status_code for who in (home, attacker)] == [200, 429]
+    row(page, "Throttled logins", "198.51.100.7").get_by_role("button").click()
+    confirm(page, "Clear")
+    expect(page.get_by_text("bob can log in from 198.51.100.7 again.")).to_be_visible()
     expect(page.get_by_text("Nobody has to wait.")).to_be_visible()
-    assert client.post("/api/token", json=right).status_code == 200
+    assert client.post("/api/token", json=right, headers=attacker).status_code == 200
 
 
 def test_the_health_view_shows_what_happens(page: Page, server: Server, client: httpx.Client) -> None:

@@ -7,22 +7,26 @@ import { html } from "./preact.js";
 
 export function Throttle() {
   const throttle = useData("api/throttle", "throttle");
-  const clear = async (address, who) => {
+  const clear = async (address, held) => {
     await call("DELETE", address);
-    say(`${who} can log in again.`);
+    const { throttled: left } = await call("GET", "api/throttle");
+    const others = elsewhere(left, held);
+    say(`${held.kind === "network" ? "Everyone unknown" : held.user} can log in from ${held.address} again${others && `; still throttled from ${others}`}.`);
     await throttle.reload();
   };
-  const askFirst = (held) =>
+  const askFirst = (held, listed) => {
+    const others = elsewhere(listed, held);
     ask({
-      title: `Clear the failed logins of ${whoOf(held)}?`,
-      text: "They are forgotten, and the next login is checked at once. If someone guesses passwords there, they have new attempts, too.",
+      title: `Clear the failed logins of ${whoFrom(held)}?`,
+      text: `They are forgotten, and the next login from ${held.address} is checked at once. If someone guesses passwords there, they have new attempts, too.${others && ` ${held.user} is also throttled from ${others}, and stays so.`}`,
       action: "Clear",
       run: () =>
         clear(
           held.kind === "network" ? path`api/throttle?network=${held.address}` : path`api/throttle?user=${held.user}&address=${held.address}`,
-          whoOf(held),
+          held,
         ),
     });
+  };
   const askWhom = () =>
     ask({
       title: "Clear a user",
@@ -32,16 +36,16 @@ export function Throttle() {
         { name: "address", label: "Their IP address", required: true, maxLength: 64 },
       ],
       action: "Clear",
-      run: ({ user, address }) => clear(path`api/throttle?user=${user}&address=${address}`, user),
+      run: ({ user, address }) => clear(path`api/throttle?user=${user}&address=${address}`, { kind: "user", user, address }),
     });
-  const columns = [
+  const columns = (listed) => [
     ["Who", (held) => html`<span class="name">${whoOf(held)}</span>`, "first"],
     ["From", (held) => held.address],
     ["Failed logins", (held) => held.failures],
     ["Waits until", (held) => html`<${Time} at=${held.until} />`],
     [
       "Actions",
-      (held) => html`<${Actions} actions=${[held.kind !== "unknown" && ["Clear", () => askFirst(held), `Clear ${whoOf(held)} from ${held.address}`]]} />`,
+      (held) => html`<${Actions} actions=${[held.kind !== "unknown" && ["Clear", () => askFirst(held, listed), `Clear ${whoFrom(held)}`]]} />`,
       "last",
     ],
   ];
@@ -59,7 +63,7 @@ export function Throttle() {
         ${({ throttled: listed }) =>
           html`<${Table}
             label="Throttled logins"
-            columns=${columns}
+            columns=${columns(listed)}
             rows=${listed}
             keyOf=${(held) => `${held.kind} ${held.user} ${held.address}`}
             empty="Nobody has to wait."
@@ -70,5 +74,15 @@ export function Throttle() {
 }
 
 function whoOf({ kind, user }) {
-  return kind === "user" ? user : kind === "network" ? "everyone there" : "unknown names";
+  return kind === "user" ? user : kind === "network" ? "everyone unknown there" : "unknown names";
+}
+
+function whoFrom(held) {
+  return held.kind === "network" ? `everyone unknown in ${held.address}` : `${whoOf(held)} from ${held.address}`;
+}
+
+/** Return from which other addresses a user has to wait. */
+function elsewhere(listed, { kind, user, address }) {
+  const same = listed.filter((held) => kind === "user" && held.kind === kind && held.user === user && held.address !== address);
+  return same.map((held) => held.address).join(", ");
 }
