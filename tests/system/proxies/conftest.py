@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to `make faults` what repeats a test behind another proxy than FIRST, with other parameters."""
     begun = set[tuple[str, str]]()
     for item in items:
-        if item.path.parent != Path(__file__).parent or not isinstance(item, pytest.Function):
+        if not item.nodeid.startswith("tests/system/proxies/") or not isinstance(item, pytest.Function):
             continue
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         for name in OTHERS:
