@@ -135,8 +135,7 @@ _MISTAKES = frozenset({"configuration_refused", "start_failed"})
 
 
 def _leave_out(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    new_database = event["event"] == "schema_upgraded" and event["before"] is None
-    if event["event"] in _LEFT_OUT or new_database or event.get("signal") == "SIGINT":
+    if event["event"] in _LEFT_OUT or event.get("signal") == "SIGINT":
         raise structlog.DropEvent
     return event
 

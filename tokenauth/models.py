@@ -91,6 +91,12 @@ ANONYMOUS = Identity("")
 DATABASE_LOST = "lost"
 """The identity of a database that was moved, deleted or replaced. No database has it."""
 
+PUT_DATABASE_BACK = (
+    "put it back, then restart tokenauth: a restart without it begins an empty database, and all logins, leases and"
+    " fences are gone"
+)
+"""What to do when the file of a running server is missing."""
+
 
 @dataclass
 class DatabaseReport:

@@ -455,7 +455,9 @@ async def test_a_deleted_database_file_stops_the_store(places: Places, suffix: s
     with structlog.testing.capture_logs() as logs:
         os.unlink(file + suffix)
         for _ in range(2):
-            assert "restart tokenauth" in (await place.store.ready() or "")
+            reason = await place.store.ready() or ""
+            assert "restart tokenauth" in reason
+            assert ("begins an empty database" in reason) is (suffix == "")
         for operation in (*READS.values(), *WRITES.values()):
             await refused(place, operation)
     replaced = [entry["file"] for entry in logs if entry["event"] == "store_file_replaced"]

@@ -226,8 +226,8 @@ def start_together(config: Path, count: int) -> None:
             with Connection(server.port) as connection:
                 assert connection.ask("GET", "/readyz").status == 200
                 assert all(map(connection.valid, tokens))
-        upgrades = [event for server in servers for event in server.events("schema_upgraded")]
-        assert len(upgrades) == 1, "the schema must be created once"
+        created = [event for server in servers for event in server.events("database_created")]
+        assert len(created) == 1, "the schema must be created once"
         errors = [event for server in servers for event in server.events() if event["level"] in {"error", "critical"}]
         assert not errors
 

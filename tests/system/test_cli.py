@@ -242,7 +242,7 @@ def test_users_are_added_changed_and_removed(home: Path) -> None:
 
 
 def test_migrate_creates_a_database_and_is_repeatable(home: Path) -> None:
-    for events in (["schema_upgraded"], []):
+    for events in (["database_created"], []):
         done = run(home, "migrate")
         assert (done.returncode, done.stdout) == (0, f"The database has schema {HEAD}.\n")
         assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == events

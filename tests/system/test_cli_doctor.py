@@ -130,6 +130,9 @@ def test_a_running_server_that_is_not_ready_is_an_error(tmp_path: Path) -> None:
     assert (code, found["port"]["status"]) == (1, "error")
     assert found["port"]["text"] == f"tokenauth serves on 127.0.0.1 port {port}, and is not ready: {reason}"
     assert "When something happens" in found["port"]["fix"]
+    assert found["database"]["status"] == "error"
+    assert "is missing while a server uses it" in found["database"]["text"]
+    assert found["database"]["fix"].startswith("put it back, then restart tokenauth")
 
 
 def test_a_unix_socket_is_examined_and_not_made(tmp_path: Path) -> None:
@@ -204,6 +207,22 @@ def test_a_database_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
     code, found = examined(tmp_path)
     assert (code, found["database"]["status"]) == (0, "ok")
     assert os.listdir(tmp_path) == ["config.toml"]
+
+
+def test_a_database_that_was_moved_is_an_error(home: Path) -> None:
+    """SQLite deletes the -wal file beside a new database: the latest commits of the one that was moved."""
+    with database(home) as db:
+        db.execute("DELETE FROM marks")  # so there is a -wal file
+        (home / "tokenauth.db").rename(home / "moved.db")
+    before = (home / "tokenauth.db-wal").read_bytes()
+    assert before
+    code, found = examined(home)
+    assert (code, found["database"]["status"]) == (1, "error")
+    assert "is missing, but its -wal file" in found["database"]["text"]
+    assert "is missing, but its -wal file" in mistake(run(home, "migrate"))
+    assert (home / "tokenauth.db-wal").read_bytes() == before
+    (home / "moved.db").rename(home / "tokenauth.db")
+    assert examined(home)[0] == 0
 
 
 def test_a_file_that_is_no_database_is_an_error(home: Path) -> None:

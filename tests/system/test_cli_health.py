@@ -46,7 +46,9 @@ def test_a_store_that_is_gone_is_not_ready_but_alive(tmp_path: Path) -> None:
         (tmp_path / "tokenauth.db").rename(tmp_path / "moved.db")
         server.wait("store_file_replaced")
         assert output(run(tmp_path, "health", "--url", server.url)) == "ok\n"
-        assert "was moved, deleted or replaced" in mistake(run(tmp_path, "health", "--ready", "--url", server.url))
+        assert "the database file is missing; put it back, then restart" in mistake(
+            run(tmp_path, "health", "--ready", "--url", server.url)
+        )
 
 
 def test_a_server_that_does_not_run_exits_with_1(tmp_path: Path) -> None:

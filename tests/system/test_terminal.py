@@ -136,7 +136,8 @@ def test_serve_greets_people_and_ends_quietly_at_ctrl_c(tmp_path: Path) -> None:
         found.expect("exit 0")
     shown = re.sub(r"\d{4,5}", "PORT", found.shown.replace("\r", ""))
     greeting, _, end = shown.partition("Ctrl-C stops.\n")
-    lines = [line for line in greeting.splitlines() if line]
+    created, *lines = [line for line in greeting.splitlines() if line]
+    assert "database_created" in created
     assert lines[:5] == [
         f"tokenauth {__version__} is ready.",
         "  http://127.0.0.1:PORT",

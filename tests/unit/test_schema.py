@@ -221,10 +221,18 @@ async def test_a_second_store_does_not_block_the_first(tmp_path: Path) -> None:
         await store.stop(START)
 
 
-@pytest.mark.parametrize(("had", "warned"), [(None, False), ("4.0", False), ("3.1", True), ("1.4", True)])
-def test_an_upgrade_to_a_new_generation_says_what_to_stop(had: str | None, warned: bool) -> None:
+@pytest.mark.parametrize(("had", "warned"), [("4.0", False), ("3.1", True), ("1.4", True)])
+def test_an_upgrade_to_a_new_generation_says_what_to_stop(had: str, warned: bool) -> None:
     with structlog.testing.capture_logs() as logs:
-        schema.log_upgrade(had)
+        schema.log_upgrade(had, "tokens.db")
     [logged] = logs
     assert (logged["event"], logged["before"], logged["after"]) == ("schema_upgraded", had, schema.HEAD)
     assert (logged.get("action") == "stop all servers of the older release") is warned
+
+
+def test_a_new_database_is_logged_with_its_place() -> None:
+    with structlog.testing.capture_logs() as logs:
+        schema.log_upgrade(None, "/srv/tokens.db")
+    assert logs == [
+        {"event": "database_created", "database": "/srv/tokens.db", "schema": schema.HEAD, "log_level": "info"}
+    ]

@@ -53,6 +53,7 @@ ACTS: Mapping[str, Act] = {
     "reload_refused": Act("reload", result="refused"),
     "reload_ordered": Act("order_reload"),
     "schema_upgraded": Act("upgrade_schema"),
+    "database_created": Act("upgrade_schema"),
     "listening": Act("start"),
     "stopping": Act("stop"),
 }

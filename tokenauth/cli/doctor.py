@@ -19,7 +19,7 @@ from tokenauth.cli.base import count, print_json
 from tokenauth.cli.health import ask
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
-from tokenauth.models import DatabaseReport
+from tokenauth.models import PUT_DATABASE_BACK, DatabaseReport
 from tokenauth.passwords import Passwords
 from tokenauth.risks import check_accepted, find_risks
 from tokenauth.settings import loader
@@ -117,7 +117,7 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
     if settings.server.tls_certificate:
         yield _certificate(text, settings.server)
     yield _socket(settings.server) if settings.server.socket else _port(settings.server)
-    yield from _database(settings)
+    yield from _database(settings, path)
     yield from _audit(settings.audit)
     yield from _login(settings, service.passwords)
 
@@ -227,7 +227,7 @@ def _audit(settings: AuditSettings) -> Iterator[Finding]:
         yield Finding("ok", "audit log", f"{settings.file} is writable")
 
 
-def _database(settings: Settings) -> Iterator[Finding]:
+def _database(settings: Settings, path: Path) -> Iterator[Finding]:
     from tokenauth.stores.open import check_files, examine
 
     try:
@@ -237,7 +237,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         problem, _, fix = str(error).partition("; ")
         yield Finding("error", "database", problem, fix)
         return
-    yield _schema(report)
+    yield _schema(report) if report.exists else _missing(report, settings.server, path)
     if report.network is not None:
         text = f"{report.name} is on {report.network}, a file system of another machine"
         yield Finding("error", "database", text, "move it to a local disk: SQLite's locks are not reliable there")
@@ -248,11 +248,21 @@ def _database(settings: Settings) -> Iterator[Finding]:
     yield _clock(report)
 
 
+def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Finding:
+    """Tell a database that is not there yet from one that a server has used and that was moved."""
+    from tokenauth.server.control import find_servers
+
+    if find_servers(path) or _is_tokenauth(server):
+        return Finding("error", "database", f"{report.name} is missing while a server uses it", PUT_DATABASE_BACK)
+    if report.problem is not None:
+        problem, _, fix = report.problem.partition("; ")
+        return Finding("error", "database", problem, fix)
+    return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
+
+
 def _schema(report: DatabaseReport) -> Finding:
     from tokenauth.stores import schema
 
-    if not report.exists:
-        return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
     if report.problem is not None:
         return Finding("error", "database", f"{report.name}: {report.problem}", "see docs/production.md")
     if report.schema is None:

@@ -149,6 +149,17 @@ class Control:
             command.close()
 
 
+def find_servers(path: Path) -> Sequence[int]:
+    """Return the process IDs of the servers of a configuration file; none on other systems than Linux.
+
+    None of them is asked: it may be a program of another user that only listens under such a name.
+    """
+    if not AVAILABLE:
+        return []
+    prefix = _prefix(path, "reload")
+    return [int(name.removeprefix(prefix)) for name in _names(prefix)]
+
+
 def ask_for_reload(path: Path) -> Mapping[int, ReloadAnswer]:
     """Have each running server of a configuration file reload it. Return the answers by process ID.
 

@@ -41,13 +41,15 @@ def starts_generation(had: str) -> bool:
 STOP_FIRST = "Stop all servers of an older generation first."
 
 
-def log_upgrade(had: str | None) -> None:
-    """Log that the schema was upgraded from a revision.
+def log_upgrade(had: str | None, name: str) -> None:
+    """Log that the schema of a database was upgraded from a revision, or that its tables were made.
 
     Servers of an older generation do not look at the revision again while they run, and would misread what is new: they
     would lease tokens past clients that wait. Who else uses a database cannot be seen reliably, so this is always said.
     """
-    if had is not None and starts_generation(had):
+    if had is None:
+        log.info("database_created", database=name, schema=HEAD)
+    elif starts_generation(had):
         log.warning("schema_upgraded", before=had, after=HEAD, action="stop all servers of the older release")
     else:
         log.info("schema_upgraded", before=had, after=HEAD)

@@ -185,7 +185,7 @@ class Connections:
             await db.execute(text("SET LOCAL statement_timeout = 0"))
             had = await db.run_sync(schema.upgrade)
         if not schema.serves(had):
-            schema.log_upgrade(had)
+            schema.log_upgrade(had, self.name)
 
     async def stop(self, now: Instant | None) -> None:
         """Finish the waiting changes, write the clock row unless `now` is None, and disconnect."""

@@ -25,8 +25,6 @@ from tokenauth.stores.sqlite.writer import SqliteWriter, describe
 A = TypeVar("A")
 T = TypeVar("T")
 
-_ACTION = "restart tokenauth"
-
 CHECKPOINT_INTERVAL = 10.0
 """Seconds between two checks that the -wal file can be copied into the database."""
 
@@ -77,10 +75,9 @@ class SqliteEngine:
     def _open_nothing(self) -> None:
         """Refuse every operation, since the file was replaced. Raises StartError if the start needs it."""
         if self._served is not None and self._served.required:
-            raise StartError(
-                f"the database file {self._path}, its -wal or its -shm was moved, deleted or replaced; {_ACTION}"
-            )
-        log.error("store_file_replaced", file=os.path.basename(self._path), action=_ACTION)
+            problem, action = files.explain_loss(self._path)
+            raise StartError(f"{self._path}: {problem}; {action}")
+        self._log_loss(os.path.basename(self._path))
         self.writer.open_nothing()
         self.reader.open_nothing()
 
@@ -102,7 +99,7 @@ class SqliteEngine:
     async def ready(self) -> str | None:
         self._check_files()
         if self.writer.file_replaced:
-            return f"the database file, its -wal or its -shm was moved, deleted or replaced; {_ACTION}"
+            return "; ".join(files.explain_loss(self._path))
         problem = await self.writer.probed_problem()
         if problem is not None:
             return problem
@@ -168,9 +165,13 @@ class SqliteEngine:
     def _check_files(self) -> None:
         replaced = None if self.writer.file_replaced else self.reader.replaced()
         if replaced is not None:
-            log.error("store_file_replaced", file=replaced, action=_ACTION)
+            self._log_loss(replaced)
             self.writer.file_replaced = True
             self.reader.close()
+
+    def _log_loss(self, file: str) -> None:
+        _, action = files.explain_loss(self._path)
+        log.error("store_file_replaced", file=file, action=action)
 
     async def _check_wal(self) -> None:
         while True:

@@ -19,7 +19,7 @@ def examine(path: str) -> DatabaseReport:
     """Look at the database at an absolute path. Not for a process that has it open: see `files.is_database`."""
     place = network_file_system(os.path.dirname(os.path.realpath(path)))
     if not os.path.exists(path):
-        return DatabaseReport(path, exists=False, network=place)
+        return DatabaseReport(path, exists=False, problem=files.abandoned_wal(path), network=place)
     report = DatabaseReport(path, network=place)
     try:
         with closing(sqlite3.connect(files.existing(path), uri=True, timeout=_TIMEOUT, isolation_level=None)) as db:

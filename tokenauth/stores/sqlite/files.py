@@ -5,6 +5,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from tokenauth.models import PUT_DATABASE_BACK
+
 LOCK = "-lock"
 """Suffix of the file that writers lock: see `write_lock`."""
 
@@ -95,6 +97,40 @@ def find_exposed(path: str) -> Iterator[str]:
     mode = _mode(directory)
     if mode is not None and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         yield f"{directory} has mode {stat.S_IMODE(mode):04o}: other users can replace the database in it"
+
+
+def explain_loss(path: str) -> tuple[str, str]:
+    """Return what has happened to the files of a server, at least one of which was moved or replaced; and what to do.
+
+    An empty file counts as none: a start fills either.
+    """
+    if file_size(path) == 0:
+        return "the database file is missing", PUT_DATABASE_BACK
+    return (
+        "the database file, its -wal or its -shm was moved, deleted or replaced",
+        "put back the files that tokenauth has used, then restart tokenauth: a restart uses those that are there now",
+    )
+
+
+def abandoned_wal(path: str) -> str | None:
+    """Return why no new database may be created at a path where there is none, or None.
+
+    SQLite would delete the -wal file, and with it the latest commits of a database that was only moved.
+    """
+    if file_size(path) > 0 or file_size(f"{path}-wal") == 0:
+        return None
+    return (
+        f"the database file {path} is missing, but its -wal file with the latest changes is there; put the database"
+        f" file back, or move {path}-wal away to begin with an empty database"
+    )
+
+
+def file_size(path: str) -> int:
+    """Return the size of a file in bytes; 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def identity(path: str) -> str | None:

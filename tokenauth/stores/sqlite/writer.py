@@ -24,7 +24,7 @@ from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
 from tokenauth.stores.circuit import PROBE_TIMEOUT, Circuit
 from tokenauth.stores.engine import Change
-from tokenauth.stores.sqlite.files import existing, find_problem
+from tokenauth.stores.sqlite.files import abandoned_wal, existing, file_size, find_problem
 from tokenauth.stores.sqlite.reader import ERRORS, reason
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
 from tokenauth.stores.sqlite.write_lock import LOCK_TIMEOUT, LockWait, WriteLock
@@ -296,15 +296,15 @@ class SqliteWriter:
         with self._using:
             try:
                 _, pages, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                if pages == copied and _size(wal) > _WAL_LIMIT:
+                if pages == copied and file_size(wal) > _WAL_LIMIT:
                     self._connection.execute("PRAGMA busy_timeout = 0")  # or it would wait for readers and delay writes
                     try:
                         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     finally:
                         self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
             except ERRORS as error:
-                return reason(error), _size(wal)
-        return None, _size(wal)
+                return reason(error), file_size(wal)
+        return None, file_size(wal)
 
     def _close(self) -> None:
         with self._using:
@@ -318,8 +318,11 @@ class SqliteWriter:
         return f"{_LOCKED}. Another program holds a lock on {self.path}: find it with `fuser -v {self.path}`"
 
     def _prepare(self) -> None:
-        if not self._create and _size(self.path) == 0:
+        if not self._create and file_size(self.path) == 0:
             raise self._missing()
+        problem = abandoned_wal(self.path)
+        if problem is not None:
+            raise StartError(problem)
         directory = os.path.dirname(self.path)
         lock = os.open(directory, os.O_RDONLY)
         try:
@@ -334,7 +337,7 @@ class SqliteWriter:
             self._transaction = SqliteTransaction(self._connection)
             had = self._upgrade()
             if not schema.serves(had):
-                schema.log_upgrade(had)
+                schema.log_upgrade(had, self.path)
         finally:
             os.close(lock)
 
@@ -374,13 +377,6 @@ def _connect(path: str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
 
 
 def describe(error: BaseException | None) -> str:
