@@ -67,7 +67,13 @@ class NamedTokens:
         if refusal is not None:
             raise refusal
         log.info(
-            "named_token_issued", user=user.username, id=issued.token.id, name=name, network=network(requester.address)
+            "named_token_issued",
+            user=user.username,
+            id=issued.token.id,
+            name=name,
+            scopes=limit,
+            expires_at=issued.token.expires_at,
+            network=network(requester.address),
         )
         return issued
 
@@ -98,6 +104,8 @@ class NamedTokens:
             id=token.id,
             new_id=issued.token.id,
             name=token.name,
+            scopes=token.scopes,
+            expires_at=issued.token.expires_at,
             overlap=int(seconds),
             network=network(requester.address),
         )

@@ -3,7 +3,9 @@
 import json
 import os
 import pwd
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.support.journal import until
 from tests.support.servers import TOKENAUTH, log_in, serve, worker, write_config
 from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
+from tokenauth.audit.chain import Chain
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 
 OPERATOR = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
@@ -227,11 +230,25 @@ def test_tail_shows_details_within_80_columns(home: Path) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0][21:] == f"reserve_member ok, by {OPERATOR}, target devices/pixel, from"
     assert lines[1] == " " * 21 + "command"
-    assert lines[2].startswith(" " * 21 + "until ")
+    assert re.match(rf" {{21}}until {time.gmtime().tm_year}-\d\d-\d\d \d\d:\d\d:\d\d, note", lines[2])
     text = " ".join(" ".join(lines[2:]).split())
     assert "note a new battery a new battery" in text
     [line] = output(run(home, "audit", "tail", "-n", "1")).splitlines()
     assert line.partition("; ")[2] in text
+
+
+def test_tail_shows_times_durations_and_lists(home: Path) -> None:
+    details = {
+        "held": 61.5, "taken": False, "until": 1795978522, "scopes": ["read", "write"],
+        "scopes_changed": ["ann: none -> admin", "carl: a -> b"],
+    }  # fmt: skip
+    Chain(home / "audit.jsonl").append(
+        [json.dumps({"time": "2026-11-30T06:00:00.000Z", "action": "test", "details": details}).encode()]
+    )
+    assert output(run(home, "audit", "tail", "-n", "1")) == (
+        "2026-11-30 06:00:00  test; held 61.5 s, until 2026-11-29 18:55:22, scopes read write, scopes changed"
+        " ann: none -> admin; carl: a -> b\n"
+    )
 
 
 def test_tail_reads_renamed_files_too(home: Path) -> None:

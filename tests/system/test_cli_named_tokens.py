@@ -68,8 +68,11 @@ def test_an_issued_token_works_on_a_running_server(home: Path, client: httpx.Cli
     assert (found["username"], found["name"], found["scopes"]) == ("ann", "nightly", ["read"])
     assert found["expiry_time"] - found["issued_at"] == 2 * DAY
     assert recorded(done) == [
-        {"event": "named_token_issued", "user": "ann", "id": found["id"], "name": "nightly", "scopes": ["read"]}
-    ]
+        {
+            "event": "named_token_issued", "user": "ann", "id": found["id"], "name": "nightly", "scopes": ["read"],
+            "expires_at": found["expiry_time"],
+        }
+    ]  # fmt: skip
     row = next(row for row in listed(home) if row["name"] == "nightly")
     assert (row["id"], row["kind"], row["scopes"], row["last_used_at"]) == (found["id"], "named", ["read"], None)
     assert token not in output(run(home, "tokens", "list")) + done.stderr
@@ -121,8 +124,11 @@ def test_a_rotated_token_is_printed(home: Path, client: httpx.Client, overlap: t
     assert (found["name"], found["scopes"]) == ("nightly", ["read"])
     assert probe(client, old) is bool(overlap)
     assert recorded(done) == [
-        {"event": "named_token_rotated", "user": "ann", "id": id, "new_id": found["id"], "name": "nightly"}
-    ]
+        {
+            "event": "named_token_rotated", "user": "ann", "id": id, "new_id": found["id"], "name": "nightly",
+            "scopes": ["read"], "expires_at": found["expiry_time"],
+        }
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_rotated_is_a_mistake(home: Path, client: httpx.Client) -> None:

@@ -3,7 +3,7 @@
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -96,6 +96,8 @@ class AuditLog:
         """Why the file cannot be written now."""
         self.lost = 0
         """Records that did not fit in, or could not be written before the end."""
+        self.hand_over: Callable[[Sequence[bytes]], None] | None = None
+        """Takes the records that could not be written before the end, instead of losing them."""
         self._chain = open_chain(settings)
         self._changed = threading.Condition(threading.RLock())  # a destructor may log in the middle of another line
         self._waiting: list[bytes | _Dropped] = []
@@ -121,8 +123,16 @@ class AuditLog:
             except Exception:
                 self.lost += 1
 
+    def take(self, records: Sequence[bytes]) -> None:
+        """Add the records that another process could not write before its end."""
+        for record in records:
+            self._add(record)
+
     def close(self) -> None:
-        """Write what waits, within FLUSH_TIMEOUT. What cannot be written is lost, and logged as a number."""
+        """Write what waits, within FLUSH_TIMEOUT.
+
+        What cannot be written is handed over, or else it is lost, and logged as a number.
+        """
         with self._changed:
             self._add_counted(inf)
             self._closing.set()
@@ -131,10 +141,12 @@ class AuditLog:
             self._thread.join(FLUSH_TIMEOUT)
         with self._changed:
             unwritten = [*self._taken, *self._waiting]
+            self._taken, self._waiting, self._size = (), [], 0
+        if unwritten and self.hand_over is not None:
+            self.hand_over([one if isinstance(one, bytes) else one.encode() for one in unwritten])
+        elif unwritten:
             lost = sum(one.count if isinstance(one, _Dropped) else 1 for one in unwritten)
             self.lost += sum(not isinstance(one, _Dropped) for one in unwritten)
-            self._taken, self._waiting, self._size = (), [], 0
-        if lost:
             log.error("audit_lines_lost", count=lost, reason=self.problem)
 
     def _add(self, record: bytes) -> None:

@@ -60,7 +60,7 @@ ACTS: Mapping[str, Act] = {
 """The acts by event. Events that are not here are not audited."""
 
 LOGOUT = "logout"
-"""The action of `token_revoked` when the client sent the token itself, and not another one that may revoke it."""
+"""The action of `token_revoked` when the client sent the token itself: it proves nothing else, so nobody is `by`."""
 
 DROPPED = "lines_dropped"
 """The action of a record that counts those that did not fit into memory."""
@@ -91,7 +91,7 @@ def make_record(
     by, user = event.get("by") or asked_by, event.get("user")
     action, details = act.action, {key: _clean(event[key]) for key in event if key not in _LEFT_OUT}
     if action == "revoke_token" and not command and by is None:
-        action, by = LOGOUT, user
+        action = LOGOUT  # whoever has the token can do that
     elif name in {"token_issued", "access_denied"}:
         by = by or user
     record: dict[str, object] = {"time": timestamp(), "action": action}

@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ _LINES = 20
 
 _POLL = 0.25
 """Seconds between two looks for new lines."""
+
+_DURATIONS = {"overlap", "waited"}
+"""Details that are in seconds, and so is how long a lease was held."""
 
 ACTIONS = sorted({act.action for act in ACTS.values()} | {LOGOUT, CUT, DROPPED})
 
@@ -240,8 +244,19 @@ def _named(fields: object) -> Sequence[str]:
     """Return each field that has a value as its name and its value. Anyone may have written the line: see `verify`."""
     if not isinstance(fields, dict):
         return []
-    shown = {key: " ".join(map(str, it)) or "none" if isinstance(it, list) else it for key, it in fields.items()}
-    return [f"{key.replace('_', ' ')} {it}" for key, it in shown.items() if it is not None and it != ""]
+    shown = {key: _value(key, it) for key, it in fields.items() if it is not None and it is not False}
+    return [f"{key.replace('_', ' ')} {it}" for key, it in shown.items() if it != ""]
+
+
+def _value(key: str, value: object) -> str:
+    if isinstance(value, list):
+        items = [*map(str, value)]
+        return ("; " if any(" " in item for item in items) else " ").join(items) or "none"
+    if isinstance(value, int | float) and (key == "until" or key.endswith("_at")):
+        with suppress(ValueError, OverflowError, OSError):
+            return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S}"
+    seconds = key in _DURATIONS or (key == "held" and isinstance(value, float))  # elsewhere it is a count
+    return f"{value} s" if seconds else str(value)
 
 
 def _print_lines(lines: Sequence[bytes]) -> None:

@@ -99,9 +99,9 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
             raise click.ClickException(printable(problem)) from None
 
     issued = with_service(config_file, issue)
-    record_change(
-        "named_token_issued", config_file, user=owner, id=issued.token.id, name=name, scopes=issued.token.scopes
-    )
+    new = issued.token
+    granted = {"name": name, "scopes": new.scopes, "expires_at": new.expires_at}
+    record_change("named_token_issued", config_file, user=owner, id=new.id, **granted)
     _print_issued(issued)
 
 
@@ -122,7 +122,8 @@ def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
     except UnknownToken as error:
         raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
     new = issued.token
-    record_change("named_token_rotated", config_file, user=new.username, id=id_, new_id=new.id, name=new.name)
+    granted = {"name": new.name, "scopes": new.scopes, "expires_at": new.expires_at}
+    record_change("named_token_rotated", config_file, user=new.username, id=id_, new_id=new.id, **granted)
     _print_issued(issued)
 
 

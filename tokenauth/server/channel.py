@@ -94,6 +94,8 @@ class Report(msgspec.Struct, omit_defaults=True):
     """Whether this worker asks how the node is doing."""
     drained: bool = False
     """Whether this worker takes no more requests: it only answers those that it has."""
+    acts: Sequence[bytes] = ()
+    """Records for the audit log that this worker could not write before its end."""
     applied: int = 0
     """The number of an update that this worker has applied; 0 if there is none."""
 

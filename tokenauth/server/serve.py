@@ -71,7 +71,8 @@ def serve(
     except StartError as error:
         log.critical("start_failed", detail=str(error))
         return START_FAILED
-    with auditing(AuditLog(settings.audit) if settings.audit.file else None):
+    audit = AuditLog(settings.audit) if settings.audit.file else None
+    with auditing(audit):
         if settings.server.socket:
             port = 0
             log.info("listening", socket=settings.server.socket, workers=settings.server.workers, pid=os.getpid())
@@ -81,6 +82,7 @@ def serve(
         try:
             controls = _controls(path)
             supervisor = Supervisor(file, configuration, listener, signals, terminal, manager, totals, controls)
+            supervisor.audit = audit
             if logs.on_terminal():
                 supervisor.greeting = greeting(settings, port, risks, *command)
         except OSError as error:

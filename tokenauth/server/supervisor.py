@@ -19,6 +19,7 @@ from types import FrameType
 from msgspec.structs import replace
 
 from tokenauth import logs
+from tokenauth.audit.log import AuditLog
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
 from tokenauth.models import DATABASE_LOST, ServedDatabase, Throttled
@@ -294,6 +295,8 @@ class Supervisor:
         """
         self.greeting = ""
         """A text for people, shown once a worker serves."""
+        self.audit: AuditLog | None = None
+        """Writes what workers could not write before their end."""
         self._file = file
         self._controls = controls
         self._settings, self._certificate = settings, _ = configuration
@@ -471,6 +474,8 @@ class Supervisor:
             self._applied(report.applied, worker)
         if report.drained:
             worker.drained = True
+        if report.acts and self.audit is not None:
+            self.audit.take(report.acts)
 
     def _running(self) -> Iterator[WorkerStatus]:
         """Yield the workers that serve, without those that were replaced."""

@@ -176,6 +176,8 @@ class WorkerServer(AcceptingServer):
         self._gauges = gauges
         self._question = StatusQuestion(self._ask)
         service.node.ask = self._question.ask
+        if service.audit is not None:
+            service.audit.hand_over = self._hand_over_acts
         self._heartbeats: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
 
@@ -241,6 +243,8 @@ class WorkerServer(AcceptingServer):
         except EOFError:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._revocations.publish, self._revocations.handed_over = None, False
+            if self._service.audit is not None:
+                self._service.audit.hand_over = None
             self._stop()
 
     def _snapshot(self) -> Snapshot | None:
@@ -249,6 +253,9 @@ class WorkerServer(AcceptingServer):
 
     def _ask(self) -> None:
         _send(self._channel, Report("alive", asks=True, metrics=self._snapshot()))
+
+    def _hand_over_acts(self, records: Sequence[bytes]) -> None:
+        _send(self._channel, Report("alive", acts=records))
 
     def _publish(self, update: RevocationUpdate) -> None:
         _send(self._channel, Report("alive", revocations=update))

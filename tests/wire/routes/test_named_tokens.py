@@ -485,9 +485,10 @@ def test_named_tokens_are_logged_without_their_value(client: httpx.Client, serve
     made = make(client, ann, "logged")
     new = rotate(client, ann, made["id"], overlap=60).json()
     issued, rotated = server.events("named_token_issued")[-1], server.events("named_token_rotated")[-1]
-    common = {"user": "ann", "name": "logged", "network": "127.0.0.0/24", "level": "info"}
+    common = {"user": "ann", "name": "logged", "scopes": None, "network": "127.0.0.0/24", "level": "info"}
     for event in (issued, rotated):
         del event["timestamp"]
+    assert [event.pop("expires_at") for event in (issued, rotated)] == [made["expiry_time"], new["expiry_time"]]
     assert issued == {"event": "named_token_issued", "id": made["id"], **common}
     assert rotated == {"event": "named_token_rotated", "id": made["id"], "new_id": new["id"], "overlap": 60, **common}
     text = server.log.read_text()
