@@ -175,6 +175,7 @@ def test_one_login_is_ended_and_then_all_others(page: Page, server: Server, clie
     mine = client.get("/api/tokens", headers={"X-Token": log_in(client, "ann", "ann-secret")}).json()["tokens"]
     tokens = [log_in(client, "ann", "ann-secret", headers={"User-Agent": f"job-{number}"}) for number in range(3)]
     assert len(mine) == 2
+    expect(row(page, "My logins", "job-1")).to_contain_text("not noted yet (at most once an hour)")
     row(page, "My logins", "job-1").get_by_role("button").click(timeout=15_000)
     expect(page.get_by_role("dialog")).to_contain_text("job-1 from 127.0.0.1")
     confirm(page, "End login")

@@ -4,7 +4,7 @@ import { call, path } from "./api.js";
 import { useData } from "./data.js";
 import { Actions, Loaded, Secret, Table, Time, ask, say } from "./parts.js";
 import { html } from "./preact.js";
-import { agentName, count } from "./words.js";
+import { NO_USE, agentName, count } from "./words.js";
 
 const DAY = 86_400;
 const LIFETIMES = [
@@ -63,7 +63,7 @@ function Logins({ tokens, logOut }) {
     ["What", (login) => html`${agentName(login.user_agent)} ${login.current && html`<strong class="badge">this login</strong>`}`, "first"],
     ["From", (login) => login.address || "unknown"],
     ["Since", (login) => html`<${Time} at=${login.issued_at} />`],
-    ["Last use", (login) => html`<${Time} at=${login.last_used_at} never="none yet" />`],
+    ["Last use", (login) => html`<${Time} at=${login.last_used_at} never=${NO_USE} />`],
     ["Ends", (login) => html`<${Time} at=${login.expiry_time} />`],
     [
       "Actions",
@@ -156,7 +156,7 @@ function NamedTokens({ tokens, me }) {
     ["Name", (token) => html`<span class="name">${token.name}</span> ${token.current && html`<strong class="badge">this token</strong>`}`, "first"],
     ["Scopes", (token) => (token.scopes === null ? "all of mine" : token.scopes.join(", ") || "none")],
     ["Made", (token) => html`<${Time} at=${token.issued_at} />`],
-    ["Last use", (token) => html`<${Time} at=${token.last_used_at} never="none yet" />`],
+    ["Last use", (token) => html`<${Time} at=${token.last_used_at} never=${NO_USE} />`],
     ["Ends", (token) => html`<${Time} at=${token.expiry_time} />`],
     [
       "Actions",

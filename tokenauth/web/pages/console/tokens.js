@@ -182,7 +182,7 @@ function Found({ tokens, search, reload }) {
     ["What", (token) => html`${nameOf(token)} ${token.name && html`<span class="badge">named</span>`}`],
     ["From", (token) => token.address || "unknown"],
     ["Since", (token) => html`<${Time} at=${token.issued_at} />`],
-    ["Last use", (token) => html`<${Time} at=${token.last_used_at} never="none yet" />`],
+    ["Last use", (token) => html`<${Time} at=${token.last_used_at} never=${NO_USE} />`],
     ["Ends", (token) => html`<${Time} at=${token.expiry_time} />`],
     ["Id", (token) => html`<code title=${token.id}>${token.id.slice(0, 8)}</code>`],
     ["Actions", (token) => html`<${Actions} actions=${[["End", () => end(token), `End ${nameOf(token)} of ${token.user}`]]} />`, "last"],
