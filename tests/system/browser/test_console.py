@@ -406,7 +406,7 @@ def test_markup_in_names_is_text(page: Page, server: Server, client: httpx.Clien
 def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, client: httpx.Client) -> None:
     bob = [log_in(client, "bob", "bob-secret", headers={"User-Agent": f"job-{number}"}) for number in range(2)]
     ann = log_in(client, "ann", "ann-secret")
-    client.post("/api/tokens", json={"name": "bobs-helper"}, headers={"X-Token": ann})
+    client.post("/api/tokens", json={"name": "bobs-helper", "scopes": ["read", "write"]}, headers={"X-Token": ann})
     enter(page, server, "admin", "admin", "#tokens")
     expect(row(page, "Tokens", "job-")).to_have_count(2)
     page.get_by_label("Search").fill("JOB-1")
@@ -416,7 +416,7 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     expect(page.get_by_text('No live token matches "JOB-1".')).to_be_visible()
     assert [probe(client, token) for token in bob] == [True, False]
     page.get_by_label("Search").fill("bob")
-    expect(row(page, "Tokens", "bobs-helper")).to_be_visible()
+    expect(row(page, "Tokens", "bobs-helper")).to_contain_text("scopes: read, write")
     page.get_by_role("button", name="End all tokens of bob").click()
     confirm(page, "End all")
     expect(row(page, "Tokens", "job-")).to_have_count(0)

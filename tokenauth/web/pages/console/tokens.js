@@ -131,6 +131,7 @@ function Leaked({ tokens }) {
       (token) => html`<li key=${token.id}>
         <span class="name">${token.user}</span>: ${nameOf(token)} ${token.name && html`<span class="badge">named</span>`}
         ${token.current && html`<strong class="badge">this login</strong>`}
+        <${Scopes} token=${token} />
         <div class="soft small">
           from ${token.address || "an unknown address"}${token.name && token.user_agent && `, ${agentName(token.user_agent)}`};
           ${" "}since ${exact(token.issued_at)};
@@ -140,6 +141,12 @@ function Leaked({ tokens }) {
       </li>`,
     )}
   </ul>`;
+}
+
+/** What a named token may do, which is all of a login. */
+function Scopes({ token }) {
+  if (token.kind !== "named") return null;
+  return html`<div class="soft small">scopes: ${token.scopes === null ? `all of ${token.user}` : token.scopes.join(", ") || "none"}</div>`;
 }
 
 function nameOf(token) {
@@ -179,7 +186,7 @@ function Found({ tokens, search, reload }) {
     });
   const columns = [
     ["User", (token) => html`<span class="name">${token.user}</span> ${token.current && html`<strong class="badge">this login</strong>`}`, "first"],
-    ["What", (token) => html`${nameOf(token)} ${token.name && html`<span class="badge">named</span>`}`],
+    ["What", (token) => html`${nameOf(token)} ${token.name && html`<span class="badge">named</span>`}<${Scopes} token=${token} />`],
     ["From", (token) => token.address || "unknown"],
     ["Since", (token) => html`<${Time} at=${token.issued_at} />`],
     ["Last use", (token) => html`<${Time} at=${token.last_used_at} never=${NO_USE} />`],
