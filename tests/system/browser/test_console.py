@@ -417,10 +417,15 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     assert [probe(client, token) for token in bob] == [True, False]
     page.get_by_label("Search").fill("bob")
     expect(row(page, "Tokens", "bobs-helper")).to_contain_text("scopes: read, write")
+    wish = {"holder": "ci", "labels": ["android"]}
+    client.post("/api/pools/phones/leases", json=wish, headers={"X-Token": bob[0]})
     page.get_by_role("button", name="End all tokens of bob").click()
     confirm(page, "End all")
     expect(row(page, "Tokens", "job-")).to_have_count(0)
     assert [probe(client, token) for token in (bob[0], ann)] == [False, True]
+    expect(page.get_by_text("1 token of bob ended. bob still has 1 lease: phones/pixel-8.")).to_be_visible()
+    page.get_by_role("link", name="phones/pixel-8").click()
+    expect(row(page, "Members", "bob, ci")).to_be_visible()
 
 
 def test_leaked_tokens_are_shown_and_then_ended(page: Page, server: Server, client: httpx.Client) -> None:

@@ -98,9 +98,9 @@ let dialogs = 0;
 let openDialog = () => {};
 let showMessage = () => {};
 
-/** Show a message for a while, and have screen readers say it. */
-export function say(text) {
-  showMessage(text);
+/** Show a message for a while, and have screen readers say it: a text, or HTML, such as with a link. */
+export function say(message) {
+  showMessage(message);
 }
 
 /**
@@ -118,7 +118,7 @@ export function Dialogs() {
   showMessage = setMessage;
   useEffect(() => {
     if (!message) return undefined;
-    const timer = setTimeout(() => setMessage(""), 6000);
+    const timer = setTimeout(() => setMessage(""), typeof message === "string" ? 6000 : 30_000); // a link is to be reached
     return () => clearTimeout(timer);
   }, [message]);
   return html`

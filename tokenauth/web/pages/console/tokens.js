@@ -159,16 +159,45 @@ function OfOneUser({ tokens, search, reload }) {
   const end = () =>
     ask({
       title: `End all tokens of ${search}?`,
-      text: `Logins and named tokens end at once, everywhere. While ${search} is in the configuration, they can log in again: remove them first, and reload.`,
+      text: `Logins and named tokens end at once, everywhere. While ${search} is in the configuration, they can log in again: remove them first, and reload. Their leases go on.`,
       action: "End all",
       danger: true,
       run: async () => {
         const { revoked } = await call("DELETE", path`api/tokens?user=${search}&kind=all`);
-        say(`${count(revoked, "token")} of ${search} ended.`);
+        const ended = `${count(revoked, "token")} of ${search} ended.`;
+        say(html`${ended}${" "}<${LeasesLeft} user=${search} leases=${await findLeases(search).catch(() => null)} />`);
         await reload();
       },
     });
   return html`<p><button class="small" onClick=${end}>End all tokens of ${search}</button></p>`;
+}
+
+/** Return the leases of a user in the pools that this one may use, as [pool, name of the member or null]. */
+async function findLeases(user) {
+  const { pools } = await call("GET", "api/pools");
+  const found = await Promise.all(
+    pools
+      .filter((pool) => pool.leased > 0)
+      .map(async ({ name }) => {
+        const leases = [];
+        let next = "";
+        for (let look = 0; look < LOOKS && next !== null; look += 1) {
+          const page = await call("GET", path`api/pools/${name}?limit=1000&after=${next}`);
+          leases.push(...page.tokens.filter((token) => token.user === user && token.holder !== undefined));
+          next = page.next;
+        }
+        return leases.map((token) => [name, token.name ?? null]);
+      }),
+  );
+  return found.flat();
+}
+
+function LeasesLeft({ user, leases }) {
+  if (leases === null) return `Whether ${user} has leases could not be read: look at Pools.`;
+  if (!leases.length) return `${user} has no lease in the pools that you may use.`;
+  const places = new Map(leases.map(([pool, member]) => [member === null ? pool : `${pool}/${member}`, pool]));
+  return html`${user} still has ${count(leases.length, "lease")}:${" "}
+  ${[...places].map(([place, pool], index) => html`${index > 0 && ", "}<a key=${place} href=${path`#pools/${pool}`}>${place}</a>`)}.`;
 }
 
 function Found({ tokens, search, reload }) {
