@@ -243,3 +243,8 @@ class StoreUnavailable(RetryLater):
 
     code = "store_unavailable"
     description = "The database is unavailable, so no token can be checked or changed. Try again shortly."
+    of_writes = (
+        "The database cannot be written, so nothing can be made or changed now; valid tokens stay valid."
+        " Try again shortly."
+    )
+    """The description where only writing is known to fail."""

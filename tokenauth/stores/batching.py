@@ -127,9 +127,9 @@ class Writer:
             self._task = asyncio.create_task(self._work(), context=Context())
         return future
 
-    def refuse_waiting(self) -> None:
-        """Fail the waiting changes with StoreUnavailable, except those of the batch that is being written."""
-        self._take().fail(StoreUnavailable())
+    def refuse_waiting(self, error: StoreUnavailable) -> None:
+        """Fail the waiting changes, except those of the batch that is being written."""
+        self._take().fail(error)
 
     async def finish(self) -> None:
         """Wait until all changes have been written."""

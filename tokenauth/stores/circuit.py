@@ -50,8 +50,12 @@ class Circuit:
         works: str,
         opened: Callable[[], object] = _do_nothing,
         probe_failed: Callable[[], object] = _do_nothing,
+        refusal: Callable[[], StoreUnavailable] = StoreUnavailable,
     ) -> None:
-        """Log the events `fails` and `works`. Call `opened` when it opens, and `probe_failed` when a probe fails."""
+        """Log the events `fails` and `works`. Call `opened` when it opens, and `probe_failed` when a probe fails.
+
+        `refusal` makes the errors that it raises.
+        """
         self.problem: str | None = None
         """Why operations are refused; None while it is closed."""
         self.openings = 0
@@ -61,6 +65,7 @@ class Circuit:
         self._works = works
         self._opened = opened
         self._probe_failed = probe_failed
+        self._refusal = refusal
         self._running: dict[asyncio.Timeout, float] = {}
         self._watching = False
         self._probing: asyncio.Task[None] | None = None
@@ -72,7 +77,7 @@ class Circuit:
     def check_closed(self) -> None:
         """Raise StoreUnavailable while it is open."""
         if self.problem is not None:
-            raise StoreUnavailable
+            raise self._refusal()
 
     @asynccontextmanager
     async def attempt(self) -> AsyncIterator[float]:
@@ -95,7 +100,7 @@ class Circuit:
             if not limit.expired():
                 raise
             self.start_probe()
-            raise StoreUnavailable from error
+            raise self._refusal() from error
         finally:
             del self._running[limit]
 

@@ -21,6 +21,8 @@ def test_a_full_disk_refuses_a_login_and_no_log_out(tmp_path: Path) -> None:
         room = (tmp_path / "tokenauth.db-wal").stat().st_size
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         until(lambda: connection.ask("POST", "/api/token", LOGIN).status == 503, "the disk is full")
+        description = connection.ask("POST", "/api/token", LOGIN).json()["error_description"]
+        assert description.startswith("The database cannot be written, so nothing can be made or changed now; valid")
 
         answer = other.log_in()
         assert answer.status_code == 503
@@ -53,6 +55,8 @@ def test_a_store_that_cannot_be_read_is_503(tmp_path: Path) -> None:
             answer = visitor.get(path)
             assert answer.status_code == 503
             assert "the database is unavailable" in text_of(answer.text)
+        description = connection.ask("POST", "/api/token", LOGIN).json()["error_description"]
+        assert description.startswith("The database is unavailable, so no token can be checked")
         cookie = f"tokenauth={visitor.cookies['tokenauth']}"
         asked = connection.ask("GET", "/auth?cookie&login=redirect", Cookie=cookie, Sec_Fetch_Mode="navigate")
         assert asked.status == 503

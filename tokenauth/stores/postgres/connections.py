@@ -128,6 +128,7 @@ class Connections:
             "store_writable_again",
             opened=self._refuse_waiting,
             probe_failed=self._abort_writing,
+            refusal=self._not_writable,
         )
         self.start_probe = self._reading.start_probe
 
@@ -257,7 +258,7 @@ class Connections:
                 self._writing.start_probe()
             else:
                 self._writing.failed(reason(error), began)
-            raise StoreUnavailable from error
+            raise self._not_writable() from error
         except StoreUnavailable:
             self._clock_written = 0
             raise
@@ -284,7 +285,10 @@ class Connections:
 
     def _refuse_waiting(self) -> None:
         for writer in self._writers.values():
-            writer.refuse_waiting()
+            writer.refuse_waiting(self._not_writable())
+
+    def _not_writable(self) -> StoreUnavailable:
+        return StoreUnavailable(StoreUnavailable.of_writes if self._reading.problem is None else None)
 
     def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
         """Replace a connection that the server has closed, or that was opened before the database was unreachable."""

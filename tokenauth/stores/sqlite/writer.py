@@ -87,7 +87,11 @@ class SqliteWriter:
         self._writer = Writer(self._commit)
         self._write_lock = WriteLock(path)
         self._circuit = Circuit(
-            self._probe, "store_not_writable", "store_writable_again", opened=self._writer.refuse_waiting
+            self._probe,
+            "store_not_writable",
+            "store_writable_again",
+            opened=lambda: self._writer.refuse_waiting(self._not_writable()),
+            refusal=self._not_writable,
         )
         self._probing: asyncio.Future[str | None] | None = None
         self._checkpoint_problem: str | None = None
@@ -195,10 +199,10 @@ class SqliteWriter:
                     raise
                 # locked, full, read-only or broken: not the fault of any caller
                 self._circuit.failed(self._explain(reason(error)), began)
-                raise StoreUnavailable from error
+                raise self._not_writable() from error
             except Overloaded as error:  # its thread could not be started
                 self._circuit.failed(str(error), began)
-                raise StoreUnavailable from error
+                raise self._not_writable() from error
             finally:
                 given_up.set()
                 if timer is not None:
@@ -310,6 +314,9 @@ class SqliteWriter:
         with self._using:
             self._connection.close()
             self._write_lock.close()
+
+    def _not_writable(self) -> StoreUnavailable:
+        return StoreUnavailable(None if self.file_replaced else StoreUnavailable.of_writes)
 
     def _explain(self, problem: str) -> str:
         """Add what the operator can do to SQLite's message."""
