@@ -404,10 +404,16 @@ class Pools:
     async def release(self, pool: Pool, value: str, check: LeaseCheck = ANY_LEASE) -> None:
         """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
-        change = await self.waiting.release(
-            pool, _checked(value), now, check, lambda change: self._note_release(pool, change.before, now)
-        )
+        if self.waiting.someone_waits(pool):
+            note = partial(self._note_release, pool, now)
+            change = await self.waiting.release(pool, _checked(value), now, check, note)
+            await self._granted(pool, change, check, now)
+            return
+        change = await self._store.pools.release(pool, _checked(value), now, check)
         await self._granted(pool, change, check, now)
+        if change is not None:
+            self._note_release(pool, now, change.before)
+            self.waiting.wake(pool)
 
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
         """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
@@ -610,7 +616,7 @@ class Pools:
         self.counters[pool.name].seconds_held += held
         log.info("lease_lapsed", **_shown(pool, token), held=round(held, 3))
 
-    def _note_release(self, pool: Pool, token: PoolToken, now: Instant) -> None:
+    def _note_release(self, pool: Pool, now: Instant, token: PoolToken) -> None:
         """Count and log a release."""
         counters = self.counters[pool.name]
         held = max(0.0, now - (token.leased_at or now))

@@ -107,21 +107,20 @@ class Waiting:
         if line is not None:
             line.serve()
 
-    async def release(
-        self, pool: Pool, value: str, now: Instant, check: LeaseCheck, note: Callable[[LeaseChange], None]
-    ) -> LeaseChange | None:
-        """End a lease, and serve those who wait here and whose turn it is then, in one step.
-
-        `note` is called before they are answered, if the lease was ended. Raises StoreUnavailable.
-        """
+    def someone_waits(self, pool: Pool) -> bool:
+        """Return whether a client waits for a pool in this process."""
         line = self._lines.get(pool.name)
-        if line is not None and line.waiters:
-            return await line.release(value, now, check, note)
-        change = await self._store.release(pool, value, now, check)
-        if change is not None and change.granted:
-            note(change)
-            self.wake(pool)
-        return change
+        return line is not None and bool(line.waiters)
+
+    async def release(
+        self, pool: Pool, value: str, now: Instant, check: LeaseCheck, note: Callable[[PoolToken], None]
+    ) -> LeaseChange | None:
+        """End a lease of a pool that someone waits for, and serve those whose turn it is then, in one step.
+
+        `note` is called with the token as it was, before they are answered, if the lease was ended. Raises
+        StoreUnavailable.
+        """
+        return await self._lines[pool.name].release(value, now, check, note)
 
     def drop(self, pool: Pool, key: RequestKey) -> None:
         """End the wait of a request that has left the line."""
@@ -217,13 +216,12 @@ class _Line:
         self._woken.set()
 
     async def release(
-        self, value: str, now: Instant, check: LeaseCheck, note: Callable[[LeaseChange], None]
+        self, value: str, now: Instant, check: LeaseCheck, note: Callable[[PoolToken], None]
     ) -> LeaseChange | None:
-        """End a lease, and serve those whose turn it is then, in one step."""
         with self._step() as asks:
             change, granted = await self._store.hand_over(self._pool, value, asks, now, check)
             if change is not None and change.granted:
-                note(change)
+                note(change.before)
             for grant in granted:
                 self._deliver(grant)
         if any(asks.get(key) != waiter.request.asks for key, waiter in self.waiters.items()):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,18 @@ async def test_leases_and_waits_are_logged(workers: Workers) -> None:
         await granted(waiting)
     assert [event["event"] for event in logs] == ["request_waits"]
     assert first.value not in str(logs)
+
+
+async def test_a_release_is_logged_before_the_next_lease(workers: Workers) -> None:
+    workers.pool = replace(workers.pool, log_leases=True)
+    with structlog.testing.capture_logs() as logs:
+        first = await workers.lease_all()
+        waiting = await workers.ask()
+        await workers.pools.release(workers.pool, first.value)
+        await granted(waiting)
+    assert [(event["event"], event["holder"]) for event in logs] == [
+        ("lease_granted", "first"),
+        ("request_waits", "job"),
+        ("lease_released", "first"),
+        ("lease_granted", "job"),
+    ]
