@@ -110,6 +110,13 @@ def test_what_commands_only_read_is_no_act(home: Path) -> None:
     assert [act["action"] for act in acts(home)] == ["upgrade_schema"]
 
 
+def test_init_says_which_directory_is_missing(tmp_path: Path) -> None:
+    place = tmp_path / "none"
+    done = run(tmp_path, "init", "--yes", "--set", f"audit.file={place}/audit.jsonl")
+    assert done.returncode == 0
+    assert f"No such file or directory: the directory {place} does not exist; create it" in done.stderr
+
+
 def test_a_command_works_without_the_audit_log(home: Path) -> None:
     (home / "audit.jsonl").unlink()
     (home / "audit.jsonl").mkdir()

@@ -98,14 +98,19 @@ def record_change(event: str, config_file: str | None, **fields: object) -> None
 
 def append_to_audit_log(config_file: str | None, event: Mapping[str, object]) -> None:
     """Write an event into the audit log, if there is one. If that fails, say so: what was done stays."""
-    from tokenauth.audit.log import append_now
+    from tokenauth.audit.log import append_now, find_problem
     from tokenauth.settings import loader
 
     try:
-        append_now(loader.load(loader.find(config_file)).audit, event)
-    except (ConfigError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        click.echo(printable(f"Warning: this is missing in the audit log, which cannot be written: {reason}"), err=True)
+        settings = loader.load(loader.find(config_file)).audit
+        append_now(settings, event)
+    except ConfigError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = ": ".join(filter(None, (error.strerror, find_problem(settings))))
+    else:
+        return
+    click.echo(printable(f"Warning: this is missing in the audit log, which cannot be written: {reason}"), err=True)
 
 
 def program() -> str:
