@@ -174,9 +174,10 @@ async def live_through(name: str, directory: Path, script: Sequence[Step]) -> No
         await places.close_all()
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("name", STORES)
-def test_no_order_of_events_takes_an_answered_lease(templates: Templates, name: str) -> None:
-    @settings(SCRIPTS, max_examples=40 if name == "sqlite" else 12)
+def test_no_order_of_events_takes_an_answered_lease(templates: Templates, name: str, examples: int) -> None:
+    @settings(SCRIPTS, max_examples=examples)
     @given(st.lists(steps, min_size=10, max_size=40))
     def holds(script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -227,9 +227,10 @@ async def live_through(name: str, directory: Path, script: Sequence[Step]) -> No
         await places.close_all()
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("name", STORES)
-def test_the_line_is_as_its_model_after_each_step(templates: Templates, name: str) -> None:
-    @settings(SCRIPTS, max_examples=30 if name == "sqlite" else 12)
+def test_the_line_is_as_its_model_after_each_step(templates: Templates, name: str, examples: int) -> None:
+    @settings(SCRIPTS, max_examples=examples)
     @given(st.lists(steps, min_size=20, max_size=50))
     def holds(script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

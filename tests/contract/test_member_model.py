@@ -320,9 +320,10 @@ async def live_through(name: str, directory: Path, first: Settings, script: Sequ
         await places.close_all()
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("name", STORES)
-def test_members_are_as_their_model_while_settings_change(templates: Templates, name: str) -> None:
-    @settings(SCRIPTS, max_examples=30 if name == "sqlite" else 12)
+def test_members_are_as_their_model_while_settings_change(templates: Templates, name: str, examples: int) -> None:
+    @settings(SCRIPTS, max_examples=examples)
     @given(configurations, st.lists(steps, min_size=20, max_size=50))
     def holds(first: Settings, script: list[Step]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

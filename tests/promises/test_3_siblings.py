@@ -24,7 +24,7 @@ from tests.system.postgres.nodes import fresh, write_config_for
 from tokenauth.revocation_queue import ANSWER_TIMEOUT
 from tokenauth.stores.postgres.listener import BOUND
 
-ROUNDS = 15
+ROUNDS = pytest.mark.parametrize("rounds", [6, pytest.param(60, marks=pytest.mark.faults)])
 BOB = ("bob", "bob-secret")
 SETTINGS = """
 [tokens]
@@ -145,13 +145,14 @@ WAYS = {
 }
 
 
+@ROUNDS
 @pytest.mark.parametrize("end", WAYS.values(), ids=WAYS)
 def test_no_sibling_accepts_what_was_revoked(
-    pair: list[Connection], end: Callable[[Connection, Sequence[str]], Sequence[str]]
+    pair: list[Connection], end: Callable[[Connection, Sequence[str]], Sequence[str]], rounds: int
 ) -> None:
     """Both workers have the tokens in their caches. Other tokens stay valid."""
     kept = pair[0].log_in("ann", "ann-secret")
-    for number in range(ROUNDS):
+    for number in range(rounds):
         here, there = pair if number % 2 else pair[::-1]
         tokens = [here.log_in(*BOB) for _ in range(3)]
         assert all(connection.valid(token) for connection in (here, there) for token in tokens)
@@ -161,9 +162,10 @@ def test_no_sibling_accepts_what_was_revoked(
     assert all(connection.valid(kept) for connection in pair)
 
 
+@ROUNDS
 @pytest.mark.parametrize("how", ["rotate", "delete", "delete all"])
-def test_no_sibling_accepts_an_ended_named_token(pair: list[Connection], how: str) -> None:
-    for number in range(ROUNDS):
+def test_no_sibling_accepts_an_ended_named_token(pair: list[Connection], how: str, rounds: int) -> None:
+    for number in range(rounds):
         here, there = pair if number % 2 else pair[::-1]
         login = here.log_in("ann", "ann-secret")
         token, id = _named(here, there, login)
