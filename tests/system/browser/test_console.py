@@ -373,6 +373,29 @@ def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, 
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
 
 
+def test_old_numbers_are_gray_and_have_a_time(page: Page, tmp_path: Path) -> None:
+    """While the database is away, also for who opens the view then. The card of the store says how it is now."""
+    with serve(write_config(tmp_path), "--workers", "1") as server:
+        page.goto(f"{server.url}/console#health")
+        fill_in(page, "admin", "admin")
+        main = page.get_by_role("main")
+        expect(main).to_contain_text("Storeup")
+        moved = [file.rename(tmp_path / f"moved-{file.name}") for file in tmp_path.glob("tokenauth.db*")]
+        assert moved
+        for _ in range(2):
+            expect(main).to_contain_text(re.compile(r"Store\W*Problem: unavailablenow: "), timeout=15_000)
+            expect(main).to_contain_text(re.compile(r"As of \d\d:\d\d:\d\d"))
+            expect(main).not_to_contain_text("Storeup")
+            expect(page.locator(".old .value").first).to_be_visible()
+            page.emulate_media(color_scheme="dark")
+            assert violations(page, "color-contrast") == []
+            page.emulate_media(color_scheme="light")
+            assert violations(page) == []
+            page.get_by_role("link", name="Pools").click()
+            expect(page.get_by_role("alert")).to_be_visible()
+            page.get_by_role("link", name="Health").click()
+
+
 def test_it_works_below_a_prefix_of_a_proxy(page: Page, server: Server) -> None:
     def forward(route: Route) -> None:
         if route.request.url.endswith("/api/events"):  # a stream, which `fetch` would read to its end

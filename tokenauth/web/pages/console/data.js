@@ -1,12 +1,12 @@
 // Reads documents of the API for a view, and again when there is news of them.
 
-import { call } from "./api.js";
+import { call, now } from "./api.js";
 import { subscribe } from "./live.js";
 import { useEffect, useRef, useState } from "./preact.js";
 
 const PAUSE = 300; // milliseconds, where much is going on
 
-/** Read an address of the API, or what a function returns, and then that of a new one. Return `data` (undefined until it has come), `error` of the latest attempt, and `reload`. */
+/** Read an address of the API, or what a function returns, and then that of a new one. Return `data` (undefined until it has come), when it was read (`at`), `error` of the latest attempt, and `reload`. */
 export function useData(address, ...topics) {
   const [state, setState] = useState({});
   const reload = useRef(() => {});
@@ -20,9 +20,9 @@ export function useData(address, ...topics) {
       reading = true;
       try {
         const data = typeof address === "function" ? await address() : await call("GET", address);
-        if (current) setState({ data });
+        if (current) setState({ data, at: now() });
       } catch (error) {
-        if (current) setState((before) => ({ data: before.data, error }));
+        if (current) setState((before) => ({ ...before, error }));
       }
       if (again) await new Promise((done) => setTimeout(done, PAUSE));
       reading = false;

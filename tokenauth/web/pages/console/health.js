@@ -1,9 +1,10 @@
 // Health: workers, store, queue, risks, and the last hour in charts, for admins.
 
+import { Offline, Refused, send } from "./api.js";
 import { useData } from "./data.js";
 import { Chart } from "./chart.js";
 import { Loaded, Table, Time } from "./parts.js";
-import { html } from "./preact.js";
+import { html, useEffect, useState } from "./preact.js";
 import { count } from "./words.js";
 
 const CHARTS = [
@@ -14,29 +15,57 @@ const CHARTS = [
   ["waiting", "Waiting for a lease", "at a time", false],
 ];
 
+let last = {}; // what was read, and when: also for who opens this view while the service cannot be read
+
 export function Health() {
   const status = useData("api/status", "status");
-  return html`<${Loaded} read=${status}>
-    ${(found) => html`
-      <${Facts} status=${found} />
-      <section aria-labelledby="hour">
-        <h2 id="hour">The last hour</h2>
-        <div class="charts">
-          ${CHARTS.map(
-            ([key, title, unit, counts]) =>
-              html`<${Chart} key=${key} title=${title} unit=${unit} counts=${counts} values=${found.history[key]} end=${found.history.end} step=${found.history.step} />`,
-          )}
-        </div>
-      </section>
-      <${Risks} risks=${found.risks} />
-      <${Workers} workers=${found.workers} />
-      <${PoolTotals} pools=${found.pools} />
-      <${Totals} totals=${found.totals} />
-    `}
-  <//>`;
+  if (status.data) last = { data: status.data, at: status.at };
+  const outage = status.error instanceof Offline || status.error?.code === "store_unavailable";
+  return html`
+    ${outage && html`<${Outage} error=${status.error} />`}
+    <${Loaded} read=${status.error ? { ...status, ...last } : status}>
+      ${(found) => html`
+        <${Facts} status=${found} outage=${outage} />
+        <section aria-labelledby="hour">
+          <h2 id="hour">The last hour</h2>
+          <div class="charts">
+            ${CHARTS.map(
+              ([key, title, unit, counts]) =>
+                html`<${Chart} key=${key} title=${title} unit=${unit} counts=${counts} values=${found.history[key]} end=${found.history.end} step=${found.history.step} />`,
+            )}
+          </div>
+        </section>
+        <${Risks} risks=${found.risks} />
+        <${Workers} workers=${found.workers} />
+        <${PoolTotals} pools=${found.pools} />
+        <${Totals} totals=${found.totals} />
+      `}
+    <//>
+  `;
 }
 
-function Facts({ status }) {
+/** How the store is while its status cannot be read, by /readyz, which needs no token. */
+function Outage({ error }) {
+  const [reason, setReason] = useState(null);
+  useEffect(() => {
+    let current = true;
+    const look = async () => {
+      const answer = await send("GET", "readyz", { as: null });
+      const { reason: found = null } = await answer.json();
+      if (current) setReason(found);
+    };
+    look().catch(() => current && setReason(null)); // it does not answer, or the proxy forwards no such address
+    return () => (current = false);
+  }, [error]);
+  const answers = error instanceof Refused;
+  return html`<div class="facts">
+    <${Fact} title="Store" value=${answers ? "unavailable" : "not known"} bad>
+      ${answers ? `now: ${reason ?? "requests are answered 503"}` : "tokenauth does not answer"}
+    <//>
+  </div>`;
+}
+
+function Facts({ status, outage }) {
   const { store, workers } = status;
   const missing = status.workers_configured - workers.length;
   return html`
@@ -45,9 +74,10 @@ function Facts({ status }) {
       <${Fact} title="Workers" value=${`${workers.length} of ${status.workers_configured}`} bad=${missing > 0}>
         ${missing > 0 ? "a worker is being replaced" : "all are running"}, ${count(status.worker_crashes, "crash", "crashes")}
       <//>
-      <${Fact} title="Store" value=${store.up === null ? "not known yet" : store.up ? "up" : "unavailable"} bad=${store.up === false}>
+      ${!outage &&
+      html`<${Fact} title="Store" value=${store.up === null ? "not known yet" : store.up ? "up" : "unavailable"} bad=${store.up === false}>
         ${store.kind}, schema ${store.schema}
-      <//>
+      <//>`}
       <${Fact} title="Revocation feed" value=${store.feed_age === null ? "not known yet" : `${store.feed_age.toFixed(1)} s old`} bad=${store.feed_age > 5}>
         ${store.revocations_held ? html`<strong>${count(store.revocations_held, "revocation")} not written yet</strong>` : "all revocations are written"}
       <//>

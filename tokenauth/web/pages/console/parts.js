@@ -1,7 +1,7 @@
 // Parts that several views use.
 
 import { Offline, Refused, now } from "./api.js";
-import { exact, fromNow } from "./words.js";
+import { exact, fromNow, timeOfDay } from "./words.js";
 import { html, useEffect, useRef, useState } from "./preact.js";
 
 // Times
@@ -52,8 +52,14 @@ export function Loaded({ read, children }) {
     return html`<p class="soft loading" role="status">Loading…</p>`;
   }
   if (read.error instanceof Refused && [403, 404].includes(read.error.status)) return html`<${Problem} error=${read.error} />`;
-  const old = read.error && !(read.error instanceof Offline); // then a banner says it
-  return html`${old && html`<${Problem} error=${read.error} retry=${read.reload} />`}${children(read.data)}`;
+  const said = read.error && !(read.error instanceof Offline); // else a banner says it
+  return html`
+    ${said && html`<${Problem} error=${read.error} retry=${read.reload} />`}
+    <div class=${read.error ? "old" : undefined}>
+      ${read.error && html`<p><strong>As of ${timeOfDay(read.at)}</strong></p>`}
+      ${children(read.data)}
+    </div>
+  `;
 }
 
 // Tables

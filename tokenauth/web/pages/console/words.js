@@ -20,6 +20,8 @@ const instant = new Intl.DateTimeFormat("en-GB", {
   timeZoneName: "short",
 });
 
+const time = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
+
 /** Return how far away an instant is: "in 5 minutes", "2 hours ago". */
 export function fromNow(at, now) {
   const distance = at - now;
@@ -32,6 +34,11 @@ export function fromNow(at, now) {
 /** Return an instant as the clock on the wall of the reader shows it. */
 export function exact(at) {
   return instant.format(at * 1000);
+}
+
+/** Return the time of day of an instant. */
+export function timeOfDay(at) {
+  return time.format(at * 1000);
 }
 
 export function count(number, one, many = `${one}s`) {
