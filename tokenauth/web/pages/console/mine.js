@@ -206,7 +206,7 @@ function Claims() {
   const release = (lease) =>
     ask({
       title: `Release ${lease.name ?? "this token"} of ${lease.pool}?`,
-      text: `The program that uses it (${lease.holder}) loses it, and the next in line gets it.`,
+      text: `The program that uses it (${lease.holder}) loses it at once.`,
       action: "Release",
       danger: true,
       run: async () => {

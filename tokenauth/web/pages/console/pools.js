@@ -76,6 +76,13 @@ export function Pool({ name, me }) {
 
 function Tokens({ pool, address, me, manager, reload }) {
   const nameOf = (token) => token.name ?? (token.token ? `${token.token.slice(0, 8)}…` : "a token");
+  /** Who can get a token when its lease ends. */
+  const next = (token) => {
+    if (token.reservation?.for) return `Only ${token.reservation.for} can get it then, until the reservation ends.`;
+    if (token.reservation) return "Nobody gets it then, until the reservation ends.";
+    if (pool.waiting > 0) return token.name ? "The next in line whom it suits gets it." : "The next in line gets it.";
+    return "It is free then.";
+  };
   const actions = (token) => {
     const name = nameOf(token);
     const mine = token.user === me.username;
@@ -85,7 +92,7 @@ function Tokens({ pool, address, me, manager, reload }) {
     const release = () =>
       ask({
         title: `Release ${name}?`,
-        text: `The program that uses it (${token.holder}) loses it, and the next in line gets it.`,
+        text: `The program that uses it (${token.holder}) loses it. ${next(token)}`,
         action: "Release",
         danger: true,
         run: async () => {
@@ -97,7 +104,7 @@ function Tokens({ pool, address, me, manager, reload }) {
     const end = () =>
       ask({
         title: `End the lease of ${name}?`,
-        text: `${holderOf(token)} loses it at once, and the next in line gets it. Does it still use the device behind it? Then reserve it first.`,
+        text: `${holderOf(token)} loses it at once. ${next(token)}${token.name && !token.reservation ? " Is it broken or still in use? Cancel, and reserve it first." : ""}`,
         fields: [REASON],
         action: "End lease",
         danger: true,
@@ -123,7 +130,7 @@ function Tokens({ pool, address, me, manager, reload }) {
     const reserve = () =>
       ask({
         title: `Reserve ${name}`,
-        text: token.user === undefined ? "Nobody gets it until then." : "A lease that it has goes on. After that nobody gets it until then.",
+        text: `${token.holder === undefined ? "Nobody" : `${mine ? "Your" : `${token.user ?? token.holder}'s`} lease goes on until it ends. Then nobody`} gets ${name} until the reservation is over.`,
         fields: [
           { name: "until", label: "For how long", required: true, value: "2h", help: "Such as 30m, 2h or 7d, at most 366 days." },
           { name: "note", label: "Note", maxLength: 256, value: token.reservation?.note ?? "", help: "Everyone who uses the pool sees it." },
