@@ -382,6 +382,24 @@ def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, 
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
 
 
+def test_a_page_older_than_the_service_is_reloaded(page: Page, server: Server) -> None:
+    """It does not understand the answers, and only the banner says so."""
+    enter(page, server, "admin", "admin")
+    expect(page.get_by_role("heading", name="My logins")).to_be_visible()
+    page.route("**/api/throttle", lambda route: route.fulfill(json={"renamed": []}))
+    page.get_by_role("link", name="Throttle").click()
+    expect(page.get_by_text("This page has failed.")).to_be_visible()
+    page.get_by_role("link", name="Mine").click()
+    page.route(re.compile("/console$"), lambda route: route.fulfill(body="console/0123456789abcdef/app.js"))
+    page.get_by_role("link", name="Throttle").click()
+    expect(page.get_by_text("tokenauth has been upgraded.")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    for routed in (re.compile("/console$"), "**/api/throttle"):
+        page.unroute(routed)
+    page.get_by_role("button", name="Reload this page").click()
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible()
+
+
 def test_old_numbers_are_gray_and_have_a_time(page: Page, tmp_path: Path) -> None:
     """While the database is away, also for who opens the view then. The card of the store says how it is now."""
     with serve(write_config(tmp_path), "--workers", "1") as server:

@@ -9,9 +9,8 @@ import { Health } from "./health.js";
 import { Pool, Pools } from "./pools.js";
 import { Throttle } from "./throttle.js";
 import { Tokens } from "./tokens.js";
+import { checkVersion, useOutdated } from "./version.js";
 import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./preact.js";
-
-const VERSION = new URL(".", import.meta.url).pathname.split("/").at(-2);
 
 /** Views by the part of the address after "#": title, component, and the scope that it needs. */
 const VIEWS = {
@@ -103,7 +102,7 @@ function App() {
     setMe(null);
   };
   if (error) {
-    return html`<main class="narrow"><h1>Console</h1><${Problem} error=${error} retry=${begin} /></main>`;
+    return html`<${Banner} /><main class="narrow"><h1>Console</h1><${Problem} error=${error} retry=${begin} /></main>`;
   }
   if (me === undefined) return html`<main class="narrow"><h1>Console</h1><p class="soft loading" role="status">Loading…</p></main>`;
   if (me === null) return html`<${LogIn} entered=${entered} note=${note} />`;
@@ -160,19 +159,19 @@ function NotFound() {
 /** Says that the service does not answer, or that this page is of another version than the service. */
 function Banner() {
   const [since, setSince] = useState(null);
-  const [old, setOld] = useState(false);
+  const old = useOutdated();
   useEffect(
     () =>
       onChange((event) => {
         if (event === "offline") setSince(now());
         if (event === "online") {
           setSince(null);
-          checkVersion().then(setOld);
+          checkVersion();
         }
       }),
     [],
   );
-  useEffect(() => subscribe(["reconnected"], () => checkVersion().then(setOld), { always: false }), []);
+  useEffect(() => subscribe(["reconnected"], checkVersion, { always: false }), []);
   return html`<div role="status" class="banners">
     ${since !== null &&
     html`<p class="error banner">
@@ -184,16 +183,6 @@ function Banner() {
     old &&
     html`<p class="note banner">tokenauth has been upgraded. <button class="small" onClick=${() => location.reload()}>Reload this page</button></p>`}
   </div>`;
-}
-
-/** Return whether the service has another version of this page. */
-async function checkVersion() {
-  try {
-    const page = await (await fetch("console", { cache: "no-store" })).text();
-    return page.includes("console/") && !page.includes(`console/${VERSION}/`);
-  } catch {
-    return false;
-  }
 }
 
 const root = document.getElementById("console");

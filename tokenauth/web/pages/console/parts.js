@@ -1,6 +1,7 @@
 // Parts that several views use.
 
 import { Offline, Refused, now } from "./api.js";
+import { checkVersion, useOutdated } from "./version.js";
 import { exact, fromNow, timeOfDay } from "./words.js";
 import { html, useEffect, useRef, useState } from "./preact.js";
 
@@ -31,8 +32,12 @@ export function Time({ at, never = "never" }) {
 
 // States
 
-/** Say why something could not be read, and what to do. */
+/** Say why something could not be read, and what to do. If the page is too old for the service, the banner says it. */
 export function Problem({ error, retry }) {
+  const failed = !(error instanceof Refused || error instanceof Offline);
+  const outdated = useOutdated();
+  useEffect(() => void (failed && checkVersion()), [failed]);
+  if (failed && outdated) return null;
   const text =
     error instanceof Refused
       ? error.message
