@@ -80,6 +80,15 @@ def test_counts_of_ended_workers_stay_in_the_sums() -> None:
     assert sums.read()[1]["workers",] == 1
 
 
+def test_only_what_was_guessed_is_a_failed_login() -> None:
+    """The history leaves out logins that the service could not check, such as with a full disk."""
+    sums, numbers = Totals(1), {"ok": 1, "invalid_credentials": 2, "too_many_attempts": 4, "store_unavailable": 8}
+    more = {"overloaded": 16, "client_gone": 32}
+    sums.update(1, Snapshot({("logins_total", result): [number] for result, number in (numbers | more).items()}, {}))
+    history = sums.status([]).history
+    assert [sum(each or 0 for each in values) for values in (history.logins, history.failures)] == [1, 6]
+
+
 def test_each_gauge_is_merged_in_its_way() -> None:
     sums = Totals(2)
     for pid, queued, up in ((1, 3, 1), (2, 4, 0)):

@@ -6,13 +6,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from tokenauth import __version__
+from tokenauth import __version__, errors
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
 from tokenauth.models import Throttled, longest_waits
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
 
 STALE = 10.0
 """Seconds after which the gauges of a worker that sends no report are left out."""
+
+_FAILED = {("logins_total", code) for code in (errors.InvalidCredentials.code, errors.TooManyAttempts.code)}
+"""Not those that the service could not check, such as while the store cannot be written: nobody guesses there."""
 
 _MERGES: Mapping[str, Callable[[Iterable[float]], float]] = {"sum": sum, "max": max, "min": min}
 _MERGE = {family.name: _MERGES[family.merge] for family in FAMILIES}
@@ -132,7 +135,7 @@ def _happened(counts: Counts) -> Sequence[int]:
             checked += numbers[0]
         elif key == ("logins_total", "ok"):
             succeeded += numbers[0]
-        elif key[0] == "logins_total":
+        elif key in _FAILED:
             failed += numbers[0]
     return int(succeeded), int(failed), int(checked)
 
