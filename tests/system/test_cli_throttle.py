@@ -137,8 +137,8 @@ def test_without_a_server_the_list_says_so(tmp_path: Path) -> None:
     write_config(tmp_path)
     run(tmp_path, "migrate")
     problem = "No server of this user serves config.toml: start one with `tokenauth serve`."
-    assert mistake(run(tmp_path, "throttle", "list")) == problem
-    assert mistake(run(tmp_path, "throttle", "clear", "ann")) == problem
+    assert mistake(run(tmp_path, "throttle", "list")).startswith(problem)
+    assert mistake(run(tmp_path, "throttle", "clear", "ann")).startswith(problem)
     assert mistake(run(tmp_path, "throttle", "clear", "ann", "--from", HOME)) == "No failed login is counted there."
 
 

@@ -19,6 +19,7 @@ from tests.support.certificates import Certificate, make_certificate
 from tests.support.connections import Closed, Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import workers_of
+from tests.support.ports import free_port
 from tests.support.servers import TOKENAUTH, USERS, Server, serve, spawn, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import Done, mistake, output, run
@@ -62,6 +63,22 @@ def test_the_command_waits_and_says_what_has_changed(tmp_path: Path) -> None:
         )  # fmt: skip
         assert "passwords_changed" not in event
         assert len(server.events("reloaded")) == 2
+
+
+def test_what_needs_a_restart_is_said_by_all_commands(tmp_path: Path) -> None:
+    old, new = free_port(), free_port()
+    with serve(write_config(tmp_path, f"[server]\nport = {old}"), on_port=False) as server:
+        server.wait("started")
+        write_config(tmp_path, f"[server]\nport = {new}")
+        pid = server.process.pid
+        said = f"server.port changes only at a restart; still serving on 127.0.0.1 port {old}"
+        assert output(reload(tmp_path)) == f"Reloaded by process {pid}: {said}.\n"
+        assert server.events("restart_needed")[0]["detail"].endswith(said)
+        asked = mistake(run(tmp_path, "health"))
+        assert asked.startswith(f"127.0.0.1:{new}: Connection refused. Process {pid} serves config.toml elsewhere")
+        checks = {one["check"]: one for one in json.loads(run(tmp_path, "doctor", "--json").stdout)["checks"]}
+        assert checks["port"]["status"] == "warning"
+        assert f"process {pid}, which serves this configuration, has another address" in checks["port"]["text"]
 
 
 def test_no_request_gets_the_old_settings_afterwards(tmp_path: Path) -> None:
@@ -118,7 +135,10 @@ def test_each_refusal_is_said_and_logged_once(tmp_path: Path) -> None:
 
 def test_without_a_server_the_command_fails(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    expected = "No server of this user serves config.toml: start one with `tokenauth serve`."
+    expected = (
+        "No server of this user serves config.toml: start one with `tokenauth serve`. "
+        "If one runs, it is of another release: restart it."
+    )
     assert mistake(reload(tmp_path)) == expected
     other = tmp_path / "other"
     other.mkdir()

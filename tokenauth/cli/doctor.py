@@ -16,7 +16,7 @@ import click
 from tokenauth import file_descriptors
 from tokenauth.audit import log as audit_log
 from tokenauth.cli.base import count, print_json
-from tokenauth.cli.health import ask
+from tokenauth.cli.health import ADDRESS_STAYS, ask
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
 from tokenauth.models import PUT_DATABASE_BACK, DatabaseReport
@@ -116,7 +116,7 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
     yield from _risks(path, text, settings, service.passwords)
     if settings.server.tls_certificate:
         yield _certificate(text, settings.server)
-    yield _socket(settings.server) if settings.server.socket else _port(settings.server)
+    yield (_socket if settings.server.socket else _port)(settings.server, path)
     yield from _database(settings, path)
     yield from _audit(settings.audit)
     yield from _login(settings, service.passwords)
@@ -151,7 +151,7 @@ def _risk_line(text: str, settings: Settings, risk: str) -> int | None:
     return None
 
 
-def _port(settings: ServerSettings) -> Finding:
+def _port(settings: ServerSettings, path: Path) -> Finding:
     """Look whether the address can be listened on, and who does."""
     from tokenauth.errors import StartError
     from tokenauth.server.listener import check_address, listen
@@ -165,7 +165,7 @@ def _port(settings: ServerSettings) -> Finding:
         if settings.port and _is_tokenauth(settings):
             return _running("port", f"tokenauth serves on {where}", settings)
         return Finding("error", "port", problem, fix)
-    return Finding("ok", "port", f"{where} is free")
+    return _free("port", where, path)
 
 
 def _certificate(text: str, settings: ServerSettings) -> Finding:
@@ -186,7 +186,7 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
     return Finding("warning" if soon else "ok", "certificate", f"it is for {names}", fix * soon, line if soon else None)
 
 
-def _socket(settings: ServerSettings) -> Finding:
+def _socket(settings: ServerSettings, path: Path) -> Finding:
     """Look whether the Unix socket can be listened on, and who does."""
     from tokenauth.errors import StartError
     from tokenauth.server import unix_socket
@@ -198,10 +198,21 @@ def _socket(settings: ServerSettings) -> Finding:
         problem, _, fix = str(error).partition("; ")
         return Finding("error", "socket", problem, fix)
     if not served:
-        return Finding("ok", "socket", f"{settings.socket} is free")
+        return _free("socket", settings.socket, path)
     if _is_tokenauth(settings):
         return _running("socket", f"tokenauth serves on {settings.socket}", settings)
     return Finding("error", "socket", f"another program serves on {settings.socket}", "stop it, or use another path")
+
+
+def _free(check: str, where: str, path: Path) -> Finding:
+    """Say that nothing serves at the address; a warning if a server of this configuration runs."""
+    from tokenauth.server.control import find_servers
+
+    servers = find_servers(path)
+    if not servers:
+        return Finding("ok", check, f"{where} is free")
+    text = f"{where} is free, and process {servers[0]}, which serves this configuration, has another address"
+    return Finding("warning", check, text, f"restart it if the address was changed: {ADDRESS_STAYS}")
 
 
 def _running(check: str, text: str, settings: ServerSettings) -> Finding:

@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -43,6 +44,7 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
     """
     if math.isnan(timeout):
         raise click.UsageError("--timeout: must be a number of seconds.")
+    path = None
     if url is not None:
         where, connect = _of_url(url)
     else:
@@ -56,13 +58,25 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
     try:
         status, body = _get(connect(timeout), "/readyz" if ready else "/healthz")
     except (OSError, http.client.HTTPException) as error:
-        raise click.ClickException(printable(f"{where}: {_reason(error)}")) from None
+        elsewhere = "" if path is None or not isinstance(error, OSError) else _elsewhere(path)
+        raise click.ClickException(printable(f"{where}: {_reason(error)}{elsewhere}")) from None
     expected = "ready" if ready else "ok"
     found = _read(body)
     if status != http.HTTPStatus.OK or found.get("status") != expected:
         reason = found.get("reason", f"the answer has status {status}, and is not that of tokenauth")
         raise click.ClickException(printable(f"{where}: {reason}"))
     click.echo(expected)
+
+
+ADDRESS_STAYS = "server.host, port and socket change only at a restart"
+
+
+def _elsewhere(path: Path) -> str:
+    """Return what to add if nothing answers at the address, but a server of this configuration runs."""
+    from tokenauth.server.control import find_servers
+
+    servers = find_servers(path)
+    return f". Process {servers[0]} serves {path} elsewhere: {ADDRESS_STAYS}." if servers else ""
 
 
 def _reason(error: OSError | http.client.HTTPException) -> str:

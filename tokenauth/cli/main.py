@@ -152,7 +152,7 @@ def reload(config_file: str | None) -> None:
     refused = False
     for pid, answer in ask_for_reload(path).items():
         shown = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in answer.changes.items()]
-        changes = "; ".join(shown) or "nothing has changed"
+        changes = "; ".join([*shown, *answer.restart_needed]) or "nothing has changed"
         if answer.accepted:
             append_to_audit_log(config_file, {"event": "reload_ordered", "server": pid, "by": logs.operator()})
             click.echo(printable(f"Reloaded by process {pid}: {changes}."))

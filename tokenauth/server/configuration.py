@@ -1,6 +1,6 @@
 """What a server serves: its settings, and the content of the files that they name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +14,18 @@ from tokenauth.risks import Risk, check_accepted, find_risks, log_and_check
 from tokenauth.server import tls
 from tokenauth.settings import loader
 from tokenauth.settings.files_read import FilesRead
-from tokenauth.settings.model import Settings
+from tokenauth.settings.model import ServerSettings, Settings
 
 
 class Configuration(NamedTuple):
-    """The settings in use, and the content of the TLS files."""
+    """The settings in use, and the content of the TLS files.
+
+    restart_needed: what has changed in the file and is not in use before a restart, one sentence for each.
+    """
 
     settings: Settings
     certificate: tls.KeyPair | None = None
+    restart_needed: Sequence[str] = ()
 
 
 class ConfigurationFile:
@@ -63,16 +67,18 @@ class ConfigurationFile:
                 f"{path}: is not a regular file, so it cannot be reloaded: restart to change the settings"
             )
         file = loader.load(path, files=self._files)
-        if _address(file) != _address(self._first):
-            log.warning("restart_needed", detail=f"{path}: server.host, port and socket change only at a restart")
+        needed = list(_changed_addresses(self._first.server, file.server, served.server))
         if file.metrics != served.metrics:
-            log.warning("restart_needed", detail=f"{path}: metrics.listen changes only at a restart")
+            needed.append("metrics.listen changes only at a restart")
             file = replace(file, metrics=served.metrics)
         if file.audit != served.audit:
-            log.warning("restart_needed", detail=f"{path}: [audit] changes only at a restart")
+            needed.append("[audit] changes only at a restart")
             file = replace(file, audit=served.audit)
+        for detail in needed:
+            log.warning("restart_needed", detail=f"{path}: {detail}")
         address = {"host": served.server.host, "port": served.server.port, "socket": served.server.socket}
-        return self._checked(loader.override(file, workers=self._workers, **address))[0]
+        configuration, _ = self._checked(loader.override(file, workers=self._workers, **address))
+        return configuration._replace(restart_needed=needed)
 
     def changed(self) -> bool:
         """Return whether a file has changed since the last attempt to read it. To be called once a second."""
@@ -90,7 +96,10 @@ class ConfigurationFile:
         return Configuration(settings, certificate), risks
 
 
-def _address(settings: Settings) -> tuple[object, ...]:
-    """Return the settings of the listening socket."""
-    server = settings.server
-    return server.host, server.port, server.socket, server.socket_mode
+def _changed_addresses(first: ServerSettings, file: ServerSettings, served: ServerSettings) -> Iterator[str]:
+    """Yield a sentence if settings of the listening socket have changed in the file."""
+    names = [name for name in ("host", "port", "socket", "socket_mode") if getattr(file, name) != getattr(first, name)]
+    if names:
+        where = served.socket or f"{served.host} port {served.port or 'as before'}"
+        verb = "changes" if len(names) == 1 else "change"
+        yield f"{' and '.join(f'server.{name}' for name in names)} {verb} only at a restart; still serving on {where}"

@@ -51,6 +51,8 @@ class ReloadAnswer(msgspec.Struct):
     """Why it was refused, or what is not as it should be after it."""
     changes: Mapping[str, Sequence[str]]
     """Names of users, pools and settings by kind of change."""
+    restart_needed: Sequence[str] = []
+    """What has changed in the file and is not in use before a restart."""
 
 
 class Peer(NamedTuple):
@@ -191,8 +193,11 @@ def _ask_all(path: Path, purpose: Purpose, type: type[_Answer]) -> Mapping[int, 
         names = [name for name in names if not _ask(name, path, answers)]
     if not answers:
         busy = " One, of whatever user, takes no more connections." if names else ""
-        raise StartError(f"No server of this user serves {path}: start one with `tokenauth serve`.{busy}")
+        raise StartError(f"No server of this user serves {path}: {_START}{busy}")
     return {pid: _decode(pid, data, type) for pid, data in answers.items()}
+
+
+_START = "start one with `tokenauth serve`. If one runs, it is of another release: restart it."
 
 
 def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:

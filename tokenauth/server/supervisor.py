@@ -264,7 +264,7 @@ class _Reload:
         changes: Mapping[str, Sequence[str]],
         commands: Sequence[Command],
     ) -> None:
-        self.settings, self.certificate = configuration
+        self.settings, self.certificate, self.restart_needed = configuration
         self.cause = cause
         self.changes = changes
         self.commands = commands
@@ -299,7 +299,7 @@ class Supervisor:
         """Writes what workers could not write before their end."""
         self._file = file
         self._controls = controls
-        self._settings, self._certificate = settings, _ = configuration
+        self._settings, self._certificate = settings, _ = configuration[:2]
         self._users = settings.users_by_name
         self._listener = listener
         self._signals = signals
@@ -799,7 +799,7 @@ class Supervisor:
         )
         self._manager.ready()
         detail = f"workers that still take requests: {', '.join(map(str, busy))}" if busy else ""
-        _answer(reload.commands, ReloadAnswer(True, detail, reload.changes))
+        _answer(reload.commands, ReloadAnswer(True, detail, reload.changes, reload.restart_needed))
 
     def _retire(self, worker: _Worker) -> None:
         """Stop a worker that was replaced."""
