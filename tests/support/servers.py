@@ -11,10 +11,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -28,6 +29,8 @@ TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """For clients that use plain HTTP only. By default each client would load all CA certificates."""
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 START = 1_800_000_000.0
 """The first time of every hand-moved clock, in Unix seconds."""
@@ -134,21 +137,23 @@ class Server:
 
 
 @contextmanager
-def starting(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
+def starting(config: Path, clock: HandClock | None = None, env: Mapping[str, str] = NOTHING) -> Iterator[Server]:
     """Start one worker on its own port. Several of them on one database are like `serve --workers N`.
 
     With a clock, only the test moves the time.
     """
     log = _new_log(config.parent)
     command = ["worker", str(config), str(clock.path) if clock else "-"]
-    process = Forked("tests.support.worker", command, config.parent, [Path(os.devnull), log, log], os.environ)
+    process = Forked(
+        "tests.support.worker", command, config.parent, [Path(os.devnull), log, log], {**os.environ, **env}
+    )
     with _ended(Server(process, log)) as server:
         yield server
 
 
 @contextmanager
-def worker(config: Path, clock: HandClock | None = None) -> Iterator[Server]:
-    with starting(config, clock) as server:
+def worker(config: Path, clock: HandClock | None = None, env: Mapping[str, str] = NOTHING) -> Iterator[Server]:
+    with starting(config, clock, env) as server:
         server.port = server.wait("test_worker_ready")["port"]
         yield server
 

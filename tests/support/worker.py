@@ -1,5 +1,9 @@
-"""A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`."""
+"""A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`.
 
+A variable QUIET has the seconds after which a quiet stream of events gets a comment, instead of 15.
+"""
+
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -8,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from tests.support.servers import HandClock
-from tokenauth import logs
+from tokenauth import events, logs
 from tokenauth.logs import log
 from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.protocol import BoundedProtocol
@@ -30,6 +34,8 @@ class Worker(AcceptingServer):
 def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
+    if "QUIET" in os.environ:
+        vars(events)["QUIET"] = float(os.environ["QUIET"])
     logs.configure(direct=True)  # tests read the log right after an answer
     settings = loader.load(Path(config_file))
     if clock_file == "-":

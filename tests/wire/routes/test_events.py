@@ -4,19 +4,17 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.journal import until
-from tests.support.servers import HandClock, Server, exchange, log_in, worker, write_config
+from tests.support.servers import NOTHING, HandClock, Server, exchange, log_in, worker, write_config
 from tests.support.streaming import EventStream
+from tokenauth import events
 
 SECRET = "write"
-
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +139,9 @@ def test_admins_are_told_of_the_throttle_and_the_status(
         assert stream.wait("throttle").data == {}
 
 
-def test_a_quiet_stream_has_comments(server: Server, ann: str) -> None:
-    with open_stream(server, ann) as stream:
+def test_a_quiet_stream_has_comments(config_file: Path, clock: HandClock, ann: str) -> None:
+    assert events.QUIET <= 15
+    with worker(config_file, clock, {"QUIET": "0.5"}) as server, open_stream(server, ann) as stream:
         stream.next()
         until(lambda: stream.next(20).name == "", "a comment came", 40)
 
