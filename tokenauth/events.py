@@ -149,7 +149,7 @@ class Stream:
 
 
 class Events:
-    """The clients of this worker, and the task that tells them what has changed."""
+    """The clients of this worker, and the task that sends them what has changed."""
 
     def __init__(self, tokens: Tokens, watcher: Watcher) -> None:
         self._tokens = tokens

@@ -35,7 +35,7 @@ RETRY = 1.0
 
 ANSWER_TIMEOUT = 1.25
 """Seconds to wait until the other workers have applied an update. A cache of PostgreSQL's tokens is not used for longer
-without news (`BOUND`), so a worker that is late then looks each token up."""
+without its feed (`BOUND`), so a worker that is late then looks each token up."""
 
 _BATCH = 100
 """Number of revocations written at a time. They share a commit."""

@@ -104,6 +104,20 @@ def test_no_request_gets_the_old_settings_afterwards(tmp_path: Path) -> None:
                     assert status(connection) == expected
 
 
+def test_tokens_of_removed_users_end_with_the_answer(tmp_path: Path) -> None:
+    """Over new connections, and over those that old workers may still serve."""
+    with serving(write_config(tmp_path), "--workers", "2") as server, ExitStack() as stack:
+        kept = [stack.enter_context(Connection(server.port)) for _ in range(8)]
+        token = kept[0].log_in("bob", "bob-secret")
+        assert [connection.valid(token) for connection in kept] == [True] * 8
+        write_config(tmp_path, users=WITHOUT_BOB)
+        output(reload(tmp_path))
+        new = [stack.enter_context(Connection(server.port)) for _ in range(8)]
+        for connection in (*kept, *new):
+            with suppress(Closed):
+                assert not connection.valid(token)
+
+
 def test_a_hanging_worker_delays_a_reload_and_is_named(tmp_path: Path) -> None:
     with serving(write_config(tmp_path), "--workers", "2") as server:
         hanging = workers_of(server)[0]

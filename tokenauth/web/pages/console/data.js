@@ -1,4 +1,4 @@
-// Reads documents of the API for a view, and again when there is news of them.
+// Reads documents of the API for a view, and again after an event about them.
 
 import { call, now } from "./api.js";
 import { subscribe } from "./live.js";
