@@ -1,8 +1,9 @@
 """A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`.
 
-A variable QUIET has the seconds after which a quiet stream of events gets a comment, instead of 15.
+A variable EVENTS has times of `tokenauth.events` to use instead of its own, as JSON.
 """
 
+import json
 import os
 import socket
 import sys
@@ -34,8 +35,7 @@ class Worker(AcceptingServer):
 def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
-    if "QUIET" in os.environ:
-        vars(events)["QUIET"] = float(os.environ["QUIET"])
+    vars(events).update(json.loads(os.environ.get("EVENTS", "{}")))
     logs.configure(direct=True)  # tests read the log right after an answer
     settings = loader.load(Path(config_file))
     if clock_file == "-":

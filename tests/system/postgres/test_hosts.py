@@ -31,7 +31,10 @@ async def test_a_silent_host_delays_no_connection(postgres: Cluster, database: s
         await store.stop(START)
 
 
-async def test_a_start_without_a_host_names_all_of_them(postgres: Cluster, database: str) -> None:
+async def test_a_start_without_a_host_names_all_of_them(
+    postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenauth.stores.postgres.engine._START_TIMEOUT", 0.5)
     with Proxy(postgres.port) as proxy, Proxy(postgres.port) as other:
         proxy.cut()
         other.cut()

@@ -119,13 +119,22 @@ def test_my_tokens_are_told_and_those_of_others_not(server: Server, sibling_clie
         assert "tokens" not in stream.names(2.5)
 
 
-def test_nobody_is_told_of_what_needs_another_scope(server: Server, client: httpx.Client, ann: str) -> None:
+def test_nobody_is_told_of_what_needs_another_scope(
+    config_file: Path, clock: HandClock, client: httpx.Client, admin: dict[str, str], ann: str
+) -> None:
     bob = log_in(client, "bob", "bob-secret")
-    with open_stream(server, bob) as of_bob, open_stream(server, ann) as of_ann:
+    with (
+        worker(config_file, clock, {"EVENTS": '{"STATUS": 0.5}'}) as server,
+        open_stream(server, bob) as of_bob,
+        open_stream(server, ann) as of_ann,
+        open_stream(server, admin["X-Token"]) as of_admin,
+    ):
         of_bob.next(), of_ann.next()
         assert lease(client, ann, "secret").status_code == 201
         assert of_ann.wait("pool").data == {"name": "secret"}
-        assert set(of_bob.names(6)) == set(), "nor of the status, nor of the throttle"
+        for _ in range(3):
+            of_admin.wait("status")
+        assert set(of_bob.names(1.5)) == set(), "nor of the status, nor of the throttle"
 
 
 def test_admins_are_told_of_the_throttle_and_the_status(
@@ -141,7 +150,7 @@ def test_admins_are_told_of_the_throttle_and_the_status(
 
 def test_a_quiet_stream_has_comments(config_file: Path, clock: HandClock, ann: str) -> None:
     assert events.QUIET <= 15
-    with worker(config_file, clock, {"QUIET": "0.5"}) as server, open_stream(server, ann) as stream:
+    with worker(config_file, clock, {"EVENTS": '{"QUIET": 0.5}'}) as server, open_stream(server, ann) as stream:
         stream.next()
         until(lambda: stream.next(20).name == "", "a comment came", 40)
 
