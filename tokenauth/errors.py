@@ -155,10 +155,15 @@ class TooManyLeases(Refusal):
 
 
 class AlreadyReserved(Refusal):
-    """Another manager has reserved the member. That reservation is as it was."""
+    """Another manager has reserved the member. That reservation, by whom and until when, is as it was."""
 
     code = "already_reserved"
     description = "Another user has reserved this member. Send ?force=true to replace the reservation."
+
+    def __init__(self, by: str = "", until: float = 0) -> None:
+        super().__init__()
+        self.by = by
+        self.until = until
 
 
 class LeaseLost(Refusal):
@@ -183,10 +188,10 @@ class TooManyPlaces(Refusal):
 
 
 class PlaceLost(Refusal):
-    """The request was taken out of the waiting line."""
+    """The request is not in the waiting line any more."""
 
     code = "place_lost"
-    description = "The request was taken out of the waiting line."
+    description = "The request is not in the waiting line any more: it was taken out, or its time was over."
 
 
 class UnknownRequest(Refusal):

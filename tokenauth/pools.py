@@ -469,7 +469,8 @@ class Pools:
         reservation = Reservation(end, username, note, by)
         change = await self._change_reservation(pool, member, reservation, now, replace)
         if change.after is None:
-            raise AlreadyReserved
+            found = change.before.reservation
+            raise AlreadyReserved(*(() if found is None else (found.by, found.until)))
         log.info("member_reserved", pool=pool.name, member=member, until=end, user=username, note=note, by=by)
         return change.after
 

@@ -63,6 +63,9 @@ _KNOWN_UPDATE = 86400.0
 _RECHECK = 1.0
 """Seconds for which a worker trusts, without asking the store, that a known user has not failed in another worker."""
 
+_LISTED = 3600.0
+"""Seconds for which one whose wait is over can still be cleared by name only."""
+
 _MAX_PERMITS = 10_000
 
 _ROUNDING = 0.001
@@ -264,14 +267,18 @@ class Throttle:
         return self._queue.size
 
     def list_throttled(self) -> Sequence[Throttled]:
-        """Return who was refused in this process and still has to wait, the longest wait first."""
-        now = self._clock()
-        self._throttled = {key: each for key, each in self._throttled.items() if each.until > now}
+        """Return who was refused in this process, the longest wait first.
+
+        Those whose wait was over less than _LISTED ago, too: their failures count still, and can be cleared.
+        """
+        over = self._clock() - _LISTED
+        self._throttled = {key: each for key, each in self._throttled.items() if each.until > over}
         return longest_waits(self._throttled.values())
 
     async def check_throttled(self, listed: Iterable[Throttled]) -> Sequence[Throttled]:
         """Return those of a list who still have to wait, as all processes have counted it, the longest wait first."""
-        checked = [await self._check_again(each) for each in listed]
+        now = self._clock()
+        checked = [await self._check_again(each) for each in listed if each.until > now]
         return longest_waits(each for each in checked if each is not None)
 
     async def clear_user(self, username: str, address: str, by: str) -> bool:
@@ -310,7 +317,7 @@ class Throttle:
     async def _check_again(self, listed: Throttled) -> Throttled | None:
         """Return what someone who is listed has to wait now; None if nothing."""
         if listed.kind == "unknown":  # its name is not known here
-            return listed if listed.until > self._clock() else None
+            return listed
         if listed.kind == "network":
             buckets = self._range_buckets(_key("network", listed.address), _key("region", listed.address))
             found = await self._store.failures.get([bucket.key for bucket in buckets])

@@ -189,8 +189,11 @@ def test_members_are_reserved_for_a_user(tmp_path: Path) -> None:
         assert output(run(tmp_path, *reserve, "--until", "1h", "--for", "bob")) == "Reserved 1 member.\n"
         assert admin.ask("PUT", "/phones/members/moto/reservation", {"until": "1h"}).status == 409
         assert admin.ask("PUT", "/phones/members/moto/reservation?force=true", {"until": "1h"}).status == 200
-        refused = "A user has reserved this member: add --force to replace the reservation."
-        assert mistake(run(tmp_path, *reserve, "--until", "3h")) == refused
+        refused = mistake(run(tmp_path, *reserve, "--until", "3h"))
+        assert re.match(r"admin has reserved this member until \d{4}-\d\d-\d\d \d\d:\d\d UTC: add --force ", refused)
+        done = run(tmp_path, *reserve, "--until", "tomorrow")
+        assert done.returncode == 2
+        assert "write a number and s, m, h or d, such as 30m, 2h or 1d." in " ".join(done.stderr.split())
         assert output(run(tmp_path, *reserve, "--until", "3h", "--force")).startswith("Reserved 1 member.\n")
         ended = run(tmp_path, "pool", "unreserve", "phones", "moto")
         assert output(ended) == "The member is not reserved.\n"
@@ -204,7 +207,7 @@ def test_members_are_reserved_for_a_user(tmp_path: Path) -> None:
         (["nokia", "--until", "1h"], 1, "The pool has no member of this name."),
         (["moto", "--until", "400d"], 1, "until: must be"),
         (["moto", "--until", "1h", "--note", "a\nb"], 1, "note: "),
-        (["moto", "--until", "soon"], 2, "'soon' is not a duration such as '2h'."),
+        (["moto", "--until", "soon"], 2, "'soon' is not a duration from now: write a number and s, m, h or d"),
         (["moto"], 2, "Missing option '--until'"),
     ],
 )

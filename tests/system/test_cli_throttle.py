@@ -97,6 +97,17 @@ def test_a_throttled_user_is_listed_and_cleared(server: Server, home: Path) -> N
     ]  # fmt: skip
 
 
+def test_a_user_whose_wait_is_over_is_cleared_too(tmp_path: Path) -> None:
+    """The failures count still: the next one would make a longer wait."""
+    settings = SETTINGS.format(directory=tmp_path).replace("10m", "4s")
+    with serve(write_config(tmp_path, settings)) as server:
+        throttle(server, "ann")
+        until(lambda: listed(tmp_path) != [], "the worker has reported")
+        until(lambda: listed(tmp_path) == [], "the wait is over")
+        assert output(run(tmp_path, "throttle", "clear", "ann")) == f"ann can log in from {HOME} again.\n"
+        assert mistake(run(tmp_path, "throttle", "clear", "ann")) == "No failed login is counted there."
+
+
 def test_a_throttled_network_is_listed_and_cleared(server: Server, home: Path) -> None:
     for number in range(40):
         if log_in(server, f"name{number}", f"203.0.113.{number}") == 429:

@@ -1,6 +1,7 @@
 """The commands for pools."""
 
 import shlex
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -238,7 +239,8 @@ def pool_reserve(
     from tokenauth.settings.model import canonical
 
     if durations.parse_exact(until) is None:
-        raise click.BadParameter(f"{until!r} is not a duration such as '2h'.", param_hint="--until")
+        problem = f"{until!r} is not a duration from now: write a number and s, m, h or d, such as 30m, 2h or 1d."
+        raise click.BadParameter(problem, param_hint="--until")
     shown = "" if note is None else check_label(utf8(note), "note")
     username = None if user is None else canonical(check_label(utf8(user), "for"))
 
@@ -248,8 +250,10 @@ def pool_reserve(
 
     try:
         token, now = with_service(config_file, reserve)
-    except AlreadyReserved:
-        raise click.ClickException("A user has reserved this member: add --force to replace the reservation.") from None
+    except AlreadyReserved as error:
+        ends = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(error.until))
+        problem = f"{error.by} has reserved this member until {ends}: add --force to replace the reservation."
+        raise click.ClickException(printable(problem)) from None
     reservation, lease = token.reservation, token.lease(now)
     end = reservation and int(reservation.until)
     record_change("pool_member_reserved", config_file, pool=name, member=member, until=end, user=username, note=shown)

@@ -60,8 +60,9 @@ _WHO = {"network": "(everyone)", "unknown": "(unknown names)"}
 def throttle_clear(config_file: str | None, who: str, address: str | None) -> None:
     """Forget the failed logins of a user, or of a network as a whole.
 
-    The next login is checked at once. Of a user, it clears each address in `tokenauth throttle list`, or with --from
-    that one. A network is one from there: a /24 or /16, or an IPv6 /64 or /48. Exit with 1 if nothing was counted.
+    The next login is checked at once. Of a user, it clears each address in `tokenauth throttle list`, also if the wait
+    was over in the last hour, or with --from that one. A network is one from there: a /24 or /16, or an IPv6 /64 or
+    /48. Exit with 1 if nothing was counted.
     """
     from tokenauth.addresses import is_address, network, read_range
     from tokenauth.settings import loader
@@ -73,7 +74,7 @@ def throttle_clear(config_file: str | None, who: str, address: str | None) -> No
             raise click.BadParameter("must be an IP address.", param_hint="--from")
         listed = [] if address is None else [address]
         if address is None:
-            listed = [each.address for each in _find_throttled(config_file) if each.user == name]
+            listed = [each.address for each in _find_refused(config_file) if each.user == name]
         if not listed:
             problem = f"{name!r} is not throttled, as far as the servers of this machine know."
             raise click.ClickException(printable(f"{problem} Pass --from ADDRESS to clear an address."))
@@ -106,7 +107,12 @@ def throttle_clear(config_file: str | None, who: str, address: str | None) -> No
 
 def _find_throttled(config_file: str | None) -> "Sequence[Throttled]":
     """Return who has to wait now. The servers know whom they have refused, and the store, until when."""
+    listed = _find_refused(config_file)
+    return with_service(config_file, lambda service: service.throttle.check_throttled(listed))
+
+
+def _find_refused(config_file: str | None) -> "Sequence[Throttled]":
+    """Return whom the servers have refused, also if the wait was over not long ago."""
     from tokenauth.server.control import ask_who_is_throttled
 
-    listed = ask_who_is_throttled(config_path(config_file))
-    return with_service(config_file, lambda service: service.throttle.check_throttled(listed))
+    return ask_who_is_throttled(config_path(config_file))

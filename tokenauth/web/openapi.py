@@ -179,7 +179,7 @@ _REFUSALS: Mapping[type[errors.Refusal], tuple[errors.Refusal, str]] = {
         (errors.NoFreeToken(30), "No token is free. `Retry-After` says when the next lease ends."),
         (errors.RequestDiffers(), "A request of this id has other terms."),
         (errors.TooManyPlaces(), "The user has 1,000 requests in the line."),
-        (errors.PlaceLost(), "The request was taken out of the line while it waited."),
+        (errors.PlaceLost(), "The request is not in the line any more: it was taken out, or its time was over."),
         (errors.UnknownRequest(), "The user has no such request in the line."),
         (errors.LeaseLost(), "The lease is over, or another one has replaced it. Stop using the token."),
         (exceptions.BodyTooLarge(), "The body is larger than 16 KiB."),
