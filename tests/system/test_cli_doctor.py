@@ -232,6 +232,16 @@ def test_a_file_that_is_no_database_is_an_error(home: Path) -> None:
     assert (home / "tokenauth.db").read_text() == "precious"
 
 
+def test_a_disk_that_takes_no_data_is_an_error(home: Path) -> None:
+    command = f"ulimit -f 96; {TOKENAUTH} doctor --json"  # blocks of 512 bytes: enough for the -shm file
+    done = subprocess.run(["sh", "-c", command], cwd=home, env=environment({}), capture_output=True, check=False)
+    found = {one["check"]: one for one in json.loads(done.stdout)["checks"]}
+    assert (done.returncode, found["disk"]["status"]) == (1, "error")
+    assert "none can be written: File too large" in found["disk"]["text"]
+    assert "The disk is full" in found["disk"]["fix"]
+    assert f"is readable, with schema {HEAD}" in found["database"]["text"]
+
+
 def test_few_open_files_are_a_warning(home: Path) -> None:
     command = f"ulimit -n 1000; {TOKENAUTH} doctor --json"
     done = subprocess.run(["sh", "-c", command], cwd=home, env=environment({}), capture_output=True, check=True)

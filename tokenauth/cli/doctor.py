@@ -1,6 +1,7 @@
 """`tokenauth doctor`: everything that can be checked before or while a server runs, and what to do about it."""
 
 import asyncio
+import errno
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal, NamedTuple
 
 import click
@@ -28,6 +30,12 @@ from tokenauth.settings.model import AuditSettings, ServerSettings, Settings, ca
 
 _LOW_DISK = 200 << 20
 """Bytes. The -wal file of a busy database can grow to 64 MiB, and more while a backup reads."""
+
+_FULL_DISK = 4 << 20
+"""Bytes. With fewer, a trial could take those that a running server needs."""
+
+_TRIAL = 64 << 10
+"""Bytes that are written to see whether that works."""
 
 _LOW_LIMIT = 4096
 """Open files. Each connection is one."""
@@ -221,7 +229,7 @@ def _running(check: str, text: str, settings: ServerSettings) -> Finding:
     if problem is None:
         return Finding("ok", check, text)
     return Finding(
-        "error", check, f"{text}, and is not ready: {problem}", "see docs/production.md, When something happens"
+        "error", check, f"{text}, and is not ready: {problem}", 'docs/production.md, "When something happens"'
     )
 
 
@@ -248,15 +256,32 @@ def _database(settings: Settings, path: Path) -> Iterator[Finding]:
         problem, _, fix = str(error).partition("; ")
         yield Finding("error", "database", problem, fix)
         return
-    yield _schema(report) if report.exists else _missing(report, settings.server, path)
+    disk = _disk(Path(report.name).parent) if settings.database.url.startswith("sqlite") else None
+    full = disk is not None and disk.status == "error"
+    yield _schema(report, full) if report.exists else _missing(report, settings.server, path)
     if report.network is not None:
         text = f"{report.name} is on {report.network}, a file system of another machine"
         yield Finding("error", "database", text, "move it to a local disk: SQLite's locks are not reliable there")
-    if settings.database.url.startswith("sqlite"):
-        free = shutil.disk_usage(Path(report.name).parent).free
-        space = f"{free / (1 << 30):,.1f} GiB are free for the database"
-        yield Finding("warning" if free < _LOW_DISK else "ok", "disk", space, "free some space" * (free < _LOW_DISK))
+    if disk is not None:
+        yield disk
     yield _clock(report)
+
+
+def _disk(directory: Path) -> Finding:
+    """Look for room on the disk of the database. What quotas allow, and if the disk works, only a write shows."""
+    free = shutil.disk_usage(directory).free
+    space = f"{free / (1 << 30):,.1f} GiB" if free >= 1 << 30 else f"{free / (1 << 20):,.1f} MiB"
+    text, fix = f"{space} are free for the database", 'free some space: docs/production.md, "The disk is full"'
+    if free < _FULL_DISK:
+        return Finding("error", "disk", text, fix)
+    try:
+        with TemporaryFile(dir=directory) as file:
+            file.write(bytes(_TRIAL))
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:  # a running server needs no new files
+            return Finding("error", "disk", f"{text}, but none can be written: {error.strerror}", fix)
+    low = free < _LOW_DISK
+    return Finding("warning" if low else "ok", "disk", text, fix * low)
 
 
 def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Finding:
@@ -271,15 +296,17 @@ def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Find
     return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
 
 
-def _schema(report: DatabaseReport) -> Finding:
+def _schema(report: DatabaseReport, full: bool) -> Finding:
     from tokenauth.stores import schema
 
     if report.problem is not None:
-        return Finding("error", "database", f"{report.name}: {report.problem}", "see docs/production.md")
+        section = "The database is locked" if "locked" in report.problem else "The database restarts"
+        return Finding("error", "database", f"{report.name}: {report.problem}", f'docs/production.md, "{section}"')
     if report.schema is None:
         return Finding("ok", "database", f"{report.name} is empty; `serve` makes its tables")
     if schema.serves(report.schema):
-        return Finding("ok", "database", f"{report.name} is readable and writable, with schema {report.schema}")
+        usable = "readable" if full else "readable and writable"
+        return Finding("ok", "database", f"{report.name} is {usable}, with schema {report.schema}")
     text = f"{report.name} has schema {report.schema}; this release needs {schema.HEAD}"
     if schema.is_newer(report.schema):
         return Finding("error", "database", text, "install the newer release that has upgraded it, or restore a backup")

@@ -360,5 +360,7 @@ def reason(error: BaseException) -> str:
     """Return what is wrong, without the statement or any data."""
     while error.__cause__ is not None and not isinstance(error, OSError):
         error = error.__cause__
+    if type(error) is asyncpg.InternalClientError:  # its words are about the states of the driver
+        return "the connection was closed during an operation: PostgreSQL stops, or the network failed"
     words = (isinstance(error, OSError) and error.strerror) or (str(error.args[0]) if error.args else "")
     return f"{type(error).__name__}: {words.splitlines()[0][:200]}" if words else type(error).__name__
