@@ -313,6 +313,29 @@ def test_logins_go_on_without_the_directory(tmp_path: Path) -> None:
     assert Chain(file).verify().problem is None
 
 
+def test_each_worker_says_that_another_cannot_write(tmp_path: Path) -> None:
+    """Only the one that had an act has tried."""
+    config = write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/later/audit.jsonl"\n')
+    with serve(config, "--workers", "2") as server:
+        with server.client() as client:
+            log_in(client)
+        seen = set[str | None]()
+
+        def all_say_it() -> bool:
+            found = set[str | None]()
+            for _ in range(10):
+                with server.client() as client:
+                    found.add(client.get("/readyz").raise_for_status().json().get("audit"))
+            seen.update(found)
+            return None not in found
+
+        until(all_say_it, "the workers have reported")
+        own = "cannot be written: No such file or directory"
+        other = "cannot be written by another worker: the log has the reason"
+        until(lambda: all_say_it() and seen >= {own, other}, "both have answered")
+        assert seen <= {own, other, None}
+
+
 def test_a_full_disk_stops_no_login(tmp_path: Path) -> None:
     """The file is longer than the server may make any file; its database is not."""
     file = tmp_path / "audit.jsonl"

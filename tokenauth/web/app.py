@@ -126,7 +126,7 @@ def find_routes(service: Service) -> list[Route]:
         *OAuthRoutes(tokens, service.credentials, config.oauth.issuer, counted(service, INTROSPECTION)).routes(
             csrf_guard
         ),
-        *HealthRoutes(service.ready, service.audit).routes(),
+        *HealthRoutes(service.ready, service.audit, service.node).routes(),
         *ConsoleRoutes().routes(),
         *javascript_routes(),
         *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),

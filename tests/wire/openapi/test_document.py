@@ -128,7 +128,10 @@ def test_a_route_without_documentation_is_detected(tmp_path: Path) -> None:
     """The comparison above fails if a route is only added to the application."""
     config = loader.load(write_config(tmp_path))
     service = create_service(config)
-    routes = [*find_routes(service), Route("/more", {"GET": HealthRoutes(service.ready, service.audit).alive})]
+    routes = [
+        *find_routes(service),
+        Route("/more", {"GET": HealthRoutes(service.ready, service.audit, service.node).alive}),
+    ]
     described = {(operation.method, operation.path) for operation in Documented(describe(config))}
     assert {(method, route.path) for route in routes for method in route.handlers} - described == {("GET", "/more")}
 

@@ -1,15 +1,22 @@
 """Health: whether the process is alive, and whether it can serve."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
 from starlette.responses import Response
 
 from tokenauth.audit.log import AuditLog
+from tokenauth.errors import RetryLater
+from tokenauth.status import Node
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Route
+
+_PATIENCE = 0.5
+"""Seconds to wait for what the main process knows of the other workers: readiness does not depend on it."""
 
 
 class AliveAnswer(msgspec.Struct):
@@ -28,8 +35,9 @@ class NotReadyAnswer(msgspec.Struct):
 
 
 class HealthRoutes:
-    def __init__(self, problem: Callable[[], Awaitable[str | None]], audit: AuditLog | None) -> None:
+    def __init__(self, problem: Callable[[], Awaitable[str | None]], audit: AuditLog | None, node: Node) -> None:
         """Create them. `problem` returns what keeps the service from serving, if anything does."""
+        self._node = node
         self._problem = problem
         self._audit = audit
 
@@ -43,6 +51,18 @@ class HealthRoutes:
         problem = await self._problem()
         if problem is not None:
             return JSONResponse(NotReadyAnswer(problem), 503)
-        reason = None if self._audit is None else self._audit.problem
-        audit = None if reason is None else f"cannot be written: {reason}"
-        return JSONResponse(ReadyAnswer(status="ready", audit=audit))
+        return JSONResponse(ReadyAnswer(status="ready", audit=await self._audit_problem()))
+
+    async def _audit_problem(self) -> str | None:
+        """Return why the audit log cannot be written. Each worker knows only why its own acts could not be."""
+        if self._audit is None:
+            return None
+        if self._audit.problem is not None:
+            return f"cannot be written: {self._audit.problem}"
+        if self._node.ask is not None:
+            with suppress(RetryLater, TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    status = await self._node.ask()
+                if status.gauges.get(("audit_up",)) == 0:
+                    return "cannot be written by another worker: the log has the reason"
+        return None
