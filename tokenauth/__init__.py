@@ -1,5 +1,8 @@
 """tokenauth issues, validates and revokes bearer tokens, and leases tokens from pools."""
 
+import os
+from functools import cache
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,6 +10,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["TokenMiddleware"]
+
+
+@cache
+def build() -> str:
+    """Return the version with a digest of the package's files, which tells two builds of one version apart.
+
+    A wheel and its checkout have the same. A server asks for it when it starts: later, the files may be newer ones. It
+    takes about 10 milliseconds.
+    """
+    package = os.path.dirname(__file__)
+    digest = sha256()
+    for directory, names, files in os.walk(package):
+        names[:] = sorted({*names} - {"migrations", "__pycache__"})  # a checkout has the migrations elsewhere
+        for name in sorted(files):
+            if name.endswith((".py", ".js", ".html", ".css")):
+                path = os.path.join(directory, name)
+                with open(path, "rb") as file:
+                    digest.update(f"{path.removeprefix(package)}\0".encode() + file.read() + b"\0")
+    return f"{__version__}+{digest.hexdigest()[:8]}"
 
 
 def __getattr__(name: str) -> object:

@@ -26,7 +26,7 @@ from passlib.hash import argon2
 from tests.support.processes import Forked
 from tests.support.servers import TOKENAUTH, USERS, Server, log_in, probe, serve, worker, write_config
 from tests.support.skipping import skip_without
-from tokenauth import __version__
+from tokenauth import build
 from tokenauth.settings import loader
 from tokenauth.stores.schema import HEAD
 
@@ -135,7 +135,7 @@ def test_the_help_lists_the_commands(tmp_path: Path) -> None:
     assert all(f"\n  {command.partition(' ')[0]} " in text for command in COMMANDS)
     for group in ((), ("user",), ("tokens",), ("pool",), ("throttle",)):
         assert "..." not in output(run(tmp_path, *group, "--help")).partition("Commands:")[2], "a summary is cut"
-    assert output(script(tmp_path, "--version")) == f"tokenauth, version {__version__}\n"
+    assert output(script(tmp_path, "--version")) == f"tokenauth, version {build()}\n"
 
 
 def test_check_reports_a_valid_configuration(home: Path) -> None:

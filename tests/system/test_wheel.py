@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.servers import ROOT, write_config
+from tokenauth import build
 from tokenauth.stores.schema import HEAD
 
 
@@ -57,6 +58,7 @@ def test_the_installed_wheel_works_outside_the_checkout(wheel: Path, tmp_path: P
     home.mkdir()
     write_config(home)
 
+    assert run(python, "-m", "tokenauth", "-V", cwd=home) == f"tokenauth, version {build()}\n", "as in the checkout"
     found = run(python, "-c", "import tokenauth.cli as it; print(it.__file__)", cwd=home).strip()
     assert Path(found).is_relative_to(library)
     command = tmp_path / "venv/bin/tokenauth"

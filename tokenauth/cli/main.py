@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tokenauth import __version__, logs
+from tokenauth import build, logs
 from tokenauth.cli import NOHUP
 from tokenauth.cli.audit import audit_log
 from tokenauth.cli.base import (
@@ -40,8 +40,22 @@ if TYPE_CHECKING:
     from tokenauth.service import Service
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:  # the digest is computed only then
+        click.echo(f"tokenauth, version {build()}")
+        context.exit()
+
+
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, "-V", "--version", prog_name="tokenauth")
+@click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """Issue, check and revoke bearer tokens, and lease tokens from pools."""
     logs.configure(quiet=True)

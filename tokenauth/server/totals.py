@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from tokenauth import __version__, errors
+from tokenauth import build, errors
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
 from tokenauth.models import Throttled, longest_waits
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
@@ -54,6 +54,7 @@ class Totals:
         self.crashes = 0
         """Workers that had to be replaced."""
         self._started_at = int(time.time())
+        self._build = build()
         self._minutes: deque[_Minute] = deque(maxlen=LENGTH)
         self._lock = threading.Lock()
         self._workers: dict[int, _Last] = {}
@@ -88,7 +89,7 @@ class Totals:
                     found.setdefault(key, []).append(value)
         gauges: dict[Key, float] = {key: _MERGE[key[0]](values) for key, values in found.items()}
         counts["worker_crashes_total",] = [self.crashes]
-        own = {("workers",): reporting, ("workers_configured",): self.configured, ("build_info", __version__): 1}
+        own = {("workers",): reporting, ("workers_configured",): self.configured, ("build_info", self._build): 1}
         return counts, {**gauges, **own}
 
     def note(self) -> None:

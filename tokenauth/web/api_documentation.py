@@ -1118,7 +1118,7 @@ WEB_PAGES = Section(
 
 _HOUR = [None] * 60  # as of a service that was just started
 _STATUS = {
-    "version": "0.1.0",
+    "version": "0.1.0+3f1c9a52",
     "time": _ISSUED_AT,
     "started_at": _ISSUED_AT - 90,
     "workers": [{"pid": 4711, "started_at": _ISSUED_AT - 89}],

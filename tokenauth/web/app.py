@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Router
 from starlette.types import ASGIApp
 
-from tokenauth import __version__
+from tokenauth import build
 from tokenauth.audit.log import auditing
 from tokenauth.clock import Clock
 from tokenauth.logs import log
@@ -166,7 +166,7 @@ async def _serving(service: Service) -> AsyncIterator[Mapping[str, object]]:
         gc.freeze()  # objects that live until the end need not be collected again and again
         gc.set_threshold(GC_THRESHOLD)
         gc.enable()  # a worker starts without it, and leaves next to nothing to collect
-        log.info("started", version=__version__, users=len(service.settings.users_by_name))
+        log.info("started", version=build(), users=len(service.settings.users_by_name))
         try:
             origins = frozenset(service.settings.server.cors_origins)
             yield {
