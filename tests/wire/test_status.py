@@ -59,6 +59,7 @@ def test_all_workers_are_summed(server: Server, client: httpx.Client, admin: dic
         60
     ] * 5
     assert found["store"]["kind"] == "sqlite"
+    assert found["audit"] is None
     assert "broad_trusted_proxies" in [risk["name"] for risk in found["risks"]]
 
 
@@ -68,6 +69,16 @@ def test_a_configuration_that_others_can_change_is_a_risk(tmp_path: Path) -> Non
     with serve(config) as running, running.client() as client:
         found = status(client, {"X-Token": log_in(client)})
         assert {risk["name"] for risk in found["risks"]} >= {"readable_config", "writable_config"}
+
+
+def test_an_audit_log_that_cannot_be_written_is_shown(tmp_path: Path) -> None:
+    directory = tmp_path / "later"
+    config = write_config(tmp_path, f'[audit]\nfile = "{directory}/audit.jsonl"\n')
+    with serve(config) as running, running.client() as client:
+        admin = {"X-Token": log_in(client)}
+        until(lambda: status(client, admin)["audit"] == {"up": False, "lost": 0}, "the failure")
+        directory.mkdir()
+        until(lambda: status(client, admin)["audit"] == {"up": True, "lost": 0}, "the next attempt")
 
 
 def test_pools_and_live_tokens_are_read_in_the_background(client: httpx.Client, admin: dict[str, str]) -> None:

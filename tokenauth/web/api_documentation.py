@@ -1128,6 +1128,7 @@ _STATUS = {
         **{"kind": "sqlite", "schema": "4.1", "up": True},
         **{"feed_age": 0.0, "revocations_held": 0, "live_tokens": 17},
     },
+    "audit": None,
     "password_queue": 0,
     "risks": [
         {

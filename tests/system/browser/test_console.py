@@ -402,11 +402,16 @@ def test_a_page_older_than_the_service_is_reloaded(page: Page, server: Server) -
 
 def test_old_numbers_are_gray_and_have_a_time(page: Page, tmp_path: Path) -> None:
     """While the database is away, also for who opens the view then. The card of the store says how it is now."""
-    with serve(write_config(tmp_path), "--workers", "1") as server:
+    logs = tmp_path / "logs"
+    config = write_config(tmp_path, f'[audit]\nfile = "{logs}/audit.jsonl"\n')
+    with serve(config, "--workers", "1") as server:
         page.goto(f"{server.url}/console#health")
         fill_in(page, "admin", "admin")
         main = page.get_by_role("main")
         expect(main).to_contain_text("Storeup")
+        expect(main).to_contain_text(re.compile(r"Audit log\W*Problem: not writableacts are held"), timeout=15_000)
+        logs.mkdir()
+        expect(main).to_contain_text("Audit logupno act is missing", timeout=15_000)
         moved = [file.rename(tmp_path / f"moved-{file.name}") for file in tmp_path.glob("tokenauth.db*")]
         assert moved
         for _ in range(2):
@@ -569,6 +574,7 @@ def test_the_health_view_shows_what_happens(page: Page, server: Server, client: 
     main = page.get_by_role("main")
     expect(main).to_contain_text("Workers1 of 1")
     expect(main).to_contain_text("Storeup")
+    expect(main).to_contain_text("Audit logoff")
     expect(main).to_contain_text("broad_trusted_proxies")
     expect(page.get_by_role("img", name=re.compile(r"^Logins: \d+ in the last hour"))).to_be_visible()
     expect(page.locator("canvas")).to_have_count(5)

@@ -43,6 +43,11 @@ class StoreAnswer(msgspec.Struct):
     live_tokens: int | None
 
 
+class AuditAnswer(msgspec.Struct):
+    up: bool | None
+    lost: int
+
+
 class RiskAnswer(msgspec.Struct):
     name: str
     text: str
@@ -83,6 +88,7 @@ class StatusAnswer(msgspec.Struct):
     workers_configured: int
     worker_crashes: int
     store: StoreAnswer
+    audit: AuditAnswer | None
     password_queue: int
     risks: list[RiskAnswer]
     totals: TotalsAnswer
@@ -134,7 +140,11 @@ class StatusRoutes:
         def gauge(*key: str) -> int | None:
             return _whole(gauges, key)
 
-        up, feed_age = gauges.get(("store_up",)), gauges.get(("feed_age_seconds",))
+        def flag(name: str) -> bool | None:
+            value = gauges.get((name,))
+            return None if value is None else bool(value)
+
+        feed_age = gauges.get(("feed_age_seconds",))
         return StatusAnswer(
             version=self._build,
             time=int(service.clock()),
@@ -145,11 +155,12 @@ class StatusRoutes:
             store=StoreAnswer(
                 kind=service.settings.database.url.partition("+")[0],
                 schema=service.store.schema,
-                up=None if up is None else bool(up),
+                up=flag("store_up"),
                 feed_age=None if feed_age is None else round(feed_age, 3),
                 revocations_held=gauge("revocations_held") or 0,
                 live_tokens=gauge("live_tokens"),
             ),
+            audit=None if service.audit is None else AuditAnswer(flag("audit_up"), count("audit_lost_total")),
             password_queue=gauge("password_queue") or 0,
             risks=risks,
             totals=TotalsAnswer(dict(logins), dict(validations), count("throttle_refusals_total")),

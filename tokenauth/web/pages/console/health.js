@@ -81,12 +81,21 @@ function Facts({ status, outage }) {
       <${Fact} title="Revocation feed" value=${store.feed_age === null ? "not known yet" : `${store.feed_age.toFixed(1)} s old`} bad=${store.feed_age > 5}>
         ${store.revocations_held ? html`<strong>${count(store.revocations_held, "revocation")} not written yet</strong>` : "all revocations are written"}
       <//>
+      <${Audit} audit=${status.audit} />
       <${Fact} title="Live tokens" value=${store.live_tokens === null ? "not known yet" : store.live_tokens.toLocaleString("en")}>
         ${count(status.totals.throttle_refusals, "login")} throttled since the start
       <//>
       <${Fact} title="Password queue" value=${status.password_queue} bad=${status.password_queue > 20}>logins that wait to be checked<//>
     </div>
   `;
+}
+
+function Audit({ audit }) {
+  if (!audit) return html`<${Fact} title="Audit log" value="off">the configuration has none<//>`;
+  const value = audit.up === null ? "not known yet" : audit.up ? "up" : "not writable";
+  return html`<${Fact} title="Audit log" value=${value} bad=${audit.up === false || audit.lost > 0}>
+    ${audit.lost > 0 ? html`<strong>${count(audit.lost, "act is", "acts are")} missing in it</strong>` : audit.up === false ? "acts are held in memory" : "no act is missing"}
+  <//>`;
 }
 
 function Risks({ risks }) {
