@@ -13,6 +13,7 @@ from tests.promises.test_4_outage import is_outage
 from tests.support.connections import Closed, Connection, NoAnswer, Refused
 from tests.support.journal import serving, until
 from tests.support.servers import Server, write_config
+from tests.system.test_cli import run
 from tokenauth.server.channel import HEARTBEAT
 
 FILE = "tokenauth.db"
@@ -86,6 +87,24 @@ def test_a_reload_without_the_file_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / FILE).exists()
         until(lambda: unavailable(server, token), "the worker has noticed it")
         assert len(server.events("started")) == 1
+
+
+def test_a_restart_without_the_file_is_refused(tmp_path: Path) -> None:
+    """A new database would replace the -wal file, which has the latest logins of the one that was moved."""
+    config = write_config(tmp_path)
+    with serving(config) as server:
+        with Connection(server.port) as connection:
+            token = connection.log_in()
+        move(tmp_path)
+        assert "put it back, then restart tokenauth" in server.wait("store_file_replaced")["action"]
+        assert server.stop() == 0
+    done = run(tmp_path, "serve", "--port", "0")
+    assert done.returncode == 3
+    assert "is missing, but its -wal file with the latest changes is there" in done.stderr
+    assert not (tmp_path / FILE).exists()
+    (tmp_path / "moved.db").rename(tmp_path / FILE)
+    with serving(config) as server, Connection(server.port) as connection:
+        assert connection.valid(token)
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])

@@ -12,7 +12,7 @@ from tokenauth.errors import StartError
 from tokenauth.server.control import AVAILABLE, Command, Control, ReloadAnswer, ask_for_reload
 
 NAMES = ["\u4e00" * 250 + str(number) for number in range(50)]
-LONG = ReloadAnswer(True, "", {f"kind {number}": NAMES for number in range(12)})
+LONG = ReloadAnswer(True, "", {f"kind {number}": NAMES for number in range(36)})
 
 
 @pytest.fixture
