@@ -1,5 +1,6 @@
 """`tokenauth reload`, and `reload = "watch"`: how the server is found, what it answers, and what is noticed."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -118,10 +119,23 @@ def test_tokens_of_removed_users_end_with_the_answer(tmp_path: Path) -> None:
                 assert not connection.valid(token)
 
 
+def hang(pid: int, lock: Path) -> bool:
+    """Stop a process, unless it has the lock of the database: then no new worker could start."""
+    os.kill(pid, signal.SIGSTOP)
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.kill(pid, signal.SIGCONT)
+            return False
+    return True
+
+
 def test_a_hanging_worker_delays_a_reload_and_is_named(tmp_path: Path) -> None:
     with serving(write_config(tmp_path), "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both workers serve")
         hanging = workers_of(server)[0]
-        os.kill(hanging, signal.SIGSTOP)
+        until(lambda: hang(hanging, tmp_path / "tokenauth.db-lock"), "it hangs")
         try:
             done = reload(tmp_path)
         finally:
