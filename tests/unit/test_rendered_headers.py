@@ -22,14 +22,21 @@ POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"
 
 
 async def answer(
-    request: bytes, headers: Headers, status: int = 200, paused: bool = False, ends: bool = False
+    request: bytes,
+    headers: Headers,
+    status: int = 200,
+    paused: bool = False,
+    ends: bool = False,
+    body: bytes | None = None,
 ) -> bytes:
     """Send a request, and return all that is sent for it and a second one."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"hello" if status == 200 else b""})
+        await send({"type": "http.response.body", "body": body})
 
+    if body is None:
+        body = b"hello" if status == 200 else b""
     state, wire = ServerState(), Wire()
     state.default_headers = [DATE]
     connected = BoundedProtocol(options(app), state, {}, asyncio.get_running_loop())
@@ -76,12 +83,51 @@ async def test_rendered_headers_are_sent_like_others(request_: bytes, status: in
     assert sent == await answer(request_, [*headers], status, paused, ends)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.0\r\n\r\n",
+        POST + b"hello",
+        POST + b"hel",
+    ],
+    ids=["GET", "HEAD", "1.0", "body", "part of a body"],
+)
+@pytest.mark.parametrize(("status", "length"), [(200, 5), (200, 0), (204, 0)])
+@pytest.mark.parametrize(
+    ("more", "closes"),
+    [
+        ([(b"content-length", b"%d"), (b"connection", b"close")], True),
+        ([(b"content-length", b"%d"), (b"connection", b"keep-alive, Close")], True),
+        ([(b"content-length", b"%d"), (b"connection", b"keep-alive")], False),
+        ([(b"connection", b"close")], True),
+        ([(b"transfer-encoding", b"chunked")], False),
+        ([(b"content-length", b"%d"), (b"transfer-encoding", b"chunked")], False),
+        ([(b"content-length", b"%d"), (b"content-length", b"9")], False),
+        ([(b"content-length", b"9")], False),
+        ([], False),
+    ],
+    ids=["close", "a list", "keep-alive", "only close", "chunked", "both", "two lengths", "another length", "none"],
+)
+async def test_headers_that_a_server_interprets_count(
+    request_: bytes, status: int, length: int, more: Headers, closes: bool
+) -> None:
+    headers = [NO_STORE, *((name, value.replace(b"%d", b"%d" % length)) for name, value in more)]
+    body = b"hello"[:length]
+    sent = await answer(request_, RenderedHeaders(length, headers), status, body=body)
+    assert sent == await answer(request_, headers, status, body=body)
+    assert not closes or sent.endswith(b"(closed)")
+
+
 async def test_rendered_headers_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the test above would show nothing."""
+    """Otherwise the tests above would show nothing."""
     monkeypatch.setattr(protocol, "_send", httptools_impl.RequestResponseCycle.send)
     with_all = await answer(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", HEADERS)
     assert b"nosniff" in with_all
     assert b"nosniff" not in await answer(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", [*HEADERS])
+    assert isinstance(NO_CONTENT.raw_headers, RenderedHeaders)
+    assert b"nosniff" in await answer(b"DELETE / HTTP/1.1\r\nHost: a\r\n\r\n", NO_CONTENT.raw_headers, 204)
 
 
 @pytest.mark.parametrize("header", [(b"a\r\nb", b"c"), (b"a", b"b\r\nc: d"), (b"A", b"b")])

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 _NAME, _VALUE = re.compile(rb"[a-z0-9-]+"), re.compile(rb"[ -~]*")
+_INTERPRETED = frozenset({b"connection", b"content-length", b"transfer-encoding"})
+"""What a server reads in the headers of an answer, to know where its body ends and whether the connection does."""
 
 CLIENT = "tokenauth.client"
 """The extension in a request's scope that tells of its connection.
@@ -64,12 +66,16 @@ class RenderedHeaders(tuple[tuple[bytes, bytes], ...]):
 
     content_length: int
     lines: bytes
+    plain: bool
+    """Whether the content length is all that the server has to know of them: not if they close the connection."""
 
     def __new__(cls, content_length: int, headers: Iterable[tuple[bytes, bytes]]) -> Self:
         """Take the length of the body, and all headers, with names in lower case. Raises ValueError for others."""
         made = super().__new__(cls, headers)
         if not all(_NAME.fullmatch(name) and _VALUE.fullmatch(value) for name, value in made):
             raise ValueError("not a header of an answer")
+        interpreted = [header for header in made if header[0] in _INTERPRETED]
+        made.plain = interpreted == [(b"content-length", b"%d" % content_length)] or not (interpreted or content_length)
         made.content_length = content_length
         made.lines = b"".join(b"%b: %b\r\n" % header for header in made)
         return made
