@@ -662,6 +662,9 @@ class Looked(NamedTuple, Generic[T]):
 
 ClaimKind = Literal["leases", "places"]
 
+STARTS: Mapping[ClaimKind, LeaseCursor | PlaceCursor] = {"leases": START_OF_LEASES, "places": START_OF_LINE}
+"""Where lists begin."""
+
 
 class ClaimCursor(NamedTuple):
     """A position in a list of leases or in a waiting line, of one of the pools. A page starts after it."""

@@ -36,6 +36,7 @@ from tokenauth.models import (
     ANY_LEASE,
     START_OF_LEASES,
     START_OF_LINE,
+    STARTS,
     ClaimCursor,
     ClaimKind,
     Claims,
@@ -657,10 +658,7 @@ def _lists_from(
     after: ClaimCursor | None, pools: Sequence[Pool]
 ) -> Sequence[tuple[ClaimKind, Pool, tuple[Instant, int]]]:
     """Return the lists of leases, then the lines, from a cursor on, each with where it begins."""
-    lists: list[tuple[ClaimKind, Pool, tuple[Instant, int]]] = [
-        *(("leases", pool, START_OF_LEASES) for pool in pools),
-        *(("places", pool, START_OF_LINE) for pool in pools),
-    ]
+    lists = [(kind, pool, start) for kind, start in STARTS.items() for pool in pools]
     if after is None:
         return lists
     for number, (kind, pool, _) in enumerate(lists):

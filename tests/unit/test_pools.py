@@ -25,6 +25,7 @@ from tokenauth.pools import MAX_COUNT, Pools, Waits, check_name
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
+from tokenauth.web.routes.pools import _claim_cursor, _show_claim_cursor
 
 POOL = Pool("p", lease_ttl=60, token_ttl=240, capacity=5)
 ROOMY = Pool("roomy", lease_ttl=60, token_ttl=240)
@@ -316,6 +317,35 @@ async def test_every_operation_reads_the_clock_once(pools: Pools, clock: ManualC
         before = clock.reads
         await operation(pools, value)
         assert clock.reads == before + 1, name
+
+
+@pytest.mark.parametrize("look", [1, 2, 3, 100])
+async def test_pages_have_each_lease_and_place_once(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    """Wherever a page ends, also where a list does, the next one can be asked for and begins there."""
+    mine = [Pool(name, lease_ttl=60, capacity=3, prefill=True) for name in ("lab", "1.5-7-lab", "leases--lab", "-")]
+    pools = Pools({pool.name: pool for pool in mine}, store, clock)
+    await pools.prefill()
+    for pool in mine:
+        for user in (ANN, OPS, ANN):
+            await pools.assign(pool, "h", user.username)
+        for number, user in enumerate((OPS, ANN, ANN)):
+            assert isinstance(await pools.lease(pool, user, LeaseTerms("h", f"r{number}", 0)), Waits)
+    wanted = await pools.list_claims(ANN)
+    assert (len(wanted.leases), len(wanted.places), wanted.following) == (8, 8, None)
+    monkeypatch.setattr("tokenauth.stores.store.LOOK", look)
+    for limit, most in (("MAX_COUNT", 17), ("MAX_LOOKED", 25)):
+        for size in range(1, most):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"tokenauth.pools.{limit}", size)
+                leases, places, following = await pools.list_claims(ANN)
+                while following is not None:
+                    cursor = _claim_cursor(_show_claim_cursor(following))
+                    assert cursor == following
+                    page = await pools.list_claims(ANN, cursor)
+                    leases, places, following = [*leases, *page.leases], [*places, *page.places], page.following
+            assert (leases, places) == (wanted.leases, wanted.places), (limit, size)
 
 
 async def test_tokens_without_a_token_ttl_never_expire(pools: Pools, clock: ManualClock) -> None:

@@ -138,11 +138,16 @@ def test_many_leases_of_a_user_are_listed_in_pages(admin: PoolUser, ann: PoolUse
     assert (len(first["leases"]), first["places"]) == (1000, [])
     second = ann.mine(first["next"])
     assert (len(second["leases"]), len(second["places"]), second["next"]) == (200, 1, None)
+    assert ann.mine("leases--any") == first
+    assert ann.mine("places--any") == {"leases": [], "places": second["places"], "next": None}
     assert len({lease["token"] for page in (first, second) for lease in page["leases"]}) == 1200
     assert ann.call("DELETE", "/any/requests/a")[0] == 204
 
 
-@pytest.mark.parametrize("after", ["x", "leases-1.0-1", "leases-1-1-any", "leases-1.0-1-guarded", "lines-1.0-1-any"])
+@pytest.mark.parametrize(
+    "after",
+    ["x", "places-any", "places--guarded", "leases-1.0-1", "leases-1-1-any", "leases-1.0-1-guarded", "lines-1.0-1-any"],
+)
 def test_a_cursor_that_no_page_has_is_refused(bob: PoolUser, after: str) -> None:
     assert bob.ask_for_mine(after).status == 400
 

@@ -12,7 +12,9 @@ from tokenauth.clock import Clock
 from tokenauth.errors import InvalidRequest
 from tokenauth.models import (
     START_OF_LEASES,
+    STARTS,
     ClaimCursor,
+    ClaimKind,
     Identity,
     LeaseCheck,
     LeaseCursor,
@@ -229,7 +231,8 @@ _EMPTY_ASSIGN, _EMPTY_KEEP_ALIVE, _EMPTY_RELEASE = AssignRequest(), KeepAliveReq
 
 
 _CURSOR = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
-_CLAIM_CURSOR = re.compile(rf"(leases|places)-({_CURSOR.pattern})-(.+)", re.ASCII)
+_CLAIM_CURSOR = re.compile(rf"(leases|places)-({_CURSOR.pattern})?-(.+)", re.ASCII)
+"""It has no numbers where it is the start of a list."""
 
 
 class PoolRoutes:
@@ -274,7 +277,7 @@ class PoolRoutes:
             MyLeasesAnswer(
                 [_my_lease(pool, token) for pool, token in leases],
                 [_my_place(*claim) for claim in places],
-                following and f"{following.kind}-{_show_cursor(following.cursor)}-{following.pool}",
+                following and _show_claim_cursor(following),
             )
         )
 
@@ -466,7 +469,13 @@ def _claim_cursor(after: str) -> ClaimCursor | None:
     if not after:
         return None
     place = match_cursor(_CLAIM_CURSOR, after)
-    return ClaimCursor("leases" if place[1] == "leases" else "places", place[5], _cursor(place[2]))
+    kind: ClaimKind = "leases" if place[1] == "leases" else "places"
+    return ClaimCursor(kind, place[5], _cursor(place[2]) if place[2] else STARTS[kind])
+
+
+def _show_claim_cursor(cursor: ClaimCursor) -> str:
+    numbers = "" if cursor.cursor == STARTS[cursor.kind] else _show_cursor(cursor.cursor)
+    return f"{cursor.kind}-{numbers}-{cursor.pool}"
 
 
 def _lease(pool: Pool, token: PoolToken, now: Clock, status: int = 200) -> Response:
