@@ -46,7 +46,7 @@ FAMILIES = (
     Family("revocations_held", "gauge", (), "Log-outs that could not be written yet. Their tokens are refused."),
     Family("store_up", "gauge", (), "1 if all workers can use the database, else 0.", "min"),
     Family("feed_age_seconds", "gauge", (), "Seconds since the worker that is furthest behind knew all revocations."),
-    Family("audit_up", "gauge", (), "1 if all workers could write the audit log, else 0.", "min"),
+    Family("audit_up", "gauge", (), "1 if all processes could write the audit log, else 0.", "min"),
     Family("audit_lost_total", "counter", (), "Acts that are missing in the audit log."),
     Family("pool_capacity", "gauge", ("pool",), "Configured capacity; without one, the tokens that exist."),
     Family("pool_leased", "gauge", ("pool",), "Tokens that are leased."),

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.contract.conftest import token
+from tests.support.journal import until
 from tests.support.servers import ROOT, START, HandClock
 from tests.support.services import running
 from tokenauth import gauges
+from tokenauth.audit.log import CAPACITY, AuditLog
 from tokenauth.errors import Forbidden, InvalidRequest, InvalidToken, NoFreeToken, StoreUnavailable, TokenRequired
 from tokenauth.gauges import Gauges
 from tokenauth.metrics import BUCKETS, Durations, Snapshot, ValidationCounts, add_duration
@@ -20,6 +22,7 @@ from tokenauth.server import totals
 from tokenauth.server.channel import Report, decode_report, encode_report
 from tokenauth.server.totals import Totals
 from tokenauth.service import Service
+from tokenauth.settings.model import AuditSettings
 
 POOLS = "[pools.phones]\ncapacity = 3\nprefill = true\n[pools.endless]\n"
 
@@ -95,6 +98,21 @@ def test_each_gauge_is_merged_in_its_way() -> None:
         sums.update(pid, Snapshot({}, {("password_queue",): queued, ("store_up",): up, ("feed_age_seconds",): pid}))
     gauges = sums.read()[1]
     assert [gauges[name,] for name in ("password_queue", "store_up", "feed_age_seconds")] == [7, 0, 2]
+
+
+def test_acts_that_the_main_process_holds_are_shown(tmp_path: Path) -> None:
+    """They are of workers that have ended: no worker knows of them."""
+    audit = AuditLog(AuditSettings(file=str(tmp_path / "none" / "audit.jsonl")))
+    sums = Totals(1, audit)
+    sums.update(1, Snapshot({("audit_lost_total",): [2]}, {("audit_up",): 1}))
+    counts, gauges = sums.read()
+    assert (counts["audit_lost_total",], gauges["audit_up",]) == ([2], 1)
+    audit.take([b"{}", bytes(CAPACITY)])
+    until(lambda: audit.problem is not None, "it has tried to write")
+    for _ in range(2):
+        counts, gauges = sums.read()
+        assert (counts["audit_lost_total",], gauges["audit_up",]) == ([3], 0)
+    audit.close()
 
 
 def test_a_silent_worker_has_counts_and_no_gauges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,8 @@ def serve(
     signals.catch(signal.SIGINT, signal.SIGTERM)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    totals = Totals(settings.server.workers)
+    audit = AuditLog(settings.audit) if settings.audit.file else None
+    totals = Totals(settings.server.workers, audit)
     try:
         if settings.metrics.listen:
             from tokenauth.server.exporter import Exporter
@@ -71,7 +72,6 @@ def serve(
     except StartError as error:
         log.critical("start_failed", detail=str(error))
         return START_FAILED
-    audit = AuditLog(settings.audit) if settings.audit.file else None
     with auditing(audit):
         if settings.server.socket:
             port = 0

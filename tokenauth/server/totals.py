@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tokenauth import build, errors
+from tokenauth.audit.log import AuditLog
 from tokenauth.metrics import FAMILIES, Counts, Key, Snapshot, add
 from tokenauth.models import Throttled, longest_waits
 from tokenauth.status import LENGTH, STEP, History, NodeStatus, WorkerStatus
@@ -48,11 +49,13 @@ class Totals:
     The main process changes it, and a thread reads it: neither holds the lock for longer than it takes to copy.
     """
 
-    def __init__(self, configured: int) -> None:
+    def __init__(self, configured: int, audit: AuditLog | None = None) -> None:
+        """`audit` is that of the main process, which also has what workers that have ended could not write."""
         self.configured = configured
         """How many workers there should be."""
         self.crashes = 0
         """Workers that had to be replaced."""
+        self._audit = audit
         self._started_at = int(time.time())
         self._build = build()
         self._minutes: deque[_Minute] = deque(maxlen=LENGTH)
@@ -75,7 +78,7 @@ class Totals:
                 self._throttled = longest_waits([*self._throttled, *last.snapshot.throttled])
 
     def read(self) -> tuple[Counts, Mapping[Key, float]]:
-        """Return the sums of all counts, and the gauges of the workers that report."""
+        """Return the sums of all counts, and the gauges of the workers that report; both with the main process."""
         with self._lock:
             counts, workers = self._ended.copy(), list(self._workers.values())
         oldest = time.monotonic() - STALE
@@ -87,6 +90,9 @@ class Totals:
                 reporting += 1
                 for key, value in last.snapshot.gauges.items():
                     found.setdefault(key, []).append(value)
+        if self._audit is not None:
+            add(counts, {("audit_lost_total",): [self._audit.lost]})
+            found.setdefault(("audit_up",), []).append(float(self._audit.problem is None))
         gauges: dict[Key, float] = {key: _MERGE[key[0]](values) for key, values in found.items()}
         counts["worker_crashes_total",] = [self.crashes]
         own = {("workers",): reporting, ("workers_configured",): self.configured, ("build_info", self._build): 1}

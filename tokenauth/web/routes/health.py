@@ -64,5 +64,5 @@ class HealthRoutes:
                 async with asyncio.timeout(_PATIENCE):
                     status = await self._node.ask()
                 if status.gauges.get(("audit_up",)) == 0:
-                    return "cannot be written by another worker: the log has the reason"
+                    return "cannot be written by another process: the log has the reason"
         return None
