@@ -57,7 +57,8 @@ OWNERS: dict[str, type] = {
 
 ADDED = {
     "cut_off",
-    *("failure", "follow"),  # of a worker's server and its lifespan
+    *("failure", "follow", "drain"),  # of a worker's server and its lifespan
+    "idle",  # of the protocol
     *("held", "hold", "release"),  # of the flow control
     *("on_chunk_header", "on_chunk_complete"),  # callbacks of httptools that uvicorn does not use
 }
