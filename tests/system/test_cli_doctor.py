@@ -16,8 +16,10 @@ from tests.support.certificates import Certificate, make_certificate, make_expir
 from tests.support.journal import until
 from tests.support.ports import free_port
 from tests.support.servers import TOKENAUTH, serve, worker, write_config
+from tests.support.skipping import skip_without
 from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
+from tokenauth.server.control import AVAILABLE
 from tokenauth.server.versions import KNOWN_UVICORN
 from tokenauth.stores.schema import HEAD
 from tokenauth.stores.sqlite.examination import network_file_system
@@ -133,6 +135,22 @@ def test_a_running_server_that_is_not_ready_is_an_error(tmp_path: Path) -> None:
     assert found["database"]["status"] == "error"
     assert "is missing while a server uses it" in found["database"]["text"]
     assert found["database"]["fix"].startswith("put it back, then restart tokenauth")
+
+
+def test_a_server_of_another_configuration_uses_another_database(tmp_path: Path) -> None:
+    if not AVAILABLE:
+        skip_without("Linux", "run the tests on Linux")
+    port = free_port()
+    path = write_config(tmp_path, f"[server]\nport = {port}")
+    other = tmp_path / "other.toml"
+    other.write_text(path.read_text().replace("tokenauth.db", "other.db"))
+    other.chmod(0o600)
+    with serve(path, on_port=False) as server:
+        server.wait("started")
+        _, found = examined(tmp_path, "-c", "other.toml")
+    assert found["port"]["text"] == f"tokenauth serves on 127.0.0.1 port {port}"
+    assert found["database"]["status"] == "ok"
+    assert "other.db does not exist yet" in found["database"]["text"]
 
 
 def test_a_unix_socket_is_examined_and_not_made(tmp_path: Path) -> None:

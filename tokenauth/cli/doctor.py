@@ -286,9 +286,10 @@ def _disk(directory: Path) -> Finding:
 
 def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Finding:
     """Tell a database that is not there yet from one that a server has used and that was moved."""
-    from tokenauth.server.control import find_servers
+    from tokenauth.server.control import AVAILABLE, find_servers
 
-    if find_servers(path) or _is_tokenauth(server):
+    # The server at the address may be of another configuration, and use another database.
+    if find_servers(path) if AVAILABLE else _is_tokenauth(server):
         return Finding("error", "database", f"{report.name} is missing while a server uses it", PUT_DATABASE_BACK)
     if report.problem is not None:
         problem, _, fix = report.problem.partition("; ")
