@@ -1,6 +1,7 @@
 """tokenauth issues, validates and revokes bearer tokens, and leases tokens from pools."""
 
 import os
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -24,9 +25,10 @@ def build() -> str:
     for directory, names, files in os.walk(package):
         names[:] = sorted({*names} - {"migrations", "__pycache__"})  # a checkout has the migrations elsewhere
         for name in sorted(files):
-            if name.endswith((".py", ".js", ".html", ".css")):
+            # Editors make such files beside the one that is edited; Emacs makes links to nothing.
+            if name.endswith((".py", ".js", ".html", ".css")) and not name.startswith("."):
                 path = os.path.join(directory, name)
-                with open(path, "rb") as file:
+                with suppress(OSError), open(path, "rb") as file:
                     digest.update(f"{path.removeprefix(package)}\0".encode() + file.read() + b"\0")
     return f"{__version__}+{digest.hexdigest()[:8]}"
 

@@ -24,7 +24,7 @@ import pytest
 from passlib.hash import argon2
 
 from tests.support.processes import Forked
-from tests.support.servers import TOKENAUTH, USERS, Server, log_in, probe, serve, worker, write_config
+from tests.support.servers import ROOT, TOKENAUTH, USERS, Server, log_in, probe, serve, worker, write_config
 from tests.support.skipping import skip_without
 from tokenauth import build
 from tokenauth.settings import loader
@@ -136,6 +136,17 @@ def test_the_help_lists_the_commands(tmp_path: Path) -> None:
     for group in ((), ("user",), ("tokens",), ("pool",), ("throttle",)):
         assert "..." not in output(run(tmp_path, *group, "--help")).partition("Commands:")[2], "a summary is cut"
     assert output(script(tmp_path, "--version")) == f"tokenauth, version {build()}\n"
+
+
+def test_the_version_ignores_the_files_of_editors(tmp_path: Path) -> None:
+    package = tmp_path.resolve() / "tokenauth"
+    shutil.copytree(ROOT / "tokenauth", package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    (package / ".#pools.py").symlink_to("ann@host.1234:5678")
+    (package / "stores/.changed.py").write_text("while it is written")
+    (package / "gone.py").symlink_to("nothing")
+    command = [sys.executable, "-c", "import tokenauth; print(tokenauth.__file__, tokenauth.build())"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{package / '__init__.py'} {build()}\n", "")
 
 
 def test_check_reports_a_valid_configuration(home: Path) -> None:
