@@ -3,20 +3,26 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from math import inf
+from time import monotonic
 from typing import Literal
 
 import msgspec
 from starlette.responses import Response
 
 from tokenauth.audit.log import AuditLog
+from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater
-from tokenauth.status import Node
+from tokenauth.status import Node, NodeStatus
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse
 from tokenauth.web.routing import Route
 
 _PATIENCE = 0.5
 """Seconds to wait for what the main process knows of the other workers: readiness does not depend on it."""
+
+_KEPT = 1.0
+"""Seconds for which that is kept: who asks needs no token, and the main process has other work."""
 
 
 class AliveAnswer(msgspec.Struct):
@@ -35,11 +41,16 @@ class NotReadyAnswer(msgspec.Struct):
 
 
 class HealthRoutes:
-    def __init__(self, problem: Callable[[], Awaitable[str | None]], audit: AuditLog | None, node: Node) -> None:
+    def __init__(
+        self, problem: Callable[[], Awaitable[str | None]], audit: AuditLog | None, node: Node, clock: Clock = monotonic
+    ) -> None:
         """Create them. `problem` returns what keeps the service from serving, if anything does."""
         self._node = node
         self._problem = problem
         self._audit = audit
+        self._clock = clock
+        self._others_can_write = True
+        self._asked_at = -inf
 
     def routes(self) -> list[Route]:
         return [Route("/healthz", {"GET": self.alive}), Route("/readyz", {"GET": self.ready})]
@@ -59,10 +70,15 @@ class HealthRoutes:
             return None
         if self._audit.problem is not None:
             return f"cannot be written: {self._audit.problem}"
-        if self._node.ask is not None:
-            with suppress(RetryLater, TimeoutError):
-                async with asyncio.timeout(_PATIENCE):
-                    status = await self._node.ask()
-                if status.gauges.get(("audit_up",)) == 0:
-                    return "cannot be written by another process: the log has the reason"
-        return None
+        if self._node.ask is not None and self._clock() >= self._asked_at + _KEPT:
+            self._others_can_write = await _can_write(self._node.ask)
+            self._asked_at = self._clock()
+        return None if self._others_can_write else "cannot be written by another process: the log has the reason"
+
+
+async def _can_write(ask: Callable[[], Awaitable[NodeStatus]]) -> bool:
+    """Return whether all processes can write the audit log, as far as the main process knows and answers in time."""
+    with suppress(RetryLater, TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            return (await ask()).gauges.get(("audit_up",)) != 0
+    return True
