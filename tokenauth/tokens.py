@@ -259,7 +259,7 @@ class Tokens:
     ) -> int:
         """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number.
 
-        `progress` is called with the number so far.
+        `progress` is called after each step with the number so far.
         """
         kept = keep.digest if keep else None
         count = await self._store.tokens.revoke_all(username, self._clock(), kept, kind, progress)

@@ -4,17 +4,18 @@ import json
 import os
 import pwd
 import re
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.auditing import read_audit, wait_for
-from tests.support.journal import until
+from tests.support.journal import fill, until
 from tests.support.servers import TOKENAUTH, log_in, serve, worker, write_config
 from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
@@ -102,6 +103,23 @@ def test_a_revoked_token_is_of_a_user(home: Path, by: str) -> None:
     else:
         assert run(home, "tokens", "scan", "--revoke", stdin=token).returncode == 3
     assert acts(home)[-1] == {"action": "revoke_token", "result": "ok", "user": "ann", "target": id_}
+
+
+@pytest.mark.parametrize("who", [("--user", "user0"), ("--all",)], ids=["a_removed_user", "all"])
+def test_a_revocation_that_failed_halfway_is_recorded(home: Path, who: tuple[str, ...]) -> None:
+    database = home / "tokenauth.db"
+    fill(database, 10_001, 1, time.time(), lambda _: int(time.time()) + 3600)  # one more than a step deletes
+    with closing(sqlite3.connect(database)) as db, db:
+        last = "NOT EXISTS (SELECT 1 FROM tokens LIMIT 1 OFFSET 1)"
+        db.execute(f"CREATE TRIGGER fault BEFORE DELETE ON tokens WHEN {last} BEGIN SELECT RAISE(ABORT, 'no'); END")
+    assert run(home, "tokens", "revoke", "--yes", *who).returncode != 0
+    user = who[-1].replace("--all", "(all)")
+    interrupted = {"action": "revoke_tokens", "result": "interrupted", "user": user, "details": {"count": 10_000}}
+    assert acts(home)[1:] == [interrupted]
+    with closing(sqlite3.connect(database)) as db, db:
+        db.execute("DROP TRIGGER fault")
+    assert output(run(home, "tokens", "revoke", "--yes", *who)) == "Revoked 1 token.\n"
+    assert acts(home)[2:] == [{**interrupted, "result": "ok", "details": {"count": 1}}]
 
 
 def test_what_commands_only_read_is_no_act(home: Path) -> None:

@@ -259,28 +259,15 @@ def tokens_revoke(
         confirm("Revoke all tokens of all users? Everyone must log in again, and named tokens end.", yes)
 
     ended = _Ended()
-
-    async def revoke(service: "Service") -> None:
-        ended.known = name is None or name in service.users
-        ended.tokens = await service.tokens.revoke_all(name, progress=progress("Revoked {} so far.", "token"))
-        if name is not None and leases:
-            async for pool, token in service.pools.end_claims(name, reason):
-                if token is None:
-                    ended.requests += 1
-                else:
-                    ended.leases += 1
-                    record_release(config_file, pool.name, token, reason)
-        elif name is not None:
-            ended.going_on = await service.pools.count_leases_of(name)
-
     try:
-        with_service(config_file, revoke)
+        with_service(config_file, lambda service: _revoke_all(service, config_file, name, leases, reason, ended))
     finally:  # what was done is recorded, also if the database failed then
         nothing = not (ended.tokens or ended.leases or ended.requests)
         if ended.known or not nothing:
             claims = {"leases": ended.leases, "requests": ended.requests} if leases else {}
             who = "(all)" if name is None else name
-            record_change("tokens_revoked", config_file, user=who, count=ended.tokens, **claims)
+            event = "tokens_revoked" if ended.all else "revocation_interrupted"
+            record_change(event, config_file, user=who, count=ended.tokens, **claims)
     if not ended.known and nothing and not ended.going_on:
         what = "tokens, leases or places in line" if leases else "tokens"
         problem = f"No user {name!r} in {config_path(config_file)}, and no {what} of a user with that name."
@@ -305,11 +292,37 @@ def _revoke_one(config_file: str | None, id_: str) -> None:
     click.echo("Revoked 1 token.")
 
 
+async def _revoke_all(
+    service: "Service", config_file: str | None, name: str | None, leases: bool, reason: str | None, ended: "_Ended"
+) -> None:
+    """Revoke the tokens of a user, or of all users, and with `leases` end theirs. What is done is noted in `ended`."""
+    tell = progress("Revoked {} so far.", "token")
+
+    def note(number: int) -> None:
+        ended.tokens = number
+        if tell is not None:
+            tell(number)
+
+    ended.known = name is None or name in service.users
+    await service.tokens.revoke_all(name, progress=note)
+    if name is not None and leases:
+        async for pool, token in service.pools.end_claims(name, reason):
+            if token is None:
+                ended.requests += 1
+            else:
+                ended.leases += 1
+                record_release(config_file, pool.name, token, reason)
+    ended.all = True
+    if name is not None and not leases:
+        ended.going_on = await service.pools.count_leases_of(name)
+
+
 @dataclass
 class _Ended:
-    """What was ended, and how many leases of the user go on."""
+    """What was ended, whether that is all there was, and how many leases of the user go on."""
 
     known: bool = False
+    all: bool = False
     tokens: int = 0
     leases: int = 0
     requests: int = 0

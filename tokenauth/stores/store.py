@@ -267,7 +267,7 @@ class TokenStore:
     ) -> int:
         """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many.
 
-        `kind`: only tokens of this kind. `progress` is called after each of several steps with the number so far.
+        `kind`: only tokens of this kind. `progress` is called after each step with the number so far.
         """
         total, more = 0, True
         try:
@@ -275,7 +275,7 @@ class TokenStore:
                 revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now))
                 total += revoked.live
                 more = _STEP in {revoked.live, revoked.lapsed}
-                if more and progress is not None:
+                if progress is not None:
                     progress(total)
         finally:
             await self._revoked(None)
