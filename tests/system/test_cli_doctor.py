@@ -201,6 +201,17 @@ def test_a_locked_database_is_an_error(home: Path) -> None:
         code, found = examined(home)
     assert (code, found["database"]["status"]) == (1, "error")
     assert "cannot be written: database is locked" in found["database"]["text"]
+    assert found["database"]["fix"] == 'docs/production.md, "The database is locked"'
+
+
+def test_a_malformed_database_is_to_be_restored(home: Path) -> None:
+    with (home / "tokenauth.db").open("r+b") as file:
+        file.seek(100)  # after the header
+        file.write(b"\xff" * 900)
+    code, found = examined(home)
+    assert (code, found["database"]["status"]) == (1, "error")
+    assert "cannot be read: database disk image is malformed" in found["database"]["text"]
+    assert found["database"]["fix"] == 'docs/production.md, "Backup"'
 
 
 @pytest.mark.parametrize(("schema", "status", "fix"), [("2.1", "warning", "back it up"), ("9.1", "error", "install")])

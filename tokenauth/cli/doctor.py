@@ -258,7 +258,7 @@ def _database(settings: Settings, path: Path) -> Iterator[Finding]:
         return
     disk = _disk(Path(report.name).parent) if settings.database.url.startswith("sqlite") else None
     full = disk is not None and disk.status == "error"
-    yield _schema(report, full) if report.exists else _missing(report, settings.server, path)
+    yield _schema(report, full, disk is not None) if report.exists else _missing(report, settings.server, path)
     if report.network is not None:
         text = f"{report.name} is on {report.network}, a file system of another machine"
         yield Finding("error", "database", text, "move it to a local disk: SQLite's locks are not reliable there")
@@ -297,11 +297,13 @@ def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Find
     return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
 
 
-def _schema(report: DatabaseReport, full: bool) -> Finding:
+def _schema(report: DatabaseReport, full: bool, sqlite: bool) -> Finding:
     from tokenauth.stores import schema
 
     if report.problem is not None:
-        section = "The database is locked" if "locked" in report.problem else "The database restarts"
+        section = "Backup" if sqlite else "The database restarts"
+        if sqlite and "locked" in report.problem:
+            section = "The database is locked"
         return Finding("error", "database", f"{report.name}: {report.problem}", f'docs/production.md, "{section}"')
     if report.schema is None:
         return Finding("ok", "database", f"{report.name} is empty; `serve` makes its tables")
