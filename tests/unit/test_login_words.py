@@ -43,7 +43,7 @@ def test_a_time_is_said_in_words_and_never_too_short(seconds: float, words: str)
         (TooManyAttempts(retry_after=180), "Too many failed logins. Try again in 3 minutes."),
         (Overloaded(), "The server is busy. Try again shortly."),
         (ClientGone(), "The server is busy. Try again shortly."),
-        (StoreUnavailable(), "Nobody can log in at the moment: the database is unavailable. Try again shortly."),
+        (StoreUnavailable(), "Nobody can log in now: the database is unavailable. Try again shortly."),
         (InvalidRequest("username: x"), "This cannot be a user name and a password: username: x."),
         (None, ""),
     ],

@@ -320,7 +320,7 @@ def _clock(report: DatabaseReport) -> Finding:
     now = time.time()
     if report.written_at is not None and report.written_at > now + report.clock_ahead + _SKEW:
         seconds = round(report.written_at - now)
-        text = f"it is {seconds} s behind the latest time in the database; until then, time stands still"
+        text = f"it is {seconds} s behind the latest time in the database, which is used until the clock catches up"
         return Finding("error", "clock", text, "correct the clock, for example with NTP")
     if abs(report.clock_ahead) > _SKEW:
         text = f"that of the database's machine differs by {report.clock_ahead:+.0f} s"

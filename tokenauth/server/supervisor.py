@@ -299,7 +299,8 @@ class Supervisor:
         """Writes what workers could not write before their end."""
         self._file = file
         self._controls = controls
-        self._settings, self._certificate = settings, _ = configuration[:2]
+        self._settings = settings = configuration.settings
+        self._certificate = configuration.certificate
         self._users = settings.users_by_name
         self._listener = listener
         self._signals = signals
@@ -314,7 +315,7 @@ class Supervisor:
         self._slots = [_Slot() for _ in range(settings.server.workers)]
         self._reload: _Reload | None = None
         self._replacing: _Reload | None = None
-        self._replaced_by = math.inf
+        self._replace_deadline = math.inf
         self._commands: Sequence[Command] = ()
         self._requested: str | None = None
         self._retiring: set[_Worker] = set()
@@ -774,7 +775,7 @@ class Supervisor:
                 if slot.worker is not None:
                     self._retire(slot.worker)
             self._totals.configured = len(self._slots)
-            self._replacing, self._replaced_by = reload, time.monotonic() + _REPLACE_TIME
+            self._replacing, self._replace_deadline = reload, time.monotonic() + _REPLACE_TIME
         elif reload.heartbeats > _TIMEOUT:
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
 
@@ -784,7 +785,7 @@ class Supervisor:
         if reload is None:
             return
         busy = [worker.pid for worker in self._retiring if not worker.drained and not worker.ended]
-        if busy and not self._stopping and time.monotonic() < self._replaced_by:
+        if busy and not self._stopping and time.monotonic() < self._replace_deadline:
             return
         self._replacing = None
         log.info(

@@ -327,7 +327,7 @@ def explain(refusal: Refusal | None) -> str:
         case TooManyAttempts():
             text = f"Too many failed logins. Try again in {in_words(refusal.retry_after)}."
         case StoreUnavailable():
-            text = "Nobody can log in at the moment: the database is unavailable. Try again shortly."
+            text = "Nobody can log in now: the database is unavailable. Try again shortly."
         case RetryLater():
             text = "The server is busy. Try again shortly."
         case InvalidRequest():

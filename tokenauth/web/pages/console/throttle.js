@@ -7,23 +7,23 @@ import { html } from "./preact.js";
 
 export function Throttle() {
   const throttle = useData("api/throttle", "throttle");
-  const clear = async (address, held) => {
+  const clear = async (address, entry) => {
     await call("DELETE", address);
     const { throttled: left } = await call("GET", "api/throttle");
-    const others = elsewhere(left, held);
-    say(`${held.kind === "network" ? "Everyone unknown" : held.user} can log in from ${held.address} again${others && `; still throttled from ${others}`}.`);
+    const others = elsewhere(left, entry);
+    say(`${entry.kind === "network" ? "All unknown users" : entry.user} can log in from ${entry.address} again${others && `; still throttled from ${others}`}.`);
     await throttle.reload();
   };
-  const askFirst = (held, listed) => {
-    const others = elsewhere(listed, held);
+  const askFirst = (entry, listed) => {
+    const others = elsewhere(listed, entry);
     ask({
-      title: `Clear the failed logins of ${whoFrom(held)}?`,
-      text: `They are forgotten, and the next login from ${held.address} is checked at once. If someone guesses passwords there, they have new attempts, too.${others && ` ${held.user} is also throttled from ${others}, and stays so.`}`,
+      title: `Clear the failed logins of ${whoFrom(entry)}?`,
+      text: `They are forgotten, and the next login from ${entry.address} is checked at once. If someone guesses passwords there, they have new attempts, too.${others && ` ${entry.user} is also throttled from ${others}, and stays so.`}`,
       action: "Clear",
       run: () =>
         clear(
-          held.kind === "network" ? path`api/throttle?network=${held.address}` : path`api/throttle?user=${held.user}&address=${held.address}`,
-          held,
+          entry.kind === "network" ? path`api/throttle?network=${entry.address}` : path`api/throttle?user=${entry.user}&address=${entry.address}`,
+          entry,
         ),
     });
   };
@@ -39,13 +39,13 @@ export function Throttle() {
       run: ({ user, address }) => clear(path`api/throttle?user=${user}&address=${address}`, { kind: "user", user, address }),
     });
   const columns = (listed) => [
-    ["Who", (held) => html`<span class="name">${whoOf(held)}</span>`, "first"],
-    ["From", (held) => held.address],
-    ["Failed logins", (held) => held.failures],
-    ["Waits until", (held) => html`<${Time} at=${held.until} />`],
+    ["Who", (entry) => html`<span class="name">${whoOf(entry)}</span>`, "first"],
+    ["From", (entry) => entry.address],
+    ["Failed logins", (entry) => entry.failures],
+    ["Waits until", (entry) => html`<${Time} at=${entry.until} />`],
     [
       "Actions",
-      (held) => html`<${Actions} actions=${[held.kind !== "unknown" && ["Clear", () => askFirst(held, listed), `Clear ${whoFrom(held)}`]]} />`,
+      (entry) => html`<${Actions} actions=${[entry.kind !== "unknown" && ["Clear", () => askFirst(entry, listed), `Clear ${whoFrom(entry)}`]]} />`,
       "last",
     ],
   ];
@@ -54,9 +54,9 @@ export function Throttle() {
       After failed logins, tokenauth makes the next ones wait. Here is who was refused by this machine and still has to wait.
       Names that no user has are not shown: one may be a password in the wrong field.
     </p>
-    <section aria-labelledby="held">
+    <section aria-labelledby="throttled">
       <div class="title">
-        <h2 id="held">Throttled logins</h2>
+        <h2 id="throttled">Throttled logins</h2>
         <button class="small" onClick=${askWhom}>Clear a user</button>
       </div>
       <${Loaded} read=${throttle}>
@@ -65,7 +65,7 @@ export function Throttle() {
             label="Throttled logins"
             columns=${columns(listed)}
             rows=${listed}
-            keyOf=${(held) => `${held.kind} ${held.user} ${held.address}`}
+            keyOf=${(entry) => `${entry.kind} ${entry.user} ${entry.address}`}
             empty="Nobody has to wait."
           />`}
       <//>
@@ -74,15 +74,15 @@ export function Throttle() {
 }
 
 function whoOf({ kind, user }) {
-  return kind === "user" ? user : kind === "network" ? "everyone unknown there" : "unknown names";
+  return kind === "user" ? user : kind === "network" ? "all unknown users" : "unknown names";
 }
 
-function whoFrom(held) {
-  return held.kind === "network" ? `everyone unknown in ${held.address}` : `${whoOf(held)} from ${held.address}`;
+function whoFrom(entry) {
+  return entry.kind === "network" ? `all unknown users in ${entry.address}` : `${whoOf(entry)} from ${entry.address}`;
 }
 
 /** Return from which other addresses a user has to wait. */
 function elsewhere(listed, { kind, user, address }) {
-  const same = listed.filter((held) => kind === "user" && held.kind === kind && held.user === user && held.address !== address);
-  return same.map((held) => held.address).join(", ");
+  const same = listed.filter((entry) => kind === "user" && entry.kind === kind && entry.user === user && entry.address !== address);
+  return same.map((entry) => entry.address).join(", ");
 }
