@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import Context
 from copy import copy
+from typing import TypeVar
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, PlaceLost, RetryLater
@@ -19,6 +20,8 @@ from tokenauth.login_queue import DisconnectCheck
 from tokenauth.logs import log
 from tokenauth.models import Grant, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken, RequestKey
 from tokenauth.stores.store import PoolStore
+
+T = TypeVar("T")
 
 POLL = 0.06
 """Seconds between two looks at the database: so much later, at most, does a token reach another process."""
@@ -78,7 +81,7 @@ class Waiting:
         self._note_lapse = note_lapse
         self._lines: dict[str, _Line] = {}
         self._stopping = False
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[object]] = set()
 
     async def wait(self, pool: Pool, waiter: Waiter, seconds: float) -> Grant | None:
         """Wait for the turn of a request that has its place; None if it still waits after `seconds`.
@@ -117,10 +120,10 @@ class Waiting:
     ) -> LeaseChange | None:
         """End a lease of a pool that someone waits for, and serve those whose turn it is then, in one step.
 
-        `note` is called with the token as it was, before they are answered, if the lease was ended. Raises
-        StoreUnavailable.
+        `note` is called with the token as it was, before they are answered, if the lease was ended. All this is
+        finished also when the caller is cancelled. Raises StoreUnavailable.
         """
-        return await self._lines[pool.name].release(value, now, check, note)
+        return await asyncio.shield(self._later(self._lines[pool.name].release(value, now, check, note)))
 
     def drop(self, pool: Pool, key: RequestKey) -> None:
         """End the wait of a request that has left the line."""
@@ -143,10 +146,11 @@ class Waiting:
                 note_left(pool, request, self._clock())
         self.wake(pool)
 
-    def _later(self, work: Coroutine[None, None, None]) -> None:
+    def _later(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def stop(self) -> None:
         """Let all clients ask again, elsewhere: their places are kept. From now on nobody waits here."""
@@ -220,10 +224,12 @@ class _Line:
     ) -> LeaseChange | None:
         with self._step() as asks:
             change, granted = await self._store.hand_over(self._pool, value, asks, now, check)
-            if change is not None and change.granted:
-                note(change.before)
-            for grant in granted:
-                self._deliver(grant)
+            try:
+                if change is not None and change.granted:
+                    note(change.before)
+            finally:
+                for grant in granted:
+                    self._deliver(grant)
         if any(asks.get(key) != waiter.request.asks for key, waiter in self.waiters.items()):
             self.serve()  # they came meanwhile
         return change

@@ -120,7 +120,8 @@ async def test_a_wait_that_ends_with_a_release_is_served(workers: Workers) -> No
     first = await workers.lease_all()
     waiting = await workers.ask()
     releasing = asyncio.get_running_loop().create_task(workers.pools.release(workers.pool, first.value))
-    await asyncio.sleep(0)
+    while not workers.pools.waiting._lines["p"]._serving:  # noqa: ASYNC110 - a release has no event for this
+        await asyncio.sleep(0)
     workers.pools.waiting.stop()
     await releasing
     assert (await granted(waiting)).fence == 2
