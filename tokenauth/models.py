@@ -652,34 +652,34 @@ PlaceCursor = tuple[Instant, int]
 START_OF_LINE: PlaceCursor = (-math.inf, 0)
 
 
-class Looked(NamedTuple, Generic[T]):
-    """What was found in a part of a list, how much of it was looked at, and where the next part begins, if any does."""
+class ListPart(NamedTuple, Generic[T]):
+    """What was found in a part of a list, how many rows were looked at, and where the next part begins, if any does."""
 
     found: Sequence[T]
-    looked: int
+    examined: int
     following: tuple[Instant, int] | None
 
 
-ClaimKind = Literal["leases", "places"]
+ListKind = Literal["leases", "places"]
 
-STARTS: Mapping[ClaimKind, LeaseCursor | PlaceCursor] = {"leases": START_OF_LEASES, "places": START_OF_LINE}
+STARTS: Mapping[ListKind, LeaseCursor | PlaceCursor] = {"leases": START_OF_LEASES, "places": START_OF_LINE}
 """Where lists begin."""
 
 
-class ClaimCursor(NamedTuple):
+class ListCursor(NamedTuple):
     """A position in a list of leases or in a waiting line, of one of the pools. A page starts after it."""
 
-    kind: ClaimKind
+    kind: ListKind
     pool: str
     cursor: LeaseCursor | PlaceCursor
 
 
-class Claims(NamedTuple):
+class LeasesAndPlaces(NamedTuple):
     """What a user has leased, and where the user waits. `following`: where the next page begins."""
 
     leases: Sequence[tuple[Pool, PoolToken]]
     places: Sequence[tuple[Pool, LeaseRequest, Place]]
-    following: ClaimCursor | None
+    following: ListCursor | None
 
 
 class LeaseCheck(NamedTuple):

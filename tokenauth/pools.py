@@ -37,9 +37,6 @@ from tokenauth.models import (
     START_OF_LEASES,
     START_OF_LINE,
     STARTS,
-    ClaimCursor,
-    ClaimKind,
-    Claims,
     ForcedEnd,
     Grant,
     Identity,
@@ -48,8 +45,11 @@ from tokenauth.models import (
     LeaseCheck,
     LeaseCursor,
     LeaseRequest,
+    LeasesAndPlaces,
     LeaseTerms,
-    Looked,
+    ListCursor,
+    ListKind,
+    ListPart,
     Place,
     Pool,
     PoolCounts,
@@ -316,7 +316,9 @@ class Pools:
         """Return how many tokens a user has leased, in all pools."""
         return sum([len(await self._leases_of(pool, username)) for pool in self.usable_by()])
 
-    async def end_claims(self, username: str, reason: str | None) -> AsyncIterator[tuple[Pool, PoolToken | None]]:
+    async def end_leases_and_places(
+        self, username: str, reason: str | None
+    ) -> AsyncIterator[tuple[Pool, PoolToken | None]]:
         """End all leases of a user, and take the user's requests out of all lines, as a command does.
 
         Yield each: the token as it was, or None for a request.
@@ -512,7 +514,7 @@ class Pools:
         """Return how many requests wait in line."""
         return await self._store.pools.count_requests(pool, self._clock())
 
-    async def list_claims(self, user: Identity, after: ClaimCursor | None = None) -> Claims:
+    async def list_leases_and_places(self, user: Identity, after: ListCursor | None = None) -> LeasesAndPlaces:
         """List what a user has leased in all pools that they may use, and then where the user waits, from a cursor on.
 
         A page ends when MAX_COUNT or more were found, or MAX_LOOKED leases and requests of all users were looked at:
@@ -525,7 +527,7 @@ class Pools:
             cursor: tuple[Instant, int] | None = start
             while cursor is not None:
                 if looked >= MAX_LOOKED or len(leases) + len(places) >= MAX_COUNT:
-                    return Claims(leases, places, ClaimCursor(kind, pool.name, cursor))
+                    return LeasesAndPlaces(leases, places, ListCursor(kind, pool.name, cursor))
                 if kind == "leases":
                     tokens, count, cursor = await store.list_leases_of(pool, user.username, now, cursor)
                     leases += [(pool, token) for token in tokens]
@@ -533,7 +535,7 @@ class Pools:
                     waits, count, cursor = await store.list_places_of(pool, user.username, now, cursor)
                     places += [(pool, *each) for each in waits]
                 looked += count
-        return Claims(leases, places, None)
+        return LeasesAndPlaces(leases, places, None)
 
     async def list_tokens(self, pool: Pool, after: str = "", limit: int = MAX_COUNT) -> Sequence[PoolToken]:
         """List tokens ordered by value, starting after the value `after`."""
@@ -644,7 +646,7 @@ class Pools:
 
 
 async def _read_all(
-    read: Callable[[tuple[Instant, int]], Awaitable[Looked[T]]], start: tuple[Instant, int]
+    read: Callable[[tuple[Instant, int]], Awaitable[ListPart[T]]], start: tuple[Instant, int]
 ) -> Sequence[T]:
     found: list[T] = []
     cursor: tuple[Instant, int] | None = start
@@ -655,8 +657,8 @@ async def _read_all(
 
 
 def _lists_from(
-    after: ClaimCursor | None, pools: Sequence[Pool]
-) -> Sequence[tuple[ClaimKind, Pool, tuple[Instant, int]]]:
+    after: ListCursor | None, pools: Sequence[Pool]
+) -> Sequence[tuple[ListKind, Pool, tuple[Instant, int]]]:
     """Return the lists of leases, then the lines, from a cursor on, each with where it begins."""
     lists = [(kind, pool, start) for kind, start in STARTS.items() for pool in pools]
     if after is None:

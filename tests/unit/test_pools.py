@@ -25,7 +25,7 @@ from tokenauth.pools import MAX_COUNT, Pools, Waits, check_name
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
-from tokenauth.web.routes.pools import _claim_cursor, _show_claim_cursor
+from tokenauth.web.routes.pools import _list_cursor, _show_list_cursor
 
 POOL = Pool("p", lease_ttl=60, token_ttl=240, capacity=5)
 ROOMY = Pool("roomy", lease_ttl=60, token_ttl=240)
@@ -332,18 +332,18 @@ async def test_pages_have_each_lease_and_place_once(
             await pools.assign(pool, "h", user.username)
         for number, user in enumerate((OPS, ANN, ANN)):
             assert isinstance(await pools.lease(pool, user, LeaseTerms("h", f"r{number}", 0)), Waits)
-    wanted = await pools.list_claims(ANN)
+    wanted = await pools.list_leases_and_places(ANN)
     assert (len(wanted.leases), len(wanted.places), wanted.following) == (8, 8, None)
     monkeypatch.setattr("tokenauth.stores.store.LOOK", look)
     for limit, most in (("MAX_COUNT", 17), ("MAX_LOOKED", 25)):
         for size in range(1, most):
             with monkeypatch.context() as patch:
                 patch.setattr(f"tokenauth.pools.{limit}", size)
-                leases, places, following = await pools.list_claims(ANN)
+                leases, places, following = await pools.list_leases_and_places(ANN)
                 while following is not None:
-                    cursor = _claim_cursor(_show_claim_cursor(following))
+                    cursor = _list_cursor(_show_list_cursor(following))
                     assert cursor == following
-                    page = await pools.list_claims(ANN, cursor)
+                    page = await pools.list_leases_and_places(ANN, cursor)
                     leases, places, following = [*leases, *page.leases], [*places, *page.places], page.following
             assert (leases, places) == (wanted.leases, wanted.places), (limit, size)
 

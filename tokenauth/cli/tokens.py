@@ -264,10 +264,10 @@ def tokens_revoke(
     finally:  # what was done is recorded, also if the database failed then
         nothing = not (ended.tokens or ended.leases or ended.requests)
         if ended.known or not nothing:
-            claims = {"leases": ended.leases, "requests": ended.requests} if leases else {}
+            counted = {"leases": ended.leases, "requests": ended.requests} if leases else {}
             who = "(all)" if name is None else name
             event = "tokens_revoked" if ended.all else "revocation_interrupted"
-            record_change(event, config_file, user=who, count=ended.tokens, **claims)
+            record_change(event, config_file, user=who, count=ended.tokens, **counted)
     if not ended.known and nothing and not ended.going_on:
         what = "tokens, leases or places in line" if leases else "tokens"
         problem = f"No user {name!r} in {config_path(config_file)}, and no {what} of a user with that name."
@@ -306,7 +306,7 @@ async def _revoke_all(
     ended.known = name is None or name in service.users
     await service.tokens.revoke_all(name, progress=note)
     if name is not None and leases:
-        async for pool, token in service.pools.end_claims(name, reason):
+        async for pool, token in service.pools.end_leases_and_places(name, reason):
             if token is None:
                 ended.requests += 1
             else:

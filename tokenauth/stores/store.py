@@ -33,7 +33,7 @@ from tokenauth.models import (
     LeaseCheck,
     LeaseCursor,
     LeaseRequest,
-    Looked,
+    ListPart,
     Place,
     PlaceCursor,
     Pool,
@@ -574,21 +574,21 @@ class PoolStore:
 
     async def list_leases_of(
         self, pool: Pool, username: str, now: Instant, after: LeaseCursor = START_OF_LEASES
-    ) -> Looked[PoolToken]:
+    ) -> ListPart[PoolToken]:
         """Look at the next LOOK leases, ordered by their end, for those of a user."""
         page = await self.list_leases(pool, now, after, LOOK)
         found = [token for _, token in page if token.username == username]
-        return Looked(found, len(page), page[-1][0] if len(page) == LOOK else None)
+        return ListPart(found, len(page), page[-1][0] if len(page) == LOOK else None)
 
     async def list_places_of(
         self, pool: Pool, username: str, now: Instant, after: PlaceCursor = START_OF_LINE
-    ) -> Looked[tuple[LeaseRequest, Place]]:
+    ) -> ListPart[tuple[LeaseRequest, Place]]:
         """Look at the next LOOK requests that wait, in order, for those of a user."""
         before, waiting = await self.count_line(pool, after, now)
         page = await self.list_requests(pool, now, LOOK, after) if waiting > before else ()
         numbered = ((request, Place(number, waiting)) for number, request in enumerate(page, before + 1))
         found = [(request, place) for request, place in numbered if request.username == username]
-        return Looked(found, len(page), page[-1].cursor if len(page) == LOOK else None)
+        return ListPart(found, len(page), page[-1].cursor if len(page) == LOOK else None)
 
     async def release_next(self, pool: Pool, now: Instant, username: str | None = None) -> tuple[bool, int]:
         """End the lease that would end first, of a user or of all users; False if there is none.

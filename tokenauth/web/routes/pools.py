@@ -13,13 +13,13 @@ from tokenauth.errors import InvalidRequest
 from tokenauth.models import (
     START_OF_LEASES,
     STARTS,
-    ClaimCursor,
-    ClaimKind,
     Identity,
     LeaseCheck,
     LeaseCursor,
     LeaseRequest,
     LeaseTerms,
+    ListCursor,
+    ListKind,
     Member,
     Place,
     PlaceCursor,
@@ -231,7 +231,7 @@ _EMPTY_ASSIGN, _EMPTY_KEEP_ALIVE, _EMPTY_RELEASE = AssignRequest(), KeepAliveReq
 
 
 _CURSOR = re.compile(r"(\d{1,17}\.\d{1,17})-(\d{1,18})", re.ASCII)
-_CLAIM_CURSOR = re.compile(rf"(leases|places)-({_CURSOR.pattern})?-(.+)", re.ASCII)
+_LIST_CURSOR = re.compile(rf"(leases|places)-({_CURSOR.pattern})?-(.+)", re.ASCII)
 """It has no numbers where it is the start of a list."""
 
 
@@ -271,13 +271,13 @@ class PoolRoutes:
         )
 
     async def mine(self, request: Request) -> Response:
-        after = _claim_cursor(request.query_value("after") or "")
-        leases, places, following = await self._pools.list_claims(request.user, after)
+        after = _list_cursor(request.query_value("after") or "")
+        leases, places, following = await self._pools.list_leases_and_places(request.user, after)
         return JSONResponse(
             MyLeasesAnswer(
                 [_my_lease(pool, token) for pool, token in leases],
-                [_my_place(*claim) for claim in places],
-                following and _show_claim_cursor(following),
+                [_my_place(*each) for each in places],
+                following and _show_list_cursor(following),
             )
         )
 
@@ -464,16 +464,16 @@ def _show_cursor(cursor: LeaseCursor | PlaceCursor) -> str:
     return "{!r}-{}".format(*cursor)
 
 
-def _claim_cursor(after: str) -> ClaimCursor | None:
+def _list_cursor(after: str) -> ListCursor | None:
     """Parse where a page of what a user has leased begins. Raises InvalidRequest."""
     if not after:
         return None
-    place = match_cursor(_CLAIM_CURSOR, after)
-    kind: ClaimKind = "leases" if place[1] == "leases" else "places"
-    return ClaimCursor(kind, place[5], _cursor(place[2]) if place[2] else STARTS[kind])
+    place = match_cursor(_LIST_CURSOR, after)
+    kind: ListKind = "leases" if place[1] == "leases" else "places"
+    return ListCursor(kind, place[5], _cursor(place[2]) if place[2] else STARTS[kind])
 
 
-def _show_claim_cursor(cursor: ClaimCursor) -> str:
+def _show_list_cursor(cursor: ListCursor) -> str:
     numbers = "" if cursor.cursor == STARTS[cursor.kind] else _show_cursor(cursor.cursor)
     return f"{cursor.kind}-{numbers}-{cursor.pool}"
 

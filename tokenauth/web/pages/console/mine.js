@@ -30,7 +30,7 @@ export function Mine({ me, logOut }) {
   return html`
     <${Logins} tokens=${tokens} logOut=${logOut} />
     <${NamedTokens} tokens=${tokens} me=${me} />
-    <${Claims} />
+    <${MyLeases} />
   `;
 }
 
@@ -188,7 +188,7 @@ function NamedTokens({ tokens, me }) {
   </section>`;
 }
 
-async function readClaims() {
+async function readMine() {
   const leases = [];
   const places = [];
   let next = "";
@@ -201,8 +201,8 @@ async function readClaims() {
   return { leases, places };
 }
 
-function Claims() {
-  const claims = useData(readClaims, "pool");
+function MyLeases() {
+  const mine = useData(readMine, "pool");
   const release = (lease) =>
     ask({
       title: `Release ${lease.name ?? "this token"} of ${lease.pool}?`,
@@ -212,7 +212,7 @@ function Claims() {
       run: async () => {
         await call("DELETE", path`api/pools/${lease.pool}/leases/${lease.token}`, { holder: lease.holder, fence: lease.fence });
         say("Released.");
-        await claims.reload();
+        await mine.reload();
       },
     });
   const leave = (place) =>
@@ -224,7 +224,7 @@ function Claims() {
       run: async () => {
         await call("DELETE", path`api/pools/${place.pool}/requests/${place.request}`);
         say("You have left the line.");
-        await claims.reload();
+        await mine.reload();
       },
     });
   const leases = [
@@ -241,9 +241,9 @@ function Claims() {
     ["Since", (place) => html`<${Time} at=${place.since} />`],
     ["Actions", (place) => html`<${Actions} actions=${[["Leave", () => leave(place), `Leave the line of ${place.pool}`]]} />`, "last"],
   ];
-  return html`<section aria-labelledby="claims">
-    <h2 id="claims">My leases and places in line</h2>
-    <${Loaded} read=${claims}>
+  return html`<section aria-labelledby="my-leases">
+    <h2 id="my-leases">My leases and places in line</h2>
+    <${Loaded} read=${mine}>
       ${(found) => html`
         <${Table} label="My leases" columns=${leases} rows=${found.leases} keyOf=${(lease) => `${lease.pool} ${lease.token}`} empty="You have no leases." />
         ${found.places.length > 0 &&
