@@ -282,9 +282,6 @@ class _Line:
                 self._deliver(grant)
         return bool(granted)
 
-    def _asks(self) -> Mapping[RequestKey, int]:
-        return {key: waiter.request.asks for key, waiter in self.waiters.items()}
-
     def _deliver(self, grant: Grant) -> None:
         waiter = self.waiters.pop(grant.request.key, None)
         if waiter is None or waiter.future.done() or waiter.disconnected():
@@ -309,7 +306,7 @@ class _Line:
     async def _drop_lost(self) -> None:
         """Let those ask again who were asked for elsewhere, granted elsewhere, or taken out of the line elsewhere."""
         waiters = {**self.waiters}
-        for key in await self._store.lost_places(self._pool, self._asks(), self._clock()):
+        for key in await self._store.lost_places(self._pool, _Asks(waiters), self._clock()):
             if self.waiters.get(key) is waiters[key]:
                 self.expire(waiters[key])
 
