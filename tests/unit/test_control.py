@@ -1,15 +1,18 @@
 """How a server answers `tokenauth reload`."""
 
-import select
-import threading
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.skipping import skip_without
 from tokenauth.errors import StartError
-from tokenauth.server.control import AVAILABLE, Command, Control, ReloadAnswer, ask_for_reload
+from tokenauth.server import control
+from tokenauth.server.control import AVAILABLE, Command, Control, ReloadAnswer
 
 NAMES = ["\u4e00" * 250 + str(number) for number in range(50)]
 LONG = ReloadAnswer(True, "", {f"kind {number}": NAMES for number in range(36)})
@@ -23,45 +26,28 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "config.toml"
 
 
-class Asking(threading.Thread):
-    """A command that asks the servers of a configuration."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self.answers: Mapping[int, ReloadAnswer] = {}
-        self.mistake = ""
-
-    def run(self) -> None:
-        try:
-            self.answers = ask_for_reload(self.path)
-        except StartError as error:
-            self.mistake = str(error)
-
-
-def ask(control: Control, command: Asking) -> Command:
-    command.start()
-    select.select([control], [], [], 30)
-    (asked,) = control.accept()
-    return asked
+@contextmanager
+def asking(path: Path) -> Iterator[tuple[Control, Command, socket.socket]]:
+    """Yield the server's end, a command that it has answered, and its socket, from which nothing was read."""
+    with closing(Control(path)) as server, socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(f"\0{control._prefix(path, 'reload')}{os.getpid()}")
+        (command,) = server.accept()
+        command.answer(LONG)
+        assert not command.closed, "the socket takes a part at a time"
+        yield server, command, connection
 
 
 def test_an_answer_beyond_the_buffer_is_sent_whole(path: Path) -> None:
-    control, command = Control(path), Asking(path)
-    asked = ask(control, command)
-    asked.answer(LONG)
-    assert not asked.closed, "the socket takes a part at a time"
-    while not asked.closed:
-        control.flush()
-    control.close()
-    command.join(30)
-    assert [*command.answers.values()] == [LONG]
+    with asking(path) as (server, command, connection), ThreadPoolExecutor() as threads:
+        received = threads.submit(control._receive, connection)
+        while not command.closed:
+            server.flush()
+        assert control._decode(1, received.result(), ReloadAnswer) == LONG
 
 
 def test_an_answer_that_is_cut_off_is_a_clear_line(path: Path) -> None:
-    control, command = Control(path), Asking(path)
-    asked = ask(control, command)
-    asked.answer(LONG)
-    control.close()
-    command.join(30)
-    assert "has ended" in command.mistake
+    with asking(path) as (server, _, connection):
+        server.close()
+        with pytest.raises(StartError, match="has ended"):
+            control._decode(1, control._receive(connection), ReloadAnswer)

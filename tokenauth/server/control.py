@@ -77,12 +77,12 @@ class Command:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
-        self._unsent = b""
+        self._unsent = memoryview(b"")
         self.closed = False
 
     def answer(self, answer: ReloadAnswer | Sequence[Throttled]) -> None:
         """Send the answer, now or at a later `flush`, and close the connection."""
-        self._unsent = msgspec.json.encode(answer)
+        self._unsent = memoryview(msgspec.json.encode(answer))
         self.flush()
 
     def flush(self) -> None:
@@ -98,7 +98,7 @@ class Command:
             self.close()
 
     def close(self) -> None:
-        self._unsent = b""
+        self._unsent = memoryview(b"")
         self._connection.close()
         self.closed = True
 
