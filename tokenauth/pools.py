@@ -181,9 +181,10 @@ class Pools:
         if not 1 <= count <= MAX_COUNT:
             raise InvalidRequest(f"count: must be from 1 to {MAX_COUNT}.")
         values = self._new_values(pool, count)
-        if pool.capacity is not None and pool.token_ttl < math.inf:  # expired tokens are deleted for new ones
-            await self._note_all_lapsed(pool, self._clock())
-        if not await self._store.pools.generate(pool, values, self._clock()):
+        now = self._clock()
+        if pool.capacity is not None and now - pool.token_ttl >= self._noted.get(pool.name, 0.0):
+            await self._note_all_lapsed(pool, now)  # expired tokens are deleted for new ones
+        if not await self._store.pools.generate(pool, values, now):
             raise PoolFull
         if by is not None:
             log.info("pool_tokens_generated", pool=pool.name, count=count, by=by)
