@@ -92,7 +92,7 @@ def make_record(
     by, user = event.get("by") or asked_by, event.get("user")
     action, details = act.action, {key: _clean(event[key]) for key in event if key not in _LEFT_OUT}
     if action == "revoke_token" and not command and by is None:
-        action = LOGOUT  # whoever has the token can do that
+        action = LOGOUT  # anyone who has the token can do that
     elif name in {"token_issued", "access_denied"}:
         by = by or user
     record: dict[str, object] = {"time": timestamp(), "action": action}
