@@ -47,8 +47,13 @@ check: install
 bench: install
 	$(BIN)/python -m bench
 
+# All: `make faults`. One of them: `make faults FAULTS=tests/system/faults/test_power.py`. A tenth of the rounds and
+# minutes: `make faults TOKENAUTH_FAULTS=0.1`.
+FAULTS ?= tests
+TOKENAUTH_FAULTS ?= 1
 faults: install
-	$(BIN)/pytest -m faults
+	@echo "All long fault tests take about 4 hours on 2 cores. CONTRIBUTING.md lists them, and how to choose."
+	TOKENAUTH_FAULTS=$(TOKENAUTH_FAULTS) $(BIN)/pytest -m faults --durations=20 $(FAULTS)
 
 # The pictures of the console in docs/console.md.
 pictures: install

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.journal import Journal, check_servers, kill_in_a_loop, run_clients, serving, until, workers
+from tests.support.length import scaled
 from tests.support.servers import write_config
 
 pytestmark = pytest.mark.faults
 
-ROUNDS = 60
+ROUNDS = scaled(500, 3)
 
 
-def test_sixty_kills_under_load_lose_nothing(tmp_path: Path) -> None:
+def test_500_kills_under_load_lose_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[tokens]\nper_user = 0")
     journals = kill_in_a_loop(config, ROUNDS, clients=8, seed=42)
     states = [state for journal in journals for state in journal.issued.values()]

@@ -1,0 +1,40 @@
+"""A short form of the soak in `make faults`, and that its check notices what grows."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.journal import serving, until
+from tests.support.servers import write_config
+from tests.support.soak import MIX, SETTINGS, Sample, Soak, check_flat
+
+
+def test_a_mixed_load_gets_right_answers_and_stays_flat(tmp_path: Path) -> None:
+    with serving(write_config(tmp_path, SETTINGS), "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both workers serve")
+        soak = Soak(server, tmp_path / "tokenauth.db-wal", rate=150, window=0.25)
+        soak.run(3, lambda _: None)
+        assert {event["level"] for event in server.events()} == {"info"}
+    assert min(soak.counts[kind] for kind in MIX) > 0
+    check_flat(soak.samples)
+
+
+FLAT = Sample(0, memory=100_000, descriptors=50, wal=0, latencies={"hot": [0.001] * 1000, "echo": [0.0005] * 1000})
+
+
+@pytest.mark.parametrize(
+    ("grown", "said"),
+    [
+        (replace(FLAT, memory=110_000), "memory grows"),
+        (replace(FLAT, descriptors=60), "descriptors grow"),
+        (replace(FLAT, wal=10 << 20), "log grows"),
+        (replace(FLAT, latencies={"hot": [0.003] * 1000, "echo": [0.0005] * 1000}), "hot gets slower"),
+        (replace(FLAT, latencies={"hot": [0.001] * 980 + [0.01] * 20, "echo": [0.0005] * 1000}), "hot gets slower"),
+    ],
+    ids=["memory", "descriptors", "log", "median", "p99"],
+)
+def test_the_soak_notices_what_grows(grown: Sample, said: str) -> None:
+    check_flat([FLAT] * 16)
+    with pytest.raises(AssertionError, match=said):
+        check_flat([FLAT] * 12 + [grown] * 4)
