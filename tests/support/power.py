@@ -322,16 +322,15 @@ def lost(database: Path, clients: Sequence[Client], recording: Recording, at: in
     answered: dict[int, int] = defaultdict(int)
     for answer in recording.answers:
         answered[answer.port] += answer.at < at
+    found: list[str] = []
     with closing(sqlite3.connect(database)) as db:
         try:
-            found = [str(row) for row in db.execute("PRAGMA integrity_check").fetchall() if row != ("ok",)]
-        except sqlite3.DatabaseError as error:
-            return [str(error)]
-        digests = {row[0] for row in db.execute("SELECT digest FROM tokens")}
-        leases = {
-            value: (fence, holder, free_at)
-            for value, fence, holder, free_at in db.execute("SELECT value, fence, holder, free_at FROM pool_tokens")
-        }
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            digests = {row[0] for row in db.execute("SELECT digest FROM tokens")}
+            rows = db.execute("SELECT value, fence, holder, free_at FROM pool_tokens").fetchall()
+        except (sqlite3.DatabaseError, AssertionError) as error:
+            return [f"the database is damaged: {error}"]
+    leases = defaultdict(lambda: (0, None, 0.0), {value: lease for value, *lease in rows})
     for client in clients:
         done, asked = client.acts[: answered[client.port]], client.acts[: answered[client.port] + 1]
         ended = {act.value for act in asked if act.kind == "log-out"}
