@@ -7,12 +7,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
-from bench import chart, machine, report, world
+from bench import chart, machine, mixed, report, world
 from bench.figures import Row, log_progress, measure
 from bench.leasing import LeaseRows
 from bench.limit import BareServer
+from bench.mixed import LoginRows, MixedRows
 from bench.postgres import PostgresRows, missing
 from bench.tokens import TokenRows
 from bench.waiting import TABLES, WaitRows
@@ -25,7 +27,14 @@ _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "perm
 _POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-refuse")
 _WAITING = ("hand-over", "hand-over-far", "behind", "waiters", "consoles")
 _POSTGRES_WAITING = tuple(f"pg-{name}" for name in _WAITING)
-_NAMES = (*_TOKENS, *_LEASES, *_WAITING, *_POSTGRES, *_POSTGRES_WAITING)
+_USUAL = (*_TOKENS, *_LEASES, *_WAITING, *_POSTGRES, *_POSTGRES_WAITING)
+
+_GROUPS = {
+    "mixed": (*(f"mixed-{name}" for name in ("probes", *mixed.WEIGHTS)), "login-p99", "login-poisson"),
+}
+"""Rows that take long: they are measured only if they, or their group, are named."""
+
+_NAMES = (*_GROUPS, *_USUAL, *chain(*_GROUPS.values()))
 
 
 def main() -> int:
@@ -41,7 +50,7 @@ def main() -> int:
 
 
 def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
-    names = set(options.only)
+    names = {name for chosen in options.only for name in _GROUPS.get(chosen, (chosen,))}
     lacking = missing() if names.intersection({*_POSTGRES, *_POSTGRES_WAITING}) else None
     if lacking:
         log_progress(f"without the rows of PostgreSQL: {lacking}")
@@ -55,6 +64,8 @@ def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
             *WaitRows("", "", lambda: _waiting_config(directory), 50, options.seconds).figures(),
             *postgres.figures(),
             *WaitRows("pg-", "PostgreSQL: ", postgres.waiting_config, 100, options.seconds).figures(),
+            *MixedRows("", "", lambda: mixed.sqlite_config(directory), options.seconds).figures(),
+            *LoginRows(directory, options.seconds).figures(),
         ]
         deadline = time.monotonic() + options.minutes * 60
         chosen = [figure for figure in figures if figure.name in names]
@@ -78,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_positive, default=3, help="number of rounds for each figure (default: 3)")
     parser.add_argument("--seconds", type=_positive, default=3, help="length of a round (default: 3)")
     parser.add_argument("--minutes", type=_positive, default=20, help="start no round after this time (default: 20)")
-    parser.add_argument("--only", nargs="+", choices=_NAMES, default=_NAMES, metavar="NAME", help=", ".join(_NAMES))
+    parser.add_argument("--only", nargs="+", choices=_NAMES, default=_USUAL, metavar="NAME", help=", ".join(_NAMES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results as JSON")
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="also draw the ratios")
     return parser

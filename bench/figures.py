@@ -25,6 +25,7 @@ class Sample(NamedTuple):
     """Requests per second."""
     p99_ms: float | None = None
     note: str = ""
+    p999_ms: float | None = None
 
 
 Sampler = Callable[[], Sample]
@@ -74,6 +75,11 @@ class Row(NamedTuple):
     def p99_ms(self) -> float | None:
         """The median of the 99th percentiles of the response time."""
         return _median([sample.p99_ms for sample in self.samples])
+
+    @property
+    def p999_ms(self) -> float | None:
+        """The median of the 99.9th percentiles of the response time."""
+        return _median([sample.p999_ms for sample in self.samples])
 
     @property
     def note(self) -> str:

@@ -46,6 +46,7 @@ def _record(row: Row) -> dict[str, Any]:
         "problem": row.problem,
         "rate": row.rate,
         "p99_ms": row.p99_ms,
+        "p999_ms": row.p999_ms,
         "rounds": [sample._asdict() for sample in row.samples],
     }
 

@@ -1,14 +1,19 @@
 """The frame of the benchmark: rounds, deadline, failures and verdicts. What it measures is not tested here."""
 
 import math
+import select
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from bench import traffic
 from bench.figures import Figure, Row, Sample, Sampler, measure
 from bench.report import document, table
+from bench.traffic import Make
 
 FACTS: dict[str, str | int] = {
     "cpu": "x", "cores": 2, "python": "3", "uvicorn": "1", "sqlite": "3", "filesystem": "ext4"
@@ -70,3 +75,29 @@ def test_a_missed_figure_is_printed_as_missed() -> None:
     row = Row(figure([]), [Sample(0.4, rate=20_000, p99_ms=3.5)])
     assert ">= 0.50" in table(FACTS, [], [row])
     assert "missed" in table(FACTS, [], [row])
+
+
+def test_a_stall_delays_what_was_planned_meanwhile() -> None:
+    """One request is held for 0.2 s. The others are sent afterwards, and measured from when they were due."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+        thread.submit(_answer_slowly, listener)
+        makers: dict[str, Make] = {"probe": lambda: (b"GET / HTTP/1.1\r\n\r\n", _require_ok)}
+        found = traffic.run(listener.getsockname()[1], makers, [(0.0, "probe"), (0.0, "probe"), (0.1, "probe")], 1)
+    first, second, third = found.milliseconds["probe"]
+    assert 200 <= first <= second
+    assert third >= 100
+    assert found.late_p99_ms < 100  # this is the stall of the server, not of the load generator
+
+
+def _answer_slowly(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(65536)
+        select.select([], [], [], 0.2)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        while connection.recv(65536):
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+
+def _require_ok(status: int, body: bytes) -> None:
+    assert (status, body) == (200, b"ok")
