@@ -9,6 +9,10 @@ class StartError(Exception):
     """The service cannot start. The text says why and what to do."""
 
 
+class CopyError(Exception):
+    """A database cannot be copied to another. The text says why and what to do."""
+
+
 class Refusal(Exception):
     """A request that is refused. `code` is for programs, the text for people.
 

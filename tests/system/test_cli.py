@@ -39,7 +39,7 @@ class Encoding(TypedDict):
 
 
 COMMANDS = [
-    "serve", "init", "check", "reload", "doctor", "health", "systemd-unit", "migrate", "hash-password",
+    "serve", "init", "check", "reload", "doctor", "health", "systemd-unit", "migrate", "copy", "hash-password",
     "user add", "user passwd", "user set-scopes", "user remove", "user list",
     "tokens list", "tokens issue", "tokens rotate", "tokens scan", "tokens revoke",
     "pool list", "pool show", "pool line", "pool generate", "pool release",

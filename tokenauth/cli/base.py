@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tokenauth import logs
-from tokenauth.errors import ConfigError, Refusal, StartError
+from tokenauth.errors import ConfigError, CopyError, Refusal, StartError
 from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
-        except (ConfigError, StartError, Refusal) as error:
+        except (ConfigError, StartError, CopyError, Refusal) as error:
             raise click.ClickException(printable(str(error))) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader closed the pipe: click exits quietly

@@ -310,6 +310,8 @@ def _schema(report: DatabaseReport, full: bool, sqlite: bool) -> Finding:
     if schema.serves(report.schema):
         usable = "readable" if full else "readable and writable"
         return Finding("ok", "database", f"{report.name} is {usable}, with schema {report.schema}")
+    if report.schema == schema.COPYING:
+        return Finding("error", "database", f"{report.name} is {schema.UNFINISHED_COPY}", schema.FINISH_COPY)
     text = f"{report.name} has schema {report.schema}; this release needs {schema.HEAD}"
     if schema.is_newer(report.schema):
         return Finding("error", "database", text, "install the newer release that has upgraded it, or restore a backup")

@@ -25,6 +25,7 @@ from tokenauth.cli.base import (
     with_service,
     yes_option,
 )
+from tokenauth.cli.copy import copy
 from tokenauth.cli.health import health
 from tokenauth.cli.init import init
 from tokenauth.cli.pools import pool
@@ -61,7 +62,7 @@ def main() -> None:
     logs.configure(quiet=True)
 
 
-for command in (init, health, systemd_unit, user, tokens, pool, throttle, audit_log, run):
+for command in (init, health, systemd_unit, copy, user, tokens, pool, throttle, audit_log, run):
     main.add_command(command)
 
 

@@ -15,6 +15,7 @@ from tokenauth.stores.sqlite import files
 if TYPE_CHECKING:  # the main process only asks for files: it starts in half the time without SQLAlchemy
     from sqlalchemy import URL
 
+    from tokenauth.stores.copying import Side
     from tokenauth.stores.engine import Engine
     from tokenauth.stores.store import Store
 
@@ -84,6 +85,26 @@ async def examine(settings: DatabaseSettings) -> DatabaseReport:
     from tokenauth.stores.postgres.examination import examine as examine_server
 
     return await examine_server(make_url(settings.url))
+
+
+def open_side(settings: DatabaseSettings) -> "Side":
+    """Return the database at a URL that is valid, as one side of a copy."""
+    path = _file(settings)
+    if path is not None:
+        from tokenauth.stores.sqlite.copying import SqliteSide
+
+        return SqliteSide(path)
+    from sqlalchemy import make_url
+
+    from tokenauth.stores.postgres.copying import PostgresSide
+
+    return PostgresSide(make_url(settings.url))
+
+
+def is_same(one: DatabaseSettings, other: DatabaseSettings) -> bool:
+    """Return whether two URLs name the same file. Databases on a server have no files."""
+    paths = _file(one), _file(other)
+    return None not in paths and os.path.realpath(paths[0] or "") == os.path.realpath(paths[1] or "")
 
 
 def find_exposed_files(settings: DatabaseSettings) -> Sequence[str]:

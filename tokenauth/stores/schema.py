@@ -19,6 +19,14 @@ ignore. A change that they could not work with starts a new generation.
 """
 
 
+COPYING = "copying"
+"""The revision of an unfinished copy of another database, with which no release works."""
+
+UNFINISHED_COPY = "an unfinished copy of another database"
+
+FINISH_COPY = "run the same `tokenauth copy` again to finish it, or use another database"
+
+
 def serves(version: str | None) -> bool:
     """Return whether this release works with a revision: its own, or a later one of its generation."""
     if version is None:
@@ -31,6 +39,13 @@ def is_newer(version: str) -> bool:
     """Return whether a revision is of a later generation than this release."""
     generation = version.partition(".")[0]
     return generation.isdecimal() and int(generation) > int(HEAD.partition(".")[0])
+
+
+def is_older(version: str) -> bool:
+    """Return whether this release can upgrade a revision."""
+    generation, _, step = version.partition(".")
+    own, _, needed = HEAD.partition(".")
+    return generation.isdecimal() and step.isdecimal() and (int(generation), int(step)) < (int(own), int(needed))
 
 
 def starts_generation(had: str) -> bool:
@@ -70,6 +85,8 @@ def upgrade(db: Connection) -> str | None:
     had = version(db)
     if serves(had):
         return had
+    if had == COPYING:
+        raise StartError(f"the database is {UNFINISHED_COPY}: {FINISH_COPY}")
     from alembic import command  # only an upgrade needs it, and it costs every start 100 ms
 
     settings = migrations()

@@ -342,7 +342,11 @@ class SqliteWriter:
             self._write_lock.open()
             self._connection = _connect(self.path)
             self._transaction = SqliteTransaction(self._connection)
-            had = self._upgrade()
+            try:
+                had = self._upgrade()
+            except BaseException:
+                self._connection.close()  # it keeps a lock
+                raise
             if not schema.serves(had):
                 schema.log_upgrade(had, self.path)
         finally:

@@ -1,0 +1,360 @@
+"""Copies everything from one database to another, and compares both row by row.
+
+A copy has two passes. The first adds rows in the order of their primary keys, and goes on where an earlier run was
+interrupted. The second reads both databases in the order of a key that both have an index of, corrects what differs,
+and reads what it has corrected again. If nothing else can write to the source during the second pass, the databases are
+equal after it. Until then the target has the revision COPYING, with which no server starts.
+"""
+
+import asyncio
+import marshal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple, Protocol
+
+from sqlalchemy import Boolean, String, Table
+
+from tokenauth.errors import CopyError
+from tokenauth.stores.tables import marks, metadata, tokens
+
+Value = str | bytes | int | float | None
+Row = tuple[Value, ...]
+Key = tuple[Value, ...]
+
+BATCH = 5000
+"""Rows that are in memory at the same time: read from each side, and written in one transaction."""
+
+SOURCE_TABLE = "copy_source"
+"""The table of an unfinished copy that names its source."""
+
+PREPARE_TARGET = (f'CREATE TABLE {SOURCE_TABLE} ("name" VARCHAR NOT NULL)', "DELETE FROM marks")
+"""An empty database has the time at which it was made."""
+
+SET_REVISION = "UPDATE alembic_version SET version_num = "
+
+
+@dataclass(frozen=True)
+class CopiedTable:
+    """A table and how it is read: by its primary key at first, and by `key` when both sides are compared."""
+
+    table: Table
+    columns: Sequence[str]
+    order: Sequence[str]
+    key: Sequence[str]
+    condition: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    @property
+    def booleans(self) -> Sequence[int]:
+        """The positions of columns that SQLite returns as numbers."""
+        return [at for at, name in enumerate(self.columns) if isinstance(self.table.c[name].type, Boolean)]
+
+    @property
+    def unique(self) -> Sequence[Sequence[str]]:
+        """Each set of columns that no two rows share, in both kinds of database."""
+        return [self.key, *([*index.columns.keys()] for index in self.table.indexes if index.unique)]
+
+    def key_of(self, row: Row) -> Key:
+        return tuple(row[self.columns.index(name)] for name in self.key)
+
+    def _terms(self, names: Sequence[str], collation: str) -> Sequence[str]:
+        return [f'"{name}"{collation * isinstance(self.table.c[name].type, String)}' for name in names]
+
+    def select(self, by: Sequence[str], after: bool, limited: bool, placeholder: str, collation: str = "") -> str:
+        """Return a query for rows in the order of some columns, from a key or from the start on.
+
+        placeholder: `?` or `$`, which gets numbers. collation: what orders text by code points.
+        """
+        terms = ", ".join(self._terms(by, collation))
+        count = 0
+
+        def parameter() -> str:
+            nonlocal count
+            count += 1
+            return placeholder if placeholder == "?" else f"{placeholder}{count}"
+
+        conditions = [] if self.condition is None else [self.condition]
+        if after:
+            conditions.append(f"({terms}) > ({', '.join(parameter() for _ in by)})")
+        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+        limit = f" LIMIT {parameter()}" if limited else ""
+        return f'SELECT {quoted(self.columns)} FROM "{self.name}"{where} ORDER BY {terms}{limit}'  # noqa: S608 - names
+
+    def select_last(self, collation: str = "") -> str:
+        """Return a query for the highest primary key."""
+        terms = ", ".join(f"{term} DESC" for term in self._terms(self.order, collation))
+        where = "" if self.condition is None else f" WHERE {self.condition}"
+        return f'SELECT {quoted(self.order)} FROM "{self.name}"{where} ORDER BY {terms} LIMIT 1'  # noqa: S608 - names
+
+    def count(self) -> str:
+        """Return a query for the number of rows."""
+        where = "" if self.condition is None else f" WHERE {self.condition}"
+        return f'SELECT count(*) FROM "{self.name}"{where}'  # noqa: S608 - names
+
+
+def _copied(table: Table) -> CopiedTable:
+    columns = [column.name for column in table.c if column.computed is None]
+    order = [column.name for column in table.primary_key]
+    # On PostgreSQL there is no index of the numbers of tokens alone, and two of them may be equal.
+    key = ["digest"] if table is tokens else order
+    # The row that probes write has no meaning, and on SQLite no number.
+    return CopiedTable(table, columns, order, key, "\"name\" <> 'probe'" if table is marks else None)
+
+
+TABLES = [_copied(table) for table in metadata.sorted_tables]
+"""All tables."""
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Return names of columns for SQL: some of them are keywords."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def explain_not_empty(name: str) -> str:
+    return f"{name} is not empty; copy to a new database, or move this one away first"
+
+
+def explain_other_copy(name: str, source: str) -> str:
+    return f"{name} is an unfinished copy of {source}; finish that with the same command, or copy to a new database"
+
+
+class Side(Protocol):
+    """One of the two databases. All methods raise CopyError if it cannot be used."""
+
+    name: str
+    """What messages call it, without a password."""
+
+    unique_numbers: bool
+    """Whether no two tokens can have the same number."""
+
+    async def open_source(self) -> None:
+        """Connect to read."""
+
+    async def open_target(self, source: str) -> None:
+        """Connect to write, as the only user.
+
+        The database has all tables. It must be empty, or an unfinished copy of this source; from now on it is one.
+        """
+
+    async def close(self) -> None:
+        """Disconnect, and let others use the database."""
+
+    async def seal(self) -> str | None:
+        """Keep others from writing until `close`; return who uses the database if that is not possible."""
+
+    async def find_users(self) -> str | None:
+        """Return who else uses the database, although it is sealed."""
+
+    async def size(self) -> int:
+        """Return the bytes that the database takes on the disk."""
+
+    async def check_room(self, size: int) -> None:
+        """Raise CopyError if so many bytes more do not fit, where that can be known."""
+
+    async def count(self, table: CopiedTable) -> int:
+        """Return the number of rows."""
+
+    async def last(self, table: CopiedTable) -> Key | None:
+        """Return the highest primary key; None if there are no rows."""
+
+    def stream(self, table: CopiedTable, after: Key | None) -> AsyncIterator[Sequence[Row]]:
+        """Yield rows in the order of the primary key, from a key or from the start on."""
+
+    async def page(self, table: CopiedTable, after: Key | None, limit: int) -> Sequence[Row]:
+        """Return at most `limit` rows in the order of the key, from a key or from the start on."""
+
+    async def find_new_numbers(self) -> Mapping[bytes, int]:
+        """Return numbers, by digest, for tokens that must have another one so that all are different.
+
+        They do not change the order of tokens whose numbers differ.
+        """
+
+    async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
+        """Write rows in one transaction."""
+
+    async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
+        """Delete the rows with some keys, and write others, in one transaction. What contradicts them is deleted."""
+
+    async def sequences(self) -> Mapping[str, int]:
+        """Return the last number that was given to a row, by table, where numbers are never given twice."""
+
+    async def finish(self, sequences: Mapping[str, int]) -> None:
+        """Make the copy a database that can be served, whose next numbers are higher, in one durable transaction."""
+
+
+class TableReport(NamedTuple):
+    """What was done with one table. digest: the SHA-256 of its rows in both databases, once they are equal."""
+
+    name: str
+    rows: int
+    added: int
+    corrected: int
+    digest: str | None
+
+
+class CopyReport(NamedTuple):
+    """What a copy has done. in_use: who uses the source, so that the copy is not finished; else None."""
+
+    source: str
+    target: str
+    tables: Sequence[TableReport]
+    in_use: str | None
+
+
+OnProgress = Callable[[str, str, int, int], object]
+"""Is called with what is done ("copying", "comparing"), the table, and how many rows of how many are done."""
+
+
+async def copy(source: Side, target: Side, on_progress: OnProgress) -> CopyReport:
+    """Copy everything. Both sides are not open, and are closed in the end. Raises CopyError."""
+    try:
+        await source.open_source()
+        await target.open_target(source.name)
+        return await _Copy(source, target, on_progress).run()
+    finally:
+        await target.close()
+        await source.close()
+
+
+class _Copy:
+    def __init__(self, source: Side, target: Side, on_progress: OnProgress) -> None:
+        self._source = source
+        self._target = target
+        self._on_progress = on_progress
+        self._renumbers = target.unique_numbers and not source.unique_numbers
+        self._numbers: Mapping[bytes, int] = {}
+
+    async def run(self) -> CopyReport:
+        in_use = await self._source.seal()
+        begun = [await self._target.last(table) is not None for table in TABLES if table.table is not marks]
+        await self._target.check_room(await self._source.size())
+        added = [await self._add(table) for table in TABLES]
+        if in_use is not None:
+            in_use = await self._source.seal()
+        if in_use is not None and not any(begun):
+            # Nothing would be gained: what changes from now on is found at the end in any case.
+            return self._report(
+                [TableReport(table.name, n, n, 0, None) for table, n in zip(TABLES, added, strict=True)], in_use
+            )
+        if self._renumbers:
+            self._numbers = await self._source.find_new_numbers()
+        tables = [await self._compare(table, number) for table, number in zip(TABLES, added, strict=True)]
+        in_use = in_use or await self._source.find_users()
+        if in_use is None:
+            await self._target.finish(await self._source.sequences())
+        else:
+            tables = [table._replace(digest=None) for table in tables]
+        return self._report(tables, in_use)
+
+    def _report(self, tables: Sequence[TableReport], in_use: str | None) -> CopyReport:
+        return CopyReport(self._source.name, self._target.name, tables, in_use)
+
+    async def _add(self, table: CopiedTable) -> int:
+        """Add the rows that come after the last one of the target; return their number."""
+        total, done = await self._source.count(table), await self._target.count(table)
+        added = 0
+        self._on_progress("copying", table.name, done, total)
+        last = -(2**63)
+        async for batch in _ahead(self._source.stream(table, await self._target.last(table))):
+            rows = batch
+            if self._renumbers and table.table is tokens:
+                rows, last = _with_unique_numbers(batch, last)
+            await self._target.add(table, rows)
+            added += len(rows)
+            self._on_progress("copying", table.name, done + added, total)
+        return added
+
+    async def _compare(self, table: CopiedTable, added: int) -> TableReport:
+        """Make the rows of the target equal to those of the source."""
+        total = await self._source.count(table)
+        digest = sha256()
+        rows = corrected = 0
+        after: Key | None = None
+        self._on_progress("comparing", table.name, 0, total)
+        while True:
+            wanted, there = await asyncio.gather(self._page(table, after), self._target.page(table, after, BATCH))
+            end = min((table.key_of(page[-1]) for page in (wanted, there) if len(page) == BATCH), default=None)
+            if wanted != there:
+                wanted, there = _until(table, wanted, end), _until(table, there, end)
+                corrected += await self._correct(table, after, wanted, there)
+            # version 2 of the format is the same for equal values
+            digest.update(b"".join([marshal.dumps(row, 2) for row in wanted]))
+            rows += len(wanted)
+            self._on_progress("comparing", table.name, rows, max(rows, total))
+            if end is None:
+                return TableReport(table.name, rows, added, corrected, digest.hexdigest())
+            after = end
+
+    async def _page(self, table: CopiedTable, after: Key | None) -> Sequence[Row]:
+        rows = await self._source.page(table, after, BATCH)
+        if self._numbers and table.table is tokens:
+            return [self._renumbered(row) for row in rows]
+        return rows
+
+    def _renumbered(self, row: Row) -> Row:
+        digest = row[_DIGEST]
+        assert isinstance(digest, bytes)
+        number = self._numbers.get(digest)
+        return row if number is None else _with_number(row, number)
+
+    async def _correct(self, table: CopiedTable, after: Key | None, wanted: Sequence[Row], there: Sequence[Row]) -> int:
+        """Correct the rows after a key; return how many differed."""
+        right, wrong = set(wanted), set(there)
+        missing = [row for row in wanted if row not in wrong]
+        stale = [table.key_of(row) for row in there if row not in right]
+        if not missing and not stale:
+            return 0
+        await self._target.replace(table, stale, missing)
+        found = await self._target.page(table, after, len(wanted))
+        if found != wanted:
+            raise CopyError(
+                f"{self._target.name}: rows of {table.name!r} are not what was written to it;"
+                " does another program write to it? Run the same command again"
+            )
+        return len({*stale, *map(table.key_of, missing)})
+
+
+_token_columns = [column.name for column in tokens.c]
+_DIGEST, _NUMBER = _token_columns.index("digest"), _token_columns.index("number")
+
+
+def _with_number(row: Row, number: int) -> Row:
+    return (*row[:_NUMBER], number, *row[_NUMBER + 1 :])
+
+
+def _with_unique_numbers(rows: Sequence[Row], last: int) -> tuple[Sequence[Row], int]:
+    """Return tokens in the order of their numbers with numbers that grow from `last` on, and the last number."""
+    changed = []
+    for row in rows:
+        number = row[_NUMBER]
+        assert isinstance(number, int)
+        last = max(number, last + 1)
+        changed.append(row if number == last else _with_number(row, last))
+    return changed, last
+
+
+def _until(table: CopiedTable, rows: Sequence[Row], end: Key | None) -> Sequence[Row]:
+    """Return the rows up to a key. Python orders the values of keys as both databases do."""
+    return rows if end is None else [row for row in rows if table.key_of(row) <= end]
+
+
+async def _ahead(batches: AsyncIterator[Sequence[Row]]) -> AsyncIterator[Sequence[Row]]:
+    """Yield batches, and read the next one meanwhile."""
+    reading = asyncio.create_task(_next(batches))
+    try:
+        while batch := await reading:
+            reading = asyncio.create_task(_next(batches))
+            yield batch
+    finally:
+        reading.cancel()
+
+
+async def _next(batches: AsyncIterator[Sequence[Row]]) -> Sequence[Row]:
+    try:
+        return await anext(batches)
+    except StopAsyncIteration:
+        return ()

@@ -1,0 +1,249 @@
+"""A PostgreSQL database as one side of a copy."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import asyncpg
+from asyncpg.transaction import Transaction
+from sqlalchemy import URL
+
+from tokenauth.errors import CopyError
+from tokenauth.stores import schema
+from tokenauth.stores.copying import (
+    BATCH,
+    PREPARE_TARGET,
+    SET_REVISION,
+    SOURCE_TABLE,
+    TABLES,
+    CopiedTable,
+    Key,
+    Row,
+    Side,
+    explain_not_empty,
+    explain_other_copy,
+)
+from tokenauth.stores.postgres import hosts
+from tokenauth.stores.postgres.connections import CONNECT_TIMEOUT, UNAVAILABLE, reason
+from tokenauth.stores.postgres.transaction import advisory_key
+from tokenauth.stores.tables import marks
+
+_SETTINGS = {
+    "application_name": "tokenauth copy",
+    "statement_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "lock_timeout": "10s",
+    "tcp_keepalives_idle": "5",  # seconds
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "jit": "off",
+    "work_mem": "64MB",  # to sort tokens by their numbers
+    # A page is read by an index, also from tables that were never analyzed.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+}
+
+_COLLATION = ' COLLATE "C"'
+"""Orders text by code points, as SQLite and Python do."""
+
+_LOCK = "SELECT pg_try_advisory_lock($1)"
+_USERS = """
+    SELECT count(*), string_agg(DISTINCT coalesce(host(client_addr), 'this machine'), ', ') FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name = 'tokenauth' AND backend_type = 'client backend'
+"""
+_PATIENCE = 5
+"""How often a lock or a closing connection is looked at again, in steps of 0.2 s: a process was just killed."""
+
+_SIZE = "SELECT coalesce(sum(pg_total_relation_size(name)), 0)::bigint FROM unnest($1::text[]::regclass[]) AS name"
+
+_NEW_NUMBERS = """
+    WITH numbered AS (SELECT digest, number, row_number() OVER (ORDER BY number, digest) AS turn FROM tokens),
+    fitted AS (SELECT digest, number, turn + max(number - turn) OVER (ORDER BY turn) AS fitting FROM numbered)
+    SELECT digest, fitting FROM fitted WHERE fitting <> number
+"""
+"""Each token gets its number or, if that is not higher than the one before, the next number."""
+
+_SEQUENCES = """
+    SELECT t.relname, s.last_value FROM pg_sequences s
+    JOIN pg_depend d ON d.objid = format('%I.%I', s.schemaname, s.sequencename)::regclass AND d.refobjsubid > 0
+    JOIN pg_class t ON t.oid = d.refobjid WHERE s.schemaname = current_schema()
+"""
+_SEQUENCE = "SELECT pg_get_serial_sequence($1, $2)"
+
+
+class PostgresSide(Side):
+    """A database on a server. A source is sealed by locks on its tables, as long as no server is connected to it."""
+
+    unique_numbers = False
+
+    def __init__(self, url: URL) -> None:
+        """Open nothing yet."""
+        self.name = hosts.name(url)
+        self._arguments = url.get_dialect()().create_connect_args(url)[1]
+        self._connection: asyncpg.Connection | None = None
+        self._seal: Transaction | None = None
+
+    @property
+    def _db(self) -> asyncpg.Connection:
+        assert self._connection is not None
+        return self._connection
+
+    async def open_source(self) -> None:
+        with self._explained():
+            await self._connect()
+
+    async def open_target(self, source: str) -> None:
+        with self._explained():
+            await self._connect()
+            users = await self._find_users()
+            if users is not None:
+                raise CopyError(f"{self.name} is in use: {users}; stop the server that uses it")
+            version = await self._db.fetchval("SELECT version_num FROM alembic_version")
+            if version == schema.COPYING:
+                begun = await self._db.fetchval(f"SELECT name FROM {SOURCE_TABLE}")  # noqa: S608 - constant
+                if begun != source:
+                    raise CopyError(explain_other_copy(self.name, begun))
+            else:
+                for table in TABLES:
+                    if table.table is not marks and await self._db.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608
+                        raise CopyError(explain_not_empty(self.name))
+                async with self._db.transaction():
+                    for statement in PREPARE_TARGET:
+                        await self._db.execute(statement)
+                    await self._db.execute(f"INSERT INTO {SOURCE_TABLE} VALUES ($1)", source)  # noqa: S608 - constant
+                    await self._db.execute(f"{SET_REVISION} $1", schema.COPYING)
+            await self._db.execute("SET synchronous_commit = off")
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()  # closing it properly could block forever
+
+    async def seal(self) -> str | None:
+        with self._explained():
+            users = await self._find_users()
+            if users is not None:
+                return users
+            self._seal = self._db.transaction()
+            await self._seal.start()
+            names = ", ".join(f'"{table.name}"' for table in TABLES)
+            await self._db.execute(f"LOCK TABLE {names} IN EXCLUSIVE MODE")
+            users = await self._find_users()
+            if users is not None:
+                await self._seal.rollback()
+                self._seal = None
+            return users
+
+    async def find_users(self) -> str | None:
+        with self._explained():
+            return await self._find_users()
+
+    async def _find_users(self) -> str | None:
+        for _ in range(_PATIENCE):
+            [(count, places)] = await self._db.fetch(_USERS)
+            if count == 0:
+                return None
+            await asyncio.sleep(0.2)
+        return f"{count} connection{'s' * (count != 1)} of tokenauth, from {places}"
+
+    async def size(self) -> int:
+        with self._explained():
+            return int(await self._db.fetchval(_SIZE, [table.name for table in TABLES]))
+
+    async def check_room(self, size: int) -> None:
+        """Do nothing: it is not known where its files are."""
+
+    async def count(self, table: CopiedTable) -> int:
+        with self._explained():
+            return int(await self._db.fetchval(table.count()))
+
+    async def last(self, table: CopiedTable) -> Key | None:
+        with self._explained():
+            row = await self._db.fetchrow(table.select_last(_COLLATION))
+        return None if row is None else tuple(row)
+
+    async def stream(self, table: CopiedTable, after: Key | None) -> AsyncIterator[Sequence[Row]]:
+        """Yield the rows of one query: tokens have no index of their numbers."""
+        sql = table.select(table.order, after is not None, False, "$", _COLLATION)
+        with self._explained():
+            async with self._db.transaction():
+                cursor = await self._db.cursor(sql, *(after or ()))
+                while batch := await cursor.fetch(BATCH):
+                    yield [tuple(row) for row in batch]
+
+    async def page(self, table: CopiedTable, after: Key | None, limit: int) -> Sequence[Row]:
+        sql = table.select(table.key, after is not None, True, "$", _COLLATION)
+        with self._explained():
+            return [tuple(row) for row in await self._db.fetch(sql, *(after or ()), limit)]
+
+    async def find_new_numbers(self) -> Mapping[bytes, int]:
+        with self._explained():
+            return {row[0]: row[1] for row in await self._db.fetch(_NEW_NUMBERS)}
+
+    async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
+        with self._explained():
+            try:
+                await self._db.copy_records_to_table(table.name, records=rows, columns=table.columns)
+            except asyncpg.UniqueViolationError:  # the source has changed since the rows before were read
+                await self._replace(table, (), rows)
+
+    async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
+        with self._explained():
+            await self._replace(table, stale, rows)
+
+    async def _replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
+        async with self._db.transaction():
+            await self._delete(table, table.key, stale)
+            for names in table.unique:
+                positions = [table.columns.index(name) for name in names]
+                await self._delete(table, names, [tuple(row[at] for at in positions) for row in rows])
+            await self._db.copy_records_to_table(table.name, records=rows, columns=table.columns)
+
+    async def _delete(self, table: CopiedTable, names: Sequence[str], keys: Sequence[Key]) -> None:
+        which = " AND ".join(f'"{name}" = ${at}' for at, name in enumerate(names, 1))
+        await self._db.executemany(f'DELETE FROM "{table.name}" WHERE {which}', keys)  # noqa: S608 - names
+
+    async def sequences(self) -> Mapping[str, int]:
+        with self._explained():
+            return {name: last for name, last in await self._db.fetch(_SEQUENCES) if last is not None}
+
+    async def finish(self, sequences: Mapping[str, int]) -> None:
+        with self._explained():
+            await self._db.execute("SET synchronous_commit = on")
+            async with self._db.transaction():
+                for table in TABLES:
+                    [name, *_] = table.order
+                    if len(table.order) == 1 and (own := await self._sequence(table, name)):
+                        highest = await self.last(table)
+                        last = max(sequences.get(table.name, 0), 0 if highest is None else int(highest[0] or 0))
+                        if last > 0:
+                            await self._db.execute("SELECT setval($1::text::regclass, $2)", own, last)
+                await self._db.execute(f"DROP TABLE {SOURCE_TABLE}")
+                await self._db.execute(f"{SET_REVISION} $1", schema.HEAD)
+
+    async def _sequence(self, table: CopiedTable, column: str) -> str | None:
+        found: str | None = await self._db.fetchval(_SEQUENCE, table.name, column)
+        return found
+
+    async def _connect(self) -> None:
+        """Connect, unless another copy uses the database: also one to or from itself."""
+        self._connection = await hosts.connect(
+            **{
+                **self._arguments,
+                "timeout": CONNECT_TIMEOUT,
+                "target_session_attrs": "primary",
+                "server_settings": _SETTINGS,
+            }
+        )
+        key = advisory_key("tokenauth copy")
+        for _ in range(_PATIENCE):
+            if await self._db.fetchval(_LOCK, key):
+                return
+            await asyncio.sleep(0.2)
+        raise CopyError(f"{self.name}: another `tokenauth copy` uses this database; wait until it is done")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except UNAVAILABLE as error:
+            raise CopyError(f"{self.name} cannot be used: {reason(error)}") from None
