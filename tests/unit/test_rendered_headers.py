@@ -28,11 +28,14 @@ async def answer(
     paused: bool = False,
     ends: bool = False,
     body: bytes | None = None,
+    parts: Sequence[bytes] = (),
 ) -> bytes:
-    """Send a request, and return all that is sent for it and a second one."""
+    """Send a request, and return all that is sent for it and a second one. `parts` of the body are sent before it."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": body})
 
     if body is None:
@@ -81,6 +84,19 @@ async def test_rendered_headers_are_sent_like_others(request_: bytes, status: in
     sent = await answer(request_, headers, status, paused, ends)
     assert sent.startswith(b"HTTP/1.1 ")
     assert sent == await answer(request_, [*headers], status, paused, ends)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize(
+    ("parts", "body"),
+    [([b"hel"], b"lo"), ([b"hello"], b""), ([b""], b"hello"), ([], b"hell"), ([], b"hello!"), ([b"hel"], b"lo!")],
+    ids=["parts", "all in the first", "all in the last", "too short", "too long", "parts too long"],
+)
+async def test_bodies_of_any_length_are_sent_like_others(method: bytes, parts: Sequence[bytes], body: bytes) -> None:
+    request = method + b" / HTTP/1.1\r\nHost: a\r\n\r\n"
+    sent = await answer(request, HEADERS, body=body, parts=parts)
+    assert sent.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert sent == await answer(request, [*HEADERS], body=body, parts=parts)
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,30 @@ class _Cycle(RequestResponseCycle):
 
     send_500_response = _send_500_response
 
+    _head = b""  # of an answer whose body has its length: they are sent together
+
     def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
-        """Send as uvicorn does, and plain RenderedHeaders in a fifth of the time."""
+        """Send as uvicorn does, and an answer with plain RenderedHeaders in a fifth of the time."""
+        head = self._head
+        if head:
+            self._head = b""
+            body: bytes = message.get("body", b"")  # type: ignore[assignment]
+            if (
+                len(body) != self.expected_content_length
+                or message["type"] != "http.response.body"
+                or message.get("more_body")
+                or self.disconnected
+                or self.flow.write_paused
+            ):
+                self.transport.write(head)
+                return _send(self, message)  # type: ignore[no-any-return]
+            self.transport.write(head + body)
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
+            return _sent()
         headers = message.get("headers")
         if (
             type(headers) is RenderedHeaders
@@ -157,6 +179,7 @@ class _Cycle(RequestResponseCycle):
             and (headers.content_length or message["status"] == 204)  # type: ignore[typeddict-item]  # others need a length
             and self.keep_alive
             and not (self.response_started or self.disconnected or self.flow.write_paused)
+            and self.scope["method"] != "HEAD"
         ):
             lines = _render(tuple(self.default_headers))
             if lines is not None:
@@ -164,7 +187,7 @@ class _Cycle(RequestResponseCycle):
                 self.waiting_for_100_continue = self.chunked_encoding = False
                 self.expected_content_length = headers.content_length
                 status: int = message["status"]  # type: ignore[typeddict-item]
-                self.transport.write(b"%b%b%b\r\n" % (_STATUS_LINES[status], lines, headers.lines))
+                self._head = b"%b%b%b\r\n" % (_STATUS_LINES[status], lines, headers.lines)
                 return _sent()
         sent: Coroutine[Any, Any, None] = _send(self, message)
         return sent
