@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+TIMEOUT = 150.0
+"""Seconds after which a server counts as hanging. The machine may be suspended for a part of them."""
+
 LOGIN = {"username": "admin", "password": "admin"}
 
 
@@ -22,7 +25,7 @@ class NoAnswer(Exception):
     """A request was sent, but no complete answer arrived."""
 
 
-def connect(port: int | Path, timeout: float = 30) -> socket.socket:
+def connect(port: int | Path, timeout: float = TIMEOUT) -> socket.socket:
     """Connect to a port of this machine, or to a Unix socket. Raises OSError."""
     if isinstance(port, Path):
         connection = socket.socket(socket.AF_UNIX)
@@ -58,7 +61,7 @@ class Answer(NamedTuple):
 class Connection:
     """One keep-alive connection without a client library. It never retries."""
 
-    def __init__(self, port: int | Path, timeout: float = 30) -> None:
+    def __init__(self, port: int | Path, timeout: float = TIMEOUT) -> None:
         """Connect to a port of this machine, or to a Unix socket. Raises Refused."""
         try:
             self._socket = connect(port, timeout)

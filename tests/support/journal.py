@@ -8,9 +8,10 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from time import monotonic
 
-from tests.support.connections import Closed, Connection, NoAnswer, Refused, takes_connections
-from tests.support.servers import HandClock, Server, serve, starting
+from tests.support.connections import TIMEOUT, Closed, Connection, NoAnswer, Refused, takes_connections
+from tests.support.servers import LONGEST_STEP, HandClock, Server, serve, starting
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Client(threading.Thread):
     def finish(self) -> None:
         """Stop. Raises the error of the client, if any."""
         self.stopping.set()
-        self.join(30)
+        self.join(TIMEOUT)
         assert not self.is_alive(), "a client hangs"
         if self.error is not None:
             raise self.error
@@ -133,21 +134,20 @@ def background(work: Callable[[], object], count: int = 1) -> Iterator[None]:
     finally:
         stopping.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(TIMEOUT)
     if errors:
         raise errors[0]
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Wait until the condition is true. Fails after `seconds`, with `what` in its message."""
-    deadline = threading.Event()
-    timer = threading.Timer(seconds, deadline.set)
-    timer.start()
-    try:
-        while not condition():
-            assert not deadline.wait(0.02), f"not within {seconds:g} seconds: {what}"
-    finally:
-        timer.cancel()
+    waited, before = 0.0, monotonic()
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.02)
+        now = monotonic()
+        waited, before = waited + min(now - before, LONGEST_STEP), now
+        assert waited < seconds, f"not within {seconds:g} seconds: {what}"
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def kill_in_a_loop(config: Path, rounds: int, clients: int, seed: int = 1) -> li
             servers[0].kill()
             if number % 3 == 2:
                 for client in running:
-                    client.join(30)
+                    client.join(TIMEOUT)
             servers[1].kill()
             for client in running:
                 client.finish()

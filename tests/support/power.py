@@ -82,7 +82,7 @@ class Client(threading.Thread):
 
     def __init__(self, port: int, number: int, requests: int) -> None:
         super().__init__()
-        self._connection = Connection(port, 300)
+        self._connection = Connection(port)
         self._random = random.Random(number)
         self._requests = requests
         self.port = self._connection._socket.getsockname()[1]
@@ -362,7 +362,7 @@ def _lease_faults(last: Act, row: tuple[int, str | None, float], pending: Act) -
 
 def check_service(port: int, clients: Sequence[Client], recording: Recording, at: int) -> None:
     """Check that a worker that started on a state accepts what was issued, and refuses what was revoked."""
-    with Connection(port, 300) as connection:
+    with Connection(port) as connection:
         for client in clients:
             count = sum(answer.port == client.port and answer.at < at for answer in recording.answers)
             ended = {act.value for act in client.acts[: count + 1] if act.kind == "log-out"}

@@ -32,6 +32,9 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
+LONGEST_STEP = 5.0
+"""How many seconds of a wait count at most between two looks: the machine may have been suspended."""
+
 START = 1_800_000_000.0
 """The first time of every hand-moved clock, in Unix seconds."""
 
@@ -106,14 +109,16 @@ class Server:
 
         Fails with its log at a timeout or its end.
         """
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        waited, before = 0.0, time.monotonic()
+        while waited < seconds:
             found = [line for line in self.events(event) if fields.items() <= line.items()]
             if found:
                 return found[0]
             if self.process.poll() is not None:
                 break
             time.sleep(0.005)
+            now = time.monotonic()
+            waited, before = waited + min(now - before, LONGEST_STEP), now
         raise AssertionError(f"no {event!r} in the log (exit code {self.process.poll()}):\n{self.log.read_text()}")
 
     def client(self, **options: Any) -> httpx.Client:

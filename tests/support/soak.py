@@ -33,8 +33,6 @@ lease_ttl = "10m"
 
 MIX = {"hot": 70, "random": 20, "lease": 5, "login": 3, "log-out": 2}
 CLIENTS = 4
-TIMEOUT = 300.0
-"""Seconds until an answer. The machine may be suspended meanwhile."""
 USE = 60.0
 """Seconds for which a token is used: much less than it lives."""
 PAUSE = 0.25
@@ -142,7 +140,7 @@ class Soak:
 
     def _echo(self, port: int) -> None:
         chance = random.Random("echo")
-        with Connection(port, TIMEOUT) as connection:
+        with Connection(port) as connection:
             while not self._over.is_set():
                 with self._timed("echo"):
                     connection.ask("GET", "/")
@@ -155,7 +153,7 @@ class Soak:
         live: dict[str, float] = {}  # when each was issued
         dead: list[str] = []
         with ExitStack() as stack:
-            connection = stack.enter_context(Connection(self.server.port, TIMEOUT))
+            connection = stack.enter_context(Connection(self.server.port))
             user = PoolUser(connection)
             logged_in = time.monotonic()
             while not self._over.is_set():

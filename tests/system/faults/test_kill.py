@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.journal import Journal, check_servers, kill_in_a_loop, run_clients, serving, until, workers
 from tests.support.length import scaled
+from tests.support.main_process import workers_of
 from tests.support.servers import write_config
 
 pytestmark = pytest.mark.faults
@@ -33,7 +34,7 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
             clients = run_clients([server.port], latest, number)
             until(lambda: sum(len(one.issued) for one in latest) >= 40, "the clients have tokens")  # noqa: B023
             started = len(server.events("started"))
-            os.kill(children(server.process.pid)[number % 2], signal.SIGKILL)
+            os.kill(workers_of(server)[number % 2], signal.SIGKILL)
             until(lambda: len(server.events("started")) > started, "the worker was replaced")  # noqa: B023
             for client in clients:
                 client.finish()
@@ -42,17 +43,3 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
         server.kill()
     with workers(config, None, 1) as servers:
         check_servers(servers, journals)
-
-
-def children(process: int) -> list[int]:
-    """Return the PIDs of the workers of a main process."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            command = (status.parent / "cmdline").read_bytes()
-        except OSError:  # the process has just ended
-            continue
-        if int(fields[1]) == process and b"spawn_main" in command:
-            found.append(int(status.parent.name))
-    return sorted(found)
