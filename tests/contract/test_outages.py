@@ -27,6 +27,8 @@ from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.tables import metadata
 
 POOL = Pool("p", lease_ttl=60)
+FULL = Pool("full", lease_ttl=60)
+"""A pool without tokens."""
 AT_ONCE = 0.05
 """Seconds within which a refusal comes."""
 
@@ -181,6 +183,27 @@ async def test_after_a_failed_write_others_are_refused_at_once(filled: Place, ha
         "store_not_writable",
         "store_writable_again",
     ]
+
+
+async def test_places_outlive_an_outage_and_dead_ones_do_not(filled: Place) -> None:
+    """Those who waited when it began could not ask again: they can for 10 seconds after its end."""
+    began = filled.engine.clock()
+    for id, at, keep in (("live", began, 5.0), ("patient", began, 60.0), ("dead", began - 20, 15.0)):
+        await filled.pools.ask(FULL, "ann", id, "x", at, keep=keep)
+
+    async def kept(seconds: float) -> list[str]:
+        return [
+            id
+            for id in ("live", "patient", "dead")
+            if await filled.pools.find_place(FULL, ("ann", id), began + seconds) is not None
+        ]
+
+    assert await kept(7) == ["patient"]
+    async with locked(filled):
+        await refused(filled, WRITES["save_time"])
+    await ready_again(filled)
+    assert await kept(7) == ["live", "patient"]
+    assert await kept(30) == ["patient"]
 
 
 async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> None:

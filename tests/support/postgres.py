@@ -30,12 +30,12 @@ _SIGNALS: Mapping[Mode, signal.Signals] = {
 _names = (f"test_{number}" for number in count())
 
 
-def _directory(in_memory: bool) -> Path:
+def directory_for(prefix: str, in_memory: bool) -> Path:
     """Create a directory that PostgreSQL's user can enter. Only root can enter pytest's."""
     memory = Path("/dev/shm")  # noqa: S108 - creating a database takes between a half and a tenth of the time there
     if not (in_memory and memory.is_dir() and shutil.disk_usage(memory).free > 2**30):
         memory = Path(tempfile.gettempdir())
-    directory = Path(tempfile.mkdtemp(prefix="tokenauth-postgres-", dir=memory))
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=memory))
     give(directory)
     return directory
 
@@ -55,7 +55,7 @@ class Cluster:
         self._programs = programs()
         self._settings = settings
         self._server: subprocess.Popen[bytes] | None = None
-        self.directory = _directory(in_memory=settings["fsync"] == "off")
+        self.directory = directory_for("tokenauth-postgres-", in_memory=settings["fsync"] == "off")
         self.log = self.directory / "log"
         self.port = 0
         self._watch = watch(self.directory)

@@ -247,6 +247,15 @@ class Race:
         """The number of requests so far."""
         return sum(len(history.events) for history in self.histories.values())
 
+    def is_eventful(self) -> bool:
+        """Whether every kind of event has happened."""
+        try:
+            for pool, history in self.histories.items():
+                check_eventful(history, CAPACITIES[pool])
+        except AssertionError:
+            return False
+        return True
+
     @contextmanager
     def running(self, more: Callable[[], bool], between: Callable[[], object]) -> Iterator[None]:
         """Run the holders while `more` returns True. Raises their errors."""

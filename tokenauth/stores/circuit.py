@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
+from time import monotonic
 
 from tokenauth.errors import StoreUnavailable
 from tokenauth.logs import log
@@ -60,6 +61,7 @@ class Circuit:
         """Why operations are refused; None while it is closed."""
         self.openings = 0
         """How often it has opened. Connections that are older than the last opening may be dead."""
+        self._opened_at = 0.0
         self._probe = probe
         self._fails = fails
         self._works = works
@@ -73,6 +75,10 @@ class Circuit:
         self._probe_finished.set()
         self._logged = False
         self._last_logged = ("", -math.inf)
+
+    def open_for(self) -> float:
+        """Return for how many seconds operations have been refused; 0 while it is closed. Any thread may call it."""
+        return 0.0 if self.problem is None else monotonic() - self._opened_at
 
     def check_closed(self) -> None:
         """Raise StoreUnavailable while it is open."""
@@ -119,6 +125,7 @@ class Circuit:
         self.problem = reason
         if not was_open:
             self.openings += 1
+            self._opened_at = monotonic()
             self._opened()
         self.start_probe()
 

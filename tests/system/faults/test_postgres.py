@@ -14,7 +14,7 @@ from tests.support.connections import LOGIN, Connection
 from tests.support.history import RealTime
 from tests.support.journal import until
 from tests.support.postgres import Cluster, cluster
-from tests.support.races import CAPACITIES, POOLS, Race, check_eventful
+from tests.support.races import POOLS, Race
 from tests.support.servers import starting, worker
 from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.crowd import POOL, Crowd, check_log, is_outage, postgres_config, two_workers
@@ -42,16 +42,6 @@ def url(private: Cluster, request: pytest.FixtureRequest) -> str:
 
 def name_of(url: str) -> str:
     return url.rpartition("/")[2]
-
-
-def eventful(race: Race) -> bool:
-    """Whether every kind of event has happened in a race."""
-    try:
-        for pool, history in race.histories.items():
-            check_eventful(history, CAPACITIES[pool])
-    except AssertionError:
-        return False
-    return True
 
 
 def test_a_restart_under_load_is_503_and_loses_nothing(private: Cluster, url: str, tmp_path: Path) -> None:
@@ -106,7 +96,7 @@ def test_restarts_break_no_promise_of_thirty_holders(private: Cluster, url: str,
                     length, later = race.length, monotonic() + chance.uniform(2, 3) * LEASE_TTL
                     until(lambda: race.length > length + 200 and monotonic() > later, "the race continues")  # noqa: B023
                     private.restart("immediate")
-                until(lambda: eventful(race), "every kind of event has happened", 60)
+                until(race.is_eventful, "every kind of event has happened", 60)
             finally:
                 over.set()
         race.finish()

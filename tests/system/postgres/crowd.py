@@ -91,8 +91,20 @@ class Ended(NamedTuple):
 class Crowd:
     """Many concurrent clients, each with a connection to every worker. A request without an answer is a fault."""
 
-    def __init__(self, servers: Sequence[Server], seed: int = 1) -> None:
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        seed: int = 1,
+        balancer: int | None = None,
+        pool: str = "permits",
+        pace: float = 100,
+    ) -> None:
+        """balancer: the port to which all requests go instead. pace: the requests of one client in a second."""
         self._servers = servers
+        self.ports = [server.port for server in servers] if balancer is None else [balancer]
+        self.direct = balancer is None
+        self.pool = pool
+        self.pace = pace
         self._seed = seed
         self._stopping = threading.Event()
         self.seen: list[Seen] = []
@@ -128,7 +140,7 @@ class Crowd:
 
     def resumed(self, since: float) -> float:
         """Wait until each kind of request has succeeded at each worker. Return the seconds that this took."""
-        wanted = {(kind, server.port) for kind in KINDS for server in self._servers}
+        wanted = {(kind, port) for kind in KINDS for port in self.ports}
 
         def first() -> dict[tuple[str, int], float]:
             done: dict[tuple[str, int], float] = {}
@@ -158,7 +170,7 @@ class Crowd:
     def _run(self, number: int) -> None:
         try:
             with ExitStack() as stack:
-                connections = {server.port: _Reconnecting(server.port) for server in self._servers}
+                connections = {port: _Reconnecting(port) for port in self.ports}
                 for connection in connections.values():
                     stack.enter_context(connection)
                 _Client(self, connections, Random(f"{self._seed} {number}")).work(self._stopping)
@@ -209,7 +221,7 @@ class _Client:
                 self._log_out(self._mine.pop(self._chance.randrange(len(self._mine))))
             else:
                 self._use_pool()
-            stopping.wait(self._chance.expovariate(100))
+            stopping.wait(self._chance.expovariate(self._crowd.pace))
 
     def _ask(self, kind: str, method: str, target: str, document: object = None, **headers: str) -> tuple[int, Answer]:
         """Send a request to a random worker. Return its port and the answer."""
@@ -240,7 +252,7 @@ class _Client:
         sent, ended = monotonic(), self._crowd.ended[token]
         port, answer = self._ask("probe", "GET", f"/api/token?token={token}")
         if answer.status == 200 and answer.json()["valid"]:
-            assert port != ended.port, "accepted by the worker that had ended it"
+            assert not (self._crowd.direct and port == ended.port), "accepted by the worker that had ended it"
             if sent - ended.at > BOUND:
                 self._crowd.late.append((token, ended, sent - ended.at))
 
@@ -252,7 +264,7 @@ class _Client:
         self._logged_out.append(token)
 
     def _use_pool(self) -> None:
-        path = "/api/pools/permits/leases"
+        path = f"/api/pools/{self._crowd.pool}/leases"
         if self._lease is None:
             _, answer = self._ask("assign", "POST", path, X_Token=self._login)
             if answer.status == 201:

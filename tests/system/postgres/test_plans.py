@@ -16,6 +16,7 @@ from tests.contract.test_pool_cost import CHEAP, FEW, IN_LINE, LEASED, rows
 from tests.promises.test_12_cost import CHANGES, EACH, PAGE, digest, kind
 from tests.support.servers import START
 from tests.support.steps import DirectEngine
+from tests.system.postgres.nodes import fixed_time
 from tokenauth.models import public_id
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes.failures import PurgeFailures
@@ -104,7 +105,7 @@ class Direct(DirectEngine):
 
 @pytest.fixture
 async def direct(url: str) -> AsyncIterator[Direct]:
-    connections = Connections(make_url(url), 1, caller_time=True)
+    connections = Connections(make_url(url), 1, fixed_time, caller_time=True)
     await connections.upgrade()
     async with connections._engine.connect() as connection:
         for table in metadata.tables:

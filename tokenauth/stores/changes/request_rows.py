@@ -16,6 +16,7 @@ from sqlalchemy import (
     tuple_,
 )
 
+from tokenauth.line import KEPT
 from tokenauth.models import START_OF_LINE, Instant, LeaseRequest, PlaceCursor, RequestKey
 from tokenauth.stores.engine import Transaction
 from tokenauth.stores.sql import elements
@@ -64,6 +65,17 @@ _OLD = (
     .order_by(_kept)
     .limit(_limit)
 )
+
+
+def keep_places(seconds: float, now: Instant) -> str:
+    """Return the statement with which those keep their places who waited when an outage began, `seconds` ago.
+
+    Their clients could not ask again, and can within KEPT seconds from now on. It may be run several times.
+    """
+    return f"""
+        UPDATE pool_requests SET kept_until = {now + KEPT!r}
+        WHERE granted_at IS NULL AND kept_until > {now - seconds!r} AND kept_until < {now + KEPT!r}
+    """  # noqa: S608 - numbers
 
 
 def beyond(cursor: PlaceCursor) -> Mapping[str, object]:

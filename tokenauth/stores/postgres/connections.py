@@ -11,12 +11,14 @@ from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
+from tokenauth.clock import Clock
 from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, ChangeKind, Writer
 from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
+from tokenauth.stores.changes.request_rows import keep_places
 from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, LockConflict
@@ -70,9 +72,9 @@ _PROBE_WRITING = f"""
     BEGIN; SET LOCAL lock_timeout = '500ms';
     LOCK TABLE {", ".join(metadata.tables)} IN ROW EXCLUSIVE MODE;
     SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)});
-    {PROBE}; COMMIT
+    {PROBE};
 """
-"""Needs the locks that queries and changes need, so that it fails when those would hang."""
+"""Needs the locks that queries and changes need, so that it fails when those would hang. COMMIT follows."""
 
 _CLOCK_INTERVAL = 1.0
 """Seconds between two updates of the clock row by one process."""
@@ -81,10 +83,11 @@ _CLOCK_INTERVAL = 1.0
 class Connections:
     """The connections for queries and changes, and how to open one to listen on."""
 
-    def __init__(self, url: URL, connections: int, caller_time: bool) -> None:
+    def __init__(self, url: URL, connections: int, clock: Clock, caller_time: bool) -> None:
         """Take `postgresql+asyncpg://...`. `caller_time`: the time is the callers', not the database's."""
         self.name = hosts.name(url)
         self.notifies = True
+        self._clock = clock
         arguments = {
             "timeout": CONNECT_TIMEOUT,
             "command_timeout": TIMEOUT,
@@ -123,7 +126,7 @@ class Connections:
             probe_failed=self._on_unreachable,
         )
         self._writing = Circuit(
-            partial(self._probe, _PROBE_WRITING),
+            self._probe_writing,
             "store_not_writable",
             "store_writable_again",
             opened=self._refuse_waiting,
@@ -262,6 +265,11 @@ class Connections:
         except StoreUnavailable:
             self._clock_written = 0
             raise
+
+    async def _probe_writing(self) -> str | None:
+        refused_for = self._writing.open_for()
+        keeping = keep_places(refused_for, self._clock()) if refused_for else ""
+        return await self._probe(f"{_PROBE_WRITING} {keeping}; COMMIT")
 
     async def _probe(self, statements: str) -> str | None:
         """Run statements on a connection of their own; return what is wrong, if anything."""

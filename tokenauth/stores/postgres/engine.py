@@ -47,11 +47,11 @@ class PostgresEngine:
 
         Unless it is for `serving`, it writes only the changes that are asked for. `create`: make missing tables.
         """
-        self.connections = Connections(url, connections, clock is not None)
         self._serving = serving
         self._create = create
         database_clock = DatabaseClock()
         self.clock: Clock = clock or database_clock
+        self.connections = Connections(url, connections, self.clock, clock is not None)
         self.feed = Listener(self.connections, database_clock)
         self._tokens = _lookup(self.connections, _TOKENS, as_token)
         self._failures = _lookup(self.connections, _FAILURES, lambda row: Failures(row[1], row[2]))

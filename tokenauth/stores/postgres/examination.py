@@ -16,7 +16,7 @@ _READ_ONLY = text("SELECT current_setting('transaction_read_only') = 'on', extra
 
 async def examine(url: URL) -> DatabaseReport:
     """Look at the database at a URL."""
-    connections = Connections(url, 1, caller_time=True)
+    connections = Connections(url, 1, time.time, caller_time=True)
     report = DatabaseReport(connections.name)
     try:
         await connections.check_encoding()

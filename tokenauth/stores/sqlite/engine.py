@@ -40,7 +40,7 @@ class SqliteEngine:
         """
         self.clock = clock
         self._path = path = os.path.abspath(url.database or "")
-        self.writer = SqliteWriter(path, create=serving and served is None)
+        self.writer = SqliteWriter(path, clock, create=serving and served is None)
         self.reader = self.feed = Reader(path, self._read_failed)
         self._serving = serving
         self._served = served

@@ -16,12 +16,14 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
+from tokenauth.clock import Clock
 from tokenauth.errors import Overloaded, StartError, StoreUnavailable
 from tokenauth.executor import Executor
 from tokenauth.logs import log
 from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
+from tokenauth.stores.changes.request_rows import keep_places
 from tokenauth.stores.circuit import PROBE_TIMEOUT, Circuit
 from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.files import abandoned_wal, existing, file_size, find_problem
@@ -75,9 +77,10 @@ _BAD_CHANGE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingErr
 class SqliteWriter:
     """Makes changes in batches, probes while they fail, and checks that the -wal file can be copied."""
 
-    def __init__(self, path: str, create: bool) -> None:
+    def __init__(self, path: str, clock: Clock, create: bool) -> None:
         """`create` the file if it does not exist."""
         self.path = path
+        self._clock = clock
         self.file_replaced = False
         """Whether another file is at the path now: nothing may be written any more."""
         self._create = create
@@ -280,6 +283,8 @@ class SqliteWriter:
                     self._connection.execute(_FILL_WAL, (self._probe_size,))
                 self._connection.execute("BEGIN IMMEDIATE")
                 write_probe(self._transaction)
+                if refused_for := self._circuit.open_for():
+                    self._connection.execute(keep_places(refused_for, self._clock()))
                 self._connection.execute("COMMIT")
             except ERRORS as error:
                 with suppress(*ERRORS):

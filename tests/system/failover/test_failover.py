@@ -1,0 +1,117 @@
+"""A cluster with automatic failover keeps every promise while its machines fail, one kind of fault after another."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from tests.support.journal import until
+from tests.support.queueing import CAPACITIES, ORDER
+from tests.system.failover.load import SERVICE, Load, Outage
+from tests.system.failover.machines import Machines, machines
+from tests.system.failover.nodes import Nodes, nodes
+from tests.system.postgres.crowd import check_log
+
+pytestmark = pytest.mark.faults
+
+_names = (f"failover_{number}" for number in count())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Machines]:
+    with machines() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def report() -> Iterator[list[Outage]]:
+    """Print a table of the faults at the end."""
+    outages: list[Outage] = []
+    yield outages
+    print("\n| fault | without writes, s | without probes, s | promotion to service, s | answers by status |")
+    print("|---|---|---|---|---|", *map(str, outages), sep="\n")
+
+
+class Trial:
+    """Nodes and clients on the cluster, and what they see of one fault."""
+
+    def __init__(self, cluster: Machines, nodes: Nodes, load: Load, report: list[Outage]) -> None:
+        self.cluster = cluster
+        self.nodes = nodes
+        self.load = load
+        self._report = report
+        self._since = 0.0
+        self._promoted: Sequence[float] = ()
+
+    def begin(self) -> None:
+        """Begin to measure."""
+        self.load.busy()
+        self._promoted = self.cluster.promotions()
+        self._since = monotonic()
+
+    def promotions(self) -> Sequence[float]:
+        """Return when machines were promoted since the beginning."""
+        return self.cluster.promotions()[len(self._promoted) :]
+
+    def promoted(self) -> None:
+        """Wait until a machine is promoted, and for a while of service."""
+        until(lambda: len(self.promotions()) > 0, "a standby is promoted", 60)
+        self.served()
+
+    def served(self) -> None:
+        """Wait until nothing has been refused for some seconds."""
+        crowd = self.load.crowd
+
+        def refused_at() -> float:
+            return max((one.at for one in list(crowd.seen) if one.status == 503), default=self._since)
+
+        def calm() -> bool:
+            return monotonic() - max(refused_at(), *self.promotions(), self._since) > 2 * SERVICE
+
+        until(lambda: calm() or bool(crowd.faults), "service is back", 60)
+
+    def end(self, fault: str) -> Outage:
+        """Note what was measured."""
+        outage = self.load.outage(fault, self._since, self.promotions())
+        self._report.append(outage)
+        return outage
+
+
+@contextmanager
+def trial(cluster: Machines, directory: Path, report: list[Outage]) -> Iterator[Trial]:
+    """Run nodes and clients on a new database. At the end, check what they saw."""
+    name = next(_names)
+    cluster.settle()
+    cluster.execute(cluster.primary, f"CREATE DATABASE {name} OWNER tokenauth ENCODING 'UTF8' TEMPLATE template0")
+    with nodes(directory / "nodes", cluster.hosts(), name) as running:
+        load = Load(running.port, running.servers)
+        with load.running():
+            yield Trial(cluster, running, load, report)
+        primary = cluster.primary
+        load.check([(pool, _order(cluster.execute(primary, ORDER.format(pool), name))) for pool in CAPACITIES])
+        for server in running.servers:
+            check_log(server)
+
+
+def _order(rows: list[tuple[Any, ...]]) -> list[tuple[str, float, str | None]]:
+    return [(id, since, leases) for id, since, leases in rows]
+
+
+def test_a_killed_primary_costs_nothing_that_was_answered(
+    cluster: Machines, tmp_path: Path, report: list[Outage]
+) -> None:
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        primary = cluster.primary
+        primary.kill()
+        run.promoted()
+        outage = run.end("primary killed")
+        primary.start_patroni()
+        cluster.settle()
+        run.load.busy()
+    assert outage.after_promotion is not None
+    assert outage.after_promotion < SERVICE, outage
