@@ -36,6 +36,13 @@ _MIN_WORK = {"bcrypt": 2**10, "scrypt": 2**14 * 8, "pbkdf2_sha256": 100_000}
 _SLOW = 1.0
 """Seconds. With a hash that takes longer, a few logins delay all others."""
 
+_NEGLIGIBLE = 5e-6
+"""Seconds. If all hashes take less, as those of random secrets may, they are computed on the event loop.
+
+In a thread, hashing has the lowest priority, and yet needs the interpreter's lock for most of such a time: then each
+login waits for other processes of the machine, and is committed alone.
+"""
+
 _MAX_SECONDS = 10.0
 """Seconds. A hash that takes longer is refused, since clients and proxies would give up first."""
 
@@ -95,7 +102,7 @@ class _Dummy(NamedTuple):
 
 
 class Passwords:
-    """Verifies passwords in a few low-priority threads."""
+    """Verifies passwords in a few low-priority threads, or on the event loop if all hashes are negligible."""
 
     def __init__(self, settings: PasswordSettings, users: Mapping[str, User] | None = None) -> None:
         """Parse the hashes of the users. Raises ConfigError for a hash that this machine cannot verify."""
@@ -128,6 +135,8 @@ class Passwords:
         """Parse the hashes of the users again, after the users have changed. Raises ConfigError as `__init__` does."""
         self._dummies = self._make_dummies() or [self._new]
         self._one_cost = len({each.text for each in self._dummies}) == 1
+        # One costly hash has all computed in threads: names of users and others must be answered alike.
+        self._negligible = all(self._costs[each.text].seconds < _NEGLIGIBLE for each in self._dummies)
 
     def hash(self, password: str) -> str:
         """Hash a password with argon2id at the configured cost. Return it in the PHC string format.
@@ -169,7 +178,7 @@ class Passwords:
             if user is not None:
                 hashed = self._texts.get(user.password_hash, user.password_hash)
             jobs.append((password, hashed))
-        matches = await self._executor.run(jobs)
+        matches = self._verify(jobs) if self._negligible else await self._executor.run(jobs)
         for user, (name, password), matched in zip(users, pairs, matches, strict=True):
             now = self._users.get(name)  # the users may have changed meanwhile
             if user is not None and matched and now is not None and now.credential == user.credential:
@@ -237,7 +246,7 @@ class Passwords:
         return None
 
     def _verify(self, jobs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Compute all hashes, in a thread; return which passwords match. Raises CannotHash."""
+        """Compute all hashes; return which passwords match. Raises CannotHash."""
         return [self._matches(*job) for job in jobs]
 
     def _matches(self, password: str, hashed: str) -> bool:

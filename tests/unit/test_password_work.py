@@ -148,3 +148,14 @@ async def test_a_users_password_fits_no_unknown_name() -> None:
     with watched(COSTS) as seen:
         for name in names:
             await seen.work(str(name), WORD)
+
+
+async def test_negligible_hashes_need_no_thread() -> None:
+    """As soon as one user has another hash, all are computed in threads."""
+    negligible = {"ann": pbkdf2_sha256.using(rounds=1).hash(WORD), "bob": pbkdf2_sha256.using(rounds=9).hash(WORD)}
+    for users, in_threads in ((negligible, False), ({**negligible, "eve": COSTS["argon2id"]}, True)):
+        with watched(users) as seen:
+            assert await seen.passwords.verify([("ann", WORD)])
+            with pytest.raises(InvalidCredentials):
+                await seen.passwords.verify([("unknown", WORD)])
+        assert bool(hashes(seen.calls)) is in_threads
