@@ -420,12 +420,15 @@ class Pool:
         cutoff = self.cutoff(now) if token.holder is None else self.lapsed_cutoff(now)
         return not token.retired and cutoff < token.free_at
 
+    def duration(self, ttl: float | None) -> float:
+        """Return how many seconds a new lease lasts, if it is not kept alive; `ttl` None is `lease_ttl`."""
+        return min(self.lease_ttl if ttl is None else ttl, self.lease_max)
+
     def leased(
         self, token: "PoolToken", holder: str, username: str | None, now: Instant, ttl: float | None = None
     ) -> "PoolToken":
         """Return the token with a new lease that starts now, and lasts `ttl` seconds instead of `lease_ttl`."""
-        end = now + min(self.lease_ttl if ttl is None else ttl, self.lease_max)
-        return token.changed(end, holder, token.fence + 1, username, now, ttl)
+        return token.changed(now + self.duration(ttl), holder, token.fence + 1, username, now, ttl)
 
     def extended(self, token: "PoolToken", now: Instant) -> "PoolToken":
         """Return the token with its lease extended to its full time from now: not past `lease_max`, never shortened."""

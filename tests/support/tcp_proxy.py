@@ -28,12 +28,21 @@ class Connection:
         """The client port that PostgreSQL sees: `client_port` in pg_stat_activity."""
         self.listens = False
         """Whether the client has sent LISTEN."""
+        self.round_trips = 0
+        """How often the client has sent something, and then waited for the answer."""
         self._tail = b""
+        self._asked = False
 
     def see(self, data: bytes) -> None:
-        """Search the client's data for LISTEN."""
+        """Look at what the client sends: search for LISTEN, and count a round trip unless one has begun."""
+        self.round_trips += not self._asked
+        self._asked = True
         self.listens = self.listens or _LISTEN.search(self._tail + data) is not None
         self._tail = (self._tail + data)[-8:]
+
+    def see_answer(self) -> None:
+        """Look at what the server sends: what the client sends next is another round trip."""
+        self._asked = False
 
     def reset(self) -> None:
         """Make `close` reset the connection at both ends."""
@@ -177,6 +186,8 @@ class Proxy:
                 connection.see(data)
                 if self._is("cut", connection):
                     raise ConnectionResetError
+            elif data:
+                connection.see_answer()
             queue.put_nowait((self._loop.time(), data))
 
     async def _write(self, connection: Connection, queue: _Queue, target: socket.socket) -> None:

@@ -1,7 +1,7 @@
 """Group commit: all changes that wait at the same time share one transaction and one commit."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import Context
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -58,6 +58,9 @@ class Group(Generic[A]):
 
 ChangeKind = type[Change[Any]]
 
+UNMADE = object()
+"""The answer for a change that is still to be made."""
+
 
 class Batch:
     """What one transaction makes: groups of changes by kind, and the latest time that their callers have read."""
@@ -83,6 +86,17 @@ class Batch:
         """Make all changes."""
         for group in self.groups.values():
             group.make(db)
+
+    def settle(self, kind: ChangeKind, answers: Sequence[Any]) -> None:
+        """Deliver answers for one kind, after a commit. The changes whose answer is UNMADE stay in the batch."""
+        group = self.groups.pop(kind)
+        for change, future, answer in zip(group.changes, group.futures, answers, strict=True):
+            if answer is UNMADE:
+                left = self.groups.setdefault(kind, Group())
+                left.changes.append(change)
+                left.futures.append(future)
+            elif not future.done():
+                future.set_result(answer)
 
     def resolve(self) -> None:
         """Deliver all answers, after the commit."""

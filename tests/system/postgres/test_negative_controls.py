@@ -21,6 +21,7 @@ from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes import pools as pool_changes
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.open import open_store
+from tokenauth.stores.postgres import connections
 
 T = TypeVar("T")
 
@@ -114,6 +115,7 @@ def test_the_check_detects_an_assign_without_a_lock(
     history: History, machine: Opener, monkeypatch: pytest.MonkeyPatch, rows: type[PoolRows], sentences: list[str]
 ) -> None:
     monkeypatch.setattr(pool_changes, "PoolRows", rows)
+    monkeypatch.setattr(connections, "AT_ONCE", {})  # which would not use these rows
     quick = machine()
     history.record("generate", quick.generate)
     interleave(

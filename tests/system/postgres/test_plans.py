@@ -5,7 +5,7 @@ The tests count the rows that a change or a query reads. Nothing is timed.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import asyncpg
 import pytest
@@ -18,11 +18,13 @@ from tests.support.servers import START
 from tests.support.steps import DirectEngine
 from tests.system.postgres.nodes import fixed_time
 from tokenauth.models import public_id
+from tokenauth.stores.batching import UNMADE
 from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.changes.failures import PurgeFailures
 from tokenauth.stores.changes.tokens import PurgeRevocations, PurgeTokens
 from tokenauth.stores.engine import Change, Query, Rows, Values
 from tokenauth.stores.postgres import engine
+from tokenauth.stores.postgres.at_once import AT_ONCE
 from tokenauth.stores.postgres.connections import Connections, driver
 from tokenauth.stores.postgres.transaction import PostgresTransaction
 from tokenauth.stores.store import PoolStore, TokenStore
@@ -74,7 +76,18 @@ class Direct(DirectEngine):
         return await self.run(lambda db: PostgresTransaction(driver(db)).rows(query, values))
 
     async def apply(self, change: Change[A]) -> A:
-        return await self.run(lambda db: type(change).make(PostgresTransaction(driver(db)), [change])[0])
+        """Make a change at once if PostgreSQL can, as the service does, and otherwise step by step."""
+
+        def make(db: Connection) -> A:
+            transaction = PostgresTransaction(driver(db), patience=60)
+            if type(change) in AT_ONCE:
+                [answer] = AT_ONCE[type(change)](transaction, [change])
+                if answer is not UNMADE:
+                    return cast(A, answer)
+            [made] = type(change).make(transaction, [change])
+            return made
+
+        return await self.run(make)
 
     async def rows_read(self, ask: Callable[["Direct"], Awaitable[object]]) -> int:
         """Count the rows that something reads."""

@@ -38,7 +38,7 @@ from tokenauth.stores.sql import elements
 from tokenauth.stores.tables import as_pool_token, as_reservation, pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
-_row = (_number, *pool_token_columns)
+ROW = (_number, *pool_token_columns)
 _limit: BindParameter[int] = bindparam("limit")
 _pool = pool_tokens.c.pool == bindparam("name")
 _live = _at > bindparam("now")
@@ -61,7 +61,7 @@ Range = tuple[ColumnElement[bool], ...]
 _AHEAD = 1000
 """Free tokens that are read for those who wait, if anyone does: those in front may need that many."""
 
-_MARGIN = 100
+MARGIN = 100
 """Rows that other transactions may have locked before a wider range must be read."""
 
 
@@ -75,7 +75,7 @@ def _earliest(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:
 
 def _rows(*ranges: Range) -> Select[Any] | CompoundSelect[Any]:
     """Select the rows with the smallest `free_at` in some ranges; no range is read beyond the limit."""
-    each = [select(*_row).where(*conditions) for conditions in ranges]
+    each = [select(*ROW).where(*conditions) for conditions in ranges]
     if len(each) == 1:
         return each[0].order_by(_at, _number).limit(_limit)
     return union_all(*each).order_by("free_at", "number").limit(_limit)
@@ -107,7 +107,7 @@ MEMBERS = (
 # of the form of which both databases make one range of the index
 _after_cursor = (_at >= bindparam("end"), or_(_at > bindparam("end"), _number > bindparam("number")))
 LEASES = _rows_by_range((*_taken, *_after_cursor), (*_retired, *_after_cursor))
-_COUNT_RETIRED = select(_count(*_retired, _claimed), SOMEONE_WAITS)
+COUNT_RETIRED = select(_count(*_retired, _claimed).label("withheld"), SOMEONE_WAITS.label("someone_waits"))
 _NEXT_END = select(_earliest(*_taken, _claimed), _earliest(*_retired, _claimed))
 # Nearly each lease, release and lapse changes one of these, and reading them costs the same for any number of tokens.
 ENDS = select(
@@ -119,8 +119,8 @@ _FREE_BY_RANGE = _rows_by_range(_unexpired, _lapsed)
 _free = _FREE_BY_RANGE.subquery()
 _FREE_AND_WITHHELD = select(_free, _count(*_retired, _claimed)).order_by(_free.c.free_at, _free.c.number)
 # The rows are selected by number, so that there is only one plan to read them. Their conditions are checked again.
-_FREE_UNLOCKED = (
-    select(*_row)
+FREE_UNLOCKED = (
+    select(*ROW)
     .where(
         _number == any_(func.array(select(_rows_by_range(_unexpired, _lapsed).subquery().c.number).scalar_subquery()))
     )
@@ -147,14 +147,14 @@ HELD = select(_held.c.username, func.count()).group_by(_held.c.username)
 _LEASED_TO = _rows((*_taken, _live, _of_user))
 _LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
 _values = select(elements(bindparam("values"), "wanted").c.value)
-_BY_VALUE = select(*_row).where(_pool, pool_tokens.c.value.in_(_values))
+BY_VALUE = select(*ROW).where(_pool, pool_tokens.c.value.in_(_values))
 _BY_VALUE_LOCKED = (
-    select(*_row)
+    select(*ROW)
     .where(_pool, pool_tokens.c.value == any_(func.array(_values.scalar_subquery())))
     .order_by(_number)
     .with_for_update()
 )
-_BY_NUMBER = select(*_row).where(_pool, _number == bindparam("number"))
+_BY_NUMBER = select(*ROW).where(_pool, _number == bindparam("number"))
 _INSERT = insert(pool_tokens).inline()
 _UPDATE_LEASE = text("""
     UPDATE pool_tokens SET free_at = :free_at, holder = :holder, fence = :fence, username = :username,
@@ -183,7 +183,7 @@ _DELETE_RETIRED = delete(pool_tokens).where(_oldest((*_retired, _unclaimed, _unn
 _DELETE_UNNAMED = delete(pool_tokens).where(_oldest((*_idle, _unnamed), (*_taken, _unclaimed, _unnamed)))
 _RETIRE_UNNAMED = update(pool_tokens).where(_oldest((*_taken, _claimed, _unnamed))).values(retired=True)
 _named = (_pool, pool_tokens.c.member.is_not(None))
-NAMED = select(*_row).where(*_named).order_by(_number)
+NAMED = select(*ROW).where(*_named).order_by(_number)
 _SET_RETIRED = text("UPDATE pool_tokens SET retired = :retired WHERE number = :number AND pool = :name")
 _KEEP_FORCED_END = text("""
     INSERT INTO forced_ends (pool, value, at, "end") VALUES (:name, :value, :now, :end)
@@ -193,7 +193,8 @@ _FORGET_FORCED_ENDS = text("DELETE FROM forced_ends WHERE pool = :name AND at < 
 _RESERVE = text("UPDATE pool_tokens SET reservation = :reservation WHERE number = :number AND pool = :name")
 
 
-def _parsed(rows: Iterable[Any]) -> list[Row]:
+def parsed(rows: Iterable[Any]) -> list[Row]:
+    """Return the numbers and the tokens of selected rows."""
     return [  # every lease is read here: a call of `as_pool_token` takes twice as long
         (
             number,
@@ -261,7 +262,7 @@ class PoolRows:
 
     def retired(self) -> tuple[int, bool]:
         """Count the retired tokens whose lease is live; also return whether anyone waits in line."""
-        count, someone_waits = self._db.rows(_COUNT_RETIRED, self._parameters)[0]
+        count, someone_waits = self._db.rows(COUNT_RETIRED, self._parameters)[0]
         return count, bool(someone_waits)
 
     def requests(self) -> RequestRows:
@@ -288,7 +289,7 @@ class PoolRows:
         withheld = rows[0][-1] if rows else 0
         if withheld and len(rows) == _AHEAD:
             return self.leasable(_AHEAD, withheld)
-        return _parsed(row[:-1] for row in rows[: max(0, len(rows) - withheld)])
+        return parsed(row[:-1] for row in rows[: max(0, len(rows) - withheld)])
 
     def share_out(
         self, wanted: int, own: Collection[RequestKey], new: Collection[LeaseRequest] = ()
@@ -370,9 +371,9 @@ class PoolRows:
             return self._found(_FREE, limit=limit)
         if self.alone and not self._db.exclusive:  # no other change to the pool runs, so no row is locked
             return self._found(_FREE_BY_RANGE, limit=limit)
-        breadth = limit + _MARGIN
+        breadth = limit + MARGIN
         while True:
-            found = self._found(_FREE_UNLOCKED, wanted=limit, limit=breadth)
+            found = self._found(FREE_UNLOCKED, wanted=limit, limit=breadth)
             if len(found) == limit:
                 return found
             count = self._db.rows(_COUNT_FREE, {**self._parameters, "limit": breadth})[0][0]
@@ -400,7 +401,7 @@ class PoolRows:
 
     def find(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Return the existing tokens with these values, with their numbers, and lock them."""
-        found = self._found(_BY_VALUE if self._db.single_writer else _BY_VALUE_LOCKED, values=json.dumps(list(values)))
+        found = self._found(BY_VALUE if self._db.single_writer else _BY_VALUE_LOCKED, values=json.dumps(list(values)))
         return {token.value: (number, token) for number, token in found if self.pool.is_live(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:
@@ -497,7 +498,7 @@ class PoolRows:
         return self._change_oldest(_DELETE_RETIRED, limit)
 
     def _found(self, query: ClauseElement, **more: object) -> list[tuple[int, PoolToken]]:
-        return _parsed(self._db.rows(query, {**self._parameters, **more}))
+        return parsed(self._db.rows(query, {**self._parameters, **more}))
 
     def _change_oldest(self, statement: ClauseElement, limit: int, **more: object) -> int:
         """Change at most `limit` rows, the oldest first, and return how many."""

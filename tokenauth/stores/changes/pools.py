@@ -34,6 +34,11 @@ _STEP = 10_000
 A_co = TypeVar("A_co", covariant=True)
 
 
+def pool_lock(pool: Pool) -> str:
+    """Return the lock of transactions that change a pool."""
+    return f"pool {pool.name}"
+
+
 @dataclass(slots=True)
 class PoolChange(Change[A_co]):
     """A change to one pool."""
@@ -65,7 +70,7 @@ class PoolChange(Change[A_co]):
     @classmethod
     def _lock_and_make(cls, db: Transaction, pool: Pool, changes: Sequence[Self]) -> Sequence[A_co]:
         shared = cls.shares(pool)
-        db.lock(f"pool {pool.name}", shared=shared)
+        db.lock(pool_lock(pool), shared=shared)
         rows = PoolRows(db, pool, db.now(max(change.now for change in changes)), alone=not shared)
         return cls.make_in_pool(rows, changes)
 

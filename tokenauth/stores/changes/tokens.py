@@ -99,7 +99,7 @@ def _surplus() -> Select[bytes]:
     return select(older.c.digest).where(older.c.name.is_(None)).limit(_MAX_REVOKED)
 
 
-_SURPLUS = _surplus()
+SURPLUS = _surplus()
 
 
 def _chosen(lapsed: bool, of_user: bool, but_one: bool, kind: TokenKind | None) -> Select[bytes]:
@@ -212,7 +212,7 @@ class Issue(Change[Sequence[bytes]]):
         revoked: list[bytes] = []
         for per_user, names in limited.items():
             wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-            surplus = [digest for (digest,) in db.rows(_SURPLUS, wanted)]
+            surplus = [digest for (digest,) in db.rows(SURPLUS, wanted)]
             revoke(db, surplus, now)
             revoked += surplus
         return [revoked] * len(changes)

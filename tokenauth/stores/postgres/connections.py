@@ -23,6 +23,7 @@ from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
+from tokenauth.stores.postgres.at_once import AT_ONCE, TooLate
 from tokenauth.stores.postgres.transaction import PostgresTransaction, advisory_key
 from tokenauth.stores.tables import metadata
 
@@ -43,6 +44,7 @@ _SETTINGS = {
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
     "jit": "off",
+    "default_transaction_isolation": "read committed",  # as in _BEGIN, for statements that commit by themselves
     # Plans are kept, and statistics lag behind: a plan from when the tables were empty still runs when they have
     # millions of rows. Every statement can use an index, so every statement must.
     "plan_cache_mode": "force_generic_plan",
@@ -305,22 +307,41 @@ class Connections:
             raise exc.DisconnectionError
 
     def _make(self, db: Connection, batch: Batch) -> None:
-        """Make the changes of one kind in one transaction."""
-        try:
-            self._attempt(db, batch)
-        except LockConflict:
-            self._attempt(db, batch, exclusive=True)
+        """Make the changes of one kind: at once if that is possible, otherwise in one transaction."""
+        self._latest = max(self._latest, batch.now)
+        due = batch.now > self._clock_written + _CLOCK_INTERVAL or SaveTime in batch.groups
+        clock = self._latest if due else None
+        self._make_at_once(db, batch, clock)
+        if batch.groups:
+            try:
+                self._attempt(db, batch, clock)
+            except LockConflict:
+                self._attempt(db, batch, clock, exclusive=True)
+        if due:
+            self._clock_written = batch.now
 
-    def _attempt(self, db: Connection, batch: Batch, exclusive: bool = False) -> None:
+    def _make_at_once(self, db: Connection, batch: Batch, clock: Instant | None) -> None:
+        """Make and answer the changes that one statement can make; the others stay in the batch."""
+        transaction = PostgresTransaction(driver(db), self._caller_time, self.notifies, clock=clock)
+        try:
+            for kind in AT_ONCE.keys() & batch.groups.keys():
+                batch.settle(kind, AT_ONCE[kind](transaction, batch.groups[kind].changes))
+        except TooLate:
+            return
+        except _BAD_CHANGE:
+            raise
+        except BaseException:  # it is unknown how far it got
+            db.invalidate()
+            raise
+
+    def _attempt(self, db: Connection, batch: Batch, clock: Instant | None, exclusive: bool = False) -> None:
         plain = driver(db)
         transaction = PostgresTransaction(plain, self._caller_time, self.notifies, exclusive)
         try:
             plain.run_async(lambda connection: connection.execute(_BEGIN))
             batch.make(transaction)
-            self._latest = max(self._latest, batch.now)
-            if batch.now > self._clock_written + _CLOCK_INTERVAL or SaveTime in batch.groups:
-                write_clock(transaction, self._latest)
-                self._clock_written = batch.now
+            if clock is not None:
+                write_clock(transaction, clock)
             plain.run_async(lambda connection: connection.execute("COMMIT"))
         except (*_BAD_CHANGE, LockConflict):
             _roll_back(db)

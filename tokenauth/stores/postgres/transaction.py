@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PATIENCE = 0.5
+"""Seconds after which a statement of `at_once` fails that has waited for locks. No operation is aborted earlier."""
+
 CHANNEL = "tokenauth_revocations"
 """The channel on which PostgreSQL notifies of revocations."""
 
@@ -49,14 +52,23 @@ class PostgresTransaction:
     single_writer = False
 
     def __init__(
-        self, connection: AdaptedConnection, caller_time: bool = True, notifies: bool = False, exclusive: bool = False
+        self,
+        connection: AdaptedConnection,
+        caller_time: bool = True,
+        notifies: bool = False,
+        exclusive: bool = False,
+        clock: Instant | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         """Run statements on a connection; the caller begins and commits.
 
         `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
+        `clock`: what `steps` writes to the clock row, if anything. `patience`: seconds that they may take.
         """
         self._connection = connection
         self.exclusive = exclusive
+        self._clock = clock
+        self._patience = patience
         self._notifies = notifies
         self._caller_time = caller_time
         self._locked_at: Instant | None = None
@@ -78,6 +90,17 @@ class PostgresTransaction:
         """Run a change once for each set of values, in one round trip."""
         if each:
             self._each(lambda db: db.executemany, statement, each)
+
+    def steps(self, statement: ClauseElement, steps: Sequence[Values]) -> Rows:
+        """Run a statement of `at_once` in steps, in one round trip. Outside a transaction, it also commits."""
+        own = {"clock": None, "notifies": self._notifies, "caller_time": self._caller_time, "patience": self._patience}
+        each = [{**own, **values} for values in steps]
+        each[-1]["clock"] = self._clock  # as in other transactions, its row is the last that is locked
+        return self.rows_each(statement, each)
+
+    def timed(self, statement: ClauseElement, values: Values) -> Rows:
+        """Run a query of `at_once` that reads the time."""
+        return self.rows(statement, {"caller_time": self._caller_time, **values})
 
     def lock(self, *names: str, shared: bool = False) -> None:
         """Wait for advisory locks, always in the same order."""
