@@ -5,14 +5,14 @@ from itertools import count, product
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from tests.support import population
 from tests.support.postgres import Cluster
 from tokenauth.cli.copy import copy_database
 from tokenauth.errors import CopyError, StartError
 from tokenauth.settings.model import DatabaseSettings
-from tokenauth.stores import copying
+from tokenauth.stores import copying, schema
 from tokenauth.stores.copying import CopyReport
 from tokenauth.stores.open import open_store
 from tokenauth.stores.tables import metadata
@@ -51,6 +51,18 @@ async def filled(url: str, seed: int = 1, size: int = 300) -> str:
     return url
 
 
+async def schema_of(url: str) -> object:
+    """Return the definitions of all tables and indexes, as the database has them, and the revision."""
+    sqlite = "SELECT name, sql FROM sqlite_master"
+    postgres = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
+
+    def definitions(db: Connection) -> object:
+        rows = db.execute(text(sqlite if url.startswith("sqlite") else postgres))
+        return {name: " ".join((sql or "").split()) for name, sql in rows}, schema.version(db)
+
+    return await population.on_connection(url, definitions)
+
+
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_a_copy_and_its_copy_have_all_rows(new_url: NewUrl, source: str, target: str) -> None:
     first = await filled(new_url(source))
@@ -60,6 +72,7 @@ async def test_a_copy_and_its_copy_have_all_rows(new_url: NewUrl, source: str, t
     assert [len(wanted[table.name]) for table in metadata.sorted_tables] == [300] * len(metadata.tables)
     assert await population.read(there) == wanted
     assert await population.read(back) == wanted
+    assert await schema_of(there) == await schema_of(await filled(new_url(target), size=0))
     assert [table.digest for table in out.tables] == [table.digest for table in home.tables]
     assert [(table.rows, table.corrected) for table in out.tables] == [(300, 0)] * len(metadata.tables)
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import asyncpg
 from asyncpg.transaction import Transaction
-from sqlalchemy import URL
+from sqlalchemy import URL, Index
+from sqlalchemy.schema import CreateIndex
 
 from tokenauth.errors import CopyError
 from tokenauth.stores import schema
@@ -38,6 +39,7 @@ _SETTINGS = {
     "tcp_keepalives_count": "3",
     "jit": "off",
     "work_mem": "64MB",  # to sort tokens by their numbers
+    "maintenance_work_mem": "256MB",  # to build indexes
     # A page is read by an index, also from tables that were never analyzed.
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
@@ -79,7 +81,8 @@ class PostgresSide(Side):
     def __init__(self, url: URL) -> None:
         """Open nothing yet."""
         self.name = hosts.name(url)
-        self._arguments = url.get_dialect()().create_connect_args(url)[1]
+        self._dialect = url.get_dialect()()
+        self._arguments = self._dialect.create_connect_args(url)[1]
         self._connection: asyncpg.Connection | None = None
         self._seal: Transaction | None = None
 
@@ -185,6 +188,10 @@ class PostgresSide(Side):
                 await self._db.copy_records_to_table(table.name, records=rows, columns=table.columns)
             except asyncpg.UniqueViolationError:  # the source has changed since the rows before were read
                 await self._replace(table, (), rows)
+
+    async def create_index(self, index: Index) -> None:
+        with self._explained():
+            await self._db.execute(str(CreateIndex(index, if_not_exists=True).compile(dialect=self._dialect)))
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         with self._explained():

@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from sqlalchemy import Index
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.schema import CreateIndex
+
 from tokenauth.errors import CopyError
 from tokenauth.stores import schema
 from tokenauth.stores.copying import (
@@ -139,6 +143,9 @@ class SqliteSide(Side):
 
     async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         await self.replace(table, (), rows)
+
+    async def create_index(self, index: Index) -> None:
+        await self._rows(str(CreateIndex(index, if_not_exists=True).compile(dialect=sqlite.dialect())))
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         await self._run(lambda: self._replace(table, stale, rows))
