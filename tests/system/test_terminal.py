@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import subprocess
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ class OnTerminal:
         self.log = directory / "terminal.log"
         self.log.touch()
         self.shown = ""
+        self._decoder = getincrementaldecoder("utf-8")()
         self._seen = 0
         self._master, slave = pty.openpty()
         self._descriptors = [self._master, slave]
@@ -57,7 +59,7 @@ class OnTerminal:
         """Wait until the terminal shows a text after what was waited for before."""
         while text not in self.shown[self._seen :]:
             assert select.select([self._master], [], [], 60)[0], self.shown
-            self.shown += os.read(self._master, 4096).decode()
+            self.shown += self._decoder.decode(os.read(self._master, 4096))
         self._seen = self.shown.index(text, self._seen) + len(text)
 
     def type(self, line: str) -> None:
