@@ -87,8 +87,9 @@ class Connection:
 
     def send(self, request: bytes) -> Answer:
         """Send raw bytes and read one answer. Raises Closed or NoAnswer."""
-        readable, _, _ = select.select([self._socket], [], [], 0)
-        if readable or self._ended:
+        poll = select.poll()  # unlike select, for any number of open files
+        poll.register(self._socket, select.POLLIN)
+        if poll.poll(0) or self._ended:
             raise Closed
         try:
             self._socket.sendall(request)

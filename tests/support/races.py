@@ -159,6 +159,8 @@ class HttpPoolApi:
         """Send a request to any reachable worker. Raises NoAnswer."""
         target = f"{self._path}/{path}" if path[0] != "?" else self._path + path
         answer = None
+        for gone in self._connections.keys() - set(self._ports):
+            self._connections.pop(gone).close()
         while answer is None:
             port = self._chance.choice(self._ports)
             try:

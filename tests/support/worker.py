@@ -1,6 +1,7 @@
 """A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`.
 
-A variable EVENTS has times of `tokenauth.events` to use instead of its own, as JSON.
+A variable EVENTS has times of `tokenauth.events` to use instead of its own, as JSON; AUTOCHECKPOINT the pages of the
+write-ahead log after which it is copied into the database.
 """
 
 import json
@@ -19,6 +20,7 @@ from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.protocol import BoundedProtocol
 from tokenauth.server.worker import KEEP_ALIVE
 from tokenauth.settings import loader
+from tokenauth.stores.sqlite import writer
 from tokenauth.web.app import create_app
 
 
@@ -36,6 +38,8 @@ def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
     vars(events).update(json.loads(os.environ.get("EVENTS", "{}")))
+    if "AUTOCHECKPOINT" in os.environ:
+        writer._PRAGMAS = (*writer._PRAGMAS, f"wal_autocheckpoint = {os.environ['AUTOCHECKPOINT']}")  # type: ignore[assignment]
     logs.configure(direct=True)  # tests read the log right after an answer
     settings = loader.load(Path(config_file))
     if clock_file == "-":

@@ -12,6 +12,7 @@ import pytest
 from tests.support.connections import LOGIN, Connection
 from tests.support.servers import Server, spawn, worker, write_config
 from tests.support.skipping import skip_without
+from tests.support.syscalls import ERRORS, survive
 
 pytestmark = pytest.mark.faults
 
@@ -112,3 +113,8 @@ def test_a_failed_write_is_never_acknowledged(tmp_path: Path, call: str, when: s
             assert all(map(connection.valid, live))
             assert not any(map(connection.valid, ended))
             server.kill()
+
+
+def test_any_call_of_a_commit_may_fail(tmp_path: Path) -> None:
+    """Each in turn, once and from then on: every answer is 503 or true, and service resumes by itself."""
+    assert survive(tmp_path, ERRORS, step=1) > 20
