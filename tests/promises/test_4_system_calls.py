@@ -6,4 +6,4 @@ from tests.support.syscalls import survive
 
 
 def test_a_call_of_a_commit_may_fail(tmp_path: Path) -> None:
-    survive(tmp_path, ["ENOSPC"], step=7)
+    survive(tmp_path, ["EIO"], step=12)

@@ -74,7 +74,7 @@ def survive_a_crowd(directory: Path, count: int, descriptors: int) -> None:
         with Connection(server.port) as last:
             assert last.valid(token)
             assert last.ask("GET", "/readyz").status == 200
-        assert server.errors() == []
+        assert {event["event"] for event in server.errors()} == {"file_descriptors_short"}
 
 
 def slow(crowd: list[socket.socket]) -> None:

@@ -58,15 +58,18 @@ class SqliteEngine:
         return latest
 
     def _may_be_used(self) -> bool:
-        """Return whether the file at the path is the one that is served, or none is served yet."""
-        return self._served is None or files.identity(self._path) == self._served.identity
+        """Return whether the file at the path is the one that is served, or none is served yet. Raises StartError."""
+        try:
+            return self._served is None or files.identity(self._path) == self._served.identity
+        except OSError as error:
+            raise StartError(f"the database {self._path} cannot be used: {error.strerror}") from None
 
     async def _open(self, on_clock_advance: OnClockAdvance) -> Instant:
         """Open the file and return the time in the clock row. Raises StartError."""
         await self.writer.start()
         try:
             return self.reader.open(on_clock_advance)
-        except (*ERRORS, StoreUnavailable) as error:
+        except (*ERRORS, OSError, StoreUnavailable) as error:
             await self.writer.stop()
             await self._reading.stop()
             cause = error.__cause__ if isinstance(error, StoreUnavailable) else error

@@ -133,11 +133,15 @@ def file_size(path: str) -> int:
         return 0
 
 
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""Errors that say that there is no file. Others, such as EIO of a failing disk, say nothing about that."""
+
+
 def identity(path: str) -> str | None:
-    """Return the device and the inode of a file, or None if there is none."""
+    """Return the device and the inode of a file, or None if there is none. Raises OSError if that is not known."""
     try:
         status = os.stat(path)
-    except OSError:
+    except ABSENT:
         return None
     return f"{status.st_dev}:{status.st_ino}"
 

@@ -8,6 +8,7 @@ import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -73,7 +74,7 @@ class Reader:
     def open(self, on_clock_advance: OnClockAdvance = ignore_clock) -> Instant:
         """Open the file, which must exist with its schema; return the clock row.
 
-        Raises what SQLite raises, or StoreUnavailable.
+        Raises what SQLite raises, OSError or StoreUnavailable.
         """
         self._on_clock_advance = on_clock_advance
         self._db = sqlite3.connect(files.existing(self._path), timeout=_TIMEOUT, isolation_level=None, uri=True)
@@ -195,11 +196,12 @@ class Reader:
 
     def replaced(self) -> str | None:
         """Return which open file is no longer at its path, if any: it was deleted or replaced, or is empty."""
-        if not _has_content(self._path):
-            return os.path.basename(self._path)
-        for suffix, identity in self._files.items():
-            if files.identity(self._path + suffix) != identity:
-                return os.path.basename(self._path) + suffix
+        with suppress(OSError):  # the disk fails: a later check shows whether the files are still there
+            if not _has_content(self._path):
+                return os.path.basename(self._path)
+            for suffix, identity in self._files.items():
+                if files.identity(self._path + suffix) != identity:
+                    return os.path.basename(self._path) + suffix
         return None
 
     def _begin_snapshot(self) -> None:
@@ -234,5 +236,5 @@ class Reader:
 def _has_content(path: str) -> bool:
     try:
         return os.stat(path).st_size > 0
-    except OSError:
+    except files.ABSENT:
         return False
