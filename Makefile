@@ -33,7 +33,7 @@ serve: .venv/.serves
 
 # Tests start many processes: bytecode is kept, whatever the environment says.
 test: install
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o faulthandler_timeout=300 -m "not faults" -n 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o faulthandler_timeout=300 -m "not faults" --processes 6
 
 test-interpreters: install
 	.ci/interpreters
