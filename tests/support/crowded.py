@@ -4,7 +4,7 @@ import resource
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -32,8 +32,8 @@ def memory(processes: list[int]) -> int:
 
 
 @contextmanager
-def connections(port: int, count: int) -> Iterator[list[socket.socket]]:
-    """Open connections, each in one of MANNERS in turn."""
+def connections(port: int, count: int, meanwhile: Callable[[], object]) -> Iterator[list[socket.socket]]:
+    """Open connections, each in one of MANNERS in turn. Call `meanwhile` again and again."""
     with ExitStack() as stack:
         opened = []
         for number in range(count):
@@ -44,6 +44,8 @@ def connections(port: int, count: int) -> Iterator[list[socket.socket]]:
             one.setblocking(False)
             one.send(list(MANNERS.values())[number % len(MANNERS)])
             opened.append(one)
+            if number % 100 == 0:
+                meanwhile()
         yield opened
 
 
@@ -57,7 +59,7 @@ def survive_a_crowd(directory: Path, count: int, descriptors: int) -> None:
         with Connection(server.port) as first:
             token = first.log_in()
             before = memory(workers)
-            with connections(server.port, count) as crowd:
+            with connections(server.port, count, lambda: first.valid(token)) as crowd:
                 began, answered = time.monotonic(), 0
                 while answered < 50:
                     with Connection(server.port) as other:

@@ -16,7 +16,7 @@ from tests.support.servers import Server, worker, write_config
 from tests.support.skipping import skip_without
 
 ERRORS = ["EIO", "ENOSPC", "EROFS"]
-LOGGED = {"store_not_writable", "store_unreachable", "revocation_held_in_memory"}
+LOGGED = {"store_not_writable", "store_unreachable", "revocation_held_in_memory", "checkpoint_failed"}
 ALWAYS_COPY = {"AUTOCHECKPOINT": "1"}
 """With this environment each commit is followed by a copy of the write-ahead log into the database."""
 

@@ -1,8 +1,11 @@
 """LingeringTransport: the writes of one loop turn are sent together, in order, and none is lost at the close."""
 
 import asyncio
+import socket
 from typing import Any, cast
 
+from tests.support.connections import Connection
+from tests.support.servers import Server
 from tokenauth.server.transport import LingeringTransport
 
 
@@ -95,3 +98,18 @@ async def test_other_methods_are_those_of_the_transport() -> None:
     transport = LingeringTransport(RecordingTransport(), asyncio.get_running_loop())
     assert transport.get_extra_info("peername") == ("10.0.0.1", 5)
     assert isinstance(cast(Any, transport).sent, list)
+
+
+def test_pipelined_requests_of_a_lost_client_are_no_errors(server: Server) -> None:
+    """The client does not read, so that the answer to one of its requests waits when the client resets."""
+    with Connection(server.port) as other:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+                assert client.recv(1) == b"H"
+                for _ in range(20):  # the server goes on with the answers meanwhile
+                    assert other.ask("GET", "/healthz").status == 200
+            for _ in range(5):
+                assert other.ask("GET", "/healthz").status == 200
+    assert server.errors() == []

@@ -65,7 +65,7 @@ class CoalescingTransport:
     def _flush(self) -> None:
         if self._held:
             held, self._held, self._size = self._held, [], 0
-            if not self._closing:
+            if not self.is_closing():  # uvloop raises RuntimeError for the next answer to a client that is gone
                 self._transport.write(b"".join(held))
 
 

@@ -156,7 +156,10 @@ class SqliteWriter:
         if not self._written or self.file_replaced or self.refused:
             return
         self._written = False
-        problem, size = await self._submit(self._checkpoint)
+        try:
+            problem, size = await self._submit(self._checkpoint)
+        except OSError as error:  # the size of the file is not known
+            problem, size = describe(error), _WAL_LIMIT + 1
         if problem != self._checkpoint_problem:
             if problem is None:
                 log.info("checkpoint_recovered")
