@@ -29,6 +29,8 @@ from tokenauth.models import LeaseRequest, PoolToken, Reservation, Token
 
 metadata = MetaData()
 
+# On PostgreSQL, the same indexes have the same conditions: a test compares them. To declare them here too would load
+# SQLAlchemy's dialect of PostgreSQL, and make each start 25 ms slower.
 _IS_NAMED = text("name IS NOT NULL")
 
 tokens = Table(
@@ -54,7 +56,7 @@ tokens = Table(
     Index("tokens_by_user", "username", "number", "expires_at", "name"),
     Index("tokens_by_expiry", "expires_at"),
     # of named tokens only, so that it costs a login nothing
-    Index("tokens_by_name", "username", "name", sqlite_where=_IS_NAMED, postgresql_where=_IS_NAMED),
+    Index("tokens_by_name", "username", "name", sqlite_where=_IS_NAMED),
 )
 
 token_columns = [column for column in tokens.c if column is not tokens.c.number]
@@ -193,12 +195,11 @@ pool_requests = Table(
         "pool_requests_by_turn",
         *("pool", "turn", "number", "kept_until", "since"),
         sqlite_where=_IS_WAITING,
-        postgresql_where=_IS_WAITING,
     ),
     # whether anyone waits, and what has lapsed
-    Index("pool_requests_by_end", "pool", "kept_until", sqlite_where=_IS_WAITING, postgresql_where=_IS_WAITING),
+    Index("pool_requests_by_end", "pool", "kept_until", sqlite_where=_IS_WAITING),
     # what was granted, by when it is forgotten
-    Index("pool_requests_granted", "pool", "kept_until", sqlite_where=_IS_GRANTED, postgresql_where=_IS_GRANTED),
+    Index("pool_requests_granted", "pool", "kept_until", sqlite_where=_IS_GRANTED),
 )
 
 pool_request_columns = list(pool_requests.c)

@@ -23,7 +23,6 @@ from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web.access_log import AccessLog
-from tokenauth.web.api_documentation import describe as describe_api
 from tokenauth.web.asgi_extensions import DURATIONS, LOGGED_ONCE, REFUSAL_RULES, RefusalRules
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.console_guard import ConsoleGuard
@@ -33,6 +32,7 @@ from tokenauth.web.counting import counted
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
+from tokenauth.web.openapi import Document
 from tokenauth.web.proxy_headers import ProxyHeaders
 from tokenauth.web.return_to import ReturnTo
 from tokenauth.web.routes.account import AccountRoutes
@@ -129,11 +129,17 @@ def find_routes(service: Service) -> list[Route]:
         *HealthRoutes(service.ready, service.audit, service.node).routes(),
         *ConsoleRoutes().routes(),
         *javascript_routes(),
-        *(DocsRoutes(partial(describe_api, config)).routes() if config.server.docs else []),
+        *(DocsRoutes(partial(_describe_api, config)).routes() if config.server.docs else []),
     ]
     dialects = dialect_routes(service, hosts)
     refuse_collisions({"tokenauth itself": [*leasing, *others], **dialects})
     return [*leasing, *chain.from_iterable(dialects.values()), *others]
+
+
+def _describe_api(config: Settings) -> Document:
+    from tokenauth.web.api_documentation import describe  # only when it is asked for: a start takes 2 % longer with it
+
+    return describe(config)
 
 
 def _create_pages(service: Service) -> tuple[BrowserAuth | None, Sequence[Route], Handler | None]:

@@ -32,6 +32,7 @@ from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")
 
+CONDITIONS = "SELECT indexname, substring(indexdef FROM 'WHERE \\((.*)\\)$') FROM pg_indexes WHERE indexdef ~ ' WHERE '"
 COLUMNS_OF = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
 KEYS = """
     SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint
@@ -68,6 +69,15 @@ async def test_the_migrations_build_the_declared_tables(url: str) -> None:
         return found
 
     assert await on(url, differences) == []
+
+
+async def test_partial_indexes_have_the_same_conditions(url: str) -> None:
+    """SQLAlchemy does not compare them, and the tables declare those of SQLite."""
+    indexes = [index for table in metadata.sorted_tables for index in table.indexes]
+    conditions = {index.name: index.dialect_options["sqlite"]["where"] for index in indexes}
+    wanted = {name: str(condition) for name, condition in conditions.items() if condition is not None}
+    assert wanted
+    assert dict(await fetch(url, CONDITIONS)) == wanted
 
 
 async def test_primary_keys_spread_over_their_index(url: str) -> None:
