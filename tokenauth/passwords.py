@@ -148,16 +148,20 @@ class Passwords:
         except Exception:
             raise CannotHash(str(self.new_cost)) from None
 
-    def cost(self, user: User) -> Cost:
-        return _cost(_read(user.password_hash))
+    def assess(self, user: User) -> tuple[Cost, bool]:
+        """Return what it costs to verify a password of a user, and whether the hash is weak.
+
+        A weak one costs an attacker less than the settings ask for, or than is usual for its scheme.
+        """
+        read = _read(user.password_hash)
+        return _cost(read), self._is_weak(read)
 
     def needs_too_much_memory(self, cost: Cost, workers: int) -> bool:
         """Return whether the hashes computed at the same time can take more than half of the machine's memory."""
         return cost.memory_kib * self._settings.thread_count * workers > self._memory_kib / 2
 
-    def is_weak(self, user: User) -> bool:
-        """Return whether a hash costs an attacker less than the settings ask for, or than is usual for its scheme."""
-        _, scheme, record = _read(user.password_hash)
+    def _is_weak(self, read: _Hash) -> bool:
+        _, scheme, record = read
         if scheme != "argon2":
             work = record.rounds if scheme == "pbkdf2_sha256" else 2**record.rounds
             return bool(work * (record.block_size if scheme == "scrypt" else 1) < _MIN_WORK[scheme])

@@ -38,10 +38,10 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
     costs = {}
     users = config.users_by_name
     for user in users.values():
-        costs[user.username] = passwords.cost(user)
+        costs[user.username], is_weak = passwords.assess(user)
         if user.password_hash == SHIPPED_HASH:
             shipped.append(user.username)
-        elif passwords.is_weak(user):
+        elif is_weak:
             weak.append(user.username)
     risks = []
     if shipped:

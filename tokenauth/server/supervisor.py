@@ -4,6 +4,7 @@ Only a signal ends it, or a first start that fails. It blocks only while it wait
 signals at once.
 """
 
+import gc
 import math
 import os
 import selectors
@@ -349,6 +350,8 @@ class Supervisor:
             self._finish_reload,
             self._kill_overdue,
         )
+        gc.freeze()
+        gc.enable()  # see tokenauth.cli: it was disabled for the start
         while not self._stopping or any(True for _ in self._workers()):
             for step in (self._wait, *steps):
                 try:

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date, time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -189,6 +189,7 @@ class _Field(NamedTuple):
     """Its bounds, its description, and what is in its `extra`: duration, secret, tables."""
 
     @classmethod
+    @cache
     def of(cls, annotation: Any) -> "_Field":
         """Split an annotation. `| None` is left out, since TOML has no null."""
         if get_origin(annotation) in {UnionType, Union}:
@@ -223,6 +224,12 @@ class _Field(NamedTuple):
         return f", not {_type_of(value)}"
 
 
+@cache
+def _fields(record: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    """Return the fields of a record by key. To find them takes as long as to read the table of a user."""
+    return {field.encode_name: field for field in msgspec.structs.fields(record)}
+
+
 class _Reader:
     """Converts a parsed file into settings. An error names the key path of the mistake."""
 
@@ -236,7 +243,7 @@ class _Reader:
 
     def table(self, record: type[T], tree: object, path: str) -> T:
         """Read one table."""
-        fields = {field.encode_name: field for field in msgspec.structs.fields(record)}
+        fields = _fields(record)
         with self._reading_on():
             _items(tree, path, list(fields))
         items = tree if isinstance(tree, dict) else {}
@@ -366,6 +373,8 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str], files: FilesRe
     found = {}
     for path, holder, key in list(_strings(tree, "", _MAX_DEPTH)):
         text = holder[key]
+        if "${" not in text:
+            continue
         if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
             raise ConfigError(f"{path}: has a '${{' that begins neither ${{NAME}} nor ${{NAME:-default}}")
 
