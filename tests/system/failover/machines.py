@@ -141,6 +141,13 @@ class Machine:
         self.send(signal.SIGKILL)
         self._end("patroni", signal.SIGKILL)
 
+    def kill_postgres(self) -> None:
+        """Kill PostgreSQL alone."""
+        postmaster = int((self.directory / "data" / "postmaster.pid").read_text().split("\n", 1)[0])
+        for one in list(_family(postmaster)):
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+
     def cut(self) -> None:
         """Cut Patroni off from etcd."""
         for link in self.links:
@@ -284,6 +291,7 @@ def machines() -> Iterator[Machines]:
             made = [stack.enter_context(_machine(name, directory)) for name in NAMES]
             for machine in made:
                 machine.start("etcd", [etcd], _etcd_environment(machine, made))
+            until(lambda: all(map(_etcd_is_ready, made)), "etcd has a leader")
             for machine in made:
                 machine.links = [stack.enter_context(Proxy(other.ports.etcd)) for other in made]
                 _write_patroni(machine, programs)
@@ -315,6 +323,14 @@ def _machine(name: str, directory: Path) -> Iterator[Machine]:
         yield machine
     finally:
         machine.close()
+
+
+def _etcd_is_ready(machine: Machine) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{machine.ports.etcd}/health", timeout=2) as answer:
+            return bool(json.load(answer) == {"health": "true"})
+    except OSError:
+        return False
 
 
 def _etcd_environment(machine: Machine, every: Sequence[Machine]) -> Mapping[str, str]:

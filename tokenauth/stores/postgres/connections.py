@@ -89,6 +89,7 @@ class Connections:
         """Take `postgresql+asyncpg://...`. `caller_time`: the time is the callers', not the database's."""
         self.name = hosts.name(url)
         self.notifies = True
+        self._primaries = hosts.Primaries()
         self._clock = clock
         arguments = {
             "timeout": CONNECT_TIMEOUT,
@@ -104,12 +105,12 @@ class Connections:
             pool_reset_on_return=None,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,
-            connect_args={**arguments, "async_creator_fn": hosts.connect},
+            connect_args={**arguments, "async_creator_fn": self._primaries.connect},
         )
         event.listen(self._engine.sync_engine, "checkout", self._check_connection)
         event.listen(self._engine.sync_engine, "close", _abort)
         self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
-        for_upgrade = {**arguments, "async_creator_fn": hosts.connect, "command_timeout": _UPGRADE_TIMEOUT}
+        for_upgrade = {**arguments, "async_creator_fn": self._primaries.connect, "command_timeout": _UPGRADE_TIMEOUT}
         self._upgrade_engine = create_async_engine(
             url,
             poolclass=NullPool,
@@ -136,6 +137,7 @@ class Connections:
             refusal=self._not_writable,
         )
         self.start_probe = self._reading.start_probe
+        self.is_former = self._primaries.is_former
 
     @property
     def problem(self) -> str | None:
@@ -243,9 +245,9 @@ class Connections:
         return writer.apply(change)
 
     @asynccontextmanager
-    async def listening(self) -> AsyncIterator[asyncpg.Connection]:
+    async def listening(self) -> AsyncIterator[hosts.Primary]:
         """Open one more connection, for one use."""
-        connection = await hosts.connect(**self._arguments)
+        connection = await self._primaries.connect(**self._arguments)
         try:
             yield connection
         finally:
@@ -301,9 +303,10 @@ class Connections:
         return StoreUnavailable(StoreUnavailable.of_writes if self._reading.problem is None else None)
 
     def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
-        """Replace a connection that the server has closed, or that was opened before the database was unreachable."""
+        """Replace a connection that was closed, is older than the last outage, or leads to a former primary."""
+        opened = connection.driver_connection
         openings = self._reading.openings
-        if connection.driver_connection.is_closed() or record.info.setdefault("openings", openings) != openings:
+        if opened.is_closed() or record.info.setdefault("openings", openings) != openings or self.is_former(opened):
             raise exc.DisconnectionError
 
     def _make(self, db: Connection, batch: Batch) -> None:

@@ -233,7 +233,7 @@ class PostgresSide(Side):
 
     async def _connect(self) -> None:
         """Connect, unless another copy uses the database: also one to or from itself."""
-        self._connection = await hosts.connect(
+        self._connection = await hosts.Primaries().connect(
             **{
                 **self._arguments,
                 "timeout": CONNECT_TIMEOUT,

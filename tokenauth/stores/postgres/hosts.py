@@ -2,7 +2,9 @@
 
 import asyncio
 import re
-from typing import Any
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from sqlalchemy import URL
@@ -49,34 +51,95 @@ def name(url: URL) -> str:
     return f"{url.database} at {hosts}"
 
 
-async def connect(**arguments: Any) -> asyncpg.Connection:
-    """Connect to the host that is the primary. All are tried at once, so none delays the others."""
-    arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
-    if not isinstance(arguments.get("host"), list):
-        return await asyncpg.connect(**arguments)
-    each = zip(arguments["host"], arguments["port"], strict=True)
-    attempts = {
-        asyncio.create_task(asyncpg.connect(**{**arguments, "host": host, "port": port})) for host, port in each
-    }
-    waiting: set[asyncio.Task[asyncpg.Connection]] = attempts
-    chosen: asyncio.Task[asyncpg.Connection] | None = None
-    error: BaseException | None = None
+if TYPE_CHECKING:
+    _Connection = asyncpg.Connection[asyncpg.Record]  # only in the stubs
+else:
+    _Connection = asyncpg.Connection
+
+
+class Primary(_Connection):
+    """A connection to a server that says that it is the primary."""
+
+    system = timeline = 0
+    """The server's system identifier, which its standbys share, and its timeline; 0 if it does not tell them."""
+
+
+class Primaries:
+    """Connects to the primary among the hosts of a URL.
+
+    A former primary that was stopped, or cut off, believes that it is the primary until it learns otherwise. Each
+    promotion begins a timeline with a higher number. So a server on an earlier timeline than one that was seen is
+    refused, and of two that are found the later one is taken.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[int, int] = {}
+
+    def is_former(self, connection: Primary) -> bool:
+        """Return whether another server has been promoted since this one was."""
+        return connection.timeline < self._newest.get(connection.system, 0)
+
+    async def connect(self, **arguments: Any) -> Primary:
+        """Connect to the primary. All hosts are tried at once, so none delays the others by more than PATIENCE.
+
+        Raises what the driver raises.
+        """
+        arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
+        places: list[dict[str, Any]] = [{}]
+        if isinstance(arguments.get("host"), list):
+            each = zip(arguments["host"], arguments["port"], strict=True)
+            places = [{"host": host, "port": port} for host, port in each]
+        attempts = {asyncio.create_task(_connect({**arguments, **place})) for place in places}
+        found: list[Primary] = []
+        chosen: Primary | None = None
+        error: BaseException | None = None
+        try:
+            waiting: set[asyncio.Task[Primary]] = attempts
+            while waiting:
+                patience = None if self._latest(found) is None else PATIENCE
+                done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    break
+                for attempt in done:
+                    error = attempt.exception() or error
+                    found += [] if attempt.exception() else [attempt.result()]
+                for one in found:
+                    self._newest[one.system] = max(one.timeline, self._newest.get(one.system, 0))
+            chosen = self._latest(found)
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+                attempt.add_done_callback(partial(_abort, chosen))
+        if chosen is None:
+            raise error or OSError("the only primary was replaced by another, which does not answer")
+        return chosen
+
+    def _latest(self, found: Iterable[Primary]) -> Primary | None:
+        return next((one for one in found if not self.is_former(one)), None)
+
+
+PATIENCE = 0.1
+"""Seconds that other hosts have to answer, too, when the first has: two may believe that they are the primary."""
+
+_TIMELINE = """
+    SELECT system_identifier, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
+    FROM pg_control_system()
+"""
+
+
+async def _connect(arguments: dict[str, Any]) -> Primary:
+    connection: Primary = await asyncpg.connect(**arguments, connection_class=Primary)
     try:
-        while chosen is None and waiting:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for attempt in done:
-                error = attempt.exception()
-                chosen = attempt if error is None else chosen
-    finally:
-        for attempt in attempts - {chosen}:
-            attempt.cancel()
-            attempt.add_done_callback(_abort)
-    if chosen is None:
-        raise error or OSError("no host")
-    return chosen.result()
+        connection.system, connection.timeline = await connection.fetchrow(_TIMELINE) or (0, 0)
+    except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError):
+        pass  # it speaks PostgreSQL's protocol, but has no timelines
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
-def _abort(late: "asyncio.Task[asyncpg.Connection]") -> None:
+def _abort(chosen: Primary | None, attempt: "asyncio.Task[Primary]") -> None:
     """Close a connection that is not needed any more."""
-    if not late.cancelled() and late.exception() is None:
-        late.result().terminate()
+    if not attempt.cancelled() and attempt.exception() is None and attempt.result() is not chosen:
+        attempt.result().terminate()

@@ -11,6 +11,7 @@ from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores.engine import OnClockAdvance, ignore_clock
 from tokenauth.stores.postgres.connections import Connections
+from tokenauth.stores.postgres.hosts import Primary
 from tokenauth.stores.postgres.transaction import CHANNEL, CLOCK_ROW, SERVER_CLOCK
 
 BOUND = 1.0
@@ -126,7 +127,7 @@ class Listener:
                 self._connections.start_probe()
             await asyncio.sleep(_RETRY)
 
-    async def _listen(self, db: asyncpg.Connection) -> None:
+    async def _listen(self, db: Primary) -> None:
         await self._subscribe(db)
         await self._check_server(db)
         while True:
@@ -139,7 +140,7 @@ class Listener:
                 async with asyncio.timeout(HEARTBEAT):
                     await self._wake.wait()
 
-    async def _subscribe(self, db: asyncpg.Connection) -> None:
+    async def _subscribe(self, db: Primary) -> None:
         """Listen for notifications. Without them, the log is still read at every heartbeat."""
         if not self._connections.notifies:
             return
@@ -151,7 +152,7 @@ class Listener:
             self._connections.notifies = False
             log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
 
-    async def _read(self, db: asyncpg.Connection) -> None:
+    async def _read(self, db: Primary) -> None:
         """Read the log from the last known entry, which must still be there: otherwise some were missed."""
         asked_at = boottime()
         seq = self._last[0]
@@ -160,6 +161,8 @@ class Listener:
             rows = await db.fetch(_READ, seq, _MAX_READ, timeout=BOUND)
         finally:
             late.cancel()
+        if self._connections.is_former(db):
+            raise OSError("the server is no longer the primary")
         self._clock.update(rows[0]["now"], asked_at)
         self.on_clock_advance(rows[0]["latest"] or 0.0)
         entries = [(row["seq"], row["digest"]) for row in rows if row["seq"] is not None]
@@ -178,7 +181,7 @@ class Listener:
             self._last = entries[-1]
         self._read_at = asked_at
 
-    async def _check_server(self, db: asyncpg.Connection) -> None:
+    async def _check_server(self, db: Primary) -> None:
         """Clear the cache for another server or database, or one that was restarted: it may lack revocations."""
         server = await db.fetchrow(_SERVER, timeout=BOUND)
         if server != self._server:
@@ -186,7 +189,7 @@ class Listener:
             self._missed = True
             self._server = server
 
-    async def _skip(self, db: asyncpg.Connection) -> None:
+    async def _skip(self, db: Primary) -> None:
         """Skip to the end of the log."""
         row = await db.fetchrow(_LAST, timeout=BOUND)
         self._last = (0, None) if row is None else (row[0], row[1])

@@ -1,0 +1,66 @@
+"""Two servers believe that they are the primary: only the one that was promoted last is asked."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests.contract.conftest import token
+from tests.support.postgres import Cluster, cluster
+from tests.support.servers import START
+from tests.support.tcp_proxy import Proxy
+from tests.system.postgres.nodes import nodes
+from tests.system.postgres.test_hosts import several
+from tokenauth.errors import StoreUnavailable
+from tokenauth.stores.store import Store
+
+
+@contextmanager
+def two_servers() -> Iterator[tuple[Cluster, Cluster, str]]:
+    """Run a primary and its standby; yield them with the URL of a database."""
+    with cluster(fsync=False) as primary:
+        url = primary.create("tokenauth")
+        with primary.standby() as standby:
+            yield primary, standby, url
+
+
+async def _answered(store: Store, number: int) -> bool:
+    """Return whether a token is accepted, as soon as the store answers."""
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(StoreUnavailable):
+                return await store.tokens.get(token(number).digest) is not None
+            await asyncio.sleep(0.02)
+
+
+async def test_a_woken_former_primary_is_not_asked() -> None:
+    """It is silent while its standby is promoted, and wakes with what it had then: also in connections that it kept."""
+    with two_servers() as (primary, standby, url), Proxy(primary.port) as way, Proxy(standby.port) as longer:
+        both = several(url, way.port, longer.port)
+        async with nodes(both, 2) as (one, other):
+            for number in (1, 2):
+                await one.tokens.issue(token(number), 0, START)
+            assert await _answered(other, 1)
+            standby.follow(primary)
+            way.freeze()
+            standby.execute("SELECT pg_promote()")
+            assert await _answered(one, 1)
+            await one.tokens.revoke(token(1).digest, START)
+            assert not await _answered(other, 1)
+            longer.cut()
+            way.heal()
+            for store in (one, other):
+                with pytest.raises(StoreUnavailable):  # only the former primary can be reached
+                    await store.tokens.get(token(1).digest)
+            longer.heal()
+            longer.delay(0.005)  # so the former primary answers first
+            assert primary.execute("SELECT count(*) FROM tokens", "tokenauth") == [(2,)], "it has the revoked token"
+            for number in range(3, 9):
+                results = await asyncio.gather(*(_answered(store, 1) for store in (one, other) for _ in range(10)))
+                assert not any(results), "answered by the former primary"
+                await one.tokens.issue(token(number), 0, START)
+        async with nodes(both, 3) as fresh:
+            for store in fresh:
+                assert not await _answered(store, 1), "a node that starts takes the former primary"
+                assert await _answered(store, 3)
