@@ -96,6 +96,7 @@ class Connections:
             "command_timeout": TIMEOUT,
             "target_session_attrs": "primary",  # a standby lags behind the latest revocations
             "server_settings": _SETTINGS,
+            "max_cached_statement_lifetime": 0,  # to prepare a statement again takes a round trip
         }
         self._engine = create_async_engine(
             url,
