@@ -28,7 +28,7 @@ def upgrade() -> None:
     op.create_table(
         "pool_requests",
         sa.Column("number", *number, primary_key=True),
-        sa.Column("pool", sa.String, nullable=False),
+        sa.Column("pool", sa.String, primary_key=postgres, nullable=False),
         sa.Column("username", sa.String, nullable=False),
         sa.Column("id", sa.String, nullable=False),
         sa.Column("holder", sa.String, nullable=False),

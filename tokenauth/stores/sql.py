@@ -14,6 +14,7 @@ from sqlalchemy import (
     Delete,
     Dialect,
     Insert,
+    Select,
     TableValuedAlias,
     bindparam,
     delete,
@@ -21,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import GenericFunction
+from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 
 from tokenauth.stores.engine import Values
 
@@ -60,6 +61,31 @@ def _compile_elements(function: _Elements, compiler: SQLCompiler, **options: Any
 def elements(strings: BindParameter[str], name: str) -> TableValuedAlias:
     """Make a table with a column `value` from the strings of a JSON array: many values in one parameter."""
     return _Elements(strings).table_valued("value", name=name)
+
+
+class SelectedRows(FunctionElement[bool]):
+    """Whether a row is one of those of a table's part whose keys a query selects.
+
+    Engines that distribute a table need the condition of the part, which SQLite would read the whole part by.
+    PostgreSQL runs the query first, and only once.
+    """
+
+    inherit_cache = True  # of no type: SQLite would compare a boolean with 1, and use no index
+
+    def __init__(self, part: ColumnElement[bool], key: Column[Any], query: Select[Any]) -> None:
+        super().__init__(part, key, query.scalar_subquery())
+
+
+@compiles(SelectedRows)
+def _compile_selected(element: SelectedRows, compiler: SQLCompiler, **options: Any) -> str:
+    _, key, query = (compiler.process(each, **options) for each in element.clauses)
+    return f"{key} IN {query}"
+
+
+@compiles(SelectedRows, "postgresql")
+def _compile_selected_array(element: SelectedRows, compiler: SQLCompiler, **options: Any) -> str:
+    part, key, query = (compiler.process(each, **options) for each in element.clauses)
+    return f"{part} AND {key} = ANY (ARRAY{query})"
 
 
 def delete_oldest(key: Column[Any], age: Column[Any], old: ColumnElement[bool]) -> Delete:

@@ -1,6 +1,7 @@
 """The tables, for SQLAlchemy; `migrations` creates them step by step.
 
-PostgreSQL has other primary keys, which spread writes: the digest of a token; the pool and the number of a pool token.
+PostgreSQL has other primary keys, which can be distributed: the digest of a token; the pool and the number of a pool
+token, and of a request.
 There a token's number is the microsecond in which it was added, or one more than the last of its user: unlike a
 sequence, that needs no lock.
 """

@@ -65,8 +65,10 @@ _LOOKED_AT = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat
 class Direct(DirectEngine):
     """A PostgreSQL engine on one connection of the service's kind. It never commits."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: AsyncConnection, ordinary: bool = False) -> None:
+        """`ordinary`: make no change at once."""
         self._connection = connection
+        self._ordinary = ordinary
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Run something on the connection."""
@@ -80,7 +82,7 @@ class Direct(DirectEngine):
 
         def make(db: Connection) -> A:
             transaction = PostgresTransaction(driver(db), patience=60)
-            if type(change) in AT_ONCE:
+            if type(change) in AT_ONCE and not self._ordinary:
                 [answer] = AT_ONCE[type(change)](transaction, [change])
                 if answer is not UNMADE:
                     return cast(A, answer)

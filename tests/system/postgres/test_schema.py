@@ -88,7 +88,7 @@ async def test_primary_keys_spread_over_their_index(url: str) -> None:
         "failures": "PRIMARY KEY (key)",
         "marks": "PRIMARY KEY (name)",
         "pool_tokens": "PRIMARY KEY (number, pool)",
-        "pool_requests": "PRIMARY KEY (number)",
+        "pool_requests": "PRIMARY KEY (number, pool)",
         "forced_ends": "PRIMARY KEY (pool, value)",
     }
 

@@ -34,7 +34,7 @@ from tokenauth.line import Row, find_use, share_out, skip_hopeless
 from tokenauth.models import Instant, LeaseRequest, Pool, PoolCounts, PoolToken, RequestKey
 from tokenauth.stores.changes.request_rows import SOMEONE_WAITS, RequestRows
 from tokenauth.stores.engine import LockConflict, Transaction
-from tokenauth.stores.sql import elements
+from tokenauth.stores.sql import SelectedRows, elements
 from tokenauth.stores.tables import as_pool_token, as_reservation, pool_token_columns, pool_tokens
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
@@ -88,7 +88,7 @@ def _rows_by_range(*ranges: Range) -> CompoundSelect[Any]:
 
 
 def _oldest(*ranges: Range) -> ColumnElement[bool]:
-    return _number.in_(select(_rows_by_range(*ranges).subquery().c.number))
+    return SelectedRows(_pool, _number, select(_rows_by_range(*ranges).subquery().c.number))
 
 
 def _latest(*conditions: ColumnElement[bool]) -> ScalarSelect[float]:

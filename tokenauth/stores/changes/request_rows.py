@@ -54,9 +54,9 @@ _INSERT = insert(pool_requests).inline()
 _GRANT = text("""
     UPDATE pool_requests SET granted_at = :granted_at, leases = :leases, kept_until = :kept_until, asks = :asks,
         answers = :answers
-    WHERE number = :number
+    WHERE number = :number AND pool = :name
 """)
-_DELETE = text("DELETE FROM pool_requests WHERE number = :number")
+_DELETE = text("DELETE FROM pool_requests WHERE number = :number AND pool = :name")
 _lapsed = (_pool, pool_requests.c.granted_at.is_(None), _kept <= bindparam("now"))
 LAPSED = select(*pool_request_columns).where(*_lapsed).order_by(_kept).limit(_limit)
 _OLD = (
@@ -125,6 +125,7 @@ class RequestRows:
             _GRANT,
             [
                 {
+                    "name": request.pool,
                     "number": request.number,
                     "granted_at": request.granted_at,
                     "leases": None if request.leases is None else json.dumps(request.leases),
@@ -137,7 +138,7 @@ class RequestRows:
         )
 
     def delete(self, requests: Iterable[LeaseRequest]) -> None:
-        self._db.execute_each(_DELETE, [{"number": request.number} for request in requests])
+        self._db.execute_each(_DELETE, [{"name": request.pool, "number": request.number} for request in requests])
 
     def lapsed(self, limit: int) -> Sequence[LeaseRequest]:
         """Return lapsed places, the oldest first."""

@@ -121,6 +121,7 @@ class Connections:
         )
         self._caller_time = caller_time
         self._writers: dict[ChangeKind, Writer] = {}  # each kind of change has transactions of its own
+        self._never_at_once: set[ChangeKind] = set()
         self._latest: Instant = 0
         self._clock_written: Instant = 0
         self._reading = Circuit(
@@ -328,10 +329,12 @@ class Connections:
         """Make and answer the changes that one statement can make; the others stay in the batch."""
         transaction = PostgresTransaction(driver(db), self._caller_time, self.notifies, clock=clock)
         try:
-            for kind in AT_ONCE.keys() & batch.groups.keys():
+            for kind in (AT_ONCE.keys() - self._never_at_once) & batch.groups.keys():
                 batch.settle(kind, AT_ONCE[kind](transaction, batch.groups[kind].changes))
         except TooLate:
             return
+        except asyncpg.FeatureNotSupportedError:  # it only speaks the protocol of PostgreSQL
+            self._never_at_once.update(batch.groups)
         except _BAD_CHANGE:
             raise
         except BaseException:  # it is unknown how far it got
