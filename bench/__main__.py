@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
-from bench import chart, machine, mixed, report, world
+from bench import chart, machine, mixed, report, workers, world
 from bench.figures import Row, log_progress, measure
+from bench.growth import SIZES, GrowthRows, PostgresDatabases, SqliteDatabases
 from bench.leasing import LeaseRows
 from bench.limit import BareServer
 from bench.mixed import LoginRows, MixedRows
@@ -29,7 +30,13 @@ _WAITING = ("hand-over", "hand-over-far", "behind", "waiters", "consoles")
 _POSTGRES_WAITING = tuple(f"pg-{name}" for name in _WAITING)
 _USUAL = (*_TOKENS, *_LEASES, *_WAITING, *_POSTGRES, *_POSTGRES_WAITING)
 
+_GROWN = tuple(
+    f"grown-{name}" for name in ("probe", "issue", "revoke", "lease", "start", "sweep", "backlog", "memory", "disk")
+)
 _GROUPS = {
+    "growth": _GROWN,
+    "pg-growth": tuple(f"pg-{name}" for name in _GROWN),
+    "workers": (*(f"cpu-{kind}-{count}" for kind in workers.KINDS for count in workers.WORKERS), "worker-start"),
     "mixed": (*(f"mixed-{name}" for name in ("probes", *mixed.WEIGHTS)), "login-p99", "login-poisson"),
 }
 """Rows that take long: they are measured only if they, or their group, are named."""
@@ -51,10 +58,11 @@ def main() -> int:
 
 def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
     names = {name for chosen in options.only for name in _GROUPS.get(chosen, (chosen,))}
-    lacking = missing() if names.intersection({*_POSTGRES, *_POSTGRES_WAITING}) else None
+    of_postgres = {name for name in names if name.startswith("pg-")}
+    lacking = missing() if of_postgres else None
     if lacking:
         log_progress(f"without the rows of PostgreSQL: {lacking}")
-        names.difference_update({*_POSTGRES, *_POSTGRES_WAITING})
+        names -= of_postgres
     with ExitStack() as stack:
         bare = BareServer(stack.enter_context(world.bare(directory)).port, 1)
         postgres = stack.enter_context(PostgresRows(directory, bare, options.seconds))
@@ -65,6 +73,9 @@ def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
             *postgres.figures(),
             *WaitRows("pg-", "PostgreSQL: ", postgres.waiting_config, 100, options.seconds).figures(),
             *MixedRows("", "", lambda: mixed.sqlite_config(directory), options.seconds).figures(),
+            *GrowthRows(SqliteDatabases(directory), options.seconds).figures(),
+            *GrowthRows(PostgresDatabases(directory, postgres.cluster), options.seconds).figures(),
+            *workers.WorkerRows(directory, options.seconds).figures(),
             *LoginRows(directory, options.seconds).figures(),
         ]
         deadline = time.monotonic() + options.minutes * 60
@@ -75,8 +86,8 @@ def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
     print(report.table(facts, bare.rates, rows))
     if options.json:
         options.json.write_text(json.dumps(report.document(facts, bare.rates, rows), indent=2) + "\n", encoding="utf-8")
-    if options.chart:
-        chart.draw(rows, options.chart)
+    if options.charts:
+        chart.draw(rows, list(SIZES), options.charts)
     return rows
 
 
@@ -91,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=_positive, default=20, help="start no round after this time (default: 20)")
     parser.add_argument("--only", nargs="+", choices=_NAMES, default=_USUAL, metavar="NAME", help=", ".join(_NAMES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results as JSON")
-    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="also draw the ratios")
+    parser.add_argument("--charts", type=Path, metavar="DIRECTORY", help="also draw the charts of the measured rows")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""The chart: the ratios as bars, readable on a light and on a dark page."""
+"""The charts, readable on a light and on a dark page: ratios as bars, cost by size as lines, latencies under load."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pygal  # type: ignore[import-untyped]
@@ -11,47 +11,104 @@ from bench.figures import Row
 
 _GREY = "#7d8590"  # readable on both
 _FONT = "system-ui, sans-serif"
+_COLORS = ("#1f6feb", "#b0b8c1")
+_MANY_COLORS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#0a7ea4")
 _USELESS = re.compile(r"<!--.*?-->|<script.*?</script>", re.DOTALL)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows that are ratios as an SVG file without external references."""
-    ratios = [(row, row.measured) for row in reversed(rows) if not row.figure.unit and row.measured is not None]
+def draw(rows: Sequence[Row], sizes: Sequence[str], directory: Path) -> None:
+    """Write each chart for which there are rows, as an SVG file without external references.
+
+    sizes: what the points of a row belong to.
+    """
+    known = [row for row in rows if row.samples]
+    charts: Mapping[str, pygal.graph.graph.Graph | None] = {
+        "bench.svg": _ratios([row for row in known if not row.figure.unit]),
+        "bench-growth.svg": _growth([row for row in known if row.points], sizes),
+        "bench-latency.svg": _latencies([row for row in known if row.p999_ms is not None and row.figure.unit == "ms"]),
+    }
+    for name, chart in charts.items():
+        if chart is not None:
+            (directory / name).write_text(_USELESS.sub("", chart.render(is_unicode=True)), encoding="utf-8")
+
+
+def _ratios(rows: Sequence[Row]) -> "pygal.HorizontalBar | None":
+    if not rows:
+        return None
+    ratios = [(row, row.measured or 0.0) for row in reversed(rows)]
     highest = max([1.0, *(measured for _, measured in ratios)])
     chart = pygal.HorizontalBar(
-        js=[], style=_style(), range=(0, highest), width=900, height=110 + 70 * len(ratios), **_options()
+        **_options(_COLORS, ("white", "black")),
+        range=(0, highest),
+        height=110 + 70 * len(ratios),
+        value_formatter="{:.2f}".format,
     )
     chart.title = "Throughput, relative to a bare ASGI function or to bare argon2"
     chart.x_labels = [row.figure.title for row, _ in ratios]
     chart.add("measured", [round(measured, 3) for _, measured in ratios])
     chart.add("at least", [row.figure.bound for row, _ in ratios])
-    text = chart.render(is_unicode=True)
-    path.write_text(_USELESS.sub("", text), encoding="utf-8")
+    return chart
 
 
-def _options() -> dict[str, object]:
+def _growth(rows: Sequence[Row], sizes: Sequence[str]) -> "pygal.Line | None":
+    if not rows:
+        return None
+    chart = pygal.Line(
+        **_options(_MANY_COLORS, [_GREY] * len(_MANY_COLORS)),
+        height=460,
+        value_formatter="{:,.0f}".format,
+        include_x_axis=True,
+    )
+    chart.title = "Microseconds of CPU that one costs, by the number of tokens"
+    chart.x_labels = sizes
+    for row in rows:
+        chart.add(row.figure.title.replace("10,000,000 tokens: ", ""), row.points)
+    return chart
+
+
+def _latencies(rows: Sequence[Row]) -> "pygal.HorizontalBar | None":
+    if not rows:
+        return None
+    backwards = list(reversed(rows))
+    chart = pygal.HorizontalBar(
+        **_options(_MANY_COLORS, ["white"] * 3), height=110 + 90 * len(rows), value_formatter="{:.1f}".format
+    )
+    chart.title = "Milliseconds from the planned time to the response, at half of saturation"
+    chart.x_labels = [row.figure.title.replace("mixed load: ", "").replace(", p50", "") for row in backwards]
+    for name, values in {
+        "p50": [row.measured for row in backwards],
+        "p99": [row.p99_ms for row in backwards],
+        "p99.9": [row.p999_ms for row in backwards],
+    }.items():
+        chart.add(name, values)
+    return chart
+
+
+def _options(colors: Sequence[str], value_colors: Sequence[str]) -> dict[str, object]:
     return {
+        "js": [],
+        "width": 900,
+        "style": _style(colors, value_colors),
         "print_values": True,
         "print_values_position": "center",
-        "value_formatter": "{:.2f}".format,
         "show_y_guides": True,
         "legend_at_bottom": True,
-        "legend_at_bottom_columns": 2,
+        "legend_at_bottom_columns": 3,
         "disable_xml_declaration": True,
         "truncate_label": -1,
         "truncate_legend": -1,
     }
 
 
-def _style() -> Style:
+def _style(colors: Sequence[str], value_colors: Sequence[str]) -> Style:
     return Style(
         background="transparent",
         plot_background="transparent",
         foreground=_GREY,
         foreground_strong=_GREY,
         foreground_subtle=_GREY,
-        value_colors=("white", "black"),
-        colors=("#1f6feb", "#b0b8c1"),
+        value_colors=value_colors,
+        colors=colors,
         guide_stroke_color=_GREY,
         major_guide_stroke_color=_GREY,
         opacity=1,

@@ -26,6 +26,8 @@ class Sample(NamedTuple):
     p99_ms: float | None = None
     note: str = ""
     p999_ms: float | None = None
+    points: Sequence[float] = ()
+    """The value for each of several sizes, for the chart."""
 
 
 Sampler = Callable[[], Sample]
@@ -49,7 +51,7 @@ class Figure(NamedTuple):
 
     def show(self, value: float) -> str:
         """Format a value of this figure."""
-        digits = 0 if self.unit in {"MB", "/s"} else 2
+        digits = 0 if self.unit in {"MB", "/s", "bytes", "us"} else 2
         return f"{value:,.{digits}f} {self.unit}".strip()
 
 
@@ -80,6 +82,11 @@ class Row(NamedTuple):
     def p999_ms(self) -> float | None:
         """The median of the 99.9th percentiles of the response time."""
         return _median([sample.p999_ms for sample in self.samples])
+
+    @property
+    def points(self) -> Sequence[float]:
+        """The medians of the values for several sizes."""
+        return [median(values) for values in zip(*(sample.points for sample in self.samples), strict=True)]
 
     @property
     def note(self) -> str:

@@ -55,8 +55,10 @@ lease_ttl = "1h"
 class Mix:
     """Makes the requests of the mix. The oldest lease is released first, and the oldest login ended."""
 
-    def __init__(self, server: Running, random: Random) -> None:
+    def __init__(self, server: Running, random: Random, tokens: int = MILLION) -> None:
+        """`tokens`: how many the database has; all are live."""
         self._random = random
+        self._tokens = tokens
         self._held: deque[str] = deque()
         self._logged_in: deque[str] = deque()
         self._lease_steps = count()
@@ -75,33 +77,33 @@ class Mix:
             self._held.append(lease.json()["token"])
 
     def _hot(self) -> tuple[bytes, Check]:
-        return _probe(self._random.randrange(USERS)), _is_valid
+        return probe(self._random.randrange(USERS)), _is_valid
 
     def _any(self) -> tuple[bytes, Check]:
-        return _probe(self._random.randrange(MILLION)), _is_valid
+        return probe(self._random.randrange(self._tokens)), _is_valid
 
     def _login(self) -> tuple[bytes, Check]:
         return login(self._random.randrange(USERS)), self._was_issued
 
     def _was_issued(self, status: int, body: bytes) -> None:
-        _expect(status, 200)
+        expect(status, 200)
         self._logged_in.append(json.loads(body)["token"])
 
     def _log_out(self) -> tuple[bytes, Check]:
         head = f"DELETE /api/token HTTP/1.1\r\nHost: bench\r\nX-Token: {self._logged_in.popleft()}\r\n\r\n"
-        return head.encode(), _is_ok
+        return head.encode(), is_ok
 
     def _lease(self) -> tuple[bytes, Check]:
         """Assign, keep alive and release in turn."""
         step, path = next(self._lease_steps) % 3, "/api/pools/large/leases"
         if step == 0:
-            return _leasing("POST", path), self._was_leased
+            return leasing("POST", path), self._was_leased
         if step == 1:
-            return _leasing("PUT", f"{path}/{self._held[-1]}"), _is_ok
-        return _leasing("DELETE", f"{path}/{self._held.popleft()}"), _is_done
+            return leasing("PUT", f"{path}/{self._held[-1]}"), is_ok
+        return leasing("DELETE", f"{path}/{self._held.popleft()}"), is_done
 
     def _was_leased(self, status: int, body: bytes) -> None:
-        _expect(status, 201)
+        expect(status, 201)
         self._held.append(json.loads(body)["token"])
 
 
@@ -112,11 +114,11 @@ def login(number: int) -> bytes:
     return head % len(body) + body
 
 
-def _probe(number: int) -> bytes:
+def probe(number: int) -> bytes:
     return b"GET /api/token?token=%064d HTTP/1.1\r\nHost: bench\r\n\r\n" % number
 
 
-def _leasing(method: str, path: str) -> bytes:
+def leasing(method: str, path: str) -> bytes:
     return f"{method} {path} HTTP/1.1\r\nHost: bench\r\nX-Token: {value(0)}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
@@ -125,15 +127,15 @@ def _is_valid(status: int, body: bytes) -> None:
         raise RuntimeError(f"a valid token was answered {status} {body.decode()}")
 
 
-def _is_ok(status: int, _: bytes) -> None:
-    _expect(status, 200)
+def is_ok(status: int, _: bytes) -> None:
+    expect(status, 200)
 
 
-def _is_done(status: int, _: bytes) -> None:
-    _expect(status, 204)
+def is_done(status: int, _: bytes) -> None:
+    expect(status, 204)
 
 
-def _expect(status: int, expected: int) -> None:
+def expect(status: int, expected: int) -> None:
     if status != expected:
         raise RuntimeError(f"a request was answered {status}, not {expected}")
 
@@ -264,7 +266,7 @@ class LoginRows:
             world.tokenauth(world.write_config(Path(directory), "", HASH), None) as server,
         ):
             numbers = count()
-            makers: Mapping[str, Make] = {"login": lambda: (login(next(numbers) % USERS), _is_ok)}
+            makers: Mapping[str, Make] = {"login": lambda: (login(next(numbers) % USERS), is_ok)}
             traffic.run(server.port, makers, traffic.evenly(20, 1, "login"))
 
             def sample() -> Sample:

@@ -129,13 +129,13 @@ class PostgresRows:
 
         def sample() -> Sample:
             name = next(self._names)
-            config = world.write_config(self._directory / name, url=self._running().create(name))
+            config = world.write_config(self._directory / name, url=self.cluster().create(name))
             with world.tokenauth(config) as server:
                 login = {"username": "user0", "password": "secret"}
                 token = server.client.post("/api/token", json=login).raise_for_status().json()["token"]
                 _require_valid(server, token)
                 found = self._changing("issue", CONNECTIONS, partial(self._count, _COUNT_ISSUED, name), 0, server)
-            self._running().drop(name)
+            self.cluster().drop(name)
             return found
 
         yield sample
@@ -155,7 +155,7 @@ class PostgresRows:
 
         def sample() -> Sample:
             lacking = _POOL - self._count(_COUNT_FREE)
-            self._running().execute(_FILL_FREE.format(lacking=lacking), _DATABASE)
+            self.cluster().execute(_FILL_FREE.format(lacking=lacking), _DATABASE)
             return self._changing("assign", LEASE_CONNECTIONS, partial(self._count, _COUNT_LEASED.format("large")), 0)
 
         yield sample
@@ -187,7 +187,7 @@ class PostgresRows:
     def waiting_config(self) -> Path:
         """Create a database for the figures about the waiting line."""
         name = next(self._names)
-        return world.write_config(self._directory / name, tables=TABLES, url=self._running().create(name))
+        return world.write_config(self._directory / name, tables=TABLES, url=self.cluster().create(name))
 
     def _changing(
         self, kind: str, connections: int, counted: Callable[[], int], offset: int, server: Running | None = None
@@ -213,10 +213,10 @@ class PostgresRows:
         return Sample(result.rate, result.rate, result.p99_ms, f"{found.ratio:.2f} of the limit")
 
     def _count(self, query: str, database: str = _DATABASE) -> int:
-        return int(self._running().execute(query, database)[0][0])
+        return int(self.cluster().execute(query, database)[0][0])
 
-    def _running(self) -> Cluster:
-        """Return the PostgreSQL server."""
+    def cluster(self) -> Cluster:
+        """Return the PostgreSQL server. It is started at the first call."""
         if self._cluster is None:
             with on_core(LOAD_CORE):  # the server inherits it
                 self._cluster = self._stack.enter_context(cluster())
@@ -226,7 +226,7 @@ class PostgresRows:
         """Return the server of all figures that do not need a new database."""
         if self._server is None:
             self._config = world.write_config(
-                self._directory / "postgres", tables=_TABLES, url=self._running().create(_DATABASE)
+                self._directory / "postgres", tables=_TABLES, url=self.cluster().create(_DATABASE)
             )
             self._fill(self._config)
             self._server = self._stack.enter_context(world.tokenauth(self._config))
@@ -242,11 +242,11 @@ class PostgresRows:
         for statement, total in ((_FILL_TOKENS, MILLION + _REVOKED + _WATCHED), (_FILL_LEASED, _KEPT + _RELEASED)):
             for first in range(0, total, _CHUNK):
                 last = min(total, first + _CHUNK) - 1
-                self._running().execute(
+                self.cluster().execute(
                     statement.format(first=first, last=last, users=world.USERS, credentials=credentials), _DATABASE
                 )
         for statement in ("VACUUM ANALYZE", "CHECKPOINT"):  # now, not during a measurement
-            self._running().execute(statement, _DATABASE)
+            self.cluster().execute(statement, _DATABASE)
         os.sync()
 
 

@@ -27,7 +27,10 @@ Make = Callable[[], tuple[bytes, Check]]
 """Makes the next request of a kind."""
 
 Plan = Sequence[tuple[float, str]]
-"""Seconds from the start, and the kind of request that is sent then; in this order."""
+"""Seconds from the start, and the kind of request that is sent then; in this order.
+
+A time below 0 is that at which a connection becomes free.
+"""
 
 _TIMEOUT = 60.0
 """Seconds that a run may take longer than its plan."""
@@ -87,8 +90,8 @@ def evenly(rate: float, seconds: float, kind: str) -> Plan:
 
 
 def at_once(count: int, weights: Mapping[str, float], random: Random) -> Plan:
-    """Plan requests that are all due at the start: each connection sends one after the other."""
-    return list(zip(repeat(0.0), random.choices(list(weights), list(weights.values()), k=count)))
+    """Plan requests that each connection sends one after the other, without a pause."""
+    return list(zip(repeat(-1.0), random.choices(list(weights), list(weights.values()), k=count)))
 
 
 def run(port: int, makers: Mapping[str, Make], plan: Plan, connections: int = CONNECTIONS) -> Outcome:
@@ -113,8 +116,9 @@ def _run(poll: epoll, idle: "list[_Connection]", makers: Mapping[str, Make], pla
             at, kind = plan[following]
             following += 1
             connection = idle.pop()
-            late.append(now - max(at, connection.free_since))
-            connection.send(at, kind, *makers[kind]())
+            due = at if at >= 0 else connection.free_since
+            late.append(now - max(due, connection.free_since))
+            connection.send(due, kind, *makers[kind]())
             now = time.perf_counter() - began
         if now > deadline:
             raise RuntimeError(f"{count - answered} of {count} requests were not answered in time")

@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -77,13 +77,13 @@ def fill(config: Path, count: int) -> None:
     rows.sort()
     with closing(sqlite3.connect(database(config))) as db, db:
         db.execute("PRAGMA synchronous = OFF")
-        db.executemany(_INSERT_TOKEN, rows)
+        db.executemany(INSERT_TOKEN, rows)
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.sync()  # now, not during a measurement
 
 
-_INSERT_TOKEN = """
+INSERT_TOKEN = """
     INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
     VALUES (?, ?, ?, ?, ?, ?, ?)
 """
@@ -137,11 +137,15 @@ class Running:
         worker, *others = sorted(map(_rollup, [str(pid), *children]), key=lambda sizes: sizes["Rss"], reverse=True)
         return {"rss": worker["Rss"], "pss": worker["Pss"], "others": sum(sizes["Pss"] for sizes in others)}
 
-    def cpu_seconds(self) -> float:
-        """Return the CPU time that all of its processes have used."""
+    def workers(self) -> Sequence[int]:
+        """Return the process ids of the workers."""
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return sum(map(_cpu_seconds, [str(pid), *children]))
+        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that all of its processes have used."""
+        return cpu_seconds_of_tree(str(self._process.pid))
 
 
 @contextmanager
@@ -198,9 +202,19 @@ def _answers(client: httpx.Client, path: str, process: "subprocess.Popen[bytes]"
     return False
 
 
+def cpu_seconds_of_tree(pid: str) -> float:
+    """Return the CPU time of a process and its children, with those that have ended."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(map(_cpu_seconds, [pid, *children]))
+
+
 def _cpu_seconds(pid: str) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the CPU time of a process, and of its children that have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except FileNotFoundError:  # it has just ended: now its parent counts it
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _rollup(pid: str) -> dict[str, float]:

@@ -1,0 +1,534 @@
+"""The figures about growth: what an operation costs with 10,000,000 tokens and 1,000,000 leases, of that with 1,000."""
+
+import json
+import os
+import sqlite3
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import NamedTuple
+
+from bench import load, traffic, world
+from bench.figures import Figure, Sample, Sampler, log_progress
+from bench.mixed import WEIGHTS, Mix, expect, is_done, is_ok, leasing, login, probe
+from bench.traffic import Check, Make, Outcome
+from bench.world import USERS, Running, value
+from tests.support.postgres import Cluster
+from tokenauth.settings import loader
+
+SIZES = {"1,000": 1000, "100,000": 100_000, "10,000,000": 10_000_000}
+"""Numbers of tokens, as they are shown. Pools have as many leased tokens, up to MAX_LEASES."""
+
+SMALL, *_, LARGE = SIZES.values()
+MAX_LEASES = 1_000_000
+_FREE = 1000
+"""Number of free tokens of each pool."""
+
+_COUNT = 3000
+"""Number of requests of one measurement."""
+
+_PROBES = 20_000
+"""Number of probes of one measurement: they are cheaper."""
+
+_BOUND = 1.1
+
+EXPIRED = 50_000
+"""Number of expired tokens that are swept in one measurement of its cost."""
+
+BACKLOG = 300_000
+"""Number of tokens that expire between two rounds of the sweeper: 5,000 a second."""
+
+_SWEEP_RATE = 5000.0
+_SWEEP_TIMEOUT = 150.0
+"""Seconds within which expired tokens must be gone: two rounds of the sweeper."""
+
+_LOOK = 0.2
+"""Seconds between two looks at what is left of them."""
+
+_SPAN = 43200
+"""Seconds over which the logins of a database are spread. The first of them lives for as long still."""
+
+_SWEPT_PROBES = 110_000
+"""Number of tokens that are validated to fill the cache: more than it holds by default."""
+
+TABLES = """
+[tokens]
+per_user = 0
+{}
+[pools.large]
+lease_ttl = "1h"
+"""
+
+
+class Databases(ABC):
+    """What differs between the two stores."""
+
+    prefix: str
+    shown: str
+
+    @abstractmethod
+    def create(self, tokens: int) -> Path:
+        """Create a database with tokens and leases; return its configuration."""
+
+    @abstractmethod
+    def expire(self, config: Path, tokens: int) -> None:
+        """Add tokens that have expired."""
+
+    @abstractmethod
+    def count_expired(self, config: Path) -> int:
+        """Return the number of tokens that have expired."""
+
+    @abstractmethod
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the database server has used."""
+
+    @abstractmethod
+    def sizes(self, config: Path) -> tuple[int, int]:
+        """Return the bytes of the tokens and of the pool tokens on disk, with their indexes."""
+
+
+class SqliteDatabases(Databases):
+    """Files. They are made with the indexes that logins change, so that these have the form that logins give them."""
+
+    prefix = ""
+    shown = ""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._sizes: dict[Path, tuple[int, int]] = {}
+
+    def create(self, tokens: int) -> Path:
+        config = world.write_config(self._directory / f"growth-{tokens}", tables=TABLES.format(""))
+        world.migrate(config)
+        with closing(sqlite3.connect(world.database(config), isolation_level=None)) as db:
+            for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -4000000"):
+                db.execute(f"PRAGMA {pragma}").fetchall()
+            ((by_expiry,),) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'tokens_by_expiry'")
+            db.execute("DROP INDEX tokens_by_expiry")  # which only grows at its end: it can as well be made afterwards
+            db.execute("BEGIN")
+            db.executemany(world.INSERT_TOKEN, _rows(config, tokens, time.time() - _SPAN, _SPAN / tokens))
+            db.execute(by_expiry)
+            db.execute("COMMIT")
+            filled = world.database(config).stat().st_size
+            db.execute("BEGIN")
+            leases = ("large", "worker-7", time.time() + 86400, 1, "user0")
+            rows = ((value(number), *leases) for number in range(min(tokens, MAX_LEASES)))
+            db.executemany(_INSERT_LEASED, rows)
+            db.execute("COMMIT")
+            db.execute("PRAGMA journal_mode = WAL")
+        self._sizes[config] = filled, world.database(config).stat().st_size - filled
+        world.fill_pool(config, "large", (f"free-{number}" for number in range(_FREE)))
+        return config
+
+    def expire(self, config: Path, tokens: int) -> None:
+        with closing(sqlite3.connect(world.database(config))) as db, db:
+            ended = time.time() - 86400 - 3600
+            db.executemany(world.INSERT_TOKEN, _rows(config, tokens, ended, 600 / tokens, first=2 * LARGE))
+        os.sync()
+
+    def count_expired(self, config: Path) -> int:
+        with closing(sqlite3.connect(f"file:{world.database(config)}?mode=ro", uri=True)) as db:
+            query = "SELECT count(*) FROM tokens WHERE expires_at <= ?"
+            return int(db.execute(query, (int(time.time()) - 1800,)).fetchone()[0])
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def sizes(self, config: Path) -> tuple[int, int]:
+        return self._sizes[config]
+
+
+_INSERT_LEASED = """
+    INSERT INTO pool_tokens (value, pool, holder, free_at, fence, username, retired) VALUES (?, ?, ?, ?, ?, ?, 0)
+"""
+
+
+def _rows(config: Path, tokens: int, since: float, distance: float, first: int = 0) -> Iterator[tuple[object, ...]]:
+    """Make the rows of logins, in the order and at the times of their issue."""
+    users = loader.load(config).users_by_name
+    credentials = [users[f"user{number}"].credential for number in range(USERS)]
+    for number in range(first, first + tokens):
+        at = since + (number - first) * distance
+        user = number % USERS
+        origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")
+        digest = sha256(value(number).encode()).digest()
+        yield digest, f"user{user}", credentials[user], at, int(at) + 86400, *origin
+
+
+_FILL_TOKENS = """
+    INSERT INTO tokens (number, digest, username, credential, issued_at, expires_at, address, user_agent)
+    SELECT 1000000 * {since}::bigint + n, sha256(lpad(n::text, 64, '0')::bytea), 'user' || n % {users},
+           ('{{{credentials}}}'::text[])[n % {users} + 1], {since} + (n - {first}) * {distance},
+           ({since} + (n - {first}) * {distance})::bigint + 86400, '10.0.' || n % 256 || '.' || n % 199,
+           'Browser/' || n % 40
+    FROM generate_series({first}, {last}) AS n
+"""
+_FILL_POOL = """
+    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired)
+    SELECT 'large', lpad(n::text, 64, '0'), extract(epoch FROM now()) + 86400, 'worker-7', 1, 'user0', false
+    FROM generate_series(1, {leases}) AS n;
+    INSERT INTO pool_tokens (pool, value, free_at, fence, retired)
+    SELECT 'large', 'free-' || n, extract(epoch FROM now()), 0, false FROM generate_series(1, {free}) AS n
+"""
+_INDEXES = "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'tokens' AND indexname <> 'tokens_pkey'"
+
+
+class PostgresDatabases(Databases):
+    """Databases of one server. The tokens are made first, and their indexes after them.
+
+    The pages of the primary key, whose digests are random, are filled to 70 %, as random inserts fill them.
+    """
+
+    prefix = "pg-"
+    shown = "PostgreSQL: "
+
+    def __init__(self, directory: Path, cluster: Callable[[], Cluster]) -> None:
+        self._directory = directory
+        self._cluster = cluster
+
+    def create(self, tokens: int) -> Path:
+        cluster, name = self._cluster(), f"growth_{tokens}"
+        directory = self._directory / f"pg-growth-{tokens}"
+        config = world.write_config(directory, tables=TABLES.format(""), url=cluster.create(name))
+        world.migrate(config)
+        indexes = cluster.execute(_INDEXES, name)
+        self._run(
+            config,
+            "ALTER TABLE tokens DROP CONSTRAINT tokens_pkey",
+            *(f"DROP INDEX {index}" for index, _ in indexes),
+            self._fill(config, tokens, time.time() - _SPAN, _SPAN / tokens),
+            "ALTER TABLE tokens ADD PRIMARY KEY (digest) WITH (fillfactor = 70)",
+            "ALTER INDEX tokens_pkey RESET (fillfactor)",
+            *(definition for _, definition in indexes),
+            _FILL_POOL.format(leases=min(tokens, MAX_LEASES), free=_FREE),
+            "VACUUM ANALYZE",
+            "CHECKPOINT",
+        )
+        os.sync()
+        return config
+
+    def expire(self, config: Path, tokens: int) -> None:
+        self._run(config, self._fill(config, tokens, time.time() - 86400 - 3600, 600 / tokens, first=2 * LARGE))
+
+    def count_expired(self, config: Path) -> int:
+        query = "SELECT count(*) FROM tokens WHERE expires_at <= extract(epoch FROM now())::bigint - 1800"
+        return int(self._cluster().execute(query, _database(config))[0][0])
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the server and its processes, including those that have ended."""
+        pid = (self._cluster().directory / "data" / "postmaster.pid").read_text().split()[0]
+        return world.cpu_seconds_of_tree(pid)
+
+    def sizes(self, config: Path) -> tuple[int, int]:
+        query = "SELECT pg_total_relation_size('tokens'), pg_total_relation_size('pool_tokens')"
+        tokens, leases = self._cluster().execute(query, _database(config))[0]
+        return int(tokens), int(leases)
+
+    def _fill(self, config: Path, tokens: int, since: float, distance: float, first: int = 0) -> str:
+        users = loader.load(config).users_by_name
+        return _FILL_TOKENS.format(
+            users=USERS,
+            credentials=",".join(f'"{users[f"user{number}"].credential}"' for number in range(USERS)),
+            since=since,
+            distance=distance,
+            first=first,
+            last=first + tokens - 1,
+        )
+
+    def _run(self, config: Path, *statements: str) -> None:
+        """Run statements, which may take minutes."""
+        cluster = self._cluster()
+        options = ["-h", str(cluster.directory), "-p", str(cluster.port), "-U", "postgres", "-d", _database(config)]
+        for statement in statements:
+            cluster.run("psql", "-q", "-v", "ON_ERROR_STOP=1", *options, "-c", statement)
+
+
+def _database(config: Path) -> str:
+    return config.parent.name.removeprefix("pg-").replace("-", "_")
+
+
+class _Side:
+    """A server on one of the databases, and which of its tokens are live."""
+
+    def __init__(self, server: Running, tokens: int, databases: Databases) -> None:
+        self.server = server
+        self._tokens = tokens
+        self._databases = databases
+        self._random = Random(tokens)
+        self._issued: list[str] = []
+        self._held: list[str] = []
+        self._steps = count()
+        self._revoked: set[int] = set()
+
+    def cost(self, make: Make, requests: int) -> "_Cost":
+        """Send requests on 64 connections, one after the other on each. Return what one costs."""
+        before = self._cpu_seconds()
+        found = traffic.run(self.server.port, {"": make}, traffic.at_once(requests, {"": 1}, self._random))
+        return _Cost((self._cpu_seconds() - before) / requests * 1e6, found)
+
+    def _cpu_seconds(self) -> float:
+        return self.server.cpu_seconds() + self._databases.cpu_seconds()
+
+    def probe(self) -> tuple[bytes, Check]:
+        return probe(self._random.randrange(self._tokens)), _is_known
+
+    def issue(self) -> tuple[bytes, Check]:
+        return login(self._random.randrange(USERS)), self._was_issued
+
+    def _was_issued(self, status: int, body: bytes) -> None:
+        expect(status, 200)
+        self._issued.append(json.loads(body)["token"])
+
+    def revoke(self) -> tuple[bytes, Check]:
+        """Revoke any live token."""
+        token = self._any_live()
+        return f"DELETE /api/token HTTP/1.1\r\nHost: bench\r\nX-Token: {token}\r\n\r\n".encode(), is_ok
+
+    def _any_live(self) -> str:
+        issued = self._issued
+        if self._random.randrange(self._tokens - len(self._revoked) + len(issued)) < len(issued):
+            at = self._random.randrange(len(issued))
+            issued[at], issued[-1] = issued[-1], issued[at]
+            return issued.pop()
+        while True:
+            number = self._random.randrange(self._tokens)
+            if number not in self._revoked and number != 0:  # token 0 leases
+                self._revoked.add(number)
+                return value(number)
+
+    def lease(self) -> tuple[bytes, Check]:
+        """Assign, and release what was assigned before, in turn."""
+        path = "/api/pools/large/leases"
+        if next(self._steps) % 2 and self._held:
+            return leasing("DELETE", f"{path}/{self._held.pop(0)}"), is_done
+        return leasing("POST", path), self._was_leased
+
+    def _was_leased(self, status: int, body: bytes) -> None:
+        expect(status, 201)
+        self._held.append(json.loads(body)["token"])
+
+
+class _Cost(NamedTuple):
+    """What one request costs."""
+
+    cpu: float
+    """Microseconds of CPU time, with those of the database server."""
+    found: Outcome
+
+    @property
+    def p99(self) -> float:
+        """Milliseconds on one of 64 busy connections."""
+        return self.found.percentiles("").p99
+
+
+_Measured = Callable[[_Side], _Cost]
+
+
+class GrowthRows:
+    """The figures of one store, and its databases."""
+
+    def __init__(self, databases: Databases, seconds: int) -> None:
+        self._databases = databases
+        self._seconds = seconds
+        self._made: dict[int, Path] = {}
+
+    def figures(self) -> Sequence[Figure]:
+        """Return the figures in the order of the table."""
+        name, shown = f"{self._databases.prefix}grown", f"{self._databases.shown}10,000,000 tokens"
+        costs: Mapping[str, tuple[str, _Measured]] = {
+            "probe": ("random probe, no cache", _probes),
+            "issue": ("login", _issue),
+            "revoke": ("log-out", _revoke),
+            "lease": ("assign and release, 1,000,000 leases", _lease),
+        }
+        return (
+            *(
+                Figure(f"{name}-{kind}", f"{shown}: {title}", _BOUND, "x", partial(self._costs, measured, kind), True)
+                for kind, (title, measured) in costs.items()
+            ),
+            Figure(f"{name}-start", f"{shown}: start", _BOUND, "x", self._start, True),
+            Figure(f"{name}-sweep", f"{shown}: delete an expired token", _BOUND, "x", self._sweep, True, 1),
+            Figure(
+                f"{name}-backlog", f"{shown}: expiries swept under load", _SWEEP_RATE, "/s", self._backlog, rounds=1
+            ),
+            Figure(f"{name}-memory", f"{shown}: memory of a worker, full cache", 120, "MB", self._memory, True, 1),
+            Figure(f"{name}-disk", f"{shown}: one token on disk", None, "bytes", self._disk, rounds=1),
+        )
+
+    def _config(self, tokens: int, more: str = "") -> Path:
+        """Return the configuration of a database, with more settings of [tokens]. It is made at the first call."""
+        if tokens not in self._made:
+            began = time.monotonic()
+            self._made[tokens] = self._databases.create(tokens)
+            log_progress(f"made {tokens:,} tokens in {time.monotonic() - began:.0f} s")
+        config = self._made[tokens]
+        if more:
+            text = config.read_text().replace("per_user = 0\n", f"per_user = 0\n{more}\n")
+            config = config.with_name("more.toml")
+            config.write_text(text)
+            config.chmod(0o600)
+        return config
+
+    @contextmanager
+    def _costs(self, measured: _Measured, kind: str) -> Iterator[Sampler]:
+        """Compare the cost of a request with each number of tokens; that with the fewest is measured twice."""
+        more = "cache_size = 1" if kind == "probe" else ""
+        with ExitStack() as stack:
+            sides = []
+            for tokens in SIZES.values():
+                server = stack.enter_context(world.tokenauth(self._config(tokens, more)))
+                sides.append(_Side(server, tokens, self._databases))
+            for side in sides:
+                measured(side)  # warm
+
+            def sample() -> Sample:
+                first, *others = map(measured, sides)
+                last = measured(sides[0])
+                large = others[-1]
+                small = mean([first.cpu, last.cpu])
+                rate = mean([first.found.rate, last.found.rate])
+                note = (
+                    f"{large.cpu:.0f} microseconds of CPU, {small:.0f} with 1,000; {large.found.rate / rate:.2f} of its"
+                    f" rate, p99 {large.p99:.1f} ms of {mean([first.p99, last.p99]):.1f} ms"
+                )
+                points = (small, *(other.cpu for other in others))
+                return Sample(large.cpu / small, large.found.rate, large.p99, note, points=points)
+
+            yield sample
+
+    @contextmanager
+    def _start(self) -> Iterator[Sampler]:
+        """Start: from exec until /readyz answers 200."""
+        configs = [self._config(tokens) for tokens in SIZES.values()]
+
+        def seconds(config: Path) -> float:
+            with world.tokenauth(config) as server:
+                return server.start_seconds
+
+        def sample() -> Sample:
+            first, *others = map(seconds, configs)
+            small = mean([first, seconds(configs[0])])
+            note = f"{others[-1]:.2f} s, {small:.2f} s with 1,000"
+            return Sample(others[-1] / small, note=note)
+
+        yield sample
+
+    @contextmanager
+    def _sweep(self) -> Iterator[Sampler]:
+        """Let the sweeper delete tokens that have expired, and divide the CPU time by their number."""
+
+        def cost(tokens: int) -> float:
+            config = self._config(tokens)
+            with world.tokenauth(config) as server:  # which sweeps at its start: what one sweep costs without them
+                idle = self._swept(server, config, 0)
+            self._databases.expire(config, EXPIRED)
+            with world.tokenauth(config) as server:
+                return (self._swept(server, config, EXPIRED) - idle) / EXPIRED * 1e6
+
+        def sample() -> Sample:
+            small, medium, large = map(cost, SIZES.values())
+            note = f"{large:.1f} microseconds of CPU a token, {small:.1f} with 1,000"
+            return Sample(large / small, note=note, points=(small, medium, large))
+
+        yield sample
+
+    def _swept(self, server: Running, config: Path, tokens: int) -> float:
+        """Wait until no expired tokens are left. Return the CPU time used from the start of the server on."""
+        database = self._databases.cpu_seconds()
+        deadline = time.monotonic() + _SWEEP_TIMEOUT
+        while self._databases.count_expired(config):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"of {tokens} expired tokens, {self._databases.count_expired(config)} are left")
+            time.sleep(_LOOK)
+        return server.cpu_seconds() + self._databases.cpu_seconds() - database
+
+    @contextmanager
+    def _backlog(self) -> Iterator[Sampler]:
+        """Sweep what has expired in a minute while the mix of requests is sent at half of saturation."""
+        config = self._config(LARGE)
+
+        def sample() -> Sample:
+            random = Random(0)
+            with world.tokenauth(config) as server:
+                mix = Mix(server, random, LARGE)
+                saturated = traffic.run(server.port, mix.makers, traffic.at_once(10_000, WEIGHTS, random))
+                calm = traffic.run(
+                    server.port,
+                    mix.makers,
+                    traffic.at_random(saturated.rate / 2, 2 * self._seconds, WEIGHTS, random),
+                )
+            self._databases.expire(config, BACKLOG)
+            with world.tokenauth(config) as server:
+                mix = Mix(server, random, LARGE)
+                before, began = self._databases.count_expired(config), time.monotonic()
+                plan = traffic.at_random(saturated.rate / 2, 4 * self._seconds, WEIGHTS, random)
+                busy = traffic.run(server.port, mix.makers, plan)
+                after, seconds = self._databases.count_expired(config), time.monotonic() - began
+            swept = (before - after) / seconds
+            probes = ("hot", "random")
+            p99s = [run.percentiles(*kinds).p99 for kinds in (probes, ("login",)) for run in (busy, calm)]
+            note = (
+                "{:,} in {:.1f} s; p99 of probes {:.2f} ms, without expiries {:.2f} ms, of logins {:.1f} and {:.1f} ms"
+            )
+            note = note.format(before - after, seconds, *p99s)
+            return Sample(swept, busy.rate, busy.percentiles(*probes).p99, note)
+
+        yield sample
+
+    @contextmanager
+    def _memory(self) -> Iterator[Sampler]:
+        """Validate more tokens than the cache holds, then measure the memory of the worker."""
+        with world.tokenauth(self._config(LARGE)) as server:
+
+            def sample() -> Sample:
+                probed = 0
+                while probed < _SWEPT_PROBES:
+                    probed += load.run(server.port, "sweep", self._seconds, offset=probed).requests
+                sizes = server.memory()
+                return Sample(sizes["rss"], note=f"RSS after {probed:,} tokens; PSS {sizes['pss']:.0f} MB")
+
+            yield sample
+
+    @contextmanager
+    def _disk(self) -> Iterator[Sampler]:
+        """Divide what the large database has more than the small one by the numbers of rows."""
+
+        def sample() -> Sample:
+            large, small = (self._databases.sizes(self._config(tokens)) for tokens in (LARGE, SMALL))
+            tokens, leases = (one - other for one, other in zip(large, small, strict=True))
+            note = f"a leased pool token {leases / (MAX_LEASES - SMALL):.0f} bytes; in all {sum(large) / 1e9:.2f} GB"
+            return Sample(tokens / (LARGE - SMALL), note=note)
+
+        yield sample
+
+
+def _probes(side: _Side) -> _Cost:
+    return side.cost(side.probe, _PROBES)
+
+
+def _issue(side: _Side) -> _Cost:
+    """Log in, and end as many logins: the number of tokens stays."""
+    found = side.cost(side.issue, _COUNT)
+    side.cost(side.revoke, _COUNT)
+    return found
+
+
+def _revoke(side: _Side) -> _Cost:
+    side.cost(side.issue, _COUNT)
+    return side.cost(side.revoke, _COUNT)
+
+
+def _lease(side: _Side) -> _Cost:
+    return side.cost(side.lease, _COUNT)
+
+
+def _is_known(status: int, _: bytes) -> None:
+    """Accept revoked tokens as well: another row has revoked some."""
+    expect(status, 200)
