@@ -64,7 +64,7 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
     if report.in_use is not None:
         click.echo(
             printable(
-                f"Not finished: {report.source} is in use ({report.in_use}). Stop the server and run the same command"
+                f"Not finished: {report.source} is in use: {report.in_use}. Stop the server and run the same command"
                 " again: it copies what has changed."
             ),
             err=True,

@@ -121,6 +121,10 @@ def quoted(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
+def explain_failure(name: str, reason: str) -> str:
+    return f"{name} cannot be used: {reason}; run the same command again to go on"
+
+
 def explain_not_empty(name: str) -> str:
     return f"{name} is not empty; copy to a new database, or move this one away first"
 
@@ -279,7 +283,7 @@ class _Copy:
                 rows, last = _with_unique_numbers(batch, last)
             await self._target.add(table, rows)
             added += len(rows)
-            self._on_progress("copying", table.name, done + added, total)
+            self._on_progress("copying", table.name, done + added, max(done + added, total))
         return added
 
     async def _compare(self, table: CopiedTable, added: int) -> TableReport:

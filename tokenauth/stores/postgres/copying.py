@@ -21,6 +21,7 @@ from tokenauth.stores.copying import (
     Key,
     Row,
     Side,
+    explain_failure,
     explain_not_empty,
     explain_other_copy,
 )
@@ -185,7 +186,7 @@ class PostgresSide(Side):
     async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         with self._explained():
             try:
-                await self._db.copy_records_to_table(table.name, records=rows, columns=table.columns)
+                await self._insert(table, rows)
             except asyncpg.UniqueViolationError:  # the source has changed since the rows before were read
                 await self._replace(table, (), rows)
 
@@ -203,7 +204,15 @@ class PostgresSide(Side):
             for names in table.unique:
                 positions = [table.columns.index(name) for name in names]
                 await self._delete(table, names, [tuple(row[at] for at in positions) for row in rows])
+            await self._insert(table, rows)
+
+    async def _insert(self, table: CopiedTable, rows: Sequence[Row]) -> None:
+        try:
             await self._db.copy_records_to_table(table.name, records=rows, columns=table.columns)
+        except (asyncpg.DataError, TypeError, ValueError, OverflowError):  # from the driver; some texts have the value
+            raise CopyError(
+                f"{self.name} cannot store a row of the source's table {table.name!r}: a value has the wrong type"
+            ) from None
 
     async def _delete(self, table: CopiedTable, names: Sequence[str], keys: Sequence[Key]) -> None:
         which = " AND ".join(f'"{name}" = ${at}' for at, name in enumerate(names, 1))
@@ -253,4 +262,4 @@ class PostgresSide(Side):
         try:
             yield
         except UNAVAILABLE as error:
-            raise CopyError(f"{self.name} cannot be used: {reason(error)}") from None
+            raise CopyError(explain_failure(self.name, reason(error))) from None

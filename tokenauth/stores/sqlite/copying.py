@@ -24,6 +24,7 @@ from tokenauth.stores.copying import (
     Key,
     Row,
     Side,
+    explain_failure,
     explain_not_empty,
     explain_other_copy,
     quoted,
@@ -70,7 +71,7 @@ class SqliteSide(Side):
 
     def _open_target(self, source: str) -> None:
         if not self._connect_exclusively():
-            raise CopyError(f"{self.name} is in use; {_users(self.name)}")
+            raise CopyError(f"{self.name} is in use: {_users(self.name)}; stop the server that uses it")
         for pragma in _TARGET_PRAGMAS:
             self._execute(f"PRAGMA {pragma}")
         [(version,)] = self._execute("SELECT version_num FROM alembic_version").fetchall()
@@ -97,7 +98,7 @@ class SqliteSide(Side):
         if self._connect_exclusively():
             return None
         self._connect()
-        return f"another program has the file open: {_users(self.name)}"
+        return _users(self.name)
 
     async def find_users(self) -> str | None:
         return None  # nobody can open it
@@ -188,9 +189,9 @@ class SqliteSide(Side):
         try:
             return await asyncio.to_thread(job)
         except ERRORS as error:
-            raise CopyError(f"{self.name} cannot be used: {reason(error)}") from None
+            raise CopyError(explain_failure(self.name, reason(error))) from None
         except OSError as error:
-            raise CopyError(f"{self.name} cannot be used: {error.strerror}") from None
+            raise CopyError(explain_failure(self.name, error.strerror or "it fails")) from None
 
     def _execute(self, sql: str, values: Row = ()) -> sqlite3.Cursor:
         assert self._db is not None
@@ -245,7 +246,7 @@ class _Transaction:
 
 
 def _users(path: str) -> str:
-    return f"stop the server; `fuser -v {path}` names other programs"
+    return f"`fuser -v {path}` shows by which program"
 
 
 def _megabytes(size: int) -> str:
