@@ -22,7 +22,7 @@ from bench.waiting import TABLES, WaitRows
 
 _TOKENS = (
     *("hot", "metered", "me", "auth", "cookie", "introspect", "million"),
-    *("issue", "revoke", "login", "flood", "start", "memory"),
+    *("issue", "oauth", "revoke", "login", "flood", "start", "memory"),
 )
 _LEASES = ("assign", "keep", "release", "large", "workers-2", "workers-8", "permits", "uuids", "bounded", "owned")
 _POSTGRES = ("pg-hot", "pg-million", "pg-issue", "pg-revoke", "pg-assign", "pg-keep", "pg-release", "pg-refuse")

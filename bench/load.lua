@@ -6,8 +6,21 @@ local json = {["Content-Type"] = "application/json"}
 
 local function value(number) return string.format("%064d", number) end
 
--- user0:secret
-local client = {["Content-Type"] = "application/x-www-form-urlencoded", ["Authorization"] = "Basic dXNlcjA6c2VjcmV0"}
+-- The headers of a client: the name of a user, and "secret".
+local letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+local function basic(name)
+  local coded = (name .. ":secret"):gsub("..?.?", function(part)
+    local first, second, third = part:byte(1, 3)
+    local number = first * 65536 + (second or 0) * 256 + (third or 0)
+    local out = ""
+    for place = 3, 3 - #part, -1 do
+      local digit = math.floor(number / 64 ^ place) % 64 + 1
+      out = out .. letters:sub(digit, digit)
+    end
+    return out .. ("="):rep(3 - #part)
+  end)
+  return {["Content-Type"] = "application/x-www-form-urlencoded", ["Authorization"] = "Basic " .. coded}
+end
 
 local function probe(number) return wrk.format("GET", "/api/token?token=" .. value(number)) end
 
@@ -125,7 +138,12 @@ local requests = {
   cookie = one_of(function(token)
     return wrk.format("GET", "/auth?cookie", {["Cookie"] = "theme=dark; tokenauth=" .. token})
   end),
-  introspect = one_of(function(token) return wrk.format("POST", "/oauth/introspect", client, "token=" .. token) end),
+  introspect = one_of(function(token)
+    return wrk.format("POST", "/oauth/introspect", basic("user0"), "token=" .. token)
+  end),
+  oauth = one_of(function(token)
+    return wrk.format("POST", "/oauth/token", basic("user" .. tonumber(token)), "grant_type=client_credentials")
+  end),
   million = function() return probe(math.random(0, 999999)) end,
   sweep = function()
     count = count + 1

@@ -57,6 +57,7 @@ class TokenRows:
             Figure("introspect", "POST /oauth/introspect", 0.45, "", partial(self._probes, "introspect")),
             Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, "", partial(self._probes, "million")),
             Figure("issue", f"POST /api/token, {durable}", 0.20, "", self._issue),
+            Figure("oauth", f"POST /oauth/token, {durable}", 0.26, "", self._oauth),
             Figure("revoke", f"DELETE /api/token, {durable}", 0.20, "", self._revoke),
             Figure("login", "logins, default hash, of bare argon2", 0.90, "", self._login),
             Figure("flood", "p99 under wrong logins, of idle p99", 4, "x", self._flood, at_most=True),
@@ -120,6 +121,22 @@ class TokenRows:
             return _ratio(found)
 
         yield sample
+
+    @contextmanager
+    def _oauth(self) -> Iterator[Sampler]:
+        """Issue tokens to 500 clients whose secrets the server has verified before."""
+        with self._scratch() as directory:
+            config = world.write_config(directory)
+            with world.tokenauth(config) as server:
+                load.run(server.port, "oauth", _WARM)
+
+                def sample() -> Sample:
+                    before = sum(world.counts(config))
+                    found = self._compare(server, "oauth")
+                    _require_changes(found, sum(world.counts(config)) - before)
+                    return _ratio(found)
+
+                yield sample
 
     @contextmanager
     def _revoke(self) -> Iterator[Sampler]:
