@@ -1,5 +1,6 @@
 """A cluster with automatic failover keeps every promise while its machines fail, one kind of fault after another."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -101,6 +102,12 @@ def _order(rows: list[tuple[Any, ...]]) -> list[tuple[str, float, str | None]]:
     return [(id, since, leases) for id, since, leases in rows]
 
 
+def check_service(outage: Outage) -> None:
+    """Check that nothing was refused for longer than SERVICE after the promotion."""
+    assert outage.after_promotion is not None
+    assert outage.after_promotion < SERVICE, outage
+
+
 def test_a_killed_primary_costs_nothing_that_was_answered(
     cluster: Machines, tmp_path: Path, report: list[Outage]
 ) -> None:
@@ -109,9 +116,62 @@ def test_a_killed_primary_costs_nothing_that_was_answered(
         primary = cluster.primary
         primary.kill()
         run.promoted()
-        outage = run.end("primary killed")
+        outage = run.end("primary killed (machine)")
         primary.start_patroni()
         cluster.settle()
         run.load.busy()
-    assert outage.after_promotion is not None
-    assert outage.after_promotion < SERVICE, outage
+    check_service(outage)
+
+
+def test_a_killed_postgresql_is_replaced_at_once(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
+    """Patroni of the same machine sees it, and gives the leadership away."""
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        cluster.primary.kill_postgres()
+        run.promoted()
+        outage = run.end("primary killed (PostgreSQL only)")
+        cluster.settle()
+        run.load.busy()
+    check_service(outage)
+
+
+def test_a_frozen_primary_that_wakes_decides_nothing(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        primary = cluster.primary
+        primary.send(signal.SIGSTOP)
+        run.promoted()
+        outage = run.end("primary frozen")
+        run.begin()
+        primary.send(signal.SIGCONT)
+        until(
+            lambda: primary not in cluster.with_role("leader") and cluster.settled(), "the former primary follows", 90
+        )
+        run.served()
+        woken = run.end("former primary woken")
+    check_service(outage)
+    assert woken.without_writes < SERVICE, woken
+
+
+def test_a_primary_cut_off_from_etcd_steps_down(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        primary = cluster.primary
+        primary.cut()
+        run.promoted()
+        outage = run.end("primary cut off from etcd")
+        primary.heal()
+        cluster.settle()
+        run.load.busy()
+    check_service(outage)
+
+
+def test_a_switchover_costs_seconds(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        primary, standby = cluster.primary, cluster.standby
+        cluster.control("switchover", "--master", primary.name, "--candidate", standby.name, "--force")
+        run.promoted()
+        outage = run.end("planned switchover")
+        cluster.settle()
+    check_service(outage)
