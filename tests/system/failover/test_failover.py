@@ -175,3 +175,56 @@ def test_a_switchover_costs_seconds(cluster: Machines, tmp_path: Path, report: l
         outage = run.end("planned switchover")
         cluster.settle()
     check_service(outage)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_lost_standby_stops_writes_for_seconds(
+    cluster: Machines, tmp_path: Path, report: list[Outage], how: signal.Signals
+) -> None:
+    """The synchronous one: the other takes its place."""
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        standby = cluster.standby
+        standby.kill() if how is signal.SIGKILL else standby.send(how)
+        until(lambda: standby not in cluster.with_role("sync_standby") and cluster.settled(2), "it is replaced", 60)
+        run.served()
+        outage = run.end(f"standby lost ({how.name})")
+        standby.start_patroni() if how is signal.SIGKILL else standby.send(signal.SIGCONT)
+        cluster.settle()
+    assert run.promotions() == []
+    assert outage.without_writes < 10, outage
+    assert outage.without_probes < SERVICE, outage
+
+
+def test_a_rolling_restart_of_everything_is_hardly_felt(
+    cluster: Machines, tmp_path: Path, report: list[Outage]
+) -> None:
+    """The nodes, then the standbys, then a switchover and the former primary."""
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        for number in range(2):
+            run.nodes.restart(number)
+            run.load.busy()
+        outages = [run.end("nodes restarted")]
+        run.begin()
+        primary, standby = cluster.primary, cluster.standby
+        for machine in cluster:
+            if machine is not primary:
+                machine.stop_patroni()
+                until(lambda: cluster.settled(2), "two machines replicate")
+                machine.start_patroni()
+                cluster.settle()
+        run.served()
+        outages.append(run.end("standbys restarted"))
+        run.begin()
+        standby = cluster.standby
+        cluster.control("switchover", "--master", primary.name, "--candidate", standby.name, "--force")
+        run.promoted()
+        cluster.settle()
+        primary.stop_patroni()
+        until(lambda: cluster.settled(2), "two machines replicate")
+        primary.start_patroni()
+        cluster.settle()
+        run.served()
+        outages.append(run.end("switchover, and the former primary restarted"))
+    assert 503 not in outages[0].statuses, outages[0]
