@@ -5,6 +5,7 @@ Everything is imported and collected once. pytest-xdist would do it in each proc
 
 import os
 import random
+import signal
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,9 @@ class Forks:
                 if self._session.shouldstop:
                     raise self._session.Interrupted(self._session.shouldstop)
         finally:
-            for connection, process in self._processes.items():  # they stop after their test, and end what they started
+            for process in self._processes.values():  # the session stops: they end what they have started
+                os.kill(process.pid, signal.SIGINT)
+            for connection, process in self._processes.items():
                 connection.close()
                 os.waitpid(process.pid, 0)
             os.close(self._queue)
@@ -143,7 +146,8 @@ def _work(session: pytest.Session, units: Sequence[Unit], queue: int, reports: C
             for item, following in zip(units[index], [*units[index][1:], between], strict=True):
                 config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         code = 0
-    except (BrokenPipeError, KeyboardInterrupt):  # the session is over
+    except (BrokenPipeError, KeyboardInterrupt):  # the session stops
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = 0
     except BaseException:
         capture.suspend_global_capture()

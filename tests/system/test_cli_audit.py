@@ -4,8 +4,8 @@ import json
 import os
 import pwd
 import re
+import signal
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,7 +16,8 @@ import pytest
 
 from tests.support.auditing import read_audit, wait_for
 from tests.support.journal import fill, until
-from tests.support.servers import TOKENAUTH, log_in, serve, worker, write_config
+from tests.support.processes import Forked
+from tests.support.servers import log_in, serve, worker, write_config
 from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
 from tokenauth.audit.chain import Chain
@@ -212,18 +213,13 @@ def test_without_an_audit_log_the_commands_say_so(tmp_path: Path) -> None:
 def following(home: Path, *options: str, printed: str = "printed") -> Iterator[Path]:
     """Run `audit tail --follow`, and yield the file with its output."""
     path = home / printed
-    with path.open("wb") as file:
-        process = subprocess.Popen(
-            [TOKENAUTH, "audit", "tail", "--follow", *options],
-            cwd=home,
-            env=environment({}),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    path.touch()
+    command = ["tokenauth", "audit", "tail", "--follow", *options]
+    process = Forked("tests.support.serving", command, home, [Path(os.devnull), path, path], environment({}))
     try:
         yield path
     finally:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
 
 
