@@ -58,7 +58,7 @@ faults: install
 # The pictures of the console in docs/console.md.
 pictures: install
 	mkdir -p docs/images
-	PICTURES=docs/images $(BIN)/pytest -p no:xdist -m faults tests/system/browser/test_console_pictures.py
+	PICTURES=docs/images $(BIN)/pytest -m faults tests/system/browser/test_console_pictures.py
 
 wheel: .venv/.serves
 	$(BIN)/python -m hatchling build -t wheel
