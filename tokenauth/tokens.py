@@ -129,7 +129,8 @@ class Tokens:
         digest = values.digest(value)
         if digest is None:
             return None
-        token = await self._store.tokens.get(digest)
+        stored = self._store.tokens
+        token = stored.cached(digest) or await stored.look_up(digest)  # as `get` does, without its coroutine
         if token is None:
             return None
         now = self._clock()

@@ -161,6 +161,9 @@ class TokenStore:
     def __init__(self, engine: Engine, cache: TokenCache) -> None:
         self._engine = engine
         self._cache = cache
+        self.cached = cache.cached
+        """Returns what `get` returns without waiting; None for what must be looked up, as `look_up` does."""
+        self.look_up = cache.look_up
         self.share: Share | None = None
         """Reaches the other workers of this machine; None if there are none."""
 
@@ -222,7 +225,7 @@ class TokenStore:
 
     async def get(self, digest: bytes) -> Token | None:
         """Return the token with this digest, live or expired, unless it was revoked."""
-        return self._cache.cached(digest) or await self._cache.look_up(digest)
+        return self.cached(digest) or await self.look_up(digest)
 
     async def get_current(self, digest: bytes) -> Token | None:
         """Return the token with this digest as the store has it now: another process may have extended it."""
